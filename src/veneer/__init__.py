@@ -1,0 +1,1 @@
+"""Thin trained layers on frozen vision and diffusion models."""

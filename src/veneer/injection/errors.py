@@ -1,0 +1,33 @@
+"""Errors of the registry. Each says where, what was given, what was expected and what to do."""
+
+
+class VeneerError(Exception):
+    """Base of every error that veneer raises on purpose."""
+
+
+class UnknownName(VeneerError):
+    """A method or host name that no file and no installed package provides."""
+
+
+class SelectionError(VeneerError):
+    """A `where=` pattern that matches nothing, or matches one tensor twice."""
+
+
+class UnsupportedSite(VeneerError):
+    """A method cannot work on a site: what the method needs and what the host offers differ."""
+
+
+class DeadSite(VeneerError):
+    """An adapter that is attached but never used, or a parameter that no output depends on."""
+
+
+class HostChanged(VeneerError):
+    """The host was compiled, sharded, fused or rebuilt in a way that drops or bypasses adapters."""
+
+
+class StateError(VeneerError):
+    """A call that does not fit the attachment's state, such as unmerging what is not merged."""
+
+
+class LoadError(VeneerError):
+    """A file that does not fit: missing, unused or misshapen tensors, another base, unknown method or version."""

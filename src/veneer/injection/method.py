@@ -1,0 +1,103 @@
+"""What a method is: a frozen config that builds an adapter for a site."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .sites import Site
+
+
+class Adapter(nn.Module):
+    """Base of the small module that a method builds for one site.
+
+    A subclass offers one or both of
+
+    - `output(x, y) -> y'`: call form. `x` is what the site reads, `y` the host's own output there; shapes equal `y`'s.
+    - `weight(W) -> W'`: weight form, for tensors that are read and for merging.
+
+    A method on a `TokenSite` offers `insert(tokens)` and `remove(tokens)` instead, one on an `AttentionSite`
+    `attend(inner, attn, hidden_states, **kwargs)`, one on a `VocabularySite` `ids(ids)` and `output(ids, rows)`.
+
+    The seam blends `y + strength * (output(x, y) - y)`, so that `strength` 0 is the host, exactly, and 1 the adapter,
+    exactly. An adapter that already multiplies by `self.strength` (cheaper where the change is a sum) says so with
+    `blends = True`.
+    """
+
+    blends: ClassVar[bool] = False
+    strength: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("strength", torch.ones(()), persistent=False)
+
+
+@dataclass(frozen=True)
+class Need:
+    """A kind of site that a method can use.
+
+    Args:
+        site: the site type.
+        roles: role patterns it is limited to; empty for any.
+        where: field values that the site must have, such as `{"can_insert": True}`; a tuple lists the allowed values.
+    """
+
+    site: type[Site]
+    roles: tuple[str, ...] = ()
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A method: a frozen dataclass whose fields are its options (CLI flags and saved JSON), and `build`.
+
+    Class attributes:
+        name: the file's stem, the paper's short name.
+        paper: authors, title or venue and year, for the catalogue.
+        needs: the kinds of site it can use; one match is enough.
+        default: selection used when the caller gives no `where`; patterns of it that match nothing are passed over.
+        identity_at_start: True if a fresh adapter leaves the output bitwise unchanged.
+        learning_rate: what to train it with by default; `training` warns when a rate is far from it.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[tuple[Need, ...]]
+    default: ClassVar[tuple[str, ...]]
+    identity_at_start: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 1e-3
+
+    @abstractmethod
+    def build(self, site: Any) -> Adapter:
+        """Build the adapter for one site. Must draw random numbers from torch's global generator only."""
+
+    def count(self, site: Any) -> int:
+        """Number of trainable parameters at one site, from the paper's formula (the suite compares it with the built one)."""
+        return sum(p.numel() for p in self.build(site).parameters())
+
+    def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser. `lr_scale` multiplies the learning rate; one group by default."""
+        return [{"params": [p for _, a in adapters for p in a.parameters()], "lr_scale": 1.0}]
+
+    def config(self) -> dict[str, Any]:
+        """The options as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Method:
+        """Inverse of `config`.
+
+        Raises:
+            TypeError: an option that the method does not have.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(config) - known)
+        if unknown:
+            raise TypeError(f"{cls.name}: unknown option {', '.join(unknown)}. It has: {', '.join(sorted(known))}.")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})

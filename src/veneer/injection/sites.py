@@ -1,0 +1,204 @@
+"""Site types: what a host offers and a method may adapt.
+
+All sites are frozen and hold no tensors, only names, so that a site list can be printed, compared and saved.
+Paths are dotted module paths inside one tower (`""` is the tower's root module).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Layout = Literal["NLC", "NHWC", "NCHW"]
+Kind = Literal["linear", "conv", "embedding"]
+
+
+@dataclass(frozen=True)
+class Port:
+    """Where a tensor can be read or written: the first argument (`in`) or the output (`out`) of the module at `path`."""
+
+    path: str
+    side: Literal["in", "out"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A place in a model that a method can adapt.
+
+    Args:
+        name: dotted, stable and unique in the model; the key of saved tensors.
+        role: the field's word for it, such as `attn.q`; what a selection matches.
+        depth: index of the block, counted through the tower, or None outside blocks.
+        tower: `vision`, `text`, `text_2`, `unet`, `dit`, …
+        stage: `down.0`, `mid`, `up.1`, … or None.
+        component: attribute of the pipeline that holds the tower, or `""` for a bare model.
+        guard: attribute path that must keep its value while attached (for example `attn1.fused_projections`), or None.
+    """
+
+    name: str
+    role: str
+    depth: int | None = None
+    tower: str = ""
+    stage: str | None = None
+    component: str = ""
+    guard: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSite(Site):
+    """A weight of a linear, convolution or embedding: its tensor, or its module's input and output.
+
+    Args:
+        path: the module. `param` is the tensor in it.
+        rows: (start, stop) of the output rows inside a fused weight, or None for the whole tensor.
+        fused: True for a whole weight that is offered as row slices too; globs pass over it, only its own name selects it.
+        kind: `linear` (d_out, d_in), `conv` (d_out, d_in / groups, *kernel) or `embedding` (rows d_in, width d_out).
+        d_out, d_in: widths of output and input (of the slice, where `rows` is given).
+        kernel, stride, padding, dilation, groups: geometry of a convolution.
+        called: True if the host calls the module, so that hooks fire; False if it reads the tensor (`F.linear(x, m.weight)`).
+    """
+
+    path: str
+    param: str = "weight"
+    rows: tuple[int, int] | None = None
+    fused: bool = False
+    kind: Kind = "linear"
+    d_out: int
+    d_in: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    called: bool = True
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the (slice of the) weight tensor."""
+        if self.kind == "embedding":
+            return (self.d_in, self.d_out)
+        return (self.d_out, self.d_in // self.groups, *self.kernel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchSite(Site):
+    """A residual branch: read before or after its norm, write where its output is added to the stream."""
+
+    read: Port
+    write: Port
+    width: int
+    layout: Layout = "NLC"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSite(Site):
+    """The residual stream through one block: the block's input and output."""
+
+    path: str
+    width: int
+    layout: Layout = "NLC"
+    prefix_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSite(Site):
+    """The token sequence of one block (role `tokens`) or of the whole tower (role `tokens.tower`).
+
+    Args:
+        enter: port at which tokens may be inserted. `leave`: port at which inserted tokens must be taken out again.
+        prefix_tokens: class and register tokens; inserted tokens follow them.
+        patch: side of the patch in pixels and channels of the picture, for initialisations that use them.
+        can_insert: False where the host fixes the length (windows, rotary tables, pooled grids).
+    """
+
+    enter: Port
+    leave: Port
+    width: int
+    prefix_tokens: int = 0
+    patch: tuple[int, int, int] = (16, 16, 3)
+    can_insert: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite(Site):
+    """An attention module with a processor: queries, keys, values and the context may be changed.
+
+    Args:
+        path: the module that holds `processor`.
+        width, context_width, heads: of the module. `cross`: True for cross-attention. `index`: its number in the tower.
+    """
+
+    path: str
+    width: int
+    context_width: int
+    heads: int
+    cross: bool
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamSite(Site):
+    """A base parameter (bias, norm weight, free parameter) that may be trained or given a delta.
+
+    Args:
+        path, param: the module and the parameter in it.
+        shape: of the parameter (of the slice, where `rows` is given).
+        rows: (start, stop) in a fused parameter, or None.
+        called: True for a bias that its module adds last, so that a delta may be added to the module's output.
+        channel_dim: the output dimension that the parameter runs along, where `called`.
+    """
+
+    path: str
+    param: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    called: bool = False
+    channel_dim: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularySite(Site):
+    """Rows of a token-embedding table.
+
+    Args:
+        path: the embedding module. `ids`: port at which the token ids enter (argument `argument` of that module).
+        rows, width: size of the base table. `tokenizer`: the tokenizer that makes the ids, or None for a bare model.
+    """
+
+    path: str
+    ids: Port
+    argument: str = "input_ids"
+    rows: int
+    width: int
+    tokenizer: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSite(Site):
+    """The model's picture input: side in pixels, channels, mean and std of the normalisation."""
+
+    port: Port
+    size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSite(Site):
+    """Pooled features on their way into the head."""
+
+    port: Port
+    width: int
+    head: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualSite(Site):
+    """UNet skip and mid features to which control residuals are added.
+
+    Args:
+        widths: channels of each down residual, then of the middle. `strides`: of each against the latent.
+    """
+
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
