@@ -1,1 +1,12 @@
-"""Thin trained layers on frozen vision and diffusion models."""
+"""Thin trained layers on frozen vision and diffusion models.
+
+    tuned = veneer.attach(model, "lora", rank=8)    # any timm, transformers or diffusers model, or a whole pipeline
+    ...                                             # any training loop
+    tuned.save("my-adapter")
+    veneer.load(model, "my-adapter.safetensors")
+"""
+
+from .injection import Attachment, attach, attachments, hosts, methods, sites
+
+__version__ = "0.1.0"
+__all__ = ["Attachment", "attach", "attachments", "hosts", "methods", "sites"]

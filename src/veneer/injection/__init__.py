@@ -1,0 +1,38 @@
+"""The shared injection registry: sites, methods, hosts, seams and attachments. Knows torch, nothing else."""
+
+from .attachment import Attachment, attach, attachments
+from .errors import (
+    DeadSite,
+    HostChanged,
+    LoadError,
+    SelectionError,
+    StateError,
+    UnknownName,
+    UnsupportedSite,
+    VeneerError,
+)
+from .host import Host
+from .method import Adapter, Method, Need
+from .registry import hosts, methods
+from .towers import sites
+
+__all__ = [
+    "Adapter",
+    "Attachment",
+    "DeadSite",
+    "Host",
+    "HostChanged",
+    "LoadError",
+    "Method",
+    "Need",
+    "SelectionError",
+    "StateError",
+    "UnknownName",
+    "UnsupportedSite",
+    "VeneerError",
+    "attach",
+    "attachments",
+    "hosts",
+    "methods",
+    "sites",
+]

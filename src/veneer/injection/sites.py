@@ -33,6 +33,8 @@ class Site:
         stage: `down.0`, `mid`, `up.1`, … or None.
         component: attribute of the pipeline that holds the tower, or `""` for a bare model.
         guard: attribute path that must keep its value while attached (for example `attn1.fused_projections`), or None.
+        inert: True where the architecture cancels or drops the site's effect, so that no output depends on it: the bias of
+            the keys under a plain softmax, the text queries of the last joint block. Counted, but not probed.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Site:
     stage: str | None = None
     component: str = ""
     guard: str | None = None
+    inert: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ class StreamSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSite(Site):
-    """The token sequence of one block (role `tokens`) or of the whole tower (role `tokens.tower`).
+    """The token sequence of one block (role `tokens.block`) or of the whole tower (role `tokens.tower`).
 
     Args:
         enter: port at which tokens may be inserted. `leave`: port at which inserted tokens must be taken out again.

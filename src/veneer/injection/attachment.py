@@ -1,0 +1,412 @@
+"""`attach()` and what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import merge as merging
+from .errors import HostChanged, SelectionError, StateError, UnsupportedSite, VeneerError
+from .ledger import changed_statistics, close, lookup, open_ledger, peek, refuse_compiled
+from .method import Adapter, Method
+from .plan import Plan, plan
+from .probe import probe
+from .registry import methods
+from .report import Report
+from .seams import HookSeam, Seam, WeightSeam
+from .sequences import TokenSeam
+from .sites import Site
+from .towers import towers_of
+from .wiring import seams_for
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_state_dict` did with each tensor."""
+
+    used: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+    @property
+    def clean(self) -> bool:
+        """True if nothing is missing, unused or misshapen."""
+        return not (self.missing or self.unused or self.misshapen)
+
+    def __str__(self) -> str:
+        def listed(names: tuple[str, ...]) -> str:
+            return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+        lines = [f"used {len(self.used)} tensors"]
+        for word in ("missing", "unused", "misshapen"):
+            names = getattr(self, word)
+            if names:
+                lines.append(f"{word} {len(names)}: {listed(names)}")
+        return "; ".join(lines)
+
+
+class Attachment:
+    """One method on one model: its sites, adapters and the way back.
+
+    Attributes:
+        name: unique among the model's attachments. `method`: the config. `where`: the selection as given.
+        parts: site name to (site, adapter).
+        merged: True while folded into the weights.
+    """
+
+    def __init__(self, planned: Plan, name: str) -> None:
+        self.name = name
+        self.method = planned.method
+        self.where = planned.where
+        self.train = planned.train
+        self.towers = planned.towers
+        self.parts: dict[str, tuple[Site, Adapter]] = {s.name: (s, a) for s, a in planned.parts}
+        self.offered = planned.offered
+        self.extras: dict[str, tuple[str, str]] = planned.extras
+        self.merged = False
+        self._seams: list[tuple[str, Seam]] = []
+        self._scale, self._on = 1.0, True
+        self._before: dict[str, Tensor] = {}
+        self._pristine: merging.Pristine | None = None
+        self._guards: dict[str, Any] = {}
+        self._door: list[Any] = []
+
+    # joining and leaving
+
+    def _join(self) -> None:
+        for component, seam in seams_for(self.towers, list(self.parts.values())):
+            self._seams.append((component, seam))
+            seam.join(self.name)
+        for site, _ in self.parts.values():
+            if site.guard:
+                self._guards[site.guard_key] = lookup(self.towers[site.component], site.guard)
+        for component, tower in self.towers.items():
+            ledger = open_ledger(tower)
+            ledger.attachments.append(self)
+            adapters = {id(p) for _, a in self.parts.values() for p in a.parameters()}
+            for p in tower.parameters():
+                if id(p) not in adapters and not any(id(p) in _own(other) for other in ledger.attachments if other is not self):
+                    p.requires_grad_(False)
+            self._door.append(tower.register_forward_pre_hook(self._check_at_door))
+            del component
+        for key, (component, path) in self.extras.items():
+            p = self._extra(component, path)
+            self._before[key] = p.detach().clone()
+            p.requires_grad_(True)
+
+    def detach(self) -> None:
+        """Take the adapters off: keys, order, types, hooks, `requires_grad`, statistics and outputs as before, bitwise.
+
+        Raises:
+            StateError: it is merged (unmerge first) or detached already.
+        """
+        if self.merged:
+            raise StateError(f"'{self.name}' is merged. Call unmerge() before detach().")
+        if not self._seams:
+            raise StateError(f"'{self.name}' is detached already.")
+        self._leave()
+
+    def _leave(self) -> None:
+        for handle in self._door:
+            handle.remove()
+        for _, seam in reversed(self._seams):
+            seam.part()
+        with torch.no_grad():
+            for key, before in self._before.items():
+                self._extra(*self.extras[key]).copy_(before)
+        for tower in self.towers.values():
+            ledger = peek(tower)
+            if ledger is not None and self in ledger.attachments:
+                ledger.attachments.remove(self)
+            close(tower)
+        for _, adapter in self.parts.values():
+            leave = getattr(adapter, "leave", None)
+            if leave is not None:
+                leave()
+        self._seams, self._door, self._before, self._guards = [], [], {}, {}
+
+    # state of the host
+
+    def check(self) -> None:
+        """Raise if the host was rebuilt or fused since attach, so that adapters would be bypassed.
+
+        Raises:
+            HostChanged: naming the site and what changed.
+        """
+        if not self._seams:
+            raise StateError(f"'{self.name}' is detached.")
+        if not self.merged:
+            for _, seam in self._seams:
+                if not seam.intact():
+                    raise HostChanged(
+                        f"{seam.sites[0].name}: the host replaced the module after attach, so '{self.name}' no longer runs there. "
+                        "Detach, change the host, then attach."
+                    )
+        for site, _ in self.parts.values():
+            if site.guard and lookup(self.towers[site.component], site.guard) != self._guards[site.guard_key]:
+                raise HostChanged(
+                    f"{site.name}: '{site.guard}' changed after attach, so '{self.name}' is bypassed there. "
+                    "Undo it (for fused projections: unfuse_qkv_projections()), or detach, change the host, then attach."
+                )
+        for key, (component, path) in self.extras.items():
+            if key in self._before and self._extra(component, path).shape != self._before[key].shape:
+                raise HostChanged(f"{key}: the host rebuilt a trained module after attach. Detach, change the host, then attach.")
+
+    def _check_at_door(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.check()
+
+    def _extra(self, component: str, path: str) -> nn.Parameter:
+        owner, _, param = path.rpartition(".")
+        value: nn.Parameter = getattr(self.towers[component].get_submodule(owner), param)
+        return value
+
+    def host_state_dict(self, component: str = "") -> dict[str, Tensor]:
+        """The host's own state dict, with the keys and order of the bare host also where tensors are parametrised."""
+        tower = self.towers[component or next(iter(self.towers))]
+        return dict(merging.host_tensors(tower))
+
+    # parameters and state
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The adapters' parameters and the base parameters named in `train`."""
+        yield from (p for _, p in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """`site-name:parameter` and the parameter, in site order; shared ones once."""
+        seen: set[int] = set()
+        for name, (_, adapter) in self.parts.items():
+            for key, p in adapter.named_parameters():
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    yield f"{name}:{key}", p
+        for key, (component, path) in self.extras.items():
+            yield key, self._extra(component, path)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser: the method's, and one for `train`."""
+        groups = self.method.groups(list(self.parts.values()))
+        extra = [self._extra(c, p) for c, p in self.extras.values()]
+        return [*groups, {"params": extra, "lr_scale": 1.0}] if extra else groups
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that training changed, under `site-name:parameter`, norm statistics of the host included."""
+        state = {f"{n}:{k}": t.detach() for n, (_, a) in self.parts.items() for k, t in a.state_dict().items()}
+        state.update({key: self._extra(c, p).detach() for key, (c, p) in self.extras.items()})
+        for component, tower in self.towers.items():
+            for key, buffer in changed_statistics(tower).items():
+                owner, _, param = key.rpartition(".")
+                state[f"{component}.{owner}:{param}" if component else f"{owner}:{param}"] = buffer
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
+        """Copy tensors in.
+
+        Raises:
+            LoadError: `strict` and a tensor is missing, unused or misshapen; nothing has been changed then.
+        """
+        from .errors import LoadError
+
+        targets = self._targets(state)
+        used = [k for k, t in targets.items() if k in state and state[k].shape == t.shape]
+        report = LoadReport(
+            tuple(used),
+            tuple(k for k in targets if k not in state),
+            tuple(k for k in state if k not in targets),
+            tuple(f"{k} {tuple(state[k].shape)} for {tuple(t.shape)}" for k, t in targets.items() if k in state and k not in used),
+        )
+        if strict and not report.clean:
+            raise LoadError(f"'{self.name}' ({self.method.name}): {report}. Pass strict=False to load what fits.")
+        with torch.no_grad():
+            for key in used:
+                targets[key].copy_(state[key])
+        return report
+
+    def _targets(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        targets: dict[str, Tensor] = {f"{n}:{k}": t for n, (_, a) in self.parts.items() for k, t in a.state_dict().items()}
+        targets.update({key: self._extra(c, p) for key, (c, p) in self.extras.items()})
+        for component, tower in self.towers.items():
+            ledger = peek(tower)
+            for key in ledger.statistics if ledger else ():
+                owner, _, param = key.rpartition(".")
+                name = f"{component}.{owner}:{param}" if component else f"{owner}:{param}"
+                if name in state:
+                    targets[name] = lookup(tower, key)
+        return targets
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the native file (`.safetensors`; the suffix is added). Returns its path."""
+        from ..formats import native
+
+        self.check()
+        return native.save(self, path)
+
+    # strength
+
+    @property
+    def scale(self) -> float:
+        """Strength: 0 is the host, 1 the adapter as trained. A buffer write; no recompilation."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        if self.merged:
+            raise StateError(f"'{self.name}' is merged at scale {self._scale}. Call unmerge() before changing it.")
+        self._write(float(value), self._on)
+
+    @contextlib.contextmanager
+    def enabled(self, on: bool) -> Iterator[None]:
+        """Switch the adapters on or off inside a `with` block; the earlier state comes back after it."""
+        if self.merged:
+            raise StateError(f"'{self.name}' is merged. Call unmerge() before switching it.")
+        before = self._on
+        self._write(self._scale, on)
+        try:
+            yield
+        finally:
+            self._write(self._scale, before)
+
+    def _write(self, scale: float, on: bool) -> None:
+        strength = scale if on else 0.0
+        for _, seam in self._seams:
+            if isinstance(seam, TokenSeam):
+                seam.set_strength(strength)
+            for adapter in seam.adapters:
+                adapter.strength.fill_(strength)
+        self._scale, self._on = scale, on
+
+    # folding into weights
+
+    def merge(self) -> merging.MergeReport:
+        """Fold the adapters into the base weights: W' = weight(W) at the current scale. Keeps a pristine copy of each W.
+
+        Raises:
+            StateError: merged already. UnsupportedSite: the method has no weight form. Nothing has been changed then.
+        """
+        if self.merged:
+            raise StateError(f"'{self.name}' is merged already.")
+        self.check()
+        self._pristine, report = merging.fold(self.towers, list(self.parts.values()), self._on)
+        for _, seam in self._seams:
+            seam.part()
+        self.merged = True
+        for tower in self.towers.values():
+            open_ledger(tower).merged.append(self)
+        return report
+
+    def unmerge(self) -> None:
+        """Put the pristine weights back, bitwise, and the adapters beside them again.
+
+        Raises:
+            StateError: not merged, or something was merged later and must be unmerged first.
+        """
+        if not self.merged or self._pristine is None:
+            raise StateError(f"'{self.name}' is not merged.")
+        for tower in self.towers.values():
+            ledger = open_ledger(tower)
+            if ledger.merged[-1] is not self:
+                raise StateError(f"'{ledger.merged[-1].name}' was merged after '{self.name}'. Unmerge it first.")
+        merging.unfold(self.towers, self._pristine)
+        for tower in self.towers.values():
+            open_ledger(tower).merged.remove(self)
+        for _, seam in self._seams:
+            seam.join(self.name)
+        self._pristine, self.merged = None, False
+
+    # looking
+
+    def report(self) -> Report:
+        """Per block: sites, trainable, stored, share of the base. `print()` it or read its rows."""
+        return Report.of(self)
+
+    def probe(self, sample: Any = None) -> None:
+        """One forward and backward pass per tower: every adapter parameter must reach the output.
+
+        Args:
+            sample: keyword inputs of the (single) tower, a mapping of component to such, or None for the host's own.
+        Raises:
+            DeadSite: with the sites that do not.
+        """
+        probe(self, sample)
+
+    def __repr__(self) -> str:
+        state = "merged" if self.merged else ("attached" if self._seams else "detached")
+        return f"<Attachment '{self.name}': {self.method.name} at {len(self.parts)} sites, scale {self._scale}, {state}>"
+
+
+def _own(attachment: Attachment) -> set[int]:
+    return {id(p) for p in attachment.parameters()}
+
+
+def attach(
+    model: Any,
+    method: str | Method,
+    *,
+    where: str | Sequence[str] | None = None,
+    name: str | None = None,
+    train: str | Sequence[str] = (),
+    sample: Any = None,
+    **config: Any,
+) -> Attachment:
+    """Put a method's adapters on a model or a whole pipeline. All or nothing: a failure leaves no trace.
+
+    Args:
+        model: a module that a host matches, or a pipeline (anything with `components`).
+        method: a name, with `config` as its options, or a config instance.
+        where: selection in the words of `veneer.sites(model)`; None for the method's own default.
+        name: of the attachment; default is the method's name, numbered if taken.
+        train: base parameters to train as well, as a selection (`("head",)`). They are saved with the adapters.
+        sample: True or sample inputs: end with a probe for dead sites.
+    Returns:
+        The attachment. The base is frozen; the adapters' parameters and those in `train` require gradients.
+    Raises:
+        UnknownName, SelectionError, UnsupportedSite, HostChanged, DeadSite.
+    """
+    if isinstance(method, str):
+        method = methods.get(method).from_config(config)
+    elif config:
+        raise TypeError(f"attach: options {sorted(config)} next to a config instance; put them into {type(method).__name__}(…).")
+    towers = towers_of(model)
+    for tower in towers:
+        refuse_compiled(tower.module, "attach")
+    attachment = Attachment(plan(towers, method, where, train), _free_name(towers, name, method.name))
+    try:
+        attachment._join()
+        if sample is not None and sample is not False:
+            attachment.probe(None if sample is True else sample)
+    except BaseException:
+        attachment._leave()
+        raise
+    return attachment
+
+
+def _free_name(towers: Sequence[Any], name: str | None, default: str) -> str:
+    taken = {a.name for t in towers for a in (peek(t.module).attachments if peek(t.module) else ())}  # type: ignore[union-attr]
+    if name is not None:
+        if name in taken:
+            raise StateError(f"'{name}' is attached already. Detach it or choose another name.")
+        if not name.replace("-", "_").isidentifier():
+            raise SelectionError(f"name='{name}': use letters, digits, '_' and '-'.")
+        return name
+    numbers = (default if i == 1 else f"{default}_{i}" for i in range(1, len(taken) + 2))
+    return next(n for n in numbers if n not in taken)
+
+
+def attachments(model: Any) -> list[Attachment]:
+    """What is attached to a model or pipeline, in order."""
+    found: list[Attachment] = []
+    for tower in towers_of(model, strict=False):
+        ledger = peek(tower.module)
+        found.extend(a for a in (ledger.attachments if ledger else ()) if a not in found)
+    return found
+
+
+__all__ = ["Attachment", "HookSeam", "LoadReport", "UnsupportedSite", "VeneerError", "WeightSeam", "attach", "attachments"]

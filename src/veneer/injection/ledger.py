@@ -1,0 +1,90 @@
+"""What is attached to a model, and what the model was before. One ledger a tower, kept in the tower's `__dict__`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import HostChanged
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+_KEY = "_veneer_ledger"
+
+
+class Ledger:
+    """The attachments of one tower, in order; its `requires_grad` flags and norm statistics from before the first."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.attachments: list[Attachment] = []
+        self.merged: list[Attachment] = []
+        self.requires_grad = {name: p.requires_grad for name, p in tower.named_parameters()}
+        self.statistics = {name: b.detach().clone() for name, b in _statistics(tower)}
+
+    def restore(self, tower: nn.Module) -> None:
+        """Put flags and statistics back, once nothing is attached."""
+        for name, p in tower.named_parameters():
+            p.requires_grad_(self.requires_grad.get(name, p.requires_grad))
+        with torch.no_grad():
+            for name, buffer in _statistics(tower):
+                if name in self.statistics:
+                    buffer.copy_(self.statistics[name])
+
+
+def _statistics(tower: nn.Module) -> list[tuple[str, Tensor]]:
+    """The buffers that a forward pass in training mode changes."""
+    norms = [(n, m) for n, m in tower.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    return [(f"{n}.{k}" if n else k, b) for n, m in norms for k, b in m.named_buffers(recurse=False)]
+
+
+def changed_statistics(tower: nn.Module) -> dict[str, Tensor]:
+    """Norm statistics that differ from those at the first attach."""
+    ledger = peek(tower)
+    before = ledger.statistics if ledger else {}
+    return {name: b.detach() for name, b in _statistics(tower) if name in before and not torch.equal(b, before[name])}
+
+
+def peek(tower: nn.Module) -> Ledger | None:
+    """The tower's ledger, if anything is attached."""
+    found: Ledger | None = tower.__dict__.get(_KEY)
+    return found
+
+
+def open_ledger(tower: nn.Module) -> Ledger:
+    """The tower's ledger; a new one if nothing is attached."""
+    return tower.__dict__.setdefault(_KEY, Ledger(tower)) if peek(tower) is None else tower.__dict__[_KEY]
+
+
+def close(tower: nn.Module) -> None:
+    """Restore the tower and drop its ledger, if nothing is attached any more."""
+    ledger = peek(tower)
+    if ledger is not None and not ledger.attachments:
+        ledger.restore(tower)
+        del tower.__dict__[_KEY]
+
+
+def refuse_compiled(tower: nn.Module, what: str) -> None:
+    """Raise if hooks that are added now would be dropped without a word.
+
+    Raises:
+        HostChanged: the tower or a part of it is compiled or sharded.
+    """
+    for name, module in tower.named_modules():
+        compiled = type(module).__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None
+        sharded = any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(module).__mro__)
+        if compiled or sharded:
+            how = "torch.compile" if compiled else "sharding"
+            raise HostChanged(
+                f"{what}: '{name or type(tower).__name__}' has been through {how} already, which drops hooks added later. "
+                f"Attach first, then {'compile' if compiled else 'shard'}."
+            )
+
+
+def lookup(root: Any, path: str) -> Any:
+    """The value at a dotted attribute path."""
+    for part in path.split("."):
+        root = root[int(part)] if part.isdigit() else getattr(root, part)
+    return root

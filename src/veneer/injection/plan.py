@@ -1,0 +1,149 @@
+"""What an attach will do, decided and built before any host module is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import SelectionError, UnsupportedSite
+from .ledger import lookup
+from .method import Adapter, Method
+from .registry import hosts
+from .select import select
+from .sites import ParamSite, Site, WeightSite
+from .towers import Tower
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sites with built adapters, and base parameters to train as well.
+
+    Args:
+        towers: component to module, only those that are touched.
+        parts: (site, adapter), in site order. `offered`: every site that the method could use.
+        extras: saved name to (component, parameter path) of base parameters to train.
+    """
+
+    method: Method
+    where: tuple[str, ...]
+    train: tuple[str, ...]
+    towers: Mapping[str, nn.Module]
+    parts: tuple[tuple[Site, Adapter], ...]
+    offered: tuple[Site, ...]
+    extras: dict[str, tuple[str, str]]
+
+
+def fits(method: Method | type[Method], site: Site) -> bool:
+    """True if one of the method's needs is met by `site`."""
+    return any(
+        isinstance(site, need.site)
+        and (not need.roles or any(fnmatchcase(site.role, r) for r in need.roles))
+        and all(_allowed(getattr(site, key), value) for key, value in need.where.items())
+        for need in method.needs
+    )
+
+
+def _allowed(got: Any, wanted: Any) -> bool:
+    return got in wanted if isinstance(wanted, tuple) else bool(got == wanted)
+
+
+def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | None, train: str | Sequence[str]) -> Plan:
+    """Choose sites and build their adapters.
+
+    Raises:
+        UnsupportedSite: the model offers nothing that the method needs.
+        SelectionError: a pattern matches nothing, or a site is both adapted and trained.
+    """
+    everything = [s for t in towers for s in t.sites]
+    offered = [s for s in everything if fits(method, s)]
+    main = frozenset(s.tower for t in towers if t.main or len(towers) == 1 for s in t.sites)
+    if not offered:
+        raise UnsupportedSite(_refusal(towers, method, everything))
+    chosen = select(offered, method.default if where is None else where, main, strict=where is not None)
+    if not chosen:
+        chosen_from = ", ".join(sorted({s.role for s in offered}))
+        raise SelectionError(f"{method.name}: its default sites {method.default} are not here. Say where=…; there are {chosen_from}.")
+    modules = {t.component: t.module for t in towers}
+    parts = tuple((site, _build(method, site, modules[site.component])) for site in chosen)
+    extras = _extras(everything, train, main, chosen, modules)
+    touched = {s.component for s in chosen} | {component for component, _ in extras.values()}
+    texts = lambda given: (given,) if isinstance(given, str) else tuple(given)  # noqa: E731
+    return Plan(
+        method=method,
+        where=texts(method.default if where is None else where),
+        train=texts(train),
+        towers={c: m for c, m in modules.items() if c in touched},
+        parts=parts,
+        offered=tuple(offered),
+        extras=extras,
+    )
+
+
+def _build(method: Method, site: Site, tower: nn.Module) -> Adapter:
+    """Build on the CPU (draws do not depend on the device), in float32 or wider; on `meta` for a base that is there."""
+    base = _tensor(site, tower)
+    with torch.device("meta" if base.device.type == "meta" else "cpu"):
+        try:
+            adapter = method.build(site)
+        except ValueError as error:
+            raise UnsupportedSite(f"{method.name}: {site.name}: {error}") from error
+    dtype = torch.promote_types(base.dtype, torch.float32) if base.is_floating_point() else torch.float32
+    return adapter.to(device=base.device, dtype=dtype)
+
+
+def _tensor(site: Site, tower: nn.Module) -> torch.Tensor:
+    if isinstance(site, (WeightSite, ParamSite)):
+        value: torch.Tensor = lookup(tower, f"{site.path}.{site.param}" if site.path else site.param)
+        return value
+    return next((p for p in tower.parameters() if p.is_floating_point()), torch.zeros(()))
+
+
+def _extras(
+    everything: Sequence[Site], train: str | Sequence[str], main: frozenset[str], chosen: Sequence[Site], modules: Mapping[str, nn.Module]
+) -> dict[str, tuple[str, str]]:
+    whole = [s for s in everything if isinstance(s, (WeightSite, ParamSite)) and s.rows is None]
+    adapted = {(s.component, f"{s.path}.{s.param}") for s in chosen if isinstance(s, (WeightSite, ParamSite))}
+    found: dict[tuple[str, str], str] = {}
+    for site in select(whole, train, main):
+        assert isinstance(site, (WeightSite, ParamSite))
+        module = modules[site.component].get_submodule(site.path)
+        params = [site.param] if isinstance(site, ParamSite) else [n for n, _ in module.named_parameters(recurse=False)]
+        for param in params:
+            place = (site.component, f"{site.path}.{param}")
+            if place in adapted:
+                raise SelectionError(f"'{site.name}' is both adapted and in train={train!r}; choose one.")
+            found.setdefault(place, f"{site.name}:{param}")
+    return {key: place for place, key in found.items()}
+
+
+def _refusal(towers: Sequence[Tower], method: Method, everything: Sequence[Site]) -> str:
+    need = " or ".join(
+        f"{n.site.__name__}({', '.join([*n.roles, *(f'{k}={v!r}' for k, v in n.where.items())])})" for n in method.needs
+    )
+    near = next((s for s in everything for n in method.needs if isinstance(s, n.site)), None)
+    has = "nothing of that type"
+    if near is not None:
+        keys = {k for n in method.needs if isinstance(near, n.site) for k in n.where}
+        shown = ", ".join(f"{k}={getattr(near, k)!r}" for k in sorted(keys)) or f"role {near.role!r}"
+        has = f"{type(near).__name__}({shown}) at '{near.name}'"
+    names = ", ".join(t.host.name for t in towers)
+    return f"{method.name}: host {names} offers {has}; it needs {need}. Hosts that fit: {', '.join(hosts_for(method)) or 'none'}."
+
+
+def hosts_for(method: Method | type[Method]) -> list[str]:
+    """Names of the hosts whose small models offer a site that the method can use. Hosts without their library are passed over."""
+    found = []
+    for name in hosts.names():
+        host = hosts.get(name)()
+        try:
+            models = [build() for build in host.tiny().values()]
+        except ImportError:
+            continue
+        if any(fits(method, s) for m in models for s in Tower("", m, host, True).sites):
+            found.append(name)
+    return found

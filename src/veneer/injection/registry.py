@@ -1,0 +1,147 @@
+"""Names to methods and hosts. In the tree the file is the registration; other packages use entry points."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from .errors import UnknownName, VeneerError
+from .host import Host
+from .method import Method
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a name comes from: a module of this package, another distribution, or a call of `register`."""
+
+    name: str
+    source: str
+    module: str | None = None
+    point: EntryPoint | None = None
+
+
+class Registry(Generic[T]):
+    """Lazy names: listing imports nothing; `get` imports one file.
+
+    Args:
+        base: class whose subclasses are registered.
+        package: package that is searched for files, one file a name; files that start with `_` are passed over.
+        group: entry-point group for other distributions. An entry point's name must equal its class's `name`.
+    """
+
+    def __init__(self, base: type[T], package: str, group: str) -> None:
+        self.base, self.package, self.group = base, package, group
+        self._registered: dict[str, type[T]] = {}
+
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        found: dict[str, Entry] = {}
+        for entry in [*self._files(), *self._points()]:
+            if entry.name in found:
+                raise VeneerError(
+                    f"{self.group}: the name '{entry.name}' is provided twice, by {found[entry.name].source} and by {entry.source}. "
+                    "Rename one of them or uninstall one of the distributions."
+                )
+            found[entry.name] = entry
+        return found
+
+    def _files(self) -> Iterator[Entry]:
+        package = importlib.import_module(self.package)
+        for info in pkgutil.walk_packages(package.__path__, f"{self.package}."):
+            stem = info.name.rpartition(".")[2]
+            if not info.ispkg and not stem.startswith("_"):
+                yield Entry(stem, "veneer", module=info.name)
+
+    def _points(self) -> Iterator[Entry]:
+        for point in sorted(entry_points(group=self.group), key=lambda p: p.name):
+            yield Entry(point.name, point.dist.name if point.dist else point.value, point=point)
+
+    def names(self) -> list[str]:
+        """All known names, sorted."""
+        return sorted({*self._entries, *self._registered})
+
+    def source(self, name: str) -> str:
+        """The distribution that provides `name`."""
+        return "register()" if name in self._registered else self._entries[name].source
+
+    def get(self, name: str) -> type[T]:
+        """The class behind `name`.
+
+        Raises:
+            UnknownName: with the close names, if there is none.
+        """
+        if name in self._registered:
+            return self._registered[name]
+        if name not in self._entries:
+            close = difflib.get_close_matches(name, self.names(), n=3)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise UnknownName(f"{self.group}: no '{name}'.{hint} There are: {', '.join(self.names())}.")
+        return self._import(self._entries[name])
+
+    def _import(self, entry: Entry) -> type[T]:
+        if entry.point is not None:
+            cls = entry.point.load()
+        else:
+            module = importlib.import_module(entry.module or "")
+            named = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == entry.module]
+            cls = next((c for c in named if issubclass(c, self.base) and getattr(c, "name", None) == entry.name), None)
+        if cls is None or not issubclass(cls, self.base) or cls.name != entry.name:
+            raise VeneerError(
+                f"{self.group}: '{entry.name}' from {entry.source} gave {cls!r}; expected a subclass of {self.base.__name__} "
+                f"whose `name` is '{entry.name}'."
+            )
+        return cls
+
+    def register(self, cls: type[T]) -> type[T]:
+        """Add a class for this process, for notebooks and tests. Usable as a decorator.
+
+        Raises:
+            VeneerError: the name is taken.
+        """
+        name: str = getattr(cls, "name", "")
+        if not name or not issubclass(cls, self.base):
+            raise VeneerError(f"{self.group}: {cls!r} is no subclass of {self.base.__name__} with a `name`.")
+        if name in self._entries or name in self._registered:
+            raise VeneerError(f"{self.group}: the name '{name}' is already provided by {self.source(name)}.")
+        self._registered[name] = cls
+        return cls
+
+    def unregister(self, name: str) -> None:
+        """Undo `register`."""
+        del self._registered[name]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row a name: what the class says of itself. Imports every file."""
+        rows = []
+        for name in self.names():
+            cls: Any = self.get(name)
+            doc = (inspect.getdoc(cls) or "").split("\n")[0]
+            rows.append({"name": name, "source": self.source(name), "about": doc, "paper": getattr(cls, "paper", "")})
+        return rows
+
+
+methods: Registry[Method] = Registry(Method, "veneer.methods", "veneer.methods")
+hosts: Registry[Host] = Registry(Host, "veneer.hosts", "veneer.hosts")
+
+
+def host_of(model: nn.Module) -> Host | None:
+    """The one host that matches `model`, or None.
+
+    Raises:
+        VeneerError: two hosts match.
+    """
+    found = [h for h in (hosts.get(name)() for name in hosts.names()) if h.matches(model)]
+    if len(found) > 1:
+        raise VeneerError(f"{type(model).__name__} is claimed by the hosts {', '.join(h.name for h in found)}; one must give way.")
+    return found[0] if found else None

@@ -1,0 +1,100 @@
+"""What an attachment covers: per block the roles, trainable parameters, and where coverage is uneven."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .merge import host_tensors
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+    from .sites import Site
+
+Block = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block: what is adapted there, and which of the selected roles it lacks."""
+
+    tower: str
+    stage: str
+    block: str
+    roles: tuple[str, ...]
+    lacking: tuple[str, ...]
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Coverage and cost of an attachment.
+
+    Attributes:
+        rows: one a block, in the model's order; blocks that offer the method a site and got none are listed too.
+        sites, trainable, stored: counts; `stored` is the number of saved values.
+        base: parameters of the touched towers without adapters.
+    """
+
+    name: str
+    method: str
+    rows: tuple[Row, ...]
+    sites: int
+    trainable: int
+    stored: int
+    base: int
+
+    @property
+    def uneven(self) -> tuple[Row, ...]:
+        """Blocks that lack a role which other blocks of their tower have."""
+        return tuple(r for r in self.rows if r.lacking)
+
+    @classmethod
+    def of(cls, attachment: Attachment) -> Report:
+        """Look at an attachment."""
+        blocks: dict[Block, list[tuple[Site, int]]] = {}
+        for site in attachment.offered:
+            if site.depth is not None:
+                blocks.setdefault(_block(site), [])
+        for site, adapter in attachment.parts.values():
+            count = sum(p.numel() for p in adapter.parameters())
+            blocks.setdefault(_block(site), []).append((site, count))
+        roles: dict[str, set[str]] = {}
+        for site, _ in attachment.parts.values():
+            if site.depth is not None:
+                roles.setdefault(site.tower, set()).add(site.role)
+        rows = tuple(_row(block, found, roles) for block, found in blocks.items() if found or block[0] in roles)
+        return cls(
+            name=attachment.name,
+            method=attachment.method.name,
+            rows=rows,
+            sites=len(attachment.parts),
+            trainable=sum(p.numel() for p in attachment.parameters() if p.requires_grad),
+            stored=sum(t.numel() for t in attachment.state_dict().values()),
+            base=sum(t.numel() for tower in attachment.towers.values() for _, t in host_tensors(tower)),
+        )
+
+    def __str__(self) -> str:
+        table = [("tower", "stage", "block", "roles", "trainable", "lacking")]
+        table += [(r.tower, r.stage, r.block, " ".join(r.roles), f"{r.trainable:,}", " ".join(r.lacking)) for r in self.rows]
+        widths = [max(len(row[i]) for row in table) for i in range(6)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        share = 100 * self.trainable / self.base if self.base else 0.0
+        lines.append(
+            f"{self.name} ({self.method}): {self.sites} sites, {self.trainable:,} trainable = {share:.3f} % of {self.base:,}, "
+            f"{self.stored:,} values stored"
+        )
+        if self.uneven:
+            lines.append(f"uneven: {len(self.uneven)} of {len(self.rows)} blocks lack a role that others have (column 'lacking')")
+        return "\n".join(lines)
+
+
+def _block(site: Site) -> Block:
+    return (site.tower, site.stage or "", "" if site.depth is None else str(site.depth))
+
+
+def _row(block: Block, found: list[tuple[Site, int]], roles: dict[str, set[str]]) -> Row:
+    tower, stage, depth = block
+    here = {site.role for site, _ in found}
+    lacking = sorted(roles.get(tower, set()) - here) if depth else []
+    return Row(tower, stage, depth, tuple(sorted(here)), tuple(lacking), sum(n for _, n in found))

@@ -1,0 +1,339 @@
+"""Seams: how adapters join a host module. The only code that touches one.
+
+`CallSeam` for sites that the host calls (hooks), `WeightSeam` for tensors that it reads (parametrisations),
+`ProcessorSeam` for attention whose inputs change. `TokenSeam` and `VocabularySeam` (in `sequences.py`) are call seams
+with two places to act. No module is replaced, no `forward` patched; hooks are bound methods of the seam, which is a child
+of the host module, so that copies, moves and casts of the host take the adapters along.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from .errors import HostChanged, UnsupportedSite
+from .method import Adapter
+from .sites import Port, Site
+
+
+def blend(adapter: Adapter, form: Callable[..., Tensor], before: Tensor, *inputs: Tensor) -> Tensor:
+    """`before + strength * (form(*inputs, before) - before)`; exactly `before` at strength 0 and `form(…)` at strength 1."""
+    after = form(*inputs, before)
+    if adapter.blends:
+        return after.to(before.dtype)
+    return torch.lerp(before, after.to(before.dtype), adapter.strength.to(before.dtype))
+
+
+def dtype_of(adapter: nn.Module) -> torch.dtype | None:
+    """The dtype of an adapter's first parameter, or None if it has none."""
+    return next((p.dtype for p in adapter.parameters()), None)
+
+
+def cast(x: Tensor, adapter: nn.Module) -> Tensor:
+    """`x` in the adapter's dtype, unless autocast chooses dtypes or `x` holds ids."""
+    dtype = dtype_of(adapter)
+    if dtype is None or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(dtype)
+
+
+def _forget_missing(seam: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith(seam.__dict__["_prefix"])]
+
+
+class Seam(nn.Module, ABC):
+    """Holds the adapters of one attachment at one host module, and hides them from the host's `state_dict`.
+
+    Args:
+        tower: root module of the host.
+        parts: sites and their adapters; all at one place, with disjoint rows.
+    """
+
+    def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
+        super().__init__()
+        parts = sorted(parts, key=lambda part: getattr(part[0], "rows", None) or (0, 0))
+        self.sites = [site for site, _ in parts]
+        self.adapters = nn.ModuleList(adapter for _, adapter in parts)
+        self.__dict__.update(tower=tower, _prefix="", _handles=[], joined=False)
+        self.register_load_state_dict_post_hook(_forget_missing)
+
+    @abstractmethod
+    def join(self, name: str) -> None:
+        """Install at the host module, under the attachment's name."""
+
+    @abstractmethod
+    def part(self) -> None:
+        """Undo `join`, bitwise."""
+
+    @abstractmethod
+    def intact(self) -> bool:
+        """True if the host still holds this seam where it was joined."""
+
+    def module(self, path: str) -> nn.Module:
+        """The host module at `path`."""
+        found: nn.Module = self.__dict__["tower"].get_submodule(path)
+        return found
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Nothing: adapters are saved by their attachment, and base checkpoints keep their keys."""
+        return OrderedDict() if destination is None else destination
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.__dict__["_prefix"] = prefix
+
+
+class HookSeam(Seam):
+    """A seam that is a child of one host module and acts through hooks."""
+
+    home: str = ""
+
+    def join(self, name: str) -> None:
+        owner = self.module(self.home)
+        if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            raise UnsupportedSite(f"{self.sites[0].name}: '{self.home}' is a container, which would run or list the adapter as its own.")
+        names = (f"veneer_{name}" + (f"_{i}" if i else "") for i in range(len(owner._modules) + 1))
+        child = next(n for n in names if n not in owner._modules)
+        owner.add_module(child, self)
+        self.__dict__.update(_owner=owner, _child=child, joined=True)
+        self.__dict__["_handles"] = list(self.hooks())
+
+    @abstractmethod
+    def hooks(self) -> Sequence[RemovableHandle]:
+        """Register the hooks."""
+
+    def part(self) -> None:
+        for handle in self.__dict__["_handles"]:
+            handle.remove()
+        if self.__dict__["joined"]:
+            del self.__dict__["_owner"]._modules[self.__dict__["_child"]]
+        self.__dict__.update(_handles=[], joined=False)
+
+    def intact(self) -> bool:
+        try:
+            return getattr(self.module(self.home), self.__dict__["_child"], None) is self
+        except AttributeError:
+            return False
+
+
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first tensor argument of a module call."""
+    value: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return value
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor of a module's output, which may be a tuple that begins with it."""
+    value: Tensor = output[0] if isinstance(output, tuple) else output
+    return value
+
+
+class CallSeam(HookSeam):
+    """Hooks on modules that the host calls: one read port, one write port.
+
+    The read port's tensor is taken from the call itself where both ports are of one module, else a hook keeps it until
+    the write port's hook has used it.
+    """
+
+    def __init__(self, tower: nn.Module, parts: Sequence[tuple[Site, Adapter]], read: Port, write: Port, dim: int = -1) -> None:
+        super().__init__(tower, parts)
+        self.read, self.write, self.dim = read, write, dim
+        self.home = write.path
+        self._x: Tensor | None = None
+
+    def hooks(self) -> list[RemovableHandle]:
+        reader, writer = self.module(self.read.path), self.module(self.write.path)
+        handles = []
+        if not self._direct:
+            keep = self._keep_input if self.read.side == "in" else self._keep_output
+            handles.append(self._register(reader, self.read.side, keep))
+        handles.append(self._register(writer, self.write.side, self._write_output if self.write.side == "out" else self._write_input))
+        return handles
+
+    @property
+    def _direct(self) -> bool:
+        return self.read.path == self.write.path
+
+    @staticmethod
+    def _register(module: nn.Module, side: str, hook: Any) -> RemovableHandle:
+        if side == "in":
+            return module.register_forward_pre_hook(hook, with_kwargs=True)
+        return module.register_forward_hook(hook, with_kwargs=True)
+
+    def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._x = first(args, kwargs)
+
+    def _keep_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._x = main_output(output)
+
+    def _write_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        y = main_output(output)
+        if self._direct:
+            x = first(args, kwargs) if self.read.side == "in" else y
+        else:
+            x = self._take()
+        after = self.adapt(x, y)
+        return (after, *output[1:]) if isinstance(output, tuple) else after
+
+    def _write_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        y = first(args, kwargs)
+        after = self.adapt(y if self._direct else self._take(), y)
+        if args:
+            return (after, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): after}
+
+    def _take(self) -> Tensor:
+        x, self._x = self._x, None
+        if x is None:
+            raise HostChanged(f"{self.sites[0].name}: '{self.write.path}' ran before '{self.read.path}' was read. Detach and attach again.")
+        return x
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """The adapters' output, slice by slice where sites have rows."""
+        return by_rows(self.sites, self.adapters, y, self.dim, lambda a, part: self._one(a, x, part))
+
+    @staticmethod
+    def _one(adapter: Any, x: Tensor, y: Tensor) -> Tensor:
+        return blend(adapter, adapter.output, y if adapter.blends else cast(y, adapter), cast(x, adapter)).to(y.dtype)
+
+
+def by_rows(sites: Sequence[Any], adapters: Any, y: Tensor, dim: int, apply: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """Apply each adapter to its rows of `y` along `dim` and put the pieces together again."""
+    if len(sites) == 1 and getattr(sites[0], "rows", None) is None:
+        return apply(adapters[0], y)
+    pieces, end = [], 0
+    for site, adapter in zip(sites, adapters, strict=True):
+        start, stop = site.rows
+        if start > end:
+            pieces.append(y.narrow(dim, end, start - end))
+        pieces.append(apply(adapter, y.narrow(dim, start, stop - start)))
+        end = stop
+    if end < y.shape[dim]:
+        pieces.append(y.narrow(dim, end, y.shape[dim] - end))
+    return torch.cat(pieces, dim)
+
+
+class WeightSeam(Seam):
+    """A parametrisation of a tensor that the host reads. Moves the key; `Attachment.host_state_dict` moves it back."""
+
+    def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
+        super().__init__(tower, parts)
+        self.path, self.param = parts[0][0].path, parts[0][0].param
+        tensor = getattr(self.module(self.path), self.param)
+        if not tensor.is_floating_point() or type(tensor.data) not in (Tensor, nn.Parameter):
+            raise UnsupportedSite(
+                f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantised and is read, not called, so its "
+                "change cannot be applied. Select called sites only, or load the base unquantised."
+            )
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The changed weight, slice by slice."""
+        return by_rows(self.sites, self.adapters, weight, 0, lambda a, part: self.change(a, part))
+
+    @staticmethod
+    def change(adapter: Any, part: Tensor) -> Tensor:
+        """One adapter's weight form at its strength."""
+        return blend(adapter, adapter.weight, part if adapter.blends else cast(part, adapter)).to(part.dtype)
+
+    def join(self, name: str) -> None:
+        target = self.module(self.path)
+        target.__dict__.setdefault("_veneer_order", list(target._parameters))
+        parametrize.register_parametrization(target, self.param, self, unsafe=True)
+        self.__dict__.update(_target=target, joined=True)
+
+    def part(self) -> None:
+        if not self.__dict__["joined"]:
+            return
+        target = self.__dict__["_target"]
+        chain = target.parametrizations[self.param]
+        keep = [m for m in chain if m is not self]
+        if keep:
+            for index in range(len(chain)):
+                del chain._modules[str(index)]
+            for index, module in enumerate(keep):
+                chain._modules[str(index)] = module
+        else:
+            self._restore(target)
+        self.__dict__["joined"] = False
+
+    def _restore(self, target: nn.Module) -> None:
+        original = target.parametrizations[self.param].original
+        parametrize.remove_parametrizations(target, self.param, leave_parametrized=False)
+        target._parameters[self.param] = original
+        for key in target.__dict__["_veneer_order"]:
+            if key in target._parameters:
+                target._parameters[key] = target._parameters.pop(key)
+        if not parametrize.is_parametrized(target):
+            del target.__dict__["_veneer_order"]
+
+    def intact(self) -> bool:
+        try:
+            target = self.module(self.path)
+        except AttributeError:
+            return False
+        return parametrize.is_parametrized(target, self.param) and any(m is self for m in target.parametrizations[self.param])
+
+
+class ProcessorSeam(Seam):
+    """Wraps the attention processor that is in place; puts it back on detach.
+
+    The adapter's `attend(inner, attn, hidden_states, **kwargs)` calls `inner` (the wrapped processor) as it likes. With
+    `blends = False` the wrapped processor runs once more for the blend.
+    """
+
+    def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
+        super().__init__(tower, parts)
+        self.path = parts[0][0].path
+
+    def forward(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the host calls in the place of its processor."""
+        inner = self.__dict__["_inner"]
+        adapter: Any = self.adapters[0]
+        after = adapter.attend(inner, attn, hidden_states, *args, **kwargs)
+        if adapter.blends:
+            return after
+        before = inner(attn, hidden_states, *args, **kwargs)
+        if isinstance(before, tuple):
+            return tuple(torch.lerp(b, a, adapter.strength.to(b.dtype)) for b, a in zip(before, after, strict=True))
+        return torch.lerp(before, after.to(before.dtype), adapter.strength.to(before.dtype))
+
+    def join(self, name: str) -> None:
+        attn: Any = self.module(self.path)
+        self.__dict__.update(_inner=attn.processor, _attn=attn, joined=True)
+        self._put(attn, self)
+
+    def part(self) -> None:
+        if not self.__dict__["joined"]:
+            return
+        attn, inner = self.__dict__["_attn"], self.__dict__["_inner"]
+        outer = attn.processor
+        while outer is not self and isinstance(outer, ProcessorSeam) and outer.__dict__["_inner"] is not self:
+            outer = outer.__dict__["_inner"]
+        if outer is self:
+            self._put(attn, inner)
+        elif isinstance(outer, ProcessorSeam):
+            outer.__dict__["_inner"] = inner
+        self.__dict__["joined"] = False
+
+    @staticmethod
+    def _put(attn: nn.Module, processor: Any) -> None:
+        attn._modules.pop("processor", None)
+        attn.__dict__.pop("processor", None)
+        if isinstance(processor, nn.Module):
+            attn._modules["processor"] = processor
+        else:
+            attn.__dict__["processor"] = processor
+
+    def intact(self) -> bool:
+        outer = getattr(self.module(self.path), "processor", None)
+        while isinstance(outer, ProcessorSeam):
+            if outer is self:
+                return True
+            outer = outer.__dict__["_inner"]
+        return False

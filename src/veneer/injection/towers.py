@@ -1,0 +1,122 @@
+"""From a model or a pipeline to its towers and their sites."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from .errors import UnsupportedSite, VeneerError
+from .host import Host
+from .registry import host_of, hosts
+from .sites import Site
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One model that a host describes.
+
+    Args:
+        component: its attribute in the pipeline, or `""` for a bare model.
+        main: True if a pattern without a tower means it.
+    """
+
+    component: str
+    module: nn.Module
+    host: Host
+    main: bool
+    components: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The tower's sites, named from the pipeline's point of view.
+
+        Raises:
+            VeneerError: two sites of one name.
+        """
+        prefix = f"{self.component}." if self.component else ""
+        number = re.search(r"_\d+$", self.component)
+        found = tuple(
+            dataclasses.replace(
+                s, name=prefix + s.name, component=self.component, tower=(s.tower or self.host.tower) + (number[0] if number else "")
+            )
+            for s in self.host.sites(self.module, self.component, self.components)
+        )
+        names = [s.name for s in found]
+        if len(set(names)) != len(names):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            raise VeneerError(f"host {self.host.name} gives two sites the same name: {', '.join(twice[:5])}.")
+        return found
+
+
+def towers_of(model: Any, strict: bool = True) -> list[Tower]:
+    """The towers of a module, or of anything with a `components` mapping.
+
+    Raises:
+        UnsupportedSite: `strict`, and no host knows the model.
+    """
+    if isinstance(model, nn.Module):
+        host = host_of(model)
+        found = [Tower("", model, host, True)] if host else []
+    else:
+        components = getattr(model, "components", None)
+        if not isinstance(components, Mapping):
+            raise TypeError(f"{type(model).__name__} is neither a torch module nor a pipeline with `components`.")
+        known = {k: (m, host_of(m)) for k, m in components.items() if isinstance(m, nn.Module)}
+        found = [Tower(k, m, h, h.main, components) for k, (m, h) in known.items() if h]
+        found.sort(key=lambda t: not t.main)
+    if strict and not found:
+        raise UnsupportedSite(f"no host knows {type(model).__name__}. There are hosts for: {', '.join(hosts.names())}.")
+    return found
+
+
+def sites(model: Any) -> SiteTable:
+    """What can be adapted: every site of a model or pipeline. Print it for a table of roles, or iterate over it."""
+    return SiteTable(tuple(s for tower in towers_of(model) for s in tower.sites))
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """A tuple of sites that prints as a table: tower, role, type, how many, in which blocks, and sizes."""
+
+    all: tuple[Site, ...]
+
+    def __iter__(self) -> Any:
+        return iter(self.all)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __getitem__(self, index: int) -> Site:
+        return self.all[index]
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str, str], list[Site]] = {}
+        for site in self.all:
+            groups.setdefault((site.tower, site.role, type(site).__name__), []).append(site)
+        rows = [("tower", "role", "type", "sites", "blocks", "size")]
+        rows += [(t, r, kind, str(len(g)), _span(g), _sizes(g)) for (t, r, kind), g in groups.items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _span(group: list[Site]) -> str:
+    depths = sorted({s.depth for s in group if s.depth is not None})
+    return "" if not depths else (str(depths[0]) if len(depths) == 1 else f"{depths[0]}–{depths[-1]}")
+
+
+def _sizes(group: list[Site]) -> str:
+    sizes = list(dict.fromkeys(_size(s) for s in group))
+    return ", ".join(sizes[:3]) + (" …" if len(sizes) > 3 else "")
+
+
+def _size(site: Any) -> str:
+    shape = getattr(site, "weight_shape", None) or getattr(site, "shape", None)
+    if shape is not None:
+        return "×".join(str(n) for n in shape)
+    return str(getattr(site, "width", ""))

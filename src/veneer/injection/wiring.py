@@ -1,0 +1,83 @@
+"""Which seam joins a site: decided by what the host declares and which forms the adapter offers, never by the method's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .errors import UnsupportedSite
+from .method import Adapter
+from .seams import CallSeam, ProcessorSeam, Seam, WeightSeam
+from .sequences import TokenSeam, VocabularySeam
+from .sites import (
+    AttentionSite,
+    BranchSite,
+    FeatureSite,
+    ParamSite,
+    PixelSite,
+    Port,
+    Site,
+    StreamSite,
+    TokenSite,
+    VocabularySite,
+    WeightSite,
+)
+
+Group = tuple[Any, ...]
+
+
+def seams_for(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]]) -> list[tuple[str, Seam]]:
+    """(component, seam) for all parts; slices of one module share a seam.
+
+    Raises:
+        UnsupportedSite: the adapter offers no form that the site can take.
+    """
+    groups: dict[Group, list[tuple[Site, Adapter]]] = {}
+    for site, adapter in parts:
+        groups.setdefault((site.component, *_group(site, adapter)), []).append((site, adapter))
+    return [(component, kind(towers[component], group, *rest)) for (component, kind, *rest), group in _uniform(groups)]
+
+
+def _uniform(groups: Mapping[Group, list[tuple[Site, Adapter]]]) -> list[tuple[Any, list[tuple[Site, Adapter]]]]:
+    """Drop what only told groups apart: seams that find their place in the site take no further arguments."""
+    return [((key[0], key[1], *(key[2:] if key[1] is CallSeam else ())), group) for key, group in groups.items()]
+
+
+def _group(site: Site, adapter: Adapter) -> Group:
+    if isinstance(site, (WeightSite, ParamSite)):
+        if site.called and hasattr(adapter, "output"):
+            dim = site.channel_dim if isinstance(site, ParamSite) else (1 if site.kind == "conv" else -1)
+            return (CallSeam, Port(site.path, "in"), Port(site.path, "out"), dim)
+        _require(site, adapter, "weight")
+        return (WeightSeam, site.path, site.param)
+    if isinstance(site, TokenSite):
+        _require(site, adapter, "insert")
+        return (TokenSeam, site.name)
+    if isinstance(site, AttentionSite):
+        _require(site, adapter, "attend")
+        return (ProcessorSeam, site.name)
+    _require(site, adapter, "output")
+    if isinstance(site, VocabularySite):
+        return (VocabularySeam, site.name)
+    return (CallSeam, *_ports(site), -1)
+
+
+def _ports(site: Site) -> tuple[Port, Port]:
+    if isinstance(site, BranchSite):
+        return site.read, site.write
+    if isinstance(site, StreamSite):
+        return Port(site.path, "in"), Port(site.path, "out")
+    if isinstance(site, (PixelSite, FeatureSite)):
+        return site.port, site.port
+    raise UnsupportedSite(f"{site.name}: no seam joins a {type(site).__name__} yet.")
+
+
+def _require(site: Site, adapter: Adapter, form: str) -> None:
+    if not hasattr(adapter, form):
+        has = [f for f in ("output", "weight", "insert", "attend") if hasattr(adapter, f)]
+        raise UnsupportedSite(
+            f"{site.name}: a {type(site).__name__}{'' if getattr(site, 'called', True) else ' that is read, not called,'} needs the "
+            f"{form} form; {type(adapter).__name__} offers {', '.join(has) or 'none'}."
+        )
