@@ -1,0 +1,162 @@
+"""Sites read off real modules: geometry and labels, which every host needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..injection.sites import BranchSite, Layout, ParamSite, Port, Site, StreamSite, WeightSite
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, nn.Embedding, *CONVS)
+CHANNELS_FIRST = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a tower: makes sites of its modules, all with the same labels.
+
+    Args:
+        model: the tower's root module.
+        tower, component, depth, stage: labels of the sites.
+        guard: attribute path that the sites made from here on depend on.
+    """
+
+    model: nn.Module
+    tower: str
+    component: str = ""
+    depth: int | None = None
+    stage: str | None = None
+    guard: str | None = field(default=None, kw_only=True)
+
+    def at(self, **labels: Any) -> Part:
+        """The same part with other labels."""
+        return replace(self, **labels)
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The labels as keywords of a site."""
+        return {"tower": self.tower, "component": self.component, "depth": self.depth, "stage": self.stage}
+
+    def module(self, path: str) -> Any:
+        """The module at `path`, or None where there is none or it is None."""
+        module: Any = self.model
+        for name in path.split(".") if path else []:
+            module = getattr(module, name, None)
+        return module
+
+    def layer(
+        self, path: str, role: str, *, called: bool = True, inert: bool = False, inert_bias: bool = False
+    ) -> Iterator[Site]:
+        """The weight and the bias of a linear, convolution or embedding; nothing where there is none at `path`."""
+        module = self.module(path)
+        if not isinstance(module, LAYERS):
+            return
+        yield WeightSite(
+            name=path, role=role, path=path, called=called, inert=inert, guard=self.guard, **geometry(module), **self.labels
+        )
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            yield self.bias(path, role, tuple(bias.shape), called=called, inert=inert or inert_bias)
+
+    def slices(
+        self, path: str, whole: str, names: dict[str, tuple[str, int]], *, called: bool = True, inert_bias: tuple[str, ...] = ()
+    ) -> Iterator[Site]:
+        """A fused linear: the whole weight under the role `whole`, and row slices of it and of its bias.
+
+        Args:
+            names: name of each slice, with its role and its number of rows, in order.
+            inert_bias: roles of slices whose bias has no effect.
+        """
+        module = self.module(path)
+        shape = geometry(module)
+        yield WeightSite(name=path, role=whole, path=path, fused=True, called=called, guard=self.guard, **shape, **self.labels)
+        start = 0
+        for name, (role, size) in names.items():
+            rows, start = (start, start + size), start + size
+            cut: dict[str, Any] = {**shape, "d_out": size}
+            yield WeightSite(name=name, role=role, path=path, rows=rows, called=called, guard=self.guard, **cut, **self.labels)
+            if module.bias is not None:
+                yield self.bias(path, role, (size,), name=name, rows=rows, called=called, inert=role in inert_bias)
+
+    def bias(self, path: str, role: str, shape: tuple[int, ...], *, name: str = "", **fields: Any) -> ParamSite:
+        """The bias (or rows of it) of the module at `path`."""
+        module = self.module(path)
+        dim = 1 if isinstance(module, (*CONVS, *CHANNELS_FIRST)) or type(module).__name__ == "LayerNorm2d" else -1
+        fields = {"called": True, "channel_dim": dim, "guard": self.guard, **fields}
+        return ParamSite(
+            name=f"{name or path}.bias", role=f"bias.{role}", path=path, param="bias", shape=shape, **fields, **self.labels
+        )
+
+    def norm(self, path: str, role: str = "norm", *, inert: bool = False) -> Iterator[Site]:
+        """Weight and bias of a norm; nothing where it has none or there is no norm."""
+        module = self.module(path)
+        for param in ("weight", "bias"):
+            if isinstance(tensor := getattr(module, param, None), Tensor):
+                if param == "bias":
+                    yield self.bias(path, role, tuple(tensor.shape), inert=inert)
+                else:
+                    yield self.free(path, param, role, inert=inert)
+
+    def free(self, path: str, param: str, role: str, *, inert: bool = False) -> ParamSite:
+        """A parameter that its module reads."""
+        shape = tuple(getattr(self.module(path), param).shape)
+        name = f"{path}.{param}" if path else param
+        return ParamSite(name=name, role=role, path=path, param=param, shape=shape, inert=inert, **self.labels)
+
+    def branch(self, name: str, role: str, read: Port, write: Port, width: int, layout: Layout = "NLC") -> BranchSite:
+        """A residual branch."""
+        return BranchSite(name=f"{name}.branch", role=role, read=read, write=write, width=width, layout=layout, **self.labels)
+
+    def stream(self, path: str, width: int, prefix_tokens: int = 0) -> StreamSite:
+        """The residual stream through the block at `path`."""
+        return StreamSite(name=f"{path}.stream", role="block", path=path, width=width, prefix_tokens=prefix_tokens, **self.labels)
+
+    def leaves(self, path: str) -> Iterator[tuple[str, nn.Module]]:
+        """Modules at and below `path` that have parameters of their own, in the order of registration."""
+        root = self.module(path)
+        for name, module in root.named_modules() if isinstance(root, nn.Module) else ():
+            if any(True for _ in module.parameters(recurse=False)):
+                yield ".".join(filter(None, (path, name))), module
+
+
+def geometry(module: nn.Module) -> dict[str, Any]:
+    """Kind, widths and, for convolutions, geometry of a layer's weight, as keywords of a `WeightSite`."""
+    if isinstance(module, nn.Embedding):
+        return {"kind": "embedding", "d_out": module.embedding_dim, "d_in": module.num_embeddings}
+    if isinstance(module, CONVS):
+        fields = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation, "groups": module.groups}
+        return {"kind": "conv", "d_out": module.out_channels, "d_in": module.in_channels, "kernel": module.kernel_size, **fields}
+    linear: Any = module
+    return {"kind": "linear", "d_out": linear.out_features, "d_in": linear.in_features}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """True for every kind of norm, by its class's name."""
+    return "norm" in type(module).__name__.lower()
+
+
+class Draw:
+    """Fixed inputs for a model, on its device and in its dtype; the global generator is left alone."""
+
+    def __init__(self, model: nn.Module, seed: int = 0) -> None:
+        floats = (p for p in model.parameters() if p.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+        first = next(floats, torch.empty(0))
+        self.device, self.dtype = first.device, first.dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal values."""
+        return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
+
+    def ids(self, low: int, high: int, *shape: int) -> Tensor:
+        """Integers from `low` to `high - 1`."""
+        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
+
+    def tensor(self, values: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """Given values."""
+        return torch.tensor(values, device=self.device, dtype=dtype)
