@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,44 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from . import merge as merging
-from .errors import HostChanged, SelectionError, StateError, UnsupportedSite, VeneerError
-from .ledger import changed_statistics, close, lookup, open_ledger, peek, refuse_compiled
+from .errors import HostChanged, SelectionError, StateError
+from .ledger import close, lookup, open_ledger, peek, refuse_compiled
 from .method import Adapter, Method
 from .plan import Plan, plan
 from .probe import probe
 from .registry import methods
 from .report import Report
-from .seams import HookSeam, Seam, WeightSeam
+from .seams import Seam
 from .sequences import TokenSeam
 from .sites import Site
+from .state import LoadReport, load_state, state_of
 from .towers import towers_of
 from .wiring import seams_for
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load_state_dict` did with each tensor."""
-
-    used: tuple[str, ...]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-    misshapen: tuple[str, ...]
-
-    @property
-    def clean(self) -> bool:
-        """True if nothing is missing, unused or misshapen."""
-        return not (self.missing or self.unused or self.misshapen)
-
-    def __str__(self) -> str:
-        def listed(names: tuple[str, ...]) -> str:
-            return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-        lines = [f"used {len(self.used)} tensors"]
-        for word in ("missing", "unused", "misshapen"):
-            names = getattr(self, word)
-            if names:
-                lines.append(f"{word} {len(names)}: {listed(names)}")
-        return "; ".join(lines)
 
 
 class Attachment:
@@ -87,20 +61,22 @@ class Attachment:
             seam.join(self.name)
         for site, _ in self.parts.values():
             if site.guard:
-                self._guards[site.guard_key] = lookup(self.towers[site.component], site.guard)
-        for component, tower in self.towers.items():
-            ledger = open_ledger(tower)
-            ledger.attachments.append(self)
-            adapters = {id(p) for _, a in self.parts.values() for p in a.parameters()}
-            for p in tower.parameters():
-                if id(p) not in adapters and not any(id(p) in _own(other) for other in ledger.attachments if other is not self):
-                    p.requires_grad_(False)
+                self._guards[site.name] = lookup(self.towers[site.component], site.guard)
+        for tower in self.towers.values():
+            self._freeze(tower)
             self._door.append(tower.register_forward_pre_hook(self._check_at_door))
-            del component
         for key, (component, path) in self.extras.items():
             p = self._extra(component, path)
             self._before[key] = p.detach().clone()
             p.requires_grad_(True)
+
+    def _freeze(self, tower: nn.Module) -> None:
+        ledger = open_ledger(tower)
+        ledger.attachments.append(self)
+        trained = {id(p) for other in ledger.attachments for p in other.parameters()}
+        for p in tower.parameters():
+            if id(p) not in trained:
+                p.requires_grad_(False)
 
     def detach(self) -> None:
         """Take the adapters off: keys, order, types, hooks, `requires_grad`, statistics and outputs as before, bitwise.
@@ -128,9 +104,7 @@ class Attachment:
                 ledger.attachments.remove(self)
             close(tower)
         for _, adapter in self.parts.values():
-            leave = getattr(adapter, "leave", None)
-            if leave is not None:
-                leave()
+            getattr(adapter, "leave", _nothing)()
         self._seams, self._door, self._before, self._guards = [], [], {}, {}
 
     # state of the host
@@ -147,11 +121,11 @@ class Attachment:
             for _, seam in self._seams:
                 if not seam.intact():
                     raise HostChanged(
-                        f"{seam.sites[0].name}: the host replaced the module after attach, so '{self.name}' no longer runs there. "
-                        "Detach, change the host, then attach."
+                        f"{seam.sites[0].name}: the host replaced the module after attach, so '{self.name}' no longer runs "
+                        "there. Detach, change the host, then attach."
                     )
         for site, _ in self.parts.values():
-            if site.guard and lookup(self.towers[site.component], site.guard) != self._guards[site.guard_key]:
+            if site.guard and lookup(self.towers[site.component], site.guard) != self._guards[site.name]:
                 raise HostChanged(
                     f"{site.name}: '{site.guard}' changed after attach, so '{self.name}' is bypassed there. "
                     "Undo it (for fused projections: unfuse_qkv_projections()), or detach, change the host, then attach."
@@ -199,13 +173,7 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that training changed, under `site-name:parameter`, norm statistics of the host included."""
-        state = {f"{n}:{k}": t.detach() for n, (_, a) in self.parts.items() for k, t in a.state_dict().items()}
-        state.update({key: self._extra(c, p).detach() for key, (c, p) in self.extras.items()})
-        for component, tower in self.towers.items():
-            for key, buffer in changed_statistics(tower).items():
-                owner, _, param = key.rpartition(".")
-                state[f"{component}.{owner}:{param}" if component else f"{owner}:{param}"] = buffer
-        return state
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
         """Copy tensors in.
@@ -213,34 +181,7 @@ class Attachment:
         Raises:
             LoadError: `strict` and a tensor is missing, unused or misshapen; nothing has been changed then.
         """
-        from .errors import LoadError
-
-        targets = self._targets(state)
-        used = [k for k, t in targets.items() if k in state and state[k].shape == t.shape]
-        report = LoadReport(
-            tuple(used),
-            tuple(k for k in targets if k not in state),
-            tuple(k for k in state if k not in targets),
-            tuple(f"{k} {tuple(state[k].shape)} for {tuple(t.shape)}" for k, t in targets.items() if k in state and k not in used),
-        )
-        if strict and not report.clean:
-            raise LoadError(f"'{self.name}' ({self.method.name}): {report}. Pass strict=False to load what fits.")
-        with torch.no_grad():
-            for key in used:
-                targets[key].copy_(state[key])
-        return report
-
-    def _targets(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        targets: dict[str, Tensor] = {f"{n}:{k}": t for n, (_, a) in self.parts.items() for k, t in a.state_dict().items()}
-        targets.update({key: self._extra(c, p) for key, (c, p) in self.extras.items()})
-        for component, tower in self.towers.items():
-            ledger = peek(tower)
-            for key in ledger.statistics if ledger else ():
-                owner, _, param = key.rpartition(".")
-                name = f"{component}.{owner}:{param}" if component else f"{owner}:{param}"
-                if name in state:
-                    targets[name] = lookup(tower, key)
-        return targets
+        return load_state(self, state, strict)
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the native file (`.safetensors`; the suffix is added). Returns its path."""
@@ -280,7 +221,7 @@ class Attachment:
             if isinstance(seam, TokenSeam):
                 seam.set_strength(strength)
             for adapter in seam.adapters:
-                adapter.strength.fill_(strength)
+                adapter.get_buffer("strength").fill_(strength)
         self._scale, self._on = scale, on
 
     # folding into weights
@@ -342,8 +283,7 @@ class Attachment:
         return f"<Attachment '{self.name}': {self.method.name} at {len(self.parts)} sites, scale {self._scale}, {state}>"
 
 
-def _own(attachment: Attachment) -> set[int]:
-    return {id(p) for p in attachment.parameters()}
+def _nothing() -> None: ...
 
 
 def attach(
@@ -389,7 +329,8 @@ def attach(
 
 
 def _free_name(towers: Sequence[Any], name: str | None, default: str) -> str:
-    taken = {a.name for t in towers for a in (peek(t.module).attachments if peek(t.module) else ())}  # type: ignore[union-attr]
+    ledgers = [ledger for t in towers if (ledger := peek(t.module)) is not None]
+    taken = {a.name for ledger in ledgers for a in ledger.attachments}
     if name is not None:
         if name in taken:
             raise StateError(f"'{name}' is attached already. Detach it or choose another name.")
@@ -407,6 +348,3 @@ def attachments(model: Any) -> list[Attachment]:
         ledger = peek(tower.module)
         found.extend(a for a in (ledger.attachments if ledger else ()) if a not in found)
     return found
-
-
-__all__ = ["Attachment", "HookSeam", "LoadReport", "UnsupportedSite", "VeneerError", "WeightSeam", "attach", "attachments"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .errors import UnsupportedSite
+from .forms import base_tensor
 from .method import Adapter
 from .seams import Seam, WeightSeam
 from .sites import ParamSite, Site, WeightSite
@@ -63,16 +62,6 @@ def unfold(towers: Mapping[str, nn.Module], pristine: Pristine) -> None:
             base_tensor(towers[component], path, param).copy_(tensor)
 
 
-def base_tensor(tower: nn.Module, path: str, param: str) -> Tensor:
-    """The host's own tensor, also where it is parametrised."""
-    module: Any = tower.get_submodule(path)
-    if parametrize.is_parametrized(module, param):
-        tensor: Tensor = module.parametrizations[param].original
-        return tensor
-    tensor = getattr(module, param)
-    return tensor
-
-
 def host_tensors(tower: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The host's state dict as it is without adapters: keys and order of the bare host, no adapter tensors."""
     yield from _walk(tower, "")
@@ -88,5 +77,9 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
         if buffer is not None and name not in module._non_persistent_buffers_set:
             yield prefix + name, buffer.detach()
     for name, child in module._modules.items():
-        if child is not None and not isinstance(child, Seam) and not (name == "parametrizations" and "_veneer_order" in module.__dict__):
+        if (
+            child is not None
+            and not isinstance(child, Seam)
+            and not (name == "parametrizations" and "_veneer_order" in module.__dict__)
+        ):
             yield from _walk(child, f"{prefix}{name}.")

@@ -67,7 +67,9 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
     chosen = select(offered, method.default if where is None else where, main, strict=where is not None)
     if not chosen:
         chosen_from = ", ".join(sorted({s.role for s in offered}))
-        raise SelectionError(f"{method.name}: its default sites {method.default} are not here. Say where=…; there are {chosen_from}.")
+        raise SelectionError(
+            f"{method.name}: its default sites {method.default} are not here. Say where=…; there are {chosen_from}."
+        )
     modules = {t.component: t.module for t in towers}
     parts = tuple((site, _build(method, site, modules[site.component])) for site in chosen)
     extras = _extras(everything, train, main, chosen, modules)
@@ -104,7 +106,11 @@ def _tensor(site: Site, tower: nn.Module) -> torch.Tensor:
 
 
 def _extras(
-    everything: Sequence[Site], train: str | Sequence[str], main: frozenset[str], chosen: Sequence[Site], modules: Mapping[str, nn.Module]
+    everything: Sequence[Site],
+    train: str | Sequence[str],
+    main: frozenset[str],
+    chosen: Sequence[Site],
+    modules: Mapping[str, nn.Module],
 ) -> dict[str, tuple[str, str]]:
     whole = [s for s in everything if isinstance(s, (WeightSite, ParamSite)) and s.rows is None]
     adapted = {(s.component, f"{s.path}.{s.param}") for s in chosen if isinstance(s, (WeightSite, ParamSite))}

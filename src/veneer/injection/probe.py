@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def probe(attachment: Attachment, sample: Any = None) -> None:
     """One forward and one backward pass per tower, with the adapters' parameters moved off their start values.
 
+    Sites that the host declares inert are passed over; the report counts them.
+
     Moving them matters: with LoRA's B = 0, A has no gradient and the output does not change, although both are alive.
     Everything is put back: parameters, modes, random state.
 
@@ -37,7 +39,7 @@ def probe(attachment: Attachment, sample: Any = None) -> None:
 
 
 def _dead(attachment: Attachment, component: str, tower: nn.Module, sample: Any) -> Iterator[str]:
-    adapters = {n: a for n, (s, a) in attachment.parts.items() if s.component == component}
+    adapters = {n: a for n, (s, a) in attachment.parts.items() if s.component == component and not s.inert}
     named = [(f"{n}:{k}", p) for n, a in adapters.items() for k, p in a.named_parameters() if p.requires_grad]
     if not named:
         return

@@ -40,8 +40,9 @@ class Registry(Generic[T]):
         group: entry-point group for other distributions. An entry point's name must equal its class's `name`.
     """
 
-    def __init__(self, base: type[T], package: str, group: str) -> None:
-        self.base, self.package, self.group = base, package, group
+    def __init__(self, base: Any, package: str, group: str) -> None:
+        self.base: type[T] = base
+        self.package, self.group = package, group
         self._registered: dict[str, type[T]] = {}
 
     @cached_property
@@ -50,8 +51,8 @@ class Registry(Generic[T]):
         for entry in [*self._files(), *self._points()]:
             if entry.name in found:
                 raise VeneerError(
-                    f"{self.group}: the name '{entry.name}' is provided twice, by {found[entry.name].source} and by {entry.source}. "
-                    "Rename one of them or uninstall one of the distributions."
+                    f"{self.group}: the name '{entry.name}' is provided twice, by {found[entry.name].source} and by "
+                    f"{entry.source}. Rename one of them or uninstall one of the distributions."
                 )
             found[entry.name] = entry
         return found
@@ -143,5 +144,7 @@ def host_of(model: nn.Module) -> Host | None:
     """
     found = [h for h in (hosts.get(name)() for name in hosts.names()) if h.matches(model)]
     if len(found) > 1:
-        raise VeneerError(f"{type(model).__name__} is claimed by the hosts {', '.join(h.name for h in found)}; one must give way.")
+        raise VeneerError(
+            f"{type(model).__name__} is claimed by the hosts {', '.join(h.name for h in found)}; one must give way."
+        )
     return found[0] if found else None

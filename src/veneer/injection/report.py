@@ -31,6 +31,7 @@ class Report:
     """Coverage and cost of an attachment.
 
     Attributes:
+        inert: names of adapted sites whose effect the architecture cancels or drops; trained for nothing.
         rows: one a block, in the model's order; blocks that offer the method a site and got none are listed too.
         sites, trainable, stored: counts; `stored` is the number of saved values.
         base: parameters of the touched towers without adapters.
@@ -43,6 +44,7 @@ class Report:
     trainable: int
     stored: int
     base: int
+    inert: tuple[str, ...] = ()
 
     @property
     def uneven(self) -> tuple[Row, ...]:
@@ -72,6 +74,7 @@ class Report:
             trainable=sum(p.numel() for p in attachment.parameters() if p.requires_grad),
             stored=sum(t.numel() for t in attachment.state_dict().values()),
             base=sum(t.numel() for tower in attachment.towers.values() for _, t in host_tensors(tower)),
+            inert=tuple(site.name for site, _ in attachment.parts.values() if site.inert),
         )
 
     def __str__(self) -> str:
@@ -86,6 +89,8 @@ class Report:
         )
         if self.uneven:
             lines.append(f"uneven: {len(self.uneven)} of {len(self.rows)} blocks lack a role that others have (column 'lacking')")
+        if self.inert:
+            lines.append(f"inert: {len(self.inert)} sites have no effect by the host's design: {', '.join(self.inert[:3])}"[:160])
         return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,29 +19,9 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from .errors import HostChanged, UnsupportedSite
+from .forms import base_tensor, blend, by_rows, cast, first, main_output
 from .method import Adapter
 from .sites import Port, Site
-
-
-def blend(adapter: Adapter, form: Callable[..., Tensor], before: Tensor, *inputs: Tensor) -> Tensor:
-    """`before + strength * (form(*inputs, before) - before)`; exactly `before` at strength 0 and `form(…)` at strength 1."""
-    after = form(*inputs, before)
-    if adapter.blends:
-        return after.to(before.dtype)
-    return torch.lerp(before, after.to(before.dtype), adapter.strength.to(before.dtype))
-
-
-def dtype_of(adapter: nn.Module) -> torch.dtype | None:
-    """The dtype of an adapter's first parameter, or None if it has none."""
-    return next((p.dtype for p in adapter.parameters()), None)
-
-
-def cast(x: Tensor, adapter: nn.Module) -> Tensor:
-    """`x` in the adapter's dtype, unless autocast chooses dtypes or `x` holds ids."""
-    dtype = dtype_of(adapter)
-    if dtype is None or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(dtype)
 
 
 def _forget_missing(seam: nn.Module, keys: Any) -> None:
@@ -97,7 +77,9 @@ class HookSeam(Seam):
     def join(self, name: str) -> None:
         owner = self.module(self.home)
         if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            raise UnsupportedSite(f"{self.sites[0].name}: '{self.home}' is a container, which would run or list the adapter as its own.")
+            raise UnsupportedSite(
+                f"{self.sites[0].name}: '{self.home}' is a container, which would run or list the adapter as its own."
+            )
         names = (f"veneer_{name}" + (f"_{i}" if i else "") for i in range(len(owner._modules) + 1))
         child = next(n for n in names if n not in owner._modules)
         owner.add_module(child, self)
@@ -122,18 +104,6 @@ class HookSeam(Seam):
             return False
 
 
-def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The first tensor argument of a module call."""
-    value: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return value
-
-
-def main_output(output: Any) -> Tensor:
-    """The tensor of a module's output, which may be a tuple that begins with it."""
-    value: Tensor = output[0] if isinstance(output, tuple) else output
-    return value
-
-
 class CallSeam(HookSeam):
     """Hooks on modules that the host calls: one read port, one write port.
 
@@ -153,7 +123,9 @@ class CallSeam(HookSeam):
         if not self._direct:
             keep = self._keep_input if self.read.side == "in" else self._keep_output
             handles.append(self._register(reader, self.read.side, keep))
-        handles.append(self._register(writer, self.write.side, self._write_output if self.write.side == "out" else self._write_input))
+        handles.append(
+            self._register(writer, self.write.side, self._write_output if self.write.side == "out" else self._write_input)
+        )
         return handles
 
     @property
@@ -174,10 +146,7 @@ class CallSeam(HookSeam):
 
     def _write_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         y = main_output(output)
-        if self._direct:
-            x = first(args, kwargs) if self.read.side == "in" else y
-        else:
-            x = self._take()
+        x = self._take() if not self._direct else first(args, kwargs) if self.read.side == "in" else y
         after = self.adapt(x, y)
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
@@ -191,7 +160,9 @@ class CallSeam(HookSeam):
     def _take(self) -> Tensor:
         x, self._x = self._x, None
         if x is None:
-            raise HostChanged(f"{self.sites[0].name}: '{self.write.path}' ran before '{self.read.path}' was read. Detach and attach again.")
+            raise HostChanged(
+                f"{self.sites[0].name}: '{self.write.path}' ran before '{self.read.path}' was read. Detach and attach again."
+            )
         return x
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
@@ -203,22 +174,6 @@ class CallSeam(HookSeam):
         return blend(adapter, adapter.output, y if adapter.blends else cast(y, adapter), cast(x, adapter)).to(y.dtype)
 
 
-def by_rows(sites: Sequence[Any], adapters: Any, y: Tensor, dim: int, apply: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """Apply each adapter to its rows of `y` along `dim` and put the pieces together again."""
-    if len(sites) == 1 and getattr(sites[0], "rows", None) is None:
-        return apply(adapters[0], y)
-    pieces, end = [], 0
-    for site, adapter in zip(sites, adapters, strict=True):
-        start, stop = site.rows
-        if start > end:
-            pieces.append(y.narrow(dim, end, start - end))
-        pieces.append(apply(adapter, y.narrow(dim, start, stop - start)))
-        end = stop
-    if end < y.shape[dim]:
-        pieces.append(y.narrow(dim, end, y.shape[dim] - end))
-    return torch.cat(pieces, dim)
-
-
 class WeightSeam(Seam):
     """A parametrisation of a tensor that the host reads. Moves the key; `Attachment.host_state_dict` moves it back."""
 
@@ -228,8 +183,8 @@ class WeightSeam(Seam):
         tensor = getattr(self.module(self.path), self.param)
         if not tensor.is_floating_point() or type(tensor.data) not in (Tensor, nn.Parameter):
             raise UnsupportedSite(
-                f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantised and is read, not called, so its "
-                "change cannot be applied. Select called sites only, or load the base unquantised."
+                f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantised and is read, not "
+                "called, so its change cannot be applied. Select called sites only, or load the base unquantised."
             )
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -251,7 +206,7 @@ class WeightSeam(Seam):
         if not self.__dict__["joined"]:
             return
         target = self.__dict__["_target"]
-        chain = target.parametrizations[self.param]
+        chain: Any = target.parametrizations[self.param]
         keep = [m for m in chain if m is not self]
         if keep:
             for index in range(len(chain)):
@@ -263,7 +218,7 @@ class WeightSeam(Seam):
         self.__dict__["joined"] = False
 
     def _restore(self, target: nn.Module) -> None:
-        original = target.parametrizations[self.param].original
+        original: Any = base_tensor(target, "", self.param)
         parametrize.remove_parametrizations(target, self.param, leave_parametrized=False)
         target._parameters[self.param] = original
         for key in target.__dict__["_veneer_order"]:
@@ -277,7 +232,8 @@ class WeightSeam(Seam):
             target = self.module(self.path)
         except AttributeError:
             return False
-        return parametrize.is_parametrized(target, self.param) and any(m is self for m in target.parametrizations[self.param])
+        lists: Any = getattr(target, "parametrizations", {})
+        return any(m is self for m in lists[self.param]) if self.param in lists else False
 
 
 class ProcessorSeam(Seam):

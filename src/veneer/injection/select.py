@@ -72,7 +72,9 @@ def parse(text: str) -> Pattern:
     tower, _, stage = head.partition(".")
     role, at, span = rest.partition("@")
     if not role or (slash and not tower):
-        raise SelectionError(f"'{text}' is no pattern. Write [tower[.stage]/]role[@from:to], such as 'attn.{{q,v}}@0:6' or 'text/attn'.")
+        raise SelectionError(
+            f"'{text}' is no pattern. Write [tower[.stage]/]role[@from:to], such as 'attn.{{q,v}}@0:6' or 'text/attn'."
+        )
     depths = _span(text, span) if at else None
     return Pattern(text, tower or None if slash else None, stage or None, tuple(expand(role)), depths)
 

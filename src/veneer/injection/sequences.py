@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .errors import StateError
+from .forms import blend, cast, first, main_output
 from .method import Adapter
-from .seams import HookSeam, blend, cast, first, main_output
+from .seams import HookSeam
 from .sites import TokenSite, VocabularySite
 
 
@@ -94,4 +95,3 @@ class VocabularySeam(HookSeam):
         adapter: Any = self.adapters[0]
         rows = cast(output, adapter)
         return blend(adapter, adapter.output, rows, ids.reshape(output.shape[:-1])).to(output.dtype)
-

@@ -46,6 +46,11 @@ class Site:
     guard: str | None = None
     inert: bool = False
 
+    @property
+    def guard_key(self) -> str:
+        """The guard's path in the pipeline."""
+        return f"{self.component}.{self.guard}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSite(Site):

@@ -43,7 +43,10 @@ class Tower:
         number = re.search(r"_\d+$", self.component)
         found = tuple(
             dataclasses.replace(
-                s, name=prefix + s.name, component=self.component, tower=(s.tower or self.host.tower) + (number[0] if number else "")
+                s,
+                name=prefix + s.name,
+                component=self.component,
+                tower=(s.tower or self.host.tower) + (number[0] if number else ""),
             )
             for s in self.host.sites(self.module, self.component, self.components)
         )

@@ -78,6 +78,6 @@ def _require(site: Site, adapter: Adapter, form: str) -> None:
     if not hasattr(adapter, form):
         has = [f for f in ("output", "weight", "insert", "attend") if hasattr(adapter, f)]
         raise UnsupportedSite(
-            f"{site.name}: a {type(site).__name__}{'' if getattr(site, 'called', True) else ' that is read, not called,'} needs the "
-            f"{form} form; {type(adapter).__name__} offers {', '.join(has) or 'none'}."
+            f"{site.name}: a {type(site).__name__}{'' if getattr(site, 'called', True) else ' that is read, not called,'} needs "
+            f"the {form} form; {type(adapter).__name__} offers {', '.join(has) or 'none'}."
         )

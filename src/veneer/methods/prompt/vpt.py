@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import TokenSite
@@ -47,7 +47,8 @@ class VPT(Method):
         dropout: on the prompts, 0 to 1.
         project: width of the prompts before a shared-out linear projection to the model's; 0 for none.
     Counts: p·width per block (deep), p·width in all (shallow), plus the projection.
-    Source: Jia et al., Visual Prompt Tuning, ECCV 2022, equations 4 to 8; start U(-v, v), v = sqrt(6 / (channels·patch² + width)).
+    Source: Jia et al., Visual Prompt Tuning, ECCV 2022, equations 4 to 8. Start U(-v, v),
+        v = sqrt(6 / (channels·patch² + width)).
     """
 
     name: ClassVar[str] = "vpt"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import Site, WeightSite
@@ -111,11 +111,13 @@ class LoRA(Method):
 
     def rank_at(self, role: str) -> int:
         """The rank at a role."""
-        return next((r for p, r in reversed(self.ranks.items()) if _means(p, role)), self.rank)
+        return next((r for p, r in reversed(tuple(self.ranks.items())) if _means(p, role)), self.rank)
 
     def alpha_at(self, role: str) -> float:
         """The alpha at a role."""
-        return next((a for p, a in reversed(self.alphas.items()) if _means(p, role)), self.alpha or float(self.rank_at(role)))
+        return next(
+            (a for p, a in reversed(tuple(self.alphas.items())) if _means(p, role)), self.alpha or float(self.rank_at(role))
+        )
 
     def scaling_at(self, role: str) -> float:
         """s at a role."""
@@ -130,7 +132,9 @@ class LoRA(Method):
         """
         rank = self.rank_at(site.role)
         if rank % site.groups:
-            raise ValueError(f"rank {rank} must divide by the convolution's {site.groups} groups; give ranks={{'{site.role}': …}}")
+            raise ValueError(
+                f"rank {rank} must divide by the convolution's {site.groups} groups; give ranks={{'{site.role}': …}}"
+            )
         adapter = LoRAAdapter(site, rank, self.scaling_at(site.role), self.dropout)
         if self.init == "gaussian":
             nn.init.normal_(adapter.down, std=1 / rank)

@@ -42,8 +42,8 @@ class BitFit(Method):
     Layers without a bias are passed over (a new bias would be another method). A key bias shifts all logits of a query alike, so
     attention ignores it: it is counted, as in the paper, and does nothing.
     Counts: the number of biases; ViT-B/16 102,912, SD 1.5 UNet 343,684.
-    Source: Ben Zaken, Ravfogel, Goldberg, BitFit, ACL 2022, section 3. Deviation: a delta on frozen biases in the place of unfrozen
-    ones, so that it detaches, scales and combines; the function class is the same.
+    Source: Ben Zaken, Ravfogel, Goldberg, BitFit, ACL 2022, section 3. Deviation: a delta on frozen biases in place of
+    unfrozen ones, so that it detaches, scales and combines; the function class is the same.
     """
 
     name: ClassVar[str] = "bitfit"

@@ -1,0 +1,71 @@
+"""How a seam applies an adapter's forms: blending with strength, casting, row slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .method import Adapter
+
+
+def blend(adapter: Adapter, form: Callable[..., Tensor], before: Tensor, *inputs: Tensor) -> Tensor:
+    """`before + strength * (form(*inputs, before) - before)`; exactly `before` at strength 0 and `form(…)` at strength 1."""
+    after = form(*inputs, before)
+    if adapter.blends:
+        return after.to(before.dtype)
+    return torch.lerp(before, after.to(before.dtype), adapter.strength.to(before.dtype))
+
+
+def dtype_of(adapter: nn.Module) -> torch.dtype | None:
+    """The dtype of an adapter's first parameter, or None if it has none."""
+    return next((p.dtype for p in adapter.parameters()), None)
+
+
+def cast(x: Tensor, adapter: nn.Module) -> Tensor:
+    """`x` in the adapter's dtype, unless autocast chooses dtypes or `x` holds ids."""
+    dtype = dtype_of(adapter)
+    if dtype is None or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(dtype)
+
+
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first tensor argument of a module call."""
+    value: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return value
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor of a module's output, which may be a tuple that begins with it."""
+    value: Tensor = output[0] if isinstance(output, tuple) else output
+    return value
+
+
+def by_rows(sites: Sequence[Any], adapters: Any, y: Tensor, dim: int, apply: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """Apply each adapter to its rows of `y` along `dim` and put the pieces together again."""
+    if len(sites) == 1 and getattr(sites[0], "rows", None) is None:
+        return apply(adapters[0], y)
+    pieces, end = [], 0
+    for site, adapter in zip(sites, adapters, strict=True):
+        start, stop = site.rows
+        if start > end:
+            pieces.append(y.narrow(dim, end, start - end))
+        pieces.append(apply(adapter, y.narrow(dim, start, stop - start)))
+        end = stop
+    if end < y.shape[dim]:
+        pieces.append(y.narrow(dim, end, y.shape[dim] - end))
+    return torch.cat(pieces, dim)
+
+
+def base_tensor(tower: nn.Module, path: str, param: str) -> Tensor:
+    """The host's own tensor, also where it is parametrised."""
+    module: Any = tower.get_submodule(path)
+    if parametrize.is_parametrized(module, param):
+        tensor: Tensor = module.parametrizations[param].original
+        return tensor
+    tensor = getattr(module, param)
+    return tensor

@@ -1,0 +1,86 @@
+"""Reading and writing an attachment's tensors: adapters, trained base parameters, norm statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import LoadError
+from .ledger import changed_statistics, lookup, peek
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_state_dict` did with each tensor."""
+
+    used: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+    @property
+    def clean(self) -> bool:
+        """True if nothing is missing, unused or misshapen."""
+        return not (self.missing or self.unused or self.misshapen)
+
+    def __str__(self) -> str:
+        def listed(names: tuple[str, ...]) -> str:
+            return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+        lines = [f"used {len(self.used)} tensors"]
+        for word in ("missing", "unused", "misshapen"):
+            names = getattr(self, word)
+            if names:
+                lines.append(f"{word} {len(names)}: {listed(names)}")
+        return "; ".join(lines)
+
+
+def state_of(attachment: Attachment) -> dict[str, Tensor]:
+    """Everything that training changed, under `site-name:parameter`."""
+    state = {f"{n}:{k}": t.detach() for n, (_, a) in attachment.parts.items() for k, t in a.state_dict().items()}
+    state.update({key: attachment._extra(c, p).detach() for key, (c, p) in attachment.extras.items()})
+    for component, tower in attachment.towers.items():
+        state.update({_name(component, key): buffer for key, buffer in changed_statistics(tower).items()})
+    return state
+
+
+def load_state(attachment: Attachment, state: Mapping[str, Tensor], strict: bool) -> LoadReport:
+    """Copy tensors in, or raise before anything is changed."""
+    targets = dict(_targets(attachment, state))
+    used = [k for k, t in targets.items() if k in state and state[k].shape == t.shape]
+    report = LoadReport(
+        tuple(used),
+        tuple(k for k in targets if k not in state),
+        tuple(k for k in state if k not in targets),
+        tuple(f"{k} {tuple(state[k].shape)} for {tuple(t.shape)}" for k, t in targets.items() if k in state and k not in used),
+    )
+    if strict and not report.clean:
+        raise LoadError(f"'{attachment.name}' ({attachment.method.name}): {report}. Pass strict=False to load what fits.")
+    with torch.no_grad():
+        for key in used:
+            targets[key].copy_(state[key])
+    return report
+
+
+def _targets(attachment: Attachment, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, (_, adapter) in attachment.parts.items():
+        yield from ((f"{name}:{key}", tensor) for key, tensor in adapter.state_dict().items())
+    for key, (component, path) in attachment.extras.items():
+        yield key, attachment._extra(component, path)
+    for component, tower in attachment.towers.items():
+        ledger = peek(tower)
+        for key in ledger.statistics if ledger else ():
+            if _name(component, key) in state:
+                yield _name(component, key), lookup(tower, key)
+
+
+def _name(component: str, key: str) -> str:
+    owner, _, param = key.rpartition(".")
+    return f"{component}.{owner}:{param}" if component else f"{owner}:{param}"
