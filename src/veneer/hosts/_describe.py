@@ -64,13 +64,20 @@ class Part:
             yield self.bias(path, role, tuple(bias.shape), called=called, inert=inert or inert_bias)
 
     def slices(
-        self, path: str, whole: str, names: dict[str, tuple[str, int]], *, called: bool = True, inert_bias: tuple[str, ...] = ()
+        self,
+        path: str,
+        whole: str,
+        names: dict[str, tuple[str, int]],
+        *,
+        called: bool = True,
+        inert: tuple[str, ...] = (),
+        inert_bias: tuple[str, ...] = (),
     ) -> Iterator[Site]:
         """A fused linear: the whole weight under the role `whole`, and row slices of it and of its bias.
 
         Args:
             names: name of each slice, with its role and its number of rows, in order.
-            inert_bias: roles of slices whose bias has no effect.
+            inert: roles of slices that have no effect. `inert_bias`: of slices whose bias has none.
         """
         module = self.module(path)
         shape = geometry(module)
@@ -79,9 +86,11 @@ class Part:
         for name, (role, size) in names.items():
             rows, start = (start, start + size), start + size
             cut: dict[str, Any] = {**shape, "d_out": size}
-            yield WeightSite(name=name, role=role, path=path, rows=rows, called=called, guard=self.guard, **cut, **self.labels)
+            fields: dict[str, Any] = {"rows": rows, "called": called}
+            labels: dict[str, Any] = {**self.labels, "guard": self.guard, "inert": role in inert}
+            yield WeightSite(name=name, role=role, path=path, **fields, **cut, **labels)
             if module.bias is not None:
-                yield self.bias(path, role, (size,), name=name, rows=rows, called=called, inert=role in inert_bias)
+                yield self.bias(path, role, (size,), name=name, inert=role in (*inert, *inert_bias), **fields)
 
     def bias(self, path: str, role: str, shape: tuple[int, ...], *, name: str = "", **fields: Any) -> ParamSite:
         """The bias (or rows of it) of the module at `path`."""
@@ -92,13 +101,13 @@ class Part:
             name=f"{name or path}.bias", role=f"bias.{role}", path=path, param="bias", shape=shape, **fields, **self.labels
         )
 
-    def norm(self, path: str, role: str = "norm", *, inert: bool = False) -> Iterator[Site]:
+    def norm(self, path: str, role: str = "norm", *, inert: bool = False, inert_bias: bool = False) -> Iterator[Site]:
         """Weight and bias of a norm; nothing where it has none or there is no norm."""
         module = self.module(path)
         for param in ("weight", "bias"):
             if isinstance(tensor := getattr(module, param, None), Tensor):
                 if param == "bias":
-                    yield self.bias(path, role, tuple(tensor.shape), inert=inert)
+                    yield self.bias(path, role, tuple(tensor.shape), inert=inert or inert_bias)
                 else:
                     yield self.free(path, param, role, inert=inert)
 

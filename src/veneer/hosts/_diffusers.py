@@ -42,9 +42,10 @@ def attention(part: Part, path: str, index: int) -> Iterator[Site]:
     added = getattr(attn, "added_kv_proj_dim", None)
     for norm in ("group_norm", "norm_cross"):
         yield from part.norm(f"{path}.{norm}")
-    yield from _projections(guarded, path, role, inert_key=_plain_softmax(attn))
+    plain, normed = _plain_softmax(attn), getattr(attn, "norm_k", None) is not None
+    yield from _projections(guarded, path, role, inert_key=plain and not normed)
     for norm in ("norm_q", "norm_k"):
-        yield from part.norm(f"{path}.{norm}", "norm.qk")
+        yield from part.norm(f"{path}.{norm}", "norm.qk", inert_bias=plain and norm == "norm_k")
     if added is not None:
         yield from _added(guarded, path, f"{role}.context")
     yield from part.layer(f"{path}.to_out.0", f"{role}.out")
@@ -57,9 +58,9 @@ def attention(part: Part, path: str, index: int) -> Iterator[Site]:
 
 
 def _plain_softmax(attn: Any) -> bool:
-    """True if a key bias shifts all scores of a query alike: one softmax over these keys only, no norm or rotation of keys."""
+    """True if what is added to all keys shifts all scores of a query alike: one softmax over these keys only, no rotation."""
     linear = "Linear" in type(attn.processor).__name__
-    return getattr(attn, "norm_k", None) is None and getattr(attn, "added_kv_proj_dim", None) is None and not linear
+    return hasattr(attn, "is_cross_attention") and getattr(attn, "added_kv_proj_dim", None) is None and not linear
 
 
 def _projections(part: Part, path: str, role: str, inert_key: bool) -> Iterator[Site]:
@@ -84,7 +85,7 @@ def _added(part: Part, path: str, role: str) -> Iterator[Site]:
     dropped = getattr(attn, "to_add_out", None) is None
     if fused(attn) and getattr(attn, "to_added_qkv", None) is not None:
         rows = {f"{path}.add_{x}_proj": (f"{role}.{x}", getattr(attn, f"add_{x}_proj").out_features) for x in "qkv"}
-        yield from part.slices(f"{path}.to_added_qkv", f"{role}.qkv", rows)
+        yield from part.slices(f"{path}.to_added_qkv", f"{role}.qkv", rows, inert=(f"{role}.q",) if dropped else ())
     else:
         for x in "qkv":
             yield from part.layer(f"{path}.add_{x}_proj", f"{role}.{x}", inert=dropped and x == "q")

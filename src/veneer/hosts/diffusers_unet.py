@@ -88,7 +88,7 @@ def _build(**options: Any) -> nn.Module:
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }  # fmt: skip
     model: Any = UNet2DConditionModel(**{**shape, **options})
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def stages(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -41,7 +41,7 @@ class TimmViT(Host):
         yield from _tokens(part, "", 0, len(vit.blocks) - 1, "tokens.tower")
         for depth in range(len(vit.blocks)):
             yield from _block(part.at(depth=depth), f"blocks.{depth}")
-            yield from _tokens(part.at(depth=depth), f"blocks.{depth}.", depth, depth, "tokens")
+            yield from _tokens(part.at(depth=depth), f"blocks.{depth}.", depth, depth, "tokens.block")
         yield from _head(part)
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
@@ -142,9 +142,9 @@ def _branch(part: Part, at: str, kind: str, norm: str, end: str, scales: tuple[s
 def _attention(part: Part, path: str) -> Iterator[Site]:
     attn, vit = part.module(path), part.model
     read = getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate
-    plain = isinstance(attn.k_norm, nn.Identity) if hasattr(attn, "k_norm") else True
-    # Without a norm or a rotation of keys, a key bias adds the same to all scores of a query, which softmax cancels.
-    inert = ("attn.k",) if plain and getattr(vit, "rope", None) is None else ()
+    # Without a rotation of keys, what is added to all keys adds the same to all scores of a query, which softmax cancels.
+    plain = getattr(vit, "rope", None) is None
+    inert = ("attn.k",) if plain and not _norms_keys(attn) else ()
     yield from part.layer(f"{path}.gate", "attn.gate")
     if getattr(attn, "qkv", None) is not None:
         rows = {f"{path}.{x}": (f"attn.{x}", attn.qkv.out_features // 3) for x in "qkv"}
@@ -159,8 +159,7 @@ def _attention(part: Part, path: str) -> Iterator[Site]:
     }.items():
         if isinstance(getattr(attn, name, None), nn.Parameter):
             yield part.free(path, name, role)
-    for name in ("q_norm", "k_norm"):
-        yield from part.norm(f"{path}.{name}", "norm.qk")
+    yield from _qk_norms(part, path, plain)
     for name, _ in attn.named_parameters(recurse=False):
         if name.startswith("lambda_"):
             yield part.free(path, name, "scale")
@@ -194,8 +193,7 @@ def _fused_block(part: Part, path: str, width: int) -> Iterator[Site]:
     )
     if block.mlp_bias is not None:
         yield part.free(path, "mlp_bias", "bias.mlp.in")
-    for name in ("q_norm", "k_norm"):
-        yield from part.norm(f"{path}.{name}", "norm.qk")
+    yield from _qk_norms(part, path)
     for name, _ in block.named_parameters(recurse=False):
         if name.startswith("lambda_"):
             yield part.free(path, name, "scale")
@@ -236,8 +234,7 @@ def _pool(part: Part, path: str) -> Iterator[Site]:
     yield from part.layer(f"{path}.q", "pool.q")
     rows = {f"{path}.{x}": (f"pool.{x}", pool.kv.out_features // 2) for x in "kv"}
     yield from part.slices(f"{path}.kv", "pool.kv", rows, inert_bias=inert)
-    for name in ("q_norm", "k_norm"):
-        yield from part.norm(f"{path}.{name}", "norm.qk")
+    yield from _qk_norms(part, path)
     yield from part.layer(f"{path}.proj", "pool.out")
     yield from part.norm(f"{path}.norm")
     yield from _mlp(part, f"{path}.mlp", "pool.mlp")

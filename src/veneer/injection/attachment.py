@@ -34,6 +34,7 @@ class Attachment:
         name: unique among the model's attachments. `method`: the config. `where`: the selection as given.
         parts: site name to (site, adapter).
         merged: True while folded into the weights.
+        loaded: what was read, if it came from a file.
     """
 
     def __init__(self, planned: Plan, name: str) -> None:
@@ -46,6 +47,7 @@ class Attachment:
         self.offered = planned.offered
         self.extras: dict[str, tuple[str, str]] = planned.extras
         self.merged = False
+        self.loaded: LoadReport | None = None
         self._seams: list[tuple[str, Seam]] = []
         self._scale, self._on = 1.0, True
         self._before: dict[str, Tensor] = {}
@@ -69,6 +71,8 @@ class Attachment:
             p = self._extra(component, path)
             self._before[key] = p.detach().clone()
             p.requires_grad_(True)
+        for site, adapter in self.parts.values():
+            getattr(adapter, "enter", _nothing)(self.towers[site.component])
 
     def _freeze(self, tower: nn.Module) -> None:
         ledger = open_ledger(tower)
@@ -283,7 +287,7 @@ class Attachment:
         return f"<Attachment '{self.name}': {self.method.name} at {len(self.parts)} sites, scale {self._scale}, {state}>"
 
 
-def _nothing() -> None: ...
+def _nothing(*_: Any) -> None: ...
 
 
 def attach(

@@ -29,5 +29,9 @@ class StateError(VeneerError):
     """A call that does not fit the attachment's state, such as unmerging what is not merged."""
 
 
+class SaveError(VeneerError):
+    """A file that could not be written whole; what was there before is as it was."""
+
+
 class LoadError(VeneerError):
     """A file that does not fit: missing, unused or misshapen tensors, another base, unknown method or version."""

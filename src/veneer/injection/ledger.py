@@ -22,19 +22,19 @@ class Ledger:
         self.attachments: list[Attachment] = []
         self.merged: list[Attachment] = []
         self.requires_grad = {name: p.requires_grad for name, p in tower.named_parameters()}
-        self.statistics = {name: b.detach().clone() for name, b in _statistics(tower)}
+        self.statistics = {name: b.detach().clone() for name, b in statistics(tower)}
 
     def restore(self, tower: nn.Module) -> None:
         """Put flags and statistics back, once nothing is attached."""
         for name, p in tower.named_parameters():
             p.requires_grad_(self.requires_grad.get(name, p.requires_grad))
         with torch.no_grad():
-            for name, buffer in _statistics(tower):
+            for name, buffer in statistics(tower):
                 if name in self.statistics:
                     buffer.copy_(self.statistics[name])
 
 
-def _statistics(tower: nn.Module) -> list[tuple[str, Tensor]]:
+def statistics(tower: nn.Module) -> list[tuple[str, Tensor]]:
     """The buffers that a forward pass in training mode changes."""
     norms = [(n, m) for n, m in tower.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
     return [(f"{n}.{k}" if n else k, b) for n, m in norms for k, b in m.named_buffers(recurse=False)]
@@ -44,7 +44,7 @@ def changed_statistics(tower: nn.Module) -> dict[str, Tensor]:
     """Norm statistics that differ from those at the first attach."""
     ledger = peek(tower)
     before = ledger.statistics if ledger else {}
-    return {name: b.detach() for name, b in _statistics(tower) if name in before and not torch.equal(b, before[name])}
+    return {name: b.detach() for name, b in statistics(tower) if name in before and not torch.equal(b, before[name])}
 
 
 def peek(tower: nn.Module) -> Ledger | None:

@@ -28,6 +28,10 @@ class Adapter(nn.Module):
     The seam blends `y + strength * (output(x, y) - y)`, so that `strength` 0 is the host, exactly, and 1 the adapter,
     exactly. An adapter that already multiplies by `self.strength` (cheaper where the change is a sum) says so with
     `blends = True`.
+
+    An adapter that needs the host's own values, or changes something beside the model (a tokenizer), does so in
+    `enter(tower)`, called when it is attached, and undoes it in `leave()`, called on detach and when an attach fails,
+    also if it never entered.
     """
 
     blends: ClassVar[bool] = False

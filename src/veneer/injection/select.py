@@ -119,8 +119,12 @@ def select(sites: Sequence[S], where: str | Sequence[str], main: frozenset[str],
         if site.depth is not None:
             depths[site.tower] = max(depths[site.tower], site.depth + 1)
     chosen: set[str] = set()
+    names = {s.name for s in sites}
     for text in patterns(where):
         pattern = parse(text)
+        if pattern.name in names:  # files name thousands of sites, each in full
+            chosen.add(pattern.name)
+            continue
         found = [s.name for s in sites if pattern.matches(s, main, depths[s.tower])]
         if strict and not found:
             raise SelectionError(f"where='{text}' matches no site. There are: {offered(sites)}.")

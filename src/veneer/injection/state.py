@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_state_dict` did with each tensor."""
+    """What `load_state_dict` did with each tensor, and remarks of a file's reader, such as where a scale came from."""
 
     used: tuple[str, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     misshapen: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
@@ -39,7 +40,7 @@ class LoadReport:
             names = getattr(self, word)
             if names:
                 lines.append(f"{word} {len(names)}: {listed(names)}")
-        return "; ".join(lines)
+        return "; ".join([*lines, *self.notes])
 
 
 def state_of(attachment: Attachment) -> dict[str, Tensor]:

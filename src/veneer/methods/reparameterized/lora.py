@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import Site, WeightSite
+
+N = TypeVar("N", int, float)
 
 
 class LoRAAdapter(Adapter):
@@ -74,7 +76,8 @@ class LoRA(Method):
     Args:
         rank: columns of B and rows of A, at least 1.
         alpha: numerator of the scale; None means the rank, so that s = 1.
-        ranks, alphas: role pattern to another rank or alpha, such as `{"mlp.*": 4}`; the last match counts.
+        ranks, alphas: role pattern to another rank or alpha, such as `{"mlp.*": 4}`, or the name of a site, such as
+            `{"name:unet.conv_in": 4}`. A site's own name counts before its role, and of role patterns the last that matches.
         rslora: s = alpha / sqrt(rank) instead (rank-stabilised).
         dropout: probability of dropping an input feature of A in training, 0 to 1.
         init: how A is drawn: `kaiming` (uniform, a = sqrt 5) or `gaussian` (standard deviation 1 / rank).
@@ -109,20 +112,18 @@ class LoRA(Method):
         if self.init not in ("kaiming", "gaussian"):
             raise ValueError(f"lora: init must be 'kaiming' or 'gaussian', got {self.init!r}")
 
-    def rank_at(self, role: str) -> int:
-        """The rank at a role."""
-        return next((r for p, r in reversed(tuple(self.ranks.items())) if _means(p, role)), self.rank)
+    def rank_at(self, role: str, name: str = "") -> int:
+        """The rank at a role, or at the site of that role and name."""
+        return _meant(self.ranks, role, name, self.rank)
 
-    def alpha_at(self, role: str) -> float:
-        """The alpha at a role."""
-        return next(
-            (a for p, a in reversed(tuple(self.alphas.items())) if _means(p, role)), self.alpha or float(self.rank_at(role))
-        )
+    def alpha_at(self, role: str, name: str = "") -> float:
+        """The alpha at a role, or at the site of that role and name."""
+        return float(_meant(self.alphas, role, name, self.alpha or self.rank_at(role, name)))
 
-    def scaling_at(self, role: str) -> float:
-        """s at a role."""
-        rank = self.rank_at(role)
-        return self.alpha_at(role) / (math.sqrt(rank) if self.rslora else rank)
+    def scaling_at(self, role: str, name: str = "") -> float:
+        """s at a role, or at the site of that role and name."""
+        rank = self.rank_at(role, name)
+        return self.alpha_at(role, name) / (math.sqrt(rank) if self.rslora else rank)
 
     def build(self, site: WeightSite) -> LoRAAdapter:
         """A and B for one weight.
@@ -130,12 +131,12 @@ class LoRA(Method):
         Raises:
             ValueError: a grouped convolution whose groups do not divide the rank.
         """
-        rank = self.rank_at(site.role)
+        rank = self.rank_at(site.role, site.name)
         if rank % site.groups:
             raise ValueError(
                 f"rank {rank} must divide by the convolution's {site.groups} groups; give ranks={{'{site.role}': …}}"
             )
-        adapter = LoRAAdapter(site, rank, self.scaling_at(site.role), self.dropout)
+        adapter = LoRAAdapter(site, rank, self.scaling_at(site.role, site.name), self.dropout)
         if self.init == "gaussian":
             nn.init.normal_(adapter.down, std=1 / rank)
         elif site.kind == "embedding":
@@ -146,7 +147,7 @@ class LoRA(Method):
 
     def count(self, site: WeightSite) -> int:
         """rank·(d_in·k·k + d_out) / groups, with the groups' kernels counted once each."""
-        rank, kernel = self.rank_at(site.role), math.prod(site.kernel)
+        rank, kernel = self.rank_at(site.role, site.name), math.prod(site.kernel)
         return rank * site.d_in * kernel // site.groups + site.d_out * rank // site.groups
 
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
@@ -158,6 +159,11 @@ class LoRA(Method):
             {"params": [p for k, p in named if k == "down"], "lr_scale": 1.0},
             {"params": [p for k, p in named if k == "up"], "lr_scale": self.up_ratio},
         ]
+
+
+def _meant(values: Mapping[str, N], role: str, name: str, default: N) -> N:
+    own = values.get(f"name:{name}")
+    return own if own is not None else next((v for p, v in reversed(tuple(values.items())) if _means(p, role)), default)
 
 
 def _means(pattern: str, role: str) -> bool:

@@ -1,0 +1,107 @@
+"""New tokens in a tokenizer of transformers, and out of it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+_CLAIMS = "_veneer_claims"
+_FREED = "\ue000freed {}\ue000"  # private-use characters: no prompt holds them
+
+
+def spellings(token: str, vectors: int) -> list[str]:
+    """`<toy>`, `<toy>_1`, …: one token a vector. diffusers' `maybe_convert_prompt` expands the first to all of them."""
+    return [token, *(f"{token}_{i}" for i in range(1, vectors))]
+
+
+def refuse_taken(tokenizer: Any, token: str, vectors: int) -> None:
+    """Check that a token can be added.
+
+    Raises:
+        ValueError: the tokenizer has it, or has a token that would run into its vectors when prompts are expanded.
+    """
+    if not token or token.split() != [token]:
+        raise ValueError(f"token {token!r} is empty or holds white space; choose one like '<toy>'")
+    known = tokenizer.get_vocab()
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    taken = [t for t in spellings(token, vectors + 1) if t in known]
+    if not taken and len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+        taken = [tokenizer.convert_ids_to_tokens(ids)[0]]
+    stem, _, number = token.rpartition("_")
+    if number.isdecimal() and stem in tokenizer.added_tokens_encoder:
+        taken = [*taken, stem]
+    if taken:
+        raise ValueError(f"the tokenizer already has {taken[0]!r}, so {token!r} cannot be a new token; choose another")
+
+
+def claim(tokenizer: Any, names: Sequence[str]) -> list[int]:
+    """Add tokens and give their ids. Towers that share a tokenizer share the tokens; the last `release` removes them.
+
+    Raises:
+        ValueError: the tokenizer turns a token into something else; nothing has been added then.
+    """
+    claims: dict[tuple[str, ...], int] = tokenizer.__dict__.setdefault(_CLAIMS, {})
+    key = tuple(names)
+    if key not in claims:
+        tokenizer.add_tokens(list(names))
+        bad = [n for n in names if not _survives(tokenizer, n, alone=len(names) == 1)]
+        if bad:
+            _remove(tokenizer, names)
+            raise ValueError(f"the tokenizer does not keep {bad[0]!r} whole; choose a token in lower case, like '<toy>'")
+    claims[key] = claims.get(key, 0) + 1
+    ids: list[int] = tokenizer.convert_tokens_to_ids(list(names))
+    return ids
+
+
+def release(tokenizer: Any, names: Sequence[str]) -> None:
+    """Undo one `claim`. Ids of tokens that others added later stay as they are."""
+    claims: dict[tuple[str, ...], int] = tokenizer.__dict__[_CLAIMS]
+    key = tuple(names)
+    claims[key] -= 1
+    if not claims[key]:
+        del claims[key]
+        _remove(tokenizer, names)
+    if not claims:
+        del tokenizer.__dict__[_CLAIMS]
+
+
+def _survives(tokenizer: Any, name: str, alone: bool) -> bool:
+    """True if a prompt with the token gives its id and, where prompts are expanded by name, the name itself."""
+    whole = tokenizer.encode(name, add_special_tokens=False) == [tokenizer.convert_tokens_to_ids(name)]
+    return whole and (alone or tokenizer.tokenize(name) == [name])
+
+
+def _remove(tokenizer: Any, names: Sequence[str]) -> None:
+    backend = getattr(tokenizer, "_tokenizer", None)
+    if backend is None:
+        _remove_slow(tokenizer, names)
+        return
+    state = json.loads(backend.to_str())
+    kept = _without({t["id"]: t["content"] for t in state["added_tokens"]}, names)
+    state["added_tokens"] = [{**t, "content": kept[t["id"]]} for t in state["added_tokens"] if t["id"] in kept]
+    backend.__setstate__(json.dumps(state, ensure_ascii=False).encode())
+
+
+def _remove_slow(tokenizer: Any, names: Sequence[str]) -> None:
+    """For tokenizers written in Python, which keep added tokens in dictionaries and a trie."""
+    added = dict(tokenizer._added_tokens_decoder)
+    kept = _without({i: str(t) for i, t in added.items()}, names)
+    for i, token in added.items():
+        if i not in kept:
+            del tokenizer._added_tokens_decoder[i]
+        elif kept[i] != str(token):
+            tokenizer._added_tokens_decoder[i] = type(token)(kept[i])
+    tokenizer._added_tokens_encoder.clear()
+    tokenizer._added_tokens_encoder.update({str(t): i for i, t in tokenizer._added_tokens_decoder.items()})
+    tokenizer.tokens_trie = type(tokenizer.tokens_trie)()
+    tokenizer._update_trie()
+    tokenizer._update_total_vocab_size()
+
+
+def _without(added: dict[int, str], names: Sequence[str]) -> dict[int, str]:
+    """Added tokens by id without `names`. Below a token that stays, a placeholder keeps the place: ids count up without gaps."""
+    left = {i: (_FREED.format(i) if t in names else t) for i, t in sorted(added.items())}
+    while left and left[max(left)] == _FREED.format(max(left)):
+        del left[max(left)]
+    return left
