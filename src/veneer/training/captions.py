@@ -1,0 +1,178 @@
+"""What a picture is called: from a `.txt` beside it, from `metadata.jsonl`, or from a template; and how that varies while
+training.
+
+A caption file belongs to the picture with the same stem. `metadata.jsonl` has one object a line: `file_name` and `text` (or
+`caption`).
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from veneer.training.photos import DataError, DataWarning
+from veneer.training.seeds import generator
+
+OBJECT_TEMPLATES = (
+    "a photo of {concept}",
+    "a picture of {concept}",
+    "a clear view of {concept}",
+    "{concept} seen from nearby",
+    "{concept} seen from afar",
+    "a snapshot showing {concept}",
+    "a close look at {concept}",
+    "a detailed image of {concept}",
+    "a bright photograph of {concept}",
+    "a dim photograph of {concept}",
+    "{concept} in the middle of the frame",
+    "an ordinary image of {concept}",
+    "here is {concept}",
+    "{concept}, photographed",
+)
+STYLE_TEMPLATES = (
+    "a picture in the style of {concept}",
+    "a painting in the style of {concept}",
+    "a drawing in the style of {concept}",
+    "artwork by {concept}",
+    "a small work in the manner of {concept}",
+    "a large work in the manner of {concept}",
+    "a detail of a work in the style of {concept}",
+    "an image with the look of {concept}",
+)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """How the caption of a sample is made. Pure: the same photo, seed, step and index give the same words.
+
+    Args:
+        concept: what `{concept}` stands for in templates and in written captions, such as `"<toy>"`.
+        prior: the prompt of class pictures that have no caption of their own, such as `"a photo of a toy"`.
+        templates: for photos without a caption; one is drawn per sample.
+        dropout: probability of the empty caption, which teaches the unconditional half of guidance. Decided before all else.
+        tag_dropout: probability of leaving out each comma-separated tag after the first `keep_tokens`.
+        shuffle: the tags after the first `keep_tokens` change places.
+        keep_tokens: tags at the front that always stay where they are.
+
+    Raises:
+        DataError: a probability outside 0 to 1, a negative `keep_tokens`, no template.
+    """
+
+    concept: str = ""
+    prior: str = ""
+    templates: Sequence[str] = ("a photo of {concept}",)
+    dropout: float = 0.0
+    tag_dropout: float = 0.0
+    shuffle: bool = False
+    keep_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "tag_dropout"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise DataError(f"captions: {name} is {getattr(self, name)}; expected a probability from 0 to 1.")
+        if self.keep_tokens < 0:
+            raise DataError(f"captions: keep_tokens is {self.keep_tokens}; expected 0 or more.")
+        if isinstance(self.templates, str) or not self.templates:
+            raise DataError(f'captions: templates is {self.templates!r}; expected a tuple such as ("a photo of {{concept}}",).')
+
+    def lacks(self, written: str | None, is_prior: bool = False) -> bool:
+        """Whether there are no words for such a photo: neither its own caption nor the concept (or the prior prompt) to make
+        one."""
+        if written is not None:
+            return "{concept}" in written and not self.concept
+        return not self.prior if is_prior else not self.concept and any("{concept}" in each for each in self.templates)
+
+    def draw(self, written: str | None, seed: int, step: int, index: int, is_prior: bool = False) -> str:
+        """The caption of sample `index` at `step`; `written` is the photo's own caption, if it has one."""
+        draws = generator(seed, "caption", step, index)
+        dropped, which = torch.rand(2, generator=draws, dtype=torch.float64).tolist()
+        if dropped < self.dropout:
+            return ""
+        if written is None:
+            written = self.prior if is_prior else self.templates[int(which * len(self.templates))]
+        text = written.replace("{concept}", self.concept)
+        return self._retagged(text, draws) if self.shuffle or self.tag_dropout else text
+
+    def _retagged(self, text: str, draws: torch.Generator) -> str:
+        tags = [tag.strip() for tag in text.split(",") if tag.strip()]
+        kept, loose = tags[: self.keep_tokens], tags[self.keep_tokens :]
+        stay = (torch.rand(len(loose), generator=draws, dtype=torch.float64) >= self.tag_dropout).tolist()
+        order = torch.randperm(len(loose), generator=draws).tolist() if self.shuffle else range(len(loose))
+        return ", ".join(kept + [loose[i] for i in order if stay[i]])
+
+
+def mentions(concept: str, caption: str) -> bool:
+    """Whether a caption holds the concept as whole words, in any case, or stands open for it with `{concept}`."""
+    whole = rf"(?<!\w){re.escape(concept)}(?!\w)"
+    return "{concept}" in caption or re.search(whole, caption, re.IGNORECASE) is not None
+
+
+def read_captions(folder: Path, photos: Sequence[Path]) -> dict[Path, str]:
+    """The written captions of `photos`, which lie in `folder`; a `.txt` beside a picture wins over `metadata.jsonl`.
+
+    Lines of a `.txt` are joined by spaces.
+
+    Warns:
+        DataWarning: an empty caption (the photo is treated as having none), or two different ones for one photo.
+
+    Raises:
+        DataError: a broken line, a caption for a file that is not there, two lines for one file, text that is not UTF-8.
+    """
+    table = dict(_metadata(folder))
+    captions = {}
+    for photo in photos:
+        beside = photo.with_suffix(".txt")
+        text = table.get(photo.name)
+        if beside.is_file():
+            own = " ".join(_utf8(beside).split())
+            if text is not None and text != own:
+                warnings.warn(f"{photo}: captions in {beside.name} and metadata.jsonl differ; {beside.name} is used", DataWarning)
+            text = own
+        if text:
+            captions[photo] = text
+        elif text is not None:
+            warnings.warn(f"{photo}: its caption is empty; a template is used instead", DataWarning)
+    return captions
+
+
+def _metadata(folder: Path) -> Iterator[tuple[str, str]]:
+    path = folder / "metadata.jsonl"
+    seen: dict[str, int] = {}
+    for number, line in enumerate(_utf8(path).split("\n") if path.is_file() else (), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        name, text = _entry(line, where)
+        if name in seen:
+            raise DataError(f"{where}: {name!r} has a caption on line {seen[name]} already; expected one line a picture.")
+        target = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not target.is_file():
+            raise DataError(f"{where}: a caption for {name!r}, which is not in {folder}. Correct file_name, or remove the line.")
+        seen[name] = number
+        yield name, text
+
+
+def _entry(line: str, where: str) -> tuple[str, str]:
+    example = '{"file_name": "01.jpg", "text": "a photo of <toy>"}'
+    try:
+        entry = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); expected one object a line, such as {example}.") from error
+    entry = entry if isinstance(entry, dict) else {}
+    name, text = entry.get("file_name"), entry.get("text", entry.get("caption"))
+    if not isinstance(name, str) or not isinstance(text, str) or not name:
+        raise DataError(f"{where}: found {line.strip()[:80]}; expected file_name and text, such as {example}.")
+    return name.removeprefix("./"), " ".join(text.split())
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check permissions.") from error

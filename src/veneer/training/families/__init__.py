@@ -1,0 +1,68 @@
+"""Pipeline families: one file each, found by being here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from .family import BaseModelError, Family, PromptError, Sizes
+
+__all__ = ["BaseModelError", "Family", "PromptError", "Sizes", "check_folder", "families", "family"]
+
+
+def families() -> dict[str, type[Family]]:
+    """File stem → family, in alphabetical order: every subclass of `Family` that a file here defines."""
+    found = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "family"):
+        for value in vars(importlib.import_module(f"{__name__}.{module}")).values():
+            if isinstance(value, type) and issubclass(value, Family) and value.__module__ == f"{__name__}.{module}":
+                found[module] = value
+    return found
+
+
+def family(pipe: Any, **options: Any) -> Family:
+    """The family of a pipeline.
+
+    Args:
+        pipe: a diffusers pipeline.
+        options: of `Family`: `truncate`, `max_tokens`, `guidance`.
+    Raises:
+        BaseModelError: if no family takes the pipeline's class, or a component is missing.
+    """
+    known = families()
+    for kind in known.values():
+        if kind.matches(pipe):
+            return kind(pipe, **options)
+    raise BaseModelError(f"no family for {type(pipe).__name__}. {_there(known)}")
+
+
+def check_folder(folder: Path) -> None:
+    """Say what a saved pipeline lacks for training, before diffusers tries to load it.
+
+    Args:
+        folder: what `save_pretrained` writes: `model_index.json` and one folder a component.
+    Raises:
+        BaseModelError: if there is no readable `model_index.json`, no family for its class, or a component that training needs
+            is not in it or not on disk.
+    """
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        name = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaseModelError(f"{folder} is no diffusers pipeline: its model_index.json cannot be used ({error})") from error
+    known = families()
+    kind = next((kind for kind in known.values() if name in kind.pipelines), None)
+    if kind is None:
+        raise BaseModelError(f"no family for {name} in {folder}. {_there(known)}")
+    missing = [part for part in kind.needs if not (index.get(part) or [None])[0] or not (folder / part).is_dir()]
+    if missing:
+        raise BaseModelError(
+            f"{folder} ({name}) has no {', '.join(missing)}. Training needs {', '.join(kind.needs)}: get the whole base."
+        )
+
+
+def _there(known: dict[str, type[Family]]) -> str:
+    return "There are: " + "; ".join(f"{name} ({', '.join(kind.pipelines)})" for name, kind in known.items()) + "."

@@ -1,0 +1,56 @@
+"""DiT: a transformer conditioned on a class label, in the place of text."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .family import Family, Sizes
+
+
+class DiT(Family):
+    """ε = first half of transformer(x_t, t, class). Source: Peebles & Xie 2023; diffusers `DiTPipeline`.
+
+    A prompt is a class: its name (`pipe.labels`), its number in digits, or "" for the class of no class.
+    """
+
+    pipelines = ("DiTPipeline",)
+    needs = ("vae", "transformer", "scheduler")
+    denoiser = "transformer"
+
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+        """`class_labels` (batch,), int64.
+
+        Raises:
+            ValueError: for a name or number that the base has no class for.
+        """
+        return {"class_labels": torch.tensor([self.label(prompt) for prompt in prompts])}
+
+    def label(self, prompt: str) -> int:
+        """The number of a class; the one after the last stands for no class."""
+        classes = int(self.config.num_embeds_ada_norm)
+        word = prompt.strip()
+        if not word:
+            return classes
+        if word.isdecimal() and int(word) <= classes:
+            return int(word)
+        if word in self.pipe.labels:
+            return int(self.pipe.labels[word])
+        near = get_close_matches(word, self.pipe.labels, n=3, cutoff=0.4) or list(self.pipe.labels)[:5]
+        hint = f" Near: {', '.join(near)}." if near else ""
+        raise ValueError(f"this base has no class {word!r}: give a name it knows, or a number from 0 to {classes - 1}.{hint}")
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
+        """Raises ValueError for latents that are not square, which the transformer cannot put together again."""
+        if noisy.shape[-2] != noisy.shape[-1]:
+            raise ValueError(f"DiT takes square pictures only, got latents of {noisy.shape[-2]}×{noisy.shape[-1]}")
+        output: Tensor = self.tower(
+            self.cast(noisy), timestep=timesteps, class_labels=text["class_labels"].to(noisy.device), return_dict=False
+        )[0]
+        return output[:, : noisy.shape[1]]
+
+    def inputs(self, prompts: list[str]) -> dict[str, Any]:
+        return {"class_labels": [self.label(prompt) for prompt in prompts]}

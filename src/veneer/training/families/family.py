@@ -1,0 +1,269 @@
+"""What training needs to know of a pipeline family: its parts, how it encodes, and how its denoiser is called."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from veneer.injection.errors import VeneerError
+
+from ..objectives import Objective, ObjectiveOptions, from_scheduler
+
+Sizes = Tensor | Sequence[Sequence[int]]
+"""(original height, width, crop top, left, target height, width) of each sample, in pixels."""
+
+
+class BaseModelError(VeneerError):
+    """A pipeline that no family takes, or one that lacks a part."""
+
+
+class PromptError(VeneerError):
+    """A prompt with more tokens than a text encoder takes."""
+
+
+class Family(ABC):
+    """One family of diffusers pipelines. The file is the registration: one subclass a file of `families/`.
+
+    Class attributes:
+        pipelines: pipeline classes it takes (subclasses too), the text-to-image one first.
+        needs: components that must not be None. `denoiser`: the component that is trained.
+        density: timestep density where the options name none. `packing`: latents that make one channel vector of the denoiser.
+
+    Attributes:
+        pipe: the pipeline; its components are used as they are at the time of each call.
+        guidance: guidance fed to guidance-distilled transformers (FLUX.1-dev), else unused.
+        max_tokens: tokens given to T5, or None for the pipeline's default; CLIP takes what its tokenizer says.
+        truncate: what to do with a prompt that is too long: `error`, or `warn` and cut it as the pipeline does.
+    Raises:
+        BaseModelError: if a needed component is missing, or the denoiser takes more than the VAE's latents.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]]
+    denoiser: ClassVar[str]
+    density: ClassVar[str] = "uniform"
+    packing: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        truncate: Literal["error", "warn"] = "error",
+        max_tokens: int | None = None,
+        guidance: float = 3.5,
+    ) -> None:
+        if truncate not in ("error", "warn"):
+            raise ValueError(f"truncate must be 'error' or 'warn', got {truncate!r}")
+        self.pipe = pipe
+        self.truncate = truncate
+        self.max_tokens = max_tokens
+        self.guidance = guidance
+        missing = [name for name in self.needs if getattr(pipe, name, None) is None]
+        if missing:
+            raise BaseModelError(
+                f"{type(pipe).__name__} has no {', '.join(missing)}. Training needs {', '.join(self.needs)}: load a complete "
+                f"base, or give the missing part to from_pretrained({missing[0]}=…)."
+            )
+        channels, latent = self.config.in_channels, self.packing * pipe.vae.config.latent_channels
+        if channels != latent:
+            raise BaseModelError(
+                f"the {self.denoiser} takes {channels} channels and the VAE gives {latent}: this is an inpainting, depth, "
+                "control or editing base, whose extra inputs photos do not have. Use the text-to-image base it comes from."
+            )
+
+    @classmethod
+    def matches(cls, pipe: Any) -> bool:
+        """True if the pipeline's class, or a base of it, is named in `pipelines`."""
+        return any(base.__name__ in cls.pipelines for base in type(pipe).__mro__)
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def tower(self) -> nn.Module:
+        """The UNet or transformer."""
+        tower: nn.Module = getattr(self.pipe, self.denoiser)
+        return tower
+
+    @property
+    def text_towers(self) -> dict[str, nn.Module]:
+        """Component name → text encoder, in the pipeline's order; empty for class-conditional bases."""
+        names = [name for name in self.pipe.components if name.startswith("text_encoder")]
+        return {name: tower for name in sorted(names) if (tower := getattr(self.pipe, name)) is not None}
+
+    @property
+    def config(self) -> Any:
+        """The denoiser's config."""
+        return self.pipe.components[self.denoiser].config
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return int(2 ** (len(self.pipe.vae.config.block_out_channels) - 1))
+
+    @property
+    def multiple(self) -> int:
+        """Sides of pictures must divide by this many pixels: the VAE's factor times the patch, or the UNet's halvings."""
+        halvings = len(self.config.get("block_out_channels", ("",))) - 1
+        return self.vae_factor * int(self.config.get("patch_size", 2**halvings))
+
+    @property
+    def resolution(self) -> int:
+        """The side, in pixels, that the base was trained for."""
+        return self.vae_factor * int(self.config.sample_size)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device and in the type of the denoiser's first floating-point weight."""
+        weight = next(p for p in self.tower.parameters() if p.is_floating_point())
+        return tensor.to(weight.device, weight.dtype)
+
+    def tokens(self, height: int, width: int) -> int:
+        """Latents in 2×2 patches of a picture of that many pixels."""
+        return (height // self.vae_factor // 2) * (width // self.vae_factor // 2)
+
+    def objective(self, options: ObjectiveOptions | None = None) -> Objective:
+        """The objective of the base's scheduler, with this family's density where the options name none."""
+        options = replace(options or ObjectiveOptions(), tokens=self.tokens(self.resolution, self.resolution))
+        return from_scheduler(self.pipe.scheduler, options, self.density)
+
+    # -- pictures -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, std) of the scaled latents: ((μ − shift)·scale, σ·scale), float32, each (batch, channels, height, width).
+
+        Args:
+            pixels: (batch, 3, H, W) in [−1, 1], sides divisible by `multiple`.
+        Raises:
+            ValueError: for sides that do not divide.
+        A VAE that overflows in float16 (`force_upcast`) is run in float32 and put back.
+        """
+        vae = self.pipe.vae
+        if any(side % self.multiple for side in pixels.shape[-2:]):
+            raise ValueError(f"sides must divide by {self.multiple} pixels, got {tuple(pixels.shape[-2:])}")
+        dtype = vae.dtype
+        upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
+        if upcast:
+            vae.to(torch.float32)
+        try:
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        finally:
+            if upcast:
+                vae.to(dtype)
+        shift, scale = self._latent_affine()
+        mean = (posterior.mean.float() - shift) * scale
+        return mean, posterior.std.float() * scale
+
+    def _latent_affine(self) -> tuple[Tensor | float, Tensor | float]:
+        """(shift, scale) of the VAE's config: numbers, or per channel where it has `latents_mean` and `latents_std`."""
+        config = self.pipe.vae.config
+        scale = float(config.get("scaling_factor") or 1.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            device = self.pipe.vae.device
+            return torch.tensor(mean, device=device).view(1, -1, 1, 1), scale / torch.tensor(std, device=device).view(1, -1, 1, 1)
+        return float(config.get("shift_factor") or 0.0), scale
+
+    def latents(self, mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
+        """mean + std·n with n ~ N(0, 1) from a CPU generator; shape and device of `mean`."""
+        return mean + std * torch.randn(mean.shape, generator=generator).to(mean)
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What the denoiser is told of each prompt: named tensors, batch first, equal to the pipeline's own `encode_prompt`.
+
+        Gradients flow into the text encoders and their token tables.
+        Raises:
+            PromptError: if a prompt does not fit and `truncate` is `error`.
+        """
+
+    @property
+    def text_device(self) -> torch.device:
+        """Where the text encoders are; they share one device."""
+        return next(p.device for tower in self.text_towers.values() for p in tower.parameters())
+
+    def limits(self) -> Iterator[tuple[Any, int]]:
+        """(tokenizer, most tokens it may give) for each text encoder in use; every one must be obeyed."""
+        for name in self.text_towers:
+            tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"))
+            yield tokenizer, self.t5_tokens if "T5" in type(tokenizer).__name__ else int(tokenizer.model_max_length)
+
+    @property
+    def t5_tokens(self) -> int:
+        """Tokens that T5 is given: `max_tokens`, or the default of the pipeline's `encode_prompt`."""
+        return self.max_tokens or int(inspect.signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default)
+
+    def prepare(self, prompts: list[str], tokenizer: Any) -> list[str]:
+        """The prompts as they reach a tokenizer: tokens of several vectors spelled out, where the pipeline does so."""
+        convert = getattr(self.pipe, "maybe_convert_prompt", None)
+        return list(convert(prompts, tokenizer)) if convert else prompts
+
+    def check_length(self, prompts: list[str]) -> None:
+        """Raise or warn for prompts with more tokens than an encoder takes, saying how many and what would be lost."""
+        for tokenizer, limit in self.limits():
+            ids = tokenizer(self.prepare(prompts, tokenizer), truncation=False, padding=False, verbose=False).input_ids
+            for prompt, row in zip(prompts, ids, strict=True):
+                if len(row) <= limit:
+                    continue
+                lost = tokenizer.decode(row[limit - 1 : -1])
+                message = f"the prompt {prompt!r} has {len(row)} tokens and the text encoder takes {limit}; {lost!r} does not fit"
+                if self.truncate == "error":
+                    raise PromptError(f"{message}. Shorten it, or use truncate='warn' to train without that part.")
+                warnings.warn(f"{message} and is cut off", stacklevel=3)
+
+    # -- the denoiser -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
+        """The denoiser's raw prediction, in the shape of `noisy`, called exactly as the pipeline's own loop calls it.
+
+        Args:
+            noisy: (batch, channels, height, width), cast to the denoiser's type.
+            timesteps: (batch,), from `Objective.model_input`.
+            text: from `encode_text`.
+            sizes: for bases that are told them; None for uncropped pictures of the latents' own size.
+        """
+
+    def sizes(self, noisy: Tensor, sizes: Sizes | None) -> Tensor:
+        """(batch, 6) float32 on the device of `noisy`: the sizes given, or those of uncropped pictures of the latents' size."""
+        if sizes is None:
+            height, width = (side * self.vae_factor for side in noisy.shape[-2:])
+            sizes = [(height, width, 0, 0, height, width)] * len(noisy)
+        return torch.as_tensor(sizes, dtype=torch.float32, device=noisy.device)
+
+    # -- pictures from the base ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], generators: list[torch.Generator], **settings: Any) -> list[Any]:
+        """Pictures (PIL) from the pipeline's text-to-image class, one for each prompt and generator, in `eval` mode.
+
+        Args:
+            settings: passed on: `num_inference_steps`, `guidance_scale`, `height`, `width`, …
+        """
+        import diffusers
+
+        pipe = self.pipe
+        if "image" in inspect.signature(type(pipe).__call__).parameters:  # it wants a picture to start from
+            pipe = getattr(diffusers, self.pipelines[0]).from_pipe(pipe, torch_dtype=None)  # shares the components
+            pipe.set_progress_bar_config(disable=True)
+        parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        modes = [(module, module.training) for part in parts for module in part.modules()]
+        try:
+            for part in parts:
+                part.eval()
+            return list(pipe(**self.inputs(prompts), generator=generators, **settings).images)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def inputs(self, prompts: list[str]) -> dict[str, Any]:
+        """The pipeline's own arguments for these prompts."""
+        return {"prompt": prompts}

@@ -1,0 +1,284 @@
+"""The training loop: any loss over numbered samples, exact when stopped and resumed, on one process or several.
+
+Every random draw is a function of (seed, step, sample), so the state of a run is its weights, the optimiser, the averaged
+weights, the gradient scale of fp16 and the number of steps done; nothing else is saved because nothing else exists.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from . import optimizers
+from .checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, put
+from .config import TrainConfig, TrainError
+from .divergence import Diverged, LastGood, write_last_good
+from .ema import EMA
+from .gradients import Gradients, LossStep
+from .processes import on_main, share_start
+from .progress import WINDOW, Pace, Progress, peak_memory, reset_peak_memory
+from .stopping import StopFlag
+from .tracking import tracking
+
+__all__ = ["Diverged", "LossStep", "TrainConfig", "TrainError", "TrainResult", "Trainer"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Args:
+        steps: steps done, resumed ones included.
+        losses: mean loss of each of them.
+        seconds: time spent in them, over all parts of the run.
+        peak_memory_bytes: peak memory of this process, on its device.
+        stopped: True if a signal or `Trainer.stop` ended the run before its last step.
+        resumed_from: steps that a checkpoint brought; 0 for a fresh run.
+        checkpoint: the newest checkpoint written or read, or None.
+        warnings: what went wrong without ending the run, such as a checkpoint that did not fit on the disk.
+    """
+
+    steps: int
+    losses: list[float]
+    seconds: float
+    peak_memory_bytes: int
+    stopped: bool
+    resumed_from: int = 0
+    checkpoint: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains some tensors by a loss over numbered samples.
+
+    Args:
+        config: the settings.
+        groups: parameter groups, `{"params": [...], "lr_scale": 1.0, "name": "unet"}`.
+        loss_step: `loss_step(step, rows)` gives the mean loss over the samples `rows` of step `step`, a scalar with a graph.
+            `rows` are positions in the step's batch, 0 … `config.samples - 1`; (step, row) names a sample in the run, whatever
+            the number of processes. It must draw random numbers from (seed, step, row) only; torch's global generator is
+            seeded with (seed, step, first row) before each call, for dropout. It runs under autocast.
+        named: every trainable tensor by name, and other tensors that training changes (batch statistics). What checkpoints
+            hold; the parameters among them are averaged.
+        folder: where checkpoints and records go; None for none of both.
+        identity: further settings that a resumed run must share (method, digests of the pictures), as JSON values.
+        accelerator: device, processes; one is made if none is given. The tensors must be on its device.
+        on_step: called after each step with a `Progress`, on the main process.
+        on_preview: called with the steps done, every `config.preview_every`, on the main process with the averaged weights
+            in place if there are any.
+
+    Raises:
+        TrainError: a parameter that `named` lacks, that needs no gradient or is not float32.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        groups: Sequence[optimizers.Group],
+        loss_step: LossStep,
+        named: Mapping[str, Tensor],
+        folder: Path | None = None,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        accelerator: Accelerator | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+        on_preview: Callable[[int], None] | None = None,
+    ) -> None:
+        self.config, self.on_step, self.on_preview = config, on_step, on_preview
+        self.accelerator = accelerator or Accelerator()
+        lists = [list(group["params"]) for group in groups]
+        groups = [{**group, "params": params} for group, params in zip(groups, lists, strict=True)]
+        self.parameters = [parameter for params in lists for parameter in params]
+        self.named = dict(named)
+        self.trained = _check(self.parameters, self.named)
+        self.optimizer = optimizers.build(config.optimizer, groups, config.learning_rate, config.weight_decay)
+        self.gradients = Gradients(config, self.accelerator, loss_step, self.parameters, self.optimizer)
+        self.ema = EMA(self.trained, config.ema, config.ema_warmup) if config.ema else None
+        self.folder = None if folder is None else Path(folder)
+        shares = [
+            [g.get("name"), g.get("lr_scale", 1.0), g.get("weight_decay"), len(p)] for g, p in zip(groups, lists, strict=True)
+        ]
+        settings = {**config.identity(), "groups": shares, **(identity or {})}
+        self.checkpoints = None if folder is None else Checkpoints(Path(folder), settings, config.keep_checkpoints)
+        self.step, self.losses, self.seconds = 0, list[float](), 0.0
+        self._resumed_from, self._saved, self._warnings = 0, -1, list[str]()
+        self._stop = StopFlag()
+        self._good = LastGood(self._tensors())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.accelerator.device
+
+    def stop(self) -> None:
+        """Ask the run to end after the current step, with a checkpoint; safe from any thread and from callbacks."""
+        self._stop.requested = True
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Context with the averaged weights in place; without EMA it changes nothing."""
+        return self.ema.swapped() if self.ema else nullcontext()
+
+    def fit(self, resume: bool = False, accept: Collection[str] = ()) -> TrainResult:
+        """Train to the last step, or until SIGINT, SIGTERM or `stop`: then the step is finished and a checkpoint written.
+
+        A second SIGINT ends at once. A checkpoint that cannot be written is a `CheckpointWarning`, not the end of the run.
+
+        Args:
+            resume: go on from the newest intact checkpoint in `folder`, bitwise as if never stopped; from the start if none.
+            accept: settings that may differ from the checkpoint's, such as `learning_rate`; an optimiser of another kind
+                starts afresh.
+
+        Raises:
+            CheckpointError: the checkpoints are another run's, or all damaged; or there are some and `resume` is False.
+            Diverged: a loss or gradient is not finite. The weights of the last finite loss are put back first.
+        """
+        self._start(resume, accept)
+        reset_peak_memory(self.device)
+        pace = Pace()
+        with tracking(self.config.tracker, self.folder, asdict(self.config), self.step) as record, self._stop:
+            stopping = False
+            while self.step < self.config.steps and not stopping:
+                began = time.monotonic()
+                stopping, norm = self._advance()
+                self.seconds += time.monotonic() - began
+                self._tell(norm, pace, record)
+                self._keep(stopping)
+        return self._result(stopped=self.step < self.config.steps)
+
+    def _start(self, resume: bool, accept: Collection[str]) -> None:
+        if self.checkpoints is not None:
+            state = on_main(self.accelerator, lambda: self._find(resume, accept))
+            if state is not None:
+                self._restore(state)
+        share_start(self.accelerator, self._tensors())
+
+    def _find(self, resume: bool, accept: Collection[str]) -> State | None:
+        assert self.checkpoints is not None
+        self.checkpoints.clean()
+        if resume:
+            return self.checkpoints.newest(accept)
+        if steps := self.checkpoints.steps():
+            raise CheckpointError(
+                f"{self.checkpoints.folder} holds a run of {steps[-1]} steps: resume it, delete its checkpoints, or choose "
+                "another folder"
+            )
+        return None
+
+    def _advance(self) -> tuple[bool, float]:
+        """One optimiser step: (is a stop asked for, gradient norm)."""
+        step = self.step
+        rate = optimizers.base_rate(self.config.optimizer, self.config.learning_rate) * self.config.rate(step)
+        optimizers.set_rates(self.optimizer, rate)
+        loss, stop, norm = self.gradients.compute(step, self._stop.requested)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}", rate, self._good.restore(step))
+        if self.gradients.fatal(norm):
+            raise self._diverged(f"the gradient's norm is {norm}", rate, step)
+        self._good.take(step)
+        self.gradients.apply(norm)
+        if self.ema:
+            self.ema.update(step)
+        self.losses.append(loss)
+        self.step += 1
+        return stop, norm
+
+    def _diverged(self, why: str, rate: float, kept: int) -> Diverged:
+        self.gradients.clear()
+        file, newest = None, None
+        if self.folder is not None and self.accelerator.is_main_process:
+            file = write_last_good(self.folder, self.named)
+        if self.checkpoints is not None and (steps := self.checkpoints.steps()):
+            newest = self.checkpoints.path(steps[-1])
+        return Diverged(self.step, why, rate, kept, file, newest)
+
+    def _tell(self, norm: float, pace: Pace, record: Callable[[Mapping[str, float], int], None]) -> None:
+        config, recent = self.config, self.losses[-WINDOW:]
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        left, memory = pace.left(config.steps - self.step), peak_memory(self.device)
+        smoothed = sum(recent) / len(recent)
+        event = Progress(self.step, config.steps, recent[-1], smoothed, rate, norm, self.seconds, left, memory)
+        if not self.accelerator.is_main_process:
+            return
+        if self.step % config.log_every == 0 or self.step == config.steps:
+            record({"loss": event.loss, "loss_smoothed": smoothed, "learning_rate": rate, "gradient_norm": norm}, self.step)
+        if self.on_step:
+            self.on_step(event)
+        if self.on_preview and config.preview_every and self.step % config.preview_every == 0:
+            with self.averaged(), torch.no_grad():
+                self.on_preview(self.step)
+
+    def _keep(self, stopping: bool) -> None:
+        """Write a checkpoint if one is due: at its interval, at the end if there is an interval, and when stopping."""
+        every = self.config.checkpoint_every
+        due = every and (self.step % every == 0 or self.step == self.config.steps)
+        checkpoints = self.checkpoints
+        if checkpoints is None or not (due or stopping):
+            return
+        try:
+            on_main(self.accelerator, lambda: checkpoints.save(self._state()))
+            self._saved = self.step
+        except CheckpointError as error:
+            self._warnings.append(str(error))
+            warnings.warn(str(error), CheckpointWarning, stacklevel=3)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.named.values(), *(self.ema.averages.values() if self.ema else ())]
+
+    def _state(self) -> State:
+        state, values = optimizers.pack(self.optimizer, self.trained)
+        tensors = {
+            "weights": self.named,
+            "optimizer": state,
+            "history": {"losses": torch.tensor(self.losses, dtype=torch.float64)},
+        }
+        if self.ema:
+            tensors["ema"] = self.ema.averages
+        scaler = self.gradients.scaler.state_dict()
+        processes = self.accelerator.num_processes
+        return State(self.step, tensors, {"optimizer": values, "scaler": scaler, "seconds": self.seconds, "processes": processes})
+
+    def _restore(self, state: State) -> None:
+        put(self.named, state.tensors["weights"], "weights")
+        optimizers.unpack(self.optimizer, self.trained, state.tensors["optimizer"], state.values["optimizer"])
+        if self.ema:
+            put(self.ema.averages, state.tensors.get("ema", state.tensors["weights"]), "averaged weights")
+        if state.values["scaler"] and self.gradients.scaler.is_enabled():
+            self.gradients.scaler.load_state_dict(state.values["scaler"])
+        self.losses = state.tensors["history"]["losses"].tolist()
+        self.seconds = state.values["seconds"]
+        self.step = self._resumed_from = self._saved = state.step
+
+    def _result(self, stopped: bool) -> TrainResult:
+        newest = None if self.checkpoints is None or self._saved < 0 else self.checkpoints.path(self._saved)
+        memory = peak_memory(self.device)
+        return TrainResult(
+            self.step, list(self.losses), self.seconds, memory, stopped, self._resumed_from, newest, list(self._warnings)
+        )
+
+
+def _check(parameters: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters by name, in the order of `named`; the first name of each counts."""
+    names: dict[int, str] = {}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), name)
+    for index, parameter in enumerate(parameters):
+        name = names.get(id(parameter), "")
+        if not name:
+            raise TrainError(f"parameter {index} of shape {tuple(parameter.shape)} has no name; give it one in `named`")
+        if parameter.dtype != torch.float32 or not parameter.requires_grad:
+            raise TrainError(
+                f"{name} is {parameter.dtype} with requires_grad={parameter.requires_grad}; trainable tensors must be float32 "
+                "and require a gradient, whatever the precision of the rest"
+            )
+    wanted = {id(parameter) for parameter in parameters}
+    return {name: named[name] for key, name in names.items() if key in wanted}

@@ -1,0 +1,200 @@
+"""Figures of a personalisation run: how like the photos, how true to the prompt, how much else has changed.
+
+With unit features `f` of an image model (and `t` of its text model), photos P, and for each prompt and seed the picture g of the
+adapted and b of the base pipeline, made from the same noise:
+
+- **likeness**          mean over p in P of ⟨f(g), f(p)⟩: CLIP-I with a CLIP, DINO with a DINO
+- **nearest**           max over p in P of ⟨f(g), f(p)⟩: near 1 means a photo was copied
+- **prompt likeness**   ⟨f(g), t(prompt)⟩: CLIP-T
+- **drift**             1 − ⟨f(g), f(b)⟩ on prompts that do not name the concept; 0 means nothing else changed
+- **pixel drift**       root mean square of g − b in [0, 1], on the same prompts
+
+Every figure is a mean over pictures (prompts × seeds) with a 95 % t-interval. Base and adapted pictures are paired, so the interval
+of `gain` is that of the paired differences, and is much narrower than the two intervals beside it suggest. Pictures of one prompt are
+treated as independent: with few prompts, the interval speaks of these prompts, not of all that one could ask.
+
+Source: Ruiz et al., DreamBooth, CVPR 2023, section 4.1 (DINO, CLIP-I: mean pairwise cosine of generated and real pictures; CLIP-T).
+Deviation: any feature model; the base's own pictures stand beside; the made-up word can be replaced in the text of CLIP-T (`words`), as
+CLIP does not know it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..injection.errors import VeneerError
+from .features import Features
+from .previews import Pair, replaced
+
+T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+"""97.5 % quantile of Student's t for 1 to 10 degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over `n` pictures with its 95 % interval; None where n is 1 and there is none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.mean:.3f} (n = 1)"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A figure on the adapted pipeline, on the base, and the mean of the paired differences."""
+
+    adapted: Figure
+    base: Figure
+    gain: Figure
+
+    @property
+    def clear(self) -> bool:
+        """True if the whole interval of the gain is above 0."""
+        return self.gain.low is not None and self.gain.low > 0
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """All figures; `prompt_likeness` is None without a text model, the drifts are None without unrelated prompts.
+
+    Attributes:
+        features: the feature model.
+        likeness, nearest, prompt_likeness: see the module.
+        ceiling: likeness of the photos to one another, which no personalisation should be expected to exceed; None for one photo.
+        drift, pixel_drift: on unrelated prompts.
+    """
+
+    features: str
+    likeness: Compared
+    nearest: Compared
+    prompt_likeness: Compared | None
+    ceiling: Figure | None
+    drift: Figure | None
+    pixel_drift: Figure | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{'':18}{'adapted':24}{'base':24}gain"]
+        for name in ("likeness", "nearest", "prompt_likeness"):
+            found: Compared | None = getattr(self, name)
+            if found:
+                lines.append(f"{name.replace('_', ' '):18}{found.adapted!s:24}{found.base!s:24}{found.gain}")
+        for name in ("ceiling", "drift", "pixel_drift"):
+            figure: Figure | None = getattr(self, name)
+            if figure:
+                lines.append(f"{name.replace('_', ' '):18}{figure}")
+        return "\n".join([*lines, f"features: {self.features}; mean and 95 % interval over pictures"])
+
+
+def t_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t, to 0.001: a table to 10, the Cornish-Fisher expansion in 1 / freedom beyond."""
+    if freedom <= len(T_975):
+        return T_975[freedom - 1]
+    z, v = 1.959964, float(freedom)
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + terms[0] / v + terms[1] / v**2 + terms[2] / v**3
+
+
+def figure(values: Sequence[float] | Tensor) -> Figure:
+    """Mean and t-interval: mean ± t(n − 1) · s / √n, with s the sample standard deviation.
+
+    Raises:
+        VeneerError: no values, or one that is not finite.
+    """
+    x = np.asarray([float(v) for v in values], dtype=np.float64)
+    if not len(x) or not np.isfinite(x).all():
+        raise VeneerError(f"metrics: expected finite values, got {x.tolist()[:8]}")
+    mean = float(x.mean())
+    if len(x) == 1:
+        return Figure(mean, None, None, 1)
+    half = t_quantile(len(x) - 1) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return Figure(mean, mean - half, mean + half, len(x))
+
+
+def compared(adapted: Sequence[float] | Tensor, base: Sequence[float] | Tensor) -> Compared:
+    """Figures of two paired samples, and of their differences."""
+    gains = [float(a) - float(b) for a, b in zip(adapted, base, strict=True)]
+    return Compared(figure(adapted), figure(base), figure(gains))
+
+
+def measure(
+    features: Features,
+    photos: Sequence[Image.Image],
+    concept: Sequence[Pair],
+    unrelated: Sequence[Pair] = (),
+    words: Mapping[str, str] | None = None,
+) -> Metrics:
+    """All figures from pictures that are there.
+
+    Args:
+        photos: what was trained on. `concept`: pictures of prompts that name it. `unrelated`: of prompts that do not.
+        words: replacements in a prompt before the text model reads it, such as `{"<toy>": "toy"}`.
+    Raises:
+        VeneerError: no photos or no pictures of the concept.
+    """
+    if not photos or not concept:
+        raise VeneerError(f"metrics: got {len(photos)} photos and {len(concept)} pictures of the concept; expected some of both.")
+    real = features.pictures(photos)
+    adapted, base = (features.pictures([getattr(pair, side) for pair in concept]) for side in ("adapted", "base"))
+    texts = features.texts([replaced(pair.prompt, words or {}) for pair in concept])
+    drifted = drifts(features, unrelated) if unrelated else None
+    return Metrics(
+        features=features.name,
+        likeness=compared(likeness(adapted, real), likeness(base, real)),
+        nearest=compared(nearest(adapted, real), nearest(base, real)),
+        prompt_likeness=None if texts is None else compared(cosine(adapted, texts), cosine(base, texts)),
+        ceiling=ceiling(real) if len(photos) > 1 else None,
+        drift=drifted[0] if drifted else None,
+        pixel_drift=drifted[1] if drifted else None,
+    )
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a_i, b_i⟩ of unit rows, (n,)."""
+    return (a * b).sum(-1)
+
+
+def likeness(pictures: Tensor, photos: Tensor) -> Tensor:
+    """Mean cosine of each picture (n, width) to all photos (m, width), (n,)."""
+    return (pictures @ photos.T).mean(1)
+
+
+def nearest(pictures: Tensor, photos: Tensor) -> Tensor:
+    """Cosine of each picture to its nearest photo, (n,)."""
+    return (pictures @ photos.T).amax(1)
+
+
+def ceiling(photos: Tensor) -> Figure:
+    """Likeness of each photo to the others, photo by photo."""
+    n = len(photos)
+    others = (photos @ photos.T).masked_fill(torch.eye(n, dtype=torch.bool), 0.0)
+    return figure(others.sum(1) / (n - 1))
+
+
+def drifts(features: Features, unrelated: Sequence[Pair]) -> tuple[Figure, Figure]:
+    """(feature drift, pixel drift) over pairs."""
+    adapted, base = (features.pictures([getattr(pair, side) for pair in unrelated]) for side in ("adapted", "base"))
+    return figure(1 - cosine(adapted, base)), figure([pixel_distance(pair.adapted, pair.base) for pair in unrelated])
+
+
+def pixel_distance(a: Image.Image, b: Image.Image) -> float:
+    """Root mean square of the difference of two RGB pictures of one size, in [0, 1]."""
+    x, y = (np.asarray(picture.convert("RGB"), dtype=np.float64) / 255 for picture in (a, b))
+    return float(np.sqrt(np.mean((x - y) ** 2)))

@@ -1,0 +1,271 @@
+"""Guarded reading of pictures: whatever the file holds, either an upright RGB picture or an error that says what to do.
+
+Nothing is decoded before the size that the header claims has been checked, only the formats of `FORMATS` are tried, and a file
+is read once and closed. What was done to a picture on the way (first frame taken, profile not readable) is told in
+`Picture.notes`.
+"""
+
+import codecs
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from veneer.injection.errors import VeneerError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+_EXPECTED = "a PNG, JPEG, WEBP, BMP, TIFF or GIF picture"
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    OverflowError,
+)
+
+
+class DataError(VeneerError, ValueError):
+    """Training data that cannot be used as it is: which files, what was found, what is expected, what to do."""
+
+
+class PhotoError(DataError):
+    """One picture file that cannot be used."""
+
+
+class DataWarning(UserWarning):
+    """Training data that can be used, but probably not as meant."""
+
+
+@dataclass(frozen=True)
+class PhotoLimits:
+    """What is read, and how.
+
+    Args:
+        max_bytes: largest file, in bytes.
+        max_pixels: largest width x height. Pillow's own bomb limit (89 million unless changed) holds as well.
+        max_side: longest side, in pixels.
+        min_side: shortest side, in pixels.
+        max_aspect: longest side over shortest.
+        background: RGB, 0 to 255, on which transparent parts are laid.
+    """
+
+    max_bytes: int = 128 * 2**20
+    max_pixels: int = 80_000_000
+    max_side: int = 20_000
+    min_side: int = 16
+    max_aspect: float = 16.0
+    background: tuple[int, int, int] = (255, 255, 255)
+
+
+class Picture(NamedTuple):
+    """A decoded picture: RGB, its alpha channel (L) unless opaque everywhere, and notes on what was done to it."""
+
+    rgb: Image.Image
+    alpha: Image.Image | None
+    notes: tuple[str, ...]
+
+
+def read_photo(path: str | Path, limits: PhotoLimits = PhotoLimits()) -> Image.Image:
+    """The upright RGB picture in a file; transparent parts on `limits.background`; the first frame of an animation.
+
+    Colours are taken to sRGB by the embedded profile, 16-bit values are divided by 257.
+
+    Warns:
+        DataWarning: something was done that the file's owner may not expect (a first frame taken).
+
+    Raises:
+        PhotoError: not a readable picture within the limits.
+    """
+    return _told(path, decode(read_bytes(path, limits), path, limits)).rgb
+
+
+def read_mask(path: str | Path, limits: PhotoLimits = PhotoLimits()) -> Image.Image:
+    """A mask (mode L; white or opaque is kept): the file's alpha channel if it has one, else its brightness.
+
+    Raises:
+        PhotoError: not a readable picture within the limits, or black everywhere, so that nothing would be learnt.
+    """
+    return mask_of(_told(path, decode(read_bytes(path, limits), path, limits)), path)
+
+
+def mask_of(picture: Picture, path: str | Path) -> Image.Image:
+    """The mask that a decoded file means; see `read_mask`."""
+    mask = picture.alpha or picture.rgb.convert("L")
+    if mask.getextrema()[1] == 0:
+        raise _refusal(
+            path, "the mask is black everywhere", "a mask with white where the subject is", "Paint it, or remove the file."
+        )
+    return mask
+
+
+def read_bytes(path: str | Path, limits: PhotoLimits) -> bytes:
+    """The content of a regular file of at most `limits.max_bytes`, read once; PhotoError otherwise."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            found = "a broken link" if path.is_symlink() else "not a regular file" if path.exists() else "no such file"
+            raise _refusal(path, found, _EXPECTED, "Check the name.")
+        with path.open("rb") as file:
+            data = file.read(limits.max_bytes + 1)
+    except OSError as error:
+        raise _refusal(path, f"it cannot be opened ({error.strerror or error})", _EXPECTED, "Check permissions.") from error
+    if not data:
+        raise _refusal(path, "the file is empty", _EXPECTED, "Copy or download it again.")
+    if len(data) > limits.max_bytes:
+        found = f"more than {limits.max_bytes:,} bytes"
+        raise _refusal(path, found, f"at most {limits.max_bytes:,} bytes", "Save it smaller, or raise max_bytes.")
+    return data
+
+
+def decode(data: bytes, path: str | Path, limits: PhotoLimits = PhotoLimits()) -> Picture:
+    """The picture in `data`; `path` is only the name in messages. Raises PhotoError as `read_photo` does; never warns."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")  # Pillow's remarks become notes that name the file
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(image, path, limits)
+                picture = _upright(image, path, limits)
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _refusal(path, str(error), f"at most {limits.max_pixels:,} pixels", "Save it smaller.") from error
+    except UnidentifiedImageError as error:
+        found, remedy = _recognised(data)
+        raise _refusal(path, found, _EXPECTED, remedy) from error
+    except _DECODER_ERRORS as error:
+        raise _refusal(path, f"damaged or cut off ({error})", _EXPECTED, "Copy, download or export it again.") from error
+    except MemoryError as error:
+        raise _refusal(path, "more pixels than memory holds", _EXPECTED, "Save it smaller.") from error
+    remarks = tuple(str(each.message) for each in caught if not issubclass(each.category, DeprecationWarning))
+    return picture._replace(notes=picture.notes + remarks)
+
+
+def _told(path: str | Path, picture: Picture) -> Picture:
+    for note in picture.notes:
+        warnings.warn(f"{path}: {note}", DataWarning, stacklevel=3)
+    return picture
+
+
+def _refusal(path: str | Path, found: str, expected: str, remedy: str) -> PhotoError:
+    return PhotoError(f"{path}: {found}; expected {expected}. {remedy}")
+
+
+def _check_size(image: Image.Image, path: str | Path, limits: PhotoLimits) -> None:
+    """Refuse by the header alone: no pixel has been decoded yet."""
+    width, height = image.size
+    long, short = max(image.size), max(1, min(image.size))
+    found = f"{width:,} x {height:,} pixels"
+    if short < limits.min_side:
+        raise _refusal(path, found, f"sides of at least {limits.min_side}", "Use a larger picture.")
+    if long > limits.max_side or width * height > limits.max_pixels:
+        expected = f"sides of at most {limits.max_side:,} and {limits.max_pixels:,} pixels in all"
+        raise _refusal(path, found, expected, "Save it smaller, or raise max_side and max_pixels.")
+    if long > limits.max_aspect * short:
+        raise _refusal(
+            path, found, f"at most {limits.max_aspect:g} times as long as wide", "Cut out the part that shows the subject."
+        )
+
+
+def _upright(image: Image.Image, path: str | Path, limits: PhotoLimits) -> Picture:
+    notes = []
+    if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a phone's JPEG with a preview inside
+        notes.append("holds several frames or pages; only the first is used")
+    image.load()
+    profile = image.info.get("icc_profile")
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I"):
+        turned = _eight_bit(turned, path)
+    if turned.mode == "F":
+        raise _refusal(path, "floating-point values without a stated range", "8 or 16 bits a channel", "Export it as PNG.")
+    alpha = None
+    if turned.has_transparency_data:
+        turned = turned.convert("RGBA")
+        alpha = turned.getchannel("A")
+        if alpha.getextrema()[0] == 255:
+            alpha = None
+        elif alpha.getextrema()[1] == 0:
+            raise _refusal(path, "fully transparent", "something to see", "Export it with its background.")
+    rgb, note = _srgb(turned, profile)
+    if alpha is not None:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, limits.background), alpha)
+    return Picture(rgb, alpha, (*notes, *note))
+
+
+def _eight_bit(image: Image.Image, path: str | Path) -> Image.Image:
+    """16-bit grey to 8 bits by scaling (65535 -> 255): Pillow's own conversion clips everything above 255 to white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise _refusal(path, "32-bit values without a stated range", "8 or 16 bits a channel", "Export it as PNG.")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, tuple[str, ...]]:
+    """RGB in sRGB, through the embedded profile where there is one (CMYK from a printer's file, Display P3 from a phone)."""
+    if image.mode not in ("RGB", "CMYK", "L"):
+        image = image.convert("RGB")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(source).lower():
+                converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                assert converted is not None  # it is None only for inPlace=True
+                return converted, ()
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            return image.convert("RGB"), ("its colour profile cannot be used; colours are taken as sRGB",)
+    return image.convert("RGB"), ()
+
+
+def _recognised(data: bytes) -> tuple[str, str]:
+    """What an unreadable file is, and what to do about it."""
+    head = data[:512].lstrip().lower()
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        return "a HEIC picture", "Export it as JPEG (on an iPhone: Settings, Camera, Formats, Most Compatible)."
+    for start, name in _SIGNATURES.items():
+        if data.startswith(start) or brand == start:
+            return name, "Copy or download it again." if name.startswith("a damaged") else "Export it as PNG or JPEG."
+    if brand:
+        return "a video or an unknown picture of that family", "Export a frame as PNG or JPEG."
+    if b"<svg" in head:
+        return "an SVG drawing", "Export it as PNG."
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "a web page", "The download gave an error page; download the picture itself."
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer", "Run `git lfs pull`."
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data[:200])  # forgives a letter cut in two
+        if "\0" not in text:
+            return f"text ({text[:30]!r})", "It is not a picture; remove or replace it."
+    except UnicodeDecodeError:
+        pass
+    return f"unknown data (it starts with {data[:8].hex(' ')})", "Export it as PNG or JPEG."
+
+
+_SIGNATURES = {
+    b"avif": "an AVIF picture",
+    b"avis": "an AVIF sequence",
+    b"\x89PNG": "a damaged PNG",
+    b"\xff\xd8\xff": "a damaged JPEG",
+    b"GIF8": "a damaged GIF",
+    b"RIFF": "a damaged WEBP (or a sound or video file)",
+    b"BM": "a damaged BMP",
+    b"II*\0": "a damaged TIFF or a camera's raw file",
+    b"MM\0*": "a damaged TIFF or a camera's raw file",
+    b"\xff\x0a": "a JPEG XL picture",
+    b"\0\0\0\x0cJXL ": "a JPEG XL picture",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000 picture",
+    b"8BPS": "a Photoshop document",
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive",
+}

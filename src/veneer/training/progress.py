@@ -1,0 +1,119 @@
+"""What a run tells while it runs: one event a step, and a line that shows it on a terminal or in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+import torch
+
+WINDOW = 50
+"""Steps that the smoothed loss and the time left are averaged over."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state of a run after a step.
+
+    Args:
+        step, steps: steps done, and steps in the whole run.
+        loss: mean loss of this step, over all processes.
+        smoothed: mean loss of the last 50 steps.
+        learning_rate: of the first parameter group, in this step.
+        gradient_norm: L2 norm of the whole gradient before clipping; infinite in a step that fp16 had to skip.
+        seconds: training time so far, resumed parts included.
+        seconds_left: estimate from the last 50 steps of this process; None after the first.
+        memory_bytes: peak memory of this process, on its device.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    smoothed: float
+    learning_rate: float
+    gradient_norm: float
+    seconds: float
+    seconds_left: float | None
+    memory_bytes: int
+
+    def __str__(self) -> str:
+        left = "" if self.seconds_left is None else f"  {clock(self.seconds_left)} left"
+        return (
+            f"step {self.step}/{self.steps}  loss {self.smoothed:.4f}  lr {self.learning_rate:.2e}"
+            f"{left}  {self.memory_bytes / 2**30:.1f} GiB"
+        )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class ProgressLine:
+    """Shows events: one line that rewrites itself on a terminal, else a line of its own now and then.
+
+    Args:
+        stream: where to write; standard error if none is given.
+        seconds: at least so long between two lines in a log (terminals: 0.1 s). The first and last step are always shown.
+    """
+
+    def __init__(self, stream: TextIO | None = None, seconds: float = 10.0) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.terminal = self.stream.isatty()
+        self.seconds = 0.1 if self.terminal else seconds
+        self._shown: float | None = None
+        self._width = 0
+
+    def __call__(self, progress: Progress) -> None:
+        now, last = time.monotonic(), progress.step == progress.steps
+        if self._shown is not None and now - self._shown < self.seconds and not last:
+            return
+        self._shown = now
+        text = str(progress)
+        if self.terminal:
+            self.stream.write(f"\r{text.ljust(self._width)}" + ("\n" if last else ""))
+            self._width = len(text)
+        else:
+            self.stream.write(f"{text}\n")
+        self.stream.flush()
+
+
+class Pace:
+    """Estimates the time left from the last `WINDOW` steps; `clock` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ends: deque[float] = deque(maxlen=WINDOW + 1)
+
+    def left(self, steps: int) -> float | None:
+        """Note the end of a step, and give the seconds that `steps` more will take; None after the first step."""
+        self._ends.append(self._clock())
+        if len(self._ends) < 2:
+            return None
+        return steps * (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start the peak of `peak_memory` anew, where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on a CUDA device, driver memory on MPS, resident memory of the process on a CPU (0 if unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

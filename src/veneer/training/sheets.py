@@ -1,0 +1,217 @@
+"""Sheets: pictures in rows with captions on one page, and the before-after sheet of a run."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..injection.errors import VeneerError
+from .previews import Pair
+
+INK, GREY, LINE, PAPER = (24, 24, 27), (113, 113, 122), (212, 212, 216), (255, 255, 255)
+MARGIN, GAP, WIDE_GAP = 24, 6, 22
+LIKE = {"×": "x", "–": "-", "—": "-", "→": "->", "ß": "ss", "ø": "o", "Ø": "O", "æ": "ae", "œ": "oe", "ł": "l", "€": "EUR"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a sheet.
+
+    Args:
+        label: shown above the pictures; long ones are wrapped.
+        groups: pictures, in groups that are set apart (base | adapted). A None leaves its place empty.
+    """
+
+    label: str
+    groups: tuple[tuple[Image.Image | None, ...], ...]
+
+
+def sheet(
+    rows: Sequence[Row], *, title: str = "", note: str = "", columns: Sequence[str] = (), footer: str = "", cell: int = 192
+) -> Image.Image:
+    """A page of pictures: title, note, then row by row its label and pictures; column heads above every group.
+
+    Args:
+        columns: heads of the groups, above the first row in which there are as many groups.
+        footer: lines; runs of two and more spaces separate columns, which are set below one another.
+        cell: side of a picture's place in pixels. Pictures keep their aspect and fill it, enlarged if they are small.
+    Raises:
+        VeneerError: no pictures.
+    """
+    if not any(picture for row in rows for group in row.groups for picture in group):
+        raise VeneerError("sheet: no pictures.")
+    width = max(300, *(_width(row, cell) for row in rows)) + 2 * MARGIN
+    page = _Page(width)
+    page.text(title, 24, INK)
+    page.text(note, 14, GREY)
+    page.y += GAP
+    headed = False
+    for row in rows:
+        if columns and not headed and len(row.groups) == len(columns):
+            page.heads(row, columns, cell)
+            headed = True
+        page.text(row.label, 16, INK)
+        page.pictures(row, cell)
+    page.table(footer, 14, GREY)
+    return page.image()
+
+
+def before_after(
+    photos: Sequence[Image.Image],
+    pairs: Sequence[Pair],
+    *,
+    title: str = "",
+    note: str = "",
+    footer: str = "",
+    heads: tuple[str, str] = ("base", "with the adapter"),
+    cell: int = 192,
+    shown: int = 6,
+) -> Image.Image:
+    """The sheet of a run: the photos on top, then for each prompt the base's pictures beside the adapted ones, same seeds in order.
+
+    Args:
+        shown: photos shown at most.
+        footer: such as `str(metrics)`.
+    """
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+    grouped = {prompt: [pair for pair in pairs if pair.prompt == prompt] for prompt in prompts}
+    rows = [Row(p, (tuple(x.base for x in found), tuple(x.adapted for x in found))) for p, found in grouped.items()]
+    if photos:
+        more = f" ({shown} of {len(photos)})" if len(photos) > shown else ""
+        rows.insert(0, Row(f"photos{more}", (tuple(photos[:shown]),)))
+    return sheet(rows, title=title, note=note, columns=heads, footer=footer, cell=cell)
+
+
+def fitted(picture: Image.Image, cell: int) -> Image.Image:
+    """A picture scaled to fit a square, with Lanczos up and down: at 64 px to 192 px it reads better than bare pixels."""
+    factor = cell / max(picture.size)
+    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def _width(row: Row, cell: int) -> int:
+    pictures = sum(len(group) for group in row.groups)
+    return pictures * (cell + GAP) - GAP * len(row.groups) + WIDE_GAP * (len(row.groups) - 1)
+
+
+class _Page:
+    """Grows downwards: pieces with their places, drawn at the end when the height is known."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.y = width, MARGIN
+        self.pieces: list[tuple[int, int, Image.Image]] = []
+
+    def text(self, words: str, size: int, colour: tuple[int, int, int]) -> None:
+        """Lines of text, wrapped at the page's width."""
+        if not words:
+            return
+        for line in _plain(words).splitlines():
+            for part in _wrapped(line, size, self.width - 2 * MARGIN):
+                self.pieces.append((MARGIN, self.y, _written(part, size, colour)))
+                self.y += int(size * 1.4)
+        self.y += size // 2
+
+    def table(self, words: str, size: int, colour: tuple[int, int, int]) -> None:
+        """Lines whose cells are set apart by two and more spaces, in columns; lines of one cell are plain text."""
+        rows = [re.split(r"\s{2,}", line) for line in _plain(words).splitlines()]
+        table = [row for row in rows if len(row) > 1]
+        columns = max((len(row) for row in table), default=0)
+        widths = [max(_length(row[i], size) if i < len(row) else 0 for row in table) + 2 * size for i in range(columns)]
+        for row in rows:
+            if len(row) == 1:
+                self.text(row[0], size, colour)
+                continue
+            for i, cell in enumerate(row):
+                self.pieces.append((MARGIN + sum(widths[:i]), self.y, _written(cell, size, colour)))
+            self.y += int(size * 1.5)
+
+    def heads(self, row: Row, columns: Sequence[str], cell: int) -> None:
+        """Column heads over a rule, each as wide as its group."""
+        self.y += 8
+        for x, width, word in zip(*_spans(row, cell), columns, strict=True):
+            self.pieces.append((x, self.y, _written(_cut(_plain(word), 18, width), 18, INK)))
+            self.pieces.append((x, self.y + 28, Image.new("RGB", (width, 2), LINE)))
+        self.y += 38
+
+    def pictures(self, row: Row, cell: int) -> None:
+        """The groups of a row, side by side, all in places of one size; the row is as high as its highest picture."""
+        high = 0
+        for x, group in zip(_spans(row, cell)[0], row.groups, strict=True):
+            for i, picture in enumerate(group):
+                if picture is not None:
+                    small = fitted(picture, cell)
+                    self.pieces.append((x + i * (cell + GAP) + (cell - small.width) // 2, self.y, small))
+                    high = max(high, small.height)
+        self.y += high + 16
+
+    def image(self) -> Image.Image:
+        page = Image.new("RGB", (self.width, self.y + MARGIN // 2), PAPER)
+        for x, y, piece in self.pieces:
+            page.paste(piece, (x, y))
+        return page
+
+
+def _spans(row: Row, cell: int) -> tuple[list[int], list[int]]:
+    """Left edges and widths of the groups."""
+    lefts, widths, x = [], [], MARGIN
+    for group in row.groups:
+        width = len(group) * (cell + GAP) - GAP
+        lefts.append(x)
+        widths.append(width)
+        x += width + WIDE_GAP
+    return lefts, widths
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+@cache
+def _shown(character: str) -> str:
+    """A character, or what Pillow's built-in font (ASCII and a few marks) can show in its place; `?` where there is nothing like it."""
+    font = _font(16)
+    if character.isascii() or bytes(font.getmask(character)) != bytes(font.getmask("\uffff")):
+        return character
+    bare = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return LIKE.get(character) or bare or "?"
+
+
+def _plain(words: str) -> str:
+    return "".join(map(_shown, words))
+
+
+def _length(words: str, size: int) -> int:
+    return int(_font(size).getlength(words)) + 1
+
+
+def _written(words: str, size: int, colour: tuple[int, int, int]) -> Image.Image:
+    image = Image.new("RGB", (max(1, _length(words, size)), int(size * 1.35)), PAPER)
+    ImageDraw.Draw(image).text((0, 0), words, colour, _font(size))
+    return image
+
+
+def _cut(words: str, size: int, width: int) -> str:
+    if _length(words, size) <= width:
+        return words
+    while words and _length(words + "…", size) > width:
+        words = words[:-1]
+    return words + "…"
+
+
+def _wrapped(line: str, size: int, width: int) -> list[str]:
+    if _length(line, size) <= width:
+        return [line]
+    lines, current = [], ""
+    for word in line.split(" "):
+        longer = f"{current} {word}" if current else word
+        if _length(longer, size) <= width:
+            current = longer
+        else:
+            lines += [current] if current else []
+            current = _cut(word, size, width)
+    return [*lines, current]

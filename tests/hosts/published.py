@@ -1,0 +1,104 @@
+"""Hyper-parameters of published models, built on the meta device: real names, shapes and counts without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
+SD21: dict[str, Any] = {
+    "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "sample_size": 96, "use_linear_projection": True,
+    "upcast_attention": True,
+}  # fmt: skip
+SDXL: dict[str, Any] = {
+    "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2, "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+SD3_MEDIUM: dict[str, Any] = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}  # fmt: skip
+FLUX_DEV: dict[str, Any] = {
+    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
+    "axes_dims_rope": [16, 56, 56],
+}  # fmt: skip
+PIXART_ALPHA: dict[str, Any] = {
+    "sample_size": 128, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,
+    "cross_attention_dim": 1152, "patch_size": 2, "caption_channels": 4096, "norm_type": "ada_norm_single",
+}  # fmt: skip
+DIT_XL_2: dict[str, Any] = {
+    "sample_size": 32, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,
+    "patch_size": 2, "num_embeds_ada_norm": 1000,
+}  # fmt: skip
+CLIP_L: dict[str, Any] = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "max_position_embeddings": 77, "projection_dim": 768, "hidden_act": "quick_gelu",
+}  # fmt: skip
+CLIP_B: dict[str, Any] = {
+    **CLIP_L, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "projection_dim": 512,
+}  # fmt: skip
+CLIP_BIGG: dict[str, Any] = {
+    **CLIP_L, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+    "projection_dim": 1280, "hidden_act": "gelu",
+}  # fmt: skip
+T5_XXL: dict[str, Any] = {
+    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+
+
+def _diffusers(cls: str, config: dict[str, Any]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import diffusers
+
+        return getattr(diffusers, cls)(**config)
+
+    return build
+
+
+def _transformers(cls: str, config_cls: str, config: dict[str, Any]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        return getattr(transformers, cls)(getattr(transformers, config_cls)(**config))
+
+    return build
+
+
+def _timm(architecture: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(architecture, pretrained=False)
+
+    return build
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "sd15": _diffusers("UNet2DConditionModel", SD15),
+    "sd21": _diffusers("UNet2DConditionModel", SD21),
+    "sdxl": _diffusers("UNet2DConditionModel", SDXL),
+    "sd3_medium": _diffusers("SD3Transformer2DModel", SD3_MEDIUM),
+    "flux_dev": _diffusers("FluxTransformer2DModel", FLUX_DEV),
+    "pixart_alpha": _diffusers("PixArtTransformer2DModel", PIXART_ALPHA),
+    "dit_xl_2": _diffusers("DiTTransformer2DModel", DIT_XL_2),
+    "clip_l": _transformers("CLIPTextModel", "CLIPTextConfig", CLIP_L),
+    "clip_b": _transformers("CLIPTextModel", "CLIPTextConfig", CLIP_B),
+    "clip_bigg": _transformers("CLIPTextModelWithProjection", "CLIPTextConfig", CLIP_BIGG),
+    "t5_xxl": _transformers("T5EncoderModel", "T5Config", T5_XXL),
+    "vit_b": _timm("vit_base_patch16_224"),
+}
+
+
+def build(name: str) -> nn.Module:
+    """A published model on the meta device."""
+    with torch.device("meta"):
+        return BUILDERS[name]()

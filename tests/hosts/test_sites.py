@@ -1,0 +1,289 @@
+"""What every host promises of its sites, on real models: they resolve, fit, fire, cover every parameter, and are alive."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from veneer.injection.registry import host_of
+from veneer.injection.sites import (
+    AttentionSite,
+    BranchSite,
+    FeatureSite,
+    ParamSite,
+    PixelSite,
+    Port,
+    ResidualSite,
+    StreamSite,
+    TokenSite,
+    VocabularySite,
+    WeightSite,
+)
+
+from .cases import ALL, TINY, build, case, outputs
+
+PROJECTIONS = {
+    f"{kind}.{x}" for kind in ("attn", "xattn", "attn.context", "xattn.context") for x in ("q", "k", "v", "out", "qkv")
+}
+WEIGHTS = PROJECTIONS | {
+    "xattn.kv", "attn.gate", "mlp.in", "mlp.out", "mlp.gate", "mlp.in_gate", "mlp.conv", "mlp.context.in", "mlp.context.out",
+    "single.in", "single.out", "proj.in", "proj.out", "conv.res", "conv.sample", "conv.io", "conv.patch", "conv.stem", "time.res",
+    "time.embed", "class.embed", "adaln", "embed.patch", "embed.context", "embed.token", "embed.position", "head", "pool.q",
+    "pool.k", "pool.v", "pool.kv", "pool.out", "pool.mlp.in", "pool.mlp.out",
+}  # fmt: skip
+PARAMS = {
+    "norm", "norm.qk", "scale", "adaln.table", "embed.class", "embed.distil", "embed.register", "embed.position", "embed.pool",
+    "other",
+    "bias.norm", "bias.norm.qk", *(f"bias.{role}" for role in WEIGHTS),
+}  # fmt: skip
+ROLES: dict[type, set[str]] = {
+    WeightSite: WEIGHTS,
+    ParamSite: PARAMS,
+    BranchSite: {"attn", "xattn", "mlp", "attn.context", "mlp.context", "single"},
+    StreamSite: {"block"},
+    TokenSite: {"tokens.block", "tokens.tower"},
+    AttentionSite: {"attn.processor", "xattn.processor"},
+    VocabularySite: {"vocabulary"},
+    PixelSite: {"pixels"},
+    FeatureSite: {"features"},
+    ResidualSite: {"residual"},
+}
+every = pytest.mark.parametrize(("host", "key"), ALL, ids=[f"{h}-{k}" for h, k in ALL])
+
+
+@every
+def test_exactly_one_host_matches(host: str, key: str) -> None:
+    assert host_of(case(host, key).model).name == host
+
+
+@every
+def test_names_are_unique_and_plain(host: str, key: str) -> None:
+    names = [s.name for s in case(host, key).sites]
+    assert [n for n, count in Counter(names).items() if count > 1] == []
+    assert [n for n in names if not n or ":" in n or "/" in n] == []
+
+
+@every
+def test_roles_and_labels_are_canonical(host: str, key: str) -> None:
+    found = case(host, key)
+    assert [(s.name, s.role) for s in found.sites if s.role not in ROLES[type(s)]] == []
+    assert {s.tower for s in found.sites} == {found.host.tower}
+    depths = sorted({s.depth for s in found.sites if s.depth is not None})
+    assert depths == list(range(len(depths)))
+
+
+@every
+def test_weights_resolve_with_their_shapes(host: str, key: str) -> None:
+    found = case(host, key)
+    for site in found.sites:
+        if not isinstance(site, WeightSite):
+            continue
+        module = found.model.get_submodule(site.path)
+        weight = getattr(module, site.param)
+        assert not list(module.children()), f"{site.name} is a container"
+        rows = slice(*site.rows) if site.rows else slice(None)
+        assert tuple(weight[rows].shape) == site.weight_shape, site.name
+        kind = {"linear": nn.Linear, "conv": nn.Conv2d, "embedding": nn.Embedding}[site.kind]
+        assert isinstance(module, kind), site.name
+        if site.kind == "conv":
+            geometry = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+            assert geometry == (site.kernel, site.stride, site.padding, site.dilation, site.groups)
+
+
+@every
+def test_called_is_what_tracing_shows(host: str, key: str) -> None:
+    found = case(host, key)
+    weights = [s for s in found.sites if isinstance(s, WeightSite)]
+    assert [(s.name, s.called) for s in weights if found.called(s.path) != s.called] == []
+    for site in weights:
+        if site.called:
+            x, y = found.tensors[site.path, "in"], found.tensors[site.path, "out"]
+            dim = 1 if site.kind == "conv" else -1
+            whole = site if site.rows is None else next(s for s in weights if s.path == site.path and s.rows is None)
+            assert y.shape[dim] == whole.d_out, site.name
+            assert site.kind == "embedding" or x.shape[dim] == site.d_in, site.name
+
+
+@every
+def test_sites_are_in_the_order_of_the_forward_pass(host: str, key: str) -> None:
+    found = case(host, key)
+    paths = [_owner(found.model, s.path) for s in found.sites if isinstance(s, WeightSite) and s.called]
+    paths = list(dict.fromkeys(paths))
+    assert paths == sorted(paths, key=lambda path: found.order[path, "in"])
+
+
+def _owner(model: nn.Module, path: str) -> str:
+    """Processors and embedders differ in the order in which they call their own layers; the modules themselves are in order."""
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        above = ".".join(parts[:end])
+        if hasattr(model.get_submodule(above), "get_processor") or parts[end - 1] in ("pool", "time_embedding"):
+            return above
+    return path
+
+
+@every
+def test_a_called_bias_is_added_last_along_its_dimension(host: str, key: str) -> None:
+    found = case(host, key)
+    for site in found.sites:
+        if not isinstance(site, ParamSite) or not site.called:
+            continue
+        module = found.model.get_submodule(site.path)
+        parameter, (args, kwargs) = getattr(module, site.param), found.inputs[site.path, "in"]
+        delta = torch.zeros_like(parameter)
+        delta[slice(*site.rows) if site.rows else slice(None)] = torch.linspace(1, 2, site.shape[0], dtype=delta.dtype)
+        with torch.no_grad():
+            before = module(*args, **kwargs)
+            parameter += delta
+            after = module(*args, **kwargs)
+            parameter -= delta
+        shape = [1] * before.dim()
+        shape[site.channel_dim] = -1
+        torch.testing.assert_close(after, before + delta.reshape(shape), msg=site.name)
+
+
+@every
+def test_every_parameter_is_offered_once(host: str, key: str) -> None:
+    found = case(host, key)
+    covered: dict[int, list[tuple[int, int]]] = {}
+    for site in found.sites:
+        if isinstance(site, (WeightSite, ParamSite)) and not getattr(site, "fused", False):
+            tensor = getattr(found.model.get_submodule(site.path), site.param)
+            assert isinstance(tensor, nn.Parameter), site.name
+            if isinstance(site, ParamSite):
+                assert math.prod(site.shape) == tensor[slice(*site.rows) if site.rows else ...].numel(), site.name
+            length = tensor.shape[0] if tensor.dim() else 1
+            covered.setdefault(id(tensor), []).append(site.rows or (0, length))
+    unused = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"} if "fused" in key else set()
+    if key == "unfused":
+        unused = {"to_qkv", "to_kv"}
+    missing = []
+    for name, tensor in found.model.named_parameters():
+        pieces = sorted(covered.get(id(tensor), []))
+        flat = [edge for piece in pieces for edge in piece]
+        if not pieces and unused.isdisjoint(name.split(".")):
+            missing.append(name)
+        elif pieces:
+            assert flat[0] == 0, name
+            assert flat[-1] == (tensor.shape[0] if tensor.dim() else 1), name
+            assert flat[1:-1:2] == flat[2::2], name
+    assert missing == []
+
+
+@every
+def test_fused_weights_are_whole_and_cut_into_slices(host: str, key: str) -> None:
+    found = case(host, key)
+    weights = [s for s in found.sites if isinstance(s, WeightSite)]
+    whole = {s.path for s in weights if s.fused}
+    assert whole == {s.path for s in weights if s.rows is not None}
+    assert all(s.rows is None for s in weights if s.fused)
+    assert max(Counter(s.path for s in weights if s.rows is None).values()) == 1
+
+
+@every
+def test_ports_fire_in_order_and_carry_the_width(host: str, key: str) -> None:
+    found = case(host, key)
+    for site in found.sites:
+        if isinstance(site, (BranchSite, StreamSite, TokenSite)):
+            read, write = _ports(site)
+            assert found.order[read.path, read.side] < found.order[write.path, write.side], site.name
+            dim = 1 if getattr(site, "layout", "NLC") == "NCHW" else -1
+            for port in (read, write):
+                assert found.tensors[port.path, port.side].shape[dim] == site.width, site.name
+        elif isinstance(site, (PixelSite, FeatureSite)):
+            assert (site.port.path, site.port.side) in found.order
+        elif isinstance(site, VocabularySite):
+            assert site.argument in found.inputs[site.ids.path, "in"][1]
+
+
+def _ports(site: BranchSite | StreamSite | TokenSite) -> tuple[Port, Port]:
+    if isinstance(site, BranchSite):
+        return site.read, site.write
+    if isinstance(site, StreamSite):
+        return Port(site.path, "in"), Port(site.path, "out")
+    return site.enter, site.leave
+
+
+@every
+def test_branches_add_to_the_stream(host: str, key: str) -> None:
+    """Zeroing a branch's write port changes the output; it is part of the model and not beside it."""
+    found = case(host, key)
+    inputs = found.host.sample(found.model)
+    with torch.no_grad():
+        before = list(outputs(found.model(**inputs)))
+        for site in found.sites:
+            if isinstance(site, BranchSite):
+                handle = found.model.get_submodule(site.write.path).register_forward_hook(_silence)
+                after = list(outputs(found.model(**inputs)))
+                handle.remove()
+                assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), site.name
+
+
+def _silence(module: nn.Module, args: object, output: object) -> object:
+    return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+
+@every
+def test_inert_is_what_gradients_show(host: str, key: str) -> None:
+    model = build(host, key)
+    found = case(host, key)
+    result = list(outputs(model(**found.host.sample(model))))
+    torch.manual_seed(1)
+    sum((y * torch.randn_like(y)).sum() for y in result).backward()
+    wrong = []
+    for site in found.sites:
+        if isinstance(site, (WeightSite, ParamSite)):
+            grad = getattr(model.get_submodule(site.path), site.param).grad
+            size = 0.0 if grad is None else grad[slice(*site.rows) if site.rows else ...].abs().max().item()
+            # Some softmaxes are computed in single precision, which leaves noise where the true gradient is zero.
+            if (size > 1e-6) if site.inert else (size < 1e-11):
+                wrong.append((site.name, site.inert, size))
+    assert wrong == []
+
+
+@every
+def test_attention_sites_match_their_modules(host: str, key: str) -> None:
+    found = case(host, key)
+    attention = [s for s in found.sites if isinstance(s, AttentionSite)]
+    if hasattr(found.model, "attn_processors"):
+        order = list(found.model.attn_processors)
+        assert {s.path: s.index for s in attention} == {n.removesuffix(".processor"): i for i, n in enumerate(order)}
+    for site in attention:
+        module = found.model.get_submodule(site.path)
+        _, kwargs = found.inputs[site.path, "in"]
+        context = kwargs.get("encoder_hidden_states")
+        assert found.tensors[site.path, "in"].shape[1 if found.tensors[site.path, "in"].dim() == 4 else -1] == site.width
+        assert context is None or context.shape[-1] == site.context_width, site.name
+        assert module.to_q.out_features % site.heads == 0
+        assert hasattr(module, "processor")
+
+
+@every
+def test_sample_is_fixed_and_leaves_the_global_generator_alone(host: str, key: str) -> None:
+    found = case(host, key)
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    first, second = found.host.sample(found.model), found.host.sample(found.model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[name])
+            assert value.dtype == torch.float64 or name in ("input_ids", "class_labels", "timestep")
+            assert name in ("img_ids", "txt_ids") or value.shape[0] == 2
+
+
+@pytest.mark.parametrize(("host", "key"), TINY)
+def test_sample_fits_a_model_in_half_precision(host: str, key: str) -> None:
+    model = build(host, key).to(torch.bfloat16)
+    with torch.no_grad():
+        result = list(outputs(model(**case(host, key).host.sample(model))))
+    assert all(torch.isfinite(y).all() for y in result)
+
+
+@pytest.mark.parametrize(("host", "key"), TINY)
+def test_tiny_models_are_small(host: str, key: str) -> None:
+    assert sum(p.numel() for p in case(host, key).model.parameters()) < 400_000

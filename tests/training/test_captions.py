@@ -1,0 +1,165 @@
+"""Captions: where they come from, how they vary, and what is said when they are wrong."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from veneer.training.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES, Captions, mentions, read_captions
+from veneer.training.photos import DataError, DataWarning
+
+
+@pytest.fixture
+def photos(tmp_path):
+    paths = [tmp_path / f"{name}.png" for name in ("a", "b", "c")]
+    for path in paths:
+        path.write_bytes(b"not looked at here")
+    return paths
+
+
+def lines(folder, *entries):
+    text = "\n".join(entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False) for entry in entries)
+    (folder / "metadata.jsonl").write_text(text + "\n", encoding="utf-8")
+
+
+def test_text_files_and_metadata_together(tmp_path, photos):
+    (tmp_path / "a.txt").write_bytes("\ufeffa photo\r\n of  <toy> in Zürich \n".encode())
+    lines(tmp_path, {"file_name": "b.png", "text": "second\u2028line"}, "", {"file_name": "./c.png", "caption": "third"})
+    found = read_captions(tmp_path, photos)
+    assert found == {photos[0]: "a photo of <toy> in Zürich", photos[1]: "second line", photos[2]: "third"}
+
+
+def test_a_file_without_words_has_no_caption(tmp_path, photos):
+    (tmp_path / "a.txt").write_text(" \n")
+    lines(tmp_path, {"file_name": "b.png", "text": ""})
+    with pytest.warns(DataWarning) as told:
+        assert read_captions(tmp_path, photos) == {}
+    assert [str(each.message).split(":")[0] for each in told] == [str(photos[0]), str(photos[1])]
+
+
+def test_two_captions_that_differ_are_told(tmp_path, photos):
+    (tmp_path / "a.txt").write_text("one")
+    lines(tmp_path, {"file_name": "a.png", "text": "two"})
+    with pytest.warns(DataWarning, match=r"a\.png: captions in a\.txt and metadata\.jsonl differ; a\.txt is used"):
+        assert read_captions(tmp_path, photos) == {photos[0]: "one"}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"file_name": "b.png", "text": ', "line 2: not JSON"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ('["b.png", "words"]', "line 2: found .*expected file_name and text"),
+        ('{"text": "words"}', "line 2: found .*expected file_name and text"),
+        ('{"file_name": "b.png"}', "line 2: found .*expected file_name and text"),
+        ('{"file_name": "b.png", "text": 7}', "line 2: found .*expected file_name and text"),
+        ('{"file_name": "gone.png", "text": "x"}', "line 2: a caption for 'gone.png', which is not in"),
+        ('{"file_name": "../a.png", "text": "x"}', "line 2: a caption for '../a.png', which is not in"),
+        ('{"file_name": "/etc/passwd", "text": "x"}', "line 2: a caption for '/etc/passwd', which is not in"),
+        ('{"file_name": "a.png", "text": "again"}', "line 2: 'a.png' has a caption on line 1 already"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, photos, line, said):
+    lines(tmp_path, {"file_name": "a.png", "text": "fine"}, line)
+    with pytest.raises(DataError, match=rf"metadata\.jsonl, {said}") as caught:
+        read_captions(tmp_path, photos)
+    assert len(str(caught.value)) < 600
+
+
+def test_captions_do_not_reach_out_of_the_folder(tmp_path):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (tmp_path / "a.png").touch()
+    lines(inner, {"file_name": "../a.png", "text": "x"})
+    with pytest.raises(DataError, match=r"a caption for '\.\./a\.png', which is not in .*inner"):
+        read_captions(inner, [])
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path, photos):
+    (tmp_path / "b.txt").write_bytes("Zürich".encode("latin-1"))
+    with pytest.raises(DataError, match=r"b\.txt: not UTF-8 text \(byte 1\)"):
+        read_captions(tmp_path, photos)
+
+
+def draws(captions, written=None, count=400, **options):
+    return [captions.draw(written, 7, step, step % 4, **options) for step in range(count)]
+
+
+def test_a_caption_is_a_pure_function():
+    captions = Captions("<toy>", dropout=0.3, tag_dropout=0.3, shuffle=True, templates=OBJECT_TEMPLATES)
+    forward = [captions.draw("a, b, c, d, e", 1, step, 0) for step in range(50)]
+    backward = [captions.draw("a, b, c, d, e", 1, step, 0) for step in reversed(range(50))]
+    assert forward == backward[::-1]
+    assert len(set(forward)) > 20
+    assert forward != [captions.draw("a, b, c, d, e", 2, step, 0) for step in range(50)]
+    assert forward != [captions.draw("a, b, c, d, e", 1, step, 1) for step in range(50)]
+
+
+def test_templates_stand_in_for_missing_captions():
+    seen = Counter(draws(Captions("<toy>", templates=OBJECT_TEMPLATES), count=1400))
+    assert set(seen) == {each.replace("{concept}", "<toy>") for each in OBJECT_TEMPLATES}
+    assert min(seen.values()) > 50
+    assert draws(Captions("<toy>"), count=1) == ["a photo of <toy>"]
+    assert draws(Captions("<toy>"), "my {concept}, {odd} braces", count=1) == ["my <toy>, {odd} braces"]
+    assert draws(Captions("<toy>", prior="a photo of a toy"), is_prior=True, count=1) == ["a photo of a toy"]
+    assert all(each.count("{concept}") == 1 for each in OBJECT_TEMPLATES + STYLE_TEMPLATES)
+
+
+def test_dropout_has_the_stated_rate_and_comes_first():
+    plain = draws(Captions("<toy>", dropout=0.25), "a, b, c", count=4000)
+    assert 0.22 < plain.count("") / 4000 < 0.28
+    assert set(plain) == {"", "a, b, c"}
+    tagged = draws(Captions("<toy>", dropout=0.25, shuffle=True), "a, b, c", count=4000)
+    assert [each == "" for each in plain] == [each == "" for each in tagged]
+    assert set(draws(Captions("<toy>", dropout=1.0))) == {""}
+    left = Counter(draws(Captions("<toy>", dropout=0.5, templates=("a", "b", "c", "d")), count=4000))
+    assert all(420 < left[each] < 580 for each in "abcd"), "dropout and choice of template hang together"
+
+
+def test_shuffling_keeps_the_first_tags_and_loses_none():
+    seen = draws(Captions(shuffle=True, keep_tokens=2), "one,two , three,four,,five")
+    assert all(each.startswith("one, two, ") for each in seen)
+    assert all(sorted(each.split(", ")) == ["five", "four", "one", "three", "two"] for each in seen)
+    assert len(set(seen)) == 6
+
+
+def test_tag_dropout_has_the_stated_rate_and_keeps_order():
+    seen = draws(Captions(tag_dropout=0.4, keep_tokens=1), "one, two, three, four", count=2000)
+    counts = Counter(tag for each in seen for tag in each.split(", "))
+    assert counts["one"] == 2000
+    assert all(0.56 < counts[tag] / 2000 < 0.64 for tag in ("two", "three", "four"))
+    order = ["one", "two", "three", "four"]
+    assert all(tags == sorted(tags, key=order.index) for tags in (each.split(", ") for each in seen))
+
+
+@pytest.mark.parametrize(
+    ("concept", "caption", "there"),
+    [
+        ("<toy>", "a photo of <toy>", True),
+        ("<toy>", "a photo of {concept}", True),
+        ("<toy>", "a photo of a toy", False),
+        ("cat", "a category of things", False),
+        ("sks dog", "An SKS Dog, running", True),
+        ("a.b", "axb", False),
+    ],
+)
+def test_mentions(concept, caption, there):
+    assert mentions(concept, caption) is there
+
+
+def test_lacks_says_when_there_are_no_words():
+    assert Captions().lacks(None)
+    assert Captions().lacks("a {concept}")
+    assert not Captions().lacks("a dog")
+    assert not Captions(templates=("a dog",)).lacks(None)
+    assert not Captions("<toy>").lacks(None)
+    assert Captions("<toy>").lacks(None, is_prior=True)
+    assert not Captions("<toy>", prior="a toy").lacks(None, is_prior=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dropout": 1.5}, {"tag_dropout": -0.1}, {"keep_tokens": -1}, {"templates": ()}, {"templates": "a"}]
+)
+def test_wrong_options(options):
+    with pytest.raises(DataError, match=f"captions: {next(iter(options))} is .*; expected"):
+        Captions(**options)
