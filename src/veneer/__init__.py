@@ -1,9 +1,9 @@
 """Thin trained layers on frozen vision and diffusion models.
 
-    tuned = veneer.attach(model, "lora", rank=8)    # any timm, transformers or diffusers model, or a whole pipeline
-    ...                                             # any training loop
-    tuned.save("my-adapter")
-    veneer.load(model, "my-adapter.safetensors")
+tuned = veneer.attach(model, "lora", rank=8)    # any timm, transformers or diffusers model, or a whole pipeline
+...                                             # any training loop
+tuned.save("my-adapter")
+veneer.load(model, "my-adapter.safetensors")
 """
 
 from .injection import Attachment, attach, attachments, hosts, methods, sites

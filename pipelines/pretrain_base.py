@@ -1,0 +1,111 @@
+"""Train the shipped bases from scratch: fetch, render, caption, then autoencoder, CLIP, and UNet with its text tower.
+
+Every stage keeps its checkpoint, its log and its samples under the work folder and goes on where it was stopped; run a
+stage alone with `--stage`. The committed weights came from this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from veneer.bases.recipe import autoencoder, clip, diffusion
+from veneer.bases.recipe.compose import draw_scenes
+from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, UNSEEN_SET
+from veneer.bases.recipe.world import World
+
+POOL = 98304
+WATCHED = 192
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How long each stage trains.
+
+    Args:
+        work: folder for everything that is fetched, rendered and trained.
+        stage: one of the stages, or `all`.
+        vae_steps, clip_steps, unet_steps: optimiser steps.
+        unet_decay: steps at the end over which the UNet's rate falls to zero; 0 leaves it constant.
+        muon_lr, adam_lr: the UNet's learning rates, for matrices and for the rest.
+    """
+
+    work: Path
+    stage: str = "all"
+    vae_steps: int = 3000
+    clip_steps: int = 6000
+    unet_steps: int = 16000
+    unet_decay: int = 4000
+    muon_lr: float = 8e-3
+    adam_lr: float = 2e-3
+
+
+def train_vae(world: World, config: PretrainConfig) -> None:
+    """The autoencoder; prints its PSNR on concepts and a style that it never saw."""
+    folder = world.folder / "vae"
+    vae = autoencoder.train(folder, world.pictures, config.vae_steps, batch=32, lr=2e-3)
+    vae.save_pretrained(folder / "model")
+    kept, style = autoencoder.psnr(vae, world.unseen_pictures(512)), autoencoder.psnr(vae, world.unseen_style(512))
+    print(f"vae: {kept:.2f} dB on kept-back concepts, {style:.2f} dB on an unseen style")
+
+
+def train_clip(world: World, config: PretrainConfig) -> None:
+    """The CLIP; prints retrieval of unseen renderings."""
+    names, folder = world.words, world.folder / "clip"
+    parts = clip.split(world.icons, names, CLIP_SETS, UNSEEN_SET)
+    favoured = frozenset([*DRAWN, *KEPT_BACK])
+    model = clip.train(
+        folder, world.icons, names, parts.seen, world.photos, world.tokenizer, config.clip_steps, favoured=favoured
+    )
+    clip.save(model, world.tokenizer, folder / "model")
+    for label, rows, among in (
+        ("unseen renderings, all names", parts.unseen, names),
+        ("unseen renderings, drawn", [r for r in parts.unseen if world.icons.words[r] in DRAWN], list(DRAWN)),
+        ("unseen set, all names", parts.unseen_set, names),
+    ):
+        share = clip.retrieval(model, world.icons, rows, among, world.tokenizer)
+        print(f"clip: {label}: {share:.1%} of {len(rows)} at rank 1 among {len(among)}")
+
+
+def train_unet(world: World, config: PretrainConfig) -> None:
+    """The UNet and its text tower."""
+    vae = AutoencoderKL.from_pretrained(world.folder / "vae" / "model").to(memory_format=torch.channels_last)
+    scenes = draw_scenes(np.random.default_rng(21), world.drawn, POOL)
+    pool = diffusion.encode(vae, world.compositor, scenes, world.folder / "pool.npy")
+    watched = draw_scenes(np.random.default_rng(22), world.drawn, WATCHED)
+    latents = diffusion.encode(vae, world.compositor, watched).latents.astype(np.float32)
+    ids = diffusion.tokenize(world.tokenizer, [world.full_caption(scene) for scene in watched])
+    tokens = world.tokenizer
+    torch.manual_seed(1)
+    model = diffusion.Denoiser(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
+    plan = diffusion.Plan(config.unet_steps, config.unet_decay, muon_lr=config.muon_lr, adam_lr=config.adam_lr)
+    diffusion.train(world.folder / "unet", model, pool, world.caption, tokens, (torch.from_numpy(latents), ids), plan)
+
+
+STAGES: dict[str, Callable[[World, PretrainConfig], None]] = {"vae": train_vae, "clip": train_clip, "unet": train_unet}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stages."""
+    parser = argparse.ArgumentParser(prog="veneer pretrain-base", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for everything fetched, rendered and trained")
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all")
+    for name in ("vae_steps", "clip_steps", "unet_steps", "unet_decay"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(PretrainConfig, name))
+    for name in ("muon_lr", "adam_lr"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(PretrainConfig, name))
+    config = PretrainConfig(**vars(parser.parse_args(arguments)))
+    world = World(config.work)
+    for name, stage in STAGES.items():
+        if config.stage in ("all", name):
+            stage(world, config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Put icons on backgrounds: a small world in which every word of a caption can be checked from the pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .render import Pixels
+
+SIDE = 64
+SIZES: dict[str, int] = {"small": 26, "medium": 38, "large": 52}
+PLACES: dict[str, tuple[int, int]] = {
+    "top left": (-1, -1), "top": (0, -1), "top right": (1, -1),
+    "left": (-1, 0), "center": (0, 0), "right": (1, 0),
+    "bottom left": (-1, 1), "bottom": (0, 1), "bottom right": (1, 1),
+}  # fmt: skip
+"""Place -> the side that it is at, as (x, y), each -1, 0 or 1."""
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "white": (250, 250, 250), "black": (22, 22, 26), "gray": (150, 152, 156), "red": (214, 48, 49),
+    "orange": (242, 140, 40), "yellow": (250, 216, 72), "green": (62, 164, 82), "blue": (44, 96, 208),
+    "sky": (150, 206, 246), "purple": (128, 66, 170), "pink": (246, 160, 196), "brown": (124, 82, 52),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture in words: an icon (its row in `Icons`), its size, place and background colour."""
+
+    icon: int
+    size: str
+    place: str
+    background: str
+
+
+def corner(size: str, place: str) -> tuple[int, int]:
+    """Left and top pixel of the icon's square; 2 pixels of margin stay free."""
+    free = SIDE - 4 - SIZES[size]
+    x, y = PLACES[place]
+    return 2 + free * (x + 1) // 2, 2 + free * (y + 1) // 2
+
+
+class Compositor:
+    """Composes scenes from icons that were resized once for each size."""
+
+    def __init__(self, rgba: Pixels) -> None:
+        self._layers: dict[str, list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]] = {}
+        for size, side in SIZES.items():
+            resized = [premultiplied(Image.fromarray(icon), side) for icon in rgba]
+            self._layers[size] = [(layer[..., :3], 1 - layer[..., 3:] / 255) for layer in resized]
+
+    def __call__(self, scenes: list[Scene]) -> Pixels:
+        """Pictures (n, 64, 64, 3) of the scenes."""
+        out = np.empty((len(scenes), SIDE, SIDE, 3), np.float32)
+        for picture, scene in zip(out, scenes):
+            picture[:] = COLOURS[scene.background]
+            left, top = corner(scene.size, scene.place)
+            colour, rest = self._layers[scene.size][scene.icon]
+            part = picture[top : top + len(colour), left : left + len(colour)]
+            part *= rest
+            part += colour
+        return np.clip(out + 0.5, 0, 255).astype(np.uint8)
+
+
+def premultiplied(icon: Image.Image, side: int) -> npt.NDArray[np.float32]:
+    """The icon at `side` pixels, (side, side, 4) in 0..255, colours multiplied by alpha."""
+    pixels = np.asarray(icon.convert("RGBa").resize((side, side), Image.Resampling.BOX, reducing_gap=None))
+    return pixels.astype(np.float32)
+
+
+def draw_scenes(rng: np.random.Generator, icons: list[int], n: int) -> list[Scene]:
+    """`n` random scenes of the given icons: large things most often, half of all in the center."""
+    sizes, places, colours = list(SIZES), list(PLACES), list(COLOURS)
+    which = rng.choice(icons, n)
+    size = rng.choice(len(sizes), n, p=(0.2, 0.3, 0.5))
+    place = np.where(rng.random(n) < 0.4, places.index("center"), rng.integers(len(places), size=n))
+    colour = np.where(rng.random(n) < 0.15, colours.index("white"), rng.integers(len(colours), size=n))
+    rows = zip(which, size, place, colour)
+    return [Scene(int(w), sizes[s], places[p], colours[c]) for w, s, p, c in rows]
+
+
+def rich_pictures(rng: np.random.Generator, rgba: Pixels, photos: list[Image.Image], n: int) -> Pixels:
+    """`n` pictures beyond flat colours, for the autoencoder and the CLIP.
+
+    A photo crop, a gradient or noise, often with one or two turned, tinted icons on it.
+    """
+    out = np.empty((n, SIDE, SIDE, 3), np.uint8)
+    for i in range(n):
+        canvas = random_canvas(rng, photos)
+        for _ in range(rng.integers(0, 3)):
+            icon = Image.fromarray(rgba[rng.integers(len(rgba))])
+            side = int(rng.integers(18, 76))
+            icon = icon.rotate(float(rng.normal(0, 25)), Image.Resampling.BILINEAR).resize((side, side))
+            canvas.paste(icon, tuple(int(v) for v in rng.integers(-side // 3, SIDE - side // 2, 2)), icon)
+        out[i] = jitter(rng, np.asarray(canvas))
+    return out
+
+
+def random_canvas(rng: np.random.Generator, photos: list[Image.Image]) -> Image.Image:
+    """A background: a photo crop, a flat colour, a gradient or noise."""
+    kind = rng.integers(4)
+    if kind == 0 and photos:
+        return _photo_crop(rng, photos)
+    if kind == 1:
+        return Image.new("RGB", (SIDE, SIDE), tuple(int(v) for v in rng.integers(0, 256, 3)))
+    return _gradient(rng, noisy=kind == 2)
+
+
+def _photo_crop(rng: np.random.Generator, photos: list[Image.Image]) -> Image.Image:
+    photo = photos[rng.integers(len(photos))]
+    side = int(np.exp(rng.uniform(np.log(64), np.log(min(photo.size)))))
+    left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
+    crop = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BOX)
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+
+def _gradient(rng: np.random.Generator, noisy: bool) -> Image.Image:
+    corners = rng.integers(0, 256, (2, 2, 3)).astype(np.uint8)
+    canvas = np.asarray(Image.fromarray(corners).resize((SIDE, SIDE), Image.Resampling.BILINEAR)).astype(np.float32)
+    if noisy:
+        cells = int(rng.integers(4, SIDE))
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8)).resize((SIDE, SIDE))
+        canvas = canvas + (np.asarray(noise).astype(np.float32) - 128) * rng.uniform(0.05, 0.5)
+    return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+
+
+def jitter(rng: np.random.Generator, picture: Pixels, strength: float = 0.25, permute: float = 1 / 6) -> Pixels:
+    """Random brightness, contrast, saturation and, with probability `permute`, a permutation of the colour channels."""
+    x = picture.astype(np.float32) / 255
+    grey = x.mean(-1, keepdims=True)
+    x = grey + (x - grey) * (1 + rng.uniform(-2, 1) * strength)
+    x = (x - 0.5) * (1 + rng.uniform(-1, 1) * strength) + 0.5 + rng.uniform(-1, 1) * strength / 2
+    x = x[..., rng.permutation(3)] if rng.random() < permute else x
+    return np.clip(x * 255, 0, 255).astype(np.uint8)

@@ -1,0 +1,70 @@
+"""What the shipped bases know: which things are drawn, which are kept back, and in which icon sets.
+
+A concept is written `word=emoji name`, or only the name where both agree. Words are single, ordinary nouns where the
+language allows it, because a prompt such as "a <toy>, center, blue background" puts a new word in the same place.
+"""
+
+from __future__ import annotations
+
+STYLES = {"noto": "noto", "flat": "fluent-emoji-flat", "twemoji": "twemoji"}
+"""Style word in captions -> icon set, for the generator. The three agree in outline and differ in shading."""
+
+CLIP_SETS = ("noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji", "twemoji", "emojione")
+UNSEEN_SET = "fxemoji"
+"""Never used in any training: the honest figure for an unseen style."""
+
+_DRAWN = """
+apple=red apple, pear, banana, lemon, cherry=cherries, strawberry, grapes, watermelon, pineapple, tomato, carrot,
+corn=ear of corn, mushroom, eggplant, bread, cheese=cheese wedge, burger=hamburger, fries=french fries, pizza,
+egg=cooking, donut=doughnut, cookie, cake=birthday cake, ice cream=soft ice cream, candy, coffee=hot beverage,
+beer=beer mug, wine=wine glass,
+dog=dog face, cat=cat face, fox, lion, tiger=tiger face, horse=horse face, cow=cow face, pig=pig face,
+mouse=mouse face, rabbit=rabbit face, bear, panda, koala, monkey=monkey face, frog, chick=front-facing baby chick,
+penguin, owl, elephant, turtle, snake, whale=spouting whale, dolphin, fish, crab, butterfly, bee=honeybee,
+ladybug=lady beetle, snail, unicorn, dragon=dragon face,
+rose, sunflower, tulip, tree=deciduous tree, pine tree=evergreen tree, palm tree, cactus, clover=four leaf clover,
+maple leaf,
+sun, moon=crescent moon, star, cloud, rainbow, lightning=high voltage, snowflake, fire, drop=droplet,
+snowman=snowman without snow, volcano, earth=globe showing Americas,
+house, castle, car=automobile, bus, train=locomotive, truck=delivery truck, bicycle, airplane, rocket,
+boat=sailboat, helicopter, tractor,
+ball=soccer ball, basketball, baseball, balloon, gift=wrapped gift, crown, ring, diamond=gem stone, hat=top hat,
+shirt=t-shirt, dress, shoe=running shoe, bag=handbag, backpack, umbrella, key, lock=locked, bell,
+clock=alarm clock, phone=mobile phone, computer=laptop, television, camera, light bulb, candle, book=closed book,
+pencil, scissors, hammer, guitar, trumpet, drum, violin, trophy, dice=game die, heart=red heart, skull, ghost, robot,
+alien, pumpkin=jack-o-lantern, smiley=grinning face, christmas tree, teddy bear
+"""
+
+_KEPT_BACK = """
+octopus, duck, shark, squirrel=chipmunk, rooster, crocodile, avocado, croissant, saxophone, motorcycle, anchor, tent
+"""
+
+
+def _parse(text: str) -> dict[str, str]:
+    pairs = (item.strip().partition("=") for item in " ".join(text.split()).split(","))
+    return {word: name or word for word, _, name in pairs}
+
+
+DRAWN: dict[str, str] = _parse(_DRAWN)
+"""Caption word -> emoji name, for every concept the generator is trained on."""
+
+KEPT_BACK: dict[str, str] = _parse(_KEPT_BACK)
+"""Caption word -> emoji name, for the concepts that the generator never sees: they are there to be taught."""
+
+_NOT_THINGS = (
+    "clock", "o’clock", "thirty", "moon", "globe", "heart", "face", "speaker", "mailbox", "envelope", "tray", "book",
+    "banknote", "chart", "page", "calendar", "medal", "oncoming", "ball", "map", "japan", "tokyo", "card", "note",
+    "locked", "magnifying", "with", "arrow", "button", "sign", "phone", "suit",
+)  # fmt: skip
+
+
+def clip_names(by_group: dict[str, list[str]], sets_with: dict[str, set[str]]) -> dict[str, str]:
+    """Caption word -> emoji name for the CLIP: every drawn and kept-back concept, and other things in five sets or more."""
+    names = {**DRAWN, **KEPT_BACK}
+    taken = set(names.values())
+    for group in ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects"):
+        for name in by_group[group]:
+            plain = not any(part in name.lower() for part in _NOT_THINGS)
+            if plain and name not in taken and name not in names and len(sets_with[name]) >= 5:
+                names[name] = name
+    return names

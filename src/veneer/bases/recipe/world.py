@@ -1,0 +1,110 @@
+"""Everything the three trainings share: icons, photos, tokenizer, and which icons and scenes each of them may see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from . import captions, render
+from .compose import Compositor, Scene, draw_scenes, rich_pictures
+from .concepts import CLIP_SETS, DRAWN, KEPT_BACK, STYLES, UNSEEN_SET
+
+PHOTOS = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "rocket.jpg",
+    "hubble_deep_field.jpg",
+    "brick.png",
+    "gravel.png",
+    "grass.png",
+)
+"""Photos in scikit-image's wheel that are in the public domain or CC0."""
+
+RICH = 6000
+"""Pictures with photos, gradients and turned icons in the autoencoder's pool."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The small world that the bases are trained in; `folder` keeps what was fetched, rendered and trained."""
+
+    folder: Path
+
+    @cached_property
+    def modules(self) -> Path:
+        """The fetched icon packages."""
+        return render.fetch(self.folder)
+
+    @cached_property
+    def icons(self) -> render.Icons:
+        """All rendered icons."""
+        return render.render(self.modules, self.folder / "icons.npz")
+
+    @cached_property
+    def photos(self) -> list[Image.Image]:
+        """Photos for backgrounds."""
+        import skimage
+
+        folder = Path(skimage.__file__).parent / "data"
+        return [Image.open(folder / name).convert("RGB") for name in PHOTOS]
+
+    @cached_property
+    def words(self) -> list[str]:
+        """All names that the CLIP knows, the drawn ones first."""
+        return list(dict.fromkeys([*DRAWN, *KEPT_BACK, *self.icons.words]))
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer, trained at the first use."""
+        path = self.folder / "tokenizer"
+        if not (path / "vocab.json").is_file():
+            return captions.train_tokenizer(captions.corpus(self.modules, self.words, list(STYLES)), path)
+        return CLIPTokenizer.from_pretrained(path)
+
+    @cached_property
+    def compositor(self) -> Compositor:
+        """Composes scenes of any icon."""
+        return Compositor(self.icons.rgba)
+
+    @cached_property
+    def drawn(self) -> list[int]:
+        """Icons that the generator is trained on."""
+        return self.icons.where(set(DRAWN), set(STYLES.values()))
+
+    def style(self, icon: int) -> str:
+        """The style word of an icon of the generator's sets."""
+        return next(word for word, name in STYLES.items() if name == self.icons.sets[icon])
+
+    def caption(self, rng: np.random.Generator, scene: Scene) -> str:
+        """A caption of a scene."""
+        return captions.caption(rng, self.icons.words[scene.icon], scene, self.style(scene.icon))
+
+    def full_caption(self, scene: Scene) -> str:
+        """The caption that says everything."""
+        return captions.full(self.icons.words[scene.icon], scene, self.style(scene.icon))
+
+    @cached_property
+    def _rich(self) -> render.Pixels:
+        seen = [i for i in self.icons.where(sets=set(CLIP_SETS)) if self.icons.words[i] not in KEPT_BACK]
+        return rich_pictures(np.random.default_rng(5), self.icons.rgba[seen], self.photos, RICH)
+
+    def pictures(self, step: int, n: int) -> render.Pixels:
+        """Training pictures of the autoencoder: half scenes, half richer pictures."""
+        rng = np.random.default_rng((7, step))
+        scenes = self.compositor(draw_scenes(rng, self.drawn, n - n // 2))
+        return np.concatenate([scenes, self._rich[rng.integers(len(self._rich), size=n // 2)]])
+
+    def unseen_pictures(self, n: int, sets: set[str] | None = None) -> render.Pixels:
+        """Scenes of kept-back concepts in the generator's styles (or other sets): never trained on."""
+        rows = self.icons.where(set(KEPT_BACK), sets or set(STYLES.values()))
+        return self.compositor(draw_scenes(np.random.default_rng(9), rows, n))
+
+    def unseen_style(self, n: int) -> render.Pixels:
+        """Scenes in the icon set that no training saw."""
+        return self.compositor(draw_scenes(np.random.default_rng(10), self.icons.where(sets={UNSEEN_SET}), n))

@@ -1,0 +1,167 @@
+"""The subject of a check: a method on a small model of a host, with fresh copies, inputs, outputs and comparisons."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..injection.attachment import Attachment, attach
+from ..injection.host import Host
+from ..injection.method import Method
+from ..injection.plan import fits
+from ..injection.probe import tensors
+from ..injection.sites import Site
+from ..injection.towers import Tower
+
+
+@functools.lru_cache(maxsize=None)
+def _built(host: type[Host], model: str) -> nn.Module:
+    """A small model in evaluation mode, seeded, with all parameters moved off their start values (zeros hide mistakes)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built = host().tiny()[model]().eval()
+        with torch.no_grad():
+            for p in built.parameters():
+                p.add_(torch.randn_like(p), alpha=0.05)
+    return built
+
+
+def fresh_model(host: Host, model: str) -> nn.Module:
+    """A new copy of a small model."""
+    return copy.deepcopy(_built(type(host), model))
+
+
+@functools.lru_cache(maxsize=None)
+def _sites(host: type[Host], model: str) -> tuple[Site, ...]:
+    return Tower("", _built(host, model), host(), True).sites
+
+
+def usable_sites(method: Method, host: Host, model: str) -> tuple[Site, ...]:
+    """The sites of a small model that the method builds an adapter for, without whole weights that are offered in slices.
+
+    Raises:
+        ValueError: the method refuses every site that fits its needs, with its last words.
+    """
+    found, refusal = [], None
+    with torch.random.fork_rng(devices=[]):
+        for site in _sites(type(host), model):
+            if fits(method, site) and not getattr(site, "fused", False):
+                try:
+                    method.build(site)
+                except ValueError as error:
+                    refusal = error
+                else:
+                    found.append(site)
+    if refusal and not found:
+        raise refusal
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on a small model, at every site that it can use.
+
+    Args:
+        method: the config. `host`, `model`: which small model. `sites`: those that are adapted.
+        other: another config of the method, for checks that need two attachments.
+    """
+
+    method: Method
+    host: Host
+    model: str
+    sites: tuple[Site, ...]
+    other: Method
+
+    def fresh(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A new copy of the bare model."""
+        return fresh_model(self.host, self.model).to(dtype)
+
+    def attach(self, model: nn.Module, method: Method | None = None, seed: int = 0, **options: Any) -> Attachment:
+        """Attach at every usable site, with fixed draws."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return attach(model, method or self.method, **{"where": self.where, **options})
+
+    def attached(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Attachment]:
+        """A new copy with adapters that have moved off their start values."""
+        model = self.fresh(dtype)
+        attachment = self.attach(model)
+        stir(attachment)
+        return model, attachment
+
+    @property
+    def where(self) -> tuple[str, ...]:
+        """The selection that means exactly `sites`."""
+        return tuple(f"name:{site.name}" for site in self.sites)
+
+    def plain(self, model: nn.Module) -> dict[str, Any]:
+        """Inputs that the bare host understands."""
+        return self.host.sample(model)
+
+    def inputs(self, model: nn.Module, *attachments: Attachment) -> dict[str, Any]:
+        """Inputs that reach the adapters."""
+        inputs = self.plain(model)
+        for attachment in attachments:
+            for _, adapter in attachment.parts.values():
+                amend = getattr(adapter, "sample", None)
+                inputs = amend(inputs) if amend else inputs
+        return inputs
+
+
+def stir(attachment: Attachment, seed: int = 1, size: float = 0.05) -> None:
+    """Move every trained parameter off its value, by fixed draws."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in attachment.parameters():
+            p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=size)
+
+
+def run(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """The model's floating-point outputs, without a graph."""
+    with torch.no_grad():
+        return [t.clone() for t in tensors(model(**inputs))]
+
+
+def loss(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """A scalar that every output element moves by its own amount."""
+    outputs = [t.float() for t in tensors(model(**inputs))]
+    generator = torch.Generator().manual_seed(2)
+    return torch.stack([(t * torch.randn(t.shape, generator=generator)).mean() for t in outputs]).sum()
+
+
+def same(got: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+    """Bitwise equality, or an `AssertionError` that says how far off it is."""
+    if not equal(got, expected):
+        raise AssertionError(f"{what}: expected bitwise equality, largest difference {_distance(got, expected)}")
+
+
+def different(got: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+    """The opposite of `same`."""
+    if equal(got, expected):
+        raise AssertionError(f"{what}: expected another output, got the same one")
+
+
+def equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """True if all tensors are equal."""
+    return len(got) == len(expected) and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def close(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, what: str) -> None:
+    """Largest difference at most `tolerance` times the largest value (or 1), or an `AssertionError`."""
+    scale = max([1.0, *(t.abs().max().item() for t in expected if t.numel())])
+    off = _distance(got, expected)
+    if not off <= tolerance * scale:
+        raise AssertionError(f"{what}: largest difference {off}, allowed {tolerance * scale}")
+
+
+def _distance(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    shapes = [tuple(t.shape) for t in got], [tuple(t.shape) for t in expected]
+    if shapes[0] != shapes[1]:
+        raise AssertionError(f"shapes {shapes[0]}, expected {shapes[1]}")
+    return max([0.0, *((a - b).abs().max().item() for a, b in zip(got, expected, strict=True) if a.numel())])

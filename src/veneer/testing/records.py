@@ -1,0 +1,87 @@
+"""What a check is and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+
+Outcome = Literal["passed", "failed", "expected", "skipped"]
+
+
+class Skip(Exception):
+    """Raised by a check that has nothing to look at, with the reason."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The outcome of one check.
+
+    Args:
+        check: its name. `method` is empty for checks of a host.
+        outcome: `expected` is a failure that was announced; an announced failure that passes is `failed`.
+        reason: why it was skipped or expected. `error`: what was raised.
+    """
+
+    check: str
+    method: str
+    host: str
+    model: str
+    outcome: Outcome
+    reason: str = ""
+    error: Exception | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        subject = "-".join(filter(None, (self.method, self.host, self.model, self.check)))
+        why = self.reason or (f"{type(self.error).__name__}: {self.error}" if self.error else "")
+        return f"{self.outcome:8} {subject}{': ' if why else ''}{why}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check, ready to run on one model.
+
+    Args:
+        name: of the check. `method`, `host`, `model`: its subject; `method` is empty for checks of a host.
+        body: raises on failure, and `Skip` where there is nothing to check.
+    """
+
+    name: str
+    method: str
+    host: str
+    model: str
+    body: Callable[[], None] = field(repr=False)
+
+    @property
+    def id(self) -> str:
+        """`lora-timm_vit-vit-detach`, or `timm_vit-vit-ports` for a host."""
+        return "-".join(filter(None, (self.method, self.host, self.model, self.name)))
+
+    def __call__(self) -> None:
+        """Run with a fixed seed; the global random state is put back afterwards."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body()
+
+    def record(self, expected: Mapping[str, str]) -> Record:
+        """Run and say what came out. `expected` maps patterns of ids or names of checks to reasons."""
+        reason = self.expected(expected)
+        try:
+            self()
+        except Skip as skip:
+            return self._record("skipped", str(skip))
+        except Exception as error:
+            return self._record("expected" if reason else "failed", reason, error)
+        if reason:
+            return self._record("failed", f"passed, though a failure is expected: {reason}")
+        return self._record("passed")
+
+    def expected(self, expected: Mapping[str, str]) -> str:
+        """The reason for which this check is expected to fail, or nothing."""
+        return next((why for pattern, why in expected.items() if pattern == self.name or fnmatchcase(self.id, pattern)), "")
+
+    def _record(self, outcome: Outcome, reason: str = "", error: Exception | None = None) -> Record:
+        return Record(self.name, self.method, self.host, self.model, outcome, reason, error)

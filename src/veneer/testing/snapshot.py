@@ -1,0 +1,83 @@
+"""A picture of everything that an attach could leave behind on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+PLAIN = (bool, int, float, str, bytes, tuple, frozenset, type(None))
+Facts = dict[str, Any]
+
+
+def snapshot(model: nn.Module) -> Facts:
+    """Names, order, types, tensors and their identity, flags, modes, hooks and attributes of every module."""
+    facts: Facts = {"state_dict keys": list(model.state_dict())}
+    facts["global hooks"] = {k: list(v.values()) for k, v in vars(torch_module).items() if _are_hooks(k, v)}
+    facts["modules"] = [name for name, _ in model.named_modules()]
+    for name, module in model.named_modules():
+        facts.update({f"{name or 'the model'}: {key}": value for key, value in _facts(module)})
+    return facts
+
+
+def assert_same(before: Facts, after: Facts, what: str) -> None:
+    """Raise with the first few facts that differ.
+
+    Raises:
+        AssertionError: something was left behind or lost.
+    """
+    found = [key for key in before if key not in after or not _equal(before[key], after[key])]
+    found += [f"{key} (new)" for key in after if key not in before]
+    if found:
+        raise AssertionError(f"{what}: the host is not as before: {'; '.join(found[:5])}")
+
+
+def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield "type", type(module)
+    yield "attributes", list(module.__dict__)
+    for key, value in module.__dict__.items():
+        if key in ("_parameters", "_buffers"):
+            for name, tensor in value.items():
+                yield f"tensor {name}", None if tensor is None else _Kept(tensor)
+            yield f"order of {key}", list(value)
+        elif key == "_modules":
+            yield "children", list(value.items())
+        elif isinstance(value, dict):
+            yield f"attribute {key}", list(value.items())
+        elif isinstance(value, PLAIN):
+            yield f"attribute {key}", value
+        else:
+            yield f"attribute {key}", [value]
+
+
+class _Kept:
+    """A tensor: the object, a copy of its values, and its flag."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.values, self.flag = tensor, tensor.detach().clone(), tensor.requires_grad
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Kept):
+            return False
+        alike = self.tensor is other.tensor and self.flag == other.flag and self.values.dtype == other.values.dtype
+        return alike and torch.equal(self.values, other.values)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Equality of plain values and of the containers above, identity of everything else."""
+    if a is b:
+        return True
+    if isinstance(a, (list, tuple)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(_equal(a[k], b[k]) for k in a)
+    return isinstance(a, (*PLAIN, _Kept)) and bool(a == b)
+
+
+def _are_hooks(name: str, value: Any) -> bool:
+    return name.startswith("_global_") and isinstance(value, dict)
