@@ -1,0 +1,46 @@
+# Every target is enough by itself on a machine with python3 (with venv), pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# One thread a process: test workers and small models only get in each other's way with more.
+test: export OMP_NUM_THREADS := 1
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    teach the shipped base a subject from the example photos (about two minutes on two cores)"
+	@echo "make test    the test suite; WORKERS=$(WORKERS) processes, ARGS='-k lora' for pytest"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   time veneer against the frozen base and peft; ARGS='--size tiny'"
+	@echo "make clean   remove the virtual environment and what tools left behind"
+
+demo: $(VENV)/.installed
+	$(BIN)/veneer personalize $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-peft
+	$(BIN)/python -m veneer.pipelines.bench $(ARGS)
+
+# Editable, so that only a change of pyproject.toml asks for a new installation.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-%: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
