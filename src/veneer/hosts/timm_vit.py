@@ -168,6 +168,16 @@ def _attention(part: Part, path: str) -> Iterator[Site]:
     yield from part.layer(f"{path}.proj", "attn.out")
 
 
+def _norms_keys(attn: Any) -> bool:
+    return not isinstance(getattr(attn, "k_norm", None), (nn.Identity, type(None)))
+
+
+def _qk_norms(part: Part, path: str, plain: bool = True) -> Iterator[Site]:
+    """Norms of queries and keys; under a `plain` softmax the bias of the keys' norm has no effect."""
+    for name in ("q_norm", "k_norm"):
+        yield from part.norm(f"{path}.{name}", "norm.qk", inert_bias=plain and name == "k_norm")
+
+
 def _mlp(part: Part, path: str, role: str = "mlp") -> Iterator[Site]:
     mlp = part.module(path)
     if hasattr(mlp, "gate_last"):
