@@ -1,0 +1,128 @@
+"""Pictures from a base with trained adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import veneer
+from veneer import bases
+from veneer.formats.native import describe
+from veneer.injection.attachment import Attachment
+from veneer.injection.errors import VeneerError
+from veneer.training import targets
+from veneer.training.previews import Preview, PreviewSettings, pairs, previews, save_png
+from veneer.training.sheets import Row, sheet
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What is drawn, by which base, with which adapters.
+
+    Args:
+        prompt: one or more prompts; for DiT class labels.
+        adapter: folders or files, each with an optional strength: `runs/toy-lora` or `runs/toy-lora:0.8`.
+        base: `shipped`, a folder or a hub name; None for the base that the first adapter was trained on.
+        negative: negative prompt; None for the base's usual.
+        count: pictures of each prompt; their seeds count up from `seed`.
+        seed: of the first picture.
+        steps: denoising steps; None for the base's usual.
+        guidance: scale of classifier-free guidance; None for the base's usual.
+        size: height and width in pixels; None for the base's own.
+        without: put the bare base's picture beside each, from the same noise.
+        device: such as `cuda`; None for a GPU if there is one.
+        out: folder for the pictures.
+    """
+
+    prompt: tuple[str, ...]
+    adapter: tuple[str, ...] = ()
+    base: str | None = None
+    negative: str | None = None
+    count: int = 1
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    without: bool = False
+    device: str | None = None
+    out: Path = Path("pictures")
+
+
+def generate(config: GenerateConfig) -> list[Path]:
+    """Draw, and write one PNG a picture with its settings in the metadata; with `without` also `sheet.png`.
+
+    Returns:
+        The files written.
+    Raises:
+        VeneerError: an adapter that is not there or does not fit the base, a prompt that is no class label.
+    """
+    adapters = [parse_adapter(text) for text in config.adapter]
+    base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "shipped")
+    preset = bases.preset(base)
+    pipe = bases.load(base).to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    targets.freeze(pipe)
+    attached = [a for path, scale in adapters for a in _listed(veneer.load(pipe, path, scale=scale))]
+
+    settings = PreviewSettings(
+        seeds=tuple(range(config.seed, config.seed + config.count)),
+        steps=config.steps or preset.inference_steps,
+        guidance=preset.guidance if config.guidance is None else config.guidance,
+        negative=preset.negative if config.negative is None else config.negative,
+        size=config.size,
+        batch=preset.preview_batch,
+    )
+    made = previews(pipe, config.prompt, settings)
+    used = [{"file": str(path), "scale": scale} for path, scale in adapters]
+    config.out.mkdir(parents=True, exist_ok=True)
+    files = [_write(config.out, preview, {"base": base, "adapters": used}) for preview in made]
+    if config.without:
+        files.append(_beside(config, pipe, attached, settings))
+    return files
+
+
+def parse_adapter(text: str) -> tuple[Path, float]:
+    """`PATH` or `PATH:strength`.
+
+    Raises:
+        VeneerError: nothing is there.
+    """
+    path, _, number = text.rpartition(":")
+    try:
+        scale, place = (float(number), Path(path)) if path and not Path(text).exists() else (1.0, Path(text))
+    except ValueError:
+        scale, place = 1.0, Path(text)
+    if not place.exists():
+        raise VeneerError(f"adapter {text!r}: no such file or folder. Expected PATH or PATH:strength, such as runs/toy-lora:0.8.")
+    return place, scale
+
+
+def base_of(path: Path) -> str | None:
+    """The base that a native file says it was trained on."""
+    found = describe(path)
+    return None if found is None else found.get("provenance", {}).get("base")
+
+
+def _listed(loaded: Any) -> list[Attachment]:
+    return list(loaded) if isinstance(loaded, (list, tuple)) else [loaded]
+
+
+def _write(folder: Path, preview: Preview, more: dict[str, Any]) -> Path:
+    """The first free `NAME-SEED.png`."""
+    words = "-".join("".join(c if c.isalnum() else " " for c in preview.prompt).split())[:60] or "picture"
+    stem = folder / f"{words}-{preview.seed}"
+    path, number = stem.with_suffix(".png"), 1
+    while path.exists():
+        number += 1
+        path = stem.with_name(f"{stem.name}-{number}.png")
+    return save_png(preview.image, path, {**preview.settings, **more})
+
+
+def _beside(config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings) -> Path:
+    found = pairs(pipe, attached, config.prompt, settings)
+    rows = [Row(f"{pair.prompt}, seed {pair.seed}", ((pair.base,), (pair.adapted,))) for pair in found]
+    picture = sheet(rows, columns=("without", "with"))
+    facts = {"prompts": list(config.prompt), "adapters": list(config.adapter), "seed": config.seed}
+    return save_png(picture, config.out / "sheet.png", facts)

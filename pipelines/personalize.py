@@ -1,0 +1,170 @@
+"""Teach a diffusion base a subject or style from a few photos."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from veneer.training.preflight import preflight
+
+from veneer import bases
+from veneer.injection.attachment import Attachment
+from veneer.injection.errors import VeneerError
+from veneer.training import targets
+from veneer.training.cache import Cache
+from veneer.training.captions import Captions
+from veneer.training.dataset import PhotoDataset
+from veneer.training.denoising import DenoisingLoss, LossOptions
+from veneer.training.families import Family, family
+from veneer.training.folder import Photo, find_photos
+from veneer.training.loop import Trainer
+from veneer.training.outcome import Run, write_outcome, write_preview
+from veneer.training.personal import PersonalizeConfig
+from veneer.training.prior import base_digest, prior_pictures
+from veneer.training.processes import on_main
+from veneer.training.progress import ProgressLine
+
+__all__ = ["PersonalizeConfig", "personalize"]
+
+
+def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = None) -> Path:
+    """Train, and write `adapter.safetensors`, `pytorch_lora_weights.safetensors`, `learned_embeds.safetensors` (as methods give
+    them), `before_after.png` and `result.json`.
+
+    Returns:
+        The folder with the results.
+    Raises:
+        VeneerError: what was given cannot work; nothing has been trained then.
+        Diverged: the loss is no longer finite; the last good weights are in the folder.
+    """
+    accelerator = accelerator or Accelerator()
+    config = on_main(accelerator, config.completed)
+    out = _folder(config)
+    photos = find_photos(config.photos or "", concept=config.concept)
+    pipe = bases.load(config.base).to(accelerator.device)
+    targets.freeze(pipe)
+    kind = family(pipe, truncate=config.truncate)
+    digest = base_digest(kind)
+    resolution = config.resolution or kind.resolution
+    prior = _prior(config, kind, out, accelerator)
+
+    attached = _attach(config, pipe)
+    if config.checkpointing:
+        for component in {c for a in attached for c in a.towers}:
+            _checkpointing(pipe.components[component])
+    captions = _captions(config)
+    dataset = PhotoDataset(
+        photos,
+        resolution,
+        kind.multiple,
+        config.seed,
+        captions=captions,
+        flip=config.flip,
+        crop=config.crop,
+        buckets=config.buckets and kind.any_aspect,
+        masks=config.masks,
+        prior_photos=prior,
+    )
+    loop = config.loop()
+    loss = DenoisingLoss(
+        kind,
+        dataset,
+        config.seed,
+        loop.samples,
+        config.objective(),
+        config.noise(),
+        LossOptions(kind=config.loss, prior_weight=config.prior_weight),
+        Cache(config.cache_folder) if config.cache else None,
+    )
+    named = targets.named_parameters(attached)
+    groups = targets.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
+    checked = preflight(attached, config, photos, kind, loss)
+    if accelerator.is_main_process:
+        print(checked.text(), flush=True)
+    checked.refuse()
+    if config.check:
+        return out
+
+    run = Run(config, pipe, attached, photos, out, str(accelerator.device))
+    trainer = Trainer(
+        loop,
+        groups,
+        loss,
+        named,
+        out,
+        identity={**config.identity(), "base": digest, "photos": [p.digest for p in [*photos, *prior]]},
+        accelerator=accelerator,
+        on_step=ProgressLine(),
+        on_preview=lambda step: write_preview(run, step),
+    )
+    result = trainer.fit(config.resume)
+    if accelerator.is_main_process:
+        if result.stopped:
+            print(f"stopped after step {result.steps} of {config.steps}; go on with --resume --out {out}")
+        else:
+            with trainer.averaged():
+                write_outcome(run, result)
+    accelerator.wait_for_everyone()
+    return out
+
+
+def _folder(config: PersonalizeConfig) -> Path:
+    """The folder for results; an earlier, finished run in it is not overwritten."""
+    out = config.out
+    assert out is not None
+    if (out / "result.json").exists() and not config.resume:
+        raise VeneerError(f"{out} holds a finished run. Choose another --out, or delete it.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Accelerator) -> list[Photo]:
+    """Class pictures, made by the main process with the bare base."""
+    if not config.prior:
+        return []
+    if not config.class_word:
+        raise VeneerError("--prior needs --class-word: the ordinary word for the kind of thing, such as 'toy'.")
+    preset = bases.preset(config.base)
+    settings = {"num_inference_steps": preset.inference_steps, "guidance_scale": preset.guidance}
+    prompt = config.prior_prompt()
+
+    def make() -> list[Path]:
+        told = lambda done, count: print(f"class pictures of {prompt!r}: {done}/{count}", flush=True)  # noqa: E731
+        return prior_pictures(kind, out / "prior", prompt, config.prior, config.seed, progress=told, **settings)
+
+    paths = on_main(accelerator, make)
+    return [find_photos(path, is_prior=True)[0] for path in paths]
+
+
+def _attach(config: PersonalizeConfig, pipe: Any) -> list[Attachment]:
+    found = targets.build_methods(config.method, config.options, config.concept, config.class_word)
+    where = {m.name: config.where for m in found if config.where and not targets.learns_words(m)}
+    return targets.attach_all(pipe, found, where, config.text_encoder, config.seed)
+
+
+def _captions(config: PersonalizeConfig) -> Captions:
+    return Captions(
+        concept=config.concept,
+        prior=config.prior_prompt(),
+        templates=config.template or ("{concept}",),
+        dropout=config.caption_dropout,
+        tag_dropout=config.tag_dropout,
+        shuffle=config.shuffle_tags,
+        keep_tokens=config.keep_tokens,
+    )
+
+
+def _checkpointing(tower: Any) -> None:
+    enable = getattr(tower, "enable_gradient_checkpointing", None) or getattr(tower, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise VeneerError(f"{type(tower).__name__} has no gradient checkpointing. Leave --checkpointing out.")
+    enable()
+    tower.training = True  # the flag that the towers look at; their parts stay in eval, so no dropout
+
+
+if __name__ == "__main__":
+    from veneer.cli import main
+
+    main(["personalize", *os.sys.argv[1:]])  # type: ignore[attr-defined]

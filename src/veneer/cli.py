@@ -1,0 +1,137 @@
+"""The command line: one command a pipeline, its flags read off the pipeline's config class."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .flags import add_flags, values
+from .injection.errors import VeneerError
+
+Run = Callable[[argparse.Namespace], object]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 1 for an error that was explained, 130 for an interruption."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser(given)
+    found = parser.parse_args(given)
+    try:
+        found.run(found)
+    except (VeneerError, ValueError, TypeError, OSError) as error:
+        if found.debug:
+            raise
+        print(f"veneer: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("veneer: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def console() -> None:
+    """The installed `veneer` command."""
+    sys.exit(main())
+
+
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="veneer", description="Thin trained layers on frozen vision and diffusion models.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    asked = next((word for word in given if not word.startswith("-")), "")
+    for name, (text, add) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+        if name == asked:
+            add(command, given)
+    return parser
+
+
+def _personalize(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    pipeline = importlib.import_module("veneer.pipelines.personalize")
+    config = pipeline.PersonalizeConfig
+    names = _methods(given)
+    taken = add_flags(parser, config, positional=("photos",), skip=("options",))
+    for name in names:
+        from . import methods
+
+        group = parser.add_argument_group(f"options of {name}")
+        taken |= add_flags(group, methods.get(name), prefix=name, taken=taken)
+
+    def run(found: argparse.Namespace) -> object:
+        from . import methods
+
+        flags = vars(found)
+        options = {name: values(methods.get(name), flags, name) for name in names}
+        return pipeline.personalize(config(**values(config, flags), options={n: o for n, o in options.items() if o}))
+
+    parser.set_defaults(run=run)
+
+
+def _methods(given: Sequence[str]) -> list[str]:
+    """The methods named by `--method`, which have flags of their own."""
+    from .training.targets import split_methods
+
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    look.add_argument("--method", default="lora")
+    return split_methods(look.parse_known_args(given)[0].method)
+
+
+def _plain(module: str, function: str, config: str, positional: Sequence[str] = (), show: bool = False) -> Any:
+    """A command that is a pipeline's function on its config."""
+
+    def add(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+        pipeline = importlib.import_module(f"veneer.pipelines.{module}")
+        kind = getattr(pipeline, config)
+        add_flags(parser, kind, positional=positional)
+
+        def run(found: argparse.Namespace) -> None:
+            result = getattr(pipeline, function)(kind(**values(kind, vars(found))))
+            for line in result if show else ():
+                print(line)
+
+        parser.set_defaults(run=run)
+
+    return add
+
+
+def _sites(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    parser.add_argument("base", help="`shipped`, a folder, a hub name, or timm:NAME")
+
+    def run(found: argparse.Namespace) -> None:
+        from . import bases, sites
+
+        if found.base.startswith("timm:"):
+            import timm
+
+            print(sites(timm.create_model(found.base.removeprefix("timm:"))))
+        else:
+            print(sites(bases.load(found.base)))
+
+    parser.set_defaults(run=run)
+
+
+def _table(what: str) -> Any:
+    def add(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+        def run(found: argparse.Namespace) -> None:
+            import veneer
+
+            for row in getattr(veneer, what).table():
+                print(f"{row['name']:22}{row['source']:12}{row['about']}")
+
+        parser.set_defaults(run=run)
+
+    return add
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], None]]] = {
+    "personalize": ("teach a diffusion base a subject or style from a few photos", _personalize),
+    "generate": ("draw pictures with trained adapters", _plain("generate", "generate", "GenerateConfig", ("prompt",), True)),
+    "sites": ("what can be adapted in a base", _sites),
+    "methods": ("the methods there are", _table("methods")),
+    "hosts": ("the model families there are", _table("hosts")),
+    "bench": ("time veneer against the frozen base and peft", _plain("bench", "bench", "BenchConfig")),
+    "pretrain-base": ("train the shipped bases from scratch", _plain("pretrain_base", "pretrain_base", "PretrainConfig")),
+}

@@ -1,0 +1,223 @@
+"""What `veneer personalize` can be told, and what is usual where it is told nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer import bases, methods
+from veneer.injection.errors import VeneerError
+from veneer.training import targets
+from veneer.training.config import TrainConfig
+from veneer.training.noise import NoiseOptions
+from veneer.training.objectives import ObjectiveOptions
+
+WITHOUT_EFFECT = (
+    "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "unrelated", "eval_seeds",
+    "features", "check", "out", "truncate",
+)  # fmt: skip
+"""Options that a resumed run may change, or that are compared by content."""
+
+DEMO = {"concept": "<octopus>", "class_word": "animal"}
+"""What is taught when no photos are given: the pictures that the package carries."""
+
+
+@dataclass(frozen=True)
+class PersonalizeConfig:
+    """What is taught to which base, and how.
+
+    Args:
+        photos: folder with the photos of one subject or style, or one photo; none for the pictures that the package carries.
+        concept: the word for it in prompts, such as `<toy>`; for DiT a class label, by name or number.
+        base: `shipped`, a folder, or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
+        method: a method, several joined by `+`, or `pivotal` (textual_inversion+lora).
+        options: method name to its options.
+        where: selection of sites for methods on weights; see `veneer sites`. None: the base's or the method's usual.
+        text_encoder: adapt the text encoders too.
+        class_word: an ordinary word for the kind of thing, such as `toy`. New tokens begin as it, and class pictures show it.
+        prior: number of class pictures to generate with the bare base and train on beside the photos; 0 for none.
+        prior_weight: weight of their loss.
+        template: captions for photos without one of their own, with {concept} in them.
+        caption_dropout: probability of the empty caption, 0 to 1.
+        tag_dropout, keep_tokens: probability of leaving out a comma-separated tag; tags at the front that always stay.
+        shuffle_tags: the other tags change places.
+        resolution: side of the training pictures in pixels (area with buckets); None for the base's own.
+        crop: `center` or `random`.
+        flip: probability of mirroring, 0 to 1.
+        buckets: train at the photos' aspect ratios; if not, square crops.
+        masks: weigh the loss with the photos' masks or alpha channels.
+        steps: optimiser steps; None for what is usual with this base.
+        batch: photos in a micro-batch, over all processes.
+        accumulation: micro-batches in a step.
+        learning_rate: of the first method that trains weights (or the only method); None for what is usual.
+        text_learning_rate: of weights in text encoders; None for half the learning rate.
+        token_learning_rate: of new tokens' vectors, when trained beside weights; None for what is usual.
+        schedule: `constant`, `cosine` or `linear`.
+        warmup: steps of linear warm-up.
+        optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
+        weight_decay: decoupled weight decay.
+        clip: largest norm of the gradient; 0 for no clipping.
+        ema: decay of averaged weights, which are then what is saved; 0 for none.
+        min_snr: gamma of min-SNR loss weights; 0 for none, usual 5.
+        weighting: another loss weight by name; see `veneer.training.weights`.
+        density: how timesteps are drawn; None for the family's usual.
+        prediction: overrides the scheduler's `prediction_type`.
+        loss: `l2`, `huber` or `smooth_l1`.
+        noise_offset: strength of the noise offset; usual 0.05 to 0.1.
+        pyramid_noise: discount of pyramid noise, 0 to 1; usual 0.3.
+        input_perturbation: gamma of input perturbation; usual 0.1.
+        cache: keep latents and text embeddings instead of computing them each step.
+        cache_folder: where to keep them between runs; in memory if not given.
+        precision: `no` (float32), `bf16` or `fp16` autocast.
+        checkpointing: recompute activations in the backward pass, for less memory.
+        seed: of every random draw.
+        checkpoint_every: steps between checkpoints; 0 for none but that of a stopped run.
+        resume: go on from the newest checkpoint in `out`.
+        preview_every: steps between preview pictures; 0 for none.
+        prompts: prompts of previews and of the sheet, with the concept in them.
+        unrelated: prompts without the concept, for the drift.
+        eval_seeds: pictures of each prompt in the figures; 0 for no figures.
+        features: image model of the figures: `shipped`, a folder, or such as `timm:vit_small_patch16_224.dino`.
+        tracker: names that accelerate knows, separated by commas, or `none`.
+        truncate: `error`, or `warn` to cut captions that the encoder cannot take whole.
+        check: only say what would be trained, and stop.
+        out: folder for all results; None for a new one under `runs`.
+    """
+
+    photos: Path | None = None
+    concept: str = ""
+    base: str = "shipped"
+    method: str = "lora"
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    where: tuple[str, ...] | None = None
+    text_encoder: bool = False
+    class_word: str = ""
+    prior: int = 0
+    prior_weight: float = 1.0
+    template: tuple[str, ...] | None = None
+    caption_dropout: float = 0.0
+    tag_dropout: float = 0.0
+    keep_tokens: int = 0
+    shuffle_tags: bool = False
+    resolution: int | None = None
+    crop: str = "center"
+    flip: float = 0.0
+    buckets: bool = True
+    masks: bool = True
+    steps: int | None = None
+    batch: int = 1
+    accumulation: int = 1
+    learning_rate: float | None = None
+    text_learning_rate: float | None = None
+    token_learning_rate: float | None = None
+    schedule: str = "constant"
+    warmup: int = 0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.0
+    min_snr: float = 0.0
+    weighting: str = "none"
+    density: str | None = None
+    prediction: str | None = None
+    loss: str = "l2"
+    noise_offset: float = 0.0
+    pyramid_noise: float = 0.0
+    input_perturbation: float = 0.0
+    cache: bool = True
+    cache_folder: Path | None = None
+    precision: str = "no"
+    checkpointing: bool = False
+    seed: int = 0
+    checkpoint_every: int = 0
+    resume: bool = False
+    preview_every: int = 0
+    prompts: tuple[str, ...] | None = None
+    unrelated: tuple[str, ...] | None = None
+    eval_seeds: int = 3
+    features: str = "shipped"
+    tracker: str = "tensorboard"
+    truncate: str = "error"
+    check: bool = False
+    out: Path | None = None
+
+    def completed(self) -> PersonalizeConfig:
+        """The same with every open choice made: the demo's photos, the base's usual settings, a new folder.
+
+        Raises:
+            VeneerError: photos without a concept.
+        """
+        usual: dict[str, Any] = {}
+        if self.photos is None:
+            usual = {"photos": bases.examples(), **{k: getattr(self, k) or v for k, v in DEMO.items()}}
+        elif not self.concept:
+            raise VeneerError("no concept: say which word the photos are to teach, such as --concept '<toy>'.")
+        preset = bases.preset(self.base)
+        names = targets.split_methods(self.method)
+        for name in ("template", "prompts", "unrelated"):
+            usual[name] = getattr(self, name) or getattr(preset, name)
+        known = {name: dict(preset.methods.get(name, {})) for name in names}
+        usual["where"] = self.where or next((tuple(m["where"]) for m in known.values() if "where" in m), None)
+        usual["steps"] = self.steps or max(int(m.get("steps", 500)) for m in known.values())
+        usual["options"] = {n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}
+        usual["out"] = self.out or new_folder(Path("runs"), f"{_plain(usual.get('concept', self.concept))}-{self.method}")
+        return dataclasses.replace(self, **usual)
+
+    def rates(self) -> dict[str, float]:
+        """Method name to learning rate: as given, else the base's usual, else the method's own."""
+        names = targets.split_methods(self.method)
+        preset = bases.preset(self.base)
+        usual = {n: float(preset.methods.get(n, {}).get("learning_rate", methods.get(n).learning_rate)) for n in names}
+        for name in names:
+            words = targets.learns_words(methods.get(name)) and len(names) > 1
+            usual[name] = (self.token_learning_rate if words else self.learning_rate) or usual[name]
+        return usual
+
+    def text_rate(self) -> float:
+        """Learning rate of weights in text encoders."""
+        return self.text_learning_rate or 0.5 * self.main_rate()
+
+    def main_rate(self) -> float:
+        """The rate that the others are shares of: of the first method on weights, or the only one."""
+        rates = self.rates()
+        return next((r for n, r in rates.items() if not targets.learns_words(methods.get(n))), next(iter(rates.values())))
+
+    def loop(self) -> TrainConfig:
+        """The loop's part."""
+        names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
+        shared = {name: getattr(self, name) for name in names if name != "learning_rate"}
+        return TrainConfig(learning_rate=self.main_rate(), **shared)
+
+    def objective(self) -> ObjectiveOptions:
+        """The objective's part."""
+        weighting, gamma = ("min_snr", self.min_snr) if self.min_snr else (self.weighting, 5.0)
+        return ObjectiveOptions(density=self.density, weighting=weighting, gamma=gamma, prediction=self.prediction)
+
+    def prior_prompt(self) -> str:
+        """The prompt of class pictures: the first template with the class word."""
+        return (self.template or ("{concept}",))[0].replace("{concept}", self.class_word) if self.class_word else ""
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share beyond the loop's settings and the pictures' bytes."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in WITHOUT_EFFECT and not hasattr(TrainConfig, k)}
+        return json.loads(json.dumps(fields, default=str, sort_keys=True))
+
+    def noise(self) -> NoiseOptions:
+        """The noise's part."""
+        return NoiseOptions(offset=self.noise_offset, pyramid=self.pyramid_noise, perturbation=self.input_perturbation)
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """`parent/name`, or `parent/name-2` and so on: the first that is not there."""
+    names = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
+    return next(parent / n for n in names if not (parent / n).exists())
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[^\w-]+", "", word) or "concept"

@@ -1,0 +1,111 @@
+"""What a run trains: methods by name on a pipeline, and their learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..injection import methods
+from ..injection.attachment import Attachment, attach
+from ..injection.errors import VeneerError
+from ..injection.method import Method
+from ..injection.sites import VocabularySite
+from .optimizers import Group
+from .seeds import mix
+
+SHORTHANDS = {"pivotal": "textual_inversion+lora"}
+"""Usual names of several methods trained together."""
+
+
+def split_methods(words: str) -> list[str]:
+    """Method names from `lora`, `textual_inversion+lora`, or a shorthand such as `pivotal`."""
+    names = SHORTHANDS.get(words, words).split("+")
+    if len(set(names)) != len(names) or not all(names):
+        raise VeneerError(f"method {words!r}: expected different names joined by '+', such as 'textual_inversion+lora'.")
+    return names
+
+
+def build_methods(words: str, options: Mapping[str, Mapping[str, Any]], token: str, word: str) -> list[Method]:
+    """The configs of the methods named in `words`.
+
+    Args:
+        options: method name to its options.
+        token, word: what methods that learn tokens learn, and the word that it begins as, where `options` say nothing.
+    Raises:
+        VeneerError: options for a method that is not trained.
+    """
+    names = split_methods(words)
+    stray = sorted(set(options) - set(names))
+    if stray:
+        raise VeneerError(f"options for {', '.join(stray)}, but the run trains {', '.join(names)}.")
+    found = []
+    for name in names:
+        kind = methods.get(name)
+        given = dict(options.get(name, {}))
+        if learns_words(kind):
+            given = {"tokens": token, "initialize": word, **given}
+        found.append(kind.from_config(given))
+    return found
+
+
+def learns_words(method: type[Method] | Method) -> bool:
+    """True for methods whose sites are vocabularies."""
+    return any(issubclass(VocabularySite, need.site) for need in method.needs)
+
+
+def freeze(pipe: Any) -> None:
+    """Every part of a pipeline in `eval`, without gradients: what is trained is attached afterwards."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+
+
+def attach_all(
+    pipe: Any, found: Sequence[Method], where: Mapping[str, Sequence[str]], text_encoder: bool, seed: int
+) -> list[Attachment]:
+    """Attach the methods, seeded; adapters are in training mode, the base is not.
+
+    Args:
+        where: method name to its selection; the method's own default where there is none.
+        text_encoder: methods on weights also adapt the attention of the text encoders.
+    """
+    attached = []
+    for method in found:
+        chosen = [*where.get(method.name, ())]
+        if text_encoder and not learns_words(method):
+            chosen = [*(chosen or method.default), "text*/attn"]
+        torch.manual_seed(mix(seed, "adapters", method.name))
+        attachment = attach(pipe, method, where=chosen or None)
+        for _, adapter in attachment.parts.values():
+            adapter.train()
+        attached.append(attachment)
+    return attached
+
+
+def named_parameters(attached: Sequence[Attachment]) -> dict[str, Tensor]:
+    """`attachment/site:parameter` and the tensor."""
+    return {f"{a.name}/{key}": p for a in attached for key, p in a.named_parameters()}
+
+
+def parameter_groups(attached: Sequence[Attachment], rates: Mapping[str, float], text_rate: float, base: float) -> list[Group]:
+    """Groups with the share of the learning rate `base` that each has.
+
+    Args:
+        rates: method name to learning rate. `text_rate`: of weights in text encoders.
+    """
+    return [group for a in attached for group in _groups(a, rates[a.method.name], text_rate, base)]
+
+
+def _groups(attachment: Attachment, rate: float, text_rate: float, base: float) -> Iterator[Group]:
+    tower = {id(p): site.component for site, adapter in attachment.parts.values() for p in adapter.parameters()}
+    reads_text = not learns_words(attachment.method)
+    for group in attachment.groups():
+        in_text = [p for p in group["params"] if reads_text and tower.get(id(p), "").startswith("text_encoder")]
+        mine = {id(p) for p in in_text}
+        others = [p for p in group["params"] if id(p) not in mine]
+        for params, speed, label in ((others, rate, attachment.name), (in_text, text_rate, f"{attachment.name}.text")):
+            if params:
+                yield {"params": params, "lr_scale": group.get("lr_scale", 1.0) * speed / base, "name": label}

@@ -1,0 +1,157 @@
+"""The whole job on tiny pipelines of every family: files, figures, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from veneer.pipelines.personalize import PersonalizeConfig, personalize
+
+import veneer
+from veneer.injection.errors import VeneerError
+from veneer.testing.pipelines import tiny_pipeline
+
+from ..training.pictures import save
+
+QUICK: Mapping[str, Any] = {
+    "steps": 2, "eval_seeds": 0, "tracker": "none", "prompts": ("a {concept}",),
+    "class_word": "cat", "template": ("a {concept}",),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder of a saved tiny pipeline, by family."""
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> str:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("bases") / kind
+            tiny_pipeline(kind).save_pretrained(made[kind])
+        return str(made[kind])
+
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        save(folder / f"{i}.png", 48, 40, seed=i)
+    return folder
+
+
+def run(base: str, photos: Path, out: Path, **settings: Any) -> Path:
+    return personalize(PersonalizeConfig(photos=photos, base=base, out=out, concept="<toy>", **{**QUICK, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "files"),
+    [
+        ("sd", "lora", {"pytorch_lora_weights"}),
+        ("sd", "textual_inversion", {"learned_embeds"}),
+        ("sd", "pivotal", {"pytorch_lora_weights", "learned_embeds"}),
+        ("sd", "bitfit", set()),
+        ("sd2", "lora", {"pytorch_lora_weights"}),
+        ("sdxl", "pivotal", {"pytorch_lora_weights", "learned_embeds"}),
+        ("sd3", "lora", {"pytorch_lora_weights"}),
+        ("flux", "lora", {"pytorch_lora_weights"}),
+        ("pixart", "lora", {"pytorch_lora_weights"}),
+    ],
+)
+def test_every_family_gives_its_files(base: Any, photos: Path, tmp_path: Path, kind: str, method: str, files: set[str]) -> None:
+    out = run(base(kind), photos, tmp_path / "out", method=method)
+    assert {p.stem for p in out.glob("*.safetensors")} == {"adapter", *files}
+    assert (out / "before_after.png").is_file()
+    assert all(t.isfinite().all() for f in out.glob("*.safetensors") for t in load_file(f).values())
+    record = json.loads((out / "result.json").read_text())
+    assert record["training"]["steps"] == 2
+    assert record["training"]["loss"] > 0
+
+
+def test_dit_learns_a_class_label(base: Any, photos: Path, tmp_path: Path) -> None:
+    out = personalize(
+        PersonalizeConfig(
+            photos=photos, base=base("dit"), out=tmp_path / "out", concept="3", steps=2, eval_seeds=0, tracker="none",
+            template=("{concept}",), prompts=("{concept}",),
+        )
+    )  # fmt: skip
+    assert (out / "adapter.safetensors").is_file()
+
+
+def test_the_saved_adapter_draws_what_was_trained(base: Any, photos: Path, tmp_path: Path) -> None:
+    """Trained adapter in a fresh pipeline: weights moved, and every tensor of the file is in place."""
+    out = run(base("sd"), photos, tmp_path / "out", text_encoder=True, learning_rate=1e-2)
+    pipe = veneer.bases.load(base("sd"))
+    loaded = veneer.load(pipe, out)
+    state = load_file(out / "adapter.safetensors")
+    attachment = loaded[0] if isinstance(loaded, list) else loaded
+    assert attachment.state_dict().keys() == state.keys()
+    assert all(torch.equal(attachment.state_dict()[k], t) for k, t in state.items())
+    assert {site.component for site, _ in attachment.parts.values()} == {"unet", "text_encoder"}
+    assert any(t.any() for k, t in state.items() if k.endswith(":up"))
+
+
+def test_prior_pictures_are_made_once_and_used(base: Any, photos: Path, tmp_path: Path) -> None:
+    out = run(base("sd"), photos, tmp_path / "out", prior=2)
+    assert len(list((out / "prior").glob("*.png"))) == 2
+
+
+def test_stop_and_resume_through_the_job(base: Any, photos: Path, tmp_path: Path) -> None:
+    """Four steps in one go, and two steps then two more: the same files, byte for byte."""
+    whole = run(base("sd"), photos, tmp_path / "whole", method="pivotal", steps=4, checkpoint_every=2, ema=0.9)
+    run(base("sd"), photos, tmp_path / "parts", method="pivotal", steps=2, checkpoint_every=2, ema=0.9)
+    parts = run(base("sd"), photos, tmp_path / "parts", method="pivotal", steps=4, checkpoint_every=2, ema=0.9, resume=True)
+    for file in whole.glob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(parts / file.name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours), file.name
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "lora+lora"}, "different names"),
+        ({"method": "lroa"}, "lora"),
+        ({"options": {"bitfit": {}}}, "bitfit"),
+        ({"where": ("xattn.nothing",)}, "matches no site"),
+        ({"prior": 2, "class_word": ""}, "class-word"),
+        ({"optimizer": "adam5"}, "adam5"),
+        ({"resolution": 13}, "multiple"),
+        ({"template": ("a {concept} " + "word " * 90,)}, "tokens"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(
+    base: Any, photos: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises((VeneerError, ValueError, TypeError), match=words):
+        run(base("sd"), photos, tmp_path / "out", **settings)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_taken_token_is_refused(base: Any, photos: Path, tmp_path: Path) -> None:
+    config = PersonalizeConfig(
+        photos=photos, base=base("sd"), out=tmp_path / "out", concept="dog", method="textual_inversion", **QUICK
+    )
+    with pytest.raises(VeneerError, match="already"):
+        personalize(config)
+
+
+def test_a_finished_run_is_not_overwritten(base: Any, photos: Path, tmp_path: Path) -> None:
+    out = run(base("sd"), photos, tmp_path / "out")
+    before = (out / "adapter.safetensors").read_bytes()
+    with pytest.raises(VeneerError, match="finished run"):
+        run(base("sd"), photos, tmp_path / "out")
+    assert (out / "adapter.safetensors").read_bytes() == before
+
+
+def test_divergence_keeps_the_last_good_weights(base: Any, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(VeneerError, match="diverged"):
+        run(base("sd"), photos, tmp_path / "out", learning_rate=1e30, clip=0.0, steps=6, optimizer="sgd")
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "out" / "last_good.safetensors").values())
