@@ -1,0 +1,85 @@
+import pytest
+
+from veneer.injection.errors import SelectionError
+from veneer.injection.select import expand, parse, patterns, select
+from veneer.injection.sites import ParamSite, WeightSite
+
+
+def weight(name: str, role: str, tower: str = "unet", depth: int | None = None, **fields: object) -> WeightSite:
+    return WeightSite(
+        **{"name": name, "role": role, "path": name, "d_out": 2, "d_in": 2, "tower": tower, "depth": depth, **fields}
+    )
+
+
+SITES = [
+    *(weight(f"d{d}.{r}", r, depth=d, stage=f"down.{d}") for d in range(2) for r in ("attn.q", "attn.k", "xattn.q")),
+    *(weight(f"u{d}.{r}", r, depth=d, stage="up.0") for d in range(2, 4) for r in ("attn.q", "attn.k", "xattn.q")),
+    weight("conv", "conv"),
+    weight("fused", "attn.qkv", path="whole", fused=True, depth=4),
+    weight("fused.q", "attn.q", path="whole", rows=(0, 2), depth=4),
+    weight("fused.k", "attn.k", path="whole", rows=(2, 4), depth=4),
+    weight("t.q", "attn.q", tower="text", depth=0),
+]
+
+
+def chosen(where: str) -> list[str]:
+    return [s.name for s in select(SITES, where, frozenset({"unet"}))]
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("xattn", ["d0.xattn.q", "d1.xattn.q", "u2.xattn.q", "u3.xattn.q"]),
+        ("attn.{q,k}@0", ["d0.attn.q", "d0.attn.k"]),
+        ("attn.q@1:3", ["d1.attn.q", "u2.attn.q"]),
+        ("attn.q@-1:", ["fused.q"]),
+        ("attn.q@-1", ["fused.q"]),
+        ("attn.q@-3:-1", ["u2.attn.q", "u3.attn.q"]),
+        ("text/attn.q", ["t.q"]),
+        ("*/attn.q@0", ["d0.attn.q", "t.q"]),
+        ("unet.down/attn.q", ["d0.attn.q", "d1.attn.q"]),
+        ("unet.down.1/attn.q", ["d1.attn.q"]),
+        ("name:d0.*", ["d0.attn.q", "d0.attn.k", "d0.xattn.q"]),
+        ("name:conv", ["conv"]),
+        ("conv text/attn", ["conv", "t.q"]),
+        ("conv,text/attn", ["conv", "t.q"]),
+    ],
+)
+def test_patterns_mean_these_sites(where: str, expected: list[str]) -> None:
+    assert chosen(where) == expected
+
+
+def test_a_whole_fused_weight_is_meant_only_by_its_own_name() -> None:
+    assert chosen("attn@4") == chosen("attn.*@4") == ["fused.q", "fused.k"]
+    assert chosen("attn.qkv") == ["fused"]
+
+
+def test_whole_and_slice_of_one_tensor_are_refused() -> None:
+    with pytest.raises(SelectionError, match=r"'fused.q' and 'fused' share rows"):
+        chosen("attn.qkv attn.q@4")
+    twice = [ParamSite(name=n, role="bias", path="p", param="bias", shape=(4,), tower="unet") for n in "ab"]
+    with pytest.raises(SelectionError, match="'b' and 'a'"):
+        select(twice, "bias", frozenset({"unet"}))
+
+
+def test_equal_paths_in_two_components_are_two_tensors() -> None:
+    pair = [weight(f"{c}.q", "attn.q", component=c, path="q") for c in ("unet", "other")]
+    assert len(select(pair, "attn.q", frozenset({"unet"}))) == 2
+
+
+def test_a_pattern_without_a_match_says_what_there_is() -> None:
+    with pytest.raises(SelectionError, match=r"where='mlp' matches no site. There are: unet: attn.q ×5, .*text: attn.q ×1"):
+        chosen("attn.q mlp")
+    assert select(SITES, "mlp", frozenset({"unet"}), strict=False) == []
+
+
+@pytest.mark.parametrize("text", ["/attn", "attn@", "attn@a", "attn@1:2:3", "@3", "text/"])
+def test_no_pattern(text: str) -> None:
+    with pytest.raises(SelectionError, match=r"no pattern|no depth range"):
+        parse(text)
+
+
+def test_braces_expand_and_hold_their_commas_together() -> None:
+    assert expand("{a,b}.{c,d}") == ["a.c", "a.d", "b.c", "b.d"]
+    assert patterns("attn.{q,v}@0:2, mlp  text/xattn.{k,v}") == ["attn.{q,v}@0:2", "mlp", "text/xattn.{k,v}"]
+    assert patterns(["attn.{q,v} mlp", "conv"]) == ["attn.{q,v}", "mlp", "conv"]
