@@ -1,44 +1,18 @@
-"""Figures against explicit sums, on real tiny feature models of the three libraries."""
+"""Figures against explicit sums, on a real tiny CLIP."""
 
 import json
 import math
 
 import numpy as np
-import open_clip
 import pytest
-import timm
-import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
+from tests.training.clips import Shipped, picture
 from veneer.injection.errors import VeneerError
-from veneer.testing.tokenizers import clip_tokenizer
 from veneer.training import metrics
-from veneer.training.features import Features, features, of_clip
+from veneer.training.features import Features, of_clip
 from veneer.training.metrics import Figure, compared, figure, measure, pixel_distance, t_quantile
 from veneer.training.previews import Pair
-
-
-def picture(seed, side=32):
-    """A soft random pattern."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(3))
-
-
-def tiny_open_clip():
-    torch.manual_seed(0)
-    vision = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
-    text = {"layers": 1, "width": 32, "heads": 2, "vocab_size": 49408, "context_length": 16}
-    return open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
-
-
-class Shipped:
-    """Like the package's own CLIP: a model with its preprocessing and tokenizer."""
-
-    def __init__(self):
-        self.model = tiny_open_clip()
-        self.preprocess = open_clip.image_transform(32, is_train=False)
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=16)
-        self.encode_image, self.encode_text = self.model.encode_image, self.model.encode_text
 
 
 @pytest.fixture(scope="module")
@@ -84,85 +58,6 @@ def test_paired_differences_see_what_the_two_intervals_hide():
     assert not compared(base, base).clear
 
 
-# feature models
-
-
-def test_clip_features_are_unit_and_equal_the_model(clip):
-    pictures = [picture(i) for i in range(5)]
-    found = clip.pictures(pictures, batch=2)
-    pixels = torch.stack([open_clip.image_transform(32, is_train=False)(p) for p in pictures])
-    with torch.no_grad():
-        expected = tiny_open_clip().encode_image(pixels)
-    assert torch.allclose(found, expected / expected.norm(dim=1, keepdim=True), atol=1e-5)
-    texts = clip.texts(["a dog", "a red car"])
-    assert torch.allclose(texts.norm(dim=1), torch.ones(2), atol=1e-5)
-
-
-def test_a_timm_folder_has_pictures_and_no_text(tmp_path):
-    config = {
-        "architecture": "test_vit",
-        "pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0},
-    }
-    model = timm.create_model("test_vit", num_classes=0, img_size=64).eval()
-    config["model_args"] = {"img_size": 64}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    import safetensors.torch
-
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    found = features(tmp_path)
-    x = picture(0, 64)
-    with torch.no_grad():
-        expected = model(found.preprocess(x)[None])
-    assert torch.allclose(found.pictures([x]), expected / expected.norm(), atol=1e-5)
-    assert found.texts(["a dog"]) is None
-
-
-def test_an_open_clip_folder(tmp_path):
-    import safetensors.torch
-
-    vision = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
-    text = {"layers": 1, "width": 32, "heads": 2, "vocab_size": 49408, "context_length": 16}
-    model_cfg = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
-    mean, std = list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD)
-    config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": mean, "std": std}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    model = tiny_open_clip()
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
-    found = features(tmp_path)
-    assert torch.allclose(found.pictures([picture(3)]), of_clip(Shipped(), "").pictures([picture(3)]), atol=1e-5)
-    assert torch.allclose(found.texts(["a dog"]), of_clip(Shipped(), "").texts(["a dog"]), atol=1e-5)
-
-
-def test_a_transformers_folder(tmp_path):
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    tokenizer = clip_tokenizer(16)
-    ends = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**small, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    config = CLIPConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=24)
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    found = features(tmp_path)
-    assert found.pictures([picture(0), picture(1)]).shape == (2, 24)
-    one, two = found.texts(["a dog", "a red house on the beach"])
-    assert not torch.allclose(one, two)
-    assert torch.allclose(one, found.texts(["a dog"])[0], atol=1e-5)
-
-
-@pytest.mark.parametrize("wrong", ["vit_base", "no/such/folder"])
-def test_names_without_library_are_refused(wrong):
-    with pytest.raises(VeneerError, match=r"timm:NAME"):
-        features(wrong)
-
-
-def test_objects_without_text_encoder_are_refused():
-    with pytest.raises(VeneerError, match="has no preprocess, encode_image, encode_text"):
-        features(torch.nn.Identity())
-
-
 # figures
 
 
@@ -171,7 +66,10 @@ def test_figures_equal_explicit_sums(clip):
     concept = [Pair("a <toy> dog", i, picture(20 + i), p) for i, p in enumerate(pictures)]
     unrelated = [Pair("a car", i, picture(30 + i), picture(40 + i)) for i in range(2)]
     found = measure(clip, photos, concept, unrelated, {"<toy>": "toy"})
-    f = lambda x: clip.pictures([x])[0]
+
+    def f(x):
+        return clip.pictures([x])[0]
+
     table = [[float(f(g) @ f(p)) for p in photos] for g in pictures]
     assert found.likeness.adapted.mean == pytest.approx(np.mean(table), abs=1e-6)
     assert found.nearest.adapted.mean == pytest.approx(np.mean([max(row) for row in table]), abs=1e-6)

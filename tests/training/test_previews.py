@@ -123,7 +123,7 @@ def test_settings_travel_in_the_png(tmp_path, pipe):
     made = previews(pipe, ["a “dog” – 犬"], PreviewSettings(seeds=(7,), steps=2))[0]
     path = save_png(made.image, tmp_path / "deep" / "a.png", made.settings)
     found = read_settings(path)
-    assert found == {k: v for k, v in made.settings.items()}
+    assert found == made.settings
     assert (found["seed"], found["steps"], found["scheduler"]) == (7, 2, "DDIMScheduler")
     assert np.array_equal(pixels(Image.open(path)), pixels(made.image))
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]

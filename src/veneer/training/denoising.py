@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ class DenoisingLoss:
             return self.family.encode_text(captions)
         key = self._text_key
         device = self.family.text_device
-        rows = [self.cache.get(cache_key("text", c, key), lambda c=c: self._encode_one(c)) for c in captions]  # type: ignore[misc]
+        rows = [self.cache.get(cache_key("text", c, key), partial(self._encode_one, c)) for c in captions]
         return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
 
     def _encode_one(self, caption: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +42,7 @@ class Features:
     preprocess: Callable[[Image.Image], Tensor]
     of_pixels: Callable[[Tensor], Tensor]
     of_texts: Callable[[list[str]], Tensor] | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @torch.inference_mode()
     def pictures(self, pictures: Sequence[Image.Image], batch: int = 16) -> Tensor:
@@ -65,8 +65,8 @@ def features(model: Any = "shipped", device: str | torch.device = "cpu") -> Feat
     """A feature model from a name, a folder or an object.
 
     Args:
-        model: `shipped` (the package's own CLIP); a folder of timm, open_clip or transformers CLIP (told apart by its config); a name
-            with its library, such as `timm:vit_small_patch16_224.dino` or `open_clip:ViT-B-32/laion2b_s34b_b79k` or
+        model: `shipped` (the package's own CLIP); a folder of timm, open_clip or transformers CLIP (told apart by its config); a
+            name with its library, such as `timm:vit_small_patch16_224.dino` or `open_clip:ViT-B-32/laion2b_s34b_b79k` or
             `transformers:openai/clip-vit-base-patch32`; an object like `Clip`; or a `Features`.
     Raises:
         VeneerError: a name without library, or a folder or object that is none of these.
@@ -80,8 +80,7 @@ def features(model: Any = "shipped", device: str | torch.device = "cpu") -> Feat
 
         return of_clip(bases.load_clip(), "shipped CLIP")
     library, name = _library(model)
-    loaded = LIBRARIES[library](name, torch.device(device))
-    return loaded
+    return LIBRARIES[library](name, torch.device(device))
 
 
 def of_clip(model: Any, name: str) -> Features:
@@ -129,10 +128,12 @@ def _open_clip(name: str, device: torch.device) -> Features:
 
 def _timm(name: str, device: torch.device) -> Features:
     import timm
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
 
     folder = Path(name).is_dir()
     model = timm.create_model(f"local-dir:{name}" if folder else name, pretrained=True, num_classes=0).eval().to(device)
-    preprocess: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    preprocess: Any = create_transform(**resolve_model_data_config(model))
     return Features(f"timm {Path(name).name if folder else name}", preprocess, model, None, device)
 
 
@@ -183,6 +184,6 @@ def _library(model: str | Path) -> tuple[str, str]:
         if config.get("model_type") == "clip":
             return "transformers", str(folder)
     raise VeneerError(
-        f"features: {str(model)!r} is neither 'shipped', a folder of open_clip, timm or transformers CLIP, nor a name with its library: "
-        f"{', '.join(f'{known}:NAME' for known in LIBRARIES)}."
+        f"features: {str(model)!r} is neither 'shipped', a folder of open_clip, timm or transformers CLIP, nor a name with its "
+        f"library: {', '.join(f'{known}:NAME' for known in LIBRARIES)}."
     )

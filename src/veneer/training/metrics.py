@@ -9,13 +9,13 @@ adapted and b of the base pipeline, made from the same noise:
 - **drift**             1 − ⟨f(g), f(b)⟩ on prompts that do not name the concept; 0 means nothing else changed
 - **pixel drift**       root mean square of g − b in [0, 1], on the same prompts
 
-Every figure is a mean over pictures (prompts × seeds) with a 95 % t-interval. Base and adapted pictures are paired, so the interval
-of `gain` is that of the paired differences, and is much narrower than the two intervals beside it suggest. Pictures of one prompt are
-treated as independent: with few prompts, the interval speaks of these prompts, not of all that one could ask.
+Every figure is a mean over pictures (prompts × seeds) with a 95 % t-interval. Base and adapted pictures are paired, so the
+interval of `gain` is that of the paired differences, and is much narrower than the two intervals beside it suggest. Pictures of
+one prompt are treated as independent: with few prompts, the interval speaks of these prompts, not of all that one could ask.
 
-Source: Ruiz et al., DreamBooth, CVPR 2023, section 4.1 (DINO, CLIP-I: mean pairwise cosine of generated and real pictures; CLIP-T).
-Deviation: any feature model; the base's own pictures stand beside; the made-up word can be replaced in the text of CLIP-T (`words`), as
-CLIP does not know it.
+Source: Ruiz et al., DreamBooth, CVPR 2023, section 4.1 (DINO, CLIP-I: mean pairwise cosine of generated and real pictures;
+CLIP-T). Deviation: any feature model; the base's own pictures stand beside; the made-up word can be replaced in the text of
+CLIP-T (`words`), as CLIP does not know it.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class _Job(NamedTuple):
     noise: tuple[str, int]
 
 
-def previews(pipe: Any, prompts: Sequence[str], settings: PreviewSettings = PreviewSettings()) -> list[Preview]:  # noqa: B008
+def previews(pipe: Any, prompts: Sequence[str], settings: PreviewSettings = PreviewSettings()) -> list[Preview]:
     """Pictures for every prompt and seed, prompt by prompt. The pipeline is left as it was.
 
     The noise of a picture is a function of its seed, its prompt and how often the list had that prompt before.
@@ -92,14 +92,14 @@ def pairs(
     pipe: Any,
     attachments: Attachment | Sequence[Attachment],
     prompts: Sequence[str],
-    settings: PreviewSettings = PreviewSettings(),  # noqa: B008
+    settings: PreviewSettings = PreviewSettings(),
     base_words: Mapping[str, str] | None = None,
 ) -> list[Pair]:
     """Base (adapters switched off) and adapted pictures of every prompt and seed, from the same noise.
 
     Args:
-        base_words: replacements in the prompt for the base alone, such as `{"<toy>": "toy"}` where the concept is a word that only
-            the adapters know. The noise stays that of the prompt as given.
+        base_words: replacements in the prompt for the base alone, such as `{"<toy>": "toy"}` where the concept is a word that
+            only the adapters know. The noise stays that of the prompt as given.
     """
     several = [attachments] if isinstance(attachments, Attachment) else list(attachments)
     with ExitStack() as off:
@@ -222,7 +222,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
-            found: dict[str, Any] = json.loads(image.info[KEY])  # type: ignore[attr-defined]
+            found: dict[str, Any] = json.loads(image.info[KEY])
     except (KeyError, OSError, ValueError, SyntaxError) as error:
         raise VeneerError(f"{path}: no settings found ({type(error).__name__}); expected a PNG that veneer wrote.") from error
     return found

@@ -72,7 +72,7 @@ def before_after(
     cell: int = 192,
     shown: int = 6,
 ) -> Image.Image:
-    """The sheet of a run: the photos on top, then for each prompt the base's pictures beside the adapted ones, same seeds in order.
+    """The sheet of a run: the photos on top, then for each prompt the base's pictures beside the adapted ones, seed by seed.
 
     Args:
         shown: photos shown at most.
@@ -173,7 +173,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 @cache
 def _shown(character: str) -> str:
-    """A character, or what Pillow's built-in font (ASCII and a few marks) can show in its place; `?` where there is nothing like it."""
+    """A character, or what Pillow's built-in font (ASCII and a few marks) can show in its place; `?` where nothing is like it."""
     font = _font(16)
     if character.isascii() or bytes(font.getmask(character)) != bytes(font.getmask("\uffff")):
         return character
