@@ -1,0 +1,58 @@
+"""The CLIP that judges pictures: the shipped one, or any open_clip folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch import Tensor
+
+from .folders import BaseError, path
+
+
+class BaseClip(NamedTuple):
+    """An open_clip model with what it needs to read pictures and texts; unpacks as `model, preprocess, tokenizer`.
+
+    Args:
+        model: the open_clip model, in `eval` mode.
+        preprocess: a picture to (3, height, width).
+        tokenizer: texts to ids (n, length).
+    """
+
+    model: Any
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[Sequence[str]], Tensor]
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Features (n, width) of preprocessed pictures."""
+        features: Tensor = self.model.encode_image(pixels)
+        return features
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Features (n, width) of token ids."""
+        features: Tensor = self.model.encode_text(ids)
+        return features
+
+
+def load_clip(base: str | Path = "shipped_clip") -> BaseClip:
+    """Load the shipped CLIP, or an open_clip folder, in float32; nothing is downloaded.
+
+    Raises:
+        BaseError: no such folder, or no `open_clip_config.json` or safetensors in it.
+    """
+    import open_clip
+
+    folder = path("shipped_clip") if base == "shipped_clip" else Path(base).expanduser()
+    if not (folder / "open_clip_config.json").is_file():
+        raise BaseError(
+            f"bases.load_clip: {folder} has no open_clip_config.json; expected 'shipped_clip' or an open_clip folder."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise BaseError(
+            f"bases.load_clip: {folder} has no safetensors; pickles are not read. Save the model again with open_clip."
+        )
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    return BaseClip(model.eval(), preprocess, open_clip.get_tokenizer(name))
