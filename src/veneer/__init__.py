@@ -6,7 +6,17 @@ tuned.save("my-adapter")
 veneer.load(model, "my-adapter.safetensors")
 """
 
+from .formats import load
 from .injection import Attachment, attach, attachments, hosts, methods, sites
 
 __version__ = "0.1.0"
-__all__ = ["Attachment", "attach", "attachments", "hosts", "methods", "sites"]
+__all__ = ["Attachment", "attach", "attachments", "hosts", "load", "methods", "sites"]
+
+
+def __getattr__(name: str) -> object:
+    """`veneer.bases` is imported when it is first used."""
+    if name == "bases":
+        import importlib
+
+        return importlib.import_module(".bases", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

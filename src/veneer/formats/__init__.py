@@ -1,0 +1,73 @@
+"""File formats: one file each, found by its name. `load` is the one door; it recognises a format by what is in the file."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, Literal
+
+from ..injection import Attachment, LoadError
+from ._format import Format, Options, format_of, formats
+from ._reading import File, read
+
+__all__ = ["File", "Format", "Options", "formats", "load", "load_all"]
+
+
+def load(
+    model: Any,
+    path: str | PathLike[str],
+    *,
+    name: str | None = None,
+    scale: float = 1.0,
+    strict: bool = True,
+    base: Literal["same", "any"] = "same",
+    token: str | None = None,
+) -> Any:
+    """Put a saved adapter on a model or a pipeline: the same outputs as when it was saved, or an error. All or nothing.
+
+    Args:
+        model: as for `attach`: the base that the adapter was trained on.
+        path: a safetensors file of any known format, without its suffix if you like, or a folder with `adapter.safetensors`.
+        name: of the attachment; the saved one by default. Of several in one file, the first part of their names.
+        scale: strength, 1 as trained.
+        strict: False loads what fits of a file with missing, unused or misshapen tensors; `Attachment.loaded` says what did.
+        base: `same` refuses another base than the adapter was trained on, where the file says which; `any` does not look.
+        token: for embeddings, the word in prompts, in the place of the one in the file.
+    Returns:
+        The attachment, or a list of them where the file holds several (`load_all` always gives a list).
+    Raises:
+        LoadError: with a report of what does not fit; nothing is attached then.
+    """
+    found = load_all(model, path, name=name, scale=scale, strict=strict, base=base, token=token)
+    return found[0] if len(found) == 1 else found
+
+
+def load_all(
+    model: Any,
+    path: str | PathLike[str],
+    *,
+    name: str | None = None,
+    scale: float = 1.0,
+    strict: bool = True,
+    base: Literal["same", "any"] = "same",
+    token: str | None = None,
+) -> list[Attachment]:
+    """`load`, with a list also where the file holds one attachment."""
+    if base not in ("same", "any"):
+        raise ValueError(f"load: base must be 'same' or 'any', got {base!r}")
+    file = read(path)
+    known = format_of(file)
+    if known is None:
+        raise LoadError(
+            f"{file.path}: a safetensors file of no known format: {len(file.shapes)} tensors, {', '.join(list(file.shapes)[:4])}, … "
+            f"Formats that can be read: {', '.join(formats.names())}. Weights of a whole model are loaded with their own library."
+        )
+    found = known.load(model, file, Options(name=name, strict=strict, same_base=base == "same", token=token))
+    try:
+        for attachment in found:
+            if scale != attachment.scale:
+                attachment.scale = scale
+    except BaseException:
+        for attachment in reversed(found):
+            attachment.detach()
+        raise
+    return found

@@ -34,7 +34,7 @@ class Attachment:
         name: unique among the model's attachments. `method`: the config. `where`: the selection as given.
         parts: site name to (site, adapter).
         merged: True while folded into the weights.
-        loaded: what was read, if it came from a file.
+        loaded: what was read, if it came from a file. `provenance`: where it came from, saved with it.
     """
 
     def __init__(self, planned: Plan, name: str) -> None:
@@ -48,6 +48,7 @@ class Attachment:
         self.extras: dict[str, tuple[str, str]] = planned.extras
         self.merged = False
         self.loaded: LoadReport | None = None
+        self.provenance: dict[str, Any] = {}
         self._seams: list[tuple[str, Seam]] = []
         self._scale, self._on = 1.0, True
         self._before: dict[str, Tensor] = {}

@@ -1,0 +1,96 @@
+"""From what a file says to attachments on a model: all of them or none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..injection import Attachment, LoadError, Method, VeneerError, attach, attachments, methods
+from ._format import Options
+from ._reading import File
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One attachment to make.
+
+    Args:
+        name: of the attachment. `config`: of the method called `method`.
+        sites: names of the sites that get an adapter. `train`: names of the sites whose parameters are replaced.
+        state: tensors, as `Attachment.load_state_dict` takes them.
+        where, trained: the selections that were given when it was made, to be saved again; None for the names.
+        notes: remarks for the report.
+        provenance: to be saved again.
+    """
+
+    name: str
+    method: str
+    config: Mapping[str, Any]
+    sites: Sequence[str]
+    state: Mapping[str, Tensor]
+    train: Sequence[str] = ()
+    where: Sequence[str] | None = None
+    trained: Sequence[str] | None = None
+    notes: Sequence[str] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def attach_all(model: Any, file: File, wanted: Sequence[Wanted], options: Options) -> list[Attachment]:
+    """Attach and fill each. torch's random state stays as it is.
+
+    Raises:
+        LoadError: one of them does not fit; nothing stays attached then.
+    """
+    made: list[Attachment] = []
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for each in wanted:
+                made.append(_attach(model, each, _name(model, each.name, options, len(wanted) > 1)))
+                report = made[-1].load_state_dict(each.state, options.strict)
+                made[-1].loaded = dataclasses.replace(report, notes=tuple(each.notes))
+    except BaseException as error:
+        for attachment in reversed(made):
+            attachment.detach()
+        if isinstance(error, VeneerError):
+            raise LoadError(f"{file.path}: {error}") from error
+        raise
+    return made
+
+
+def _attach(model: Any, each: Wanted, name: str) -> Attachment:
+    names = [[f"name:{site}" for site in sites] for sites in (each.sites, each.train)]
+    attachment = attach(model, method_of(each.method, each.config), where=names[0], name=name, train=names[1])
+    attachment.where = tuple(each.where if each.where is not None else names[0])
+    attachment.train = tuple(each.trained if each.trained is not None else names[1])
+    attachment.provenance = dict(each.provenance)
+    for site, adapter in attachment.parts.values():  # no dropout in a model that is in use
+        adapter.train(attachment.towers[site.component].training)
+    return attachment
+
+
+def method_of(name: str, config: Mapping[str, Any]) -> Method:
+    """The method of that name and config.
+
+    Raises:
+        LoadError: there is none, or it has no such options.
+    """
+    try:
+        return methods.get(name).from_config(config)
+    except (VeneerError, TypeError, ValueError) as error:
+        raise LoadError(
+            f"the method '{name}' with {dict(config)} cannot be built here: {error} Install the package or the version of "
+            "veneer that the file was made with."
+        ) from error
+
+
+def _name(model: Any, saved: str, options: Options, several: bool) -> str:
+    """The name asked for; else the saved one, numbered if it is taken."""
+    if options.name is not None:
+        return f"{options.name}-{saved}" if several else options.name
+    taken = {a.name for a in attachments(model)}
+    return saved if saved not in taken else next(n for i in range(2, 1000) if (n := f"{saved}_{i}") not in taken)

@@ -1,0 +1,83 @@
+"""What a file format is: a name, which files are its own, and how attachments come out of them and go into them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..injection import Attachment
+from ..injection.registry import Registry
+from ._reading import File
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a file is loaded.
+
+    Args:
+        name: of the attachment; None for the saved one.
+        strict: a tensor that is missing, unused, misshapen or not finite is an error.
+        same_base: another base than the one it was trained on is an error.
+        token: for embeddings, the token in prompts; None for the saved one.
+    """
+
+    name: str | None = None
+    strict: bool = True
+    same_base: bool = True
+    token: str | None = None
+
+
+class Format(ABC):
+    """One file format. The file is the registration: stem == `name`; other packages use the entry point `veneer.formats`.
+
+    Class attributes:
+        file: usual file name, used where a folder is given.
+        order: formats are asked in this order whether a file is theirs; those with a plain mark in the file come first.
+    """
+
+    name: ClassVar[str]
+    file: ClassVar[str]
+    order: ClassVar[int] = 1
+
+    @abstractmethod
+    def reads(self, file: File) -> bool:
+        """True if `file` is of this format, by its metadata and the names and shapes of its tensors."""
+
+    @abstractmethod
+    def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
+        """Attach what is in `file` to `model`, all or nothing.
+
+        Raises:
+            LoadError: with a report of what does not fit.
+        """
+
+    @abstractmethod
+    def save(
+        self,
+        attachments: Attachment | Sequence[Attachment],
+        path: str | PathLike[str],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write attachments to one file and give its path.
+
+        Raises:
+            SaveError: the format cannot hold them, or the file cannot be written; what was there before stays.
+        """
+
+
+formats: Registry[Format] = Registry(Format, "veneer.formats", "veneer.formats")
+
+
+def format_of(file: File) -> Format | None:
+    """The format that reads `file`, or None."""
+    every = sorted((formats.get(name)() for name in formats.names()), key=lambda f: (f.order, f.name))
+    return next((f for f in every if f.reads(file)), None)
+
+
+def listed(attachments: Attachment | Sequence[Attachment]) -> list[Attachment]:
+    """One attachment or several as a list."""
+    return [attachments] if isinstance(attachments, Attachment) else list(attachments)

@@ -1,0 +1,130 @@
+"""Reading LoRA tensors and peft's `LoraConfig` into veneer's own lora."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..injection import LoadError
+from ..injection.sites import Site, WeightSite
+from ..injection.towers import Tower, towers_of
+from ._attaching import Wanted
+from ._format import Options
+from ._reading import File
+
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<half>[AB])(?:\.(?!weight$|bias$)[^.]+)?\.weight")
+SAFE = "W' = W + B A, as diffusers reads files without alpha"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One module of a file: its site, and its settings in peft's config."""
+
+    site: Site
+    rank: int
+    alpha: float
+
+
+def wanted(model: Any, file: File, config: Any, options: Options) -> Wanted:
+    """The lora attachment that gives the file's ΔW at every site.
+
+    Args:
+        config: of `lora_adapter_metadata`, or None.
+    Raises:
+        LoadError: keys of other things than LoRA, or modules that the model does not have.
+    """
+    if config is not None and not isinstance(config, dict):
+        raise LoadError(f"{file.path}: its lora_adapter_metadata is no JSON object. The file is damaged.")
+    towers = towers_of(model)
+    tensors = file.tensors(finite=options.strict)
+    state: dict[str, Tensor] = {}
+    found: dict[str, Found] = {}
+    unused: list[str] = []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        place = _place(towers, match["path"]) if match else None
+        if match is None or place is None:
+            unused.append(key)
+            continue
+        tower, site = place
+        down = match["half"] == "A"
+        state[f"{site.name}:{'down' if down else 'up'}"] = tensor
+        if down and site.name not in found:
+            found[site.name] = _settings(file, site, tower, config, tensor.shape[0] if tensor.ndim else 1)
+    _refuse(file, unused, found, options)
+    notes = [] if config is not None else [f"no alpha in the file: {SAFE}"]
+    notes += [f"unused: {', '.join(unused[:8])}"] if unused else []
+    return Wanted("lora", "lora", _method(found), list(found), state, notes=notes)
+
+
+def _place(towers: list[Tower], path: str) -> tuple[Tower, Site] | None:
+    """The weight that a path of the file means: with its component, or without, then in the main tower."""
+    for tower in towers:
+        names = list(_names(tower, path))
+        site = next((s for n in names for s in tower.sites if s.name == n and isinstance(s, WeightSite)), None)
+        if site is not None:
+            return tower, site
+    return None
+
+
+def _names(tower: Tower, path: str) -> Iterator[str]:
+    """Names that a site may have here: `text_model.` comes and goes with the version of transformers."""
+    head, _, rest = path.partition(".")
+    paths = [rest] if head == (tower.component or _usual(tower)) else [path] if tower.main or not tower.component else []
+    prefix = f"{tower.component}." if tower.component else ""
+    for p in paths:
+        yield from (prefix + p, prefix + p.removeprefix("text_model."), f"{prefix}text_model.{p}")
+
+
+def _usual(tower: Tower) -> str:
+    """What a bare model is called in a pipeline."""
+    return {"unet": "unet", "dit": "transformer", "text": "text_encoder"}.get(tower.host.tower, "")
+
+
+def _settings(file: File, site: Site, tower: Tower, config: Mapping[str, Any] | None, rank: int) -> Found:
+    if config is None:
+        return Found(site, rank, float(rank))
+    component = tower.component or _usual(tower)
+    own = {k.removeprefix(component + "."): v for k, v in config.items() if k.startswith(component + ".")} or config
+    module = site.name.removeprefix(tower.component + ".") if tower.component else site.name
+    try:
+        alpha = float(_by_pattern(own.get("alpha_pattern") or {}, module, own.get("lora_alpha", rank)))
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise LoadError(
+            f"{file.path}: its lora_adapter_metadata gives no alpha for '{module}' ({error}). It is damaged."
+        ) from error
+    return Found(site, rank, alpha * math.sqrt(rank) if own.get("use_rslora") else alpha)
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """peft's rule: the first pattern that matches the module's path or its end."""
+    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
+
+
+def _refuse(file: File, unused: list[str], found: Mapping[str, Found], options: Options) -> None:
+    dora = [key for key in unused if "lora_magnitude_vector" in key]
+    if dora:
+        raise LoadError(f"{file.path}: DoRA ({dora[0]}): without its magnitudes the rest would be wrong, so nothing is loaded.")
+    if unused and (options.strict or not found):
+        raise LoadError(
+            f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no weights "
+            "of these names, or they are no LoRA: load it on the pipeline that it was made for, or pass strict=False."
+        )
+
+
+def _method(found: Mapping[str, Found]) -> dict[str, Any]:
+    """Config of lora: the commonest rank and alpha, and the others by site."""
+    rank = Counter(f.rank for f in found.values()).most_common(1)[0][0]
+    alpha = Counter(f.alpha for f in found.values()).most_common(1)[0][0]
+    return {
+        "rank": rank,
+        "alpha": alpha or None,  # lora takes 0 for "as the rank"
+        "ranks": {f"name:{n}": f.rank for n, f in found.items() if f.rank != rank},
+        "alphas": {f"name:{n}": f.alpha for n, f in found.items() if f.alpha != alpha or not alpha},
+    }

@@ -1,0 +1,164 @@
+"""Safetensors and nothing else, read without trust: what a file claims is checked before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..injection import LoadError
+
+SUFFIX = ".safetensors"
+LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_PICKLE = "Pickles can run code when they are read, so they are refused. Convert it once, where you trust it: {}"
+_CONVERT = "safetensors.torch.save_file(torch.load(old, weights_only=True), new)"
+
+
+@dataclass(frozen=True)
+class File:
+    """A checked safetensors file.
+
+    Args:
+        path: where it is. `metadata`: the texts of its header. `shapes`: of every tensor, by name, in the order of the header.
+    """
+
+    path: Path
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def tensors(self, finite: bool = True) -> dict[str, Tensor]:
+        """All tensors, on the CPU, in the order of the header.
+
+        Raises:
+            LoadError: `finite` and a tensor holds NaN or infinity.
+        """
+        try:
+            with safe_open(self.path, "pt") as file:
+                found = {name: file.get_tensor(name) for name in self.shapes}
+        except (SafetensorError, OSError) as error:
+            raise LoadError(f"{self.path}: cannot be read ({error}). Copy it again from its source.") from error
+        bad = [name for name, tensor in found.items() if finite and not is_finite(tensor)]
+        if bad:
+            more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+            raise LoadError(
+                f"{self.path}: NaN or infinity in {', '.join(bad[:8])}{more}: the training that made it diverged. "
+                "Use an earlier checkpoint, or pass strict=False to load it all the same."
+            )
+        return found
+
+    def json(self, key: str) -> Any:
+        """The JSON value under a metadata key, or None if there is none.
+
+        Raises:
+            LoadError: the text is no JSON.
+        """
+        if key not in self.metadata:
+            return None
+        try:
+            return json.loads(self.metadata[key])
+        except (ValueError, RecursionError) as error:
+            raise LoadError(f"{self.path}: the header's '{key}' is not JSON ({error}). The file is damaged.") from error
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """True if a tensor holds neither NaN nor infinity."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    return bool(torch.isfinite(wide).all())
+
+
+def read(path: str | PathLike[str]) -> File:
+    """Open a file, or the adapter in a folder, and check its header against its length.
+
+    Args:
+        path: a file, with or without `.safetensors`, or a folder with `adapter.safetensors` or one such file.
+    Raises:
+        LoadError: there is none, or it is no whole safetensors file: what was found, and what to do.
+    """
+    found = locate(path)
+    try:
+        with open(found, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(64)
+            length = _header_length(found, start, size)
+            file.seek(8)
+            text = file.read(length)
+    except OSError as error:
+        raise LoadError(f"{found}: cannot be read ({error.strerror}).") from error
+    return _parse(found, text, size - 8 - length)
+
+
+def locate(path: str | PathLike[str]) -> Path:
+    """The file that is meant by a path.
+
+    Raises:
+        LoadError: there is none, or a folder holds several and none is called `adapter.safetensors`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted(p for p in path.iterdir() if p.suffix == SUFFIX and not p.name.startswith("."))
+        named = [p for p in inside if p.name == "adapter.safetensors"] or inside
+        if len(named) == 1:
+            return named[0]
+        has = f"there are {', '.join(p.name for p in inside)}; name one" if inside else "there is no .safetensors file in it"
+        raise LoadError(f"{path}: a folder without adapter.safetensors; {has}.")
+    with_suffix = path.with_name(path.name + SUFFIX)
+    if not path.exists() and with_suffix.is_file():
+        return with_suffix
+    if not path.is_file():
+        raise LoadError(f"{path}: there is no such file, nor {with_suffix.name} beside it.")
+    return path
+
+
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    """Length of the header in bytes, or an error that says what the file is instead."""
+    wrong = _something_else(start, size)
+    if wrong:
+        raise LoadError(f"{path}: {wrong}")
+    length = int.from_bytes(start[:8], "little")
+    if length > size - 8 or length > LARGEST_HEADER or length < 2:
+        raise LoadError(
+            f"{path}: its header claims {length:,} bytes and the file has {size:,}. It is no safetensors file, or it is cut "
+            "short: copy it again from its source."
+        )
+    return length
+
+
+def _something_else(start: bytes, size: int) -> str | None:
+    if size < 8:
+        return f"only {size} bytes, so no safetensors file. Copy it again from its source."
+    if start.startswith(b"PK\x03\x04"):
+        return "a zip archive, as torch.save writes, under the name of a safetensors file. " + _PICKLE.format(_CONVERT)
+    if start[0] == 0x80 and start[1] in range(2, 6):
+        return "a pickle under the name of a safetensors file. " + _PICKLE.format(_CONVERT)
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself. Run 'git lfs pull'."
+    if all(32 <= c < 127 or c in b"\t\r\n" for c in start):
+        shown = start.decode("ascii").split("\n")[0][:40].strip()
+        return f"a text file ('{shown}…'), not safetensors. Was an error page or a pointer saved in its place?"
+    return None
+
+
+def _parse(path: Path, text: bytes, space: int) -> File:
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", None) or {}
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+        shapes = {str(name): tuple(int(n) for n in entry["shape"]) for name, entry in header.items()}
+        metadata = {str(k): str(v) for k, v in metadata.items()}
+        needed = max(ends, default=0)
+    except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise LoadError(f"{path}: its header is not that of a safetensors file ({type(error).__name__}: {error}).") from error
+    if needed != space:
+        short = "It is cut short: copy it again from its source." if needed > space else "It is damaged."
+        raise LoadError(f"{path}: its tensors need {needed:,} bytes and {space:,} follow the header. {short}")
+    return File(path, metadata, shapes)

@@ -1,0 +1,154 @@
+"""`pytorch_lora_weights.safetensors`: LoRA as diffusers and peft write it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..injection import Attachment, SaveError
+from ..injection.sites import WeightSite
+from ._attaching import attach_all
+from ._format import Format, Options, listed
+from ._peft import wanted
+from ._reading import File
+from ._writing import destination, write
+
+METADATA = "lora_adapter_metadata"
+ENCODERS = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}
+
+
+class Diffusers(Format):
+    """`{component}.{path}.lora_A.weight` (r, d_in[, k, k]) and `…lora_B.weight` (d_out, r[, 1, 1]); ΔW = (alpha / r)·B A.
+
+    Alpha is in no tensor: the header's `lora_adapter_metadata` holds peft's `LoraConfig` of every component, as JSON, and
+    diffusers takes alpha = r where it is missing. Written here: rsLoRA, ranks and alphas by site as plain alphas and ranks of
+    each module; `text_model.` in the paths of CLIP, which old and new diffusers understand.
+
+    diffusers loads it into `unet`, `transformer` and the CLIP text encoders; its PixArt and DiT classes have no loader, but
+    peft's `inject_adapter_in_model` takes the same tensors. What no part of it can hold (other methods, trained base
+    parameters, T5, embeddings, grouped convolutions, whole fused projections) is refused, never left out.
+    Source: diffusers 0.42 `loaders/lora_base.py`, `loaders/peft.py`; peft `LoraConfig`.
+    """
+
+    name: ClassVar[str] = "diffusers"
+    file: ClassVar[str] = "pytorch_lora_weights.safetensors"
+
+    def reads(self, file: File) -> bool:
+        return any(".lora_A." in name for name in file.shapes)
+
+    def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
+        return attach_all(model, file, [wanted(model, file, file.json(METADATA), options)], options)
+
+    def save(
+        self,
+        attachments: Attachment | Sequence[Attachment],
+        path: str | PathLike[str],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Path:
+        target = destination(path, self.file)
+        tensors: dict[str, Tensor] = {}
+        modules: dict[str, dict[str, tuple[int, float]]] = {}
+        for attachment in listed(attachments):
+            _refuse(attachment, target)
+            for component, module, adapter in _parts(attachment, target):
+                key = f"{component}.{_written(component, module)}"
+                if f"{key}.lora_A.weight" in tensors:
+                    raise SaveError(f"{target}: two attachments adapt '{key}', and the format holds one. Save them to two files.")
+                tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = adapter.down, adapter.up
+                rank = adapter.down.shape[0]
+                modules.setdefault(component, {})[module] = (rank, adapter.scaling * rank)
+        if not tensors:
+            raise SaveError(f"{target}: there is no attachment to save.")
+        config = {f"{c}.{key}": value for c, found in modules.items() for key, value in _config(c, found).items()}
+        metadata = {"format": "pt", METADATA: json.dumps(config)}
+        if provenance:
+            metadata["provenance"] = json.dumps(dict(provenance))
+        return write(target, tensors, metadata)
+
+
+def _refuse(attachment: Attachment, target: Path) -> None:
+    """Raise if something of an attachment has no place in the format."""
+    native = "The native file (Attachment.save) holds it."
+    if attachment.method.name != "lora":
+        raise SaveError(f"{target}: '{attachment.name}' is {attachment.method.name}; diffusers' LoRA files hold lora. {native}")
+    extra = [key for key in attachment.state_dict() if key.rpartition(":")[0] not in attachment.parts]
+    if extra:
+        raise SaveError(
+            f"{target}: '{attachment.name}' has trained {', '.join(extra[:4])} of the base as well, for which diffusers' LoRA "
+            f"files have no place. {native}"
+        )
+
+
+def _parts(attachment: Attachment, target: Path) -> Iterator[tuple[str, str, Any]]:
+    """(component, module path, adapter) of every site, or an error that names the site that does not fit."""
+    for site, adapter in attachment.parts.values():
+        tower = attachment.towers[site.component]
+        component = site.component or _component(tower)
+        path = site.name.removeprefix(site.component + ".") if site.component else site.name
+        wrong = _misfit(site, tower, component, path)
+        if wrong:
+            raise SaveError(f"{target}: '{site.name}' {wrong}. Select other sites, or keep to the native file.")
+        yield component, path, adapter
+
+
+def _misfit(site: Any, tower: nn.Module, component: str, path: str) -> str | None:
+    if not component:
+        return f"is part of a {type(tower).__name__}, which is no part of a diffusers pipeline"
+    if type(tower).__module__.startswith("transformers.") and type(tower).__name__ not in ENCODERS:
+        return f"is part of a {type(tower).__name__}, into which diffusers loads no LoRA"
+    if not isinstance(site, WeightSite) or site.kind == "embedding":
+        return "is an embedding, into which diffusers loads no LoRA"
+    if site.groups != 1:
+        return f"is a convolution in {site.groups} groups, of which peft has another low-rank form"
+    module = dict(tower.named_modules()).get(path)
+    if site.fused or not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "is a fused projection, which diffusers has only after fuse_qkv_projections(). Unfuse before attaching"
+    return None
+
+
+def _component(tower: nn.Module) -> str:
+    """Where a bare model would be in a pipeline, or nothing."""
+    name = type(tower).__name__
+    if type(tower).__module__.startswith("diffusers."):
+        return "unet" if "UNet" in name else "transformer"
+    return ENCODERS.get(name, "")
+
+
+def _written(component: str, path: str) -> str:
+    """CLIP's layers under `text_model.`, also where this transformers has no such level."""
+    inside = component.startswith("text_encoder") and not path.startswith(("text_model.", "text_projection"))
+    return f"text_model.{path}" if inside else path
+
+
+def _config(component: str, modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """peft's LoraConfig: the commonest rank and alpha, and patterns for the others.
+
+    peft matches a pattern, a regular expression, with the end of a module's path; `^` ties it to the beginning. Paths in CLIP
+    begin with `text_model.` or do not, and their ends are unique.
+    """
+    text = component.startswith("text_encoder")
+    short = {path: path.removeprefix("text_model.") if text else path for path in modules}
+    pattern = {path: name if text else f"^{name}" for path, name in short.items()}
+    rank = Counter(r for r, _ in modules.values()).most_common(1)[0][0]
+    alpha = Counter(a for _, a in modules.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {pattern[p]: r for p, (r, _) in modules.items() if r != rank},
+        "alpha_pattern": {pattern[p]: a for p, (_, a) in modules.items() if a != alpha},
+        "target_modules": list(short.values()),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+save = Diffusers().save

@@ -1,0 +1,257 @@
+"""veneer's own format: everything that training changed, and what is needed to put it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .. import __version__
+from ..injection import Attachment, LoadError, SaveError
+from ..injection.identity import identity
+from ..injection.ledger import peek
+from ..injection.towers import towers_of
+from ._attaching import Wanted, attach_all
+from ._format import Format, Options, listed
+from ._moving import Move
+from ._reading import File
+from ._writing import destination, write
+
+VERSION = 1
+KEY = "veneer"
+
+
+class Native(Format):
+    """One safetensors file: tensors under `site-name:parameter`, tensors that several sites share once, and a JSON header.
+
+    Several attachments: tensors under `attachment/site-name:parameter`. The header, under the metadata key `veneer`:
+
+        {"version": 1, "veneer": "0.1.0",
+         "base": {component: {"class", "config", "fingerprint", "without": [names of tensors that are in the file]}},
+         "attachments": [{"name", "method", "config", "where", "train", "sites", "trained", "shared": {tensor: tensor}}],
+         "provenance": {…}}
+    """
+
+    name: ClassVar[str] = "native"
+    file: ClassVar[str] = "adapter.safetensors"
+    order: ClassVar[int] = 0
+
+    def reads(self, file: File) -> bool:
+        return KEY in file.metadata
+
+    def save(
+        self,
+        attachments: Attachment | Sequence[Attachment],
+        path: str | PathLike[str],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Path:
+        several = listed(attachments)
+        target = destination(path, self.file)
+        if not several:
+            raise SaveError(f"{target}: there is no attachment to save.")
+        names = [a.name for a in several]
+        if len(set(names)) != len(names):
+            raise SaveError(f"{target}: two attachments are called '{max(names, key=names.count)}'; give them other names.")
+        tensors: dict[str, Tensor] = {}
+        entries = [_entry(a, tensors, f"{a.name}/" if len(several) > 1 else "") for a in several]
+        header = {
+            "version": VERSION,
+            "veneer": __version__,
+            "base": _bases(several),
+            "attachments": entries,
+            "provenance": dict(provenance)
+            if provenance is not None
+            else {k: v for a in several for k, v in a.provenance.items()},
+        }
+        try:
+            text = json.dumps(header, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise SaveError(
+                f"{target}: a config or the provenance holds something that JSON has no word for: {error}."
+            ) from error
+        return write(target, tensors, {KEY: text})
+
+    def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
+        header = _header(file)
+        move = Move.of(file, header["base"], {t.component: t.module for t in towers_of(model)})
+        notes = list(_compare(file, header["base"], move, options))
+        tensors = file.tensors(finite=options.strict)
+        several = len(header["attachments"]) > 1
+        here = {site.name for tower in towers_of(model) for site in tower.sites}
+        wanted, used = [], set[str]()
+        for entry in header["attachments"]:
+            state, keys = _state(file, entry, tensors, f"{entry['name']}/" if several else "")
+            used |= keys
+            wanted.append(_wanted(file, entry, {move.name(k): t for k, t in state.items()}, move, here, options, header, notes))
+        unused = [k for k in tensors if k not in used]
+        if unused and options.strict:
+            raise LoadError(
+                f"{file.path}: unused {len(unused)}: {', '.join(unused[:8])}. They belong to no attachment of the file. "
+                "Pass strict=False to load the rest."
+            )
+        return attach_all(model, file, wanted, options)
+
+
+def _entry(attachment: Attachment, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Header entry of one attachment; its tensors go into `tensors`."""
+    first = {_storage(t): key for key, t in tensors.items() if t.numel()}
+    shared: dict[str, str] = {}
+    for key, tensor in attachment.state_dict().items():
+        place = _storage(tensor)
+        if tensor.numel() and not tensor.is_meta and place in first:
+            shared[key] = first[place]
+        else:
+            first[place] = prefix + key
+            tensors[prefix + key] = tensor
+    return {
+        "name": attachment.name,
+        "method": attachment.method.name,
+        "config": attachment.method.config(),
+        "where": list(attachment.where),
+        "train": list(attachment.train),
+        "sites": list(attachment.parts),
+        "trained": list(dict.fromkeys(key.rpartition(":")[0] for key in attachment.extras)),
+        "shared": shared,
+    }
+
+
+def _storage(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), str(tensor.device), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _bases(attachments: Sequence[Attachment]) -> dict[str, Any]:
+    """Identity of every tower that is touched, without the tensors that the file carries itself."""
+    towers: dict[str, nn.Module] = {}
+    for attachment in attachments:
+        for component, tower in attachment.towers.items():
+            if towers.setdefault(component, tower) is not tower:
+                raise SaveError(f"'{attachment.name}' is on another model than the attachments before it; save it by itself.")
+            _refuse_merged(tower, SaveError)
+    without: dict[str, set[str]] = {c: set() for c in towers}
+    for attachment in attachments:
+        for component, path in attachment.extras.values():
+            without[component].add(path)
+    return {c: {**identity(t, without[c]), "without": sorted(without[c])} for c, t in towers.items()}
+
+
+def _refuse_merged(tower: nn.Module, error: type[SaveError] | type[LoadError]) -> None:
+    ledger = peek(tower)
+    if ledger is not None and ledger.merged:
+        raise error(f"'{ledger.merged[-1].name}' is merged into the base, which is another one now. Call its unmerge() first.")
+
+
+def _header(file: File) -> dict[str, Any]:
+    header = file.json(KEY)
+    version = header.get("version") if isinstance(header, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise LoadError(
+            f"{file.path}: written in version {version} of the format, by veneer {header.get('veneer')}; this veneer "
+            f"{__version__} reads up to version {VERSION}. Update veneer."
+        )
+    if version != VERSION or not _complete(header):
+        raise LoadError(f"{file.path}: its 'veneer' header is incomplete (version {version!r}). The file is damaged.")
+    return header
+
+
+def _complete(header: Mapping[str, Any]) -> bool:
+    entries, base, provenance = header.get("attachments"), header.get("base"), header.get("provenance")
+    kinds = {
+        "name": str,
+        "method": str,
+        "config": dict,
+        "where": list,
+        "train": list,
+        "sites": list,
+        "trained": list,
+        "shared": dict,
+    }
+    return (
+        isinstance(base, dict)
+        and isinstance(provenance, dict)
+        and all(isinstance(b, dict) and isinstance(b.get("without"), list) for b in base.values())
+        and isinstance(entries, list)
+        and bool(entries)
+        and all(isinstance(e, dict) and all(isinstance(e.get(k), kind) for k, kind in kinds.items()) for e in entries)
+        and all(isinstance(n, str) for e in entries for k in ("where", "train", "sites", "trained") for n in e[k])
+    )
+
+
+def _compare(file: File, bases: Mapping[str, Any], move: Move, options: Options) -> Iterator[str]:
+    """Raise if a tower is another than the adapter was trained on; remarks where that cannot be told."""
+    for component, saved in bases.items():
+        tower = move.towers[component]
+        _refuse_merged(tower, LoadError)
+        if not options.same_base:
+            yield f"the base '{component}' was not compared (base='any')"
+            continue
+        found = identity(tower, saved["without"])
+        differs = [k for k in ("class", "config") if found[k] != saved.get(k)]
+        if not differs and None in (found["fingerprint"], saved.get("fingerprint")):
+            yield f"the base '{component}' was not compared: its weights are quantised or not there"
+        elif differs or found["fingerprint"] != saved.get("fingerprint"):
+            raise LoadError(
+                f"{file.path}: trained on another base. {component or 'model'}: {_difference(saved, found)}. Load the base that it "
+                "was trained on, or pass base='any' if you mean it."
+            )
+
+
+def _difference(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    if saved.get("class") != found["class"]:
+        return f"it was a {saved.get('class')} and is a {found['class']}"
+    old, new = saved.get("config"), found["config"]
+    if isinstance(old, dict) and old != new:
+        keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+        return "; ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in keys[:4])
+    return f"the weights differ (fingerprint {str(saved.get('fingerprint'))[:12]}… was saved, {str(found['fingerprint'])[:12]}… is here)"
+
+
+def _state(
+    file: File, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Tensors of one attachment by their own names, and their keys in the file."""
+    own = {key[len(prefix) :]: key for key in tensors if key.startswith(prefix)}
+    lost = [key for key, place in entry["shared"].items() if place not in tensors]
+    if lost:
+        raise LoadError(
+            f"{file.path}: the header says that '{lost[0]}' is shared, and what it shares is not there. It is damaged."
+        )
+    keys = {**own, **entry["shared"]}
+    return {name: tensors[key] for name, key in keys.items()}, set(keys.values())
+
+
+def _wanted(
+    file: File,
+    entry: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    move: Move,
+    here: set[str],
+    options: Options,
+    header: Mapping[str, Any],
+    notes: Sequence[str],
+) -> Wanted:
+    sites, trained = ([move.name(n) for n in entry[k]] for k in ("sites", "trained"))
+    away = [n for n in [*sites, *trained] if n not in here]
+    if away and (options.strict or len(away) == len(sites) + len(trained)):
+        raise LoadError(
+            f"{file.path}: '{entry['name']}' ({entry['method']}) needs {len(away)} sites that the model does not have: "
+            f"{', '.join(away[:8])}. It was made for another model, or the model was fused or changed since."
+        )
+    return Wanted(
+        name=entry["name"],
+        method=entry["method"],
+        config=move.config(entry["config"]),
+        sites=[n for n in sites if n in here],
+        train=[n for n in trained if n in here],
+        state=state,
+        where=entry["where"] if move.trivial else None,
+        trained=entry["train"] if move.trivial else None,
+        notes=[*notes, *([f"{len(away)} sites are not in the model: {', '.join(away[:8])}"] if away else [])],
+        provenance=header["provenance"],
+    )
+
+
+save = Native().save
