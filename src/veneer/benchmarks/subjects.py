@@ -69,7 +69,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(value: Figure) -> str:
-    return f"{value.mean:.3f}" if value.low is None or value.high is None else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    return (
+        f"{value.mean:.3f}"
+        if value.low is None or value.high is None
+        else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,90 @@
+"""The training step and the forward pass of a UNet: veneer's LoRA against the frozen floor and against peft's.
+
+The floor is the least that a step which trains something at the input can take: the same forward pass, loss, backward pass
+through every frozen layer and optimiser step, with one trained number, added to the noisy latents, in the place of adapters.
+What a LoRA step takes above it is the price of LoRA. All contenders share one frozen base, tensor for tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import peers
+from .contest import Contender, Contest
+from .shapes import Shape, sharing, unet
+
+
+class Floor(nn.Module):
+    """A frozen denoiser whose only trained parameter is a number added to its input."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.offset = nn.Parameter(torch.zeros(()))
+
+    def forward(self, sample: Tensor, *args: Tensor) -> Any:
+        """The base's output."""
+        return self.base(sample + self.offset.to(sample.dtype), *args)
+
+
+def contests(shape: Shape, rank: int, dtype: torch.dtype, seed: int) -> list[Contest]:
+    """The training step, and the forward pass without gradients.
+
+    Args:
+        rank: of the LoRA on every attention projection.
+        dtype: of the frozen base; adapters are float32.
+    Raises:
+        BenchError: veneer and peft would not train the same number of parameters.
+    """
+    base = unet(shape.unet, shape.latent, dtype, seed)
+    models: dict[str, nn.Module] = {"floor": Floor(base), "veneer": peers.with_veneer(sharing(base), rank)}
+    pairs = [("veneer", "floor")]
+    if peers.has_peft():
+        models["peft"] = peers.with_peft(sharing(base), rank)
+        peers.check_equal(models["veneer"], models["peft"])
+        pairs += [("peft", "floor"), ("veneer", "peft")]
+    inputs = _inputs(shape, dtype, seed)
+    steps = tuple(Contender(name, _step(model, *inputs)) for name, model in models.items())
+    passes = tuple(Contender(name, _forward(model, *inputs[0])) for name, model in models.items())
+    size = f"{shape.latent}×{shape.latent} latents, batch 1, rank {rank}, {str(dtype).removeprefix('torch.')}"
+    what = "forward, loss, backward, AdamW on a UNet of widths"
+    widths = ", ".join(map(str, getattr(base.config, "block_out_channels")))  # noqa: B009 (a config of any attributes)
+    return [
+        Contest("training step", f"{what} {widths}; {size}", steps, tuple(pairs), shape.calls),
+        Contest("forward pass", f"the same without gradients; {size}", passes, tuple(pairs), shape.calls),
+    ]
+
+
+def _inputs(shape: Shape, dtype: torch.dtype, seed: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """((noisy latents, timestep, text), target)."""
+    draws = torch.Generator().manual_seed(seed)
+    latents, target = torch.randn(2, 1, 4, shape.latent, shape.latent, generator=draws)
+    text = torch.randn(1, shape.tokens, shape.unet["cross_attention_dim"], generator=draws)
+    return (latents.to(dtype), torch.tensor([500]), text.to(dtype)), target
+
+
+def _step(model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> Callable[[Any], float]:
+    """One optimiser step; returns the loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(_: Any) -> float:
+        loss = F.mse_loss(model(*inputs).sample.float(), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def _forward(model: nn.Module, *inputs: Tensor) -> Callable[[Any], object]:
+    def forward(_: Any) -> object:
+        with torch.no_grad():
+            return model(*inputs).sample
+
+    return forward

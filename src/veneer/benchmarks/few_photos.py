@@ -1,0 +1,93 @@
+"""The few-photo job with and without caches of latents and text embeddings, all else equal.
+
+Timed is what a user waits for once the base is loaded: from reading the photos to the last step. `cold caches` start empty,
+in memory and on disk; `warm caches` read what an earlier run left on disk.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..injection import attach
+from ..training.cache import Cache
+from ..training.captions import Captions
+from ..training.config import TrainConfig
+from ..training.dataset import PhotoDataset, find_photos
+from ..training.denoising import DenoisingLoss
+from ..training.families import family
+from ..training.loop import Trainer
+from .contest import Contender, Contest
+from .shapes import BenchError, Shape
+
+_PICTURE_SIDE = 512
+
+
+def contests(pipe: Any, photos: Path | None, shape: Shape, rank: int, seed: int, scratch: Path) -> list[Contest]:
+    """One contest over a pipeline that is loaded already.
+
+    Args:
+        pipe: what is trained. It is frozen here, for encoders that train are not cached; else it is as before after each run.
+        photos: folder of pictures; None draws `shape.photos` of them into `scratch`.
+        scratch: folder for pictures and caches.
+    """
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+    folder = photos if photos is not None else draw_pictures(scratch / "photos", shape.photos, seed)
+    warm = scratch / "warm"
+
+    def job(cache: Callable[[], Cache | None]) -> Callable[[Any], float]:
+        return lambda _: train(pipe, folder, cache(), shape, rank, seed)
+
+    ways = {
+        "no caches": job(lambda: None),
+        "cold caches": job(lambda: Cache(tempfile.mkdtemp(dir=scratch))),
+        "warm caches": job(lambda: Cache(warm)),
+    }
+    ways["warm caches"](None)
+    side = shape.resolution or family(pipe).resolution
+    what = f"{type(pipe).__name__}, {len(find_photos(folder))} photos at {side}×{side}, {shape.steps} steps, rank {rank}"
+    pairs = (("cold caches", "no caches"), ("warm caches", "no caches"))
+    return [Contest("few-photo job", what, tuple(Contender(name, run) for name, run in ways.items()), pairs)]
+
+
+def train(pipe: Any, photos: Path, cache: Cache | None, shape: Shape, rank: int, seed: int) -> float:
+    """Train a LoRA on a folder of photos and take it off again; returns the last loss.
+
+    Raises:
+        BenchError: nothing was read from or written to a cache that was given.
+    """
+    kind = family(pipe)
+    attachment = attach(getattr(pipe, kind.denoiser), "lora", rank=rank)
+    try:
+        data = PhotoDataset(
+            find_photos(photos), shape.resolution or kind.resolution, kind.multiple, seed, captions=Captions(concept="<thing>")
+        )
+        loss = DenoisingLoss(kind, data, seed, samples=1, cache=cache)
+        named = {f"{site}:{key}": p for site, (_, a) in attachment.parts.items() for key, p in a.named_parameters()}
+        config = TrainConfig(steps=shape.steps, seed=seed, tracker="none")
+        result = Trainer(config, [{"params": list(named.values())}], loss, named).fit()
+    finally:
+        attachment.detach()
+    if cache is not None and not cache.hits + cache.misses:
+        raise BenchError("bench: the few-photo job did not use the cache that it was given")
+    return result.losses[-1]
+
+
+def draw_pictures(folder: Path, count: int, seed: int) -> Path:
+    """Smooth random pictures as PNG files, for machines without photos."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draws = torch.Generator().manual_seed(seed)
+    for index in range(count):
+        coarse = torch.randint(0, 256, (8, 8, 3), generator=draws, dtype=torch.uint8)
+        picture = Image.fromarray(coarse.numpy()).resize((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{index}.png")
+    return folder

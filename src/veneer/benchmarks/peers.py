@@ -1,0 +1,62 @@
+"""The same LoRA by veneer and by peft, on the same modules."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from torch import nn
+
+from ..injection import attach
+from .shapes import BenchError
+
+WHERE = ("attn", "xattn")
+"""Every attention projection, in veneer's words."""
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The same in peft's: endings of module names."""
+
+ABSENT = "peft is not installed, so nothing was compared with it. Install it with: pip install 'veneer[peft]'"
+
+
+def has_peft() -> bool:
+    """True if peft can be imported."""
+    return importlib.util.find_spec("peft") is not None
+
+
+def with_veneer(model: nn.Module, rank: int) -> nn.Module:
+    """The model, with veneer's LoRA on every attention projection that it has."""
+    attach(model, "lora", rank=rank, where=where(model))
+    return model
+
+
+def where(model: nn.Module) -> tuple[str, ...]:
+    """`WHERE`, without cross-attention where the model has none."""
+    return WHERE if any(getattr(m, "is_cross_attention", False) for m in model.modules()) else WHERE[:1]
+
+
+def with_peft(model: nn.Module, rank: int, **options: Any) -> nn.Module:
+    """The model, with peft's LoRA at the same places, alpha and dropout as veneer's defaults.
+
+    Args:
+        options: of `inject_adapter_in_model`.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = [t for t in TARGETS if any(name.endswith(f".{t}") for name, _ in model.named_modules())]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets), model, **options)
+    return model
+
+
+def trained(model: nn.Module) -> int:
+    """How many numbers train."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def check_equal(ours: nn.Module, theirs: nn.Module) -> None:
+    """Raise `BenchError` if the two do not train as many numbers, so that no ratio compares unlike things."""
+    if trained(ours) != trained(theirs):
+        raise BenchError(
+            f"bench: veneer trains {trained(ours):,} numbers and peft {trained(theirs):,} on {type(ours).__name__}; the targets "
+            "are not the same, so the times cannot be compared"
+        )

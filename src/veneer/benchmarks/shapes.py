@@ -1,0 +1,92 @@
+"""The models that are timed, by size: from configs, with random weights, so that nothing is fetched."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from veneer.injection.errors import VeneerError
+
+M = TypeVar("M", bound=nn.Module)
+
+_TINY_UNET: dict[str, Any] = {
+    "block_out_channels": (16, 32), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 1, "norm_num_groups": 4,
+    "attention_head_dim": 2, "cross_attention_dim": 24,
+}  # fmt: skip
+_SMALL_UNET: dict[str, Any] = {
+    "block_out_channels": (320, 640), "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 1, "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}  # fmt: skip
+_SD15_UNET: dict[str, Any] = {"attention_head_dim": 8, "cross_attention_dim": 768}
+_TINY_FLUX: dict[str, Any] = {
+    "in_channels": 24, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": 60, "pooled_projection_dim": 28, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+_FLUX_DEV: dict[str, Any] = {"guidance_embeds": True}
+
+
+class BenchError(VeneerError):
+    """A benchmark that cannot be run as asked."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one benchmark.
+
+    Args:
+        unet, flux: configs of the UNet (diffusers' defaults are the widths of SD 1.5) and of the FLUX transformer (those of
+            FLUX.1).
+        latent: side of the UNet's input. `tokens`: of the prompt.
+        calls: steps in one timing.
+        photos, steps, resolution: of the few-photo job.
+    """
+
+    unet: dict[str, Any]
+    latent: int
+    tokens: int = 77
+    calls: int = 1
+    flux: dict[str, Any] = field(default_factory=lambda: _FLUX_DEV)
+    photos: int = 5
+    steps: int = 20
+    resolution: int | None = None
+
+
+SHAPES: dict[str, Shape] = {
+    "tiny": Shape(_TINY_UNET, latent=8, tokens=4, flux=_TINY_FLUX, photos=2, steps=2),
+    "small": Shape(_SMALL_UNET, latent=32, calls=2),
+    "sd15": Shape(_SD15_UNET, latent=32),
+}
+
+
+def unet(config: dict[str, Any], latent: int, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A frozen UNet on the CPU, in training mode, with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = _diffusers("UNet2DConditionModel")(**config, sample_size=latent)
+    if dtype != torch.float32:
+        model.to(dtype)
+    return model.requires_grad_(False).train()
+
+
+def flux(config: dict[str, Any]) -> nn.Module:
+    """A FLUX transformer on the meta device: names and shapes without weights."""
+    with torch.device("meta"):
+        model: nn.Module = _diffusers("FluxTransformer2DModel")(**config)
+    return model
+
+
+def sharing(model: M) -> M:
+    """A copy of the modules over the same tensors: contenders then differ in nothing but what is put on them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _diffusers(name: str) -> Any:
+    return getattr(importlib.import_module("diffusers"), name)
