@@ -58,8 +58,8 @@ def load_all(
     known = format_of(file)
     if known is None:
         raise LoadError(
-            f"{file.path}: a safetensors file of no known format: {len(file.shapes)} tensors, {', '.join(list(file.shapes)[:4])}, … "
-            f"Formats that can be read: {', '.join(formats.names())}. Weights of a whole model are loaded with their own library."
+            f"{file.path}: no known format; tensors: {len(file.shapes)}, {', '.join(list(file.shapes)[:3])}. "
+            f"It reads: {', '.join(formats.names())}. Weights of a whole model are loaded with their own library."
         )
     found = known.load(model, file, Options(name=name, strict=strict, same_base=base == "same", token=token))
     try:

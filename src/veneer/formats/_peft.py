@@ -41,14 +41,14 @@ def wanted(model: Any, file: File, config: Any, options: Options) -> Wanted:
     """
     if config is not None and not isinstance(config, dict):
         raise LoadError(f"{file.path}: its lora_adapter_metadata is no JSON object. The file is damaged.")
-    towers = towers_of(model)
+    places = _places(towers_of(model))
     tensors = file.tensors(finite=options.strict)
     state: dict[str, Tensor] = {}
     found: dict[str, Found] = {}
     unused: list[str] = []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        place = _place(towers, match["path"]) if match else None
+        place = places.get(match["path"]) if match else None
         if match is None or place is None:
             unused.append(key)
             continue
@@ -63,23 +63,23 @@ def wanted(model: Any, file: File, config: Any, options: Options) -> Wanted:
     return Wanted("lora", "lora", _method(found), list(found), state, notes=notes)
 
 
-def _place(towers: list[Tower], path: str) -> tuple[Tower, Site] | None:
-    """The weight that a path of the file means: with its component, or without, then in the main tower."""
+def _places(towers: list[Tower]) -> dict[str, tuple[Tower, Site]]:
+    """Paths that a file may have, and the weights that they mean: with the component or, for the main tower, without."""
+    places: dict[str, tuple[Tower, Site]] = {}
     for tower in towers:
-        names = list(_names(tower, path))
-        site = next((s for n in names for s in tower.sites if s.name == n and isinstance(s, WeightSite)), None)
-        if site is not None:
-            return tower, site
-    return None
+        for site in (s for s in tower.sites if isinstance(s, WeightSite)):
+            for path in _paths(tower, site.name):
+                places.setdefault(path, (tower, site))
+    return places
 
 
-def _names(tower: Tower, path: str) -> Iterator[str]:
-    """Names that a site may have here: `text_model.` comes and goes with the version of transformers."""
-    head, _, rest = path.partition(".")
-    paths = [rest] if head == (tower.component or _usual(tower)) else [path] if tower.main or not tower.component else []
-    prefix = f"{tower.component}." if tower.component else ""
-    for p in paths:
-        yield from (prefix + p, prefix + p.removeprefix("text_model."), f"{prefix}text_model.{p}")
+def _paths(tower: Tower, name: str) -> Iterator[str]:
+    """`text_model.` comes and goes with the version of transformers."""
+    path = name.removeprefix(tower.component + ".") if tower.component else name
+    paths = dict.fromkeys((path, path.removeprefix("text_model."), f"text_model.{path}"))
+    yield from (f"{tower.component or _usual(tower)}.{p}" for p in paths)
+    if tower.main or not tower.component:
+        yield from paths
 
 
 def _usual(tower: Tower) -> str:

@@ -106,10 +106,16 @@ def _misfit(site: Any, tower: nn.Module, component: str, path: str) -> str | Non
         return "is an embedding, into which diffusers loads no LoRA"
     if site.groups != 1:
         return f"is a convolution in {site.groups} groups, of which peft has another low-rank form"
-    module = dict(tower.named_modules()).get(path)
-    if site.fused or not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if site.fused or not isinstance(_module(tower, path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "is a fused projection, which diffusers has only after fuse_qkv_projections(). Unfuse before attaching"
     return None
+
+
+def _module(tower: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return tower.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _component(tower: nn.Module) -> str:

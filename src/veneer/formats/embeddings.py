@@ -21,6 +21,7 @@ from ._writing import destination, write
 
 TOKENS = "tokens"
 ANY = "emb_params"  # sd-scripts: one tensor, no token
+Rows = list[tuple[VocabularySite, Tensor]]
 ENCODERS = {"clip_l": "CLIP", "clip_g": "CLIP", "t5": "T5", "t5xxl": "T5"}
 
 
@@ -125,7 +126,7 @@ def _tokens(file: File, keys: list[str], by_encoder: bool, options: Options) -> 
     return saved, None
 
 
-def _by_token(file: File, tensors: Mapping[str, Tensor], places: Sequence[VocabularySite]) -> list[tuple[VocabularySite, Tensor]]:
+def _by_token(file: File, tensors: Mapping[str, Tensor], places: Sequence[VocabularySite]) -> Rows:
     counts = {len(t) for t in tensors.values()}
     if len(counts) > 1:
         found = ", ".join(f"{key} {len(t)}" for key, t in tensors.items())
@@ -150,9 +151,7 @@ def _offer(places: Sequence[VocabularySite]) -> str:
     )
 
 
-def _by_encoder(
-    file: File, tensors: Mapping[str, Tensor], places: Sequence[VocabularySite]
-) -> list[tuple[VocabularySite, Tensor]]:
+def _by_encoder(file: File, tensors: Mapping[str, Tensor], places: Sequence[VocabularySite]) -> Rows:
     if ANY in tensors:
         if len(tensors) > 1:
             raise LoadError(f"{file.path}: '{ANY}' beside {', '.join(k for k in tensors if k != ANY)}; one of them is too many.")

@@ -194,8 +194,8 @@ def _compare(file: File, bases: Mapping[str, Any], move: Move, options: Options)
             yield f"the base '{component}' was not compared: its weights are quantised or not there"
         elif differs or found["fingerprint"] != saved.get("fingerprint"):
             raise LoadError(
-                f"{file.path}: trained on another base. {component or 'model'}: {_difference(saved, found)}. Load the base that it "
-                "was trained on, or pass base='any' if you mean it."
+                f"{file.path}: trained on another base. {component or 'model'}: {_difference(saved, found)}. Load the base "
+                "that it was trained on, or pass base='any' if you mean it."
             )
 
 
@@ -206,7 +206,8 @@ def _difference(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     if isinstance(old, dict) and old != new:
         keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
         return "; ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in keys[:4])
-    return f"the weights differ (fingerprint {str(saved.get('fingerprint'))[:12]}… was saved, {str(found['fingerprint'])[:12]}… is here)"
+    prints = (str(saved.get("fingerprint"))[:12], str(found["fingerprint"])[:12])
+    return "the weights differ (fingerprint {}… was saved, {}… is here)".format(*prints)
 
 
 def _state(
