@@ -118,16 +118,19 @@ class DenoisingLoss:
         return self.family.latents(found["mean"].to(device), found["std"].to(device), self._random(step, example, "latents"))
 
     def _text(self, captions: list[str]) -> dict[str, Tensor]:
-        if self._text_key is None or self.cache is None:
+        if self.text_trains or not self.family.text_towers:
             return self.family.encode_text(captions)
-        key = self._text_key
-        device = self.family.text_device
-        rows = [self.cache.get(cache_key("text", c, key), partial(self._encode_one, c)) for c in captions]
+        if self._text_key is None or self.cache is None:
+            return self._encode(captions)
+        key, device = self._text_key, self.family.text_device
+        keys = [cache_key("text", self.family.text_identity(caption), key) for caption in captions]
+        rows = [self.cache.get(k, partial(self._encode, [c])) for k, c in zip(keys, captions, strict=True)]
         return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
 
-    def _encode_one(self, caption: str) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return self.family.encode_text([caption])
+    def _encode(self, captions: list[str]) -> dict[str, Tensor]:
+        """In the encoders' own precision: what is kept must not depend on the precision of the run that kept it."""
+        with torch.no_grad(), torch.autocast(self.family.text_device.type, enabled=False):
+            return self.family.encode_text(captions)
 
 
 def _masks(examples: Sequence[Example]) -> Tensor | None:

@@ -32,7 +32,8 @@ def draw(density: str, options: DensityOptions, generator: torch.Generator) -> f
     """One u from `density`, before any shift; exactly one number is taken from `generator`.
 
     Source: Esser et al. 2024 (SD3), section 3.1, for `logit_normal` and `mode`; Mou et al. 2023 (T2I-Adapter), section 3.4, for
-    `cubic`; kohya sd-scripts for `sigmoid`, `shift` and `flux_shift`.
+    `cubic`; kohya sd-scripts for `sigmoid`, `shift` and `flux_shift`. u is the noise level, as in the papers; the scripts of
+    diffusers take a timestep by its place from the noisy end, so that their logit-normal mean m is −m here.
     Raises:
         ValueError: for a density that is not in `DENSITIES`.
     """

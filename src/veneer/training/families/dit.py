@@ -20,6 +20,7 @@ class DiT(Family):
     pipelines = ("DiTPipeline",)
     needs = ("vae", "transformer", "scheduler")
     denoiser = "transformer"
+    square = True
 
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`class_labels` (batch,), int64.

@@ -35,6 +35,7 @@ class Family(ABC):
         pipelines: pipeline classes it takes (subclasses too), the text-to-image one first.
         needs: components that must not be None. `denoiser`: the component that is trained.
         density: timestep density where the options name none. `packing`: latents that make one channel vector of the denoiser.
+        square: True if it takes square pictures only.
 
     Attributes:
         pipe: the pipeline; its components are used as they are at the time of each call.
@@ -50,6 +51,7 @@ class Family(ABC):
     denoiser: ClassVar[str]
     density: ClassVar[str] = "uniform"
     packing: ClassVar[int] = 1
+    square: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -218,6 +220,14 @@ class Family(ABC):
                 if self.truncate == "error":
                     raise PromptError(f"{message}. Shorten it, or use truncate='warn' to train without that part.")
                 warnings.warn(f"{message} and is cut off", stacklevel=3)
+
+    def text_identity(self, prompt: str) -> str:
+        """What `encode_text` depends on beside weights, for caches: pipeline class, token ids, their number and padding."""
+        parts: list[Any] = [type(self.pipe).__name__, self.truncate]
+        for tokenizer, limit in self.limits():
+            ids = tokenizer(self.prepare([prompt], tokenizer), truncation=False, padding=False, verbose=False).input_ids[0]
+            parts.append([type(tokenizer).__name__, limit, tokenizer.pad_token_id, tokenizer.padding_side, list(ids)])
+        return repr(parts)
 
     # -- the denoiser -------------------------------------------------------------------------------------------------
 
