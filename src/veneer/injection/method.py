@@ -89,6 +89,11 @@ class Method(ABC):
         """Parameter groups for an optimiser. `lr_scale` multiplies the learning rate; one group by default."""
         return [{"params": [p for _, a in adapters for p in a.parameters()], "lr_scale": 1.0}]
 
+    @classmethod
+    def examples(cls) -> tuple[Method, Method]:
+        """Two configs for the conformance suite, which may be attached to one bare model together; the defaults, twice."""
+        return cls(), cls()
+
     def config(self) -> dict[str, Any]:
         """The options as plain JSON values."""
         return dataclasses.asdict(self)

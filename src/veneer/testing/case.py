@@ -16,8 +16,9 @@ from ..injection.host import Host
 from ..injection.method import Method
 from ..injection.plan import fits
 from ..injection.probe import tensors
-from ..injection.sites import Site
+from ..injection.sites import Site, TokenSite
 from ..injection.towers import Tower
+from .records import Skip
 
 
 @functools.lru_cache(maxsize=None)
@@ -82,6 +83,10 @@ class Case:
         """A new copy of the bare model."""
         return fresh_model(self.host, self.model).to(dtype)
 
+    def bare(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A new copy of the bare model, frozen as an attached one is: attention may pick its kernel by `requires_grad`."""
+        return self.fresh(dtype).requires_grad_(False)
+
     def attach(self, model: nn.Module, method: Method | None = None, seed: int = 0, **options: Any) -> Attachment:
         """Attach at every usable site, with fixed draws."""
         with torch.random.fork_rng(devices=[]):
@@ -99,6 +104,17 @@ class Case:
     def where(self) -> tuple[str, ...]:
         """The selection that means exactly `sites`."""
         return tuple(f"name:{site.name}" for site in self.sites)
+
+    @property
+    def switches(self) -> bool:
+        """True if the adapters can only be on or off: inserted tokens are there or not."""
+        return any(isinstance(site, TokenSite) for site in self.sites)
+
+    def merging(self) -> None:
+        """Raise `Skip` if the adapters have no weight form."""
+        for site in self.sites:
+            if not hasattr(self.method.build(site), "weight"):
+                raise Skip(f"{self.method.name} has no weight form")
 
     def plain(self, model: nn.Module) -> dict[str, Any]:
         """Inputs that the bare host understands."""

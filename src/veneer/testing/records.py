@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unittest
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,8 +13,8 @@ import torch
 Outcome = Literal["passed", "failed", "expected", "skipped"]
 
 
-class Skip(Exception):
-    """Raised by a check that has nothing to look at, with the reason."""
+class Skip(unittest.SkipTest):
+    """Raised by a check that has nothing to look at, with the reason. pytest reports it as skipped."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,18 @@ class Record:
         subject = "-".join(filter(None, (self.method, self.host, self.model, self.check)))
         why = self.reason or (f"{type(self.error).__name__}: {self.error}" if self.error else "")
         return f"{self.outcome:8} {subject}{': ' if why else ''}{why}"
+
+
+class Records(tuple[Record, ...]):
+    """The outcomes of a subject's checks, in order; prints as one line each."""
+
+    @property
+    def failures(self) -> tuple[Record, ...]:
+        """Those that failed, announced failures that passed included."""
+        return tuple(r for r in self if r.outcome == "failed")
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
 
 
 @dataclass(frozen=True)
