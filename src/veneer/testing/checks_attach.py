@@ -1,0 +1,206 @@
+"""Checks of a method: what attaching changes, what training changes, and that detaching takes all of it away."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..injection.attachment import Attachment, attachments
+from ..injection.errors import DeadSite
+from ..injection.ledger import statistics
+from ..injection.method import Adapter, Method
+from ..injection.sites import Site
+from .case import Case, different, equal, loss, run, same, stir
+from .snapshot import assert_same, snapshot
+
+
+class Provoked(Exception):
+    """The failure that a check provokes on purpose."""
+
+
+def identity_at_start(case: Case) -> None:
+    """A fresh adapter leaves the output bitwise unchanged, or `identity_at_start` says that it does not."""
+    bare, model = case.bare(), case.fresh()
+    case.attach(model)
+    expected, got = run(bare, case.plain(bare)), run(model, case.plain(model))
+    if case.method.identity_at_start:
+        same(got, expected, f"{case.method.name}: a fresh adapter changes the output, though identity_at_start is True")
+    else:
+        different(got, expected, f"{case.method.name}: a fresh adapter changes nothing, though identity_at_start is False")
+
+
+def every_site_live(case: Case) -> None:
+    """Every adapter parameter reaches the output: it gets a gradient, unless the host declares its site inert."""
+    model = case.fresh()
+    attachment = case.attach(model)
+    attachment.probe()
+    with torch.no_grad():
+        before = [p.clone() for p in attachment.parameters()]
+    stir(attachment)
+    inputs = case.inputs(model, attachment)
+    got = run(model, inputs)
+    with attachment.enabled(False):
+        off = run(model, inputs)
+    if before and equal(got, off):
+        raise DeadSite(f"{case.method.name}: {len(attachment.parts)} sites are adapted and the output does not change")
+
+
+def only_the_adapter_trains(case: Case) -> None:
+    """Of all parameters exactly those that the method built require gradients, and the host's do not."""
+    model = case.fresh()
+    host = {id(p): name for name, p in model.named_parameters()}
+    attachment = case.attach(model)
+    trained = [host[id(p)] for p in attachment.parameters() if id(p) in host]
+    trained += [name for name, p in model.named_parameters() if id(p) in host and p.requires_grad]
+    if trained:
+        raise AssertionError(f"{case.method.name}: the host's own parameters are trained: {', '.join(trained[:5])}")
+    reachable = {id(p) for p in model.parameters()}
+    listed = {id(p): name for name, p in attachment.named_parameters()}
+    lost = [name for key, name in listed.items() if key not in reachable]
+    if lost:
+        raise AssertionError(f"{case.method.name}: not in the model's tree, so they do not move with it: {', '.join(lost[:5])}")
+    hidden = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in listed]
+    if hidden:
+        raise AssertionError(f"{case.method.name}: trained, but not among attachment.parameters(): {', '.join(hidden[:5])}")
+
+
+def host_untouched_after_steps(case: Case) -> None:
+    """Two optimiser steps in training mode move every live adapter and no tensor of the host."""
+    model = case.fresh()
+    before = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    attachment = case.attach(model)
+    start = {name: t.clone() for name, t in attachment.state_dict().items()}
+    train(case, model, attachment)
+    after = attachment.host_state_dict()
+    if list(after) != list(before):
+        raise AssertionError(f"{case.method.name}: host_state_dict() has other keys than the bare host's state_dict()")
+    moving = {name for name, _ in statistics(model)}
+    changed = [name for name, t in before.items() if name not in moving and not torch.equal(t, after[name])]
+    if changed:
+        raise AssertionError(f"{case.method.name}: training changed the host: {', '.join(changed[:5])}")
+    trained = attachment.state_dict()
+    still = [name for name in live(attachment) if not any(_moved(name, key, start, trained) for key in start)]
+    if still:
+        raise AssertionError(f"{case.method.name}: training does not move the adapters at {', '.join(still[:5])}")
+
+
+def detach_restores(case: Case) -> None:
+    """Keys, order, types, hooks, flags, attributes and outputs are bitwise as before, after training and a detach."""
+    model = case.fresh()
+    before, expected = snapshot(model), run(model, case.plain(model))
+    attachment = case.attach(model)
+    train(case, model, attachment)
+    attachment.detach()
+    if attachments(model):
+        raise AssertionError("attachments(model) still lists what was detached")
+    same(run(model, case.plain(model)), expected, f"{case.method.name}: outputs after detach()")
+    assert_same(before, snapshot(model), f"{case.method.name}: detach()")
+
+
+def attach_is_atomic(case: Case) -> None:
+    """An attach that fails while building, joining, entering or probing leaves no trace."""
+    provocations: dict[str, Callable[[Method, str], dict[str, Any]]] = {
+        "build() of the last site": lambda method, last: {"method": provoking(method, last, "build")},
+        "enter() of the last adapter": lambda method, last: {"method": provoking(method, last, "enter")},
+        "the probe": lambda method, last: {"method": method, "sample": {"no_such_argument": 0}},
+    }
+    for what, provoke in provocations.items():
+        model = case.fresh()
+        before = snapshot(model)
+        try:
+            case.attach(model, **provoke(case.method, case.sites[-1].name))
+        except Exception:
+            assert_same(before, snapshot(model), f"{case.method.name}: a failure in {what} left something behind")
+        else:
+            raise AssertionError(f"{case.method.name}: attach() passes over a failure in {what}")
+
+
+def two_adapters_compose(case: Case) -> None:
+    """Two attachments act together, each can be switched off alone, and they detach in any order."""
+    alone = [_alone(case, i) for i in range(2)]
+    for leaving in (0, 1):
+        model = case.fresh()
+        before = snapshot(model)
+        pair = _pair(case, model)
+        inputs = [case.inputs(model, a) for a in pair]
+        staying = 1 - leaving
+        what = f"{case.method.name}: with '{pair[0].name}' and '{pair[1].name}'"
+        with pair[leaving].enabled(False):
+            same(run(model, inputs[staying]), alone[staying], f"{what}, the one that is on, alone")
+        both = run(model, case.inputs(model, *pair))
+        different(both, alone[staying], f"{what} on, the output against '{pair[staying].name}' alone")
+        pair[leaving].detach()
+        same(run(model, inputs[staying]), alone[staying], f"{what}, after '{pair[leaving].name}' left")
+        pair[staying].detach()
+        assert_same(before, snapshot(model), f"{what}, after both left")
+
+
+def provoking(method: Method, last: str, where: str) -> Method:
+    """The same config, whose `build` or whose adapter's `enter` raises `Provoked` at the site called `last`."""
+
+    def build(self: Any, site: Site) -> Adapter:
+        adapter: Adapter = super(cls, self).build(site)
+        if site.name == last:
+            if where == "build":
+                raise Provoked(site.name)
+            adapter.__dict__["enter"] = fail
+        return adapter
+
+    def fail(tower: nn.Module) -> None:
+        raise Provoked(last)
+
+    cls: Any = type(type(method).__name__, (type(method),), {"build": build})
+    made: Method = cls(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init})
+    return made
+
+
+def train(case: Case, model: nn.Module, attachment: Attachment, steps: int = 2) -> None:
+    """A few optimiser steps in training mode; the mode is put back."""
+    inputs = case.inputs(model, attachment)
+    optimizer = torch.optim.Adam(list(attachment.parameters()), 1e-2)
+    model.train()
+    for _ in range(steps):
+        loss(model, inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def live(attachment: Attachment) -> Iterator[str]:
+    """Names of the sites whose adapters have parameters that can reach the output."""
+    for name, (site, adapter) in attachment.parts.items():
+        if not site.inert and any(True for _ in adapter.parameters()):
+            yield name
+
+
+def _moved(site: str, key: str, before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    return key.startswith(f"{site}:") and not torch.equal(before[key], after[key])
+
+
+def _pair(case: Case, model: nn.Module) -> list[Attachment]:
+    pair = [case.attach(model, case.method, seed=3), case.attach(model, case.other, seed=4)]
+    for attachment, seed in zip(pair, (5, 6), strict=True):
+        stir(attachment, seed)
+    return pair
+
+
+def _alone(case: Case, index: int) -> list[Tensor]:
+    model = case.fresh()
+    attachment = case.attach(model, (case.method, case.other)[index], seed=3 + index)
+    stir(attachment, 5 + index)
+    return run(model, case.inputs(model, attachment))
+
+
+CHECKS = (
+    identity_at_start,
+    every_site_live,
+    only_the_adapter_trains,
+    host_untouched_after_steps,
+    detach_restores,
+    attach_is_atomic,
+    two_adapters_compose,
+)

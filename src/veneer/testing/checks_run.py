@@ -1,0 +1,147 @@
+"""Checks of a method in use: batches, half precision, gradient checkpointing, compilation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..injection.attachment import Attachment
+from .case import Case, close, different, loss, run, same
+from .records import Skip
+
+SWITCHES = ("enable_gradient_checkpointing", "gradient_checkpointing_enable", "set_grad_checkpointing")
+"""What the libraries call turning gradient checkpointing on: diffusers, transformers, timm."""
+
+
+def batch_rows_are_independent(case: Case) -> None:
+    """Another second row of the batch does not move the first row's output."""
+    model, attachment = case.attached(torch.float64)
+    inputs = case.inputs(model, attachment)
+    other = {key: _repeat_first(value) for key, value in inputs.items()}
+    got, expected = run(model, other), run(model, inputs)
+    different(got, expected, f"{case.method.name}: another second row against the given one")
+    first = [[t[:1] for t in outputs if t.dim() and t.shape[0] == 2] for outputs in (got, expected)]
+    close(first[0], first[1], 1e-9, f"{case.method.name}: the first row's output, when the second row is another")
+
+
+def calls_are_independent(case: Case) -> None:
+    """The same input gives bitwise the same output after a call with another one."""
+    model, attachment = case.attached()
+    inputs = case.inputs(model, attachment)
+    expected = run(model, inputs)
+    run(model, {key: _repeat_first(value) for key, value in inputs.items()})
+    same(run(model, inputs), expected, f"{case.method.name}: after a call with another input")
+
+
+def half_precision(case: Case) -> None:
+    """On a bfloat16 host: its dtype outside, single precision and finite gradients inside, and off it is the host."""
+    bare, (model, attachment) = case.bare(torch.bfloat16), case.attached(torch.bfloat16)
+    _half(case, bare, model, attachment)
+
+
+def autocast(case: Case) -> None:
+    """The same under autocast of a single-precision host."""
+    bare, (model, attachment) = case.bare(), case.attached()
+    with torch.autocast("cpu", torch.bfloat16):
+        _half(case, bare, model, attachment)
+
+
+def checkpointing_gives_the_same_gradients(case: Case) -> None:
+    """Gradients with the host's gradient checkpointing equal those without it."""
+    model, attachment = case.attached()
+    model.train()
+    expected = _gradients(case, model, attachment)
+    switch: Any = next((getattr(model, name) for name in SWITCHES if hasattr(model, name)), None)
+    if switch is None:
+        raise Skip(f"{case.host.name} has no gradient checkpointing")
+    switch()
+    got = _gradients(case, model, attachment)
+    for name, gradient in expected.items():
+        close([got[name]], [gradient], 1e-6, f"{name}: its gradient with checkpointing against without")
+
+
+def compiles_to_one_graph(case: Case) -> None:
+    """The attached model is one graph with the same outputs, and scale and switch are no reason to compile again."""
+    model, attachment = case.attached()
+    inputs = case.inputs(model, attachment)
+    expected = run(model, inputs)
+    with _compiler():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        try:
+            got = run(compiled, inputs)
+        except Exception as error:
+            _blame(case, error)
+            raise
+        close(got, expected, 1e-5, f"{case.method.name}: compiled against eager")
+        if case.switches:
+            return
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            attachment.scale = 0.5
+            close(run(compiled, inputs), run(model, inputs), 1e-5, f"{case.method.name}: compiled, at scale 0.5")
+            with attachment.enabled(False):
+                close(run(compiled, inputs), run(model, inputs), 1e-5, f"{case.method.name}: compiled, switched off")
+
+
+@contextlib.contextmanager
+def _compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()
+
+
+def _blame(case: Case, error: Exception) -> None:
+    """Raise `Skip` if the bare host is no single graph either."""
+    bare = case.bare()
+    torch._dynamo.reset()
+    try:
+        run(torch.compile(bare, fullgraph=True, backend="eager"), case.plain(bare))
+    except Exception:
+        raise Skip(f"{case.host.name} itself is no single graph: {type(error).__name__}") from error
+
+
+def _half(case: Case, bare: nn.Module, model: nn.Module, attachment: Attachment) -> None:
+    inputs, expected = case.inputs(model, attachment), run(bare, case.plain(bare))
+    wrong = [name for name, p in attachment.named_parameters() if p.dtype != torch.float32]
+    if wrong:
+        raise AssertionError(f"{case.method.name}: not in single precision: {', '.join(wrong[:5])}")
+    got = run(model, inputs)
+    if [t.dtype for t in got] != [t.dtype for t in expected]:
+        raise AssertionError(f"{case.method.name}: outputs are {[t.dtype for t in got]}, the host's {[t.dtype for t in expected]}")
+    loss(model, inputs).backward()
+    lost = [n for n, p in attachment.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    if lost or not all(torch.isfinite(t).all() for t in got):
+        raise AssertionError(f"{case.method.name}: outputs or gradients are not finite: {', '.join(lost[:5])}")
+    with attachment.enabled(False):
+        different(run(model, inputs), got, f"{case.method.name}: switched off against on")
+        same(run(model, case.plain(model)), expected, f"{case.method.name}: switched off against the host")
+
+
+def _gradients(case: Case, model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:
+    inputs = case.inputs(model, attachment)
+    named = dict(attachment.named_parameters())
+    torch.manual_seed(11)  # hosts with dropout
+    grads = torch.autograd.grad(loss(model, inputs), list(named.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
+
+
+def _repeat_first(value: Any) -> Any:
+    """The input with its first row in the place of the second; inputs without a batch of two stay as they are."""
+    if isinstance(value, Tensor):
+        return torch.cat([value[:1], value[:1]]) if value.dim() and value.shape[0] == 2 else value
+    return {key: _repeat_first(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+
+CHECKS = (
+    batch_rows_are_independent,
+    calls_are_independent,
+    half_precision,
+    autocast,
+    checkpointing_gives_the_same_gradients,
+    compiles_to_one_graph,
+)

@@ -1,0 +1,181 @@
+"""Checks of a method: strength, switching, and folding into weights against explicitly built ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..injection.attachment import Attachment
+from ..injection.errors import StateError, UnsupportedSite
+from ..injection.forms import base_tensor
+from ..injection.sites import ParamSite, Site, WeightSite
+from .case import Case, close, different, run, same
+from .records import Skip
+from .snapshot import assert_same, snapshot
+
+EXACT = 1e-5  # in double precision; some hosts compute a softmax in single precision
+
+
+def disabled_equals_host(case: Case) -> None:
+    """Inside `enabled(False)` the output is bitwise the host's, and after it the adapter's again."""
+    bare, (model, attachment) = case.bare(), case.attached()
+    expected, inputs = run(bare, case.plain(bare)), case.inputs(model, attachment)
+    on = run(model, inputs)
+    with attachment.enabled(False):
+        same(run(model, case.plain(model)), expected, f"{case.method.name}: switched off")
+        different(run(model, inputs), on, f"{case.method.name}: switched off against on")
+    same(run(model, inputs), on, f"{case.method.name}: switched on again")
+
+
+def scale_zero_equals_host(case: Case) -> None:
+    """At scale 0 the output is bitwise the host's, at 1 the adapter's, and in between neither."""
+    bare, (model, attachment) = case.bare(), case.attached()
+    inputs = case.inputs(model, attachment)
+    on = run(model, inputs)
+    attachment.scale = 0.0
+    same(run(model, case.plain(model)), run(bare, case.plain(bare)), f"{case.method.name}: at scale 0")
+    off = run(model, inputs)
+    if not case.switches:
+        attachment.scale = 0.5
+        half = run(model, inputs)
+        different(half, off, f"{case.method.name}: scale 0.5 against 0")
+        different(half, on, f"{case.method.name}: scale 0.5 against 1")
+    attachment.scale = 1.0
+    same(run(model, inputs), on, f"{case.method.name}: back at scale 1")
+
+
+def weight_form_equals_output_form(case: Case) -> None:
+    """At every called site that has both, the module with W' = weight(W) gives what output(x, y) gives."""
+    model, attachment = case.attached(torch.float64)
+    both = {n: (s, a) for n, (s, a) in attachment.parts.items() if _has_both(s, a)}
+    if not both:
+        raise Skip(f"{case.method.name} has no two forms to compare")
+    inputs = case.inputs(model, attachment)
+    attachment.detach()
+    calls = _calls(model, {site.path for site, _ in both.values()}, inputs)
+    for name, (site, adapter) in both.items():
+        args, kwargs, y = calls[site.path]
+        x = args[0] if args else next(iter(kwargs.values()))
+        module = model.get_submodule(site.path)
+        dim = site.channel_dim if isinstance(site, ParamSite) else 1 if site.kind == "conv" else -1
+        with torch.no_grad():
+            changed = _changed(base_tensor(model, site.path, site.param), site, adapter)
+            expected = torch.func.functional_call(module, {site.param: changed}, args, kwargs)
+            got = adapter.output(x, _rows(y, site, dim))
+        close([got], [_rows(expected, site, dim)], 1e-9, f"{name}: output(x, y) against the module with weight(W)")
+
+
+def merge_equals_explicit_change(case: Case) -> None:
+    """merge() writes W + s·(weight(W) − W) into every tensor, which gives the attached model's outputs."""
+    case.merging()
+    for scale in (1.0, 0.5):
+        model, attachment = case.attached(torch.float64)
+        attachment.scale = scale
+        inputs = case.inputs(model, attachment)
+        expected, attached = _explicit(model, attachment, scale), run(model, inputs)
+        report = attachment.merge()
+        if report.tensors != len(expected):
+            raise AssertionError(f"{case.method.name}: merge() reports {report.tensors} tensors, {len(expected)} are adapted")
+        for (path, param), tensor in expected.items():
+            close([base_tensor(model, path, param)], [tensor], 1e-9, f"{path}.{param} merged at scale {scale} against W + s·ΔW")
+        close(run(model, inputs), attached, EXACT, f"{case.method.name}: merged at scale {scale} against attached")
+
+
+def unmerge_is_bitwise(case: Case) -> None:
+    """unmerge() puts every weight and output back bitwise, and detach() after it the host."""
+    case.merging()
+    model = case.fresh()
+    before = snapshot(model)
+    attachment = case.attach(model)
+    with torch.no_grad():
+        for p in attachment.parameters():
+            p.add_(0.1)
+    inputs = case.inputs(model, attachment)
+    on = run(model, inputs)
+    attachment.merge()
+    try:
+        attachment.detach()
+    except StateError:
+        pass
+    else:
+        raise AssertionError(f"{case.method.name}: detach() of what is merged raises no StateError")
+    attachment.unmerge()
+    same(run(model, inputs), on, f"{case.method.name}: after unmerge()")
+    attachment.detach()
+    assert_same(before, snapshot(model), f"{case.method.name}: merge(), unmerge(), detach()")
+
+
+def merge_is_refused_without_a_weight_form(case: Case) -> None:
+    """Where an adapter has no weight form, merge() raises and changes nothing."""
+    if all(hasattr(case.method.build(site), "weight") for site in case.sites):
+        raise Skip(f"{case.method.name} has a weight form everywhere")
+    model, attachment = case.attached()
+    inputs = case.inputs(model, attachment)
+    before, on = snapshot(model), run(model, inputs)
+    try:
+        attachment.merge()
+    except UnsupportedSite as error:
+        if not any(site.name in str(error) for site in case.sites):
+            raise AssertionError(f"{case.method.name}: the refusal names no site: {error}") from error
+    else:
+        raise AssertionError(f"{case.method.name}: merge() without a weight form raises no UnsupportedSite")
+    same(run(model, inputs), on, f"{case.method.name}: after the refused merge()")
+    assert_same(before, snapshot(model), f"{case.method.name}: the refused merge()")
+
+
+def _has_both(site: Site, adapter: Any) -> bool:
+    place = isinstance(site, (WeightSite, ParamSite)) and site.called
+    return place and hasattr(adapter, "output") and hasattr(adapter, "weight")
+
+
+def _calls(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str, tuple[Any, Any, Tensor]]:
+    """Arguments and output of the first call of each module."""
+    found: dict[str, tuple[Any, Any, Tensor]] = {}
+    names = {id(model.get_submodule(path)): path for path in paths}
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        found.setdefault(names[id(module)], (args, kwargs, output[0] if isinstance(output, tuple) else output))
+
+    handles = [model.get_submodule(path).register_forward_hook(keep, with_kwargs=True) for path in paths]
+    run(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _rows(y: Tensor, site: Any, dim: int) -> Tensor:
+    return y if site.rows is None else y.narrow(dim, site.rows[0], site.rows[1] - site.rows[0])
+
+
+def _changed(weight: Tensor, site: Any, adapter: Any, scale: float = 1.0) -> Tensor:
+    """W with the site's rows replaced by W + s·(weight(W) − W), from the adapter's weight form at strength 1."""
+    rows = slice(*site.rows) if site.rows else slice(None)
+    changed = weight.detach().clone()
+    part = weight.detach()[rows]
+    changed[rows] = part + scale * (adapter.weight(part) - part)
+    return changed
+
+
+def _explicit(model: nn.Module, attachment: Attachment, scale: float) -> dict[tuple[str, str], Tensor]:
+    """Every adapted tensor as it should be after a merge, by path and parameter."""
+    found: dict[tuple[str, str], Tensor] = {}
+    attachment.scale = 1.0
+    with torch.no_grad():
+        for site, adapter in attachment.parts.values():
+            assert isinstance(site, (WeightSite, ParamSite))
+            weight = found.get((site.path, site.param), base_tensor(model, site.path, site.param))
+            found[site.path, site.param] = _changed(weight, site, adapter, scale)
+    attachment.scale = scale
+    return found
+
+
+CHECKS = (
+    disabled_equals_host,
+    scale_zero_equals_host,
+    weight_form_equals_output_form,
+    merge_equals_explicit_change,
+    unmerge_is_bitwise,
+    merge_is_refused_without_a_weight_form,
+)
