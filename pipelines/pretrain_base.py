@@ -20,7 +20,7 @@ from veneer.bases.recipe.compose import draw_scenes
 from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, UNSEEN_SET
 from veneer.bases.recipe.world import World
 
-POOL = 98304
+POOL = 65536
 WATCHED = 192
 
 
@@ -69,7 +69,7 @@ def train_clip(world: World, config: PretrainConfig) -> None:
         ("unseen renderings, drawn", [r for r in parts.unseen if world.icons.words[r] in DRAWN], list(DRAWN)),
         ("unseen set, all names", parts.unseen_set, names),
     ):
-        share = clip.retrieval(model, world.icons, rows, among, world.tokenizer)
+        share = clip.retrieval(model.clip, world.icons, rows, among, world.tokenizer)
         print(f"clip: {label}: {share:.1%} of {len(rows)} at rank 1 among {len(among)}")
 
 

@@ -15,18 +15,20 @@ def load(base: str | Path = "shipped", **kwargs: Any) -> Any:
     """Load a diffusers pipeline of whichever class the base is: Stable Diffusion 1.x, 2, XL, 3, FLUX, PixArt, DiT, ...
 
     Args:
-        base: `shipped`, a folder as `save_pretrained` writes it, or a hub name such as `owner/model`. A folder wins over a hub name.
-        kwargs: to `DiffusionPipeline.from_pretrained`; `torch_dtype` is float32 unless given, and only safetensors are read.
+        base: `shipped`, a folder as `save_pretrained` writes it, or a hub name such as `owner/model`; a folder wins.
+        kwargs: to `DiffusionPipeline.from_pretrained`; `dtype` is float32 unless given, and only safetensors are read.
     Returns:
         the pipeline, on the CPU.
     Raises:
         BaseError: the base is not there, lacks a part, holds only pickles, or the hub cannot be reached.
     """
+    import diffusers
     import torch
     from diffusers import DiffusionPipeline
 
     source = find(base)
-    kwargs = {"torch_dtype": torch.float32, **kwargs, "use_safetensors": True}
+    word = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+    kwargs = {word: kwargs.pop("dtype", torch.float32), **kwargs, "use_safetensors": True}
     if isinstance(source, Path):
         check_pipeline_folder(source, given=kwargs.keys())
         return DiffusionPipeline.from_pretrained(str(source), **kwargs)
@@ -35,7 +37,7 @@ def load(base: str | Path = "shipped", **kwargs: Any) -> Any:
     except Exception as error:  # the hub's clients raise a dozen kinds, from ConnectionError to HTTP errors of several libraries
         raise BaseError(
             f"bases.load: {source!r} is no folder here, and the hub did not give it ({type(error).__name__}: {_first(error)}). "
-            "Check the name and the connection (HF_HUB_OFFLINE must not be set), or give the path of a diffusers folder, or 'shipped'."
+            "Check the name and the connection (HF_HUB_OFFLINE must not be set), or give a diffusers folder, or 'shipped'."
         ) from error
 
 
@@ -59,9 +61,7 @@ def find(base: str | Path) -> Path | str:
         )
     if isinstance(base, str) and HUB_NAME.fullmatch(base):
         return base
-    raise BaseError(
-        f"bases.load: {str(base)!r} is not here; expected 'shipped', a diffusers folder, or a hub name like owner/model."
-    )
+    raise BaseError(f"bases.load: no {str(base)!r} here; expected 'shipped', a diffusers folder, or a hub name like owner/model.")
 
 
 def _first(error: Exception) -> str:

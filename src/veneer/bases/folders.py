@@ -76,8 +76,8 @@ def check_pipeline_folder(folder: Path, given: Collection[str] = ()) -> None:
                 f"{folder}: its {part} is missing ({index['_class_name']} needs {', '.join(_required(index, index_file))}). "
                 f"Copy the folder {part} into the base, or pass {part}=... to load."
             )
-    for part in sorted(p for p in folder.iterdir() if p.is_dir() and p.name in index and p.name not in given):
-        _check_weights(part)
+    for inside in sorted(p for p in folder.iterdir() if p.is_dir() and p.name in index and p.name not in given):
+        _check_weights(inside)
 
 
 def _required(index: dict[str, Any], file: Path) -> list[str]:

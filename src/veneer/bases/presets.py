@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class Preset:
         class_word: what a concept is compared to when nothing else is said.
         resolution: pixels a side; None is the base's own (its latent size times the autoencoder's stride).
         guidance_scale, steps, negative_prompt: for sampling.
+        training: method name to what is usual for it on this base: `options`, `where`, `learning_rate`, `steps`.
     """
 
     templates: tuple[str, ...] = ("a photo of {concept}",)
@@ -33,6 +35,7 @@ class Preset:
     guidance_scale: float = 7.5
     steps: int = 30
     negative_prompt: str = ""
+    training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def preset(base: str | Path = "shipped") -> Preset:
@@ -48,8 +51,8 @@ def preset(base: str | Path = "shipped") -> Preset:
 
 def parse(entries: dict[str, Any], file: Path) -> Preset:
     """A preset from the entries of a `veneer.json`."""
-    known = {field.name: field.default for field in fields(Preset)}
-    given = {}
+    known: dict[str, Any] = {f.name: {} if f.name == "training" else f.default for f in fields(Preset)}
+    given: dict[str, Any] = {}
     for name, value in entries.items():
         if name not in known:
             raise BaseError(f"{file}: unknown entry {name!r}; there are: {', '.join(known)}.")

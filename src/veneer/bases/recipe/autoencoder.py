@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ PATCH = 4
 LOGVAR = -6.0
 
 
-def build() -> AutoencoderKL:
+def build() -> Any:
     """The untrained autoencoder (0.7 M parameters)."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -75,7 +76,7 @@ def reconstruction_loss(ours: Tensor, theirs: Tensor) -> Tensor:
     return error.abs().mean() + 0.5 * edges + F.avg_pool2d(error, 4).abs().mean() + 2 * error.square().mean()
 
 
-def train(folder: Path, pictures: Callable[[int, int], Pixels], steps: int, batch: int, lr: float) -> AutoencoderKL:
+def train(folder: Path, pictures: Callable[[int, int], Pixels], steps: int, batch: int, lr: float) -> Any:
     """Train (or go on training) the autoencoder on `pictures(step, n)`; returns it with its EMA weights, standardised."""
     vae = build().to(memory_format=torch.channels_last)
     mean, projection = patch_components(to_tensor(pictures(0, 2048)))
@@ -105,7 +106,7 @@ def train(folder: Path, pictures: Callable[[int, int], Pixels], steps: int, batc
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
+def standardise(vae: Any, pictures: Tensor) -> Any:
     """Fold an affine map into the two 1x1 convolutions: latents get zero mean per channel and unit variance overall.
 
     Stable Diffusion pipelines know a scaling factor and no shift, so the shift must live in the weights.
@@ -121,7 +122,7 @@ def standardise(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pictures: Pixels) -> float:
+def psnr(vae: Any, pictures: Pixels) -> float:
     """Mean over pictures of 10 log10(255^2 / MSE), through the latent mean and byte rounding."""
     pairs = [(p, to_pixels(vae.decode(vae.encode(to_tensor(p)).latent_dist.mean).sample)) for p in
              np.array_split(pictures, max(1, len(pictures) // 32))]  # fmt: skip

@@ -83,7 +83,8 @@ def train_tokenizer(text: Iterator[str], folder: Path, size: int = 2400) -> CLIP
     bpe.train_from_iterator(text, trainer)
     model: dict[str, Any] = json.loads(bpe.to_str())["model"]
     vocab, merges = _ordered(sorted(alphabet), [tuple(m) for m in model["merges"]])
-    tokenizer = CLIPTokenizer(vocab, merges, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=EOS, model_max_length=LENGTH)
+    pairs: Any = merges
+    tokenizer = CLIPTokenizer(vocab, pairs, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=EOS, model_max_length=LENGTH)
     tokenizer.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))

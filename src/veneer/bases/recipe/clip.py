@@ -175,15 +175,15 @@ def _timm_config() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def retrieval(model: NamedClip, icons: Icons, rows: list[int], names: list[str], tokenizer: CLIPTokenizer) -> float:
+def retrieval(clip: Any, icons: Icons, rows: list[int], names: list[str], tokenizer: CLIPTokenizer) -> float:
     """Share of the icons (plain, on white) whose own name is nearest among the phrases "a NAME"."""
     canvas = np.full((len(rows), SIDE, SIDE, 3), 250, np.uint8)
-    for picture, row in zip(canvas, rows):
+    for picture, row in zip(canvas, rows, strict=True):
         icon = Image.fromarray(icons.rgba[row]).resize((52, 52), Image.Resampling.BOX)
         base = Image.fromarray(picture)
         base.paste(icon, (6, 6), icon)
         picture[:] = np.asarray(base)
-    images = F.normalize(model.clip.encode_image(to_tensor(canvas)), dim=-1)
-    texts = F.normalize(model.clip.encode_text(ids_of(tokenizer, [captions.article(n) for n in names])), dim=-1)
+    images = F.normalize(clip.encode_image(to_tensor(canvas)), dim=-1)
+    texts = F.normalize(clip.encode_text(ids_of(tokenizer, [captions.article(n) for n in names])), dim=-1)
     best = (images @ texts.T).argmax(-1).tolist()
-    return float(np.mean([names[b] == icons.words[row] for b, row in zip(best, rows)]))
+    return float(np.mean([names[b] == icons.words[row] for b, row in zip(best, rows, strict=True)]))

@@ -49,12 +49,12 @@ class Compositor:
         self._layers: dict[str, list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]] = {}
         for size, side in SIZES.items():
             resized = [premultiplied(Image.fromarray(icon), side) for icon in rgba]
-            self._layers[size] = [(layer[..., :3], 1 - layer[..., 3:] / 255) for layer in resized]
+            self._layers[size] = [(layer[..., :3], 1 - layer[..., 3:] / np.float32(255)) for layer in resized]
 
     def __call__(self, scenes: list[Scene]) -> Pixels:
         """Pictures (n, 64, 64, 3) of the scenes."""
         out = np.empty((len(scenes), SIDE, SIDE, 3), np.float32)
-        for picture, scene in zip(out, scenes):
+        for picture, scene in zip(out, scenes, strict=True):
             picture[:] = COLOURS[scene.background]
             left, top = corner(scene.size, scene.place)
             colour, rest = self._layers[scene.size][scene.icon]
@@ -77,7 +77,7 @@ def draw_scenes(rng: np.random.Generator, icons: list[int], n: int) -> list[Scen
     size = rng.choice(len(sizes), n, p=(0.2, 0.3, 0.5))
     place = np.where(rng.random(n) < 0.4, places.index("center"), rng.integers(len(places), size=n))
     colour = np.where(rng.random(n) < 0.15, colours.index("white"), rng.integers(len(colours), size=n))
-    rows = zip(which, size, place, colour)
+    rows = zip(which, size, place, colour, strict=True)
     return [Scene(int(w), sizes[s], places[p], colours[c]) for w, s, p, c in rows]
 
 
@@ -93,7 +93,8 @@ def rich_pictures(rng: np.random.Generator, rgba: Pixels, photos: list[Image.Ima
             icon = Image.fromarray(rgba[rng.integers(len(rgba))])
             side = int(rng.integers(18, 76))
             icon = icon.rotate(float(rng.normal(0, 25)), Image.Resampling.BILINEAR).resize((side, side))
-            canvas.paste(icon, tuple(int(v) for v in rng.integers(-side // 3, SIDE - side // 2, 2)), icon)
+            left, top = (int(v) for v in rng.integers(-side // 3, SIDE - side // 2, 2))
+            canvas.paste(icon, (left, top), icon)
         out[i] = jitter(rng, np.asarray(canvas))
     return out
 

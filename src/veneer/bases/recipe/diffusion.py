@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -41,7 +42,7 @@ class Denoiser(nn.Module):
                 bos_token_id=bos, eos_token_id=eos, pad_token_id=eos,
             )
         )  # fmt: skip
-        self.unet = UNet2DConditionModel(
+        self.unet: Any = UNet2DConditionModel(
             sample_size=16,
             in_channels=LATENT,
             out_channels=LATENT,
@@ -59,10 +60,11 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """Predicted v, (n, 8, 16, 16)."""
-        return self.unet(noisy, t, self.text(ids).last_hidden_state).sample
+        v: Tensor = self.unet(noisy, t, self.text(ids).last_hidden_state).sample
+        return v
 
 
-def schedule() -> DDIMScheduler:
+def schedule() -> Any:
     """v-prediction with zero terminal SNR, as it is saved with the pipeline."""
     return DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
@@ -79,7 +81,7 @@ class Pool:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, compositor: Compositor, scenes: Sequence[Scene], cache: Path | None = None) -> Pool:
+def encode(vae: Any, compositor: Compositor, scenes: Sequence[Scene], cache: Path | None = None) -> Pool:
     """Compose and encode the scenes; kept in `cache` between runs."""
     if cache is not None and cache.is_file():
         return Pool(np.load(cache), scenes)
@@ -160,7 +162,7 @@ def train(
         watched: latents and token ids of scenes that are not trained on; their v-errors go to the log.
         start: another run's folder to begin from, when `folder` has no checkpoint yet.
     """
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.unet.set_attn_processor(AttnProcessor())  # the fused kernel's backward takes a fifth of a step here
     run = Run(folder, model, optimizers(model, plan.muon_lr, plan.adam_lr), plan.rate, plan.ema)
     if not run.resume() and start is not None:
@@ -192,5 +194,5 @@ def train(
 
 
 def _marks(model: Denoiser) -> tuple[int, int, int]:
-    config = model.text.config
+    config: Any = model.text.config
     return config.vocab_size, config.bos_token_id, config.eos_token_id

@@ -36,7 +36,7 @@ class Ema:
         decay = min(self.decay, (1 + step) / (10 + step))
         pairs = [(self.shadow[n], p) for n, p in module.state_dict().items() if p.is_floating_point()]
         shadows, values = [s for s, _ in pairs], [p for _, p in pairs]
-        torch._foreach_lerp_(shadows, values, 1 - decay)  # type: ignore[attr-defined]
+        torch._foreach_lerp_(shadows, values, 1 - decay)
 
 
 class Run:
@@ -74,7 +74,7 @@ class Run:
         self.step = state["step"]
         self.module.load_state_dict(state["model"])
         self.ema.shadow = state["ema"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return True
 
@@ -101,8 +101,8 @@ class Run:
         parameters = list(self.module.parameters())
         while self.step < until:
             factor = self.rate(self.step)
-            for optimizer, base in zip(self.optimizers, self._base):
-                for group, lr in zip(optimizer.param_groups, base):
+            for optimizer, base in zip(self.optimizers, self._base, strict=True):
+                for group, lr in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = lr * factor
             value = loss(self.step)
             value.backward()

@@ -70,7 +70,8 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers(module: nn.Module, muon_lr: float, adam_lr: float, decay: float = 0.01) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices and convolutions; AdamW for embeddings, first and last layers, norms and biases."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         edge = any(part in name for part in ("embedding", "conv_in", "conv_out", "conv1.weight.stem", "head", "proj_out_"))
         (matrices if parameter.ndim >= 2 and not edge else others).append(parameter)

@@ -36,7 +36,7 @@ class Icons:
 
     def where(self, words: set[str] | None = None, sets: set[str] | None = None) -> list[int]:
         """Indices of the icons whose word and set are among those given (None: any)."""
-        pairs = enumerate(zip(self.words, self.sets))
+        pairs = enumerate(zip(self.words, self.sets, strict=True))
         return [i for i, (w, s) in pairs if (words is None or w in words) and (sets is None or s in sets)]
 
 

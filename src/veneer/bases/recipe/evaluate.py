@@ -1,0 +1,200 @@
+"""Figures of the folders that ship, on what their trainings did not see: `figures.json` and a sheet of 64 prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+
+from .. import features, presets
+from . import autoencoder, captions, clip, judge, package
+from .compose import COLOURS, Scene, draw_scenes
+from .concepts import CLIP_SETS, DRAWN, STYLES, UNSEEN_SET
+from .loop import write_atomic
+from .render import Pixels
+from .world import World
+
+NAMES = 100
+
+
+def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+    """Measure the folders under `bases`, write `figures.json` and `sheet.png` to `out`, and return the figures."""
+    from PIL import Image
+
+    from .sheet import draw, sheet_scenes
+
+    pipe, judge_clip = load(bases)
+    preset = presets.preset(bases / "shipped")
+    figures = {
+        "weights": weights(bases, pipe, judge_clip.model),
+        "training": training(world),
+        "autoencoder": reconstruction(world, pipe.vae),
+        "clip": retrieval(world, judge_clip.model),
+        "sampling": {"steps": preset.steps, "guidance_scale": preset.guidance_scale, "seeds": list(seeds)},
+    }
+    painter = Painter(pipe, preset.steps, preset.guidance_scale)
+    figures["generation"] = generation(world, painter, judge_clip, seeds)
+    scenes = sheet_scenes(world)
+    prompts = [world.full_caption(scene) for scene in scenes]
+    sheet: Image.Image = draw(painter(prompts, seed=7), [world.icons.words[s.icon] for s in scenes], scenes)
+    out.mkdir(parents=True, exist_ok=True)
+    sheet.save(out / "sheet.png", optimize=True)
+    write_atomic(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
+    return figures
+
+
+def load(bases: Path) -> tuple[Any, features.BaseClip]:
+    """The pipeline and the CLIP, as a user gets them."""
+    from ..door import load as load_pipeline
+
+    pipe = load_pipeline(bases / "shipped")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, features.load_clip(bases / "shipped_clip")
+
+
+def weights(bases: Path, pipe: Any, clip_model: Any) -> dict[str, Any]:
+    """Sizes of all parts."""
+    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "vae": pipe.vae, "clip": clip_model}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    megabytes = {name: round(package.weight(bases / name) / 1e6, 2) for name in ("shipped", "shipped_clip")}
+    return {"parameters": counts, "megabytes": megabytes}
+
+
+def training(world: World) -> dict[str, Any]:
+    """Steps of the checkpoints, and the UNet's last v-errors on watched scenes, from the logs."""
+    last = {}
+    for stage in ("vae", "clip", "unet"):
+        line = (world.folder / stage / "log.jsonl").read_text().strip().splitlines()[-1]
+        last[stage] = {k: v for k, v in json.loads(line).items() if k == "step" or k == "loss" or k.startswith("v")}
+    return last
+
+
+def reconstruction(world: World, vae: Any) -> dict[str, float]:
+    """PSNR in dB of pictures that the autoencoder never saw."""
+    kept, style = world.unseen_pictures(512), world.unseen_style(512)
+    figures = {"kept_back_concepts_db": autoencoder.psnr(vae, kept), "unseen_style_db": autoencoder.psnr(vae, style)}
+    return {name: round(value, 2) for name, value in figures.items()}
+
+
+def retrieval(world: World, model: Any) -> dict[str, Any]:
+    """How often the name of an unseen rendering is the nearest, in percent, with the number of renderings and names."""
+    names = world.words
+    parts = clip.split(world.icons, names, CLIP_SETS, UNSEEN_SET)
+    drawn = [row for row in parts.unseen if world.icons.words[row] in DRAWN]
+    drawn_set = [row for row in parts.unseen_set if world.icons.words[row] in DRAWN]
+    cases = {
+        "unseen_renderings_all_names": (parts.unseen, names),
+        "unseen_renderings_drawn_names": (drawn, list(DRAWN)),
+        "unseen_set_all_names": (parts.unseen_set, names),
+        "unseen_set_drawn_names": (drawn_set, list(DRAWN)),
+    }
+    return {
+        label: {
+            "percent": round(100 * clip.retrieval(model, world.icons, rows, among, world.tokenizer), 1),
+            "renderings": len(rows),
+            "names": len(among),
+        }
+        for label, (rows, among) in cases.items()
+    }
+
+
+@dataclass(frozen=True)
+class Painter:
+    """Draws prompts with fixed seeds: picture `i` under `seed` is always the same."""
+
+    pipe: Any
+    steps: int
+    guidance_scale: float
+
+    def __call__(self, prompts: Sequence[str], seed: int, batch: int = 25) -> Pixels:
+        """Pictures (n, 64, 64, 3)."""
+        out = []
+        for start in range(0, len(prompts), batch):
+            part = list(prompts[start : start + batch])
+            noise = [torch.Generator().manual_seed(100_003 * seed + start + i) for i in range(len(part))]
+            settings = {"num_inference_steps": self.steps, "guidance_scale": self.guidance_scale, "output_type": "np"}
+            out.append(self.pipe(part, generator=noise, **settings).images)
+        return np.asarray(np.concatenate(out) * 255 + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def named_scenes(world: World) -> list[Scene]:
+    """One large, centred scene for each of 100 drawn names, on changing backgrounds and in changing styles."""
+    rng, styles, colours = np.random.default_rng(31), list(STYLES.values()), list(COLOURS)
+    words = sorted(rng.permutation(list(DRAWN))[:NAMES].tolist())
+    icons = [world.icons.where({word}, {styles[i % len(styles)]})[0] for i, word in enumerate(words)]
+    return [Scene(icon, "large", "center", colours[i % len(colours)]) for i, icon in enumerate(icons)]
+
+
+def named_prompt(world: World, scene: Scene) -> str:
+    """ "an apple, center, green background, noto style"."""
+    word, style = world.icons.words[scene.icon], world.style(scene.icon)
+    return f"{captions.article(word)}, {scene.place}, {scene.background} background, {style} style"
+
+
+def generation(world: World, painter: Painter, judge_clip: features.BaseClip, seeds: Sequence[int]) -> dict[str, Any]:
+    """How often the prompted thing is found among 100 names, in three ways; how often its attributes are obeyed."""
+    scenes = named_scenes(world)
+    drawn = np.stack([painter([named_prompt(world, scene) for scene in scenes], seed) for seed in seeds])
+    true = world.compositor(scenes)
+    free = draw_scenes(np.random.default_rng(32), world.drawn, NAMES)
+    asked = [world.full_caption(scene) for scene in free]
+    obeyed = np.stack([obedience(painter(asked, seed), free) for seed in seeds])
+    ceiling = obedience(world.compositor(free), free)
+    things = {
+        label: rated(np.stack([hits(pictures) for pictures in drawn]), hits(true))
+        for label, hits in recognisers(world, scenes, judge_clip).items()
+    }
+    parts = enumerate(("background", "size", "place"))
+    return {
+        "names": NAMES,
+        "thing": things,
+        "attribute": {part: rated(obeyed[..., i], ceiling[..., i]) for i, part in parts},
+    }
+
+
+def rated(hits: npt.NDArray[np.bool_], of_true: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """The share of hits with its interval, beside what the same measure says of true renderings."""
+    return {**judge.share(hits), "true_renderings": round(100 * float(of_true.mean()), 1)}
+
+
+def obedience(pictures: Pixels, scenes: Sequence[Scene]) -> npt.NDArray[np.bool_]:
+    """Whether each picture has the background, size and place of its scene, (n, 3)."""
+    seen = [judge.look(picture) for picture in pictures]
+    pairs = zip(seen, scenes, strict=True)
+    return np.array([(a.background == b.background, a.size == b.size, a.place == b.place) for a, b in pairs])
+
+
+def recognisers(world: World, scenes: list[Scene], judge_clip: features.BaseClip) -> dict[str, Any]:
+    """Functions from pictures of the scenes to hits.
+
+    `clip_text`: the nearest of 100 phrases "a NAME" in the shipped CLIP. `pixels`: the nearest true rendering of any of the 100
+    things, in any style, on the same background, shows the thing. `clip_image`: the same by the image tower's features.
+    """
+    words = [world.icons.words[scene.icon] for scene in scenes]
+    with torch.no_grad():
+        phrases = F.normalize(judge_clip.model.encode_text(judge_clip.tokenizer([captions.article(w) for w in words])), dim=-1)
+    variants = [world.icons.where({word}, {icon_set})[0] for icon_set in STYLES.values() for word in words]
+
+    def unit(pictures: Pixels) -> npt.NDArray[np.float32]:
+        with torch.no_grad():
+            return np.asarray(F.normalize(judge_clip.model.encode_image(autoencoder.to_tensor(pictures)), dim=-1).numpy())
+
+    def by_rendering(pictures: Pixels, embed: Any) -> npt.NDArray[np.bool_]:
+        best = []
+        for picture, scene in zip(embed(pictures), scenes, strict=True):
+            rivals = world.compositor([Scene(icon, scene.size, scene.place, scene.background) for icon in variants])
+            best.append(int(judge.nearest(picture[None], embed(rivals))[0]) % len(words))
+        return np.array(best) == np.arange(len(words))
+
+    return {
+        "clip_text": lambda pictures: (unit(pictures) @ phrases.numpy().T).argmax(1) == np.arange(len(words)),
+        "pixels": lambda pictures: by_rendering(pictures, judge.flat),
+        "clip_image": lambda pictures: by_rendering(pictures, unit),
+    }

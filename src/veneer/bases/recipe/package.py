@@ -1,0 +1,82 @@
+"""From checkpoints to the folders that ship: half precision, safetensors, nothing that only veneer could read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+from . import clip, diffusion, examples
+from .world import World
+
+LIMIT = 24_000_000
+"""Bytes that all shipped weights may take together."""
+
+
+def pipeline(world: World) -> Any:
+    """The pipeline with the averaged weights of the latest checkpoint, in float32."""
+    tokens = world.tokenizer
+    model = diffusion.Denoiser(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
+    model.load_state_dict(averaged(world.folder / "unet"))
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(world.folder / "vae" / "model"),
+        text_encoder=model.text.eval(),
+        tokenizer=tokens,
+        unet=model.unet.eval(),
+        scheduler=diffusion.schedule(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def averaged(folder: Path) -> dict[str, torch.Tensor]:
+    """The EMA weights of a run's checkpoint."""
+    state: dict[str, torch.Tensor] = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")["ema"]
+    return state
+
+
+def write_pipeline(world: World, folder: Path) -> None:
+    """Write the Stable Diffusion folder; its preset and README, if there are any, stay."""
+    pipeline(world).to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    for name in ("vocab.json", "merges.txt"):  # what transformers 4 reads, beside the tokenizer.json of transformers 5
+        shutil.copyfile(world.folder / "tokenizer" / name, folder / "tokenizer" / name)
+    for config in folder.rglob("*.json"):
+        _forget_paths(config)
+
+
+def write_clip(world: World, folder: Path) -> None:
+    """Write the CLIP folder, which open_clip and timm read; a README that is there stays."""
+    model = clip.NamedClip(len(world.tokenizer), len(world.words))
+    model.load_state_dict(averaged(world.folder / "clip"))
+    clip.save(model, world.tokenizer, folder)
+
+
+def _forget_paths(config: Path) -> None:
+    """Leave out where the parts were loaded from."""
+    value = json.loads(config.read_text())
+    if isinstance(value, dict) and value.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def weight(*folders: Path) -> int:
+    """Bytes of all safetensors in the folders."""
+    return sum(file.stat().st_size for folder in folders for file in folder.rglob("*.safetensors"))
+
+
+def write(world: World, bases: Path) -> None:
+    """Write both folders and the example pictures under `bases`.
+
+    Raises:
+        ValueError: the weights are over the limit.
+    """
+    write_pipeline(world, bases / "shipped")
+    write_clip(world, bases / "shipped_clip")
+    examples.write(world.icons, bases / "examples")
+    size = weight(bases / "shipped", bases / "shipped_clip")
+    if size > LIMIT:
+        raise ValueError(f"{bases}: the weights take {size / 1e6:.1f} MB; at most {LIMIT / 1e6:.0f} MB ship. Narrow the UNet.")
