@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-import veneer
 from veneer import bases
-from veneer.formats.native import describe
+from veneer.formats import load_all, read
+from veneer.formats.native import KEY
 from veneer.injection.attachment import Attachment
 from veneer.injection.errors import VeneerError
 from veneer.training import targets
@@ -64,15 +64,15 @@ def generate(config: GenerateConfig) -> list[Path]:
     preset = bases.preset(base)
     pipe = bases.load(base).to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     targets.freeze(pipe)
-    attached = [a for path, scale in adapters for a in _listed(veneer.load(pipe, path, scale=scale))]
+    attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
 
     settings = PreviewSettings(
         seeds=tuple(range(config.seed, config.seed + config.count)),
-        steps=config.steps or preset.inference_steps,
-        guidance=preset.guidance if config.guidance is None else config.guidance,
-        negative=preset.negative if config.negative is None else config.negative,
+        steps=config.steps or preset.steps,
+        guidance=preset.guidance_scale if config.guidance is None else config.guidance,
+        negative=preset.negative_prompt if config.negative is None else config.negative,
         size=config.size,
-        batch=preset.preview_batch,
+        batch=4,
     )
     made = previews(pipe, config.prompt, settings)
     used = [{"file": str(path), "scale": scale} for path, scale in adapters]
@@ -101,12 +101,10 @@ def parse_adapter(text: str) -> tuple[Path, float]:
 
 def base_of(path: Path) -> str | None:
     """The base that a native file says it was trained on."""
-    found = describe(path)
-    return None if found is None else found.get("provenance", {}).get("base")
-
-
-def _listed(loaded: Any) -> list[Attachment]:
-    return list(loaded) if isinstance(loaded, (list, tuple)) else [loaded]
+    file = read(path)
+    header = file.json(KEY) if KEY in file.metadata else {}
+    found: str | None = header.get("provenance", {}).get("base")
+    return found
 
 
 def _write(folder: Path, preview: Preview, more: dict[str, Any]) -> Path:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from veneer.training.preflight import preflight
 
 from veneer import bases
 from veneer.injection.attachment import Attachment
@@ -22,6 +21,7 @@ from veneer.training.folder import Photo, find_photos
 from veneer.training.loop import Trainer
 from veneer.training.outcome import Run, write_outcome, write_preview
 from veneer.training.personal import PersonalizeConfig
+from veneer.training.preflight import preflight
 from veneer.training.prior import base_digest, prior_pictures
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
@@ -63,7 +63,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
         captions=captions,
         flip=config.flip,
         crop=config.crop,
-        buckets=config.buckets and kind.any_aspect,
+        buckets=config.buckets and not kind.square,
         masks=config.masks,
         prior_photos=prior,
     )
@@ -80,14 +80,26 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     )
     named = targets.named_parameters(attached)
     groups = targets.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
-    checked = preflight(attached, config, photos, kind, loss)
+    run = Run(config, pipe, attached, photos, out)
+    texts = [template.replace("{concept}", config.concept) for template in captions.templates]
+    checked = preflight(
+        attached,
+        loop,
+        [*photos, *prior],
+        kind,
+        config.concept,
+        resolution=resolution,
+        prompts=[*texts, *run.prompts, *(config.unrelated or ())],
+        groups=groups,
+        processes=accelerator.num_processes,
+        folder=out,
+    )
     if accelerator.is_main_process:
         print(checked.text(), flush=True)
-    checked.refuse()
+    checked.check()
     if config.check:
         return out
 
-    run = Run(config, pipe, attached, photos, out, str(accelerator.device))
     trainer = Trainer(
         loop,
         groups,
@@ -127,7 +139,7 @@ def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Acce
     if not config.class_word:
         raise VeneerError("--prior needs --class-word: the ordinary word for the kind of thing, such as 'toy'.")
     preset = bases.preset(config.base)
-    settings = {"num_inference_steps": preset.inference_steps, "guidance_scale": preset.guidance}
+    settings = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
     prompt = config.prior_prompt()
 
     def make() -> list[Path]:
@@ -167,4 +179,4 @@ def _checkpointing(tower: Any) -> None:
 if __name__ == "__main__":
     from veneer.cli import main
 
-    main(["personalize", *os.sys.argv[1:]])  # type: ignore[attr-defined]
+    sys.exit(main(["personalize", *sys.argv[1:]]))

@@ -48,7 +48,7 @@ class Run:
         """How pictures are made: as the base is usually sampled."""
         preset = bases.preset(self.config.base)
         return PreviewSettings(
-            tuple(range(seeds)), preset.inference_steps, preset.guidance, preset.negative, batch=preset.preview_batch
+            tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4
         )
 
     @property

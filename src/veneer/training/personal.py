@@ -160,9 +160,9 @@ class PersonalizeConfig:
             raise VeneerError("no concept: say which word the photos are to teach, such as --concept '<toy>'.")
         preset = bases.preset(self.base)
         names = targets.split_methods(self.method)
-        for name in ("template", "prompts", "unrelated"):
-            usual[name] = getattr(self, name) or getattr(preset, name)
-        known = {name: dict(preset.methods.get(name, {})) for name in names}
+        for name, theirs in (("template", preset.templates), ("prompts", preset.previews), ("unrelated", preset.unrelated)):
+            usual[name] = getattr(self, name) or theirs
+        known = {name: dict(preset.training.get(name, {})) for name in names}
         usual["where"] = self.where or next((tuple(m["where"]) for m in known.values() if "where" in m), None)
         usual["steps"] = self.steps or max(int(m.get("steps", 500)) for m in known.values())
         usual["options"] = {n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}
@@ -173,7 +173,7 @@ class PersonalizeConfig:
         """Method name to learning rate: as given, else the base's usual, else the method's own."""
         names = targets.split_methods(self.method)
         preset = bases.preset(self.base)
-        usual = {n: float(preset.methods.get(n, {}).get("learning_rate", methods.get(n).learning_rate)) for n in names}
+        usual = {n: float(preset.training.get(n, {}).get("learning_rate", methods.get(n).learning_rate)) for n in names}
         for name in names:
             words = targets.learns_words(methods.get(name)) and len(names) > 1
             usual[name] = (self.token_learning_rate if words else self.learning_rate) or usual[name]
