@@ -17,7 +17,7 @@ Run = Callable[[argparse.Namespace], object]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 for an error that was explained, 130 for an interruption."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser(given)
+    parser = parser_for(given)
     found = parser.parse_args(given)
     try:
         found.run(found)
@@ -37,7 +37,8 @@ def console() -> None:
     sys.exit(main())
 
 
-def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+def parser_for(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for these words: flags are read off the command and the methods that they name."""
     parser = argparse.ArgumentParser(prog="veneer", description="Thin trained layers on frozen vision and diffusion models.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="command", required=True)
