@@ -31,7 +31,8 @@ class Net(nn.Module):
         self.fused = False
 
     def forward(self, ids: Tensor, picture: Tensor) -> Tensor:
-        x = self.norm(self.conv(picture)).flatten(2).mT + self.table(ids)
+        # Contiguous, because a product with strided operands is computed in another order where the weight needs gradients.
+        x = self.norm(self.conv(picture)).flatten(2).mT.contiguous() + self.table(ids)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         x = x + torch.softmax(q @ k.mT, dim=-1) @ v
         x = x + F.linear(x, self.read.weight, self.read.bias)

@@ -24,6 +24,7 @@ from .sequences import TokenSeam
 from .sites import Site
 from .state import LoadReport, load_state, state_of
 from .towers import towers_of
+from .trained import Trained
 from .wiring import seams_for
 
 
@@ -46,12 +47,12 @@ class Attachment:
         self.parts: dict[str, tuple[Site, Adapter]] = {s.name: (s, a) for s, a in planned.parts}
         self.offered = planned.offered
         self.extras: dict[str, tuple[str, str]] = planned.extras
+        self.trained = Trained(self.towers, self.extras)
         self.merged = False
         self.loaded: LoadReport | None = None
         self.provenance: dict[str, Any] = {}
         self._seams: list[tuple[str, Seam]] = []
         self._scale, self._on = 1.0, True
-        self._before: dict[str, Tensor] = {}
         self._pristine: merging.Pristine | None = None
         self._guards: dict[str, Any] = {}
         self._door: list[Any] = []
@@ -59,6 +60,8 @@ class Attachment:
     # joining and leaving
 
     def _join(self) -> None:
+        for tower in self.towers.values():
+            open_ledger(tower)  # before seams move keys, because flags are kept by name
         for component, seam in seams_for(self.towers, list(self.parts.values())):
             self._seams.append((component, seam))
             seam.join(self.name)
@@ -68,10 +71,7 @@ class Attachment:
         for tower in self.towers.values():
             self._freeze(tower)
             self._door.append(tower.register_forward_pre_hook(self._check_at_door))
-        for key, (component, path) in self.extras.items():
-            p = self._extra(component, path)
-            self._before[key] = p.detach().clone()
-            p.requires_grad_(True)
+        self.trained.start(self._others())
         for site, adapter in self.parts.values():
             getattr(adapter, "enter", _nothing)(self.towers[site.component])
 
@@ -100,9 +100,7 @@ class Attachment:
             handle.remove()
         for _, seam in reversed(self._seams):
             seam.part()
-        with torch.no_grad():
-            for key, before in self._before.items():
-                self._extra(*self.extras[key]).copy_(before)
+        self.trained.stop(self._others())
         for tower in self.towers.values():
             ledger = peek(tower)
             if ledger is not None and self in ledger.attachments:
@@ -110,7 +108,11 @@ class Attachment:
             close(tower)
         for _, adapter in self.parts.values():
             getattr(adapter, "leave", _nothing)()
-        self._seams, self._door, self._before, self._guards = [], [], {}, {}
+        self._seams, self._door, self._guards = [], [], {}
+
+    def _others(self) -> list[Trained]:
+        ledgers = [ledger for tower in self.towers.values() if (ledger := peek(tower)) is not None]
+        return [a.trained for ledger in ledgers for a in ledger.attachments if a is not self]
 
     # state of the host
 
@@ -135,18 +137,11 @@ class Attachment:
                     f"{site.name}: '{site.guard}' changed after attach, so '{self.name}' is bypassed there. "
                     "Undo it (for fused projections: unfuse_qkv_projections()), or detach, change the host, then attach."
                 )
-        for key, (component, path) in self.extras.items():
-            if key in self._before and self._extra(component, path).shape != self._before[key].shape:
-                raise HostChanged(f"{key}: the host rebuilt a trained module after attach. Detach, change the host, then attach.")
+        self.trained.check()
 
     def _check_at_door(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             self.check()
-
-    def _extra(self, component: str, path: str) -> nn.Parameter:
-        owner, _, param = path.rpartition(".")
-        value: nn.Parameter = getattr(self.towers[component].get_submodule(owner), param)
-        return value
 
     def host_state_dict(self, component: str = "") -> dict[str, Tensor]:
         """The host's own state dict, with the keys and order of the bare host also where tensors are parametrised."""
@@ -167,13 +162,12 @@ class Attachment:
                 if id(p) not in seen:
                     seen.add(id(p))
                     yield f"{name}:{key}", p
-        for key, (component, path) in self.extras.items():
-            yield key, self._extra(component, path)
+        yield from self.trained.items()
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser: the method's, and one for `train`."""
         groups = self.method.groups(list(self.parts.values()))
-        extra = [self._extra(c, p) for c, p in self.extras.values()]
+        extra = [p for _, p in self.trained.items()]
         return [*groups, {"params": extra, "lr_scale": 1.0}] if extra else groups
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -321,7 +315,7 @@ def attach(
         raise TypeError(f"attach: options {sorted(config)} next to a config instance; put them into {type(method).__name__}(…).")
     towers = towers_of(model)
     for tower in towers:
-        refuse_compiled(tower.module, "attach")
+        refuse_compiled(tower.module, "attach", tower.wrapped)
     attachment = Attachment(plan(towers, method, where, train), _free_name(towers, name, method.name))
     try:
         attachment._join()

@@ -60,7 +60,7 @@ def _before_training(tower: nn.Module) -> dict[str, Tensor]:
     for attachment in ledger.attachments if ledger else ():
         for key, (component, path) in attachment.extras.items():
             if attachment.towers[component] is tower:
-                before.setdefault(path, attachment._before[key])
+                before.setdefault(path, attachment.trained.before[key])
     return before
 
 

@@ -66,14 +66,14 @@ def close(tower: nn.Module) -> None:
         del tower.__dict__[_KEY]
 
 
-def refuse_compiled(tower: nn.Module, what: str) -> None:
-    """Raise if hooks that are added now would be dropped without a word.
+def refuse_compiled(tower: nn.Module, what: str, wrapped: bool = False) -> None:
+    """Raise if hooks that are added now would be dropped without a word; `wrapped`: the tower was given compiled.
 
     Raises:
         HostChanged: the tower or a part of it is compiled or sharded.
     """
     for name, module in tower.named_modules():
-        compiled = type(module).__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None
+        compiled = wrapped or type(module).__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None
         sharded = any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(module).__mro__)
         if compiled or sharded:
             how = "torch.compile" if compiled else "sharding"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .errors import UnsupportedSite
 from .forms import base_tensor
 from .method import Adapter
-from .seams import Seam, WeightSeam
+from .parametrized import WeightSeam
+from .seams import Seam
 from .sites import ParamSite, Site, WeightSite
 
 Place = tuple[str, str, str]

@@ -46,7 +46,7 @@ class LoadReport:
 def state_of(attachment: Attachment) -> dict[str, Tensor]:
     """Everything that training changed, under `site-name:parameter`."""
     state = {f"{n}:{k}": t.detach() for n, (_, a) in attachment.parts.items() for k, t in a.state_dict().items()}
-    state.update({key: attachment._extra(c, p).detach() for key, (c, p) in attachment.extras.items()})
+    state.update({key: p.detach() for key, p in attachment.trained.items()})
     for component, tower in attachment.towers.items():
         state.update({_name(component, key): buffer for key, buffer in changed_statistics(tower).items()})
     return state
@@ -73,8 +73,7 @@ def load_state(attachment: Attachment, state: Mapping[str, Tensor], strict: bool
 def _targets(attachment: Attachment, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, (_, adapter) in attachment.parts.items():
         yield from ((f"{name}:{key}", tensor) for key, tensor in adapter.state_dict().items())
-    for key, (component, path) in attachment.extras.items():
-        yield key, attachment._extra(component, path)
+    yield from attachment.trained.items()
     for component, tower in attachment.towers.items():
         ledger = peek(tower)
         for key in ledger.statistics if ledger else ():

@@ -24,6 +24,7 @@ class Tower:
     Args:
         component: its attribute in the pipeline, or `""` for a bare model.
         main: True if a pattern without a tower means it.
+        wrapped: True if it was given inside the wrapper that `torch.compile` returns.
     """
 
     component: str
@@ -31,6 +32,7 @@ class Tower:
     host: Host
     main: bool
     components: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    wrapped: bool = False
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -64,18 +66,24 @@ def towers_of(model: Any, strict: bool = True) -> list[Tower]:
         UnsupportedSite: `strict`, and no host knows the model.
     """
     if isinstance(model, nn.Module):
-        host = host_of(model)
-        found = [Tower("", model, host, True)] if host else []
+        bare, host = _bare(model), host_of(_bare(model))
+        found = [Tower("", bare, host, True, wrapped=bare is not model)] if host else []
     else:
         components = getattr(model, "components", None)
         if not isinstance(components, Mapping):
             raise TypeError(f"{type(model).__name__} is neither a torch module nor a pipeline with `components`.")
-        known = {k: (m, host_of(m)) for k, m in components.items() if isinstance(m, nn.Module)}
-        found = [Tower(k, m, h, h.main, components) for k, (m, h) in known.items() if h]
+        known = {k: (_bare(m), host_of(_bare(m))) for k, m in components.items() if isinstance(m, nn.Module)}
+        found = [Tower(k, m, h, h.main, components, m is not components[k]) for k, (m, h) in known.items() if h]
         found.sort(key=lambda t: not t.main)
     if strict and not found:
         raise UnsupportedSite(f"no host knows {type(model).__name__}. There are hosts for: {', '.join(hosts.names())}.")
     return found
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper that `torch.compile` returns."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def sites(model: Any) -> SiteTable:

@@ -9,7 +9,8 @@ from torch import nn
 
 from .errors import UnsupportedSite
 from .method import Adapter
-from .seams import CallSeam, ProcessorSeam, Seam, WeightSeam
+from .parametrized import WeightSeam
+from .seams import CallSeam, ProcessorSeam, Seam
 from .sequences import TokenSeam, VocabularySeam
 from .sites import (
     AttentionSite,

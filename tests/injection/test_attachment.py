@@ -1,0 +1,250 @@
+"""Coming, going and switching, bitwise."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from veneer.injection import DeadSite, HostChanged, StateError, UnsupportedSite, attach, attachments, hosts
+from veneer.injection.errors import SelectionError, UnknownName
+from veneer.testing.snapshot import assert_same, snapshot
+
+from .toy import Add, Net, ToyHost, net, run, stir
+
+WHERE = "embed.token conv attn.{q,v,out} head"
+
+
+def train_once(model: nn.Module) -> None:
+    """One step in training mode: gradients, BatchNorm statistics."""
+    model.train()
+    model(**ToyHost().sample(model)).square().mean().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p -= 0.1 * p.grad
+                p.grad = None
+    model.eval()
+
+
+def test_detach_restores_the_host_bitwise_after_training() -> None:
+    model = net()
+    model.head.bias.requires_grad_(False)
+    before, output = snapshot(model), run(model)
+    tuned = attach(model, "lora", where="embed.token conv attn.{q,v,out}", rank=2, train="norm head")
+    train_once(model)
+    assert not torch.equal(run(model), output)
+    assert not torch.equal(model.norm.running_mean, net().norm.running_mean)
+    tuned.detach()
+    assert_same(before, snapshot(model), "detach")
+    assert torch.equal(run(model), output)
+    assert attachments(model) == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_attachments_detach_in_any_order(first: int) -> None:
+    model = net()
+    before = snapshot(model)
+    both = [attach(model, "lora", where=WHERE, rank=2, name=name) for name in "ab"]
+    assert [a.name for a in attachments(model)] == ["a", "b"]
+    for tuned in both:
+        stir(tuned)
+    both[first].detach()
+    alone = net()
+    other = attach(alone, "lora", where=WHERE, rank=2)
+    other.load_state_dict(both[1 - first].state_dict())
+    assert torch.equal(run(model), run(alone))
+    both[1 - first].detach()
+    assert_same(before, snapshot(model), "detach")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_attachments_that_train_the_same_head_detach_in_any_order(first: int) -> None:
+    model = net()
+    before = snapshot(model)
+    both = []
+    for name in "ab":
+        both.append(attach(model, "lora", where="attn.q", rank=2, name=name, train="head"))
+        train_once(model)
+    trained = model.head.weight.detach().clone()
+    both[first].detach()
+    assert torch.equal(model.head.weight, trained)
+    assert model.head.weight.requires_grad
+    both[1 - first].detach()
+    assert_same(before, snapshot(model), "detach")
+
+
+def test_what_an_attachment_trained_is_frozen_when_it_leaves_another_behind() -> None:
+    model = net()
+    attach(model, "lora", where="attn.q", rank=2)
+    trains = attach(model, "lora", where="attn.v", rank=2, train="head")
+    assert model.head.weight.requires_grad
+    trains.detach()
+    assert not model.head.weight.requires_grad
+
+
+FAILURES = [
+    (Add(fails_at="inner.branch"), {"where": "attn.v inner"}, RuntimeError),
+    (Add(), {"where": "name:inner.branch name:tail.branch"}, UnsupportedSite),
+    ("lora", {"where": "attn.q attn.out mlp.in", "sample": True, "rank": 2, "train": "head"}, DeadSite),
+    ("lora", {"where": "attn.q", "sample": {"ids": "no tensor"}, "rank": 2}, TypeError),
+    ("lora", {"where": "nothing", "rank": 2}, SelectionError),
+    ("lora", {"where": "conv", "rank": 3}, UnsupportedSite),
+    ("lora", {"where": "attn.q", "train": "attn.q", "rank": 2}, SelectionError),
+    ("lora", {"where": "head", "train": "head", "rank": 2}, SelectionError),
+    ("lora", {"where": "attn.q", "name": "taken", "rank": 2}, StateError),
+    ("lora", {"where": "attn.q", "name": "a b", "rank": 2}, SelectionError),
+    ("lora", {"ranks": 3, "no_such_option": 1}, TypeError),
+    ("laro", {}, UnknownName),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "error"), FAILURES)
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_failed_attach_leaves_no_trace(method: object, options: dict, error: type, beside: bool) -> None:
+    model = net()
+    if beside or options.get("name") == "taken":
+        attach(model, "lora", where="attn.q attn.out", rank=2, name="taken")
+    before, output = snapshot(model), run(model)
+    with pytest.raises(error):
+        attach(model, method, **options)
+    assert_same(before, snapshot(model), "a failed attach")
+    assert torch.equal(run(model), output)
+
+
+def test_only_the_adapters_and_what_was_asked_for_train() -> None:
+    model = net()
+    tuned = attach(model, "lora", where="attn.{q,out}", rank=2, train="head")
+    own = {id(p) for p in tuned.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == own
+    assert {n for n, _ in tuned.named_parameters()} == {
+        "qkv.q:down", "qkv.q:up", "read:down", "read:up", "head:weight", "head:bias",
+    }  # fmt: skip
+
+
+def test_strength_is_written_into_buffers_and_blends() -> None:
+    model = net()
+    host = run(model)
+    tuned = attach(model, "lora", where=WHERE, rank=2)
+    stir(tuned)
+    adapted = run(model)
+    buffers = [adapter.strength for _, adapter in tuned.parts.values()]
+    for value in (0.0, 0.5, 1.0):
+        tuned.scale = value
+        assert all(
+            adapter.strength is b and b.item() == value for (_, adapter), b in zip(tuned.parts.values(), buffers, strict=True)
+        )
+        if value in (0, 1):
+            assert torch.equal(run(model), adapted if value else host)
+    tuned.scale = 0.5
+    with pytest.raises(ZeroDivisionError), tuned.enabled(False):
+        assert torch.equal(run(model), host)
+        raise ZeroDivisionError
+    assert buffers[0].item() == tuned.scale == 0.5
+
+
+def test_a_copy_is_independent() -> None:
+    model = net()
+    tuned = attach(model, "lora", where=WHERE, rank=2, train="norm")
+    stir(tuned)
+    output = run(model)
+    twin = copy.deepcopy(model)
+    (other,) = attachments(twin)
+    assert torch.equal(run(twin), output)
+    stir(other)
+    assert torch.equal(run(model), output)
+    assert not torch.equal(run(twin), output)
+    other.detach()
+    assert_same_values(twin, net())
+    assert torch.equal(run(model), output)
+    tuned.check()
+
+
+def assert_same_values(a: nn.Module, b: nn.Module) -> None:
+    assert list(a.state_dict()) == list(b.state_dict())
+    assert all(torch.equal(a.state_dict()[k], v) for k, v in b.state_dict().items())
+    assert torch.equal(run(a), run(b))
+
+
+def test_attach_after_compile_is_refused() -> None:
+    whole, inside, part = net(), net(), net()
+    inside.compile(backend="eager")
+    part.tail = torch.compile(part.tail, backend="eager")
+    for model in (torch.compile(whole, backend="eager"), inside, part):
+        with pytest.raises(HostChanged, match=r"attach: .* has been through torch.compile already.*Attach first, then compile"):
+            attach(model, "lora", where="attn.q", rank=2)
+
+
+def fuse(model: Net) -> None:
+    model.fused = True
+
+
+def replace(model: Net) -> None:
+    model.qkv = nn.Linear(6, 18)
+
+
+def replace_read(model: Net) -> None:
+    model.read = nn.Linear(6, 6)
+
+
+def new_head(model: Net) -> None:
+    model.head = nn.Linear(6, 3)
+
+
+def wider_head(model: Net) -> None:
+    model.head = nn.Linear(6, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (fuse, "qkv.q: 'fused' changed after attach"),
+        (replace, "qkv.q: the host replaced the module"),
+        (replace_read, "read: the host replaced the module"),
+        (new_head, "head:weight: the host rebuilt a trained module"),
+        (wider_head, "head:weight: the host rebuilt a trained module"),
+    ],
+)
+def test_a_host_that_fuses_or_rebuilds_after_attach_is_caught(change: object, words: str) -> None:
+    model = net()
+    tuned = attach(model, "lora", where="attn.{q,out}", rank=2, train="head")
+    run(model)
+    change(model)
+    for act in (lambda: run(model), tuned.check, tuned.merge):
+        with pytest.raises(HostChanged, match=words):
+            act()
+
+
+def test_names_count_up() -> None:
+    model = net()
+    names = [attach(model, "lora", where="attn.q", rank=2).name for _ in range(3)]
+    assert names == ["lora", "lora_2", "lora_3"]
+
+
+def test_calls_that_do_not_fit_the_state_are_refused() -> None:
+    model = net()
+    tuned = attach(model, "lora", where="attn.q", rank=2)
+    with pytest.raises(StateError, match="not merged"):
+        tuned.unmerge()
+    tuned.merge()
+    for act in (tuned.merge, tuned.detach, lambda: setattr(tuned, "scale", 0.5), lambda: tuned.enabled(False).__enter__()):
+        with pytest.raises(StateError, match=r"is merged"):
+            act()
+    tuned.unmerge()
+    tuned.detach()
+    for act in (tuned.detach, tuned.check):
+        with pytest.raises(StateError, match="is detached"):
+            act()
+
+
+def test_a_config_takes_no_options_beside_it() -> None:
+    with pytest.raises(TypeError, match=r"options \['rank'\] next to a config instance"):
+        attach(net(), Add(), rank=3)
+
+
+def test_a_model_without_a_host_is_refused() -> None:
+    with pytest.raises(UnsupportedSite, match="no host knows Linear. There are hosts for: .*toy"):
+        attach(nn.Linear(2, 2), "lora")
+    with pytest.raises(TypeError, match="int is neither a torch module nor a pipeline"):
+        attach(3, "lora")
+    assert "toy" in hosts.names()
