@@ -1,0 +1,15 @@
+"""The conformance suite, and tiny real models and pipelines: what a method or a host has to do, for packages to run in their tests.
+
+check_method("my_method", "timm_vit").failures     # () when it conforms
+check_host("my_host").failures
+
+@parametrize_with_checks([MyMethod(), MyHost])     # one test a check, for pytest
+def test_conformance(check):
+    check()
+"""
+
+from .pipelines import tiny_pipeline
+from .records import Check, Record, Records
+from .suite import check_host, check_method, parametrize_with_checks
+
+__all__ = ["Check", "Record", "Records", "check_host", "check_method", "parametrize_with_checks", "tiny_pipeline"]

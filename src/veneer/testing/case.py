@@ -21,7 +21,7 @@ from ..injection.towers import Tower
 from .records import Skip
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _built(host: type[Host], model: str) -> nn.Module:
     """A small model in evaluation mode, seeded, with all parameters moved off their start values (zeros hide mistakes)."""
     with torch.random.fork_rng(devices=[]):
@@ -38,8 +38,9 @@ def fresh_model(host: Host, model: str) -> nn.Module:
     return copy.deepcopy(_built(type(host), model))
 
 
-@functools.lru_cache(maxsize=None)
-def _sites(host: type[Host], model: str) -> tuple[Site, ...]:
+@functools.cache
+def sites_of(host: type[Host], model: str) -> tuple[Site, ...]:
+    """The sites of a small model, bare."""
     return Tower("", _built(host, model), host(), True).sites
 
 
@@ -51,7 +52,7 @@ def usable_sites(method: Method, host: Host, model: str) -> tuple[Site, ...]:
     """
     found, refusal = [], None
     with torch.random.fork_rng(devices=[]):
-        for site in _sites(type(host), model):
+        for site in sites_of(type(host), model):
             if fits(method, site) and not getattr(site, "fused", False):
                 try:
                     method.build(site)

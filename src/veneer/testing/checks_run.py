@@ -112,7 +112,9 @@ def _half(case: Case, bare: nn.Module, model: nn.Module, attachment: Attachment)
         raise AssertionError(f"{case.method.name}: not in single precision: {', '.join(wrong[:5])}")
     got = run(model, inputs)
     if [t.dtype for t in got] != [t.dtype for t in expected]:
-        raise AssertionError(f"{case.method.name}: outputs are {[t.dtype for t in got]}, the host's {[t.dtype for t in expected]}")
+        raise AssertionError(
+            f"{case.method.name}: outputs are {[t.dtype for t in got]}, the host's {[t.dtype for t in expected]}"
+        )
     loss(model, inputs).backward()
     lost = [n for n, p in attachment.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if lost or not all(torch.isfinite(t).all() for t in got):

@@ -1,0 +1,206 @@
+"""Checks of a host: its sites are what the model is, by looking at the modules and by tracing a forward pass."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..injection.probe import tensors
+from ..injection.registry import hosts
+from ..injection.sites import FeatureSite, ParamSite, PixelSite, Site, VocabularySite, WeightSite
+from .case import run, same
+from .roles import ROLES
+from .trace import Trace, ports, width
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+KINDS: dict[str, tuple[type, ...]] = {
+    "linear": (nn.Linear,),
+    "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    "embedding": (nn.Embedding,),
+}
+
+
+def exactly_one_host_matches(traced: Trace) -> None:
+    """The model is this host's and no other's."""
+    others = [hosts.get(name) for name in hosts.names() if name != traced.host.name]
+    claims = [cls.name for cls in others if cls().matches(traced.model)]
+    if claims:
+        raise AssertionError(f"{type(traced.model).__name__} is also claimed by {', '.join(claims)}")
+    if not traced.host.matches(traced.model):
+        raise AssertionError(f"{traced.host.name}: matches() denies its own small model, a {type(traced.model).__name__}")
+    if traced.host.matches(nn.Linear(1, 1)):
+        raise AssertionError(f"{traced.host.name}: matches() claims a plain nn.Linear")
+
+
+def sites_resolve(traced: Trace) -> None:
+    """There are sites, with one name each, and each path, parameter, shape and geometry is the module's."""
+    twice = [name for name, n in Counter(site.name for site in traced.sites).items() if n > 1]
+    if twice or not traced.sites:
+        raise AssertionError(f"{traced.host.name}: {f'two sites are called {twice[0]}' if twice else 'there is no site'}")
+    for site in traced.sites:
+        if isinstance(site, (WeightSite, ParamSite)):
+            _resolve(traced.module(site), site)
+
+
+def called_is_true_by_tracing(traced: Trace) -> None:
+    """A site is `called` if and only if its module is called in a forward pass, with the site's widths."""
+    for site in traced.sites:
+        if not isinstance(site, WeightSite):
+            continue
+        called = (site.path, "out") in traced.order
+        if called != site.called:
+            raise AssertionError(f"{site.name}: called={site.called}, but the host {'calls' if called else 'does not call'} it")
+        if called:
+            dim, module = (1 if site.kind == "conv" else -1), traced.module(site)
+            x, y = traced.tensors[site.path, "in"], traced.tensors[site.path, "out"]
+            rows = int(getattr(module, site.param).shape[1 if site.kind == "embedding" else 0])
+            if y.shape[dim] != rows or (site.kind != "embedding" and x.shape[dim] != site.d_in):
+                raise AssertionError(
+                    f"{site.name}: runs on {tuple(x.shape)} to {tuple(y.shape)}, described as {site.weight_shape}"
+                )
+
+
+def called_bias_is_added_last(traced: Trace) -> None:
+    """Where a parameter site is `called`, a change of it changes the module's output by as much along `channel_dim`."""
+    for site in traced.sites:
+        if not isinstance(site, ParamSite) or not site.called:
+            continue
+        module = traced.module(site)
+        args, kwargs = traced.inputs[site.path]
+        base: Tensor = getattr(module, site.param).detach()
+        delta = torch.zeros_like(base)
+        delta[slice(*site.rows) if site.rows else ...] = 1.0
+        with torch.no_grad():
+            before, after = (
+                torch.func.functional_call(module, {site.param: value}, args, kwargs) for value in (base, base + delta)
+            )
+        shape = [1] * before.dim()
+        shape[site.channel_dim] = -1
+        if not torch.allclose(after, before + delta.view(shape), atol=1e-6):
+            raise AssertionError(f"{site.name}: called=True, but it is not added last along dimension {site.channel_dim}")
+
+
+def ports_in_order(traced: Trace) -> None:
+    """Each site is read before it is written, both happen in a forward pass, and the tensors have the site's width."""
+    for site in traced.sites:
+        found = ports(site)
+        if found is not None:
+            _in_order(traced, site, *found)
+        elif isinstance(site, (PixelSite, FeatureSite)):
+            if (site.port.path, site.port.side) not in traced.order:
+                raise AssertionError(f"{site.name}: nothing passes '{site.port.path}' ({site.port.side})")
+        elif isinstance(site, VocabularySite) and site.argument not in traced.inputs[site.ids.path][1]:
+            raise AssertionError(f"{site.name}: '{site.ids.path}' is not called with {site.argument}=…")
+
+
+def roles_are_canonical(traced: Trace) -> None:
+    """Roles are the words that all hosts use; towers are named; depths count up from 0."""
+    for site in traced.sites:
+        known = next((roles for kind, roles in ROLES.items() if isinstance(site, kind)), None)
+        if known is not None and site.role not in known:
+            raise AssertionError(
+                f"{site.name}: the role '{site.role}' is no word for a {type(site).__name__}; say one of {sorted(known)}"
+            )
+    depths = sorted({site.depth for site in traced.sites if site.depth is not None})
+    if depths != list(range(len(depths))):
+        raise AssertionError(f"{traced.host.name}: depths are {depths}; they count the blocks from 0")
+    if not traced.host.tower:
+        raise AssertionError(f"{traced.host.name}: the class has no tower")
+
+
+def no_container_targets(traced: Trace) -> None:
+    """No site's place is a container, which would run or list an adapter as its own."""
+    for site in traced.sites:
+        found = ports(site)
+        paths = [p.path for p in found] if found else [getattr(site, "path", "")]
+        for path in paths:
+            if isinstance(traced.model.get_submodule(path), CONTAINERS):
+                raise AssertionError(f"{site.name}: '{path}' is a {type(traced.model.get_submodule(path)).__name__}")
+
+
+def inert_is_what_gradients_show(traced: Trace) -> None:
+    """A site is `inert` if and only if its parameter gets no gradient."""
+    model = _copy(traced)
+    outputs = list(tensors(model(**traced.host.sample(model))))
+    torch.stack([(y * torch.randn_like(y)).sum() for y in outputs]).sum().backward()
+    for site in traced.sites:
+        if isinstance(site, (WeightSite, ParamSite)):
+            grad = getattr(model.get_submodule(site.path), site.param).grad
+            size = 0.0 if grad is None else grad[slice(*site.rows) if site.rows else ...].abs().max().item()
+            # Some softmaxes are computed in single precision, which leaves noise where the true gradient is zero.
+            if (size > 1e-6) if site.inert else (size < 1e-11):
+                raise AssertionError(f"{site.name}: inert={site.inert}, but its largest gradient is {size}")
+
+
+def sample_is_a_fixed_batch_of_two(traced: Trace) -> None:
+    """`sample()` gives the same inputs every time, two rows, in the model's dtype, and draws nothing from torch's generator."""
+    state = torch.random.get_rng_state()
+    first, second = traced.host.sample(traced.model), traced.host.sample(traced.model)
+    if not torch.equal(torch.random.get_rng_state(), state):
+        raise AssertionError(f"{traced.host.name}: sample() moves torch's global generator")
+    for name, value in first.items():
+        if isinstance(value, Tensor):
+            same([second[name]], [value], f"{traced.host.name}: sample()['{name}'] drawn twice")
+    outputs = run(traced.model, first)
+    if not any(t.dim() and t.shape[0] == 2 for t in outputs):
+        raise AssertionError(f"{traced.host.name}: sample() gives outputs {[tuple(t.shape) for t in outputs]}; make a batch of 2")
+    half = _copy(traced).to(torch.bfloat16)
+    if not all(torch.isfinite(t).all() for t in run(half, traced.host.sample(half))):
+        raise AssertionError(f"{traced.host.name}: sample() gives no finite outputs in bfloat16")
+
+
+def _resolve(module: nn.Module, site: Any) -> None:
+    parameter = getattr(module, site.param, None)
+    if not isinstance(parameter, nn.Parameter):
+        raise AssertionError(f"{site.name}: '{site.path}' has no parameter '{site.param}'")
+    shape = list(parameter.shape)
+    if site.rows is not None:
+        shape[0] = site.rows[1] - site.rows[0]
+    described = site.weight_shape if isinstance(site, WeightSite) else site.shape
+    if tuple(shape) != tuple(described) or (site.rows and not 0 <= site.rows[0] < site.rows[1] <= parameter.shape[0]):
+        raise AssertionError(
+            f"{site.name}: described as {tuple(described)}, rows {site.rows}; the tensor is {tuple(parameter.shape)}"
+        )
+    if isinstance(site, WeightSite):
+        layer: Any = module
+        if not isinstance(layer, KINDS[site.kind]):
+            raise AssertionError(f"{site.name}: kind '{site.kind}', but the module is a {type(layer).__name__}")
+        if site.kind == "conv":
+            geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+            if geometry != (site.kernel, site.stride, site.padding, site.dilation, site.groups):
+                raise AssertionError(f"{site.name}: geometry differs from the module's {geometry}")
+    elif math.prod(site.shape) == 0:
+        raise AssertionError(f"{site.name}: an empty parameter")
+
+
+def _in_order(traced: Trace, site: Site, read: Any, write: Any) -> None:
+    for port in (read, write):
+        if (port.path, port.side) not in traced.order:
+            raise AssertionError(f"{site.name}: nothing passes '{port.path}' ({port.side})")
+        got = width(traced.tensors[port.path, port.side], getattr(site, "layout", "NLC"))
+        if got != getattr(site, "width", got):
+            raise AssertionError(f"{site.name}: width {getattr(site, 'width', got)}, but {got} at '{port.path}' ({port.side})")
+    if not traced.order[read.path, read.side] < traced.order[write.path, write.side]:
+        raise AssertionError(f"{site.name}: '{write.path}' ({write.side}) comes before '{read.path}' ({read.side})")
+
+
+def _copy(traced: Trace) -> nn.Module:
+    return copy.deepcopy(traced.model).requires_grad_(True)
+
+
+CHECKS = (
+    exactly_one_host_matches,
+    sites_resolve,
+    called_is_true_by_tracing,
+    called_bias_is_added_last,
+    ports_in_order,
+    roles_are_canonical,
+    no_container_targets,
+    inert_is_what_gradients_show,
+    sample_is_a_fixed_batch_of_two,
+)

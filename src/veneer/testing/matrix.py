@@ -1,0 +1,50 @@
+"""The support matrix: which method works on which host. `python -m veneer.testing.matrix` prints it for the README."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..injection.host import Host
+from ..injection.method import Method
+from ..injection.registry import Registry, hosts, methods
+from .case import usable_sites
+
+BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
+
+
+def support_matrix() -> str:
+    """A markdown table of veneer's own methods and hosts, computed from needs and offers on the hosts' small models.
+
+    ✓ where all small models of a host fit, their names where some do, – where none does.
+    """
+    columns = [hosts.get(name)() for name in _own(hosts)]
+    lines = ["| method | " + " | ".join(f"`{host.name}`" for host in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in _own(methods):
+        method = methods.get(name).examples()[0]
+        lines.append(f"| `{name}` | " + " | ".join(_cell(method, host) for host in columns) + " |")
+    return "\n".join(lines)
+
+
+def between_markers(text: str) -> str:
+    """The part of a page between the two markers, stripped.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"there is no section between {BEGIN} and {END}")
+    return text.partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def _own(registry: Registry[Any]) -> list[str]:
+    return [name for name in registry.names() if registry.source(name) == "veneer"]
+
+
+def _cell(method: Method, host: Host) -> str:
+    models = list(host.tiny())
+    fitting = [model for model in models if usable_sites(method, host, model)]
+    return "✓" if fitting == models else ", ".join(fitting) or "–"
+
+
+if __name__ == "__main__":
+    print(support_matrix())

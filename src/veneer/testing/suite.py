@@ -1,0 +1,141 @@
+"""The conformance suite's two doors: `check_method` and `check_host` return records, `parametrize_with_checks` is for pytest."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..injection.errors import UnsupportedSite
+from ..injection.host import Host
+from ..injection.method import Method
+from ..injection.plan import hosts_for
+from ..injection.registry import hosts, methods
+from . import checks_attach, checks_host, checks_run, checks_state, checks_strength
+from .case import Case, fresh_model, usable_sites
+from .records import Check, Records, Skip
+from .trace import trace
+
+METHOD_CHECKS: tuple[Callable[[Case], None], ...] = (
+    *checks_attach.CHECKS,
+    *checks_strength.CHECKS,
+    *checks_state.CHECKS,
+    *checks_run.CHECKS,
+)
+HOST_CHECKS = checks_host.CHECKS
+
+MethodLike = str | type[Method] | Method
+HostLike = str | type[Host] | Host
+Subject = MethodLike | HostLike | tuple[MethodLike, HostLike]
+
+
+def check_method(method: MethodLike, host: HostLike | None = None, *, expected: Mapping[str, str] | None = None) -> Records:
+    """Run every check of a method on the small models of a host, or of all hosts that fit.
+
+    Args:
+        method: a name, a class (checked with the first of its `examples()`), or a config instance.
+        host: a name, class or instance; None for every host that offers what the method needs.
+        expected: checks that are expected to fail, with the reason: a check's name, or a pattern of ids such as
+            `"lora-timm_vit-*-autocast"`. Strict: one that passes is a failure.
+    Returns:
+        The records; `.failures` is empty if the method conforms. `print()` them for one line each.
+    Raises:
+        UnsupportedSite: the host offers nothing that the method needs. UnknownName: no such method or host.
+
+    >>> check_method("bitfit", "clip_text").failures
+    ()
+    """
+    return Records(check.record(expected or {}) for check in method_checks(method, host))
+
+
+def check_host(host: HostLike, *, expected: Mapping[str, str] | None = None) -> Records:
+    """Run every check of a host on each of its small models. Arguments and result as for `check_method`."""
+    return Records(check.record(expected or {}) for check in host_checks(host))
+
+
+def parametrize_with_checks(subjects: Iterable[Subject], *, expected: Mapping[str, str] | None = None) -> Any:
+    """Decorate a test that takes `check` and calls it: one test a check.
+
+    Args:
+        subjects: methods, hosts, and pairs of a method and a host, as for `check_method` and `check_host`. A name that is
+            both a method's and a host's means the method.
+        expected: as for `check_method`; they become strict `xfail` marks with the reason.
+
+        @parametrize_with_checks([MyMethod(rank=2), "my_host", ("lora", "my_host")])
+        def test_conformance(check):
+            check()
+    """
+    import pytest
+
+    params = []
+    for check in (c for subject in subjects for c in _checks(subject)):
+        reason = check.expected(expected or {})
+        marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+        params.append(pytest.param(check, id=check.id, marks=marks))
+    return pytest.mark.parametrize("check", params)
+
+
+def method_checks(method: MethodLike, host: HostLike | None = None) -> list[Check]:
+    """The checks of a method, model by model, not yet run."""
+    config, other = _configs(method)
+    chosen = [_host(host)] if host is not None else [hosts.get(name)() for name in hosts.names()]
+    found = [check for each in chosen for check in _on_host(config, other, each)]
+    if not found:
+        where = f"host {chosen[0].name} offers nothing that it can use" if host is not None else "no host offers what it needs"
+        raise UnsupportedSite(f"{config.name}: {where}. Hosts that fit: {', '.join(hosts_for(config)) or 'none'}.")
+    return found
+
+
+def host_checks(host: HostLike) -> list[Check]:
+    """The checks of a host, model by model, not yet run."""
+    found = _host(host)
+    return [
+        Check(body.__name__, "", found.name, model, functools.partial(_on_trace, body, type(found), model))
+        for model in found.tiny()
+        for body in HOST_CHECKS
+    ]
+
+
+def _on_host(method: Method, other: Method, host: Host) -> Iterator[Check]:
+    for model in host.tiny():
+        try:
+            sites = usable_sites(method, host, model)
+        except ImportError as error:
+            yield Check("library", method.name, host.name, model, functools.partial(_without_library, error))
+            continue
+        if sites:
+            case = Case(method, host, model, sites, other)
+            yield from (Check(b.__name__, method.name, host.name, model, functools.partial(b, case)) for b in METHOD_CHECKS)
+
+
+def _on_trace(body: Callable[[Any], None], host: type[Host], model: str) -> None:
+    try:
+        fresh_model(host(), model)
+    except ImportError as error:
+        _without_library(error)
+    body(trace(host, model))
+
+
+def _without_library(error: ImportError) -> None:
+    raise Skip(f"its library is not installed: {error}")
+
+
+def _checks(subject: Any) -> Sequence[Check]:
+    if isinstance(subject, tuple):
+        return method_checks(*subject)
+    host = isinstance(subject, Host) or (isinstance(subject, type) and issubclass(subject, Host))
+    if host or (isinstance(subject, str) and subject in hosts.names() and subject not in methods.names()):
+        return host_checks(subject)
+    return method_checks(subject)
+
+
+def _configs(method: MethodLike) -> tuple[Method, Method]:
+    if isinstance(method, Method):
+        return method, next((m for m in reversed(type(method).examples()) if m != method), method)
+    return (methods.get(method) if isinstance(method, str) else method).examples()
+
+
+def _host(host: HostLike) -> Host:
+    if isinstance(host, Host):
+        return host
+    return (hosts.get(host) if isinstance(host, str) else host)()

@@ -1,0 +1,80 @@
+"""What one forward pass of a host's small model tells: which modules run, in which order, on what."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..injection.host import Host
+from ..injection.sites import BranchSite, Port, Site, StreamSite, TokenSite
+from .case import fresh_model, sites_of
+
+Place = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A bare model with its sites and one traced pass.
+
+    Args:
+        order: (path, `in` or `out`) to the number of the event, the first time that it happens.
+        tensors: first argument or output at that event. `inputs`: all arguments.
+    """
+
+    host: Host
+    model: nn.Module
+    sites: tuple[Site, ...]
+    order: dict[Place, int]
+    tensors: dict[Place, Any]
+    inputs: dict[str, tuple[Any, Any]]
+
+    def module(self, site: Any) -> nn.Module:
+        """The module at a site's path."""
+        found: nn.Module = self.model.get_submodule(site.path)
+        return found
+
+
+@functools.cache
+def trace(host: type[Host], model: str) -> Trace:
+    """Trace one forward pass of a small model, in double precision, on the host's own sample. Checks must not change the model."""
+    built = fresh_model(host(), model).double()
+    order: dict[Place, int] = {}
+    tensors: dict[Place, Any] = {}
+    inputs: dict[str, tuple[Any, Any]] = {}
+
+    def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        order.setdefault((path, "in"), len(order))
+        inputs.setdefault(path, (args, kwargs))
+        tensors.setdefault((path, "in"), args[0] if args else next(iter(kwargs.values()), None))
+
+    def after(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        order.setdefault((path, "out"), len(order))
+        tensors.setdefault((path, "out"), output[0] if isinstance(output, tuple) else output)
+
+    handles = []
+    for path, module in built.named_modules():
+        handles.append(module.register_forward_pre_hook(functools.partial(before, path), with_kwargs=True))
+        handles.append(module.register_forward_hook(functools.partial(after, path)))
+    with torch.no_grad():
+        built(**host().sample(built))
+    for handle in handles:
+        handle.remove()
+    return Trace(host(), built, sites_of(host, model), order, tensors, inputs)
+
+
+def ports(site: Site) -> tuple[Port, Port] | None:
+    """Where a site is read and where it is written, if it lies between two places."""
+    if isinstance(site, BranchSite):
+        return site.read, site.write
+    if isinstance(site, StreamSite):
+        return Port(site.path, "in"), Port(site.path, "out")
+    return (site.enter, site.leave) if isinstance(site, TokenSite) else None
+
+
+def width(tensor: Tensor, layout: str) -> int:
+    """The number of channels of a tensor."""
+    return tensor.shape[1 if layout == "NCHW" else -1]
