@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 STATES: dict[str, float] = {"adamw": 8, "adamw8bit": 2, "sgd": 4, "prodigy": 16, "adafactor": 0.5}
-"""Bytes of optimiser state for each trainable float32 value (Prodigy: two moments, s and the start; Adafactor: factored, rough)."""
+"""Bytes of optimiser state for each float32 value (Prodigy: two moments, s and the start; Adafactor: factored, so rough)."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,11 @@ def counted(tower: nn.Module, inputs: Mapping[str, Any], trainable: Iterable[Ten
 
 
 def measured(step: Callable[[], Tensor]) -> StepCost:
-    """The cost of a real pass: `step()` gives the loss, which is then sent backward. Runs three times, the last one timed.
+    """The cost of a real pass: `step()` gives the loss, which is then sent backward. Runs twice; the second, warm, is timed.
 
     Gradients are added to as by any backward pass; zero them afterwards.
     """
     cost = _under_counters(step)
-    _synchronize()
-    step().backward()
     _synchronize()
     start = time.perf_counter()
     step().backward()

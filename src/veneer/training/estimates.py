@@ -1,0 +1,165 @@
+"""What a run should take: memory, time and disk, from a warm step or from shapes alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .costs import STATES, StepCost, counted, flops_per_second, measured, nbytes
+from .gradients import AUTOCAST
+from .progress import clock
+
+if TYPE_CHECKING:
+    from ..injection.attachment import Attachment
+    from .families import Family
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run should take, per process.
+
+    Args:
+        base: bytes of the pipeline's weights, adapters included.
+        training: bytes of gradients, optimiser state, averaged weights and the copy of the last good ones.
+        activations: peak bytes of what a micro-batch's forward and backward pass makes.
+        checkpoint: bytes of one checkpoint.
+        seconds: of one optimiser step. `steps`: in the run.
+        measured: True if `seconds` and `activations` come from a real warm step, False if counted from shapes.
+        device: where.
+    """
+
+    base: int
+    training: int
+    activations: int
+    checkpoint: int
+    seconds: float
+    steps: int
+    measured: bool
+    device: str
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all tensors together; the process itself and the libraries come on top."""
+        return self.base + self.training + self.activations
+
+    def __str__(self) -> str:
+        parts = f"base {size(self.base)}, training {size(self.training)}, activations {size(self.activations)}"
+        how = "measured in a warm step" if self.measured else "counted, not measured, so at least that"
+        return (
+            f"memory about {size(self.memory)} ({parts}); {self.steps} steps × {self.seconds:.3g} s = about "
+            f"{clock(self.seconds * self.steps)} on {self.device}, {how}; a checkpoint has {size(self.checkpoint)}"
+        )
+
+
+def size(count: int) -> str:
+    """Bytes as `1.25 GiB` or `12.5 MiB`."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def estimate(
+    attachments: Sequence[Attachment],
+    config: TrainConfig,
+    family: Family,
+    resolution: int,
+    rows: int,
+    samples: int,
+    texts: Sequence[str],
+    measure: bool,
+) -> Estimate:
+    """The cost of a run. Weights, gradients and the random state are as before afterwards.
+
+    Args:
+        resolution: side in pixels. `rows`: pictures in a micro-batch of one process, class pictures included. `samples`: in one
+            optimiser step of it. `texts`: prompts, of which the longest is encoded.
+        measure: run two real passes of a micro-batch; False counts from shapes and the speed of a matrix product.
+    """
+    trainable = [p for a in attachments for p in a.parameters() if p.requires_grad]
+    step = _step(family, resolution, rows, texts, config.precision)
+    device = trainable[0].device
+    if measure:
+        cost = _undisturbed(lambda: measured(step), trainable)
+        seconds = cost.seconds or 0.0
+    else:
+        cost = counted(family.tower, _inputs(family.tower, step), trainable)
+        seconds = cost.flops / flops_per_second(device, AUTOCAST[config.precision] or torch.float32)
+    values = sum(p.numel() for p in trainable)
+    state = STATES.get(config.optimizer, 8)
+    copies = 4 * (2 if config.ema else 1)
+    parts = [part for part in family.pipe.components.values() if isinstance(part, nn.Module)]
+    return Estimate(
+        base=nbytes(t for part in parts for t in (*part.parameters(), *part.buffers())),
+        training=round(values * (4 + state + copies + (4 if config.ema else 0))),
+        activations=cost.activations,
+        checkpoint=round(values * (state + copies)),
+        seconds=seconds * samples / rows,
+        steps=config.steps,
+        measured=measure,
+        device=str(device),
+    )
+
+
+def _step(family: Family, resolution: int, rows: int, texts: Sequence[str], precision: str) -> Callable[[], Tensor]:
+    """A micro-batch's pass as in training, with blank latents: text is encoded in it only if an encoder trains."""
+    text_trains = any(p.requires_grad for tower in family.text_towers.values() for p in tower.parameters())
+    words = [max(texts, key=len)] * rows
+    latent = resolution // family.vae_factor
+    noisy = torch.zeros(rows, family.pipe.vae.config.latent_channels, latent, latent, device=family.pipe.vae.device)
+    objective = family.objective()
+    draws = [torch.Generator().manual_seed(row) for row in range(rows)]
+    times = objective.model_input(objective.draws(draws, family.tokens(resolution, resolution)).to(noisy.device))
+    dtype = AUTOCAST[precision]
+
+    def encode() -> dict[str, Tensor]:
+        with torch.set_grad_enabled(text_trains and torch.is_grad_enabled()):
+            return family.encode_text(words)
+
+    with torch.no_grad():
+        kept = encode()
+
+    def step() -> Tensor:
+        with torch.autocast(noisy.device.type, dtype, enabled=dtype is not None):
+            return family.denoise(noisy, times, encode() if text_trains else kept).float().square().mean()
+
+    return step
+
+
+def _undisturbed(action: Callable[[], StepCost], trainable: Sequence[Tensor]) -> StepCost:
+    """Run `action`, and put gradients and the random state back as they were."""
+    gradients = [p.grad for p in trainable]
+    devices = {p.device for p in trainable if p.device.type == "cuda"}
+    try:
+        for p in trainable:
+            p.grad = None
+        with torch.random.fork_rng(devices=devices):
+            return action()
+    finally:
+        for p, gradient in zip(trainable, gradients, strict=True):
+            p.grad = gradient
+
+
+class _Caught(Exception):
+    pass
+
+
+def _inputs(tower: nn.Module, step: Callable[[], Tensor]) -> Mapping[str, Any]:
+    """The arguments by name that a step calls its tower with; the tower itself does not run."""
+    caught: dict[str, Any] = {}
+
+    def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
+        caught.update(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        raise _Caught
+
+    handle = tower.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        step()
+    except _Caught:
+        pass
+    finally:
+        handle.remove()
+    return caught
