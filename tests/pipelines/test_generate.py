@@ -1,0 +1,74 @@
+"""Pictures with adapters: files, settings in them, strengths, the base beside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from veneer.pipelines.generate import GenerateConfig, generate, parse_adapter
+
+import veneer
+from veneer.injection.errors import VeneerError
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.previews import read_settings
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A saved base, and an adapter for it that does something."""
+    folder = tmp_path_factory.mktemp("made")
+    pipe = tiny_pipeline("sd")
+    pipe.save_pretrained(folder / "base")
+    attached = veneer.attach(pipe, "lora")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in attached.parameters():
+            parameter.normal_(std=0.3)
+    attached.save(folder / "adapter")
+    return str(folder / "base"), str(folder / "adapter.safetensors")
+
+
+def draw(made: tuple[str, str], out: Path, *adapter: str, **settings: object) -> list[np.ndarray]:
+    config = GenerateConfig(("a cat",), adapter, base=made[0], steps=2, out=out, **settings)  # type: ignore[arg-type]
+    return [np.asarray(Image.open(path), dtype=int) for path in generate(config)]
+
+
+def test_strength_zero_is_the_base_and_one_is_not(made: tuple[str, str], tmp_path: Path) -> None:
+    base, none, full = (draw(made, tmp_path / str(i), *given)[0] for i, given in enumerate([(), (f"{made[1]}:0",), (made[1],)]))
+    assert np.array_equal(base, none)
+    assert not np.array_equal(base, full)
+
+
+def test_two_adapters_work_together(made: tuple[str, str], tmp_path: Path) -> None:
+    once, twice = draw(made, tmp_path / "1", made[1]), draw(made, tmp_path / "2", f"{made[1]}:0.5", f"{made[1]}:0.5")
+    assert np.abs(once[0] - twice[0]).max() <= 1, "two halves of one adapter are the adapter"
+
+
+def test_settings_are_in_the_picture(made: tuple[str, str], tmp_path: Path) -> None:
+    config = GenerateConfig(("a cat", "a dog"), (f"{made[1]}:0.5",), base=made[0], steps=2, count=2, seed=7, out=tmp_path)
+    files = generate(config)
+    assert len(files) == 4
+    found = read_settings(files[1])
+    assert (found["prompt"], found["seed"], found["steps"]) == ("a cat", 8, 2)
+    assert found["adapters"] == [{"file": made[1], "scale": 0.5}]
+
+
+def test_files_are_never_overwritten(made: tuple[str, str], tmp_path: Path) -> None:
+    config = GenerateConfig(("a cat",), base=made[0], steps=1, out=tmp_path)
+    assert set(generate(config)).isdisjoint(generate(config))
+
+
+def test_without_puts_the_base_beside(made: tuple[str, str], tmp_path: Path) -> None:
+    files = generate(GenerateConfig(("a cat",), (made[1],), base=made[0], steps=1, without=True, out=tmp_path))
+    assert files[-1].name == "sheet.png"
+    with Image.open(files[-1]) as sheet:
+        assert sheet.width > sheet.height / 2
+
+
+@pytest.mark.parametrize("text", ["nowhere", "nowhere:0.5", "nowhere:high"])
+def test_an_adapter_that_is_not_there(text: str) -> None:
+    with pytest.raises(VeneerError, match="nowhere"):
+        parse_adapter(text)

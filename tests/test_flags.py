@@ -1,0 +1,81 @@
+"""Flags from config classes: names, types, help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from veneer.flags import add_flags, help_of, values
+
+
+@dataclass(frozen=True)
+class Config:
+    """Something to configure.
+
+    Args:
+        folder: where it lies; 50 % of
+            all are there.
+        rank, alpha: sizes.
+        kind: which.
+
+    Raises:
+        ValueError: never; rank: is no argument here.
+    """
+
+    folder: Path
+    rank: int = 4
+    alpha: float | None = None
+    kind: Literal["a", "b"] = "a"
+    bias: bool = False
+    words: str | tuple[str, ...] = ""
+    size: tuple[int, int] | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+
+def parse(*words: str) -> dict[str, object]:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Config, positional=("folder",))
+    return values(Config, vars(parser.parse_args(words)))
+
+
+def test_only_what_was_given_is_there() -> None:
+    assert parse("x") == {"folder": Path("x")}
+
+
+def test_types() -> None:
+    given = "x --rank 8 --alpha 2 --kind b --bias --words one --size 3 4 --ranks mlp=2 attn.*=3"
+    sizes = {"rank": 8, "alpha": 2.0, "size": (3, 4), "ranks": {"mlp": 2, "attn.*": 3}}
+    assert parse(*given.split()) == {"folder": Path("x"), "kind": "b", "bias": True, "words": "one", **sizes}
+    assert parse("x", "--words", "one", "two", "--no-bias") == {"folder": Path("x"), "words": ("one", "two"), "bias": False}
+
+
+@pytest.mark.parametrize("words", [("x", "--kind", "c"), ("x", "--rank", "two"), ("x", "--ranks", "mlp"), ("x", "--unknown")])
+def test_wrong_words_are_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(*words)
+    assert words[1] in capsys.readouterr().err
+
+
+def test_help_is_the_docstring() -> None:
+    found = help_of(Config)
+    assert found == {"folder": "where it lies; 50 % of all are there", "rank": "sizes", "alpha": "sizes", "kind": "which"}
+
+
+def test_help_prints_percent_signs() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Config, positional=("folder",))
+    assert "50 % of all" in " ".join(parser.format_help().split())
+
+
+def test_prefixed_flags_and_those_that_are_taken() -> None:
+    parser = argparse.ArgumentParser()
+    taken = add_flags(parser, Config, skip=("folder",), prefix="first")
+    add_flags(parser, Config, skip=("folder",), prefix="second", taken=taken)
+    found = vars(parser.parse_args(["--rank", "1", "--second.rank", "2"]))
+    assert values(Config, found, "first") == {"rank": 1}
+    assert values(Config, found, "second") == {"rank": 2}
