@@ -90,4 +90,5 @@ def _schedule():
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,
     )

@@ -373,12 +373,13 @@ def test_objectives(pipes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_parts_are_named(name):
-    needs = family(tiny_pipeline(name)).needs
-    for part in needs:
-        pipe = tiny_pipeline(name)
+    pipe = tiny_pipeline(name)
+    for part in family(pipe).needs:
+        kept = getattr(pipe, part)
         setattr(pipe, part, None)
         with pytest.raises(BaseModelError, match=rf"{type(pipe).__name__} has no {part}\."):
             family(pipe)
+        setattr(pipe, part, kept)
 
 
 def test_a_base_folder_without_a_vae(tmp_path):

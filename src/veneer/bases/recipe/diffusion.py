@@ -65,10 +65,14 @@ class Denoiser(nn.Module):
 
 
 def schedule() -> Any:
-    """v-prediction with zero terminal SNR, as it is saved with the pipeline."""
+    """v-prediction with zero terminal SNR, as it is saved with the pipeline.
+
+    `steps_offset` means nothing with trailing steps, but Stable Diffusion pipelines warn at every load unless it is 1.
+    """
     return DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
         rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
+        steps_offset=1,
     )  # fmt: skip
 
 
