@@ -1,4 +1,4 @@
-"""The conformance suite, and tiny real models and pipelines: what a method or a host has to do, for packages to run in their tests.
+"""The conformance suite (what a method or a host has to do, for packages to run in their own tests), and tiny pipelines.
 
 check_method("my_method", "timm_vit").failures     # () when it conforms
 check_host("my_host").failures

@@ -92,7 +92,7 @@ def everything_trained_is_saved(case: Case) -> None:
 
 def strict_load_names_the_site(case: Case) -> None:
     """A missing, unused or misshapen tensor is an error that names it, and nothing has been changed then."""
-    model, attachment = case.attached()
+    attachment = case.attached()[1]
     state = {k: t.clone() for k, t in attachment.state_dict().items()}
     before = {k: t.clone() for k, t in state.items()}
     name = next(reversed(state))

@@ -40,7 +40,7 @@ class Trace:
 
 @functools.cache
 def trace(host: type[Host], model: str) -> Trace:
-    """Trace one forward pass of a small model, in double precision, on the host's own sample. Checks must not change the model."""
+    """Trace one forward pass of a small model, in double precision, on the host's own sample. It is shared: do not change it."""
     built = fresh_model(host(), model).double()
     order: dict[Place, int] = {}
     tensors: dict[Place, Any] = {}
