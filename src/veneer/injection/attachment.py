@@ -8,24 +8,21 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import merge as merging
-from .errors import HostChanged, SelectionError, StateError
-from .ledger import close, lookup, open_ledger, peek, refuse_compiled
+from .errors import SelectionError, StateError
+from .joined import Joined
+from .ledger import open_ledger, peek, refuse_compiled
 from .method import Adapter, Method
 from .plan import Plan, plan
 from .probe import probe
 from .registry import methods
 from .report import Report
-from .seams import Seam
 from .sequences import TokenSeam
 from .sites import Site
 from .state import LoadReport, load_state, state_of
 from .towers import towers_of
-from .trained import Trained
-from .wiring import seams_for
 
 
 class Attachment:
@@ -47,41 +44,15 @@ class Attachment:
         self.parts: dict[str, tuple[Site, Adapter]] = {s.name: (s, a) for s, a in planned.parts}
         self.offered = planned.offered
         self.extras: dict[str, tuple[str, str]] = planned.extras
-        self.trained = Trained(self.towers, self.extras)
         self.merged = False
         self.loaded: LoadReport | None = None
         self.provenance: dict[str, Any] = {}
-        self._seams: list[tuple[str, Seam]] = []
+        self._joined = Joined(self, planned)
+        self.trained = self._joined.trained
         self._scale, self._on = 1.0, True
         self._pristine: merging.Pristine | None = None
-        self._guards: dict[str, Any] = {}
-        self._door: list[Any] = []
 
-    # joining and leaving
-
-    def _join(self) -> None:
-        for tower in self.towers.values():
-            open_ledger(tower)  # before seams move keys, because flags are kept by name
-        for component, seam in seams_for(self.towers, list(self.parts.values())):
-            self._seams.append((component, seam))
-            seam.join(self.name)
-        for site, _ in self.parts.values():
-            if site.guard:
-                self._guards[site.name] = lookup(self.towers[site.component], site.guard)
-        for tower in self.towers.values():
-            self._freeze(tower)
-            self._door.append(tower.register_forward_pre_hook(self._check_at_door))
-        self.trained.start(self._others())
-        for site, adapter in self.parts.values():
-            getattr(adapter, "enter", _nothing)(self.towers[site.component])
-
-    def _freeze(self, tower: nn.Module) -> None:
-        ledger = open_ledger(tower)
-        ledger.attachments.append(self)
-        trained = {id(p) for other in ledger.attachments for p in other.parameters()}
-        for p in tower.parameters():
-            if id(p) not in trained:
-                p.requires_grad_(False)
+    # leaving and state of the host
 
     def detach(self) -> None:
         """Take the adapters off: keys, order, types, hooks, `requires_grad`, statistics and outputs as before, bitwise.
@@ -91,30 +62,9 @@ class Attachment:
         """
         if self.merged:
             raise StateError(f"'{self.name}' is merged. Call unmerge() before detach().")
-        if not self._seams:
+        if not self._joined.seams:
             raise StateError(f"'{self.name}' is detached already.")
-        self._leave()
-
-    def _leave(self) -> None:
-        for handle in self._door:
-            handle.remove()
-        for _, seam in reversed(self._seams):
-            seam.part()
-        self.trained.stop(self._others())
-        for tower in self.towers.values():
-            ledger = peek(tower)
-            if ledger is not None and self in ledger.attachments:
-                ledger.attachments.remove(self)
-            close(tower)
-        for _, adapter in self.parts.values():
-            getattr(adapter, "leave", _nothing)()
-        self._seams, self._door, self._guards = [], [], {}
-
-    def _others(self) -> list[Trained]:
-        ledgers = [ledger for tower in self.towers.values() if (ledger := peek(tower)) is not None]
-        return [a.trained for ledger in ledgers for a in ledger.attachments if a is not self]
-
-    # state of the host
+        self._joined.leave()
 
     def check(self) -> None:
         """Raise if the host was rebuilt or fused since attach, so that adapters would be bypassed.
@@ -122,26 +72,9 @@ class Attachment:
         Raises:
             HostChanged: naming the site and what changed.
         """
-        if not self._seams:
+        if not self._joined.seams:
             raise StateError(f"'{self.name}' is detached.")
-        if not self.merged:
-            for _, seam in self._seams:
-                if not seam.intact():
-                    raise HostChanged(
-                        f"{seam.sites[0].name}: the host replaced the module after attach, so '{self.name}' no longer runs "
-                        "there. Detach, change the host, then attach."
-                    )
-        for site, _ in self.parts.values():
-            if site.guard and lookup(self.towers[site.component], site.guard) != self._guards[site.name]:
-                raise HostChanged(
-                    f"{site.name}: '{site.guard}' changed after attach, so '{self.name}' is bypassed there. "
-                    "Undo it (for fused projections: unfuse_qkv_projections()), or detach, change the host, then attach."
-                )
-        self.trained.check()
-
-    def _check_at_door(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.check()
+        self._joined.check(self.merged)
 
     def host_state_dict(self, component: str = "") -> dict[str, Tensor]:
         """The host's own state dict, with the keys and order of the bare host also where tensors are parametrised."""
@@ -216,7 +149,7 @@ class Attachment:
 
     def _write(self, scale: float, on: bool) -> None:
         strength = scale if on else 0.0
-        for _, seam in self._seams:
+        for seam in self._joined.seams:
             if isinstance(seam, TokenSeam):
                 seam.set_strength(strength)
             for adapter in seam.adapters:
@@ -235,7 +168,7 @@ class Attachment:
             raise StateError(f"'{self.name}' is merged already.")
         self.check()
         self._pristine, report = merging.fold(self.towers, list(self.parts.values()), self._on)
-        for _, seam in self._seams:
+        for seam in self._joined.seams:
             seam.part()
         self.merged = True
         for tower in self.towers.values():
@@ -257,7 +190,7 @@ class Attachment:
         merging.unfold(self.towers, self._pristine)
         for tower in self.towers.values():
             open_ledger(tower).merged.remove(self)
-        for _, seam in self._seams:
+        for seam in self._joined.seams:
             seam.join(self.name)
         self._pristine, self.merged = None, False
 
@@ -278,11 +211,8 @@ class Attachment:
         probe(self, sample)
 
     def __repr__(self) -> str:
-        state = "merged" if self.merged else ("attached" if self._seams else "detached")
+        state = "merged" if self.merged else ("attached" if self._joined.seams else "detached")
         return f"<Attachment '{self.name}': {self.method.name} at {len(self.parts)} sites, scale {self._scale}, {state}>"
-
-
-def _nothing(*_: Any) -> None: ...
 
 
 def attach(
@@ -318,11 +248,11 @@ def attach(
         refuse_compiled(tower.module, "attach", tower.wrapped)
     attachment = Attachment(plan(towers, method, where, train), _free_name(towers, name, method.name))
     try:
-        attachment._join()
+        attachment._joined.join()
         if sample is not None and sample is not False:
             attachment.probe(None if sample is True else sample)
     except BaseException:
-        attachment._leave()
+        attachment._joined.leave()
         raise
     return attachment
 

@@ -1,0 +1,105 @@
+"""What an attachment has put on its host, how it came there, and the way back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import HostChanged
+from .ledger import close, lookup, open_ledger, peek
+from .plan import Plan
+from .seams import Seam
+from .trained import Trained
+from .wiring import seams_for
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+
+class Joined:
+    """Seams, hooks at the towers' doors, guards and trained base parameters of one attachment.
+
+    Attributes:
+        seams: empty unless joined. `trained`: the base parameters named in `train`.
+    """
+
+    def __init__(self, attachment: Attachment, planned: Plan) -> None:
+        self.attachment, self.parts, self.towers = attachment, planned.parts, planned.towers
+        self.trained = Trained(planned.towers, planned.extras)
+        self.seams: list[Seam] = []
+        self._guards: dict[str, Any] = {}
+        self._doors: list[Any] = []
+
+    def join(self) -> None:
+        """Install everything. A failure leaves what `leave` can take away."""
+        for tower in self.towers.values():
+            open_ledger(tower)  # before seams move keys, because flags are kept by name
+        for _, seam in seams_for(self.towers, self.parts):
+            self.seams.append(seam)
+            seam.join(self.attachment.name)
+        for site, _ in self.parts:
+            if site.guard:
+                self._guards[site.name] = lookup(self.towers[site.component], site.guard)
+        for tower in self.towers.values():
+            self._freeze(tower)
+            self._doors.append(tower.register_forward_pre_hook(self._at_door))
+        self.trained.start(self._others())
+        for site, adapter in self.parts:
+            getattr(adapter, "enter", _nothing)(self.towers[site.component])
+
+    def _freeze(self, tower: nn.Module) -> None:
+        ledger = open_ledger(tower)
+        ledger.attachments.append(self.attachment)
+        trained = {id(p) for other in ledger.attachments for p in other.parameters()}
+        for p in tower.parameters():
+            if id(p) not in trained:
+                p.requires_grad_(False)
+
+    def leave(self) -> None:
+        """Undo `join`, also half of one, bitwise."""
+        for handle in self._doors:
+            handle.remove()
+        for seam in reversed(self.seams):
+            seam.part()
+        self.trained.stop(self._others())
+        for tower in self.towers.values():
+            ledger = peek(tower)
+            if ledger is not None and self.attachment in ledger.attachments:
+                ledger.attachments.remove(self.attachment)
+            close(tower)
+        for _, adapter in self.parts:
+            getattr(adapter, "leave", _nothing)()
+        self.seams, self._doors, self._guards = [], [], {}
+
+    def _others(self) -> list[Trained]:
+        ledgers = [ledger for tower in self.towers.values() if (ledger := peek(tower)) is not None]
+        return [a.trained for ledger in ledgers for a in ledger.attachments if a is not self.attachment]
+
+    def _at_door(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.attachment.check()
+
+    def check(self, merged: bool) -> None:
+        """Raise if the host was rebuilt or fused since, so that adapters would be bypassed.
+
+        Raises:
+            HostChanged: naming the site and what changed.
+        """
+        for seam in () if merged else self.seams:
+            if not seam.intact():
+                raise HostChanged(
+                    f"{seam.sites[0].name}: the host replaced the module after attach, so '{self.attachment.name}' no longer "
+                    "runs there. Detach, change the host, then attach."
+                )
+        for site, _ in self.parts:
+            if site.guard and lookup(self.towers[site.component], site.guard) != self._guards[site.name]:
+                raise HostChanged(
+                    f"{site.name}: '{site.guard}' changed after attach, so '{self.attachment.name}' is bypassed there. "
+                    "Undo it (for fused projections: unfuse_qkv_projections()), or detach, change the host, then attach."
+                )
+        self.trained.check()
+
+
+def _nothing(*_: Any) -> None: ...
