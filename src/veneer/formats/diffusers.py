@@ -65,6 +65,7 @@ class Diffusers(Format):
                 modules.setdefault(component, {})[module] = (rank, adapter.scaling * rank)
         if not tensors:
             raise SaveError(f"{target}: there is no attachment to save.")
+        _recognised(modules, target)
         config = {f"{c}.{key}": value for c, found in modules.items() for key, value in _config(c, found).items()}
         metadata = {"format": "pt", METADATA: json.dumps(config)}
         if provenance:
@@ -109,6 +110,16 @@ def _misfit(site: Any, tower: nn.Module, component: str, path: str) -> str | Non
     if site.fused or not isinstance(_module(tower, path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "is a fused projection, which diffusers has only after fuse_qkv_projections(). Unfuse before attaching"
     return None
+
+
+def _recognised(modules: Mapping[str, Mapping[str, Any]], target: Path) -> None:
+    """Raise for a text encoder without an adapted attention projection: by these alone diffusers knows the layout."""
+    for component, paths in modules.items():
+        if component.startswith("text_encoder") and not any(".self_attn." in path for path in paths):
+            raise SaveError(
+                f"{target}: '{component}' is adapted outside its attention only, and diffusers tells LoRA of a text encoder by "
+                "its attention projections. Select attn there as well, or keep to the native file."
+            )
 
 
 def _module(tower: nn.Module, path: str) -> nn.Module | None:

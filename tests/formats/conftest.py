@@ -1,0 +1,16 @@
+"""The toy model's host, with a norm that has statistics, is registered for these tests only."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from veneer.injection.registry import hosts
+
+from ..injection.toy import ToyHost
+
+
+@pytest.fixture(autouse=True)
+def toy_host() -> Iterator[None]:
+    hosts.register(ToyHost)
+    yield
+    hosts.unregister("toy")

@@ -1,0 +1,328 @@
+"""Files that are damaged, hostile or of something else, and disks that refuse: a clear error, nothing half-loaded or half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import re
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import veneer
+from veneer.formats import diffusers, embeddings, native, read
+from veneer.injection import LoadError, SaveError, attach
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.testing.snapshot import assert_same, snapshot
+
+from ..injection.toy import Net, net
+from .cases import fill, header, rewrite
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """A file that loads."""
+    tuned = fill(attach(net(), "lora", where="embed.token attn.{q,v}", rank=2, train="head"))
+    return tuned.save(tmp_path / "good")
+
+
+def refused(path: Path, message: str, model: Any = None, **options: Any) -> str:
+    """The error of a load, after which the model is as before."""
+    model = model or net()
+    before = snapshot(model)
+    with pytest.raises(LoadError, match=message) as error:
+        veneer.load(model, path, **options)
+    assert_same(before, snapshot(model), "a failed load")
+    return str(error.value)
+
+
+def with_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """The file with other tensors and the same header text."""
+    tensors, metadata = load_file(path), header(path)["__metadata__"]
+    change(tensors)
+    save_file(tensors, path.with_name("changed.safetensors"), metadata)
+    return path.with_name("changed.safetensors")
+
+
+def with_veneer(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """The file with another JSON header of veneer's."""
+
+    def all_of_it(found: dict[str, Any]) -> None:
+        meta = json.loads(found["__metadata__"]["veneer"])
+        change(meta)
+        found["__metadata__"]["veneer"] = json.dumps(meta)
+
+    return rewrite(path, all_of_it)
+
+
+# what is no safetensors file
+
+
+class Trap:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (os.environ["TRAP"],)
+
+
+def test_pickles_under_a_safetensors_name_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
+    for protocol in range(2, 6):
+        (tmp_path / "p.safetensors").write_bytes(pickle.dumps({"a": Trap()}, protocol))
+        refused(tmp_path / "p.safetensors", r"a pickle under the name.*refused.*weights_only=True")
+    torch.save({"a": torch.ones(2)}, tmp_path / "t.safetensors")
+    refused(tmp_path / "t.safetensors", r"a zip archive, as torch.save writes.*save_file")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "only 0 bytes"),
+        (b"\x10\x00\x00", "only 3 bytes"),
+        (b"<!DOCTYPE html><html>Not found</html>", r"a text file \('<!DOCTYPE html>"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+        ((5 * 10**9).to_bytes(8, "little") + b"{}" + bytes(100), "claims 5,000,000,000 bytes and the file has 110"),
+        ((2**63).to_bytes(8, "little") + bytes(100), "claims 9,223,372,036,854,775,808 bytes"),
+        ((0).to_bytes(8, "little") + bytes(100), "claims 0 bytes"),
+        ((6).to_bytes(8, "little") + b"{{{{{{" + bytes(100), "not that of a safetensors file"),
+        ((8).to_bytes(8, "little") + b"[1,2,3] " + bytes(100), "not that of a safetensors file"),
+        ((10).to_bytes(8, "little") + b'{"a":null}' + bytes(100), "not that of a safetensors file"),
+        ((60_000).to_bytes(8, "little") + b"[" * 60_000, "not that of a safetensors file"),
+    ],
+    ids=["empty", "short", "html", "lfs", "gigabytes", "exabytes", "zero", "broken", "list", "null", "deep"],
+)
+def test_something_else_under_the_name(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    refused(tmp_path / "x.safetensors", message)
+
+
+@pytest.mark.parametrize("shape", [[10**9, 10**3], [2**62, 2], [-1, 4]], ids=["terabytes", "overflow", "negative"])
+def test_a_tensor_that_claims_more_than_is_there(good: Path, shape: list[int]) -> None:
+    def grow(found: dict[str, Any]) -> None:
+        found["head:bias"]["shape"] = shape
+
+    refused(rewrite(good, grow), r"changed\.safetensors: ")
+
+
+def test_offsets_beyond_the_file(good: Path) -> None:
+    def grow(found: dict[str, Any]) -> None:
+        last = max((e for k, e in found.items() if k != "__metadata__"), key=lambda e: e["data_offsets"][1])
+        last["data_offsets"][1] += 4 * 10**9
+        last["shape"] = [10**9]
+
+    refused(rewrite(good, grow), r"need 4,000,000,\d+ bytes and \d+ follow the header.*copy it again")
+
+
+def test_every_truncation_is_noticed(good: Path) -> None:
+    data = good.read_bytes()
+    for size in [*range(0, len(data), 97), len(data) - 1]:
+        good.write_bytes(data[:size])
+        refused(good, r"cut short|only \d+ bytes|not that of|claims")
+
+
+def test_nothing_at_the_path(tmp_path: Path) -> None:
+    refused(tmp_path / "none", "no such file, nor none.safetensors")
+    refused(tmp_path, "no .safetensors file in it")
+    for name in "ab":
+        save_file({"x": torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    refused(tmp_path, r"there are a\.safetensors, b\.safetensors; name one")
+
+
+def test_weights_of_a_whole_model(tmp_path: Path) -> None:
+    save_file({k: t.clone() for k, t in net().state_dict().items()}, tmp_path / "model.safetensors")
+    refused(tmp_path / "model", r"no known format.*It reads: diffusers, embeddings, native")
+
+
+# what is a native file, but not of this model or not whole
+
+
+def test_missing_unused_and_misshapen_tensors_are_named(good: Path) -> None:
+    bad = with_tensors(
+        good, lambda t: (t.pop("qkv.q:down"), t.update({"qkv.q:spare": torch.ones(1), "head:bias": torch.ones(9)}))
+    )
+    text = refused(bad, "missing 1: qkv.q:down")
+    assert "unused 1: qkv.q:spare" in text
+    assert "misshapen 1: head:bias (9,) for (3,)" in text
+    assert "strict=False" in text
+
+
+def test_not_strict_loads_what_fits_and_says_what_did_not(good: Path) -> None:
+    bad = with_tensors(good, lambda t: (t.pop("qkv.q:down"), t.update({"head:bias": torch.ones(9)})))
+    tuned = veneer.load(net(), bad, strict=False)
+    report = tuned.loaded
+    assert (report.missing, report.unused) == (("qkv.q:down",), ())
+    assert report.misshapen == ("head:bias (9,) for (3,)",)
+    assert torch.equal(tuned.state_dict()["qkv.q:up"], load_file(good)["qkv.q:up"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_values_that_are_not_finite(good: Path, value: float, dtype: torch.dtype) -> None:
+    if dtype == torch.float8_e4m3fn and value == float("inf"):
+        pytest.skip("this dtype has no infinity")
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        up = tensors["qkv.v:up"].clone()
+        up[1, 1] = value
+        tensors["qkv.v:up"] = up.to(dtype)
+
+    refused(with_tensors(good, spoil), r"NaN or infinity in qkv\.v:up.*diverged")
+    assert veneer.load(net(), with_tensors(good, spoil), strict=False).loaded.clean
+
+
+def other() -> Net:
+    model = net()
+    with torch.no_grad():
+        model.qkv.weight[0, 0] *= -1
+    return model
+
+
+def test_another_base(good: Path) -> None:
+    refused(good, r"trained on another base.*weights differ \(fingerprint [0-9a-f]{12}….*base='any'", other())
+    tuned = veneer.load(other(), good, base="any")
+    assert "not compared" in str(tuned.loaded)
+    with pytest.raises(ValueError, match="base must be 'same' or 'any'"):
+        veneer.load(net(), good, base="other")  # type: ignore[arg-type]
+
+
+def test_another_architecture(good: Path, tmp_path: Path) -> None:
+    """Another class, another size, and a bare model in the place of a pipeline that has two of them."""
+    refused(good, r"made for a bare model \(Net\); there is unet", tiny_pipeline("sd").unet and Pipe())
+    path = fill(attach(tiny_pipeline("sd"), "lora", where="attn.q", rank=2)).save(tmp_path / "sd")
+    with pytest.raises(LoadError, match=r"unet: cross_attention_dim was 24 and is 52; .*"):
+        veneer.load(tiny_pipeline("sdxl"), path)
+    with pytest.raises(LoadError, match=r"made for unet \(UNet2DConditionModel\); there is transformer \(DiT"):
+        veneer.load(tiny_pipeline("dit"), path)
+
+
+class Pipe:
+    """The least that is a pipeline."""
+
+    def __init__(self) -> None:
+        self.components = {"unet": tiny_pipeline("sd").unet}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(version=2), r"version 2 of the format.*reads up to version 1\. Update veneer"),
+        (lambda m: m.update(version="1"), "header is incomplete"),
+        (lambda m: m.pop("base"), "header is incomplete"),
+        (lambda m: m["attachments"].clear(), "header is incomplete"),
+        (lambda m: m["attachments"][0].update(sites=[1]), "header is incomplete"),
+        (lambda m: m["attachments"][0].pop("config"), "header is incomplete"),
+        (lambda m: m["attachments"][0].update(method="lorra"), r"the method 'lorra'.*Did you mean lora"),
+        (lambda m: m["attachments"][0]["config"].update(spin=3), "unknown option spin"),
+        (lambda m: m["attachments"][0]["config"].update(rank=0), "rank must be at least 1"),
+        (lambda m: m["attachments"][0].update(sites=["qkv.q", "gone"]), "needs 1 sites that the model does not have: gone"),
+        (lambda m: m["attachments"][0]["shared"].update({"qkv.k:down": "gone"}), "'qkv.k:down' is shared"),
+        (lambda m: m["attachments"].append({**m["attachments"][0], "name": "b"}), r"missing|unused"),
+    ],
+)
+def test_headers_that_do_not_fit(good: Path, change: Any, message: str) -> None:
+    refused(with_veneer(good, change), message)
+
+
+def test_a_header_that_is_not_json(good: Path) -> None:
+    refused(rewrite(good, lambda h: h["__metadata__"].update(veneer="{")), "'veneer' is not JSON")
+
+
+def test_the_second_of_two_attachments_fails(tmp_path: Path) -> None:
+    """Nothing of the first stays: no hook, no token in the tokenizer."""
+    pipe = tiny_pipeline("sd")
+    both = [fill(attach(pipe, "textual_inversion", tokens="<toy>")), fill(attach(pipe, "lora", where="attn.q", rank=2))]
+    path = native.save(both, tmp_path / "toy")
+    bad = with_tensors(path, lambda t: t.pop(next(k for k in t if k.endswith(":up"))))
+    fresh = tiny_pipeline("sd")
+    with pytest.raises(LoadError, match=r"missing 1: unet\."):
+        veneer.load(fresh, bad)
+    assert veneer.attachments(fresh) == []
+    assert "<toy>" not in fresh.tokenizer.get_vocab()
+    assert [a.name for a in veneer.load(fresh, path)] == ["textual_inversion", "lora"]
+    with pytest.raises(LoadError, match=r"tokenizer already has '<toy>'"):
+        veneer.load(fresh, path)
+    assert len(veneer.attachments(fresh)) == 2
+
+
+# what cannot be written
+
+
+@pytest.fixture
+def writers(tmp_path: Path) -> Iterator[list[Callable[[], Path]]]:
+    """Each format's `save` onto a file that is there already."""
+    pipe = tiny_pipeline("sd")
+    words = fill(attach(pipe, "textual_inversion", tokens="<toy>"))
+    lora = fill(attach(pipe, "lora", rank=8))
+    targets = [tmp_path / f"{name}.safetensors" for name in ("native", "lora", "words")]
+    for target in targets:
+        target.write_bytes(b"the old file")
+    yield [
+        lambda: native.save([words, lora], targets[0]),
+        lambda: diffusers.save(lora, targets[1]),
+        lambda: embeddings.save(words, targets[2]),
+    ]
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == dict.fromkeys(targets, b"the old file")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(writers: list[Callable[[], Path]], monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    for save in writers:
+        with pytest.raises(SaveError, match=r"could not be written \(No space left on device\).*as it was.*Free some space"):
+            save()
+
+
+def test_a_write_that_ends_midway_leaves_the_old_file(writers: list[Callable[[], Path]]) -> None:
+    """The system itself refuses every byte after the two-hundredth."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))
+    try:
+        for save in writers:
+            with pytest.raises(SaveError, match=r"could not be written \(File too large\)"):
+                save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_weights_that_diverged_are_not_written(tmp_path: Path) -> None:
+    tuned = fill(attach(net(), "lora", where="attn.q", rank=2))
+    path = tuned.save(tmp_path / "toy")
+    before = path.read_bytes()
+    with torch.no_grad():
+        next(tuned.parameters())[0, 0] = float("nan")
+    with pytest.raises(SaveError, match=r"'qkv.q:down' holds NaN or infinity.*Nothing was written"):
+        tuned.save(tmp_path / "toy")
+    assert path.read_bytes() == before
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(SaveError, match=r"could not be written \((Not a directory|File exists)\)"):
+        attach(net(), "bitfit").save(tmp_path / "file" / "toy")
+
+
+def test_weights_on_meta_have_no_values(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(SaveError, match="meta device"):
+        attach(model, "lora", where="attn.q").save(tmp_path / "toy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_reading_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=re.escape(str(tmp_path / "gone"))):
+        read(tmp_path / "gone")

@@ -1,0 +1,276 @@
+"""LoRA for diffusers and peft: they load it without veneer, and the change of every weight is the same."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import veneer
+from veneer.formats import diffusers as lora_format
+from veneer.injection import LoadError, SaveError, attach
+from veneer.testing.pipelines import tiny_pipeline
+
+from ..injection.toy import net
+from .cases import deltas, fill, header, rewrite
+
+peft = pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
+
+PROMPT = "a photo of a duck on the beach"
+WHERE: dict[str, list[str]] = {
+    "sd": ["attn", "xattn", "mlp", "conv", "name:unet.conv_in", "name:unet.conv_out", "text/attn", "text/mlp"],
+    "sdxl": ["attn.{q,v}", "xattn.k", "name:unet.conv_in", "text/attn", "text_2/attn.out", "text_2/proj.out"],
+    "sd3": ["attn", "mlp", "text/attn", "text_2/attn.k", "text_2/mlp"],
+    "flux": ["attn", "mlp", "single", "text/attn"],
+    "pixart": ["attn", "xattn", "mlp"],
+    "dit": ["attn", "mlp"],
+}
+# ranks and alphas by role, rank-stabilised: nothing of this is in the tensors' names
+OPTIONS: dict[str, Any] = {"rank": 3, "alpha": 2.0, "ranks": {"*.v": 5, "mlp": 2}, "alphas": {"*.q": 7.0}, "rslora": True}
+
+
+def tuned(family: str, pipe: Any = None) -> veneer.Attachment:
+    return fill(attach(pipe or tiny_pipeline(family), "lora", where=WHERE[family], **OPTIONS), std=0.2)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The file of a family, and ΔW of every site in it."""
+    made: dict[str, tuple[Path, dict[str, Tensor]]] = {}
+
+    def get(family: str) -> tuple[Path, dict[str, Tensor]]:
+        if family not in made:
+            attachment = tuned(family)
+            made[family] = lora_format.save(attachment, tmp_path_factory.mktemp(family)), expected(attachment)
+        return made[family]
+
+    return get
+
+
+def expected(attachment: veneer.Attachment) -> dict[str, Tensor]:
+    """ΔW from the tensors and the options above, with the rules of the paper written out."""
+    found: dict[str, Tensor] = {}
+    for name, (site, adapter) in attachment.parts.items():
+        down, up = adapter.down.detach().double(), adapter.up.detach().double()
+        alpha = 7.0 if site.role.endswith(".q") else 2.0
+        found[name] = alpha / down.shape[0] ** 0.5 * (up.flatten(1) @ down.flatten(1)).reshape(site.weight_shape)
+    return found
+
+
+def in_peft(towers: dict[str, Any]) -> dict[str, Tensor]:
+    """ΔW of every layer that peft has injected, by site name."""
+    found: dict[str, Tensor] = {}
+    for component, tower in towers.items():
+        for name, module in tower.named_modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                (adapter,) = module.lora_A
+                found[f"{component}.{name}"] = module.get_delta_weight(adapter).detach().double()
+    return found
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, delta in want.items():
+        assert delta.abs().max() > 1e-2, name
+        torch.testing.assert_close(got[name], delta, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def picture(pipe: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return pipe(PROMPT, num_inference_steps=2, guidance_scale=4.0, generator=generator, output_type="pt").images
+
+
+def inject(pipe: Any, path: Path) -> None:
+    """What diffusers does, for the classes that it gives no loader."""
+    config = peft.LoraConfig(
+        **{
+            k.removeprefix("transformer."): v
+            for k, v in json.loads(header(path)["__metadata__"]["lora_adapter_metadata"]).items()
+        }
+    )
+    state = {k.removeprefix("transformer."): t for k, t in load_file(path).items()}
+    peft.inject_adapter_in_model(config, pipe.transformer, state_dict=state)
+    result = peft.set_peft_model_state_dict(pipe.transformer, state)
+    assert not result.unexpected_keys
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_diffusers_alone_draws_the_same_pictures(files: Any, family: str) -> None:
+    """`load_lora_weights` on a pipeline that veneer has never seen: pixels in 0 to 1, float32."""
+    pipe = tiny_pipeline(family)
+    bare = picture(pipe)
+    tuned(family, pipe)
+    with_veneer = picture(pipe)
+    plain = tiny_pipeline(family)
+    plain.load_lora_weights(files(family)[0])
+    assert (picture(plain) - with_veneer).abs().max() <= 1e-4
+    assert (bare - with_veneer).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_diffusers_makes_the_same_change_of_every_weight(files: Any, family: str) -> None:
+    path, want = files(family)
+    pipe = tiny_pipeline(family)
+    pipe.load_lora_weights(path)
+    assert_same(in_peft({k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}), want)
+
+
+@pytest.mark.parametrize("family", ["pixart", "dit"])
+def test_peft_makes_the_same_change_where_diffusers_has_no_loader(files: Any, family: str) -> None:
+    path, want = files(family)
+    pipe = tiny_pipeline(family)
+    inject(pipe, path)
+    assert_same(in_peft({"transformer": pipe.transformer}), want)
+
+
+@pytest.mark.parametrize("family", list(WHERE))
+def test_read_back_it_is_the_same_change(files: Any, family: str) -> None:
+    path, want = files(family)
+    loaded = veneer.load(tiny_pipeline(family), path)
+    assert_same(deltas(loaded), want)
+    assert loaded.loaded.clean
+    assert loaded.loaded.notes == ()
+
+
+def test_reading_back_and_writing_again_keeps_every_tensor(files: Any, tmp_path: Path) -> None:
+    path, want = files("sd")
+    again = lora_format.save(veneer.load(tiny_pipeline("sd"), path), tmp_path / "again")
+    first, second = load_file(path), load_file(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(t, second[k]) for k, t in first.items())
+    assert_same(deltas(veneer.load(tiny_pipeline("sd"), again)), want)
+
+
+def test_text_model_is_written_and_may_be_missing(files: Any, tmp_path: Path) -> None:
+    """Old and new transformers name CLIP's layers differently; a file of either kind fits."""
+    path, want = files("sd")
+    keys = [k for k in header(path) if k.startswith("text_encoder")]
+    assert all(k.startswith("text_encoder.text_model.encoder.layers.") for k in keys)
+    changed = rewrite(path, lambda h: {k.replace(".text_model.", "."): v for k, v in h.items()}, tmp_path / "new.safetensors")
+    assert_same(deltas(veneer.load(tiny_pipeline("sd"), changed)), want)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_diffusers_itself_has_saved(tmp_path: Path, rslora: bool) -> None:
+    """`save_lora_adapter`: no component in the names, peft's own config in the header, a rank of its own for one module."""
+    pipe = tiny_pipeline("sd")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_v"], use_rslora=rslora, init_lora_weights=False,
+        rank_pattern={} if rslora else {"attn1.to_v": 2}, alpha_pattern={} if rslora else {"attn2.to_q": 3},
+    )  # fmt: skip
+    pipe.unet.add_adapter(config)
+    want = in_peft({"unet": pipe.unet})
+    pipe.unet.save_lora_adapter(tmp_path)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    loaded = veneer.load(tiny_pipeline("sd"), path)
+    assert_same(deltas(loaded), want)
+    bare = veneer.load(tiny_pipeline("sd").unet, path)
+    assert_same({f"unet.{k}": d for k, d in deltas(bare).items()}, want)
+
+
+def test_a_file_without_alpha_has_scale_one_as_in_diffusers(files: Any, tmp_path: Path) -> None:
+    path, _ = files("sd")
+    save_file(load_file(path), tmp_path / "bare.safetensors")
+    loaded = veneer.load(tiny_pipeline("sd"), tmp_path / "bare")
+    plain = tiny_pipeline("sd")
+    plain.load_lora_weights(tmp_path / "bare.safetensors")
+    assert_same(deltas(loaded), in_peft({"unet": plain.unet, "text_encoder": plain.text_encoder}))
+    assert "no alpha" in str(loaded.loaded)
+
+
+def test_alpha_zero_is_no_change(tmp_path: Path) -> None:
+    attachment = fill(attach(tiny_pipeline("sd"), "lora", where="attn.q", rank=2))
+    path = lora_format.save(attachment, tmp_path / "toy")
+    text = json.loads(header(path)["__metadata__"]["lora_adapter_metadata"]) | {"unet.lora_alpha": 0}
+
+    def change(found: dict[str, Any]) -> None:
+        found["__metadata__"]["lora_adapter_metadata"] = json.dumps(text)
+
+    loaded = veneer.load(tiny_pipeline("sd"), rewrite(path, change))
+    assert all(not adapter.weight(torch.zeros(site.weight_shape)).any() for site, adapter in loaded.parts.values())
+
+
+def test_several_attachments_make_one_file(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    both = [fill(attach(pipe, "lora", where=w, rank=r)) for w, r in (("attn", 4), ("text/attn", 2))]
+    path = lora_format.save(both, tmp_path)
+    assert path.name == "pytorch_lora_weights.safetensors"
+    assert_same(deltas(veneer.load(tiny_pipeline("sd"), path)), deltas(*both))
+
+
+def test_a_bare_unet_is_written_as_the_pipelines(tmp_path: Path) -> None:
+    attachment = fill(attach(tiny_pipeline("sd").unet, "lora", rank=2))
+    plain = tiny_pipeline("sd")
+    plain.load_lora_weights(lora_format.save(attachment, tmp_path / "toy"))
+    assert_same(in_peft({"unet": plain.unet}), {f"unet.{k}": d for k, d in deltas(attachment).items()})
+
+
+def test_rows_of_a_fused_projection_are_written_under_the_layers_they_were(tmp_path: Path) -> None:
+    """An unfused pipeline takes the slices; the fused layer as a whole has no name there."""
+    fused = tiny_pipeline("sd")
+    fused.fuse_qkv_projections()
+    attachment = fill(attach(fused, "lora", where="attn.{q,v}", rank=2))
+    assert any(site.rows for site, _ in attachment.parts.values())
+    plain = tiny_pipeline("sd")
+    plain.load_lora_weights(lora_format.save(attachment, tmp_path / "toy"))
+    assert_same(in_peft({"unet": plain.unet}), deltas(attachment))
+    attachment.detach()
+    whole = attach(fused, "lora", where="attn.qkv", rank=2)
+    with pytest.raises(SaveError, match=r"to_qkv' is a fused projection.*[Uu]nfuse"):
+        lora_format.save(whole, tmp_path / "whole")
+    assert not (tmp_path / "whole.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: [], "no attachment"),
+        (lambda: attach(tiny_pipeline("sd"), "bitfit"), r"'bitfit' is bitfit.*hold lora.*native"),
+        (lambda: attach(tiny_pipeline("sd"), "lora", train="norm"), r"has trained unet\..*no place.*native"),
+        (lambda: attach(tiny_pipeline("sd"), "lora", where="text/embed.token"), r"token_embedding' is an embedding"),
+        (
+            lambda: attach(tiny_pipeline("flux"), "lora", where="text_2/attn"),
+            r"T5EncoderModel, into which diffusers loads no LoRA",
+        ),
+        (lambda: attach(net(), "lora", where="head"), r"'head' is part of a Net, which is no part of a diffusers pipeline"),
+    ],
+    ids=["nothing", "method", "trained", "embedding", "t5", "mlp", "toy"],
+)
+def test_what_the_format_cannot_hold_is_refused(tmp_path: Path, make: Any, message: str) -> None:
+    with pytest.raises(SaveError, match=message):
+        lora_format.save(make(), tmp_path / "toy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_weight_adapted_twice_is_refused(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    both = [attach(pipe, "lora", where="attn.q", rank=2) for _ in range(2)]
+    with pytest.raises(SaveError, match=r"two attachments adapt 'unet\.down"):
+        lora_format.save(both, tmp_path / "toy")
+
+
+def test_another_base_is_named(files: Any) -> None:
+    """An SD file on SD3: no key fits. On an SD of other widths: shapes are named."""
+    with pytest.raises(LoadError, match=r"unused \d+ of \d+ tensors: .*made for"):
+        veneer.load(tiny_pipeline("sd3"), files("sd")[0])
+    wide = tiny_pipeline("sd", block_out_channels=(16, 48))
+    with pytest.raises(LoadError, match=r"misshapen \d+: unet\."):
+        veneer.load(wide, files("sd")[0])
+    assert veneer.attachments(wide) == []
+
+
+def test_dora_is_not_taken_for_lora(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
+        pipe.unet.save_lora_adapter(tmp_path)
+    for strict in (True, False):
+        with pytest.raises(LoadError, match=r"DoRA \(down_blocks.*magnitude"):
+            veneer.load(tiny_pipeline("sd"), tmp_path, strict=strict)

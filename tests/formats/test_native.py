@@ -1,0 +1,215 @@
+"""The native file: everything that training changed, exactly once, and back to the same outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import veneer
+from veneer.formats import load_all, native
+from veneer.injection import LoadError, SaveError, attach, attachments
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.testing.snapshot import assert_same, snapshot
+
+from ..injection.toy import ToyHost, net, run
+from .cases import fill, header
+
+PROMPT = "a photo of <toy> in the snow"
+
+
+def step(model: nn.Module) -> None:
+    """A forward pass in training mode, which moves BatchNorm's statistics."""
+    model.train()
+    model(**ToyHost().sample(model))
+    model.eval()
+
+
+def picture(pipe: Any, prompt: str = PROMPT) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    image = pipe(prompt, num_inference_steps=2, guidance_scale=4.0, generator=generator, output_type="pt").images
+    return image
+
+
+def pivotal(pipe: Any) -> list[veneer.Attachment]:
+    """New words and LoRA together."""
+    return [
+        fill(attach(pipe, "textual_inversion", tokens="<toy>", vectors=2, initialize="toy"), 1),
+        fill(attach(pipe, "lora", where=["attn.{q,v}", "text/attn"], rank=3, alpha=2, ranks={"attn.v": 5}), 2),
+    ]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A file with two attachments, and what the pipeline drew with them."""
+    pipe = tiny_pipeline("sd")
+    path = native.save(pivotal(pipe), tmp_path_factory.mktemp("pivotal") / "toy", provenance={"photos": 5})
+    return path, picture(pipe)
+
+
+def test_a_fresh_pipeline_draws_the_same_bitwise(saved: tuple[Path, torch.Tensor]) -> None:
+    path, image = saved
+    pipe = tiny_pipeline("sd")
+    bare = picture(pipe)
+    loaded = veneer.load(pipe, path)
+    assert [a.name for a in loaded] == ["textual_inversion", "lora"]
+    assert torch.equal(picture(pipe), image)
+    assert not torch.equal(bare, image)
+    for attachment in loaded:
+        attachment.detach()
+    assert torch.equal(picture(pipe), bare)
+
+
+def test_save_load_save_gives_the_same_bytes(saved: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    path, _ = saved
+    loaded = load_all(tiny_pipeline("sd"), path)
+    assert loaded[1].provenance == {"photos": 5}
+    assert loaded[1].where == ("attn.{q,v}", "text/attn")
+    assert native.save(loaded, tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_what_is_in_the_file(tmp_path: Path) -> None:
+    """Names of tensors, and a header that says what they are."""
+    tuned = fill(attach(net(), "lora", where="attn.q", rank=2, name="mine", train="head"))
+    written = header(tuned.save(tmp_path / "toy"))
+    meta = json.loads(written.pop("__metadata__")["veneer"])
+    assert list(written) == ["head:bias", "head:weight", "qkv.q:down", "qkv.q:up"]
+    assert meta["version"] == 1
+    assert meta["base"][""]["class"] == "Net"
+    assert len(meta["base"][""]["fingerprint"]) == 64
+    assert meta["base"][""]["without"] == ["head.bias", "head.weight"]
+    (entry,) = meta["attachments"]
+    assert (entry["name"], entry["method"], entry["where"], entry["train"]) == ("mine", "lora", ["attn.q"], ["head"])
+    assert (entry["sites"], entry["trained"], entry["config"]["rank"]) == (["qkv.q"], ["head"], 2)
+
+
+def test_trained_base_parameters_and_norm_statistics_come_back(tmp_path: Path) -> None:
+    """A fresh head of other values is replaced; without the statistics the output would differ."""
+    model = net()
+    tuned = fill(attach(model, "lora", where="embed.token conv attn.{q,out}", rank=2, train="head norm"))
+    step(model)
+    path = tuned.save(tmp_path / "toy")
+    fresh = net()
+    nn.init.normal_(fresh.head.weight)
+    before = snapshot(fresh)
+    loaded = veneer.load(fresh, path)
+    assert torch.equal(run(fresh), run(model))
+    assert torch.equal(fresh.norm.running_var, model.norm.running_var)
+    assert loaded.save(tmp_path / "again").read_bytes() == path.read_bytes()
+    loaded.detach()
+    assert_same(before, snapshot(fresh), "detach")
+
+
+def test_tensors_that_sites_share_are_written_once(tmp_path: Path) -> None:
+    tuned = fill(attach(net(), "lora", where="attn.{q,v}", rank=2))
+    (_, first), (_, second) = tuned.parts.values()
+    second.down = first.down
+    path = tuned.save(tmp_path / "toy")
+    assert [k for k in header(path) if k.endswith(":down")] == ["qkv.q:down"]
+    loaded = veneer.load(net(), path).state_dict()
+    assert all(torch.equal(loaded[k], t) for k, t in tuned.state_dict().items())
+    assert len(loaded) == 4
+
+
+def test_one_statistic_of_two_attachments_is_written_once(tmp_path: Path) -> None:
+    model = net()
+    both = [fill(attach(model, "lora", where="attn.q", rank=2, name=name)) for name in "ab"]
+    step(model)
+    path = native.save(both, tmp_path / "toy")
+    assert [k for k in header(path) if "running_mean" in k] == ["a/norm:running_mean"]
+    fresh = net()
+    veneer.load(fresh, path)
+    assert torch.equal(run(fresh), run(model))
+
+
+@pytest.mark.parametrize("given", ["toy", "toy.safetensors", "v1.5"])
+def test_the_suffix_is_added_and_may_be_left_out(tmp_path: Path, given: str) -> None:
+    path = fill(attach(net(), "bitfit")).save(tmp_path / given)
+    assert path == tmp_path / (given if given.endswith(".safetensors") else given + ".safetensors")
+    assert veneer.load(net(), tmp_path / given).method.name == "bitfit"
+
+
+def test_a_folder_holds_adapter_safetensors(tmp_path: Path) -> None:
+    assert fill(attach(net(), "bitfit")).save(tmp_path) == tmp_path / "adapter.safetensors"
+    (tmp_path / "other.safetensors").write_bytes(b"not looked at")
+    assert veneer.load(net(), str(tmp_path)).name == "bitfit"
+
+
+def test_names_and_strength_are_the_callers(saved: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    model = net()
+    path = fill(attach(net(), "lora", where="head", rank=2)).save(tmp_path / "toy")
+    bare = run(model)
+    names = [veneer.load(model, path, **options).name for options in ({}, {}, {"name": "mine"}, {"scale": 0.0})]
+    assert names == ["lora", "lora_2", "mine", "lora_3"]
+    for attachment in attachments(model):
+        attachment.scale = 0
+    assert torch.equal(run(model), bare)
+    assert [a.name for a in load_all(tiny_pipeline("sd"), saved[0], name="cat")] == ["cat-textual_inversion", "cat-lora"]
+
+
+def test_a_part_of_a_pipeline_takes_what_was_made_on_the_pipeline(tmp_path: Path) -> None:
+    """And the other way round, options by site name included."""
+    options = {"where": ["attn.q", "name:unet.conv_in"], "rank": 2, "ranks": {"name:unet.conv_in": 3}}
+    pipe = tiny_pipeline("sd")
+    tuned = fill(attach(pipe, "lora", **options))
+    path = tuned.save(tmp_path / "toy")
+    bare = veneer.load(tiny_pipeline("sd").unet, path)
+    assert [len(p) for k, p in bare.named_parameters() if k == "conv_in:down"] == [3]
+    back = veneer.load(tiny_pipeline("sd"), bare.save(tmp_path / "bare"))
+    assert all(torch.equal(back.state_dict()[k], t) for k, t in tuned.state_dict().items())
+
+
+def test_a_base_in_half_precision_is_the_same_base(saved: tuple[Path, torch.Tensor]) -> None:
+    assert load_all(tiny_pipeline("sd").to(torch.float16), saved[0])[1].loaded.clean
+
+
+def test_loading_draws_no_random_numbers_and_drops_nothing(tmp_path: Path) -> None:
+    path = fill(attach(net(), "lora", where="head", rank=2, dropout=0.5)).save(tmp_path / "toy")
+    model = net()
+    before = torch.get_rng_state()
+    veneer.load(model, path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(run(model), run(model))
+
+
+def test_a_trained_base_is_compared_as_it_was_before(tmp_path: Path) -> None:
+    """A second adapter, saved while a first one has changed the head, fits a base with the old head."""
+    model = net()
+    fill(attach(model, "lora", where="embed.token", rank=2, train="head", name="first"))
+    path = fill(attach(model, "lora", where="attn.q", rank=2)).save(tmp_path / "toy")
+    assert veneer.load(net(), path).loaded.clean
+
+
+def test_a_merged_base_is_no_base(tmp_path: Path) -> None:
+    model = net()
+    tuned = fill(attach(model, "lora", where="head", rank=2))
+    path = tuned.save(tmp_path / "toy")
+    tuned.merge()
+    with pytest.raises(SaveError, match=r"'lora' is merged into the base.*unmerge"):
+        native.save(tuned, tmp_path / "toy")
+    with pytest.raises(LoadError, match=r"'lora' is merged into the base.*unmerge"):
+        veneer.load(model, path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: [], "no attachment to save"),
+        (lambda: [attach(net(), "bitfit"), attach(net(), "bitfit")], "two attachments are called 'bitfit'"),
+        (lambda: [attach(net(), "bitfit", name="a"), attach(net(), "bitfit", name="b")], "'b' is on another model"),
+    ],
+)
+def test_lists_that_make_no_file(tmp_path: Path, make: Any, message: str) -> None:
+    with pytest.raises(SaveError, match=message):
+        native.save(make(), tmp_path / "toy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_provenance_must_be_json(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match="provenance"):
+        native.save(attach(net(), "bitfit"), tmp_path / "toy", provenance={"path": tmp_path})
+    assert list(tmp_path.iterdir()) == []
