@@ -82,6 +82,11 @@ class Outcome:
         """One for each pair, over the rounds."""
         return [self._ratio(of, to) for of, to in self.pairs]
 
+    def as_json(self) -> dict[str, Any]:
+        """Medians, ratios and every timing."""
+        samples, ratios = [s._asdict() for s in self.samples], [r._asdict() for r in self.ratios()]
+        return {"name": self.name, "what": self.what, "seconds": self.seconds(), "ratios": ratios, "samples": samples}
+
     def _of(self, name: str) -> dict[int, float]:
         return {s.round: s.seconds for s in self.samples if s.contender == name}
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..injection import attach
+from ..training import targets
 from ..training.cache import Cache
 from ..training.captions import Captions
 from ..training.config import TrainConfig
@@ -36,9 +36,7 @@ def contests(pipe: Any, photos: Path | None, shape: Shape, rank: int, seed: int,
         photos: folder of pictures; None draws `shape.photos` of them into `scratch`.
         scratch: folder for pictures and caches.
     """
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False)
+    targets.freeze(pipe)
     folder = photos if photos is not None else draw_pictures(scratch / "photos", shape.photos, seed)
     warm = scratch / "warm"
 
@@ -57,6 +55,17 @@ def contests(pipe: Any, photos: Path | None, shape: Shape, rank: int, seed: int,
     return [Contest("few-photo job", what, tuple(Contender(name, run) for name, run in ways.items()), pairs)]
 
 
+def load(base: str) -> Any:
+    """The pipeline: `tiny`, or what `veneer.bases.load` takes."""
+    if base == "tiny":
+        from ..testing.pipelines import tiny_pipeline
+
+        return tiny_pipeline("sd")
+    from .. import bases
+
+    return bases.load(base)
+
+
 def train(pipe: Any, photos: Path, cache: Cache | None, shape: Shape, rank: int, seed: int) -> float:
     """Train a LoRA on a folder of photos and take it off again; returns the last loss.
 
@@ -70,7 +79,7 @@ def train(pipe: Any, photos: Path, cache: Cache | None, shape: Shape, rank: int,
             find_photos(photos), shape.resolution or kind.resolution, kind.multiple, seed, captions=Captions(concept="<thing>")
         )
         loss = DenoisingLoss(kind, data, seed, samples=1, cache=cache)
-        named = {f"{site}:{key}": p for site, (_, a) in attachment.parts.items() for key, p in a.named_parameters()}
+        named = targets.named_parameters([attachment])
         config = TrainConfig(steps=shape.steps, seed=seed, tracker="none")
         result = Trainer(config, [{"params": list(named.values())}], loss, named).fit()
     finally:

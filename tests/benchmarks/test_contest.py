@@ -1,0 +1,76 @@
+"""Turns, pairs and ratios of `contest.py`, on a clock that the test holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from veneer.benchmarks import table
+from veneer.benchmarks.contest import Contender, Contest, Outcome, Ratio, Sample, interleave
+
+
+class Clock:
+    """Time passes only when a contender says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, *seconds: float) -> Callable[[Any], None]:
+        """A contender's `run`, whose calls take these seconds, one after the other."""
+        left = list(seconds)
+
+        def run(_: Any) -> None:
+            self.now += left.pop(0)
+
+        return run
+
+
+def test_every_round_runs_each_contender_once_and_the_order_turns() -> None:
+    ran: list[str] = []
+    ways = tuple(Contender(name, lambda _, name=name: ran.append(name)) for name in "abc")
+    outcome = interleave(Contest("row", "what", ways, ()), rounds=4, warmup=0)
+    assert "".join(ran) == "abc" + "bca" + "cab" + "abc"
+    assert [(s.contender, s.round) for s in outcome.samples] == [(name, i // 3) for i, name in enumerate(ran)]
+
+
+def test_ratios_are_paired_within_rounds() -> None:
+    clock = Clock()
+    fast, slow = Contender("fast", clock.takes(1, 10, 4)), Contender("slow", clock.takes(2, 40, 6))
+    outcome = interleave(Contest("row", "what", (fast, slow), (("slow", "fast"),)), rounds=3, warmup=0, clock=clock)
+    assert outcome.seconds() == {"fast": 4, "slow": 6}
+    assert outcome.ratios() == [Ratio("slow", "fast", median=2, least=1.5, most=4)]
+
+
+def test_seconds_are_those_of_one_call_without_preparation_and_warmup() -> None:
+    clock = Clock()
+    prepared: list[int] = []
+
+    def prepare() -> int:
+        clock.now += 100
+        prepared.append(len(prepared))
+        return prepared[-1]
+
+    contest = Contest("row", "what", (Contender("a", clock.takes(50, 50, 1, 3), prepare),), (), calls=2)
+    outcome = interleave(contest, rounds=1, warmup=1, clock=clock)
+    assert outcome.samples == (Sample("a", 0, 2.0),)
+    assert prepared == [0, 1]
+
+
+def test_a_contest_needs_a_round() -> None:
+    with pytest.raises(ValueError, match="rounds is 0"):
+        interleave(Contest("row", "what", (), ()), rounds=0)
+
+
+def test_the_table_shows_ratios_and_who_was_compared_with_nobody() -> None:
+    samples = (Sample("a", 0, 3.0), Sample("b", 0, 2.0), Sample("alone", 0, 0.25))
+    page = table.page("title", {"cores": 2}, [Outcome("row", "what is timed", samples, (("a", "b"),))], ["a note"])
+    assert "| row | a / b | 1.500 | 1.500 to 1.500 | 3 / 2 |" in page
+    assert "| row | alone | | | 0.25 |" in page
+    assert "**row**: what is timed." in page
+    assert "cores 2" in page
+    assert "a note." in page

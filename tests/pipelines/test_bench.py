@@ -1,0 +1,163 @@
+"""`veneer bench` at tiny sizes: rows come out, by turns, and compare like with like. Nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from veneer.pipelines.bench import BenchConfig, BenchResult, bench
+
+from veneer.benchmarks import denoiser, few_photos, peers
+from veneer.benchmarks.shapes import SHAPES, BenchError, sharing, unet
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.cache import Cache
+
+TINY = SHAPES["tiny"]
+ROUNDS = 2
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
+    out = tmp_path_factory.mktemp("bench") / "bench.json"
+    return bench(BenchConfig(size="tiny", rounds=ROUNDS, rank=4, out=out))
+
+
+def small_unet() -> Any:
+    return unet(TINY.unet, TINY.latent, torch.float32, seed=0)
+
+
+def test_all_rows_come_out(result: BenchResult) -> None:
+    pairs = {outcome.name: [(r.of, r.to) for r in outcome.ratios()] for outcome in result.outcomes}
+    against_both = [("veneer", "floor"), ("peft", "floor"), ("veneer", "peft")]
+    assert pairs == {
+        "training step": against_both,
+        "forward pass": against_both,
+        "attach": [("veneer", "peft"), ("veneer", "peft, low_cpu_mem_usage")],
+        "few-photo job": [("cold caches", "no caches"), ("warm caches", "no caches")],
+    }
+
+
+def test_contenders_ran_by_turns(result: BenchResult) -> None:
+    for outcome in result.outcomes:
+        rounds = [[s.contender for s in outcome.samples if s.round == turn] for turn in range(ROUNDS)]
+        assert [s.round for s in outcome.samples] == sorted(s.round for s in outcome.samples)
+        assert all(sorted(names) == sorted(outcome.seconds()) for names in rounds)
+        assert rounds[1] == rounds[0][1:] + rounds[0][:1]
+
+
+def test_the_file_holds_the_timings_and_the_ratios_that_follow(result: BenchResult) -> None:
+    out = result.config.out
+    assert out is not None
+    written = json.loads(out.read_text())
+    assert {"torch", "peft", "cpu", "cores", "threads"} <= set(written["environment"])
+    assert written["config"]["size"] == "tiny"
+    for row in written["rows"]:
+        for ratio in row["ratios"]:
+            of, to = ([s["seconds"] for s in row["samples"] if s["contender"] == ratio[side]] for side in ("of", "to"))
+            assert ratio["least"] == min(a / b for a, b in zip(of, to, strict=True))
+            assert ratio["most"] == max(a / b for a, b in zip(of, to, strict=True))
+    assert out.with_suffix(".md").read_text() == str(result)
+
+
+def test_results_name_no_place(result: BenchResult) -> None:
+    assert str(result.config.out.parent) not in json.dumps(result.as_json())  # type: ignore[union-attr]
+
+
+def test_veneer_and_peft_compute_the_same_step() -> None:
+    """With the same A and B, the loss and the gradient of every matrix agree."""
+    base = small_unet()
+    ours, theirs = peers.with_veneer(sharing(base), 4), peers.with_peft(sharing(base), 4)
+    mine = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    other = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    pairs = [(p, other[_in_peft(name)]) for name, p in mine.items()]
+    assert len(pairs) == len(other) > 0
+    with torch.no_grad():
+        for index, (a, b) in enumerate(pairs):
+            a.copy_(b.copy_(torch.randn(a.shape, generator=torch.Generator().manual_seed(index)) * 0.1))
+    inputs, target = denoiser._inputs(TINY, torch.float32, seed=0)
+    losses = [F.mse_loss(model(*inputs).sample, target) for model in (ours, theirs)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    assert losses[0].item() != pytest.approx(F.mse_loss(base(*inputs).sample, target).item(), rel=1e-3)
+    for a, b in pairs:
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def _in_peft(name: str) -> str:
+    """`….to_q.veneer_lora.adapters.0.down` in peft's words."""
+    layer, _, rest = name.partition(".veneer_lora.")
+    return f"{layer}.lora_{ {'down': 'A', 'up': 'B'}[rest.rpartition('.')[2]] }.default.weight"
+
+
+def test_the_floor_trains_one_number_and_reaches_the_input() -> None:
+    floor = denoiser.Floor(small_unet())
+    inputs, target = denoiser._inputs(TINY, torch.float32, seed=0)
+    F.mse_loss(floor(*inputs).sample, target).backward()
+    assert peers.trained(floor) == 1
+    assert floor.offset.grad is not None
+    assert floor.offset.grad.abs() > 0
+
+
+def test_contenders_share_the_base_and_nothing_else() -> None:
+    base = small_unet()
+    ours = peers.with_veneer(sharing(base), 4)
+    assert ours.conv_in.weight is base.conv_in.weight
+    assert peers.trained(base) == 0
+    inputs, _ = denoiser._inputs(TINY, torch.float32, seed=0)
+    with torch.no_grad():
+        before = base(*inputs).sample
+        for p in ours.parameters():
+            if p.requires_grad:
+                p.add_(1)
+        assert torch.equal(base(*inputs).sample, before)
+        assert not torch.equal(ours(*inputs).sample, before)
+
+
+def test_unequal_targets_are_refused() -> None:
+    base = small_unet()
+    with pytest.raises(BenchError, match="targets"):
+        peers.check_equal(peers.with_veneer(sharing(base), 4), peers.with_peft(sharing(base), 2))
+
+
+def test_caches_change_the_time_and_not_the_training(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    photos = few_photos.draw_pictures(tmp_path / "photos", 2, seed=0)
+    few_photos.contests(pipe, photos, TINY, 4, 0, tmp_path)
+    cache = Cache(tmp_path / "cache")
+    bare, cold = (few_photos.train(pipe, photos, c, TINY, 4, 0) for c in (None, cache))
+    assert cache.misses == 3  # two photos and one caption
+    again = Cache(tmp_path / "cache")
+    warm = few_photos.train(pipe, photos, again, TINY, 4, 0)
+    assert (again.misses, again.hits > 0) == (0, True)
+    assert bare == cold == warm
+
+
+def test_without_peft_the_rest_is_timed_and_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    alone = bench(BenchConfig(size="tiny", rounds=1, rows=("denoiser", "attach")))
+    assert [(r.of, r.to) for o in alone.outcomes for r in o.ratios()] == [("veneer", "floor")] * 2
+    assert "pip install 'veneer[peft]'" in capsys.readouterr().out
+    assert "pip install 'veneer[peft]'" in str(alone)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"size": "huge"}, "tiny, small, sd15"),
+        ({"rows": ("attach", "sites")}, "denoiser, attach, few-photos"),
+        ({"rows": ()}, "rows are none"),
+        ({"rounds": 0}, "at least 1"),
+        ({"clock": "sun"}, "wall, cpu"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_what_there_is(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(BenchError, match=said):
+        BenchConfig(**wrong)
