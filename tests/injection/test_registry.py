@@ -69,7 +69,7 @@ def test_an_entry_point_must_give_a_method_of_its_name(monkeypatch: pytest.Monke
 def test_unknown_names_suggest_close_ones() -> None:
     with pytest.raises(UnknownName, match=r"no 'lorra'. Did you mean lora\? There are: .*bitfit"):
         methods.get("lorra")
-    with pytest.raises(UnknownName, match="no 'xyzzy'. There are"):
+    with pytest.raises(UnknownName, match=r"no 'xyzzy'\. There are"):
         methods.get("xyzzy")
 
 
@@ -88,7 +88,10 @@ def test_register_is_undone_and_refuses_taken_names() -> None:
 
 
 def test_names_import_nothing() -> None:
-    code = "import sys, veneer; veneer.methods.names(); print([m for m in sys.modules if m.startswith('veneer.methods.') and m.count('.') > 2])"
+    code = (
+        "import sys, veneer; veneer.methods.names(); "
+        "print([m for m in sys.modules if m.startswith('veneer.methods.') and m.count('.') > 2])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

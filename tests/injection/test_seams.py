@@ -66,7 +66,7 @@ def test_a_branch_reads_one_module_and_writes_another() -> None:
 
 
 def test_a_container_is_refused() -> None:
-    with pytest.raises(UnsupportedSite, match="tail.branch: 'tail' is a container"):
+    with pytest.raises(UnsupportedSite, match=r"tail.branch: 'tail' is a container"):
         attach(net(), Add(), where="name:tail.branch")
 
 
@@ -74,9 +74,7 @@ def test_a_read_site_refuses_an_adapter_without_a_weight_form() -> None:
     class Everywhere(Add):
         needs = Add.needs + BitFit.needs
 
-    with pytest.raises(
-        UnsupportedSite, match="read.bias: a ParamSite that is read, not called, needs the weight form; AddAdapter"
-    ):
+    with pytest.raises(UnsupportedSite, match=r"read\.bias: a ParamSite that is read, not called, needs the weight form"):
         attach(net(), Everywhere(), where="name:read.bias")
 
 
