@@ -41,7 +41,7 @@ class BenchConfig:
         rank: of every LoRA.
         dtype: of the frozen UNet in the denoiser's rows.
         seed: of weights and inputs.
-        base: the few-photo job's base: `shipped`, a folder, a hub name or `tiny`; left out, `tiny` for size `tiny`, else `shipped`.
+        base: of the few-photo job: `shipped`, a folder, a hub name or `tiny`; left out, `tiny` at size `tiny`, else `shipped`.
         photos: folder of pictures for the few-photo job; some are drawn if it is left out.
         out: JSON file for the result; the table is written beside it, as `.md`.
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..injection import attach
 from ..training import targets
 from ..training.cache import Cache
 from ..training.captions import Captions
@@ -73,17 +72,19 @@ def train(pipe: Any, photos: Path, cache: Cache | None, shape: Shape, rank: int,
         BenchError: nothing was read from or written to a cache that was given.
     """
     kind = family(pipe)
-    attachment = attach(getattr(pipe, kind.denoiser), "lora", rank=rank)
+    methods = targets.build_methods("lora", {"lora": {"rank": rank}}, "", "")
+    attached = targets.attach_all(pipe, methods, {}, text_encoder=False, seed=seed)
     try:
         data = PhotoDataset(
             find_photos(photos), shape.resolution or kind.resolution, kind.multiple, seed, captions=Captions(concept="<thing>")
         )
         loss = DenoisingLoss(kind, data, seed, samples=1, cache=cache)
-        named = targets.named_parameters([attachment])
+        named = targets.named_parameters(attached)
         config = TrainConfig(steps=shape.steps, seed=seed, tracker="none")
         result = Trainer(config, [{"params": list(named.values())}], loss, named).fit()
     finally:
-        attachment.detach()
+        for attachment in attached:
+            attachment.detach()
     if cache is not None and not cache.hits + cache.misses:
         raise BenchError("bench: the few-photo job did not use the cache that it was given")
     return result.losses[-1]

@@ -1,0 +1,92 @@
+"""The project's own files agree: versions, packages, data, continuous integration, commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import veneer
+from veneer.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = {"veneer": ROOT / "src" / "veneer", "veneer.pipelines": ROOT / "pipelines"}
+"""Package to its folder, for those that setuptools is told of; the rest lie below them."""
+PIPELINES = sorted(p.stem for p in (ROOT / "pipelines").glob("*.py") if not p.stem.startswith("_"))
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
+    read: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return read
+
+
+def packages_on_disk() -> dict[str, Path]:
+    """Every folder with Python files, by its dotted name."""
+    found = {}
+    for name, folder in SOURCES.items():
+        for file in folder.rglob("*.py"):
+            found[".".join([name, *file.parent.relative_to(folder).parts])] = file.parent
+    return found
+
+
+def test_versions_agree(project: dict[str, Any]) -> None:
+    newest = re.search(r"^## \[?(\d[^\]\s]*)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest is not None
+    assert {project["project"]["version"], version("veneer"), newest[1]} == {veneer.__version__}
+
+
+def test_every_package_is_listed(project: dict[str, Any]) -> None:
+    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(packages_on_disk())
+    assert project["tool"]["setuptools"]["package-dir"] == {k: str(p.relative_to(ROOT)) for k, p in SOURCES.items()}
+
+
+def test_every_package_has_an_init() -> None:
+    assert not [name for name, folder in packages_on_disk().items() if not (folder / "__init__.py").is_file()]
+
+
+def test_every_data_file_is_packaged(project: dict[str, Any]) -> None:
+    folders, patterns = packages_on_disk(), project["tool"]["setuptools"]["package-data"]
+    packaged = {file for name, globs in patterns.items() for pattern in globs for file in folders[name].glob(pattern)}
+    source = SOURCES["veneer"]
+    data = [p for p in source.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc") and not p.name.startswith(".")]
+    assert source / "py.typed" in data
+    assert not [str(p.relative_to(source)) for p in data if p not in packaged]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_pipeline_is_installed_and_has_its_command(name: str) -> None:
+    spec = importlib.util.find_spec(f"veneer.pipelines.{name}")
+    assert spec is not None
+    assert Path(spec.origin or "").name == f"{name}.py"
+    assert name.replace("_", "-") in COMMANDS
+
+
+def test_continuous_integration_calls_make_test(tmp_path: Path) -> None:
+    make = tmp_path / "make"
+    make.write_text('#!/bin/sh\necho "$PWD: $*"\nexit 7\n')
+    make.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    ran = subprocess.run([ROOT / ".ci" / "run"], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert ran.stdout == f"{ROOT}: test\n"
+    assert ran.returncode == 7
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("target", "installs", "runs"),
+    [("demo", "--editable .", "veneer personalize"), ("test", "'.[test]'", "-m pytest"), ("lint", "'.[dev]'", "ruff check")],
+)
+def test_make_installs_what_it_runs(target: str, installs: str, runs: str, tmp_path: Path) -> None:
+    """On a machine without the environment, the commands that make would run make one first."""
+    command = ["make", "--dry-run", target, f"VENV={tmp_path / 'venv'}"]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(rf"-m venv .*{re.escape(installs)}.*{re.escape(runs)}", planned, re.DOTALL)
