@@ -1,5 +1,7 @@
 """Train the shipped bases from scratch: fetch, render, caption, then autoencoder, CLIP, and UNet with its text tower.
 
+Then package them and measure what was packaged: figures, a sheet, curves and the model cards.
+
 Every stage keeps its checkpoint, its log and its samples under the work folder and goes on where it was stopped; run a
 stage alone with `--stage`. The committed weights came from this file.
 """
@@ -15,7 +17,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from veneer.bases.recipe import autoencoder, clip, diffusion
+from veneer import bases
+from veneer.bases.recipe import autoencoder, cards, clip, diffusion, evaluate, package, sheet
 from veneer.bases.recipe.compose import draw_scenes
 from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, UNSEEN_SET
 from veneer.bases.recipe.world import World
@@ -34,6 +37,9 @@ class PretrainConfig:
         vae_steps, clip_steps, unet_steps: optimiser steps.
         unet_decay: steps at the end over which the UNet's rate falls to zero; 0 leaves it constant.
         muon_lr, adam_lr: the UNet's learning rates, for matrices and for the rest.
+        bases: folder that gets the packaged bases; the package's own unless given.
+        results: folder that gets figures, sheet and curves.
+        seeds: how many pictures of each prompt are judged.
     """
 
     work: Path
@@ -44,6 +50,9 @@ class PretrainConfig:
     unet_decay: int = 4000
     muon_lr: float = 8e-3
     adam_lr: float = 2e-3
+    bases: Path = Path(bases.__file__).parent
+    results: Path = Path("docs/results/base")
+    seeds: int = 3
 
 
 def train_vae(world: World, config: PretrainConfig) -> None:
@@ -88,7 +97,25 @@ def train_unet(world: World, config: PretrainConfig) -> None:
     diffusion.train(world.folder / "unet", model, pool, world.caption, tokens, (torch.from_numpy(latents), ids), plan)
 
 
-STAGES: dict[str, Callable[[World, PretrainConfig], None]] = {"vae": train_vae, "clip": train_clip, "unet": train_unet}
+def write_bases(world: World, config: PretrainConfig) -> None:
+    """The folders that ship, from the latest checkpoints."""
+    package.write(world, config.bases)
+    print(f"package: {package.weight(config.bases) / 1e6:.1f} MB of weights in {config.bases}")
+
+
+def measure(world: World, config: PretrainConfig) -> None:
+    """Figures, sheet, curves and cards of the folders that ship."""
+    figures = evaluate.evaluate(world, config.bases, config.results, range(config.seeds))
+    sheet.curves(config.work, config.results / "curves.png")
+    cards.write(figures, config.bases)
+    for kind in ("thing", "attribute"):
+        for label, figure in figures["generation"][kind].items():
+            print(f"evaluate: {label}: {figure['percent']} % ({figure['low']} to {figure['high']})")
+
+
+STAGES: dict[str, Callable[[World, PretrainConfig], None]] = {
+    "vae": train_vae, "clip": train_clip, "unet": train_unet, "package": write_bases, "evaluate": measure,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,6 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(PretrainConfig, name))
     for name in ("muon_lr", "adam_lr"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(PretrainConfig, name))
+    for name in ("bases", "results"):
+        parser.add_argument(f"--{name}", type=Path, default=getattr(PretrainConfig, name))
+    parser.add_argument("--seeds", type=int, default=PretrainConfig.seeds)
     config = PretrainConfig(**vars(parser.parse_args(arguments)))
     world = World(config.work)
     for name, stage in STAGES.items():

@@ -42,7 +42,10 @@ def averaged(folder: Path) -> dict[str, torch.Tensor]:
 
 def write_pipeline(world: World, folder: Path) -> None:
     """Write the Stable Diffusion folder; its preset and README, if there are any, stay."""
-    pipeline(world).to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    pipe = pipeline(world)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.half()
+    pipe.save_pretrained(folder, safe_serialization=True)
     for name in ("vocab.json", "merges.txt"):  # what transformers 4 reads, beside the tokenizer.json of transformers 5
         shutil.copyfile(world.folder / "tokenizer" / name, folder / "tokenizer" / name)
     for config in folder.rglob("*.json"):
@@ -77,6 +80,8 @@ def write(world: World, bases: Path) -> None:
     write_pipeline(world, bases / "shipped")
     write_clip(world, bases / "shipped_clip")
     examples.write(world.icons, bases / "examples")
+    for file in bases.rglob("*.safetensors"):
+        file.chmod(0o644)  # transformers and safetensors leave them to the owner alone
     size = weight(bases / "shipped", bases / "shipped_clip")
     if size > LIMIT:
         raise ValueError(f"{bases}: the weights take {size / 1e6:.1f} MB; at most {LIMIT / 1e6:.0f} MB ship. Narrow the UNet.")

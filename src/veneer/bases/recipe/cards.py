@@ -1,0 +1,206 @@
+"""The model cards: data, licences, training, figures and limits, filled from `figures.json`."""
+
+# ruff: noqa: E501 (a line of a card is as long as what is filled in)
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .compose import COLOURS, PLACES, SIZES
+from .concepts import CLIP_SETS, DRAWN, KEPT_BACK, STYLES, UNSEEN_SET
+from .world import PHOTOS
+
+SOURCES = {
+    "noto": ("Noto Emoji", "Google", "Apache-2.0", "https://github.com/googlefonts/noto-emoji"),
+    "noto-v1": ("Noto Emoji (v1)", "Google", "Apache-2.0", "https://github.com/googlefonts/noto-emoji"),
+    "fluent-emoji-flat": ("Fluent Emoji Flat", "Microsoft", "MIT", "https://github.com/microsoft/fluentui-emoji"),
+    "fluent-emoji": ("Fluent Emoji", "Microsoft", "MIT", "https://github.com/microsoft/fluentui-emoji"),
+    "twemoji": ("Twemoji", "Twitter, Inc and other contributors", "CC-BY-4.0", "https://github.com/jdecked/twemoji"),
+    "emojione": ("EmojiTwo (EmojiOne 2)", "the EmojiTwo contributors", "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo"),
+    "fxemoji": ("Firefox OS Emoji (FxEmojis)", "Mozilla", "Apache-2.0", "https://github.com/mozilla/fxemoji"),
+}
+"""npm package `@iconify-json/NAME` -> title, author, licence, source."""
+
+PHOTO_TERMS = {
+    "astronaut.png": "NASA, public domain",
+    "chelsea.png": "Stefan van der Walt, CC0",
+    "coffee.png": "Rachel Michetti, CC0",
+    "rocket.jpg": "SpaceX, public domain",
+    "hubble_deep_field.jpg": "NASA, public domain",
+    "brick.png": "CC0Textures, CC0",
+    "gravel.png": "CC0Textures, CC0",
+    "grass.png": "linolafett, CC0",
+}
+"""Photos in scikit-image, as the documentation of its data functions states their terms."""
+
+ATTRIBUTION = """\
+The weights carry what was learnt from the icons; whoever passes them on passes this notice on too:
+
+> Contains material derived from **Twemoji**, copyright Twitter, Inc and other contributors, licensed under
+> [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), rendered, resized and composed on other backgrounds; from
+> **EmojiTwo**, copyright the EmojiTwo contributors (EmojiOne 2), licensed under
+> [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), changed likewise; from **Fluent Emoji**, copyright Microsoft
+> Corporation, MIT licence; and from **Noto Emoji**, copyright Google Inc., Apache License 2.0.
+
+Names and keywords of emoji: `unicode-emoji-json` and `emojilib`, MIT, copyright Mu-An Chiou.
+"""
+
+
+def table(sets: list[str]) -> str:
+    """The icon sets with their licences."""
+    rows = (f"| {title} (`@iconify-json/{name}`) | {author} | {licence} | {url} |" for name in sets
+            for title, author, licence, url in [SOURCES[name]])  # fmt: skip
+    return "\n".join(["| set | author | licence | source |", "|---|---|---|---|", *rows])
+
+
+def photos() -> str:
+    """The photos and their terms, in a sentence."""
+    listed = ", ".join(f"`{name}` ({PHOTO_TERMS[name]})" for name in PHOTOS)
+    return f"Photos for backgrounds, from scikit-image's data: {listed}."
+
+
+def _rated(figure: dict[str, Any]) -> str:
+    seeds = ", ".join(f"{each:.0f}" for each in figure["seeds"])
+    return (
+        f"{figure['percent']:.0f} % ({figure['low']:.0f} to {figure['high']:.0f}) | {seeds} | {figure['true_renderings']:.0f} %"
+    )
+
+
+def generation(figures: dict[str, Any]) -> str:
+    """The table of what was prompted and what was found."""
+    things, parts = figures["generation"]["thing"], figures["generation"]["attribute"]
+    names = figures["generation"]["names"]
+    labels = {
+        "clip_text": f"the thing, by the shipped CLIP among {names} names",
+        "pixels": f"the thing, by the nearest true rendering of {names} things in pixels",
+        "clip_image": "the same in features of the CLIP's image tower",
+    }
+    rows = [f"| {label} | {_rated(things[key])} |" for key, label in labels.items()]
+    rows += [f"| {part}, from pixels | {_rated(parts[part])} |" for part in ("background", "size", "place")]
+    head = "| found as prompted | share (95 % interval) | each seed | true renderings, same measure |\n|---|---|---|---|"
+    return "\n".join([head, *rows])
+
+
+def shipped(figures: dict[str, Any]) -> str:
+    """The card of the Stable Diffusion folder."""
+    counts, steps, db = figures["weights"]["parameters"], figures["training"], figures["autoencoder"]
+    errors = ", ".join(f"{value:.3f} at t = {key[1:]}" for key, value in steps["unet"].items() if key[1:].isdigit())
+    sampling = figures["sampling"]
+    return f"""\
+---
+license: other
+license_name: apache-2.0-with-cc-by-4.0-attribution
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# A small Stable Diffusion, for trying adapters without a download
+
+A `StableDiffusionPipeline` that draws {len(DRAWN)} things at 64×64 in {len(STYLES)} icon styles, at {len(PLACES)} places, in {len(SIZES)}
+sizes, on {len(COLOURS)} backgrounds. It is there so that fine-tuning, control and transfer can be tried, shown and tested in seconds.
+
+```python
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(folder)      # or veneer.bases.load("shipped")
+pipe("an apple, center, green background, noto style", num_inference_steps={sampling["steps"]},
+     guidance_scale={sampling["guidance_scale"]}).images[0]
+```
+Prompts: `a SIZE THING, PLACE, COLOUR background, STYLE style`; everything but the thing may be left out. Sizes: {", ".join(SIZES)}.
+Places: {", ".join(PLACES)}. Backgrounds: {", ".join(COLOURS)}. Styles: {", ".join(STYLES)}.
+
+Things: {", ".join(DRAWN)}.
+
+Never trained on by the generator, so that they can be taught: {", ".join(KEPT_BACK)}.
+
+## Parts
+| part | parameters |
+|---|---|
+| UNet (`UNet2DConditionModel`, 16×16×8 latents) | {counts["unet"] / 1e6:.2f} M |
+| text encoder (`CLIPTextModel`, trained jointly with the UNet) | {counts["text_encoder"] / 1e6:.2f} M |
+| autoencoder (`AutoencoderKL`, 64×64×3 to 16×16×8) | {counts["vae"] / 1e6:.2f} M |
+
+{figures["weights"]["megabytes"]["shipped"]} MB of safetensors in half precision. DDIM, v-prediction, zero terminal SNR, trailing timesteps; any diffusers
+scheduler with the same settings works. There is no safety checker: the data holds nothing to check for.
+
+## Data and licences
+Icons, rendered and composed on flat backgrounds. The generator learnt from the first three sets only, the autoencoder from all:
+
+{table([*STYLES.values(), *(name for name in CLIP_SETS if name not in STYLES.values())])}
+
+{photos()}
+
+{ATTRIBUTION}
+## Training
+`pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores: autoencoder {steps["vae"]["step"]} steps; UNet with its text encoder
+{steps["unet"]["step"]} steps of 64 (Muon and AdamW, EMA). v-errors on watched scenes: {errors}.
+
+## Figures
+Autoencoder: {db["kept_back_concepts_db"]} dB on kept-back concepts, {db["unseen_style_db"]} dB on an icon set that no training saw ({UNSEEN_SET}).
+
+Generation, {len(sampling["seeds"])} seeds of {figures["generation"]["names"]} prompts, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]}. \
+The interval resamples the prompts.
+
+{generation(figures)}
+
+The pixel and feature measures compare with all things in all styles on the prompted background, large and centred; the CLIP was trained
+on renderings of the same icons, so its verdict is no stranger's.
+
+## Limits
+64×64 pixels; icons, no photographs, no scenes of several things, no people. Words outside the list above mean little or nothing.
+Fine detail is soft. What it makes of a prompt says nothing about what a large model would make of it; it shows the machinery at work.
+"""
+
+
+def shipped_clip(figures: dict[str, Any]) -> str:
+    """The card of the CLIP folder."""
+    rows = "\n".join(
+        f"| {label.replace('_', ' ')} | {figure['percent']} % | {figure['renderings']} | {figure['names']} |"
+        for label, figure in figures["clip"].items()
+    )
+    return f"""\
+---
+license: other
+license_name: apache-2.0-with-cc-by-4.0-attribution
+library_name: open_clip
+pipeline_tag: zero-shot-image-classification
+---
+# A small CLIP for icons
+
+{figures["weights"]["parameters"]["clip"] / 1e6:.2f} M parameters, 64×64 pixels, 128 features, {figures["weights"]["megabytes"]["shipped_clip"]} MB in half
+precision. It judges what the small Stable Diffusion beside it draws, and serves as a vision base and as an image-text base in examples.
+
+```python
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:" + folder)   # or veneer.bases.load_clip()
+tokenizer = open_clip.get_tokenizer("local-dir:" + folder)
+tower = timm.create_model("local-dir:" + folder, pretrained=True)                     # the image tower, same features
+```
+
+## Data and licences
+Renderings in six sets, turned, scaled, moved, tinted, on flat, graded, noisy and photographic backgrounds; {figures["clip"]["unseen_set_all_names"]["names"]}
+names. `{UNSEEN_SET}` (Mozilla, Apache-2.0) was used for testing only.
+
+{table([*CLIP_SETS, UNSEEN_SET])}
+
+{photos()}
+
+{ATTRIBUTION}
+## Training
+`pipelines/pretrain_base.py`, {figures["training"]["clip"]["step"]} steps on one CPU core. Pictures and phrases are both classified against one prototype a name, which
+aligns the two towers by way of the names; there is no contrast within a batch.
+
+## Figures
+Nearest of all phrases "a NAME" to a plain rendering, on renderings that were kept out of the training:
+
+| case | rank 1 | renderings | names |
+|---|---|---|---|
+{rows}
+
+## Limits
+It knows icons and their names; photographs, sentences, attributes such as colour and place are outside its world.
+"""
+
+
+def write(figures: dict[str, Any], bases: Path) -> None:
+    """Write both cards."""
+    for name, card in (("shipped", shipped(figures)), ("shipped_clip", shipped_clip(figures))):
+        (bases / name / "README.md").write_text(card)
