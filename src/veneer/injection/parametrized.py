@@ -41,7 +41,7 @@ class WeightSeam(Seam):
         target = self.module(self.path)
         target.__dict__.setdefault("_veneer_order", list(target._parameters))
         _own_class(target)
-        parametrize.register_parametrization(target, self.param, self, unsafe=True)
+        parametrize.register_parametrization(target, self.param, self.train(target.training), unsafe=True)
         _claim(target)
         self.__dict__.update(_target=target, joined=True)
 

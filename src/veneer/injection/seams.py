@@ -81,7 +81,7 @@ class HookSeam(Seam):
             )
         names = (f"veneer_{name}" + (f"_{i}" if i else "") for i in range(len(owner._modules) + 1))
         child = next(n for n in names if n not in owner._modules)
-        owner.add_module(child, self)
+        owner.add_module(child, self.train(owner.training))
         self.__dict__.update(_owner=owner, _child=child, joined=True)
         self.__dict__["_handles"] = list(self.hooks())
 
@@ -199,7 +199,7 @@ class ProcessorSeam(Seam):
     def join(self, name: str) -> None:
         attn: Any = self.module(self.path)
         self.__dict__.update(_inner=attn.processor, _attn=attn, joined=True)
-        self._put(attn, self)
+        self._put(attn, self.train(attn.training))
 
     def part(self) -> None:
         if not self.__dict__["joined"]:

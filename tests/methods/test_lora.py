@@ -1,0 +1,149 @@
+"""LoRA's equation, W' = W + s·B A, against a dense weight built from its definition."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.injection.sites import WeightSite
+from veneer.methods.reparameterized.lora import LoRA, LoRAAdapter
+
+LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=5, d_in=7)
+TABLE = WeightSite(name="t", role="embed.token", path="t", kind="embedding", d_out=4, d_in=9)
+
+
+def conv_site(module: nn.Conv2d) -> WeightSite:
+    return WeightSite(
+        name="c", role="conv", path="c", kind="conv", d_out=module.out_channels, d_in=module.in_channels,
+        kernel=module.kernel_size, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups,
+    )  # fmt: skip
+
+
+def trained(method: LoRA, site: WeightSite) -> LoRAAdapter:
+    """An adapter in double precision with both factors away from zero."""
+    torch.manual_seed(0)
+    adapter = method.build(site).double().eval()
+    with torch.no_grad():
+        adapter.up.normal_()
+    return adapter
+
+
+def dense_change(adapter: LoRAAdapter, site: WeightSite) -> Tensor:
+    """ΔW[o, i, …] = Σ_r B[o, r] A[r, i, …], one element at a time; with groups, over the pairs of o's own group."""
+    change = torch.zeros(site.weight_shape, dtype=torch.float64)
+    for o in range(site.d_out):
+        for r in range(adapter.up.shape[1]):
+            group = o // (site.d_out // site.groups)
+            change[o] += adapter.up[o, r].reshape(()) * adapter.down[group * adapter.up.shape[1] + r]
+    return change.detach()
+
+
+@pytest.mark.parametrize(("options", "s"), [({}, 1.0), ({"alpha": 6.0}, 2.0), ({"alpha": 6.0, "rslora": True}, 6 / math.sqrt(3))])
+def test_linear(options: dict, s: float) -> None:
+    adapter = trained(LoRA(rank=3, **options), LINEAR)
+    base = nn.Linear(7, 5).double()
+    x = torch.randn(2, 4, 7, dtype=torch.float64)
+    weight = base.weight + s * dense_change(adapter, LINEAR)
+    torch.testing.assert_close(adapter.output(x, base(x)), F.linear(x, weight, base.bias))
+    torch.testing.assert_close(adapter.weight(base.weight), weight)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (3, 1), "padding": (2, 0), "dilation": (2, 1)},
+        {"kernel_size": 3, "stride": 2, "groups": 2},
+        {"kernel_size": 3, "padding": "same", "groups": 4},
+    ],
+)
+def test_convolutions_of_every_geometry(geometry: dict) -> None:
+    base = nn.Conv2d(4, 8, **geometry).double()
+    site = conv_site(base)
+    adapter = trained(LoRA(rank=4, alpha=2.0), site)
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    weight = base.weight + 0.5 * dense_change(adapter, site)
+    expected = F.conv2d(x, weight, base.bias, base.stride, base.padding, base.dilation, base.groups)
+    torch.testing.assert_close(adapter.output(x, base(x)), expected)
+    torch.testing.assert_close(adapter.weight(base.weight), weight)
+
+
+def test_embedding_rows_by_id() -> None:
+    adapter = trained(LoRA(rank=2, alpha=1.0), TABLE)
+    table = nn.Embedding(9, 4).double()
+    ids = torch.tensor([[0, 8, 3], [3, 3, 1]])
+    weight = table.weight.clone()
+    for i in range(9):
+        for o in range(4):
+            weight[i, o] += 0.5 * sum(adapter.down[i, r] * adapter.up[o, r] for r in range(2))
+    torch.testing.assert_close(adapter.output(ids, table(ids)), F.embedding(ids, weight))
+    torch.testing.assert_close(adapter.weight(table.weight), weight)
+
+
+@pytest.mark.parametrize("site", [LINEAR, TABLE, conv_site(nn.Conv2d(4, 8, 3, groups=2))])
+def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(site: WeightSite) -> None:
+    method = LoRA(rank=4)
+    adapter = method.build(site)
+    weight = torch.randn(site.weight_shape)
+    assert torch.equal(adapter.weight(weight), weight)
+    assert adapter.down.abs().min() > 0
+    assert method.count(site) == sum(p.numel() for p in adapter.parameters())
+
+
+def test_dropout_acts_on_the_input_in_training_only() -> None:
+    adapter = trained(LoRA(rank=3, dropout=0.5), LINEAR)
+    x, y = torch.randn(64, 7, dtype=torch.float64), torch.zeros(64, 5, dtype=torch.float64)
+    assert torch.equal(adapter.output(x, y), adapter.output(x, y))
+    adapter.train()
+    torch.manual_seed(1)
+    got = adapter.output(x, y)
+    torch.manual_seed(1)
+    mask = F.dropout(torch.ones_like(x), 0.5)  # 0 or 2
+    torch.testing.assert_close(got, (mask * x) @ adapter.down.T @ adapter.up.T)
+    assert set(mask.unique().tolist()) == {0.0, 2.0}
+
+
+def test_ranks_and_alphas_by_role_and_by_name() -> None:
+    method = LoRA(
+        rank=8, alpha=4.0, ranks={"mlp": 2, "mlp.out": 3, "name:special": 5}, alphas={"mlp.out": 6.0, "name:special": 10.0}
+    )
+    rows = {("attn.q", "a"): (8, 4.0, 0.5), ("mlp.in", "a"): (2, 4.0, 2.0), ("mlp.out", "a"): (3, 6.0, 2.0)}
+    rows[("mlp.out", "special")] = (5, 10.0, 2.0)
+    for (role, name), (rank, alpha, s) in rows.items():
+        assert (method.rank_at(role, name), method.alpha_at(role, name), method.scaling_at(role, name)) == (rank, alpha, s)
+        built = method.build(WeightSite(name=name, role=role, path="l", d_out=5, d_in=7))
+        assert (built.down.shape[0], built.scaling) == (rank, s)
+    assert LoRA(rank=8, ranks={"mlp": 2}).scaling_at("mlp.in") == 1
+
+
+def test_the_draws_of_a() -> None:
+    site = WeightSite(name="l", role="mlp.in", path="l", d_out=4, d_in=400)
+    torch.manual_seed(0)
+    kaiming = LoRA(rank=64).build(site).down
+    assert kaiming.abs().max() <= 1 / math.sqrt(400)  # a = √5 gives U(−1/√d_in, 1/√d_in)
+    assert kaiming.std().item() == pytest.approx(1 / math.sqrt(3 * 400), rel=0.02)
+    assert LoRA(rank=64, init="gaussian").build(site).down.std().item() == pytest.approx(1 / 64, rel=0.02)
+
+
+def test_lora_plus_gives_b_its_own_rate() -> None:
+    parts = [(s, LoRA(rank=2).build(s)) for s in (LINEAR, TABLE)]
+    down, up = LoRA(rank=2, up_ratio=16).groups(parts)
+    assert (down["lr_scale"], up["lr_scale"]) == (1.0, 16)
+    assert [p is a.down for p, (_, a) in zip(down["params"], parts, strict=True)] == [True, True]
+    assert [p is a.up for p, (_, a) in zip(up["params"], parts, strict=True)] == [True, True]
+    assert len(LoRA(rank=2).groups(parts)) == 1
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"ranks": {"mlp": 0}}, {"dropout": 1.0}, {"init": "zeros"}])
+def test_options_out_of_range(options: dict) -> None:
+    with pytest.raises(ValueError, match=r"^lora: "):
+        LoRA(**options)
+
+
+def test_groups_must_divide_the_rank() -> None:
+    with pytest.raises(ValueError, match=r"rank 3 must divide by the convolution's 2 groups; give ranks=\{'conv': …\}"):
+        LoRA(rank=3).build(conv_site(nn.Conv2d(4, 8, 3, groups=2)))
