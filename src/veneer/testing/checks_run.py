@@ -13,8 +13,13 @@ from ..injection.attachment import Attachment
 from .case import Case, close, different, loss, run, same
 from .records import Skip
 
-SWITCHES = ("enable_gradient_checkpointing", "gradient_checkpointing_enable", "set_grad_checkpointing")
-"""What the libraries call turning gradient checkpointing on: diffusers, transformers, timm."""
+SWITCHES = (
+    "enable_gradient_checkpointing",
+    "activation_checkpointing_enable",
+    "gradient_checkpointing_enable",
+    "set_grad_checkpointing",
+)
+"""What the libraries call turning gradient checkpointing on: diffusers, transformers (from 5 on, and before), timm."""
 
 
 def batch_rows_are_independent(case: Case) -> None:
