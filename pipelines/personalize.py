@@ -46,6 +46,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     pipe = bases.load(config.base).to(accelerator.device)
     targets.freeze(pipe)
     kind = family(pipe, truncate=config.truncate)
+    config = config.worded(labels=not kind.text_towers)
     digest = base_digest(kind)
     resolution = config.resolution or kind.resolution
     prior = _prior(config, kind, out, accelerator)

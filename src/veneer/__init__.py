@@ -6,6 +6,9 @@ tuned.save("my-adapter")
 veneer.load(model, "my-adapter.safetensors")
 """
 
+# The packages first: loading one later would put it in the place of the registry of its name.
+from . import hosts as _host_files  # noqa: F401
+from . import methods as _method_files  # noqa: F401
 from .formats import load
 from .injection import Attachment, attach, attachments, hosts, methods, sites
 

@@ -114,7 +114,7 @@ def help_of(config: type) -> dict[str, str]:
     block = "\n".join(itertools.takewhile(lambda line: not line or line.startswith(" "), body.splitlines()))
     entries = list(start.finditer(block))
     found = {}
-    for entry, after in zip(entries, [*entries[1:], None], strict=True):
+    for entry, after in itertools.zip_longest(entries, entries[1:]):
         sentence = " ".join(block[entry.end() : after.start() if after else len(block)].split()).rstrip(".")
         for name in re.split(r"`?,\s+`?", entry.group(1)):
             found.setdefault(name, sentence)

@@ -18,6 +18,9 @@ from veneer.training.config import TrainConfig
 from veneer.training.noise import NoiseOptions
 from veneer.training.objectives import ObjectiveOptions
 
+LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
+"""Captions, prompts and unrelated prompts of bases that read ImageNet labels: the last are the first classes of DiT's own samples."""
+
 WITHOUT_EFFECT = (
     "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "unrelated", "eval_seeds",
     "features", "check", "out", "truncate",
@@ -160,14 +163,22 @@ class PersonalizeConfig:
             raise VeneerError("no concept: say which word the photos are to teach, such as --concept '<toy>'.")
         preset = bases.preset(self.base)
         names = targets.split_methods(self.method)
-        for name, theirs in (("template", preset.templates), ("prompts", preset.previews), ("unrelated", preset.unrelated)):
-            usual[name] = getattr(self, name) or theirs
         known = {name: dict(preset.training.get(name, {})) for name in names}
         usual["where"] = self.where or next((tuple(m["where"]) for m in known.values() if "where" in m), None)
         usual["steps"] = self.steps or max(int(m.get("steps", 500)) for m in known.values())
-        usual["options"] = {n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}
+        usual["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
         usual["out"] = self.out or new_folder(Path("runs"), f"{_plain(usual.get('concept', self.concept))}-{self.method}")
         return dataclasses.replace(self, **usual)
+
+    def worded(self, labels: bool) -> PersonalizeConfig:
+        """The same with the captions and prompts that are usual for the base, where none are given.
+
+        Args:
+            labels: the base reads class labels in the place of text.
+        """
+        preset = bases.Preset(*LABELS) if labels else bases.preset(self.base)
+        usual = {"template": preset.templates, "prompts": preset.previews, "unrelated": preset.unrelated}
+        return dataclasses.replace(self, **{name: getattr(self, name) or theirs for name, theirs in usual.items()})
 
     def rates(self) -> dict[str, float]:
         """Method name to learning rate: as given, else the base's usual, else the method's own."""
