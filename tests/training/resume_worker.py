@@ -25,8 +25,19 @@ from torch import Tensor, nn
 from veneer.training.loop import TrainConfig, Trainer
 from veneer.training.seeds import generator
 
-CONFIG = dict(steps=40, batch=2, accumulation=2, learning_rate=0.02, schedule="cosine", warmup=5, ema=0.99, seed=3,
-              checkpoint_every=4, keep_checkpoints=2, tracker="none")  # fmt: skip
+CONFIG: dict[str, Any] = {
+    "steps": 40,
+    "batch": 2,
+    "accumulation": 2,
+    "learning_rate": 0.02,
+    "schedule": "cosine",
+    "warmup": 5,
+    "ema": 0.99,
+    "seed": 3,
+    "checkpoint_every": 4,
+    "keep_checkpoints": 2,
+    "tracker": "none",
+}
 
 
 @dataclass
@@ -38,6 +49,7 @@ class Job:
         seconds: time after the start at which all processes are killed from outside.
         config: changes to `CONFIG`.
         dropout: of the model.
+        model: `tiny`, or `pipeline` for the one of `kill_points`.
     """
 
     folder: str
@@ -48,6 +60,7 @@ class Job:
     seconds: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
     dropout: float = 0.2
+    model: str = "tiny"
 
 
 class Tiny(nn.Module):
@@ -116,10 +129,20 @@ def train(job: Job, rank: int, port: int) -> None:
         )
         os.environ.update(ACCELERATE_USE_CPU="true", LOCAL_WORLD_SIZE=str(job.processes))
     event = count_down(job, rank)
-    trainer = trainer_of(Path(job.folder), TrainConfig(**{**CONFIG, **job.config}), job.dropout, event)
+    make = maker(job.model)
+    trainer = make(Path(job.folder), TrainConfig(**{**CONFIG, **job.config}), job.dropout, event)
     trainer.fit(resume=True)
     if job.processes > 1:
         torch.distributed.destroy_process_group()
+
+
+def maker(model: str) -> Callable[..., Trainer]:
+    """What makes the trainer of a job."""
+    if model == "tiny":
+        return trainer_of
+    from .kill_points import pipeline_trainer
+
+    return pipeline_trainer
 
 
 def start(job: Job, rank: int, port: int) -> int:
@@ -161,6 +184,7 @@ def run(job: Job, port: int) -> list[int]:
 def main() -> None:
     for line in sys.stdin:
         port, job = json.loads(line)
+        maker(job.get("model", "tiny"))  # imported here, before the forks
         print(json.dumps(run(Job(**job), port)), flush=True)
 
 

@@ -22,7 +22,8 @@ from .resume_worker import CONFIG, Job
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="the worker forks its processes, which this system cannot")
 pytestmark = FORKS
 
-LAST = f"checkpoint-{CONFIG['steps']:06d}"
+STEPS = CONFIG["steps"]
+LAST = f"checkpoint-{STEPS:06d}"
 
 
 class Worker:
@@ -71,11 +72,12 @@ def uninterrupted(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> d
     return folders
 
 
-def final(folder: Path) -> dict[str, object]:
+def final(folder: Path, steps: int = STEPS) -> dict[str, object]:
     """Everything that the last checkpoint holds, but for the time it took."""
-    state = json.loads((folder / LAST / "state.json").read_text())
+    last = folder / f"checkpoint-{steps:06d}"
+    state = json.loads((last / "state.json").read_text())
     del state["values"]["seconds"]
-    return {"state": state, **{path.name: path.read_bytes() for path in sorted((folder / LAST).glob("*.safetensors"))}}
+    return {"state": state, **{path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))}}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
