@@ -19,7 +19,7 @@ from veneer.training.noise import NoiseOptions
 from veneer.training.objectives import ObjectiveOptions
 
 LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
-"""Captions, prompts and unrelated prompts of bases that read ImageNet labels: the last are the first classes of DiT's own samples."""
+"""Captions, prompts and unrelated prompts of bases that read ImageNet labels: the last are four of DiT's samples."""
 
 WITHOUT_EFFECT = (
     "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "unrelated", "eval_seeds",
