@@ -52,6 +52,9 @@ class Embeddings(Format):
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         tensors = {key: t[None] if t.ndim == 1 else t for key, t in file.tensors(finite=options.strict).items()}
+        order = file.json(TOKENS)
+        if isinstance(order, list) and all(isinstance(t, str) for t in order) and sorted(order) == sorted(tensors):
+            tensors = {token: tensors[token] for token in order}  # the library sorts them by name
         places = [s for tower in towers_of(model) for s in tower.sites if isinstance(s, VocabularySite)]
         by_encoder = set(tensors) <= {*ENCODERS, ANY}
         tokens, note = _tokens(file, list(tensors), by_encoder, options)
