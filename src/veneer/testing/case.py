@@ -82,7 +82,8 @@ class Case:
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A new copy of the bare model."""
-        return fresh_model(self.host, self.model).to(dtype)
+        model = fresh_model(self.host, self.model)
+        return nn.Module.to(model, dtype)  # not the library's own `to`, which may keep parts in single precision
 
     def bare(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A new copy of the bare model, frozen as an attached one is: attention may pick its kernel by `requires_grad`."""

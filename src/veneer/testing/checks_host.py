@@ -149,7 +149,7 @@ def sample_is_a_fixed_batch_of_two(traced: Trace) -> None:
     outputs = run(traced.model, first)
     if not any(t.dim() and t.shape[0] == 2 for t in outputs):
         raise AssertionError(f"{traced.host.name}: sample() gives outputs {[tuple(t.shape) for t in outputs]}; make a batch of 2")
-    half = _copy(traced).to(torch.bfloat16)
+    half = nn.Module.to(_copy(traced), torch.bfloat16)
     if not all(torch.isfinite(t).all() for t in run(half, traced.host.sample(half))):
         raise AssertionError(f"{traced.host.name}: sample() gives no finite outputs in bfloat16")
 

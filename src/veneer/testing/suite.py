@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..injection.errors import UnsupportedSite
@@ -53,13 +53,16 @@ def check_host(host: HostLike, *, expected: Mapping[str, str] | None = None) -> 
     return Records(check.record(expected or {}) for check in host_checks(host))
 
 
-def parametrize_with_checks(subjects: Iterable[Subject], *, expected: Mapping[str, str] | None = None) -> Any:
+def parametrize_with_checks(
+    subjects: Iterable[Subject], *, expected: Mapping[str, str] | None = None, once: Collection[str] = ()
+) -> Any:
     """Decorate a test that takes `check` and calls it: one test a check.
 
     Args:
         subjects: methods, hosts, and pairs of a method and a host, as for `check_method` and `check_host`. A name that is
             both a method's and a host's means the method.
         expected: as for `check_method`; they become strict `xfail` marks with the reason.
+        once: names of checks that run on the first small model of a host only, such as the costly `compiles_to_one_graph`.
 
         @parametrize_with_checks([MyMethod(rank=2), "my_host", ("lora", "my_host")])
         def test_conformance(check):
@@ -67,8 +70,12 @@ def parametrize_with_checks(subjects: Iterable[Subject], *, expected: Mapping[st
     """
     import pytest
 
-    params = []
+    params, done = [], set()
     for check in (c for subject in subjects for c in _checks(subject)):
+        if check.name in once:
+            if (check.name, check.method, check.host) in done:
+                continue
+            done.add((check.name, check.method, check.host))
         reason = check.expected(expected or {})
         marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
         params.append(pytest.param(check, id=check.id, marks=marks))

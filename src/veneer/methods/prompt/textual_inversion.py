@@ -148,6 +148,11 @@ class TextualInversion(Method):
         """What each token begins as."""
         return (self.initialize,) * len(self.each) if isinstance(self.initialize, str) else tuple(self.initialize)
 
+    @classmethod
+    def examples(cls) -> tuple[TextualInversion, TextualInversion]:
+        """For bare models, which come without a tokenizer: ids beyond any small table."""
+        return cls(tokens=("<one>", "<two>"), ids=(90_000, 90_001)), cls(tokens="<three>", ids=(90_002,))
+
     def build(self, site: VocabularySite) -> TextualInversionAdapter:
         """Zero rows; they get their start values when attached.
 

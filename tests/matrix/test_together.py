@@ -1,0 +1,97 @@
+"""Two methods on one model: each acts as if the other's change had been written into the weights by hand."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from veneer.injection.attachment import Attachment, attachments
+from veneer.injection.host import Host
+from veneer.injection.method import Method
+from veneer.injection.registry import hosts, methods
+from veneer.injection.sites import ParamSite, WeightSite
+from veneer.testing.case import Case, close, run, same, stir, usable_sites
+from veneer.testing.snapshot import assert_same, snapshot
+
+FOLDED = "lora"
+
+
+def _case(method: str, host: Host, model: str) -> Case | None:
+    config, other = methods.get(method).examples()
+    sites = usable_sites(config, host, model)
+    return Case(config, host, model, sites, other) if sites else None
+
+
+def _found() -> list[Any]:
+    found = []
+    for name in hosts.names():
+        host = hosts.get(name)()
+        for model, second in itertools.product(host.tiny(), sorted({*methods.names()} - {FOLDED})):
+            pair = _case(FOLDED, host, model), _case(second, host, model)
+            if all(pair):
+                found.append(pytest.param(*pair, id=f"{FOLDED}-{second}-{name}-{model}"))
+    return found
+
+
+together = pytest.mark.parametrize(("first", "second"), _found())
+
+
+def _attach(model: nn.Module, case: Case, seed: int) -> Attachment:
+    attachment = case.attach(model, seed=seed)
+    stir(attachment, seed)
+    return attachment
+
+
+@together
+def test_both_equal_one_beside_weights_that_hold_the_other(first: Case, second: Case) -> None:
+    model, by_hand = first.fresh(torch.float64), first.fresh(torch.float64)
+    pair = [_attach(model, first, 1), _attach(model, second, 2)]
+    for (path, param), tensor in _changed(by_hand, pair[0]).items():
+        by_hand.get_submodule(path).get_parameter(param).data.copy_(tensor)
+    beside = _attach(by_hand, second, 2)
+    close(run(model, second.inputs(model, *pair)), run(by_hand, second.inputs(by_hand, beside)), 1e-5, "both attached")
+
+
+@together
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first leaves first", "second leaves first"])
+def test_each_is_alone_when_the_other_is_off_or_gone(first: Case, second: Case, order: tuple[int, int]) -> None:
+    cases = (first, second)
+    model = first.fresh()
+    before = snapshot(model)
+    pair = [_attach(model, case, seed) for seed, case in enumerate(cases)]
+    leaving, staying = order
+    alone = first.fresh()
+    inputs = cases[staying].inputs(alone, _attach(alone, cases[staying], staying))
+    expected = run(alone, inputs)
+    with pair[leaving].enabled(False):
+        same(run(model, inputs), expected, "the other one off")
+    pair[leaving].detach()
+    assert attachments(model) == [pair[staying]]
+    same(run(model, inputs), expected, "the other one gone")
+    pair[staying].detach()
+    assert_same(before, snapshot(model), "both gone")
+
+
+def _changed(model: nn.Module, attachment: Attachment) -> dict[tuple[str, str], Tensor]:
+    """W + ΔW of every adapted tensor of the bare model, rows where a site is a slice."""
+    found: dict[tuple[str, str], Tensor] = {}
+    with torch.no_grad():
+        for site, adapter in attachment.parts.values():
+            assert isinstance(site, (WeightSite, ParamSite))
+            change: Any = adapter
+            base = model.get_submodule(site.path).get_parameter(site.param)
+            whole = found.setdefault((site.path, site.param), base.clone())
+            rows = slice(*site.rows) if site.rows else slice(None)
+            whole[rows] = change.weight(base[rows])
+    return found
+
+
+def test_methods_are_pairs_here_only_where_they_fit() -> None:
+    assert issubclass(methods.get(FOLDED), Method)
+    pairs = {p.id for p in _found()}
+    assert {"lora-bitfit-timm_vit-vit", "lora-vpt-timm_vit-vit", "lora-textual_inversion-clip_text-t5"} <= pairs
+    assert "lora-vpt-timm_vit-beit" not in pairs
