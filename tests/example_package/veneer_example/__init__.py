@@ -1,0 +1,1 @@
+"""An example package: the method `gain` and the host `resmlp`."""
