@@ -31,7 +31,8 @@ def test_a_folder_gives_its_own_pipeline_class_in_float32(folder) -> None:
 
 
 def test_arguments_reach_the_pipeline(folder) -> None:
-    assert bases.load(str(folder), torch_dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    assert bases.load(str(folder), dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    assert bases.load(str(folder), torch_dtype=torch.float16).unet.dtype == torch.float16
 
 
 def test_a_missing_autoencoder_is_named(folder) -> None:
@@ -84,7 +85,7 @@ def test_a_single_file_is_no_base(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["no such base", "shiped", "/no/such/folder", "a/b/c"])
 def test_what_is_neither_folder_nor_hub_name(name) -> None:
-    with pytest.raises(bases.BaseError, match="expected 'shipped', a diffusers folder, or a hub name"):
+    with pytest.raises(bases.BaseError, match=r"expected 'shipped', a diffusers folder, or a hub name"):
         bases.load(name)
 
 
@@ -97,7 +98,7 @@ def test_the_hub_offline(monkeypatch) -> None:
 
 
 def test_the_clip_is_not_a_pipeline() -> None:
-    with pytest.raises(bases.BaseError, match="use veneer.bases.load_clip"):
+    with pytest.raises(bases.BaseError, match=r"use veneer\.bases\.load_clip"):
         bases.load("shipped_clip")
 
 
@@ -125,11 +126,17 @@ def test_a_preset_beside_the_base_replaces_what_it_names(folder) -> None:
     assert bases.preset(folder) == bases.Preset(resolution=32, templates=("my {concept}",), guidance_scale=3)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [('{"resolutoin": 32}', "unknown entry 'resolutoin'"), ('{"steps": "20"}', "steps is '20'"), ('{"steps": true}', "steps is True"),
-     ('{"templates": []}', "templates is"), ('{"resolution": 1.5}', "resolution is 1.5"), ('{"guidance_scale": "x"}', "guidance")],
-)  # fmt: skip
+MISTAKES = {
+    '{"resolutoin": 32}': "unknown entry 'resolutoin'",
+    '{"steps": "20"}': "steps is '20'",
+    '{"steps": true}': "steps is True",
+    '{"templates": []}': "templates is",
+    '{"resolution": 1.5}': "resolution is 1.5",
+    '{"guidance_scale": "x"}': "guidance_scale is 'x'",
+}
+
+
+@pytest.mark.parametrize(("text", "words"), MISTAKES.items())
 def test_a_preset_with_a_mistake(folder, text, words) -> None:
     (folder / "veneer.json").write_text(text)
     with pytest.raises(bases.BaseError, match=words):

@@ -16,7 +16,8 @@ def load(base: str | Path = "shipped", **kwargs: Any) -> Any:
 
     Args:
         base: `shipped`, a folder as `save_pretrained` writes it, or a hub name such as `owner/model`; a folder wins.
-        kwargs: to `DiffusionPipeline.from_pretrained`; `dtype` is float32 unless given, and only safetensors are read.
+        kwargs: to `DiffusionPipeline.from_pretrained`; `dtype` is float32 unless given, and only safetensors are
+            read.
     Returns:
         the pipeline, on the CPU.
     Raises:
@@ -28,7 +29,8 @@ def load(base: str | Path = "shipped", **kwargs: Any) -> Any:
 
     source = find(base)
     word = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
-    kwargs = {word: kwargs.pop("dtype", torch.float32), **kwargs, "use_safetensors": True}
+    older = kwargs.pop("torch_dtype", torch.float32)
+    kwargs = {word: kwargs.pop("dtype", older), **kwargs, "use_safetensors": True}
     if isinstance(source, Path):
         check_pipeline_folder(source, given=kwargs.keys())
         return DiffusionPipeline.from_pretrained(str(source), **kwargs)
