@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ from veneer.training.loop import TrainConfig, Trainer
 from .pictures import save
 
 CONFIG = {"steps": 10, "batch": 2, "accumulation": 1, "learning_rate": 0.01, "checkpoint_every": 3}
+
+
+@cache
+def warm_up() -> None:
+    """Import what a pipeline needs: once before the processes are forked, not in each."""
+    pipe = tiny_pipeline("sd")
+    family(pipe)
+    veneer.attach(pipe, "lora")
 
 
 def pipeline_trainer(
@@ -105,13 +114,14 @@ def main(points: int, seed: int, steps: int) -> int:
     config = {**CONFIG, "steps": steps}
     with tempfile.TemporaryDirectory() as scratch:
         worker = Worker(Path(scratch) / "stderr.txt")
+        worker.run(Job(str(Path(scratch) / "warm"), model="pipeline", config={**config, "steps": 1}))
         for processes in (1, 2):
             draw, whole = random.Random(seed + processes), Path(scratch) / f"whole-{processes}"
             began = time.monotonic()
             assert worker.run(Job(str(whole), processes, model="pipeline", config=config)) == [0] * processes
             seconds = time.monotonic() - began
             expected, trace = final(whole, steps), traced(whole)
-            ends[processes] = safetensors.torch.load_file(whole / f"checkpoint-{steps:06d}" / "weights.safetensors")
+            ends[processes] = _weights(worker, Path(scratch) / f"plain-{processes}", processes, config)
             print(f"{processes} process(es): {steps} steps in {seconds:.1f} s, {len(trace)} losses")
             for point in range(points):
                 folder = Path(scratch) / f"{processes}-{point}"
@@ -129,9 +139,18 @@ def main(points: int, seed: int, steps: int) -> int:
                 print(f"  {point + 1:2d}. {moment}: {found}: {'bitwise equal' if same else 'DIFFERS'}", flush=True)
         worker.close()
     apart = max((ends[1][name] - ends[2][name]).abs().max().item() for name in ends[1])
-    print(f"one and two processes differ by at most {apart:.2g} in the weights")
+    print(f"without dropout, one and two processes differ by at most {apart:.2g} in the weights")
     print(f"{2 * points} kill points, {wrong} differ")
     return wrong
+
+
+def _weights(worker: Any, folder: Path, processes: int, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The end of a run without dropout, which draws its masks per process."""
+    from .resume_worker import Job
+
+    job = Job(str(folder), processes, model="pipeline", config=config, dropout=0.0)
+    assert worker.run(job) == [0] * processes
+    return safetensors.torch.load_file(folder / f"checkpoint-{config['steps']:06d}" / "weights.safetensors")
 
 
 def main_cli(points: int, seed: int, steps: int, extra: list[str]) -> int:

@@ -137,11 +137,12 @@ def train(job: Job, rank: int, port: int) -> None:
 
 
 def maker(model: str) -> Callable[..., Trainer]:
-    """What makes the trainer of a job."""
+    """What makes the trainer of a job; what it imports is imported when this returns."""
     if model == "tiny":
         return trainer_of
-    from .kill_points import pipeline_trainer
+    from .kill_points import pipeline_trainer, warm_up
 
+    warm_up()
     return pipeline_trainer
 
 
