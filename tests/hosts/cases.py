@@ -172,7 +172,7 @@ def build(host: str, key: str) -> nn.Module:
     return model
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def case(host: str, key: str) -> Case:
     """A model with its sites and trace."""
     model, described = build(host, key), hosts.get(host)()

@@ -216,6 +216,17 @@ def test_a_host_that_fuses_or_rebuilds_after_attach_is_caught(change: object, wo
             act()
 
 
+def test_adapters_are_in_the_mode_of_the_host_that_they_join() -> None:
+    model = net()
+    tuned = attach(model, "lora", where="attn.{q,out}", rank=2, dropout=0.9)
+    stir(tuned)
+    assert torch.equal(run(model), run(model))
+    tuned.merge()
+    model.train()
+    tuned.unmerge()
+    assert all(adapter.training for _, adapter in tuned.parts.values())
+
+
 def test_names_count_up() -> None:
     model = net()
     names = [attach(model, "lora", where="attn.q", rank=2).name for _ in range(3)]

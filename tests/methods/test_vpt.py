@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from veneer.injection import UnsupportedSite, attach
+from veneer.injection import StateError, UnsupportedSite, attach
 from veneer.injection.registry import hosts
 from veneer.methods.prompt.vpt import VPT
 
@@ -112,7 +112,7 @@ def test_prompts_are_there_or_not() -> None:
     with tuned.enabled(False):
         assert torch.equal(model(picture()), bare(picture()))
     assert not torch.equal(model(picture()), bare(picture()))
-    with pytest.raises(Exception, match="strength must be 0 or 1, got 0.5"):
+    with pytest.raises(StateError, match=r"strength must be 0 or 1, got 0\.5"):
         tuned.scale = 0.5
 
 
