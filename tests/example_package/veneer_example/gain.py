@@ -31,8 +31,8 @@ class Gain(Method):
     Args:
         start: added to every gain; 0 begins as the base does.
     Counts: d_out per site.
-    Source: the rescaling of Liu et al., (IA)³, NeurIPS 2022, section 3.3. Deviation: it scales the weight, not the activation, so that
-    it merges also where there is a bias.
+    Source: the rescaling of Liu et al., (IA)³, NeurIPS 2022, section 3.3. Deviation: it scales the weight, not the
+    activation, so that it merges also where there is a bias.
     """
 
     name: ClassVar[str] = "gain"

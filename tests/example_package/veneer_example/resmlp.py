@@ -61,15 +61,15 @@ class ResMLPHost(Host):
             yield from _layer(f"{path}.down", block.down, "mlp.out", depth)
             read, write = Port(f"{path}.norm", "in"), Port(f"{path}.down", "out")
             width = block.down.out_features
-            yield BranchSite(name=f"{path}.mlp", role="mlp", depth=depth, tower="features", read=read, write=write, width=width)
+            yield BranchSite(name=f"{path}.mlp", role="mlp", depth=depth, read=read, write=write, width=width)
         port, width = Port("head", "in"), net.head.in_features
-        yield FeatureSite(name="head.features", role="features", tower="features", port=port, width=width, head="head")
+        yield FeatureSite(name="head.features", role="features", port=port, width=width, head="head")
         yield from _layer("head", net.head, "head")
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
-        weight: Tensor = model.get_parameter("stem.weight")
-        rows = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        return {"features": rows.to(weight)}
+        net: Any = model
+        rows = torch.randn(2, net.stem.in_features, generator=torch.Generator().manual_seed(0))
+        return {"features": rows.to(net.stem.bias)}
 
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         return {"resmlp": ResMLP, "deep": lambda: ResMLP(depth=4)}
@@ -77,7 +77,7 @@ class ResMLPHost(Host):
 
 def _layer(path: str, layer: nn.Linear, role: str, depth: int | None = None) -> Iterator[Site]:
     d_out, d_in = layer.weight.shape
-    yield WeightSite(name=path, role=role, depth=depth, tower="features", path=path, d_out=d_out, d_in=d_in)
+    yield WeightSite(name=path, role=role, depth=depth, path=path, d_out=d_out, d_in=d_in)
     yield _param(path, "bias", f"bias.{role}", layer.bias.shape, depth)
 
 
