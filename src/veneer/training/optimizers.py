@@ -26,6 +26,9 @@ FROM_CONFIG = ("params", "lr", "lr_scale", "name", "weight_decay")
 """Entries of a parameter group that the run's settings give; a checkpoint does not bring them back."""
 
 
+_PLAIN = (type(None), bool, int, float, str)
+
+
 class MissingExtra(VeneerError):
     """An optimiser whose package is not installed; the message names the extra."""
 
@@ -133,9 +136,9 @@ def _split(owner: str, entries: Mapping[str, Any], device: torch.device | None, 
         if isinstance(value, Tensor):
             tensors[f"{owner}:{key}"] = value
             values[key] = {"tensor": "parameter" if value.device == device else "cpu"}
-        elif value is None or isinstance(value, (bool, int, float, str)):
+        elif isinstance(value, _PLAIN):
             values[key] = value
-        elif isinstance(value, (list, tuple)) and all(isinstance(part, (bool, int, float, str)) for part in value):
+        elif isinstance(value, (list, tuple)) and all(isinstance(part, _PLAIN) for part in value):
             values[key] = list(value)
         else:
             raise TrainError(f"the optimiser keeps {key!r} of {owner} as {type(value).__name__}, which cannot be saved")

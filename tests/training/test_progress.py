@@ -1,0 +1,69 @@
+"""The event of a step, the line that shows it, and the time left."""
+
+import io
+
+import pytest
+import torch
+
+from veneer.training.progress import WINDOW, Pace, Progress, ProgressLine, clock, peak_memory
+
+
+def event(step, steps=100, left=75.0):
+    return Progress(step, steps, 0.5, 0.25, 1e-4, 1.0, 10.0, left, 3 * 2**29)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (3661, "1:01:01")])
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_event_as_a_line():
+    assert str(event(7)) == "step 7/100  loss 0.2500  lr 1.00e-04  1:15 left  1.5 GiB"
+    assert "left" not in str(event(1, left=None))
+
+
+def test_time_left_is_the_mean_of_the_last_steps():
+    """A slow first hundred steps is forgotten after `WINDOW` quick ones."""
+    times = iter([*(10.0 * i for i in range(100)), *(990.0 + 0.5 * i for i in range(1, WINDOW + 1))])
+    pace = Pace(lambda: next(times))
+    assert pace.left(99) is None
+    assert pace.left(98) == pytest.approx(980)
+    for _ in range(98):
+        pace.left(0)
+    for _ in range(WINDOW - 1):
+        pace.left(0)
+    assert pace.left(20) == pytest.approx(10.0)
+
+
+def test_log_shows_first_and_last_and_few_between():
+    stream = io.StringIO()
+    line = ProgressLine(stream, seconds=3600)
+    for step in range(1, 101):
+        line(event(step))
+    assert [text.split()[1] for text in stream.getvalue().splitlines()] == ["1/100", "100/100"]
+
+
+def test_terminal_rewrites_one_line():
+    stream = Terminal()
+    line = ProgressLine(stream)
+    line.seconds = 0
+    line(event(1, left=3600 * 10))
+    line(event(2, left=1))
+    line(event(100))
+    first, second, last = stream.getvalue().split("\r")[1:]
+    assert len(second) == len(first)  # padded, so that nothing of the longer line stays
+    assert second.startswith("step 2/100")
+    assert last.endswith("\n")
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_peak_memory_of_this_process():
+    before = peak_memory(torch.device("cpu"))
+    keep = torch.ones(before // 4 + 25 * 2**20)  # 100 MiB more than the peak
+    assert peak_memory(torch.device("cpu")) >= before + 50 * 2**20
+    del keep

@@ -1,0 +1,53 @@
+"""Records of a run in TensorBoard's own files, and trackers that are unknown or missing."""
+
+import logging
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from veneer.training import tracking as module
+from veneer.training.config import TrainConfig, TrainError
+from veneer.training.tracking import choose, tracking
+
+from .resume_worker import trainer_of
+
+
+def scalars(folder, tag):
+    events = EventAccumulator(str(folder / "logs" / "veneer"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def test_tensorboard_by_default(tmp_path):
+    result = trainer_of(tmp_path, TrainConfig(steps=4, log_every=2), 0.0).fit()
+    losses = scalars(tmp_path, "loss")
+    assert losses == {2: pytest.approx(result.losses[1]), 4: pytest.approx(result.losses[3])}
+    assert scalars(tmp_path, "learning_rate") == {2: pytest.approx(1e-4), 4: pytest.approx(1e-4)}
+    assert set(scalars(tmp_path, "gradient_norm")) == {2, 4}
+
+
+def test_resumed_records_replace_those_after_the_checkpoint(tmp_path):
+    with tracking("tensorboard", tmp_path, {}) as record:
+        for step in (1, 2, 3):
+            record({"loss": 10.0 + step}, step)
+    with tracking("tensorboard", tmp_path, {}, step=2) as record:
+        record({"loss": 23.0}, 3)
+    assert scalars(tmp_path, "loss")[3] == 23.0
+
+
+def test_none_writes_nothing(tmp_path):
+    with tracking("none", tmp_path, {}) as record:
+        record({"loss": 1.0}, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_tracker_lists_the_known(tmp_path):
+    with pytest.raises(TrainError, match=r"tracker 'tensorbord' is unknown; expected none, or any of .*tensorboard"):
+        choose("tensorbord")
+
+
+def test_missing_package_is_told_and_training_goes_on(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(module, "get_available_trackers", lambda: [])
+    with caplog.at_level(logging.WARNING), tracking("tensorboard", tmp_path, {}) as record:
+        record({"loss": 1.0}, 1)
+    assert "tracker tensorboard is off: its package is not installed" in caplog.text
