@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ class BenchConfig:
     Args:
         size: `tiny` (seconds; only shows that it runs), `small` (a UNet of SD's real widths, cut to two levels) or `sd15` (the
             whole UNet of SD 1.5 at 32×32 latents).
+        latent: side of the UNet's input in latents, divisible by 8; the size's own if it is left out.
         rows: what to time: `denoiser`, `attach`, `few-photos`.
         rounds: timings of each contender.
         clock: `wall` time, or `cpu` time of this process over all its threads: for one thread on a machine that is shared.
@@ -50,6 +51,7 @@ class BenchConfig:
     """
 
     size: Literal["tiny", "small", "sd15"] = "small"
+    latent: int | None = None
     rows: tuple[str, ...] = ("denoiser", "attach", "few-photos")
     rounds: int = 7
     clock: Literal["wall", "cpu"] = "wall"
@@ -67,6 +69,8 @@ class BenchConfig:
                 raise BenchError(f"bench: {name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
         if not self.rows or not set(self.rows) <= set(ROWS):
             raise BenchError(f"bench: rows are {', '.join(self.rows) or 'none'}; expected some of {', '.join(ROWS)}")
+        if self.latent is not None and (self.latent < 8 or self.latent % 8):
+            raise BenchError(f"bench: latent is {self.latent}; expected a multiple of 8")
         if self.rounds < 1 or self.rank < 1:
             raise BenchError(f"bench: rounds is {self.rounds} and rank is {self.rank}; expected at least 1")
 
@@ -98,7 +102,9 @@ def bench(config: BenchConfig) -> BenchResult:
     Raises:
         BenchError: contenders that would do different work.
     """
-    shape, outcomes = SHAPES[config.size], []
+    shape, outcomes = SHAPES[config.size], list[Outcome]()
+    if config.latent is not None:
+        shape = replace(shape, latent=config.latent)
     print(table.HEAD, flush=True)
     with tempfile.TemporaryDirectory(prefix="veneer-bench-") as scratch:
         for row in config.rows:

@@ -154,6 +154,7 @@ def test_without_peft_the_rest_is_timed_and_it_says_so(
         ({"size": "huge"}, "tiny, small, sd15"),
         ({"rows": ("attach", "sites")}, "denoiser, attach, few-photos"),
         ({"rows": ()}, "rows are none"),
+        ({"latent": 12}, "multiple of 8"),
         ({"rounds": 0}, "at least 1"),
         ({"clock": "sun"}, "wall, cpu"),
     ],
