@@ -9,6 +9,7 @@ import timm
 import torch
 
 from tests.training.clips import TINY, Shipped, picture, tiny_open_clip
+from veneer import bases
 from veneer.injection.errors import VeneerError
 from veneer.testing.tokenizers import clip_tokenizer
 from veneer.training.features import features, of_clip
@@ -123,3 +124,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(VeneerError, match="neither 'shipped', a folder of open_clip, timm or transformers CLIP"):
         features(tmp_path)
+
+
+def test_the_shipped_clip(tmp_path, monkeypatch):
+    """From a folder laid out as the package's own."""
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {"size": [32, 32]}}))
+    safetensors.torch.save_file(tiny_open_clip().state_dict(), tmp_path / "open_clip_model.safetensors")
+    monkeypatch.setattr(bases.features, "path", lambda _: tmp_path)
+    found = features("shipped")
+    assert found.name == "shipped CLIP"
+    assert found.pictures([picture(1)]).shape == (1, 24)
+    assert not torch.equal(*found.texts(["a dog", "a cat"]))

@@ -68,6 +68,7 @@ def features(model: Any = "shipped", device: str | torch.device = "cpu") -> Feat
         model: `shipped` (the package's own CLIP); a folder of timm, open_clip or transformers CLIP (told apart by its config); a
             name with its library, such as `timm:vit_small_patch16_224.dino` or `open_clip:ViT-B-32/laion2b_s34b_b79k` or
             `transformers:openai/clip-vit-base-patch32`; an object like `Clip`; or a `Features`.
+        device: where a model that is loaded here is put; objects stay where they are.
     Raises:
         VeneerError: a name without library, or a folder or object that is none of these.
     """
@@ -78,7 +79,9 @@ def features(model: Any = "shipped", device: str | torch.device = "cpu") -> Feat
     if model == "shipped":
         from .. import bases
 
-        return of_clip(bases.load_clip(), "shipped CLIP")
+        clip = bases.load_clip()
+        clip.model.to(device)
+        return of_clip(clip, "shipped CLIP")
     library, name = _library(model)
     return LIBRARIES[library](name, torch.device(device))
 
