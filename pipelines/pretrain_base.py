@@ -8,8 +8,8 @@ stage alone with `--stage`. The committed weights came from this file.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from veneer.bases.recipe import autoencoder, cards, clip, diffusion, evaluate, p
 from veneer.bases.recipe.compose import draw_scenes
 from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, UNSEEN_SET
 from veneer.bases.recipe.world import World
+from veneer.injection.errors import VeneerError
 
 POOL = 65536
 WATCHED = 192
@@ -34,7 +35,7 @@ class PretrainConfig:
     Args:
         work: folder for everything that is fetched, rendered and trained.
         stage: one of the stages, or `all`.
-        vae_steps, clip_steps, unet_steps: optimiser steps.
+        vae_steps, clip_steps, unet_steps, decoder_steps: optimiser steps.
         unet_decay: steps at the end over which the UNet's rate falls to zero; 0 leaves it constant.
         muon_lr, adam_lr: the UNet's learning rates, for matrices and for the rest.
         bases: folder that gets the packaged bases; the package's own unless given.
@@ -42,11 +43,12 @@ class PretrainConfig:
         seeds: how many pictures of each prompt are judged.
     """
 
-    work: Path
+    work: Path = Path("runs/base")
     stage: str = "all"
     vae_steps: int = 3000
     clip_steps: int = 6000
     unet_steps: int = 16000
+    decoder_steps: int = 2000
     unet_decay: int = 4000
     muon_lr: float = 8e-3
     adam_lr: float = 2e-3
@@ -62,6 +64,16 @@ def train_vae(world: World, config: PretrainConfig) -> None:
     vae.save_pretrained(folder / "model")
     kept, style = autoencoder.psnr(vae, world.unseen_pictures(512)), autoencoder.psnr(vae, world.unseen_style(512))
     print(f"vae: {kept:.2f} dB on kept-back concepts, {style:.2f} dB on an unseen style")
+
+
+def train_decoder(world: World, config: PretrainConfig) -> None:
+    """The decoder once more, at the latents that the UNet has learnt."""
+    folder = world.folder / "vae"
+    vae = AutoencoderKL.from_pretrained(folder / "model")
+    autoencoder.refine(folder / "decoder", vae, world.pictures, config.decoder_steps, batch=24, lr=1e-3)
+    vae.save_pretrained(folder / "refined")
+    kept, style = autoencoder.psnr(vae, world.unseen_pictures(512)), autoencoder.psnr(vae, world.unseen_style(512))
+    print(f"decoder: {kept:.2f} dB on kept-back concepts, {style:.2f} dB on an unseen style")
 
 
 def train_clip(world: World, config: PretrainConfig) -> None:
@@ -114,23 +126,23 @@ def measure(world: World, config: PretrainConfig) -> None:
 
 
 STAGES: dict[str, Callable[[World, PretrainConfig], None]] = {
-    "vae": train_vae, "clip": train_clip, "unet": train_unet, "package": write_bases, "evaluate": measure,
-}  # fmt: skip
+    "vae": train_vae,
+    "clip": train_clip,
+    "unet": train_unet,
+    "decoder": train_decoder,
+    "package": write_bases,
+    "evaluate": measure,
+}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the stages."""
-    parser = argparse.ArgumentParser(prog="veneer pretrain-base", description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder for everything fetched, rendered and trained")
-    parser.add_argument("--stage", choices=["all", *STAGES], default="all")
-    for name in ("vae_steps", "clip_steps", "unet_steps", "unet_decay"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(PretrainConfig, name))
-    for name in ("muon_lr", "adam_lr"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(PretrainConfig, name))
-    for name in ("bases", "results"):
-        parser.add_argument(f"--{name}", type=Path, default=getattr(PretrainConfig, name))
-    parser.add_argument("--seeds", type=int, default=PretrainConfig.seeds)
-    config = PretrainConfig(**vars(parser.parse_args(arguments)))
+def pretrain_base(config: PretrainConfig) -> None:
+    """Run the stages.
+
+    Raises:
+        VeneerError: no such stage.
+    """
+    if config.stage not in ("all", *STAGES):
+        raise VeneerError(f"stage is {config.stage!r}; there are: all, {', '.join(STAGES)}.")
     world = World(config.work)
     for name, stage in STAGES.items():
         if config.stage in ("all", name):
@@ -138,4 +150,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from veneer.cli import main
+
+    sys.exit(main(["pretrain-base", *sys.argv[1:]]))

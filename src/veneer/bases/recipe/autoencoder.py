@@ -6,6 +6,7 @@ the training; the decoder learns on crops, then on whole frames.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,30 @@ def train(folder: Path, pictures: Callable[[int, int], Pixels], steps: int, batc
     run.train(loss, steps)
     vae.load_state_dict(run.averaged())
     return standardise(vae, to_tensor(pictures(0, 1024)))
+
+
+def refine(
+    folder: Path, vae: AutoencoderKL, pictures: Callable[[int, int], Pixels], steps: int, batch: int, lr: float
+) -> AutoencoderKL:
+    """Train the decoder further on whole frames, at fixed latents: what was trained on them stays as it is."""
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    run = Run(
+        folder, vae.decoder, [torch.optim.AdamW(vae.decoder.parameters(), lr=lr, betas=(0.9, 0.99))], cosine(steps), decay=0.998
+    )
+    run.resume()
+
+    def loss(step: int) -> Tensor:
+        x = to_tensor(pictures(step + 100_000, batch)).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean = vae.encode(x).latent_dist.mean
+            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+            y = vae.decoder(vae.post_quant_conv(mean + math.exp(LOGVAR / 2) * noise)).float()
+        return reconstruction_loss(y, x)
+
+    run.train(loss, steps)
+    vae.decoder.load_state_dict(run.averaged())
+    return vae
 
 
 @torch.no_grad()

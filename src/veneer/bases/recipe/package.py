@@ -19,11 +19,11 @@ LIMIT = 24_000_000
 
 def pipeline(world: World) -> Any:
     """The pipeline with the averaged weights of the latest checkpoint, in float32."""
-    tokens = world.tokenizer
+    tokens, vae = world.tokenizer, world.folder / "vae"
     model = diffusion.Denoiser(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
     model.load_state_dict(averaged(world.folder / "unet"))
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(world.folder / "vae" / "model"),
+        vae=AutoencoderKL.from_pretrained(next(f for f in (vae / "refined", vae / "model") if f.is_dir())),
         text_encoder=model.text.eval(),
         tokenizer=tokens,
         unet=model.unet.eval(),
