@@ -32,18 +32,15 @@ def _sd35() -> nn.Module:
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=24,
-        caption_projection_dim=16, pooled_projection_dim=20, pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,),
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=20,
+        pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,),
     )  # fmt: skip
 
 
 def _fused(host: str, key: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         model = hosts.get(host)().tiny()[key]()
-        for module in model.modules():
-            if hasattr(module, "_supports_qkv_fusion"):
-                # 0.42 reads `use_bias` where a projection has none to copy; its own `fuse_projections` needs no gradients.
-                break
         model.fuse_qkv_projections()
         return model
 
@@ -104,7 +101,8 @@ def _hidden_text_model() -> nn.Module:
 
 
 SIMPLE = {
-    "down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"), "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "up_block_types": ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"), "resnet_time_scale_shift": "scale_shift",
 }  # fmt: skip
 UNCOMMON: dict[tuple[str, str], Callable[[], nn.Module]] = {

@@ -31,8 +31,8 @@ FLUX_DEV: dict[str, Any] = {
     "axes_dims_rope": [16, 56, 56],
 }  # fmt: skip
 PIXART_ALPHA: dict[str, Any] = {
-    "sample_size": 128, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,
-    "cross_attention_dim": 1152, "patch_size": 2, "caption_channels": 4096, "norm_type": "ada_norm_single",
+    "sample_size": 128, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8,
+    "num_layers": 28, "cross_attention_dim": 1152, "patch_size": 2, "caption_channels": 4096, "norm_type": "ada_norm_single",
 }  # fmt: skip
 DIT_XL_2: dict[str, Any] = {
     "sample_size": 32, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,

@@ -1,8 +1,10 @@
 """Coverage is seen before anything is trained."""
 
-from veneer.injection import attach
+import dataclasses
 
-from .toy import net
+from veneer.injection import attach, hosts
+
+from .toy import ToyHost, net
 
 
 def test_blocks_that_lack_a_role_are_shown() -> None:
@@ -33,3 +35,19 @@ def test_counts_are_the_parameters() -> None:
     assert f"66 trainable = {6600 / base:.3f} % of {base}" in str(report)
     with_norm = attach(net(), "lora", where="attn.q", rank=2, train="norm").report()
     assert with_norm.trainable == 24 + 6
+
+
+def test_a_level_outside_blocks_counts_as_covered_by_any_of_its_sites() -> None:
+    class Levels(ToyHost):
+        def sites(self, *args: object) -> object:
+            for site in super().sites(*args):
+                yield dataclasses.replace(site, stage={"conv": "down", "head": "up"}.get(site.role))
+
+    hosts.unregister("toy")
+    hosts.register(Levels)
+    report = attach(net(), "lora", where="attn.q", rank=2).report()
+    assert {(r.stage, r.block, r.lacking) for r in report.uneven} == {
+        ("down", "0", ("attn.q",)), ("", "2", ("attn.q",)), ("up", "", ("attn.q",)),
+    }  # fmt: skip
+    report = attach(net(), "lora", where="attn.q head", rank=2).report()
+    assert ("up", "", ("head",), ()) in [(r.stage, r.block, r.roles, r.lacking) for r in report.rows]

@@ -16,7 +16,7 @@ Block = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Row:
-    """One block: what is adapted there, and which of the selected roles it lacks."""
+    """One block, or one level outside its blocks (`block` is empty): what is adapted, which of the selected roles it lacks."""
 
     tower: str
     stage: str
@@ -32,7 +32,7 @@ class Report:
 
     Attributes:
         inert: names of adapted sites whose effect the architecture cancels or drops; trained for nothing.
-        rows: one a block, in the model's order; blocks that offer the method a site and got none are listed too.
+        rows: one a block, in the model's order; blocks and levels that offer the method a site and got none are listed too.
         sites, trainable, stored: counts; `stored` is the number of saved values.
         base: parameters of the touched towers without adapters.
     """
@@ -56,7 +56,7 @@ class Report:
         """Look at an attachment."""
         blocks: dict[Block, list[tuple[Site, int]]] = {}
         for site in attachment.offered:
-            if site.depth is not None:
+            if site.depth is not None or site.stage:
                 blocks.setdefault(_block(site), [])
         for site, adapter in attachment.parts.values():
             count = sum(p.numel() for p in adapter.parameters())
@@ -65,7 +65,9 @@ class Report:
         for site, _ in attachment.parts.values():
             if site.depth is not None:
                 roles.setdefault(site.tower, set()).add(site.role)
-        rows = tuple(_row(block, found, roles) for block, found in blocks.items() if found or block[0] in roles)
+        covered = {block[:2] for block, found in blocks.items() if found}
+        shown = {b: found for b, found in blocks.items() if found or (b[0] in roles and (b[2] or b[:2] not in covered))}
+        rows = tuple(_row(block, found, roles) for block, found in shown.items())
         return cls(
             name=attachment.name,
             method=attachment.method.name,
@@ -101,5 +103,5 @@ def _block(site: Site) -> Block:
 def _row(block: Block, found: list[tuple[Site, int]], roles: dict[str, set[str]]) -> Row:
     tower, stage, depth = block
     here = {site.role for site, _ in found}
-    lacking = sorted(roles.get(tower, set()) - here) if depth else []
+    lacking = sorted(roles.get(tower, set()) - here) if depth or not found else []
     return Row(tower, stage, depth, tuple(sorted(here)), tuple(lacking), sum(n for _, n in found))
