@@ -41,7 +41,7 @@ def claim(tokenizer: Any, names: Sequence[str]) -> list[int]:
     Raises:
         ValueError: the tokenizer turns a token into something else; nothing has been added then.
     """
-    claims: dict[tuple[str, ...], int] = tokenizer.__dict__.setdefault(_CLAIMS, {})
+    claims: dict[tuple[str, ...], int] = tokenizer.__dict__.get(_CLAIMS, {})
     key = tuple(names)
     if key not in claims:
         tokenizer.add_tokens(list(names))
@@ -49,7 +49,7 @@ def claim(tokenizer: Any, names: Sequence[str]) -> list[int]:
         if bad:
             _remove(tokenizer, names)
             raise ValueError(f"the tokenizer does not keep {bad[0]!r} whole; choose a token in lower case, like '<toy>'")
-    claims[key] = claims.get(key, 0) + 1
+    tokenizer.__dict__[_CLAIMS] = {**claims, key: claims.get(key, 0) + 1}
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(names))
     return ids
 

@@ -50,7 +50,7 @@ class TextualInversionAdapter(Adapter):
         ids: Tensor = inputs[self.argument]
         count, inner = len(self.new_ids), ids.shape[1] - 2
         rows = ids[:1].repeat(max(len(ids), -(-count // inner)), 1)
-        middle = rows[:, 1:-1].flatten()
+        middle = rows[:, 1:-1].flatten().clone()
         middle[:count] = self.new_ids
         rows[:, 1:-1] = middle.view(-1, inner)
         return {**inputs, self.argument: rows}
