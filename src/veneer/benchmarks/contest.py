@@ -108,12 +108,17 @@ def interleave(contest: Contest, rounds: int, warmup: int = 1, clock: Callable[[
     if rounds < 1:
         raise ValueError(f"bench: rounds is {rounds}; expected at least 1")
     samples = []
-    for turn in range(-warmup, rounds):
-        start = turn % len(contest.contenders)
-        for contender in contest.contenders[start:] + contest.contenders[:start]:
-            seconds = _time(contender, contest.calls, clock)
-            if turn >= 0:
-                samples.append(Sample(contender.name, turn, seconds))
+    gc.collect()
+    gc.freeze()  # what is there already, millions of objects of the imported libraries, is not walked before each timing
+    try:
+        for turn in range(-warmup, rounds):
+            start = turn % len(contest.contenders)
+            for contender in contest.contenders[start:] + contest.contenders[:start]:
+                seconds = _time(contender, contest.calls, clock)
+                if turn >= 0:
+                    samples.append(Sample(contender.name, turn, seconds))
+    finally:
+        gc.unfreeze()
     return Outcome(contest.name, contest.what, tuple(samples), contest.pairs)
 
 
