@@ -11,8 +11,7 @@ import torch
 from veneer import bases
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
-from veneer.injection.attachment import Attachment
-from veneer.injection.errors import VeneerError
+from veneer.injection import Attachment, VeneerError
 from veneer.training import targets
 from veneer.training.previews import Preview, PreviewSettings, pairs, previews, save_png
 from veneer.training.sheets import Row, sheet

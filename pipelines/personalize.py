@@ -9,8 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from veneer import bases
-from veneer.injection.attachment import Attachment
-from veneer.injection.errors import VeneerError
+from veneer.injection import Attachment, VeneerError
 from veneer.training import targets
 from veneer.training.cache import Cache
 from veneer.training.captions import Captions

@@ -22,7 +22,7 @@ from veneer.bases.recipe import autoencoder, cards, clip, diffusion, evaluate, p
 from veneer.bases.recipe.compose import draw_scenes
 from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, UNSEEN_SET
 from veneer.bases.recipe.world import World
-from veneer.injection.errors import VeneerError
+from veneer.injection import VeneerError
 
 POOL = 65536
 WATCHED = 192

@@ -63,17 +63,12 @@ def test_injection_knows_torch_and_nothing_else() -> None:
 
 
 def test_hosts_import_their_library_inside_functions_only() -> None:
-    for path, package in files(SOURCE / "hosts", "veneer.hosts"):
+    known = {*sys.stdlib_module_names, "torch"}
+    for path, _ in files(SOURCE / "hosts", "veneer.hosts"):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [name for _, name in imported_by(node, package)]
-                assert all(n.split(".")[0] in {*sys.stdlib_module_names, "torch", "veneer"} for n in names), path.name
-
-
-def imported_by(node: ast.AST, package: str) -> list[tuple[int, str]]:
-    if isinstance(node, ast.ImportFrom) and node.level:
-        return [(node.lineno, package)]
-    return [(node.lineno, getattr(node, "module", None) or node.names[0].name)]  # type: ignore[attr-defined]
+            if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                assert {n.split(".")[0] for n in names} <= known, f"{path.name}:{node.lineno}"
 
 
 def test_no_method_names_a_host_or_a_model_and_no_host_a_method() -> None:
@@ -81,14 +76,14 @@ def test_no_method_names_a_host_or_a_model_and_no_host_a_method() -> None:
     hosts, methods = ({p.stem for p in (SOURCE / d).rglob("*.py") if not p.stem.startswith("_")} for d in ("hosts", "methods"))
     for folder, foreign in (("methods", hosts), ("hosts", methods)):
         for path, _ in files(SOURCE / folder, ""):
-            words = {
-                n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-            }
+            constants = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant))
+            words = {n.value for n in constants if isinstance(n.value, str)}
             assert words & foreign == set(), path.name
 
 
 @pytest.mark.parametrize("folder", ["pipelines", "apps"])
 def test_pipelines_and_apps_use_public_names(folder: str) -> None:
+    """No private names, no single host or method, of the registry only what `veneer.injection` gives."""
     wrong = []
     for path, package in files(ROOT / folder, f"veneer.{folder}"):
         for line, name in imported(path, package):

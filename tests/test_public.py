@@ -9,8 +9,8 @@ import veneer
 
 PUBLIC = ["Attachment", "attach", "attachments", "hosts", "load", "methods", "sites"]
 ATTACHMENT = [
-    "check", "detach", "enabled", "groups", "host_state_dict", "load_state_dict", "merge", "named_parameters", "parameters", "probe",
-    "report", "save", "scale", "state_dict", "unmerge",
+    "check", "detach", "enabled", "groups", "host_state_dict", "load_state_dict", "merge", "named_parameters", "parameters",
+    "probe", "report", "save", "scale", "state_dict", "unmerge",
 ]  # fmt: skip
 ROOT = Path(veneer.__file__).parent.parent.parent
 
