@@ -166,9 +166,9 @@ def _resolve(module: nn.Module, site: Any) -> None:
             f"{site.name}: described as {tuple(described)}, rows {site.rows}; the tensor is {tuple(parameter.shape)}"
         )
     if isinstance(site, WeightSite):
+        if not isinstance(module, KINDS[site.kind]):
+            raise AssertionError(f"{site.name}: kind '{site.kind}', but the module is a {type(module).__name__}")
         layer: Any = module
-        if not isinstance(layer, KINDS[site.kind]):
-            raise AssertionError(f"{site.name}: kind '{site.kind}', but the module is a {type(layer).__name__}")
         if site.kind == "conv":
             geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
             if geometry != (site.kernel, site.stride, site.padding, site.dilation, site.groups):

@@ -49,7 +49,7 @@ def scale_zero_equals_host(case: Case) -> None:
 def weight_form_equals_output_form(case: Case) -> None:
     """At every called site that has both, the module with W' = weight(W) gives what output(x, y) gives."""
     model, attachment = case.attached(torch.float64)
-    both = {n: (s, a) for n, (s, a) in attachment.parts.items() if _has_both(s, a)}
+    both: dict[str, tuple[Any, Any]] = {n: (s, a) for n, (s, a) in attachment.parts.items() if _has_both(s, a)}
     if not both:
         raise Skip(f"{case.method.name} has no two forms to compare")
     inputs = case.inputs(model, attachment)
