@@ -153,9 +153,11 @@ def _added(tokenizer: Any) -> list[str]:
 
 
 def _known(tokenizer: Any, concept: str) -> Iterator[Concern]:
-    pieces = tokenizer.encode(concept, add_special_tokens=False)
-    if any(piece in tokenizer.all_special_ids and piece != tokenizer.unk_token_id for piece in pieces):
-        yield Concern("concept", f"{concept!r} holds a token with a meaning of its own to the tokenizer; choose another", "error")
+    special = [token for token in tokenizer.all_special_tokens if token in concept]
+    if special:
+        yield Concern(
+            "concept", f"{concept!r} holds {special[0]!r}, which is a mark of the tokenizer's own; choose another", "error"
+        )
     elif concept in _added(tokenizer):
         yield Concern(
             "concept", f"the tokenizer already has the token {concept!r}: what the base knows by it will be overwritten"
