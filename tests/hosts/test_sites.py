@@ -17,41 +17,15 @@ from veneer.injection.sites import (
     ParamSite,
     PixelSite,
     Port,
-    ResidualSite,
     StreamSite,
     TokenSite,
     VocabularySite,
     WeightSite,
 )
+from veneer.testing.roles import ROLES
 
 from .cases import ALL, TINY, build, case, outputs
 
-PROJECTIONS = {
-    f"{kind}.{x}" for kind in ("attn", "xattn", "attn.context", "xattn.context") for x in ("q", "k", "v", "out", "qkv")
-}
-WEIGHTS = PROJECTIONS | {
-    "xattn.kv", "attn.gate", "mlp.in", "mlp.out", "mlp.gate", "mlp.in_gate", "mlp.conv", "mlp.context.in", "mlp.context.out",
-    "single.in", "single.out", "proj.in", "proj.out", "conv.res", "conv.sample", "conv.io", "conv.patch", "conv.stem", "time.res",
-    "time.embed", "class.embed", "adaln", "embed.patch", "embed.context", "embed.token", "embed.position", "head", "pool.q",
-    "pool.k", "pool.v", "pool.kv", "pool.out", "pool.mlp.in", "pool.mlp.out",
-}  # fmt: skip
-PARAMS = {
-    "norm", "norm.qk", "scale", "adaln.table", "embed.class", "embed.distil", "embed.register", "embed.position", "embed.pool",
-    "other",
-    "bias.norm", "bias.norm.qk", *(f"bias.{role}" for role in WEIGHTS),
-}  # fmt: skip
-ROLES: dict[type, set[str]] = {
-    WeightSite: WEIGHTS,
-    ParamSite: PARAMS,
-    BranchSite: {"attn", "xattn", "mlp", "attn.context", "mlp.context", "single"},
-    StreamSite: {"block"},
-    TokenSite: {"tokens.block", "tokens.tower"},
-    AttentionSite: {"attn.processor", "xattn.processor"},
-    VocabularySite: {"vocabulary"},
-    PixelSite: {"pixels"},
-    FeatureSite: {"features"},
-    ResidualSite: {"residual"},
-}
 every = pytest.mark.parametrize(("host", "key"), ALL, ids=[f"{h}-{k}" for h, k in ALL])
 
 
