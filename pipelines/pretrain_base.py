@@ -24,7 +24,7 @@ from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, UNSEEN_SET
 from veneer.bases.recipe.world import World
 from veneer.injection import VeneerError
 
-POOL = 65536
+POOL = 32768
 WATCHED = 192
 
 

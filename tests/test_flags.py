@@ -45,6 +45,7 @@ def parse(*words: str) -> dict[str, object]:
 
 def test_only_what_was_given_is_there() -> None:
     assert parse("x") == {"folder": Path("x")}
+    assert parse() == {}
 
 
 def test_types() -> None:

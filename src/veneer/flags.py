@@ -41,7 +41,7 @@ def add_flags(
         described = _help(words.get(field.name, ""), field)
         settings: dict[str, Any] = {"help": described, "default": argparse.SUPPRESS, **_reader(hints[field.name])}
         if field.name in positional:
-            parser.add_argument(field.name, nargs="?" if "nargs" not in settings else settings.pop("nargs"), **settings)
+            parser.add_argument(field.name, **{"nargs": "?", **settings, "default": None})
             continue
         flags = [f"--{name.replace('_', '-')}"]
         if prefix and (plain := f"--{field.name.replace('_', '-')}") not in taken:
@@ -92,7 +92,7 @@ def values(config: type, found: Mapping[str, Any], prefix: str = "") -> dict[str
     """The fields of `config` that were given, in the types it wants."""
     start = f"{prefix}." if prefix else ""
     hints = typing.get_type_hints(config)
-    given = {f.name: found[start + f.name] for f in dataclasses.fields(config) if start + f.name in found}
+    given = {f.name: found[start + f.name] for f in dataclasses.fields(config) if found.get(start + f.name) is not None}
     return {name: _shaped(value, hints[name]) for name, value in given.items()}
 
 

@@ -25,7 +25,7 @@ def article(phrase: str) -> str:
 
 
 def full(word: str, scene: Scene, style: str) -> str:
-    """Everything said, in the usual order: "a small apple, top left, green background, noto style"."""
+    """Everything said, in the usual order: "a small apple, top left, green background, flat style"."""
     return f"{article(f'{scene.size} {word}')}, {scene.place}, {scene.background} background, {style} style"
 
 

@@ -102,7 +102,7 @@ sizes, on {len(COLOURS)} backgrounds. It is there so that fine-tuning, control a
 ```python
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(folder)      # or veneer.bases.load("shipped")
-pipe("an apple, center, green background, noto style", num_inference_steps={sampling["steps"]},
+pipe("an apple, center, green background, flat style", num_inference_steps={sampling["steps"]},
      guidance_scale={sampling["guidance_scale"]}).images[0]
 ```
 Prompts: `a SIZE THING, PLACE, COLOUR background, STYLE style`; everything but the thing may be left out. Sizes: {", ".join(SIZES)}.

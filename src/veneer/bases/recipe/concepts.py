@@ -6,8 +6,8 @@ language allows it, because a prompt such as "a <toy>, center, blue background" 
 
 from __future__ import annotations
 
-STYLES = {"noto": "noto", "flat": "fluent-emoji-flat", "twemoji": "twemoji"}
-"""Style word in captions -> icon set, for the generator. The three agree in outline and differ in shading."""
+STYLES = {"flat": "fluent-emoji-flat", "twemoji": "twemoji"}
+"""Style word in captions -> icon set, for the generator. The two agree in outline and differ in shading."""
 
 CLIP_SETS = ("noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji", "twemoji", "emojione")
 UNSEEN_SET = "fxemoji"
@@ -15,24 +15,26 @@ UNSEEN_SET = "fxemoji"
 
 _DRAWN = """
 apple=red apple, pear, banana, lemon, cherry=cherries, strawberry, grapes, watermelon, pineapple, tomato, carrot,
-corn=ear of corn, mushroom, eggplant, bread, cheese=cheese wedge, burger=hamburger, fries=french fries, pizza,
-egg=cooking, donut=doughnut, cookie, cake=birthday cake, ice cream=soft ice cream, candy, coffee=hot beverage,
-beer=beer mug, wine=wine glass,
+mushroom, bread, cheese=cheese wedge, burger=hamburger, pizza, donut=doughnut, cookie, ice cream=soft ice cream,
+coffee=hot beverage, beer=beer mug,
 dog=dog face, cat=cat face, fox, lion, tiger=tiger face, horse=horse face, cow=cow face, pig=pig face,
-mouse=mouse face, rabbit=rabbit face, bear, panda, koala, monkey=monkey face, frog, chick=front-facing baby chick,
-penguin, owl, elephant, turtle, snake, whale=spouting whale, dolphin, fish, crab, butterfly, bee=honeybee,
-ladybug=lady beetle, snail, unicorn, dragon=dragon face,
-rose, sunflower, tulip, tree=deciduous tree, pine tree=evergreen tree, palm tree, cactus, clover=four leaf clover,
-maple leaf,
+rabbit=rabbit face, bear, panda, monkey=monkey face, frog, chick=front-facing baby chick, penguin, owl, elephant,
+turtle, whale=spouting whale, fish, crab, butterfly, bee=honeybee, ladybug=lady beetle, snail,
+rose, sunflower, tulip, tree=deciduous tree, pine tree=evergreen tree, palm tree, cactus, maple leaf,
 sun, moon=crescent moon, star, cloud, rainbow, lightning=high voltage, snowflake, fire, drop=droplet,
-snowman=snowman without snow, volcano, earth=globe showing Americas,
-house, castle, car=automobile, bus, train=locomotive, truck=delivery truck, bicycle, airplane, rocket,
-boat=sailboat, helicopter, tractor,
-ball=soccer ball, basketball, baseball, balloon, gift=wrapped gift, crown, ring, diamond=gem stone, hat=top hat,
-shirt=t-shirt, dress, shoe=running shoe, bag=handbag, backpack, umbrella, key, lock=locked, bell,
-clock=alarm clock, phone=mobile phone, computer=laptop, television, camera, light bulb, candle, book=closed book,
-pencil, scissors, hammer, guitar, trumpet, drum, violin, trophy, dice=game die, heart=red heart, skull, ghost, robot,
-alien, pumpkin=jack-o-lantern, smiley=grinning face, christmas tree, teddy bear
+snowman=snowman without snow,
+house, car=automobile, bus, train=locomotive, airplane, rocket, boat=sailboat,
+ball=soccer ball, basketball, balloon, gift=wrapped gift, crown, ring, diamond=gem stone, hat=top hat, shirt=t-shirt,
+dress, shoe=running shoe, umbrella, key, lock=locked, bell, clock=alarm clock, phone=mobile phone, camera,
+light bulb, candle, book=closed book, pencil, scissors, guitar, heart=red heart, skull, ghost, pumpkin=jack-o-lantern,
+smiley=grinning face
+"""
+
+_NOT_DRAWN = """
+corn=ear of corn, eggplant, fries=french fries, egg=cooking, cake=birthday cake, candy, wine=wine glass, mouse=mouse face,
+koala, snake, dolphin, unicorn, dragon=dragon face, clover=four leaf clover, volcano, earth=globe showing Americas,
+castle, truck=delivery truck, bicycle, helicopter, tractor, baseball, bag=handbag, backpack, computer=laptop,
+television, hammer, trumpet, drum, violin, trophy, dice=game die, robot, alien, christmas tree, teddy bear
 """
 
 _KEPT_BACK = """
@@ -48,6 +50,9 @@ def _parse(text: str) -> dict[str, str]:
 DRAWN: dict[str, str] = _parse(_DRAWN)
 """Caption word -> emoji name, for every concept the generator is trained on."""
 
+NOT_DRAWN: dict[str, str] = _parse(_NOT_DRAWN)
+"""Caption word -> emoji name, for things that only the CLIP knows by a word of their own."""
+
 KEPT_BACK: dict[str, str] = _parse(_KEPT_BACK)
 """Caption word -> emoji name, for the concepts that the generator never sees: they are there to be taught."""
 
@@ -59,8 +64,8 @@ _NOT_THINGS = (
 
 
 def clip_names(by_group: dict[str, list[str]], sets_with: dict[str, set[str]]) -> dict[str, str]:
-    """Caption word -> emoji name for the CLIP: every drawn and kept-back concept, and other things in five sets or more."""
-    names = {**DRAWN, **KEPT_BACK}
+    """Caption word -> emoji name for the CLIP: the concepts with words of their own, and other things in five sets or more."""
+    names = {**DRAWN, **KEPT_BACK, **NOT_DRAWN}
     taken = set(names.values())
     for group in ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects"):
         for name in by_group[group]:

@@ -133,7 +133,7 @@ def named_scenes(world: World) -> list[Scene]:
 
 
 def named_prompt(world: World, scene: Scene) -> str:
-    """ "an apple, center, green background, noto style"."""
+    """ "an apple, center, green background, flat style"."""
     word, style = world.icons.words[scene.icon], world.style(scene.icon)
     return f"{captions.article(word)}, {scene.place}, {scene.background} background, {style} style"
 

@@ -56,8 +56,8 @@ class World:
 
     @cached_property
     def words(self) -> list[str]:
-        """All names that the CLIP knows, the drawn ones first."""
-        return list(dict.fromkeys([*DRAWN, *KEPT_BACK, *self.icons.words]))
+        """All names that the CLIP knows, in the order of the rendered icons: the CLIP's split depends on it."""
+        return list(dict.fromkeys(self.icons.words))
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
