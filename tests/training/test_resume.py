@@ -17,6 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from .kill_points import CONFIG as PIPELINE
+from .kill_points import traced
 from .resume_worker import CONFIG, Job
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="the worker forks its processes, which this system cannot")
@@ -81,11 +83,11 @@ def final(folder: Path, steps: int = STEPS) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_twenty_kills_change_nothing(processes: int, worker: Worker, uninterrupted: dict[int, Path], tmp_path: Path) -> None:
-    """Ten runs of the job are killed 20 times in all, at seeded moments of which about half lie within the saving."""
+def test_kills_change_nothing(processes: int, worker: Worker, uninterrupted: dict[int, Path], tmp_path: Path) -> None:
+    """Runs that are killed again and again, at seeded moments of which about half lie within the saving."""
     draw = random.Random(processes)
     kills, chain = 0, 0
-    while kills < 20:
+    while kills < 5:
         folder = tmp_path / f"chain-{chain}"
         for _ in range(7):
             job = Job(str(folder), processes, rank=draw.randrange(processes), after=draw.randrange(1, 45))
@@ -110,7 +112,7 @@ def test_kill_at_every_moment_of_a_save(after: int, worker: Worker, uninterrupte
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_from_outside(processes: int, worker: Worker, uninterrupted: dict[int, Path], tmp_path: Path) -> None:
     draw = random.Random(7)
-    for _ in range(3):
+    for _ in range(2):
         worker.run(Job(str(tmp_path), processes, seconds=draw.uniform(0.05, 0.5)))
     assert worker.run(Job(str(tmp_path), processes)) == [0] * processes
     assert final(tmp_path) == final(uninterrupted[processes])
@@ -138,3 +140,17 @@ def test_two_processes_equal_one(worker: Worker, tmp_path: Path) -> None:
         weights[processes] = safetensors.torch.load_file(tmp_path / str(processes) / LAST / "weights.safetensors")
     for name, tensor in weights[1].items():
         torch.testing.assert_close(weights[2][name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_pipeline_with_lora(processes: int, worker: Worker, tmp_path: Path) -> None:
+    """Real data and noise: the same pictures, captions and random states too. `kill_points` has many more moments."""
+    config = {**PIPELINE, "steps": 5, "checkpoint_every": 2}
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert worker.run(Job(str(whole), processes, model="pipeline", config=config)) == [0] * processes
+    codes = worker.run(Job(str(part), processes, rank=processes - 1, after=4, model="pipeline", config=config))
+    assert -signal.SIGKILL in codes
+    assert worker.run(Job(str(part), processes, model="pipeline", config=config)) == [0] * processes
+    assert final(part, 5) == final(whole, 5)
+    assert traced(part) == traced(whole)
+    assert len(traced(whole)) == 5 * processes
