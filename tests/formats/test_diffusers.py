@@ -236,8 +236,9 @@ def test_rows_of_a_fused_projection_are_written_under_the_layers_they_were(tmp_p
         (lambda: attach(tiny_pipeline("sd"), "lora", where="text/embed.token"), r"token_embedding' is an embedding"),
         (
             lambda: attach(tiny_pipeline("flux"), "lora", where="text_2/attn"),
-            r"T5EncoderModel, into which diffusers loads no LoRA",
+            r"T5EncoderModel, into which diffusers",
         ),
+        (lambda: attach(tiny_pipeline("sd"), "lora", where="text/mlp"), r"'text_encoder' is adapted outside its attention"),
         (lambda: attach(net(), "lora", where="head"), r"'head' is part of a Net, which is no part of a diffusers pipeline"),
     ],
     ids=["nothing", "method", "trained", "embedding", "t5", "mlp", "toy"],
