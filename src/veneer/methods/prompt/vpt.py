@@ -45,10 +45,10 @@ class VPT(Method):
     Args:
         tokens: p, prompts per site.
         dropout: on the prompts, 0 to 1.
-        project: width of the prompts before a shared-out linear projection to the model's; 0 for none.
+        project: width of the prompts before a linear projection to the model's width, one per site; 0 for none.
     Counts: p·width per block (deep), p·width in all (shallow), plus the projection.
     Source: Jia et al., Visual Prompt Tuning, ECCV 2022, equations 4 to 8. Start U(-v, v),
-        v = sqrt(6 / (channels·patch² + width)).
+        v = sqrt(6 / (channels·patch² + width)). Deviation: the authors' code shares one projection between all blocks.
     """
 
     name: ClassVar[str] = "vpt"

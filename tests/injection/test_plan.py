@@ -1,0 +1,58 @@
+"""What an attach decides before it touches the host."""
+
+import pytest
+import torch
+
+from veneer.injection import SelectionError, attach
+from veneer.injection.method import Need
+from veneer.injection.plan import fits, hosts_for
+from veneer.injection.sites import TokenSite, WeightSite
+from veneer.methods.prompt.vpt import VPT
+from veneer.methods.reparameterized.lora import LoRA
+
+from .toy import Add, net
+
+
+def test_a_need_looks_at_type_role_and_fields() -> None:
+    class Picky(Add):
+        needs = (Need(WeightSite, roles=("attn.*",), where={"kind": ("linear", "conv"), "called": True}),)
+
+    def site(**fields: object) -> WeightSite:
+        return WeightSite(**{"name": "s", "role": "attn.q", "path": "s", "d_out": 1, "d_in": 1, **fields})
+
+    assert fits(Picky, site())
+    assert fits(Picky, site(kind="conv"))
+    assert not fits(Picky, site(kind="embedding"))
+    assert not fits(Picky, site(called=False))
+    assert not fits(Picky, site(role="mlp.in"))
+    assert not fits(VPT, site())
+
+
+def test_adapters_are_drawn_alike_whatever_the_hosts_dtype() -> None:
+    drawn = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.manual_seed(4)
+        tuned = attach(net().to(dtype), "lora", where="conv attn.{q,out}", rank=2)
+        drawn.append([p.detach().double() for p in tuned.parameters()])
+    assert all(torch.equal(a, b) for other in drawn[1:] for a, b in zip(drawn[0], other, strict=True))
+
+
+def test_train_takes_a_layer_whole_and_a_parameter_alone() -> None:
+    assert list(attach(net(), "lora", where="attn.q", rank=2, train="head").extras) == ["head:weight", "head:bias"]
+    assert list(attach(net(), "lora", where="attn.q", rank=2, train="bias.head").extras) == ["head.bias:bias"]
+
+
+def test_a_default_without_a_match_lists_what_could_be_said() -> None:
+    class Elsewhere(Add):
+        default = ("nowhere",)
+
+    with pytest.raises(
+        SelectionError, match=r"add: its default sites \('nowhere',\) are not here\. Say where=…; there are .*inner"
+    ):
+        attach(net(), Elsewhere())
+
+
+def test_hosts_that_fit_are_found_by_their_sites() -> None:
+    assert hosts_for(VPT) == ["timm_vit"]
+    assert {"timm_vit", "diffusers_unet", "diffusers_dit", "clip_text", "toy"} <= set(hosts_for(LoRA))
+    assert TokenSite in {n.site for n in VPT.needs}
