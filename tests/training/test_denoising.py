@@ -331,13 +331,17 @@ def test_kept_text_is_of_the_tokens_not_of_the_spelling_alone(folder, change):
     """Pipelines that share an encoder's weights may differ in what they feed it: PixArt-α 120 tokens, PixArt-Σ 300."""
     cache = Cache()
     pipe = tiny_pipeline("sd3")
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        part.requires_grad_(False)
     made(family(pipe, max_tokens=12), folder, 1, cache=cache)(0, [0])
+    assert cache.misses == 2, "the picture and its caption"
     if change == "padding":
         pipe.tokenizer.pad_token = "red</w>"
     length = 10 if change == "length" else 12
     other = family(pipe, max_tokens=length)
     reused, anew = (made(other, folder, 1, cache=c) for c in (cache, Cache()))
     assert float(reused(0, [0])) == float(anew(0, [0]))
+    assert cache.misses == 3, "the caption once more"
 
 
 def test_draws_depend_on_seed_step_and_sample_alone(kinds, folder):
