@@ -13,6 +13,7 @@ from veneer.formats import load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError
 from veneer.training import targets
+from veneer.training.families import family
 from veneer.training.previews import Preview, PreviewSettings, pairs, previews, save_png
 from veneer.training.sheets import Row, sheet
 
@@ -56,7 +57,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     Returns:
         The files written.
     Raises:
-        VeneerError: an adapter that is not there or does not fit the base, a prompt that is no class label.
+        VeneerError: an adapter that is not there or does not fit the base, a prompt that is no class label or is
+            longer than the text encoder takes.
     """
     adapters = [parse_adapter(text) for text in config.adapter]
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "shipped")
@@ -64,6 +66,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     pipe = bases.load(base).to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     targets.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
+    family(pipe).check_length(list(config.prompt))
 
     settings = PreviewSettings(
         seeds=tuple(range(config.seed, config.seed + config.count)),

@@ -72,3 +72,8 @@ def test_without_puts_the_base_beside(made: tuple[str, str], tmp_path: Path) -> 
 def test_an_adapter_that_is_not_there(text: str) -> None:
     with pytest.raises(VeneerError, match="nowhere"):
         parse_adapter(text)
+
+
+def test_a_prompt_that_is_too_long_is_refused(made: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(VeneerError, match="tokens"):
+        generate(GenerateConfig(("a cat " + "very " * 90,), base=made[0], steps=1, out=tmp_path))
