@@ -260,3 +260,10 @@ def test_a_model_without_a_host_is_refused() -> None:
     with pytest.raises(TypeError, match="int is neither a torch module nor a pipeline"):
         attach(3, "lora")
     assert "toy" in hosts.names()
+
+
+def test_adapters_start_in_the_mode_of_their_host() -> None:
+    """Dropout in an adapter is off on a host in eval, without a further call."""
+    for training in (True, False):
+        attached = attach(net().train(training), "lora", where=WHERE, rank=2, dropout=0.5)
+        assert {adapter.training for _, adapter in attached.parts.values()} == {training}

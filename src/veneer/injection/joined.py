@@ -47,7 +47,8 @@ class Joined:
             self._doors.append(tower.register_forward_pre_hook(self._at_door))
         self.trained.start(self._others())
         for site, adapter in self.parts:
-            getattr(adapter, "enter", _nothing)(self.towers[site.component])
+            adapter.train(self.towers[site.component].training)
+            adapter.enter(self.towers[site.component])
 
     def _freeze(self, tower: nn.Module) -> None:
         ledger = open_ledger(tower)
@@ -70,7 +71,7 @@ class Joined:
                 ledger.attachments.remove(self.attachment)
             close(tower)
         for _, adapter in self.parts:
-            getattr(adapter, "leave", _nothing)()
+            adapter.leave()
         self.seams, self._doors, self._guards = [], [], {}
 
     def _others(self) -> list[Trained]:
@@ -100,6 +101,3 @@ class Joined:
                     "Undo it (for fused projections: unfuse_qkv_projections()), or detach, change the host, then attach."
                 )
         self.trained.check()
-
-
-def _nothing(*_: Any) -> None: ...

@@ -29,9 +29,7 @@ class Adapter(nn.Module):
     exactly. An adapter that already multiplies by `self.strength` (cheaper where the change is a sum) says so with
     `blends = True`.
 
-    An adapter that needs the host's own values, or changes something beside the model (a tokenizer), does so in
-    `enter(tower)`, called when it is attached, and undoes it in `leave()`, called on detach and when an attach fails,
-    also if it never entered.
+    A fresh adapter is in the training mode of its host.
     """
 
     blends: ClassVar[bool] = False
@@ -40,6 +38,12 @@ class Adapter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("strength", torch.ones(()), persistent=False)
+
+    def enter(self, tower: nn.Module) -> None:
+        """Called when it is attached: start from the host's own values, or change something beside the model (a tokenizer)."""
+
+    def leave(self) -> None:
+        """Undo `enter`. Called on detach and when an attach fails, also if it never entered."""
 
 
 @dataclass(frozen=True)
