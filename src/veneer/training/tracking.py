@@ -56,7 +56,7 @@ def tracking(names: str, folder: Path | None, settings: Mapping[str, Any], step:
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs"))
     accelerator = Accelerator(log_with=chosen, project_config=project)  # shares the state of the run's own
     plain = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in settings.items()}
-    options = {"tensorboard": {"purge_step": step}} if step else {}
+    options = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("veneer", config=None if step else plain, init_kwargs=options)
     try:
         yield lambda values, step: accelerator.log(dict(values), step=step)
