@@ -41,17 +41,19 @@ class LoRAAdapter(Adapter):
         """x: what the module read; y: what it gave."""
         if self.dropout and self.site.kind != "embedding":
             x = F.dropout(x, self.dropout, self.training)
-        return y + self._change(x) * (self.strength * self.scaling)
+        return y + self._change(x, self.strength * self.scaling)
 
-    def _change(self, x: Tensor) -> Tensor:
+    def _change(self, x: Tensor, scale: Tensor) -> Tensor:
+        """B (s·A x): scaled between the two, where there are only `rank` features."""
         site = self.site
         if site.kind == "embedding":
-            return F.linear(F.embedding(x, self.down), self.up)
+            return F.linear(F.embedding(x, self.down) * scale, self.up)
         if site.kind == "linear":
-            return F.linear(F.linear(x, self.down), self.up)
+            return F.linear(F.linear(x, self.down) * scale, self.up)
         conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(site.kernel) - 1]
         padding: Any = site.padding
-        return conv(conv(x, self.down, None, site.stride, padding, site.dilation, site.groups), self.up, groups=site.groups)
+        low = conv(x, self.down, None, site.stride, padding, site.dilation, site.groups)
+        return conv(low * scale, self.up, groups=site.groups)
 
     def weight(self, weight: Tensor) -> Tensor:
         """W + s·B A, in W's shape."""
