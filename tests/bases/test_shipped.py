@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -42,8 +43,8 @@ def test_plain_libraries_read_the_folders_offline_and_in_silence() -> None:
     folders = [str(bases.path(name)) for name in bases.SHIPPED]
     done = subprocess.run([sys.executable, "-c", PLAIN, *folders], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Loading ")]  # progress bars
-    assert said == []
+    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip("\x1b[A ")]
+    assert [line for line in said if not re.match(r"Loading [a-z ]+\.*: +\d+%", line)] == []  # progress bars alone
 
 
 def test_the_weights_are_small_and_only_safetensors_in_half_precision() -> None:
@@ -83,6 +84,7 @@ def test_the_background_is_the_prompted_one(pipe) -> None:
     assert seen == ["white", "green", "blue", "black"]
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # EulerDiscreteScheduler under NumPy 2
 def test_other_schedulers_and_img2img_work(pipe) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 

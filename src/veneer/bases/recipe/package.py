@@ -48,8 +48,8 @@ def write_pipeline(world: World, folder: Path) -> None:
     pipe.save_pretrained(folder, safe_serialization=True)
     for name in ("vocab.json", "merges.txt"):  # what transformers 4 reads, beside the tokenizer.json of transformers 5
         shutil.copyfile(world.folder / "tokenizer" / name, folder / "tokenizer" / name)
-    for config in folder.rglob("*.json"):
-        _forget_paths(config)
+    for config in folder.glob("*/config.json"):
+        _plain_config(config)
 
 
 def write_clip(world: World, folder: Path) -> None:
@@ -59,10 +59,15 @@ def write_clip(world: World, folder: Path) -> None:
     clip.save(model, world.tokenizer, folder)
 
 
-def _forget_paths(config: Path) -> None:
-    """Leave out where the parts were loaded from."""
+def _plain_config(config: Path) -> None:
+    """Leave out where a part was loaded from, and load it in float32 unless asked otherwise.
+
+    transformers 5 takes the file's precision, diffusers float32: unasked, the halves of a pipeline would not fit together.
+    """
     value = json.loads(config.read_text())
-    if isinstance(value, dict) and value.pop("_name_or_path", None) is not None:
+    if isinstance(value, dict):
+        value.pop("_name_or_path", None)
+        value.update({key: "float32" for key in ("dtype", "torch_dtype") if key in value})
         config.write_text(json.dumps(value, indent=2) + "\n")
 
 
