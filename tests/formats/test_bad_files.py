@@ -9,6 +9,7 @@ import pickle
 import re
 import resource
 import signal
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,10 @@ def test_weights_on_meta_have_no_values(tmp_path: Path) -> None:
 def test_errors_of_reading_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=re.escape(str(tmp_path / "gone"))):
         read(tmp_path / "gone")
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None:
+    """The first eight bytes are the header's length; 1,408 is `80 05 …`, the mark of a pickle of protocol 5."""
+    header = json.dumps({"t": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).ljust(1408).encode()
+    (tmp_path / "t.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    assert read(tmp_path / "t.safetensors").shapes == {"t": (1,)}

@@ -138,7 +138,8 @@ def _something_else(start: bytes, size: int) -> str | None:
         return f"only {size} bytes, so no safetensors file. Copy it again from its source."
     if start.startswith(b"PK\x03\x04"):
         return "a zip archive, as torch.save writes, under the name of a safetensors file. " + _PICKLE.format(_CONVERT)
-    if start[0] == 0x80 and start[1] in range(2, 6):
+    # A header of 1,408 bytes begins like a pickle, too; but it is JSON from the ninth byte on.
+    if start[0] == 0x80 and start[1] in range(2, 6) and start[8:9] != b"{":
         return "a pickle under the name of a safetensors file. " + _PICKLE.format(_CONVERT)
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself. Run 'git lfs pull'."

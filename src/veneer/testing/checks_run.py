@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +52,8 @@ def half_precision(case: Case) -> None:
 def autocast(case: Case) -> None:
     """The same under autocast of a single-precision host."""
     bare, (model, attachment) = case.bare(), case.attached()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # of the host's own norms
         _half(case, bare, model, attachment)
 
 
