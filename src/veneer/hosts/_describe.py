@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..injection.seams import Seam
 from ..injection.sites import BranchSite, Layout, ParamSite, Port, Site, StreamSite, WeightSite
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -128,9 +129,28 @@ class Part:
     def leaves(self, path: str) -> Iterator[tuple[str, nn.Module]]:
         """Modules at and below `path` that have parameters of their own, in the order of registration."""
         root = self.module(path)
-        for name, module in root.named_modules() if isinstance(root, nn.Module) else ():
-            if any(True for _ in module.parameters(recurse=False)):
+        for name, module in own_modules(root) if isinstance(root, nn.Module) else ():
+            if own_parameters(module):
                 yield ".".join(filter(None, (path, name))), module
+
+    def has(self, path: str, param: str) -> bool:
+        """True if the module at `path` is there and has a parameter of that name."""
+        module = self.module(path)
+        return isinstance(module, nn.Module) and param in own_parameters(module)
+
+
+def own_parameters(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters, those included that are parametrised while an adapter is attached."""
+    order = module.__dict__.get("_veneer_order", module._parameters)
+    return [name for name in order if module._parameters.get(name, order) is not None]
+
+
+def own_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """A module and those below it, without adapters, in the order of registration."""
+    yield path, module
+    for name, child in module.named_children():
+        if not isinstance(child, Seam) and not (name == "parametrizations" and "_veneer_order" in module.__dict__):
+            yield from own_modules(child, f"{path}.{name}" if path else name)
 
 
 def geometry(module: nn.Module) -> dict[str, Any]:

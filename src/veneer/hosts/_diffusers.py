@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..injection.sites import AttentionSite, Port, Site
-from ._describe import LAYERS, Part, is_norm
+from ._describe import LAYERS, Part, is_norm, own_parameters
 
 EMBEDDERS = ("timestep_embedder", "text_embedder", "guidance_embedder", "resolution_embedder", "aspect_ratio_embedder")
 
@@ -164,5 +164,5 @@ def rest(part: Part, path: str, roles: dict[str, str]) -> Iterator[Site]:
                 leaf, embedder_role(leaf) or (named[0] if named else "other"), inert_bias=leaf.endswith(".pool.k_proj")
             )
         elif isinstance(module, nn.Module):
-            for param, _ in module.named_parameters(recurse=False):
+            for param in own_parameters(module):
                 yield part.free(leaf, param, "other")

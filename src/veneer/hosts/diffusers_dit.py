@@ -53,7 +53,7 @@ class DiffusersDiT(Host):
             yield from rest(part, name, ROLES)
         for depth, (path, stage) in enumerate(blocks(model)):
             yield from _block(part.at(depth=depth, stage=stage), path, order)
-        if isinstance(getattr(model, "scale_shift_table", None), nn.Parameter):
+        if part.has("", "scale_shift_table"):
             yield part.free("", "scale_shift_table", "adaln.table")
         for name in AFTER:
             yield from rest(part, name, ROLES)

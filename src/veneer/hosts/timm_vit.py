@@ -9,7 +9,7 @@ from torch import nn
 
 from ..injection.host import Host, module_names
 from ..injection.sites import FeatureSite, PixelSite, Port, Site, TokenSite
-from ._describe import LAYERS, Draw, Part, is_norm
+from ._describe import LAYERS, Draw, Part, is_norm, own_parameters
 
 FAMILIES = {"timm.models.vision_transformer.VisionTransformer", "timm.models.beit.Beit", "timm.models.eva.Eva"}
 TOKENS = {
@@ -86,11 +86,11 @@ def _stem(part: Part) -> Iterator[Site]:
         elif isinstance(module, LAYERS):
             yield from part.layer(path, "conv.patch" if path == "patch_embed.proj" else "conv.stem")
     for param, role in TOKENS.items():
-        if isinstance(getattr(part.model, param, None), nn.Parameter):
+        if part.has("", param):
             yield part.free("", param, role)
     for name in ("rel_pos_bias", "rope"):
         for path, module in part.leaves(name):
-            for param, _ in module.named_parameters(recurse=False):
+            for param in own_parameters(module):
                 yield part.free(path, param, "embed.position")
     yield from part.norm("norm_pre")
 
@@ -134,7 +134,7 @@ def _branch(part: Part, at: str, kind: str, norm: str, end: str, scales: tuple[s
     yield from () if norm_first else part.norm(norm)
     for scale in scales:
         owner, _, param = scale.rpartition(".")
-        if isinstance(getattr(part.module(owner), param, None), nn.Parameter):
+        if part.has(owner, param):
             yield part.free(owner, param, "scale")
     yield part.branch(inner, kind, Port(norm if norm_first else inner, "in"), Port(end, "out"), width)
 
@@ -157,10 +157,10 @@ def _attention(part: Part, path: str) -> Iterator[Site]:
         "v_bias": "bias.attn.v",
         "relative_position_bias_table": "embed.position",
     }.items():
-        if isinstance(getattr(attn, name, None), nn.Parameter):
+        if part.has(path, name):
             yield part.free(path, name, role)
     yield from _qk_norms(part, path, plain)
-    for name, _ in attn.named_parameters(recurse=False):
+    for name in own_parameters(attn):
         if name.startswith("lambda_"):
             yield part.free(path, name, "scale")
     for name in ("sub_norm", "norm"):
@@ -204,13 +204,13 @@ def _fused_block(part: Part, path: str, width: int) -> Iterator[Site]:
     if block.mlp_bias is not None:
         yield part.free(path, "mlp_bias", "bias.mlp.in")
     yield from _qk_norms(part, path)
-    for name, _ in block.named_parameters(recurse=False):
+    for name in own_parameters(block):
         if name.startswith("lambda_"):
             yield part.free(path, name, "scale")
     yield from part.norm(f"{path}.sub_norm")
     for name, role in {"out_proj": "single.out", "attn_out_proj": "attn.out", "mlp_out_proj": "mlp.out"}.items():
         yield from part.layer(f"{path}.{name}", role)
-    if isinstance(getattr(block.ls, "gamma", None), nn.Parameter):
+    if part.has(f"{path}.ls", "gamma"):
         yield part.free(f"{path}.ls", "gamma", "scale")
     yield part.branch(path, "single", Port(f"{path}.in_norm", "in"), Port(f"{path}.drop_path", "out"), width)
 
@@ -239,7 +239,7 @@ def _pool(part: Part, path: str) -> Iterator[Site]:
     pool = part.module(path)
     inert = ("pool.k",) if isinstance(pool.k_norm, nn.Identity) else ()
     for param, role in {"latent": "embed.pool", "pos_embed": "embed.position"}.items():
-        if isinstance(getattr(pool, param, None), nn.Parameter):
+        if part.has(path, param):
             yield part.free(path, param, role)
     yield from part.layer(f"{path}.q", "pool.q")
     rows = {f"{path}.{x}": (f"pool.{x}", pool.kv.out_features // 2) for x in "kv"}
