@@ -14,8 +14,13 @@ from veneer.testing.suite import METHOD_CHECKS, method_checks
 from .adapters import BAD, Good
 from .host import LayersHost
 
-FRAMEWORK = {"merge_is_refused_without_a_weight_form", "strict_load_names_the_site", "errors_name_the_site"}
-"""Checks of what the registry does for every method, which no adapter can break by itself."""
+FRAMEWORK = {
+    "merge_is_refused_without_a_weight_form",
+    "strict_load_names_the_site",
+    "errors_name_the_site",
+    "sites_stay_while_attached",
+}
+"""Checks of what the registry or the host does for every method, which no adapter can break by itself."""
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,8 +14,9 @@ from veneer.injection.errors import VeneerError
 from veneer.injection.registry import hosts
 from veneer.injection.sites import BranchSite, ParamSite, Port, Site, WeightSite
 from veneer.testing import check_host
-from veneer.testing.suite import HOST_CHECKS, host_checks
+from veneer.testing.suite import HOST_CHECKS, host_checks, method_checks
 
+from .adapters import Good
 from .host import Layers, LayersHost
 
 
@@ -146,10 +147,6 @@ def test_a_broken_host_is_caught_by_its_check(what: str) -> None:
 
 def test_a_dead_site_of_a_lying_host_is_found_by_the_method_too() -> None:
     """The field's costliest bug: the layer is wrapped, its weight is read past the wrapper, and nothing happens."""
-    from veneer.testing.suite import method_checks
-
-    from .adapters import Good
-
     hosts.unregister("layers")
     liar = hosts.register(_changing("read", called=True))
     try:
@@ -160,6 +157,27 @@ def test_a_dead_site_of_a_lying_host_is_found_by_the_method_too() -> None:
         hosts.register(LayersHost)
     assert record.outcome == "failed"
     assert "read:delta" in str(record.error)
+
+
+class Forgetful(LayersHost):
+    """Offers a weight only while it is a parameter, which it is not with an adapter on it."""
+
+    def sites(self, model: nn.Module, component: str = "", components: Any = None) -> Iterator[Site]:
+        found = super().sites(model, component, components)
+        read: Any = model.get_submodule("read")
+        return (s for s in found if s.name != "read" or isinstance(read.weight, nn.Parameter))
+
+
+def test_a_host_that_loses_sites_while_attached_is_caught() -> None:
+    hosts.unregister("layers")
+    hosts.register(Forgetful)
+    try:
+        (check,) = [c for c in method_checks(Good, Forgetful) if c.name == "sites_stay_while_attached"]
+        with pytest.raises(AssertionError, match="layers: lost, new or other with good attached: read"):
+            check()
+    finally:
+        hosts.unregister("layers")
+        hosts.register(LayersHost)
 
 
 def test_every_check_is_seen_to_fail() -> None:

@@ -101,6 +101,17 @@ def detach_restores(case: Case) -> None:
     assert_same(before, snapshot(model), f"{case.method.name}: detach()")
 
 
+def sites_stay_while_attached(case: Case) -> None:
+    """The host describes the model with adapters as it describes the bare one, so that another attach finds every site."""
+    model = case.fresh()
+    before = tuple(case.host.sites(model))
+    case.attach(model)
+    after = tuple(case.host.sites(model))
+    changed = [site.name for site in (*before, *after) if site not in before or site not in after]
+    if changed:
+        raise AssertionError(f"{case.host.name}: lost, new or other with {case.method.name} attached: {', '.join(changed[:5])}")
+
+
 def attach_is_atomic(case: Case) -> None:
     """An attach that fails while building, joining, entering or probing leaves no trace."""
     provocations: dict[str, Callable[[Method, str], dict[str, Any]]] = {
@@ -201,6 +212,7 @@ CHECKS = (
     only_the_adapter_trains,
     host_untouched_after_steps,
     detach_restores,
+    sites_stay_while_attached,
     attach_is_atomic,
     two_adapters_compose,
 )
