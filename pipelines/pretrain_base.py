@@ -41,6 +41,7 @@ class PretrainConfig:
         bases: folder that gets the packaged bases; the package's own unless given.
         results: folder that gets figures, sheet and curves.
         seeds: how many pictures of each prompt are judged.
+        prompts: how many prompts are judged, at most 100.
     """
 
     work: Path = Path("runs/base")
@@ -55,6 +56,7 @@ class PretrainConfig:
     bases: Path = Path(bases.__file__).parent
     results: Path = Path("docs/results/base")
     seeds: int = 3
+    prompts: int = evaluate.NAMES
 
 
 def train_vae(world: World, config: PretrainConfig) -> None:
@@ -117,7 +119,7 @@ def write_bases(world: World, config: PretrainConfig) -> None:
 
 def measure(world: World, config: PretrainConfig) -> None:
     """Figures, sheet, curves and cards of the folders that ship."""
-    figures = evaluate.evaluate(world, config.bases, config.results, range(config.seeds))
+    figures = evaluate.evaluate(world, config.bases, config.results, range(config.seeds), config.prompts)
     sheet.curves(config.work, config.results / "curves.png")
     cards.write(figures, config.bases)
     for kind in ("thing", "attribute"):

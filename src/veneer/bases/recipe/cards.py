@@ -86,7 +86,8 @@ def shipped(figures: dict[str, Any]) -> str:
     """The card of the Stable Diffusion folder."""
     counts, steps, db = figures["weights"]["parameters"], figures["training"], figures["autoencoder"]
     errors = ", ".join(f"{value:.3f} at t = {key[1:]}" for key, value in steps["unet"].items() if key[1:].isdigit())
-    sampling = figures["sampling"]
+    sampling, again = figures["sampling"], steps.get("decoder")
+    decoder = f", and its decoder {again['step']} more at noisy latents" if again else ""
     return f"""\
 ---
 license: other
@@ -123,7 +124,7 @@ Never trained on by the generator, so that they can be taught: {", ".join(KEPT_B
 scheduler with the same settings works. There is no safety checker: the data holds nothing to check for.
 
 ## Data and licences
-Icons, rendered and composed on flat backgrounds. The generator learnt from the first three sets only, the autoencoder from all:
+Icons, rendered and composed on flat backgrounds. The generator learnt from {" and ".join(STYLES.values())} only, the autoencoder from all:
 
 {table([*STYLES.values(), *(name for name in CLIP_SETS if name not in STYLES.values())])}
 
@@ -131,13 +132,13 @@ Icons, rendered and composed on flat backgrounds. The generator learnt from the 
 
 {ATTRIBUTION}
 ## Training
-`pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores: autoencoder {steps["vae"]["step"]} steps; UNet with its text encoder
+`pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores: autoencoder {steps["vae"]["step"]} steps{decoder}; UNet with its text encoder
 {steps["unet"]["step"]} steps of 64 (Muon and AdamW, EMA). v-errors on watched scenes: {errors}.
 
 ## Figures
 Autoencoder: {db["kept_back_concepts_db"]} dB on kept-back concepts, {db["unseen_style_db"]} dB on an icon set that no training saw ({UNSEEN_SET}).
 
-Generation, {len(sampling["seeds"])} seeds of {figures["generation"]["names"]} prompts, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]}. \
+Generation, {len(sampling["seeds"])} seed(s) of {figures["generation"]["prompts"]} prompts, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]}. \
 The interval resamples the prompts.
 
 {generation(figures)}

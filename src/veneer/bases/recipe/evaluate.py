@@ -24,8 +24,13 @@ from .world import World
 NAMES = 100
 
 
-def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
-    """Measure the folders under `bases`, write `figures.json` and `sheet.png` to `out`, and return the figures."""
+def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1, 2), prompts: int = NAMES) -> dict[str, Any]:
+    """Measure the folders under `bases`, write `figures.json` and `sheet.png` to `out`, and return the figures.
+
+    Args:
+        seeds: of the pictures; every prompt is drawn once with each.
+        prompts: how many are drawn, at most 100. The thing is looked for among 100 names in any case.
+    """
     from PIL import Image
 
     from .sheet import draw, sheet_scenes
@@ -40,10 +45,10 @@ def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1,
         "sampling": {"steps": preset.steps, "guidance_scale": preset.guidance_scale, "seeds": list(seeds)},
     }
     painter = Painter(pipe, preset.steps, preset.guidance_scale)
-    figures["generation"] = generation(world, painter, judge_clip, seeds)
+    figures["generation"] = generation(world, painter, judge_clip, seeds, prompts)
     scenes = sheet_scenes(world)
-    prompts = [world.full_caption(scene) for scene in scenes]
-    sheet: Image.Image = draw(painter(prompts, seed=7), [world.icons.words[s.icon] for s in scenes], scenes)
+    pictures = painter([world.full_caption(scene) for scene in scenes], seed=7)
+    sheet: Image.Image = draw(pictures, [world.icons.words[s.icon] for s in scenes], scenes)
     out.mkdir(parents=True, exist_ok=True)
     sheet.save(out / "sheet.png", optimize=True)
     write_atomic(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
@@ -70,8 +75,10 @@ def weights(bases: Path, pipe: Any, clip_model: Any) -> dict[str, Any]:
 def training(world: World) -> dict[str, Any]:
     """Steps of the checkpoints, and the UNet's last v-errors on watched scenes, from the logs."""
     last = {}
-    for stage in ("vae", "clip", "unet"):
-        line = (world.folder / stage / "log.jsonl").read_text().strip().splitlines()[-1]
+    logs = {stage: world.folder / stage / "log.jsonl" for stage in ("vae", "clip", "unet")}
+    logs["decoder"] = world.folder / "vae" / "decoder" / "log.jsonl"
+    for stage, log in ((stage, log) for stage, log in logs.items() if log.is_file()):
+        line = log.read_text().strip().splitlines()[-1]
         last[stage] = {k: v for k, v in json.loads(line).items() if k == "step" or k == "loss" or k.startswith("v")}
     return last
 
@@ -138,22 +145,26 @@ def named_prompt(world: World, scene: Scene) -> str:
     return f"{captions.article(word)}, {scene.place}, {scene.background} background, {style} style"
 
 
-def generation(world: World, painter: Painter, judge_clip: features.BaseClip, seeds: Sequence[int]) -> dict[str, Any]:
+def generation(
+    world: World, painter: Painter, judge_clip: features.BaseClip, seeds: Sequence[int], prompts: int
+) -> dict[str, Any]:
     """How often the prompted thing is found among 100 names, in three ways; how often its attributes are obeyed."""
-    scenes = named_scenes(world)
-    drawn = np.stack([painter([named_prompt(world, scene) for scene in scenes], seed) for seed in seeds])
-    true = world.compositor(scenes)
-    free = draw_scenes(np.random.default_rng(32), world.drawn, NAMES)
+    scenes, which = named_scenes(world), np.arange(0, NAMES, -(-NAMES // prompts))
+    named = [scenes[i] for i in which]
+    drawn = np.stack([painter([named_prompt(world, scene) for scene in named], seed) for seed in seeds])
+    true = world.compositor(named)
+    free = draw_scenes(np.random.default_rng(32), world.drawn, prompts)
     asked = [world.full_caption(scene) for scene in free]
     obeyed = np.stack([obedience(painter(asked, seed), free) for seed in seeds])
     ceiling = obedience(world.compositor(free), free)
     things = {
         label: rated(np.stack([hits(pictures) for pictures in drawn]), hits(true))
-        for label, hits in recognisers(world, scenes, judge_clip).items()
+        for label, hits in recognisers(world, scenes, which, judge_clip).items()
     }
     parts = enumerate(("background", "size", "place"))
     return {
         "names": NAMES,
+        "prompts": len(which),
         "thing": things,
         "attribute": {part: rated(obeyed[..., i], ceiling[..., i]) for i, part in parts},
     }
@@ -171,30 +182,31 @@ def obedience(pictures: Pixels, scenes: Sequence[Scene]) -> npt.NDArray[np.bool_
     return np.array([(a.background == b.background, a.size == b.size, a.place == b.place) for a, b in pairs])
 
 
-def recognisers(world: World, scenes: list[Scene], judge_clip: features.BaseClip) -> dict[str, Any]:
-    """Functions from pictures of the scenes to hits.
+def recognisers(world: World, scenes: list[Scene], which: npt.NDArray[np.int64], judge_clip: features.BaseClip) -> dict[str, Any]:
+    """Functions from pictures of the scenes `which` to hits.
 
-    `clip_text`: the nearest of 100 phrases "a NAME" in the shipped CLIP. `pixels`: the nearest true rendering of any of the 100
+    `clip_text`: the nearest of the phrases "a NAME" in the shipped CLIP. `pixels`: the nearest true rendering of any of the
     things, in any style, on the same background, shows the thing. `clip_image`: the same by the image tower's features.
     """
     words = [world.icons.words[scene.icon] for scene in scenes]
     with torch.no_grad():
-        phrases = F.normalize(judge_clip.model.encode_text(judge_clip.tokenizer([captions.article(w) for w in words])), dim=-1)
+        phrases = F.normalize(judge_clip.encode_text(judge_clip.tokenizer([captions.article(w) for w in words])), dim=-1)
     variants = [world.icons.where({word}, {icon_set})[0] for icon_set in STYLES.values() for word in words]
 
     def unit(pictures: Pixels) -> npt.NDArray[np.float32]:
         with torch.no_grad():
-            return np.asarray(F.normalize(judge_clip.model.encode_image(autoencoder.to_tensor(pictures)), dim=-1).numpy())
+            return np.asarray(F.normalize(judge_clip.encode_image(autoencoder.to_tensor(pictures)), dim=-1).numpy())
 
     def by_rendering(pictures: Pixels, embed: Any) -> npt.NDArray[np.bool_]:
         best = []
-        for picture, scene in zip(embed(pictures), scenes, strict=True):
-            rivals = world.compositor([Scene(icon, scene.size, scene.place, scene.background) for icon in variants])
+        for picture, i in zip(embed(pictures), which, strict=True):
+            said = scenes[i]
+            rivals = world.compositor([Scene(icon, said.size, said.place, said.background) for icon in variants])
             best.append(int(judge.nearest(picture[None], embed(rivals))[0]) % len(words))
-        return np.array(best) == np.arange(len(words))
+        return np.array(best) == which
 
     return {
-        "clip_text": lambda pictures: (unit(pictures) @ phrases.numpy().T).argmax(1) == np.arange(len(words)),
+        "clip_text": lambda pictures: (unit(pictures) @ phrases.numpy().T).argmax(1) == which,
         "pixels": lambda pictures: by_rendering(pictures, judge.flat),
         "clip_image": lambda pictures: by_rendering(pictures, unit),
     }
