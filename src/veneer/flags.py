@@ -113,7 +113,7 @@ def help_of(config: type) -> dict[str, str]:
     start = re.compile(rf"(?<!\S)`?((?:{'|'.join(names)})(?:`?,\s+`?(?:{'|'.join(names)}))*)`?:\s", re.MULTILINE)
     block = "\n".join(itertools.takewhile(lambda line: not line or line.startswith(" "), body.splitlines()))
     entries = list(start.finditer(block))
-    found = {}
+    found: dict[str, str] = {}
     for entry, after in itertools.zip_longest(entries, entries[1:]):
         sentence = " ".join(block[entry.end() : after.start() if after else len(block)].split()).rstrip(".")
         for name in re.split(r"`?,\s+`?", entry.group(1)):

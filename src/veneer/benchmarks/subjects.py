@@ -1,7 +1,7 @@
 """How much is learnt of real subjects: subjects × methods × seeds on one base, likeness against the base's own pictures.
 
-Each run is `veneer personalize` with its own seed and its own pictures; the interval in the table is over seeds, so it says how much
-another run would differ. Runs that are there already are not made again.
+Each run is `veneer personalize` with its own seed and its own pictures; the interval in the table is over seeds, so it says how
+much another run would differ. Runs that are there already are not made again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CLASS_WORDS = {"duck_toy": "chick", "dog3": "dog", "monster_toy": "teddy bear"}
 """Folder -> an ordinary word that the shipped base knows."""
 
 
-def run_all(data: Path, work: Path, subjects: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> None:
+def run_all(data: Path, work: Path, subjects: Sequence[str], methods: Sequence[str], seeds: Sequence[int], features: str) -> None:
     """Make the runs that are missing."""
     from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
@@ -33,8 +33,18 @@ def run_all(data: Path, work: Path, subjects: Sequence[str], methods: Sequence[s
                 if not (out / "result.json").is_file():
                     word = CLASS_WORDS.get(subject, "")
                     concept = f"<{subject.replace('_', '-')}>"
-                    settings = {"concept": concept, "class_word": word, "method": method, "seed": seed, "tracker": "none"}
-                    personalize(PersonalizeConfig(photos=data / subject, out=out, **settings))
+                    personalize(
+                        PersonalizeConfig(
+                            photos=data / subject,
+                            concept=concept,
+                            class_word=word,
+                            method=method,
+                            seed=seed,
+                            features=features,
+                            tracker="none",
+                            out=out,
+                        )
+                    )
 
 
 def collected(work: Path, subjects: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -48,9 +58,8 @@ def collected(work: Path, subjects: Sequence[str], methods: Sequence[str], seeds
 
 
 def _figures(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for name in ("likeness", "prompt_likeness"):
-        for side in ("base", "adapted", "gain"):
-            yield f"{name}_{side}", figure([r["figures"][name][side]["mean"] for r in results])
+    for side in ("base", "adapted", "gain"):
+        yield f"likeness_{side}", figure([r["figures"]["likeness"][side]["mean"] for r in results])
     for name in ("ceiling", "drift"):
         yield name, figure([r["figures"][name]["mean"] for r in results])
     yield "seconds", figure([r["training"]["seconds"] for r in results])
@@ -84,9 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where table and sheets go; none to only make the runs")
     parser.add_argument("--subjects", nargs="+", default=list(CLASS_WORDS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--features", default="shipped", help="image model of the figures, as for `veneer personalize`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     given = parser.parse_args(arguments)
-    run_all(given.data, given.work, given.subjects, given.methods, given.seeds)
+    run_all(given.data, given.work, given.subjects, given.methods, given.seeds, given.features)
     if given.out:
         rows = collected(given.work, given.subjects, given.methods, given.seeds)
         given.out.mkdir(parents=True, exist_ok=True)

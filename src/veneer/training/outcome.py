@@ -47,9 +47,7 @@ class Run:
     def settings(self, seeds: int) -> PreviewSettings:
         """How pictures are made: as the base is usually sampled."""
         preset = bases.preset(self.config.base)
-        return PreviewSettings(
-            tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4
-        )
+        return PreviewSettings(tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4)
 
     @property
     def prompts(self) -> list[str]:

@@ -178,7 +178,8 @@ class PersonalizeConfig:
         """
         preset = bases.Preset(*LABELS) if labels else bases.preset(self.base)
         usual = {"template": preset.templates, "prompts": preset.previews, "unrelated": preset.unrelated}
-        return dataclasses.replace(self, **{name: getattr(self, name) or theirs for name, theirs in usual.items()})
+        worded: dict[str, Any] = {name: getattr(self, name) or theirs for name, theirs in usual.items()}
+        return dataclasses.replace(self, **worded)
 
     def rates(self) -> dict[str, float]:
         """Method name to learning rate: as given, else the base's usual, else the method's own."""
