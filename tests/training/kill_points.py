@@ -171,7 +171,9 @@ def main_cli(points: int, seed: int, steps: int, extra: list[str]) -> int:
             words = ["personalize", str(photos), "--concept", "<toy>", "--method", "lora", "--steps", str(steps), "--seed", "3"]
             words += ["--checkpoint-every", "2", "--resume", "--out", str(out), *extra]
             log = (Path(scratch) / "log.txt").open("ab")
-            return subprocess.Popen([sys.executable, "-m", "veneer.cli", *words], stdout=log, stderr=log)
+            return subprocess.Popen(
+                [sys.executable, "-c", "from veneer.cli import console; console()", *words], stdout=log, stderr=log
+            )
 
         def digest(out: Path) -> dict[str, str]:
             last = out / f"checkpoint-{steps:06d}"
