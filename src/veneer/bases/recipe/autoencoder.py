@@ -106,9 +106,7 @@ def train(folder: Path, pictures: Callable[[int, int], Pixels], steps: int, batc
     return standardise(vae, to_tensor(pictures(0, 1024)))
 
 
-def refine(
-    folder: Path, vae: AutoencoderKL, pictures: Callable[[int, int], Pixels], steps: int, batch: int, lr: float
-) -> AutoencoderKL:
+def refine(folder: Path, vae: Any, pictures: Callable[[int, int], Pixels], steps: int, batch: int, lr: float) -> Any:
     """Train the decoder further on whole frames, at fixed latents: what was trained on them stays as it is."""
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)

@@ -87,7 +87,7 @@ def shipped(figures: dict[str, Any]) -> str:
     counts, steps, db = figures["weights"]["parameters"], figures["training"], figures["autoencoder"]
     errors = ", ".join(f"{value:.3f} at t = {key[1:]}" for key, value in steps["unet"].items() if key[1:].isdigit())
     sampling, again = figures["sampling"], steps.get("decoder")
-    decoder = f", and its decoder {again['step']} more at noisy latents" if again else ""
+    decoder = f", and its decoder {again['step']} more at the latents that the UNet learnt" if again else ""
     return f"""\
 ---
 license: other
