@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from veneer import bases
@@ -38,7 +39,8 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
         VeneerError: what was given cannot work; nothing has been trained then.
         Diverged: the loss is no longer finite; the last good weights are in the folder.
     """
-    accelerator = accelerator or Accelerator()
+    cpu = not torch.accelerator.is_available()  # said, or processes of torchrun would each think that they are alone
+    accelerator = accelerator or Accelerator(cpu=cpu)
     config = on_main(accelerator, config.completed)
     out = _folder(config)
     photos = find_photos(config.photos or "", concept=config.concept)
