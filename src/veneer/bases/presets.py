@@ -24,7 +24,8 @@ class Preset:
         class_word: what a concept is compared to when nothing else is said.
         resolution: pixels a side; None is the base's own (its latent size times the autoencoder's stride).
         guidance_scale, steps, negative_prompt: for sampling.
-        training: method name to what is usual for it on this base: `options`, `where`, `learning_rate`, `steps`.
+        training: method name to what is usual for it on this base: `options`, `where`, `learning_rate`, `steps`, `batch`,
+            `schedule`.
     """
 
     templates: tuple[str, ...] = ("a photo of {concept}",)

@@ -56,12 +56,12 @@ class PersonalizeConfig:
         buckets: train at the photos' aspect ratios; if not, square crops.
         masks: weigh the loss with the photos' masks or alpha channels.
         steps: optimiser steps; None for what is usual with this base.
-        batch: photos in a micro-batch, over all processes.
+        batch: photos in a micro-batch, over all processes; None for what is usual with this base, else 1.
         accumulation: micro-batches in a step.
         learning_rate: of the first method that trains weights (or the only method); None for what is usual.
         text_learning_rate: of weights in text encoders; None for half the learning rate.
         token_learning_rate: of new tokens' vectors, when trained beside weights; None for what is usual.
-        schedule: `constant`, `cosine` or `linear`.
+        schedule: `constant`, `cosine` or `linear`; None for what is usual with this base, else constant.
         warmup: steps of linear warm-up.
         optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
         weight_decay: decoupled weight decay.
@@ -114,12 +114,12 @@ class PersonalizeConfig:
     buckets: bool = True
     masks: bool = True
     steps: int | None = None
-    batch: int = 1
+    batch: int | None = None
     accumulation: int = 1
     learning_rate: float | None = None
     text_learning_rate: float | None = None
     token_learning_rate: float | None = None
-    schedule: str = "constant"
+    schedule: str | None = None
     warmup: int = 0
     optimizer: str = "adamw"
     weight_decay: float = 0.01
@@ -164,8 +164,11 @@ class PersonalizeConfig:
         preset = bases.preset(self.base)
         names = targets.split_methods(self.method)
         known = {name: dict(preset.training.get(name, {})) for name in names}
-        usual["where"] = self.where or next((tuple(m["where"]) for m in known.values() if "where" in m), None)
+        first = {key: value for m in reversed(known.values()) for key, value in m.items()}
+        usual["where"] = self.where or (tuple(first["where"]) if "where" in first else None)
         usual["steps"] = self.steps or max(int(m.get("steps", 500)) for m in known.values())
+        usual["batch"] = self.batch or int(first.get("batch", 1))
+        usual["schedule"] = self.schedule or str(first.get("schedule", "constant"))
         usual["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
         usual["out"] = self.out or new_folder(Path("runs"), f"{_plain(usual.get('concept', self.concept))}-{self.method}")
         return dataclasses.replace(self, **usual)
