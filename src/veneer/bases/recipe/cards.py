@@ -148,7 +148,7 @@ on renderings of the same icons, so its verdict is no stranger's.
 
 ## Limits
 64×64 pixels; icons, no photographs, no scenes of several things, no people. Words outside the list above mean little or nothing.
-Fine detail is soft. What it makes of a prompt says nothing about what a large model would make of it; it shows the machinery at work.
+Of the prompted things {figures["generation"]["thing"]["clip_text"]["percent"]:.0f} % are found by the CLIP; the rest are shapes and colours that suggest the thing. What it makes of a prompt says nothing about what a large model would make of it; it shows the machinery at work.
 """
 
 

@@ -39,7 +39,7 @@ def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1,
     preset = presets.preset(bases / "shipped")
     figures = {
         "weights": weights(bases, pipe, judge_clip.model),
-        "training": training(world),
+        "training": json.loads((bases / package.TRAINING).read_text()),
         "autoencoder": reconstruction(world, pipe.vae),
         "clip": retrieval(world, judge_clip.model),
         "sampling": {"steps": preset.steps, "guidance_scale": preset.guidance_scale, "seeds": list(seeds)},
@@ -70,17 +70,6 @@ def weights(bases: Path, pipe: Any, clip_model: Any) -> dict[str, Any]:
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     megabytes = {name: round(package.weight(bases / name) / 1e6, 2) for name in ("shipped", "shipped_clip")}
     return {"parameters": counts, "megabytes": megabytes}
-
-
-def training(world: World) -> dict[str, Any]:
-    """Steps of the checkpoints, and the UNet's last v-errors on watched scenes, from the logs."""
-    last = {}
-    logs = {stage: world.folder / stage / "log.jsonl" for stage in ("vae", "clip", "unet")}
-    logs["decoder"] = world.folder / "vae" / "decoder" / "log.jsonl"
-    for stage, log in ((stage, log) for stage, log in logs.items() if log.is_file()):
-        line = log.read_text().strip().splitlines()[-1]
-        last[stage] = {k: v for k, v in json.loads(line).items() if k == "step" or k == "loss" or k.startswith("v")}
-    return last
 
 
 def reconstruction(world: World, vae: Any) -> dict[str, float]:

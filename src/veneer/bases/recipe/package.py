@@ -16,6 +16,9 @@ from .world import World
 LIMIT = 24_000_000
 """Bytes that all shipped weights may take together."""
 
+TRAINING = "shipped/training.json"
+"""How far the trainings were when the weights were packaged."""
+
 
 def pipeline(world: World) -> Any:
     """The pipeline with the averaged weights of the latest checkpoint, in float32."""
@@ -71,6 +74,17 @@ def _plain_config(config: Path) -> None:
         config.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def training(world: World) -> dict[str, Any]:
+    """Steps of the checkpoints, and the UNet's last v-errors on watched scenes, from the logs."""
+    last = {}
+    logs = {stage: world.folder / stage / "log.jsonl" for stage in ("vae", "clip", "unet")}
+    logs["decoder"] = world.folder / "vae" / "decoder" / "log.jsonl"
+    for stage, log in ((stage, log) for stage, log in logs.items() if log.is_file()):
+        line = log.read_text().strip().splitlines()[-1]
+        last[stage] = {k: v for k, v in json.loads(line).items() if k == "step" or k == "loss" or k.startswith("v")}
+    return last
+
+
 def weight(*folders: Path) -> int:
     """Bytes of all safetensors in the folders."""
     return sum(file.stat().st_size for folder in folders for file in folder.rglob("*.safetensors"))
@@ -84,6 +98,7 @@ def write(world: World, bases: Path) -> None:
     """
     write_pipeline(world, bases / "shipped")
     write_clip(world, bases / "shipped_clip")
+    (bases / TRAINING).write_text(json.dumps(training(world), indent=2) + "\n")
     examples.write(world.icons, bases / "examples")
     for file in bases.rglob("*.safetensors"):
         file.chmod(0o644)  # transformers and safetensors leave them to the owner alone
