@@ -18,12 +18,17 @@ from veneer.training.metrics import Figure, figure
 from veneer.training.outcome import write_image
 
 METHODS = ("lora", "textual_inversion", "pivotal")
-CLASS_WORDS = {"duck_toy": "chick", "dog3": "dog", "monster_toy": "teddy bear"}
-"""Folder -> an ordinary word that the shipped base knows."""
+CLASS_WORDS = {"duck_toy": "toy", "dog3": "dog", "monster_toy": "toy"}
+"""Folder -> the class that the DreamBooth dataset gives it; its pictures by the base are what likeness is compared with."""
+
+PROMPTS = ("a {concept}", "a picture of a {concept}", "a {concept}, center", "a large {concept}, center")
+"""Prompts that leave the surroundings open, because likeness to a photo takes in all of it."""
 
 
-def run_all(data: Path, work: Path, subjects: Sequence[str], methods: Sequence[str], seeds: Sequence[int], features: str) -> None:
-    """Make the runs that are missing."""
+def run_all(
+    data: Path, work: Path, subjects: Sequence[str], methods: Sequence[str], seeds: Sequence[int], **settings: Any
+) -> None:
+    """Make the runs that are missing; `settings` go to every one."""
     from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
     for seed in seeds:
@@ -40,9 +45,10 @@ def run_all(data: Path, work: Path, subjects: Sequence[str], methods: Sequence[s
                             class_word=word,
                             method=method,
                             seed=seed,
-                            features=features,
+                            prompts=PROMPTS,
                             tracker="none",
                             out=out,
+                            **settings,
                         )
                     )
 
@@ -94,9 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--subjects", nargs="+", default=list(CLASS_WORDS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--features", default="shipped", help="image model of the figures, as for `veneer personalize`")
+    parser.add_argument("--base", default="shipped", help="as for `veneer personalize`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     given = parser.parse_args(arguments)
-    run_all(given.data, given.work, given.subjects, given.methods, given.seeds, given.features)
+    run_all(given.data, given.work, given.subjects, given.methods, given.seeds, features=given.features, base=given.base)
     if given.out:
         rows = collected(given.work, given.subjects, given.methods, given.seeds)
         given.out.mkdir(parents=True, exist_ok=True)
