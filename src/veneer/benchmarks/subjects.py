@@ -46,6 +46,7 @@ def run_all(
                             method=method,
                             seed=seed,
                             prompts=PROMPTS,
+                            eval_seeds=2,
                             tracker="none",
                             out=out,
                             **settings,
