@@ -80,7 +80,8 @@ def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
     metrics = None
     if config.eval_seeds:
         unrelated = pairs(run.pipe, run.attached, list(config.unrelated or ()), settings)
-        metrics = measure(features(config.features), photos, concept, unrelated, run.base_words)
+        side = min(concept[0].adapted.size)
+        metrics = measure(features(config.features), [reduced(p, side) for p in photos], concept, unrelated, run.base_words)
     write_image(_sheet(run, result, photos, concept, metrics), run.out / "before_after.png")
     record = _record(run, result, files, metrics)
     text = json.dumps(record, indent=2, ensure_ascii=False, default=str, allow_nan=False)
@@ -148,6 +149,13 @@ def _record(run: Run, result: TrainResult, files: list[str], metrics: Metrics | 
         "versions": {name: version(name) for name in ("veneer", "torch", "diffusers", "transformers")},
         "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},
     }
+
+
+def reduced(photo: Image.Image, side: int) -> Image.Image:
+    """The photo with a short side of at most `side` pixels: likeness is to what a picture of that size can show."""
+    factor = side / min(photo.size)
+    size = round(photo.width * factor), round(photo.height * factor)
+    return photo.resize(size, Image.Resampling.LANCZOS) if factor < 1 else photo
 
 
 def write_image(image: Image.Image, path: Path) -> None:

@@ -27,7 +27,7 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 """Options that a resumed run may change, or that are compared by content."""
 
-DEMO = {"concept": "<octopus>", "class_word": "animal"}
+DEMO = {"concept": "<octopus>", "class_word": "fish"}
 """What is taught when no photos are given: the pictures that the package carries."""
 
 
