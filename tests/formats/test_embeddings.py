@@ -18,7 +18,7 @@ from veneer.testing.pipelines import tiny_pipeline
 
 from .cases import fill, header
 
-FIXTURE = Path("/work/shared/data/fixtures/embedding_emb_params.safetensors")
+FIXTURE = Path(__file__).resolve().parents[3] / "shared" / "data" / "fixtures" / "embedding_emb_params.safetensors"
 PROMPT = "a photo of <toy> on the beach"
 
 
