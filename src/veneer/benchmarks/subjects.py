@@ -14,8 +14,15 @@ from typing import Any
 
 from PIL import Image
 
-from veneer.training.metrics import Figure, figure
-from veneer.training.outcome import write_image
+from veneer import bases
+from veneer.formats import load_all
+from veneer.training import targets
+from veneer.training.features import features
+from veneer.training.folder import find_photos
+from veneer.training.metrics import Figure, figure, measure
+from veneer.training.outcome import reduced, write_image
+from veneer.training.photos import read_photo
+from veneer.training.previews import PreviewSettings, pairs
 
 METHODS = ("lora", "textual_inversion", "pivotal")
 CLASS_WORDS = {"duck_toy": "toy", "dog3": "dog", "monster_toy": "toy"}
@@ -54,42 +61,72 @@ def run_all(
                     )
 
 
-def collected(work: Path, subjects: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+def judge_again(data: Path, out: Path, model: str) -> dict[str, Any]:
+    """Likeness of a finished run's pictures by another feature model; the pictures are drawn again, the same ones."""
+    kept = out / f"likeness-{Path(model).name}.json"
+    if not kept.is_file():
+        config = json.loads((out / "result.json").read_text())["config"]
+        pipe = bases.load(config["base"])
+        targets.freeze(pipe)
+        attached = load_all(pipe, out)
+        preset, concept = bases.preset(config["base"]), config["concept"]
+        settings = PreviewSettings(
+            tuple(range(config["eval_seeds"])), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4
+        )
+        words = {concept: config["class_word"]}
+        drawn = pairs(pipe, attached, [p.replace("{concept}", concept) for p in config["prompts"]], settings, words)
+        photos = [reduced(read_photo(p.path), drawn[0].adapted.width) for p in find_photos(data)]
+        kept.write_text(json.dumps(measure(features(model), photos, drawn, (), words).as_dict()))
+    found: dict[str, Any] = json.loads(kept.read_text())
+    return found
+
+
+def collected(
+    data: Path, work: Path, subjects: Sequence[str], methods: Sequence[str], seeds: Sequence[int], also: str
+) -> list[dict[str, Any]]:
     """One row a subject and method, each figure with its interval over seeds."""
     rows = []
     for subject in subjects:
         for method in methods:
-            found = [json.loads((work / f"{subject}-{method}-{seed}" / "result.json").read_text()) for seed in seeds]
-            rows.append({"subject": subject, "method": method, "seeds": len(found), **dict(_figures(found))})
+            folders = [work / f"{subject}-{method}-{seed}" for seed in seeds]
+            found = [json.loads((folder / "result.json").read_text()) for folder in folders]
+            again = [judge_again(data / subject, folder, also) for folder in folders]
+            second = {f"also_{k}": v for k, v in _likeness(again)}
+            rows.append({"subject": subject, "method": method, "seeds": len(found), **dict(_figures(found)), **second})
     return rows
 
 
-def _figures(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _likeness(figures: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
     for side in ("base", "adapted", "gain"):
-        yield f"likeness_{side}", figure([r["figures"]["likeness"][side]["mean"] for r in results])
-    for name in ("ceiling", "drift"):
-        yield name, figure([r["figures"][name]["mean"] for r in results])
+        yield side, figure([f["likeness"][side]["mean"] for f in figures])
+    yield "ceiling", figure([f["ceiling"]["mean"] for f in figures])
+
+
+def _figures(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    yield from _likeness([r["figures"] for r in results])
+    yield "drift", figure([r["figures"]["drift"]["mean"] for r in results])
     yield "seconds", figure([r["training"]["seconds"] for r in results])
     yield "parameters", sum(m["parameters"] for m in results[0]["methods"])
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table."""
-    heads = ("subject", "method", "trained", "likeness, base", "likeness", "gain", "ceiling", "drift", "seconds")
+def table(rows: Sequence[dict[str, Any]], names: tuple[str, str]) -> str:
+    """A Markdown table: by each feature model the likeness of the base's pictures, of the adapted ones, and the gain."""
+    heads = ["subject", "method", "trained values"]
+    heads += [f"{word} ({name})" for name in names for word in ("base", "adapted", "gain", "ceiling")]
+    heads += ["drift", "seconds"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
-        shown = [row[k] for k in ("likeness_base", "likeness_adapted", "likeness_gain", "ceiling", "drift")]
-        cells = [row["subject"], row["method"], f"{row['parameters']:,}", *map(_cell, shown), f"{row['seconds'].mean:.0f}"]
+        shown = [row[start + key] for start in ("", "also_") for key in ("base", "adapted", "gain", "ceiling")]
+        cells = [row["subject"], row["method"], f"{row['parameters']:,}", *map(_cell, [*shown, row["drift"]])]
+        cells.append(f"{row['seconds'].mean:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _cell(value: Figure) -> str:
-    return (
-        f"{value.mean:.3f}"
-        if value.low is None or value.high is None
-        else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
-    )
+    """The mean, and the half width of the interval where it is not nothing."""
+    half = 0.0 if value.high is None else value.high - value.mean
+    return f"{value.mean:.3f} ± {half:.3f}" if half >= 0.0005 else f"{value.mean:.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,19 +138,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--subjects", nargs="+", default=list(CLASS_WORDS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--features", default="shipped", help="image model of the figures, as for `veneer personalize`")
+    parser.add_argument("--also", default="shipped", help="a second one")
     parser.add_argument("--base", default="shipped", help="as for `veneer personalize`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     given = parser.parse_args(arguments)
     run_all(given.data, given.work, given.subjects, given.methods, given.seeds, features=given.features, base=given.base)
     if given.out:
-        rows = collected(given.work, given.subjects, given.methods, given.seeds)
+        rows = collected(given.data, given.work, given.subjects, given.methods, given.seeds, given.also)
+        shown = table(rows, (Path(given.features).name, Path(given.also).name))
         given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "subjects.md").write_text(table(rows) + "\n")
+        (given.out / "subjects.md").write_text(shown + "\n")
         for subject in given.subjects:
             for method in given.methods:
                 with Image.open(given.work / f"{subject}-{method}-{given.seeds[0]}" / "before_after.png") as sheet:
                     write_image(sheet.quantize(256).convert("RGB"), given.out / f"{subject}-{method}.png")
-        print(table(rows))
+        print(shown)
 
 
 if __name__ == "__main__":
