@@ -46,13 +46,13 @@ class PretrainConfig:
 
     work: Path = Path("runs/base")
     stage: str = "all"
-    vae_steps: int = 3000
-    clip_steps: int = 6000
-    unet_steps: int = 16000
-    decoder_steps: int = 2000
+    vae_steps: int = 1400
+    clip_steps: int = 3600
+    unet_steps: int = 8000
+    decoder_steps: int = 900
     unet_decay: int = 4000
-    muon_lr: float = 8e-3
-    adam_lr: float = 2e-3
+    muon_lr: float = 3.6e-3
+    adam_lr: float = 1.2e-3
     bases: Path = Path(bases.__file__).parent
     results: Path = Path("docs/results/base")
     seeds: int = 3

@@ -133,7 +133,8 @@ Icons, rendered and composed on flat backgrounds. The generator learnt from {" a
 {ATTRIBUTION}
 ## Training
 `pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores: autoencoder {steps["vae"]["step"]} steps{decoder}; UNet with its text encoder
-{steps["unet"]["step"]} steps of 64 (Muon and AdamW, EMA). v-errors on watched scenes: {errors}.
+{steps["unet"]["step"]} steps of 64 (Muon and AdamW, EMA). v-errors on watched scenes: {errors}. Rates and the share of
+large, centred things changed on the way: `docs/results/base` in veneer's repository has the schedule.
 
 ## Figures
 Autoencoder: {db["kept_back_concepts_db"]} dB on kept-back concepts, {db["unseen_style_db"]} dB on an icon set that no training saw ({UNSEEN_SET}).
