@@ -64,3 +64,9 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sites_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sites", "timm:vit_tiny_patch16_224"]) == 0
     assert "attn.q" in capsys.readouterr().out
+
+
+def test_one_prompt_and_one_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A single word for a field of several is still one word, not its letters."""
+    assert main(["generate", "a cat", "--adapter", str(tmp_path / "nowhere")]) == 1
+    assert f"'{tmp_path / 'nowhere'}'" in capsys.readouterr().err

@@ -33,6 +33,8 @@ class Config:
     kind: Literal["a", "b"] = "a"
     bias: bool = False
     words: str | tuple[str, ...] = ""
+    names: tuple[str, ...] = ()
+    where: tuple[str, ...] | None = None
     size: tuple[int, int] | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
 
@@ -52,6 +54,7 @@ def test_types() -> None:
     given = "x --rank 8 --alpha 2 --kind b --bias --words one --size 3 4 --ranks mlp=2 attn.*=3"
     sizes = {"rank": 8, "alpha": 2.0, "size": (3, 4), "ranks": {"mlp": 2, "attn.*": 3}}
     assert parse(*given.split()) == {"folder": Path("x"), "kind": "b", "bias": True, "words": "one", **sizes}
+    assert parse("x", "--names", "one", "--where", "attn") == {"folder": Path("x"), "names": ("one",), "where": ("attn",)}
     assert parse("x", "--words", "one", "two", "--no-bias") == {"folder": Path("x"), "words": ("one", "two"), "bias": False}
 
 

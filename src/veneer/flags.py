@@ -102,7 +102,8 @@ def _shaped(value: Any, hint: Any) -> Any:
     origins = {typing.get_origin(h) for h in (hint, *typing.get_args(hint))}
     if any(isinstance(o, type) and issubclass(o, Mapping) for o in origins if o is not None):
         return dict(value)
-    return value[0] if len(value) == 1 and str in typing.get_args(hint) else tuple(value)
+    one_or_more = typing.get_origin(hint) in (Union, types.UnionType) and str in typing.get_args(hint)
+    return value[0] if len(value) == 1 and one_or_more else tuple(value)
 
 
 def help_of(config: type) -> dict[str, str]:
