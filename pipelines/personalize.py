@@ -57,18 +57,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
         for component in {c for a in attached for c in a.towers}:
             _checkpointing(pipe.components[component])
     captions = _captions(config)
-    dataset = PhotoDataset(
-        photos,
-        resolution,
-        kind.multiple,
-        config.seed,
-        captions=captions,
-        flip=config.flip,
-        crop=config.crop,
-        buckets=config.buckets and not kind.square,
-        masks=config.masks,
-        prior_photos=prior,
-    )
+    dataset = _dataset(config, kind, photos, prior, captions, resolution)
     loop = config.loop()
     loss = DenoisingLoss(
         kind,
@@ -144,8 +133,10 @@ def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Acce
     settings = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
     prompt = config.prior_prompt()
 
+    def told(done: int, count: int) -> None:
+        print(f"class pictures of {prompt!r}: {done}/{count}", flush=True)
+
     def make() -> list[Path]:
-        told = lambda done, count: print(f"class pictures of {prompt!r}: {done}/{count}", flush=True)  # noqa: E731
         return prior_pictures(kind, out / "prior", prompt, config.prior, config.seed, progress=told, **settings)
 
     paths = on_main(accelerator, make)
@@ -156,6 +147,23 @@ def _attach(config: PersonalizeConfig, pipe: Any) -> list[Attachment]:
     found = targets.build_methods(config.method, config.options, config.concept, config.class_word)
     where = {m.name: config.where for m in found if config.where and not targets.learns_words(m)}
     return targets.attach_all(pipe, found, where, config.text_encoder, config.seed)
+
+
+def _dataset(
+    config: PersonalizeConfig, kind: Family, photos: list[Photo], prior: list[Photo], captions: Captions, resolution: int
+) -> PhotoDataset:
+    return PhotoDataset(
+        photos,
+        resolution,
+        kind.multiple,
+        config.seed,
+        captions=captions,
+        flip=config.flip,
+        crop=config.crop,
+        buckets=config.buckets and not kind.square,
+        masks=config.masks,
+        prior_photos=prior,
+    )
 
 
 def _captions(config: PersonalizeConfig) -> Captions:

@@ -74,11 +74,10 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
     parts = tuple((site, _build(method, site, modules[site.component])) for site in chosen)
     extras = _extras(everything, train, main, chosen, modules)
     touched = {s.component for s in chosen} | {component for component, _ in extras.values()}
-    texts = lambda given: (given,) if isinstance(given, str) else tuple(given)  # noqa: E731
     return Plan(
         method=method,
-        where=texts(method.default if where is None else where),
-        train=texts(train),
+        where=_texts(method.default if where is None else where),
+        train=_texts(train),
         towers={c: m for c, m in modules.items() if c in touched},
         parts=parts,
         offered=tuple(offered),
@@ -153,3 +152,7 @@ def hosts_for(method: Method | type[Method]) -> list[str]:
         if any(fits(method, s) for m in models for s in Tower("", m, host, True).sites):
             found.append(name)
     return found
+
+
+def _texts(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
