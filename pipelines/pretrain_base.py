@@ -18,13 +18,15 @@ import torch
 from diffusers import AutoencoderKL
 
 from veneer import bases
-from veneer.bases.recipe import autoencoder, cards, clip, diffusion, evaluate, package, sheet
-from veneer.bases.recipe.compose import draw_scenes
-from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, UNSEEN_SET
+from veneer.bases.recipe import autoencoder, begin, cards, clip, diffusion, evaluate, package, sheet
+from veneer.bases.recipe.compose import draw_scenes, surround
+from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, UNSEEN_SET
 from veneer.bases.recipe.world import World
 from veneer.injection import VeneerError
 
-POOL = 32768
+POOL = 49152
+SURROUNDED = 0.35
+"""Share of the generator's scenes that stand in surroundings instead of before a colour."""
 WATCHED = 192
 
 
@@ -35,6 +37,7 @@ class PretrainConfig:
     Args:
         work: folder for everything that is fetched, rendered and trained.
         stage: one of the stages, or `all`.
+        begin: folder of packaged bases to begin from; none for random weights.
         vae_steps, clip_steps, unet_steps, decoder_steps: optimiser steps.
         unet_decay: steps at the end over which the UNet's rate falls to zero; 0 leaves it constant.
         muon_lr, adam_lr: the UNet's learning rates, for matrices and for the rest.
@@ -46,6 +49,7 @@ class PretrainConfig:
 
     work: Path = Path("runs/base")
     stage: str = "all"
+    begin: Path | None = None
     vae_steps: int = 1400
     clip_steps: int = 3600
     unet_steps: int = 8000
@@ -81,10 +85,14 @@ def train_decoder(world: World, config: PretrainConfig) -> None:
 def train_clip(world: World, config: PretrainConfig) -> None:
     """The CLIP; prints retrieval of unseen renderings."""
     names, folder = world.words, world.folder / "clip"
-    parts = clip.split(world.icons, names, CLIP_SETS, UNSEEN_SET)
+    parts = clip.split(world.icons, names, CLIP_SETS, UNSEEN_SET, MORE_SETS)
     favoured = frozenset([*DRAWN, *KEPT_BACK])
+    torch.manual_seed(2)
+    model = clip.NamedClip(len(world.tokenizer), len(names))
+    if config.begin:
+        begin.named_clip(model, config.begin, world.tokenizer, names)
     model = clip.train(
-        folder, world.icons, names, parts.seen, world.photos, world.tokenizer, config.clip_steps, favoured=favoured
+        folder, model, world.icons, names, parts.seen, world.photos, world.tokenizer, config.clip_steps, favoured=favoured
     )
     clip.save(model, world.tokenizer, folder / "model")
     for label, rows, among in (
@@ -99,7 +107,8 @@ def train_clip(world: World, config: PretrainConfig) -> None:
 def train_unet(world: World, config: PretrainConfig) -> None:
     """The UNet and its text tower."""
     vae = AutoencoderKL.from_pretrained(world.folder / "vae" / "model").to(memory_format=torch.channels_last)
-    scenes = draw_scenes(np.random.default_rng(21), world.drawn, POOL)
+    rng = np.random.default_rng(21)
+    scenes = surround(rng, draw_scenes(rng, world.drawn, POOL), SURROUNDED)
     pool = diffusion.encode(vae, world.compositor, scenes, world.folder / "pool.npy")
     watched = draw_scenes(np.random.default_rng(22), world.drawn, WATCHED)
     latents = diffusion.encode(vae, world.compositor, watched).latents.astype(np.float32)
@@ -107,6 +116,8 @@ def train_unet(world: World, config: PretrainConfig) -> None:
     tokens = world.tokenizer
     torch.manual_seed(1)
     model = diffusion.Denoiser(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
+    if config.begin:
+        begin.denoiser(model, config.begin)
     plan = diffusion.Plan(config.unet_steps, config.unet_decay, muon_lr=config.muon_lr, adam_lr=config.adam_lr)
     diffusion.train(world.folder / "unet", model, pool, world.caption, tokens, (torch.from_numpy(latents), ids), plan)
 
@@ -146,6 +157,8 @@ def pretrain_base(config: PretrainConfig) -> None:
     if config.stage not in ("all", *STAGES):
         raise VeneerError(f"stage is {config.stage!r}; there are: all, {', '.join(STAGES)}.")
     world = World(config.work)
+    if config.begin:
+        begin.unpack(config.begin, config.work)
     for name, stage in STAGES.items():
         if config.stage in ("all", name):
             stage(world, config)

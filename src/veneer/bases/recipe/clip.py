@@ -60,14 +60,21 @@ class Split:
     unseen_set: list[int]
 
 
-def split(icons: Icons, names: Sequence[str], sets: Sequence[str], unseen_set: str, seed: int = 3) -> Split:
-    """Keep back one rendering of each name in `names`, and the whole of `unseen_set`."""
+def split(
+    icons: Icons, names: Sequence[str], sets: Sequence[str], unseen_set: str, more: Sequence[str] = (), seed: int = 3
+) -> Split:
+    """Keep back one rendering of each name in `names`, and the whole of `unseen_set`.
+
+    Sets in `more` are learnt from; where one is of the same design as the rendering kept back, its icon is left out.
+    """
     rng = np.random.default_rng(seed)
-    kept = set()
+    kept, alike = set(), set()
     for name in names:
         rows = icons.where({name}, set(sets))
-        kept.add(rows[rng.integers(len(rows))])
-    seen = [i for i in icons.where(sets=set(sets)) if i not in kept]
+        row = rows[rng.integers(len(rows))]
+        kept.add(row)
+        alike |= {i for i in icons.where({name}, set(more)) if icons.sets[i][:6] == icons.sets[row][:6]}
+    seen = [i for i in icons.where(sets={*sets, *more}) if i not in kept | alike]
     return Split(seen, sorted(kept), icons.where(set(names), {unseen_set}))
 
 
@@ -80,6 +87,8 @@ def augmented(rng: np.random.Generator, icon: Pixels, photos: list[Image.Image])
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < 0.5:
         image = image.rotate(float(rng.normal(0, 20)), Image.Resampling.BILINEAR)
+    if rng.random() < 0.3:
+        image = _sheared(rng, image)
     room = SIDE - side
     left, top = (int(rng.integers(min(0, room) - side // 8, max(0, room) + side // 8 + 1)) for _ in range(2))
     canvas.paste(image, (left, top), image)
@@ -88,16 +97,26 @@ def augmented(rng: np.random.Generator, icon: Pixels, photos: list[Image.Image])
     return jitter(rng, np.asarray(canvas), permute=0.0)
 
 
+def _sheared(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    """The image sheared and stretched about its middle."""
+    (a, b), (c, d) = np.eye(2) + rng.uniform(-0.25, 0.25, (2, 2))
+    half = image.width / 2
+    rows = (a, b, half - half * (a + b), c, d, half - half * (c + d))
+    return image.transform(image.size, Image.Transform.AFFINE, rows, Image.Resampling.BILINEAR)
+
+
 def phrase(rng: np.random.Generator, name: str) -> str:
     """A caption about the name; its attributes are mostly left out, and say nothing when they are there."""
-    scene = Scene(0, *(str(rng.choice(list(kind))) for kind in (SIZES, PLACES, COLOURS)))
+    size, place, colour = (str(rng.choice(list(kind))) for kind in (SIZES, PLACES, COLOURS))
+    scene = Scene(0, size, place, colour)
     if rng.random() < 0.5:
         return captions.article(name) if rng.random() < 0.7 else name
-    return captions.caption(rng, name, scene, str(rng.choice(["noto", "flat", "twemoji"]))) or name
+    return captions.caption(rng, name, scene, str(rng.choice(["noto", "flat", "twemoji", "3d"]))) or name
 
 
 def train(
     folder: Path,
+    model: NamedClip,
     icons: Icons,
     names: list[str],
     seen: list[int],
@@ -109,7 +128,6 @@ def train(
     lrs: tuple[float, float] = (2e-3, 1e-3),
 ) -> NamedClip:
     """Train (or go on training) the CLIP; names in `favoured` are drawn three times as often. Returns EMA weights."""
-    model = NamedClip(len(tokenizer), len(names))
     number = {name: i for i, name in enumerate(names)}
     weights = np.array([3.0 if icons.words[i] in favoured else 1.0 for i in seen])
     run = Run(folder, model, optimizers(model, *lrs, decay=0.05), cosine(steps), decay=0.996)

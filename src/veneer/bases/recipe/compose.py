@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from . import surroundings
 from .render import Pixels
 
 SIDE = 64
@@ -27,12 +29,16 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture in words: an icon (its row in `Icons`), its size, place and background colour."""
+    """One picture in words: an icon (its row in `Icons`), its size, its place, and its background.
+
+    The background is a colour or surroundings, of which `crop` says the part.
+    """
 
     icon: int
     size: str
     place: str
     background: str
+    crop: int = 0
 
 
 def corner(size: str, place: str) -> tuple[int, int]:
@@ -45,7 +51,8 @@ def corner(size: str, place: str) -> tuple[int, int]:
 class Compositor:
     """Composes scenes from icons that were resized once for each size."""
 
-    def __init__(self, rgba: Pixels) -> None:
+    def __init__(self, rgba: Pixels, photos: Mapping[str, Image.Image] | None = None) -> None:
+        self._photos = photos or {}
         self._layers: dict[str, list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]] = {}
         for size, side in SIZES.items():
             resized = [premultiplied(Image.fromarray(icon), side) for icon in rgba]
@@ -55,13 +62,18 @@ class Compositor:
         """Pictures (n, 64, 64, 3) of the scenes."""
         out = np.empty((len(scenes), SIDE, SIDE, 3), np.float32)
         for picture, scene in zip(out, scenes, strict=True):
-            picture[:] = COLOURS[scene.background]
+            picture[:] = self._background(scene)
             left, top = corner(scene.size, scene.place)
             colour, rest = self._layers[scene.size][scene.icon]
             part = picture[top : top + len(colour), left : left + len(colour)]
             part *= rest
             part += colour
         return np.clip(out + 0.5, 0, 255).astype(np.uint8)
+
+    def _background(self, scene: Scene) -> npt.ArrayLike:
+        if scene.background in COLOURS:
+            return COLOURS[scene.background]
+        return np.asarray(surroundings.crop(self._photos[scene.background], scene.crop, SIDE))
 
 
 def premultiplied(icon: Image.Image, side: int) -> npt.NDArray[np.float32]:
@@ -79,6 +91,15 @@ def draw_scenes(rng: np.random.Generator, icons: list[int], n: int) -> list[Scen
     colour = np.where(rng.random(n) < 0.15, colours.index("white"), rng.integers(len(colours), size=n))
     rows = zip(which, size, place, colour, strict=True)
     return [Scene(int(w), sizes[s], places[p], colours[c]) for w, s, p, c in rows]
+
+
+def surround(rng: np.random.Generator, scenes: list[Scene], share: float) -> list[Scene]:
+    """The scenes, a share of them with surroundings in the place of a colour."""
+    words = surroundings.WORDS
+    which, crops = rng.integers(len(words), size=len(scenes)), rng.integers(2**31, size=len(scenes))
+    moved = rng.random(len(scenes)) < share
+    rows = zip(scenes, moved, which, crops, strict=True)
+    return [replace(s, background=words[w], crop=int(c)) if m else s for s, m, w, c in rows]
 
 
 def rich_pictures(rng: np.random.Generator, rgba: Pixels, photos: list[Image.Image], n: int) -> Pixels:
@@ -103,18 +124,10 @@ def random_canvas(rng: np.random.Generator, photos: list[Image.Image]) -> Image.
     """A background: a photo crop, a flat colour, a gradient or noise."""
     kind = rng.integers(4)
     if kind == 0 and photos:
-        return _photo_crop(rng, photos)
+        return surroundings.crop(photos[rng.integers(len(photos))], int(rng.integers(2**31)), SIDE)
     if kind == 1:
         return Image.new("RGB", (SIDE, SIDE), tuple(int(v) for v in rng.integers(0, 256, 3)))
     return _gradient(rng, noisy=kind == 2)
-
-
-def _photo_crop(rng: np.random.Generator, photos: list[Image.Image]) -> Image.Image:
-    photo = photos[rng.integers(len(photos))]
-    side = int(np.exp(rng.uniform(np.log(64), np.log(min(photo.size)))))
-    left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
-    crop = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BOX)
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
 
 
 def _gradient(rng: np.random.Generator, noisy: bool) -> Image.Image:

@@ -6,12 +6,17 @@ language allows it, because a prompt such as "a <toy>, center, blue background" 
 
 from __future__ import annotations
 
-STYLES = {"flat": "fluent-emoji-flat", "twemoji": "twemoji"}
-"""Style word in captions -> icon set, for the generator. The two agree in outline and differ in shading."""
+STYLES = {"flat": "fluent-emoji-flat", "twemoji": "twemoji", "3d": "fluent-emoji-3d"}
+"""Style word in captions -> icon set, for the generator. They agree in outline and differ in shading."""
 
 CLIP_SETS = ("noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji", "twemoji", "emojione")
+MORE_SETS = ("fluent-emoji-3d", "streamline-emojis")
+"""Learnt from by the CLIP without a rendering kept back, and no reason for a name to be known."""
 UNSEEN_SET = "fxemoji"
 """Never used in any training: the honest figure for an unseen style."""
+
+ALSO_CALLED = {"teddy bear": "toy"}
+"""Emoji that the generator draws beside those of `DRAWN`, by a broader word half of the time."""
 
 _DRAWN = """
 apple=red apple, pear, banana, lemon, cherry=cherries, strawberry, grapes, watermelon, pineapple, tomato, carrot,

@@ -148,7 +148,7 @@ class Plan:
     muon_lr: float = 2e-3
     adam_lr: float = 1e-3
     high: float = 0.5
-    plain: float = 0.7
+    plain: float = 0.5
     ema: float = 0.998
 
     def rate(self, step: int) -> float:
@@ -165,21 +165,16 @@ def train(
     watched: tuple[Tensor, Tensor],
     plan: Plan,
     every: int = 100,
-    start: Path | None = None,
 ) -> Denoiser:
     """Train (or go on training) up to `plan.steps`; returns the model with its EMA weights.
 
     Args:
         watched: latents and token ids of scenes that are not trained on; their v-errors go to the log.
-        start: another run's folder to begin from, when `folder` has no checkpoint yet.
     """
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.unet.set_attn_processor(AttnProcessor())  # the fused kernel's backward takes a fifth of a step here
     run = Run(folder, model, optimizers(model, plan.muon_lr, plan.adam_lr), plan.rate, plan.ema)
-    if not run.resume() and start is not None:
-        run.folder = start
-        run.resume()
-        run.folder = folder
+    run.resume()
 
     plain = np.array([i for i, s in enumerate(pool.scenes) if (s.size, s.place) == ("large", "center")])
 

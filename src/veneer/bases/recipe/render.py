@@ -15,12 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from . import concepts
+from . import concepts, surroundings
 
 PACKAGES = (
     "@iconify-json/noto", "@iconify-json/noto-v1", "@iconify-json/fxemoji", "@iconify-json/fluent-emoji-flat",
-    "@iconify-json/fluent-emoji", "@iconify-json/twemoji", "@iconify-json/emojione", "unicode-emoji-json", "emojilib",
+    "@iconify-json/fluent-emoji", "@iconify-json/twemoji", "@iconify-json/emojione", "@iconify-json/streamline-emojis",
+    "@lobehub/fluent-emoji-3d", "unicode-emoji-json", "emojilib", *surroundings.PACKAGES,
 )  # fmt: skip
+RASTER = {"fluent-emoji-3d": "@lobehub/fluent-emoji-3d"}
+"""Sets of pictures, named by code points, instead of drawings."""
 PIXELS = 128
 
 Pixels = npt.NDArray[np.uint8]
@@ -54,21 +57,48 @@ def _plain(name: str) -> str:
 
 def _catalogue(modules: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Every set's icons keyed by plain slug, and the caption words with the emoji name that each stands for."""
-    sets: dict[str, dict[str, Any]] = {}
-    for name in (*concepts.CLIP_SETS, concepts.UNSEEN_SET):
-        pack = json.loads((modules / "@iconify-json" / name / "icons.json").read_text())
-        size = {"width": pack.get("width", 16), "height": pack.get("height", 16)}
-        sets[name] = {_plain(slug): {**size, **icon} for slug, icon in pack["icons"].items()}
+    emoji = json.loads((modules / "unicode-emoji-json" / "data-by-emoji.json").read_text())
+    old = (*concepts.CLIP_SETS, concepts.UNSEEN_SET)
+    sets = {name: _drawings(modules, name) for name in (*old, *concepts.MORE_SETS) if name not in RASTER}
+    sets |= {name: _pictures(modules / package, emoji) for name, package in RASTER.items()}
     by_group: dict[str, list[str]] = defaultdict(list)
     sets_with: dict[str, set[str]] = {}
-    for record in json.loads((modules / "unicode-emoji-json" / "data-by-emoji.json").read_text()).values():
+    for record in emoji.values():
         by_group[record["group"]].append(record["name"])
-        sets_with[record["name"]] = {s for s, icons in sets.items() if _plain(record["name"]) in icons}
+        sets_with[record["name"]] = {s for s in old if _plain(record["name"]) in sets[s]}
     return sets, concepts.clip_names(by_group, sets_with)
+
+
+def _drawings(modules: Path, name: str) -> dict[str, Any]:
+    """The icons of an iconify set; of numbered variants ("duck-1", "duck-2") the first."""
+    pack = json.loads((modules / "@iconify-json" / name / "icons.json").read_text())
+    size = {"width": pack.get("width", 16), "height": pack.get("height", 16)}
+    numbered = {_plain(re.sub(r"-1$", "", slug)): {**size, **icon} for slug, icon in pack["icons"].items()}
+    return numbered | {_plain(slug): {**size, **icon} for slug, icon in pack["icons"].items()}
+
+
+def _pictures(package: Path, emoji: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The picture files of a package, which are named by the code points of the emoji."""
+    found: dict[str, Any] = {}
+    for text, record in emoji.items():
+        points = "-".join(f"{ord(character):04x}" for character in text)
+        files = [package / "assets" / f"{name}.webp" for name in (points, points.replace("-fe0f", ""))]
+        found |= {_plain(record["name"]): {"file": file} for file in files if file.is_file()}
+    return found
 
 
 def _draw(icon: dict[str, Any], pixels: int) -> Pixels:
     """One icon, cropped to what is drawn and centred in a square."""
+    image = Image.open(icon["file"]).convert("RGBA") if "file" in icon else _rasterised(icon, 2 * pixels)
+    bounds = image.getchannel("A").point(lambda a: 255 if a > 16 else 0).getbbox()
+    image = image.crop(bounds) if bounds else image
+    side = max(image.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.asarray(square.resize((pixels, pixels), Image.Resampling.LANCZOS))
+
+
+def _rasterised(icon: dict[str, Any], pixels: int) -> Image.Image:
     import resvg_py
 
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {icon['width']} {icon['height']}"
@@ -76,14 +106,8 @@ def _draw(icon: dict[str, Any], pixels: int) -> Pixels:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{box}" width="{icon["width"]}" height="{icon["height"]}">{icon["body"]}</svg>'
     )
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * pixels, height=2 * pixels))
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
-    bounds = image.getchannel("A").point(lambda a: 255 if a > 16 else 0).getbbox()
-    image = image.crop(bounds) if bounds else image
-    side = max(image.size)
-    square = Image.new("RGBA", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return np.asarray(square.resize((pixels, pixels), Image.Resampling.LANCZOS))
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=pixels, height=pixels))
+    return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
 def render(modules: Path, cache: Path, pixels: int = PIXELS) -> Icons:

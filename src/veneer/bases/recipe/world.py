@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from . import captions, render
+from . import captions, render, surroundings
 from .compose import Compositor, Scene, draw_scenes, rich_pictures
-from .concepts import CLIP_SETS, DRAWN, KEPT_BACK, STYLES, UNSEEN_SET
+from .concepts import ALSO_CALLED, CLIP_SETS, DRAWN, KEPT_BACK, STYLES, UNSEEN_SET
 
 PHOTOS = (
     "astronaut.png",
@@ -47,12 +47,17 @@ class World:
         return render.render(self.modules, self.folder / "icons.npz")
 
     @cached_property
+    def surroundings(self) -> dict[str, Image.Image]:
+        """Photos that captions have a word for."""
+        return surroundings.load(self.modules)
+
+    @cached_property
     def photos(self) -> list[Image.Image]:
-        """Photos for backgrounds."""
+        """All photos, for backgrounds of which nothing is said."""
         import skimage
 
         folder = Path(skimage.__file__).parent / "data"
-        return [Image.open(folder / name).convert("RGB") for name in PHOTOS]
+        return [*(Image.open(folder / name).convert("RGB") for name in PHOTOS), *self.surroundings.values()]
 
     @cached_property
     def words(self) -> list[str]:
@@ -70,12 +75,12 @@ class World:
     @cached_property
     def compositor(self) -> Compositor:
         """Composes scenes of any icon."""
-        return Compositor(self.icons.rgba)
+        return Compositor(self.icons.rgba, self.surroundings)
 
     @cached_property
     def drawn(self) -> list[int]:
         """Icons that the generator is trained on."""
-        return self.icons.where(set(DRAWN), set(STYLES.values()))
+        return self.icons.where({*DRAWN, *ALSO_CALLED}, set(STYLES.values()))
 
     def style(self, icon: int) -> str:
         """The style word of an icon of the generator's sets."""
@@ -83,7 +88,9 @@ class World:
 
     def caption(self, rng: np.random.Generator, scene: Scene) -> str:
         """A caption of a scene."""
-        return captions.caption(rng, self.icons.words[scene.icon], scene, self.style(scene.icon))
+        word = self.icons.words[scene.icon]
+        word = ALSO_CALLED.get(word, word) if rng.random() < 0.5 else word
+        return captions.caption(rng, word, scene, self.style(scene.icon))
 
     def full_caption(self, scene: Scene) -> str:
         """The caption that says everything."""
