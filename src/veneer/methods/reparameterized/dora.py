@@ -1,0 +1,139 @@
+"""DoRA: a weight's direction learns as in LoRA, its magnitude by itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.injection.below import tensor_below
+from veneer.injection.errors import UnsupportedSite
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import WeightSite
+
+
+class DoRAAdapter(Adapter):
+    """W' = g·(W + s·B A), g = m / ‖W + s·B A‖ per output. Shapes: `down` (rank, d_in / groups[, k, k]), `up`
+    (d_out, rank / groups[, 1, 1]), `magnitude_delta` (d_out,), which is m − ‖W‖.
+
+    Only the norm, d_out numbers, is computed of W + s·B A; with `output` the sum itself is never there.
+    """
+
+    blends: ClassVar[bool] = True
+    host: nn.Module
+
+    def __init__(self, site: WeightSite, rank: int, scaling: float) -> None:
+        super().__init__()
+        self.site, self.scaling = site, scaling
+        ones = (1,) * len(site.kernel)
+        self.down = nn.Parameter(torch.empty(rank, site.d_in // site.groups, *site.kernel))
+        self.up = nn.Parameter(torch.zeros(site.d_out, rank // site.groups, *ones))
+        self.magnitude_delta = nn.Parameter(torch.zeros(site.d_out))
+
+    def enter(self, tower: nn.Module) -> None:
+        """Remember the module, whose weight and bias `output` reads."""
+        host = tower.get_submodule(self.site.path)
+        if not getattr(host, self.site.param).is_floating_point():
+            raise UnsupportedSite(
+                f"dora: {self.site.name}: the norm of a quantised weight is not known. Load the base unquantised."
+            )
+        self.__dict__["host"] = host  # no child: the host holds the adapter
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: what the module read; y: what it gave, W x + b. Gives g·(y − b + s·B A x) + b, at strength t blended with y."""
+        weight, bias = (tensor_below(self, self.host, p, self.site.rows) for p in (self.site.param, "bias"))
+        assert weight is not None
+        gain = self.gain(weight)
+        more = self.strength * (gain - 1)
+        up = self.up * self._by_output(self.strength * self.scaling * gain, self.up)
+        shift = None if bias is None else -more * bias
+        if self.site.kind == "linear":
+            change = F.linear(F.linear(x, self.down), up, shift)
+            return torch.addcmul(change, y, 1 + more)
+        conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.site.kernel) - 1]
+        low = conv(x, self.down, None, self.site.stride, self.site.padding, self.site.dilation, self.site.groups)
+        change = conv(low, up, shift, groups=self.site.groups)
+        return torch.addcmul(change, y, (1 + more).view(-1, *(1,) * len(self.site.kernel)))
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """g·(W + s·B A), at strength t blended with W."""
+        gain = self.gain(weight)
+        up, down = (t.flatten(1).unflatten(0, (self.site.groups, -1)) for t in (self.up, self.down))
+        change = (up @ down).reshape(weight.shape)
+        scale = self._by_output(self.strength * self.scaling * gain, weight)
+        return weight * self._by_output(1 + self.strength * (gain - 1), weight) + change * scale
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """m / ‖W + s·B A‖, (d_out,). An output whose row of W is zero has no direction and keeps 1 + m: it learns as in LoRA."""
+        before, after = self._norms(weight)
+        some = before > 0
+        return (torch.where(some, before, 1.0) + self.magnitude_delta) / torch.where(some, after, 1.0)
+
+    @torch.no_grad()
+    def _norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """‖W‖ and ‖W + s·B A‖ = √(‖W‖² + 2s·Σ (W Aᵀ)∘B + s²·Σ (B A Aᵀ)∘B) per output; constants for the gradient."""
+        s = self.scaling
+        with torch.autocast(weight.device.type, enabled=False):
+            base = weight.to(self.up.dtype).flatten(1).unflatten(0, (self.site.groups, -1))
+            up, down = (t.flatten(1).unflatten(0, (self.site.groups, -1)) for t in (self.up, self.down))
+            square = torch.linalg.vector_norm(base, dim=-1).square()
+            cross = ((base @ down.mT) * up).sum(-1)
+            low = ((up @ (down @ down.mT)) * up).sum(-1)
+            after = (square + s * (2 * cross + s * low)).clamp_min(0).sqrt()
+            return square.sqrt().flatten(), after.flatten()
+
+    @staticmethod
+    def _by_output(vector: Tensor, like: Tensor) -> Tensor:
+        return vector.view(-1, *(1,) * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class DoRA(Method):
+    """W' = m·(W + s·B A) / ‖W + s·B A‖ per output, with s = alpha / rank; m, A and B are trained, m starts as ‖W‖ and B as 0.
+
+    Args:
+        rank: columns of B and rows of A, at least 1.
+        alpha: numerator of the scale; None means the rank, so that s = 1.
+    Convolutions: one norm an output channel, over its inputs and kernel; the rank is split over groups, as in `lora`.
+    Counts: rank·(d_in·k·k / groups) + d_out·rank / groups + d_out per site; ViT-B/16's q, k and v as one weight, rank 8: 26,880.
+    Source: Liu et al., DoRA, ICML 2024, equation 5; the norm is a constant for the gradient, section 4.3. The paper writes W as
+    (inputs, outputs), so that its norm of a column is that of an output here, as in its code and in peft. Deviations: the
+    trained tensor is m − ‖W‖, which is the same function and gradient, and begins as nothing on any base; a bias is added
+    after, as in peft. A row of W that is zero has no direction: it is scaled by 1 + m in the place of m / ‖·‖. No dropout.
+    """
+
+    name: ClassVar[str] = "dora"
+    paper: ClassVar[str] = "Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024"
+    needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
+    default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
+    learning_rate: ClassVar[float] = 1e-3
+
+    rank: int = 8
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"dora: rank must be at least 1, got {self.rank}")
+
+    def build(self, site: WeightSite) -> DoRAAdapter:
+        """A, B and m − ‖W‖ for one weight.
+
+        Raises:
+            ValueError: a grouped convolution whose groups do not divide the rank.
+        """
+        if self.rank % site.groups:
+            raise ValueError(
+                f"rank {self.rank} must divide by the convolution's {site.groups} groups; choose another rank, or other sites"
+            )
+        adapter = DoRAAdapter(site, self.rank, (self.alpha or self.rank) / self.rank)
+        nn.init.kaiming_uniform_(adapter.down, a=math.sqrt(5))
+        return adapter
+
+    def count(self, site: WeightSite) -> int:
+        """rank·(d_in·k·k + d_out) / groups + d_out, with the groups' kernels counted once each."""
+        low = self.rank * site.d_in * math.prod(site.kernel) // site.groups + site.d_out * self.rank // site.groups
+        return low + site.d_out
