@@ -20,7 +20,8 @@ class Adapter(nn.Module):
     A subclass offers one or both of
 
     - `output(x, y) -> y'`: call form. `x` is what the site reads, `y` the host's own output there; shapes equal `y`'s.
-    - `weight(W) -> W'`: weight form, for tensors that are read and for merging.
+    - `weight(W) -> W'`: weight form, for tensors that are read and for merging,
+    - `input(x) -> x'`: what a called module reads, in the place of `output`, where that is the cheaper way to the same change.
 
     A method on a `TokenSite` offers `insert(tokens)` and `remove(tokens)` instead, one on an `AttentionSite`
     `attend(inner, attn, hidden_states, **kwargs)`, one on a `VocabularySite` `ids(ids)` and `output(ids, rows)`.

@@ -170,7 +170,10 @@ class CallSeam(HookSeam):
 
     @staticmethod
     def _one(adapter: Any, x: Tensor, y: Tensor) -> Tensor:
-        return blend(adapter, adapter.output, y if adapter.blends else cast(y, adapter), cast(x, adapter)).to(y.dtype)
+        before = y if adapter.blends else cast(y, adapter)
+        if hasattr(adapter, "input"):
+            return blend(adapter, adapter.input, before).to(y.dtype)
+        return blend(adapter, adapter.output, before, cast(x, adapter)).to(y.dtype)
 
 
 class ProcessorSeam(Seam):

@@ -51,6 +51,8 @@ def _group(site: Site, adapter: Adapter) -> Group:
         if site.called and hasattr(adapter, "output"):
             dim = site.channel_dim if isinstance(site, ParamSite) else (1 if site.kind == "conv" else -1)
             return (CallSeam, Port(site.path, "in"), Port(site.path, "out"), dim)
+        if site.called and site.rows is None and hasattr(adapter, "input"):
+            return (CallSeam, Port(site.path, "in"), Port(site.path, "in"))
         _require(site, adapter, "weight")
         return (WeightSeam, site.path, site.param)
     if isinstance(site, TokenSite):
@@ -77,7 +79,7 @@ def _ports(site: Site) -> tuple[Port, Port]:
 
 def _require(site: Site, adapter: Adapter, form: str) -> None:
     if not hasattr(adapter, form):
-        has = [f for f in ("output", "weight", "insert", "attend") if hasattr(adapter, f)]
+        has = [f for f in ("output", "input", "weight", "insert", "attend") if hasattr(adapter, f)]
         raise UnsupportedSite(
             f"{site.name}: a {type(site).__name__}{'' if getattr(site, 'called', True) else ' that is read, not called,'} needs "
             f"the {form} form; {type(adapter).__name__} offers {', '.join(has) or 'none'}."

@@ -1,0 +1,97 @@
+"""(IA)³: keys, values and the inner activations of the MLPs, each rescaled by a learned vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.injection.below import tensor_below
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import WeightSite
+
+
+class ScaledOutput(Adapter):
+    """W' = diag(l) W, y' = l ∘ (W x) + b with l = 1 + `delta` (d_out,)."""
+
+    blends: ClassVar[bool] = True
+    host: nn.Module
+
+    def __init__(self, site: WeightSite) -> None:
+        super().__init__()
+        self.site = site
+        self.delta = nn.Parameter(torch.zeros(site.d_out))
+
+    def enter(self, tower: nn.Module) -> None:
+        """Remember the module, whose bias `output` reads."""
+        self.__dict__["host"] = tower.get_submodule(self.site.path)  # no child: the host holds the adapter
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """y: W x + b. Gives l ∘ (y − b) + b."""
+        bias, more = tensor_below(self, self.host, "bias", self.site.rows), self.delta * self.strength
+        shape = (-1, *(1,) * len(self.site.kernel))
+        scaled = y * (1 + more).view(shape)
+        return scaled if bias is None else scaled - (more * bias).view(shape)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Rows of W times l."""
+        return weight * (1 + self.delta * self.strength).view(-1, *(1,) * (weight.ndim - 1))
+
+
+class ScaledInput(Adapter):
+    """W' = W diag(l), x' = l ∘ x with l = 1 + `delta` (d_in,)."""
+
+    blends: ClassVar[bool] = True
+
+    def __init__(self, site: WeightSite) -> None:
+        super().__init__()
+        self.site = site
+        self.delta = nn.Parameter(torch.zeros(site.d_in))
+
+    def input(self, x: Tensor) -> Tensor:
+        """l ∘ x."""
+        return x * (1 + self.delta * self.strength).view(-1, *(1,) * len(self.site.kernel))
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Columns of W times l; of a grouped convolution each group's with its part of l."""
+        scale = (1 + self.delta * self.strength).view(self.site.groups, 1, -1, *(1,) * len(self.site.kernel))
+        return (weight.unflatten(0, (self.site.groups, -1)) * scale).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class IA3(Method):
+    """k' = l_k ∘ k, v' = l_v ∘ v and h' = l_ff ∘ h of the MLP's inner activations h; every l begins as ones.
+
+    Args:
+        inputs: a role pattern or several, of layers whose inputs are rescaled, as h is the input of `mlp.out`; elsewhere the
+            outputs are.
+    Counts: d_out per site, d_in at those of `inputs`; ViT-B/16 55,296, UNets of SD 1.5 99,840 and SDXL 665,600.
+    Source: Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, NeurIPS 2022,
+    section 3.3; learning rate from its section 3.5. Deviations: l = 1 + delta, so that weight decay draws to the base; a bias
+    of k or v stays as it is, so that (IA)³ is a change of one weight and reaches read ones. The paper's T5 has no biases; peft
+    scales them too, which for keys is the same under a softmax and for values adds the constant (l − 1) ∘ b.
+    """
+
+    name: ClassVar[str] = "ia3"
+    paper: ClassVar[str] = "Liu et al., Few-Shot PEFT is Better and Cheaper than In-Context Learning, NeurIPS 2022"
+    needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
+    default: ClassVar[tuple[str, ...]] = ("attn.{k,v}", "xattn.{k,v}", "mlp.out")
+    learning_rate: ClassVar[float] = 3e-3
+
+    inputs: str | tuple[str, ...] = ("mlp.out", "mlp.context.out")
+
+    def scales_input(self, site: WeightSite) -> bool:
+        """True where the input is rescaled."""
+        patterns = (self.inputs,) if isinstance(self.inputs, str) else self.inputs
+        return any(fnmatchcase(site.role, pattern) for pattern in patterns)
+
+    def build(self, site: WeightSite) -> Adapter:
+        """l = 1 for one weight."""
+        return ScaledInput(site) if self.scales_input(site) else ScaledOutput(site)
+
+    def count(self, site: WeightSite) -> int:
+        """d_in where the input is rescaled, else d_out."""
+        return site.d_in if self.scales_input(site) else site.d_out
