@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection.attachment import Attachment, attachments
+from veneer.injection.forms import base_tensor
 from veneer.injection.host import Host
 from veneer.injection.method import Method
 from veneer.injection.registry import hosts, methods
@@ -50,10 +51,11 @@ def _attach(model: nn.Module, case: Case, seed: int) -> Attachment:
 def test_both_equal_one_beside_weights_that_hold_the_other(first: Case, second: Case) -> None:
     model, by_hand = first.fresh(torch.float64), first.fresh(torch.float64)
     pair = [_attach(model, first, 1), _attach(model, second, 2)]
-    for (path, param), tensor in _changed(by_hand, pair[0]).items():
-        by_hand.get_submodule(path).get_parameter(param).data.copy_(tensor)
+    changed = _changed(by_hand, pair[0])
     beside = _attach(by_hand, second, 2)
-    beside.load_state_dict(pair[1].state_dict())  # a method may start from the host's values, which differ here
+    for (path, param), tensor in changed.items():  # after it, because a method may start from the host's values
+        base_tensor(by_hand, path, param).data.copy_(tensor)
+    beside.load_state_dict(pair[1].state_dict())
     close(run(model, second.inputs(model, *pair)), run(by_hand, second.inputs(by_hand, beside)), 1e-5, "both attached")
 
 

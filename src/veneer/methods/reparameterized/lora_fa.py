@@ -1,0 +1,60 @@
+"""LoRA-FA: LoRA whose A is drawn once and frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from veneer.injection.method import Method, Need
+from veneer.injection.sites import WeightSite
+
+from .lora import LoRA, LoRAAdapter
+
+
+@dataclass(frozen=True)
+class LoRAFA(Method):
+    """W' = W + s·B A with s = alpha / rank, A drawn once and frozen, B zero; only B is trained.
+
+    Half of LoRA's trained parameters, and for a layer's backward only A x, of `rank` features, is kept and not x.
+
+    Args:
+        rank: columns of B and rows of A, at least 1.
+        alpha: numerator of the scale; None means the rank, so that s = 1.
+    Convolutions and embeddings: as `lora`.
+    A is a buffer and saved with B: a draw that is repeated from a seed would depend on the version of torch.
+    Counts: d_out·rank / groups per site; ViT-B/16's q and v, rank 8: 147,456.
+    Source: Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning, 2023, section 3.
+    Deviation: A uniform as LoRA's code draws it, of the variance 1 / (3·d_in), where the paper draws from a normal distribution.
+    peft's optimiser, which multiplies B's gradient by (A Aᵀ)⁻¹, is none of the paper's first version and not here.
+    """
+
+    name: ClassVar[str] = "lora_fa"
+    paper: ClassVar[str] = "Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for LLM Fine-tuning, 2023"
+    needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite),)
+    default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
+    learning_rate: ClassVar[float] = 2e-3
+
+    rank: int = 8
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora_fa: rank must be at least 1, got {self.rank}")
+
+    def build(self, site: WeightSite) -> LoRAAdapter:
+        """LoRA's adapter with A as a buffer.
+
+        Raises:
+            ValueError: a grouped convolution whose groups do not divide the rank.
+        """
+        if self.rank % site.groups:
+            raise ValueError(f"rank {self.rank} must divide by the convolution's {site.groups} groups; choose another")
+        adapter = LoRA(rank=self.rank, alpha=self.alpha).build(site)
+        down = adapter.down.detach()
+        del adapter.down
+        adapter.register_buffer("down", down)
+        return adapter
+
+    def count(self, site: WeightSite) -> int:
+        """B's size."""
+        return site.d_out * (self.rank // site.groups)

@@ -1,0 +1,94 @@
+"""SVDiff: a weight's singular vectors stay, its singular values learn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.functional.convolve import convolve
+from veneer.injection.errors import UnsupportedSite
+from veneer.injection.forms import base_tensor
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import WeightSite
+
+
+class SVDiffAdapter(Adapter):
+    """W' = W + U diag(relu(σ + δ) − σ) Vᵀ for W = U diag(σ) Vᵀ. `delta`: δ, (n,) with n = min(d_out, d_in·k·k / groups).
+
+    U (d_out, n), σ and Vᵀ (n, d_in·k·k / groups) are found once, on attach, from the host's weight. They are not saved.
+    """
+
+    blends: ClassVar[bool] = True
+    U: Tensor
+    sigma: Tensor
+    Vh: Tensor
+
+    def __init__(self, site: WeightSite) -> None:
+        super().__init__()
+        self.site = site
+        width = math.prod(site.weight_shape[1:])
+        n = min(site.weight_shape[0], width)
+        self.delta = nn.Parameter(torch.zeros(n))
+        for name, shape in (("U", (site.weight_shape[0], n)), ("sigma", (n,)), ("Vh", (n, width))):
+            self.register_buffer(name, torch.zeros(shape), persistent=False)
+
+    @torch.no_grad()
+    def enter(self, tower: nn.Module) -> None:
+        """The singular value decomposition of the host's weight, in single precision or better."""
+        weight = base_tensor(tower, self.site.path, self.site.param)
+        if not weight.is_floating_point():
+            raise UnsupportedSite(
+                f"svdiff: {self.site.name}: a quantised weight has no decomposition here. Load the base unquantised."
+            )
+        if weight.is_meta:
+            return
+        rows = weight if self.site.rows is None else weight[slice(*self.site.rows)]
+        for name, found in zip(
+            ("U", "sigma", "Vh"), torch.linalg.svd(rows.to(self.U.dtype).flatten(1), full_matrices=False), strict=True
+        ):
+            getattr(self, name).copy_(found)
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: what the module read; y: what it gave. As one more product with W' − W: half the work of U and Vᵀ one by one."""
+        site = self.site
+        return y + convolve(x, self.change(), site.stride, site.padding, site.dilation, site.groups)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """W + U diag(relu(σ + δ) − σ) Vᵀ."""
+        return weight + self.change()
+
+    def change(self) -> Tensor:
+        """W' − W at the current strength, in the weight's shape."""
+        shift = (self.sigma + self.delta).relu() - self.sigma
+        return ((self.U * (shift * self.strength)) @ self.Vh).reshape(self.site.weight_shape)
+
+
+@dataclass(frozen=True)
+class SVDiff(Method):
+    """W' = U diag(relu(σ + δ)) Vᵀ for W = U diag(σ) Vᵀ: only δ, one number a singular value, is trained; δ = 0 at the start.
+
+    Convolutions: the kernel is flattened, (d_out, d_in·k·k / groups), so that grouped and depthwise ones need nothing special.
+    Memory: U and Vᵀ of every weight are kept while attached, as much again as the weights or more, and found again on loading.
+    Vectors of singular values that are equal, zeros too, are not unique: there another machine's may differ.
+    Counts: min(d_out, d_in·k·k / groups) per site; SD 1.5's UNet 222,696.
+    Source: Han et al., SVDiff, ICCV 2023, equation 3 and section 3.2. Deviation: the paper tunes the one-dimensional weights,
+    norms and biases, as well; put `bitfit` or `norm_tuning` beside for those.
+    """
+
+    name: ClassVar[str] = "svdiff"
+    paper: ClassVar[str] = "Han et al., SVDiff: Compact Parameter Space for Diffusion Fine-Tuning, ICCV 2023"
+    needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
+    default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp", "single", "proj", "conv", "time", "adaln")
+    learning_rate: ClassVar[float] = 1e-3
+
+    def build(self, site: WeightSite) -> SVDiffAdapter:
+        """δ = 0 for one weight."""
+        return SVDiffAdapter(site)
+
+    def count(self, site: WeightSite) -> int:
+        """Singular values of the flattened weight."""
+        return min(site.weight_shape[0], math.prod(site.weight_shape[1:]))
