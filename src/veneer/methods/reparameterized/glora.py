@@ -1,0 +1,114 @@
+"""GLoRA: a weight and its bias, each scaled and shifted, by as much structure as is wanted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import ParamSite, Site, WeightSite
+
+Form = Literal["low_rank", "vector", "scalar", "none"]
+BiasForm = Literal["vector", "scalar", "none"]
+
+
+class Term(nn.Module):
+    """A term, zero at the start: `up` (d_out, rank) times `down` (rank, width), one number an output, one number, or none."""
+
+    def __init__(self, form: Form, d_out: int, width: int, rank: int) -> None:
+        super().__init__()
+        if form != "none":
+            columns = {"low_rank": (d_out, rank), "vector": (d_out, 1), "scalar": (1, 1)}[form]
+            self.up = nn.Parameter(torch.zeros(columns))
+        self.down = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, width))) if form == "low_rank" else None
+        self.form = form
+
+    def forward(self) -> Tensor:
+        """(d_out, width), or what is broadcast to it."""
+        return self.up if self.down is None else self.up @ self.down
+
+
+class GLoRAAdapter(Adapter):
+    """W' = W + W ∘ A + B of a weight, flattened to (d_out, width); b' = b + b ∘ D + E of a bias, (d_out, 1).
+
+    There is no output form: (W ∘ A) x needs W.
+    """
+
+    blends: ClassVar[bool] = True
+
+    def __init__(self, scale: Term, shift: Term) -> None:
+        super().__init__()
+        self.scale, self.shift = scale, shift
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The tensor scaled and shifted."""
+        flat = after = weight.reshape(len(weight), -1)
+        if self.scale.form != "none":
+            after = after + flat * (self.scale() * self.strength)
+        if self.shift.form != "none":
+            after = after + self.shift() * self.strength
+        return after.reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class GLoRA(Method):
+    """W' = W + W ∘ A + B and b' = b + b ∘ D + E: weight and bias of a layer scaled and shifted; all terms 0 at the start.
+
+    Args:
+        A, B: `low_rank` (d_out, rank) times (rank, width), `vector` one number an output, `scalar` one number, or `none`.
+        D, E: `vector`, `scalar` or `none`; for the biases among the sites, roles `bias.*`.
+        rank: of what is `low_rank`, at least 1.
+    Convolutions: the kernel is flattened, width = d_in·k·k / groups, so that grouped and depthwise ones need nothing special.
+    Has only the weight form, so a quantised base is refused.
+    Counts: per term rank·(d_out + width), d_out, 1 or 0. ViT-B/16, rank 4, all low-rank and vectors: 1,492,992.
+    Source: Chavan et al., One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, 2023, equation 10. A multiplies
+    elementwise, as in the authors' code and in peft; the paper writes a product of matrices, as LyCORIS computes. Deviations:
+    no C (W C is a vector that is added to the bias, so E has it already), no new biases, and one form for all layers where the
+    paper searches one for each.
+    """
+
+    name: ClassVar[str] = "glora"
+    paper: ClassVar[str] = "Chavan et al., One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, 2023"
+    needs: ClassVar[tuple[Need, ...]] = (
+        Need(WeightSite, where={"kind": ("linear", "conv")}),
+        Need(ParamSite, roles=("bias.*",)),
+    )
+    default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp", "bias.attn", "bias.xattn", "bias.mlp")
+    learning_rate: ClassVar[float] = 5e-4
+
+    A: Form = "low_rank"
+    B: Form = "low_rank"
+    D: BiasForm = "vector"
+    E: BiasForm = "vector"
+    rank: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"glora: rank must be at least 1, got {self.rank}")
+        for term, allowed in (("A", Form), ("B", Form), ("D", BiasForm), ("E", BiasForm)):
+            if getattr(self, term) not in get_args(allowed):
+                raise ValueError(f"glora: {term} must be one of {', '.join(get_args(allowed))}, got {getattr(self, term)!r}")
+
+    def build(self, site: WeightSite | ParamSite) -> GLoRAAdapter:
+        """A and B for a weight, D and E for a bias."""
+        size = self._size(site)
+        first, second = (Term(form, *size, self.rank) for form in self._forms(site))
+        return GLoRAAdapter(first, second)
+
+    def count(self, site: WeightSite | ParamSite) -> int:
+        """Both terms' sizes."""
+        d_out, width = self._size(site)
+        sizes = {"low_rank": self.rank * (d_out + width), "vector": d_out, "scalar": 1, "none": 0}
+        return sum(sizes[form] for form in self._forms(site))
+
+    def _forms(self, site: Site) -> tuple[Form, Form]:
+        return (self.A, self.B) if isinstance(site, WeightSite) else (self.D, self.E)
+
+    @staticmethod
+    def _size(site: WeightSite | ParamSite) -> tuple[int, int]:
+        shape = site.weight_shape if isinstance(site, WeightSite) else site.shape
+        return shape[0], math.prod(shape[1:])
