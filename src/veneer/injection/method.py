@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -86,13 +86,23 @@ class Method(ABC):
     def build(self, site: Any) -> Adapter:
         """Build the adapter for one site. Must draw random numbers from torch's global generator only."""
 
+    def share(self, sites: Sequence[Any]) -> nn.Module | None:
+        """What all adapters of one tower use together: each of them gets it as its child `shared`. None for nothing.
+
+        Called before `build`, with the tower's chosen sites. Draws as `build` does. Trained once, and saved once.
+        """
+        return None
+
     def count(self, site: Any) -> int:
-        """Number of trainable parameters at one site, from the paper's formula (the suite compares it with the built one)."""
+        """Number of trainable parameters at one site, from the paper's formula (the suite compares it with the built one).
+
+        Without those of `share`.
+        """
         return sum(p.numel() for p in self.build(site).parameters())
 
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser. `lr_scale` multiplies the learning rate; one group by default."""
-        return [{"params": [p for _, a in adapters for p in a.parameters()], "lr_scale": 1.0}]
+        return [{"params": list({id(p): p for _, a in adapters for p in a.parameters()}.values()), "lr_scale": 1.0}]
 
     @classmethod
     def examples(cls) -> tuple[Method, Method]:

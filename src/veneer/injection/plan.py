@@ -71,7 +71,8 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
             f"{method.name}: its default sites {method.default} are not here. Say where=…; there are {chosen_from}."
         )
     modules = {t.component: t.module for t in towers}
-    parts = tuple((site, _build(method, site, modules[site.component])) for site in chosen)
+    shared = {c: _share(method, [s for s in chosen if s.component == c], modules[c]) for c in {s.component: 0 for s in chosen}}
+    parts = tuple((site, _build(method, site, modules[site.component], shared[site.component])) for site in chosen)
     extras = _extras(everything, train, main, chosen, modules)
     touched = {s.component for s in chosen} | {component for component, _ in extras.values()}
     return Plan(
@@ -85,16 +86,34 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
     )
 
 
-def _build(method: Method, site: Site, tower: nn.Module) -> Adapter:
-    """Build on the CPU (draws do not depend on the device), in float32 or wider; on `meta` for a base that is there."""
+def _share(method: Method, sites: Sequence[Site], tower: nn.Module) -> nn.Module | None:
+    base = _tensor(sites[0], tower)
+    with _draws(base):
+        shared = method.share(sites)
+    return None if shared is None else shared.to(device=base.device, dtype=_dtype(base))
+
+
+def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | None) -> Adapter:
     base = _tensor(site, tower)
-    with torch.device("meta" if base.device.type == "meta" else "cpu"):
+    with _draws(base):
         try:
             adapter = method.build(site)
         except ValueError as error:
             raise UnsupportedSite(f"{method.name}: {site.name}: {error}") from error
-    dtype = torch.promote_types(base.dtype, torch.float32) if base.is_floating_point() else torch.float32
-    return adapter.to(device=base.device, dtype=dtype)
+    adapter.to(device=base.device, dtype=_dtype(base))
+    if shared is not None:
+        adapter.add_module("shared", shared)
+    return adapter
+
+
+def _draws(base: torch.Tensor) -> torch.device:
+    """Build on the CPU, so that draws do not depend on the device; on `meta` for a base that is there."""
+    return torch.device("meta" if base.device.type == "meta" else "cpu")
+
+
+def _dtype(base: torch.Tensor) -> torch.dtype:
+    """Single precision, or wider where the base is."""
+    return torch.promote_types(base.dtype, torch.float32) if base.is_floating_point() else torch.float32
 
 
 def _tensor(site: Site, tower: nn.Module) -> torch.Tensor:

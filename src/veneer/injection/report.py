@@ -16,7 +16,10 @@ Block = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Row:
-    """One block, or one level outside its blocks (`block` is empty): what is adapted, which of the selected roles it lacks."""
+    """One block, or one level outside its blocks (`block` is empty): what is adapted, which of the selected roles it lacks.
+
+    `trainable` is without what all sites share.
+    """
 
     tower: str
     stage: str
@@ -59,7 +62,7 @@ class Report:
             if site.depth is not None or site.stage:
                 blocks.setdefault(_block(site), [])
         for site, adapter in attachment.parts.values():
-            count = sum(p.numel() for p in adapter.parameters())
+            count = sum(p.numel() for name, p in adapter.named_parameters() if not name.startswith("shared."))
             blocks.setdefault(_block(site), []).append((site, count))
         roles: dict[str, set[str]] = {}
         for site, _ in attachment.parts.values():
@@ -74,7 +77,7 @@ class Report:
             rows=rows,
             sites=len(attachment.parts),
             trainable=sum(p.numel() for p in attachment.parameters() if p.requires_grad),
-            stored=sum(t.numel() for t in attachment.state_dict().values()),
+            stored=sum({t.untyped_storage()._cdata: t.numel() for t in attachment.state_dict().values()}.values()),
             base=sum(t.numel() for tower in attachment.towers.values() for _, t in host_tensors(tower)),
             inert=tuple(site.name for site, _ in attachment.parts.values() if site.inert),
         )

@@ -1,0 +1,103 @@
+"""VeRA: one random low-rank pair for all layers, and two trained vectors in each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.functional.convolve import convolve
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import WeightSite
+
+
+class RandomPair(nn.Module):
+    """A (rank, widest input) and B (widest output, rank), frozen; a layer uses the first columns of A and rows of B."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, d_out: int, d_in: int, rank: int) -> None:
+        super().__init__()
+        self.register_buffer("A", nn.init.kaiming_uniform_(torch.empty(rank, d_in)))
+        self.register_buffer("B", nn.init.kaiming_uniform_(torch.empty(d_out, rank)))
+
+
+class VeRAAdapter(Adapter):
+    """y' = y + b ∘ B (d ∘ A x), W' = W + diag(b) B diag(d) A. Shapes: `b` (d_out,), `d` (rank,)."""
+
+    blends: ClassVar[bool] = True
+    shared: RandomPair
+
+    def __init__(self, site: WeightSite, rank: int, d_initial: float) -> None:
+        super().__init__()
+        self.site = site
+        self.b = nn.Parameter(torch.zeros(site.d_out))
+        self.d = nn.Parameter(torch.full((rank,), d_initial))
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: what the module read; y: what it gave. A grouped convolution has A in every group."""
+        site, (A, B) = self.site, self._pair()
+        ones = (1,) * len(site.kernel)
+        low = convolve(x, A.repeat(site.groups, *(1,) * (A.ndim - 1)), site.stride, site.padding, site.dilation, site.groups)
+        low = low * (self.d * self.strength).repeat(site.groups).view(-1, *ones)
+        return y + convolve(low, B.view(*B.shape, *ones), groups=site.groups) * self.b.view(-1, *ones)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """W + diag(b) B diag(d) A."""
+        A, B = self._pair()
+        change = (self.b.unsqueeze(1) * B * (self.d * self.strength)) @ A.flatten(1)
+        return weight + change.reshape(self.site.weight_shape)
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """A (rank, d_in / groups, *kernel) and B (d_out, rank) of this layer."""
+        shape = self.site.weight_shape
+        A = self.shared.A[:, : math.prod(shape[1:])].reshape(-1, *shape[1:])
+        return A, self.shared.B[: shape[0]]
+
+
+@dataclass(frozen=True)
+class VeRA(Method):
+    """W' = W + diag(b) B diag(d) A: A and B random, frozen and the same in all layers; b and d are trained, b = 0 at the start.
+
+    Args:
+        rank: columns of B and rows of A, at least 1; large, since a unit of it costs one number a layer.
+        d_initial: start value of d, not 0.
+    A and B are as large as the largest layer of the tower needs; others use their first columns and rows. They are saved with
+    the adapter, once. Convolutions: kernels are flattened, A has d_in·k·k / groups columns.
+    Counts: d_out + rank per site; ViT-B/16's q, k and v as one weight, rank 256: 30,720.
+    Source: Kopiczko et al., VeRA: Vector-based Random Matrix Adaptation, ICLR 2024, equation 2 and section 3.3. Draws
+    (Kaiming-uniform) and slicing as in peft. Saved in the place of the paper's seed, since draws depend on the version of torch.
+    """
+
+    name: ClassVar[str] = "vera"
+    paper: ClassVar[str] = "Kopiczko et al., VeRA: Vector-based Random Matrix Adaptation, ICLR 2024"
+    needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
+    default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
+    learning_rate: ClassVar[float] = 1e-2
+
+    rank: int = 256
+    d_initial: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"vera: rank must be at least 1, got {self.rank}")
+        if not self.d_initial:
+            raise ValueError("vera: d_initial must not be 0: with b = 0 as well nothing would ever get a gradient")
+
+    def share(self, sites: Sequence[WeightSite]) -> RandomPair:
+        """A and B for the largest of the sites."""
+        widest = max(math.prod(site.weight_shape[1:]) for site in sites)
+        return RandomPair(max(site.d_out for site in sites), widest, self.rank)
+
+    def build(self, site: WeightSite) -> VeRAAdapter:
+        """b and d for one weight."""
+        return VeRAAdapter(site, self.rank, self.d_initial)
+
+    def count(self, site: WeightSite) -> int:
+        """b and d."""
+        return site.d_out + self.rank
