@@ -1,0 +1,68 @@
+"""Kronecker products as weights: (C ⊗ D)[u·V + v, …] = C[u, …] D[v, …], applied without being built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def kron_factors(width: int, factor: int = -1) -> tuple[int, int]:
+    """Two numbers, the smaller first, whose product is `width`.
+
+    Args:
+        width: at least 1.
+        factor: one of the two, if it divides `width`; else the smaller is the largest divisor up to `factor` and to the square
+            root of `width`. -1 for the nearest to a square.
+
+    >>> kron_factors(320), kron_factors(320, 8), kron_factors(768, 7)
+    ((16, 20), (8, 40), (6, 128))
+    """
+    if factor > 0 and width % factor == 0:
+        return min(factor, width // factor), max(factor, width // factor)
+    limit = math.isqrt(width) if factor < 0 else min(factor, math.isqrt(width))
+    small = next(u for u in range(limit, 0, -1) if width % u == 0)
+    return small, width // small
+
+
+def kron_weight(left: Tensor, right: Tensor, swapped: bool = False) -> Tensor:
+    """C ⊗ D over the first two dimensions.
+
+    Args:
+        left: C, (p, q). right: D, (r, s, *kernel).
+        swapped: rows in the order (D's row, C's row) instead: row v·p + u is C[u] ⊗ D[v].
+    Returns:
+        (p·r, q·s, *kernel).
+    """
+    product = torch.kron(left.reshape(*left.shape, *(1,) * (right.ndim - 2)), right)
+    return product.unflatten(0, (len(left), len(right))).transpose(0, 1).flatten(0, 1) if swapped else product
+
+
+def kron_apply(x: Tensor, left: Tensor, right: Callable[[Tensor], Tensor], kernel_dims: int = 0, swapped: bool = False) -> Tensor:
+    """(C ⊗ D) x = C X Dᵀ, where X (q, s) is x in rows of s; its rows one after the other are the result.
+
+    C and D act on different dimensions, so whichever makes the tensor smaller goes first.
+
+    Args:
+        x: (…, q·s), or (batch, q·s, *size) for a convolution.
+        left: C, (p, q).
+        right: what D does: (n, s, *size) to (n, r, *size'), a matrix product or a convolution.
+        kernel_dims: how many size dimensions follow the channels.
+        swapped: as in `kron_weight`.
+    Returns:
+        (…, p·r), or (batch, p·r, *size').
+    """
+    dim = x.ndim - 1 - kernel_dims
+    z = x.reshape(-1, left.shape[1], x.shape[dim] // left.shape[1], *x.shape[dim + 1 :])
+
+    def inner(z: Tensor) -> Tensor:
+        return right(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+    def outer(z: Tensor) -> Tensor:
+        return torch.einsum("pq,nq...->np...", left, z)
+
+    z = inner(outer(z)) if left.shape[0] < left.shape[1] else outer(inner(z))
+    z = (z.transpose(1, 2) if swapped else z).flatten(1, 2)
+    return z.reshape(*x.shape[:dim], *z.shape[1:])

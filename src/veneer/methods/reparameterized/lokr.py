@@ -1,0 +1,158 @@
+"""LoKr: a Kronecker product of a small and a large factor beside a frozen weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.functional.convolve import convolve
+from veneer.functional.kronecker import kron_apply, kron_factors, kron_weight
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import WeightSite
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a weight splits: C is (up, uq), D (vp, vq, *kernel); their ranks, or None for a full factor."""
+
+    up: int
+    vp: int
+    uq: int
+    vq: int
+    size: int
+    left_rank: int | None
+    right_rank: int | None
+
+
+class LoKrAdapter(Adapter):
+    """y' = y + s·(C ⊗ D) x, W' = W + s·(C ⊗ D).
+
+    Shapes: `left` C (up, uq) and `right` D (vp, vq, *kernel) with d_out = up·vp and d_in / groups = uq·vq. A factored one is
+    `left_up` (up, rank) times `left_down` (rank, uq), or `right_up` (vp, rank) times `right_down` (rank, vq, *kernel).
+    """
+
+    blends: ClassVar[bool] = True
+    left: nn.Parameter | None
+    left_up: nn.Parameter
+    left_down: nn.Parameter
+    right: nn.Parameter | None
+    right_up: nn.Parameter
+    right_down: nn.Parameter
+
+    def __init__(self, site: WeightSite, split: Split, scaling: float) -> None:
+        super().__init__()
+        self.site, self.split, self.scaling = site, split, scaling
+        self._put("left", split.up, (split.uq,), split.left_rank)
+        self._put("right", split.vp, (split.vq, *site.kernel), split.right_rank)
+        nn.init.zeros_(self.right_down if self.right is None else self.right)
+
+    def _put(self, name: str, rows: int, inner: tuple[int, ...], rank: int | None) -> None:
+        """A full factor, or its two; each drawn uniformly as Kaiming's with a = √5."""
+        shapes = {name: (rows, *inner)} if rank is None else {f"{name}_up": (rows, rank), f"{name}_down": (rank, *inner)}
+        self.register_parameter(name, None)
+        for key, shape in shapes.items():
+            parameter = nn.Parameter(torch.empty(shape))
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+            self.register_parameter(key, parameter)
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: what the module read; y: what it gave. C and D one after the other; ΔW itself only where channels are grouped."""
+        site, scale = self.site, self.strength * self.scaling
+        if site.groups == 1:
+            return y + kron_apply(x, self._left() * scale, self._right_apply, len(site.kernel))
+        return y + convolve(x, self.delta() * scale, site.stride, site.padding, site.dilation, site.groups)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """W + s·(C ⊗ D)."""
+        return weight + self.delta() * (self.strength * self.scaling)
+
+    def delta(self) -> Tensor:
+        """C ⊗ D in the weight's shape, without any scale."""
+        right = self.right
+        if right is None:
+            right = (self.right_up @ self.right_down.flatten(1)).unflatten(1, self.right_down.shape[1:])
+        return kron_weight(self._left(), right)
+
+    def _left(self) -> Tensor:
+        return self.left_up @ self.left_down if self.left is None else self.left
+
+    def _right_apply(self, x: Tensor) -> Tensor:
+        site = self.site
+        geometry = (site.stride, site.padding, site.dilation)
+        if self.right is not None:
+            return convolve(x, self.right, *geometry)
+        low = convolve(x, self.right_down, *geometry)
+        return convolve(low, self.right_up.reshape(*self.right_up.shape, *(1,) * len(site.kernel)))
+
+
+@dataclass(frozen=True)
+class LoKr(Method):
+    """W' = W + s·(C ⊗ D), with D full or D = B A of rank `rank`; s = alpha / rank where a factor is of low rank, else 1.
+
+    Args:
+        factor: sides of C: d_out and d_in each split into `factor` and the rest if it divides them, else at the largest divisor
+            up to it; the smaller part is C's. At least 1; low ones train more numbers. -1 splits as near to a square as can be.
+        rank: of D; None for a full D, as is a rank of at least half of D's larger side (without the kernel). At least 1.
+        alpha: numerator of the scale; None means the rank, so that s = 1. Where both factors are full it does not count.
+        decompose_both: C is a product of that rank too, where the rank is under half of C's larger side.
+    D (or A) is zero at the start; the others are drawn Kaiming-uniformly (a = sqrt 5).
+    Convolutions: D has the kernel, and d_in means d_in / groups. Where channels are grouped `output` builds C ⊗ D; elsewhere
+    nothing larger than C and D is built: (C ⊗ D) x = C X Dᵀ.
+    Counts: up·uq + vp·vq·k·k, with a factor of low rank rank·(up + uq) or rank·(vp + vq·k·k) in its place, where d_out = up·vp,
+    d_in / groups = uq·vq.
+    Source: Yeh et al. (LyCORIS), ICLR 2024, equations 4, 5 and 21; defaults from section 5.3.2. Where paper and library differ
+    this follows the library: a `factor` above the square root that divides a width counts (128 by 64 is 2·64). Deviation: no
+    Tucker form of D.
+    """
+
+    name: ClassVar[str] = "lokr"
+    paper: ClassVar[str] = (
+        "Yeh et al., Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, ICLR 2024"
+    )
+    needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
+    default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
+    learning_rate: ClassVar[float] = 5e-4
+
+    factor: int = 8
+    rank: int | None = None
+    alpha: float | None = None
+    decompose_both: bool = False
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 and self.factor != -1:
+            raise ValueError(f"lokr: factor must be -1 or at least 1, got {self.factor}")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"lokr: rank must be at least 1, or None for a full factor, got {self.rank}")
+        if self.rank is None and (self.alpha is not None or self.decompose_both):
+            raise ValueError("lokr: alpha and decompose_both need a rank; give rank=…, or leave both out")
+
+    @classmethod
+    def examples(cls) -> tuple[LoKr, LoKr]:
+        """Full factors, and all of low rank."""
+        return cls(), cls(factor=-1, rank=1, alpha=2.0, decompose_both=True)
+
+    def split(self, site: WeightSite) -> Split:
+        """The factors' sides and ranks at one weight."""
+        up, vp = kron_factors(site.d_out, self.factor)
+        uq, vq = kron_factors(site.d_in // site.groups, self.factor)
+        left = self.rank if self.decompose_both and self.rank is not None and self.rank < max(up, uq) / 2 else None
+        right = self.rank if self.rank is not None and self.rank < max(vp, vq) / 2 else None
+        return Split(up, vp, uq, vq, math.prod(site.kernel), left, right)
+
+    def build(self, site: WeightSite) -> LoKrAdapter:
+        """C and D for one weight."""
+        split = self.split(site)
+        full = split.left_rank is None and split.right_rank is None
+        scaling = 1.0 if full or self.alpha is None or self.rank is None else self.alpha / self.rank
+        return LoKrAdapter(site, split, scaling)
+
+    def count(self, site: WeightSite) -> int:
+        """The numbers in C and D."""
+        s = self.split(site)
+        left = s.up * s.uq if s.left_rank is None else s.left_rank * (s.up + s.uq)
+        right = s.vp * s.vq * s.size if s.right_rank is None else s.right_rank * (s.vp + s.vq * s.size)
+        return left + right
