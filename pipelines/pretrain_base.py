@@ -24,7 +24,8 @@ from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS,
 from veneer.bases.recipe.world import World
 from veneer.injection import VeneerError
 
-POOL = 49152
+POOL, OTHERS = 40960, 16384
+"""Scenes of the things that the generator is for, and of others."""
 SURROUNDED = 0.35
 """Share of the generator's scenes that stand in surroundings instead of before a colour."""
 WATCHED = 192
@@ -108,7 +109,8 @@ def train_unet(world: World, config: PretrainConfig) -> None:
     """The UNet and its text tower."""
     vae = AutoencoderKL.from_pretrained(world.folder / "vae" / "model").to(memory_format=torch.channels_last)
     rng = np.random.default_rng(21)
-    scenes = surround(rng, draw_scenes(rng, world.drawn, POOL), SURROUNDED)
+    scenes = draw_scenes(rng, world.drawn, POOL) + draw_scenes(rng, world.others, OTHERS)
+    scenes = surround(rng, scenes, SURROUNDED)
     pool = diffusion.encode(vae, world.compositor, scenes, world.folder / "pool.npy")
     watched = draw_scenes(np.random.default_rng(22), world.drawn, WATCHED)
     latents = diffusion.encode(vae, world.compositor, watched).latents.astype(np.float32)

@@ -82,6 +82,12 @@ class World:
         """Icons that the generator is trained on."""
         return self.icons.where({*DRAWN, *ALSO_CALLED}, set(STYLES.values()))
 
+    @cached_property
+    def others(self) -> list[int]:
+        """Icons of all other things that may be seen: the generator learns from them that there is more than it is asked for."""
+        asked = {*DRAWN, *ALSO_CALLED, *KEPT_BACK}
+        return self.icons.where({word for word in self.words if word not in asked}, set(STYLES.values()))
+
     def style(self, icon: int) -> str:
         """The style word of an icon of the generator's sets."""
         return next(word for word, name in STYLES.items() if name == self.icons.sets[icon])
