@@ -24,7 +24,7 @@ class Wanted:
         sites: names of the sites that get an adapter. `train`: names of the sites whose parameters are replaced.
         state: tensors, as `Attachment.load_state_dict` takes them.
         where, trained: the selections that were given when it was made, to be saved again; None for the names.
-        notes: remarks for the report.
+        notes: remarks for the report. `unused`: keys of the file that the model has no place for, for the report.
         provenance: to be saved again.
     """
 
@@ -37,6 +37,7 @@ class Wanted:
     where: Sequence[str] | None = None
     trained: Sequence[str] | None = None
     notes: Sequence[str] = ()
+    unused: Sequence[str] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -52,7 +53,8 @@ def attach_all(model: Any, file: File, wanted: Sequence[Wanted], options: Option
             for each in wanted:
                 made.append(_attach(model, each, _name(model, each.name, options, len(wanted) > 1)))
                 report = made[-1].load_state_dict(each.state, options.strict)
-                made[-1].loaded = dataclasses.replace(report, notes=tuple(each.notes))
+                unused = (*report.unused, *each.unused)
+                made[-1].loaded = dataclasses.replace(report, unused=unused, notes=tuple(each.notes))
     except BaseException as error:
         for attachment in reversed(made):
             attachment.detach()

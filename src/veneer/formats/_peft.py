@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..injection import LoadError
-from ..injection.sites import Site, WeightSite
+from ..injection.sites import WeightSite
 from ..injection.towers import Tower, towers_of
 from ._attaching import Wanted
 from ._format import Options
+from ._lora import Found, config_of
 from ._reading import File
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<half>[AB])(?:\.(?!weight$|bias$)[^.]+)?\.weight")
 SAFE = "W' = W + B A, as diffusers reads files without alpha"
-
-
-@dataclass(frozen=True)
-class Found:
-    """One module of a file: its site, and its settings in peft's config."""
-
-    site: Site
-    rank: int
-    alpha: float
 
 
 def wanted(model: Any, file: File, config: Any, options: Options) -> Wanted:
@@ -59,13 +49,12 @@ def wanted(model: Any, file: File, config: Any, options: Options) -> Wanted:
             found[site.name] = _settings(file, site, tower, config, tensor.shape[0] if tensor.ndim else 1)
     _refuse(file, unused, found, options)
     notes = [] if config is not None else [f"no alpha in the file: {SAFE}"]
-    notes += [f"unused: {', '.join(unused[:8])}"] if unused else []
-    return Wanted("lora", "lora", _method(found), list(found), state, notes=notes)
+    return Wanted("lora", "lora", config_of(found), list(found), state, notes=notes, unused=unused)
 
 
-def _places(towers: list[Tower]) -> dict[str, tuple[Tower, Site]]:
+def _places(towers: list[Tower]) -> dict[str, tuple[Tower, WeightSite]]:
     """Paths that a file may have, and the weights that they mean: with the component or, for the main tower, without."""
-    places: dict[str, tuple[Tower, Site]] = {}
+    places: dict[str, tuple[Tower, WeightSite]] = {}
     for tower in towers:
         for site in (s for s in tower.sites if isinstance(s, WeightSite)):
             for path in _paths(tower, site.name):
@@ -87,7 +76,7 @@ def _usual(tower: Tower) -> str:
     return {"unet": "unet", "dit": "transformer", "text": "text_encoder"}.get(tower.host.tower, "")
 
 
-def _settings(file: File, site: Site, tower: Tower, config: Mapping[str, Any] | None, rank: int) -> Found:
+def _settings(file: File, site: WeightSite, tower: Tower, config: Mapping[str, Any] | None, rank: int) -> Found:
     if config is None:
         return Found(site, rank, float(rank))
     component = tower.component or _usual(tower)
@@ -116,15 +105,3 @@ def _refuse(file: File, unused: list[str], found: Mapping[str, Found], options: 
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no weights "
             "of these names, or they are no LoRA: load it on the pipeline that it was made for, or pass strict=False."
         )
-
-
-def _method(found: Mapping[str, Found]) -> dict[str, Any]:
-    """Config of lora: the commonest rank and alpha, and the others by site."""
-    rank = Counter(f.rank for f in found.values()).most_common(1)[0][0]
-    alpha = Counter(f.alpha for f in found.values()).most_common(1)[0][0]
-    return {
-        "rank": rank,
-        "alpha": alpha or None,  # lora takes 0 for "as the rank"
-        "ranks": {f"name:{n}": f.rank for n, f in found.items() if f.rank != rank},
-        "alphas": {f"name:{n}": f.alpha for n, f in found.items() if f.alpha != alpha or not alpha},
-    }

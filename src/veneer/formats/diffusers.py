@@ -15,12 +15,12 @@ from ..injection import Attachment, SaveError
 from ..injection.sites import WeightSite
 from ._attaching import attach_all
 from ._format import Format, Options, listed
+from ._lora import ENCODERS, component_of, refuse
 from ._peft import wanted
 from ._reading import File
 from ._writing import destination, write
 
 METADATA = "lora_adapter_metadata"
-ENCODERS = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}
 
 
 class Diffusers(Format):
@@ -55,7 +55,7 @@ class Diffusers(Format):
         tensors: dict[str, Tensor] = {}
         modules: dict[str, dict[str, tuple[int, float]]] = {}
         for attachment in listed(attachments):
-            _refuse(attachment, target)
+            refuse(attachment, target, "diffusers' LoRA files")
             for component, module, adapter in _parts(attachment, target):
                 key = f"{component}.{_written(component, module)}"
                 if f"{key}.lora_A.weight" in tensors:
@@ -73,24 +73,11 @@ class Diffusers(Format):
         return write(target, tensors, metadata)
 
 
-def _refuse(attachment: Attachment, target: Path) -> None:
-    """Raise if something of an attachment has no place in the format."""
-    native = "The native file (Attachment.save) holds it."
-    if attachment.method.name != "lora":
-        raise SaveError(f"{target}: '{attachment.name}' is {attachment.method.name}; diffusers' LoRA files hold lora. {native}")
-    extra = [key for key in attachment.state_dict() if key.rpartition(":")[0] not in attachment.parts]
-    if extra:
-        raise SaveError(
-            f"{target}: '{attachment.name}' has trained {', '.join(extra[:4])} of the base as well, for which diffusers' LoRA "
-            f"files have no place. {native}"
-        )
-
-
 def _parts(attachment: Attachment, target: Path) -> Iterator[tuple[str, str, Any]]:
     """(component, module path, adapter) of every site, or an error that names the site that does not fit."""
     for site, adapter in attachment.parts.values():
         tower = attachment.towers[site.component]
-        component = site.component or _component(tower)
+        component = site.component or component_of(tower)
         path = site.name.removeprefix(site.component + ".") if site.component else site.name
         wrong = _misfit(site, tower, component, path)
         if wrong:
@@ -127,14 +114,6 @@ def _module(tower: nn.Module, path: str) -> nn.Module | None:
         return tower.get_submodule(path)
     except AttributeError:
         return None
-
-
-def _component(tower: nn.Module) -> str:
-    """Where a bare model would be in a pipeline, or nothing."""
-    name = type(tower).__name__
-    if type(tower).__module__.startswith("diffusers."):
-        return "unet" if "UNet" in name else "transformer"
-    return ENCODERS.get(name, "")
 
 
 def _written(component: str, path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
@@ -93,6 +94,7 @@ class Native(Format):
                 f"{file.path}: unused {len(unused)}: {', '.join(unused[:8])}. They belong to no attachment of the file. "
                 "Pass strict=False to load the rest."
             )
+        wanted[0] = dataclasses.replace(wanted[0], unused=unused)
         return attach_all(model, file, wanted, options)
 
 
