@@ -37,7 +37,7 @@ def site_of(module: nn.Module) -> WeightSite:
 def built(method: FacT, base: nn.Module, trained: bool = True) -> FacTAdapter:
     torch.manual_seed(0)
     adapter = method.build(site_of(base))
-    adapter.shared = method.share([site_of(base)])
+    adapter.shared = method.build_shared([site_of(base)])
     adapter = adapter.to(base.weight.dtype).eval()
     if trained:
         with torch.no_grad():

@@ -38,7 +38,7 @@ def built(base: nn.Module, trained: bool = True) -> VeRAAdapter:
     torch.manual_seed(0)
     method, larger = VeRA(rank=5), WeightSite(name="x", role="x", path="x", d_out=11, d_in=50)
     adapter = method.build(site_of(base))
-    adapter.shared = method.share([site_of(base), larger])
+    adapter.shared = method.build_shared([site_of(base), larger])
     adapter = adapter.to(base.weight.dtype)
     if trained:
         nn.init.normal_(adapter.b)

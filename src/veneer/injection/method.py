@@ -86,7 +86,7 @@ class Method(ABC):
     def build(self, site: Any) -> Adapter:
         """Build the adapter for one site. Must draw random numbers from torch's global generator only."""
 
-    def share(self, sites: Sequence[Any]) -> nn.Module | None:
+    def build_shared(self, sites: Sequence[Any]) -> nn.Module | None:
         """What all adapters of one tower use together: each of them gets it as its child `shared`. None for nothing.
 
         Called before `build`, with the tower's chosen sites. Draws as `build` does. Trained once, and saved once.
@@ -96,7 +96,7 @@ class Method(ABC):
     def count(self, site: Any) -> int:
         """Number of trainable parameters at one site, from the paper's formula (the suite compares it with the built one).
 
-        Without those of `share`.
+        Without those of `build_shared`.
         """
         return sum(p.numel() for p in self.build(site).parameters())
 

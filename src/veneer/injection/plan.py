@@ -89,7 +89,7 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
 def _share(method: Method, sites: Sequence[Site], tower: nn.Module) -> nn.Module | None:
     base = _tensor(sites[0], tower)
     with _draws(base):
-        shared = method.share(sites)
+        shared = method.build_shared(sites)
     return None if shared is None else shared.to(device=base.device, dtype=_dtype(base))
 
 

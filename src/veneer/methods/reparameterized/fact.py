@@ -139,7 +139,7 @@ class FacT(Method):
         """Both forms."""
         return cls(), cls(form="tk", rank=8)
 
-    def share(self, sites: Sequence[WeightSite]) -> Factors:
+    def build_shared(self, sites: Sequence[WeightSite]) -> Factors:
         """U, V and C."""
         return Factors(sites, self.rank, self.form == "tk")
 

@@ -89,7 +89,7 @@ class VeRA(Method):
         if not self.d_initial:
             raise ValueError("vera: d_initial must not be 0: with b = 0 as well nothing would ever get a gradient")
 
-    def share(self, sites: Sequence[WeightSite]) -> RandomPair:
+    def build_shared(self, sites: Sequence[WeightSite]) -> RandomPair:
         """A and B for the largest of the sites."""
         widest = max(math.prod(site.weight_shape[1:]) for site in sites)
         return RandomPair(max(site.d_out for site in sites), widest, self.rank)

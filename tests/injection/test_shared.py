@@ -46,7 +46,7 @@ class Scaled(Method):
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"d_out": 6}),)
     default: ClassVar[tuple[str, ...]] = ("attn.{q,k}", "embed.token")
 
-    def share(self, sites: Sequence[Site]) -> nn.Module:
+    def build_shared(self, sites: Sequence[Site]) -> nn.Module:
         return Shared([site.name for site in sites])
 
     def build(self, site: WeightSite) -> ScaledAdapter:
