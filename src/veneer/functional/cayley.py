@@ -1,0 +1,66 @@
+"""Orthogonal matrices by Cayley's transform of skew-symmetric ones, R = (I + Q)(I − Q)⁻¹, and block-diagonal products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def skew(entries: Tensor, size: int) -> Tensor:
+    """Q = −Qᵀ from the entries above its diagonal, row by row.
+
+    Args:
+        entries: (…, size·(size − 1) / 2).
+    Returns:
+        (…, size, size).
+    """
+    rows, columns = torch.triu_indices(size, size, 1, device=entries.device)
+    upper = entries.new_zeros(*entries.shape[:-1], size, size)
+    upper[..., rows, columns] = entries
+    return upper - upper.mT
+
+
+def cayley_change(q: Tensor) -> Tensor:
+    """R − I = 2 Q (I − Q)⁻¹: exactly zero where Q is, and without the rounding of a small change against the 1s of R.
+
+    Solved, not approximated, in single precision or better. I − Q is invertible for every skew-symmetric Q.
+
+    Args:
+        q: skew-symmetric, (…, size, size).
+    Returns:
+        The same shape, in `q`'s dtype.
+    """
+    precise = q.to(torch.promote_types(q.dtype, torch.float32))
+    identity = torch.eye(q.shape[-1], dtype=precise.dtype, device=q.device).expand_as(precise)
+    return torch.linalg.solve(identity - precise, 2 * precise, left=False).to(q.dtype)
+
+
+def within(q: Tensor, radius: float) -> Tensor:
+    """Each matrix of (…, size, size) shortened to the Frobenius norm `radius`, if it is longer."""
+    norm = torch.linalg.vector_norm(q, dim=(-2, -1), keepdim=True)
+    return q * (radius / norm.clamp(min=radius))
+
+
+def blocks_apply(x: Tensor, blocks: Tensor, spread: int = 1) -> Tensor:
+    """x M'ᵀ for each row of x: M' is block-diagonal, with its blocks' halves pulled apart for a `spread` above 1.
+
+    Args:
+        x: (n, d).
+        blocks: (d / b, b, b), or (1, b, b) for the same block everywhere.
+        spread: distance of a block's two halves, in half-blocks: block (g, p) acts on the half-blocks 2·spread·g + p and
+            2·spread·g + p + spread. 1 for an ordinary block-diagonal matrix; above 1 it needs an even b.
+    Returns:
+        (n, d).
+    """
+    b = blocks.shape[-1]
+    blocks = blocks.to(x.dtype)
+    if spread == 1:
+        return _product(x.unflatten(1, (-1, b)), blocks).flatten(1)
+    halves = x.unflatten(1, (-1, 2, spread, b // 2)).transpose(2, 3)  # (n, groups, spread, 2, b / 2)
+    turned = _product(halves.reshape(len(x), -1, b), blocks)
+    return turned.reshape(halves.shape).transpose(2, 3).flatten(1)
+
+
+def _product(x: Tensor, blocks: Tensor) -> Tensor:
+    """(n, k, b) times the transposed blocks (k or 1, b, b)."""
+    return torch.einsum("nkb,kcb->nkc", x, blocks.expand(x.shape[1], -1, -1))

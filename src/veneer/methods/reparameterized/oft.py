@@ -1,0 +1,121 @@
+"""OFT: a frozen weight whose neurons are turned by an orthogonal matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import WeightSite
+
+
+class OFTAdapter(Adapter):
+    """W' = W Rᵀ. Shapes: `skew` (blocks, b·(b − 1) / 2), the entries of each Q above its diagonal; `magnitude` (d_out) or None.
+
+    There is no output form: W (Rᵀ − I) x needs W.
+    """
+
+    blends: ClassVar[bool] = True
+
+    def __init__(self, d_out: int, blocks: int, size: int, radius: float | None, rescale: bool) -> None:
+        super().__init__()
+        self.size, self.radius = size, radius
+        self.skew = nn.Parameter(torch.zeros(blocks, size * (size - 1) // 2))
+        self.magnitude = nn.Parameter(torch.ones(d_out)) if rescale else None
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """W + s·(D W Rᵀ − W), by way of R − I, which is exactly zero at the start."""
+        flat = weight.flatten(1)
+        change = blocks_apply(flat, self.turn())
+        if self.magnitude is not None:
+            change = (flat + change) * self.magnitude.unsqueeze(1) - flat
+        return weight + (change * self.strength).reshape(weight.shape)
+
+    def turn(self) -> Tensor:
+        """R_i − I, (blocks, b, b)."""
+        q = skew(self.skew, self.size)
+        return cayley_change(q if self.radius is None else within(q, self.radius))
+
+
+@dataclass(frozen=True)
+class OFT(Method):
+    """W' = W Rᵀ with R = diag(R_1, …, R_r) orthogonal: all neurons (rows of W) turn alike, and their angles and lengths stay.
+
+    R_i = (I + Q_i)(I − Q_i)⁻¹ with Q_i = −Q_iᵀ. R acts on the d = d_in numbers of a neuron, on the input side: W' x = W (Rᵀ x).
+
+    Args:
+        blocks: r, how many blocks R has; must divide d. Fewer train more: d²/(2r). At least 1.
+        block_size: b, the blocks' side; given, it counts instead of `blocks` and must divide d. At least 2.
+        share: one block in all r places.
+        coft: ε of the constrained form: each Q_i is kept within the Frobenius norm ε·b²/√r, with `share` ε·b² (the authors'
+            scaling; they use 6e-5). Above 0; None for no constraint.
+        rescale: also learn D, a factor for each neuron's length: W' = D W Rᵀ, D = 1 at the start.
+    Q is zero at the start. The equation is solved, in single precision at least, not approximated by a series.
+    Convolutions: a neuron is its kernel, d = d_in·k·k / groups, channel by channel; as many blocks as input channels turn each
+    channel's window by itself. Grouped and depthwise: one R for all neurons too.
+    Has only the weight form, so a quantised base is refused.
+    Counts: r·b·(b − 1)/2 with b = d/r; b·(b − 1)/2 with `share`; d_out more with `rescale`. 128 × 128 in 8 blocks: 960.
+    Raises:
+        ValueError: at attach, d is no multiple of the number or the side of the blocks.
+    Source: Qiu et al., NeurIPS 2023, equations 2 to 4, sections 3.3 to 3.5 (D as in its erratum) and appendix D. Deviations: Q
+    has only its free entries, where the authors' code trains a full matrix and takes its skew part; COFT scales Q where it is
+    used, seen by the gradient, where theirs projects the parameter at each step: the reachable R are the same.
+    """
+
+    name: ClassVar[str] = "oft"
+    paper: ClassVar[str] = "Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, NeurIPS 2023"
+    needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
+    default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
+    learning_rate: ClassVar[float] = 6e-5
+
+    blocks: int = 4
+    block_size: int | None = None
+    share: bool = False
+    coft: float | None = None
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1:
+            raise ValueError(f"oft: blocks must be at least 1, got {self.blocks}")
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"oft: block_size must be at least 2, for a block of 1 cannot turn; got {self.block_size}")
+        if self.coft is not None and self.coft <= 0:
+            raise ValueError(f"oft: coft must be above 0, or None for no constraint; got {self.coft}")
+
+    @classmethod
+    def examples(cls) -> tuple[OFT, OFT]:
+        """The plain form; and shared, constrained and rescaled."""
+        return cls(), cls(block_size=2, share=True, coft=0.1, rescale=True)
+
+    def shape(self, site: WeightSite) -> tuple[int, int]:
+        """(r, b) at one weight.
+
+        Raises:
+            ValueError: they do not fit the neurons' length.
+        """
+        width = site.d_in // site.groups * math.prod(site.kernel)
+        r = self.blocks if self.block_size is None else width // self.block_size
+        if r == 0 or width % r or width // r < 2 or (self.block_size is not None and width % self.block_size):
+            asked = f"{self.blocks} blocks" if self.block_size is None else f"blocks of {self.block_size}"
+            fitting = ", ".join(str(b) for b in range(2, min(width, 128) + 1) if width % b == 0)
+            raise ValueError(
+                f"neurons of {width} numbers do not split into {asked} of at least 2; "
+                f"give block_size as one of {fitting or 'none'}, or leave the site out"
+            )
+        return r, width // r
+
+    def build(self, site: WeightSite) -> OFTAdapter:
+        """Q of zeros for one weight."""
+        r, b = self.shape(site)
+        radius = None if self.coft is None else self.coft * b * b / math.sqrt(1 if self.share else r)
+        return OFTAdapter(site.d_out, 1 if self.share else r, b, radius, self.rescale)
+
+    def count(self, site: WeightSite) -> int:
+        """r·b·(b − 1)/2, or one block's, and the lengths."""
+        r, b = self.shape(site)
+        return (1 if self.share else r) * b * (b - 1) // 2 + (site.d_out if self.rescale else 0)

@@ -1,0 +1,214 @@
+"""OFT's equation, W' = W Rᵀ with R = diag(R_1, …, R_r), against dense matrices built from its definition."""
+
+import math
+
+import pytest
+import torch
+from peft.tuners.oft.layer import OFTRotationModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.hosts.published import build
+from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
+from veneer.injection import attach
+from veneer.injection.sites import WeightSite
+from veneer.methods.reparameterized.oft import OFT, OFTAdapter
+
+LINEAR = WeightSite(name="l", role="attn.q", path="l", d_out=5, d_in=12)
+
+
+def linear_site(d_out: int, d_in: int) -> WeightSite:
+    return WeightSite(name="l", role="attn.q", path="l", d_out=d_out, d_in=d_in)
+
+
+def conv_site(module: nn.Module) -> WeightSite:
+    return WeightSite(
+        name="c", role="conv.res", path="c", kind="conv", d_out=module.out_channels, d_in=module.in_channels,
+        kernel=module.kernel_size, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups,
+    )  # fmt: skip
+
+
+def trained(method: OFT, site: WeightSite) -> OFTAdapter:
+    """An adapter in double precision, turned by a lot."""
+    torch.manual_seed(0)
+    adapter = method.build(site).double().eval()
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_()
+    return adapter
+
+
+def dense_rotation(entries: Tensor, size: int, blocks: int, radius: float = math.inf) -> Tensor:
+    """diag(R_1, …, R_r), R_i = (I + Q_i)(I − Q_i)⁻¹, entry by entry and with an explicit inverse; ‖Q_i‖ at most `radius`."""
+    entries = entries.detach()
+    rotation = torch.zeros(size * blocks, size * blocks, dtype=torch.float64)
+    for n in range(blocks):
+        q, position = torch.zeros(size, size, dtype=torch.float64), 0
+        for i in range(size):
+            for j in range(i + 1, size):
+                q[i, j] = entries[n % len(entries), position]
+                q[j, i] = -q[i, j]
+                position += 1
+        norm = math.sqrt(sum(float(e) ** 2 for e in q.flatten()))
+        q = q * min(1.0, radius / norm)
+        eye = torch.eye(size, dtype=torch.float64)
+        rotation[n * size : (n + 1) * size, n * size : (n + 1) * size] = (eye + q) @ torch.linalg.inv(eye - q)
+    return rotation
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks", "size"),
+    [
+        ({}, 4, 3),
+        ({"blocks": 1}, 1, 12),
+        ({"block_size": 2}, 6, 2),
+        ({"blocks": 3, "share": True}, 3, 4),
+        ({"blocks": 2, "rescale": True}, 2, 6),
+    ],
+)
+def test_linear(options: dict, blocks: int, size: int) -> None:
+    adapter = trained(OFT(**options), LINEAR)
+    base = nn.Linear(12, 5).double()
+    rotation = dense_rotation(adapter.skew, size, blocks)
+    torch.testing.assert_close(rotation.T @ rotation, torch.eye(12, dtype=torch.float64))
+    x = torch.randn(7, 12, dtype=torch.float64)
+    lengths = torch.ones(5, dtype=torch.float64) if adapter.magnitude is None else adapter.magnitude
+    w0 = base.weight.T  # the paper's W⁰, d × n, one neuron a column
+    expected = ((rotation @ w0) @ torch.diag(lengths)).T @ x.T  # z = (R W⁰ D)ᵀ x
+    weight = adapter.weight(base.weight)
+    torch.testing.assert_close(F.linear(x, weight), expected.T)
+    adapter.strength.fill_(0.25)
+    torch.testing.assert_close(adapter.weight(base.weight), base.weight + 0.25 * (weight - base.weight))
+
+
+def test_angles_and_lengths_of_neurons_stay() -> None:
+    adapter, weight = trained(OFT(), LINEAR), torch.randn(5, 12, dtype=torch.float64)
+    turned = adapter.weight(weight)
+    torch.testing.assert_close(turned @ turned.T, weight @ weight.T)
+    assert (turned - weight).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "geometry", [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1}, {"kernel_size": (3, 2), "stride": 2, "dilation": (2, 1)}]
+)
+def test_convolutions_turn_what_each_window_shows(geometry: dict) -> None:
+    """W' x = W (Rᵀ x) for each window x, which `unfold` lays out channel by channel."""
+    base = nn.Conv2d(4, 6, **geometry).double()
+    site = conv_site(base)
+    blocks = 2 if site.kernel == (1, 1) else 4  # 4: each channel by itself
+    adapter = trained(OFT(blocks=blocks), site)
+    rotation = dense_rotation(adapter.skew, 4 * math.prod(site.kernel) // blocks, blocks)
+    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
+    windows = F.unfold(x, base.kernel_size, base.dilation, base.padding, base.stride)
+    expected = base.weight.flatten(1) @ (rotation.T @ windows) + base.bias[:, None]
+    got = F.conv2d(x, adapter.weight(base.weight), base.bias, base.stride, base.padding, base.dilation)
+    torch.testing.assert_close(got.flatten(2), expected)
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(4, 8, 3, groups=4), nn.Conv1d(4, 4, 9, groups=4)])
+def test_grouped_and_depthwise_convolutions_turn_each_kernel(module: nn.Module) -> None:
+    site, weight = conv_site(module), module.weight.detach().double()
+    adapter = trained(OFT(block_size=3), site)
+    rotation = dense_rotation(adapter.skew, 3, weight[0].numel() // 3)
+    expected = torch.stack([(rotation @ kernel.flatten()).reshape(kernel.shape) for kernel in weight])
+    torch.testing.assert_close(adapter.weight(weight), expected)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_coft_keeps_each_block_near(share: bool) -> None:
+    """‖Q_i‖ ≤ ε·b²/√r: shortened where it is longer, untouched where it is not."""
+    method = OFT(blocks=3, coft=0.02, share=share)
+    adapter = trained(method, LINEAR)
+    radius = 0.02 * 4**2 / math.sqrt(1 if share else 3)
+    with torch.no_grad():
+        adapter.skew[0] *= 0.5 * radius / (math.sqrt(2) * adapter.skew[0].norm())
+    if not share:
+        assert skew(adapter.skew, 4).norm(dim=(1, 2))[1:].min() > radius
+    weight = torch.randn(5, 12, dtype=torch.float64)
+    torch.testing.assert_close(adapter.weight(weight), weight @ dense_rotation(adapter.skew, 4, 3, radius).T)
+    free = trained(OFT(blocks=3, share=share), LINEAR)
+    assert not torch.allclose(free.weight(weight), adapter.weight(weight))
+
+
+def test_coft_has_a_gradient_at_the_start() -> None:
+    adapter = OFT(coft=1e-4).build(LINEAR)
+    (adapter.weight(torch.randn(5, 12)) * torch.randn(5, 12)).sum().backward()
+    assert torch.isfinite(adapter.skew.grad).all()
+    assert adapter.skew.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("coft", [None, 0.01])
+def test_peft_computes_the_same_rotation(coft: float | None) -> None:
+    """peft's R is (I − Q)(I + Q)⁻¹, so its Q is ours with the other sign; its eps is without the b²."""
+    adapter = trained(OFT(blocks=3, coft=coft), LINEAR)
+    theirs = OFTRotationModule(3, 6, 4, 12, coft=coft is not None, eps=(coft or 0) * 4**2, use_cayley_neumann=False).double()
+    with torch.no_grad():
+        theirs.weight.copy_(-adapter.skew)
+        x = torch.randn(7, 12, dtype=torch.float64)
+        weight = torch.randn(5, 12, dtype=torch.float64)
+        expected = F.linear(theirs(x), weight)
+    torch.testing.assert_close(F.linear(x, adapter.weight(weight)), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 3, "share": True}, {"coft": 0.1, "rescale": True}])
+@pytest.mark.parametrize("site", [LINEAR, conv_site(nn.Conv2d(8, 6, 3, groups=2))])
+def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(options: dict, site: WeightSite) -> None:
+    method = OFT(**options)
+    for dtype in (torch.float32, torch.bfloat16):
+        adapter = method.build(site).to(dtype)
+        weight = torch.randn(site.weight_shape, dtype=dtype)
+        assert torch.equal(adapter.weight(weight), weight)
+    assert method.count(site) == sum(p.numel() for p in adapter.parameters())
+
+
+def test_published_counts() -> None:
+    """Section 3.3: 128 × 128 in 8 blocks has 960. BOFT's table 2: blocks of 16 are 0.13 % of Llama-2-7B's 6.74 billion.
+
+    SD 1.5's attention in 4 blocks: half of the 23,304,192 − 99,456 entries that are off the diagonal of the authors' matrices.
+    """
+    assert OFT(blocks=8).count(linear_site(128, 128)) == 960
+    llama = [linear_site(4096, 4096)] * 4 + [linear_site(11008, 4096)] * 2 + [linear_site(4096, 11008)]
+    count = 32 * sum(OFT(block_size=16).count(site) for site in llama)
+    assert f"{count / 6_738_415_616:.2%}" == "0.13%"
+    unet = build("sd15")
+    for options, expected in (({}, 11_602_368), ({"block_size": 8}, 348_096), ({"block_size": 32}, 1_541_568)):
+        tuned = attach(unet, "oft", **options)
+        assert tuned.report().trainable == expected
+        tuned.detach()
+
+
+def test_the_transform_is_exact_also_far_from_the_start_and_right_in_its_gradient() -> None:
+    torch.manual_seed(0)
+    q = skew(10 * torch.randn(3, 28), 8)
+    rotation = torch.eye(8) + cayley_change(q)
+    torch.testing.assert_close(rotation @ rotation.mT, torch.eye(8).expand(3, 8, 8), atol=2e-5, rtol=0)
+    assert torch.equal(cayley_change(torch.zeros(2, 4, 4)), torch.zeros(2, 4, 4))
+    tiny = skew(torch.full((1, 6), 1e-9), 4)
+    torch.testing.assert_close(cayley_change(tiny), 2 * tiny, atol=1e-15, rtol=1e-6)  # in R itself it would be lost beside the 1s
+    entries = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda e: cayley_change(within(skew(e, 3), 0.5)), entries)
+
+
+def test_a_block_diagonal_product() -> None:
+    x, blocks = torch.randn(5, 6, dtype=torch.float64), torch.randn(3, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(blocks_apply(x, blocks), x @ torch.block_diag(*blocks).T)
+
+
+@pytest.mark.parametrize("options", [{"blocks": 0}, {"block_size": 1}, {"coft": 0.0}])
+def test_options_out_of_range(options: dict) -> None:
+    with pytest.raises(ValueError, match=r"^oft: "):
+        OFT(**options)
+
+
+def test_widths_that_do_not_split() -> None:
+    depthwise = conv_site(nn.Conv2d(8, 8, 3, groups=8))
+    with pytest.raises(
+        ValueError, match=r"neurons of 9 numbers do not split into 4 blocks of at least 2; give block_size as one of 3, 9"
+    ):
+        OFT().build(depthwise)
+    with pytest.raises(
+        ValueError, match=r"12 numbers do not split into blocks of 8 .* one of 2, 3, 4, 6, 12, or leave the site out"
+    ):
+        OFT(block_size=8).build(LINEAR)
+    with pytest.raises(ValueError, match=r"12 numbers do not split into 12 blocks of at least 2"):
+        OFT(blocks=12).build(LINEAR)
