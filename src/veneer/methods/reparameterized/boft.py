@@ -1,0 +1,105 @@
+"""BOFT: a frozen weight whose neurons are turned by a product of sparse orthogonal matrices, a butterfly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.functional.cayley import blocks_apply, cayley_change, skew
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import WeightSite
+
+
+class BOFTAdapter(Adapter):
+    """W' = W Rᵀ. Shapes: `skew` (m, d / b, b·(b − 1) / 2), the entries of each Q above its diagonal, the component with the
+    nearest halves first; `magnitude` (d_out) or None.
+
+    There is no output form: W (Rᵀ − I) x needs W.
+    """
+
+    blends: ClassVar[bool] = True
+
+    def __init__(self, d_out: int, m: int, blocks: int, size: int, rescale: bool) -> None:
+        super().__init__()
+        self.size = size
+        self.skew = nn.Parameter(torch.zeros(m, blocks, size * (size - 1) // 2))
+        self.magnitude = nn.Parameter(torch.ones(d_out)) if rescale else None
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """W + s·(D W Rᵀ − W): each component adds its own change, which is exactly zero at the start."""
+        flat = weight.flatten(1)
+        change = torch.zeros_like(flat)
+        for step, turn in enumerate(cayley_change(skew(self.skew, self.size))):
+            change = change + blocks_apply(flat + change, turn, spread=2**step)
+        if self.magnitude is not None:
+            change = (flat + change) * self.magnitude.unsqueeze(1) - flat
+        return weight + (change * self.strength).reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class BOFT(Method):
+    """W' = W Rᵀ, R = B_1 B_2 ⋯ B_m: all neurons (rows of W) turn alike, by m sparse orthogonal matrices that reach far together.
+
+    B_m is block-diagonal with orthogonal b × b blocks (I + Q)(I − Q)⁻¹, Q = −Qᵀ. In B_(m−i) the two halves of a block lie
+    2^i half-blocks apart, as the wings of a butterfly. m = 1 is OFT with blocks of b; from m = log2(2d/b) on, R is dense.
+
+    Args:
+        m: how many components, at least 1.
+        b: side of the blocks, at least 2, even for m above 1. d = d_in must be a multiple of 2^(m−1)·b.
+        rescale: also learn D, a factor for each neuron's length: W' = D W Rᵀ, D = 1 at the start (peft always does).
+    Q is zero at the start. The equation is solved, in single precision at least, not approximated by a series.
+    Convolutions: a neuron is its kernel, d = d_in·k·k / groups. Grouped and depthwise: one R for all neurons too.
+    Has only the weight form, so a quantised base is refused.
+    Counts: m·d·(b − 1)/2, d_out more with `rescale`.
+    Raises:
+        ValueError: at attach, d is no multiple of 2^(m−1)·b.
+    Source: Liu et al., ICLR 2024, section 4 (BOFT(m, b) is built from R(m, b/2)); m = 2, b = 8 and the learning rate from its
+    Llama-2 experiments. Deviations: Q has only its free entries, as the paper counts them; no multiplicative dropout.
+    """
+
+    name: ClassVar[str] = "boft"
+    paper: ClassVar[str] = "Liu et al., Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, ICLR 2024"
+    needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
+    default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
+    learning_rate: ClassVar[float] = 1e-4
+
+    m: int = 2
+    b: int = 8
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.m < 1:
+            raise ValueError(f"boft: m must be at least 1, got {self.m}")
+        if self.b < 2 or (self.m > 1 and self.b % 2):
+            raise ValueError(f"boft: b must be at least 2, and even where m is above 1; got b={self.b} with m={self.m}")
+
+    @classmethod
+    def examples(cls) -> tuple[BOFT, BOFT]:
+        """Blocks that fit small models; and rescaled ones that reach farther."""
+        return cls(b=4), cls(m=3, b=2, rescale=True)
+
+    def blocks(self, site: WeightSite) -> int:
+        """d / b at one weight.
+
+        Raises:
+            ValueError: the neurons' length is no multiple of 2^(m−1)·b.
+        """
+        width = site.d_in // site.groups * math.prod(site.kernel)
+        if width % (2 ** (self.m - 1) * self.b):
+            raise ValueError(
+                f"neurons of {width} numbers are no multiple of 2^(m−1)·b = {2 ** (self.m - 1) * self.b}; "
+                "give a smaller m or b, or leave the site out"
+            )
+        return width // self.b
+
+    def build(self, site: WeightSite) -> BOFTAdapter:
+        """Q of zeros for one weight."""
+        return BOFTAdapter(site.d_out, self.m, self.blocks(site), self.b, self.rescale)
+
+    def count(self, site: WeightSite) -> int:
+        """m·d·(b − 1)/2, and the lengths."""
+        return self.m * self.blocks(site) * self.b * (self.b - 1) // 2 + (site.d_out if self.rescale else 0)
