@@ -130,6 +130,8 @@ def _table(what: str) -> Any:
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], None]]] = {
     "personalize": ("teach a diffusion base a subject or style from a few photos", _personalize),
     "generate": ("draw pictures with trained adapters", _plain("generate", "generate", "GenerateConfig", ("prompt",), True)),
+    "inspect": ("what is in an adapter's file", _plain("inspect_file", "inspect_file", "InspectConfig", ("file",), True)),
+    "convert": ("an adapter's file in another format", _plain("convert", "convert", "ConvertConfig", ("file",), True)),
     "sites": ("what can be adapted in a base", _sites),
     "methods": ("the methods there are", _table("methods")),
     "hosts": ("the model families there are", _table("hosts")),

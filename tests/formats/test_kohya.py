@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.formats import kohya
+from veneer.formats._kohya_fused import Pair, split
 from veneer.formats._kohya_names import Place, places
 from veneer.injection import LoadError, SaveError, attach
 from veneer.injection.sites import WeightSite
@@ -283,7 +284,7 @@ def test_flux_is_split_as_diffusers_splits_it() -> None:
     pairs = {}
     for place in found:
         d_out, d_in = sum(s.d_out for s in place.sites), place.sites[0].d_in
-        pair = kohya.Pair(torch.randn(2, d_in, generator=generator), torch.randn(d_out, 2, generator=generator), 0.5)
+        pair = Pair(torch.randn(2, d_in, generator=generator), torch.randn(d_out, 2, generator=generator), 0.5)
         pairs[place.names[0]] = place, pair
         if "final_layer" in place.names[0]:
             pair = pair._replace(scaling=1.0)  # diffusers drops the alpha of the last layer
@@ -292,7 +293,7 @@ def test_flux_is_split_as_diffusers_splits_it() -> None:
         state[f"{place.names[0]}.alpha"] = torch.tensor(2 * pair.scaling)
     theirs = converters._convert_kohya_flux_lora_to_diffusers(dict(state))
     for name, (place, pair) in pairs.items():
-        for site, part in kohya._split(SimpleNamespace(path="x"), name, place, pair):  # type: ignore[arg-type]
+        for site, part in split(SimpleNamespace(path="x"), name, place, pair):  # type: ignore[arg-type]
             key = site.name if f"{site.name}.lora_A.weight" in theirs else f"transformer.{site.name}"
             want = theirs[f"{key}.lora_B.weight"][:64] @ theirs[f"{key}.lora_A.weight"]
             torch.testing.assert_close(part.scaling * part.up[:64] @ part.down, want, msg=site.name)

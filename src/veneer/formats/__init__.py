@@ -5,11 +5,13 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any, Literal
 
-from ..injection import Attachment, LoadError
-from ._format import Format, Options, format_of, formats
+from ..injection import Attachment
+from ._converting import Converted, convert
+from ._format import Format, Layer, Options, formats, known_format
+from ._looking import Look, look
 from ._reading import File, read
 
-__all__ = ["File", "Format", "Options", "formats", "load", "load_all"]
+__all__ = ["Converted", "File", "Format", "Layer", "Look", "Options", "convert", "formats", "load", "load_all", "look"]
 
 
 def load(
@@ -55,13 +57,7 @@ def load_all(
     if base not in ("same", "any"):
         raise ValueError(f"load: base must be 'same' or 'any', got {base!r}")
     file = read(path)
-    known = format_of(file)
-    if known is None:
-        raise LoadError(
-            f"{file.path}: no known format; tensors: {len(file.shapes)}, {', '.join(list(file.shapes)[:3])}. "
-            f"It reads: {', '.join(formats.names())}. Weights of a whole model are loaded with their own library."
-        )
-    found = known.load(model, file, Options(name=name, strict=strict, same_base=base == "same", token=token))
+    found = known_format(file).load(model, file, Options(name=name, strict=strict, same_base=base == "same", token=token))
     try:
         for attachment in found:
             if scale != attachment.scale:

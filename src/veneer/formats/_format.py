@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..injection import Attachment
+from ..injection import Attachment, LoadError
 from ..injection.registry import Registry
 from ._reading import File
 
@@ -31,6 +32,23 @@ class Options:
     token: str | None = None
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One change that a file makes, as far as the file itself tells.
+
+    Args:
+        name: as in the file, without what tells its tensors apart.
+        method: such as `lora`. `rank`, `alpha`: None where it has none, or where the file does not say.
+        values: numbers that are stored for it.
+    """
+
+    name: str
+    method: str
+    rank: int | None = None
+    alpha: float | None = None
+    values: int = 0
+
+
 class Format(ABC):
     """One file format. The file is the registration: stem == `name`; other packages use the entry point `veneer.formats`.
 
@@ -46,6 +64,14 @@ class Format(ABC):
     @abstractmethod
     def reads(self, file: File) -> bool:
         """True if `file` is of this format, by its metadata and the names and shapes of its tensors."""
+
+    def layers(self, file: File) -> list[Layer]:
+        """What is in `file`, without a model; nothing where a format does not tell.
+
+        Raises:
+            LoadError: the header is damaged.
+        """
+        return []
 
     @abstractmethod
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
@@ -76,6 +102,26 @@ def format_of(file: File) -> Format | None:
     """The format that reads `file`, or None."""
     every = sorted((formats.get(name)() for name in formats.names()), key=lambda f: (f.order, f.name))
     return next((f for f in every if f.reads(file)), None)
+
+
+def known_format(file: File) -> Format:
+    """The format that reads `file`.
+
+    Raises:
+        LoadError: there is none.
+    """
+    known = format_of(file)
+    if known is None:
+        raise LoadError(
+            f"{file.path}: no known format; tensors: {len(file.shapes)}, {', '.join(list(file.shapes)[:3])}. "
+            f"It reads: {', '.join(formats.names())}. Weights of a whole model are loaded with their own library."
+        )
+    return known
+
+
+def values(file: File, start: str) -> int:
+    """How many numbers are stored under keys that begin like this."""
+    return sum(math.prod(shape) for key, shape in file.shapes.items() if key.startswith(start))
 
 
 def listed(attachments: Attachment | Sequence[Attachment]) -> list[Attachment]:

@@ -13,7 +13,7 @@ from ..injection import LoadError
 from ..injection.sites import WeightSite
 from ..injection.towers import Tower, towers_of
 from ._attaching import Wanted
-from ._format import Options
+from ._format import Layer, Options, values
 from ._lora import Found, config_of
 from ._reading import File
 
@@ -52,6 +52,22 @@ def wanted(model: Any, file: File, config: Any, options: Options) -> Wanted:
     return Wanted("lora", "lora", config_of(found), list(found), state, notes=notes, unused=unused)
 
 
+def layers(file: File, config: Any) -> list[Layer]:
+    """What is in a file, by the names of its modules."""
+    told = config if isinstance(config, dict) else None
+    heads = {str(key).partition(".")[0] for key in told or ()}
+    dora = any("lora_magnitude_vector" in key for key in file.shapes)
+    found = []
+    for key, shape in file.shapes.items():
+        match = _KEY.fullmatch(key)
+        if match is not None and match["half"] == "A" and shape:
+            head, _, rest = match["path"].partition(".")
+            component, module = (head, rest.removeprefix("text_model.")) if head in heads else ("", match["path"])
+            alpha = alpha_of(file, component, module, told, shape[0])
+            found.append(Layer(match["path"], "dora" if dora else "lora", shape[0], alpha, values(file, match["path"] + ".")))
+    return found
+
+
 def _places(towers: list[Tower]) -> dict[str, tuple[Tower, WeightSite]]:
     """Paths that a file may have, and the weights that they mean: with the component or, for the main tower, without."""
     places: dict[str, tuple[Tower, WeightSite]] = {}
@@ -77,18 +93,26 @@ def _usual(tower: Tower) -> str:
 
 
 def _settings(file: File, site: WeightSite, tower: Tower, config: Mapping[str, Any] | None, rank: int) -> Found:
-    if config is None:
-        return Found(site, rank, float(rank))
-    component = tower.component or _usual(tower)
-    own = {k.removeprefix(component + "."): v for k, v in config.items() if k.startswith(component + ".")} or config
     module = site.name.removeprefix(tower.component + ".") if tower.component else site.name
+    return Found(site, rank, alpha_of(file, tower.component or _usual(tower), module, config, rank))
+
+
+def alpha_of(file: File, component: str, module: str, config: Mapping[str, Any] | None, rank: int) -> float:
+    """Alpha of a module in peft's config, or its rank where there is no config.
+
+    Raises:
+        LoadError: the config is damaged.
+    """
+    if config is None:
+        return float(rank)
+    own = {k.removeprefix(component + "."): v for k, v in config.items() if k.startswith(component + ".")} or config
     try:
         alpha = float(_by_pattern(own.get("alpha_pattern") or {}, module, own.get("lora_alpha", rank)))
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise LoadError(
             f"{file.path}: its lora_adapter_metadata gives no alpha for '{module}' ({error}). It is damaged."
         ) from error
-    return Found(site, rank, alpha * math.sqrt(rank) if own.get("use_rslora") else alpha)
+    return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

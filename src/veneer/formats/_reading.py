@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -34,15 +34,15 @@ class File:
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
 
-    def tensors(self, finite: bool = True) -> dict[str, Tensor]:
-        """All tensors, on the CPU, in the order of the header.
+    def tensors(self, finite: bool = True, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """All tensors, or those of these names, on the CPU, in the order of the header.
 
         Raises:
             LoadError: `finite` and a tensor holds NaN or infinity.
         """
         try:
             with safe_open(self.path, "pt") as file:
-                found = {name: file.get_tensor(name) for name in self.shapes}
+                found = {name: file.get_tensor(name) for name in self.shapes if names is None or name in names}
         except (SafetensorError, OSError) as error:
             raise LoadError(f"{self.path}: cannot be read ({error}). Copy it again from its source.") from error
         bad = [name for name, tensor in found.items() if finite and not is_finite(tensor)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -15,7 +16,7 @@ from ..injection import Attachment, LoadError, SaveError
 from ..injection.sites import VocabularySite, WeightSite
 from ..injection.towers import Tower, towers_of
 from ._attaching import Wanted, attach_all
-from ._format import Format, Options
+from ._format import Format, Layer, Options, values
 from ._lora import Found, component_of, config_of, shaped
 from ._reading import File
 from ._writing import destination
@@ -50,6 +51,13 @@ class CloneOfSimo(Format):
 
     def reads(self, file: File) -> bool:
         return any(KEY.fullmatch(key) for key in file.shapes)
+
+    def layers(self, file: File) -> list[Layer]:
+        numbered = [f"{c}:{i}" for c in COMPONENTS for i in pairs(file, c)]
+        ranks = {name: (file.shapes.get(f"{name}:down") or (0,))[0] for name in numbered}
+        found = [Layer(name, "lora", rank, float(rank), values(file, name + ":")) for name, rank in ranks.items()]
+        tokens = [key for key in file.shapes if file.metadata.get(key) == TOKEN]
+        return [*found, *(Layer(t, "textual_inversion", values=math.prod(file.shapes[t])) for t in tokens)]
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         towers = {_component(t): t for t in towers_of(model)}

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..injection import Attachment, SaveError
 from ..injection.sites import WeightSite
 from ._attaching import attach_all
-from ._format import Format, Options, listed
+from ._format import Format, Layer, Options, listed
 from ._lora import ENCODERS, component_of, refuse
-from ._peft import wanted
+from ._peft import layers, wanted
 from ._reading import File
 from ._writing import destination, write
 
@@ -41,6 +41,9 @@ class Diffusers(Format):
 
     def reads(self, file: File) -> bool:
         return any(".lora_A." in name for name in file.shapes)
+
+    def layers(self, file: File) -> list[Layer]:
+        return layers(file, file.json(METADATA))
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         return attach_all(model, file, [wanted(model, file, file.json(METADATA), options)], options)

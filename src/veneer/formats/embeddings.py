@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..injection import Attachment, LoadError, SaveError
 from ..injection.sites import VocabularySite
 from ..injection.towers import towers_of
 from ._attaching import Wanted, attach_all
-from ._format import Format, Options, listed
+from ._format import Format, Layer, Options, listed
 from ._reading import File
 from ._writing import destination, write
 
@@ -49,6 +50,9 @@ class Embeddings(Format):
         one_width = len({shape[-1:] for shape in file.shapes.values()}) == 1
         tokens = not any(key.endswith((".weight", ".bias")) or ":" in key for key in file.shapes)
         return rows and (named or (one_width and tokens))
+
+    def layers(self, file: File) -> list[Layer]:
+        return [Layer(key, "textual_inversion", values=math.prod(shape)) for key, shape in file.shapes.items()]
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         tensors = {key: t[None] if t.ndim == 1 else t for key, t in file.tensors(finite=options.strict).items()}

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..injection import Attachment, LoadError, SaveError
 from ..injection.towers import towers_of
 from ._attaching import Wanted, attach_all
-from ._format import Format, Options, listed
+from ._format import Format, Layer, Options, listed, values
+from ._kohya_fused import Pair, joined, split
 from ._kohya_names import Place, places, version
 from ._lora import Found, config_of, refuse, shaped
 from ._reading import File
@@ -29,14 +30,6 @@ OTHERS = {
     "diff": "full weights", "w_norm": "norms", "b_norm": "norms",
     "reshape_weight": "weights of another shape",
 }  # fmt: skip
-
-
-class Pair(NamedTuple):
-    """A low-rank change s·B A of one module's rows: `down` (rank, d_in[, k, k]), `up` (d_out, rank[, 1, 1]), s."""
-
-    down: Tensor
-    up: Tensor
-    scaling: float
 
 
 class Kohya(Format):
@@ -66,6 +59,12 @@ class Kohya(Format):
     def reads(self, file: File) -> bool:
         return any(k.startswith(PREFIXES) and "." in k for k in file.shapes) or any(k.endswith(PARTS[:2]) for k in file.shapes)
 
+    def layers(self, file: File) -> list[Layer]:
+        alphas = file.tensors(finite=False, names={key for key in file.shapes if key.endswith(".alpha")})
+        return [
+            _layer(file, name, alphas.get(f"{name}.alpha")) for name in dict.fromkeys(k.partition(".")[0] for k in file.shapes)
+        ]
+
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         return attach_all(model, file, [_wanted(model, file, options)], options)
 
@@ -88,7 +87,7 @@ class Kohya(Format):
                     raise SaveError(
                         f"{target}: two attachments adapt '{name}', and the format holds one. Save them to two files."
                     )
-                down, up, scaling = _joined(place, adapters)
+                down, up, scaling = joined(place, adapters)
                 tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
                 tensors[f"{name}.alpha"] = torch.tensor(scaling * down.shape[0])
         if not tensors:
@@ -117,7 +116,7 @@ def _wanted(model: Any, file: File, options: Options) -> Wanted:
         if name not in known or not _whole(parts):
             unused += [f"{name}.{part}" for part in parts]
             continue
-        for site, pair in _split(file, name, known[name], _pair(file, name, parts)):
+        for site, pair in split(file, name, known[name], _pair(file, name, parts)):
             rank = pair.down.shape[0]
             found[site.name] = Found(site, rank, pair.scaling * rank)
             ones = (1,) * len(site.kernel)
@@ -133,10 +132,25 @@ def _wanted(model: Any, file: File, options: Options) -> Wanted:
     return Wanted("lora", "lora", config_of(found), list(found), state, notes=notes, unused=unused)
 
 
+def _layer(file: File, name: str, alpha: Tensor | None) -> Layer:
+    others = [what for key in file.shapes if key.startswith(name + ".") and (what := other(key))]
+    shape = file.shapes.get(f"{name}.{PARTS[0]}")
+    rank = shape[0] if shape else None
+    said = float(alpha) if alpha is not None and alpha.numel() == 1 else rank
+    method = others[0] if others else "lora" if shape else "unknown"
+    return Layer(name, method, rank, said, values(file, name + "."))
+
+
+def other(key: str) -> str | None:
+    """What a key is of that is no LoRA."""
+    part = key.partition(".")[2]
+    return next((what for start, what in OTHERS.items() if part.startswith(start)), None)
+
+
 def refuse_others(file: File) -> None:
     """Raise if a key is of a change that is no LoRA: without it the rest would be another model."""
     for key in file.shapes:
-        what = next((text for part, text in OTHERS.items() if key.partition(".")[2].startswith(part)), None)
+        what = other(key)
         if what is not None:
             raise LoadError(
                 f"{file.path}: '{key}' is {what}, not LoRA: without it the rest would be wrong, so nothing is loaded."
@@ -194,25 +208,6 @@ def alpha_of(file: File, name: str, tensor: Tensor | None, rank: int) -> float:
     return float(tensor)
 
 
-def _split(file: File, name: str, place: Place, pair: Pair) -> list[tuple[Any, Pair]]:
-    """The part of each site: its rows of `up`, and of the components only those that touch them."""
-    down, up, scaling = pair
-    if place.swapped:
-        up = torch.cat(up.chunk(2)[::-1])
-    if len(place.sites) == 1:
-        return [(place.sites[0], Pair(down, up, scaling))]
-    rows = [site.d_out for site in place.sites]
-    if down.ndim != 2 or up.shape != (sum(rows), down.shape[0]):
-        raise LoadError(
-            f"{file.path}: misshapen: {name} is up {tuple(up.shape)} and down {tuple(down.shape)}, for {sum(rows)} rows. It was "
-            "made for another base."
-        )
-    slices = [(site, part, part.any(0)) for site, part in zip(place.sites, up.split(rows), strict=True)]
-    if not up.any():
-        return [(site, Pair(down, part, scaling)) for site, part, _ in slices]
-    return [(site, Pair(down[keep], part[:, keep], scaling)) for site, part, keep in slices if keep.any()]
-
-
 # writing
 
 
@@ -239,34 +234,6 @@ def _why(site: Any, tower: nn.Module, others: bool) -> str:
     if getattr(site, "fused", False):
         return "is a fused projection, which the layout has only in slices. Select the slices, or unfuse before attaching"
     return f"is part of a {type(tower).__name__}, which the layout has no {'such ' if others else ''}names for"
-
-
-def _joined(place: Place, adapters: Mapping[str, Any]) -> Pair:
-    """The adapters of a place as one pair: block-diagonal, or stacked where all slices read the same components."""
-    given = {name: _of(adapter) for name, adapter in adapters.items()}
-    first = next(iter(given.values()))
-    if len(place.sites) == 1:
-        up = torch.cat(first.up.chunk(2)[::-1]) if place.swapped else first.up
-        return Pair(first.down, up, first.scaling)
-    ups = {name: p.up if p.scaling == first.scaling else p.up * (p.scaling / first.scaling) for name, p in given.items()}
-    alike = [torch.equal(p.down, first.down) for p in given.values()]
-    if len(given) == len(place.sites) and all(alike):
-        return Pair(first.down, torch.cat([ups[site.name] for site in place.sites]), first.scaling)
-    order = [site.name for site in place.sites if site.name in given]
-    wide = dict(zip(order, torch.block_diag(*(torch.ones(1, given[n].down.shape[0]) for n in order)), strict=True))
-    rows = []
-    for site in place.sites:
-        up = first.up.new_zeros(site.d_out, sum(given[n].down.shape[0] for n in order))
-        if site.name in given:
-            up[:, wide[site.name].bool()] = ups[site.name]
-        rows.append(up)
-    return Pair(torch.cat([given[n].down for n in order]), torch.cat(rows), first.scaling)
-
-
-def _of(adapter: Any) -> Pair:
-    """An adapter's own pair. A scale of 0 is written as B = 0, because an alpha of 0 is read in two ways."""
-    down, up = adapter.down.detach(), adapter.up.detach()
-    return Pair(down, up, adapter.scaling) if adapter.scaling else Pair(down, torch.zeros_like(up), 1.0)
 
 
 def _metadata(tensors: Mapping[str, Tensor], versions: Collection[str]) -> dict[str, str]:

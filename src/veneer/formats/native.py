@@ -17,7 +17,7 @@ from ..injection.identity import identity
 from ..injection.ledger import peek
 from ..injection.towers import towers_of
 from ._attaching import Wanted, attach_all
-from ._format import Format, Options, listed
+from ._format import Format, Layer, Options, listed, values
 from ._moving import Move
 from ._reading import File
 from ._writing import destination, write
@@ -76,6 +76,11 @@ class Native(Format):
             ) from error
         return write(target, tensors, {KEY: text})
 
+    def layers(self, file: File) -> list[Layer]:
+        entries = _header(file)["attachments"]
+        start = {entry["name"]: f"{entry['name']}/" if len(entries) > 1 else "" for entry in entries}
+        return [_layer(file, entry, start[entry["name"]], name) for entry in entries for name in _places(entry)]
+
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         header = _header(file)
         move = Move.of(file, header["base"], {t.component: t.module for t in towers_of(model)})
@@ -96,6 +101,20 @@ class Native(Format):
             )
         wanted[0] = dataclasses.replace(wanted[0], unused=unused)
         return attach_all(model, file, wanted, options)
+
+
+def _places(entry: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys([*entry["sites"], *entry["trained"]]))
+
+
+def _layer(file: File, entry: Mapping[str, Any], prefix: str, name: str) -> Layer:
+    """One site of an attachment; alpha is told where it does not depend on the site's role."""
+    config, down = entry["config"], file.shapes.get(f"{prefix}{name}:down")
+    rank = down[0] if down else config.get("rank")
+    own = (config.get("alphas") or {}).get(f"name:{name}", config.get("alpha"))
+    by_role = config.get("rslora") or any(not k.startswith("name:") for k in config.get("alphas") or ())
+    alpha = None if by_role or rank is None or "alpha" not in config else float(own or rank)
+    return Layer(f"{prefix}{name}", entry["method"], rank, alpha, values(file, f"{prefix}{name}:"))
 
 
 def _entry(attachment: Attachment, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:

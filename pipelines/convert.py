@@ -1,0 +1,49 @@
+"""An adapter's file in another format, with the same change of every weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from veneer.pipelines.generate import base_of
+
+from veneer import bases, formats
+from veneer.injection import VeneerError
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Which file becomes which.
+
+    Args:
+        file: a safetensors file of any format, or a folder with one.
+        to: the format to write.
+        base: `shipped`, a folder or a hub name; None for the base that a native file was trained on.
+        out: the new file; None for one beside the old, with the format in its name.
+    """
+
+    file: Path
+    to: Literal["kohya", "diffusers", "native"] | None = None
+    base: str | None = None
+    out: Path | None = None
+
+
+def convert(config: ConvertConfig) -> list[str]:
+    """Load on the base, write, load again, compare; a file that would change a weight otherwise is not kept.
+
+    Returns:
+        The files written, how closely they were compared, and what they do not carry.
+    Raises:
+        VeneerError: no format or base was named, the file does not fit the base, or the format cannot hold it.
+    """
+    if config.to is None:
+        raise VeneerError("convert: --to is missing. There are kohya, diffusers and native.")
+    base = config.base or base_of(config.file)
+    if base is None:
+        raise VeneerError(
+            "convert: --base is missing: the file does not say which base it is for, and its weights have names there."
+        )
+    path = formats.read(config.file).path
+    out = config.out or path.with_name(f"{path.stem}-{config.to}.safetensors")
+    return str(formats.convert(bases.load(base), path, config.to, out, {"base": base})).splitlines()

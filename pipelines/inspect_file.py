@@ -1,0 +1,34 @@
+"""What is in an adapter's file: its format, its blocks, and how it fits a base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer import bases
+from veneer.formats import look
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Which file is looked at.
+
+    Args:
+        file: a safetensors file of any format, or a folder with one.
+        base: `shipped`, a folder or a hub name, to see what of the file fits it; None to read the file alone.
+        json: print one JSON object instead of a table.
+    """
+
+    file: Path
+    base: str | None = None
+    json: bool = False
+
+
+def inspect_file(config: InspectConfig) -> list[str]:
+    """The lines to print: format, family, method, rank and alpha of each block, size; with a base what is unused or missing.
+
+    Raises:
+        VeneerError: it is no whole safetensors file, or the base is not there.
+    """
+    found = look(config.file, bases.load(config.base) if config.base else None)
+    return [found.to_json()] if config.json else str(found).splitlines()

@@ -1,0 +1,151 @@
+"""From one format to another, by way of a model: the same change of every weight, or nothing is written."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..injection import Attachment, SaveError
+from ..injection.sites import WeightSite
+from ._format import Format, Options, formats, known_format
+from ._reading import File, read
+from ._writing import destination
+
+TOLERANCE = 1e-5  # of the largest change in a weight: what float32 loses when factors are put together otherwise
+WORDS = "textual_inversion"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote: files, weights compared, the largest difference over the largest change, what was left out."""
+
+    files: tuple[Path, ...]
+    weights: int
+    difference: float
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        told = f"{self.weights} weights change as before (largest difference {self.difference:.1e} of the change)"
+        return "\n".join([*map(str, self.files), told, *self.notes])
+
+
+def convert(
+    model: Any, path: str | PathLike[str], to: str, out: str | PathLike[str], provenance: Mapping[str, Any] | None = None
+) -> Converted:
+    """Write the adapters of a file in another format, load what was written, and compare what both do to each weight.
+
+    Learned words, which LoRA formats have no place for, go into a file of their own beside: `NAME-words.safetensors`.
+
+    Args:
+        model: the pipeline or model that the file is for; it is as before afterwards.
+        to: a format's name. `out`: the new file. `provenance`: to be written with it.
+    Raises:
+        LoadError: the file does not fit the model.
+        SaveError: the format cannot hold it, the change would be another one, or `out` is there already.
+    """
+    file, target = read(path), formats.get(to)()
+    known = known_format(file)
+    final = destination(out, target.file)
+    beside = final.with_name(f"{final.stem}-words{final.suffix}")
+    attached = known.load(model, file, Options())
+    try:
+        apart = [a for a in attached if a.method.name == WORDS and to in ("kohya", "diffusers")]
+        jobs = {final: (target, [a for a in attached if a not in apart])}
+        if apart:
+            jobs[beside] = (formats.get("embeddings")(), apart)
+        _refuse_existing(jobs)
+        _narrow(attached, file)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".converting-", dir=final.parent) as folder:
+            made = {place: f.save(some, Path(folder) / place.name, provenance) for place, (f, some) in jobs.items() if some}
+            for attachment in reversed(attached):
+                attachment.detach()
+            before, attached = attached, []
+            for place, (form, some) in jobs.items():
+                if some:
+                    attached += form.load(model, read(made[place]), Options(same_base=False))
+            weights, difference = compare(before, attached, final)
+            for place, temporary in made.items():
+                os.replace(temporary, place)
+    finally:
+        for attachment in reversed(attached):
+            attachment.detach()
+    return Converted(tuple(made), weights, difference, tuple(_notes(file, known, to, made, beside)))
+
+
+def compare(before: Sequence[Attachment], after: Sequence[Attachment], target: Path) -> tuple[int, float]:
+    """How many weights were compared, and the largest difference over the largest change.
+
+    Raises:
+        SaveError: they differ.
+    """
+    was, now = _changes(before), _changes(after)
+    worst = 0.0
+    for name in dict.fromkeys([*was, *now]):
+        shape = (was.get(name) or now[name])[0].weight_shape
+        old, new = (_dense(parts[name]) if name in parts else torch.zeros(shape) for parts in (was, now))
+        size, apart = float(old.abs().max()), float((old - new).abs().max())
+        if apart > TOLERANCE * size:
+            raise SaveError(f"{target}: '{name}' would change by {apart:.3g} more or less, of {size:.3g}. Nothing was written.")
+        worst = max(worst, apart / size if size else 0.0)
+    old_rest, new_rest = _rest(before), _rest(after)
+    for key in dict.fromkeys([*old_rest, *new_rest]):
+        if key not in old_rest or key not in new_rest or not torch.equal(old_rest[key].float(), new_rest[key].float()):
+            raise SaveError(f"{target}: '{key}' would not be the same. Nothing was written.")
+    return len(was), worst
+
+
+def _changes(attachments: Sequence[Attachment]) -> dict[str, tuple[WeightSite, Any]]:
+    """Sites of LoRA, whose change of the weight can be told from the adapter alone."""
+    return {n: part for a in attachments if a.method.name == "lora" for n, part in a.parts.items()}  # type: ignore[misc]
+
+
+def _rest(attachments: Sequence[Attachment]) -> dict[str, Tensor]:
+    """Everything else that was trained, by name."""
+    return {
+        key: tensor
+        for a in attachments
+        for key, tensor in a.state_dict().items()
+        if a.method.name != "lora" or key.rpartition(":")[0] not in a.parts
+    }
+
+
+def _dense(part: tuple[WeightSite, Any]) -> Tensor:
+    site, adapter = part
+    with torch.no_grad():
+        change: Tensor = copy.deepcopy(adapter).double().weight(torch.zeros(site.weight_shape, dtype=torch.float64))
+    return change
+
+
+def _narrow(attachments: Sequence[Attachment], file: File) -> None:
+    """A file in half precision becomes one in half precision, where that loses nothing."""
+    kinds = {t.dtype for t in file.tensors(finite=False).values() if t.is_floating_point() and t.ndim}
+    if len(kinds) == 1 and (kind := next(iter(kinds))).itemsize == 2:
+        for parameter in (p for a in attachments for p in a.parameters()):
+            if torch.equal(parameter.to(kind).to(parameter.dtype), parameter):
+                parameter.data = parameter.data.to(kind)
+
+
+def _refuse_existing(places: Mapping[Path, Any]) -> None:
+    for place in places:
+        if place.exists():
+            raise SaveError(f"{place}: it is there already. Give another --out.")
+
+
+def _notes(file: File, known: Format, to: str, made: Mapping[Path, Path], beside: Path) -> list[str]:
+    """What the new file does not have."""
+    notes = [f"learned words are in {beside.name}, which goes with it"] if beside in made else []
+    if known.name != to and file.metadata:
+        keys = [key for key in file.metadata if key != "format"]
+        shown = ", ".join(keys[:4]) + (" …" if len(keys) > 4 else "")
+        notes += [f"not carried: {len(keys)} entries of the header ({shown})"] if keys else []
+    return notes

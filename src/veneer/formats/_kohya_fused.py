@@ -1,0 +1,73 @@
+"""One low-rank pair for a whole fused projection, or one for each of its slices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..injection import LoadError
+from ..injection.sites import WeightSite
+from ._kohya_names import Place
+from ._reading import File
+
+
+class Pair(NamedTuple):
+    """A low-rank change s·B A of one module's rows: `down` (rank, d_in[, k, k]), `up` (d_out, rank[, 1, 1]), s."""
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+
+def split(file: File, name: str, place: Place, pair: Pair) -> list[tuple[WeightSite, Pair]]:
+    """The part of each site: its rows of `up`, and of the components only those that touch them.
+
+    Raises:
+        LoadError: the rows are not those of the slices.
+    """
+    down, up, scaling = pair
+    if place.swapped:
+        up = torch.cat(up.chunk(2)[::-1])
+    if len(place.sites) == 1:
+        return [(place.sites[0], Pair(down, up, scaling))]
+    rows = [site.d_out for site in place.sites]
+    if down.ndim != 2 or up.shape != (sum(rows), down.shape[0]):
+        raise LoadError(
+            f"{file.path}: misshapen: {name} is up {tuple(up.shape)} and down {tuple(down.shape)}, for {sum(rows)} rows. It was "
+            "made for another base."
+        )
+    slices = [(site, part, part.any(0)) for site, part in zip(place.sites, up.split(rows), strict=True)]
+    if not up.any():
+        return [(site, Pair(down, part, scaling)) for site, part, _ in slices]
+    return [(site, Pair(down[keep], part[:, keep], scaling)) for site, part, keep in slices if keep.any()]
+
+
+def joined(place: Place, adapters: Mapping[str, Any]) -> Pair:
+    """The adapters of a place as one pair: block-diagonal, or stacked where all slices read the same components."""
+    given = {name: _of(adapter) for name, adapter in adapters.items()}
+    first = next(iter(given.values()))
+    if len(place.sites) == 1:
+        up = torch.cat(first.up.chunk(2)[::-1]) if place.swapped else first.up
+        return Pair(first.down, up, first.scaling)
+    ups = {name: p.up if p.scaling == first.scaling else p.up * (p.scaling / first.scaling) for name, p in given.items()}
+    alike = [torch.equal(p.down, first.down) for p in given.values()]
+    if len(given) == len(place.sites) and all(alike):
+        return Pair(first.down, torch.cat([ups[site.name] for site in place.sites]), first.scaling)
+    order = [site.name for site in place.sites if site.name in given]
+    wide = dict(zip(order, torch.block_diag(*(torch.ones(1, given[n].down.shape[0]) for n in order)), strict=True))
+    rows = []
+    for site in place.sites:
+        up = first.up.new_zeros(site.d_out, sum(given[n].down.shape[0] for n in order))
+        if site.name in given:
+            up[:, wide[site.name].bool()] = ups[site.name]
+        rows.append(up)
+    return Pair(torch.cat([given[n].down for n in order]), torch.cat(rows), first.scaling)
+
+
+def _of(adapter: Any) -> Pair:
+    """An adapter's own pair. A scale of 0 is written as B = 0, because an alpha of 0 is read in two ways."""
+    down, up = adapter.down.detach(), adapter.up.detach()
+    return Pair(down, up, adapter.scaling) if adapter.scaling else Pair(down, torch.zeros_like(up), 1.0)

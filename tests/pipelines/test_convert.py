@@ -1,0 +1,143 @@
+"""`veneer convert`: the same change of every weight, or no file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from veneer.pipelines.convert import ConvertConfig, convert
+
+import veneer
+from veneer import formats
+from veneer.cli import main
+from veneer.formats import kohya, native
+from veneer.injection import LoadError, SaveError, VeneerError, attach
+from veneer.testing.pipelines import tiny_pipeline
+
+from ..formats.cases import deltas, fill, header
+from ..formats.test_cloneofsimo import made
+
+WHERE = ["attn", "xattn.k", "conv", "text/attn"]
+FORMS = ("kohya", "diffusers", "native")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "base"
+    tiny_pipeline("sd").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, Tensor]]:
+    """One adapter in every format, and its change of each weight."""
+    folder = tmp_path_factory.mktemp("files")
+    lora = fill(attach(tiny_pipeline("sd"), "lora", where=WHERE, rank=2, alpha=3.0, ranks={"conv.res": 4}))
+    return {form: formats.formats.get(form)().save(lora, folder / form) for form in FORMS}, deltas(lora)
+
+
+@pytest.mark.parametrize("to", FORMS)
+@pytest.mark.parametrize("form", FORMS)
+def test_from_every_format_to_every_other(files: Any, base: Path, tmp_path: Path, form: str, to: str) -> None:
+    paths, want = files
+    lines = convert(ConvertConfig(paths[form], to, str(base), tmp_path / "out"))  # type: ignore[arg-type]
+    assert lines[0] == str(tmp_path / "out.safetensors")
+    assert lines[1].startswith(f"{len(want)} weights change as before")
+    pipe = tiny_pipeline("sd")
+    got = deltas(veneer.load(pipe, tmp_path / "out"))
+    assert got.keys() == want.keys()
+    assert all(torch.allclose(got[name], delta, rtol=1e-5, atol=1e-7) for name, delta in want.items())
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.safetensors"]
+
+
+def test_of_a_native_file_the_base_is_known(base: Path, tmp_path: Path) -> None:
+    lora = fill(attach(tiny_pipeline("sd"), "lora", rank=2))
+    path = native.save(lora, tmp_path / "a", {"base": str(base)})
+    assert convert(ConvertConfig(path, "kohya"))[0] == str(tmp_path / "a-kohya.safetensors")
+    convert(ConvertConfig(tmp_path / "a-kohya.safetensors", "native", str(base), tmp_path / "b"))
+    assert convert(ConvertConfig(tmp_path / "b", "diffusers"))[0] == str(tmp_path / "b-diffusers.safetensors")
+
+
+def test_words_go_into_a_file_beside(base: Path, tmp_path: Path) -> None:
+    want = made(tmp_path / "old.safetensors", tiny_pipeline("sd"), ["Attention", "GEGLU"], tokens=2)
+    lines = convert(ConvertConfig(tmp_path / "old.safetensors", "kohya", str(base), tmp_path / "new"))
+    assert lines[:2] == [str(tmp_path / "new.safetensors"), str(tmp_path / "new-words.safetensors")]
+    assert "learned words are in new-words.safetensors" in "\n".join(lines)
+    old, words = load_file(tmp_path / "old.safetensors"), load_file(tmp_path / "new-words.safetensors")
+    assert {k: t.flatten().tolist() for k, t in words.items()} == {k: old[k].tolist() for k in ("<s0>", "<s1>")}
+    got = deltas(veneer.load(tiny_pipeline("sd"), tmp_path / "new"))
+    assert all(torch.allclose(got[name], delta, rtol=1e-6, atol=1e-9) for name, delta in want.items())
+
+
+def test_words_stay_in_a_native_file(base: Path, tmp_path: Path) -> None:
+    made(tmp_path / "old.safetensors", tiny_pipeline("sd"), ["Attention", "GEGLU"], tokens=2)
+    convert(ConvertConfig(tmp_path / "old.safetensors", "native", str(base), tmp_path / "new"))
+    assert [a.method.name for a in formats.load_all(tiny_pipeline("sd"), tmp_path / "new")] == ["textual_inversion", "lora"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_half(files: Any, base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {k: t.to(dtype) if t.ndim else t for k, t in load_file(files[0]["kohya"]).items()}
+    save_file(state, tmp_path / "half.safetensors")
+    convert(ConvertConfig(tmp_path / "half.safetensors", "diffusers", str(base), tmp_path / "out"))
+    assert {t.dtype for t in load_file(tmp_path / "out.safetensors").values()} == {dtype}
+
+
+def test_what_is_not_carried_is_said(files: Any, base: Path, tmp_path: Path) -> None:
+    lines = convert(ConvertConfig(files[0]["kohya"], "diffusers", str(base), tmp_path / "out"))
+    count = len([key for key in header(files[0]["kohya"])["__metadata__"] if key != "format"])
+    assert any(line.startswith(f"not carried: {count} entries of the header (ss_") for line in lines)
+
+
+# what is refused
+
+
+def test_methods_that_the_format_has_no_place_for(base: Path, tmp_path: Path) -> None:
+    path = fill(attach(tiny_pipeline("sd"), "bitfit")).save(tmp_path / "a")
+    with pytest.raises(SaveError, match="is bitfit; kohya's LoRA files hold lora"):
+        convert(ConvertConfig(path, "kohya", str(base), tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("slip", [1.001, -1.0, 0.0])
+def test_another_change_is_not_kept(files: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slip: float) -> None:
+    """A writer that is wrong about the scale of one weight."""
+    true = kohya.joined
+
+    def wrong(place: Any, adapters: Any) -> Any:
+        pair = true(place, adapters)
+        return pair._replace(up=pair.up * slip) if "conv_in" in place.names[0] else pair
+
+    monkeypatch.setattr(kohya, "joined", wrong)
+    with pytest.raises(SaveError, match=r"'unet\.conv_in' would change by .*Nothing was written"):
+        convert(ConvertConfig(files[0]["native"], "kohya", str(base), tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_is_as_before(files: Any, tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    formats.convert(pipe, files[0]["diffusers"], "kohya", tmp_path / "out")
+    assert veneer.attachments(pipe) == []
+    with pytest.raises(SaveError, match="is there already"):
+        formats.convert(pipe, files[0]["diffusers"], "kohya", tmp_path / "out")
+    with pytest.raises(LoadError, match="made for"):
+        formats.convert(tiny_pipeline("dit"), files[0]["diffusers"], "kohya", tmp_path / "other")
+    assert veneer.attachments(pipe) == []
+
+
+def test_what_must_be_said(files: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(VeneerError, match="--to is missing"):
+        convert(ConvertConfig(files[0]["kohya"]))
+    assert main(["convert", str(files[0]["kohya"]), "--to", "diffusers", "--out", str(tmp_path / "x")]) == 1
+    assert "--base is missing" in capsys.readouterr().err
+
+
+def test_the_command(files: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["convert", str(files[0]["native"]), "--to", "kohya", "--base", str(base), "--out", str(tmp_path / "x")]
+    assert main(words) == 0
+    assert "weights change as before" in capsys.readouterr().out
+    assert (tmp_path / "x.safetensors").is_file()
