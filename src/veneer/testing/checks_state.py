@@ -151,6 +151,7 @@ def deepcopy_is_independent(case: Case) -> None:
     same(run(model, inputs), expected, f"{case.method.name}: the original, after its copy was switched off")
     other.detach()
     same(run(model, inputs), expected, f"{case.method.name}: the original, after its copy was detached")
+    twin.requires_grad_(False)  # as `bare` is; the detach has given it back
     same(run(twin, case.plain(twin)), run(bare, case.plain(bare)), f"{case.method.name}: the copy, detached")
     if attachments(model) != [attachment] or attachments(twin):
         raise AssertionError(f"{case.method.name}: a copy and its original share their list of attachments")
