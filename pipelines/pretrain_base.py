@@ -52,12 +52,12 @@ class PretrainConfig:
     stage: str = "all"
     begin: Path | None = None
     vae_steps: int = 1400
-    clip_steps: int = 3600
+    clip_steps: int = 12000
     unet_steps: int = 8000
-    decoder_steps: int = 900
-    unet_decay: int = 4000
-    muon_lr: float = 3.6e-3
-    adam_lr: float = 1.2e-3
+    decoder_steps: int = 1800
+    unet_decay: int = 5000
+    muon_lr: float = 2e-3
+    adam_lr: float = 9e-4
     bases: Path = Path(bases.__file__).parent
     results: Path = Path("docs/results/base")
     seeds: int = 3
