@@ -13,13 +13,16 @@ from transformers import CLIPTokenizer
 from .captions import article
 from .clip import NamedClip, ids_of
 from .diffusion import Denoiser
+from .package import BEGUN, TRAINING
 
 
 def unpack(bases: Path, work: Path) -> None:
-    """Lay tokenizer and autoencoder where the stages look for them, unless there are some already."""
+    """Lay tokenizer, autoencoder and what is known of their training where the stages look for them, unless they are there."""
     for source, target in ((bases / "shipped/tokenizer", work / "tokenizer"), (bases / "shipped/vae", work / "vae/model")):
         if not target.is_dir():
             shutil.copytree(source, target)
+    if not (work / BEGUN).is_file():
+        shutil.copyfile(bases / TRAINING, work / BEGUN)
 
 
 def denoiser(model: Denoiser, bases: Path) -> None:

@@ -75,6 +75,15 @@ def _rated(figure: dict[str, Any]) -> str:
     )
 
 
+def steps(training: dict[str, Any], stage: str) -> str:
+    """How long a stage was trained, in all runs that built on each other: "3450, then 5000"."""
+    runs = []
+    while training:
+        runs += [str(training[stage]["step"])] if stage in training else []
+        training = training.get("begun", {})
+    return ", then ".join(reversed(runs)) or "no"
+
+
 def generation(figures: dict[str, Any]) -> str:
     """The table of what was prompted and what was found."""
     things, parts = figures["generation"]["thing"], figures["generation"]["attribute"]
@@ -92,10 +101,9 @@ def generation(figures: dict[str, Any]) -> str:
 
 def shipped(figures: dict[str, Any]) -> str:
     """The card of the Stable Diffusion folder."""
-    counts, steps, db = figures["weights"]["parameters"], figures["training"], figures["autoencoder"]
-    errors = ", ".join(f"{value:.3f} at t = {key[1:]}" for key, value in steps["unet"].items() if key[1:].isdigit())
-    sampling, again = figures["sampling"], steps.get("decoder")
-    decoder = f", and its decoder {again['step']} more at the latents that the UNet learnt" if again else ""
+    counts, trained, db = figures["weights"]["parameters"], figures["training"], figures["autoencoder"]
+    errors = ", ".join(f"{value:.3f} at t = {key[1:]}" for key, value in trained["unet"].items() if key[1:].isdigit())
+    sampling = figures["sampling"]
     return f"""\
 ---
 license: other
@@ -140,8 +148,8 @@ Icons, rendered and composed on flat colours and photos. The generator learnt fr
 
 {ATTRIBUTION}
 ## Training
-`pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores: autoencoder {steps["vae"]["step"]} steps{decoder}; UNet with its text encoder
-{steps["unet"]["step"]} steps of 64 (Muon and AdamW, EMA). v-errors on watched scenes: {errors}. Rates and the share of
+`pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores: autoencoder {steps(trained, "vae")} steps, its decoder at fixed latents
+{steps(trained, "decoder")}; UNet with its text encoder {steps(trained, "unet")} steps of 64 (Muon and AdamW, EMA). v-errors on watched scenes: {errors}. Rates and the share of
 large, centred things changed on the way: `docs/results/base` in veneer's repository has the schedule.
 
 ## Figures
@@ -195,7 +203,7 @@ names. `{UNSEEN_SET}` (Mozilla, Apache-2.0) was used for testing only.
 
 {ATTRIBUTION}
 ## Training
-`pipelines/pretrain_base.py`, {figures["training"]["clip"]["step"]} steps on one CPU core. Pictures and phrases are both classified against one prototype a name, which
+`pipelines/pretrain_base.py`, {steps(figures["training"], "clip")} steps on one CPU core. Pictures and phrases are both classified against one prototype a name, which
 aligns the two towers by way of the names; there is no contrast within a batch.
 
 ## Figures

@@ -19,6 +19,9 @@ LIMIT = 24_000_000
 TRAINING = "shipped/training.json"
 """How far the trainings were when the weights were packaged."""
 
+BEGUN = "begun.json"
+"""The same of the weights that a work folder began from."""
+
 
 def pipeline(world: World) -> Any:
     """The pipeline with the averaged weights of the latest checkpoint, in float32."""
@@ -75,13 +78,15 @@ def _plain_config(config: Path) -> None:
 
 
 def training(world: World) -> dict[str, Any]:
-    """Steps of the checkpoints, and the UNet's last v-errors on watched scenes, from the logs."""
-    last = {}
+    """Steps of the checkpoints, and the UNet's last v-errors on watched scenes, from the logs; `begun` says what came before."""
+    last: dict[str, Any] = {}
     logs = {stage: world.folder / stage / "log.jsonl" for stage in ("vae", "clip", "unet")}
     logs["decoder"] = world.folder / "vae" / "decoder" / "log.jsonl"
     for stage, log in ((stage, log) for stage, log in logs.items() if log.is_file()):
         line = log.read_text().strip().splitlines()[-1]
         last[stage] = {k: v for k, v in json.loads(line).items() if k == "step" or k == "loss" or k.startswith("v")}
+    if (world.folder / BEGUN).is_file():
+        last["begun"] = json.loads((world.folder / BEGUN).read_text())
     return last
 
 

@@ -42,14 +42,18 @@ def draw(pictures: Pixels, words: Sequence[str], scenes: Sequence[Scene]) -> Ima
 
 
 def curves(work: Path, file: Path) -> None:
-    """Plot the logs of the three trainings under `work`: losses, and the UNet's v-errors at the watched timesteps."""
+    """Plot the logs of the trainings under `work`: losses, and the UNet's v-errors at the watched timesteps.
+
+    A training that was not made there, because it began from packaged weights, is left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    for axis, stage in zip(axes, ("vae", "clip", "unet"), strict=True):
+    stages = [stage for stage in ("vae", "vae/decoder", "clip", "unet") if (work / stage / "log.jsonl").is_file()]
+    figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 4), layout="constrained", squeeze=False)
+    for axis, stage in zip(axes[0], stages, strict=True):
         lines = [json.loads(line) for line in (work / stage / "log.jsonl").read_text().splitlines()]
         steps = [line["step"] for line in lines]
         errors = [key for key in lines[-1] if key.startswith("v") and key[1:].isdigit()]
