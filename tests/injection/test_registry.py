@@ -67,7 +67,7 @@ def test_an_entry_point_must_give_a_method_of_its_name(monkeypatch: pytest.Monke
 
 
 def test_unknown_names_suggest_close_ones() -> None:
-    with pytest.raises(UnknownName, match=r"no 'lorra'. Did you mean lora\? There are: .*bitfit"):
+    with pytest.raises(UnknownName, match=r"no 'lorra'. Did you mean lora\b.*\? There are: .*bitfit"):
         methods.get("lorra")
     with pytest.raises(UnknownName, match=r"no 'xyzzy'\. There are"):
         methods.get("xyzzy")
