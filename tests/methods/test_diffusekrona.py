@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.hosts.published import build
+from tests.methods.layers import conv_site
 from veneer.injection import attach
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.diffusekrona import DiffuseKronA, DiffuseKronAAdapter
@@ -17,13 +18,6 @@ GEOMETRIES = [
     {"kernel_size": (3, 2), "stride": 2, "padding": (2, 0), "dilation": (2, 1)},
     {"kernel_size": 3, "padding": "same", "groups": 2},
 ]
-
-
-def conv_site(module: nn.Module) -> WeightSite:
-    return WeightSite(
-        name="c", role="conv.res", path="c", kind="conv", d_out=module.out_channels, d_in=module.in_channels,
-        kernel=module.kernel_size, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups,
-    )  # fmt: skip
 
 
 def trained(method: DiffuseKronA, site: WeightSite) -> DiffuseKronAAdapter:

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from tests.methods.layers import site_of
 from veneer.injection import attach, hosts
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.fact import FacT, FacTAdapter, tiles
@@ -23,15 +24,6 @@ LAYERS = [
     nn.Conv2d(8, 4, 3, stride=2),
     nn.Conv2d(4, 6, (1, 2), dilation=2),
 ]
-
-
-def site_of(module: nn.Module) -> WeightSite:
-    if isinstance(module, nn.Linear):
-        return WeightSite(name="l", role="l", path="0", d_out=module.out_features, d_in=module.in_features)
-    return WeightSite(
-        name="c", role="conv", path="0", kind="conv", d_out=module.out_channels, d_in=module.in_channels,
-        kernel=module.kernel_size, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups,
-    )  # fmt: skip
 
 
 def built(method: FacT, base: nn.Module, trained: bool = True) -> FacTAdapter:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.hosts.published import build
+from tests.methods.layers import conv_site, trained
 from veneer.functional.hadamard import hadamard, hadamard_pair
 from veneer.injection import attach
 from veneer.injection.sites import WeightSite
@@ -23,23 +24,6 @@ GEOMETRIES = [
     {"kernel_size": 3, "stride": 2, "groups": 2},
     {"kernel_size": 3, "padding": "same", "groups": 4},
 ]
-
-
-def conv_site(module: nn.Module) -> WeightSite:
-    return WeightSite(
-        name="c", role="conv.res", path="c", kind="conv", d_out=module.out_channels, d_in=module.in_channels,
-        kernel=module.kernel_size, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups,
-    )  # fmt: skip
-
-
-def trained(method: LoHa, site: WeightSite) -> LoHaAdapter:
-    """An adapter in double precision with every tensor away from its start."""
-    torch.manual_seed(0)
-    adapter = method.build(site).double().eval()
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.normal_()
-    return adapter
 
 
 def dense_change(adapter: LoHaAdapter, site: WeightSite) -> Tensor:

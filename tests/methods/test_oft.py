@@ -9,33 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.hosts.published import build
+from tests.methods.layers import conv_site, trained
 from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
 from veneer.injection import attach
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.oft import OFT, OFTAdapter
+from veneer.methods.reparameterized.oft import OFT
 
 LINEAR = WeightSite(name="l", role="attn.q", path="l", d_out=5, d_in=12)
 
 
 def linear_site(d_out: int, d_in: int) -> WeightSite:
     return WeightSite(name="l", role="attn.q", path="l", d_out=d_out, d_in=d_in)
-
-
-def conv_site(module: nn.Module) -> WeightSite:
-    return WeightSite(
-        name="c", role="conv.res", path="c", kind="conv", d_out=module.out_channels, d_in=module.in_channels,
-        kernel=module.kernel_size, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups,
-    )  # fmt: skip
-
-
-def trained(method: OFT, site: WeightSite) -> OFTAdapter:
-    """An adapter in double precision, turned by a lot."""
-    torch.manual_seed(0)
-    adapter = method.build(site).double().eval()
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.normal_()
-    return adapter
 
 
 def dense_rotation(entries: Tensor, size: int, blocks: int, radius: float = math.inf) -> Tensor:
