@@ -26,6 +26,7 @@ def test_a_clip_begins_with_prototypes_that_its_phrases_find() -> None:
     tokenizer = bases.load("shipped").tokenizer
     model = clip.NamedClip(len(tokenizer), len(names))
     begin.named_clip(model, bases.path("shipped").parent, tokenizer, names)
+    assert 10 < model.log_scale.exp().item() <= 40.5  # the temperature that it was trained to, in half precision
     with torch.no_grad():
         logits = model.eval().logits(model.clip.encode_text(clip.ids_of(tokenizer, [f"a {name}" for name in names])))
     assert logits.argmax(1).tolist() == [0, 1, 2, 3]

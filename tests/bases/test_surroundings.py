@@ -32,6 +32,12 @@ def test_a_crop_is_a_square_part_at_the_asked_size(seed: int) -> None:
     assert 0.9 <= abs(steps.mean()) <= 100 / 64 + 0.1
 
 
+def test_crops_come_from_near_and_far() -> None:
+    steps = [np.abs(np.diff(np.asarray(surroundings.crop(RAMP, seed, 64))[0, :, 0].astype(int)).mean()) for seed in range(60)]
+    assert min(steps) < 1.1
+    assert max(steps) > 1.4  # 100 / 64 is the whole height
+
+
 def test_a_share_of_the_scenes_is_moved_to_surroundings_and_nothing_else_changes() -> None:
     scenes = draw_scenes(np.random.default_rng(0), [1, 2], 2000)
     moved = surround(np.random.default_rng(1), scenes, SHARE)

@@ -37,7 +37,7 @@ def named_clip(model: NamedClip, bases: Path, tokenizer: CLIPTokenizer, names: l
     """Give the CLIP the packaged weights; each prototype, which is not packaged, is what the text tower makes of its name."""
     weights = _weights(bases / "shipped_clip/model.safetensors")
     model.clip.load_state_dict(weights)
-    model.log_scale.copy_(weights["logit_scale"].log())
+    model.log_scale.copy_(weights["logit_scale"])
     model.eval()
     features = model.clip.encode_text(ids_of(tokenizer, [article(name) for name in names]))
     model.prototypes.copy_(features / features.norm(dim=-1, keepdim=True) * features.shape[1] ** 0.5)
