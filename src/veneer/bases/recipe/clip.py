@@ -73,9 +73,14 @@ def split(
         rows = icons.where({name}, set(sets))
         row = rows[rng.integers(len(rows))]
         kept.add(row)
-        alike |= {i for i in icons.where({name}, set(more)) if icons.sets[i][:6] == icons.sets[row][:6]}
+        alike |= {i for i in icons.where({name}, set(more)) if _design(icons.sets[i]) == _design(icons.sets[row])}
     seen = [i for i in icons.where(sets={*sets, *more}) if i not in kept | alike]
     return Split(seen, sorted(kept), icons.where(set(names), {unseen_set}))
+
+
+def _design(icon_set: str) -> str:
+    """What the sets of one hand have in common: "fluent" of "fluent-emoji-3d"."""
+    return icon_set.partition("-")[0]
 
 
 def augmented(rng: np.random.Generator, icon: Pixels, photos: list[Image.Image]) -> Pixels:
