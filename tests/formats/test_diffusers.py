@@ -18,7 +18,9 @@ from veneer.injection import LoadError, SaveError, attach
 from veneer.testing.pipelines import tiny_pipeline
 
 from ..injection.toy import net
+from . import low_rank
 from .cases import deltas, fill, header, rewrite
+from .low_rank import expected, in_peft
 
 peft = pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
 
@@ -31,12 +33,10 @@ WHERE: dict[str, list[str]] = {
     "pixart": ["attn", "xattn", "mlp"],
     "dit": ["attn", "mlp"],
 }
-# ranks and alphas by role, rank-stabilised: nothing of this is in the tensors' names
-OPTIONS: dict[str, Any] = {"rank": 3, "alpha": 2.0, "ranks": {"*.v": 5, "mlp": 2}, "alphas": {"*.q": 7.0}, "rslora": True}
 
 
 def tuned(family: str, pipe: Any = None) -> veneer.Attachment:
-    return fill(attach(pipe or tiny_pipeline(family), "lora", where=WHERE[family], **OPTIONS), std=0.2)
+    return low_rank.tuned(family, WHERE[family], pipe)
 
 
 @pytest.fixture(scope="module")
@@ -51,27 +51,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[family]
 
     return get
-
-
-def expected(attachment: veneer.Attachment) -> dict[str, Tensor]:
-    """ΔW from the tensors and the options above, with the rules of the paper written out."""
-    found: dict[str, Tensor] = {}
-    for name, (site, adapter) in attachment.parts.items():
-        down, up = adapter.down.detach().double(), adapter.up.detach().double()
-        alpha = 7.0 if site.role.endswith(".q") else 2.0
-        found[name] = alpha / down.shape[0] ** 0.5 * (up.flatten(1) @ down.flatten(1)).reshape(site.weight_shape)
-    return found
-
-
-def in_peft(towers: dict[str, Any]) -> dict[str, Tensor]:
-    """ΔW of every layer that peft has injected, by site name."""
-    found: dict[str, Tensor] = {}
-    for component, tower in towers.items():
-        for name, module in tower.named_modules():
-            if isinstance(module, peft.tuners.lora.LoraLayer):
-                (adapter,) = module.lora_A
-                found[f"{component}.{name}"] = module.get_delta_weight(adapter).detach().double()
-    return found
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
