@@ -38,7 +38,8 @@ class PretrainConfig:
     Args:
         work: folder for everything that is fetched, rendered and trained.
         stage: one of the stages, or `all`.
-        begin: folder of packaged bases to begin from; none for random weights.
+        begin: folder of packaged bases to begin from; none for random weights. `all` then leaves the autoencoder as it is, for
+            the rest has learnt its latents.
         vae_steps, clip_steps, unet_steps, decoder_steps: optimiser steps.
         unet_decay: steps at the end over which the UNet's rate falls to zero; 0 leaves it constant.
         muon_lr, adam_lr: the UNet's learning rates, for matrices and for the rest.
@@ -161,9 +162,9 @@ def pretrain_base(config: PretrainConfig) -> None:
     world = World(config.work)
     if config.begin:
         begin.unpack(config.begin, config.work)
-    for name, stage in STAGES.items():
-        if config.stage in ("all", name):
-            stage(world, config)
+    every = [name for name in STAGES if not (name == "vae" and config.begin)]
+    for name in every if config.stage == "all" else [config.stage]:
+        STAGES[name](world, config)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from veneer.pipelines import pretrain_base
 
 from veneer import bases
 from veneer.bases.recipe import begin, clip, diffusion
@@ -39,3 +40,16 @@ def test_only_what_is_missing_is_unpacked(tmp_path: Path) -> None:
     begin.unpack(bases.path("shipped").parent, tmp_path)
     assert [f.name for f in (tmp_path / "tokenizer").iterdir()] == ["own"]
     assert (tmp_path / "vae" / "model" / "config.json").is_file()
+
+
+def test_all_stages_leave_a_packaged_autoencoder_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    for name in pretrain_base.STAGES:
+        monkeypatch.setitem(pretrain_base.STAGES, name, lambda world, config, name=name: made.append(name))
+    begun, anew = tmp_path / "begun", tmp_path / "anew"
+    pretrain_base.pretrain_base(pretrain_base.PretrainConfig(work=begun, begin=bases.path("shipped").parent))
+    assert made == ["clip", "unet", "decoder", "package", "evaluate"]
+    made.clear()
+    pretrain_base.pretrain_base(pretrain_base.PretrainConfig(work=anew))
+    assert made == ["vae", "clip", "unet", "decoder", "package", "evaluate"]
+    assert not anew.exists()
