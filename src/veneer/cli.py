@@ -59,7 +59,7 @@ def _personalize(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
         from . import methods
 
         group = parser.add_argument_group(f"options of {name}")
-        taken |= add_flags(group, methods.get(name), prefix=name, taken=taken)
+        taken |= add_flags(group, methods.get(name), skip=("by_site",), prefix=name, taken=taken)
 
     def run(found: argparse.Namespace) -> object:
         from . import methods

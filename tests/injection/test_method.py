@@ -2,11 +2,18 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
+import veneer
+from veneer.injection import SelectionError, UnsupportedSite
 from veneer.injection.registry import methods
 from veneer.methods.reparameterized.lora import LoRA
+
+from ..formats.cases import fill
+from .toy import net
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -26,3 +33,22 @@ def test_options_of_one_method_survive_json() -> None:
 def test_an_unknown_option_is_named_with_those_there_are() -> None:
     with pytest.raises(TypeError, match=r"lora: unknown option rnak\. It has: .*dropout.*rank"):
         LoRA.from_config({"rnak": 3})
+
+
+def test_other_options_at_some_sites_are_built_saved_and_loaded(tmp_path: Path) -> None:
+    other = {"attn.*": {"rank": 2}, "name:qkv.v": {"rank": 3, "alpha": 6.0}, "attn.q": {"alpha": 5.0}}
+    tuned = veneer.attach(net(), "dora", where="attn.{q,k,v} head", rank=1, by_site=other)
+    made = {name: (adapter.down.shape[0], adapter.scaling) for name, (_, adapter) in tuned.parts.items()}
+    assert made == {"qkv.q": (2, 2.5), "qkv.k": (2, 1.0), "qkv.v": (3, 2.0), "head": (1, 1.0)}
+    again = veneer.load(net(), fill(tuned).save(tmp_path / "x"))
+    assert again.method == tuned.method
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in tuned.state_dict().items())
+
+
+def test_options_at_sites_that_are_not_chosen_and_unknown_ones_are_refused() -> None:
+    model = net()
+    with pytest.raises(SelectionError, match=r"by_site has mlp\.\*, name:qkv\.o"):
+        veneer.attach(model, "dora", where="attn.q", by_site={"mlp.*": {"rank": 2}, "name:qkv.o": {"rank": 2}})
+    with pytest.raises(UnsupportedSite, match=r"qkv\.q: by_site has rnak"):
+        veneer.attach(model, "dora", where="attn.q", by_site={"attn.q": {"rnak": 2}})
+    assert veneer.attachments(model) == []

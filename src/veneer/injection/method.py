@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
@@ -73,6 +74,9 @@ class Method(ABC):
         default: selection used when the caller gives no `where`; patterns of it that match nothing are passed over.
         identity_at_start: True if a fresh adapter leaves the output bitwise unchanged.
         learning_rate: what to train it with by default; `training` warns when a rate is far from it.
+    Args:
+        by_site: other options at some sites, for a file whose layers differ: role pattern, or `name:` and a site's name, to
+            options, such as `{"mlp.*": {"rank": 4}}`. A site's own name counts before its role, and of role patterns the later.
     """
 
     name: ClassVar[str]
@@ -81,6 +85,23 @@ class Method(ABC):
     default: ClassVar[tuple[str, ...]]
     identity_at_start: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3
+
+    by_site: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True, hash=False)
+
+    def at(self, site: Site) -> Method:
+        """The config that counts at one site: this one, with the options that `by_site` has for it.
+
+        Raises:
+            ValueError: `by_site` has an option that the method does not have.
+        """
+        own = {k: v for pattern, options in self.by_site.items() if means(pattern, site) for k, v in options.items()}
+        own |= self.by_site.get(f"name:{site.name}", {})
+        if not own:
+            return self
+        known = {f.name for f in dataclasses.fields(self)} - {"by_site"}
+        if not own.keys() <= known:
+            raise ValueError(f"by_site has {', '.join(sorted(own.keys() - known))}; options are {', '.join(sorted(known))}")
+        return dataclasses.replace(self, by_site={}, **_tuples(own))
 
     @abstractmethod
     def build(self, site: Any) -> Adapter:
@@ -110,8 +131,9 @@ class Method(ABC):
         return cls(), cls()
 
     def config(self) -> dict[str, Any]:
-        """The options as plain JSON values."""
-        return dataclasses.asdict(self)
+        """The options as plain JSON values; `by_site` only where it says something."""
+        options = dataclasses.asdict(self)
+        return options if self.by_site else {k: v for k, v in options.items() if k != "by_site"}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Method:
@@ -124,4 +146,15 @@ class Method(ABC):
         unknown = sorted(set(config) - known)
         if unknown:
             raise TypeError(f"{cls.name}: unknown option {', '.join(unknown)}. It has: {', '.join(sorted(known))}.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+        return cls(**_tuples(config))
+
+
+def means(pattern: str, site: Site) -> bool:
+    """True if a key of `by_site` is for a site, by its name or its role."""
+    if pattern.startswith("name:"):
+        return pattern[5:] == site.name
+    return fnmatchcase(site.role, pattern) or fnmatchcase(site.role, pattern + ".*")
+
+
+def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import SelectionError, UnsupportedSite
 from .ledger import lookup
-from .method import Adapter, Method
+from .method import Adapter, Method, means
 from .registry import hosts
 from .select import select
 from .sites import ParamSite, Site, WeightSite
@@ -70,6 +70,11 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
         raise SelectionError(
             f"{method.name}: its default sites {method.default} are not here. Say where=…; there are {chosen_from}."
         )
+    idle = [key for key in method.by_site if not any(means(key, site) for site in chosen)]
+    if idle:
+        raise SelectionError(
+            f"{method.name}: by_site has {', '.join(idle[:4])}, which is at none of the {len(chosen)} chosen sites."
+        )
     modules = {t.component: t.module for t in towers}
     shared = {c: _share(method, [s for s in chosen if s.component == c], modules[c]) for c in {s.component: 0 for s in chosen}}
     parts = tuple((site, _build(method, site, modules[site.component], shared[site.component])) for site in chosen)
@@ -97,7 +102,7 @@ def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | Non
     base = _tensor(site, tower)
     with _draws(base):
         try:
-            adapter = method.build(site)
+            adapter = method.at(site).build(site)
         except ValueError as error:
             raise UnsupportedSite(f"{method.name}: {site.name}: {error}") from error
     adapter.to(device=base.device, dtype=_dtype(base))

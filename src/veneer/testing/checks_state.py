@@ -39,9 +39,10 @@ def config_round_trip(case: Case) -> None:
 def count_equals_built(case: Case) -> None:
     """The paper's formula `count(site)` gives the number of parameters of what `build(site)` builds."""
     for site in case.sites:
-        built = sum(p.numel() for p in case.method.build(site).parameters() if p.requires_grad)
-        if case.method.count(site) != built:
-            raise AssertionError(f"{site.name}: count() says {case.method.count(site)}, build() makes {built} parameters")
+        method = case.method.at(site)
+        built = sum(p.numel() for p in method.build(site).parameters() if p.requires_grad)
+        if method.count(site) != built:
+            raise AssertionError(f"{site.name}: count() says {method.count(site)}, build() makes {built} parameters")
 
 
 def seeded_build_is_reproducible(case: Case) -> None:
