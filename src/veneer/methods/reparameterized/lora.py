@@ -41,19 +41,19 @@ class LoRAAdapter(Adapter):
         """x: what the module read; y: what it gave."""
         if self.dropout and self.site.kind != "embedding":
             x = F.dropout(x, self.dropout, self.training)
-        return y + self._change(x, self.strength * self.scaling)
+        return y + self._change(x, self.down, self.up, self.strength * self.scaling)
 
-    def _change(self, x: Tensor, scale: Tensor) -> Tensor:
+    def _change(self, x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
         """B (s·A x): scaled between the two, where there are only `rank` features."""
         site = self.site
         if site.kind == "embedding":
-            return F.linear(F.embedding(x, self.down) * scale, self.up)
+            return F.linear(F.embedding(x, down) * scale, up)
         if site.kind == "linear":
-            return F.linear(F.linear(x, self.down) * scale, self.up)
+            return F.linear(F.linear(x, down) * scale, up)
         conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(site.kernel) - 1]
         padding: Any = site.padding
-        low = conv(x, self.down, None, site.stride, padding, site.dilation, site.groups)
-        return conv(low * scale, self.up, groups=site.groups)
+        low = conv(x, down, None, site.stride, padding, site.dilation, site.groups)
+        return conv(low * scale, up, groups=site.groups)
 
     def weight(self, weight: Tensor) -> Tensor:
         """W + s·B A, in W's shape."""
@@ -61,14 +61,16 @@ class LoRAAdapter(Adapter):
 
     def delta(self) -> Tensor:
         """B A in the weight's shape, without any scale."""
+        return self._product(self.down, self.up)
+
+    def _product(self, down: Tensor, up: Tensor) -> Tensor:
         site = self.site
         if site.kind == "embedding":
-            return self.down @ self.up.T
+            return down @ up.T
         if site.groups == 1:
-            return (self.up.flatten(1) @ self.down.flatten(1)).reshape(site.weight_shape)
-        up = self.up.flatten(1).unflatten(0, (site.groups, -1))
-        down = self.down.flatten(1).unflatten(0, (site.groups, -1))
-        return torch.bmm(up, down).reshape(site.weight_shape)
+            return (up.flatten(1) @ down.flatten(1)).reshape(site.weight_shape)
+        pairs = [t.flatten(1).unflatten(0, (site.groups, -1)) for t in (up, down)]
+        return torch.bmm(*pairs).reshape(site.weight_shape)
 
 
 @dataclass(frozen=True)
