@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from veneer.injection.attachment import Attachment, attachments
+from veneer.injection import Attachment, attachments
 from veneer.injection.host import Host
 from veneer.injection.method import Adapter, Method
 from veneer.injection.registry import hosts, methods

@@ -1,6 +1,7 @@
 """The shared injection registry: sites, methods, hosts, seams and attachments. Knows torch, nothing else."""
 
-from .attachment import Attachment, attach, attachments
+from .attaching import attach, attachments
+from .attachment import Attachment
 from .errors import (
     DeadSite,
     HostChanged,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..injection.attachment import Attachment, attach
+from ..injection import Attachment, attach
 from ..injection.host import Host
 from ..injection.method import Method
 from ..injection.plan import fits

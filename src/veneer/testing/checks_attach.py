@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..injection.attachment import Attachment, attachments
+from ..injection import Attachment, attachments
 from ..injection.errors import DeadSite
 from ..injection.ledger import statistics
 from ..injection.method import Adapter, Method

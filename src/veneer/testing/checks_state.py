@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..injection.attachment import attachments
+from ..injection.attaching import attachments
 from ..injection.errors import LoadError, SelectionError, UnsupportedSite
 from ..injection.method import Method
 from ..injection.registry import methods

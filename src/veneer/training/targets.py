@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..injection import methods
-from ..injection.attachment import Attachment, attach
+from ..injection import Attachment, attach, methods
 from ..injection.errors import VeneerError
 from ..injection.method import Method
 from ..injection.sites import VocabularySite
