@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..injection import Attachment, LoadError, Method, VeneerError, attach, attachments, methods
+from ..injection.filling import filling
 from ._format import Options
 from ._reading import File
 
@@ -51,7 +53,8 @@ def attach_all(model: Any, file: File, wanted: Sequence[Wanted], options: Option
     try:
         with torch.random.fork_rng(devices=[]):
             for each in wanted:
-                made.append(_attach(model, each, _name(model, each.name, options, len(wanted) > 1)))
+                with filling() if options.strict else contextlib.nullcontext():
+                    made.append(_attach(model, each, _name(model, each.name, options, len(wanted) > 1)))
                 report = made[-1].load_state_dict(each.state, options.strict)
                 unused = (*report.unused, *each.unused)
                 made[-1].loaded = dataclasses.replace(report, unused=unused, notes=tuple(each.notes))

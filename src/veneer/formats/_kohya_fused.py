@@ -69,5 +69,5 @@ def joined(place: Place, adapters: Mapping[str, Any]) -> Pair:
 
 def _of(adapter: Any) -> Pair:
     """An adapter's own pair. A scale of 0 is written as B = 0, because an alpha of 0 is read in two ways."""
-    down, up = adapter.down.detach(), adapter.up.detach()
+    down, up = (t.detach() for t in adapter.pair())
     return Pair(down, up, adapter.scaling) if adapter.scaling else Pair(down, torch.zeros_like(up), 1.0)

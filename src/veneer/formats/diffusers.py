@@ -63,8 +63,9 @@ class Diffusers(Format):
                 key = f"{component}.{_written(component, module)}"
                 if f"{key}.lora_A.weight" in tensors:
                     raise SaveError(f"{target}: two attachments adapt '{key}', and the format holds one. Save them to two files.")
-                tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = adapter.down, adapter.up
-                rank = adapter.down.shape[0]
+                down, up = adapter.pair()
+                tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = down, up
+                rank = down.shape[0]
                 modules.setdefault(component, {})[module] = (rank, adapter.scaling * rank)
         if not tensors:
             raise SaveError(f"{target}: there is no attachment to save.")

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank change beside a frozen weight."""
+"""LoRA: a low-rank change beside a frozen weight, begun at random or as a part of the weight, and its Tucker form."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.functional.convolve import convolve
+from veneer.functional.low_rank_init import orthonormal, principal
+from veneer.injection.errors import UnsupportedSite
+from veneer.injection.filling import values_follow
+from veneer.injection.forms import base_tensor
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import Site, WeightSite
 
 N = TypeVar("N", int, float)
+Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+PARTS = ("pissa", "olora")  # begin as a part of the weight
 
 
 class LoRAAdapter(Adapter):
@@ -72,6 +79,96 @@ class LoRAAdapter(Adapter):
         pairs = [t.flatten(1).unflatten(0, (site.groups, -1)) for t in (up, down)]
         return torch.bmm(*pairs).reshape(site.weight_shape)
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(down, up) of the same change as an ordinary LoRA with this scale, for what can hold nothing else."""
+        return self.down, self.up
+
+
+class PartAdapter(LoRAAdapter):
+    """y' = y + s·(B A x − B0 A0 x), W' = W + s·(B A − B0 A0), where A and B begin as A0 and B0, a part of W.
+
+    This is W0 = W − s·B0 A0 with an ordinary LoRA on it, and the same training, on a base that never changes. `down0`, `up0`
+    are A0 and B0; they are saved, since a decomposition is not unique. Until `enter` they and B are zero.
+    """
+
+    down0: Tensor
+    up0: Tensor
+
+    def __init__(self, site: WeightSite, rank: int, scaling: float, dropout: float, init: Init, niter: int) -> None:
+        super().__init__(site, rank, scaling, dropout)
+        self.init, self.niter = init, niter
+        for name in ("down", "up"):
+            self.register_buffer(f"{name}0", torch.zeros(getattr(self, name).shape))
+
+    @torch.no_grad()
+    def enter(self, tower: nn.Module) -> None:
+        """Begin as a part of the host's own weight, in single precision or better; of each group's, where there are groups."""
+        site, weight = self.site, base_tensor(tower, self.site.path, self.site.param)
+        if not weight.is_floating_point():
+            raise UnsupportedSite(
+                f"lora: {site.name}: init={self.init!r} decomposes the weight, and this one is quantised. Load the base "
+                "unquantised, or use init='kaiming'."
+            )
+        if values_follow() or weight.is_meta:
+            return
+        rows = weight[slice(*(site.rows or (None,)))].to(self.up.dtype)
+        matrix = rows.T[None] if site.kind == "embedding" else rows.flatten(1).unflatten(0, (site.groups, -1))
+        rank = self.up.shape[1]
+        down, up = principal(matrix, rank, self.scaling, self.niter) if self.init == "pissa" else orthonormal(matrix, rank)
+        for part, found in ((self.down, down.mT if site.kind == "embedding" else down), (self.up, up)):
+            part.copy_(found.reshape(part.shape))
+        self.down0.copy_(self.down)
+        self.up0.copy_(self.up)
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: what the module read; y: what it gave. Dropout is before A only, as A0 belongs to the weight."""
+        scale = self.strength * self.scaling
+        start = self._change(x, self.down0, self.up0, scale)
+        if self.dropout and self.site.kind != "embedding":
+            x = F.dropout(x, self.dropout, self.training)
+        return y + (self._change(x, self.down, self.up, scale) - start)
+
+    def delta(self) -> Tensor:
+        """B A − B0 A0 in the weight's shape, without any scale."""
+        return self._product(self.down, self.up) - self._product(self.down0, self.up0)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A over A0, and B beside −B0: rank 2r; with groups, group by group."""
+        if self.site.kind == "embedding":
+            return torch.cat([self.down, self.down0], 1), torch.cat([self.up, -self.up0], 1)
+        down = torch.cat([t.unflatten(0, (self.site.groups, -1)) for t in (self.down, self.down0)], 1).flatten(0, 1)
+        return down, torch.cat([self.up, -self.up0], 1)
+
+
+class TuckerAdapter(LoRAAdapter):
+    """y' = y + s·B(C(A x)) on a convolution: A and B are 1×1, and the core C has the kernel, stride and padding.
+
+    Shapes: `down` (rank, d_in / groups, 1, …), `core` (rank, rank / groups, *kernel), `up` (d_out, rank / groups, 1, …).
+    """
+
+    def __init__(self, site: WeightSite, rank: int, scaling: float, dropout: float) -> None:
+        super().__init__(site, rank, scaling, dropout)
+        self.down = nn.Parameter(torch.empty(rank, site.d_in // site.groups, *(1 for _ in site.kernel)))
+        self.core = nn.Parameter(torch.empty(rank, rank // site.groups, *site.kernel))
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: what the module read; y: what it gave."""
+        site = self.site
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        low = convolve(x, self.down, groups=site.groups)
+        low = convolve(low, self.core, site.stride, site.padding, site.dilation, site.groups)
+        return y + convolve(low * (self.strength * self.scaling), self.up, groups=site.groups)
+
+    def delta(self) -> Tensor:
+        """B (C ×₂ A) in the weight's shape, without any scale."""
+        return self._product(*self.pair())
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """C ×₂ A, with the kernel, and B."""
+        core, down = (t.unflatten(0, (self.site.groups, -1)) for t in (self.core, self.down.flatten(1)))
+        return torch.einsum("gpq...,gqi->gpi...", core, down).flatten(0, 1), self.up
+
 
 @dataclass(frozen=True)
 class LoRA(Method):
@@ -84,13 +181,19 @@ class LoRA(Method):
             `{"name:unet.conv_in": 4}`. A site's own name counts before its role, and of role patterns the last that matches.
         rslora: s = alpha / sqrt(rank) instead (rank-stabilised).
         dropout: probability of dropping an input feature of A in training, 0 to 1.
-        init: how A is drawn: `kaiming` (uniform, a = sqrt 5) or `gaussian` (standard deviation 1 / rank).
+        init: how A is drawn: `kaiming` (uniform, a = sqrt 5) or `gaussian` (standard deviation 1 / rank), with B zero. Or what
+            both begin as: `pissa`, W's largest singular values with their vectors, or `olora`, the first columns of Q and
+            rows of R for W = Q R; W' = W + s·(B A − B0 A0) then, with the start B0, A0 saved beside.
+        pissa_niter: power iterations of a quicker, randomised decomposition for `pissa`; 0 for the exact one.
         up_ratio: learning rate of B over that of A (LoRA+ uses 16); 1 for one rate.
+        tucker: convolutions of more than one pixel get a core C of (rank, rank, *kernel) between A and B of 1×1.
     Convolutions: A has the base's kernel, stride and padding, B is 1×1. Grouped ones: a low-rank pair per group, `rank`
     split over the groups, so it must divide by their number.
-    Counts: rank·(d_in·k·k / groups) + d_out·rank / groups per site.
-    Source: Hu et al., LoRA, ICLR 2022, equation 3; Kalajdzievski 2023 (rsLoRA); Hayou et al., ICML 2024 (LoRA+). `gaussian` with
-    1/rank follows peft; the paper says only "random Gaussian".
+    Counts: rank·(d_in·k·k / groups) + d_out·rank / groups per site, with `tucker` rank·(d_in + rank·k·k + d_out) / groups.
+    Source: Hu et al., LoRA, ICLR 2022, equation 3; Kalajdzievski 2023 (rsLoRA); Hayou et al., ICML 2024 (LoRA+); Meng et al.,
+    NeurIPS 2024 (PiSSA); Büyükakyüz 2024 (OLoRA); Yeh et al., ICLR 2024 (LyCORIS) for `tucker`. `gaussian` with 1/rank follows
+    peft; the paper says only "random Gaussian". Deviations: PiSSA and OLoRA put W − s·B0 A0 in W's place, which is the same
+    function and gradient; convolutions are flattened to (d_out, d_in·k·k), group by group, where peft takes linear layers only.
     """
 
     name: ClassVar[str] = "lora"
@@ -105,16 +208,22 @@ class LoRA(Method):
     alphas: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     dropout: float = 0.0
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Init = "kaiming"
+    pissa_niter: int = 0
     up_ratio: float = 1.0
+    tucker: bool = False
 
     def __post_init__(self) -> None:
         if min([self.rank, *self.ranks.values()]) < 1:
             raise ValueError(f"lora: rank must be at least 1, got {self.rank} and {dict(self.ranks)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora: dropout must be in [0, 1), got {self.dropout}")
-        if self.init not in ("kaiming", "gaussian"):
-            raise ValueError(f"lora: init must be 'kaiming' or 'gaussian', got {self.init!r}")
+        if self.init not in get_args(Init):
+            raise ValueError(f"lora: init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+        if self.pissa_niter < 0 or (self.pissa_niter and self.init != "pissa"):
+            raise ValueError(f"lora: pissa_niter is for init='pissa' and at least 0, got {self.pissa_niter}, {self.init!r}")
+        if self.tucker and self.init in PARTS:
+            raise ValueError(f"lora: init={self.init!r} splits a weight in two factors; tucker has three. Choose one of both")
 
     def rank_at(self, role: str, name: str = "") -> int:
         """The rank at a role, or at the site of that role and name."""
@@ -140,27 +249,42 @@ class LoRA(Method):
             raise ValueError(
                 f"rank {rank} must divide by the convolution's {site.groups} groups; give ranks={{'{site.role}': …}}"
             )
-        adapter = LoRAAdapter(site, rank, self.scaling_at(site.role, site.name), self.dropout)
-        if self.init == "gaussian":
-            nn.init.normal_(adapter.down, std=1 / rank)
-        elif site.kind == "embedding":
-            nn.init.normal_(adapter.down)
+        scaling = self.scaling_at(site.role, site.name)
+        if self.init in PARTS:
+            self._refuse_part(site, rank, scaling)
+            adapter: LoRAAdapter = PartAdapter(site, rank, scaling, self.dropout, self.init, self.pissa_niter)
         else:
-            nn.init.kaiming_uniform_(adapter.down, a=math.sqrt(5))
+            adapter = (TuckerAdapter if self._tucker_at(site) else LoRAAdapter)(site, rank, scaling, self.dropout)
+        for name, drawn in adapter.named_parameters():
+            if name != "up" and (self.init == "gaussian" or site.kind == "embedding"):
+                nn.init.normal_(drawn, std=1 / rank if self.init == "gaussian" else 1.0)
+            elif name != "up":
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
         return adapter
 
+    def _refuse_part(self, site: WeightSite, rank: int, scaling: float) -> None:
+        most = min(math.prod(site.weight_shape[1:]) * site.groups, site.weight_shape[0])
+        if rank > most:
+            raise ValueError(f"init={self.init!r}: the weight has rank {most} at most, less than {rank}; give a lower rank there")
+        if self.init == "pissa" and scaling <= 0:
+            raise ValueError(f"init='pissa' divides by the scale, so alpha must be above 0; it gives {scaling}")
+
+    def _tucker_at(self, site: WeightSite) -> bool:
+        return self.tucker and math.prod(site.kernel) > 1
+
     def count(self, site: WeightSite) -> int:
-        """rank·(d_in·k·k + d_out) / groups, with the groups' kernels counted once each."""
+        """rank·(d_in·k·k + d_out) / groups, or the Tucker form's."""
         rank, kernel = self.rank_at(site.role, site.name), math.prod(site.kernel)
-        return rank * site.d_in * kernel // site.groups + site.d_out * rank // site.groups
+        inner = site.d_in + rank * kernel if self._tucker_at(site) else site.d_in * kernel
+        return (rank * inner + site.d_out * rank) // site.groups
 
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
-        """A at the learning rate, B at `up_ratio` times it."""
+        """A (and C) at the learning rate, B at `up_ratio` times it."""
         if self.up_ratio == 1:
             return super().groups(adapters)
         named = [(k, p) for _, a in adapters for k, p in a.named_parameters()]
         return [
-            {"params": [p for k, p in named if k == "down"], "lr_scale": 1.0},
+            {"params": [p for k, p in named if k != "up"], "lr_scale": 1.0},
             {"params": [p for k, p in named if k == "up"], "lr_scale": self.up_ratio},
         ]
 
