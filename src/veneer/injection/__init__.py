@@ -16,6 +16,7 @@ from .errors import (
 from .host import Host
 from .method import Adapter, Method, Need
 from .registry import hosts, methods
+from .switching import activate
 from .towers import sites
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "UnknownName",
     "UnsupportedSite",
     "VeneerError",
+    "activate",
     "attach",
     "attachments",
     "hosts",

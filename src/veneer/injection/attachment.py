@@ -18,7 +18,6 @@ from .method import Adapter
 from .plan import Plan
 from .probe import probe
 from .report import Report
-from .sequences import TokenSeam
 from .sites import Site
 from .state import LoadReport, load_state, state_of
 
@@ -148,10 +147,9 @@ class Attachment:
     def _write(self, scale: float, on: bool) -> None:
         strength = scale if on else 0.0
         for seam in self._joined.seams:
-            if isinstance(seam, TokenSeam):
-                seam.set_strength(strength)
-            for adapter in seam.adapters:
-                adapter.get_buffer("strength").fill_(strength)
+            seam.check_strength(strength)
+        for seam in self._joined.seams:
+            seam.write_strength(strength)
         self._scale, self._on = scale, on
 
     # folding into weights

@@ -36,7 +36,7 @@ def tensor_below(adapter: Adapter, module: nn.Module, param: str, rows: tuple[in
 
 def _changed(seam: CallSeam, param: str, tensor: Tensor) -> Tensor:
     """The tensor with one seam's changes of it."""
-    if getattr(seam.sites[0], "param", None) != param or seam.write.side == "in":  # x has been changed already
+    if getattr(seam.sites[0], "param", None) != param or seam.write.side == "in" or seam.passes():  # x has been changed already
         return tensor
     return by_rows(seam.sites, seam.adapters, tensor, 0, _change)
 

@@ -20,6 +20,12 @@ def blend(adapter: Adapter, form: Callable[..., Tensor], before: Tensor, *inputs
     return torch.lerp(before, after.to(before.dtype), adapter.strength.to(before.dtype))
 
 
+def recorded() -> bool:
+    """True while what runs is written down to be run again: by `torch.compile` or export, a trace, a CUDA graph."""
+    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state()) or captured
+
+
 def dtype_of(adapter: nn.Module) -> torch.dtype | None:
     """The dtype of an adapter's first parameter, or None if it has none."""
     return next((p.dtype for p in adapter.parameters()), None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .errors import HostChanged, UnsupportedSite
-from .forms import blend, by_rows, cast, first, main_output
+from .forms import blend, by_rows, cast, first, main_output, recorded
 from .method import Adapter
 from .sites import Port, Site
 
@@ -33,6 +33,9 @@ class Seam(nn.Module, ABC):
     Args:
         tower: root module of the host.
         parts: sites and their adapters; all at one place, with disjoint rows.
+
+    Attributes:
+        idle: True while the strength is 0.
     """
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
@@ -41,6 +44,7 @@ class Seam(nn.Module, ABC):
         self.sites = [site for site, _ in parts]
         self.adapters = nn.ModuleList(adapter for _, adapter in parts)
         self.__dict__.update(tower=tower, _prefix="", _handles=[], joined=False)
+        self.idle = False
         self.register_load_state_dict_post_hook(_forget_missing)
 
     @abstractmethod
@@ -54,6 +58,19 @@ class Seam(nn.Module, ABC):
     @abstractmethod
     def intact(self) -> bool:
         """True if the host still holds this seam where it was joined."""
+
+    def check_strength(self, strength: float) -> None:
+        """Raise `StateError` for a strength that the adapters cannot have."""
+
+    def write_strength(self, strength: float) -> None:
+        """Fill the adapters' buffers."""
+        for adapter in self.adapters:
+            adapter.get_buffer("strength").fill_(strength)
+        self.idle = strength == 0
+
+    def passes(self) -> bool:
+        """True where the adapters need not run: at strength 0 they change nothing. What is recorded, to run again, has them."""
+        return not torch.compiler.is_compiling() and self.idle and not recorded()
 
     def module(self, path: str) -> nn.Module:
         """The host module at `path`."""
@@ -138,18 +155,22 @@ class CallSeam(HookSeam):
         return module.register_forward_hook(hook, with_kwargs=True)
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._x = first(args, kwargs)
+        self._x = None if self.passes() else first(args, kwargs)
 
     def _keep_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._x = main_output(output)
+        self._x = None if self.passes() else main_output(output)
 
     def _write_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.passes():
+            return None
         y = main_output(output)
         x = self._take() if not self._direct else first(args, kwargs) if self.read.side == "in" else y
         after = self.adapt(x, y)
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
     def _write_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.passes():
+            return None
         y = first(args, kwargs)
         after = self.adapt(y if self._direct else self._take(), y)
         if args:
@@ -190,6 +211,8 @@ class ProcessorSeam(Seam):
     def forward(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the host calls in the place of its processor."""
         inner = self.__dict__["_inner"]
+        if self.passes():
+            return inner(attn, hidden_states, *args, **kwargs)
         adapter: Any = self.adapters[0]
         after = adapter.attend(inner, attn, hidden_states, *args, **kwargs)
         if adapter.blends:

@@ -32,14 +32,14 @@ class TokenSeam(HookSeam):
         enter, leave = self.module(site.enter.path), self.module(site.leave.path)
         return [enter.register_forward_pre_hook(self._enter, with_kwargs=True), leave.register_forward_hook(self._leave)]
 
-    def set_strength(self, strength: float) -> None:
-        """Switch the tokens on (1) or off (0).
-
-        Raises:
-            StateError: any other strength.
-        """
+    def check_strength(self, strength: float) -> None:
+        """Raise `StateError` for a strength that is neither 0 nor 1."""
         if strength not in (0, 1):
             raise StateError(f"{self.sites[0].name}: inserted tokens are there or not; strength must be 0 or 1, got {strength}.")
+
+    def write_strength(self, strength: float) -> None:
+        """Switch the tokens on (1) or off (0)."""
+        super().write_strength(strength)
         self.active = bool(strength)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -90,7 +90,7 @@ class VocabularySeam(HookSeam):
 
     def _table(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         ids, self._ids = self._ids, None
-        if ids is None:
+        if ids is None or self.passes():
             return None
         adapter: Any = self.adapters[0]
         rows = cast(output, adapter)
