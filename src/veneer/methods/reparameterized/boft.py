@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from veneer.functional.cayley import blocks_apply, cayley_change, skew
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
+from veneer.methods.reparameterized._output_turn import OutputTurn, refuse_straddling
 
 
 class BOFTAdapter(Adapter):
@@ -51,9 +52,11 @@ class BOFT(Method):
         m: how many components, at least 1.
         b: side of the blocks, at least 2, even for m above 1. d = d_in must be a multiple of 2^(m−1)·b.
         rescale: also learn D, a factor for each neuron's length: W' = D W Rᵀ, D = 1 at the start (peft always does).
+        side: `output` turns what the layer gives, W' = D R W and d = d_out, as LyCORIS does. A convolution turns its channels,
+            and a bias stays.
     Q is zero at the start. The equation is solved, in single precision at least, not approximated by a series.
     Convolutions: a neuron is its kernel, d = d_in·k·k / groups. Grouped and depthwise: one R for all neurons too.
-    Has only the weight form, so a quantised base is refused.
+    On the input side it has only the weight form, so a quantised base is refused.
     Counts: m·d·(b − 1)/2, d_out more with `rescale`.
     Raises:
         ValueError: at attach, d is no multiple of 2^(m−1)·b.
@@ -70,8 +73,11 @@ class BOFT(Method):
     m: int = 2
     b: int = 8
     rescale: bool = False
+    side: Literal["input", "output"] = "input"
 
     def __post_init__(self) -> None:
+        if self.side not in ("input", "output"):
+            raise ValueError(f"boft: side must be 'input' or 'output', got {self.side!r}")
         if self.m < 1:
             raise ValueError(f"boft: m must be at least 1, got {self.m}")
         if self.b < 2 or (self.m > 1 and self.b % 2):
@@ -88,7 +94,7 @@ class BOFT(Method):
         Raises:
             ValueError: the neurons' length is no multiple of 2^(m−1)·b.
         """
-        width = site.d_in // site.groups * math.prod(site.kernel)
+        width = site.d_out if self.side == "output" else site.d_in // site.groups * math.prod(site.kernel)
         if width % (2 ** (self.m - 1) * self.b):
             raise ValueError(
                 f"neurons of {width} numbers are no multiple of 2^(m−1)·b = {2 ** (self.m - 1) * self.b}; "
@@ -96,8 +102,11 @@ class BOFT(Method):
             )
         return width // self.b
 
-    def build(self, site: WeightSite) -> BOFTAdapter:
+    def build(self, site: WeightSite) -> Adapter:
         """Q of zeros for one weight."""
+        if self.side == "output":
+            refuse_straddling(site, 2 ** (self.m - 1) * self.b)
+            return OutputTurn(site, [self.m, self.blocks(site)], self.b, None, self.rescale)
         return BOFTAdapter(site.d_out, self.m, self.blocks(site), self.b, self.rescale)
 
     def count(self, site: WeightSite) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from veneer.functional.convolve import convolve
 from veneer.functional.kronecker import kron_apply, kron_factors, kron_weight
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
+
+Low = Literal["left", "right", "both", "none"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,9 @@ class LoKr(Method):
         rank: of D; None for a full D, as is a rank of at least half of D's larger side (without the kernel). At least 1.
         alpha: numerator of the scale; None means the rank, so that s = 1. Where both factors are full it does not count.
         decompose_both: C is a product of that rank too, where the rank is under half of C's larger side.
+        sides: C's sides (rows, columns) outright, in the place of `factor`; they must divide d_out and d_in / groups.
+        low: which factors are of rank `rank` outright, `left` (C), `right` (D), `both` or `none`, however large they are; None
+            for the rules above. For files, whose splits follow rules of their own.
     D (or A) is zero at the start; the others are drawn Kaiming-uniformly (a = sqrt 5).
     Convolutions: D has the kernel, and d_in means d_in / groups. Where channels are grouped `output` builds C ⊗ D; elsewhere
     nothing larger than C and D is built: (C ⊗ D) x = C X Dᵀ.
@@ -121,8 +126,16 @@ class LoKr(Method):
     rank: int | None = None
     alpha: float | None = None
     decompose_both: bool = False
+    sides: tuple[int, int] | None = None
+    low: Low | None = None
 
     def __post_init__(self) -> None:
+        if self.sides is not None and (len(self.sides) != 2 or min(self.sides) < 1):
+            raise ValueError(f"lokr: sides must be two numbers of at least 1, or None for a factor; got {self.sides}")
+        if self.low is not None and self.low not in get_args(Low):
+            raise ValueError(f"lokr: low must be one of {', '.join(get_args(Low))}, or None for the rules; got {self.low!r}")
+        if self.rank is None and self.low not in (None, "none"):
+            raise ValueError(f"lokr: low={self.low!r} needs a rank; give rank=…, or leave low out")
         if self.factor < 1 and self.factor != -1:
             raise ValueError(f"lokr: factor must be -1 or at least 1, got {self.factor}")
         if self.rank is not None and self.rank < 1:
@@ -136,12 +149,27 @@ class LoKr(Method):
         return cls(), cls(factor=-1, rank=1, alpha=2.0, decompose_both=True)
 
     def split(self, site: WeightSite) -> Split:
-        """The factors' sides and ranks at one weight."""
-        up, vp = kron_factors(site.d_out, self.factor)
-        uq, vq = kron_factors(site.d_in // site.groups, self.factor)
+        """The factors' sides and ranks at one weight.
+
+        Raises:
+            ValueError: `sides` do not divide the weight's.
+        """
+        (up, vp), (uq, vq) = self._sides(site)
         left = self.rank if self.decompose_both and self.rank is not None and self.rank < max(up, uq) / 2 else None
         right = self.rank if self.rank is not None and self.rank < max(vp, vq) / 2 else None
+        if self.low is not None:
+            left, right = (self.rank if self.low in (side, "both") else None for side in ("left", "right"))
         return Split(up, vp, uq, vq, math.prod(site.kernel), left, right)
+
+    def _sides(self, site: WeightSite) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(up, vp) and (uq, vq)."""
+        d_out, d_in = site.d_out, site.d_in // site.groups
+        if self.sides is None:
+            return kron_factors(d_out, self.factor), kron_factors(d_in, self.factor)
+        up, uq = self.sides
+        if d_out % up or d_in % uq:
+            raise ValueError(f"sides={self.sides} do not divide {d_out} outputs and {d_in} inputs; choose divisors, or a factor")
+        return (up, d_out // up), (uq, d_in // uq)
 
     def build(self, site: WeightSite) -> LoKrAdapter:
         """C and D for one weight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
+from veneer.methods.reparameterized._output_turn import OutputTurn, refuse_straddling
 
 
 class OFTAdapter(Adapter):
@@ -55,10 +56,12 @@ class OFT(Method):
         coft: ε of the constrained form: each Q_i is kept within the Frobenius norm ε·b²/√r, with `share` ε·b² (the authors'
             scaling; they use 6e-5). Above 0; None for no constraint.
         rescale: also learn D, a factor for each neuron's length: W' = D W Rᵀ, D = 1 at the start.
+        side: `output` turns what the layer gives, W' = D R W and d = d_out, as LyCORIS and kohya's tools do; such blocks may be
+            of 1 with `rescale`. A convolution turns its channels, and a bias stays.
     Q is zero at the start. The equation is solved, in single precision at least, not approximated by a series.
     Convolutions: a neuron is its kernel, d = d_in·k·k / groups, channel by channel; as many blocks as input channels turn each
     channel's window by itself. Grouped and depthwise: one R for all neurons too.
-    Has only the weight form, so a quantised base is refused.
+    On the input side it has only the weight form, so a quantised base is refused.
     Counts: r·b·(b − 1)/2 with b = d/r; b·(b − 1)/2 with `share`; d_out more with `rescale`. 128 × 128 in 8 blocks: 960.
     Raises:
         ValueError: at attach, d is no multiple of the number or the side of the blocks.
@@ -78,11 +81,14 @@ class OFT(Method):
     share: bool = False
     coft: float | None = None
     rescale: bool = False
+    side: Literal["input", "output"] = "input"
 
     def __post_init__(self) -> None:
+        if self.side not in ("input", "output"):
+            raise ValueError(f"oft: side must be 'input' or 'output', got {self.side!r}")
         if self.blocks < 1:
             raise ValueError(f"oft: blocks must be at least 1, got {self.blocks}")
-        if self.block_size is not None and self.block_size < 2:
+        if self.block_size is not None and self.block_size < self._least:
             raise ValueError(f"oft: block_size must be at least 2, for a block of 1 cannot turn; got {self.block_size}")
         if self.coft is not None and self.coft <= 0:
             raise ValueError(f"oft: coft must be above 0, or None for no constraint; got {self.coft}")
@@ -98,9 +104,9 @@ class OFT(Method):
         Raises:
             ValueError: they do not fit the neurons' length.
         """
-        width = site.d_in // site.groups * math.prod(site.kernel)
+        width = site.d_out if self.side == "output" else site.d_in // site.groups * math.prod(site.kernel)
         r = self.blocks if self.block_size is None else width // self.block_size
-        if r == 0 or width % r or width // r < 2 or (self.block_size is not None and width % self.block_size):
+        if r == 0 or width % r or width // r < self._least or (self.block_size is not None and width % self.block_size):
             asked = f"{self.blocks} blocks" if self.block_size is None else f"blocks of {self.block_size}"
             fitting = ", ".join(str(b) for b in range(2, min(width, 128) + 1) if width % b == 0)
             raise ValueError(
@@ -109,10 +115,18 @@ class OFT(Method):
             )
         return r, width // r
 
-    def build(self, site: WeightSite) -> OFTAdapter:
+    @property
+    def _least(self) -> int:
+        """The smallest block: one of 1 cannot turn, but on the output side it can rescale."""
+        return 1 if self.side == "output" and self.rescale else 2
+
+    def build(self, site: WeightSite) -> Adapter:
         """Q of zeros for one weight."""
         r, b = self.shape(site)
         radius = None if self.coft is None else self.coft * b * b / math.sqrt(1 if self.share else r)
+        if self.side == "output":
+            refuse_straddling(site, b)
+            return OutputTurn(site, [1 if self.share else r], b, radius, self.rescale)
         return OFTAdapter(site.d_out, 1 if self.share else r, b, radius, self.rescale)
 
     def count(self, site: WeightSite) -> int:
