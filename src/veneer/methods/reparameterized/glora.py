@@ -14,6 +14,7 @@ from veneer.injection.sites import ParamSite, Site, WeightSite
 
 Form = Literal["low_rank", "vector", "scalar", "none"]
 BiasForm = Literal["vector", "scalar", "none"]
+Product = Literal["elements", "matrices"]
 
 
 class Term(nn.Module):
@@ -35,23 +36,34 @@ class Term(nn.Module):
 class GLoRAAdapter(Adapter):
     """W' = W + W ∘ A + B of a weight, flattened to (d_out, width); b' = b + b ∘ D + E of a bias, (d_out, 1).
 
+    With `matrices` it is W' = W + W A + B, where A (d_in / groups, d_in / groups) mixes the inputs of W, kernel by kernel.
+
     There is no output form: (W ∘ A) x needs W.
     """
 
     blends: ClassVar[bool] = True
 
-    def __init__(self, scale: Term, shift: Term) -> None:
+    def __init__(self, scale: Term, shift: Term, matrices: bool = False) -> None:
         super().__init__()
-        self.scale, self.shift = scale, shift
+        self.scale, self.shift, self.matrices = scale, shift, matrices
 
     def weight(self, weight: Tensor) -> Tensor:
         """The tensor scaled and shifted."""
         flat = after = weight.reshape(len(weight), -1)
         if self.scale.form != "none":
-            after = after + flat * (self.scale() * self.strength)
+            after = after + self._scaled(weight) * self.strength
         if self.shift.form != "none":
             after = after + self.shift() * self.strength
         return after.reshape(weight.shape)
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        """W ∘ A, or W A, flattened."""
+        if not self.matrices:
+            return weight.reshape(len(weight), -1) * self.scale()
+        up, down = self.scale.up, self.scale.down
+        assert down is not None
+        inputs = weight.reshape(*weight.shape[:2], -1).mT  # (d_out, kernel, d_in)
+        return (inputs @ up @ down).mT.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,10 @@ class GLoRA(Method):
         A, B: `low_rank` (d_out, rank) times (rank, width), `vector` one number an output, `scalar` one number, or `none`.
         D, E: `vector`, `scalar` or `none`; for the biases among the sites, roles `bias.*`.
         rank: of what is `low_rank`, at least 1.
+        product: of W with a low-rank A: `elements` W ∘ A, or `matrices` W A, as LyCORIS has it, A mixing the inputs of a weight.
     Convolutions: the kernel is flattened, width = d_in·k·k / groups, so that grouped and depthwise ones need nothing special.
     Has only the weight form, so a quantised base is refused.
-    Counts: per term rank·(d_out + width), d_out, 1 or 0. ViT-B/16, rank 4, all low-rank and vectors: 1,492,992.
+    Counts: per term rank·(d_out + width), d_out, 1 or 0; for W A rank·2·d_in / groups. ViT-B/16, rank 4, all low-rank and vectors: 1,492,992.
     Source: Chavan et al., One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, 2023, equation 10. A multiplies
     elementwise, as in the authors' code and in peft; the paper writes a product of matrices, as LyCORIS computes. Deviations:
     no C (W C is a vector that is added to the bias, so E has it already), no new biases, and one form for all layers where the
@@ -85,25 +98,34 @@ class GLoRA(Method):
     D: BiasForm = "vector"
     E: BiasForm = "vector"
     rank: int = 4
+    product: Product = "elements"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"glora: rank must be at least 1, got {self.rank}")
-        for term, allowed in (("A", Form), ("B", Form), ("D", BiasForm), ("E", BiasForm)):
+        for term, allowed in (("A", Form), ("B", Form), ("D", BiasForm), ("E", BiasForm), ("product", Product)):
             if getattr(self, term) not in get_args(allowed):
                 raise ValueError(f"glora: {term} must be one of {', '.join(get_args(allowed))}, got {getattr(self, term)!r}")
 
     def build(self, site: WeightSite | ParamSite) -> GLoRAAdapter:
         """A and B for a weight, D and E for a bias."""
-        size = self._size(site)
-        first, second = (Term(form, *size, self.rank) for form in self._forms(site))
-        return GLoRAAdapter(first, second)
+        size, (first, second) = self._size(site), self._forms(site)
+        inputs = self._inputs(site)
+        scale = Term(first, *(size if inputs is None else (inputs, inputs)), self.rank)
+        return GLoRAAdapter(scale, Term(second, *size, self.rank), inputs is not None)
 
     def count(self, site: WeightSite | ParamSite) -> int:
         """Both terms' sizes."""
         d_out, width = self._size(site)
         sizes = {"low_rank": self.rank * (d_out + width), "vector": d_out, "scalar": 1, "none": 0}
-        return sum(sizes[form] for form in self._forms(site))
+        (first, second), inputs = self._forms(site), self._inputs(site)
+        return sizes[second] + (sizes[first] if inputs is None else 2 * self.rank * inputs)
+
+    def _inputs(self, site: WeightSite | ParamSite) -> int | None:
+        """The side of an A that is multiplied with W as a matrix; None elsewhere."""
+        if isinstance(site, WeightSite) and self.product == "matrices" and self.A == "low_rank":
+            return site.weight_shape[1]
+        return None
 
     def _forms(self, site: Site) -> tuple[Form, Form]:
         return (self.A, self.B) if isinstance(site, WeightSite) else (self.D, self.E)
