@@ -49,7 +49,7 @@ class GLoRAAdapter(Adapter):
 
     def weight(self, weight: Tensor) -> Tensor:
         """The tensor scaled and shifted."""
-        flat = after = weight.reshape(len(weight), -1)
+        after = weight.reshape(len(weight), -1)
         if self.scale.form != "none":
             after = after + self._scaled(weight) * self.strength
         if self.shift.form != "none":
@@ -77,7 +77,8 @@ class GLoRA(Method):
         product: of W with a low-rank A: `elements` W ∘ A, or `matrices` W A, as LyCORIS has it, A mixing the inputs of a weight.
     Convolutions: the kernel is flattened, width = d_in·k·k / groups, so that grouped and depthwise ones need nothing special.
     Has only the weight form, so a quantised base is refused.
-    Counts: per term rank·(d_out + width), d_out, 1 or 0; for W A rank·2·d_in / groups. ViT-B/16, rank 4, all low-rank and vectors: 1,492,992.
+    Counts: per term rank·(d_out + width), d_out, 1 or 0; for the A of W A 2·rank·d_in / groups. ViT-B/16, rank 4, all low-rank
+    and vectors: 1,492,992.
     Source: Chavan et al., One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, 2023, equation 10. A multiplies
     elementwise, as in the authors' code and in peft; the paper writes a product of matrices, as LyCORIS computes. Deviations:
     no C (W C is a vector that is added to the bias, so E has it already), no new biases, and one form for all layers where the
