@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import merge as merging
 from .errors import StateError
 from .joined import Joined
-from .ledger import open_ledger
+from .ledger import Merge, open_ledger
 from .method import Adapter
 from .plan import Plan
 from .probe import probe
@@ -100,6 +100,24 @@ class Attachment:
         extra = [p for _, p in self.trained.items()]
         return [*groups, {"params": extra, "lr_scale": 1.0}] if extra else groups
 
+    def penalty(self) -> Tensor | None:
+        """The method's own term of the loss, to be added before `backward()`; None for most methods."""
+        return self.method.penalty(list(self.parts.values()))
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Tell the method that the optimiser has made a step. Call it before the gradients are cleared.
+
+        `veneer.training` calls this and `penalty`; your own loop does so where a method's documentation asks for it.
+
+        Args:
+            step: steps done, this one included. `steps`: in the whole run.
+        Raises:
+            ValueError: `step` is not in 1 … `steps`.
+        """
+        if not 1 <= step <= steps:
+            raise ValueError(f"'{self.name}': after_step({step}, {steps}): steps are counted from 1 to {steps}.")
+        self.method.after_step(list(self.parts.values()), step, steps)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that training changed, under `site-name:parameter`, norm statistics of the host included."""
         return state_of(self)
@@ -155,24 +173,38 @@ class Attachment:
     # folding into weights
 
     def merge(self) -> merging.MergeReport:
-        """Fold the adapters into the base weights: W' = weight(W) at the current scale. Keeps a pristine copy of each W.
+        """Fold the adapters into the base weights: W' = weight(W) at the current scale, rounded once to W's dtype.
+
+        Memory: W' is written beside W, and W is kept for `unmerge`: as much again as the adapted weights, for each merge.
+        Order: of several attachments the first merged is applied first, and those that stay beside are applied to the result.
+        Merged in the order of attaching, outputs stay as they are; in another only where all changes are sums, as LoRA's.
+        `veneer.merges(model)` tells what is merged, in which order and at which scale.
 
         Raises:
-            StateError: merged already. UnsupportedSite: the method has no weight form. Nothing has been changed then.
+            StateError: merged already or detached.
+            UnsupportedSite: the method has no weight form, or a weight is quantised, tied, offloaded or computed from others.
+            Nothing has been changed then.
         """
         if self.merged:
             raise StateError(f"'{self.name}' is merged already.")
         self.check()
-        self._pristine, report = merging.fold(self.towers, list(self.parts.values()), self._on)
-        for seam in self._joined.seams:
-            seam.part()
-        self.merged = True
+        pristine, report = merging.fold(self.towers, list(self.parts.values()))
+        try:
+            for seam in self._joined.seams:
+                seam.part()
+        except BaseException:
+            merging.unfold(self.towers, pristine)
+            self._join_again()
+            raise
+        self._pristine, self.merged = pristine, True
         for tower in self.towers.values():
-            open_ledger(tower).merged.append(self)
+            open_ledger(tower).merged.append(Merge(self, self._scale if self._on else 0.0))
         return report
 
     def unmerge(self) -> None:
-        """Put the pristine weights back, bitwise, and the adapters beside them again.
+        """Put the pristine weights back, bitwise and without a copy, and the adapters beside them again.
+
+        On a model that was moved or cast since, they are moved and cast as it was. What else was written into W' is lost.
 
         Raises:
             StateError: not merged, or something was merged later and must be unmerged first.
@@ -181,14 +213,22 @@ class Attachment:
             raise StateError(f"'{self.name}' is not merged.")
         for tower in self.towers.values():
             ledger = open_ledger(tower)
-            if ledger.merged[-1] is not self:
+            if ledger.merged[-1].attachment is not self:
                 raise StateError(f"'{ledger.merged[-1].name}' was merged after '{self.name}'. Unmerge it first.")
         merging.unfold(self.towers, self._pristine)
         for tower in self.towers.values():
-            open_ledger(tower).merged.remove(self)
-        for seam in self._joined.seams:
-            seam.join(self.name)
+            open_ledger(tower).merged.pop()
         self._pristine, self.merged = None, False
+        self._join_again()
+
+    def _join_again(self) -> None:
+        """Take the place in the order of attaching: what was attached later acts later, also after an unmerge."""
+        ledgers = [open_ledger(tower).attachments for tower in self.towers.values()]
+        later = dict.fromkeys(a for known in ledgers for a in known[known.index(self) :] if not a.merged)
+        for attachment in later:
+            for seam in attachment._joined.seams:
+                seam.part()
+                seam.join(attachment.name)
 
     # looking
 

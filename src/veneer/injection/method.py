@@ -24,6 +24,9 @@ class Adapter(nn.Module):
     - `weight(W) -> W'`: weight form, for tensors that are read and for merging,
     - `input(x) -> x'`: what a called module reads, in the place of `output`, where that is the cheaper way to the same change.
 
+    Beside `weight`, a sum of low rank may offer `factors() -> (C, D)` at its strength, with W' = W + C D for W as (groups, rows /
+    groups, width): merging it then costs about a copy of W, and combining it needs no matrix of W's size.
+
     A method on a `TokenSite` offers `insert(tokens)` and `remove(tokens)` instead, one on an `AttentionSite`
     `attend(inner, attn, hidden_states, **kwargs)`, one on a `VocabularySite` `ids(ids)` and `output(ids, rows)`.
 
@@ -31,10 +34,13 @@ class Adapter(nn.Module):
     exactly. An adapter that already multiplies by `self.strength` (cheaper where the change is a sum) says so with
     `blends = True`.
 
+    `remembered` names buffers that only training needs (not persistent): a checkpoint of a run keeps them, a file does not.
+
     A fresh adapter is in the training mode of its host.
     """
 
     blends: ClassVar[bool] = False
+    remembered: ClassVar[tuple[str, ...]] = ()
     strength: Tensor
 
     def __init__(self) -> None:
@@ -124,6 +130,17 @@ class Method(ABC):
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser. `lr_scale` multiplies the learning rate; one group by default."""
         return [{"params": list({id(p): p for _, a in adapters for p in a.parameters()}.values()), "lr_scale": 1.0}]
+
+    def penalty(self, adapters: Iterable[tuple[Site, Adapter]]) -> Tensor | None:
+        """A term of its own that is added to the loss, with a graph; None for nothing. See `Attachment.penalty`."""
+        return None
+
+    def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
+        """What a method does once an optimiser step: a schedule, pruning. See `Attachment.after_step`.
+
+        A pure function of the adapters' tensors, their gradients and both numbers, so that a resumed run does the same: what it
+        remembers is in buffers that are saved, or that `Adapter.remembered` names. Draws no random numbers.
+        """
 
     @classmethod
     def examples(cls) -> tuple[Method, Method]:
