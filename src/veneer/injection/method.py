@@ -141,6 +141,7 @@ class Method(ABC):
         A pure function of the adapters' tensors, their gradients and both numbers, so that a resumed run does the same: what it
         remembers is in buffers that are saved, or that `Adapter.remembered` names. Draws no random numbers.
         """
+        return None
 
     @classmethod
     def examples(cls) -> tuple[Method, Method]:
