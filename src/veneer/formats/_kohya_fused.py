@@ -47,24 +47,38 @@ def split(file: File, name: str, place: Place, pair: Pair) -> list[tuple[WeightS
 
 def joined(place: Place, adapters: Mapping[str, Any]) -> Pair:
     """The adapters of a place as one pair: block-diagonal, or stacked where all slices read the same components."""
-    given = {name: _of(adapter) for name, adapter in adapters.items()}
-    first = next(iter(given.values()))
+    pairs = {name: _of(adapter) for name, adapter in adapters.items()}
+    return together(place, pairs, alike(place, {name: p.down for name, p in pairs.items()}))
+
+
+def alike(place: Place, downs: Mapping[str, Tensor]) -> bool:
+    """True if every slice of a place reads the same components."""
+    first = next(iter(downs.values()))
+    return len(downs) == len(place.sites) and all(torch.equal(down, first) for down in downs.values())
+
+
+def together(place: Place, pairs: Mapping[str, Pair], stacked: bool) -> Pair:
+    """The pairs of a place's sites, by name, as one of all its rows; those of sites without a pair are zero.
+
+    Args:
+        stacked: all have one `down`, which is kept; else the components of one are after those of another.
+    """
+    first = next(iter(pairs.values()))
     if len(place.sites) == 1:
         up = torch.cat(first.up.chunk(2)[::-1]) if place.swapped else first.up
         return Pair(first.down, up, first.scaling)
-    ups = {name: p.up if p.scaling == first.scaling else p.up * (p.scaling / first.scaling) for name, p in given.items()}
-    alike = [torch.equal(p.down, first.down) for p in given.values()]
-    if len(given) == len(place.sites) and all(alike):
+    ups = {name: p.up if p.scaling == first.scaling else p.up * (p.scaling / first.scaling) for name, p in pairs.items()}
+    if stacked:
         return Pair(first.down, torch.cat([ups[site.name] for site in place.sites]), first.scaling)
-    order = [site.name for site in place.sites if site.name in given]
-    wide = dict(zip(order, torch.block_diag(*(torch.ones(1, given[n].down.shape[0]) for n in order)), strict=True))
+    order = [site.name for site in place.sites if site.name in pairs]
+    wide = dict(zip(order, torch.block_diag(*(torch.ones(1, pairs[n].down.shape[0]) for n in order)), strict=True))
     rows = []
     for site in place.sites:
-        up = first.up.new_zeros(site.d_out, sum(given[n].down.shape[0] for n in order))
-        if site.name in given:
+        up = first.up.new_zeros(site.d_out, sum(pairs[n].down.shape[0] for n in order))
+        if site.name in pairs:
             up[:, wide[site.name].bool()] = ups[site.name]
         rows.append(up)
-    return Pair(torch.cat([given[n].down for n in order]), torch.cat(rows), first.scaling)
+    return Pair(torch.cat([pairs[n].down for n in order]), torch.cat(rows), first.scaling)
 
 
 def _of(adapter: Any) -> Pair:
