@@ -69,7 +69,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
         LossOptions(kind=config.loss, prior_weight=config.prior_weight),
         Cache(config.cache_folder) if config.cache else None,
     )
-    named = targets.named_parameters(attached)
+    named = targets.named_state(attached)
     groups = targets.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
     run = Run(config, pipe, attached, photos, out)
     texts = [template.replace("{concept}", config.concept) for template in captions.templates]
@@ -94,11 +94,12 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     trainer = Trainer(
         loop,
         groups,
-        loss,
+        targets.with_penalties(loss, attached),
         named,
         out,
         identity={**config.identity(), "base": digest, "photos": [p.digest for p in [*photos, *prior]]},
         accelerator=accelerator,
+        after_step=targets.after_step(attached),
         on_step=ProgressLine(),
         on_preview=lambda step: write_preview(run, step),
     )

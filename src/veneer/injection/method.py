@@ -143,6 +143,10 @@ class Method(ABC):
         """
         return None
 
+    def summary(self, adapters: Iterable[tuple[Site, Adapter]]) -> str:
+        """A line for `Attachment.report` about the adapters as they are now; empty for nothing."""
+        return ""
+
     @classmethod
     def examples(cls) -> tuple[Method, Method]:
         """Two configs for the conformance suite, which may be attached to one bare model together; the defaults, twice."""

@@ -36,6 +36,7 @@ class Report:
     Attributes:
         inert: names of adapted sites whose effect the architecture cancels or drops; trained for nothing.
         rows: one a block, in the model's order; blocks and levels that offer the method a site and got none are listed too.
+        summary: the method's own line about its adapters as they are now, such as the ranks that are left.
         sites, trainable, stored: counts; `stored` is the number of saved values.
         base: parameters of the touched towers without adapters.
     """
@@ -48,6 +49,7 @@ class Report:
     stored: int
     base: int
     inert: tuple[str, ...] = ()
+    summary: str = ""
 
     @property
     def uneven(self) -> tuple[Row, ...]:
@@ -80,6 +82,7 @@ class Report:
             stored=sum({t.untyped_storage()._cdata: t.numel() for t in attachment.state_dict().values()}.values()),
             base=sum(t.numel() for tower in attachment.towers.values() for _, t in host_tensors(tower)),
             inert=tuple(site.name for site, _ in attachment.parts.values() if site.inert),
+            summary=attachment.method.summary(list(attachment.parts.values())),
         )
 
     def __str__(self) -> str:
@@ -96,7 +99,7 @@ class Report:
             lines.append(f"uneven: {len(self.uneven)} of {len(self.rows)} blocks lack a role that others have (column 'lacking')")
         if self.inert:
             lines.append(f"inert: {len(self.inert)} sites have no effect by the host's design: {', '.join(self.inert[:3])}"[:160])
-        return "\n".join(lines)
+        return "\n".join([*lines, self.summary] if self.summary else lines)
 
 
 def _block(site: Site) -> Block:

@@ -75,13 +75,21 @@ class Gradients:
         """Whether a gradient norm ends the run. With fp16 an overflow only halves the scale, until that falls below 1."""
         return not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1)
 
-    def apply(self, norm: float) -> None:
-        """Clip the gradient, whose norm is `norm`, and update the parameters; an overflow of fp16 updates nothing."""
+    def apply(self, norm: float, then: Callable[[], None] | None = None) -> None:
+        """Clip the gradient, whose norm is `norm`, and update the parameters; an overflow of fp16 updates nothing.
+
+        Args:
+            then: called after the update, while the gradients are there; after an overflow there are none.
+        """
         if self.config.clip and math.isfinite(norm):
             total = torch.tensor(norm, device=self.accelerator.device)
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, total)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if then is not None:
+            if not math.isfinite(norm):
+                self.clear()
+            then()
         self.clear()
 
     def clear(self) -> None:

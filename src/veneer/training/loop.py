@@ -73,6 +73,8 @@ class Trainer:
         folder: where checkpoints and records go; None for none of both.
         identity: further settings that a resumed run must share (method, digests of the pictures), as JSON values.
         accelerator: device, processes; one is made if none is given. The tensors must be on its device.
+        after_step: `after_step(step, steps)` is called on every process after each update, before the gradients are cleared,
+            with the steps done and those of the whole run. What it changes must be in `named`.
         on_step: called after each step with a `Progress`, on the main process.
         on_preview: called with the steps done, every `config.preview_every`, on the main process with the averaged weights
             in place if there are any.
@@ -91,10 +93,11 @@ class Trainer:
         *,
         identity: Mapping[str, Any] | None = None,
         accelerator: Accelerator | None = None,
+        after_step: Callable[[int, int], None] | None = None,
         on_step: Callable[[Progress], None] | None = None,
         on_preview: Callable[[int], None] | None = None,
     ) -> None:
-        self.config, self.on_step, self.on_preview = config, on_step, on_preview
+        self.config, self.after_step, self.on_step, self.on_preview = config, after_step, on_step, on_preview
         self.accelerator = accelerator or Accelerator()
         lists = [list(group["params"]) for group in groups]
         groups = [{**group, "params": params} for group, params in zip(groups, lists, strict=True)]
@@ -109,6 +112,8 @@ class Trainer:
             [g.get("name"), g.get("lr_scale", 1.0), g.get("weight_decay"), len(p)] for g, p in zip(groups, lists, strict=True)
         ]
         settings = {**config.identity(), "groups": shares, **(identity or {})}
+        if after_step is not None:
+            settings["steps"] = config.steps
         self.checkpoints = None if folder is None else Checkpoints(Path(folder), settings, config.keep_checkpoints)
         self.step, self.losses, self.seconds = 0, list[float](), 0.0
         self._resumed_from, self._saved, self._warnings = 0, -1, list[str]()
@@ -185,7 +190,8 @@ class Trainer:
         if self.gradients.fatal(norm):
             raise self._diverged(f"the gradient's norm is {norm}", rate, step)
         self._good.take(step)
-        self.gradients.apply(norm)
+        then = self.after_step
+        self.gradients.apply(norm, None if then is None else lambda: then(step + 1, self.config.steps))
         if self.ema:
             self.ema.update(step)
         self.losses.append(loss)
@@ -251,7 +257,8 @@ class Trainer:
         put(self.named, state.tensors["weights"], "weights")
         optimizers.unpack(self.optimizer, self.trained, state.tensors["optimizer"], state.values["optimizer"])
         if self.ema:
-            put(self.ema.averages, state.tensors.get("ema", state.tensors["weights"]), "averaged weights")
+            weights = {name: state.tensors["weights"][name] for name in self.ema.averages}
+            put(self.ema.averages, state.tensors.get("ema", weights), "averaged weights")
         if state.values["scaler"] and self.gradients.scaler.is_enabled():
             self.gradients.scaler.load_state_dict(state.values["scaler"])
         self.losses = state.tensors["history"]["losses"].tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..injection import Attachment, attach, methods
 from ..injection.errors import VeneerError
 from ..injection.method import Method
 from ..injection.sites import VocabularySite
+from .gradients import LossStep
 from .optimizers import Group
 from .seeds import mix
 
@@ -87,6 +88,42 @@ def attach_all(
 def named_parameters(attached: Sequence[Attachment]) -> dict[str, Tensor]:
     """`attachment/site:parameter` and the tensor."""
     return {f"{a.name}/{key}": p for a in attached for key, p in a.named_parameters()}
+
+
+def named_state(attached: Sequence[Attachment]) -> dict[str, Tensor]:
+    """All that a checkpoint must hold: `named_parameters`, and the adapters' buffers that are saved or `remembered`."""
+    found = named_parameters(attached)
+    known = {id(t) for t in found.values()}
+    for a in attached:
+        for site, (_, adapter) in a.parts.items():
+            kept = {**adapter.state_dict(keep_vars=True), **{name: adapter.get_buffer(name) for name in adapter.remembered}}
+            for key, tensor in kept.items():
+                if id(tensor) not in known:
+                    known.add(id(tensor))
+                    found[f"{a.name}/{site}:{key}"] = tensor
+    return found
+
+
+def with_penalties(loss: LossStep, attached: Sequence[Attachment]) -> LossStep:
+    """The loss with the methods' own terms added, each once a step."""
+    own = [a for a in attached if type(a.method).penalty is not Method.penalty]
+
+    def penalised(step: int, rows: list[int]) -> Tensor:
+        terms = (a.penalty() for a in own)
+        return sum((term for term in terms if term is not None), loss(step, rows))
+
+    return penalised if own else loss
+
+
+def after_step(attached: Sequence[Attachment]) -> Callable[[int, int], None] | None:
+    """What the methods do after each step, for `Trainer`; None if none of them does anything."""
+    own = [a for a in attached if type(a.method).after_step is not Method.after_step]
+
+    def done(step: int, steps: int) -> None:
+        for a in own:
+            a.after_step(step, steps)
+
+    return done if own else None
 
 
 def parameter_groups(attached: Sequence[Attachment], rates: Mapping[str, float], text_rate: float, base: float) -> list[Group]:

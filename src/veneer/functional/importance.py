@@ -1,0 +1,43 @@
+"""How much trained values matter to a loss, smoothed over steps, and how many of them a schedule leaves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def observe(weight: Tensor, sensitivity: Tensor, uncertainty: Tensor, beta1: float, beta2: float) -> None:
+    """Ī ← β1·Ī + (1 − β1)·I and Ū ← β2·Ū + (1 − β2)·|I − Ī| in place, with I = |w · ∂L/∂w|.
+
+    A weight without a gradient changes nothing.
+
+    Args:
+        weight: w, with its gradient. `sensitivity`, `uncertainty`: Ī and Ū, of its shape.
+    Source: Zhang et al., AdaLoRA, ICLR 2023, equations 8 to 10.
+    """
+    if weight.grad is None:
+        return
+    now = (weight * weight.grad).abs()
+    sensitivity.mul_(beta1).add_(now, alpha=1 - beta1)
+    uncertainty.mul_(beta2).add_((now - sensitivity).abs_(), alpha=1 - beta2)
+
+
+def cubic(step: int, start: int, end: int, first: int, last: int) -> int:
+    """b(t) = b_T + (b_0 − b_T)·(1 − (t − t_0) / (t_1 − t_0))³, rounded down: b_0 until `start`, b_T from `end` on.
+
+    Args:
+        step: t. `start`, `end`: t_0 and t_1. `first`, `last`: b_0 and b_T.
+    Source: Zhu and Gupta 2017 for sparsity; Zhang et al., AdaLoRA, ICLR 2023, section 3.3.
+    """
+    if step >= end:
+        return last
+    left = 1 - max(0, step - start) / (end - start) if end > start else 1
+    return int(last + (first - last) * left**3)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """True at the `count` largest of `scores`, (n,); of equal ones the earlier, so that it is always so many."""
+    kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    kept[scores.argsort(descending=True, stable=True)[:count]] = True
+    return kept

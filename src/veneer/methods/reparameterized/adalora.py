@@ -1,0 +1,220 @@
+"""AdaLoRA: a low-rank change as singular triplets, of which the important ones of the whole model are left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.functional.convolve import convolve
+from veneer.functional.importance import cubic, largest, observe
+from veneer.functional.orthogonality import from_orthonormal
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import Site, WeightSite
+
+TRAINED = ("up", "values", "down")
+
+
+class AdaLoRAAdapter(Adapter):
+    """y' = y + s·P Λ Q x, W' = W + s·P Λ Q. Triplet i is column i of P, λ_i and row i of Q.
+
+    Shapes: `up` is P, (d_out, rank / groups[, 1, 1]), `values` is Λ, (rank,), `down` is Q, (rank, d_in / groups[, k, k]).
+    Remembered while training: Ī and Ū of each (`up_sensitivity`, `up_uncertainty`, …), and `kept`, (rank,), 0 where pruned last.
+    """
+
+    blends: ClassVar[bool] = True
+    remembered: ClassVar[tuple[str, ...]] = (*(f"{n}_{what}" for n in TRAINED for what in ("sensitivity", "uncertainty")), "kept")
+    kept: Tensor
+
+    def __init__(self, site: WeightSite, rank: int, scaling: float) -> None:
+        super().__init__()
+        self.site, self.scaling = site, scaling
+        ones = (1,) * len(site.kernel)
+        self.up = nn.Parameter(torch.empty(site.d_out, rank // site.groups, *ones))
+        self.values = nn.Parameter(torch.zeros(rank))
+        self.down = nn.Parameter(torch.empty(rank, site.d_in // site.groups, *site.kernel))
+        for name in TRAINED:
+            for what in ("sensitivity", "uncertainty"):
+                self.register_buffer(f"{name}_{what}", torch.zeros(getattr(self, name).shape), persistent=False)
+        self.register_buffer("kept", torch.ones(rank), persistent=False)
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: what the module read; y: what it gave."""
+        site = self.site
+        low = convolve(x, self.down, site.stride, site.padding, site.dilation, site.groups)
+        scale = (self.strength * self.scaling) * self.values.view(-1, *(1 for _ in site.kernel))
+        return y + convolve(low * scale, self.up, groups=site.groups)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """W + s·P Λ Q."""
+        return weight + self.delta() * (self.strength * self.scaling)
+
+    def delta(self) -> Tensor:
+        """P Λ Q in the weight's shape, without any scale."""
+        columns, rows = self._blocks(self.up, self.down)
+        values = self.values.unflatten(0, (self.site.groups, 1, -1))
+        return ((columns.mT * values) @ rows).reshape(self.site.weight_shape)
+
+    def _blocks(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns of P and the rows of Q, (groups, rank / groups, width of each)."""
+        columns, rows = (t.flatten(1).unflatten(0, (self.site.groups, -1)) for t in (up, down))
+        return columns.mT, rows
+
+    def unorthogonality(self) -> Tensor:
+        """‖PᵀP − I‖_F + ‖QQᵀ − I‖_F, within groups."""
+        columns, rows = self._blocks(self.up, self.down)
+        return from_orthonormal(columns) + from_orthonormal(rows)
+
+    def observe(self, beta1: float, beta2: float) -> None:
+        """Take the gradients into the smoothed sensitivity and its uncertainty."""
+        for name in TRAINED:
+            sensitivity, uncertainty = self.get_buffer(f"{name}_sensitivity"), self.get_buffer(f"{name}_uncertainty")
+            observe(self.get_parameter(name), sensitivity, uncertainty, beta1, beta2)
+
+    def scores(self) -> Tensor:
+        """S_i = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij) with s = Ī·Ū, (rank,)."""
+        up, values, down = (getattr(self, f"{n}_sensitivity") * getattr(self, f"{n}_uncertainty") for n in TRAINED)
+        columns, rows = self._blocks(up, down)
+        return values + columns.mean(-1).flatten() + rows.mean(-1).flatten()
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        """λ = 0 where `kept` is 0."""
+        self.values.mul_(self.kept)
+
+
+@dataclass(frozen=True)
+class AdaLoRA(Method):
+    """W' = W + s·P Λ Q with s = alpha / rank and Λ diagonal, zero at the start; ranks are pruned where they matter least.
+
+    All sites have `rank` triplets at first and `target_rank` on average in the end: after the first steps the budget of the whole
+    model falls by a cubic schedule, and λ of the triplets with the lowest importance is set to 0. Their P and Q stay, so
+    that a triplet may come back, until the last part of the run, in which the choice is fixed. P and Q are kept orthonormal
+    by a term of the loss.
+
+    `veneer personalize` does all of that. A training loop of your own adds two calls:
+
+        loss = loss + tuned.penalty()
+        loss.backward()
+        optimizer.step()
+        tuned.after_step(step, steps)  # step from 1 to steps, before zero_grad(); gradients already summed over processes
+        optimizer.zero_grad()
+
+    Without them it is a LoRA of `rank` with a diagonal between.
+
+    Args:
+        rank: triplets of each site at first, at least 1.
+        target_rank: average of those that are left, 1 to `rank`; by site (`by_site`) the site's share of the budget.
+        alpha: numerator of the scale; None means the rank, so that s = 1.
+        warmup: share of the steps before pruning begins, 0 to 1. `final`: share of the steps after it has ended.
+        every: steps between two prunings; between them pruned λ learn again.
+        orthogonality: weight of the orthogonality term.
+        beta1, beta2: smoothing of the sensitivity and of its uncertainty, 0 to 1.
+    Convolutions: as in `lora`, the rank split over groups.
+    Counts: rank·(d_in·k·k / groups + 1) + d_out·rank / groups per site. Pruned triplets are stored too, with λ = 0. With averaged
+    weights λ of pruned triplets is averaged as well, and fades.
+    Source: Zhang et al., AdaLoRA, ICLR 2023, equations 3, 4, 6 to 11, section 3.3 and algorithm 1; QingruZhang/AdaLoRA
+    `loralib/adalora.py`; peft `tuners/adalora`. Where paper and code differ, the authors' code and peft are followed, which
+    agree: the term is the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all matrices, where the paper sums the squares; the
+    sensitivity is that of the weight after its step with the gradient from before; the first draws have standard deviation 0.02.
+    Deviations: of equal scores the earlier triplet stays, so that the budget is met exactly; s = alpha / rank, without the
+    code's 1e-5 in the denominator; warm-up and final part are shares of the run, not steps.
+    """
+
+    name: ClassVar[str] = "adalora"
+    paper: ClassVar[str] = "Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023"
+    needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
+    default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp")
+    learning_rate: ClassVar[float] = 1e-3
+
+    rank: int = 12
+    target_rank: int = 8
+    alpha: float | None = None
+    warmup: float = 0.1
+    final: float = 0.5
+    every: int = 10
+    orthogonality: float = 0.5
+    beta1: float = 0.85
+    beta2: float = 0.85
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.target_rank <= self.rank:
+            raise ValueError(f"adalora: target_rank must be from 1 to rank, got {self.target_rank} of {self.rank}")
+        if not (self.warmup >= 0 and self.final >= 0 and self.warmup + self.final < 1):
+            raise ValueError(f"adalora: warmup and final must leave steps between them, got {self.warmup} and {self.final}")
+        if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1 and self.every >= 1 and self.orthogonality >= 0):
+            raise ValueError(
+                "adalora: beta1 and beta2 must be in (0, 1), every at least 1 and orthogonality at least 0, got "
+                f"{self.beta1}, {self.beta2}, {self.every} and {self.orthogonality}"
+            )
+
+    def build(self, site: WeightSite) -> AdaLoRAAdapter:
+        """P and Q drawn, Λ = 0, for one weight.
+
+        Raises:
+            ValueError: a grouped convolution whose groups do not divide the rank.
+        """
+        if self.rank % site.groups:
+            raise ValueError(f"rank {self.rank} must divide by the convolution's {site.groups} groups; choose another there")
+        adapter = AdaLoRAAdapter(site, self.rank, (self.alpha or self.rank) / self.rank)
+        nn.init.normal_(adapter.up, std=0.02)
+        nn.init.normal_(adapter.down, std=0.02)
+        return adapter
+
+    def count(self, site: WeightSite) -> int:
+        """rank·(d_in·k·k / groups + d_out / groups + 1)."""
+        return self.rank * (site.d_in * math.prod(site.kernel) + site.d_out) // site.groups + self.rank
+
+    def penalty(self, adapters: Iterable[tuple[Site, Adapter]]) -> Tensor:
+        """orthogonality · mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all sites; not under autocast."""
+        parts = [adapter for _, adapter in _own(adapters)]
+        device = parts[0].values.device
+        with torch.autocast(device.type, enabled=False):
+            return self.orthogonality * torch.stack([a.unorthogonality().to(device) for a in parts]).sum() / (2 * len(parts))
+
+    def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
+        """Observe the gradients, and prune to the budget where that is due."""
+        parts = list(_own(adapters))
+        start, end = round(self.warmup * steps), max(1, steps - round(self.final * steps))
+        if step <= max(1, end - 1):
+            for _, adapter in parts:
+                adapter.observe(self.beta1, self.beta2)
+        if step == end or (start < step < end and step % self.every == 0):
+            first = sum(a.values.numel() for _, a in parts)
+            last = sum(self._target(site) for site, _ in parts)
+            self._allocate([a for _, a in parts], cubic(step, start, end, first, last))
+        elif step < end:
+            return
+        for _, adapter in parts:
+            adapter.prune()
+
+    @staticmethod
+    def _allocate(adapters: list[AdaLoRAAdapter], budget: int) -> None:
+        """Keep the `budget` triplets of all adapters that have the highest scores."""
+        device = adapters[0].values.device
+        kept = largest(torch.cat([a.scores().to(device) for a in adapters]), budget)
+        for adapter, part in zip(adapters, kept.split([a.kept.numel() for a in adapters]), strict=True):
+            adapter.kept.copy_(part)
+
+    def _target(self, site: Site) -> int:
+        here: Any = self.at(site)
+        return here.target_rank
+
+    def summary(self, adapters: Iterable[tuple[Site, Adapter]]) -> str:
+        """Triplets with λ ≠ 0, in all and on average by role."""
+        counts: dict[str, list[int]] = {}
+        for site, adapter in _own(adapters):
+            counts.setdefault(site.role, []).append(int(torch.count_nonzero(adapter.values.detach())))
+        means = ", ".join(f"{role} {sum(n) / len(n):.1f}" for role, n in counts.items())
+        total = sum(a.values.numel() for _, a in _own(adapters))
+        return f"rank: {sum(map(sum, counts.values()))} of {total} triplets are not zero; on average {means}"
+
+
+def _own(adapters: Iterable[tuple[Site, Adapter]]) -> Iterator[tuple[Site, AdaLoRAAdapter]]:
+    for site, adapter in adapters:
+        assert isinstance(adapter, AdaLoRAAdapter)
+        yield site, adapter
