@@ -7,11 +7,25 @@ from typing import Any, Literal
 
 from ..injection import Attachment
 from ._converting import Converted, convert
-from ._format import Format, Layer, Options, formats, known_format
+from ._format import Format, Layer, Options, format_of, formats, known_format
 from ._looking import Look, look
 from ._reading import File, read
 
-__all__ = ["Converted", "File", "Format", "Layer", "Look", "Options", "convert", "formats", "load", "load_all", "look"]
+__all__ = [
+    "Converted",
+    "File",
+    "Format",
+    "Layer",
+    "Look",
+    "Options",
+    "convert",
+    "format_of",
+    "formats",
+    "load",
+    "load_all",
+    "look",
+    "read",
+]
 
 
 def load(

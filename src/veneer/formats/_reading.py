@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -53,6 +54,10 @@ class File:
                 "Use an earlier checkpoint, or pass strict=False to load it all the same."
             )
         return found
+
+    def only(self, names: Collection[str]) -> File:
+        """The file as if it had no tensors but these."""
+        return dataclasses.replace(self, shapes={name: shape for name, shape in self.shapes.items() if name in names})
 
     def json(self, key: str) -> Any:
         """The JSON value under a metadata key, or None if there is none.

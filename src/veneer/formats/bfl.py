@@ -1,0 +1,124 @@
+"""LoRA of FLUX.1 with the names of Black Forest Labs' own release, such as their control LoRAs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..injection import Attachment, LoadError, SaveError
+from ..injection.sites import ParamSite
+from ..injection.towers import Tower, towers_of
+from ._attaching import Wanted, attach_all
+from ._format import Options
+from ._kohya_names import Place
+from ._layered import Layered
+from ._modules import modules
+from ._pairs import wanted
+from ._reading import File
+from ._writing import destination
+from .comfyui import ComfyUI
+
+STARTS = ("double_blocks.", "single_blocks.")
+BIAS = ".lora_B.bias"
+NORM = re.compile(
+    r"(?P<kind>double|single)_blocks\.(?P<i>\d+)\.(?:(?P<stream>img|txt)_attn\.)?norm\.(?P<half>query|key)_norm\.scale"
+)
+NORMS = {(None, "query"): "norm_q", (None, "key"): "norm_k", ("img", "query"): "norm_q", ("img", "key"): "norm_k",
+         ("txt", "query"): "norm_added_q", ("txt", "key"): "norm_added_k"}  # fmt: skip
+
+
+class BFL(Layered):
+    """`double_blocks.{i}.img_attn.qkv.lora_A.weight` (r, d_in), `….lora_B.weight` (d_out, r), `….lora_B.bias` (d_out).
+
+    ΔW = B A; ComfyUI's names without a prefix. The control LoRAs (Canny, Depth) have biases, which become a bitfit attachment,
+    and whole norms of queries and keys, which become trained parameters of the base. Their `img_in` reads the control picture
+    beside the latents, 128 channels, so that they need a FLUX widened to these. Read only.
+    Source: black-forest-labs/flux `docs/structural-conditioning.md`, `src/flux/modules/lora.py`; diffusers 0.42
+    `loaders/lora_conversion_utils.py`.
+    """
+
+    name: ClassVar[str] = "bfl"
+    file: ClassVar[str] = "lora.safetensors"
+    files: ClassVar[str] = "Black Forest Labs' LoRA files"
+    ends = ComfyUI.ends
+
+    def reads(self, file: File) -> bool:
+        return any(key.startswith(STARTS) for key in file.shapes) and not any(".processor." in key for key in file.shapes)
+
+    def places(self, tower: Tower) -> Sequence[Place]:
+        flux = type(tower.module).__name__ == "FluxTransformer2DModel"
+        return [Place((m.path,), m.sites, m.swapped) for m in modules(tower) if flux]
+
+    def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
+        biases = {key for key in file.shapes if key.endswith(BIAS)}
+        norms = {key for key in file.shapes if NORM.fullmatch(key)}
+        known = self.known(model)
+        _refuse_narrow(file, known)
+        lora = wanted(model, file.only(file.shapes.keys() - biases - norms), options, known, self.ends)
+        params = {(s.path, s.param): s for t in towers_of(model) for s in t.sites if isinstance(s, ParamSite)}
+        replaced = dict(_norms(file, file.tensors(options.strict, norms), params))
+        lora = dataclasses.replace(lora, state={**lora.state, **replaced}, train=[key.rpartition(":")[0] for key in replaced])
+        shifts = dict(_biases(file, file.tensors(options.strict, biases), known, params))
+        shift = Wanted("bitfit", "bitfit", {}, list(shifts), {f"{name}:delta": t for name, t in shifts.items()})
+        return attach_all(model, file, [lora, shift] if shifts else [lora], options)
+
+    def save(
+        self,
+        attachments: Attachment | Sequence[Attachment],
+        path: str | PathLike[str],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Path:
+        raise SaveError(
+            f"{destination(path, self.file)}: these names are read only. Write comfyui, which has a prefix before them."
+        )
+
+
+def _refuse_narrow(file: File, known: Mapping[str, Place]) -> None:
+    """Raise for a control LoRA on a model that reads no control picture."""
+    width = file.shapes.get("img_in.lora_A.weight", ())[1:]
+    if width and "img_in" in known and width != (known["img_in"].sites[0].d_in,):
+        raise LoadError(
+            f"{file.path}: it reads {width[0]} channels, the model {known['img_in'].sites[0].d_in}: a control LoRA, for a FLUX "
+            "whose x_embedder is widened to these (in_channels of its config, zeros in the new columns)."
+        )
+
+
+def _norms(
+    file: File, tensors: Mapping[str, Tensor], params: Mapping[tuple[str, str], ParamSite]
+) -> Iterator[tuple[str, Tensor]]:
+    """Saved name and value of each replaced norm."""
+    for key, tensor in tensors.items():
+        match = NORM.fullmatch(key)
+        assert match is not None
+        blocks = "transformer_blocks" if match["kind"] == "double" else "single_transformer_blocks"
+        site = params.get((f"{blocks}.{match['i']}.attn.{NORMS[match['stream'], match['half']]}", "weight"))
+        if site is None:
+            raise LoadError(f"{file.path}: the model has no norm for '{key}'. It was made for another base.")
+        yield f"{site.name}:weight", tensor
+
+
+def _biases(
+    file: File, tensors: Mapping[str, Tensor], known: Mapping[str, Place], params: Mapping[tuple[str, str], ParamSite]
+) -> Iterator[tuple[str, Tensor]]:
+    """Site of each bias and what is added to it."""
+    for key, tensor in tensors.items():
+        place = known.get(key.removesuffix(BIAS))
+        sites = [params.get((site.path, "bias")) for site in place.sites] if place else []
+        if place is None or None in sites or tensor.shape != (sum(s.d_out for s in place.sites),):
+            raise LoadError(
+                f"{file.path}: '{key}' {tuple(tensor.shape)} fits no bias of the model. It was made for another base."
+            )
+        whole = torch.cat(tensor.chunk(2)[::-1]) if place.swapped else tensor
+        for site, part in zip(sites, whole.split([s.d_out for s in place.sites]), strict=True):
+            assert site is not None
+            yield site.name, part
+
+
+save = BFL().save

@@ -1,0 +1,58 @@
+"""LoRA with ComfyUI's own names: the paths of the first release, with dots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ..injection.towers import Tower
+from ._kohya_names import Place
+from ._layered import Layered
+from ._lora import ENCODERS
+from ._modules import T5, modules
+from ._pairs import DOWN, KOHYA, UP
+from ._reading import File
+
+PREFIXES = ("diffusion_model.", "text_encoders.")
+
+
+class ComfyUI(Layered):
+    """`diffusion_model.{path}.lora_down.weight` (r, d_in[, k, k]), `….lora_up.weight` (d_out, r[, 1, 1]), `….alpha` ().
+
+    `{path}`: that of the first release, such as `double_blocks.0.img_attn.qkv` (FLUX), `joint_blocks.0.x_block.attn.qkv`
+    (SD 3), `blocks.0.attn.qkv` (PixArt) or `input_blocks.4.1.proj_in` (SD). Text encoders:
+    `text_encoders.{clip_l, clip_h, clip_g, t5xxl}.transformer.{path}`. ΔW = (alpha / r)·B A, alpha = r where it is missing.
+    `lora_A` and `lora_B`, as diffusion-pipe and others write them, are read too.
+    Source: ComfyUI `comfy/lora.py`, `comfy/weight_adapter/lora.py`.
+    """
+
+    name: ClassVar[str] = "comfyui"
+    file: ClassVar[str] = "lora.safetensors"
+    files: ClassVar[str] = "ComfyUI's LoRA files"
+    ends = {
+        **KOHYA, "lora_A.weight": DOWN, "lora_B.weight": UP, "lora_A.default.weight": DOWN, "lora_B.default.weight": UP,
+        "lora.down.weight": DOWN, "lora.up.weight": UP,
+    }  # fmt: skip
+
+    def reads(self, file: File) -> bool:
+        return any(key.startswith(PREFIXES) for key in file.shapes) and not any(".processor." in key for key in file.shapes)
+
+    def places(self, tower: Tower) -> Sequence[Place]:
+        prefix = "diffusion_model"
+        if type(tower.module).__name__ in (*ENCODERS, T5):
+            prefix = f"text_encoders.{encoder(tower)}.transformer"
+        return [Place((f"{prefix}.{m.path}",), m.sites, m.swapped) for m in modules(tower)]
+
+
+def encoder(tower: Tower) -> str:
+    """ComfyUI's name of a text encoder: by its kind and place, and CLIP-H, of SD 2, by its width."""
+    kind = type(tower.module).__name__
+    if kind == T5:
+        return "t5xxl"
+    if (tower.component or ENCODERS[kind]) == "text_encoder_2":
+        return "clip_g"
+    width: int = tower.module.config.hidden_size  # type: ignore[union-attr, assignment]
+    return "clip_h" if width == 1024 else "clip_l"
+
+
+save = ComfyUI().save

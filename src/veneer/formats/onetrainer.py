@@ -1,0 +1,150 @@
+"""LoRA as OneTrainer writes it, with the words that it has learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..injection import Attachment, LoadError
+from ..injection.sites import VocabularySite
+from ..injection.towers import Tower, towers_of
+from ._attaching import Wanted, attach_all
+from ._format import Layer, Options, listed
+from ._kohya_names import Place
+from ._layered import Layered, header
+from ._lora import ENCODERS, component_of
+from ._modules import T5, modules, paths
+from ._pairs import wanted
+from ._placed import pairs
+from ._reading import File
+from ._vocabulary import by_encoder, encoders, fit
+from ._writing import destination, write
+
+BUNDLE = "bundle_emb."
+OWN = ("lora_transformer_", BUNDLE)
+OMI = ("transformer", "unet", "clip_l", "clip_g", "t5")
+ENCODER_NAMES = ("clip_l", "clip_g", "t5")
+
+
+class OneTrainer(Layered):
+    """`lora_transformer_{path}.lora_down.weight` (r, d_in), `….lora_up.weight` (d_out, r), `….alpha` (); ΔW = (alpha / r)·B A.
+
+    `{path}`: diffusers' with underscores; `lora_unet_` for UNets. Text encoders: `lora_te_` where there is one, else
+    `lora_te1_`, `lora_te2_` (FLUX's T5 too), `lora_te3_` (SD 3's T5). Learned words: `bundle_emb.{word}.clip_l` (n, width),
+    `….clip_g`, `….t5`. Read too: its OMI names, `transformer.double_blocks.0.img_attn.qkv.0.lora_down.weight`, where a
+    number counts the projections of a fused layer, with `unet.`, `clip_l.`, `clip_g.` and `t5.`.
+    Source: Nerogar/OneTrainer `modules/util/convert/lora`, `modules/modelSaver`; ComfyUI `comfy/lora.py`.
+    """
+
+    name: ClassVar[str] = "onetrainer"
+    file: ClassVar[str] = "lora.safetensors"
+    files: ClassVar[str] = "OneTrainer's LoRA files"
+
+    def reads(self, file: File) -> bool:
+        omi = any(key.startswith(tuple(f"{p}." for p in OMI)) and key.endswith(".lora_down.weight") for key in file.shapes)
+        return omi or any(key.startswith(OWN) for key in file.shapes)
+
+    def places(self, tower: Tower) -> Sequence[Place]:
+        prefix = _prefix(tower)
+        root = "text_model_" if type(tower.module).__name__ in ENCODERS else ""
+        named = {p: p if not root or p.startswith("text_projection") else root + p for p in paths(tower)} if prefix else {}
+        return [Place((f"{prefix}_{named[p].replace('.', '_')}",), (site,)) for p, site in paths(tower).items() if prefix]
+
+    def readable(self, tower: Tower) -> Iterator[Place]:
+        yield from self.places(tower)
+        first = _omi(tower)
+        for module in modules(tower) if first else ():
+            path = "img_in.proj" if module.path == "img_in" else module.path
+            if len(module.sites) == 1:
+                yield Place((f"{first}.{path}",), module.sites, module.swapped)
+            for i, site in enumerate(module.sites if len(module.sites) > 1 else ()):
+                yield Place((f"{first}.{path}.{i}",), (site,))
+
+    def layers(self, file: File) -> list[Layer]:
+        found = [layer for layer in super().layers(file) if not layer.name.startswith(BUNDLE.rstrip("."))]
+        words = {key: shape for key, shape in file.shapes.items() if key.startswith(BUNDLE)}
+        return [*found, *(Layer(key, "textual_inversion", values=shape[0] * shape[-1]) for key, shape in words.items() if shape)]
+
+    def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
+        words = {key for key in file.shapes if key.startswith(BUNDLE)}
+        rest = file.only(file.shapes.keys() - words)
+        found = list(_words(file, model, file.tensors(options.strict, words), options))
+        if rest.shapes:
+            found.append(wanted(model, rest, options, self.known(model), self.ends))
+        return attach_all(model, file, found, options)
+
+    def save(
+        self,
+        attachments: Attachment | Sequence[Attachment],
+        path: str | PathLike[str],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Path:
+        target, several = destination(path, self.file), listed(attachments)
+        learned = [a for a in several if a.method.name == "textual_inversion"]
+        tensors = {key: rows for attachment in learned for key, rows in _bundled(attachment, target)}
+        rest = [a for a in several if a not in learned]
+        for name, pair in pairs(rest, target, self.places, self.files) if rest or not learned else ():
+            tensors |= {f"{name}.{end}": tensor for end, tensor in self.tensors(pair).items()}
+        return write(target, tensors, header(provenance))
+
+
+def _prefix(tower: Tower) -> str:
+    """What the names of a tower's layers begin with; empty where OneTrainer has none."""
+    component = tower.component or component_of(tower.module)
+    if type(tower.module).__name__ in (*ENCODERS, T5):
+        several = any(name.startswith("text_encoder_") for name in tower.components) or not tower.component
+        number = component.rpartition("_")[2] if component != "text_encoder" else "1" if several else ""
+        return f"lora_te{number}" if component or not tower.component else ""
+    return {"unet": "lora_unet", "transformer": "lora_transformer"}.get(component, "")
+
+
+def _omi(tower: Tower) -> str:
+    """What its OMI names of a tower's layers begin with."""
+    component = tower.component or component_of(tower.module)
+    if type(tower.module).__name__ == T5:
+        return "t5"
+    return {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}.get(component, component)
+
+
+def _words(file: File, model: Any, tensors: Mapping[str, Tensor], options: Options) -> Iterator[Wanted]:
+    """One attachment for each word, at every text encoder that it has vectors for.
+
+    Raises:
+        LoadError: vectors that are added to the encoder's output, or that fit no encoder.
+    """
+    places = [s for tower in towers_of(model) for s in tower.sites if isinstance(s, VocabularySite)] if tensors else []
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        word, _, encoder = key.removeprefix(BUNDLE).rpartition(".")
+        if not word or encoder not in ENCODER_NAMES:
+            raise LoadError(
+                f"{file.path}: '{key}' is not the vectors of a word for one of {', '.join(ENCODER_NAMES)}. Vectors that are "
+                "added to a text encoder's output ('_out') are another method, which is not known here."
+            )
+        found.setdefault(word, {})[encoder] = tensor[None] if tensor.ndim == 1 else tensor
+    if options.token is not None and len(found) > 1:
+        raise LoadError(f"{file.path}: it has {len(found)} words, {', '.join(found)}; token= can rename only one.")
+    for word, by_name in found.items():
+        rows = by_encoder(file, by_name, places)
+        for site, vectors in rows:
+            fit(file, site, vectors, 1)
+        state = {f"{site.name}:vectors": vectors for site, vectors in rows}
+        config = {"tokens": options.token or word, "vectors": len(rows[0][1])}
+        yield Wanted("textual_inversion", "textual_inversion", config, [site.name for site, _ in rows], state)
+
+
+def _bundled(attachment: Attachment, target: Path) -> Iterator[tuple[str, Tensor]]:
+    """Key and vectors of each word at each text encoder."""
+    method: Any = attachment.method
+    names = encoders(attachment, target)
+    for site, adapter in attachment.parts.values():
+        rows: Tensor = adapter.get_parameter("vectors").detach()
+        for word, vectors in zip(method.each, rows.split(method.vectors), strict=True):
+            yield f"{BUNDLE}{word}.{names[site.name]}", vectors
+
+
+save = OneTrainer().save

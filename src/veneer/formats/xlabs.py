@@ -1,0 +1,62 @@
+"""LoRA of FLUX.1 as XLabs' x-flux writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..injection.towers import Tower
+from ._kohya_fused import Pair
+from ._kohya_names import Place
+from ._layered import Layered
+from ._modules import modules
+from ._pairs import DOWN, UP
+from ._reading import File
+
+PARTS = {"img_attn.qkv": "qkv_lora1", "img_attn.proj": "proj_lora1", "txt_attn.qkv": "qkv_lora2", "txt_attn.proj": "proj_lora2"}
+KEY = re.compile(r"(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora[12]?\.(?:down|up)\.weight")
+
+
+class XLabs(Layered):
+    """`double_blocks.{i}.processor.qkv_lora1.down.weight` (r, d_in) and `….up.weight` (d_out, r); ΔW = B A, without alpha.
+
+    `lora1` is the picture's stream, `lora2` the text's; `qkv` one pair for the three projections, `proj` the output. Single
+    blocks: `single_blocks.{i}.processor.qkv_lora` on the first rows of `linear1`, `proj_lora` on `linear2`. A scale is
+    written into B. Nothing else of the model has a name.
+    Source: XLabs-AI/x-flux `src/flux/modules/layers.py`.
+    """
+
+    name: ClassVar[str] = "xlabs"
+    file: ClassVar[str] = "lora.safetensors"
+    files: ClassVar[str] = "XLabs' LoRA files"
+    ends = {"down.weight": DOWN, "up.weight": UP}
+
+    def reads(self, file: File) -> bool:
+        return any(KEY.fullmatch(key) for key in file.shapes)
+
+    def places(self, tower: Tower) -> Sequence[Place]:
+        found = []
+        for module in modules(tower) if type(tower.module).__name__ == "FluxTransformer2DModel" else ():
+            kind, _, rest = module.path.partition("_blocks.")
+            number, _, part = rest.partition(".")
+            name = f"{kind}_blocks.{number}.processor."
+            if kind == "double" and part in PARTS:
+                found.append(Place((name + PARTS[part],), module.sites))
+            elif kind == "single" and part == "linear1":
+                found.append(Place((name + "qkv_lora",), module.sites[:3]))
+            elif kind == "single" and part == "linear2":
+                found.append(Place((name + "proj_lora",), module.sites))
+        return found
+
+    def readable(self, tower: Tower) -> Iterable[Place]:
+        return [dataclasses.replace(p, names=(*p.names, f"diffusion_model.{p.names[0]}")) for p in self.places(tower)]
+
+    def tensors(self, pair: Pair) -> dict[str, Tensor]:
+        return {"down.weight": pair.down, "up.weight": pair.up if pair.scaling == 1 else pair.up * pair.scaling}
+
+
+save = XLabs().save

@@ -1,0 +1,138 @@
+"""Black Forest Labs' own names: their control LoRAs against diffusers' converter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.loaders import lora_conversion_utils as converters
+from safetensors.torch import save_file
+from torch import Tensor
+
+import veneer
+from veneer.formats import bfl, format_of, read
+from veneer.formats._modules import modules
+from veneer.injection import LoadError, SaveError, attach
+from veneer.injection.towers import towers_of
+from veneer.testing.pipelines import tiny_pipeline
+
+from .cases import deltas
+
+RANK = 2
+
+
+def control(model: Any) -> dict[str, Tensor]:
+    """A control LoRA for a FLUX: pairs and biases of every layer, norms of queries and keys; nothing zero."""
+    (tower,) = towers_of(model)
+    state = {}
+    for module in modules(tower):
+        rows = sum(site.d_out for site in module.sites)
+        shapes = {"lora_A.weight": (RANK, module.sites[0].d_in), "lora_B.weight": (rows, RANK), "lora_B.bias": (rows,)}
+        state |= {f"{module.path}.{end}": torch.randn(shape) for end, shape in shapes.items()}
+    width = model.config.attention_head_dim
+    blocks = [f"double_blocks.{i}.{stream}_attn" for i in range(model.config.num_layers) for stream in ("img", "txt")]
+    blocks += [f"single_blocks.{i}" for i in range(model.config.num_single_layers)]
+    return state | {f"{b}.norm.{half}_norm.scale": torch.rand(width) + 0.5 for b in blocks for half in ("query", "key")}
+
+
+def small(**config: Any) -> Any:
+    """FLUX.1's numbers of blocks, which the converter takes for granted, and little else."""
+    sizes = {
+        "num_attention_heads": 1, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4), "joint_attention_dim": 12,
+        "num_layers": 19, "num_single_layers": 38, "in_channels": 24, "pooled_projection_dim": 6, "guidance_embeds": True,
+    }  # fmt: skip
+    model: Any = FluxTransformer2DModel(**{**sizes, **config})
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = small()
+    return model, control(model)
+
+
+def theirs(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """diffusers' conversion. It splits `linear1` at FLUX.1's widths, so each row stands for as many as that takes."""
+    width = model.config.attention_head_dim
+    wide = {k: t.repeat_interleave(3072 // width, 0) if ".linear1.lora_B" in k else t for k, t in state.items()}
+    found = converters._convert_bfl_flux_control_lora_to_diffusers(dict(wide))
+    narrow = {}
+    for key, tensor in found.items():
+        single = "single_transformer_blocks" in key and any(n in key for n in ("to_q", "to_k", "to_v", "proj_mlp"))
+        narrow[key] = tensor[:: 3072 // width] if single and "lora_B" in key else tensor
+    last = "transformer.norm_out.linear.lora_A.weight"  # it swaps the halves of the rank as well, of A but not of B
+    narrow[last] = torch.cat(narrow[last].chunk(2)[::-1])
+    return narrow
+
+
+def test_a_control_lora_is_what_diffusers_makes_of_it(made: Any, tmp_path: Path) -> None:
+    model, state = made
+    save_file(state, tmp_path / "x.safetensors")
+    assert format_of(read(tmp_path / "x")).name == "bfl"
+    want = theirs(state, model)
+    want = {key.removeprefix("transformer."): tensor for key, tensor in want.items()}
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    lora, shift = veneer.load(model, tmp_path / "x")
+    try:
+        got = deltas(lora)
+        assert {f"{name}.lora_B.weight" for name in got} == {k for k in want if k.endswith("lora_B.weight")}
+        for name, delta in got.items():
+            both = want[f"{name}.lora_B.weight"].double() @ want[f"{name}.lora_A.weight"].double()
+            torch.testing.assert_close(delta, both, msg=name)
+        biases = {name.removesuffix(".bias"): adapter.delta for name, (_, adapter) in shift.parts.items()}
+        assert {f"{name}.lora_B.bias" for name in biases} == {k for k in want if k.endswith("lora_B.bias")}
+        assert all(torch.equal(delta, want[f"{name}.lora_B.bias"]) for name, delta in biases.items())
+        norms = {k: t for k, t in want.items() if "lora_" not in k}
+        assert len(norms) == 19 * 4 + 38 * 2
+        assert all(torch.equal(model.get_parameter(k), t) for k, t in norms.items())
+    finally:
+        shift.detach()
+        lora.detach()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_one_for_a_control_picture_needs_a_widened_base(made: Any, tmp_path: Path) -> None:
+    _, state = made
+    save_file({**state, "img_in.lora_A.weight": torch.ones(RANK, 48)}, tmp_path / "x.safetensors")
+    with pytest.raises(LoadError, match=r"reads 48 channels, the model 24: a control LoRA.*widened"):
+        veneer.load(made[0], tmp_path / "x")
+    wide = small(in_channels=48, out_channels=24)
+    assert len(veneer.load(wide, tmp_path / "x")) == 2
+
+
+def test_without_biases_and_norms_it_is_a_lora(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("flux")
+    state = {k: t for k, t in control(pipe.transformer).items() if k.endswith(".weight")}
+    save_file(state, tmp_path / "x.safetensors")
+    loaded = veneer.load(pipe, tmp_path / "x")
+    name = "double_blocks.0.img_mlp.2"
+    want = state[f"{name}.lora_B.weight"].double() @ state[f"{name}.lora_A.weight"].double()
+    torch.testing.assert_close(deltas(loaded)["transformer.transformer_blocks.0.ff.net.2"], want)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("double_blocks.0.img_mlp.0.lora_B.bias", (3,), r"img_mlp\.0\.lora_B\.bias' \(3,\) fits no bias"),
+        ("double_blocks.9.img_mlp.0.lora_B.bias", (3,), "fits no bias"),
+        ("single_blocks.9.norm.query_norm.scale", (16,), "no norm for 'single_blocks.9"),
+        ("single_blocks.0.norm.query_norm.scale", (9,), r"misshapen 1: .*norm_q\.weight:weight \(9,\) for \(16,\)"),
+    ],
+)
+def test_what_does_not_fit(tmp_path: Path, key: str, shape: tuple[int, ...], message: str) -> None:
+    pipe = tiny_pipeline("flux")
+    save_file({**control(pipe.transformer), key: torch.ones(shape)}, tmp_path / "x.safetensors")
+    before = pipe.transformer.single_transformer_blocks[0].attn.norm_q.weight.clone()
+    with pytest.raises(LoadError, match=message):
+        veneer.load(pipe, tmp_path / "x")
+    assert veneer.attachments(pipe) == []
+    assert torch.equal(pipe.transformer.single_transformer_blocks[0].attn.norm_q.weight, before)
+
+
+def test_it_is_read_only(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match=r"read only\. Write comfyui"):
+        bfl.save(attach(tiny_pipeline("flux"), "lora", rank=2), tmp_path / "x")

@@ -1,0 +1,93 @@
+"""Names of first releases against the converters that diffusers loads whole checkpoints of these releases with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders import single_file_utils as converters
+from torch import Tensor
+
+from veneer.formats._modules import modules, paths
+from veneer.injection.towers import towers_of
+
+from ..hosts import published
+
+
+def tower_of(name: str) -> Any:
+    (tower,) = towers_of(published.build(name))
+    return tower
+
+
+def coded(tower: Any) -> dict[str, Tensor]:
+    """A checkpoint in the first release's names whose weights have one column, with a number of its own in each row."""
+    state, start = {}, 0
+    for module in modules(tower):
+        rows = sum(site.d_out for site in module.sites)
+        state[f"{module.path}.weight"] = torch.arange(start, start + rows, dtype=torch.float64)[:, None]
+        state[f"{module.path}.bias"] = torch.zeros(rows)
+        start += rows
+    return state
+
+
+def rows_of(tower: Any) -> dict[str, Tensor]:
+    """Own path of each weight to the rows of `coded` that it is."""
+    found, state = {}, coded(tower)
+    for module in modules(tower):
+        weight = state[f"{module.path}.weight"]
+        whole = torch.cat(weight.chunk(2)[::-1]) if module.swapped else weight
+        parts = whole.split([site.d_out for site in module.sites])
+        found |= {site.name: part for site, part in zip(module.sites, parts, strict=True)}
+    return found
+
+
+def assert_as(theirs: dict[str, Tensor], tower: Any) -> None:
+    want = rows_of(tower)
+    assert want.keys() == paths(tower).keys()
+    for name, rows in want.items():
+        assert torch.equal(theirs[f"{name}.weight"], rows), name
+
+
+def test_sd3() -> None:
+    tower = tower_of("sd3_medium")
+    state = coded(tower) | {"pos_embed": torch.zeros(1, 1, 1)}
+    # only that is read of the width
+    state["context_embedder.weight"] = state["context_embedder.weight"].expand(-1, 4096)
+    theirs = converters.convert_sd3_transformer_checkpoint_to_diffusers(state)
+    theirs["context_embedder.weight"] = theirs["context_embedder.weight"][:, :1]
+    assert_as(theirs, tower)
+
+
+def test_flux() -> None:
+    tower = tower_of("flux_dev")
+    state = coded(tower)
+    for i in range(19):
+        norms = [
+            f"double_blocks.{i}.{stream}_attn.norm.{half}_norm.scale" for stream in ("img", "txt") for half in ("query", "key")
+        ]
+        state |= {name: torch.zeros(1) for name in norms}
+    state |= {f"single_blocks.{i}.norm.{half}_norm.scale": torch.zeros(1) for i in range(38) for half in ("query", "key")}
+    assert_as(converters.convert_flux_transformer_checkpoint_to_diffusers(state), tower)
+
+
+@pytest.mark.parametrize("base", ["sd15", "sd21", "sdxl"])
+def test_unets(base: str) -> None:
+    tower = tower_of(base)
+    state = {f"model.diffusion_model.{name}": tensor for name, tensor in coded(tower).items()}
+    theirs = converters.convert_ldm_unet_checkpoint(state, {**tower.module.config})
+    assert_as(theirs, tower)
+
+
+def test_pixart_has_a_name_for_every_weight() -> None:
+    """Names as in PixArt's own checkpoints; shapes tell that nothing is taken for another."""
+    tower = tower_of("pixart_alpha")
+    named = {module.path: module for module in modules(tower)}
+    assert {site.name for module in named.values() for site in module.sites} == paths(tower).keys()
+    shapes = {
+        "blocks.27.attn.qkv": (3456, 1152), "blocks.0.cross_attn.q_linear": (1152, 1152),
+        "blocks.0.cross_attn.kv_linear": (2304, 1152), "blocks.3.mlp.fc1": (4608, 1152), "blocks.3.mlp.fc2": (1152, 4608),
+        "t_block.1": (6912, 1152), "t_embedder.mlp.0": (1152, 256), "y_embedder.y_proj.fc1": (1152, 4096),
+        "x_embedder.proj": (1152, 4), "final_layer.linear": (32, 1152), "csize_embedder.mlp.0": (384, 256),
+    }  # fmt: skip
+    assert {n: (sum(s.d_out for s in named[n].sites), named[n].sites[0].d_in) for n in shapes} == shapes

@@ -1,0 +1,138 @@
+"""LoRA as OneTrainer writes it: diffusers reads its FLUX files; words come with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.loaders import lora_conversion_utils as converters
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import veneer
+from veneer.formats import format_of, onetrainer, read
+from veneer.formats._modules import modules
+from veneer.injection import LoadError, attach
+from veneer.injection.towers import towers_of
+from veneer.testing.pipelines import tiny_pipeline
+
+from .cases import deltas, fill
+from .low_rank import assert_same, expected, in_peft, tuned
+
+WHERE = {
+    "flux": ["attn", "mlp", "single", "adaln", "text/attn", "text_2/attn"],
+    "sd3": ["attn", "mlp", "text/attn", "text_2/attn", "text_3/attn"],
+    "pixart": ["attn", "xattn", "mlp", "text/attn"],
+}
+PREFIXES = {
+    "sd": ["lora_te", "lora_unet"], "sdxl": ["lora_te1", "lora_te2", "lora_unet"],
+    "flux": ["lora_te1", "lora_te2", "lora_transformer"], "pixart": ["lora_te", "lora_transformer"],
+    "sd3": ["lora_te1", "lora_te2", "lora_te3", "lora_transformer"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", WHERE)
+def test_written_and_read_it_is_the_same_change(tmp_path: Path, family: str) -> None:
+    attachment = tuned(family, WHERE[family])
+    path = onetrainer.save(attachment, tmp_path)
+    assert format_of(read(path)).name == "onetrainer"
+    assert_same(deltas(veneer.load(tiny_pipeline(family), path)), expected(attachment))
+
+
+@pytest.mark.parametrize("family", PREFIXES)
+def test_prefixes_count_the_pipelines_text_encoders(tmp_path: Path, family: str) -> None:
+    pipe = tiny_pipeline(family)
+    places = [place for tower in towers_of(pipe) for place in onetrainer.OneTrainer().places(tower)]
+    found = {"_".join(name.split("_")[:2]) for place in places for name in place.names}
+    assert sorted(found) == PREFIXES[family]
+    first = tuned(family, "text/attn.q", rank=1)
+    (prefix,) = {"_".join(key.split("_")[:2]) for key in load_file(onetrainer.save(first, tmp_path / "x"))}
+    assert prefix == PREFIXES[family][0]
+
+
+def test_diffusers_makes_the_same_change(tmp_path: Path) -> None:
+    """Of attention, the only layers whose names its converter knows whole."""
+    attachment = tuned("flux", ["attn", "text/attn", "text/mlp"], rank=4)
+    path = onetrainer.save(attachment, tmp_path / "x")
+    plain = tiny_pipeline("flux")
+    plain.load_lora_weights(path)
+    assert_same(in_peft(plain.components), deltas(attachment))
+
+
+def test_unets_are_named_as_kohyas_readers_take_them(tmp_path: Path) -> None:
+    """diffusers' paths with underscores, for SDXL too, without words."""
+    attachment = tuned("sdxl", ["attn", "mlp", "text/attn", "text_2/attn"], rank=3)
+    path = onetrainer.save(attachment, tmp_path / "x")
+    assert format_of(read(path)).name == "kohya"
+    state, alphas = converters._convert_non_diffusers_lora_to_diffusers(dict(load_file(path)))
+    assert len(alphas) == len(attachment.parts) == len(state) / 2
+    assert_same(deltas(veneer.load(tiny_pipeline("sdxl"), path)), deltas(attachment))
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
+def test_omi_names_with_numbered_projections(tmp_path: Path, family: str) -> None:
+    """`transformer.double_blocks.0.img_attn.qkv.0` is the query's projection: LoRA of each projection, not of the fused one."""
+    pipe = tiny_pipeline(family)
+    main = towers_of(pipe)[0]
+    prefix = "unet" if family == "sdxl" else "transformer"
+    generator = torch.Generator().manual_seed(0)
+    state: dict[str, Tensor] = {}
+    want = {}
+    for module in modules(main):
+        several = len(module.sites) > 1
+        for i, site in enumerate(module.sites):
+            path = "img_in.proj" if module.path == "img_in" else module.path
+            name = f"{prefix}.{path}.{i}" if several else f"{prefix}.{path}"
+            down, up = (
+                torch.randn(2, *site.weight_shape[1:], generator=generator),
+                torch.randn(site.d_out, 2, generator=generator),
+            )
+            state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+            rows = torch.cat(up.chunk(2)[::-1]) if module.swapped else up
+            want[site.name] = 0.5 * (rows.double() @ down.double().flatten(1)).reshape(site.weight_shape)
+    save_file(state, tmp_path / "x.safetensors")
+    loaded = veneer.load(pipe, tmp_path / "x")
+    assert_same(deltas(loaded), want)
+
+
+def test_words_are_in_it(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sdxl")
+    words = [
+        fill(attach(pipe, "textual_inversion", tokens=t, vectors=n, name=f"w{n}"), seed=n) for t, n in (("<a.b>", 2), ("<c>", 1))
+    ]
+    lora = fill(attach(pipe, "lora", rank=2, where=["attn", "text/attn"]), std=0.2)
+    path = onetrainer.save([*words, lora], tmp_path / "x")
+    assert {k for k in load_file(path) if k.startswith("bundle")} == {
+        f"bundle_emb.{word}.{clip}" for word in ("<a.b>", "<c>") for clip in ("clip_l", "clip_g")
+    }
+    loaded = veneer.load(tiny_pipeline("sdxl"), path)
+    assert [a.method.name for a in loaded] == ["textual_inversion", "textual_inversion", "lora"]
+    assert [(a.method.each, a.method.vectors) for a in loaded[:2]] == [(("<a.b>",), 2), (("<c>",), 1)]
+    for was, now in zip(words, loaded, strict=False):
+        assert all(torch.equal(now.state_dict()[k], t) for k, t in was.state_dict().items())
+    assert_same(deltas(loaded[2]), deltas(lora))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"bundle_emb.<a>.clip_l_out": torch.ones(1, 24)}, "added to a text encoder's output"),
+        ({"bundle_emb.<a>.clip_l": torch.ones(1, 25)}, "25 wide; the text encoder's rows are 24"),
+        ({"bundle_emb.<a>.t5": torch.ones(1, 24)}, "vectors for t5"),
+    ],
+)
+def test_words_that_do_not_fit(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
+    save_file(tensors, tmp_path / "x.safetensors")
+    pipe = tiny_pipeline("sd")
+    with pytest.raises(LoadError, match=message):
+        veneer.load(pipe, tmp_path / "x")
+    assert veneer.attachments(pipe) == []
+
+
+def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
+    pair = {"lora_down.weight": torch.ones(1, 32), "lora_up.weight": torch.ones(32, 1)}
+    names = ("lora_transformer_transformer_blocks_0_attn_to_q", "transformer.double_blocks.0.img_attn.qkv.0")
+    save_file({f"{n}.{k}": t.clone() for n in names for k, t in pair.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(LoadError, match=r"both change 'transformer\.transformer_blocks\.0\.attn\.to_q'"):
+        veneer.load(tiny_pipeline("flux"), tmp_path / "x")
