@@ -10,7 +10,7 @@ import veneer
 PUBLIC = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "methods", "sites"]
 ATTACHMENT = [
     "check", "detach", "enabled", "groups", "host_state_dict", "load_state_dict", "merge", "named_parameters", "parameters",
-    "probe", "report", "save", "scale", "state_dict", "unmerge",
+    "probe", "report", "save", "scale", "state_dict", "swap", "unmerge",
 ]  # fmt: skip
 ROOT = Path(veneer.__file__).parent.parent.parent
 

@@ -44,11 +44,14 @@ class Wanted:
 
 
 def attach_all(model: Any, file: File, wanted: Sequence[Wanted], options: Options) -> list[Attachment]:
-    """Attach and fill each. torch's random state stays as it is.
+    """Attach and fill each, or only tell what would be attached (`options.into`). torch's random state stays as it is.
 
     Raises:
         LoadError: one of them does not fit; nothing stays attached then.
     """
+    if options.into is not None:
+        options.into.extend(wanted)
+        return []
     made: list[Attachment] = []
     try:
         with torch.random.fork_rng(devices=[]):

@@ -24,12 +24,14 @@ class Options:
         strict: a tensor that is missing, unused, misshapen or not finite is an error.
         same_base: another base than the one it was trained on is an error.
         token: for embeddings, the token in prompts; None for the saved one.
+        into: a list that takes what would be attached, in the place of attaching it.
     """
 
     name: str | None = None
     strict: bool = True
     same_base: bool = True
     token: str | None = None
+    into: list[Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -129,6 +129,22 @@ class Attachment:
             LoadError: `strict` and a tensor is missing, unused or misshapen; nothing has been changed then.
         """
         return load_state(self, state, strict)
+
+    def swap(self, path: str | PathLike[str], *, base: Literal["same", "any"] = "same") -> LoadReport:
+        """Put another file's values in the place of these, where they are: no hook, shape or graph changes. All or nothing.
+
+        The model then gives what it gives with that file loaded in this one's place, at the same `scale`. LoRA, LoKr and OFT
+        are rooms: a lower rank, another alpha or smaller blocks go in exactly, and sites that the file lacks become no change.
+        Other methods take files of their own options and sites. A swapped room is for use: what is zero in it does not train.
+
+        Args:
+            path: a file of any format, of one attachment of this method. `base`: as for `veneer.load`.
+        Raises:
+            LoadError: it does not fit; it says what would. StateError: merged or detached. Nothing has been changed then.
+        """
+        from ..formats._swapping import swap
+
+        return swap(self, path, base=base)
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the native file (`.safetensors`; the suffix is added). Returns its path."""

@@ -54,20 +54,31 @@ def state_of(attachment: Attachment) -> dict[str, Tensor]:
 
 def load_state(attachment: Attachment, state: Mapping[str, Tensor], strict: bool) -> LoadReport:
     """Copy tensors in, or raise before anything is changed."""
+    report = compare(attachment, state)
+    if strict and not report.clean:
+        raise LoadError(f"'{attachment.name}' ({attachment.method.name}): {report}. Pass strict=False to load what fits.")
+    fill(attachment, state, report)
+    return report
+
+
+def compare(attachment: Attachment, state: Mapping[str, Tensor]) -> LoadReport:
+    """What of `state` fits."""
     targets = dict(_targets(attachment, state))
     used = [k for k, t in targets.items() if k in state and state[k].shape == t.shape]
-    report = LoadReport(
+    return LoadReport(
         tuple(used),
         tuple(k for k in targets if k not in state),
         tuple(k for k in state if k not in targets),
         tuple(f"{k} {tuple(state[k].shape)} for {tuple(t.shape)}" for k, t in targets.items() if k in state and k not in used),
     )
-    if strict and not report.clean:
-        raise LoadError(f"'{attachment.name}' ({attachment.method.name}): {report}. Pass strict=False to load what fits.")
+
+
+def fill(attachment: Attachment, state: Mapping[str, Tensor], report: LoadReport) -> None:
+    """Copy in what fits."""
+    targets = dict(_targets(attachment, state))
     with torch.no_grad():
-        for key in used:
+        for key in report.used:
             targets[key].copy_(state[key])
-    return report
 
 
 def _targets(attachment: Attachment, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

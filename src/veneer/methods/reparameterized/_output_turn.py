@@ -12,6 +12,7 @@ from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
 from veneer.injection.below import tensor_below
 from veneer.injection.method import Adapter
 from veneer.injection.sites import WeightSite
+from veneer.methods.reparameterized._swapping import turn_state
 
 
 class OutputTurn(Adapter):
@@ -47,6 +48,10 @@ class OutputTurn(Adapter):
         """W + s·(D R W − W), by way of R − I, which is exactly zero at the start."""
         change = self.change(weight.flatten(1).mT).mT
         return weight + (change * self.strength).reshape(weight.shape)
+
+    def taking(self, other: OutputTurn | None) -> dict[str, Tensor]:
+        """State with which this turns as `other` does, or not at all. `ValueError` where its blocks do not fit into these."""
+        return turn_state(self, other)
 
     def change(self, rows: Tensor) -> Tensor:
         """D R v − v of each row v of (n, d_out)."""

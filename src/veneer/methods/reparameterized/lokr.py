@@ -13,6 +13,7 @@ from veneer.functional.convolve import convolve
 from veneer.functional.kronecker import kron_apply, kron_factors, kron_weight
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
+from veneer.methods.reparameterized._swapping import lokr_state
 
 Low = Literal["left", "right", "both", "none"]
 
@@ -71,6 +72,10 @@ class LoKrAdapter(Adapter):
     def weight(self, weight: Tensor) -> Tensor:
         """W + s·(C ⊗ D)."""
         return weight + self.delta() * (self.strength * self.scaling)
+
+    def taking(self, other: LoKrAdapter | None) -> dict[str, Tensor]:
+        """State with which this makes the change of `other`, or none: its C and D. `ValueError` where there is no room."""
+        return lokr_state(self, other)
 
     def delta(self) -> Tensor:
         """C ⊗ D in the weight's shape, without any scale."""

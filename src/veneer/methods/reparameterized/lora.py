@@ -19,6 +19,7 @@ from veneer.injection.filling import values_follow
 from veneer.injection.forms import base_tensor
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import Site, WeightSite
+from veneer.methods.reparameterized._swapping import lora_state
 
 N = TypeVar("N", int, float)
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
@@ -65,6 +66,10 @@ class LoRAAdapter(Adapter):
     def weight(self, weight: Tensor) -> Tensor:
         """W + s·B A, in W's shape."""
         return weight + self.delta() * (self.strength * self.scaling)
+
+    def taking(self, other: LoRAAdapter | None) -> dict[str, Tensor]:
+        """State with which this makes the change of `other`, or none. `ValueError` where its pair finds no room in this one's."""
+        return lora_state(self, other)
 
     def delta(self) -> Tensor:
         """B A in the weight's shape, without any scale."""

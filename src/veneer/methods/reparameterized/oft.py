@@ -13,6 +13,7 @@ from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._output_turn import OutputTurn, refuse_straddling
+from veneer.methods.reparameterized._swapping import turn_state
 
 
 class OFTAdapter(Adapter):
@@ -36,6 +37,10 @@ class OFTAdapter(Adapter):
         if self.magnitude is not None:
             change = (flat + change) * self.magnitude.unsqueeze(1) - flat
         return weight + (change * self.strength).reshape(weight.shape)
+
+    def taking(self, other: OFTAdapter | None) -> dict[str, Tensor]:
+        """State with which this turns as `other` does, or not at all. `ValueError` where its blocks do not fit into these."""
+        return turn_state(self, other)
 
     def turn(self) -> Tensor:
         """R_i − I, (blocks, b, b)."""

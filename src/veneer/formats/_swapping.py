@@ -1,0 +1,52 @@
+"""A file into an attachment that is there already."""
+
+from __future__ import annotations
+
+import dataclasses
+from os import PathLike
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from ..injection import Attachment, LoadError, VeneerError
+from ..injection.state import LoadReport
+from ..injection.swapping import refuse_merged
+from ..injection.swapping import swap as swap_state
+from ._attaching import Wanted, method_of
+from ._format import Options, known_format
+from ._reading import File, read
+
+
+def swap(attachment: Attachment, path: str | PathLike[str], *, base: Literal["same", "any"] = "same") -> LoadReport:
+    """`Attachment.swap`."""
+    if base not in ("same", "any"):
+        raise ValueError(f"swap: base must be 'same' or 'any', got {base!r}")
+    refuse_merged(attachment)
+    file = read(path)
+    each = _only(attachment, file, base == "same")
+    try:
+        report = swap_state(attachment, method_of(each.method, each.config), each.sites, each.state)
+    except LoadError as error:
+        raise LoadError(f"{file.path}: {error}") from error
+    attachment.loaded = dataclasses.replace(report, notes=tuple(each.notes))
+    attachment.provenance = dict(each.provenance)
+    return attachment.loaded
+
+
+def _only(attachment: Attachment, file: File, same_base: bool) -> Wanted:
+    """The one attachment that is in a file, read for the towers of `attachment`."""
+    towers: Any = attachment.towers
+    model = towers[""] if "" in towers else SimpleNamespace(components=towers)
+    found: list[Wanted] = []
+    try:
+        made = known_format(file).load(model, file, Options(same_base=same_base, into=found))
+    except VeneerError as error:
+        names = ", ".join(component or type(tower).__name__ for component, tower in towers.items())
+        raise LoadError(f"{error} ('{attachment.name}' is on {names}.)") from error
+    for each in reversed(made):
+        each.detach()
+    if made or len(found) != 1:
+        what = ", ".join(each.method for each in found) or "a format of its own"
+        raise LoadError(
+            f"{file.path}: it holds {len(found)} attachments ({what}), and one goes into '{attachment.name}'. Use veneer.load."
+        )
+    return found[0]

@@ -1,0 +1,120 @@
+"""What an adapter must hold to make the change of another of its method, of other ranks, scales or blocks, at the same site.
+
+All are exact: smaller factors lie in larger ones with zeros around them, and the ratio of the scales goes into one factor, so
+that no shape and no number of the adapter's own changes. None in the other's place means no change at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.functional.cayley import skew, within
+from veneer.functional.room import joined_blocks, padded
+
+State = dict[str, Tensor]
+
+
+def lora_state(arena: Any, other: Any | None) -> State:
+    """[A; 0] and (s_other / s)·[B, 0], group by group.
+
+    Raises:
+        ValueError: no room.
+    """
+    state = {key: torch.zeros_like(tensor) for key, tensor in arena.state_dict().items()}
+    if other is None:
+        return state
+    tucker = "core" in state
+    if tucker and not hasattr(other, "core"):
+        raise ValueError("it has no core, and the attachment has room for one; attach with tucker=False, which holds both")
+    down, up = (other.down, other.up) if tucker else other.pair()
+    embedding, groups = arena.site.kind == "embedding", arena.site.groups
+    rank = arena.down.shape[1 if embedding else 0]
+    try:
+        state["down"] = padded(down, rank, 1 if embedding else 0, groups)
+        state["up"] = padded(_scaled(up, other.scaling, arena.scaling), arena.up.shape[1], 1)
+        if tucker:
+            state["core"] = padded(padded(other.core, rank, 0, groups), rank // groups, 1)
+    except ValueError as error:
+        raise ValueError(f"{error}; attach with rank={down.shape[1 if embedding else 0]} or more") from error
+    return state
+
+
+def lokr_state(arena: Any, other: Any | None) -> State:
+    """The same C and D: factors of low rank padded, or multiplied out where there is room for a full one; scales into D.
+
+    Raises:
+        ValueError: other sides, or no room.
+    """
+    if other is None:
+        return {key: torch.zeros_like(tensor) for key, tensor in arena.state_dict().items()}
+    here, there = ((s.up, s.vp, s.uq, s.vq) for s in (arena.split, other.split))
+    if here != there:
+        sides = f"C {there[0]}×{there[2]} and D {there[1]}×{there[3]}"
+        raise ValueError(f"its factors are {sides}, not {here[0]}×{here[2]} and {here[1]}×{here[3]}; attach with its factor")
+    state: State = {}
+    for side, scale in (("left", 1.0), ("right", other.scaling)):
+        ratio = 1.0 if side == "left" else arena.scaling
+        full = getattr(other, side)
+        if getattr(arena, side) is not None:
+            state[side] = _scaled(_product(other, side) if full is None else full, scale, ratio)
+        elif full is not None:
+            raise ValueError(f"its {side} factor is full, and there is room for one of low rank; attach with rank=None")
+        else:
+            rank = getattr(arena, f"{side}_down").shape[0]
+            state[f"{side}_up"] = padded(_scaled(getattr(other, f"{side}_up"), scale, ratio), rank, 1)
+            state[f"{side}_down"] = padded(getattr(other, f"{side}_down"), rank, 0)
+    return state
+
+
+def turn_state(arena: Any, other: Any | None) -> State:
+    """Blocks of Q on the diagonals of larger ones, already within the other's radius; lengths of 1 where it learned none.
+
+    Raises:
+        ValueError: blocks that do not fit, lengths without room, or a Q outside of the radius here.
+    """
+    state = {key: torch.zeros_like(tensor) for key, tensor in arena.state_dict().items()}
+    if arena.magnitude is not None:
+        state["magnitude"] += 1
+    if other is None:
+        return state
+    if type(other) is not type(arena):
+        raise ValueError("it turns the other side of the weight; attach with its own side=")
+    if other.magnitude is not None:
+        if arena.magnitude is None:
+            raise ValueError("it has learned lengths, and the attachment has no room for them; attach with rescale=True")
+        state["magnitude"] = other.magnitude
+    entries = other.skew if other.radius is None else _within(other)
+    if entries.ndim == 2:
+        entries = joined_blocks(entries, other.size, arena.size, len(arena.skew))
+    if entries.shape != arena.skew.shape:
+        raise ValueError(f"its blocks are {tuple(entries.shape)}, not {tuple(arena.skew.shape)}; attach with its own options")
+    norm = skew(entries, arena.size).flatten(-2).norm(dim=-1)
+    if arena.radius is not None and norm.numel() and norm.max() > arena.radius * (1 + 1e-6):
+        raise ValueError(f"its Q is {norm.max():.3g} long, outside of the radius {arena.radius:.3g}; attach with coft=None")
+    state["skew"] = entries
+    return state
+
+
+def _scaled(factor: Tensor, there: float, here: float) -> Tensor:
+    """The factor times the ratio of the scales; as it is where they are equal."""
+    if there == here:
+        return factor
+    if here == 0:
+        raise ValueError("the attachment's own scale is 0, so that nothing in it acts; attach with another alpha")
+    return (factor.double() * (there / here)).to(factor.dtype)
+
+
+def _product(adapter: Any, side: str) -> Tensor:
+    up, down = getattr(adapter, f"{side}_up"), getattr(adapter, f"{side}_down")
+    product: Tensor = (up @ down.flatten(1)).unflatten(1, down.shape[1:])
+    return product
+
+
+def _within(adapter: Any) -> Tensor:
+    """The entries of Q after its constraint."""
+    q = within(skew(adapter.skew, adapter.size), adapter.radius)
+    rows, columns = torch.triu_indices(adapter.size, adapter.size, 1)
+    return q[..., rows, columns]

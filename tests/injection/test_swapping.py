@@ -1,0 +1,243 @@
+"""Another file in an attachment's place: the change that a load of that file makes, in a graph that stays as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from veneer import load
+from veneer.formats import formats
+from veneer.injection import Attachment, LoadError, StateError, attach, hosts
+from veneer.injection.method import Method
+from veneer.methods.reparameterized.lokr import LoKr
+from veneer.methods.reparameterized.lora import LoRA
+from veneer.methods.reparameterized.oft import OFT
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.testing.snapshot import assert_same, snapshot
+
+from .toy import net, run, stir
+
+ALL = "embed.token conv attn.{q,k,out} head"
+WEIGHTS = "conv attn.{q,k,out} head"
+
+
+def saved(path: Path, method: Method, where: str, train: str = "") -> Path:
+    """A trained adapter's file."""
+    torch.manual_seed(3)
+    tuned = attach(net(), method, where=where, train=train.split())
+    stir(tuned)
+    with torch.no_grad():
+        for _, adapter in tuned.parts.values():
+            for name in ("down0", "up0"):
+                if hasattr(adapter, name):
+                    getattr(adapter, name).mul_(0.5)
+    return tuned.save(path / "file")
+
+
+def changes(model: nn.Module, tuned: Attachment) -> dict[str, Tensor]:
+    """ΔW at every site, by the adapters' weight form; zeros are left out."""
+    found = {}
+    with torch.no_grad():
+        for name, (site, adapter) in tuned.parts.items():
+            weight = torch.randn(site.weight_shape, generator=torch.Generator().manual_seed(7))
+            change = adapter.weight(weight) - weight
+            if change.any():
+                found[name] = change
+    return found
+
+
+ROOMS = [
+    (LoRA(rank=8), LoRA(rank=4, alpha=3.0), ALL),
+    (LoRA(rank=8, alpha=2.0), LoRA(rank=2, rslora=True, ranks={"name:qkv.q": 4, "head": 8}, alphas={"conv": 5.0}), ALL),
+    (LoRA(rank=8, dropout=0.5), LoRA(rank=4, tucker=True), ALL),
+    (LoRA(rank=8), LoRA(rank=2, init="olora"), WEIGHTS),
+    (LoRA(rank=8, tucker=True), LoRA(rank=2, alpha=6.0, tucker=True), ALL),
+    (LoRA(rank=2, init="olora"), LoRA(rank=2, alpha=1.0), WEIGHTS),
+    (LoKr(factor=2), LoKr(factor=2, rank=1, alpha=3.0, low="both"), WEIGHTS),
+    (LoKr(factor=2, rank=3, alpha=2.0, low="right"), LoKr(factor=2, rank=2, low="right"), WEIGHTS),
+    (LoKr(factor=2, rank=3, alpha=2.0, low="both"), LoKr(factor=2, rank=1, alpha=3.0, low="both"), WEIGHTS),
+    (OFT(blocks=1), OFT(block_size=3), WEIGHTS),
+    (OFT(blocks=1, rescale=True), OFT(block_size=3, share=True, coft=0.01), WEIGHTS),
+    (OFT(block_size=3, share=True), OFT(block_size=3, share=True, coft=0.01), WEIGHTS),
+    (OFT(block_size=3, rescale=True, side="output"), OFT(block_size=3, rescale=True, side="output"), "conv attn.{q,k,out}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("room", "smaller", "where"), ROOMS)
+def test_the_change_is_that_of_a_load(room: Method, smaller: Method, where: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, smaller, where)
+    model, beside = net(), net()
+    tuned, loaded = attach(model, room, where=where, name="room"), load(beside, path)
+    stir(tuned)  # what was in it before
+    shapes = {key: tensor.shape for key, tensor in tuned.state_dict().items()}
+    tuned.swap(path)
+    expected = changes(beside, loaded)
+    got = changes(model, tuned)
+    assert set(got) == set(expected) == set(tuned.parts)
+    for name, change in expected.items():
+        torch.testing.assert_close(got[name], change, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(run(model), run(beside), rtol=1e-5, atol=1e-5)
+    assert {key: tensor.shape for key, tensor in tuned.state_dict().items()} == shapes
+    again = net()
+    load(again, tuned.save(tmp_path / "room"))  # the room's own config describes what is in it
+    assert torch.equal(run(again), run(model))
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=4), LoKr(factor=2), OFT(blocks=1, rescale=True)])
+def test_sites_that_the_file_lacks_become_the_host(method: Method, tmp_path: Path) -> None:
+    path = saved(tmp_path, method, "attn.q")
+    model, beside = net(), net()
+    tuned = attach(model, method, where="attn.q head")
+    stir(tuned)
+    tuned.swap(path)
+    load(beside, path)
+    assert list(changes(model, tuned)) == ["qkv.q"]
+    torch.testing.assert_close(run(model), run(beside))
+
+
+REFUSED = [
+    (LoRA(rank=4), LoRA(rank=8), ALL, ALL, r"table: it has rank 8, and there is room for 4; attach with rank=8 or more"),
+    (LoRA(rank=3), LoRA(rank=2, init="olora"), "attn.q", "attn.q", r"rank 4, and there is room for 3"),
+    (LoRA(rank=4, tucker=True), LoRA(rank=4), "conv", "conv", r"it has no core.*attach with tucker=False"),
+    (LoRA(rank=4), LoRA(rank=4), "attn.q", "attn.q head", r"1 sites that 'room' is not attached to: head\. Attach with"),
+    (LoRA(rank=4), OFT(blocks=2), "attn.q", "attn.q", r"'room' is lora and this is oft"),
+    (LoKr(factor=2), LoKr(sides=(3, 1)), "attn.q", "attn.q", r"C 3×1 and D 2×6, not 2×2 and 3×3; attach with its factor"),
+    (LoKr(factor=2, rank=1, low="right"), LoKr(factor=2), "attn.q", "attn.q", r"right factor is full.*attach with rank=None"),
+    (OFT(block_size=2), OFT(block_size=3), "attn.q", "attn.q", r"2 blocks of side 3, which do not make up 3 of side 2"),
+    (OFT(block_size=6), OFT(block_size=3, rescale=True), "attn.q", "attn.q", r"learned lengths.*attach with rescale=True"),
+    (OFT(block_size=6, coft=1e-6), OFT(block_size=6), "attn.q", "attn.q", r"outside of the radius .*attach with coft=None"),
+    (OFT(block_size=3), OFT(block_size=3, side="output"), "attn.q", "attn.q", r"it turns the other side"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("room", "other", "here", "there", "words"), REFUSED)
+def test_what_does_not_fit_is_refused_and_changes_nothing(
+    room: Method, other: Method, here: str, there: str, words: str, tmp_path: Path
+) -> None:
+    path = saved(tmp_path, other, there)
+    model = net()
+    tuned = attach(model, room, where=here, name="room")
+    stir(tuned)
+    before, output = snapshot(model), run(model)
+    with pytest.raises(LoadError, match=words):
+        tuned.swap(path)
+    assert torch.equal(run(model), output)
+    assert_same(before, snapshot(model), "a refused swap")
+
+
+def test_other_methods_take_files_of_their_own_options(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    tuned = attach(net(), "loha", rank=2, where="attn.q head")
+    stir(tuned)
+    path = tuned.save(tmp_path / "file")
+    model, beside = net(), net()
+    room = attach(model, "loha", rank=2, where="attn.q head")
+    load(beside, path)
+    room.swap(path)
+    assert torch.equal(run(model), run(beside))
+    for options, words in (({"rank": 3}, r"this one has rank 2, not 3"), ({"rank": 2, "alpha": 1.0}, r"alpha None, not 1\.0")):
+        with pytest.raises(LoadError, match=words):
+            attach(net(), "loha", where="attn.q head", **options).swap(path)
+    with pytest.raises(LoadError, match=r"nothing for 1 sites of 'loha': qkv\.k"):
+        attach(net(), "loha", rank=2, where="attn.{q,k} head").swap(path)
+
+
+def test_a_trained_head_goes_along_or_is_missed(tmp_path: Path) -> None:
+    path = saved(tmp_path, LoRA(rank=2), "attn.q", train="head")
+    model, beside = net(), net()
+    tuned = attach(model, LoRA(rank=4), where="attn.q", train="head")
+    tuned.swap(path)
+    load(beside, path)
+    torch.testing.assert_close(run(model), run(beside))
+    with pytest.raises(LoadError, match=r"unused 2: head:(weight|bias), head:(weight|bias)"):
+        attach(net(), LoRA(rank=4), where="attn.q").swap(path)
+    bare = saved(tmp_path, LoRA(rank=2), "attn.q")
+    with pytest.raises(LoadError, match=r"missing 2: head:(weight|bias), head:(weight|bias)"):
+        tuned.swap(bare)
+
+
+def test_state_and_reports(tmp_path: Path) -> None:
+    path = saved(tmp_path, LoRA(rank=2), "attn.q")
+    tuned = attach(net(), LoRA(rank=4), where="attn.q")
+    tuned.scale = 0.5
+    tuned.swap(path)
+    assert tuned.scale == 0.5
+    assert tuned.loaded is not None
+    assert set(tuned.loaded.used) == {"qkv.q:down", "qkv.q:up"}
+    tuned.merge()
+    with pytest.raises(StateError, match="is merged"):
+        tuned.swap(path)
+    tuned.unmerge()
+    tuned.detach()
+    with pytest.raises(StateError, match="is detached"):
+        tuned.swap(path)
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_files_of_other_tools(format: str, tmp_path: Path) -> None:
+    """A file of a whole pipeline into a room on it, and what a room on the UNet alone says to it."""
+    towers = ("attn", "xattn", "text/attn")
+    tuned = attach(tiny_pipeline("sd"), "lora", rank=2, alpha=5.0, where=towers)
+    stir(tuned)
+    path = formats.get(format)().save(tuned, tmp_path / "file.safetensors")
+    pipe, beside = tiny_pipeline("sd"), tiny_pipeline("sd")
+    room = attach(pipe, "lora", rank=8, where=towers)
+    room.swap(path)
+    loaded = load(beside, path)
+    for name, change in changes(beside.unet, loaded).items():
+        torch.testing.assert_close(changes(pipe.unet, room)[name], change, rtol=2e-6, atol=2e-6)
+    with pytest.raises(LoadError, match=r"unused .*\('lora' is on unet\.\)"):
+        attach(tiny_pipeline("sd"), "lora", rank=8).swap(path)
+
+
+def test_a_file_with_several_is_refused(tmp_path: Path) -> None:
+    model = net()
+    both = [attach(model, LoRA(rank=2), where="attn.q", name=name) for name in ("one", "two")]
+    path = formats.get("native")().save(both, tmp_path / "file")
+    with pytest.raises(LoadError, match=r"it holds 2 attachments \(lora, lora\), and one goes into 'room'"):
+        attach(net(), LoRA(rank=2), where="attn.q", name="room").swap(path)
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+@pytest.mark.parametrize(("room", "smaller"), [
+    (LoRA(rank=8, alpha=4.0), LoRA(rank=2, alpha=3.0)),
+    (LoKr(factor=2), LoKr(factor=2, rank=1, alpha=3.0, low="right")),
+    (OFT(blocks=1), OFT(blocks=2)),
+])  # fmt: skip
+def test_a_compiled_tower_is_not_compiled_again(room: Method, smaller: Method, component: str, tmp_path: Path) -> None:
+    where = "attn" if component == "text_encoder" else ("attn", "xattn")
+    source = tiny_pipeline("sd").components[component]
+    torch.manual_seed(5)
+    trained = attach(source, smaller, where=where)
+    stir(trained, 0.2)
+    path = trained.save(tmp_path / "file")
+    tower, beside = (tiny_pipeline("sd").components[component] for _ in range(2))
+    tuned = attach(tower, room, where=where)
+    stir(tuned, 0.2)
+    (host,) = [h for h in (hosts.get(n)() for n in hosts.names()) if h.matches(tower)]
+    inputs = host.sample(tower)
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(tower, fullgraph=True, backend=backend)
+    before = first(compiled, inputs)
+    tuned.swap(path)
+    after = first(compiled, inputs)
+    load(beside, path)
+    torch.testing.assert_close(after, first(beside, inputs), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def first(model: Any, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs)[0]
