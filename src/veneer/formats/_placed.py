@@ -29,7 +29,7 @@ def pairs(attachments: Sequence[Attachment], target: Path, places: Places, files
     written: set[str] = set()
     for attachment in attachments:
         refuse(attachment, target, files)
-        for place, adapters in _by_place(attachment, target, places):
+        for place, adapters in by_place(attachment, target, places):
             name = place.names[0]
             if name in written:
                 raise SaveError(f"{target}: two attachments adapt '{name}', and the format holds one. Save them to two files.")
@@ -39,7 +39,7 @@ def pairs(attachments: Sequence[Attachment], target: Path, places: Places, files
         raise SaveError(f"{target}: there is no attachment to save.")
 
 
-def _by_place(attachment: Attachment, target: Path, places: Places) -> list[tuple[Place, dict[str, Any]]]:
+def by_place(attachment: Attachment, target: Path, places: Places) -> list[tuple[Place, dict[str, Any]]]:
     """Each place that an attachment touches, with its adapters by site name."""
     beside = dict.fromkeys(site.component for site in attachment.offered)  # how many text encoders, though not all are adapted
     towers = [

@@ -92,11 +92,13 @@ def _metadata(tensors: Mapping[str, Tensor], versions: Set[str]) -> dict[str, st
     alphas = [float(t) for key, t in tensors.items() if key.endswith(".alpha")]
     common = [Counter(values).most_common(1)[0][0] for values in (ranks, alphas)]
     found = {"ss_network_module": "networks.lora", "ss_network_dim": str(common[0]), "ss_network_alpha": str(common[1])}
-    if len(versions) == 1:
-        (base,) = versions
-        found |= {"ss_base_model_version": base, "ss_v2": str(base == "sd_v2")}
-        found["ss_network_module"] += "_flux" if base == "flux1" else ""
-    return found
+    found["ss_network_module"] += "_flux" if versions == {"flux1"} else ""
+    return found | base_metadata(versions)
+
+
+def base_metadata(versions: Set[str]) -> dict[str, str]:
+    """The base's version, where it is one."""
+    return {"ss_base_model_version": v, "ss_v2": str(v == "sd_v2")} if len(versions) == 1 and (v := next(iter(versions))) else {}
 
 
 save = Kohya().save
