@@ -49,7 +49,7 @@ class Job:
         seconds: time after the start at which all processes are killed from outside.
         config: changes to `CONFIG`.
         dropout: of the model.
-        model: `tiny`, or `pipeline` for the one of `kill_points`.
+        model: `tiny`, `pipeline` for the one of `kill_points`, or `scheduled` for that of `scheduled`.
     """
 
     folder: str
@@ -140,6 +140,11 @@ def maker(model: str) -> Callable[..., Trainer]:
     """What makes the trainer of a job; what it imports is imported when this returns."""
     if model == "tiny":
         return trainer_of
+    if model == "scheduled":
+        from .scheduled import scheduled_trainer, tuned
+
+        tuned()
+        return scheduled_trainer
     from .kill_points import pipeline_trainer, warm_up
 
     warm_up()

@@ -1,0 +1,48 @@
+"""A run whose methods have a term of the loss, a schedule and something to remember, for the tests of exact resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from veneer.injection import Attachment, attach, hosts
+from veneer.methods.reparameterized.adalora import AdaLoRA
+from veneer.training import targets
+from veneer.training.loop import TrainConfig, Trainer
+from veneer.training.seeds import generator
+
+METHOD = AdaLoRA(rank=4, target_rank=2, warmup=0.2, final=0.3, every=2)
+STEPS = 12  # pruned after steps 4, 6 and 8
+
+
+def tuned(dropout: float = 0.0) -> tuple[nn.Module, list[Attachment]]:
+    """AdaLoRA, and a LoRA that begins as a part of the weights, on a small ViT."""
+    torch.manual_seed(0)
+    model = hosts.get("timm_vit")().tiny()["vit"]()
+    attached = [
+        attach(model, METHOD, where="attn.{q,v} mlp.out", name="ranks"),
+        attach(model, "lora", rank=2, init="pissa", dropout=dropout, where="mlp.in", name="part"),
+    ]
+    return model.train(), attached
+
+
+def scheduled_trainer(
+    folder: Path | None, config: TrainConfig, dropout: float = 0.0, watch: Callable[[], None] = lambda: None
+) -> Trainer:
+    """The tuned model learns to give numbers."""
+    model, attached = tuned(dropout)
+
+    def loss_step(step: int, rows: list[int]) -> Tensor:
+        watch()
+        draws = [generator(config.seed, step, row) for row in rows]
+        pictures = torch.stack([torch.randn(3, 32, 32, generator=draw) for draw in draws])
+        wanted = torch.stack([torch.randn(10, generator=draw) for draw in draws])
+        return nn.functional.mse_loss(model(pictures), wanted)
+
+    named = targets.named_state(attached)
+    groups = targets.parameter_groups(attached, {"adalora": 1.0, "lora": 0.5}, 0.0, 1.0)
+    loss = targets.with_penalties(loss_step, attached)
+    return Trainer(config, groups, loss, named, folder, after_step=targets.after_step(attached))

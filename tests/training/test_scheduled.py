@@ -1,0 +1,111 @@
+"""Methods that have a term of the loss and something to do after each step: exact when killed and resumed, on two processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from veneer.injection import attach, hosts
+from veneer.training import targets
+from veneer.training.checkpoints import CheckpointError
+from veneer.training.loop import TrainConfig, Trainer
+
+from .resume_worker import CONFIG, Job
+from .scheduled import METHOD, STEPS, scheduled_trainer
+from .test_resume import Worker, final, worker  # noqa: F401  the worker is a fixture
+
+SETTINGS: dict[str, Any] = {"steps": STEPS, "checkpoint_every": 5}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / f"checkpoint-{STEPS:06d}" / "weights.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the worker forks its processes, which this system cannot")
+def test_kills_change_nothing_and_two_processes_see_one_gradient(worker: Worker, tmp_path: Path) -> None:  # noqa: F811
+    """Killed in the phase that prunes, with the pruning of step 6 still to come; `final` compares bitwise."""
+    for processes in (1, 2):
+        whole, killed = tmp_path / f"whole-{processes}", tmp_path / f"killed-{processes}"
+        job = {"processes": processes, "config": SETTINGS, "model": "scheduled", "dropout": 0.0}
+        assert worker.run(Job(str(whole), **job)) == [0] * processes
+        losses = 6 * (2 if processes == 1 else 1)  # two micro-batches a step, and others than losses count as well
+        assert -worker.run(Job(str(killed), after=losses + 14, **job))[0] == signal.SIGKILL
+        assert [p.name for p in killed.glob("checkpoint-*")] == ["checkpoint-000005"]
+        assert worker.run(Job(str(killed), **job)) == [0] * processes
+        assert final(killed, STEPS) == final(whole, STEPS)
+    one, two = weights(tmp_path / "whole-1"), weights(tmp_path / "whole-2")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    kept = [t for name, t in one.items() if name.endswith(":kept")]
+    assert sum(int(t.sum()) for t in kept) == METHOD.target_rank * len(kept)
+    assert any(name.startswith("part/") and name.endswith(":down0") for name in one)
+
+
+def test_a_run_of_other_length_is_another_run(tmp_path: Path) -> None:
+    """Its schedule would have been another from the start, also where the learning rate is constant."""
+    settings = {**CONFIG, **SETTINGS, "schedule": "constant"}
+    trainer = scheduled_trainer(tmp_path, TrainConfig(**settings))
+    trainer.on_step = lambda progress: trainer.stop() if progress.step == 2 else None
+    assert trainer.fit().stopped
+    with pytest.raises(CheckpointError, match=r"steps: 12 there, 20 now"):
+        scheduled_trainer(tmp_path, TrainConfig(**{**settings, "steps": 20})).fit(resume=True)
+
+
+def test_the_loss_has_the_methods_terms_once_a_step_and_others_have_none() -> None:
+    config = TrainConfig(**{**CONFIG, "steps": 1, "schedule": "constant", "warmup": 0})
+    model = hosts.get("timm_vit")().tiny()["vit"]()
+    ranks = [attach(model, METHOD, where="attn.q"), attach(model, METHOD, where="attn.v")]
+    plain = attach(model, "lora", where="attn.k")
+    loss = lambda step, rows: sum((p * 0).sum() for a in ranks for p in a.parameters()) + 0.25  # noqa: E731
+    expected = 0.25 + sum(a.penalty().item() for a in ranks)
+    named = targets.named_state(ranks)
+    trainer = Trainer(
+        config, targets.parameter_groups(ranks, {"adalora": 1.0}, 0, 1.0), targets.with_penalties(loss, ranks), named
+    )
+    assert config.accumulation == 2
+    assert trainer.fit().losses == [pytest.approx(expected, rel=1e-6)]
+    assert targets.with_penalties(loss, [plain]) is loss
+    assert targets.after_step([plain]) is None
+    assert plain.penalty() is None
+    assert targets.named_state([plain]).keys() == targets.named_parameters([plain]).keys()
+
+
+def test_the_step_is_told_while_its_gradients_are_there() -> None:
+    layer = nn.Linear(2, 1)
+    seen: list[Any] = []
+
+    def done(step: int, steps: int) -> None:
+        seen.append((step, steps, layer.weight.grad.clone(), layer.weight.detach().clone()))
+
+    def loss(step: int, rows: list[int]) -> torch.Tensor:
+        return (layer.weight * (step + 1)).sum()
+
+    config = TrainConfig(steps=3, optimizer="sgd", learning_rate=0.1, weight_decay=0.0, clip=0.0, tracker="none")
+    before = layer.weight.detach().clone()
+    Trainer(config, [{"params": [layer.weight]}], loss, {"weight": layer.weight}, after_step=done).fit()
+    assert [s[:2] for s in seen] == [(1, 3), (2, 3), (3, 3)]
+    for number, (_, _, grad, _) in enumerate(seen, 1):
+        assert torch.equal(grad, torch.full((1, 2), float(number)))
+    torch.testing.assert_close(seen[0][3], before - 0.1)  # after the update
+    assert layer.weight.grad is None
+
+
+def test_an_overflow_of_fp16_tells_the_step_without_gradients() -> None:
+    layer = nn.Linear(2, 1)
+    seen: list[bool] = []
+
+    def loss(step: int, rows: list[int]) -> torch.Tensor:
+        return (layer.weight * (1e35 if step == 1 else 1.0)).sum()  # times the scale of 65,536 it is no number any more
+
+    config = TrainConfig(steps=3, precision="fp16", tracker="none")
+    tell = lambda step, steps: seen.append(layer.weight.grad is not None)  # noqa: E731
+    Trainer(config, [{"params": [layer.weight]}], loss, {"weight": layer.weight}, after_step=tell).fit()
+    assert seen == [True, False, True]
