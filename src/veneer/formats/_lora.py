@@ -16,6 +16,8 @@ from ..injection.sites import WeightSite
 
 ENCODERS = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}
 
+NATIVE = "The native file (Attachment.save) holds it."
+
 
 @dataclass(frozen=True)
 class Found:
@@ -46,14 +48,18 @@ def shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def refuse(attachment: Attachment, target: Path, files: str) -> None:
     """Raise if something of an attachment is no LoRA. `files`: what the format is called in the error."""
-    native = "The native file (Attachment.save) holds it."
     if attachment.method.name != "lora":
-        raise SaveError(f"{target}: '{attachment.name}' is {attachment.method.name}; {files} hold lora. {native}")
+        raise SaveError(f"{target}: '{attachment.name}' is {attachment.method.name}; {files} hold lora. {NATIVE}")
+    refuse_trained(attachment, target, files)
+
+
+def refuse_trained(attachment: Attachment, target: Path, files: str) -> None:
+    """Raise if an attachment has trained parameters of the base as well."""
     extra = [key for key in attachment.state_dict() if key.rpartition(":")[0] not in attachment.parts]
     if extra:
         raise SaveError(
             f"{target}: '{attachment.name}' has trained {', '.join(extra[:4])} of the base as well, for which {files} have no "
-            f"place. {native}"
+            f"place. {NATIVE}"
         )
 
 
