@@ -43,9 +43,14 @@ def with_peft(model: nn.Module, rank: int, **options: Any) -> nn.Module:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = [t for t in TARGETS if any(name.endswith(f".{t}") for name, _ in model.named_modules())]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets), model, **options)
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets(model))
+    inject_adapter_in_model(config, model, **options)
     return model
+
+
+def targets(model: nn.Module) -> list[str]:
+    """Those of `TARGETS` that the model has."""
+    return [t for t in TARGETS if any(name.endswith(f".{t}") for name, _ in model.named_modules())]
 
 
 def trained(model: nn.Module) -> int:

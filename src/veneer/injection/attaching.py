@@ -7,7 +7,7 @@ from typing import Any
 
 from .attachment import Attachment
 from .errors import SelectionError, StateError
-from .ledger import peek, refuse_compiled
+from .ledger import Merge, peek, refuse_compiled
 from .method import Method
 from .plan import plan
 from .registry import methods
@@ -75,4 +75,17 @@ def attachments(model: Any) -> list[Attachment]:
     for tower in towers_of(model, strict=False):
         ledger = peek(tower.module)
         found.extend(a for a in (ledger.attachments if ledger else ()) if a not in found)
+    return found
+
+
+def merges(model: Any) -> list[Merge]:
+    """What is merged into the weights of a model or pipeline, the first merged first: `attachment`, `name` and `scale` of each.
+
+    The last one must be unmerged first. Where the towers of a pipeline hold different ones, those of its main tower come first.
+    """
+    found: list[Merge] = []
+    for tower in towers_of(model, strict=False):
+        ledger = peek(tower.module)
+        known = [m.attachment for m in found]
+        found.extend(m for m in (ledger.merged if ledger else ()) if m.attachment not in known)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +16,29 @@ if TYPE_CHECKING:
 _KEY = "_veneer_ledger"
 
 
+@dataclass(frozen=True)
+class Merge:
+    """One attachment that is in the weights, and the strength that it was merged at."""
+
+    attachment: Attachment
+    scale: float
+
+    @property
+    def name(self) -> str:
+        """The attachment's name."""
+        return self.attachment.name
+
+
 class Ledger:
-    """The attachments of one tower, in order; its `requires_grad` flags and norm statistics from before the first."""
+    """The attachments of one tower, in order; its `requires_grad` flags and norm statistics from before the first.
+
+    Attributes:
+        merged: what is in the weights, the first merged first.
+    """
 
     def __init__(self, tower: nn.Module) -> None:
         self.attachments: list[Attachment] = []
-        self.merged: list[Attachment] = []
+        self.merged: list[Merge] = []
         self.requires_grad = {name: p.requires_grad for name, p in tower.named_parameters()}
         self.statistics = {name: b.detach().clone() for name, b in statistics(tower)}
 

@@ -88,6 +88,18 @@ class LoRAAdapter(Adapter):
         """(down, up) of the same change as an ordinary LoRA with this scale, for what can hold nothing else."""
         return self.down, self.up
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """C (groups, d_out / groups, rank) and D (groups, rank, width), s in C: W' = W + C D with W flattened group by group.
+
+        An embedding is one group, whose outputs are its rows.
+        """
+        down, up = self.pair()
+        if self.site.kind == "embedding":
+            left, right = down[None], up.T[None]
+        else:
+            left, right = (t.flatten(1).unflatten(0, (self.site.groups, -1)) for t in (up, down))
+        return left * (self.strength * self.scaling), right
+
 
 class PartAdapter(LoRAAdapter):
     """y' = y + s·(B A x − B0 A0 x), W' = W + s·(B A − B0 A0), where A and B begin as A0 and B0, a part of W.
