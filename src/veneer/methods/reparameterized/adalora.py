@@ -205,12 +205,15 @@ class AdaLoRA(Method):
         return here.target_rank
 
     def summary(self, adapters: Iterable[tuple[Site, Adapter]]) -> str:
-        """Triplets with λ ≠ 0, in all and on average by role."""
+        """Triplets with λ ≠ 0, in all and on average by role; nothing on `meta`."""
+        parts = [(site, adapter) for site, adapter in _own(adapters) if not adapter.values.is_meta]
+        if not parts:
+            return ""
         counts: dict[str, list[int]] = {}
-        for site, adapter in _own(adapters):
+        for site, adapter in parts:
             counts.setdefault(site.role, []).append(int(torch.count_nonzero(adapter.values.detach())))
         means = ", ".join(f"{role} {sum(n) / len(n):.1f}" for role, n in counts.items())
-        total = sum(a.values.numel() for _, a in _own(adapters))
+        total = sum(a.values.numel() for _, a in parts)
         return f"rank: {sum(map(sum, counts.values()))} of {total} triplets are not zero; on average {means}"
 
 
