@@ -24,7 +24,7 @@ class ConvertConfig:
     """
 
     file: Path
-    to: Literal["kohya", "diffusers", "native"] | None = None
+    to: Literal["kohya", "lycoris", "diffusers", "native"] | None = None
     base: str | None = None
     out: Path | None = None
 
@@ -38,7 +38,7 @@ def convert(config: ConvertConfig) -> list[str]:
         VeneerError: no format or base was named, the file does not fit the base, or the format cannot hold it.
     """
     if config.to is None:
-        raise VeneerError("convert: --to is missing. There are kohya, diffusers and native.")
+        raise VeneerError("convert: --to is missing. There are kohya, lycoris, diffusers and native.")
     base = config.base or base_of(config.file)
     if base is None:
         raise VeneerError(

@@ -213,12 +213,6 @@ def test_what_other_tools_look_for_in_the_header(files: Any) -> None:
 @pytest.mark.parametrize(
     ("part", "word"),
     [
-        ("dora_scale", "DoRA"),
-        ("hada_w1_a", "LoHa"),
-        ("lokr_w1", "LoKr"),
-        ("oft_blocks", "OFT"),
-        ("a1.weight", "GLoRA"),
-        ("on_input", "IA"),
         ("diff", "full weights"),
         ("w_norm", "norms"),
     ],

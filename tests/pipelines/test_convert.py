@@ -14,7 +14,7 @@ from veneer.pipelines.convert import ConvertConfig, convert
 import veneer
 from veneer import formats
 from veneer.cli import main
-from veneer.formats import kohya, native
+from veneer.formats import _placed, lycoris, native
 from veneer.injection import LoadError, SaveError, VeneerError, attach
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -79,6 +79,38 @@ def test_words_stay_in_a_native_file(base: Path, tmp_path: Path) -> None:
     assert [a.method.name for a in formats.load_all(tiny_pipeline("sd"), tmp_path / "new")] == ["textual_inversion", "lora"]
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "dora": {"rank": 2, "alpha": 3.0}, "loha": {"rank": 2}, "lokr": {"factor": 4}, "oft": {"side": "output"},
+    "boft": {"side": "output", "b": 4}, "glora": {"product": "matrices", "rank": 2}, "ia3": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_compared_by_what_it_does_to_the_base(base: Path, tmp_path: Path, method: str) -> None:
+    where = ["attn.{q,v}", "conv.res"]
+    path = fill(attach(tiny_pipeline("sd"), method, where=where, **METHODS[method])).save(tmp_path / "a")
+    lines = convert(ConvertConfig(path, "lycoris", str(base)))
+    assert int(lines[1].split()[0]) > 20
+    lines = convert(ConvertConfig(tmp_path / "a-lycoris.safetensors", "native", str(base), tmp_path / "b"))
+    assert float(lines[1].split()[-4]) < 1e-5
+    assert [a.method.name for a in formats.load_all(tiny_pipeline("sd"), tmp_path / "b")] == [method]
+
+
+@pytest.mark.parametrize("slip", [1.001, 0.0])
+def test_another_change_is_not_kept_where_it_depends_on_the_base(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slip: float
+) -> None:
+    """A writer that is wrong about the magnitudes of DoRA, where only they differ."""
+    path = fill(attach(tiny_pipeline("sd"), "dora", where="conv.io", rank=2)).save(tmp_path / "a")
+    write = lycoris.BY_METHOD["dora"].write
+    monkeypatch.setattr(
+        type(lycoris.BY_METHOD["dora"]), "write", lambda _, group: (t := write(group)) | {"dora_scale": t["dora_scale"] * slip}
+    )
+    with pytest.raises(SaveError, match=r"'unet\.conv_\w+' would change by"):
+        convert(ConvertConfig(path, "lycoris", str(base), tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_half(files: Any, base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     state = {k: t.to(dtype) if t.ndim else t for k, t in load_file(files[0]["kohya"]).items()}
@@ -106,13 +138,13 @@ def test_methods_that_the_format_has_no_place_for(base: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("slip", [1.001, -1.0, 0.0])
 def test_another_change_is_not_kept(files: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slip: float) -> None:
     """A writer that is wrong about the scale of one weight."""
-    true = kohya.joined
+    true = _placed.joined
 
     def wrong(place: Any, adapters: Any) -> Any:
         pair = true(place, adapters)
         return pair._replace(up=pair.up * slip) if "conv_in" in place.names[0] else pair
 
-    monkeypatch.setattr(kohya, "joined", wrong)
+    monkeypatch.setattr(_placed, "joined", wrong)
     with pytest.raises(SaveError, match=r"'unet\.conv_in' would change by .*Nothing was written"):
         convert(ConvertConfig(files[0]["native"], "kohya", str(base), tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

@@ -127,11 +127,22 @@ def test_a_published_file() -> None:
     ]
 
 
-def test_changes_that_are_not_read_are_named_all_the_same(tmp_path: Path) -> None:
-    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
-    save_file({f"{name}.hada_w1_a": torch.ones(2, 2), f"{name}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+def test_methods_ranks_and_alphas_of_what_is_no_lora(tmp_path: Path) -> None:
+    name = "lora_unet_down_blocks_{}_attentions_0_proj_in"
+    state = {f"{name.format(0)}.hada_w1_a": torch.ones(2, 4), f"{name.format(0)}.hada_w1_b": torch.ones(4, 2)}
+    state |= {f"{name.format(0)}.alpha": torch.tensor(3.0), f"{name.format(1)}.lokr_w1": torch.ones(2, 2)}
+    state |= {f"{name.format(1)}.lokr_w2": torch.ones(2, 2), f"{name.format(1)}.alpha": torch.tensor(1.0)}
+    state |= {f"{name.format(2)}.oft_blocks": torch.ones(2, 2, 2), f"{name.format(2)}.alpha": torch.tensor(0.1)}
+    state |= {f"{name.format(3)}.diff": torch.ones(2, 2)}
+    save_file(state, tmp_path / "x.safetensors")
     found = look(tmp_path / "x")
-    assert [(b.name, b.method) for b in found.blocks] == [("lora_unet_down_blocks_0", "LoHa")]
+    assert found.format == "lycoris"
+    assert [(b.name, b.method, b.ranks, b.alphas) for b in found.blocks] == [
+        ("lora_unet_down_blocks_0", "loha", (4,), (3.0,)),
+        ("lora_unet_down_blocks_1", "lokr", (), ()),  # of two full factors, where alpha does not count
+        ("lora_unet_down_blocks_2", "oft", (), ()),  # whose alpha is a constraint
+        ("lora_unet_down_blocks_3", "full weights", (), ()),
+    ]
 
 
 def test_words_and_what_no_format_knows(tmp_path: Path) -> None:

@@ -9,19 +9,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..injection import Attachment, SaveError
-from ..injection.sites import WeightSite
+from ..injection.forms import base_tensor
+from ..injection.sites import ParamSite, WeightSite
 from ._format import Format, Options, formats, known_format
 from ._reading import File, read
 from ._writing import destination
 
 TOLERANCE = 1e-5  # of the largest change in a weight: what float32 loses when factors are put together otherwise
+ROUNDING = 2**-23  # of the largest weight: what float32 loses where a file stores W's own size, as DoRA's magnitudes do
 WORDS = "textual_inversion"
+HOLDING = ("native", "embeddings")  # formats that have a place for learned words
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def convert(
     beside = final.with_name(f"{final.stem}-words{final.suffix}")
     attached = known.load(model, file, Options())
     try:
-        apart = [a for a in attached if a.method.name == WORDS and to in ("kohya", "diffusers")]
+        apart = [a for a in attached if a.method.name == WORDS and to not in HOLDING]
         jobs = {final: (target, [a for a in attached if a not in apart])}
         if apart:
             jobs[beside] = (formats.get("embeddings")(), apart)
@@ -83,47 +86,76 @@ def convert(
 
 
 def compare(before: Sequence[Attachment], after: Sequence[Attachment], target: Path) -> tuple[int, float]:
-    """How many weights were compared, and the largest difference over the largest change.
+    """How many adapted weights were compared by W' − W on the base's own W, and the largest difference over the largest change.
+
+    What has no weight form must be the same tensors.
 
     Raises:
         SaveError: they differ.
     """
-    was, now = _changes(before), _changes(after)
+    was, now = _weights(before), _weights(after)
     worst = 0.0
-    for name in dict.fromkeys([*was, *now]):
-        shape = (was.get(name) or now[name])[0].weight_shape
-        old, new = (_dense(parts[name]) if name in parts else torch.zeros(shape) for parts in (was, now))
-        size, apart = float(old.abs().max()), float((old - new).abs().max())
-        if apart > TOLERANCE * size:
+    for place in dict.fromkeys([*was, *now]):
+        parts = was.get(place) or now[place]
+        weight = _base(*parts)
+        old, new = (_changed(weight, some.get(place, ())) for some in (was, now))
+        size, apart = float((old - weight).abs().max()), float((old - new).abs().max())
+        if apart > TOLERANCE * size + ROUNDING * float(weight.abs().max()):
+            name = parts[0].site.name
             raise SaveError(f"{target}: '{name}' would change by {apart:.3g} more or less, of {size:.3g}. Nothing was written.")
         worst = max(worst, apart / size if size else 0.0)
     old_rest, new_rest = _rest(before), _rest(after)
     for key in dict.fromkeys([*old_rest, *new_rest]):
         if key not in old_rest or key not in new_rest or not torch.equal(old_rest[key].float(), new_rest[key].float()):
             raise SaveError(f"{target}: '{key}' would not be the same. Nothing was written.")
-    return len(was), worst
+    return sum(map(len, was.values())), worst
 
 
-def _changes(attachments: Sequence[Attachment]) -> dict[str, tuple[WeightSite, Any]]:
-    """Sites of LoRA, whose change of the weight can be told from the adapter alone."""
-    return {n: part for a in attachments if a.method.name == "lora" for n, part in a.parts.items()}  # type: ignore[misc]
+class _Part(NamedTuple):
+    """An adapter with a weight form: where, and in which model."""
+
+    site: WeightSite | ParamSite
+    adapter: Any
+    tower: nn.Module
+
+
+def _weights(attachments: Sequence[Attachment]) -> dict[tuple[str, str, str], list[_Part]]:
+    """The adapters of each tensor, in the order in which they act."""
+    found: dict[tuple[str, str, str], list[_Part]] = {}
+    for attachment in attachments:
+        for site, adapter in attachment.parts.values():
+            if isinstance(site, (WeightSite, ParamSite)) and hasattr(adapter, "weight"):
+                part = _Part(site, adapter, attachment.towers[site.component])
+                found.setdefault((site.component, site.path, site.param), []).append(part)
+    return found
 
 
 def _rest(attachments: Sequence[Attachment]) -> dict[str, Tensor]:
     """Everything else that was trained, by name."""
-    return {
-        key: tensor
-        for a in attachments
-        for key, tensor in a.state_dict().items()
-        if a.method.name != "lora" or key.rpartition(":")[0] not in a.parts
-    }
+    compared = {part.site.name for parts in _weights(attachments).values() for part in parts}
+    return {key: tensor for a in attachments for key, tensor in a.state_dict().items() if key.rpartition(":")[0] not in compared}
 
 
-def _dense(part: tuple[WeightSite, Any]) -> Tensor:
-    site, adapter = part
-    with torch.no_grad():
-        change: Tensor = copy.deepcopy(adapter).double().weight(torch.zeros(site.weight_shape, dtype=torch.float64))
-    return change
+def _base(first: _Part, *others: _Part) -> Tensor:
+    """The base's own tensor in double precision; where it is quantised or not there, one of its shape to compare on."""
+    site = first.site
+    tensor = base_tensor(first.tower, site.path, site.param)
+    if tensor.is_floating_point() and not tensor.is_meta:
+        return tensor.detach().double().cpu()
+    shape = site.weight_shape if isinstance(site, WeightSite) else site.shape
+    rows = max(part.site.rows[1] if part.site.rows else shape[0] for part in (first, *others))
+    return torch.randn(rows, *shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _changed(weight: Tensor, parts: Sequence[_Part]) -> Tensor:
+    """W with the weight form of each adapter in its rows, in double precision."""
+    after = weight.clone()
+    for site, adapter, _ in parts:
+        apart = {id(value): value for value in vars(adapter).values() if isinstance(value, nn.Module)}  # what it only knows
+        rows = after[slice(*site.rows)] if site.rows else after
+        rows.copy_(copy.deepcopy(adapter, apart).double().cpu().weight(rows))
+    return after
 
 
 def _narrow(attachments: Sequence[Attachment], file: File) -> None:

@@ -42,7 +42,7 @@ class Kohya(Format):
     diffusers 0.42 itself reads one alpha for all attention layers of a UNet from this layout; where they differ, give it
     its own format.
 
-    Other changes in the same layout (DoRA, LoHa, LoKr, OFT, …) are refused by the name of the key, never left out.
+    Other changes in the same layout (DoRA, LoHa, LoKr, OFT, …) are the format `lycoris`.
     Source: kohya-ss/sd-scripts `networks/lora.py`, `lora_flux.py`, `library/sdxl_original_unet.py`; diffusers 0.42
     `loaders/lora_conversion_utils.py`.
     """
