@@ -7,7 +7,7 @@ import pytest
 
 import veneer
 
-PUBLIC = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "methods", "sites"]
+PUBLIC = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "methods", "mixed", "sites"]
 ATTACHMENT = [
     "check", "detach", "enabled", "groups", "host_state_dict", "load_state_dict", "merge", "named_parameters", "parameters",
     "probe", "report", "save", "scale", "state_dict", "swap", "unmerge",
@@ -35,7 +35,7 @@ def test_the_attachment_has_these_methods_and_each_says_what_it_does() -> None:
 
 
 def test_public_functions_say_what_they_take_and_raise() -> None:
-    for function in (veneer.activate, veneer.attach, veneer.load):
+    for function in (veneer.activate, veneer.attach, veneer.load, veneer.mixed):
         doc = inspect.getdoc(function) or ""
         assert "Args:" in doc
         assert "Raises:" in doc

@@ -10,10 +10,10 @@ veneer.load(model, "my-adapter.safetensors")
 from . import hosts as _host_files  # noqa: F401
 from . import methods as _method_files  # noqa: F401
 from .formats import load
-from .injection import Attachment, activate, attach, attachments, hosts, methods, sites
+from .injection import Attachment, activate, attach, attachments, hosts, methods, mixed, sites
 
 __version__ = "0.1.0"
-__all__ = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "methods", "sites"]
+__all__ = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "methods", "mixed", "sites"]
 
 
 def __getattr__(name: str) -> object:

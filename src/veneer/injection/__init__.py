@@ -15,6 +15,7 @@ from .errors import (
 )
 from .host import Host
 from .method import Adapter, Method, Need
+from .mixing import mixed
 from .registry import hosts, methods
 from .switching import activate
 from .towers import sites
@@ -39,5 +40,6 @@ __all__ = [
     "attachments",
     "hosts",
     "methods",
+    "mixed",
     "sites",
 ]

@@ -57,6 +57,7 @@ class Attachment:
         Raises:
             StateError: it is merged (unmerge first) or detached already.
         """
+        self._joined.refuse_mixed()
         if self.merged:
             raise StateError(f"'{self.name}' is merged. Call unmerge() before detach().")
         if not self._joined.seams:
@@ -198,9 +199,10 @@ class Attachment:
 
         Raises:
             StateError: merged already or detached.
-            UnsupportedSite: the method has no weight form, or a weight is quantised, tied, offloaded or computed from others.
+            UnsupportedSite: the method has no weight form, or a weight is quantised, offloaded or computed from others.
             Nothing has been changed then.
         """
+        self._joined.refuse_mixed()
         if self.merged:
             raise StateError(f"'{self.name}' is merged already.")
         self.check()

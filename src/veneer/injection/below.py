@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .forms import by_rows
@@ -36,9 +37,11 @@ def tensor_below(adapter: Adapter, module: nn.Module, param: str, rows: tuple[in
 
 def _changed(seam: CallSeam, param: str, tensor: Tensor) -> Tensor:
     """The tensor with one seam's changes of it."""
-    if getattr(seam.sites[0], "param", None) != param or seam.write.side == "in" or seam.passes():  # x has been changed already
+    if getattr(seam.sites[0], "param", None) != param or seam.write.side == "in" or seam.asleep():  # x has been changed already
         return tensor
-    return by_rows(seam.sites, seam.adapters, tensor, 0, _change)
+    share = 1.0 if seam.place is None else seam.place.share(seam)
+    changed = by_rows(seam.sites, seam.adapters, tensor, 0, _change) if share else tensor
+    return changed if share in (0, 1) else torch.lerp(tensor, changed, share)
 
 
 def _change(adapter: Any, part: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .errors import HostChanged
+from .errors import HostChanged, StateError
 from .ledger import close, lookup, open_ledger, peek
 from .plan import Plan
+from .routing import Batch
 from .seams import Seam
 from .trained import Trained
 from .wiring import seams_for
@@ -23,12 +24,14 @@ class Joined:
 
     Attributes:
         seams: empty unless joined. `trained`: the base parameters named in `train`.
+        batches: of each tower by its id, while samples of a batch differ.
     """
 
     def __init__(self, attachment: Attachment, planned: Plan) -> None:
         self.attachment, self.parts, self.towers = attachment, planned.parts, planned.towers
         self.trained = Trained(planned.towers, planned.extras)
         self.seams: list[Seam] = []
+        self.batches: dict[int, Batch] = {}
         self._guards: dict[str, Any] = {}
         self._doors: list[Any] = []
 
@@ -44,7 +47,7 @@ class Joined:
                 self._guards[site.name] = lookup(self.towers[site.component], site.guard)
         for tower in self.towers.values():
             self._freeze(tower)
-            self._doors.append(tower.register_forward_pre_hook(self._at_door))
+            self._doors.append(tower.register_forward_pre_hook(self._at_door, with_kwargs=True))
         self.trained.start(self._others())
         for site, adapter in self.parts:
             adapter.train(self.towers[site.component].training)
@@ -78,9 +81,17 @@ class Joined:
         ledgers = [ledger for tower in self.towers.values() if (ledger := peek(tower)) is not None]
         return [a.trained for ledger in ledgers for a in ledger.attachments if a is not self.attachment]
 
-    def _at_door(self, module: nn.Module, args: Any) -> None:
+    def _at_door(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
             self.attachment.check()
+        batch = self.batches.get(id(module))
+        if batch is not None:
+            batch.enter(args, kwargs)
+
+    def refuse_mixed(self) -> None:
+        """Raise `StateError` while samples of a batch differ: what leaves now would take others' rows along."""
+        if self.batches:
+            raise StateError(f"'{self.attachment.name}' is in a mixed batch. Leave the context of `mixed` first.")
 
     def check(self, merged: bool) -> None:
         """Raise if the host was rebuilt or fused since, so that adapters would be bypassed.

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from .errors import HostChanged, UnsupportedSite
 from .forms import blend, by_rows, cast, first, main_output, recorded
 from .method import Adapter
+from .routing import Place
 from .sites import Port, Site
 
 
@@ -68,9 +69,13 @@ class Seam(nn.Module, ABC):
             adapter.get_buffer("strength").fill_(strength)
         self.idle = strength == 0
 
-    def passes(self) -> bool:
+    def asleep(self) -> bool:
         """True where the adapters need not run: at strength 0 they change nothing. What is recorded, to run again, has them."""
         return not torch.compiler.is_compiling() and self.idle and not recorded()
+
+    def passes(self) -> bool:
+        """True where this seam leaves everything as it is: its adapters sleep, or another one acts for it."""
+        return self.asleep()
 
     def module(self, path: str) -> nn.Module:
         """The host module at `path`."""
@@ -91,7 +96,7 @@ class HookSeam(Seam):
     home: str = ""
 
     def join(self, name: str) -> None:
-        owner = self.module(self.home)
+        owner = self.owner()
         if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             raise UnsupportedSite(
                 f"{self.sites[0].name}: '{self.home}' is a container, which would run or list the adapter as its own."
@@ -101,6 +106,10 @@ class HookSeam(Seam):
         owner.add_module(child, self.train(owner.training))
         self.__dict__.update(_owner=owner, _child=child, joined=True)
         self.__dict__["_handles"] = list(self.hooks())
+
+    def owner(self) -> nn.Module:
+        """The host module that it is a child of."""
+        return self.module(self.home)
 
     @abstractmethod
     def hooks(self) -> Sequence[RemovableHandle]:
@@ -132,6 +141,7 @@ class CallSeam(HookSeam):
         self.read, self.write, self.dim = read, write, dim
         self.home = write.path
         self._x: Tensor | None = None
+        self.place: Place | None = None  # while samples of a batch differ
 
     def hooks(self) -> list[RemovableHandle]:
         reader, writer = self.module(self.read.path), self.module(self.write.path)
@@ -185,7 +195,14 @@ class CallSeam(HookSeam):
             )
         return x
 
+    def passes(self) -> bool:
+        return self.asleep() if self.place is None else self.place.leader is not self
+
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """The adapters' output; in a mixed batch that of every attachment, on its own rows."""
+        return self.slices(x, y) if self.place is None else self.place.run(x, y)
+
+    def slices(self, x: Tensor, y: Tensor) -> Tensor:
         """The adapters' output, slice by slice where sites have rows."""
         return by_rows(self.sites, self.adapters, y, self.dim, lambda a, part: self._one(a, x, part))
 

@@ -22,8 +22,7 @@ class Activation:
     def undo(self) -> None:
         """Put the strengths from before the call back. A second time does nothing."""
         before, self._before = self._before, {}
-        for attachment, switch in before.items():
-            attachment._write(*switch)
+        _write(before)
 
     def __enter__(self) -> Activation:
         return self
@@ -65,15 +64,19 @@ def switch(wanted: Mapping[Attachment, Switch]) -> Activation:
     Raises:
         StateError: one of them cannot have it.
     """
-    before = {a: (a._scale, a._on) for a, new in wanted.items() if new != (a._scale, a._on)}
-    done = Activation(before)
+    done = Activation({a: (a._scale, a._on) for a in wanted})
     try:
-        for attachment in before:
-            attachment._write(*wanted[attachment])
+        _write(wanted)
     except BaseException:
         done.undo()
         raise
     return done
+
+
+def _write(switches: Mapping[Attachment, Switch]) -> None:
+    for attachment, new in switches.items():
+        if new != (attachment._scale, attachment._on):
+            attachment._write(*new)
 
 
 def named(there: Mapping[str, Attachment], name: str) -> Attachment:
