@@ -18,6 +18,7 @@ from torch import Tensor
 from ..injection import LoadError
 
 SUFFIX = ".safetensors"
+NAMED = ("adapter.safetensors", "adapter_model.safetensors")  # what is meant by a folder: veneer's own, and peft's
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _PICKLE = "Pickles can run code when they are read, so they are refused. Convert it once, where you trust it: {}"
 _CONVERT = "safetensors.torch.save_file(torch.load(old, weights_only=True), new)"
@@ -85,7 +86,8 @@ def read(path: str | PathLike[str]) -> File:
     """Open a file, or the adapter in a folder, and check its header against its length.
 
     Args:
-        path: a file, with or without `.safetensors`, or a folder with `adapter.safetensors` or one such file.
+        path: a file, with or without `.safetensors`, or a folder with `adapter.safetensors`, peft's
+            `adapter_model.safetensors`, or one such file.
     Raises:
         LoadError: there is none, or it is no whole safetensors file: what was found, and what to do.
     """
@@ -111,7 +113,7 @@ def locate(path: str | PathLike[str]) -> Path:
     path = Path(path)
     if path.is_dir():
         inside = sorted(p for p in path.iterdir() if p.suffix == SUFFIX and not p.name.startswith("."))
-        named = [p for p in inside if p.name == "adapter.safetensors"] or inside
+        named = next((found for name in NAMED if (found := [p for p in inside if p.name == name])), inside)
         if len(named) == 1:
             return named[0]
         has = f"there are {', '.join(p.name for p in inside)}; name one" if inside else "there is no .safetensors file in it"

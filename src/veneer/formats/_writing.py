@@ -35,7 +35,19 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             raise SaveError(f"{path}: '{name}' is on the meta device and has no values. Load the base for real first.")
         if not is_finite(tensor):
             raise SaveError(f"{path}: '{name}' holds NaN or infinity: the training diverged. Nothing was written.")
-    data = to_bytes(tensors, metadata)
+    return _replace(path, to_bytes(tensors, metadata))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text as `write` writes tensors: the whole of it or nothing.
+
+    Raises:
+        SaveError: the disk refuses; a file that was at `path` is as it was.
+    """
+    return _replace(path, text.encode())
+
+
+def _replace(path: Path, data: bytes) -> Path:
     temporary = path.with_name(f".saving-{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,140 @@
+"""What a codec of peft's layout is: the tensors of one module into adapters of one method, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..injection import Attachment, LoadError, SaveError
+from ..injection.sites import ParamSite, WeightSite
+from ._kohya_names import Place
+from ._lycoris_codec import Codec, Group, Module, Piece
+from ._reading import File
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module of a file.
+
+    Args:
+        path: of the module. `site`: its weight. `biases`: the sites of its bias, row by row.
+        parts: tensors by the ends of their keys. `shared`: tensors of the whole file. `config`: peft's.
+        towers: component to model. `notes`: remarks for the report.
+        strict: what is only nearly the same function is an error.
+    """
+
+    file: File
+    path: str
+    site: WeightSite
+    biases: Sequence[ParamSite]
+    parts: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    towers: Mapping[str, nn.Module]
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    strict: bool = True
+
+    def as_module(self, parts: Mapping[str, Tensor]) -> Module:
+        """The same with other parts, for a codec of LyCORIS' layout, where the two are alike."""
+        return Module(self.file, self.path, Place((self.path,), (self.site,)), parts, self.towers, self.notes)
+
+    def expect(self, right: bool, wanted: str) -> None:
+        """Raise with the shapes of all tensors unless they are `right`."""
+        if not right:
+            shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in self.parts.items())
+            raise LoadError(
+                f"{self.file.path}: misshapen: '{self.path}' has {shapes} for a weight {self.site.weight_shape}; expected "
+                f"{wanted}. It was made for another base, or it is damaged."
+            )
+
+    def refuse(self, why: str) -> LoadError:
+        """The error that nothing of the file is loaded, because of this module."""
+        return LoadError(f"{self.file.path}: '{self.path}' {why}, so nothing is loaded.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of an attachment that is written: its module's path, site and adapter."""
+
+    path: str
+    site: Any
+    adapter: Any
+    towers: Mapping[str, nn.Module]
+
+    def group(self) -> Group:
+        """The same, for a codec of LyCORIS' layout."""
+        return Group(Place((self.path,), (self.site,)), {self.site.name: self.adapter}, self.towers)
+
+    def refuse(self, why: str) -> SaveError:
+        """The error that the layout cannot hold it."""
+        return SaveError(f"'{self.site.name}' {why}. The native file (Attachment.save) holds it.")
+
+
+class PeftCodec(ABC):
+    """One method in peft's layout.
+
+    Class attributes:
+        kind: peft's name of it, its `peft_type`. `method`: veneer's.
+        ends: how the keys of a module's tensors end. `shared`: keys of tensors of the whole file.
+    """
+
+    kind: ClassVar[str]
+    method: ClassVar[str]
+    ends: ClassVar[tuple[str, ...]]
+    shared: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def read(self, layer: Layer) -> list[Piece]:
+        """The same change of the site (and of its bias).
+
+        Raises:
+            LoadError: tensors do not fit, or the method cannot hold what they mean.
+        """
+
+    @abstractmethod
+    def write(self, part: Part) -> dict[str, Tensor]:
+        """The tensors of one module, by the ends of their keys.
+
+        Raises:
+            SaveError: the layout cannot hold this adapter.
+        """
+
+    @abstractmethod
+    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+        """The entries of peft's config from which it builds the same modules.
+
+        Raises:
+            SaveError: there are none.
+        """
+
+    def config(self, pieces: Sequence[Piece]) -> Settings:
+        """Options of veneer's method at all these sites: of each the commonest value, and others by site."""
+        return Codec.config(self, pieces)  # type: ignore[arg-type]
+
+    def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """The rank, as far as shapes tell."""
+        return None
+
+    def whole(self, attachment: Attachment) -> dict[str, Tensor]:
+        """Tensors of the whole file, by key."""
+        return {}
+
+
+def same(parts: Sequence[Part], what: str, values: Mapping[str, Any]) -> Any:
+    """The one value that all modules have.
+
+    Raises:
+        SaveError: they have several, which peft's config has no place for.
+    """
+    found = list(dict.fromkeys(values.values()))
+    if len(found) > 1:
+        other = next(path for path, value in values.items() if value != found[0])
+        part = next(p for p in parts if p.path == other)
+        raise part.refuse(f"has {what} {values[other]} and others {found[0]}, of which peft's config has one for all")
+    return found[0]

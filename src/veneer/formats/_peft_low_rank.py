@@ -1,0 +1,210 @@
+"""LoRA, DoRA, LoHa and LoKr in peft's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..functional.kronecker import kron_factors
+from ..injection import Attachment
+from ._lycoris_codec import Piece
+from ._lycoris_loha import LoHaCodec
+from ._lycoris_lokr import LoKrCodec
+from ._lycoris_lora import DoRACodec, LoRACodec
+from ._pairs import DOWN, UP
+from ._peft_codec import Layer, Part, PeftCodec, Settings
+from ._peft_config import of, patterns, scaled_alpha
+
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+EMBEDDED = ("lora_embedding_A", "lora_embedding_B")
+
+
+class LoRAPeft(PeftCodec):
+    """`lora_A.weight` (r, d_in[, k, k]) and `lora_B.weight` (d_out, r[, 1, 1]); of an embedding `lora_embedding_A` (r, rows) and
+    `lora_embedding_B` (width, r). s = alpha / r, or alpha / √r with `use_rslora`.
+    """
+
+    kind: ClassVar[str] = "LORA"
+    method: ClassVar[str] = "lora"
+    ends: ClassVar[tuple[str, ...]] = (A, B, *EMBEDDED)
+    codec: ClassVar[LoRACodec] = LoRACodec()
+
+    def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        return next((shapes[end][0] for end in (A, EMBEDDED[0]) if shapes.get(end)), None)
+
+    def read(self, layer: Layer) -> list[Piece]:
+        if layer.site.kind == "embedding":
+            return [_embedding(layer)]
+        return self.codec.read(layer.as_module(_pair(layer)))
+
+    def write(self, part: Part) -> dict[str, Tensor]:
+        if part.site.kind == "embedding":
+            down, up = part.adapter.pair()
+            return {EMBEDDED[0]: down.detach().T, EMBEDDED[1]: up.detach()}
+        if part.site.groups != 1:
+            raise part.refuse(f"is a convolution in {part.site.groups} groups, of which peft has another low-rank form")
+        found = self.codec.write(part.group())
+        return {A: found[DOWN], B: found[UP]}
+
+    def config(self, pieces: Sequence[Piece]) -> Settings:
+        return self.codec.config(pieces)
+
+    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+        ranks = {p.path: _rank(p) for p in parts}
+        rank, others = patterns(ranks)
+        alpha, alphas = patterns({p.path: p.adapter.scaling * ranks[p.path] for p in parts})
+        plain = {"bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False, "use_rslora": False}
+        return {"r": rank, "lora_alpha": alpha, "rank_pattern": others, "alpha_pattern": alphas, "use_dora": False, **plain}
+
+
+class DoRAPeft(LoRAPeft):
+    """LoRA and `lora_magnitude_vector` m, (d_out) or (1, d_out, 1, 1): W' = m·(W + s·B A) / ‖W + s·B A‖ per output."""
+
+    method: ClassVar[str] = "dora"
+    ends: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE, f"{MAGNITUDE}.weight")
+    codec: ClassVar[LoRACodec] = DoRACodec()
+
+    def read(self, layer: Layer) -> list[Piece]:
+        m = layer.parts.get(MAGNITUDE, layer.parts.get(f"{MAGNITUDE}.weight"))
+        if m is None or layer.site.kind == "embedding":
+            raise layer.refuse(
+                "has no magnitudes, and the file is DoRA" if m is None else "is an embedding, which dora is not for"
+            )
+        layer.expect(m.numel() == layer.site.d_out, f"{MAGNITUDE} ({layer.site.d_out})")
+        return self.codec.read(
+            layer.as_module({**_pair(layer), "dora_scale": m.reshape(-1, *(1,) * len(layer.site.weight_shape[1:]))})
+        )
+
+    def write(self, part: Part) -> dict[str, Tensor]:
+        if part.site.groups != 1:
+            raise part.refuse(f"is a convolution in {part.site.groups} groups, of which peft has another low-rank form")
+        found = self.codec.write(part.group())
+        m = found["dora_scale"].flatten()
+        return {A: found[DOWN], B: found[UP], MAGNITUDE: m.view(1, -1, *(1,) * len(part.site.kernel)) if part.site.kernel else m}
+
+    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+        return {**super().settings(attachment, parts), "use_dora": True}
+
+
+class LoHaPeft(PeftCodec):
+    """The tensors of LyCORIS' layout; s = alpha / r from the config."""
+
+    kind: ClassVar[str] = "LOHA"
+    method: ClassVar[str] = "loha"
+    codec: ClassVar[LoHaCodec] = LoHaCodec()
+    ends: ClassVar[tuple[str, ...]] = codec.ends
+
+    def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        return self.codec.rank(shapes)
+
+    def read(self, layer: Layer) -> list[Piece]:
+        rank = len(layer.parts.get("hada_w1_b", ())) or 1
+        alpha = of(layer.file, layer.config, layer.path, "alpha", "alpha_pattern", rank)
+        parts = dict(layer.parts)
+        if alpha == 0 and "hada_w1_a" in parts:
+            parts["hada_w1_a"], alpha = torch.zeros_like(parts["hada_w1_a"]), float(rank)
+        return self.codec.read(layer.as_module({**parts, "alpha": torch.tensor(alpha, dtype=torch.float64)}))
+
+    def write(self, part: Part) -> dict[str, Tensor]:
+        found = self.codec.write(part.group())
+        if part.adapter.core1 is None and len(part.site.kernel) == 2 and max(part.site.kernel) > 1:
+            found = {k: t.flatten(1) if t.ndim > 2 else t for k, t in found.items()}
+        found.pop("alpha")
+        return found
+
+    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+        ranks = {p.path: p.adapter.up1.shape[1] for p in parts}
+        rank, others = patterns(ranks)
+        alpha, alphas = patterns({p.path: (p.adapter.scaling or 1.0) * ranks[p.path] for p in parts})
+        large = {p.path: p.adapter.core1 is not None for p in parts if max(p.site.kernel, default=1) > 1}
+        tucker = len(set(large.values())) == 1 and next(iter(large.values()))
+        if len(set(large.values())) > 1:
+            raise parts[0].refuse("and others differ in having a Tucker core, of which peft's config has one choice for all")
+        return {
+            "r": rank, "alpha": alpha, "rank_pattern": others, "alpha_pattern": alphas, "use_effective_conv2d": tucker,
+            "rank_dropout": 0.0, "module_dropout": 0.0,
+        }  # fmt: skip
+
+
+class LoKrPeft(PeftCodec):
+    """The tensors of LyCORIS' layout; s = alpha / r from the config, also where both factors are full."""
+
+    kind: ClassVar[str] = "LOKR"
+    method: ClassVar[str] = "lokr"
+    codec: ClassVar[LoKrCodec] = LoKrCodec()
+    ends: ClassVar[tuple[str, ...]] = codec.ends
+
+    def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        return self.codec.rank(shapes)
+
+    def read(self, layer: Layer) -> list[Piece]:
+        rank = of(layer.file, layer.config, layer.path, "r", "rank_pattern", 8)
+        scale = of(layer.file, layer.config, layer.path, "alpha", "alpha_pattern", 8) / rank
+        parts = {end: t * scale if end in ("lokr_w1", "lokr_w1_a") and scale != 1 else t for end, t in layer.parts.items()}
+        return self.codec.read(layer.as_module(parts))
+
+    def write(self, part: Part) -> dict[str, Tensor]:
+        if part.site.groups != 1:
+            raise part.refuse(f"is a convolution in {part.site.groups} groups, which peft's layout is not checked for")
+        found = self.codec.write(part.group())
+        found.pop("alpha", None)
+        return found
+
+    def config(self, pieces: Sequence[Piece]) -> Settings:
+        return self.codec.config(pieces)
+
+    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+        """The factor and ranks by which peft makes factors of the same sides."""
+        method: Any = attachment.method
+        splits = {p.path: p.adapter.split for p in parts}
+        low = {path: s.left_rank or s.right_rank for path, s in splits.items()}
+        ranks = {path: r or max(splits[path].vp, splits[path].vq) for path, r in low.items()}  # as large as makes them full
+        both = any(s.left_rank for s in splits.values())
+        for part in parts:
+            split = splits[part.path]
+            sides = [kron_factors(n, method.factor) for n in (part.site.d_out, part.site.d_in // part.site.groups)]
+            rank = ranks[part.path]
+            left = both and rank < max(split.up, split.uq) / 2
+            right = rank < max(split.vp, split.vq) / 2
+            if sides != [(split.up, split.vp), (split.uq, split.vq)] or (left, right) != (
+                bool(split.left_rank),
+                bool(split.right_rank),
+            ):
+                raise part.refuse(f"has factors that peft does not make with factor {method.factor} and rank {rank}")
+        rank, others = patterns(ranks)
+        alpha, alphas = patterns({p.path: ranks[p.path] * (p.adapter.scaling if low[p.path] else 1.0) for p in parts})
+        return {
+            "r": rank, "alpha": alpha, "rank_pattern": others, "alpha_pattern": alphas, "decompose_factor": method.factor,
+            "decompose_both": both, "use_effective_conv2d": False, "rank_dropout": 0.0, "module_dropout": 0.0,
+        }  # fmt: skip
+
+
+def _pair(layer: Layer) -> dict[str, Tensor]:
+    """LoRA's tensors as in LyCORIS' layout. No change, of an alpha of 0, is written as B = 0 there."""
+    down, up = layer.parts.get(A), layer.parts.get(B)
+    if down is None or up is None or down.ndim < 2:
+        raise layer.refuse(f"has no whole pair, only {', '.join(layer.parts)}")
+    rank = down.shape[0]
+    alpha = scaled_alpha(layer.file, layer.config, layer.path, rank)
+    if alpha == 0:
+        up, alpha = torch.zeros_like(up), float(rank)
+    return {DOWN: down, UP: up, "alpha": torch.tensor(alpha, dtype=torch.float64)}
+
+
+def _embedding(layer: Layer) -> Piece:
+    down, up = (layer.parts.get(end) for end in EMBEDDED)
+    rows, width = layer.site.weight_shape
+    rank = len(down) if down is not None and down.ndim == 2 else 0
+    right = down is not None and up is not None and down.shape == (rank, rows) and up.shape == (width, rank)
+    layer.expect(right and rank > 0, f"{EMBEDDED[0]} (r, {rows}) and {EMBEDDED[1]} ({width}, r)")
+    assert down is not None and up is not None  # noqa: PT018
+    alpha = scaled_alpha(layer.file, layer.config, layer.path, rank)
+    return Piece(layer.site, {"rank": rank, "alpha": alpha}, {"down": down.T, "up": up})
+
+
+def _rank(part: Part) -> int:
+    down, _ = part.adapter.pair() if hasattr(part.adapter, "pair") else (part.adapter.down, part.adapter.up)
+    return int(down.shape[1 if part.site.kind == "embedding" else 0])

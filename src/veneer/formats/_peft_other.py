@@ -1,0 +1,325 @@
+"""OFT, BOFT, (IA)³, VeRA and GLoRA in peft's layout."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..functional.cayley import cayley_change, skew, within
+from ..injection import Attachment
+from ..injection.sites import WeightSite
+from ._lycoris_codec import Piece
+from ._peft_codec import Layer, Part, PeftCodec, Settings, same
+
+SERIES = 1e-5  # of R − I: what a series may differ from the equation, to pass for it
+
+
+class OFTPeft(PeftCodec):
+    """`oft_R.weight` (n, b(b−1)/2), the entries of Q above the diagonal; W' = W Rᵀ, R = (I − Q)(I + Q)⁻¹, so Q is minus veneer's.
+
+    With `use_cayley_neumann`, peft's default, R is a series in +Q that is cut off after a few terms, which is no rotation:
+    loaded only where it is as good as the equation. `coft` shortens each Q to eps / √n.
+    """
+
+    kind: ClassVar[str] = "OFT"
+    method: ClassVar[str] = "oft"
+    ends: ClassVar[tuple[str, ...]] = ("oft_R.weight", "oft_R")
+
+    def read(self, layer: Layer) -> list[Piece]:
+        given = next(iter(layer.parts.values()))
+        width = layer.site.d_in
+        _plain(layer, "OFT")
+        size = round((1 + math.sqrt(1 + 8 * given.shape[1])) / 2) if given.ndim == 2 else 0
+        share = bool(layer.config.get("block_share"))
+        count = 1 if share else width // max(size, 1)
+        right = size > 1 and given.shape == (count, size * (size - 1) // 2) and width % size == 0
+        layer.expect(right, f"oft_R (n, b(b−1)/2) with n·b = {width}")
+        series = bool(layer.config.get("use_cayley_neumann", False))
+        coft = float(layer.config.get("eps", 6e-5)) if layer.config.get("coft") else None
+        if series:
+            short = given if coft is None else _entries(within(skew(given, size), coft / math.sqrt(count)))
+            _compare(layer, short, size, int(layer.config.get("num_cayley_neumann_terms", 5)))
+        options = {"block_size": size, "share": share, "coft": None if coft is None else coft / size**2, "rescale": False}
+        return [Piece(layer.site, options, {"skew": given if series else -given})]
+
+    def write(self, part: Part) -> dict[str, Tensor]:
+        if getattr(part.adapter, "site", None) is not None:
+            raise part.refuse("turns its outputs, and peft's OFT its inputs: another function")
+        if part.adapter.magnitude is not None:
+            raise part.refuse("has lengths of its own (rescale), which peft's OFT has not")
+        _only_pixels(part, "OFT")
+        return {"oft_R.weight": -part.adapter.skew.detach()}
+
+    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+        size = same(parts, "blocks of", {p.path: p.adapter.size for p in parts})
+        coft = same(parts, "coft", {p.path: p.adapter.radius and attachment.method.at(p.site).coft for p in parts})  # type: ignore[attr-defined]
+        share = same(parts, "share", {p.path: len(p.adapter.skew) * size != p.site.d_in for p in parts})
+        return {
+            "r": 0, "oft_block_size": size, "use_cayley_neumann": False, "coft": coft is not None, "block_share": share,
+            "eps": 6e-5 if coft is None else coft * size**2, "bias": "none", "module_dropout": 0.0, "fan_in_fan_out": False,
+        }  # fmt: skip
+
+
+class BOFTPeft(PeftCodec):
+    """`boft_R` (m, n, b, b), Q its skew part, and `boft_s` (d_out, 1), lengths; W' = D W Rᵀ, each block (I − Q)(I + Q)⁻¹.
+
+    peft builds more than one component only where its CUDA extension is compiled.
+    """
+
+    kind: ClassVar[str] = "BOFT"
+    method: ClassVar[str] = "boft"
+    ends: ClassVar[tuple[str, ...]] = ("boft_R", "boft_s")
+
+    def read(self, layer: Layer) -> list[Piece]:
+        given, lengths, width = layer.parts.get("boft_R"), layer.parts.get("boft_s"), layer.site.d_in
+        _plain(layer, "BOFT")
+        side = given.shape[-1] if given is not None and given.ndim == 4 else 0
+        right = given is not None and side > 1 and given.shape[1:] == (width // side, side, side) and width % side == 0
+        layer.expect(
+            right and (lengths is None or lengths.numel() == layer.site.d_out), f"boft_R (m, n, b, b) with n·b = {width}"
+        )
+        assert given is not None
+        q = -0.5 * (given - given.mT)
+        state = {"skew": _entries(q)} | ({} if lengths is None else {"magnitude": lengths.flatten()})
+        return [Piece(layer.site, {"m": len(given), "b": side, "rescale": lengths is not None}, state)]
+
+    def write(self, part: Part) -> dict[str, Tensor]:
+        adapter = part.adapter
+        if getattr(adapter, "site", None) is not None:
+            raise part.refuse("turns its outputs, and peft's BOFT its inputs: another function")
+        _only_pixels(part, "BOFT")
+        lengths = torch.ones(part.site.d_out, 1) if adapter.magnitude is None else adapter.magnitude.detach()[:, None]
+        return {"boft_R": -skew(adapter.skew.detach(), adapter.size), "boft_s": lengths}
+
+    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+        m = same(parts, "components, as many as", {p.path: len(p.adapter.skew) for p in parts})
+        size = same(parts, "blocks of", {p.path: p.adapter.size for p in parts})
+        return {
+            "boft_block_size": size, "boft_block_num": 0, "boft_n_butterfly_factor": m, "bias": "none", "boft_dropout": 0.0,
+            "fan_in_fan_out": False,
+        }  # fmt: skip
+
+
+class IA3Peft(PeftCodec):
+    """`ia3_l`: (d_out, 1), what outputs are multiplied by, or (1, d_in) of a feed-forward layer, inputs. l = 1 + veneer's delta.
+
+    peft multiplies a bias with the output, and veneer does not: outputs of layers with a bias are refused.
+    """
+
+    kind: ClassVar[str] = "IA3"
+    method: ClassVar[str] = "ia3"
+    ends: ClassVar[tuple[str, ...]] = ("ia3_l",)
+
+    def read(self, layer: Layer) -> list[Piece]:
+        given, site = layer.parts["ia3_l"], layer.site
+        if site.groups != 1:
+            raise layer.refuse(f"is a convolution in {site.groups} groups, which peft has no (IA)³ for")
+        inputs = _feeds(layer.config.get("feedforward_modules"), layer.path)
+        layer.expect(given.numel() == (site.d_in if inputs else site.d_out), f"{site.d_in if inputs else site.d_out} numbers")
+        if not inputs and layer.biases:
+            raise layer.refuse("has a bias, which peft's (IA)³ rescales with the output, and veneer's does not")
+        return [Piece(site, {"inputs": ("*",) if inputs else ()}, {"delta": given.flatten() - 1})]
+
+    def config(self, pieces: Sequence[Piece]) -> Settings:
+        """By role where all sites of a role are alike, else by site."""
+        found = super().config(pieces)
+        roles = {p.site.role for p in pieces if p.options["inputs"]}
+        clear = all(bool(p.options["inputs"]) == (p.site.role in roles) for p in pieces)
+        return {"inputs": tuple(sorted(roles))} if clear else found
+
+    def write(self, part: Part) -> dict[str, Tensor]:
+        value, inputs = 1 + part.adapter.delta.detach(), _scales_input(part)
+        bias = getattr(part.towers[part.site.component].get_submodule(part.site.path), "bias", None)
+        if not inputs and bias is not None:
+            raise part.refuse("has a bias, which peft's (IA)³ rescales with the output, and veneer's does not")
+        if part.site.groups != 1:
+            raise part.refuse(f"is a convolution in {part.site.groups} groups, which peft has no (IA)³ for")
+        ones = (1,) * len(part.site.kernel)
+        return {"ia3_l": value.view(1, -1, *ones) if inputs else value.view(*((1, -1) if ones else (-1, 1)), *ones)}
+
+    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+        return {"feedforward_modules": [p.path for p in parts if _scales_input(p)], "fan_in_fan_out": False}
+
+
+class VeRAPeft(PeftCodec):
+    """`vera_lambda_b` (d_out), `vera_lambda_d` (r), and once `vera_A` (r, widest input), `vera_B` (widest output, r)."""
+
+    kind: ClassVar[str] = "VERA"
+    method: ClassVar[str] = "vera"
+    ends: ClassVar[tuple[str, ...]] = ("vera_lambda_b", "vera_lambda_d")
+    shared: ClassVar[tuple[str, ...]] = ("base_model.vera_A", "base_model.vera_B")
+
+    def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        return (shapes.get("vera_lambda_d") or (None,))[0]
+
+    def read(self, layer: Layer) -> list[Piece]:
+        b, d = (layer.parts.get(end) for end in self.ends)
+        if set(self.shared) - layer.shared.keys():
+            raise layer.refuse(
+                "belongs to a VeRA whose random matrices are not in the file (save_projection=False), and what a seed draws "
+                "depends on the machine. Save it with save_projection=True"
+            )
+        A, B = (layer.shared[key] for key in self.shared)
+        rank, site = len(A), layer.site
+        right = b is not None and d is not None and b.shape == (site.d_out,) and d.shape == (rank,) and B.shape[1:] == (rank,)
+        layer.expect(right and A.shape[1] >= site.d_in and len(B) >= site.d_out and not site.kernel, "b, d, A and B of one rank")
+        assert b is not None and d is not None  # noqa: PT018
+        return [Piece(site, {"rank": rank}, {"b": b, "d": d, "shared.A": A, "shared.B": B})]
+
+    def config(self, pieces: Sequence[Piece]) -> Settings:
+        """A and B as wide as these sites need, as veneer's vera makes them."""
+        widest, tallest = max(p.site.d_in for p in pieces), max(p.site.d_out for p in pieces)
+        for piece in pieces:
+            state: Any = piece.state
+            state["shared.A"], state["shared.B"] = state["shared.A"][:, :widest], state["shared.B"][:tallest]
+        return super().config(pieces)
+
+    def write(self, part: Part) -> dict[str, Tensor]:
+        if part.site.kernel:
+            raise part.refuse("is a convolution, which peft has no VeRA for")
+        return {"vera_lambda_b": part.adapter.b.detach(), "vera_lambda_d": part.adapter.d.detach()}
+
+    def whole(self, attachment: Attachment) -> dict[str, Tensor]:
+        (_, adapter), *_ = attachment.parts.values()
+        shared: Any = adapter.get_submodule("shared")
+        return dict(zip(self.shared, (shared.A, shared.B), strict=True))
+
+    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+        method: Any = attachment.method
+        rank = same(parts, "rank", {p.path: len(p.adapter.d) for p in parts})
+        plain = {"save_projection": True, "projection_prng_key": 0, "vera_dropout": 0.0, "bias": "none", "fan_in_fan_out": False}
+        return {"r": rank, "d_initial": method.d_initial, **plain}
+
+
+FORMS = {"lora": "low_rank", "vector": "vector", "constant": "scalar", "none": "none"}
+
+
+class GLoRAPeft(PeftCodec):
+    """`glora_A`, `glora_B` (`.Xd` (d_out, r) times `.Xu` (r, d_in), or `.X`), `glora_D`, `glora_E` (`.X` (d_out) or one number).
+
+    W' = W + W ∘ A + B, b' = b + b ∘ D + E. `glora_C`, which adds W C to the bias, is refused.
+    """
+
+    kind: ClassVar[str] = "GLORA"
+    method: ClassVar[str] = "glora"
+    ends: ClassVar[tuple[str, ...]] = tuple(f"glora_{t}.{x}" for t in "ABCDE" for x in ("Xd", "Xu", "X", "zeros"))
+
+    def read(self, layer: Layer) -> list[Piece]:
+        forms = [FORMS.get(str(layer.config.get(key)), "") for key in ("config_A_B", "config_D_E")]
+        layer.expect("" not in forms, "config_A_B and config_D_E of known forms")
+        if any(end.startswith("glora_C") and t.any() for end, t in layer.parts.items()):
+            raise layer.refuse("has a term C, which adds W C to the bias, and veneer's glora has none")
+        wide, narrow = (_terms(layer, letters) for letters in ("AB", "DE"))
+        rank = {"rank": wide["scale.down"].shape[0]} if "scale.down" in wide else {}
+        options = {"A": forms[0], "B": forms[0], "D": forms[1], "E": forms[1], **rank}
+        pieces = [Piece(layer.site, options, wide)]
+        layer.expect(bool(layer.biases) or not narrow, "no terms of a bias")
+        for site in layer.biases if narrow else ():
+            rows = slice(*(site.rows or (None,)))
+            state = {name: t[rows] if len(t) > 1 else t for name, t in narrow.items()}
+            pieces.append(Piece(site, options, state))  # type: ignore[arg-type]
+        return pieces
+
+    def write(self, part: Part) -> dict[str, Tensor]:
+        letters = "AB" if isinstance(part.site, WeightSite) else "DE"
+        if isinstance(part.site, WeightSite) and part.site.kernel:
+            raise part.refuse("is a convolution, which peft has no GLoRA for")
+        found: dict[str, Tensor] = {}
+        for letter, term in zip(letters, (part.adapter.scale, part.adapter.shift), strict=True):
+            if term.form == "low_rank":
+                found |= {f"glora_{letter}.Xd": term.up.detach(), f"glora_{letter}.Xu": term.down.detach()}
+            elif term.form != "none":
+                flat = term.form == "scalar" or letters == "DE"
+                found[f"glora_{letter}.X"] = term.up.detach().flatten() if flat else term.up.detach()
+        return found
+
+    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+        names = {form: name for name, form in FORMS.items()}
+        weights = [p for p in parts if isinstance(p.site, WeightSite)]
+        alone = [p for p in parts if p.path not in {w.path for w in weights}]
+        if alone:
+            raise alone[0].refuse("is a bias whose weight is not adapted, and peft's GLoRA adapts both")
+        wide = same(parts, "forms", {p.path: (p.adapter.scale.form, p.adapter.shift.form) for p in weights})
+        others = [p for p in parts if p not in weights]
+        narrow = (
+            same(others, "forms", {p.path: (p.adapter.scale.form, p.adapter.shift.form) for p in others})
+            if others
+            else ("none",) * 2
+        )
+        if wide[0] != wide[1] or narrow[0] != narrow[1]:
+            raise parts[0].refuse("has terms of different forms, and peft's GLoRA has one form for A and B, and one for D and E")
+        if others:
+            _all_biased(weights, {p.path for p in others})
+        ranks = {p.path: p.adapter.scale.down.shape[0] for p in weights if wide[0] == "low_rank"}
+        rank = same(parts, "rank", ranks) if ranks else 4
+        return {"r": rank, "config_A_B": names[wide[0]], "config_C": "none", "config_D_E": names[narrow[0]]}
+
+
+def _all_biased(weights: Sequence[Part], biased: set[str]) -> None:
+    for part in weights:
+        bias = getattr(part.towers[part.site.component].get_submodule(part.site.path), "bias", None)
+        if bias is not None and part.path not in biased:
+            raise part.refuse("has a bias that is not adapted while others are, of which peft's config has one choice for all")
+
+
+def _terms(layer: Layer, letters: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for letter, name in zip(letters, ("scale", "shift"), strict=True):
+        for end, part in (("Xd", "up"), ("Xu", "down"), ("X", "up")):
+            tensor = layer.parts.get(f"glora_{letter}.{end}")
+            if tensor is not None:
+                found[f"{name}.{part}"] = tensor if tensor.ndim == 2 else tensor.flatten()[:, None]
+    return found
+
+
+def _feeds(modules: Any, path: str) -> bool:
+    """peft's rule: a regular expression for the whole path, or ends of it."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, path) is not None
+    return isinstance(modules, list) and any(path.endswith(str(end)) for end in modules)
+
+
+def _scales_input(part: Part) -> bool:
+    return hasattr(part.adapter, "input") and type(part.adapter).__name__ == "ScaledInput"
+
+
+def _plain(layer: Layer, what: str) -> None:
+    """Raise for a convolution of more than one pixel or in groups, where peft's forward pass and merged weight differ."""
+    if layer.site.groups != 1 or math.prod(layer.site.kernel) > 1:
+        raise layer.refuse(f"is a convolution of {layer.site.kernel}, where peft's {what} has another form")
+
+
+def _only_pixels(part: Part, what: str) -> None:
+    if part.site.groups != 1 or math.prod(part.site.kernel) > 1:
+        raise part.refuse(f"is a convolution of {part.site.kernel}, where peft's {what} has another form")
+
+
+def _entries(q: Tensor) -> Tensor:
+    """The entries above the diagonal, row by row."""
+    rows, columns = torch.triu_indices(q.shape[-1], q.shape[-1], 1)
+    return q[..., rows, columns]
+
+
+def _compare(layer: Layer, entries: Tensor, size: int, terms: int) -> None:
+    """Raise where a series of so many terms is not the equation's R to within `SERIES`; else a note says how near it is."""
+    q = skew(entries.double(), size)
+    exact, series, power = cayley_change(q), torch.zeros_like(q), torch.eye(size, dtype=q.dtype).expand_as(q)
+    last = max(3, terms - 1) if terms > 2 else 0  # 2 Q + 2 Q² + … and the last power once
+    for i in range(1, last + 1 if last else terms):
+        power = power @ q
+        series = series + (1 if i == last else 2) * power
+    apart, change = float((exact - series).abs().max()), float(exact.abs().max())
+    if apart > SERIES * change and not layer.strict:
+        layer.notes.append(f"'{layer.path}': a series of {terms} terms is read as a rotation, {apart:.2g} of {change:.2g} apart")
+    elif apart > SERIES * change:
+        raise layer.refuse(
+            f"was trained with a series of {terms} terms in the place of Cayley's equation (use_cayley_neumann), which is no "
+            f"rotation: its rotation differs by {apart:.2g} of {change:.2g}. strict=False reads it as that rotation"
+        )
+    elif not layer.notes:
+        layer.notes.append(f"a series of {terms} terms is read as Cayley's equation, at most {SERIES:g} of the change apart")

@@ -1,0 +1,243 @@
+"""Folders as peft's `save_pretrained` writes them: `adapter_model.safetensors` with `adapter_config.json` beside."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..injection import Attachment, LoadError, SaveError, VeneerError
+from ..injection.sites import ParamSite, Site, WeightSite
+from ..injection.towers import Tower, towers_of
+from ._attaching import Wanted, attach_all
+from ._format import Format, Options, listed, values
+from ._format import Layer as Told
+from ._lora import refuse_trained
+from ._lycoris_codec import Piece
+from ._peft_codec import Layer, Part, PeftCodec, Settings
+from ._peft_config import NAME, read_config, refuse, scaled_alpha
+from ._peft_low_rank import DoRAPeft, LoHaPeft, LoKrPeft, LoRAPeft
+from ._peft_other import BOFTPeft, GLoRAPeft, IA3Peft, OFTPeft, VeRAPeft
+from ._reading import SUFFIX, File
+from ._writing import write, write_text
+
+CODECS: tuple[PeftCodec, ...] = (
+    LoRAPeft(), DoRAPeft(), LoHaPeft(), LoKrPeft(), OFTPeft(), BOFTPeft(), IA3Peft(), VeRAPeft(), GLoRAPeft(),
+)  # fmt: skip
+ROOT = "base_model.model."
+
+
+class PeftFolder(Format):
+    """`base_model.model.{path}.{end}`, with peft's config as JSON beside: LoRA, DoRA, LoHa, LoKr, OFT, BOFT, (IA)³, VeRA, GLoRA.
+
+    `{path}`: the module's own, so that any model will do; a folder is for one model, of a pipeline for the one that has its
+    modules. The ends are in the codecs, one a method. Ranks and alphas are in the config, with patterns for single modules.
+    What `modules_to_save` keeps whole becomes a trained part of the base. Refused by name is what the tensors do not hold
+    (an initialisation that changed the base) or what no method here does (trained biases, replicated layers, …).
+
+    Written: a folder; `peft.PeftModel.from_pretrained(model, folder)` makes the same change, or it is refused.
+    Source: peft 0.21 `utils/save_and_load.py`, `tuners/*/config.py`, `tuners/*/layer.py`.
+    """
+
+    name: ClassVar[str] = "peft_folder"
+    file: ClassVar[str] = "adapter_model.safetensors"
+    order: ClassVar[int] = -1
+    folder: ClassVar[bool] = True
+
+    def reads(self, file: File) -> bool:
+        return any(key.startswith("base_model.") for key in file.shapes) and file.path.with_name(NAME).is_file()
+
+    def layers(self, file: File) -> list[Told]:
+        config = read_config(file) or {}
+        codec = codec_of(file, config)
+        found = []
+        for path, parts in _grouped(file, codec)[0].items():
+            shapes = {end: file.shapes[key] for end, key in parts.items()}
+            rank = codec.rank(shapes)
+            key = "lora_alpha" if codec.kind == "LORA" else "alpha"
+            alpha = scaled_alpha(file, config, path, rank, key) if rank and key in config else None
+            found.append(Told(path, codec.method, rank, alpha, values(file, f"{ROOT}{path}.")))
+        return found
+
+    def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
+        config = read_config(file)
+        assert config is not None
+        refuse(file.path, config)
+        return attach_all(model, file, [_wanted(model, file, config, options)], options)
+
+    def save(
+        self,
+        attachments: Attachment | Sequence[Attachment],
+        path: str | PathLike[str],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Path:
+        folder = self.place(path)
+        several = listed(attachments)
+        if len(several) != 1:
+            raise SaveError(f"{folder}: the folder holds one attachment, got {len(several)}. Save each to a folder of its own.")
+        attachment = several[0]
+        codec = next((c for c in CODECS if c.method == attachment.method.name), None)
+        if codec is None:
+            raise SaveError(
+                f"{folder}: '{attachment.name}' is {attachment.method.name}; peft's folders hold "
+                f"{', '.join(c.method for c in CODECS)}. The native file (Attachment.save) holds it."
+            )
+        refuse_trained(attachment, folder, "peft's folders")
+        try:
+            parts = list(_parts(attachment))
+            tensors = {f"{ROOT}{p.path}.{end}": t for p in parts for end, t in codec.write(p).items()} | codec.whole(attachment)
+            settings = codec.settings(attachment, parts)
+        except VeneerError as error:
+            raise SaveError(f"{folder}: {error}") from error
+        config: Settings = {"peft_type": codec.kind, "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+        config |= {"target_modules": _targets(parts), "modules_to_save": None, **settings}
+        written = write(folder / self.file, tensors, {"format": "pt"})
+        write_text(folder / NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        return written
+
+    def place(self, path: str | PathLike[str]) -> Path:
+        """The folder that a path means: without the suffix of a file."""
+        path = Path(path)
+        return path.with_suffix("") if path.suffix == SUFFIX else path
+
+
+def codec_of(file: File, config: Mapping[str, Any]) -> PeftCodec:
+    """The codec of a config's method.
+
+    Raises:
+        LoadError: there is none.
+    """
+    kind = str(config.get("peft_type"))
+    dora = kind == "LORA" and (config.get("use_dora") or any("lora_magnitude_vector" in key for key in file.shapes))
+    found = next((c for c in CODECS if c.kind == kind and (c.method == "dora") == bool(dora)), None)
+    if found is None:
+        raise LoadError(
+            f"{file.path}: peft's {kind} is not known here; known are {', '.join(dict.fromkeys(c.kind for c in CODECS))}."
+        )
+    return found
+
+
+# reading
+
+
+def _grouped(file: File, codec: PeftCodec) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Path of each module to its keys by their ends, and keys of anything else."""
+    found: dict[str, dict[str, str]] = {}
+    rest = []
+    for key in file.shapes:
+        end = next((e for e in codec.ends if key.endswith("." + e)), None)
+        if key in codec.shared:
+            continue
+        if end is None or not key.startswith(ROOT):
+            rest.append(key)
+        else:
+            found.setdefault(key[len(ROOT) : -len(end) - 1], {})[end] = key
+    return found, rest
+
+
+def _wanted(model: Any, file: File, config: Settings, options: Options) -> Wanted:
+    """The attachment that makes the file's change at every module.
+
+    Raises:
+        LoadError: modules that the model does not have, or tensors that do not fit.
+    """
+    codec = codec_of(file, config)
+    grouped, rest = _grouped(file, codec)
+    towers = towers_of(model)
+    places = max((_places(t) for t in towers), key=lambda found: sum(path in found for path in grouped))
+    tensors = file.tensors(finite=options.strict)
+    modules = {t.component: t.module for t in towers}
+    notes: list[str] = []
+    pieces: list[Piece] = []
+    unused: list[str] = []
+    shared = {key: tensors[key] for key in codec.shared if key in tensors}
+    for path, keys in grouped.items():
+        if path not in places:
+            unused += keys.values()
+            continue
+        parts = {end: tensors[key] for end, key in keys.items()}
+        layer = Layer(file, path, *places[path], parts, config, modules, shared, notes, options.strict)
+        try:
+            pieces += codec.read(layer)
+        except VeneerError as error:
+            raise error if isinstance(error, LoadError) else LoadError(f"{file.path}: {error}") from error
+    state = dict(_saved(towers, rest, tensors))
+    unused += [key for key in rest if key not in {k for k, _ in state.values()}]
+    if (unused and options.strict) or not pieces:
+        raise LoadError(
+            f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no modules "
+            "of these names, or they belong to something else: load it on the model that it was made for, or pass strict=False."
+        )
+    settings = codec.config(pieces)  # may cut what the sites share
+    every = {f"{p.site.name}:{name}": t for p in pieces for name, t in p.state.items()}
+    every |= {name: tensors[key] for name, (key, _) in state.items()}
+    sites, trained = [p.site.name for p in pieces], list(dict.fromkeys(site for _, site in state.values()))
+    return Wanted(codec.method, codec.method, settings, sites, every, train=trained, notes=notes, unused=unused)
+
+
+def _places(tower: Tower) -> dict[str, tuple[WeightSite, Sequence[ParamSite]]]:
+    """Every whole weight of a tower and its bias, by the path of its module; `text_model.` comes and goes with transformers."""
+    biases: dict[str, list[ParamSite]] = {}
+    for site in tower.sites:
+        if isinstance(site, ParamSite) and site.param == "bias":
+            biases.setdefault(site.path, []).append(site)
+    found: dict[str, tuple[WeightSite, Sequence[ParamSite]]] = {}
+    for site in tower.sites:
+        if isinstance(site, WeightSite) and site.rows is None and site.param == "weight":
+            for path in (site.path, site.path.removeprefix("text_model."), f"text_model.{site.path}"):
+                found.setdefault(path, (site, biases.get(site.path, ())))
+    return found
+
+
+def _saved(towers: Sequence[Tower], keys: Sequence[str], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Of modules that are kept whole: saved name to key and site."""
+    found: dict[tuple[str, str], Site] = {}
+    for site in (s for t in towers for s in t.sites):
+        if isinstance(site, (WeightSite, ParamSite)) and site.rows is None:
+            params = [site.param] if isinstance(site, ParamSite) else ["weight", "bias"]
+            for param in params:
+                if isinstance(site, WeightSite) or (site.path, param) not in found:
+                    found[site.path, param] = site
+    for key in keys:
+        path, _, param = key.removeprefix(ROOT).rpartition(".")
+        path = path.removesuffix(".modules_to_save.default").removesuffix(".modules_to_save")
+        if site_ := found.get((path, param)):
+            yield f"{site_.name}:{param}", (key, site_.name)
+
+
+# writing
+
+
+def _parts(attachment: Attachment) -> Iterator[Part]:
+    """Every adapter with its module's path.
+
+    Raises:
+        SaveError: adapters on several models, or of a part of a weight.
+    """
+    if len({site.component for site, _ in attachment.parts.values()}) > 1:
+        raise SaveError(f"'{attachment.name}' is on {', '.join(attachment.towers)}, and a folder is for one model.")
+    for site, adapter in attachment.parts.values():
+        path, param = getattr(site, "path", None), getattr(site, "param", None)
+        if getattr(site, "rows", None) is not None or param not in ("weight", "bias"):
+            raise SaveError(
+                f"'{site.name}' is a part of '{path}', which peft adapts as a whole. Select the whole by its own name, such as "
+                "attn.qkv."
+            )
+        yield Part(str(path), site, adapter, attachment.towers)
+
+
+def _targets(parts: Sequence[Part]) -> list[str] | str:
+    """Paths of the modules; as a regular expression where one is the end of another's, which peft would adapt as well."""
+    names = list(dict.fromkeys(p.path for p in parts))
+    tower: nn.Module = parts[0].towers[parts[0].site.component]
+    others = Counter(name for name, _ in tower.named_modules())
+    caught = [o for o in others if o not in names and any(o.endswith("." + name) for name in names)]
+    return "|".join(name.replace(".", r"\.") for name in names) if caught else names
+
+
+save = PeftFolder().save

@@ -1,0 +1,313 @@
+"""peft's folders: what peft writes changes the weights as in peft, and peft reads what is written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import veneer
+from veneer.formats import format_of, peft_folder, read
+from veneer.injection import LoadError, SaveError, attach, hosts
+from veneer.testing.pipelines import tiny_pipeline
+
+from .cases import fill
+
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-6}
+
+
+def vit() -> nn.Module:
+    """timm's ViT, whose fused qkv is one module for peft."""
+    return hosts.get("timm_vit")().tiny()["vit"]()
+
+
+def clip() -> nn.Module:
+    return hosts.get("clip_text")().tiny()["clip"]()
+
+
+def unet() -> nn.Module:
+    return tiny_pipeline("sd").unet
+
+
+def changed(base: nn.Module, after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What every parameter has been changed by, where it has."""
+    before = base.state_dict()
+    return {name: after[name].double() - t.double() for name, t in before.items() if not torch.equal(after[name], t)}
+
+
+def by_peft(base: nn.Module, folder: Path) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).merge_and_unload()
+    return changed(base, merged.state_dict())
+
+
+def by_veneer(base: nn.Module, folder: Path) -> dict[str, Tensor]:
+    model = copy.deepcopy(base)
+    tuned = veneer.load(model, folder)
+    tuned.merge()
+    return changed(base, dict(tuned.host_state_dict()))
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    assert got
+    for name, delta in want.items():
+        assert delta.abs().max() > 1e-4, name
+        torch.testing.assert_close(got[name], delta, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def saved(base: nn.Module, config: peft.PeftConfig, folder: Path, std: float = 0.1) -> None:
+    """A folder that peft itself has written, with values as after training."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(copy.deepcopy(base), config)
+        torch.manual_seed(7)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * std) if "magnitude" in name or "ia3" in name else p.normal_(std=std)
+        model.save_pretrained(folder)
+
+
+VIT, MLP = ["attn.qkv", "attn.proj"], ["mlp.fc1", "mlp.fc2"]
+WRITTEN: dict[str, tuple[Callable[[], nn.Module], Callable[[], peft.PeftConfig]]] = {
+    "lora": (vit, lambda: peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=[*VIT, *MLP], rank_pattern={"fc1": 2},
+        alpha_pattern={"^blocks.0.attn.qkv": 3, "proj": 9},
+    )),
+    "rslora": (vit, lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=VIT, use_rslora=True, rank_pattern={"proj": 2})),
+    "alpha 0": (vit, lambda: peft.LoraConfig(r=4, lora_alpha=6, alpha_pattern={"attn.proj": 0}, target_modules=VIT)),
+    "convolutions": (unet, lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=["conv1", "to_q", "proj_in", "conv_in"])),
+    "embedding": (clip, lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=["token_embedding", "q_proj"])),
+    "dora": (vit, lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=VIT, use_dora=True, rank_pattern={"proj": 2})),
+    "dora of convolutions": (unet, lambda: peft.LoraConfig(r=2, lora_alpha=3, target_modules=["conv1", "to_q"], use_dora=True)),
+    "loha": (vit, lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=VIT, rank_pattern={"proj": 2}, alpha_pattern={"proj": 1})),
+    "loha of convolutions": (unet, lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=["conv1", "to_q", "proj_in"])),
+    "loha, cores": (unet, lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=["conv1", "to_q"], use_effective_conv2d=True)),
+    "lokr": (vit, lambda: peft.LoKrConfig(r=2, alpha=5, target_modules=[*VIT, *MLP], rank_pattern={"fc2": 1})),
+    "lokr, full": (vit, lambda: peft.LoKrConfig(r=64, alpha=16, target_modules=VIT, decompose_factor=4)),
+    "lokr, both": (vit, lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=VIT, decompose_both=True)),
+    "lokr of convolutions": (unet, lambda: peft.LoKrConfig(r=2, alpha=5, target_modules=["conv1", "to_q", "proj_in"])),
+    "lokr, cores": (unet, lambda: peft.LoKrConfig(r=2, alpha=5, target_modules=["conv1"], use_effective_conv2d=True)),
+    "oft": (vit, lambda: peft.OFTConfig(oft_block_size=4, target_modules=VIT, use_cayley_neumann=False)),
+    "oft, shared": (vit, lambda: peft.OFTConfig(
+        oft_block_size=4, target_modules=VIT, use_cayley_neumann=False, block_share=True)),
+    "oft, blocks": (vit, lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=MLP, use_cayley_neumann=False)),
+    "coft": (vit, lambda: peft.OFTConfig(oft_block_size=4, target_modules=VIT, use_cayley_neumann=False, coft=True, eps=0.1)),
+    "boft": (vit, lambda: peft.BOFTConfig(boft_block_size=4, target_modules=VIT, boft_n_butterfly_factor=1)),
+    "ia3": (unet, lambda: peft.IA3Config(target_modules=["to_k", "to_v", "ff.net.2"], feedforward_modules=["ff.net.2"])),
+    "vera": (vit, lambda: peft.VeraConfig(r=5, target_modules=[*VIT, *MLP])),
+    "glora": (vit, lambda: peft.GloraConfig(r=2, target_modules=VIT, config_A_B="lora", config_C="none", config_D_E="vector")),
+    "glora, others": (vit, lambda: peft.GloraConfig(
+        r=2, target_modules=MLP, config_A_B="vector", config_C="none", config_D_E="constant")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_peft_has_written_changes_the_weights_as_in_peft(tmp_path: Path, case: str) -> None:
+    make, config = WRITTEN[case]
+    base = make()
+    saved(base, config(), tmp_path / "tuned")
+    assert format_of(read(tmp_path / "tuned")).name == "peft_folder"
+    assert_same(by_veneer(base, tmp_path / "tuned"), by_peft(base, tmp_path / "tuned"))
+
+
+METHODS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
+    "lora": (vit, "lora", {
+        "where": ["attn.qkv", "attn.out", "mlp"], "rank": 3, "alpha": 2.0, "ranks": {"mlp.in": 2}, "rslora": True}),
+    "convolutions": (unet, "lora", {"where": ["conv", "attn.q", "proj"], "rank": 3, "alphas": {"attn.q": 5.0}}),
+    "embedding": (clip, "lora", {"where": ["embed.token", "attn.q"], "rank": 3}),
+    "pissa": (vit, "lora", {"where": ["attn.out"], "rank": 2, "init": "pissa"}),
+    "tucker": (unet, "lora", {"where": ["conv.res"], "rank": 2, "tucker": True}),
+    "dora": (vit, "dora", {"where": ["attn.qkv", "mlp"], "rank": 3, "alpha": 2.0}),
+    "loha": (unet, "loha", {"where": ["attn.q", "proj"], "rank": 3, "alpha": 2.0}),
+    "loha of convolutions": (unet, "loha", {"where": ["conv.res", "proj"], "rank": 3}),
+    "loha, cores": (unet, "loha", {"where": ["conv.res", "attn.q"], "rank": 2, "tucker": True}),
+    "lokr": (vit, "lokr", {"where": ["attn.qkv", "mlp"], "factor": 4, "rank": 2, "alpha": 3.0}),
+    "lokr, full": (unet, "lokr", {"where": ["attn.q", "conv.res"], "factor": -1}),
+    "oft": (vit, "oft", {"where": ["attn.qkv", "attn.out"], "block_size": 4}),
+    "coft": (vit, "oft", {"where": ["attn.out"], "block_size": 4, "share": True, "coft": 0.002}),
+    "boft": (vit, "boft", {"where": ["attn.out"], "m": 1, "b": 4, "rescale": True}),
+    "ia3": (unet, "ia3", {}),
+    "vera": (vit, "vera", {"where": ["attn.qkv", "mlp"], "rank": 6}),
+    "glora": (vit, "glora", {"where": ["attn.out", "mlp", "bias.attn.out", "bias.mlp"], "rank": 2}),
+    "glora of weights": (vit, "glora", {"where": ["attn.qkv"], "A": "vector", "B": "vector"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_peft_makes_the_same_change_of_what_is_written(tmp_path: Path, case: str) -> None:
+    make, method, options = METHODS[case]
+    base = make()
+    model = copy.deepcopy(base)
+    tuned = fill(attach(model, method, **options), std=0.3)
+    peft_folder.save(tuned, tmp_path / "tuned")
+    tuned.merge()
+    want = changed(base, dict(tuned.host_state_dict()))
+    assert_same(by_peft(base, tmp_path / "tuned"), want)
+    assert_same(by_veneer(base, tmp_path / "tuned"), want)
+
+
+def test_the_folder_is_peft_s(tmp_path: Path) -> None:
+    tuned = fill(attach(tiny_pipeline("flux"), "lora", where=["attn.q", "single"], rank=2))
+    path = peft_folder.save(tuned, tmp_path / "x.safetensors")
+    assert path == tmp_path / "x" / "adapter_model.safetensors"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 2.0)
+    assert all(key.startswith("base_model.model.") and ".lora_" in key for key in load_file(path))
+    loaded = veneer.load(tiny_pipeline("flux"), tmp_path / "x")
+    assert loaded.parts.keys() == tuned.parts.keys()
+
+
+def test_a_folder_for_a_text_encoder_finds_it_in_the_pipeline(tmp_path: Path) -> None:
+    saved(tiny_pipeline("sd").text_encoder, peft.LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "x")
+    assert {site.component for site, _ in veneer.load(tiny_pipeline("sd"), tmp_path / "x").parts.values()} == {"text_encoder"}
+
+
+def test_modules_to_save_become_trained_parameters(tmp_path: Path) -> None:
+    base = hosts.get("timm_vit")().tiny()["vit"]()
+    saved(base, peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"]), tmp_path / "x")
+    model = copy.deepcopy(base)
+    loaded = veneer.load(model, tmp_path / "x")
+    want = load_file(tmp_path / "x" / "adapter_model.safetensors")["base_model.model.head.weight"]
+    assert torch.equal(model.head.weight, want)
+    loaded.detach()
+    assert torch.equal(model.head.weight, base.head.weight)
+
+
+def test_a_converted_pissa_is_read_and_one_that_is_not_is_refused(tmp_path: Path) -> None:
+    base = vit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["attn.proj"], init_lora_weights="pissa")
+        model = peft.get_peft_model(copy.deepcopy(base), config)
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(tmp_path / "start")
+        model.peft_config["default"].init_lora_weights = "pissa"
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data += 0.1 * torch.randn_like(p)
+        model.save_pretrained(tmp_path / "plain")
+        model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+        after = changed(base, model.merge_and_unload().state_dict())
+    with pytest.raises(LoadError, match=r"init 'pissa', which changed the weights of the base.*path_initial_model"):
+        veneer.load(vit(), tmp_path / "plain")
+    got = by_veneer(base, tmp_path / "converted")
+    assert got.keys() == {name for name in after if "attn.proj" in name}
+    for name in got:
+        torch.testing.assert_close(got[name], after[name], rtol=1e-3, atol=1e-5)
+
+
+# what is refused
+
+
+def test_a_series_in_the_place_of_the_equation_is_refused_unless_it_is_as_good(tmp_path: Path) -> None:
+    """peft's default for OFT. Small turns are near enough: then the rotation is read, and the report says so."""
+    config = {"oft_block_size": 4, "target_modules": ["attn.proj"], "use_cayley_neumann": True, "num_cayley_neumann_terms": 5}
+    saved(vit(), peft.OFTConfig(**config), tmp_path / "far")
+    with pytest.raises(LoadError, match=r"'blocks\.0\.attn\.proj' was trained with a series of 5 terms.*differs by 0\.\d+ of"):
+        veneer.load(vit(), tmp_path / "far")
+    assert "read as a rotation, 0." in str(veneer.load(vit(), tmp_path / "far", strict=False).loaded)
+    base = vit()
+    saved(base, peft.OFTConfig(**config), tmp_path / "near", std=0.003)
+    got, want = by_veneer(base, tmp_path / "near"), by_peft(base, tmp_path / "near")
+    assert got.keys() == want.keys()
+    assert all((got[n] - want[n]).abs().max() < 1e-5 for n in want)
+    assert "series of 5 terms" in str(veneer.load(vit(), tmp_path / "near").loaded)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"bias": "all"}, r"LORA with bias='all': trained biases of the base"),
+        ({"lora_bias": True}, "biases in its pairs"),
+        ({"layer_replication": [[0, 1]]}, "replicated layers"),
+        ({"init_lora_weights": "olora"}, "init 'olora'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init 'pissa_niter_4'"),
+        ({"peft_type": "XLORA"}, "peft's XLORA is not known here; known are LORA, LOHA"),
+        ({"peft_type": None}, "names no peft_type"),
+        ({"lora_alpha": "much"}, r"gives no lora_alpha for 'blocks\.0\.attn\.qkv'"),
+        ({"alpha_pattern": {"(": 3}}, r"gives no lora_alpha"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_what_the_tensors_do_not_hold_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    saved(vit(), peft.LoraConfig(r=2, target_modules=["qkv"]), tmp_path / "x")
+    path = tmp_path / "x" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    model = vit()
+    with pytest.raises(LoadError, match=message):
+        veneer.load(model, tmp_path / "x")
+    assert veneer.attachments(model) == []
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "names no peft_type"), ("[" * 10**5, "not JSON")])
+def test_a_damaged_config(tmp_path: Path, text: str, message: str) -> None:
+    saved(vit(), peft.LoraConfig(r=2, target_modules=["qkv"]), tmp_path / "x")
+    (tmp_path / "x" / "adapter_config.json").write_text(text)
+    with pytest.raises(LoadError, match=message):
+        veneer.load(vit(), tmp_path / "x")
+
+
+def test_other_terms_of_other_methods(tmp_path: Path) -> None:
+    saved(vit(), peft.GloraConfig(r=2, target_modules=["qkv"], config_C="vector"), tmp_path / "c")
+    with pytest.raises(LoadError, match="has a term C, which adds W C to the bias"):
+        veneer.load(vit(), tmp_path / "c")
+    saved(vit(), peft.IA3Config(target_modules=["qkv"], feedforward_modules=[]), tmp_path / "ia3")
+    with pytest.raises(LoadError, match="has a bias, which peft's"):
+        veneer.load(vit(), tmp_path / "ia3")
+    with pytest.warns(UserWarning, match="to not save vera_A"):
+        config = peft.VeraConfig(r=2, target_modules=["qkv"], save_projection=False)
+    saved(vit(), config, tmp_path / "vera")
+    with pytest.raises(LoadError, match="random matrices are not in the file"):
+        veneer.load(vit(), tmp_path / "vera")
+    saved(unet(), peft.OFTConfig(oft_block_size=4, target_modules=["conv1"], use_cayley_neumann=False), tmp_path / "conv")
+    with pytest.raises(LoadError, match=r"is a convolution of \(3, 3\), where peft's OFT"):
+        veneer.load(unet(), tmp_path / "conv")
+
+
+def test_another_model_and_half_a_file(tmp_path: Path) -> None:
+    saved(vit(), peft.LoraConfig(r=2, target_modules=["qkv"]), tmp_path / "x")
+    with pytest.raises(LoadError, match=r"unused 4 of 4 tensors: base_model\.model\.blocks\.0"):
+        veneer.load(clip(), tmp_path / "x")
+    path = tmp_path / "x" / "adapter_model.safetensors"
+    state = load_file(path)
+    key = next(k for k in state if "lora_B" in k)
+    save_file({k: t for k, t in state.items() if k != key}, path)
+    with pytest.raises(LoadError, match=r"has no whole pair, only lora_A\.weight"):
+        veneer.load(vit(), tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: attach(vit(), "lora", where="attn.q"), r"is a part of 'blocks\.0\.attn\.qkv', which peft adapts as a whole"),
+        (lambda: attach(vit(), "bitfit"), r"is bitfit; peft's folders hold lora, dora"),
+        (lambda: attach(vit(), "lora", where="attn.qkv", train="head"), r"has trained head"),
+        (lambda: attach(tiny_pipeline("sd"), "lora", where=["attn.q", "text/attn.q"]), "a folder is for one model"),
+        (lambda: attach(vit(), "oft", where="attn.out", block_size=4, rescale=True), "has lengths of its own"),
+        (lambda: attach(vit(), "oft", where="attn.out", block_size=4, side="output"), "turns its outputs"),
+        (lambda: attach(vit(), "ia3", where="attn.qkv"), "has a bias, which peft's"),
+        (lambda: attach(vit(), "glora", where="bias.mlp"), "a bias whose weight is not adapted"),
+        (lambda: attach(vit(), "glora", where=["mlp", "bias.mlp.in"]), "has a bias that is not adapted while others are"),
+        (lambda: attach(vit(), "glora", where="bias.attn.q"), "is a part of"),
+        (lambda: attach(vit(), "glora", where="attn.qkv", A="none"), "terms of different forms"),
+        (lambda: attach(unet(), "oft", where="conv.res", block_size=4), "another form"),
+        (lambda: [], "holds one attachment, got 0"),
+    ],
+)
+def test_what_peft_does_otherwise_is_not_written(tmp_path: Path, make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(SaveError, match=message):
+        peft_folder.save(make(), tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
