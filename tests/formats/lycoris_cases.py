@@ -22,14 +22,26 @@ lycoris = pytest.importorskip("lycoris.modules", reason="LyCORIS is not installe
 from lycoris.wrapper import network_module_dict as ALGOS  # noqa: E402
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-UNET = ["down_blocks.0.resnets.0.conv1", "down_blocks.0.attentions.0.proj_in", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
-        "mid_block.attentions.0.transformer_blocks.0.ff.net.2"]  # fmt: skip
 SITES = {
-    "sd": [f"unet.{path}" for path in UNET] + ["text_encoder.encoder.layers.0.self_attn.q_proj"],
-    "sdxl": ["unet.mid_block.attentions.0.proj_in", "unet.mid_block.resnets.0.conv1", "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"],
-    "flux": ["transformer.transformer_blocks.0.attn.to_q", "transformer.single_transformer_blocks.1.proj_mlp",
-             "transformer.norm_out.linear", "transformer.x_embedder"],
-}  # fmt: skip
+    "sd": [
+        "unet.down_blocks.0.resnets.0.conv1",
+        "unet.down_blocks.0.attentions.0.proj_in",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+        "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2",
+        "text_encoder.encoder.layers.0.self_attn.q_proj",
+    ],
+    "sdxl": [
+        "unet.mid_block.attentions.0.proj_in",
+        "unet.mid_block.resnets.0.conv1",
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj",
+    ],
+    "flux": [
+        "transformer.transformer_blocks.0.attn.to_q",
+        "transformer.single_transformer_blocks.1.proj_mlp",
+        "transformer.norm_out.linear",
+        "transformer.x_embedder",
+    ],
+}
 
 
 def tower_of(pipe: Any, place: Place) -> Any:
