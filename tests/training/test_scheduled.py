@@ -49,6 +49,21 @@ def test_kills_change_nothing_and_two_processes_see_one_gradient(worker: Worker,
     assert any(name.startswith("part/") and name.endswith(":down0") for name in one)
 
 
+@pytest.mark.parametrize("stop", [6, 10])
+def test_a_stop_in_each_phase_changes_nothing(stop: int, tmp_path: Path) -> None:
+    """While ranks are pruned, and in the final part, in which the choice of step 8 must still be known."""
+    config = TrainConfig(**{**CONFIG, **SETTINGS, "checkpoint_every": 0})
+    whole, first = scheduled_trainer(None, config), scheduled_trainer(tmp_path, config)
+    whole.fit()
+    first.on_step = lambda progress: first.stop() if progress.step == stop - 1 else None  # after the one under way
+    assert first.fit().stopped
+    second = scheduled_trainer(tmp_path, config)
+    assert second.fit(resume=True).resumed_from == stop
+    assert second.losses == whole.losses
+    assert second.named.keys() == whole.named.keys()
+    assert [name for name, tensor in whole.named.items() if not torch.equal(second.named[name], tensor)] == []
+
+
 def test_a_run_of_other_length_is_another_run(tmp_path: Path) -> None:
     """Its schedule would have been another from the start, also where the learning rate is constant."""
     settings = {**CONFIG, **SETTINGS, "schedule": "constant"}
