@@ -291,6 +291,7 @@ def test_the_report_says_what_is_left_and_a_file_holds_what_is_used(tmp_path: Pa
     model = host.tiny()["vit"]().eval()
     other, x = copy.deepcopy(model), host.sample(model)
     tuned = attach(model, "adalora", rank=4, target_rank=1, where="attn.{q,v}", final=0.0, warmup=0.0, every=1)
+    assert tuned.report().summary == ""
     for p in tuned.parameters():
         p.grad = torch.randn_like(p)
         p.data.normal_()

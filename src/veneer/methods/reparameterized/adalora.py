@@ -205,16 +205,14 @@ class AdaLoRA(Method):
         return here.target_rank
 
     def summary(self, adapters: Iterable[tuple[Site, Adapter]]) -> str:
-        """Triplets with λ ≠ 0, in all and on average by role; nothing on `meta`."""
+        """Triplets with λ ≠ 0, in all and on average by role; nothing before training, and on `meta`."""
         parts = [(site, adapter) for site, adapter in _own(adapters) if not adapter.values.is_meta]
-        if not parts:
-            return ""
         counts: dict[str, list[int]] = {}
         for site, adapter in parts:
             counts.setdefault(site.role, []).append(int(torch.count_nonzero(adapter.values.detach())))
+        left, total = sum(map(sum, counts.values())), sum(a.values.numel() for _, a in parts)
         means = ", ".join(f"{role} {sum(n) / len(n):.1f}" for role, n in counts.items())
-        total = sum(a.values.numel() for _, a in parts)
-        return f"rank: {sum(map(sum, counts.values()))} of {total} triplets are not zero; on average {means}"
+        return f"rank: {left} of {total} triplets are not zero; on average {means}" if left else ""
 
 
 def _own(adapters: Iterable[tuple[Site, Adapter]]) -> Iterator[tuple[Site, AdaLoRAAdapter]]:
