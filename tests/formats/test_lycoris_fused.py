@@ -1,0 +1,148 @@
+"""Fused projections of FLUX in LyCORIS' layout: split and joined where that is exact, else refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from veneer.formats import load_all, lycoris
+from veneer.injection import LoadError, SaveError, attach
+from veneer.testing.pipelines import tiny_pipeline
+
+from .cases import fill
+from .lycoris_cases import assert_same, by_site, changes, chosen, layer, read
+
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
+LAST = "lora_unet_final_layer_adaLN_modulation_1"
+SINGLE = "transformer.single_transformer_blocks.0.attn.to_"
+ATTN = "transformer.transformer_blocks.0.attn.to_"
+SLICES = [f"name:{SINGLE}{x}" for x in "qkv"]
+
+
+def saved(path: Path, name: str, **parts: Tensor) -> Path:
+    save_file({f"{name}.{end.replace('__', '.')}": t.contiguous() for end, t in parts.items()}, path / "x.safetensors")
+    return path / "x.safetensors"
+
+
+def place_of(pipe: Any, site: str) -> Any:
+    (place,) = chosen(pipe, [site])
+    return place
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [((6, 4), (16, 8)), ((3, 4), (32, 8)), ((1, 4), (96, 8))], ids=["blocks", "block-a-slice", "one-block"]
+)
+def test_kronecker_products_whose_blocks_are_those_of_the_slices(tmp_path: Path, left: Any, right: Any) -> None:
+    torch.manual_seed(0)
+    c, d = torch.randn(left), torch.randn(right)
+    path = saved(tmp_path, QKV, lokr_w1=c, lokr_w2=d, alpha=torch.tensor(7.0))
+    pipe = tiny_pipeline("flux")
+    loaded = load_all(pipe, path)
+    want = by_site(place_of(pipe, f"{ATTN}q"), torch.kron(c, d).double())
+    assert_same(changes(loaded), want)
+    again = load_file(lycoris.save(loaded, tmp_path / "again"))
+    torch.testing.assert_close(torch.kron(again[f"{QKV}.lokr_w1"], again[f"{QKV}.lokr_w2"]), torch.kron(c, d))
+
+
+def test_halves_that_are_swapped(tmp_path: Path) -> None:
+    """FLUX's last norm: the rows of the file are shift and scale, diffusers' scale and shift."""
+    torch.manual_seed(0)
+    c, d = torch.randn(4, 4), torch.randn(16, 8)
+    pipe = tiny_pipeline("flux")
+    loaded = load_all(pipe, saved(tmp_path, LAST, lokr_w1=c, lokr_w2=d))
+    whole = torch.kron(c, d).double()
+    assert_same(changes(loaded), {"transformer.norm_out.linear": torch.cat([whole[32:], whole[:32]])})
+    again = load_file(lycoris.save(loaded, tmp_path / "again"))
+    torch.testing.assert_close(torch.kron(again[f"{LAST}.lokr_w1"], again[f"{LAST}.lokr_w2"]).double(), whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dora", {"rank": 2}),
+        ("loha", {"rank": 2, "alpha": 3.0}),
+        ("oft", {"side": "output", "block_size": 8}),
+        ("boft", {"side": "output", "m": 2, "b": 8}),
+        ("ia3", {}),
+    ],
+)
+def test_slices_that_are_not_all_adapted(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+    """The others do not change, in LyCORIS neither."""
+    attachment = fill(attach(tiny_pipeline("flux"), method, where=[SLICES[0], SLICES[2]], **options), std=0.2)
+    want = changes(attachment)
+    path = lycoris.save(attachment, tmp_path / "x")
+    assert {key.partition(".")[0] for key in load_file(path)} == {"lora_unet_single_blocks_0_linear1"}
+    loaded = load_all(tiny_pipeline("flux"), path)
+    assert {name for a in loaded for name in a.parts} == want.keys()
+    assert_same(changes(loaded), want)
+    if method != "boft":  # LyCORIS builds another butterfly for these widths
+        assert_same(read(tiny_pipeline("flux"), path), want)
+
+
+def test_ranks_that_differ_by_slice(tmp_path: Path) -> None:
+    own = {SLICES[1]: {"rank": 3, "alpha": 1.0}}
+    loha = fill(attach(tiny_pipeline("flux"), "loha", where=SLICES, rank=2, by_site=own), std=0.2)
+    path = lycoris.save(loha, tmp_path / "x")
+    assert_same(read(tiny_pipeline("flux"), path), changes(loha))
+    (loaded,) = load_all(tiny_pipeline("flux"), path)
+    assert {name[-1]: a.up1.shape[1] for name, (_, a) in loaded.parts.items()} == {"q": 2, "k": 3, "v": 2}
+
+
+@pytest.mark.parametrize("prefix", ["oft_unet_", "lora_unet_"])
+def test_sd_scripts_own_oft_of_flux(tmp_path: Path, prefix: str) -> None:
+    """Blocks of each slice by themselves, each within alpha times the slice's outputs; written out as the trainer has it."""
+    torch.manual_seed(0)
+    blocks = {f"oft_blocks__{i}": torch.randn(4, 8, 8) * 0.1 for i in range(3)}
+    name = QKV.replace("lora_unet_", prefix)
+    pipe = tiny_pipeline("flux")
+    loaded = load_all(pipe, saved(tmp_path, name, **blocks, alpha=torch.tensor(0.01)))
+    weight = layer(pipe, place_of(pipe, f"{ATTN}q")).weight.detach().double()
+    want = []
+    for part, b in zip(weight.chunk(3), blocks.values(), strict=True):
+        q = b.double() - b.double().mT
+        q = q * min(1.0, 0.01 * 32 / float(q.norm()))
+        eye = torch.eye(8, dtype=torch.float64)
+        r = torch.stack([(eye + one) @ torch.linalg.inv(eye - one) for one in q])
+        turned = [sum(r[k, n, m] * part[8 * k + n] for n in range(8)) for k in range(4) for m in range(8)]
+        want.append(torch.stack(turned) - part)
+    assert_same(changes(loaded), {f"{ATTN}{x}": change for x, change in zip("qkv", want, strict=True)})
+    assert "shortened" in str(loaded[0].loaded)
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"lokr_w1": (2, 4), "lokr_w2": (48, 8)}, r"blocks of 48 rows, and '.*to_k' has the rows 32 to 64"),
+        ({"oft_blocks": (2, 48, 48)}, r"turns 48 outputs together, and '.*to_q' has the rows 0 to 32"),
+        ({"oft_blocks": (2, 4, 24, 24)}, r"turns 48 outputs together"),
+    ],
+)
+def test_what_cannot_be_split(tmp_path: Path, parts: dict[str, Any], message: str) -> None:
+    torch.manual_seed(0)
+    path = saved(tmp_path, QKV, **{end: torch.randn(shape) for end, shape in parts.items()})
+    with pytest.raises(LoadError, match=message):
+        load_all(tiny_pipeline("flux"), path)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("lokr", {"factor": 4}, "LoKr of each slice is no Kronecker product of the whole"),
+        ("oft", {"side": "output", "by_site": {SLICES[0]: {"blocks": 2}}}, "slices are no whole blocks of one size"),
+        ("glora", {"product": "matrices"}, "slices have another A"),
+        ("ia3", {"inputs": "*"}, "slices have other scales of their inputs"),
+    ],
+)
+def test_what_cannot_be_joined(tmp_path: Path, method: str, options: dict[str, Any], message: str) -> None:
+    attachment = fill(attach(tiny_pipeline("flux"), method, where=SLICES, **options))
+    with pytest.raises(SaveError, match=f"'lora_unet_single_blocks_0_linear1', one weight in this layout.*{message}"):
+        lycoris.save(attachment, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
