@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.methods.layers import conv_site
 from veneer.injection import attach, hosts
 from veneer.injection.sites import ParamSite, WeightSite
 from veneer.methods.reparameterized.glora import GLoRA, GLoRAAdapter, Term
@@ -123,3 +124,22 @@ def test_count_of_vit_b() -> None:
 def test_options_out_of_range(options: dict) -> None:
     with pytest.raises(ValueError, match=r"^glora: "):
         GLoRA(**options)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(6, 9), nn.Conv2d(6, 8, 3, groups=2)], ids=["linear", "grouped"])
+def test_a_as_a_matrix(base: nn.Module) -> None:
+    """W' = W + W A + B, A over the inputs of a kernel; one element at a time."""
+    base = base.double()
+    site = conv_site(base) if isinstance(base, nn.Conv2d) else WeightSite(name="l", role="mlp.in", path="l", d_out=9, d_in=6)
+    method = GLoRA(rank=2, product="matrices")
+    adapter = trained(method, site)
+    weight = base.weight.detach()
+    a, b = adapter.scale().detach(), adapter.shift().detach().reshape(weight.shape)
+    want = torch.zeros_like(weight)
+    for o in range(weight.shape[0]):
+        for i in range(weight.shape[1]):
+            want[o, i] = weight[o, i] + b[o, i] + sum(weight[o, j] * a[j, i] for j in range(weight.shape[1]))
+    torch.testing.assert_close(adapter.weight(weight), want)
+    assert sum(p.numel() for p in adapter.parameters()) == method.count(site)
+    with pytest.raises(ValueError, match="product must be one of elements, matrices"):
+        GLoRA(product="both")

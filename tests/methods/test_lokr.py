@@ -164,3 +164,31 @@ def test_peft_computes_the_same_change(module: nn.Module, form: dict) -> None:
 def test_options_out_of_range(options: dict) -> None:
     with pytest.raises(ValueError, match=r"^lokr: "):
         LoKr(**options)
+
+
+@pytest.mark.parametrize("low", ["left", "right", "both", "none"])
+@pytest.mark.parametrize("base", [nn.Linear(12, 24), nn.Conv2d(12, 24, 3, padding=1)], ids=["linear", "conv"])
+def test_sides_and_ranks_outright(base: nn.Module, low: str) -> None:
+    """A split that follows no factor, with ranks that the rules would not take."""
+    base = base.double()
+    site = conv_site(base) if isinstance(base, nn.Conv2d) else LINEAR
+    adapter = trained(LoKr(rank=7, alpha=3.5, sides=(8, 2), low=low), site)
+    shapes = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
+    left = {"left_up": (8, 7), "left_down": (7, 2)} if low in ("left", "both") else {"left": (8, 2)}
+    kernel = tuple(site.kernel)
+    right = {"right_up": (3, 7), "right_down": (7, 6, *kernel)} if low in ("right", "both") else {"right": (3, 6, *kernel)}
+    assert shapes == left | right
+    x = torch.randn(2, 12, 5, 4, dtype=torch.float64) if kernel else torch.randn(3, 12, dtype=torch.float64)
+    weight = base.weight + (1.0 if low == "none" else 0.5) * dense_change(adapter, site)
+    torch.testing.assert_close(adapter.weight(base.weight), weight)
+    want = F.conv2d(x, weight, base.bias, padding=1) if kernel else F.linear(x, weight, base.bias)
+    torch.testing.assert_close(adapter.output(x, base(x)), want)
+
+
+def test_sides_must_divide() -> None:
+    with pytest.raises(ValueError, match=r"sides=\(5, 2\) do not divide 24 outputs and 12 inputs"):
+        LoKr(sides=(5, 2)).build(LINEAR)
+    with pytest.raises(ValueError, match="low='left' needs a rank"):
+        LoKr(low="left")
+    with pytest.raises(ValueError, match="low must be one of left, right, both, none"):
+        LoKr(rank=1, low="up")

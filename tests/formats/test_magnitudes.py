@@ -1,0 +1,50 @@
+"""DoRA's magnitudes between files and veneer: the paper's W' = m·V / ‖V‖ with V = W + s·B A, row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.methods.layers import site_of
+from veneer.formats._magnitudes import base_weight, magnitude, magnitude_delta
+from veneer.injection import VeneerError, attach
+from veneer.methods.reparameterized.dora import DoRA
+from veneer.testing.pipelines import tiny_pipeline
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 9), nn.Conv2d(4, 9, 3)], ids=["linear", "conv"])
+def test_the_weight_is_that_of_the_paper(layer: Any) -> None:
+    """Also of rows that are zero in the base, which have no direction of their own."""
+    torch.manual_seed(0)
+    layer.weight.data[2:4] = 0
+    weight = layer.weight.detach()
+    adapter: Any = DoRA(rank=2, alpha=3.0).build(site_of(nn.Sequential(layer)[0]))
+    m = torch.rand(9) + 0.5
+    with torch.no_grad():
+        adapter.up.normal_()
+        adapter.up[3] = 0  # nothing is changed where there is nothing
+        adapter.magnitude_delta.copy_(magnitude_delta(m.view(9, 1), weight, adapter.up, adapter.down, 1.5))
+        got = adapter.double().weight(weight.double())
+    for row in range(9):
+        v = weight[row].double() + 1.5 * (adapter.up[row].flatten() @ adapter.down.flatten(1)).reshape(weight[row].shape)
+        want = torch.zeros_like(v) if row == 3 else m[row] * v / v.norm()
+        torch.testing.assert_close(got[row], want.detach(), rtol=1e-6, atol=1e-6)
+    back = magnitude(adapter.magnitude_delta, weight, adapter.up, adapter.down, 1.5)
+    torch.testing.assert_close(back[torch.arange(9) != 3], m[torch.arange(9) != 3])
+
+
+def test_only_the_bases_own_norms() -> None:
+    unet = tiny_pipeline("sd").unet
+    lora = attach(unet, "lora", where="attn.q", rank=2)
+    with torch.no_grad():
+        for p in lora.parameters():
+            p.fill_(0.1)
+    name, (site, _) = next(iter(lora.parts.items()))
+    plain = dict(tiny_pipeline("sd").unet.named_parameters())[f"{name}.weight"]
+    assert torch.equal(base_weight(unet, site), plain)  # type: ignore[arg-type]
+    lora.merge()
+    with pytest.raises(VeneerError, match="'lora' is merged into the base"):
+        base_weight(unet, site)  # type: ignore[arg-type]
