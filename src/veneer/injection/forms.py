@@ -28,13 +28,14 @@ def recorded() -> bool:
 
 def dtype_of(adapter: nn.Module) -> torch.dtype | None:
     """The dtype of an adapter's first parameter, or None if it has none."""
-    return next((p.dtype for p in adapter.parameters()), None)
+    own = next((p.dtype for p in adapter._parameters.values() if p is not None), None)  # quicker, and asked in every call
+    return next((p.dtype for p in adapter.parameters()), None) if own is None else own
 
 
 def cast(x: Tensor, adapter: nn.Module) -> Tensor:
     """`x` in the adapter's dtype, unless autocast chooses dtypes or `x` holds ids."""
     dtype = dtype_of(adapter)
-    if dtype is None or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+    if dtype in (None, x.dtype) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(dtype)
 

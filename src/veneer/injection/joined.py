@@ -13,6 +13,7 @@ from .plan import Plan
 from .routing import Batch
 from .seams import Seam
 from .trained import Trained
+from .watch import Watch
 from .wiring import seams_for
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Joined:
         for site, _ in self.parts:
             if site.guard:
                 self._guards[site.name] = lookup(self.towers[site.component], site.guard)
+        self._watch = Watch(self.seams, [(self.towers[s.component], s.guard) for s, _ in self.parts if s.guard])
         for tower in self.towers.values():
             self._freeze(tower)
             self._doors.append(tower.register_forward_pre_hook(self._at_door, with_kwargs=True))
@@ -83,7 +85,8 @@ class Joined:
 
     def _at_door(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self.attachment.check()
+            acts = self.attachment._on and self.attachment._scale != 0
+            self.attachment.check() if acts else self.trained.check()  # adapters that are off cannot be bypassed
         batch = self.batches.get(id(module))
         if batch is not None:
             batch.enter(args, kwargs)
@@ -99,6 +102,9 @@ class Joined:
         Raises:
             HostChanged: naming the site and what changed.
         """
+        self.trained.check()
+        if self._watch.unchanged(merged):
+            return
         for seam in () if merged else self.seams:
             if not seam.intact():
                 raise HostChanged(
@@ -111,4 +117,3 @@ class Joined:
                     f"{site.name}: '{site.guard}' changed after attach, so '{self.attachment.name}' is bypassed there. "
                     "Undo it (for fused projections: unfuse_qkv_projections()), or detach, change the host, then attach."
                 )
-        self.trained.check()

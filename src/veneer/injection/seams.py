@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 
 from .errors import HostChanged, UnsupportedSite
@@ -22,6 +23,8 @@ from .forms import blend, by_rows, cast, first, main_output, recorded
 from .method import Adapter
 from .routing import Place
 from .sites import Port, Site
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that make their output anew, and do not keep it
 
 
 def _forget_missing(seam: nn.Module, keys: Any) -> None:
@@ -122,6 +125,10 @@ class HookSeam(Seam):
             del self.__dict__["_owner"]._modules[self.__dict__["_child"]]
         self.__dict__.update(_handles=[], joined=False)
 
+    def in_place(self) -> bool:
+        """True if the module that it was joined to still holds it."""
+        return self.__dict__["joined"] and self.__dict__["_owner"]._modules.get(self.__dict__["_child"]) is self
+
     def intact(self) -> bool:
         try:
             return getattr(self.module(self.home), self.__dict__["_child"], None) is self
@@ -175,7 +182,7 @@ class CallSeam(HookSeam):
             return None
         y = main_output(output)
         x = self._take() if not self._direct else first(args, kwargs) if self.read.side == "in" else y
-        after = self.adapt(x, y)
+        after = self.adapt(x, y, x is not y and self._fresh(module))
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
     def _write_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -198,20 +205,28 @@ class CallSeam(HookSeam):
     def passes(self) -> bool:
         return self.asleep() if self.place is None else self.place.leader is not self
 
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """The adapters' output; in a mixed batch that of every attachment, on its own rows."""
-        return self.slices(x, y) if self.place is None else self.place.run(x, y)
+    def _fresh(self, module: nn.Module) -> bool:
+        """True where nobody else can have kept what the module gave: a layer of torch's own whose first hook is this seam's."""
+        sliced = getattr(self.sites[0], "rows", None) is not None
+        if torch.compiler.is_compiling() or sliced or type(module) not in LAYERS or torch_modules._global_forward_hooks:
+            return False
+        return next(iter(module._forward_hooks.values())) == self._write_output
 
-    def slices(self, x: Tensor, y: Tensor) -> Tensor:
-        """The adapters' output, slice by slice where sites have rows."""
-        return by_rows(self.sites, self.adapters, y, self.dim, lambda a, part: self._one(a, x, part))
+    def adapt(self, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        """The adapters' output; in a mixed batch that of every attachment, on its own rows."""
+        return self.slices(x, y, fresh) if self.place is None else self.place.run(x, y)
+
+    def slices(self, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        """The adapters' output, slice by slice where sites have rows. `fresh`: y may be written over."""
+        return by_rows(self.sites, self.adapters, y, self.dim, lambda a, part: self._one(a, x, part, fresh))
 
     @staticmethod
-    def _one(adapter: Any, x: Tensor, y: Tensor) -> Tensor:
+    def _one(adapter: Any, x: Tensor, y: Tensor, fresh: bool) -> Tensor:
         before = y if adapter.blends else cast(y, adapter)
         if hasattr(adapter, "input"):
             return blend(adapter, adapter.input, before).to(y.dtype)
-        return blend(adapter, adapter.output, before, cast(x, adapter)).to(y.dtype)
+        form = adapter.output_ if fresh and hasattr(adapter, "output_") else adapter.output
+        return blend(adapter, form, before, cast(x, adapter)).to(y.dtype)
 
 
 class ProcessorSeam(Seam):
