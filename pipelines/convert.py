@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from veneer.pipelines.generate import base_of
 
 from veneer import bases, formats
 from veneer.injection import VeneerError
+
+To = Literal["kohya", "lycoris", "diffusers", "peft_folder", "comfyui", "onetrainer", "xlabs", "embeddings", "native"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,11 @@ class ConvertConfig:
         file: a safetensors file of any format, or a folder with one.
         to: the format to write.
         base: `shipped`, a folder or a hub name; None for the base that a native file was trained on.
-        out: the new file; None for one beside the old, with the format in its name.
+        out: the new file, for peft_folder a folder; None for one beside the old, with the format in its name.
     """
 
     file: Path
-    to: Literal["kohya", "lycoris", "diffusers", "native"] | None = None
+    to: To | None = None
     base: str | None = None
     out: Path | None = None
 
@@ -38,7 +40,7 @@ def convert(config: ConvertConfig) -> list[str]:
         VeneerError: no format or base was named, the file does not fit the base, or the format cannot hold it.
     """
     if config.to is None:
-        raise VeneerError("convert: --to is missing. There are kohya, lycoris, diffusers and native.")
+        raise VeneerError(f"convert: --to is missing. There are {', '.join(get_args(To))}.")
     base = config.base or base_of(config.file)
     if base is None:
         raise VeneerError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import veneer
 from veneer.formats import diffusers as lora_format
+from veneer.formats import load_all
 from veneer.injection import LoadError, SaveError, attach
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -245,12 +246,121 @@ def test_another_base_is_named(files: Any) -> None:
     assert veneer.attachments(wide) == []
 
 
-def test_dora_is_not_taken_for_lora(tmp_path: Path) -> None:
+# DoRA, and what other tools write in this layout
+
+
+def merged(pipe: Any) -> dict[str, dict[str, Tensor]]:
+    """Weights of every part, with what was attached folded in."""
+    return {
+        c: {k: t.clone() for k, t in m.state_dict().items()} for c, m in pipe.components.items() if isinstance(m, torch.nn.Module)
+    }
+
+
+def by_veneer(path: Path, family: str) -> dict[str, dict[str, Tensor]]:
+    pipe = tiny_pipeline(family)
+    for attachment in load_all(pipe, path):
+        attachment.merge()
+    found = {}
+    for attachment in veneer.attachments(pipe):
+        found |= {c: dict(attachment.host_state_dict(c)) for c in attachment.towers}
+    return found
+
+
+def by_diffusers(path: Path, family: str) -> dict[str, dict[str, Tensor]]:
+    pipe = tiny_pipeline(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe.load_lora_weights(path)
+        pipe.fuse_lora(components=[c for c in pipe._lora_loadable_modules if c != "text_encoder_2"])
+        pipe.unload_lora_weights()
+    return merged(pipe)
+
+
+def assert_weights(got: dict[str, dict[str, Tensor]], want: dict[str, dict[str, Tensor]], family: str) -> None:
+    base = merged(tiny_pipeline(family))
+    for component, weights in got.items():
+        assert any((weights[k] - t).abs().max() > 1e-3 for k, t in base[component].items()), component
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, want[component][name], rtol=1e-4, atol=1e-5, msg=f"{component}.{name}")
+
+
+DORA: dict[str, list[str]] = {"sd": ["attn", "xattn.v", "conv.res", "text/attn"], "flux": ["attn", "mlp", "text/attn.q"]}
+
+
+@pytest.mark.parametrize("family", DORA)
+def test_dora_is_the_same_in_diffusers(tmp_path: Path, family: str) -> None:
+    tuned = fill(
+        attach(tiny_pipeline(family), "dora", where=DORA[family], rank=3, alpha=2.0, by_site={"attn.v": {"rank": 2}}), std=0.2
+    )
+    path = lora_format.save(tuned, tmp_path / "x")
+    assert any("lora_magnitude_vector" in key for key in load_file(path))
+    tuned.merge()
+    want = {c: dict(tuned.host_state_dict(c)) for c in tuned.towers}
+    assert_weights(want, by_diffusers(path, family), family)
+    assert_weights(by_veneer(path, family), want, family)
+
+
+def test_dora_that_diffusers_itself_has_saved(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
+        pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "conv1"], use_dora=True))
+        for name, p in pipe.unet.named_parameters():
+            if "lora_" in name:
+                p.data += 0.2 * torch.randn_like(p)
         pipe.unet.save_lora_adapter(tmp_path)
-    for strict in (True, False):
-        with pytest.raises(LoadError, match=r"DoRA \(down_blocks.*magnitude"):
-            veneer.load(tiny_pipeline("sd"), tmp_path, strict=strict)
+        pipe.unet.fuse_lora()
+        pipe.unet.unload_lora()
+    got = by_veneer(tmp_path / "pytorch_lora_weights.safetensors", "sd")["unet"]
+    after = pipe.unet.state_dict()
+    assert all(torch.allclose(weight, after[name], rtol=1e-4, atol=1e-5) for name, weight in got.items())
+    assert sum(not torch.equal(t, got[k]) for k, t in tiny_pipeline("sd").unet.state_dict().items()) > 10
+
+
+def test_lora_and_dora_in_one_model_are_refused(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    both = [attach(pipe, "lora", where="attn.q", rank=2), attach(pipe, "dora", where="attn.v", rank=2)]
+    with pytest.raises(SaveError, match="'unet' has lora and dora"):
+        lora_format.save(both, tmp_path / "x")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_lokr_in_this_layout(tmp_path: Path, full: bool) -> None:
+    """As ai-toolkit writes it, with each module's alpha: C ⊗ D, times alpha / rank where D is of low rank."""
+    name, generator = "transformer.single_transformer_blocks.0.attn.to_q", torch.Generator().manual_seed(0)
+    left = torch.randn(4, 4, generator=generator)
+    up, down = torch.randn(8, 2, generator=generator), torch.randn(2, 8, generator=generator)
+    state = {f"{name}.lokr_w1": left, f"{name}.alpha": torch.tensor(3.0)}
+    state |= {f"{name}.lokr_w2": up @ down} if full else {f"{name}.lokr_w2_a": up, f"{name}.lokr_w2_b": down}
+    save_file(state, tmp_path / "x.safetensors")
+    pipe = tiny_pipeline("flux")
+    before = pipe.transformer.get_submodule(name.partition(".")[2]).weight.detach().clone()
+    loaded = veneer.load(pipe, tmp_path / "x")
+    assert loaded.method.name == "lokr"
+    loaded.merge()
+    after = pipe.transformer.get_submodule(name.partition(".")[2]).weight
+    torch.testing.assert_close(after - before, torch.kron(left, up @ down) * (1.0 if full else 1.5), rtol=1e-4, atol=1e-5)
+
+
+def test_alphas_of_single_modules(tmp_path: Path) -> None:
+    """`….alpha` beside the pair counts before the rank; diffusers does the same."""
+    attachment = low_rank.tuned("flux", ["attn.q", "text/attn.q"], rank=2)
+    state = load_file(lora_format.save(attachment, tmp_path / "x"))
+    names = {key.partition(".lora_")[0] for key in state}
+    save_file(state | {f"{name}.alpha": torch.tensor(3.0) for name in names}, tmp_path / "y.safetensors")
+    plain = tiny_pipeline("flux")
+    plain.load_lora_weights(tmp_path / "y.safetensors")
+    loaded = veneer.load(tiny_pipeline("flux"), tmp_path / "y")
+    assert_same(deltas(loaded), in_peft(plain.components))
+    assert_same(deltas(loaded), {name: 1.5 * delta for name, delta in deltas(attachment).items()})
+
+
+def test_an_initialisation_that_changed_the_base_is_refused(tmp_path: Path) -> None:
+    path = lora_format.save(fill(attach(tiny_pipeline("sd"), "lora", where="attn.q", rank=2)), tmp_path / "x")
+    text = json.loads(header(path)["__metadata__"]["lora_adapter_metadata"]) | {"unet.init_lora_weights": "pissa"}
+
+    def change(found: dict[str, Any]) -> None:
+        found["__metadata__"]["lora_adapter_metadata"] = json.dumps(text)
+
+    with pytest.raises(LoadError, match="init 'pissa', which changed the weights of the base"):
+        veneer.load(tiny_pipeline("sd"), rewrite(path, change))

@@ -18,13 +18,12 @@ from ..injection import Attachment, SaveError
 from ..injection.forms import base_tensor
 from ..injection.sites import ParamSite, WeightSite
 from ._format import Format, Options, formats, known_format
-from ._reading import File, read
-from ._writing import destination
+from ._reading import SUFFIX, File, read
 
 TOLERANCE = 1e-5  # of the largest change in a weight: what float32 loses when factors are put together otherwise
 ROUNDING = 2**-23  # of the largest weight: what float32 loses where a file stores W's own size, as DoRA's magnitudes do
 WORDS = "textual_inversion"
-HOLDING = ("native", "embeddings")  # formats that have a place for learned words
+HOLDING = ("native", "embeddings", "onetrainer")  # formats that have a place for learned words
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,15 @@ def convert(
 
     Args:
         model: the pipeline or model that the file is for; it is as before afterwards.
-        to: a format's name. `out`: the new file. `provenance`: to be written with it.
+        to: a format's name. `out`: the new file, or folder. `provenance`: to be written with it.
     Raises:
         LoadError: the file does not fit the model.
         SaveError: the format cannot hold it, the change would be another one, or `out` is there already.
     """
     file, target = read(path), formats.get(to)()
     known = known_format(file)
-    final = destination(out, target.file)
-    beside = final.with_name(f"{final.stem}-words{final.suffix}")
+    final = target.place(out)
+    beside = final.with_name(f"{final.stem}-words{SUFFIX}")
     attached = known.load(model, file, Options())
     try:
         apart = [a for a in attached if a.method.name == WORDS and to not in HOLDING]
@@ -78,7 +77,7 @@ def convert(
                     attached += form.load(model, read(made[place]), Options(same_base=False))
             weights, difference = compare(before, attached, final)
             for place, temporary in made.items():
-                os.replace(temporary, place)
+                os.replace(temporary.parent if jobs[place][0].folder else temporary, place)
     finally:
         for attachment in reversed(attached):
             attachment.detach()

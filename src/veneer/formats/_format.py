@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from ..injection import Attachment, LoadError
 from ..injection.registry import Registry
 from ._reading import File
+from ._writing import destination
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,18 @@ class Format(ABC):
 
     Class attributes:
         file: usual file name, used where a folder is given.
+        folder: True if it is written as a folder of files.
         order: formats are asked in this order whether a file is theirs; those with a plain mark in the file come first.
     """
 
     name: ClassVar[str]
     file: ClassVar[str]
     order: ClassVar[int] = 1
+    folder: ClassVar[bool] = False
+
+    def place(self, path: str | PathLike[str]) -> Path:
+        """The file, or the folder, that a path means."""
+        return destination(path, self.file)
 
     @abstractmethod
     def reads(self, file: File) -> bool:

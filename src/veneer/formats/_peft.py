@@ -1,71 +1,128 @@
-"""Reading LoRA tensors and peft's `LoraConfig` into veneer's own lora."""
+"""Reading the tensors of diffusers' layout and peft's `LoraConfig` into veneer's own methods."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ..injection import LoadError
+from ..injection import LoadError, VeneerError
 from ..injection.sites import WeightSite
 from ..injection.towers import Tower, towers_of
 from ._attaching import Wanted
 from ._format import Layer, Options, values
-from ._lora import Found, config_of
+from ._lycoris_codec import Piece
+from ._lycoris_lokr import LoKrCodec
+from ._peft_codec import Layer as Module
+from ._peft_codec import PeftCodec
+from ._peft_config import refuse, scaled_alpha
+from ._peft_low_rank import EMBEDDED, MAGNITUDE, DoRAPeft, LoKrPeft, LoRAPeft
 from ._reading import File
 
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<half>[AB])(?:\.(?!weight$|bias$)[^.]+)?\.weight")
+_KEY = re.compile(
+    r"(?:(?P<head>unet\.)?base_model\.model\.)?(?P<path>.+)\."
+    r"(?P<end>lora_[AB](?=[.]weight$|[.](?!weight$|bias$)[^.]+[.]weight$)|lora_magnitude_vector|lora_embedding_[AB]|alpha|"
+    r"lokr_w[12](?:_[ab])?|lokr_t2)(?P<rest>\.[^.]+)?(?:\.weight)?"
+)
 SAFE = "W' = W + B A, as diffusers reads files without alpha"
+LORA, DORA, LOKR = LoRAPeft(), DoRAPeft(), LoKrPeft()
 
 
-def wanted(model: Any, file: File, config: Any, options: Options) -> Wanted:
-    """The lora attachment that gives the file's ΔW at every site.
+def wanted(model: Any, file: File, config: Any, options: Options) -> list[Wanted]:
+    """The attachments, one for each method, that give the file's ΔW at every site.
 
     Args:
         config: of `lora_adapter_metadata`, or None.
     Raises:
-        LoadError: keys of other things than LoRA, or modules that the model does not have.
+        LoadError: keys of other things, or modules that the model does not have.
     """
     if config is not None and not isinstance(config, dict):
         raise LoadError(f"{file.path}: its lora_adapter_metadata is no JSON object. The file is damaged.")
-    places = _places(towers_of(model))
+    towers = towers_of(model)
+    places, modules = _places(towers), {t.component: t.module for t in towers}
     tensors = file.tensors(finite=options.strict)
-    state: dict[str, Tensor] = {}
-    found: dict[str, Found] = {}
-    unused: list[str] = []
-    for key, tensor in tensors.items():
+    layers, unused = _grouped(file, places)
+    notes: list[str] = (
+        [] if config is not None or any(".alpha" in key for key in file.shapes) else [f"no alpha in the file: {SAFE}"]
+    )
+    pieces: dict[str, list[Piece]] = {}
+    codecs: dict[str, PeftCodec] = {}
+    configs = {t.component: _own(config, t.component or usual(t), file) for t in towers}
+    for path, keys in layers.items():
+        tower, site = places[path]
+        own = configs[tower.component]
+        parts = {end: tensors[key] for end, key in keys.items()}
+        name = site.name.removeprefix(tower.component + ".") if tower.component else site.name
+        layer = Module(file, name, site, (), parts, own or {}, modules, notes=notes, strict=options.strict)
+        codec, found = _read(layer, parts, own)
+        pieces.setdefault(codec.method, []).extend(found)
+        codecs[codec.method] = codec
+    _refuse(file, unused, pieces, options)
+    made = []
+    for method, some in pieces.items():
+        state = {f"{p.site.name}:{part}": t for p in some for part, t in p.state.items()}
+        sites = [p.site.name for p in some]
+        made.append(Wanted(method, method, codecs[method].config(some), sites, state, notes=notes, unused=unused))
+        notes, unused = [], []
+    return made
+
+
+def _grouped(file: File, places: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Path of each module to its keys by their ends in peft's layout, and keys of anything else."""
+    layers: dict[str, dict[str, str]] = {}
+    unused = []
+    for key in file.shapes:
         match = _KEY.fullmatch(key)
-        place = places.get(match["path"]) if match else None
-        if match is None or place is None:
+        path = (match["head"] or "") + match["path"] if match else ""
+        if match is None or path not in places:
             unused.append(key)
             continue
-        tower, site = place
-        down = match["half"] == "A"
-        state[f"{site.name}:{'down' if down else 'up'}"] = tensor
-        if down and site.name not in found:
-            found[site.name] = _settings(file, site, tower, config, tensor.shape[0] if tensor.ndim else 1)
-    _refuse(file, unused, found, options)
-    notes = [] if config is not None else [f"no alpha in the file: {SAFE}"]
-    return Wanted("lora", "lora", config_of(found), list(found), state, notes=notes, unused=unused)
+        end = match["end"]
+        layers.setdefault(path, {})[f"{end}.weight" if end in ("lora_A", "lora_B") else end] = key
+    return layers, unused
+
+
+def _read(layer: Module, parts: dict[str, Tensor], config: Mapping[str, Any] | None) -> tuple[PeftCodec, list[Piece]]:
+    """What a module means. Its own `alpha`, where there is one, counts as in LyCORIS' layout, and before the config."""
+    alpha = parts.pop("alpha", None)
+    if alpha is not None:
+        layer.expect(alpha.numel() == 1, "an alpha of one number")
+        rank = float(alpha)
+        layer = Module(**{**vars(layer), "config": {"lora_alpha": rank, "alpha_pattern": {}}})
+    try:
+        if any(part.startswith("lokr_") for part in parts):
+            if config is None or alpha is not None:
+                whole = {**parts, **({} if alpha is None else {"alpha": alpha})}
+                return LOKR, LoKrCodec().read(layer.as_module(whole))
+            return LOKR, LOKR.read(layer)
+        codec = DORA if MAGNITUDE in parts else LORA
+        return codec, codec.read(layer)
+    except VeneerError as error:
+        raise error if isinstance(error, LoadError) else LoadError(f"{layer.file.path}: {error}") from error
 
 
 def layers(file: File, config: Any) -> list[Layer]:
     """What is in a file, by the names of its modules."""
     told = config if isinstance(config, dict) else None
     heads = {str(key).partition(".")[0] for key in told or ()}
-    dora = any("lora_magnitude_vector" in key for key in file.shapes)
-    found = []
-    for key, shape in file.shapes.items():
-        match = _KEY.fullmatch(key)
-        if match is not None and match["half"] == "A" and shape:
-            head, _, rest = match["path"].partition(".")
-            component, module = (head, rest.removeprefix("text_model.")) if head in heads else ("", match["path"])
-            alpha = alpha_of(file, component, module, told, shape[0])
-            found.append(Layer(match["path"], "dora" if dora else "lora", shape[0], alpha, values(file, match["path"] + ".")))
-    return found
+    found: dict[str, dict[str, str]] = {}
+    for key in file.shapes:
+        if (match := _KEY.fullmatch(key)) is not None:
+            found.setdefault(match["path"], {})[match["end"]] = key
+    return [_layer(file, path, keys, told, heads) for path, keys in found.items()]
+
+
+def _layer(file: File, path: str, keys: Mapping[str, str], config: dict[str, Any] | None, heads: set[str]) -> Layer:
+    shapes = {end: file.shapes[key] for end, key in keys.items()}
+    method = "lokr" if any(end.startswith("lokr_") for end in keys) else "dora" if MAGNITUDE in keys else "lora"
+    shape = next((shapes[end] for end in ("lora_A", EMBEDDED[0], "lokr_w2_b", "lokr_w1_b") if shapes.get(end)), None)
+    rank = shape[0] if shape else None
+    head, _, rest = path.partition(".")
+    component, module = (head, rest.removeprefix("text_model.")) if head in heads else ("", path)
+    alpha = None if rank is None else scaled_alpha(file, _component(config, component) or {}, module, rank)
+    return Layer(path, method, rank, alpha, values(file, path + "."))
 
 
 def _places(towers: list[Tower]) -> dict[str, tuple[Tower, WeightSite]]:
@@ -82,48 +139,37 @@ def _paths(tower: Tower, name: str) -> Iterator[str]:
     """`text_model.` comes and goes with the version of transformers."""
     path = name.removeprefix(tower.component + ".") if tower.component else name
     paths = dict.fromkeys((path, path.removeprefix("text_model."), f"text_model.{path}"))
-    yield from (f"{tower.component or _usual(tower)}.{p}" for p in paths)
+    yield from (f"{tower.component or usual(tower)}.{p}" for p in paths)
     if tower.main or not tower.component:
         yield from paths
 
 
-def _usual(tower: Tower) -> str:
+def usual(tower: Tower) -> str:
     """What a bare model is called in a pipeline."""
     return {"unet": "unet", "dit": "transformer", "text": "text_encoder"}.get(tower.host.tower, "")
 
 
-def _settings(file: File, site: WeightSite, tower: Tower, config: Mapping[str, Any] | None, rank: int) -> Found:
-    module = site.name.removeprefix(tower.component + ".") if tower.component else site.name
-    return Found(site, rank, alpha_of(file, tower.component or _usual(tower), module, config, rank))
-
-
-def alpha_of(file: File, component: str, module: str, config: Mapping[str, Any] | None, rank: int) -> float:
-    """Alpha of a module in peft's config, or its rank where there is no config.
+def _own(config: Mapping[str, Any] | None, component: str, file: File) -> dict[str, Any] | None:
+    """A component's config.
 
     Raises:
-        LoadError: the config is damaged.
+        LoadError: it says that the tensors are not the whole change.
     """
+    own = _component(config, component)
+    if own is not None:
+        refuse(file.path, own)
+    return own
+
+
+def _component(config: Mapping[str, Any] | None, component: str) -> dict[str, Any] | None:
+    """peft's config of a component: entries with its name before them, or all."""
     if config is None:
-        return float(rank)
-    own = {k.removeprefix(component + "."): v for k, v in config.items() if k.startswith(component + ".")} or config
-    try:
-        alpha = float(_by_pattern(own.get("alpha_pattern") or {}, module, own.get("lora_alpha", rank)))
-    except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise LoadError(
-            f"{file.path}: its lora_adapter_metadata gives no alpha for '{module}' ({error}). It is damaged."
-        ) from error
-    return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
+        return None
+    start = component + "."
+    return {k.removeprefix(start): v for k, v in config.items() if k.startswith(start)} or dict(config)
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """peft's rule: the first pattern that matches the module's path or its end."""
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
-
-
-def _refuse(file: File, unused: list[str], found: Mapping[str, Found], options: Options) -> None:
-    dora = [key for key in unused if "lora_magnitude_vector" in key]
-    if dora:
-        raise LoadError(f"{file.path}: DoRA ({dora[0]}): without its magnitudes the rest would be wrong, so nothing is loaded.")
+def _refuse(file: File, unused: list[str], found: Mapping[str, Any], options: Options) -> None:
     if unused and (options.strict or not found):
         raise LoadError(
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no weights "

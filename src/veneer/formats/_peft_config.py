@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,15 @@ def read_config(file: File) -> dict[str, Any] | None:
     return config
 
 
-def refuse(path: Path, config: Mapping[str, Any]) -> None:
+def refuse(where: Path, config: Mapping[str, Any]) -> None:
     """Raise for what the tensors do not hold, or what no method here does.
 
+    Args:
+        where: the file that the config is in.
     Raises:
         LoadError: names the entry.
     """
-    said = f"{path.with_name(NAME)}: {config['peft_type']} with"
+    said = f"{where}: {config.get('peft_type', 'LORA')} with"
     start = str(config.get("init_lora_weights") or config.get("init_weights") or "")
     if start.lower().startswith(CHANGED):
         raise LoadError(
@@ -80,7 +83,17 @@ def of(file: File, config: Mapping[str, Any], module: str, key: str, patterns: s
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """peft's rule: the first pattern that matches the module's path or its end."""
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
+    return next((v for p, v in patterns.items() if _may(p, module) and _compiled(p).match(module)), default)
+
+
+def _may(pattern: str, module: str) -> bool:
+    """False where the length tells: `^` and a path match nothing longer or shorter. Configs have hundreds of these."""
+    return len(pattern) == len(module) + 1 or not pattern.startswith("^") or not pattern[1:].replace(".", "").isidentifier()
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def scaled_alpha(file: File, config: Mapping[str, Any], module: str, rank: int, key: str = "lora_alpha") -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..functional.kronecker import kron_factors
 from ..injection import Attachment
+from ._lora import shaped
 from ._lycoris_codec import Piece
 from ._lycoris_loha import LoHaCodec
 from ._lycoris_lokr import LoKrCodec
@@ -38,7 +39,7 @@ class LoRAPeft(PeftCodec):
     def read(self, layer: Layer) -> list[Piece]:
         if layer.site.kind == "embedding":
             return [_embedding(layer)]
-        return self.codec.read(layer.as_module(_pair(layer)))
+        return [_plain(layer)]
 
     def write(self, part: Part) -> dict[str, Tensor]:
         if part.site.kind == "embedding":
@@ -192,6 +193,17 @@ def _pair(layer: Layer) -> dict[str, Tensor]:
     if alpha == 0:
         up, alpha = torch.zeros_like(up), float(rank)
     return {DOWN: down, UP: up, "alpha": torch.tensor(alpha, dtype=torch.float64)}
+
+
+def _plain(layer: Layer) -> Piece:
+    """LoRA as it is in the file: what is missing or misshapen, `load_state` tells of all modules together."""
+    site, down, up = layer.site, layer.parts.get(A), layer.parts.get(B)
+    rank = down.shape[0] if down is not None and down.ndim else up.shape[1] if up is not None and up.ndim > 1 else 0
+    layer.expect(rank > 0, "lora_A and lora_B of one rank")
+    alpha = scaled_alpha(layer.file, layer.config, layer.path, rank)
+    state = {} if down is None else {"down": shaped(down, (rank, *site.weight_shape[1:]))}
+    state |= {} if up is None else {"up": shaped(up, (site.d_out, rank, *(1,) * len(site.kernel)))}
+    return Piece(site, {"rank": rank, "alpha": alpha}, state)
 
 
 def _embedding(layer: Layer) -> Piece:

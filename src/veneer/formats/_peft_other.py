@@ -1,108 +1,17 @@
-"""OFT, BOFT, (IA)³, VeRA and GLoRA in peft's layout."""
+"""(IA)³, VeRA and GLoRA in peft's layout."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from ..functional.cayley import cayley_change, skew, within
 from ..injection import Attachment
 from ..injection.sites import WeightSite
 from ._lycoris_codec import Piece
 from ._peft_codec import Layer, Part, PeftCodec, Settings, same
-
-SERIES = 1e-5  # of R − I: what a series may differ from the equation, to pass for it
-
-
-class OFTPeft(PeftCodec):
-    """`oft_R.weight` (n, b(b−1)/2), the entries of Q above the diagonal; W' = W Rᵀ, R = (I − Q)(I + Q)⁻¹, so Q is minus veneer's.
-
-    With `use_cayley_neumann`, peft's default, R is a series in +Q that is cut off after a few terms, which is no rotation:
-    loaded only where it is as good as the equation. `coft` shortens each Q to eps / √n.
-    """
-
-    kind: ClassVar[str] = "OFT"
-    method: ClassVar[str] = "oft"
-    ends: ClassVar[tuple[str, ...]] = ("oft_R.weight", "oft_R")
-
-    def read(self, layer: Layer) -> list[Piece]:
-        given = next(iter(layer.parts.values()))
-        width = layer.site.d_in
-        _plain(layer, "OFT")
-        size = round((1 + math.sqrt(1 + 8 * given.shape[1])) / 2) if given.ndim == 2 else 0
-        share = bool(layer.config.get("block_share"))
-        count = 1 if share else width // max(size, 1)
-        right = size > 1 and given.shape == (count, size * (size - 1) // 2) and width % size == 0
-        layer.expect(right, f"oft_R (n, b(b−1)/2) with n·b = {width}")
-        series = bool(layer.config.get("use_cayley_neumann", False))
-        coft = float(layer.config.get("eps", 6e-5)) if layer.config.get("coft") else None
-        if series:
-            short = given if coft is None else _entries(within(skew(given, size), coft / math.sqrt(count)))
-            _compare(layer, short, size, int(layer.config.get("num_cayley_neumann_terms", 5)))
-        options = {"block_size": size, "share": share, "coft": None if coft is None else coft / size**2, "rescale": False}
-        return [Piece(layer.site, options, {"skew": given if series else -given})]
-
-    def write(self, part: Part) -> dict[str, Tensor]:
-        if getattr(part.adapter, "site", None) is not None:
-            raise part.refuse("turns its outputs, and peft's OFT its inputs: another function")
-        if part.adapter.magnitude is not None:
-            raise part.refuse("has lengths of its own (rescale), which peft's OFT has not")
-        _only_pixels(part, "OFT")
-        return {"oft_R.weight": -part.adapter.skew.detach()}
-
-    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
-        size = same(parts, "blocks of", {p.path: p.adapter.size for p in parts})
-        coft = same(parts, "coft", {p.path: p.adapter.radius and attachment.method.at(p.site).coft for p in parts})  # type: ignore[attr-defined]
-        share = same(parts, "share", {p.path: len(p.adapter.skew) * size != p.site.d_in for p in parts})
-        return {
-            "r": 0, "oft_block_size": size, "use_cayley_neumann": False, "coft": coft is not None, "block_share": share,
-            "eps": 6e-5 if coft is None else coft * size**2, "bias": "none", "module_dropout": 0.0, "fan_in_fan_out": False,
-        }  # fmt: skip
-
-
-class BOFTPeft(PeftCodec):
-    """`boft_R` (m, n, b, b), Q its skew part, and `boft_s` (d_out, 1), lengths; W' = D W Rᵀ, each block (I − Q)(I + Q)⁻¹.
-
-    peft builds more than one component only where its CUDA extension is compiled.
-    """
-
-    kind: ClassVar[str] = "BOFT"
-    method: ClassVar[str] = "boft"
-    ends: ClassVar[tuple[str, ...]] = ("boft_R", "boft_s")
-
-    def read(self, layer: Layer) -> list[Piece]:
-        given, lengths, width = layer.parts.get("boft_R"), layer.parts.get("boft_s"), layer.site.d_in
-        _plain(layer, "BOFT")
-        side = given.shape[-1] if given is not None and given.ndim == 4 else 0
-        right = given is not None and side > 1 and given.shape[1:] == (width // side, side, side) and width % side == 0
-        layer.expect(
-            right and (lengths is None or lengths.numel() == layer.site.d_out), f"boft_R (m, n, b, b) with n·b = {width}"
-        )
-        assert given is not None
-        q = -0.5 * (given - given.mT)
-        state = {"skew": _entries(q)} | ({} if lengths is None else {"magnitude": lengths.flatten()})
-        return [Piece(layer.site, {"m": len(given), "b": side, "rescale": lengths is not None}, state)]
-
-    def write(self, part: Part) -> dict[str, Tensor]:
-        adapter = part.adapter
-        if getattr(adapter, "site", None) is not None:
-            raise part.refuse("turns its outputs, and peft's BOFT its inputs: another function")
-        _only_pixels(part, "BOFT")
-        lengths = torch.ones(part.site.d_out, 1) if adapter.magnitude is None else adapter.magnitude.detach()[:, None]
-        return {"boft_R": -skew(adapter.skew.detach(), adapter.size), "boft_s": lengths}
-
-    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
-        m = same(parts, "components, as many as", {p.path: len(p.adapter.skew) for p in parts})
-        size = same(parts, "blocks of", {p.path: p.adapter.size for p in parts})
-        return {
-            "boft_block_size": size, "boft_block_num": 0, "boft_n_butterfly_factor": m, "bias": "none", "boft_dropout": 0.0,
-            "fan_in_fan_out": False,
-        }  # fmt: skip
 
 
 class IA3Peft(PeftCodec):
@@ -286,40 +195,3 @@ def _feeds(modules: Any, path: str) -> bool:
 
 def _scales_input(part: Part) -> bool:
     return hasattr(part.adapter, "input") and type(part.adapter).__name__ == "ScaledInput"
-
-
-def _plain(layer: Layer, what: str) -> None:
-    """Raise for a convolution of more than one pixel or in groups, where peft's forward pass and merged weight differ."""
-    if layer.site.groups != 1 or math.prod(layer.site.kernel) > 1:
-        raise layer.refuse(f"is a convolution of {layer.site.kernel}, where peft's {what} has another form")
-
-
-def _only_pixels(part: Part, what: str) -> None:
-    if part.site.groups != 1 or math.prod(part.site.kernel) > 1:
-        raise part.refuse(f"is a convolution of {part.site.kernel}, where peft's {what} has another form")
-
-
-def _entries(q: Tensor) -> Tensor:
-    """The entries above the diagonal, row by row."""
-    rows, columns = torch.triu_indices(q.shape[-1], q.shape[-1], 1)
-    return q[..., rows, columns]
-
-
-def _compare(layer: Layer, entries: Tensor, size: int, terms: int) -> None:
-    """Raise where a series of so many terms is not the equation's R to within `SERIES`; else a note says how near it is."""
-    q = skew(entries.double(), size)
-    exact, series, power = cayley_change(q), torch.zeros_like(q), torch.eye(size, dtype=q.dtype).expand_as(q)
-    last = max(3, terms - 1) if terms > 2 else 0  # 2 Q + 2 Q² + … and the last power once
-    for i in range(1, last + 1 if last else terms):
-        power = power @ q
-        series = series + (1 if i == last else 2) * power
-    apart, change = float((exact - series).abs().max()), float(exact.abs().max())
-    if apart > SERIES * change and not layer.strict:
-        layer.notes.append(f"'{layer.path}': a series of {terms} terms is read as a rotation, {apart:.2g} of {change:.2g} apart")
-    elif apart > SERIES * change:
-        raise layer.refuse(
-            f"was trained with a series of {terms} terms in the place of Cayley's equation (use_cayley_neumann), which is no "
-            f"rotation: its rotation differs by {apart:.2g} of {change:.2g}. strict=False reads it as that rotation"
-        )
-    elif not layer.notes:
-        layer.notes.append(f"a series of {terms} terms is read as Cayley's equation, at most {SERIES:g} of the change apart")

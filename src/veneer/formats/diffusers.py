@@ -1,4 +1,4 @@
-"""`pytorch_lora_weights.safetensors`: LoRA as diffusers and peft write it."""
+"""`pytorch_lora_weights.safetensors`: LoRA and DoRA as diffusers and peft write them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from ..injection import Attachment, SaveError
 from ..injection.sites import WeightSite
 from ._attaching import attach_all
 from ._format import Format, Layer, Options, listed
-from ._lora import ENCODERS, component_of, refuse
-from ._peft import layers, wanted
+from ._lora import ENCODERS, component_of, refuse, refuse_trained
+from ._peft import DORA, LORA, layers, wanted
+from ._peft_codec import Part
+from ._peft_low_rank import MAGNITUDE
 from ._reading import File
 from ._writing import destination, write
 
@@ -30,6 +32,9 @@ class Diffusers(Format):
     diffusers takes alpha = r where it is missing. Written here: rsLoRA, ranks and alphas by site as plain alphas and ranks of
     each module; `text_model.` in the paths of CLIP, which old and new diffusers understand.
 
+    DoRA has `….lora_magnitude_vector` (d_out) or (1, d_out, 1, 1) as well. Read too: LoKr in peft's words (`….lokr_w1`), and an
+    `….alpha` of a module's own, as ai-toolkit and others write them; ΔW as LyCORIS reckons it then.
+
     diffusers loads it into `unet`, `transformer` and the CLIP text encoders; its PixArt and DiT classes have no loader, but
     peft's `inject_adapter_in_model` takes the same tensors. What no part of it can hold (other methods, trained base
     parameters, T5, embeddings, grouped convolutions, whole fused projections) is refused, never left out.
@@ -40,13 +45,13 @@ class Diffusers(Format):
     file: ClassVar[str] = "pytorch_lora_weights.safetensors"
 
     def reads(self, file: File) -> bool:
-        return any(".lora_A." in name for name in file.shapes)
+        return any(".lora_A." in name or ".lokr_w" in name for name in file.shapes)
 
     def layers(self, file: File) -> list[Layer]:
         return layers(file, file.json(METADATA))
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
-        return attach_all(model, file, [wanted(model, file, file.json(METADATA), options)], options)
+        return attach_all(model, file, wanted(model, file, file.json(METADATA), options), options)
 
     def save(
         self,
@@ -57,28 +62,37 @@ class Diffusers(Format):
         target = destination(path, self.file)
         tensors: dict[str, Tensor] = {}
         modules: dict[str, dict[str, tuple[int, float]]] = {}
+        kinds: dict[str, str] = {}
         for attachment in listed(attachments):
-            refuse(attachment, target, "diffusers' LoRA files")
-            for component, module, adapter in _parts(attachment, target):
+            kind = attachment.method.name
+            if kind != "dora":
+                refuse(attachment, target, "diffusers' LoRA files")
+            refuse_trained(attachment, target, "diffusers' LoRA files")
+            for component, module, site, adapter in _parts(attachment, target):
                 key = f"{component}.{_written(component, module)}"
                 if f"{key}.lora_A.weight" in tensors:
                     raise SaveError(f"{target}: two attachments adapt '{key}', and the format holds one. Save them to two files.")
-                down, up = adapter.pair()
-                tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = down, up
-                rank = down.shape[0]
+                if kinds.setdefault(component, kind) != kind:
+                    raise SaveError(
+                        f"{target}: '{component}' has lora and dora, and the format holds one of them for each model."
+                    )
+                part = Part(module, site, adapter, attachment.towers)
+                found = (DORA if kind == "dora" else LORA).write(part)
+                tensors |= {f"{key}.{_end(component, end)}": tensor for end, tensor in found.items()}
+                rank = found["lora_A.weight"].shape[0]
                 modules.setdefault(component, {})[module] = (rank, adapter.scaling * rank)
         if not tensors:
             raise SaveError(f"{target}: there is no attachment to save.")
         _recognised(modules, target)
-        config = {f"{c}.{key}": value for c, found in modules.items() for key, value in _config(c, found).items()}
+        config = {f"{c}.{k}": value for c, found in modules.items() for k, value in _config(c, found, kinds[c]).items()}
         metadata = {"format": "pt", METADATA: json.dumps(config)}
         if provenance:
             metadata["provenance"] = json.dumps(dict(provenance))
         return write(target, tensors, metadata)
 
 
-def _parts(attachment: Attachment, target: Path) -> Iterator[tuple[str, str, Any]]:
-    """(component, module path, adapter) of every site, or an error that names the site that does not fit."""
+def _parts(attachment: Attachment, target: Path) -> Iterator[tuple[str, str, Any, Any]]:
+    """(component, module path, site, adapter) of every site, or an error that names the site that does not fit."""
     for site, adapter in attachment.parts.values():
         tower = attachment.towers[site.component]
         component = site.component or component_of(tower)
@@ -86,7 +100,7 @@ def _parts(attachment: Attachment, target: Path) -> Iterator[tuple[str, str, Any
         wrong = _misfit(site, tower, component, path)
         if wrong:
             raise SaveError(f"{target}: '{site.name}' {wrong}. Select other sites, or keep to the native file.")
-        yield component, path, adapter
+        yield component, path, site, adapter
 
 
 def _misfit(site: Any, tower: nn.Module, component: str, path: str) -> str | None:
@@ -120,13 +134,18 @@ def _module(tower: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def _end(component: str, end: str) -> str:
+    """transformers 5, which reads the text encoders' part for diffusers, drops a magnitude that is not called a weight."""
+    return f"{end}.weight" if end == MAGNITUDE and component.startswith("text_encoder") else end
+
+
 def _written(component: str, path: str) -> str:
     """CLIP's layers under `text_model.`, also where this transformers has no such level."""
     inside = component.startswith("text_encoder") and not path.startswith(("text_model.", "text_projection"))
     return f"text_model.{path}" if inside else path
 
 
-def _config(component: str, modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+def _config(component: str, modules: Mapping[str, tuple[int, float]], kind: str) -> dict[str, Any]:
     """peft's LoraConfig: the commonest rank and alpha, and patterns for the others.
 
     peft matches a pattern, a regular expression, with the end of a module's path; `^` ties it to the beginning. Paths in CLIP
@@ -147,7 +166,7 @@ def _config(component: str, modules: Mapping[str, tuple[int, float]]) -> dict[st
         "bias": "none",
         "lora_dropout": 0.0,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": kind == "dora",
     }
 
 

@@ -22,7 +22,8 @@ from ._lycoris_codec import Piece
 from ._peft_codec import Layer, Part, PeftCodec, Settings
 from ._peft_config import NAME, read_config, refuse, scaled_alpha
 from ._peft_low_rank import DoRAPeft, LoHaPeft, LoKrPeft, LoRAPeft
-from ._peft_other import BOFTPeft, GLoRAPeft, IA3Peft, OFTPeft, VeRAPeft
+from ._peft_other import GLoRAPeft, IA3Peft, VeRAPeft
+from ._peft_turns import BOFTPeft, OFTPeft
 from ._reading import SUFFIX, File
 from ._writing import write, write_text
 
@@ -67,7 +68,7 @@ class PeftFolder(Format):
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         config = read_config(file)
         assert config is not None
-        refuse(file.path, config)
+        refuse(file.path.with_name(NAME), config)
         return attach_all(model, file, [_wanted(model, file, config, options)], options)
 
     def save(
