@@ -38,7 +38,7 @@ def folded(weight: Tensor, group: Sequence[tuple[Any, Any]]) -> Tensor:
 
 
 def _fold(adapter: Any, weight: Tensor, after: Tensor) -> None:
-    with _widened(adapter):
+    with widened(adapter, torch.float32):
         if hasattr(adapter, "factors"):
             left, right = adapter.factors()
             _add(weight, left, right, after)
@@ -80,13 +80,13 @@ def _precise(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _widened(adapter: nn.Module) -> Iterator[None]:
-    """The adapter's tensors in single precision at least, inside the block."""
+def widened(adapter: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The adapter's tensors in `dtype` or wider, inside the block."""
     found = (*adapter.parameters(), *adapter.buffers())
-    narrow = [(t, t.data) for t in found if t.is_floating_point() and t.itemsize < 4]
+    narrow = [(t, t.data) for t in found if t.is_floating_point() and t.itemsize < dtype.itemsize]
     try:
         for tensor, data in narrow:
-            tensor.data = data.float()
+            tensor.data = data.to(dtype)
         yield
     finally:
         for tensor, data in narrow:

@@ -1,0 +1,61 @@
+"""A LoRA out of a fine-tuned model: its weights minus its base's, cut to a rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from veneer.pipelines.convert import To
+
+from veneer import bases, combining
+from veneer.injection import VeneerError
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Which models, and how much of the difference.
+
+    Args:
+        tuned: the fine-tuned pipeline: a folder or a hub name.
+        base: what it was trained from: `shipped`, a folder or a hub name.
+        where: selection in the words of `veneer sites`; all linear layers and convolutions if left out.
+        rank: of the LoRA.
+        energy: share of the squared singular values that stays, up to 1; `rank` is then the upper limit, as with the next three.
+        error: relative error of each change at most, 0 to 1 (Frobenius).
+        cumulative: share of the singular values that stays, up to 1.
+        ratio: the largest singular value over the smallest that stays is below it, above 1.
+        to: the format to write.
+        dtype: of the written numbers.
+        out: the new file.
+    """
+
+    tuned: str
+    base: str | None = None
+    where: tuple[str, ...] = ()
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+    cumulative: float | None = None
+    ratio: float | None = None
+    to: To = "native"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    out: Path | None = None
+
+
+def extract(config: ExtractConfig) -> list[str]:
+    """Load both, subtract, cut, write.
+
+    Returns:
+        The file, ranks and error, the weights where it is largest, and what differs and is not in the file.
+    Raises:
+        VeneerError: no base, rank or `out` was named, the models do not fit, or the format cannot hold it.
+    """
+    keep = combining.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
+    if config.base is None or config.out is None or keep is None:
+        raise VeneerError("extract: --base, --out and --rank, --energy, --error, --cumulative or --ratio must be given.")
+    combining.free(config.out, config.to)
+    base, tuned, dtype = bases.load(config.base), bases.load(config.tuned), combining.DTYPES[config.dtype]
+    made = combining.extract(base, tuned, keep, where=config.where or None, dtype=dtype)
+    told = {"base": config.base, "extracted": config.tuned}
+    return [str(combining.write(made, config.out, config.to, dtype, told)), *str(made).splitlines()]

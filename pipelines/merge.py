@@ -1,0 +1,88 @@
+"""Several adapters' files as one LoRA in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from veneer.pipelines.convert import To
+from veneer.pipelines.generate import base_of
+
+from veneer import bases, combining
+from veneer.injection import VeneerError
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Which files are merged, and how.
+
+    Args:
+        files: safetensors files of any formats, of adapters of any methods that change weights.
+        weights: one for each file, 1 if left out; negative ones too. In the place of a number PATTERN=NUMBER;… in the words of
+            `veneer sites`, such as "attn=0.5;text/attn=0", for other weights in parts of the model; the rest has 1.
+        how: `sum` (exact, ranks add up; LoRA only), `svd` (the sum, cut to a rank), `ties`, `dare` or `dare_ties`.
+        rank: of the result, for all but `sum`; the largest of the files' ranks if nothing is said.
+        energy: share of the squared singular values that stays, up to 1; `rank` is then the upper limit, as with the next three.
+        error: relative error of each change at most, 0 to 1 (Frobenius).
+        cumulative: share of the singular values that stays, up to 1.
+        ratio: the largest singular value over the smallest that stays is below it, above 1.
+        density: share of the numbers that `ties` keeps (0.2 if left out) or `dare` does (0.1).
+        seed: of `dare`.
+        base: `shipped`, a folder or a hub name; None for the base that one of the files says it was trained on.
+        to: the format to write; None for that of the first file.
+        dtype: of the written numbers.
+        out: the new file.
+    """
+
+    files: tuple[Path, ...]
+    weights: tuple[str, ...] = ()
+    how: Literal["sum", "svd", "ties", "dare", "dare_ties"] = "sum"
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+    cumulative: float | None = None
+    ratio: float | None = None
+    density: float | None = None
+    seed: int = 0
+    base: str | None = None
+    to: To | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    out: Path | None = None
+
+
+def merge(config: MergeConfig) -> list[str]:
+    """Load all on the base, combine, write.
+
+    Returns:
+        The file, ranks and the error against the exact combination, the weights where it is largest.
+    Raises:
+        VeneerError: no base or `out` was named, a file does not fit the base, or what is wanted cannot be combined or written.
+    """
+    if not config.files or config.out is None:
+        raise VeneerError("merge: give the files to be merged, and --out for the new one.")
+    base = config.base or next((b for file in config.files if (b := base_of(file))), None)
+    if base is None:
+        raise VeneerError("merge: --base is missing: no file says which base it is for, and their weights have names there.")
+    form = config.to or combining.form_of(config.files[0])
+    combining.free(config.out, form)
+    weights = [_weight(text) for text in config.weights] or None
+    keep = combining.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
+    model, dtype = bases.load(base), combining.DTYPES[config.dtype]
+    sources = [combining.read_one(model, file) for file in config.files]
+    made = combining.combine(
+        model, sources, weights, how=config.how, keep=keep, density=config.density, seed=config.seed, dtype=dtype
+    )
+    told = {"base": base, "merged": [file.name for file in config.files], "weights": list(config.weights), "how": config.how}
+    return [str(combining.write(made, config.out, form, dtype, told)), *str(made).splitlines()]
+
+
+def _weight(text: str) -> float | Mapping[str, float]:
+    """A number, or PATTERN=NUMBER;…"""
+    try:
+        if "=" not in text:
+            return float(text)
+        return {pattern: float(number) for pattern, _, number in (part.rpartition("=") for part in text.split(";"))}
+    except ValueError as error:
+        raise VeneerError(f"merge: weight {text!r} is neither a number nor PATTERN=NUMBER;PATTERN=NUMBER.") from error

@@ -1,0 +1,64 @@
+"""An adapter's file as a LoRA of another rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from veneer.pipelines.convert import To
+from veneer.pipelines.generate import base_of
+
+from veneer import bases, combining
+from veneer.injection import VeneerError
+
+
+@dataclass(frozen=True)
+class ResizeConfig:
+    """Which file, and how much of it stays.
+
+    Args:
+        file: a safetensors file of any format, of an adapter of any method that changes weights.
+        rank: the largest rank; weights of a lower one keep theirs.
+        energy: share of the squared singular values that stays, up to 1; `rank` is then the upper limit, as with the next three.
+        error: relative error of each change at most, 0 to 1 (Frobenius).
+        cumulative: share of the singular values that stays, up to 1.
+        ratio: the largest singular value over the smallest that stays is below it, above 1.
+        base: `shipped`, a folder or a hub name; None for the base that a native file was trained on.
+        to: the format to write; None for that of the file.
+        dtype: of the written numbers.
+        out: the new file.
+    """
+
+    file: Path
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+    cumulative: float | None = None
+    ratio: float | None = None
+    base: str | None = None
+    to: To | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    out: Path | None = None
+
+
+def resize(config: ResizeConfig) -> list[str]:
+    """Load on the base, cut each change to its largest singular values, write.
+
+    Returns:
+        The file, ranks and error, and the weights where it is largest.
+    Raises:
+        VeneerError: no base, rank or `out` was named, the file does not fit the base, or the format cannot hold it.
+    """
+    keep = combining.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
+    if config.out is None or keep is None:
+        raise VeneerError("resize: --out and --rank, --energy, --error, --cumulative or --ratio must be given.")
+    base = config.base or base_of(config.file)
+    if base is None:
+        raise VeneerError("resize: --base is missing: the file does not say which base it is for.")
+    form = config.to or combining.form_of(config.file)
+    combining.free(config.out, form)
+    model, dtype = bases.load(base), combining.DTYPES[config.dtype]
+    made = combining.resize(model, combining.read_one(model, config.file), keep, dtype=dtype)
+    told = {"base": base, "resized": config.file.name}
+    return [str(combining.write(made, config.out, form, dtype, told)), *str(made).splitlines()]

@@ -1,0 +1,36 @@
+"""Products C D of tall and wide matrices: their singular values without the product, the best cut, the norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, σ, Vᵀ of C D, by C = Q1 R1 and Dᵀ = Q2 R2: C D = Q1 (R1 R2ᵀ) Q2ᵀ, where R1 R2ᵀ is as small as the rank.
+
+    Args:
+        left: C, (…, m, r). right: D, (…, r, n).
+    Returns:
+        (…, m, k), (…, k) and (…, k, n) with k = min(m, r, n).
+    """
+    q1, r1 = torch.linalg.qr(left)
+    q2, r2 = torch.linalg.qr(right.mT)
+    u, s, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
+    return q1 @ u, s, vh @ q2.mT
+
+
+def cut(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """C and D of the first `rank` singular values, √σ in each: of all C D of this rank the nearest to U diag(σ) Vᵀ.
+
+    Returns:
+        (…, m, rank) and (…, rank, n).
+    """
+    root = s[..., :rank].sqrt()
+    return u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]
+
+
+def product_norm(left: Tensor, right: Tensor) -> float:
+    """‖C D‖ (Frobenius), as ‖R1 R2ᵀ‖: without the product, and without the rounding of ‖C D‖² = Σ (CᵀC)∘(D Dᵀ)."""
+    r1, r2 = (torch.linalg.qr(t, mode="r").R for t in (left, right.mT))
+    return float(torch.linalg.vector_norm(r1 @ r2.mT))
