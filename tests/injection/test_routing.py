@@ -102,6 +102,31 @@ def test_unlike_methods_at_one_place_and_the_norm_that_each_sample_stands_on() -
     torch.testing.assert_close(got, expect(model, samples), rtol=1e-9, atol=1e-9)
 
 
+def test_other_ranks_scales_and_dtypes_at_once() -> None:
+    """Linear layers take the LoRAs of all samples in one product; the base may be in half precision."""
+    for dtype, close in ((torch.float64, 1e-9), (torch.bfloat16, 0.1)):
+        model = net().double()
+        torch.manual_seed(0)
+        for name, rank, alpha in (("style", 2, 3.0), ("face", 5, 1.0), ("more", 1, None)):
+            stir(attach(model, "lora", where="head", name=name, rank=rank, alpha=alpha), 0.2)
+        samples = [{"style": 1.0}, {}, {"face": 0.5, "more": 2.0}, {"face": -1.0}]
+        expected = expect(model, samples, copies=2)
+        model.head.weight.data, model.head.bias.data = model.head.weight.to(dtype), model.head.bias.to(dtype)
+        handles = [
+            model.head.register_forward_pre_hook(lambda _, args, dtype=dtype: args[0].to(dtype)),
+            model.head.register_forward_hook(lambda _, args, y: y.double()),
+        ]
+        with mixed(model, samples):
+            torch.testing.assert_close(give(model, 8), expected, rtol=0, atol=close)
+            with attachments(model)[1].enabled(False):
+                off = [{k: v for k, v in sample.items() if k != "face"} for sample in samples]
+                got = give(model, 8)
+        for handle in handles:
+            handle.remove()
+        if dtype == torch.float64:
+            torch.testing.assert_close(got, expect(model, off, copies=2), rtol=0, atol=close)
+
+
 def test_switches_inside_and_what_comes_back() -> None:
     model, (style, face, more) = three(rank=2)
     style.scale = 0.5

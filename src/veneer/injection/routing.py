@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import StateError, UnsupportedSite
+from .forms import cast
 
 if TYPE_CHECKING:
     from .seams import CallSeam
@@ -90,11 +91,35 @@ class Place:
         self.batch, self.seams = batch, dict(seams)
         self.leader = next(iter(self.seams.values()))
         self.one_port = self.leader.read == self.leader.write  # then each reads what those before it wrote
+        first = self.leader.adapters[0]
+        alike = all(len(s.adapters) == 1 and s.whole and type(s.adapters[0]) is type(first) for s in self.seams.values())
+        self.together: Any = None if self.one_port or not alike else getattr(first, "together", None)
 
-    def run(self, x: Tensor, y: Tensor) -> Tensor:
-        """Every group of samples through its own adapters; the others' rows as they are."""
-        batch, samples = self.batch, sum(len(numbers) for _, numbers in self.batch.groups)
+    def run(self, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        """Every sample through its own adapters; the others' rows as they are. `fresh`: y may be written over."""
         self._check(x, y)
+        found = None if self.together is None else self._at_once(x, y, fresh)
+        return self._in_parts(x, y) if found is None else found
+
+    def _at_once(self, x: Tensor, y: Tensor, fresh: bool) -> Tensor | None:
+        """The first adapters of all samples together, then the second ones; None if the adapters cannot."""
+        acting: list[list[tuple[Any, float]]] = [[] for _, numbers in self.batch.groups for _ in numbers]
+        for strengths, numbers in self.batch.groups:
+            for i in numbers:
+                acting[i] = [(s.adapters[0], strengths[n]) for n, s in self.seams.items() if n in strengths and not s.asleep()]
+        total, dtype, turns = y, y.dtype, max(len(each) for each in acting)
+        for turn in range(turns):
+            every = [each[turn] if turn < len(each) else None for each in acting]
+            one = next(each[0] for each in every if each is not None)
+            after = self.together(every, cast(x, one), total, fresh if turns == 1 else turn > 0)  # y stays for the parts
+            if after is None:
+                return None
+            total = after.to(dtype)
+        return total
+
+    def _in_parts(self, x: Tensor, y: Tensor) -> Tensor:
+        """Every group of samples by itself, put together again."""
+        batch, samples = self.batch, sum(len(numbers) for _, numbers in self.batch.groups)
         pieces, order = [], []
         for strengths, numbers in batch.groups:
             order += numbers

@@ -202,6 +202,11 @@ class CallSeam(HookSeam):
             )
         return x
 
+    @property
+    def whole(self) -> bool:
+        """True for one site that is no slice."""
+        return len(self.sites) == 1 and getattr(self.sites[0], "rows", None) is None
+
     def passes(self) -> bool:
         return self.asleep() if self.place is None else self.place.leader is not self
 
@@ -214,7 +219,7 @@ class CallSeam(HookSeam):
 
     def adapt(self, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
         """The adapters' output; in a mixed batch that of every attachment, on its own rows."""
-        return self.slices(x, y, fresh) if self.place is None else self.place.run(x, y)
+        return self.slices(x, y, fresh) if self.place is None else self.place.run(x, y, fresh)
 
     def slices(self, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
         """The adapters' output, slice by slice where sites have rows. `fresh`: y may be written over."""

@@ -6,6 +6,7 @@ that no shape and no number of the adapter's own changes. None in the other's pl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from veneer.functional.cayley import skew, within
 from veneer.functional.room import joined_blocks, padded
+from veneer.functional.together import add_products
 
 State = dict[str, Tensor]
 
@@ -40,6 +42,18 @@ def lora_state(arena: Any, other: Any | None) -> State:
     except ValueError as error:
         raise ValueError(f"{error}; attach with rank={down.shape[1 if embedding else 0]} or more") from error
     return state
+
+
+def lora_together(each: Sequence[tuple[Any, float] | None], x: Tensor, y: Tensor, over: bool) -> Tensor | None:
+    """Every sample's own B A x at once, with its scale and strength in B; zeros where a sample has none."""
+    acting = [one[0] for one in each if one is not None]
+    if any(a.site.kind != "linear" or hasattr(a, "core") or (a.dropout and a.training) for a in acting):
+        return None
+    pairs = [None if one is None else (*one[0].pair(), one[0].strength * (one[0].scaling * one[1])) for one in each]
+    down, up = acting[0].pair()
+    downs = [torch.zeros_like(down) if pair is None else pair[0] for pair in pairs]
+    ups = [torch.zeros_like(up) if pair is None else pair[1] * pair[2] for pair in pairs]
+    return add_products(x, y, downs, ups, over)
 
 
 def lokr_state(arena: Any, other: Any | None) -> State:
