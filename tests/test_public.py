@@ -7,7 +7,7 @@ import pytest
 
 import veneer
 
-PUBLIC = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "methods", "mixed", "sites"]
+PUBLIC = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "merges", "methods", "mixed", "sites"]
 ATTACHMENT = [
     "check", "detach", "enabled", "groups", "host_state_dict", "load_state_dict", "merge", "named_parameters", "parameters",
     "probe", "report", "save", "scale", "state_dict", "swap", "unmerge",

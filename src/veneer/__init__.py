@@ -10,16 +10,16 @@ veneer.load(model, "my-adapter.safetensors")
 from . import hosts as _host_files  # noqa: F401
 from . import methods as _method_files  # noqa: F401
 from .formats import load
-from .injection import Attachment, activate, attach, attachments, hosts, methods, mixed, sites
+from .injection import Attachment, activate, attach, attachments, hosts, merges, methods, mixed, sites
 
 __version__ = "0.1.0"
-__all__ = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "methods", "mixed", "sites"]
+__all__ = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "merges", "methods", "mixed", "sites"]
 
 
 def __getattr__(name: str) -> object:
-    """`veneer.bases` is imported when it is first used."""
-    if name == "bases":
+    """`veneer.bases` and `veneer.combining` are imported when they are first used."""
+    if name in ("bases", "combining"):
         import importlib
 
-        return importlib.import_module(".bases", __name__)
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

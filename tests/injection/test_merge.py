@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.injection import StateError, UnsupportedSite, attach
-from veneer.injection.attaching import merges
+from veneer.injection import StateError, UnsupportedSite, attach, merges
 from veneer.injection.folded import folded
 from veneer.injection.forms import base_tensor
 from veneer.injection.sites import WeightSite

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.injection import StateError, attach
-from veneer.injection.attaching import merges
+from veneer.injection import StateError, attach, merges
 
 from .toy import Net, net, run, stir
 

@@ -121,19 +121,8 @@ def test_extract_from_folders(base: Path, files: Any, tmp_path: Path, capsys: py
     with torch.no_grad():
         pipe.unet.conv_out.bias.add_(1)
     pipe.save_pretrained(tmp_path / "tuned")
-    words = [
-        "extract",
-        str(tmp_path / "tuned"),
-        "--base",
-        str(base),
-        "--rank",
-        "4",
-        "--out",
-        str(tmp_path / "x"),
-        "--to",
-        "kohya",
-    ]
-    assert main(words) == 0
+    words = ["extract", str(tmp_path / "tuned"), "--base", str(base), "--rank", "4", "--to", "kohya"]
+    assert main([*words, "--out", str(tmp_path / "x")]) == 0
     printed = capsys.readouterr().out
     assert "not carried: 1 other tensors differ (relative to their norm: unet.conv_out.bias" in printed
     first, got = files[1][0], loaded(tmp_path / "x")

@@ -1,6 +1,6 @@
 """The shared injection registry: sites, methods, hosts, seams and attachments. Knows torch, nothing else."""
 
-from .attaching import attach, attachments
+from .attaching import attach, attachments, merges
 from .attachment import Attachment
 from .errors import (
     DeadSite,
@@ -39,6 +39,7 @@ __all__ = [
     "attach",
     "attachments",
     "hosts",
+    "merges",
     "methods",
     "mixed",
     "sites",
