@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ..injection import LoadError
+from ._families import family_of
 from ._format import Layer, Options, format_of
 from ._reading import File, read
 
 BLOCK = re.compile(r".*?(?:blocks|layers|block)(?:[._]\d+)?(?=[._]|$)")
-WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}  # of the text that a UNet reads
-DOWN = ("lora_down.weight", "lora_A.weight", ":down")
-MARKS = {r"double_blocks|single_blocks|single_transformer_blocks": "FLUX", r"joint_blocks": "Stable Diffusion 3"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def look(path: str | PathLike[str], model: Any = None) -> Look:
         size=file.path.stat().st_size,
         tensors=len(file.shapes),
         format=known.name if known else None,
-        family=family_of(file.shapes),
+        family=family_of(file.shapes, known.name if known else None),
         header=tuple(file.metadata),
         blocks=tuple(blocks(layers)),
     )
@@ -131,16 +129,6 @@ def blocks(layers: Sequence[Layer]) -> list[Block]:
         )
         for (name, method), group in sorted(found.items(), key=lambda item: _natural(item[0][0]))
     ]
-
-
-def family_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The family of bases that a LoRA is for, by its names or by the width of the text that a UNet reads."""
-    for mark, name in MARKS.items():
-        if any(re.search(mark, key) for key in shapes):
-            return name
-    widths = {s[1] for k, s in shapes.items() if "unet" in k.partition(".")[0] and k.endswith(DOWN) and len(s) > 1}
-    told = [WIDTHS[width] for width in WIDTHS if width in widths]
-    return told[0] if len(told) == 1 else None
 
 
 def _block(name: str) -> str:

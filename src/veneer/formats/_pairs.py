@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..injection import LoadError
 from ._attaching import Wanted
+from ._families import told
 from ._format import Layer, Options, values
 from ._kohya_fused import Pair, split
 from ._kohya_names import Place
@@ -62,6 +63,7 @@ def wanted(model: Any, file: File, options: Options, known: Mapping[str, Place],
         raise LoadError(
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no weights "
             "of these names, or they are no whole pairs: load it on the pipeline that it was made for, or pass strict=False."
+            f"{told(file)}"
         )
     silent = sum(ALPHA not in parts for parts in layers.values())
     notes = [f"no alpha for {silent} of {len(layers)} modules: alpha = rank"] if silent and ALPHA in ends.values() else []

@@ -12,6 +12,7 @@ from ..injection import LoadError, VeneerError
 from ..injection.sites import WeightSite
 from ..injection.towers import Tower, towers_of
 from ._attaching import Wanted
+from ._families import told
 from ._format import Layer, Options, values
 from ._lycoris_codec import Piece
 from ._lycoris_lokr import LoKrCodec
@@ -174,4 +175,5 @@ def _refuse(file: File, unused: list[str], found: Mapping[str, Any], options: Op
         raise LoadError(
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no weights "
             "of these names, or they are no LoRA: load it on the pipeline that it was made for, or pass strict=False."
+            f"{told(file)}"
         )
