@@ -71,6 +71,22 @@ def test_a_fresh_adapter_changes_nothing_bitwise_and_its_count_is_the_formula(op
     assert method.count(site) == sum(p.numel() for p in adapter.parameters())
 
 
+def test_each_term_has_its_own_form() -> None:
+    weight = GLoRA(A="vector", B="scalar", D="scalar", E="vector").build(LINEAR)
+    bias = GLoRA(A="vector", B="scalar", D="scalar", E="vector").build(BIAS)
+    assert (weight.scale.up.shape, weight.shift.up.shape) == ((5, 1), (1, 1))
+    assert (bias.scale.up.shape, bias.shift.up.shape) == ((1, 1), (5, 1))
+
+
+def test_only_one_factor_begins_as_zero() -> None:
+    """`down` is Xavier-uniform, U(−√(6 / (rank + width)), …): were both zero, neither would ever get a gradient."""
+    site = WeightSite(name="l", role="l", path="l", d_out=4, d_in=600)
+    for term in (lambda a: a.scale, lambda a: a.shift):
+        found = term(GLoRA(rank=8).build(site))
+        assert found.up.abs().max() == 0
+        assert found.down.std().item() == pytest.approx((6 / 608 / 3) ** 0.5, rel=0.05)
+
+
 def test_in_a_model_weights_and_biases_together() -> None:
     torch.manual_seed(0)
     host = hosts.get("timm_vit")()
