@@ -13,6 +13,8 @@ from veneer import load
 from veneer.formats import formats
 from veneer.injection import Attachment, LoadError, StateError, attach, hosts
 from veneer.injection.method import Method
+from veneer.methods.reparameterized.dora import DoRA
+from veneer.methods.reparameterized.loha import LoHa
 from veneer.methods.reparameterized.lokr import LoKr
 from veneer.methods.reparameterized.lora import LoRA
 from veneer.methods.reparameterized.oft import OFT
@@ -57,6 +59,9 @@ ROOMS = [
     (LoRA(rank=8), LoRA(rank=2, init="olora"), WEIGHTS),
     (LoRA(rank=8, tucker=True), LoRA(rank=2, alpha=6.0, tucker=True), ALL),
     (LoRA(rank=2, init="olora"), LoRA(rank=2, alpha=1.0), WEIGHTS),
+    (DoRA(rank=8, alpha=2.0), DoRA(rank=4, alpha=3.0), "conv attn.{q,k} head"),
+    (LoHa(rank=4), LoHa(rank=2, alpha=3.0), WEIGHTS),
+    (LoHa(rank=4, tucker=True), LoHa(rank=2, alpha=3.0, tucker=True), WEIGHTS),
     (LoKr(factor=2), LoKr(factor=2, rank=1, alpha=3.0, low="both"), WEIGHTS),
     (LoKr(factor=2, rank=3, alpha=2.0, low="right"), LoKr(factor=2, rank=2, low="right"), WEIGHTS),
     (LoKr(factor=2, rank=3, alpha=2.0, low="both"), LoKr(factor=2, rank=1, alpha=3.0, low="both"), WEIGHTS),
@@ -87,7 +92,7 @@ def test_the_change_is_that_of_a_load(room: Method, smaller: Method, where: str,
     assert torch.equal(run(again), run(model))
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=4), LoKr(factor=2), OFT(blocks=1, rescale=True)])
+@pytest.mark.parametrize("method", [LoRA(rank=4), DoRA(rank=4), LoHa(rank=4), LoKr(factor=2), OFT(blocks=1, rescale=True)])
 def test_sites_that_the_file_lacks_become_the_host(method: Method, tmp_path: Path) -> None:
     path = saved(tmp_path, method, "attn.q")
     model, beside = net(), net()
@@ -105,6 +110,8 @@ REFUSED = [
     (LoRA(rank=4, tucker=True), LoRA(rank=4), "conv", "conv", r"it has no core.*attach with tucker=False"),
     (LoRA(rank=4), LoRA(rank=4), "attn.q", "attn.q head", r"1 sites that 'room' is not attached to: head\. Attach with"),
     (LoRA(rank=4), OFT(blocks=2), "attn.q", "attn.q", r"'room' is lora and this is oft"),
+    (LoHa(rank=2), LoHa(rank=4), "attn.q", "attn.q", r"it has rank 4, and there is room for 2; attach with rank=4 or more"),
+    (LoHa(rank=2, tucker=True), LoHa(rank=2), "conv", "conv", r"attach with its own tucker="),
     (LoKr(factor=2), LoKr(sides=(3, 1)), "attn.q", "attn.q", r"C 3×1 and D 2×6, not 2×2 and 3×3; attach with its factor"),
     (LoKr(factor=2, rank=1, low="right"), LoKr(factor=2), "attn.q", "attn.q", r"right factor is full.*attach with rank=None"),
     (OFT(block_size=2), OFT(block_size=3), "attn.q", "attn.q", r"2 blocks of side 3, which do not make up 3 of side 2"),
@@ -129,21 +136,21 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
     assert_same(before, snapshot(model), "a refused swap")
 
 
-def test_other_methods_take_files_of_their_own_options(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["vera", "glora"])
+def test_other_methods_take_files_of_their_own_options(method: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
-    tuned = attach(net(), "loha", rank=2, where="attn.q head")
+    tuned = attach(net(), method, rank=2, where="attn.q head")
     stir(tuned)
     path = tuned.save(tmp_path / "file")
     model, beside = net(), net()
-    room = attach(model, "loha", rank=2, where="attn.q head")
+    room = attach(model, method, rank=2, where="attn.q head")
     load(beside, path)
     room.swap(path)
     assert torch.equal(run(model), run(beside))
-    for options, words in (({"rank": 3}, r"this one has rank 2, not 3"), ({"rank": 2, "alpha": 1.0}, r"alpha None, not 1\.0")):
-        with pytest.raises(LoadError, match=words):
-            attach(net(), "loha", where="attn.q head", **options).swap(path)
-    with pytest.raises(LoadError, match=r"nothing for 1 sites of 'loha': qkv\.k"):
-        attach(net(), "loha", rank=2, where="attn.{q,k} head").swap(path)
+    with pytest.raises(LoadError, match=r"this one has rank 2, not 3\. Attach with these options"):
+        attach(net(), method, where="attn.q head", rank=3).swap(path)
+    with pytest.raises(LoadError, match=rf"nothing for 1 sites of '{method}': qkv\.k"):
+        attach(net(), method, rank=2, where="attn.{q,k} head").swap(path)
 
 
 def test_a_trained_head_goes_along_or_is_missed(tmp_path: Path) -> None:

@@ -134,9 +134,9 @@ class Attachment:
     def swap(self, path: str | PathLike[str], *, base: Literal["same", "any"] = "same") -> LoadReport:
         """Put another file's values in the place of these, where they are: no hook, shape or graph changes. All or nothing.
 
-        The model then gives what it gives with that file loaded in this one's place, at the same `scale`. LoRA, LoKr and OFT
-        are rooms: a lower rank, another alpha or smaller blocks go in exactly, and sites that the file lacks become no change.
-        Other methods take files of their own options and sites. A swapped room is for use: what is zero in it does not train.
+        The model then gives what it gives with that file loaded in this one's place, at the same `scale`. LoRA, DoRA, LoHa,
+        LoKr and OFT are rooms: a lower rank, another alpha or smaller blocks go in exactly, and what the file lacks becomes no
+        change. Other methods take files of their own options and sites. A swapped room is for use: its zeros do not train.
 
         Args:
             path: a file of any format, of one attachment of this method. `base`: as for `veneer.load`.

@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 
 
 def lora_state(arena: Any, other: Any | None) -> State:
-    """[A; 0] and (s_other / s)·[B, 0], group by group.
+    """[A; 0] and (s_other / s)·[B, 0], group by group; a learned magnitude as it is.
 
     Raises:
         ValueError: no room.
@@ -31,7 +31,7 @@ def lora_state(arena: Any, other: Any | None) -> State:
     tucker = "core" in state
     if tucker and not hasattr(other, "core"):
         raise ValueError("it has no core, and the attachment has room for one; attach with tucker=False, which holds both")
-    down, up = (other.down, other.up) if tucker else other.pair()
+    down, up = other.pair() if hasattr(other, "pair") and not tucker else (other.down, other.up)
     embedding, groups = arena.site.kind == "embedding", arena.site.groups
     rank = arena.down.shape[1 if embedding else 0]
     try:
@@ -41,6 +41,32 @@ def lora_state(arena: Any, other: Any | None) -> State:
             state["core"] = padded(padded(other.core, rank, 0, groups), rank // groups, 1)
     except ValueError as error:
         raise ValueError(f"{error}; attach with rank={down.shape[1 if embedding else 0]} or more") from error
+    if "magnitude_delta" in state:
+        state["magnitude_delta"] = other.magnitude_delta
+    return state
+
+
+def loha_state(arena: Any, other: Any | None) -> State:
+    """Both pairs as in `lora_state`, the scale in the second.
+
+    Raises:
+        ValueError: no room.
+    """
+    state = {key: torch.zeros_like(tensor) for key, tensor in arena.state_dict().items()}
+    if other is None:
+        return state
+    found = other.state_dict()
+    if found.keys() != state.keys():
+        raise ValueError("it has cores or none, the other way than the attachment; attach with its own tucker=")
+    rank = arena.up1.shape[1]
+    found["up2"] = _scaled(other.up2, other.scaling, arena.scaling)
+    try:
+        for key, tensor in found.items():
+            state[key] = padded(tensor, rank, 1 if key.startswith("up") else 0)
+            if key.startswith("core"):
+                state[key] = padded(state[key], rank, 1)
+    except ValueError as error:
+        raise ValueError(f"{error}; attach with rank={other.up1.shape[1]} or more") from error
     return state
 
 

@@ -14,6 +14,7 @@ from veneer.injection.below import tensor_below
 from veneer.injection.errors import UnsupportedSite
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
+from veneer.methods.reparameterized._swapping import lora_state
 
 
 class DoRAAdapter(Adapter):
@@ -58,6 +59,10 @@ class DoRAAdapter(Adapter):
         low = conv(x, self.down, None, self.site.stride, self.site.padding, self.site.dilation, self.site.groups)
         change = conv(low, up, shift, groups=self.site.groups)
         return torch.addcmul(change, y, (1 + more).view(-1, *(1,) * len(self.site.kernel)))
+
+    def taking(self, other: DoRAAdapter | None) -> dict[str, Tensor]:
+        """State with which this makes the change of `other`, or none. `ValueError` where its pair finds no room in this one's."""
+        return lora_state(self, other)
 
     def weight(self, weight: Tensor) -> Tensor:
         """g·(W + s·B A), at strength t blended with W."""

@@ -13,6 +13,7 @@ from veneer.functional.convolve import convolve
 from veneer.functional.hadamard import hadamard, hadamard_pair
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
+from veneer.methods.reparameterized._swapping import loha_state
 
 
 class LoHaAdapter(Adapter):
@@ -50,6 +51,10 @@ class LoHaAdapter(Adapter):
     def weight(self, weight: Tensor) -> Tensor:
         """W + s·ΔW."""
         return weight + self.delta() * (self.strength * self.scaling)
+
+    def taking(self, other: LoHaAdapter | None) -> dict[str, Tensor]:
+        """State with which this makes the change of `other`, or none. `ValueError` where its rank finds no room in this one's."""
+        return loha_state(self, other)
 
     def delta(self) -> Tensor:
         """ΔW in the weight's shape, without any scale."""
