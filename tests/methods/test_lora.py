@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.lora import LoRA, LoRAAdapter
+from veneer.methods.reparameterized._low_rank import LoRAAdapter
+from veneer.methods.reparameterized.lora import LoRA
 
 LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=5, d_in=7)
 TABLE = WeightSite(name="t", role="embed.token", path="t", kind="embedding", d_out=4, d_in=9)

@@ -18,7 +18,8 @@ from tests.methods.layers import site_of
 from veneer.functional.convolve import convolve
 from veneer.injection import LoadError, UnsupportedSite, attach, hosts
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.lora import LoRA, PartAdapter, TuckerAdapter
+from veneer.methods.reparameterized._low_rank import PartAdapter, TuckerAdapter
+from veneer.methods.reparameterized.lora import LoRA
 from veneer.testing import parametrize_with_checks
 
 TABLE = WeightSite(name="t", role="embed.token", path="0", kind="embedding", d_out=6, d_in=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,16 +57,11 @@ def by_rows(sites: Sequence[Any], adapters: Any, y: Tensor, dim: int, apply: Cal
     """Apply each adapter to its rows of `y` along `dim` and put the pieces together again."""
     if len(sites) == 1 and getattr(sites[0], "rows", None) is None:
         return apply(adapters[0], y)
-    pieces, end = [], 0
-    for site, adapter in zip(sites, adapters, strict=True):
-        start, stop = site.rows
-        if start > end:
-            pieces.append(y.narrow(dim, end, start - end))
-        pieces.append(apply(adapter, y.narrow(dim, start, stop - start)))
-        end = stop
-    if end < y.shape[dim]:
-        pieces.append(y.narrow(dim, end, y.shape[dim] - end))
-    return torch.cat(pieces, dim)
+    ends = sorted({0, y.shape[dim], *(end for site in sites for end in site.rows)})
+    whose = {site.rows[0]: adapter for site, adapter in zip(sites, adapters, strict=True)}
+    pieces = y.split([b - a for a, b in itertools.pairwise(ends)], dim)  # one pass backward; narrow takes one a piece
+    changed = (apply(whose[a], part) if a in whose else part for a, part in zip(ends, pieces, strict=False))
+    return torch.cat(list(changed), dim)
 
 
 def base_tensor(tower: nn.Module, path: str, param: str) -> Tensor:

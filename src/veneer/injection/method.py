@@ -22,6 +22,7 @@ class Adapter(nn.Module):
 
     - `output(x, y) -> y'`: call form. `x` is what the site reads, `y` the host's own output there; shapes equal `y`'s.
     - `weight(W) -> W'`: weight form, for tensors that are read and for merging,
+    - `output_(x, y) -> y'`: beside `output`, the same written over y, where nobody else can have kept y,
     - `input(x) -> x'`: what a called module reads, in the place of `output`, where that is the cheaper way to the same change.
 
     Beside `weight`, a sum of low rank may offer `factors() -> (C, D)` at its strength, with W' = W + C D for W as (groups, rows /

@@ -8,7 +8,8 @@ from typing import ClassVar
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import WeightSite
 
-from .lora import LoRA, LoRAAdapter
+from ._low_rank import LoRAAdapter
+from .lora import LoRA
 
 
 @dataclass(frozen=True)
