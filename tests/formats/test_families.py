@@ -49,9 +49,7 @@ def test_of_every_layout(base: str) -> None:
     bare = [(f"base_model.model.{path}", site) for path, site in paths(tower).items()]
     layouts = {
         "diffusers": pairs(own, (".lora_A.weight", ".lora_B.weight")),
-        "peft_folder": pairs(
-            [(f"base_model.model.{n.partition('.')[2]}", s) for n, s in own], (".lora_A.weight", ".lora_B.weight")
-        ),
+        "peft_folder": pairs(bare, (".lora_A.weight", ".lora_B.weight")),
         "native": pairs(own, (":down", ":up")),
         "onetrainer": pairs([(f"lora_{n.replace('.', '_')}", s) for n, s in own], (".lora_down.weight", ".lora_up.weight")),
         "kohya": pairs([(p.names[0], p.sites[0]) for p in places(tower)], (".lora_down.weight", ".lora_up.weight")),

@@ -16,12 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..injection import LoadError
+from ._pictures import is_picture, words
 
 SUFFIX = ".safetensors"
 NAMED = ("adapter.safetensors", "adapter_model.safetensors")  # what is meant by a folder: veneer's own, and peft's
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-_PICKLE = "Pickles can run code when they are read, so they are refused. Convert it once, where you trust it: {}"
-_CONVERT = "safetensors.torch.save_file(torch.load(old, weights_only=True), new)"
+_PICKLE = """Pickles can run code when they are read, so they are refused. Convert it once, where you trust it. A LoRA:
+  python -c "import torch; from safetensors.torch import save_file; save_file(torch.load('OLD', weights_only=True), 'NEW')"
+a learned word:
+  python -c "import torch; from safetensors.torch import save_file; \
+torch.serialization.add_safe_globals([torch.nn.ParameterDict]); \
+d = torch.load('OLD', weights_only=True); p = d.get('string_to_param', d); k = next(iter(p.keys())); \
+save_file({str(d.get('name') or (k if p is d else 'NAME')).lower(): p[k].detach().clone()}, 'NEW')\""""
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,13 @@ class File:
 
     Args:
         path: where it is. `metadata`: the texts of its header. `shapes`: of every tensor, by name, in the order of the header.
+        held: the tensors themselves, of what is no safetensors file.
     """
 
     path: Path
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    held: Mapping[str, Tensor] | None = None
 
     def tensors(self, finite: bool = True, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """All tensors, or those of these names, on the CPU, in the order of the header.
@@ -42,9 +50,13 @@ class File:
         Raises:
             LoadError: `finite` and a tensor holds NaN or infinity.
         """
+        wanted = [name for name in self.shapes if names is None or name in names]
         try:
-            with safe_open(self.path, "pt") as file:
-                found = {name: file.get_tensor(name) for name in self.shapes if names is None or name in names}
+            if self.held is not None:
+                found = {name: self.held[name] for name in wanted}
+            else:
+                with safe_open(self.path, "pt") as file:
+                    found = {name: file.get_tensor(name) for name in wanted}
         except (SafetensorError, OSError) as error:
             raise LoadError(f"{self.path}: cannot be read ({error}). Copy it again from its source.") from error
         bad = [name for name, tensor in found.items() if finite and not is_finite(tensor)]
@@ -96,12 +108,20 @@ def read(path: str | PathLike[str]) -> File:
         with open(found, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(64)
+            if is_picture(start):
+                return _of_picture(found)
             length = _header_length(found, start, size)
             file.seek(8)
             text = file.read(length)
     except OSError as error:
         raise LoadError(f"{found}: cannot be read ({error.strerror}).") from error
     return _parse(found, text, size - 8 - length)
+
+
+def _of_picture(path: Path) -> File:
+    """A picture with a learned word in it."""
+    held = words(path)
+    return File(path, {}, {name: tuple(t.shape) for name, t in held.items()}, held)
 
 
 def locate(path: str | PathLike[str]) -> Path:
@@ -128,7 +148,7 @@ def locate(path: str | PathLike[str]) -> Path:
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
     """Length of the header in bytes, or an error that says what the file is instead."""
-    wrong = _something_else(start, size)
+    wrong = _something_else(path, start, size)
     if wrong:
         raise LoadError(f"{path}: {wrong}")
     length = int.from_bytes(start[:8], "little")
@@ -140,20 +160,27 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     return length
 
 
-def _something_else(start: bytes, size: int) -> str | None:
+def _something_else(path: Path, start: bytes, size: int) -> str | None:
     if size < 8:
         return f"only {size} bytes, so no safetensors file. Copy it again from its source."
+    named = " under the name of a safetensors file" if path.suffix == SUFFIX else ""
     if start.startswith(b"PK\x03\x04"):
-        return "a zip archive, as torch.save writes, under the name of a safetensors file. " + _PICKLE.format(_CONVERT)
+        return f"a zip archive, as torch.save writes{named}. {_pickle(path)}"
     # A header of 1,408 bytes begins like a pickle, too; but it is JSON from the ninth byte on.
     if start[0] == 0x80 and start[1] in range(2, 6) and start[8:9] != b"{":
-        return "a pickle under the name of a safetensors file. " + _PICKLE.format(_CONVERT)
+        return f"a pickle{named}. {_pickle(path)}"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself. Run 'git lfs pull'."
     if all(32 <= c < 127 or c in b"\t\r\n" for c in start):
         shown = start.decode("ascii").split("\n")[0][:40].strip()
         return f"a text file ('{shown}…'), not safetensors. Was an error page or a pointer saved in its place?"
     return None
+
+
+def _pickle(path: Path) -> str:
+    """Why a pickle is refused, and what makes a safetensors file of it."""
+    new = path.with_suffix(SUFFIX) if path.suffix != SUFFIX else path.with_name(f"{path.stem}-converted{SUFFIX}")
+    return _PICKLE.replace("OLD", str(path)).replace("NEW", str(new)).replace("NAME", f"<{path.stem.lower()}>")
 
 
 def _parse(path: Path, text: bytes, space: int) -> File:

@@ -31,8 +31,8 @@ class Embeddings(Format):
     `pipe.load_textual_inversion(tensors["clip_g"], token=…, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)`.
     The tokens of the second are in the header's `tokens`, a JSON list; vectors of several tokens follow one another.
 
-    Read as well: one tensor `emb_params` (sd-scripts). Where a file says no token, its name is the token, `<name>`, or the one
-    that is given.
+    Read as well: one tensor `emb_params` (sd-scripts), and the pictures of A1111's web UI (`_pictures.py`). Where a file says no
+    token, its name is the token, `<name>`, or the one that is given.
     Source: diffusers 0.42 `loaders/textual_inversion.py` and its advanced SDXL and FLUX training scripts.
     """
 
