@@ -23,9 +23,9 @@ LINEAR = linear_site(5, 48)
 
 
 def dense_rotation(entries: Tensor, b: int) -> Tensor:
-    """R = B̃(d, 2^m) ⋯ B̃(d, 4) B̃(d, 2) (equation 2), with entries of half-blocks, h = b/2.
+    """R = B̃(d, 2^m) ⋯ B̃(d, 4) B̃(d, 2), with entries of half-blocks, h = b/2.
 
-    B̃(d, k) is block-diagonal with factors of size k·h; a factor's quadrants are block-diagonal (equation 1), so half-block p of
+    B̃(d, k) is block-diagonal with factors of size k·h; a factor's quadrants are block-diagonal, so half-block p of
     its first half and half-block p of its second one make an orthogonal matrix of 2h = b.
     """
     m, d = len(entries), entries.shape[1] * b

@@ -29,7 +29,7 @@ GEOMETRIES = [
 def dense_change(adapter: LoHaAdapter, site: WeightSite) -> Tensor:
     """ΔW[o, i, k] = (Σ_p B1[o, p] A1[p, i, k]) · (Σ_p B2[o, p] A2[p, i, k]), one output at a time.
 
-    In the Tucker form (equation 20) Σ_pq G[p, q, k] B[o, p] A[q, i] in each pair of brackets.
+    In the Tucker form Σ_pq G[p, q, k] B[o, p] A[q, i] in each pair of brackets.
     """
     change = torch.ones(site.weight_shape, dtype=torch.float64)
     for up, down, core in ((adapter.up1, adapter.down1, adapter.core1), (adapter.up2, adapter.down2, adapter.core2)):

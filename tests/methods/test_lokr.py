@@ -27,7 +27,7 @@ FORMS = [{}, {"rank": 1, "alpha": 3.0}, {"rank": 1, "alpha": 3.0, "decompose_bot
 
 
 def dense_change(adapter: LoKrAdapter, site: WeightSite) -> Tensor:
-    """ΔW[o, i, …] = C[o // vp, i // vq] · D[o mod vp, i mod vq, …] (equation 4), one element at a time."""
+    """ΔW[o, i, …] = C[o // vp, i // vq] · D[o mod vp, i mod vq, …], one element at a time."""
     c = adapter.left if adapter.left is not None else adapter.left_up @ adapter.left_down
     d = adapter.right
     if d is None:

@@ -111,7 +111,7 @@ class FacT(Method):
     that do not divide are one matrix of U of d_in and V of d_out); each place of a convolution's kernel is a matrix.
     Counts: per site rank² (`tt`) or rank (`tk`) for each d × d matrix; shared 2·d·rank for each width, and rank³ (`tk`).
     ViT-B/16: `tt` of rank 16 61,440, `tk` of rank 32 86,528.
-    Source: Jie and Deng, FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023, equations 5 to 10;
+    Source: Jie and Deng, FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023 (FacT-TT and FacT-TK);
     draws and dropout as in their code. Deviation: P is drawn site by site, with the deviation of a matrix of its own size.
     """
 

@@ -79,7 +79,7 @@ class GLoRA(Method):
     Has only the weight form, so a quantised base is refused.
     Counts: per term rank·(d_out + width), d_out, 1 or 0; for the A of W A 2·rank·d_in / groups. ViT-B/16, rank 4, all low-rank
     and vectors: 1,492,992.
-    Source: Chavan et al., One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, 2023, equation 10. A multiplies
+    Source: Chavan et al., One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, 2023. A multiplies
     elementwise, as in the authors' code and in peft; the paper writes a product of matrices, as LyCORIS computes. Deviations:
     no C (W C is a vector that is added to the bias, so E has it already), no new biases, and one form for all layers where the
     paper searches one for each.

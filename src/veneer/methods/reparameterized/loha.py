@@ -79,7 +79,7 @@ class LoHa(Method):
     Convolutions: the kernel is flattened into the rows, ΔW (d_out, d_in·k·k / groups); so grouped and depthwise ones need nothing
     special.
     Counts: 2·rank·(d_out + d_in·k·k / groups) per site, with `tucker` 2·rank·(d_out + d_in / groups + rank·k·k).
-    Source: Yeh et al. (LyCORIS), ICLR 2024, equation 3, equation 20 for `tucker`; the product is FedPara's (Hyeon-Woo et al.,
+    Source: Yeh et al. (LyCORIS), ICLR 2024, its appendix for `tucker`; the product is FedPara's (Hyeon-Woo et al.,
     ICLR 2022, proposition 1). Draws follow the LyCORIS library (peft draws all uniformly and zeroes A2 instead). Where that is
     cheaper, `output` uses the same change as one pair of rank rank².
     """

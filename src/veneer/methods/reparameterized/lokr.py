@@ -114,7 +114,7 @@ class LoKr(Method):
     nothing larger than C and D is built: (C ⊗ D) x = C X Dᵀ.
     Counts: up·uq + vp·vq·k·k, with a factor of low rank rank·(up + uq) or rank·(vp + vq·k·k) in its place, where d_out = up·vp,
     d_in / groups = uq·vq.
-    Source: Yeh et al. (LyCORIS), ICLR 2024, equations 4, 5 and 21; defaults from section 5.3.2. Where paper and library differ
+    Source: Yeh et al. (LyCORIS), ICLR 2024; defaults from its experiments. Where paper and library differ
     this follows the library: a `factor` above the square root that divides a width counts (128 by 64 is 2·64). Deviation: no
     Tucker form of D.
     """

@@ -70,7 +70,7 @@ class OFT(Method):
     Counts: r·b·(b − 1)/2 with b = d/r; b·(b − 1)/2 with `share`; d_out more with `rescale`. 128 × 128 in 8 blocks: 960.
     Raises:
         ValueError: at attach, d is no multiple of the number or the side of the blocks.
-    Source: Qiu et al., NeurIPS 2023, equations 2 to 4, sections 3.3 to 3.5 (D as in its erratum) and appendix D. Deviations: Q
+    Source: Qiu et al., NeurIPS 2023, section 3 (D as in its erratum). Deviations: Q
     has only its free entries, where the authors' code trains a full matrix and takes its skew part; COFT scales Q where it is
     used, seen by the gradient, where theirs projects the parameter at each step: the reachable R are the same.
     """

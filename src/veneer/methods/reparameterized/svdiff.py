@@ -75,7 +75,7 @@ class SVDiff(Method):
     Memory: U and Vᵀ of every weight are kept while attached, as much again as the weights or more, and found again on loading.
     Vectors of singular values that are equal, zeros too, are not unique: there another machine's may differ.
     Counts: min(d_out, d_in·k·k / groups) per site; SD 1.5's UNet 222,696.
-    Source: Han et al., SVDiff, ICCV 2023, equation 3 and section 3.2. Deviation: the paper tunes the one-dimensional weights,
+    Source: Han et al., SVDiff, ICCV 2023, section 3.2. Deviation: the paper tunes the one-dimensional weights,
     norms and biases, as well; put `bitfit` or `norm_tuning` beside for those.
     """
 
