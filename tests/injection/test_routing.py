@@ -225,16 +225,46 @@ def test_a_batch_of_another_size_is_an_error() -> None:
 
 
 def test_a_compiled_model_obeys() -> None:
+    """One more graph for a mixture, and none when it comes again."""
     model, _ = three(rank=2)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    graphs: list[Any] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     samples = [{"style": 1.0}, {"face": 0.5}, {}, {"style": 1.0}]
     plain = give(compiled, 4)
-    with mixed(model, samples):
-        got = give(compiled, 4)
-    torch.testing.assert_close(got, expect(model, samples), rtol=1e-9, atol=1e-9)
+    for mixture, count in ((samples, 2), (samples[::-1], 3), (samples, 3)):
+        with mixed(model, mixture):
+            got = give(compiled, 4)
+        torch.testing.assert_close(got, expect(model, mixture), rtol=1e-9, atol=1e-9)
+        assert len(graphs) == count
     torch.testing.assert_close(give(compiled, 4), plain)
+    assert len(graphs) == 3
     torch._dynamo.reset()
+
+
+def test_what_acts_on_a_whole_batch_must_be_the_same_for_all() -> None:
+    """Inserted tokens and learned words: refused for some samples by the name of the site, as ever for all."""
+    import timm
+
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    attach(model, "vpt", tokens=2, name="prompts")
+    pictures = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        on = model(pictures)
+        with mixed(model, ["prompts", "prompts"]):
+            assert torch.equal(model(pictures), on)
+    pipe = tiny_pipeline("sd")
+    attach(pipe, "textual_inversion", tokens="<toy>", name="toy")
+    for one, name, words in ((model, "prompts", r"'prompts' \(vpt\) at .* \(TokenSeam\)"), (pipe, "toy", "The words of learned")):
+        with pytest.raises(UnsupportedSite, match=words), mixed(one, [name, None]):
+            pass
+    with mixed(pipe, ["toy", "toy"]):
+        draw(pipe, ["a <toy>", "a duck"], [0, 1], 5.0)
 
 
 PIPELINES = {"sd": (("attn", "xattn", "text/attn"), 5.0), "flux": (("attn", "text/attn", "text_2/attn"), 3.5)}

@@ -29,7 +29,7 @@ def mixed(model: Any, samples: Sequence[Sample], strengths: Sequence[float] | No
 
     A strength multiplies the attachment's own `scale`, which may be set inside, as `enabled` may be used. Those that no sample
     names are off, those merged and not named are part of the base. Gradients flow; with gradient checkpointing the backward
-    pass must be inside, too. A compiled model is compiled once more for another mixture.
+    pass must be inside, too. A compiled model is compiled once more for each other mixture, up to torch's `recompile_limit`.
 
     Args:
         model: the module or pipeline that they are attached to.
