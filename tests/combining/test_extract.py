@@ -13,6 +13,7 @@ from veneer.combining import CombineError, Keep, extract
 from veneer.injection import StateError, attach
 from veneer.testing.pipelines import tiny_pipeline
 
+from ..injection.toy import ToyHost, net
 from .cases import change, lost, pipeline, put
 
 
@@ -65,6 +66,24 @@ def test_a_selection_and_what_is_left_out() -> None:
     (note,) = made.notes
     assert note.startswith("not carried: ")
     assert "unet.conv_in.bias" in note
+
+
+def test_slices_of_a_fused_weight() -> None:
+    """q and v of the fused weight differ, k does not."""
+    veneer.hosts.register(ToyHost)
+    try:
+        base, tuned = net(), net()
+        with torch.no_grad():
+            tuned.qkv.weight[:6] += torch.eye(6)
+            tuned.qkv.weight[12:] -= torch.outer(torch.arange(6.0), torch.ones(6))
+        made = extract(base, tuned, Keep(error=1e-3))
+        assert {m.site.name: m.rank for m in made.made} == {"qkv.q": 6, "qkv.v": 1}
+        torch.testing.assert_close(change(made.attachment, "qkv.q").float(), torch.eye(6), rtol=0, atol=1e-6)
+        assert made.notes == ()
+        (note,) = extract(net(), tuned, 3, where="attn.q").notes
+        assert note.startswith("not carried: 1 other tensors differ (relative to their norm: qkv.weight by ")
+    finally:
+        veneer.hosts.unregister("toy")
 
 
 def test_what_cannot_be_extracted() -> None:

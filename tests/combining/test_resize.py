@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from veneer.combining import Keep, resize
-from veneer.functional.low_rank import cut, product_norm, product_svd
+from veneer.functional.low_rank import cut, oblong_svd, product_norm, product_svd
 
 from .cases import change, lost, pipeline, put
 
@@ -22,6 +22,16 @@ def test_the_product_is_never_needed() -> None:
     torch.testing.assert_close(c.pow(2).sum(1), s[:, :2])  # √σ in each
     assert float((c @ d - left @ right).pow(2).sum()) == pytest.approx(float(s[:, 2].pow(2).sum()))
     assert product_norm(left, right) == pytest.approx(float((left @ right).norm()))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 9), (2, 9, 5), (1, 4, 4)])
+def test_tall_and_wide_matrices(shape: tuple[int, ...]) -> None:
+    matrix = torch.randn(shape, dtype=torch.float64)
+    u, s, vh = oblong_svd(matrix)
+    torch.testing.assert_close(s, torch.linalg.svdvals(matrix))
+    torch.testing.assert_close(u @ torch.diag_embed(s) @ vh, matrix)
+    torch.testing.assert_close(u.mT @ u, torch.eye(min(shape[1:]), dtype=torch.float64).expand(shape[0], -1, -1))
+    torch.testing.assert_close(vh @ vh.mT, torch.eye(min(shape[1:]), dtype=torch.float64).expand(shape[0], -1, -1))
 
 
 @pytest.mark.parametrize("true", [2, 4])

@@ -139,11 +139,14 @@ def test_every_weight_form_is_merged_as_it_acts_beside(name: str) -> None:
     torch.testing.assert_close(run(model), beside, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_in_bfloat16_the_sum_is_rounded_once(name: str) -> None:
-    """No value is farther from weight(W) than half a step of bfloat16, which has 8 bits."""
+def test_in_bfloat16_the_sum_is_rounded_once(name: str, narrow: bool) -> None:
+    """No value is farther from weight(W) than half a step of bfloat16, which has 8 bits. `narrow`: so are the adapters."""
     model = net().bfloat16()
     tuned = put(model, name)
+    if narrow:
+        model.bfloat16()
     expected = explicit(tuned)
     tuned.merge()
     for key, tensor in expected.items():

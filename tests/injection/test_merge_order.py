@@ -55,6 +55,7 @@ def test_the_first_merged_is_applied_first(names: tuple[str, str], turned: bool)
     for site, weight in expected(*order).items():
         torch.testing.assert_close(weights(model)[site], weight, rtol=0, atol=2e-6)
         assert (weight - expected(*reversed(order))[site]).abs().max() > 1e-2  # the other order is another weight
+    assert torch.equal(model.qkv.weight[6:], net().qkv.weight[6:])
     assert [m.attachment for m in merges(model)] == order
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional.low_rank import product_norm, product_svd
+from ..functional.low_rank import oblong_svd, product_norm, product_svd
 from ..injection import Attachment, StateError, VeneerError
 from ..injection.folded import widened
 from ..injection.forms import base_tensor, blend
@@ -40,7 +40,7 @@ class Change:
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U, σ and Vᵀ; by way of the factors, where there are any."""
-        return product_svd(*self.factors) if self.factors else torch.linalg.svd(self.dense(), full_matrices=False)
+        return product_svd(*self.factors) if self.factors else oblong_svd(self.dense())
 
     def norm(self) -> float:
         """‖ΔW‖, Frobenius."""

@@ -92,16 +92,21 @@ def _refuse_unlike(component: str, before: nn.Module, after: nn.Module) -> None:
 
 
 def _others(common: Mapping[str, tuple[nn.Module, nn.Module]], found: Sequence[Made]) -> list[str]:
-    """What differs beside the weights that the LoRA has."""
-    have = {(m.site.component, f"{m.site.path}.{m.site.param}".lstrip(".")) for m in found}
+    """What differs beside the weights, or their rows, that the LoRA has."""
+    covered: dict[tuple[str, str], list[slice]] = {}
+    for m in found:
+        rows = slice(*m.site.rows) if m.site.rows else slice(None)
+        covered.setdefault((m.site.component, f"{m.site.path}.{m.site.param}".lstrip(".")), []).append(rows)
     told: dict[str, float] = {}
-    for component, modules in common.items():
-        before, after = (dict(host_tensors(m)) for m in modules)
-        for key, tensor in before.items():
-            if (component, key) not in have and not torch.equal(tensor.cpu(), after[key].to(tensor.dtype).cpu()):
+    for component, (ours, theirs) in common.items():
+        after = dict(host_tensors(theirs))
+        for key, tensor in host_tensors(ours):
+            apart = after[key].double() - tensor.double()
+            for rows in covered.get((component, key), ()):
+                apart[rows] = 0
+            if apart.any():
                 size = float(torch.linalg.vector_norm(tensor.double()))
-                apart = float(torch.linalg.vector_norm(after[key].double() - tensor.double()))
-                told[f"{component}.{key}".lstrip(".")] = apart / size if size else float("inf")
+                told[f"{component}.{key}".lstrip(".")] = float(torch.linalg.vector_norm(apart)) / (size or 1.0)
     worst = sorted(told.items(), key=lambda item: -item[1])[:4]
     shown = ", ".join(f"{k} by {v:.1e}" for k, v in worst)
     return [f"not carried: {len(told)} other tensors differ (relative to their norm: {shown})"] if told else []

@@ -20,6 +20,20 @@ def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q1 @ u, s, vh @ q2.mT
 
 
+def oblong_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, σ, Vᵀ of a matrix, by way of Aᵀ = Q R where it is wide: A = Rᵀ Qᵀ, and Rᵀ is square. Many times quicker for kernels.
+
+    Args:
+        matrix: (…, m, n).
+    """
+    if matrix.shape[-2] > matrix.shape[-1]:
+        u, s, vh = oblong_svd(matrix.mT)
+        return vh.mT, s, u.mT
+    q, r = torch.linalg.qr(matrix.mT)
+    u, s, vh = torch.linalg.svd(r.mT, full_matrices=False)
+    return u, s, vh @ q.mT
+
+
 def cut(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """C and D of the first `rank` singular values, √σ in each: of all C D of this rank the nearest to U diag(σ) Vᵀ.
 
