@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
-from veneer.formats import format_of, onetrainer, read
+from veneer.formats import format_of, kohya, look, onetrainer, read
 from veneer.formats._modules import modules
 from veneer.injection import LoadError, attach
 from veneer.injection.towers import towers_of
@@ -112,6 +112,34 @@ def test_words_are_in_it(tmp_path: Path) -> None:
     for was, now in zip(words, loaded, strict=False):
         assert all(torch.equal(now.state_dict()[k], t) for k, t in was.state_dict().items())
     assert_same(deltas(loaded[2]), deltas(lora))
+
+
+def test_words_beside_kohyas_names_and_as_a1111_bundles_them(tmp_path: Path) -> None:
+    lora = tuned("sdxl", ["attn", "text/attn"], rank=2)
+    words = {"bundle_emb.toy-a.string_to_param.*": torch.ones(2, 28), "bundle_emb.toy-b.clip_l": torch.ones(24)}
+    save_file({**load_file(kohya.save(lora, tmp_path / "x")), **words}, tmp_path / "y.safetensors")
+    first, second, loaded = veneer.load(tiny_pipeline("sdxl"), tmp_path / "y")
+    assert [site.component for site, _ in (*first.parts.values(), *second.parts.values())] == ["text_encoder_2", "text_encoder"]
+    assert_same(deltas(loaded), deltas(lora))
+    (told,) = [b for b in look(tmp_path / "y").blocks if b.name.startswith("bundle_emb.toy-a")]
+    assert (told.method, told.values) == ("textual_inversion", 56)
+
+
+def test_other_methods_have_the_ends_of_lycoris(tmp_path: Path) -> None:
+    """LoHa of FLUX, under OneTrainer's names: (B1 A1) ∘ (B2 A2), times alpha / rank."""
+    name, generator = "lora_transformer_transformer_blocks_0_attn_to_q", torch.Generator().manual_seed(0)
+    shapes = {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2), "hada_w2_b": (2, 32)}
+    parts = {end: torch.randn(shape, generator=generator) for end, shape in shapes.items()}
+    save_file({f"{name}.{end}": t for end, t in parts.items()} | {f"{name}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    assert format_of(read(tmp_path / "x")).name == "onetrainer"
+    assert [layer.method for layer in onetrainer.OneTrainer().layers(read(tmp_path / "x"))] == ["loha"]
+    pipe = tiny_pipeline("flux")
+    before = pipe.transformer.transformer_blocks[0].attn.to_q.weight.detach().clone()
+    loaded = veneer.load(pipe, tmp_path / "x")
+    loaded.merge()
+    one, two = (parts[f"hada_w{i}_a"] @ parts[f"hada_w{i}_b"] for i in (1, 2))
+    after = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    torch.testing.assert_close(after - before, 0.5 * one * two, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..injection import Attachment, LoadError, SaveError, VeneerError
 from ..injection.towers import towers_of
 from ._attaching import Wanted, attach_all
 from ._format import Format, Layer, Options, listed, values
-from ._kohya_names import version
+from ._kohya_names import Place, version
 from ._lora import refuse_trained
 from ._lycoris_codec import Codec, Group, Module, Piece
 from ._lycoris_glora import GLoRACodec
@@ -67,8 +67,10 @@ class Lycoris(Format):
     order: ClassVar[int] = -1
 
     def reads(self, file: File) -> bool:
+        if any(key.startswith("bundle_emb.") for key in file.shapes):  # words beside it are OneTrainer's
+            return False
         named = [key for key in file.shapes if key.startswith(PREFIXES)]
-        return any(key.endswith((*MARKS, *OTHER_MARKS)) or key.startswith(PREFIXES[-2:]) for key in named)
+        return marked(named) or any(key.startswith(PREFIXES[-2:]) for key in named)
 
     def layers(self, file: File) -> list[Layer]:
         alphas = file.tensors(finite=False, names={key for key in file.shapes if key.endswith(".alpha")})
@@ -84,7 +86,7 @@ class Lycoris(Format):
         return found
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
-        return attach_all(model, file, _wanted(model, file, options), options)
+        return attach_all(model, file, wanted(model, file, options), options)
 
     def save(
         self,
@@ -118,15 +120,22 @@ class Lycoris(Format):
 # reading
 
 
-def _wanted(model: Any, file: File, options: Options) -> list[Wanted]:
+def marked(keys: Iterable[str]) -> bool:
+    """True if one of the keys is of something that is no plain LoRA."""
+    return any(key.endswith((*MARKS, *OTHER_MARKS)) for key in keys)
+
+
+def wanted(model: Any, file: File, options: Options, known: Mapping[str, Place] | None = None) -> list[Wanted]:
     """An attachment for each method of the file.
 
+    Args:
+        known: the modules that the model has by every name that they go by in the file; None for this layout's own.
     Raises:
         LoadError: changes that no method holds, modules that the model does not have, or tensors that do not fit.
     """
     _refuse_others(file)
     named, tensors = _named(file), file.tensors(finite=options.strict)
-    known = readable(model, file, named)
+    known = readable(model, file, named) if known is None else known
     towers = {tower.component: tower.module for tower in towers_of(model)}
     notes: list[str] = []
     pieces: dict[str, list[Piece]] = {}

@@ -15,19 +15,23 @@ from ..injection.towers import Tower, towers_of
 from ._attaching import Wanted, attach_all
 from ._format import Layer, Options, listed
 from ._kohya_names import Place
+from ._kohya_names import places as kohya_places
 from ._layered import Layered, header
 from ._lora import ENCODERS, component_of
 from ._modules import T5, modules, paths
 from ._pairs import wanted
 from ._placed import pairs
 from ._reading import File
-from ._vocabulary import by_encoder, encoders, fit
+from ._vocabulary import ANY, by_encoder, encoders, fit
 from ._writing import destination, write
+from .lycoris import Lycoris, marked
+from .lycoris import wanted as others
 
 BUNDLE = "bundle_emb."
 OWN = ("lora_transformer_", BUNDLE)
 OMI = ("transformer", "unet", "clip_l", "clip_g", "t5")
 ENCODER_NAMES = ("clip_l", "clip_g", "t5")
+A1111 = ".string_to_param.*"  # a word that A1111's web UI reads: for the encoder of its width
 
 
 class OneTrainer(Layered):
@@ -36,7 +40,8 @@ class OneTrainer(Layered):
     `{path}`: diffusers' with underscores; `lora_unet_` for UNets. Text encoders: `lora_te_` where there is one, else
     `lora_te1_`, `lora_te2_` (FLUX's T5 too), `lora_te3_` (SD 3's T5). Learned words: `bundle_emb.{word}.clip_l` (n, width),
     `….clip_g`, `….t5`. Read too: its OMI names, `transformer.double_blocks.0.img_attn.qkv.0.lora_down.weight`, where a
-    number counts the projections of a fused layer, with `unet.`, `clip_l.`, `clip_g.` and `t5.`.
+    number counts the projections of a fused layer, with `unet.`, `clip_l.`, `clip_g.` and `t5.`; kohya's names, where words are
+    beside them; DoRA, LoHa, … with the ends of LyCORIS' layout.
     Source: Nerogar/OneTrainer `modules/util/convert/lora`, `modules/modelSaver`; ComfyUI `comfy/lora.py`.
     """
 
@@ -45,8 +50,8 @@ class OneTrainer(Layered):
     files: ClassVar[str] = "OneTrainer's LoRA files"
 
     def reads(self, file: File) -> bool:
-        omi = any(key.startswith(tuple(f"{p}." for p in OMI)) and key.endswith(".lora_down.weight") for key in file.shapes)
-        return omi or any(key.startswith(OWN) for key in file.shapes)
+        omi = [key for key in file.shapes if key.startswith(tuple(f"{p}." for p in OMI))]
+        return any(key.startswith(OWN) for key in file.shapes) or any(key.endswith(".lora_down.weight") for key in omi)
 
     def places(self, tower: Tower) -> Sequence[Place]:
         prefix = _prefix(tower)
@@ -55,6 +60,7 @@ class OneTrainer(Layered):
         return [Place((f"{prefix}_{named[p].replace('.', '_')}",), (site,)) for p, site in paths(tower).items() if prefix]
 
     def readable(self, tower: Tower) -> Iterator[Place]:
+        yield from kohya_places(tower)
         yield from self.places(tower)
         first = _omi(tower)
         for module in modules(tower) if first else ():
@@ -65,15 +71,18 @@ class OneTrainer(Layered):
                 yield Place((f"{first}.{path}.{i}",), (site,))
 
     def layers(self, file: File) -> list[Layer]:
-        found = [layer for layer in super().layers(file) if not layer.name.startswith(BUNDLE.rstrip("."))]
         words = {key: shape for key, shape in file.shapes.items() if key.startswith(BUNDLE)}
+        rest = file.only(file.shapes.keys() - words.keys())
+        found = Lycoris().layers(rest) if marked(rest.shapes) else super().layers(rest)
         return [*found, *(Layer(key, "textual_inversion", values=shape[0] * shape[-1]) for key, shape in words.items() if shape)]
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         words = {key for key in file.shapes if key.startswith(BUNDLE)}
         rest = file.only(file.shapes.keys() - words)
         found = list(_words(file, model, file.tensors(options.strict, words), options))
-        if rest.shapes:
+        if marked(rest.shapes):
+            found += others(model, rest, options, self.known(model))
+        elif rest.shapes:
             found.append(wanted(model, rest, options, self.known(model), self.ends))
         return attach_all(model, file, found, options)
 
@@ -120,7 +129,9 @@ def _words(file: File, model: Any, tensors: Mapping[str, Tensor], options: Optio
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         word, _, encoder = key.removeprefix(BUNDLE).rpartition(".")
-        if not word or encoder not in ENCODER_NAMES:
+        if key.endswith(A1111):
+            word, encoder = key[len(BUNDLE) : -len(A1111)], ANY
+        if not word or encoder not in (*ENCODER_NAMES, ANY):
             raise LoadError(
                 f"{file.path}: '{key}' is not the vectors of a word for one of {', '.join(ENCODER_NAMES)}. Vectors that are "
                 "added to a text encoder's output ('_out') are another method, which is not known here."
