@@ -18,9 +18,10 @@ from .toy import Add, Net, net, run, stir
 
 WHERE = "embed.token conv attn.{q,v,out} head"
 METHODS: dict[str, dict[str, Any]] = {
-    "bitfit": {"where": "bias"}, "boft": {"m": 1, "b": 3}, "diffusekrona": {"a1": 3, "a2": 1}, "dora": {"rank": 2},
-    "fact": {"where": "attn.{q,v,out} head"}, "glora": {}, "ia3": {"inputs": ("head",)}, "loha": {"rank": 2}, "lokr": {},
-    "lora": {"rank": 2}, "lora_fa": {"rank": 2}, "oft": {"blocks": 3}, "svdiff": {}, "vera": {"rank": 5},
+    "adalora": {"rank": 2, "target_rank": 1}, "bitfit": {"where": "bias"}, "boft": {"m": 1, "b": 3},
+    "diffusekrona": {"a1": 3, "a2": 1}, "dora": {"rank": 2}, "fact": {"where": "attn.{q,v,out} head"}, "glora": {},
+    "ia3": {"inputs": ("head",)}, "loha": {"rank": 2}, "lokr": {}, "lora": {"rank": 2}, "lora_fa": {"rank": 2},
+    "oft": {"blocks": 3}, "svdiff": {}, "vera": {"rank": 5},
 }  # fmt: skip
 """Every method with a weight form, at sizes that fit the small model."""
 

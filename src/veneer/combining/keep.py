@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-KINDS = ("energy", "error", "cumulative", "ratio")
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "energy": ("above 0 and up to 1", lambda x: 0 < x <= 1),
+    "error": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "cumulative": ("above 0 and up to 1", lambda x: 0 < x <= 1),
+    "ratio": ("above 1", lambda x: x > 1),
+}
+KINDS = tuple(RANGES)
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,9 @@ class Keep:
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"keep: rank must be at least 1, got {self.rank}")
         for kind in given:
-            value = getattr(self, kind)
-            low, high = {"ratio": (1.0, float("inf")), "error": (-1.0, 1.0)}.get(kind, (0.0, 1.0))
-            if not low < value <= high or (kind == "error" and value < 0):
-                raise ValueError(f"keep: {kind} is {value}; see its range in help(Keep)")
+            value, told, fits = getattr(self, kind), *RANGES[kind]
+            if not fits(value):
+                raise ValueError(f"keep: {kind} must be {told}, got {value}")
 
     def holds(self, rank: int) -> bool:
         """True if a change of this rank stays whole, whatever its singular values."""

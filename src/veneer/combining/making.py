@@ -108,11 +108,11 @@ def place(model: Any, found: Sequence[Made], word: str, name: str | None, instea
         lora = attach(model, methods.get("lora")(**config), where=where, name=name or _free(word, [a.name for a in here]))
     try:
         lora.load_state_dict(_state(found))
+        for other in reversed([a for a in here if a in instead]):
+            other.detach()
     except BaseException:
         lora.detach()
         raise
-    for other in reversed([a for a in here if a in instead]):
-        other.detach()
     return lora
 
 
