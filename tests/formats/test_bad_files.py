@@ -182,6 +182,13 @@ def test_values_that_are_not_finite(good: Path, value: float, dtype: torch.dtype
     assert veneer.load(net(), with_tensors(good, spoil), strict=False).loaded.clean
 
 
+def test_large_numbers_are_finite_though_their_sum_is_not(good: Path) -> None:
+    def grow(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["qkv.v:up"] = torch.full_like(tensors["qkv.v:up"], 3e38)
+
+    assert veneer.load(net(), with_tensors(good, grow)).loaded.clean
+
+
 def other() -> Net:
     model = net()
     with torch.no_grad():

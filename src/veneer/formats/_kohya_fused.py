@@ -40,9 +40,13 @@ def split(file: File, name: str, place: Place, pair: Pair) -> list[tuple[WeightS
             "made for another base."
         )
     slices = [(site, part, part.any(0)) for site, part in zip(place.sites, up.split(rows), strict=True)]
-    if not up.any():
+    if not any(keep.any() for _, _, keep in slices):
         return [(site, Pair(down, part, scaling)) for site, part, _ in slices]
-    return [(site, Pair(down[keep], part[:, keep], scaling)) for site, part, keep in slices if keep.any()]
+    return [
+        (site, Pair(down, part, scaling) if keep.all() else Pair(down[keep], part[:, keep], scaling))
+        for site, part, keep in slices
+        if keep.any()
+    ]
 
 
 def joined(place: Place, adapters: Mapping[str, Any]) -> Pair:

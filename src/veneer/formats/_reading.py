@@ -87,11 +87,13 @@ class File:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """True if a tensor holds neither NaN nor infinity."""
+    """True if a tensor holds neither NaN nor infinity. Both outlive a sum, which is many times quicker than looking at each."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-    return bool(torch.isfinite(wide).all())
+    if wide.is_floating_point() and bool(torch.isfinite(wide.sum(dtype=torch.promote_types(wide.dtype, torch.float32)))):
+        return True
+    return bool(torch.isfinite(wide).all())  # the sum may be too large where no number is
 
 
 def read(path: str | PathLike[str]) -> File:

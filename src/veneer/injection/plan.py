@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import SelectionError, UnsupportedSite
+from .filling import drawing
 from .ledger import lookup
 from .method import Adapter, Method, means
 from .registry import hosts
@@ -100,7 +101,7 @@ def _share(method: Method, sites: Sequence[Site], tower: nn.Module) -> nn.Module
 
 def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | None) -> Adapter:
     base = _tensor(site, tower)
-    with _draws(base):
+    with _draws(base), drawing():
         try:
             adapter = method.at(site).build(site)
         except ValueError as error:
