@@ -199,8 +199,8 @@ def test_autocast_does_not_reach_the_merged_weights() -> None:
 
 def test_wide_weights_are_folded_block_by_block() -> None:
     """A weight of more numbers than are worked on at a time, in rows that are no multiple of it."""
-    layer = torch.nn.Sequential(torch.nn.Linear(1500, 301, bias=False)).bfloat16()
-    site = WeightSite(name="0", role="l", path="0", d_out=301, d_in=1500)
+    layer = torch.nn.Sequential(torch.nn.Linear(1500, 1501, bias=False)).bfloat16()
+    site = WeightSite(name="0", role="l", path="0", d_out=1501, d_in=1500)
     adapter = LoRA(rank=2).build(site)
     with torch.no_grad():
         adapter.up.normal_()

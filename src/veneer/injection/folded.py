@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .forms import blend
 
-CACHE = 1 << 16  # numbers a thread works on at a time: 256 KiB in single precision, which second-level caches hold
+CACHE = 1 << 16  # numbers a thread works on at a time: 256 KiB in single precision, which second-level caches hold; 16 times
+# as many where there is one step, for which a third-level one will do
 
 
 def folded(weight: Tensor, group: Sequence[tuple[Any, Any]]) -> Tensor:
@@ -48,7 +49,7 @@ def _fold(adapter: Any, weight: Tensor, after: Tensor) -> None:
 
 
 def _add(weight: Tensor, left: Tensor, right: Tensor, after: Tensor) -> None:
-    """W + C D. One pass over memory: some rows at a time are widened, added to and rounded while they are in the cache.
+    """W + C D. One pass over memory: some rows at a time are (widened,) added to (and rounded) while they are in a cache.
 
     Args:
         left, right: C (groups, d_out / groups, rank) and D (groups, rank, width).
@@ -60,9 +61,9 @@ def _add(weight: Tensor, left: Tensor, right: Tensor, after: Tensor) -> None:
         after.copy_(torch.baddbmm(matrix, left.to(wide), right.to(wide)).reshape(weight.shape))
         return
     left, right = left[0].to(wide), right[0].to(wide)
-    count = max(1, CACHE * torch.get_num_threads() // width)
-    room = torch.empty(min(count, len(weight)), width, dtype=wide)
     direct = weight.dtype == wide and weight.is_contiguous() and after.is_contiguous()
+    count = max(1, (16 if direct else 1) * CACHE * torch.get_num_threads() // width)
+    room = torch.empty(0 if direct else min(count, len(weight)), width, dtype=wide)
     for start in range(0, len(weight), count):
         rows = slice(start, start + count)
         if direct:

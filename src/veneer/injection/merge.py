@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,9 @@ def fold(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]])
     """
     groups = _grouped(towers, parts)
     with torch.inference_mode(False), torch.no_grad():
-        after = {place: folded(_tensor(towers, place), group) for place, group in groups.items()}
-        for place in _tied(towers, after):
+        before = {place: _tensor(towers, place) for place in groups}
+        after = {place: folded(before[place], group) for place, group in groups.items()}
+        for place in _tied(towers, before):
             after[place] = nn.Parameter(after[place], requires_grad=False)
         pristine = _exchange(towers, after)
     return pristine, MergeReport(len(pristine), sum(t.numel() * t.element_size() for t in pristine.values()))
@@ -75,7 +76,7 @@ def _put(towers: Mapping[str, nn.Module], place: Place, tensor: Tensor) -> Tenso
     """A parameter takes the place of the one that is there, another tensor becomes its data. Returns what was there."""
     component, path, param = place
     module: Any = towers[component].get_submodule(path)
-    there = _tensor(towers, place)
+    there = base_tensor(module, "", param)
     if isinstance(tensor, nn.Parameter):
         inner, name = (module.parametrizations[param], "original") if _chain(module, param) else (module, param)
         inner._parameters[name] = tensor
@@ -86,10 +87,10 @@ def _put(towers: Mapping[str, nn.Module], place: Place, tensor: Tensor) -> Tenso
     return data
 
 
-def _tied(towers: Mapping[str, nn.Module], places: Iterable[Place]) -> list[Place]:
+def _tied(towers: Mapping[str, nn.Module], tensors: Mapping[Place, Tensor]) -> list[Place]:
     """The places whose parameter several modules hold."""
     holders = Counter(id(t) for tower in towers.values() for m in tower.modules() for t in m._parameters.values())
-    return [place for place in places if holders[id(_tensor(towers, place))] > 1]
+    return [place for place, tensor in tensors.items() if holders[id(tensor)] > 1]
 
 
 def _tensor(towers: Mapping[str, nn.Module], place: Place) -> Tensor:
