@@ -2,8 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .added import plain
+
+
+class _Turned(torch.autograd.Function):
+    """x + x M, each row of x (n, k·b) in k parts, each with its own block of M (k, b, b); written where it is to lie."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Tensor) -> Tensor:
+        ctx.save_for_backward(x, change)
+        return _turned(x, change)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, change = ctx.saved_tensors
+        (g,) = grads
+        to_x, to_change = ctx.needs_input_grad
+        if to_x:
+            turned = _plainly_turned(g, change.mT) if torch.is_grad_enabled() else _turned(g, change.mT)
+        return turned if to_x else None, torch.bmm(_parts(x, change).mT, _parts(g, change)) if to_change else None
+
+
+def _parts(x: Tensor, change: Tensor) -> Tensor:
+    """(k, n, b), a view of x."""
+    return x.unflatten(1, (len(change), -1)).transpose(0, 1)
+
+
+def _turned(x: Tensor, change: Tensor) -> Tensor:
+    parts, turned = _parts(x, change), torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.baddbmm(parts, parts, change, out=_parts(turned, change))
+    return turned
+
+
+def _plainly_turned(x: Tensor, change: Tensor) -> Tensor:
+    parts = _parts(x, change)
+    return torch.baddbmm(parts, parts, change).transpose(0, 1).reshape(x.shape)
+
+
+def turn_features(x: Tensor, change: Tensor) -> Tensor:
+    """Each part of x turned: x_i R_i = x_i + x_i (R_i − I).
+
+    Args:
+        x: (…, d). change: R_i − I, (d / b, b, b), or (1, b, b) for the same everywhere.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    every = change.expand(flat.shape[1] // change.shape[-1], -1, -1)
+    if plain(x, change):
+        return _plainly_turned(flat, every.to(x.dtype)).view(x.shape)
+    turned: Tensor = _Turned.apply(flat, every)
+    return turned.view(x.shape)
 
 
 def skew(entries: Tensor, size: int) -> Tensor:

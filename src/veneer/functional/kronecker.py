@@ -4,9 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .added import plain
+
+
+class _Mixed(torch.autograd.Function):
+    """C X_n for X (n, q, m)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, left: Tensor) -> Tensor:
+        ctx.save_for_backward(x, left)
+        return torch.bmm(left.expand(len(x), -1, -1), x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, left = ctx.saved_tensors
+        (g,) = grads
+        to_x, to_left = ctx.needs_input_grad
+        mixed = torch.bmm(left.mT.expand(len(x), -1, -1), g) if to_x else None
+        return mixed, torch.bmm(g, x.mT).sum(0) if to_left else None
+
+
+def mix(x: Tensor, left: Tensor) -> Tensor:
+    """C X for each X, with a small C.
+
+    Args:
+        x: (n, q, m). left: C, (p, q).
+    Returns:
+        (n, p, m).
+    """
+    if plain(x, left):
+        return torch.bmm(left.to(x.dtype).expand(len(x), -1, -1), x)
+    mixed: Tensor = _Mixed.apply(x, left)
+    return mixed
 
 
 def kron_factors(width: int, factor: int = -1) -> tuple[int, int]:
@@ -61,7 +95,7 @@ def kron_apply(x: Tensor, left: Tensor, right: Callable[[Tensor], Tensor], kerne
         return right(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
     def outer(z: Tensor) -> Tensor:
-        return torch.einsum("pq,nq...->np...", left, z)
+        return mix(z.flatten(2), left).unflatten(2, z.shape[2:])
 
     z = inner(outer(z)) if left.shape[0] < left.shape[1] else outer(inner(z))
     z = (z.transpose(1, 2) if swapped else z).flatten(1, 2)

@@ -37,10 +37,12 @@ class Adapter(nn.Module):
 
     `remembered` names buffers that only training needs (not persistent): a checkpoint of a run keeps them, a file does not.
 
-    A fresh adapter is in the training mode of its host.
+    One with both forms, of which `weight` is the cheaper at its site, says `prefers_weight = True`; then the host's tensor is
+    changed in each pass, where it is no quantised one. A fresh adapter is in the training mode of its host.
     """
 
     blends: ClassVar[bool] = False
+    prefers_weight: bool = False
     remembered: ClassVar[tuple[str, ...]] = ()
     strength: Tensor
 

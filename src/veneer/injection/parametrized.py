@@ -15,6 +15,11 @@ from .method import Adapter
 from .seams import Seam
 
 
+def changeable(tensor: Tensor) -> bool:
+    """True for an ordinary floating-point tensor: no quantised one."""
+    return tensor.is_floating_point() and type(tensor.data) in (Tensor, nn.Parameter)
+
+
 class WeightSeam(Seam):
     """A parametrisation of a tensor that the host reads. Moves the key; `Attachment.host_state_dict` moves it back."""
 
@@ -22,7 +27,7 @@ class WeightSeam(Seam):
         super().__init__(tower, parts)
         self.path, self.param = parts[0][0].path, parts[0][0].param
         tensor = getattr(self.module(self.path), self.param)
-        if not tensor.is_floating_point() or type(tensor.data) not in (Tensor, nn.Parameter):
+        if not changeable(tensor):
             raise UnsupportedSite(
                 f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantised and is read, not "
                 "called, so its change cannot be applied. Select called sites only, or load the base unquantised."

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from .errors import UnsupportedSite
+from .forms import base_tensor
 from .method import Adapter
-from .parametrized import WeightSeam
+from .parametrized import WeightSeam, changeable
 from .seams import CallSeam, ProcessorSeam, Seam
 from .sequences import TokenSeam, VocabularySeam
 from .sites import (
@@ -37,7 +38,7 @@ def seams_for(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapt
     """
     groups: dict[Group, list[tuple[Site, Adapter]]] = {}
     for site, adapter in parts:
-        groups.setdefault((site.component, *_group(site, adapter)), []).append((site, adapter))
+        groups.setdefault((site.component, *_group(site, adapter, towers[site.component])), []).append((site, adapter))
     return [(component, kind(towers[component], group, *rest)) for (component, kind, *rest), group in _uniform(groups)]
 
 
@@ -46,8 +47,10 @@ def _uniform(groups: Mapping[Group, list[tuple[Site, Adapter]]]) -> list[tuple[A
     return [((key[0], key[1], *(key[2:] if key[1] is CallSeam else ())), group) for key, group in groups.items()]
 
 
-def _group(site: Site, adapter: Adapter) -> Group:
+def _group(site: Site, adapter: Adapter, tower: nn.Module) -> Group:
     if isinstance(site, (WeightSite, ParamSite)):
+        if adapter.prefers_weight and changeable(base_tensor(tower, site.path, site.param)):
+            return (WeightSeam, site.path, site.param)
         if site.called and hasattr(adapter, "output"):
             dim = site.channel_dim if isinstance(site, ParamSite) else (1 if site.kind == "conv" else -1)
             return (CallSeam, Port(site.path, "in"), Port(site.path, "out"), dim)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from veneer.functional.added import add_product, project
+from veneer.functional.convolve import convolve
+from veneer.functional.scaled import scale_features
 from veneer.injection.below import tensor_below
 from veneer.injection.errors import UnsupportedSite
 from veneer.injection.method import Adapter, Method, Need
@@ -51,14 +53,11 @@ class DoRAAdapter(Adapter):
         gain = self.gain(weight)
         more = self.strength * (gain - 1)
         up = self.up * self._by_output(self.strength * self.scaling * gain, self.up)
-        shift = None if bias is None else -more * bias
-        if self.site.kind == "linear":
-            change = F.linear(F.linear(x, self.down), up, shift)
-            return torch.addcmul(change, y, 1 + more)
-        conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.site.kernel) - 1]
-        low = conv(x, self.down, None, self.site.stride, self.site.padding, self.site.dilation, self.site.groups)
-        change = conv(low, up, shift, groups=self.site.groups)
-        return torch.addcmul(change, y, (1 + more).view(-1, *(1,) * len(self.site.kernel)))
+        site, conv = self.site, self.site.kind == "conv"
+        turned = scale_features(y, 1 + more, None if bias is None else -more * bias, conv)
+        low = convolve(x, self.down, site.stride, site.padding, site.dilation, site.groups) if conv else project(x, self.down)
+        # what was just scaled is nobody else's
+        return add_product(turned, low, up, over=True) if site.groups == 1 else turned + convolve(low, up, groups=site.groups)
 
     def taking(self, other: DoRAAdapter | None) -> dict[str, Tensor]:
         """State with which this makes the change of `other`, or none. `ValueError` where its pair finds no room in this one's."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.functional.scaled import scale_features
 from veneer.injection.below import tensor_below
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
@@ -32,9 +33,7 @@ class ScaledOutput(Adapter):
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """y: W x + b. Gives l ∘ (y − b) + b."""
         bias, more = tensor_below(self, self.host, "bias", self.site.rows), self.delta * self.strength
-        shape = (-1, *(1,) * len(self.site.kernel))
-        scaled = y * (1 + more).view(shape)
-        return scaled if bias is None else scaled - (more * bias).view(shape)
+        return scale_features(y, 1 + more, None if bias is None else -more * bias, self.site.kind == "conv")
 
     def weight(self, weight: Tensor) -> Tensor:
         """Rows of W times l."""
@@ -53,7 +52,7 @@ class ScaledInput(Adapter):
 
     def input(self, x: Tensor) -> Tensor:
         """l ∘ x."""
-        return x * (1 + self.delta * self.strength).view(-1, *(1,) * len(self.site.kernel))
+        return scale_features(x, 1 + self.delta * self.strength, channels=self.site.kind == "conv")
 
     def weight(self, weight: Tensor) -> Tensor:
         """Columns of W times l; of a grouped convolution each group's with its part of l."""

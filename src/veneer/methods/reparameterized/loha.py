@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.functional.added import add_product, project
 from veneer.functional.convolve import convolve
 from veneer.functional.hadamard import hadamard, hadamard_pair
 from veneer.injection.method import Adapter, Method, Need
@@ -36,17 +37,30 @@ class LoHaAdapter(Adapter):
         self.down2 = nn.Parameter(torch.randn(rank, *inner))
         cores = [nn.Parameter(torch.randn(rank, rank, *site.kernel) * 0.1) if tucker else None for _ in range(2)]
         self.core1, self.core2 = cores
-        self.factored = rank * rank * (site.groups * width * size + site.d_out) < site.d_out * width * size
+        one_pass = rank * rank * (site.groups * width * size + site.d_out)
+        self.factored = one_pass < site.d_out * width * size
+        # a training step takes three such passes; with W changed it takes one of W's size, for ΔW's gradient
+        self.prefers_weight = 3 * one_pass > site.d_out * width * size
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: what the module read; y: what it gave. Through the rank r² where that takes fewer multiplications than ΔW."""
+        return self._added(x, y, over=False)
+
+    def output_(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same, written over y."""
+        return self._added(x, y, over=True)
+
+    def _added(self, x: Tensor, y: Tensor, over: bool) -> Tensor:
         site, scale = self.site, self.strength * self.scaling
         geometry = (site.stride, site.padding, site.dilation, site.groups)
         if not self.factored:
             return y + convolve(x, self.delta() * scale, *geometry)
         up, down = hadamard_pair(self.up1, self._down(self.down1, self.core1), self.up2, self._down(self.down2, self.core2))
-        low = convolve(x, down.repeat(site.groups, *(1,) * (down.ndim - 1)), *geometry)
-        return y + convolve(low * scale, up.reshape(*up.shape, *(1,) * len(site.kernel)), groups=site.groups)
+        up = up.reshape(*up.shape, *(1,) * len(site.kernel))
+        if site.kind == "linear":
+            return add_product(y, project(x, down) * scale, up, over)
+        low = convolve(x, down.repeat(site.groups, *(1,) * (down.ndim - 1)), *geometry) * scale
+        return add_product(y, low, up, over) if site.groups == 1 else y + convolve(low, up, groups=site.groups)
 
     def weight(self, weight: Tensor) -> Tensor:
         """W + s·ΔW."""
@@ -81,7 +95,7 @@ class LoHa(Method):
     Counts: 2·rank·(d_out + d_in·k·k / groups) per site, with `tucker` 2·rank·(d_out + d_in / groups + rank·k·k).
     Source: Yeh et al. (LyCORIS), ICLR 2024, its appendix for `tucker`; the product is FedPara's (Hyeon-Woo et al.,
     ICLR 2022, proposition 1). Draws follow the LyCORIS library (peft draws all uniformly and zeroes A2 instead). Where that is
-    cheaper, `output` uses the same change as one pair of rank rank².
+    cheaper, `output` uses the same change as one pair of rank rank²; elsewhere W is changed, if it is not quantised.
     """
 
     name: ClassVar[str] = "loha"

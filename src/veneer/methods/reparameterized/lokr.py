@@ -9,8 +9,9 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from veneer.functional.added import add_product, project
 from veneer.functional.convolve import convolve
-from veneer.functional.kronecker import kron_apply, kron_factors, kron_weight
+from veneer.functional.kronecker import kron_apply, kron_factors, kron_weight, mix
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._swapping import lokr_state
@@ -64,10 +65,25 @@ class LoKrAdapter(Adapter):
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: what the module read; y: what it gave. C and D one after the other; ΔW itself only where channels are grouped."""
-        site, scale = self.site, self.strength * self.scaling
-        if site.groups == 1:
-            return y + kron_apply(x, self._left() * scale, self._right_apply, len(site.kernel))
-        return y + convolve(x, self.delta() * scale, site.stride, site.padding, site.dilation, site.groups)
+        return self._added(x, y, over=False)
+
+    def output_(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same, written over y."""
+        return self._added(x, y, over=True)
+
+    def _added(self, x: Tensor, y: Tensor, over: bool) -> Tensor:
+        site, split, scale = self.site, self.split, self.strength * self.scaling
+        if site.groups > 1:
+            return y + convolve(x, self.delta() * scale, site.stride, site.padding, site.dilation, site.groups)
+        left = self._left() * scale
+        if split.up > split.uq:
+            return y + kron_apply(x, left, self._right, len(site.kernel))
+        # C first: it does not make x larger, and what D gives lies as y does, row block after row block
+        sizes = x.shape[2:] if site.kernel else ()
+        rows = x.reshape(-1, split.uq, split.vq * math.prod(sizes))
+        mixed = mix(rows, left).reshape(-1, split.vq, *sizes)
+        blocks = y.reshape(-1, split.vp, *(y.shape[2:] if site.kernel else ()))
+        return self._right_added(mixed, blocks, over).reshape(y.shape)
 
     def weight(self, weight: Tensor) -> Tensor:
         """W + s·(C ⊗ D)."""
@@ -87,13 +103,28 @@ class LoKrAdapter(Adapter):
     def _left(self) -> Tensor:
         return self.left_up @ self.left_down if self.left is None else self.left
 
-    def _right_apply(self, x: Tensor) -> Tensor:
-        site = self.site
-        geometry = (site.stride, site.padding, site.dilation)
+    def _right_added(self, x: Tensor, y: Tensor, over: bool) -> Tensor:
+        """y + D x; x (n, vq, *size), y (n, vp, *size)."""
+        if self.right is not None and self.site.kernel:
+            return y + self._right(x)
         if self.right is not None:
-            return convolve(x, self.right, *geometry)
-        low = convolve(x, self.right_down, *geometry)
-        return convolve(low, self.right_up.reshape(*self.right_up.shape, *(1,) * len(site.kernel)))
+            return add_product(y, x, self.right, over)
+        return add_product(y, self._right_low(x), self._right_up, over)
+
+    def _right(self, x: Tensor) -> Tensor:
+        """D x."""
+        if self.right is None:
+            return convolve(self._right_low(x), self._right_up)
+        return convolve(x, self.right, self.site.stride, self.site.padding, self.site.dilation)
+
+    def _right_low(self, x: Tensor) -> Tensor:
+        if self.site.kernel:
+            return convolve(x, self.right_down, self.site.stride, self.site.padding, self.site.dilation)
+        return project(x, self.right_down)
+
+    @property
+    def _right_up(self) -> Tensor:
+        return self.right_up.reshape(*self.right_up.shape, *(1,) * len(self.site.kernel))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
+from veneer.functional.cayley import blocks_apply, cayley_change, skew, turn_features, within
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._output_turn import OutputTurn, refuse_straddling
@@ -17,10 +17,7 @@ from veneer.methods.reparameterized._swapping import turn_state
 
 
 class OFTAdapter(Adapter):
-    """W' = W Rᵀ. Shapes: `skew` (blocks, b·(b − 1) / 2), the entries of each Q above its diagonal; `magnitude` (d_out) or None.
-
-    There is no output form: W (Rᵀ − I) x needs W.
-    """
+    """W' = D W Rᵀ. Shapes: `skew` (blocks, b·(b − 1) / 2), the entries of each Q above its diagonal; `magnitude` D (d_out)."""
 
     blends: ClassVar[bool] = True
 
@@ -48,6 +45,14 @@ class OFTAdapter(Adapter):
         return cayley_change(q if self.radius is None else within(q, self.radius))
 
 
+class InputTurn(OFTAdapter):
+    """W' x = W (Rᵀ x) at a linear layer that is called: what it reads is turned, at a block's cost and not W's."""
+
+    def input(self, x: Tensor) -> Tensor:
+        """x + s·(Rᵀ x − x), x (…, d_in)."""
+        return turn_features(x, self.turn() * self.strength)
+
+
 @dataclass(frozen=True)
 class OFT(Method):
     """W' = W Rᵀ with R = diag(R_1, …, R_r) orthogonal: all neurons (rows of W) turn alike, and their angles and lengths stay.
@@ -66,7 +71,8 @@ class OFT(Method):
     Q is zero at the start. The equation is solved, in single precision at least, not approximated by a series.
     Convolutions: a neuron is its kernel, d = d_in·k·k / groups, channel by channel; as many blocks as input channels turn each
     channel's window by itself. Grouped and depthwise: one R for all neurons too.
-    On the input side it has only the weight form, so a quantised base is refused.
+    On the input side linear layers without `rescale` turn what they read. Elsewhere, and at slices of a fused weight, W itself is
+    turned in each pass, so a quantised base is refused.
     Counts: r·b·(b − 1)/2 with b = d/r; b·(b − 1)/2 with `share`; d_out more with `rescale`. 128 × 128 in 8 blocks: 960.
     Raises:
         ValueError: at attach, d is no multiple of the number or the side of the blocks.
@@ -132,7 +138,8 @@ class OFT(Method):
         if self.side == "output":
             refuse_straddling(site, b)
             return OutputTurn(site, [1 if self.share else r], b, radius, self.rescale)
-        return OFTAdapter(site.d_out, 1 if self.share else r, b, radius, self.rescale)
+        kind = InputTurn if site.kind == "linear" and not self.rescale else OFTAdapter
+        return kind(site.d_out, 1 if self.share else r, b, radius, self.rescale)
 
     def count(self, site: WeightSite) -> int:
         """r·b·(b − 1)/2, or one block's, and the lengths."""
