@@ -51,7 +51,9 @@ def expect(model: nn.Module, samples: list[dict[str, float]], copies: int = 1) -
 METHODS: list[tuple[str, str, dict[str, Any]]] = [
     ("lora", "embed.token " + WHERE, {"rank": 2, "alpha": 3.0}),
     ("lokr", WHERE, {"factor": 2}),
-    ("loha", WHERE, {"rank": 2}),
+    ("vera", "attn.{q,v} head", {"rank": 2}),
+    ("svdiff", WHERE, {}),
+    ("oft", "head", {"block_size": 3}),
     ("dora", WHERE, {"rank": 2}),
     ("ia3", WHERE, {"inputs": "head"}),
     ("oft", "attn.{q,v} head", {"block_size": 3, "side": "output"}),

@@ -120,7 +120,7 @@ def turn_state(arena: Any, other: Any | None) -> State:
         state["magnitude"] += 1
     if other is None:
         return state
-    if type(other) is not type(arena):
+    if hasattr(other, "turns") is not hasattr(arena, "turns"):
         raise ValueError("it turns the other side of the weight; attach with its own side=")
     if other.magnitude is not None:
         if arena.magnitude is None:
