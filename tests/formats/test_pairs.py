@@ -39,9 +39,8 @@ OTHERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 OTHER_PAIRS = [(method, *pair) for method, (_, some) in OTHERS.items() for pair in permutations(some, 2)]
 
 
-def changes(pipe: Any, attached: list[Attachment]) -> dict[str, torch.Tensor]:
+def changes(before: dict[str, torch.Tensor], attached: list[Attachment]) -> dict[str, torch.Tensor]:
     """What folding the adapters in changes each weight by; nothing stays attached."""
-    before = weights(pipe)
     for attachment in attached:
         attachment.merge()
     after = {f"{c}.{k}": t.clone() for a in attached for c in a.towers for k, t in a.host_state_dict(c).items()}
@@ -83,8 +82,9 @@ def test_converted_it_changes_every_weight_as_before(files: Any, tmp_path: Path,
     pipe = tiny_pipeline(family)
     done = convert(pipe, files(key, form), to, tmp_path / "out")
     assert veneer.attachments(pipe) == []
-    want = changes(pipe, [fill(attach(pipe, method, where=where, **options), std=0.2)])
-    got = changes(pipe, load_all(pipe, done.files[0]))
+    base = weights(pipe)
+    want = changes(base, [fill(attach(pipe, method, where=where, **options), std=0.2)])
+    got = changes(base, load_all(pipe, done.files[0]))
     assert got.keys() == want.keys()
     assert len(want) == done.weights
     for name, change in want.items():

@@ -30,9 +30,9 @@ class Kohya(Format):
     """`{module}.lora_down.weight` (r, d_in[, k, k]), `….lora_up.weight` (d_out, r[, 1, 1]), `….alpha` (); ΔW = (alpha / r)·B A.
 
     `{module}`: `lora_unet_`, or `lora_te_` for the text encoder of SD 1 and 2, `lora_te1_` and `lora_te2_` for those of SDXL,
-    `lora_te1_` and `lora_te3_` (T5) for those of FLUX; then the path with underscores. UNets have two spellings, diffusers'
-    and that of the first release; both are read, and the one that sd-scripts write is written: the first release's for
-    SDXL, diffusers' for SD 1 and 2. FLUX.1: first release, with fused projections.
+    `lora_te1_` and `lora_te3_` (T5) for those of FLUX, all three for those of SD 3; then the path with underscores. UNets have
+    two spellings, diffusers' and that of the first release; both are read, and the one that sd-scripts write is written: the
+    first release's for SDXL, diffusers' for SD 1 and 2. FLUX.1 and SD 3: first release, with fused projections.
 
     Missing alpha means alpha = r. `.lora_mid.weight` (r, r, k, k) between a `down` and an `up` of 1×1 (Tucker) becomes part of
     `down`. A fused projection is read as one LoRA a slice, of the components that touch its rows, and written as one LoRA
@@ -43,7 +43,7 @@ class Kohya(Format):
     its own format.
 
     Other changes in the same layout (DoRA, LoHa, LoKr, OFT, …) are the format `lycoris`.
-    Source: kohya-ss/sd-scripts `networks/lora.py`, `lora_flux.py`, `library/sdxl_original_unet.py`; diffusers 0.42
+    Source: kohya-ss/sd-scripts `networks/lora.py`, `lora_flux.py`, `lora_sd3.py`, `library/sdxl_original_unet.py`; diffusers 0.42
     `loaders/lora_conversion_utils.py`.
     """
 

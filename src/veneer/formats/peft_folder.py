@@ -40,6 +40,7 @@ class PeftFolder(Format):
     modules. The ends are in the codecs, one a method. Ranks and alphas are in the config, with patterns for single modules.
     What `modules_to_save` keeps whole becomes a trained part of the base. Refused by name is what the tensors do not hold
     (an initialisation that changed the base) or what no method here does (trained biases, replicated layers, …).
+    `fan_in_fan_out` counts only for GPT-2's `Conv1D`, which no host has.
 
     Written: a folder; `peft.PeftModel.from_pretrained(model, folder)` makes the same change, or it is refused.
     Source: peft 0.21 `utils/save_and_load.py`, `tuners/*/config.py`, `tuners/*/layer.py`.
