@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
-from veneer.formats import format_of, kohya, look, onetrainer, read
+from veneer.formats import convert, format_of, kohya, look, native, onetrainer, read
 from veneer.formats._modules import modules
 from veneer.injection import LoadError, attach
 from veneer.injection.towers import towers_of
@@ -112,6 +112,17 @@ def test_words_are_in_it(tmp_path: Path) -> None:
     for was, now in zip(words, loaded, strict=False):
         assert all(torch.equal(now.state_dict()[k], t) for k, t in was.state_dict().items())
     assert_same(deltas(loaded[2]), deltas(lora))
+
+
+def test_converted_words_stay_in_the_file(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    words = fill(attach(pipe, "textual_inversion", tokens="<toy>", vectors=2))
+    lora = fill(attach(pipe, "lora", rank=2, where="attn.q"), std=0.2)
+    done = convert(tiny_pipeline("sd"), native.save([words, lora], tmp_path / "a"), "onetrainer", tmp_path / "b")
+    assert done.files == (tmp_path / "b.safetensors",)
+    first, second = veneer.load(tiny_pipeline("sd"), tmp_path / "b")
+    assert all(torch.equal(first.state_dict()[k], t) for k, t in words.state_dict().items())
+    assert_same(deltas(second), deltas(lora))
 
 
 def test_words_beside_kohyas_names_and_as_a1111_bundles_them(tmp_path: Path) -> None:
