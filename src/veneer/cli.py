@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .allocator import keep_freed_memory
 from .flags import add_flags, values
 from .injection.errors import VeneerError
 
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def console() -> None:
-    """The installed `veneer` command."""
+    """The installed `veneer` command, in a process of its own."""
+    keep_freed_memory()
     sys.exit(main())
 
 
