@@ -122,7 +122,7 @@ BOMB = zlib.compress(b" " * 70_000_000)
         (lambda path: with_chunk(path, told(string_to_param={"*": {"TORCHTENSOR": [[1.0] * 7]}})), "7 wide; the model's"),
         (lambda path: with_edges(path, {"no": "word"}), "no string_to_param"),
         (lambda path: (with_chunk(path, told()), path.write_bytes(path.read_bytes()[:600])), "cut short"),
-        (lambda path: packed(path, BOMB), "more than 64,000,000 bytes"),
+        (lambda path: packed(path, BOMB), "more than 6,000,000 bytes"),
         (lambda path: packed(path, BOMB[:-9]), "cannot be read"),
     ],
     ids=["none", "black", "empty", "list", "ragged", "text", "number", "width", "edges", "short", "bomb", "ends"],

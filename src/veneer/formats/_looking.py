@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..injection import LoadError
+from ..injection import VeneerError
 from ._families import family_of
 from ._format import Layer, Options, format_of
 from ._reading import File, read
@@ -103,7 +104,7 @@ def _tried(model: Any, file: File, known: Any) -> dict[str, Any]:
     """How a file fits a model."""
     try:
         attached = known.load(model, file, Options(strict=False, same_base=False))
-    except LoadError as error:
+    except VeneerError as error:
         return {"fits": False, "notes": (str(error),)}
     reports = [a.loaded for a in attached]
     for attachment in reversed(attached):
@@ -124,7 +125,7 @@ def blocks(layers: Sequence[Layer]) -> list[Block]:
             method,
             len(group),
             tuple(sorted({layer.rank for layer in group if layer.rank is not None})),
-            tuple(sorted({layer.alpha for layer in group if layer.alpha is not None})),
+            tuple(sorted({float(layer.alpha) for layer in group if layer.alpha is not None and abs(layer.alpha) < math.inf})),
             sum(layer.values for layer in group),
         )
         for (name, method), group in sorted(found.items(), key=lambda item: _natural(item[0][0]))

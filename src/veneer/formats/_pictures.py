@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..injection import LoadError
+from ._header import unique
 
 PNG, CHUNK = b"\x89PNG\r\n\x1a\n", "sd-ti-embedding"
-LARGEST_FILE, LARGEST_TEXT, LARGEST_PICTURE = 100_000_000, 64_000_000, 64_000_000  # bytes, bytes when unpacked, pixels
-LARGEST_WORD = 10_000_000  # numbers
+LARGEST_FILE, LARGEST_TEXT, LARGEST_PICTURE = 32_000_000, 6_000_000, 8_000_000  # bytes, bytes when unpacked, pixels
+LARGEST_WORD = 1_000_000  # numbers
 ENCODERS = ("clip_l", "clip_g")
 UNNAMED = "emb_params"  # as in sd-scripts' files, which say no token
 
@@ -46,11 +47,12 @@ def words(path: Path) -> dict[str, Tensor]:
     try:
         text = _chunk(path)
         packed = base64.b64decode(text, validate=True) if text is not None else _pixels(path)
-        found = json.loads(packed)
-        return _vectors(found)
+        if len(packed) > LARGEST_TEXT:
+            raise ValueError(f"more than {LARGEST_TEXT:,} bytes")
+        return _vectors(json.loads(packed.decode(), object_pairs_hook=unique))
     except LoadError:
         raise
-    except (ValueError, RecursionError, binascii.Error, zlib.error) as error:
+    except (ValueError, RecursionError, OverflowError, binascii.Error, zlib.error) as error:
         raise LoadError(
             f"{path}: the word in this picture cannot be read ({error}). It is damaged, or was scaled or converted."
         ) from error
@@ -62,7 +64,11 @@ def _vectors(found: Any) -> dict[str, Tensor]:
         raise ValueError("no JSON object")
     held = found.get("string_to_param")
     if isinstance(held, dict) and held:
-        tensors = {str(found.get("name") or UNNAMED).lower(): next(iter(held.values()))}
+        name = found.get("name") or UNNAMED
+        if not isinstance(name, str) or len(held) > 1:
+            raise ValueError(f"{len(held)} words, or a name that is no text")
+        name.encode()  # half a surrogate pair is no text
+        tensors = {name.lower(): next(iter(held.values()))}
     else:
         tensors = {key: found[key] for key in ENCODERS if key in found}
     if not tensors:
@@ -117,7 +123,7 @@ def _pixels(path: Path) -> bytes:
                     f"{path}: a picture of {picture.size[0]}×{picture.size[1]} pixels; at most {LARGEST_PICTURE:,} are read."
                 )
             shown = np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise LoadError(f"{path}: this picture cannot be read ({error}).") from error
     bright: Any = (shown > 0).all(2)
     columns, rows = np.flatnonzero(bright.any(0)), np.flatnonzero(bright.any(1))

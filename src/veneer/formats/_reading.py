@@ -16,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..injection import LoadError
+from ._header import parse, unique
 from ._pictures import is_picture, words
 
 SUFFIX = ".safetensors"
 NAMED = ("adapter.safetensors", "adapter_model.safetensors")  # what is meant by a folder: veneer's own, and peft's
-LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+LARGEST_HEADER, LARGEST_JSON = 16_000_000, 4_000_000  # bytes of a header, characters of a JSON text in it
+WHOLE = (".alpha", ".on_input")  # ends of names whose tensors may be whole numbers; all else of a layer is none
 _PICKLE = """Pickles can run code when they are read, so they are refused. Convert it once, where you trust it. A LoRA:
   python -c "import torch; from safetensors.torch import save_file; save_file(torch.load('OLD', weights_only=True), 'NEW')"
 a learned word:
@@ -44,11 +46,15 @@ class File:
     shapes: Mapping[str, tuple[int, ...]]
     held: Mapping[str, Tensor] | None = None
 
-    def tensors(self, finite: bool = True, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """All tensors, or those of these names, on the CPU, in the order of the header.
+    def tensors(
+        self, finite: bool = True, names: Collection[str] | None = None, whole: tuple[str, ...] = WHOLE
+    ) -> dict[str, Tensor]:
+        """All tensors, or those of these names, on the CPU, in the order of the header; eight bits come as single precision.
 
+        Args:
+            whole: ends of names whose tensors may be whole numbers.
         Raises:
-            LoadError: `finite` and a tensor holds NaN or infinity.
+            LoadError: `finite` and a tensor holds NaN or infinity, in single precision; or one holds whole numbers.
         """
         wanted = [name for name in self.shapes if names is None or name in names]
         try:
@@ -56,10 +62,16 @@ class File:
                 found = {name: self.held[name] for name in wanted}
             else:
                 with safe_open(self.path, "pt") as file:
-                    found = {name: file.get_tensor(name) for name in wanted}
+                    found = {name: _usable(file.get_tensor(name)) for name in wanted}
         except (SafetensorError, OSError) as error:
             raise LoadError(f"{self.path}: cannot be read ({error}). Copy it again from its source.") from error
-        bad = [name for name, tensor in found.items() if finite and not is_finite(tensor)]
+        counted = next((n for n, t in found.items() if not t.is_floating_point() and not n.endswith(whole)), None)
+        if counted is not None:
+            raise LoadError(
+                f"{self.path}: '{counted}' holds whole numbers ({found[counted].dtype}); expected floating point. It is damaged, "
+                "or quantised: save it in half or single precision."
+            )
+        bad = [name for name, tensor in found.items() if finite and not is_finite(_single(tensor))]
         if bad:
             more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
             raise LoadError(
@@ -76,14 +88,40 @@ class File:
         """The JSON value under a metadata key, or None if there is none.
 
         Raises:
-            LoadError: the text is no JSON.
+            LoadError: the text is no JSON, or says one thing twice.
         """
         if key not in self.metadata:
             return None
-        try:
-            return json.loads(self.metadata[key])
-        except (ValueError, RecursionError) as error:
-            raise LoadError(f"{self.path}: the header's '{key}' is not JSON ({error}). The file is damaged.") from error
+        return from_json(self.metadata[key], f"{self.path}: the header's '{key}'")
+
+
+def from_json(text: str, where: str, largest: int = LARGEST_JSON) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        where: what the text is, for the error. `largest`: characters.
+    Raises:
+        LoadError: it is none, is larger, or has a key twice.
+    """
+    if len(text) > largest:
+        raise LoadError(f"{where} has {len(text):,} characters; at most {largest:,} are read. The file is damaged.")
+    try:
+        found = json.loads(text, object_pairs_hook=unique)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{where} is not JSON ({error}). The file is damaged.") from error
+    return found
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """Numbers of eight bits as single precision, which can be reckoned with."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """Double precision as single, which adapters have: what is too large for it is infinity there."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -133,16 +171,28 @@ def locate(path: str | PathLike[str]) -> Path:
         LoadError: there is none, or a folder holds several and none is called `adapter.safetensors`.
     """
     path = Path(path)
-    if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.suffix == SUFFIX and not p.name.startswith("."))
-        named = next((found for name in NAMED if (found := [p for p in inside if p.name == name])), inside)
-        if len(named) == 1:
-            return named[0]
-        has = f"there are {', '.join(p.name for p in inside)}; name one" if inside else "there is no .safetensors file in it"
-        raise LoadError(f"{path}: a folder without adapter.safetensors; {has}.")
+    try:
+        return _in_folder(path) if path.is_dir() else _file(path)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", error)
+        raise LoadError(f"{path}: cannot be looked for ({why}). Give the path of a file or a folder.") from error
+
+
+def _in_folder(path: Path) -> Path:
+    inside = sorted(p for p in path.iterdir() if p.suffix == SUFFIX and not p.name.startswith(".") and p.is_file())
+    named = next((found for name in NAMED if (found := [p for p in inside if p.name == name])), inside)
+    if len(named) == 1:
+        return named[0]
+    has = f"there are {', '.join(p.name for p in inside)}; name one" if inside else "there is no .safetensors file in it"
+    raise LoadError(f"{path}: a folder without adapter.safetensors; {has}.")
+
+
+def _file(path: Path) -> Path:
     with_suffix = path.with_name(path.name + SUFFIX)
     if not path.exists() and with_suffix.is_file():
         return with_suffix
+    if path.exists() and not path.is_file():
+        raise LoadError(f"{path}: no ordinary file, but a pipe or a device. Copy what it gives into a file.")
     if not path.is_file():
         raise LoadError(f"{path}: there is no such file, nor {with_suffix.name} beside it.")
     return path
@@ -187,15 +237,11 @@ def _pickle(path: Path) -> str:
 
 def _parse(path: Path, text: bytes, space: int) -> File:
     try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", None) or {}
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-        shapes = {str(name): tuple(int(n) for n in entry["shape"]) for name, entry in header.items()}
-        metadata = {str(k): str(v) for k, v in metadata.items()}
-        needed = max(ends, default=0)
-    except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise LoadError(f"{path}: its header is not that of a safetensors file ({type(error).__name__}: {error}).") from error
-    if needed != space:
-        short = "It is cut short: copy it again from its source." if needed > space else "It is damaged."
-        raise LoadError(f"{path}: its tensors need {needed:,} bytes and {space:,} follow the header. {short}")
-    return File(path, metadata, shapes)
+        header = parse(text)
+        if header.needed == space:
+            return File(path, header.metadata, header.shapes())
+    except (ValueError, RecursionError) as error:
+        again = "Copy it again from its source."
+        raise LoadError(f"{path}: its header is not that of a safetensors file: {error}. {again}") from error
+    short = "It is cut short: copy it again from its source." if header.needed > space else "It is damaged."
+    raise LoadError(f"{path}: its tensors need {header.needed:,} bytes and {space:,} follow the header. {short}")
