@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..injection import Attachment, LoadError, Method, VeneerError, attach, attachments, methods
-from ..injection.filling import filling
+from ..injection.filling import claiming, filling
 from ._format import Options
+from ._header import twice
+from ._options import refuse_options
 from ._reading import File
 
 
@@ -56,7 +58,8 @@ def attach_all(model: Any, file: File, wanted: Sequence[Wanted], options: Option
     try:
         with torch.random.fork_rng(devices=[]):
             for each in wanted:
-                with filling() if options.strict else contextlib.nullcontext():
+                _refuse_twice(each)
+                with filling() if options.strict else contextlib.nullcontext(), claiming(_sizes(each), options.strict):
                     made.append(_attach(model, each, _name(model, each.name, options, len(wanted) > 1)))
                 report = made[-1].load_state_dict(each.state, options.strict)
                 unused = (*report.unused, *each.unused)
@@ -68,6 +71,22 @@ def attach_all(model: Any, file: File, wanted: Sequence[Wanted], options: Option
             raise LoadError(f"{file.path}: {error}") from error
         raise
     return made
+
+
+def _refuse_twice(each: Wanted) -> None:
+    """Raise if a site is there twice: of two layers that are called differently only one would count."""
+    site = twice(each.sites)
+    if site is not None:
+        raise LoadError(f"two layers of the file change '{site}', by two of its names. Keep the one that is meant.")
+
+
+def _sizes(each: Wanted) -> dict[str, int]:
+    """How many numbers the file holds for each site; for "" in all."""
+    found = {"": sum(tensor.numel() for tensor in each.state.values())}
+    for key, tensor in each.state.items():
+        site = key.rpartition(":")[0]
+        found[site] = found.get(site, 0) + tensor.numel()
+    return found
 
 
 def _attach(model: Any, each: Wanted, name: str) -> Attachment:
@@ -85,15 +104,24 @@ def method_of(name: str, config: Mapping[str, Any]) -> Method:
     """The method of that name and config.
 
     Raises:
-        LoadError: there is none, or it has no such options.
+        LoadError: there is none, it has no such options, or an option is none that it can have.
     """
     try:
-        return methods.get(name).from_config(config)
+        method = methods.get(name)
+        refuse_options(method, config)
+        return method.from_config(config)
     except (VeneerError, TypeError, ValueError) as error:
         raise LoadError(
-            f"the method '{name}' with {dict(config)} cannot be built here: {error} Install the package or the version of "
+            f"the method '{name[:80]}' with {_short(config)} cannot be built here: {error} Install the package or the version of "
             "veneer that the file was made with."
         ) from error
+
+
+def _short(config: Mapping[str, Any]) -> str:
+    """Options as they may stand in an error."""
+    told = [f"{key}={value!r}" for key, value in config.items() if not (isinstance(value, int) and abs(value) > 10**30)]
+    text = ", ".join(one if len(one) <= 80 else f"{one[:80]}…" for one in told[:20])
+    return text or "no options"
 
 
 def _name(model: Any, saved: str, options: Options, several: bool) -> str:

@@ -18,6 +18,7 @@ from ..injection.ledger import peek
 from ..injection.towers import towers_of
 from ._attaching import Wanted, attach_all
 from ._format import Format, Layer, Options, listed, values
+from ._header import twice
 from ._moving import Move
 from ._reading import File
 from ._writing import destination, write
@@ -85,7 +86,7 @@ class Native(Format):
         header = _header(file)
         move = Move.of(file, header["base"], {t.component: t.module for t in towers_of(model)})
         notes = list(_compare(file, header["base"], move, options))
-        tensors = file.tensors(finite=options.strict)
+        tensors = file.tensors(finite=options.strict, whole=("",))  # statistics are counted in whole numbers
         several = len(header["attachments"]) > 1
         here = {site.name for tower in towers_of(model) for site in tower.sites}
         wanted, used = [], set[str]()
@@ -111,10 +112,12 @@ def _layer(file: File, entry: Mapping[str, Any], prefix: str, name: str) -> Laye
     """One site of an attachment; alpha is told where it does not depend on the site's role."""
     config, down = entry["config"], file.shapes.get(f"{prefix}{name}:down")
     rank = down[0] if down else config.get("rank")
-    own = (config.get("alphas") or {}).get(f"name:{name}", config.get("alpha"))
-    by_role = config.get("rslora") or any(not k.startswith("name:") for k in config.get("alphas") or ())
-    alpha = None if by_role or rank is None or "alpha" not in config else float(own or rank)
-    return Layer(f"{prefix}{name}", entry["method"], rank, alpha, values(file, f"{prefix}{name}:"))
+    alphas = config.get("alphas") if isinstance(config.get("alphas"), dict) else {}
+    own = alphas.get(f"name:{name}", config.get("alpha"))
+    by_role = config.get("rslora") or any(not k.startswith("name:") for k in alphas)
+    alpha = None if by_role or "alpha" not in config else own or rank
+    told = [value if type(value) in kinds else None for value, kinds in ((rank, (int,)), (alpha, (int, float)))]
+    return Layer(f"{prefix}{name}", entry["method"], told[0], told[1], values(file, f"{prefix}{name}:"))
 
 
 def _entry(attachment: Attachment, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
@@ -173,9 +176,26 @@ def _header(file: File) -> dict[str, Any]:
             f"{file.path}: written in version {version} of the format, by veneer {header.get('veneer')}; this veneer "
             f"{__version__} reads up to version {VERSION}. Update veneer."
         )
-    if version != VERSION or not _complete(header):
-        raise LoadError(f"{file.path}: its 'veneer' header is incomplete (version {version!r}). The file is damaged.")
+    if type(version) is not int or version != VERSION or not _complete(header):
+        raise LoadError(f"{file.path}: its 'veneer' header is incomplete (version {str(version)[:20]}). The file is damaged.")
+    _refuse_doubtful(file, header)
     return header
+
+
+def _refuse_doubtful(file: File, header: Mapping[str, Any]) -> None:
+    """Raise for two attachments of one name or a site named twice, whose tensors would count twice, and for sites of no base."""
+    again = twice(entry["name"] for entry in header["attachments"])
+    if again is not None:
+        raise LoadError(f"{file.path}: two attachments are called '{again[:80]}'. The file is damaged.")
+    for entry in header["attachments"]:
+        places = [*entry["sites"], *entry["trained"]]
+        again = twice(places)
+        if again is not None:
+            raise LoadError(f"{file.path}: '{again[:80]}' is named twice. The file is damaged.")
+        starts = tuple(f"{component}." if component else "" for component in header["base"])
+        away = next((place for place in places if not place.startswith(starts)), None)
+        if away is not None or not starts:
+            raise LoadError(f"{file.path}: the header names no base for the site '{str(away)[:80]}'. The file is damaged.")
 
 
 def _complete(header: Mapping[str, Any]) -> bool:
@@ -198,6 +218,8 @@ def _complete(header: Mapping[str, Any]) -> bool:
         and bool(entries)
         and all(isinstance(e, dict) and all(isinstance(e.get(k), kind) for k, kind in kinds.items()) for e in entries)
         and all(isinstance(n, str) for e in entries for k in ("where", "train", "sites", "trained") for n in e[k])
+        and all(isinstance(n, str) for e in entries for n in e["shared"].values())
+        and all(isinstance(n, str) for b in base.values() for n in b["without"])
     )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 _FOLLOW: ContextVar[bool] = ContextVar("values_follow", default=False)
+_HELD: ContextVar[Mapping[str, int] | None] = ContextVar("values_held", default=None)
 
 
 @contextlib.contextmanager
@@ -28,6 +29,37 @@ def filling() -> Iterator[None]:
 def values_follow() -> bool:
     """True inside `filling`: an adapter's `enter` may leave out what would only be overwritten."""
     return _FOLLOW.get()
+
+
+@contextlib.contextmanager
+def claiming(held: Mapping[str, int], whole: bool) -> Iterator[None]:
+    """Inside it, no adapter is built that is much larger than what a file holds for it.
+
+    Args:
+        held: numbers by site name, and in all under "". `whole`: all of an adapter should be there, else parts may lack.
+    """
+    room = 2**16 if whole else 2**20
+    token = _HELD.set({name: 4 * count + room for name, count in held.items()} | {"else": room})
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
+def refuse_claim(count: Callable[[], int], name: str) -> None:
+    """Raise inside `claiming` if `count()` numbers are more than a file can mean at the site `name`; "" for what sites share.
+
+    Raises:
+        ValueError: they are. Nothing has been allocated then.
+    """
+    held = _HELD.get()
+    if held is None:
+        return
+    with torch.device("meta"):
+        wanted = count()
+    most = held.get(name, held["else"])
+    if wanted > most:
+        raise ValueError(f"the options ask for {wanted:,} numbers, which the file does not hold. It is damaged.")
 
 
 def drawing() -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import SelectionError, UnsupportedSite
-from .filling import drawing
+from .filling import drawing, refuse_claim
 from .ledger import lookup
 from .method import Adapter, Method, means
 from .registry import hosts
@@ -95,15 +95,23 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
 def _share(method: Method, sites: Sequence[Site], tower: nn.Module) -> nn.Module | None:
     base = _tensor(sites[0], tower)
     with _draws(base):
+        refuse_claim(lambda: _size(method.build_shared(sites)), "")
         shared = method.build_shared(sites)
     return None if shared is None else shared.to(device=base.device, dtype=_dtype(base))
+
+
+def _size(shared: nn.Module | None) -> int:
+    """How many numbers a module holds."""
+    return sum(tensor.numel() for tensor in shared.state_dict().values()) if shared is not None else 0
 
 
 def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | None) -> Adapter:
     base = _tensor(site, tower)
     with _draws(base), drawing():
         try:
-            adapter = method.at(site).build(site)
+            own = method.at(site)
+            refuse_claim(lambda: own.count(site), site.name)
+            adapter = own.build(site)
         except ValueError as error:
             raise UnsupportedSite(f"{method.name}: {site.name}: {error}") from error
     adapter.to(device=base.device, dtype=_dtype(base))
