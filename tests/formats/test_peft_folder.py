@@ -237,8 +237,9 @@ def test_a_series_in_the_place_of_the_equation_is_refused_unless_it_is_as_good(t
         ({"init_lora_weights": "pissa_niter_4"}, "init 'pissa_niter_4'"),
         ({"peft_type": "XLORA"}, "peft's XLORA is not known here; known are LORA, LOHA"),
         ({"peft_type": None}, "names no peft_type"),
-        ({"lora_alpha": "much"}, r"gives no lora_alpha for 'blocks\.0\.attn\.qkv'"),
-        ({"alpha_pattern": {"(": 3}}, r"gives no lora_alpha"),
+        ({"lora_alpha": "much"}, r"gives 'blocks\.0\.attn\.qkv' the lora_alpha much"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern of peft's config is none"),
+        ({"alpha_pattern": {"(.*a)*b": 3}}, "no pattern of names that is read here"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )

@@ -154,6 +154,21 @@ class Codec(ABC):
         return {}
 
 
+def straight(factor: Tensor, inner: Sequence[int] = ()) -> bool:
+    """True if the rows of a factor are written as one side or as `inner`, such as (channels, *kernel); ones may follow.
+
+    Other sides of as many numbers would hold them in another order.
+    """
+    return len(rest := _stripped(factor.shape[1:])) <= 1 or rest == _stripped(inner)
+
+
+def _stripped(sides: Sequence[int]) -> list[int]:
+    found = list(sides)
+    while len(found) > 1 and found[-1] == 1:
+        found.pop()
+    return found
+
+
 def spans(place: Place) -> dict[str, Spans]:
     """(start, stop) of the rows of a place's tensor that each site has, in the site's order: one span, or two swapped halves."""
     found: dict[str, Spans] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._kohya_fused import Pair, alike, together
-from ._lycoris_codec import Codec, Group, Module, Piece, Shapes, spans, take
+from ._lycoris_codec import Codec, Group, Module, Piece, Shapes, spans, straight, take
 from ._pairs import alpha_of
 
 TERMS = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
@@ -37,6 +37,7 @@ class GLoRACodec(Codec):
 
     def read(self, module: Module) -> list[Piece]:
         module.expect(all(t in module.parts and module.parts[t].ndim > 1 for t in TERMS), f"all of {', '.join(TERMS)}")
+        module.expect(all(straight(module.parts[t], module.first.weight_shape[1:]) for t in TERMS), "terms of two sides")
         a_up, a_down, b_up, b_down = (module.parts[t].flatten(1) for t in TERMS)
         width, inner = module.first.weight_shape[1], math.prod(module.first.weight_shape[1:])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._kohya_fused import Pair, alike, together
-from ._lycoris_codec import Codec, Group, Module, Piece, Shapes, put, spans, take
+from ._lycoris_codec import Codec, Group, Module, Piece, Shapes, put, spans, straight, take
 from ._pairs import alpha_of
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -79,11 +79,14 @@ def _factors(module: Module) -> tuple[Factors, list[Tensor]]:
     """
     parts, site = module.parts, module.first
     module.expect(all(f in parts and parts[f].ndim > 1 for f in FACTORS), f"all of {', '.join(FACTORS)}")
+    module.expect(all(straight(parts[f], site.weight_shape[1:]) for f in FACTORS), "factors of two sides")
     up1, down1, up2, down2 = (parts[f].flatten(1) for f in FACTORS)
     cores = [parts[core] for core in CORES if core in parts]
     rank, width, size = len(down1), site.weight_shape[1], math.prod(site.kernel)
     if cores:
-        module.expect([c.numel() for c in cores] == [rank * rank * size] * 2, f"two cores of ({rank}, {rank}, kernel)")
+        right = [c.numel() for c in cores] == [rank * rank * size] * 2 and all(c.shape[:2] == (rank, rank) for c in cores)
+        right = right and all(c.shape[2:] in (site.kernel, (size,)) for c in cores)
+        module.expect(right, f"two cores of ({rank}, {rank}, kernel)")
         up1, up2 = up1.mT, up2.mT
         if size == 1:  # a core of one pixel is one more matrix
             down1, down2 = (c.double().view(rank, rank) @ d.double() for c, d in zip(cores, (down1, down2), strict=True))

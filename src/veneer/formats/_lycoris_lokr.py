@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..functional.kronecker import kron_factors
 from ..injection.sites import WeightSite
-from ._lycoris_codec import Codec, Group, Module, Piece, Shapes, Spans, aligned, put, spans, take
+from ._lycoris_codec import Codec, Group, Module, Piece, Shapes, Spans, aligned, put, spans, straight, take
 from ._pairs import alpha_of
 
 LEFT, RIGHT = ("lokr_w1", "lokr_w1_a", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a", "lokr_w2_b")
@@ -125,9 +125,10 @@ def _factors(module: Module) -> Factors:
     scaling = alpha_of(module.file, module.name, parts.get("alpha"), rank) / rank if rank else 1.0
     if CORE in parts:
         right, scaling = right * scaling, 1.0
-    uq = (left if left_down is None else left_down).shape[1]
+    width, uq = site.weight_shape[1], (left if left_down is None else left_down).shape[1]
     columns = (right if right_down is None else right_down).flatten(1).shape[1]
-    width = site.weight_shape[1]
+    one = right if right_down is None else right_down
+    module.expect(straight(one, (width // max(uq, 1), *site.kernel)) and straight(left), "factors of two sides, or a kernel's")
     sides = len(left) * len(right) == module.rows and uq * columns == math.prod(site.weight_shape[1:])
     module.expect(sides and width % uq == 0, "factors whose sides multiply to the weight's")
     shape = (width // uq, *site.kernel)
@@ -155,7 +156,7 @@ def _tucker(module: Module) -> tuple[Tensor, None, int]:
     core, rows, columns = (module.parts[p].double() for p in names)
     rank = len(columns)
     module.expect(core.ndim > 2 and core.shape[:2] == (len(rows), rank) and rank > 0, f"a core of rank {rank}")
-    return torch.einsum("pq...,po,qi->oi...", core, rows, columns).flatten(2), None, rank
+    return torch.einsum("pq...,po,qi->oi...", core, rows, columns), None, rank
 
 
 def _piece(site: WeightSite, found: Factors) -> Piece:

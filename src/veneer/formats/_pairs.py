@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ def grouped(tensors: Mapping[str, Tensor], ends: Mapping[str, str]) -> Read:
     unused: list[str] = []
     for key, tensor in tensors.items():
         end = _end(key, ends)
-        if end is None:
+        if end is None or ends[end] in layers.get(key[: -len(end) - 1], ()):  # or a second one of what is there already
             unused.append(key)
         else:
             layers.setdefault(key[: -len(end) - 1], {})[ends[end]] = tensor
@@ -165,6 +166,8 @@ def alpha_of(file: File, name: str, tensor: Tensor | None, rank: int) -> float:
         return float(rank)
     if tensor.numel() != 1:
         raise LoadError(f"{file.path}: '{name}.alpha' has shape {tuple(tensor.shape)}; it must be one number. It is damaged.")
+    if not math.isfinite(float(tensor)):
+        raise LoadError(f"{file.path}: '{name}.alpha' is {float(tensor)}. It is damaged: write the alpha that is meant.")
     if float(tensor) == 0:
         raise LoadError(
             f"{file.path}: '{name}.alpha' is 0, which sd-scripts take for the rank when they train and for no change when they "

@@ -80,8 +80,11 @@ def _grouped(file: File, places: Mapping[str, Any]) -> tuple[dict[str, dict[str,
         if match is None or path not in places:
             unused.append(key)
             continue
-        end = match["end"]
-        layers.setdefault(path, {})[f"{end}.weight" if end in ("lora_A", "lora_B") else end] = key
+        end = f"{match['end']}.weight" if match["end"] in ("lora_A", "lora_B") else match["end"]
+        parts = layers.setdefault(path, {})
+        if end in parts:  # a second one of what is there already
+            unused.append(key)
+        parts.setdefault(end, key)
     return layers, unused
 
 

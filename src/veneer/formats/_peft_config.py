@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -12,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ..injection import LoadError
-from ._reading import File
+from ._reading import File, from_json
 
 NAME = "adapter_config.json"
-LARGEST = 10_000_000  # bytes
+LARGEST = 2_000_000  # bytes
+MOST, MOST_REPEATING, LONGEST = 4_096, 16, 1_000  # patterns of a config, those that repeat something, characters of one
+REPEATED = re.compile(r"(?<!\\)[*+]")
+# names, classes of letters, either of them repeated, and groups that are not: what repeats a repetition can take for ever
+PATTERN = re.compile(r"(?:(?:\\[.dwsb\-]|\[[\w\-]+\]|[\w.^$|:/\- ])(?:[*+?]\??)?|\((?:\?:)?|\))*")
 # what else may stand in a config, and means that the tensors alone are not the whole change
 REFUSED = {
     "bias": "trained biases of the base", "lora_bias": "biases in its pairs", "layer_replication": "replicated layers",
@@ -24,24 +27,26 @@ REFUSED = {
     "use_bdlora": "block-diagonal pairs", "kasa_config": "a truncated base", "monteclora_config": "sampled pairs",
     "velora_config": "compressed activations", "megatron_config": "sharded layers",
 }  # fmt: skip
+LARGEST_NUMBER = 1e30
+DEFAULT_ALPHA = 8.0  # of peft, where a config says none
 CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal")  # initialisations that changed the base's weights
 
 
-def read_config(file: File) -> dict[str, Any] | None:
-    """The config beside a file, or None if there is none.
+def read_config(file: File) -> dict[str, Any]:
+    """The config beside a file.
 
     Raises:
-        LoadError: it is no JSON object of a known kind.
+        LoadError: there is none, or it is no JSON object of a known kind.
     """
     path = file.path.with_name(NAME)
     if not path.is_file():
-        return None
+        raise LoadError(f"{file.path}: there is no {NAME} beside it, which has its alpha. Copy the whole folder.")
     try:
-        if path.stat().st_size > LARGEST:
-            raise LoadError(f"{path}: {path.stat().st_size:,} bytes, which no config has. It is damaged.")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        with open(path, "rb") as opened:
+            text = opened.read(LARGEST + 1).decode()
+    except (OSError, ValueError) as error:
         raise LoadError(f"{path}: it is not JSON ({error}). It is damaged.") from error
+    config = from_json(text, f"{path}: it", LARGEST)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise LoadError(f"{path}: it names no peft_type. It is no config of peft.")
     return config
@@ -72,18 +77,41 @@ def of(file: File, config: Mapping[str, Any], module: str, key: str, patterns: s
     """A number of a module, such as its rank: of the first pattern that matches its path or the end of it, else the plain one.
 
     Raises:
-        LoadError: it is no number.
+        LoadError: it is no finite number, or the patterns are none.
     """
+    told = config.get(patterns) or {}
+    repeating = sum("*" in p or "+" in p for p in told) if isinstance(told, Mapping) else 0
+    if not isinstance(told, Mapping) or len(told) > MOST or repeating > MOST_REPEATING:
+        raise LoadError(
+            f"{file.path}: {patterns} of peft's config is not up to {MOST:,} patterns, {MOST_REPEATING} of them with * or +, and "
+            "their numbers. It is damaged."
+        )
     try:
-        found = by_pattern(config.get(patterns) or {}, module, config.get(key, default))
-        return float(default if found is None else found)
-    except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise LoadError(f"{file.path}: peft's config gives no {key} for '{module}' ({error}). It is damaged.") from error
+        found = by_pattern(told, module, config.get(key, default))
+    except (ValueError, re.error) as error:
+        raise LoadError(f"{file.path}: {patterns} of peft's config is none ({error}). It is damaged.") from error
+    found = default if found is None else found
+    if type(found) not in (int, float) or not abs(found) < LARGEST_NUMBER:
+        shown = "of a huge number" if type(found) is int else str(found)[:80]
+        raise LoadError(f"{file.path}: peft's config gives '{module}' the {key} {shown}; expected a number. It is damaged.")
+    return float(found)
+
+
+def switched(file: File, config: Mapping[str, Any], key: str) -> bool:
+    """Whether an entry of the config is on; what is not there is off.
+
+    Raises:
+        LoadError: it is neither true nor false.
+    """
+    value = config.get(key)
+    if not (value is None or isinstance(value, bool)):
+        raise LoadError(f"{file.path}: peft's config has {key}={str(value)[:80]}; expected true or false. It is damaged.")
+    return bool(value)
 
 
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """peft's rule: the first pattern that matches the module's path or its end."""
-    return next((v for p, v in patterns.items() if _may(p, module) and _compiled(p).match(module)), default)
+    return next((v for p, v in patterns.items() if _may(p, module) and compiled(p).match(module)), default)
 
 
 def _may(pattern: str, module: str) -> bool:
@@ -92,14 +120,26 @@ def _may(pattern: str, module: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern for the end of a path."""
+    return re.compile(rf"(.*\.)?({safe(pattern)})$")
+
+
+def safe(pattern: str) -> str:
+    """A regular expression that is quick on every name.
+
+    Raises:
+        ValueError: it is long, or repeats what repeats, so that a hostile one could match for hours.
+    """
+    if len(pattern) > LONGEST or len(REPEATED.findall(pattern)) > 2 or not PATTERN.fullmatch(pattern):
+        raise ValueError(f"'{pattern[:80]}' is no pattern of names that is read here")
+    return pattern
 
 
 def scaled_alpha(file: File, config: Mapping[str, Any], module: str, rank: int, key: str = "lora_alpha") -> float:
     """Alpha as every reader divides it by the rank; rsLoRA's is divided by the root."""
-    alpha = of(file, config, module, key, "alpha_pattern", float(rank))
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    alpha = of(file, config, module, key, "alpha_pattern", DEFAULT_ALPHA if config else float(rank))
+    return alpha * math.sqrt(rank) if switched(file, config, "use_rslora") else alpha
 
 
 def patterns(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:

@@ -17,7 +17,7 @@ from ._lycoris_lokr import LoKrCodec
 from ._lycoris_lora import DoRACodec, LoRACodec
 from ._pairs import DOWN, UP
 from ._peft_codec import Layer, Part, PeftCodec, Settings
-from ._peft_config import of, patterns, scaled_alpha
+from ._peft_config import DEFAULT_ALPHA, of, patterns, scaled_alpha
 
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 EMBEDDED = ("lora_embedding_A", "lora_embedding_B")
@@ -74,7 +74,8 @@ class DoRAPeft(LoRAPeft):
             raise layer.refuse(
                 "has no magnitudes, and the file is DoRA" if m is None else "is an embedding, which dora is not for"
             )
-        layer.expect(m.numel() == layer.site.d_out, f"{MAGNITUDE} ({layer.site.d_out})")
+        one = (MAGNITUDE in layer.parts) != (f"{MAGNITUDE}.weight" in layer.parts)
+        layer.expect(one and m.numel() == layer.site.d_out, f"one {MAGNITUDE} ({layer.site.d_out})")
         return self.codec.read(
             layer.as_module({**_pair(layer), "dora_scale": m.reshape(-1, *(1,) * len(layer.site.weight_shape[1:]))})
         )
@@ -102,8 +103,10 @@ class LoHaPeft(PeftCodec):
         return self.codec.rank(shapes)
 
     def read(self, layer: Layer) -> list[Piece]:
-        rank = len(layer.parts.get("hada_w1_b", ())) or 1
-        alpha = of(layer.file, layer.config, layer.path, "alpha", "alpha_pattern", rank)
+        down = layer.parts.get("hada_w1_b")
+        layer.expect(down is not None and down.ndim > 1 and len(down) > 0, "all of its factors")
+        assert down is not None
+        rank, alpha = len(down), of(layer.file, layer.config, layer.path, "alpha", "alpha_pattern", DEFAULT_ALPHA)
         parts = dict(layer.parts)
         if alpha == 0 and "hada_w1_a" in parts:
             parts["hada_w1_a"], alpha = torch.zeros_like(parts["hada_w1_a"]), float(rank)
@@ -143,7 +146,8 @@ class LoKrPeft(PeftCodec):
 
     def read(self, layer: Layer) -> list[Piece]:
         rank = of(layer.file, layer.config, layer.path, "r", "rank_pattern", 8)
-        scale = of(layer.file, layer.config, layer.path, "alpha", "alpha_pattern", 8) / rank
+        layer.expect(rank >= 1, f"a rank r of 1 or more in the config, not {rank:g}")
+        scale = of(layer.file, layer.config, layer.path, "alpha", "alpha_pattern", DEFAULT_ALPHA) / rank
         parts = {end: t * scale if end in ("lokr_w1", "lokr_w1_a") and scale != 1 else t for end, t in layer.parts.items()}
         return self.codec.read(layer.as_module(parts))
 

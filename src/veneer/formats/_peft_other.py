@@ -12,6 +12,7 @@ from ..injection import Attachment
 from ..injection.sites import WeightSite
 from ._lycoris_codec import Piece
 from ._peft_codec import Layer, Part, PeftCodec, Settings, same
+from ._peft_config import MOST, safe
 
 
 class IA3Peft(PeftCodec):
@@ -28,7 +29,10 @@ class IA3Peft(PeftCodec):
         given, site = layer.parts["ia3_l"], layer.site
         if site.groups != 1:
             raise layer.refuse(f"is a convolution in {site.groups} groups, which peft has no (IA)³ for")
-        inputs = _feeds(layer.config.get("feedforward_modules"), layer.path)
+        try:
+            inputs = _feeds(layer.config.get("feedforward_modules"), layer.path)
+        except ValueError as error:
+            raise layer.refuse(f"is of a config whose feedforward_modules are no names ({error})") from error
         layer.expect(given.numel() == (site.d_in if inputs else site.d_out), f"{site.d_in if inputs else site.d_out} numbers")
         if not inputs and layer.biases:
             raise layer.refuse("has a bias, which peft's (IA)³ rescales with the output, and veneer's does not")
@@ -74,7 +78,9 @@ class VeRAPeft(PeftCodec):
                 "depends on the machine. Save it with save_projection=True"
             )
         A, B = (layer.shared[key] for key in self.shared)
-        rank, site = len(A), layer.site
+        site = layer.site
+        layer.expect(A.ndim == B.ndim == 2, "vera_A and vera_B of two sides")
+        rank = len(A)
         right = b is not None and d is not None and b.shape == (site.d_out,) and d.shape == (rank,) and B.shape[1:] == (rank,)
         layer.expect(right and A.shape[1] >= site.d_in and len(B) >= site.d_out and not site.kernel, "b, d, A and B of one rank")
         assert b is not None and d is not None  # noqa: PT018
@@ -189,8 +195,11 @@ def _terms(layer: Layer, letters: str) -> dict[str, Tensor]:
 def _feeds(modules: Any, path: str) -> bool:
     """peft's rule: a regular expression for the whole path, or ends of it."""
     if isinstance(modules, str):
-        return re.fullmatch(modules, path) is not None
-    return isinstance(modules, list) and any(path.endswith(str(end)) for end in modules)
+        return re.fullmatch(safe(modules), path) is not None
+    ends = [] if modules is None else modules
+    if not isinstance(ends, list) or len(ends) > MOST or not all(isinstance(end, str) and end for end in ends):
+        raise ValueError("neither a pattern nor a list of names")
+    return any(path.endswith(end) for end in ends)
 
 
 def _scales_input(part: Part) -> bool:

@@ -13,7 +13,9 @@ from ..functional.cayley import cayley_change, skew, within
 from ..injection import Attachment
 from ._lycoris_codec import Piece
 from ._peft_codec import Layer, Part, PeftCodec, Settings, same
+from ._peft_config import of, switched
 
+SWITCHES, MOST_TERMS = ("block_share", "coft", "use_cayley_neumann"), 1_000
 SERIES = 1e-5  # of R − I: what a series may differ from the equation, to pass for it
 
 
@@ -29,19 +31,22 @@ class OFTPeft(PeftCodec):
     ends: ClassVar[tuple[str, ...]] = ("oft_R.weight", "oft_R")
 
     def read(self, layer: Layer) -> list[Piece]:
+        layer.expect(len(layer.parts) == 1, "one oft_R")
         given = next(iter(layer.parts.values()))
         width = layer.site.d_in
         _plain(layer, "OFT")
         size = round((1 + math.sqrt(1 + 8 * given.shape[1])) / 2) if given.ndim == 2 else 0
-        share = bool(layer.config.get("block_share"))
+        share, shortened, series = (switched(layer.file, layer.config, key) for key in SWITCHES)
         count = 1 if share else width // max(size, 1)
         right = size > 1 and given.shape == (count, size * (size - 1) // 2) and width % size == 0
         layer.expect(right, f"oft_R (n, b(b−1)/2) with n·b = {width}")
-        series = bool(layer.config.get("use_cayley_neumann", False))
-        coft = float(layer.config.get("eps", 6e-5)) if layer.config.get("coft") else None
+        coft = of(layer.file, layer.config, layer.path, "eps", "eps_pattern", 6e-5) if shortened else None
+        layer.expect(coft is None or coft > 0, "an eps above 0 in the config")
         if series:
             short = given if coft is None else _entries(within(skew(given, size), coft / math.sqrt(count)))
-            _compare(layer, short, size, int(layer.config.get("num_cayley_neumann_terms", 5)))
+            terms = of(layer.file, layer.config, layer.path, "num_cayley_neumann_terms", "terms_pattern", 5)
+            layer.expect(terms in range(1, MOST_TERMS), f"from 1 to {MOST_TERMS} num_cayley_neumann_terms in the config")
+            _compare(layer, short, size, int(terms))
         options = {"block_size": size, "share": share, "coft": None if coft is None else coft / size**2, "rescale": False}
         return [Piece(layer.site, options, {"skew": given if series else -given})]
 

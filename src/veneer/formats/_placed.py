@@ -42,9 +42,7 @@ def pairs(attachments: Sequence[Attachment], target: Path, places: Places, files
 def by_place(attachment: Attachment, target: Path, places: Places) -> list[tuple[Place, dict[str, Any]]]:
     """Each place that an attachment touches, with its adapters by site name."""
     beside = dict.fromkeys(site.component for site in attachment.offered)  # how many text encoders, though not all are adapted
-    towers = [
-        dataclasses.replace(t, component=c, components=beside) for c, m in attachment.towers.items() for t in towers_of(m)
-    ]
+    towers = [dataclasses.replace(t, component=c, components=beside) for c, m in attachment.towers.items() for t in towers_of(m)]
     known = {site.name: place for tower in towers for place in places(tower) for site in place.sites}
     found: dict[tuple[str, ...], tuple[Place, dict[str, Any]]] = {}
     for name, (site, adapter) in attachment.parts.items():

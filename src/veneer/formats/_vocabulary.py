@@ -46,6 +46,9 @@ def _offer(places: Sequence[VocabularySite]) -> str:
 
 
 def by_encoder(file: File, tensors: Mapping[str, Tensor], places: Sequence[VocabularySite]) -> Rows:
+    wrong = next((key for key, t in tensors.items() if t.ndim != 2), None)
+    if wrong is not None:
+        raise LoadError(f"{file.path}: '{wrong}' is {tuple(tensors[wrong].shape)}; expected vectors (n, width). It is damaged.")
     if ANY in tensors:
         if len(tensors) > 1:
             raise LoadError(f"{file.path}: '{ANY}' beside {', '.join(k for k in tensors if k != ANY)}; one of them is too many.")

@@ -22,7 +22,7 @@ from ._reading import File
 from ._writing import destination
 
 COMPONENTS: tuple[str, ...] = ("unet", "text_encoder")
-KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
+KEY = re.compile(r"(unet|text_encoder):([0-9]{1,6}):(up|down)")
 TOKEN = "<embed>"  # what the header says of a token
 PATH = re.compile(
     r"(?P<stage>down_blocks|up_blocks|mid_block)(?:\.(?P<level>\d+))?\.(?P<list>attentions|resnets)\.(?P<i>\d+)\."
@@ -127,7 +127,7 @@ def _listed(file: File) -> set[str]:
     """
     classes = file.json("unet") if "unet" in file.metadata else list(LAYERS)[:3]
     if not isinstance(classes, list) or not set(map(str, classes)) <= LAYERS.keys():
-        raise LoadError(f"{file.path}: its layers are inside {classes!r}; known are {', '.join(LAYERS)}.")
+        raise LoadError(f"{file.path}: its layers are inside {str(classes)[:80]}; known are {', '.join(LAYERS)}.")
     return {leaf for name in classes for leaf in LAYERS[name]}
 
 

@@ -58,7 +58,12 @@ class Embeddings(Format):
         if isinstance(order, list) and all(isinstance(t, str) for t in order) and sorted(order) == sorted(tensors):
             tensors = {token: tensors[token] for token in order}  # the library sorts them by name
         places = [s for tower in towers_of(model) for s in tower.sites if isinstance(s, VocabularySite)]
-        apart = set(tensors) <= {*ENCODERS, ANY}
+        named = tensors.keys() & {*ENCODERS, ANY}
+        apart = len(named) == len(tensors)
+        if named and not apart:
+            others = ", ".join(key[:80] for key in tensors if key not in named)
+            both = f"vectors of encoders, {', '.join(sorted(named))}, beside those of tokens, {others}"
+            raise LoadError(f"{file.path}: {both}. Split it.")
         tokens, note = _tokens(file, list(tensors), apart, options)
         rows = by_encoder(file, tensors, places) if apart else _by_token(file, tensors, places)
         for site, vectors in rows:

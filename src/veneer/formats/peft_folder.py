@@ -52,10 +52,11 @@ class PeftFolder(Format):
     folder: ClassVar[bool] = True
 
     def reads(self, file: File) -> bool:
-        return any(key.startswith("base_model.") for key in file.shapes) and file.path.with_name(NAME).is_file()
+        named = file.path.name == self.file or file.path.with_name(NAME).is_file()
+        return named and any(key.startswith("base_model.") for key in file.shapes)
 
     def layers(self, file: File) -> list[Told]:
-        config = read_config(file) or {}
+        config = read_config(file)
         codec = codec_of(file, config)
         found = []
         for path, parts in _grouped(file, codec)[0].items():
@@ -68,7 +69,6 @@ class PeftFolder(Format):
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         config = read_config(file)
-        assert config is not None
         refuse(file.path.with_name(NAME), config)
         return attach_all(model, file, [_wanted(model, file, config, options)], options)
 
