@@ -23,9 +23,10 @@ class _Turned(torch.autograd.Function):
         x, change = ctx.saved_tensors
         (g,) = grads
         to_x, to_change = ctx.needs_input_grad
-        if to_x:
-            turned = _plainly_turned(g, change.mT) if torch.is_grad_enabled() else _turned(g, change.mT)
-        return turned if to_x else None, torch.bmm(_parts(x, change).mT, _parts(g, change)) if to_change else None
+        blocks = torch.bmm(_parts(x, change).mT, _parts(g, change)) if to_change else None  # first: it takes memory that it frees
+        if not to_x:
+            return None, blocks
+        return _plainly_turned(g, change.mT) if torch.is_grad_enabled() else _turned(g, change.mT), blocks
 
 
 def _parts(x: Tensor, change: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import functional as F
 
 from .added import plain
 
@@ -27,6 +29,55 @@ class _Mixed(torch.autograd.Function):
         to_x, to_left = ctx.needs_input_grad
         mixed = torch.bmm(left.mT.expand(len(x), -1, -1), g) if to_x else None
         return mixed, torch.bmm(g, x.mT).sum(0) if to_left else None
+
+
+class _Added(torch.autograd.Function):
+    """y + C X_n Dᵀ, row block after row block. What C gives is computed again for the gradients, at C's small cost."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, left: Tensor, right: Tensor, over: bool) -> Tensor:
+        ctx.save_for_backward(x, left, right)
+        if over and not y.is_inference():
+            increment_version(y)
+        target = y.data if over else y.clone()
+        return target.addmm_(_mixed(x, left), right.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, left, right = ctx.saved_tensors
+        (g,) = grads
+        _, to_x, to_left, to_right, _ = ctx.needs_input_grad
+        by_right = (_mixed(x, left).mT @ g).mT if to_right else None
+        if not (to_x or to_left):
+            return g, None, None, by_right, None
+        inner = (g @ right).view(-1, len(left), x.shape[-1])
+        by_left = torch.bmm(inner, _blocks(x, left).mT).sum(0) if to_left else None
+        return g, _mixed(inner, left.mT) if to_x else None, by_left, by_right, None
+
+
+def _blocks(x: Tensor, left: Tensor) -> Tensor:
+    """X_n, (n, q, s)."""
+    return x.reshape(-1, left.shape[1], x.shape[-1])
+
+
+def _mixed(x: Tensor, left: Tensor) -> Tensor:
+    """C X_n, as rows (n·p, s)."""
+    blocks = _blocks(x, left)
+    return torch.bmm(left.expand(len(blocks), -1, -1), blocks).view(-1, x.shape[-1])
+
+
+def add_kron(y: Tensor, x: Tensor, left: Tensor, right: Tensor, over: bool = False) -> Tensor:
+    """y + (C ⊗ D) x, both cut into rows: C X Dᵀ for each q rows X of x is added to p rows of y.
+
+    Args:
+        y: (n·p, r). x: (n·q, s). left: C, (p, q). right: D, (r, s).
+        over: write over y, as in `add_product`.
+    """
+    if plain(y, x, left, right):
+        mixed = mix(_blocks(x, left), left)
+        return y + F.linear(mixed.reshape(-1, x.shape[-1]), right)
+    total: Tensor = _Added.apply(y, x, left, right, over)
+    return total
 
 
 def mix(x: Tensor, left: Tensor) -> Tensor:

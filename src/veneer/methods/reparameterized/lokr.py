@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.functional.added import add_product, project
 from veneer.functional.convolve import convolve
-from veneer.functional.kronecker import kron_apply, kron_factors, kron_weight, mix
+from veneer.functional.kronecker import add_kron, kron_apply, kron_factors, kron_weight, mix
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._swapping import lokr_state
@@ -76,14 +77,21 @@ class LoKrAdapter(Adapter):
         if site.groups > 1:
             return y + convolve(x, self.delta() * scale, site.stride, site.padding, site.dilation, site.groups)
         left = self._left() * scale
-        if split.up > split.uq:
-            return y + kron_apply(x, left, self._right, len(site.kernel))
-        # C first: it does not make x larger, and what D gives lies as y does, row block after row block
-        sizes = x.shape[2:] if site.kernel else ()
-        rows = x.reshape(-1, split.uq, split.vq * math.prod(sizes))
-        mixed = mix(rows, left).reshape(-1, split.vq, *sizes)
+        if self.right is not None and split.up > split.uq:
+            return y + kron_apply(x, left, partial(self._right, self.right), len(site.kernel))
+        rows = x.reshape(-1, split.vq, *(x.shape[2:] if site.kernel else ()))
         blocks = y.reshape(-1, split.vp, *(y.shape[2:] if site.kernel else ()))
-        return self._right_added(mixed, blocks, over).reshape(y.shape)
+        if self.right is None:  # A, C, B: nothing but what A leaves is mixed, and B's products lie as y does
+            added = add_product(blocks, self._mixed(self._right_low(rows), left), self._right_up, over)
+        elif site.kernel:  # C first: it does not make x larger
+            added = blocks + self._right(self.right, self._mixed(rows, left))
+        else:
+            added = add_kron(blocks, rows, left, self.right, over)
+        return added.reshape(y.shape)
+
+    def _mixed(self, x: Tensor, left: Tensor) -> Tensor:
+        """C on the blocks of x (n·uq, …): (n·up, …)."""
+        return mix(x.reshape(-1, self.split.uq, math.prod(x.shape[1:])), left).reshape(-1, *x.shape[1:])
 
     def weight(self, weight: Tensor) -> Tensor:
         """W + s·(C ⊗ D)."""
@@ -103,19 +111,9 @@ class LoKrAdapter(Adapter):
     def _left(self) -> Tensor:
         return self.left_up @ self.left_down if self.left is None else self.left
 
-    def _right_added(self, x: Tensor, y: Tensor, over: bool) -> Tensor:
-        """y + D x; x (n, vq, *size), y (n, vp, *size)."""
-        if self.right is not None and self.site.kernel:
-            return y + self._right(x)
-        if self.right is not None:
-            return add_product(y, x, self.right, over)
-        return add_product(y, self._right_low(x), self._right_up, over)
-
-    def _right(self, x: Tensor) -> Tensor:
-        """D x."""
-        if self.right is None:
-            return convolve(self._right_low(x), self._right_up)
-        return convolve(x, self.right, self.site.stride, self.site.padding, self.site.dilation)
+    def _right(self, right: Tensor, x: Tensor) -> Tensor:
+        """D x, of a full D."""
+        return convolve(x, right, self.site.stride, self.site.padding, self.site.dilation)
 
     def _right_low(self, x: Tensor) -> Tensor:
         if self.site.kernel:
