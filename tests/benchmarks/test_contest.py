@@ -42,7 +42,7 @@ def test_ratios_are_paired_within_rounds() -> None:
     clock = Clock()
     fast, slow = Contender("fast", clock.takes(1, 10, 4)), Contender("slow", clock.takes(2, 40, 6))
     outcome = interleave(Contest("row", "what", (fast, slow), (("slow", "fast"),)), rounds=3, warmup=0, clock=clock)
-    assert outcome.seconds() == {"fast": 4, "slow": 6}
+    assert outcome.values() == {"fast": 4, "slow": 6}
     assert outcome.ratios() == [Ratio("slow", "fast", median=2, least=1.5, most=4)]
 
 

@@ -46,7 +46,7 @@ def test_contenders_ran_by_turns(result: BenchResult) -> None:
     for outcome in result.outcomes:
         rounds = [[s.contender for s in outcome.samples if s.round == turn] for turn in range(ROUNDS)]
         assert [s.round for s in outcome.samples] == sorted(s.round for s in outcome.samples)
-        assert all(sorted(names) == sorted(outcome.seconds()) for names in rounds)
+        assert all(sorted(names) == sorted(outcome.values()) for names in rounds)
         assert rounds[1] == rounds[0][1:] + rounds[0][:1]
 
 
@@ -58,7 +58,7 @@ def test_the_file_holds_the_timings_and_the_ratios_that_follow(result: BenchResu
     assert written["config"]["size"] == "tiny"
     for row in written["rows"]:
         for ratio in row["ratios"]:
-            of, to = ([s["seconds"] for s in row["samples"] if s["contender"] == ratio[side]] for side in ("of", "to"))
+            of, to = ([s["value"] for s in row["samples"] if s["contender"] == ratio[side]] for side in ("of", "to"))
             assert ratio["least"] == min(a / b for a, b in zip(of, to, strict=True))
             assert ratio["most"] == max(a / b for a, b in zip(of, to, strict=True))
     assert out.with_suffix(".md").read_text() == str(result)
@@ -79,7 +79,7 @@ def test_veneer_and_peft_compute_the_same_step() -> None:
     with torch.no_grad():
         for index, (a, b) in enumerate(pairs):
             a.copy_(b.copy_(torch.randn(a.shape, generator=torch.Generator().manual_seed(index)) * 0.5))
-    inputs, target = denoiser._inputs(TINY, torch.float32, seed=0)
+    inputs, target = denoiser.inputs(TINY, torch.float32, seed=0)
     losses = [F.mse_loss(model(*inputs).sample, target) for model in (ours, theirs)]
     for loss in losses:
         loss.backward()
@@ -97,7 +97,7 @@ def _in_peft(name: str) -> str:
 
 def test_the_floor_trains_one_number_and_reaches_the_input() -> None:
     floor = denoiser.Floor(small_unet())
-    inputs, target = denoiser._inputs(TINY, torch.float32, seed=0)
+    inputs, target = denoiser.inputs(TINY, torch.float32, seed=0)
     F.mse_loss(floor(*inputs).sample, target).backward()
     assert peers.trained(floor) == 1
     assert floor.offset.grad is not None
@@ -109,7 +109,7 @@ def test_contenders_share_the_base_and_nothing_else() -> None:
     ours = peers.with_veneer(sharing(base), 4)
     assert ours.conv_in.weight is base.conv_in.weight
     assert peers.trained(base) == 0
-    inputs, _ = denoiser._inputs(TINY, torch.float32, seed=0)
+    inputs, _ = denoiser.inputs(TINY, torch.float32, seed=0)
     with torch.no_grad():
         before = base(*inputs).sample
         for p in ours.parameters():

@@ -1,7 +1,7 @@
 """Timing by turns: every round runs each contender once, so that whatever slows the machine slows all of them.
 
 Absolute seconds on a shared machine say little; the ratio of two that ran within the same round says much. The order turns
-by one place a round, so that nobody always runs first.
+by one place a round, so that nobody always runs first. Memory is the same for every run, and is weighed once.
 """
 
 from __future__ import annotations
@@ -11,19 +11,25 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from .memory import peak
+
+Unit = Literal["s", "MB"]
 
 
 class Sample(NamedTuple):
-    """One timing, in the order of running: who, in which round, seconds a call."""
+    """One measurement, in the order of running: who, in which round, seconds a call or megabytes."""
 
     contender: str
     round: int
-    seconds: float
+    value: float
 
 
 class Ratio(NamedTuple):
-    """`of / to` within each round: the middle and both ends. Below 1, `of` is the faster."""
+    """`of / to` within each round: the middle and both ends. Below 1, `of` takes less."""
 
     of: str
     to: str
@@ -56,6 +62,7 @@ class Contest:
         contenders: in the order of the first round.
         pairs: (of, to), the ratios to report.
         calls: calls of `run` in one timing; more than 1 for what takes milliseconds.
+        unit: `s` for time, `MB` for the peak of memory above what is there before a call.
     """
 
     name: str
@@ -63,19 +70,21 @@ class Contest:
     contenders: tuple[Contender, ...]
     pairs: tuple[tuple[str, str], ...]
     calls: int = 1
+    unit: Unit = "s"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The timings of a contest, and the ratios that follow from them."""
+    """What was measured in a contest, and the ratios that follow."""
 
     name: str
     what: str
     samples: tuple[Sample, ...]
     pairs: tuple[tuple[str, str], ...]
+    unit: Unit = "s"
 
-    def seconds(self) -> dict[str, float]:
-        """Contender to its median seconds a call."""
+    def values(self) -> dict[str, float]:
+        """Contender to its median."""
         return {name: statistics.median(self._of(name).values()) for name in dict.fromkeys(s.contender for s in self.samples)}
 
     def ratios(self) -> list[Ratio]:
@@ -83,21 +92,22 @@ class Outcome:
         return [self._ratio(of, to) for of, to in self.pairs]
 
     def as_json(self) -> dict[str, Any]:
-        """Medians, ratios and every timing."""
+        """Medians, ratios and every measurement."""
         samples, ratios = [s._asdict() for s in self.samples], [r._asdict() for r in self.ratios()]
-        return {"name": self.name, "what": self.what, "seconds": self.seconds(), "ratios": ratios, "samples": samples}
+        told = {"name": self.name, "what": self.what, "unit": self.unit, "values": self.values()}
+        return {**told, "ratios": ratios, "samples": samples}
 
     def _of(self, name: str) -> dict[int, float]:
-        return {s.round: s.seconds for s in self.samples if s.contender == name}
+        return {s.round: s.value for s in self.samples if s.contender == name}
 
     def _ratio(self, of: str, to: str) -> Ratio:
         below = self._of(to)
-        paired = [seconds / below[turn] for turn, seconds in self._of(of).items()]
+        paired = [value / below[turn] for turn, value in self._of(of).items()]
         return Ratio(of, to, statistics.median(paired), min(paired), max(paired))
 
 
 def interleave(contest: Contest, rounds: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter) -> Outcome:
-    """Run a contest.
+    """Run a contest; of memory, one round.
 
     Args:
         rounds: timings of each contender, at least 1. `warmup`: rounds before them that do not count.
@@ -107,6 +117,9 @@ def interleave(contest: Contest, rounds: int, warmup: int = 1, clock: Callable[[
     """
     if rounds < 1:
         raise ValueError(f"bench: rounds is {rounds}; expected at least 1")
+    if contest.unit == "MB":
+        weighed = tuple(Sample(each.name, 0, _weigh(each)) for each in contest.contenders)
+        return Outcome(contest.name, contest.what, weighed, contest.pairs, contest.unit)
     samples = []
     gc.collect()
     gc.freeze()  # what is there already, millions of objects of the imported libraries, is not walked before each timing
@@ -122,15 +135,30 @@ def interleave(contest: Contest, rounds: int, warmup: int = 1, clock: Callable[[
     return Outcome(contest.name, contest.what, tuple(samples), contest.pairs)
 
 
+def _weigh(contender: Contender) -> float:
+    """Megabytes of a second call: the first may make what stays."""
+    contender.run(contender.prepare())
+    prepared = contender.prepare()
+    return peak(lambda: contender.run(prepared)) / 1e6
+
+
 def _time(contender: Contender, calls: int, clock: Callable[[], float]) -> float:
     """Seconds a call, with Python's garbage collector waiting."""
     prepared = contender.prepare()
     gc.collect()
     gc.disable()
     try:
+        _wait()
         began = clock()
         for _ in range(calls):
             contender.run(prepared)
+        _wait()
         return (clock() - began) / calls
     finally:
         gc.enable()
+
+
+def _wait() -> None:
+    """Until a CUDA device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

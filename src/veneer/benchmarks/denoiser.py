@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from . import peers
 from .contest import Contender, Contest
-from .shapes import Shape, sharing, unet
+from .shapes import Shape, place, sharing, unet
 
 
 class Floor(nn.Module):
-    """A frozen denoiser whose only trained parameter is a number added to its input."""
+    """A frozen model whose only trained parameter is a number added to its input."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -48,9 +48,9 @@ def contests(shape: Shape, rank: int, dtype: torch.dtype, seed: int) -> list[Con
         models["peft"] = peers.with_peft(sharing(base), rank)
         peers.check_equal(models["veneer"], models["peft"])
         pairs += [("peft", "floor"), ("veneer", "peft")]
-    inputs = _inputs(shape, dtype, seed)
-    steps = tuple(Contender(name, _step(model, *inputs)) for name, model in models.items())
-    passes = tuple(Contender(name, _forward(model, *inputs[0])) for name, model in models.items())
+    given = inputs(shape, dtype, seed)
+    steps = tuple(Contender(name, step(model, *given)) for name, model in models.items())
+    passes = tuple(Contender(name, _forward(model, *given[0])) for name, model in models.items())
     size = f"{shape.latent}×{shape.latent} latents, batch 1, rank {rank}, {str(dtype).removeprefix('torch.')}"
     what = "forward, loss, backward, AdamW on a UNet of widths"
     widths = ", ".join(map(str, getattr(base.config, "block_out_channels")))  # noqa: B009 (a config of any attributes)
@@ -60,26 +60,28 @@ def contests(shape: Shape, rank: int, dtype: torch.dtype, seed: int) -> list[Con
     ]
 
 
-def _inputs(shape: Shape, dtype: torch.dtype, seed: int) -> tuple[tuple[Tensor, ...], Tensor]:
+def inputs(shape: Shape, dtype: torch.dtype, seed: int) -> tuple[tuple[Tensor, ...], Tensor]:
     """((noisy latents, timestep, text), target)."""
     draws = torch.Generator().manual_seed(seed)
     latents, target = torch.randn(2, 1, 4, shape.latent, shape.latent, generator=draws)
     text = torch.randn(1, shape.tokens, shape.unet["cross_attention_dim"], generator=draws)
-    return (latents.to(dtype), torch.tensor([500]), text.to(dtype)), target
+    noisy, when, words = latents.to(place(), dtype), torch.tensor([500], device=place()), text.to(place(), dtype)
+    return (noisy, when, words), target.to(place())
 
 
-def _step(model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> Callable[[Any], float]:
-    """One optimiser step; returns the loss."""
+def step(model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> Callable[[Any], float]:
+    """A call that does one optimiser step, and gives the loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
-    def step(_: Any) -> float:
-        loss = F.mse_loss(model(*inputs).sample.float(), target)
+    def run(_: Any) -> float:
+        output = model(*inputs)
+        loss = F.mse_loss(getattr(output, "sample", output).float(), target)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
 
-    return step
+    return run
 
 
 def _forward(model: nn.Module, *inputs: Tensor) -> Callable[[Any], object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -45,6 +46,7 @@ class Shape:
             FLUX.1).
         latent: side of the UNet's input. `tokens`: of the prompt.
         calls: steps in one timing.
+        vit: name in timm of the image model. `images`: of its batch. `block`: side of OFT's blocks.
         photos, steps, resolution: of the few-photo job.
     """
 
@@ -52,6 +54,9 @@ class Shape:
     latent: int
     tokens: int = 77
     calls: int = 1
+    vit: str = "vit_small_patch16_224"
+    images: int = 8
+    block: int = 32
     flux: dict[str, Any] = field(default_factory=lambda: _FLUX_DEV)
     photos: int = 5
     steps: int = 20
@@ -59,20 +64,34 @@ class Shape:
 
 
 SHAPES: dict[str, Shape] = {
-    "tiny": Shape(_TINY_UNET, latent=8, tokens=4, flux=_TINY_FLUX, photos=2, steps=2),
+    "tiny": Shape(_TINY_UNET, latent=8, tokens=4, vit="test_vit", images=2, block=8, flux=_TINY_FLUX, photos=2, steps=2),
     "small": Shape(_SMALL_UNET, latent=32, calls=2),
     "sd15": Shape(_SD15_UNET, latent=32),
 }
 
 
 def unet(config: dict[str, Any], latent: int, dtype: torch.dtype, seed: int) -> nn.Module:
-    """A frozen UNet on the CPU, in training mode, with random weights."""
+    """A frozen UNet in training mode, with random weights."""
+    return _frozen(lambda: _diffusers("UNet2DConditionModel")(**config, sample_size=latent), dtype, seed)
+
+
+def vit(name: str, dtype: torch.dtype, seed: int) -> Any:
+    """timm's image model of that name, frozen, in training mode, with random weights."""
+    return _frozen(lambda: importlib.import_module("timm").create_model(name), dtype, seed)
+
+
+def place() -> torch.device:
+    """Where models are timed: on a CUDA device if there is one, else on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _frozen(build: Callable[[], nn.Module], dtype: torch.dtype, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = _diffusers("UNet2DConditionModel")(**config, sample_size=latent)
+        model = build()
     if dtype != torch.float32:
         model.to(dtype)
-    return model.requires_grad_(False).train()
+    return model.to(place()).requires_grad_(False).train()
 
 
 def flux(config: dict[str, Any]) -> nn.Module:

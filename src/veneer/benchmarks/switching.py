@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..injection import activate, attach, attachments, mixed
 from . import peers
 from .contest import Contender, Contest
-from .shapes import Shape, sharing, unet
+from .shapes import Shape, place, sharing, unet
 
 COUNTS = (1, 10, 50)
 BATCH = 8
@@ -129,7 +129,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
     draws = torch.Generator().manual_seed(seed)
     latents = torch.randn(BATCH, 4, shape.latent, shape.latent, generator=draws)
     text = torch.randn(BATCH, shape.tokens, shape.unet["cross_attention_dim"], generator=draws)
-    return latents.to(dtype), torch.tensor([500]), text.to(dtype)
+    return latents.to(place(), dtype), torch.tensor([500], device=place()), text.to(place(), dtype)
 
 
 def _forward(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[Any], object]:

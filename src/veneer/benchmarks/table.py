@@ -1,4 +1,4 @@
-"""A benchmark's outcomes as a Markdown table: a line a ratio, with the seconds that it is made of."""
+"""A benchmark's outcomes as a Markdown table: a line a ratio, with the two values that it is made of."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 from .contest import Outcome
 
-HEAD = "| row | of / to | ratio | least to most | seconds |\n|---|---|---:|---:|---:|"
+HEAD = "| row | of / to | ratio | least to most | values |\n|---|---|---:|---:|---:|"
 
 
 def lines(outcome: Outcome) -> list[str]:
-    """The ratios of one contest; a contender that is in none has a line with its seconds alone."""
-    seconds = outcome.seconds()
+    """The ratios of one contest; a contender that is in none has a line with its value alone."""
+    values, unit = outcome.values(), outcome.unit
     found = [
         f"| {outcome.name} | {r.of} / {r.to} | {r.median:.3f} | {r.least:.3f} to {r.most:.3f} | "
-        f"{seconds[r.of]:.4g} / {seconds[r.to]:.4g} |"
+        f"{values[r.of]:.4g} / {values[r.to]:.4g} {unit} |"
         for r in outcome.ratios()
     ]
     compared = {name for pair in outcome.pairs for name in pair}
-    return found + [f"| {outcome.name} | {name} | | | {s:.4g} |" for name, s in seconds.items() if name not in compared]
+    return found + [f"| {outcome.name} | {name} | | | {v:.4g} {unit} |" for name, v in values.items() if name not in compared]
 
 
 def page(title: str, where: Mapping[str, Any], outcomes: Sequence[Outcome], notes: Sequence[str]) -> str:
