@@ -1,0 +1,244 @@
+"""What becomes of one malformed file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from veneer.formats import load_all, look
+from veneer.formats._converting import _base, _changed, _weights
+from veneer.injection import Attachment, LoadError, attachments
+from veneer.testing.snapshot import assert_same, snapshot
+
+from . import of_bytes, of_headers, of_json, of_pictures, of_tensors
+from .draft import MUTATIONS, Draft, Mutation
+from .good_files import Good, good_files
+from .meanings import Meaning
+from .models import model, small_host, towers
+
+MADE_BY = (of_bytes, of_headers, of_tensors, of_json, of_pictures)  # importing them fills MUTATIONS
+SECONDS, MEGABYTES = 1.0, 200.0  # of the processor, for each load and each look; more than at its start, for all of them
+HANGS = 20  # seconds of the clock, after which it is stopped
+TOLERANCE = 1e-5  # of the largest number: what single precision loses
+Pair = tuple[Good, Mutation]
+
+
+class Hung(BaseException):
+    """It took so long that it was stopped."""
+
+
+class Wrong(Exception):
+    """What must not happen."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one file.
+
+    Args:
+        what: `refused`; `same` or `other` than the good file, as its bytes say; or `wrong`, and `why`.
+        seconds: of the processor, for the longest load or look. `megabytes`: the most above the start.
+    """
+
+    number: int
+    good: str
+    mutation: str
+    what: str
+    seconds: float
+    megabytes: float
+    why: str = ""
+
+
+@dataclass
+class Case:
+    """One malformed file. `written`: where its files lie; `path`: what is loaded."""
+
+    number: int
+    good: Good
+    mutation: Mutation
+    written: Path
+    path: Path
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, pair: Pair, number: int, seed: int, folder: Path) -> Case:
+        """The file of a number, the same each time."""
+        (good, mutation), rng = pair, Random(f"{seed}:{number}")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        files, name = dict(good.files), rng.choice(list(good.files))
+        if mutation.kind in ("bytes", "picture"):
+            files[name] = mutation.change(files[name], rng)
+        elif mutation.kind != "path":
+            draft = Draft.of(good)
+            files = draft.files(good.main, mutation.change(draft, rng))
+        for each, data in files.items():
+            (folder / each).write_bytes(data)
+        path = folder / good.main
+        if mutation.kind == "path":
+            place = mutation.change(folder / name, files[name], rng)
+            path = place if name == good.main else path
+        return cls(number, good, mutation, folder, path)
+
+    def meaning(self) -> Meaning | None:
+        """What the bytes say, read slowly; None where they say nothing."""
+        try:
+            files = {name: (self.written / name).read_bytes() for name in self.good.files if (self.written / name).is_file()}
+            return self.good.meaning(files, self.good.base)
+        except Exception:
+            return None
+
+    def timed(self, call: Callable[..., Any], *args: Any) -> Any:
+        began = time.process_time()
+        try:
+            return call(*args)
+        finally:
+            self.seconds = max(self.seconds, time.process_time() - began)
+
+
+def check(case: Case) -> str:
+    """Load it and look at it.
+
+    Raises:
+        Wrong: it is neither refused clearly nor loaded as it says, or leaves something.
+    """
+    before = {name: snapshot(tower) for name, tower in towers(case.good.model).items()}
+    words = _words(case)
+    got = _loaded(case)
+    for name, tower in towers(case.good.model).items():
+        assert_same(before[name], snapshot(tower), f"after a load: {name or 'model'}")
+    if attachments(model(case.good.model)) or _words(case) != words:
+        raise Wrong("something stays attached, or a token in the tokenizer")
+    _look(case)
+    if got is None:
+        return "refused"
+    want = case.meaning()
+    if want is None:
+        raise Wrong("loaded, and its bytes say nothing")
+    if apart := difference(got, want):
+        raise Wrong(f"loaded as something else than it says: {apart}")
+    return "other" if difference(got, case.good.meaning(case.good.files, case.good.base)) else "same"
+
+
+def _loaded(case: Case) -> Meaning | None:
+    """What a load does, or None for a clear refusal."""
+    try:
+        made = case.timed(load_all, model(case.good.model), case.path)
+    except LoadError as error:
+        told = str(error)
+        if case.mutation.loads:
+            raise Wrong(f"it must load: {told[:300]}") from error
+        named = case.mutation.kind == "path" or str(case.written) in told
+        if not named or not 20 < len(told.replace(str(case.path), "")) < 5000:
+            raise Wrong(f"an error that does not say enough, or too much: {told[:300]}") from error
+        return None
+    try:
+        return effects(made)
+    finally:
+        for attachment in reversed(made):
+            attachment.detach()
+
+
+def _look(case: Case) -> None:
+    """Looking at it, alone and for a model, says what JSON can say, or is refused as well."""
+    for given in (None, model(case.good.model)):
+        with contextlib.suppress(LoadError):
+            seen = case.timed(look, case.path, given)
+            if "NaN" in seen.to_json() or "Infinity" in seen.to_json() or not str(seen):
+                json.loads(seen.to_json(), parse_constant=_refuse_constant)
+
+
+def _refuse_constant(constant: str) -> None:
+    raise Wrong(f"{constant} in JSON")
+
+
+def _words(case: Case) -> Any:
+    """The tokenizer's words and what veneer notes on it."""
+    tokenizer = getattr(model(case.good.model), "components", {}).get("tokenizer")
+    if tokenizer is None:
+        return None
+    notes = {key: value for key, value in vars(tokenizer).items() if "veneer" in key}
+    return len(tokenizer), list(tokenizer.added_tokens_encoder), notes
+
+
+def effects(made: Sequence[Attachment]) -> Meaning:
+    """W' − W of every weight, and the values of everything else."""
+    found: Meaning = {}
+    for (component, path, param), parts in _weights(made).items():
+        weight = _base(*parts)
+        found[f"{component}/{path}.{param}"] = (_changed(weight, parts) - weight).numpy()
+    for attachment in made:
+        plain = {name: adapter for name, (_, adapter) in attachment.parts.items() if not hasattr(adapter, "weight")}
+        words = {f"{name}:{key}": t for name, adapter in plain.items() for key, t in adapter.state_dict().items()}
+        each = getattr(attachment.method, "each", None)
+        for key, tensor in [*words.items(), *attachment.trained.items()]:
+            found[f"{' '.join(each)} {key}" if each else key] = tensor.detach().double().numpy()
+    return found
+
+
+def difference(got: Meaning, want: Meaning) -> str:
+    """Empty if both are the same; what differs otherwise. What is not named does not change."""
+    for key in dict.fromkeys([*got, *want]):
+        a, b = got.get(key), want.get(key)
+        a, b = np.zeros_like(b) if a is None else a, np.zeros_like(a) if b is None else b
+        if a.shape != b.shape:
+            return f"{key}: {a.shape} for {b.shape}"
+        apart, size = np.abs(a - b).max(initial=0), max(np.abs(b).max(initial=0), 0.1)
+        if not apart <= TOLERANCE * size:
+            return f"{key}: {apart:.3g} of {size:.3g} apart"
+    return ""
+
+
+def judge(case: Case, slower: float = 1.0) -> Verdict:
+    """`check` with a clock and a look at memory. `slower`: how many times the limit of the processor's seconds."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
+    first, why = memory("VmRSS"), ""
+    signal.signal(signal.SIGALRM, _stop)
+    signal.alarm(HANGS)
+    try:
+        what = check(case)
+    except (Exception, Hung) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        cause = "" if isinstance(error, Wrong) else f" in {Path(where.filename).name}:{where.lineno}"
+        what, why = "wrong", f"{type(error).__name__}: {str(error)[:300]}{cause}"
+        for attachment in reversed(attachments(model(case.good.model))):
+            with contextlib.suppress(Exception):
+                attachment.detach()
+    finally:
+        signal.alarm(0)
+    more = memory("VmHWM") - first
+    if what != "wrong" and (case.seconds > SECONDS * slower or more > MEGABYTES):
+        what, why = "wrong", f"{case.seconds:.1f} s of the processor, {more:.0f} MB"
+    return Verdict(case.number, case.good.name, case.mutation.name, what, case.seconds, more, why)
+
+
+def _stop(*_: Any) -> None:
+    raise Hung
+
+
+def memory(what: str) -> float:
+    """Megabytes of this process: `VmRSS` now, `VmHWM` the most, `VmSize` of addresses."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 1024
+
+
+@contextlib.contextmanager
+def ready(folder: Path) -> Iterator[list[Pair]]:
+    """Every good file with each mutation that fits it. The good files themselves load and mean what they should."""
+    as_it_is = Mutation("as it is", "bytes", lambda data, rng: data, loads=True)
+    with small_host():
+        files = good_files(folder / "good")
+        for good in files:
+            assert check(Case.of((good, as_it_is), 0, 0, folder / "run")) == "same", good.name
+        yield [(good, mutation) for mutation in MUTATIONS for good in files if mutation.fits(good)]
