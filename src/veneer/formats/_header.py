@@ -21,16 +21,25 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
+class Entry(NamedTuple):
+    """What a header says of a tensor: its bytes are those from `start` to `stop`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
 class Header(NamedTuple):
     """`metadata` and, by name and in the order of the header, what is said of each tensor."""
 
     metadata: dict[str, str]
-    entries: dict[str, dict[str, Any]]
+    entries: dict[str, Entry]
 
     @property
     def needed(self) -> int:
         """Bytes for all tensors."""
-        return max((entry["data_offsets"][1] for entry in self.entries.values()), default=0)
+        return max((entry.stop for entry in self.entries.values()), default=0)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor.
@@ -39,19 +48,18 @@ class Header(NamedTuple):
             ValueError: a shape is not of the size that it lies in, or tensors lie over each other or apart.
         """
         end, before = 0, "the header"
-        for name, entry in sorted(self.entries.items(), key=lambda item: item[1]["data_offsets"]):
-            start, stop = entry["data_offsets"]
-            size = math.prod(entry["shape"]) * SIZES[entry["dtype"]]
+        for name, (dtype, shape, start, stop) in sorted(self.entries.items(), key=lambda item: item[1][2:]):
+            size = math.prod(shape) * SIZES[dtype]
             if stop - start != size:
-                what = f"{_short(entry['shape'])} of {entry['dtype']}, {_short(size)} bytes"
+                what = f"{_short(shape)} of {dtype}, {_short(size)} bytes"
                 raise ValueError(f"'{_short(name)}' is {what}, and lies at {_short([start, stop])}")
-            if not size and max(entry["shape"]) > LARGEST_SIDE:
-                raise ValueError(f"'{_short(name)}' has no numbers and the shape {_short(entry['shape'])}")
+            if not size and max(shape) > LARGEST_SIDE:
+                raise ValueError(f"'{_short(name)}' has no numbers and the shape {_short(shape)}")
             if start != end:
                 how = "over" if start < end else f"{start - end:,} bytes after"
                 raise ValueError(f"'{_short(name)}' lies {how} the end of '{_short(before)}'; tensors follow one another")
             end, before = stop, name
-        return {name: tuple(entry["shape"]) for name, entry in self.entries.items()}
+        return {name: entry.shape for name, entry in self.entries.items()}
 
 
 def parse(raw: bytes) -> Header:
@@ -64,7 +72,7 @@ def parse(raw: bytes) -> Header:
     if not scan.text.startswith("{"):
         raise ValueError("it does not begin with '{'")
     metadata: dict[str, str] | None = None
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, Entry] = {}
     for name in scan.object():
         if name in entries or (name == "__metadata__" and metadata is not None):
             raise ValueError(f"'{_short(name)}' is there twice")
@@ -98,6 +106,9 @@ def twice(names: Iterable[str]) -> str | None:
             return name
         seen.add(name)
     return None
+
+
+_ENTRY = json.JSONDecoder(object_pairs_hook=unique)
 
 
 class _Scan:
@@ -163,14 +174,14 @@ class _Scan:
         if not stop:
             raise ValueError(f"a tensor's entry without an end at character {start + 1}")
         self.at = stop
-        return json.loads(self.text[start:stop], object_pairs_hook=unique)
+        return _ENTRY.decode(self.text[start:stop])
 
     def end(self) -> None:
         if self.take():
             raise ValueError(f"more text after its end, at character {self.at}")
 
 
-def _checked(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def _checked(name: str, entry: dict[str, Any]) -> Entry:
     """A tensor's entry whose parts are of the right kinds."""
     shown = _short(name)
     if entry.keys() != _KEYS:
@@ -182,7 +193,7 @@ def _checked(name: str, entry: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"'{shown}' has the shape {_short(shape)}; expected a list of up to {MOST_SIDES} whole numbers from 0")
     if not (isinstance(place, list) and len(place) == 2 and all(type(n) is int and n >= 0 for n in place)):
         raise ValueError(f"'{shown}' has the offsets {_short(place)}; expected two whole numbers from 0")
-    return entry
+    return Entry(dtype, tuple(shape), *place)
 
 
 def _short(value: Any) -> str:
