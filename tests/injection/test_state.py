@@ -50,6 +50,16 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_changed() -> None:
     assert all(torch.equal(v, before[k]) for k, v in tuned.state_dict().items())
 
 
+def test_whole_numbers_do_not_stand_for_others_nor_others_for_them() -> None:
+    model, tuned = tuned_net(train="norm")
+    train_once(model)
+    state = {k: v.clone() for k, v in tuned.state_dict().items()}
+    for key, dtype in (("conv:down", torch.int32), ("norm:num_batches_tracked", torch.float32)):
+        with pytest.raises(LoadError, match=f"misshapen 1: {key} {dtype} for torch"):
+            tuned.load_state_dict({**state, key: state[key].to(dtype)})
+    assert tuned.load_state_dict({k: v.double() if v.is_floating_point() else v.int() for k, v in state.items()}).clean
+
+
 def test_what_fits_is_loaded_on_request() -> None:
     _, tuned = tuned_net()
     report = tuned.load_state_dict({"read:up": torch.full((6, 2), 7.0), "other:up": torch.zeros(1)}, strict=False)

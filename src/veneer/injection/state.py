@@ -64,13 +64,25 @@ def load_state(attachment: Attachment, state: Mapping[str, Tensor], strict: bool
 def compare(attachment: Attachment, state: Mapping[str, Tensor]) -> LoadReport:
     """What of `state` fits."""
     targets = dict(_targets(attachment, state))
-    used = [k for k, t in targets.items() if k in state and state[k].shape == t.shape]
+    used = [k for k, t in targets.items() if k in state and _fits(state[k], t)]
     return LoadReport(
         tuple(used),
         tuple(k for k in targets if k not in state),
         tuple(k for k in state if k not in targets),
-        tuple(f"{k} {tuple(state[k].shape)} for {tuple(t.shape)}" for k, t in targets.items() if k in state and k not in used),
+        tuple(f"{k} {_told(state[k], t)}" for k, t in targets.items() if k in state and k not in used),
     )
+
+
+def _fits(given: Tensor, target: Tensor) -> bool:
+    """Of one shape, and both whole numbers or neither."""
+    return given.shape == target.shape and given.is_floating_point() == target.is_floating_point()
+
+
+def _told(given: Tensor, target: Tensor) -> str:
+    """What does not fit."""
+    if given.shape == target.shape:
+        return f"{given.dtype} for {target.dtype}"
+    return f"{tuple(given.shape)} for {tuple(target.shape)}"
 
 
 def fill(attachment: Attachment, state: Mapping[str, Tensor], report: LoadReport) -> None:
