@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from veneer.injection.registry import hosts, methods
 from veneer.testing import Check, parametrize_with_checks
+from veneer.testing.case import Case, usable_sites
+from veneer.testing.checks_run import one_graph
 
 METHODS = parametrize_with_checks(methods.names(), once=["compiles_to_one_graph"])
 
@@ -16,6 +18,15 @@ def test_method(check: Check) -> None:
 @parametrize_with_checks(hosts.names())
 def test_host(check: Check) -> None:
     check()
+
+
+def test_a_unet_adapted_everywhere_is_one_graph() -> None:
+    """What `compiles_to_one_graph` asks at one site of each kind, for a model of many."""
+    host = hosts.get("diffusers_unet")()
+    config, other = methods.get("lora").examples()
+    sites = usable_sites(config, host, "sd1")
+    assert len(sites) > 50
+    one_graph(Case(config, host, "sd1", sites, other))
 
 
 def test_every_method_and_every_host_is_in_the_matrix() -> None:

@@ -147,9 +147,28 @@ class SharesBySite(Dense):
         return y + F.linear(x, self.latest[self.path].to(x))
 
 
-@bad("it cannot be switched off", "disabled_equals_host")
+@bad("it cannot be switched off: it acts through a hook of its own", "disabled_equals_host")
+class ActsByItself(Dense):
+    def enter(self, tower: nn.Module) -> None:
+        self.__dict__["hook"] = tower.get_submodule(self.path).register_forward_hook(self.act)
+
+    def act(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + F.linear(args[0], self.delta)
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def leave(self) -> None:
+        if "hook" in self.__dict__:
+            self.__dict__["hook"].remove()
+
+
+@bad("it ignores its strength", "scale_zero_equals_host")
 class IgnoresStrength(Dense):
     blends: ClassVar[bool] = True
+
+
+bad("it ignores its strength, and a graph that holds it cannot be switched off", "compiles_to_one_graph")(IgnoresStrength)
 
 
 @bad("it is on or off, but not in between", "scale_zero_equals_host")

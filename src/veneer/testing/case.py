@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ..injection.plan import fits
 from ..injection.probe import tensors
 from ..injection.sites import Site, TokenSite
 from ..injection.towers import Tower
+from .copies import copied
 from .records import Skip
 
 
@@ -35,7 +35,7 @@ def _built(host: type[Host], model: str) -> nn.Module:
 
 def fresh_model(host: Host, model: str) -> nn.Module:
     """A new copy of a small model."""
-    return copy.deepcopy(_built(type(host), model))
+    return copied(_built(type(host), model))
 
 
 @functools.cache

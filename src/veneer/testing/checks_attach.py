@@ -119,9 +119,9 @@ def attach_is_atomic(case: Case) -> None:
         "enter() of the last adapter": lambda method, last: {"method": provoking(method, last, "enter")},
         "the probe": lambda method, last: {"method": method, "sample": {"no_such_argument": 0}},
     }
+    model = case.fresh()
+    before = snapshot(model)
     for what, provoke in provocations.items():
-        model = case.fresh()
-        before = snapshot(model)
         try:
             case.attach(model, **provoke(case.method, case.sites[-1].name))
         except Exception:
@@ -133,9 +133,9 @@ def attach_is_atomic(case: Case) -> None:
 def two_adapters_compose(case: Case) -> None:
     """Two attachments act together, each can be switched off alone, and they detach in any order."""
     alone = [_alone(case, i) for i in range(2)]
+    model = case.fresh()
+    before = snapshot(model)
     for leaving in (0, 1):
-        model = case.fresh()
-        before = snapshot(model)
         pair = _pair(case, model)
         inputs = [case.inputs(model, a) for a in pair]
         staying = 1 - leaving

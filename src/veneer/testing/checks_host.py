@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..injection.probe import tensors
 from ..injection.registry import hosts
 from ..injection.sites import FeatureSite, ParamSite, PixelSite, Site, VocabularySite, WeightSite
 from .case import run, same
+from .copies import copied
 from .roles import ROLES
 from .trace import Trace, ports, width
 
@@ -189,7 +189,7 @@ def _in_order(traced: Trace, site: Site, read: Any, write: Any) -> None:
 
 
 def _copy(traced: Trace) -> nn.Module:
-    return copy.deepcopy(traced.model).requires_grad_(True)
+    return copied(traced.model).requires_grad_(True)
 
 
 CHECKS = (
