@@ -22,10 +22,11 @@ from ._peft_config import refuse, scaled_alpha
 from ._peft_low_rank import EMBEDDED, MAGNITUDE, DoRAPeft, LoKrPeft, LoRAPeft
 from ._reading import File
 
+_NAME = r"(?:\.(?!(?:weight|bias)(?:\.|\Z))[^.]+)?"  # of the adapter in peft, which old files have in the keys
 _KEY = re.compile(
-    r"(?:(?P<head>unet\.)?base_model\.model\.)?(?P<path>.+)\."
-    r"(?P<end>lora_[AB](?=[.]weight$|[.](?!weight$|bias$)[^.]+[.]weight$)|lora_magnitude_vector|lora_embedding_[AB]|alpha|"
-    r"lokr_w[12](?:_[ab])?|lokr_t2)(?P<rest>\.[^.]+)?(?:\.weight)?"
+    r"(?:(?P<head>unet\.)?base_model\.model\.)?(?P<path>.+)\.(?P<end>"
+    rf"lora_[AB](?={_NAME}\.weight\Z)|lora_magnitude_vector(?={_NAME}(?:\.weight)?\Z)|"
+    rf"(?:lora_embedding_[AB]|lokr_w[12](?:_[ab])?|lokr_t2)(?={_NAME}\Z)|alpha(?=\Z)).*"
 )
 SAFE = "W' = W + B A, as diffusers reads files without alpha"
 LORA, DORA, LOKR = LoRAPeft(), DoRAPeft(), LoKrPeft()
