@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.functional.cayley import turn_features
+from veneer.functional.cayley import cayley_change, skew, turn_features
 from veneer.functional.kronecker import add_kron, mix
 from veneer.functional.scaled import PIECE, scale_features
 
@@ -88,3 +88,11 @@ def test_turned_features(batch: tuple[int, ...], blocks: int) -> None:
     x, change = draw((*batch, 12), (blocks, 4, 4))
     whole = torch.block_diag(*change.expand(3, -1, -1))
     check(turn_features, [x, change], x + x @ whole)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 30.0])
+def test_cayleys_transform(scale: float) -> None:
+    """Against the inverse, also far from the start; first and second derivatives by finite differences."""
+    (entries,) = draw((2, 6))
+    q, one = skew(entries * scale, 4), torch.eye(4, dtype=torch.float64)
+    check(lambda e: cayley_change(skew(e * scale, 4)), [entries], (one + q) @ torch.linalg.inv(one - q) - one)

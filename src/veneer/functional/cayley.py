@@ -29,6 +29,27 @@ class _Turned(torch.autograd.Function):
         return _plainly_turned(g, change.mT) if torch.is_grad_enabled() else _turned(g, change.mT), blocks
 
 
+class _Cayley(torch.autograd.Function):
+    """M = 2 Q (I − Q)⁻¹. As (I − Q)⁻¹ = I + M / 2 = P, dM = 2 P dQ P: the gradient needs M alone, and no second solution."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor) -> Tensor:
+        change = _solved(q)
+        ctx.save_for_backward(change)
+        return change
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (change,) = ctx.saved_tensors
+        transposed = (torch.eye(change.shape[-1], dtype=change.dtype, device=change.device) + change / 2).mT
+        return 2 * (transposed @ grads[0] @ transposed)
+
+
+def _solved(q: Tensor) -> Tensor:
+    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
+    return torch.linalg.solve(identity - q, 2 * q, left=False)
+
+
 def _parts(x: Tensor, change: Tensor) -> Tensor:
     """(k, n, b), a view of x."""
     return x.unflatten(1, (len(change), -1)).transpose(0, 1)
@@ -84,8 +105,10 @@ def cayley_change(q: Tensor) -> Tensor:
         The same shape, in `q`'s dtype.
     """
     precise = q.to(torch.promote_types(q.dtype, torch.float32))
-    identity = torch.eye(q.shape[-1], dtype=precise.dtype, device=q.device).expand_as(precise)
-    return torch.linalg.solve(identity - precise, 2 * precise, left=False).to(q.dtype)
+    if plain(precise):
+        return _solved(precise).to(q.dtype)
+    change: Tensor = _Cayley.apply(precise)
+    return change.to(q.dtype)
 
 
 def within(q: Tensor, radius: float) -> Tensor:
