@@ -29,7 +29,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-peft
-	$(BIN)/python -m veneer.pipelines.bench $(ARGS)
+	$(BIN)/veneer bench $(ARGS)
 
 # Editable, so that only a change of pyproject.toml asks for a new installation.
 $(VENV)/.installed: pyproject.toml

@@ -1,4 +1,4 @@
-"""Time veneer: the LoRA step against the frozen floor and peft, attach on FLUX, the few-photo job with and without caches.
+"""Time veneer: training steps of the LoRA family, attach, load, merge and switch, each against the bare base, peft or diffusers.
 
 The contenders of a row run by turns in one process and are read as ratios within a round, which hold on a busy machine where
 seconds do not. `bench` measures; it judges nothing.
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from veneer.benchmarks import attaching, denoiser, few_photos, peers, table
+from veneer.benchmarks import attaching, denoiser, family, few_photos, loading, merging, peers, switching, table
 from veneer.benchmarks.contest import Contest, Outcome, interleave
 from veneer.benchmarks.environment import environment
 from veneer.benchmarks.shapes import SHAPES, BenchError, Shape
@@ -36,7 +36,8 @@ class BenchConfig:
         size: `tiny` (seconds; only shows that it runs), `small` (a UNet of SD's real widths, cut to two levels) or `sd15` (the
             whole UNet of SD 1.5 at 32×32 latents).
         latent: side of the UNet's input in latents, divisible by 8; the size's own if it is left out.
-        rows: what to time: `denoiser`, `attach`, `few-photos`.
+        rows: what to time: `denoiser`, `family`, `attach`, `load`, `merge`, `switch`, `few-photos`; see the modules of
+            `veneer.benchmarks`.
         rounds: timings of each contender.
         clock: `wall` time, or `cpu` time of this process over all its threads: for one thread on a machine that is shared.
         rank: of every LoRA.
@@ -52,7 +53,7 @@ class BenchConfig:
 
     size: Literal["tiny", "small", "sd15"] = "small"
     latent: int | None = None
-    rows: tuple[str, ...] = ("denoiser", "attach", "few-photos")
+    rows: tuple[str, ...] = ("denoiser", "family", "attach", "load", "merge", "switch", "few-photos")
     rounds: int = 7
     clock: Literal["wall", "cpu"] = "wall"
     rank: int = 16
@@ -133,6 +134,22 @@ def _attach(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
     return attaching.contests(shape, config.rank)
 
 
+def _family(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
+    return family.contests(shape, config.rank, DTYPES[config.dtype], config.seed)
+
+
+def _load(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
+    return loading.contests(shape, config.rank, scratch)
+
+
+def _merge(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
+    return merging.contests(shape, config.rank, DTYPES[config.dtype], config.seed)
+
+
+def _switch(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
+    return switching.contests(shape, config.rank, DTYPES[config.dtype], config.seed)
+
+
 def _few_photos(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
     pipe = few_photos.load(config.base or ("tiny" if config.size == "tiny" else "shipped"))
     return few_photos.contests(pipe, config.photos, shape, config.rank, config.seed, scratch)
@@ -140,7 +157,11 @@ def _few_photos(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contes
 
 ROWS: dict[str, Callable[[BenchConfig, Shape, Path], list[Contest]]] = {
     "denoiser": _denoiser,
+    "family": _family,
     "attach": _attach,
+    "load": _load,
+    "merge": _merge,
+    "switch": _switch,
     "few-photos": _few_photos,
 }
 

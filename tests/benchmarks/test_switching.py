@@ -15,7 +15,6 @@ def found() -> dict[str, Contest]:
     return {contest.name: contest for contest in switching.contests(SHAPES["tiny"], 2, torch.float32, 0)}
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_every_contender_runs_and_every_pair_is_of_contenders(found: dict[str, Contest]) -> None:
     assert list(found) == ["switching", "mixed batch"]
     for contest in found.values():

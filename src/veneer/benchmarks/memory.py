@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ def peak(run: Callable[[], object]) -> int:
     """Bytes above what was held before the call, at most: on a CUDA device if there is one, else on the CPU."""
     if torch.cuda.is_available():
         return _on_cuda(run)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler says on the terminal that it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     with tempfile.TemporaryDirectory(prefix="veneer-memory-") as folder:

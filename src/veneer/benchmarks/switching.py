@@ -12,6 +12,7 @@ writes the output a second time, when the parts are joined.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -96,8 +97,10 @@ def _pefts(model: Any, rank: int, count: int) -> Any:
     from peft import LoraConfig
 
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=peers.targets(model))
-    for number in range(count):
-        model.add_adapter(config, adapter_name=f"lora_{number}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of each after the first, which is what is wanted
+        for number in range(count):
+            model.add_adapter(config, adapter_name=f"lora_{number}")
     return model.eval()
 
 
