@@ -1,4 +1,4 @@
-"""Attach on FLUX: LoRA onto every attention projection of a fresh transformer on the meta device.
+"""Attach on FLUX: LoRA onto every attention projection, and onto every linear layer, of a fresh transformer on the meta device.
 
 On `meta` no weight is there to be read, so that the time is the machinery's own: finding sites, building adapters, joining
 them. `peft` makes its matrices on the CPU unless `low_cpu_mem_usage` is given, which is the like-for-like contender.
@@ -14,17 +14,26 @@ from .shapes import Shape, flux
 
 
 def contests(shape: Shape, rank: int) -> list[Contest]:
-    """One contest; each timing has a model of its own, made before the clock starts."""
+    """Two contests; each timing has a model of its own, made before the clock starts."""
+    model = flux(shape.flux)
+    return [
+        _contest(shape, rank, "attach", "every attention projection", peers.where(model), peers.targets(model)),
+        _contest(shape, rank, "attach, all linears", "every linear layer", ("*",), peers.linears(model)),
+    ]
+
+
+def _contest(shape: Shape, rank: int, name: str, what: str, ours: tuple[str, ...], theirs: list[str] | str) -> Contest:
     fresh = partial(flux, shape.flux)
-    ways = [Contender("veneer", lambda model: peers.with_veneer(model, rank), fresh)]
+    ways = [Contender("veneer", lambda model: peers.with_veneer(model, rank, ours), fresh)]
     pairs: list[tuple[str, str]] = []
     if peers.has_peft():
-        peers.check_equal(peers.with_veneer(fresh(), rank), peers.with_peft(fresh(), rank, low_cpu_mem_usage=True))
-        light = "peft, low_cpu_mem_usage"
+        light = partial(peers.with_peft, rank=rank, at=theirs, low_cpu_mem_usage=True)
+        peers.check_equal(peers.with_veneer(fresh(), rank, ours), light(fresh()))
         ways += [
-            Contender("peft", lambda model: peers.with_peft(model, rank), fresh),
-            Contender(light, lambda model: peers.with_peft(model, rank, low_cpu_mem_usage=True), fresh),
+            Contender("peft", lambda model: peers.with_peft(model, rank, theirs), fresh),
+            Contender("peft, low_cpu_mem_usage", light, fresh),
         ]
-        pairs = [("veneer", "peft"), ("veneer", light)]
+        pairs = [("veneer", way.name) for way in ways[1:]]
     blocks = f"{shape.flux.get('num_layers', 19)} + {shape.flux.get('num_single_layers', 38)} blocks"
-    return [Contest("attach", f"LoRA of rank {rank} on a FLUX transformer of {blocks}, on meta", tuple(ways), tuple(pairs))]
+    told = f"LoRA of rank {rank} on {what} of a FLUX transformer of {blocks}, on meta"
+    return Contest(name, told, tuple(ways), tuple(pairs))

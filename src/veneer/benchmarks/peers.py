@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 from torch import nn
@@ -24,9 +25,9 @@ def has_peft() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
-def with_veneer(model: nn.Module, rank: int) -> nn.Module:
-    """The model, with veneer's LoRA on every attention projection that it has."""
-    attach(model, "lora", rank=rank, where=where(model))
+def with_veneer(model: nn.Module, rank: int, at: tuple[str, ...] | None = None) -> nn.Module:
+    """The model, with veneer's LoRA at a selection; None for every attention projection that it has."""
+    attach(model, "lora", rank=rank, where=where(model) if at is None else at)
     return model
 
 
@@ -35,15 +36,15 @@ def where(model: nn.Module) -> tuple[str, ...]:
     return WHERE if any(getattr(m, "is_cross_attention", False) for m in model.modules()) else WHERE[:1]
 
 
-def with_peft(model: nn.Module, rank: int, **options: Any) -> nn.Module:
-    """The model, with peft's LoRA at the same places, alpha and dropout as veneer's defaults.
+def with_peft(model: nn.Module, rank: int, at: list[str] | str | None = None, **options: Any) -> nn.Module:
+    """The model, with peft's LoRA, alpha and dropout as veneer's defaults.
 
     Args:
-        options: of `inject_adapter_in_model`.
+        at: names in peft's words; None for every attention projection. `options`: of `inject_adapter_in_model`.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets(model))
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets(model) if at is None else at)
     inject_adapter_in_model(config, model, **options)
     return model
 
@@ -51,6 +52,12 @@ def with_peft(model: nn.Module, rank: int, **options: Any) -> nn.Module:
 def targets(model: nn.Module) -> list[str]:
     """Those of `TARGETS` that the model has."""
     return [t for t in TARGETS if any(name.endswith(f".{t}") for name, _ in model.named_modules())]
+
+
+def linears(model: nn.Module, below: str = "") -> str:
+    """Every linear layer whose path begins with `below`, in peft's words: one pattern, with any number for the first in a path."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(below)]
+    return "|".join(dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(name), count=1) for name in names))
 
 
 def trained(model: nn.Module) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Part:
         """The same part with other labels."""
         return replace(self, **labels)
 
-    @property
+    @cached_property
     def labels(self) -> dict[str, Any]:
         """The labels as keywords of a site."""
         return {"tower": self.tower, "component": self.component, "depth": self.depth, "stage": self.stage}
@@ -47,7 +48,10 @@ class Part:
         """The module at `path`, or None where there is none or it is None."""
         module: Any = self.model
         for name in path.split(".") if path else []:
-            module = getattr(module, name, None)
+            try:
+                module = module._modules[name]  # what getattr gives after a tenth of its time
+            except (AttributeError, KeyError):
+                module = getattr(module, name, None)
         return module
 
     def layer(

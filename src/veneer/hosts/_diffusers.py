@@ -15,7 +15,7 @@ EMBEDDERS = ("timestep_embedder", "text_embedder", "guidance_embedder", "resolut
 
 def is_attention(module: object) -> bool:
     """True for diffusers' attention modules, which hold a processor."""
-    return hasattr(module, "get_processor") and hasattr(module, "to_q")
+    return hasattr(type(module), "get_processor") and hasattr(module, "to_q")
 
 
 def processor_order(model: nn.Module) -> dict[str, int]:

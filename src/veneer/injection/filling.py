@@ -62,9 +62,9 @@ def refuse_claim(count: Callable[[], int], name: str) -> None:
         raise ValueError(f"the options ask for {wanted:,} numbers, which the file does not hold. It is damaged.")
 
 
-def drawing() -> AbstractContextManager[Any]:
-    """Where adapters are built: inside `filling` parameters are left undrawn, because drawing takes longer than reading."""
-    return Undrawn() if values_follow() else contextlib.nullcontext()
+def drawing(device: torch.device) -> AbstractContextManager[Any]:
+    """Where adapters are built: inside `filling`, and on `meta`, parameters are left undrawn, because drawing takes long."""
+    return Undrawn() if device.type == "meta" or values_follow() else contextlib.nullcontext()
 
 
 class Undrawn(TorchFunctionMode):

@@ -32,7 +32,7 @@ def fingerprint(tower: nn.Module, without: Collection[str] = ()) -> str | None:
     Returns:
         64 hexadecimal digits, or None for a model on `meta` or with quantised parameters, which cannot be compared.
     """
-    passed_over = {*without, *(name for name, _ in statistics(tower))}
+    passed_over = {*without, *(name for name, _ in statistics(tower.named_modules()))}
     before = _before_training(tower)
     found = [(n, before.get(n, t)) for n, t in host_tensors(tower) if n not in passed_over]
     parameters = {name for name, _ in tower.named_parameters()}

@@ -33,35 +33,36 @@ class Joined:
         self.trained = Trained(planned.towers, planned.extras)
         self.seams: list[Seam] = []
         self.batches: dict[int, Batch] = {}
-        self._guards: dict[str, Any] = {}
+        self._guards: dict[tuple[str, str], Any] = {}
         self._doors: list[Any] = []
 
     def join(self) -> None:
         """Install everything. A failure leaves what `leave` can take away."""
         for tower in self.towers.values():
-            open_ledger(tower)  # before seams move keys, because flags are kept by name
+            self._freeze(tower)  # before seams move keys, because flags are kept by name
         for _, seam in seams_for(self.towers, self.parts):
             self.seams.append(seam)
             seam.join(self.attachment.name)
-        for site, _ in self.parts:
-            if site.guard:
-                self._guards[site.name] = lookup(self.towers[site.component], site.guard)
-        self._watch = Watch(self.seams, [(self.towers[s.component], s.guard) for s, _ in self.parts if s.guard])
+        guarded = dict.fromkeys((site.component, site.guard) for site, _ in self.parts if site.guard)
+        self._guards = {(component, path): lookup(self.towers[component], path) for component, path in guarded}
+        self._watch = Watch(self.seams, [(self.towers[component], path) for component, path in guarded])
         for tower in self.towers.values():
-            self._freeze(tower)
             self._doors.append(tower.register_forward_pre_hook(self._at_door, with_kwargs=True))
         self.trained.start(self._others())
         for site, adapter in self.parts:
-            adapter.train(self.towers[site.component].training)
-            adapter.enter(self.towers[site.component])
+            tower = self.towers[site.component]
+            if adapter.training != tower.training:
+                adapter.train(tower.training)
+            adapter.enter(tower)
 
     def _freeze(self, tower: nn.Module) -> None:
         ledger = open_ledger(tower)
-        ledger.attachments.append(self.attachment)
         trained = {id(p) for other in ledger.attachments for p in other.parameters()}
-        for p in tower.parameters():
-            if id(p) not in trained:
-                p.requires_grad_(False)
+        ledger.attachments.append(self.attachment)
+        for module in tower.modules():
+            for p in module._parameters.values():
+                if p is not None and id(p) not in trained:
+                    p.requires_grad_(False)
 
     def leave(self) -> None:
         """Undo `join`, also half of one, bitwise."""
@@ -112,7 +113,7 @@ class Joined:
                     "runs there. Detach, change the host, then attach."
                 )
         for site, _ in self.parts:
-            if site.guard and lookup(self.towers[site.component], site.guard) != self._guards[site.name]:
+            if site.guard and lookup(self.towers[site.component], site.guard) != self._guards[site.component, site.guard]:
                 raise HostChanged(
                     f"{site.name}: '{site.guard}' changed after attach, so '{self.attachment.name}' is bypassed there. "
                     "Undo it (for fused projections: unfuse_qkv_projections()), or detach, change the host, then attach."

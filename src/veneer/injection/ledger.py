@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,22 +40,24 @@ class Ledger:
     def __init__(self, tower: nn.Module) -> None:
         self.attachments: list[Attachment] = []
         self.merged: list[Merge] = []
-        self.requires_grad = {name: p.requires_grad for name, p in tower.named_parameters()}
-        self.statistics = {name: b.detach().clone() for name, b in statistics(tower)}
+        modules = list(tower.named_modules())
+        named = ((f"{path}.{key}" if path else key, p) for path, m in modules for key, p in m._parameters.items())
+        self.requires_grad = {name: p.requires_grad for name, p in named if p is not None}
+        self.statistics = {name: b.detach().clone() for name, b in statistics(modules)}
 
     def restore(self, tower: nn.Module) -> None:
         """Put flags and statistics back, once nothing is attached."""
         for name, p in tower.named_parameters():
             p.requires_grad_(self.requires_grad.get(name, p.requires_grad))
         with torch.no_grad():
-            for name, buffer in statistics(tower):
+            for name, buffer in statistics(tower.named_modules()):
                 if name in self.statistics:
                     buffer.copy_(self.statistics[name])
 
 
-def statistics(tower: nn.Module) -> list[tuple[str, Tensor]]:
-    """The buffers that a forward pass in training mode changes."""
-    norms = [(n, m) for n, m in tower.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+def statistics(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, Tensor]]:
+    """The buffers that a forward pass in training mode changes, of named modules."""
+    norms = [(n, m) for n, m in modules if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
     return [(f"{n}.{k}" if n else k, b) for n, m in norms for k, b in m.named_buffers(recurse=False)]
 
 
@@ -62,7 +65,8 @@ def changed_statistics(tower: nn.Module) -> dict[str, Tensor]:
     """Norm statistics that differ from those at the first attach."""
     ledger = peek(tower)
     before = ledger.statistics if ledger else {}
-    return {name: b.detach() for name, b in statistics(tower) if name in before and not torch.equal(b, before[name])}
+    now = statistics(tower.named_modules())
+    return {name: b.detach() for name, b in now if name in before and not torch.equal(b, before[name])}
 
 
 def peek(tower: nn.Module) -> Ledger | None:
@@ -90,10 +94,13 @@ def refuse_compiled(tower: nn.Module, what: str, wrapped: bool = False) -> None:
     Raises:
         HostChanged: the tower or a part of it is compiled or sharded.
     """
+    wrappers: dict[type, set[str]] = {}  # of each class, looked for once
     for name, module in tower.named_modules():
-        compiled = wrapped or type(module).__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None
-        sharded = any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(module).__mro__)
-        if compiled or sharded:
+        kind = type(module)
+        if kind not in wrappers:
+            wrappers[kind] = {"OptimizedModule", "FSDPModule", "FullyShardedDataParallel"} & {c.__name__ for c in kind.__mro__}
+        compiled = wrapped or kind.__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None
+        if compiled or wrappers[kind]:
             how = "torch.compile" if compiled else "sharding"
             raise HostChanged(
                 f"{what}: '{name or type(tower).__name__}' has been through {how} already, which drops hooks added later. "

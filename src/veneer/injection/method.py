@@ -103,6 +103,8 @@ class Method(ABC):
         Raises:
             ValueError: `by_site` has an option that the method does not have.
         """
+        if not self.by_site:
+            return self
         own = {k: v for pattern, options in self.by_site.items() if means(pattern, site) for k, v in options.items()}
         own |= self.by_site.get(f"name:{site.name}", {})
         if not own:

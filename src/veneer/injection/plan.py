@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import SelectionError, UnsupportedSite
 from .filling import drawing, refuse_claim
-from .ledger import lookup
+from .forms import module_at
 from .method import Adapter, Method, means
 from .registry import hosts
 from .select import select
@@ -97,7 +97,9 @@ def _share(method: Method, sites: Sequence[Site], tower: nn.Module) -> nn.Module
     with _draws(base):
         refuse_claim(lambda: _size(method.build_shared(sites)), "")
         shared = method.build_shared(sites)
-    return None if shared is None else shared.to(device=base.device, dtype=_dtype(base))
+    if shared is not None:
+        _put(shared, base.device, _dtype(base))
+    return shared
 
 
 def _size(shared: nn.Module | None) -> int:
@@ -107,17 +109,24 @@ def _size(shared: nn.Module | None) -> int:
 
 def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | None) -> Adapter:
     base = _tensor(site, tower)
-    with _draws(base), drawing():
+    with _draws(base), drawing(base.device):
         try:
             own = method.at(site)
             refuse_claim(lambda: own.count(site), site.name)
             adapter = own.build(site)
         except ValueError as error:
             raise UnsupportedSite(f"{method.name}: {site.name}: {error}") from error
-    adapter.to(device=base.device, dtype=_dtype(base))
+    _put(adapter, base.device, _dtype(base))
     if shared is not None:
         adapter.add_module("shared", shared)
     return adapter
+
+
+def _put(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """`module.to(device, dtype)`, at no cost where it is so."""
+    held = [t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    if any(t.device != device or t.dtype != dtype for t in held):
+        module.to(device=device, dtype=dtype)
 
 
 def _draws(base: torch.Tensor) -> torch.device:
@@ -132,7 +141,7 @@ def _dtype(base: torch.Tensor) -> torch.dtype:
 
 def _tensor(site: Site, tower: nn.Module) -> torch.Tensor:
     if isinstance(site, (WeightSite, ParamSite)):
-        value: torch.Tensor = lookup(tower, f"{site.path}.{site.param}" if site.path else site.param)
+        value: torch.Tensor = getattr(module_at(tower, site.path), site.param)
         return value
     return next((p for p in tower.parameters() if p.is_floating_point()), torch.zeros(()))
 
@@ -144,12 +153,14 @@ def _extras(
     chosen: Sequence[Site],
     modules: Mapping[str, nn.Module],
 ) -> dict[str, tuple[str, str]]:
+    if not train:
+        return {}
     whole = [s for s in everything if isinstance(s, (WeightSite, ParamSite)) and s.rows is None]
     adapted = {(s.component, f"{s.path}.{s.param}") for s in chosen if isinstance(s, (WeightSite, ParamSite))}
     found: dict[tuple[str, str], str] = {}
     for site in select(whole, train, main):
         assert isinstance(site, (WeightSite, ParamSite))
-        module = modules[site.component].get_submodule(site.path)
+        module = module_at(modules[site.component], site.path)
         params = [site.param] if isinstance(site, ParamSite) else [n for n, _ in module.named_parameters(recurse=False)]
         for param in params:
             place = (site.component, f"{site.path}.{param}")

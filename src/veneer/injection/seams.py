@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 
 from .errors import HostChanged, UnsupportedSite
-from .forms import blend, by_rows, cast, first, main_output, recorded
+from .forms import blend, by_rows, cast, first, main_output, module_at, recorded
 from .method import Adapter
 from .routing import Place
 from .sites import Port, Site
@@ -42,13 +42,16 @@ class Seam(nn.Module, ABC):
         idle: True while the strength is 0.
     """
 
+    sites: list[Any]
+    idle: bool
+
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
         super().__init__()
-        parts = sorted(parts, key=lambda part: getattr(part[0], "rows", None) or (0, 0))
-        self.sites = [site for site, _ in parts]
+        if len(parts) > 1:
+            parts = sorted(parts, key=lambda part: getattr(part[0], "rows", None) or (0, 0))
         self.adapters = nn.ModuleList(adapter for _, adapter in parts)
-        self.__dict__.update(tower=tower, _prefix="", _handles=[], joined=False)
-        self.idle = False
+        # written past torch's own way, which takes ten times as long and would make the tower a child
+        self.__dict__.update(tower=tower, _prefix="", _handles=[], joined=False, sites=[site for site, _ in parts], idle=False)
         self.register_load_state_dict_post_hook(_forget_missing)
 
     @abstractmethod
@@ -82,8 +85,7 @@ class Seam(nn.Module, ABC):
 
     def module(self, path: str) -> nn.Module:
         """The host module at `path`."""
-        found: nn.Module = self.__dict__["tower"].get_submodule(path)
-        return found
+        return module_at(self.__dict__["tower"], path)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Nothing: adapters are saved by their attachment, and base checkpoints keep their keys."""
@@ -141,14 +143,20 @@ class CallSeam(HookSeam):
 
     The read port's tensor is taken from the call itself where both ports are of one module, else a hook keeps it until
     the write port's hook has used it.
+
+    Attributes:
+        place: its place in a mixed batch, while samples of a batch differ.
     """
+
+    read: Port
+    write: Port
+    dim: int
+    place: Place | None
+    _x: Tensor | None
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Site, Adapter]], read: Port, write: Port, dim: int = -1) -> None:
         super().__init__(tower, parts)
-        self.read, self.write, self.dim = read, write, dim
-        self.home = write.path
-        self._x: Tensor | None = None
-        self.place: Place | None = None  # while samples of a batch differ
+        self.__dict__.update(read=read, write=write, dim=dim, home=write.path, _x=None, place=None)
 
     def hooks(self) -> list[RemovableHandle]:
         reader, writer = self.module(self.read.path), self.module(self.write.path)

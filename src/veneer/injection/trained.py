@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import HostChanged
-from .forms import base_tensor
+from .forms import base_tensor, module_at
 
 
 class Trained:
@@ -43,7 +43,7 @@ class Trained:
         kept = {id(p): other.before[key] for other in others for key, p in other._held()}
         for key, (component, path) in self.places.items():
             p = self.parameter(component, path)
-            self._owners[key] = self.towers[component].get_submodule(path.rpartition(".")[0])
+            self._owners[key] = module_at(self.towers[component], path.rpartition(".")[0])
             self.before[key] = kept[id(p)] if id(p) in kept else p.detach().clone()
             p.requires_grad_(True)
 
@@ -76,6 +76,6 @@ class Trained:
 
 def _at(tower: nn.Module, path: str) -> nn.Module | None:
     try:
-        return tower.get_submodule(path)
+        return module_at(tower, path)
     except AttributeError:
         return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .forms import module_at
 from .seams import HookSeam, Seam
 
 Edge = tuple[nn.Module, str, nn.Module]
@@ -26,7 +27,7 @@ class Watch:
         self.values: list[tuple[Any, str, Any]] = []
         for tower, path in dict.fromkeys(guards):
             way, _, name = path.rpartition(".")
-            owner = tower.get_submodule(way)
+            owner = module_at(tower, way)
             ways.append((tower, way))
             self.values.append((owner, name, getattr(owner, name)))
         edges = {(id(parent), key): (parent, key, child) for way in dict.fromkeys(ways) for parent, key, child in _edges(*way)}
@@ -44,6 +45,6 @@ class Watch:
 def _edges(tower: nn.Module, path: str) -> Iterator[Edge]:
     parent = tower
     for key in path.split(".") if path else ():
-        child = parent.get_submodule(key)
+        child = module_at(parent, key)
         yield parent, key, child
         parent = child

@@ -78,7 +78,7 @@ def host_untouched_after_steps(case: Case) -> None:
     after = attachment.host_state_dict()
     if list(after) != list(before):
         raise AssertionError(f"{case.method.name}: host_state_dict() has other keys than the bare host's state_dict()")
-    moving = {name for name, _ in statistics(model)}
+    moving = {name for name, _ in statistics(model.named_modules())}
     changed = [name for name, t in before.items() if name not in moving and not torch.equal(t, after[name])]
     if changed:
         raise AssertionError(f"{case.method.name}: training changed the host: {', '.join(changed[:5])}")

@@ -138,6 +138,8 @@ class LoRA(Method):
 
 
 def _meant(values: Mapping[str, N], role: str, name: str, default: N) -> N:
+    if not values:
+        return default
     own = values.get(f"name:{name}")
     return own if own is not None else next((v for p, v in reversed(tuple(values.items())) if _means(p, role)), default)
 
