@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
+@pytest.fixture(scope="module")
+def wanted() -> Any:
+    """A pipeline, its weights, and what the attachment of a family (or a method) changes them by; nothing is attached."""
+
+    @functools.cache
+    def get(key: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        family, method, options, where = case(key)
+        pipe = tiny_pipeline(family)
+        base = weights(pipe)
+        return pipe, base, changes(base, [fill(attach(pipe, method, where=where, **options), std=0.2)])
+
+    return get
+
+
 def case(key: str) -> tuple[str, str, dict[str, Any], list[str]]:
     if key in WHERE:
         return key, "lora", {"rank": 3, "alpha": 2.0, "ranks": {"*.v": 2}, "alphas": {"*.q": 5.0}}, WHERE[key][0]
@@ -77,13 +92,12 @@ def case(key: str) -> tuple[str, str, dict[str, Any], list[str]]:
 
 
 @pytest.mark.parametrize(("key", "form", "to"), [*PAIRS, *OTHER_PAIRS], ids=lambda v: v)
-def test_converted_it_changes_every_weight_as_before(files: Any, tmp_path: Path, key: str, form: str, to: str) -> None:
-    family, method, options, where = case(key)
-    pipe = tiny_pipeline(family)
+def test_converted_it_changes_every_weight_as_before(
+    files: Any, wanted: Any, tmp_path: Path, key: str, form: str, to: str
+) -> None:
+    pipe, base, want = wanted(key)
     done = convert(pipe, files(key, form), to, tmp_path / "out")
     assert veneer.attachments(pipe) == []
-    base = weights(pipe)
-    want = changes(base, [fill(attach(pipe, method, where=where, **options), std=0.2)])
     got = changes(base, load_all(pipe, done.files[0]))
     assert got.keys() == want.keys()
     assert len(want) == done.weights

@@ -216,7 +216,7 @@ def test_a_file_with_several_is_refused(tmp_path: Path) -> None:
     (OFT(blocks=1), OFT(blocks=2)),
 ])  # fmt: skip
 def test_a_compiled_tower_is_not_compiled_again(room: Method, smaller: Method, component: str, tmp_path: Path) -> None:
-    where = "attn" if component == "text_encoder" else ("attn", "xattn")
+    where = "attn" if component == "text_encoder" else ("unet.mid/attn", "unet.mid/xattn")
     source = tiny_pipeline("sd").components[component]
     torch.manual_seed(5)
     trained = attach(source, smaller, where=where)

@@ -140,7 +140,7 @@ def test_a_trace_made_while_off_holds_the_adapters() -> None:
 def test_a_compiled_tower_is_compiled_once(method: str, component: str) -> None:
     """Scale, switch and choice are buffers of the one graph, and its outputs are those of eager mode."""
     tower = tiny_pipeline("sd").components[component]
-    where = "attn" if component == "text_encoder" else ("attn", "xattn")
+    where = "attn" if component == "text_encoder" else ("unet.mid/attn", "unet.mid/xattn")
     several = [attach(tower, method, where=where, name=name) for name in ("style", "face")]
     for size, each in enumerate(several, 1):
         move(each, 0.1 * size)

@@ -12,7 +12,7 @@ from tests.methods.layers import conv_site, trained
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.boft import BOFT
 from veneer.methods.reparameterized.oft import OFT
-from veneer.testing.suite import check_method
+from veneer.testing import Check, parametrize_with_checks
 
 LINEAR = WeightSite(name="l", role="attn.q", path="l", d_out=24, d_in=5)
 METHODS = [
@@ -96,11 +96,10 @@ def test_what_a_side_may_be(method: Any) -> None:
         OFT(side="output", block_size=1)
 
 
-@pytest.mark.parametrize(
-    "method", [OFT(side="output", block_size=2), BOFT(side="output", b=2, rescale=True)], ids=["oft", "boft"]
-)
-def test_it_keeps_every_promise(method: Any) -> None:
+TURNS = [OFT(side="output", block_size=2), BOFT(side="output", b=2, rescale=True)]
+
+
+@parametrize_with_checks([(method, "clip_text") for method in TURNS], once=["compiles_to_one_graph"])
+def test_it_keeps_every_promise(check: Check) -> None:
     """Beside other adapters, compiled, checkpointed, in half precision: all checks of the suite."""
-    records = check_method(method, "clip_text")
-    assert records.failures == ()
-    assert len([r for r in records if r.outcome == "passed"]) > 15
+    check()
