@@ -26,13 +26,14 @@ QUICK: Mapping[str, Any] = {
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder of a saved tiny pipeline, by family."""
+    """Folder of a saved tiny pipeline, by family, that draws in a few steps."""
     made: dict[str, Path] = {}
 
     def folder(kind: str) -> str:
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp("bases") / kind
             tiny_pipeline(kind).save_pretrained(made[kind])
+            (made[kind] / "veneer.json").write_text('{"steps": 4}')
         return str(made[kind])
 
     return folder
