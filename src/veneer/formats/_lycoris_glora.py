@@ -51,10 +51,11 @@ class GLoRACodec(Codec):
         module.expect(right(a_up, a_down, b_up, b_down) and len(a_down) > 0, wanted)
         rank = len(a_down)
         scaling = alpha_of(module.file, module.name, module.parts.get("alpha"), rank) / rank
-        state = {"scale.up": a_up * scaling, "scale.down": a_down, "shift.down": b_down}
+        a_up, b_up = a_up.double() * scaling, b_up.double() * scaling  # half precision would round once more
+        state = {"scale.up": a_up, "scale.down": a_down, "shift.down": b_down}
         rows = spans(module.place)
         return [
-            Piece(site, {**OPTIONS, "rank": rank}, {**state, "shift.up": take(b_up * scaling, rows[site.name])})
+            Piece(site, {**OPTIONS, "rank": rank}, {**state, "shift.up": take(b_up, rows[site.name])})
             for site in module.place.sites
         ]
 

@@ -148,7 +148,8 @@ class LoKrPeft(PeftCodec):
         rank = of(layer.file, layer.config, layer.path, "r", "rank_pattern", 8)
         layer.expect(rank >= 1, f"a rank r of 1 or more in the config, not {rank:g}")
         scale = of(layer.file, layer.config, layer.path, "alpha", "alpha_pattern", DEFAULT_ALPHA) / rank
-        parts = {end: t * scale if end in ("lokr_w1", "lokr_w1_a") and scale != 1 else t for end, t in layer.parts.items()}
+        first = ("lokr_w1", "lokr_w1_a")
+        parts = {end: t.double() * scale if end in first and scale != 1 else t for end, t in layer.parts.items()}
         return self.codec.read(layer.as_module(parts))
 
     def write(self, part: Part) -> dict[str, Tensor]:
