@@ -54,6 +54,7 @@ def main() -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the number to begin with, to go on or to share the work")
     parser.add_argument("--only", type=int, help="the number of one file")
     given = parser.parse_args()
     warnings.simplefilter("error")
@@ -61,7 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, ready(Path(name)) as pairs, bounded():
         Random(given.seed).shuffle(pairs)
         began, first = time.monotonic(), memory("VmRSS")
-        for number in range(given.count) if given.only is None else [given.only]:
+        for number in range(given.first, given.count) if given.only is None else [given.only]:
             case = Case.of(pairs[number % len(pairs)], number, given.seed, Path(name) / "run")
             verdict = judge(case)
             verdicts.append(verdict)

@@ -69,6 +69,7 @@ class Bytes:
             self.arrays[name] = numbers_of(body[start:stop], entry["dtype"]).reshape(entry["shape"])
             require(np.isfinite(self.arrays[name]).all() and (np.abs(self.arrays[name]) <= LARGEST).all(), "not finite")
         require(end == len(body), "bytes left")
+        self.arrays = {name: self.arrays[name] for name in header}
 
     def weight(self, name: str) -> Array:
         """A tensor that is no whole numbers."""

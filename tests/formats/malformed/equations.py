@@ -85,6 +85,7 @@ def lokr(parts: dict[str, Array], scale: Callable[[int | None], float], weight: 
             factors.append(np.einsum("pq...,po,qi->oi...", core, a, b))
             ranks.append(len(b))
         else:
+            a = sides(a)
             require(a.ndim == 2 and b.ndim > 1 and a.shape[1] == len(b), "a factor")
             factors.append((a @ b.reshape(len(b), -1)).reshape(len(a), *b.shape[1:]))
             ranks.append(len(b))
@@ -149,7 +150,7 @@ def turned(parts: dict[str, Array], weight: Array) -> Array:
 
 
 def glora(parts: dict[str, Array], scale: Callable[[int], float], weight: Array) -> Array:
-    a1, a2, b1, b2 = (parts[f"{x}.weight"] for x in ("a1", "a2", "b1", "b2"))
+    a1, a2, b1, b2 = (sides(parts[f"{x}.weight"]) for x in ("a1", "a2", "b1", "b2"))
     width, rank = weight.shape[1], len(a2)
     right = (a1.shape, a2.shape, b1.shape) == ((width, rank), (rank, width), (len(weight), rank))
     require(right and len(b2) == rank and weight.ndim == 2 and b2.shape == (rank, width), "terms")

@@ -118,7 +118,7 @@ def _text(folder: Path) -> Iterator[Good]:
     under = base("text", lambda c, p: f"lora_te_text_model_{p.replace('.', '_')}")
     comfy = base("text", lambda c, p: f"text_encoders.clip_l.transformer.text_model.{p}")
     dotted = base("text", lambda c, p: f"text_encoder.text_model.{p}")
-    yield saved("kohya", "kohya", "text", [low()], folder / "kohya", meanings.by_ends(meanings.KOHYA), under)
+    yield saved("kohya", "kohya", "text", [low()], folder / "kohya", meanings.onetrainer, under)
     yield saved("comfyui", "comfyui", "text", [low()], folder / "comfyui", meanings.by_ends(meanings.AB), comfy)
     both = [word(tokens="cat~", vectors=2), low()]
     yield saved("onetrainer", "onetrainer", "text", both, folder / "onetrainer", meanings.onetrainer, under)

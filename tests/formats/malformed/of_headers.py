@@ -156,12 +156,13 @@ def a_header_of_spaces(draft: Draft, rng: Random) -> bytes:
 @mutation("tensors")
 def a_header_of_much(draft: Draft, rng: Random) -> bytes:
     """Megabytes of JSON that is small to write and large to hold, or deep."""
-    n = rng.choice([10**3, 10**5, 3 * 10**6])
-    text = json.dumps(draft.header())[:-1]
-    lists, objects, strings = ("[],", "{},", '"ab",')
-    many = rng.choice([lists, objects, strings, "1.5,", "7,"]) * n
-    deep = "[" * n + "]" * n
-    keys = "".join(f', "k{i}": {{}}' for i in range(min(n, 10**5)))
-    tensors = "".join(f', "k{i}": {{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}' for i in range(min(n, 10**5)))
-    remarks = ', "__metadata__": {' + ", ".join(f'"k{i}": ""' for i in range(min(n, 2 * 10**5))) + "}"
-    return draft.data(text + rng.choice([f', "x": [{many}1]', f', "x": {deep}', keys, tensors, remarks]) + "}")
+    n, what = rng.choice([10**3, 10**5, 10**6]), rng.choice(["list", "depth", "entries", "tensors", "remarks"])
+    if what in ("entries", "tensors"):
+        entry = '{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}' if what == "tensors" else "{}"
+        more = ", ".join(f'"k{i}": {entry}' for i in range(min(n, 10**5)))
+    elif what == "remarks":
+        more = '"__metadata__": {' + ", ".join(f'"k{i}": ""' for i in range(min(n, 10**5))) + "}"
+    else:
+        many = rng.choice(["[],", "{},", '"ab",', "1.5,", "7,"]) * n
+        more = '"x": ' + ("[" * n + "]" * n if what == "depth" else f"[{many}1]")
+    return draft.data(f"{json.dumps(draft.header())[:-1]}, {more}}}")

@@ -24,8 +24,12 @@ def diffusers(files: Files, base: Base) -> Meaning:
     file, found = Bytes(next(iter(files.values()))), {}
     config = parsed(file.metadata["lora_adapter_metadata"], False) if "lora_adapter_metadata" in file.metadata else None
     require(config is None or isinstance(config, dict), "metadata")
+    for key in list(file.arrays):  # an adapter's name in it
+        if (plain := re.sub(r"(lora_(?:[AB]|magnitude_vector))\.(?!weight$)[^.]+", r"\1", key)) != key:
+            require(plain not in file.arrays, f"{plain} is there twice")
+            file.arrays[plain], file.kinds[plain] = file.arrays.pop(key), file.kinds[key]
     own = None if config is None else {k.removeprefix("text_encoder."): v for k, v in config.items()}
-    ends = {f"lora_{x}.{end}": f"lora_{x}.weight" for x in "AB" for end in ("weight", "default.weight")} | {"alpha": "alpha"}
+    ends = {end: end for end in ("lora_A.weight", "lora_B.weight", "alpha")}
     ends |= {f"lora_magnitude_vector{end}": "lora_magnitude_vector" for end in ("", ".weight")}
     for name, parts in grouped(file, ends, base.layers).items():
         (key,) = base.layers[name]
@@ -127,6 +131,7 @@ def _module(
             terms[t] = parts.get(f"glora_{t}.X", np.zeros(1)) if up is None else up @ down
         bias = key.removesuffix("weight") + "bias"
         found = {key: weight * terms["A"] + terms["B"]}
-        return found | ({bias: base.weights[bias] * terms["D"] + terms["E"]} if bias in base.weights else {})
+        added = (base.weights[bias] * terms["D"].flatten() + terms["E"].flatten()) if bias in base.weights else None
+        return found if added is None else {**found, bias: added}
     except (KeyError, ValueError) as error:
         raise Malformed(repr(error)) from error

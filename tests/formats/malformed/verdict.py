@@ -204,7 +204,7 @@ def judge(case: Case, slower: float = 1.0) -> Verdict:
     """`check` with a clock and a look at memory. `slower`: how many times the limit of the processor's seconds."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
     first, why = memory("VmRSS"), ""
-    signal.signal(signal.SIGALRM, _stop)
+    handler = signal.signal(signal.SIGALRM, _stop)
     signal.alarm(HANGS)
     try:
         what = check(case)
@@ -217,6 +217,7 @@ def judge(case: Case, slower: float = 1.0) -> Verdict:
                 attachment.detach()
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
     more = memory("VmHWM") - first
     if what != "wrong" and (case.seconds > SECONDS * slower or more > MEGABYTES):
         what, why = "wrong", f"{case.seconds:.1f} s of the processor, {more:.0f} MB"

@@ -1,0 +1,95 @@
+"""A few of the files of `tests.formats.malformed`: every mutation of every format; and that wrong loaders are noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from veneer.formats import _header, _lycoris_loha, _pairs, _reading, load_all
+from veneer.injection import LoadError, attach, attachments
+
+from .malformed import verdict
+from .malformed.draft import MUTATIONS
+from .malformed.models import model
+from .malformed.verdict import Case, Pair, Verdict, judge, ready
+
+NUMBERS = range(12)
+SLOWER = 20.0  # times the limit of the command: other work on the machine is no fault of the files
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Pair]]:
+    """Every good file with each mutation that fits it."""
+    with ready(tmp_path_factory.mktemp("good")) as found:
+        yield found
+
+
+def judged(pair: Pair, numbers: range, folder: Path) -> list[Verdict]:
+    return [judge(Case.of(pair, number, 0, folder / "x"), SLOWER) for number in numbers]
+
+
+@pytest.mark.parametrize("mutation", [m.name for m in MUTATIONS])
+def test_malformed_files_are_refused_or_mean_what_they_say(mutation: str, pairs: list[Pair], tmp_path: Path) -> None:
+    """One file of each format; of which method, in formats of several, is another for each mutation."""
+    index = next(i for i, m in enumerate(MUTATIONS) if m.name == mutation)
+    by_format: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if pair[1].name == mutation:
+            by_format.setdefault(pair[0].format, []).append(pair)
+    chosen = [some[index % len(some)] for some in by_format.values()]
+    found = [judge(Case.of(pair, 100 * index + i, 0, tmp_path / "x"), SLOWER) for i, pair in enumerate(chosen)]
+    assert found
+    assert [v for v in found if v.what == "wrong"] == []
+
+
+# each of these loaders does one thing wrong, and is caught within a few files
+
+
+def spends(*args: Any) -> Any:
+    """A load in memory that no file of this size needs."""
+    return len(b"x" * 300_000_000) and load_all(*args)
+
+
+def keeps(model: Any, path: Path) -> Any:
+    """A refusal after which something stays attached."""
+    attach(model, "lora", where="mlp.in", rank=1)
+    raise LoadError(f"{path}: it is refused, and what was attached stays attached.")
+
+
+def mumbles(model: Any, path: Path) -> Any:
+    raise LoadError("it does not work")
+
+
+def fails(model: Any, path: Path) -> Any:
+    raise KeyError(str(path))
+
+
+@pytest.mark.parametrize(
+    ("good", "mutation", "where", "name", "instead", "why"),
+    [
+        ("kohya", "a_special_value", _reading, "is_finite", lambda tensor: True, "its bytes say nothing"),
+        ("kohya", "key_twice", _header, "twice", lambda names: None, "its bytes say nothing"),
+        ("lycoris-loha", "turned_shape", _lycoris_loha, "straight", lambda *_: True, "its bytes say nothing"),
+        ("lycoris-lora", "one_more_remark", _pairs, "alpha_of", lambda f, n, t, rank: float(rank), "something else than it says"),
+        ("peft-lora", "one_more_remark", verdict, "SECONDS", 0.0, "s of the processor"),
+        ("peft-lora", "cut_short", verdict, "load_all", spends, " MB"),
+        ("peft-lora", "cut_short", verdict, "load_all", keeps, "not as before"),
+        ("peft-lora", "cut_short", verdict, "load_all", mumbles, "does not say enough"),
+        ("peft-lora", "cut_short", verdict, "load_all", fails, "KeyError"),
+        ("peft-lora", "one_more_remark", verdict, "load_all", mumbles, "must load"),
+    ],
+)
+def test_a_wrong_loader_is_noticed(
+    good: str, mutation: str, where: Any, name: str, instead: Callable[..., Any], why: str,
+    pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pair = next(pair for pair in pairs if (pair[0].name, pair[1].name) == (good, mutation))
+    assert [v for v in judged(pair, NUMBERS, tmp_path) if v.what == "wrong"] == []
+    monkeypatch.setattr(where, name, instead)
+    found = [v.why for v in judged(pair, NUMBERS, tmp_path) if v.what == "wrong"]
+    assert found
+    assert all(why in told for told in found)
+    assert attachments(model(pair[0].model)) == []
