@@ -101,10 +101,12 @@ def one_graph(case: Case) -> None:
 
 
 def _one_of_each(case: Case) -> Case:
+    """The same at one site of each kind: what a seam or an adapter can tell apart."""
     kinds: dict[tuple[Any, ...], Site] = {}
     for site in case.sites:
-        facts = [getattr(site, name, None) for name in ("called", "kind", "kernel", "stride", "groups")]
-        kinds.setdefault((type(site), site.role, *facts), site)
+        facts = [getattr(site, name, None) for name in ("called", "kind", "kernel", "stride", "groups", "channel_dim")]
+        sliced = getattr(site, "rows", None) is not None
+        kinds.setdefault((type(site), sliced, type(case.method.build(site)), *facts), site)
     return dataclasses.replace(case, sites=tuple(kinds.values()))
 
 
