@@ -47,6 +47,19 @@ def test_a_fused_pair_for_all_slices_stays_one(tmp_path: Path) -> None:
     assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
 
+def test_a_component_that_touches_one_late_row_is_kept(tmp_path: Path) -> None:
+    name = "lora_unet_double_blocks_0_txt_attn_qkv"
+    down, up = torch.randn(4, 32), torch.randn(96, 4)
+    up[:32, 1], up[32:64, 2:] = 0, 0
+    up[31, 1] = 3.0
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "x.safetensors")
+    loaded = veneer.load(tiny_pipeline("flux"), tmp_path / "x")
+    block = "transformer.transformer_blocks.0.attn.add_{}_proj"
+    whole = up.double() @ down.double()
+    assert_same(deltas(loaded), {block.format(x): rows for x, rows in zip("qkv", whole.chunk(3), strict=True)})
+    assert [a.down.shape[0] for _, a in loaded.parts.values()] == [4, 2, 4]
+
+
 def test_a_fused_pair_of_nothing_is_loaded(tmp_path: Path) -> None:
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     state = {f"{name}.lora_down.weight": torch.randn(4, 32), f"{name}.lora_up.weight": torch.zeros(96, 4)}

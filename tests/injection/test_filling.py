@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from veneer.injection import attach
-from veneer.injection.filling import Undrawn, filling
+from veneer.injection.filling import Undrawn, filling, zeros
 
 from .toy import net
 
@@ -30,3 +30,16 @@ def test_an_attach_that_is_filled_draws_no_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     attach(net(), "lora", where="attn.q", rank=2)
     assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_attach_on_meta_draws_no_numbers_and_is_on_meta() -> None:
+    state = torch.get_rng_state()
+    attached = attach(net().to("meta"), "lora", where="attn.q", rank=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {(p.device.type, p.requires_grad) for p in attached.parameters()} == {("meta", True)}
+
+
+def test_zeros_are_zeros_unless_values_follow() -> None:
+    assert torch.equal(zeros(3, 2), torch.tensor([[0.0, 0.0]] * 3))
+    with filling():
+        assert zeros(3, 2).shape == (3, 2)

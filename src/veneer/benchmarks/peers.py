@@ -54,9 +54,9 @@ def targets(model: nn.Module) -> list[str]:
     return [t for t in TARGETS if any(name.endswith(f".{t}") for name, _ in model.named_modules())]
 
 
-def linears(model: nn.Module, below: str = "") -> str:
-    """Every linear layer whose path begins with `below`, in peft's words: one pattern, with any number for the first in a path."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(below)]
+def linears(model: nn.Module) -> str:
+    """Every linear layer in peft's words: one pattern, with any number for the first in a path."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return "|".join(dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(name), count=1) for name in names))
 
 

@@ -62,6 +62,11 @@ def refuse_claim(count: Callable[[], int], name: str) -> None:
         raise ValueError(f"the options ask for {wanted:,} numbers, which the file does not hold. It is damaged.")
 
 
+def zeros(*shape: int) -> torch.Tensor:
+    """Zeros to begin with; inside `filling` whatever is in memory. For large parameters only, which are sure to be saved."""
+    return torch.empty(shape) if values_follow() else torch.zeros(shape)
+
+
 def drawing(device: torch.device) -> AbstractContextManager[Any]:
     """Where adapters are built: inside `filling`, and on `meta`, parameters are left undrawn, because drawing takes long."""
     return Undrawn() if device.type == "meta" or values_follow() else contextlib.nullcontext()

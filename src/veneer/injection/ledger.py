@@ -94,13 +94,13 @@ def refuse_compiled(tower: nn.Module, what: str, wrapped: bool = False) -> None:
     Raises:
         HostChanged: the tower or a part of it is compiled or sharded.
     """
-    wrappers: dict[type, set[str]] = {}  # of each class, looked for once
+    sharded: dict[type, bool] = {}  # each class is looked at once
     for name, module in tower.named_modules():
         kind = type(module)
-        if kind not in wrappers:
-            wrappers[kind] = {"OptimizedModule", "FSDPModule", "FullyShardedDataParallel"} & {c.__name__ for c in kind.__mro__}
+        if kind not in sharded:
+            sharded[kind] = any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in kind.__mro__)
         compiled = wrapped or kind.__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None
-        if compiled or wrappers[kind]:
+        if compiled or sharded[kind]:
             how = "torch.compile" if compiled else "sharding"
             raise HostChanged(
                 f"{what}: '{name or type(tower).__name__}' has been through {how} already, which drops hooks added later. "

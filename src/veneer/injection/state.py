@@ -54,22 +54,26 @@ def state_of(attachment: Attachment) -> dict[str, Tensor]:
 
 def load_state(attachment: Attachment, state: Mapping[str, Tensor], strict: bool) -> LoadReport:
     """Copy tensors in, or raise before anything is changed."""
-    report = compare(attachment, state)
+    targets = dict(_targets(attachment, state))
+    report = _compared(targets, state)
     if strict and not report.clean:
         raise LoadError(f"'{attachment.name}' ({attachment.method.name}): {report}. Pass strict=False to load what fits.")
-    fill(attachment, state, report)
+    _copy(targets, state, report)
     return report
 
 
 def compare(attachment: Attachment, state: Mapping[str, Tensor]) -> LoadReport:
     """What of `state` fits."""
-    targets = dict(_targets(attachment, state))
+    return _compared(dict(_targets(attachment, state)), state)
+
+
+def _compared(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> LoadReport:
     used = [k for k, t in targets.items() if k in state and _fits(state[k], t)]
     return LoadReport(
         tuple(used),
         tuple(k for k in targets if k not in state),
         tuple(k for k in state if k not in targets),
-        tuple(f"{k} {_told(state[k], t)}" for k, t in targets.items() if k in state and k not in used),
+        tuple(f"{k} {_told(state[k], t)}" for k, t in targets.items() if k in state and not _fits(state[k], t)),
     )
 
 
@@ -87,7 +91,10 @@ def _told(given: Tensor, target: Tensor) -> str:
 
 def fill(attachment: Attachment, state: Mapping[str, Tensor], report: LoadReport) -> None:
     """Copy in what fits."""
-    targets = dict(_targets(attachment, state))
+    _copy(dict(_targets(attachment, state)), state, report)
+
+
+def _copy(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], report: LoadReport) -> None:
     with torch.no_grad():
         for key in report.used:
             targets[key].copy_(state[key])

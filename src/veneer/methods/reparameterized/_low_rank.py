@@ -13,7 +13,7 @@ from veneer.functional.added import add_product, project
 from veneer.functional.convolve import convolve
 from veneer.functional.low_rank_init import orthonormal, principal
 from veneer.injection.errors import UnsupportedSite
-from veneer.injection.filling import values_follow
+from veneer.injection.filling import values_follow, zeros
 from veneer.injection.forms import base_tensor
 from veneer.injection.method import Adapter
 from veneer.injection.sites import WeightSite
@@ -35,11 +35,11 @@ class LoRAAdapter(Adapter):
         self.site, self.scaling, self.dropout = site, scaling, dropout
         if site.kind == "embedding":
             self.down = nn.Parameter(torch.empty(site.d_in, rank))
-            self.up = nn.Parameter(torch.zeros(site.d_out, rank))
+            self.up = nn.Parameter(zeros(site.d_out, rank))
         else:
             ones = (1,) * len(site.kernel)
             self.down = nn.Parameter(torch.empty(rank, site.d_in // site.groups, *site.kernel))
-            self.up = nn.Parameter(torch.zeros(site.d_out, rank // site.groups, *ones))
+            self.up = nn.Parameter(zeros(site.d_out, rank // site.groups, *ones))
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: what the module read; y: what it gave."""

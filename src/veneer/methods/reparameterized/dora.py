@@ -14,6 +14,8 @@ from veneer.functional.convolve import convolve
 from veneer.functional.scaled import scale_features
 from veneer.injection.below import tensor_below
 from veneer.injection.errors import UnsupportedSite
+from veneer.injection.filling import zeros
+from veneer.injection.forms import module_at
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._swapping import lora_state
@@ -34,12 +36,12 @@ class DoRAAdapter(Adapter):
         self.site, self.scaling = site, scaling
         ones = (1,) * len(site.kernel)
         self.down = nn.Parameter(torch.empty(rank, site.d_in // site.groups, *site.kernel))
-        self.up = nn.Parameter(torch.zeros(site.d_out, rank // site.groups, *ones))
+        self.up = nn.Parameter(zeros(site.d_out, rank // site.groups, *ones))
         self.magnitude_delta = nn.Parameter(torch.zeros(site.d_out))
 
     def enter(self, tower: nn.Module) -> None:
         """Remember the module, whose weight and bias `output` reads."""
-        host = tower.get_submodule(self.site.path)
+        host = module_at(tower, self.site.path)
         if not getattr(host, self.site.param).is_floating_point():
             raise UnsupportedSite(
                 f"dora: {self.site.name}: the norm of a quantised weight is not known. Load the base unquantised."
