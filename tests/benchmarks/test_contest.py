@@ -69,8 +69,8 @@ def test_a_contest_needs_a_round() -> None:
 def test_the_table_shows_ratios_and_who_was_compared_with_nobody() -> None:
     samples = (Sample("a", 0, 3.0), Sample("b", 0, 2.0), Sample("alone", 0, 0.25))
     page = table.page("title", {"cores": 2}, [Outcome("row", "what is timed", samples, (("a", "b"),))], ["a note"])
-    assert "| row | a / b | 1.500 | 1.500 to 1.500 | 3 / 2 |" in page
-    assert "| row | alone | | | 0.25 |" in page
+    assert "| row | a / b | 1.500 | 1.500 to 1.500 | 3 / 2 s |" in page
+    assert "| row | alone | | | 0.25 s |" in page
     assert "**row**: what is timed." in page
     assert "cores 2" in page
     assert "a note." in page

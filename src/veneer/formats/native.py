@@ -200,16 +200,8 @@ def _refuse_doubtful(file: File, header: Mapping[str, Any]) -> None:
 
 def _complete(header: Mapping[str, Any]) -> bool:
     entries, base, provenance = header.get("attachments"), header.get("base"), header.get("provenance")
-    kinds = {
-        "name": str,
-        "method": str,
-        "config": dict,
-        "where": list,
-        "train": list,
-        "sites": list,
-        "trained": list,
-        "shared": dict,
-    }
+    kinds: dict[str, type] = {"name": str, "method": str, "config": dict, "shared": dict}
+    kinds |= dict.fromkeys(("where", "train", "sites", "trained"), list)
     return (
         isinstance(base, dict)
         and isinstance(provenance, dict)

@@ -164,10 +164,8 @@ class CallSeam(HookSeam):
         if not self._direct:
             keep = self._keep_input if self.read.side == "in" else self._keep_output
             handles.append(self._register(reader, self.read.side, keep))
-        handles.append(
-            self._register(writer, self.write.side, self._write_output if self.write.side == "out" else self._write_input)
-        )
-        return handles
+        write = self._write_output if self.write.side == "out" else self._write_input
+        return [*handles, self._register(writer, self.write.side, write)]
 
     @property
     def _direct(self) -> bool:
@@ -198,9 +196,7 @@ class CallSeam(HookSeam):
             return None
         y = first(args, kwargs)
         after = self.adapt(y if self._direct else self._take(), y)
-        if args:
-            return (after, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): after}
+        return ((after, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): after})
 
     def _take(self) -> Tensor:
         x, self._x = self._x, None
