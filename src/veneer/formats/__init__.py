@@ -6,6 +6,7 @@ from os import PathLike
 from typing import Any, Literal
 
 from ..injection import Attachment
+from ..injection.towers import kept
 from ._converting import Converted, convert
 from ._format import Format, Layer, Options, format_of, formats, known_format
 from ._looking import Look, look
@@ -72,7 +73,8 @@ def load_all(
     if base not in ("same", "any"):
         raise ValueError(f"load: base must be 'same' or 'any', got {base!r}")
     file = read(path)
-    found = known_format(file).load(model, file, Options(name=name, strict=strict, same_base=base == "same", token=token))
+    with kept():
+        found = known_format(file).load(model, file, Options(name=name, strict=strict, same_base=base == "same", token=token))
     try:
         for attachment in found:
             if scale != attachment.scale:

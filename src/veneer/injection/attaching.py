@@ -11,7 +11,7 @@ from .ledger import Merge, peek, refuse_compiled
 from .method import Method
 from .plan import plan
 from .registry import methods
-from .towers import towers_of
+from .towers import forget, towers_of
 
 
 def attach(
@@ -43,6 +43,7 @@ def attach(
     elif config:
         raise TypeError(f"attach: options {sorted(config)} next to a config instance; put them into {type(method).__name__}(…).")
     towers = towers_of(model)
+    forget()
     for tower in towers:
         refuse_compiled(tower.module, "attach", tower.wrapped)
     attachment = Attachment(plan(towers, method, where, train), _free_name(towers, name, method.name))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +16,8 @@ from .errors import UnsupportedSite, VeneerError
 from .host import Host
 from .registry import host_of, hosts
 from .sites import Site
+
+_KEPT: ContextVar[dict[int, list[Tower]] | None] = ContextVar("towers_kept", default=None)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,32 @@ def towers_of(model: Any, strict: bool = True) -> list[Tower]:
     Raises:
         UnsupportedSite: `strict`, and no host knows the model.
     """
+    known = _KEPT.get()
+    if known is None:
+        return _found(model, strict)
+    towers = known.get(id(model)) or _found(model, strict)
+    known[id(model)] = towers
+    return towers
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Inside it, each model's sites are looked for once, until something is attached. Nothing else may change a model there."""
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+def forget() -> None:
+    """Look anew inside `kept`: what a host offers may depend on what is attached, such as new words."""
+    found = _KEPT.get()
+    if found is not None:
+        found.clear()
+
+
+def _found(model: Any, strict: bool) -> list[Tower]:
     if isinstance(model, nn.Module):
         bare, host = _bare(model), host_of(_bare(model))
         found = [Tower("", bare, host, True, wrapped=bare is not model)] if host else []

@@ -1,0 +1,35 @@
+"""Sites are looked for once where nothing can have changed, and anew after an attach."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from veneer.injection import attach
+from veneer.injection.errors import UnsupportedSite
+from veneer.injection.towers import kept, towers_of
+
+from .toy import net
+
+
+def test_towers_are_kept_until_something_is_attached() -> None:
+    model, other = net(), net()
+    outside = towers_of(model)
+    assert towers_of(model)[0] is not outside[0]
+    with kept():
+        first = towers_of(model)
+        assert towers_of(model)[0] is first[0]
+        assert towers_of(other)[0].module is other
+        attach(model, "lora", where="attn.q", rank=2)
+        again = towers_of(model)
+        assert again[0] is not first[0]
+        assert again[0].sites == first[0].sites
+    assert towers_of(model)[0] is not again[0]
+
+
+def test_what_no_host_knows_is_refused_each_time() -> None:
+    unknown = nn.Linear(2, 2)
+    with kept():
+        assert towers_of(unknown, strict=False) == []
+        with pytest.raises(UnsupportedSite):
+            towers_of(unknown)
