@@ -24,8 +24,9 @@ def diffusers(files: Files, base: Base) -> Meaning:
     file, found = Bytes(next(iter(files.values()))), {}
     config = parsed(file.metadata["lora_adapter_metadata"], False) if "lora_adapter_metadata" in file.metadata else None
     require(config is None or isinstance(config, dict), "metadata")
-    for key in list(file.arrays):  # an adapter's name in it
-        if (plain := re.sub(r"(lora_(?:[AB]|magnitude_vector))\.(?!weight$)[^.]+", r"\1", key)) != key:
+    for key in list(file.arrays):  # an adapter's name in it, or peft's own prefix
+        inside = key.removeprefix("base_model.model.")
+        if (plain := re.sub(r"(lora_(?:[AB]|magnitude_vector))\.(?!weight$)[^.]+", r"\1", inside)) != key:
             require(plain not in file.arrays, f"{plain} is there twice")
             file.arrays[plain], file.kinds[plain] = file.arrays.pop(key), file.kinds[key]
     own = None if config is None else {k.removeprefix("text_encoder."): v for k, v in config.items()}
