@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -131,7 +130,7 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
     into = torch.float32 if wide.dtype == torch.float16 else None  # sums of halves grow too large soon
-    if wide.is_floating_point() and math.isfinite(wide.sum(dtype=into)):
+    if wide.is_floating_point() and bool(torch.isfinite(wide.sum(dtype=into))):
         return True
     return bool(torch.isfinite(wide).all())  # the sum may be too large where no number is
 
