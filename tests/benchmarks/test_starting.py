@@ -7,19 +7,21 @@ import torch
 from torch import nn
 
 from veneer.benchmarks import peers
-from veneer.benchmarks.starting import contests, vit
+from veneer.benchmarks.shapes import SHAPES, vit
+from veneer.benchmarks.starting import contests
 
-TINY = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
+TINY = SHAPES["tiny"]
 RANK = 2
 
 
 def test_both_begin_as_the_base_on_every_linear_layer() -> None:
     pytest.importorskip("timm")
-    base = vit("vit_tiny_patch16_224", **TINY).eval()
+    base = vit(TINY.large_vit, torch.float32, 0).eval()
     layers = [module for module in base.modules() if isinstance(module, nn.Linear)]
     expected = sum(RANK * (layer.in_features + layer.out_features) + layer.out_features for layer in layers)
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    (contest,) = contests(RANK, "vit_tiny_patch16_224", **TINY)
+    side = base.patch_embed.img_size[0]
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    (contest,) = contests(TINY, RANK, torch.float32, 0)
     assert f"{len(layers)} linear layers" in contest.what
     for way in contest.contenders:
         model = way.run(way.prepare())
@@ -30,5 +32,5 @@ def test_both_begin_as_the_base_on_every_linear_layer() -> None:
 
 def test_peft_is_compared_with() -> None:
     pytest.importorskip("peft")
-    (contest,) = contests(RANK, "vit_tiny_patch16_224", **TINY)
+    (contest,) = contests(TINY, RANK, torch.float32, 0)
     assert contest.pairs == (("veneer", "peft"),)

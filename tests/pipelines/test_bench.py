@@ -43,6 +43,7 @@ def test_all_rows_come_out(result: BenchResult) -> None:
         "forward pass": against_both,
         "attach": attached,
         "attach, all linears": attached,
+        "start, dora": [("veneer", "peft")],
         "load, diffusers": [("veneer", "safetensors"), ("veneer", "diffusers")],
         "load, kohya": [("veneer", "safetensors")],
         "merge": [("veneer", "copy"), ("veneer", "diffusers")],

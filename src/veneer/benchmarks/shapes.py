@@ -46,7 +46,7 @@ class Shape:
             FLUX.1).
         latent: side of the UNet's input. `tokens`: of the prompt.
         calls: steps in one timing.
-        vit: name in timm of the image model. `images`: of its batch. `block`: side of OFT's blocks.
+        vit, large_vit: names in timm of image models. `images`: of its batch. `block`: side of OFT's blocks.
         photos, steps, resolution: of the few-photo job.
     """
 
@@ -55,6 +55,7 @@ class Shape:
     tokens: int = 77
     calls: int = 1
     vit: str = "vit_small_patch16_224"
+    large_vit: str = "vit_large_patch16_224"
     images: int = 8
     block: int = 32
     flux: dict[str, Any] = field(default_factory=lambda: _FLUX_DEV)
@@ -64,7 +65,18 @@ class Shape:
 
 
 SHAPES: dict[str, Shape] = {
-    "tiny": Shape(_TINY_UNET, latent=8, tokens=4, vit="test_vit", images=2, block=8, flux=_TINY_FLUX, photos=2, steps=2),
+    "tiny": Shape(
+        _TINY_UNET,
+        latent=8,
+        tokens=4,
+        vit="test_vit",
+        large_vit="test_vit",
+        images=2,
+        block=8,
+        flux=_TINY_FLUX,
+        photos=2,
+        steps=2,
+    ),
     "small": Shape(_SMALL_UNET, latent=32, calls=2),
     "sd15": Shape(_SD15_UNET, latent=32),
 }

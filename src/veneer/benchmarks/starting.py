@@ -7,7 +7,6 @@ are on `meta` then, to be filled from a file, so nothing has been started.
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 from typing import Any
 
@@ -17,16 +16,12 @@ from torch import nn
 from ..injection import attach
 from . import peers
 from .contest import Contender, Contest
-from .shapes import sharing
+from .shapes import Shape, sharing, vit
 
 
-def contests(rank: int, architecture: str = "vit_large_patch16_224", **options: Any) -> list[Contest]:
-    """One contest; each timing has modules of its own over the same weights, made before the clock starts.
-
-    Args:
-        architecture, options: of `timm.create_model`.
-    """
-    base = vit(architecture, **options)
+def contests(shape: Shape, rank: int, dtype: torch.dtype, seed: int) -> list[Contest]:
+    """One contest; each timing has modules of its own over the same weights, made before the clock starts."""
+    base = vit(shape.large_vit, dtype, seed)
     fresh = partial(sharing, base)
     names = tuple(f"name:{name}" for name, module in base.named_modules() if isinstance(module, nn.Linear))
     ours = partial(_by_veneer, rank=rank, at=names)
@@ -37,16 +32,8 @@ def contests(rank: int, architecture: str = "vit_large_patch16_224", **options: 
         peers.check_equal(ours(fresh()), theirs(fresh()))
         ways.append(Contender("peft", theirs, fresh))
         pairs.append(("veneer", "peft"))
-    what = f"DoRA of rank {rank} on {len(names)} linear layers of {architecture}, on the CPU"
+    what = f"DoRA of rank {rank} on {len(names)} linear layers of {shape.large_vit}"
     return [Contest("start, dora", what, tuple(ways), tuple(pairs))]
-
-
-def vit(architecture: str, **options: Any) -> nn.Module:
-    """A frozen vision transformer with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: nn.Module = importlib.import_module("timm").create_model(architecture, pretrained=False, **options)
-    return model.requires_grad_(False)
 
 
 def _by_veneer(model: Any, rank: int, at: tuple[str, ...]) -> Any:
