@@ -22,7 +22,8 @@ from veneer.training.folder import find_photos
 from veneer.training.metrics import Figure, figure, measure
 from veneer.training.outcome import reduced, write_image
 from veneer.training.photos import read_photo
-from veneer.training.previews import PreviewSettings, pairs
+from veneer.training.previews import Pair, PreviewSettings, pairs
+from veneer.training.sheets import Row, sheet
 
 METHODS = ("lora", "textual_inversion", "pivotal")
 CLASS_WORDS = {"duck_toy": "toy", "dog3": "dog", "monster_toy": "toy"}
@@ -61,24 +62,47 @@ def run_all(
                     )
 
 
+def draw_again(out: Path) -> list[Pair]:
+    """The pictures by which a finished run was judged, the same ones."""
+    config = json.loads((out / "result.json").read_text())["config"]
+    pipe = bases.load(config["base"])
+    targets.freeze(pipe)
+    attached = load_all(pipe, out)
+    preset, concept = bases.preset(config["base"]), config["concept"]
+    settings = PreviewSettings(
+        tuple(range(config["eval_seeds"])), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4
+    )
+    prompts = [p.replace("{concept}", concept) for p in config["prompts"]]
+    return pairs(pipe, attached, prompts, settings, {concept: config["class_word"]})
+
+
 def judge_again(data: Path, out: Path, model: str) -> dict[str, Any]:
-    """Likeness of a finished run's pictures by another feature model; the pictures are drawn again, the same ones."""
+    """Likeness of a finished run's pictures by another feature model."""
     kept = out / f"likeness-{Path(model).name}.json"
     if not kept.is_file():
         config = json.loads((out / "result.json").read_text())["config"]
-        pipe = bases.load(config["base"])
-        targets.freeze(pipe)
-        attached = load_all(pipe, out)
-        preset, concept = bases.preset(config["base"]), config["concept"]
-        settings = PreviewSettings(
-            tuple(range(config["eval_seeds"])), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4
-        )
-        words = {concept: config["class_word"]}
-        drawn = pairs(pipe, attached, [p.replace("{concept}", concept) for p in config["prompts"]], settings, words)
+        drawn = draw_again(out)
         photos = [reduced(read_photo(p.path), drawn[0].adapted.width) for p in find_photos(data)]
-        kept.write_text(json.dumps(measure(features(model), photos, drawn, (), words).as_dict()))
+        figures = measure(features(model), photos, drawn, (), {config["concept"]: config["class_word"]})
+        kept.write_text(json.dumps(figures.as_dict()))
     found: dict[str, Any] = json.loads(kept.read_text())
     return found
+
+
+def together(
+    data: Path, work: Path, subject: str, methods: Sequence[str], seed: int, rows: Sequence[dict[str, Any]]
+) -> Image.Image:
+    """One sheet of a subject: photos, the base's pictures, and a line a method with its gain over the seeds."""
+    drawn = {method: draw_again(work / f"{subject}-{method}-{seed}") for method in methods}
+    first = next(iter(drawn.values()))
+    photos = [read_photo(p.path) for p in find_photos(data / subject)]
+    lines = [Row("photos", (tuple(photos[: len(first)]),)), Row("the base, asked for the class", (tuple(p.base for p in first),))]
+    for row in rows:
+        if row["subject"] == subject:
+            label = f"{row['method']}: {row['parameters']:,} numbers, likeness {_cell(row['base'])} -> {_cell(row['adapted'])}"
+            lines.append(Row(label.replace("±", "+-"), (tuple(p.adapted for p in drawn[row["method"]]),)))
+    prompts = ", ".join(f'"{prompt}"' for prompt in dict.fromkeys(p.prompt for p in first))
+    return sheet(lines, title=f"{subject}, method by method", note=f"{prompts}; seed {seed}", cell=128)
 
 
 def collected(
@@ -130,7 +154,7 @@ def _cell(value: Figure) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run, and write the table and one sheet a subject and method."""
+    """Run, and write the table and the sheets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="folder with one folder of photos a subject")
     parser.add_argument("--work", type=Path, default=Path("runs/subjects"), help="where the runs go")
@@ -141,17 +165,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--also", default="shipped", help="a second one")
     parser.add_argument("--base", default="shipped", help="as for `veneer personalize`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--name", default="subjects", help="of the table's file")
+    parser.add_argument("--together", action="store_true", help="one sheet a subject with a line a method, not one for each")
     given = parser.parse_args(arguments)
     run_all(given.data, given.work, given.subjects, given.methods, given.seeds, features=given.features, base=given.base)
     if given.out:
         rows = collected(given.data, given.work, given.subjects, given.methods, given.seeds, given.also)
         shown = table(rows, (Path(given.features).name, Path(given.also).name))
         given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "subjects.md").write_text(shown + "\n")
+        (given.out / f"{given.name}.md").write_text(shown + "\n")
         for subject in given.subjects:
+            if given.together:
+                one = together(given.data, given.work, subject, given.methods, given.seeds[0], rows)
+                write_image(one.quantize(256).convert("RGB"), given.out / f"{subject}-{given.name}.png")
+                continue
             for method in given.methods:
-                with Image.open(given.work / f"{subject}-{method}-{given.seeds[0]}" / "before_after.png") as sheet:
-                    write_image(sheet.quantize(256).convert("RGB"), given.out / f"{subject}-{method}.png")
+                with Image.open(given.work / f"{subject}-{method}-{given.seeds[0]}" / "before_after.png") as page:
+                    write_image(page.quantize(256).convert("RGB"), given.out / f"{subject}-{method}.png")
         print(shown)
 
 
