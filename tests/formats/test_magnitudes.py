@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.methods.layers import site_of
+from veneer.formats import convert
 from veneer.formats._magnitudes import base_weight, magnitude, magnitude_delta
 from veneer.injection import VeneerError, attach
 from veneer.methods.reparameterized.dora import DoRA
@@ -48,3 +50,17 @@ def test_only_the_bases_own_norms() -> None:
     lora.merge()
     with pytest.raises(VeneerError, match="'lora' is merged into the base"):
         base_weight(unet, site)  # type: ignore[arg-type]
+
+
+def test_a_change_of_nearly_nothing_is_no_large_difference(tmp_path: Path) -> None:
+    """A file holds m itself, in single precision: beside it a change of 1e-9 is lost, which is little of the whole."""
+    unet = tiny_pipeline("sd").unet
+    dora = attach(unet, "dora", where="attn.{q,k}", rank=2)
+    with torch.no_grad():
+        for number, (_, adapter) in enumerate(dora.parts.values()):
+            parts: Any = adapter
+            parts.magnitude_delta.fill_(1e-9 if number == 0 else 0.1)
+    saved = dora.save(tmp_path / "dora")
+    done = convert(tiny_pipeline("sd").unet, saved, "lycoris", tmp_path / "other")
+    assert done.weights == len(dora.parts) > 1
+    assert done.difference < 1e-5

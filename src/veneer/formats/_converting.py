@@ -87,13 +87,13 @@ def convert(
 def compare(before: Sequence[Attachment], after: Sequence[Attachment], target: Path) -> tuple[int, float]:
     """How many adapted weights were compared by W' − W on the base's own W, and the largest difference over the largest change.
 
-    What has no weight form must be the same tensors.
+    Each weight by itself must be the same within `TOLERANCE` of its own change. What has no weight form must be the same tensors.
 
     Raises:
         SaveError: they differ.
     """
     was, now = _weights(before), _weights(after)
-    worst = 0.0
+    largest = worst = 0.0
     for place in dict.fromkeys([*was, *now]):
         parts = was.get(place) or now[place]
         weight = _base(*parts)
@@ -102,12 +102,12 @@ def compare(before: Sequence[Attachment], after: Sequence[Attachment], target: P
         if apart > TOLERANCE * size + ROUNDING * float(weight.abs().max()):
             name = parts[0].site.name
             raise SaveError(f"{target}: '{name}' would change by {apart:.3g} more or less, of {size:.3g}. Nothing was written.")
-        worst = max(worst, apart / size if size else 0.0)
+        largest, worst = max(largest, size), max(worst, apart)
     old_rest, new_rest = _rest(before), _rest(after)
     for key in dict.fromkeys([*old_rest, *new_rest]):
         if key not in old_rest or key not in new_rest or not torch.equal(old_rest[key].float(), new_rest[key].float()):
             raise SaveError(f"{target}: '{key}' would not be the same. Nothing was written.")
-    return sum(map(len, was.values())), worst
+    return sum(map(len, was.values())), worst / largest if largest else 0.0
 
 
 class _Part(NamedTuple):
