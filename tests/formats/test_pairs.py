@@ -27,9 +27,8 @@ WHERE: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "pixart": (["attn.q", "xattn.{k,v}", "mlp"], ("native", "diffusers", "comfyui", "onetrainer", "peft_folder")),
     "dit": (["attn", "mlp"], ("native", "diffusers", "peft_folder")),
 }
-# every pair of FLUX, whose names differ the most; of other families each format is read and written once
-PAIRS = [("flux", *pair) for pair in permutations(WHERE["flux"][1], 2)]
-PAIRS += [(f, a, b) for f, (_, some) in WHERE.items() if f != "flux" for a, b in zip(some, [*some[1:], some[0]], strict=True)]
+# every pair of formats that can hold a family
+PAIRS = [(family, *pair) for family, (_, some) in WHERE.items() for pair in permutations(some, 2)]
 # of other methods, where they are the same function in two formats
 OTHERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "dora": ({"rank": 2, "alpha": 3.0}, ("native", "lycoris", "diffusers", "peft_folder")),
