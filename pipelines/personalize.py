@@ -82,6 +82,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
         resolution=resolution,
         prompts=[*texts, *run.prompts, *(config.unrelated or ())],
         groups=groups,
+        usual_rates=config.usual_rates(),
         processes=accelerator.num_processes,
         folder=out,
     )

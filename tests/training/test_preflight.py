@@ -93,6 +93,13 @@ def test_learning_rate_of_a_group_counts_for_its_method(lora):
     assert not list(look.learning_rates([lora], replace(RUN, learning_rate=0.1), groups))
 
 
+def test_what_is_usual_on_a_base_counts_before_the_methods_own_rate(lora):
+    far = replace(RUN, learning_rate=0.1)
+    assert not list(look.learning_rates([lora], far, usual_rates={"lora": 0.05}))
+    (told,) = look.learning_rates([lora], replace(RUN, learning_rate=1e-3), usual_rates={"lora": 0.05})
+    assert "50 times below lora's usual 0.05" in told.message
+
+
 def test_three_photos_of_90_pixels(lora, kind):
     found, text = concerns(lora, kind, pictures=photos(3, (90, 90)), resolution=144)
     assert ("photos", "warning") in found

@@ -61,26 +61,31 @@ def sites(attachments: Sequence[Attachment]) -> Iterator[Concern]:
 
 
 def learning_rates(
-    attachments: Sequence[Attachment], config: TrainConfig, groups: Iterable[Group] | None = None
+    attachments: Sequence[Attachment],
+    config: TrainConfig,
+    groups: Iterable[Group] | None = None,
+    usual_rates: Mapping[str, float] | None = None,
 ) -> Iterator[Concern]:
-    """Rates far from the method's own `learning_rate`.
+    """Rates far from what is usual.
 
     Args:
         groups: the optimiser's, for their `lr_scale`; None if every group is trained at `config.learning_rate`.
+        usual_rates: method name to the rate that is usual on this base; else the method's own `learning_rate` is.
     """
     if config.optimizer not in ADAPTIVE:
         return
     scales = {id(p): g.get("lr_scale", 1.0) for g in groups or () for p in g["params"]}
     for attachment in attachments:
         scale = min((scales.get(id(p), 1.0) for p in attachment.parameters()), default=1.0)
-        rate, usual = config.learning_rate * scale, type(attachment.method).learning_rate
+        rate, method = config.learning_rate * scale, attachment.method
+        usual = (usual_rates or {}).get(method.name, method.learning_rate)
         if LOW <= rate / usual <= HIGH:
             continue
         word, risk = ("above", "it may diverge or forget") if rate > usual else ("below", "it may learn next to nothing")
         times = max(rate / usual, usual / rate)
         yield Concern(
             "learning rate",
-            f"{rate:g} for {attachment.name} is {times:.0f} times {word} {attachment.method.name}'s usual {usual:g}: {risk}",
+            f"{rate:g} for {attachment.name} is {times:.0f} times {word} {method.name}'s usual {usual:g}: {risk}",
         )
 
 

@@ -186,13 +186,17 @@ class PersonalizeConfig:
 
     def rates(self) -> dict[str, float]:
         """Method name to learning rate: as given, else the base's usual, else the method's own."""
+        rates = self.usual_rates()
+        for name in rates:
+            words = targets.learns_words(methods.get(name)) and len(rates) > 1
+            rates[name] = (self.token_learning_rate if words else self.learning_rate) or rates[name]
+        return rates
+
+    def usual_rates(self) -> dict[str, float]:
+        """Method name to the learning rate that is usual on the base, else the method's own."""
+        known = bases.preset(self.base).training
         names = targets.split_methods(self.method)
-        preset = bases.preset(self.base)
-        usual = {n: float(preset.training.get(n, {}).get("learning_rate", methods.get(n).learning_rate)) for n in names}
-        for name in names:
-            words = targets.learns_words(methods.get(name)) and len(names) > 1
-            usual[name] = (self.token_learning_rate if words else self.learning_rate) or usual[name]
-        return usual
+        return {n: float(known.get(n, {}).get("learning_rate", methods.get(n).learning_rate)) for n in names}
 
     def text_rate(self) -> float:
         """Learning rate of weights in text encoders."""

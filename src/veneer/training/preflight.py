@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +82,7 @@ def preflight(
     resolution: int | None = None,
     prompts: Sequence[str] | None = None,
     groups: Sequence[Group] | None = None,
+    usual_rates: Mapping[str, float] | None = None,
     processes: int = 1,
     folder: Path | None = None,
     measure: bool = True,
@@ -93,7 +94,7 @@ def preflight(
         config: the loop's settings. `photos`: from `find_photos`, class pictures too. `concept`: the new word, or the class.
         resolution: side of the pictures in pixels; None for the base's own.
         prompts: what will be encoded besides the captions, such as filled templates and the prompts of previews.
-        groups: as given to the trainer, for their own learning rates.
+        groups: as given to the trainer, for their own learning rates. `usual_rates`: method name to the one usual on this base.
         processes: how many share a batch. `folder`: where checkpoints go, to see if the disk has room.
         measure: run two real passes of a micro-batch; False counts from shapes and the speed of a matrix product instead.
     """
@@ -101,7 +102,7 @@ def preflight(
     texts = [*_captions(photos, concept), *(prompts or ())]
     found = [
         *look.sites(attachments),
-        *look.learning_rates(attachments, config, groups),
+        *look.learning_rates(attachments, config, groups, usual_rates),
         *look.steps(config, photos),
         *look.pictures(photos, side, concept),
         *look.side(side, family),
