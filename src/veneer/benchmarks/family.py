@@ -98,7 +98,7 @@ def _on(
         attach(ours, method, where=where, **kind.options)
         pairs.append((f"veneer {method}", kind.to))
         if peers.has_peft():
-            theirs = models[f"peft {method}"] = _by_peft(sharing(base), kind, targets)
+            theirs = models[f"peft {method}"] = peers.injected(sharing(base), kind.peft, targets, **kind.peft_options)
             peers.check_equal(ours, theirs)
             pairs.append((f"veneer {method}", f"peft {method}"))
     ways = tuple(Contender(way, step(model, *data)) for way, model in models.items())
@@ -108,11 +108,3 @@ def _on(
         Contest(f"step, {name}", what, ways, (*pairs, *floor)),
         Contest(f"peak memory of a step, {name}", what, ways, tuple(weighed), unit="MB"),
     ]
-
-
-def _by_peft(model: nn.Module, kind: Kind, targets: str | list[str]) -> nn.Module:
-    import peft
-
-    config = getattr(peft, kind.peft)(target_modules=targets, **kind.peft_options)
-    peft.inject_adapter_in_model(config, model)
-    return model

@@ -36,16 +36,26 @@ def where(model: nn.Module) -> tuple[str, ...]:
     return WHERE if any(getattr(m, "is_cross_attention", False) for m in model.modules()) else WHERE[:1]
 
 
-def with_peft(model: nn.Module, rank: int, at: list[str] | str | None = None, **options: Any) -> nn.Module:
+def with_peft(model: nn.Module, rank: int, at: list[str] | str | None = None, low_cpu_mem_usage: bool = False) -> nn.Module:
     """The model, with peft's LoRA, alpha and dropout as veneer's defaults.
 
     Args:
-        at: names in peft's words; None for every attention projection. `options`: of `inject_adapter_in_model`.
+        at: names in peft's words; None for every attention projection.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    options = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
+    return injected(model, "LoraConfig", targets(model) if at is None else at, low_cpu_mem_usage, **options)
 
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets(model) if at is None else at)
-    inject_adapter_in_model(config, model, **options)
+
+def injected(model: nn.Module, kind: str, at: list[str] | str, low_cpu_mem_usage: bool = False, **options: Any) -> nn.Module:
+    """The model, with what peft puts there for a config.
+
+    Args:
+        kind: name of the config's class. `options`: its options, beside the names `at` which it is put.
+    """
+    import peft
+
+    config = getattr(peft, kind)(target_modules=at, **options)
+    peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=low_cpu_mem_usage)
     return model
 
 

@@ -42,8 +42,4 @@ def _by_veneer(model: Any, rank: int, at: tuple[str, ...]) -> Any:
 
 
 def _by_peft(model: Any, rank: int, at: str) -> Any:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=at, use_dora=True)
-    inject_adapter_in_model(config, model)
-    return model
+    return peers.injected(model, "LoraConfig", at, r=rank, lora_alpha=rank, lora_dropout=0.0, use_dora=True)

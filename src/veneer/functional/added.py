@@ -43,9 +43,7 @@ class _Added(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, up: Tensor, over: bool) -> Tensor:
         ctx.save_for_backward(z, up)
-        if over and not y.is_inference():
-            increment_version(y)  # whoever kept y for a backward pass is told that it has changed
-        target = y.data if over else y.clone()
+        target = onto(y, over)
         return target.addmm_(z, up.mT) if y.ndim == 2 else target.baddbmm_(up.expand(len(y), -1, -1), z)
 
     @staticmethod
@@ -56,6 +54,15 @@ class _Added(torch.autograd.Function):
         if g.ndim == 2:  # zᵀ g and not gᵀ z, which is half as quick for a small r
             return g, g @ up if low else None, (z.mT @ g).mT if factor else None, None
         return g, up.mT @ g if low else None, (z @ g.mT).sum(0).mT if factor else None, None
+
+
+def onto(y: Tensor, over: bool) -> Tensor:
+    """What a sum with y is written on: y's own memory, or a copy."""
+    if not over:
+        return y.clone()
+    if not y.is_inference():
+        increment_version(y)  # whoever kept y for a backward pass is told that it has changed
+    return y.data
 
 
 def project(x: Tensor, down: Tensor) -> Tensor:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
-from .added import plain
+from .added import onto, plain
 
 
 class _Mixed(torch.autograd.Function):
@@ -37,10 +36,7 @@ class _Added(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, left: Tensor, right: Tensor, over: bool) -> Tensor:
         ctx.save_for_backward(x, left, right)
-        if over and not y.is_inference():
-            increment_version(y)
-        target = y.data if over else y.clone()
-        return target.addmm_(_mixed(x, left), right.mT)
+        return onto(y, over).addmm_(_mixed(x, left), right.mT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
