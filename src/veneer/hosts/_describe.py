@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..injection.seams import Seam
-from ..injection.sites import BranchSite, Layout, ParamSite, Port, Site, StreamSite, WeightSite
+from ..injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, Port, Site, StreamSite, WeightSite
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVS)
+FIRST = ("LayerNorm2d", "SimpleNorm2d", "RmsNorm2d")
 CHANNELS_FIRST = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -61,10 +62,11 @@ class Part:
         module = self.module(path)
         if not isinstance(module, LAYERS):
             return
-        yield WeightSite(
-            name=path, role=role, path=path, called=called, inert=inert, guard=self.guard, **geometry(module), **self.labels
-        )
         bias = getattr(module, "bias", None)
+        yield WeightSite(
+            name=path, role=role, path=path, called=called, inert=inert, guard=self.guard,
+            bias=f"{path}.bias" if bias is not None else "", **geometry(module), **self.labels,
+        )  # fmt: skip
         if bias is not None:
             yield self.bias(path, role, tuple(bias.shape), called=called, inert=inert or inert_bias)
 
@@ -85,12 +87,12 @@ class Part:
             inert: roles of slices that have no effect. `inert_bias`: of slices whose bias has none.
         """
         module = self.module(path)
-        shape = geometry(module)
+        shape = {**geometry(module), "bias": f"{path}.bias" if module.bias is not None else ""}
         yield WeightSite(name=path, role=whole, path=path, fused=True, called=called, guard=self.guard, **shape, **self.labels)
         start = 0
         for name, (role, size) in names.items():
             rows, start = (start, start + size), start + size
-            cut: dict[str, Any] = {**shape, "d_out": size}
+            cut: dict[str, Any] = {**shape, "d_out": size, "bias_rows": rows if shape["bias"] else None}
             fields: dict[str, Any] = {"rows": rows, "called": called}
             labels: dict[str, Any] = {**self.labels, "guard": self.guard, "inert": role in inert}
             yield WeightSite(name=name, role=role, path=path, **fields, **cut, **labels)
@@ -100,15 +102,20 @@ class Part:
     def bias(self, path: str, role: str, shape: tuple[int, ...], *, name: str = "", **fields: Any) -> ParamSite:
         """The bias (or rows of it) of the module at `path`."""
         module = self.module(path)
-        dim = 1 if isinstance(module, (*CONVS, *CHANNELS_FIRST)) or type(module).__name__ == "LayerNorm2d" else -1
-        fields = {"called": True, "channel_dim": dim, "guard": self.guard, **fields}
+        fields = {"called": True, "channel_dim": channel_dim(module), "guard": self.guard, **fields}
         return ParamSite(
             name=f"{name or path}.bias", role=f"bias.{role}", path=path, param="bias", shape=shape, **fields, **self.labels
         )
 
     def norm(self, path: str, role: str = "norm", *, inert: bool = False, inert_bias: bool = False) -> Iterator[Site]:
-        """Weight and bias of a norm; nothing where it has none or there is no norm."""
+        """A norm, its weight and its bias; nothing where it has none or there is no norm."""
         module = self.module(path)
+        if isinstance(weight := getattr(module, "weight", None), Tensor):
+            shift = f"{path}.bias" if isinstance(getattr(module, "bias", None), Tensor) else ""
+            yield NormSite(
+                name=path, role=role, path=path, bias=shift, width=len(weight), channel_dim=channel_dim(module),
+                inert=inert, guard=self.guard, **self.labels,
+            )  # fmt: skip
         for param in ("weight", "bias"):
             if isinstance(tensor := getattr(module, param, None), Tensor):
                 if param == "bias":
@@ -122,13 +129,22 @@ class Part:
         name = f"{path}.{param}" if path else param
         return ParamSite(name=name, role=role, path=path, param=param, shape=shape, inert=inert, **self.labels)
 
-    def branch(self, name: str, role: str, read: Port, write: Port, width: int, layout: Layout = "NLC") -> BranchSite:
-        """A residual branch."""
-        return BranchSite(name=f"{name}.branch", role=role, read=read, write=write, width=width, layout=layout, **self.labels)
+    def branch(self, name: str, role: str, read: Port, write: Port, width: int, **fields: Any) -> BranchSite:
+        """A residual branch. `fields`: others of a `BranchSite`."""
+        return BranchSite(name=f"{name}.branch", role=role, read=read, write=write, width=width, **fields, **self.labels)
 
-    def stream(self, path: str, width: int, prefix_tokens: int = 0) -> StreamSite:
-        """The residual stream through the block at `path`."""
-        return StreamSite(name=f"{path}.stream", role="block", path=path, width=width, prefix_tokens=prefix_tokens, **self.labels)
+    def stream(self, path: str, width: int, **fields: Any) -> StreamSite:
+        """The residual stream through the block at `path`. `fields`: others of a `StreamSite`."""
+        return StreamSite(name=f"{path}.stream", role="block", path=path, width=width, **fields, **self.labels)
+
+    def features(self, head: str, width: int) -> Iterator[FeatureSite]:
+        """Pooled features that enter the head at `head`, and the logits that leave it."""
+        read, module = Port(head, "in"), self.module(head)
+        classes = getattr(module, "out_features", None) or getattr(module, "out_channels", 0)
+        for role, port in (("features", read), ("logits", Port(head, "out"))):
+            yield FeatureSite(
+                name=f"{head}.{role}", role=role, port=port, read=read, width=width, classes=classes, head=head, **self.labels
+            )
 
     def leaves(self, path: str) -> Iterator[tuple[str, nn.Module]]:
         """Modules at and below `path` that have parameters of their own, in the order of registration."""
@@ -166,6 +182,11 @@ def geometry(module: nn.Module) -> dict[str, Any]:
         return {"kind": "conv", "d_out": module.out_channels, "d_in": module.in_channels, "kernel": module.kernel_size, **fields}
     linear: Any = module
     return {"kind": "linear", "d_out": linear.out_features, "d_in": linear.in_features}
+
+
+def channel_dim(module: nn.Module) -> int:
+    """The dimension of a module's output that its channels run along."""
+    return 1 if isinstance(module, (*CONVS, *CHANNELS_FIRST)) or type(module).__name__ in FIRST else -1
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -150,7 +150,7 @@ def _branch(part: Part, path: str, norm: str, width: int) -> Site:
     role = "mlp" if path.endswith(".ff") else "xattn" if module.is_cross_attention else "attn"
     convolves = hasattr(module, "conv_inverted")
     read = Port(path if convolves or part.module(norm) is None or not norm else norm, "in")
-    return part.branch(path, role, read, Port(path, "out"), width, "NCHW" if convolves else "NLC")
+    return part.branch(path, role, read, Port(path, "out"), width, layout="NCHW" if convolves else "NLC")
 
 
 def rest(part: Part, path: str, roles: dict[str, str]) -> Iterator[Site]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..injection.host import Host, module_names
-from ..injection.sites import FeatureSite, PixelSite, Port, Site, TokenSite
+from ..injection.sites import PixelSite, Port, Site, TokenSite
 from ._describe import LAYERS, Draw, Part, is_norm, own_parameters
 
 FAMILIES = {"timm.models.vision_transformer.VisionTransformer", "timm.models.beit.Beit", "timm.models.eva.Eva"}
@@ -121,7 +121,14 @@ def _block(part: Part, path: str) -> Iterator[Site]:
         for i, kind in enumerate(("attn", "mlp"), 1):
             scales = tuple(f"{path}.{scale}" for scale in SCALES[kind])
             yield from _branch(part, path, kind, f"{path}.norm{i}", f"{path}.drop_path{i}", scales, width)
-    yield part.stream(path, width, vit.num_prefix_tokens)
+    yield part.stream(path, width, **_grid(part))
+
+
+def _grid(part: Part) -> dict[str, Any]:
+    """Where the patches stand, as fields of a site."""
+    vit: Any = part.model
+    size = getattr(vit.patch_embed, "grid_size", None)
+    return {"prefix_tokens": vit.num_prefix_tokens, "grid": tuple(size) if size else None}
 
 
 def _branch(part: Part, at: str, kind: str, norm: str, end: str, scales: tuple[str, ...], width: int) -> Iterator[Site]:
@@ -136,7 +143,8 @@ def _branch(part: Part, at: str, kind: str, norm: str, end: str, scales: tuple[s
         owner, _, param = scale.rpartition(".")
         if part.has(owner, param):
             yield part.free(owner, param, "scale")
-    yield part.branch(inner, kind, Port(norm if norm_first else inner, "in"), Port(end, "out"), width)
+    read = Port(norm if norm_first else inner, "in")
+    yield part.branch(inner, kind, read, Port(end, "out"), width, normed=Port(norm, "out") if norm_first else None, **_grid(part))
 
 
 def _attention(part: Part, path: str) -> Iterator[Site]:
@@ -212,7 +220,8 @@ def _fused_block(part: Part, path: str, width: int) -> Iterator[Site]:
         yield from part.layer(f"{path}.{name}", role)
     if part.has(f"{path}.ls", "gamma"):
         yield part.free(f"{path}.ls", "gamma", "scale")
-    yield part.branch(path, "single", Port(f"{path}.in_norm", "in"), Port(f"{path}.drop_path", "out"), width)
+    read, normed, write = Port(f"{path}.in_norm", "in"), Port(f"{path}.in_norm", "out"), Port(f"{path}.drop_path", "out")
+    yield part.branch(path, "single", read, write, width, normed=normed, **_grid(part))
 
 
 def _head(part: Part) -> Iterator[Site]:
@@ -227,10 +236,7 @@ def _head(part: Part) -> Iterator[Site]:
     yield from part.norm("fc_norm")
     for name in ("head", "head_dist"):
         if part.module(name) is not None:
-            port = Port(name, "in")
-            yield FeatureSite(
-                name=f"{name}.features", role="features", port=port, width=vit.num_features, head=name, **part.labels
-            )
+            yield from part.features(name, vit.num_features)
             yield from part.layer(name, "head")
 
 

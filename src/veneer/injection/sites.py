@@ -64,6 +64,8 @@ class WeightSite(Site):
         d_out, d_in: widths of output and input (of the slice, where `rows` is given).
         kernel, stride, padding, dilation, groups: geometry of a convolution.
         called: True if the host calls the module, so that hooks fire; False if it reads the tensor (`F.linear(x, m.weight)`).
+        bias: path of the bias that is added after it, parameter's name included (`blocks.0.attn.q_bias`), or "" for none.
+        bias_rows: (start, stop) in that bias, or None for all of it.
     """
 
     path: str
@@ -79,6 +81,8 @@ class WeightSite(Site):
     dilation: tuple[int, ...] = ()
     groups: int = 1
     called: bool = True
+    bias: str = ""
+    bias_rows: tuple[int, int] | None = None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -89,23 +93,59 @@ class WeightSite(Site):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormSite(Site):
+    """A called norm with a scale of its own: y = norm(x) ∘ weight + bias.
+
+    Args:
+        path: the module. `param`: its scale. `bias`: path of its shift, the parameter's name included, or "" for none.
+        width: channels. `channel_dim`: the dimension of its output that they run along.
+    """
+
+    path: str
+    param: str = "weight"
+    bias: str = ""
+    width: int
+    channel_dim: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
 class BranchSite(Site):
-    """A residual branch: read before or after its norm, write where its output is added to the stream."""
+    """A residual branch: read before or after its norm, write where its output is added to the stream.
+
+    Args:
+        read: the stream as the branch gets it. `normed`: the same after the branch's own norm; None where it has none in front.
+        write: the branch's output, before it is added.
+        width: channels. `layout`: which dimension they are.
+        prefix_tokens: class and register tokens in front of the patches. `grid`: (height, width) of the patches at the model's
+            own picture size, or None where tokens stand in no grid; only `NLC` needs them.
+    """
 
     read: Port
     write: Port
+    normed: Port | None = None
     width: int
     layout: Layout = "NLC"
+    prefix_tokens: int = 0
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSite(Site):
-    """The residual stream through one block: the block's input and output."""
+    """The residual stream through one block: the block's input and output.
+
+    Args:
+        d_in: channels of the input, where a block changes them; 0 for `width`, those of the output.
+        resamples: True where the block changes the grid (a stride, a merging of patches).
+        prefix_tokens, grid: as of a `BranchSite`.
+    """
 
     path: str
     width: int
+    d_in: int = 0
+    resamples: bool = False
     layout: Layout = "NLC"
     prefix_tokens: int = 0
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +233,18 @@ class PixelSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSite(Site):
-    """Pooled features on their way into the head."""
+    """Pooled features on their way into the head (role `features`), or the head's logits (role `logits`).
+
+    Args:
+        port: where features enter the head, or logits leave it. `read`: the features, for both.
+        width: of the features. `classes`: of the head; 0 where it has none of its own.
+        head: path of the head.
+    """
 
     port: Port
+    read: Port | None = None
     width: int
+    classes: int = 0
     head: str
 
 

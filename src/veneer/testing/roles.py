@@ -6,6 +6,7 @@ from ..injection.sites import (
     AttentionSite,
     BranchSite,
     FeatureSite,
+    NormSite,
     ParamSite,
     PixelSite,
     ResidualSite,
@@ -38,6 +39,7 @@ ROLES: dict[type[Site], set[str]] = {
     AttentionSite: {"attn.processor", "xattn.processor"},
     VocabularySite: {"vocabulary"},
     PixelSite: {"pixels"},
-    FeatureSite: {"features"},
+    FeatureSite: {"features", "logits"},
+    NormSite: {"norm", "norm.qk"},
     ResidualSite: {"residual"},
 }
