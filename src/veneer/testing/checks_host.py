@@ -46,11 +46,11 @@ def sites_resolve(traced: Trace) -> None:
 
 
 def called_is_true_by_tracing(traced: Trace) -> None:
-    """A site is `called` if and only if its module is called in a forward pass, with the site's widths."""
+    """A site is `called` if and only if its layer is called in a forward pass, with the site's widths."""
     for site in traced.sites:
         if not isinstance(site, WeightSite):
             continue
-        called = (site.path, "out") in traced.order
+        called = site.param == "weight" and (site.path, "out") in traced.order  # others are read by the module that holds them
         if called != site.called:
             raise AssertionError(f"{site.name}: called={site.called}, but the host {'calls' if called else 'does not call'} it")
         if called:
@@ -93,8 +93,8 @@ def ports_in_order(traced: Trace) -> None:
         elif isinstance(site, (PixelSite, FeatureSite)):
             if (site.port.path, site.port.side) not in traced.order:
                 raise AssertionError(f"{site.name}: nothing passes '{site.port.path}' ({site.port.side})")
-        elif isinstance(site, VocabularySite) and site.argument not in traced.inputs[site.ids.path][1]:
-            raise AssertionError(f"{site.name}: '{site.ids.path}' is not called with {site.argument}=…")
+        elif isinstance(site, VocabularySite) and not _enters(site, *traced.inputs[site.ids.path]):
+            raise AssertionError(f"{site.name}: '{site.ids.path}' is not called with {site.argument}=…, or with ids first")
 
 
 def roles_are_canonical(traced: Trace) -> None:
@@ -166,7 +166,7 @@ def _resolve(module: nn.Module, site: Any) -> None:
             f"{site.name}: described as {tuple(described)}, rows {site.rows}; the tensor is {tuple(parameter.shape)}"
         )
     if isinstance(site, WeightSite):
-        if not isinstance(module, KINDS[site.kind]):
+        if site.param == "weight" and not isinstance(module, KINDS[site.kind]):
             raise AssertionError(f"{site.name}: kind '{site.kind}', but the module is a {type(module).__name__}")
         layer: Any = module
         if site.kind == "conv":
@@ -175,6 +175,11 @@ def _resolve(module: nn.Module, site: Any) -> None:
                 raise AssertionError(f"{site.name}: geometry differs from the module's {geometry}")
     elif math.prod(site.shape) == 0:
         raise AssertionError(f"{site.name}: an empty parameter")
+
+
+def _enters(site: VocabularySite, args: Any, kwargs: Any) -> bool:
+    ids = kwargs.get(site.argument, args[0] if args else None)
+    return isinstance(ids, Tensor) and not ids.is_floating_point()
 
 
 def _in_order(traced: Trace, site: Site, read: Any, write: Any) -> None:

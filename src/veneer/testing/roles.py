@@ -24,11 +24,11 @@ WEIGHTS = PROJECTIONS | {
     "xattn.kv", "attn.gate", "mlp.in", "mlp.out", "mlp.gate", "mlp.in_gate", "mlp.conv", "mlp.context.in", "mlp.context.out",
     "single.in", "single.out", "proj.in", "proj.out", "conv.res", "conv.sample", "conv.io", "conv.patch", "conv.stem", "time.res",
     "time.embed", "class.embed", "adaln", "embed.patch", "embed.context", "embed.token", "embed.position", "head", "pool.q",
-    "pool.k", "pool.v", "pool.kv", "pool.out", "pool.mlp.in", "pool.mlp.out",
+    "pool.k", "pool.v", "pool.kv", "pool.qkv", "pool.out", "pool.mlp.in", "pool.mlp.out",
 }  # fmt: skip
 PARAMS = {
     "norm", "norm.qk", "scale", "adaln.table", "embed.class", "embed.distil", "embed.register", "embed.position", "embed.pool",
-    "other", "bias.norm", "bias.norm.qk", *(f"bias.{role}" for role in WEIGHTS),
+    "proj.out", "logit.scale", "logit.bias", "other", "bias.norm", "bias.norm.qk", *(f"bias.{role}" for role in WEIGHTS),
 }  # fmt: skip
 ROLES: dict[type[Site], set[str]] = {
     WeightSite: WEIGHTS,
