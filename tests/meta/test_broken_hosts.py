@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.injection.errors import VeneerError
 from veneer.injection.registry import hosts
-from veneer.injection.sites import BranchSite, ParamSite, Port, Site, WeightSite
+from veneer.injection.sites import BranchSite, NormSite, ParamSite, Port, Site, WeightSite
 from veneer.testing import check_host
 from veneer.testing.suite import HOST_CHECKS, host_checks, method_checks
 
@@ -94,6 +94,34 @@ class Inert(LayersHost):
         return {"layers": Unreached}
 
 
+class Rectifying(nn.LayerNorm):
+    """A norm with an activation inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class Rectified(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Rectifying(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+class Normed(LayersHost):
+    def matches(self, model: nn.Module) -> bool:
+        return type(model) is Rectified
+
+    def tiny(self) -> dict[str, Callable[[], nn.Module]]:
+        return {"layers": Rectified}
+
+    def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
+        yield NormSite(name="norm", role="norm", path="norm", bias="norm.bias", width=6)
+        yield from super().sites(model, component, components)
+
+
 BROKEN: dict[str, tuple[type[LayersHost], str]] = {
     "it claims every model": (Greedy, "exactly_one_host_matches"),
     "it denies its own": (Denying, "exactly_one_host_matches"),
@@ -108,6 +136,13 @@ BROKEN: dict[str, tuple[type[LayersHost], str]] = {
     "a read weight is said to be called": (_changing("read", called=True), "called_is_true_by_tracing"),
     "a called weight is said to be read": (_changing("into", called=False), "called_is_true_by_tracing"),
     "a bias runs along another dimension": (_changing("out.bias", channel_dim=1), "called_bias_is_added_last"),
+    "an activation follows a norm's bias": (Normed, "called_norms_end_with_weight_and_bias"),
+    "a layer is said to be a norm": (
+        _adding(NormSite(name="norm", role="norm", path="into", bias="into.bias", width=8)),
+        "called_norms_end_with_weight_and_bias",
+    ),
+    "a bias that follows is not there": (_changing("read", bias="read.bias"), "sites_resolve"),
+    "a branch is normed after it is written": (_changing("mlp.branch", normed=Port("", "out")), "ports_in_order"),
     "a branch is written before it is read": (
         _changing("mlp.branch", read=Port("out", "out"), write=Port("into", "in")),
         "ports_in_order",

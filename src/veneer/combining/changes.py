@@ -71,7 +71,7 @@ def change_of(attachment: Attachment, name: str) -> Change:
     """
     site: Any = attachment.parts[name][0]
     adapter: Any = attachment.parts[name][1]
-    if not isinstance(site, WeightSite) or not hasattr(adapter, "weight"):
+    if not isinstance(site, WeightSite) or not hasattr(adapter, "weight") or hasattr(adapter, "bias"):
         raise CombineError(
             f"'{attachment.name}' ({attachment.method.name}) at {name} is no change of a weight, which a LoRA could hold. "
             "Leave it out, or keep it beside in its own file."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from ..injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, Port
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVS)
-FIRST = ("LayerNorm2d", "SimpleNorm2d", "RmsNorm2d")
 CHANNELS_FIRST = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -79,12 +79,14 @@ class Part:
         called: bool = True,
         inert: tuple[str, ...] = (),
         inert_bias: tuple[str, ...] = (),
+        biases: Mapping[str, str] = MappingProxyType({}),
     ) -> Iterator[Site]:
         """A fused linear: the whole weight under the role `whole`, and row slices of it and of its bias.
 
         Args:
             names: name of each slice, with its role and its number of rows, in order.
             inert: roles of slices that have no effect. `inert_bias`: of slices whose bias has none.
+            biases: last word of a slice's name to the path of a bias that its module has beside the layer, as wide as the slice.
         """
         module = self.module(path)
         shape = {**geometry(module), "bias": f"{path}.bias" if module.bias is not None else ""}
@@ -93,6 +95,8 @@ class Part:
         for name, (role, size) in names.items():
             rows, start = (start, start + size), start + size
             cut: dict[str, Any] = {**shape, "d_out": size, "bias_rows": rows if shape["bias"] else None}
+            if biases:
+                cut["bias"] = biases.get(name.rpartition(".")[2], "")
             fields: dict[str, Any] = {"rows": rows, "called": called}
             labels: dict[str, Any] = {**self.labels, "guard": self.guard, "inert": role in inert}
             yield WeightSite(name=name, role=role, path=path, **fields, **cut, **labels)
@@ -110,16 +114,17 @@ class Part:
     def norm(self, path: str, role: str = "norm", *, inert: bool = False, inert_bias: bool = False) -> Iterator[Site]:
         """A norm, its weight and its bias; nothing where it has none or there is no norm."""
         module = self.module(path)
+        called = ends_with_norm(module)
         if isinstance(weight := getattr(module, "weight", None), Tensor):
             shift = f"{path}.bias" if isinstance(getattr(module, "bias", None), Tensor) else ""
             yield NormSite(
                 name=path, role=role, path=path, bias=shift, width=len(weight), channel_dim=channel_dim(module),
-                inert=inert, guard=self.guard, **self.labels,
+                called=called, inert=inert, guard=self.guard, **self.labels,
             )  # fmt: skip
         for param in ("weight", "bias"):
             if isinstance(tensor := getattr(module, param, None), Tensor):
                 if param == "bias":
-                    yield self.bias(path, role, tuple(tensor.shape), inert=inert or inert_bias)
+                    yield self.bias(path, role, tuple(tensor.shape), called=called, inert=inert or inert_bias)
                 else:
                     yield self.free(path, param, role, inert=inert)
 
@@ -133,14 +138,14 @@ class Part:
         """A residual branch. `fields`: others of a `BranchSite`."""
         return BranchSite(name=f"{name}.branch", role=role, read=read, write=write, width=width, **fields, **self.labels)
 
-    def stream(self, path: str, width: int, **fields: Any) -> StreamSite:
+    def stream(self, path: str, width: int, *, role: str = "block", **fields: Any) -> StreamSite:
         """The residual stream through the block at `path`. `fields`: others of a `StreamSite`."""
-        return StreamSite(name=f"{path}.stream", role="block", path=path, width=width, **fields, **self.labels)
+        return StreamSite(name=f"{path}.stream", role=role, path=path, width=width, **fields, **self.labels)
 
     def features(self, head: str, width: int) -> Iterator[FeatureSite]:
         """Pooled features that enter the head at `head`, and the logits that leave it."""
         read, module = Port(head, "in"), self.module(head)
-        classes = getattr(module, "out_features", None) or getattr(module, "out_channels", 0)
+        classes: int = getattr(module, "out_features", 0) or getattr(module, "out_channels", 0)
         for role, port in (("features", read), ("logits", Port(head, "out"))):
             yield FeatureSite(
                 name=f"{head}.{role}", role=role, port=port, read=read, width=width, classes=classes, head=head, **self.labels
@@ -186,7 +191,12 @@ def geometry(module: nn.Module) -> dict[str, Any]:
 
 def channel_dim(module: nn.Module) -> int:
     """The dimension of a module's output that its channels run along."""
-    return 1 if isinstance(module, (*CONVS, *CHANNELS_FIRST)) or type(module).__name__ in FIRST else -1
+    return 1 if isinstance(module, (*CONVS, *CHANNELS_FIRST)) or "2d" in type(module).__name__ else -1
+
+
+def ends_with_norm(module: Any) -> bool:
+    """False where an activation or a dropout follows the norm inside of its module."""
+    return all(isinstance(getattr(module, name, None), (nn.Identity, type(None))) for name in ("act", "drop"))
 
 
 def is_norm(module: nn.Module) -> bool:

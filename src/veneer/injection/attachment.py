@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from . import merge as merging
@@ -100,6 +101,24 @@ class Attachment:
         groups = self.method.groups(list(self.parts.values()))
         extra = [p for _, p in self.trained.items()]
         return [*groups, {"params": extra, "lr_scale": 1.0}] if extra else groups
+
+    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Let the method see the training data, where it wants to (`method.prepares`); for models with one picture input.
+
+        `veneer transfer` calls it; your own loop does so before the first step, or before every epoch.
+
+        Args:
+            batches: pictures (B, C, H, W) as the model takes them, and labels (B,).
+        """
+        (tower,) = self.towers.values()
+        modes = {m: m.training for m in tower.modules()}
+        tower.eval()
+        try:
+            with torch.no_grad():
+                self.method.prepare(list(self.parts.values()), tower, batches)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     def penalty(self) -> Tensor | None:
         """The method's own term of the loss, to be added before `backward()`; None for most methods."""

@@ -17,7 +17,8 @@ from .folded import folded
 from .forms import base_tensor
 from .method import Adapter
 from .seams import Seam
-from .sites import ParamSite, Site, WeightSite
+from .shifted import Shift, fixed, shift_site
+from .sites import NormSite, ParamSite, Site, WeightSite
 
 Place = tuple[str, str, str]
 Pristine = dict[Place, Tensor]
@@ -46,6 +47,9 @@ def fold(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]])
     groups = _grouped(towers, parts)
     with torch.inference_mode(False), torch.no_grad():
         before = {place: _tensor(towers, place) for place in groups}
+        for place, shift in _shifts(towers, parts, before):
+            groups.setdefault(place, []).append(shift)
+            before.setdefault(place, _tensor(towers, place))
         after = {place: folded(before[place], group) for place, group in groups.items()}
         for place in _tied(towers, before):
             after[place] = nn.Parameter(after[place], requires_grad=False)
@@ -112,13 +116,28 @@ def _grouped(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapte
     """
     groups: Groups = {}
     for site, adapter in parts:
-        if not isinstance(site, (WeightSite, ParamSite)) or not hasattr(adapter, "weight"):
+        if not isinstance(site, (WeightSite, ParamSite, NormSite)) or not hasattr(adapter, "weight"):
             raise UnsupportedSite(f"{site.name}: {type(adapter).__name__} has no weight form and cannot be merged.")
         why = _obstacle(towers[site.component].get_submodule(site.path), site.param)
         if why:
             raise UnsupportedSite(f"{site.name}: {why}")
         groups.setdefault((site.component, site.path, site.param), []).append((site, adapter))
     return groups
+
+
+def _shifts(
+    towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]], before: Pristine
+) -> Iterator[tuple[Place, tuple[Any, Adapter]]]:
+    """The biases that follow changed weights, for adapters that change them as well."""
+    for site, adapter in parts:
+        if hasattr(adapter, "bias"):
+            found: Any = site
+            shift = shift_site(found, adapter)
+            why = _obstacle(towers[site.component].get_submodule(shift.path), shift.param)
+            if why:
+                raise UnsupportedSite(f"{site.name}: {why}")
+            weight = before[site.component, found.path, found.param]
+            yield (site.component, shift.path, shift.param), (shift, Shift(adapter, fixed(weight, found.rows)))
 
 
 def _chain(module: Any, param: str) -> Sequence[nn.Module]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class Adapter(nn.Module):
     - `weight(W) -> W'`: weight form, for tensors that are read and for merging,
     - `output_(x, y) -> y'`: beside `output`, the same written over y, where nobody else can have kept y,
     - `input(x) -> x'`: what a called module reads, in the place of `output`, where that is the cheaper way to the same change.
+    - `bias(b, W) -> b'`: beside `weight`, where the bias after the weight changes too; `W()` gives the weight from before.
 
     Beside `weight`, a sum of low rank may offer `factors() -> (C, D)` at its strength, with W' = W + C D for W as (groups, rows /
     groups, width): merging it then costs about a copy of W, and combining it needs no matrix of W's size.
@@ -35,6 +36,9 @@ class Adapter(nn.Module):
     exactly. An adapter that already multiplies by `self.strength` (cheaper where the change is a sum) says so with
     `blends = True`.
 
+    On a `BranchSite`, `reads = "normed"` says that x is the stream after the branch's norm. `replaces = True` says that the
+    adapter holds the whole value of its tensor, whatever the base has there.
+
     `remembered` names buffers that only training needs (not persistent): a checkpoint of a run keeps them, a file does not.
 
     One with both forms, of which `weight` is the cheaper at its site, says `prefers_weight = True`; then the host's tensor is
@@ -43,6 +47,8 @@ class Adapter(nn.Module):
 
     blends: ClassVar[bool] = False
     prefers_weight: bool = False
+    reads: ClassVar[Literal["read", "normed"]] = "read"
+    replaces: ClassVar[bool] = False
     remembered: ClassVar[tuple[str, ...]] = ()
     strength: Tensor
 
@@ -64,7 +70,8 @@ class Need:
     Args:
         site: the site type.
         roles: role patterns it is limited to; empty for any.
-        where: field values that the site must have, such as `{"can_insert": True}`; a tuple lists the allowed values.
+        where: field values that the site must have, such as `{"can_insert": True}`; a tuple lists the allowed values, and `...`
+            means any but None.
     """
 
     site: type[Site]
@@ -83,6 +90,7 @@ class Method(ABC):
         default: selection used when the caller gives no `where`; patterns of it that match nothing are passed over.
         identity_at_start: True if a fresh adapter leaves the output bitwise unchanged.
         learning_rate: what to train it with by default; `training` warns when a rate is far from it.
+        prepares: `once` if it must see the training data before it is trained, `epoch` if before every epoch; see `prepare`.
     Args:
         by_site: other options at some sites, for a file whose layers differ: role pattern, or `name:` and a site's name, to
             options, such as `{"mlp.*": {"rank": 4}}`. A site's own name counts before its role, and of role patterns the later.
@@ -94,6 +102,7 @@ class Method(ABC):
     default: ClassVar[tuple[str, ...]]
     identity_at_start: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3
+    prepares: ClassVar[Literal["", "once", "epoch"]] = ""
 
     by_site: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True, hash=False)
 
@@ -135,6 +144,19 @@ class Method(ABC):
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser. `lr_scale` multiplies the learning rate; one group by default."""
         return [{"params": list({id(p): p for _, a in adapters for p in a.parameters()}.values()), "lr_scale": 1.0}]
+
+    def prepare(
+        self,
+        adapters: Iterable[tuple[Site, Adapter]],
+        run: Callable[[Tensor], Any],
+        batches: Iterable[tuple[Tensor, Tensor]],
+    ) -> None:
+        """A pass over the training data. Fills adapters' buffers, which are saved. See `Attachment.prepare`.
+
+        Args:
+            run: one pass of the model with the adapters on it, without a graph. `batches`: pictures (B, C, H, W) and labels (B,).
+        """
+        return None
 
     def penalty(self, adapters: Iterable[tuple[Site, Adapter]]) -> Tensor | None:
         """A term of its own that is added to the loss, with a graph; None for nothing. See `Attachment.penalty`."""

@@ -16,7 +16,7 @@ from .forms import module_at
 from .method import Adapter, Method, means
 from .registry import hosts
 from .select import select
-from .sites import ParamSite, Site, WeightSite
+from .sites import NormSite, ParamSite, Site, WeightSite
 from .towers import Tower
 
 
@@ -50,6 +50,8 @@ def fits(method: Method | type[Method], site: Site) -> bool:
 
 
 def _allowed(got: Any, wanted: Any) -> bool:
+    if wanted is ...:
+        return got is not None
     return got in wanted if isinstance(wanted, tuple) else bool(got == wanted)
 
 
@@ -140,7 +142,7 @@ def _dtype(base: torch.Tensor) -> torch.dtype:
 
 
 def _tensor(site: Site, tower: nn.Module) -> torch.Tensor:
-    if isinstance(site, (WeightSite, ParamSite)):
+    if isinstance(site, (WeightSite, ParamSite, NormSite)):
         value: torch.Tensor = getattr(module_at(tower, site.path), site.param)
         return value
     return next((p for p in tower.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -156,7 +158,7 @@ def _extras(
     if not train:
         return {}
     whole = [s for s in everything if isinstance(s, (WeightSite, ParamSite)) and s.rows is None]
-    adapted = {(s.component, f"{s.path}.{s.param}") for s in chosen if isinstance(s, (WeightSite, ParamSite))}
+    adapted = {(s.component, f"{s.path}.{s.param}") for s in chosen if isinstance(s, (WeightSite, ParamSite, NormSite))}
     found: dict[tuple[str, str], str] = {}
     for site in select(whole, train, main):
         assert isinstance(site, (WeightSite, ParamSite))

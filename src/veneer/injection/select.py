@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from .errors import SelectionError
-from .sites import ParamSite, Site, WeightSite
+from .sites import NormSite, ParamSite, Site, WeightSite
 
 S = TypeVar("S", bound=Site)
 
@@ -145,7 +145,7 @@ def offered(sites: Sequence[Site]) -> str:
 def _refuse_overlap(sites: Sequence[Site]) -> None:
     seen: dict[tuple[str, str, str], list[tuple[tuple[int, int] | None, str]]] = {}
     for site in sites:
-        if not isinstance(site, (WeightSite, ParamSite)):
+        if not isinstance(site, (WeightSite, ParamSite, NormSite)):
             continue
         others = seen.setdefault((site.component, site.path, site.param), [])
         for rows, name in others:

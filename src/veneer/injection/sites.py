@@ -99,6 +99,7 @@ class NormSite(Site):
     Args:
         path: the module. `param`: its scale. `bias`: path of its shift, the parameter's name included, or "" for none.
         width: channels. `channel_dim`: the dimension of its output that they run along.
+        called: False where more follows inside the module (an activation), so that only its tensors mean what they say.
     """
 
     path: str
@@ -106,6 +107,9 @@ class NormSite(Site):
     bias: str = ""
     width: int
     channel_dim: int = -1
+    called: bool = True
+    called: bool = True
+    rows: None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,12 @@ from .method import Adapter
 from .parametrized import WeightSeam, changeable
 from .seams import CallSeam, ProcessorSeam, Seam
 from .sequences import TokenSeam, VocabularySeam
+from .shifted import Below, Shift, shift_site
 from .sites import (
     AttentionSite,
     BranchSite,
     FeatureSite,
+    NormSite,
     ParamSite,
     PixelSite,
     Port,
@@ -38,7 +40,13 @@ def seams_for(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapt
     """
     groups: dict[Group, list[tuple[Site, Adapter]]] = {}
     for site, adapter in parts:
-        groups.setdefault((site.component, *_group(site, adapter, towers[site.component])), []).append((site, adapter))
+        tower = towers[site.component]
+        group = _group(site, adapter, tower)
+        groups.setdefault((site.component, *group), []).append((site, adapter))
+        if group[0] is WeightSeam and hasattr(adapter, "bias"):
+            shift = shift_site(site, adapter)
+            key = (site.component, WeightSeam, shift.path, shift.param)
+            groups.setdefault(key, []).append((shift, Shift(adapter, Below(tower, site, adapter))))
     return [(component, kind(towers[component], group, *rest)) for (component, kind, *rest), group in _uniform(groups)]
 
 
@@ -48,11 +56,11 @@ def _uniform(groups: Mapping[Group, list[tuple[Site, Adapter]]]) -> list[tuple[A
 
 
 def _group(site: Site, adapter: Adapter, tower: nn.Module) -> Group:
-    if isinstance(site, (WeightSite, ParamSite)):
+    if isinstance(site, (WeightSite, ParamSite, NormSite)):
         if adapter.prefers_weight and changeable(base_tensor(tower, site.path, site.param)):
             return (WeightSeam, site.path, site.param)
         if site.called and hasattr(adapter, "output"):
-            dim = site.channel_dim if isinstance(site, ParamSite) else (1 if site.kind == "conv" else -1)
+            dim = (1 if site.kind == "conv" else -1) if isinstance(site, WeightSite) else site.channel_dim
             return (CallSeam, Port(site.path, "in"), Port(site.path, "out"), dim)
         if site.called and site.rows is None and hasattr(adapter, "input"):
             return (CallSeam, Port(site.path, "in"), Port(site.path, "in"))
@@ -67,15 +75,22 @@ def _group(site: Site, adapter: Adapter, tower: nn.Module) -> Group:
     _require(site, adapter, "output")
     if isinstance(site, VocabularySite):
         return (VocabularySeam, site.name)
-    return (CallSeam, *_ports(site), -1)
+    return (CallSeam, *_ports(site, adapter), -1)
 
 
-def _ports(site: Site) -> tuple[Port, Port]:
+def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
     if isinstance(site, BranchSite):
-        return site.read, site.write
+        read = site.normed if adapter.reads == "normed" else site.read
+        if read is None:
+            raise UnsupportedSite(
+                f"{site.name}: {type(adapter).__name__} reads the branch after its norm, and there is no norm in front of it."
+            )
+        return read, site.write
     if isinstance(site, StreamSite):
         return Port(site.path, "in"), Port(site.path, "out")
-    if isinstance(site, (PixelSite, FeatureSite)):
+    if isinstance(site, FeatureSite):
+        return site.read or site.port, site.port
+    if isinstance(site, PixelSite):
         return site.port, site.port
     raise UnsupportedSite(f"{site.name}: no seam joins a {type(site).__name__} yet.")
 

@@ -115,8 +115,8 @@ class Case:
     def merging(self) -> None:
         """Raise `Skip` if the adapters have no weight form."""
         for site in self.sites:
-            if not hasattr(self.method.build(site), "weight"):
-                raise Skip(f"{self.method.name} has no weight form")
+            if not merges_at(site, self.method.build(site)):
+                raise Skip(f"{self.method.name} has no weight form at {site.name}")
 
     def plain(self, model: nn.Module) -> dict[str, Any]:
         """Inputs that the bare host understands."""
@@ -130,6 +130,11 @@ class Case:
                 amend = getattr(adapter, "sample", None)
                 inputs = amend(inputs) if amend else inputs
         return inputs
+
+
+def merges_at(site: Any, adapter: Any) -> bool:
+    """True if the adapter has a weight form there, and a bias to put its shift into, if it has one."""
+    return hasattr(adapter, "weight") and (not hasattr(adapter, "bias") or bool(site.bias))
 
 
 def stir(attachment: Attachment, seed: int = 1, size: float = 0.05) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..injection.probe import tensors
 from ..injection.registry import hosts
-from ..injection.sites import FeatureSite, ParamSite, PixelSite, Site, VocabularySite, WeightSite
+from ..injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, PixelSite, Site, VocabularySite, WeightSite
 from .case import run, same
 from .copies import copied
 from .roles import ROLES
@@ -43,6 +44,12 @@ def sites_resolve(traced: Trace) -> None:
     for site in traced.sites:
         if isinstance(site, (WeightSite, ParamSite)):
             _resolve(traced.module(site), site)
+        for owner, param, rows in _biases(site):
+            if not isinstance(getattr(traced.model.get_submodule(owner), param, None), Tensor):
+                raise AssertionError(f"{site.name}: there is no bias '{owner}.{param}'")
+            size = len(getattr(traced.model.get_submodule(owner), param)) if rows is None else rows[1] - rows[0]
+            if size != (site.d_out if isinstance(site, WeightSite) else getattr(site, "width", size)):
+                raise AssertionError(f"{site.name}: {size} numbers of bias for other than as many outputs")
 
 
 def called_is_true_by_tracing(traced: Trace) -> None:
@@ -84,12 +91,31 @@ def called_bias_is_added_last(traced: Trace) -> None:
             raise AssertionError(f"{site.name}: called=True, but it is not added last along dimension {site.channel_dim}")
 
 
+def called_norms_end_with_weight_and_bias(traced: Trace) -> None:
+    """Where a norm site is `called`, weight 0 and bias −1 make its module give −1, along `channel_dim`."""
+    for site in traced.sites:
+        if isinstance(site, NormSite) and site.called:
+            module: Any = traced.module(site)
+            args, kwargs = traced.inputs[site.path]
+            values = {site.param: torch.zeros_like(getattr(module, site.param))}
+            if site.bias:
+                values["bias"] = torch.full_like(module.bias, -1.0)
+            with torch.no_grad():
+                got = torch.func.functional_call(module, values, args, kwargs)
+            if getattr(module, site.param).shape != (site.width,) or got.shape[site.channel_dim] != site.width:
+                raise AssertionError(f"{site.name}: {site.width} channels are not those of its weight and output")
+            if not torch.equal(got, torch.full_like(got, -1.0 if site.bias else 0.0)):
+                raise AssertionError(f"{site.name}: called=True, but more follows its weight and bias inside the module")
+
+
 def ports_in_order(traced: Trace) -> None:
     """Each site is read before it is written, both happen in a forward pass, and the tensors have the site's width."""
     for site in traced.sites:
         found = ports(site)
         if found is not None:
             _in_order(traced, site, *found)
+            if isinstance(site, BranchSite) and site.normed is not None:
+                _in_order(traced, site, site.normed, site.write)
         elif isinstance(site, (PixelSite, FeatureSite)):
             if (site.port.path, site.port.side) not in traced.order:
                 raise AssertionError(f"{site.name}: nothing passes '{site.port.path}' ({site.port.side})")
@@ -177,6 +203,13 @@ def _resolve(module: nn.Module, site: Any) -> None:
         raise AssertionError(f"{site.name}: an empty parameter")
 
 
+def _biases(site: Site) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
+    """(module, parameter, rows) of the bias that follows a site's weight, if there is one."""
+    if isinstance(site, (WeightSite, NormSite)) and site.bias:
+        owner, _, param = site.bias.rpartition(".")
+        yield owner, param, getattr(site, "bias_rows", None)
+
+
 def _enters(site: VocabularySite, args: Any, kwargs: Any) -> bool:
     ids = kwargs.get(site.argument, args[0] if args else None)
     return isinstance(ids, Tensor) and not ids.is_floating_point()
@@ -187,8 +220,9 @@ def _in_order(traced: Trace, site: Site, read: Any, write: Any) -> None:
         if (port.path, port.side) not in traced.order:
             raise AssertionError(f"{site.name}: nothing passes '{port.path}' ({port.side})")
         got = width(traced.tensors[port.path, port.side], getattr(site, "layout", "NLC"))
-        if got != getattr(site, "width", got):
-            raise AssertionError(f"{site.name}: width {getattr(site, 'width', got)}, but {got} at '{port.path}' ({port.side})")
+        told = getattr(site, "width", got) if port is not read else getattr(site, "d_in", 0) or getattr(site, "width", got)
+        if got != told:
+            raise AssertionError(f"{site.name}: width {told}, but {got} at '{port.path}' ({port.side})")
     if not traced.order[read.path, read.side] < traced.order[write.path, write.side]:
         raise AssertionError(f"{site.name}: '{write.path}' ({write.side}) comes before '{read.path}' ({read.side})")
 
@@ -202,6 +236,7 @@ CHECKS = (
     sites_resolve,
     called_is_true_by_tracing,
     called_bias_is_added_last,
+    called_norms_end_with_weight_and_bias,
     ports_in_order,
     roles_are_canonical,
     no_container_targets,

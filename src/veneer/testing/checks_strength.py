@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..injection.attachment import Attachment
 from ..injection.errors import StateError, UnsupportedSite
 from ..injection.forms import base_tensor
-from ..injection.sites import ParamSite, Site, WeightSite
-from .case import Case, close, different, run, same
+from ..injection.shifted import Shift, fixed, shift_site
+from ..injection.sites import NormSite, ParamSite, Site, WeightSite
+from .case import Case, close, different, merges_at, run, same
 from .records import Skip
 from .snapshot import assert_same, snapshot
 
@@ -59,10 +60,14 @@ def weight_form_equals_output_form(case: Case) -> None:
         args, kwargs, y = calls[site.path]
         x = args[0] if args else next(iter(kwargs.values()))
         module = model.get_submodule(site.path)
-        dim = site.channel_dim if isinstance(site, ParamSite) else 1 if site.kind == "conv" else -1
+        dim = (1 if site.kind == "conv" else -1) if isinstance(site, WeightSite) else site.channel_dim
         with torch.no_grad():
-            changed = _changed(base_tensor(model, site.path, site.param), site, adapter)
-            expected = torch.func.functional_call(module, {site.param: changed}, args, kwargs)
+            changed = {site.param: _changed(base_tensor(model, site.path, site.param), site, adapter)}
+            if hasattr(adapter, "bias"):
+                shift, below = shift_site(site, adapter), fixed(base_tensor(model, site.path, site.param), site.rows)
+                bias = base_tensor(model, shift.path, shift.param)
+                changed[site.bias.removeprefix(f"{site.path}.")] = _changed(bias, shift, Shift(adapter, below))
+            expected = torch.func.functional_call(module, changed, args, kwargs)
             got = adapter.output(x, _rows(y, site, dim))
         close([got], [_rows(expected, site, dim)], 1e-9, f"{name}: output(x, y) against the module with weight(W)")
 
@@ -109,7 +114,7 @@ def unmerge_is_bitwise(case: Case) -> None:
 
 def merge_is_refused_without_a_weight_form(case: Case) -> None:
     """Where an adapter has no weight form, merge() raises and changes nothing."""
-    if all(hasattr(case.method.build(site), "weight") for site in case.sites):
+    if all(merges_at(site, case.method.build(site)) for site in case.sites):
         raise Skip(f"{case.method.name} has a weight form everywhere")
     model, attachment = case.attached()
     inputs = case.inputs(model, attachment)
@@ -126,8 +131,8 @@ def merge_is_refused_without_a_weight_form(case: Case) -> None:
 
 
 def _has_both(site: Site, adapter: Any) -> bool:
-    place = isinstance(site, (WeightSite, ParamSite)) and site.called
-    return place and hasattr(adapter, "output") and hasattr(adapter, "weight")
+    place = isinstance(site, (WeightSite, ParamSite, NormSite)) and site.called
+    return place and hasattr(adapter, "output") and merges_at(site, adapter)
 
 
 def _calls(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str, tuple[Any, Any, Tensor]]:
@@ -164,9 +169,14 @@ def _explicit(model: nn.Module, attachment: Attachment, scale: float) -> dict[tu
     attachment.scale = 1.0
     with torch.no_grad():
         for site, adapter in attachment.parts.values():
-            assert isinstance(site, (WeightSite, ParamSite))
+            assert isinstance(site, (WeightSite, ParamSite, NormSite))
             weight = found.get((site.path, site.param), base_tensor(model, site.path, site.param))
             found[site.path, site.param] = _changed(weight, site, adapter, scale)
+            if hasattr(adapter, "bias"):
+                shift = shift_site(site, adapter)
+                bias = found.get((shift.path, shift.param), base_tensor(model, shift.path, shift.param))
+                below = fixed(base_tensor(model, site.path, site.param).detach(), site.rows)
+                found[shift.path, shift.param] = _changed(bias, shift, Shift(adapter, below), scale)
     attachment.scale = scale
     return found
 

@@ -22,7 +22,8 @@ PROJECTIONS = {
 }
 WEIGHTS = PROJECTIONS | {
     "xattn.kv", "attn.gate", "mlp.in", "mlp.out", "mlp.gate", "mlp.in_gate", "mlp.conv", "mlp.context.in", "mlp.context.out",
-    "single.in", "single.out", "proj.in", "proj.out", "conv.res", "conv.sample", "conv.io", "conv.patch", "conv.stem", "time.res",
+    "single.in", "single.out", "proj.in", "proj.out", "conv.res", "conv.sample", "conv.io", "conv.patch", "conv.stem", "conv.dw",
+    "conv.pw", "se.in", "se.out", "embed.merge", "time.res",
     "time.embed", "class.embed", "adaln", "embed.patch", "embed.context", "embed.token", "embed.position", "head", "pool.q",
     "pool.k", "pool.v", "pool.kv", "pool.qkv", "pool.out", "pool.mlp.in", "pool.mlp.out",
 }  # fmt: skip
@@ -33,8 +34,8 @@ PARAMS = {
 ROLES: dict[type[Site], set[str]] = {
     WeightSite: WEIGHTS,
     ParamSite: PARAMS,
-    BranchSite: {"attn", "xattn", "mlp", "attn.context", "mlp.context", "single"},
-    StreamSite: {"block"},
+    BranchSite: {"attn", "xattn", "mlp", "attn.context", "mlp.context", "single", "conv"},
+    StreamSite: {"block", "sample"},
     TokenSite: {"tokens.block", "tokens.tower"},
     AttentionSite: {"attn.processor", "xattn.processor"},
     VocabularySite: {"vocabulary"},
