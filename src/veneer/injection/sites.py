@@ -108,7 +108,6 @@ class NormSite(Site):
     width: int
     channel_dim: int = -1
     called: bool = True
-    called: bool = True
     rows: None = None
 
 
