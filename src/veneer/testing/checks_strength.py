@@ -141,7 +141,8 @@ def _calls(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[st
     names = {id(model.get_submodule(path)): path for path in paths}
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        found.setdefault(names[id(module)], (args, kwargs, output[0] if isinstance(output, tuple) else output))
+        y = output[0] if isinstance(output, tuple) else output
+        found.setdefault(names[id(module)], (args, kwargs, y.clone()))  # what follows may write into it
 
     handles = [model.get_submodule(path).register_forward_hook(keep, with_kwargs=True) for path in paths]
     run(model, inputs)
