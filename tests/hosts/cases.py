@@ -14,7 +14,9 @@ from veneer.injection.host import Host
 from veneer.injection.registry import hosts
 from veneer.injection.sites import Site
 
-HOSTS = ("diffusers_unet", "diffusers_dit", "clip_text", "timm_vit")
+from . import clips
+
+HOSTS = ("diffusers_unet", "diffusers_dit", "clip_text", "timm_vit", "open_clip")
 
 
 def _unet(**options: Any) -> nn.Module:
@@ -140,6 +142,7 @@ UNCOMMON: dict[tuple[str, str], Callable[[], nn.Module]] = {
     ("timm_vit", "dinov3"): lambda: _vit("vit_small_patch16_dinov3", depth=2),
     ("timm_vit", "rope_mixed"): lambda: _vit("vit_small_patch16_rope_mixed_224"),
 }
+UNCOMMON |= {("open_clip", key): build for key, build in clips.UNCOMMON.items()}
 TINY = [(host, key) for host in HOSTS for key in hosts.get(host)().tiny()]
 ALL = [*TINY, *UNCOMMON]
 
@@ -201,8 +204,8 @@ def outputs(value: Any) -> Iterator[Tensor]:
     """Floating-point tensors in a model's output."""
     if isinstance(value, Tensor):
         yield from [value] if value.is_floating_point() else []
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from outputs(item)
     elif hasattr(value, "to_tuple"):
         yield from outputs(value.to_tuple())
