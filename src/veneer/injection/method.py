@@ -90,6 +90,7 @@ class Method(ABC):
         default: selection used when the caller gives no `where`; patterns of it that match nothing are passed over.
         identity_at_start: True if a fresh adapter leaves the output bitwise unchanged.
         learning_rate: what to train it with by default; `training` warns when a rate is far from it.
+        keeps_head: True if a classifier keeps its own head under it, because the method maps the head's labels to new ones.
         prepares: `once` if it must see the training data before it is trained, `epoch` if before every epoch; see `prepare`.
     Args:
         by_site: other options at some sites, for a file whose layers differ: role pattern, or `name:` and a site's name, to
@@ -102,6 +103,7 @@ class Method(ABC):
     default: ClassVar[tuple[str, ...]]
     identity_at_start: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3
+    keeps_head: ClassVar[bool] = False
     prepares: ClassVar[Literal["", "once", "epoch"]] = ""
 
     by_site: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True, hash=False)
