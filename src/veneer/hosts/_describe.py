@@ -16,6 +16,7 @@ from ..injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, Port
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVS)
+PADS_ITSELF = ("Conv2dSame", "Conv2dSameExport")  # of timm: as TensorFlow does, with strides too
 CHANNELS_FIRST = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -183,7 +184,9 @@ def geometry(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, nn.Embedding):
         return {"kind": "embedding", "d_out": module.embedding_dim, "d_in": module.num_embeddings}
     if isinstance(module, CONVS):
-        fields = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation, "groups": module.groups}
+        same = any(c.__name__ in PADS_ITSELF for c in type(module).__mro__)
+        padding = "same" if same else module.padding
+        fields = {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
         return {"kind": "conv", "d_out": module.out_channels, "d_in": module.in_channels, "kernel": module.kernel_size, **fields}
     linear: Any = module
     return {"kind": "linear", "d_out": linear.out_features, "d_in": linear.in_features}

@@ -10,6 +10,7 @@ from torch import nn
 from ..injection.host import Host, module_names
 from ..injection.sites import PixelSite, Port, Site, TokenSite
 from ._describe import LAYERS, Draw, Part, is_norm, own_parameters
+from ._timm import pixels
 
 FAMILIES = {"timm.models.vision_transformer.VisionTransformer", "timm.models.beit.Beit", "timm.models.eva.Eva"}
 TOKENS = {
@@ -70,12 +71,7 @@ def _build(architecture: str, **options: Any) -> nn.Module:
 
 def _pixels(part: Part) -> PixelSite:
     vit: Any = part.model
-    config = getattr(vit, "pretrained_cfg", None) or {}
-    side = getattr(vit.patch_embed, "img_size", None) or tuple(config.get("input_size", (3, 224, 224)))[1:]
-    mean, std = (tuple(config.get(key, (0.5,) * 3)) for key in ("mean", "std"))
-    return PixelSite(
-        name="pixels", role="pixels", port=Port("", "in"), size=(*side, vit.in_chans), mean=mean, std=std, **part.labels
-    )
+    return pixels(part, getattr(vit.patch_embed, "img_size", None))
 
 
 def _stem(part: Part) -> Iterator[Site]:
@@ -156,7 +152,8 @@ def _attention(part: Part, path: str) -> Iterator[Site]:
     yield from part.layer(f"{path}.gate", "attn.gate")
     if getattr(attn, "qkv", None) is not None:
         rows = {f"{path}.{x}": (f"attn.{x}", attn.qkv.out_features // 3) for x in "qkv"}
-        yield from part.slices(f"{path}.qkv", "attn.qkv", rows, called=not read, inert_bias=inert)
+        beside = {x: f"{path}.{x}_bias" for x in "qv"} if part.has(path, "q_bias") else {}
+        yield from part.slices(f"{path}.qkv", "attn.qkv", rows, called=not read, inert_bias=inert, biases=beside)
     else:
         for x in "qkv":
             yield from part.layer(f"{path}.{x}_proj", f"attn.{x}", inert_bias=f"attn.{x}" in inert)
@@ -207,8 +204,9 @@ def _fused_block(part: Part, path: str, width: int) -> Iterator[Site]:
     rows = {f"{path}.{role}": (role, size) for role, size in zip(roles, block.in_split, strict=True)}
     yield from part.norm(f"{path}.in_norm")
     yield from part.slices(
-        f"{path}.in_proj", "single.in", rows, inert_bias=("attn.k",) if isinstance(block.k_norm, nn.Identity) else ()
-    )
+        f"{path}.in_proj", "single.in", rows, inert_bias=("attn.k",) if isinstance(block.k_norm, nn.Identity) else (),
+        biases={"in": f"{path}.mlp_bias"} if block.mlp_bias is not None else {},
+    )  # fmt: skip
     if block.mlp_bias is not None:
         yield part.free(path, "mlp_bias", "bias.mlp.in")
     yield from _qk_norms(part, path)

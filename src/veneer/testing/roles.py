@@ -23,7 +23,7 @@ PROJECTIONS = {
 WEIGHTS = PROJECTIONS | {
     "xattn.kv", "attn.gate", "mlp.in", "mlp.out", "mlp.gate", "mlp.in_gate", "mlp.conv", "mlp.context.in", "mlp.context.out",
     "single.in", "single.out", "proj.in", "proj.out", "conv.res", "conv.sample", "conv.io", "conv.patch", "conv.stem", "conv.dw",
-    "conv.pw", "se.in", "se.out", "embed.merge", "time.res",
+    "conv.pw", "conv.route", "se.in", "se.out", "embed.merge", "time.res",
     "time.embed", "class.embed", "adaln", "embed.patch", "embed.context", "embed.token", "embed.position", "head", "pool.q",
     "pool.k", "pool.v", "pool.kv", "pool.qkv", "pool.out", "pool.mlp.in", "pool.mlp.out",
 }  # fmt: skip
