@@ -10,6 +10,7 @@ import io
 import struct
 import warnings
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -128,11 +129,18 @@ def read_bytes(path: str | Path, limits: PhotoLimits) -> bytes:
     return data
 
 
-def decode(data: bytes, path: str | Path, limits: PhotoLimits = PhotoLimits()) -> Picture:
-    """The picture in `data`; `path` is only the name in messages. Raises PhotoError as `read_photo` does; never warns."""
+def decode(data: bytes, path: str | Path, limits: PhotoLimits = PhotoLimits(), *, remarks: bool = True) -> Picture:
+    """The picture in `data`; `path` is only the name in messages. Raises PhotoError as `read_photo` does; never warns.
+
+    Args:
+        remarks: turn Pillow's warnings into notes. That swaps the filters of the whole process for a moment: False in threads,
+            where the warnings then stay warnings.
+    """
+    caught: list[warnings.WarningMessage] | None = None
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")  # Pillow's remarks become notes that name the file
+        with warnings.catch_warnings(record=True) if remarks else nullcontext() as caught:
+            if remarks:
+                warnings.simplefilter("always")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image, path, limits)
                 picture = _upright(image, path, limits)
@@ -147,8 +155,8 @@ def decode(data: bytes, path: str | Path, limits: PhotoLimits = PhotoLimits()) -
         raise _refusal(path, f"damaged or cut off ({error})", _EXPECTED, "Copy, download or export it again.") from error
     except MemoryError as error:
         raise _refusal(path, "more pixels than memory holds", _EXPECTED, "Save it smaller.") from error
-    remarks = tuple(str(each.message) for each in caught if not issubclass(each.category, DeprecationWarning))
-    return picture._replace(notes=picture.notes + remarks)
+    told = tuple(str(each.message) for each in caught or () if not issubclass(each.category, DeprecationWarning))
+    return picture._replace(notes=picture.notes + told)
 
 
 def _told(path: str | Path, picture: Picture) -> Picture:

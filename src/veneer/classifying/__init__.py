@@ -1,0 +1,1 @@
+"""Image classification on frozen models: pictures, splits, views, models and the loop that trains what is thin."""
