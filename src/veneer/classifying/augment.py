@@ -41,7 +41,8 @@ def rand_augment(
 
 
 def erase(pixels: Tensor, draws: torch.Generator) -> Tensor:
-    """Normalised `pixels` `(3, height, width)` with a rectangle set to 0, the mean: 2 to 33 % of the area, 3:10 to 10:3 of the shape.
+    """Normalised `pixels` `(3, height, width)` with a rectangle set to 0, the mean: 2 to 33 % of the area, 3:10 to 10:3
+    in shape.
 
     Source: Z. Zhong et al., Random Erasing Data Augmentation, AAAI 2020.
     """

@@ -11,7 +11,7 @@ from veneer.training.photos import DataError
 
 
 def digits() -> Source:
-    """The digits as a source of grey PNG files in memory; a view enlarges them. A mirrored digit is none, so `flip` is False.
+    """The digits as a source of grey PNG files in memory; a view enlarges them. A mirrored digit is none, so `mirror` is False.
 
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (the test part).
 
@@ -29,7 +29,7 @@ def digits() -> Source:
     def content(example: Example) -> bytes:
         return files[example.name]
 
-    return replace(assemble("digits", rows, content), flip=False)
+    return replace(assemble("digits", rows, content), mirror=False)
 
 
 def _png(image: np.ndarray) -> bytes:

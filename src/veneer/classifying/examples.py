@@ -47,7 +47,7 @@ class Source:
         content: the bytes of a picture's file. Raises DataError.
         notes: what was passed over while looking, a sentence each.
         hashes: name to BLAKE2b of the bytes, as far as they have been read; see `check_pictures`.
-        flip: whether a mirrored picture is still one of its class; not so for digits.
+        mirror: whether a mirrored picture is still one of its class; not so for digits.
         limits: how pictures are decoded.
     """
 
@@ -57,7 +57,7 @@ class Source:
     content: Callable[[Example], bytes] = field(repr=False, compare=False)
     notes: tuple[str, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
-    flip: bool = True
+    mirror: bool = True
     limits: PhotoLimits = LIMITS
 
     def __len__(self) -> int:

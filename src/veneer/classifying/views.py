@@ -18,8 +18,8 @@ from veneer.classifying.augment import erase, rand_augment, uniform
 from veneer.injection.errors import VeneerError
 from veneer.training.seeds import generator
 
-Augmentation = Literal["none", "light", "strong"]
-_AUGMENTATIONS = ("none", "light", "strong")
+Augmentation = Literal["none", "light", "flip", "strong"]
+_AUGMENTATIONS = ("none", "light", "flip", "strong")
 _KNOWN = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -58,30 +58,32 @@ class TrainView:
     """The picture as it is trained on in an epoch.
 
     - `none`: the eval view.
-    - `light`: a random window of 50 to 100 % of the area and 3:4 to 4:3 of the shape, resized; mirrored half of the time.
-    - `strong`: `light`, then two operations of RandAugment of strength 9 of 30, then, a quarter of the time, a patch of 2 to 33 %
+    - `light`: a random window of 50 to 100 % of the area and 3:4 to 4:3 in shape, resized.
+    - `flip`: `light`, mirrored half of the time.
+    - `strong`: `flip`, then two operations of RandAugment of strength 9 of 30, then, a quarter of the time, a patch of 2 to 33 %
       of the area set to the mean.
 
     Args:
         config: see `EvalView`.
-        augmentation: `none`, `light` or `strong`.
+        augmentation: `none`, `light`, `flip` or `strong`.
         seed: of all draws, together with the epoch and the picture's index.
-        flip: mirror at all. False where left and right mean something: digits, lettering; see `Source.flip`.
+        mirror: False where left and right mean something, as in digits and lettering: `flip` and `strong` then mirror nothing. See
+            `Source.mirror`.
         squash: for `none`; see `EvalView`.
 
     Raises:
         ViewError: as `EvalView`, or an unknown augmentation.
 
-    Source: R. Zhang et al., Tip-Adapter, ECCV 2022 (their training transform) for `light`; E. Cubuk et al., RandAugment, 2020,
+    Source: R. Zhang et al., Tip-Adapter, ECCV 2022 (their training transform) for `flip`; E. Cubuk et al., RandAugment, 2020,
     and Z. Zhong et al., Random Erasing, 2020, for `strong`.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], augmentation: Augmentation, seed: int, *, flip: bool = True, squash: bool = False
+        self, config: Mapping[str, Any], augmentation: Augmentation, seed: int, *, mirror: bool = True, squash: bool = False
     ) -> None:
         if augmentation not in _AUGMENTATIONS:
             raise ViewError(f"view: augmentation is {augmentation!r}; expected one of {', '.join(_AUGMENTATIONS)}.")
-        self.augmentation, self.seed, self.flip = augmentation, seed, flip
+        self.augmentation, self.seed, self.mirror = augmentation, seed, mirror and augmentation in ("flip", "strong")
         self._plain = EvalView(config, squash=squash)
         self.size = self._plain.size
         # the smallest window has sqrt(1/2 * 3/4) of the sides, so that it is never enlarged
@@ -96,7 +98,7 @@ class TrainView:
             return self._plain(picture)
         draws = generator(self.seed, "view", epoch, index)
         seen = F.resized_crop(picture, *window(picture.size[::-1], draws), list(self.size), self._mode)
-        if uniform(draws) < 0.5 and self.flip:
+        if uniform(draws) < 0.5 and self.mirror:
             seen = F.hflip(seen)
         strong = self.augmentation == "strong"
         if strong:
@@ -112,7 +114,7 @@ def window(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
     """Top, left, height and width of a window in a picture of (height, width): area uniform in `scale`, width over height
-    log-uniform in `ratio`. If ten draws do not fit into the picture: the largest window in its middle of a shape within `ratio`."""
+    log-uniform in `ratio`. If ten draws do not fit into the picture: the largest window within `ratio` in its middle."""
     height, width = size
     for _ in range(10):
         area = height * width * uniform(draws, *scale)
@@ -128,7 +130,7 @@ def window(
 
 
 def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
-    from timm.data import resolve_data_config
+    from timm.data.config import resolve_data_config
 
     size = config.get("input_size")
     if size is None or len(size) != 3 or size[0] != 3:
@@ -143,6 +145,6 @@ def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _eval_transform(config: Mapping[str, Any]) -> Any:
-    from timm.data import create_transform
+    from timm.data.transforms_factory import create_transform
 
     return create_transform(**config, is_training=False)
