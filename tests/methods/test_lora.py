@@ -1,5 +1,6 @@
 """LoRA's equation, W' = W + s·B A, against a dense weight built from its definition."""
 
+import copy
 import math
 
 import pytest
@@ -32,11 +33,11 @@ def trained(method: LoRA, site: WeightSite) -> LoRAAdapter:
 
 
 def dense_change(adapter: LoRAAdapter, site: WeightSite) -> Tensor:
-    """ΔW[o, i, …] = Σ_r B[o, r] A[r, i, …], one element at a time; with groups, over the pairs of o's own group."""
+    """ΔW[o, i, …] = Σ_r B[o, r] A[r, i, …], one element at a time; over the pairs of o's group, if groups have some."""
     change = torch.zeros(site.weight_shape, dtype=torch.float64)
     for o in range(site.d_out):
         for r in range(adapter.up.shape[1]):
-            group = o // (site.d_out // site.groups)
+            group = o // (site.d_out // site.groups) if len(adapter.down) > adapter.up.shape[1] else 0
             change[o] += adapter.up[o, r].reshape(()) * adapter.down[group * adapter.up.shape[1] + r]
     return change.detach()
 
@@ -145,6 +146,79 @@ def test_options_out_of_range(options: dict) -> None:
         LoRA(**options)
 
 
-def test_groups_must_divide_the_rank() -> None:
-    with pytest.raises(ValueError, match=r"rank 3 must divide by the convolution's 2 groups; give ranks=\{'conv': …\}"):
-        LoRA(rank=3).build(conv_site(nn.Conv2d(4, 8, 3, groups=2)))
+GROUPED = [
+    nn.Conv2d(6, 6, 3, padding=1, groups=6),
+    nn.Conv2d(6, 12, 3, stride=2, groups=6, bias=False),
+    nn.Conv2d(6, 9, (3, 1), dilation=(2, 1), groups=3),
+]
+
+
+@pytest.mark.parametrize("base", GROUPED, ids=["depthwise", "strided", "grouped"])
+@pytest.mark.parametrize("options", [{}, {"tucker": True}, {"init": "pissa"}], ids=["plain", "tucker", "pissa"])
+def test_groups_that_do_not_divide_the_rank_have_the_same_a(base: nn.Conv2d, options: dict) -> None:
+    """B A is a product of rank 2 in the flattened weight, here of the adapter's own tensors, and the output is the merged one."""
+    base, site = copy.deepcopy(base).double(), conv_site(base)
+    method = LoRA(rank=2, alpha=3.0, **options)
+    adapter = trained(method, site)
+    assert adapter.up.shape[:2] == (site.d_out, 2)
+    assert method.count(site) == sum(p.numel() for p in adapter.parameters())
+    down = adapter.down.flatten(1)
+    if "tucker" in options:
+        down = torch.einsum("pq...,qi->pi...", adapter.core, down).flatten(1)
+    change = (adapter.up.flatten(1) @ down).view(site.weight_shape)
+    if options.get("init") == "pissa":
+        holder = nn.Module()
+        holder.c = base
+        adapter.enter(holder)
+        u, s, v = torch.linalg.svd(base.weight.detach().flatten(1), full_matrices=False)
+        torch.testing.assert_close(1.5 * adapter.delta().abs().max(), torch.zeros((), dtype=torch.float64))
+        torch.testing.assert_close(
+            1.5 * (adapter.up0.flatten(1) @ adapter.down0.flatten(1)), u[:, :2] @ torch.diag(s[:2]) @ v[:2]
+        )
+        with torch.no_grad():
+            adapter.up.normal_()
+        change = (adapter.up.flatten(1) @ adapter.down.flatten(1) - adapter.up0.flatten(1) @ adapter.down0.flatten(1)).view(
+            site.weight_shape
+        )
+    weight = base.weight + 1.5 * change
+    x = torch.randn(2, 6, 8, 9, dtype=torch.float64)
+    expected = F.conv2d(x, weight, base.bias, base.stride, base.padding, base.dilation, base.groups)
+    torch.testing.assert_close(adapter.output(x, base(x)), expected)
+    torch.testing.assert_close(adapter.weight(base.weight), weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"tucker": True}, {"init": "olora"}])
+def test_an_a_of_all_groups_is_a_lora_with_a_copy_a_group(options: dict) -> None:
+    base = nn.Conv2d(6, 12, 3, groups=6)
+    site = conv_site(base)
+    shared = trained(LoRA(rank=2, alpha=3.0, **options), site)
+    down, up = shared.pair()
+    rank = 6 * up.shape[1]
+    ordinary = LoRA(rank=rank, alpha=1.5 * rank).build(site).double()
+    with torch.no_grad():
+        ordinary.down.copy_(down)
+        ordinary.up.copy_(up)
+    torch.testing.assert_close(ordinary.delta(), shared.delta())
+    torch.testing.assert_close(dense_change(ordinary, site), shared.delta())
+    left, right = shared.factors()
+    torch.testing.assert_close((left @ right).reshape(site.weight_shape), 1.5 * shared.delta())
+
+
+def test_a_swap_keeps_an_a_of_all_groups_or_says_what_holds_it() -> None:
+    site = conv_site(nn.Conv2d(6, 12, 3, groups=6))
+    source = trained(LoRA(rank=2), site)
+    wider = trained(LoRA(rank=4), site)
+    wider.load_state_dict(wider.taking(source))
+    torch.testing.assert_close(wider.delta() * wider.scaling, source.delta() * source.scaling)
+    grouped = trained(LoRA(rank=12), site)
+    grouped.load_state_dict(grouped.taking(source))
+    torch.testing.assert_close(grouped.delta() * grouped.scaling, source.delta() * source.scaling)
+    with pytest.raises(ValueError, match="a pair a group and not one pair for all groups"):
+        wider.taking(grouped)
+    with pytest.raises(ValueError, match="attach with rank=12 or more"):
+        trained(LoRA(rank=6), site).taking(source)
+
+
+def test_a_part_of_the_weight_needs_its_rank() -> None:
+    with pytest.raises(ValueError, match="the weight has rank 9 at most, less than 10"):
+        LoRA(rank=10, init="pissa").build(conv_site(nn.Conv2d(24, 24, 3, groups=24)))

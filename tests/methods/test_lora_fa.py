@@ -75,5 +75,9 @@ def test_count_of_vit_b() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"^lora_fa: rank must be at least 1, got 0"):
         LoRAFA(rank=0)
-    with pytest.raises(ValueError, match="rank 3 must divide by the convolution's 2 groups"):
-        LoRAFA(rank=3).build(GROUPED)
+
+
+def test_a_rank_that_groups_do_not_divide_has_one_a_for_all() -> None:
+    method = LoRAFA(rank=3)
+    adapter = method.build(GROUPED)
+    assert (adapter.up.shape[1], method.count(GROUPED)) == (3, 3 * 8)

@@ -31,9 +31,12 @@ def lora_state(arena: Any, other: Any | None) -> State:
     tucker = "core" in state
     if tucker and not hasattr(other, "core"):
         raise ValueError("it has no core, and the attachment has room for one; attach with tucker=False, which holds both")
-    down, up = other.pair() if hasattr(other, "pair") and not tucker else (other.down, other.up)
-    embedding, groups = arena.site.kind == "embedding", arena.site.groups
+    embedding, groups = arena.site.kind == "embedding", arena.pairs
     rank = arena.down.shape[1 if embedding else 0]
+    if other.pairs != groups and (tucker or groups == 1 or not hasattr(other, "pair")):
+        kinds = ("a pair a group", "one pair for all groups")
+        raise ValueError(f"it has {kinds[other.pairs == 1]} and not {kinds[groups == 1]}; attach with its own rank")
+    down, up = (other.down, other.up) if tucker or not hasattr(other, "pair") else _pair(other, groups)
     try:
         state["down"] = padded(down, rank, 1 if embedding else 0, groups)
         state["up"] = padded(_scaled(up, other.scaling, arena.scaling), arena.up.shape[1], 1)
@@ -44,6 +47,11 @@ def lora_state(arena: Any, other: Any | None) -> State:
     if "magnitude_delta" in state:
         state["magnitude_delta"] = other.magnitude_delta
     return state
+
+
+def _pair(other: Any, groups: int) -> tuple[Tensor, Tensor]:
+    pair: tuple[Tensor, Tensor] = other.own_pair() if other.pairs == groups else other.pair()
+    return pair
 
 
 def loha_state(arena: Any, other: Any | None) -> State:

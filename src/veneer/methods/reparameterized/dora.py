@@ -18,12 +18,13 @@ from veneer.injection.filling import zeros
 from veneer.injection.forms import module_at
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
+from veneer.methods.reparameterized._low_rank import pairs_in
 from veneer.methods.reparameterized._swapping import lora_state
 
 
 class DoRAAdapter(Adapter):
     """W' = g·(W + s·B A), g = m / ‖W + s·B A‖ per output. Shapes: `down` (rank, d_in / groups[, k, k]), `up`
-    (d_out, rank / groups[, 1, 1]), `magnitude_delta` (d_out,), which is m − ‖W‖.
+    (d_out, rank / pairs[, 1, 1]), `magnitude_delta` (d_out,), which is m − ‖W‖. `pairs`: as LoRA's.
 
     Only the norm, d_out numbers, is computed of W + s·B A; with `output` the sum itself is never there.
     """
@@ -33,10 +34,10 @@ class DoRAAdapter(Adapter):
 
     def __init__(self, site: WeightSite, rank: int, scaling: float) -> None:
         super().__init__()
-        self.site, self.scaling = site, scaling
+        self.site, self.scaling, self.pairs = site, scaling, pairs_in(site, rank)
         ones = (1,) * len(site.kernel)
         self.down = nn.Parameter(torch.empty(rank, site.d_in // site.groups, *site.kernel))
-        self.up = nn.Parameter(zeros(site.d_out, rank // site.groups, *ones))
+        self.up = nn.Parameter(zeros(site.d_out, rank // self.pairs, *ones))
         self.magnitude_delta = nn.Parameter(torch.zeros(site.d_out))
 
     def enter(self, tower: nn.Module) -> None:
@@ -57,6 +58,9 @@ class DoRAAdapter(Adapter):
         up = self.up * self._by_output(self.strength * self.scaling * gain, self.up)
         site, conv = self.site, self.site.kind == "conv"
         turned = scale_features(y, 1 + more, None if bias is None else -more * bias, conv)
+        if self.pairs != site.groups:  # one A for all groups, whose features would be many
+            change = (up.flatten(1) @ self.down.flatten(1)).reshape(site.weight_shape)
+            return turned + convolve(x, change, site.stride, site.padding, site.dilation, site.groups)
         low = convolve(x, self.down, site.stride, site.padding, site.dilation, site.groups) if conv else project(x, self.down)
         # what was just scaled is nobody else's
         return add_product(turned, low, up, over=True) if site.groups == 1 else turned + convolve(low, up, groups=site.groups)
@@ -68,7 +72,7 @@ class DoRAAdapter(Adapter):
     def weight(self, weight: Tensor) -> Tensor:
         """g·(W + s·B A), at strength t blended with W."""
         gain = self.gain(weight)
-        up, down = (t.flatten(1).unflatten(0, (self.site.groups, -1)) for t in (self.up, self.down))
+        up, down = (t.flatten(1).unflatten(0, (self.pairs, -1)) for t in (self.up, self.down))
         change = (up @ down).reshape(weight.shape)
         scale = self._by_output(self.strength * self.scaling * gain, weight)
         return weight * self._by_output(1 + self.strength * (gain - 1), weight) + change * scale
@@ -84,8 +88,8 @@ class DoRAAdapter(Adapter):
         """‖W‖ and ‖W + s·B A‖ = √(‖W‖² + 2s·Σ (W Aᵀ)∘B + s²·Σ (B A Aᵀ)∘B) per output; constants for the gradient."""
         s = self.scaling
         with torch.autocast(weight.device.type, enabled=False):
-            base = weight.to(self.up.dtype).flatten(1).unflatten(0, (self.site.groups, -1))
-            up, down = (t.flatten(1).unflatten(0, (self.site.groups, -1)) for t in (self.up, self.down))
+            base = weight.to(self.up.dtype).flatten(1).unflatten(0, (self.pairs, -1))
+            up, down = (t.flatten(1).unflatten(0, (self.pairs, -1)) for t in (self.up, self.down))
             square = torch.linalg.vector_norm(base, dim=-1).square()
             cross = ((base @ down.mT) * up).sum(-1)
             low = ((up @ (down @ down.mT)) * up).sum(-1)
@@ -104,8 +108,8 @@ class DoRA(Method):
     Args:
         rank: columns of B and rows of A, at least 1.
         alpha: numerator of the scale; None means the rank, so that s = 1.
-    Convolutions: one norm an output channel, over its inputs and kernel; the rank is split over groups, as in `lora`.
-    Counts: rank·(d_in·k·k / groups) + d_out·rank / groups + d_out per site; ViT-B/16's q, k and v as one weight, rank 8: 26,880.
+    Convolutions: one norm an output channel, over its inputs and kernel; grouped ones have A and B as in `lora`.
+    Counts: d_out per site more than `lora`; ViT-B/16's q, k and v as one weight, rank 8: 26,880.
     Source: Liu et al., DoRA, ICML 2024, equation 5; the norm is a constant for the gradient, section 4.3. The paper writes W as
     (inputs, outputs), so that its norm of a column is that of an output here, as in its code and in peft. Deviations: the
     trained tensor is m − ‖W‖, which is the same function and gradient, and begins as nothing on any base; a bias is added
@@ -126,20 +130,12 @@ class DoRA(Method):
             raise ValueError(f"dora: rank must be at least 1, got {self.rank}")
 
     def build(self, site: WeightSite) -> DoRAAdapter:
-        """A, B and m − ‖W‖ for one weight.
-
-        Raises:
-            ValueError: a grouped convolution whose groups do not divide the rank.
-        """
-        if self.rank % site.groups:
-            raise ValueError(
-                f"rank {self.rank} must divide by the convolution's {site.groups} groups; choose another rank, or other sites"
-            )
+        """A, B and m − ‖W‖ for one weight."""
         adapter = DoRAAdapter(site, self.rank, (self.alpha or self.rank) / self.rank)
         nn.init.kaiming_uniform_(adapter.down, a=math.sqrt(5))
         return adapter
 
     def count(self, site: WeightSite) -> int:
-        """rank·(d_in·k·k + d_out) / groups + d_out, with the groups' kernels counted once each."""
-        low = self.rank * site.d_in * math.prod(site.kernel) // site.groups + site.d_out * self.rank // site.groups
+        """rank·(d_in·k·k + d_out) / groups + d_out; rank·(d_in·k·k / groups + d_out) + d_out with one A for all groups."""
+        low = self.rank * math.prod(site.weight_shape[1:]) + site.d_out * self.rank // pairs_in(site, self.rank)
         return low + site.d_out

@@ -12,7 +12,7 @@ from torch import nn
 
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import Site, WeightSite
-from veneer.methods.reparameterized._low_rank import Init, LoRAAdapter, PartAdapter, TuckerAdapter
+from veneer.methods.reparameterized._low_rank import Init, LoRAAdapter, PartAdapter, TuckerAdapter, pairs_in
 
 N = TypeVar("N", int, float)
 PARTS = ("pissa", "olora")  # begin as a part of the weight
@@ -36,12 +36,15 @@ class LoRA(Method):
         up_ratio: learning rate of B over that of A (LoRA+ uses 16); 1 for one rate.
         tucker: convolutions of more than one pixel get a core C of (rank, rank, *kernel) between A and B of 1×1.
     Convolutions: A has the base's kernel, stride and padding, B is 1×1. Grouped ones: a low-rank pair per group, `rank`
-    split over the groups, so it must divide by their number.
-    Counts: rank·(d_in·k·k / groups) + d_out·rank / groups per site, with `tucker` rank·(d_in + rank·k·k + d_out) / groups.
+    split over the groups; where they do not divide it, as in most depthwise ones, one pair on the flattened kernels, B of
+    (d_out, rank) and A of (rank, d_in·k·k / groups), so that all groups have the same A. Both merge exactly.
+    Counts: rank·(d_in·k·k + d_out) / groups per site, with `tucker` rank·(d_in + rank·k·k + d_out) / groups; with one A for all
+    groups rank·(d_in·k·k / groups + d_out), with `tucker` rank·(d_in / groups + rank·k·k + d_out).
     Source: Hu et al., LoRA, ICLR 2022, equation 3; Kalajdzievski 2023 (rsLoRA); Hayou et al., ICML 2024 (LoRA+); Meng et al.,
     NeurIPS 2024 (PiSSA); Büyükakyüz 2024 (OLoRA); Yeh et al., ICLR 2024 (LyCORIS) for `tucker`. `gaussian` with 1/rank follows
     peft; the paper says only "random Gaussian". Deviations: PiSSA and OLoRA put W − s·B0 A0 in W's place, which is the same
-    function and gradient; convolutions are flattened to (d_out, d_in·k·k), group by group, where peft takes linear layers only.
+    function and gradient; convolutions are flattened to (d_out, d_in·k·k), pair by pair, where peft takes linear layers only. A
+    rank that groups do not divide is refused by peft.
     """
 
     name: ClassVar[str] = "lora"
@@ -90,13 +93,9 @@ class LoRA(Method):
         """A and B for one weight.
 
         Raises:
-            ValueError: a grouped convolution whose groups do not divide the rank.
+            ValueError: an init that is a part of the weight, which has no part of that rank or scale.
         """
         rank = self.rank_at(site.role, site.name)
-        if rank % site.groups:
-            raise ValueError(
-                f"rank {rank} must divide by the convolution's {site.groups} groups; give ranks={{'{site.role}': …}}"
-            )
         scaling = self.scaling_at(site.role, site.name)
         if self.init in PARTS:
             self._refuse_part(site, rank, scaling)
@@ -111,7 +110,7 @@ class LoRA(Method):
         return adapter
 
     def _refuse_part(self, site: WeightSite, rank: int, scaling: float) -> None:
-        most = min(math.prod(site.weight_shape[1:]) * site.groups, site.weight_shape[0])
+        most = min(math.prod(site.weight_shape[1:]) * pairs_in(site, rank), site.weight_shape[0])
         if rank > most:
             raise ValueError(f"init={self.init!r}: the weight has rank {most} at most, less than {rank}; give a lower rank there")
         if self.init == "pissa" and scaling <= 0:
@@ -121,10 +120,11 @@ class LoRA(Method):
         return self.tucker and math.prod(site.kernel) > 1
 
     def count(self, site: WeightSite) -> int:
-        """rank·(d_in·k·k + d_out) / groups, or the Tucker form's."""
+        """rank·(d_in·k·k + d_out) / groups, or that of the Tucker form, or of one A for all groups."""
         rank, kernel = self.rank_at(site.role, site.name), math.prod(site.kernel)
-        inner = site.d_in + rank * kernel if self._tucker_at(site) else site.d_in * kernel
-        return (rank * inner + site.d_out * rank) // site.groups
+        width, each = site.d_in // site.groups, rank // pairs_in(site, rank)
+        inner = width + each * kernel if self._tucker_at(site) else width * kernel
+        return rank * inner + site.d_out * each
 
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
         """A (and C) at the learning rate, B at `up_ratio` times it."""

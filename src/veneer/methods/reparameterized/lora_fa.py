@@ -8,7 +8,7 @@ from typing import ClassVar
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import WeightSite
 
-from ._low_rank import LoRAAdapter
+from ._low_rank import LoRAAdapter, pairs_in
 from .lora import LoRA
 
 
@@ -23,7 +23,7 @@ class LoRAFA(Method):
         alpha: numerator of the scale; None means the rank, so that s = 1.
     Convolutions and embeddings: as `lora`.
     A is a buffer and saved with B: a draw that is repeated from a seed would depend on the version of torch.
-    Counts: d_out·rank / groups per site; ViT-B/16's q and v, rank 8: 147,456.
+    Counts: d_out·rank / groups per site, or d_out·rank where groups do not divide the rank; ViT-B/16's q and v, rank 8: 147,456.
     Source: Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning, 2023, section 3.
     Deviation: A uniform as LoRA's code draws it, of the variance 1 / (3·d_in), where the paper draws from a normal distribution.
     peft's optimiser, which multiplies B's gradient by (A Aᵀ)⁻¹, is none of the paper's first version and not here.
@@ -43,13 +43,7 @@ class LoRAFA(Method):
             raise ValueError(f"lora_fa: rank must be at least 1, got {self.rank}")
 
     def build(self, site: WeightSite) -> LoRAAdapter:
-        """LoRA's adapter with A as a buffer.
-
-        Raises:
-            ValueError: a grouped convolution whose groups do not divide the rank.
-        """
-        if self.rank % site.groups:
-            raise ValueError(f"rank {self.rank} must divide by the convolution's {site.groups} groups; choose another")
+        """LoRA's adapter with A as a buffer."""
         adapter = LoRA(rank=self.rank, alpha=self.alpha).build(site)
         down = adapter.down.detach()
         del adapter.down
@@ -58,4 +52,4 @@ class LoRAFA(Method):
 
     def count(self, site: WeightSite) -> int:
         """B's size."""
-        return site.d_out * (self.rank // site.groups)
+        return site.d_out * (self.rank // pairs_in(site, self.rank))
