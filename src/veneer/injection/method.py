@@ -36,8 +36,9 @@ class Adapter(nn.Module):
     exactly. An adapter that already multiplies by `self.strength` (cheaper where the change is a sum) says so with
     `blends = True`.
 
-    On a `BranchSite`, `reads = "normed"` says that x is the stream after the branch's norm. `replaces = True` says that the
-    adapter holds the whole value of its tensor, whatever the base has there.
+    On a `BranchSite`, `reads = "normed"` says that x is the stream after the branch's norm; there and on a `StreamSite`,
+    `reads = "write"` that x is y itself. `replaces = True` says that the adapter holds the whole value of its tensor, whatever
+    the base has there.
 
     `remembered` names buffers that only training needs (not persistent): a checkpoint of a run keeps them, a file does not.
 
@@ -47,7 +48,7 @@ class Adapter(nn.Module):
 
     blends: ClassVar[bool] = False
     prefers_weight: bool = False
-    reads: ClassVar[Literal["read", "normed"]] = "read"
+    reads: ClassVar[Literal["read", "normed", "write"]] = "read"
     replaces: ClassVar[bool] = False
     remembered: ClassVar[tuple[str, ...]] = ()
     strength: Tensor

@@ -79,6 +79,9 @@ def _group(site: Site, adapter: Adapter, tower: nn.Module) -> Group:
 
 
 def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
+    if isinstance(site, (BranchSite, StreamSite)) and adapter.reads == "write":
+        write = site.write if isinstance(site, BranchSite) else Port(site.path, "out")
+        return write, write
     if isinstance(site, BranchSite):
         read = site.normed if adapter.reads == "normed" else site.read
         if read is None:

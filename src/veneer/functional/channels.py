@@ -1,0 +1,67 @@
+"""A small matrix over the channels of every position, for features in any layout, where they are and without copies.
+
+For features that are channels first this is a batch of products with (d, positions), which takes half to nine tenths of the time
+of a convolution of one pixel or of moving the channels last.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.functional.added import add_product, plain, project
+
+Layout = Literal["NLC", "NHWC", "NCHW"]
+
+
+def channels_product(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    """W x + b over the channels of each position.
+
+    Args:
+        x: (batch, …, d) or, for `NCHW`, (batch, d, height, width). weight: (r, d). bias: (r,) or None.
+    Returns:
+        x's shape, with r channels.
+    """
+    if layout != "NCHW":
+        low = project(x, weight)
+        return low if bias is None else low + bias
+    wide = weight.expand(len(x), -1, -1)
+    low = torch.bmm(wide, x.flatten(2)) if bias is None else torch.baddbmm(bias[:, None], wide, x.flatten(2))
+    return low.unflatten(2, x.shape[2:])
+
+
+def add_channels_product(
+    y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, kept: Tensor | None = None
+) -> Tensor:
+    """y + W z + m b over the channels of each position.
+
+    Args:
+        y: (batch, …, d) or, for `NCHW`, (batch, d, height, width). z: the same with r channels.
+        weight: (d, r). bias: (d,) or None. kept: m, a factor of the bias for each sample, (batch, 1, …); None for 1.
+    """
+    kernel = layout == "NCHW"
+    product = weight[:, :, None, None] if kernel else weight
+    if bias is None:
+        return add_product(y, z, product)
+    shift = bias.view(-1, 1, 1) if kernel else bias
+    if kept is not None:
+        shift = shift * kept
+    elif not kernel and plain(y, z, weight):
+        return y + F.linear(z, weight, bias)
+    return add_product(y + shift, z, product, over=True)  # the sum is new: nobody else has it
+
+
+def kept_samples(x: Tensor, probability: float, training: bool) -> Tensor | None:
+    """Stochastic depth: for each sample 0 with the given probability, else 1 / (1 − probability).
+
+    Args:
+        x: features (batch, …), of which only shape, dtype and device count.
+    Returns:
+        (batch, 1, …), drawn from torch's global generator; None for all of them, where nothing is dropped.
+    """
+    if not training or probability == 0:
+        return None
+    return F.dropout(x.new_ones(len(x), *(1,) * (x.ndim - 1)), probability)

@@ -1,0 +1,94 @@
+"""What the bottleneck adapters have in common: Down, something between, Up, and a sum with what the host has."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.functional.channels import add_channels_product, channels_product, kept_samples
+from veneer.injection.filling import zeros
+from veneer.injection.method import Adapter
+from veneer.injection.sites import BranchSite, StreamSite
+
+Activation = Literal["relu", "gelu", "quick_gelu"]
+
+
+def activate(z: Tensor, act: Activation) -> Tensor:
+    """The activation of that name; `quick_gelu` is z ∘ sigmoid(1.702 z)."""
+    if act == "quick_gelu":
+        return z * torch.sigmoid(1.702 * z)
+    return F.relu(z) if act == "relu" else F.gelu(z)
+
+
+class Bottleneck(Adapter):
+    """y' = y + s·Up(Drop(act(Down(x)))). Shapes: `down` (h, width), `up` (width, h), `down_bias` (h,), `up_bias` (width,).
+
+    All begin as zeros but `down`, which the method draws. Everything that scales the change scales the small `up`, so that
+    features are passed over as often as the products and the bias need.
+    """
+
+    blends: ClassVar[bool] = True
+    down_bias: nn.Parameter | None
+    up_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        site: BranchSite | StreamSite,
+        bottleneck: int,
+        act: Activation,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.site, self.act, self.scale, self.dropout, self.drop_path = site, act, scale, dropout, drop_path
+        self.down = nn.Parameter(torch.empty(bottleneck, site.width))
+        self.up = nn.Parameter(zeros(site.width, bottleneck))
+        self.down_bias = nn.Parameter(zeros(bottleneck)) if bias else None
+        self.up_bias = nn.Parameter(zeros(site.width)) if bias else None
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y: what the adapter reads and what it is added to, both in the site's layout."""
+        layout = self.site.layout
+        z = self.between(channels_product(x, self.down, self.down_bias, layout))
+        kept = kept_samples(z, self.drop_path, self.training)
+        up, bias = self.last()
+        return add_channels_product(y, z if kept is None else z * kept, up, bias, layout, kept)
+
+    def between(self, z: Tensor) -> Tensor:
+        """What is done to the h features."""
+        return F.dropout(activate(z, self.act), self.dropout, self.training)
+
+    def last(self) -> tuple[Tensor, Tensor | None]:
+        """The matrix and the bias of Up, with all scales and the strength in them."""
+        factor = self.strength * self.scale
+        return self.up * factor, None if self.up_bias is None else self.up_bias * factor
+
+
+class OutputBottleneck(Bottleneck):
+    """y' = y + A(y): reads what it changes."""
+
+    reads: ClassVar[Literal["write"]] = "write"
+
+
+def count_bottleneck(width: int, bottleneck: int, bias: bool = True) -> int:
+    """Numbers in Down and Up."""
+    return 2 * width * bottleneck + (bottleneck + width if bias else 0)
+
+
+def check_options(name: str, bottleneck: int, **probabilities: float) -> None:
+    """Raise `ValueError` for a width below 1 or a probability outside of [0, 1)."""
+    if bottleneck < 1:
+        raise ValueError(f"{name}: bottleneck must be at least 1, got {bottleneck}")
+    for option, value in probabilities.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}: {option} must be in [0, 1), got {value}")
+
+
+def truncated_(weight: Tensor, std: float) -> Tensor:
+    """Normal with that standard deviation, without what is more than two of them off zero, written into `weight`."""
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

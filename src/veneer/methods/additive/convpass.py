@@ -1,0 +1,115 @@
+"""Convpass: a bottleneck with a convolution over the patches, parallel to attention and MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.functional.grids import grid_of
+from veneer.injection.errors import HostChanged
+from veneer.injection.filling import zeros
+from veneer.injection.method import Method, Need
+from veneer.injection.sites import BranchSite
+from veneer.methods.additive._bottleneck import Bottleneck, activate, check_options, count_bottleneck
+
+Init = Literal["identity", "xavier"]
+
+
+class ConvpassAdapter(Bottleneck):
+    """y' = y + s·Up(Drop(act(conv(act(Down(x)))))) with x after the norm. Shapes: `conv` (h, h, 3, 3), `conv_bias` (h,)."""
+
+    reads: ClassVar[Literal["normed"]] = "normed"
+    site: BranchSite
+
+    def __init__(self, site: BranchSite, bottleneck: int, scale: float, dropout: float, drop_path: float) -> None:
+        super().__init__(site, bottleneck, "quick_gelu", scale, dropout, drop_path)
+        self.conv = nn.Parameter(zeros(bottleneck, bottleneck, 3, 3))
+        self.conv_bias = nn.Parameter(zeros(bottleneck))
+
+    def between(self, z: Tensor) -> Tensor:
+        """The activation, the convolution, the activation."""
+        return super().between(self._convolved(activate(z, self.act)))
+
+    def _convolved(self, z: Tensor) -> Tensor:
+        if self.site.layout == "NCHW":
+            return F.conv2d(z, self.conv, self.conv_bias, padding=1)
+        if self.site.layout == "NHWC":
+            return self._last(z)
+        head, patches = z[:, : self.site.prefix_tokens], z[:, self.site.prefix_tokens :]
+        patches = self._last(patches.unflatten(1, self._grid(patches.shape[1]))).flatten(1, 2)
+        if not self.site.prefix_tokens:
+            return patches
+        alone = F.linear(head, self.conv[:, :, 1, 1], self.conv_bias)  # a picture of one pixel meets the centre only
+        return torch.cat([alone, patches], 1)
+
+    def _last(self, z: Tensor) -> Tensor:
+        """The convolution of (batch, height, width, h)."""
+        return F.conv2d(z.permute(0, 3, 1, 2), self.conv, self.conv_bias, padding=1).permute(0, 2, 3, 1)
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        assert self.site.grid is not None
+        try:
+            return grid_of(tokens, self.site.grid)
+        except ValueError as error:
+            raise HostChanged(f"{self.site.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Convpass(Method):
+    """y' = y + s·Up(Drop(act(conv(act(Down(x)))))): y the attention or the MLP, x its input after the norm; Up begins as zero.
+
+    act is QuickGELU, conv a convolution of 3×3 pixels over the patches on their grid, with zeros around. Each class or register
+    token is a picture of one pixel for it. Pictures of another size have a grid of the same aspect.
+
+    Args:
+        bottleneck: h, width between Down and Up, at least 1.
+        scale: s, fixed; the authors choose it for each data set, of 0.01, 0.1, 1, 10, 100.
+        dropout: probability of dropping one of the h features in training, 0 to 1.
+        drop_path: probability of leaving out the adapter for a sample in training, 0 to 1.
+        init: what conv begins as: `identity` (the centre passes each feature on) or `xavier`.
+    Counts: 2·width·h + h + width + 9·h² + h per branch; ViT-B/16 327,552 with h = 8, and 163,776 with `where="attn"`.
+    Source: Jie, Deng, Convolutional Bypasses Are Better Vision Transformer Adapters, 2022 (arXiv 2207.07039), section 3, and the
+    authors' code; Down Xavier-uniform, biases zero. Deviations: the authors' bypass is under the host's stochastic depth, here
+    under one of its own, 0 by default; the grid is that of the input, not 14 × 14; branches without a norm in front are
+    not offered.
+    Raises:
+        HostChanged: at a call, with patches in no grid of the model's own aspect.
+    """
+
+    name: ClassVar[str] = "convpass"
+    paper: ClassVar[str] = "Jie, Deng, Convolutional Bypasses Are Better Vision Transformer Adapters, 2022"
+    needs: ClassVar[tuple[Need, ...]] = (
+        Need(BranchSite, where={"normed": ..., "layout": "NLC", "grid": ...}),
+        Need(BranchSite, where={"normed": ..., "layout": ("NHWC", "NCHW")}),
+    )
+    default: ClassVar[tuple[str, ...]] = ("attn", "mlp")
+    learning_rate: ClassVar[float] = 1e-3
+
+    bottleneck: int = 8
+    scale: float = 1.0
+    dropout: float = 0.1
+    drop_path: float = 0.0
+    init: Init = "identity"
+
+    def __post_init__(self) -> None:
+        check_options(self.name, self.bottleneck, dropout=self.dropout, drop_path=self.drop_path)
+        if self.init not in get_args(Init):
+            raise ValueError(f"convpass: init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+
+    def build(self, site: BranchSite) -> ConvpassAdapter:
+        """Down, conv and Up for one branch."""
+        adapter = ConvpassAdapter(site, self.bottleneck, self.scale, self.dropout, self.drop_path)
+        nn.init.xavier_uniform_(adapter.down)
+        if self.init == "xavier":
+            nn.init.xavier_uniform_(adapter.conv)
+        else:
+            nn.init.dirac_(adapter.conv)
+        return adapter
+
+    def count(self, site: BranchSite) -> int:
+        """2·width·h + h + width + 9·h² + h."""
+        return count_bottleneck(site.width, self.bottleneck) + 9 * self.bottleneck**2 + self.bottleneck
