@@ -40,6 +40,9 @@ class Adapter(nn.Module):
     `reads = "write"` that x is y itself. `replaces = True` says that the adapter holds the whole value of its tensor, whatever
     the base has there.
 
+    `casts = False` says that x comes as the host has it, not in the adapter's dtype; beside `blends`, y does too. `group` is which
+    part of a mixed batch the adapter is given, for one that keeps something from block to block.
+
     `remembered` names buffers that only training needs (not persistent): a checkpoint of a run keeps them, a file does not.
 
     One with both forms, of which `weight` is the cheaper at its site, says `prefers_weight = True`; then the host's tensor is
@@ -47,6 +50,8 @@ class Adapter(nn.Module):
     """
 
     blends: ClassVar[bool] = False
+    casts: ClassVar[bool] = True
+    group: int = 0
     prefers_weight: bool = False
     reads: ClassVar[Literal["read", "normed", "write"]] = "read"
     replaces: ClassVar[bool] = False

@@ -121,19 +121,21 @@ class Place:
         """Every group of samples by itself, put together again."""
         batch, samples = self.batch, sum(len(numbers) for _, numbers in self.batch.groups)
         pieces, order = [], []
-        for strengths, numbers in batch.groups:
+        for index, (strengths, numbers) in enumerate(batch.groups):
             order += numbers
-            pieces.append(self._group(strengths, _rows(x, samples, numbers), _rows(y, samples, numbers)))
+            pieces.append(self._group(index, strengths, _rows(x, samples, numbers), _rows(y, samples, numbers)))
         found = torch.cat([piece.unflatten(0, (-1, len(n))) for piece, (_, n) in zip(pieces, batch.groups, strict=True)], 1)
         if order != list(range(samples)):
             found = found.index_select(1, torch.tensor([order.index(i) for i in range(samples)], device=y.device))
         return found.flatten(0, 1)
 
-    def _group(self, strengths: Strengths, x: Tensor, y: Tensor) -> Tensor:
+    def _group(self, index: int, strengths: Strengths, x: Tensor, y: Tensor) -> Tensor:
         self.batch.current = strengths
         for name, seam in self.seams.items():
             strength = strengths.get(name, 0.0)
             if strength and not seam.asleep():
+                for adapter in seam.adapters:
+                    adapter.group = index
                 after = seam.slices(y if self.one_port else x, y)
                 y = after if strength == 1 else torch.lerp(y, after, strength)
         self.batch.current = None

@@ -235,7 +235,7 @@ class CallSeam(HookSeam):
         if hasattr(adapter, "input"):
             return blend(adapter, adapter.input, before).to(y.dtype)
         form = adapter.output_ if fresh and hasattr(adapter, "output_") else adapter.output
-        return blend(adapter, form, before, cast(x, adapter)).to(y.dtype)
+        return blend(adapter, form, before, cast(x, adapter) if adapter.casts else x).to(y.dtype)
 
 
 class ProcessorSeam(Seam):

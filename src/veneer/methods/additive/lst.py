@@ -1,0 +1,169 @@
+"""LST: a small transformer beside the backbone that reads every block, and takes the place of the last one's output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.injection.forms import cast
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import StreamSite
+from veneer.methods.additive._chain import Chain, State
+
+HEAD = 64
+"""Usual channels of a head of the backbone."""
+
+
+class SideBlock(nn.Module):
+    """s + Attention(LN(s)), then s + MLP(LN(s)) with GELU and four times the width. Shapes: (B, N, width)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, s: Tensor) -> Tensor:
+        """(B, N, width) to the same."""
+        q, k, v = self.qkv(self.norm1(s)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        s = s + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        fed: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(s))))
+        return s + fed
+
+
+class Ends(nn.Module):
+    """Where the ladder of one tower begins and ends: `down` (width to side), `norm`, `up` (side to width)."""
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.down, self.norm, self.up = nn.Linear(width, side), nn.LayerNorm(side), nn.Linear(side, width)
+
+
+class Ladder(Chain):
+    """The chain of each tower and its ends."""
+
+    def __init__(self, sites: Sequence[StreamSite], reduction: int) -> None:
+        super().__init__(sites)
+        widths = {self.links[site.name].chain: site.width for site in sites}
+        self.ends = nn.ModuleDict({str(chain): Ends(width, width // reduction) for chain, width in widths.items()})
+
+
+class LSTAdapter(Adapter):
+    """s' = Block(g·s + (1 − g)·Down(y)), g = sigmoid(α / T); at the last block y' = Up(LN(s')). y is read without its graph.
+
+    Shapes: `alpha` (1,), `down` width to side, `block` of side. Without any where the side layer is dropped: s' = s.
+    """
+
+    blends: ClassVar[bool] = True
+    casts: ClassVar[bool] = False
+    shared: Ladder
+
+    def __init__(self, site: StreamSite, side: int, temperature: float, dropped: bool) -> None:
+        super().__init__()
+        self.site, self.temperature, self.dropped = site, temperature, dropped
+        if not dropped:
+            self.alpha = nn.Parameter(torch.zeros(1))
+            self.down = nn.Linear(site.width, side)
+            self.block = SideBlock(side, side // _head(side, HEAD * side // site.width))
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y: what the block read and gave."""
+        link = self.shared.links[self.site.name]
+        ends = self.shared.ends[str(link.chain)]
+        (s,) = self.shared.carry(self.site.name, x, lambda before: self._step(before, x, y, ends), self.group)
+        if not link.last:
+            return y
+        after: Tensor = ends.up(ends.norm(s))
+        return torch.lerp(y, after.to(y.dtype), self.strength.to(y.dtype))
+
+    def _step(self, before: State, x: Tensor, y: Tensor, ends: nn.Module) -> State:
+        s = before[0] if before else ends.down(cast(x.detach(), self))
+        if self.dropped:
+            return (s,)
+        gate = torch.sigmoid(self.alpha / self.temperature)
+        return (self.block(gate * s + (1 - gate) * self.down(cast(y.detach(), self))),)
+
+
+def _head(side: int, most: int) -> int:
+    """Channels of a side head: the most, up to `most`, that divide the side width."""
+    return next(n for n in range(max(1, most), 0, -1) if side % n == 0)
+
+
+@dataclass(frozen=True)
+class LST(Method):
+    """s_0 = Down_0(x_0), s_{i+1} = Block_i(g_i·s_i + (1 − g_i)·Down_i(y_i)); at the last block y' = Up(LN(s)).
+
+    x_0 is what enters the first block and y_i what block i gives, both read without their graph; Block_i is a transformer block
+    of width/r channels, g_i = sigmoid(α_i / T), α_i = 0 at the start. The backbone is left as it is until its last block, whose
+    output is replaced: no gradient goes through any block, and of the backbone only x_0 and y_i are kept, for the gradients of Down.
+
+    Args:
+        reduction: r, at least 1; the side width is width / r, rounded down.
+        temperature: T of the gates, above 0.
+        skip: numbers of blocks in the tower whose side layer is dropped: s passes them unchanged. The authors drop every fourth,
+            `(0, 4, 8)` of 12.
+    The ladder goes over the selected blocks and replaces the output of the last of them: leave out none at the end. What is
+    trained in front of it gets no gradient through it. At a strength between 0 and 1 the output is y + s·(y' − y), of which only
+    y' has a gradient. Side attention sees all tokens both ways: a text model's masks do not reach it.
+    Needs sequences of one width throughout: the stages of Swin, convolutional networks and UNets would need a ladder each, that
+    replaces a stage's output and takes gradients through all stages after it.
+    Counts: with side width w, per block 12·w² + 13·w of Block, (width + 1)·w of Down and 1; once (width + 1)·w of Down_0, 2·w of the
+    norm and (w + 1)·width of Up. ViT-B/16 2,376,492, which are the 2.38 M that V-PETL Bench states.
+    Source: Sung, Cho, Bansal, LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning, NeurIPS 2022, and the
+    authors' code (T5, BART, CLIP-BERT), which has no plain vision transformer. As there: the mean of both at the start, biases in Down
+    and Up, heads as many as the backbone's (here of 64/r channels), Up in the place of the backbone's output. Deviations: Block is
+    a pre-norm block as in ViT, with GELU, four times the width between, and biases; layers begin as torch's own, not as pruned backbone
+    weights, which need a table of names for each model.
+    Raises:
+        ValueError: the side width would be 0.
+        HostChanged: at a call, blocks that run out of order.
+    """
+
+    name: ClassVar[str] = "lst"
+    paper: ClassVar[str] = "Sung, Cho, Bansal, LST: Ladder Side-Tuning, NeurIPS 2022"
+    needs: ClassVar[tuple[Need, ...]] = (
+        Need(StreamSite, roles=("block",), where={"resamples": False, "layout": "NLC", "stage": None}),
+    )
+    default: ClassVar[tuple[str, ...]] = ("block",)
+    identity_at_start: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 3e-3
+
+    reduction: int = 8
+    temperature: float = 0.1
+    skip: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.reduction < 1:
+            raise ValueError(f"lst: reduction must be at least 1, got {self.reduction}")
+        if not self.temperature > 0:
+            raise ValueError(f"lst: temperature must be above 0, got {self.temperature}")
+
+    @classmethod
+    def examples(cls) -> tuple[LST, LST]:
+        """Side networks that are wide enough in small models."""
+        return cls(reduction=2), cls(reduction=4)
+
+    def build_shared(self, sites: Sequence[StreamSite]) -> Ladder:
+        """Down_0, the last norm and Up."""
+        return Ladder(sites, self.reduction)
+
+    def build(self, site: StreamSite) -> LSTAdapter:
+        """The side layer of one block.
+
+        Raises:
+            ValueError: the side width would be 0.
+        """
+        if site.width < self.reduction:
+            raise ValueError(f"a width of {site.width} leaves nothing at reduction {self.reduction}; lower it")
+        return LSTAdapter(site, site.width // self.reduction, self.temperature, site.depth in self.skip)
+
+    def count(self, site: StreamSite) -> int:
+        """Block, Down and the gate; nothing where the side layer is dropped."""
+        side = site.width // self.reduction
+        return 0 if site.depth in self.skip else 12 * side**2 + 13 * side + (site.width + 1) * side + 1
