@@ -14,8 +14,8 @@ _JUNK = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 def read_folder(root: Path) -> Source:
     """The pictures of `root/CLASS/…` or of `root/{train,validation,test}/CLASS/…`.
 
-    - A folder called train, training, val, valid, validation, dev or test (in any case) is a split if it holds folders and no
-      pictures of its own; called so and holding pictures, it is a class. Beside splits, other folders are passed over.
+    - A folder called train, training, val, valid, validation, dev or test (in any case) is a split if it holds folders, and a
+      class if it holds pictures only. Beside splits, other folders are passed over.
     - A picture at any depth under a class folder is of that class.
     - Hidden files, Thumbs.db, desktop.ini, __MACOSX and files with another ending than a picture's are passed over, and so are
       pictures outside the class folders and class folders without any. `Source.notes` names all but hidden and system files.
@@ -92,10 +92,7 @@ def _splits(root: Path) -> dict[Path, Split]:
     found: dict[Path, Split] = {}
     for folder in visible(root):
         split = SPLITS.get(folder.name.lower())
-        if split is None or not folder.is_dir():
-            continue
-        held = visible(folder)
-        if not any(each.is_dir() for each in held) or any(is_picture(each) for each in held if not each.is_dir()):
+        if split is None or not folder.is_dir() or not any(each.is_dir() for each in visible(folder)):
             continue
         if split in found.values():
             other = next(path for path, each in found.items() if each == split)

@@ -101,7 +101,7 @@ class Pixels:
         if size < 1:
             raise DataError(f"pixels: batches of {size}; expected at least 1.")
         drawn = [[(epoch, index) for index in indices[start : start + size]] for start in range(0, len(indices), size)]
-        for now, following in zip(drawn, [*drawn[1:], []], strict=True):
+        for now, following in zip(drawn, [*drawn[1:], []], strict=False):
             self.expect(now + following)
             yield self(now)
 

@@ -67,7 +67,7 @@ class TrainView:
         config: see `EvalView`.
         augmentation: `none`, `light`, `flip` or `strong`.
         seed: of all draws, together with the epoch and the picture's index.
-        mirror: False where left and right mean something, as in digits and lettering: `flip` and `strong` then mirror nothing. See
+        mirror: False where left and right mean something, as in digits: `flip` and `strong` then mirror nothing; see
             `Source.mirror`.
         squash: for `none`; see `EvalView`.
 
