@@ -1,0 +1,109 @@
+"""Teach a pre-trained model to tell classes of pictures apart."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from veneer.classifying.config import TransferConfig
+from veneer.classifying.data import Data, Views, open_data
+from veneer.classifying.models import Classifier, open_classifier
+from veneer.classifying.outcome import write_outcome
+from veneer.classifying.search import searched
+from veneer.classifying.teaching import Teacher, attach_methods
+from veneer.injection import Attachment, VeneerError
+from veneer.training.processes import on_main
+from veneer.training.progress import ProgressLine
+
+__all__ = ["TransferConfig", "transfer"]
+
+
+def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> Path:
+    """Train, choose the epoch on the validation pictures, look at the test pictures once, and write what was found.
+
+    The folder then has `adapter.safetensors`, `result.json`, `confusion.png`, `curves.png`, `mistakes.png`, and `model.json` and
+    `splits.json`, which say how to go on from there.
+
+    Returns:
+        The folder with the results.
+    Raises:
+        VeneerError: what was given cannot work; nothing has been trained then.
+        Diverged: the loss is no longer finite; the last good weights are in the folder.
+    """
+    cpu = not torch.accelerator.is_available()
+    accelerator = accelerator or Accelerator(cpu=cpu)
+    config = on_main(accelerator, config.completed)
+    config.built()
+    out = _folder(config)
+    data = on_main(accelerator, lambda: open_data(config, out, _progress("pictures checked")))
+    for note in data.notes if accelerator.is_main_process else ():
+        print(f"note: {note}", flush=True)
+    classifier = open_classifier(
+        config.model, data.classes, weights=config.weights, keep_head=config.keeps_head(), size=config.size, seed=config.seed,
+        templates=config.templates,
+    )  # fmt: skip
+    with Views(data, classifier.data, config.augment, squash=config.squash, seed=config.seed, workers=config.workers) as views:
+        config = searched(config, classifier, views, out, accelerator)
+        attached = attach_methods(classifier, config)
+        identity = {**config.identity(), "splits": data.splits.digest, "weights": classifier.weights}
+        teacher = Teacher(classifier, attached, views, config, out, accelerator, identity, ProgressLine())
+        if accelerator.is_main_process:
+            print(_plan(config, data, classifier, attached, teacher), flush=True)
+        if config.check:
+            return out
+        taught = teacher.teach()
+        if accelerator.is_main_process:
+            if taught.best is None:
+                print(f"stopped after step {taught.result.steps} of {teacher.steps}; go on with --resume --out {out}")
+            else:
+                record = write_outcome(config, data, classifier, attached, teacher, taught)
+                print(_told(record, out))
+    accelerator.wait_for_everyone()
+    return out
+
+
+def _folder(config: TransferConfig) -> Path:
+    """The folder for results; an earlier, finished run in it is not overwritten."""
+    out = config.out
+    assert out is not None
+    if (out / "result.json").exists() and not config.resume:
+        raise VeneerError(f"{out} holds a finished run. Choose another --out, or delete it.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _progress(what: str):  # type: ignore[no-untyped-def]
+    def told(done: int, count: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{what}: {done:,}/{count:,}", end="\n" if done == count else "", file=sys.stderr, flush=True)
+
+    return told
+
+
+def _told(record: dict[str, Any], out: Path) -> str:
+    """The figures in a line."""
+    low, high = record["test_interval_95"]
+    return (
+        f"test accuracy {record['test_accuracy']:.1%} ({low:.1%} to {high:.1%}), validation {record['val_accuracy']:.1%}, epoch "
+        f"{record['chosen']['epoch']}; {record['trainable_parameters']:,} numbers trained, "
+        f"{record['stored_bytes']:,} bytes in {out}"
+    )
+
+
+def _plan(config: TransferConfig, data: Data, classifier: Classifier, attached: list[Attachment], teacher: Teacher) -> str:
+    """What will be trained, on what."""
+    splits = data.splits
+    lines = [
+        f"{data.source.where}: {len(data.classes)} classes; {len(splits.train):,} pictures to train, "
+        f"{len(splits.validation):,} to choose the epoch, {len(splits.test):,} to test",
+        f"{classifier.name}: pictures of {classifier.data['input_size'][1]} pixels, weights {classifier.weights[:16]}",
+    ]
+    for a in attached:
+        lines.append(f"{a.method.name}: {len(a.parts)} sites, {sum(p.numel() for p in a.parameters()):,} numbers")
+    how = "on features that are computed once" if teacher.features is not None else f"augmented: {config.augment}"
+    lines.append(f"{teacher.steps:,} steps of {config.batch * config.accumulation}, rate {config.rate():g}, {how}")
+    return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""Opening a model that classifies: a timm model with a head for the classes, or a CLIP with texts for them."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer import bases
+from veneer.injection import VeneerError, sites
+from veneer.injection.sites import FeatureSite
+from veneer.training.seeds import mix
+
+
+class ModelError(VeneerError):
+    """A model or its weights that cannot be had."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model that gives logits for pictures.
+
+    Args:
+        model: in `eval` mode, frozen. `name`: as it was asked for.
+        data: how pictures enter it, as timm says it: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        classes: names of the classes.
+        weights: where its weights are from: `published`, `random`, or a digest of the file.
+        fresh: True where its head is new and must be trained.
+    """
+
+    model: nn.Module
+    name: str
+    data: Mapping[str, Any]
+    classes: tuple[str, ...]
+    weights: str
+    fresh: bool
+
+    @property
+    def features(self) -> FeatureSite | None:
+        """Where the features enter the head; None for a model with several heads."""
+        found = [s for s in sites(self.model) if isinstance(s, FeatureSite) and s.role == "features"]
+        return found[0] if len(found) == 1 else None
+
+
+def open_classifier(
+    name: str,
+    classes: Sequence[str],
+    *,
+    weights: str | Path | None = None,
+    keep_head: bool = False,
+    size: int | None = None,
+    seed: int = 0,
+    templates: Sequence[str] = ("a photo of a {}.",),
+) -> Classifier:
+    """A model for some classes.
+
+    Args:
+        name: `shipped`, `shipped_clip`, `open_clip:NAME/TAG`, or a timm name (`timm:` in front is allowed).
+        weights: a safetensors file, `none` for random ones, or None for the published ones.
+        keep_head: leave the head as it is, for methods that map its labels. A CLIP's texts are its head.
+        size: side of the pictures; None for the model's own.
+        seed: of a new head, and of random weights.
+    Raises:
+        ModelError: no such model, no such weights, weights of another architecture, or a size that it cannot take.
+    """
+    if name == "shipped_clip" or name.startswith("open_clip:"):
+        from .clip import open_clip_classifier
+
+        return open_clip_classifier(name, classes, weights=weights, seed=seed, templates=templates)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(seed, "model"))
+        found = str(bases.path("shipped_clip")) if name == "shipped" else name.removeprefix("timm:")
+        model, origin = _timm(found, weights, size)
+        if not keep_head:
+            _new_head(model, name, len(classes))
+    from timm.data.config import resolve_model_data_config
+
+    data = dict(resolve_model_data_config(model))
+    if size is not None:
+        data["input_size"] = (data["input_size"][0], size, size)
+    return Classifier(model.eval().requires_grad_(False), name, data, tuple(classes), origin, not keep_head)
+
+
+def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.Module, str]:
+    import timm
+
+    folder = Path(name).is_dir()
+    if not folder and not timm.is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3) or ["see timm.list_models()"]
+        raise ModelError(f"timm has no model {name!r}. Close: {', '.join(near)}.")
+    options: dict[str, Any] = {}
+    name = f"local-dir:{name}" if folder else name
+    if size is not None and _takes_size(name):
+        options["img_size"] = size
+    if weights == "none":
+        return timm.create_model(name, pretrained=False, **options), "random"
+    if weights is not None:
+        file = check_weights(weights)
+        options["pretrained_cfg_overlay"] = {"file": str(file)}
+        try:
+            return timm.create_model(name, pretrained=True, **options), digest_of(file)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ModelError(_misfit(name, file, error)) from error
+    try:
+        return timm.create_model(name, pretrained=True, **options), "published"
+    except Exception as error:  # the hub's clients raise a dozen kinds
+        raise ModelError(
+            f"{name}: its published weights could not be had ({type(error).__name__}). Check the connection, give the weights "
+            "with --weights FILE.safetensors, or begin with random ones: --weights none."
+        ) from error
+
+
+def _takes_size(name: str) -> bool:
+    """True for models whose parts depend on the size of the pictures."""
+    import inspect
+
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+    return "img_size" in inspect.signature(type(model).__init__).parameters
+
+
+def check_weights(weights: str | Path) -> Path:
+    """The file of weights.
+
+    Raises:
+        ModelError: it is not there, or is none of safetensors.
+    """
+    file = Path(weights).expanduser()
+    if not file.is_file():
+        raise ModelError(f"--weights {weights}: there is no such file; expected a safetensors file, or the word none.")
+    if file.suffix != ".safetensors":
+        raise ModelError(
+            f"--weights {file}: only safetensors are read, because other files can run code. Convert it where you trust it: "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors')."
+        )
+    return file
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _misfit(name: str, file: Path, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = " ".join(lines[1:3] if len(lines) > 1 else lines)[:400]
+    return f"--weights {file}: not the weights of {name}: {told} Give this architecture's file, or another --model."
+
+
+def _new_head(model: Any, name: str, classes: int) -> None:
+    if not hasattr(model, "reset_classifier"):
+        raise ModelError(f"{name}: a {type(model).__name__} has no head that could be made anew; expected a timm classifier.")
+    model.reset_classifier(classes)

@@ -1,0 +1,122 @@
+"""What a run of `veneer transfer` leaves: the adapter, the figures, and pictures of them."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.formats import native
+from veneer.injection import Attachment
+from veneer.training.checkpoints import write_atomically
+
+from .config import TransferConfig
+from .data import Data
+from .figures import figures_of
+from .models import Classifier
+from .plots import write_confusion, write_curves, write_mistakes
+from .teaching import Taught, Teacher
+
+FORM = 1
+
+
+def write_outcome(
+    config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], teacher: Teacher, taught: Taught
+) -> dict[str, Any]:
+    """Write `adapter.safetensors`, `model.json`, the pictures and `result.json`; the test pictures are looked at here, once.
+
+    Returns:
+        What `result.json` holds.
+    """
+    out = teacher.folder
+    assert taught.best is not None
+    assert taught.validation is not None
+    stored = 0
+    if attached:
+        file = native.save(attached, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where})
+        stored = file.stat().st_size
+    write_json(out / "model.json", model_record(config, classifier))
+    logits, labels = teacher.answers("test")
+    figures = figures_of(logits, labels)
+    tested = data.splits.test
+    write_confusion(figures, classifier.classes, out / "confusion.png")
+    write_curves(taught.result.losses, taught.epochs, taught.best, out / "curves.png")
+    write_mistakes(
+        logits, labels, classifier.classes, lambda i: data.source.read(data.source.examples[tested[i]]), out / "mistakes.png"
+    )
+    record = {
+        "test_accuracy": figures.accuracy,
+        "test_interval_95": list(figures.interval),
+        "val_accuracy": taught.validation.accuracy,
+        "trainable_parameters": taught.trainable,
+        "stored_bytes": stored,
+        "test": figures.as_dict(classifier.classes),
+        "validation": {"accuracy": taught.validation.accuracy, "interval_95": list(taught.validation.interval)},
+        "chosen": asdict(taught.best),
+        "epochs": [asdict(epoch) for epoch in taught.epochs],
+        "training": {
+            "steps": taught.result.steps,
+            "resumed_from": taught.result.resumed_from,
+            "seconds": taught.result.seconds,
+            "peak_memory_bytes": taught.result.peak_memory_bytes,
+            "cached_features": taught.cached,
+            "warnings": taught.result.warnings,
+        },
+        "methods": [_method(a) for a in attached],
+        "data": {
+            "where": data.source.where,
+            "classes": list(classifier.classes),
+            "pictures": {name: len(getattr(data.splits, name)) for name in ("train", "validation", "test")},
+            "split_digest": data.splits.digest,
+            "split_seed": data.splits.seed,
+            "splits_made": list(data.splits.made),
+            "shots": data.splits.shots,
+            "notes": list(data.notes),
+        },
+        "model": {"name": classifier.name, "weights": classifier.weights, "input": dict(classifier.data)},
+        "seed": config.seed,
+        "config": asdict(config),
+        "versions": {name: version(name) for name in ("veneer", "torch", "timm", "open_clip_torch")},
+        "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},
+    }
+    write_json(out / "result.json", record)
+    return record
+
+
+def model_record(config: TransferConfig, classifier: Classifier) -> dict[str, Any]:
+    """What `veneer predict` needs to open the model again."""
+    return {
+        "form": FORM,
+        "model": classifier.name,
+        "weights": str(Path(config.weights).resolve()) if config.weights not in (None, "none") else config.weights,
+        "weights_digest": classifier.weights,
+        "classes": list(classifier.classes),
+        "fresh_head": classifier.fresh,
+        "size": config.size,
+        "seed": config.seed,
+        "squash": config.squash,
+        "precision": config.precision,
+        "templates": list(config.templates),
+        "adapted": bool(config.names()) or classifier.fresh,
+    }
+
+
+def write_json(path: Path, record: Any) -> None:
+    """JSON, written whole or not at all."""
+    write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def _method(attachment: Attachment) -> dict[str, Any]:
+    return {
+        "name": attachment.method.name,
+        "config": attachment.method.config(),
+        "where": list(attachment.where),
+        "sites": len(attachment.parts),
+        "parameters": sum(p.numel() for p in attachment.parameters()),
+    }

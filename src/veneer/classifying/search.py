@@ -1,0 +1,72 @@
+"""A small search for learning rate and scale, on the validation pictures and within a stated number of trials."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from .config import TransferConfig
+from .data import Views
+from .models import Classifier
+from .outcome import write_json
+from .teaching import Teacher, attach_methods
+
+RATES = (1.0, 3.0, 0.3, 10.0, 0.1)
+SCALES = (1.0, 10.0, 0.1)
+
+
+def trials(config: TransferConfig) -> list[TransferConfig]:
+    """The first `search` of the trials: rates around the usual one, then the same at other scales, where the method has one."""
+    return [
+        dataclasses.replace(config, learning_rate=config.rate() * rate, options=options, search=0)
+        for options in _scaled(config)
+        for rate in RATES
+    ][: config.search]
+
+
+def _scaled(config: TransferConfig) -> Iterator[dict[str, Any]]:
+    """The options with the first method's `scale` as it is, and multiplied."""
+    first = next(iter(config.built()), None)
+    yield dict(config.options)
+    if first is None or not isinstance(getattr(first, "scale", None), float):
+        return
+    for factor in SCALES[1:]:
+        own = {**config.options.get(first.name, {}), "scale": first.scale * factor}  # type: ignore[attr-defined]
+        yield {**config.options, first.name: own}
+
+
+def searched(config: TransferConfig, classifier: Classifier, views: Views, out: Path, accelerator: Accelerator) -> TransferConfig:
+    """The config with the rate and scale that did best on the validation pictures. Trials are written down in `search.json`.
+
+    Each trial is a short run of `search_epochs`, with its whole schedule. A resumed search takes the trials that are there.
+    """
+    if not config.search:
+        return config
+    file, folder = out / "search.json", out / "search"
+    done = json.loads(file.read_text(encoding="utf-8")) if config.resume and file.is_file() else []
+    tried = trials(config)
+    for number, trial in enumerate(tried[len(done) :], len(done)):
+        shutil.rmtree(folder, ignore_errors=True)
+        short = dataclasses.replace(trial, epochs=config.search_epochs, steps=None, patience=0, resume=False)
+        attached = attach_methods(classifier, short)
+        try:
+            taught = Teacher(classifier, attached, views, short, folder, accelerator).teach()
+        finally:
+            for attachment in reversed(attached):
+                attachment.detach()
+        if taught.best is None:
+            raise KeyboardInterrupt
+        accuracy, loss = taught.best.val_accuracy, taught.best.val_loss
+        done.append({"learning_rate": trial.rate(), "options": trial.options, "val_accuracy": accuracy, "val_loss": loss})
+        if accelerator.is_main_process:
+            write_json(file, done)
+            print(f"trial {number + 1} of {len(tried)}: rate {trial.rate():g}, {dict(trial.options)}: {accuracy:.1%}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    best = min(range(len(tried)), key=lambda i: (-done[i]["val_accuracy"], done[i]["val_loss"], i))
+    return dataclasses.replace(tried[best], search=config.search)

@@ -1,0 +1,210 @@
+"""Training of a classifier: the picture loss in the shared loop, with the epoch chosen on validation pictures only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from veneer.injection import Attachment, attach
+from veneer.injection.ledger import statistics
+from veneer.injection.seams import Seam
+from veneer.training import targets
+from veneer.training.gradients import AUTOCAST
+from veneer.training.loop import Trainer, TrainResult
+from veneer.training.optimizers import Group
+from veneer.training.progress import Progress, peak_memory
+from veneer.training.seeds import mix
+
+from .batches import Batch, ClassifyingLoss, Order, logits_of
+from .cached import Features, reads_features_only
+from .config import TransferConfig
+from .data import Views
+from .figures import Figures, figures_of
+from .models import Classifier
+from .selection import Epoch, Selection
+
+
+def attach_methods(classifier: Classifier, config: TransferConfig) -> list[Attachment]:
+    """Attach the methods, seeded; and a `linear_probe` beside them, where nobody else holds a fresh head."""
+    attached: list[Attachment] = []
+    for method in config.built():
+        torch.manual_seed(mix(config.seed, "adapters", method.name))
+        attached.append(attach(classifier.model, method, where=config.where))
+    if classifier.fresh and not any(_holds_head(a) for a in attached):
+        attached.append(attach(classifier.model, "linear_probe"))
+    return attached
+
+
+def _holds_head(attachment: Attachment) -> bool:
+    return any(adapter.replaces and site.role == "head" for site, adapter in attachment.parts.values())
+
+
+@dataclass(frozen=True)
+class Taught:
+    """How a run ended.
+
+    Args:
+        result: of the loop. `epochs`: figures of each. `best`: the epoch whose weights are in place.
+        validation: figures of the validation pictures there; None for a run that was stopped.
+        cached: True if the backbone ran once for each picture.
+        trainable: numbers that were trained.
+    """
+
+    result: TrainResult
+    epochs: tuple[Epoch, ...]
+    best: Epoch | None
+    validation: Figures | None
+    cached: bool
+    trainable: int
+
+
+class Teacher:
+    """A classifier with adapters on it, and the pictures that it learns from.
+
+    Args:
+        classifier, attached: as from `open_classifier` and `attach_methods`.
+        views: of the run's pictures. `config`: the options.
+        folder: for checkpoints and records. `identity`: what a resumed run must share.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        attached: Sequence[Attachment],
+        views: Views,
+        config: TransferConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        identity: dict[str, Any] | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.classifier, self.attached, self.views, self.config, self.folder = classifier, attached, views, config, folder
+        self.accelerator = accelerator
+        self.dtype = AUTOCAST[config.precision]
+        classifier.model.to(accelerator.device)
+        self.model: Any = classifier.model
+        cached = config.cache and reads_features_only(classifier, attached)
+        self.features = Features(classifier, views, config.batch, self.dtype) if cached else None
+        self.per_epoch = max(1, len(views.data.splits.train) // (config.batch * config.accumulation))
+        self.steps = config.steps or config.epochs * self.per_epoch
+        self.named = targets.named_state(attached)
+        if self._moving:
+            self.named |= {f"statistics/{name}": buffer for name, buffer in statistics(self.model.named_modules())}
+        self.selection = Selection(self.named, folder, config.patience)
+        self.trainable = sum(p.numel() for a in attached for p in a.parameters())
+        self.identity, self.on_step = identity or {}, on_step
+
+    def teach(self) -> Taught:
+        """Prepare, train, and put the best epoch's weights in place.
+
+        Raises:
+            Diverged, CheckpointError: as the loop does.
+        """
+        self._modes()
+        if self.features is not None:
+            self.features.see()
+        self._prepare(0)
+        result = self._fit() if self.trainable else TrainResult(0, [], 0.0, peak_memory(self.accelerator.device), False)
+        best = None
+        if self.accelerator.is_main_process and (not result.stopped or self.selection.exhausted):
+            if not self.selection.epochs:
+                self._look(0, [])
+            best = self.selection.best
+            self.selection.restore()
+        validation = self.figures("validation") if best else None
+        return Taught(result, tuple(self.selection.epochs), best, validation, self.features is not None, self.trainable)
+
+    def _fit(self) -> TrainResult:
+        loop = self.config.loop(self.per_epoch, self.steps)
+        inputs = self.views.train if self.features is None else self.features
+        loss = ClassifyingLoss(
+            self.model if self.features is None else self.features.head,
+            inputs,
+            Order(self.views.data.splits.train, self.config.seed),
+            loop.samples,
+            self.views.train.expect if self.features is None else None,
+            self.config.label_smoothing,
+            self.accelerator.device,
+        )
+
+        def look(step: int) -> None:
+            self._look(step, trainer.losses[-self.per_epoch :])
+            if self.selection.exhausted:
+                trainer.stop()
+
+        trainer = Trainer(
+            loop,
+            self._groups(),
+            targets.with_penalties(loss, self.attached),
+            self.named,
+            self.folder,
+            identity=self.identity,
+            accelerator=self.accelerator,
+            after_step=targets.after_step(self.attached),
+            on_step=self.on_step,
+            on_preview=look,
+        )
+        steps = trainer.checkpoints.steps() if trainer.checkpoints else []
+        if self.config.resume and steps:
+            self.selection.resume(steps[-1])
+        result = trainer.fit(self.config.resume)
+        if not result.stopped and self.steps % self.per_epoch and self.accelerator.is_main_process:
+            self._look(self.steps, trainer.losses[-(self.steps % self.per_epoch) :])
+        return result
+
+    def figures(self, split: str) -> Figures:
+        """Figures of a split with the weights as they are."""
+        return figures_of(*self.answers(split))
+
+    def answers(self, split: str) -> Batch:
+        """Logits and labels of a split."""
+        device = self.accelerator.device
+        if self.features is not None:
+            return logits_of(self.features.head, self.features.batches(split, 256), device, self.dtype)
+        return logits_of(self.model, self.views.batches(split, self.config.batch), device, self.dtype)
+
+    @property
+    def _moving(self) -> bool:
+        """True if norms take their statistics from the batches: of random weights there are none worth keeping."""
+        return self.config.statistics == "moving" or (self.config.statistics is None and self.classifier.weights == "random")
+
+    def _modes(self) -> None:
+        """The base in `eval`, so that it neither drops features nor moves its statistics; the adapters in training mode."""
+        self.model.train(self._moving)
+        for module in self.model.modules():
+            if isinstance(module, Seam):
+                module.train()
+
+    def _prepare(self, epoch: int) -> None:
+        for attachment in self.attached:
+            when = attachment.method.prepares
+            if when == "epoch" or (when == "once" and epoch == 0):
+                attachment.prepare(self.views.batches("train", self.config.batch))
+
+    def _groups(self) -> list[Group]:
+        """All at one rate, with the methods' own shares of it."""
+        found: list[Group] = []
+        for attachment in self.attached:
+            share = 1.0
+            if len(self.attached) > 1 and self.config.learning_rate is None:
+                share = attachment.method.learning_rate / self.config.rate()
+            for number, group in enumerate(attachment.groups()):
+                scale = group.get("lr_scale", 1.0) * share
+                if group["params"]:
+                    found.append({"params": group["params"], "lr_scale": scale, "name": f"{attachment.name}.{number}"})
+        return found
+
+    def _look(self, step: int, losses: Sequence[float]) -> None:
+        """After an epoch: how well the validation pictures are answered."""
+        figures = self.figures("validation")
+        mean = sum(losses) / len(losses) if losses else math.nan
+        number = math.ceil(step / self.per_epoch)
+        self.selection.add(Epoch(number, step, mean, figures.loss, figures.accuracy))
+        if number:
+            self._prepare(number)
