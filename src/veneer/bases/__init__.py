@@ -9,5 +9,8 @@ from .door import load
 from .features import BaseClip, load_clip
 from .folders import SHIPPED, BaseError, examples, path
 from .presets import Preset, preset
+from .quick_gelu import quick_gelu_mismatch
 
-__all__ = ["SHIPPED", "BaseClip", "BaseError", "Preset", "examples", "load", "load_clip", "path", "preset"]
+__all__ = [
+    "SHIPPED", "BaseClip", "BaseError", "Preset", "examples", "load", "load_clip", "path", "preset", "quick_gelu_mismatch",
+]  # fmt: skip

@@ -56,7 +56,7 @@ class OpenClip(Host):
         return {"image": draw.normal(2, 3, height, width), "text": ids}
 
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
-        resnet = {"layers": [2, 1, 1, 1], "width": 4, "head_width": 32, "patch_size": None, "image_size": 64}
+        resnet = {"layers": [2, 1, 1, 1], "width": 8, "head_width": 32, "patch_size": None, "image_size": 64}
         trunk = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "token"}
         return {
             "vit": lambda: _build("CLIP"),
