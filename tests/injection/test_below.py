@@ -34,12 +34,32 @@ def test_only_changes_of_that_tensor_count() -> None:
     assert tensor_below(own, model.tail[1], "bias", None) is None
 
 
-def test_scaled_inputs_have_been_seen_to() -> None:
-    """x comes to the adapter scaled, so that y = W x holds for the host's own W."""
+def test_scaled_inputs_count_where_they_were_attached_before() -> None:
+    """A later adapter gets x as the model gives it, so that y = W diag(l) x; an earlier one gets it scaled, and y = W x."""
     model = net()
-    stir(attach(model, "ia3", where="head", inputs="head"))
+    _, first = attach(model, "lora", where="head", rank=2).parts["head"]
+    scaled = attach(model, "ia3", where="head", inputs="head")
+    stir(scaled)
+    _, last = attach(model, "lora", where="head", rank=2).parts["head"]
+    assert tensor_below(first, model.head, "weight", None) is model.head.weight
+    factor = 1 + scaled.parts["head"][1].delta
+    torch.testing.assert_close(tensor_below(last, model.head, "weight", None), model.head.weight * factor)
+
+
+def test_a_bias_that_follows_a_changed_weight_is_changed() -> None:
+    """RepAdapter's b' = b + W (B a + c) with W as it finds it, then SSF's γ b' + β."""
+    model = net()
+    first, second, third = (attach(model, name, where="head") for name in ("lora", "repadapter", "ssf"))
+    for tuned in (first, second, third):
+        stir(tuned)
     _, own = attach(model, "lora", where="head", rank=2).parts["head"]
-    assert tensor_below(own, model.head, "weight", None) is model.head.weight
+    lora, rep, ssf = (tuned.parts["head"][1] for tuned in (first, second, third))
+    weight = model.head.weight + lora.delta()
+    up = torch.block_diag(*rep.up.chunk(2))
+    bias = (model.head.bias + weight @ (up @ rep.down_bias + rep.up_bias)) * (1 + ssf.gain) + ssf.shift
+    torch.testing.assert_close(tensor_below(own, model.head, "bias", None), bias)
+    second.scale = third.scale = 0.0
+    assert tensor_below(own, model.head, "bias", None) is model.head.bias
 
 
 def test_a_parametrised_weight_is_below_every_hook() -> None:

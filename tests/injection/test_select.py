@@ -83,3 +83,15 @@ def test_braces_expand_and_hold_their_commas_together() -> None:
     assert expand("{a,b}.{c,d}") == ["a.c", "a.d", "b.c", "b.d"]
     assert patterns("attn.{q,v}@0:2, mlp  text/xattn.{k,v}") == ["attn.{q,v}@0:2", "mlp", "text/xattn.{k,v}"]
     assert patterns(["attn.{q,v} mlp", "conv"]) == ["attn.{q,v}", "mlp", "conv"]
+
+
+def test_what_is_named_after_not_is_left_out_in_any_order() -> None:
+    assert chosen("xattn not:xattn@1:3") == chosen("not:xattn@1:3 xattn") == ["d0.xattn.q", "u3.xattn.q"]
+    assert chosen("conv text/attn not:name:t.q") == ["conv"]
+    with pytest.raises(SelectionError, match="where='not:nothing' matches no site"):
+        chosen("conv not:nothing")
+
+
+def test_a_default_that_names_a_whole_and_its_slices_means_the_whole() -> None:
+    found = select(SITES, ("attn.qkv", "attn.{q,k}@2:", "nothing"), frozenset({"unet"}), strict=False)
+    assert [s.name for s in found] == ["u2.attn.q", "u2.attn.k", "u3.attn.q", "u3.attn.k", "fused"]

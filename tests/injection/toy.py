@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from veneer.injection.host import Host
 from veneer.injection.method import Adapter, Method, Need
-from veneer.injection.sites import BranchSite, ParamSite, Port, Site, WeightSite
+from veneer.injection.sites import BranchSite, NormSite, ParamSite, Port, Site, WeightSite
 
 
 class Net(nn.Module):
@@ -47,6 +47,8 @@ def _weight(path: str, role: str, module: nn.Module, **fields: Any) -> WeightSit
         size |= {"dilation": (1, 1), "groups": 2}
     else:
         size = {"d_out": module.out_features, "d_in": module.in_features}
+    if not isinstance(module, nn.Embedding):
+        size["bias"] = f"{path}.bias"
     return WeightSite(**{"name": path, "role": role, "path": path, **size, **fields})
 
 
@@ -67,10 +69,14 @@ class ToyHost(Host):
         yield ParamSite(
             name="conv.bias", role="bias.conv", path="conv", param="bias", shape=(6,), called=True, channel_dim=1, depth=0
         )
+        yield NormSite(name="norm", role="norm", path="norm", bias="norm.bias", width=6, channel_dim=1, depth=0)
         yield ParamSite(name="norm.weight", role="norm", path="norm", param="weight", shape=(6,), depth=0)
         yield _weight("qkv", "attn.qkv", net.qkv, fused=True, depth=1, guard="fused")
         for i, x in enumerate("qkv"):
-            yield _weight("qkv", f"attn.{x}", net.qkv, depth=1, name=f"qkv.{x}", rows=(6 * i, 6 * i + 6), d_out=6, guard="fused")
+            rows = (6 * i, 6 * i + 6)
+            yield _weight(
+                "qkv", f"attn.{x}", net.qkv, depth=1, name=f"qkv.{x}", rows=rows, bias_rows=rows, d_out=6, guard="fused"
+            )
         yield _weight("read", "attn.out", net.read, called=False, depth=1)
         yield ParamSite(name="read.bias", role="bias.attn.out", path="read", param="bias", shape=(6,), depth=1)
         yield _weight("spare", "mlp.in", net.spare, depth=2)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .forms import by_rows
+from .forms import blend, by_rows, cast
 from .method import Adapter
 from .parametrized import WeightSeam
 from .seams import CallSeam
@@ -31,18 +32,35 @@ def tensor_below(adapter: Adapter, module: nn.Module, param: str, rows: tuple[in
         if isinstance(seam, CallSeam):
             if any(other is adapter for other in seam.adapters):
                 break
-            tensor = _changed(seam, param, tensor)
+            tensor = _changed(seam, module, param, tensor)
     return tensor if rows is None else tensor[rows[0] : rows[1]]
 
 
-def _changed(seam: CallSeam, param: str, tensor: Tensor) -> Tensor:
+def _changed(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> Tensor:
     """The tensor with one seam's changes of it."""
-    if getattr(seam.sites[0], "param", None) != param or seam.write.side == "in" or seam.asleep():  # x has been changed already
+    site = seam.sites[0]
+    shifts = hasattr(seam.adapters[0], "bias") and getattr(site, "bias", "") == f"{site.path}.{param}"
+    if seam.asleep() or not (shifts or getattr(site, "param", None) == param):
         return tensor
     share = 1.0 if seam.place is None else seam.place.share(seam)
-    changed = by_rows(seam.sites, seam.adapters, tensor, 0, _change) if share else tensor
-    return changed if share in (0, 1) else torch.lerp(tensor, changed, share)
+    if not share:
+        return tensor
+    changed = by_rows(seam.sites, seam.adapters, tensor, 0, functools.partial(_shift, seam, module) if shifts else _change)
+    return changed if share == 1 else torch.lerp(tensor, changed, share)
 
 
 def _change(adapter: Any, part: Tensor) -> Tensor:
     return WeightSeam.change(adapter, part) if hasattr(adapter, "weight") else part
+
+
+def _shift(seam: CallSeam, module: nn.Module, adapter: Any, part: Tensor) -> Tensor:
+    """b' of one adapter, from W as that one finds it."""
+    site = next(site for site, other in zip(seam.sites, seam.adapters, strict=True) if other is adapter)
+
+    def weight() -> Tensor:
+        found = tensor_below(adapter, module, site.param, site.rows)
+        assert found is not None
+        return found
+
+    before = part if adapter.blends else cast(part, adapter)
+    return blend(adapter, lambda bias: adapter.bias(bias, weight), before).to(part.dtype)

@@ -112,14 +112,16 @@ def _places(several: Mapping[str, Attachment], wanted: Sequence[Strengths], alik
                 continue
             if id(tower) not in batches:
                 batches[id(tower)] = _batch(seam, several, wanted)
-            seams.setdefault((id(tower), seam.read, seam.write, seam.dim), {})[name] = seam
+            seams.setdefault((id(tower), seam.read, seam.write, seam.dim, seam.behind), {})[name] = seam
     return [Place(batches[key[0]], _in_order(found)) for key, found in seams.items() if not found.keys() <= alike]
 
 
 def _in_order(seams: Mapping[str, CallSeam]) -> dict[str, CallSeam]:
-    """As their hooks run, which is as their module lists them."""
-    owner = next(iter(seams.values())).owner()
-    return {name: seams[name] for child in owner.children() for name in seams if seams[name] is child}
+    """As their hooks run, which is as their module lists them; for changes of x the other way round."""
+    one = next(iter(seams.values()))
+    children = list(one.owner().children())
+    listed = reversed(children) if one.inward else children
+    return {name: seams[name] for child in listed for name in seams if seams[name] is child}
 
 
 def _batch(seam: Seam, several: Mapping[str, Attachment], wanted: Sequence[Strengths]) -> Batch:

@@ -1,13 +1,14 @@
 """Seams: how adapters join a host module. The only code that touches one.
 
 `CallSeam` for sites that the host calls (hooks), `WeightSeam` (in `parametrized.py`) for tensors that it reads,
-`ProcessorSeam` for attention whose inputs change. `TokenSeam` and `VocabularySeam` (in `sequences.py`) are call seams
-with two places to act. No module is replaced, no `forward` patched; hooks are bound methods of the seam, which is a child
-of the host module, so that copies, moves and casts of the host take the adapters along.
+`ProcessorSeam` (in `processors.py`) for attention whose inputs change. `TokenSeam` and `VocabularySeam` (in `sequences.py`)
+are call seams with two places to act. No module is replaced, no `forward` patched; hooks are bound methods of the seam, which
+is a child of the host module, so that copies, moves and casts of the host take the adapters along.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -146,35 +147,53 @@ class CallSeam(HookSeam):
 
     Attributes:
         place: its place in a mixed batch, while samples of a batch differ.
+        behind: of the seams that change what the module reads, those that were joined before.
+
+    Of several that act on one layer, the later joined change what the earlier ones made of it: y = W x + b, changed in turn.
+    So the later joined change x first, and each reads x as it was before the changes of those joined earlier.
     """
 
     read: Port
     write: Port
     dim: int
     place: Place | None
+    behind: int
     _x: Tensor | None
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Site, Adapter]], read: Port, write: Port, dim: int = -1) -> None:
         super().__init__(tower, parts)
-        self.__dict__.update(read=read, write=write, dim=dim, home=write.path, _x=None, place=None)
+        self.__dict__.update(read=read, write=write, dim=dim, home=write.path, _x=None, place=None, behind=0)
 
     def hooks(self) -> list[RemovableHandle]:
         reader, writer = self.module(self.read.path), self.module(self.write.path)
+        self.behind = self._changed_inputs(writer)
         handles = []
         if not self._direct:
             keep = self._keep_input if self.read.side == "in" else self._keep_output
-            handles.append(self._register(reader, self.read.side, keep))
+            handles.append(self._register(reader, self.read.side, keep, self.behind > 0))
         write = self._write_output if self.write.side == "out" else self._write_input
-        return [*handles, self._register(writer, self.write.side, write)]
+        return [*handles, self._register(writer, self.write.side, write, self.inward)]
+
+    @property
+    def inward(self) -> bool:
+        """True where a layer's x is changed, in the place of its y."""
+        return self.write.side == "in" and hasattr(self.adapters[0], "input")
+
+    def _changed_inputs(self, module: nn.Module) -> int:
+        """How many seams there are before this one that change the x of the layer that it acts on."""
+        if self.inward or self.read.path != self.write.path or self.read.side == self.write.side:
+            return 0
+        return sum(isinstance(s, CallSeam) and s.inward for s in itertools.takewhile(lambda s: s is not self, module.children()))
 
     @property
     def _direct(self) -> bool:
-        return self.read.path == self.write.path
+        return self.read.path == self.write.path and not self.behind
 
     @staticmethod
-    def _register(module: nn.Module, side: str, hook: Any) -> RemovableHandle:
+    def _register(module: nn.Module, side: str, hook: Any, first: bool = False) -> RemovableHandle:
+        """`first`: before the hooks that are there."""
         if side == "in":
-            return module.register_forward_pre_hook(hook, with_kwargs=True)
+            return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
         return module.register_forward_hook(hook, with_kwargs=True)
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -236,64 +255,3 @@ class CallSeam(HookSeam):
             return blend(adapter, adapter.input, before).to(y.dtype)
         form = adapter.output_ if fresh and hasattr(adapter, "output_") else adapter.output
         return blend(adapter, form, before, cast(x, adapter) if adapter.casts else x).to(y.dtype)
-
-
-class ProcessorSeam(Seam):
-    """Wraps the attention processor that is in place; puts it back on detach.
-
-    The adapter's `attend(inner, attn, hidden_states, **kwargs)` calls `inner` (the wrapped processor) as it likes. With
-    `blends = False` the wrapped processor runs once more for the blend.
-    """
-
-    def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
-        super().__init__(tower, parts)
-        self.path = parts[0][0].path
-
-    def forward(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the host calls in the place of its processor."""
-        inner = self.__dict__["_inner"]
-        if self.passes():
-            return inner(attn, hidden_states, *args, **kwargs)
-        adapter: Any = self.adapters[0]
-        after = adapter.attend(inner, attn, hidden_states, *args, **kwargs)
-        if adapter.blends:
-            return after
-        before = inner(attn, hidden_states, *args, **kwargs)
-        if isinstance(before, tuple):
-            return tuple(torch.lerp(b, a, adapter.strength.to(b.dtype)) for b, a in zip(before, after, strict=True))
-        return torch.lerp(before, after.to(before.dtype), adapter.strength.to(before.dtype))
-
-    def join(self, name: str) -> None:
-        attn: Any = self.module(self.path)
-        self.__dict__.update(_inner=attn.processor, _attn=attn, joined=True)
-        self._put(attn, self.train(attn.training))
-
-    def part(self) -> None:
-        if not self.__dict__["joined"]:
-            return
-        attn, inner = self.__dict__["_attn"], self.__dict__["_inner"]
-        outer = attn.processor
-        while outer is not self and isinstance(outer, ProcessorSeam) and outer.__dict__["_inner"] is not self:
-            outer = outer.__dict__["_inner"]
-        if outer is self:
-            self._put(attn, inner)
-        elif isinstance(outer, ProcessorSeam):
-            outer.__dict__["_inner"] = inner
-        self.__dict__["joined"] = False
-
-    @staticmethod
-    def _put(attn: nn.Module, processor: Any) -> None:
-        attn._modules.pop("processor", None)
-        attn.__dict__.pop("processor", None)
-        if isinstance(processor, nn.Module):
-            attn._modules["processor"] = processor
-        else:
-            attn.__dict__["processor"] = processor
-
-    def intact(self) -> bool:
-        outer = getattr(self.module(self.path), "processor", None)
-        while isinstance(outer, ProcessorSeam):
-            if outer is self:
-                return True
-            outer = outer.__dict__["_inner"]
-        return False

@@ -8,6 +8,7 @@ A pattern is `[tower[.stage]/]role[@from:to]`:
     text/attn.*           one tower; `*/attn` every tower
     unet.up/xattn.{k,v}   one stage of a tower; `unet.up.1/…` one level of it
     name:blocks.3.*       by site name, where no role fits
+    not:norm.qk           without these, whatever the other patterns mean
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TypeVar
 from .errors import SelectionError
 from .sites import NormSite, ParamSite, Site, WeightSite
 
+NOT = "not:"
 S = TypeVar("S", bound=Site)
 
 
@@ -110,7 +112,8 @@ def select(sites: Sequence[S], where: str | Sequence[str], main: frozenset[str],
         sites: the candidates.
         where: patterns.
         main: towers meant by a pattern without a tower.
-        strict: every pattern must match something.
+        strict: every pattern must match something, and a whole and its slices are not both meant. A default need not know what
+            there is: a whole that it names counts instead of its slices.
     Raises:
         SelectionError: a pattern matches nothing (with what is there), or two chosen sites overlap in one tensor.
     """
@@ -119,19 +122,28 @@ def select(sites: Sequence[S], where: str | Sequence[str], main: frozenset[str],
         if site.depth is not None:
             depths[site.tower] = max(depths[site.tower], site.depth + 1)
     chosen: set[str] = set()
+    left_out: set[str] = set()
     names = {s.name for s in sites}
     for text in patterns(where):
-        pattern = parse(text)
+        pattern = parse(text.removeprefix(NOT))
+        meant = left_out if text.startswith(NOT) else chosen
         if pattern.name in names:  # files name thousands of sites, each in full
-            chosen.add(pattern.name)
+            meant.add(pattern.name)
             continue
         found = [s.name for s in sites if pattern.matches(s, main, depths[s.tower])]
         if strict and not found:
             raise SelectionError(f"where='{text}' matches no site. There are: {offered(sites)}.")
-        chosen.update(found)
-    result = [s for s in sites if s.name in chosen]
+        meant.update(found)
+    result = [s for s in sites if s.name in chosen - left_out]
+    if not strict:
+        result = _without_slices_of_wholes(result)
     _refuse_overlap(result)
     return result
+
+
+def _without_slices_of_wholes(sites: Sequence[S]) -> list[S]:
+    wholes = {(s.component, s.path, s.param) for s in sites if isinstance(s, WeightSite) and s.fused}
+    return [s for s in sites if not isinstance(s, WeightSite) or s.rows is None or (s.component, s.path, s.param) not in wholes]
 
 
 def offered(sites: Sequence[Site]) -> str:

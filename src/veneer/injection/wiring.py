@@ -11,7 +11,8 @@ from .errors import UnsupportedSite
 from .forms import base_tensor
 from .method import Adapter
 from .parametrized import WeightSeam, changeable
-from .seams import CallSeam, ProcessorSeam, Seam
+from .processors import ProcessorSeam
+from .seams import CallSeam, Seam
 from .sequences import TokenSeam, VocabularySeam
 from .shifted import Below, Shift, shift_site
 from .sites import (
