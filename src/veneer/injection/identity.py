@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .ledger import peek, statistics
 from .merge import host_tensors
@@ -17,7 +18,13 @@ SAMPLES = 4096
 
 def identity(tower: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
     """Class, whole-number entries of the config, and fingerprint, as JSON values."""
-    return {"class": type(tower).__name__, "config": _sizes(tower), "fingerprint": fingerprint(tower, without)}
+    return {"class": _class(tower), "config": _sizes(tower), "fingerprint": fingerprint(tower, without)}
+
+
+def _class(tower: nn.Module) -> str:
+    """The name of its class, not of the one that torch makes for it while a parameter of its own is parametrised."""
+    made: type = type(tower)
+    return (made.__bases__[0] if parametrize.is_parametrized(tower) else made).__name__
 
 
 def fingerprint(tower: nn.Module, without: Collection[str] = ()) -> str | None:
