@@ -14,9 +14,11 @@ from veneer.injection.host import Host
 from veneer.injection.registry import hosts
 from veneer.injection.sites import Site
 
-from . import clips
+from . import clips, nets
 
-HOSTS = ("diffusers_unet", "diffusers_dit", "clip_text", "timm_vit", "open_clip")
+HOSTS = (
+    "diffusers_unet", "diffusers_dit", "clip_text", "timm_vit", "timm_swin", "timm_convnext", "timm_conv", "open_clip",
+)  # fmt: skip
 
 
 def _unet(**options: Any) -> nn.Module:
@@ -143,6 +145,7 @@ UNCOMMON: dict[tuple[str, str], Callable[[], nn.Module]] = {
     ("timm_vit", "rope_mixed"): lambda: _vit("vit_small_patch16_rope_mixed_224"),
 }
 UNCOMMON |= {("open_clip", key): build for key, build in clips.UNCOMMON.items()}
+UNCOMMON |= {(host, key): build for host, builders in nets.UNCOMMON.items() for key, build in builders.items()}
 TINY = [(host, key) for host in HOSTS for key in hosts.get(host)().tiny()]
 ALL = [*TINY, *UNCOMMON]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -63,11 +64,11 @@ def test_weights_resolve_with_their_shapes(host: str, key: str) -> None:
         assert tuple(weight[rows].shape) == site.weight_shape, site.name
         if site.param == "weight":
             assert not list(module.children()), f"{site.name} is a container"
-            kind = {"linear": nn.Linear, "conv": nn.Conv2d, "embedding": nn.Embedding}[site.kind]
+            kind = {"linear": nn.Linear, "conv": (nn.Conv1d, nn.Conv2d), "embedding": nn.Embedding}[site.kind]
             assert isinstance(module, kind), site.name
         if site.kind == "conv":
-            geometry = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-            assert geometry == (site.kernel, site.stride, site.padding, site.dilation, site.groups)
+            geometry = (module.kernel_size, module.stride, module.dilation, module.groups)
+            assert geometry == (site.kernel, site.stride, site.dilation, site.groups)
 
 
 @every
@@ -84,6 +85,43 @@ def test_called_is_what_tracing_shows(host: str, key: str) -> None:
             whole = site if site.rows is None else next(s for s in weights if s.path == site.path and s.rows is None)
             assert y.shape[dim] == whole.d_out, site.name
             assert site.kind == "embedding" or x.shape[dim] == site.d_in, site.name
+
+
+@every
+def test_a_convolution_is_one_of_its_sites_geometry(host: str, key: str) -> None:
+    """On an input of odd height: one pixel's output at a time, from a window of the zero-padded input."""
+    found = case(host, key)
+    for site in found.sites:
+        if isinstance(site, WeightSite) and len(site.kernel) == 2 and site.called:
+            module = found.model.get_submodule(site.path)
+            x = torch.randn(1, site.d_in, 7, 10, dtype=torch.float64) if max(site.kernel) < 7 else found.tensors[site.path, "in"]
+            with torch.no_grad():
+                got = module(x)
+            before = [_before(n, *each) for n, each in zip(x.shape[2:], _dimensions(site), strict=True)]
+            for row, column in {(0, 0), (got.shape[2] - 1, got.shape[3] - 1)}:
+                window = torch.zeros(site.d_in, *site.kernel, dtype=torch.float64)
+                for i, j in itertools.product(range(site.kernel[0]), range(site.kernel[1])):
+                    y = row * site.stride[0] - before[0] + i * site.dilation[0]
+                    z = column * site.stride[1] - before[1] + j * site.dilation[1]
+                    if 0 <= y < x.shape[2] and 0 <= z < x.shape[3]:
+                        window[:, i, j] = x[0, :, y, z]
+                parts = zip(window.chunk(site.groups), module.weight.chunk(site.groups), strict=True)
+                expected = torch.cat([torch.einsum("ihw,oihw->o", *pair) for pair in parts])
+                expected = expected if module.bias is None else expected + module.bias
+                torch.testing.assert_close(got[0, :, row, column], expected.detach(), msg=site.name)
+
+
+def _dimensions(site: WeightSite) -> list[tuple[int, int, int, int | str]]:
+    paddings = (site.padding,) * 2 if isinstance(site.padding, str) else site.padding
+    return list(zip(site.kernel, site.stride, site.dilation, paddings, strict=True))
+
+
+def _before(size: int, kernel: int, stride: int, dilation: int, padding: int | str) -> int:
+    """Zeros before the first pixel; for "same", half of what the last window lacks, rounded down."""
+    if padding != "same":
+        return int(padding)
+    last = (math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1
+    return max(last - size, 0) // 2
 
 
 @every
@@ -172,6 +210,9 @@ def test_ports_fire_in_order_and_carry_the_width(host: str, key: str) -> None:
             dim = 1 if getattr(site, "layout", "NLC") == "NCHW" else -1
             for port, width in ((read, getattr(site, "d_in", 0) or site.width), (write, site.width)):
                 assert found.tensors[port.path, port.side].shape[dim] == width, site.name
+            if isinstance(site, StreamSite) and site.layout != "NLC":
+                before, after = (found.tensors[port.path, port.side].movedim(dim, -1).shape[1:3] for port in (read, write))
+                assert site.resamples == (before != after), site.name
         elif isinstance(site, (PixelSite, FeatureSite)):
             assert (site.port.path, site.port.side) in found.order
         elif isinstance(site, VocabularySite):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from ..injection.sites import PixelSite, Port, Site
 from ._describe import LAYERS, Part, is_norm, own_parameters
-
-GATES = {"conv_reduce": "se.in", "fc1": "se.in", "conv_expand": "se.out", "fc2": "se.out", "fc": "se.out", "conv": "se.out"}
 
 
 def pixels(part: Part, side: tuple[int, ...] | None = None) -> PixelSite:
@@ -30,25 +29,31 @@ def head(part: Part, path: str, width: int) -> Iterator[Site]:
         yield from part.layer(path, "head")
 
 
-def walk(part: Part, path: str, roles: dict[str, str] | None = None, default: str = "") -> Iterator[Site]:
+def walk(
+    part: Part, path: str, roles: Mapping[str, str] = MappingProxyType({}), default: str = "", besides: tuple[str, ...] = ()
+) -> Iterator[Site]:
     """Every layer, norm and free parameter at and below `path`, in the order of registration.
 
     Args:
         roles: name of a layer (below `path`) to its role; others get `default`, or what their geometry says.
+        besides: names that are left out.
     """
     for at, module in part.leaves(path):
         name = at.removeprefix(path).removeprefix(".")
+        if name in besides:
+            continue
         if isinstance(module, LAYERS):
-            yield from part.layer(at, (roles or {}).get(name) or default or conv_role(module))
-        elif is_norm(module):
-            yield from part.norm(at)
-        else:
-            for param in own_parameters(module):
-                yield part.free(at, param, "scale" if param in ("gamma", "weight_scale") else "other")
+            yield from part.layer(at, roles.get(name) or default or conv_role(module))
+            continue
+        norm = is_norm(module)
+        yield from part.norm(at) if norm else ()
+        for param in own_parameters(module):
+            if not norm or param not in ("weight", "bias"):
+                yield part.free(at, param, "scale" if param == "gamma" else "other")
 
 
 def conv_role(module: nn.Module) -> str:
-    """`conv.dw`: a kernel a channel; `conv.pw`: one pixel, all channels; `conv.res`: all others. Linear layers: `other`."""
+    """`conv.dw`: a kernel a channel; `conv.pw`: one pixel, all channels, as of a linear layer; `conv.res`: all others."""
     if not isinstance(module, nn.Conv2d):
         return "conv.pw"
     if module.groups > 1 and module.groups == module.in_channels:

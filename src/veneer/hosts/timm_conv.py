@@ -10,8 +10,8 @@ from torch import nn
 from ..injection.host import Host, module_names
 from ..injection.seams import Seam
 from ..injection.sites import Port, Site
-from ._describe import Draw, Part, ends_with_norm
-from ._timm import GATES, head, pixels, walk
+from ._describe import Draw, Part, ends_with_norm, own_modules
+from ._timm import head, pixels, walk
 
 FAMILIES = {
     "timm.models.resnet.ResNet", "timm.models.efficientnet.EfficientNet", "timm.models.mobilenetv3.MobileNetV3",
@@ -20,6 +20,7 @@ FAMILIES = {
 STEMS = ("conv_stem", "conv1", "stem", "bn1", "maxpool")
 LAST = ("conv_head", "final_conv", "bn2", "norm_head")
 ATTENTION = {"query.proj": "attn.q", "key.proj": "attn.k", "value.proj": "attn.v", "output.proj": "attn.out", "proj": "attn.out"}
+GATE_INPUTS = ("conv_reduce", "fc1", "mlp_add.fc1", "mlp_scale.fc1")
 BESIDE = ("se", "attn", "downsample")  # do not say whether a block keeps its grid
 SIDE = 64  # of the sample: any does
 
@@ -113,25 +114,35 @@ def _stages(net: Any) -> Iterator[tuple[str, list[str]]]:
 
 def _block(part: Part, path: str) -> Iterator[Site]:
     block = part.module(path)
-    children = [name for name, child in block.named_children() if not isinstance(child, Seam)]
-    yield from part.layer(f"{path}.routing_fn", "conv.route")  # registered last, and called first
+    children = {name: child for name, child in block.named_children() if not isinstance(child, Seam)}
+    yield from part.layer(f"{path}.routing_fn", "conv.route")  # registered last and called first
     for name in children:
-        at = f"{path}.{name}"
-        if name == "se":
-            yield from walk(part, at, GATES, "se.out")
-        elif name == "downsample":
-            yield from walk(part, at, default="conv.sample")
-        elif name == "attn":
-            yield from walk(part, at, ATTENTION)
-        elif name != "routing_fn":
-            yield from walk(part, at)
-    convs = [conv for name in children if name not in ("se", "downsample") for conv in _convs(getattr(block, name))]
-    width, d_in = convs[-1].out_channels, convs[0].in_channels
-    kernels = [m for name in children if name not in BESIDE for conv in _convs(getattr(block, name)) for m in conv.modules()]
-    strides = [max(kernel.stride) > 1 for kernel in kernels if hasattr(kernel, "stride")]
+        yield from _child(part, f"{path}.{name}", name)
+    convs = [conv for name, child in children.items() if name not in ("se", "downsample") for conv in _convs(child)]
+    width = convs[-1].out_channels
     yield from _branch(part, path, width)
-    resamples = any(strides) or not isinstance(getattr(block, "aa", None), (nn.Identity, type(None)))
-    yield part.stream(path, width, d_in=d_in, resamples=resamples, layout="NCHW")
+    resamples = any(_strides(child) for name, child in children.items() if name not in BESIDE)
+    yield part.stream(path, width, d_in=convs[0].in_channels, resamples=resamples, layout="NCHW")
+
+
+def _child(part: Part, path: str, name: str) -> Iterator[Site]:
+    """Layers and norms of one part of a block."""
+    if name == "se":
+        # global context weighs pixels by a softmax, which cancels what is added to all of them
+        yield from part.layer(f"{path}.conv_attn", "se.in", inert_bias=True)
+        yield from walk(part, path, dict.fromkeys(GATE_INPUTS, "se.in"), "se.out", besides=("conv_attn",))
+    elif name == "attn":
+        # as it cancels what is added to all keys
+        yield from part.norm(f"{path}.key.norm", inert_bias=True)
+        yield from walk(part, path, ATTENTION, besides=("key.norm",))
+    elif name != "routing_fn":
+        yield from walk(part, path, default="conv.sample" if name == "downsample" else "")
+
+
+def _strides(module: nn.Module) -> bool:
+    """True if a convolution or a pooling at or below a module leaves pixels out."""
+    strides = [getattr(m, "stride", 1) for _, m in own_modules(module)]
+    return any(max(stride) > 1 if isinstance(stride, (tuple, list)) else stride > 1 for stride in strides)
 
 
 def _convs(module: Any) -> Iterator[Any]:

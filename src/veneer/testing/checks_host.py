@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional.convolve import convolve
 from ..injection.probe import tensors
 from ..injection.registry import hosts
 from ..injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, PixelSite, Site, VocabularySite, WeightSite
@@ -68,6 +69,8 @@ def called_is_true_by_tracing(traced: Trace) -> None:
                 raise AssertionError(
                     f"{site.name}: runs on {tuple(x.shape)} to {tuple(y.shape)}, described as {site.weight_shape}"
                 )
+            if site.kind == "conv":
+                _convolves(module, site, x)
 
 
 def called_bias_is_added_last(traced: Trace) -> None:
@@ -196,8 +199,8 @@ def _resolve(module: nn.Module, site: Any) -> None:
             raise AssertionError(f"{site.name}: kind '{site.kind}', but the module is a {type(module).__name__}")
         layer: Any = module
         if site.kind == "conv":
-            geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
-            if geometry != (site.kernel, site.stride, site.padding, site.dilation, site.groups):
+            geometry = (layer.kernel_size, layer.stride, layer.dilation, layer.groups)
+            if geometry != (site.kernel, site.stride, site.dilation, site.groups):
                 raise AssertionError(f"{site.name}: geometry differs from the module's {geometry}")
     elif math.prod(site.shape) == 0:
         raise AssertionError(f"{site.name}: an empty parameter")
@@ -213,6 +216,17 @@ def _biases(site: Site) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
 def _enters(site: VocabularySite, args: Any, kwargs: Any) -> bool:
     ids = kwargs.get(site.argument, args[0] if args else None)
     return isinstance(ids, Tensor) and not ids.is_floating_point()
+
+
+def _convolves(module: Any, site: WeightSite, x: Tensor) -> None:
+    """The module gives what a convolution of the site's geometry gives: some pad in ways of their own."""
+    with torch.no_grad():
+        weight, bias = getattr(module, site.param), getattr(module, "bias", None)
+        got = convolve(x, weight, site.stride, site.padding, site.dilation, site.groups)
+        got = got if bias is None else got + bias.view(-1, *(1 for _ in site.kernel))
+        expected = module(x)
+    if got.shape != expected.shape or not torch.allclose(got, expected):
+        raise AssertionError(f"{site.name}: a padding of {site.padding!r} gives other than the module")
 
 
 def _in_order(traced: Trace, site: Site, read: Any, write: Any) -> None:
