@@ -52,34 +52,40 @@ def parser_for(given: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _personalize(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
-    pipeline = importlib.import_module("veneer.pipelines.personalize")
-    config = pipeline.PersonalizeConfig
-    names = _methods(given)
-    taken = add_flags(parser, config, positional=("photos",), skip=("options",))
-    for name in names:
-        from . import methods
+def _training(function: str, config_name: str, positional: str) -> Any:
+    """A command that trains methods, which have flags of their own."""
 
-        group = parser.add_argument_group(f"options of {name}")
-        taken |= add_flags(group, methods.get(name), skip=("by_site",), prefix=name, taken=taken)
+    def add(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+        pipeline = importlib.import_module(f"veneer.pipelines.{function}")
+        config = getattr(pipeline, config_name)
+        names = _methods(given)
+        taken = add_flags(parser, config, positional=(positional,), skip=("options",))
+        for name in names:
+            from . import methods
 
-    def run(found: argparse.Namespace) -> object:
-        from . import methods
+            group = parser.add_argument_group(f"options of {name}")
+            taken |= add_flags(group, methods.get(name), skip=("by_site",), prefix=name, taken=taken)
 
-        flags = vars(found)
-        options = {name: values(methods.get(name), flags, name) for name in names}
-        return pipeline.personalize(config(**values(config, flags), options={n: o for n, o in options.items() if o}))
+        def run(found: argparse.Namespace) -> object:
+            from . import methods
 
-    parser.set_defaults(run=run)
+            flags = vars(found)
+            options = {name: values(methods.get(name), flags, name) for name in names}
+            return getattr(pipeline, function)(config(**values(config, flags), options={n: o for n, o in options.items() if o}))
+
+        parser.set_defaults(run=run)
+
+    return add
 
 
 def _methods(given: Sequence[str]) -> list[str]:
-    """The methods named by `--method`, which have flags of their own."""
+    """The methods named by `--method` or `--methods`."""
     from .training.targets import split_methods
 
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     look.add_argument("--method", default="lora")
-    return split_methods(look.parse_known_args(given)[0].method)
+    named = look.parse_known_args(given)[0].method
+    return [] if named == "zero_shot" else split_methods(named)
 
 
 def _plain(module: str, function: str, config: str, positional: Sequence[str] = (), show: bool = False) -> Any:
@@ -130,7 +136,19 @@ def _table(what: str) -> Any:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]], None]]] = {
-    "personalize": ("teach a diffusion base a subject or style from a few photos", _personalize),
+    "personalize": (
+        "teach a diffusion base a subject or style from a few photos",
+        _training("personalize", "PersonalizeConfig", "photos"),
+    ),
+    "transfer": (
+        "teach a timm or open_clip model to tell classes of pictures apart",
+        _training("transfer", "TransferConfig", "data"),
+    ),
+    "compare": ("compare methods on a dataset, over several seeds", _plain("compare", "compare", "CompareConfig", ("data",))),
+    "predict": (
+        "ask a taught classifier about pictures",
+        _plain("predict", "predict", "PredictConfig", ("folder", "images"), True),
+    ),
     "generate": ("draw pictures with trained adapters", _plain("generate", "generate", "GenerateConfig", ("prompt",), True)),
     "inspect": ("what is in an adapter's file", _plain("inspect_file", "inspect_file", "InspectConfig", ("file",), True)),
     "convert": ("an adapter's file in another format", _plain("convert", "convert", "ConvertConfig", ("file",), True)),

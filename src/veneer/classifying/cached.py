@@ -43,13 +43,17 @@ class Features:
     """
 
     def __init__(self, classifier: Classifier, views: Views, batch: int, dtype: torch.dtype | None = None) -> None:
-        site = classifier.features
-        assert site is not None
-        self.head = classifier.model.get_submodule(site.head)
         self.views, self.classifier, self.batch, self.dtype = views, classifier, batch, dtype
         self._at: dict[int, int] = {}
         self._rows: list[Tensor] = []
         self._labels: list[Tensor] = []
+
+    @property
+    def head(self) -> nn.Module:
+        """The head as it is now."""
+        site = self.classifier.features
+        assert site is not None
+        return self.classifier.model.get_submodule(site.head)
 
     def see(self, splits: Sequence[str] = SPLITS) -> None:
         """Run the backbone once over the pictures of some splits."""
@@ -59,7 +63,8 @@ class Features:
                 self._rows.append(self._features(inputs))
                 self._labels.append(labels)
             self._at |= {index: len(self._at) + place for place, index in enumerate(indices)}
-        self._rows, self._labels = [torch.cat(self._rows)], [torch.cat(self._labels)]
+        if self._rows:
+            self._rows, self._labels = [torch.cat(self._rows)], [torch.cat(self._labels)]
 
     @torch.no_grad()
     def _features(self, inputs: Tensor) -> Tensor:

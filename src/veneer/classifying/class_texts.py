@@ -25,6 +25,9 @@ class ClassTexts(nn.Module):
     Args:
         clip: the model, which is not made a child of this one. `names`, `templates`: of the classes, `{}` for the name.
         words: its tokenizer.
+
+    Attributes:
+        takes_rows: True if `encode` can be given rows, of `width`.
     Raises:
         TextError: a template without `{}`, or texts too long for the tower.
     """
@@ -35,11 +38,15 @@ class ClassTexts(nn.Module):
         super().__init__()
         wrong = [t for t in templates if "{}" not in t]
         if wrong or not templates or not names:
-            raise TextError(f"templates have {{}} in the place of the name, and there is a class; got {wrong or (templates, names)}.")
+            raise TextError(
+                f"templates have {{}} in the place of the name, and there is a class; got {wrong or (templates, names)}."
+            )
         self.__dict__["clip"] = clip
         self.names, self.words = tuple(name.replace("_", " ") for name in names), words
         texts = [template.replace("{}", name) for name in self.names for template in templates]
         self.register_buffer("ids", words.ids(texts).unflatten(0, (len(names), -1)), persistent=False)
+        self.takes_rows = reads_rows(clip) and words.brackets
+        self.width = int(text_tower(clip).token_embedding.embedding_dim) if self.takes_rows else 0
         self.kept = Kept()
 
     def forward(self, features: Tensor) -> Tensor:

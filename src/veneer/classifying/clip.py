@@ -30,7 +30,7 @@ class TextHead(nn.Module):
         super().__init__()
         self.__dict__["clip"] = clip
         self.texts = texts
-        self.out_features = len(texts.names)
+        self.in_features, self.out_features = features_of(clip), len(texts.names)
 
     def forward(self, features: Tensor) -> Tensor:
         """(batch, width) to (batch, classes)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,11 +67,17 @@ class Views:
     def __init__(
         self, data: Data, entry: Mapping[str, Any], augment: str, *, squash: bool = False, seed: int = 0, workers: int = 0
     ) -> None:
-        kind = cast(Augmentation, augment)
-        self.data = data
-        view = TrainView(entry, kind, seed, mirror=data.source.mirror, squash=squash)
-        self.train = Pixels(Shelf(data.source, side=view.side), view, workers)
+        self.data, self.workers = data, workers
         self.plain = Pixels(Shelf(data.source, 2**28), EvalView(entry, squash=squash), workers)
+        self._view = partial(TrainView, entry, cast(Augmentation, augment), mirror=data.source.mirror, squash=squash)
+        view = self._view(seed)
+        self._shelf = Shelf(data.source, side=view.side)
+        self.train = Pixels(self._shelf, view, workers)
+
+    def reseed(self, seed: int) -> None:
+        """Draw the augmentation by another seed from here on; what was made ahead is dropped."""
+        self.train.close()
+        self.train = Pixels(self._shelf, self._view(seed), self.workers)
 
     def batches(self, split: str, size: int) -> Iterator[Batch]:
         """All pictures of a split, in order, as they are looked at."""

@@ -78,7 +78,7 @@ def open_classifier(
         found = str(bases.path("shipped_clip")) if name == "shipped" else name.removeprefix("timm:")
         model, origin = _timm(found, weights, size)
         if not keep_head:
-            _new_head(model, name, len(classes))
+            new_head(model, name, len(classes), seed)
     from timm.data.config import resolve_model_data_config
 
     data = dict(resolve_model_data_config(model))
@@ -159,7 +159,10 @@ def _misfit(name: str, file: Path, error: Exception) -> str:
     return f"--weights {file}: not the weights of {name}: {told} Give this architecture's file, or another --model."
 
 
-def _new_head(model: Any, name: str, classes: int) -> None:
+def new_head(model: Any, name: str, classes: int, seed: int) -> None:
+    """Put a fresh head in the place of the model's own, drawn by the seed."""
     if not hasattr(model, "reset_classifier"):
         raise ModelError(f"{name}: a {type(model).__name__} has no head that could be made anew; expected a timm classifier.")
+    torch.manual_seed(mix(seed, "head"))
     model.reset_classifier(classes)
+    model.requires_grad_(False)

@@ -26,7 +26,7 @@ def write_confusion(figures: Figures, classes: Sequence[str], path: Path) -> Non
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     number = len(classes)
     side = min(14.0, 3.2 + 0.36 * number)
-    figure, axes = _axes(side + 0.8, side)
+    figure, axes = panels(side + 0.8, side)
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     low, high = figures.interval
     axes.set_title(f"accuracy {figures.accuracy:.1%} ({low:.1%} to {high:.1%}), {figures.pictures:,} test pictures", fontsize=10)
@@ -40,12 +40,12 @@ def write_confusion(figures: Figures, classes: Sequence[str], path: Path) -> Non
             color = "w" if shares[row, column] > 0.55 else "k"
             axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", fontsize=size, color=color)
     figure.colorbar(shown, ax=axes, fraction=0.046, pad=0.03, label="share of the true class")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def write_curves(losses: Sequence[float], epochs: Sequence[Epoch], best: Epoch, path: Path) -> None:
     """Training loss by step, validation loss and accuracy by epoch, and the epoch that was kept."""
-    figure, (left, right) = _axes(9.5, 3.6, columns=2)
+    figure, (left, right) = panels(9.5, 3.6, columns=2)
     if losses:
         left.plot(range(1, len(losses) + 1), losses, color=GREY, alpha=0.25, linewidth=0.8)
         left.plot(range(1, len(losses) + 1), _smoothed(losses), color=GREY, label="training (mean of 20 steps)")
@@ -58,7 +58,7 @@ def write_curves(losses: Sequence[float], epochs: Sequence[Epoch], best: Epoch, 
         axes.axvline(best.step, color=ORANGE, linestyle="--", linewidth=1, label=f"kept: epoch {best.epoch}")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def write_mistakes(
@@ -74,7 +74,7 @@ def write_mistakes(
     shown = wrong[:SHOWN]
     columns = 6
     rows = max(1, -(-len(shown) // columns))
-    figure, grid = _axes(1.75 * columns, 2.1 * rows + 0.5, columns=columns, rows=rows)
+    figure, grid = panels(1.75 * columns, 2.1 * rows + 0.5, columns=columns, rows=rows)
     cells = list(grid.flat)
     for cell in cells:
         cell.axis("off")
@@ -86,10 +86,11 @@ def write_mistakes(
         cell.set_title(f"{_short(answered)} {float(sure[i]):.0%}\nis {_short(true)}", fontsize=8)
     told = f"{len(wrong):,} of {len(labels):,} test pictures answered wrongly"
     figure.suptitle(told + (f"; the {len(shown)} surest" if len(wrong) > len(shown) else ""), fontsize=10)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _axes(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+def panels(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+    """A figure of so many inches, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -98,7 +99,8 @@ def _axes(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple
     return figure, figure.subplots(rows, columns)
 
 
-def _write(figure: Any, path: Path) -> None:
+def write_figure(figure: Any, path: Path) -> None:
+    """A PNG, written whole or not at all."""
     data = io.BytesIO()
     figure.savefig(data, format="png")
     write_atomically(path, data.getvalue())

@@ -71,6 +71,7 @@ class Teacher:
         classifier, attached: as from `open_classifier` and `attach_methods`.
         views: of the run's pictures. `config`: the options.
         folder: for checkpoints and records. `identity`: what a resumed run must share.
+        features: of the same model and views, from another run; used where the backbone need not run again.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Teacher:
         accelerator: Accelerator,
         identity: dict[str, Any] | None = None,
         on_step: Callable[[Progress], None] | None = None,
+        features: Features | None = None,
     ) -> None:
         self.classifier, self.attached, self.views, self.config, self.folder = classifier, attached, views, config, folder
         self.accelerator = accelerator
@@ -90,7 +92,8 @@ class Teacher:
         classifier.model.to(accelerator.device)
         self.model: Any = classifier.model
         cached = config.cache and reads_features_only(classifier, attached)
-        self.features = Features(classifier, views, config.batch, self.dtype) if cached else None
+        seen = features or Features(classifier, views, config.batch, self.dtype)
+        self.features = seen if cached else None
         self.per_epoch = max(1, len(views.data.splits.train) // (config.batch * config.accumulation))
         self.steps = config.steps or config.epochs * self.per_epoch
         self.named = targets.named_state(attached)
@@ -120,18 +123,21 @@ class Teacher:
         validation = self.figures("validation") if best else None
         return Taught(result, tuple(self.selection.epochs), best, validation, self.features is not None, self.trainable)
 
-    def _fit(self) -> TrainResult:
-        loop = self.config.loop(self.per_epoch, self.steps)
-        inputs = self.views.train if self.features is None else self.features
-        loss = ClassifyingLoss(
-            self.model if self.features is None else self.features.head,
-            inputs,
+    def loss(self) -> ClassifyingLoss:
+        """The loss of the training pictures, or of their features."""
+        cached = self.features
+        return ClassifyingLoss(
+            self.model if cached is None else cached.head,
+            self.views.train if cached is None else cached,
             Order(self.views.data.splits.train, self.config.seed),
-            loop.samples,
-            self.views.train.expect if self.features is None else None,
+            self.config.batch * self.config.accumulation,
+            self.views.train.expect if cached is None else None,
             self.config.label_smoothing,
             self.accelerator.device,
         )
+
+    def _fit(self) -> TrainResult:
+        loop, loss = self.config.loop(self.per_epoch, self.steps), self.loss()
 
         def look(step: int) -> None:
             self._look(step, trainer.losses[-self.per_epoch :])

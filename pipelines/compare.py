@@ -1,0 +1,144 @@
+"""Compare methods on one dataset: the same pictures, splits, budget and schedule for all, over several seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from veneer.classifying.compared import lines_of, table, verdict, write_picture
+from veneer.classifying.comparing import Comparison, rows_of
+from veneer.classifying.config import TransferConfig
+from veneer.classifying.data import Views, open_data
+from veneer.classifying.models import open_classifier
+from veneer.classifying.outcome import write_json
+from veneer.injection import VeneerError
+from veneer.training.personal import new_folder
+
+__all__ = ["CompareConfig", "compare"]
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is compared, on what, and for how long.
+
+    Args:
+        data, model, weights: as for `veneer transfer`.
+        methods: rows, separated by commas, such as `lora, adaptformer(bottleneck=8), vpt+lora`. `linear_probe`, `full` (all
+            weights) and `scratch` (all, from random ones) are rows like any other.
+        seeds: how many runs of each row; each draws its own start, order and augmentation, on the same splits.
+        baseline: run `linear_probe` as well, which the table compares with.
+        shots, validation, test, split_seed, epochs, batch, learning_rate, weight_decay, augment, squash, size, precision, search,
+            search_epochs, warmup, label_smoothing, workers: as for `veneer transfer`, the same for all rows. `learning_rate` None
+            is each method's usual; `search` finds one for each row, on validation pictures, with the first seed.
+        first_seed: the first of the seeds.
+        out: folder for all results; a second run with the same folder adds what is missing. None for a new one under `runs`.
+    """
+
+    data: str | None = None
+    model: str = "shipped"
+    weights: str | None = None
+    methods: str = "lora, adaptformer, vpt, ssf, bitfit"
+    seeds: int = 3
+    baseline: bool = True
+    shots: int | None = None
+    validation: float = 0.1
+    test: float = 0.15
+    split_seed: int = 0
+    epochs: int = 20
+    batch: int = 32
+    learning_rate: float | None = None
+    weight_decay: float = 1e-4
+    warmup: float = 0.1
+    label_smoothing: float = 0.0
+    augment: str = "flip"
+    squash: bool = False
+    size: int | None = None
+    precision: str = "no"
+    search: int = 0
+    search_epochs: int = 3
+    first_seed: int = 0
+    workers: int = 0
+    out: Path | None = None
+
+    def shared(self) -> TransferConfig:
+        """The options that all rows share."""
+        names = {f.name for f in dataclasses.fields(TransferConfig)} & {f.name for f in dataclasses.fields(self)}
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names - {"out"}}
+        return TransferConfig(method="linear_probe", seed=self.first_seed, resume=True, **shared)
+
+
+def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Path:
+    """Run what is not in the folder yet, and write `results.json`, `compare.md` and `accuracy.png`.
+
+    Returns:
+        The folder with the results.
+    Raises:
+        VeneerError: what was given cannot work. KeyboardInterrupt: stopped; what was done is kept, and the run that was stopped
+            goes on from its checkpoint.
+    """
+    accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available())
+    if config.seeds < 1:
+        raise VeneerError(f"seeds is {config.seeds}; expected at least 1.")
+    rows = rows_of(f"linear_probe, {config.methods}" if _lacks_probe(config) else config.methods)
+    out = config.out or new_folder(Path("runs"), f"compare-{Path(config.data).name if config.data else 'digits'}")
+    out.mkdir(parents=True, exist_ok=True)
+    base = config.shared()
+    data = open_data(base, out)
+    for note in data.notes:
+        print(f"note: {note}", flush=True)
+    classifier = open_classifier(base.model, data.classes, weights=base.weights, size=base.size, seed=base.seed)
+    with Views(data, classifier.data, base.augment, squash=base.squash, workers=base.workers) as views:
+        comparison = Comparison(base, views, classifier, out, accelerator)
+        for seed in range(config.first_seed, config.first_seed + config.seeds):
+            for row in rows:
+                measured = comparison.run(row, seed)
+                print(
+                    f"{row.label}, seed {seed}: test {measured.test_accuracy:.1%}, validation {measured.val_accuracy:.1%}",
+                    flush=True,
+                )
+                _write(config, comparison, out)
+    print((out / "compare.md").read_text(encoding="utf-8"))
+    return out
+
+
+def _lacks_probe(config: CompareConfig) -> bool:
+    return config.baseline and "linear_probe" not in [row.label for row in rows_of(config.methods)]
+
+
+def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
+    """The results as they are now."""
+    runs, data = comparison.done, comparison.views.data
+    known = list(dict.fromkeys(m.row for m in runs))
+    lines = lines_of(runs, known)
+    splits = data.splits
+    write_json(
+        out / "results.json",
+        {
+            "config": asdict(config),
+            "data": {"where": data.source.where, "classes": list(data.classes), "split_digest": splits.digest},
+            "model": {"name": comparison.classifier.name, "weights": comparison.classifier.weights},
+            "runs": [asdict(m) for m in runs],
+        },
+    )
+    title = f"{config.model} on {Path(data.source.where).name}"
+    counts = (
+        f"{len(splits.train):,} pictures to train, {len(splits.validation):,} to choose the epoch, {len(splits.test):,} to test"
+    )
+    page = [
+        f"# {title}",
+        "",
+        f"{len(data.classes)} classes; {counts}. {config.epochs} epochs of batches of {config.batch}, augmentation "
+        f"{config.augment}. ± is half a 95 % interval over seeds (Student's t); differences are paired by seed.",
+        "",
+        table(lines),
+        "",
+        *verdict(lines),
+        "",
+    ]
+    (out / "compare.md").write_text("\n".join(page), encoding="utf-8")
+    write_picture(lines, title, out / "accuracy.png")

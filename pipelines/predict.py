@@ -1,0 +1,83 @@
+"""Ask a taught classifier about pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from veneer.classifying.predicting import Answer, find, open_predictor
+from veneer.injection import VeneerError
+
+__all__ = ["PredictConfig", "predict"]
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What is asked.
+
+    Args:
+        folder: what `veneer transfer --out` has written.
+        images: pictures, and folders of pictures.
+        top: classes told of each picture.
+        form: `text`, `json` (a line for each picture) or `csv`.
+        batch: pictures a pass.
+    """
+
+    folder: Path
+    images: tuple[Path, ...] = ()
+    top: int = 3
+    form: str = "text"
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise VeneerError(f"form is {self.form!r}; expected one of {', '.join(FORMS)}.")
+        if self.top < 1 or self.batch < 1:
+            raise VeneerError(f"top and batch are {self.top} and {self.batch}; expected at least 1.")
+
+
+def predict(config: PredictConfig) -> Iterator[str]:
+    """A line for each picture: its first classes and their probabilities. A picture that cannot be read gets the reason.
+
+    Raises:
+        VeneerError: no finished run in the folder, no pictures, or none that can be read.
+    """
+    pictures = find(config.images)
+    if not pictures:
+        raise VeneerError("no pictures: give some, or a folder of them, after the run's folder.")
+    if config.form == "csv":
+        yield _row(["picture", "label", "probability", "problem"])
+    read = False
+    for answer in open_predictor(config.folder).answers(pictures, config.top, config.batch):
+        read = read or not answer.problem
+        yield FORMS[config.form](answer)
+    if not read:
+        raise VeneerError(f"none of the {len(pictures)} pictures could be read.")
+
+
+def _text(answer: Answer) -> str:
+    if answer.problem:
+        return f"{answer.picture}: {answer.problem}"
+    told = [f"{label} {share:.1%}" for label, share in ((answer.label, answer.probability), *answer.others)]
+    return f"{answer.picture}: {', '.join(told)}"
+
+
+def _json(answer: Answer) -> str:
+    return json.dumps(asdict(answer), ensure_ascii=False)
+
+
+def _csv(answer: Answer) -> str:
+    return _row([answer.picture, answer.label, "" if answer.problem else repr(answer.probability), answer.problem])
+
+
+def _row(cells: list[str]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(cells)
+    return text.getvalue()
+
+
+FORMS = {"text": _text, "json": _json, "csv": _csv}
