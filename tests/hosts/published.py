@@ -95,6 +95,17 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "clip_bigg": _transformers("CLIPTextModelWithProjection", "CLIPTextConfig", CLIP_BIGG),
     "t5_xxl": _transformers("T5EncoderModel", "T5Config", T5_XXL),
     "vit_b": _timm("vit_base_patch16_224"),
+    "swin_b": _timm("swin_base_patch4_window7_224"),
+    "swinv2_b": _timm("swinv2_base_window8_256"),
+    "convnext_b": _timm("convnext_base"),
+    "convnextv2_b": _timm("convnextv2_base"),
+    "resnet50": _timm("resnet50"),
+    "resnext50": _timm("resnext50_32x4d"),
+    "efficientnet_b0": _timm("efficientnet_b0"),
+    "efficientnet_lite0": _timm("tf_efficientnet_lite0"),
+    "mobilenetv3": _timm("mobilenetv3_large_100"),
+    "mobilenetv4": _timm("mobilenetv4_hybrid_medium"),
+    "regnety_16": _timm("regnety_016"),
 }
 
 

@@ -98,7 +98,7 @@ def _mobile(family: str, blocks: str, **options: Any) -> nn.Module:
 
 
 def _regnet(**options: Any) -> nn.Module:
-    shape = {"depth": 5, "w0": 8, "wa": 8.0, "wm": 1.5, "group_size": 4, "stem_width": 8}
+    shape = {"depth": 5, "w0": 8, "wa": 8.0, "wm": 1.5, "group_size": 4, "stem_width": 8, "act_layer": "silu"}
     return _build("regnety_002", **{**shape, **options})
 
 

@@ -66,7 +66,7 @@ def changed_statistics(tower: nn.Module) -> dict[str, Tensor]:
     ledger = peek(tower)
     before = ledger.statistics if ledger else {}
     now = statistics(tower.named_modules())
-    return {name: b.detach() for name, b in now if name in before and not torch.equal(b, before[name])}
+    return {name: b.detach() for name, b in now if name in before and not (b.is_meta or torch.equal(b, before[name]))}
 
 
 def peek(tower: nn.Module) -> Ledger | None:
