@@ -17,7 +17,19 @@ from typing import Any, Literal
 
 import torch
 
-from veneer.benchmarks import attaching, denoiser, family, few_photos, loading, merging, peers, starting, switching, table
+from veneer.benchmarks import (
+    attaching,
+    denoiser,
+    family,
+    few_photos,
+    loading,
+    merging,
+    peers,
+    side_networks,
+    starting,
+    switching,
+    table,
+)
 from veneer.benchmarks.contest import Contest, Outcome, interleave
 from veneer.benchmarks.environment import environment
 from veneer.benchmarks.shapes import SHAPES, BenchError, Shape
@@ -36,7 +48,7 @@ class BenchConfig:
         size: `tiny` (seconds; only shows that it runs), `small` (a UNet of SD's real widths, cut to two levels) or `sd15` (the
             whole UNet of SD 1.5 at 32×32 latents).
         latent: side of the UNet's input in latents, divisible by 8; the size's own if it is left out.
-        rows: what to time: `denoiser`, `family`, `attach`, `start`, `load`, `merge`, `switch`,
+        rows: what to time: `denoiser`, `family`, `side-networks`, `attach`, `start`, `load`, `merge`, `switch`,
             `few-photos`; see the modules of `veneer.benchmarks`.
         rounds: timings of each contender.
         clock: `wall` time, or `cpu` time of this process over all its threads: for one thread on a machine that is shared.
@@ -53,7 +65,7 @@ class BenchConfig:
 
     size: Literal["tiny", "small", "sd15"] = "small"
     latent: int | None = None
-    rows: tuple[str, ...] = ("denoiser", "family", "attach", "start", "load", "merge", "switch", "few-photos")
+    rows: tuple[str, ...] = ("denoiser", "family", "side-networks", "attach", "start", "load", "merge", "switch", "few-photos")
     rounds: int = 7
     clock: Literal["wall", "cpu"] = "wall"
     rank: int = 16
@@ -138,6 +150,10 @@ def _family(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
     return family.contests(shape, config.rank, DTYPES[config.dtype], config.seed)
 
 
+def _side_networks(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
+    return side_networks.contests(shape, config.rank, DTYPES[config.dtype], config.seed)
+
+
 def _start(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
     return starting.contests(shape, config.rank, DTYPES[config.dtype], config.seed)
 
@@ -162,6 +178,7 @@ def _few_photos(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contes
 ROWS: dict[str, Callable[[BenchConfig, Shape, Path], list[Contest]]] = {
     "denoiser": _denoiser,
     "family": _family,
+    "side-networks": _side_networks,
     "attach": _attach,
     "start": _start,
     "load": _load,

@@ -46,7 +46,8 @@ class Shape:
             FLUX.1).
         latent: side of the UNet's input. `tokens`: of the prompt.
         calls: steps in one timing.
-        vit, large_vit: names in timm of image models. `images`: of its batch. `block`: side of OFT's blocks.
+        vit, base_vit, large_vit: names in timm of image models. `images`: of a batch of `vit`, `few_images` of `base_vit`.
+        block: side of OFT's blocks.
         photos, steps, resolution: of the few-photo job.
     """
 
@@ -55,8 +56,10 @@ class Shape:
     tokens: int = 77
     calls: int = 1
     vit: str = "vit_small_patch16_224"
+    base_vit: str = "vit_base_patch16_224"
     large_vit: str = "vit_large_patch16_224"
     images: int = 8
+    few_images: int = 4
     block: int = 32
     flux: dict[str, Any] = field(default_factory=lambda: _FLUX_DEV)
     photos: int = 5
@@ -70,8 +73,10 @@ SHAPES: dict[str, Shape] = {
         latent=8,
         tokens=4,
         vit="test_vit",
+        base_vit="test_vit",
         large_vit="test_vit",
         images=2,
+        few_images=2,
         block=8,
         flux=_TINY_FLUX,
         photos=2,

@@ -40,8 +40,8 @@ class Adapter(nn.Module):
     `reads = "write"` that x is y itself. `replaces = True` says that the adapter holds the whole value of its tensor, whatever
     the base has there.
 
-    `casts = False` says that x comes as the host has it, not in the adapter's dtype; beside `blends`, y does too. `group` is which
-    part of a mixed batch the adapter is given, for one that keeps something from block to block.
+    `casts = False` says that x comes as the host has it, not in the adapter's dtype; beside `blends`, y does too. `group` tells
+    one that keeps something from block to block which part of a mixed batch it is given.
 
     `remembered` names buffers that only training needs (not persistent): a checkpoint of a run keeps them, a file does not.
 

@@ -152,6 +152,7 @@ def _part(several: Mapping[str, Attachment], places: Sequence[Place]) -> None:
     for place in places:
         for seam in place.seams.values():
             seam.place = None
+            adapter: Any
             for adapter in seam.adapters:
                 adapter.group = 0
     for attachment in several.values():

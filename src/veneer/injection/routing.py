@@ -134,6 +134,7 @@ class Place:
         for name, seam in self.seams.items():
             strength = strengths.get(name, 0.0)
             if strength and not seam.asleep():
+                adapter: Any
                 for adapter in seam.adapters:
                     adapter.group = index
                 after = seam.slices(y if self.one_port else x, y)

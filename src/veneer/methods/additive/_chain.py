@@ -144,7 +144,7 @@ class Chain(nn.Module):
         """Tells the passes of a block apart by the memory of its input; None where nothing is run again."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
-        return name, StorageWeakRef(x.untyped_storage()), x.storage_offset(), x.shape
+        return name, StorageWeakRef(x.untyped_storage()), int(x.storage_offset()), x.shape
 
 
 def _values(state: State) -> State:

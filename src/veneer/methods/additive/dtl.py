@@ -111,8 +111,8 @@ class DTL(Method):
     swish_β(u) = u·sigmoid(β u). DTL+ (`conv`): y' = y + conv(swish_β(h_i)), one depthwise convolution without bias for all blocks
     that are written to, over the patches on their grid; class and register tokens pass it by.
 
-    Gradients reach the blocks after the first that is written to, and no earlier one: with M = 6 of 12 blocks, the backbone's
-    blocks 7 to 11 keep their activations for the backward pass as with any other method, and blocks 0 to 6 keep only x_i, for A_i.
+    Gradients reach the blocks after the first that is written to, and no earlier one: with M = 6 of 12 blocks, blocks 7 to 11 of
+    the backbone keep their activations for the backward pass as with other methods, and blocks 0 to 6 keep only x_i, for A_i.
 
     Args:
         rank: r, at least 1; the authors use 2 for ViT-B/16 and 4 for Swin-B.
@@ -125,9 +125,8 @@ class DTL(Method):
     `by_site` may give other ranks and β; `write_from` and `conv` are one for the tower.
     Counts: 2·width·r per block, and width·k² for a chain's convolution. ViT-B/16: 36,864; DTL+ 43,776 with k = 3, 56,064 with 5.
     Source: Fu, Zhu, Wu, DTL: Disentangled Transfer Learning for Visual Recognition, AAAI 2024, and the authors' code. Draws as
-    there: A Kaiming-uniform, the convolution as torch's own. Deviations: the authors pool the mean of the patches in front of the last
-    norm, here the host's own pooling stays; an even kernel pads its odd row and column behind. DTL+* of the
-    paper's tables is in neither paper nor code explained, and not offered.
+    there: A Kaiming-uniform, the convolution as torch's own. Deviation: the authors' model pools the mean of the patches in front
+    of its last norm; here the host's own pooling stays. Their code has no DTL+* of the paper's tables, which is not offered.
     Raises:
         ValueError: a chain without a block that is written to; `conv` where tokens stand in no grid.
         HostChanged: at a call, blocks that run out of order, or patches in no grid of the model's own aspect.

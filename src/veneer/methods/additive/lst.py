@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,14 +75,14 @@ class LSTAdapter(Adapter):
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y: what the block read and gave."""
         link = self.shared.links[self.site.name]
-        ends = self.shared.ends[str(link.chain)]
+        ends: Any = self.shared.ends[str(link.chain)]
         (s,) = self.shared.carry(self.site.name, x, lambda before: self._step(before, x, y, ends), self.group)
         if not link.last:
             return y
         after: Tensor = ends.up(ends.norm(s))
         return torch.lerp(y, after.to(y.dtype), self.strength.to(y.dtype))
 
-    def _step(self, before: State, x: Tensor, y: Tensor, ends: nn.Module) -> State:
+    def _step(self, before: State, x: Tensor, y: Tensor, ends: Any) -> State:
         s = before[0] if before else ends.down(cast(x.detach(), self))
         if self.dropped:
             return (s,)
@@ -101,7 +101,8 @@ class LST(Method):
 
     x_0 is what enters the first block and y_i what block i gives, both read without their graph; Block_i is a transformer block
     of width/r channels, g_i = sigmoid(α_i / T), α_i = 0 at the start. The backbone is left as it is until its last block, whose
-    output is replaced: no gradient goes through any block, and of the backbone only x_0 and y_i are kept, for the gradients of Down.
+    output is replaced: no gradient goes through any block, and of the backbone only x_0 and the y_i are kept, which the gradients
+    of Down need.
 
     Args:
         reduction: r, at least 1; the side width is width / r, rounded down.
@@ -113,13 +114,13 @@ class LST(Method):
     y' has a gradient. Side attention sees all tokens both ways: a text model's masks do not reach it.
     Needs sequences of one width throughout: the stages of Swin, convolutional networks and UNets would need a ladder each, that
     replaces a stage's output and takes gradients through all stages after it.
-    Counts: with side width w, per block 12·w² + 13·w of Block, (width + 1)·w of Down and 1; once (width + 1)·w of Down_0, 2·w of the
-    norm and (w + 1)·width of Up. ViT-B/16 2,376,492, which are the 2.38 M that V-PETL Bench states.
+    Counts: with side width w, per block 12·w² + 13·w of Block, (width + 1)·w of Down and 1; once (width + 1)·w of Down_0, 2·w of
+    the norm and (w + 1)·width of Up. ViT-B/16 2,376,492, which are the 2.38 M that V-PETL Bench states.
     Source: Sung, Cho, Bansal, LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning, NeurIPS 2022, and the
-    authors' code (T5, BART, CLIP-BERT), which has no plain vision transformer. As there: the mean of both at the start, biases in Down
-    and Up, heads as many as the backbone's (here of 64/r channels), Up in the place of the backbone's output. Deviations: Block is
-    a pre-norm block as in ViT, with GELU, four times the width between, and biases; layers begin as torch's own, not as pruned backbone
-    weights, which need a table of names for each model.
+    authors' code (T5, BART, CLIP-ViL), which has no plain vision transformer. As there: the mean of both at the start, biases in
+    Down and Up, as many heads as the backbone (of 64/r channels here), Up in the place of the backbone's output. Deviations:
+    Block is a pre-norm block as in ViT, with GELU, four times the width between, and biases; layers begin as torch's own, not as
+    pruned backbone weights, which need a table of names for each model.
     Raises:
         ValueError: the side width would be 0.
         HostChanged: at a call, blocks that run out of order.
@@ -150,7 +151,13 @@ class LST(Method):
         return cls(reduction=2), cls(reduction=4)
 
     def build_shared(self, sites: Sequence[StreamSite]) -> Ladder:
-        """Down_0, the last norm and Up."""
+        """Down_0, the last norm and Up.
+
+        Raises:
+            ValueError: the side width would be 0.
+        """
+        for site in sites:
+            self._check(site)
         return Ladder(sites, self.reduction)
 
     def build(self, site: StreamSite) -> LSTAdapter:
@@ -159,9 +166,12 @@ class LST(Method):
         Raises:
             ValueError: the side width would be 0.
         """
-        if site.width < self.reduction:
-            raise ValueError(f"a width of {site.width} leaves nothing at reduction {self.reduction}; lower it")
+        self._check(site)
         return LSTAdapter(site, site.width // self.reduction, self.temperature, site.depth in self.skip)
+
+    def _check(self, site: StreamSite) -> None:
+        if site.width < self.reduction:
+            raise ValueError(f"lst: {site.name}: a width of {site.width} leaves nothing at reduction {self.reduction}; lower it")
 
     def count(self, site: StreamSite) -> int:
         """Block, Down and the gate; nothing where the side layer is dropped."""
