@@ -32,6 +32,7 @@ class ClassTexts(nn.Module):
         TextError: a template without `{}`, or texts too long for the tower.
     """
 
+    clip: nn.Module
     ids: Tensor
 
     def __init__(self, clip: nn.Module, names: Sequence[str], templates: Sequence[str], words: Words) -> None:
@@ -41,7 +42,7 @@ class ClassTexts(nn.Module):
             raise TextError(
                 f"templates have {{}} in the place of the name, and there is a class; got {wrong or (templates, names)}."
             )
-        self.__dict__["clip"] = clip
+        self.__dict__["clip"] = clip  # past torch's own way, which would make it a child
         self.names, self.words = tuple(name.replace("_", " ") for name in names), words
         texts = [template.replace("{}", name) for name in self.names for template in templates]
         self.register_buffer("ids", words.ids(texts).unflatten(0, (len(names), -1)), persistent=False)
@@ -57,6 +58,11 @@ class ClassTexts(nn.Module):
     def means(self) -> Tensor:
         """W, computed."""
         return self.encode(self.ids.flatten(0, 1)).unflatten(0, self.ids.shape[:2]).mean(1)
+
+    @property
+    def alone(self) -> bool:
+        """True if no more than one hook acts on W, which is then given W as it is computed here."""
+        return len(self._forward_hooks) < 2
 
     def forget(self) -> None:
         """Compute the class weights anew in the next pass."""

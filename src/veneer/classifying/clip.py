@@ -26,6 +26,8 @@ CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
 class TextHead(nn.Module):
     """logits = exp(logit_scale)·norm(f) norm(W)ᵀ for features f (batch, width), W = `texts(f)`; plus CLIP's own bias, if any."""
 
+    clip: Any
+
     def __init__(self, clip: nn.Module, texts: ClassTexts) -> None:
         super().__init__()
         self.__dict__["clip"] = clip
@@ -74,7 +76,8 @@ class CLIPClassifier(nn.Module):
         if head == "linear":
             self.head = nn.Linear(features_of(clip), len(classes))
         else:
-            words = Words(tokenizer, getattr(clip, "text", clip).context_length)
+            tower: Any = getattr(clip, "text", clip)
+            words = Words(tokenizer, tower.context_length)
             self.head = TextHead(clip, ClassTexts(clip, classes, templates, words))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -148,8 +151,13 @@ def _source(name: str) -> tuple[str, str]:
         near = difflib.get_close_matches(architecture, open_clip.list_models(), 3) or ["see open_clip.list_models()"]
         raise ModelError(f"open_clip has no model {architecture!r}. Close: {', '.join(near)}.")
     if tag and tag not in (tags := open_clip.list_pretrained_tags_by_model(architecture)):
-        raise ModelError(f"{name}: open_clip has no weights {tag!r} for {architecture}. It has: {', '.join(tags) or 'none'}.")
+        raise ModelError(f"{name}: open_clip has no weights {tag!r} for {architecture}. It has: {_listed(tags)}.")
     return architecture, tag
+
+
+def _listed(tags: Sequence[str]) -> str:
+    more = f" and {len(tags) - 6} more" if len(tags) > 6 else ""
+    return (", ".join(tags[:6]) or "none") + more
 
 
 def _build(name: str, architecture: str, tag: str, weights: str | Path | None) -> tuple[nn.Module, str]:
@@ -161,11 +169,12 @@ def _build(name: str, architecture: str, tag: str, weights: str | Path | None) -
     file = None if weights is None else check_weights(weights)
     source = tag if file is None else file
     if not source and name != "shipped_clip":
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        raise ModelError(f"{name}: which weights? Say {name}/TAG with one of {', '.join(tags)}, or --weights FILE or none.")
+        tags = _listed(open_clip.list_pretrained_tags_by_model(architecture))
+        raise ModelError(f"{name}: which weights? Say {name}/TAG, --weights FILE or --weights none. Tags: {tags}.")
     if name != "shipped_clip":
         with torch.device("meta"):
-            wrong = bases.quick_gelu_mismatch(open_clip.create_model(architecture, **bare), architecture, source)
+            outline = open_clip.create_model(architecture, device="meta", **bare)
+        wrong = bases.quick_gelu_mismatch(outline, architecture, source)
         if wrong:
             raise ModelError(wrong)
     if file is not None:

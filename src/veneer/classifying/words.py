@@ -30,8 +30,7 @@ class Words:
 
     def __init__(self, tokenizer: Tokenizer, length: int) -> None:
         self.tokenizer, self.length = tokenizer, length
-        empty = tokenizer([""], context_length=length)[0].tolist()
-        full = tokenizer(["a"], context_length=length)[0].tolist()
+        empty, full = self._rows(["", "a"], length).tolist()
         self.start, self.end, self.pad = empty[0], empty[1], empty[-1]
         self.brackets = self.start != self.end and full[0] == self.start and full[2] == self.end and full[-1] == self.pad
 
@@ -45,8 +44,7 @@ class Words:
         Raises:
             TextError: texts that do not fit, with the tokens that they have.
         """
-        long = self.tokenizer(list(texts), context_length=8 * self.length)
-        ids = self.tokenizer(list(texts), context_length=self.length)
+        long, ids = self._rows(texts, 8 * self.length), self._rows(texts, self.length)
         past = long[:, self.length :]
         fits = (long[:, : self.length] == ids).all(1) & (past == long[:, -1:]).all(1)
         if not fits.all():
@@ -56,17 +54,21 @@ class Words:
 
     def tokens(self, text: str) -> list[int]:
         """Ids of a text's own tokens, without start and end; of any number."""
-        long: list[int] = self.tokenizer([text], context_length=max(64, 8 * self.length, 4 * len(text) + 8))[0].tolist()
+        long: list[int] = self._rows([text], 4 * len(text) + 8)[0].tolist()
         return long[1 : long.index(self.end, 1)]
 
     def row(self, tokens: Sequence[int]) -> Tensor:
         """Ids (length,) of a prompt with these tokens, which fit."""
         ids = [self.start, *tokens, self.end]
-        return torch.tensor(ids + [self.pad] * (self.length - len(ids)))
+        return torch.tensor(ids + [self.pad] * (self.length - len(ids)), device="cpu")
+
+    def _rows(self, texts: Sequence[str], length: int) -> Tensor:
+        with torch.device("cpu"):  # ids are read here, also while a model is built elsewhere
+            return self.tokenizer(list(texts), context_length=length)
 
     def refuse(self, texts: Sequence[tuple[str, int]]) -> None:
         """Raise `TextError` for texts with as many tokens, start and end included or about so."""
-        told = ", ".join(f"{text!r} ({count} tokens)" for text, count in texts[:3])
+        told = ", ".join(f"{text if len(text) < 90 else text[:80] + '…'!r} ({count} tokens)" for text, count in texts[:3])
         more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
         raise TextError(
             f"the text tower reads {self.length} tokens, start and end included, and {told}{more} do not fit. "

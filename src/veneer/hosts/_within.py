@@ -14,17 +14,17 @@ from ..injection.sites import Port, Site
 NAMES = ("name", "bias", "guard")
 
 
-def within(model: nn.Module, path: str, tower: str, component: str = "") -> Iterator[Site]:
+def within(model: nn.Module, path: str, tower: str = "", component: str = "") -> Iterator[Site]:
     """The sites that the host of the module at `path` finds in it, named and placed as seen from `model`.
 
     Args:
-        tower: the tower word of the sites. `component`: of the model in a pipeline.
+        tower: the tower word of the sites; empty for those that they have. `component`: of the model in a pipeline.
     No host for the module gives no sites.
     """
     inner = model.get_submodule(path)
     host = host_of(inner)
     for site in host.sites(inner, component) if host is not None else ():
-        yield replace(site, tower=tower, component=component, **_moved(site, path))
+        yield replace(site, tower=tower or site.tower, component=component, **_moved(site, path))
 
 
 def _moved(site: Site, path: str) -> dict[str, Any]:

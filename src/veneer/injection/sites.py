@@ -252,6 +252,27 @@ class FeatureSite(Site):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptSite(Site):
+    """The prompts of a classifier's classes: the class weights that a text tower makes of them.
+
+    The module at `path` is called with the pictures' features (batch, features), and gives the class weights (classes, features),
+    or (batch, classes, features) where an adapter makes them for each picture. It offers `embed(ids)`, the rows of ids,
+    `encode(ids, rows)`, the normalised features of prompts whose tokens have these rows, and `alone`, True where no more than one
+    adapter acts on the weights.
+
+    Args:
+        width: of the rows. `features`: of the class weights.
+        classes: their names, as prompts have them. `tokenizer`: what makes ids of words, with the prompts' length.
+    """
+
+    path: str
+    width: int
+    features: int
+    classes: tuple[str, ...]
+    tokenizer: Any = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResidualSite(Site):
     """UNet skip and mid features to which control residuals are added.
 

@@ -23,6 +23,7 @@ from .sites import (
     ParamSite,
     PixelSite,
     Port,
+    PromptSite,
     Site,
     StreamSite,
     TokenSite,
@@ -90,7 +91,7 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
                 f"{site.name}: {type(adapter).__name__} reads the branch after its norm, and there is no norm in front of it."
             )
         return read, site.write
-    if isinstance(site, StreamSite):
+    if isinstance(site, (StreamSite, PromptSite)):
         return Port(site.path, "in"), Port(site.path, "out")
     if isinstance(site, FeatureSite):
         return site.read or site.port, site.port

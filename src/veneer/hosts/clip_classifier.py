@@ -1,0 +1,88 @@
+"""CLIP as a classifier: both towers of the CLIP inside, its features and logits, and the prompts of its classes."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..injection.host import Host, module_names
+from ..injection.registry import host_of
+from ..injection.sites import FeatureSite, PromptSite, Site, VocabularySite
+from ._describe import Part
+from ._within import within
+
+FAMILY = "veneer.classifying.clip.CLIPClassifier"
+LENGTH, LAST = 20, 63
+
+
+class ClipClassifier(Host):
+    """The sites of the CLIP inside, under `clip.`, and `head.features`, `head.logits` and `head.prompts`.
+
+    The texts are the classifier's own, so that its vocabulary takes no new words. Under a linear head there are the image tower's
+    sites only, because no text is read.
+    """
+
+    name: ClassVar[str] = "clip_classifier"
+    tower: ClassVar[str] = "vision"
+    library: ClassVar[str] = "open_clip"
+
+    def matches(self, model: nn.Module) -> bool:
+        return FAMILY in module_names(model)
+
+    def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
+        head, linear = Part(model, self.tower, component), isinstance(model.get_submodule("head"), nn.Linear)
+        for site in within(model, "clip", component=component):
+            read = site.tower == self.tower or (not linear and site.tower in ("text", "joint"))
+            if read and not isinstance(site, (FeatureSite, VocabularySite)):
+                yield site
+        texts = head.module("head.texts")
+        width = head.module("head").in_features
+        if texts is not None and texts.takes_rows:
+            yield PromptSite(
+                name="head.prompts", role="prompts", path="head.texts", width=texts.width, features=width, classes=texts.names,
+                tokenizer=texts.words, **head.at(tower="text").labels,
+            )  # fmt: skip
+        yield from head.features("head", width)
+        yield from head.layer("head", "head")
+
+    def sample(self, model: nn.Module) -> dict[str, Any]:
+        clip: Any = model.get_submodule("clip")
+        host = host_of(clip)
+        assert host is not None
+        return {"image": host.sample(clip)["image"]}
+
+    def tiny(self) -> dict[str, Callable[[], nn.Module]]:
+        resnet = {"layers": [1, 1, 1, 1], "width": 4, "head_width": 32, "patch_size": None, "image_size": 64}
+        trunk = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "token"}
+        return {
+            "vit": lambda: _build("CLIP"),
+            "resnet": lambda: _build("CLIP", resnet),
+            "timm": lambda: _build("CustomTextCLIP", trunk),
+            "linear": lambda: _build("CLIP", head="linear"),
+        }
+
+
+def _build(cls: str, vision: Mapping[str, Any] | None = None, head: Any = "text") -> nn.Module:
+    import open_clip
+
+    from veneer.classifying.clip import CLIPClassifier
+
+    config = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "head_width": 12, **(vision or {})}
+    text = {"context_length": LENGTH, "vocab_size": LAST + 1, "width": 20, "heads": 2, "layers": 2}
+    clip = getattr(open_clip.model, cls)(embed_dim=16, vision_cfg=config, text_cfg=text)
+    return CLIPClassifier(clip, small_tokenizer, ["toy cat", "dog", "red car"], ["a {}.", "my {}"], head).eval()
+
+
+def small_tokenizer(texts: Sequence[str], context_length: int = LENGTH) -> Tensor:
+    """Ids of words by their checksums, between a start and the largest id, with zeros behind; what is too long is cut."""
+    rows = torch.zeros(len(texts), context_length, dtype=torch.long)
+    for row, text in zip(rows, texts, strict=True):
+        words = [1 + zlib.crc32(word.encode()) % (LAST - 2) for word in re.findall(r"\w+|[^\w\s]", text.lower())]
+        ids = [LAST - 1, *words[: context_length - 2], LAST]
+        row[: len(ids)] = torch.tensor(ids)
+    return rows

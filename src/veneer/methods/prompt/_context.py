@@ -1,0 +1,108 @@
+"""Learned context vectors between the words of class prompts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from veneer.injection.filling import values_follow
+from veneer.injection.method import Adapter
+from veneer.injection.sites import PromptSite
+
+Position = Literal["end", "middle", "front"]
+POSITIONS = ("end", "middle", "front")
+PLACEHOLDER = "X"
+
+
+class ContextAdapter(Adapter):
+    """Class weights from prompts [start] v_1 … v_M name . [end], encoded in each pass. v is `context`: ([classes,] M, width).
+
+    `ids` (classes, length) are the prompts with placeholders, `which` (classes, length) the number of the context vector that
+    stands at each place, −1 for none.
+    """
+
+    ids: Tensor
+    which: Tensor
+    texts: Any
+
+    def __init__(self, site: PromptSite, tokens: int, words: str, position: Position, by_class: bool) -> None:
+        super().__init__()
+        self.path, self.words = site.path, site.tokenizer.tokens(words)
+        with torch.device("cpu"):
+            rows = prompts(site, tokens, position)
+        self.register_buffer("ids", torch.stack([ids for ids, _ in rows]), persistent=False)
+        self.register_buffer("which", torch.stack([which for _, which in rows]), persistent=False)
+        shape = (len(site.classes), tokens) if by_class else (tokens,)
+        self.context = nn.Parameter(torch.empty(*shape, site.width))
+        nn.init.normal_(self.context, std=0.02)
+
+    def enter(self, tower: nn.Module) -> None:
+        """Know the text tower, and begin with the rows of the words, where there are words."""
+        self.__dict__["texts"] = tower.get_submodule(self.path)  # past torch's own way, which would make it a child
+        if self.words and not values_follow() and not self.context.is_meta:
+            with torch.no_grad():
+                self.context.copy_(self.texts.embed(torch.tensor(self.words, device=self.context.device)))
+
+    def leave(self) -> None:
+        """Forget the text tower."""
+        self.__dict__.pop("texts", None)
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: the pictures' features; y: the class weights so far, which keep what others have changed of the classifier's own."""
+        weights = self.weights(x)
+        return weights if self.texts.alone else weights + (y - self.texts.forward(x).to(y.dtype))
+
+    @abstractmethod
+    def weights(self, features: Tensor) -> Tensor:
+        """Class weights ([batch,] classes, features)."""
+
+    def encode(self, context: Tensor) -> Tensor:
+        """Normalised text features (…, classes, features) with the context ([…,] classes, M, width) in the prompts."""
+        rows = self.texts.embed(self.ids)
+        place = self.which.clamp(min=0).unsqueeze(-1)
+        learned = context.gather(-2, place.expand(*context.shape[:-2], -1, context.shape[-1]))
+        rows = torch.where((self.which >= 0).unsqueeze(-1), learned.to(rows.dtype), rows)
+        ids = self.ids.expand(rows.shape[:-1])
+        found: Tensor = self.texts.encode(ids.reshape(-1, ids.shape[-1]), rows.flatten(0, -3))
+        return found.unflatten(0, rows.shape[:-2])
+
+
+def prompts(site: PromptSite, tokens: int, position: Position) -> list[tuple[Tensor, Tensor]]:
+    """For each class the ids (length,) of its prompt with placeholders, and where which context vector stands.
+
+    Raises:
+        ValueError: prompts that are too long.
+    """
+    words = site.tokenizer
+    hold: Sequence[int] = words.tokens(PLACEHOLDER)[:1] * tokens
+    ends = [words.tokens(f"{name}.") for name in site.classes]
+    long = [(name, len(end) + tokens + 2) for name, end in zip(site.classes, ends, strict=True)]
+    long = [(name, length) for name, length in long if length > words.length]
+    if long:
+        words.refuse([(f"{tokens} context vectors and {name}.", length) for name, length in long])
+    found, before = [], {"end": tokens, "middle": tokens // 2, "front": 0}[position]
+    for name, end in zip(site.classes, ends, strict=True):
+        named = len(words.tokens(name)) if position != "end" else len(end)
+        ids = words.row([*hold[:before], *end[:named], *hold[before:], *end[named:]])
+        which = torch.full_like(ids, -1)
+        which[1 : 1 + before] = torch.arange(before)
+        which[1 + before + named : 1 + named + tokens] = torch.arange(before, tokens)
+        found.append((ids, which))
+    return found
+
+
+def length(words: str, tokens: int, site: PromptSite) -> int:
+    """M: the number of tokens of the words, or `tokens` where there are no words."""
+    return len(site.tokenizer.tokens(words)) if words else tokens
+
+
+def check(name: str, tokens: int, position: str) -> None:
+    """Raise `ValueError` for options that make no prompt."""
+    if tokens < 1:
+        raise ValueError(f"{name}: tokens must be at least 1, got {tokens}")
+    if position not in POSITIONS:
+        raise ValueError(f"{name}: position must be one of {', '.join(POSITIONS)}, got {position!r}")

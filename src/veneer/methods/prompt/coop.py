@@ -1,0 +1,72 @@
+"""CoOp: the words around a class's name in a CLIP's prompt are learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from veneer.injection.method import Method, Need
+from veneer.injection.sites import PromptSite
+
+from ._context import ContextAdapter, Position, check, length
+
+
+class CoOpAdapter(ContextAdapter):
+    """W' = the normalised text features of the prompts with the learned context: (classes, features)."""
+
+    def weights(self, features: Tensor) -> Tensor:
+        """The same for all pictures."""
+        return self.encode(self.context if self.context.dim() == 3 else self.context.expand(len(self.ids), -1, -1))
+
+
+@dataclass(frozen=True)
+class CoOp(Method):
+    """Prompt of class k: [start] v_1 … v_M name_k . [end]; v are learned rows of the text tower's input, all else is frozen.
+
+    The prompts take the place of the classifier's own templates. At strength s the class weights are W + s·(W' − W), with W' of
+    the learned prompts and W of the templates; several add up, so that two at strength ½ are the mean of both. They are encoded
+    in each pass.
+
+    Args:
+        tokens: M, context vectors.
+        by_class: a context for each class ("CSC"); such a file is for these classes, one with a common context for any.
+        position: of the name: after the context, in its middle (behind M // 2 vectors) or in front of it.
+        words: what the context begins as, such as `a photo of a`; M is then their number of tokens. Empty: N(0, 0.02²).
+    Counts: M·width, times the classes with `by_class`; CLIP RN50 and ViT-B/16 8,192.
+    Source: Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022, section 3; the start and the full stop are
+    those of the authors' code.
+    """
+
+    name: ClassVar[str] = "coop"
+    paper: ClassVar[str] = "Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022"
+    needs: ClassVar[tuple[Need, ...]] = (Need(PromptSite),)
+    default: ClassVar[tuple[str, ...]] = ("prompts",)
+    identity_at_start: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 2e-3
+
+    tokens: int = 16
+    by_class: bool = False
+    position: Position = "end"
+    words: str = ""
+
+    def __post_init__(self) -> None:
+        check(self.name, self.tokens, self.position)
+
+    @classmethod
+    def examples(cls) -> tuple[CoOp, CoOp]:
+        """For text towers of few tokens."""
+        return cls(tokens=4, position="middle"), cls(by_class=True, words="a photo of")
+
+    def build(self, site: PromptSite) -> CoOpAdapter:
+        """M vectors, or M for each class.
+
+        Raises:
+            ValueError: a prompt is longer than the text tower reads.
+        """
+        return CoOpAdapter(site, length(self.words, self.tokens, site), self.words, self.position, self.by_class)
+
+    def count(self, site: PromptSite) -> int:
+        """M·width, times the classes with `by_class`."""
+        return length(self.words, self.tokens, site) * site.width * (len(site.classes) if self.by_class else 1)
