@@ -43,6 +43,8 @@ class Adapter(nn.Module):
     `casts = False` says that x comes as the host has it, not in the adapter's dtype; beside `blends`, y does too. `group` tells
     one that keeps something from block to block which part of a mixed batch it is given.
 
+    `switches = True` says that `output` gives another shape than y's, so that strengths are 0 or 1; it blends nothing itself.
+
     `remembered` names buffers that only training needs (not persistent): a checkpoint of a run keeps them, a file does not.
 
     One with both forms, of which `weight` is the cheaper at its site, says `prefers_weight = True`; then the host's tensor is
@@ -55,6 +57,7 @@ class Adapter(nn.Module):
     prefers_weight: bool = False
     reads: ClassVar[Literal["read", "normed", "write"]] = "read"
     replaces: ClassVar[bool] = False
+    switches: bool = False
     remembered: ClassVar[tuple[str, ...]] = ()
     strength: Tensor
 

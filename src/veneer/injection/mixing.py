@@ -13,6 +13,7 @@ from .attachment import Attachment
 from .errors import StateError, UnsupportedSite
 from .routing import Batch, Place, Strengths
 from .seams import CallSeam, Seam
+from .switched import SwitchSeam
 from .switching import Switch, named, switch
 
 Named = str | Attachment
@@ -106,7 +107,7 @@ def _places(several: Mapping[str, Attachment], wanted: Sequence[Strengths], alik
     for name, attachment in several.items():
         for seam in attachment._joined.seams:
             tower: nn.Module = seam.__dict__["tower"]
-            if not isinstance(seam, CallSeam):
+            if not isinstance(seam, CallSeam) or isinstance(seam, SwitchSeam):
                 if name not in alike:
                     raise UnsupportedSite(_cannot(name, attachment, seam))
                 continue

@@ -30,6 +30,7 @@ from .sites import (
     VocabularySite,
     WeightSite,
 )
+from .switched import SwitchSeam
 
 Group = tuple[Any, ...]
 
@@ -54,7 +55,7 @@ def seams_for(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapt
 
 def _uniform(groups: Mapping[Group, list[tuple[Site, Adapter]]]) -> list[tuple[Any, list[tuple[Site, Adapter]]]]:
     """Drop what only told groups apart: seams that find their place in the site take no further arguments."""
-    return [((key[0], key[1], *(key[2:] if key[1] is CallSeam else ())), group) for key, group in groups.items()]
+    return [((key[0], key[1], *(key[2:] if issubclass(key[1], CallSeam) else ())), group) for key, group in groups.items()]
 
 
 def _group(site: Site, adapter: Adapter, tower: nn.Module) -> Group:
@@ -77,7 +78,7 @@ def _group(site: Site, adapter: Adapter, tower: nn.Module) -> Group:
     _require(site, adapter, "output")
     if isinstance(site, VocabularySite):
         return (VocabularySeam, site.name)
-    return (CallSeam, *_ports(site, adapter), -1)
+    return (SwitchSeam if adapter.switches else CallSeam, *_ports(site, adapter), -1)
 
 
 def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
