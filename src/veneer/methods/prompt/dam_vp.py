@@ -1,0 +1,208 @@
+"""DAM-VP: several prompts that are added to the picture's border; each picture takes that of the cluster it is nearest to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from veneer.injection.errors import UnsupportedSite
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import FeatureSite, PixelSite, Site
+
+from ._clusters import Clusters, evaluating
+from ._label_map import Chosen
+from ._pixels import SIDE, Border, PixelAdapter, resized
+from .evp import border_of
+
+NOISE = 512  # pictures that tell which features are active
+
+
+class DAMVPAdapter(PixelAdapter):
+    """x' = x + δ_c on the border, c the picture's cluster. `prompt`: (M, C, H·W − h·w). The model runs once more, for c."""
+
+    blends: ClassVar[bool] = True
+    shared: Clusters
+
+    def __init__(self, site: PixelSite, border: Border, clusters: int, std: float) -> None:
+        super().__init__(site, border)
+        self.path, self.size = site.port.path, site.size
+        start = torch.randn(site.size[2], border.pixels) * std
+        self.prompt = nn.Parameter(start.repeat(clusters, 1, 1))
+        self.__dict__["inner"] = None
+
+    def enter(self, tower: nn.Module) -> None:
+        """Know the model, which is no child: it holds this."""
+        self.__dict__["inner"] = tower.get_submodule(self.path)
+
+    def leave(self) -> None:
+        """Forget the model."""
+        self.__dict__["inner"] = None
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """y: normalised pictures (B, C, H, W)."""
+        if self.shared.listening:
+            return y
+        inner = self.__dict__["inner"]
+        with evaluating(inner):
+            features = self.shared.features(inner, y)
+        prompt = self.prompt[self.shared.nearest(features)] * self.strength
+        added = self.border.around(prompt, prompt.new_zeros(*prompt.shape[:2], *self.border.inner))
+        return y + resized(added, y.shape[-2:])
+
+
+class Listener(Adapter):
+    """Hears the features, and leaves them as they are."""
+
+    blends: ClassVar[bool] = True
+    shared: Clusters
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: features."""
+        self.shared.listen(x)
+        return y
+
+
+class ActiveFeatures(Chosen):
+    """y'[:, j] = x[:, index[j]]: features x in the place of the logits y."""
+
+    shared: Clusters
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: features (B, width); y: logits."""
+        self.shared.listen(x)
+        return self.chosen(x.flatten(1), y)
+
+
+@dataclass(frozen=True)
+class DAMVP(Method):
+    """x' = x + δ_c, δ_c on the border, c the prototype nearest to the features of x itself; prototypes are means of clusters.
+
+    `prepare` clusters the features of training pictures, with which the model answers them bare of prompts; before it there is
+    one cluster. Each pass runs the model twice, first for the features, without a graph and in `eval`; other attachments act in
+    both. A model is run by its own `forward`: its hooks run twice, too.
+
+    Args:
+        clusters: M, prompts; the most clusters there are.
+        threshold: distance of clusters that stay apart, of the features' scale (the authors: 10 for ViT-B of ImageNet-21k, 31 for
+            ViT-B of ImageNet-1k, 20 for Swin-B, 18 for MoCo v3, 21 for ResNet-50); 0 for M clusters.
+        samples: pictures that are clustered, the first ones.
+        border: width of the border in a picture of 224; of each side of other sizes the same share. 1 to 111.
+        std: of the start N(0, std²), one draw for all prompts, in normalised pixels; 0 for no change at the start.
+        head_free: the most active features are the logits, those that vary most over noise pictures; no head is needed.
+        classes: n, of `head_free`; 0 for as many as the head has.
+    Where: `pixels`, and `features` or `logits` (for `head_free`), where the features are heard.
+    Pictures of another size than the model's own get the prompt scaled to theirs.
+    Counts: M·C·(H·W − h·w), with border 30 of 224: 69,840·M.
+    Source: Huang et al., Diversity-Aware Meta Visual Prompting, CVPR 2023, sections 3.2 and 3.3, and the authors' code. They
+        train with SGD, momentum 0.9, a head at 0.1. Deviations: no meta-training on other data sets (load the prompts of another
+        run to begin with them); M bounds the clusters, so that sizes are known before the data is.
+    """
+
+    name: ClassVar[str] = "dam_vp"
+    paper: ClassVar[str] = "Huang et al., Diversity-Aware Meta Visual Prompting, CVPR 2023"
+    needs: ClassVar[tuple[Need, ...]] = (
+        Need(PixelSite, where={"tower": "vision"}),
+        Need(FeatureSite, roles=("features", "logits"), where={"tower": "vision"}),
+    )
+    default: ClassVar[tuple[str, ...]] = ("pixels", "features", "logits")
+    identity_at_start: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 1e-2
+    prepares: ClassVar[Literal["", "once", "epoch"]] = "once"
+
+    clusters: int = 8
+    threshold: float = 0.0
+    samples: int = 1000
+    border: int = 30
+    std: float = 1.0
+    head_free: bool = False
+    classes: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"clusters": 1, "threshold": 0, "samples": 1, "std": 0, "classes": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"dam_vp: {name} must be {least} or more, got {getattr(self, name)}")
+        if not 1 <= self.border < SIDE / 2:
+            raise ValueError(f"dam_vp: border must be 1 to {SIDE // 2 - 1} pixels of {SIDE}, got {self.border}")
+        if self.classes and not self.head_free:
+            raise ValueError(f"dam_vp: classes={self.classes} without head_free: a head has its own; leave it 0")
+
+    def build_shared(self, sites: Sequence[Site]) -> Clusters:
+        """The prototypes of a tower.
+
+        Raises:
+            UnsupportedSite: the pictures or their features are not among the sites, or no logits for `head_free`.
+        """
+        widths = [site.width for site in sites if isinstance(site, FeatureSite)]
+        missing = {
+            "pixels": any(isinstance(site, PixelSite) for site in sites),
+            "features": bool(widths),
+            "logits": not self.head_free or any(_is_logits(site) for site in sites),
+        }
+        lacks = [role for role, there in missing.items() if not there]
+        if lacks:
+            names = ", ".join(site.name for site in sites)
+            raise UnsupportedSite(
+                f"dam_vp: {names}: {' and '.join(lacks)} must be among the sites; select them, or another model."
+            )
+        return Clusters(self.clusters, widths[0])
+
+    def build(self, site: PixelSite | FeatureSite) -> Adapter:
+        """The prompts, or what hears the features.
+
+        Raises:
+            ValueError: the picture is too small for a border, or there are fewer features than classes.
+        """
+        if isinstance(site, PixelSite):
+            return DAMVPAdapter(site, border_of(site, self.border), self.clusters, self.std)
+        return ActiveFeatures(site, site.width, self.classes) if self.head_free and _is_logits(site) else Listener()
+
+    def count(self, site: PixelSite | FeatureSite) -> int:
+        """M·C·(H·W − h·w); 0 for features."""
+        if isinstance(site, FeatureSite):
+            return 0
+        return self.clusters * site.size[2] * border_of(site, self.border).pixels
+
+    def prepare(
+        self,
+        adapters: Iterable[tuple[Site, Adapter]],
+        run: Callable[[Tensor], Any],
+        batches: Iterable[tuple[Tensor, Tensor]],
+    ) -> None:
+        """Cluster the first `samples` pictures by their features; find the active features, where they are the logits.
+
+        Raises:
+            ValueError: no pictures. StateError: the adapters are off.
+        """
+        parts = [adapter for _, adapter in adapters]
+        prompts = next(adapter for adapter in parts if isinstance(adapter, DAMVPAdapter))
+        clusters, rows, count = prompts.shared, [], 0
+        for pictures, _ in batches:
+            rows.append(clusters.features(run, pictures))
+            count += len(pictures)
+            if count >= self.samples:
+                break
+        if not rows:
+            raise ValueError("dam_vp: no pictures came to be clustered")
+        clusters.gather(torch.cat(rows)[: self.samples], self.threshold)
+        active = [adapter for adapter in parts if isinstance(adapter, ActiveFeatures)]
+        if active:
+            found = most_active(lambda noise: clusters.features(run, noise), prompts.size, pictures)
+            for adapter in active:
+                adapter.index.copy_(found[: len(adapter.index)].sort().values)
+
+
+def most_active(features: Callable[[Tensor], Tensor], size: tuple[int, int, int], like: Tensor) -> Tensor:
+    """Features by how much they vary over pictures of noise N(0, 1), those that vary most first; drawn from a seed of its own."""
+    height, width, channels = size
+    generator = torch.Generator().manual_seed(0)
+    pieces = [torch.randn(n, channels, height, width, generator=generator) for n in (32,) * (NOISE // 32)]
+    rows = torch.cat([features(piece.to(like)) for piece in pieces])
+    return rows.std(0, unbiased=False).argsort(descending=True, stable=True)
+
+
+def _is_logits(site: Site) -> bool:
+    return site.role == "logits"

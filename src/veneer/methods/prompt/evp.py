@@ -1,0 +1,124 @@
+"""EVP: the picture, shrunk, in a trained border that is added to black."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import FeatureSite, PixelSite, Site
+
+from ._label_map import LabelMap, fill, most_frequent, one_to_one
+from ._pixels import SIDE, Border, PixelAdapter, resized, scaled
+
+
+class _Spread(torch.autograd.Function):
+    """δ (C, H, W) for each of B pictures. Backward: ḡ / (‖ḡ‖ + 1e-10), ḡ the mean of the pictures' gradients."""
+
+    @staticmethod
+    def forward(delta: Tensor, batch: int) -> Tensor:
+        return delta.repeat(batch, 1, 1, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        mean = grad.mean(0)
+        return mean / (torch.linalg.vector_norm(mean) + 1e-10), None
+
+
+class EVPAdapter(PixelAdapter):
+    """x' = normalise(pad(shrunk x) + δ), δ zero in the middle. `prompt`: (C, H·W − h·w), its border row by row."""
+
+    def __init__(self, site: PixelSite, border: Border, normalize: bool) -> None:
+        super().__init__(site, border)
+        self.normalize = normalize
+        self.prompt = nn.Parameter(torch.zeros(site.size[2], border.pixels))
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """y: normalised pictures (B, C, H, W)."""
+        border, (count, channels) = self.border, y.shape[:2]
+        black = self.normal(torch.zeros_like(self.prompt)).expand(count, -1, -1)
+        canvas = border.around(black, resized(y, border.inner, "bicubic").to(black.dtype))
+        delta = border.around(self.prompt, self.prompt.new_zeros(channels, *border.inner))
+        trained = self.normalize and torch.is_grad_enabled() and delta.requires_grad
+        spread = _Spread.apply(delta, count) if trained else delta
+        return resized(canvas + spread / self.std.unsqueeze(2), y.shape[-2:])
+
+
+@dataclass(frozen=True)
+class EVP(Method):
+    """x' = normalise(pad(shrink(x)) + δ), δ on the border alone, zero at the start; labels y' = y[:, index].
+
+    The update of the paper, δ ← δ − lr·mask ∘ ḡ / ‖ḡ‖₂, is that of plain SGD here: the gradient that arrives at δ is divided by
+    its norm over the whole picture, middle included, before the border is taken out of it. Losses that are means over the
+    batch are meant, and whole batches: parts of one that are added up are each of length 1. It leaves nothing of a loss scaler.
+
+    Args:
+        border: width of the border in a picture of 224; of each side of other sizes the same share. 1 to 111.
+        normalize_gradient: the paper's update; False for the plain gradient.
+        classes: n, new classes that labels of the head are mapped to; 0 for as many as the head has. See `prepare`.
+        one_to_one: no label of the head for two classes, as ILM-VP has it.
+    Where: `pixels` and `logits`, of a model without a head `pixels`. With `where="pixels"` the head is trained as usual.
+    Pictures of another size than the model's own are framed at that size and brought back to theirs.
+    Counts: C·(H·W − h·w) with border 30 of 224: 69,840; nothing for labels.
+    Source: Wu et al., Unleashing the Power of Visual Prompting at the Pixel Level, TMLR 2024, section 3, and the authors' code.
+        They train with SGD without momentum at rate 70, cosine, 1,000 epochs, flips and crops. Deviations: pictures come at the
+        model's size and are shrunk here, where they are read at 164; labels are chosen with the fresh border on, there without.
+    """
+
+    name: ClassVar[str] = "evp"
+    paper: ClassVar[str] = "Wu et al., Unleashing the Power of Visual Prompting at the Pixel Level, TMLR 2024"
+    needs: ClassVar[tuple[Need, ...]] = (Need(PixelSite), Need(FeatureSite, roles=("logits",)))
+    default: ClassVar[tuple[str, ...]] = ("pixels", "logits")
+    identity_at_start: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 5e-2
+    keeps_head: ClassVar[bool] = True
+    prepares: ClassVar[Literal["", "once", "epoch"]] = "once"
+
+    border: int = 30
+    normalize_gradient: bool = True
+    classes: int = 0
+    one_to_one: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.border < SIDE / 2:
+            raise ValueError(f"evp: border must be 1 to {SIDE // 2 - 1} pixels of {SIDE}, got {self.border}")
+        if self.classes < 0:
+            raise ValueError(f"evp: classes must be 0 or more, got {self.classes}")
+
+    def build(self, site: PixelSite | FeatureSite) -> Adapter:
+        """A black border, or a map to the first labels of the head.
+
+        Raises:
+            ValueError: the picture is too small for a border, or the head has fewer labels than there are classes.
+        """
+        if isinstance(site, FeatureSite):
+            return LabelMap(site, self.classes)
+        return EVPAdapter(site, border_of(site, self.border), self.normalize_gradient)
+
+    def count(self, site: PixelSite | FeatureSite) -> int:
+        """C·(H·W − h·w); 0 for labels."""
+        return site.size[2] * border_of(site, self.border).pixels if isinstance(site, PixelSite) else 0
+
+    def prepare(
+        self,
+        adapters: Iterable[tuple[Site, Adapter]],
+        run: Callable[[Tensor], Any],
+        batches: Iterable[tuple[Tensor, Tensor]],
+    ) -> None:
+        """For each class the label that the head answers most for its pictures; with `one_to_one` as ILM-VP chooses them."""
+        fill(adapters, run, batches, one_to_one if self.one_to_one else most_frequent)
+
+
+def border_of(site: PixelSite, width: int) -> Border:
+    """A border of `width` of 224 on all sides of a site's pictures."""
+    outer = site.size[:2]
+    height, across = (side - 2 * scaled(side, width) for side in outer)
+    return Border(outer, (height, across))
