@@ -37,7 +37,7 @@ class AdapterPlus(Method):
         std: standard deviation that both matrices begin with, cut at two of them; biases begin as zero.
     Counts: 2·width·h + h + 2·width per block; ViT-B/16 with h = 1, 2, 4, 8, 16, 32: 36,876, 55,320, 92,208, 165,984, 313,536,
     608,640.
-    Source: Steitz, Roth, Adapters Strike Back, CVPR 2024, sections 3 and 4 (post position, channel scale, Houlsby's start), and
+    Source: Steitz, Roth, Adapters Strike Back, CVPR 2024 (post position, channel scale, Houlsby's start), and
     the authors' code, which also has a stochastic depth of 0.1 in the host itself.
     """
 

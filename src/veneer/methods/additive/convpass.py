@@ -72,7 +72,7 @@ class Convpass(Method):
         drop_path: probability of leaving out the adapter for a sample in training, 0 to 1.
         init: what conv begins as: `identity` (the centre passes each feature on) or `xavier`.
     Counts: 2·width·h + h + width + 9·h² + h per branch; ViT-B/16 327,552 with h = 8, and 163,776 with `where="attn"`.
-    Source: Jie, Deng, Convolutional Bypasses Are Better Vision Transformer Adapters, 2022 (arXiv 2207.07039), section 3, and the
+    Source: Jie, Deng, Convolutional Bypasses Are Better Vision Transformer Adapters, 2022 (arXiv 2207.07039), and the
     authors' code; Down Xavier-uniform, biases zero. Deviations: the authors' bypass is under the host's stochastic depth, here
     under one of its own, 0 by default; the grid is that of the input, not 14 × 14; branches without a norm in front are
     not offered.

@@ -30,7 +30,7 @@ class Pfeiffer(Method):
         reduction: the width between is width // reduction, and at least 1.
         input: what Down reads: the `branch` y, or the `sum` x + y.
     Counts: 2·width·h + h + width per block, h = width // reduction; ViT-B/16 894,528 with h = 48.
-    Source: Pfeiffer et al., AdapterFusion, EACL 2021, section 3.1 and appendix A, and MAD-X, EMNLP 2020, section 3.2; ReLU,
+    Source: Pfeiffer et al., AdapterFusion, EACL 2021, and MAD-X, EMNLP 2020, equation of the language adapter; ReLU,
     reduction 16 and the start (normal with 0.02, biases zero) as in AdapterHub. In their BERT the adapter reads the norm of
     x + y and is added to y, before another norm. A vision transformer has no norm there: `branch` is the form of Jia et al.
     (VPT), ECCV 2022; `sum` that of AdapterHub and of Steitz, Roth, CVPR 2024. Deviations: Steitz and Roth give the adapter
