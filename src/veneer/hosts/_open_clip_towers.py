@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -152,7 +151,8 @@ def _projection(part: Part, path: str) -> Iterator[Site]:
 def _transformers(part: Part, path: str) -> Iterator[Site]:
     """A text encoder of transformers, as its own host sees it, and the projection behind it."""
     for site in within(part.model, f"{path}.transformer", part.tower, part.component):
-        yield replace(site, ids=Port(path, "in"), argument="x") if isinstance(site, VocabularySite) else site
+        if not isinstance(site, VocabularySite):  # the tower looks at the ids before that door, for padding
+            yield site
     for name, _ in part.leaves(f"{path}.proj"):
         yield from part.layer(name, "proj.in" if name.endswith("proj.0") else "proj.out")
     yield _features(part, path, part.module(path).output_dim)
