@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from veneer.injection import attach
+from veneer.injection.errors import UnsupportedSite
 from veneer.injection.sites import ParamSite, WeightSite
 from veneer.injection.towers import sites
 
@@ -102,3 +103,8 @@ def test_streams_and_branches_of_every_block(name: str, blocks: int, widths: set
     assert {s.width for s in streams} == widths
     branches = [s for s in found if s.role in ("attn", "conv", "mlp") and hasattr(s, "read")]
     assert len(branches) == (2 * blocks if name == "swin_b" else blocks - 4)
+
+
+def test_windows_fix_the_number_of_tokens() -> None:
+    with pytest.raises(UnsupportedSite, match=r"timm_swin offers TokenSite\(can_insert=False\) at 'layers.0.blocks.0.tokens'"):
+        attach(build("swin_b"), "vpt")
