@@ -1,7 +1,7 @@
 """A small matrix over the channels of every position, for features in any layout, where they are and without copies.
 
-For features that are channels first this is a batch of products with (d, positions), which takes half to nine tenths of the time
-of a convolution of one pixel or of moving the channels last.
+For features that are channels first this is a batch of products with (d, positions). On a CPU a step through both products and
+the sum took 0.5 to 1.0 of its time with convolutions of one pixel, and 0.4 to 0.9 of that with the channels moved last.
 """
 
 from __future__ import annotations
