@@ -22,6 +22,7 @@ FORBIDDEN = {
     "functional": {"injection", "methods", "hosts", "formats", "training", "testing", "bases", "cli", "pipelines", "apps"},
     "formats": {"hosts", "methods", "training", "testing", "bases", "benchmarks", "cli", "pipelines", "apps"},
     "training": {"hosts", "testing", "benchmarks", "cli", "pipelines", "apps"},
+    "classifying": {"hosts", "testing", "cli", "pipelines", "apps"},
     "testing": {"hosts", "methods", "cli", "pipelines", "apps"},
     "bases": {"hosts", "methods", "testing", "cli", "pipelines", "apps"},
 }

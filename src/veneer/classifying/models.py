@@ -82,8 +82,9 @@ def open_classifier(
     from timm.data.config import resolve_model_data_config
 
     data = dict(resolve_model_data_config(model))
-    if size is not None:
-        data["input_size"] = (data["input_size"][0], size, size)
+    channels, *own = data["input_size"]
+    data["input_size"] = (channels, *((size, size) if size is not None else own))
+    model.to(memory_format=torch.channels_last)  # convolutions take two thirds of the time
     return Classifier(model.eval().requires_grad_(False), name, data, tuple(classes), origin, not keep_head)
 
 
@@ -102,9 +103,13 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.M
         return timm.create_model(name, pretrained=False, **options), "random"
     if weights is not None:
         file = check_weights(weights)
-        options["pretrained_cfg_overlay"] = {"file": str(file)}
         try:
-            return timm.create_model(name, pretrained=True, **options), digest_of(file)
+            if not folder:
+                options["pretrained_cfg_overlay"] = {"file": str(file)}
+            model = timm.create_model(name, pretrained=not folder, **options)
+            if folder:
+                timm.models.load_checkpoint(model, str(file), strict=True)
+            return model, digest_of(file)
         except (RuntimeError, KeyError, ValueError) as error:
             raise ModelError(_misfit(name, file, error)) from error
     try:

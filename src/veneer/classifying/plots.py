@@ -27,7 +27,7 @@ def write_confusion(figures: Figures, classes: Sequence[str], path: Path) -> Non
     number = len(classes)
     side = min(14.0, 3.2 + 0.36 * number)
     figure, axes = panels(side + 0.8, side)
-    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    shown = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     low, high = figures.interval
     axes.set_title(f"accuracy {figures.accuracy:.1%} ({low:.1%} to {high:.1%}), {figures.pictures:,} test pictures", fontsize=10)
     size = max(3.0, min(9.0, 200 / max(number, 1)))

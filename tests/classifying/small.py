@@ -1,0 +1,52 @@
+"""Small real models in folders, and small pictures with something to be learnt in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+SIDE = 32
+CLASSES = ("blue", "green", "red")
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit_tiny_patch16_224", {"img_size": SIDE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
+    "resnet": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}),
+}
+
+
+def model_folder(parent: Path, kind: str) -> Path:
+    """A timm folder with a small model of seeded random weights, as `timm.create_model("local-dir:…")` reads it."""
+    import timm
+
+    name, options = MODELS[kind]
+    torch.manual_seed(5)
+    model = timm.create_model(name, num_classes=7, **options)
+    with torch.no_grad():
+        for buffer in (b for n, b in model.named_buffers() if n.endswith("running_mean")):
+            buffer.add_(0.3)  # statistics that show whether they were kept
+    folder = parent / kind
+    folder.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    entry = {
+        "input_size": [3, SIDE, SIDE], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "crop_pct": 1.0,
+        "num_classes": 7, "classifier": model.pretrained_cfg["classifier"], "first_conv": model.pretrained_cfg["first_conv"],
+    }  # fmt: skip
+    config = {"architecture": name, "num_classes": 7, "model_args": options, "pretrained_cfg": entry}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def picture_folder(parent: Path, count: int = 12, seed: int = 0) -> Path:
+    """`count` noisy pictures of each of three colours, in a folder a class."""
+    generator = torch.Generator().manual_seed(seed)
+    for channel, name in enumerate(reversed(CLASSES)):
+        (parent / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = torch.randint(0, 150, (SIDE, SIDE, 3), generator=generator)
+            pixels[..., channel] += 100
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(parent / name / f"{number}.png")
+    return parent

@@ -1,0 +1,50 @@
+"""The epoch that is kept, what is kept of it, and what a resumed run forgets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from veneer.classifying.selection import Epoch, Selection
+
+
+def epoch(number: int, accuracy: float, loss: float = 1.0) -> Epoch:
+    return Epoch(number, 10 * number, 0.5, loss, accuracy)
+
+
+def test_the_best_accuracy_is_kept_then_the_lower_loss_then_the_earlier(tmp_path: Path) -> None:
+    weight = torch.zeros(2)
+    selection = Selection({"w": weight}, tmp_path)
+    for number, (accuracy, loss) in enumerate([(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.8), (0.6, 0.1)], 1):
+        weight.fill_(number)
+        selection.add(epoch(number, accuracy, loss))
+    assert selection.best.epoch == 3
+    selection.restore()
+    assert weight.tolist() == [3, 3]
+
+
+def test_patience_counts_from_the_best(tmp_path: Path) -> None:
+    selection = Selection({"w": torch.zeros(1)}, tmp_path, patience=2)
+    told = []
+    for number, accuracy in enumerate([0.5, 0.6, 0.6, 0.4], 1):
+        selection.add(epoch(number, accuracy))
+        told.append(selection.exhausted)
+    assert told == [False, False, False, True]
+    assert not Selection({"w": torch.zeros(1)}, tmp_path).exhausted
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    weight = torch.zeros(1)
+    first = Selection({"w": weight}, tmp_path)
+    for number, accuracy in enumerate([0.5, 0.4, 0.9], 1):
+        weight.fill_(number)
+        first.add(epoch(number, accuracy))
+    again = Selection({"w": weight}, tmp_path)
+    again.resume(step=20)
+    assert [e.epoch for e in again.epochs] == [1, 2]
+    weight.fill_(3)
+    again.add(epoch(3, 0.9))
+    assert again.epochs == first.epochs
+    again.restore()
+    assert weight.item() == 3

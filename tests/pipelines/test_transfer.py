@@ -1,0 +1,273 @@
+"""`veneer transfer` and `veneer predict` on small real models: what is learnt, written, resumed, and answered in a new process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.classifying.small import CLASSES, model_folder, picture_folder
+from veneer.classifying.config import TransferConfig
+from veneer.classifying.predicting import open_predictor
+from veneer.injection import VeneerError
+from veneer.pipelines.predict import PredictConfig, predict
+from veneer.pipelines.transfer import transfer
+from veneer.training.photos import DataError
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return picture_folder(tmp_path_factory.mktemp("pictures"), count=16)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    parent = tmp_path_factory.mktemp("models")
+    return {kind: model_folder(parent, kind) for kind in ("vit", "resnet")}
+
+
+def config(pictures: Path, model: Path, out: Path, **options: Any) -> TransferConfig:
+    usual: dict[str, Any] = {"epochs": 3, "batch": 8, "augment": "none", "workers": 1, "test": 0.25}
+    return TransferConfig(data=str(pictures), model=str(model), out=out, **{**usual, **options})
+
+
+def result(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "result.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory, pictures: Path, models: dict[str, Path]) -> Path:
+    """A run of LoRA that learns the colours."""
+    out = tmp_path_factory.mktemp("run") / "lora"
+    return transfer(config(pictures, models["vit"], out, epochs=12, learning_rate=2e-2))
+
+
+def test_the_colours_are_learnt_and_everything_is_written(taught: Path) -> None:
+    found = result(taught)
+    names = {p.name for p in taught.iterdir()}
+    assert names >= {
+        "adapter.safetensors", "result.json", "model.json", "splits.json", "confusion.png", "curves.png", "mistakes.png",
+    }  # fmt: skip
+    assert found["val_accuracy"] >= 0.8
+    assert found["test_accuracy"] >= 0.8
+    low, high = found["test_interval_95"]
+    assert low <= found["test_accuracy"] <= high
+    assert found["stored_bytes"] == (taught / "adapter.safetensors").stat().st_size
+    assert found["data"]["classes"] == list(CLASSES)
+    assert found["data"]["pictures"] == {"train": 30, "validation": 6, "test": 12}
+    assert sum(map(sum, found["test"]["confusion"])) == 12
+    rank, width = 8, 24
+    assert found["trainable_parameters"] == 2 * 4 * rank * 2 * width + 3 * (width + 1), "LoRA on q, k, v, out of 2 blocks; a head"
+    for name in ("confusion.png", "curves.png", "mistakes.png"):
+        assert Image.open(taught / name).size[0] > 200
+
+
+def test_the_epoch_is_the_one_with_the_best_validation_accuracy(taught: Path) -> None:
+    found = result(taught)
+    best = max(found["epochs"], key=lambda e: (e["val_accuracy"], -e["val_loss"], -e["step"]))
+    assert found["chosen"] == best
+    assert found["val_accuracy"] == best["val_accuracy"]
+
+
+def test_a_new_process_answers_as_the_run_did(taught: Path, pictures: Path) -> None:
+    table = json.loads((taught / "splits.json").read_text())
+    tested = [pictures / name for name, _, _ in table["test"]]
+    start = "import sys; from veneer.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "predict", str(taught), *map(str, tested), "--form", "json", "--top", "1"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    answers = [json.loads(line) for line in lines]
+    right = sum(a["label"] == label for a, (_, label, _) in zip(answers, table["test"], strict=True))
+    assert right / len(tested) == result(taught)["test_accuracy"]
+    here = list(open_predictor(taught).answers(tested, most=1))
+    assert [(a["label"], a["probability"]) for a in answers] == [(h.label, h.probability) for h in here]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "options"),
+    [
+        ("vit", "lora", {}),
+        ("vit", "linear_probe", {}),
+        ("vit", "full", {}),
+        ("resnet", "bitfit", {}),
+        ("resnet", "full", {"statistics": "moving"}),
+        ("resnet", "full", {"weights": "none"}),
+        ("vit", "vpt+lora+ssf", {}),
+    ],
+)
+def test_saved_equals_loaded_on_a_fresh_head(
+    tmp_path: Path, pictures: Path, models: dict[str, Path], kind: str, method: str, options: dict[str, Any], monkeypatch: Any
+) -> None:
+    """Bitwise the same test logits, from a model that is built anew with another random head."""
+    from veneer.classifying import outcome
+
+    kept: dict[str, torch.Tensor] = {}
+    drawn = outcome.write_mistakes
+
+    def keep(logits: torch.Tensor, *rest: Any) -> None:
+        kept["logits"] = logits
+        drawn(logits, *rest)
+
+    monkeypatch.setattr(outcome, "write_mistakes", keep)
+    out = transfer(config(pictures, models[kind], tmp_path / "run", method=method, epochs=2, learning_rate=1e-2, **options))
+    record = json.loads((out / "model.json").read_text())
+    if options.get("weights") != "none":
+        (out / "model.json").write_text(json.dumps({**record, "seed": 99}))  # another head is drawn
+    predictor = open_predictor(out)
+    table = json.loads((out / "splits.json").read_text())
+    views = [predictor.view(Image.open(pictures / name).convert("RGB")) for name, _, _ in table["test"]]
+    got = torch.cat([predictor.logits(torch.stack(views[i : i + 8])) for i in range(0, len(views), 8)])
+    if method == "linear_probe":  # the run answered from cached features, in other batches
+        assert torch.allclose(got, kept["logits"], atol=1e-6)
+    else:
+        assert torch.equal(got, kept["logits"])
+    if kind == "resnet" and (options.get("statistics") == "moving" or options.get("weights") == "none"):
+        assert any(key.endswith("running_mean") for key in load_file(out / "adapter.safetensors")), (
+            "the statistics are in the file"
+        )
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
+    whole = config(pictures, models["vit"], tmp_path / "whole", method="adaptformer", epochs=4, augment="flip", patience=3)
+    transfer(whole)
+    half = dataclasses.replace(whole, out=tmp_path / "half")
+
+    from veneer.training.loop import Trainer
+
+    told = Trainer._tell
+
+    def stopping(self: Trainer, *rest: Any) -> None:
+        told(self, *rest)
+        if self.step == 5:
+            self.stop()
+
+    Trainer._tell = stopping  # type: ignore[method-assign]
+    try:
+        transfer(half)
+    finally:
+        Trainer._tell = told  # type: ignore[method-assign]
+    assert not (tmp_path / "half" / "result.json").exists(), "stopped in its second epoch"
+    with pytest.raises(VeneerError, match="resume"):
+        open_predictor(tmp_path / "half")
+    transfer(dataclasses.replace(half, resume=True))
+    a, b = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "half"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    first, second = result(tmp_path / "whole"), result(tmp_path / "half")
+    assert first["epochs"] == second["epochs"]
+    assert first["test"] == second["test"]
+    assert second["training"]["resumed_from"] == 6, "the step after the one that it was told to stop in"
+
+
+def test_a_head_is_trained_on_features_that_are_computed_once(
+    tmp_path: Path, pictures: Path, models: dict[str, Path], monkeypatch: Any
+) -> None:
+    import timm
+
+    passes: list[int] = []
+    forward = timm.models.vision_transformer.VisionTransformer.forward_features
+
+    def counted(self: Any, x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        passes.append(len(x))
+        return forward(self, x, *rest, **more)
+
+    monkeypatch.setattr(timm.models.vision_transformer.VisionTransformer, "forward_features", counted)
+    out = transfer(config(pictures, models["vit"], tmp_path / "probe", method="linear_probe", epochs=5))
+    assert sum(passes) == 48, "each picture once, in five epochs, validation and test"
+    assert result(out)["training"]["cached_features"]
+
+
+def test_a_finished_run_is_not_overwritten(taught: Path, pictures: Path, models: dict[str, Path]) -> None:
+    before = (taught / "adapter.safetensors").read_bytes()
+    with pytest.raises(VeneerError, match=r"holds a finished run"):
+        transfer(config(pictures, models["vit"], taught))
+    assert (taught / "adapter.safetensors").read_bytes() == before
+
+
+def test_shots_and_a_search_on_validation(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
+    out = transfer(
+        config(pictures, models["vit"], tmp_path / "run", method="adaptformer", shots=4, search=7, search_epochs=1, batch=4)
+    )
+    tried = json.loads((out / "search.json").read_text())
+    assert len(tried) == 7
+    assert len({(t["learning_rate"], t["options"].get("adaptformer", {}).get("scale", 0.1)) for t in tried}) == 7
+    best = max(tried, key=lambda t: (t["val_accuracy"], -t["val_loss"]))
+    found = result(out)
+    assert found["config"]["learning_rate"] == best["learning_rate"]
+    assert found["data"]["pictures"] == {"train": 12, "validation": 6, "test": 12}
+    assert not (out / "search").exists()
+
+
+def test_what_cannot_work_is_said_before_training(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
+    for options, told in (
+        ({"method": "loro"}, r"no 'loro'.*lora"),
+        ({"method": "lora", "options": {"vpt": {}}}, r"options for vpt, but the run trains lora"),
+        ({"method": "lora", "options": {"lora": {"rnk": 3}}}, r"rnk"),
+        ({"where": ("attn.z",)}, r"attn\.z"),
+        ({"shots": 0}, r"shots is 0"),
+        ({"head": "new"}, r"fresh or kept"),
+        ({"validation": 0.0}, r"no picture for validation"),
+    ):
+        with pytest.raises((VeneerError, TypeError), match=told):
+            transfer(config(pictures, models["vit"], tmp_path / "run", **options))
+    with pytest.raises(VeneerError, match=r"textual_inversion.*Hosts that fit: .*clip_text"):
+        transfer(config(pictures, models["vit"], tmp_path / "run", method="textual_inversion"))
+    with pytest.raises(DataError, match=r"nowhere"):
+        transfer(config(tmp_path / "nowhere", models["vit"], tmp_path / "run"))
+    assert not list(tmp_path.rglob("adapter.safetensors"))
+
+
+def test_bad_pictures_are_named_and_left_out(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    data = picture_folder(tmp_path / "data", count=10)
+    (data / "red" / "0.png").write_bytes(b"")
+    (data / "blue" / "1.png").write_bytes((data / "blue" / "1.png").read_bytes()[:100])
+    (data / "empty").mkdir()
+    out = transfer(config(data, models["vit"], tmp_path / "run", epochs=1))
+    told = capsys.readouterr().out
+    assert "red/0.png" in told
+    assert "blue/1.png" in told
+    assert "empty" in told
+    assert sum(result(out)["data"]["pictures"].values()) == 28
+
+
+def test_a_prediction_tells_what_it_cannot_read(taught: Path, pictures: Path, tmp_path: Path) -> None:
+    good = pictures / "red" / "0.png"
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    lines = list(predict(PredictConfig(taught, (good, tmp_path / "broken.png"), top=2)))
+    assert lines[0].startswith(f"{good}: ")
+    assert lines[0].count("%") == 2
+    assert "broken.png" in lines[1]
+    assert "remove or replace" in lines[1]
+    rows = list(predict(PredictConfig(taught, (pictures / "red",), form="csv")))
+    assert rows[0] == "picture,label,probability,problem"
+    assert len(rows) == 17
+    with pytest.raises(VeneerError, match="none of the 1 pictures"):
+        list(predict(PredictConfig(taught, (tmp_path / "broken.png",))))
+    with pytest.raises(VeneerError, match="there is no such file"):
+        list(predict(PredictConfig(taught, (tmp_path / "gone.png",))))
+    with pytest.raises(VeneerError, match=r"no model\.json: expected a folder"):
+        list(predict(PredictConfig(tmp_path, (good,))))
+    with pytest.raises(VeneerError, match="form is"):
+        PredictConfig(taught, (good,), form="xml")
+
+
+def test_other_weights_under_a_taught_adapter_are_refused(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes((models["vit"] / "model.safetensors").read_bytes())
+    out = transfer(config(pictures, models["vit"], tmp_path / "run", weights=str(file), epochs=1))
+    assert open_predictor(out)
+    save_file({name: -tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(VeneerError, match="other weights than those"):
+        open_predictor(out)
+    file.unlink()
+    with pytest.raises(VeneerError, match="which is gone"):
+        open_predictor(out)
