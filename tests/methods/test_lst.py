@@ -225,3 +225,18 @@ def test_a_side_of_no_width_is_refused() -> None:
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^lst: "):
         LST(**options)
+
+
+def test_taps_pass_no_gradient_to_what_is_trained_in_front() -> None:
+    """LoRA in the blocks: all that the output knows of it comes through the taps, or at half strength through y as well."""
+    model = vit()
+    lora = attach(model, "lora", where="attn.q")
+    stir(lora)
+    tuned = stirred(model)
+    with tuned.enabled(False):
+        bare = model(picture())
+    assert not torch.equal(model(picture()), bare)
+    inside = list(lora.parameters())
+    assert not any(g.any() for g in torch.autograd.grad(model(picture()).sum(), inside))
+    tuned.scale = 0.5
+    assert all(g.any() for g in torch.autograd.grad(model(picture()).sum(), inside))
