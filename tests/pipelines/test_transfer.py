@@ -1,4 +1,4 @@
-"""`veneer transfer` and `veneer predict` on small real models: what is learnt, written, resumed, and answered in a new process."""
+"""`veneer transfer` and `veneer predict` on small models: what is learnt, written, resumed, and answered in a new process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from veneer.pipelines.predict import PredictConfig, predict
+from veneer.pipelines.transfer import transfer
 
 from tests.classifying.small import CLASSES, model_folder, picture_folder
 from veneer.classifying.config import TransferConfig
-from veneer.classifying.predicting import open_predictor
+from veneer.classifying.predicting import Predictor, open_predictor
 from veneer.injection import VeneerError
-from veneer.pipelines.predict import PredictConfig, predict
-from veneer.pipelines.transfer import transfer
 from veneer.training.photos import DataError
 
 
@@ -37,6 +37,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def config(pictures: Path, model: Path, out: Path, **options: Any) -> TransferConfig:
     usual: dict[str, Any] = {"epochs": 3, "batch": 8, "augment": "none", "workers": 1, "test": 0.25}
     return TransferConfig(data=str(pictures), model=str(model), out=out, **{**usual, **options})
+
+
+def read(path: Path, predictor: Predictor) -> torch.Tensor:
+    with Image.open(path) as picture:
+        return predictor.view(picture.convert("RGB"))
 
 
 def result(out: Path) -> dict[str, Any]:
@@ -67,7 +72,8 @@ def test_the_colours_are_learnt_and_everything_is_written(taught: Path) -> None:
     rank, width = 8, 24
     assert found["trainable_parameters"] == 2 * 4 * rank * 2 * width + 3 * (width + 1), "LoRA on q, k, v, out of 2 blocks; a head"
     for name in ("confusion.png", "curves.png", "mistakes.png"):
-        assert Image.open(taught / name).size[0] > 200
+        with Image.open(taught / name) as picture:
+            assert picture.size[0] > 200
 
 
 def test_the_epoch_is_the_one_with_the_best_validation_accuracy(taught: Path) -> None:
@@ -122,7 +128,7 @@ def test_saved_equals_loaded_on_a_fresh_head(
         (out / "model.json").write_text(json.dumps({**record, "seed": 99}))  # another head is drawn
     predictor = open_predictor(out)
     table = json.loads((out / "splits.json").read_text())
-    views = [predictor.view(Image.open(pictures / name).convert("RGB")) for name, _, _ in table["test"]]
+    views = [read(pictures / name, predictor) for name, _, _ in table["test"]]
     got = torch.cat([predictor.logits(torch.stack(views[i : i + 8])) for i in range(0, len(views), 8)])
     if method == "linear_probe":  # the run answered from cached features, in other batches
         assert torch.allclose(got, kept["logits"], atol=1e-6)
