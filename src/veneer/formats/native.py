@@ -174,8 +174,8 @@ def _replaced(attachment: Attachment) -> Iterator[tuple[str, str]]:
             held.setdefault((site.component, f"{site.path}.{site.param}".lstrip(".")), []).append(site.rows)
     for (component, path), rows in held.items():
         owner, _, param = path.rpartition(".")
-        size = len(base_tensor(attachment.towers[component], owner, param))
-        if None in rows or sum(stop - start for start, stop in rows) == size:
+        tensor = base_tensor(attachment.towers[component], owner, param)
+        if None in rows or sum(stop - start for start, stop in rows) == len(tensor):
             yield component, path
 
 

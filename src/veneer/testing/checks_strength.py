@@ -157,7 +157,7 @@ def _rows(y: Tensor, site: Any, dim: int) -> Tensor:
 
 def _changed(weight: Tensor, site: Any, adapter: Any, scale: float = 1.0) -> Tensor:
     """W with the site's rows replaced by W + s·(weight(W) − W), from the adapter's weight form at strength 1."""
-    rows = slice(*site.rows) if site.rows else slice(None)
+    rows = slice(*site.rows) if site.rows else ...  # a number has no rows to cut
     changed = weight.detach().clone()
     part = weight.detach()[rows]
     changed[rows] = part + scale * (adapter.weight(part) - part)

@@ -29,11 +29,7 @@ class Replacing(Adapter):
 
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
-        """Start from the host's own values.
-
-        Raises:
-            ValueError: they are no floating-point numbers.
-        """
+        """Start from the host's own values."""
         if values_follow():
             return
         weight = base_tensor(tower, self.site.path, self.site.param)
