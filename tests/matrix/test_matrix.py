@@ -6,8 +6,15 @@ from veneer.injection.registry import hosts, methods
 from veneer.testing import Check, parametrize_with_checks
 from veneer.testing.case import Case, usable_sites
 from veneer.testing.checks_run import one_graph
+from veneer.testing.suite import METHOD_CHECKS
 
-METHODS = parametrize_with_checks(methods.names(), once=["compiles_to_one_graph"])
+EVERYWHERE = {
+    "identity_at_start", "every_site_live", "detach_restores", "disabled_equals_host", "weight_form_equals_output_form",
+    "merge_equals_explicit_change", "save_load_save_is_byte_equal", "checkpointing_gives_the_same_gradients",
+}  # fmt: skip
+"""What is asked on every small model of every host; the other checks on one of each host, another one for each method."""
+
+METHODS = parametrize_with_checks(methods.names(), once=[c.__name__ for c in METHOD_CHECKS if c.__name__ not in EVERYWHERE])
 
 
 @METHODS
@@ -33,3 +40,6 @@ def test_every_method_and_every_host_is_in_the_matrix() -> None:
     checks = [param.values[0] for param in METHODS.args[1]]
     assert {check.method for check in checks} == set(methods.names())
     assert {check.host for check in checks} == set(hosts.names())
+    pairs = {(check.method, check.host) for check in checks}
+    for method, host in pairs:
+        assert {c.name for c in checks if (c.method, c.host) == (method, host)} == {c.__name__ for c in METHOD_CHECKS}

@@ -1,8 +1,7 @@
-"""Two methods on one model: each acts as if the other's change had been written into the weights by hand."""
+"""Two methods on one model of each host: each acts as if the other's change had been written into the weights by hand."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -30,9 +29,10 @@ def _found() -> list[Any]:
     found = []
     for name in hosts.names():
         host = hosts.get(name)()
-        for model, second in itertools.product(host.tiny(), sorted({*methods.names()} - {FOLDED})):
-            pair = _case(FOLDED, host, model), _case(second, host, model)
-            if all(pair):
+        for place, second in enumerate(sorted({*methods.names()} - {FOLDED})):
+            fitting = [m for m in host.tiny() if _case(FOLDED, host, m) and _case(second, host, m)]
+            for model in fitting[place % len(fitting) :][:1] if fitting else ():
+                pair = _case(FOLDED, host, model), _case(second, host, model)
                 found.append(pytest.param(*pair, id=f"{FOLDED}-{second}-{name}-{model}"))
     return found
 
@@ -103,6 +103,6 @@ def _in_calls(site: Site, adapter: Adapter) -> bool:
 
 def test_methods_are_pairs_here_only_where_they_fit() -> None:
     assert issubclass(methods.get(FOLDED), Method)
-    pairs = {p.id for p in _found()}
-    assert {"lora-bitfit-timm_vit-vit", "lora-vpt-timm_vit-vit", "lora-textual_inversion-clip_text-t5"} <= pairs
-    assert "lora-vpt-timm_vit-beit" not in pairs
+    pairs = {p.id.rpartition("-")[0] for p in _found()}
+    assert {"lora-bitfit-timm_vit", "lora-vpt-timm_vit", "lora-textual_inversion-clip_text"} <= pairs
+    assert "lora-vpt-timm_swin" not in pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,8 @@ def parametrize_with_checks(
         subjects: methods, hosts, and pairs of a method and a host, as for `check_method` and `check_host`. A name that is
             both a method's and a host's means the method.
         expected: as for `check_method`; they become strict `xfail` marks with the reason.
-        once: names of checks that run on the first small model of a host only, such as the costly `compiles_to_one_graph`.
+        once: names of checks that run on one small model of a host only, such as the costly `compiles_to_one_graph`: another one
+            for each method, so that all models see them.
 
         @parametrize_with_checks([MyMethod(rank=2), "my_host", ("lora", "my_host")])
         def test_conformance(check):
@@ -70,16 +72,24 @@ def parametrize_with_checks(
     """
     import pytest
 
-    params, done = [], set()
-    for check in (c for subject in subjects for c in _checks(subject)):
-        if check.name in once:
-            if (check.name, check.method, check.host) in done:
-                continue
-            done.add((check.name, check.method, check.host))
+    params = []
+    for check in (c for subject in subjects for c in _thinned(_checks(subject), once)):
         reason = check.expected(expected or {})
         marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
         params.append(pytest.param(check, id=check.id, marks=marks))
     return pytest.mark.parametrize("check", params)
+
+
+def _thinned(checks: Sequence[Check], once: Collection[str]) -> Iterator[Check]:
+    """The checks, those named in `once` on one model of each method and host."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for check in checks:
+        found = models.setdefault((check.method, check.host), [])
+        found += [check.model] if check.model not in found else []
+    for check in checks:
+        among = models[check.method, check.host]
+        if check.name not in once or check.model == among[zlib.crc32(check.method.encode()) % len(among)]:
+            yield check
 
 
 def method_checks(method: MethodLike, host: HostLike | None = None) -> list[Check]:
