@@ -59,7 +59,7 @@ def trained(method: RepAdapter, layer: nn.Module) -> Any:
 def test_inputs_and_folded_tensors_are_the_formula(layer: nn.Module, groups: int, scale: float, bias: bool) -> None:
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
-    adapter = trained(RepAdapter(bottleneck=4, groups=groups, scale=scale, bias=bias), layer)
+    adapter = trained(RepAdapter(bottleneck=4, up_groups=groups, scale=scale, bias=bias), layer)
     adapter.strength.fill_(0.75)
     size = (3,) if isinstance(layer, nn.Linear) else (3, 2, 4)[: layer.weight.ndim - 1]
     x = torch.randn(2, *size[1:], 8, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_gradients_of_the_quick_products_are_those_of_plain_ones() -> None:
 
 def test_dropout_is_on_the_bottleneck_and_in_training_only() -> None:
     """What is dropped is a number of A x + a, and the others grow: with p = 0.5 each is doubled or gone."""
-    adapter = trained(RepAdapter(bottleneck=2, groups=1, dropout=0.5), nn.Linear(8, 5))
+    adapter = trained(RepAdapter(bottleneck=2, up_groups=1, dropout=0.5), nn.Linear(8, 5))
     x = torch.randn(64, 8, dtype=torch.float64)
     plain = adapter.input(x)
     assert torch.equal(adapter.input(x), plain)
@@ -170,9 +170,9 @@ def test_refusals_name_the_site_and_the_options() -> None:
     model = timm.create_model("convnext_atto", num_classes=3)
     with pytest.raises(UnsupportedSite, match=r"stages\.0\.blocks\.0\.conv_dw: a convolution of kernel \(7, 7\), 40 groups"):
         attach(model, "repadapter", where="conv.dw")
-    with pytest.raises(UnsupportedSite, match=r"groups = 16 does not divide its 40 inputs"):
-        attach(model, "repadapter", bottleneck=16, groups=16)
-    for options in ({"bottleneck": 9}, {"groups": 0}, {"dropout": 1.0}):
+    with pytest.raises(UnsupportedSite, match=r"up_groups = 16 does not divide its 40 inputs"):
+        attach(model, "repadapter", bottleneck=16, up_groups=16)
+    for options in ({"bottleneck": 9}, {"up_groups": 0}, {"dropout": 1.0}):
         with pytest.raises(ValueError, match=r"repadapter: (bottleneck|dropout) must be"):
             RepAdapter(**options)
 
@@ -183,5 +183,6 @@ def test_published_counts() -> None:
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)
     tuned = attach(vit, "repadapter")
     assert tuned.report().trainable == 239_808
+    assert sum(p.numel() for p in tuned.groups()[0]["params"]) == 239_808
     tuned.detach()
     assert attach(vit, "repadapter", bias=False).report().trainable == 221_184

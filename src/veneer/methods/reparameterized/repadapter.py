@@ -95,19 +95,19 @@ class BiasedBottleneck(Bottleneck):
 class RepAdapter(Method):
     """x' = x + s·(B Drop(A x + a) + c) for the x that a layer reads, with no activation, so that it goes into W and b.
 
-    A (h, d_in) is Xavier's, B (d_in, h / groups) is block-diagonal and zero at the start, as both biases are. Merged:
+    A (h, d_in) is Xavier's, B (d_in, h / up_groups) is block-diagonal and zero at the start, as both biases are. Merged:
     W' = W (I + s·B A) and b' = b + s·W (B a + c).
 
     Args:
-        bottleneck: h, a multiple of `groups`.
-        groups: of B, dividing d_in too. `dropout`: of the h numbers, in training. `scale`: s, by task 0.1 to 10 in the paper.
+        bottleneck: h, a multiple of `up_groups`.
+        up_groups: of B, dividing d_in too. `dropout`: of the h numbers, in training. `scale`: s, by task 0.1 to 10 in the paper.
         bias: have a and c.
     Linear layers and 1x1 convolutions without groups and padding. Others are refused: a mixing of inputs does not go into a
     depthwise weight, and what zero padding adds has no shift c. So on ConvNeXt `mlp.in` is adapted, not `conv.dw`.
     Where a weight is read and not called (open_clip's attention), or is a slice, it is changed itself in each pass; then there
     is no dropout, and no a and c where no bias follows, as in BEiT.
     By default before attention and MLP: one for a fused q, k and v, and one each where they are layers of their own.
-    Counts: d_in·h + d_in·h / groups per place, and h + d_in with biases; ViT-B/16 239,808, without biases the paper's 221,184.
+    Counts: d_in·h + d_in·h / up_groups per place, and h + d_in with biases; ViT-B/16 239,808, without biases the paper's 221,184.
     Source: Luo et al., Towards Efficient Visual Adaption via Structural Re-parameterization, 2023, sections 3.2 and 3.3; sizes,
     start and biases as in its code, which also adapts ConvNeXt's depthwise convolutions and does not merge there. Deviation:
     three adapters in place of one where q, k and v are separate layers.
@@ -120,14 +120,16 @@ class RepAdapter(Method):
     learning_rate: ClassVar[float] = 1e-3
 
     bottleneck: int = 8
-    groups: int = 2
+    up_groups: int = 2
     dropout: float = 0.1
     scale: float = 1.0
     bias: bool = True
 
     def __post_init__(self) -> None:
-        if self.groups < 1 or self.bottleneck < 1 or self.bottleneck % self.groups:
-            raise ValueError(f"repadapter: bottleneck must be a multiple of groups, got {self.bottleneck} and {self.groups}")
+        if self.up_groups < 1 or self.bottleneck < 1 or self.bottleneck % self.up_groups:
+            raise ValueError(
+                f"repadapter: bottleneck must be a multiple of up_groups, got {self.bottleneck} and {self.up_groups}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"repadapter: dropout must be in [0, 1), got {self.dropout}")
 
@@ -142,14 +144,14 @@ class RepAdapter(Method):
                 f"a convolution of kernel {site.kernel}, {site.groups} groups and padding {site.padding} cannot take in what is "
                 "before it; linear layers and 1x1 convolutions without groups and padding can. Select those"
             )
-        if site.d_in % self.groups:
-            raise ValueError(f"groups = {self.groups} does not divide its {site.d_in} inputs; choose another")
+        if site.d_in % self.up_groups:
+            raise ValueError(f"up_groups = {self.up_groups} does not divide its {site.d_in} inputs; choose another")
         kind = BiasedBottleneck if self._biased(site) else Bottleneck
-        return kind(site, self.bottleneck, self.groups, self.dropout, self.scale)
+        return kind(site, self.bottleneck, self.up_groups, self.dropout, self.scale)
 
     def count(self, site: WeightSite) -> int:
         """A, B and their biases."""
-        weights = site.d_in * self.bottleneck + site.d_in * self.bottleneck // self.groups
+        weights = site.d_in * self.bottleneck + site.d_in * self.bottleneck // self.up_groups
         return weights + (self.bottleneck + site.d_in if self._biased(site) else 0)
 
     def _biased(self, site: WeightSite) -> bool:
