@@ -177,6 +177,11 @@ def test_what_is_kept_in_inference_mode_can_be_trained_with() -> None:
     assert torch.equal(model(image), expected)
     tuned.scale = 1.0
     model(image).sum().backward()
+    tuned.detach()
+    factor = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
+    model.head.texts.register_forward_hook(lambda module, args, weights: weights * factor)
+    model(image).sum().backward()
+    assert factor.grad is not None
 
 
 def test_autocast_has_weights_of_its_own() -> None:
