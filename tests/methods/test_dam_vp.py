@@ -98,6 +98,19 @@ def test_prototypes_that_are_not_there_are_never_near() -> None:
     assert clusters.nearest(torch.tensor([[0.0, 0.1], [8.0, 8.0]])).tolist() == [0, 1]
 
 
+def test_the_first_features_of_a_pass_count() -> None:
+    """A second head, and a pass that another attachment begins inside, bring more."""
+    clusters, rows = Clusters(2, 3), torch.randn(4, 3)
+
+    def run(pictures: Tensor) -> None:
+        clusters.listen(pictures)
+        clusters.listen(pictures + 1)
+
+    assert torch.equal(clusters.features(run, rows), rows)
+    clusters.listen(rows)
+    assert clusters.heard is None
+
+
 def test_prepare_takes_the_first_pictures_of_an_unprompted_model() -> None:
     bare, model, pictures = tiny(), tiny(), normal(raw(30)) * 2
     tuned = attach(model, "dam_vp", clusters=2, samples=10)
@@ -187,6 +200,16 @@ def test_two_of_them_each_look_at_the_bare_picture() -> None:
     first, second = prepared(model, pictures), prepared(model, pictures, clusters=2)
     both = by_hand(bare, first, pictures) + by_hand(bare, second, pictures) - pictures
     torch.testing.assert_close(seen(model, STEM, pictures), both, atol=1e-5, rtol=1e-5)
+
+
+def test_samples_of_a_batch_cannot_differ() -> None:
+    """The first pass is one of all samples."""
+    model, pictures = tiny(), normal(raw(4))
+    attach(model, "dam_vp")
+    with veneer.mixed(model, ["dam_vp", None, None, "dam_vp"]), pytest.raises(StateError, match="a batch of 2 came"):
+        model(pictures)
+    with veneer.mixed(model, ["dam_vp"] * 4):
+        assert model(pictures).shape == (4, 10)
 
 
 def test_clip() -> None:

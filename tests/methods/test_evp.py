@@ -192,6 +192,20 @@ def test_mapped_labels_are_there_or_not() -> None:
     other.detach()
 
 
+def test_samples_of_a_batch_differ() -> None:
+    """At the model's own door as well."""
+    model, pictures = tiny(), normal(raw(4))
+    tuned = attach(model, "evp", where="pixels")
+    stirred(tuned)
+    with torch.no_grad():
+        on = model(pictures)
+        with tuned.enabled(False):
+            off = model(pictures)
+        with veneer.mixed(model, ["evp", None, "evp", None]):
+            got = model(pictures)
+    torch.testing.assert_close(got, torch.stack([on[0], off[1], on[2], off[3]]))
+
+
 def test_compiled_mapped_labels_switch() -> None:
     model = tiny()
     tuned = attach(model, "evp", classes=3)

@@ -47,7 +47,8 @@ class Joined:
         self._guards = {(component, path): lookup(self.towers[component], path) for component, path in guarded}
         self._watch = Watch(self.seams, [(self.towers[component], path) for component, path in guarded])
         for tower in self.towers.values():
-            self._doors.append(tower.register_forward_pre_hook(self._at_door, with_kwargs=True))
+            door = tower.register_forward_pre_hook(self._at_door, with_kwargs=True, prepend=True)  # seams may be there as well
+            self._doors.append(door)
         self.trained.start(self._others())
         for site, adapter in self.parts:
             tower = self.towers[site.component]

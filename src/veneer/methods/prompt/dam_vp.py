@@ -83,7 +83,7 @@ class DAMVP(Method):
 
     `prepare` clusters the features of training pictures, with which the model answers them bare of prompts; before it there is
     one cluster. Each pass runs the model twice, first for the features, without a graph and in `eval`; other attachments act in
-    both. A model is run by its own `forward`: its hooks run twice, too.
+    both. The model's hooks run twice, too. In a mixed batch it acts on all samples or on none.
 
     Args:
         clusters: M, prompts; the most clusters there are.
