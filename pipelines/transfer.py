@@ -48,7 +48,7 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
     )  # fmt: skip
     with Views(data, classifier.data, config.augment, squash=config.squash, seed=config.seed, workers=config.workers) as views:
         config = searched(config, classifier, views, out, accelerator)
-        attached = attach_methods(classifier, config)
+        attached = attach_methods(classifier, config, data)
         identity = {**config.identity(), "splits": data.splits.digest, "weights": classifier.weights}
         teacher = Teacher(classifier, attached, views, config, out, accelerator, identity, ProgressLine())
         if accelerator.is_main_process:

@@ -39,18 +39,19 @@ class Row:
     """A line of the table.
 
     Args:
-        label: as it was written. `method`: for `TransferConfig`. `options`: of its (first) method. `scratch`: begin with random
-            weights.
+        label: as it was written. `method`, `where`: for `TransferConfig`. `options`: of its (first) method. `scratch`: begin with
+            random weights.
     """
 
     label: str
     method: str
     options: dict[str, dict[str, Any]]
+    where: tuple[str, ...] | None = None
     scratch: bool = False
 
 
 def rows_of(written: str) -> list[Row]:
-    """Rows from `lora, adaptformer(bottleneck=8, scale=0.5), vpt+lora, scratch`.
+    """Rows from `lora, adaptformer(bottleneck=8, scale=0.5), lora(rank=4, where=attn mlp), vpt+lora, scratch`.
 
     Raises:
         VeneerError: it cannot be read, or a row is there twice. UnknownName: no such method. TypeError: no such option.
@@ -81,6 +82,7 @@ def _row(label: str, name: str, options: str) -> Row:
             given[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
             given[key.strip()] = value.strip()
+    where = given.pop("where", None)
     scratch = name == "scratch"
     method = "full" if scratch else name
     first = method.split("+")[0]
@@ -88,7 +90,7 @@ def _row(label: str, name: str, options: str) -> Row:
         for each in method.split("+"):
             methods.get(each)
         methods.get(first).from_config(given)
-    return Row(label, method, {first: given} if given else {}, scratch)
+    return Row(label, method, {first: given} if given else {}, tuple(where.split()) if where else None, scratch)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ class Comparison:
         """The options of a run."""
         weights = "none" if row.scratch else self.base.weights
         options = {k: {**self.base.options.get(k, {}), **v} for k, v in row.options.items()}
-        return dataclasses.replace(self.base, method=row.method, options=options, weights=weights, seed=seed)
+        where = row.where or self.base.where
+        return dataclasses.replace(self.base, method=row.method, options=options, where=where, weights=weights, seed=seed)
 
     def key(self, row: Row, seed: int) -> str:
         """A digest of what the figures of a run depend on."""
@@ -162,7 +165,7 @@ class Comparison:
         classifier = self._model(row, seed)
         self.views.reseed(seed)
         config, folder = self._searched(row, seed, classifier), self.out / "runs" / f"{_plain(row.label)}-{seed}"
-        attached = attach_methods(classifier, config)
+        attached = attach_methods(classifier, config, self.views.data)
         try:
             features = None if row.scratch else self.features
             identity = {"key": key}

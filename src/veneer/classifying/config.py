@@ -128,9 +128,12 @@ class TransferConfig:
         word = Path(self.data).name if self.data else "digits"
         return self if self.out else dataclasses.replace(self, out=new_folder(Path("runs"), f"{word}-{self.method}"))
 
-    def built(self) -> list[Method]:
+    def built(self, classes: int = 0, shots: int = 0) -> list[Method]:
         """The configs of the methods.
 
+        Args:
+            classes, shots: how many classes there are, and most training pictures of one, for methods that have such options and
+                were not told.
         Raises:
             VeneerError: options for a method that is not trained. UnknownName: no such method.
         """
@@ -138,7 +141,12 @@ class TransferConfig:
         stray = sorted(set(self.options) - set(names))
         if stray:
             raise VeneerError(f"options for {', '.join(stray)}, but the run trains {', '.join(names)}.")
-        return [methods.get(name).from_config(dict(self.options.get(name, {}))) for name in names]
+        return [methods.get(name).from_config(self._told(name, classes=classes, shots=shots)) for name in names]
+
+    def _told(self, name: str, **seen: int) -> dict[str, Any]:
+        """A method's options, and of what was seen in the data those that it has."""
+        known = {f.name for f in dataclasses.fields(methods.get(name))}
+        return {**{k: v for k, v in seen.items() if v and k in known}, **self.options.get(name, {})}
 
     def keeps_head(self) -> bool:
         """True where the model's own head stays as it is."""

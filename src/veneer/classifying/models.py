@@ -76,6 +76,7 @@ def open_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, "model"))
         found = str(bases.path("shipped_clip")) if name == "shipped" else name.removeprefix("timm:")
+        model: Any
         model, origin = _timm(found, weights, size)
         if not keep_head:
             new_head(model, name, len(classes), seed)

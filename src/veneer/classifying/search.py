@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,30 @@ from .outcome import write_json
 from .teaching import Teacher, attach_methods
 
 RATES = (1.0, 3.0, 0.3, 10.0, 0.1)
-SCALES = (1.0, 10.0, 0.1)
+STRENGTHS = ("scale", "alpha", "beta")
+FACTORS = (1.0, 10.0, 0.1)
 
 
-def trials(config: TransferConfig) -> list[TransferConfig]:
-    """The first `search` of the trials: rates around the usual one, then the same at other scales, where the method has one."""
+def trials(config: TransferConfig, rates: Sequence[float] = RATES) -> list[TransferConfig]:
+    """The first `search` of the trials: rates around the usual one, then the same at other strengths, if the method has some."""
     return [
         dataclasses.replace(config, learning_rate=config.rate() * rate, options=options, search=0)
-        for options in _scaled(config)
-        for rate in RATES
+        for options in _strengths(config)
+        for rate in rates
     ][: config.search]
 
 
-def _scaled(config: TransferConfig) -> Iterator[dict[str, Any]]:
-    """The options with the first method's `scale` as it is, and multiplied."""
+def _strengths(config: TransferConfig) -> Iterator[dict[str, Any]]:
+    """The options with the first method's scale, or α and β, as they are, and multiplied."""
     first = next(iter(config.built()), None)
-    yield dict(config.options)
-    if first is None or not isinstance(getattr(first, "scale", None), float):
-        return
-    for factor in SCALES[1:]:
-        own = {**config.options.get(first.name, {}), "scale": first.scale * factor}  # type: ignore[attr-defined]
-        yield {**config.options, first.name: own}
+    named = {n: v for n in STRENGTHS if isinstance(v := getattr(first, n, None), float)}
+    for factors in itertools.product(FACTORS, repeat=len(named)):
+        own = {n: v * f for (n, v), f in zip(named.items(), factors, strict=True) if f != 1}
+        yield (
+            {**config.options, first.name: {**config.options.get(first.name, {}), **own}}
+            if first and own
+            else dict(config.options)
+        )
 
 
 def searched(config: TransferConfig, classifier: Classifier, views: Views, out: Path, accelerator: Accelerator) -> TransferConfig:
@@ -50,11 +54,11 @@ def searched(config: TransferConfig, classifier: Classifier, views: Views, out: 
         return config
     file, folder = out / "search.json", out / "search"
     done = json.loads(file.read_text(encoding="utf-8")) if config.resume and file.is_file() else []
-    tried = trials(config)
+    tried = trials(config, RATES if _trains(classifier, config, views) else (1.0,))
     for number, trial in enumerate(tried[len(done) :], len(done)):
         shutil.rmtree(folder, ignore_errors=True)
         short = dataclasses.replace(trial, epochs=config.search_epochs, steps=None, patience=0, resume=False)
-        attached = attach_methods(classifier, short)
+        attached = attach_methods(classifier, short, views.data)
         try:
             taught = Teacher(classifier, attached, views, short, folder, accelerator).teach()
         finally:
@@ -68,5 +72,15 @@ def searched(config: TransferConfig, classifier: Classifier, views: Views, out: 
             write_json(file, done)
             print(f"trial {number + 1} of {len(tried)}: rate {trial.rate():g}, {dict(trial.options)}: {accuracy:.1%}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    best = min(range(len(tried)), key=lambda i: (-done[i]["val_accuracy"], done[i]["val_loss"], i))
+    best = min(range(len(done)), key=lambda i: (-done[i]["val_accuracy"], done[i]["val_loss"], i))
     return dataclasses.replace(tried[best], search=config.search)
+
+
+def _trains(classifier: Classifier, config: TransferConfig, views: Views) -> bool:
+    """True if there is anything that a rate could matter to."""
+    attached = attach_methods(classifier, config, views.data)
+    try:
+        return any(True for a in attached for _ in a.parameters())
+    finally:
+        for attachment in reversed(attached):
+            attachment.detach()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,17 @@ from veneer.training.seeds import mix
 from .batches import Batch, ClassifyingLoss, Order, logits_of
 from .cached import Features, reads_features_only
 from .config import TransferConfig
-from .data import Views
+from .data import Data, Views
 from .figures import Figures, figures_of
 from .models import Classifier
 from .selection import Epoch, Selection
 
 
-def attach_methods(classifier: Classifier, config: TransferConfig) -> list[Attachment]:
+def attach_methods(classifier: Classifier, config: TransferConfig, data: Data) -> list[Attachment]:
     """Attach the methods, seeded; and a `linear_probe` beside them, where nobody else holds a fresh head."""
     attached: list[Attachment] = []
-    for method in config.built():
+    labels = Counter(data.source.examples[i].label for i in data.splits.train)
+    for method in config.built(len(data.classes), max(labels.values())):
         torch.manual_seed(mix(config.seed, "adapters", method.name))
         attached.append(attach(classifier.model, method, where=config.where))
     if classifier.fresh and not any(_holds_head(a) for a in attached):
@@ -191,7 +194,22 @@ class Teacher:
         for attachment in self.attached:
             when = attachment.method.prepares
             if when == "epoch" or (when == "once" and epoch == 0):
-                attachment.prepare(self.views.batches("train", self.config.batch))
+                passes = getattr(attachment.method, "views", 1)
+                if self.features is not None and passes == 1:
+                    attachment.prepare(self._on_device(self.features.batches("train", 256)), self.features.head)
+                else:
+                    attachment.prepare(self._on_device(self._passes(passes)))
+
+    def _passes(self, count: int) -> Iterator[Batch]:
+        """The training pictures as they are looked at, or several times as they are trained on."""
+        indices, size = self.views.data.splits.train, self.config.batch
+        if count == 1:
+            return self.views.batches("train", size)
+        return chain.from_iterable(self.views.train.batches(indices, size, epoch) for epoch in range(count))
+
+    def _on_device(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        device = self.accelerator.device
+        return ((inputs.to(device), labels.to(device)) for inputs, labels in batches)
 
     def _groups(self) -> list[Group]:
         """All at one rate, with the methods' own shares of it."""

@@ -102,20 +102,21 @@ class Attachment:
         extra = [p for _, p in self.trained.items()]
         return [*groups, {"params": extra, "lr_scale": 1.0}] if extra else groups
 
-    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]], run: nn.Module | None = None) -> None:
         """Let the method see the training data, where it wants to (`method.prepares`); for models with one picture input.
 
         `veneer transfer` calls it; your own loop does so before the first step, or before every epoch.
 
         Args:
             batches: pictures (B, C, H, W) as the model takes them, and labels (B,).
+            run: in the model's place: its head, where the batches are features.
         """
         (tower,) = self.towers.values()
         modes = {m: m.training for m in tower.modules()}
         tower.eval()
         try:
             with torch.no_grad():
-                self.method.prepare(list(self.parts.values()), tower, batches)
+                self.method.prepare(list(self.parts.values()), run or tower, batches)
         finally:
             for module, mode in modes.items():
                 module.training = mode

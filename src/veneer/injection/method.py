@@ -97,6 +97,7 @@ class Method(ABC):
         paper: authors, title or venue and year, for the catalogue.
         needs: the kinds of site it can use; one match is enough.
         default: selection used when the caller gives no `where`; patterns of it that match nothing are passed over.
+        elsewhere: selection where a model has nothing of `default`, as convolutional networks have no attention.
         identity_at_start: True if a fresh adapter leaves the output bitwise unchanged.
         learning_rate: what to train it with by default; `training` warns when a rate is far from it.
         keeps_head: True if a classifier keeps its own head under it, because the method maps the head's labels to new ones.
@@ -110,6 +111,7 @@ class Method(ABC):
     paper: ClassVar[str]
     needs: ClassVar[tuple[Need, ...]]
     default: ClassVar[tuple[str, ...]]
+    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv")
     identity_at_start: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3
     keeps_head: ClassVar[bool] = False

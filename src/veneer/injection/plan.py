@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from torch import nn
 from .errors import SelectionError, UnsupportedSite
 from .filling import drawing, refuse_claim
 from .forms import module_at
+from .host import Host
 from .method import Adapter, Method, means
 from .registry import hosts
 from .select import select
@@ -67,7 +69,12 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
     main = frozenset(s.tower for t in towers if t.main or len(towers) == 1 for s in t.sites)
     if not offered:
         raise UnsupportedSite(_refusal(towers, method, everything))
-    chosen = select(offered, method.default if where is None else where, main, strict=where is not None)
+    if where is None:
+        usual = (method.default, method.elsewhere)
+        where = next((w for w in usual if select(offered, w, main, strict=False)), method.default)
+        chosen = select(offered, where, main, strict=False)
+    else:
+        chosen = select(offered, where, main)
     if not chosen:
         chosen_from = ", ".join(sorted({s.role for s in offered}))
         raise SelectionError(
@@ -85,7 +92,7 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
     touched = {s.component for s in chosen} | {component for component, _ in extras.values()}
     return Plan(
         method=method,
-        where=_texts(method.default if where is None else where),
+        where=_texts(where),
         train=_texts(train),
         towers={c: m for c, m in modules.items() if c in touched},
         parts=parts,
@@ -190,14 +197,21 @@ def hosts_for(method: Method | type[Method]) -> list[str]:
     """Names of the hosts whose small models offer a site that the method can use. Hosts without their library are passed over."""
     found = []
     for name in hosts.names():
-        host = hosts.get(name)()
         try:
-            models = [build() for build in host.tiny().values()]
+            offered = _offers(hosts.get(name))
         except ImportError:
             continue
-        if any(fits(method, s) for m in models for s in Tower("", m, host, True).sites):
+        if any(fits(method, site) for site in offered):
             found.append(name)
     return found
+
+
+@functools.cache
+def _offers(host: type[Host]) -> tuple[Site, ...]:
+    """All sites of a host's small models, which take long to build and draw numbers of their own."""
+    own = host()
+    with torch.random.fork_rng(devices=[]):
+        return tuple(site for build in own.tiny().values() for site in Tower("", build(), own, True).sites)
 
 
 def _texts(given: str | Sequence[str]) -> tuple[str, ...]:

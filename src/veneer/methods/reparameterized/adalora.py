@@ -129,6 +129,7 @@ class AdaLoRA(Method):
     paper: ClassVar[str] = "Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp")
+    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 1e-3
 
     rank: int = 12
@@ -173,7 +174,7 @@ class AdaLoRA(Method):
         """orthogonality · mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all sites; not under autocast."""
         parts = [adapter for _, adapter in _own(adapters)]
         device = parts[0].values.device
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
             return self.orthogonality * torch.stack([a.unorthogonality().to(device) for a in parts]).sum() / (2 * len(parts))
 
     def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:

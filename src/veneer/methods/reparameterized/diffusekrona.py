@@ -71,6 +71,7 @@ class DiffuseKronA(Method):
     )
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
+    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 1e-3
 
     a1: int = 64

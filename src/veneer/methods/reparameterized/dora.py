@@ -87,7 +87,7 @@ class DoRAAdapter(Adapter):
     def _norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """‖W‖ and ‖W + s·B A‖ = √(‖W‖² + 2s·Σ (W Aᵀ)∘B + s²·Σ (B A Aᵀ)∘B) per output; constants for the gradient."""
         s = self.scaling
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):
             base = weight.to(self.up.dtype).flatten(1).unflatten(0, (self.pairs, -1))
             up, down = (t.flatten(1).unflatten(0, (self.pairs, -1)) for t in (self.up, self.down))
             square = torch.linalg.vector_norm(base, dim=-1).square()

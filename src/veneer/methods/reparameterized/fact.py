@@ -119,6 +119,7 @@ class FacT(Method):
     paper: ClassVar[str] = "Jie and Deng, FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp")
+    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 1e-3
 
     form: Literal["tt", "tk"] = "tt"

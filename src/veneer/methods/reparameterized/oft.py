@@ -85,6 +85,7 @@ class OFT(Method):
     paper: ClassVar[str] = "Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, NeurIPS 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
+    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 6e-5
 
     blocks: int = 4

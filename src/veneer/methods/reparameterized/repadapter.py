@@ -117,6 +117,7 @@ class RepAdapter(Method):
     paper: ClassVar[str] = "Luo et al., Towards Efficient Visual Adaption via Structural Re-parameterization, 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.{q,k,v}", "mlp.in_gate", "mlp.{in,gate}")
+    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 1e-3
 
     bottleneck: int = 8
