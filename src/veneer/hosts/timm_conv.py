@@ -21,6 +21,7 @@ STEMS = ("conv_stem", "conv1", "stem", "bn1", "maxpool")
 LAST = ("conv_head", "final_conv", "bn2", "norm_head")
 ATTENTION = {"query.proj": "attn.q", "key.proj": "attn.k", "value.proj": "attn.v", "output.proj": "attn.out", "proj": "attn.out"}
 GATE_INPUTS = ("conv_reduce", "fc1", "mlp_add.fc1", "mlp_scale.fc1")
+ENDS = ("drop_path", "se", "bn3", "bn2", "conv3", "conv2")  # of a branch, the first that there is
 BESIDE = ("se", "attn", "downsample")  # do not say whether a block keeps its grid
 SIDE = 64  # of the sample: any does
 
@@ -163,10 +164,12 @@ def _branch(part: Part, path: str, width: int) -> Iterator[Site]:
         adds, read = isinstance(block.downsample, nn.Identity), Port(f"{path}.conv1", "in")
     else:
         adds, read = isinstance(block.downsample, (nn.Identity, type(None))), Port(path, "in")
-        adds = adds and not (block.downsample is None and hasattr(block.conv1, "conv"))  # RegNet's None is no sum at all
+        regnet = hasattr(block.conv1, "conv") and hasattr(block, "act3")
+        adds = adds and not (block.downsample is None and regnet)  # RegNet's None is no sum at all
     if not adds:
         return
-    write = next(f"{path}.{name}" for name in ("drop_path", "se", "bn3", "bn2") if getattr(block, name, None) is not None)
+    ends = ENDS[1:] if hasattr(block, "radix") else ENDS  # ResNeSt's drop_path is in the other way
+    write = next(f"{path}.{name}" for name in ends if getattr(block, name, None) is not None)
     if hasattr(block, "attn"):
         norm = f"{path}.norm"
         normed = Port(norm, "out") if ends_with_norm(block.norm) else None
