@@ -16,14 +16,16 @@ class Clusters(nn.Module):
     """`prototypes` (M, width), of which the first `found` count. Begins with one, so that all pictures are of one cluster.
 
     Attributes:
+        place: path of the module that features enter or leave.
         listening: True while a picture runs through the model for its features alone; `heard` are they.
     """
 
     prototypes: Tensor
     found: Tensor
 
-    def __init__(self, most: int, width: int) -> None:
+    def __init__(self, most: int, width: int, place: str = "") -> None:
         super().__init__()
+        self.place = place
         self.register_buffer("prototypes", torch.zeros(most, width))
         self.register_buffer("found", torch.ones((), dtype=torch.long))
         self.listening = False

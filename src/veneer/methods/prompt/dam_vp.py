@@ -35,8 +35,9 @@ class DAMVPAdapter(PixelAdapter):
         self.__dict__["inner"] = None
 
     def enter(self, tower: nn.Module) -> None:
-        """Know the model, which is no child: it holds this."""
-        self.__dict__["inner"] = tower.get_submodule(self.path)
+        """Know the module from the pictures to their features, which is no child: it holds this."""
+        inside = f"{self.shared.place}.".startswith(f"{self.path}.")
+        self.__dict__["inner"] = tower.get_submodule(self.path) if inside else tower
 
     def leave(self) -> None:
         """Forget the model."""
@@ -136,10 +137,10 @@ class DAMVP(Method):
         Raises:
             UnsupportedSite: the pictures or their features are not among the sites, or no logits for `head_free`.
         """
-        widths = [site.width for site in sites if isinstance(site, FeatureSite)]
+        heads = [site for site in sites if isinstance(site, FeatureSite)]
         missing = {
             "pixels": any(isinstance(site, PixelSite) for site in sites),
-            "features": bool(widths),
+            "features": bool(heads),
             "logits": not self.head_free or any(_is_logits(site) for site in sites),
         }
         lacks = [role for role, there in missing.items() if not there]
@@ -148,7 +149,7 @@ class DAMVP(Method):
             raise UnsupportedSite(
                 f"dam_vp: {names}: {' and '.join(lacks)} must be among the sites; select them, or another model."
             )
-        return Clusters(self.clusters, widths[0])
+        return Clusters(self.clusters, heads[0].width, heads[0].port.path)
 
     def build(self, site: PixelSite | FeatureSite) -> Adapter:
         """The prompts, or what hears the features.
