@@ -44,7 +44,7 @@ def test_train_takes_a_layer_whole_and_a_parameter_alone() -> None:
 
 def test_a_default_without_a_match_lists_what_could_be_said() -> None:
     class Elsewhere(Add):
-        default = ("nowhere",)
+        default = elsewhere = ("nowhere",)
 
     with pytest.raises(
         SelectionError, match=r"add: its default sites \('nowhere',\) are not here\. Say where=…; there are .*inner"
@@ -52,7 +52,22 @@ def test_a_default_without_a_match_lists_what_could_be_said() -> None:
         attach(net(), Elsewhere())
 
 
+def test_where_nothing_of_the_default_is_the_method_goes_elsewhere() -> None:
+    class Elsewhere(Add):
+        default = ("nowhere",)
+        elsewhere = ("attn.q",)
+
+    there = attach(net(), Elsewhere())
+    assert {site.role for site, _ in there.parts.values()} == {"attn.q"}
+    assert there.where == ("attn.q",), "what counts is written down, so that a file says it"
+
+    class Both(Elsewhere):
+        default = ("attn.k",)
+
+    assert {site.role for site, _ in attach(net(), Both()).parts.values()} == {"attn.k"}
+
+
 def test_hosts_that_fit_are_found_by_their_sites() -> None:
-    assert hosts_for(VPT) == ["timm_vit"]
+    assert hosts_for(VPT) == ["clip_classifier", "open_clip", "timm_vit"]
     assert {"timm_vit", "diffusers_unet", "diffusers_dit", "clip_text", "toy"} <= set(hosts_for(LoRA))
     assert TokenSite in {n.site for n in VPT.needs}
