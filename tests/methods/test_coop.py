@@ -63,6 +63,14 @@ def test_a_context_that_begins_as_words_is_the_template() -> None:
     torch.testing.assert_close(got, cosines(model, image, weights))
 
 
+def test_words_begin_as_the_hosts_own_rows_whatever_else_is_attached() -> None:
+    model = tiny()
+    for p in attach(model, "lora", where="embed.token").parameters():
+        torch.nn.init.normal_(p)
+    context = attach(model, "coop", words="a photo").parts["head.prompts"][1].context
+    assert torch.equal(context, tiny().clip.token_embedding.weight[[token("a"), token("photo")]])
+
+
 def test_gradients_pass_through_the_frozen_text_tower() -> None:
     model, image = tiny(), pictures()
     tuned = attach(model, "coop", tokens=4)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from veneer.injection.forms import base_tensor
+
 from .words import TextError, Words
 
 PROMPTS = 1024
@@ -72,6 +74,10 @@ class ClassTexts(nn.Module):
         """Rows of ids, as the tower's table gives them: (…, width)."""
         rows: Tensor = text_tower(self.clip).token_embedding(ids)
         return rows
+
+    def bare(self, ids: Tensor) -> Tensor:
+        """The same without what is attached to the table."""
+        return base_tensor(text_tower(self.clip), "token_embedding", "weight")[ids]
 
     def encode(self, ids: Tensor, rows: Tensor | None = None) -> Tensor:
         """Normalised features (n, features) of prompts.

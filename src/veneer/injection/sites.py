@@ -256,9 +256,9 @@ class PromptSite(Site):
     """The prompts of a classifier's classes: the class weights that a text tower makes of them.
 
     The module at `path` is called with the pictures' features (batch, features), and gives the class weights (classes, features),
-    or (batch, classes, features) where an adapter makes them for each picture. It offers `embed(ids)`, the rows of ids,
-    `encode(ids, rows)`, the normalised features of prompts whose tokens have these rows, and `alone`, True where no more than one
-    adapter acts on the weights.
+    or (batch, classes, features) where an adapter makes them for each picture. It offers `embed(ids)`, the rows of ids;
+    `bare(ids)`, the same without adapters; `encode(ids, rows)`, the normalised features of prompts whose tokens have these rows;
+    and `alone`, True where no more than one adapter acts on the weights.
 
     Args:
         width: of the rows. `features`: of the class weights.

@@ -45,7 +45,7 @@ class ContextAdapter(Adapter):
         self.__dict__["texts"] = tower.get_submodule(self.path)  # past torch's own way, which would make it a child
         if self.words and not values_follow() and not self.context.is_meta:
             with torch.no_grad():
-                self.context.copy_(self.texts.embed(torch.tensor(self.words, device=self.context.device)))
+                self.context.copy_(self.texts.bare(torch.tensor(self.words, device=self.context.device)))
 
     def leave(self) -> None:
         """Forget the text tower."""
