@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..injection import Attachment, LoadError, SaveError
-from ..injection.forms import base_tensor
 from ..injection.identity import identity
 from ..injection.ledger import peek
-from ..injection.sites import NormSite, ParamSite, WeightSite
+from ..injection.state import held_whole
 from ..injection.towers import towers_of
 from ._attaching import Wanted, attach_all
 from ._format import Format, Layer, Options, listed, values
@@ -161,22 +160,9 @@ def _bases(attachments: Sequence[Attachment]) -> dict[str, Any]:
     for attachment in attachments:
         for component, path in attachment.extras.values():
             without[component].add(path)
-        for component, path in _replaced(attachment):
+        for component, path in held_whole(attachment):
             without[component].add(path)
     return {c: {**identity(t, without[c]), "without": sorted(without[c])} for c, t in towers.items()}
-
-
-def _replaced(attachment: Attachment) -> Iterator[tuple[str, str]]:
-    """(component, path) of the tensors whose every row has its whole value in an adapter."""
-    held: dict[tuple[str, str], list[Any]] = {}
-    for site, adapter in attachment.parts.values():
-        if adapter.replaces and isinstance(site, (WeightSite, ParamSite, NormSite)):
-            held.setdefault((site.component, f"{site.path}.{site.param}".lstrip(".")), []).append(site.rows)
-    for (component, path), rows in held.items():
-        owner, _, param = path.rpartition(".")
-        tensor = base_tensor(attachment.towers[component], owner, param)
-        if None in rows or sum(stop - start for start, stop in rows) == len(tensor):
-            yield component, path
 
 
 def _refuse_merged(tower: nn.Module, error: type[SaveError] | type[LoadError]) -> None:

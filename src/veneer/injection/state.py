@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .errors import LoadError
+from .forms import base_tensor
 from .ledger import changed_statistics, lookup, peek
+from .sites import NormSite, ParamSite, WeightSite
 
 if TYPE_CHECKING:
     from .attachment import Attachment
@@ -98,6 +100,19 @@ def _copy(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], report: Lo
     with torch.no_grad():
         for key in report.used:
             targets[key].copy_(state[key])
+
+
+def held_whole(attachment: Attachment) -> Iterator[tuple[str, str]]:
+    """(component, path) of the tensors whose every row has its whole value in an adapter."""
+    held: dict[tuple[str, str], list[Any]] = {}
+    for site, adapter in attachment.parts.values():
+        if adapter.replaces and isinstance(site, (WeightSite, ParamSite, NormSite)):
+            held.setdefault((site.component, f"{site.path}.{site.param}".lstrip(".")), []).append(site.rows)
+    for (component, path), rows in held.items():
+        owner, _, param = path.rpartition(".")
+        tensor = base_tensor(attachment.towers[component], owner, param)
+        if None in rows or sum(stop - start for start, stop in rows) == len(tensor):
+            yield component, path
 
 
 def _targets(attachment: Attachment, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

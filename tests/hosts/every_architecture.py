@@ -1,0 +1,226 @@
+"""Every architecture that timm and open_clip name and a host matches, on the meta device, takes every method or says why not.
+
+`python -m tests.hosts.every_architecture` goes through all of them and writes docs/results/architectures.md. What is finished is
+kept in a file of JSON lines, one an architecture, and is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+import veneer
+from veneer.injection.errors import VeneerError
+from veneer.injection.registry import host_of
+from veneer.injection.sites import PixelSite, Site
+
+LIBRARIES = {
+    "timm": ("timm_vit", "timm_swin", "timm_convnext", "timm_conv"),
+    "open_clip": ("open_clip", "clip_classifier"),
+}
+CLASSES = ("cat", "dog", "red car")
+HUGGING = "its text tower is one of transformers, whose configuration would have to be downloaded"
+TOKENIZER = "its tokenizer would have to be downloaded, so that it is no classifier here"
+
+
+Key = tuple[str, str]
+
+
+@dataclass
+class Outcome:
+    """What became of one architecture.
+
+    Args:
+        name: `timm/…` or `open_clip/…`. `host`: of the model; empty where none matches.
+        skipped: why it was not built, or what else was left out.
+        seconds: to build it, attach all methods and take them off. `sites`: what the host offers.
+        shape: digest of the model's sites, modules and tensors' shapes. `like`: the one of the same shape that was tried.
+        methods: of each `{"sites", "trained"}`, `{"refused": message}`, or `{"bug": message}` for any other error.
+    """
+
+    name: str
+    host: str = ""
+    skipped: str = ""
+    seconds: float = 0.0
+    sites: int = 0
+    shape: str = ""
+    like: str = ""
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def names() -> list[str]:
+    """Of all architectures, library in front."""
+    import open_clip
+    import timm
+
+    clips = dict.fromkeys([*open_clip.list_models(), *open_clip.list_openai_models()])
+    return [f"timm/{name}" for name in timm.list_models()] + [f"open_clip/{name}" for name in clips]
+
+
+def outcomes(
+    name: str, methods: Sequence[str], families: Sequence[str], known: Mapping[Key, Outcome] = MappingProxyType({})
+) -> Iterator[Outcome]:
+    """Build an architecture, and try each method on it; a CLIP bare, and as a classifier.
+
+    Args:
+        known: outcomes by host and shape. An architecture of a known shape gets the outcome that is there.
+    """
+    library, _, short = name.partition("/")
+    try:
+        subjects = list((_timm if library == "timm" else _open_clip)(short))
+    except Exception as error:  # every library has its own ways not to build
+        yield Outcome(name, skipped=f"not built on meta: {type(error).__name__}: {error}")
+        return
+    for model, skipped in subjects:
+        start = time.perf_counter()
+        host = host_of(model) if model is not None else None
+        outcome = Outcome(name, host.name if host else "", skipped)
+        if model is not None and outcome.host in families:
+            try_methods(model, outcome, methods, known)
+            outcome.seconds = round(time.perf_counter() - start, 2)
+        yield outcome
+
+
+def _timm(name: str) -> Iterator[tuple[nn.Module | None, str]]:
+    import timm
+
+    with torch.device("meta"):
+        yield timm.create_model(name, pretrained=False), ""
+
+
+def _open_clip(name: str) -> Iterator[tuple[nn.Module | None, str]]:
+    import open_clip
+
+    from veneer.classifying.clip import CLIPClassifier
+
+    text = open_clip.get_model_config(name)["text_cfg"]
+    if "hf_model_name" in text:
+        yield None, HUGGING
+        return
+    with torch.device("meta"):
+        clip = open_clip.create_model(name, device="meta", load_weights=False, pretrained_image=False, pretrained_text=False)
+    yield clip, ""
+    if "hf_tokenizer_name" in text:
+        yield None, TOKENIZER
+    else:
+        yield CLIPClassifier(clip, open_clip.get_tokenizer(name), CLASSES), ""
+
+
+def try_methods(
+    model: nn.Module, outcome: Outcome, methods: Sequence[str], known: Mapping[Key, Outcome] = MappingProxyType({})
+) -> None:
+    """Attach each method with its default selection, count, and take it off; nothing may stay behind."""
+    try:
+        found = veneer.sites(model)
+    except Exception as error:  # a host that fails fails every method
+        outcome.methods = {method: {"bug": f"{type(error).__name__}: {error}"} for method in methods}
+        return
+    outcome.sites, outcome.shape = len(found), shape_of(model, found)
+    twin = known.get((outcome.host, outcome.shape))
+    if twin is not None and set(methods) <= twin.methods.keys():
+        outcome.like, outcome.methods = twin.name, twin.methods
+        return
+    bare = traces(model)
+    for method in methods:
+        outcome.methods[method] = _try(model, method)
+        if (after := traces(model)) != bare:
+            outcome.methods[method] = {"bug": f"detach left {sorted(after ^ bare)[:3]} changed"}
+            bare = after
+
+
+def shape_of(model: nn.Module, found: Iterable[Site]) -> str:
+    """A digest of all that an attach without values depends on; how pictures are normalised is no part of it."""
+    plain = [replace(site, mean=(), std=()) if isinstance(site, PixelSite) else site for site in found]
+    lines = [re.sub(" at 0x[0-9a-f]+", "", repr(site)) for site in plain]
+    lines += [f"{name} {type(module).__qualname__}" for name, module in model.named_modules()]
+    lines += [f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _try(model: nn.Module, method: str) -> dict[str, Any]:
+    try:
+        tuned = veneer.attach(model, method)
+    except VeneerError as error:
+        return {"refused": str(error)}
+    except Exception as error:  # anything else is a bug, which is what is looked for
+        return {"bug": f"{type(error).__name__}: {error}"}
+    trained = {id(p): p.numel() for p in tuned.parameters()}
+    found = {"sites": len(tuned.parts), "trained": sum(trained.values())}
+    tuned.detach()
+    return found
+
+
+def traces(model: nn.Module) -> set[tuple[str, str, int]]:
+    """Names of all modules, parameters and buffers, with their types and how many hooks are on them."""
+    found = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.add((name, type(module).__qualname__, len(module._forward_hooks) + len(module._forward_pre_hooks)))
+        for param, tensor in (*module._parameters.items(), *module._buffers.items()):
+            found.add((f"{name}.{param}", type(tensor).__name__, id(tensor)))
+    return found
+
+
+def run(
+    records: Path,
+    families: Sequence[str],
+    methods: Sequence[str],
+    say: Callable[[str], None] = print,
+) -> list[Outcome]:
+    """Every architecture that is not in `records` yet is tried and added there. Gives all that are asked for."""
+    records.parent.mkdir(parents=True, exist_ok=True)
+    done = read(records)
+    wanted = [n for n in names() if not set(LIBRARIES[n.partition("/")[0]]).isdisjoint(families)]
+    open_ones = {o.name for o in done if o.host in families and not set(methods) <= o.methods.keys()}
+    finished = {o.name for o in done} - open_ones
+    known = {(o.host, o.shape): o for o in done if o.methods and not o.like}
+    with records.open("a") as file:
+        for i, name in enumerate(wanted):
+            if name in finished:
+                continue
+            found = list(outcomes(name, methods, families, known))
+            file.write("".join(json.dumps(asdict(o)) + "\n" for o in found))
+            file.flush()
+            done.extend(found)
+            known |= {(o.host, o.shape): o for o in found if o.methods and not o.like}
+            say(f"{i + 1}/{len(wanted)} {name} {sum(o.seconds for o in found):.1f} s {found[-1].like}")
+    last = {(o.name, o.host, o.skipped): o for o in done}
+    return [o for o in last.values() if o.name in set(wanted)]
+
+
+def read(records: Path) -> list[Outcome]:
+    """What is finished. A line that was cut off by a stop is passed over."""
+    lines = records.read_text().splitlines(keepends=True) if records.is_file() else []
+    return [Outcome(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    every = [host for hosts in LIBRARIES.values() for host in hosts]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--families", default=",".join(every), help="hosts, with commas")
+    parser.add_argument("--methods", default=",".join(veneer.methods.names()), help="with commas")
+    parser.add_argument("--records", type=Path, default=Path("runs/architectures.jsonl"), help="what is finished, kept here")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/architectures.md"))
+    given = parser.parse_args(arguments)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    found = run(given.records, given.families.split(","), given.methods.split(","), partial(print, flush=True))
+    from .architectures_page import page
+
+    given.out.write_text(page(found))
+
+
+if __name__ == "__main__":
+    main()
