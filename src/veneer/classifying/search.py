@@ -12,13 +12,14 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from .cached import reads_features_only
 from .config import TransferConfig
 from .data import Views
 from .models import Classifier
 from .outcome import write_json
 from .teaching import Teacher, attach_methods
 
-RATES = (1.0, 3.0, 0.3, 10.0, 0.1)
+RATES = (1.0, 3.0, 10.0, 0.3, 0.1)
 STRENGTHS = ("scale", "alpha", "beta")
 FACTORS = (1.0, 10.0, 0.1)
 
@@ -38,23 +39,21 @@ def _strengths(config: TransferConfig) -> Iterator[dict[str, Any]]:
     named = {n: v for n in STRENGTHS if isinstance(v := getattr(first, n, None), float)}
     for factors in itertools.product(FACTORS, repeat=len(named)):
         own = {n: v * f for (n, v), f in zip(named.items(), factors, strict=True) if f != 1}
-        yield (
-            {**config.options, first.name: {**config.options.get(first.name, {}), **own}}
-            if first and own
-            else dict(config.options)
-        )
+        told = {first.name: {**config.options.get(first.name, {}), **own}} if first and own else {}
+        yield {**config.options, **told}
 
 
 def searched(config: TransferConfig, classifier: Classifier, views: Views, out: Path, accelerator: Accelerator) -> TransferConfig:
     """The config with the rate and scale that did best on the validation pictures. Trials are written down in `search.json`.
 
-    Each trial is a short run of `search_epochs`, with its whole schedule. A resumed search takes the trials that are there.
+    Each trial is a short run of `search_epochs`, with its whole schedule. A resumed search takes the trials that are there. Where
+    features are computed once a trial costs next to nothing, and all rates are tried.
     """
     if not config.search:
         return config
     file, folder = out / "search.json", out / "search"
     done = json.loads(file.read_text(encoding="utf-8")) if config.resume and file.is_file() else []
-    tried = trials(config, RATES if _trains(classifier, config, views) else (1.0,))
+    tried = _budget(classifier, config, views)
     for number, trial in enumerate(tried[len(done) :], len(done)):
         shutil.rmtree(folder, ignore_errors=True)
         short = dataclasses.replace(trial, epochs=config.search_epochs, steps=None, patience=0, resume=False)
@@ -76,11 +75,15 @@ def searched(config: TransferConfig, classifier: Classifier, views: Views, out: 
     return dataclasses.replace(tried[best], search=config.search)
 
 
-def _trains(classifier: Classifier, config: TransferConfig, views: Views) -> bool:
-    """True if there is anything that a rate could matter to."""
+def _budget(classifier: Classifier, config: TransferConfig, views: Views) -> list[TransferConfig]:
+    """The trials that are worth their time."""
     attached = attach_methods(classifier, config, views.data)
     try:
-        return any(True for a in attached for _ in a.parameters())
+        trained = any(True for a in attached for _ in a.parameters())
+        cheap = config.cache and reads_features_only(classifier, attached)
     finally:
         for attachment in reversed(attached):
             attachment.detach()
+    if not trained:
+        return trials(config, (1.0,))
+    return trials(dataclasses.replace(config, search=max(config.search, len(RATES))) if cheap else config)

@@ -212,12 +212,10 @@ class Teacher:
         return ((inputs.to(device), labels.to(device)) for inputs, labels in batches)
 
     def _groups(self) -> list[Group]:
-        """All at one rate, with the methods' own shares of it."""
+        """The first method at the run's rate, the others as much faster or slower as they usually are."""
         found: list[Group] = []
         for attachment in self.attached:
-            share = 1.0
-            if len(self.attached) > 1 and self.config.learning_rate is None:
-                share = attachment.method.learning_rate / self.config.rate()
+            share = attachment.method.learning_rate / self.attached[0].method.learning_rate
             for number, group in enumerate(attachment.groups()):
                 scale = group.get("lr_scale", 1.0) * share
                 if group["params"]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from veneer.injection.method import Method, Need
-from veneer.injection.sites import ParamSite, WeightSite
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import ParamSite, Site, WeightSite
 from veneer.methods.selective._replacing import Replacing, size_of
 
 
@@ -17,6 +18,9 @@ class Full(Method):
     So it detaches, switches and saves as every method does, and a file holds a whole model. Memory, beside the base: V, its
     gradient and the optimiser's state, and in each pass one W' a layer. Of two that are attached at once the later one counts.
     Name fewer sites to train a part, such as `where="*@-2:"` for the last two blocks.
+
+    Args:
+        head_rate: learning rate of a classifier's head over that of the rest: a head is new, the rest only needs to follow.
     Counts: all parameters of the main tower; ViT-B/16 without a head 85,798,656.
     Source: the baseline of every paper of the field. Deviation: none in what is learnt.
     """
@@ -27,9 +31,21 @@ class Full(Method):
     default: ClassVar[tuple[str, ...]] = ("*",)
     learning_rate: ClassVar[float] = 5e-5
 
+    head_rate: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.head_rate > 0:
+            raise ValueError(f"full: head_rate must be above 0, got {self.head_rate}")
+
     def build(self, site: WeightSite | ParamSite) -> Replacing:
         """A tensor like the host's."""
         return Replacing(site)
+
+    def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
+        """The head, and the rest."""
+        found = [(site.role in ("head", "bias.head"), p) for site, adapter in adapters for p in adapter.parameters()]
+        head, rest = ([p for is_head, p in found if is_head == wanted] for wanted in (True, False))
+        return [{"params": rest, "lr_scale": 1.0}, {"params": head, "lr_scale": self.head_rate}]
 
     def count(self, site: WeightSite | ParamSite) -> int:
         """The tensor's size."""
