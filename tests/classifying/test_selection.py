@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
+import pytest
 import torch
 
+from veneer.classifying import selection as module
 from veneer.classifying.selection import Epoch, Selection
+from veneer.training.checkpoints import CheckpointWarning
 
 
 def epoch(number: int, accuracy: float, loss: float = 1.0) -> Epoch:
@@ -48,3 +52,28 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) ->
     assert again.epochs == first.epochs
     again.restore()
     assert weight.item() == 3
+
+
+def test_a_full_disk_costs_nobody_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    weight = torch.zeros(1)
+    selection = Selection({"w": weight}, tmp_path)
+    selection.add(epoch(1, 0.5))
+    monkeypatch.setattr(module, "write_atomically", full)
+    for number, accuracy in ((2, 0.9), (3, 0.6)):
+        weight.fill_(number)
+        with pytest.warns(CheckpointWarning, match="No space left on device.*make room"):
+            selection.add(epoch(number, accuracy))
+    selection.restore()
+    assert weight.item() == 2
+
+
+def test_a_curve_without_its_weights_is_begun_anew(tmp_path: Path) -> None:
+    first = Selection({"w": torch.zeros(1)}, tmp_path)
+    first.add(epoch(1, 0.5))
+    (tmp_path / "best.safetensors").unlink()
+    again = Selection({"w": torch.zeros(1)}, tmp_path)
+    again.resume(step=10)
+    assert again.epochs == []

@@ -8,35 +8,41 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 import veneer
+from veneer.hosts import timm_conv, timm_swin, timm_vit
+from veneer.injection import towers
 from veneer.injection.errors import VeneerError
+from veneer.injection.plan import fits
 from veneer.injection.registry import host_of
 from veneer.injection.sites import PixelSite, Site
+from veneer.injection.towers import Tower, towers_of
 
 LIBRARIES = {
     "timm": ("timm_vit", "timm_swin", "timm_convnext", "timm_conv"),
     "open_clip": ("open_clip", "clip_classifier"),
 }
+FAMILIES = {*timm_vit.FAMILIES, *timm_swin.FAMILIES, *timm_conv.FAMILIES, "timm.models.convnext.ConvNeXt"}
 CLASSES = ("cat", "dog", "red car")
 HUGGING = "its text tower is one of transformers, whose configuration would have to be downloaded"
 TOKENIZER = "its tokenizer would have to be downloaded, so that it is no classifier here"
 
 
-Key = tuple[str, str]
+Known = dict[str, dict[str, Any]]
 
 
 @dataclass
@@ -47,7 +53,7 @@ class Outcome:
         name: `timm/…` or `open_clip/…`. `host`: of the model; empty where none matches.
         skipped: why it was not built, or what else was left out.
         seconds: to build it, attach all methods and take them off. `sites`: what the host offers.
-        shape: digest of the model's sites, modules and tensors' shapes. `like`: the one of the same shape that was tried.
+        tried: methods that were attached here, and not on an architecture with the same sites for them. `keys`: of those sites.
         methods: of each `{"sites", "trained"}`, `{"refused": message}`, or `{"bug": message}` for any other error.
     """
 
@@ -56,27 +62,39 @@ class Outcome:
     skipped: str = ""
     seconds: float = 0.0
     sites: int = 0
-    shape: str = ""
-    like: str = ""
+    tried: int = 0
+    keys: dict[str, str] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def names() -> list[str]:
-    """Of all architectures, library in front."""
+    """Of all architectures, library in front, in an order that mixes families, so that a stopped run has seen some of each.
+
+    Those of timm are of modules that know a class that a host matches; others cannot build one.
+    """
     import open_clip
     import timm
+    from timm.models._registry import _model_to_module
 
+    able = {module for module in set(_model_to_module.values()) if knows_a_family(f"timm.models.{module}")}
     clips = dict.fromkeys([*open_clip.list_models(), *open_clip.list_openai_models()])
-    return [f"timm/{name}" for name in timm.list_models()] + [f"open_clip/{name}" for name in clips]
+    found = [f"timm/{name}" for name in timm.list_models() if _model_to_module[name] in able]
+    found += [f"open_clip/{name}" for name in clips]
+    return sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
-def outcomes(
-    name: str, methods: Sequence[str], families: Sequence[str], known: Mapping[Key, Outcome] = MappingProxyType({})
-) -> Iterator[Outcome]:
+def knows_a_family(module: str) -> bool:
+    """True if a class of a module is one that a host of timm matches, or is derived from one."""
+    classes = [c for c in vars(import_module(module)).values() if inspect.isclass(c)]
+    families = {f"{c.__module__}.{c.__qualname__}" for cls in classes for c in cls.__mro__}
+    return not families.isdisjoint(FAMILIES)
+
+
+def outcomes(name: str, methods: Sequence[str], families: Sequence[str], known: Known | None = None) -> Iterator[Outcome]:
     """Build an architecture, and try each method on it; a CLIP bare, and as a classifier.
 
     Args:
-        known: outcomes by host and shape. An architecture of a known shape gets the outcome that is there.
+        known: what became of a method on given sites, by its key; what is found is added.
     """
     library, _, short = name.partition("/")
     try:
@@ -119,44 +137,55 @@ def _open_clip(name: str) -> Iterator[tuple[nn.Module | None, str]]:
         yield CLIPClassifier(clip, open_clip.get_tokenizer(name), CLASSES), ""
 
 
-def try_methods(
-    model: nn.Module, outcome: Outcome, methods: Sequence[str], known: Mapping[Key, Outcome] = MappingProxyType({})
-) -> None:
+def try_methods(model: nn.Module, outcome: Outcome, methods: Sequence[str], known: Known | None = None) -> None:
     """Attach each method with its default selection, count, and take it off; nothing may stay behind."""
+    known = {} if known is None else known
+    found = towers_of(model)
     try:
-        found = veneer.sites(model)
+        places = [(site, _words(model, site)) for tower in found for site in tower.sites]
     except Exception as error:  # a host that fails fails every method
         outcome.methods = {method: {"bug": f"{type(error).__name__}: {error}"} for method in methods}
         return
-    outcome.sites, outcome.shape = len(found), shape_of(model, found)
-    twin = known.get((outcome.host, outcome.shape))
-    if twin is not None and set(methods) <= twin.methods.keys():
-        outcome.like, outcome.methods = twin.name, twin.methods
-        return
-    bare = traces(model)
+    outcome.sites, bare = len(places), traces(model)
     for method in methods:
-        outcome.methods[method] = _try(model, method)
-        if (after := traces(model)) != bare:
-            outcome.methods[method] = {"bug": f"detach left {sorted(after ^ bare)[:3]} changed"}
-            bare = after
+        key = key_of(method, outcome.host, places)
+        if key not in known:
+            outcome.tried += 1
+            result = _try(model, method, found)
+            if (after := traces(model)) != bare:
+                result, bare = {"bug": f"detach left {sorted(after ^ bare)[:3]} changed"}, after
+            if not key:
+                outcome.methods[method] = result
+                continue
+            known[key] = result
+        outcome.keys[method], outcome.methods[method] = key, known[key]
 
 
-def shape_of(model: nn.Module, found: Iterable[Site]) -> str:
-    """A digest of all that an attach without values depends on; how pictures are normalised is no part of it."""
-    plain = [replace(site, mean=(), std=()) if isinstance(site, PixelSite) else site for site in found]
-    lines = [re.sub(" at 0x[0-9a-f]+", "", repr(site)) for site in plain]
-    lines += [f"{name} {type(module).__qualname__}" for name, module in model.named_modules()]
-    lines += [f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+def key_of(method: str, host: str, places: Iterable[tuple[Site, str]]) -> str:
+    """A digest of all that attaching a method without values depends on: the sites that it can use. Empty if there are none."""
+    cls = veneer.methods.get(method)
+    words = [text for site, text in places if fits(cls, site)]
+    return hashlib.sha256("\n".join([method, host, *words]).encode()).hexdigest()[:16] if words else ""
 
 
-def _try(model: nn.Module, method: str) -> dict[str, Any]:
+def _words(model: nn.Module, site: Site) -> str:
+    """A site and its module, without what no adapter is built from: how a picture is normalised, where patches stand."""
+    plain: Site = replace(site, mean=(), std=()) if isinstance(site, PixelSite) else site
+    path = getattr(site, "path", "")
+    text = re.sub(r" at 0x[0-9a-f]+|(?<=grid=)\(\d+, \d+\)", "", repr(plain))
+    return f"{text} {type(model.get_submodule(path)).__qualname__}"
+
+
+def _try(model: nn.Module, method: str, found: list[Tower]) -> dict[str, Any]:
+    token = towers._KEPT.set({id(model): found})  # a bare model has the same sites each time
     try:
         tuned = veneer.attach(model, method)
     except VeneerError as error:
         return {"refused": str(error)}
     except Exception as error:  # anything else is a bug, which is what is looked for
         return {"bug": f"{type(error).__name__}: {error}"}
+    finally:
+        towers._KEPT.reset(token)
     trained = {id(p): p.numel() for p in tuned.parameters()}
     found = {"sites": len(tuned.parts), "trained": sum(trained.values())}
     tuned.detach()
@@ -185,7 +214,7 @@ def run(
     wanted = [n for n in names() if not set(LIBRARIES[n.partition("/")[0]]).isdisjoint(families)]
     open_ones = {o.name for o in done if o.host in families and not set(methods) <= o.methods.keys()}
     finished = {o.name for o in done} - open_ones
-    known = {(o.host, o.shape): o for o in done if o.methods and not o.like}
+    known = {key: o.methods[method] for o in done for method, key in o.keys.items()}
     with records.open("a") as file:
         for i, name in enumerate(wanted):
             if name in finished:
@@ -194,8 +223,7 @@ def run(
             file.write("".join(json.dumps(asdict(o)) + "\n" for o in found))
             file.flush()
             done.extend(found)
-            known |= {(o.host, o.shape): o for o in found if o.methods and not o.like}
-            say(f"{i + 1}/{len(wanted)} {name} {sum(o.seconds for o in found):.1f} s {found[-1].like}")
+            say(f"{i + 1}/{len(wanted)} {name} {sum(o.seconds for o in found):.1f} s, {sum(o.tried for o in found)} tried")
     last = {(o.name, o.host, o.skipped): o for o in done}
     return [o for o in last.values() if o.name in set(wanted)]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.injection import attach, hosts
+from veneer.methods.selective.full import Full
 from veneer.testing.snapshot import assert_same, snapshot
 
 HOSTS = ("timm_vit", "timm_swin", "timm_convnext", "timm_conv", "open_clip")
@@ -95,3 +96,14 @@ def test_counts() -> None:
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)
     assert attach(vit, "full").report().trainable == 85_798_656
+
+
+def test_the_head_has_a_rate_of_its_own() -> None:
+    model, _ = tiny("timm_vit", "vit")
+    tuned = attach(model, "full", head_rate=7)
+    rest, head = tuned.groups()
+    assert (rest["lr_scale"], head["lr_scale"]) == (1.0, 7)
+    assert {tuple(p.shape) for p in head["params"]} == {(10, 24), (10,)}
+    assert len(rest["params"]) + len(head["params"]) == len(list(tuned.parameters()))
+    with pytest.raises(ValueError, match="head_rate must be above 0"):
+        Full(head_rate=0)

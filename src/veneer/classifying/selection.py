@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from veneer.training.checkpoints import write_atomically
+from veneer.training.checkpoints import CheckpointWarning, write_atomically
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Epoch:
 class Selection:
     """Keeps the figures of every epoch and the tensors of the best: the highest accuracy, then the lower loss, then the earlier.
 
-    Both are written at once, so that a stopped run loses neither. A resumed run forgets what came after its checkpoint; it will
-    come again, the same to the bit.
+    Both are written at once, so that a stopped run loses neither; where the disk has no room, the best is kept in memory, with a
+    warning. A resumed run forgets what came after its checkpoint; it will come again, the same to the bit.
 
     Args:
         named: every tensor that training changes, by name.
@@ -45,11 +46,12 @@ class Selection:
     def __init__(self, named: Mapping[str, Tensor], folder: Path, patience: int = 0) -> None:
         self.named, self.folder, self.patience = dict(named), folder, patience
         self.epochs: list[Epoch] = []
+        self._kept: dict[str, Tensor] | None = None
 
     def resume(self, step: int) -> None:
         """Read what a run of `step` steps has left."""
         file = self.folder / "curve.json"
-        if file.is_file():
+        if file.is_file() and (self.folder / "best.safetensors").is_file():
             read = [Epoch(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
             self.epochs = [epoch for epoch in read if epoch.step <= step]
 
@@ -57,10 +59,19 @@ class Selection:
         """Note an epoch, and its tensors if it is the best."""
         self.epochs = [known for known in self.epochs if known.step < epoch.step] + [epoch]
         if self.best is epoch:
-            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.named.items()}
-            write_atomically(self.folder / "best.safetensors", save(tensors))
-        text = json.dumps([asdict(e) for e in self.epochs], indent=1)
-        write_atomically(self.folder / "curve.json", text.encode())
+            self._kept = {name: t.detach().cpu().contiguous().clone() for name, t in self.named.items()}
+            self._write("best.safetensors", save(self._kept))
+        self._write("curve.json", json.dumps([asdict(e) for e in self.epochs], indent=1).encode())
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            write_atomically(self.folder / name, data)
+        except OSError as error:
+            warnings.warn(
+                f"{self.folder / name} could not be written ({error.strerror}). The run goes on with it in memory; make room.",
+                CheckpointWarning,
+                stacklevel=3,
+            )
 
     @property
     def best(self) -> Epoch:
@@ -76,7 +87,7 @@ class Selection:
 
     def restore(self) -> None:
         """Put the best epoch's tensors in place."""
-        kept = load_file(self.folder / "best.safetensors")
+        kept = self._kept or load_file(self.folder / "best.safetensors")
         with torch.no_grad():
             for name, tensor in self.named.items():
                 tensor.copy_(kept[name])
