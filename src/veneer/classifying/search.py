@@ -12,6 +12,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from veneer.injection import VeneerError
+
 from .cached import reads_features_only
 from .config import TransferConfig
 from .data import Views
@@ -51,6 +53,8 @@ def searched(config: TransferConfig, classifier: Classifier, views: Views, out: 
     """
     if not config.search:
         return config
+    if accelerator.num_processes > 1:
+        raise VeneerError("search runs in one process. Search there first, then give --learning-rate to several.")
     file, folder = out / "search.json", out / "search"
     done = json.loads(file.read_text(encoding="utf-8")) if config.resume and file.is_file() else []
     tried = _budget(classifier, config, views)

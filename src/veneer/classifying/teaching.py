@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from veneer.injection import Attachment, attach
+from veneer.injection import Attachment, VeneerError, attach
 from veneer.injection.ledger import statistics
 from veneer.injection.seams import Seam
 from veneer.training import targets
@@ -112,6 +112,7 @@ class Teacher:
         Raises:
             Diverged, CheckpointError: as the loop does.
         """
+        self._refuse_several()
         self._modes()
         if self.features is not None:
             self.features.see()
@@ -189,6 +190,12 @@ class Teacher:
         for module in self.model.modules():
             if isinstance(module, Seam):
                 module.train()
+
+    def _refuse_several(self) -> None:
+        """Methods that see the data first do so in one process."""
+        wanting = [a.method.name for a in self.attached if a.method.prepares]
+        if wanting and self.accelerator.num_processes > 1:
+            raise VeneerError(f"{', '.join(wanting)}: sees the data before it is trained, in one process. Start one only.")
 
     def _prepare(self, epoch: int) -> None:
         for attachment in self.attached:
