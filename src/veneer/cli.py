@@ -129,6 +129,10 @@ def _table(what: str) -> Any:
 
             for row in getattr(veneer, what).table():
                 print(f"{row['name']:22}{row['source']:12}{row['about']}")
+            if what == "methods":
+                from .testing.matrix import support_matrix
+
+                print(f"\nWhat fits what, by needs and offers:\n\n{support_matrix()}")
 
         parser.set_defaults(run=run)
 

@@ -219,10 +219,11 @@ class Teacher:
         return ((inputs.to(device), labels.to(device)) for inputs, labels in batches)
 
     def _groups(self) -> list[Group]:
-        """The first method at the run's rate, the others as much faster or slower as they usually are."""
+        """The first method and a head beside it at the run's rate, other methods as much faster or slower as they usually are."""
         found: list[Group] = []
         for attachment in self.attached:
-            share = attachment.method.learning_rate / self.attached[0].method.learning_rate
+            named = attachment.method.name in self.config.names()
+            share = attachment.method.learning_rate / self.attached[0].method.learning_rate if named else 1.0
             for number, group in enumerate(attachment.groups()):
                 scale = group.get("lr_scale", 1.0) * share
                 if group["params"]:

@@ -26,7 +26,7 @@ class LinearProbe(Method):
     paper: ClassVar[str] = "Kornblith, Shlens, Le, Do Better ImageNet Models Transfer Better?, CVPR 2019"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, roles=("head",)), Need(ParamSite, roles=("bias.head",)))
     default: ClassVar[tuple[str, ...]] = ("head", "bias.head")
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-3
 
     def build(self, site: WeightSite | ParamSite) -> Replacing:
         """The head's weight or bias."""
