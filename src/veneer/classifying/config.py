@@ -43,7 +43,7 @@ class TransferConfig:
         epochs: passes over the training pictures.
         batch: pictures in a micro-batch, over all processes.
         accumulation: micro-batches in a step.
-        learning_rate: peak rate of the first method, and of a new head beside it; None for its usual. Others keep their ratio to it.
+        learning_rate: peak rate of the first method, and of a new head beside it; None for its usual. Others keep their ratio.
         schedule: `cosine`, `constant` or `linear`.
         warmup: share of the steps in which the rate rises.
         optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
