@@ -216,6 +216,7 @@ def run(
     finished = {o.name for o in done} - open_ones
     known = {key: o.methods[method] for o in done for method, key in o.keys.items()}
     with records.open("a") as file:
+        file.truncate(_whole(records))
         for i, name in enumerate(wanted):
             if name in finished:
                 continue
@@ -230,8 +231,13 @@ def run(
 
 def read(records: Path) -> list[Outcome]:
     """What is finished. A line that was cut off by a stop is passed over."""
-    lines = records.read_text().splitlines(keepends=True) if records.is_file() else []
-    return [Outcome(**json.loads(line)) for line in lines if line.endswith("\n")]
+    whole = records.read_bytes()[: _whole(records)] if records.is_file() else b""
+    return [Outcome(**json.loads(line)) for line in whole.splitlines()]
+
+
+def _whole(records: Path) -> int:
+    """Where the last whole line ends."""
+    return records.read_bytes().rfind(b"\n") + 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,10 +8,7 @@ from veneer.testing.case import Case, usable_sites
 from veneer.testing.checks_run import one_graph
 from veneer.testing.suite import METHOD_CHECKS
 
-EVERYWHERE = {
-    "identity_at_start", "every_site_live", "detach_restores", "disabled_equals_host", "weight_form_equals_output_form",
-    "merge_equals_explicit_change", "save_load_save_is_byte_equal", "checkpointing_gives_the_same_gradients",
-}  # fmt: skip
+EVERYWHERE = {"every_site_live", "detach_restores", "merge_equals_explicit_change"}
 """What is asked on every small model of every host; the other checks on one of each host, another one for each method."""
 
 METHODS = parametrize_with_checks(methods.names(), once=[c.__name__ for c in METHOD_CHECKS if c.__name__ not in EVERYWHERE])
