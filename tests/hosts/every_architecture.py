@@ -187,9 +187,9 @@ def _try(model: nn.Module, method: str, found: list[Tower]) -> dict[str, Any]:
     finally:
         towers._KEPT.reset(token)
     trained = {id(p): p.numel() for p in tuned.parameters()}
-    found = {"sites": len(tuned.parts), "trained": sum(trained.values())}
+    taken = {"sites": len(tuned.parts), "trained": sum(trained.values())}
     tuned.detach()
-    return found
+    return taken
 
 
 def traces(model: nn.Module) -> set[tuple[str, str, int]]:

@@ -135,7 +135,8 @@ def test_errors_of_others_and_what_stays_behind_are_bugs() -> None:
 
 
 def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records, done = tmp_path / "records.jsonl", []
+    records = tmp_path / "records.jsonl"
+    done: list[str] = []
     monkeypatch.setattr(every_architecture, "names", lambda: ["timm/resnet18", "timm/vgg11", "timm/resnet26"])
     first = Outcome("timm/resnet18", "timm_conv", methods={"lora": {"sites": 1, "trained": 2}})
     records.write_text(json.dumps(asdict(first)) + '\n{"name": "timm/resn')
