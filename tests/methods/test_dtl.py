@@ -194,6 +194,14 @@ def test_start() -> None:
     assert 0 < adapter.A.abs().max() <= 24**-0.5  # Kaiming-uniform with a = √5: bound 1/√fan_in
 
 
+def test_blocks_that_change_width_or_grid_are_passed_over() -> None:
+    model: Any = hosts.get("timm_conv")().tiny()["resnet"]()
+    blocks = {n: m for n, m in model.named_modules() if n.startswith("layer") and n.count(".") == 1}
+    tuned = attach(model, "dtl")
+    assert [site.path for site, _ in tuned.parts.values()] == [n for n, m in blocks.items() if m.downsample is None]
+    assert 0 < len(tuned.parts) < len(blocks)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"dtl: write_from=9 writes to no block at or after blocks\.0\.stream"):
         attach(vit(), "dtl", write_from=9)

@@ -139,8 +139,9 @@ class Part:
         """A residual branch. `fields`: others of a `BranchSite`."""
         return BranchSite(name=f"{name}.branch", role=role, read=read, write=write, width=width, **fields, **self.labels)
 
-    def stream(self, path: str, width: int, *, role: str = "block", **fields: Any) -> StreamSite:
-        """The residual stream through the block at `path`. `fields`: others of a `StreamSite`."""
+    def stream(self, path: str, width: int, *, role: str = "block", d_in: int = 0, **fields: Any) -> StreamSite:
+        """The residual stream through the block at `path`. `d_in`: may be `width`. `fields`: others of a `StreamSite`."""
+        fields["d_in"] = d_in if d_in != width else 0
         return StreamSite(name=f"{path}.stream", role=role, path=path, width=width, **fields, **self.labels)
 
     def features(self, head: str, width: int) -> Iterator[FeatureSite]:

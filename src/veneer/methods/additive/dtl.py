@@ -134,7 +134,7 @@ class DTL(Method):
 
     name: ClassVar[str] = "dtl"
     paper: ClassVar[str] = "Fu, Zhu, Wu, DTL: Disentangled Transfer Learning for Visual Recognition, AAAI 2024"
-    needs: ClassVar[tuple[Need, ...]] = (Need(StreamSite, roles=("block",), where={"resamples": False}),)
+    needs: ClassVar[tuple[Need, ...]] = (Need(StreamSite, roles=("block",), where={"resamples": False, "d_in": 0}),)
     default: ClassVar[tuple[str, ...]] = ("block",)
     learning_rate: ClassVar[float] = 1e-3
 
@@ -159,10 +159,8 @@ class DTL(Method):
         """A and B of one block.
 
         Raises:
-            ValueError: the block changes its width, or `conv` has no grid there.
+            ValueError: `conv` has no grid there.
         """
-        if site.d_in not in (0, site.width):
-            raise ValueError(f"the block takes {site.d_in} channels to {site.width}, and h has one width; select other sites")
         if self.conv and site.layout == "NLC" and site.grid is None:
             raise ValueError("conv needs patches that stand in a grid; use conv=0 or select other sites")
         return DTLAdapter(site, self.rank, self.beta)
