@@ -115,7 +115,7 @@ def _missing(found: Sequence[Outcome]) -> str:
 def pattern(message: str) -> str:
     """A message without what differs from one architecture to the next: places, numbers, and lists behind the reason."""
     text = re.split(r"\. (?:Hosts that fit|Say where)|; give (?:one )?of |; give a ", message.replace("\n", " "))[0]
-    text = re.sub(r"'[^']*\.[^']*'|\b\w+(?:\.\w+)+(?=:)", "…", text)
+    text = re.sub(r"'[^']*\.[^']*'|(?<=at )'[^']*'|\b\w+(?:\.\w+)+(?=:)", "…", text)
     text = re.sub(r"Port\([^)]*\)", "Port(…)", text.replace("=Ellipsis", "=any"))
     text = re.sub(r"\b\d[\d,.]*\d\b|\b\d+\b", "n", text)
     return text.replace("|", "\\|").rstrip(".")
