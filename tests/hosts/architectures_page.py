@@ -13,19 +13,21 @@ HEAD = """# Every architecture of timm and open_clip
 Every architecture that `timm.list_models()`, `open_clip.list_models()` and `open_clip.list_openai_models()` name and a host
 matches was built on the meta device. On each, every registered method was attached with its default selection, counted and
 detached, after which modules, parameters, buffers and hooks were the same as before. Where all sites that a method can use are
-those of another architecture, name by name and shape by shape, the method was tried on one of them. Versions: {versions}.
+those of another architecture, name by name and shape by shape, the method was tried on one of them.
+
+Versions: {versions}.
 
 Made by `python -m tests.hosts.every_architecture`, in about {minutes} minutes of one busy core.
 """
 SHOWN = 3  # names beside a reason
 
 
-def page(found: Sequence[Outcome]) -> str:
-    """The Markdown."""
+def page(found: Sequence[Outcome], waiting: Sequence[str] = ()) -> str:
+    """The Markdown. `waiting`: names that were not tried yet, of a run that was stopped."""
     tried = [o for o in found if o.methods]
     minutes = max(1, round(sum(o.seconds for o in tried) / 60))
     parts = [HEAD.format(versions=_versions(), minutes=minutes), _hosts(tried), _bugs(tried), _support(tried), _refusals(tried)]
-    return "\n".join([*parts, _missing(found)])
+    return "\n".join([*parts, _missing(found, waiting)])
 
 
 def _versions() -> str:
@@ -100,7 +102,7 @@ def _methods(methods: dict[str, list[str]]) -> str:
     return "; ".join(", ".join(f"`{m}`" for m in same) + f": {_some(who)}" for who, same in alike.items())
 
 
-def _missing(found: Sequence[Outcome]) -> str:
+def _missing(found: Sequence[Outcome], waiting: Sequence[str]) -> str:
     """What was not built or not tried, and the classes that no host matches."""
     groups: dict[str, list[str]] = defaultdict(list)
     for o in found:
@@ -108,13 +110,17 @@ def _missing(found: Sequence[Outcome]) -> str:
             groups[pattern(o.skipped)].append(o.name)
         elif not o.host:
             groups["no host matches its class"].append(o.name)
+    if waiting:
+        groups["not tried yet; the same command goes on"] = list(waiting)
     lines = ["## Left out", "", "| why | architectures |", "|---|---|"]
     return "\n".join([*lines, *(f"| {why} | {_some(who)} |" for why, who in groups.items()), ""])
 
 
 def pattern(message: str) -> str:
     """A message without what differs from one architecture to the next: places, numbers, and lists behind the reason."""
-    text = re.split(r"\. (?:Hosts that fit|Say where)|; give (?:one )?of |; give a ", message.replace("\n", " "))[0]
+    text = re.split(r"\. (?:Hosts that fit|Say where)|; give (?:one )?of |; give (?:a|block_size) ", message.replace("\n", " "))[
+        0
+    ]
     text = re.sub(r"'[^']*\.[^']*'|(?<=at )'[^']*'|\b\w+(?:\.\w+)+(?=:)", "…", text)
     text = re.sub(r"Port\([^)]*\)", "Port(…)", text.replace("=Ellipsis", "=any"))
     text = re.sub(r"\b\d[\d,.]*\d\b|\b\d+\b", "n", text)

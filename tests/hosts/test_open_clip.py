@@ -262,3 +262,12 @@ def test_open_clips_own_table_says_which_published_weights_need_quick_gelu() -> 
         for tag in open_clip.list_pretrained_tags_by_model(name):
             quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
             assert (quick_gelu_mismatch(tiny(), name, tag) is not None) == quick, (name, tag)
+
+
+def test_the_head_of_a_timm_trunk_is_a_projection() -> None:
+    """It gives features of the common space, not logits."""
+    vision = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "token", "timm_proj": None}
+    found = {s.name: s.role for s in sites(clips.build("CustomTextCLIP", vision)) if isinstance(s, (WeightSite, ParamSite))}
+    assert found["visual.trunk.head"] == "proj.out"
+    assert found["visual.trunk.head.bias"] == "bias.proj.out"
+    assert {"head", "bias.head"}.isdisjoint(found.values())

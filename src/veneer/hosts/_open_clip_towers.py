@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from ._within import within
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 POOL = {"q": "pool.q", "k": "pool.k", "v": "pool.v", "kv": "pool.kv", "proj": "pool.out"}
+PROJECTION = {"head": "proj.out", "bias.head": "bias.proj.out"}
 MLP = {"fc1": "proj.in", "fc2": "proj.out", "proj": "proj.out"}
 
 
@@ -100,7 +102,7 @@ def _timm(part: Part) -> Iterator[Site]:
     """The trunk as its own host sees it, without its pixels and features, which are those of the tower; then the head."""
     for site in within(part.model, "visual.trunk", part.tower, part.component):
         if not isinstance(site, (PixelSite, FeatureSite)):
-            yield site
+            yield replace(site, role=PROJECTION.get(site.role, site.role))  # the trunk's head gives no logits here
     for path, module in part.leaves("visual.head"):
         *_, kind, name = path.split(".")
         if is_norm(module):
