@@ -89,7 +89,7 @@ FAILURES = [
     ("lora", {"where": "attn.q attn.out mlp.in", "sample": True, "rank": 2, "train": "head"}, DeadSite),
     ("lora", {"where": "attn.q", "sample": {"ids": "no tensor"}, "rank": 2}, TypeError),
     ("lora", {"where": "nothing", "rank": 2}, SelectionError),
-    ("lora", {"where": "conv", "rank": 3}, UnsupportedSite),
+    ("fact", {"where": "conv"}, UnsupportedSite),
     ("lora", {"where": "attn.q", "train": "attn.q", "rank": 2}, SelectionError),
     ("lora", {"where": "head", "train": "head", "rank": 2}, SelectionError),
     ("lora", {"where": "attn.q", "name": "taken", "rank": 2}, StateError),

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.injection import Attachment, attachments
 from veneer.injection.host import Host
 from veneer.injection.method import Adapter, Method
 from veneer.injection.registry import hosts, methods
-from veneer.injection.sites import ParamSite, Site, WeightSite
-from veneer.testing.case import Case, close, run, same, stir, usable_sites
+from veneer.injection.sites import NormSite, ParamSite, Site, WeightSite
+from veneer.testing.case import Case, close, merges_at, run, same, stir, usable_sites
 from veneer.testing.snapshot import assert_same, snapshot
 
 FOLDED = "lora"
@@ -50,7 +50,7 @@ def _attach(model: nn.Module, case: Case, seed: int) -> Attachment:
 def test_both_equal_one_beside_weights_that_hold_the_other(first: Case, second: Case) -> None:
     model, by_hand = first.fresh(torch.float64), first.fresh(torch.float64)
     pair = [_attach(model, first, 1), _attach(model, second, 2)]
-    if all(hasattr(adapter, "weight") for _, adapter in pair[1].parts.values()):
+    if all(merges_at(*part) for part in pair[1].parts.values()):
         _write(by_hand, pair)
         inputs = second.plain(by_hand)
     else:
@@ -89,11 +89,21 @@ def _write(model: nn.Module, several: list[Attachment]) -> None:
     parts = [part for attachment in several for part in attachment.parts.values()]
     with torch.no_grad():
         for site, adapter in sorted(parts, key=lambda part: _in_calls(*part)):
-            assert isinstance(site, (WeightSite, ParamSite))
+            assert isinstance(site, (WeightSite, ParamSite, NormSite))
             change: Any = adapter
-            base = model.get_submodule(site.path).get_parameter(site.param).data
-            rows = base[slice(*site.rows)] if site.rows else base
-            rows.copy_(change.weight(rows))
+            rows = _rows(model, f"{site.path}.{site.param}".lstrip("."), site.rows)
+            weight = rows.clone()
+            if hasattr(change, "bias"):
+                assert isinstance(site, (WeightSite, NormSite))
+                shift = _rows(model, site.bias, getattr(site, "bias_rows", None))
+                shift.copy_(change.bias(shift, lambda weight=weight: weight))
+            rows.copy_(change.weight(weight))
+
+
+def _rows(model: nn.Module, path: str, rows: tuple[int, int] | None) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    tensor: Any = getattr(model.get_submodule(owner), name)  # a parameter, or a buffer such as the keys' bias of BEiT
+    return tensor.data[slice(*rows)] if rows else tensor.data
 
 
 def _in_calls(site: Site, adapter: Adapter) -> bool:

@@ -102,6 +102,8 @@ def test_wrong_options(options: dict[str, Any], words: str) -> None:
         AdaptFormer(**options)
 
 
-def test_a_host_without_mlp_branches_says_what_it_has() -> None:
-    with pytest.raises(SelectionError, match="Say where=…; there are conv"):
-        attach(timm.create_model("resnet18", channels=(8, 8, 8, 8), stem_width=8), "adaptformer")
+def test_a_host_without_mlp_branches_is_adapted_at_those_it_has() -> None:
+    model = timm.create_model("resnet18", channels=(8, 8, 8, 8), stem_width=8)
+    assert {site.role for site, _ in attach(model, "adaptformer").parts.values()} == {"conv"}
+    with pytest.raises(SelectionError, match="mlp"):
+        attach(model, "adaptformer", where="mlp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,3 +45,13 @@ def same_padding(size: Sequence[int], kernel: Sequence[int], stride: Sequence[in
         missing = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
         pads = [missing // 2, missing - missing // 2, *pads]
     return pads
+
+
+def laid_as(x: Tensor, y: Tensor) -> Tensor:
+    """x with its channels last in memory where y's are: what follows then computes as it does on y, to the bit.
+
+    Args:
+        x, y: of one shape.
+    """
+    last = y.ndim == 4 and not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last) if last else x

@@ -117,6 +117,8 @@ def _on_host(method: Method, other: Method, host: Host) -> Iterator[Check]:
     for model in host.tiny():
         try:
             sites = usable_sites(method, host, model)
+            if sites and type(other) is type(method) and other != method:
+                sites = tuple(site for site in usable_sites(other, host, model) if site in sites)
         except ImportError as error:
             yield Check("library", method.name, host.name, model, functools.partial(_without_library, error))
             continue

@@ -54,6 +54,11 @@ class CLIPAdapter(Method):
         if self.reduction < 1:
             raise ValueError(f"clip_adapter: reduction must be at least 1, got {self.reduction}")
 
+    @classmethod
+    def examples(cls) -> tuple[Method, Method]:
+        """Small models have few features, and of few hidden ones all may be dead."""
+        return cls(reduction=1), cls(reduction=1, ratio=0.5)
+
     def _hidden(self, site: FeatureSite) -> int:
         if site.width < self.reduction:
             raise ValueError(f"reduction {self.reduction} leaves nothing of {site.width} features")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.functional.added import add_product, project
-from veneer.functional.convolve import convolve
+from veneer.functional.convolve import convolve, laid_as
 from veneer.functional.kronecker import add_kron, kron_apply, kron_factors, kron_weight, mix
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
@@ -87,7 +87,7 @@ class LoKrAdapter(Adapter):
             added = blocks + self._right(self.right, self._mixed(rows, left))
         else:
             added = add_kron(blocks, rows, left, self.right, over)
-        return added.reshape(y.shape)
+        return laid_as(added.reshape(y.shape), y)
 
     def _mixed(self, x: Tensor, left: Tensor) -> Tensor:
         """C on the blocks of x (n·uq, …): (n·up, …)."""
