@@ -31,7 +31,7 @@ class CompareConfig:
         methods: rows, separated by commas, such as `lora, adaptformer(bottleneck=8), vpt+lora`. `linear_probe`, `full` (all
             weights) and `scratch` (all, from random ones) are rows like any other.
         seeds: how many runs of each row; each draws its own start, order and augmentation, on the same splits.
-        baseline: run `linear_probe` as well, which the table compares with.
+        baseline: run `linear_probe` as well, or `zero_shot` for a CLIP, which the table compares with.
         shots, validation, test, split_seed, epochs, batch, learning_rate, weight_decay, augment, squash, size, precision, search,
             search_epochs, warmup, label_smoothing, workers: as for `veneer transfer`, the same for all rows. `learning_rate` None
             is each method's usual; `search` finds one for each row, on validation pictures, with the first seed.
@@ -84,7 +84,7 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
     accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available())
     if config.seeds < 1:
         raise VeneerError(f"seeds is {config.seeds}; expected at least 1.")
-    rows = rows_of(f"linear_probe, {config.methods}" if _lacks_probe(config) else config.methods)
+    rows = rows_of(_with_baseline(config))
     out = config.out or new_folder(Path("runs"), f"compare-{Path(config.data).name if config.data else 'digits'}")
     out.mkdir(parents=True, exist_ok=True)
     base = config.shared()
@@ -106,8 +106,12 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
     return out
 
 
-def _lacks_probe(config: CompareConfig) -> bool:
-    return config.baseline and "linear_probe" not in [row.label for row in rows_of(config.methods)]
+def _with_baseline(config: CompareConfig) -> str:
+    """The rows as written, the baseline in front where it is wanted and lacking."""
+    clip = config.model == "shipped_clip" or config.model.startswith("open_clip:")
+    baseline = "zero_shot" if clip else "linear_probe"
+    lacking = config.baseline and baseline not in [row.label for row in rows_of(config.methods)]
+    return f"{baseline}, {config.methods}" if lacking else config.methods
 
 
 def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:

@@ -124,3 +124,19 @@ def _model(folder: Path) -> Any:
     import timm
 
     return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=3)
+
+
+def test_a_clip_is_compared_with_what_it_answers_by_itself(tmp_path: Path) -> None:
+    data = picture_folder(tmp_path / "pictures", count=8)
+    out = compare(
+        CompareConfig(
+            data=str(data), model="shipped_clip", methods="tip_adapter, clip_adapter", seeds=1, epochs=1, batch=8, workers=1,
+            augment="none", out=tmp_path / "out",
+        )
+    )  # fmt: skip
+    runs = {r["row"]: r for r in json.loads((out / "results.json").read_text())["runs"]}
+    assert list(runs) == ["zero_shot", "tip_adapter", "clip_adapter"]
+    assert (runs["zero_shot"]["trainable_parameters"], runs["tip_adapter"]["trainable_parameters"]) == (0, 0)
+    assert runs["tip_adapter"]["stored_bytes"] > 3 * 4 * 128 * 4, "features of the pictures of three classes"
+    assert all(r["cached"] for r in runs.values())
+    assert "over zero-shot" in (out / "compare.md").read_text()

@@ -12,7 +12,8 @@ from .comparing import Measured, by_row
 from .figures import mean_interval
 from .plots import BLUE, GREY, ORANGE, panels, write_figure
 
-PROBE = "linear_probe"
+BASELINES = {"linear_probe": "the linear probe", "zero_shot": "zero-shot"}
+"""Rows that the others are compared with, the first of them that is there, and how they are called."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Line:
 
     Args:
         row: its label. `seeds`: how many. `accuracy`, `half`: mean test accuracy and half its 95 % interval over seeds.
-        over, over_half: mean of the differences to the linear probe, seed by seed, and half its interval; None for the probe.
+        over, over_half: mean of the differences to the baseline, seed by seed, and half its interval; None for the baseline.
         validation: mean accuracy that chose the epoch.
     """
 
@@ -37,22 +38,33 @@ class Line:
 
 def lines_of(runs: Sequence[Measured], rows: Sequence[str]) -> list[Line]:
     """A line for each row, in order."""
-    probe = {m.seed: m.test_accuracy for m in by_row(runs, PROBE)}
+    baseline = baseline_of(rows)
+    below = {m.seed: m.test_accuracy for m in by_row(runs, baseline)}
     found = []
     for row in rows:
         mine = by_row(runs, row)
         accuracy, half = mean_interval([m.test_accuracy for m in mine])
-        paired = [m.test_accuracy - probe[m.seed] for m in mine if m.seed in probe]
-        over, over_half = mean_interval(paired) if paired and row != PROBE else (None, None)
+        paired = [m.test_accuracy - below[m.seed] for m in mine if m.seed in below]
+        over, over_half = mean_interval(paired) if paired and row != baseline else (None, None)
         validation = sum(m.val_accuracy for m in mine) / len(mine)
         found.append(Line(row, len(mine), accuracy, half, over, over_half, validation, tuple(mine)))
     return found
 
 
+def baseline_of(rows: Sequence[str]) -> str:
+    """The row that the others are compared with; "" if there is none."""
+    return next((row for row in BASELINES if row in rows), "")
+
+
+def called(lines: Sequence[Line]) -> str:
+    """How the baseline is called."""
+    return BASELINES.get(baseline_of([line.row for line in lines]), "a baseline")
+
+
 def table(lines: Sequence[Line]) -> str:
     """Markdown, the best validation accuracy first."""
     head = (
-        "| method | test accuracy | over the linear probe | validation | trained | stored | step / frozen pass | step's memory "
+        f"| method | test accuracy | over {called(lines)} | validation | trained | stored | step / frozen pass | step's memory "
         "| rate |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     ordered = sorted(lines, key=lambda line: -line.validation)
@@ -72,13 +84,13 @@ def _line(line: Line) -> str:
 
 
 def verdict(lines: Sequence[Line]) -> list[str]:
-    """Sentences on who beats the linear probe, by the interval of the paired differences."""
+    """Sentences on who beats the baseline, by the interval of the paired differences."""
     others = [line for line in lines if line.over is not None and line.over_half is not None]
     better = [line.row for line in others if line.over - line.over_half > 0]  # type: ignore[operator]
     worse = [line.row for line in others if line.over + line.over_half < 0]  # type: ignore[operator]
     unclear = [line.row for line in others if line.row not in (*better, *worse)]
     found = []
-    for names, word in ((better, "above the linear probe"), (unclear, "not clearly apart from it"), (worse, "below it")):
+    for names, word in ((better, f"above {called(lines)}"), (unclear, "not clearly apart from it"), (worse, "below it")):
         if names:
             found.append(f"{word[0].upper()}{word[1:]}: {', '.join(names)}.")
     best = max(lines, key=lambda line: line.validation, default=None)
@@ -92,13 +104,13 @@ def write_picture(lines: Sequence[Line], title: str, path: Path) -> None:
     figure, axes = panels(8.6, 5.2)
     for line in lines:
         half = 0.0 if math.isinf(line.half) else 100 * line.half
-        color = ORANGE if line.row == PROBE else GREY if line.row.startswith(("full", "scratch")) else BLUE
+        color = ORANGE if line.row in BASELINES else GREY if line.row.startswith(("full", "scratch")) else BLUE
         count = max(1, line.runs[0].trainable_parameters)
         axes.errorbar(count, 100 * line.accuracy, yerr=half, fmt="o", color=color, capsize=2, markersize=5, linewidth=1)
     _labels(axes, lines)
-    probe = next((line for line in lines if line.row == PROBE), None)
-    if probe is not None:
-        axes.axhline(100 * probe.accuracy, color=ORANGE, linewidth=0.8, linestyle="--")
+    baseline = next((line for line in lines if line.row == baseline_of([each.row for each in lines])), None)
+    if baseline is not None:
+        axes.axhline(100 * baseline.accuracy, color=ORANGE, linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
     axes.set(xlabel="trained numbers", ylabel="test accuracy, %", title=title)
     axes.grid(alpha=0.25)
