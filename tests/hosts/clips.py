@@ -26,9 +26,10 @@ def _coca() -> nn.Module:
 
     text = {**TEXT, "embed_cls": True, "output_tokens": True, "context_length": 7, "width": 16}
     decoder = {"width": 16, "heads": 2, "layers": 2, "context_length": 7, "vocab_size": 64}
-    return open_clip.CoCa(
-        16, multimodal_cfg=decoder, text_cfg=text, vision_cfg={**VISION, **POOL, "attentional_pool": True, "output_tokens": True}
-    )
+    vision = {**VISION, **POOL, "attentional_pool": True, "output_tokens": True}
+    model = open_clip.CoCa(16, multimodal_cfg=decoder, text_cfg=text, vision_cfg=vision)
+    nn.init.normal_(model.text_decoder.text_projection)  # open_clip leaves there what was in the memory
+    return model
 
 
 def _timm(name: str, **vision: Any) -> Callable[[], nn.Module]:
