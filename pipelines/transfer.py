@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from veneer.classifying.config import TransferConfig
 from veneer.classifying.data import Data, Views, open_data
 from veneer.classifying.models import Classifier, open_classifier
-from veneer.classifying.outcome import write_outcome
+from veneer.classifying.outcome import tidy, write_outcome
 from veneer.classifying.search import searched
 from veneer.classifying.teaching import Teacher, attach_methods
 from veneer.injection import Attachment, VeneerError
@@ -39,6 +39,9 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
     config = on_main(accelerator, config.completed)
     config.built()
     out = _folder(config)
+    if (out / "result.json").exists():
+        print(f"{out} is finished already.")
+        return out
     data = on_main(accelerator, lambda: open_data(config, out, _progress("pictures checked")))
     for note in data.notes if accelerator.is_main_process else ():
         print(f"note: {note}", flush=True)
@@ -61,6 +64,7 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
                 print(f"stopped after step {taught.result.steps} of {teacher.steps}; go on with --resume --out {out}")
             else:
                 record = write_outcome(config, data, classifier, attached, teacher, taught)
+                tidy(out)
                 print(_told(record, out))
     accelerator.wait_for_everyone()
     return out

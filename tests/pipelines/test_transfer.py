@@ -61,6 +61,7 @@ def test_the_colours_are_learnt_and_everything_is_written(taught: Path) -> None:
     assert names >= {
         "adapter.safetensors", "result.json", "model.json", "splits.json", "confusion.png", "curves.png", "mistakes.png",
     }  # fmt: skip
+    assert not [name for name in names if name.startswith(("checkpoint", "best", "curve.json"))]
     assert found["val_accuracy"] >= 0.8
     assert found["test_accuracy"] >= 0.8
     low, high = found["test_interval_95"]
@@ -204,6 +205,7 @@ def test_a_finished_run_is_not_overwritten(taught: Path, pictures: Path, models:
     before = (taught / "adapter.safetensors").read_bytes()
     with pytest.raises(VeneerError, match=r"holds a finished run"):
         transfer(config(pictures, models["vit"], taught))
+    assert transfer(config(pictures, models["vit"], taught, resume=True)) == taught, "nothing is left to do"
     assert (taught / "adapter.safetensors").read_bytes() == before
 
 

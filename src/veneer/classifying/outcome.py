@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -87,6 +88,14 @@ def write_outcome(
     }
     write_json(out / "result.json", record)
     return record
+
+
+def tidy(out: Path) -> None:
+    """Remove what only an unfinished run needs: checkpoints, the best epoch's tensors, and the curve, which `result.json` has."""
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    for name in ("best.safetensors", "curve.json"):
+        (out / name).unlink(missing_ok=True)
 
 
 def model_record(config: TransferConfig, classifier: Classifier) -> dict[str, Any]:
