@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def _folder(config: TransferConfig) -> Path:
     return out
 
 
-def _progress(what: str):  # type: ignore[no-untyped-def]
+def _progress(what: str) -> Callable[[int, int], None]:
+    """A line on a terminal that counts."""
+
     def told(done: int, count: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{what}: {done:,}/{count:,}", end="\n" if done == count else "", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from veneer.training.checkpoints import write_atomically
 
 from .config import TransferConfig
 from .data import Data
-from .figures import figures_of
+from .figures import Figures, figures_of
 from .models import Classifier
 from .plots import write_confusion, write_curves, write_mistakes
 from .teaching import Taught, Teacher
@@ -37,7 +37,6 @@ def write_outcome(
     """
     out = teacher.folder
     assert taught.best is not None
-    assert taught.validation is not None
     stored = 0
     if attached:
         file = native.save(attached, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where})
@@ -51,15 +50,26 @@ def write_outcome(
     write_mistakes(
         logits, labels, classifier.classes, lambda i: data.source.read(data.source.examples[tested[i]]), out / "mistakes.png"
     )
-    record = {
+    record = _record(config, data, classifier, attached, taught, figures) | {"stored_bytes": stored}
+    write_json(out / "result.json", record)
+    return record
+
+
+def _record(
+    config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], taught: Taught, figures: Figures
+) -> dict[str, Any]:
+    """The figures of a run, and all that they depend on."""
+    best, validation = taught.best, taught.validation
+    assert best is not None
+    assert validation is not None
+    return {
         "test_accuracy": figures.accuracy,
         "test_interval_95": list(figures.interval),
-        "val_accuracy": taught.validation.accuracy,
+        "val_accuracy": validation.accuracy,
         "trainable_parameters": taught.trainable,
-        "stored_bytes": stored,
         "test": figures.as_dict(classifier.classes),
-        "validation": {"accuracy": taught.validation.accuracy, "interval_95": list(taught.validation.interval)},
-        "chosen": asdict(taught.best),
+        "validation": {"accuracy": validation.accuracy, "interval_95": list(validation.interval)},
+        "chosen": asdict(best),
         "epochs": [asdict(epoch) for epoch in taught.epochs],
         "training": {
             "steps": taught.result.steps,
@@ -86,8 +96,6 @@ def write_outcome(
         "versions": {name: version(name) for name in ("veneer", "torch", "timm", "open_clip_torch")},
         "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},
     }
-    write_json(out / "result.json", record)
-    return record
 
 
 def tidy(out: Path) -> None:
