@@ -17,6 +17,7 @@ from veneer.classifying.data import Views, open_data
 from veneer.classifying.models import open_classifier
 from veneer.classifying.outcome import write_json
 from veneer.injection import VeneerError
+from veneer.training.checkpoints import write_atomically
 from veneer.training.personal import new_folder
 
 __all__ = ["CompareConfig", "compare"]
@@ -144,5 +145,5 @@ def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
         *verdict(lines),
         "",
     ]
-    (out / "compare.md").write_text("\n".join(page), encoding="utf-8")
+    write_atomically(out / "compare.md", "\n".join(page).encode())
     write_picture(lines, title, out / "accuracy.png")

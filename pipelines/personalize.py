@@ -20,7 +20,7 @@ from veneer.training.families import Family, family
 from veneer.training.folder import Photo, find_photos
 from veneer.training.loop import Trainer
 from veneer.training.outcome import Run, write_outcome, write_preview
-from veneer.training.personal import PersonalizeConfig
+from veneer.training.personal import PersonalizeConfig, run_folder
 from veneer.training.preflight import preflight
 from veneer.training.prior import base_digest, prior_pictures
 from veneer.training.processes import on_main
@@ -42,7 +42,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     cpu = not torch.accelerator.is_available()  # said, or processes of torchrun would each think that they are alone
     accelerator = accelerator or Accelerator(cpu=cpu)
     config = on_main(accelerator, config.completed)
-    out = _folder(config)
+    out = run_folder(config.out, config.resume)
     photos = find_photos(config.photos or "", concept=config.concept)
     pipe = bases.load(config.base).to(accelerator.device)
     targets.freeze(pipe)
@@ -112,16 +112,6 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
             with trainer.averaged():
                 write_outcome(run, result)
     accelerator.wait_for_everyone()
-    return out
-
-
-def _folder(config: PersonalizeConfig) -> Path:
-    """The folder for results; an earlier, finished run in it is not overwritten."""
-    out = config.out
-    assert out is not None
-    if (out / "result.json").exists() and not config.resume:
-        raise VeneerError(f"{out} holds a finished run. Choose another --out, or delete it.")
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 

@@ -16,7 +16,8 @@ from veneer.classifying.models import Classifier, open_classifier
 from veneer.classifying.outcome import tidy, write_outcome
 from veneer.classifying.search import searched
 from veneer.classifying.teaching import Teacher, attach_methods
-from veneer.injection import Attachment, VeneerError
+from veneer.injection import Attachment
+from veneer.training.personal import run_folder
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
 
@@ -39,7 +40,7 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
     accelerator = accelerator or Accelerator(cpu=cpu)
     config = on_main(accelerator, config.completed)
     config.built()
-    out = _folder(config)
+    out = run_folder(config.out, config.resume)
     if (out / "result.json").exists():
         print(f"{out} is finished already.")
         return out
@@ -68,16 +69,6 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
                 tidy(out)
                 print(_told(record, out))
     accelerator.wait_for_everyone()
-    return out
-
-
-def _folder(config: TransferConfig) -> Path:
-    """The folder for results; an earlier, finished run in it is not overwritten."""
-    out = config.out
-    assert out is not None
-    if (out / "result.json").exists() and not config.resume:
-        raise VeneerError(f"{out} holds a finished run. Choose another --out, or delete it.")
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 

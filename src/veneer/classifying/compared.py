@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .comparing import Measured, by_row
 from .figures import mean_interval
@@ -85,10 +86,10 @@ def _line(line: Line) -> str:
 
 def verdict(lines: Sequence[Line]) -> list[str]:
     """Sentences on who beats the baseline, by the interval of the paired differences."""
-    others = [line for line in lines if line.over is not None and line.over_half is not None]
-    better = [line.row for line in others if line.over - line.over_half > 0]  # type: ignore[operator]
-    worse = [line.row for line in others if line.over + line.over_half < 0]  # type: ignore[operator]
-    unclear = [line.row for line in others if line.row not in (*better, *worse)]
+    others = [(x.row, x.over, x.over_half) for x in lines if x.over is not None and x.over_half is not None]
+    better = [row for row, over, half in others if over - half > 0]
+    worse = [row for row, over, half in others if over + half < 0]
+    unclear = [row for row, _, _ in others if row not in (*better, *worse)]
     found = []
     for names, word in ((better, f"above {called(lines)}"), (unclear, "not clearly apart from it"), (worse, "below it")):
         if names:
@@ -117,7 +118,7 @@ def write_picture(lines: Sequence[Line], title: str, path: Path) -> None:
     write_figure(figure, path)
 
 
-def _labels(axes: object, lines: Sequence[Line]) -> None:
+def _labels(axes: Any, lines: Sequence[Line]) -> None:
     """Names beside the points, pushed apart where they would cover each other."""
     placed: list[tuple[float, float]] = []
     for line in sorted(lines, key=lambda each: -each.accuracy):
@@ -127,7 +128,7 @@ def _labels(axes: object, lines: Sequence[Line]) -> None:
         while any(abs(x - a) < 0.9 and abs(lowered - b) < 0.032 * span for a, b in placed):
             lowered -= 0.033 * span
         placed.append((x, lowered))
-        axes.annotate(  # type: ignore[attr-defined]
+        axes.annotate(
             line.row, (10**x, y), (10 ** (x + 0.06), lowered), fontsize=8, va="center",
             arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": GREY} if lowered != y else None,
         )  # fmt: skip

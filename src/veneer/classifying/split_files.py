@@ -1,13 +1,13 @@
 """Splits on disk: `splits.json` names every picture of every split, so that another run uses the same ones or says why not."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from veneer.classifying.examples import Source, some
 from veneer.classifying.splits import Splits, digest_of, hashes_of
+from veneer.training.checkpoints import write_atomically
 from veneer.training.photos import DataError
 
 _FORM = 1
@@ -27,10 +27,7 @@ def save_splits(splits: Splits, source: Source, path: Path) -> None:
     for part in _PARTS:
         rows = ",\n  ".join(json.dumps(line, ensure_ascii=False) for line in lines(getattr(splits, part)))
         text += f',\n "{part}": [\n  {rows}\n ]'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text + "\n}\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, (text + "\n}\n").encode())
 
 
 def load_splits(path: Path, source: Source) -> Splits:

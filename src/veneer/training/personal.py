@@ -238,5 +238,18 @@ def new_folder(parent: Path, name: str) -> Path:
     return next(parent / n for n in names if not (parent / n).exists())
 
 
+def run_folder(out: Path | None, resume: bool) -> Path:
+    """The folder for results, made if it is not there; an earlier, finished run in it is not overwritten.
+
+    Raises:
+        VeneerError: it holds a finished run, and `resume` is False.
+    """
+    assert out is not None
+    if (out / "result.json").exists() and not resume:
+        raise VeneerError(f"{out} holds a finished run. Choose another --out, or delete it.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
 def _plain(word: str) -> str:
     return re.sub(r"[^\w-]+", "", word) or "concept"
