@@ -201,6 +201,17 @@ def test_a_head_is_trained_on_features_that_are_computed_once(
     assert result(out)["training"]["cached_features"]
 
 
+def test_adapters_train_and_the_base_does_not(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
+    """Dropout of an adapter acts, which moves the result; statistics of the base's norms stay, so that no file has them."""
+    tensors = []
+    for dropout in (0.0, 0.5):
+        options = {"lora": {"dropout": dropout}}
+        out = transfer(config(pictures, models["resnet"], tmp_path / str(dropout), epochs=1, options=options))
+        tensors.append(load_file(out / "adapter.safetensors"))
+    assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert not [name for name in tensors[0] if "running_" in name]
+
+
 def test_a_finished_run_is_not_overwritten(taught: Path, pictures: Path, models: dict[str, Path]) -> None:
     before = (taught / "adapter.safetensors").read_bytes()
     with pytest.raises(VeneerError, match=r"holds a finished run"):
