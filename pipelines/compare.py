@@ -33,7 +33,7 @@ class CompareConfig:
             weights) and `scratch` (all, from random ones) are rows like any other.
         seeds: how many runs of each row; each draws its own start, order and augmentation, on the same splits.
         baseline: run `linear_probe` as well, or `zero_shot` for a CLIP, which the table compares with.
-        shots, validation, test, split_seed, epochs, batch, learning_rate, weight_decay, augment, squash, size, precision, search,
+        head_first, shots, validation, test, split_seed, epochs, batch, learning_rate, weight_decay, augment, squash, size, precision, search,
             search_epochs, warmup, label_smoothing, workers: as for `veneer transfer`, the same for all rows. `learning_rate` None
             is each method's usual; `search` finds one for each row, on validation pictures, with the first seed.
         first_seed: the first of the seeds.
@@ -46,6 +46,7 @@ class CompareConfig:
     methods: str = "lora, adaptformer, vpt, ssf, bitfit"
     seeds: int = 3
     baseline: bool = True
+    head_first: bool = True
     shots: int | None = None
     validation: float = 0.1
     test: float = 0.15

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from veneer.classifying.cached import Features
 from veneer.classifying.config import TransferConfig
 from veneer.classifying.data import Data, Views, open_data
 from veneer.classifying.models import Classifier, open_classifier
@@ -17,6 +18,7 @@ from veneer.classifying.outcome import tidy, write_outcome
 from veneer.classifying.search import searched
 from veneer.classifying.teaching import Teacher, attach_methods
 from veneer.injection import Attachment
+from veneer.training.gradients import AUTOCAST
 from veneer.training.personal import run_folder
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
@@ -52,10 +54,11 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
         templates=config.templates,
     )  # fmt: skip
     with Views(data, classifier.data, config.augment, squash=config.squash, seed=config.seed, workers=config.workers) as views:
-        config = searched(config, classifier, views, out, accelerator)
+        features = Features(classifier, views, config.batch, AUTOCAST[config.precision])
+        config = searched(config, classifier, views, out, accelerator, features)
         attached = attach_methods(classifier, config, data)
         identity = {**config.identity(), "splits": data.splits.digest, "weights": classifier.weights}
-        teacher = Teacher(classifier, attached, views, config, out, accelerator, identity, ProgressLine())
+        teacher = Teacher(classifier, attached, views, config, out, accelerator, identity, ProgressLine(), features)
         if accelerator.is_main_process:
             print(_plan(config, data, classifier, attached, teacher), flush=True)
         if config.check:
@@ -103,5 +106,7 @@ def _plan(config: TransferConfig, data: Data, classifier: Classifier, attached: 
     for a in attached:
         lines.append(f"{a.method.name}: {len(a.parts)} sites, {sum(p.numel() for p in a.parameters()):,} numbers")
     how = "on features that are computed once" if teacher.features is not None else f"augmented: {config.augment}"
+    if teacher.starts_head:
+        lines.append("the head starts at the logistic regression on the frozen features")
     lines.append(f"{teacher.steps:,} steps of {config.batch * config.accumulation}, rate {config.rate():g}, {how}")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from veneer.injection.sites import FeatureSite
 
 from .batches import Batch
 from .data import Views
+from .first_head import Head, solve_head
 from .models import Classifier
 
 SPLITS = ("train", "validation", "test")
@@ -47,13 +48,28 @@ class Features:
         self._at: dict[int, int] = {}
         self._rows: list[Tensor] = []
         self._labels: list[Tensor] = []
+        self._first: Head | None = None
+
+    @property
+    def path(self) -> str:
+        """Of the head in the model."""
+        site = self.classifier.features
+        assert site is not None
+        return site.head
 
     @property
     def head(self) -> nn.Module:
         """The head as it is now."""
-        site = self.classifier.features
-        assert site is not None
-        return self.classifier.model.get_submodule(site.head)
+        return self.classifier.model.get_submodule(self.path)
+
+    def first_head(self, classes: int) -> Head:
+        """The logistic regression on them; the backbone runs with the adapters as they are now."""
+        if self._first is None:
+            self.see(("train", "validation"))
+            splits = self.views.data.splits
+            train, validation = (self([(0, index) for index in indices]) for indices in (splits.train, splits.validation))
+            self._first = solve_head(train, validation, classes)
+        return self._first
 
     def see(self, splits: Sequence[str] = SPLITS) -> None:
         """Run the backbone once over the pictures of some splits."""

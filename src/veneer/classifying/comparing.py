@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,7 +28,7 @@ from .config import TransferConfig
 from .data import Views
 from .models import Classifier, new_head, open_classifier
 from .search import searched
-from .teaching import Teacher, attach_methods
+from .teaching import Teacher, attach_methods, switched_off
 
 ROW = re.compile(r"\s*([\w+]+)\s*(?:\(([^()]*)\))?\s*")
 
@@ -206,7 +205,8 @@ class Comparison:
         folder = self.out / "search" / _plain(row.label)
         folder.mkdir(parents=True, exist_ok=True)
         first = dataclasses.replace(config, seed=self.base.seed)
-        found = searched(first, classifier, self.views, folder, self.accelerator)
+        features = None if row.scratch else self.features
+        found = searched(first, classifier, self.views, folder, self.accelerator, features)
         return dataclasses.replace(config, learning_rate=found.learning_rate, options=found.options)
 
 
@@ -231,21 +231,13 @@ def step_cost(teacher: Teacher, rounds: int = 5) -> tuple[float, int]:
             p.grad = None
 
     def floor() -> None:
-        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None), _off(teacher):
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None), switched_off(teacher.attached):
             teacher.model(pixels)
 
     step()
     floor()
     memory = peak(step)
     return statistics.median(_timed(step) / _timed(floor) for _ in range(rounds)), memory
-
-
-def _off(teacher: Teacher) -> contextlib.ExitStack:
-    """A context with nothing attached acting."""
-    stack = contextlib.ExitStack()
-    for attachment in teacher.attached:
-        stack.enter_context(attachment.enabled(False))
-    return stack
 
 
 def _timed(run: Callable[[], None]) -> float:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from veneer.injection import VeneerError
 
-from .cached import reads_features_only
+from .cached import Features, reads_features_only
 from .config import TransferConfig
 from .data import Views
 from .models import Classifier
@@ -45,7 +45,14 @@ def _strengths(config: TransferConfig) -> Iterator[dict[str, Any]]:
         yield {**config.options, **told}
 
 
-def searched(config: TransferConfig, classifier: Classifier, views: Views, out: Path, accelerator: Accelerator) -> TransferConfig:
+def searched(
+    config: TransferConfig,
+    classifier: Classifier,
+    views: Views,
+    out: Path,
+    accelerator: Accelerator,
+    features: Features | None = None,
+) -> TransferConfig:
     """The config with the rate and scale that did best on the validation pictures. Trials are written down in `search.json`.
 
     Each trial is a short run of `search_epochs`, with its whole schedule. A resumed search takes the trials that are there. Where
@@ -63,7 +70,7 @@ def searched(config: TransferConfig, classifier: Classifier, views: Views, out: 
         short = dataclasses.replace(trial, epochs=config.search_epochs, steps=None, patience=0, resume=False)
         attached = attach_methods(classifier, short, views.data)
         try:
-            taught = Teacher(classifier, attached, views, short, folder, accelerator).teach()
+            taught = Teacher(classifier, attached, views, short, folder, accelerator, features=features).teach()
         finally:
             for attachment in reversed(attached):
                 attachment.detach()

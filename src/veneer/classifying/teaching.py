@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from veneer.injection import Attachment, VeneerError, attach
 from veneer.injection.ledger import statistics
 from veneer.injection.seams import Seam
 from veneer.training import targets
+from veneer.training.checkpoints import Checkpoints
 from veneer.training.gradients import AUTOCAST
 from veneer.training.loop import Trainer, TrainResult
 from veneer.training.optimizers import Group
@@ -28,6 +30,7 @@ from .cached import Features, reads_features_only
 from .config import TransferConfig
 from .data import Data, Views
 from .figures import Figures, figures_of
+from .first_head import put_first_head, takes_first_head
 from .models import Classifier
 from .selection import Epoch, Selection
 
@@ -46,6 +49,15 @@ def attach_methods(classifier: Classifier, config: TransferConfig, data: Data) -
 
 def _holds_head(attachment: Attachment) -> bool:
     return any(adapter.replaces and site.role == "head" for site, adapter in attachment.parts.values())
+
+
+@contextlib.contextmanager
+def switched_off(attached: Iterable[Attachment]) -> Iterator[None]:
+    """A context with nothing attached acting."""
+    with contextlib.ExitStack() as stack:
+        for attachment in attached:
+            stack.enter_context(attachment.enabled(False))
+        yield
 
 
 @dataclass(frozen=True)
@@ -95,8 +107,8 @@ class Teacher:
         classifier.model.to(accelerator.device)
         self.model: Any = classifier.model
         cached = config.cache and reads_features_only(classifier, attached)
-        seen = features or Features(classifier, views, config.batch, self.dtype)
-        self.features = seen if cached else None
+        self._seen = features or Features(classifier, views, config.batch, self.dtype)
+        self.features = self._seen if cached else None
         self.per_epoch = max(1, len(views.data.splits.train) // (config.batch * config.accumulation))
         self.steps = config.steps or config.epochs * self.per_epoch
         self.named = targets.named_state(attached)
@@ -113,9 +125,8 @@ class Teacher:
             Diverged, CheckpointError: as the loop does.
         """
         self._refuse_several()
+        self._see()
         self._modes()
-        if self.features is not None:
-            self.features.see()
         self._prepare(0)
         result = self._fit() if self.trainable else TrainResult(0, [], 0.0, peak_memory(self.accelerator.device), False)
         best = None
@@ -126,6 +137,23 @@ class Teacher:
             self.selection.restore()
         validation = self.figures("validation") if best else None
         return Taught(result, tuple(self.selection.epochs), best, validation, self.features is not None, self.trainable)
+
+    def _see(self) -> None:
+        """Run the backbone once, where its features are all that is needed, or tell the head where to start."""
+        if self.features is not None:
+            self.features.see()
+        if self.starts_head and not (self.config.resume and Checkpoints(self.folder, {}).steps()):
+            with switched_off(self.attached):
+                solved = self._seen.first_head(len(self.views.data.classes))
+            put_first_head(solved, self.attached, self._seen.path)
+
+    @property
+    def starts_head(self) -> bool:
+        """True if a fresh head starts where a probe of the frozen features ends."""
+        wanted = self.config.head_first and self.classifier.fresh and self.classifier.weights != "random"
+        return (
+            wanted and self.classifier.features is not None and takes_first_head(self._seen.head, self.attached, self._seen.path)
+        )
 
     def loss(self) -> ClassifyingLoss:
         """The loss of the training pictures, or of their features."""
