@@ -1,9 +1,9 @@
 """Where a fresh head starts: at the logistic regression on the frozen features, so that adapters begin where a probe ends.
 
-From a random head the first gradients that reach the adapters say little, and a short run spends itself on the head. Source: Kumar
-et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022 (linear probing, then tuning).
-Deviation: the probe is solved, not trained by gradient steps, as in Radford et al., Learning Transferable Visual Models From
-Natural Language Supervision, ICML 2021, A.3.
+From a random head the first gradients that reach the adapters say little, and a short run spends itself on the head.
+Source: Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022 (linear probing,
+then tuning). Deviation: the probe is solved, not trained by gradient steps, as in Radford et al., Learning Transferable Visual
+Models From Natural Language Supervision, ICML 2021, A.3.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def _solved(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, penalty: float) 
     def loss() -> Tensor:
         steps.zero_grad()
         value = cross_entropy(linear(x, weight, bias), y) + penalty / 2 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    steps.step(loss)  # type: ignore[arg-type]
+    steps.step(loss)
     return weight.detach(), bias.detach()
