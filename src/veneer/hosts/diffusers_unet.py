@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..injection.host import Host, module_names
-from ..injection.sites import ResidualSite, Site
+from ..injection.sites import Site
 from ._describe import Draw, Part
 from ._diffusers import attention, basic_block, is_attention, processor_order, rest
+from ._diffusers_control import residual_site, skips
 
 RESNET = {"conv1": "conv.res", "conv2": "conv.res", "conv_shortcut": "conv.res", "time_emb_proj": "time.res"}
 ROLES = {
@@ -44,8 +45,7 @@ class DiffusersUNet(Host):
             yield from _block(part.at(stage=stage), path, order, depth)
         for name in AFTER:
             yield from rest(part, name, ROLES)
-        widths, strides = skips(model)
-        yield ResidualSite(name="residuals", role="residual", widths=widths, strides=strides, **part.labels)
+        yield residual_site(part, components)
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
         bare: Any = model
@@ -135,18 +135,3 @@ def _transformer(part: Part, path: str, order: dict[str, int], depth: Iterator[i
             yield from _transformer(part, f"{path}.{name}", order, depth)
         if not children:
             yield from rest(part, path, ROLES)
-
-
-def skips(model: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Widths and strides of the skip features in the order in which ControlNets give residuals, then of the middle."""
-    unet: Any = model
-    widths, strides, stride = [unet.conv_in.out_channels], [1], 1
-    for block in unet.down_blocks:
-        for resnet in block.resnets:
-            widths.append(resnet.out_channels)
-            strides.append(stride)
-        if block.downsamplers is not None:
-            stride *= 2
-            widths.append(widths[-1])
-            strides.append(stride)
-    return (*widths, widths[-1]), (*strides, stride)

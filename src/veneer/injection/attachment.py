@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from . import merge as merging
+from .conditions import Given, scope, take
 from .errors import StateError
 from .joined import Joined
 from .ledger import Merge, open_ledger
 from .method import Adapter
 from .plan import Plan
+from .preparing import prepare
 from .probe import probe
 from .report import Report
 from .sites import Site
@@ -47,6 +49,8 @@ class Attachment:
         self.provenance: dict[str, Any] = {}
         self._joined = Joined(self, planned)
         self.trained = self._joined.trained
+        self.conditions: Given | None = None
+        self._pipeline: Any = None
         self._scale, self._on = 1.0, True
         self._pristine: merging.Pristine | None = None
 
@@ -111,15 +115,7 @@ class Attachment:
             batches: pictures (B, C, H, W) as the model takes them, and labels (B,).
             run: in the model's place: its head, where the batches are features.
         """
-        (tower,) = self.towers.values()
-        modes = {m: m.training for m in tower.modules()}
-        tower.eval()
-        try:
-            with torch.no_grad():
-                self.method.prepare(list(self.parts.values()), run or tower, batches)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        prepare(self, batches, run)
 
     def penalty(self) -> Tensor | None:
         """The method's own term of the loss, to be added before `backward()`; None for most methods."""
@@ -174,7 +170,30 @@ class Attachment:
         self.check()
         return native.save(self, path)
 
-    # strength
+    # conditions and strength
+
+    def given(
+        self, *, strength: float = 1.0, start: float = 0.0, end: float = 1.0, pipeline: Any = None, **conditions: Any
+    ) -> AbstractContextManager[None]:
+        """A `with` block in which the model is called with these conditions; the earlier ones come back after it.
+
+        A pipeline is called as ever: with guidance, several prompts and several pictures a prompt. One condition counts for all
+        samples; of several the n-th for the n-th prompt.
+
+        Args:
+            strength: multiplies `scale`, here only. `start`, `end`: the part of the schedule in which it acts, 0 to 1.
+            pipeline: what is called, where it is another pipeline than the one that was attached to.
+            conditions: what the method takes, such as `image=`.
+        Raises:
+            ConditionError: the method takes no conditions or others, or one cannot be used.
+        """
+        runs = pipeline if pipeline is not None else self._pipeline and self._pipeline()
+        return scope(self, take(self, conditions, strength, start, end, runs))
+
+    @property
+    def idle(self) -> bool:
+        """True while it is switched off, or at scale 0."""
+        return not self._on or self._scale == 0
 
     @property
     def scale(self) -> float:
@@ -232,7 +251,7 @@ class Attachment:
                 seam.part()
         except BaseException:
             merging.unfold(self.towers, pristine)
-            self._join_again()
+            self._joined.join_again()
             raise
         self._pristine, self.merged = pristine, True
         for tower in self.towers.values():
@@ -257,16 +276,7 @@ class Attachment:
         for tower in self.towers.values():
             open_ledger(tower).merged.pop()
         self._pristine, self.merged = None, False
-        self._join_again()
-
-    def _join_again(self) -> None:
-        """Take the place in the order of attaching: what was attached later acts later, also after an unmerge."""
-        ledgers = [open_ledger(tower).attachments for tower in self.towers.values()]
-        later = dict.fromkeys(a for known in ledgers for a in known[known.index(self) :] if not a.merged)
-        for attachment in later:
-            for seam in attachment._joined.seams:
-                seam.part()
-                seam.join(attachment.name)
+        self._joined.join_again()
 
     # looking
 

@@ -35,3 +35,7 @@ class SaveError(VeneerError):
 
 class LoadError(VeneerError):
     """A file that does not fit: missing, unused or misshapen tensors, another base, unknown method or version."""
+
+
+class ConditionError(VeneerError):
+    """A condition that is missing, of the wrong size, or given to the wrong model."""

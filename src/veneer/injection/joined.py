@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .conditions import receive
 from .errors import HostChanged, StateError
 from .ledger import close, lookup, open_ledger, peek
 from .plan import Plan
@@ -81,6 +82,15 @@ class Joined:
             adapter.leave()
         self.seams, self._doors, self._guards = [], [], {}
 
+    def join_again(self) -> None:
+        """Take the place in the order of attaching: what was attached later acts later, also after an unmerge."""
+        ledgers = [open_ledger(tower).attachments for tower in self.towers.values()]
+        later = dict.fromkeys(a for known in ledgers for a in known[known.index(self.attachment) :] if not a.merged)
+        for attachment in later:
+            for seam in attachment._joined.seams:
+                seam.part()
+                seam.join(attachment.name)
+
     def _others(self) -> list[Trained]:
         ledgers = [ledger for tower in self.towers.values() if (ledger := peek(tower)) is not None]
         return [a.trained for ledger in ledgers for a in ledger.attachments if a is not self.attachment]
@@ -89,6 +99,8 @@ class Joined:
         if not torch.compiler.is_compiling():
             acts = self.attachment._on and self.attachment._scale != 0
             self.attachment.check() if acts else self.trained.check()  # adapters that are off cannot be bypassed
+        if self.attachment.method.conditions and (torch.compiler.is_compiling() or not self.attachment.idle):
+            receive(self.attachment, module, args, kwargs)
         batch = self.batches.get(id(module))
         if batch is not None:
             batch.enter(args, kwargs)

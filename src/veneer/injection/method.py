@@ -7,12 +7,32 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .sites import Site
+
+if TYPE_CHECKING:
+    from .conditions import Now
+
+Taken = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+
+
+class Call:
+    """What an adapter knows of the call that runs; it is no part of the model's state, and copies begin without it.
+
+    Attributes:
+        now: what was given. `made`: what was made of it.
+    """
+
+    def __init__(self) -> None:
+        self.now: Now | None = None
+        self.made: Any = None
+
+    def __deepcopy__(self, memo: Any) -> Call:
+        return Call()
 
 
 class Adapter(nn.Module):
@@ -45,6 +65,9 @@ class Adapter(nn.Module):
 
     `switches = True` says that `output` gives another shape than y's, so that strengths are 0 or 1; it blends nothing itself.
 
+    `now` is what was given for the call that runs, for methods with `conditions`. One on a `ResidualSite` offers
+    `residuals(call)`, see `injection.residuals`.
+
     `remembered` names buffers that only training needs (not persistent): a checkpoint of a run keeps them, a file does not.
 
     One with both forms, of which `weight` is the cheaper at its site, says `prefers_weight = True`; then the host's tensor is
@@ -64,6 +87,13 @@ class Adapter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("strength", torch.ones(()), persistent=False)
+        self.call = Call()
+
+    @property
+    def now(self) -> Now:
+        """What was given for the call that runs."""
+        assert self.call.now is not None, "receive() comes first"
+        return self.call.now
 
     def enter(self, tower: nn.Module) -> None:
         """Called when it is attached: start from the host's own values, or change something beside the model (a tokenizer)."""
@@ -101,6 +131,7 @@ class Method(ABC):
         identity_at_start: True if a fresh adapter leaves the output bitwise unchanged.
         learning_rate: what to train it with by default; `training` warns when a rate is far from it.
         keeps_head: True if a classifier keeps its own head under it, because the method maps the head's labels to new ones.
+        conditions: what `Attachment.given` takes for it, such as `("image",)`; empty for a method that needs nothing in a call.
         prepares: `once` if it must see the training data before it is trained, `epoch` if before every epoch; see `prepare`.
     Args:
         by_site: other options at some sites, for a file whose layers differ: role pattern, or `name:` and a site's name, to
@@ -116,6 +147,7 @@ class Method(ABC):
     learning_rate: ClassVar[float] = 1e-3
     keeps_head: ClassVar[bool] = False
     prepares: ClassVar[Literal["", "once", "epoch"]] = ""
+    conditions: ClassVar[tuple[str, ...]] = ()
 
     by_site: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True, hash=False)
 
@@ -170,6 +202,22 @@ class Method(ABC):
             run: one pass of the model with the adapters on it, without a graph. `batches`: pictures (B, C, H, W) and labels (B,).
         """
         return None
+
+    def take(self, sites: Sequence[Site], pipeline: Any, **conditions: Any) -> Taken:
+        """What was given to `Attachment.given`, as tensors with a row a picture; and what else counts, as it is.
+
+        Raises:
+            ConditionError: it cannot be used.
+        """
+        raise NotImplementedError(f"{self.name} has conditions and does not take them")
+
+    def begin(self, adapters: Sequence[tuple[Site, Adapter]]) -> None:
+        """Called when a tower is called, after its adapters' `now` was set: what they need together is made here."""
+        return None
+
+    def example(self, adapters: Sequence[tuple[Site, Adapter]], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Conditions of one picture that fit some inputs of a tower, the same every time."""
+        return {}
 
     def penalty(self, adapters: Iterable[tuple[Site, Adapter]]) -> Tensor | None:
         """A term of its own that is added to the loss, with a graph; None for nothing. See `Attachment.penalty`."""

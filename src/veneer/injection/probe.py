@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .conditions import example, scope
 from .errors import DeadSite, StateError
 from .registry import host_of
 
@@ -47,12 +49,13 @@ def _dead(attachment: Attachment, component: str, tower: nn.Module, sample: Any)
     for adapter in adapters.values():
         amend = getattr(adapter, "sample", None)
         inputs = amend(inputs) if amend else inputs
+    conditions = scope(attachment, example(attachment, inputs)) if attachment.method.conditions else contextlib.nullcontext()
     parameters = [p for _, p in named]
     before = [p.detach().clone() for p in parameters]
     modes = {m: m.training for m in tower.modules()}
     devices = [p.device for p in parameters[:1] if p.device.type == "cuda"]
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
+        with conditions, torch.random.fork_rng(devices), torch.enable_grad():
             torch.manual_seed(0)
             with torch.no_grad():
                 for p in parameters:

@@ -274,11 +274,27 @@ class PromptSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualSite(Site):
-    """UNet skip and mid features to which control residuals are added.
+    """UNet skip and mid features to which control residuals are added, as arguments of the tower's call.
 
     Args:
         widths: channels of each down residual, then of the middle. `strides`: of each against the latent.
+        inner_widths, inner_strides: of the features inside the blocks of the way down, as T2I-Adapters change them.
+        pixels: of the picture, for each of the latent.
+        path: the module that is called with them. `arguments`: names of its first arguments, the latent's
+            first. `skips`, `middle`, `inner`: of those that are added.
+        first: path of the first block. `encoder(channels, widths)`: makes an untrained copy of the way down, with zero
+            convolutions behind it, for hint pictures of so many channels and the widths of what reads them.
     """
 
     widths: tuple[int, ...]
     strides: tuple[int, ...]
+    inner_widths: tuple[int, ...] = ()
+    inner_strides: tuple[int, ...] = ()
+    pixels: int = 8
+    path: str = ""
+    arguments: tuple[str, ...] = ()
+    skips: str = ""
+    middle: str = ""
+    inner: str = ""
+    first: str = ""
+    encoder: Any = field(default=None, compare=False, repr=False)

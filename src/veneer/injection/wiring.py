@@ -12,6 +12,7 @@ from .forms import base_tensor
 from .method import Adapter
 from .parametrized import WeightSeam, changeable
 from .processors import ProcessorSeam
+from .residuals import ResidualSeam
 from .seams import CallSeam, Seam
 from .sequences import TokenSeam, VocabularySeam
 from .shifted import Below, Shift, shift_site
@@ -24,6 +25,7 @@ from .sites import (
     PixelSite,
     Port,
     PromptSite,
+    ResidualSite,
     Site,
     StreamSite,
     TokenSite,
@@ -75,6 +77,9 @@ def _group(site: Site, adapter: Adapter, tower: nn.Module) -> Group:
     if isinstance(site, AttentionSite):
         _require(site, adapter, "attend")
         return (ProcessorSeam, site.name)
+    if isinstance(site, ResidualSite):
+        _require(site, adapter, "residuals")
+        return (ResidualSeam, site.name)
     _require(site, adapter, "output")
     if isinstance(site, VocabularySite):
         return (VocabularySeam, site.name)
@@ -103,7 +108,7 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
 
 def _require(site: Site, adapter: Adapter, form: str) -> None:
     if not hasattr(adapter, form):
-        has = [f for f in ("output", "input", "weight", "insert", "attend") if hasattr(adapter, f)]
+        has = [f for f in ("output", "input", "weight", "insert", "attend", "residuals") if hasattr(adapter, f)]
         raise UnsupportedSite(
             f"{site.name}: a {type(site).__name__}{'' if getattr(site, 'called', True) else ' that is read, not called,'} needs "
             f"the {form} form; {type(adapter).__name__} offers {', '.join(has) or 'none'}."

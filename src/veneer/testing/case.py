@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..injection import Attachment, attach
+from ..injection.conditions import example
 from ..injection.host import Host
 from ..injection.method import Method
 from ..injection.plan import fits
@@ -93,7 +94,7 @@ class Case:
         """Attach at every usable site, with fixed draws."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return attach(model, method or self.method, **{"where": self.where, **options})
+            return conditioned(attach(model, method or self.method, **{"where": self.where, **options}), self.plain(model))
 
     def attached(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Attachment]:
         """A new copy with adapters that have moved off their start values."""
@@ -126,10 +127,18 @@ class Case:
         """Inputs that reach the adapters."""
         inputs = self.plain(model)
         for attachment in attachments:
+            conditioned(attachment, inputs)
             for _, adapter in attachment.parts.values():
                 amend = getattr(adapter, "sample", None)
                 inputs = amend(inputs) if amend else inputs
         return inputs
+
+
+def conditioned(attachment: Attachment, inputs: dict[str, Any]) -> Attachment:
+    """The same with conditions that fit the inputs, where its method wants some."""
+    if attachment.method.conditions and attachment.conditions is None:
+        attachment.conditions = example(attachment, inputs)
+    return attachment
 
 
 def merges_at(site: Any, adapter: Any) -> bool:

@@ -17,7 +17,7 @@ from ..injection.attaching import attachments
 from ..injection.errors import LoadError, SelectionError, UnsupportedSite
 from ..injection.method import Method
 from ..injection.registry import methods
-from .case import Case, run, same, stir
+from .case import Case, conditioned, run, same, stir
 from .checks_attach import provoking
 from .snapshot import assert_same, snapshot
 
@@ -68,7 +68,7 @@ def save_load_save_is_byte_equal(case: Case) -> None:
         first = attachment.save(Path(folder) / "first")
         other = case.fresh()
         torch.manual_seed(1)  # what is drawn and not saved shows
-        loaded = load(other, first)
+        loaded = conditioned(load(other, first), inputs)
         same(run(other, inputs), run(model, inputs), f"{case.method.name}: loaded from the file against saved")
         if loaded.method != case.method or loaded.where != attachment.where:
             raise AssertionError(f"{case.method.name}: the file gives {loaded.method} at {loaded.where}")

@@ -1,0 +1,225 @@
+"""What is given to an attachment for a scope: pictures, their strength, and the part of the schedule in which they act.
+
+`Given` holds it as it was given; `Now` is what counts in one call of a tower, row by row of the batch. Pipelines stay ordinary: a
+batch is told apart into prompts, pictures a prompt and the two halves of classifier-free guidance by its size and by what the
+pipeline says of itself while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConditionError
+from .forms import first
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+GUIDANCE = "_guidance_scale"  # what a pipeline of diffusers sets when it is called
+
+
+@dataclass(frozen=True)
+class Now:
+    """What counts in one call.
+
+    Args:
+        values: each with a row for every row of the batch. `strength`: of this call, 0 outside of start … end.
+        conditioned: (batch,), False in the half that guidance computes without conditions; None where all rows are conditioned.
+        options: what else the method takes. `memo`: of `kept`.
+    """
+
+    values: Mapping[str, Tensor]
+    strength: float
+    conditioned: Tensor | None
+    options: Mapping[str, Any]
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def kept(self, module: nn.Module, make: Callable[[], Any]) -> Any:
+        """What `make` gives; from an earlier call of the scope where no graph is built and the module is the same."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        versions = () if torch.is_inference_mode_enabled() else tuple(p._version for p in module.parameters())
+        rows = None if self.conditioned is None else len(self.conditioned)
+        key = (id(module), rows, *(len(value) for value in self.values.values()), *versions)
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def half(self) -> slice:
+        """The conditioned rows."""
+        return slice(0, None) if self.conditioned is None else slice(len(self.conditioned) // 2, None)
+
+
+class Given:
+    """Conditions of one scope.
+
+    Args:
+        name: of the attachment, for errors.
+        values: what is the same for all rows of one picture: tensors (pictures, …).
+        options: what the method takes besides.
+        strength: multiplies the attachment's scale. `start`, `end`: part of the schedule in which it acts, 0 to 1.
+        pipeline: what runs; None for a bare model, whose batches have no guidance.
+    Raises:
+        ConditionError: start and end are no part of 0 … 1, or values have different numbers of pictures.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        values: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        strength: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        pipeline: Any = None,
+    ) -> None:
+        if not 0 <= start <= end <= 1:
+            raise ConditionError(f"'{name}': start={start}, end={end}; expected 0 <= start <= end <= 1, shares of the schedule.")
+        sizes = {key: len(value) for key, value in values.items()}
+        if len(set(sizes.values())) > 1:
+            raise ConditionError(f"'{name}': {sizes} pictures; expected as many of each.")
+        self.name, self.values, self.options = name, dict(values), dict(options)
+        self.strength, self.start, self.end = strength, start, end
+        self.pictures = next(iter(sizes.values()), 1)
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._memo: dict[Any, Any] = {}
+        self._guidance: Any = None
+
+    def open(self) -> None:
+        """Forget what the pipeline said of an earlier run, so that only what runs in this scope is believed."""
+        if (pipe := self._running()) is not None:
+            self._guidance = pipe.__dict__.pop(GUIDANCE, None)
+
+    def close(self) -> None:
+        """Undo `open`, where the pipeline has not run since."""
+        pipe = self._running()
+        if pipe is not None and self._guidance is not None:
+            pipe.__dict__.setdefault(GUIDANCE, self._guidance)
+        self._memo.clear()
+
+    def at(self, batch: int, timestep: Any, device: torch.device) -> Now:
+        """What counts in a call with `batch` rows.
+
+        Raises:
+            ConditionError: the batch cannot be shared out among the pictures, or nothing tells where in the schedule it is.
+        """
+        guided = self._guided(batch)
+        rows = self._rows(batch, guided, device)
+        values = {key: value.to(device)[rows] for key, value in self.values.items()}
+        conditioned = torch.arange(batch, device=device) >= batch // 2 if guided else None
+        return Now(values, self.strength if self._acts(timestep) else 0.0, conditioned, self.options, self._memo)
+
+    def _running(self) -> Any:
+        return None if self._pipeline is None else self._pipeline()
+
+    def _guided(self, batch: int) -> bool:
+        """True if the first half of the batch is guidance's, without conditions."""
+        pipe = self._running()
+        if pipe is None or not hasattr(type(pipe), "do_classifier_free_guidance"):
+            return False
+        if GUIDANCE not in pipe.__dict__:
+            raise ConditionError(
+                f"'{self.name}': it was attached to a {type(pipe).__name__}, and another pipeline runs. Say which: "
+                "given(…, pipeline=PIPE)."
+            )
+        return bool(pipe.do_classifier_free_guidance)
+
+    def _rows(self, batch: int, guided: bool, device: torch.device) -> Tensor:
+        """Which picture each row of the batch has."""
+        prompts = batch // 2 if guided else batch
+        each, left = divmod(prompts, self.pictures)
+        if left or (guided and batch % 2):
+            raise ConditionError(
+                f"'{self.name}': {self.pictures} pictures for {prompts} samples; expected one, or one for each prompt."
+            )
+        rows = torch.arange(prompts, device=device) // each
+        return torch.cat([rows, rows]) if guided else rows
+
+    def _acts(self, timestep: Any) -> bool:
+        if (self.start, self.end) == (0.0, 1.0):
+            return True
+        scheduler = getattr(self._running(), "scheduler", None)
+        if scheduler is None:
+            raise ConditionError(
+                f"'{self.name}': start and end need a pipeline's schedule. Attach to the pipeline, or leave them out."
+            )
+        step, steps = place(scheduler, timestep)
+        return not (step / steps < self.start or (step + 1) / steps > self.end)
+
+
+def place(scheduler: Any, timestep: Any) -> tuple[int, int]:
+    """(step, steps) of a run: where in the scheduler's list of timesteps it is, counted from where the run began."""
+    first, step = getattr(scheduler, "begin_index", None) or 0, getattr(scheduler, "step_index", None)
+    if step is None:
+        found = (scheduler.timesteps == torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)).nonzero()
+        step = int(found[0]) if len(found) else 0
+    return max(0, int(step) - first), max(1, len(scheduler.timesteps) - first)
+
+
+@contextlib.contextmanager
+def scope(attachment: Attachment, given: Given) -> Iterator[None]:
+    """Inside it the attachment has these conditions; the earlier ones come back after it."""
+    before = attachment.conditions
+    given.open()
+    attachment.conditions = given
+    try:
+        yield
+    finally:
+        attachment.conditions = before
+        given.close()
+        for _, adapter in attachment.parts.values():
+            adapter.call.now = adapter.call.made = None
+
+
+def receive(attachment: Attachment, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the adapters of a tower what counts in the call that begins.
+
+    Raises:
+        ConditionError: nothing was given.
+    """
+    given = attachment.conditions
+    if given is None:
+        takes = ", ".join(f"{name}=…" for name in attachment.method.conditions)
+        raise ConditionError(
+            f"'{attachment.name}' ({attachment.method.name}) was given nothing. Call the model inside "
+            f"`with attachment.given({takes}):`, or inside `with attachment.enabled(False):` for the bare model."
+        )
+    sample = first(args, kwargs)
+    timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+    now = given.at(len(sample), timestep, sample.device)
+    adapters = [(site, a) for site, a in attachment.parts.values() if attachment.towers[site.component] is tower]
+    for _, adapter in adapters:
+        adapter.call.now = now
+    if now.strength:
+        attachment.method.begin(adapters)
+
+
+def example(attachment: Attachment, inputs: Mapping[str, Any]) -> Given:
+    """Conditions that fit some inputs of a tower, for a probe and for the conformance suite."""
+    values = attachment.method.example(list(attachment.parts.values()), inputs)
+    return Given(attachment.name, values, {})
+
+
+def take(
+    attachment: Attachment, conditions: Mapping[str, Any], strength: float, start: float, end: float, pipeline: Any
+) -> Given:
+    """Conditions as the method takes them.
+
+    Raises:
+        ConditionError: the method takes none or others, or one cannot be used.
+    """
+    method, name = attachment.method, attachment.name
+    unknown = sorted(set(conditions) - set(method.conditions))
+    if unknown or not method.conditions:
+        takes = ", ".join(method.conditions) or "no conditions"
+        raise ConditionError(f"'{name}' ({method.name}) takes {takes}; got {', '.join(conditions) or 'nothing'}.")
+    sites = [site for site, _ in attachment.parts.values()]
+    values, options = method.take(sites, pipeline, **conditions)
+    return Given(name, values, options, strength, start, end, pipeline)

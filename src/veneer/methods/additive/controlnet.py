@@ -1,0 +1,109 @@
+"""ControlNet: a trainable copy of a UNet's way down, whose features are added to the skips through zero convolutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.injection.filling import values_follow
+from veneer.injection.merge import host_tensors
+from veneer.injection.method import Adapter
+from veneer.injection.residuals import Residuals, image_for
+from veneer.injection.sites import ResidualSite
+from veneer.methods.additive._control import Controlled
+
+WIDTHS = (16, 32, 96, 256)
+PASSED = ("class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs")
+
+
+@dataclass(frozen=True)
+class ControlNet(Controlled):
+    """y = F(x; Θ) with skips h_i + Z_i(h_i'), where h' are the features of a copy Θ' of the way down that reads x + H(c).
+
+    The hint encoder H reduces the picture c to the latent's size by convolutions; its last one and all Z_i, of 1×1, begin as
+    zeros, so that a new one changes nothing. Given with `given(image=…, strength=…, start=…, end=…, guess=…)`.
+
+    Args:
+        channels: of the picture, at least 1.
+        hint: widths of the hint encoder's stages, one more than the halvings from pixels to latents; empty for the usual.
+    `guess=True` when given: no control in the half of the batch that guidance computes without a prompt, and the skips weighed
+    from 0.1 at the top to 1 in the middle, evenly in the logarithm.
+    Counts: 361,279,120 for SD 1.5, 1,251,014,160 for SDXL.
+    Source: Zhang, Rao, Agrawala, ICCV 2023, equation 2 and figure 3. Guess mode as diffusers weighs it (the paper's code: 0.825
+    to the power of the distance from the middle).
+    """
+
+    name: ClassVar[str] = "controlnet"
+    paper: ClassVar[str] = "Zhang, Rao, Agrawala, Adding Conditional Control to Text-to-Image Diffusion Models, ICCV 2023"
+    conditions: ClassVar[tuple[str, ...]] = ("image", "guess")
+    learning_rate: ClassVar[float] = 1e-5
+
+    channels: int = 3
+    hint: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ValueError(f"controlnet: channels must be at least 1, got {self.channels}")
+
+    def build(self, site: ResidualSite) -> ControlNetAdapter:
+        """The copy, untrained; it gets the host's weights when it is attached."""
+        halvings = round(math.log2(site.pixels))
+        hint = self.hint or WIDTHS[: halvings + 1]
+        if len(hint) != halvings + 1 or site.encoder is None:
+            raise ValueError(f"hint has {len(hint)} widths; {site.pixels} pixels for each latent need {halvings + 1}")
+        return ControlNetAdapter(site, site.encoder(self.channels, hint))
+
+    def count(self, site: ResidualSite) -> int:
+        """Numbers of the copy, counted without making it."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.build(site).parameters())
+
+
+class ControlNetAdapter(Adapter):
+    """The copy `net`: a `ControlNetModel` of diffusers."""
+
+    def __init__(self, site: ResidualSite, net: nn.Module) -> None:
+        super().__init__()
+        self.site, self.net = site, net
+
+    @torch.no_grad()
+    def enter(self, tower: nn.Module) -> None:
+        """Begin as the host's way down."""
+        if values_follow():
+            return
+        host = dict(host_tensors(tower))
+        for name, value in self.net.state_dict().items():
+            if not name.startswith("controlnet_"):
+                value.copy_(host[name])
+
+    def residuals(self, call: Mapping[str, Any]) -> Residuals:
+        """Z_i(h_i') for every skip, and for the middle."""
+        image = image_for(call, self.site, self.now, "controlnet")
+        guess = bool(self.now.options.get("guess"))
+        rows = self.now.half() if guess else slice(0, None)
+        sample, timestep, context = (call[name] for name in self.site.arguments[:3])
+        dtype = next(self.net.parameters()).dtype
+        net: Any = self.net
+        down, middle = net(
+            sample[rows].to(dtype), _rows(timestep, rows), context[rows].to(dtype), image[rows].to(dtype), guess_mode=guess,
+            return_dict=False, **{name: _rows(call[name], rows) for name in PASSED if call.get(name) is not None},
+        )  # fmt: skip
+        before = len(sample) - len(middle)
+        return Residuals(skips=[_after(before, each) for each in down], middle=_after(before, middle))
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    """The same of some rows of the batch; what has no rows as it is."""
+    if isinstance(value, Mapping):
+        return {key: _rows(each, rows) for key, each in value.items()}
+    return value[rows] if isinstance(value, Tensor) and value.dim() else value
+
+
+def _after(count: int, features: Tensor) -> Tensor:
+    """Zeros for `count` rows, then the features."""
+    return torch.cat([features.new_zeros(count, *features.shape[1:]), features]) if count else features

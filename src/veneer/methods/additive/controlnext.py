@@ -1,0 +1,125 @@
+"""ControlNeXt: a small convolutional network whose feature is added, as large as the UNet's own, behind its first block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from veneer.injection.method import Adapter
+from veneer.injection.residuals import Residuals, image_for
+from veneer.injection.sites import ResidualSite, Site
+from veneer.methods.additive._control import Controlled
+
+TIME, STEM, WIDTHS, GROUPS = 128, 64, (128, 256), (4, 8)
+
+
+@dataclass(frozen=True)
+class ControlNeXt(Controlled):
+    """x' = x + s·CN(f(c, t)) with CN(f) = (f − mean f) / std f · std x + mean x, over channels and pixels of each sample.
+
+    f is a stem of three convolutions, two residual blocks with the time, each halving, and a convolution to the width of x, which
+    is what the UNet's first block gives. Given with `given(image=…, strength=…, start=…, end=…)`. The authors train the output
+    projections of all attentions as well, at a tenth of the rate: `train=("attn.out", "xattn.out")`.
+
+    Args:
+        channels: of the picture.
+        place: `block`, behind the first block, f brought to x's size before CN, as for SD 1.5; or `stem`, behind the first
+            convolution and brought to size after CN, as the authors do for SDXL.
+    Cross normalisation makes f as large as x from the first step on, so that a new one does change the output.
+    Counts: 3,526,400 for SD 1.5; with the output projections 28.3 M.
+    Source: Peng et al., arXiv 2408.06070, equation 5 and the sizes of its code. std divides by n − 1, as there.
+    """
+
+    name: ClassVar[str] = "controlnext"
+    paper: ClassVar[str] = "Peng et al., ControlNeXt: Powerful and Efficient Control for Image and Video Generation, 2024"
+    identity_at_start: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 1e-5
+
+    channels: int = 3
+    place: Literal["block", "stem"] = "block"
+
+    def __post_init__(self) -> None:
+        if self.place not in ("block", "stem") or self.channels < 1:
+            raise ValueError(
+                f"controlnext: place must be block or stem and channels at least 1, got {self.place!r}, {self.channels}"
+            )
+
+    def build(self, site: ResidualSite) -> ControlNeXtAdapter:
+        """The network, as wide at its end as what it is added to."""
+        return ControlNeXtAdapter(site, self.channels, self.place)
+
+    def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
+        """Ten times the run's rate, which is that of the base's own weights."""
+        return [{**group, "lr_scale": 10.0} for group in super().groups(adapters)]
+
+
+class ControlNeXtAdapter(Adapter):
+    """f, under the names that its authors gave it."""
+
+    def __init__(self, site: ResidualSite, channels: int, place: str) -> None:
+        super().__init__()
+        from diffusers.models.downsampling import Downsample2D
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+        from diffusers.models.resnet import ResnetBlock2D
+
+        self.site, self.first_pooled = site, place == "block"
+        self.place = site.first if place == "block" else "conv_in"
+        self.time_proj = Timesteps(TIME, True, 0)
+        self.time_embedding = TimestepEmbedding(TIME, 2 * TIME)
+        stem = zip((channels, STEM, STEM), (STEM, STEM, 2 * STEM), (2, 1, 1), strict=True)
+        self.embedding = nn.Sequential(*(layer for sizes in stem for layer in _normed(*sizes)))
+        ins = (2 * STEM, *WIDTHS[:-1])
+        self.down_res = nn.ModuleList(
+            ResnetBlock2D(in_channels=a, out_channels=b, temb_channels=2 * TIME, groups=g)
+            for a, b, g in zip(ins, WIDTHS, GROUPS, strict=True)
+        )
+        self.down_sample = nn.ModuleList(Downsample2D(w, use_conv=True, out_channels=w, padding=1, name="op") for w in WIDTHS)
+        last = WIDTHS[-1]
+        refine = nn.Sequential(
+            nn.Conv2d(last, last, 3, padding=1), nn.ReLU(), nn.GroupNorm(8, last), nn.Conv2d(last, last, 3, padding=1),
+            nn.GroupNorm(8, last),
+        )  # fmt: skip
+        self.mid_convs = nn.ModuleList([refine, nn.Conv2d(last, site.widths[0], 1)])
+
+    def feature(self, image: Tensor, timestep: Tensor) -> Tensor:
+        """f(c, t): (batch, channels, height, width) to (batch, widths[0], height / 8, width / 8)."""
+        time = self.time_embedding(self.time_proj(timestep.expand(len(image))).to(image.dtype))
+        x = self.embedding(image)
+        for block, halve in zip(self.down_res, self.down_sample, strict=True):
+            x = halve(block(x, time))
+        refine, widen = self.mid_convs
+        found: Tensor = widen(refine(x) + x)
+        return found
+
+    def residuals(self, call: Mapping[str, Any]) -> Residuals:
+        """Nothing yet: f is kept until the first block has run."""
+        image = image_for(call, self.site, self.now, "controlnext")
+        dtype = next(self.parameters()).dtype
+        timestep = torch.as_tensor(call[self.site.arguments[1]], device=image.device)
+        self.call.made = self.feature(image.to(dtype), timestep)
+        return Residuals()
+
+    def change(self, features: Tensor) -> Tensor:
+        """CN(f) for x."""
+        control: Tensor = self.call.made
+        x = features.to(control.dtype)
+        height, width = x.shape[-2:]
+        if self.first_pooled:
+            return crossed(adaptive_avg_pool2d(control, (height, width)), x)
+        return adaptive_avg_pool2d(crossed(control, x), (height, width))
+
+
+def crossed(control: Tensor, x: Tensor) -> Tensor:
+    """Cross normalisation: control with the mean and the standard deviation of x, sample by sample."""
+    over = (1, 2, 3)
+    scale = x.std(over, keepdim=True) / (control.std(over, keepdim=True) + 1e-12)
+    return (control - control.mean(over, keepdim=True)) * scale + x.mean(over, keepdim=True)
+
+
+def _normed(before: int, width: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(before, width, 3, stride, padding=1), nn.GroupNorm(2, width), nn.ReLU()]

@@ -1,0 +1,164 @@
+"""T2I-Adapter: features of a picture, made once for a whole drawing, that are added inside a UNet's way down."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from veneer.injection.method import Adapter
+from veneer.injection.residuals import Residuals, image_for
+from veneer.injection.sites import ResidualSite
+from veneer.methods.additive._control import Controlled
+
+
+@dataclass(frozen=True)
+class T2IAdapter(Controlled):
+    """F_i' = F_i + A_i(c): the features A_i of the picture c are added to the UNet's at every resolution of its way down.
+
+    c is unshuffled to the first resolution; each level halves where the UNet does, changes the width by a 1×1 convolution, and
+    has `blocks` residual blocks h + W2·relu(W1 * h). `light` levels do that at a quarter of the width. The UNet's time and text
+    have no part in it. Given with `given(image=…, strength=…, start=…, end=…)`.
+
+    Args:
+        kind: `full` or `light`. `channels`: of the picture.
+        blocks: residual blocks in each level; 0 for the usual 2 (full) or 4 (light).
+        zero_start: begin as no change: zeros in the first convolution (full) or the last of each level (light), and in the last
+            of every residual block. False: as torch draws them, as the paper has it.
+    Counts: full 77,369,280 (SD 1.5) and 79,028,160 (SDXL); light 18,689,200, for SD 1.5.
+    Source: Mou et al., AAAI 2024, section 3.2, and the sizes of its code. Deviation: `zero_start`.
+    """
+
+    name: ClassVar[str] = "t2i_adapter"
+    paper: ClassVar[str] = "Mou et al., T2I-Adapter: Learning Adapters to Dig out More Controllable Ability, AAAI 2024"
+    learning_rate: ClassVar[float] = 1e-5
+
+    kind: Literal["full", "light"] = "full"
+    channels: int = 3
+    blocks: int = 0
+    zero_start: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("full", "light"):
+            raise ValueError(f"t2i_adapter: kind must be full or light, got {self.kind!r}")
+        if self.channels < 1 or self.blocks < 0:
+            raise ValueError(f"t2i_adapter: channels at least 1 and blocks at least 0, got {self.channels} and {self.blocks}")
+
+    def build(self, site: ResidualSite) -> T2IAdapterModule:
+        """One level for each of the site's inner features."""
+        return T2IAdapterModule(self, site)
+
+    def count(self, site: ResidualSite) -> int:
+        """Full: first convolution, changes of width, 10·C² + 2·C numbers a block. Light: two 1×1, 18·(C/4)² + C/2 a block."""
+        widths, first = site.inner_widths, site.pixels * site.inner_strides[0]
+        blocks, before, total = self.blocks or _USUAL[self.kind], self.channels * first * first, 0
+        if self.kind == "full":
+            total, before = 9 * before * widths[0] + widths[0], widths[0]
+        for width in widths:
+            if self.kind == "full":
+                total += (before * width + width) * (before != width) + blocks * (10 * width * width + 2 * width)
+            else:
+                thin = width // 4
+                total += before * thin + thin + blocks * (18 * thin * thin + 2 * thin) + thin * width + width
+            before = width
+        return total
+
+
+_USUAL = {"full": 2, "light": 4}
+
+
+class T2IAdapterModule(Adapter):
+    """The levels, under the names that their authors gave them."""
+
+    def __init__(self, method: T2IAdapter, site: ResidualSite) -> None:
+        super().__init__()
+        self.site = site
+        widths, strides = site.inner_widths, site.inner_strides
+        light, blocks = method.kind == "light", method.blocks or _USUAL[method.kind]
+        self.unshuffle = nn.PixelUnshuffle(site.pixels * strides[0])
+        before = method.channels * (site.pixels * strides[0]) ** 2
+        if not light:
+            self.conv_in = nn.Conv2d(before, widths[0], 3, padding=1)
+            before = widths[0]
+        level = LightLevel if light else Level
+        ins, halves = (before, *widths[:-1]), (False, *(a != b for a, b in itertools.pairwise(strides)))
+        self.body = nn.ModuleList(level(*sizes, blocks) for sizes in zip(ins, widths, halves, strict=True))
+        if method.zero_start:
+            self._zero()
+
+    @torch.no_grad()
+    def _zero(self) -> None:
+        """Zeros in what the features begin or end with; nothing else of a picture comes through then."""
+        for name, p in self.named_parameters():
+            light = not hasattr(self, "conv_in")
+            ends = (".out_conv.",) if light else ("conv_in.", "block2.", "in_conv.bias")
+            if any(part in name for part in ends) or name.startswith("conv_in."):
+                p.zero_()
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """A_i(c), level by level."""
+        x = self.unshuffle(image)
+        if hasattr(self, "conv_in"):
+            x = self.conv_in(x)
+        found = []
+        for level in self.body:
+            x = level(x)
+            found.append(x)
+        return found
+
+    def residuals(self, call: Mapping[str, Any]) -> Residuals:
+        """The features, which no step of a drawing changes."""
+        image = image_for(call, self.site, self.now, "t2i_adapter")
+        dtype = next(self.parameters()).dtype
+        return Residuals(inner=self.now.kept(self, lambda: self.features(image.to(dtype))))
+
+
+class Block(nn.Module):
+    """h + W2·relu(W1 * h), W1 of 3×3 and W2 of `kernel`."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.block1 = nn.Conv2d(width, width, 3, padding=1)
+        self.block2 = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, width, height, width) to the same shape."""
+        update: Tensor = self.block2(relu(self.block1(x)))
+        return x + update
+
+
+class Level(nn.Module):
+    """A level of the full adapter."""
+
+    def __init__(self, before: int, width: int, halves: bool, blocks: int) -> None:
+        super().__init__()
+        self.reduce = nn.AvgPool2d(2, ceil_mode=True) if halves else nn.Identity()
+        self.in_conv = nn.Conv2d(before, width, 1) if before != width else None
+        self.resnets = nn.Sequential(*(Block(width, 1) for _ in range(blocks)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reduce, change the width, refine."""
+        x = self.reduce(x)
+        found: Tensor = self.resnets(x if self.in_conv is None else self.in_conv(x))
+        return found
+
+
+class LightLevel(nn.Module):
+    """A level of the light adapter, at a quarter of the width."""
+
+    def __init__(self, before: int, width: int, halves: bool, blocks: int) -> None:
+        super().__init__()
+        self.reduce = nn.AvgPool2d(2, ceil_mode=True) if halves else nn.Identity()
+        self.in_conv = nn.Conv2d(before, width // 4, 1)
+        self.resnets = nn.Sequential(*(Block(width // 4, 3) for _ in range(blocks)))
+        self.out_conv = nn.Conv2d(width // 4, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reduce, refine at a quarter of the width, widen."""
+        found: Tensor = self.out_conv(self.resnets(self.in_conv(self.reduce(x))))
+        return found
