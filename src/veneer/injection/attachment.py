@@ -32,6 +32,7 @@ class Attachment:
         name: unique among the model's attachments. `method`: the config. `where`: the selection as given.
         parts: site name to (site, adapter).
         merged: True while folded into the weights.
+        conditions: what was given for now. `pipeline`: a reference to the pipeline that was attached to, or None.
         loaded: what was read, if it came from a file. `provenance`: where it came from, saved with it.
     """
 
@@ -50,7 +51,7 @@ class Attachment:
         self._joined = Joined(self, planned)
         self.trained = self._joined.trained
         self.conditions: Given | None = None
-        self._pipeline: Any = None
+        self.pipeline: Any = None
         self._scale, self._on = 1.0, True
         self._pristine: merging.Pristine | None = None
 
@@ -182,13 +183,12 @@ class Attachment:
 
         Args:
             strength: multiplies `scale`, here only. `start`, `end`: the part of the schedule in which it acts, 0 to 1.
-            pipeline: what is called, where it is another pipeline than the one that was attached to.
+            pipeline: what is called, where it is not what was attached to: another pipeline, or a bare model.
             conditions: what the method takes, such as `image=`.
         Raises:
             ConditionError: the method takes no conditions or others, or one cannot be used.
         """
-        runs = pipeline if pipeline is not None else self._pipeline and self._pipeline()
-        return scope(self, take(self, conditions, strength, start, end, runs))
+        return scope(self, take(self, conditions, strength, start, end, pipeline))
 
     @property
     def idle(self) -> bool:

@@ -8,7 +8,6 @@ pipeline says of itself while it runs.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -88,18 +87,19 @@ class Given:
         self.name, self.values, self.options = name, dict(values), dict(options)
         self.strength, self.start, self.end = strength, start, end
         self.pictures = next(iter(sizes.values()), 1)
-        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self.pipeline = pipeline
         self._memo: dict[Any, Any] = {}
         self._guidance: Any = None
+        self._run: tuple[int, int] | None = None
 
     def open(self) -> None:
         """Forget what the pipeline said of an earlier run, so that only what runs in this scope is believed."""
-        if (pipe := self._running()) is not None:
+        if (pipe := self.pipeline) is not None:
             self._guidance = pipe.__dict__.pop(GUIDANCE, None)
 
     def close(self) -> None:
         """Undo `open`, where the pipeline has not run since."""
-        pipe = self._running()
+        pipe = self.pipeline
         if pipe is not None and self._guidance is not None:
             pipe.__dict__.setdefault(GUIDANCE, self._guidance)
         self._memo.clear()
@@ -116,18 +116,15 @@ class Given:
         conditioned = torch.arange(batch, device=device) >= batch // 2 if guided else None
         return Now(values, self.strength if self._acts(timestep) else 0.0, conditioned, self.options, self._memo)
 
-    def _running(self) -> Any:
-        return None if self._pipeline is None else self._pipeline()
-
     def _guided(self, batch: int) -> bool:
         """True if the first half of the batch is guidance's, without conditions."""
-        pipe = self._running()
+        pipe = self.pipeline
         if pipe is None or not hasattr(type(pipe), "do_classifier_free_guidance"):
             return False
         if GUIDANCE not in pipe.__dict__:
             raise ConditionError(
-                f"'{self.name}': it was attached to a {type(pipe).__name__}, and another pipeline runs. Say which: "
-                "given(…, pipeline=PIPE)."
+                f"'{self.name}': it was attached to a {type(pipe).__name__}, and something else runs. Say what: "
+                "given(…, pipeline=PIPE), another pipeline or the bare model."
             )
         return bool(pipe.do_classifier_free_guidance)
 
@@ -145,22 +142,26 @@ class Given:
     def _acts(self, timestep: Any) -> bool:
         if (self.start, self.end) == (0.0, 1.0):
             return True
-        scheduler = getattr(self._running(), "scheduler", None)
+        scheduler = getattr(self.pipeline, "scheduler", None)
         if scheduler is None:
             raise ConditionError(
                 f"'{self.name}': start and end need a pipeline's schedule. Attach to the pipeline, or leave them out."
             )
-        step, steps = place(scheduler, timestep)
+        step = place(scheduler, timestep)
+        if self._run is None or step < self._run[1]:
+            self._run = (step, step)  # a run begins, which need not be at the top of the list
+        self._run = (self._run[0], step)
+        step, steps = step - self._run[0], len(scheduler.timesteps) - self._run[0]
         return not (step / steps < self.start or (step + 1) / steps > self.end)
 
 
-def place(scheduler: Any, timestep: Any) -> tuple[int, int]:
-    """(step, steps) of a run: where in the scheduler's list of timesteps it is, counted from where the run began."""
-    first, step = getattr(scheduler, "begin_index", None) or 0, getattr(scheduler, "step_index", None)
+def place(scheduler: Any, timestep: Any) -> int:
+    """Where in the scheduler's list of timesteps a call is."""
+    step = getattr(scheduler, "step_index", None)
     if step is None:
         found = (scheduler.timesteps == torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)).nonzero()
         step = int(found[0]) if len(found) else 0
-    return max(0, int(step) - first), max(1, len(scheduler.timesteps) - first)
+    return int(step)
 
 
 @contextlib.contextmanager
@@ -213,9 +214,15 @@ def take(
     """Conditions as the method takes them.
 
     Raises:
-        ConditionError: the method takes none or others, or one cannot be used.
+        ConditionError: the method takes none or others, one cannot be used, or what was attached to is no more.
     """
     method, name = attachment.method, attachment.name
+    if pipeline is None and attachment.pipeline is not None:
+        pipeline = attachment.pipeline()
+        if pipeline is None:
+            raise ConditionError(
+                f"'{name}': the pipeline that it was attached to is no more. Say what runs: given(…, pipeline=PIPE)."
+            )
     unknown = sorted(set(conditions) - set(method.conditions))
     if unknown or not method.conditions:
         takes = ", ".join(method.conditions) or "no conditions"

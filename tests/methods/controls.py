@@ -1,0 +1,45 @@
+"""Tiny pipelines, pictures and nets to compare control with: diffusers' own classes do the same in their own way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from veneer.testing.pipelines import tiny_pipeline
+
+SIDE = 32
+PROMPTS = ["a red house", "two dogs"]
+
+
+def pipeline(family: str = "sd") -> Any:
+    """A tiny pipeline, without a safety checker's warning."""
+    return tiny_pipeline(family)
+
+
+def picture(seed: int, side: int = SIDE) -> Image.Image:
+    """A picture of noise in large pixels."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BILINEAR)
+
+
+def stir(module: torch.nn.Module, seed: int = 3, size: float = 0.3) -> torch.nn.Module:
+    """Move every parameter off its start, by fixed draws."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=size)
+    return module.eval()
+
+
+def drawn(pipe: Any, *, prompts: Any = PROMPTS[0], seed: int = 0, steps: int = 4, side: int = SIDE, **options: Any) -> np.ndarray:
+    """Pictures of a pipeline, by a fixed draw."""
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": side, "width": side} if side and "mask_image" not in options else {}
+    found = pipe(
+        prompts, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), output_type="np",
+        **{"guidance_scale": 4.0, **size, **options},
+    )  # fmt: skip
+    return np.asarray(found.images)
