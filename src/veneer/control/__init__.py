@@ -1,0 +1,1 @@
+"""Control by maps: what is computed from a picture or drawn by hand, paired with photos, and measured on generated pictures."""

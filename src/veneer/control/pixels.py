@@ -1,0 +1,46 @@
+"""Pictures of any mode to colours and back."""
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from veneer.injection.errors import VeneerError
+
+Array = npt.NDArray[np.float32]
+
+
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """RGB of a picture of any mode; transparent parts lie on white, 16-bit greys are scaled (65535 -> 255).
+
+    Raises:
+        VeneerError: floating-point or 32-bit values, whose range nothing states.
+    """
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise VeneerError(
+                f"a picture of mode {picture.mode} with values {values.min()} to {values.max()}; expected 0 to 65535."
+            )
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise VeneerError("a picture of mode F, whose range nothing states; expected 8 or 16 bits a channel. Scale it first.")
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def colours(picture: Image.Image) -> Array:
+    """(height, width, 3) in [0, 1]."""
+    return np.asarray(upright_rgb(picture), np.float32) / np.float32(255)
+
+
+def luminance(picture: Image.Image) -> Array:
+    """(height, width) in [0, 1]: the brightness of a map that is grey anyway."""
+    return np.asarray(upright_rgb(picture).convert("L"), np.float32) / np.float32(255)
+
+
+def drawn(values: npt.NDArray[np.bool_] | Array) -> Image.Image:
+    """A grey RGB picture of values (height, width) in [0, 1]; true is white."""
+    levels = np.clip(np.asarray(values, np.float32), 0, 1) * 255
+    return Image.fromarray(levels.round().astype(np.uint8)).convert("RGB")
