@@ -30,6 +30,9 @@ SECOND = re.compile(r"(?:^|[._])(?:te2|text_encoder_2|clip_g|label_emb|add_embed
 DOWN = ("lora_down.weight", "lora_A.weight", "down.weight", ":down", "hada_w1_b", ":down1")
 MODEL_WIDTHS = {3072: "FLUX", 1536: SD3, 2432: SD3}  # of blocks with two streams
 TEXT_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}  # of the text that a UNet reads
+GUIDES = ("controlnet", "controlnext", "ip_adapter", "t2i_adapter")  # formats of whole networks beside a UNet
+READ = re.compile(r"attn2\.to_k\.weight$|\.to_k_ip\.weight$")
+UNSHUFFLED = re.compile(r"(?:adapter\.)?(?:conv_in|body\.0\.in_conv)\.weight")
 WORD_WIDTHS = {768: SD1, 1024: SD2, 4096: None}
 
 
@@ -41,6 +44,8 @@ def family_of(shapes: Shapes, form: str | None = None) -> str | None:
     """
     if form == "embeddings":
         return _of_words(shapes)
+    if form in GUIDES:
+        return _of_guide(shapes)
     foreign = family_unknown(shapes)
     named = next((name for mark, name in NAMES.items() if _any(mark, shapes)), None)
     if foreign or named:
@@ -80,6 +85,17 @@ def _of_unet(shapes: Shapes) -> str | None:
         return SDXL
     projected = {len(s) for k, s in shapes.items() if re.search(r"proj_in[._]", k) and k.endswith(DOWN)}
     return SD1 if projected == {4} else None
+
+
+def _of_guide(shapes: Shapes) -> str | None:
+    """By the text that is read; of a network that reads none by the pixels, 8×8 or 16×16, that are one of its inputs."""
+    told = {TEXT_WIDTHS.get(s[1]) for k, s in shapes.items() if READ.search(k) and len(s) == 2}
+    if told:
+        return told.pop() if len(told) == 1 else None
+    if any(SECOND.search(key) for key in shapes):
+        return SDXL
+    first = next((s[1] for k, s in shapes.items() if UNSHUFFLED.fullmatch(k) and len(s) == 4), 0)
+    return {64: f"{SD1} or 2", 192: f"{SD1} or 2", 768: SDXL}.get(first)
 
 
 def _of_words(shapes: Shapes) -> str | None:

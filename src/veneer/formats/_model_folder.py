@@ -1,0 +1,59 @@
+"""A model's folder as diffusers' `save_pretrained` writes it: `diffusion_pytorch_model.safetensors` with `config.json` beside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..injection import LoadError
+from ._reading import SUFFIX, File, from_json
+from ._writing import write, write_text
+
+WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
+STEM = "diffusion_pytorch_model"  # a variant's name follows, such as .fp16
+LARGEST = 1_000_000  # bytes of a config
+
+
+def config_beside(file: File, kind: str) -> dict[str, Any]:
+    """The config in the folder of a model; nothing for a file by itself.
+
+    Args:
+        kind: the class that it should be of.
+    Raises:
+        LoadError: it is no JSON object, or of another class.
+    """
+    path = file.path.with_name(CONFIG)
+    if not file.path.name.startswith(STEM) or not path.is_file():
+        return {}
+    try:
+        with open(path, "rb") as opened:
+            text = opened.read(LARGEST + 1).decode()
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path}: it is not JSON ({error}). It is damaged.") from error
+    config = from_json(text, f"{path}: it", LARGEST)
+    if not isinstance(config, dict):
+        raise LoadError(f"{path}: it is no JSON object. It is damaged.")
+    named = config.get("_class_name", kind)
+    if named != kind:
+        raise LoadError(f"{path}: it is a {str(named)[:80]}, another network than {kind}. Load it with its own library.")
+    return config
+
+
+def folder_of(path: str | Path) -> Path:
+    """The folder that a path means: without the suffix of a file."""
+    path = Path(path)
+    return path.with_suffix("") if path.suffix == SUFFIX else path
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], kind: str) -> Path:
+    """Write both files, each of them whole or not at all, and give the path of the tensors."""
+    from diffusers import __version__
+
+    told = {"_class_name": kind, "_diffusers_version": __version__, **config}
+    written = write(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_text(folder / CONFIG, json.dumps(told, indent=2, sort_keys=True) + "\n")
+    return written

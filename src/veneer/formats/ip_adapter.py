@@ -1,0 +1,169 @@
+"""IP-Adapters as their authors and diffusers have them: `image_proj.*` and `ip_adapter.*` in one file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..injection import Attachment, LoadError, SaveError
+from ..injection.sites import AttentionSite
+from ..injection.towers import Tower, towers_of
+from ._attaching import Wanted, attach_all, method_of
+from ._format import Format, Layer, Options
+from ._guiding import drafted, few, fit, parts, shapes, side, single
+from ._lora import NATIVE
+from ._reading import File
+from ._writing import destination, write
+
+IMAGE, LAYERS = "image_proj.", "ip_adapter."
+TOKENS, DEPTH, WIDEST = 4, 4, 1280  # of base; layers and width of the resampler, where nothing else is said
+MARK = re.compile(r"ip_adapter\.\d+\.to_[kv]_ip\.weight|ip_adapter_proj_model\.|.*\.processor\.ip_adapter_")
+# other networks under these names, by what only they have
+OTHERS = {
+    r"ip_adapter_proj_model\.|double_blocks\.|ip_adapter\.\d+\.to_k_ip\.bias": "an IP-Adapter for FLUX",
+    r"ip_adapter\.\d+\.norm_ip\.|image_proj\.time_": "an IP-Adapter for Stable Diffusion 3",
+    r"image_proj\.perceiver_resampler\.": "IP-Adapter FaceID Plus, which reads the features of a face recognition as well",
+    r"image_proj\.proj\.3\.": "IP-Adapter Full Face, which projects all patches by themselves",
+    r"image_proj\.proj\.0\.|\.to_(?:q|k|v|out)_lora\.": "IP-Adapter FaceID, which reads the features of a face recognition",
+}
+
+
+class IPAdapter(Format):
+    """`ip_adapter.{2k + 1}.to_k_ip.weight`, `….to_v_ip.weight` of the k-th cross-attention in the order of `unet.attn_processors`
+    (down, up, middle), and what makes the tokens of a picture: `image_proj.proj`, `image_proj.norm` (base), or `latents`,
+    `proj_in`, `layers.{i}.0`, `layers.{i}.1`, `proj_out`, `norm_out` (plus). Kind and sizes are told by the tensors.
+
+    Written: the same, which `load_ip_adapter` of diffusers' pipelines loads; base with 4 tokens, plus with 4 layers, on all
+    cross-attentions of a model.
+    Source: tencent-ailab/IP-Adapter `ip_adapter/ip_adapter.py`, `resampler.py`; diffusers 0.42 `loaders/unet.py`.
+    """
+
+    name: ClassVar[str] = "ip_adapter"
+    file: ClassVar[str] = "ip-adapter.safetensors"
+    order: ClassVar[int] = 0
+
+    def reads(self, file: File) -> bool:
+        return any(MARK.match(key) for key in file.shapes)
+
+    def layers(self, file: File) -> list[Layer]:
+        return parts(file, self.name, lambda key: key.partition(".")[0])
+
+    def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
+        _refuse_others(file)
+        tower, sites = _sites(model, file)
+        own = _options(file, min(sites[0].context_width, WIDEST))
+        shared = drafted(file, lambda: method_of(self.name, own).build_shared(sites))
+        expected: dict[str, tuple[int, ...]] = {}
+        names: dict[str, str] = {}
+        for key, shape in shapes(shared).items():
+            expected[f"shared.{key}"], names[f"shared.{key}"] = shape, IMAGE + key
+        for number, site in enumerate(sites):
+            for end in ("to_k_ip.weight", "to_v_ip.weight"):
+                expected[f"{number}.{end}"] = (site.width, site.context_width)
+                names[f"{number}.{end}"] = _key(number, end)
+        found = fit(file, expected, names, tower, options, self.name)
+        tensors = file.tensors(finite=options.strict, names=set(found.keys.values()))
+        state: dict[str, Tensor] = {}
+        for name, key in found.keys.items():
+            start, _, end = name.partition(".")
+            if start == "shared":  # every layer has it, and all are the same
+                state |= {f"{site.name}:{name}": tensors[key] for site in sites}
+            else:
+                state[f"{sites[int(start)].name}:{end}"] = tensors[key]
+        wanted = Wanted(self.name, self.name, own, [s.name for s in sites], state, unused=found.unused)
+        return attach_all(model, file, [wanted], options)
+
+    def save(
+        self,
+        attachments: Attachment | Sequence[Attachment],
+        path: str | PathLike[str],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Path:
+        target = destination(path, self.file)
+        attachment = single(attachments, target, self.name, "an IP-Adapter's files")
+        method: Any = attachment.method
+        plain = method.depth == DEPTH if method.kind == "plus" else method.tokens in (0, TOKENS)
+        if not plain:
+            size = f"{method.depth} layers" if method.kind == "plus" else f"{method.tokens} tokens"
+            raise SaveError(
+                f"{target}: '{attachment.name}' ({method.kind}) has {size}; readers of the layout take it to have 4. {NATIVE}"
+            )
+        offered = _ordered(attachment.offered)
+        parts_ = attachment.parts
+        left = [site.name for site in offered if site.name not in parts_]
+        if left or not offered or len({site.component for site in offered}) > 1:
+            raise SaveError(
+                f"{target}: '{attachment.name}' is not on {', '.join(left[:4])}; the layout is for all cross-attentions of one "
+                f"model, by their number. {NATIVE}"
+            )
+        first: nn.Module = parts_[offered[0].name][1].get_submodule("shared")
+        tensors = {IMAGE + key: tensor for key, tensor in first.state_dict().items()}
+        for number, site in enumerate(offered):
+            own = parts_[site.name][1].state_dict()
+            tensors |= {_key(number, end): own[end] for end in ("to_k_ip.weight", "to_v_ip.weight")}
+        return write(target, tensors, {"format": "pt"})
+
+
+def _key(number: int, end: str) -> str:
+    """The numbers count self-attentions as well, which take turns with the others."""
+    return f"{LAYERS}{2 * number + 1}.{end}"
+
+
+def _refuse_others(file: File) -> None:
+    for mark, what in OTHERS.items():
+        key = next((key for key in file.shapes if re.search(mark, key)), None)
+        if key is not None:
+            raise LoadError(f"{file.path}: '{key}' says that it is {what}. Read are the base and the Plus IP-Adapter for UNets.")
+
+
+def _ordered(sites: Sequence[Any]) -> list[AttentionSite]:
+    """The cross-attentions in the order of the model's processors."""
+    return sorted((s for s in sites if isinstance(s, AttentionSite) and s.cross), key=lambda site: site.index)
+
+
+def _sites(model: Any, file: File) -> tuple[Tower, list[AttentionSite]]:
+    """The first tower that reads a text, and its cross-attentions.
+
+    Raises:
+        LoadError: there is none, or its layers read texts of several widths.
+    """
+    towers = towers_of(model)
+    for tower in towers:
+        if sites := _ordered(tower.sites):
+            return tower, sites
+    has = ", ".join(type(t.module).__name__ for t in towers)
+    raise LoadError(f"{file.path}: an IP-Adapter is for a model with cross-attentions, and there are {has}.")
+
+
+def _options(file: File, dim: int) -> dict[str, Any]:
+    """Options of the method, by the shapes.
+
+    Args:
+        dim: width of the resampler where nothing else is said.
+    Raises:
+        LoadError: what makes the tokens is not there.
+    """
+    if f"{IMAGE}latents" in file.shapes:
+        own = side(file, f"{IMAGE}proj_in.weight", 0, 2)
+        layer = re.compile(rf"{re.escape(IMAGE)}layers\.(\d{{1,6}})\.")
+        depth = len({m[1] for key in file.shapes if (m := layer.match(key))})
+        return {
+            "kind": "plus",
+            "width": side(file, f"{IMAGE}proj_in.weight", 1, 2),
+            "tokens": side(file, f"{IMAGE}latents", 1, 3),
+            "depth": few(file, depth, "layers of the resampler"),
+            "dim": 0 if own == dim else own,
+        }
+    rows, width = (side(file, f"{IMAGE}proj.weight", dim, 2) for dim in (0, 1))
+    tokens, left = divmod(rows, side(file, f"{IMAGE}norm.weight", 0, 1) or 1)
+    if left or not tokens:
+        raise LoadError(f"{file.path}: '{IMAGE}proj.weight' has {rows} rows, no whole number of tokens. It is damaged.")
+    return {"kind": "base", "width": width, "tokens": 0 if tokens == TOKENS else tokens}
+
+
+save = IPAdapter().save
