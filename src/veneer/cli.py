@@ -58,7 +58,7 @@ def _training(function: str, config_name: str, positional: str) -> Any:
     def add(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
         pipeline = importlib.import_module(f"veneer.pipelines.{function}")
         config = getattr(pipeline, config_name)
-        names = _methods(given)
+        names = _methods(given, config.method)
         taken = add_flags(parser, config, positional=(positional,), skip=("options",))
         for name in names:
             from . import methods
@@ -78,12 +78,12 @@ def _training(function: str, config_name: str, positional: str) -> Any:
     return add
 
 
-def _methods(given: Sequence[str]) -> list[str]:
-    """The methods named by `--method` or `--methods`."""
+def _methods(given: Sequence[str], usual: str) -> list[str]:
+    """The methods named by `--method`."""
     from .training.targets import split_methods
 
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    look.add_argument("--method", default="lora")
+    look.add_argument("--method", default=usual)
     named = look.parse_known_args(given)[0].method
     return [] if named == "zero_shot" else split_methods(named)
 
@@ -102,6 +102,20 @@ def _plain(module: str, function: str, config: str, positional: Sequence[str] = 
                 print(line)
 
         parser.set_defaults(run=run)
+
+    return add
+
+
+def _several(**commands: tuple[str, Any]) -> Any:
+    """A command that is followed by another: its name, what it says, and what adds its flags."""
+
+    def add(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+        words = parser.add_subparsers(metavar="command", required=True)
+        asked = [word for word in given if not word.startswith("-")][1:2]
+        for name, (text, add_flags_of) in commands.items():
+            command = words.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+            if [name] == asked:
+                add_flags_of(command, given)
 
     return add
 
@@ -152,6 +166,13 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]]
     "predict": (
         "ask a taught classifier about pictures",
         _plain("predict", "predict", "PredictConfig", ("folder", "images"), True),
+    ),
+    "control": (
+        "teach a diffusion base to follow maps or pictures, and draw with what was learnt",
+        _several(
+            train=("learn to follow maps or pictures", _training("control", "ControlConfig", "data")),
+            generate=("draw under maps or pictures", _plain("control", "draw", "DrawConfig", ("prompt",), True)),
+        ),
     ),
     "generate": ("draw pictures with trained adapters", _plain("generate", "generate", "GenerateConfig", ("prompt",), True)),
     "inspect": ("what is in an adapter's file", _plain("inspect_file", "inspect_file", "InspectConfig", ("file",), True)),

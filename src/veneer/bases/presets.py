@@ -24,6 +24,7 @@ class Preset:
         class_word: what a concept is compared to when nothing else is said.
         resolution: pixels a side; None is the base's own (its latent size times the autoencoder's stride).
         guidance_scale, steps, negative_prompt: for sampling.
+        things, scenes: what the base draws well, and prompts with {thing} in them: pictures to learn control from.
         training: method name to what is usual for it on this base: `options`, `where`, `learning_rate`, `steps`, `batch`,
             `schedule`.
     """
@@ -36,6 +37,8 @@ class Preset:
     guidance_scale: float = 7.5
     steps: int = 30
     negative_prompt: str = ""
+    things: tuple[str, ...] = ()
+    scenes: tuple[str, ...] = ()
     training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

@@ -42,7 +42,7 @@ def gradient(picture: Image.Image, sigma: float) -> Gradient:
 
 
 def canny(
-    picture: Image.Image, *, sigma: float = 0.004, low: float = 0.1, high: float = 0.18, least: float = 0.06
+    picture: Image.Image, *, sigma: float = 0.004, low: float = 0.12, high: float = 0.22, least: float = 0.06
 ) -> Image.Image:
     """Lines one pixel wide, white on black, where the colour changes most.
 
@@ -71,7 +71,7 @@ def _ridge(found: Gradient) -> Mask:
     place = np.indices(found.contrast.shape, np.float32)
     step = np.stack([found.down, found.right])
     ahead, back = (ndimage.map_coordinates(found.contrast, place + way * step, order=1, mode="nearest") for way in (1, -1))
-    return (found.contrast >= ahead) & (found.contrast > back)
+    return (found.contrast >= ahead) & (found.contrast >= back)
 
 
 def soft_edge(picture: Image.Image, *, fine: float = 0.005, coarse: float = 0.015, white: float = 0.5) -> Image.Image:
@@ -88,7 +88,7 @@ def soft_edge(picture: Image.Image, *, fine: float = 0.005, coarse: float = 0.01
 
 
 def scribble(
-    picture: Image.Image, *, sigma: float = 0.01, low: float = 0.12, high: float = 0.2, least: float = 0.15, pen: float = 0.012
+    picture: Image.Image, *, sigma: float = 0.01, low: float = 0.16, high: float = 0.28, least: float = 0.15, pen: float = 0.012
 ) -> Image.Image:
     """Thick lines, white on black, of the strong and long edges only, as by a broad pen.
 

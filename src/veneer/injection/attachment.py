@@ -191,11 +191,6 @@ class Attachment:
         return scope(self, take(self, conditions, strength, start, end, pipeline))
 
     @property
-    def idle(self) -> bool:
-        """True while it is switched off, or at scale 0."""
-        return not self._on or self._scale == 0
-
-    @property
     def scale(self) -> float:
         """Strength: 0 is the host, 1 the adapter as trained. A buffer write; no recompilation."""
         return self._scale

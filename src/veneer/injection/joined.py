@@ -96,10 +96,11 @@ class Joined:
         return [a.trained for ledger in ledgers for a in ledger.attachments if a is not self.attachment]
 
     def _at_door(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
+        acts = True
+        if not torch.compiler.is_compiling():  # where a guard on the strength would compile anew
             acts = self.attachment._on and self.attachment._scale != 0
             self.attachment.check() if acts else self.trained.check()  # adapters that are off cannot be bypassed
-        if self.attachment.method.conditions and (torch.compiler.is_compiling() or not self.attachment.idle):
+        if acts and self.attachment.method.conditions:
             receive(self.attachment, module, args, kwargs)
         batch = self.batches.get(id(module))
         if batch is not None:

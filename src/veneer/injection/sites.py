@@ -280,8 +280,7 @@ class ResidualSite(Site):
         widths: channels of each down residual, then of the middle. `strides`: of each against the latent.
         inner_widths, inner_strides: of the features inside the blocks of the way down, as T2I-Adapters change them.
         pixels: of the picture, for each of the latent.
-        path: the module that is called with them. `arguments`: names of its first arguments, the latent's
-            first. `skips`, `middle`, `inner`: of those that are added.
+        path: the module that is called with them. `arguments`: their names. `skips`, `middle`, `inner`: of those that are added.
         first: path of the first block. `encoder(channels, widths)`: makes an untrained copy of the way down, with zero
             convolutions behind it, for hint pictures of so many channels and the widths of what reads them.
     """

@@ -6,7 +6,7 @@ same way, from a deck that holds each bucket as often as it has samples, so that
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
@@ -41,6 +41,7 @@ class Example:
         key: digest of the file's bytes and of all that was done to them, for caches; the caption is not part of it.
         index: number of this sample in the run, counted over steps and batches; seed its noise and timestep with it.
         is_prior: a class picture.
+        guide: `(3, height, width)`, float32 in [0, 1]: a map that someone made, placed as the picture is.
     """
 
     pixels: Tensor
@@ -50,11 +51,13 @@ class Example:
     key: str
     index: int
     is_prior: bool = False
+    guide: Tensor | None = None
 
 
 class _Resized(NamedTuple):
     pixels: Tensor
     mask: Tensor | None
+    guide: Tensor | None = None
 
 
 class PhotoDataset:
@@ -73,6 +76,7 @@ class PhotoDataset:
         upscale: enlarge small pictures; see `BucketPlan`.
         masks: give the photos' masks with the examples.
         prior_photos: class pictures; every batch is then followed by as many of them, cropped to the same size.
+        guide: a photo's map, as a picture of (height, width); given with the examples.
         limits: how files are read.
         memory: bytes of resized pictures to keep.
 
@@ -95,6 +99,7 @@ class PhotoDataset:
         upscale: bool = True,
         masks: bool = True,
         prior_photos: Sequence[Photo] = (),
+        guide: Callable[[Photo, Size], Image.Image] | None = None,
         limits: PhotoLimits = PhotoLimits(),  # noqa: B008 (frozen)
         memory: int = 2**29,
     ) -> None:
@@ -102,6 +107,7 @@ class PhotoDataset:
         _check_words(captions, [*photos, *prior_photos])
         self.photos, self.prior_photos, self.captions = tuple(photos), tuple(prior_photos), captions
         self.seed, self.flip, self.crop, self.masks, self.limits = seed, flip, crop, masks, limits
+        self.guide = guide
         self.plan = BucketPlan(resolution, multiple, square=not buckets, upscale=upscale)
         self._decks: dict[Size, list[Photo]] = {}
         for photo in self.photos:
@@ -153,7 +159,8 @@ class PhotoDataset:
         key = cache_key("picture", photo.digest, PIL.__version__, *self.limits.background, *_flat(window))
         pixels = _seen(whole.pixels, window) / 127.5 - 1
         mask = None if whole.mask is None else _seen(whole.mask, window) / 255
-        return Example(pixels, mask, caption, window.micro(photo.size), key, index, photo.is_prior)
+        guide = None if whole.guide is None else _seen(whole.guide, window) / 255
+        return Example(pixels, mask, caption, window.micro(photo.size), key, index, photo.is_prior, guide)
 
     def _resized(self, photo: Photo, bucket: Size) -> _Resized:
         """The whole photo, resized to cover the bucket; 8 bits, kept in memory."""
@@ -171,11 +178,12 @@ class PhotoDataset:
             raise DataError(f"{photo.path}: the file has changed since it was first read. Keep photos as they are during a run.")
         picture = decode(data, photo.path, self.limits)
         pixels = pil_to_tensor(picture.rgb.resize(size[::-1], Image.Resampling.LANCZOS))
+        guide = None if self.guide is None else pil_to_tensor(self.guide(photo, size))
         if not self.masks or photo.mask is None:
-            return _Resized(pixels, None)
+            return _Resized(pixels, None, guide)
         own = photo.mask == photo.path
         mask = mask_of(picture if own else decode(read_bytes(photo.mask, self.limits), photo.mask, self.limits), photo.mask)
-        return _Resized(pixels, pil_to_tensor(mask.resize(size[::-1], Image.Resampling.BILINEAR)))
+        return _Resized(pixels, pil_to_tensor(mask.resize(size[::-1], Image.Resampling.BILINEAR)), guide)
 
 
 def _seen(whole: Tensor, window: Placement) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ KEY = "veneer.prior"
 def prior_pictures(
     family: Family,
     folder: Path,
-    prompt: str,
+    prompt: str | Sequence[str],
     count: int,
     seed: int = 0,
     *,
@@ -40,7 +40,7 @@ def prior_pictures(
     run goes on where it was. Call it before anything is attached: it draws from the pipeline as it is.
 
     Args:
-        prompt: the class, such as `a photo of a dog`; for DiT the class label.
+        prompt: the class, such as `a photo of a dog`; for DiT the class label. Or one for each picture.
         count: at least 1; the paper's 1,000 or diffusers' 100. Files beyond it are left alone and not returned.
         batch: pictures made at once.
         progress: called with (pictures there, count) after each batch.
@@ -53,11 +53,12 @@ def prior_pictures(
         raise ValueError(f"count and batch must be at least 1, got {count} and {batch}")
     base = base_digest(family)
     paths = [folder / f"prior-{i:05d}.png" for i in range(count)]
-    recipes = [_recipe(family, base, prompt, seed, i, settings) for i in range(count)]
+    prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+    recipes = [_recipe(family, base, prompts[i], seed, i, settings) for i in range(count)]
     missing = [i for i in range(count) if not _made_by(paths[i], recipes[i])]
     for start in range(0, len(missing), batch):
         chunk = missing[start : start + batch]
-        pictures = family.generate([prompt] * len(chunk), [generator(seed, "prior", i) for i in chunk], **settings)
+        pictures = family.generate([prompts[i] for i in chunk], [generator(seed, "prior", i) for i in chunk], **settings)
         for i, picture in zip(chunk, pictures, strict=True):
             write_atomically(paths[i], _png(picture, recipes[i]))
         if progress is not None:

@@ -1,0 +1,141 @@
+"""Drawing under maps and pictures: what `veneer control generate` does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from veneer import bases
+from veneer.formats import load_all, read
+from veneer.formats.native import KEY
+from veneer.injection import Attachment, VeneerError
+from veneer.training import targets
+from veneer.training.families import Family, family
+from veneer.training.photos import read_photo
+from veneer.training.previews import Preview, PreviewSettings, previews, save_png
+
+from . import maps
+from .embedding import embedder
+from .resizing import resized
+
+
+@dataclass(frozen=True)
+class DrawConfig:
+    """What is drawn under what, by which base.
+
+    Args:
+        prompt: one or more prompts.
+        adapter: folders or files, each with an optional strength, such as `runs/canny-controlnet:0.8`. Those that follow nothing
+            (LoRA, words) act as well.
+        image: a photo for each adapter that follows something, in order; its map is computed, as it was in training.
+        map: the maps themselves, in the place of photos.
+        condition: how maps are computed, where the adapters do not say.
+        start, end: part of the schedule in which they act, 0 to 1.
+        base: `shipped`, a folder or a hub name; None for the base that the first adapter was trained on.
+        negative: negative prompt; None for the base's usual.
+        count: pictures of each prompt; their seeds count up from `seed`.
+        seed: of the first picture.
+        steps: denoising steps; None for the base's usual.
+        guidance: scale of classifier-free guidance; None for the base's usual.
+        size: height and width in pixels; None for the base's own.
+        device: such as `cuda`; None for a GPU if there is one.
+        out: folder for the pictures.
+    """
+
+    prompt: tuple[str, ...]
+    adapter: tuple[str, ...] = ()
+    image: tuple[Path, ...] = ()
+    map: tuple[Path, ...] = ()
+    condition: str | None = None
+    start: float = 0.0
+    end: float = 1.0
+    base: str | None = None
+    negative: str | None = None
+    count: int = 1
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    device: str | None = None
+    out: Path = Path("pictures")
+
+
+def draw_under(config: DrawConfig, adapters: list[tuple[Path, float]], base: str) -> list[Path]:
+    """Draw, and write one PNG a picture, and `map-1.png` and so on.
+
+    Args:
+        adapters: paths and strengths. `base`: of all.
+    Raises:
+        VeneerError: other numbers of photos and of adapters that follow something, or of another shape than is drawn.
+    """
+    if config.image and config.map:
+        raise VeneerError("give --image, whose maps are computed, or --map, the maps themselves; not both.")
+    preset = bases.preset(base)
+    pipe = bases.load(base).to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    targets.freeze(pipe)
+    kind = family(pipe)
+    loaded = [(a, path) for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
+    following = [(a, path) for a, path in loaded if a.method.conditions]
+    files = config.map or config.image
+    if len(files) != len(following):
+        raise VeneerError(
+            f"{len(files)} pictures for {len(following)} adapters that follow one; expected one for each, in order."
+        )
+    side = kind.resolution
+    size = config.size or (side, side)
+    settings = PreviewSettings(
+        tuple(range(config.seed, config.seed + config.count)), config.steps or preset.steps,
+        preset.guidance_scale if config.guidance is None else config.guidance,
+        preset.negative_prompt if config.negative is None else config.negative, size, 4,
+    )  # fmt: skip
+    config.out.mkdir(parents=True, exist_ok=True)
+    written = []
+    with contextlib.ExitStack() as scopes:
+        for number, ((control, path), file) in enumerate(zip(following, files, strict=True), 1):
+            picture, given = _given(config, kind, control, path, file, size)
+            scopes.enter_context(control.given(**given, start=config.start, end=config.end, pipeline=pipe))
+            written.append(save_png(picture, config.out / f"map-{number}.png", {"of": str(file)}))
+        made = previews(pipe, config.prompt, settings)
+    facts = {"base": base, "adapters": list(config.adapter), "given": [str(f) for f in files]}
+    return [*written, *(_write(config.out, preview, facts) for preview in made)]
+
+
+def _given(
+    config: DrawConfig, kind: Family, control: Attachment, path: Path, file: Path, size: tuple[int, int]
+) -> tuple[Image.Image, Mapping[str, Any]]:
+    """What an adapter is given, as a picture and by its name."""
+    picture = read_photo(file)
+    if "embeds" in control.method.conditions:
+        return picture, {"embeds": embedder(kind.pipe)([picture])}
+    fits = abs(picture.width * size[0] - picture.height * size[1]) <= 0.01 * picture.height * size[1]
+    if not fits:
+        raise VeneerError(
+            f"{file} has {picture.width} × {picture.height} pixels, and {size[1]} × {size[0]} are drawn. Crop it alike."
+        )
+    if config.map:
+        found = resized(picture, size[::-1])
+    else:
+        name = config.condition or condition_of(path)
+        if name is None:
+            raise VeneerError(f"{path} does not say what it follows; say it with --condition, or give the map itself with --map.")
+        found = maps.get(name)(picture.resize(size[::-1], Image.Resampling.LANCZOS))
+    return found, {"image": found}
+
+
+def condition_of(path: Path) -> str | None:
+    """What an adapter's file says that it follows; None for files that do not."""
+    file = read(path)
+    header = file.json(KEY) if KEY in file.metadata else {}
+    found: str | None = header.get("provenance", {}).get("condition")
+    return found if found != "pairs" else None
+
+
+def _write(folder: Path, preview: Preview, facts: dict[str, Any]) -> Path:
+    words = "-".join("".join(c if c.isalnum() else " " for c in preview.prompt).split())[:60] or "picture"
+    return save_png(preview.image, folder / f"{words}-{preview.seed}.png", {**preview.settings, **facts})

@@ -1,0 +1,128 @@
+"""What a run of `veneer control train` leaves: the attachment, what diffusers loads, the figures and a sheet of drawings."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from veneer import bases
+from veneer.formats import formats, native
+from veneer.injection import Attachment
+from veneer.training.checkpoints import write_atomically
+from veneer.training.loop import TrainResult
+from veneer.training.outcome import write_image
+from veneer.training.previews import PreviewSettings
+from veneer.training.sheets import Row, sheet
+
+from . import maps
+from .config import ControlConfig
+from .embedding import Embedder
+from .figures import Drawings, Figures, Subject, draw, figures
+
+
+@dataclass
+class Run:
+    """A run and what it works on.
+
+    Args:
+        subjects: held pictures, the same at every look. `embedder`: where pictures are followed.
+        curve: what was measured on the way: step and figures.
+    """
+
+    config: ControlConfig
+    pipe: Any
+    control: Attachment
+    subjects: Sequence[Subject]
+    embedder: Embedder | None
+    out: Path
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+    def drawings(self, subjects: Sequence[Subject], seeds: int) -> list[Drawings]:
+        """Of some subjects, as the base is usually sampled."""
+        preset = bases.preset(self.config.base)
+        settings = PreviewSettings(tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=8)
+        return draw(self.pipe, self.control, subjects, settings, self.config.strength, self.embedder)
+
+    def measured(self, drawings: Sequence[Drawings]) -> Figures:
+        """The figures of drawings."""
+        return figures(drawings, maps.get(str(self.config.condition)), self.config.features)
+
+
+def write_maps(run: Run) -> Path:
+    """`maps.png`: held pictures and what will be followed, to look at before training."""
+    rows = [Row(s.caption, ((s.picture, s.map),)) for s in run.subjects[: run.config.shown]]
+    path = run.out / "maps.png"
+    write_image(sheet(rows, title=f"pictures and their maps: {run.config.condition}"), path)
+    return path
+
+
+def look(run: Run, step: int) -> None:
+    """A few held pictures with the weights of now: `previews/step-000100.png`, and a point of the curve in `curve.json`."""
+    drawings = run.drawings(run.subjects[: max(2, run.config.shown)], 1)
+    point = {"step": step, **run.measured(drawings).as_dict()}
+    run.curve[:] = [known for known in run.curve if known["step"] < step] + [point]
+    write_json(run.out / "curve.json", run.curve)
+    write_image(_sheet(run, drawings, f"step {step}"), run.out / "previews" / f"step-{step:06d}.png")
+
+
+def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
+    """Write `adapter.safetensors`, `diffusers/`, `sheet.png` and `result.json`; gives what the latter holds."""
+    config = run.config
+    provenance = {
+        "base": str(config.base), "condition": config.condition, "data": str(config.data or "drawn by the base"),
+        "embedder": run.embedder.name if run.embedder else None,
+    }  # fmt: skip
+    native.save(run.control, run.out / "adapter.safetensors", provenance=provenance)
+    formats.get(config.method)().save(run.control, run.out / "diffusers")
+    measured = None
+    if run.subjects and config.eval_seeds:
+        drawings = run.drawings(run.subjects, config.eval_seeds)
+        measured = run.measured(drawings)
+        shown = [d for d in drawings if d.seed < 2][: 2 * config.shown]
+        write_image(_sheet(run, shown, str(measured)), run.out / "sheet.png")
+    record = _record(run, result, measured)
+    write_json(run.out / "result.json", record)
+    return record
+
+
+def _sheet(run: Run, drawings: Sequence[Drawings], note: str) -> Image.Image:
+    rows = [
+        Row(f"{d.subject.caption}, seed {d.seed}", ((d.subject.map,), (d.followed,), (d.free,), (d.other.map, d.misled)))
+        for d in drawings
+    ]
+    heads = ("what is given", "with it", "without", "another's, and with that")
+    title = f"{run.config.method}, {run.config.condition}, on {run.config.base}"
+    return sheet(rows, title=title, note=note, columns=heads)
+
+
+def _record(run: Run, result: TrainResult, measured: Figures | None) -> dict[str, Any]:
+    last = result.losses[-50:]
+    return {
+        "config": asdict(run.config),
+        "parameters": sum(p.numel() for p in run.control.parameters()),
+        "training": {
+            "steps": result.steps,
+            "resumed_from": result.resumed_from,
+            "loss": sum(last) / len(last) if last else None,
+            "seconds": result.seconds,
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "warnings": result.warnings,
+        },
+        "figures": measured.as_dict() if measured else None,
+        "held": len(run.subjects),
+        "curve": run.curve,
+        "versions": {name: version(name) for name in ("veneer", "torch", "diffusers", "transformers")},
+        "machine": {"python": platform.python_version(), "system": platform.system()},
+    }
+
+
+def write_json(path: Path, record: Any) -> None:
+    """JSON, written whole or not at all."""
+    write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n").encode())
