@@ -63,6 +63,14 @@ def write_maps(run: Run) -> Path:
     return path
 
 
+def write_for_diffusers(run: Run) -> None:
+    """`diffusers/`: what diffusers loads by itself. It has no class for ControlNeXt, nor for base weights that were trained."""
+    if run.config.method == "controlnext":
+        return
+    form, folder = formats.get(run.config.method)(), run.out / "diffusers"
+    form.save(run.control, folder if form.folder else folder / form.file)
+
+
 def look(run: Run, step: int) -> None:
     """A few held pictures with the weights of now: `previews/step-000100.png`, and a point of the curve in `curve.json`."""
     drawings = run.drawings(run.subjects[: max(2, run.config.shown)], 1)
@@ -80,7 +88,7 @@ def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
         "embedder": run.embedder.name if run.embedder else None,
     }  # fmt: skip
     native.save(run.control, run.out / "adapter.safetensors", provenance=provenance)
-    formats.get(config.method)().save(run.control, run.out / "diffusers")
+    write_for_diffusers(run)
     measured = None
     if run.subjects and config.eval_seeds:
         drawings = run.drawings(run.subjects, config.eval_seeds)

@@ -1,0 +1,170 @@
+"""The whole job of control on a tiny pipeline: files, figures, resuming, maps that someone made, and drawing afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from veneer.pipelines.control import ControlConfig, DrawConfig, control, draw
+
+import veneer
+from tests.methods.controls import drawn, picture
+from veneer.control.pictures import open_pictures
+from veneer.injection.errors import VeneerError
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.families import family
+
+QUICK: Mapping[str, Any] = {"steps": 2, "batch": 2, "tracker": "none", "template": "a thing", "held": 0.34, "shown": 2}
+SIDE = 32
+OPTIONS: dict[str, dict[str, Any]] = {"controlnet": {}, "t2i_adapter": {}, "controlnext": {}, "ip_adapter": {}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a saved tiny pipeline that draws in a few steps."""
+    folder = tmp_path_factory.mktemp("bases") / "sd"
+    tiny_pipeline("sd").save_pretrained(folder)
+    (folder / "veneer.json").write_text('{"steps": 3, "things": ["cat", "dog"], "scenes": ["a {thing}, left", "a {thing}, right"]}')
+    return str(folder)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(6):
+        picture(i, SIDE).save(folder / f"{i}.png")
+    return folder
+
+
+def run(base: str, photos: Path | None, out: Path, **settings: Any) -> Path:
+    return control(ControlConfig(data=photos, base=base, out=out, **{**QUICK, **settings}))
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_every_method_leaves_its_files_and_figures(base: str, photos: Path, tmp_path: Path, method: str) -> None:
+    out = run(base, photos, tmp_path / "out", method=method, preview_every=1)
+    assert {"adapter.safetensors", "maps.png", "sheet.png", "curve.json"} <= {p.name for p in out.iterdir()}
+    assert (out / "diffusers").is_dir() == (method != "controlnext"), "which diffusers has no class for"
+    record = json.loads((out / "result.json").read_text())
+    assert [point["step"] for point in record["curve"]] == [1, 2]
+    figures = record["figures"]
+    assert figures["count"] == 2
+    assert figures["over_free"][0] == pytest.approx(figures["followed"] - figures["free"])
+    assert (figures["measure"] == "likeness (shipped)") == (method == "ip_adapter")
+    pipe = veneer.bases.load(base)
+    assert veneer.load(pipe, out).provenance["condition"] == record["config"]["condition"]
+
+
+def test_what_was_trained_moves_and_diffusers_draws_the_same(base: str, photos: Path, tmp_path: Path) -> None:
+    out = run(base, photos, tmp_path / "out", learning_rate=0.05, condition="grey", eval_seeds=0)
+    assert not (out / "sheet.png").exists()
+    pipe = veneer.bases.load(base)
+    loaded = veneer.load(pipe, out)
+    with loaded.given(image=picture(1)):
+        ours = drawn(pipe)
+    with loaded.enabled(False):
+        assert not np.array_equal(ours, drawn(pipe))
+    loaded.detach()
+    net = ControlNetModel.from_pretrained(out / "diffusers")
+    theirs = StableDiffusionControlNetPipeline(**pipe.components, controlnet=net, requires_safety_checker=False)
+    np.testing.assert_allclose(ours, drawn(theirs, image=picture(1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["controlnet", "ip_adapter"])
+def test_a_stopped_run_goes_on_to_the_same_bits(base: str, photos: Path, tmp_path: Path, method: str) -> None:
+    options = {"method": method, "learning_rate": 0.01, "eval_seeds": 0, "crop": "random", "flip": 0.5}
+    whole = run(base, photos, tmp_path / "whole", steps=4, **options)
+    run(base, photos, tmp_path / "parts", steps=2, checkpoint_every=2, **options)
+    (tmp_path / "parts" / "result.json").unlink()
+    parts = run(base, photos, tmp_path / "parts", steps=4, resume=True, **options)
+    a, b = (load_file(out / "adapter.safetensors") for out in (whole, parts))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_base_draws_what_nobody_gives(base: str, tmp_path: Path) -> None:
+    config = ControlConfig(base=base, drawn=6, out=tmp_path, **QUICK).completed()
+    kind = family(veneer.bases.load(base))
+    found = open_pictures(config, kind, tmp_path)
+    assert {p.caption for p in (*found.train, *found.held)} <= {"a photo of cat", "a photo of dog"}, "the thing and no place"
+    assert len(found.held) == 2
+    assert not {p.path for p in found.held} & {p.path for p in found.train}
+    again = open_pictures(config, kind, tmp_path)
+    assert [p.digest for p in again.train] == [p.digest for p in found.train]
+    with pytest.raises(VeneerError, match="needs a folder with photos and their maps"):
+        open_pictures(ControlConfig(base=base, condition="pairs", out=tmp_path, **QUICK), kind, tmp_path)
+
+
+def test_maps_that_someone_made_are_cropped_as_the_photos_are(base: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for part in ("images", "conditions"):
+        (data / part).mkdir(parents=True)
+    for i in range(4):
+        photo = picture(i, SIDE).resize((48, SIDE))
+        photo.save(data / "images" / f"{i}.png")
+        photo.save(data / "conditions" / f"{i}.png")  # maps that are the photos: any other window would show
+    seen: list[float] = []
+    from veneer.control import loss as module
+
+    own = module.FollowMaps.map
+    with pytest.MonkeyPatch.context() as patch:
+
+        def kept(self: Any, example: Any) -> Any:
+            found = own(self, example)
+            seen.append((found - (example.pixels + 1) / 2).abs().max().item())
+            return found
+
+        patch.setattr(module.FollowMaps, "map", kept)
+        out = run(base, data, tmp_path / "out", condition="pairs", crop="random", flip=0.5, buckets=False, eval_seeds=1, held=0.5)
+    assert len(seen) == 4
+    assert max(seen) < 0.01
+    assert json.loads((out / "result.json").read_text())["figures"]["measure"] == "likeness (shipped)"
+
+
+def test_drawing_with_what_was_learnt(base: str, photos: Path, tmp_path: Path) -> None:
+    out = run(base, photos, tmp_path / "out", learning_rate=0.05, eval_seeds=0)
+    photo, size = photos / "0.png", (SIDE, SIDE)
+    files = draw(DrawConfig(("a cat",), (str(out),), image=(photo,), size=size, count=2, out=tmp_path / "a"))
+    assert [f.name for f in files] == ["map-1.png", "a-cat-0.png", "a-cat-1.png"]
+    given = draw(DrawConfig(("a cat",), (str(out),), map=(files[0],), size=size, count=2, out=tmp_path / "b"))
+    assert all(np.array_equal(Image.open(a), Image.open(b)) for a, b in zip(files, given, strict=True)), "its map, or the photo"
+    part = draw(DrawConfig(("a cat",), (f"{out}:0.5",), image=(photo,), size=size, end=0.5, out=tmp_path / "c"))
+    assert not np.array_equal(Image.open(part[1]), Image.open(files[1]))
+    for config, told in (
+        (DrawConfig(("a cat",), (str(out),), size=size, out=tmp_path / "d"), "0 pictures for 1 adapters"),
+        (DrawConfig(("a cat",), (str(out),), image=(photo,), map=(photo,), out=tmp_path / "d"), "not both"),
+        (DrawConfig(("a cat",), (str(out),), image=(photo,), size=(32, 64), out=tmp_path / "d"), "Crop it alike"),
+    ):
+        with pytest.raises(VeneerError, match=told):
+            draw(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"method": "lora"}, "given nothing to follow; expected one of controlnet, controlnext, ip_adapter, t2i_adapter"),
+        ({"method": "ip_adapter", "condition": "canny"}, "follows pictures, not 'canny'"),
+        ({"condition": "image"}, "follows maps, not 'image'"),
+        ({"condition": "cany"}, "canny"),
+        ({"held": 1.0}, "held is 1.0"),
+        ({"options": {"lora": {"rank": 2}}}, "options for lora"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(VeneerError, match=told):
+        ControlConfig(**options)
+
+
+def test_only_looking(base: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(base, photos, tmp_path / "out", check=True)
+    assert {p.name for p in out.iterdir()} == {"maps.png"}
+    assert "follows canny" in capsys.readouterr().out
