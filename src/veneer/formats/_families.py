@@ -89,9 +89,10 @@ def _of_unet(shapes: Shapes) -> str | None:
 
 def _of_guide(shapes: Shapes) -> str | None:
     """By the text that is read; of a network that reads none by the pixels, 8×8 or 16×16, that are one of its inputs."""
-    told = {TEXT_WIDTHS.get(s[1]) for k, s in shapes.items() if READ.search(k) and len(s) == 2}
+    widths = {s[1] for k, s in shapes.items() if READ.search(k) and len(s) == 2}
+    told = [TEXT_WIDTHS[width] for width in TEXT_WIDTHS if width in widths]
     if told:
-        return told.pop() if len(told) == 1 else None
+        return told[0] if len(told) == 1 else None
     if any(SECOND.search(key) for key in shapes):
         return SDXL
     first = next((s[1] for k, s in shapes.items() if UNSHUFFLED.fullmatch(k) and len(s) == 4), 0)

@@ -144,9 +144,9 @@ def parts(file: File, method: str, part: Callable[[str], str]) -> list[Layer]:
     """A layer for each module of a file, by the part of the network that it is in.
 
     Args:
-        part: from a key to the part's name.
+        part: from a module's name to the part's.
     """
     found: dict[str, list[str]] = {}
     for key in file.shapes:
         found.setdefault(key.rpartition(".")[0] or key, []).append(key)
-    return [Layer(part(keys[0]), method, values=sum(math.prod(file.shapes[k]) for k in keys)) for keys in found.values()]
+    return [Layer(part(name), method, values=sum(math.prod(file.shapes[k]) for k in keys)) for name, keys in found.items()]

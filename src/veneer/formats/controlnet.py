@@ -51,7 +51,7 @@ class ControlNet(Format):
 
     name: ClassVar[str] = "controlnet"
     file: ClassVar[str] = WEIGHTS
-    order: ClassVar[int] = 0
+    order: ClassVar[int] = -1
     folder: ClassVar[bool] = True
 
     def place(self, path: str | PathLike[str]) -> Path:
@@ -97,11 +97,11 @@ class ControlNet(Format):
         return write_folder(folder, tensors, config, KIND)
 
 
-def _part(key: str) -> str:
-    """Where in the network a tensor is: the block, or the first part of its name."""
-    key = key.removeprefix(PREFIX)
-    block = re.match(r"(?:down_blocks|input_blocks)\.\d+", key)
-    return block[0] if block else key.partition(".")[0]
+def _part(name: str) -> str:
+    """Where in the network a module is: the block, or the first part of its name."""
+    name = name.removeprefix(PREFIX)
+    block = re.match(r"(?:down_blocks|input_blocks)\.\d+", name)
+    return block[0] if block else name.partition(".")[0]
 
 
 def _refuse_others(file: File) -> None:

@@ -31,14 +31,14 @@ class ControlNeXt(Format):
 
     name: ClassVar[str] = "controlnext"
     file: ClassVar[str] = "controlnet.safetensors"
-    order: ClassVar[int] = 0
+    order: ClassVar[int] = -1
 
     def reads(self, file: File) -> bool:
         starts = {key.partition(".")[0] for key in file.shapes}
         return {"down_res", "mid_convs", "time_embedding"} <= starts
 
     def layers(self, file: File) -> list[Layer]:
-        return parts(file, self.name, lambda key: key.partition(".")[0])
+        return parts(file, self.name, lambda name: name.partition(".")[0])
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         if not any(key.startswith("embedding.") for key in file.shapes):

@@ -45,13 +45,13 @@ class IPAdapter(Format):
 
     name: ClassVar[str] = "ip_adapter"
     file: ClassVar[str] = "ip-adapter.safetensors"
-    order: ClassVar[int] = 0
+    order: ClassVar[int] = -1
 
     def reads(self, file: File) -> bool:
         return any(MARK.match(key) for key in file.shapes)
 
     def layers(self, file: File) -> list[Layer]:
-        return parts(file, self.name, lambda key: key.partition(".")[0])
+        return parts(file, self.name, lambda name: name.partition(".")[0])
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         _refuse_others(file)
@@ -67,14 +67,14 @@ class IPAdapter(Format):
                 expected[f"{number}.{end}"] = (site.width, site.context_width)
                 names[f"{number}.{end}"] = _key(number, end)
         found = fit(file, expected, names, tower, options, self.name)
-        tensors = file.tensors(finite=options.strict, names=set(found.keys.values()))
+        held = file.tensors(finite=options.strict, names=set(found.keys.values()))
         state: dict[str, Tensor] = {}
         for name, key in found.keys.items():
             start, _, end = name.partition(".")
             if start == "shared":  # every layer has it, and all are the same
-                state |= {f"{site.name}:{name}": tensors[key] for site in sites}
+                state |= {f"{site.name}:{name}": held[key] for site in sites}
             else:
-                state[f"{sites[int(start)].name}:{end}"] = tensors[key]
+                state[f"{sites[int(start)].name}:{end}"] = held[key]
         wanted = Wanted(self.name, self.name, own, [s.name for s in sites], state, unused=found.unused)
         return attach_all(model, file, [wanted], options)
 
@@ -85,28 +85,36 @@ class IPAdapter(Format):
         provenance: Mapping[str, Any] | None = None,
     ) -> Path:
         target = destination(path, self.file)
-        attachment = single(attachments, target, self.name, "an IP-Adapter's files")
-        method: Any = attachment.method
-        plain = method.depth == DEPTH if method.kind == "plus" else method.tokens in (0, TOKENS)
-        if not plain:
-            size = f"{method.depth} layers" if method.kind == "plus" else f"{method.tokens} tokens"
-            raise SaveError(
-                f"{target}: '{attachment.name}' ({method.kind}) has {size}; readers of the layout take it to have 4. {NATIVE}"
-            )
-        offered = _ordered(attachment.offered)
-        parts_ = attachment.parts
-        left = [site.name for site in offered if site.name not in parts_]
-        if left or not offered or len({site.component for site in offered}) > 1:
-            raise SaveError(
-                f"{target}: '{attachment.name}' is not on {', '.join(left[:4])}; the layout is for all cross-attentions of one "
-                f"model, by their number. {NATIVE}"
-            )
-        first: nn.Module = parts_[offered[0].name][1].get_submodule("shared")
-        tensors = {IMAGE + key: tensor for key, tensor in first.state_dict().items()}
-        for number, site in enumerate(offered):
-            own = parts_[site.name][1].state_dict()
-            tensors |= {_key(number, end): own[end] for end in ("to_k_ip.weight", "to_v_ip.weight")}
-        return write(target, tensors, {"format": "pt"})
+        return write(target, tensors(single(attachments, target, self.name, "an IP-Adapter's files"), target), {"format": "pt"})
+
+
+def tensors(attachment: Attachment, target: Path) -> dict[str, Tensor]:
+    """What is written of an attachment.
+
+    Raises:
+        SaveError: the layout has no place for its sizes, or it is on some layers only.
+    """
+    method: Any = attachment.method
+    plain = method.depth == DEPTH if method.kind == "plus" else method.tokens in (0, TOKENS)
+    if not plain:
+        size = f"{method.depth} layers" if method.kind == "plus" else f"{method.tokens} tokens"
+        raise SaveError(
+            f"{target}: '{attachment.name}' ({method.kind}) has {size}; readers of the layout take it to have 4. {NATIVE}"
+        )
+    offered = _ordered(attachment.offered)
+    parts_ = attachment.parts
+    left = [site.name for site in offered if site.name not in parts_]
+    if left or not offered or len({site.component for site in offered}) > 1:
+        raise SaveError(
+            f"{target}: '{attachment.name}' is not on {', '.join(left[:4])}; the layout is for all cross-attentions of one "
+            f"model, by their number. {NATIVE}"
+        )
+    first: nn.Module = parts_[offered[0].name][1].get_submodule("shared")
+    found = {IMAGE + key: tensor for key, tensor in first.state_dict().items()}
+    for number, site in enumerate(offered):
+        own = parts_[site.name][1].state_dict()
+        found |= {_key(number, end): own[end] for end in ("to_k_ip.weight", "to_v_ip.weight")}
+    return found
 
 
 def _key(number: int, end: str) -> str:

@@ -36,7 +36,7 @@ class T2IAdapter(Format):
 
     name: ClassVar[str] = "t2i_adapter"
     file: ClassVar[str] = WEIGHTS
-    order: ClassVar[int] = 0
+    order: ClassVar[int] = -1
     folder: ClassVar[bool] = True
 
     def place(self, path: str | PathLike[str]) -> Path:
@@ -46,7 +46,7 @@ class T2IAdapter(Format):
         return any(MARK.fullmatch(key) for key in file.shapes)
 
     def layers(self, file: File) -> list[Layer]:
-        return parts(file, self.name, lambda key: ".".join(key.removeprefix(PREFIX).split(".")[:2]).removesuffix(".weight"))
+        return parts(file, self.name, lambda name: ".".join(name.removeprefix(PREFIX).split(".")[:2]))
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         other = next((key for key in file.shapes if ".skep." in key or ".down_opt." in key), None)
@@ -62,7 +62,7 @@ class T2IAdapter(Format):
         _compare(file, config, kind, site)
         counted = _blocks(file, prefix, kind, len(site.inner_widths))
         blocks = abs(counted)
-        channels = _channels(file, prefix, kind, site, bool(config))
+        channels = _channels(file, prefix, kind, site, "downscale_factor" in config)
         own = {"kind": kind, "channels": channels, "blocks": 0 if blocks == USUAL[kind] else blocks}
         expected = shapes(drafted(file, lambda: method_of(self.name, own).build(site)))
         names = {name: prefix + (_theirs(name, kind, blocks) if counted < 0 else name) for name in expected}

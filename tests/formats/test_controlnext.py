@@ -1,0 +1,146 @@
+"""ControlNeXt: the tensors that its authors' code saves, by name and shape, and what a file of them means."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import veneer
+from veneer.formats import Options, controlnext, convert, format_of, look, read
+from veneer.injection import LoadError, SaveError
+
+from .guides import guided, output, paper, picture, real, tiny, trained
+
+
+def sizes(width: int) -> dict[str, tuple[int, ...]]:
+    """Of the authors' class for a UNet whose first features are so wide, written out layer by layer."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def conv(name: str, out: int, into: int, kernel: int = 3) -> None:
+        found.update({f"{name}.weight": (out, into, kernel, kernel), f"{name}.bias": (out,)})
+
+    def flat(name: str, *shape: int) -> None:
+        found.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+
+    flat("time_embedding.linear_1", 256, 128)
+    flat("time_embedding.linear_2", 256, 256)
+    for i, (into, out) in enumerate([(3, 64), (64, 64), (64, 128)]):
+        conv(f"embedding.{3 * i}", out, into)
+        flat(f"embedding.{3 * i + 1}", out)
+    for i, (into, out) in enumerate([(128, 128), (128, 256)]):
+        flat(f"down_res.{i}.norm1", into)
+        conv(f"down_res.{i}.conv1", out, into)
+        flat(f"down_res.{i}.time_emb_proj", out, 256)
+        flat(f"down_res.{i}.norm2", out)
+        conv(f"down_res.{i}.conv2", out, out)
+        if into != out:
+            conv(f"down_res.{i}.conv_shortcut", out, into, 1)
+        conv(f"down_sample.{i}.conv", out, out)
+    for i in (0, 3):
+        conv(f"mid_convs.0.{i}", 256, 256)
+    for i in (2, 4):
+        flat(f"mid_convs.0.{i}", 256)
+    conv("mid_convs.1", width, 256, 1)
+    return found
+
+
+def state(width: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in sizes(width).items()}
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+def test_names_and_shapes_at_real_widths(model: str) -> None:
+    attachment = veneer.attach(real(model), "controlnext", place="stem" if model == "sdxl" else "block")
+    ((_, adapter),) = attachment.parts.values()
+    assert {name: tuple(t.shape) for name, t in adapter.state_dict().items()} == sizes(320)
+
+
+@pytest.mark.parametrize(("model", "place"), [("sd1", "block"), ("sdxl", "stem")])
+def test_a_file_there_and_back(model: str, place: str, tmp_path: Path) -> None:
+    unet, flat = tiny(model), state(8)
+    save_file({name: t.half() for name, t in flat.items()}, tmp_path / "x.safetensors")
+    attachment = veneer.load(unet, tmp_path / "x")
+    assert attachment.loaded.clean
+    assert (attachment.method.place, attachment.method.channels) == (place, 3)
+    changed = guided(unet, attachment, image=picture())
+    assert (changed - output(tiny(model))).abs().max() > 1e-3
+    after = load_file(controlnext.save(attachment, tmp_path / "y"))
+    assert after.keys() == flat.keys()
+    assert all(torch.equal(after[name], t.half().float()) for name, t in flat.items())
+
+
+@pytest.mark.parametrize(("model", "place"), [("sd1", "block"), ("sd1", "stem"), ("sdxl", "block"), ("sdxl", "stem")])
+def test_ours_means_the_same_when_it_is_loaded(model: str, place: str, tmp_path: Path) -> None:
+    first, second = tiny(model), tiny(model)
+    ours = trained(veneer.attach(first, "controlnext", channels=1, place=place))
+    controlnext.save(ours, tmp_path / "x")
+    again = veneer.load(second, tmp_path / "x")
+    assert again.method.place == place
+    both = [guided(unet, a, image=picture(1)) for unet, a in ((first, ours), (second, again))]
+    assert torch.equal(*both)
+    assert ("place" in read(tmp_path / "x").metadata) == ((model, place) in (("sd1", "stem"), ("sdxl", "block")))
+
+
+def test_changed_weights_of_the_base(tmp_path: Path) -> None:
+    save_file(state(8), tmp_path / "controlnet.safetensors")
+    save_file({"conv_out.bias": torch.ones(4)}, tmp_path / "unet.safetensors")
+    unet = tiny("sd1")
+    notes = veneer.load(unet, tmp_path / "controlnet").loaded.notes
+    assert notes == ("unet.safetensors beside it has changed weights of the base, which were not loaded",)
+    with_more: Any = veneer.attach(tiny("sd1"), "controlnext", train=("attn.out", "xattn.out"))
+    with pytest.raises(SaveError, match=r"of the base as well, for which a ControlNeXt's files have no place\. The native file"):
+        controlnext.save(with_more, tmp_path / "y")
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_missing_unused_and_misshapen(tmp_path: Path) -> None:
+    flat = state(12)
+    del flat["embedding.4.bias"]
+    save_file({**flat, "elsewhere": torch.ones(2)}, tmp_path / "x.safetensors")
+    unet = tiny("sd1")
+    with pytest.raises(LoadError, match="Pass strict=False") as caught:
+        veneer.load(unet, tmp_path / "x")
+    assert "missing 1: embedding.4.bias; unused 1: elsewhere; misshapen 2" in str(caught.value)
+    assert "mid_convs.1.weight (12, 256, 1, 1) for (8, 256, 1, 1)" in str(caught.value)
+    assert veneer.attachments(unet) == []
+    report = veneer.load(unet, tmp_path / "x", strict=False).loaded
+    assert (report.missing, report.unused) == (("residuals:embedding.4.bias",), ("elsewhere",))
+
+
+@pytest.mark.parametrize(
+    ("without", "more", "why"),
+    [
+        ("embedding.", {"scale": (), "down_res.2.norm1.weight": (256,)}, "it is of the authors' first design"),
+        ("none", {"embedding.0.weight": (64, 3)}, "expected 4 dimensions"),
+        ("none", {"embedding.0.weight": (64, 0, 3, 3)}, "channels at least 1"),
+        ("none", {"embedding.0.weight": (0, 10**6, 3, 3)}, "it does not fit the model. misshapen"),
+    ],
+)
+def test_what_is_refused(without: str, more: dict[str, Any], why: str) -> None:
+    file = paper({**{name: s for name, s in sizes(8).items() if not name.startswith(without)}, **more})
+    assert format_of(file).name == "controlnext"
+    with pytest.raises(LoadError, match=re.escape(why)):
+        controlnext.ControlNeXt().load(tiny("sd1"), file, Options())
+
+
+def test_another_place_in_the_header(tmp_path: Path) -> None:
+    save_file(state(8), tmp_path / "x.safetensors", {"place": "roof"})
+    with pytest.raises(LoadError, match="the header's 'place' is 'roof'; expected block or stem"):
+        veneer.load(tiny("sd1"), tmp_path / "x")
+
+
+def test_a_look_and_a_conversion(tmp_path: Path) -> None:
+    save_file(state(8), tmp_path / "x.safetensors")
+    unet = tiny("sd1")
+    found = look(tmp_path / "x", unet)
+    assert (found.format, found.fits) == ("controlnext", True)
+    assert [block.name for block in found.blocks] == ["down_res", "down_sample", "embedding", "mid_convs", "time_embedding"]
+    convert(unet, tmp_path / "x", "native", tmp_path / "n.safetensors")
+    convert(unet, tmp_path / "n.safetensors", "controlnext", tmp_path / "y.safetensors")
+    assert read(tmp_path / "y").shapes == read(tmp_path / "x").shapes
