@@ -166,18 +166,24 @@ def test_canny_is_the_slow_one():
     for seed in range(3):
         noise = np.random.default_rng(seed).normal(0, 14, (40, 56, 3))
         picture = Image.fromarray(np.clip(np.asarray(scene(56))[:40] + noise, 0, 255).astype(np.uint8))
-        wanted = slow_canny(picture, 0.7, 0.1, 0.18, 0.06 * 40)
+        wanted = slow_canny(picture, 0.7, 0.12, 0.22, 0.06 * 40)
         assert wanted.any()
         assert (white(canny(picture)) != wanted).mean() < 2e-3  # ties of float32 aside
+
+
+def test_of_two_equal_pixels_one_is_of_the_line():
+    for picture in (step(0.4, 64), step(0.4, 64).transpose(Image.Transpose.FLIP_LEFT_RIGHT)):
+        assert (white(canny(picture)).sum(1) == 1).all()
+        assert (white(canny(picture.transpose(Image.Transpose.ROTATE_90))).sum(0) == 1).all()
 
 
 def test_the_defaults_of_lines_scale_with_the_side(monkeypatch):
     asked = []
     monkeypatch.setattr(edges, "gradient", lambda picture, sigma: asked.append(round(sigma, 3)) or gradient(picture, 1.0))
     for function in (canny, soft_edge, scribble):
-        for side in (64, 1000):
+        for side in (64, 500):
             function(disc(side))
-    assert asked == [0.7, 4.0, 0.8, 1.6, 5.0, 15.0, 1.2, 10.0]
+    assert asked == [0.7, 2.0, 0.8, 1.6, 2.5, 7.5, 1.2, 5.0]
 
 
 def test_soft_edge_is_as_bright_as_the_step():
@@ -197,7 +203,7 @@ def test_soft_edge_lets_fine_texture_fade():
 @pytest.mark.parametrize("side", [64, 512])
 def test_scribble_is_a_thick_ring_and_leaves_small_things_out(side):
     picture = disc(side)
-    dot = disc(side, radius=0.02, centre=(0.08, 0.08))
+    dot = disc(side, (0, 0, 0), radius=0.02, centre=(0.08, 0.08))
     together = Image.fromarray(np.where(distances(side, (0.08, 0.08))[..., None] < 0.05 * side, dot, picture))
     lines = white(scribble(together))
     assert white(scribble(together, least=0))[: side // 6, : side // 6].any()
@@ -298,4 +304,4 @@ def test_large_and_small_photos_have_like_maps(name):
         with Image.open(PHOTOS / file) as opened:
             photo = opened.convert("RGB")
         small = photo.resize((64, 64), Image.Resampling.LANCZOS)
-        assert agreement(name, reduced(get(name), photo), small) > (0.65 if name in ("canny", "scribble") else 0.8), file
+        assert agreement(name, reduced(get(name), photo), small) > {"canny": 0.6, "scribble": 0.7}.get(name, 0.8), file

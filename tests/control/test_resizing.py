@@ -46,6 +46,7 @@ def test_thin_lines_survive_wherever_they_lie(scale, inverted):
 
 
 def test_areas_do_not_grow():
-    given = drawing(white(disc(512)))
+    given = drawing(white(disc(512, (0, 0, 0), (255, 255, 255))))
+    assert 0.6 < white(given).mean() < 0.8
     assert overlap(resized(given, (64, 64)), drawing(white(given.resize((64, 64), Image.Resampling.BOX)))) > 0.97
     assert white(resized(given, (64, 64))).mean() == pytest.approx(white(given).mean(), rel=0.01)

@@ -71,7 +71,7 @@ def _ridge(found: Gradient) -> Mask:
     place = np.indices(found.contrast.shape, np.float32)
     step = np.stack([found.down, found.right])
     ahead, back = (ndimage.map_coordinates(found.contrast, place + way * step, order=1, mode="nearest") for way in (1, -1))
-    return (found.contrast >= ahead) & (found.contrast >= back)
+    return (found.contrast >= ahead) & (found.contrast > back)
 
 
 def soft_edge(picture: Image.Image, *, fine: float = 0.005, coarse: float = 0.015, white: float = 0.5) -> Image.Image:
