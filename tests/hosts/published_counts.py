@@ -16,6 +16,8 @@ from torch import nn
 
 import veneer
 
+from . import published
+
 PAGE = Path("docs/results/counts.md")
 HEAD = """# Trained numbers, against published ones
 
@@ -36,6 +38,8 @@ MODELS = {
     "Swin-B": "timm `swin_base_patch4_window7_224`",
     "CLIP ViT-B/16": "open_clip `ViT-B-16`, as a classifier of 1,000 classes",
     "CLIP RN50": "open_clip `RN50`, as a classifier of 1,000 classes",
+    "SD 1.5": "diffusers' `UNet2DConditionModel`, of Stable Diffusion 1.5",
+    "SDXL": "the same, of SDXL",
 }
 
 
@@ -46,7 +50,7 @@ class Count:
     Args:
         published: exact, or rounded as text (`0.33 M`).
         source: where it is from. `where`, `options`: how the method is attached to mean the same.
-        why: the reason, where ours is another number.
+        why: the reason, where ours is another number. `train`: base weights that are trained as well.
     """
 
     method: str
@@ -56,6 +60,7 @@ class Count:
     where: str | tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
+    train: tuple[str, ...] = ()
 
     def equal(self, ours: int) -> bool:
         """True if `ours` is the published number, as exactly as that is given."""
@@ -151,12 +156,32 @@ CLIP = [
     Count("tip_adapter", "CLIP RN50", 16 * 1000 * 1024, options={"shots": 16, "train_keys": True}),
     Count("bitfit", "CLIP ViT-B/16", 171_008, FORMULA),
 ]
-COUNTS = [*VIT, *SWIN, *CLIP]
+OUTPUTS = ("attn.out", "xattn.out")
+CONTROL = [
+    Count("controlnet", "SD 1.5", 361_279_120),
+    Count("controlnet", "SDXL", 1_251_014_160, "diffusers"),
+    Count("t2i_adapter", "SD 1.5", 77_369_280),
+    Count("t2i_adapter", "SD 1.5", "77 M", TABLE),
+    Count("t2i_adapter", "SD 1.5", 18_689_200, "diffusers", options={"kind": "light"}),
+    Count("t2i_adapter", "SD 1.5", "18 M", TABLE, options={"kind": "light"}, why="18,689,200 is cut, not rounded"),
+    Count("t2i_adapter", "SDXL", 79_028_160, "diffusers"),
+    Count("ip_adapter", "SD 1.5", 22_319_616),
+    Count("ip_adapter", "SD 1.5", "22 M", TABLE),
+    Count("ip_adapter", "SD 1.5", 49_087_488, options={"kind": "plus", "width": 1280}),
+    Count("ip_adapter", "SDXL", 351_285_248, options={"width": 1280}),
+    Count("ip_adapter", "SDXL", 423_748_864, options={"kind": "plus", "width": 1280}),
+    Count("controlnext", "SD 1.5", 3_526_400),
+    Count("controlnext", "SD 1.5", 28_332_160, train=OUTPUTS),
+]
+COUNTS = [*VIT, *SWIN, *CLIP, *CONTROL]
 
 
 @functools.cache
 def build(model: str) -> nn.Module:
     """A published model on the meta device."""
+    if model in ("SD 1.5", "SDXL"):
+        with torch.device("meta"):
+            return published.BUILDERS["sd15" if model == "SD 1.5" else "sdxl"]()
     return _clip(model) if model.startswith("CLIP") else _timm(MODELS[model].partition("`")[2].rstrip("`"))
 
 
@@ -181,7 +206,7 @@ def _clip(model: str) -> nn.Module:
 
 def trained(count: Count) -> int:
     """How many numbers the method trains."""
-    tuned = veneer.attach(build(count.model), count.method, where=count.where, **count.options)
+    tuned = veneer.attach(build(count.model), count.method, where=count.where, train=count.train, **count.options)
     try:
         return sum({id(p): p.numel() for p in tuned.parameters()}.values())
     finally:
@@ -205,6 +230,7 @@ def page() -> str:
 def _options(count: Count) -> str:
     where = (count.where,) if isinstance(count.where, str) else count.where or ()
     words = [f"`where={' '.join(where)}`"] if where else []
+    words += [f"`train={' '.join(count.train)}`"] if count.train else []
     return " ".join([*words, *(f"`{key}={value}`" for key, value in count.options.items())])
 
 
