@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from veneer.formats import File
+from veneer.formats import File, format_of
 from veneer.hosts.diffusers_unet import DiffusersUNet
 from veneer.injection import Attachment
 
@@ -44,13 +44,15 @@ def tiny(kind: str, seed: int = 0, **options: Any) -> Any:
     shape = {"block_out_channels": (8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DConditionModel(**mirrored({**shape, **KINDS[kind], **options})).eval()
+        made: Any = UNet2DConditionModel(**mirrored({**shape, **KINDS[kind], **options}))
+    return made.eval()
 
 
 def real(kind: str) -> Any:
     """A UNet of a real model's widths, without values."""
     with torch.device("meta"):
-        return UNet2DConditionModel(**mirrored(REAL[kind])).eval()
+        made: Any = UNet2DConditionModel(**mirrored(REAL[kind]))
+    return made.eval()
 
 
 def picture(channels: int = 3) -> Tensor:
@@ -88,6 +90,12 @@ def trained(module: Any, seed: int = 3) -> Any:
         for p in module.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
     return module.eval() if isinstance(module, nn.Module) else module
+
+
+def form(file: File) -> str | None:
+    """The format that reads a file."""
+    found = format_of(file)
+    return None if found is None else found.name
 
 
 def paper(shapes: Mapping[str, Any], path: Path = Path("x.safetensors")) -> File:

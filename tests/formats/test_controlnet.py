@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
-from veneer.formats import Options, controlnet, convert, format_of, look, read
+from veneer.formats import Options, controlnet, convert, look, read
 from veneer.formats._ldm_names import ldm_names
 from veneer.injection import LoadError, SaveError
+from veneer.testing.pipelines import tiny_pipeline
 
-from .guides import REAL, assert_close, guided, inputs, output, paper, picture, real, tiny, trained
+from .guides import REAL, assert_close, form, guided, inputs, output, paper, picture, real, tiny, trained
 
 NAME = "diffusion_pytorch_model.safetensors"
 PASSED = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
@@ -67,6 +68,17 @@ def test_ours_is_a_folder_for_diffusers(tmp_path: Path) -> None:
     assert_close(found, guided(unet, attachment, image=picture(1)))
     again = veneer.load(tiny("sd1"), tmp_path / "a")
     assert (again.method.channels, again.method.hint) == (1, (4, 8, 8, 12))
+
+
+def test_on_a_pipeline_of_fewer_pixels_a_latent(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    made: Any = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8, 12))
+    attachment = veneer.load(pipe, saved(trained(made), tmp_path / "a"))
+    assert attachment.loaded.clean
+    assert list(attachment.parts) == ["unet.residuals"]
+    with pytest.raises(LoadError, match="hint has 4 widths; 4 pixels for each latent need 3"):
+        veneer.load(pipe, saved(ControlNetModel.from_unet(pipe.unet), tmp_path / "b"))
+    assert veneer.attachments(pipe) == [attachment]
 
 
 @pytest.mark.parametrize("prefix", ["control_model.", ""])
@@ -197,7 +209,7 @@ def test_missing_unused_and_misshapen(tmp_path: Path) -> None:
 )
 def test_other_networks_are_named(key: str, what: str) -> None:
     file = paper({"input_hint_block.0.weight": (16, 3, 3, 3), key: (2, 2)})
-    assert format_of(file).name == "controlnet"
+    assert form(file) == "controlnet"
     with pytest.raises(LoadError, match=f"'{re.escape(key)}' says that it is .*{what}"):
         controlnet.ControlNet().load(tiny("sd1"), file, Options())
 
@@ -246,4 +258,4 @@ def test_a_look_and_a_conversion(tmp_path: Path) -> None:
     assert read(tmp_path / "b").shapes == read(tmp_path / "a").shapes
     assert veneer.attachments(unet) == []
     with pytest.raises(LoadError, match="is for a UNet2DConditionModel, and there are"):
-        veneer.load(veneer.testing.pipelines.tiny_pipeline("dit"), tmp_path / "a")
+        veneer.load(tiny_pipeline("dit"), tmp_path / "a")

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from veneer.formats import Options, controlnext, convert, format_of, look, read
+from veneer.formats import Options, controlnext, convert, look, read
 from veneer.injection import LoadError, SaveError
 
-from .guides import guided, output, paper, picture, real, tiny, trained
+from .guides import form, guided, output, paper, picture, real, tiny, trained
 
 
 def sizes(width: int) -> dict[str, tuple[int, ...]]:
@@ -124,7 +124,7 @@ def test_missing_unused_and_misshapen(tmp_path: Path) -> None:
 )
 def test_what_is_refused(without: str, more: dict[str, Any], why: str) -> None:
     file = paper({**{name: s for name, s in sizes(8).items() if not name.startswith(without)}, **more})
-    assert format_of(file).name == "controlnext"
+    assert form(file) == "controlnext"
     with pytest.raises(LoadError, match=re.escape(why)):
         controlnext.ControlNeXt().load(tiny("sd1"), file, Options())
 

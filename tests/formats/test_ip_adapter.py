@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
-from veneer.formats import Options, convert, format_of, ip_adapter, look, read
+from veneer.formats import Options, convert, ip_adapter, look, read
 from veneer.injection import LoadError, SaveError
 from veneer.testing.pipelines import tiny_pipeline
 
-from .guides import assert_close, guided, inputs, output, paper, real, tiny, trained
+from .guides import assert_close, form, guided, inputs, output, paper, real, tiny, trained
 
 WIDTH, DIM = 12, 64  # of an embedding, of the resampler
 
@@ -33,7 +33,9 @@ def sizes(unet: Any, kind: str, tokens: int = 4) -> dict[str, tuple[int, ...]]:
         found |= {"proj_out.weight": (context, DIM), "proj_out.bias": (context,), "norm_out.weight": (context,)}
         found |= {"norm_out.bias": (context,)}
         for i in range(4):
-            layer = {f"0.{norm}.{end}": (DIM,) for norm in ("norm1", "norm2") for end in ("weight", "bias")}
+            layer: dict[str, tuple[int, ...]] = {
+                f"0.{norm}.{end}": (DIM,) for norm in ("norm1", "norm2") for end in ("weight", "bias")
+            }
             layer |= {"0.to_q.weight": (DIM, DIM), "0.to_kv.weight": (2 * DIM, DIM), "0.to_out.weight": (DIM, DIM)}
             layer |= {"1.0.weight": (DIM,), "1.0.bias": (DIM,), "1.1.weight": (4 * DIM, DIM), "1.3.weight": (DIM, 4 * DIM)}
             found |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
@@ -146,7 +148,7 @@ def test_another_family() -> None:
 )
 def test_other_networks_are_named(more: dict[str, tuple[int, ...]], what: str) -> None:
     file = paper({"ip_adapter.1.to_k_ip.weight": (8, 24), **more})
-    assert format_of(file).name == "ip_adapter"
+    assert form(file) == "ip_adapter"
     with pytest.raises(LoadError, match=f"says that it is {re.escape(what)}"):
         ip_adapter.IPAdapter().load(tiny("sd1"), file, Options())
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
-from veneer.formats import Options, convert, format_of, look, read, t2i_adapter
+from veneer.formats import Options, convert, look, read, t2i_adapter
 from veneer.injection import LoadError, SaveError
+from veneer.injection.sites import ResidualSite
 
-from .guides import assert_close, guided, output, paper, picture, real, tiny, trained
+from .guides import assert_close, form, guided, output, paper, picture, real, tiny, trained
 
 NAME = "diffusion_pytorch_model.safetensors"
 TYPES = {"full_adapter": ("sd1", (8, 16, 16)), "light_adapter": ("sd1", (8, 16)), "full_adapter_xl": ("sdxl", (8, 16, 16, 16))}
@@ -124,6 +125,7 @@ def test_names_and_shapes_at_real_widths(model: str, options: dict[str, Any]) ->
     kind = options["adapter_type"].partition("_")[0]
     attachment = veneer.attach(real(model), "t2i_adapter", kind=kind)
     ((site, module),) = attachment.parts.values()
+    assert isinstance(site, ResidualSite)
     assert t2i_adapter.type_of(site, kind) == options["adapter_type"]
     assert {f"adapter.{k}": t.shape for k, t in module.state_dict().items()} == {
         k: t.shape for k, t in known.state_dict().items()
@@ -168,7 +170,7 @@ def test_the_first_design_and_too_many_blocks() -> None:
         ({f"body.0.resnets.{i}.block1.weight": (1,) for i in range(65)}, "65 blocks of a level; at most 64"),
     ):
         file = paper({**blocks, **more})
-        assert format_of(file).name == "t2i_adapter"
+        assert form(file) == "t2i_adapter"
         with pytest.raises(LoadError, match=re.escape(why)):
             t2i_adapter.T2IAdapter().load(tiny("sd1"), file, Options())
 
@@ -185,6 +187,7 @@ def test_the_first_design_and_too_many_blocks() -> None:
 def test_levels_of_none_of_the_types(model: str, kind: str, shape: tuple[int, ...], type_: str | None, tmp_path: Path) -> None:
     attachment = veneer.attach(tiny(model, block_out_channels=shape), "t2i_adapter", kind=kind)
     ((site, _),) = attachment.parts.values()
+    assert isinstance(site, ResidualSite)
     assert t2i_adapter.type_of(site, kind) == type_
     if type_ is None:
         with pytest.raises(SaveError, match=r"those of none of diffusers' types of a light T2IAdapter\. The native file"):

@@ -44,7 +44,7 @@ def load(
     Args:
         model: as for `attach`: the base that the adapter was trained on.
         path: a safetensors file of any known format, without its suffix if you like, a folder with `adapter.safetensors` or as
-            peft writes it, or a picture with a learned word in it.
+            peft or diffusers writes it, or a picture with a learned word in it.
         name: of the attachment; the saved one by default. Of several in one file, the first part of their names.
         scale: strength, 1 as trained.
         strict: False loads what fits of a file with missing, unused or misshapen tensors; `Attachment.loaded` says what did.
