@@ -64,6 +64,8 @@ def control(config: ControlConfig, accelerator: Accelerator | None = None) -> Pa
     reads = embedder(pipe) if config.reads_pictures else None
     attached = _attach(config, pipe, reads)
     resolution = config.resolution or kind.resolution
+    if config.checkpointing:
+        targets.checkpoint(kind.tower)
     run = Run(config, pipe, attached, _subjects(config, pictures, resolution), reads, out)
     dataset = PhotoDataset(
         pictures.train, resolution, kind.multiple, config.seed, captions=Captions(dropout=config.caption_dropout or 0.0),

@@ -55,7 +55,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     attached = _attach(config, pipe)
     if config.checkpointing:
         for component in {c for a in attached for c in a.towers}:
-            _checkpointing(pipe.components[component])
+            targets.checkpoint(pipe.components[component])
     captions = _captions(config)
     dataset = _dataset(config, kind, photos, prior, captions, resolution)
     loop = config.loop()
@@ -168,14 +168,6 @@ def _captions(config: PersonalizeConfig) -> Captions:
         shuffle=config.shuffle_tags,
         keep_tokens=config.keep_tokens,
     )
-
-
-def _checkpointing(tower: Any) -> None:
-    enable = getattr(tower, "enable_gradient_checkpointing", None) or getattr(tower, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise VeneerError(f"{type(tower).__name__} has no gradient checkpointing. Leave --checkpointing out.")
-    enable()
-    tower.training = True  # the flag that the towers look at; their parts stay in eval, so no dropout
 
 
 if __name__ == "__main__":

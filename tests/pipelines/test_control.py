@@ -32,7 +32,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a saved tiny pipeline that draws in a few steps."""
     folder = tmp_path_factory.mktemp("bases") / "sd"
     tiny_pipeline("sd").save_pretrained(folder)
-    (folder / "veneer.json").write_text('{"steps": 3, "things": ["cat", "dog"], "scenes": ["a {thing}, left", "a {thing}, right"]}')
+    (folder / "veneer.json").write_text(
+        '{"steps": 3, "things": ["cat", "dog"], "scenes": ["a {thing}, left", "a {thing}, right"]}'
+    )
     return str(folder)
 
 
@@ -168,3 +170,12 @@ def test_only_looking(base: str, photos: Path, tmp_path: Path, capsys: pytest.Ca
     out = run(base, photos, tmp_path / "out", check=True)
     assert {p.name for p in out.iterdir()} == {"maps.png"}
     assert "follows canny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["controlnet", "ip_adapter"])
+def test_recomputed_activations_give_the_same_weights(base: str, photos: Path, tmp_path: Path, method: str) -> None:
+    options = {"method": method, "learning_rate": 0.01, "eval_seeds": 0}
+    plain = run(base, photos, tmp_path / "plain", **options)
+    less = run(base, photos, tmp_path / "less", checkpointing=True, **options)
+    a, b = (load_file(out / "adapter.safetensors") for out in (plain, less))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)

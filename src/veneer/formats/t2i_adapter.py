@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -60,12 +61,11 @@ class T2IAdapter(Format):
         config = config_beside(file, KIND)
         kind = "light" if any(key.endswith(".out_conv.weight") for key in file.shapes) else "full"
         _compare(file, config, kind, site)
-        counted = _blocks(file, prefix, kind, len(site.inner_widths))
-        blocks = abs(counted)
+        blocks, theirs = _blocks(file, prefix, kind, len(site.inner_widths))
         channels = _channels(file, prefix, kind, site, "downscale_factor" in config)
         own = {"kind": kind, "channels": channels, "blocks": 0 if blocks == USUAL[kind] else blocks}
         expected = shapes(drafted(file, lambda: method_of(self.name, own).build(site)))
-        names = {name: prefix + (_theirs(name, kind, blocks) if counted < 0 else name) for name in expected}
+        names = {name: prefix + (_theirs(name, kind, blocks) if theirs else name) for name in expected}
         found = fit(file, expected, names, tower, options, self.name)
         tensors = file.tensors(finite=options.strict, names=set(found.keys.values()))
         state = {f"{site.name}:{name}": tensors[key] for name, key in found.keys.items()}
@@ -135,18 +135,18 @@ def _compare(file: File, config: Mapping[str, Any], kind: str, site: ResidualSit
         )
 
 
-def _blocks(file: File, prefix: str, kind: str, levels: int) -> int:
-    """Residual blocks of a level; the authors' names give a negative number."""
+def _blocks(file: File, prefix: str, kind: str, levels: int) -> tuple[int, bool]:
+    """Residual blocks of a level, and whether they have the authors' names."""
     start = re.escape(prefix)
 
     def numbers(pattern: str) -> int:
         return len({m[1] for key in file.shapes if (m := re.match(pattern, key))})
 
     if ours := numbers(rf"{start}body\.0\.resnets\.(\d{{1,6}})\."):
-        return few(file, ours, "blocks of a level")
-    if kind == "light":
-        return -few(file, numbers(rf"{start}body\.0\.body\.(\d{{1,6}})\.") or 1, "blocks of a level")
-    return -few(file, -(-numbers(rf"{start}body\.(\d{{1,6}})\.block1\.") // levels) or 1, "blocks of a level")
+        return few(file, ours, "blocks of a level"), False
+    light = kind == "light"
+    count = numbers(rf"{start}body\.0\.body\.(\d{{1,6}})\." if light else rf"{start}body\.(\d{{1,6}})\.block1\.")
+    return few(file, max(1, count if light else math.ceil(count / levels)), "blocks of a level"), True
 
 
 def _channels(file: File, prefix: str, kind: str, site: ResidualSite, told: bool) -> int:

@@ -179,7 +179,7 @@ class Attachment:
         """A `with` block in which the model is called with these conditions; the earlier ones come back after it.
 
         A pipeline is called as ever: with guidance, several prompts and several pictures a prompt. One condition counts for all
-        samples; of several the n-th for the n-th prompt.
+        samples; of several the n-th for the n-th prompt. Where activations are recomputed, go backward before the next call.
 
         Args:
             strength: multiplies `scale`, here only. `start`, `end`: the part of the schedule in which it acts, 0 to 1.

@@ -166,7 +166,10 @@ def place(scheduler: Any, timestep: Any) -> int:
 
 @contextlib.contextmanager
 def scope(attachment: Attachment, given: Given) -> Iterator[None]:
-    """Inside it the attachment has these conditions; the earlier ones come back after it."""
+    """Inside it the attachment has these conditions; the earlier ones come back after it.
+
+    What the last call was told stays with the adapters: a backward pass that runs parts of it again asks for it.
+    """
     before = attachment.conditions
     given.open()
     attachment.conditions = given
@@ -175,8 +178,6 @@ def scope(attachment: Attachment, given: Given) -> Iterator[None]:
     finally:
         attachment.conditions = before
         given.close()
-        for _, adapter in attachment.parts.values():
-            adapter.call.now = adapter.call.made = None
 
 
 def receive(attachment: Attachment, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

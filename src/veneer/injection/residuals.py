@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .errors import ConditionError
 from .method import Adapter
 from .seams import HookSeam
 
@@ -88,8 +89,6 @@ def image_for(call: Mapping[str, Any], site: Any, now: Any, name: str) -> Tensor
     Raises:
         ConditionError: another size.
     """
-    from .errors import ConditionError
-
     image: Tensor = now.values["image"]
     height, width = (side * site.pixels for side in call[site.arguments[0]].shape[-2:])
     if tuple(image.shape[-2:]) != (height, width):
@@ -98,6 +97,3 @@ def image_for(call: Mapping[str, Any], site: Any, now: Any, name: str) -> Tensor
             f"Resize it: image.resize(({width}, {height}))."
         )
     return image
-
-
-__all__ = ["ResidualSeam", "Residuals", "image_for"]

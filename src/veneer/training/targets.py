@@ -63,6 +63,19 @@ def freeze(pipe: Any) -> None:
             part.eval().requires_grad_(False)
 
 
+def checkpoint(tower: Any) -> None:
+    """Have a tower recompute activations in the backward pass, for less memory.
+
+    Raises:
+        VeneerError: it cannot.
+    """
+    enable = getattr(tower, "enable_gradient_checkpointing", None) or getattr(tower, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise VeneerError(f"{type(tower).__name__} has no gradient checkpointing. Leave --checkpointing out.")
+    enable()
+    tower.training = True  # the flag that the towers look at; their parts stay in eval, so no dropout
+
+
 def attach_all(
     pipe: Any, found: Sequence[Method], where: Mapping[str, Sequence[str]], text_encoder: bool, seed: int
 ) -> list[Attachment]:
