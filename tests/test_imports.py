@@ -21,8 +21,9 @@ FORBIDDEN = {
     "hosts": {"methods", "functional", "formats", "training", "testing", "bases", "benchmarks", "cli", "pipelines", "apps"},
     "functional": {"injection", "methods", "hosts", "formats", "training", "testing", "bases", "cli", "pipelines", "apps"},
     "formats": {"hosts", "methods", "training", "testing", "bases", "benchmarks", "cli", "pipelines", "apps"},
-    "training": {"hosts", "testing", "benchmarks", "cli", "pipelines", "apps"},
-    "classifying": {"hosts", "testing", "cli", "pipelines", "apps"},
+    "training": {"hosts", "testing", "benchmarks", "classifying", "control", "cli", "pipelines", "apps"},
+    "classifying": {"hosts", "testing", "control", "cli", "pipelines", "apps"},
+    "control": {"hosts", "methods", "testing", "classifying", "cli", "pipelines", "apps"},
     "testing": {"hosts", "methods", "cli", "pipelines", "apps"},
     "bases": {"hosts", "methods", "testing", "cli", "pipelines", "apps"},
 }
