@@ -150,7 +150,8 @@ def _subjects(config: ControlConfig, pictures: Pictures, side: int) -> list[Subj
             guide = square(resized(read_photo(pictures.guides[photo.path]), photo.size[::-1]))
         else:
             guide = condition(picture) if condition.is_computed else picture
-        found.append(Subject(photo.caption or "", picture, guide))
+        caption = "" if config.reads_pictures else photo.caption or ""  # the picture alone is to say what is drawn
+        found.append(Subject(caption, picture, guide))
     return found
 
 

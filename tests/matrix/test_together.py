@@ -38,6 +38,15 @@ def _found() -> list[Any]:
 
 
 together = pytest.mark.parametrize(("first", "second"), _found())
+OUT_OF_ORDER = ("lora-repadapter-open_clip-timm",)
+"""On slices of a fused weight that is called RepAdapter changes the weight, and a LoRA that was attached before acts after it."""
+in_order = pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(*p.values, id=p.id, marks=pytest.mark.xfail(p.id in OUT_OF_ORDER, reason="later acts earlier", strict=True))
+        for p in _found()
+    ],
+)
 
 
 def _attach(model: nn.Module, case: Case, seed: int) -> Attachment:
@@ -46,7 +55,7 @@ def _attach(model: nn.Module, case: Case, seed: int) -> Attachment:
     return attachment
 
 
-@together
+@in_order
 def test_both_equal_one_beside_weights_that_hold_the_other(first: Case, second: Case) -> None:
     model, by_hand = first.fresh(torch.float64), first.fresh(torch.float64)
     pair = [_attach(model, first, 1), _attach(model, second, 2)]

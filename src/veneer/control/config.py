@@ -150,7 +150,7 @@ class ControlConfig:
         if self.train is None:
             usual["train"] = ("attn.out", "xattn.out") if self.method == "controlnext" else ()
         if self.caption_dropout is None:
-            usual["caption_dropout"] = 0.1 if self.reads_pictures else 0.3
+            usual["caption_dropout"] = float(known.get("caption_dropout", 0.1 if self.reads_pictures else 0.5))
         if self.density is None and self.method == "t2i_adapter":
             usual["density"] = "cubic"
         return dataclasses.replace(self, **usual)

@@ -48,7 +48,7 @@ def attach(
     for tower in towers:
         refuse_compiled(tower.module, "attach", tower.wrapped)
     attachment = Attachment(plan(towers, method, where, train), _free_name(towers, name, method.name))
-    attachment.pipeline = weakref.ref(model) if hasattr(model, "components") else None
+    attachment.pipeline = weakref.ref(model) if hasattr(model, "scheduler") else None
     try:
         attachment._joined.join()
         if sample is not None and sample is not False:

@@ -9,6 +9,7 @@ from torch import nn
 
 from .conditions import receive
 from .errors import HostChanged, StateError
+from .forms import recorded
 from .ledger import close, lookup, open_ledger, peek
 from .plan import Plan
 from .routing import Batch
@@ -96,10 +97,13 @@ class Joined:
         return [a.trained for ledger in ledgers for a in ledger.attachments if a is not self.attachment]
 
     def _at_door(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        acts = True
-        if not torch.compiler.is_compiling():  # where a guard on the strength would compile anew
-            acts = self.attachment._on and self.attachment._scale != 0
-            self.attachment.check() if acts else self.trained.check()  # adapters that are off cannot be bypassed
+        acts = recorded() and self.attachment.conditions is not None  # what is run again may be on then
+        if torch.compiler.is_compiling():  # a guard on the strength would compile anew
+            acts = True
+        else:
+            on = self.attachment._on and self.attachment._scale != 0
+            acts = acts or on
+            self.attachment.check() if on else self.trained.check()  # adapters that are off cannot be bypassed
         if acts and self.attachment.method.conditions:
             receive(self.attachment, module, args, kwargs)
         batch = self.batches.get(id(module))

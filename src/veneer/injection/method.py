@@ -90,9 +90,8 @@ class Adapter(nn.Module):
         self.call = Call()
 
     @property
-    def now(self) -> Now:
-        """What was given for the call that runs."""
-        assert self.call.now is not None, "receive() comes first"
+    def now(self) -> Any:
+        """What was given for the call that runs, a `conditions.Now`; None where nothing was."""
         return self.call.now
 
     def enter(self, tower: nn.Module) -> None:

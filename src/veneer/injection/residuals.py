@@ -48,7 +48,7 @@ class ResidualSeam(HookSeam):
 
     def passes(self) -> bool:
         adapter: Any = self.adapters[0]
-        return self.asleep() or adapter.now.strength == 0
+        return self.asleep() or adapter.now is None or adapter.now.strength == 0
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.passes():
