@@ -26,7 +26,7 @@ class Preset:
         guidance_scale, steps, negative_prompt: for sampling.
         things, scenes: what the base draws well, and prompts with {thing} in them: pictures to learn control from.
         training: method name to what is usual for it on this base: `options`, `where`, `learning_rate`, `steps`, `batch`,
-            `schedule`.
+            `schedule`, `caption_dropout`.
     """
 
     templates: tuple[str, ...] = ("a photo of {concept}",)
