@@ -47,7 +47,7 @@ class CompareConfig:
     methods: str = "lora, adaptformer, vpt, ssf, bitfit"
     seeds: int = 3
     baseline: bool = True
-    head_first: bool = True
+    head_first: bool = False
     shots: int | None = None
     validation: float = 0.1
     test: float = 0.15

@@ -9,8 +9,8 @@ import veneer
 
 PUBLIC = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "merges", "methods", "mixed", "sites"]
 ATTACHMENT = [
-    "after_step", "check", "detach", "enabled", "given", "groups", "host_state_dict", "load_state_dict", "merge", "named_parameters",
-    "parameters", "penalty", "prepare", "probe", "report", "save", "scale", "state_dict", "swap", "unmerge",
+    "after_step", "check", "detach", "enabled", "given", "groups", "host_state_dict", "load_state_dict", "merge",
+    "named_parameters", "parameters", "penalty", "prepare", "probe", "report", "save", "scale", "state_dict", "swap", "unmerge",
 ]  # fmt: skip
 ROOT = Path(veneer.__file__).parent.parent.parent
 

@@ -78,6 +78,7 @@ def test_a_head_starts_anew_where_that_is_wanted_or_features_say_nothing(
 
 def begun(folders: tuple[Path, Path], out: Path, method: str, **options: object) -> Teacher:
     pictures, model = folders
+    options = {"head_first": True, **options}
     config = TransferConfig(data=str(pictures), model=str(model), method=method, validation=0.25, batch=8, out=out, **options)  # type: ignore[arg-type]
     data = open_data(config, out)
     classifier = open_classifier(config.model, data.classes, weights=config.weights)

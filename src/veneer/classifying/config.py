@@ -33,7 +33,8 @@ class TransferConfig:
         options: method name to its options.
         where: selection of sites; see `veneer sites`. None: each method's usual.
         head: `fresh` for a new linear head that is trained, `kept` for the model's own; None for what the method wants.
-        head_first: start a fresh head at the logistic regression on the frozen features, which run once for it.
+        head_first: start a fresh head at the logistic regression on the frozen features, which run once for it. For a few epochs;
+            in longer runs a head that learns with the adapters ended better.
         templates: texts for the classes of a CLIP, with {} for the name.
         statistics: of BatchNorms: `frozen` as they are, or `moving` with the pictures; None: moving where the weights are random.
         shots: pictures of each class to train on; None for all.
@@ -75,7 +76,7 @@ class TransferConfig:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     where: tuple[str, ...] | None = None
     head: str | None = None
-    head_first: bool = True
+    head_first: bool = False
     templates: tuple[str, ...] = ("a photo of a {}.",)
     statistics: str | None = None
     shots: int | None = None
