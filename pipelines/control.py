@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +187,7 @@ def _told(record: dict[str, Any], out: Path) -> str:
     )
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`veneer control …`."""
-    from veneer.cli import main as run
-
-    return run(["control", *arguments])
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from veneer.cli import main
+
+    sys.exit(main(["control", *sys.argv[1:]]))
