@@ -15,9 +15,8 @@ from veneer.classifying.comparing import Comparison, rows_of
 from veneer.classifying.config import TransferConfig
 from veneer.classifying.data import Views, open_data
 from veneer.classifying.models import open_classifier
-from veneer.classifying.outcome import write_json
 from veneer.injection import VeneerError
-from veneer.training.checkpoints import write_atomically
+from veneer.training.checkpoints import write_atomically, write_json
 from veneer.training.personal import new_folder
 
 __all__ = ["CompareConfig", "compare"]

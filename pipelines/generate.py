@@ -14,7 +14,7 @@ from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError
 from veneer.training import targets
 from veneer.training.families import family
-from veneer.training.previews import Preview, PreviewSettings, pairs, previews, save_png
+from veneer.training.previews import PreviewSettings, pairs, previews, save_png, save_preview
 from veneer.training.sheets import Row, sheet
 
 
@@ -79,7 +79,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     made = previews(pipe, config.prompt, settings)
     used = [{"file": str(path), "scale": scale} for path, scale in adapters]
     config.out.mkdir(parents=True, exist_ok=True)
-    files = [_write(config.out, preview, {"base": base, "adapters": used}) for preview in made]
+    files = [save_preview(config.out, preview, {"base": base, "adapters": used}) for preview in made]
     if config.without:
         files.append(_beside(config, pipe, attached, settings))
     return files
@@ -107,17 +107,6 @@ def base_of(path: Path) -> str | None:
     header = file.json(KEY) if KEY in file.metadata else {}
     found: str | None = header.get("provenance", {}).get("base")
     return found
-
-
-def _write(folder: Path, preview: Preview, more: dict[str, Any]) -> Path:
-    """The first free `NAME-SEED.png`."""
-    words = "-".join("".join(c if c.isalnum() else " " for c in preview.prompt).split())[:60] or "picture"
-    stem = folder / f"{words}-{preview.seed}"
-    path, number = stem.with_suffix(".png"), 1
-    while path.exists():
-        number += 1
-        path = stem.with_name(f"{stem.name}-{number}.png")
-    return save_png(preview.image, path, {**preview.settings, **more})
 
 
 def _beside(config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings) -> Path:

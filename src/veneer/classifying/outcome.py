@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 
 from veneer.formats import native
 from veneer.injection import Attachment
-from veneer.training.checkpoints import write_atomically
+from veneer.training.checkpoints import write_json
 
 from .config import TransferConfig
 from .data import Data
@@ -122,11 +121,6 @@ def model_record(config: TransferConfig, classifier: Classifier) -> dict[str, An
         "templates": list(config.templates),
         "adapted": bool(config.names()) or classifier.fresh,
     }
-
-
-def write_json(path: Path, record: Any) -> None:
-    """JSON, written whole or not at all."""
-    write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n").encode())
 
 
 def _method(attachment: Attachment) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from veneer.injection import VeneerError
+from veneer.training.checkpoints import write_json
 
 from .cached import Features, reads_features_only
 from .config import TransferConfig
 from .data import Views
 from .models import Classifier
-from .outcome import write_json
 from .teaching import Teacher, attach_methods
 
 RATES = (1.0, 3.0, 10.0, 0.3, 0.1)

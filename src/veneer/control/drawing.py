@@ -18,7 +18,7 @@ from veneer.injection import Attachment, VeneerError
 from veneer.training import targets
 from veneer.training.families import Family, family
 from veneer.training.photos import read_photo
-from veneer.training.previews import Preview, PreviewSettings, previews, save_png
+from veneer.training.previews import PreviewSettings, previews, save_png, save_preview
 
 from . import maps
 from .embedding import embedder
@@ -103,7 +103,7 @@ def draw_under(config: DrawConfig, adapters: list[tuple[Path, float]], base: str
             written.append(save_png(picture, config.out / f"map-{number}.png", {"of": str(file)}))
         made = previews(pipe, config.prompt, settings)
     facts = {"base": base, "adapters": list(config.adapter), "given": [str(f) for f in files]}
-    return [*written, *(_write(config.out, preview, facts) for preview in made)]
+    return [*written, *(save_preview(config.out, preview, facts) for preview in made)]
 
 
 def _given(
@@ -134,8 +134,3 @@ def condition_of(path: Path) -> str | None:
     header = file.json(KEY) if KEY in file.metadata else {}
     found: str | None = header.get("provenance", {}).get("condition")
     return found if found != "pairs" else None
-
-
-def _write(folder: Path, preview: Preview, facts: dict[str, Any]) -> Path:
-    words = "-".join("".join(c if c.isalnum() else " " for c in preview.prompt).split())[:60] or "picture"
-    return save_png(preview.image, folder / f"{words}-{preview.seed}.png", {**preview.settings, **facts})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,9 +14,9 @@ from PIL import Image
 from veneer import bases
 from veneer.formats import formats, native
 from veneer.injection import Attachment
-from veneer.training.checkpoints import write_atomically
+from veneer.training.checkpoints import write_json
 from veneer.training.loop import TrainResult
-from veneer.training.outcome import write_image
+from veneer.training.outcome import training_record, write_image
 from veneer.training.previews import PreviewSettings
 from veneer.training.sheets import Row, sheet
 
@@ -111,26 +110,13 @@ def _sheet(run: Run, drawings: Sequence[Drawings], note: str) -> Image.Image:
 
 
 def _record(run: Run, result: TrainResult, measured: Figures | None) -> dict[str, Any]:
-    last = result.losses[-50:]
     return {
         "config": asdict(run.config),
         "parameters": sum(p.numel() for p in run.control.parameters()),
-        "training": {
-            "steps": result.steps,
-            "resumed_from": result.resumed_from,
-            "loss": sum(last) / len(last) if last else None,
-            "seconds": result.seconds,
-            "peak_memory_bytes": result.peak_memory_bytes,
-            "warnings": result.warnings,
-        },
+        "training": training_record(result),
         "figures": measured.as_dict() if measured else None,
         "held": len(run.subjects),
         "curve": run.curve,
         "versions": {name: version(name) for name in ("veneer", "torch", "diffusers", "transformers")},
         "machine": {"python": platform.python_version(), "system": platform.system()},
     }
-
-
-def write_json(path: Path, record: Any) -> None:
-    """JSON, written whole or not at all."""
-    write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n").encode())

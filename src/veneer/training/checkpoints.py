@@ -246,6 +246,11 @@ def write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def write_json(path: Path, record: Any) -> None:
+    """JSON, written whole or not at all."""
+    write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n").encode())
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, sync it and rename it into place."""
     temporary = path.with_name(f".saving-{path.name}-{os.getpid()}")

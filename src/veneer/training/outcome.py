@@ -122,7 +122,6 @@ def _sheet(run: Run, result: TrainResult, photos: list[Image.Image], concept: li
 
 
 def _record(run: Run, result: TrainResult, files: list[str], metrics: Metrics | None) -> dict[str, Any]:
-    last = result.losses[-50:]
     return {
         "config": asdict(run.config),
         "files": files,
@@ -137,17 +136,23 @@ def _record(run: Run, result: TrainResult, files: list[str], metrics: Metrics | 
             }
             for a in run.attached
         ],
-        "training": {
-            "steps": result.steps,
-            "resumed_from": result.resumed_from,
-            "loss": sum(last) / len(last) if last else None,
-            "seconds": result.seconds,
-            "peak_memory_bytes": result.peak_memory_bytes,
-            "warnings": result.warnings,
-        },
+        "training": training_record(result),
         "figures": metrics.as_dict() if metrics else None,
         "versions": {name: version(name) for name in ("veneer", "torch", "diffusers", "transformers")},
         "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},
+    }
+
+
+def training_record(result: TrainResult) -> dict[str, Any]:
+    """How a training went, for JSON; the loss is the mean of the last 50 steps."""
+    last = result.losses[-50:]
+    return {
+        "steps": result.steps,
+        "resumed_from": result.resumed_from,
+        "loss": sum(last) / len(last) if last else None,
+        "seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "warnings": result.warnings,
     }
 
 

@@ -199,6 +199,17 @@ def _described(pipe: Any, job: _Job, settings: PreviewSettings) -> dict[str, Any
     return {"prompt": job.prompt, "seed": job.seed, **facts, **names}
 
 
+def save_preview(folder: Path, preview: Preview, more: Mapping[str, Any]) -> Path:
+    """The first free `NAME-SEED.png`."""
+    words = "-".join("".join(c if c.isalnum() else " " for c in preview.prompt).split())[:60] or "picture"
+    stem = folder / f"{words}-{preview.seed}"
+    path, number = stem.with_suffix(".png"), 1
+    while path.exists():
+        number += 1
+        path = stem.with_name(f"{stem.name}-{number}.png")
+    return save_png(preview.image, path, {**preview.settings, **more})
+
+
 def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> Path:
     """Write a PNG with `settings` as JSON in its text metadata, to a temporary name first. Returns the path.
 

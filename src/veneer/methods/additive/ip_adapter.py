@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from veneer.injection.errors import ConditionError
 from veneer.injection.filling import values_follow
-from veneer.injection.merge import host_tensors
+from veneer.injection.forms import base_tensor
 from veneer.injection.method import Adapter, Method, Need, Taken
 from veneer.injection.sites import AttentionSite, Site
 from veneer.methods.additive._image_prompt import ImageTokens, Resampler, embeddings, fitted, masks
@@ -137,9 +137,8 @@ class IPAdapterLayer(Adapter):
         """Begin as the layer's own projections of the text."""
         if values_follow():
             return
-        host = dict(host_tensors(tower))
         for own, name in ((self.to_k_ip, "to_k"), (self.to_v_ip, "to_v")):
-            own.weight.copy_(host[f"{self.site.path}.{name}.weight"])
+            own.weight.copy_(base_tensor(tower, f"{self.site.path}.{name}", "weight"))
         if self.zero_start:
             self.to_v_ip.weight.zero_()
 
