@@ -12,11 +12,16 @@ from veneer.testing.pipelines import tiny_pipeline
 
 SIDE = 32
 PROMPTS = ["a red house", "two dogs"]
+THREE: dict[str, Any] = {  # three blocks, as SDXL has them
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (16, 32, 48), "attention_head_dim": 2, "transformer_layers_per_block": 1,
+}  # fmt: skip
 
 
-def pipeline(family: str = "sd") -> Any:
+def pipeline(family: str = "sd", **denoiser: Any) -> Any:
     """A tiny pipeline, without a safety checker's warning."""
-    return tiny_pipeline(family)
+    return tiny_pipeline(family, **denoiser)
 
 
 def picture(seed: int, side: int = SIDE) -> Image.Image:

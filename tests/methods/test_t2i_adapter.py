@@ -11,17 +11,12 @@ from diffusers import StableDiffusionAdapterPipeline, StableDiffusionXLAdapterPi
 from diffusers import T2IAdapter as Peer
 
 import veneer
-from tests.methods.controls import PROMPTS, drawn, picture, pipeline, stir
+from tests.methods.controls import PROMPTS, THREE, drawn, picture, pipeline, stir
 from veneer.injection.errors import ConditionError
 from veneer.testing.pipelines import tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:The decode_latents method:FutureWarning")  # within diffusers
 KINDS = {"full": "full_adapter", "light": "light_adapter"}
-XL = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-THREE = {  # three blocks, as SDXL has them
-    "down_block_types": XL, "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (16, 32, 48), "attention_head_dim": 2, "transformer_layers_per_block": 1,
-}  # fmt: skip
 
 
 def taught(pipe: Any, kind: str, form: str, channels: list[int], factor: int) -> tuple[Peer, veneer.Attachment]:
@@ -103,7 +98,7 @@ def test_sdxl() -> None:
 
 SDXL = {
     "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
-    "down_block_types": XL,
+    "down_block_types": THREE["down_block_types"],
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2, 10),
 }  # fmt: skip
 CHANNELS = [320, 640, 1280, 1280]
