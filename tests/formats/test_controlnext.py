@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from veneer.formats import Options, controlnext, convert, look, read
-from veneer.injection import LoadError, SaveError
+from veneer.injection import LoadError
 
 from .guides import form, guided, output, paper, picture, real, tiny, trained
 
@@ -85,18 +85,6 @@ def test_ours_means_the_same_when_it_is_loaded(model: str, place: str, tmp_path:
     both = [guided(unet, a, image=picture(1)) for unet, a in ((first, ours), (second, again))]
     assert torch.equal(*both)
     assert ("place" in read(tmp_path / "x").metadata) == ((model, place) in (("sd1", "stem"), ("sdxl", "block")))
-
-
-def test_changed_weights_of_the_base(tmp_path: Path) -> None:
-    save_file(state(8), tmp_path / "controlnet.safetensors")
-    save_file({"conv_out.bias": torch.ones(4)}, tmp_path / "unet.safetensors")
-    unet = tiny("sd1")
-    notes = veneer.load(unet, tmp_path / "controlnet").loaded.notes
-    assert notes == ("unet.safetensors beside it has changed weights of the base, which were not loaded",)
-    with_more: Any = veneer.attach(tiny("sd1"), "controlnext", train=("attn.out", "xattn.out"))
-    with pytest.raises(SaveError, match=r"of the base as well, for which a ControlNeXt's files have no place\. The native file"):
-        controlnext.save(with_more, tmp_path / "y")
-    assert not (tmp_path / "y.safetensors").exists()
 
 
 def test_missing_unused_and_misshapen(tmp_path: Path) -> None:

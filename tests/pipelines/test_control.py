@@ -55,7 +55,8 @@ def run(base: str, photos: Path | None, out: Path, **settings: Any) -> Path:
 def test_every_method_leaves_its_files_and_figures(base: str, photos: Path, tmp_path: Path, method: str) -> None:
     out = run(base, photos, tmp_path / "out", method=method, preview_every=1)
     assert {"adapter.safetensors", "maps.png", "sheet.png", "curve.json"} <= {p.name for p in out.iterdir()}
-    assert (out / "diffusers").is_dir() == (method != "controlnext"), "which diffusers has no class for"
+    authors = method == "controlnext"  # which diffusers has no class for
+    assert [(out / name).is_dir() for name in ("diffusers", "controlnext")] == [not authors, authors]
     record = json.loads((out / "result.json").read_text())
     assert [point["step"] for point in record["curve"]] == [1, 2]
     figures = record["figures"]
@@ -63,7 +64,13 @@ def test_every_method_leaves_its_files_and_figures(base: str, photos: Path, tmp_
     assert figures["over_free"][0] == pytest.approx(figures["followed"] - figures["free"])
     assert (figures["measure"] == "likeness (shipped)") == (method == "ip_adapter")
     pipe = veneer.bases.load(base)
-    assert veneer.load(pipe, out).provenance["condition"] == record["config"]["condition"]
+    loaded = veneer.load(pipe, out)
+    assert loaded.provenance["condition"] == record["config"]["condition"]
+    if authors:
+        ours, theirs = (a.state_dict() for a in (loaded, veneer.load(veneer.bases.load(base), out / "controlnext")))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(t, theirs[key]) for key, t in ours.items())
+        assert loaded.extras, "weights of the base as well"
 
 
 def test_what_was_trained_moves_and_diffusers_draws_the_same(base: str, photos: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run of `veneer control train` leaves: the attachment, what diffusers loads, the figures and a sheet of drawings."""
+"""What a run of `veneer control train` leaves: the attachment, what others load, the figures and a sheet of drawings."""
 
 from __future__ import annotations
 
@@ -62,11 +62,15 @@ def write_maps(run: Run) -> Path:
     return path
 
 
-def write_for_diffusers(run: Run) -> None:
-    """`diffusers/`: what diffusers loads by itself. It has no class for ControlNeXt, nor for base weights that were trained."""
-    if run.config.method == "controlnext":
+def write_for_others(run: Run) -> None:
+    """`diffusers/`: what diffusers loads by itself; of ControlNeXt, which it has no class for, `controlnext/`: as its authors do.
+
+    Nothing where base weights were trained that such files have no place for.
+    """
+    authors = run.config.method == "controlnext"
+    if any(not authors or component != "unet" for component, _ in run.control.extras.values()):
         return
-    form, folder = formats.get(run.config.method)(), run.out / "diffusers"
+    form, folder = formats.get(run.config.method)(), run.out / ("controlnext" if authors else "diffusers")
     form.save(run.control, folder if form.folder else folder / form.file)
 
 
@@ -80,14 +84,14 @@ def look(run: Run, step: int) -> None:
 
 
 def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
-    """Write `adapter.safetensors`, `diffusers/`, `sheet.png` and `result.json`; gives what the latter holds."""
+    """Write `adapter.safetensors`, `diffusers/` or `controlnext/`, `sheet.png` and `result.json`; gives what the latter holds."""
     config = run.config
     provenance = {
         "base": str(config.base), "condition": config.condition, "data": str(config.data or "drawn by the base"),
         "embedder": run.embedder.name if run.embedder else None,
     }  # fmt: skip
     native.save(run.control, run.out / "adapter.safetensors", provenance=provenance)
-    write_for_diffusers(run)
+    write_for_others(run)
     measured = None
     if run.subjects and config.eval_seeds:
         drawings = run.drawings(run.subjects, config.eval_seeds)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..injection import Attachment, LoadError, Method, VeneerError, attach, attachments, methods
+from ..injection import Attachment, LoadError, Method, SaveError, VeneerError, attach, attachments, methods
 from ..injection.filling import claiming, filling
+from ..injection.ledger import peek
 from ._format import Options
 from ._header import twice
 from ._options import refuse_options
@@ -71,6 +72,13 @@ def attach_all(model: Any, file: File, wanted: Sequence[Wanted], options: Option
             raise LoadError(f"{file.path}: {error}") from error
         raise
     return made
+
+
+def refuse_merged(tower: nn.Module, error: type[SaveError] | type[LoadError]) -> None:
+    """Raise `error` while an attachment is in the weights, so that they are not the base's own."""
+    ledger = peek(tower)
+    if ledger is not None and ledger.merged:
+        raise error(f"'{ledger.merged[-1].name}' is merged into the base, which is another one now. Call its unmerge() first.")
 
 
 def _refuse_twice(each: Wanted) -> None:

@@ -64,7 +64,7 @@ def convert(
         jobs = {final: (target, [a for a in attached if a not in apart])}
         if apart:
             jobs[beside] = (formats.get("embeddings")(), apart)
-        _refuse_existing(jobs)
+        _refuse_existing([*jobs, *(final.with_name(name) for name in target.beside)])
         _narrow(attached, file)
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=final.parent) as folder:
@@ -78,10 +78,13 @@ def convert(
             weights, difference = compare(before, attached, final)
             for place, temporary in made.items():
                 os.replace(temporary.parent if jobs[place][0].folder else temporary, place)
+            also = [final.with_name(name) for name in target.beside if (Path(folder) / name).exists()]
+            for place in also:
+                os.replace(Path(folder) / place.name, place)
     finally:
         for attachment in reversed(attached):
             attachment.detach()
-    return Converted(tuple(made), weights, difference, tuple(_notes(file, known, to, made, beside)))
+    return Converted((*made, *also), weights, difference, tuple(_notes(file, known, to, made, beside)))
 
 
 def compare(before: Sequence[Attachment], after: Sequence[Attachment], target: Path) -> tuple[int, float]:
@@ -158,15 +161,15 @@ def _changed(weight: Tensor, parts: Sequence[_Part]) -> Tensor:
 
 
 def _narrow(attachments: Sequence[Attachment], file: File) -> None:
-    """A file in half precision becomes one in half precision, where that loses nothing."""
+    """A file in half precision becomes one in half precision, where that loses nothing. What is the base's own stays as it is."""
     kinds = {t.dtype for t in file.tensors(finite=False).values() if t.is_floating_point() and t.ndim}
     if len(kinds) == 1 and (kind := next(iter(kinds))).itemsize == 2:
-        for parameter in (p for a in attachments for p in a.parameters()):
+        for parameter in (p for a in attachments for _, adapter in a.parts.values() for p in adapter.parameters()):
             if torch.equal(parameter.to(kind).to(parameter.dtype), parameter):
                 parameter.data = parameter.data.to(kind)
 
 
-def _refuse_existing(places: Mapping[Path, Any]) -> None:
+def _refuse_existing(places: Sequence[Path]) -> None:
     for place in places:
         if place.exists():
             raise SaveError(f"{place}: it is there already. Give another --out.")

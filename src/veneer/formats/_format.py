@@ -57,7 +57,7 @@ class Format(ABC):
 
     Class attributes:
         file: usual file name, used where a folder is given.
-        folder: True if it is written as a folder of files.
+        folder: True if it is written as a folder of files. `beside`: names of files that may be written beside the usual one.
         order: formats are asked in this order whether a file is theirs; those with a plain mark in the file come first.
     """
 
@@ -65,6 +65,7 @@ class Format(ABC):
     file: ClassVar[str]
     order: ClassVar[int] = 1
     folder: ClassVar[bool] = False
+    beside: ClassVar[tuple[str, ...]] = ()
 
     def place(self, path: str | PathLike[str]) -> Path:
         """The file, or the folder, that a path means."""

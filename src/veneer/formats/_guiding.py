@@ -123,12 +123,23 @@ def _families(file: File, form: str, tower: Tower) -> str:
 
 
 def single(attachments: Attachment | Sequence[Attachment], target: Path, method: str, files: str) -> Attachment:
-    """The one attachment that a file holds.
+    """The one attachment that a file holds, without trained parameters of the base.
 
     Args:
         files: what the format is called in errors.
     Raises:
         SaveError: there are several or none, of another method, or with trained parameters of the base.
+    """
+    attachment = only(attachments, target, method, files)
+    refuse_trained(attachment, target, files)
+    return attachment
+
+
+def only(attachments: Attachment | Sequence[Attachment], target: Path, method: str, files: str) -> Attachment:
+    """The one attachment that is to be saved.
+
+    Raises:
+        SaveError: there are several or none, or it is of another method.
     """
     several = listed(attachments)
     if len(several) != 1:
@@ -136,7 +147,6 @@ def single(attachments: Attachment | Sequence[Attachment], target: Path, method:
     attachment = several[0]
     if attachment.method.name != method:
         raise SaveError(f"{target}: '{attachment.name}' is {attachment.method.name}; {files} hold {method}. {NATIVE}")
-    refuse_trained(attachment, target, files)
     return attachment
 
 

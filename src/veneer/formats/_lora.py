@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,9 @@ def refuse(attachment: Attachment, target: Path, files: str) -> None:
     refuse_trained(attachment, target, files)
 
 
-def refuse_trained(attachment: Attachment, target: Path, files: str) -> None:
-    """Raise if an attachment has trained parameters of the base as well."""
-    extra = [key for key in attachment.state_dict() if key.rpartition(":")[0] not in attachment.parts]
+def refuse_trained(attachment: Attachment, target: Path, files: str, but: Collection[str] = ()) -> None:
+    """Raise if an attachment has trained parameters of the base as well. `but`: those that have a place."""
+    extra = [key for key in attachment.state_dict() if key.rpartition(":")[0] not in attachment.parts and key not in but]
     if extra:
         raise SaveError(
             f"{target}: '{attachment.name}' has trained {', '.join(extra[:4])} of the base as well, for which {files} have no "

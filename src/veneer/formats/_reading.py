@@ -20,8 +20,8 @@ from ._header import parse, unique
 from ._pictures import is_picture, words
 
 SUFFIX = ".safetensors"
-# what is meant by a folder: veneer's own, peft's, and diffusers' for a whole network
-NAMED = ("adapter.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
+# what is meant by a folder: veneer's own, peft's, diffusers' for a whole network, and a ControlNeXt's beside weights of the base
+NAMED = ("adapter.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors", "controlnet.safetensors")
 LARGEST_HEADER, LARGEST_JSON = 16_000_000, 4_000_000  # bytes of a header, characters of a JSON text in it
 WHOLE = (".alpha", ".on_input")  # ends of names whose tensors may be whole numbers; all else of a layer is none
 _PICKLE = """Pickles can run code when they are read, so they are refused. Convert it once, where you trust it. A LoRA:
@@ -141,7 +141,8 @@ def read(path: str | PathLike[str]) -> File:
 
     Args:
         path: a file, with or without `.safetensors`, or a folder with `adapter.safetensors`, peft's
-            `adapter_model.safetensors`, diffusers' `diffusion_pytorch_model.safetensors`, or one such file.
+            `adapter_model.safetensors`, diffusers' `diffusion_pytorch_model.safetensors`, a ControlNeXt's
+            `controlnet.safetensors`, or one such file.
     Raises:
         LoadError: there is none, or it is no whole safetensors file: what was found, and what to do.
     """

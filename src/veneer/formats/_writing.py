@@ -30,12 +30,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Raises:
         SaveError: a tensor is not finite or on `meta`, or the disk refuses; a file that was at `path` is as it was.
     """
+    refuse_unusable(path, tensors)
+    return _replace(path, to_bytes(tensors, metadata))
+
+
+def refuse_unusable(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `SaveError` if a tensor is not finite or on `meta`."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise SaveError(f"{path}: '{name}' is on the meta device and has no values. Load the base for real first.")
         if not is_finite(tensor):
             raise SaveError(f"{path}: '{name}' holds NaN or infinity: the training diverged. Nothing was written.")
-    return _replace(path, to_bytes(tensors, metadata))
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -1,4 +1,4 @@
-"""The network of a ControlNeXt as its authors save it."""
+"""The network of a ControlNeXt as its authors save it, and the weights of the base that they trained with it."""
 
 from __future__ import annotations
 
@@ -8,30 +8,42 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..injection import Attachment, LoadError
+from ..injection import Attachment, LoadError, SaveError
 from ..injection.towers import Tower
-from ._attaching import Wanted, attach_all, method_of
+from ._attaching import Wanted, attach_all, method_of, refuse_merged
+from ._base_weights import ADDED, OF, load_beside, replaced
 from ._format import Format, Layer, Options
-from ._guiding import drafted, fit, parts, shapes, side, single, unet_of
+from ._guiding import drafted, fit, only, parts, shapes, side, unet_of
+from ._lora import refuse_trained
 from ._reading import File
-from ._writing import destination, write
+from ._writing import destination, refuse_unusable, write
 
 PLACE = "place"  # in the header, where it is not the family's own
-BESIDE = ("unet.safetensors", "unet_weight_increasements.safetensors")  # what the authors call changed weights of the base
+WEIGHTS = "unet.safetensors"  # of the two names that the authors have, the one for tensors that replace the base's
+FILES = "a ControlNeXt's files"
 
 
 class ControlNeXt(Format):
     """`time_embedding.*`, `embedding.{i}`, `down_res.{i}`, `down_sample.{i}`, `mid_convs.{i}`: the network's own names.
 
     Where its feature is added is not in the authors' files: behind the first convolution for SDXL, else behind the first block;
-    the header says where we have it otherwise. The base's changed weights, which the authors save beside it, are not loaded, and
-    the report says that they are there: load them into the UNet first.
-    Source: dvlab-research/ControlNeXt `ControlNeXt-SD1.5-Training`, `ControlNeXt-SDXL-Training`.
+    the header says where we have it otherwise.
+
+    Trained weights of the UNet are in a second file beside it, `unet.safetensors` or `unet_weight_increasements.safetensors`,
+    under the names of the UNet's state dict: whole tensors of some or of all weights, or increments W − W₀. Both are read under
+    either name and told apart by their values; those that change the base become `train` of the attachment, and leave with it.
+
+    Written are whole tensors in the base's dtype, `unet.safetensors`, bitwise those that were trained. An increment in single
+    precision cannot promise that: W₀ + (W − W₀) is surely W where W₀/2 ≤ W ≤ 2 W₀, else it may be off by a unit in the last
+    place of the larger of W and W − W₀, as it often is where a weight has changed its sign.
+    The authors' scripts take the file without `--load_weight_increasement` (`--save_load_weights_increaments` for SD 1.5).
+    Source: dvlab-research/ControlNeXt `ControlNeXt-SD1.5-Training`, `ControlNeXt-SDXL-Training`, `ControlNeXt-SDXL`.
     """
 
     name: ClassVar[str] = "controlnext"
     file: ClassVar[str] = "controlnet.safetensors"
     order: ClassVar[int] = -1
+    beside: ClassVar[tuple[str, ...]] = tuple(ADDED)
 
     def reads(self, file: File) -> bool:
         starts = {key.partition(".")[0] for key in file.shapes}
@@ -52,9 +64,11 @@ class ControlNeXt(Format):
         found = fit(file, expected, {name: name for name in expected}, tower, options, self.name)
         tensors = file.tensors(finite=options.strict, names=set(found.keys.values()))
         state = {f"{site.name}:{name}": tensors[key] for name, key in found.keys.items()}
-        there = [name for name in BESIDE if file.path.with_name(name).is_file()]
-        notes = [f"{name} beside it has changed weights of the base, which were not loaded" for name in there]
-        wanted = Wanted(self.name, self.name, own, [site.name], state, notes=notes, unused=found.unused)
+        base = load_beside(file.path, tower, options, self.name)
+        wanted = Wanted(
+            name=self.name, method=self.name, config=own, sites=[site.name], state=state | base.state, train=base.train,
+            notes=base.notes, unused=[*found.unused, *base.unused],
+        )  # fmt: skip
         return attach_all(model, file, [wanted], options)
 
     def save(
@@ -64,11 +78,25 @@ class ControlNeXt(Format):
         provenance: Mapping[str, Any] | None = None,
     ) -> Path:
         target = destination(path, self.file)
-        attachment = single(attachments, target, self.name, "a ControlNeXt's files")
+        attachment = only(attachments, target, self.name, FILES)
         method: Any = attachment.method
         ((site, adapter),) = attachment.parts.values()
-        usual = method.place == _usual(attachment.towers[site.component])
-        return write(target, adapter.state_dict(), {"format": "pt"} | ({} if usual else {PLACE: method.place}))
+        unet = attachment.towers[site.component]
+        keys = {path: key for key, (component, path) in attachment.extras.items() if component == site.component}
+        refuse_trained(attachment, target, FILES, keys.values())
+        stale = replaced(target, bool(keys))
+        tensors = adapter.state_dict()
+        if keys:
+            refuse_merged(unet, SaveError)
+            refuse_unusable(target, tensors)
+            state = attachment.state_dict()
+            trained = {path: state[key] for path, key in keys.items()}
+            weights = write(target.with_name(WEIGHTS), trained, {"format": "pt", OF: target.name})
+            stale = [path for path in stale if path != weights]
+        written = write(target, tensors, {"format": "pt"} | ({} if method.place == _usual(unet) else {PLACE: method.place}))
+        for path in stale:
+            path.unlink()
+        return written
 
 
 def _place(file: File, tower: Tower) -> str:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from .. import __version__
 from ..injection import Attachment, LoadError, SaveError
 from ..injection.identity import identity
-from ..injection.ledger import peek
 from ..injection.state import held_whole
 from ..injection.towers import towers_of
-from ._attaching import Wanted, attach_all
+from ._attaching import Wanted, attach_all, refuse_merged
 from ._format import Format, Layer, Options, listed, values
 from ._header import twice
 from ._moving import Move
@@ -155,7 +154,7 @@ def _bases(attachments: Sequence[Attachment]) -> dict[str, Any]:
         for component, tower in attachment.towers.items():
             if towers.setdefault(component, tower) is not tower:
                 raise SaveError(f"'{attachment.name}' is on another model than the attachments before it; save it by itself.")
-            _refuse_merged(tower, SaveError)
+            refuse_merged(tower, SaveError)
     without: dict[str, set[str]] = {c: set() for c in towers}
     for attachment in attachments:
         for component, path in attachment.extras.values():
@@ -163,12 +162,6 @@ def _bases(attachments: Sequence[Attachment]) -> dict[str, Any]:
         for component, path in held_whole(attachment):
             without[component].add(path)
     return {c: {**identity(t, without[c]), "without": sorted(without[c])} for c, t in towers.items()}
-
-
-def _refuse_merged(tower: nn.Module, error: type[SaveError] | type[LoadError]) -> None:
-    ledger = peek(tower)
-    if ledger is not None and ledger.merged:
-        raise error(f"'{ledger.merged[-1].name}' is merged into the base, which is another one now. Call its unmerge() first.")
 
 
 def _header(file: File) -> dict[str, Any]:
@@ -222,7 +215,7 @@ def _compare(file: File, bases: Mapping[str, Any], move: Move, options: Options)
     """Raise if a tower is another than the adapter was trained on; remarks where that cannot be told."""
     for component, saved in bases.items():
         tower = move.towers[component]
-        _refuse_merged(tower, LoadError)
+        refuse_merged(tower, LoadError)
         if not options.same_base:
             yield f"the base '{component}' was not compared (base='any')"
             continue

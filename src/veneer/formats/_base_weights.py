@@ -1,0 +1,193 @@
+"""Trained weights of a UNet in a file of their own, beside the file of the network that they were trained with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..injection import LoadError, SaveError
+from ..injection.forms import base_tensor, module_at
+from ..injection.ledger import peek
+from ..injection.sites import ParamSite, WeightSite
+from ..injection.towers import Tower
+from ._attaching import refuse_merged
+from ._format import Options
+from ._guiding import fit
+from ._reading import File, is_finite, read
+
+ADDED = {"unet.safetensors": False, "unet_weight_increasements.safetensors": True}  # name to whether it should hold increments
+PICKLED = ("unet.bin", "unet_weight_increasements.bin")
+OF = "of"  # in the header of a file that we wrote: the name of the network's file
+
+
+@dataclass
+class Beside:
+    """What a file beside says of the base, as `Wanted` takes it.
+
+    Args:
+        train: names of the sites whose parameters it replaces. `state`: their tensors, under `site-name:parameter`.
+        notes: remarks for the report. `unused`: keys that the UNet has no place for.
+    """
+
+    train: list[str] = field(default_factory=list)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+
+def load_beside(path: Path, tower: Tower, options: Options, form: str) -> Beside:
+    """Read the base weights that lie beside a network's file; nothing where there are none.
+
+    A name does not tell whether tensors replace the base's or are added to them, since the authors' code has both under both. So
+    it is told by the values: whole weights are near the base's, increments near zero. Where neither is twice as near, the name
+    counts. W + increment is taken in single precision or wider and rounded to the base's dtype once.
+
+    Args:
+        path: of the network's file. `form`: name of the format.
+    Raises:
+        LoadError: there are two such files, one is damaged, or it does not fit; or the base is merged, without values,
+            quantised, or trained by another attachment.
+    """
+    known = [path.with_name(name) for name in ADDED if name != path.name]
+    files = [read(place) for place in known if place.is_file()]
+    away = [file for file in files if _of_another(file, path)]
+    notes = [f"{f.path.name} beside it belongs to {f.metadata[OF]} and was not loaded" for f in away]
+    notes += [f"{n} beside it is a pickle and was not loaded" for n in PICKLED if path.with_name(n).is_file()]
+    files = [file for file in files if file not in away]
+    if len(files) > 1:
+        raise LoadError(f"{path}: {' and '.join(ADDED)} are both beside it. Keep the one that belongs to it.")
+    if not files:
+        return Beside(notes=notes)
+    found = _read(files[0], tower, options, form)
+    found.notes[:0] = notes
+    return found
+
+
+def _of_another(file: File, path: Path) -> bool:
+    """True if a file belongs to another network that is here as well."""
+    of = file.metadata.get(OF, path.name)
+    return of != path.name and os.path.isfile(path.parent / of)
+
+
+def _read(file: File, tower: Tower, options: Options, form: str) -> Beside:
+    sites = {f"{s.path}.{s.param}": s for s in _sites(tower)}
+    base = _base(file, tower, {key: sites[key] for key in file.shapes if key in sites}, swapped=options.into is not None)
+    fitting = fit(file, {key: tuple(t.shape) for key, t in base.items()}, {key: key for key in base}, tower, options, form)
+    given = file.tensors(finite=options.strict, names=set(base))
+    added = _are_added(file, given, base)
+    values = {key: _value(tensor, base[key], added) for key, tensor in given.items()}
+    wide = [key for key, value in values.items() if options.strict and not is_finite(value)]
+    if wide:
+        raise LoadError(f"{file.path}: '{wide[0]}' is too large for {base[wide[0]].dtype}. Load the base in single precision.")
+    taken = {key: value for key, value in values.items() if OF in file.metadata or not torch.equal(value, base[key].cpu())}
+    how = "added to the base's" if added else "in the base's place"
+    found = Beside(notes=[f"{file.path.name} beside it: {len(taken)} tensors, {how}"], unused=fitting.unused)
+    for site in _chosen({key: sites[key] for key in taken}, tower):
+        found.train.append(site.name)
+        own = dict(_params(site, tower))
+        found.state.update({f"{site.name}:{param}": taken.get(f"{site.path}.{param}", t.detach()) for param, t in own.items()})
+    return found
+
+
+def _sites(tower: Tower) -> Iterator[WeightSite | ParamSite]:
+    """One for each whole tensor of a tower that may be trained."""
+    return (s for s in tower.sites if isinstance(s, (WeightSite, ParamSite)) and s.rows is None)
+
+
+def _params(site: WeightSite | ParamSite, tower: Tower) -> Iterator[tuple[str, Tensor]]:
+    """What is trained with a site: of a weight, all that its module has."""
+    module = module_at(tower.module, site.path)
+    names = [site.param] if isinstance(site, ParamSite) else [site.param, *(n for n, _ in module.named_parameters(recurse=False))]
+    return ((name, base_tensor(tower.module, site.path, name)) for name in dict.fromkeys(names))
+
+
+def _chosen(taken: Mapping[str, WeightSite | ParamSite], tower: Tower) -> list[WeightSite | ParamSite]:
+    """The sites of some tensors, without biases that come with their weight."""
+    weights = [site for site in taken.values() if isinstance(site, WeightSite)]
+    covered = {f"{site.path}.{param}" for site in weights for param, _ in _params(site, tower)}
+    return [*weights, *(s for key, s in taken.items() if isinstance(s, ParamSite) and key not in covered)]
+
+
+def _base(file: File, tower: Tower, sites: Mapping[str, WeightSite | ParamSite], swapped: bool) -> dict[str, Tensor]:
+    """The base's own tensors at some places, from before any training.
+
+    Args:
+        swapped: values go into an attachment that trains these tensors already.
+    """
+    refuse_merged(tower.module, LoadError)
+    ledger, before = peek(tower.module), dict[str, Tensor]()
+    for attachment in ledger.attachments if ledger else ():
+        held = {path: key for key, (part, path) in attachment.extras.items() if attachment.towers[part] is tower.module}
+        shared = next((path for path in held if path in sites), None)
+        if shared and not swapped:
+            raise LoadError(
+                f"{file.path}: '{attachment.name}' has trained '{shared}' of the base as well, and only one value can be there. "
+                "Detach it first."
+            )
+        before.update({path: attachment.trained.before[key] for path, key in held.items()})
+    found = {key: before.get(key, base_tensor(tower.module, s.path, s.param)).detach() for key, s in sites.items()}
+    bad = next((key for key, t in found.items() if t.is_meta or not t.is_floating_point()), None)
+    if bad:
+        raise LoadError(
+            f"{file.path}: '{bad}' of the base is quantised, or on the meta device. Load the base in half or single precision."
+        )
+    return found
+
+
+def _are_added(file: File, given: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> bool:
+    """True if the tensors are increments."""
+    if OF in file.metadata:
+        return False
+    size = away = 0.0
+    for key, tensor in given.items():
+        if tensor.shape == base[key].shape:
+            wide = tensor.float()
+            size += float(wide.norm()) ** 2
+            away += float((wide - base[key].cpu().float()).norm()) ** 2
+    return ADDED[file.path.name] if size <= 4 * away and away <= 4 * size else size < away
+
+
+def _value(tensor: Tensor, base: Tensor, added: bool) -> Tensor:
+    """What the base's tensor becomes, on the CPU; one of another shape as it is, for the report."""
+    if tensor.shape != base.shape:
+        return tensor
+    if added:
+        wide = torch.promote_types(torch.promote_types(tensor.dtype, base.dtype), torch.float32)
+        tensor = base.cpu().to(wide) + tensor.to(wide)
+    return tensor.to(base.dtype)
+
+
+def replaced(target: Path, trained: bool) -> list[Path]:
+    """Files beside `target` that were written with it before, and are stale once it is written anew.
+
+    Args:
+        trained: base weights will be written beside it.
+    Raises:
+        SaveError: there is one that was not, which would be loaded with the new file or be overwritten.
+    """
+    if trained and target.name in ADDED:
+        raise SaveError(f"{target}: that is the name of the base weights beside it. Choose another.")
+    stale = []
+    for there in (target.with_name(name) for name in ADDED if name != target.name):
+        of = _owner(there)
+        if of == target.name:
+            stale.append(there)
+        elif there.is_file() and (trained or not of or not os.path.isfile(target.parent / of)):
+            whose = of or "a file that veneer did not write"
+            raise SaveError(
+                f"{there}: it belongs to {whose}, and would be taken for that of {target.name}. Save to another folder."
+            )
+    return stale
+
+
+def _owner(path: Path) -> str:
+    """The network's file that base weights belong to, or nothing."""
+    try:
+        return read(path).metadata.get(OF, "") if path.is_file() else ""
+    except LoadError:
+        return ""
