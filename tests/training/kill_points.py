@@ -2,7 +2,8 @@
 
 `python -m tests.training.kill_points` kills 20 runs on one process and 20 on two, resumes each to its end, and compares every
 byte of weights, optimiser and averaged weights, every loss, and for each loss the pictures, captions and state of torch's
-generator with those of a run that was never killed. `--cli` does it with `veneer personalize … --checkpoint-every K --resume`.
+generator with those of a run that was never killed. `--cli personalize` does it with `veneer personalize … --checkpoint-every 2
+--resume` on one process, `--cli control` with `veneer control train …`; further words are given to the command.
 """
 
 from __future__ import annotations
@@ -161,15 +162,22 @@ def _weights(worker: Any, folder: Path, processes: int, config: dict[str, Any]) 
     return safetensors.torch.load_file(folder / f"checkpoint-{config['steps']:06d}" / "weights.safetensors")
 
 
-def main_cli(points: int, seed: int, steps: int, extra: list[str]) -> int:
-    """The same for the command: every tensor of its `adapter.safetensors` and last checkpoint."""
+COMMANDS = {
+    "personalize": ["personalize", "{photos}", "--concept", "<toy>", "--method", "lora"],
+    "control": ["control", "train", "{photos}", "--template", "a toy", "--eval-seeds", "0"],
+}
+"""What is killed, on three photos."""
+
+
+def main_cli(command: str, points: int, seed: int, steps: int, extra: list[str]) -> int:
+    """The same for a command: every tensor of its `adapter.safetensors` and last checkpoint."""
     wrong, draw = 0, random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         photos = _photos(Path(scratch) / "photos")
 
         def start(out: Path) -> subprocess.Popen[bytes]:
-            words = ["personalize", str(photos), "--concept", "<toy>", "--method", "lora", "--steps", str(steps), "--seed", "3"]
-            words += ["--checkpoint-every", "2", "--resume", "--out", str(out), *extra]
+            words = [word.format(photos=photos) for word in COMMANDS[command]]
+            words += ["--steps", str(steps), "--seed", "3", "--checkpoint-every", "2", "--resume", "--out", str(out), *extra]
             log = (Path(scratch) / "log.txt").open("ab")
             return subprocess.Popen(
                 [sys.executable, "-c", "from veneer.cli import console; console()", *words], stdout=log, stderr=log
@@ -183,7 +191,7 @@ def main_cli(points: int, seed: int, steps: int, extra: list[str]) -> int:
         began, whole = time.monotonic(), Path(scratch) / "whole"
         assert start(whole).wait() == 0, (Path(scratch) / "log.txt").read_text()
         seconds = time.monotonic() - began
-        print(f"veneer personalize: {steps} steps in {seconds:.1f} s")
+        print(f"veneer {command}: {steps} steps in {seconds:.1f} s")
         kills, tries = 0, 0
         while kills < points:
             tries += 1
@@ -210,8 +218,8 @@ if __name__ == "__main__":
     parser.add_argument("--points", type=int, default=20, help="kills for each number of processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=CONFIG["steps"])
-    parser.add_argument("--cli", action="store_true", help="kill `veneer personalize`; further words are given to it")
+    parser.add_argument("--cli", choices=COMMANDS, help="a command to kill; further words are given to it")
     given, others = parser.parse_known_args()
     if given.cli:
-        sys.exit(main_cli(given.points, given.seed, given.steps, others) > 0)
+        sys.exit(main_cli(given.cli, given.points, given.seed, given.steps, others) > 0)
     sys.exit(main(given.points, given.seed, given.steps) > 0)
