@@ -13,6 +13,7 @@ from torch import Tensor
 
 import veneer
 from veneer.formats import controlnext, convert, look, native, read
+from veneer.formats._modules import first_release
 from veneer.injection import Attachment, LoadError, SaveError
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -71,6 +72,19 @@ def test_either_kind_under_either_name(model: str, name: str, added: bool, tmp_p
     attachment.detach()
     assert list(unet.state_dict()) == list(before)
     assert all(torch.equal(t, before[key]) for key, t in unet.state_dict().items())
+
+
+def test_names_of_the_first_release(tmp_path: Path) -> None:
+    unet = tiny("sdxl")
+    beside = increments(unet, "up_blocks.1.")
+    renamed = dict(zip(first_release(unet, beside).values(), beside.values(), strict=True))
+    assert all(key.startswith("output_blocks.") for key in renamed)
+    attachment = veneer.load(unet, folder(tmp_path / "a", renamed))
+    assert {path for _, path in attachment.extras.values()} == set(beside)
+    assert torch.equal(guided(unet, attachment, image=picture()), by_hand("sdxl", tmp_path / "b", beside, True))
+    twice = {**renamed, next(iter(beside)): next(iter(beside.values())).clone()}
+    with pytest.raises(LoadError, match=r"unused 1: output_blocks"):
+        veneer.load(tiny("sdxl"), folder(tmp_path / "a", twice))
 
 
 def test_of_a_whole_unet_what_differs(tmp_path: Path) -> None:
@@ -199,8 +213,12 @@ def test_a_base_that_is_not_its_own(tmp_path: Path) -> None:
         veneer.load(unet, path, name="more")
     assert all(torch.equal(t, held[key]) for key, t in first.state_dict().items())
     trained(first)
+    few = folder(tmp_path / "few", {key: t for key, t in increments(unet).items() if key.endswith("weight")}, ADDED)
+    first.swap(few)  # on the base as it was, not as it is
+    biases = {key: t for key, t in unet.state_dict().items() if "to_out" in key and key.endswith("bias")}
+    assert all(torch.equal(t, tiny("sd1").state_dict()[key]) for key, t in biases.items())
     first.swap(path)
-    assert all(torch.equal(t, held[key]) for key, t in first.state_dict().items()), "on the base as it was, not as it is"
+    assert all(torch.equal(t, held[key]) for key, t in first.state_dict().items())
     first.detach()
     trained(veneer.attach(unet, "lora", name="m")).merge()
     with pytest.raises(LoadError, match="'m' is merged into the base"):
@@ -245,6 +263,16 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="NaN or infinity"):
         controlnext.save(attachment, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+    whole = ours(tiny("sd1"), train=OUT)
+    kept = [controlnext.save(whole, tmp_path / "x"), tmp_path / WHOLE]
+    data = [path.read_bytes() for path in kept]
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(1)
+        next(whole.parameters()).fill_(torch.inf)
+    with pytest.raises(SaveError, match="NaN or infinity"):
+        controlnext.save(whole, tmp_path / "x")
+    assert [path.read_bytes() for path in kept] == data, "neither of both"
     texts = ours(tiny_pipeline("sd"), train="text/attn.q")
     with pytest.raises(SaveError, match="of the base as well, for which a ControlNeXt's files have no place"):
         controlnext.save(texts, tmp_path / "x")

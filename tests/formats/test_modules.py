@@ -9,7 +9,7 @@ import torch
 from diffusers.loaders import single_file_utils as converters
 from torch import Tensor
 
-from veneer.formats._modules import modules, paths
+from veneer.formats._modules import first_release, modules, paths
 from veneer.injection.towers import towers_of
 
 from ..hosts import published
@@ -77,6 +77,16 @@ def test_unets(base: str) -> None:
     state = {f"model.diffusion_model.{name}": tensor for name, tensor in coded(tower).items()}
     theirs = converters.convert_ldm_unet_checkpoint(state, {**tower.module.config})
     assert_as(theirs, tower)
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+def test_every_tensor_of_a_unet(base: str) -> None:
+    """Norms and biases as well."""
+    model = tower_of(base).module
+    names = first_release(model, list(model.state_dict()))
+    state = {f"model.diffusion_model.{first}": torch.tensor(i) for i, first in enumerate(names.values())}
+    theirs = converters.convert_ldm_unet_checkpoint(state, {**model.config})
+    assert {name: int(i) for name, i in theirs.items()} == {name: i for i, name in enumerate(names)}
 
 
 def test_pixart_has_a_name_for_every_weight() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ..injection.towers import Tower
 from ._attaching import refuse_merged
 from ._format import Options
 from ._guiding import fit
+from ._modules import first_release
 from ._reading import File, is_finite, read
 
 ADDED = {"unet.safetensors": False, "unet_weight_increasements.safetensors": True}  # name to whether it should hold increments
@@ -45,7 +46,8 @@ def load_beside(path: Path, tower: Tower, options: Options, form: str) -> Beside
 
     A name does not tell whether tensors replace the base's or are added to them, since the authors' code has both under both. So
     it is told by the values: whole weights are near the base's, increments near zero. Where neither is twice as near, the name
-    counts. W + increment is taken in single precision or wider and rounded to the base's dtype once.
+    counts. W + increment is taken in single precision or wider and rounded to the base's dtype once. Tensors may also be called
+    as in the base's first release (`input_blocks.…`).
 
     Args:
         path: of the network's file. `form`: name of the format.
@@ -76,9 +78,12 @@ def _of_another(file: File, path: Path) -> bool:
 
 def _read(file: File, tower: Tower, options: Options, form: str) -> Beside:
     sites = {f"{s.path}.{s.param}": s for s in _sites(tower)}
-    base = _base(file, tower, {key: sites[key] for key in file.shapes if key in sites}, swapped=options.into is not None)
-    fitting = fit(file, {key: tuple(t.shape) for key, t in base.items()}, {key: key for key in base}, tower, options, form)
-    given = file.tensors(finite=options.strict, names=set(base))
+    keys = {own: key for own, first in first_release(tower.module, sites).items() for key in (first, own) if key in file.shapes}
+    before = _before(file, tower, keys if options.into is None else ())
+    base = _base(file, tower, {own: sites[own] for own in keys}, before)
+    fitting = fit(file, {own: tuple(t.shape) for own, t in base.items()}, keys, tower, options, form)
+    tensors = file.tensors(finite=options.strict, names={keys[own] for own in base})
+    given = {own: tensors[keys[own]] for own in base}
     added = _are_added(file, given, base)
     values = {key: _value(tensor, base[key], added) for key, tensor in given.items()}
     wide = [key for key, value in values.items() if options.strict and not is_finite(value)]
@@ -89,8 +94,9 @@ def _read(file: File, tower: Tower, options: Options, form: str) -> Beside:
     found = Beside(notes=[f"{file.path.name} beside it: {len(taken)} tensors, {how}"], unused=fitting.unused)
     for site in _chosen({key: sites[key] for key in taken}, tower):
         found.train.append(site.name)
-        own = dict(_params(site, tower))
-        found.state.update({f"{site.name}:{param}": taken.get(f"{site.path}.{param}", t.detach()) for param, t in own.items()})
+        for param, tensor in _params(site, tower):
+            path = f"{site.path}.{param}"
+            found.state[f"{site.name}:{param}"] = taken.get(path, before.get(path, tensor.detach()))
     return found
 
 
@@ -113,29 +119,36 @@ def _chosen(taken: Mapping[str, WeightSite | ParamSite], tower: Tower) -> list[W
     return [*weights, *(s for key, s in taken.items() if isinstance(s, ParamSite) and key not in covered)]
 
 
-def _base(file: File, tower: Tower, sites: Mapping[str, WeightSite | ParamSite], swapped: bool) -> dict[str, Tensor]:
-    """The base's own tensors at some places, from before any training.
+def _before(file: File, tower: Tower, wanted: Collection[str]) -> dict[str, Tensor]:
+    """The base's own values of what attachments train.
 
-    Args:
-        swapped: values go into an attachment that trains these tensors already.
+    Raises:
+        LoadError: one of them trains a tensor of `wanted`; or the base is merged.
     """
     refuse_merged(tower.module, LoadError)
     ledger, before = peek(tower.module), dict[str, Tensor]()
     for attachment in ledger.attachments if ledger else ():
-        held = {path: key for key, (part, path) in attachment.extras.items() if attachment.towers[part] is tower.module}
-        shared = next((path for path in held if path in sites), None)
-        if shared and not swapped:
-            raise LoadError(
-                f"{file.path}: '{attachment.name}' has trained '{shared}' of the base as well, and only one value can be there. "
-                "Detach it first."
-            )
-        before.update({path: attachment.trained.before[key] for path, key in held.items()})
-    found = {key: before.get(key, base_tensor(tower.module, s.path, s.param)).detach() for key, s in sites.items()}
-    bad = next((key for key, t in found.items() if t.is_meta or not t.is_floating_point()), None)
+        for key, (component, path) in attachment.extras.items():
+            if attachment.towers[component] is not tower.module:
+                continue
+            if path in wanted:
+                raise LoadError(
+                    f"{file.path}: '{attachment.name}' has trained '{path}' of the base as well, and only one value can be "
+                    "there. Detach it first."
+                )
+            before.setdefault(path, attachment.trained.before[key])
+    return before
+
+
+def _base(
+    file: File, tower: Tower, sites: Mapping[str, WeightSite | ParamSite], before: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The base's own tensors at some places."""
+    found = {own: before.get(own, base_tensor(tower.module, s.path, s.param)).detach() for own, s in sites.items()}
+    bad = next((own for own, t in found.items() if t.is_meta or not t.is_floating_point()), None)
     if bad:
-        raise LoadError(
-            f"{file.path}: '{bad}' of the base is quantised, or on the meta device. Load the base in half or single precision."
-        )
+        why = "quantised, or on the meta device"
+        raise LoadError(f"{file.path}: '{bad}' of the base is {why}. Load the base in half or single precision.")
     return found
 
 

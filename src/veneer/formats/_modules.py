@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,12 @@ from torch import nn
 
 from ..injection.sites import WeightSite
 from ..injection.towers import Tower
+from ._ldm_names import RESNET
 from ._lora import ENCODERS
 from ._transformer_names import flux, pixart, sd3
 
-RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 OUTSIDE = {
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
@@ -71,10 +71,16 @@ def _path(tower: Tower, site: WeightSite) -> str:
     return path.removeprefix("text_model.")
 
 
-def _unet(model: nn.Module, sites: Mapping[str, WeightSite]) -> Iterator[tuple[str, str]]:
-    """diffusers' path of each weight and that of the first release (`input_blocks.4.1.…`), which may be the same."""
+def first_release(unet: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Name of each tensor of a UNet in diffusers to that in its first release, which may be the same."""
+    found = dict(_unet(unet, {name.rpartition(".")[0] for name in names}))
+    return {name: f"{found[module]}.{end}" for name in names for module, _, end in [name.rpartition(".")]}
+
+
+def _unet(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """diffusers' path of each module and that of the first release (`input_blocks.4.1.…`), which may be the same."""
     blocks = _first_release(model)
-    for path in sites:
+    for path in paths:
         block = next((b for b in blocks if path == b or path.startswith(b + ".")), None)
         inside = "" if block is None else _inside(block, path[len(block) + 1 :])
         yield path, path if block is None else ".".join(filter(None, (blocks[block], inside)))
