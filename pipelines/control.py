@@ -19,7 +19,7 @@ from veneer.control.drawing import DrawConfig, draw_under
 from veneer.control.embedding import Embedder, embedder
 from veneer.control.figures import Subject
 from veneer.control.loss import ControlLoss, FollowMaps, FollowPictures
-from veneer.control.outcome import Run, look, write_maps, write_outcome
+from veneer.control.outcome import Run, look, write_files, write_maps, write_outcome
 from veneer.control.pictures import Pictures, open_pictures
 from veneer.control.resizing import resized
 from veneer.injection import Attachment, attach
@@ -30,7 +30,7 @@ from veneer.training.dataset import PhotoDataset
 from veneer.training.families import family
 from veneer.training.folder import Photo
 from veneer.training.loop import Trainer
-from veneer.training.personal import run_folder
+from veneer.training.personal import run_folder, stopped
 from veneer.training.photos import read_photo
 from veneer.training.prior import base_digest
 from veneer.training.processes import on_main
@@ -95,12 +95,12 @@ def control(config: ControlConfig, accelerator: Accelerator | None = None) -> Pa
     )
     result = trainer.fit(config.resume)
     if accelerator.is_main_process:
-        if result.stopped:
-            print(f"stopped after step {result.steps} of {config.steps}; go on with --resume --out {out}")
-        else:
-            with trainer.averaged():
-                record = write_outcome(run, result)
-            print(_told(record, out))
+        with trainer.averaged():
+            if result.stopped:
+                write_files(run)
+                print(stopped(result, loop.steps, out))
+            else:
+                print(_told(write_outcome(run, result), out))
     accelerator.wait_for_everyone()
     return out
 

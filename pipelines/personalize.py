@@ -19,8 +19,8 @@ from veneer.training.denoising import DenoisingLoss, LossOptions
 from veneer.training.families import Family, family
 from veneer.training.folder import Photo, find_photos
 from veneer.training.loop import Trainer
-from veneer.training.outcome import Run, write_outcome, write_preview
-from veneer.training.personal import PersonalizeConfig, run_folder
+from veneer.training.outcome import Run, write_files, write_outcome, write_preview
+from veneer.training.personal import PersonalizeConfig, run_folder, stopped
 from veneer.training.preflight import preflight
 from veneer.training.prior import base_digest, prior_pictures
 from veneer.training.processes import on_main
@@ -106,10 +106,11 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     )
     result = trainer.fit(config.resume)
     if accelerator.is_main_process:
-        if result.stopped:
-            print(f"stopped after step {result.steps} of {config.steps}; go on with --resume --out {out}")
-        else:
-            with trainer.averaged():
+        with trainer.averaged():
+            if result.stopped:
+                write_files(run)
+                print(stopped(result, loop.steps, out))
+            else:
                 write_outcome(run, result)
     accelerator.wait_for_everyone()
     return out

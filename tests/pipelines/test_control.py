@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,23 @@ def test_what_was_trained_moves_and_diffusers_draws_the_same(base: str, photos: 
 
 
 @pytest.mark.parametrize("method", ["controlnet", "ip_adapter"])
-def test_a_stopped_run_goes_on_to_the_same_bits(base: str, photos: Path, tmp_path: Path, method: str) -> None:
-    options = {"method": method, "learning_rate": 0.01, "eval_seeds": 0, "crop": "random", "flip": 0.5}
-    whole = run(base, photos, tmp_path / "whole", steps=4, **options)
-    run(base, photos, tmp_path / "parts", steps=2, checkpoint_every=2, **options)
-    (tmp_path / "parts" / "result.json").unlink()
-    parts = run(base, photos, tmp_path / "parts", steps=4, resume=True, **options)
+def test_a_stopped_run_keeps_its_weights_and_goes_on_to_the_same_bits(
+    base: str, photos: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"method": method, "learning_rate": 0.01, "eval_seeds": 0, "crop": "random", "flip": 0.5, "steps": 4}
+    whole = run(base, photos, tmp_path / "whole", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr("veneer.pipelines.control.look", lambda run, step: step == 2 and signal.raise_signal(signal.SIGTERM))
+        parts = run(base, photos, tmp_path / "parts", preview_every=1, **options)
+    assert not (parts / "result.json").exists()
+    assert f"stopped after step 3 of 4; what was learnt so far is in {parts}/adapter.safetensors" in capsys.readouterr().out
+    kept = load_file(parts / "adapter.safetensors")
+    assert veneer.load(veneer.bases.load(base), parts).loaded.clean
+    run(base, photos, parts, resume=True, **options)
     a, b = (load_file(out / "adapter.safetensors") for out in (whole, parts))
-    assert a.keys() == b.keys()
+    assert a.keys() == b.keys() == kept.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], kept[name]) for name in a)
 
 
 def test_the_base_draws_what_nobody_gives(base: str, tmp_path: Path) -> None:

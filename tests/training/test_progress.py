@@ -1,11 +1,12 @@
 """The event of a step, the line that shows it, and the time left."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
 
-from veneer.training.progress import WINDOW, Pace, Progress, ProgressLine, clock, peak_memory
+from veneer.training.progress import WINDOW, Pace, Progress, ProgressFile, ProgressLine, clock, peak_memory, read_progress
 
 
 def event(step, steps=100, left=75.0):
@@ -67,3 +68,24 @@ def test_peak_memory_of_this_process():
     keep = torch.ones(before // 4 + 25 * 2**20)  # 100 MiB more than the peak
     assert peak_memory(torch.device("cpu")) >= before + 50 * 2**20
     del keep
+
+
+def test_a_file_that_is_read_while_it_is_written(tmp_path: Path) -> None:
+    """Steps that a resumed run does again replace what was told of them, and a line that a kill has cut is passed over."""
+    path = tmp_path / "run" / "progress.jsonl"
+    assert read_progress(path) == []
+    tell = ProgressFile(path, seconds=0)
+    for step in (1, 2, 3):
+        tell(event(step))
+    with path.open("a") as file:
+        file.write('{"step": 4, "st')
+    again = ProgressFile(path, seconds=0)
+    again(event(3, left=None))
+    assert read_progress(path) == [event(1), event(2), event(3, left=None)]
+
+
+def test_the_file_is_not_written_at_every_step(tmp_path: Path) -> None:
+    tell = ProgressFile(tmp_path / "progress.jsonl", seconds=1000)
+    for step in (1, 2, 3, 100):
+        tell(event(step))
+    assert [e.step for e in read_progress(tmp_path / "progress.jsonl")] == [1, 100], "the first and the last are"

@@ -83,8 +83,8 @@ def look(run: Run, step: int) -> None:
     write_image(_sheet(run, drawings, f"step {step}"), run.out / "previews" / f"step-{step:06d}.png")
 
 
-def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
-    """Write `adapter.safetensors`, `diffusers/` or `controlnext/`, `sheet.png` and `result.json`; gives what the latter holds."""
+def write_files(run: Run) -> None:
+    """Write the weights of now: `adapter.safetensors`, and `diffusers/` or `controlnext/`."""
     config = run.config
     provenance = {
         "base": str(config.base), "condition": config.condition, "data": str(config.data or "drawn by the base"),
@@ -92,7 +92,12 @@ def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
     }  # fmt: skip
     native.save(run.control, run.out / "adapter.safetensors", provenance=provenance)
     write_for_others(run)
-    measured = None
+
+
+def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
+    """Write the files, `sheet.png` and `result.json`; gives what the latter holds."""
+    write_files(run)
+    config, measured = run.config, None
     if run.subjects and config.eval_seeds:
         drawings = run.drawings(run.subjects, config.eval_seeds)
         measured = run.measured(drawings)

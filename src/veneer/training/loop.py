@@ -26,7 +26,7 @@ from .divergence import Diverged, LastGood, write_last_good
 from .ema import EMA
 from .gradients import Gradients, LossStep
 from .processes import on_main, share_start
-from .progress import WINDOW, Pace, Progress, peak_memory, reset_peak_memory
+from .progress import WINDOW, Pace, Progress, ProgressFile, peak_memory, reset_peak_memory
 from .stopping import StopFlag
 from .tracking import tracking
 
@@ -70,7 +70,7 @@ class Trainer:
             seeded with (seed, step, first row) before each call, for dropout. It runs under autocast.
         named: every trainable tensor by name, and other tensors that training changes (batch statistics). What checkpoints
             hold; the parameters among them are averaged.
-        folder: where checkpoints and records go; None for none of both.
+        folder: where checkpoints, records and `progress.jsonl` go; None for none of them.
         identity: further settings that a resumed run must share (method, digests of the pictures), as JSON values.
         accelerator: device, processes; one is made if none is given. The tensors must be on its device.
         after_step: `after_step(step, steps)` is called on every process after each update, before the gradients are cleared,
@@ -108,6 +108,7 @@ class Trainer:
         self.gradients = Gradients(config, self.accelerator, loss_step, self.parameters, self.optimizer)
         self.ema = EMA(self.trained, config.ema, config.ema_warmup) if config.ema else None
         self.folder = None if folder is None else Path(folder)
+        self._file = None if self.folder is None else ProgressFile(self.folder / "progress.jsonl")
         shares = [
             [g.get("name"), g.get("lr_scale", 1.0), g.get("weight_decay"), len(p)] for g, p in zip(groups, lists, strict=True)
         ]
@@ -217,8 +218,9 @@ class Trainer:
             return
         if self.step % config.log_every == 0 or self.step == config.steps:
             record({"loss": event.loss, "loss_smoothed": smoothed, "learning_rate": rate, "gradient_norm": norm}, self.step)
-        if self.on_step:
-            self.on_step(event)
+        for told in (self._file, self.on_step):
+            if told is not None:
+                told(event)
         if self.on_preview and config.preview_every and self.step % config.preview_every == 0:
             with self.averaged(), torch.no_grad():
                 self.on_preview(self.step)

@@ -15,6 +15,7 @@ from veneer import bases, methods
 from veneer.injection.errors import VeneerError
 from veneer.training import targets
 from veneer.training.config import TrainConfig
+from veneer.training.loop import TrainResult
 from veneer.training.noise import NoiseOptions
 from veneer.training.objectives import ObjectiveOptions
 
@@ -249,6 +250,14 @@ def run_folder(out: Path | None, resume: bool) -> Path:
         raise VeneerError(f"{out} holds a finished run. Choose another --out, or delete it.")
     out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def stopped(result: TrainResult, steps: int, out: Path) -> str:
+    """What is said of a run that was stopped."""
+    return (
+        f"stopped after step {result.steps} of {steps}; what was learnt so far is in {out / 'adapter.safetensors'}; "
+        f"go on with --resume --out {out}"
+    )
 
 
 def _plain(word: str) -> str:

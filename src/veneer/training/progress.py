@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -82,6 +84,44 @@ class ProgressLine:
         else:
             self.stream.write(f"{text}\n")
         self.stream.flush()
+
+
+class ProgressFile:
+    """Events as lines of JSON in a file, for whoever looks at a run from outside; a resumed run goes on in it.
+
+    Args:
+        path: usually `progress.jsonl` in the run's folder. `seconds`: at least so long between two lines; the first and the last
+            step are always told.
+    """
+
+    def __init__(self, path: Path, seconds: float = 1.0) -> None:
+        self.path, self.seconds = path, seconds
+        self._told: float | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if self._told is not None and now - self._told < self.seconds and progress.step < progress.steps:
+            return
+        start = "\n" if self._told is None and self.path.exists() else ""  # what a kill has cut stays a line of its own
+        self._told = now
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(f"{start}{json.dumps(asdict(progress))}\n")
+
+
+def read_progress(path: Path) -> list[Progress]:
+    """What `ProgressFile` has told, by rising step: of steps that were done again after a resume, the later ones. Cut lines and
+    files that are not there are passed over."""
+    found: list[Progress] = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            event = Progress(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+        while found and found[-1].step >= event.step:
+            found.pop()
+        found.append(event)
+    return found
 
 
 class Pace:
