@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ def test_blue_green_red(tmp_path: Path) -> None:
         ("controlnet_conditioning_channel_order", "grb", "expected 'rgb' or 'bgr'"),
         ("norm_num_groups", 2, "norm_num_groups=2 (the model: 4). It is a copy of another UNet's way down"),
         ("attention_head_dim", [2, 4, 2], "attention_head_dim=[2, 4, 2] (the model: 2)"),
+        ("layers_per_block", True, "layers_per_block=True (the model: 1)"),
+        ("only_cross_attention", [0, 0, 0], "only_cross_attention=[0, 0, 0] (the model: False)"),
     ],
 )
 def test_what_only_the_config_says(entry: str, value: Any, why: str, tmp_path: Path) -> None:
@@ -163,6 +166,17 @@ def test_what_only_the_config_says(entry: str, value: Any, why: str, tmp_path: P
     path.write_text(json.dumps({**json.loads(path.read_text()), entry: value}))
     unet = tiny("sd1")
     with pytest.raises(LoadError, match=re.escape(why)):
+        veneer.load(unet, tmp_path / "a")
+    assert veneer.attachments(unet) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "nowhere", "pipe"])
+def test_a_config_that_is_no_file(kind: str, tmp_path: Path) -> None:
+    path = saved(net("sd1", controlnet_conditioning_channel_order="bgr"), tmp_path / "a") / "config.json"
+    path.unlink()
+    {"folder": path.mkdir, "nowhere": lambda: path.symlink_to("gone"), "pipe": lambda: os.mkfifo(path)}[kind]()
+    unet = tiny("sd1")
+    with pytest.raises(LoadError, match=r"config\.json: no ordinary file"):
         veneer.load(unet, tmp_path / "a")
     assert veneer.attachments(unet) == []
 
@@ -219,7 +233,14 @@ def test_other_networks_are_named(key: str, what: str) -> None:
     [
         ({"controlnet_cond_embedding.conv_in.weight": (16, 3)}, "expected 4 dimensions"),
         ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)}, "hint has 1 widths"),
-        ({"controlnet_cond_embedding.conv_in.weight": (16, 0, 3, 3)}, "channels must be at least 1"),
+        ({"controlnet_cond_embedding.conv_in.weight": (16, 0, 3, 3)}, "the widths of hint must be at least 1, got 0"),
+        (
+            {
+                "controlnet_cond_embedding.conv_in.weight": (0, 3, 3, 3),
+                **{f"controlnet_cond_embedding.blocks.{i}.weight": (8, 8, 3, 3) for i in range(6)},
+            },
+            r"the widths of hint must be at least 1, got 3 and \(0, 8, 8, 8\)",
+        ),
         (
             {
                 "controlnet_cond_embedding.conv_in.weight": (10**6, 3, 3, 3),
@@ -231,7 +252,7 @@ def test_other_networks_are_named(key: str, what: str) -> None:
 )
 def test_claims_are_bounded(shapes: dict[str, Any], why: str) -> None:
     for strict in (True, False):
-        with pytest.raises(LoadError, match=why):
+        with pytest.raises(LoadError, match=f"^x.safetensors: .*{why}"):
             controlnet.ControlNet().load(tiny("sd1"), paper(shapes), Options(strict=strict))
 
 

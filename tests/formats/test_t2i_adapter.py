@@ -148,6 +148,14 @@ def test_another_family(tmp_path: Path) -> None:
     assert veneer.attachments(unet) == []
 
 
+@pytest.mark.parametrize("named", ["full", "a full_adapter", ["full_adapter"], "light_adapter", {"full_adapter": 1}])
+def test_a_type_that_is_none_of_diffusers(named: Any, tmp_path: Path) -> None:
+    path = saved(adapter("full_adapter"), tmp_path / "a") / "config.json"
+    path.write_text(json.dumps({**config(tmp_path / "a"), "adapter_type": named}))
+    with pytest.raises(LoadError, match=re.escape(f"adapter_type={str(named)!r}, and the file holds a full one")):
+        veneer.load(tiny("sd1"), tmp_path / "a")
+
+
 def test_missing_unused_and_misshapen(tmp_path: Path) -> None:
     state = by_the_authors(adapter("full_adapter"), "full_adapter", 2)
     del state["body.3.block2.bias"]

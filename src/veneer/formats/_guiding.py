@@ -73,11 +73,13 @@ def drafted(file: File, build: Callable[[], nn.Module | None]) -> nn.Module:
     """What would be built, without values.
 
     Raises:
-        LoadError: it cannot be built for the model.
+        LoadError: it cannot be built for the model, or with such options.
     """
     try:
         with torch.device("meta"):
             return build() or nn.Module()
+    except LoadError as error:
+        raise LoadError(f"{file.path}: {error}") from error
     except ValueError as error:
         raise LoadError(f"{file.path}: it does not fit the model: {error}.") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ def config_beside(file: File, kind: str) -> dict[str, Any]:
     Args:
         kind: the class that it should be of.
     Raises:
-        LoadError: it is no JSON object, or of another class.
+        LoadError: it is no file, no JSON object, or of another class.
     """
     path = file.path.with_name(CONFIG)
-    if not file.path.name.startswith(STEM) or not path.is_file():
+    if not file.path.name.startswith(STEM) or not os.path.lexists(path):
         return {}
+    if not path.is_file():
+        raise LoadError(f"{path}: no ordinary file, but a folder, a device or a link to nothing. Copy it again, or take it away.")
     try:
         with open(path, "rb") as opened:
             text = opened.read(LARGEST + 1).decode()

@@ -157,10 +157,9 @@ def _compare(file: File, config: Mapping[str, Any], net: Mapping[str, Any], opti
 
 
 def _each(value: Any, blocks: int) -> Any:
-    """One value for all blocks as a value for each; the tuples of a class as JSON's lists."""
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    return [value] * blocks
+    """One value for all blocks as a value for each, tuples as lists; true is not 1."""
+    several = list(value) if isinstance(value, (list, tuple)) else [value] * blocks
+    return [(isinstance(one, bool), one) for one in several]
 
 
 save = ControlNet().save

@@ -20,6 +20,7 @@ from ._reading import File
 
 KIND, PREFIX = "T2IAdapter", "adapter."
 MARK = re.compile(r"(?:adapter\.)?body\.\d+\.(?:resnets\.\d+\.|body\.\d+\.)?block1\.weight")
+TYPES = {"full": ("full_adapter", "full_adapter_xl"), "light": ("light_adapter",)}  # diffusers' names of them
 USUAL = {"full": 2, "light": 4}  # blocks of a level
 MOST_CHANNELS = 4  # of a picture, where only a width tells: more are those of a coarser unshuffling
 
@@ -128,7 +129,7 @@ def _compare(file: File, config: Mapping[str, Any], kind: str, site: ResidualSit
         )
     strides = tuple(stride // site.inner_strides[0] for stride in site.inner_strides)
     named = config.get("adapter_type")
-    if named is not None and (kind not in str(named) or strides != halvings(str(named), len(strides))):
+    if named is not None and (named not in TYPES[kind] or strides != halvings(named, len(strides))):
         raise LoadError(
             f"{where}: adapter_type={str(named)[:40]!r}, and the file holds a {kind} one for a model whose levels are reduced by "
             f"{strides}. It is for another family of models."

@@ -30,7 +30,8 @@ class ControlNet(Controlled):
 
     Args:
         channels: of the picture, at least 1.
-        hint: widths of the hint encoder's stages, one more than the halvings from pixels to latents; empty for the usual.
+        hint: widths of the hint encoder's stages, at least 1, one more than the halvings from pixels to latents; empty for the
+            usual.
     `guess=True` when given: no control in the half of the batch that guidance computes without a prompt, and the skips weighed
     from 0.1 at the top to 1 in the middle, evenly in the logarithm.
     Counts: 361,279,120 for SD 1.5, 1,251,014,160 for SDXL.
@@ -47,8 +48,10 @@ class ControlNet(Controlled):
     hint: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.channels < 1:
-            raise ValueError(f"controlnet: channels must be at least 1, got {self.channels}")
+        if min((self.channels, *self.hint)) < 1:
+            raise ValueError(
+                f"controlnet: channels and the widths of hint must be at least 1, got {self.channels} and {self.hint}"
+            )
 
     def build(self, site: ResidualSite) -> ControlNetAdapter:
         """The copy, untrained; it gets the host's weights when it is attached."""
