@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from veneer.formats import _lycoris_loha, _pairs, _reading, load_all
+from veneer.formats import _lycoris_loha, _pairs, _reading, controlnet, load_all, t2i_adapter
 from veneer.injection import LoadError, attach, attachments
 
 from .malformed import verdict
 from .malformed.draft import MUTATIONS
+from .malformed.guide_meanings import OPTIONS
 from .malformed.models import model
 from .malformed.verdict import Case, Pair, Verdict, judge, ready
 
@@ -35,12 +36,12 @@ def first_wrong(pair: Pair, folder: Path) -> Verdict | None:
 
 @pytest.mark.parametrize("mutation", [m.name for m in MUTATIONS])
 def test_malformed_files_are_refused_or_mean_what_they_say(mutation: str, pairs: list[Pair], tmp_path: Path) -> None:
-    """One file of each format; of which method, in formats of several, is another for each mutation."""
+    """One file of each format, of those for control one of all; which of several is another for each mutation."""
     index = next(i for i, m in enumerate(MUTATIONS) if m.name == mutation)
     by_format: dict[str, list[Pair]] = {}
     for pair in pairs:
         if pair[1].name == mutation:
-            by_format.setdefault(pair[0].format, []).append(pair)
+            by_format.setdefault("control" if pair[0].format in OPTIONS else pair[0].format, []).append(pair)
     chosen = [some[index % len(some)] for some in by_format.values()]
     found = [judge(Case.of(pair, 100 * index + i, 0, tmp_path / "x"), SLOWER) for i, pair in enumerate(chosen)]
     assert found
@@ -76,6 +77,8 @@ def fails(model: Any, path: Path) -> Any:
         ("native-lora", "json_that_is_none", _reading, "unique", dict, "its bytes say nothing"),
         ("lycoris-loha", "turned_shape", _lycoris_loha, "straight", lambda *_: True, "its bytes say nothing"),
         ("lycoris-lora", "one_more_remark", _pairs, "alpha_of", lambda f, n, t, rank: float(rank), "something else than it says"),
+        ("controlnet-bgr", "one_more_remark", controlnet, "ORDER", "order", "something else than it says"),
+        ("t2i-full_adapter", "the_same_in_other_words", t2i_adapter, "_compare", lambda *_: None, "its bytes say nothing"),
         ("peft-lora", "one_more_remark", verdict, "SECONDS", 0.0, "s of the processor"),
         ("peft-lora", "cut_short", verdict, "load_all", spends, " MB"),
         ("peft-lora", "cut_short", verdict, "load_all", keeps, "not as before"),
@@ -85,7 +88,7 @@ def fails(model: Any, path: Path) -> Any:
     ],
 )
 def test_a_wrong_loader_is_noticed(
-    good: str, mutation: str, where: Any, name: str, instead: Callable[..., Any], why: str,
+    good: str, mutation: str, where: Any, name: str, instead: Any, why: str,
     pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     pair = next(pair for pair in pairs if (pair[0].name, pair[1].name) == (good, mutation))

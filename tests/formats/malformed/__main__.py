@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
+from veneer.formats import formats
+
 from . import __doc__ as told
 from .verdict import Case, Verdict, judge, memory, ready
 
@@ -56,10 +58,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number to begin with, to go on or to share the work")
     parser.add_argument("--only", type=int, help="the number of one file")
+    parser.add_argument("--formats", default="", help="names of formats with commas between, instead of all")
     given = parser.parse_args()
+    chosen = [name for name in given.formats.split(",") if name]
+    if unknown := set(chosen) - set(formats.names()):
+        parser.error(f"no format is called {', '.join(sorted(unknown))}")
     warnings.simplefilter("error")
     verdicts: list[Verdict] = []
-    with tempfile.TemporaryDirectory() as name, ready(Path(name)) as pairs, bounded():
+    with tempfile.TemporaryDirectory() as name, ready(Path(name), chosen) as pairs, bounded():
         Random(given.seed).shuffle(pairs)
         began, first = time.monotonic(), memory("VmRSS")
         for number in range(given.first, given.count) if given.only is None else [given.only]:

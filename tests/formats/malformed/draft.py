@@ -20,21 +20,22 @@ class Draft:
 
     Args:
         entries: of its header. `body`: the bytes after it.
-        config: peft's, if there is one. `text`: what is written in the config's place, if anything.
+        config: of the folder, if there is one, in `place`. `text`: what is written for it, if anything else.
     """
 
     entries: dict[str, dict[str, Any]]
     metadata: dict[str, Any]
     body: bytes
     config: Any = None
+    place: str = ""
     text: str | None = None
 
     @classmethod
     def of(cls, good: Good) -> Draft:
-        data, config = good.files[good.main], good.files.get("adapter_config.json")
+        data, place = good.files[good.main], next((name for name in good.files if name.endswith(".json")), "")
         length = int.from_bytes(data[:8], "little")
-        entries = json.loads(data[8 : 8 + length])
-        return cls(entries, entries.pop("__metadata__", {}), data[8 + length :], json.loads(config) if config else None)
+        entries, config = json.loads(data[8 : 8 + length]), json.loads(good.files[place]) if place else None
+        return cls(entries, entries.pop("__metadata__", {}), data[8 + length :], config, place)
 
     def header(self) -> dict[str, Any]:
         return {"__metadata__": self.metadata, **self.entries} if self.metadata else dict(self.entries)
@@ -50,7 +51,7 @@ class Draft:
         found = {main: self.data() if data is None else data}
         if self.config is not None:
             text = json.dumps(self.config) if self.text is None else self.text
-            found["adapter_config.json"] = text.encode("utf-8", "surrogatepass")
+            found[self.place] = text.encode("utf-8", "surrogatepass")
         return found
 
     def pick(self, rng: Random, dtype: str | None = None) -> str:

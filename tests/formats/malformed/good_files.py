@@ -58,7 +58,8 @@ def tuned(kind: str, method: str, where: Sequence[str], **options: Any) -> Any:
     return fill(attach(model(kind), method, where=[f"name:{n}" for n in where], **options), std=0.2)
 
 
-def _bytes(folder: Path) -> dict[str, bytes]:
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The bytes of each file by its name, the tensors first."""
     found = sorted(p for p in folder.rglob("*") if p.is_file())
     return {p.name: p.read_bytes() for p in sorted(found, key=lambda p: p.suffix != ".safetensors")}
 
@@ -69,16 +70,16 @@ def saved(name: str, format: str, kind: str, made: Sequence[Any], place: Path, m
     formats.get(format)().save(made if len(made) > 1 else made[0], place / "x.safetensors")
     for attachment in reversed(made):
         attachment.detach()
-    return Good(name, format, kind, _bytes(place), meaning, base)
+    return Good(name, format, kind, files_in(place), meaning, base)
 
 
 def written(
-    name: str, format: str, kind: str, tensors: Mapping[str, Tensor], place: Path, meaning: Any, base: Base, **meta: str
+    name: str, format: str, kind: str, tensors: Mapping[str, Tensor], place: Path, meaning: Any, base: Base, /, **meta: str
 ) -> Good:
     """A file of a format that is only read, or has more than is written."""
     place.mkdir(parents=True)
     save_file({k: t.contiguous() for k, t in tensors.items()}, place / "x.safetensors", meta or None)
-    return Good(name, format, kind, _bytes(place), meaning, base)
+    return Good(name, format, kind, files_in(place), meaning, base)
 
 
 A, B = "lora_A.weight", "lora_B.weight"

@@ -84,6 +84,12 @@ def two(rows: Array) -> Array:
     return rows[None] if rows.ndim == 1 else rows
 
 
+def told(method: str, **options: Any) -> Meaning:
+    """Options of a method as numbers."""
+    values = {name: [*value.encode()] if isinstance(value, str) else value for name, value in options.items()}
+    return {f"{method}.{name}": np.array(value, np.float64) for name, value in values.items()}
+
+
 def embeddings(files: Files, base: Base) -> Meaning:
     file = Bytes(next(iter(files.values())))
     arrays = {key: two(file.weight(key)) for key in file.arrays}

@@ -16,6 +16,7 @@ HOSTILE: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 2.5, 10**9, 10**30, -(10**9), 1e308, math.nan, math.inf, -math.inf, -0.0,
     "", "x", "8", "nan", "True", "[", "a" * 10**5, "\ud800", "(a+)+$", "(.*)*x",
     "pissa", "tk", "input", "output", "both", "low_rank",
+    "bgr", "rgb", "BGR", "full_adapter", "light_adapter", "full_adapter_xl", "full", "a full_adapter", "ControlNetUnionModel",
     [], [1], ["x"], [[]], [None], ["fc", 5], ["a"] * 10**4, [0, 0], [2, 2], [-1, 4], [10**9, 10**9],
     {}, {"x": 1}, {"[": 1}, {"*": {"x": 1}}, {"fc": {"sides": [0, 0]}}, {"(a|a)*$": 2}, {"(.*.*.*.*.*)*fc": 2},
     {"name:fc": 5}, {"name:fc": {"rank": 10**9}}, {"name:fc": {"rank": None}}, {"name:fc": {"by_site": {}}},
@@ -115,3 +116,31 @@ def json_that_is_none(draft: Draft, rng: Random) -> None:
         draft.metadata[key] = rng.choice([*texts, text[: rng.randrange(len(text))], twice])
     told = json.dumps(draft.config)
     draft.text = rng.choice([*texts, "\x80\x04", f'{told[:-1]}, "r": 5}}', told[:-3]])
+
+
+@mutation("json")
+def the_same_in_other_words(draft: Draft, rng: Random) -> None:
+    """A value for each level for that of all, a number as another kind of number, nothing or no for each other."""
+    if not isinstance(draft.config, dict):
+        return json_with_something_else(draft, rng)
+    for key in rng.sample(list(draft.config), rng.choice([1, 1, 3])):
+        value = draft.config[key]
+        words: list[Any] = [[value], [value] * 2, [value] * 3, {"0": value}, [[value] * 3], str(value)]
+        if isinstance(value, (int, float)):
+            words += [float(value), bool(value), int(value), -value]
+        elif isinstance(value, list) and value:
+            words += [value[0], value[:-1], [*value, value[-1]], value[::-1], {str(i): v for i, v in enumerate(value)}]
+        else:
+            words += [None, False, 0, "", []]
+        draft.config[key] = rng.choice(words)
+
+
+@mutation("json")
+def json_that_is_deep(draft: Draft, rng: Random) -> None:
+    """A value that is nested as far as can be read, or a little more or less."""
+    if not isinstance(draft.config, dict):
+        return json_that_is_none(draft, rng)
+    depth = rng.choice([rng.randrange(850, 1000), rng.randrange(900, 990), 10_000, 200_000])
+    start, end = rng.choice([("[", "]"), ('{"a": ', "}")])
+    told = json.dumps({**draft.config, rng.choice(list(draft.config)): "DEEP"})
+    draft.text = told.replace('"DEEP"', start * depth + "1" + end * depth)

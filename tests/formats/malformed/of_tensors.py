@@ -80,7 +80,9 @@ def same_tensor_under_another_name(draft: Draft, rng: Random) -> None:
         f"diffusion_model.{name}", name.replace("lycoris_", "lora_unet_"), f"unet.{name}", name.replace(":", "/"), f"lora/{name}",
         name.replace("base_model.model.", "base_model.model.text_model."), name.replace("oft_R.weight", "oft_R"),
         name.replace("_magnitude_vector", "_magnitude_vector.weight"), name.replace(":0:", ":00:"),
-        name.replace("bundle_emb.", ""), name.upper(),
+        name.replace("bundle_emb.", ""), name.upper(), f"control_model.{name}", name.removeprefix("control_model."),
+        f"adapter.{name}", name.removeprefix("adapter."), name.replace(".resnets.", ".body."),
+        name.replace("to_k_ip", "to_v_ip"), name.replace(".1.", ".01."), name.replace("0", "٠"),
     ]  # fmt: skip
     other = rng.choice([n for n in spelt if n not in draft.entries] or [name + "_"])
     entry = draft.entries[name]
@@ -97,6 +99,11 @@ def keys_of_another_format(draft: Draft, rng: Random) -> None:
         ("transformer.x.lokr_w1", [2, 2]),
         ("text_encoder:0:up", [8, 2]), ("<x>", [8]), ("emb_params", [1, 8]), ("fc:down", [2, 6]), ("clip_g", [1, 8]),
         ("bundle_emb.cat.clip_l", [1, 8]), ("bundle_emb.cat.clip_l_out", [1, 8]), ("lora_te_x.dora_scale", [8, 1]),
+        ("input_hint_block.0.weight", [4, 3, 3, 3]), ("controlnet_cond_embedding.conv_in.weight", [4, 3, 3, 3]),
+        ("adapter.body.0.resnets.0.block1.weight", [8, 8, 1, 1]), ("body.0.block1.weight", [8, 8, 1, 1]),
+        ("ip_adapter.1.to_k_ip.weight", [8, 24]), ("image_proj.latents", [1, 4, 8]), ("image_proj.proj.weight", [96, 12]),
+        ("down_res.0.x", [1]), ("mid_convs.0.x", [1]), ("time_embedding.x", [1]), ("lora_controlnet", []),
+        ("body.0.out_conv.weight", [8]),
     ]  # fmt: skip
     for name, shape in rng.sample(more, rng.choice([1, 2, 4])):
         if name not in draft.entries:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -21,13 +22,15 @@ from veneer.formats._converting import _base, _changed, _weights
 from veneer.injection import Attachment, LoadError, attachments
 from veneer.testing.snapshot import assert_same, snapshot
 
-from . import of_bytes, of_headers, of_json, of_pictures, of_tensors
+from . import of_bytes, of_claims, of_headers, of_json, of_pictures, of_tensors
 from .draft import MUTATIONS, Draft, Mutation
 from .good_files import Good, good_files
-from .meanings import Meaning
+from .good_guides import good_guides
+from .guide_meanings import OPTIONS
+from .meanings import Meaning, told
 from .models import model, small_host, towers
 
-MADE_BY = (of_bytes, of_headers, of_tensors, of_json, of_pictures)  # importing them fills MUTATIONS
+MADE_BY = (of_bytes, of_headers, of_tensors, of_claims, of_json, of_pictures)  # importing them fills MUTATIONS
 SECONDS, MEGABYTES = 1.0, 200.0  # of the processor, for each load and each look; more than at its start, for all of them
 HANGS = 20  # seconds of the clock, after which it is stopped
 TOLERANCE = 1e-5  # of the largest number: what single precision loses
@@ -93,8 +96,11 @@ class Case:
 
     def meaning(self) -> Meaning | None:
         """What the bytes say, read slowly; None where they say nothing."""
+        places = [self.written / name for name in self.good.files]
+        if any(os.path.lexists(place) and not place.is_file() for place in places):
+            return None
         try:
-            files = {name: (self.written / name).read_bytes() for name in self.good.files if (self.written / name).is_file()}
+            files = {place.name: place.read_bytes() for place in places if place.is_file()}
             return self.good.meaning(files, self.good.base)
         except Exception:
             return None
@@ -184,6 +190,8 @@ def effects(made: Sequence[Attachment]) -> Meaning:
         each = getattr(attachment.method, "each", None)
         for key, tensor in [*words.items(), *attachment.trained.items()]:
             found[f"{' '.join(each)} {key}" if each else key] = tensor.detach().double().numpy()
+        name, method = attachment.method.name, attachment.method
+        found |= told(name, **{option: getattr(method, option) for option in OPTIONS.get(name, ())})
     return found
 
 
@@ -235,11 +243,12 @@ def memory(what: str) -> float:
 
 
 @contextlib.contextmanager
-def ready(folder: Path) -> Iterator[list[Pair]]:
-    """Every good file with each mutation that fits it. The good files themselves load and mean what they should."""
+def ready(folder: Path, formats: Collection[str] = ()) -> Iterator[list[Pair]]:
+    """Every good file, or those of some formats, with each mutation that fits it. They load and mean what they should."""
     as_it_is = Mutation("as it is", "bytes", lambda data, rng: data, loads=True)
     with small_host():
-        files = good_files(folder / "good")
+        made = [*good_files(folder / "good"), *good_guides(folder / "good")]
+        files = [good for good in made if not formats or good.format in formats]
         for good in files:
             assert check(Case.of((good, as_it_is), 0, 0, folder / "run")) == "same", good.name
         yield [(good, mutation) for mutation in MUTATIONS for good in files if mutation.fits(good)]
