@@ -180,11 +180,15 @@ def _told(record: dict[str, Any], out: Path) -> str:
     figures = record["figures"]
     if figures is None:
         return f"{out}: written, and not measured"
-    (free, half), (misled, other) = figures["over_free"], figures["over_misled"]
+    free, misled = (_over(*figures[name]) for name in ("over_free", "over_misled"))
     return (
-        f"{figures['measure']}: {figures['followed']:.3f} with what is given, {figures['free']:.3f} without "
-        f"({free:+.3f} ± {half:.3f}), {figures['misled']:.3f} with another's ({misled:+.3f} ± {other:.3f}); in {out}"
+        f"{figures['measure']}: {figures['followed']:.3f} with what is given, {figures['free']:.3f} without ({free}), "
+        f"{figures['misled']:.3f} with another's ({misled}); in {out}"
     )
+
+
+def _over(difference: float, half: float | None) -> str:
+    return f"{difference:+.3f}" if half is None else f"{difference:+.3f} ± {half:.3f}"
 
 
 if __name__ == "__main__":

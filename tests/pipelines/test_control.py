@@ -61,7 +61,7 @@ def test_every_method_leaves_its_files_and_figures(base: str, photos: Path, tmp_
     record = json.loads((out / "result.json").read_text())
     assert [point["step"] for point in record["curve"]] == [1, 2]
     figures = record["figures"]
-    assert figures["count"] == 2
+    assert figures["count"] == 4, "two pictures, two seeds of each"
     assert figures["over_free"][0] == pytest.approx(figures["followed"] - figures["free"])
     assert (figures["measure"] == "likeness (shipped)") == (method == "ip_adapter")
     pipe = veneer.bases.load(base)

@@ -109,7 +109,7 @@ class ControlConfig:
     resume: bool = False
     preview_every: int = 0
     strength: float = 1.0
-    eval_seeds: int = 1
+    eval_seeds: int = 2
     shown: int = 6
     features: str = "shipped"
     tracker: str = "tensorboard"

@@ -44,12 +44,12 @@ class Drawings:
 
 @dataclass(frozen=True)
 class Figures:
-    """Mean agreement with the subject's map of what was drawn, and its standard error over subjects.
+    """Mean agreement of what was drawn with the subject's map, or picture.
 
     Args:
         measure: what the numbers are.
         followed, free, misled: with the map, without one, and with another's.
-        over_free, over_misled: mean differences, subject by subject, and half their 95 % intervals (normal).
+        over_free, over_misled: mean differences, and half their 95 % intervals (normal) over subjects, whose seeds are averaged.
         count: drawings of each kind.
     """
 
@@ -62,12 +62,15 @@ class Figures:
     count: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON, which has no infinity: None for the interval of one subject."""
+        found = asdict(self)
+        for name in ("over_free", "over_misled"):
+            found[name] = [value if math.isfinite(value) else None for value in found[name]]
+        return found
 
     def __str__(self) -> str:
         return (
-            f"{self.measure}: {self.followed:.3f} with the map, {self.free:.3f} without, {self.misled:.3f} with another's "
+            f"{self.measure}: {self.followed:.3f} with it, {self.free:.3f} without, {self.misled:.3f} with another's "
             f"({self.over_free[0]:+.3f} ± {self.over_free[1]:.3f}, {self.over_misled[0]:+.3f} ± {self.over_misled[1]:.3f})"
         )
 
@@ -129,15 +132,17 @@ def figures(drawings: Sequence[Drawings], condition: Condition, model: str = "sh
         measure = f"agreement ({condition.name})"
         kinds = ("followed", "free", "misled")
         scores = [[agreement(condition, d.subject.map, getattr(d, kind)) for d in drawings] for kind in kinds]
-    followed, free, misled = scores
+    places: dict[int, list[int]] = {}
+    for place, d in enumerate(drawings):
+        places.setdefault(id(d.subject), []).append(place)
+    by_subject = [[mean(kind[place] for place in own) for own in places.values()] for kind in scores]
+    followed, free, misled = by_subject
     return Figures(
         measure,
-        mean(followed),
-        mean(free),
-        mean(misled),
+        *(mean(kind) for kind in scores),
         _difference(followed, free),
         _difference(followed, misled),
-        len(followed),
+        len(drawings),
     )
 
 

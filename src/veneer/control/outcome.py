@@ -110,7 +110,10 @@ def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
 
 def _sheet(run: Run, drawings: Sequence[Drawings], note: str) -> Image.Image:
     rows = [
-        Row(f"{d.subject.caption}, seed {d.seed}", ((d.subject.map,), (d.followed,), (d.free,), (d.other.map, d.misled)))
+        Row(
+            f"{d.subject.caption or 'no words'}, seed {d.seed}",
+            ((d.subject.map,), (d.followed,), (d.free,), (d.other.map, d.misled)),
+        )
         for d in drawings
     ]
     heads = ("what is given", "with it", "without", "another's, and with that")
