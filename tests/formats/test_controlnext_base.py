@@ -273,6 +273,9 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="NaN or infinity"):
         controlnext.save(whole, tmp_path / "x")
     assert [path.read_bytes() for path in kept] == data, "neither of both"
+    trained(veneer.attach(unet, "lora", name="m")).merge()
+    with pytest.raises(SaveError, match="'m' is merged into the base"):
+        controlnext.save(attachment, tmp_path / "m" / "y")
     texts = ours(tiny_pipeline("sd"), train="text/attn.q")
     with pytest.raises(SaveError, match="of the base as well, for which a ControlNeXt's files have no place"):
         controlnext.save(texts, tmp_path / "x")
