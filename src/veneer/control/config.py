@@ -64,7 +64,8 @@ class ControlConfig:
         seed: of every random draw.
         checkpoint_every: steps between checkpoints; 0 for none but that of a stopped run.
         resume: go on from the newest checkpoint in `out`.
-        preview_every: steps between previews and measurements of a few held pictures; 0 for none.
+        preview_every: steps between previews and measurements of a few held pictures, which `curve.json` collects; 0 for none,
+            None for four in the run.
         strength: of the control in what is measured and shown.
         eval_seeds: drawings of each held picture that are measured; 0 for no figures.
         shown: held pictures on the sheet.
@@ -107,7 +108,7 @@ class ControlConfig:
     seed: int = 0
     checkpoint_every: int = 0
     resume: bool = False
-    preview_every: int = 0
+    preview_every: int | None = None
     strength: float = 1.0
     eval_seeds: int = 2
     shown: int = 6
@@ -147,6 +148,8 @@ class ControlConfig:
             "options": {self.method: {**known.get("options", {}), **self.options.get(self.method, {})}},
             "out": self.out or new_folder(Path("runs"), f"{condition}-{self.method}"),
         }
+        if self.preview_every is None:
+            usual["preview_every"] = max(1, usual["steps"] // 4)
         if self.train is None:
             usual["train"] = ("attn.out", "xattn.out") if self.method == "controlnext" else ()
         if self.caption_dropout is None:

@@ -139,7 +139,9 @@ def figures(drawings: Sequence[Drawings], condition: Condition, model: str = "sh
     followed, free, misled = by_subject
     return Figures(
         measure,
-        *(mean(kind) for kind in scores),
+        mean(followed),
+        mean(free),
+        mean(misled),
         _difference(followed, free),
         _difference(followed, misled),
         len(drawings),
