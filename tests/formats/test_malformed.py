@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from veneer.formats import _lycoris_loha, _pairs, _reading, controlnet, load_all, t2i_adapter
+from veneer.formats import _lycoris_loha, _pairs, _reading, ip_adapter, load_all, t2i_adapter
 from veneer.injection import LoadError, attach, attachments
 
 from .malformed import verdict
@@ -66,6 +66,12 @@ def mumbles(model: Any, path: Path) -> Any:
     raise LoadError("it does not work")
 
 
+def turned_keys(number: int, end: str) -> str:
+    """Keys for values, and values for keys."""
+    other = {"to_k_ip.weight": "to_v_ip.weight", "to_v_ip.weight": "to_k_ip.weight"}
+    return f"ip_adapter.{2 * number + 1}.{other[end]}"
+
+
 def fails(model: Any, path: Path) -> Any:
     raise KeyError(str(path))
 
@@ -77,7 +83,7 @@ def fails(model: Any, path: Path) -> Any:
         ("native-lora", "json_that_is_none", _reading, "unique", dict, "its bytes say nothing"),
         ("lycoris-loha", "turned_shape", _lycoris_loha, "straight", lambda *_: True, "its bytes say nothing"),
         ("lycoris-lora", "one_more_remark", _pairs, "alpha_of", lambda f, n, t, rank: float(rank), "something else than it says"),
-        ("controlnet-bgr", "one_more_remark", controlnet, "ORDER", "order", "something else than it says"),
+        ("ip-base", "one_more_remark", ip_adapter, "_key", turned_keys, "something else than it says"),
         ("t2i-full_adapter", "the_same_in_other_words", t2i_adapter, "_compare", lambda *_: None, "its bytes say nothing"),
         ("peft-lora", "one_more_remark", verdict, "SECONDS", 0.0, "s of the processor"),
         ("peft-lora", "cut_short", verdict, "load_all", spends, " MB"),
@@ -88,7 +94,7 @@ def fails(model: Any, path: Path) -> Any:
     ],
 )
 def test_a_wrong_loader_is_noticed(
-    good: str, mutation: str, where: Any, name: str, instead: Any, why: str,
+    good: str, mutation: str, where: Any, name: str, instead: Callable[..., Any], why: str,
     pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     pair = next(pair for pair in pairs if (pair[0].name, pair[1].name) == (good, mutation))
