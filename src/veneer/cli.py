@@ -89,10 +89,10 @@ def _methods(given: Sequence[str], usual: str) -> list[str]:
 
 
 def _plain(module: str, function: str, config: str, positional: Sequence[str] = (), show: bool = False) -> Any:
-    """A command that is a pipeline's function on its config."""
+    """A command that is a function on its config, mostly a pipeline's."""
 
     def add(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
-        pipeline = importlib.import_module(f"veneer.pipelines.{module}")
+        pipeline = importlib.import_module(f"veneer.{module}" if "." in module else f"veneer.pipelines.{module}")
         kind = getattr(pipeline, config)
         add_flags(parser, kind, positional=positional)
 
@@ -183,6 +183,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]]
     "sites": ("what can be adapted in a base", _sites),
     "methods": ("the methods there are", _table("methods")),
     "hosts": ("the model families there are", _table("hosts")),
+    "app": ("open the app in the browser", _plain("apps.server", "app", "AppConfig")),
     "bench": ("time veneer against the frozen base and peft", _plain("bench", "bench", "BenchConfig")),
     "pretrain-base": ("train the shipped bases from scratch", _plain("pretrain_base", "pretrain_base", "PretrainConfig")),
 }

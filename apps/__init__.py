@@ -1,0 +1,1 @@
+"""The app: a page in the browser over the commands, with no logic of its own."""

@@ -1,0 +1,39 @@
+"""Everything that bounds what a visitor may send and ask for, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the app; what goes beyond is refused with a message that names the limit.
+
+    Args:
+        photos: pictures of one training job. `photo_bytes`: of one picture's file. `photo_pixels`: width × height of one picture.
+        file_bytes: of one uploaded file: an adapter, or a zip of a dataset.
+        zip_files: pictures in a zip. `zip_bytes`: of all of them unpacked.
+        text: characters of a prompt, a caption or a name.
+        adapters: at once on one picture.
+        pictures: of one request. `side`: of a picture, in pixels. `steps`: of drawing one.
+        waiting: requests for pictures that wait for their turn. `jobs`: training jobs of one user that wait for theirs.
+    """
+
+    photos: int = 64
+    photo_bytes: int = 32 * MIB
+    photo_pixels: int = 50_000_000
+    file_bytes: int = 1024 * MIB
+    zip_files: int = 10_000
+    zip_bytes: int = 2048 * MIB
+    text: int = 1000
+    adapters: int = 8
+    pictures: int = 16
+    side: int = 1024
+    steps: int = 100
+    waiting: int = 64
+    jobs: int = 8
+
+
+LIMITS = Limits()

@@ -1,0 +1,30 @@
+"""One file a page. A page is a function that builds it, and its name and a line about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..studio import Studio
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of the app.
+
+    Args:
+        name: on its tab. `slug`: in its address. `about`: what one does there, in a sentence.
+        build: makes its parts; called inside the tab.
+    """
+
+    name: str
+    slug: str
+    about: str
+    build: Callable[[Studio], None]
+
+
+def pages() -> list[Page]:
+    """All pages, in the order of their tabs."""
+    from . import teach
+
+    return [teach.PAGE]

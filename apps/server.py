@@ -1,0 +1,120 @@
+"""The app: `veneer app` opens a page in the browser that does what the commands do."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+
+from veneer.injection import VeneerError
+
+from .limits import LIMITS
+from .pages import pages
+from .studio import Studio
+
+THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+"""Fonts that every machine has: nothing is fetched from elsewhere."""
+STYLE = Path(__file__).with_name("style.css")
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """Where the app listens, for whom, and where it keeps files.
+
+    Args:
+        host: address to listen on. Other addresses than this machine's own need `auth`.
+        port: to listen on; 0 for any free one.
+        auth: who may come in, as NAME:PASSWORD, or a file with one such line for each. Each has a workspace of their own.
+        share: a public address by Gradio's service, which needs the network and `auth`.
+        workspace: folder for everybody's jobs and files.
+        device: such as `cuda`, to draw with; None for a GPU if there is one.
+        browser: open a browser window.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    auth: tuple[str, ...] = ()
+    share: bool = False
+    workspace: Path = Path("veneer-workspace")
+    device: str | None = None
+    browser: bool = True
+
+
+def app(config: AppConfig) -> None:
+    """Open the app, and serve it until it is interrupted. A training job that runs then goes on, and is found again.
+
+    Raises:
+        VeneerError: another address than this machine's own, or sharing, without a login; or a login that is none.
+    """
+    logins = read_logins(config.auth)
+    if (config.share or not _own(config.host)) and not logins:
+        what = "--share" if config.share else f"--host {config.host}"
+        raise VeneerError(f"{what} lets others in, who could train and read files here. Say who may, with --auth NAME:PASSWORD.")
+    studio = Studio.at(config.workspace.expanduser().resolve(), config.device)
+    studio.queue.start()
+    page = build(studio)
+    _, address, _ = page.launch(
+        server_name=config.host,
+        server_port=config.port or None,
+        auth=logins or None,
+        share=config.share,
+        inbrowser=config.browser,
+        max_file_size=LIMITS.file_bytes,
+        ssr_mode=False,
+        footer_links=[],
+        theme=THEME,
+        css_paths=[STYLE],
+        enable_monitoring=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"veneer is at {page.share_url or address}; files are in {studio.root}. End it with Ctrl-C.", flush=True)
+    page.block_thread()
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page with all tabs."""
+    with gr.Blocks(title="veneer", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+        gr.Markdown("# veneer\nThin trained layers on frozen models: teach, draw, control, classify.", elem_id="head")
+        with gr.Tabs():
+            for each in pages():
+                with gr.Tab(each.name, id=each.slug):
+                    gr.Markdown(each.about, elem_classes="about")
+                    each.build(studio)
+    page.queue(max_size=LIMITS.waiting, api_open=False)
+    return page
+
+
+def read_logins(given: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Names and passwords.
+
+    Raises:
+        VeneerError: neither NAME:PASSWORD nor a file of such lines, or a name twice.
+    """
+    lines: list[str] = []
+    for word in given:
+        path = Path(word).expanduser()
+        lines += path.read_text().split("\n") if ":" not in word and path.is_file() else [word]
+    found: dict[str, str] = {}
+    for line in filter(None, map(str.strip, lines)):
+        name, colon, password = line.partition(":")
+        if not (name and colon and len(password) >= 8):
+            raise VeneerError(
+                f"--auth: the login of {name or '(no name)'!r} is not NAME:PASSWORD with at least 8 characters after ':'."
+            )
+        if name in found:
+            raise VeneerError(f"--auth: {name!r} is there twice; expected each name once.")
+        found[name] = password
+    return list(found.items())
+
+
+def _own(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

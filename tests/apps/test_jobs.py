@@ -1,0 +1,112 @@
+"""Training jobs as processes of their own: one at a time, stopped, killed and resumed, whatever becomes of the server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from veneer.apps import jobs
+from veneer.apps.jobs import TRIES, Job
+from veneer.apps.job_queue import JobQueue
+
+import veneer
+from tests.methods.controls import picture
+from veneer.testing.pipelines import tiny_pipeline
+
+PATIENCE = 300
+"""Seconds that a test waits for a process at most."""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A job on a tiny base, but for its steps."""
+    folder = tmp_path_factory.mktemp("given")
+    tiny_pipeline("sd").save_pretrained(folder / "base")
+    (folder / "photos").mkdir()
+    for seed in range(2):
+        picture(seed).save(folder / "photos" / f"{seed}.png")
+    given = ["personalize", str(folder / "photos"), "--base", str(folder / "base"), "--concept", "<toy>", "--method", "lora"]
+    return [*given, "--eval-seeds", "0", "--tracker", "none", "--checkpoint-every", "5", "--steps"]
+
+
+def until(true: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
+
+
+def test_one_at_a_time_to_its_end(tmp_path: Path, words: list[str]) -> None:
+    folder = tmp_path / "local" / "jobs"
+    first = jobs.make(folder, "teach", "a toy", [*words, "2"])
+    wrong = jobs.make(tmp_path / "another" / "jobs", "teach", "no such flag", ["personalize", "--sepia"])
+    queue = JobQueue(tmp_path)
+    assert [job.state for job in (first, wrong)] == ["waiting", "waiting"]
+    assert (queue.place(first), queue.place(wrong)) == (0, 1)
+    until(lambda: queue.turn() == first, "no other process is on its way")
+    assert queue.turn() is None, "one runs"
+    until(lambda: first.state == "running", first.log())
+    assert JobQueue(tmp_path).turn() is None, "for another server too"
+    until(lambda: first.state == "done", first.log())
+    assert first.progress()[-1].step == 2
+    assert (first.run / "adapter.safetensors").exists()
+    until(lambda: queue.turn() == wrong, "the next one begins")
+    until(lambda: wrong.state == "failed", wrong.log())
+    assert "unrecognized arguments: --sepia" in wrong.why()
+    assert queue.turn() is None, "what failed is not tried again"
+    assert [job.name for job in jobs.find(folder)] == [first.name]
+
+
+def test_stopped_killed_and_resumed(tmp_path: Path, words: list[str]) -> None:
+    job = jobs.make(tmp_path / "local" / "jobs", "teach", "a toy", [*words, "100000"])
+    queue = JobQueue(tmp_path)
+    until(lambda: queue.turn() == job, "no other process is on its way")
+    until(lambda: job.progress(), job.log())
+    job.stop()
+    until(lambda: job.state == "stopped", job.log())
+    kept = job.run / "adapter.safetensors"
+    assert veneer.formats.read(kept).shapes, "what was learnt so far"
+    assert queue.turn() is None, "what was stopped does not begin by itself"
+    reached = job.progress()[-1].step
+
+    job.go_on()
+    until(lambda: queue.turn() == job, "it waits again")
+    until(lambda: job.progress()[-1].step > reached + 5, job.log())
+    os.kill(json.loads((job.folder / "process.json").read_text())["pid"], signal.SIGKILL)
+    until(lambda: job.state == "waiting", "its lock is let go")
+    assert job.begun
+    killed = job.progress()[-1].step
+    until(lambda: JobQueue(tmp_path).turn() == job, "a server that is started anew resumes it")
+    until(lambda: job.progress()[-1].step > killed, job.log())
+    job.stop()
+    until(lambda: job.state == "stopped", job.log())
+    assert "resum" in job.log() or job.progress()[0].step == 1
+
+
+def test_a_job_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
+    """Its process is killed before a step, as by a machine without memory."""
+    job = jobs.make(tmp_path / "local" / "jobs", "teach", "too large", ["personalize"])
+    for _ in range(TRIES):
+        assert job.start()
+        process = jobs._started[-1]
+        process.kill()
+        process.wait()
+        assert job.state == "waiting"
+    assert not job.start()
+    assert job.state == "failed"
+    assert job.why().startswith(f"It died {TRIES} times at step 0: perhaps the machine has too little memory")
+    job.go_on()
+    assert job.state == "waiting", "somebody asked for another try"
+
+
+def test_damaged_files_of_a_job_are_no_end_of_the_page(tmp_path: Path) -> None:
+    job = Job(tmp_path / "x")
+    job.folder.mkdir()
+    (job.folder / "job.json").write_text("{")
+    assert (job.about, job.state, job.progress(), job.log(), job.why()) == ({}, "waiting", [], "", "")
+    assert jobs.find(tmp_path) == [job]
