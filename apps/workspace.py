@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from .limits import LIMITS
 
 ALONE = "local"
 """The user of an app without a login."""
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "0123456789¹²³")}
+"""Names of devices, which are no file's name on Windows."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,16 @@ class Workspace:
     def adapters(self) -> Path:
         """Folder of files that were brought along."""
         return self.folder / "adapters"
+
+    @property
+    def given(self) -> Path:
+        """Folder of what jobs learn from: a folder for each, which goes when its job is deleted."""
+        return self.folder / "given"
+
+    def new_given(self) -> Path:
+        """A new folder in `given`, for one job."""
+        self.given.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=self.given))
 
     def all_jobs(self) -> list[Job]:
         """The newest first."""
@@ -87,29 +101,47 @@ class Workspace:
 
 
 def safe(name: str, otherwise: str = "file") -> str:
-    """A name that is a file's name and nothing else: letters, digits, `.`, `-` and `_`, at most 80, no dot in front.
+    """A name that is a file's name on every system and nothing else: letters and digits of any script, `.`, `-` and `_`.
 
-    >>> safe("../../my cat.safetensors")
-    'my-cat.safetensors'
+    At most 80 characters and 160 bytes, no dot in front. Of a path the last part; what no system gives to a file (`con`, `aux`)
+    gets an `x-` in front. Where nothing is left, a digest tells one name from another.
+
+    >>> safe("../../my cat.safetensors"), safe("猫?"), safe("CON.png")
+    ('my-cat.safetensors', '猫', 'x-CON.png')
     """
-    last = re.split(r"[\\\\/]", name)[-1]
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.")[:80]
-    return plain or otherwise
+    last = re.split(r"[\\/]", name)[-1]
+    known = unicodedata.normalize("NFC", last)
+    plain = "".join(c if c in "._-" or unicodedata.category(c)[0] in "LMN" else " " for c in known)
+    plain = _cut("-".join(plain.split()).strip("-."))
+    if not plain:
+        return f"{otherwise}-{hashlib.sha256(last.encode(errors='replace')).hexdigest()[:8]}" if last.strip(". ") else otherwise
+    return f"x-{plain}" if plain.split(".")[0].casefold() in RESERVED else plain
+
+
+def _cut(name: str) -> str:
+    """The start of a long name, with its ending."""
+    stem, dot, ending = name.rpartition(".")
+    ending = f".{ending}" if dot and stem and len(ending) <= 12 and ending.isascii() else ""
+    stem = name[: len(name) - len(ending)][: 80 - len(ending)]
+    stem = stem.encode()[: 160 - len(ending)].decode(errors="ignore")
+    return (stem.rstrip("-. ") + ending).strip("-.")
 
 
 def bounded(text: str, what: str) -> str:
     """A visitor's words, if they are no longer than is allowed and hold nothing that no keyboard gives.
 
     Raises:
-        VeneerError: too long, or with control characters.
+        VeneerError: too long, or with control characters or halves of characters.
     """
     if len(text) > LIMITS.text:
         raise VeneerError(f"{what}: {len(text):,} characters; expected at most {LIMITS.text:,}. Shorten it.")
-    if any(ord(c) < 32 and c not in "\n\t" for c in text):
+    text = text.replace("\r\n", "\n")
+    if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in text):
         raise VeneerError(f"{what}: it has characters that cannot be shown; expected plain text. Type it anew.")
     return text.strip()
 
 
 def shown(text: str) -> str:
-    """At most 60 characters of a visitor's words, for messages."""
-    return text if len(text) <= 60 else text[:57] + "…"
+    """At most 60 characters of a visitor's words, for messages; what turns or breaks a line is a question mark."""
+    plain = "".join(c if c.isprintable() else "?" for c in text[:61])
+    return plain if len(plain) <= 60 else plain[:57] + "…"
