@@ -14,7 +14,7 @@ from veneer.classifying.compared import lines_of, table, verdict, write_picture
 from veneer.classifying.comparing import Comparison, rows_of
 from veneer.classifying.config import TransferConfig
 from veneer.classifying.data import Views, open_data
-from veneer.classifying.models import open_classifier
+from veneer.classifying.models import open_classifier, reads_texts
 from veneer.injection import VeneerError
 from veneer.training.checkpoints import write_atomically, write_json
 from veneer.training.personal import new_folder
@@ -110,8 +110,7 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
 
 def _with_baseline(config: CompareConfig) -> str:
     """The rows as written, the baseline in front where it is wanted and lacking."""
-    clip = config.model == "shipped_clip" or config.model.startswith("open_clip:")
-    baseline = "zero_shot" if clip else "linear_probe"
+    baseline = "zero_shot" if reads_texts(config.model) else "linear_probe"
     lacking = config.baseline and baseline not in [row.label for row in rows_of(config.methods)]
     return f"{baseline}, {config.methods}" if lacking else config.methods
 

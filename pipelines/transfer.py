@@ -14,12 +14,12 @@ from veneer.classifying.cached import Features
 from veneer.classifying.config import TransferConfig
 from veneer.classifying.data import Data, Views, open_data
 from veneer.classifying.models import Classifier, open_classifier
-from veneer.classifying.outcome import tidy, write_outcome
+from veneer.classifying.outcome import tidy, write_files, write_outcome
 from veneer.classifying.search import searched
 from veneer.classifying.teaching import Teacher, attach_methods
 from veneer.injection import Attachment
 from veneer.training.gradients import AUTOCAST
-from veneer.training.personal import run_folder
+from veneer.training.personal import run_folder, stopped
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
 
@@ -28,6 +28,8 @@ __all__ = ["TransferConfig", "transfer"]
 
 def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> Path:
     """Train, choose the epoch on the validation pictures, look at the test pictures once, and write what was found.
+
+    A run that is stopped leaves the best epoch so far, which `veneer predict` opens, and goes on with `resume`.
 
     The folder then has `adapter.safetensors`, `result.json`, `confusion.png`, `curves.png`, `mistakes.png`, and `model.json` and
     `splits.json`, which say how to go on from there.
@@ -66,7 +68,8 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
         taught = teacher.teach()
         if accelerator.is_main_process:
             if taught.best is None:
-                print(f"stopped after step {taught.result.steps} of {teacher.steps}; go on with --resume --out {out}")
+                write_files(config, data, classifier, attached, out)
+                print(stopped(taught.result, teacher.steps, out))
             else:
                 record = write_outcome(config, data, classifier, attached, teacher, taught)
                 tidy(out)

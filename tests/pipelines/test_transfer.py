@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from veneer.pipelines.transfer import transfer
 from tests.classifying.small import CLASSES, model_folder, picture_folder
 from veneer.classifying.config import TransferConfig
 from veneer.classifying.predicting import Predictor, open_predictor
+from veneer.classifying.selection import read_epochs
 from veneer.injection import VeneerError
 from veneer.training.photos import DataError
 
@@ -162,7 +164,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, pictures: Path, 
 
     def stopping(self: Trainer, *rest: Any) -> None:
         told(self, *rest)
-        if self.step == 5:
+        if self.step == 3:
             self.stop()
 
     Trainer._tell = stopping  # type: ignore[method-assign]
@@ -171,16 +173,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, pictures: Path, 
     finally:
         Trainer._tell = told  # type: ignore[method-assign]
     assert not (tmp_path / "half" / "result.json").exists(), "stopped in its second epoch"
-    with pytest.raises(VeneerError, match="resume"):
-        open_predictor(tmp_path / "half")
+    kept, best = (load_file(tmp_path / "half" / name) for name in ("adapter.safetensors", "best.safetensors"))
+    assert len(read_epochs(tmp_path / "half")) == 1
+    assert all(any(torch.equal(tensor, other) for other in kept.values()) for tensor in best.values()), "the first epoch's, whole"
+    assert next(open_predictor(tmp_path / "half").answers([pictures / "red" / "0.png"])).label
     transfer(dataclasses.replace(half, resume=True))
     a, b = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "half"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     first, second = result(tmp_path / "whole"), result(tmp_path / "half")
     assert first["epochs"] == second["epochs"]
+    assert [asdict(epoch) for epoch in read_epochs(tmp_path / "half")] == second["epochs"]
     assert first["test"] == second["test"]
-    assert second["training"]["resumed_from"] == 6, "the step after the one that it was told to stop in"
+    assert second["training"]["resumed_from"] == 4, "the step after the one that it was told to stop in"
 
 
 def test_a_head_is_trained_on_features_that_are_computed_once(

@@ -48,6 +48,11 @@ class Classifier:
         return found[0] if len(found) == 1 else None
 
 
+def reads_texts(name: str) -> bool:
+    """Whether a model of this name is a CLIP with both towers, whose head are texts."""
+    return name == "shipped_clip" or name.startswith("open_clip:")
+
+
 def open_classifier(
     name: str,
     classes: Sequence[str],
@@ -69,7 +74,7 @@ def open_classifier(
     Raises:
         ModelError: no such model, no such weights, weights of another architecture, or a size that it cannot take.
     """
-    if name == "shipped_clip" or name.startswith("open_clip:"):
+    if reads_texts(name):
         from .clip import open_clip_classifier
 
         return open_clip_classifier(name, classes, weights=weights, seed=seed, templates=templates)

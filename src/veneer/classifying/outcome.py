@@ -36,11 +36,7 @@ def write_outcome(
     """
     out = teacher.folder
     assert taught.best is not None
-    stored = 0
-    if attached:
-        file = native.save(attached, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where})
-        stored = file.stat().st_size
-    write_json(out / "model.json", model_record(config, classifier))
+    stored = write_files(config, data, classifier, attached, out)
     logits, labels = teacher.answers("test")
     figures = figures_of(logits, labels)
     tested = data.splits.test
@@ -52,6 +48,20 @@ def write_outcome(
     record = _record(config, data, classifier, attached, taught, figures) | {"stored_bytes": stored}
     write_json(out / "result.json", record)
     return record
+
+
+def write_files(config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], out: Path) -> int:
+    """Write `adapter.safetensors`, with the weights as they are, and `model.json`: what `veneer predict` needs.
+
+    Returns:
+        Bytes of the adapter; 0 where nothing is attached.
+    """
+    stored = 0
+    if attached:
+        file = native.save(attached, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where})
+        stored = file.stat().st_size
+    write_json(out / "model.json", model_record(config, classifier))
+    return stored
 
 
 def _record(

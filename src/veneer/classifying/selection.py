@@ -31,6 +31,17 @@ class Epoch:
     val_accuracy: float
 
 
+def read_epochs(folder: Path) -> list[Epoch]:
+    """The epochs of a run so far, while it runs and when it has ended; none where nothing can be read."""
+    for name in ("result.json", "curve.json"):
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            return [Epoch(**row) for row in (found["epochs"] if name == "result.json" else found)]
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return []
+
+
 class Selection:
     """Keeps the figures of every epoch and the tensors of the best: the highest accuracy, then the lower loss, then the earlier.
 

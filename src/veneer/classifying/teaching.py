@@ -65,8 +65,9 @@ class Taught:
     """How a run ended.
 
     Args:
-        result: of the loop. `epochs`: figures of each. `best`: the epoch whose weights are in place.
-        validation: figures of the validation pictures there; None for a run that was stopped.
+        result: of the loop. `epochs`: figures of each. `best`: the epoch whose weights are in place; None for a run that was
+            stopped: then those of the best so far are, or those of the last step where no epoch has ended.
+        validation: figures of the validation pictures at `best`.
         cached: True if the backbone ran once for each picture.
         trainable: numbers that were trained.
     """
@@ -134,6 +135,7 @@ class Teacher:
             if not self.selection.epochs:
                 self._look(0, [])
             best = self.selection.best
+        if self.accelerator.is_main_process and self.selection.epochs:
             self.selection.restore()
         validation = self.figures("validation") if best else None
         return Taught(result, tuple(self.selection.epochs), best, validation, self.features is not None, self.trainable)
