@@ -193,10 +193,14 @@ def _refusal(towers: Sequence[Tower], method: Method, everything: Sequence[Site]
     return f"{method.name}: host {names} offers {has}; it needs {need}. Hosts that fit: {', '.join(hosts_for(method)) or 'none'}."
 
 
-def hosts_for(method: Method | type[Method]) -> list[str]:
-    """Names of the hosts whose small models offer a site that the method can use. Hosts without their library are passed over."""
+def hosts_for(method: Method | type[Method], among: Sequence[str] | None = None) -> list[str]:
+    """Names of the hosts whose small models offer a site that the method can use. Hosts without their library are passed over.
+
+    Args:
+        among: only these hosts are looked at; None for all there are.
+    """
     found = []
-    for name in hosts.names():
+    for name in hosts.names() if among is None else among:
         try:
             offered = _offers(hosts.get(name))
         except ImportError:

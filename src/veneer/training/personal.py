@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 from veneer import bases, methods
 from veneer.injection.errors import VeneerError
+from veneer.injection.plan import hosts_for
 from veneer.training import targets
 from veneer.training.config import TrainConfig
 from veneer.training.loop import TrainResult
@@ -27,6 +29,9 @@ WITHOUT_EFFECT = (
     "features", "check", "out", "truncate",
 )  # fmt: skip
 """Options that a resumed run may change, or that are compared by content."""
+
+DIFFUSION = ("diffusers_dit", "diffusers_unet")
+"""Hosts of the models that a base may have."""
 
 DEMO = {"concept": "<octopus>", "class_word": "fish"}
 """What is taught when no photos are given: the pictures that the package carries."""
@@ -262,3 +267,16 @@ def stopped(result: TrainResult, steps: int, out: Path) -> str:
 
 def _plain(word: str) -> str:
     return re.sub(r"[^\w-]+", "", word) or "concept"
+
+
+@functools.cache
+def teachable() -> tuple[str, ...]:
+    """Names of the methods that `personalize` can train: on weights of a diffusion model, or new words; those that follow a
+    picture in each call are for `control`."""
+    found = []
+    for name in methods.names():
+        method = methods.get(name)
+        alone = not (method.conditions or method.prepares or method.keeps_head)
+        if alone and (targets.learns_words(method) or hosts_for(method, DIFFUSION)):
+            found.append(name)
+    return tuple(found)
