@@ -1,4 +1,4 @@
-"""Forms made from the fields of a config class: what the command line takes as flags, so that new methods appear by themselves."""
+"""Forms made from the fields of a config class, as the command line's flags are, so that new methods appear by themselves."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ def _told(field: Field, value: Any = None) -> dict[str, Any]:
     if field.kind == "check":
         return {**told, "value": bool(usual)}
     if field.kind == "choice":
-        return {**told, "choices": [USUAL, *field.choices], "value": USUAL if usual is None else str(usual), "allow_custom_value": True}
+        choices = {"choices": [USUAL, *field.choices], "value": USUAL if usual is None else str(usual)}
+        return {**told, **choices, "allow_custom_value": True}
     return {**told, "value": _text(value), "placeholder": _text(field.default) or USUAL}
 
 

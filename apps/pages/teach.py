@@ -2,12 +2,226 @@
 
 from __future__ import annotations
 
-from ..studio import Studio
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from veneer import bases, methods
+from veneer.injection import VeneerError
+from veneer.training.folder import READ
+from veneer.training.personal import DEMO
+
+from ..jobs import Job
+from ..limits import LIMITS
+from ..studio import Studio, escaped, explained
+from ..workspace import Workspace, bounded, shown
 from . import Page
+from ._form import Slots, fields_of, part_of
+from ._job import Results, job_view, offered, picture, shows
+from ._photos import Rows, example, lay_down, look_at
+from ._result import files, for_others, in_words
+from ._teaching import (
+    MAIN,
+    PRESETS,
+    SETTINGS,
+    Asked,
+    base_of,
+    estimate,
+    main_method,
+    method_names,
+    options_of,
+    usual,
+    usual_options,
+    words,
+)
+
+KIND = "teach"
+EMPTY = "No run yet. Press **Example** and then **Start**, or drop a few photos of one thing."
+NO_PHOTOS = f"Drop 3 to 20 photos of one thing or one style, at most {LIMITS.photos}; or press **Example**."
+FILLED = ("steps", "batch", "learning_rate", "schedule", "seed", "preview_every", "checkpoint_every", "eval_seeds")
+"""Settings that a preset fills in."""
+UNKNOWN = 512
+"""Pixels that photos are looked at with where a base does not say its size."""
+
+
+def photos_taken(paths: Sequence[str] | None, base: str, captions: Sequence[str] = ()) -> list[Any]:
+    """Thumbnails, crops, what is wrong in Markdown, and the table of captions, of photos that were dropped."""
+    if not paths:
+        return [gr.Gallery([], visible=False), gr.Gallery([], visible=False), NO_PHOTOS, gr.Dataframe([], visible=False)]
+    side = bases.preset(base_of(base)).resolution or UNKNOWN
+    found = look_at(paths, side)
+    rows = [[name, caption] for name, caption in zip(found.names, [*captions, *[""] * len(found.names)], strict=False)]
+    number = f"{len(found.names)} photo{'s' * (len(found.names) != 1)}"
+    wrong = "\n".join(f"- ⚠ {escaped(text)}" for text in found.wrong)
+    crops = gr.Gallery(found.crops, label=f"As square crops of {side} × {side} pixels, as this base sees them", visible=True)
+    thumbs = gr.Gallery(list(zip(found.thumbs, found.names, strict=True)), visible=True)
+    said = f"{number}.\n\n{wrong}" if wrong else f"{number}, nothing wrong with them."
+    return [thumbs, crops, said, gr.Dataframe(rows, visible=True)]
+
+
+def example_taken(base: str) -> list[Any]:
+    """The example's photos, concept and class word, and what `photos_taken` gives for them."""
+    paths, captions = example()
+    return [paths, DEMO["concept"], DEMO["class_word"], *photos_taken(paths, base, captions)]
+
+
+def filled(slots: Slots, preset: str, base: str, method: str) -> list[Any]:
+    """Settings by a preset, the chosen method's line, and the form of its options."""
+    given = usual(preset, base, method)
+    about = (methods.get(main_method(method)).__doc__ or "").strip().splitlines()[0]
+    fields = options_of(method)
+    said = f"**{escaped(main_method(method))}**: {escaped(about)}" + ("" if fields else " It has no options.")
+    return [*(given[name] for name in FILLED), said, *slots.fill(fields, usual_options(base, method))]
+
+
+def begin(studio: Studio, workspace: Workspace, paths: Sequence[str] | None, captions: Rows, asked: Asked) -> Job:
+    """A job that teaches from these photos.
+
+    Raises:
+        VeneerError: no usable photos, no concept, a setting that cannot be, or too many jobs that wait.
+    """
+    title = f"{shown(bounded(asked.concept, 'concept'))}, {asked.method}"
+    words(asked, workspace.given)  # refuse before anything is written
+    folder = lay_down(workspace, paths or [], captions)
+    return studio.begin(workspace, KIND, title, words(asked, folder))
+
+
+def shown_results(job: Job | None) -> list[Any]:
+    """The sheet, the figures, the files, and the button for other tools, of a job."""
+    there = files(job) if job else []
+    sheet = picture(job.run / "before_after.png") if job else None
+    said = in_words(job) if job else ""
+    return [
+        gr.Image(value=sheet, visible=sheet is not None),
+        gr.Markdown(said, visible=bool(said)),
+        gr.File(offered(there) or None, visible=bool(there)),
+        gr.Button(visible=bool(there)),
+        gr.File(None, visible=False),
+    ]
+
+
+def _stamp(job: Job) -> Any:
+    return job.state, [path.stat().st_mtime_ns for path in files(job)]
+
+
+def _results() -> list[Any]:
+    return [
+        gr.Image(label="Before and after", interactive=False, format="png", visible=False, elem_id="teach-sheet"),
+        gr.Markdown(visible=False, elem_id="teach-figures"),
+        gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="teach-files"),
+        gr.Button("Make a file for ComfyUI and A1111", visible=False, elem_id="teach-kohya"),
+        gr.File(label="For ComfyUI and A1111", interactive=False, visible=False, elem_id="teach-kohya-file"),
+    ]
 
 
 def build(studio: Studio) -> None:
     """The page."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=320):
+            asks = _Asks(studio)
+        with gr.Column(scale=1, min_width=320):
+            gr.Markdown("### Runs")
+            made: list[Any] = []
+            view = job_view(studio, KIND, Results(lambda: made.extend(_results()) or made, shown_results, _stamp), EMPTY)
+    asks.connect(view.choice)
+
+    def kohya(name: str, request: gr.Request) -> Any:
+        return gr.File(for_others(studio.workspace(request), name), visible=True)
+
+    made[3].click(explained(kohya), [view.choice], made[4], concurrency_id="draw", concurrency_limit=1, api_visibility="private")
+
+
+class _Asks:
+    """What the page asks for."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        with gr.Row():
+            self.example = gr.Button("Example", elem_id="teach-example", min_width=120)
+            self.start = gr.Button("Start", variant="primary", elem_id="teach-start", min_width=120)
+        self.files = gr.File(
+            label="Photos", file_count="multiple", file_types=sorted(READ), height=140, elem_id="teach-photos", interactive=True
+        )
+        self.notes = gr.Markdown(NO_PHOTOS, elem_id="teach-notes")
+        self.thumbs = gr.Gallery(label="Photos", visible=False, columns=4, height=220, interactive=False, buttons=[])
+        with gr.Accordion("Captions and crops", open=False):
+            self.captions = gr.Dataframe(
+                headers=["photo", "caption"],
+                datatype="str",
+                type="array",
+                label="Captions, if you like: what else is in a photo, with {concept} for its subject",
+                static_columns=[0],
+                interactive=True,
+                visible=False,
+                wrap=True,
+            )
+            self.crops = gr.Gallery(label="Crops", visible=False, columns=4, height=180, interactive=False, buttons=[])
+        short: dict[str, Any] = {"max_length": LIMITS.text, "min_width": 140}
+        with gr.Row():
+            self.concept = gr.Textbox(label="Concept", placeholder="<toy>", info="A new word for it.", **short)
+            self.word = gr.Textbox(label="Class word", placeholder="toy", info="An ordinary word for such things.", **short)
+        self.preset = gr.Radio([*PRESETS], value="quick", label="How long", info="Longer is closer to the photos, as a rule.")
+        with gr.Row():
+            self.method = gr.Dropdown(method_names(False), value="lora", label="Method", allow_custom_value=True, min_width=140)
+            self.base = gr.Textbox("shipped", label="Base", info="shipped, a folder, or a hub name.", **short)
+        given = usual("quick", "shipped", "lora")
+        cost = estimate_of(None, "shipped", "lora", given["steps"], given["batch"])
+        self.estimate = gr.Markdown(cost, elem_id="teach-estimate")
+        with gr.Accordion("Settings", open=False):
+            with gr.Row():
+                main = {f.name: part_of(f, given.get(f.name), min_width=140) for f in SETTINGS if f.name in MAIN}
+            with gr.Accordion("More", open=False), gr.Row():
+                more = {f.name: part_of(f, given.get(f.name), min_width=200) for f in SETTINGS if f.name not in MAIN}
+            self.settings = {**main, **more}
+        with gr.Accordion("Options of the method", open=False):
+            self.about = gr.Markdown("")
+            with gr.Row():
+                self.slots = Slots.build([fields_of(methods.get(name)) for name in methods.names()])
+
+    def connect(self, choice: Any) -> None:
+        """Let the parts act; a started job is chosen in `choice`."""
+        studio, looked = self.studio, [self.thumbs, self.crops, self.notes, self.captions]
+        named = [self.settings[field.name] for field in SETTINGS]
+
+        def start(request: gr.Request, paths: Any, rows: Any, concept: str, word: str, base: str, method: str, *rest: Any) -> Any:
+            settings, parts = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
+            options = self.slots.given(options_of(method), parts)
+            asked = Asked(concept, word, base, method, settings, options)
+            workspace = studio.workspace(request)
+            return shows(workspace, KIND, begin(studio, workspace, paths, rows or [], asked))
+
+        def cost(base: str, method: str, steps: str, batch: str, optimizer: str, request: gr.Request) -> str:
+            return estimate_of(studio.workspace(request), base, method, steps, batch, optimizer)
+
+        def fill(preset: str, base: str, method: str) -> list[Any]:
+            return filled(self.slots, preset, base, method)
+
+        plain: dict[str, Any] = {"api_visibility": "private"}
+        dropped = [self.files.upload, self.files.clear, self.files.delete]
+        gr.on(dropped, explained(photos_taken), [self.files, self.base], looked, **plain)
+        examples = [self.files, self.concept, self.word, *looked]
+        self.example.click(explained(example_taken), [self.base], examples, **plain)
+        parts = [self.preset, self.base, self.method]
+        filling = [*(self.settings[name] for name in FILLED), self.about, *self.slots.components]
+        gr.on(
+            [self.preset.change, self.method.change, self.base.submit, self.base.blur], explained(fill), parts, filling,
+            show_progress="hidden", **plain,
+        )  # fmt: skip
+        gr.on(None, lambda: fill("quick", "shipped", "lora"), None, filling, show_progress="hidden", **plain)
+        gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **plain)
+        costs = [self.base, self.method, self.settings["steps"], self.settings["batch"], self.settings["optimizer"]]
+        gr.on([part.change for part in costs], explained(cost), costs, self.estimate, show_progress="hidden", **plain)
+        inputs = [self.files, self.captions, self.concept, self.word, self.base, self.method, *named, *self.slots.components]
+        self.start.click(explained(start), inputs, choice, **plain)
+
+
+def estimate_of(workspace: Workspace | None, base: str, method: str, steps: str, batch: str, optimizer: str = "adamw") -> str:
+    """The estimate in Markdown, or nothing while the base is not yet one."""
+    try:
+        return escaped(estimate(workspace, base, method, steps, batch, optimizer))
+    except VeneerError:
+        return ""
 
 
 PAGE = Page("Teach", "teach", "Teach a base a subject or a style from a few photos.", build)

@@ -1,0 +1,194 @@
+"""What the page Teach asks a job for: presets, the command's words, and what it should cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from veneer import bases, methods
+from veneer.bases.door import find
+from veneer.injection import VeneerError
+from veneer.training import targets
+from veneer.training.costs import STATES
+from veneer.training.estimates import size
+from veneer.training.personal import PersonalizeConfig, teachable
+from veneer.training.progress import clock
+
+from ..jobs import Job
+from ..limits import LIMITS
+from ..workspace import Workspace, bounded
+from ._form import Field, fields_of, words_of
+from ._result import read_result
+
+PRESETS = {"quick": 1 / 3, "balanced": 1.0, "thorough": 2.0}
+"""Name to its share of the steps that are usual."""
+FIGURES = {"quick": "1", "balanced": "3", "thorough": "3"}
+"""Name to pictures of each prompt in the figures."""
+PREVIEWS, CHECKPOINTS = 6, 4
+"""In a run."""
+MAIN = ("steps", "batch", "learning_rate", "resolution", "schedule", "seed")
+MORE = (
+    "where", "text_encoder", "prior", "caption_dropout", "crop", "flip", "buckets", "optimizer", "weight_decay", "ema",
+    "min_snr", "precision", "checkpointing", "preview_every", "checkpoint_every", "eval_seeds",
+)  # fmt: skip
+SETTINGS = fields_of(PersonalizeConfig, [*MAIN, *MORE])
+FROM_CONCEPT = ("by_site", "tokens", "initialize", "ids")
+"""Options that a form leaves out: of single sites, and what follows from the concept."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a visitor asks to be taught; all of it is checked when words are made of it."""
+
+    concept: str
+    class_word: str
+    base: str
+    method: str
+    settings: Sequence[Any]
+    options: Sequence[Any]
+
+
+def method_names(all_of_them: bool) -> list[str]:
+    """Methods to choose from, those with usual settings for the shipped base first.
+
+    Args:
+        all_of_them: also those that are only found by a look at what each can be put on, which takes a while the first time.
+    """
+    tuned = [name for name in bases.preset("shipped").training if not methods.get(name).conditions]
+    others = [name for name in teachable() if name not in tuned] if all_of_them else []
+    return [*tuned, *targets.SHORTHANDS, *others]
+
+
+def main_method(method: str) -> str:
+    """Of several that are joined, the one whose options are asked for.
+
+    Raises:
+        VeneerError: there is no such method.
+    """
+    return targets.split_methods(bounded(method, "method"))[-1]
+
+
+def options_of(method: str) -> list[Field]:
+    """The fields of a method's form."""
+    kind: Any = methods.get(main_method(method))
+    skip = FROM_CONCEPT if targets.learns_words(kind) else FROM_CONCEPT[:1]
+    return fields_of(kind, skip=skip)
+
+
+def base_of(words: str) -> str:
+    """A base that is there, or may be on the hub.
+
+    Raises:
+        VeneerError: neither.
+    """
+    base = bounded(words, "base") or "shipped"
+    find(base)
+    return base
+
+
+def usual(preset: str, base: str, method: str) -> dict[str, str]:
+    """Settings that a preset fills in, by name; the rest is left as usual."""
+    named = {"base": base_of(base), "method": bounded(method, "method")}
+    config = PersonalizeConfig(photos=Path(), concept="x", out=Path(), **named).completed()
+    steps = max(10, round((config.steps or 500) * PRESETS.get(preset, 1.0)))
+    return {
+        "steps": str(steps),
+        "batch": str(config.batch),
+        "learning_rate": f"{config.main_rate():g}",
+        "schedule": str(config.schedule),
+        "seed": "0",
+        "preview_every": str(max(1, steps // PREVIEWS)),
+        "checkpoint_every": str(max(1, steps // CHECKPOINTS)),
+        "eval_seeds": FIGURES.get(preset, "3"),
+    }
+
+
+def usual_options(base: str, method: str) -> Mapping[str, Any]:
+    """Options of a method that are usual on a base."""
+    found: Mapping[str, Any] = bases.preset(base_of(base)).training.get(main_method(method), {}).get("options", {})
+    return found
+
+
+def words(asked: Asked, photos: Path) -> list[str]:
+    """The command for what was asked.
+
+    Raises:
+        VeneerError: something that the command would not take, or too much of it.
+    """
+    concept, method = bounded(asked.concept, "concept"), bounded(asked.method, "method")
+    if not concept:
+        raise VeneerError("the concept has no name: give it one that no other thing has, such as <toy>.")
+    name = main_method(method)
+    settings = words_of(PersonalizeConfig, SETTINGS, asked.settings)
+    options = words_of(methods.get(name), options_of(method), asked.options, name)
+    word = bounded(asked.class_word, "class word")
+    given = {"concept": concept, "class-word": word, "base": base_of(asked.base), "method": method}
+    _bounds(dict(zip((f.name for f in SETTINGS), asked.settings, strict=True)))
+    flags = [f"--{key}={value}" for key, value in given.items() if value]
+    return ["personalize", str(photos), *flags, *settings, *options, "--tracker=none"]
+
+
+def _bounds(settings: Mapping[str, Any]) -> None:
+    """What no visitor may ask for more of."""
+    most = {"resolution": LIMITS.side, "prior": LIMITS.pictures * 16, "batch": LIMITS.photos, "eval_seeds": LIMITS.pictures}
+    for name, limit in most.items():
+        value = str(settings.get(name) or 0)
+        if int(value) > limit:
+            raise VeneerError(f"{name.replace('_', ' ')}: {value}; expected at most {limit}.")
+
+
+def estimate(workspace: Workspace | None, base: str, method: str, steps: str, batch: str, optimizer: str = "adamw") -> str:
+    """What a run should take, in words for people: by the last one like it, and by the size of the base's files."""
+    before = _alike(workspace, base_of(base), method) if workspace else None
+    return f"Estimate: {_time(before, steps, batch)} {_memory(base_of(base), before, optimizer or 'adamw')}"
+
+
+def _alike(workspace: Workspace, base: str, method: str) -> Job | None:
+    """The newest finished job with this base and method, else with this base."""
+    done = [job for job in workspace.all_jobs() if f"--base={base}" in job.about.get("words", []) and job.state == "done"]
+    same = [job for job in done if f"--method={method}" in job.about["words"]]
+    return next(iter([*same, *done]), None)
+
+
+def _time(before: Job | None, steps: str, batch: str) -> str:
+    told = before.progress() if before else []
+    if not told or not before or not (steps.isdigit() and batch.isdigit()):
+        return "how long it takes is known after its first steps."
+    its_batch = int((read_result(before).get("config") or {}).get("batch") or 1)
+    seconds = told[-1].seconds / told[-1].steps / its_batch * int(steps) * int(batch)
+    return f"about {clock(seconds)} of learning, going by your last run on this base."
+
+
+def _memory(base: str, before: Job | None, optimizer: str) -> str:
+    values = parameters(base)
+    if not values:
+        return "Memory is known once the base has been fetched."
+    trained = sum(int(m.get("parameters", 0)) for m in read_result(before).get("methods", [])) if before else 0
+    more = trained * (8 + STATES.get(optimizer, 8))
+    with_them = f" and {size(more)} for what is trained" if more else ", more for what is trained"
+    base_has = f"{size(4 * values)} for the base ({values / 1e6:,.1f} million values)"
+    return f"Memory: about {base_has}{with_them}, and what the pictures need."
+
+
+def parameters(base: str) -> int:
+    """Values in the files of a base that is a folder here; 0 for one on the hub."""
+    folder = find(base)
+    if not isinstance(folder, Path):
+        return 0
+    files = [path for path in folder.glob("*/*.safetensors") if ".fp16." not in path.name]
+    return sum(map(_values, files))
+
+
+def _values(path: Path) -> int:
+    total = 0
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            count = 1
+            for length in file.get_slice(key).get_shape():
+                count *= length
+            total += count
+    return total
