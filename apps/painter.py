@@ -72,11 +72,20 @@ class Painter:
         self._bases: OrderedDict[str, _Base] = OrderedDict()
         self._one = threading.Lock()
 
-    def draw(self, base: str, prompts: Sequence[str], settings: PreviewSettings, uses: Sequence[Use] = ()) -> list[Preview]:
+    def draw(
+        self,
+        base: str,
+        prompts: Sequence[str],
+        settings: PreviewSettings,
+        uses: Sequence[Use] = (),
+        words: Mapping[str, str] | None = None,
+    ) -> list[Preview]:
         """Pictures of every prompt and seed with these adapters, in their order; those of other requests do not act.
 
         What is used at strength 0 is left out: it is the base, also where a file brings words or weights of the base.
 
+        Args:
+            words: replacements in the prompts, for words that the base does not know; the noise stays that of the prompt.
         Raises:
             VeneerError: a base or an adapter that cannot be loaded or does not fit, or a prompt that is too long.
         """
@@ -84,7 +93,7 @@ class Painter:
             kept = self._base(base)
             with self._using(kept, [use for use in uses if use.strength]):
                 family(kept.pipe).check_length(list(prompts))
-                return previews(kept.pipe, prompts, settings)
+                return previews(kept.pipe, prompts, settings, words)
 
     def side(self, base: str) -> tuple[int, int]:
         """The side in pixels that a base was trained for, and what sides must be a multiple of.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from veneer import bases
-from veneer.formats import load_all, read
+from veneer.formats import format_of, load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError
 from veneer.training import targets
@@ -107,6 +107,17 @@ def base_of(path: Path) -> str | None:
     header = file.json(KEY) if KEY in file.metadata else {}
     found: str | None = header.get("provenance", {}).get("base")
     return found
+
+
+def taught_words(path: Path) -> dict[str, str]:
+    """What the base may be told in the place of a word that a native file brings, such as `{"<toy>": "toy"}`."""
+    file = read(path)
+    header = file.json(KEY) if KEY in file.metadata else {}
+    told = header.get("provenance", {})
+    known = format_of(file)
+    words = known.words(file) if known else ()
+    concept, usual = told.get("concept"), told.get("class_word")
+    return {concept: usual} if words and isinstance(concept, str) and concept and isinstance(usual, str) else {}
 
 
 def _beside(config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings) -> Path:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from veneer import bases
-from veneer.formats import load_all, read
+from veneer.formats import format_of, load_all, read
 from veneer.formats.native import KEY
-from veneer.injection import Attachment, VeneerError
+from veneer.injection import Attachment, VeneerError, methods
 from veneer.training import targets
 from veneer.training.families import Family, family
 from veneer.training.photos import read_photo
@@ -112,7 +112,7 @@ def _given(
     """What an adapter is given, as a picture and by its name."""
     picture = read_photo(file)
     if "embeds" in control.method.conditions:
-        return picture, {"embeds": embedder(kind.pipe)([picture])}
+        return picture, told(kind.pipe, control, picture)
     fits = abs(picture.width * size[0] - picture.height * size[1]) <= 0.01 * picture.height * size[1]
     if not fits:
         raise VeneerError(
@@ -125,7 +125,25 @@ def _given(
         if name is None:
             raise VeneerError(f"{path} does not say what it follows; say it with --condition, or give the map itself with --map.")
         found = maps.get(name)(picture.resize(size[::-1], Image.Resampling.LANCZOS))
-    return found, {"image": found}
+    return found, told(kind.pipe, control, found)
+
+
+def told(pipe: Any, control: Attachment, picture: Image.Image) -> Mapping[str, Any]:
+    """What an adapter that follows something is given, by name: the embedding of a picture, or a map as it is."""
+    return {"embeds": embedder(pipe)([picture])} if "embeds" in control.method.conditions else {"image": picture}
+
+
+def follows(path: Path) -> str | None:
+    """What the adapter in a file is given when it draws: `image` (a map) or `embeds` (a picture); None for nothing.
+
+    Raises:
+        LoadError: it is no whole safetensors file.
+    """
+    file = read(path)
+    known = format_of(file)
+    there = {layer.method for layer in known.layers(file)} if known else set()
+    given = [methods.get(name).conditions for name in methods.names() if name in there]
+    return next((names[0] for names in given if names), None)
 
 
 def condition_of(path: Path) -> str | None:

@@ -75,17 +75,20 @@ class _Job(NamedTuple):
     noise: tuple[str, int]
 
 
-def previews(pipe: Any, prompts: Sequence[str], settings: PreviewSettings = PreviewSettings()) -> list[Preview]:
+def previews(
+    pipe: Any, prompts: Sequence[str], settings: PreviewSettings = PreviewSettings(), words: Mapping[str, str] | None = None
+) -> list[Preview]:
     """Pictures for every prompt and seed, prompt by prompt. The pipeline is left as it was.
 
     The noise of a picture is a function of its seed, its prompt and how often the list had that prompt before.
 
     Args:
         pipe: any diffusers text-to-image pipeline, or one with class labels (DiT), whose prompts are label names or numbers.
+        words: replacements in the prompts, as `base_words` of `pairs`. The noise stays that of the prompt as given.
     Raises:
         VeneerError: a pipeline that takes neither, or a label that it does not know.
     """
-    return _generate(pipe, _jobs(prompts, settings, {}), settings)
+    return _generate(pipe, _jobs(prompts, settings, words or {}), settings)
 
 
 def pairs(

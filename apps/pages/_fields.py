@@ -1,0 +1,88 @@
+"""The fields of a drawing that pages share: base, prompt, seed and the rest."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..limits import LIMITS
+from ..studio import explained
+from ._wish import Wish, defaults
+
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""Of events that only change fields."""
+DRAWS: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1, "api_visibility": "private"}
+"""Of events that draw: one after the other, over all visitors."""
+SEEDS = 2**31
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Components, in the order in which `wished` takes their values."""
+
+    base: Any
+    prompt: Any
+    negative: Any
+    seed: Any
+    steps: Any
+    guidance: Any
+    width: Any
+    height: Any
+    count: Any
+
+    def all(self) -> list[Any]:
+        """Inputs of a handler."""
+        return [self.base, self.prompt, self.negative, self.seed, self.steps, self.guidance, self.width, self.height, self.count]
+
+
+def fields(page: str, prompt: str = "") -> Fields:
+    """The fields, with what suits the shipped base. `page`: the start of their names in the page's HTML."""
+    steps, guidance, negative, side = defaults("shipped")
+    words = gr.Textbox(
+        prompt, label="Prompt", lines=2, max_length=LIMITS.text, elem_id=f"{page}-prompt", placeholder="What to draw",
+        info="The shipped base knows a hundred things on plain grounds, such as: a small cat, left, blue background.",
+    )  # fmt: skip
+    with gr.Row():
+        seed = gr.Number(
+            0, label="Seed", precision=0, minimum=0, min_width=110, elem_id=f"{page}-seed", info="Same seed, same picture."
+        )
+        count = gr.Slider(1, LIMITS.pictures, value=1, step=1, label="Pictures", min_width=150, elem_id=f"{page}-count")
+    dice = gr.Button("🎲 Another seed", size="sm", elem_id=f"{page}-dice")
+    with gr.Accordion("More settings", open=False):
+        base = gr.Dropdown(
+            ["shipped"], value="shipped", label="Base", allow_custom_value=True, elem_id=f"{page}-base",
+            info="The model that draws: shipped, a folder of this machine, or a name on the hub.",
+        )  # fmt: skip
+        unwanted = gr.Textbox(negative, label="Negative prompt", max_length=LIMITS.text, info="What to keep away from.")
+        stride = gr.Slider(1, LIMITS.steps, value=steps, step=1, label="Steps", info="More are finer and slower.")
+        guide = gr.Slider(0, 30, value=guidance, step=0.5, label="Guidance", info="How closely the prompt is followed.")
+        with gr.Row():
+            width, height = (
+                gr.Number(side, label=f"{name} in pixels", precision=0, minimum=0, maximum=LIMITS.side, min_width=130)
+                for name in ("Width", "Height")
+            )
+        gr.Markdown("A size of 0 is the base's own.", elem_classes="about")
+    found = Fields(base, words, unwanted, seed, stride, guide, width, height, count)
+    dice.click(lambda: secrets.randbelow(SEEDS), None, [seed], **QUIET)
+    base.input(explained(suited), [base], [stride, guide, unwanted, width, height], **QUIET)
+    return found
+
+
+def suited(base: str) -> list[Any]:
+    """What suits a base: steps, guidance, negative prompt, width and height.
+
+    Raises:
+        VeneerError: no such base.
+    """
+    steps, guidance, negative, side = defaults(base)
+    return [steps, guidance, negative, side, side]
+
+
+def values(wish: Wish) -> list[Any]:
+    """Values of the fields for a wish, in their order."""
+    base, prompt, negative, seed, steps, guidance, size, count = astuple(wish)
+    height, width = size or (0, 0)
+    return [base, prompt, negative, seed, steps, guidance, width, height, count]

@@ -1,0 +1,225 @@
+"""The page Control: what is followed, pictures with and without, what is refused, and jobs that teach."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from veneer.apps.limits import LIMITS
+from veneer.apps.pages import _control_draw as page
+from veneer.apps.pages import _control_teach as teaching
+from veneer.apps.pages import control
+from veneer.apps.pages._control_draw import Brought, Follower
+from veneer.apps.pages._control_teach import Lesson
+from veneer.apps.pages._pictures import sketched
+from veneer.apps.pages._wish import Wish
+from veneer.apps.studio import Studio
+from veneer.apps.workspace import Workspace
+
+import veneer
+from tests.methods.controls import picture, stir
+from veneer.cli import parser_for
+from veneer.control.maps import get
+from veneer.control.sketch import sketch_map
+from veneer.formats import native
+from veneer.injection import VeneerError
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.previews import PreviewSettings, previews, read_settings
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bases") / "sd"
+    tiny_pipeline("sd").save_pretrained(folder)
+    (folder / "veneer.json").write_text('{"steps": 2, "things": ["cat"], "scenes": ["a {thing}"], "training": {}}')
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory, base: str) -> Studio:
+    """A studio whose visitor has what follows lines, one that does not say what, one that follows pictures, and a LoRA."""
+    studio = Studio.at(tmp_path_factory.mktemp("workspaces"), "cpu")
+    folder = studio.workspace(None).adapters
+    folder.mkdir(parents=True)
+    for name, method, told in (
+        ("lines", "t2i_adapter", {"condition": "canny"}),
+        ("unsaid", "t2i_adapter", {}),
+        ("prompt", "ip_adapter", {"condition": "image"}),
+        ("style", "lora", {}),
+    ):
+        options = {"width": 64} if name == "prompt" else {}
+        attached = veneer.attach(veneer.bases.load(base), method, **options)
+        for number, (_, adapter) in enumerate(attached.parts.values()):
+            stir(adapter, number, 0.3)
+        native.save(attached, folder / f"{name}.safetensors", provenance=told)
+    return studio
+
+
+def sketch(mode: str = "RGBA") -> bytes:
+    """A square drawn on a transparent sheet."""
+    sheet = Image.new(mode, (384, 384), (0, 0, 0, 0) if mode == "RGBA" else "white")
+    ImageDraw.Draw(sheet).rectangle([100, 100, 280, 280], outline="black", width=8)
+    return png(sheet)
+
+
+def png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def wish(base: str, **changed: Any) -> Wish:
+    return Wish(**{"base": base, "prompt": "a cat", "steps": 2, "guidance": 4.0, **changed})
+
+
+def test_who_follows_what(studio: Studio) -> None:
+    here = studio.workspace(None)
+    assert {name: f.condition for name, f in page.followers(here).items()} == {
+        "lines": "canny",
+        "prompt": "image",
+        "unsaid": None,
+    }
+    assert page.follower(here, "unsaid", "blur").condition == "blur"
+    assert page.follower(here, "lines", "blur").condition == "canny", "what its file says counts"
+    for name, condition, why in (
+        (None, None, "no control is chosen"), ("../lines", None, "no adapter '../lines' of yours"),
+        ("style", None, "follows nothing"), ("unsaid", "sepia", "no 'sepia'"),
+    ):  # fmt: skip
+        with pytest.raises(VeneerError, match=why):
+            page.follower(here, name, condition)
+    with pytest.raises(VeneerError, match="no adapter 'lines' of yours"):
+        page.follower(Workspace(studio.root, "eve"), "lines")
+
+
+def test_a_sketch_a_photo_and_a_map(tmp_path: Path) -> None:
+    size = (64, 32)
+    photo = Image.new("RGB", (200, 160), "white")
+    ImageDraw.Draw(photo).ellipse([60, 40, 140, 120], fill="red")
+    photo.save(tmp_path / "p.jpg", quality=95)
+    path = str(tmp_path / "p.jpg")
+    drawn = page.guide("canny", Brought("sketch", sketch()), size)
+    assert np.array_equal(drawn, sketch_map(sketched(sketch("RGB")), "canny", size)), "an empty sheet is white"
+    assert drawn.size == size
+    made = page.guide("canny", Brought("photo", None, path), size)
+    middle = Image.open(path).crop((0, 30, 200, 130)).resize(size, Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(made, int) - np.asarray(get("canny")(middle), int)).mean() < 255 * 0.01
+    given = Image.fromarray(np.kron(np.eye(4, dtype=np.uint8), np.full((16, 32), 255, np.uint8))).convert("RGB")
+    given.save(tmp_path / "map.png")
+    whole = page.guide("canny", Brought("map", None, str(tmp_path / "map.png")), size)
+    assert np.array_equal(whole, given.resize(size, Image.Resampling.NEAREST)), "taken as it is"
+    assert page.guide("image", Brought("photo", None, path), size).size == (200, 160)
+
+
+def test_what_cannot_be_followed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("<html><script>alert(1)</script>")
+    empty = png(Image.new("RGBA", (384, 384)))
+    for given, why in (
+        (Brought("sketch"), "sketch is empty"), (Brought("sketch", empty), "sketch is empty"),
+        (Brought("sketch", png(Image.new("RGB", (384, 384), "white"))), "sketch is empty"),
+        (Brought("sketch", b"GIF89a, or not"), "damaged GIF"), (Brought("sketch", b"\0" * 100), "the sketch: "),
+        (Brought("sketch", png(Image.new("1", (6000, 6000)))), "the sketch: 6,000 x 6,000 pixels"),
+        (Brought("photo"), "no picture yet"), (Brought("photo", None, str(tmp_path / "x.png")), "a web page"),
+        (Brought("disk"), "choose what to follow"),
+    ):  # fmt: skip
+        with pytest.raises(VeneerError, match=why) as error:
+            page.guide("canny", given, (64, 64))
+        assert str(tmp_path) not in str(error.value)
+    with pytest.raises(VeneerError, match="follows a picture"):
+        page.guide("image", Brought("sketch", sketch()), (64, 64))
+
+
+def test_the_picture_with_without_and_the_map(studio: Studio, base: str) -> None:
+    found = page.follower(studio.workspace(None), "lines")
+    wanted = wish(base, seed=4)
+    given = Brought("sketch", sketch())
+    *_, (shown, told) = page.draw(studio, found, "lines", wanted, given, 0.8, 0.0, 0.5)
+    assert [caption for _, caption in shown] == ["what is followed", "without, seed 4", "with, seed 4"]
+    assert told == "1 of 1"
+    guide, without, followed = (np.asarray(Image.open(path)) for path, _ in shown)
+    pipe = veneer.bases.load(base)
+    settings = PreviewSettings((4,), 2, 4.0)
+    assert np.array_equal(without, np.asarray(previews(pipe, ["a cat"], settings)[0].image))
+    attached = veneer.load(pipe, found.file, scale=0.8)
+    with attached.given(image=sketch_map(sketched(sketch()), "canny", (SIDE, SIDE)), end=0.5, pipeline=pipe):
+        assert np.array_equal(followed, np.asarray(previews(pipe, ["a cat"], settings)[0].image))
+    assert not np.array_equal(followed, without)
+    assert guide.shape == (SIDE, SIDE, 3)
+    facts = read_settings(shown[2][0])
+    assert (facts["adapters"], facts["end"], facts["condition"]) == ([{"file": "lines", "scale": 0.8}], 0.5, "canny")
+
+
+def test_a_picture_as_a_prompt(studio: Studio, base: str, tmp_path: Path) -> None:
+    picture(1, 64).save(tmp_path / "p.png")
+    found = page.follower(studio.workspace(None), "prompt")
+    steps = page.draw(studio, found, "prompt", wish(base, count=2), Brought("photo", None, str(tmp_path / "p.png")), 1, 0, 1)
+    *_, (shown, _) = steps
+    assert len(shown) == 5
+    with pytest.raises(VeneerError, match="no picture yet"):
+        list(page.draw(studio, found, "prompt", wish(base), Brought("photo"), 1, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "why"),
+    [
+        ((9, 0, 1), 1, "strength is 9"), (("x", 0, 1), 1, "strength is x"), ((1, 0.6, 0.4), 1, "begin at 0.6"),
+        ((1, -1, 1), 1, "start is -1"), ((1, 0, 1), LIMITS.pictures, "32 pictures; expected at most 16"),
+    ],
+)  # fmt: skip
+def test_what_is_beyond_the_limits_is_refused(given: Sequence[Any], count: int, why: str) -> None:
+    with pytest.raises(VeneerError, match=why):
+        list(page.draw(Any, Follower(Path("x"), "canny"), "x", wish("x", count=count), Brought("sketch"), *given))  # type: ignore[arg-type]
+
+
+def test_a_job_that_teaches(studio: Studio, base: str, tmp_path: Path) -> None:
+    assert set(teaching.ways()) >= {"controlnet", "t2i_adapter", "controlnext", "ip_adapter"}
+    photos = [tmp_path / f"{i}.png" for i in range(2)]
+    for number, path in enumerate(photos):
+        picture(number, 64).save(path)
+    (tmp_path / "bad.png").write_text("no picture")
+    here = studio.workspace(None)
+    files = [*map(str, photos), str(tmp_path / "bad.png")]
+    job, refused = teaching.begin(studio, here, Lesson("t2i_adapter", "canny", base, 3, files, "--a thing", title="mine"))
+    assert len(refused) == 1
+    words = [*job.about["words"], "--out", str(job.run), "--resume"]
+    told = parser_for(words).parse_args(words)
+    assert Path(told.data).parent == here.given
+    assert len(list(Path(told.data).iterdir())) == 2
+    assert (told.method, told.condition, told.base, told.steps, told.template) == ("t2i_adapter", "canny", base, 3, "--a thing")
+    assert (told.resume, str(told.out), told.tracker) == (True, str(job.run), "none")
+    assert job.about["title"] == "mine"
+    job, _ = teaching.begin(studio, here, Lesson("ip_adapter", "image", "shipped"))
+    words = [*job.about["words"], "--out", str(job.run), "--resume"]
+    assert not hasattr(parser_for(words).parse_args(words), "data")
+    assert [each.about["kind"] for each in here.all_jobs()] == ["control", "control"]
+    assert control._result(None)[0].visible is False
+
+
+def test_what_cannot_be_taught_is_refused_and_leaves_nothing(studio: Studio, base: str, tmp_path: Path) -> None:
+    picture(0, 64).save(tmp_path / "one.png")
+    stranger = Workspace(studio.root, "stranger")
+    for lesson, why in (
+        (Lesson("lora", "canny", base), "method: choose one of"), (Lesson("ip_adapter", "canny", base), "can follow image"),
+        (Lesson("controlnet", "--out=/", base), "can follow canny"),
+        (Lesson("controlnet", "canny", "--debug"), "no '--debug' here"),
+        (Lesson("controlnet", "canny", base, steps=10**9), "steps is 1000000000"),
+        (Lesson("controlnet", "canny", base, drawn="x"), "pictures drawn is x"),
+        (Lesson("controlnet", "canny", base, photos=[str(tmp_path / "one.png")]), "one picture is too few"),
+        (Lesson("controlnet", "canny", base, photos=["x"] * (LIMITS.photos + 1)), "expected at most"),
+    ):  # fmt: skip
+        with pytest.raises(VeneerError, match=why):
+            teaching.begin(studio, stranger, lesson)
+    assert not stranger.all_jobs()
+    assert not stranger.given.exists() or not list(stranger.given.iterdir())
+
+
+def test_the_page_builds(tmp_path: Path) -> None:
+    with gr.Blocks():
+        control.PAGE.build(Studio.at(tmp_path))

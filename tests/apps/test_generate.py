@@ -1,0 +1,235 @@
+"""The page Generate: what is drawn, what is refused, and settings that come back out of a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from veneer.apps.limits import LIMITS
+from veneer.apps.pages import _pictures as pictures
+from veneer.apps.pages import generate
+from veneer.apps.pages._fields import suited, values
+from veneer.apps.pages._wish import Wish, wished
+from veneer.apps.studio import Studio, explained
+from veneer.apps.workspace import Workspace
+
+import veneer
+from tests.methods.controls import stir
+from veneer.formats import native
+from veneer.injection import VeneerError
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.previews import PreviewSettings, previews, read_settings, save_png
+
+PROMPT = "a red <toy>"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bases") / "sd"
+    tiny_pipeline("sd").save_pretrained(folder)
+    (folder / "veneer.json").write_text('{"steps": 2, "guidance_scale": 4.0, "negative_prompt": "blur"}')
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory, base: str) -> Studio:
+    """A studio whose visitor has a LoRA, a word and something that follows maps."""
+    studio = Studio.at(tmp_path_factory.mktemp("workspaces"), "cpu")
+    folder = studio.workspace(None).adapters
+    folder.mkdir(parents=True)
+    word = {"tokens": "<toy>", "initialize": "cat"}
+    for name, method, options in (("style", "lora", {}), ("word", "textual_inversion", word), ("maps", "t2i_adapter", {})):
+        attached = veneer.attach(veneer.bases.load(base), method, **options)
+        for number, (_, adapter) in enumerate(attached.parts.values()):
+            stir(adapter, number, 2.0 if name == "word" else 0.3)
+        native.save(attached, folder / f"{name}.safetensors", provenance={"concept": "<toy>", "class_word": "toy"})
+    return studio
+
+
+def wish(base: str, **changed: Any) -> Wish:
+    return Wish(**{"base": base, "prompt": PROMPT, "steps": 2, "guidance": 4.0, **changed})
+
+
+def last(studio: Studio, wanted: Wish, names: list[str], strengths: list[float], way: str) -> tuple[list[tuple[str, str]], str]:
+    return list(generate.draw(studio, studio.workspace(None), wanted, names, strengths, way))[-1]
+
+
+def pixels(path: str) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def expected(wanted: Wish, seed: int, scale: float, word: str | None = None) -> np.ndarray:
+    pipe = veneer.bases.load(wanted.base)
+    if scale:
+        veneer.load(pipe, expected.file, scale=scale)  # type: ignore[attr-defined]
+    settings = PreviewSettings((seed,), wanted.steps, wanted.guidance, wanted.negative, wanted.size)
+    [made] = previews(pipe, [wanted.prompt], settings, {"<toy>": word} if word else None)
+    return np.asarray(made.image)
+
+
+def test_with_and_without_side_by_side(studio: Studio, base: str) -> None:
+    expected.file = studio.workspace(None).adapter("style")  # type: ignore[attr-defined]
+    wanted = wish(base, seed=5, count=2, size=(32, 64))
+    found, told = last(studio, wanted, ["style"], [0.5], "both")
+    assert [caption for _, caption in found] == ["without, seed 5", "with, seed 5", "without, seed 6", "with, seed 6"]
+    assert told == "4 of 4"
+    for (path, _), (seed, scale) in zip(found, ((5, 0), (5, 0.5), (6, 0), (6, 0.5)), strict=True):
+        assert np.abs(pixels(path).astype(int) - expected(wanted, seed, scale)).max() <= 1, "two at once, but for rounding"
+    told = read_settings(found[1][0])
+    assert told["adapters"] == [{"file": "style", "scale": 0.5}]
+    assert (told["seed"], told["size"], told["prompt"], told["base"]) == (5, [32, 64], PROMPT, base)
+    assert read_settings(found[0][0])["adapters"] == []
+
+
+def test_without_a_taught_word_the_base_is_told_what_it_is_like(studio: Studio, base: str) -> None:
+    wanted = wish(base)
+    found, _ = last(studio, wanted, ["word"], [1.0], "both")
+    assert np.array_equal(pixels(found[0][0]), expected(wanted, 0, 0, "toy"))
+    assert not np.array_equal(pixels(found[0][0]), pixels(found[1][0]))
+    assert read_settings(found[0][0])["prompt"] == PROMPT
+
+
+def test_a_row_of_strengths(studio: Studio, base: str) -> None:
+    expected.file = studio.workspace(None).adapter("style")  # type: ignore[attr-defined]
+    wanted = wish(base, count=2)
+    steps = list(generate.draw(studio, studio.workspace(None), wanted, ["style"], [0.8], "sweep"))
+    assert [len(found) for found, _ in steps] == [0, 2, 4, 6, 8, 10, 12, 13], "shown as they come"
+    (grid, what), *found = steps[-1][0]
+    assert what == "all strengths"
+    assert read_settings(grid)["adapters"] == [{"file": "style", "scale": 0.8}]
+    wide, high = Image.open(grid).size
+    assert wide > 6 * 192
+    assert high > 2 * 192
+    assert np.abs(pixels(found[0][0]).astype(int) - expected(wanted, 0, 0)).max() <= 1
+    assert np.abs(pixels(found[10][0]).astype(int) - expected(wanted, 0, 1.25 * 0.8)).max() <= 1
+    assert found[10][1] == "strength × 1.25, seed 0"
+
+
+def test_settings_come_back_out_of_a_picture(studio: Studio, base: str, tmp_path: Path) -> None:
+    wanted = wish(base, seed=7, negative="blur", size=(32, 64))
+    [(path, _)], _ = last(studio, wanted, ["style", "word"], [0.5, 1.0], "with")
+    found, there, note = generate.settings_of(studio.workspace(None), path)
+    assert (found, there) == (wanted, {"style": 0.5, "word": 1.0})
+    assert values(found) == [base, PROMPT, "blur", 7, 2, 4.0, 64, 32, 1]
+    assert note == "The settings are in their places: draw."
+    stranger = Workspace(studio.root, "somebody else")
+    assert generate.settings_of(stranger, path)[1] == {}, "another's adapters are not theirs"
+    assert "that you do not have: style, word" in generate.settings_of(stranger, path)[2]
+
+
+def test_what_is_no_settings_is_refused(studio: Studio, tmp_path: Path) -> None:
+    here = studio.workspace(None)
+    picture = Image.new("RGB", (32, 32))
+    picture.save(tmp_path / "bare.png")
+    (tmp_path / "text.png").write_text("<svg onload=alert(1)>")
+    (tmp_path / "huge.png").write_bytes(huge())
+    base = {"prompt": "a cat", "seed": 0, "steps": 2, "guidance": 3}
+    save_png(picture, tmp_path / "steps.png", {**base, "steps": 10**9})
+    save_png(picture, tmp_path / "seed.png", {**base, "seed": "1; rm"})
+    save_png(picture, tmp_path / "scale.png", {**base, "adapters": [{"file": "style", "scale": 1e9}]})
+    for name, value in (("list", [1]), ("deep", {"prompt": ["a"]})):
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("veneer", json.dumps(value))
+        picture.save(tmp_path / f"{name}.png", pnginfo=info)
+    for name, why in {
+        "bare": "holds no settings", "text": "SVG", "huge": "pixels", "steps": "steps is 1000000000", "seed": "seed is 1; rm",
+        "scale": "strength is", "list": "not those of a picture", "deep": "prompt is empty",
+    }.items():  # fmt: skip
+        with pytest.raises(VeneerError, match=why) as error:
+            generate.settings_of(here, tmp_path / f"{name}.png")
+        assert str(tmp_path) not in str(error.value)
+    with pytest.raises(VeneerError, match="no picture is chosen"):
+        generate.settings_of(here, None)
+    html = "<b>x</b>"
+    save_png(picture, tmp_path / "html.png", {**base, "adapters": [{"file": html, "scale": 1}]})
+    assert "<" not in generate.settings_of(here, tmp_path / "html.png")[2]
+
+
+def huge() -> bytes:
+    """The start of a PNG that claims 300 megapixels."""
+    import struct
+    import zlib
+
+    head = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 15_000, 8, 2, 0, 0, 0)
+    body = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    data = b"IDAT" + zlib.compress(b"\0" * 1000)
+    return body + struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": "a" * (LIMITS.text + 1)}, "prompt: 1,001 characters"),
+        ({"steps": LIMITS.steps + 1}, "steps is 101"),
+        ({"steps": None}, "steps is None"),
+        ({"guidance": "nan"}, "guidance is nan"),
+        ({"width": LIMITS.side + 8}, "width is 1032"),
+        ({"width": 64, "height": 0}, "one side"),
+        ({"count": LIMITS.pictures + 1}, "number of pictures is 17"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], why: str) -> None:
+    usual = {
+        "base": "shipped",
+        "prompt": "a cat",
+        "negative": "",
+        "seed": 0,
+        "steps": 2,
+        "guidance": 3,
+        "width": 64,
+        "height": 64,
+    }
+    assert wished(**usual, count=1).size == (64, 64)
+    with pytest.raises(VeneerError, match=why):
+        wished(**{**usual, "count": 1, **given})
+
+
+def test_adapters_are_bounded_looked_up_and_own(studio: Studio, base: str) -> None:
+    here = studio.workspace(None)
+    assert generate.plain_adapters(here) == ["style", "word"], "what follows maps is drawn with elsewhere"
+    for names, strengths, way, count, why in (
+        (["../style"], [1], "with", 1, "no adapter '../style' of yours"),
+        (["style"], [9], "with", 1, "strength of style is 9"),
+        (["style", "style"], [1, 1], "with", 1, "there twice"),
+        (["a"] * 9, [1] * 9, "with", 1, "9 adapters; expected at most 8"),
+        ([], [], "both", 1, "no adapter to compare"),
+        (["style"], [1], "sweep", 3, "18 pictures; expected at most 16"),
+        (["style"], [1], "all", 1, "choose what to draw"),
+        (["maps"], [1], "with", 1, "follows a picture"),
+    ):
+        with pytest.raises(VeneerError, match=why):
+            last(studio, wish(base, count=count), names, strengths, way)
+    with pytest.raises(VeneerError, match="no adapter 'style' of yours"):
+        list(generate.draw(studio, Workspace(studio.root, "eve"), wish(base), ["style"], [1], "with"))
+
+
+def test_refusals_of_a_generator_are_shown(studio: Studio, base: str) -> None:
+    with pytest.raises(gr.Error, match="no adapter"):
+        list(explained(generate.draw)(studio, studio.workspace(None), wish(base), ["x"], [1], "with"))
+
+
+def test_fields_follow_the_base_and_old_pictures_go(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert suited(base) == [2, 4.0, "blur", 0, 0]
+    assert suited("shipped") == [20, 3.0, "", 64, 64]
+    with pytest.raises(VeneerError):
+        suited("../../etc/passwd")
+    monkeypatch.setattr(pictures.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(pictures.tempfile, "tempdir", str(tmp_path))
+    old, young = pictures.new_folder(), pictures.new_folder()
+    monkeypatch.setattr(pictures.time, "time", lambda: old.stat().st_mtime + pictures.KEPT_SECONDS + 1)
+    assert pictures.new_folder().exists()
+    assert not old.exists()
+    assert not young.exists()
+
+
+def test_the_page_builds(tmp_path: Path) -> None:
+    with gr.Blocks():
+        generate.PAGE.build(Studio.at(tmp_path))
+    assert [part["visible"] for part in (each.get_config() for each in generate.labelled(["a"]))].count(True) == 1
