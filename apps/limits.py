@@ -13,11 +13,16 @@ class Limits:
 
     Args:
         photos: pictures of one training job. `photo_bytes`: of one picture's file. `photo_pixels`: width × height of one picture.
-        file_bytes: of one uploaded file: an adapter, or a zip of a dataset.
-        zip_files: pictures in a zip. `zip_bytes`: of all of them unpacked.
+        file_bytes: of one uploaded file: an adapter, or a zip of a dataset; and of all files that are uploaded at once.
+        request_bytes: of any other request. `logins`: tries to log in, of all visitors, in a minute.
+        disk_free: bytes that uploads leave free on the disk.
+        adapter_files: adapters that one user keeps.
+        zip_files: pictures in a zip. `zip_bytes`: of all of them unpacked. `zip_depth`: folders above a picture.
+        drawings: sketches that are sent but not yet used, of all visitors. `drawing_bytes`: of one. `layers`: of one.
         text: characters of a prompt, a caption or a name.
         adapters: at once on one picture.
         pictures: of one request. `side`: of a picture, in pixels. `steps`: of drawing one.
+        epochs: of teaching a classifier. `batch`: pictures in one of its steps.
         waiting: requests for pictures that wait for their turn. `jobs`: training jobs of one user that wait for theirs.
     """
 
@@ -25,13 +30,23 @@ class Limits:
     photo_bytes: int = 32 * MIB
     photo_pixels: int = 50_000_000
     file_bytes: int = 1024 * MIB
+    request_bytes: int = 1 * MIB
+    logins: int = 60
+    disk_free: int = 2048 * MIB
+    adapter_files: int = 100
     zip_files: int = 10_000
     zip_bytes: int = 2048 * MIB
+    zip_depth: int = 6
+    drawings: int = 64
+    drawing_bytes: int = 8 * MIB
+    layers: int = 8
     text: int = 1000
     adapters: int = 8
     pictures: int = 16
     side: int = 1024
     steps: int = 100
+    epochs: int = 1000
+    batch: int = 512
     waiting: int = 64
     jobs: int = 8
 

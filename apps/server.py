@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from veneer.injection import VeneerError
 
+from . import components
+from .guard import Guard
 from .limits import LIMITS
 from .pages import pages
 from .studio import Studio
 
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 """Fonts that every machine has: nothing is fetched from elsewhere."""
+KEPT = 24 * 3600
+"""Seconds for which files are kept that visitors have brought or were shown."""
+OWN = ("localhost", "127.0.0.1", "::1")
+"""Names of this machine for itself."""
 STYLE = Path(__file__).with_name("style.css")
 
 
@@ -53,9 +62,14 @@ def app(config: AppConfig) -> None:
         what = "--share" if config.share else f"--host {config.host}"
         raise VeneerError(f"{what} lets others in, who could train and read files here. Say who may, with --auth NAME:PASSWORD.")
     studio = Studio.at(config.workspace.expanduser().resolve(), config.device)
+    files = _cache(studio.root)
     studio.queue.start()
     page = build(studio)
     _, address, _ = page.launch(
+        app_kwargs={"middleware": [Middleware(Guard, hosts=None if logins else {*OWN, config.host}, files=files)]},
+        allowed_paths=[],
+        mcp_server=False,
+        run_history=False,
         server_name=config.host,
         server_port=config.port or None,
         auth=logins or None,
@@ -74,9 +88,21 @@ def app(config: AppConfig) -> None:
     page.block_thread()
 
 
+def _cache(root: Path) -> Path:
+    """The folder from which Gradio serves files, in the workspace and not where all of a machine look; old files go."""
+    folder = root / "cache"
+    folder.mkdir(exist_ok=True)
+    for file in folder.glob("*/*"):
+        if file.is_file() and time.time() - file.stat().st_mtime > KEPT:
+            file.unlink(missing_ok=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    return folder
+
+
 def build(studio: Studio) -> gr.Blocks:
     """The page with all tabs."""
-    with gr.Blocks(title="veneer", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+    components.bound()
+    with gr.Blocks(title="veneer", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
         gr.Markdown("# veneer\nThin trained layers on frozen models: teach, draw, control, classify.", elem_id="head")
         with gr.Tabs():
             for each in pages():
@@ -93,21 +119,33 @@ def read_logins(given: tuple[str, ...]) -> list[tuple[str, str]]:
     Raises:
         VeneerError: neither NAME:PASSWORD nor a file of such lines, or a name twice.
     """
-    lines: list[str] = []
-    for word in given:
-        path = Path(word).expanduser()
-        lines += path.read_text().split("\n") if ":" not in word and path.is_file() else [word]
     found: dict[str, str] = {}
-    for line in filter(None, map(str.strip, lines)):
+    for line in filter(None, (line.strip() for word in given for line in _lines(word))):
         name, colon, password = line.partition(":")
+        name = name.strip()
         if not (name and colon and len(password) >= 8):
+            whose = f"the login of {name!r}" if colon and name else "a login"  # without a colon, all may be a password
             raise VeneerError(
-                f"--auth: the login of {name or '(no name)'!r} is not NAME:PASSWORD with at least 8 characters after ':'."
+                f"--auth: {whose} is not NAME:PASSWORD with at least 8 characters after ':', nor a file of such lines."
             )
         if name in found:
             raise VeneerError(f"--auth: {name!r} is there twice; expected each name once.")
         found[name] = password
     return list(found.items())
+
+
+def _lines(word: str) -> list[str]:
+    """Of a file, or the word itself if there is none of that name."""
+    try:
+        path = Path(word).expanduser()
+        if not path.is_file():
+            return [word]
+    except (OSError, RuntimeError, ValueError):  # too long for a name, or of a user that there is not
+        return [word]
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VeneerError(f"--auth: {path} cannot be read ({error}); expected a text file of lines NAME:PASSWORD.") from error
 
 
 def _own(host: str) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +21,7 @@ from .limits import LIMITS
 from .painter import Painter
 from .workspace import Workspace
 
+NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -36,7 +40,7 @@ class Studio:
     @staticmethod
     def at(root: Path, device: str | None = None) -> Studio:
         """A studio over a folder, which is made."""
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Studio(root, JobQueue(root), Painter(device))
 
     def workspace(self, request: gr.Request | None) -> Workspace:
@@ -55,25 +59,38 @@ class Studio:
 
 
 def explained(function: F) -> F:
-    """A handler whose refusals are shown on the page, as plain text, and not as a stack of calls."""
+    """A handler, or a generator, whose refusals are shown on the page, as plain text, and not as a stack of calls."""
 
     @functools.wraps(function)
     def run(*given: Any, **named: Any) -> Any:
-        try:
+        with _refusals():
             return function(*given, **named)
-        except (VeneerError, ValueError, OSError) as error:
-            raise gr.Error(escaped(str(error)), duration=None, print_exception=False) from error
 
-    return run  # type: ignore[return-value]
+    @functools.wraps(function)
+    def run_on(*given: Any, **named: Any) -> Any:
+        with _refusals():
+            yield from function(*given, **named)
+
+    return run_on if inspect.isgeneratorfunction(function) else run  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except (VeneerError, ValueError, OSError) as error:
+        raise gr.Error(escaped(str(error)), duration=None, print_exception=False) from error
 
 
 def escaped(text: str) -> str:
-    """Text that shows as itself where a page reads HTML or Markdown.
+    """Text that shows as itself where a page reads HTML or Markdown: all that either may read as a mark is an entity.
 
     >>> escaped("<b>*a*</b>")
-    '&lt;b&gt;&#42;a&#42;&lt;/b&gt;'
+    '&lt;b&gt;&#42;a&#42;&lt;&#47;b&gt;'
     """
-    found = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-    for mark in "*_`[]#|!\\~$":
-        found = found.replace(mark, f"&#{ord(mark)};") if mark != "#" else found
-    return found
+    marked = re.sub(r"(?m)^[ \t]+|[!-/:-@\[-`{-~]", lambda found: "".join(map(_entity, found.group())), text)
+    return marked.replace("\0", "\ufffd")
+
+
+def _entity(mark: str) -> str:
+    return NAMED.get(mark) or f"&#{ord(mark)};"

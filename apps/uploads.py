@@ -1,20 +1,23 @@
-"""What visitors bring, looked at before anything else is done with it: pictures, zips of pictures, and adapters."""
+"""What visitors bring, looked at before anything else is done with it: pictures and adapters. Zips: see `zips`."""
 
 from __future__ import annotations
 
+import filecmp
 import shutil
-import zipfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
 
 from veneer.formats import format_of, read
 from veneer.injection import VeneerError
-from veneer.training.photos import PhotoError, PhotoLimits, decode, read_bytes
+from veneer.training.photos import PhotoError, PhotoLimits, Picture, decode, read_bytes
 
 from .limits import LIMITS, Limits
 from .workspace import safe, shown
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PLENTY = 1024
+"""Shortest side of a kept picture, in pixels: no base draws larger ones, and what is larger is made smaller."""
 
 
 def photo_limits(limits: Limits = LIMITS) -> PhotoLimits:
@@ -22,10 +25,26 @@ def photo_limits(limits: Limits = LIMITS) -> PhotoLimits:
     return PhotoLimits(max_bytes=limits.photo_bytes, max_pixels=limits.photo_pixels)
 
 
+def picture(path: str | Path, limits: Limits = LIMITS) -> Picture:
+    """A visitor's picture, upright and RGB, its transparent parts on white; the first frame of an animation.
+
+    Raises:
+        PhotoError: no picture within the limits. The message has the file's name without its folder.
+    """
+    path = Path(path)
+    name = shown(path.name)
+    try:
+        data = read_bytes(path, photo_limits(limits))
+    except PhotoError as error:
+        raise PhotoError(str(error).replace(str(path), name)) from error
+    return decode(data, name, photo_limits(limits), remarks=False)
+
+
 def take_photos(paths: Sequence[str | Path], folder: Path, limits: Limits = LIMITS) -> tuple[list[Path], list[str]]:
     """Copy pictures into a job's folder under plain names, and say what was left out, and why.
 
-    Each is decoded once within the limits; what is copied are the bytes that were decoded.
+    Each is decoded once within the limits, and written anew as a PNG: nothing else that the file holds comes along, such as
+    the place where it was taken. What is much larger than is drawn is made smaller: its shorter side `PLENTY` pixels.
 
     Raises:
         VeneerError: more pictures than are allowed, or none that can be used.
@@ -35,25 +54,36 @@ def take_photos(paths: Sequence[str | Path], folder: Path, limits: Limits = LIMI
     taken, refused = [], []
     for number, path in enumerate(map(Path, paths), 1):
         try:
-            data = read_bytes(path, photo_limits(limits))
-            picture = decode(data, path, photo_limits(limits))
+            rgb = picture(path, limits).rgb
         except PhotoError as error:
-            refused.append(str(error).replace(str(path.parent) + "/", ""))
+            refused.append(str(error))
             continue
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{number:03d}-{safe(path.stem, 'photo')}.png"
-        picture.rgb.save(target)
+        _no_larger(rgb).save(target)
         taken.append(target)
     if not taken:
         raise VeneerError("no picture that can be used. " + " ".join(refused or ["Add some first."]))
     return taken, refused
 
 
+def _no_larger(image: Image.Image) -> Image.Image:
+    """The picture in sRGB, without remarks, its shorter side at most `PLENTY`."""
+    image.info.clear()
+    short = min(image.size)
+    if short <= PLENTY:
+        return image
+    width, height = (max(1, round(side * PLENTY / short)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
+
+
 def take_adapter(path: str | Path, folder: Path, name: str, limits: Limits = LIMITS) -> Path:
     """Copy an adapter's file into the workspace, if it is a safetensors file of a known format.
 
+    A file of the same name that is there already stays: the new one gets a number.
+
     Raises:
-        VeneerError: too large, no safetensors file, or of no format that is known.
+        VeneerError: too large, no safetensors file, of no format that is known, or one more than a user may keep.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -61,71 +91,32 @@ def take_adapter(path: str | Path, folder: Path, name: str, limits: Limits = LIM
         raise VeneerError(
             f"{shown(name)}: {size:,} bytes; expected at most {limits.file_bytes:,}. Load it from a folder instead."
         )
-    file = read(path)
+    _check_adapter(path, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = safe(name, "adapter").removesuffix(".safetensors") or "adapter"
+    kept = {file.name.casefold(): file for file in folder.glob("*.safetensors")}
+    for number in range(1, limits.adapter_files + 2):
+        target = folder / (f"{stem}.safetensors" if number == 1 else f"{stem}-{number}.safetensors")
+        same = kept.get(target.name.casefold())
+        if same is None:
+            break
+        if filecmp.cmp(path, same, shallow=False):
+            return same
+    if len(kept) >= limits.adapter_files:
+        raise VeneerError(f"you keep {len(kept)} adapters; expected at most {limits.adapter_files}. Delete one first.")
+    shutil.copyfile(path, target)
+    return target
+
+
+def _check_adapter(path: Path, name: str) -> None:
+    try:
+        file = read(path)
+    except VeneerError as error:
+        raise VeneerError(str(error).replace(str(path), shown(name))) from error
+    if file.held is not None:
+        raise VeneerError(f"{shown(name)}: a picture with a learned word in it; expected a .safetensors file.")
     if format_of(file) is None:
         raise VeneerError(
             f"{shown(name)}: a safetensors file, but its {len(file.shapes)} tensors are of no adapter that is known here. "
             "If it is a whole model, put its folder in the place of the base."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / safe(name, "adapter.safetensors")
-    target = target.with_suffix(".safetensors")
-    shutil.copyfile(path, target)
-    return target
-
-
-def take_zip(path: str | Path, folder: Path, limits: Limits = LIMITS) -> tuple[int, list[str]]:
-    """Unpack a zip of labelled pictures, `CLASS/NAME.png` or `SPLIT/CLASS/NAME.png`; gives their number and what was left out.
-
-    Names are made plain part by part, so no entry lands outside of `folder`; sizes are those that come out, not those that are
-    claimed.
-
-    Raises:
-        VeneerError: no zip, too many files, or too many bytes when they are unpacked.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _unpacked(archive, folder, limits)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise VeneerError(f"the zip cannot be read: {shown(str(error))}. Expected a plain zip of folders of pictures.") from error
-
-
-def _unpacked(archive: zipfile.ZipFile, folder: Path, limits: Limits) -> tuple[int, list[str]]:
-    entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _hidden(entry.filename)]
-    pictures = [entry for entry in entries if entry.filename.lower().endswith(SUFFIXES)]
-    if len(pictures) > limits.zip_files:
-        raise VeneerError(f"the zip has {len(pictures):,} pictures; expected at most {limits.zip_files:,}.")
-    if any(".." in PurePosixPath(entry.filename.replace("\\", "/")).parts for entry in entries):
-        raise VeneerError("the zip has names with '..', which lead out of its folder; nothing was unpacked. Make it anew.")
-    refused = [f"{shown(entry.filename)}: no picture" for entry in entries if entry not in pictures]
-    left, count = limits.zip_bytes, 0
-    for entry in pictures:
-        parts = [safe(part, "x") for part in PurePosixPath(entry.filename.replace("\\", "/")).parts]
-        data = b""
-        with archive.open(entry) as stream:
-            for part in _parts(stream, min(left, limits.photo_bytes) + 1):
-                data += part
-        if len(data) > left:
-            raise VeneerError(f"the zip has more than {limits.zip_bytes:,} bytes of pictures. Leave some out.")
-        left -= len(data)
-        if len(data) > limits.photo_bytes:
-            refused.append(f"{shown(entry.filename)}: more than {limits.photo_bytes:,} bytes")
-            continue
-        target = folder.joinpath(*parts)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
-        count += 1
-    if not count:
-        raise VeneerError("the zip has no pictures; expected CLASS/NAME.png.")
-    return count, refused
-
-
-def _parts(stream: object, most: int) -> Iterator[bytes]:
-    """What comes out, up to so many bytes."""
-    while most > 0 and (data := stream.read(min(most, 2**20))):  # type: ignore[attr-defined]
-        most -= len(data)
-        yield data
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) and part not in ("..", ".") for part in PurePosixPath(name).parts)

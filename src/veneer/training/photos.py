@@ -10,7 +10,8 @@ import io
 import struct
 import warnings
 import zlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -136,14 +137,28 @@ def decode(data: bytes, path: str | Path, limits: PhotoLimits = PhotoLimits(), *
         remarks: turn Pillow's warnings into notes. That swaps the filters of the whole process for a moment: False in threads,
             where the warnings then stay warnings.
     """
-    caught: list[warnings.WarningMessage] | None = None
+    with _explained(data, path, limits), warnings.catch_warnings(record=True) if remarks else nullcontext() as caught:
+        if remarks:
+            warnings.simplefilter("always")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image, path, limits)
+            picture = _upright(image, path, limits)
+    told = tuple(str(each.message) for each in caught or () if not issubclass(each.category, DeprecationWarning))
+    return picture._replace(notes=picture.notes + told)
+
+
+def examine(data: bytes, path: str | Path, limits: PhotoLimits = PhotoLimits()) -> tuple[int, int]:
+    """Width and height by the head of a picture, of which no pixel is decoded. Raises PhotoError as `decode` does."""
+    with _explained(data, path, limits), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_size(image, path, limits)
+        return image.size
+
+
+@contextmanager
+def _explained(data: bytes, path: str | Path, limits: PhotoLimits) -> Iterator[None]:
+    """Whatever a decoder raises as a PhotoError that says what the data are."""
     try:
-        with warnings.catch_warnings(record=True) if remarks else nullcontext() as caught:
-            if remarks:
-                warnings.simplefilter("always")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image, path, limits)
-                picture = _upright(image, path, limits)
+        yield
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -155,8 +170,6 @@ def decode(data: bytes, path: str | Path, limits: PhotoLimits = PhotoLimits(), *
         raise _refusal(path, f"damaged or cut off ({error})", _EXPECTED, "Copy, download or export it again.") from error
     except MemoryError as error:
         raise _refusal(path, "more pixels than memory holds", _EXPECTED, "Save it smaller.") from error
-    told = tuple(str(each.message) for each in caught or () if not issubclass(each.category, DeprecationWarning))
-    return picture._replace(notes=picture.notes + told)
 
 
 def _told(path: str | Path, picture: Picture) -> Picture:

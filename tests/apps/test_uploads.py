@@ -1,0 +1,292 @@
+"""What visitors bring, at its worst: nothing lands elsewhere, nothing costs more than the limits, and each refusal says why."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import stat
+import struct
+import time
+import tracemalloc
+import zipfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from veneer.apps.limits import LIMITS, Limits
+from veneer.apps.uploads import PLENTY, picture, take_adapter, take_photos
+from veneer.apps.zips import take_zip
+
+import veneer
+from tests.methods.controls import picture as drawn
+from veneer.injection import VeneerError
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.photos import PhotoError, read_photo
+
+
+def png(size: tuple[int, int] = (32, 32), colour: tuple[int, int, int] = (200, 30, 60)) -> bytes:
+    held = io.BytesIO()
+    Image.new("RGB", size, colour).save(held, "PNG")
+    return held.getvalue()
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A whole PNG of one colour in few bytes: rows of zeros compress a thousand times."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer, row, rows = zlib.compressobj(9), b"\0" * (width // 8 + 1), []
+    for _ in range(height):
+        rows.append(packer.compress(row))
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    body = b"".join(rows) + packer.flush()
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def zipped(path: Path, entries: dict[str | zipfile.ZipInfo, bytes], way: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", way) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    return path
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"><script>alert(1)</script></svg>'
+ANIMATED = io.BytesIO()
+Image.new("RGB", (32, 32), "red").save(ANIMATED, "GIF", save_all=True, append_images=[Image.new("RGB", (32, 32), "blue")])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "why"),
+    [
+        ("a.png", b"hello, I am text", "text"),
+        ("a.png", SVG, "an SVG drawing"),
+        ("a.jpg", b"<!DOCTYPE html><html><script>alert(1)</script>", "a web page"),
+        ("a.png", png()[:-30], "damaged or cut off"),
+        ("a.png", png()[:20], "damaged"),
+        ("a.png", b"", "empty"),
+        ("a.png", huge_png(20_000, 15_000), "300000000 pixels"),
+        ("<img src=x onerror=alert(1)>.png", b"x", "text"),
+    ],
+)
+def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, name: str, data: bytes, why: str) -> None:
+    (tmp_path / "cache").mkdir()
+    path = tmp_path / "cache" / name
+    path.write_bytes(data)
+    with pytest.raises(PhotoError, match=why) as caught:
+        picture(path)
+    assert str(caught.value).startswith(name), "without the folder, which is the server's"
+    assert str(tmp_path) not in str(caught.value)
+    with pytest.raises(VeneerError, match="no picture that can be used"):
+        take_photos([path], tmp_path / "job")
+    assert not (tmp_path / "job").exists()
+
+
+def test_the_huge_picture_is_small_in_bytes() -> None:
+    assert len(huge_png(20_000, 15_000)) < 100_000
+
+
+def test_pictures_are_taken_under_plain_names_and_written_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x010E] = "taken at home"
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (40, 20), "red").save(folder / "..;rm -rf $HOME.jpg", exif=exif)
+    (folder / "b.gif").write_bytes(ANIMATED.getvalue())
+    Image.new("RGB", (3 * PLENTY, 2 * PLENTY), "green").save(folder / "large.png", comment="x")
+    (folder / "猫.png").write_bytes(png())
+    (folder / "no.png").write_text("text")
+    taken, refused = take_photos(sorted(folder.iterdir()), tmp_path / "job")
+    assert sorted(p.name for p in taken) == ["001-rm--rf-HOME.png", "002-b.png", "003-large.png", "005-猫.png"]
+    assert len(refused) == 1
+    assert refused[0].startswith("no.png: text")
+    first = Image.open(taken[0])
+    assert (first.size, first.getexif(), b"home" in taken[0].read_bytes()) == ((20, 40), {}, False)
+    assert read_photo(taken[1]).getpixel((0, 0)) == (255, 0, 0), "the first frame"
+    assert read_photo(taken[2]).size == (PLENTY * 3 // 2, PLENTY)
+    with pytest.raises(VeneerError, match="5 pictures; expected at most 2"):
+        take_photos(sorted(folder.iterdir()), tmp_path / "more", Limits(photos=2))
+
+
+@pytest.mark.parametrize(
+    "name", ["../out.png", "a/../../out.png", "/etc/out.png", "C:\\out.png", "c:/a/out.png", "..\\..\\out.png"]
+)
+def test_names_that_lead_out_are_refused_whole(tmp_path: Path, name: str) -> None:
+    path = zipped(tmp_path / "a.zip", {"cat/a.png": png(), name: png()})
+    with pytest.raises(VeneerError, match="leads out of its folder"):
+        take_zip(path, tmp_path / "in" / "here")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.zip", "in"][: 1 + (tmp_path / "in").exists()]
+
+
+def test_what_else_a_zip_may_hold_is_left_out_and_told(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("cat/link.png")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    inner = zipped(tmp_path / "inner.zip", {"cat/a.png": png()}).read_bytes()
+    given = {
+        "cat/a.png": png(), "__MACOSX/cat/._a.png": b"x", "cat/.hidden.png": b"x", "cat/text.png": b"hello", link: b"/etc/passwd",
+        "cat/svg.png": SVG, "cat/inner.zip": inner, "cat/huge.png": huge_png(20_000, 15_000), "cat/nul\0.exe.png": png(),
+        "a/b/c/d/e/f/g.png": png(), f"cat/{'n' * 3000}.png": png(), "cat/notes.txt": b"x",
+    }  # fmt: skip
+    count, refused = take_zip(zipped(tmp_path / "a.zip", given), tmp_path / "out")
+    kept = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png"))
+    assert kept == ["cat/a.png", f"cat/{'n' * 76}.png"]
+    assert count == 2
+    told = " ".join(refused)
+    for why in (
+        "text.png: text",
+        "a link",
+        "an SVG drawing",
+        "inner.zip: no picture",
+        "300000000 pixels",
+        "folders",
+        "notes.txt",
+    ):
+        assert why in told
+    assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
+
+
+def test_classes_stay_apart_and_are_the_same_in_every_split(tmp_path: Path) -> None:
+    names = ["猫", "犬", "Cat", "cat", "a b", "a-b", "😀", "😁", "con", "กิน", "กัน", "é", "n" * 300, "n" * 299]
+    given: dict[str | zipfile.ZipInfo, bytes] = {}
+    for split, order in (("train", names), ("val", names[::-1])):
+        for name in order:
+            given[f"{split}/{name}/1.png"] = png(colour=(names.index(name), 0, 0))
+    count, _ = take_zip(zipped(tmp_path / "a.zip", given), tmp_path / "out")
+    assert count == 2 * len(names)
+    found = {
+        s: {p.name: read_photo(p / "1.png").getpixel((0, 0)) for p in (tmp_path / "out" / s).iterdir()} for s in ("train", "val")
+    }
+    assert found["train"] == found["val"]
+    assert sorted(found["train"].values()) == [(i, 0, 0) for i in range(len(names))]
+    assert len({name.casefold() for name in found["train"]}) == len(names), "on a file system that knows no case too"
+    assert {"猫", "犬"} <= found["train"].keys()
+
+
+def test_equal_names_are_numbered_in_little_time(tmp_path: Path) -> None:
+    given: dict[str | zipfile.ZipInfo, bytes] = {"x/a b.png": png(), "x/a-b.png": png(), "x/A-B.PNG": png(), "x/a--b.png": png()}
+    given |= {f"y/{'?' * n}a.png": png() for n in range(1, 500)}
+    count, _ = take_zip(zipped(tmp_path / "a.zip", given), tmp_path / "out")
+    assert count == len(list((tmp_path / "out").rglob("*.*"))) == 503
+    assert {"a-b.png", "a-b-2.png", "A-B-2.PNG"} & {p.name for p in (tmp_path / "out" / "x").iterdir()}
+
+
+def bombs(path: Path) -> Path:
+    return zipped(path, {f"x/{n}.png": b"\0" * 2**22 for n in range(4)})
+
+
+def test_bombs_cost_no_more_than_the_limits(tmp_path: Path) -> None:
+    path = bombs(tmp_path / "a.zip")
+    assert path.stat().st_size < 50_000
+    with pytest.raises(VeneerError, match="more than 10,000,000 bytes of pictures"):
+        take_zip(path, tmp_path / "out", replace(LIMITS, zip_bytes=10_000_000))
+    tracemalloc.start()
+    with pytest.raises(VeneerError, match="more than 1,000,000 bytes"):
+        take_zip(path, tmp_path / "out", replace(LIMITS, photo_bytes=1_000_000))
+    assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    tracemalloc.stop()
+    assert not (tmp_path / "out").exists()
+    lies = bytearray(path.read_bytes())
+    at = lies.find(b"PK\x01\x02")
+    while at >= 0:  # each claims 100 bytes
+        lies[at + 24 : at + 28] = struct.pack("<I", 100)
+        at = lies.find(b"PK\x01\x02", at + 4)
+    (tmp_path / "lies.zip").write_bytes(lies)
+    with pytest.raises(VeneerError, match="cannot be read"):
+        take_zip(tmp_path / "lies.zip", tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "nothing stays of what was refused"
+
+
+def test_very_many_entries_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    one = struct.pack("<4s4B4HL2L5H2L", b"PK\x01\x02", 20, 3, 20, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0) + b"a.png"
+    table = one * 200_000
+    path = tmp_path / "many.zip"
+    path.write_bytes(table + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 65535, 65535, len(table), 0, 0))
+    start = time.monotonic()
+    tracemalloc.start()
+    with pytest.raises(VeneerError, match="too many entries"):
+        take_zip(path, tmp_path / "out")
+    assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    tracemalloc.stop()
+    assert time.monotonic() - start < 5
+    few = zipped(tmp_path / "few.zip", {f"x/{n}.png": png() for n in range(11)})
+    with pytest.raises(VeneerError, match="has 11 pictures; expected at most 10"):
+        take_zip(few, tmp_path / "out", replace(LIMITS, zip_files=10))
+
+
+def test_zips_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    whole = zipped(path, {"x/a.png": png(), "x/b.png": png()}).read_bytes()
+    encrypted = bytearray(whole)
+    encrypted[whole.find(b"PK\x01\x02") + 8] |= 1
+    broken = bytearray(whole)
+    broken[45:60] = b"\xff" * 15
+    wrong_way = bytearray(whole)
+    wrong_way[whole.find(b"PK\x01\x02") + 10] = zipfile.ZIP_LZMA
+    for data, why in [
+        (b"PK\x03\x04nothing", "cannot be read"), (b"", "cannot be read"), (whole[:-40], "cannot be read"),
+        (bytes(broken), "zip"),
+        (bytes(encrypted), "encrypted"), (bytes(wrong_way), "packed by way 14"),
+    ]:  # fmt: skip
+        path.write_bytes(data)
+        with pytest.raises(VeneerError, match=why):
+            take_zip(path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    attachment = veneer.attach(tiny_pipeline("sd"), "lora")
+    return attachment.save(tmp_path_factory.mktemp("adapter") / "mine.safetensors")
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, ("/tmp/veneer-was-here",))
+
+
+def test_adapters(tmp_path: Path, adapter: Path) -> None:
+    kept = tmp_path / "kept"
+    first = take_adapter(adapter, kept, "../../my file.safetensors")
+    assert first == kept / "my-file.safetensors"
+    assert first.read_bytes() == adapter.read_bytes()
+    assert take_adapter(adapter, kept, "my file.safetensors") == first, "the same again"
+    other = tmp_path / "other.safetensors"
+    tensors = veneer.formats.read(adapter).tensors()
+    save_file({k: v + 1 for k, v in tensors.items()}, other, dict(veneer.formats.read(adapter).metadata))
+    second = take_adapter(other, kept, "MY FILE.safetensors")
+    assert second.name == "MY-FILE-2.safetensors", "what is there stays"
+    with pytest.raises(VeneerError, match="you keep 2 adapters; expected at most 2"):
+        take_adapter(other, kept, "third", replace(LIMITS, adapter_files=2))
+    with pytest.raises(VeneerError, match="expected at most 10"):
+        take_adapter(other, kept, "third", replace(LIMITS, file_bytes=10))
+    assert len(list(kept.iterdir())) == 2
+
+
+def test_what_is_no_adapter_is_refused_unopened(tmp_path: Path) -> None:
+    path, kept = tmp_path / "0123abcd" / "x.safetensors", tmp_path / "kept"
+    path.parent.mkdir()
+    huge = struct.pack("<Q", 2**62) + b"{" * 100
+    deep = json.dumps({"a": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}).encode()
+    for data, why in [
+        (pickle.dumps(_Evil()), "ickle"), (huge, "header"), (struct.pack("<Q", len(deep)) + deep, "x.saf"), (b"", "0 bytes"),
+        (png(), "x.saf"), (b"<html>", "x.saf"),
+    ]:  # fmt: skip
+        path.write_bytes(data)
+        with pytest.raises(VeneerError, match=why) as caught:
+            take_adapter(path, kept, "x.safetensors")
+        assert str(path) not in str(caught.value)
+        assert "x.safetensors" in str(caught.value)
+    drawn(0).save(path, "PNG")
+    with pytest.raises(VeneerError, match=r"x\.safetensors"):
+        take_adapter(path, kept, "x.safetensors")
+    save_file({"model.weight": torch.zeros(3, 3)}, path)
+    with pytest.raises(VeneerError, match="of no adapter that is known"):
+        take_adapter(path, kept, "x.safetensors")
+    assert not kept.exists()
+    assert not Path("/tmp/veneer-was-here").exists()

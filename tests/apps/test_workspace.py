@@ -1,0 +1,85 @@
+"""Names that lead nowhere else, and users that do not meet."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path, PureWindowsPath
+
+import pytest
+from veneer.apps import jobs
+from veneer.apps.limits import LIMITS
+from veneer.apps.workspace import Workspace, bounded, safe, shown
+
+from veneer.injection import VeneerError
+
+EVIL = [
+    "", ".", "..", "../..", "/etc/passwd", "C:\\x", "a/../../b", "..\\..\\b", "nul\0l", "a\nb", "-rf", "--out=x", "~", "$(id)",
+    "`id`",
+    "a;b", "%2e%2e%2f", "‮gnp.exe", "𝕏" * 400, "猫" * 400, "x" * 5000 + ".safetensors", "CON", "con.png", "aux.", "COM¹", "．．／",
+    "e\u0301" * 300, "\ud800", " .hidden", "...", "a.", "a ", ".png", "😀",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_a_safe_name_is_a_file_in_its_folder(tmp_path: Path, name: str) -> None:
+    found = safe(name)
+    assert (tmp_path / found).parent == tmp_path
+    assert (tmp_path / found).resolve() == tmp_path / found
+    assert len(found) <= 82
+    assert len(found.encode()) <= 162
+    assert not found.startswith((".", "-"))
+    assert not found.endswith((".", " "))
+    assert all(c in "._-" or unicodedata.category(c)[0] in "LMN" for c in found)
+    assert not PureWindowsPath(found).is_reserved()
+    (tmp_path / found).write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == [unicodedata.normalize("NFC", found)]
+    assert safe(found) == found, "it is at rest"
+
+
+def test_names_of_any_script_stay_apart() -> None:
+    names = ["猫", "犬", "กิน", "กัน", "кот", "קוט", "ñ", "n", "😀", "😁", "+", "++"]
+    assert len({safe(name) for name in names}) == len(names)
+    assert safe("e\u0301") == safe("é"), "however a system writes it"
+    assert safe("my photo.JPG") == "my-photo.JPG"
+    assert safe("x" * 500 + ".safetensors").endswith("x.safetensors")
+    assert (safe("", "adapter"), safe("..", "adapter")) == ("adapter", "adapter")
+
+
+def test_users_never_meet(tmp_path: Path) -> None:
+    names = [None, "local", "anna", "Anna", "../anna", "anna/../bob", "bob", "user-", "", "x" * 1000, "jobs", "*"]
+    spaces = [Workspace(tmp_path, name) for name in names]
+    assert len({space.folder for space in spaces}) == len(names)
+    for space in spaces:
+        assert space.folder.parent == tmp_path
+        assert space.folder.resolve() == space.folder
+    made = {space: jobs.make(space.jobs, "teach", "<b>mine</b>", ["personalize"]) for space in spaces}
+    for space in spaces:
+        space.adapters.mkdir()
+        (space.adapters / "a.safetensors").write_bytes(b"x")
+        made[space].run.mkdir()
+        (made[space].run / "adapter.safetensors").write_bytes(b"x")
+    for space in spaces:
+        assert space.all_jobs() == [made[space]]
+        assert space.waiting() == 1
+        assert all(path.is_relative_to(space.folder) for path in space.all_adapters().values())
+        for other in spaces:
+            if other is not space:
+                for name in (made[other].name, f"../../{other.folder.name}/jobs/{made[other].name}", str(made[other].folder)):
+                    with pytest.raises(VeneerError, match="no job"):
+                        space.job(name)
+                    with pytest.raises(VeneerError, match="no adapter"):
+                        space.adapter(f"../../{other.folder.name}/adapters/a")
+        for name in ("", ".", "..", "*", "../jobs", "a\0"):
+            with pytest.raises(VeneerError, match="no job"):
+                space.job(name)
+
+
+def test_words_are_bounded() -> None:
+    assert bounded(" two\r\nlines\tof 猫 ", "prompt") == "two\nlines\tof 猫"
+    with pytest.raises(VeneerError, match="prompt: 1,001 characters; expected at most 1,000"):
+        bounded("x" * (LIMITS.text + 1), "prompt")
+    for wrong in ("a\0b", "a\x1b[31m", "a\x7f", "a\x85", "\ud800"):
+        with pytest.raises(VeneerError, match="cannot be shown"):
+            bounded(wrong, "prompt")
+    assert shown("a\nb\u202e" + "x" * 100) == "a?b?" + "x" * 53 + "…"
+    assert len(shown("x" * 10_000)) <= 60
