@@ -83,6 +83,15 @@ class Format(ABC):
         """
         return []
 
+    def words(self, file: File) -> list[str]:
+        """Words for prompts that came with the training: learned ones, or the phrase that the header names.
+
+        Raises:
+            LoadError: the header is damaged.
+        """
+        phrase = file.metadata.get("modelspec.trigger_phrase", "").strip()
+        return [phrase] if phrase else []
+
     @abstractmethod
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         """Attach what is in `file` to `model`, all or nothing.

@@ -39,7 +39,7 @@ class Look:
     Args:
         path, size: where, and how many bytes. `tensors`: how many.
         format: its name, or None if no format knows it. `family`: of base models, where widths or names tell it.
-        header: keys of its metadata. `blocks`: what it changes.
+        header: keys of its metadata. `blocks`: what it changes. `words`: for prompts, that came with the training.
         fits: True if it loads on the model that was given, whole; None without a model.
         used, unused, missing, misshapen: tensors, for that model. `notes`: remarks, such as why it does not load.
     """
@@ -51,6 +51,7 @@ class Look:
     family: str | None
     header: tuple[str, ...]
     blocks: tuple[Block, ...]
+    words: tuple[str, ...] = ()
     fits: bool | None = None
     used: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
@@ -65,6 +66,7 @@ class Look:
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.size:,} bytes, {self.tensors} tensors"]
         lines += [f"format: {self.format or 'unknown'}; family: {self.family or 'unknown'}"]
+        lines += [f"words: {', '.join(self.words)}"] if self.words else []
         table = [("block", "method", "layers", "rank", "alpha", "values")]
         table += [(b.name, b.method, str(b.layers), _span(b.ranks), _span(b.alphas), f"{b.values:,}") for b in self.blocks]
         widths = [max(len(row[i]) for row in table) for i in range(6)]
@@ -96,6 +98,7 @@ def look(path: str | PathLike[str], model: Any = None) -> Look:
         family=family_of(file.shapes, known.name if known else None),
         header=tuple(file.metadata),
         blocks=tuple(blocks(layers)),
+        words=tuple(known.words(file)) if known else (),
     )
     return found if model is None or known is None else dataclasses.replace(found, **_tried(model, file, known))
 

@@ -52,6 +52,10 @@ class Embeddings(Format):
     def layers(self, file: File) -> list[Layer]:
         return [Layer(key, "textual_inversion", values=math.prod(shape)) for key, shape in file.shapes.items()]
 
+    def words(self, file: File) -> list[str]:
+        saved = file.json(TOKENS) if file.shapes.keys() <= {*ENCODERS, ANY} else list(file.shapes)
+        return [word for word in saved if isinstance(word, str)] if isinstance(saved, list) else []
+
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         tensors = {key: t[None] if t.ndim == 1 else t for key, t in file.tensors(finite=options.strict).items()}
         order = file.json(TOKENS)

@@ -82,6 +82,11 @@ class Native(Format):
         start = {entry["name"]: f"{entry['name']}/" if len(entries) > 1 else "" for entry in entries}
         return [_layer(file, entry, start[entry["name"]], name) for entry in entries for name in _places(entry)]
 
+    def words(self, file: File) -> list[str]:
+        given = [entry["config"].get("tokens", ()) for entry in _header(file)["attachments"]]
+        listed = [[tokens] if isinstance(tokens, str) else tokens for tokens in given]
+        return [word for tokens in listed if isinstance(tokens, (list, tuple)) for word in tokens if isinstance(word, str)]
+
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         header = _header(file)
         move = Move.of(file, header["base"], {t.component: t.module for t in towers_of(model)})

@@ -76,6 +76,10 @@ class OneTrainer(Layered):
         found = Lycoris().layers(rest) if marked(rest.shapes) else super().layers(rest)
         return [*found, *(Layer(key, "textual_inversion", values=shape[0] * shape[-1]) for key, shape in words.items() if shape)]
 
+    def words(self, file: File) -> list[str]:
+        keys = [key.removeprefix(BUNDLE).rpartition(".")[0] for key in file.shapes if key.startswith(BUNDLE)]
+        return list(dict.fromkeys(filter(None, keys))) or super().words(file)
+
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         words = {key for key in file.shapes if key.startswith(BUNDLE)}
         rest = file.only(file.shapes.keys() - words)

@@ -1,0 +1,133 @@
+"""The catalogue of methods: all of the registry, found by words, area and kind, with what they train on well-known models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gradio as gr
+import pytest
+from torch import nn
+from veneer.apps.pages import methods as page
+from veneer.apps.studio import Studio
+
+import veneer
+from veneer.catalogue import catalogue, counts, for_models
+from veneer.full_size import MODELS, full_size
+from veneer.injection import Adapter, Method, Need, VeneerError
+from veneer.injection.sites import WeightSite
+
+
+def names(html: str) -> list[str]:
+    return re.findall(r"<summary><code>([^<]*)</code>", html)
+
+
+def test_every_method_is_there_with_its_whole_text() -> None:
+    html = page.shown("", "", "", "name", "")
+    assert names(html) == veneer.methods.names()
+    lora = next(m for m in catalogue() if m.name == "lora")
+    assert (lora.kind, lora.source, lora.needs) == ("reparameterized", "veneer", "weights of layers")
+    assert lora.about.startswith("LoRA: a low-rank change")
+    assert lora.formula.startswith("W' = W + s·B A")
+    assert "Deviations:" in lora.text
+    rank, init = (next(o for o in lora.options if o.name == name) for name in ("rank", "init"))
+    assert (rank.type, rank.default) == ("int", "8")
+    assert "at least 1" in rank.about
+    assert (init.type, init.default) == ("'kaiming' | 'gaussian' | 'pissa' | 'olora'", "'kaiming'")
+    assert all(m.about and m.paper and m.needs for m in catalogue())
+
+
+def test_search_and_filters() -> None:
+    assert {"lora", "dora", "adalora"} <= set(names(page.shown("LOW-rank weight", "", "", "name", "")))
+    assert "No method is like that" in page.shown("nothingofthiskind", "", "", "name", "")
+    assert names(page.shown("", "", "selective", "name", "")) == ["bitfit", "full", "linear_probe", "norm_tuning"]
+    assert names(page.shown("bias", "", "selective", "name", ""))[0] == "bitfit"
+    for wrong in (("", "sculpture", "", "name", ""), ("", "", "../x", "name", ""), ("", "", "", "name", "GPT")):
+        with pytest.raises(VeneerError, match="no such choice"):
+            page.shown(*wrong)
+    with pytest.raises(VeneerError, match="Choose a model first"):
+        page.shown("", "", "", "trained", "")
+
+
+def test_for_vision_and_for_diffusion() -> None:
+    vision, diffusion = for_models("vision"), for_models("diffusion")
+    assert {"lora", "bitfit"} <= vision & diffusion
+    assert {"vpt", "coop", "linear_probe", "tip_adapter"} <= vision - diffusion
+    assert {"controlnet", "ip_adapter", "textual_inversion"} <= diffusion - vision
+    assert set(names(page.shown("", "vision", "prompt", "name", ""))) <= vision
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "trained"),
+    [
+        ("ViT-B/16", "lora", 4 * 12 * 8 * 2 * 768),
+        ("ViT-B/16", "vpt", 12 * 10 * 768),
+        ("ViT-B/16", "bitfit", 103_912),
+        ("ViT-B/16", "controlnet", None),
+        ("ViT-B/16", "full", 86_567_656),
+    ],
+)
+def test_counts(model: str, method: str, trained: int | None) -> None:
+    """From the papers' formulas, and the model's own number of parameters."""
+    count = counts(model)[method]
+    assert (count.trained if count else None) == trained
+
+
+def test_counts_are_told_and_sorted() -> None:
+    told: list[tuple[int, int]] = []
+    html = page.shown("", "", "", "trained", "ViT-B/16", lambda done, of: told.append((done, of)))
+    assert told[-1] == (len(veneer.methods.names()),) * 2
+    assert "589,824 trained" in html
+    found = names(html)
+    assert found.index("vpt") < found.index("lora") < found.index("full") < found.index("controlnet")
+
+
+def test_full_size_models_are_the_published_ones() -> None:
+    unet = full_size("Stable Diffusion 1.5").components["unet"]
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    assert all(p.is_meta for p in unet.parameters())
+    assert "Stable Diffusion 1.5" in MODELS
+    with pytest.raises(VeneerError, match="there are: shipped base"):
+        full_size("Stable Diffusion 9")
+
+
+@pytest.fixture
+def foreign() -> Iterator[type[Method]]:
+    """A method from elsewhere, with HTML in its docstring."""
+
+    class Foreign(Method):
+        """<script>alert(1)</script> doubles.
+
+        Source: nobody. Counts: none.
+        """
+
+        name: ClassVar[str] = "foreign"
+        paper: ClassVar[str] = "<b>Nobody</b>, 2030"
+        needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite),)
+        default: ClassVar[tuple[str, ...]] = ("attn",)
+
+        def build(self, site: Any) -> Adapter:
+            adapter = Adapter()
+            adapter.gain = nn.Parameter(site.d_out * [0.0])  # type: ignore[arg-type]
+            return adapter
+
+    yield veneer.methods.register(Foreign)
+    veneer.methods.unregister("foreign")
+
+
+def test_a_method_from_elsewhere_appears_by_itself_and_escaped(foreign: type[Method]) -> None:
+    html = page.shown("doubles", "", "", "name", "")
+    assert names(html) == ["foreign"]
+    assert "<script>" not in html
+    assert "<b>" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; doubles." in html
+    assert ("From register()", "register()") in page.kinds()
+    assert names(page.shown("", "", "register()", "name", "")) == ["foreign"]
+
+
+def test_the_page_is_built(tmp_path: Path) -> None:
+    with gr.Blocks() as blocks:
+        page.build(Studio.at(tmp_path))
+    assert all(c.label for c in blocks.blocks.values() if isinstance(c, (gr.Dropdown, gr.Textbox)))
