@@ -62,14 +62,16 @@ def build(studio: Studio) -> None:
                 end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: to the last step", min_width=130)
         with gr.Column(min_width=300):
             places = fields("control", "an apple")
-            go = gr.Button("Draw", variant="primary", elem_id="control-draw")
+            with gr.Row():
+                go = gr.Button("Draw", variant="primary", min_width=130, elem_id="control-draw")
+                stop = gr.Button("Stop", min_width=80, elem_id="control-stop")
             state = gr.Markdown(NONE_YET, elem_id="control-said")
             gallery = gr.Gallery(
                 label="What is followed, without, and with", columns=3, format="png", object_fit="contain", height="auto",
                 interactive=False, buttons=["download", "fullscreen"], elem_id="control-gallery",
             )  # fmt: skip
     given = [choice, condition, source, sketch, brought]
-    _wire(studio, places, given, [strength, start, end], (look, go), (gallery, state), (on_sheet, on_disk))
+    _wire(studio, places, given, [strength, start, end], (look, go, stop), (gallery, state), (on_sheet, on_disk))
     gr.Markdown("## Teach a control")
     _lessons(studio)
 
@@ -103,10 +105,10 @@ def _wire(studio: Studio, places: Fields, given: Any, ranges: Any, buttons: Any,
     def told_at_first(request: gr.Request) -> str:
         return READY if followers(studio.workspace(request)) else NONE_YET
 
-    look, go = buttons
+    look, go, stop = buttons
     outputs = {"outputs": [gallery, state], **DRAWS}
-    go.click(explained(run), [*places.all(), *given, *ranges], **outputs)
-    places.prompt.submit(explained(run), [*places.all(), *given, *ranges], **outputs)
+    events = [each(explained(run), [*places.all(), *given, *ranges], **outputs) for each in (go.click, places.prompt.submit)]
+    stop.click(None, cancels=events, **QUIET)
     look.click(explained(looked), [*places.all(), *given], **outputs)
     gr.on(None, explained(told_at_first), None, [state], **QUIET)
     gr.on(None, explained(listed), [choice], [choice, condition], **QUIET)

@@ -114,7 +114,9 @@ def build(studio: Studio) -> None:
             places = fields("generate")
             choice, rows = _adapters()
             way = gr.Radio(list(WAYS.items()), value="with", label="What to draw", elem_id="generate-way")
-            go = gr.Button("Draw", variant="primary", elem_id="generate-draw")
+            with gr.Row():
+                go = gr.Button("Draw", variant="primary", min_width=130, elem_id="generate-draw")
+                stop = gr.Button("Stop", min_width=80, elem_id="generate-stop")
             gr.Markdown("Or try one of these:")
             with gr.Row():
                 usual = bases.preset("shipped").unrelated[:EXAMPLES]
@@ -131,7 +133,8 @@ def build(studio: Studio) -> None:
             with gr.Accordion("Use the settings of a picture on your disk", open=False):
                 brought = photo("A PNG that was drawn here", height=180)
     kept, chosen = gr.State(list[str]()), gr.State(0)
-    _wire(studio, places, (choice, rows), way, [(go, None), *((button, text) for text, button in tries)], (gallery, state, kept))
+    buttons = [(go, None), *((button, text) for text, button in tries)]
+    _wire(studio, places, (choice, rows), way, buttons, stop, (gallery, state, kept))
     _wire_settings(studio, places, (choice, rows), (gallery, again, brought), (state, kept, chosen))
 
 
@@ -148,7 +151,7 @@ def _adapters() -> tuple[gr.Dropdown, list[gr.Slider]]:
     return choice, rows
 
 
-def _wire(studio: Studio, places: Fields, adapters: Any, way: gr.Radio, buttons: Any, shown: Any) -> None:
+def _wire(studio: Studio, places: Fields, adapters: Any, way: gr.Radio, buttons: Any, stop: gr.Button, shown: Any) -> None:
     """Drawing, and the list of adapters."""
     choice, rows = adapters
     inputs, outputs = [*places.all(), choice, way, *rows], list(shown)
@@ -163,12 +166,13 @@ def _wire(studio: Studio, places: Fields, adapters: Any, way: gr.Radio, buttons:
         there = plain_adapters(studio.workspace(request))
         return gr.Dropdown(choices=there, value=[name for name in names or [] if name in there])
 
+    events = [places.prompt.submit(explained(run), inputs, outputs, **DRAWS)]
     for button, text in buttons:
         event = button.click
         if text is not None:
             event = button.click(lambda text=text: text, None, [places.prompt], **QUIET).then
-        event(explained(run), inputs, outputs, **DRAWS)
-    places.prompt.submit(explained(run), inputs, outputs, **DRAWS)
+        events.append(event(explained(run), inputs, outputs, **DRAWS))
+    stop.click(None, cancels=events, **QUIET)
     gr.on(None, explained(listed), [choice], [choice], **QUIET)
     choice.focus(explained(listed), [choice], [choice], **QUIET)
     choice.change(labelled, [choice], rows, **QUIET)
