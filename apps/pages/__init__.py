@@ -25,6 +25,6 @@ class Page:
 
 def pages() -> list[Page]:
     """All pages, in the order of their tabs."""
-    from . import teach
+    from . import adapters, classify, control, generate, methods, teach
 
-    return [teach.PAGE]
+    return [teach.PAGE, generate.PAGE, control.PAGE, classify.PAGE, adapters.PAGE, methods.PAGE]
