@@ -50,7 +50,7 @@ def fields(page: str, prompt: str = "") -> Fields:
             0, label="Seed", precision=0, minimum=0, min_width=110, elem_id=f"{page}-seed", info="Same seed, same picture."
         )
         count = gr.Slider(1, LIMITS.pictures, value=1, step=1, label="Pictures", min_width=150, elem_id=f"{page}-count")
-    dice = gr.Button("🎲 Another seed", size="sm", elem_id=f"{page}-dice")
+    dice = gr.Button("Roll another seed", size="sm", elem_id=f"{page}-dice")
     with gr.Accordion("More settings", open=False):
         base = gr.Dropdown(
             ["shipped"], value="shipped", label="Base", allow_custom_value=True, elem_id=f"{page}-base",

@@ -72,7 +72,7 @@ def _plainly(studio: Studio, wish: Wish, uses: dict[str, Use], way: str) -> Draw
             if other is not None:
                 found.append(written(folder, other, wish, {}, "without"))
             found.append(written(folder, picture, wish, uses, "with" if bare else ""))
-        yield found, f"{len(found)} of {count}"
+        yield [*found], f"{len(found)} of {count}"
 
 
 def _sweep(studio: Studio, wish: Wish, uses: dict[str, Use], way: str) -> Drawn:
@@ -82,7 +82,7 @@ def _sweep(studio: Studio, wish: Wish, uses: dict[str, Use], way: str) -> Drawn:
         weaker = {name: Use(use.file, part * use.strength) for name, use in uses.items()}
         columns.append([p for made in drawn(studio.painter, wish, weaker, bare=part == 0) for p in made])
         found += [written(folder, p, wish, weaker, f"strength × {part:g}") for p in columns[-1]]
-        yield found, f"{len(found)} of {wish.count * len(SWEPT)}"
+        yield [*found], f"{len(found)} of {wish.count * len(SWEPT)}"
     rows = [Row(f"seed {row[0].seed}", tuple((p.image,) for p in row)) for row in zip(*columns, strict=True)]
     page = sheet(rows, title=wish.prompt, note=", ".join(uses), columns=[f"× {part:g}" for part in SWEPT])
     facts = {
@@ -111,16 +111,16 @@ def build(studio: Studio) -> None:
     """The page."""
     with gr.Row():
         with gr.Column(min_width=300):
+            gr.Markdown("Try one of these, or write your own:")
+            with gr.Row():
+                usual = bases.preset("shipped").unrelated[:EXAMPLES]
+                tries = [(text, gr.Button(text, size="sm", min_width=130)) for text in usual]
             places = fields("generate")
             choice, rows = _adapters()
             way = gr.Radio(list(WAYS.items()), value="with", label="What to draw", elem_id="generate-way")
             with gr.Row():
                 go = gr.Button("Draw", variant="primary", min_width=130, elem_id="generate-draw")
                 stop = gr.Button("Stop", min_width=80, elem_id="generate-stop")
-            gr.Markdown("Or try one of these:")
-            with gr.Row():
-                usual = bases.preset("shipped").unrelated[:EXAMPLES]
-                tries = [(text, gr.Button(text, size="sm", min_width=130)) for text in usual]
         with gr.Column(min_width=300):
             state = gr.Markdown(
                 "Nothing is drawn yet. Write a prompt and press *Draw*, or take an example.", elem_id="generate-state"
@@ -129,7 +129,7 @@ def build(studio: Studio) -> None:
                 label="Pictures", columns=2, format="png", object_fit="contain", height="auto", interactive=False,
                 buttons=["download", "fullscreen"], elem_id="generate-gallery",
             )  # fmt: skip
-            again = gr.Button("Use the settings of the chosen picture", elem_id="generate-again")
+            again = gr.Button("Use the settings of the chosen picture", size="sm", visible=False, elem_id="generate-again")
             with gr.Accordion("Use the settings of a picture on your disk", open=False):
                 brought = photo("A PNG that was drawn here", height=180)
     kept, chosen = gr.State(list[str]()), gr.State(0)
@@ -203,6 +203,7 @@ def _wire_settings(studio: Studio, places: Fields, adapters: Any, parts: Any, st
     def pick(event: gr.SelectData) -> int:
         return int(event.index)
 
+    kept.change(lambda paths: [gr.Button(visible=bool(paths)), 0], [kept], [again, chosen], **QUIET)
     gallery.select(pick, None, [chosen], **QUIET)
     again.click(explained(from_gallery), [kept, chosen], outputs, **QUIET)
     brought.upload(explained(back), [brought], outputs, **QUIET)

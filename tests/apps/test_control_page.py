@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,6 +221,9 @@ def test_what_cannot_be_taught_is_refused_and_leaves_nothing(studio: Studio, bas
     assert not stranger.given.exists() or not list(stranger.given.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_page_builds(tmp_path: Path) -> None:
+    """Gradio leaves event loops open, which are collected here."""
     with gr.Blocks():
         control.PAGE.build(Studio.at(tmp_path))
+    gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,10 @@ def test_fields_follow_the_base_and_old_pictures_go(base: str, monkeypatch: pyte
     assert not young.exists()
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_page_builds(tmp_path: Path) -> None:
+    """Gradio leaves event loops open, which are collected here."""
     with gr.Blocks():
         generate.PAGE.build(Studio.at(tmp_path))
     assert [part["visible"] for part in (each.get_config() for each in generate.labelled(["a"]))].count(True) == 1
+    gc.collect()
