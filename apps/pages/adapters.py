@@ -79,8 +79,9 @@ def weights_for(names: Sequence[str]) -> list[Any]:
 
 
 def made(workspace: Workspace, outcome: files.Outcome) -> list[Any]:
-    """The list with the new file chosen, its report, and the file to download."""
-    return [*listed(workspace, outcome.name, None), outcome.report, gr.File(offered([outcome.file]), visible=True)]
+    """The list with the new file in it, its report, and the file to download. What was chosen stays so."""
+    found = [*workspace.all_adapters()]
+    return [gr.Dropdown(choices=found), gr.Dropdown(choices=found), found, outcome.report, _given(outcome.file)]
 
 
 def build(studio: Studio) -> None:
@@ -130,7 +131,7 @@ def build(studio: Studio) -> None:
     chosen.change(at(lambda w, n: (shown(w, n), "", gr.File(visible=False))), chosen, [about, fit, got], api_visibility="private")
     file.upload(at(_taken), file, [*lists, said, file], api_visibility="private")
     example.click(at(lambda w: listed(w, files.example(w), None)), None, lists, **HEAVY)
-    give.click(at(lambda w, n: gr.File(offered([w.adapter(_chosen(n))]), visible=True)), chosen, got, api_visibility="private")
+    give.click(at(lambda w, n: _given(w.adapter(_chosen(n)))), chosen, got, api_visibility="private")
     rename.click(
         at(lambda w, n, new: [*listed(w, files.rename(w, _chosen(n), new), None), ""]), [chosen, name], [*lists, name], **QUIET
     )
@@ -154,8 +155,10 @@ def _convert_form() -> tuple[gr.Dropdown, gr.Button]:
 
 
 def _resize_form() -> tuple[gr.Number, gr.Slider, gr.Dropdown, gr.Button]:
-    with gr.Accordion("Resize: a smaller file that does nearly the same", open=False, elem_id="adapter-resize"):
-        rank = gr.Number(4, label="New rank", info="Fewer is smaller and less exact.", precision=0, minimum=1)
+    with gr.Accordion("Resize to another rank", open=False, elem_id="adapter-resize"):
+        rank = gr.Number(
+            4, label="New rank", info="Lower: a smaller file that does nearly the same.", precision=0, minimum=1
+        )
         energy = gr.Slider(
             0.5,
             1,
@@ -201,6 +204,11 @@ def _merged(
     workspace: Workspace, names: list[str], base: str, how: str, rank: float | None, to: str, *weights: float
 ) -> list[Any]:
     return made(workspace, files.merged(workspace, names, weights[: len(names)], _base(base), how, rank, to))
+
+
+def _given(file: Path) -> gr.File:
+    """A file to download."""
+    return gr.File(offered([file])[0], visible=True)
 
 
 def _chosen(name: str | None) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .flags import help_of
-from .full_size import DIFFUSION, MODELS, full_size
+from .full_size import full_size
 from .injection import Method, VeneerError, methods
 from .injection.method import Need
 from .injection.plan import fits, plan
@@ -34,6 +34,11 @@ PLACES = {
     "ResidualSite": "what a UNet adds between its blocks",
 }
 """Kinds of site in words."""
+AREAS = {
+    "diffusion": ("Stable Diffusion 1.5", "DiT-XL/2"),
+    "vision": ("ViT-B/16", "ResNet-50", "CLIP ViT-B/16, 1,000 classes"),
+}
+"""Models of `full_size.MODELS` that have between them every kind of site of their area."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +181,7 @@ def for_models(area: str) -> frozenset[str]:
     Args:
         area: `diffusion` or `vision`.
     """
-    models = [name for name in MODELS if (name in DIFFUSION) == (area == "diffusion")]
-    sites = [site for model in models for tower in _towers(model) for site in tower.sites]
+    sites = [site for model in AREAS[area] for tower in _towers(model) for site in tower.sites]
     return frozenset(name for name in methods.names() if (m := _method(name)) and any(fits(m, site) for site in sites))
 
 

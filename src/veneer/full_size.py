@@ -116,7 +116,6 @@ MODELS: dict[str, Callable[[], Any]] = {
     "ResNet-50": _timm("resnet50"),
     "CLIP ViT-B/16, 1,000 classes": _clip,
 }
-DIFFUSION = ("shipped base", "Stable Diffusion 1.5", "Stable Diffusion XL", "DiT-XL/2", "FLUX.1 dev")
 
 
 @functools.lru_cache(maxsize=len(MODELS))
