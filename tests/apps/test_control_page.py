@@ -26,6 +26,7 @@ from veneer.apps.workspace import Workspace
 import veneer
 from tests.methods.controls import picture, stir
 from veneer.cli import parser_for
+from veneer.control.embedding import embedder
 from veneer.control.maps import get
 from veneer.control.sketch import sketch_map
 from veneer.formats import native
@@ -56,8 +57,9 @@ def studio(tmp_path_factory: pytest.TempPathFactory, base: str) -> Studio:
         ("prompt", "ip_adapter", {"condition": "image"}),
         ("style", "lora", {}),
     ):
-        options = {"width": 64} if name == "prompt" else {}
-        attached = veneer.attach(veneer.bases.load(base), method, **options)
+        pipe = veneer.bases.load(base)
+        options = {"width": embedder(pipe).width} if name == "prompt" else {}
+        attached = veneer.attach(pipe, method, **options)
         for number, (_, adapter) in enumerate(attached.parts.values()):
             stir(adapter, number, 0.3)
         native.save(attached, folder / f"{name}.safetensors", provenance=told)
@@ -125,7 +127,7 @@ def test_what_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     for given, why in (
         (Brought("sketch"), "sketch is empty"), (Brought("sketch", empty), "sketch is empty"),
         (Brought("sketch", png(Image.new("RGB", (384, 384), "white"))), "sketch is empty"),
-        (Brought("sketch", b"GIF89a, or not"), "damaged GIF"), (Brought("sketch", b"\0" * 100), "the sketch: "),
+        (Brought("sketch", b"GIF8, or not"), "damaged GIF"), (Brought("sketch", b"\0" * 100), "the sketch: "),
         (Brought("sketch", png(Image.new("1", (6000, 6000)))), "the sketch: 6,000 x 6,000 pixels"),
         (Brought("photo"), "no picture yet"), (Brought("photo", None, str(tmp_path / "x.png")), "a web page"),
         (Brought("disk"), "choose what to follow"),
