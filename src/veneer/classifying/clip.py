@@ -129,7 +129,7 @@ def open_clip_classifier(
     """
     import open_clip
 
-    architecture, tag = _source(name)
+    architecture, tag = source_of(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, "model"))
         clip, origin = _build(name, architecture, tag, weights)
@@ -140,7 +140,7 @@ def open_clip_classifier(
     return Classifier(model.eval().requires_grad_(False), name, _data(clip), tuple(classes), origin, head == "linear")
 
 
-def _source(name: str) -> tuple[str, str]:
+def source_of(name: str) -> tuple[str, str]:
     """Architecture and tag, as open_clip has them."""
     import open_clip
 

@@ -53,6 +53,27 @@ def reads_texts(name: str) -> bool:
     return name == "shipped_clip" or name.startswith("open_clip:")
 
 
+def check_name(name: str) -> None:
+    """Look whether a model of this name is known, be it shipped, timm's or open_clip's; no folder is looked into.
+
+    Raises:
+        ModelError: there is none, with those that are called alike.
+    """
+    if name in ("shipped", "shipped_clip"):
+        return
+    if reads_texts(name):
+        from .clip import source_of
+
+        source_of(name)
+        return
+    import timm
+
+    architecture = name.removeprefix("timm:").partition(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), 3) or ["see timm.list_models()"]
+        raise ModelError(f"timm has no model {name.removeprefix('timm:')!r}. Close: {', '.join(near)}.")
+
+
 def open_classifier(
     name: str,
     classes: Sequence[str],
@@ -98,9 +119,8 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.M
     import timm
 
     folder = Path(name).is_dir()
-    if not folder and not timm.is_model(name.partition(".")[0]):
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3) or ["see timm.list_models()"]
-        raise ModelError(f"timm has no model {name!r}. Close: {', '.join(near)}.")
+    if not folder:
+        check_name(name)
     options: dict[str, Any] = {}
     name = f"local-dir:{name}" if folder else name
     if size is not None and _takes_size(name):

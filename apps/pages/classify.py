@@ -1,0 +1,164 @@
+"""Teach a model to tell classes of pictures apart, see how well it does, and ask it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from veneer.classifying.fitting import taught_by
+
+from ..answers import Answers
+from ..limits import LIMITS
+from ..studio import Studio, escaped, explained
+from ..uploads import picture
+from ..workspace import Workspace
+from . import Page
+from ._classify_shown import parts, stamp, values
+from ._classify_start import AUGMENT, DIGITS, FOLDER, KIND, SOURCES, USUAL, ZIP, Wanted, begin
+from ._job import Results, job_view, shows
+
+MODELS = [("Shipped: quick, works offline", "shipped"), ("Shipped CLIP: reads the names of the classes too", "shipped_clip")]
+FIRST = ["linear_probe", "lora"]
+EMPTY = "Nothing here yet. Press **Teach** above: the built-in digits need no pictures of yours."
+NAMES = "Or a name such as timm:vit_small_patch16_224 or open_clip:ViT-B-32/openai, which is fetched from the network once."
+HINTS = (
+    "linear_probe trains a new last layer only: quickest. lora adds small changes inside: usually better. full trains "
+    "everything: slow, a large file. Each method becomes a job of its own; two joined by + learn together."
+)
+SHOWN = 384
+"""Pixels of the asked picture's longer side, as the page shows it."""
+
+
+def build(studio: Studio) -> None:
+    """The page."""
+    answers = Answers()
+    with gr.Row():
+        with gr.Column(min_width=300):
+            source, file, folder = _pictures()
+        with gr.Column(min_width=300):
+            model = gr.Dropdown(MODELS, value=USUAL.model, label="Model", info=NAMES, allow_custom_value=True)
+            methods = gr.Dropdown(
+                taught_by(USUAL.model), value=FIRST, multiselect=True, allow_custom_value=True, label="Methods", info=HINTS,
+                elem_id="classify-methods",
+            )  # fmt: skip
+            epochs = gr.Slider(1, 100, USUAL.epochs, step=1, label="Epochs", info="How often it sees each picture.")
+    more = _settings()
+    start = gr.Button("Teach", variant="primary", elem_id="classify-start")
+    view = job_view(studio, KIND, Results(parts, values, stamp), EMPTY)
+    _asking(studio, answers, view.choice)
+
+    def to_begin(request: gr.Request, *given: Any) -> Any:
+        return start_jobs(studio, studio.workspace(request), Wanted(*given))
+
+    def sources(request: gr.Request) -> Any:
+        return gr.Radio(choices=offers(studio.workspace(request)))
+
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    gr.on(None, explained(sources), None, source, queue=False, **private)
+    source.change(places, source, [file, folder], queue=False, **private)
+    model.change(explained(fitting), [model, methods], methods, queue=False, **private)
+    given = [source, file, folder, view.choice, model, methods, epochs, *more]
+    start.click(explained(to_begin), given, view.choice, api_visibility="private")
+
+
+def _pictures() -> tuple[gr.Radio, gr.File, gr.Textbox]:
+    """Where the pictures come from."""
+    first = [(label, name) for name, label in SOURCES.items() if name != FOLDER]
+    source = gr.Radio(first, value=DIGITS, label="Pictures", elem_id="classify-source")
+    file = gr.File(
+        label="Zip with a folder of pictures for each class",
+        file_types=[".zip"],
+        visible=False,
+        elem_id="classify-zip",
+        height=140,
+    )
+    folder = gr.Textbox(
+        label="Folder", info="It holds a folder of pictures for each class.", placeholder="/home/me/pets", visible=False,
+        max_length=LIMITS.text, elem_id="classify-folder",
+    )  # fmt: skip
+    return source, file, folder
+
+
+def _settings() -> list[Any]:
+    """Settings that have usual values, in the order of `Wanted`."""
+    with gr.Accordion("More settings", open=False):
+        with gr.Row():
+            shots = gr.Number(
+                0, precision=0, minimum=0, label="Pictures of each class", info="To learn from; 0: all.", min_width=140
+            )
+            size = gr.Number(0, precision=0, minimum=0, label="Size in pixels", info="0: the model's own.", min_width=140)
+            batch = gr.Number(USUAL.batch, precision=0, minimum=1, label="Batch", info="Pictures in a step.", min_width=140)
+        with gr.Row():
+            rate = gr.Number(0, minimum=0, label="Learning rate", info="0: the method's usual.", min_width=140)
+            augment = gr.Dropdown(
+                [(label, name) for name, label in AUGMENT.items()], value=USUAL.augment, label="Varied by", min_width=140,
+                info="How pictures differ each time; digits are never mirrored.",
+            )  # fmt: skip
+            patience = gr.Number(
+                0, precision=0, minimum=0, label="Patience", info="Ends after so many epochs without a better one; 0: never.",
+                min_width=140,
+            )  # fmt: skip
+            seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Of every random draw.", min_width=140)
+    return [shots, size, batch, rate, augment, patience, seed]
+
+
+def _asking(studio: Studio, answers: Answers, job: gr.Dropdown) -> None:
+    """A picture of the visitor's, and what the chosen job's classifier takes it for."""
+    with gr.Accordion("Try it on an image", open=True), gr.Row():
+        with gr.Column(min_width=280):
+            image = gr.File(label="An image to ask about", file_types=["image"], height=140, elem_id="classify-image")
+            again = gr.Button("Ask", min_width=120, elem_id="classify-ask")
+            seen = gr.Image(label="The image", interactive=False, visible=False, format="png", elem_id="classify-seen")
+        label = gr.Label(label="Its answer, with probabilities", min_width=280, elem_id="classify-answer")
+
+    def asked(name: str | None, path: str | None, request: gr.Request) -> Any:
+        return ask(studio.workspace(request), answers, name, path)
+
+    one: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "ask", "concurrency_limit": 1}
+    gr.on([image.change, again.click], explained(asked), [job, image], [seen, label], **one)
+    job.change(lambda: None, None, label, queue=False, api_visibility="private", show_progress="hidden")
+
+
+def start_jobs(studio: Studio, workspace: Workspace, wanted: Wanted) -> Any:
+    """Begin what is wanted; the list of jobs with the first of them chosen."""
+    jobs, left_out = begin(studio, workspace, wanted)
+    if left_out:
+        gr.Warning("Left out of the zip: " + escaped("; ".join(left_out)), duration=None)
+    if len(jobs) > 1:
+        gr.Info(f"{len(jobs)} jobs, one after the other: choose the one to look at in the list of jobs.")
+    return shows(workspace, KIND, jobs[0])
+
+
+def ask(workspace: Workspace, answers: Answers, name: str | None, path: str | None) -> tuple[Any, Any]:
+    """The visitor's picture, made smaller, and the classes that the job's classifier gives it.
+
+    Raises:
+        VeneerError: no such job, one that has learnt nothing yet, or no picture that can be read.
+    """
+    if not path:
+        return gr.Image(value=None, visible=False), None
+    rgb = picture(path).rgb
+    rgb.thumbnail((SHOWN, SHOWN))
+    found = answers.ask(workspace.job(str(name)).run, Path(path))
+    return gr.Image(value=rgb, visible=True), found
+
+
+def offers(workspace: Workspace) -> list[tuple[str, str]]:
+    """Where this visitor's pictures can come from."""
+    return [(label, name) for name, label in SOURCES.items() if name != FOLDER or workspace.user is None]
+
+
+def places(source: str) -> tuple[Any, Any]:
+    """The zip's and the folder's place, the one that is asked for."""
+    return gr.File(visible=source == ZIP), gr.Textbox(visible=source == FOLDER)
+
+
+def fitting(model: str, methods: list[str]) -> Any:
+    """The methods for a model, and of the chosen ones those that it can be taught by."""
+    known = taught_by(model or USUAL.model)
+    return gr.Dropdown(choices=known, value=[m for m in methods or [] if all(n in known for n in m.split("+"))])
+
+
+PAGE = Page("Classify", "classify", "Teach a model to tell classes of pictures apart, see how well it does, and ask it.", build)
