@@ -206,7 +206,7 @@ def go_on(workspace: Workspace, name: str) -> None:
 
 
 def remove(workspace: Workspace, name: str) -> None:
-    """Delete a job that has ended, and what it was given.
+    """Delete a job that has ended, and what it was given, if no other job was given the same.
 
     Raises:
         VeneerError: there is no such job, or it waits or runs.
@@ -214,7 +214,8 @@ def remove(workspace: Workspace, name: str) -> None:
     job = workspace.job(name)
     if job.state not in ENDED:
         raise VeneerError("it has not ended: stop it first.")
+    shared = {word for other in workspace.all_jobs() if other != job for word in other.about.get("words", [])}
     for word in job.about.get("words", []):
-        if Path(word).parent == workspace.given:
+        if Path(word).parent == workspace.given and word not in shared:
             shutil.rmtree(word, ignore_errors=True)
     shutil.rmtree(job.folder)
