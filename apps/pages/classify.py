@@ -27,8 +27,6 @@ HINTS = (
     "linear_probe trains a new last layer only: quickest. lora adds small changes inside: usually better. full trains "
     "everything: slow, a large file. Each method becomes a job of its own; two joined by + learn together."
 )
-SHOWN = 384
-"""Pixels of the asked picture's longer side, as the page shows it."""
 
 
 def build(studio: Studio) -> None:
@@ -108,16 +106,18 @@ def _asking(studio: Studio, answers: Answers, job: gr.Dropdown) -> None:
     """A picture of the visitor's, and what the chosen job's classifier takes it for."""
     with gr.Accordion("Try it on an image", open=True), gr.Row():
         with gr.Column(min_width=280):
-            image = gr.File(label="An image to ask about", file_types=["image"], height=140, elem_id="classify-image")
+            image = gr.Image(
+                label="An image to ask about", type="filepath", sources=["upload", "webcam", "clipboard"], height=280, buttons=[],
+                elem_id="classify-image",
+            )  # fmt: skip
             again = gr.Button("Ask", min_width=120, elem_id="classify-ask")
-            seen = gr.Image(label="The image", interactive=False, visible=False, format="png", elem_id="classify-seen")
         label = gr.Label(label="Its answer, with probabilities", min_width=280, elem_id="classify-answer")
 
     def asked(name: str | None, path: str | None, request: gr.Request) -> Any:
         return ask(studio.workspace(request), answers, name, path)
 
     one: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "ask", "concurrency_limit": 1}
-    gr.on([image.change, again.click], explained(asked), [job, image], [seen, label], **one)
+    gr.on([image.change, again.click], explained(asked), [job, image], label, **one)
     job.change(lambda: None, None, label, queue=False, api_visibility="private", show_progress="hidden")
 
 
@@ -131,18 +131,16 @@ def start_jobs(studio: Studio, workspace: Workspace, wanted: Wanted) -> Any:
     return shows(workspace, KIND, jobs[0])
 
 
-def ask(workspace: Workspace, answers: Answers, name: str | None, path: str | None) -> tuple[Any, Any]:
-    """The visitor's picture, made smaller, and the classes that the job's classifier gives it.
+def ask(workspace: Workspace, answers: Answers, name: str | None, path: str | None) -> dict[str, float] | None:
+    """The classes that the job's classifier gives a visitor's picture; None where there is none.
 
     Raises:
         VeneerError: no such job, one that has learnt nothing yet, or no picture that can be read.
     """
     if not path:
-        return gr.Image(value=None, visible=False), None
-    rgb = picture(path).rgb
-    rgb.thumbnail((SHOWN, SHOWN))
-    found = answers.ask(workspace.job(str(name)).run, Path(path))
-    return gr.Image(value=rgb, visible=True), found
+        return None
+    picture(path)
+    return answers.ask(workspace.job(str(name)).run, Path(path))
 
 
 def offers(workspace: Workspace) -> list[tuple[str, str]]:

@@ -71,7 +71,8 @@ def test_each_method_is_a_job_and_the_end_says_how_well_it_does(tmp_path: Path, 
 
     answers = Answers()
     red = data / "red" / "0.png"
-    _, found = classify.ask(workspace, answers, begun[0].name, str(red))
+    found = classify.ask(workspace, answers, begun[0].name, str(red))
+    assert found is not None
     assert set(found) == set(CLASSES)
     assert sum(found.values()) == pytest.approx(1, abs=1e-5)
     broken = tmp_path / "broken.png"
@@ -112,7 +113,7 @@ def test_accuracy_is_told_while_it_learns(tmp_path: Path, wanted: Wanted, monkey
     assert accuracy.visible
     assert not confusion.visible
     assert len(files.value) == 2, "what it had learnt can be kept"
-    assert classify.ask(Workspace(tmp_path), Answers(), job.name, str(next(Path(job.about["words"][1]).rglob("*.png"))))[1]
+    assert classify.ask(Workspace(tmp_path), Answers(), job.name, str(next(Path(job.about["words"][1]).rglob("*.png"))))
 
 
 def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: Wanted, pets: Path) -> None:
