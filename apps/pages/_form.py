@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ def _field(field: dataclasses.Field[Any], hint: Any, said: str) -> Field:
     several = any(_holds(o) for o in options)
     kind: Kind = "choice" if literal else "check" if bool in options else "text"
     default = None if field.default is dataclasses.MISSING else field.default
+    said = re.sub(r"\bNone\b", "empty", said)  # as it is typed here
     return Field(field.name, said, kind, tuple(map(str, typing.get_args(literal))) if literal else (), several, default)
 
 
@@ -192,4 +194,4 @@ class Slots:
 
 def _hidden(kind: Kind) -> Any:
     more: dict[str, Any] = {"choices": [], "allow_custom_value": True} if kind == "choice" else {}
-    return _makes(kind)(label="option", visible=False, **more)
+    return _makes(kind)(label="option", visible=False, min_width=220, **more)

@@ -83,16 +83,15 @@ def job_view(studio: Studio, kind: str, results: Results = NOTHING, empty: str =
         loss = gr.LinePlot(
             None, "step", "loss", label="Loss (falls while it learns)", visible=False, height=240, min_width=280, buttons=[]
         )
-        preview = gr.Image(
-            label="Newest preview", interactive=False, visible=False, format="png", min_width=280, elem_id=f"{kind}-preview"
-        )
+        kept: dict[str, Any] = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
+        preview = gr.Image(label="Newest preview", visible=False, min_width=280, elem_id=f"{kind}-preview", **kept)
     extra = list(results.build())
     with gr.Accordion("What it said", open=False, visible=False) as said:
         log = gr.Textbox(label="End of the log", lines=10, max_lines=20, interactive=False, elem_id=f"{kind}-log")
     shown = [choice, state, progress, stop, on, delete, loss, preview, said, log, *extra, seen]
 
-    def all_anew(name: str | None, request: gr.Request) -> list[Any]:
-        return look(studio, studio.workspace(request), kind, name, {}, results, empty)
+    def newest(request: gr.Request) -> list[Any]:
+        return look(studio, studio.workspace(request), kind, None, {}, results, empty)
 
     def news(name: str | None, before: dict[str, Any], request: gr.Request) -> list[Any]:
         return look(studio, studio.workspace(request), kind, name, before, results, empty)
@@ -107,11 +106,12 @@ def job_view(studio: Studio, kind: str, results: Results = NOTHING, empty: str =
 
     def to_delete(name: str, request: gr.Request) -> list[Any]:
         remove(studio.workspace(request), name)
-        return all_anew(None, request)
+        return newest(request)
 
     quiet: dict[str, Any] = {"outputs": shown, "show_progress": "hidden", "queue": False, "api_visibility": "private"}
     timer = gr.Timer(SECONDS)
-    gr.on(None, explained(all_anew), [choice], **quiet)
+    gr.on(None, explained(newest), None, **quiet)
+    choice.change(explained(news), [choice, seen], **quiet)
     timer.tick(explained(news), [choice, seen], **quiet)
     stop.click(explained(to_stop), [choice, seen], **quiet)
     on.click(explained(to_go_on), [choice, seen], **quiet)

@@ -107,7 +107,14 @@ def _stamp(job: Job) -> Any:
 
 def _results() -> list[Any]:
     return [
-        gr.Image(label="Before and after", interactive=False, format="png", visible=False, elem_id="teach-sheet"),
+        gr.Image(
+            label="Before and after",
+            interactive=False,
+            format="png",
+            visible=False,
+            elem_id="teach-sheet",
+            buttons=["download", "fullscreen"],
+        ),
         gr.Markdown(visible=False, elem_id="teach-figures"),
         gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="teach-files"),
         gr.Button("Make a file for ComfyUI and A1111", visible=False, elem_id="teach-kohya"),
@@ -170,7 +177,7 @@ class _Asks:
         self.estimate = gr.Markdown(cost, elem_id="teach-estimate")
         with gr.Accordion("Settings", open=False):
             with gr.Row():
-                main = {f.name: part_of(f, given.get(f.name), min_width=140) for f in SETTINGS if f.name in MAIN}
+                main = {f.name: part_of(f, given.get(f.name), min_width=200) for f in SETTINGS if f.name in MAIN}
             with gr.Accordion("More", open=False), gr.Row():
                 more = {f.name: part_of(f, given.get(f.name), min_width=200) for f in SETTINGS if f.name not in MAIN}
             self.settings = {**main, **more}
