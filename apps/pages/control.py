@@ -45,8 +45,7 @@ def build(studio: Studio) -> None:
                 [], label="Control", elem_id="control-choice", info="What you have taught or brought that follows."
             )
             condition = gr.Dropdown(
-                FOLLOWED, value="canny", label="It follows", visible=False,
-                info="The file does not say what it was taught to follow.",
+                FOLLOWED, value="canny", label="It follows", info="For a control whose file does not say, and to look at maps.",
             )  # fmt: skip
             source = gr.Radio(list(SOURCES.items()), value="sketch", label="What to follow", elem_id="control-source")
             with gr.Column() as on_sheet:
@@ -56,10 +55,10 @@ def build(studio: Studio) -> None:
             look = gr.Button("Show what will be followed", size="sm", elem_id="control-look")
             with gr.Row():
                 strength = gr.Slider(
-                    0, STRONGEST, value=1.0, step=0.05, label="Strength", min_width=130, elem_id="control-strength"
+                    0, STRONGEST, value=1.0, step=0.05, label="Strength", min_width=180, elem_id="control-strength"
                 )
-                start = gr.Slider(0, 1, value=0.0, step=0.05, label="Start", info="0: from the first step", min_width=130)
-                end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: to the last step", min_width=130)
+                start = gr.Slider(0, 1, value=0.0, step=0.05, label="Start", info="0: from the first step", min_width=180)
+                end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: to the last step", min_width=180)
         with gr.Column(min_width=300):
             places = fields("control", "an apple")
             with gr.Row():
@@ -90,15 +89,15 @@ def _wire(studio: Studio, places: Fields, given: Any, ranges: Any, buttons: Any,
 
     def looked(request: gr.Request, *told: Any) -> list[Any]:
         name, kind, *brought = told[count : count + 5]
-        found = follower(studio.workspace(request), name, kind)
+        followed = follower(studio.workspace(request), name, kind).condition if name else maps.get(str(kind)).name
         places_told = [told[0], told[1] or "x", *told[2:count]]
-        picture = guide(str(found.condition), Brought(*brought), size_of(studio, wished(*places_told)))
-        return [[(_shown(picture), f"what is followed: {found.condition}")], "Press *Draw*."]
+        picture = guide(str(followed), Brought(*brought), size_of(studio, wished(*places_told)))
+        return [[(_shown(picture), f"what is followed: {followed}")], "Press *Draw*."]
 
     def listed(request: gr.Request, name: str | None) -> list[Any]:
         found = followers(studio.workspace(request))
         name = name if name in found else next(iter(found), None)
-        unsaid = name is not None and found[name].condition is None
+        unsaid = name is None or found[name].condition is None
         choices = [(f"{each} · follows {f.condition or '?'}", each) for each, f in found.items()]
         return [gr.Dropdown(choices=choices, value=name), gr.Dropdown(visible=unsaid)]
 

@@ -200,7 +200,7 @@ def test_a_job_that_teaches(studio: Studio, base: str, tmp_path: Path) -> None:
     assert job.about["title"] == "mine"
     job, _ = teaching.begin(studio, here, Lesson("ip_adapter", "image", "shipped"))
     words = [*job.about["words"], "--out", str(job.run), "--resume"]
-    assert not hasattr(parser_for(words).parse_args(words), "data")
+    assert parser_for(words).parse_args(words).data is None, "the base draws its own pictures"
     assert [each.about["kind"] for each in here.all_jobs()] == ["control", "control"]
     assert control._result(None)[0].visible is False
 
