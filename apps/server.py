@@ -19,13 +19,17 @@ from .limits import LIMITS
 from .pages import pages
 from .studio import Studio
 
-THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-"""Fonts that every machine has: nothing is fetched from elsewhere."""
+THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+    body_text_color_subdued="*neutral_600",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+)
+"""Fonts that every machine has: nothing is fetched from elsewhere. Colours that can be told apart by eyes that see little."""
 KEPT = 24 * 3600
 """Seconds for which files are kept that visitors have brought or were shown."""
 OWN = ("localhost", "127.0.0.1", "::1")
 """Names of this machine for itself."""
-STYLE = Path(__file__).with_name("style.css")
+STYLE, ACCESS = (Path(__file__).with_name(name) for name in ("style.css", "access.html"))
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def app(config: AppConfig) -> None:
         footer_links=[],
         theme=THEME,
         css_paths=[STYLE],
+        head_paths=[ACCESS],
         enable_monitoring=False,
         quiet=True,
         prevent_thread_lock=True,

@@ -1,0 +1,224 @@
+"""The real app in a real browser: a server as a process of its own on a free port, and a page of Debian's Chromium."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATIENCE = 180
+"""Seconds that a server or a page gets to answer."""
+CHROMIUM = os.environ.get("VENEER_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+AXE = Path(os.environ.get("VENEER_AXE") or Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js")
+"""The accessibility checker: `npm install --no-save axe-core`, or a path of its script."""
+WIDE, PHONE = (1280, 800), (390, 844)
+
+
+@dataclass
+class App:
+    """A server.
+
+    Args:
+        folder: its current folder, in which its workspace lies. `words`: after `veneer app`.
+    """
+
+    folder: Path
+    words: Sequence[str] = ()
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        """Of its page."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def workspace(self) -> Path:
+        """Of all users."""
+        return self.folder / "veneer-workspace"
+
+    def start(self) -> App:
+        """Start it, at the port that it had before if it is started again, and wait until it answers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.port = self.port or free_port()
+        command = [
+            sys.executable,
+            "-c",
+            "from veneer.cli import console; console()",
+            "app",
+            "--port",
+            str(self.port),
+            "--no-browser",
+            *self.words,
+        ]
+        with (self.folder / "server.txt").open("ab") as log:
+            self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+        end = time.monotonic() + PATIENCE
+        while not self._answers():
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.1)
+        return self
+
+    def log(self) -> str:
+        """What it printed."""
+        return (self.folder / "server.txt").read_text(errors="replace")
+
+    def kill(self, how: int = signal.SIGKILL) -> None:
+        """End the server alone: its jobs go on."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(how)
+            self.process.wait(PATIENCE)
+
+    def end(self) -> None:
+        """End the server, and then its jobs, which are sessions of their own."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(PATIENCE)
+        for file in self.workspace.glob("*/jobs/*/process.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                pid = json.loads(file.read_text())["pid"]
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if str(file.parent).encode() in words:  # the number may be another's by now
+                    os.kill(pid, signal.SIGKILL)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            return f"veneer is at http://127.0.0.1:{self.port}" in self.log()
+        return False
+
+
+@contextlib.contextmanager
+def served(folder: Path, *words: str) -> Iterator[App]:
+    """A running app with a fresh workspace, which is gone afterwards with all that it has started."""
+    app = App(folder, words)
+    try:
+        yield app.start()
+    finally:
+        app.end()
+
+
+class Small:
+    """The small server as a process, see `small_server`.
+
+    Args:
+        root: its folder. `login`: who may come in. `words`: what its page shows as a visitor's.
+    """
+
+    def __init__(self, root: Path, login: str | None = None, words: Sequence[str] = ()) -> None:
+        self.root = root
+        (root / "words.json").write_text(json.dumps(list(words)))
+        command = [sys.executable, "-m", "tests.apps.small_server", str(root), *([login] if login else [])]
+        with (root / "server.txt").open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=log, stderr=log)
+        end = time.monotonic() + PATIENCE
+        while not (root / "address").exists():
+            assert self.process.poll() is None, (root / "server.txt").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        self.address = (root / "address").read_text().rstrip("/")
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+
+@dataclass
+class Browser:
+    """Chromium, and what went wrong on its pages.
+
+    Args:
+        errors: of the console and of scripts, and answers of 400 and more. `elsewhere`: addresses that are no app's.
+    """
+
+    chromium: Any
+    errors: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+
+    def open(self, app: App, size: tuple[int, int] = WIDE, dark: bool = False, **named: Any) -> Any:
+        """A page of the app in a context of its own: as another visitor. Slow machines get time for everything."""
+        theme = "dark" if dark else "light"
+        context = self.chromium.new_context(
+            viewport=dict(zip(("width", "height"), size, strict=True)), color_scheme=theme, **named
+        )
+        context.set_default_timeout(PATIENCE * 1000)
+        page = context.new_page()
+        self.watch(page)
+        page.goto(f"{app.address}/?__theme={theme}")
+        page.get_by_role("tab").first.wait_for()
+        return page
+
+    def watch(self, page: Any) -> None:
+        """Note what goes wrong on a page."""
+        page.on("console", lambda told: self.errors.append(f"{told.type}: {told.text}") if told.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(f"script: {error}"))
+        page.on("request", lambda asked: self.elsewhere.append(asked.url) if _elsewhere(asked.url) else None)
+
+    def check(self) -> None:
+        """Nothing went wrong, and nobody else was asked. What there was is forgotten."""
+        errors, elsewhere = self.errors[:], self.elsewhere[:]
+        self.errors.clear()
+        self.elsewhere.clear()
+        assert not errors, errors
+        assert not elsewhere, elsewhere
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Browser]:
+    """Chromium without a window. The test is skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'veneer[test]'")
+    if CHROMIUM is None:
+        pytest.skip("no chromium: install Debian's package `chromium`, or name its program in VENEER_CHROMIUM")
+    with playwright.sync_playwright() as play:
+        arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]  # as root, and in a container
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=arguments, timeout=PATIENCE * 1000)
+        try:
+            yield Browser(chromium)
+        finally:
+            chromium.close()
+
+
+def findings(page: Any) -> list[str]:
+    """What axe-core finds serious or critical on a page as it is now. The test is skipped where axe-core is not installed."""
+    if not AXE.is_file():
+        pytest.skip("no axe-core: npm install --no-save axe-core, or name its axe.min.js in VENEER_AXE")
+    if not page.evaluate("() => 'axe' in window"):
+        page.evaluate(AXE.read_text())
+    found = page.evaluate("async () => (await axe.run()).violations")
+    grave = [each for each in found if each["impact"] in ("serious", "critical")]
+    return [f"{each['id']}: {each['help']}: {node['html'][:200]}" for each in grave for node in each["nodes"]]
+
+
+def tabs(page: Any) -> list[str]:
+    """Names of the app's pages."""
+    return [name.strip() for name in page.get_by_role("tablist").first.get_by_role("tab").all_inner_texts()]
+
+
+def go(page: Any, name: str) -> None:
+    """Turn to a page by its tab."""
+    page.get_by_role("tablist").first.get_by_role("tab", name=name, exact=True).click()
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+def _elsewhere(address: str) -> bool:
+    return not address.startswith(("http://127.0.0.1:", "data:", "blob:", "about:"))

@@ -1,0 +1,81 @@
+"""The app as a visitor sees it: in Chromium, from a server that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.apps.browser import PATIENCE, PHONE, WIDE, App, Browser, Small, browser, findings, go, served, tabs
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def app(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """After `chromium`, so that no server is started where there is no browser."""
+    with served(tmp_path_factory.mktemp("app")) as found:
+        yield found
+
+
+@pytest.mark.parametrize(("size", "dark"), [(WIDE, False), (PHONE, True)], ids=["wide-light", "phone-dark"])
+def test_every_page_opens(app: App, chromium: Browser, size: tuple[int, int], dark: bool) -> None:
+    """Without an error, without another host, within the window's width, and as a screen reader needs it."""
+    page = chromium.open(app, size, dark)
+    names = tabs(page)
+    assert "Teach" in names
+    grave = []
+    for name in names:
+        go(page, name)
+        page.wait_for_timeout(500)
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{name} is wider than the window"
+        grave += [f"{name}: {finding}" for finding in findings(page)]
+    page.context.close()
+    chromium.check()
+    assert not grave, "\n".join(grave)
+
+
+def test_the_workspace_is_made_where_it_is_said(app: App) -> None:
+    assert app.workspace.is_dir()
+    assert app.workspace.stat().st_mode & 0o077 == 0, "for nobody else on this machine"
+    assert Path(app.workspace, "cache").is_dir()
+
+
+EVIL = [
+    "# head", "- item", "+ item", "1. item", "2) item", "> quote", "    code", "***", "a | b", "[x](http://e.example)",
+    "![x](//e.example/x.png)", "<b onclick='x'>b</b>", "<img src=http://e.example/x.png onerror=alert(1)>",
+    "<script>alert(1)</script>", "`code`", "$$x^2$$", "$x$", "http://e.example/x", "www.e.example", "a@e.example", "&lt;",
+    "&#60;b&#62;", "\\*a\\*", "~~x~~", "_x_ **y**", ":smile:", "x == y", "\\(x\\)", "\u732b \u00f1 \u202egnp",
+    "\"quoted\" and 'so'", "{{ x }} ${x} %s", "- [ ] done", "[^1]", "<!-- x -->", "x < y & y > z", "http&#58;//x",
+    "@x #y",
+]  # fmt: skip
+
+
+def test_a_visitors_words_show_as_themselves(chromium: Browser, tmp_path: Path) -> None:
+    """In Markdown, in HTML and in an error, as Gradio draws them."""
+    server = Small(tmp_path, words=EVIL)
+    try:
+        page = chromium.chromium.new_page()
+        page.set_default_timeout(PATIENCE * 1000)
+        chromium.watch(page)
+        page.goto(server.address)
+        for place in ("markdown", "html"):
+            page.locator(f"#{place} p").first.wait_for()
+            shown = page.locator(f"#{place} p").evaluate_all("all => all.map(each => each.textContent)")
+            assert [each.strip() for each in shown] == [each.strip() for each in EVIL], place
+            assert page.locator(f"#{place} p *").count() == 0, f"{place}: marks were read"
+        assert page.locator("#html p").evaluate_all("all => all.map(each => each.title)") == EVIL
+        page.get_by_role("button", name="Refuse").click()
+        error = page.locator(".toast-text").first
+        error.wait_for()
+        assert " ".join(error.inner_text().split()) == " ".join(" ".join(EVIL).split())
+        assert error.locator("b, img, script, a").count() == 0
+        page.close()
+    finally:
+        server.close()
+    chromium.check()
