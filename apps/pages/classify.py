@@ -63,8 +63,9 @@ def build(studio: Studio) -> None:
 
 def _pictures() -> tuple[gr.Radio, gr.File, gr.Textbox]:
     """Where the pictures come from."""
-    first = [(label, name) for name, label in SOURCES.items() if name != FOLDER]
-    source = gr.Radio(first, value=DIGITS, label="Pictures", elem_id="classify-source")
+    source = gr.Radio(
+        [(label, name) for name, label in SOURCES.items()], value=DIGITS, label="Pictures", elem_id="classify-source"
+    )
     file = gr.File(
         label="Zip with a folder of pictures for each class",
         file_types=[".zip"],

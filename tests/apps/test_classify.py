@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
 from dataclasses import replace
@@ -62,7 +63,8 @@ def test_each_method_is_a_job_and_the_end_says_how_well_it_does(tmp_path: Path, 
         run(job)
     words, accuracy, confusion, curves, mistakes, compared, files = values(begun[0])
     assert "expect **" in words
-    assert f"Of {len(list(data.rglob('*.png'))) * 15 // 100} test pictures" in words
+    tested = json.loads((begun[0].run / "splits.json").read_text())["test"]
+    assert f"Of {len(tested)} test pictures" in words
     assert accuracy.visible
     assert len(accuracies(read_epochs(begun[0].run))) == 3
     assert all(isinstance(sheet.value, dict) for sheet in (confusion, curves, mistakes)), "pictures in Gradio's cache"
