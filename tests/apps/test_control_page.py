@@ -79,6 +79,11 @@ def png(image: Image.Image) -> bytes:
     return data.getvalue()
 
 
+def pixels(path: str) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 def wish(base: str, **changed: Any) -> Wish:
     return Wish(**{"base": base, "prompt": "a cat", "steps": 2, "guidance": 4.0, **changed})
 
@@ -112,7 +117,7 @@ def test_a_sketch_a_photo_and_a_map(tmp_path: Path) -> None:
     assert np.array_equal(drawn, sketch_map(sketched(sketch("RGB")), "canny", size)), "an empty sheet is white"
     assert drawn.size == size
     made = page.guide("canny", Brought("photo", None, path), size)
-    middle = Image.open(path).crop((0, 30, 200, 130)).resize(size, Image.Resampling.LANCZOS)
+    middle = Image.fromarray(pixels(path)).crop((0, 30, 200, 130)).resize(size, Image.Resampling.LANCZOS)
     assert np.abs(np.asarray(made, int) - np.asarray(get("canny")(middle), int)).mean() < 255 * 0.01
     given = Image.fromarray(np.kron(np.eye(4, dtype=np.uint8), np.full((16, 32), 255, np.uint8))).convert("RGB")
     given.save(tmp_path / "map.png")
@@ -146,7 +151,7 @@ def test_the_picture_with_without_and_the_map(studio: Studio, base: str) -> None
     *_, (shown, told) = page.draw(studio, found, "lines", wanted, given, 0.8, 0.0, 0.5)
     assert [caption for _, caption in shown] == ["what is followed", "without, seed 4", "with, seed 4"]
     assert told == "1 of 1"
-    guide, without, followed = (np.asarray(Image.open(path)) for path, _ in shown)
+    guide, without, followed = (pixels(path) for path, _ in shown)
     pipe = veneer.bases.load(base)
     settings = PreviewSettings((4,), 2, 4.0)
     assert np.array_equal(without, np.asarray(previews(pipe, ["a cat"], settings)[0].image))

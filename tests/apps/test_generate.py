@@ -61,7 +61,8 @@ def last(studio: Studio, wanted: Wish, names: list[str], strengths: list[float],
 
 
 def pixels(path: str) -> np.ndarray:
-    return np.asarray(Image.open(path))
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 def expected(wanted: Wish, seed: int, scale: float, word: str | None = None) -> np.ndarray:
@@ -103,7 +104,7 @@ def test_a_row_of_strengths(studio: Studio, base: str) -> None:
     (grid, what), *found = steps[-1][0]
     assert what == "all strengths"
     assert read_settings(grid)["adapters"] == [{"file": "style", "scale": 0.8}]
-    wide, high = Image.open(grid).size
+    high, wide, _ = pixels(grid).shape
     assert wide > 6 * 192
     assert high > 2 * 192
     assert np.abs(pixels(found[0][0]).astype(int) - expected(wanted, 0, 0)).max() <= 1
