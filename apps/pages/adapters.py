@@ -156,9 +156,7 @@ def _convert_form() -> tuple[gr.Dropdown, gr.Button]:
 
 def _resize_form() -> tuple[gr.Number, gr.Slider, gr.Dropdown, gr.Button]:
     with gr.Accordion("Resize to another rank", open=False, elem_id="adapter-resize"):
-        rank = gr.Number(
-            4, label="New rank", info="Lower: a smaller file that does nearly the same.", precision=0, minimum=1
-        )
+        rank = gr.Number(4, label="New rank", info="Lower: a smaller file that does nearly the same.", precision=0, minimum=1)
         energy = gr.Slider(
             0.5,
             1,

@@ -50,3 +50,17 @@ def test_what_is_too_much_is_told(tmp_path: Path, form: str) -> None:
     save_file({**state, away: torch.ones(2, 2)}, tmp_path / "y.safetensors")
     found = look(tmp_path / "y", tiny_pipeline("flux"))
     assert (found.fits, found.unused) == (False, (away,))
+
+
+def test_words_that_came_with_the_training_are_told(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    words = veneer.attach(pipe, "textual_inversion", tokens=("<one>", "<two>"))
+    for form in ("native", "embeddings", "onetrainer"):
+        path = formats.get(form)().save(words, tmp_path / form)
+        assert sorted(look(path).words) == ["<one>", "<two>"], form
+    words.detach()
+    path = formats.get("kohya")().save(tuned("flux", "attn", rank=2), tmp_path / "kohya")
+    assert look(path).words == ()
+    save_file(load_file(path), tmp_path / "named.safetensors", {"modelspec.trigger_phrase": " a toy "})
+    assert look(tmp_path / "named").words == ("a toy",)
+    assert "words: a toy" in str(look(tmp_path / "named"))
