@@ -37,7 +37,8 @@ def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
     pens = ["#000000", "#e53935", "#fdd835", "#43a047", "#1e88e5", "#8e24aa", "#6d4c41", "#ffffff"]
     part = gr.ImageEditor(
         label=label, type="filepath", sources=(), transforms=(), layers=False, canvas_size=(CANVAS, CANVAS), fixed_canvas=True,
-        brush=gr.Brush(default_size=8, colors=pens, default_color=pens[0], color_mode="fixed"), format="png", **options,
+        brush=gr.Brush(default_size=8, colors=pens, default_color=pens[0], color_mode="fixed"), format="png",
+        placeholder="Choose the brush at the left, then draw", **options,
     )  # fmt: skip
 
     def whole(payload: Any) -> bytes | str | None:
