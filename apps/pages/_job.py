@@ -178,10 +178,11 @@ def _parts(studio: Studio, job: Job | None, empty: str) -> dict[str, tuple[Any, 
 
 def picture(path: Path | None) -> Image.Image | None:
     """A picture of the workspace, to be shown."""
-    if path is None or not path.exists():
+    try:
+        with Image.open(path or "") as image:
+            return image.convert("RGB")
+    except OSError:  # not there, or not yet
         return None
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def offered(paths: Sequence[Path]) -> list[str]:
@@ -216,6 +217,6 @@ def remove(workspace: Workspace, name: str) -> None:
         raise VeneerError("it has not ended: stop it first.")
     shared = {word for other in workspace.all_jobs() if other != job for word in other.about.get("words", [])}
     for word in job.about.get("words", []):
-        if Path(word).parent == workspace.given and word not in shared:
+        if Path(word).resolve().parent == workspace.given.resolve() and word not in shared:
             shutil.rmtree(word, ignore_errors=True)
     shutil.rmtree(job.folder)
