@@ -157,7 +157,8 @@ def places(source: str) -> tuple[Any, Any]:
 def fitting(model: str, methods: list[str]) -> Any:
     """The methods for a model, and of the chosen ones those that it can be taught by."""
     known = taught_by(model or USUAL.model)
-    return gr.Dropdown(choices=known, value=[m for m in methods or [] if all(n in known for n in m.split("+"))])
+    kept = [name for name in methods or [] if all(part in known for part in name.split("+"))]
+    return gr.Dropdown(choices=known, value=kept, allow_custom_value=True)
 
 
 PAGE = Page("Classify", "classify", "Teach a model to tell classes of pictures apart, see how well it does, and ask it.", build)

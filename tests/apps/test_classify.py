@@ -139,7 +139,7 @@ def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: Wanted, pets: P
         ({"file": None}, "no zip"),
         ({"file": str(flat)}, "at least two"),
         ({"source": "folder", "folder": " "}, "no folder"),
-        ({"source": "folder", "folder": str(tmp_path / "gone")}, "gone"),
+        ({"source": "folder", "folder": str(tmp_path / "gone")}, "no such file or folder"),
         ({"source": "again", "job": "../x"}, "no job"),
         ({"methods": ["lora"] * 3 + ["bitfit", "ssf", "vpt", "full", "oft", "boft", "loha", "lokr", "dora"]}, "more may wait"),
     ):
