@@ -130,7 +130,7 @@ def draw(
     shows: list[Shown] = [(str(save_png(picture, folder / "map.png", {"condition": found.condition})), "what is followed")]
     yield shows, "drawing …"
     use = Use(found.file, strength, functools.partial(_told, picture), start, end)
-    ways = ({}, {name: use})
+    ways: tuple[dict[str, Use], dict[str, Use]] = ({}, {name: use})
     for bare, made in zip(*(drawn(studio.painter, wish, uses) for uses in ways), strict=True):
         for without, followed in zip(bare, made, strict=True):
             more = {"start": start, "end": end, "condition": found.condition}

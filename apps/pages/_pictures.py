@@ -47,7 +47,8 @@ def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
             return None
         sent = part.blob_storage.pop(payload.id, None) if payload.id is not None else payload
         found = sent.composite if sent else None
-        return found.path if hasattr(found, "path") else found
+        path: str | None = getattr(found, "path", None)
+        return path or found
 
     part.preprocess = whole  # type: ignore[method-assign]
     return part

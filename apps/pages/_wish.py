@@ -156,8 +156,8 @@ def recalled(workspace: Workspace, path: str | Path | None) -> tuple[Wish, dict[
         raise VeneerError(f"{shown(Path(path).name)}: its settings are not those of a picture.")
     size = told.get("size")
     height, width = size if isinstance(size, list) and len(size) == 2 else (0, 0)
-    words = [told.get(name) if isinstance(told.get(name), str) else "" for name in ("base", "prompt", "negative")]
-    wish = wished(*words, told.get("seed"), told.get("steps"), told.get("guidance"), width, height, 1)
+    base, prompt, negative = (told.get(n) if isinstance(told.get(n), str) else "" for n in ("base", "prompt", "negative"))
+    wish = wished(base, prompt, negative, told.get("seed"), told.get("steps"), told.get("guidance"), width, height, 1)
     known, there, missing = workspace.all_adapters(), dict[str, float](), list[str]()
     listed = told.get("adapters")
     for each in listed[: LIMITS.adapters] if isinstance(listed, list) else ():
