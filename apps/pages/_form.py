@@ -93,7 +93,7 @@ def words_of(config: Any, fields: Sequence[Field], given: Sequence[Any], prefix:
 
 
 def _words(field: Field, value: Any, prefix: str) -> list[str]:
-    name = (f"{prefix}." if prefix else "") + field.name.replace("_", "-")
+    name = ((f"{prefix}." if prefix else "") + field.name).replace("_", "-")
     if field.kind == "check":
         return [] if value is None or bool(value) == bool(field.default) else [f"--{'' if value else 'no-'}{name}"]
     text = bounded("" if value is None else str(value), field.label)

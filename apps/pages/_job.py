@@ -58,11 +58,12 @@ class JobView:
 
     Args:
         choice: the list of jobs; its value is a job's name. A handler that starts a job returns `shows(...)` for it.
-        timer: ticks every `SECONDS`.
+        timer: ticks every `SECONDS`. `extra`: what `Results.build` gave.
     """
 
     choice: gr.Dropdown
     timer: gr.Timer
+    extra: list[Any]
 
 
 def job_view(studio: Studio, kind: str, results: Results = NOTHING, empty: str = "Nothing here yet.") -> JobView:
@@ -116,7 +117,7 @@ def job_view(studio: Studio, kind: str, results: Results = NOTHING, empty: str =
     stop.click(explained(to_stop), [choice, seen], **quiet)
     on.click(explained(to_go_on), [choice, seen], **quiet)
     delete.click(explained(to_delete), [choice], **quiet, js=SURE)
-    return JobView(choice, timer)
+    return JobView(choice, timer, extra)
 
 
 def shows(workspace: Workspace, kind: str, job: Job) -> Any:
@@ -158,7 +159,7 @@ def _parts(studio: Studio, job: Job | None, empty: str) -> dict[str, tuple[Any, 
     steps = job.progress() if job else []
     state = job.state if job else ""
     words = told(studio, job, steps) if job else empty
-    drawn = (job.previews() or [None])[-1] if job else None
+    drawn = next(reversed(job.previews()), None) if job else None
     log = job.log() if job else ""
     ends = state in ("waiting", "running") and job is not None and not (job.folder / "stop").exists()
     last = (job and job.name, steps[-1].step if steps else 0)

@@ -129,14 +129,15 @@ def build(studio: Studio) -> None:
             asks = _Asks(studio)
         with gr.Column(scale=1, min_width=320):
             gr.Markdown("### Runs")
-            made: list[Any] = []
-            view = job_view(studio, KIND, Results(lambda: made.extend(_results()) or made, shown_results, _stamp), EMPTY)
+            view = job_view(studio, KIND, Results(_results, shown_results, _stamp), EMPTY)
     asks.connect(view.choice)
 
     def kohya(name: str, request: gr.Request) -> Any:
         return gr.File(for_others(studio.workspace(request), name), visible=True)
 
-    made[3].click(explained(kohya), [view.choice], made[4], concurrency_id="draw", concurrency_limit=1, api_visibility="private")
+    view.extra[3].click(
+        explained(kohya), [view.choice], view.extra[4], concurrency_id="draw", concurrency_limit=1, api_visibility="private"
+    )
 
 
 class _Asks:

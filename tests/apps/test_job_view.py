@@ -1,0 +1,150 @@
+"""A job on a page: found again, told in words, and only what has changed is sent."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from filelock import FileLock
+from veneer.apps import jobs
+from veneer.apps.jobs import Job
+from veneer.apps.pages._job import NOTHING, Results, go_on, job_view, look, offered, remove
+from veneer.apps.pages._job_words import POINTS, bar, curve, told
+from veneer.apps.studio import Studio, escaped
+
+from veneer.injection import VeneerError
+from veneer.training.progress import Progress, ProgressFile
+
+PARTS = ("choice", "state", "progress", "stop", "on", "delete", "loss", "preview", "said", "log")
+
+
+def event(step: int, steps: int = 40, left: float | None = 8.0) -> Progress:
+    return Progress(step, steps, 1.0 / step, 1.0 / step, 1e-3, 1.0, float(step), left, 0)
+
+
+def teller(job: Job) -> ProgressFile:
+    return ProgressFile(job.run / "progress.jsonl", seconds=0)
+
+
+def seen(studio: Studio, name: str | None = None, before: dict[str, Any] | None = None, results: Results = NOTHING) -> list[Any]:
+    return look(studio, studio.workspace(None), "teach", name, before or {}, results, "Nothing yet.")
+
+
+def is_skip(value: Any) -> bool:
+    return isinstance(value, dict) and value == gr.skip()
+
+
+def test_newest_is_found_and_only_changes_are_sent(tmp_path: Path) -> None:
+    studio = Studio.at(tmp_path)
+    folder = studio.workspace(None).jobs
+    empty = seen(studio)
+    assert empty[1] == "Nothing yet."
+    assert not empty[0].visible
+    jobs.make(folder, "classify", "of another page", ["transfer"])
+    old = jobs.make(folder, "teach", "an old one", ["personalize"])
+    new = jobs.make(folder, "teach", "<b>new</b>", ["personalize"])
+    first = seen(studio, None, empty[-1])
+    assert (first[0].value, [name for _, name in first[0].choices]) == (new.name, [new.name, old.name])
+    assert first[1].startswith(f"**{escaped('<b>new</b>')}** waits for its turn: 2 jobs are ahead of it.")
+    assert all(map(is_skip, seen(studio, new.name, first[-1]))), "nothing has changed"
+
+    teller(new)(event(1))
+    changed = dict(zip(PARTS, seen(studio, new.name, first[-1]), strict=False))
+    assert {name for name, value in changed.items() if not is_skip(value)} == {"progress", "loss"}
+    assert 'value="1"' in changed["progress"]
+    assert seen(studio, old.name)[0].value == old.name, "an older one may be chosen"
+    assert seen(studio, "../../etc")[0].value == new.name, "a name that is none of the list's is not looked for"
+
+
+def test_words_of_every_state(tmp_path: Path) -> None:
+    studio = Studio.at(tmp_path)
+    job = jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"])
+    assert told(studio, job, []) == "**a toy** begins in a moment."
+    job.run.mkdir()
+    with FileLock(job.folder / "lock"):
+        assert "gets ready" in told(studio, job, [])
+        assert told(studio, job, [event(10)]) == "**a toy** learns: step 10 of 40, about 0:08 left."
+        assert "draws and measures" in told(studio, job, [event(40)])
+        (job.folder / "stop").touch()
+        assert "ends after this step" in told(studio, job, [event(10)])
+    assert told(studio, job, [event(10)]) == "**a toy** was stopped after step 10 of 40. Nothing is lost; it can go on."
+    (job.run / "adapter.safetensors").touch()
+    assert "What it had learnt by then is kept" in told(studio, job, [event(10)])
+    (job.folder / "end.json").write_text(json.dumps({"status": 1, "why": "no <i>room</i>"}))
+    assert told(studio, job, []) == f"**a toy** failed before its first step. {escaped('no <i>room</i>')}"
+    (job.run / "result.json").write_text("{}")
+    assert told(studio, job, [event(40)]) == "**a toy** is done: 40 steps in 0:40."
+
+
+def test_buttons_follow_the_state(tmp_path: Path) -> None:
+    studio = Studio.at(tmp_path)
+    job = jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"])
+
+    def visible() -> dict[str, bool]:
+        return {name: seen(studio)[PARTS.index(name)].visible for name in ("stop", "on", "delete")}
+
+    assert visible() == {"stop": True, "on": False, "delete": False}
+    with pytest.raises(VeneerError, match="stop it first"):
+        remove(studio.workspace(None), job.name)
+    with pytest.raises(VeneerError, match="only a job that was stopped"):
+        go_on(studio.workspace(None), job.name)
+    job.stop()
+    assert visible() == {"stop": False, "on": True, "delete": True}
+    go_on(studio.workspace(None), job.name)
+    assert visible() == {"stop": True, "on": False, "delete": False}
+
+
+def test_a_deleted_job_takes_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:
+    studio = Studio.at(tmp_path / "studio")
+    workspace = studio.workspace(None)
+    given, another, outside = workspace.new_given(), workspace.new_given(), tmp_path / "outside"
+    outside.mkdir()
+    words = ["personalize", str(given), "--base", str(outside), "--where", str(workspace.given), str(workspace.given / "..")]
+    job = jobs.make(workspace.jobs, "teach", "a toy", words)
+    job.stop()
+    remove(workspace, job.name)
+    assert (given.exists(), another.exists(), outside.exists(), job.folder.exists()) == (False, True, True, False)
+    with pytest.raises(VeneerError, match="there is no job"):
+        remove(workspace, "..")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_a_page_adds_is_shown_when_its_stamp_changes(tmp_path: Path) -> None:
+    studio = Studio.at(tmp_path)
+    results = Results(lambda: [gr.Markdown(), gr.Markdown()], lambda job: [job and job.name, "two"], lambda job: job.previews())
+    job = jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"])
+    first = seen(studio, None, None, results)
+    assert first[-3:-1] == [job.name, "two"]
+    again = seen(studio, job.name, first[-1], results)
+    assert all(map(is_skip, again))
+    assert len(again) == len(first)
+    (job.run / "previews").mkdir(parents=True)
+    (job.run / "previews" / "step-000001.png").touch()
+    assert seen(studio, job.name, first[-1], results)[-2] == "two"
+    with gr.Blocks() as page:
+        job_view(studio, "teach", results)
+    assert {len(event.outputs) for event in page.fns.values()} == {len(first)}
+    gc.collect()  # Gradio leaves event loops open
+
+
+def test_curve_and_bar() -> None:
+    assert curve([event(1)]) is None
+    steps = [event(step, 1000) for step in range(1, 1001)]
+    table = curve(steps)
+    assert len(table) <= POINTS + 1
+    assert table["step"].iloc[-1] == 1000
+    assert table["loss"].iloc[-1] == pytest.approx(0.001)
+    assert bar([]) == ""
+    assert 'max="1000" value="7" aria-label="7 of 1000 steps, 0:08 left"' in bar(steps[:7])
+
+
+def test_files_are_offered_as_copies(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (copy,) = offered([tmp_path / "a.txt", tmp_path / "none.txt"])
+    assert Path(copy).parent != tmp_path
+    assert Path(copy).read_text() == "a"
+    assert offered([]) == []

@@ -1,0 +1,189 @@
+"""The page Teach: photos that are looked at, forms of methods, and a run from the example to its files."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from PIL import Image
+from veneer.apps.jobs import Job
+from veneer.apps.pages import teach
+from veneer.apps.pages._form import Slots, fields_of, words_of
+from veneer.apps.pages._photos import lay_down, look_at
+from veneer.apps.pages._result import for_others, in_words
+from veneer.apps.pages._teaching import SETTINGS, Asked, estimate, options_of, parameters, usual, words
+from veneer.apps.studio import Studio
+
+from tests.methods.controls import picture
+from veneer import formats, methods
+from veneer.cli import parser_for
+from veneer.injection import VeneerError
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.folder import find_photos
+
+PATIENCE = 300
+
+
+def asked(
+    concept: str = "<toy>", base: str = "shipped", method: str = "lora", options: Sequence[Any] | None = None, **more: str
+) -> Asked:
+    settings = [more.get(field.name, field.default if field.kind == "check" else "") for field in SETTINGS]
+    none = [field.default if field.kind == "check" else "" for field in options_of(method)]
+    return Asked(concept, "toy", base, method, settings, none if options is None else options)
+
+
+def option(method: str, **given: Any) -> list[Any]:
+    return [given.get(f.name, f.default if f.kind == "check" else "") for f in options_of(method)]
+
+
+def test_photos_are_looked_at_and_laid_down(tmp_path: Path) -> None:
+    (tmp_path / "brought").mkdir()
+    paths = [str(tmp_path / "brought" / name) for name in ("../brought/a b.png", "copy.png", "text.png", "tiny.png")]
+    picture(0, 96).save(paths[0])
+    picture(0, 96).save(paths[1])
+    Path(paths[2]).write_text("<script>")
+    picture(1, 96).resize((20, 30)).save(paths[3])
+    found = look_at(paths, 64)
+    assert found.names == ["001-a-b.png", "002-copy.png", "004-tiny.png"]
+    assert [crop.size for crop in found.crops] == [(64, 64)] * 3
+    said = "\n".join(found.wrong)
+    assert "text.png" in said
+    assert "the same picture 2 times: 001-a-b.png, 002-copy.png" in said
+    assert "004-tiny.png (20 x 30)" in said
+    assert str(tmp_path) not in said
+
+    workspace = Studio.at(tmp_path / "studio").workspace(None)
+    captions = [["001-a-b.png", " a {concept}\non grass"], ["../../x.png", "elsewhere"], ["004-tiny.png", ""]]
+    folder = lay_down(workspace, paths, captions)
+    assert folder.parent == workspace.given
+    with pytest.warns(UserWarning, match="the same picture"):
+        photos = find_photos(folder)
+    assert [photo.caption for photo in photos] == ["a {concept} on grass", None, None]
+    with pytest.raises(VeneerError, match=r"caption of 001-a-b\.png: 5,000 characters"):
+        lay_down(workspace, paths, [["001-a-b.png", "x" * 5000]])
+    assert list(workspace.given.iterdir()) == [folder], "nothing is left of what was refused"
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_has_a_form_whose_words_the_command_takes(name: str) -> None:
+    """What is shown, unchanged, means the same as nothing said."""
+    method: Any = methods.get(name)
+    fields = fields_of(method, skip=("by_site",))
+    given = [f.default if f.kind == "check" else str(f.default) if f.kind == "choice" and f.default else "" for f in fields]
+    found = words_of(method, fields, given, name)
+    assert all(word.startswith(f"--{name.replace('_', '-')}.") for word in found)
+    assert all(field.help for field in fields), "each option is explained"
+
+
+def test_words_reach_the_command_as_they_were_typed(tmp_path: Path) -> None:
+    options = option("lora", rank="4", ranks="mlp.*=2, conv=3", rslora=True, init="gaussian", alpha="-1.5")
+    found = words(asked("--out /etc <toy>", steps="20", where="attn xattn", buckets=False, options=options), tmp_path)  # type: ignore[arg-type]
+    read = vars(parser_for(found).parse_args(found))
+    assert (read["photos"], read["concept"], read["steps"]) == (tmp_path, "--out /etc <toy>", 20)
+    assert (read["where"], read["buckets"], read["lora.rank"], read["lora.alpha"]) == (["attn", "xattn"], False, 4, -1.5)
+    assert dict(read["lora.ranks"]) == {"mlp.*": 2, "conv": 3}
+    assert (read["lora.rslora"], read["lora.init"]) == (True, "gaussian")
+    assert "out" not in read
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"concept": " "}, "concept has no name"),
+        ({"steps": "many"}, "steps: invalid int value"),
+        ({"where": "attn --out /etc"}, "begins with '-'"),
+        ({"batch": "65"}, "batch: 65; expected at most 64"),
+        ({"resolution": "4096"}, "expected at most 1024"),
+        ({"base": "../nowhere/at/all"}, "no '../nowhere/at/all' here"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(given: dict[str, str], message: str, tmp_path: Path) -> None:
+    studio = Studio.at(tmp_path)
+    with pytest.raises(VeneerError, match=message):
+        teach.begin(studio, studio.workspace(None), [], [], asked(**given))
+    assert not studio.workspace(None).folder.exists()
+    with pytest.raises(VeneerError, match="invalid choice: 'sharp'"):
+        words(asked(options=option("lora", init="sharp")), tmp_path)
+    with pytest.raises(VeneerError, match="no picture that can be used"):
+        teach.begin(studio, studio.workspace(None), [], [], asked())
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_presets_and_slots() -> None:
+    quick, balanced = usual("quick", "shipped", "lora"), usual("balanced", "shipped", "lora")
+    assert (balanced["steps"], balanced["batch"], balanced["learning_rate"]) == ("300", "4", "0.002")
+    assert int(quick["steps"]) == 100
+    with gr.Blocks():
+        slots = Slots.build([fields_of(methods.get(name)) for name in ("lora", "glora")])
+    fields = options_of("glora")
+    shown = [part for part in slots.fill(fields, {"rank": 3}) if part.visible]
+    assert sorted(part.label for part in shown) == sorted(field.label for field in fields)
+    assert next(part.value for part in shown if part.label == "rank") == "3"
+    values = [part.value for part in slots.fill(fields, {"rank": 3})]
+    assert dict(zip((f.name for f in fields), slots.given(fields, values), strict=True))["rank"] == "3"
+    gc.collect()  # Gradio leaves event loops open
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_page_is_built(tmp_path: Path) -> None:
+    with gr.Blocks() as page:
+        teach.build(Studio.at(tmp_path))
+    parts = [block for block in page.blocks.values() if isinstance(block, gr.components.FormComponent | gr.Image | gr.File)]
+    assert all(part.label for part in parts)
+    gc.collect()  # Gradio leaves event loops open
+
+
+def until_ended(studio: Studio, job: Job) -> None:
+    end = time.monotonic() + PATIENCE
+    while job.state in ("waiting", "running"):
+        assert time.monotonic() < end, job.log()
+        studio.queue.turn()
+        time.sleep(0.1)
+
+
+def test_from_the_example_to_its_files(tmp_path: Path) -> None:
+    tiny_pipeline("sd").save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    studio = Studio.at(tmp_path / "studio")
+    workspace = studio.workspace(None)
+    paths, concept, word, *_, table = teach.example_taken("shipped")
+    assert len(paths) == 5
+    assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: how long it takes is known after its first steps.")
+    rows = table.value["data"] if isinstance(table.value, dict) else table.value.values.tolist()
+    wish = asked(concept, base, steps="4", batch="2", preview_every="2", eval_seeds="0", options=option("lora", rank="2"))
+    job = teach.begin(studio, workspace, paths, rows, wish)
+    assert word
+    until_ended(studio, job)
+    assert job.state == "done", job.log()
+    assert len(job.previews()) == 2
+    sheet, said, offered, button, _ = teach.shown_results(job)
+    assert sheet.visible
+    assert button.visible
+    assert "4 steps in" in said.value
+    assert "pytorch_lora_weights.safetensors (for diffusers)" in in_words(job)
+    kohya = formats.read(for_others(workspace, job.name))
+    assert isinstance(formats.format_of(kohya), formats.formats.get("kohya"))
+    assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: about 0:")
+    assert offered.visible
+
+
+def test_parameters_of_a_base(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    pipe.save_pretrained(tmp_path / "base")
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    assert parameters(str(tmp_path / "base")) == sum(p.numel() for part in parts for p in part.parameters())
+    assert parameters("somebody/something") == 0
+
+
+def test_crops_are_of_the_middle(tmp_path: Path) -> None:
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    image.save(tmp_path / "wide.png")
+    (crop,) = look_at([str(tmp_path / "wide.png")], 64).crops
+    assert crop.getpixel((32, 32)) == (0, 0, 255)
+    assert crop.getpixel((3, 32)) == (0, 0, 255)
