@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,6 @@ def test_a_deleted_job_takes_what_it_was_given_and_nothing_else(tmp_path: Path) 
         remove(workspace, "..")
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_a_page_adds_is_shown_when_its_stamp_changes(tmp_path: Path) -> None:
     studio = Studio.at(tmp_path)
     results = Results(lambda: [gr.Markdown(), gr.Markdown()], lambda job: [job and job.name, "two"], lambda job: job.previews())
@@ -128,7 +126,6 @@ def test_what_a_page_adds_is_shown_when_its_stamp_changes(tmp_path: Path) -> Non
     with gr.Blocks() as page:
         job_view(studio, "teach", results)
     assert {len(event.outputs) for event in page.fns.values()} == {len(first)}
-    gc.collect()  # Gradio leaves event loops open
 
 
 def test_curve_and_bar() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +112,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(given: dict[str, s
         teach.begin(studio, studio.workspace(None), [], [], asked())
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_presets_and_slots() -> None:
     quick, balanced = usual("quick", "shipped", "lora"), usual("balanced", "shipped", "lora")
     assert (balanced["steps"], balanced["batch"], balanced["learning_rate"]) == ("300", "4", "0.002")
@@ -126,16 +124,13 @@ def test_presets_and_slots() -> None:
     assert next(part.value for part in shown if part.label == "rank") == "3"
     values = [part.value for part in slots.fill(fields, {"rank": 3})]
     assert dict(zip((f.name for f in fields), slots.given(fields, values), strict=True))["rank"] == "3"
-    gc.collect()  # Gradio leaves event loops open
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_page_is_built(tmp_path: Path) -> None:
     with gr.Blocks() as page:
         teach.build(Studio.at(tmp_path))
     parts = [block for block in page.blocks.values() if isinstance(block, gr.components.FormComponent | gr.Image | gr.File)]
     assert all(part.label for part in parts)
-    gc.collect()  # Gradio leaves event loops open
 
 
 def until_ended(studio: Studio, job: Job) -> None:
