@@ -55,10 +55,10 @@ def build(studio: Studio) -> None:
             look = gr.Button("Show what will be followed", size="sm", elem_id="control-look")
             with gr.Row():
                 strength = gr.Slider(
-                    0, STRONGEST, value=1.0, step=0.05, label="Strength", min_width=180, elem_id="control-strength"
+                    0, STRONGEST, value=1.0, step=0.05, label="Strength", min_width=230, elem_id="control-strength"
                 )
-                start = gr.Slider(0, 1, value=0.0, step=0.05, label="Start", info="0: from the first step", min_width=180)
-                end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: to the last step", min_width=180)
+                start = gr.Slider(0, 1, value=0.0, step=0.05, label="Start", info="0: from the first step", min_width=230)
+                end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: to the last step", min_width=230)
         with gr.Column(min_width=300):
             places = fields("control", "an apple")
             with gr.Row():
