@@ -67,6 +67,7 @@ def app(config: AppConfig) -> None:
         raise VeneerError(f"{what} lets others in, who could train and read files here. Say who may, with --auth NAME:PASSWORD.")
     studio = Studio.at(config.workspace.expanduser().resolve(), config.device)
     files = _cache(studio.root)
+    _import_early()
     studio.queue.start()
     page = build(studio)
     _, address, _ = page.launch(
@@ -102,6 +103,11 @@ def _cache(root: Path) -> Path:
             file.unlink(missing_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     return folder
+
+
+def _import_early() -> None:
+    """diffusers imports its parts when they are first asked for, and fails where two visitors' threads ask at once."""
+    from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: F401
 
 
 def build(studio: Studio) -> gr.Blocks:

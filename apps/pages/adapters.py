@@ -81,7 +81,13 @@ def weights_for(names: Sequence[str]) -> list[Any]:
 def made(workspace: Workspace, outcome: files.Outcome) -> list[Any]:
     """The list with the new file in it, its report, and the file to download. What was chosen stays so."""
     found = [*workspace.all_adapters()]
-    return [gr.Dropdown(choices=found), gr.Dropdown(choices=found), found, outcome.report, _given(outcome.file)]
+    return [
+        gr.Dropdown(choices=found),
+        gr.Dropdown(choices=found),
+        found,
+        gr.Textbox(outcome.report, visible=True),
+        _given(outcome.file),
+    ]
 
 
 def build(studio: Studio) -> None:
@@ -113,7 +119,7 @@ def build(studio: Studio) -> None:
             to, convert = _convert_form()
             rank, energy, resize_to, resize = _resize_form()
             several, weights, how, merge_rank, merge_to, merge = _merge_form()
-            report = gr.Textbox(label="What was made", lines=4, interactive=False, elem_id="adapter-report")
+            report = gr.Textbox(label="What was made", lines=4, interactive=False, visible=False, elem_id="adapter-report")
             new = gr.File(label="Download what was made", visible=False, interactive=False, elem_id="adapter-new")
 
     lists, results = [chosen, several, known], [chosen, several, known, report, new]

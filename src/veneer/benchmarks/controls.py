@@ -17,7 +17,6 @@ from typing import Any
 from PIL import Image
 
 from veneer.training.metrics import Figure, figure
-from veneer.training.outcome import write_image
 
 METHODS = ("controlnet", "t2i_adapter", "controlnext", "ip_adapter")
 KINDS = ("followed", "free", "misled")
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (given.out / "controls.md").write_text(shown + "\n")
         for method in given.methods:
             with Image.open(given.work / f"{method}-{given.seeds[0]}" / "sheet.png") as page:
-                write_image(page.quantize(256).convert("RGB"), given.out / f"control-{method}.png")
+                page.convert("RGB").save(given.out / f"control-{method}.jpg", quality=92, subsampling=0)
         print(shown)
 
 
