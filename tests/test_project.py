@@ -17,7 +17,7 @@ import veneer
 from veneer.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = {"veneer": ROOT / "src" / "veneer", "veneer.pipelines": ROOT / "pipelines"}
+SOURCES = {"veneer": ROOT / "src" / "veneer", "veneer.pipelines": ROOT / "pipelines", "veneer.apps": ROOT / "apps"}
 """Package to its folder, for those that setuptools is told of; the rest lie below them."""
 PIPELINES = sorted(p.stem for p in (ROOT / "pipelines").glob("*.py") if not p.stem.startswith("_"))
 
@@ -56,10 +56,10 @@ def test_every_package_has_an_init() -> None:
 def test_every_data_file_is_packaged(project: dict[str, Any]) -> None:
     folders, patterns = packages_on_disk(), project["tool"]["setuptools"]["package-data"]
     packaged = {file for name, globs in patterns.items() for pattern in globs for file in folders[name].glob(pattern)}
-    source = SOURCES["veneer"]
-    data = [p for p in source.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc") and not p.name.startswith(".")]
-    assert source / "py.typed" in data
-    assert not [str(p.relative_to(source)) for p in data if p not in packaged]
+    files = [p for source in SOURCES.values() for p in source.rglob("*")]
+    data = [p for p in files if p.is_file() and p.suffix not in (".py", ".pyc") and not p.name.startswith(".")]
+    assert SOURCES["veneer"] / "py.typed" in data
+    assert not [str(p.relative_to(ROOT)) for p in data if p not in packaged]
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -74,6 +74,9 @@ def test_continuous_integration_calls_make_test(tmp_path: Path) -> None:
     make = tmp_path / "make"
     make.write_text('#!/bin/sh\necho "$PWD: $*"\nexit 7\n')
     make.chmod(0o755)
+    for name in ("chromium", "npm"):  # what it installs before, in this checkout
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     ran = subprocess.run([ROOT / ".ci" / "run"], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert ran.stdout == f"{ROOT}: test\n"

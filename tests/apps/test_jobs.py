@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from veneer.apps import jobs
-from veneer.apps.jobs import TRIES, Job
 from veneer.apps.job_queue import JobQueue
+from veneer.apps.jobs import TRIES, Job
 
 import veneer
 from tests.methods.controls import picture
