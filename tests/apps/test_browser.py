@@ -71,7 +71,7 @@ def test_a_visitors_words_show_as_themselves(chromium: Browser, tmp_path: Path) 
             assert page.locator(f"#{place} p *").count() == 0, f"{place}: marks were read"
         assert page.locator("#html p").evaluate_all("all => all.map(each => each.title)") == EVIL
         page.get_by_role("button", name="Refuse").click()
-        error = page.locator(".toast-text").first
+        error = page.get_by_test_id("toast-text").first
         error.wait_for()
         assert " ".join(error.inner_text().split()) == " ".join(" ".join(EVIL).split())
         assert error.locator("b, img, script, a").count() == 0

@@ -225,7 +225,8 @@ def test_fields_follow_the_base_and_old_pictures_go(base: str, monkeypatch: pyte
     monkeypatch.setattr(pictures.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(pictures.tempfile, "tempdir", str(tmp_path))
     old, young = pictures.new_folder(), pictures.new_folder()
-    monkeypatch.setattr(pictures.time, "time", lambda: old.stat().st_mtime + pictures.KEPT_SECONDS + 1000)
+    later = young.stat().st_mtime + pictures.KEPT_SECONDS + 1000
+    monkeypatch.setattr(pictures.time, "time", lambda: later)
     assert pictures.new_folder().exists()
     assert not old.exists()
     assert not young.exists()

@@ -120,7 +120,7 @@ def _counted(calls: list[str], name: str, form: Any) -> Any:
     return counted
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore:.*torch.jit.trace:FutureWarning")
 def test_a_trace_made_while_off_holds_the_adapters() -> None:
     model = net()
     tuned = attach(model, "lora", where="head", rank=2)
