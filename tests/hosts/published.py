@@ -8,17 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
+from veneer.full_size import CLIP_BIGG, CLIP_L, DIT_XL_2, SD15, SDXL
+
 SD21: dict[str, Any] = {
     "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "sample_size": 96, "use_linear_projection": True,
     "upcast_attention": True,
-}  # fmt: skip
-SDXL: dict[str, Any] = {
-    "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2, "cross_attention_dim": 2048,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": [5, 10, 20],
-    "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 SD3_MEDIUM: dict[str, Any] = {
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64,
@@ -34,20 +28,8 @@ PIXART_ALPHA: dict[str, Any] = {
     "sample_size": 128, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8,
     "num_layers": 28, "cross_attention_dim": 1152, "patch_size": 2, "caption_channels": 4096, "norm_type": "ada_norm_single",
 }  # fmt: skip
-DIT_XL_2: dict[str, Any] = {
-    "sample_size": 32, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,
-    "patch_size": 2, "num_embeds_ada_norm": 1000,
-}  # fmt: skip
-CLIP_L: dict[str, Any] = {
-    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "max_position_embeddings": 77, "projection_dim": 768, "hidden_act": "quick_gelu",
-}  # fmt: skip
 CLIP_B: dict[str, Any] = {
     **CLIP_L, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "projection_dim": 512,
-}  # fmt: skip
-CLIP_BIGG: dict[str, Any] = {
-    **CLIP_L, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-    "projection_dim": 1280, "hidden_act": "gelu",
 }  # fmt: skip
 T5_XXL: dict[str, Any] = {
     "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
