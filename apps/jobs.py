@@ -77,6 +77,17 @@ class Job:
         return _json(self.folder / "job.json")
 
     @property
+    def title(self) -> str:
+        """For people."""
+        return str(self.about.get("title") or self.name)
+
+    @property
+    def when(self) -> str:
+        """Day and time at which it was asked for, such as `27 Nov 12:46`."""
+        made = self.about.get("made")
+        return time.strftime("%d %b %H:%M", time.localtime(made)) if isinstance(made, int | float) else self.name
+
+    @property
     def state(self) -> State:
         """Where it stands, by what lies in the folder."""
         if held(self.folder / "lock"):

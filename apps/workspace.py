@@ -74,15 +74,13 @@ class Workspace:
         return found
 
     def all_adapters(self) -> dict[str, Path]:
-        """What can be drawn with, by a name for people: jobs' own, and files that were brought along."""
-        found = {}
-        for job in self.all_jobs():
-            file = job.run / "adapter.safetensors"
-            if file.exists():
-                found[f"{job.about.get('title', job.name)} ({job.name})"] = file
-        for path in sorted(self.adapters.glob("*.safetensors")):
-            found[path.stem] = path
-        return found
+        """What can be drawn with, by a name for people: jobs' own, the newest first, and files that were brought along."""
+        named: dict[str, Path] = {}
+        for job in reversed(self.all_jobs()):  # the oldest first: a name stays when another job gets the same title
+            name = f"{job.title} · {job.when}"
+            named[f"{name} ({job.name[-8:]})" if name in named else name] = job.run / "adapter.safetensors"
+        taught = {name: file for name, file in reversed(named.items()) if file.exists()}
+        return taught | {path.stem: path for path in sorted(self.adapters.glob("*.safetensors"))}
 
     def adapter(self, name: str) -> Path:
         """A file by its name in `all_adapters`.

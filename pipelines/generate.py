@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from veneer import bases
-from veneer.formats import format_of, load_all, read
+from veneer.formats import load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError
 from veneer.training import targets
@@ -103,25 +103,31 @@ def parse_adapter(text: str) -> tuple[Path, float]:
 
 def base_of(path: Path) -> str | None:
     """The base that a native file says it was trained on."""
-    file = read(path)
-    header = file.json(KEY) if KEY in file.metadata else {}
-    found: str | None = header.get("provenance", {}).get("base")
+    found: str | None = _header(path).get("provenance", {}).get("base")
     return found
 
 
+def draws(path: Path) -> bool:
+    """Whether a file is for a model that draws, as far as it says: a classifier's native file is for a model of no parts."""
+    return "" not in _header(path).get("base", {})
+
+
 def taught_words(path: Path) -> dict[str, str]:
-    """What the base may be told in the place of a word that a native file brings, such as `{"<toy>": "toy"}`."""
-    file = read(path)
-    header = file.json(KEY) if KEY in file.metadata else {}
-    told = header.get("provenance", {})
-    known = format_of(file)
-    words = known.words(file) if known else ()
+    """What the base may be told in the place of a word that a native file was taught, such as `{"<toy>": "toy"}`."""
+    told = _header(path).get("provenance", {})
     concept, usual = told.get("concept"), told.get("class_word")
-    return {concept: usual} if words and isinstance(concept, str) and concept and isinstance(usual, str) else {}
+    return {concept: usual} if isinstance(concept, str) and concept and isinstance(usual, str) and usual else {}
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What a native file says of itself; nothing for other formats."""
+    file = read(path)
+    return file.json(KEY) if KEY in file.metadata else {}
 
 
 def _beside(config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings) -> Path:
-    found = pairs(pipe, attached, config.prompt, settings)
+    words = {word: usual for text in config.adapter for word, usual in taught_words(parse_adapter(text)[0]).items()}
+    found = pairs(pipe, attached, config.prompt, settings, words)
     rows = [Row(f"{pair.prompt}, seed {pair.seed}", ((pair.base,), (pair.adapted,))) for pair in found]
     picture = sheet(rows, columns=("without", "with"))
     facts = {"prompts": list(config.prompt), "adapters": list(config.adapter), "seed": config.seed}

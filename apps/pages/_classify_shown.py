@@ -14,7 +14,7 @@ from veneer.classifying.selection import Epoch, read_epochs
 from ..jobs import Job, find
 from ..studio import escaped
 from ._html import table
-from ._job import offered, picture
+from ._job import offered, picture, sheet_picture
 
 SHEETS = {"confusion": "What was taken for what", "curves": "How it learnt", "mistakes": "The worst mistakes"}
 ASKED = ("adapter.safetensors", "model.json")
@@ -29,9 +29,8 @@ def parts() -> list[Any]:
         None, "epoch", "right, %", label="Validation pictures that are answered rightly", visible=False, height=240,
         min_width=280, y_lim=[0, 100], buttons=[], elem_id="classify-accuracy",
     )  # fmt: skip
-    kept: dict[str, Any] = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"], "min_width": 280}
     with gr.Row():
-        sheets = [gr.Image(label=label, visible=False, elem_id=f"classify-{name}", **kept) for name, label in SHEETS.items()]
+        sheets = [sheet_picture(label, elem_id=f"classify-{name}") for name, label in SHEETS.items()]
     compared = gr.HTML("", label="Methods on these pictures", elem_id="classify-compared")
     files = gr.File(label="To keep: what was learnt, and how to open it", file_count="multiple", interactive=False, visible=False)
     return [words, accuracy, *sheets, compared, files]

@@ -10,12 +10,9 @@ import gradio as gr
 
 from ..limits import LIMITS
 from ..studio import explained
+from ._events import QUIET
 from ._wish import Wish, defaults
 
-QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""Of events that only change fields."""
-DRAWS: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1, "api_visibility": "private"}
-"""Of events that draw: one after the other, over all visitors."""
 SEEDS = 2**31
 
 

@@ -21,12 +21,13 @@ from veneer.injection import VeneerError
 from ..jobs import Job
 from ..limits import LIMITS
 from ..studio import Studio, explained
-from ..workspace import Workspace
+from ..workspace import Workspace, safe
 from ._job_words import bar, curve, listed, told
 
 SECONDS = 2.0
 """Between two looks at a job."""
 SURE = """(name) => { if (!confirm("Delete this job and its files?")) throw new Error("kept"); return [name] }"""
+ADAPTER = "adapter.safetensors"
 ENDED = ("stopped", "done", "failed")
 
 
@@ -75,18 +76,19 @@ def job_view(studio: Studio, kind: str, results: Results = NOTHING, empty: str =
     seen = gr.State(dict[str, Any]())
     choice = gr.Dropdown([], value=None, label="Job", allow_custom_value=True, visible=False, elem_id=f"{kind}-job")
     state = gr.Markdown(empty, elem_id=f"{kind}-state")
-    progress = gr.HTML("", label="Progress", elem_id=f"{kind}-progress")
-    with gr.Row():
-        stop = gr.Button("Stop and keep", variant="stop", visible=False, elem_id=f"{kind}-stop", min_width=120)
-        on = gr.Button("Go on", visible=False, elem_id=f"{kind}-on", min_width=120)
-        delete = gr.Button("Delete", visible=False, elem_id=f"{kind}-delete", min_width=120)
-    with gr.Row():
-        loss = gr.LinePlot(
-            None, "step", "loss", label="Loss (falls while it learns)", visible=False, height=240, min_width=280, buttons=[]
-        )
-        kept: dict[str, Any] = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
-        preview = gr.Image(label="Newest preview", visible=False, min_width=280, elem_id=f"{kind}-preview", **kept)
+    progress = gr.HTML("", label="Progress", visible=False, elem_id=f"{kind}-progress")
+    with gr.Row(elem_classes="acts"):
+        small: dict[str, Any] = {"visible": False, "size": "sm", "scale": 0, "min_width": 140}
+        stop = gr.Button("Stop and keep", variant="stop", elem_id=f"{kind}-stop", **small)
+        on = gr.Button("Go on", variant="primary", elem_id=f"{kind}-on", **small)
+        delete = gr.Button("Delete", elem_id=f"{kind}-delete", **small)
     extra = list(results.build())
+    with gr.Row():
+        preview = sheet_picture("Newest preview", elem_id=f"{kind}-preview")
+        loss = gr.LinePlot(
+            None, "step", "loss", label="Loss (falls while it learns)", visible=False, height=240, min_width=280, buttons=[],
+            elem_id=f"{kind}-loss",
+        )  # fmt: skip
     with gr.Accordion("What it said", open=False, visible=False) as said:
         log = gr.Textbox(label="End of the log", lines=10, max_lines=20, interactive=False, elem_id=f"{kind}-log")
     shown = [choice, state, progress, stop, on, delete, loss, preview, said, log, *extra, seen]
@@ -159,14 +161,14 @@ def _parts(studio: Studio, job: Job | None, empty: str) -> dict[str, tuple[Any, 
     steps = job.progress() if job else []
     state = job.state if job else ""
     words = told(studio, job, steps) if job else empty
-    drawn = next(reversed(job.previews()), None) if job else None
+    drawn = next(reversed(job.previews()), None) if job and state != "done" else None  # then there are results
     log = job.log() if job else ""
     ends = state in ("waiting", "running") and job is not None and not (job.folder / "stop").exists()
     last = (job and job.name, steps[-1].step if steps else 0)
     line = bar(steps) if state != "done" else ""
     return {
         "state": (words, lambda: words),
-        "progress": (line, lambda: line),
+        "progress": (line, lambda: gr.HTML(line, visible=bool(line))),
         "stop": (ends, lambda: gr.Button(visible=ends)),
         "on": (state in ("stopped", "failed"), lambda: gr.Button(visible=state in ("stopped", "failed"))),
         "delete": (state in ENDED, lambda: gr.Button(visible=state in ENDED)),
@@ -175,6 +177,14 @@ def _parts(studio: Studio, job: Job | None, empty: str) -> dict[str, tuple[Any, 
         "said": (bool(log), lambda: gr.Accordion(visible=bool(log))),
         "log": (log, lambda: log),
     }
+
+
+def sheet_picture(label: str, **options: Any) -> gr.Image:
+    """A place for a sheet that a job has written, hidden while there is none."""
+    return gr.Image(
+        label=label, visible=False, interactive=False, format="png", buttons=["download", "fullscreen"], min_width=280,
+        elem_classes="sheet", **options,
+    )  # fmt: skip
 
 
 def picture(path: Path | None) -> Image.Image | None:
@@ -186,11 +196,16 @@ def picture(path: Path | None) -> Image.Image | None:
         return None
 
 
-def offered(paths: Sequence[Path]) -> list[str]:
-    """Copies of files of the workspace in a fresh folder, from where a page may give them."""
+def offered(paths: Sequence[Path], title: str = "") -> list[str]:
+    """Copies of files of the workspace in a fresh folder, from where a page may give them.
+
+    Args:
+        title: what `adapter.safetensors` is called then, as all jobs have a file of that name.
+    """
     there = [path for path in paths if path.exists()]
     folder = Path(tempfile.mkdtemp(prefix="veneer-")) if there else Path()
-    return [shutil.copyfile(path, folder / path.name).as_posix() for path in there]
+    names = [f"{safe(title)}.safetensors" if title and path.name == ADAPTER else path.name for path in there]
+    return [shutil.copyfile(path, folder / name).as_posix() for path, name in zip(there, names, strict=True)]
 
 
 def go_on(workspace: Workspace, name: str) -> None:

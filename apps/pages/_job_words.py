@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ STATES = {"waiting": "waits", "running": "runs", "stopped": "stopped", "done": "
 
 def listed(jobs: Sequence[Job]) -> list[tuple[str, str]]:
     """Choices of a list: what people read, and the job's name."""
-    return [(f"{_title(job)} · {_when(job)} · {STATES[job.state]}", job.name) for job in jobs]
+    return [(f"{shown(job.title)} · {job.when} · {STATES[job.state]}", job.name) for job in jobs]
 
 
 def told(studio: Studio, job: Job, steps: Sequence[Progress]) -> str:
@@ -32,7 +31,7 @@ def told(studio: Studio, job: Job, steps: Sequence[Progress]) -> str:
         "done": lambda: f"is done{_took(last)}.",
         "failed": lambda: f"failed{_reached(last)}. {escaped(job.why())}",
     }[state]()
-    return f"**{escaped(_title(job))}** {words}"
+    return f"**{escaped(shown(job.title))}** {words}"
 
 
 def _waits(studio: Studio, job: Job) -> str:
@@ -87,12 +86,3 @@ def curve(steps: Sequence[Progress]) -> Any:
     every = max(1, -(-len(steps) // POINTS))
     kept = [*steps[:-1:every], steps[-1]]
     return pd.DataFrame({"step": [s.step for s in kept], "loss": [s.smoothed for s in kept]})
-
-
-def _title(job: Job) -> str:
-    return shown(str(job.about.get("title") or job.name))
-
-
-def _when(job: Job) -> str:
-    made = job.about.get("made")
-    return time.strftime("%d %b %H:%M", time.localtime(made)) if isinstance(made, int | float) else job.name

@@ -32,6 +32,12 @@ def photo(label: str, **options: Any) -> gr.Image:
     return part
 
 
+def gallery(label: str, columns: int, **options: Any) -> gr.Gallery:
+    """Pictures that are seen whole, as many as there are."""
+    kept: dict[str, Any] = {"format": "png", "object_fit": "contain", "height": "auto", "elem_classes": "gallery"}
+    return gr.Gallery(label=label, columns=columns, interactive=False, **kept, **options)
+
+
 def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
     """A sheet to draw on. Its handlers get bytes or a path for `sketched`; send it values, never a new component."""
     pens = ["#000000", "#e53935", "#fdd835", "#43a047", "#1e88e5", "#8e24aa", "#6d4c41", "#ffffff"]

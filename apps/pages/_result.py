@@ -12,7 +12,8 @@ from veneer.training.progress import clock
 
 from ..jobs import Job
 from ..studio import escaped
-from ..workspace import Workspace
+from ..workspace import Workspace, safe
+from ._job import ADAPTER
 
 FILES = {
     "adapter.safetensors": "for veneer, with all settings",
@@ -45,8 +46,13 @@ def in_words(job: Job) -> str:
     lines = [f"{training.get('steps')} steps in {clock(training.get('seconds') or 0)}; {values:,} trained values."]
     lines += _likeness(figures) + _prompt(figures) + _drift(figures)
     lines += [f"Note: {escaped(str(said))}" for said in training.get("warnings") or []]
-    names = [f"{path.name} ({FILES[path.name]})" for path in files(job)]
+    names = [f"{escaped(_named(job, path))} ({FILES[path.name]})" for path in files(job)]
     return "\n".join(f"- {line}" for line in [*lines, f"Files: {', '.join(names)}."])
+
+
+def _named(job: Job, path: Path) -> str:
+    """What a file is called when it is downloaded."""
+    return f"{safe(job.title)}.safetensors" if path.name == ADAPTER else path.name
 
 
 def _likeness(figures: Mapping[str, Any]) -> list[str]:
@@ -73,8 +79,8 @@ def _drift(figures: Mapping[str, Any]) -> list[str]:
     return [f"Change of pictures of other things: {found['mean']:.2f} (0 is none)."] if found else []
 
 
-def for_others(workspace: Workspace, name: str) -> str:
-    """A job's file for ComfyUI and A1111, in a fresh folder.
+def for_others(workspace: Workspace, name: str) -> list[str]:
+    """A job's file for ComfyUI and A1111, in a fresh folder, and that of its word, whose name there is the file's name.
 
     Raises:
         VeneerError: there is no such job, it has no file yet, or that format cannot hold it.
@@ -82,6 +88,8 @@ def for_others(workspace: Workspace, name: str) -> str:
     from veneer.pipelines.convert import ConvertConfig, convert  # it brings diffusers, which takes long to import
 
     job = workspace.job(name)
-    out = Path(tempfile.mkdtemp(prefix="veneer-")) / f"{job.name}-comfyui-a1111.safetensors"
-    convert(ConvertConfig(job.run / "adapter.safetensors", "kohya", out=out))
-    return str(out)
+    out = Path(tempfile.mkdtemp(prefix="veneer-")) / f"{safe(job.title)}-comfyui-a1111.safetensors"
+    convert(ConvertConfig(job.run / ADAPTER, "kohya", out=out))
+    concept = str((read_result(job).get("config") or {}).get("concept") or "word")
+    words = [path.rename(out.with_name(f"{safe(concept)}.safetensors")) for path in out.parent.glob("*-words.safetensors")]
+    return [str(path) for path in (out, *words)]

@@ -24,6 +24,8 @@ from ..workspace import Workspace, bounded
 from ._form import Field, fields_of, words_of
 from ._result import read_result
 
+USUAL = "pivotal"
+"""The method that is chosen at first: in a short time it comes closest."""
 PRESETS = {"quick": 1 / 3, "balanced": 1.0, "thorough": 2.0}
 """Name to its share of the steps that are usual."""
 FIGURES = {"quick": "1", "balanced": "3", "thorough": "3"}
@@ -53,14 +55,14 @@ class Asked:
 
 
 def method_names(all_of_them: bool) -> list[str]:
-    """Methods to choose from, those with usual settings for the shipped base first.
+    """Methods to choose from, the usual one first, then those with usual settings for the shipped base.
 
     Args:
         all_of_them: also those that are only found by a look at what each can be put on, which takes a while the first time.
     """
     tuned = [name for name in bases.preset("shipped").training if not methods.get(name).conditions]
     others = [name for name in teachable() if name not in tuned] if all_of_them else []
-    return [*tuned, *targets.SHORTHANDS, *others]
+    return [*targets.SHORTHANDS, *tuned, *others]
 
 
 def main_method(method: str) -> str:

@@ -16,11 +16,11 @@ from ..workspace import Workspace, bounded
 from . import Page
 from . import _adapter_files as files
 from ._adapter_words import EMPTY, FORMATS, NONE_CHOSEN, described, fitting
+from ._events import FILES, QUIET
 from ._html import note
 from ._job import offered
+from ._lists import SECONDS
 
-SECONDS = 5.0
-"""Between two looks whether a job has made another adapter."""
 WAYS = [
     ("Add them up exactly (LoRA only)", "sum"),
     ("Add them up, then cut to a rank", "svd"),
@@ -29,9 +29,6 @@ WAYS = [
     ("Both (DARE, then TIES)", "dare_ties"),
 ]
 SURE = """(name) => { if (!name || !confirm(`Delete ${name} for good?`)) throw new Error("kept"); return [name] }"""
-HEAVY: dict[str, Any] = {"concurrency_id": "files", "concurrency_limit": 1, "api_visibility": "private"}
-"""Of events that load a base: one at a time, and not in the way of pictures."""
-QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 def listed(workspace: Workspace, name: str | None, known: list[str] | None) -> list[Any]:
@@ -136,22 +133,22 @@ def build(studio: Studio) -> None:
     gr.Timer(SECONDS).tick(at(listed), [chosen, known], lists, **QUIET)
     chosen.change(at(lambda w, n: (shown(w, n), "", gr.File(visible=False))), chosen, [about, fit, got], api_visibility="private")
     file.upload(at(_taken), file, [*lists, said, file], api_visibility="private")
-    example.click(at(lambda w: listed(w, files.example(w), None)), None, lists, **HEAVY)
+    example.click(at(lambda w: listed(w, files.example(w), None)), None, lists, **FILES)
     give.click(at(lambda w, n: _given(w.adapter(_chosen(n)))), chosen, got, api_visibility="private")
     rename.click(
         at(lambda w, n, new: [*listed(w, files.rename(w, _chosen(n), new), None), ""]), [chosen, name], [*lists, name], **QUIET
     )
     delete.click(at(_deleted), chosen, lists, **QUIET, js=SURE)
-    check.click(at(fits), [chosen, base], fit, **HEAVY)
+    check.click(at(fits), [chosen, base], fit, **FILES)
     convert.click(
-        at(lambda w, n, b, f: made(w, files.converted(w, _chosen(n), f, _base(b)))), [chosen, base, to], results, **HEAVY
+        at(lambda w, n, b, f: made(w, files.converted(w, _chosen(n), f, _base(b)))), [chosen, base, to], results, **FILES
     )
     resize.click(
         at(lambda w, n, b, r, e, f: made(w, files.resized(w, _chosen(n), _base(b), r, e, f))),
-        [chosen, base, rank, energy, resize_to], results, **HEAVY,
+        [chosen, base, rank, energy, resize_to], results, **FILES,
     )  # fmt: skip
     several.change(weights_for, several, weights, **QUIET)
-    merge.click(at(_merged), [several, base, how, merge_rank, merge_to, *weights], results, **HEAVY)
+    merge.click(at(_merged), [several, base, how, merge_rank, merge_to, *weights], results, **FILES)
 
 
 def _convert_form() -> tuple[gr.Dropdown, gr.Button]:

@@ -15,12 +15,15 @@ from veneer.control.maps import computed
 from ..jobs import Job
 from ..limits import LIMITS
 from ..studio import Studio, escaped, explained
+from ..workspace import Workspace
 from . import Page
 from ._control_draw import SOURCES, Brought, draw, follower, followers, guide, size_of
 from ._control_teach import MOST_DRAWN, MOST_STEPS, Lesson, begin, conditions, usual_steps, ways
-from ._fields import DRAWS, QUIET, Fields, fields
-from ._job import Results, job_view, offered, picture, shows
-from ._pictures import photo, sketchpad
+from ._events import DRAWS, QUIET
+from ._fields import Fields, fields
+from ._job import ADAPTER, Results, job_view, offered, picture, sheet_picture, shows
+from ._lists import follow
+from ._pictures import gallery, photo, sketchpad
 from ._wish import STRONGEST, wished
 
 NONE_YET = (
@@ -53,24 +56,23 @@ def build(studio: Studio) -> None:
             with gr.Column(visible=False) as on_disk:
                 brought = photo("Photo or map", height=260, elem_id="control-photo")
             look = gr.Button("Show what will be followed", size="sm", elem_id="control-look")
+            strength = gr.Slider(
+                0, STRONGEST, value=1.0, step=0.05, label="Strength", info="0: not at all", elem_id="control-strength"
+            )
             with gr.Row():
-                strength = gr.Slider(
-                    0, STRONGEST, value=1.0, step=0.05, label="Strength", min_width=230, elem_id="control-strength"
-                )
-                start = gr.Slider(0, 1, value=0.0, step=0.05, label="Start", info="0: from the first step", min_width=230)
-                end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: to the last step", min_width=230)
+                start = gr.Slider(0, 1, value=0.0, step=0.05, label="Start", info="0: the first step", min_width=150)
+                end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: the last step", min_width=150)
         with gr.Column(min_width=300):
             places = fields("control", "an apple")
             with gr.Row():
                 go = gr.Button("Draw", variant="primary", min_width=130, elem_id="control-draw")
                 stop = gr.Button("Stop", min_width=80, elem_id="control-stop")
             state = gr.Markdown(NONE_YET, elem_id="control-said")
-            gallery = gr.Gallery(
-                label="What is followed, without, and with", columns=3, format="png", object_fit="contain", height="auto",
-                interactive=False, buttons=["download", "fullscreen"], elem_id="control-gallery",
-            )  # fmt: skip
+            pictures = gallery(
+                "What is followed, without, and with", 3, buttons=["download", "fullscreen"], elem_id="control-gallery"
+            )
     given = [choice, condition, source, sketch, brought]
-    _wire(studio, places, given, [strength, start, end], (look, go, stop), (gallery, state), (on_sheet, on_disk))
+    _wire(studio, places, given, [strength, start, end], (look, go, stop), (pictures, state), (on_sheet, on_disk))
     gr.Markdown("## Teach a control")
     _lessons(studio)
 
@@ -78,14 +80,14 @@ def build(studio: Studio) -> None:
 def _wire(studio: Studio, places: Fields, given: Any, ranges: Any, buttons: Any, shown: Any, sides: Any) -> None:
     """Looking at what is followed, and drawing."""
     choice, condition, source, *_ = given
-    gallery, state = shown
+    pictures, state = shown
     count = len(places.all())
 
     def run(request: gr.Request, *told: Any) -> Iterator[list[Any]]:
         name, kind, *brought = told[count : count + 5]
         found = follower(studio.workspace(request), name, kind)
-        for pictures, words in draw(studio, found, name, wished(*told[:count]), Brought(*brought), *told[count + 5 :]):
-            yield [pictures, words]
+        for drawn, words in draw(studio, found, name, wished(*told[:count]), Brought(*brought), *told[count + 5 :]):
+            yield [drawn, words]
 
     def looked(request: gr.Request, *told: Any) -> list[Any]:
         name, kind, *brought = told[count : count + 5]
@@ -94,24 +96,23 @@ def _wire(studio: Studio, places: Fields, given: Any, ranges: Any, buttons: Any,
         picture = guide(str(followed), Brought(*brought), size_of(studio, wished(*places_told)))
         return [[(_shown(picture), f"what is followed: {followed}")], "Press *Draw*."]
 
-    def listed(request: gr.Request, name: str | None) -> list[Any]:
-        found = followers(studio.workspace(request))
-        name = name if name in found else next(iter(found), None)
-        unsaid = name is None or found[name].condition is None
+    def listed(workspace: Workspace, name: str | None) -> list[Any]:
+        found = followers(workspace)
+        now = name if name in found else next(iter(found), None)
         choices = [(f"{each} · follows {f.condition or '?'}", each) for each, f in found.items()]
-        return [gr.Dropdown(choices=choices, value=name), gr.Dropdown(visible=unsaid)]
+        return [gr.Dropdown(choices=choices, value=now), gr.skip() if now == name else READY]
 
-    def told_at_first(request: gr.Request) -> str:
-        return READY if followers(studio.workspace(request)) else NONE_YET
+    def asks_what(request: gr.Request, name: str | None) -> Any:
+        found = followers(studio.workspace(request)).get(str(name))
+        return gr.Dropdown(visible=found is None or found.condition is None)
 
     look, go, stop = buttons
-    outputs = {"outputs": [gallery, state], **DRAWS}
+    outputs = {"outputs": [pictures, state], **DRAWS}
     events = [each(explained(run), [*places.all(), *given, *ranges], **outputs) for each in (go.click, places.prompt.submit)]
     stop.click(None, cancels=events, **QUIET)
     look.click(explained(looked), [*places.all(), *given], **outputs)
-    gr.on(None, explained(told_at_first), None, [state], **QUIET)
-    gr.on(None, explained(listed), [choice], [choice, condition], **QUIET)
-    gr.on([choice.focus, choice.input], explained(listed), [choice], [choice, condition], **QUIET)
+    follow(studio, [choice, state], listed, choice)
+    choice.change(explained(asks_what), [choice], [condition], **QUIET)
     source.change(
         lambda way: [gr.Column(visible=way == "sketch"), gr.Column(visible=way != "sketch")], [source], [*sides], **QUIET
     )
@@ -172,13 +173,7 @@ def _lessons(studio: Studio) -> None:
 def _results() -> Sequence[Any]:
     with gr.Row():
         return [
-            gr.Image(
-                label="What was learnt: given, with, without, misled",
-                visible=False,
-                interactive=False,
-                format="png",
-                min_width=280,
-            ),
+            sheet_picture("What was learnt: given, with, without, misled", elem_id="control-sheet"),
             gr.File(
                 label="Download", visible=False, interactive=False, file_count="multiple", min_width=200, elem_id="control-files"
             ),
@@ -189,7 +184,8 @@ def _result(job: Job | None) -> Sequence[Any]:
     """The sheet of drawings and the files of a job that has ended."""
     run = job.run if job else Path()
     page = picture(run / "sheet.png") if job else None
-    files = offered([run / "adapter.safetensors", *run.glob("diffusers/*.*"), *run.glob("controlnext/*.*")]) if job else []
+    there = [run / ADAPTER, *run.glob("diffusers/*.*"), *run.glob("controlnext/*.*")] if job else []
+    files = offered(there, job.title if job else "")
     return [gr.Image(value=page, visible=page is not None), gr.File(value=files or None, visible=bool(files))]
 
 

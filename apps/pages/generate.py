@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from veneer.pipelines.generate import draws
 
 from veneer import bases
 from veneer.control.drawing import follows
@@ -19,8 +20,10 @@ from ..painter import Use
 from ..studio import Studio, escaped, explained
 from ..workspace import Workspace
 from . import Page
-from ._fields import DRAWS, QUIET, Fields, fields, values
-from ._pictures import new_folder, photo
+from ._events import DRAWS, QUIET
+from ._fields import Fields, fields, values
+from ._lists import follow
+from ._pictures import gallery, new_folder, photo
 from ._wish import STRONGEST, Shown, Wish, drawn, recalled, used, wished, written
 
 SWEPT = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
@@ -37,7 +40,7 @@ def plain_adapters(workspace: Workspace) -> list[str]:
 
 def _plain(file: Path) -> bool:
     try:
-        return follows(file) is None
+        return draws(file) and follows(file) is None
     except (VeneerError, OSError):
         return False
 
@@ -125,17 +128,14 @@ def build(studio: Studio) -> None:
             state = gr.Markdown(
                 "Nothing is drawn yet. Write a prompt and press *Draw*, or take an example.", elem_id="generate-state"
             )
-            gallery = gr.Gallery(
-                label="Pictures", columns=2, format="png", object_fit="contain", height="auto", interactive=False,
-                buttons=["download", "fullscreen"], elem_id="generate-gallery",
-            )  # fmt: skip
+            pictures = gallery("Pictures", 2, buttons=["download", "fullscreen"], elem_id="generate-gallery")
             again = gr.Button("Use the settings of the chosen picture", size="sm", visible=False, elem_id="generate-again")
             with gr.Accordion("Use the settings of a picture on your disk", open=False):
                 brought = photo("A PNG that was drawn here", height=180)
     kept, chosen = gr.State(list[str]()), gr.State(0)
     buttons = [(go, None), *((button, text) for text, button in tries)]
-    _wire(studio, places, (choice, rows), way, buttons, stop, (gallery, state, kept))
-    _wire_settings(studio, places, (choice, rows), (gallery, again, brought), (state, kept, chosen))
+    _wire(studio, places, (choice, rows), way, buttons, stop, (pictures, state, kept))
+    _wire_settings(studio, places, (choice, rows), (pictures, again, brought), (state, kept, chosen))
 
 
 def _adapters() -> tuple[gr.Dropdown, list[gr.Slider]]:
@@ -162,10 +162,6 @@ def _wire(studio: Studio, places: Fields, adapters: Any, way: gr.Radio, buttons:
         for found, told in draw(studio, studio.workspace(request), wished(*given[:count]), names, strengths, how):
             yield [found, told, [path for path, _ in found]]
 
-    def listed(request: gr.Request, names: list[str] | None) -> Any:
-        there = plain_adapters(studio.workspace(request))
-        return gr.Dropdown(choices=there, value=[name for name in names or [] if name in there])
-
     events = [places.prompt.submit(explained(run), inputs, outputs, **DRAWS)]
     for button, text in buttons:
         event = button.click
@@ -173,8 +169,7 @@ def _wire(studio: Studio, places: Fields, adapters: Any, way: gr.Radio, buttons:
             event = button.click(lambda text=text: text, None, [places.prompt], **QUIET).then
         events.append(event(explained(run), inputs, outputs, **DRAWS))
     stop.click(None, cancels=events, **QUIET)
-    gr.on(None, explained(listed), [choice], [choice], **QUIET)
-    choice.focus(explained(listed), [choice], [choice], **QUIET)
+    follow(studio, [choice], lambda workspace, _: [gr.Dropdown(choices=plain_adapters(workspace))], choice)
     choice.change(labelled, [choice], rows, **QUIET)
 
 
@@ -187,7 +182,7 @@ def labelled(names: list[str] | None) -> list[Any]:
 
 def _wire_settings(studio: Studio, places: Fields, adapters: Any, parts: Any, states: Any) -> None:
     """Settings of a picture of the gallery, or of one that is brought, into the fields."""
-    (choice, rows), (gallery, again, brought), (state, kept, chosen) = adapters, parts, states
+    (choice, rows), (pictures, again, brought), (state, kept, chosen) = adapters, parts, states
     outputs = [*places.all(), choice, *rows, state]
 
     def back(request: gr.Request, path: str | None) -> list[Any]:
@@ -204,7 +199,7 @@ def _wire_settings(studio: Studio, places: Fields, adapters: Any, parts: Any, st
         return int(event.index)
 
     kept.change(lambda paths: [gr.Button(visible=bool(paths)), 0], [kept], [again, chosen], **QUIET)
-    gallery.select(pick, None, [chosen], **QUIET)
+    pictures.select(pick, None, [chosen], **QUIET)
     again.click(explained(from_gallery), [kept, chosen], outputs, **QUIET)
     brought.upload(explained(back), [brought], outputs, **QUIET)
 

@@ -18,13 +18,15 @@ from ..studio import Studio, escaped, explained
 from ..workspace import Workspace, bounded, shown
 from . import Page
 from ._form import Slots, fields_of, part_of
-from ._job import Results, job_view, offered, picture, shows
+from ._job import Results, job_view, offered, picture, sheet_picture, shows
 from ._photos import Rows, example, lay_down, look_at
+from ._pictures import gallery
 from ._result import files, for_others, in_words
 from ._teaching import (
     MAIN,
     PRESETS,
     SETTINGS,
+    USUAL,
     Asked,
     base_of,
     estimate,
@@ -95,7 +97,7 @@ def shown_results(job: Job | None) -> list[Any]:
     return [
         gr.Image(value=sheet, visible=sheet is not None),
         gr.Markdown(said, visible=bool(said)),
-        gr.File(offered(there) or None, visible=bool(there)),
+        gr.File(offered(there, job.title if job else "") or None, visible=bool(there)),
         gr.Button(visible=bool(there)),
         gr.File(None, visible=False),
     ]
@@ -107,18 +109,17 @@ def _stamp(job: Job) -> Any:
 
 def _results() -> list[Any]:
     return [
-        gr.Image(
-            label="Before and after",
-            interactive=False,
-            format="png",
-            visible=False,
-            elem_id="teach-sheet",
-            buttons=["download", "fullscreen"],
-        ),
+        sheet_picture("Before and after", elem_id="teach-sheet"),
         gr.Markdown(visible=False, elem_id="teach-figures"),
         gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="teach-files"),
         gr.Button("Make a file for ComfyUI and A1111", visible=False, elem_id="teach-kohya"),
-        gr.File(label="For ComfyUI and A1111", interactive=False, visible=False, elem_id="teach-kohya-file"),
+        gr.File(
+            label="For ComfyUI and A1111: put a LoRA with the LoRAs, a word with the embeddings, where it is called as its file",
+            file_count="multiple",
+            interactive=False,
+            visible=False,
+            elem_id="teach-kohya-file",
+        ),
     ]
 
 
@@ -152,7 +153,7 @@ class _Asks:
             label="Photos", file_count="multiple", file_types=sorted(READ), height=140, elem_id="teach-photos", interactive=True
         )
         self.notes = gr.Markdown(NO_PHOTOS, elem_id="teach-notes")
-        self.thumbs = gr.Gallery(label="Photos", visible=False, columns=4, height=220, interactive=False, buttons=[])
+        self.thumbs = gallery("Photos, as they will be called", 5, visible=False, buttons=[])
         with gr.Accordion("Captions and crops", open=False):
             self.captions = gr.Dataframe(
                 headers=["photo", "caption"],
@@ -164,17 +165,20 @@ class _Asks:
                 visible=False,
                 wrap=True,
             )
-            self.crops = gr.Gallery(label="Crops", visible=False, columns=4, height=180, interactive=False, buttons=[])
+            self.crops = gallery("Crops", 5, visible=False, buttons=[])
         short: dict[str, Any] = {"max_length": LIMITS.text, "min_width": 140}
         with gr.Row():
             self.concept = gr.Textbox(label="Concept", placeholder="<toy>", info="A new word for it.", **short)
             self.word = gr.Textbox(label="Class word", placeholder="toy", info="An ordinary word for such things.", **short)
         self.preset = gr.Radio([*PRESETS], value="quick", label="How long", info="Longer is closer to the photos, as a rule.")
         with gr.Row():
-            self.method = gr.Dropdown(method_names(False), value="lora", label="Method", allow_custom_value=True, min_width=140)
+            self.method = gr.Dropdown(
+                method_names(False), value=USUAL, label="Method", allow_custom_value=True, min_width=140, elem_id="teach-method",
+                info="pivotal: a word and a LoRA, closest in a short time. lora: one file for all programs.",
+            )  # fmt: skip
             self.base = gr.Textbox("shipped", label="Base", info="shipped, a folder, or a hub name.", **short)
-        given = usual("quick", "shipped", "lora")
-        cost = estimate_of(None, "shipped", "lora", given["steps"], given["batch"])
+        given = usual("quick", "shipped", USUAL)
+        cost = estimate_of(None, "shipped", USUAL, given["steps"], given["batch"])
         self.estimate = gr.Markdown(cost, elem_id="teach-estimate")
         with gr.Accordion("Settings", open=False):
             with gr.Row():
@@ -216,7 +220,7 @@ class _Asks:
             [self.preset.change, self.method.change, self.base.submit, self.base.blur], explained(fill), parts, filling,
             show_progress="hidden", **plain,
         )  # fmt: skip
-        gr.on(None, lambda: fill("quick", "shipped", "lora"), None, filling, show_progress="hidden", **plain)
+        gr.on(None, lambda: fill("quick", "shipped", USUAL), None, filling, show_progress="hidden", **plain)
         gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **plain)
         costs = [self.base, self.method, self.settings["steps"], self.settings["batch"], self.settings["optimizer"]]
         gr.on([part.change for part in costs], explained(cost), costs, self.estimate, show_progress="hidden", **plain)

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pytest
+import timm
 from PIL import Image, PngImagePlugin
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages import _pictures as pictures
@@ -18,6 +19,7 @@ from veneer.apps.pages._fields import suited, values
 from veneer.apps.pages._wish import Wish, wished
 from veneer.apps.studio import Studio, explained
 from veneer.apps.workspace import Workspace
+from veneer.pipelines.generate import draws
 
 import veneer
 from tests.methods.controls import stir
@@ -81,16 +83,19 @@ def test_with_and_without_side_by_side(studio: Studio, base: str) -> None:
     assert [caption for _, caption in found] == ["without, seed 5", "with, seed 5", "without, seed 6", "with, seed 6"]
     assert told == "4 of 4"
     for (path, _), (seed, scale) in zip(found, ((5, 0), (5, 0.5), (6, 0), (6, 0.5)), strict=True):
-        assert np.abs(pixels(path).astype(int) - expected(wanted, seed, scale)).max() <= 1, "two at once, but for rounding"
+        alone = expected(wanted, seed, scale, None if scale else "toy")
+        assert np.abs(pixels(path).astype(int) - alone).max() <= 1, "two at once, but for rounding"
     told = read_settings(found[1][0])
     assert told["adapters"] == [{"file": "style", "scale": 0.5}]
     assert (told["seed"], told["size"], told["prompt"], told["base"]) == (5, [32, 64], PROMPT, base)
     assert read_settings(found[0][0])["adapters"] == []
 
 
-def test_without_a_taught_word_the_base_is_told_what_it_is_like(studio: Studio, base: str) -> None:
+@pytest.mark.parametrize("name", ["word", "style"])
+def test_without_a_taught_word_the_base_is_told_what_it_is_like(studio: Studio, base: str, name: str) -> None:
+    """Be it that the file brings the word, or that it only changes what the base makes of one."""
     wanted = wish(base)
-    found, _ = last(studio, wanted, ["word"], [1.0], "both")
+    found, _ = last(studio, wanted, [name], [1.0], "both")
     assert np.array_equal(pixels(found[0][0]), expected(wanted, 0, 0, "toy"))
     assert not np.array_equal(pixels(found[0][0]), pixels(found[1][0]))
     assert read_settings(found[0][0])["prompt"] == PROMPT
@@ -107,7 +112,7 @@ def test_a_row_of_strengths(studio: Studio, base: str) -> None:
     high, wide, _ = pixels(grid).shape
     assert wide > 6 * 192
     assert high > 2 * 192
-    assert np.abs(pixels(found[0][0]).astype(int) - expected(wanted, 0, 0)).max() <= 1
+    assert np.abs(pixels(found[0][0]).astype(int) - expected(wanted, 0, 0, "toy")).max() <= 1
     assert np.abs(pixels(found[10][0]).astype(int) - expected(wanted, 0, 1.25 * 0.8)).max() <= 1
     assert found[10][1] == "strength × 1.25, seed 0"
 
@@ -191,6 +196,16 @@ def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], why: str) -
     assert wished(**usual, count=1).size == (64, 64)
     with pytest.raises(VeneerError, match=why):
         wished(**{**usual, "count": 1, **given})
+
+
+def test_a_classifier_is_not_drawn_with(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    workspace.adapters.mkdir(parents=True)
+    probe = veneer.attach(timm.create_model("vit_tiny_patch16_224", depth=1), "bitfit")
+    native.save(probe, workspace.adapters / "digits.safetensors")
+    assert [*workspace.all_adapters()] == ["digits"]
+    assert generate.plain_adapters(workspace) == []
+    assert not draws(workspace.adapter("digits"))
 
 
 def test_adapters_are_bounded_looked_up_and_own(studio: Studio, base: str) -> None:

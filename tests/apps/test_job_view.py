@@ -54,7 +54,7 @@ def test_newest_is_found_and_only_changes_are_sent(tmp_path: Path) -> None:
     teller(new)(event(1))
     changed = dict(zip(PARTS, seen(studio, new.name, first[-1]), strict=False))
     assert {name for name, value in changed.items() if not is_skip(value)} == {"progress", "loss"}
-    assert 'value="1"' in changed["progress"]
+    assert 'value="1"' in changed["progress"].value
     assert seen(studio, old.name)[0].value == old.name, "an older one may be chosen"
     assert seen(studio, "../../etc")[0].value == new.name, "a name that is none of the list's is not looked for"
 

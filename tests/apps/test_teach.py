@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,9 +161,10 @@ def test_from_the_example_to_its_files(tmp_path: Path) -> None:
     assert sheet.visible
     assert button.visible
     assert "4 steps in" in said.value
-    assert "pytorch_lora_weights.safetensors (for diffusers)" in in_words(job)
-    kohya = formats.read(for_others(workspace, job.name))
-    assert isinstance(formats.format_of(kohya), formats.formats.get("kohya"))
+    assert "pytorch_lora_weights.safetensors (for diffusers)" in html.unescape(in_words(job))
+    (kohya,) = for_others(workspace, job.name)
+    assert Path(kohya).name == "octopus-lora-comfyui-a1111.safetensors"
+    assert isinstance(formats.format_of(formats.read(kohya)), formats.formats.get("kohya"))
     assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: about 0:")
     assert offered.visible
 

@@ -78,6 +78,27 @@ def test_users_never_meet(tmp_path: Path) -> None:
                 space.job(name)
 
 
+def test_adapters_of_jobs_have_names_that_stay(tmp_path: Path) -> None:
+    """By title and time; of two that were begun in the same minute, the later one has letters of its own."""
+    space = Workspace(tmp_path)
+    taught = []
+    for title in ("<toy>, lora", "<toy>, lora", "<cat>, lora"):
+        taught.append(jobs.make(space.jobs, "teach", title, ["personalize"]))
+        taught[-1].run.mkdir()
+    when, made = taught[0].when, taught[0].about
+    for number, job in enumerate(taught):  # in one minute, whenever the test runs
+        jobs.write_json(job.folder / "job.json", {**job.about, "made": made["made"] + number / 1000})
+    files = [job.run / "adapter.safetensors" for job in taught]
+    later = f"<toy>, lora · {when} ({taught[1].name[-8:]})"
+    files[1].write_bytes(b"x")
+    assert space.all_adapters() == {later: files[1]}
+    files[2].write_bytes(b"x")
+    files[0].write_bytes(b"x")
+    assert [*space.all_adapters().items()] == [
+        (f"<cat>, lora · {when}", files[2]), (later, files[1]), (f"<toy>, lora · {when}", files[0]),
+    ]  # fmt: skip
+
+
 def test_words_are_bounded() -> None:
     assert bounded(" two\r\nlines\tof 猫 ", "prompt") == "two\nlines\tof 猫"
     with pytest.raises(VeneerError, match="prompt: 1,001 characters; expected at most 1,000"):

@@ -112,6 +112,36 @@ def test_words_stand_above_what_they_name(page):
     assert footer[0][0] < footer[1][0] < footer[2][0]
 
 
+def test_narrow_rows_stand_beside_one_another():
+    """Three rows, two across: the third below, each with its label above its own pictures, and a row of another form apart."""
+    pictures = [gradient(64, 64, 30 + i) for i in range(5)]
+    words = ["one two three four five six", "short", "third"]
+    rows = [Row("all", (tuple(pictures[3:]),)), *(Row(w, ((p,),)) for w, p in zip(words, pictures, strict=False))]
+    page = sheet(rows, cell=CELL, across=2)
+    first, second, third, *apart = (place(page, fitted(picture, CELL)) for picture in pictures)
+    assert apart[0][1] == apart[1][1] < first[1] == second[1] < third[1]
+    assert first[0] + CELL < second[0]
+    assert first[0] == third[0]
+    for word, spot in (("short", second), ("third", third)):
+        label = place(page, stamp(word, 16, INK))
+        assert abs(label[0] - spot[0]) <= 2
+        assert label[1] < spot[1]
+    parts = [place(page, stamp(part, 16, INK)) for part in ("one two", "three four")]
+    assert parts[0][1] < parts[1][1] < first[1], "a label is wrapped at its own pictures' width"
+
+
+def test_pictures_of_one_seed_are_two_prompts_across():
+    pairs = [Pair(f"prompt {i}", 0, BASE[i], ADAPTED[i]) for i in range(4)]
+    page = before_after([], pairs, cell=CELL)
+    spots = [(place(page, fitted(p.base, CELL)), place(page, fitted(p.adapted, CELL))) for p in pairs]
+    assert [b[1] for b, _ in spots] == [a[1] for _, a in spots]
+    assert spots[0][0][1] == spots[1][0][1] < spots[2][0][1] == spots[3][0][1]
+    assert spots[0][0][0] < spots[0][1][0] < spots[1][0][0] < spots[1][1][0]
+    heads = places(page, stamp("base", 18, INK))
+    assert len(heads) == 2
+    assert all(abs(x - spot[0][0]) <= 2 for (x, _), spot in zip(sorted(heads), spots[:2], strict=True))
+
+
 def test_pictures_keep_their_aspect_and_none_leaves_its_place_empty():
     wide, tall = colour(200, 30, 30, size=(80, 40)), colour(30, 30, 200, size=(20, 40))
     assert fitted(wide, CELL).size == (96, 48)

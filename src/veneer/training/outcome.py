@@ -66,7 +66,7 @@ def write_preview(run: Run, step: int) -> Path:
     made = previews(run.pipe, run.prompts[:SHOWN], settings)
     rows = [Row(f"{p.prompt}, seed {p.seed}", ((p.image,),)) for p in made]
     path = run.out / "previews" / f"step-{step:06d}.png"
-    write_image(sheet(rows, title=f"step {step}"), path)
+    write_image(sheet(rows, title=f"step {step}", across=2), path)
     return path
 
 
