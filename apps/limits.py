@@ -24,6 +24,7 @@ class Limits:
         pictures: of one request. `side`: of a picture, in pixels. `steps`: of drawing one.
         epochs: of teaching a classifier. `batch`: pictures in one of its steps.
         waiting: requests for pictures that wait for their turn. `jobs`: training jobs of one user that wait for theirs.
+        sessions: open pages whose values are remembered, of all visitors; each takes about 1 MiB. Those used longest ago go.
     """
 
     photos: int = 64
@@ -49,6 +50,7 @@ class Limits:
     batch: int = 512
     waiting: int = 64
     jobs: int = 8
+    sessions: int = 64
 
 
 LIMITS = Limits()

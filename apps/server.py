@@ -81,6 +81,7 @@ def app(config: AppConfig) -> None:
         share=config.share,
         inbrowser=config.browser,
         max_file_size=LIMITS.file_bytes,
+        state_session_capacity=LIMITS.sessions,
         ssr_mode=False,
         footer_links=[],
         theme=THEME,

@@ -1,4 +1,4 @@
-"""Freed memory that is kept: no page of it is fetched from the system a second time."""
+"""Freed memory that is kept, so that no page of it is fetched a second time; and that is shared by threads."""
 
 from __future__ import annotations
 
@@ -23,6 +23,38 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+THREADS = """
+import os, sys, threading
+from veneer.allocator import share_freed_memory
+shared = sys.argv[1] == "share" and share_freed_memory()
+size, kept, turns, over = 100_000, [], threading.Barrier(9), threading.Event()
+one = threading.Lock()
+def draw():
+    with one:
+        blocks = [b"x" * size for _ in range(200)]
+        kept.append(b"x" * size)  # above the others, so that they cannot be given back
+        del blocks
+    turns.wait()
+    over.wait()
+for _ in range(8):
+    threading.Thread(target=draw).start()
+turns.wait()
+resident = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+over.set()
+print(shared, resident)
+"""
+
+
+def resident(way: str, **environment: str) -> tuple[bool, int]:
+    """(is it shared, bytes that a process holds after eight threads had 20 MB, one after the other)."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", THREADS, way], env={**clean, **environment}, capture_output=True, text=True, check=True
+    )
+    shared, held = run.stdout.split()
+    return shared == "True", int(held)
+
+
 def faults(way: str, **environment: str) -> tuple[bool, int]:
     """(was it kept, pages that eight more blocks of 80 MiB fetched)."""
     clean = {key: value for key, value in os.environ.items() if key not in CHOSEN}
@@ -40,7 +72,16 @@ def test_pages_are_fetched_once() -> None:
     assert once * 4 < each_time
 
 
+@pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="an allocator of glibc")
+def test_threads_use_what_others_have_freed() -> None:
+    (plain, each), (shared, together) = resident("plain"), resident("share")
+    assert (plain, shared) == (False, True)
+    assert each - together > 60e6, "of 160 MB, no more than two heaps' are held"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="variables of glibc")
 def test_a_setting_of_the_environment_has_its_way() -> None:
     kept, _ = faults("keep", MALLOC_TOP_PAD_="131072")
     assert not kept
+    shared, _ = resident("share", MALLOC_ARENA_MAX="8")
+    assert not shared

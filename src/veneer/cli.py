@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .allocator import keep_freed_memory
+from .allocator import keep_freed_memory, share_freed_memory
 from .flags import add_flags, values
 from .injection.errors import VeneerError
 
@@ -35,8 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def console() -> None:
     """The installed `veneer` command, in a process of its own."""
-    keep_freed_memory()
+    if _command(sys.argv[1:]) == "app":
+        share_freed_memory()
+    else:
+        keep_freed_memory()
     sys.exit(main())
+
+
+def _command(given: Sequence[str]) -> str:
+    """The command's name among its words; nothing if there is none."""
+    return next((word for word in given if not word.startswith("-")), "")
 
 
 def parser_for(given: Sequence[str]) -> argparse.ArgumentParser:
@@ -44,10 +52,9 @@ def parser_for(given: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="veneer", description="Thin trained layers on frozen vision and diffusion models.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="command", required=True)
-    asked = next((word for word in given if not word.startswith("-")), "")
     for name, (text, add) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
-        if name == asked:
+        if name == _command(given):
             add(command, given)
     return parser
 
