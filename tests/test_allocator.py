@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from veneer import cli
 from veneer.allocator import CHOSEN
 
 SCRIPT = """
@@ -85,3 +86,14 @@ def test_a_setting_of_the_environment_has_its_way() -> None:
     assert not kept
     shared, _ = resident("share", MALLOC_ARENA_MAX="8")
     assert not shared
+
+
+@pytest.mark.parametrize(("words", "way"), [(["app"], "share"), (["--debug", "app"], "share"), (["methods"], "keep")])
+def test_a_server_shares_and_other_commands_keep(words: list[str], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["veneer", *words, "--help"])
+    for name in ("share", "keep"):
+        monkeypatch.setattr(cli, f"{name}_freed_memory", lambda name=name: chosen.append(name))
+    with pytest.raises(SystemExit):
+        cli.console()
+    assert chosen == [way]

@@ -160,13 +160,14 @@ def adapters(app: App) -> list[str]:
     """Give the visitors of an app one adapter of each of some methods."""
     folder = app.workspace / "local" / "adapters"
     folder.mkdir(parents=True)
+    pipe = veneer.bases.load("shipped")
     for method in METHODS:
-        pipe = veneer.bases.load("shipped")
         options = {"tokens": "<toy>", "initialize": "cat"} if method == "textual_inversion" else {}
         attached = veneer.attach(pipe, method, **options)
         for number, (_, adapter) in enumerate(attached.parts.values()):
             stir(adapter, number, 0.1)
         native.save(attached, folder / f"{method}.safetensors", provenance={"concept": "<toy>", "class_word": "toy"})
+        attached.detach()
     return list(METHODS)
 
 
