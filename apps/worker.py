@@ -19,8 +19,10 @@ def work(folder: Path) -> int:
 
     Its lock is held all the time, so that no second process works on it, and everyone sees whether this one lives.
     """
+    from veneer.allocator import keep_freed_memory
     from veneer.cli import main
 
+    keep_freed_memory()
     job = Job(folder)
     lock = FileLock(folder / "lock", timeout=5)
     try:

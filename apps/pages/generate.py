@@ -131,7 +131,7 @@ def build(studio: Studio) -> None:
             pictures = gallery("Pictures", 2, buttons=["download", "fullscreen"], elem_id="generate-gallery")
             again = gr.Button("Use the settings of the chosen picture", size="sm", visible=False, elem_id="generate-again")
             with gr.Accordion("Use the settings of a picture on your disk", open=False):
-                brought = photo("A PNG that was drawn here", height=180)
+                brought = photo("A PNG that was drawn here", height=180, elem_id="generate-brought")
     kept, chosen = gr.State(list[str]()), gr.State(0)
     buttons = [(go, None), *((button, text) for text, button in tries)]
     _wire(studio, places, (choice, rows), way, buttons, stop, (pictures, state, kept))

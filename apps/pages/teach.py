@@ -168,8 +168,12 @@ class _Asks:
             self.crops = gallery("Crops", 5, visible=False, buttons=[])
         short: dict[str, Any] = {"max_length": LIMITS.text, "min_width": 140}
         with gr.Row():
-            self.concept = gr.Textbox(label="Concept", placeholder="<toy>", info="A new word for it.", **short)
-            self.word = gr.Textbox(label="Class word", placeholder="toy", info="An ordinary word for such things.", **short)
+            self.concept = gr.Textbox(
+                label="Concept", placeholder="<toy>", info="A new word for it.", elem_id="teach-concept", **short
+            )
+            self.word = gr.Textbox(
+                label="Class word", placeholder="toy", info="An ordinary word for such things.", elem_id="teach-word", **short
+            )
         self.preset = gr.Radio([*PRESETS], value="quick", label="How long", info="Longer is closer to the photos, as a rule.")
         with gr.Row():
             self.method = gr.Dropdown(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -201,6 +202,18 @@ def findings(page: Any) -> list[str]:
     found = page.evaluate("async () => (await axe.run()).violations")
     grave = [each for each in found if each["impact"] in ("serious", "critical")]
     return [f"{each['id']}: {each['help']}: {node['html'][:200]}" for each in grave for node in each["nodes"]]
+
+
+def circle(page: Any, where: str) -> None:
+    """Draw a circle of half the height of a sheet, in its middle, with the mouse."""
+    box = page.locator(where).first.bounding_box()
+    x, y, radius = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, min(box["width"], box["height"]) / 4
+    page.mouse.move(x + radius, y)
+    page.mouse.down()
+    for turn in range(1, 41):
+        angle = turn * math.tau / 40
+        page.mouse.move(x + radius * math.cos(angle), y + radius * math.sin(angle))
+    page.mouse.up()
 
 
 def tabs(page: Any) -> list[str]:

@@ -7,6 +7,7 @@ is read once and closed. What was done to a picture on the way (first frame take
 
 import codecs
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -162,7 +163,9 @@ def _explained(data: bytes, path: str | Path, limits: PhotoLimits) -> Iterator[N
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _refusal(path, str(error), f"at most {limits.max_pixels:,} pixels", "Save it smaller.") from error
+        count = re.search(r"\((\d+) pixels\)", str(error))  # it is raised before the size is told
+        found = f"{int(count[1]):,} pixels" if count else str(error)
+        raise _refusal(path, found, f"at most {limits.max_pixels:,} pixels", "Save it smaller.") from error
     except UnidentifiedImageError as error:
         found, remedy = _recognised(data)
         raise _refusal(path, found, _EXPECTED, remedy) from error

@@ -1,0 +1,235 @@
+"""Each page of the app does in Chromium what it is there for, from the first click to the file, without an error."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import veneer
+from tests.apps.browser import App, Browser, browser, circle, findings, go, served
+from tests.methods.controls import stir
+from veneer import bases
+from veneer.formats import load_all, native
+from veneer.training.previews import read_settings
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def app(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """After `chromium`, so that no server is started where there is no browser."""
+    with served(tmp_path_factory.mktemp("app")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters of the shipped base with random values: a LoRA that was taught a word, and a ControlNet that follows edges."""
+    folder = tmp_path_factory.mktemp("brought")
+    told = {"lora": {"concept": "<toy>", "class_word": "cat"}, "controlnet": {"condition": "canny"}}
+    for method, provenance in told.items():
+        attached = veneer.attach(bases.load("shipped"), method)
+        for number, (_, adapter) in enumerate(attached.parts.values()):
+            stir(adapter, number, 0.02)
+        native.save(attached, folder / f"my-{method}.safetensors", {"base": "shipped", **provenance})
+    return folder
+
+
+@pytest.fixture
+def page(app: App, chromium: Browser) -> Iterator[Any]:
+    """A visitor's, on which nothing has gone wrong at the end."""
+    found = chromium.open(app)
+    yield found
+    found.context.close()
+    chromium.check()
+
+
+def bring(page: Any, file: Path) -> None:
+    go(page, "Adapters")
+    page.locator("#adapter-file input[type=file]").set_input_files(file)
+    page.locator("#adapter-said").get_by_text(f"Taken as {file.stem}").wait_for()
+
+
+def pictures(page: Any, where: str) -> list[Any]:
+    """Images of a gallery as arrays, as the browser got them."""
+    found = []
+    for source in page.locator(f"{where} .gallery-item img").evaluate_all("all => all.map(each => each.src)"):
+        answer = page.request.get(source)
+        assert answer.ok, source
+        found.append(answer.body())
+    return found
+
+
+def test_teach_from_four_photos(app: App, page: Any, chromium: Browser, tmp_path: Path) -> None:
+    """Quick: progress, a curve and previews while it learns, found again after a reload and by a second tab, in the middle of
+    which pictures are drawn; then the sheet, figures, and files for every program."""
+    photos = sorted(bases.examples().glob("*.png"))[:4]
+    page.locator("#teach-photos input[type=file]").set_input_files(photos)
+    page.locator("#teach-notes").get_by_text("4 photos, nothing wrong with them.").wait_for()
+    page.locator("#teach-concept input, #teach-concept textarea").fill("<octopus>")
+    page.locator("#teach-word input, #teach-word textarea").fill("fish")
+    assert page.get_by_label("quick").is_checked()
+    page.locator("#teach-start").click()
+    state = page.locator("#teach-state")
+    state.get_by_text(re.compile(r"learns: step \d+ of 100")).wait_for()
+    assert int(page.locator("#teach-progress progress").get_attribute("max")) == 100
+    page.locator("#teach-preview img").wait_for()
+    page.reload()
+    page.locator("#teach-state").get_by_text("<octopus>, pivotal learns").wait_for()
+    page.locator("#teach-loss svg, #teach-loss canvas").first.wait_for()
+    other = chromium.open(app)
+    other.locator("#teach-state").get_by_text("<octopus>, pivotal learns").wait_for()
+    go(other, "Generate")
+    other.get_by_role("button", name="an apple, center").click()
+    other.locator("#generate-state").get_by_text("1 of 1").wait_for()
+    (job,) = app.workspace.glob("*/jobs/*")
+    assert not (job / "run" / "result.json").exists(), "it still learns while pictures are drawn"
+    other.context.close()
+    state.get_by_text("is done: 100 steps").wait_for()
+    page.locator("#teach-sheet img").wait_for()
+    figures = page.locator("#teach-figures").inner_text()
+    with_it, without = map(float, re.search(r"photos: ([\d.-]+) with what was learnt, ([\d.-]+) without", figures).groups())
+    assert with_it > without + 0.2
+    page.locator("#teach-kohya").click()
+    page.locator("#teach-kohya-file a").nth(1).wait_for()
+    assert not findings(page)
+    for part, names in {
+        "#teach-files": ["octopus-pivotal.safetensors", "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"],
+        "#teach-kohya-file": ["octopus-pivotal-comfyui-a1111.safetensors", "octopus.safetensors"],
+    }.items():
+        assert downloaded(page, part, tmp_path) == sorted(names)
+    attached = load_all(bases.load("shipped"), tmp_path / "octopus-pivotal.safetensors")
+    assert {each.method.name for each in attached} == {"textual_inversion", "lora"}
+    assert load_file(tmp_path / "octopus.safetensors")
+
+
+def downloaded(page: Any, part: str, folder: Path) -> list[str]:
+    """Names of all files of a part, saved to a folder."""
+    names = []
+    for link in page.locator(f"{part} a").all():
+        with page.expect_download() as told:
+            link.click()
+        told.value.save_as(folder / told.value.suggested_filename)
+        names.append(told.value.suggested_filename)
+    return sorted(names)
+
+
+def test_generate_with_and_without(app: App, page: Any, brought: Path, tmp_path: Path) -> None:
+    """With an adapter that was brought, beside the base alone; then its settings out of the downloaded picture."""
+    bring(page, brought / "my-lora.safetensors")
+    go(page, "Generate")
+    page.locator("#generate-prompt textarea").fill("a <toy>, left, blue background")
+    page.locator("#generate-adapters input").click()
+    page.get_by_role("option", name="my-lora").click()
+    page.get_by_label("Strength of my-lora").first.wait_for()
+    page.get_by_label("Side by side: without and with").check()
+    page.locator("#generate-seed input").fill("7")
+    page.locator("#generate-draw").click()
+    page.locator("#generate-state").get_by_text("2 of 2").wait_for()
+    without, with_it = pictures(page, "#generate-gallery")
+    assert without != with_it
+    (tmp_path / "with.png").write_bytes(with_it)
+    told = read_settings(tmp_path / "with.png")
+    assert told["prompt"] == "a <toy>, left, blue background"
+    assert (told["seed"], told["adapters"]) == (7, [{"file": "my-lora", "scale": 1.0}])
+    assert not findings(page)
+    page.locator("#generate-prompt textarea").fill("something else")
+    page.get_by_text("Use the settings of a picture on your disk").click()
+    page.locator("#generate-brought input[type=file]").set_input_files(tmp_path / "with.png")
+    page.locator("#generate-state").get_by_text("The settings are in their places").wait_for()
+    assert page.locator("#generate-prompt textarea").input_value() == "a <toy>, left, blue background"
+    page.get_by_label("With the adapters").check()
+    page.locator("#generate-draw").click()
+    page.locator("#generate-state").get_by_text("1 of 1").wait_for()
+    assert [each == with_it for each in pictures(page, "#generate-gallery")] == [True], "the same picture again"
+
+
+def test_draw_a_sketch_and_a_picture_that_follows_it(app: App, page: Any, brought: Path, tmp_path: Path) -> None:
+    bring(page, brought / "my-controlnet.safetensors")
+    go(page, "Control")
+    page.locator("#control-choice input").click()
+    page.get_by_role("option", name="my-controlnet · follows canny").click()
+    page.locator('#control-sketch button[aria-label="Brush"]').click()
+    circle(page, "#control-sketch canvas")
+    page.locator("#control-draw").click()
+    page.locator("#control-said").get_by_text("1 of 1").wait_for()
+    followed, without, with_it = pictures(page, "#control-gallery")
+    assert without != with_it
+    (tmp_path / "map.png").write_bytes(followed)
+    with Image.open(tmp_path / "map.png") as image:
+        lines = torch.tensor(np.array(image.convert("L"))) > 127
+    high, wide = (lines.any(1).nonzero().flatten(), lines.any(0).nonzero().flatten())
+    assert 0.3 < (high.max() - high.min()) / image.height < 0.8, "a circle of half the sheet"
+    assert abs(int(high.max() - high.min()) - int(wide.max() - wide.min())) <= 4
+    assert not lines[image.height // 2, image.width // 2]
+    assert not findings(page)
+
+
+def test_classify_the_digits_and_ask(app: App, page: Any) -> None:
+    """Live accuracy, the confusion matrix, the worst mistakes, an answer to a picture, and what to keep."""
+    go(page, "Classify")
+    page.locator("#classify-methods .token-remove").nth(1).click()  # of LoRA, which takes longer
+    page.get_by_label("number input for Epochs").fill("5")
+    page.locator("#classify-start").click()
+    page.locator("#classify-words").get_by_text(re.compile(r"[\d.]+% right")).wait_for()
+    right = float(re.search(r"([\d.]+)% right", page.locator("#classify-words").inner_text()).group(1))
+    assert right > 60
+    for name in ("confusion", "curves", "mistakes"):
+        page.locator(f"#classify-{name} img").wait_for()
+    (run,) = (path.parent for path in app.workspace.glob("*/jobs/*/run/model.json"))
+    digit = digit_of(run)
+    page.locator("#classify-image input[type=file]").set_input_files(digit)
+    page.locator("#classify-answer h2, #classify-answer [data-testid=label-output-value]").first.wait_for()
+    assert page.locator("#classify-answer").inner_text().count("%") >= 2
+    assert not findings(page)
+
+
+def digit_of(run: Path) -> Path:
+    """The first digit of the built-in set as a picture on the disk."""
+    from sklearn.datasets import load_digits
+
+    path = run.parent / "digit.png"
+    Image.fromarray((load_digits().images[0] * 15).astype("uint8")).resize((64, 64)).save(path)
+    return path
+
+
+def test_inspect_and_convert_a_file(page: Any, brought: Path, tmp_path: Path) -> None:
+    file = shutil.copyfile(brought / "my-lora.safetensors", tmp_path / "to convert.safetensors")
+    go(page, "Adapters")
+    page.locator("#adapter-file input[type=file]").set_input_files(file)
+    page.locator("#adapter-said").get_by_text("Taken as to-convert").wait_for()
+    page.locator("#adapter-about td").get_by_text("unet.mid_block").first.wait_for()
+    page.locator("#adapter-check").click()
+    page.locator("#adapter-fit").get_by_text("It fits shipped").wait_for()
+    page.get_by_role("button", name="Convert to another format").click()
+    page.get_by_role("button", name="Convert", exact=True).click()
+    page.locator("#adapter-report textarea").wait_for()
+    page.locator("#adapter-new a").first.wait_for()
+    assert downloaded(page, "#adapter-new", tmp_path) == ["to-convert-kohya.safetensors"]
+    before, after = (veneer.load(bases.load("shipped"), path) for path in (file, tmp_path / "to-convert-kohya.safetensors"))
+    sites = {site.path for site, _ in before.parts.values()}
+    assert {site.path for site, _ in after.parts.values()} == sites
+    assert not findings(page)
+
+
+def test_look_up_a_method(page: Any) -> None:
+    go(page, "Methods")
+    page.get_by_label("Search").fill("butterfly")
+    page.locator("details.method summary code").get_by_text("boft").wait_for()
+    page.locator("#methods-list").get_by_text("1 method").wait_for()
+    page.locator("details.method summary").click()
+    assert "Kind" in page.locator("details.method").inner_text()
+    assert not findings(page)

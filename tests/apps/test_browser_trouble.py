@@ -1,0 +1,237 @@
+"""What goes wrong: reloads, stops, servers and machines that die, and files that are not what they seem. Seen in Chromium."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import signal
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from veneer.apps.jobs import Job
+
+from tests.apps.browser import App, Browser, browser, go, served
+from veneer import bases
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def app(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """After `chromium`, so that no server is started where there is no browser."""
+    with served(tmp_path_factory.mktemp("app")) as found:
+        yield found
+
+
+@pytest.fixture
+def page(app: App, chromium: Browser) -> Iterator[Any]:
+    """A visitor's, on which nothing has gone wrong at the end."""
+    found = chromium.open(app)
+    yield found
+    found.context.close()
+    chromium.check()
+
+
+def teach(page: Any, concept: str, how_long: str) -> None:
+    """Start a run on the example's photos."""
+    page.locator("#teach-example").click()
+    page.locator("#teach-notes").get_by_text("5 photos").wait_for()
+    page.locator("#teach-concept input, #teach-concept textarea").fill(concept)
+    page.get_by_label(how_long).check()
+    page.locator("#teach-start").click()
+
+
+def step(page: Any) -> int:
+    """At which step the shown job is, once it has learnt some."""
+    words = page.locator("#teach-state").get_by_text(re.compile(r"learns: step \d+ of"))
+    words.wait_for()
+    return int(re.search(r"step (\d+) of", words.inner_text()).group(1))
+
+
+def test_a_stop_in_another_tab_keeps_the_weights_and_a_dead_server_loses_nothing(app: App, chromium: Browser) -> None:
+    """Two tabs see one job. The server dies: the job goes on, and both tabs find it again. Server and job die: it is resumed
+    from its checkpoint. A stop in one tab shows in the other, leaves a file that can be drawn with, and it can go on and go."""
+    first, second = chromium.open(app), chromium.open(app)
+    teach(first, "<beast>", "balanced")
+    (folder,) = wait_for(first, lambda: list(app.workspace.glob("*/jobs/*")))
+    job = Job(folder)
+    second.locator("#teach-state").get_by_text("<beast>, pivotal learns").wait_for()
+    reached = step(first)
+
+    app.kill()
+    assert job.state == "running", "without a server"
+    app.start()
+    wait_for(first, lambda: step(first) > reached)  # the open page comes back by itself
+
+    wait_for(first, lambda: list(job.run.glob("checkpoint-*/manifest.json")))
+    app.kill()
+    os.kill(json.loads((folder / "process.json").read_text())["pid"], signal.SIGKILL)
+    wait_for(first, lambda: job.state == "waiting")
+    before = len(job.progress())
+    app.start()
+    wait_for(first, lambda: len(job.progress()) > before)
+    begun = json.loads((folder / "begun.json").read_text())["steps"]
+    assert len(begun) == 2
+    assert begun[1] > 0, "not from the start"
+    fresh = chromium.open(app)
+    assert step(fresh) > begun[1]
+    fresh.context.close()
+
+    second.locator("#teach-stop").click()
+    for tab in (second, first):
+        tab.locator("#teach-state").get_by_text("What it had learnt by then is kept; it can go on.").wait_for()
+    with safe_open(job.run / "adapter.safetensors", "pt") as file:
+        assert list(file.keys())
+    first.locator("#teach-files a").first.wait_for()
+    go(first, "Generate")
+    first.locator("#generate-adapters input").click()
+    first.get_by_role("option", name="<beast>, pivotal").click()
+    first.locator("#generate-prompt textarea").fill("a <beast>, left, blue background")
+    first.locator("#generate-draw").click()
+    first.locator("#generate-state").get_by_text("1 of 1").wait_for()
+
+    stopped = job.progress()[-1].step
+    second.locator("#teach-on").click()
+    wait_for(second, lambda: job.state == "running" and job.progress()[-1].step > stopped)
+    second.locator("#teach-stop").click()
+    second.on("dialog", lambda dialog: dialog.accept())
+    second.locator("#teach-delete").click()
+    second.locator("#teach-state").get_by_text("No run yet.").wait_for()
+    assert not folder.exists()
+    for tab in (first, second):
+        tab.context.close()
+    chromium.errors[:] = [error for error in chromium.errors if not lost(error)]
+    chromium.check()
+
+
+def lost(error: str) -> bool:
+    """What a browser and Gradio's page say of a server that is gone."""
+    gone = ("net::ERR_CONNECTION", "net::ERR_INCOMPLETE_CHUNKED", "net::ERR_EMPTY", "network error", "Connection err")
+    return any(words in error for words in gone)
+
+
+def wait_for(page: Any, happens: Any) -> Any:
+    """Something on the disk, while the page lives on."""
+    for _ in range(1800):
+        with contextlib.suppress(OSError, IndexError):
+            if found := happens():
+                return found
+        page.wait_for_timeout(100)
+    raise AssertionError("it did not happen")
+
+
+def told(page: Any, words: str) -> None:
+    """An error is shown that says so, in words; it is closed again."""
+    error = page.get_by_test_id("toast-text").filter(has_text=words).first
+    error.wait_for()
+    assert "Traceback" not in error.inner_text()
+    assert "/tmp/" not in error.inner_text()
+    page.get_by_test_id("toast-close").first.click()
+
+
+def draws(page: Any) -> None:
+    """Nothing is broken: a picture is drawn."""
+    go(page, "Generate")
+    page.get_by_role("button", name="an apple, center").click()
+    page.locator("#generate-state").get_by_text("1 of 1").wait_for()
+
+
+def test_photos_that_are_none(page: Any, tmp_path: Path) -> None:
+    """A text file named `.png` and a PNG of 300 megapixels are named with what is wrong, beside good photos; alone, refused."""
+    (tmp_path / "letter.png").write_text("Dear Sir, this is no picture.")
+    (tmp_path / "huge.png").write_bytes(huge(20_000, 15_000))
+    (tmp_path / "page.png").write_text("<html><script>alert(1)</script></html>")
+    good = sorted(bases.examples().glob("*.png"))[:3]
+    photos = page.locator("#teach-photos input[type=file]")
+    photos.set_input_files([*good, tmp_path / "letter.png", tmp_path / "huge.png", tmp_path / "page.png"])
+    notes = page.locator("#teach-notes")
+    notes.get_by_text("3 photos.").wait_for()
+    for name, why in (("letter.png", "is not a picture"), ("huge.png", "300,000,000"), ("page.png", "a web page")):
+        assert re.search(rf"{name}[^\n]*{why}", notes.inner_text()), notes.inner_text()
+    page.locator("#teach-photos").get_by_label("Clear").click()
+    photos.set_input_files([tmp_path / "letter.png"])
+    told(page, "letter.png")
+    draws(page)
+
+
+def huge(width: int, height: int) -> bytes:
+    """A PNG of one colour, all pixels there, in some kilobytes."""
+    packer = zlib.compressobj()
+    rows = b"".join(packer.compress(bytes(1 + (width + 7) // 8) * 1000) for _ in range(height // 1000)) + packer.flush()
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_a_zip_that_leaves_its_folder(app: App, page: Any, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        for number, photo in enumerate(sorted(bases.examples().glob("*.png"))):
+            archive.write(photo, f"../../../{'cat' if number % 2 else 'dog'}/{number}.png")
+    before = [*app.workspace.glob("*/given/*")]
+    go(page, "Classify")
+    page.get_by_label("My pictures, in a zip").check()
+    page.locator("#classify-zip input[type=file]").set_input_files(tmp_path / "pets.zip")
+    page.locator("#classify-zip").get_by_text("pets").first.wait_for()
+    page.locator("#classify-start").click()
+    told(page, "..")
+    assert [*app.workspace.glob("*/given/*")] == before
+    assert not [path for path in app.folder.rglob("*.png") if "cache" not in path.parts], "nothing was unpacked"
+    draws(page)
+
+
+def test_a_pickle_that_calls_itself_safetensors(app: App, page: Any, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "run by a pickle"),)
+
+    (tmp_path / "style.safetensors").write_bytes(pickle.dumps(Evil()))
+    go(page, "Adapters")
+    page.locator("#adapter-file input[type=file]").set_input_files(tmp_path / "style.safetensors")
+    said = page.locator("#adapter-said")
+    said.get_by_text("Not taken. style.safetensors").wait_for()
+    assert "/tmp/" not in said.inner_text()
+    assert not (tmp_path / "run by a pickle").exists()
+    assert not list(app.workspace.glob("*/adapters/*"))
+    page.locator("#adapter-example").click()
+    page.locator("#adapter-about").get_by_text("unet.mid_block").first.wait_for()
+    draws(page)
+
+
+def test_html_in_words(page: Any, app: App) -> None:
+    """A prompt is text: drawn, or too long for the base and shown as it was written; and so is a concept in a title."""
+    evil = "<img src=x onerror=\"document.title='owned'\"> **bold** <b>cat</b>"
+    go(page, "Generate")
+    page.locator("#generate-prompt textarea").fill("<b>*cat*</b>")
+    page.locator("#generate-draw").click()
+    page.locator("#generate-state").get_by_text("1 of 1").wait_for()
+    page.locator("#generate-prompt textarea").fill(evil)
+    page.locator("#generate-draw").click()
+    told(page, "**bold** <b>cat</b>' has 43 tokens and the text encoder takes 24")
+    assert page.locator("img[src=x]").count() == 0
+    go(page, "Teach")
+    teach(page, evil, "quick")
+    state = page.locator("#teach-state")
+    state.get_by_text(evil[:50]).first.wait_for()
+    assert state.locator("img").count() == 0
+    page.locator("#teach-stop").click()
+    state.get_by_text("was stopped").wait_for()
+    assert page.title() == "veneer"
+    (folder,) = (path for path in app.workspace.glob("*/jobs/*"))
+    assert "<" not in folder.name
+    draws(page)
