@@ -29,7 +29,7 @@ KEPT = 24 * 3600
 """Seconds for which files are kept that visitors have brought or were shown."""
 OWN = ("localhost", "127.0.0.1", "::1")
 """Names of this machine for itself."""
-STYLE, ACCESS = (Path(__file__).with_name(name) for name in ("style.css", "access.html"))
+STYLE, HEAD = (Path(__file__).with_name(name) for name in ("style.css", "head.html"))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def app(config: AppConfig) -> None:
         footer_links=[],
         theme=THEME,
         css_paths=[STYLE],
-        head_paths=[ACCESS],
+        head_paths=[HEAD],
         enable_monitoring=False,
         quiet=True,
         prevent_thread_lock=True,

@@ -39,7 +39,10 @@ from ._teaching import (
 )
 
 KIND = "teach"
-EMPTY = "No run yet. Press **Example** and then **Start**, or drop a few photos of one thing."
+EMPTY = """<div class="empty"><p><strong>No run yet.</strong></p><ol>
+<li>Press <em>Example</em>, or drop a few photos of one thing and give it a name.</li>
+<li>Press <em>Start</em>. With the shipped base the first pictures come here in a quarter of a minute, and all in about one.</li>
+<li>Then draw it wherever you like on the page <em>Generate</em>, and take its files along.</li></ol></div>"""
 NO_PHOTOS = f"Drop 3 to 20 photos of one thing or one style, at most {LIMITS.photos}; or press **Example**."
 FILLED = ("steps", "batch", "learning_rate", "schedule", "seed", "preview_every", "checkpoint_every", "eval_seeds")
 """Settings that a preset fills in."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from veneer.apps.pages import pages
+
 from tests.apps.browser import PATIENCE, PHONE, WIDE, App, Browser, Small, browser, findings, go, served, tabs
 
 
@@ -28,7 +30,7 @@ def test_every_page_opens(app: App, chromium: Browser, size: tuple[int, int], da
     """Without an error, without another host, within the window's width, and as a screen reader needs it."""
     page = chromium.open(app, size, dark)
     names = tabs(page)
-    assert "Teach" in names
+    assert names == [each.name for each in pages()], "all are seen, on a phone too"
     grave = []
     for name in names:
         go(page, name)

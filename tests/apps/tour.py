@@ -1,0 +1,151 @@
+"""Pictures of every page, empty and filled, wide and narrow, light and dark.
+
+`python -m tests.apps.tour docs/app --control runs/sketch/adapter.safetensors` starts a server, teaches and draws on it as a
+visitor does, and writes them: about ten minutes on two cores. The control is a file that `veneer control train` has left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tests.apps.browser import PHONE, WIDE, App, Browser, browser, circle, go, served
+
+WAYS = [*itertools.product((("desktop", WIDE), ("phone", PHONE)), (False, True))]
+LONG = 900_000
+"""Milliseconds that a job may take."""
+CONTROL = "follows-lines"
+
+
+def prepare(page: Any, control: Path) -> None:
+    """What a visitor of some minutes has: two classifiers, a word and its LoRA, and a control."""
+    go(page, "Classify")
+    page.get_by_label("number input for Epochs").fill("10")
+    page.locator("#classify-start").click()
+    go(page, "Teach")
+    page.locator("#teach-example").click()
+    page.locator("#teach-notes").get_by_text("5 photos").wait_for()
+    page.get_by_label("balanced").check()
+    page.locator("#teach-start").click()
+    go(page, "Adapters")
+    with tempfile.TemporaryDirectory() as folder:
+        page.locator("#adapter-file input[type=file]").set_input_files(
+            shutil.copyfile(control, Path(folder) / f"{CONTROL}.safetensors")
+        )
+        page.locator("#adapter-said").get_by_text("Taken as").wait_for()
+    go(page, "Teach")
+    page.locator("#teach-state").get_by_text("is done").wait_for(timeout=LONG)
+
+
+def teach(page: Any) -> None:
+    page.locator("#teach-example").click()
+    page.locator("#teach-notes").get_by_text("5 photos").wait_for()
+    page.locator("#teach-sheet img").wait_for()
+
+
+def generate(page: Any) -> None:
+    page.locator("#generate-adapters input").click()
+    page.get_by_role("option", name="<octopus>").click()
+    page.locator("#generate-prompt textarea").fill("an <octopus>, left, yellow background")
+    page.get_by_label("Side by side: without and with").check()
+    page.locator("#generate-count input[type=number]").fill("2")
+    page.locator("#generate-draw").click()
+    page.locator("#generate-state").get_by_text("4 of 4").wait_for()
+
+
+def control(page: Any) -> None:
+    page.locator("#control-choice input").click()
+    page.get_by_role("option", name=CONTROL).click()
+    page.locator('#control-sketch button[aria-label="Brush"]').click()
+    circle(page, "#control-sketch canvas")
+    page.locator("#control-prompt textarea").fill("an apple, center, white background")
+    page.locator("#control-draw").click()
+    page.locator("#control-said").get_by_text("1 of 1").wait_for()
+
+
+def classify(page: Any) -> None:
+    page.locator("#classify-job input").click()
+    page.get_by_role("option", name=re.compile("lora")).first.click()
+    page.locator("#classify-compared table").wait_for()
+    page.locator("#classify-mistakes img").wait_for()
+
+
+def adapters(page: Any) -> None:
+    page.locator("#adapter input").click()
+    page.get_by_role("option", name="<octopus>").click()
+    page.locator("#adapter-about td").get_by_text("unet.mid_block").first.wait_for()
+    page.locator("#adapter-check").click()
+    page.locator("#adapter-fit").get_by_text("It fits shipped").wait_for()
+    page.get_by_role("button", name="Convert to another format").click()
+    page.get_by_role("button", name="Convert", exact=True).click()
+    page.locator("#adapter-new a").first.wait_for()
+
+
+def methods(page: Any) -> None:
+    page.get_by_label("Search").fill("low-rank")
+    page.locator("#methods-list").get_by_text("bitfit").wait_for(state="detached")
+    page.locator("#methods-model input").click()
+    page.get_by_role("option").nth(1).click()
+    page.locator("#methods-list .counted").first.wait_for()
+    page.locator("details.method summary", has_text="LoRA: ").click()
+
+
+FILLED: dict[str, Callable[[Any], None]] = {
+    "Teach": teach, "Generate": generate, "Control": control, "Classify": classify, "Adapters": adapters, "Methods": methods,
+}  # fmt: skip
+
+
+def shoot(page: Any, path: Path, whole: bool = True) -> None:
+    """What a visitor sees, once nothing moves any more; what a mouse or a cursor would leave is away."""
+    page.mouse.move(0, 0)
+    page.evaluate("document.activeElement?.blur()")
+    page.wait_for_timeout(1500)
+    with Image.open(io.BytesIO(page.screenshot(full_page=whole))) as image:
+        image.convert("RGB").save(path, quality=85, optimize=True)
+    print(path, flush=True)
+
+
+def tour(app: App, chromium: Browser, out: Path, what: str, fill: bool) -> None:
+    """Each page in each way."""
+    for (name, size), dark in WAYS:
+        page = chromium.open(app, size, dark)
+        for tab, filled in FILLED.items():
+            go(page, tab)
+            if fill:
+                filled(page)
+            shoot(page, out / f"{tab.lower()}-{what}-{name}-{'dark' if dark else 'light'}.jpg")
+            page.reload()
+            page.get_by_role("tab").first.wait_for()
+        page.context.close()
+
+
+def main() -> None:
+    """The command."""
+    asks = argparse.ArgumentParser(description=__doc__)
+    asks.add_argument("out", type=Path)
+    asks.add_argument("--control", type=Path, required=True)
+    given = asks.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, browser() as chromium, served(Path(folder)) as app:
+        tour(app, chromium, given.out, "empty", fill=False)
+        page = chromium.open(app)
+        prepare(page, given.control)
+        page.reload()
+        teach(page)
+        shoot(page, given.out / "app.jpg", whole=False)
+        page.context.close()
+        tour(app, chromium, given.out, "filled", fill=True)
+        chromium.check()
+
+
+if __name__ == "__main__":
+    main()
