@@ -43,7 +43,7 @@ def _given(self: gr.Image, payload: Any) -> Any:
     return np.asarray(found) if self.type == "numpy" else found
 
 
-@server
+@server  # type: ignore[untyped-decorator]
 def _drawn(self: gr.ImageEditor, data: Any) -> None:
     """One part of a drawing. Of drawings that are sent and never used, the oldest go."""
     index, name = str(data.data.get("index") or "null"), str(data.data["id"])

@@ -119,7 +119,7 @@ def converted(workspace: Workspace, name: str, to: str, base: str) -> Outcome:
         VeneerError: it does not fit the base, or the format cannot hold it.
     """
     file = workspace.adapter(name)
-    return _kept(workspace, f"{_plain(name)}-{to}", to, lambda out: convert(ConvertConfig(file, to, base, out)))  # type: ignore[arg-type]
+    return _kept(workspace, f"{_plain(name)}-{to}", to, lambda out: convert(ConvertConfig(file, to, base, out)))
 
 
 def merged(
@@ -152,7 +152,7 @@ def resized(workspace: Workspace, name: str, base: str, rank: float | None, ener
     share = energy if energy and energy < 1 else None
     config = {"rank": given, "energy": share, "base": base, "to": to or None}
     made = f"{_plain(name)}-rank-{given}"
-    return _kept(workspace, made, to, lambda out: resize(ResizeConfig(file, out=out, **config)))  # type: ignore[arg-type]
+    return _kept(workspace, made, to, lambda out: resize(ResizeConfig(file, out=out, **config)))
 
 
 def _whole(rank: float | None) -> int | None:

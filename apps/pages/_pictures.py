@@ -40,7 +40,7 @@ def gallery(label: str, columns: int, **options: Any) -> gr.Gallery:
 
 def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
     """A sheet to draw on. Its handlers get bytes or a path for `sketched`; send it values, never a new component."""
-    pens = ["#000000", "#e53935", "#fdd835", "#43a047", "#1e88e5", "#8e24aa", "#6d4c41", "#ffffff"]
+    pens: list[Any] = ["#000000", "#e53935", "#fdd835", "#43a047", "#1e88e5", "#8e24aa", "#6d4c41", "#ffffff"]
     part = gr.ImageEditor(
         label=label, type="filepath", sources=(), transforms=(), layers=False, canvas_size=(CANVAS, CANVAS), fixed_canvas=True,
         brush=gr.Brush(default_size=8, colors=pens, default_color=pens[0], color_mode="fixed"), format="png",
@@ -56,7 +56,7 @@ def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
         path: str | None = getattr(found, "path", None)
         return path or found
 
-    part.preprocess = whole  # type: ignore[method-assign]
+    part.preprocess = whole  # type: ignore[method-assign, assignment]
     return part
 
 

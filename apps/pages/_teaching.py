@@ -94,7 +94,7 @@ def base_of(words: str) -> str:
 
 def usual(preset: str, base: str, method: str) -> dict[str, str]:
     """Settings that a preset fills in, by name; the rest is left as usual."""
-    named = {"base": base_of(base), "method": bounded(method, "method")}
+    named: dict[str, Any] = {"base": base_of(base), "method": bounded(method, "method")}
     config = PersonalizeConfig(photos=Path(), concept="x", out=Path(), **named).completed()
     steps = max(10, round((config.steps or 500) * PRESETS.get(preset, 1.0)))
     return {
@@ -171,7 +171,7 @@ def _memory(base: str, before: Job | None, optimizer: str) -> str:
         return "Memory is known once the base has been fetched."
     trained = sum(int(m.get("parameters", 0)) for m in read_result(before).get("methods", [])) if before else 0
     more = trained * (8 + STATES.get(optimizer, 8))
-    with_them = f" and {size(more)} for what is trained" if more else ", more for what is trained"
+    with_them = f" and {size(round(more))} for what is trained" if more else ", more for what is trained"
     base_has = f"{size(4 * values)} for the base ({values / 1e6:,.1f} million values)"
     return f"Memory: about {base_has}{with_them}, and what the pictures need."
 

@@ -93,7 +93,7 @@ def build(studio: Studio) -> None:
         model = gr.Dropdown(choices, value="", label="Trained numbers on", info=about, elem_id="methods-model", min_width=240)
         sort = gr.Dropdown(SORTS, value="name", label="Order", info="By numbers only with a model.", min_width=240)
     page = gr.HTML(lambda: shown("", "", "", "name", ""), elem_id="methods-list", label="Methods")
-    filters = [words, area, kind, sort, model]
+    filters: list[Any] = [words, area, kind, sort, model]
     settings: dict[str, Any] = {"concurrency_id": "methods", "concurrency_limit": 1, "api_visibility": "private"}
     gr.on([each.change for each in filters], explained(_seen), filters, page, **settings, trigger_mode="always_last")
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from veneer.apps.pages import pages
 
 from tests.apps.browser import PATIENCE, PHONE, WIDE, App, Browser, Small, browser, findings, go, served, tabs
