@@ -8,14 +8,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread a process: test workers and small models only get in each other's way with more.
 test: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test lint bench clean
+.PHONY: help app demo test lint bench clean
 
 help:
+	@echo "make app     a page in the browser: teach, draw, control, classify"
 	@echo "make demo    teach the shipped base a subject from the example photos (about two minutes on two cores)"
 	@echo "make test    the test suite; WORKERS=$(WORKERS) processes, ARGS='-k lora' for pytest"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   time veneer against the frozen base and peft; ARGS='--size tiny'"
 	@echo "make clean   remove the virtual environment and what tools left behind"
+
+app: $(VENV)/.installed
+	$(BIN)/veneer app $(ARGS)
 
 demo: $(VENV)/.installed
 	$(BIN)/veneer personalize $(ARGS)

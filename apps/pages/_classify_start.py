@@ -78,7 +78,7 @@ def begin(studio: Studio, workspace: Workspace, wanted: Wanted) -> tuple[list[Jo
     data, name, left_out = pictures(workspace, wanted)
     found = []
     for method in methods:
-        found.append(studio.begin(workspace, KIND, f"{name} · {method}", ["transfer", data, "--method", method, *options]))
+        found.append(studio.begin(workspace, KIND, f"{name} · {method}", ["transfer", data, f"--method={method}", *options]))
     return found, left_out
 
 
@@ -88,7 +88,7 @@ def settings(workspace: Workspace, wanted: Wanted) -> list[str]:
     Raises:
         VeneerError: no such model, or a number outside of its range.
     """
-    words = ["--model", model(workspace, wanted.model)]
+    words = [f"--model={model(workspace, wanted.model)}"]
     whole = (
         ("epochs", wanted.epochs or USUAL.epochs, 1, LIMITS.epochs),
         ("batch", wanted.batch or USUAL.batch, 1, LIMITS.batch),
@@ -99,12 +99,12 @@ def settings(workspace: Workspace, wanted: Wanted) -> list[str]:
     )
     for name, value, least, most in whole:
         if value:
-            words += [f"--{name}", f"{int(within(name, value, least, most))}"]
+            words.append(f"--{name}={int(within(name, value, least, most))}")
     if wanted.rate:
-        words += ["--learning-rate", f"{within('learning rate', wanted.rate, 1e-7, 10.0):g}"]
+        words.append(f"--learning-rate={within('learning rate', wanted.rate, 1e-7, 10.0):g}")
     if wanted.augment not in AUGMENT:
         raise VeneerError(f"augmentation is {shown(str(wanted.augment))!r}; expected one of {', '.join(AUGMENT)}.")
-    return [*words, "--augment", wanted.augment]
+    return [*words, f"--augment={wanted.augment}"]
 
 
 def within(name: str, value: Any, least: float, most: float) -> float:

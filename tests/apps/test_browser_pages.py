@@ -225,6 +225,29 @@ def test_inspect_and_convert_a_file(page: Any, brought: Path, tmp_path: Path) ->
     assert not findings(page)
 
 
+def test_by_keyboard_alone(page: Any) -> None:
+    """From the first page's top to another page, a prompt there, and its picture."""
+
+    def tab_to(found: str) -> None:
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            if page.evaluate("found => document.activeElement.matches(found)", found):
+                return
+        raise AssertionError(f"no way to {found}")
+
+    tab_to("[role=tab]")
+    page.keyboard.press("ArrowRight")
+    if not page.evaluate("() => document.activeElement.textContent.trim() === 'Generate'"):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.locator("#generate-draw").wait_for()
+    tab_to("#generate-prompt textarea")
+    page.keyboard.type("an apple, center, white background")
+    tab_to("#generate-draw")
+    page.keyboard.press("Enter")
+    page.locator("#generate-state").get_by_text("1 of 1").wait_for()
+
+
 def test_look_up_a_method(page: Any) -> None:
     go(page, "Methods")
     page.get_by_label("Search").fill("butterfly")
