@@ -13,7 +13,8 @@ import pytest
 from veneer.cli import parser_for
 from veneer.injection import methods
 
-TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [
     shlex.split(line.partition("#")[0])[1:]
@@ -32,6 +33,14 @@ def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         exec(compile(code, "README.md", "exec"), vars(module))
     finally:
         methods._registered.pop("gain", None)
+
+
+@pytest.mark.parametrize("page", ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/**/*.md")))])
+def test_links_lead_to_files(page: str) -> None:
+    """Those of pages and pictures of this repository."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if link and not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 def test_there_are_examples() -> None:

@@ -36,12 +36,14 @@ class Outcome:
     """A new file.
 
     Args:
-        name: in the workspace; None for what is not kept there. `file`: to be given to the visitor. `report`: lines.
+        name: in the workspace; None for what is not kept there. `report`: lines.
+        file: to be given to the visitor; where the format has no place for learnt words, `words` lie beside it.
     """
 
     name: str | None
     file: Path
     report: str
+    words: Path | None = None
 
 
 def bring(workspace: Workspace, path: str | Path) -> str:
@@ -171,7 +173,8 @@ def _kept(workspace: Workspace, stem: str, to: str | None, make: Any) -> Outcome
     workspace.adapters.mkdir(parents=True, exist_ok=True)
     target = workspace.adapters / f"{_free(workspace, _plain(stem))}{SUFFIX}"
     lines = _said(workspace, lambda: make(target))
-    return Outcome(target.stem, target, _away(workspace, "\n".join(lines)))
+    words = target.with_name(f"{target.stem}-words{SUFFIX}")
+    return Outcome(target.stem, target, _away(workspace, "\n".join(lines)), words if words.exists() else None)
 
 
 def _zipped(workspace: Workspace, stem: str, make: Any) -> Outcome:

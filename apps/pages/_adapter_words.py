@@ -35,7 +35,7 @@ def described(found: Look, base: str | None) -> str:
     told: list[tuple[str, object]] = [
         ("Method", ", ".join(_unique(block.method for block in found.blocks)) or "not told by the file"),
         ("Format", found.format or "unknown"),
-        ("For models of", found.family or "a kind that the file does not tell"),
+        *([("For models of", found.family)] if found.family else []),
         ("Trained on", (base or "the file does not say")[:200]),
         ("Rank", _span(ranks) or "none"),
         ("Alpha", _span(alphas) or "as the rank, or told by none"),

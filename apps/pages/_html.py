@@ -11,7 +11,8 @@ MOST = 200
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table that scrolls sideways by itself where the page is narrow. Numbers stand at the right."""
-    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    kinds = [' class="number"' if isinstance(value, (int, float)) else "" for value in rows[0]] if rows else [""] * len(head)
+    names = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(head, kinds, strict=True))
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows[:MOST])
     more = f"<p>{len(rows) - MOST:,} more are not shown.</p>" if len(rows) > MOST else ""
     label = escape(caption)

@@ -44,7 +44,7 @@ def in_words(job: Job) -> str:
     training, figures = result.get("training") or {}, result.get("figures") or {}
     values = sum(int(m.get("parameters", 0)) for m in result.get("methods", []))
     lines = [f"{training.get('steps')} steps in {clock(training.get('seconds') or 0)}; {values:,} trained values."]
-    lines += _likeness(figures) + _prompt(figures) + _drift(figures)
+    lines += _likeness(figures) + _prompt(figures, result.get("config") or {}) + _drift(figures)
     lines += [f"Note: {escaped(str(said))}" for said in training.get("warnings") or []]
     names = [f"{escaped(_named(job, path))} ({FILES[path.name]})" for path in files(job)]
     return "\n".join(f"- {line}" for line in [*lines, f"Files: {', '.join(names)}."])
@@ -67,11 +67,13 @@ def _likeness(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _prompt(figures: Mapping[str, Any]) -> list[str]:
+def _prompt(figures: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     found = figures.get("prompt_likeness")
     if not found:
         return []
-    return [f"How well pictures follow their prompt: {found['adapted']['mean']:.2f} with, {found['base']['mean']:.2f} without."]
+    concept, word = (escaped(str(config.get(name) or "")) for name in ("concept", "class_word"))
+    read = f", read with “{word}” for {concept}" if word else ""
+    return [f"Likeness to the prompt{read}: {found['adapted']['mean']:.2f} with, {found['base']['mean']:.2f} without."]
 
 
 def _drift(figures: Mapping[str, Any]) -> list[str]:

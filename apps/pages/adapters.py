@@ -83,7 +83,7 @@ def made(workspace: Workspace, outcome: files.Outcome) -> list[Any]:
         gr.Dropdown(choices=found),
         found,
         gr.Textbox(outcome.report, visible=True),
-        _given(outcome.file),
+        _given(outcome.file, *([outcome.words] if outcome.words else [])),
     ]
 
 
@@ -99,7 +99,7 @@ def build(studio: Studio) -> None:
             example = gr.Button("Use the example", size="sm", elem_id="adapter-example")
             said = gr.HTML(elem_id="adapter-said")
             give = gr.Button("Download it", size="sm")
-            got = gr.File(label="Download", visible=False, interactive=False, elem_id="adapter-download")
+            got = gr.File(label="Download", file_count="multiple", visible=False, interactive=False, elem_id="adapter-download")
             with gr.Accordion("Rename or delete", open=False):
                 name = gr.Textbox(label="New name", max_length=LIMITS.text)
                 with gr.Row():
@@ -117,7 +117,9 @@ def build(studio: Studio) -> None:
             rank, energy, resize_to, resize = _resize_form()
             several, weights, how, merge_rank, merge_to, merge = _merge_form()
             report = gr.Textbox(label="What was made", lines=4, interactive=False, visible=False, elem_id="adapter-report")
-            new = gr.File(label="Download what was made", visible=False, interactive=False, elem_id="adapter-new")
+            new = gr.File(
+                label="Download what was made", file_count="multiple", visible=False, interactive=False, elem_id="adapter-new"
+            )
 
     lists, results = [chosen, several, known], [chosen, several, known, report, new]
 
@@ -207,9 +209,9 @@ def _merged(
     return made(workspace, files.merged(workspace, names, weights[: len(names)], _base(base), how, rank, to))
 
 
-def _given(file: Path) -> gr.File:
-    """A file to download."""
-    return gr.File(offered([file])[0], visible=True)
+def _given(*files: Path) -> gr.File:
+    """Files to download."""
+    return gr.File(offered(files), visible=True)
 
 
 def _chosen(name: str | None) -> str:

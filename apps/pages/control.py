@@ -60,8 +60,8 @@ def build(studio: Studio) -> None:
                 0, STRONGEST, value=1.0, step=0.05, label="Strength", info="0: not at all", elem_id="control-strength"
             )
             with gr.Row():
-                start = gr.Slider(0, 1, value=0.0, step=0.05, label="Start", info="0: the first step", min_width=150)
-                end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: the last step", min_width=150)
+                start = gr.Slider(0, 1, value=0.0, step=0.05, label="Start", info="0: the first step", min_width=230)
+                end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: the last step", min_width=230)
         with gr.Column(min_width=300):
             places = fields("control", "an apple")
             with gr.Row():

@@ -139,6 +139,19 @@ def test_a_jobs_own_file_stays_with_its_job(workspace: Workspace, given: Path) -
     assert files.resized(workspace, name, str(given / "base"), 1, None, None).name == "taught-x-rank-1"
 
 
+def test_words_go_along_where_a_format_has_no_place_for_them(workspace: Workspace, given: Path) -> None:
+    pipe = veneer.bases.load(str(given / "base"))
+    both = [veneer.attach(pipe, "textual_inversion", tokens="<toy>", initialize="cat"), veneer.attach(pipe, "lora", rank=2)]
+    native.save(both, workspace.adapters / "both.safetensors", {"base": str(given / "base")})
+    made = files.converted(workspace, "both", "kohya", str(given / "base"))
+    assert made.words is not None
+    assert made.words.name == "both-kohya-words.safetensors"
+    assert look(made.words).words == ("<toy>",)
+    *_, offered = adapters.made(workspace, made)
+    assert [Path(each["path"]).name for each in offered.value] == ["both-kohya.safetensors", "both-kohya-words.safetensors"]
+    assert files.converted(workspace, "toy", "kohya", str(given / "base")).words is None
+
+
 def test_converted(workspace: Workspace, given: Path) -> None:
     base = str(given / "base")
     made = files.converted(workspace, "toy", "kohya", base)

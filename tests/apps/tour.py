@@ -92,11 +92,11 @@ def adapters(page: Any) -> None:
 
 def methods(page: Any) -> None:
     page.get_by_label("Search").fill("low-rank")
-    page.locator("#methods-list").get_by_text("bitfit").wait_for(state="detached")
+    page.locator("#methods-list").get_by_text(re.compile(r"^1?\d methods")).wait_for()  # no longer all
     page.locator("#methods-model input").click()
     page.get_by_role("option").nth(1).click()
     page.locator("#methods-list .counted").first.wait_for()
-    page.locator("details.method summary", has_text="LoRA: ").click()
+    page.locator("details.method summary", has=page.get_by_text("lora", exact=True)).click()
 
 
 FILLED: dict[str, Callable[[Any], None]] = {
@@ -133,14 +133,17 @@ def main() -> None:
     asks = argparse.ArgumentParser(description=__doc__)
     asks.add_argument("out", type=Path)
     asks.add_argument("--control", type=Path, required=True)
+    asks.add_argument("--at", type=Path, help="folder that keeps the workspace, so that another tour need not teach anew")
     given = asks.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, browser() as chromium, served(Path(folder)) as app:
-        tour(app, chromium, given.out, "empty", fill=False)
+    with tempfile.TemporaryDirectory() as scratch, browser() as chromium, served(given.at or Path(scratch)) as app:
         page = chromium.open(app)
-        prepare(page, given.control)
+        if not list(app.workspace.glob("*/jobs/*")):
+            tour(app, chromium, given.out, "empty", fill=False)
+            prepare(page, given.control)
         page.reload()
         teach(page)
+        page.set_viewport_size({"width": WIDE[0], "height": 1060})
         shoot(page, given.out / "app.jpg", whole=False)
         page.context.close()
         tour(app, chromium, given.out, "filled", fill=True)

@@ -222,7 +222,7 @@ def _compare(file: File, bases: Mapping[str, Any], move: Move, options: Options)
         tower = move.towers[component]
         refuse_merged(tower, LoadError)
         if not options.same_base:
-            yield f"the base '{component}' was not compared (base='any')"
+            yield f"'{component}' was not compared to the one that it was trained on (base='any')"
             continue
         found = identity(tower, saved["without"])
         differs = [k for k in ("class", "config") if found[k] != saved.get(k)]
