@@ -12,14 +12,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 import httpx
 import pytest
 from PIL import Image
-from veneer.apps import components
 from veneer.apps.guard import Guard
 from veneer.apps.limits import LIMITS
 from veneer.apps.server import AppConfig, _cache, _own, app, build, read_logins
@@ -206,22 +204,6 @@ def environment() -> Iterator[None]:
     gr.Image.preprocess, gr.ImageEditor.accept_blobs = given, drawn  # type: ignore[method-assign]
 
 
-def test_drawings_are_bounded() -> None:
-    canvas = SimpleNamespace(blob_storage={})
-
-    def send(name: str, index: object) -> None:
-        data = {"id": name, "type": "layer", "index": index}
-        components._drawn(canvas, SimpleNamespace(data=data, files=[("x", b"x")]))  # type: ignore[arg-type]
-
-    for wrong in ("1000000000000", "-1", "8", "x", "²"):
-        with pytest.raises(gr.Error, match="at most 8 layers"):
-            send("a", wrong)
-    for n in range(LIMITS.drawings + 10):
-        send(str(n), "0")
-    assert len(canvas.blob_storage) == LIMITS.drawings
-    assert str(LIMITS.drawings + 9) in canvas.blob_storage
-
-
 def test_behind_a_login(tmp_path: Path) -> None:
     found = Served(tmp_path, LOGIN)
     try:
@@ -295,6 +277,7 @@ def test_the_page_is_built_bounded(environment: None, tmp_path: Path) -> None:
     page = build(Studio.at(tmp_path))
     assert page._queue.max_size == LIMITS.waiting
     assert not page.api_open
+    assert LIMITS.photo_pixels == Image.MAX_IMAGE_PIXELS
     del page
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Gradio lets go of event loops that it has not closed

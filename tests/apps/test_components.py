@@ -1,0 +1,37 @@
+"""Gradio's components within the limits."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+from veneer.apps import components
+from veneer.apps.limits import LIMITS
+
+
+class Canvas:
+    """Somewhere to draw."""
+
+    def __init__(self) -> None:
+        self.blob_storage: dict[str, dict[str, object]] = {}
+
+    def send(self, name: str, index: object = "0") -> None:
+        data = {"id": name, "type": "layer", "index": index}
+        components._drawn(self, SimpleNamespace(data=data, files=[("x", b"x")]))  # type: ignore[arg-type]
+
+
+def test_drawings_are_bounded() -> None:
+    canvas = Canvas()
+    for wrong in ("1000000000000", "-1", "8", "x", "²"):
+        with pytest.raises(gr.Error, match="at most 8 layers"):
+            canvas.send("a", wrong)
+    with pytest.raises(gr.Error):
+        canvas.send("x" * 100)
+    assert not canvas.blob_storage
+    names = [str(n) for n in range(LIMITS.drawings + 10)]
+    for name in names:
+        canvas.send(name)
+    assert list(canvas.blob_storage) == names[10:], "the oldest go"
+    canvas.send(names[-1], "1")
+    assert list(canvas.blob_storage) == names[10:], "another layer of one that is there takes no place"
