@@ -16,7 +16,7 @@ from veneer.apps.limits import LIMITS
 from veneer.apps.pages import _pictures as pictures
 from veneer.apps.pages import generate
 from veneer.apps.pages._fields import suited, values
-from veneer.apps.pages._wish import Wish, wished
+from veneer.apps.pages._wish import PART, STRONGEST, Wish, used, wished
 from veneer.apps.studio import Studio, explained
 from veneer.apps.workspace import Workspace
 from veneer.pipelines.generate import draws
@@ -198,6 +198,33 @@ def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], why: str) -
         wished(**{**usual, "count": 1, **given})
 
 
+def test_many_pictures_come_in_parts_and_each_once() -> None:
+    for count in (1, PART, PART + 1, LIMITS.pictures):
+        parts = wished("shipped", "a cat", "", 3, 2, 3, 0, 0, count).parts()
+        assert all(len(part.seeds) <= PART for part in parts)
+        assert [seed for part in parts for seed in part.seeds] == list(range(3, 3 + count))
+
+
+def test_a_base_fills_in_no_more_than_is_allowed(tmp_path: Path) -> None:
+    tiny_pipeline("sd").save_pretrained(tmp_path)
+    (tmp_path / "veneer.json").write_text(json.dumps({"steps": LIMITS.steps + 50}))
+    assert suited(str(tmp_path))[0] == LIMITS.steps
+
+
+def test_no_more_adapters_come_out_of_a_picture_than_have_sliders(tmp_path: Path) -> None:
+    here = Workspace(tmp_path / "space")
+    here.adapters.mkdir(parents=True)
+    names = [f"a{n}" for n in range(LIMITS.adapters + 1)]
+    for name in names:
+        (here.adapters / f"{name}.safetensors").touch()
+    facts = {"prompt": "a cat", "seed": 0, "steps": 2, "guidance": 3}
+    adapters = [{"file": name, "scale": -1.0} for name in names]
+    save_png(Image.new("RGB", (32, 32)), tmp_path / "a.png", {**facts, "adapters": adapters})
+    assert generate.settings_of(here, tmp_path / "a.png")[1] == dict.fromkeys(names[:-1], -1.0)
+    assert len(generate.labelled(names)) == LIMITS.adapters
+    assert used(here, ["a1"], [-STRONGEST])["a1"].strength == -STRONGEST
+
+
 def test_a_classifier_is_not_drawn_with(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     workspace.adapters.mkdir(parents=True)
@@ -218,6 +245,7 @@ def test_adapters_are_bounded_looked_up_and_own(studio: Studio, base: str) -> No
         (["a"] * 9, [1] * 9, "with", 1, "9 adapters; expected at most 8"),
         ([], [], "both", 1, "no adapter to compare"),
         (["style"], [1], "sweep", 3, "18 pictures; expected at most 16"),
+        (["style"], [1], "both", 9, "18 pictures; expected at most 16"),
         (["style"], [1], "all", 1, "choose what to draw"),
         (["maps"], [1], "with", 1, "follows a picture"),
     ):

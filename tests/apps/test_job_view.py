@@ -9,11 +9,14 @@ from typing import Any
 import gradio as gr
 import pytest
 from filelock import FileLock
+from PIL import Image
 from veneer.apps import jobs
 from veneer.apps.jobs import Job
+from veneer.apps.limits import LIMITS
 from veneer.apps.pages._job import NOTHING, Results, go_on, job_view, look, offered, remove
 from veneer.apps.pages._job_words import POINTS, bar, curve, told
 from veneer.apps.studio import Studio, escaped
+from veneer.apps.workspace import Workspace
 
 from veneer.injection import VeneerError
 from veneer.training.progress import Progress, ProgressFile
@@ -63,6 +66,12 @@ def test_words_of_every_state(tmp_path: Path) -> None:
     studio = Studio.at(tmp_path)
     job = jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"])
     assert told(studio, job, []) == "**a toy** begins in a moment."
+    (job.folder / "log.txt").touch()
+    assert told(studio, job, []).startswith("**a toy** begins in a moment. It was interrupted, and goes on")
+    another = jobs.make(Workspace(tmp_path, "anna").jobs, "control", "hers", ["control"])
+    with FileLock(another.folder / "lock"):
+        assert told(studio, job, []).startswith("**a toy** waits for its turn: 1 job is ahead of it.")
+    another.stop()
     job.run.mkdir()
     with FileLock(job.folder / "lock"):
         assert "gets ready" in told(studio, job, [])
@@ -126,6 +135,39 @@ def test_what_a_page_adds_is_shown_when_its_stamp_changes(tmp_path: Path) -> Non
     with gr.Blocks() as page:
         job_view(studio, "teach", results)
     assert {len(event.outputs) for event in page.fns.values()} == {len(first)}
+
+
+def test_another_job_shows_its_own_curve_and_preview(tmp_path: Path) -> None:
+    """Both have come as far, so only their names differ."""
+    studio = Studio.at(tmp_path)
+    results = Results(lambda: [gr.Markdown()], lambda job: [job and job.name])
+    made = [jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"]) for _ in range(2)]
+    for job, colours in zip(made, (("red", "blue"), ("green", "white")), strict=True):
+        tell = teller(job)
+        tell(event(1))
+        tell(event(2))
+        (job.run / "previews").mkdir()
+        for number, colour in enumerate(colours):
+            Image.new("RGB", (8, 8), colour).save(job.run / "previews" / f"step-{number:06d}.png")
+    first = seen(studio, made[0].name, None, results)
+    red, _, blue = Image.open(first[PARTS.index("preview")].value["path"]).convert("RGB").getpixel((4, 4))
+    assert (red < 10, blue > 240) == (True, True), "the newest one"
+    second = seen(studio, made[1].name, first[-1], results)
+    for part in ("loss", "preview"):
+        assert not is_skip(second[PARTS.index(part)]), part
+    assert second[-2] == made[1].name
+
+
+def test_no_more_go_on_than_may_wait(tmp_path: Path) -> None:
+    studio = Studio.at(tmp_path)
+    here = studio.workspace(None)
+    stopped = studio.begin(here, "teach", "a toy", ["personalize"])
+    stopped.stop()
+    for _ in range(LIMITS.jobs):
+        studio.begin(here, "teach", "a toy", ["personalize"])
+    with pytest.raises(VeneerError, match="of your jobs wait or run already"):
+        go_on(here, stopped.name)
+    assert stopped.state == "stopped"
 
 
 def test_curve_and_bar() -> None:

@@ -7,6 +7,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from veneer.apps import jobs
 from veneer.apps.limits import LIMITS
 from veneer.apps.workspace import Workspace, bounded, safe, shown
@@ -99,7 +100,17 @@ def test_adapters_of_jobs_have_names_that_stay(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_jobs_that_are_not_at_an_end(tmp_path: Path) -> None:
+    space = Workspace(tmp_path)
+    runs, _, stopped = (jobs.make(space.jobs, "teach", "a toy", ["personalize"]) for _ in range(3))
+    stopped.stop()
+    with FileLock(runs.folder / "lock"):
+        assert runs.state == "running"
+        assert space.waiting() == 2
+
+
 def test_words_are_bounded() -> None:
+    assert bounded("x" * LIMITS.text, "prompt") == "x" * LIMITS.text
     assert bounded(" two\r\nlines\tof 猫 ", "prompt") == "two\nlines\tof 猫"
     with pytest.raises(VeneerError, match="prompt: 1,001 characters; expected at most 1,000"):
         bounded("x" * (LIMITS.text + 1), "prompt")
