@@ -114,6 +114,7 @@ def test_refused_files_say_why(workspace: Workspace, given: Path, tmp_path: Path
 
 
 def test_renamed_and_deleted(workspace: Workspace) -> None:
+    assert files.rename(workspace, "toy", "toy") == "toy", "no other file is in the way"
     assert files.rename(workspace, "toy", "../../my <toy>.safetensors") == "my-toy"
     assert sorted(workspace.all_adapters()) == ["my-toy", "other"]
     with pytest.raises(VeneerError, match="already"):
@@ -190,6 +191,8 @@ def test_resized(workspace: Workspace, given: Path) -> None:
     made = files.resized(workspace, "toy", str(given / "base"), 2, 1.0, "kohya")
     assert {rank for block in look(made.file).blocks for rank in block.ranks} == {2}
     assert "rank 2, error" in made.report
+    less = files.resized(workspace, "toy", str(given / "base"), 4, 0.5, None)
+    assert max(rank for block in look(less.file).blocks for rank in block.ranks) < 4, "half of the energy needs a lower rank"
     for rank in (None, 0, 1.5):
         with pytest.raises(VeneerError, match="whole number"):
             files.resized(workspace, "toy", str(given / "base"), rank, None, None)
@@ -201,6 +204,15 @@ def test_no_more_files_than_are_kept(workspace: Workspace, given: Path) -> None:
         (workspace.adapters / f"{i}.safetensors").write_bytes(one)
     with pytest.raises(VeneerError, match="Delete one first"):
         files.converted(workspace, "toy", "kohya", str(given / "base"))
+    with pytest.raises(VeneerError, match="Delete one first"):
+        files.example(workspace)
+
+
+def test_a_free_name_is_free_for_the_words_beside_it_too(workspace: Workspace) -> None:
+    (workspace.adapters / "Made-words.safetensors").touch()
+    (workspace.adapters / "made-2.safetensors").touch()
+    assert files._free(workspace, "made") == "made-3"
+    assert files._free(workspace, "other-thing") == "other-thing"
 
 
 def test_the_list_finds_what_is_new_and_keeps_the_choice(workspace: Workspace) -> None:

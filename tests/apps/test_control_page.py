@@ -124,6 +124,16 @@ def test_a_sketch_a_photo_and_a_map(tmp_path: Path) -> None:
     whole = page.guide("canny", Brought("map", None, str(tmp_path / "map.png")), size)
     assert np.array_equal(whole, given.resize(size, Image.Resampling.NEAREST)), "taken as it is"
     assert page.guide("image", Brought("photo", None, path), size).size == (200, 160)
+    stripes = Image.new("RGB", (96, 32), "red")
+    stripes.paste("blue", (32, 0, 64, 32))
+    stripes.save(tmp_path / "stripes.png")
+    middle = page.guide("canny", Brought("map", None, str(tmp_path / "stripes.png")), (32, 32))
+    assert middle.getcolors() == [(32 * 32, (0, 0, 255))], "the middle of a map of another shape"
+
+
+def test_the_map_has_the_size_of_the_picture(studio: Studio, base: str) -> None:
+    assert page.size_of(studio, wish(base, size=(32, 64))) == (64, 32), "width first"
+    assert page.size_of(studio, wish(base)) == (SIDE, SIDE)
 
 
 def test_what_cannot_be_followed_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""What the page Classify makes of the figures of jobs, and small decisions before one begins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from veneer.apps import jobs
+from veneer.apps.jobs import Job
+from veneer.apps.limits import LIMITS
+from veneer.apps.pages._classify_shown import comparison, outcome, result, stamp, told
+from veneer.apps.pages._classify_start import Wanted, begin, chosen, inside
+from veneer.apps.studio import Studio
+from veneer.apps.workspace import Workspace
+
+from veneer.classifying.selection import Epoch
+from veneer.injection import VeneerError
+
+
+def figures(method: str, val: float, test: float) -> dict[str, Any]:
+    """Those that a page needs, of 3 pictures of one class and 1 of another."""
+    return {
+        "test_accuracy": test, "val_accuracy": val, "test_interval_95": [test - 0.125, test + 0.125],
+        "test": {"confusion": [[2, 1], [0, 1]]}, "chosen": {"epoch": 2}, "trainable_parameters": 1234, "stored_bytes": 5678,
+        "data": {"pictures": {"train": 8, "validation": 4, "test": 4}, "classes": ["a", "b"], "notes": []},
+        "config": {"method": method}, "model": {"name": "small"},
+    }  # fmt: skip
+
+
+def begun(space: Workspace, data: str, method: str) -> Job:
+    job = jobs.make(space.jobs, "classify", f"{data} · {method}", ["transfer", data, f"--method={method}"])
+    job.run.mkdir()
+    return job
+
+
+def ended(space: Workspace, data: str, method: str, val: float, test: float) -> Job:
+    job = begun(space, data, method)
+    (job.run / "result.json").write_text(json.dumps(figures(method, val, test)))
+    return job
+
+
+def test_methods_are_ranked_by_validation_on_the_same_pictures(tmp_path: Path) -> None:
+    """Not by the pictures that they are tested on, or the best of many would be the luckiest."""
+    space = Workspace(tmp_path)
+    ended(space, "pets", "second", 0.75, 0.875)
+    first = ended(space, "pets", "first", 0.875, 0.5)
+    ended(space, "pets", "third", 0.5, 0.75)
+    ended(space, "flowers", "elsewhere", 1.0, 1.0)
+    begun(space, "pets", "unfinished")
+    table = comparison(first)
+    assert [name for name in ("first", "second", "third") if name in table] == sorted(
+        ("first", "second", "third"), key=table.index
+    )
+    assert "elsewhere" not in table
+    assert "unfinished" not in table
+    assert "37.5% to 62.5%" in table
+    assert comparison(ended(space, "cars", "alone", 1.0, 1.0)) == ""
+
+
+def test_the_table_is_made_anew_when_another_job_ends(tmp_path: Path) -> None:
+    space = Workspace(tmp_path)
+    job = ended(space, "pets", "first", 0.5, 0.5)
+    other, before = begun(space, "pets", "second"), stamp(job)
+    assert stamp(job) == before
+    (other.run / "result.json").write_text(json.dumps(figures("second", 1, 1)))
+    assert stamp(job) != before
+
+
+def test_the_end_in_words(tmp_path: Path) -> None:
+    words = outcome(result(ended(Workspace(tmp_path), "pets", "lora", 0.5, 0.75)))
+    assert words.startswith("### 75.0% right")
+    assert "expect **62.5% to 87.5%**" in words
+    assert "most frequent class is right 75.0% of the time" in words, "3 of the 4 pictures are of one class"
+    assert "Epoch 2 was kept, the best on 4 validation pictures (50.0%)" in words
+    assert "1,234 numbers were trained; its file has 5,678 bytes" in words
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [([(0.9, 0.5), (0.8, 0.5)], 1), ([(0.8, 0.5), (0.8, 0.3), (0.8, 0.4)], 2), ([(0.8, 0.5), (0.8, 0.5)], 1)],
+)
+def test_the_best_epoch_so_far(tmp_path: Path, rows: list[tuple[float, float]], best: int) -> None:
+    epochs = [Epoch(n, n * 10, 1.0, loss, accuracy) for n, (accuracy, loss) in enumerate(rows, 1)]
+    assert f"The best so far is epoch {best}, {rows[best - 1][0]:.1%}" in told(begun(Workspace(tmp_path), "pets", "lora"), epochs)
+    assert "best so far" not in told(begun(Workspace(tmp_path), "pets", "lora"), epochs[:1])
+
+
+def test_jobs_that_wait_take_the_places_of_methods(tmp_path: Path) -> None:
+    studio, space = Studio.at(tmp_path), Workspace(tmp_path)
+    for _ in range(LIMITS.jobs - 1):
+        studio.begin(space, "teach", "a toy", ["personalize"])
+    with pytest.raises(VeneerError, match="2 methods are as many jobs, and 1 more may wait"):
+        begin(studio, space, Wanted(model="shipped", methods=["lora", "bitfit"]))
+    assert len(space.all_jobs()) == LIMITS.jobs - 1
+    assert len(begin(studio, space, Wanted(model="shipped", methods=["lora", "lora", " lora"]))[0]) == 1
+    assert chosen(["ssf", "lora", "ssf"], "shipped") == ["ssf", "lora"]
+
+
+def test_only_the_pictures_of_a_classifiers_job_are_taken_again(tmp_path: Path) -> None:
+    studio, space = Studio.at(tmp_path), Workspace(tmp_path)
+    (tmp_path / "photos").mkdir()
+    taught = jobs.make(space.jobs, "teach", "a toy", ["personalize", str(tmp_path / "photos"), "--concept=<toy>"])
+    with pytest.raises(VeneerError, match="none that classifies"):
+        begin(studio, space, Wanted(model="shipped", source="again", job=taught.name))
+
+
+@pytest.mark.parametrize(
+    ("held", "found"),
+    [
+        (["pets/cat", "pets/dog"], "pets"),
+        (["cat", "dog"], "."),
+        (["train/cat", "train/dog"], "."),
+        (["Training/cat", "Training/dog"], "."),
+        (["train/cat", "val/cat"], "."),
+    ],
+)
+def test_the_folder_of_the_classes(tmp_path: Path, held: list[str], found: str) -> None:
+    for name in held:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.png").touch()
+    assert inside(tmp_path) == tmp_path / found
