@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,7 +15,8 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-from veneer.apps.guard import MARGIN, Guard
+from veneer.apps import guard as module
+from veneer.apps.guard import MARGIN, Guard, Refused
 from veneer.apps.limits import LIMITS
 
 SMALL = replace(LIMITS, request_bytes=1000, drawing_bytes=5000, file_bytes=10_000, disk_free=1)
@@ -73,6 +75,19 @@ def test_uploads_are_counted_as_they_come(tmp_path: Path) -> None:
 def test_an_upload_that_would_fill_the_disk_is_refused_before_it_comes(tmp_path: Path) -> None:
     claimed = {"content-length": str(2**60)}
     assert ask("POST", UPLOAD, tmp_path, headers=claimed, content=pieces(1)).status_code == 507
+
+
+def test_after_a_minute_one_may_try_to_log_in_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock: list[float] = []
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
+    guard = Guard(app, limits=replace(SMALL, logins=2))
+    for now, let_in in ((0, True), (10, True), (20, False), (59, False), (61, True), (71, True), (120, False), (122, True)):
+        clock.append(now)
+        if let_in:
+            guard._check_logins()
+        else:
+            with pytest.raises(Refused, match="Too many tries"):
+                guard._check_logins()
 
 
 @pytest.mark.parametrize(("way", "status"), [("/", 200), ("/gradio_api/runs", 403)])

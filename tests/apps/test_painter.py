@@ -158,6 +158,12 @@ def test_a_file_that_changed_or_is_gone(base: str, make: Make) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert same(painter, base, Use(file))
     assert len(painter._bases[base].attached) == 1, "what it was before is not kept"
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    another = make("another", seed=90)
+    assert another.stat().st_size == file.stat().st_size
+    os.utime(another, ns=times)
+    another.replace(file)
+    assert same(painter, base, Use(file)), "another file of the same size and time in its place"
     file.unlink()
     with pytest.raises(VeneerError, match="the file of adapter 'mine' is gone"):
         painter.draw(base, WORDS, SETTINGS, [Use(other), Use(file)])
@@ -174,15 +180,23 @@ def test_no_more_bases_are_kept_than_is_allowed(base: str, make: Make, tmp_path:
     assert list(painter._bases) == [str(tmp_path / str(number)) for number in range(KEPT)]
     gc.collect()
     assert first() is None, "its memory is free"
+    painter.side(str(tmp_path / "0"))
+    assert painter._base(base) is painter._bases[base]
+    assert list(painter._bases) == [str(tmp_path / "0"), base], "the one used longest ago goes"
     assert same(painter, base, Use(file))
 
 
 def test_what_is_refused_leaves_the_base_as_it_was(base: str, make: Make, tmp_path: Path) -> None:
     good, control = make("good"), make("control", "t2i_adapter")
+    word = make("word", "textual_inversion", size=2.0, tokens="<toy>", initialize="cat")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no tensors")
     painter = Painter("cpu")
-    for uses, why in (([Use(good), Use(broken)], "broken"), ([Use(good), Use(control)], "follows a picture")):
+    for uses, why in (
+        ([Use(good), Use(broken)], "broken"),
+        ([Use(word), Use(broken)], "broken"),
+        ([Use(good), Use(control)], "follows a picture"),
+    ):
         with pytest.raises(VeneerError, match=why):
             painter.draw(base, WORDS, SETTINGS, uses)
         assert same(painter, base)

@@ -1,0 +1,149 @@
+"""Jobs by their files: who is next, what a stop reaches, and what the process of a job writes; no model is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from veneer.apps import jobs, worker
+from veneer.apps.job_queue import JobQueue
+from veneer.apps.jobs import LOG_SHOWN, TRIES, Job
+from veneer.apps.worker import work
+
+from veneer import allocator
+from veneer.training.progress import Progress, ProgressFile
+
+WRONG = ["personalize", "--sepia"]
+"""A command that ends at once."""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return jobs.make(tmp_path / "local" / "jobs", "teach", "a toy", WRONG)
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Folders of jobs that would have been begun, in place of their processes."""
+    found: list[str] = []
+
+    class Process:
+        def __init__(self, command: list[str], **options: Any) -> None:
+            found.append(command[-1])
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", Process)
+    monkeypatch.setattr(jobs, "_started", [])
+    return found
+
+
+def test_who_has_waited_longest_is_next_over_all_users(tmp_path: Path, begun: list[str]) -> None:
+    made = {user: jobs.make(tmp_path / user / "jobs", "teach", user, WRONG) for user in ("b", "d", "a", "c")}
+    for number, job in enumerate(made.values()):
+        jobs.write_json(job.folder / "job.json", {**job.about, "made": 1000.0 + number})
+    queue = JobQueue(tmp_path)
+    assert [queue.place(job) for job in made.values()] == [0, 1, 2, 3]
+    for job in made.values():
+        assert queue.turn() == job
+        (job.folder / "end.json").write_text('{"status": 1}')
+    assert queue.turn() is None
+    assert begun == [str(job.folder) for job in made.values()]
+
+
+def test_none_begins_while_one_of_another_server_runs(tmp_path: Path, begun: list[str]) -> None:
+    runs, waits = (jobs.make(tmp_path / user / "jobs", "teach", "a toy", WRONG) for user in ("a", "b"))
+    queue = JobQueue(tmp_path)
+    with FileLock(runs.folder / "lock"):
+        assert queue.turn() is None
+    runs.stop()
+    assert queue.turn() == waits
+
+
+def test_a_stop_is_there_before_its_process_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int, bool]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: told.append((pid, number, (job.folder / "stop").exists())))
+    (job.folder / "process.json").write_text('{"pid": 1234567}')
+    with FileLock(job.folder / "lock"):
+        job.stop()
+    assert told == [(1234567, signal.SIGTERM, True)]
+
+
+def test_a_process_that_is_no_longer_the_jobs_is_not_told(job: Job, begun: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be another's by now."""
+    told: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: told.append(pid))
+    (job.folder / "process.json").write_text('{"pid": 1234567}')
+    job.stop()
+    assert told == [], "nobody holds its lock"
+    job.go_on()
+    assert job.start()
+    with FileLock(job.folder / "lock"):  # the next process, which has not said yet who it is
+        job.stop()
+    assert told == []
+
+
+def test_tries_are_counted_where_it_dies_and_anew_when_somebody_asks(job: Job, begun: list[str]) -> None:
+    assert all(job.start() for _ in range(TRIES - 1)), "it dies before its first step"
+    ProgressFile(job.run / "progress.jsonl", seconds=0)(Progress(5, 40, 1.0, 1.0, 1e-3, 1.0, 1.0, None, 0))
+    assert all(job.start() for _ in range(TRIES)), "it has come further since"
+    assert not job.start()
+    assert job.why().startswith(f"It died {TRIES} times at step 5")
+    job.go_on()
+    assert all(job.start() for _ in range(TRIES))
+    assert not job.start()
+    assert len(begun) == 3 * TRIES - 1
+
+
+def test_the_end_of_a_long_log_says_why(job: Job) -> None:
+    lines = ["veneer: the first trouble", "x" * LOG_SHOWN, "veneer: the second trouble", "veneer: the last trouble", "bye"]
+    (job.folder / "log.txt").write_text("\n".join(lines))
+    (job.folder / "end.json").write_text('{"status": 1}')
+    assert len(job.log()) == LOG_SHOWN
+    assert job.log().endswith("bye")
+    assert job.why() == "the last trouble"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker in this process leaves its memory as it is."""
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: True)
+
+
+@pytest.mark.usefixtures("here")
+def test_the_worker_says_how_it_ended_and_keeps_what_was_said_before(job: Job) -> None:
+    (job.folder / "log.txt").write_text("before\n")
+    assert work(job.folder) == 2, "as argparse ends"
+    assert json.loads((job.folder / "process.json").read_text()) == {"pid": os.getpid()}
+    assert (job.state, job.log().startswith("before\n")) == ("failed", True)
+    assert "unrecognized arguments: --sepia" in job.why()
+
+
+@pytest.mark.usefixtures("here")
+def test_an_end_with_words_is_a_failure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(words: list[str]) -> int:
+        raise SystemExit("no such thing")
+
+    monkeypatch.setattr("veneer.cli.main", main)
+    assert work(job.folder) == 1
+    assert job.state == "failed"
+
+
+@pytest.mark.usefixtures("here")
+def test_the_worker_sees_a_stop_that_comes_when_it_has_said_who_it_is(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who stops it then tells the process, which does not listen yet."""
+    write = worker.write_json
+
+    def written(path: Path, value: Any) -> None:
+        write(path, value)
+        (job.folder / "stop").touch()
+
+    monkeypatch.setattr(worker, "write_json", written)
+    assert work(job.folder) == 0
+    assert (job.state, job.log(), (job.folder / "end.json").exists()) == ("stopped", "", False)

@@ -1,0 +1,101 @@
+"""What the page Teach says and asks for, by its plain functions: limits, presets, estimates, and forms."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from veneer.apps import jobs
+from veneer.apps.jobs import Job
+from veneer.apps.limits import LIMITS
+from veneer.apps.pages._form import USUAL, fields_of, words_of
+from veneer.apps.pages._teaching import FROM_CONCEPT, SETTINGS, Asked, estimate, options_of, parameters, usual, words
+from veneer.apps.workspace import Workspace
+
+from veneer import methods
+from veneer.injection import VeneerError
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.estimates import size
+from veneer.training.progress import Progress, ProgressFile
+
+
+def asked(**given: str) -> Asked:
+    settings = [given.get(field.name, field.default if field.kind == "check" else "") for field in SETTINGS]
+    options = [field.default if field.kind == "check" else "" for field in options_of("lora")]
+    return Asked("<toy>", "toy", "shipped", "lora", settings, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("resolution", LIMITS.side), ("prior", LIMITS.pictures * 16), ("batch", LIMITS.photos), ("eval_seeds", LIMITS.pictures),
+    ],
+)  # fmt: skip
+def test_what_no_visitor_may_ask_for_more_of(name: str, most: int, tmp_path: Path) -> None:
+    assert f"--{name.replace('_', '-')}={most}" in words(asked(**{name: str(most)}), tmp_path)
+    with pytest.raises(VeneerError, match=f"{name.replace('_', ' ')}: {most + 1}; expected at most {most}"):
+        words(asked(**{name: str(most + 1)}), tmp_path)
+
+
+def test_presets_differ_in_steps() -> None:
+    steps = [int(usual(preset, "shipped", "lora")["steps"]) for preset in ("quick", "balanced", "thorough")]
+    assert steps == [steps[1] // 3, steps[1], 2 * steps[1]]
+
+
+def test_what_follows_from_the_concept_is_not_asked_for() -> None:
+    for method in ("textual_inversion", "lora"):
+        assert not {field.name for field in options_of(method)} & set(FROM_CONCEPT)
+
+
+def test_what_is_usual_says_nothing(tmp_path: Path) -> None:
+    for name in ("lora", "oft"):
+        fields = options_of(name)
+        given = [field.default if field.kind == "check" else USUAL for field in fields]
+        assert words_of(methods.get(name), fields, given, name) == []
+
+
+@dataclass
+class Config:
+    """A command's settings.
+
+    Args:
+        shifts: some numbers.
+    """
+
+    shifts: tuple[float, ...] = ()
+
+
+def test_several_numbers_may_be_below_zero_but_none_is_a_flag() -> None:
+    fields = fields_of(Config)
+    assert words_of(Config, fields, ["-1, 2.5 -0.5"]) == ["--shifts", "-1", "2.5", "-0.5"]
+    for flag in ("--shifts", "1 -x", "1 --out=/etc"):
+        with pytest.raises(VeneerError, match="begins with '-'"):
+            words_of(Config, fields, [flag])
+
+
+def finished(space: Workspace, base: str, method: str, seconds: float, batch: int, trained: int) -> Job:
+    """A job of 10 steps."""
+    job = jobs.make(space.jobs, "teach", "a toy", ["personalize", f"--base={base}", f"--method={method}"])
+    ProgressFile(job.run / "progress.jsonl", seconds=0)(Progress(10, 10, 1.0, 1.0, 1e-3, 1.0, seconds, None, 0))
+    told: dict[str, Any] = {"config": {"batch": batch}, "methods": [{"parameters": trained}]}
+    (job.run / "result.json").write_text(json.dumps(told))
+    return job
+
+
+def test_estimates_go_by_the_last_run_like_it(tmp_path: Path) -> None:
+    tiny_pipeline("sd").save_pretrained(tmp_path / "base")
+    base, space = str(tmp_path / "base"), Workspace(tmp_path / "space")
+    memory = f"about {size(4 * parameters(base))} for the base"
+    assert memory in estimate(space, base, "lora", "20", "2"), "4 bytes a value"
+    assert "is known after its first steps" in estimate(space, base, "lora", "20", "2")
+    finished(space, base, "lora", 40.0, 2, 1000)
+    finished(space, base, "oft", 1000.0, 1, 10)  # newer, but another method
+    finished(space, "elsewhere", "lora", 5000.0, 1, 10)
+    told = estimate(space, base, "lora", "20", "6")
+    assert "about 4:00 of learning" in told, "twice the steps, three times the pictures of each: 40 s × 2 × 3"
+    assert f"{memory}" in told
+    assert f"and {size(16 * 1000)} for what is trained" in told, "value, gradient and two states, each 4 bytes"
+    assert "about 16:40 of learning" in estimate(space, base, "dora", "10", "1"), "of the base's runs the newest"
