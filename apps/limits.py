@@ -23,6 +23,7 @@ class Limits:
         adapters: at once on one picture.
         pictures: of one request. `side`: of a picture, in pixels. `steps`: of drawing one.
         epochs: of teaching a classifier. `batch`: pictures in one of its steps.
+        check_seconds: of a look at a run before it starts.
         waiting: requests for pictures that wait for their turn. `jobs`: training jobs of one user that wait for theirs.
         sessions: open pages whose values are remembered, of all visitors; each takes about 1 MiB. Those used longest ago go.
     """
@@ -48,6 +49,7 @@ class Limits:
     steps: int = 100
     epochs: int = 1000
     batch: int = 512
+    check_seconds: int = 300
     waiting: int = 64
     jobs: int = 8
     sessions: int = 64

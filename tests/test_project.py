@@ -46,7 +46,11 @@ def test_versions_agree(project: dict[str, Any]) -> None:
 
 def test_every_package_is_listed(project: dict[str, Any]) -> None:
     assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(packages_on_disk())
-    assert project["tool"]["setuptools"]["package-dir"] == {k: str(p.relative_to(ROOT)) for k, p in SOURCES.items()}
+    assert project["tool"]["setuptools"]["package-dir"] == {
+        "": "src",
+        **{k: str(p.relative_to(ROOT)) for k, p in SOURCES.items()},
+    }
+    assert [f"{name}.py" for name in project["tool"]["setuptools"]["py-modules"]] == [p.name for p in (ROOT / "src").glob("*.py")]
 
 
 def test_every_package_has_an_init() -> None:

@@ -17,6 +17,7 @@ from ..limits import LIMITS
 from ..studio import Studio, escaped, explained
 from ..workspace import Workspace, bounded, shown
 from . import Page
+from ._check import checked
 from ._form import Slots, fields_of, part_of
 from ._job import Results, job_view, offered, picture, sheet_picture, shows
 from ._photos import Rows, example, lay_down, look_at
@@ -187,6 +188,8 @@ class _Asks:
         given = usual("quick", "shipped", USUAL)
         cost = estimate_of(None, "shipped", USUAL, given["steps"], given["batch"])
         self.estimate = gr.Markdown(cost, elem_id="teach-estimate")
+        self.check = gr.Button("Try one step: what will it take?", size="sm", elem_id="teach-check")
+        self.checked = gr.Textbox(label="Before it starts", lines=3, visible=False, interactive=False, elem_id="teach-checked")
         with gr.Accordion("Settings", open=False):
             with gr.Row():
                 main = {f.name: part_of(f, given.get(f.name), min_width=200) for f in SETTINGS if f.name in MAIN}
@@ -203,12 +206,17 @@ class _Asks:
         studio, looked = self.studio, [self.thumbs, self.crops, self.notes, self.captions]
         named = [self.settings[field.name] for field in SETTINGS]
 
-        def start(request: gr.Request, paths: Any, rows: Any, concept: str, word: str, base: str, method: str, *rest: Any) -> Any:
+        def wanted(concept: str, word: str, base: str, method: str, *rest: Any) -> Asked:
             settings, parts = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
-            options = self.slots.given(options_of(method), parts)
-            asked = Asked(concept, word, base, method, settings, options)
-            workspace = studio.workspace(request)
+            return Asked(concept, word, base, method, settings, self.slots.given(options_of(method), parts))
+
+        def start(request: gr.Request, paths: Any, rows: Any, concept: str, word: str, base: str, method: str, *rest: Any) -> Any:
+            workspace, asked = studio.workspace(request), wanted(concept, word, base, method, *rest)
             return shows(workspace, KIND, begin(studio, workspace, paths, rows or [], asked))
+
+        def look_before(request: gr.Request, paths: Any, rows: Any, concept: str, word: str, base: str, *rest: Any) -> Any:
+            said = checked(studio.workspace(request), paths, rows or [], wanted(concept, word, base, *rest))
+            return gr.Textbox(said, visible=True)
 
         def cost(base: str, method: str, steps: str, batch: str, optimizer: str, request: gr.Request) -> str:
             return estimate_of(studio.workspace(request), base, method, steps, batch, optimizer)
@@ -233,6 +241,8 @@ class _Asks:
         gr.on([part.change for part in costs], explained(cost), costs, self.estimate, show_progress="hidden", **plain)
         inputs = [self.files, self.captions, self.concept, self.word, self.base, self.method, *named, *self.slots.components]
         self.start.click(explained(start), inputs, choice, **plain)
+        one: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **plain}
+        self.check.click(explained(look_before), inputs, self.checked, **one)
 
 
 def estimate_of(workspace: Workspace | None, base: str, method: str, steps: str, batch: str, optimizer: str = "adamw") -> str:

@@ -57,7 +57,7 @@ class App:
         command = [
             sys.executable,
             "-c",
-            "from veneer.cli import console; console()",
+            "from veneer_command import console; console()",
             "app",
             "--port",
             str(self.port),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from veneer.apps.jobs import Job
 from veneer.apps.pages import teach
+from veneer.apps.pages._check import checked
 from veneer.apps.pages._form import Slots, fields_of, words_of
 from veneer.apps.pages._photos import lay_down, look_at
 from veneer.apps.pages._result import for_others, in_words
@@ -167,6 +169,23 @@ def test_from_the_example_to_its_files(tmp_path: Path) -> None:
     assert isinstance(formats.format_of(formats.read(kohya)), formats.formats.get("kohya"))
     assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: about 0:")
     assert offered.visible
+
+
+def test_a_look_before_the_start(tmp_path: Path) -> None:
+    """Memory and time of a step that is tried, and what is of concern; what the run would refuse, with the command's words."""
+    tiny_pipeline("sd").save_pretrained(tmp_path / "base")
+    workspace = Studio.at(tmp_path / "studio").workspace(None)
+    paths, _, _, *_ = teach.example_taken("shipped")
+    wish = asked("<toy>", str(tmp_path / "base"), steps="40", batch="2", learning_rate="0.5", preview_every="0", eval_seeds="0")
+    said = checked(workspace, paths, [], wish)
+    assert said.startswith("photos: 5")
+    assert re.search(r"cost: memory about [\d.]+ MiB .* 40 steps × [\d.e-]+ s = about \d+:\d\d on", said)
+    assert "learning rate" in said, "a thousand times the usual one"
+    assert not [*workspace.given.iterdir()]
+    assert not workspace.all_jobs()
+    with pytest.raises(VeneerError, match="tokens"):
+        checked(workspace, paths, [["001-01.png", "a {concept} " + "and more " * 90]], wish)
+    assert not [*workspace.given.iterdir()]
 
 
 def test_parameters_of_a_base(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def main_cli(command: str, points: int, seed: int, steps: int, extra: list[str])
             words += ["--steps", str(steps), "--seed", "3", "--checkpoint-every", "2", "--resume", "--out", str(out), *extra]
             log = (Path(scratch) / "log.txt").open("ab")
             return subprocess.Popen(
-                [sys.executable, "-c", "from veneer.cli import console; console()", *words], stdout=log, stderr=log
+                [sys.executable, "-c", "from veneer_command import console; console()", *words], stdout=log, stderr=log
             )
 
         def digest(out: Path) -> dict[str, str]:
