@@ -16,6 +16,7 @@ Everything is in files, so a page that is loaded again, a second tab and a serve
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -145,7 +146,8 @@ class Job:
         (self.folder / "stop").touch()  # before anything else: the process looks for it once it has said who it is
         process = _json(self.folder / "process.json").get("pid")
         if process and held(self.folder / "lock"):
-            os.kill(process, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(process, signal.SIGTERM)
 
     def go_on(self) -> None:
         """Let it wait for its turn again: after a stop or a failure."""

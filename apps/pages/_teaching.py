@@ -129,16 +129,17 @@ def words(asked: Asked, photos: Path) -> list[str]:
     options = words_of(methods.get(name), options_of(method), asked.options, name)
     word = bounded(asked.class_word, "class word")
     given = {"concept": concept, "class-word": word, "base": base_of(asked.base), "method": method}
-    _bounds(dict(zip((f.name for f in SETTINGS), asked.settings, strict=True)))
+    _bounds(settings)
     flags = [f"--{key}={value}" for key, value in given.items() if value]
     return ["personalize", str(photos), *flags, *settings, *options, "--tracker=none"]
 
 
-def _bounds(settings: Mapping[str, Any]) -> None:
-    """What no visitor may ask for more of."""
+def _bounds(settings: Sequence[str]) -> None:
+    """What no visitor may ask for more of, by the words of the settings."""
+    given = dict(word.removeprefix("--").split("=", 1) for word in settings if word.startswith("--") and "=" in word)
     most = {"resolution": LIMITS.side, "prior": LIMITS.pictures * 16, "batch": LIMITS.photos, "eval_seeds": LIMITS.pictures}
     for name, limit in most.items():
-        value = str(settings.get(name) or 0)
+        value = given.get(name.replace("_", "-"), "0")
         if int(value) > limit:
             raise VeneerError(f"{name.replace('_', ' ')}: {value}; expected at most {limit}.")
 
@@ -158,7 +159,7 @@ def _alike(workspace: Workspace, base: str, method: str) -> Job | None:
 
 def _time(before: Job | None, steps: str, batch: str) -> str:
     told = before.progress() if before else []
-    if not told or not before or not (steps.isdigit() and batch.isdigit()):
+    if not told or not before or not (steps.isdecimal() and batch.isdecimal()):
         return "how long it takes is known after its first steps."
     its_batch = int((read_result(before).get("config") or {}).get("batch") or 1)
     seconds = told[-1].seconds / told[-1].steps / its_batch * int(steps) * int(batch)

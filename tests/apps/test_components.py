@@ -18,7 +18,7 @@ class Canvas:
 
     def send(self, name: str, index: object = "0") -> None:
         data = {"id": name, "type": "layer", "index": index}
-        components._drawn(self, SimpleNamespace(data=data, files=[("x", b"x")]))  # type: ignore[arg-type]
+        components._drawn(self, SimpleNamespace(data=data, files=[("x", b"x")]))
 
 
 def test_drawings_are_bounded() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,15 @@ def test_a_process_that_is_no_longer_the_jobs_is_not_told(job: Job, begun: list[
     with FileLock(job.folder / "lock"):  # the next process, which has not said yet who it is
         job.stop()
     assert told == []
+
+
+def test_a_process_that_ends_while_it_is_stopped_is_no_error(job: Job) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (job.folder / "process.json").write_text(json.dumps({"pid": ended.pid}))
+    with FileLock(job.folder / "lock"):
+        job.stop()
+    assert job.state == "stopped"
 
 
 def test_tries_are_counted_where_it_dies_and_anew_when_somebody_asks(job: Job, begun: list[str]) -> None:

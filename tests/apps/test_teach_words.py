@@ -36,8 +36,9 @@ def asked(**given: str) -> Asked:
 )  # fmt: skip
 def test_what_no_visitor_may_ask_for_more_of(name: str, most: int, tmp_path: Path) -> None:
     assert f"--{name.replace('_', '-')}={most}" in words(asked(**{name: str(most)}), tmp_path)
-    with pytest.raises(VeneerError, match=f"{name.replace('_', ' ')}: {most + 1}; expected at most {most}"):
-        words(asked(**{name: str(most + 1)}), tmp_path)
+    for more in ({}, {"where": f"{name.replace('_', '-')}=1"}):
+        with pytest.raises(VeneerError, match=f"{name.replace('_', ' ')}: {most + 1}; expected at most {most}"):
+            words(asked(**{name: str(most + 1), **more}), tmp_path)
 
 
 def test_presets_differ_in_steps() -> None:
@@ -55,6 +56,7 @@ def test_what_is_usual_says_nothing(tmp_path: Path) -> None:
         fields = options_of(name)
         given = [field.default if field.kind == "check" else USUAL for field in fields]
         assert words_of(methods.get(name), fields, given, name) == []
+    assert words(asked(batch=USUAL, resolution=USUAL), tmp_path) == words(asked(), tmp_path), "as the field's own hint says it"
 
 
 @dataclass
@@ -98,4 +100,5 @@ def test_estimates_go_by_the_last_run_like_it(tmp_path: Path) -> None:
     assert "about 4:00 of learning" in told, "twice the steps, three times the pictures of each: 40 s × 2 × 3"
     assert f"{memory}" in told
     assert f"and {size(16 * 1000)} for what is trained" in told, "value, gradient and two states, each 4 bytes"
+    assert "is known after its first steps" in estimate(space, base, "lora", "²", "1"), "no number that can be read"
     assert "about 16:40 of learning" in estimate(space, base, "dora", "10", "1"), "of the base's runs the newest"
