@@ -147,6 +147,25 @@ def test_an_end_with_words_is_a_failure(job: Job, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("here")
+def test_the_command_goes_on_in_the_jobs_folder_and_a_stop_is_no_failure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+
+    def main(words: list[str]) -> int:
+        given.append(words)
+        (job.folder / "stop").touch()
+        return 0
+
+    monkeypatch.setattr("veneer.cli.main", main)
+    assert job.state == "waiting"
+    assert work(job.folder) == 0
+    assert given == [[*WRONG, "--out", str(job.run), "--resume"]]
+    assert job.state == "stopped"
+    job.run.mkdir()
+    (job.run / "result.json").write_text("{}")
+    assert job.state == "done", "it was at its end when it was stopped"
+
+
+@pytest.mark.usefixtures("here")
 def test_the_worker_sees_a_stop_that_comes_when_it_has_said_who_it_is(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who stops it then tells the process, which does not listen yet."""
     write = worker.write_json
