@@ -17,7 +17,6 @@ from veneer.injection import VeneerError
 
 from .job_queue import JobQueue
 from .jobs import Job, make
-from .limits import LIMITS
 from .painter import Painter
 from .workspace import Workspace
 
@@ -53,8 +52,7 @@ class Studio:
         Raises:
             VeneerError: too many of them wait already.
         """
-        if workspace.waiting() >= LIMITS.jobs:
-            raise VeneerError(f"{LIMITS.jobs} of your jobs wait or run already. Wait for one to end, or stop one.")
+        workspace.check_room()
         return make(workspace.jobs, kind, title, words)
 
 

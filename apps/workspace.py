@@ -97,6 +97,15 @@ class Workspace:
         """Jobs of this user that are not at an end."""
         return sum(job.state in ("waiting", "running") for job in self.all_jobs())
 
+    def check_room(self) -> None:
+        """See that one more job may wait.
+
+        Raises:
+            VeneerError: as many as are allowed wait or run.
+        """
+        if self.waiting() >= LIMITS.jobs:
+            raise VeneerError(f"{LIMITS.jobs} of your jobs wait or run already. Wait for one to end, or stop one.")
+
 
 def safe(name: str, otherwise: str = "file") -> str:
     """A name that is a file's name on every system and nothing else: letters and digits of any script, `.`, `-` and `_`.

@@ -19,7 +19,6 @@ from PIL import Image
 from veneer.injection import VeneerError
 
 from ..jobs import Job
-from ..limits import LIMITS
 from ..studio import Studio, explained
 from ..workspace import Workspace, safe
 from ._job_words import bar, curve, listed, told
@@ -217,8 +216,7 @@ def go_on(workspace: Workspace, name: str) -> None:
     job = workspace.job(name)
     if job.state not in ("stopped", "failed"):
         raise VeneerError("only a job that was stopped or failed can go on.")
-    if workspace.waiting() >= LIMITS.jobs:
-        raise VeneerError(f"{LIMITS.jobs} of your jobs wait or run already. Wait for one to end, or stop one.")
+    workspace.check_room()
     job.go_on()
 
 

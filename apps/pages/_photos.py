@@ -12,7 +12,6 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from veneer import bases
-from veneer.injection import VeneerError
 from veneer.training.captions import read_captions
 from veneer.training.folder import find_photos
 from veneer.training.photos import DataWarning
@@ -72,8 +71,9 @@ def lay_down(workspace: Workspace, paths: Sequence[str], captions: Rows) -> Path
     Args:
         captions: rows of a name, as in `Looked.names`, and words; others are passed over.
     Raises:
-        VeneerError: no usable photos, too many, or a caption that is too long.
+        VeneerError: no usable photos, too many, a caption that is too long, or too many jobs that wait.
     """
+    workspace.check_room()
     words = {str(row[0]): bounded(str(row[1] or ""), f"caption of {row[0]}") for row in captions if len(row) > 1}
     folder = workspace.new_given()
     try:
@@ -81,8 +81,8 @@ def lay_down(workspace: Workspace, paths: Sequence[str], captions: Rows) -> Path
         for path in taken:
             if caption := " ".join(words.get(path.name, "").split()):
                 path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    except VeneerError:
-        shutil.rmtree(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
 

@@ -11,10 +11,13 @@ import pytest
 from veneer.apps import jobs
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
+from veneer.apps.pages import teach
 from veneer.apps.pages._form import USUAL, fields_of, words_of
 from veneer.apps.pages._teaching import FROM_CONCEPT, SETTINGS, Asked, estimate, options_of, parameters, usual, words
+from veneer.apps.studio import Studio
 from veneer.apps.workspace import Workspace
 
+from tests.methods.controls import picture
 from veneer import methods
 from veneer.injection import VeneerError
 from veneer.testing.pipelines import tiny_pipeline
@@ -39,6 +42,19 @@ def test_what_no_visitor_may_ask_for_more_of(name: str, most: int, tmp_path: Pat
     for more in ({}, {"where": f"{name.replace('_', '-')}=1"}):
         with pytest.raises(VeneerError, match=f"{name.replace('_', ' ')}: {most + 1}; expected at most {most}"):
             words(asked(**{name: str(most + 1), **more}), tmp_path)
+
+
+def test_what_is_not_begun_leaves_no_photos(tmp_path: Path) -> None:
+    studio, space = Studio.at(tmp_path / "root"), Workspace(tmp_path / "root")
+    picture(0, 96).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no picture")
+    with pytest.raises(VeneerError, match="no picture that can be used"):
+        teach.begin(studio, space, [str(tmp_path / "b.png")], [], asked())
+    for _ in range(LIMITS.jobs):
+        teach.begin(studio, space, [str(tmp_path / "a.png")], [], asked())
+    with pytest.raises(VeneerError, match="of your jobs wait or run already"):
+        teach.begin(studio, space, [str(tmp_path / "a.png")], [], asked())
+    assert {str(folder) for folder in space.given.iterdir()} == {job.about["words"][1] for job in space.all_jobs()}
 
 
 def test_presets_differ_in_steps() -> None:
