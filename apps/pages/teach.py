@@ -18,7 +18,7 @@ from ..studio import Studio, escaped, explained
 from ..workspace import Workspace, bounded, shown
 from . import Page
 from ._check import checked
-from ._form import Slots, fields_of, part_of
+from ._form import Field, Slots, fields_of, part_of
 from ._job import Results, job_view, offered, picture, sheet_picture, shows
 from ._photos import Rows, example, lay_down, look_at
 from ._pictures import gallery
@@ -79,6 +79,21 @@ def filled(slots: Slots, preset: str, base: str, method: str) -> list[Any]:
     fields = options_of(method)
     said = f"**{escaped(main_method(method))}**: {escaped(about)}" + ("" if fields else " It has no options.")
     return [*(given[name] for name in FILLED), said, *slots.fill(fields, usual_options(base, method))]
+
+
+def agree(filled_for: Sequence[str], now: Sequence[str]) -> None:
+    """Settings and options in the form are those of the preset, the base and the method that are chosen now.
+
+    Raises:
+        VeneerError: they are still on their way, or there is no such base or method.
+    """
+    if list(filled_for) != list(now):
+        preset, base, method = now
+        base_of(base)
+        main_method(method)
+        raise VeneerError(
+            f"the settings for {preset}, {shown(method)} and {shown(base)} are on their way. Press again in a moment."
+        )
 
 
 def begin(studio: Studio, workspace: Workspace, paths: Sequence[str] | None, captions: Rows, asked: Asked) -> Job:
@@ -192,9 +207,9 @@ class _Asks:
         self.checked = gr.Textbox(label="Before it starts", lines=3, visible=False, interactive=False, elem_id="teach-checked")
         with gr.Accordion("Settings", open=False):
             with gr.Row():
-                main = {f.name: part_of(f, given.get(f.name), min_width=200) for f in SETTINGS if f.name in MAIN}
+                main = {f.name: part_of(f, given.get(f.name), **_named(f)) for f in SETTINGS if f.name in MAIN}
             with gr.Accordion("More", open=False), gr.Row():
-                more = {f.name: part_of(f, given.get(f.name), min_width=200) for f in SETTINGS if f.name not in MAIN}
+                more = {f.name: part_of(f, given.get(f.name), **_named(f)) for f in SETTINGS if f.name not in MAIN}
             self.settings = {**main, **more}
         with gr.Accordion("Options of the method", open=False):
             self.about = gr.Markdown("")
@@ -206,23 +221,23 @@ class _Asks:
         studio, looked = self.studio, [self.thumbs, self.crops, self.notes, self.captions]
         named = [self.settings[field.name] for field in SETTINGS]
 
-        def wanted(concept: str, word: str, base: str, method: str, *rest: Any) -> Asked:
+        def wanted(concept: str, word: str, preset: str, base: str, method: str, filled_for: list[str], *rest: Any) -> Asked:
+            agree(filled_for, [preset, base, method])
             settings, parts = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
             return Asked(concept, word, base, method, settings, self.slots.given(options_of(method), parts))
 
-        def start(request: gr.Request, paths: Any, rows: Any, concept: str, word: str, base: str, method: str, *rest: Any) -> Any:
-            workspace, asked = studio.workspace(request), wanted(concept, word, base, method, *rest)
-            return shows(workspace, KIND, begin(studio, workspace, paths, rows or [], asked))
+        def start(request: gr.Request, paths: Any, rows: Any, *rest: Any) -> Any:
+            workspace = studio.workspace(request)
+            return shows(workspace, KIND, begin(studio, workspace, paths, rows or [], wanted(*rest)))
 
-        def look_before(request: gr.Request, paths: Any, rows: Any, concept: str, word: str, base: str, *rest: Any) -> Any:
-            said = checked(studio.workspace(request), paths, rows or [], wanted(concept, word, base, *rest))
-            return gr.Textbox(said, visible=True)
+        def look_before(request: gr.Request, paths: Any, rows: Any, *rest: Any) -> Any:
+            return gr.Textbox(checked(studio.workspace(request), paths, rows or [], wanted(*rest)), visible=True)
 
         def cost(base: str, method: str, steps: str, batch: str, optimizer: str, request: gr.Request) -> str:
             return estimate_of(studio.workspace(request), base, method, steps, batch, optimizer)
 
         def fill(preset: str, base: str, method: str) -> list[Any]:
-            return filled(self.slots, preset, base, method)
+            return [[preset, base, method], *filled(self.slots, preset, base, method)]
 
         plain: dict[str, Any] = {"api_visibility": "private"}
         dropped = [self.files.upload, self.files.clear, self.files.delete]
@@ -230,7 +245,8 @@ class _Asks:
         examples = [self.files, self.concept, self.word, *looked]
         self.example.click(explained(example_taken), [self.base], examples, **plain)
         parts = [self.preset, self.base, self.method]
-        filling = [*(self.settings[name] for name in FILLED), self.about, *self.slots.components]
+        filled_for = gr.State(list[str]())
+        filling = [filled_for, *(self.settings[name] for name in FILLED), self.about, *self.slots.components]
         gr.on(
             [self.preset.change, self.method.change, self.base.submit, self.base.blur], explained(fill), parts, filling,
             show_progress="hidden", **plain,
@@ -239,10 +255,14 @@ class _Asks:
         gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **plain)
         costs = [self.base, self.method, self.settings["steps"], self.settings["batch"], self.settings["optimizer"]]
         gr.on([part.change for part in costs], explained(cost), costs, self.estimate, show_progress="hidden", **plain)
-        inputs = [self.files, self.captions, self.concept, self.word, self.base, self.method, *named, *self.slots.components]
+        inputs = [self.files, self.captions, self.concept, self.word, *parts, filled_for, *named, *self.slots.components]
         self.start.click(explained(start), inputs, choice, **plain)
         one: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **plain}
         self.check.click(explained(look_before), inputs, self.checked, **one)
+
+
+def _named(field: Field) -> dict[str, Any]:
+    return {"min_width": 200, "elem_id": f"teach-{field.name.replace('_', '-')}"}
 
 
 def estimate_of(workspace: Workspace | None, base: str, method: str, steps: str, batch: str, optimizer: str = "adamw") -> str:

@@ -163,6 +163,13 @@ class Browser:
         page.get_by_role("tab").first.wait_for()
         return page
 
+    def reload(self, page: Any) -> None:
+        """Load a page again. What the old one said of connections that were cut is forgotten."""
+        before = self.errors[:]
+        page.reload()
+        page.get_by_role("tab").first.wait_for()
+        self.errors[:] = before
+
     def watch(self, page: Any) -> None:
         """Note what goes wrong on a page."""
         page.on("console", lambda told: self.errors.append(f"{told.type}: {told.text}") if told.type == "error" else None)

@@ -87,7 +87,7 @@ def test_teach_from_four_photos(app: App, page: Any, chromium: Browser, tmp_path
     state.get_by_text(re.compile(r"learns: step \d+ of 100")).wait_for()
     assert int(page.locator("#teach-progress progress").get_attribute("max")) == 100
     page.locator("#teach-preview img").wait_for()
-    page.reload()
+    chromium.reload(page)
     job = re.compile("<octopus>, pivotal (learns|has learnt|is done)")
     page.locator("#teach-state").get_by_text(job).wait_for()
     page.locator("#teach-loss svg, #teach-loss canvas").first.wait_for()

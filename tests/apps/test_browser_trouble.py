@@ -51,6 +51,8 @@ def teach(page: Any, concept: str, how_long: str) -> None:
     page.locator("#teach-notes").get_by_text("5 photos").wait_for()
     page.locator("#teach-concept input, #teach-concept textarea").fill(concept)
     page.get_by_label(how_long).check()
+    steps = {"quick": "100", "balanced": "300"}[how_long]
+    page.wait_for_function("n => document.querySelector('#teach-steps input, #teach-steps textarea').value === n", arg=steps)
     page.locator("#teach-start").click()
 
 

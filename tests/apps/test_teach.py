@@ -129,6 +129,16 @@ def test_presets_and_slots() -> None:
     assert dict(zip((f.name for f in fields), slots.given(fields, values), strict=True))["rank"] == "3"
 
 
+def test_settings_are_those_of_what_is_chosen() -> None:
+    teach.agree(["quick", "shipped", "lora"], ["quick", "shipped", "lora"])
+    with pytest.raises(VeneerError, match="settings for balanced, lora and shipped are on their way"):
+        teach.agree(["quick", "shipped", "lora"], ["balanced", "shipped", "lora"])
+    with pytest.raises(VeneerError, match="sepia"):
+        teach.agree(["quick", "shipped", "lora"], ["quick", "shipped", "sepia"])
+    with pytest.raises(VeneerError, match="no/such"):
+        teach.agree(["quick", "shipped", "lora"], ["quick", "no/such/folder", "lora"])
+
+
 def test_the_page_is_built(tmp_path: Path) -> None:
     with gr.Blocks() as page:
         teach.build(Studio.at(tmp_path))

@@ -35,6 +35,7 @@ def prepare(page: Any, control: Path) -> None:
     page.locator("#teach-example").click()
     page.locator("#teach-notes").get_by_text("5 photos").wait_for()
     page.get_by_label("balanced").check()
+    page.wait_for_function("() => document.querySelector('#teach-steps input, #teach-steps textarea').value === '300'")
     page.locator("#teach-start").click()
     go(page, "Adapters")
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +148,6 @@ def main() -> None:
         shoot(page, given.out / "app.jpg", whole=False)
         page.context.close()
         tour(app, chromium, given.out, "filled", fill=True)
-        chromium.check()
 
 
 if __name__ == "__main__":
