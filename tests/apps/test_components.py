@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from gradio.components.image_editor import EditorData, EditorDataBlobs
 from veneer.apps import components
 from veneer.apps.limits import LIMITS
+from veneer.apps.pages._pictures import sketchpad
 
 
 class Canvas:
@@ -35,3 +37,13 @@ def test_drawings_are_bounded() -> None:
     assert list(canvas.blob_storage) == names[10:], "the oldest go"
     canvas.send(names[-1], "1")
     assert list(canvas.blob_storage) == names[10:], "another layer of one that is there takes no place"
+
+
+def test_a_drawing_that_was_used_takes_no_place() -> None:
+    pad = sketchpad("Sketch")
+    pad.blob_storage["a"] = EditorDataBlobs(background=None, layers=[], composite=b"drawn")
+    sent = EditorData(id="a")
+    assert pad.preprocess(sent) == b"drawn"
+    assert pad.blob_storage == {}
+    assert pad.preprocess(sent) is None
+    assert pad.preprocess(None) is None

@@ -229,6 +229,7 @@ def test_what_cannot_be_taught_is_refused_and_leaves_nothing(studio: Studio, bas
         (Lesson("controlnet", "canny", "--debug"), "no '--debug' here"),
         (Lesson("controlnet", "canny", base, steps=10**9), "steps is 1000000000"),
         (Lesson("controlnet", "canny", base, drawn="x"), "pictures drawn is x"),
+        (Lesson("controlnet", "canny", base, drawn=10**9), "pictures drawn is 1000000000"),
         (Lesson("controlnet", "canny", base, photos=[str(tmp_path / "one.png")]), "one picture is too few"),
         (Lesson("controlnet", "canny", base, photos=["x"] * (LIMITS.photos + 1)), "expected at most"),
     ):  # fmt: skip

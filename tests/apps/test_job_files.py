@@ -137,6 +137,15 @@ def test_the_worker_says_how_it_ended_and_keeps_what_was_said_before(job: Job) -
 
 
 @pytest.mark.usefixtures("here")
+def test_two_workers_of_a_job_do_not_meet(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "FileLock", lambda path, timeout: FileLock(path, timeout=0))
+    with FileLock(job.folder / "lock"):
+        assert work(job.folder) == 75
+        assert job.state == "running"
+    assert sorted(path.name for path in job.folder.iterdir() if path.name != "lock") == ["job.json"]
+
+
+@pytest.mark.usefixtures("here")
 def test_an_end_with_words_is_a_failure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def main(words: list[str]) -> int:
         raise SystemExit("no such thing")

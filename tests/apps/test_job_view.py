@@ -100,7 +100,10 @@ def test_buttons_follow_the_state(tmp_path: Path) -> None:
         remove(studio.workspace(None), job.name)
     with pytest.raises(VeneerError, match="only a job that was stopped"):
         go_on(studio.workspace(None), job.name)
+    before = seen(studio)[-1]
     job.stop()
+    sent = dict(zip(PARTS, seen(studio, job.name, before), strict=False))
+    assert {name for name, value in sent.items() if not is_skip(value)} == {"choice", "state", "stop", "on", "delete"}
     assert visible() == {"stop": False, "on": True, "delete": True}
     go_on(studio.workspace(None), job.name)
     assert visible() == {"stop": True, "on": False, "delete": False}

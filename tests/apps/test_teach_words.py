@@ -13,6 +13,7 @@ from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages import teach
 from veneer.apps.pages._form import USUAL, fields_of, words_of
+from veneer.apps.pages._photos import look_at
 from veneer.apps.pages._teaching import FROM_CONCEPT, SETTINGS, Asked, estimate, options_of, parameters, usual, words
 from veneer.apps.studio import Studio
 from veneer.apps.workspace import Workspace
@@ -55,6 +56,15 @@ def test_what_is_not_begun_leaves_no_photos(tmp_path: Path) -> None:
     with pytest.raises(VeneerError, match="of your jobs wait or run already"):
         teach.begin(studio, space, [str(tmp_path / "a.png")], [], asked())
     assert {str(folder) for folder in space.given.iterdir()} == {job.about["words"][1] for job in space.all_jobs()}
+
+
+def test_what_is_wrong_with_photos_does_not_say_where_they_lie(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{n}.png") for n in range(2)]
+    for path in paths:
+        picture(0, 40).save(path)
+    said = look_at(paths, 64).wrong
+    assert any("001-0.png" in each for each in said)
+    assert not any("/" in each for each in said), said
 
 
 def test_presets_differ_in_steps() -> None:
