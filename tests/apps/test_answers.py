@@ -14,7 +14,12 @@ from veneer.injection import VeneerError
 
 def test_classifiers_that_were_asked_last_stay_and_new_ones_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(module, "open_predictor", lambda run: opened.append(run.name) or object())
+
+    def opens(run: Path) -> object:
+        opened.append(run.name)
+        return object()
+
+    monkeypatch.setattr(module, "open_predictor", opens)
     runs = [tmp_path / str(number) for number in range(KEPT + 1)]
     for run in runs:
         run.mkdir()

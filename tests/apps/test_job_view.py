@@ -190,3 +190,6 @@ def test_files_are_offered_as_copies(tmp_path: Path) -> None:
     assert Path(copy).parent != tmp_path
     assert Path(copy).read_text() == "a"
     assert offered([]) == []
+    (tmp_path / "adapter.safetensors").write_text("b")
+    named = offered([tmp_path / "adapter.safetensors", tmp_path / "a.txt"], "my <toy>")
+    assert [Path(path).name for path in named] == ["my-toy.safetensors", "a.txt"], "all jobs have a file of that name"

@@ -14,8 +14,9 @@ from veneer.apps.limits import LIMITS
 from veneer.apps.pages import teach
 from veneer.apps.pages._form import USUAL, fields_of, words_of
 from veneer.apps.pages._photos import look_at
+from veneer.apps.pages._result import in_words
 from veneer.apps.pages._teaching import FROM_CONCEPT, SETTINGS, Asked, estimate, options_of, parameters, usual, words
-from veneer.apps.studio import Studio
+from veneer.apps.studio import Studio, escaped
 from veneer.apps.workspace import Workspace
 
 from tests.methods.controls import picture
@@ -83,6 +84,30 @@ def test_what_is_usual_says_nothing(tmp_path: Path) -> None:
         given = [field.default if field.kind == "check" else USUAL for field in fields]
         assert words_of(methods.get(name), fields, given, name) == []
     assert words(asked(batch=USUAL, resolution=USUAL), tmp_path) == words(asked(), tmp_path), "as the field's own hint says it"
+
+
+def test_words_of_a_form_are_bounded() -> None:
+    fields = [field for field in options_of("lora") if field.name == "init" or field.kind == "text"]
+    for wrong, why in (("x" * (LIMITS.text + 1), "1,001 characters"), ("4\0", "cannot be shown")):
+        with pytest.raises(VeneerError, match=why):
+            words_of(methods.get("lora"), fields, [wrong] + [""] * (len(fields) - 1), "lora")
+
+
+def test_the_end_in_words(tmp_path: Path) -> None:
+    job = finished(Workspace(tmp_path), "shipped", "lora", 65.0, 1, 1234)
+    assert "1,234 trained values." in in_words(job), "what is not known is no error"
+    found = json.loads((job.run / "result.json").read_text())
+    means = {"adapted": {"mean": 0.75}, "base": {"mean": 0.25}}
+    found["figures"] = {"likeness": means, "ceiling": {"mean": 0.875}, "prompt_likeness": means, "drift": {"mean": 0.125}}
+    found["training"] = {"steps": 10, "seconds": 65, "warnings": ["<b>*loud*</b>"]}
+    (job.run / "result.json").write_text(json.dumps(found))
+    told = in_words(job)
+    assert "10 steps in 1:05" in told
+    assert "**0.75** with what was learnt, 0.25 without (1 is the same; your photos to one another 0.88)" in told
+    assert "Likeness to the prompt: 0.75 with, 0.25 without" in told
+    assert "other things: 0.12 (0 is none)" in told
+    assert escaped("<b>*loud*</b>") in told
+    assert "<b>" not in told
 
 
 @dataclass
