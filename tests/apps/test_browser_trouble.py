@@ -52,7 +52,8 @@ def teach(page: Any, concept: str, how_long: str) -> None:
     page.locator("#teach-concept input, #teach-concept textarea").fill(concept)
     page.get_by_label(how_long).check()
     steps = {"quick": "100", "balanced": "300"}[how_long]
-    page.wait_for_function("n => document.querySelector('#teach-steps input, #teach-steps textarea').value === n", arg=steps)
+    page.get_by_role("button", name=re.compile("^Settings")).click()
+    page.wait_for_function("n => document.querySelector('#teach-steps :is(input, textarea)')?.value === n", arg=steps)
     page.locator("#teach-start").click()
 
 

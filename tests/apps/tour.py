@@ -35,7 +35,8 @@ def prepare(page: Any, control: Path) -> None:
     page.locator("#teach-example").click()
     page.locator("#teach-notes").get_by_text("5 photos").wait_for()
     page.get_by_label("balanced").check()
-    page.wait_for_function("() => document.querySelector('#teach-steps input, #teach-steps textarea').value === '300'")
+    page.get_by_role("button", name=re.compile("^Settings")).click()
+    page.wait_for_function("() => document.querySelector('#teach-steps :is(input, textarea)')?.value === '300'")
     page.locator("#teach-start").click()
     go(page, "Adapters")
     with tempfile.TemporaryDirectory() as folder:
