@@ -163,11 +163,13 @@ class Slots:
     parts: tuple[tuple[Kind, Any], ...]
 
     @staticmethod
-    def build(forms: Sequence[Sequence[Field]]) -> Slots:
-        """Hidden parts, inside the page: as many of each kind as one of `forms` has."""
+    def build(forms: Sequence[Sequence[Field]], first: Sequence[Field] = (), usual: Mapping[str, Any] = {}) -> Slots:
+        """Parts, inside the page: as many of each kind as one of `forms` has; filled for `first` as by `fill`, or hidden."""
         kinds: tuple[Kind, ...] = ("text", "choice", "check")
         counts = {kind: max((sum(f.kind == kind for f in form) for form in forms), default=0) for kind in kinds}
-        return Slots(tuple((kind, _hidden(kind)) for kind in kinds for _ in range(counts[kind])))
+        waiting = {kind: iter([field for field in first if field.kind == kind]) for kind in kinds}
+        fields = [(kind, next(waiting[kind], None)) for kind in kinds for _ in range(counts[kind])]
+        return Slots(tuple((kind, part_of(f, usual.get(f.name), min_width=220) if f else _hidden(kind)) for kind, f in fields))
 
     @property
     def components(self) -> list[Any]:

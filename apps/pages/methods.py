@@ -92,7 +92,7 @@ def build(studio: Studio) -> None:
         about = "Counted by putting each method on it, which takes some seconds the first time."
         model = gr.Dropdown(choices, value="", label="Trained numbers on", info=about, elem_id="methods-model", min_width=240)
         sort = gr.Dropdown(SORTS, value="name", label="Order", info="By numbers only with a model.", min_width=240)
-    page = gr.HTML(lambda: shown("", "", "", "name", ""), elem_id="methods-list", label="Methods")
+    page = gr.HTML(shown("", "", "", "name", ""), elem_id="methods-list", label="Methods")
     filters: list[Any] = [words, area, kind, sort, model]
     settings: dict[str, Any] = {"concurrency_id": "methods", "concurrency_limit": 1, "api_visibility": "private"}
     gr.on([each.change for each in filters], explained(_seen), filters, page, **settings, trigger_mode="always_last")

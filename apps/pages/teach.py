@@ -75,10 +75,13 @@ def example_taken(base: str) -> list[Any]:
 def filled(slots: Slots, preset: str, base: str, method: str) -> list[Any]:
     """Settings by a preset, the chosen method's line, and the form of its options."""
     given = usual(preset, base, method)
-    about = (methods.get(main_method(method)).__doc__ or "").strip().splitlines()[0]
-    fields = options_of(method)
-    said = f"**{escaped(main_method(method))}**: {escaped(about)}" + ("" if fields else " It has no options.")
-    return [*(given[name] for name in FILLED), said, *slots.fill(fields, usual_options(base, method))]
+    return [*(given[name] for name in FILLED), about(method), *slots.fill(options_of(method), usual_options(base, method))]
+
+
+def about(method: str) -> str:
+    """The line of the method whose options are asked for, in Markdown."""
+    line = (methods.get(main_method(method)).__doc__ or "").strip().splitlines()[0]
+    return f"**{escaped(main_method(method))}**: {escaped(line)}" + ("" if options_of(method) else " It has no options.")
 
 
 def agree(filled_for: Sequence[str], now: Sequence[str]) -> None:
@@ -212,9 +215,10 @@ class _Asks:
                 more = {f.name: part_of(f, given.get(f.name), **_named(f)) for f in SETTINGS if f.name not in MAIN}
             self.settings = {**main, **more}
         with gr.Accordion("Options of the method", open=False):
-            self.about = gr.Markdown("")
+            self.about = gr.Markdown(about(USUAL))
             with gr.Row():
-                self.slots = Slots.build([fields_of(methods.get(name)) for name in methods.names()])
+                forms = [fields_of(methods.get(name)) for name in methods.names()]
+                self.slots = Slots.build(forms, options_of(USUAL), usual_options("shipped", USUAL))
 
     def connect(self, choice: Any) -> None:
         """Let the parts act; a started job is chosen in `choice`."""
@@ -245,13 +249,12 @@ class _Asks:
         examples = [self.files, self.concept, self.word, *looked]
         self.example.click(explained(example_taken), [self.base], examples, **plain)
         parts = [self.preset, self.base, self.method]
-        filled_for = gr.State(list[str]())
+        filled_for = gr.State(["quick", "shipped", USUAL])
         filling = [filled_for, *(self.settings[name] for name in FILLED), self.about, *self.slots.components]
         gr.on(
             [self.preset.change, self.method.change, self.base.submit, self.base.blur], explained(fill), parts, filling,
             show_progress="hidden", **plain,
         )  # fmt: skip
-        gr.on(None, lambda: fill("quick", "shipped", USUAL), None, filling, show_progress="hidden", **plain)
         gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **plain)
         costs = [self.base, self.method, self.settings["steps"], self.settings["batch"], self.settings["optimizer"]]
         gr.on([part.change for part in costs], explained(cost), costs, self.estimate, show_progress="hidden", **plain)

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from veneer.apps.pages import pages
 
-from tests.apps.browser import PATIENCE, PHONE, WIDE, App, Browser, Small, browser, findings, go, served, tabs
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def app(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    """After `chromium`, so that no server is started where there is no browser."""
-    with served(tmp_path_factory.mktemp("app")) as found:
-        yield found
+from tests.apps.browser import PATIENCE, PHONE, WIDE, App, Browser, Small, findings, go, tabs
 
 
 @pytest.mark.parametrize(("size", "dark"), [(WIDE, False), (PHONE, True)], ids=["wide-light", "phone-dark"])

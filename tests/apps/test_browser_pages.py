@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import veneer
-from tests.apps.browser import App, Browser, browser, circle, findings, go, served
+from tests.apps.browser import App, Browser, circle, findings, go
 from tests.methods.controls import stir
 from veneer import bases
 from veneer.formats import load_all, native
 from veneer.training.previews import read_settings
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def app(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    """After `chromium`, so that no server is started where there is no browser."""
-    with served(tmp_path_factory.mktemp("app")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +32,6 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
             stir(adapter, number, 0.02)
         native.save(attached, folder / f"my-{method}.safetensors", {"base": "shipped", **provenance})
     return folder
-
-
-@pytest.fixture
-def page(app: App, chromium: Browser) -> Iterator[Any]:
-    """A visitor's, on which nothing has gone wrong at the end."""
-    found = chromium.open(app)
-    yield found
-    found.context.close()
-    chromium.check()
 
 
 def bring(page: Any, file: Path) -> None:

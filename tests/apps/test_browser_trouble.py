@@ -11,38 +11,14 @@ import signal
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from safetensors import safe_open
 from veneer.apps.jobs import Job
 
-from tests.apps.browser import App, Browser, browser, go, served
+from tests.apps.browser import App, Browser, go
 from veneer import bases
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def app(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    """After `chromium`, so that no server is started where there is no browser."""
-    with served(tmp_path_factory.mktemp("app")) as found:
-        yield found
-
-
-@pytest.fixture
-def page(app: App, chromium: Browser) -> Iterator[Any]:
-    """A visitor's, on which nothing has gone wrong at the end."""
-    found = chromium.open(app)
-    yield found
-    found.context.close()
-    chromium.check()
 
 
 def teach(page: Any, concept: str, how_long: str) -> None:

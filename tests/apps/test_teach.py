@@ -139,6 +139,16 @@ def test_settings_are_those_of_what_is_chosen() -> None:
         teach.agree(["quick", "shipped", "lora"], ["quick", "no/such/folder", "lora"])
 
 
+def test_the_first_form_is_that_of_the_usual_method() -> None:
+    """As if it had been filled: nothing is sent after the page, which could come later than a visitor's choice."""
+    with gr.Blocks():
+        slots = Slots.build([fields_of(methods.get(name)) for name in ("lora", "glora")], options_of("pivotal"), {"rank": 16})
+    filled = slots.fill(options_of("pivotal"), {"rank": 16})
+    for part, later in zip(slots.components, filled, strict=True):
+        assert part.visible == later.visible
+        assert not later.visible or (part.label, part.value) == (later.label, later.value)
+
+
 def test_the_page_is_built(tmp_path: Path) -> None:
     with gr.Blocks() as page:
         teach.build(Studio.at(tmp_path))
