@@ -112,7 +112,7 @@ def shoot(page: Any, path: Path, whole: bool = True) -> None:
     page.evaluate("document.activeElement?.blur()")
     page.wait_for_timeout(1500)
     with Image.open(io.BytesIO(page.screenshot(full_page=whole))) as image:
-        image.convert("RGB").save(path, quality=85, optimize=True)
+        image.convert("RGB").save(path, quality=70, optimize=True, progressive=True)
     print(path, flush=True)
 
 
