@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from veneer.apps.jobs import Job
 
+from veneer.allocator import keep_freed_memory
 from veneer.training.checkpoints import write_json
 
 
@@ -19,10 +20,8 @@ def work(folder: Path) -> int:
 
     Its lock is held all the time, so that no second process works on it, and everyone sees whether this one lives.
     """
-    from veneer.allocator import keep_freed_memory
     from veneer.cli import main
 
-    keep_freed_memory()
     job = Job(folder)
     lock = FileLock(folder / "lock", timeout=5)
     try:
@@ -47,4 +46,5 @@ def work(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(work(Path(sys.argv[1])))
