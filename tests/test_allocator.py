@@ -99,15 +99,16 @@ def test_a_server_shares_and_other_commands_keep(words: list[str], way: str, mon
     assert chosen == [way]
 
 
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_openmp_is_told_before_torch_is_loaded(chosen: str | None) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "told"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+)
+def test_openmp_is_told_before_torch_is_loaded(chosen: dict[str, str], told: str) -> None:
     """By the installed command; a setting of the environment has its way."""
     code = (
         "import os, sys, veneer_command; print('torch' in sys.modules); sys.argv = ['veneer', '--help']\n"
-        "try: veneer_command.console()\nexcept SystemExit: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+        "try: veneer_command.console()\nexcept SystemExit: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
-    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
-    assert told.splitlines()[0] == "False"
-    assert told.splitlines()[-1] == f"{chosen or 'PASSIVE'} True"
+    unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    said = subprocess.run([sys.executable, "-c", code], env=unset | chosen, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[0] == "False"
+    assert said.splitlines()[-1] == f"{told} True"
