@@ -122,7 +122,7 @@ def test_a_new_process_answers_as_the_run_did(taught: Path, pictures: Path) -> N
 def test_saved_equals_loaded_on_a_fresh_head(
     tmp_path: Path, pictures: Path, models: dict[str, Path], kind: str, method: str, options: dict[str, Any], monkeypatch: Any
 ) -> None:
-    """Bitwise the same test logits, from a model that is built anew with another random head."""
+    """The same test logits from a model built anew with another random head: bitwise, or to rounding after cached features."""
     from veneer.classifying import outcome
 
     kept: dict[str, torch.Tensor] = {}
@@ -143,8 +143,9 @@ def test_saved_equals_loaded_on_a_fresh_head(
     table = json.loads((out / "splits.json").read_text())
     views = [read(pictures / name, predictor) for name, _, _ in table["test"]]
     got = torch.cat([predictor.logits(torch.stack(views[i : i + 8])) for i in range(0, len(views), 8)])
-    if method in ("linear_probe", "clip_adapter", "tip_adapter", "zero_shot"):  # answered from cached features, in other batches
-        assert torch.allclose(got, kept["logits"], atol=1e-6)
+    if result(out)["training"]["cached_features"]:  # in other batch sizes than the predictor's: other matrix kernels
+        close = 1e-5 * float(kept["logits"].abs().max())
+        torch.testing.assert_close(got, kept["logits"], rtol=0, atol=close)
     else:
         assert torch.equal(got, kept["logits"])
     if kind == "resnet" and (options.get("statistics") == "moving" or options.get("weights") == "none"):
