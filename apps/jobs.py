@@ -23,6 +23,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,7 +139,10 @@ class Job:
         write_json(self.folder / "begun.json", {"steps": begun})
         quiet = subprocess.DEVNULL
         command = [sys.executable, "-m", "veneer.apps.worker", str(self.folder)]
-        _started.append(subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True))
+        process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+        _started.append(process)
+        # Reaps the process as soon as it ends, and keeps a reference to it if it outlives this one.
+        threading.Thread(target=process.wait, name=f"veneer-{self.name}", daemon=True).start()
         return True
 
     def stop(self) -> None:

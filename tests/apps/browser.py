@@ -127,8 +127,9 @@ class Small:
             self.process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=log, stderr=log)
         end = time.monotonic() + PATIENCE
         while not (root / "address").exists():
-            assert self.process.poll() is None, (root / "server.txt").read_text()
-            assert time.monotonic() < end
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.close()
+                raise AssertionError((root / "server.txt").read_text())
             time.sleep(0.1)
         self.address = (root / "address").read_text().rstrip("/")
 

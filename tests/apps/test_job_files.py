@@ -41,6 +41,8 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def poll(self) -> int:
             return 0
 
+        wait = poll
+
     monkeypatch.setattr(jobs.subprocess, "Popen", Process)
     monkeypatch.setattr(jobs, "_started", [])
     return found
@@ -186,3 +188,28 @@ def test_the_worker_sees_a_stop_that_comes_when_it_has_said_who_it_is(job: Job, 
     monkeypatch.setattr(worker, "write_json", written)
     assert work(job.folder) == 0
     assert (job.state, job.log(), (job.folder / "end.json").exists()) == ("stopped", "", False)
+
+
+def test_a_job_that_outlives_its_server_leaves_no_resource_warning(job: Job) -> None:
+    """The process of a job is waited for as soon as it ends; one that still runs when the server exits is not reported."""
+    start = """
+import gc, sys, time
+from pathlib import Path
+from veneer.apps import jobs
+first, second = map(Path, sys.argv[1:])
+assert jobs.Job(first).start()
+jobs._started[0].kill()
+end = time.monotonic() + 60
+while jobs._started[0].returncode is None and time.monotonic() < end:
+    time.sleep(0.05)  # nobody polls or waits here
+print(jobs._started[0].returncode)
+assert jobs.Job(second).start()
+jobs._started.clear()
+gc.collect()
+"""
+    other = jobs.make(job.folder.parent, "teach", "another", WRONG)
+    with FileLock(other.folder / "lock"):  # its process waits for the lock, so it outlives the server
+        command = [sys.executable, "-W", "error::ResourceWarning", "-c", start, str(job.folder), str(other.folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stderr == ""
+    assert int(done.stdout) == -signal.SIGKILL

@@ -53,9 +53,13 @@ class Worker:
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.close()
-        self._process.wait(timeout=30)
-        self._process.stdout.close()
-        self._log.close()
+        try:
+            self._process.wait(timeout=30)
+        finally:
+            self._process.kill()
+            self._process.wait()
+            self._process.stdout.close()
+            self._log.close()
 
 
 @pytest.fixture(scope="module")
