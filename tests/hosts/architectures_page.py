@@ -118,7 +118,7 @@ def _missing(found: Sequence[Outcome], waiting: Sequence[str]) -> str:
 
 def pattern(message: str) -> str:
     """A message without what differs from one architecture to the next: places, numbers, and lists behind the reason."""
-    text = re.split(r"\. (?:Hosts that fit|Say where)|; give (?:one )?of |; give (?:a|block_size) ", message.replace("\n", " "))[
+    text = re.split(r"\. (?:Supported hosts|Say where)|; give (?:one )?of |; give (?:a|block_size) ", message.replace("\n", " "))[
         0
     ]
     text = re.sub(r"'[^']*\.[^']*'|(?<=at )'[^']*'|\b\w+(?:\.\w+)+(?=:)", "…", text)

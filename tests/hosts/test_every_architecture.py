@@ -153,7 +153,7 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.
 def test_the_page_counts_hosts_methods_and_reasons() -> None:
     taken, refused = (
         {"sites": 3, "trained": 5},
-        {"refused": "vpt: host timm_conv offers 7 of 'layer1.0.x'. Hosts that fit: none."},
+        {"refused": "vpt: host timm_conv offers 7 of 'layer1.0.x'. Supported hosts: none."},
     )
     found = [
         Outcome("timm/a", "timm_conv", sites=10, tried=2, methods={"lora": taken, "vpt": refused}),

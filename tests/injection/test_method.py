@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,3 +53,26 @@ def test_options_at_sites_that_are_not_chosen_and_unknown_ones_are_refused() -> 
     with pytest.raises(UnsupportedSite, match=r"qkv\.q: by_site has rnak"):
         veneer.attach(model, "dora", where="attn.q", by_site={"attn.q": {"rnak": 2}})
     assert veneer.attachments(model) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dora", {"by_site": {"attn.{q,zz}": {"rank": 2}}}),
+        ("lora", {"ranks": {"attn.{q,zz}": 2}}),
+        ("lora", {"alphas": {"attn.{zz,q}": 2.0}}),
+    ],
+)
+def test_every_alternative_of_a_key_by_site_must_match(method: str, options: dict[str, Any]) -> None:
+    model = net()
+    with pytest.raises(SelectionError) as raised:
+        veneer.attach(model, method, where="attn.{q,k}", **options)
+    assert raised.value.pattern == "attn.zz"
+    assert veneer.attachments(model) == []
+
+
+def test_braces_in_keys_by_site_mean_each_alternative() -> None:
+    tuned = veneer.attach(net(), "dora", where="attn.{q,k,v}", rank=1, by_site={"attn.{q,v}": {"rank": 2}})
+    assert {name: adapter.down.shape[0] for name, (_, adapter) in tuned.parts.items()} == {"qkv.q": 2, "qkv.k": 1, "qkv.v": 2}
+    tuned = veneer.attach(net(), "lora", where="attn.{q,k,v}", rank=1, ranks={"attn.{q,v}": 2})
+    assert {name: adapter.down.shape[0] for name, (_, adapter) in tuned.parts.items()} == {"qkv.q": 2, "qkv.k": 1, "qkv.v": 2}

@@ -95,3 +95,35 @@ def test_what_is_named_after_not_is_left_out_in_any_order() -> None:
 def test_a_default_that_names_a_whole_and_its_slices_means_the_whole() -> None:
     found = select(SITES, ("attn.qkv", "attn.{q,k}@2:", "nothing"), frozenset({"unet"}), strict=False)
     assert [s.name for s in found] == ["u2.attn.q", "u2.attn.k", "u3.attn.q", "u3.attn.k", "fused"]
+
+
+@pytest.mark.parametrize(
+    ("where", "rejected"),
+    [
+        ("attn.{q,zz}", "attn.zz"),
+        ("text/attn.{q,k}", "text/attn.k"),
+        ("{unet,dit}/attn", "dit/attn"),
+        ("xattn attn.q@1:99", "attn.q@1:99"),
+        ("attn.q@-9:", "attn.q@-9:"),
+        ("attn not:xattn.{q,zz}", "not:xattn.zz"),
+        ("attn not:xattn", "not:xattn"),
+        ("attn.k not:attn.{q,k}", "not:attn.q"),
+    ],
+)
+def test_every_alternative_must_match_and_have_an_effect(where: str, rejected: str) -> None:
+    with pytest.raises(SelectionError) as raised:
+        chosen(where)
+    assert raised.value.pattern == rejected
+    assert f"'{rejected}'" in str(raised.value)
+
+
+def test_defaults_may_name_alternatives_that_a_host_lacks() -> None:
+    found = select(SITES, ("attn.{q,zz}@:99", "not:mlp", "not:conv"), frozenset({"unet"}), strict=False)
+    assert [s.name for s in found] == ["d0.attn.q", "d1.attn.q", "u2.attn.q", "u3.attn.q", "fused.q"]
+
+
+def test_braces_and_ranges_within_the_blocks_match_as_before() -> None:
+    assert chosen("{unet,text}/attn.q@0") == ["d0.attn.q", "t.q"]
+    assert chosen("attn.q@0:5") == ["d0.attn.q", "d1.attn.q", "u2.attn.q", "u3.attn.q", "fused.q"]
+    assert chosen("*/attn.q@:5 not:text/attn") == chosen("attn.q@:5")
+    assert chosen("attn.{q,k}@:4 not:attn.{q,k}@2:") == ["d0.attn.q", "d0.attn.k", "d1.attn.q", "d1.attn.k"]

@@ -72,8 +72,12 @@ def test_names_classes_and_configs_are_subjects() -> None:
 
 
 def test_a_host_that_does_not_fit_is_an_error() -> None:
-    with pytest.raises(UnsupportedSite, match=r"vpt: host layers offers nothing .* fit: .*timm_vit"):
+    with pytest.raises(UnsupportedSite, match=r"vpt: host layers offers nothing") as raised:
         method_checks("vpt", "layers")
+    assert (raised.value.method, raised.value.host) == ("vpt", "layers")
+    assert "timm_vit" in raised.value.fits
+    assert "layers" not in raised.value.fits
+    assert not {"layers", *raised.value.fits} - {*hosts.names()}
     with pytest.raises(UnknownName, match=r"no 'loro'.* lora"):
         method_checks("loro")
 

@@ -118,10 +118,11 @@ def test_prompts_are_there_or_not() -> None:
 
 @pytest.mark.parametrize("key", ["beit", "eva"])
 def test_hosts_with_a_fixed_length_say_why_not(key: str) -> None:
-    with pytest.raises(
-        UnsupportedSite, match=r"timm_vit offers TokenSite\(can_insert=False\).*can_insert=True.*Hosts that fit: .*timm_vit"
-    ):
+    with pytest.raises(UnsupportedSite, match=r"timm_vit offers TokenSite\(can_insert=False\).*can_insert=True") as raised:
         attach(tiny(key), "vpt")
+    assert (raised.value.method, raised.value.host) == ("vpt", "timm_vit")
+    assert "open_clip" in raised.value.fits
+    assert "timm_vit" not in raised.value.fits
 
 
 @pytest.mark.parametrize("options", [{"tokens": 0}, {"dropout": 1.0}])

@@ -252,7 +252,7 @@ def test_what_cannot_work_is_said_before_training(tmp_path: Path, pictures: Path
     ):
         with pytest.raises((VeneerError, TypeError), match=told):
             transfer(config(pictures, models["vit"], tmp_path / "run", **options))
-    with pytest.raises(VeneerError, match=r"textual_inversion.*Hosts that fit: .*clip_text"):
+    with pytest.raises(VeneerError, match=r"textual_inversion.*Supported hosts: .*clip_text"):
         transfer(config(pictures, models["vit"], tmp_path / "run", method="textual_inversion"))
     with pytest.raises(DataError, match=r"nowhere"):
         transfer(config(tmp_path / "nowhere", models["vit"], tmp_path / "run"))

@@ -1,5 +1,9 @@
 """Errors of the registry. Each says where, what was given, what was expected and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class VeneerError(Exception):
     """Base of every error that veneer raises on purpose."""
@@ -10,11 +14,27 @@ class UnknownName(VeneerError):
 
 
 class SelectionError(VeneerError):
-    """A `where=` pattern that matches nothing, or matches one tensor twice."""
+    """A `where=` pattern, or an alternative of one, that matches nothing or has no effect, or two that match one tensor.
+
+    Attributes:
+        pattern: the alternative that is rejected, or "".
+    """
+
+    def __init__(self, message: str, *, pattern: str = "") -> None:
+        super().__init__(message)
+        self.pattern = pattern
 
 
 class UnsupportedSite(VeneerError):
-    """A method cannot work on a site: what the method needs and what the host offers differ."""
+    """A method cannot work on a site: what the method needs and what the host offers differ.
+
+    Attributes, empty where they do not apply:
+        site: name of the rejected site. `method`, `host`: names. `fits`: names of the hosts that the method supports.
+    """
+
+    def __init__(self, message: str, *, site: str = "", method: str = "", host: str = "", fits: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.site, self.method, self.host, self.fits = site, method, host, tuple(fits)
 
 
 class DeadSite(VeneerError):

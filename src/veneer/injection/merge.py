@@ -117,10 +117,12 @@ def _grouped(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapte
     groups: Groups = {}
     for site, adapter in parts:
         if not isinstance(site, (WeightSite, ParamSite, NormSite)) or not hasattr(adapter, "weight"):
-            raise UnsupportedSite(f"{site.name}: {type(adapter).__name__} has no weight form and cannot be merged.")
+            raise UnsupportedSite(
+                f"{site.name}: {type(adapter).__name__} has no weight form and cannot be merged.", site=site.name
+            )
         why = _obstacle(towers[site.component].get_submodule(site.path), site.param)
         if why:
-            raise UnsupportedSite(f"{site.name}: {why}")
+            raise UnsupportedSite(f"{site.name}: {why}", site=site.name)
         groups.setdefault((site.component, site.path, site.param), []).append((site, adapter))
     return groups
 
@@ -135,7 +137,7 @@ def _shifts(
             shift = shift_site(found, adapter)
             why = _obstacle(towers[site.component].get_submodule(shift.path), shift.param)
             if why:
-                raise UnsupportedSite(f"{site.name}: {why}")
+                raise UnsupportedSite(f"{site.name}: {why}", site=site.name)
             weight = before[site.component, found.path, found.param]
             yield (site.component, shift.path, shift.param), (shift, Shift(adapter, fixed(weight, found.rows)))
 

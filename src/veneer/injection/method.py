@@ -6,12 +6,12 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .select import has_role
 from .sites import Site
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Method(ABC):
         prepares: `once` if it must see the training data before it is trained, `epoch` if before every epoch; see `prepare`.
     Args:
         by_site: other options at some sites, for a file whose layers differ: role pattern, or `name:` and a site's name, to
-            options, such as `{"mlp.*": {"rank": 4}}`. A site's own name counts before its role, and of role patterns the later.
+            options, such as `{"mlp.*": {"rank": 4}}` or `{"attn.{q,v}": {"rank": 4}}`. A site's own name counts before its role, and of role patterns the later.
     """
 
     name: ClassVar[str]
@@ -166,6 +166,10 @@ class Method(ABC):
         if not own.keys() <= known:
             raise ValueError(f"by_site has {', '.join(sorted(own.keys() - known))}; options are {', '.join(sorted(known))}")
         return dataclasses.replace(self, by_site={}, **_tuples(own))
+
+    def keys_by_site(self) -> dict[str, list[str]]:
+        """Keys of every option by site; `attach` raises `SelectionError` for a key that matches no selected site."""
+        return {"by_site": [*self.by_site]}
 
     @abstractmethod
     def build(self, site: Any) -> Adapter:
@@ -259,10 +263,8 @@ class Method(ABC):
 
 
 def means(pattern: str, site: Site) -> bool:
-    """True if a key of `by_site` is for a site, by its name or its role."""
-    if pattern.startswith("name:"):
-        return pattern[5:] == site.name
-    return fnmatchcase(site.role, pattern) or fnmatchcase(site.role, pattern + ".*")
+    """True if a key of `by_site` matches a site, by its name or its role."""
+    return pattern[5:] == site.name if pattern.startswith("name:") else has_role(pattern, site.role)
 
 
 def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class WeightSeam(Seam):
         if not changeable(tensor):
             raise UnsupportedSite(
                 f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantised and is read, not "
-                "called, so its change cannot be applied. Select called sites only, or load the base unquantised."
+                "called, so its change cannot be applied. Select called sites only, or load the base unquantised.",
+                site=self.sites[0].name,
             )
 
     def forward(self, weight: Tensor) -> Tensor:

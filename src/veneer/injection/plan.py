@@ -15,9 +15,10 @@ from .errors import SelectionError, UnsupportedSite
 from .filling import drawing, refuse_claim
 from .forms import module_at
 from .host import Host
-from .method import Adapter, Method, means
+from .method import Adapter, Method
 from .registry import hosts
-from .select import select
+from .select import expand, has_role, select
+from .select import offered as offered_sites
 from .sites import NormSite, ParamSite, Site, WeightSite
 from .towers import Tower
 
@@ -68,7 +69,7 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
     offered = [s for s in everything if fits(method, s)]
     main = frozenset(s.tower for t in towers if t.main or len(towers) == 1 for s in t.sites)
     if not offered:
-        raise UnsupportedSite(_refusal(towers, method, everything))
+        raise _refusal(towers, method, everything)
     if where is None:
         usual = (method.default, method.elsewhere)
         where = next((w for w in usual if select(offered, w, main, strict=False)), method.default)
@@ -80,11 +81,7 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
         raise SelectionError(
             f"{method.name}: its default sites {method.default} are not here. Say where=…; there are {chosen_from}."
         )
-    idle = [key for key in method.by_site if not any(means(key, site) for site in chosen)]
-    if idle:
-        raise SelectionError(
-            f"{method.name}: by_site has {', '.join(idle[:4])}, which is at none of the {len(chosen)} chosen sites."
-        )
+    _refuse_idle(method, chosen)
     modules = {t.component: t.module for t in towers}
     shared = {c: _share(method, [s for s in chosen if s.component == c], modules[c]) for c in {s.component: 0 for s in chosen}}
     parts = tuple((site, _build(method, site, modules[site.component], shared[site.component])) for site in chosen)
@@ -99,6 +96,24 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
         offered=tuple(offered),
         extras=extras,
     )
+
+
+def _refuse_idle(method: Method, chosen: Sequence[Site]) -> None:
+    """Raise `SelectionError` for a key of the options by site, or an alternative of its braces, that matches no chosen site."""
+    names, roles = {site.name for site in chosen}, {site.role for site in chosen}
+
+    def idle(one: str) -> bool:
+        return one[5:] not in names if one.startswith("name:") else not any(has_role(one, role) for role in roles)
+
+    for option, keys in method.keys_by_site().items():
+        each = [one for key in keys for one in ([key] if key.startswith("name:") else expand(key))]
+        found = [one for one in each if idle(one)]
+        if found:
+            raise SelectionError(
+                f"{method.name}: {option} has {', '.join(found[:4])}, which matches none of the {len(chosen)} selected sites. "
+                f"There are: {offered_sites(chosen)}.",
+                pattern=found[0],
+            )
 
 
 def _share(method: Method, sites: Sequence[Site], tower: nn.Module) -> nn.Module | None:
@@ -124,7 +139,7 @@ def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | Non
             refuse_claim(lambda: own.count(site), site.name)
             adapter = own.build(site)
         except ValueError as error:
-            raise UnsupportedSite(f"{method.name}: {site.name}: {error}") from error
+            raise UnsupportedSite(f"{method.name}: {site.name}: {error}", site=site.name, method=method.name) from error
     _put(adapter, base.device, _dtype(base))
     if shared is not None:
         adapter.add_module("shared", shared)
@@ -179,7 +194,8 @@ def _extras(
     return {key: place for place, key in found.items()}
 
 
-def _refusal(towers: Sequence[Tower], method: Method, everything: Sequence[Site]) -> str:
+def _refusal(towers: Sequence[Tower], method: Method, everything: Sequence[Site]) -> UnsupportedSite:
+    """The error for a model that offers nothing the method needs."""
     need = " or ".join(
         f"{n.site.__name__}({', '.join([*n.roles, *(f'{k}={v!r}' for k, v in n.where.items())])})" for n in method.needs
     )
@@ -189,8 +205,17 @@ def _refusal(towers: Sequence[Tower], method: Method, everything: Sequence[Site]
         keys = {k for n in method.needs if isinstance(near, n.site) for k in n.where}
         shown = ", ".join(f"{k}={getattr(near, k)!r}" for k in sorted(keys)) or f"role {near.role!r}"
         has = f"{type(near).__name__}({shown}) at '{near.name}'"
-    names = ", ".join(t.host.name for t in towers)
-    return f"{method.name}: host {names} offers {has}; it needs {need}. Hosts that fit: {', '.join(hosts_for(method)) or 'none'}."
+    here = [t.host.name for t in towers]
+    supported = hosts_for(method)
+    others = [name for name in supported if name not in here]
+    same = "".join(f" {name} supports it on other models." for name in dict.fromkeys(here) if name in supported)
+    return UnsupportedSite(
+        f"{method.name}: host {', '.join(here)} offers {has}; it needs {need}. Supported hosts: {', '.join(others) or 'none'}.{same}",
+        site=near.name if near is not None else "",
+        method=method.name,
+        host=", ".join(here),
+        fits=others,
+    )
 
 
 def hosts_for(method: Method | type[Method], among: Sequence[str] | None = None) -> list[str]:

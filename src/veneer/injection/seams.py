@@ -105,7 +105,8 @@ class HookSeam(Seam):
         owner = self.owner()
         if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             raise UnsupportedSite(
-                f"{self.sites[0].name}: '{self.home}' is a container, which would run or list the adapter as its own."
+                f"{self.sites[0].name}: '{self.home}' is a container, which would run or list the adapter as its own.",
+                site=self.sites[0].name,
             )
         names = (f"veneer_{name}" + (f"_{i}" if i else "") for i in range(len(owner._modules) + 1))
         child = next(n for n in names if n not in owner._modules)

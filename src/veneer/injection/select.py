@@ -2,7 +2,7 @@
 
 A pattern is `[tower[.stage]/]role[@from:to]`:
 
-    attn.{q,v}            roles, with braces and `*`
+    attn.{q,v}            roles, with braces and `*`; each alternative must match something
     attn                  the role and everything below it: attn.q, attn.k, …
     mlp@6:12              blocks 6 to 11; `@3` one block; `@-2:` the last two
     text/attn.*           one tower; `*/attn` every tower
@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -98,6 +98,13 @@ def expand(text: str) -> list[str]:
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
+def has_role(pattern: str, role: str) -> bool:
+    """True if a role pattern, or an alternative of its braces, matches a role or what is above it."""
+    return any(
+        fnmatchcase(role, one) or fnmatchcase(role, one + ".*") for one in (expand(pattern) if "{" in pattern else (pattern,))
+    )
+
+
 def patterns(where: str | Sequence[str]) -> list[str]:
     """Split a selection into patterns: a list, or one string with commas outside braces or spaces between patterns."""
     if not isinstance(where, str):
@@ -112,33 +119,61 @@ def select(sites: Sequence[S], where: str | Sequence[str], main: frozenset[str],
         sites: the candidates.
         where: patterns.
         main: towers meant by a pattern without a tower.
-        strict: every pattern must match something, and a whole and its slices are not both meant. A default need not know what
-            there is: a whole that it names counts instead of its slices.
+        strict: every pattern, and every alternative of its braces, must match something, a depth range must lie within the
+            blocks, what `not:` excludes must be included by another pattern, and a whole and its slices are not both meant. A
+            default need not know what there is: a whole that it names counts instead of its slices.
     Raises:
-        SelectionError: a pattern matches nothing (with what is there), or two chosen sites overlap in one tensor.
+        SelectionError: an alternative matches nothing (with what is there) or has no effect, or two chosen sites overlap in one
+            tensor.
     """
     depths = Counter[str]()
     for site in sites:
         if site.depth is not None:
             depths[site.tower] = max(depths[site.tower], site.depth + 1)
     chosen: set[str] = set()
-    left_out: set[str] = set()
+    left_out: dict[str, list[str]] = {}
     names = {s.name for s in sites}
     for text in patterns(where):
-        pattern = parse(text.removeprefix(NOT))
-        meant = left_out if text.startswith(NOT) else chosen
-        if pattern.name in names:  # files name thousands of sites, each in full
-            meant.add(pattern.name)
-            continue
-        found = [s.name for s in sites if pattern.matches(s, main, depths[s.tower])]
-        if strict and not found:
-            raise SelectionError(f"where='{text}' matches no site. There are: {offered(sites)}.")
-        meant.update(found)
-    result = [s for s in sites if s.name in chosen - left_out]
+        excludes, name = text.startswith(NOT), text.removeprefix(NOT).removeprefix("name:")
+        for one in [text] if name in names else expand(text):  # files name thousands of sites, each in full
+            found = [name] if name in names else _matched(sites, one, main, depths, strict)
+            if excludes:
+                left_out[one] = found
+            else:
+                chosen.update(found)
+    if strict:
+        _refuse_without_effect(left_out, chosen)
+    chosen.difference_update(*left_out.values())
+    result = [s for s in sites if s.name in chosen]
     if not strict:
         result = _without_slices_of_wholes(result)
     _refuse_overlap(result)
     return result
+
+
+def _matched(sites: Sequence[S], text: str, main: frozenset[str], depths: Mapping[str, int], strict: bool) -> list[str]:
+    """Names of the sites that one pattern without braces matches."""
+    pattern = parse(text.removeprefix(NOT))
+    found = [s for s in sites if pattern.matches(s, main, depths.get(s.tower, 0))]
+    if strict and not found:
+        raise SelectionError(f"where='{text}' matches no site. There are: {offered(sites)}.", pattern=text)
+    blocks = max((depths.get(s.tower, 0) for s in found), default=0)
+    ends = (pattern.depths.start, pattern.depths.stop) if pattern.depths else ()
+    if strict and any(end is not None and not -blocks <= end <= blocks for end in ends):
+        raise SelectionError(
+            f"where='{text}' goes beyond the {blocks} blocks there are, 0 to {blocks - 1}. Give a depth range within these.",
+            pattern=text,
+        )
+    return [s.name for s in found]
+
+
+def _refuse_without_effect(left_out: Mapping[str, Sequence[str]], chosen: Collection[str]) -> None:
+    for text, found in left_out.items():
+        if chosen and not any(name in chosen for name in found):
+            raise SelectionError(
+                f"where='{text}' excludes nothing: it matches {found[0]}, which no other pattern selects. Leave it out.",
+                pattern=text,
+            )
 
 
 def _without_slices_of_wholes(sites: Sequence[S]) -> list[S]:

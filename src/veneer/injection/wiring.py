@@ -94,7 +94,8 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
         read = site.normed if adapter.reads == "normed" else site.read
         if read is None:
             raise UnsupportedSite(
-                f"{site.name}: {type(adapter).__name__} reads the branch after its norm, and there is no norm in front of it."
+                f"{site.name}: {type(adapter).__name__} reads the branch after its norm, and there is no norm in front of it.",
+                site=site.name,
             )
         return read, site.write
     if isinstance(site, (StreamSite, PromptSite)):
@@ -103,7 +104,7 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
         return site.read or site.port, site.port
     if isinstance(site, PixelSite):
         return site.port, site.port
-    raise UnsupportedSite(f"{site.name}: no seam joins a {type(site).__name__} yet.")
+    raise UnsupportedSite(f"{site.name}: no seam joins a {type(site).__name__} yet.", site=site.name)
 
 
 def _require(site: Site, adapter: Adapter, form: str) -> None:
@@ -111,5 +112,6 @@ def _require(site: Site, adapter: Adapter, form: str) -> None:
         has = [f for f in ("output", "input", "weight", "insert", "attend", "residuals") if hasattr(adapter, f)]
         raise UnsupportedSite(
             f"{site.name}: a {type(site).__name__}{'' if getattr(site, 'called', True) else ' that is read, not called,'} needs "
-            f"the {form} form; {type(adapter).__name__} offers {', '.join(has) or 'none'}."
+            f"the {form} form; {type(adapter).__name__} offers {', '.join(has) or 'none'}.",
+            site=site.name,
         )

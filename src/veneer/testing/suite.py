@@ -99,7 +99,14 @@ def method_checks(method: MethodLike, host: HostLike | None = None) -> list[Chec
     found = [check for each in chosen for check in _on_host(config, other, each)]
     if not found:
         where = f"host {chosen[0].name} offers nothing that it can use" if host is not None else "no host offers what it needs"
-        raise UnsupportedSite(f"{config.name}: {where}. Hosts that fit: {', '.join(hosts_for(config)) or 'none'}.")
+        rejected = [each.name for each in chosen]
+        others = hosts_for(config, [name for name in hosts.names() if name not in rejected])
+        raise UnsupportedSite(
+            f"{config.name}: {where}. Supported hosts: {', '.join(others) or 'none'}.",
+            method=config.name,
+            host=rejected[0] if host is not None else "",
+            fits=others,
+        )
     return found
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeVar, get_args
 
 from torch import nn
 
 from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.select import has_role
 from veneer.injection.sites import Site, WeightSite
 from veneer.methods.reparameterized._low_rank import Init, LoRAAdapter, PartAdapter, TuckerAdapter, pairs_in
 
@@ -75,6 +75,10 @@ class LoRA(Method):
             raise ValueError(f"lora: pissa_niter is for init='pissa' and at least 0, got {self.pissa_niter}, {self.init!r}")
         if self.tucker and self.init in PARTS:
             raise ValueError(f"lora: init={self.init!r} splits a weight in two factors; tucker has three. Choose one of both")
+
+    def keys_by_site(self) -> dict[str, list[str]]:
+        """Those of `ranks` and `alphas` as well."""
+        return {**super().keys_by_site(), "ranks": [*self.ranks], "alphas": [*self.alphas]}
 
     def rank_at(self, role: str, name: str = "") -> int:
         """The rank at a role, or at the site of that role and name."""
@@ -141,8 +145,4 @@ def _meant(values: Mapping[str, N], role: str, name: str, default: N) -> N:
     if not values:
         return default
     own = values.get(f"name:{name}")
-    return own if own is not None else next((v for p, v in reversed(tuple(values.items())) if _means(p, role)), default)
-
-
-def _means(pattern: str, role: str) -> bool:
-    return fnmatchcase(role, pattern) or fnmatchcase(role, pattern + ".*")
+    return own if own is not None else next((v for p, v in reversed(tuple(values.items())) if has_role(p, role)), default)
