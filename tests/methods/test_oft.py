@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tests.hosts.published import build
 from tests.methods.layers import conv_site, trained
-from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
+from veneer.functional.cayley import blocks_apply, cayley_change, neumann_change, skew, within
 from veneer.injection import attach
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.oft import OFT
@@ -134,7 +134,34 @@ def test_peft_computes_the_same_rotation(coft: float | None) -> None:
     torch.testing.assert_close(F.linear(x, adapter.weight(weight)), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"block_size": 3, "share": True}, {"coft": 0.1, "rescale": True}])
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("options", [{}, {"share": True}, {"coft": 0.01}, {"rescale": True}])
+def test_peft_computes_the_same_truncated_series(options: dict, terms: int) -> None:
+    """peft's series is in its own Q, with the sign of ours."""
+    adapter = trained(OFT(blocks=3, neumann_terms=terms, **options), LINEAR)
+    coft = options.get("coft")
+    kwargs = {"coft": coft is not None, "eps": (coft or 0) * 4**2, "block_share": options.get("share", False)}
+    theirs = OFTRotationModule(len(adapter.skew), 6, 4, 12, num_cayley_neumann_terms=terms, **kwargs).double()
+    with torch.no_grad():
+        theirs.weight.copy_(adapter.skew)
+        x = torch.randn(7, 12, dtype=torch.float64)
+        weight = torch.randn(5, 12, dtype=torch.float64)
+        lengths = 1 if adapter.magnitude is None else adapter.magnitude
+        expected = F.linear(theirs(x), weight) * lengths
+    torch.testing.assert_close(F.linear(x, adapter.weight(weight)), expected)
+    if not options:
+        torch.testing.assert_close(F.linear(adapter.input(x), weight), expected)
+
+
+def test_the_truncated_series_is_zero_at_zero_and_right_in_its_gradient() -> None:
+    assert torch.equal(neumann_change(torch.zeros(2, 4, 4), 5), torch.zeros(2, 4, 4))
+    entries = 0.3 * torch.randn(2, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda e: neumann_change(skew(e, 3), 5), entries.requires_grad_())
+    q = skew(0.1 * torch.randn(2, 3, dtype=torch.float64), 3)
+    torch.testing.assert_close(neumann_change(q, 60), cayley_change(q))
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 3, "share": True}, {"coft": 0.1, "rescale": True}, {"neumann_terms": 5}])
 @pytest.mark.parametrize("site", [LINEAR, conv_site(nn.Conv2d(8, 6, 3, groups=2))])
 def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(options: dict, site: WeightSite) -> None:
     method = OFT(**options)
@@ -178,7 +205,16 @@ def test_a_block_diagonal_product() -> None:
     torch.testing.assert_close(blocks_apply(x, blocks), x @ torch.block_diag(*blocks).T)
 
 
-@pytest.mark.parametrize("options", [{"blocks": 0}, {"block_size": 1}, {"coft": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"blocks": 0},
+        {"block_size": 1},
+        {"coft": 0.0},
+        {"neumann_terms": 0},
+        {"neumann_terms": 5, "side": "output"},
+    ],
+)
 def test_options_out_of_range(options: dict) -> None:
     with pytest.raises(ValueError, match=r"^oft: "):
         OFT(**options)

@@ -57,7 +57,7 @@ def wanted(model: Any, file: File, config: Any, options: Options) -> list[Wanted
         own = configs[tower.component]
         parts = {end: tensors[key] for end, key in keys.items()}
         name = site.name.removeprefix(tower.component + ".") if tower.component else site.name
-        layer = Module(file, name, site, (), parts, own or {}, modules, notes=notes, strict=options.strict)
+        layer = Module(file, name, site, (), parts, own or {}, modules, notes=notes)
         codec, found = _read(layer, parts, own)
         pieces.setdefault(codec.method, []).extend(found)
         codecs[codec.method] = codec

@@ -26,7 +26,6 @@ class Layer:
         path: of the module. `site`: its weight. `biases`: the sites of its bias, row by row.
         parts: tensors by the ends of their keys. `shared`: tensors of the whole file. `config`: peft's.
         towers: component to model. `notes`: remarks for the report.
-        strict: what is only nearly the same function is an error.
     """
 
     file: File
@@ -38,7 +37,6 @@ class Layer:
     towers: Mapping[str, nn.Module]
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    strict: bool = True
 
     def as_module(self, parts: Mapping[str, Tensor]) -> Module:
         """The same with other parts, for a codec of LyCORIS' layout, where the two are alike."""

@@ -9,21 +9,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..functional.cayley import cayley_change, skew, within
+from ..functional.cayley import skew
 from ..injection import Attachment
 from ._lycoris_codec import Piece
 from ._peft_codec import Layer, Part, PeftCodec, Settings, same
 from ._peft_config import of, switched
 
 SWITCHES, MOST_TERMS = ("block_share", "coft", "use_cayley_neumann"), 1_000
-SERIES = 1e-5  # of R − I: what a series may differ from the equation, to pass for it
 
 
 class OFTPeft(PeftCodec):
     """`oft_R.weight` (n, b(b−1)/2), the entries of Q above the diagonal; W' = W Rᵀ, R = (I − Q)(I + Q)⁻¹, so Q is minus veneer's.
 
-    With `use_cayley_neumann`, peft's default, R is a series in +Q that is cut off after a few terms, which is no rotation:
-    loaded only where it is as good as the equation. `coft` shortens each Q to eps / √n.
+    With `use_cayley_neumann`, peft's default, R is a truncated series in +Q: oft's `neumann_terms`. `coft` shortens each Q to
+    eps / √n.
     """
 
     kind: ClassVar[str] = "OFT"
@@ -42,12 +41,12 @@ class OFTPeft(PeftCodec):
         layer.expect(right, f"oft_R (n, b(b−1)/2) with n·b = {width}")
         coft = of(layer.file, layer.config, layer.path, "eps", "eps_pattern", 6e-5) if shortened else None
         layer.expect(coft is None or coft > 0, "an eps above 0 in the config")
-        if series:
-            short = given if coft is None else _entries(within(skew(given, size), coft / math.sqrt(count)))
-            terms = of(layer.file, layer.config, layer.path, "num_cayley_neumann_terms", "terms_pattern", 5)
-            layer.expect(terms in range(1, MOST_TERMS), f"from 1 to {MOST_TERMS} num_cayley_neumann_terms in the config")
-            _compare(layer, short, size, int(terms))
+        terms = of(layer.file, layer.config, layer.path, "num_cayley_neumann_terms", "terms_pattern", 5) if series else None
+        layer.expect(terms is None or terms in range(1, MOST_TERMS), f"from 1 to {MOST_TERMS} num_cayley_neumann_terms")
+        if series and "peft_version" not in layer.config and not layer.notes:
+            layer.notes.append("written by peft before 0.18, whose series was another; read as current peft reads it")
         options = {"block_size": size, "share": share, "coft": None if coft is None else coft / size**2, "rescale": False}
+        options["neumann_terms"] = None if terms is None else int(terms)
         return [Piece(layer.site, options, {"skew": given if series else -given})]
 
     def write(self, part: Part) -> dict[str, Tensor]:
@@ -56,14 +55,17 @@ class OFTPeft(PeftCodec):
         if part.adapter.magnitude is not None:
             raise part.refuse("has lengths of its own (rescale), which peft's OFT has not")
         _only_pixels(part, "OFT")
-        return {"oft_R.weight": -part.adapter.skew.detach()}
+        entries = part.adapter.skew.detach()
+        return {"oft_R.weight": -entries if part.adapter.terms is None else entries}
 
     def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
         size = same(parts, "blocks of", {p.path: p.adapter.size for p in parts})
         coft = same(parts, "coft", {p.path: p.adapter.radius and attachment.method.at(p.site).coft for p in parts})  # type: ignore[attr-defined]
         share = same(parts, "share", {p.path: len(p.adapter.skew) * size != p.site.d_in for p in parts})
+        terms = same(parts, "neumann_terms", {p.path: p.adapter.terms for p in parts})
+        series = {"use_cayley_neumann": terms is not None, "num_cayley_neumann_terms": terms or 5}
         return {
-            "r": 0, "oft_block_size": size, "use_cayley_neumann": False, "coft": coft is not None, "block_share": share,
+            "r": 0, "oft_block_size": size, **series, "coft": coft is not None, "block_share": share,
             "eps": 6e-5 if coft is None else coft * size**2, "bias": "none", "module_dropout": 0.0, "fan_in_fan_out": False,
         }  # fmt: skip
 
@@ -123,23 +125,3 @@ def _entries(q: Tensor) -> Tensor:
     """The entries above the diagonal, row by row."""
     rows, columns = torch.triu_indices(q.shape[-1], q.shape[-1], 1)
     return q[..., rows, columns]
-
-
-def _compare(layer: Layer, entries: Tensor, size: int, terms: int) -> None:
-    """Raise where a series of so many terms is not the equation's R to within `SERIES`; else a note says how near it is."""
-    q = skew(entries.double(), size)
-    exact, series, power = cayley_change(q), torch.zeros_like(q), torch.eye(size, dtype=q.dtype).expand_as(q)
-    last = max(3, terms - 1) if terms > 2 else 0  # 2 Q + 2 Q² + … and the last power once
-    for i in range(1, last + 1 if last else terms):
-        power = power @ q
-        series = series + (1 if i == last else 2) * power
-    apart, change = float((exact - series).abs().max()), float(exact.abs().max())
-    if apart > SERIES * change and not layer.strict:
-        layer.notes.append(f"'{layer.path}': a series of {terms} terms is read as a rotation, {apart:.2g} of {change:.2g} apart")
-    elif apart > SERIES * change:
-        raise layer.refuse(
-            f"was trained with a series of {terms} terms in the place of Cayley's equation (use_cayley_neumann), which is no "
-            f"rotation: its rotation differs by {apart:.2g} of {change:.2g}. strict=False reads it as that rotation"
-        )
-    elif not layer.notes:
-        layer.notes.append(f"a series of {terms} terms is read as Cayley's equation, at most {SERIES:g} of the change apart")

@@ -163,7 +163,7 @@ def _wanted(model: Any, file: File, config: Settings, options: Options) -> Wante
             unused += keys.values()
             continue
         parts = {end: tensors[key] for end, key in keys.items()}
-        layer = Layer(file, path, *places[path], parts, config, modules, shared, notes, options.strict)
+        layer = Layer(file, path, *places[path], parts, config, modules, shared, notes)
         try:
             pieces += codec.read(layer)
         except VeneerError as error:

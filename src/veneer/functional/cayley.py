@@ -111,6 +111,25 @@ def cayley_change(q: Tensor) -> Tensor:
     return change.to(q.dtype)
 
 
+def neumann_change(q: Tensor, terms: int) -> Tensor:
+    """R − I of the truncated Neumann series of (I + Q)(I − Q)⁻¹: 2 Q + 2 Q² + … + 2 Qⁿ⁻¹ + Qⁿ with n = terms − 1, as in peft.
+
+    The result is only approximately orthogonal. As in peft, 1 term is no change, 2 terms are 2 Q, and 3 terms count as 4.
+
+    Args:
+        q: skew-symmetric, (…, size, size). terms: at least 1.
+    Returns:
+        The same shape, in `q`'s dtype.
+    """
+    precise = q.to(torch.promote_types(q.dtype, torch.float32))
+    if terms < 3:
+        return 2 * (terms - 1) * q
+    change = precise
+    for _ in range(max(3, terms - 1) - 1):  # Horner's scheme: Q (2 + change)
+        change = precise @ change + 2 * precise
+    return change.to(q.dtype)
+
+
 def within(q: Tensor, radius: float) -> Tensor:
     """Each matrix of (…, size, size) shortened to the Frobenius norm `radius`, if it is longer."""
     norm = torch.linalg.vector_norm(q, dim=(-2, -1), keepdim=True)

@@ -106,6 +106,15 @@ def cayley(q: Array) -> Array:
     return (np.eye(len(q)) + q) @ np.linalg.inv(np.eye(len(q)) - q)
 
 
+def neumann(q: Array, count: int) -> Array:
+    """peft's truncated series I + 2 Q + 2 Q² + …, the last power once; 2 terms are I + 2 Q, and 3 are as 4."""
+    powers = [np.linalg.matrix_power(q, i) for i in range(max(4, count) if count > 2 else count)]
+    factors = [1] + [2] * (len(powers) - 1)
+    if count > 2:
+        factors[-1] = 1
+    return sum(f * p for f, p in zip(factors, powers, strict=True))
+
+
 def skew(entries: Array, size: int) -> Array:
     q = np.zeros((size, size))
     q[np.triu_indices(size, 1)] = entries

@@ -224,15 +224,16 @@ def _lycoris(folder: Path) -> Iterator[Good]:
 def _peft(folder: Path) -> Iterator[Good]:
     own = base("small", lambda c, p: p)
 
-    def of(method: str, *where: str, **options: Any) -> Good:
-        made = [tuned("small", method, where, **options)]
-        return saved(f"peft-{method}", "peft_folder", "small", made, folder / f"peft-{method}", peft_meanings.peft, own)
+    def of(method: str, *where: str, form: str = "", **options: Any) -> Good:
+        made, name = [tuned("small", method, where, **options)], f"peft-{method}{form}"
+        return saved(name, "peft_folder", "small", made, folder / name, peft_meanings.peft, own)
 
     yield of("lora", "table", "conv", "fc", rank=2, alpha=3.0, ranks={"name:fc": 3}, alphas={"name:fc": 1.5})
     yield of("dora", "fc", "out", rank=2, alpha=3.0)
     yield of("loha", "fc", "out", rank=2, alpha=3.0)
     yield of("lokr", "fc", "out", rank=1, alpha=3.0, factor=2)
     yield of("oft", "fc", "out", block_size=2)
+    yield of("oft", "fc", "out", form="-series", block_size=2, neumann_terms=5)
     yield of("boft", "out", m=1, b=4)
     yield of("ia3", "fc", "out", inputs=("mlp.in",))
     yield of("vera", "fc", "out", rank=3)

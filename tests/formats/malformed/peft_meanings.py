@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .bytes_read import Array, Bytes, Malformed, parsed, require
-from .equations import blocks, cayley, dora, loha, lokr, lora, skew
+from .equations import blocks, cayley, dora, loha, lokr, lora, neumann, skew
 from .meanings import ENDS, Base, Files, Meaning, grouped
 
 
@@ -114,6 +114,10 @@ def _module(
             if config.get("coft"):
                 most = config["eps"] / len(q) ** 0.5
                 q = [x * min(1, most / max(np.linalg.norm(x), 1e-30)) for x in q]
+            if config.get("use_cayley_neumann"):
+                count = config.get("num_cayley_neumann_terms", 5)
+                require(isinstance(count, int) and 0 < count < 1000, "terms")
+                return {key: weight @ blocks([neumann(x, count) for x in q]).T - weight}
             return {key: weight @ blocks([cayley(-x) for x in q]).T - weight}
         if kind == "BOFT":
             (given,) = parts["boft_R"]

@@ -130,6 +130,9 @@ def turn_state(arena: Any, other: Any | None) -> State:
         return state
     if hasattr(other, "turns") is not hasattr(arena, "turns"):
         raise ValueError("it turns the other side of the weight; attach with its own side=")
+    terms = getattr(other, "terms", None)
+    if terms != getattr(arena, "terms", None):
+        raise ValueError(f"it has neumann_terms={terms}, and the attachment has another value; attach with neumann_terms={terms}")
     if other.magnitude is not None:
         if arena.magnitude is None:
             raise ValueError("it has learned lengths, and the attachment has no room for them; attach with rescale=True")

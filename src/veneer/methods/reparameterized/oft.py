@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.cayley import blocks_apply, cayley_change, skew, turn_features, within
+from veneer.functional.cayley import blocks_apply, cayley_change, neumann_change, skew, turn_features, within
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._output_turn import OutputTurn, refuse_straddling
@@ -21,9 +21,9 @@ class OFTAdapter(Adapter):
 
     blends: ClassVar[bool] = True
 
-    def __init__(self, d_out: int, blocks: int, size: int, radius: float | None, rescale: bool) -> None:
+    def __init__(self, d_out: int, blocks: int, size: int, radius: float | None, rescale: bool, terms: int | None = None) -> None:
         super().__init__()
-        self.size, self.radius = size, radius
+        self.size, self.radius, self.terms = size, radius, terms
         self.skew = nn.Parameter(torch.zeros(blocks, size * (size - 1) // 2))
         self.magnitude = nn.Parameter(torch.ones(d_out)) if rescale else None
 
@@ -42,7 +42,8 @@ class OFTAdapter(Adapter):
     def turn(self) -> Tensor:
         """R_i − I, (blocks, b, b)."""
         q = skew(self.skew, self.size)
-        return cayley_change(q if self.radius is None else within(q, self.radius))
+        q = q if self.radius is None else within(q, self.radius)
+        return cayley_change(q) if self.terms is None else neumann_change(q, self.terms)
 
 
 class InputTurn(OFTAdapter):
@@ -68,7 +69,10 @@ class OFT(Method):
         rescale: also learn D, a factor for each neuron's length: W' = D W Rᵀ, D = 1 at the start.
         side: `output` turns what the layer gives, W' = D R W and d = d_out, as LyCORIS and kohya's tools do; such blocks may be
             of 1 with `rescale`. A convolution turns its channels, and a bias stays.
-    Q is zero at the start. The equation is solved, in single precision at least, not approximated by a series.
+        neumann_terms: number of terms of the Neumann series that approximates R_i, as in peft, whose default is 5:
+            I + 2 Q + 2 Q² + … + Qⁿ with n = neumann_terms − 1. R is then only approximately orthogonal: the error grows with ‖Q‖.
+            None solves the equation. At least 1; only with side='input'.
+    Q is zero at the start. Without `neumann_terms` the equation is solved, in single precision at least.
     Convolutions: a neuron is its kernel, d = d_in·k·k / groups, channel by channel; as many blocks as input channels turn each
     channel's window by itself. Grouped and depthwise: one R for all neurons too.
     On the input side linear layers without `rescale` turn what they read. Elsewhere, and at slices of a fused weight, W itself is
@@ -94,6 +98,7 @@ class OFT(Method):
     coft: float | None = None
     rescale: bool = False
     side: Literal["input", "output"] = "input"
+    neumann_terms: int | None = None
 
     def __post_init__(self) -> None:
         if self.side not in ("input", "output"):
@@ -104,6 +109,11 @@ class OFT(Method):
             raise ValueError(f"oft: block_size must be at least 2, for a block of 1 cannot turn; got {self.block_size}")
         if self.coft is not None and self.coft <= 0:
             raise ValueError(f"oft: coft must be above 0, or None for no constraint; got {self.coft}")
+        if self.neumann_terms is not None and (self.neumann_terms < 1 or self.side == "output"):
+            raise ValueError(
+                "oft: neumann_terms must be at least 1 and needs side='input', or None to solve the equation; got "
+                f"{self.neumann_terms} with side={self.side!r}"
+            )
 
     @classmethod
     def examples(cls) -> tuple[OFT, OFT]:
@@ -140,7 +150,7 @@ class OFT(Method):
             refuse_straddling(site, b)
             return OutputTurn(site, [1 if self.share else r], b, radius, self.rescale)
         kind = InputTurn if site.kind == "linear" and not self.rescale else OFTAdapter
-        return kind(site.d_out, 1 if self.share else r, b, radius, self.rescale)
+        return kind(site.d_out, 1 if self.share else r, b, radius, self.rescale, self.neumann_terms)
 
     def count(self, site: WeightSite) -> int:
         """r·b·(b − 1)/2, or one block's, and the lengths."""
