@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import veneer
 from veneer.formats import Options, controlnext, convert, look, read
 from veneer.injection import LoadError
 
+from .cases import rewrite
 from .guides import form, guided, output, paper, picture, real, tiny, trained
 
 
@@ -121,6 +123,38 @@ def test_another_place_in_the_header(tmp_path: Path) -> None:
     save_file(state(8), tmp_path / "x.safetensors", {"place": "roof"})
     with pytest.raises(LoadError, match="the header's 'place' is 'roof'; expected block or stem"):
         veneer.load(tiny("sd1"), tmp_path / "x")
+
+
+def test_a_stem_of_revision_1_is_rejected(tmp_path: Path) -> None:
+    """It changed the first skip feature as well. `block` is what it was, bitwise."""
+    unet = tiny("sd1")
+    for place, meta in (("stem", {"place": "stem"}), ("block", {"place": "block"})):
+        save_file(state(8), tmp_path / f"{place}.safetensors", meta)
+        attachment = trained(veneer.attach(tiny("sd1"), "controlnext", place=place))
+        saved = attachment.save(tmp_path / f"native-{place}")
+        rewrite(saved, first_revision, saved)
+    for name in ("stem", "native-stem"):
+        with pytest.raises(LoadError, match="revision 1"):
+            veneer.load(unet, tmp_path / name)
+        assert veneer.attachments(unet) == []
+    assert veneer.load(unet, tmp_path / "block").method.place == "block"
+    loaded = veneer.load(tiny("sd1"), tmp_path / "native-block")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), attachment.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("revision", ["0", "x", "3"])
+def test_a_revision_in_the_header_that_is_none(revision: str, tmp_path: Path) -> None:
+    save_file(state(8), tmp_path / "x.safetensors", {"place": "stem", "revision": revision})
+    with pytest.raises(LoadError, match="revision"):
+        veneer.load(tiny("sd1"), tmp_path / "x")
+
+
+def first_revision(header: dict[str, Any]) -> None:
+    """Written as before methods had revisions."""
+    own = json.loads(header["__metadata__"]["veneer"])
+    for entry in own["attachments"]:
+        assert entry.pop("revision") == 2
+    header["__metadata__"]["veneer"] = json.dumps(own)
 
 
 def test_a_look_and_a_conversion(tmp_path: Path) -> None:

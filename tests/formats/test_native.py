@@ -17,7 +17,7 @@ from veneer.testing.pipelines import tiny_pipeline
 from veneer.testing.snapshot import assert_same, snapshot
 
 from ..injection.toy import ToyHost, net, run
-from .cases import fill, header
+from .cases import fill, header, rewrite
 
 PROMPT = "a photo of <toy> in the snow"
 
@@ -207,6 +207,19 @@ def test_lists_that_make_no_file(tmp_path: Path, make: Any, message: str) -> Non
     with pytest.raises(SaveError, match=message):
         native.save(make(), tmp_path / "toy")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("revision", [0, -1, "1", 1.0, True, 99])
+def test_a_revision_of_the_method_that_is_none(revision: Any, tmp_path: Path) -> None:
+    path = fill(attach(net(), "bitfit")).save(tmp_path / "toy")
+
+    def change(header: dict[str, Any]) -> None:
+        own = json.loads(header["__metadata__"]["veneer"])
+        own["attachments"][0]["revision"] = revision
+        header["__metadata__"]["veneer"] = json.dumps(own)
+
+    with pytest.raises(LoadError, match="revision 99" if revision == 99 else "header"):
+        veneer.load(net(), rewrite(path, change))
 
 
 def test_provenance_must_be_json(tmp_path: Path) -> None:

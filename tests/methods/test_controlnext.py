@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 
 import veneer
 from tests.methods.controls import drawn, picture, pipeline
+from veneer.hosts.diffusers_unet import DiffusersUNet
 from veneer.injection.errors import ConditionError
 from veneer.methods.additive.controlnext import crossed
 from veneer.testing.case import stir
@@ -36,31 +37,106 @@ def test_it_is_added_behind_the_first_block_and_to_no_skip(place: str) -> None:
     control = veneer.attach(pipe, "controlnext", place=place)
     stir(control)
     ((site, adapter),) = control.parts.values()
-    unet, seen = pipe.unet, {}
-    path = site.first if place == "block" else "conv_in"
-
-    def kept(name: str) -> Any:
-        def keep(module: Any, args: Any, output: Any) -> None:
-            seen[name] = output
-
-        return keep
-
-    before = unet.get_submodule(path).register_forward_hook(kept("bare"), prepend=True)
-    after = unet.get_submodule(path).register_forward_hook(kept("changed"))
+    unet = pipe.unet
+    seen: dict[str, Any] = {}
+    handles = [
+        unet.conv_in.register_forward_hook(lambda m, args, y: seen.update(stem=y)),
+        unet.get_submodule(site.first).register_forward_pre_hook(lambda m, a, k: seen.update(into=k), with_kwargs=True),
+        unet.get_submodule(site.first).register_forward_hook(lambda m, args, y: seen.update(block=y), prepend=True),
+        unet.down_blocks[1].register_forward_pre_hook(lambda m, a, k: seen.update(next=k), with_kwargs=True),
+        *(
+            up.register_forward_pre_hook(lambda m, a, k, i=i: seen.update({f"skips{i}": k}), with_kwargs=True)
+            for i, up in enumerate(unet.up_blocks)
+        ),
+    ]
     image = torch.rand(2, 3, 32, 32)
     latent, timestep, context = torch.randn(2, 4, 8, 8), torch.tensor([7, 500]), torch.randn(2, 5, 24)
     with torch.no_grad(), control.given(image=image, strength=0.35, pipeline=unet):
         unet(latent, timestep, context)
     feature = adapter.feature(image, timestep)
-    x, changed = (seen[name][0] if isinstance(seen[name], tuple) else seen[name] for name in ("bare", "changed"))
+    skips = [x for i in reversed(range(len(unet.up_blocks))) for x in seen[f"skips{i}"]["res_hidden_states_tuple"]]
+    unchanged = [seen["stem"], *seen["block"][1]]
+    assert all(torch.equal(a, b) for a, b in zip(skips, unchanged, strict=False)), "the skips"
+    x, changed = (seen["block"][0], seen["next"]) if place == "block" else (seen["stem"], seen["into"])
+    size = x.shape[-2:]
     if place == "block":
-        expected = crossed(torch.nn.functional.adaptive_avg_pool2d(feature, x.shape[-2:]), x)
-        assert all(torch.equal(a, b) for a, b in zip(seen["bare"][1], seen["changed"][1], strict=True)), "the skips"
+        expected = crossed(torch.nn.functional.adaptive_avg_pool2d(feature, size), x)
     else:
-        expected = torch.nn.functional.adaptive_avg_pool2d(crossed(feature, x), x.shape[-2:])
-    torch.testing.assert_close(changed, x + 0.35 * expected)
-    before.remove()
-    after.remove()
+        expected = torch.nn.functional.adaptive_avg_pool2d(crossed(feature, x), size)
+    torch.testing.assert_close(changed["hidden_states"], x + 0.35 * expected)
+    for handle in handles:
+        handle.remove()
+
+
+def reference(unet: Any, sample: Any, timestep: Any, context: Any, added: Any, control: Any, scale: float, place: str) -> Any:
+    """A UNet's forward pass in the authors' order: each skip is stored before the feature is added, and `stem` is behind conv_in."""
+
+    def add(x: Any) -> Any:
+        pool = torch.nn.functional.adaptive_avg_pool2d
+        size = x.shape[-2:]
+        return x + scale * (crossed(pool(control, size), x) if place == "block" else pool(crossed(control, x), size))
+
+    emb = unet.time_embedding(unet.get_time_embed(sample, timestep))
+    more = unet.get_aug_embed(emb, context, added)
+    emb = emb if more is None else emb + more
+    x = unet.conv_in(sample)
+    skips = [x]
+    if place == "stem":
+        x = add(x)
+    for index, block in enumerate(unet.down_blocks):
+        options = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+        x, new = block(hidden_states=x, temb=emb, **options)
+        skips += new
+        if index == 0 and place == "block":
+            x = add(x)
+    x = unet.mid_block(x, emb, encoder_hidden_states=context)
+    for block in unet.up_blocks:
+        options = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+        count = len(block.resnets)
+        x, skips = block(hidden_states=x, temb=emb, res_hidden_states_tuple=tuple(skips[-count:]), **options), skips[:-count]
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
+
+
+@pytest.mark.parametrize("place", ["block", "stem"])
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_is_the_function_of_the_authors_order(model: str, place: str, checkpointing: bool) -> None:
+    """Outputs and gradients of the network and of the base, with and without gradient checkpointing."""
+    host = DiffusersUNet()
+    torch.manual_seed(0)
+    unet: Any = host.tiny()[model]().double().requires_grad_(False)
+    inputs = {key: _double(value) for key, value in host.sample(unet).items()}
+    control = veneer.attach(unet, "controlnext", place=place, train=("attn.out", "xattn.out"))
+    stir(control)
+    unet.double()
+    ((_, adapter),) = control.parts.values()
+    side = 8 * inputs["sample"].shape[-1]
+    image = torch.rand(2, 3, side, side).double()
+    trained = list(control.parameters())
+    out = torch.randn(inputs["sample"].shape, dtype=torch.float64)
+    feature = adapter.feature(image, inputs["timestep"])
+    asked = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"], inputs.get("added_cond_kwargs"))
+    with torch.no_grad(), control.given(image=image, strength=0, pipeline=unet):
+        bare = unet(**inputs).sample
+    with torch.enable_grad():
+        expected = reference(unet, *asked, feature, 0.7, place)
+        wanted = torch.autograd.grad((expected * out).sum(), trained)
+        if checkpointing:
+            unet.train()
+            unet.enable_gradient_checkpointing()
+        with control.given(image=image, strength=0.7, pipeline=unet):
+            got = unet(**inputs).sample
+            found = torch.autograd.grad((got * out).sum(), trained)
+    assert (expected - bare).abs().max() > 0.05 * bare.abs().max(), "the control does something"
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _double(each) for key, each in value.items()}
+    return value.double() if value.is_floating_point() else value
 
 
 def test_published_counts_with_the_output_projections() -> None:

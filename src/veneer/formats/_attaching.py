@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,6 +123,28 @@ def method_of(name: str, config: Mapping[str, Any]) -> Method:
             f"the method '{name[:80]}' with {_short(config)} cannot be built here: {error} Install the package or the version of "
             "veneer that the file was made with."
         ) from error
+
+
+def migrated(file: File, entry: Mapping[str, Any], config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
+    """The options of a saved attachment as the installed method has them. An unknown method's stay as they are.
+
+    Raises:
+        LoadError: the entry is of a later revision of the method, or of an earlier one that cannot be loaded.
+    """
+    name, revision = entry["method"], entry.get("revision", 1)
+    try:
+        method = methods.get(name)
+        known = {**config} if revision == method.revision else method.migrate(config, revision, tensors)
+    except VeneerError:
+        return config
+    except ValueError as error:
+        raise LoadError(f"{file.path}: {error}") from error
+    if revision > method.revision:
+        raise LoadError(
+            f"{file.path}: written by revision {revision} of the method '{name}'; this veneer has revision {method.revision}. "
+            "Update veneer."
+        )
+    return known
 
 
 def _short(config: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from ..injection import Attachment, LoadError, SaveError
 from ..injection.towers import Tower
-from ._attaching import Wanted, attach_all, method_of, refuse_merged
+from ._attaching import Wanted, attach_all, method_of, migrated, refuse_merged
 from ._base_weights import ADDED, OF, load_beside, replaced
 from ._format import Format, Layer, Options
 from ._guiding import drafted, fit, only, parts, shapes, side, unet_of
@@ -18,7 +18,7 @@ from ._lora import refuse_trained
 from ._reading import File
 from ._writing import destination, refuse_unusable, write
 
-PLACE = "place"  # in the header, where it is not the family's own
+PLACE, REVISION = "place", "revision"  # in the header, where the place is not the family's own
 WEIGHTS = "unet.safetensors"  # of the two names that the authors have, the one for tensors that replace the base's
 FILES = "a ControlNeXt's files"
 
@@ -26,8 +26,9 @@ FILES = "a ControlNeXt's files"
 class ControlNeXt(Format):
     """`time_embedding.*`, `embedding.{i}`, `down_res.{i}`, `down_sample.{i}`, `mid_convs.{i}`: the network's own names.
 
-    Where its feature is added is not in the authors' files: behind the first convolution for SDXL, else behind the first block;
-    the header says where we have it otherwise.
+    Where its feature is added is not in the authors' files: at the first block's input for SDXL, else at its output; the header
+    says so where ours is elsewhere. Before revision 2 `stem` also changed the first skip feature: a header that names it without a
+    revision is rejected; such a file for SDXL has no mark and now computes the authors' function.
 
     Trained weights of the UNet are in a second file beside it, `unet.safetensors` or `unet_weight_increasements.safetensors`,
     under the names of the UNet's state dict: whole tensors of some or of all weights, or increments W − W₀. Both are read under
@@ -93,7 +94,8 @@ class ControlNeXt(Format):
             trained = {path: state[key] for path, key in keys.items()}
             weights = write(target.with_name(WEIGHTS), trained, {"format": "pt", OF: target.name})
             stale = [path for path in stale if path != weights]
-        written = write(target, tensors, {"format": "pt"} | ({} if method.place == _usual(unet) else {PLACE: method.place}))
+        elsewhere = {} if method.place == _usual(unet) else {PLACE: method.place, REVISION: str(method.revision)}
+        written = write(target, tensors, {"format": "pt"} | elsewhere)
         for path in stale:
             path.unlink()
         return written
@@ -104,6 +106,13 @@ def _place(file: File, tower: Tower) -> str:
     told = file.metadata.get(PLACE, _usual(tower.module))
     if not re.fullmatch("block|stem", told):
         raise LoadError(f"{file.path}: the header's '{PLACE}' is {told[:40]!r}; expected block or stem. It is damaged.")
+    if PLACE in file.metadata:
+        revision = file.metadata.get(REVISION, "1")
+        if not re.fullmatch("[1-9][0-9]{0,3}", revision):
+            raise LoadError(
+                f"{file.path}: the header's '{REVISION}' is {revision[:40]!r}; expected a positive integer. It is corrupt."
+            )
+        migrated(file, {"method": ControlNeXt.name, "revision": int(revision)}, {PLACE: told}, ())
     return told
 
 

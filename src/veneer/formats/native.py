@@ -16,7 +16,7 @@ from ..injection import Attachment, LoadError, SaveError
 from ..injection.identity import identity
 from ..injection.state import held_whole
 from ..injection.towers import towers_of
-from ._attaching import Wanted, attach_all, refuse_merged
+from ._attaching import Wanted, attach_all, migrated, refuse_merged
 from ._format import Format, Layer, Options, listed, values
 from ._header import twice
 from ._moving import Move
@@ -34,7 +34,8 @@ class Native(Format):
 
         {"version": 1, "veneer": "0.1.0",
          "base": {component: {"class", "config", "fingerprint", "without": [names of tensors that are in the file]}},
-         "attachments": [{"name", "method", "config", "where", "train", "sites", "trained", "shared": {tensor: tensor}}],
+         "attachments": [{"name", "method", "revision" (1 if absent), "config", "where", "train", "sites", "trained",
+                          "shared": {tensor: tensor}}],
          "provenance": {…}}
     """
 
@@ -139,6 +140,7 @@ def _entry(attachment: Attachment, tensors: dict[str, Tensor], prefix: str) -> d
     return {
         "name": attachment.name,
         "method": attachment.method.name,
+        **({"revision": attachment.method.revision} if attachment.method.revision > 1 else {}),
         "config": attachment.method.config(),
         "where": list(attachment.where),
         "train": list(attachment.train),
@@ -212,6 +214,7 @@ def _complete(header: Mapping[str, Any]) -> bool:
         and all(isinstance(e, dict) and all(isinstance(e.get(k), kind) for k, kind in kinds.items()) for e in entries)
         and all(isinstance(n, str) for e in entries for k in ("where", "train", "sites", "trained") for n in e[k])
         and all(isinstance(n, str) for e in entries for n in e["shared"].values())
+        and all(type(e.get("revision", 1)) is int and e.get("revision", 1) > 0 for e in entries)
         and all(isinstance(n, str) for b in base.values() for n in b["without"])
     )
 
@@ -280,7 +283,7 @@ def _wanted(
     return Wanted(
         name=entry["name"],
         method=entry["method"],
-        config=move.config(entry["config"]),
+        config=migrated(file, entry, move.config(entry["config"]), state),
         sites=[n for n in sites if n in here],
         train=[n for n in trained if n in here],
         state=state,

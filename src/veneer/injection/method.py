@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -132,6 +132,7 @@ class Method(ABC):
         keeps_head: True if a classifier keeps its own head under it, because the method maps the head's labels to new ones.
         conditions: what `Attachment.given` takes for it, such as `("image",)`; empty for a method that needs nothing in a call.
         prepares: `once` if it must see the training data before it is trained, `epoch` if before every epoch; see `prepare`.
+        revision: of what saved options and tensors compute; raised when the same ones compute another function. See `migrate`.
     Args:
         by_site: other options at some sites, for a file whose layers differ: role pattern, or `name:` and a site's name, to
             options, such as `{"mlp.*": {"rank": 4}}` or `{"attn.{q,v}": {"rank": 4}}`. A site's own name counts before its role, and of role patterns the later.
@@ -144,6 +145,7 @@ class Method(ABC):
     elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv")
     identity_at_start: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3
+    revision: ClassVar[int] = 1
     keeps_head: ClassVar[bool] = False
     prepares: ClassVar[Literal["", "once", "epoch"]] = ""
     conditions: ClassVar[tuple[str, ...]] = ()
@@ -247,6 +249,17 @@ class Method(ABC):
         """The options as plain JSON values; `by_site` only where it says something."""
         options = dataclasses.asdict(self)
         return options if self.by_site else {k: v for k, v in options.items() if k != "by_site"}
+
+    @classmethod
+    def migrate(cls, config: Mapping[str, Any], revision: int, tensors: Collection[str]) -> dict[str, Any]:
+        """The options that mean now what a file's `config` meant in an earlier `revision`.
+
+        Args:
+            tensors: names of the file's tensors, `site:parameter`.
+        Raises:
+            ValueError: no options do.
+        """
+        return dict(config)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Method:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .errors import ConditionError
+from .forms import first, main_output
 from .method import Adapter
 from .seams import HookSeam
+from .sites import Port
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class ResidualSeam(HookSeam):
     """Adds what adapters give to the arguments of the tower's call, beside what is there already.
 
     The adapter's `residuals(call)` gets the call's arguments by name and returns `Residuals`; one with `change(features)` also
-    changes what the module at its `place` gives. What is given at strength 1 is multiplied here.
+    changes the features at its `place`, a `Port`. What is given at strength 1 is multiplied here.
     """
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
@@ -43,7 +45,12 @@ class ResidualSeam(HookSeam):
         adapter: Any = self.adapters[0]
         handles = [self.module(self.home).register_forward_pre_hook(self._add, with_kwargs=True)]
         if hasattr(adapter, "change"):
-            handles.append(self.module(adapter.place).register_forward_hook(self._change))
+            place: Port = adapter.place
+            module = self.module(place.path)
+            if place.side == "in":
+                handles.append(module.register_forward_pre_hook(self._change_input, with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(self._change_output))
         return handles
 
     def passes(self) -> bool:
@@ -62,13 +69,21 @@ class ResidualSeam(HookSeam):
                 call[name] = self._sum(call.get(name), more, like)
         return (), call
 
-    def _change(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _change_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.passes():
             return None
-        adapter: Any = self.adapters[0]
-        features = output[0] if isinstance(output, tuple) else output
-        after = features + self._strong(adapter.change(features), features)
+        after = self._changed(first(args, kwargs))
+        return ((after, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): after})
+
+    def _change_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.passes():
+            return None
+        after = self._changed(main_output(output))
         return (after, *output[1:]) if isinstance(output, tuple) else after
+
+    def _changed(self, features: Tensor) -> Tensor:
+        adapter: Any = self.adapters[0]
+        return features + self._strong(adapter.change(features), features)
 
     def _sum(self, there: Any, more: Any, like: Tensor) -> Any:
         if isinstance(more, Tensor):

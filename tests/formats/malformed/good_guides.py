@@ -105,6 +105,7 @@ def _ip_adapters(folder: Path) -> Iterator[Good]:
 def _controlnexts(folder: Path) -> Iterator[Good]:
     for name, kind, usual, meta in (
         ("controlnext", "sd1", "block", {}), ("controlnext-place", "sdxl", "stem", {"place": "block"}),
+        ("controlnext-stem", "sd1", "block", {"place": "stem", "revision": "2"}),
     ):  # fmt: skip
         flat = test_controlnext.state(8)
         tensors = {key: t.half() if t.numel() > 10_000 else t for key, t in flat.items()}  # half a file for the same layers

@@ -179,6 +179,8 @@ def controlnext(places: Places, shapes: Mapping[str, Shape], usual: str) -> Call
         file, found = landed(files, places, shapes)
         place = file.metadata.get("place", usual)
         require(place in ("block", "stem"), "a place")
+        revision = file.metadata.get("revision", "1") if "place" in file.metadata else "2"
+        require(revision == "2" or (revision == "1" and place == "block"), "a revision")
         return found | told("controlnext", channels=found["residuals:embedding.0.weight"].shape[1], place=place)
 
     return meaning

@@ -1,8 +1,8 @@
-"""ControlNeXt: a small convolutional network whose feature is added, as large as the UNet's own, behind its first block."""
+"""ControlNeXt: a small convolutional network whose feature is added, as large as the UNet's own, around its first block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,10 +12,14 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from veneer.injection.method import Adapter
 from veneer.injection.residuals import Residuals, image_for
-from veneer.injection.sites import ResidualSite, Site
+from veneer.injection.sites import Port, ResidualSite, Site
 from veneer.methods.additive._control import Controlled
 
 TIME, STEM, WIDTHS, GROUPS = 128, 64, (128, 256), (4, 8)
+OLD_STEM = (
+    "controlnext with place='stem' of revision 1 added its feature to the first skip feature as well, which the authors' SDXL model "
+    "does not; revision 2 does not compute that function. Train it again, or load it with the veneer that wrote it."
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,12 @@ class ControlNeXt(Controlled):
 
     Args:
         channels: of the picture.
-        place: `block`, behind the first block, f brought to x's size before CN, as for SD 1.5; or `stem`, behind the first
-            convolution and brought to size after CN, as the authors do for SDXL.
+        place: `block`, the first block's output, f resized to x before CN, as for SD 1.5; or `stem`, the first block's input, f
+            resized after CN, as the authors do for SDXL. Neither changes a skip feature: the first one, the output of the first
+            convolution, is stored before f is added.
     Cross normalisation makes f as large as x from the first step on, so that a new one does change the output.
     Counts: 3,526,400 for SD 1.5; with the output projections 28.3 M.
+    Saved files: those of revision 1 with `place="stem"` had f in the first skip feature too. They are rejected: train again.
     Source: Peng et al., arXiv 2408.06070, equation 5 and the sizes of its code. std divides by n − 1, as there.
     """
 
@@ -39,6 +45,7 @@ class ControlNeXt(Controlled):
     paper: ClassVar[str] = "Peng et al., ControlNeXt: Powerful and Efficient Control for Image and Video Generation, 2024"
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-5
+    revision: ClassVar[int] = 2
 
     channels: int = 3
     place: Literal["block", "stem"] = "block"
@@ -52,6 +59,17 @@ class ControlNeXt(Controlled):
     def build(self, site: ResidualSite) -> ControlNeXtAdapter:
         """The network, as wide at its end as what it is added to."""
         return ControlNeXtAdapter(site, self.channels, self.place)
+
+    @classmethod
+    def migrate(cls, config: Mapping[str, Any], revision: int, tensors: Collection[str]) -> dict[str, Any]:
+        """The options as they are, except `place="stem"` of revision 1.
+
+        Raises:
+            ValueError: a file of revision 1 with `place="stem"`.
+        """
+        if revision < 2 and config.get("place") == "stem":
+            raise ValueError(OLD_STEM)
+        return dict(config)
 
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
         """Ten times the run's rate, which is that of the base's own weights."""
@@ -68,7 +86,7 @@ class ControlNeXtAdapter(Adapter):
         from diffusers.models.resnet import ResnetBlock2D
 
         self.site, self.first_pooled = site, place == "block"
-        self.place = site.first if place == "block" else "conv_in"
+        self.place = Port(site.first, "out" if place == "block" else "in")
         self.time_proj = Timesteps(TIME, True, 0)
         self.time_embedding = TimestepEmbedding(TIME, 2 * TIME)
         stem = zip((channels, STEM, STEM), (STEM, STEM, 2 * STEM), (2, 1, 1), strict=True)
@@ -97,7 +115,7 @@ class ControlNeXtAdapter(Adapter):
         return found
 
     def residuals(self, call: Mapping[str, Any]) -> Residuals:
-        """Nothing yet: f is kept until the first block has run."""
+        """None: f is kept until the first block runs."""
         image = image_for(call, self.site, self.now, "controlnext")
         dtype = next(self.parameters()).dtype
         timestep = torch.as_tensor(call[self.site.arguments[1]], device=image.device)
