@@ -66,6 +66,7 @@ def test_every_method_leaves_its_files_and_figures(base: str, photos: Path, tmp_
     assert figures["count"] == 4, "two pictures, two seeds of each"
     assert figures["over_free"][0] == pytest.approx(figures["followed"] - figures["free"])
     assert (figures["measure"] == "likeness (shipped)") == (method == "ip_adapter")
+    assert record["verdict"].keys() == {"outcome", "summary", "reasons", "advice"}
     pipe = veneer.bases.load(base)
     loaded = veneer.load(pipe, out)
     assert loaded.provenance["condition"] == record["config"]["condition"]

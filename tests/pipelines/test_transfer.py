@@ -66,6 +66,8 @@ def test_the_colours_are_learnt_and_everything_is_written(taught: Path) -> None:
     assert not [name for name in names if name.startswith(("checkpoint", "best", "curve.json"))]
     assert found["val_accuracy"] >= 0.8
     assert found["test_accuracy"] >= 0.8
+    assert found["verdict"]["outcome"] == "learned"
+    assert len(found["verdict"]["reasons"]) == 3, "frequent class, linear probe, training accuracy"
     low, high = found["test_interval_95"]
     assert low <= found["test_accuracy"] <= high
     assert found["stored_bytes"] == (taught / "adapter.safetensors").stat().st_size

@@ -22,6 +22,7 @@ from .figures import Figures, figures_of
 from .models import Classifier
 from .plots import write_confusion, write_curves, write_mistakes
 from .teaching import Taught, Teacher
+from .verdict import evidence_of, verdict
 
 FORM = 1
 
@@ -46,6 +47,8 @@ def write_outcome(
         logits, labels, classifier.classes, lambda i: data.source.read(data.source.examples[tested[i]]), out / "mistakes.png"
     )
     record = _record(config, data, classifier, attached, taught, figures) | {"stored_bytes": stored}
+    assert taught.validation is not None
+    record["verdict"] = verdict(evidence_of(teacher, (logits, labels), taught.validation), config).as_dict()
     write_json(out / "result.json", record)
     return record
 

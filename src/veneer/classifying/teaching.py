@@ -30,7 +30,7 @@ from .cached import Features, reads_features_only
 from .config import TransferConfig
 from .data import Data, Views
 from .figures import Figures, figures_of
-from .first_head import put_first_head, takes_first_head
+from .first_head import Head, put_first_head, takes_first_head
 from .models import Classifier
 from .selection import Epoch, Selection
 
@@ -145,9 +145,18 @@ class Teacher:
         if self.features is not None:
             self.features.see()
         if self.starts_head and not (self.config.resume and Checkpoints(self.folder, {}).steps()):
-            with switched_off(self.attached):
-                solved = self._seen.first_head(len(self.views.data.classes))
-            put_first_head(solved, self.attached, self._seen.path)
+            put_first_head(self.solved_head(), self.attached, self._seen.path)
+
+    def solved_head(self) -> Head:
+        """Weight and bias of the logistic regression on the features of the frozen model."""
+        with switched_off(self.attached):
+            return self._seen.first_head(len(self.views.data.classes))
+
+    def frozen(self, split: str) -> Batch:
+        """Features of the frozen model and labels of a split."""
+        with switched_off(self.attached):
+            self._seen.see((split,))
+        return self._seen([(0, index) for index in getattr(self.views.data.splits, split)])
 
     @property
     def starts_head(self) -> bool:

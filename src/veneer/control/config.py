@@ -141,7 +141,7 @@ class ControlConfig:
         condition = self.condition or ("image" if self.reads_pictures else "canny")
         usual: dict[str, Any] = {
             "condition": condition,
-            "steps": self.steps or int(known.get("steps", 20_000)),
+            "steps": self.steps or self.usual_steps(),
             "batch": self.batch or int(known.get("batch", 4)),
             "schedule": self.schedule or str(known.get("schedule", "constant")),
             "learning_rate": self.learning_rate or float(known.get("learning_rate", methods.get(self.method).learning_rate)),
@@ -157,6 +157,10 @@ class ControlConfig:
         if self.density is None and self.method == "t2i_adapter":
             usual["density"] = "cubic"
         return dataclasses.replace(self, **usual)
+
+    def usual_steps(self) -> int:
+        """The default number of optimizer steps on the base."""
+        return int(bases.preset(self.base).training.get(self.method, {}).get("steps", 20_000))
 
     def built(self) -> Method:
         """The method's config."""

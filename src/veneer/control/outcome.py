@@ -24,6 +24,7 @@ from . import maps
 from .config import ControlConfig
 from .embedding import Embedder
 from .figures import Drawings, Figures, Subject, draw, figures
+from .verdict import verdict
 
 
 @dataclass
@@ -127,6 +128,7 @@ def _record(run: Run, result: TrainResult, measured: Figures | None) -> dict[str
         "parameters": sum(p.numel() for p in run.control.parameters()),
         "training": training_record(result),
         "figures": measured.as_dict() if measured else None,
+        "verdict": verdict(measured, result.losses, run.config).as_dict(),
         "held": len(run.subjects),
         "curve": run.curve,
         "versions": {name: version(name) for name in ("veneer", "torch", "diffusers", "transformers")},

@@ -76,6 +76,9 @@ class Metrics:
         likeness, nearest, prompt_likeness: see the module.
         ceiling: likeness of the photos to one another, which no personalisation should be expected to exceed; None for one photo.
         drift, pixel_drift: on unrelated prompts.
+        unrelated_distance: mean of 1 − ⟨f(b), f(b')⟩ over the base's images of two different unrelated prompts, which gives drift
+            a scale; None with fewer than two such prompts.
+        layout: how far background and place follow the prompt, whatever the subject: see `layout`; None with one prompt.
     """
 
     features: str
@@ -85,6 +88,8 @@ class Metrics:
     ceiling: Figure | None
     drift: Figure | None
     pixel_drift: Figure | None
+    unrelated_distance: float | None = None
+    layout: Compared | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -128,6 +133,25 @@ def figure(values: Sequence[float] | Tensor) -> Figure:
     return Figure(mean, mean - half, mean + half, len(x))
 
 
+def difference(later: Sequence[float], earlier: Sequence[float]) -> Figure:
+    """Difference of the means of two independent samples with its 95 % interval, variances unequal.
+
+    Source: Welch, The generalization of Student's problem when several different population variances are involved, Biometrika
+    34, 1947; the degrees of freedom are rounded down.
+    """
+    a, b = (np.asarray(values, dtype=np.float64) for values in (later, earlier))
+    mean, n = float(a.mean() - b.mean()), len(a) + len(b)
+    if min(len(a), len(b)) < 2:
+        return Figure(mean, None, None, n)
+    shares = float(a.var(ddof=1)) / len(a), float(b.var(ddof=1)) / len(b)
+    total = sum(shares)
+    if not total:
+        return Figure(mean, mean, mean, n)
+    freedom = total**2 / (shares[0] ** 2 / (len(a) - 1) + shares[1] ** 2 / (len(b) - 1))
+    half = t_quantile(max(1, int(freedom))) * math.sqrt(total)
+    return Figure(mean, mean - half, mean + half, n)
+
+
 def compared(adapted: Sequence[float] | Tensor, base: Sequence[float] | Tensor) -> Compared:
     """Figures of two paired samples, and of their differences."""
     gains = [float(a) - float(b) for a, b in zip(adapted, base, strict=True)]
@@ -163,6 +187,8 @@ def measure(
         ceiling=ceiling(real) if len(photos) > 1 else None,
         drift=drifted[0] if drifted else None,
         pixel_drift=drifted[1] if drifted else None,
+        unrelated_distance=prompt_distance(features, unrelated),
+        layout=layout(concept),
     )
 
 
@@ -192,6 +218,39 @@ def drifts(features: Features, unrelated: Sequence[Pair]) -> tuple[Figure, Figur
     """(feature drift, pixel drift) over pairs."""
     adapted, base = (features.pictures([getattr(pair, side) for pair in unrelated]) for side in ("adapted", "base"))
     return figure(1 - cosine(adapted, base)), figure([pixel_distance(pair.adapted, pair.base) for pair in unrelated])
+
+
+def prompt_distance(features: Features, unrelated: Sequence[Pair]) -> float | None:
+    """Mean of 1 − ⟨f(b), f(b')⟩ over the base's images of two different prompts; None if there are no two."""
+    different = torch.tensor([[a.prompt != b.prompt for b in unrelated] for a in unrelated], dtype=torch.bool)
+    if not different.any():
+        return None
+    base = features.pictures([pair.base for pair in unrelated])
+    return float((1 - base @ base.T)[different].mean())
+
+
+def layout(concept: Sequence[Pair]) -> Compared | None:
+    """Mean distance of an image to the base's images of the other prompts, minus that to the base's images of its own prompt.
+
+    Distances are root mean squares between images reduced to 8×8 pixels, where background and place are left and the subject is
+    not. 0 means that the prompt makes no difference. None if there are no two prompts.
+    """
+    own = np.array([[a.prompt == b.prompt for b in concept] for a in concept])
+    if own.all():
+        return None
+    base = np.stack([_thumbnail(pair.base) for pair in concept])
+
+    def margins(images: Sequence[Image.Image]) -> list[float]:
+        small = np.stack([_thumbnail(image) for image in images])
+        apart = np.sqrt(((small[:, None] - base[None]) ** 2).mean((2, 3, 4)))
+        found: list[float] = ((apart * ~own).sum(1) / (~own).sum(1) - (apart * own).sum(1) / own.sum(1)).tolist()
+        return found
+
+    return compared(margins([pair.adapted for pair in concept]), margins([pair.base for pair in concept]))
+
+
+def _thumbnail(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BOX), dtype=np.float64) / 255
 
 
 def pixel_distance(a: Image.Image, b: Image.Image) -> float:

@@ -23,6 +23,7 @@ from .features import features
 from .folder import Photo
 from .loop import TrainResult
 from .metrics import Metrics, measure
+from .personal_verdict import personal_verdict
 from .photos import read_photo
 from .previews import Pair, PreviewSettings, pairs, previews
 from .sheets import Row, before_after, sheet
@@ -138,6 +139,7 @@ def _record(run: Run, result: TrainResult, files: list[str], metrics: Metrics | 
         ],
         "training": training_record(result),
         "figures": metrics.as_dict() if metrics else None,
+        "verdict": personal_verdict(metrics, run.config).as_dict(),
         "versions": {name: version(name) for name in ("veneer", "torch", "diffusers", "transformers")},
         "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},
     }

@@ -172,7 +172,7 @@ class PersonalizeConfig:
         known = {name: dict(preset.training.get(name, {})) for name in names}
         first = {key: value for m in reversed(known.values()) for key, value in m.items()}
         usual["where"] = self.where or (tuple(first["where"]) if "where" in first else None)
-        usual["steps"] = self.steps or max(int(m.get("steps", 500)) for m in known.values())
+        usual["steps"] = self.steps or self.usual_steps()
         usual["batch"] = self.batch or int(first.get("batch", 1))
         usual["schedule"] = self.schedule or str(first.get("schedule", "constant"))
         usual["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
@@ -197,6 +197,11 @@ class PersonalizeConfig:
             words = targets.learns_words(methods.get(name)) and len(rates) > 1
             rates[name] = (self.token_learning_rate if words else self.learning_rate) or rates[name]
         return rates
+
+    def usual_steps(self) -> int:
+        """The default number of optimizer steps on the base: of several methods the most."""
+        known = bases.preset(self.base).training
+        return max(int(known.get(name, {}).get("steps", 500)) for name in targets.split_methods(self.method))
 
     def usual_rates(self) -> dict[str, float]:
         """Method name to the learning rate that is usual on the base, else the method's own."""

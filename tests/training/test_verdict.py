@@ -1,0 +1,183 @@
+"""Verdicts of runs: pure functions of scores."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from veneer.classifying.config import TransferConfig
+from veneer.classifying.figures import figures_of
+from veneer.classifying.verdict import Evidence
+from veneer.classifying.verdict import verdict as transfer_verdict
+from veneer.control.config import ControlConfig
+from veneer.control.figures import Figures
+from veneer.control.verdict import loss_trend
+from veneer.control.verdict import verdict as control_verdict
+from veneer.injection.errors import VeneerError
+from veneer.training.metrics import Compared, Figure, Metrics
+from veneer.training.personal import PersonalizeConfig
+from veneer.training.personal_verdict import covered, personal_verdict
+from veneer.training.verdict import WORDS, Verdict
+
+CONFIG = PersonalizeConfig(photos=Path("photos"), concept="<x>", steps=100, out=Path("out"))
+
+
+def around(mean: float, half: float, n: int = 12) -> Figure:
+    return Figure(mean, mean - half, mean + half, n)
+
+
+def pair(adapted: float, base: float, half: float) -> Compared:
+    return Compared(around(adapted, half), around(base, half), around(adapted - base, half))
+
+
+OCTOPUS = Metrics(
+    "shipped CLIP", pair(0.644, 0.042, 0.12), pair(0.724, 0.109, 0.11), pair(0.052, 0.434, 0.056), around(0.817, 0.02),
+    around(0.405, 0.11), around(0.17, 0.02), 0.965, pair(0.323, 0.479, 0.023),
+)  # fmt: skip
+"""Measured: the photos of the package, default settings; the images show an octopus where the prompts say."""
+CAR = Metrics(
+    "shipped CLIP", pair(0.12, 0.09, 0.35), pair(0.2, 0.2, 0.3), pair(-0.02, 0.40, 0.3), around(0.5, 0.1),
+    around(0.1, 0.05), around(0.1, 0.02), 0.965, pair(0.4, 0.45, 0.1),
+)  # fmt: skip
+"""Measured: five photos of a toy car, 100 steps of pivotal tuning, one image a prompt: a brown blob."""
+
+
+def changed(metrics: Metrics, **parts: object) -> Metrics:
+    return dataclasses.replace(metrics, **parts)
+
+
+def test_a_verdict_is_json_and_text():
+    verdict = Verdict("partly", "A little.", ("One.",), ("--steps 9",))
+    assert json.loads(json.dumps(verdict.as_dict())) == {
+        "outcome": "partly", "summary": "A little.", "reasons": ["One."], "advice": ["--steps 9"],
+    }  # fmt: skip
+    assert all(part in verdict.text() for part in ("partly", "A little.", "One.", "--steps 9"))
+    assert set(WORDS) == {"learned", "partly", "not_learned", "overfitted", "unknown"}
+    with pytest.raises(VeneerError, match="great"):
+        Verdict("great", "")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "outcome"),
+    [
+        (OCTOPUS, "learned"),
+        (CAR, "not_learned"),
+        (changed(OCTOPUS, likeness=pair(0.25, 0.04, 0.1)), "partly"),
+        (changed(OCTOPUS, ceiling=None), "partly"),
+        (changed(OCTOPUS, ceiling=around(0.03, 0.01)), "learned"),
+        (changed(OCTOPUS, layout=pair(0.2, 0.479, 0.05)), "overfitted"),
+        (changed(OCTOPUS, layout=pair(0.2, 0.479, 0.3)), "learned"),
+        (changed(OCTOPUS, drift=around(0.6, 0.1)), "overfitted"),
+        (changed(OCTOPUS, drift=around(0.55, 0.1)), "learned"),
+        (changed(OCTOPUS, drift=around(0.6, 0.1), unrelated_distance=None), "learned"),
+        (changed(OCTOPUS, likeness=pair(0.6, 0.04, 0.6), prompt_likeness=None), "unknown"),
+        (changed(OCTOPUS, likeness=pair(0.6, 0.04, 0.6)), "not_learned"),
+        (changed(CAR, prompt_likeness=None, drift=None, layout=None), "not_learned"),
+        (None, "unknown"),
+    ],
+)
+def test_personalization(metrics, outcome):
+    found = personal_verdict(metrics, CONFIG)
+    assert found.outcome == outcome
+    assert found.reasons
+    assert bool(found.advice) == (outcome != "learned")
+
+
+def test_one_image_is_too_few():
+    one = Figure(0.5, None, None, 1)
+    found = personal_verdict(changed(OCTOPUS, likeness=Compared(one, one, one)), CONFIG)
+    assert (found.outcome, found.advice) == ("unknown", ("evaluate more images: --eval-seeds 3",))
+
+
+def test_share_of_the_distance():
+    assert covered(OCTOPUS) == pytest.approx(0.602 / (0.817 - 0.042))
+    assert covered(changed(OCTOPUS, ceiling=None)) is None
+
+
+def test_advice_names_flags_of_the_command():
+    few = personal_verdict(CAR, CONFIG).advice
+    assert any("--steps 300" in line for line in few)
+    assert any("--class-word" in line for line in few)
+    assert not any(
+        "--class-word" in line for line in personal_verdict(CAR, dataclasses.replace(CONFIG, class_word="car", prior=9)).advice
+    )
+    long = personal_verdict(changed(OCTOPUS, likeness=pair(0.25, 0.04, 0.1)), dataclasses.replace(CONFIG, steps=400)).advice
+    assert any("--steps 800" in line for line in long)
+
+
+# control
+
+CONTROL = ControlConfig(steps=100, drawn=64).completed()
+FALLING, RISING = [1.0 - 0.005 * i for i in range(100)], [0.3 + 0.005 * i for i in range(100)]
+
+
+def control_figures(over_free: tuple[float, float], over_misled: tuple[float, float] = (0.3, 0.05), free: float = 0.2) -> Figures:
+    return Figures("agreement (canny)", free + over_free[0], free, 0.1, over_free, over_misled, 38)
+
+
+@pytest.mark.parametrize(
+    ("figures", "losses", "outcome"),
+    [
+        (control_figures((0.388, 0.06)), FALLING, "learned"),
+        (control_figures((0.388, 0.06)), RISING, "partly"),
+        (control_figures((0.388, 0.06)), [], "learned"),
+        (control_figures((0.046, 0.02)), FALLING, "partly"),
+        (control_figures((0.046, 0.06), (0.05, 0.06)), FALLING, "not_learned"),
+        (control_figures((0.388, 0.06), (-0.1, 0.2)), FALLING, "not_learned"),
+        (control_figures((-0.1, 0.05)), FALLING, "not_learned"),
+        (control_figures((0.388, math.inf)), FALLING, "unknown"),
+        (None, FALLING, "unknown"),
+    ],
+)
+def test_control(figures, losses, outcome):
+    found = control_verdict(figures, losses, CONTROL)
+    assert found.outcome == outcome
+    assert found.reasons
+
+
+def test_control_advice():
+    worse = control_verdict(control_figures((-0.1, 0.05)), RISING, CONTROL).advice
+    assert [any(flag in line for line in worse) for flag in ("--learning-rate 0.0005", "--steps 800", "--drawn 384")] == [
+        True
+    ] * 3
+
+
+def test_loss_trend_is_the_welch_interval():
+    found = loss_trend([1.0] * 8 + [5.0] * 16 + [0.5, 0.7] * 4)
+    assert found is not None
+    assert found.mean == pytest.approx(-0.4)
+    assert found.high == pytest.approx(-0.4 + 2.3646 * math.sqrt(8 * 0.01 / 7 / 8))
+    assert loss_trend([1.0] * 31) is None
+
+
+# classification
+
+
+def scores(right: int, of: int, classes: int = 2):
+    labels = torch.arange(of) % classes
+    answers = torch.where(torch.arange(of) < right, labels, (labels + 1) % classes)
+    return figures_of(torch.nn.functional.one_hot(answers, classes).double(), labels)
+
+
+def answers(right: int, of: int) -> list[int]:
+    return [1] * right + [0] * (of - right)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "outcome"),
+    [
+        (Evidence(scores(90, 100), scores(45, 50)), "learned"),
+        (Evidence(scores(55, 100), scores(45, 50)), "not_learned"),
+        (Evidence(scores(90, 100), scores(45, 50), scores(100, 100), answers(70, 100), answers(90, 100)), "learned"),
+        (Evidence(scores(70, 100), scores(35, 50), scores(100, 100), answers(90, 100), answers(70, 100)), "overfitted"),
+        (Evidence(scores(70, 100), scores(35, 50), scores(75, 100), answers(90, 100), answers(70, 100)), "partly"),
+        (Evidence(scores(70, 100), scores(35, 50), scores(75, 100), answers(72, 100), answers(70, 100)), "learned"),
+    ],
+)
+def test_classification(evidence, outcome):
+    found = transfer_verdict(evidence, TransferConfig())
+    assert found.outcome == outcome
+    assert found.reasons
