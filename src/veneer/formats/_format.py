@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -138,9 +138,18 @@ def known_format(file: File) -> Format:
     return known
 
 
-def values(file: File, start: str) -> int:
-    """How many numbers are stored under keys that begin like this."""
-    return sum(math.prod(shape) for key, shape in file.shapes.items() if key.startswith(start))
+def values(file: File, keys: Iterable[str]) -> int:
+    """Number of elements of the tensors under these keys."""
+    return sum(math.prod(file.shapes[key]) for key in keys)
+
+
+def sizes(file: File, mark: str) -> dict[str, int]:
+    """Number of stored elements by the part of each key before the last `mark`."""
+    found: dict[str, int] = {}
+    for key, shape in file.shapes.items():
+        name = key.rpartition(mark)[0]
+        found[name] = found.get(name, 0) + math.prod(shape)
+    return found
 
 
 def listed(attachments: Attachment | Sequence[Attachment]) -> list[Attachment]:

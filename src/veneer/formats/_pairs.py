@@ -29,9 +29,10 @@ OTHERS = {
 
 
 class Read(NamedTuple):
-    """What a file holds: the tensors of each layer by what they are, and keys that are part of none."""
+    """The tensors of each layer by what they are, the keys of each layer, and keys that are part of none."""
 
     layers: dict[str, dict[str, Tensor]]
+    keys: dict[str, list[str]]
     unused: list[str]
 
 
@@ -45,12 +46,12 @@ def wanted(model: Any, file: File, options: Options, known: Mapping[str, Place],
         LoadError: keys of other things than LoRA, layers that the model does not have, or a weight that is changed twice.
     """
     refuse_others(file, ends)
-    layers, unused = grouped(file.tensors(finite=options.strict), ends)
+    layers, keys, unused = grouped(file.tensors(finite=options.strict), ends)
     found: dict[str, Found] = {}
     state: dict[str, Tensor] = {}
     for name, parts in layers.items():
         if name not in known or not whole(parts):
-            unused += [key for key in file.shapes if key.startswith(name + ".")]
+            unused += keys[name]
             continue
         for site, low in split(file, name, known[name], pair(file, name, parts)):
             if site.name in found:
@@ -86,7 +87,7 @@ def _layer(file: File, name: str, keys: list[str], ends: Mapping[str, str], alph
     rank = shape[0] if shape else None
     said = float(alpha) if alpha is not None and alpha.numel() == 1 else rank
     method = others[0] if others else "lora" if shape else "unknown"
-    return Layer(name, method, rank, said, values(file, name + "."))
+    return Layer(name, method, rank, said, values(file, keys))
 
 
 def _name(key: str, ends: Mapping[str, str]) -> str:
@@ -121,6 +122,7 @@ def refuse_others(file: File, ends: Mapping[str, str] = KOHYA) -> None:
 def grouped(tensors: Mapping[str, Tensor], ends: Mapping[str, str]) -> Read:
     """The tensors of each layer, by name."""
     layers: dict[str, dict[str, Tensor]] = {}
+    keys: dict[str, list[str]] = {}
     unused: list[str] = []
     for key, tensor in tensors.items():
         end = _end(key, ends)
@@ -128,7 +130,8 @@ def grouped(tensors: Mapping[str, Tensor], ends: Mapping[str, str]) -> Read:
             unused.append(key)
         else:
             layers.setdefault(key[: -len(end) - 1], {})[ends[end]] = tensor
-    return Read(layers, unused)
+            keys.setdefault(key[: -len(end) - 1], []).append(key)
+    return Read(layers, keys, unused)
 
 
 def whole(parts: Mapping[str, Tensor]) -> bool:

@@ -127,7 +127,7 @@ def _layer(file: File, path: str, keys: Mapping[str, str], config: dict[str, Any
     head, _, rest = path.partition(".")
     component, module = (head, rest.removeprefix("text_model.")) if head in heads else ("", path)
     alpha = None if rank is None else scaled_alpha(file, _component(config, component) or {}, module, rank)
-    return Layer(path, method, rank, alpha, values(file, path + "."))
+    return Layer(path, method, rank, alpha, values(file, keys.values()))
 
 
 def _places(towers: list[Tower]) -> dict[str, tuple[Tower, WeightSite]]:

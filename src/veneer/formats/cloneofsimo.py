@@ -55,7 +55,8 @@ class CloneOfSimo(Format):
     def layers(self, file: File) -> list[Layer]:
         numbered = [f"{c}:{i}" for c in COMPONENTS for i in pairs(file, c)]
         ranks = {name: (file.shapes.get(f"{name}:down") or (0,))[0] for name in numbered}
-        found = [Layer(name, "lora", rank, float(rank), values(file, name + ":")) for name, rank in ranks.items()]
+        halves = {name: [key for half in ("up", "down") if (key := f"{name}:{half}") in file.shapes] for name in numbered}
+        found = [Layer(name, "lora", rank, float(rank), values(file, halves[name])) for name, rank in ranks.items()]
         tokens = [key for key in file.shapes if file.metadata.get(key) == TOKEN]
         return [*found, *(Layer(t, "textual_inversion", values=math.prod(file.shapes[t])) for t in tokens)]
 

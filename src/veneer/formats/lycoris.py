@@ -44,6 +44,7 @@ OTHERS = {
     "set_weight": "weights of its own", "reshape_weight": "weights of another shape",
 }  # fmt: skip
 OTHER_MARKS = tuple(f".{end}" for end in OTHERS)
+Written = tuple[Codec, Group, dict[str, Tensor]]  # one module of a saved file and its tensors by the ends of their keys
 
 
 class Lycoris(Format):
@@ -82,7 +83,7 @@ class Lycoris(Format):
             alpha = alphas.get(f"{name}.alpha")
             said = float(alpha) if alpha is not None and alpha.numel() == 1 else rank
             method = other or (codec.method if codec else "unknown")
-            found.append(Layer(name, method, rank, None if rank is None else said, values(file, name + ".")))
+            found.append(Layer(name, method, rank, None if rank is None else said, values(file, keys.values())))
         return found
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
@@ -98,20 +99,23 @@ class Lycoris(Format):
         versions = {v for a in several for m in a.towers.values() if (v := version(m))}
         names = partial(written, numbered=numbered(several, versions))
         tensors: dict[str, Tensor] = {}
-        groups: list[tuple[Codec, Group]] = []
+        groups: list[Written] = []
+        names_written: set[str] = set()
         for attachment in several:
             codec = _writer(attachment, target)
             for place, adapters in by_place(attachment, target, names):
                 name, group = place.names[0], Group(place, adapters, attachment.towers)
-                if any(key.startswith(name + ".") for key in tensors):
+                if name in names_written:
                     raise SaveError(
                         f"{target}: two attachments adapt '{name}', and the format holds one. Save them to two files."
                     )
-                tensors |= {f"{name}.{end}": tensor for end, tensor in _tensors(codec, group, target).items()}
-                groups.append((codec, group))
+                found = _tensors(codec, group, target)
+                tensors |= {f"{name}.{end}": tensor for end, tensor in found.items()}
+                names_written.add(name)
+                groups.append((codec, group, found))
         if not tensors:
             raise SaveError(f"{target}: there is no attachment to save.")
-        metadata = {"format": "pt", **_metadata(tensors, groups), **base_metadata(versions)}
+        metadata = {"format": "pt", **_metadata(groups), **base_metadata(versions)}
         if provenance:
             metadata["provenance"] = json.dumps(dict(provenance))
         return write(target, tensors, metadata)
@@ -236,20 +240,19 @@ def _tensors(codec: Codec, group: Group, target: Path) -> dict[str, Tensor]:
         raise SaveError(f"{target}: {error}") from error
 
 
-def _metadata(tensors: Mapping[str, Tensor], groups: Sequence[tuple[Codec, Group]]) -> dict[str, str]:
+def _metadata(groups: Sequence[Written]) -> dict[str, str]:
     """What sd-scripts write where LyCORIS is their network: its name, rank, alpha, and what it was told."""
-    codec = Counter(codec for codec, _ in groups).most_common(1)[0][0]
-    args = {key: value for c, group in groups if c is codec for key, value in c.args(group).items()}
-    ranks = [rank for c, group in groups if c is codec and (rank := c.rank(_shapes(tensors, group))) is not None]
-    alphas = [float(tensors[key]) for c, group in groups if c is codec and (key := f"{group.place.names[0]}.alpha") in tensors]
+    codec = Counter(codec for codec, _, _ in groups).most_common(1)[0][0]
+    args = {key: value for c, group, _ in groups if c is codec for key, value in c.args(group).items()}
+    ranks = [rank for c, _, parts in groups if c is codec and (rank := c.rank(_shapes(parts))) is not None]
+    alphas = [float(parts["alpha"]) for c, _, parts in groups if c is codec and "alpha" in parts]
     common = [Counter(found).most_common(1)[0][0] for found in (ranks, alphas) if found and ranks]
     found = dict(zip(("ss_network_dim", "ss_network_alpha"), map(str, common), strict=False))
     return {"ss_network_module": "lycoris.kohya", **found, "ss_network_args": json.dumps({"algo": codec.algo, **args})}
 
 
-def _shapes(tensors: Mapping[str, Tensor], group: Group) -> dict[str, tuple[int, ...]]:
-    start = group.place.names[0] + "."
-    return {key.removeprefix(start): tuple(t.shape) for key, t in tensors.items() if key.startswith(start)}
+def _shapes(parts: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {end: tuple(tensor.shape) for end, tensor in parts.items()}
 
 
 save = Lycoris().save

@@ -17,7 +17,7 @@ from ..injection.identity import identity
 from ..injection.state import held_whole
 from ..injection.towers import towers_of
 from ._attaching import Wanted, attach_all, migrated, refuse_merged
-from ._format import Format, Layer, Options, listed, values
+from ._format import Format, Layer, Options, listed, sizes
 from ._header import twice
 from ._moving import Move
 from ._reading import File
@@ -54,9 +54,9 @@ class Native(Format):
     ) -> Path:
         several = listed(attachments)
         target = destination(path, self.file)
-        if not several:
-            raise SaveError(f"{target}: there is no attachment to save.")
         names = [a.name for a in several]
+        if not names:
+            raise SaveError(f"{target}: there is no attachment to save.")
         if len(set(names)) != len(names):
             raise SaveError(f"{target}: two attachments are called '{max(names, key=names.count)}'; give them other names.")
         tensors: dict[str, Tensor] = {}
@@ -81,7 +81,8 @@ class Native(Format):
     def layers(self, file: File) -> list[Layer]:
         entries = _header(file)["attachments"]
         start = {entry["name"]: f"{entry['name']}/" if len(entries) > 1 else "" for entry in entries}
-        return [_layer(file, entry, start[entry["name"]], name) for entry in entries for name in _places(entry)]
+        stored = sizes(file, ":")
+        return [_layer(file, entry, start[entry["name"]], name, stored) for entry in entries for name in _places(entry)]
 
     def words(self, file: File) -> list[str]:
         given = [entry["config"].get("tokens", ()) for entry in _header(file)["attachments"]]
@@ -114,7 +115,7 @@ def _places(entry: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([*entry["sites"], *entry["trained"]]))
 
 
-def _layer(file: File, entry: Mapping[str, Any], prefix: str, name: str) -> Layer:
+def _layer(file: File, entry: Mapping[str, Any], prefix: str, name: str, stored: Mapping[str, int]) -> Layer:
     """One site of an attachment; alpha is told where it does not depend on the site's role."""
     config, down = entry["config"], file.shapes.get(f"{prefix}{name}:down")
     rank = down[0] if down else config.get("rank")
@@ -123,7 +124,7 @@ def _layer(file: File, entry: Mapping[str, Any], prefix: str, name: str) -> Laye
     by_role = config.get("rslora") or any(not k.startswith("name:") for k in alphas)
     alpha = None if by_role or "alpha" not in config else own or rank
     told = [value if type(value) in kinds else None for value, kinds in ((rank, (int,)), (alpha, (int, float)))]
-    return Layer(f"{prefix}{name}", entry["method"], told[0], told[1], values(file, f"{prefix}{name}:"))
+    return Layer(f"{prefix}{name}", entry["method"], told[0], told[1], stored.get(f"{prefix}{name}", 0))
 
 
 def _entry(attachment: Attachment, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -64,7 +63,7 @@ class PeftFolder(Format):
             rank = codec.rank(shapes)
             key = "lora_alpha" if codec.kind == "LORA" else "alpha"
             alpha = scaled_alpha(file, config, path, rank, key) if rank and key in config else None
-            found.append(Told(path, codec.method, rank, alpha, values(file, f"{ROOT}{path}.")))
+            found.append(Told(path, codec.method, rank, alpha, values(file, parts.values())))
         return found
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
@@ -169,7 +168,8 @@ def _wanted(model: Any, file: File, config: Settings, options: Options) -> Wante
         except VeneerError as error:
             raise error if isinstance(error, LoadError) else LoadError(f"{file.path}: {error}") from error
     state = dict(_saved(towers, rest, tensors))
-    unused += [key for key in rest if key not in {k for k, _ in state.values()}]
+    kept = {key for key, _ in state.values()}
+    unused += [key for key in rest if key not in kept]
     if (unused and options.strict) or not pieces:
         raise LoadError(
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no modules "
@@ -235,11 +235,11 @@ def _parts(attachment: Attachment) -> Iterator[Part]:
 
 def _targets(parts: Sequence[Part]) -> list[str] | str:
     """Paths of the modules; as a regular expression where one is the end of another's, which peft would adapt as well."""
-    names = list(dict.fromkeys(p.path for p in parts))
+    names = dict.fromkeys(p.path for p in parts)
     tower: nn.Module = parts[0].towers[parts[0].site.component]
-    others = Counter(name for name, _ in tower.named_modules())
-    caught = [o for o in others if o not in names and any(o.endswith("." + name) for name in names)]
-    return "|".join(name.replace(".", r"\.") for name in names) if caught else names
+    others = (name.split(".") for name, _ in tower.named_modules() if name not in names)
+    caught = any(".".join(path[i:]) in names for path in others for i in range(1, len(path)))
+    return "|".join(name.replace(".", r"\.") for name in names) if caught else list(names)
 
 
 save = PeftFolder().save
