@@ -127,3 +127,14 @@ def test_braces_and_ranges_within_the_blocks_match_as_before() -> None:
     assert chosen("attn.q@0:5") == ["d0.attn.q", "d1.attn.q", "u2.attn.q", "u3.attn.q", "fused.q"]
     assert chosen("*/attn.q@:5 not:text/attn") == chosen("attn.q@:5")
     assert chosen("attn.{q,k}@:4 not:attn.{q,k}@2:") == ["d0.attn.q", "d0.attn.k", "d1.attn.q", "d1.attn.k"]
+
+
+def test_a_role_that_is_also_the_name_of_a_site_means_the_role() -> None:
+    """As `norm` of a ViT, the role of every norm and the name of the last one."""
+    sites = [weight("blocks.0.norm1", "norm", depth=0), weight("norm", "norm"), weight("name:x", "y")]
+    for where, expected in (
+        ("norm", ["blocks.0.norm1", "norm"]),
+        ("name:norm", ["norm"]),
+        ("norm not:name:norm", ["blocks.0.norm1"]),
+    ):
+        assert [s.name for s in select(sites, where, frozenset({"unet"}))] == expected

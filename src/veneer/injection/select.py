@@ -132,11 +132,11 @@ def select(sites: Sequence[S], where: str | Sequence[str], main: frozenset[str],
             depths[site.tower] = max(depths[site.tower], site.depth + 1)
     chosen: set[str] = set()
     left_out: dict[str, list[str]] = {}
-    names = {s.name for s in sites}
+    names = {f"name:{s.name}": s.name for s in sites}
     for text in patterns(where):
-        excludes, name = text.startswith(NOT), text.removeprefix(NOT).removeprefix("name:")
-        for one in [text] if name in names else expand(text):  # files name thousands of sites, each in full
-            found = [name] if name in names else _matched(sites, one, main, depths, strict)
+        excludes, name = text.startswith(NOT), names.get(text.removeprefix(NOT))
+        for one in [text] if name else expand(text):  # files name thousands of sites, each in full
+            found = [name] if name else _matched(sites, one, main, depths, strict)
             if excludes:
                 left_out[one] = found
             else:
