@@ -42,16 +42,35 @@ def test_gradients_are_the_biases_own() -> None:
         expected = plain.get_submodule(site.path).bias.grad[slice(*site.rows) if site.rows else ...]
         torch.testing.assert_close(adapter.delta.grad, expected, msg=site.name)
     assert sum(a.delta.numel() for _, a in tuned.parts.values()) == sum(
-        p.numel() for n, p in plain.named_parameters() if n.endswith("bias")
+        p.numel() for n, p in plain.named_parameters() if n.endswith("bias") and not n.startswith("head")
     )
 
 
 def test_published_counts() -> None:
     """ViT-B/16: 102,912 biases without the head. SD 1.5's UNet: 343,684."""
     with torch.device("meta"):
-        vit = timm.create_model("vit_base_patch16_224", num_classes=0)
-    assert attach(vit, "bitfit").report().trainable == 102_912
+        vits = [timm.create_model("vit_base_patch16_224", num_classes=n) for n in (0, 1000)]
+    assert [attach(vit, "bitfit").report().trainable for vit in vits] == [102_912] * 2
     assert attach(build("sd15"), "bitfit").report().trainable == 343_684
+
+
+def test_the_head_is_the_callers() -> None:
+    """Trained as base parameters, or by a linear probe beside, once. `bias` alone still selects it."""
+    model = tiny("timm_vit", "vit")
+    tuned = attach(model, "bitfit", train=("head",))
+    assert {key for key in tuned.extras if key.startswith("head")} == {"head:weight", "head:bias"}
+    assert not [name for name in tuned.parts if name.startswith("head")]
+    both = tiny("timm_vit", "vit")
+    inputs = hosts.get("timm_vit")().sample(both)
+    own = attach(both, "bitfit")
+    attach(both, "linear_probe")
+    bare = both(**inputs).detach()
+    with torch.no_grad():
+        for p in (p for n, p in both.named_parameters() if p.requires_grad and p.shape == (bare.shape[-1],)):
+            p += 1
+    torch.testing.assert_close(both(**inputs), bare + 1)
+    assert "head.bias" not in own.parts
+    assert "head.bias" in attach(tiny("timm_vit", "vit"), "bitfit", where="bias").parts
 
 
 def test_a_key_bias_is_counted_and_said_to_be_inert() -> None:

@@ -39,9 +39,10 @@ class BitFitAdapter(Adapter):
 class BitFit(Method):
     """y = W x + (b + db): every existing bias gets a trained delta; db = 0 at the start.
 
-    Layers without a bias are passed over (a new bias would be another method). A key bias shifts all logits of a query alike, so
-    attention ignores it: it is counted, as in the paper, and does nothing.
-    Counts: the number of biases; ViT-B/16 102,912, SD 1.5 UNet 343,684.
+    Layers without a bias are passed over (a new bias would be another method). By default heads are left out: train them as base
+    parameters (`train=("head",)`), by `linear_probe` beside, or select `where="bias"`. A key bias shifts all logits of a query
+    alike, so attention ignores it: it is counted, as in the paper, and does nothing.
+    Counts: the number of biases; ViT-B/16 102,912 (without the head), SD 1.5 UNet 343,684.
     Source: Ben Zaken, Ravfogel, Goldberg, BitFit, ACL 2022, section 3. Deviation: a delta on frozen biases in place of
     unfrozen ones, so that it detaches, scales and combines; the function class is the same.
     """
@@ -49,7 +50,7 @@ class BitFit(Method):
     name: ClassVar[str] = "bitfit"
     paper: ClassVar[str] = "Ben Zaken, Ravfogel, Goldberg, BitFit, ACL 2022"
     needs: ClassVar[tuple[Need, ...]] = (Need(ParamSite, roles=("bias", "bias.*")),)
-    default: ClassVar[tuple[str, ...]] = ("bias",)
+    default: ClassVar[tuple[str, ...]] = ("bias", "not:bias.head")
     learning_rate: ClassVar[float] = 1e-3
 
     def build(self, site: ParamSite) -> BitFitAdapter:
