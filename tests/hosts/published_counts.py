@@ -85,6 +85,7 @@ VIT = [
     _vit("ssf", 205_824),
     _vit("vpt", 460_800, tokens=50),
     _vit("vpt", 92_160, tokens=10),
+    _vit("vpt", 57_600, tokens=10, project=64),
     _vit("vpt", 38_400, where="tokens.tower", tokens=50),
     _vit("vpt", 15_360, where="tokens.tower", tokens=20),
     _vit("evp", 69_840, where="pixels"),

@@ -1,13 +1,20 @@
 """VPT against a forward pass of a ViT with the prompts written into it."""
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from veneer.injection import StateError, UnsupportedSite, attach
+import veneer
+from tests.formats.cases import rewrite
+from veneer.injection import LoadError, StateError, UnsupportedSite, attach
 from veneer.injection.registry import hosts
 from veneer.methods.prompt.vpt import VPT
 
@@ -65,19 +72,66 @@ def test_average_pooling_leaves_the_prompts_out() -> None:
     torch.testing.assert_close(got, with_prompts(model, prompts, picture()))
 
 
-def test_projected_prompts() -> None:
+@pytest.mark.parametrize("width", [5, 24])
+def test_projected_prompts(width: int) -> None:
+    """P' = P W + b with one W and b for all blocks, also where P is as wide as the model."""
     bare, model = tiny(), tiny()
-    tuned = attach(model, "vpt", tokens=3, project=5)
-    prompts = []
-    for _, adapter in tuned.parts.values():
-        adapter.project.bias.data.normal_()
-        prompts.append(adapter.prompt @ adapter.project.weight.T + adapter.project.bias)
-    torch.testing.assert_close(model(picture()), with_prompts(bare, prompts, picture()))
-    assert (
-        tuned.report().trainable
-        == 2 * (3 * 5 + 5 * 24 + 24)
-        == 2 * VPT(tokens=3, project=5).count(tuned.parts["blocks.0.tokens"][0])
-    )
+    tuned = attach(model, "vpt", tokens=3, project=width)
+    adapters = [adapter for _, adapter in tuned.parts.values()]
+    (project,) = {id(a.project): a.project for a in adapters}.values()
+    assert project.weight.shape == (24, width)
+    prompts = [a.prompt @ project.weight.T + project.bias for a in adapters]
+    expected = with_prompts(bare, prompts, picture())
+    torch.testing.assert_close(model(picture()), expected)
+    assert tuned.report().trainable == 2 * 3 * width + width * 24 + 24
+    assert VPT(tokens=3, project=width).count(tuned.parts["blocks.0.tokens"][0]) == 3 * width
+    trained = list(tuned.parameters())
+    found = torch.autograd.grad(model(picture()).square().sum(), trained)
+    wanted = torch.autograd.grad(expected.square().sum(), trained)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_projection_starts_as_in_the_authors_code() -> None:
+    """Weight N(0, 2 / width), bias U(-1/sqrt(project), 1/sqrt(project)); 57,600 parameters for ViT-B/16, p = 10, project 64."""
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_patch16_224")
+    tuned = attach(vit, "vpt", tokens=10, project=64)
+    assert tuned.report().trainable == 57_600
+    torch.manual_seed(0)
+    site = tuned.parts["blocks.0.tokens"][0]
+    (project,) = VPT(project=64).build_shared([site]).children()
+    assert project.weight.std().item() == pytest.approx(math.sqrt(2 / 768), rel=0.02)
+    assert project.bias.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.05)
+    assert project.bias.abs().max() <= 1 / 8
+    prompt = VPT(project=64).build(site).prompt
+    assert prompt.std().item() == pytest.approx(math.sqrt(6 / (768 + 64)) / math.sqrt(3), rel=0.05)
+
+
+def test_files_of_revision_1(tmp_path: Path) -> None:
+    """No projection: bitwise. As wide as the model: it had none. Else one for each block: rejected."""
+    plain = attach(tiny(), "vpt", tokens=3)
+    path = plain.save(tmp_path / "plain")
+    for name, project in (("old", None), ("same", 24)):
+        loaded = veneer.load(
+            tiny(), rewrite(path, lambda header, p=project: first_revision(header, p), tmp_path / f"{name}.safetensors")
+        )
+        assert loaded.method.project == 0
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), plain.state_dict().values(), strict=True))
+    tensors = {**plain.state_dict(), **{f"blocks.{i}.tokens:project.weight": torch.zeros(24, 5) for i in range(2)}}
+    save_file(tensors, tmp_path / "x.safetensors", safe_open(path, "pt").metadata())
+    rewrite(tmp_path / "x.safetensors", lambda header: first_revision(header, 5), tmp_path / "y.safetensors")
+    with pytest.raises(LoadError, match="revision 1"):
+        veneer.load(tiny(), tmp_path / "y.safetensors")
+
+
+def first_revision(header: dict[str, Any], project: int | None) -> None:
+    """Written as before methods had revisions."""
+    own = json.loads(header["__metadata__"]["veneer"])
+    (entry,) = own["attachments"]
+    assert entry.pop("revision") == 2
+    entry["config"] |= {} if project is None else {"project": project}
+    header["__metadata__"]["veneer"] = json.dumps(own)
 
 
 def test_start_and_published_counts() -> None:
@@ -125,7 +179,7 @@ def test_hosts_with_a_fixed_length_say_why_not(key: str) -> None:
     assert "timm_vit" not in raised.value.fits
 
 
-@pytest.mark.parametrize("options", [{"tokens": 0}, {"dropout": 1.0}])
+@pytest.mark.parametrize("options", [{"tokens": 0}, {"dropout": 1.0}, {"project": -1}])
 def test_options_out_of_range(options: dict) -> None:
     with pytest.raises(ValueError, match=r"^vpt: "):
         VPT(**options)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +14,41 @@ from torch.nn import functional as F
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import TokenSite
 
+OLD_PROJECT = (
+    "vpt with project of revision 1 had a projection for each block; since revision 2 all blocks share one, as in the authors' "
+    "code. Train it again, or load it with the veneer that wrote it."
+)
+
+
+class Projections(nn.ModuleDict):
+    """The linear projection of all prompts, `project` to the model's width; one for each width of sites."""
+
+    def __init__(self, project: int, widths: Sequence[int]) -> None:
+        layers = {str(width): nn.Linear(project, width) for width in sorted(set(widths))}
+        super().__init__(layers)
+        for layer in layers.values():  # the bias keeps torch's initialization
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+
 
 class VPTAdapter(Adapter):
     """Inserts p tokens after the prefix tokens and takes them out where the site ends. Tokens: (B, N, width)."""
 
-    def __init__(self, site: TokenSite, tokens: int, width: int, dropout: float) -> None:
+    shared: Projections
+
+    def __init__(self, site: TokenSite, tokens: int, project: int, dropout: float) -> None:
         super().__init__()
-        self.prefix, self.dropout = site.prefix_tokens, dropout
-        self.prompt = nn.Parameter(torch.empty(tokens, width))
-        self.project = nn.Linear(width, site.width) if width != site.width else None
+        self.prefix, self.dropout, self.width, self.projected = site.prefix_tokens, dropout, site.width, project > 0
+        self.prompt = nn.Parameter(torch.empty(tokens, project or site.width))
+
+    @property
+    def project(self) -> nn.Module | None:
+        """The shared projection; None without."""
+        return self.shared[str(self.width)] if self.projected else None
 
     def insert(self, tokens: Tensor) -> Tensor:
         """(B, N, width) to (B, N + p, width)."""
-        prompt = self.prompt if self.project is None else self.project(self.prompt)
+        project = self.project
+        prompt = self.prompt if project is None else project(self.prompt)
         prompt = F.dropout(prompt.expand(tokens.shape[0], -1, -1), self.dropout, self.training)
         head, rest = tokens[:, : self.prefix], tokens[:, self.prefix :]
         return torch.cat([head, prompt.to(tokens.dtype), rest], dim=1)
@@ -40,15 +63,19 @@ class VPT(Method):
     """Deep: [x_i, _, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}]); a fresh set of p prompts P before every block.
 
     Shallow (`where="tokens.tower"`): [x_1, Z_1, E_1] = L_1([x_0, P, E_0]), later blocks carry Z on. Prompts stand between the
-    prefix tokens (class, registers) and the patches, after the position embedding, and are gone before pooling and head.
+    prefix tokens (class, registers) and the patches, after the position embedding, and are removed before pooling and head.
 
     Args:
         tokens: p, prompts per site.
         dropout: on the prompts, 0 to 1.
-        project: width of the prompts before a linear projection to the model's width, one per site; 0 for none.
-    Counts: p·width per block (deep), p·width in all (shallow), plus the projection.
-    Source: Jia et al., Visual Prompt Tuning, ECCV 2022, equations 4 to 8. Start U(-v, v),
-        v = sqrt(6 / (channels·patch² + width)). Deviation: the authors' code shares one projection between all blocks.
+        project: width of the prompts before a linear projection to the model's width, which all sites share; 0 for none.
+    Counts: p·width per block (deep), p·width in all (shallow); with a projection p·project, and (project + 1)·width once.
+    ViT-B/16, deep, p = 10: 92,160; with project 64 57,600.
+    Saved files: those of revision 1 with a projection for each block are rejected.
+    Source: Jia et al., Visual Prompt Tuning, ECCV 2022, equations 4 to 8, and its code. Initial prompts U(-v, v),
+        v = sqrt(6 / (channels·patch² + width)); projection: weight N(0, 2 / width), bias as torch's Linear.
+    Deviation: on hosts that pool by mean (MAE, `global_pool="avg"`) the mean is over the patches, the `img_pool` of the authors'
+        code; its default, `VIT_POOL_TYPE = "original"`, averages the last block's prompts in with them.
     """
 
     name: ClassVar[str] = "vpt"
@@ -57,6 +84,7 @@ class VPT(Method):
     default: ClassVar[tuple[str, ...]] = ("tokens.block",)
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-2
+    revision: ClassVar[int] = 2
 
     tokens: int = 10
     dropout: float = 0.0
@@ -67,20 +95,34 @@ class VPT(Method):
             raise ValueError(f"vpt: tokens must be at least 1, got {self.tokens}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"vpt: dropout must be in [0, 1), got {self.dropout}")
+        if self.project < 0:
+            raise ValueError(f"vpt: project must be at least 0, got {self.project}")
+
+    def build_shared(self, sites: Sequence[TokenSite]) -> Projections | None:
+        """The projection, if there is one."""
+        return Projections(self.project, [site.width for site in sites]) if self.project else None
 
     def build(self, site: TokenSite) -> VPTAdapter:
         """p prompts for one block or for the whole tower."""
-        width = self.project or site.width
-        adapter = VPTAdapter(site, self.tokens, width, self.dropout)
+        adapter = VPTAdapter(site, self.tokens, self.project, self.dropout)
         height, depth, channels = site.patch
-        bound = math.sqrt(6 / (channels * height * depth + width))
+        bound = math.sqrt(6 / (channels * height * depth + adapter.prompt.shape[1]))
         nn.init.uniform_(adapter.prompt, -bound, bound)
-        if adapter.project is not None:
-            nn.init.kaiming_normal_(adapter.project.weight, mode="fan_out")
-            nn.init.zeros_(adapter.project.bias)
         return adapter
 
     def count(self, site: TokenSite) -> int:
-        """p·width, and the projection's weight and bias."""
-        width = self.project or site.width
-        return self.tokens * width + ((width + 1) * site.width if width != site.width else 0)
+        """p·width, or p·project."""
+        return self.tokens * (self.project or site.width)
+
+    @classmethod
+    def migrate(cls, config: Mapping[str, Any], revision: int, tensors: Collection[str]) -> dict[str, Any]:
+        """The options as they are; in revision 1 `project` as wide as the model made no projection.
+
+        Raises:
+            ValueError: a file of revision 1 with a projection for each block.
+        """
+        if revision > 1 or not config.get("project"):
+            return dict(config)
+        if any(":project." in name for name in tensors):
+            raise ValueError(OLD_PROJECT)
+        return {**config, "project": 0}
