@@ -69,7 +69,7 @@ def test_it_is_added_behind_the_first_block_and_to_no_skip(place: str) -> None:
 
 
 def reference(unet: Any, sample: Any, timestep: Any, context: Any, added: Any, control: Any, scale: float, place: str) -> Any:
-    """A UNet's forward pass in the authors' order: each skip is stored before the feature is added, and `stem` is behind conv_in."""
+    """A UNet's forward pass in the authors' order: each skip is stored before the feature is added; `stem` is behind conv_in."""
 
     def add(x: Any) -> Any:
         pool = torch.nn.functional.adaptive_avg_pool2d

@@ -115,6 +115,19 @@ def test_published_counts() -> None:
         tuned.detach()
 
 
+@pytest.mark.parametrize("rank", [8, 32])
+def test_p_starts_in_the_bound_of_one_matrix_for_all_sites(rank: int) -> None:
+    """The code: P (r, 144) of ViT-B/16, Xavier-uniform, so U(-b, b) with b = sqrt(6 / (r + 144))."""
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_base_patch16_224", num_classes=0)
+    tuned = attach(vit, "fact", form="tk", rank=rank)
+    values = torch.cat([a.P.flatten() for _, a in tuned.parts.values()])
+    assert values.numel() == rank * 144
+    bound = (6 / (rank + 144)) ** 0.5
+    assert 0.98 * bound < values.abs().max() <= bound
+    assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
 def test_dropout_acts_between_sigma_and_v_in_training_only() -> None:
     base = nn.Linear(4, 4).double()
     adapter = built(FacT(rank=3, dropout=0.5), base)

@@ -27,8 +27,8 @@ class ControlNeXt(Format):
     """`time_embedding.*`, `embedding.{i}`, `down_res.{i}`, `down_sample.{i}`, `mid_convs.{i}`: the network's own names.
 
     Where its feature is added is not in the authors' files: at the first block's input for SDXL, else at its output; the header
-    says so where ours is elsewhere. Before revision 2 `stem` also changed the first skip feature: a header that names it without a
-    revision is rejected; such a file for SDXL has no mark and now computes the authors' function.
+    says so where ours is elsewhere. Before revision 2 `stem` also changed the first skip feature: a header that names it without
+    a revision is rejected; such a file for SDXL has no mark and now computes the authors' function.
 
     Trained weights of the UNet are in a second file beside it, `unet.safetensors` or `unet_weight_increasements.safetensors`,
     under the names of the UNet's state dict: whole tensors of some or of all weights, or increments W − W₀. Both are read under

@@ -17,8 +17,8 @@ from veneer.methods.additive._control import Controlled
 
 TIME, STEM, WIDTHS, GROUPS = 128, 64, (128, 256), (4, 8)
 OLD_STEM = (
-    "controlnext with place='stem' of revision 1 added its feature to the first skip feature as well, which the authors' SDXL model "
-    "does not; revision 2 does not compute that function. Train it again, or load it with the veneer that wrote it."
+    "controlnext with place='stem' of revision 1 added its feature to the first skip feature as well, which the authors' SDXL "
+    "model does not; revision 2 does not compute that function. Train it again, or load it with the veneer that wrote it."
 )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.functional.convolve import convolve
+from veneer.injection.filling import values_follow
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 
@@ -28,8 +29,17 @@ def tiles(site: WeightSite) -> tuple[int, int, int, int]:
     return 1, 1, site.d_out, site.d_in
 
 
+def matrices(site: WeightSite) -> int:
+    """How many matrices a weight is cut into: its tiles, for each place of a kernel."""
+    n_out, n_in, _, _ = tiles(site)
+    return n_out * n_in * math.prod(site.kernel)
+
+
 class Factors(nn.Module):
-    """`U` (rank, d) for every width d of a tile's inputs, `V` (d, rank) of its outputs; for the Tucker form `C`, rank³."""
+    """`U` (rank, d) for every width d of a tile's inputs, `V` (d, rank) of its outputs; for the Tucker form `C`, rank³.
+
+    `matrices`: of all sites.
+    """
 
     def __init__(self, sites: Sequence[WeightSite], rank: int, tucker: bool) -> None:
         super().__init__()
@@ -37,6 +47,7 @@ class Factors(nn.Module):
         self.U = nn.ParameterDict({str(d): nn.init.kaiming_uniform_(torch.empty(rank, d), a=math.sqrt(5)) for d in d_in})
         self.V = nn.ParameterDict({str(d): torch.zeros(d, rank) for d in d_out})
         self.C = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, rank, rank))) if tucker else None
+        self.matrices = sum(matrices(site) for site in sites)
 
 
 class FacTAdapter(Adapter):
@@ -54,10 +65,17 @@ class FacTAdapter(Adapter):
         self.site, self.rank, self.scale, self.dropout = site, rank, scale, dropout
         self.n_out, self.n_in, self.width_out, self.width_in = tiles(site)
         if tucker:
-            self.P = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, self.n_out * self.n_in * math.prod(site.kernel))))
+            self.P = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, matrices(site))))
         else:
             self.sigma = nn.Parameter(torch.empty(self.n_out * rank, self.n_in * rank, *site.kernel))
             nn.init.kaiming_uniform_(self.sigma, a=math.sqrt(5))
+
+    @torch.no_grad()
+    def enter(self, tower: nn.Module) -> None:
+        """Scale the initial P to the bound of one (rank, matrices of all sites) matrix, of which it is a part."""
+        if self.shared.C is not None and not values_follow():
+            rank, own = self.P.shape
+            self.P.mul_(math.sqrt((rank + own) / (rank + self.shared.matrices)))
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: what the module read; y: what it gave. Dropout, in training, is between Σ and V."""
@@ -112,7 +130,10 @@ class FacT(Method):
     Counts: per site rank² (`tt`) or rank (`tk`) for each d × d matrix; shared 2·d·rank for each width, and rank³ (`tk`).
     ViT-B/16: `tt` of rank 16 61,440, `tk` of rank 32 86,528.
     Source: Jie and Deng, FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023 (FacT-TT and FacT-TK);
-    draws and dropout as in their code. Deviation: P is drawn site by site, with the deviation of a matrix of its own size.
+    initialization and dropout as in their code: P of all sites is one Xavier-uniform (rank, matrices) matrix.
+    Deviation: `tk` is the paper's form. Their code reshapes the four cores of an MLP weight without a permutation, so that each
+    of its tiles mixes entries of all four, and contracts C the other way round in fc2: their published TK results have another
+    parametrization of the MLP, with the same number of parameters.
     """
 
     name: ClassVar[str] = "fact"
@@ -156,5 +177,4 @@ class FacT(Method):
 
     def count(self, site: WeightSite) -> int:
         """rank² or rank for each matrix."""
-        n_out, n_in, _, _ = tiles(site)
-        return n_out * n_in * math.prod(site.kernel) * (self.rank if self.form == "tk" else self.rank**2)
+        return matrices(site) * (self.rank if self.form == "tk" else self.rank**2)
