@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .folders import SHIPPED, BaseError, check_pipeline_folder, path
+from .hub import hub
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -34,13 +35,15 @@ def load(base: str | Path = "shipped", **kwargs: Any) -> Any:
     if isinstance(source, Path):
         check_pipeline_folder(source, given=kwargs.keys())
         return DiffusionPipeline.from_pretrained(str(source), **kwargs)
-    try:
-        return DiffusionPipeline.from_pretrained(source, **kwargs)
-    except Exception as error:  # the hub's clients raise a dozen kinds, from ConnectionError to HTTP errors of several libraries
-        raise BaseError(
-            f"bases.load: {source!r} is no folder here, and the hub did not give it ({type(error).__name__}: {_first(error)}). "
-            "Check the name and the connection (HF_HUB_OFFLINE must not be set), or give a diffusers folder, or 'shipped'."
-        ) from error
+    with hub() as why:
+        try:
+            return DiffusionPipeline.from_pretrained(source, **kwargs)
+        except Exception as error:  # the hub's clients raise a dozen kinds, of several libraries
+            raise BaseError(
+                f"bases.load: {source!r} is no folder here, and the hub did not give it "
+                f"({why or f'{type(error).__name__}: {_first(error)}'}). "
+                "Check the name and the connection (HF_HUB_OFFLINE must not be set), or give a diffusers folder, or 'shipped'."
+            ) from error
 
 
 def find(base: str | Path) -> Path | str:

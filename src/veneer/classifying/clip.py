@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from veneer import bases
+from veneer.bases.hub import hub
 from veneer.training.seeds import mix
 
 from .class_texts import ClassTexts
@@ -179,13 +180,14 @@ def _build(name: str, architecture: str, tag: str, weights: str | Path | None) -
             raise ModelError(wrong)
     if file is not None:
         return _filled(open_clip.create_model(architecture, **bare), name, file), digest_of(file)
-    try:
-        return open_clip.create_model(architecture, pretrained=tag or None), "published"
-    except Exception as error:  # the hub's clients raise a dozen kinds
-        raise ModelError(
-            f"{name}: its published weights could not be had ({type(error).__name__}). Check the connection, give the weights "
-            "with --weights FILE.safetensors, or begin with random ones: --weights none."
-        ) from error
+    with hub(name != "shipped_clip") as why:
+        try:
+            return open_clip.create_model(architecture, pretrained=tag or None), "published"
+        except Exception as error:  # the hub's clients raise a dozen kinds
+            raise ModelError(
+                f"{name}: its published weights could not be had ({why or type(error).__name__}). Check the connection, give the "
+                "weights with --weights FILE.safetensors, or begin with random ones: --weights none."
+            ) from error
 
 
 def _filled(clip: nn.Module, name: str, file: Path) -> nn.Module:

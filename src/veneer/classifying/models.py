@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from veneer import bases
+from veneer.bases.hub import hub
 from veneer.injection import VeneerError, sites
 from veneer.injection.sites import FeatureSite
 from veneer.training.seeds import mix
@@ -138,13 +139,14 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.M
             return model, digest_of(file)
         except (RuntimeError, KeyError, ValueError) as error:
             raise ModelError(_misfit(name, file, error)) from error
-    try:
-        return timm.create_model(name, pretrained=True, **options), "published"
-    except Exception as error:  # the hub's clients raise a dozen kinds
-        raise ModelError(
-            f"{name}: its published weights could not be had ({type(error).__name__}). Check the connection, give the weights "
-            "with --weights FILE.safetensors, or begin with random ones: --weights none."
-        ) from error
+    with hub(not folder) as why:
+        try:
+            return timm.create_model(name, pretrained=True, **options), "published"
+        except Exception as error:  # the hub's clients raise a dozen kinds
+            raise ModelError(
+                f"{name}: its published weights could not be had ({why or type(error).__name__}). Check the connection, give the "
+                "weights with --weights FILE.safetensors, or begin with random ones: --weights none."
+            ) from error
 
 
 def _takes_size(name: str) -> bool:

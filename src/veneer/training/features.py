@@ -70,7 +70,7 @@ def features(model: Any = "shipped", device: str | torch.device = "cpu") -> Feat
             `transformers:openai/clip-vit-base-patch32`; an object like `Clip`; or a `Features`.
         device: where a model that is loaded here is put; objects stay where they are.
     Raises:
-        VeneerError: a name without library, or a folder or object that is none of these.
+        VeneerError: a name without library, a name that cannot be loaded, or a folder or object that is none of these.
     """
     if isinstance(model, Features):
         return model
@@ -83,7 +83,15 @@ def features(model: Any = "shipped", device: str | torch.device = "cpu") -> Feat
         clip.model.to(device)
         return of_clip(clip, "shipped CLIP")
     library, name = _library(model)
-    return LIBRARIES[library](name, torch.device(device))
+    from ..bases.hub import hub
+
+    with hub(not Path(name).is_dir()) as why:
+        try:
+            return LIBRARIES[library](name, torch.device(device))
+        except Exception as error:
+            if not why:
+                raise
+            raise VeneerError(f"features: {model} could not be loaded ({why}). Check the connection or give a folder.") from error
 
 
 def of_clip(model: Any, name: str) -> Features:
