@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,17 +56,23 @@ class AppConfig:
     device: str | None = None
     browser: bool = True
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise VeneerError(f"--port is {self.port}; expected 0 (any free port) to 65535.")
+
 
 def app(config: AppConfig) -> None:
     """Open the app, and serve it until it is interrupted. A training job that runs then goes on, and is found again.
 
     Raises:
-        VeneerError: another address than this machine's own, or sharing, without a login; or a login that is none.
+        VeneerError: another address than this machine's own, or sharing, without a login; a login that is none; or an address
+            or port that cannot be listened on.
     """
     logins = read_logins(config.auth)
     if (config.share or not _own(config.host)) and not logins:
         what = "--share" if config.share else f"--host {config.host}"
         raise VeneerError(f"{what} lets others in, who could train and read files here. Say who may, with --auth NAME:PASSWORD.")
+    check_address(config.host, config.port)
     studio = Studio.at(config.workspace.expanduser().resolve(), config.device)
     files = _cache(studio.root)
     _import_early()
@@ -93,6 +101,27 @@ def app(config: AppConfig) -> None:
     )
     print(f"veneer is at {page.share_url or address}; files are in {studio.root}. End it with Ctrl-C.", flush=True)
     page.block_thread()
+
+
+def check_address(host: str, port: int) -> None:
+    """Look whether this process may listen there, before anything is loaded.
+
+    Raises:
+        VeneerError: the port is taken or reserved, or the address is not one of this machine.
+    """
+    other = "give another with --port N, or --port 0 for any free one"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+            found.listen(1)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise VeneerError(f"port {port} of {host} is in use by another program; {other}.") from error
+        if error.errno == errno.EACCES:
+            raise VeneerError(f"port {port} of {host} is reserved by the system; {other}.") from error
+        raise VeneerError(f"--host {host}: {error.strerror or error}; expected an address of this machine.") from error
 
 
 def _cache(root: Path) -> Path:

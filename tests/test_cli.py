@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from veneer.cli import COMMANDS, main, parser_for
+import veneer
+from veneer.cli import BROKEN_PIPE, COMMANDS, main, parser_for
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -47,6 +52,116 @@ def test_an_error_is_one_line_and_a_status(tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert printed.startswith("veneer: ")
     assert "nowhere" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "meant"),
+    [
+        ("personalize photos --method lorra", "lorra", "lora"),
+        ("personalize photos --method textual_inversion+lorra --rank 3", "lorra", "lora"),
+        ("transfer digits --method lorra", "lorra", "lora"),
+        ("control train photos --method controlnett", "controlnett", "controlnet"),
+        ("compare digits --methods lorra", "lorra", "lora"),
+        ("control train photos --condition cany", "cany", "canny"),
+        ("personalise photos", "personalise", "personalize"),
+        ("control trian photos", "trian", "train"),
+    ],
+)
+def test_a_misspelled_name_is_one_sentence_with_the_nearest(
+    words: str, given: str, meant: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(words.split())
+    except SystemExit as stop:  # of the parser
+        status = stop.code  # type: ignore[assignment]
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status in (1, 2)
+    assert f"'{given}'" in said
+    assert re.search(rf"\b{meant}\b", said.replace(given, ""))
+    assert "vpt" not in said, "the nearest names, not all"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "argument"),
+    [
+        ("inspect", "file"),
+        ("convert", "file"),
+        ("resize", "file"),
+        ("merge", "files"),
+        ("extract", "tuned"),
+        ("predict", "folder"),
+        ("generate", "prompt"),
+        ("control generate", "prompt"),
+        ("sites", "base"),
+    ],
+)
+def test_a_missing_positional_is_named(command: str, argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    usage, _, error = capsys.readouterr().err.partition("error:")
+    assert re.search(rf"required: {argument}\b", error)
+    assert re.search(rf"(?<!\[){argument}\b", usage)
+
+
+@pytest.mark.parametrize("command", ["personalize", "transfer", "control train"])
+def test_photos_and_data_may_be_left_out(command: str) -> None:
+    vars(parser_for(command.split()).parse_args(command.split()))
+
+
+def test_predict_without_images_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("veneer: ")
+
+
+def test_the_version_and_the_commands_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert veneer.__version__ in capsys.readouterr().out
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in COMMANDS)
+
+
+@pytest.mark.parametrize("port", ["99999", "-1"])
+def test_a_port_out_of_range(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["app", f"--port={port}", "--no-browser"]) == 1
+    assert port in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        workspace = tmp_path / "workspace"
+        assert main(["app", "--port", str(port), "--no-browser", "--workspace", str(workspace)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("veneer: ")
+    assert str(port) in said
+    assert "--port 0" in said
+    assert not workspace.exists()
+
+
+def test_an_address_of_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["app", "--host", "192.0.2.1", "--auth", "anna:correct horse", "--no-browser", "--workspace", str(tmp_path / "w")]
+    assert main(words) == 1
+    assert "192.0.2.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["hosts", "methods"])
+def test_a_closed_pipe_ends_a_command_quietly(command: str) -> None:
+    start = "import sys; sys.stdout.reconfigure(line_buffering=True); from veneer_command import console; console()"
+    process = subprocess.Popen([sys.executable, "-c", start, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()  # before the first line
+        assert process.stderr.read() == b""
+    assert process.returncode == BROKEN_PIPE
 
 
 def test_photos_need_a_concept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

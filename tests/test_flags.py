@@ -47,7 +47,25 @@ def parse(*words: str) -> dict[str, object]:
 
 def test_only_what_was_given_is_there() -> None:
     assert parse("x") == {"folder": Path("x")}
-    assert parse() == {}
+
+
+def test_a_positional_is_required_unless_its_field_has_a_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """The usage shows which."""
+
+    @dataclass(frozen=True)
+    class Several:
+        file: Path
+        images: tuple[Path, ...] = ()
+        prompt: str | None = None
+
+    parser = argparse.ArgumentParser(prog="x")
+    add_flags(parser, Several, positional=("file", "images", "prompt"))
+    assert parser.format_usage().split("]", 1)[1].split() == ["file", "[images", "...]", "[prompt]"]
+    assert values(Several, vars(parser.parse_args(["a"]))) == {"file": Path("a"), "images": ()}
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([])
+    assert stop.value.code == 2
+    assert "required: file" in capsys.readouterr().err
 
 
 def test_types() -> None:

@@ -3,34 +3,70 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import importlib
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from . import __version__
 from .allocator import keep_freed_memory, share_freed_memory
 from .flags import add_flags, values
-from .injection.errors import VeneerError
+from .injection.errors import UnknownName, VeneerError
+
+BROKEN_PIPE = 141
+"""Exit status of a program that SIGPIPE ends: 128 + 13."""
 
 Run = Callable[[argparse.Namespace], object]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 for an error that was explained, 130 for an interruption."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0; 1 for an error that is explained in one line; 2 for wrong flags; 130 after an interruption; 141 if
+        whoever reads the output has closed it.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = parser_for(given)
-    found = parser.parse_args(given)
     try:
+        found = parser_for(given).parse_args(given)
         found.run(found)
+        sys.stdout.flush()
     except (VeneerError, ValueError, TypeError, OSError) as error:
-        if found.debug:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            return BROKEN_PIPE
+        if "--debug" in given:
             raise
-        print(f"veneer: {error}", file=sys.stderr)
+        print(f"veneer: {_told(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("veneer: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _told(error: Exception) -> str:
+    """The error's sentence; the nearest names, not all of them, if a name is misspelled."""
+    if isinstance(error, UnknownName) and error.close:
+        return f"no {error.kind} {error.name!r}; did you mean {_listed(error.close)}?"
+    return str(error)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _output_is_closed() -> bool:
+    """True if stdout is a closed pipe; what is left in its buffer is then discarded, so that exiting does not fail on it."""
+    try:
+        print(flush=True)  # another pipe may have broken
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def console() -> None:
@@ -51,12 +87,22 @@ def parser_for(given: Sequence[str]) -> argparse.ArgumentParser:
     """The parser for these words: flags are read off the command and the methods that they name."""
     parser = argparse.ArgumentParser(prog="veneer", description="Thin trained layers on frozen vision and diffusion models.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(metavar="command", required=True)
+    parser.add_argument("--version", action="version", version=f"veneer {__version__}")
+    parser.set_defaults(run=lambda found: parser.print_help())
+    commands = parser.add_subparsers(metavar="command")
+    _check_command(parser, _command(given), COMMANDS)
     for name, (text, add) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
         if name == _command(given):
             add(command, given)
     return parser
+
+
+def _check_command(parser: argparse.ArgumentParser, name: str, known: Mapping[str, object]) -> None:
+    """Reject an unknown command, with the nearest one."""
+    if name and name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        parser.error(f"no command {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
 
 
 def _training(function: str, config_name: str, positional: str) -> Any:
@@ -89,9 +135,12 @@ def _methods(given: Sequence[str], usual: str) -> list[str]:
     """The methods named by `--method`."""
     from .training.targets import split_methods
 
-    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     look.add_argument("--method", default=usual)
-    named = look.parse_known_args(given)[0].method
+    try:
+        named = look.parse_known_args(given)[0].method
+    except argparse.ArgumentError:  # without a value: the command's own parser says so
+        named = usual
     return [] if named == "zero_shot" else split_methods(named)
 
 
@@ -119,6 +168,7 @@ def _several(**commands: tuple[str, Any]) -> Any:
     def add(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
         words = parser.add_subparsers(metavar="command", required=True)
         asked = [word for word in given if not word.startswith("-")][1:2]
+        _check_command(parser, "".join(asked), commands)
         for name, (text, add_flags_of) in commands.items():
             command = words.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
             if [name] == asked:

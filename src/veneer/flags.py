@@ -27,7 +27,7 @@ def add_flags(
     `bool` fields become `--name` and `--no-name`; tuples take several words; mappings take `key=value` words.
 
     Args:
-        positional: fields that are given without a flag.
+        positional: fields that are given without a flag; required unless the field has a default.
         skip: fields without a flag.
         prefix: such as `lora`: the flags are `--lora.rank`, and also `--rank` if that is not among those `taken`.
     Returns:
@@ -41,7 +41,7 @@ def add_flags(
         described = _help(words.get(field.name, ""), field)
         settings: dict[str, Any] = {"help": described, "default": argparse.SUPPRESS, **_reader(hints[field.name])}
         if field.name in positional:
-            parser.add_argument(field.name, **{"nargs": "?", **settings, "default": None})
+            parser.add_argument(field.name, **{**settings, **_count(field, settings)})
             continue
         flags = [f"--{name.replace('_', '-')}"]
         if prefix and (plain := f"--{field.name.replace('_', '-')}") not in taken:
@@ -49,6 +49,13 @@ def add_flags(
         parser.add_argument(*flags, dest=name, **settings)
         added.update(flags)
     return added
+
+
+def _count(field: dataclasses.Field[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How many words a positional takes: it may be left out if its field has a default."""
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return {}
+    return {"nargs": "*" if "nargs" in settings else "?", "default": None}
 
 
 def _help(text: str, field: dataclasses.Field[Any]) -> str:

@@ -82,5 +82,5 @@ def get(name: str) -> Condition:
     if name not in CONDITIONS:
         close = difflib.get_close_matches(name, CONDITIONS, 3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise UnknownName(f"condition: no {name!r}.{hint} There are: {', '.join(CONDITIONS)}.")
+        raise UnknownName(f"condition: no {name!r}.{hint} There are: {', '.join(CONDITIONS)}.", name, "condition", close)
     return CONDITIONS[name]

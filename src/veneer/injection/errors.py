@@ -10,7 +10,15 @@ class VeneerError(Exception):
 
 
 class UnknownName(VeneerError):
-    """A method or host name that no file and no installed package provides."""
+    """A method or host name that no file and no installed package provides.
+
+    Attributes:
+        name: as given. kind: of what, such as `method`. close: the names spelled most like it.
+    """
+
+    def __init__(self, message: str, name: str = "", kind: str = "name", close: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.name, self.kind, self.close = name, kind, tuple(close)
 
 
 class SelectionError(VeneerError):

@@ -87,7 +87,8 @@ class Registry(Generic[T]):
         if name not in self._entries:
             close = difflib.get_close_matches(name, self.names(), n=3)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise UnknownName(f"{self.group}: no '{name}'.{hint} There are: {', '.join(self.names())}.")
+            message = f"{self.group}: no '{name}'.{hint} There are: {', '.join(self.names())}."
+            raise UnknownName(message, name, self.group.removeprefix("veneer.").removesuffix("s"), close)
         return self._import(self._entries[name])
 
     def _import(self, entry: Entry) -> type[T]:
