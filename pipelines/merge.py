@@ -19,9 +19,11 @@ class MergeConfig:
     """Which files are merged, and how.
 
     Args:
-        files: safetensors files of any formats, of adapters of any methods that change weights.
-        weights: one for each file, 1 if left out; negative ones too. In the place of a number PATTERN=NUMBER;… in the words of
-            `veneer sites`, such as "attn=0.5;text/attn=0", for other weights in parts of the model; the rest has 1.
+        files: safetensors files of any formats, of adapters of any methods that change weights. Trained tokens, as those of
+            pivotal tuning, go along: into the same file, or into one for each where the format cannot hold them.
+        weights: one for each file, 1 if left out; negative ones too. Tokens are taken as they are. In the place of a number
+            PATTERN=NUMBER;… in the words of `veneer sites`, such as "attn=0.5;text/attn=0", for other weights in parts of the
+            model; the rest has 1.
         how: `sum` (exact, ranks add up; LoRA only), `svd` (the sum, cut to a rank), `ties`, `dare` or `dare_ties`.
         rank: of the result, for all but `sum`; the largest of the files' ranks if nothing is said.
         energy: share of the squared singular values that stays, up to 1; `rank` is then the upper limit, as with the next three.
@@ -56,26 +58,34 @@ def merge(config: MergeConfig) -> list[str]:
     """Load all on the base, combine, write.
 
     Returns:
-        The file, ranks and the error against the exact combination, the weights where it is largest.
+        The files, ranks and the error against the exact combination, the weights where it is largest, the tokens.
     Raises:
-        VeneerError: no base or `out` was named, a file does not fit the base, or what is wanted cannot be combined or written.
+        VeneerError: no base or `out` was named, a file does not fit the base, two files have the same token with other vectors,
+            or what is wanted cannot be combined or written.
     """
     if not config.files or config.out is None:
         raise VeneerError("merge: give the files to be merged, and --out for the new one.")
     base = config.base or next((b for file in config.files if (b := base_of(file))), None)
     if base is None:
         raise VeneerError("merge: --base is missing: no file says which base it is for, and their weights have names there.")
-    form = config.to or combining.form_of(config.files[0])
+    form = config.to or combining.form_of(config.files)
     combining.free(config.out, form)
     weights = [_weight(text) for text in config.weights] or None
     keep = combining.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
     model, dtype = bases.load(base), combining.DTYPES[config.dtype]
-    sources = [combining.read_one(model, file) for file in config.files]
-    made = combining.combine(
-        model, sources, weights, how=config.how, keep=keep, density=config.density, seed=config.seed, dtype=dtype
-    )
+    contents = [(file, combining.read_content(model, file)) for file in config.files]
+    tokens = combining.unite_tokens(contents)
+    sources = [content.adapter for _, content in contents if content.adapter is not None]
+    if weights is not None and len(weights) == len(contents):
+        weights = [w for w, (_, content) in zip(weights, contents, strict=True) if content.adapter is not None]
+    made = None
+    if sources:
+        made = combining.combine(
+            model, sources, weights, how=config.how, keep=keep, density=config.density, seed=config.seed, dtype=dtype
+        )
     told = {"base": base, "merged": [file.name for file in config.files], "weights": list(config.weights), "how": config.how}
-    return [str(combining.write(made, config.out, form, dtype, told)), *str(made).splitlines()]
+    written = combining.write_all(model, made, tokens, config.out, form, dtype, told)
+    return [*map(str, written), *(str(made).splitlines() if made else []), *(f"token {each.token}" for each in tokens)]
 
 
 def _weight(text: str) -> float | Mapping[str, float]:

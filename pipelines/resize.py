@@ -18,7 +18,7 @@ class ResizeConfig:
     """Which file, and how much of it stays.
 
     Args:
-        file: a safetensors file of any format, of an adapter of any method that changes weights.
+        file: a safetensors file of any format, of an adapter of any method that changes weights. Trained tokens in it go along.
         rank: the largest rank; weights of a lower one keep theirs.
         energy: share of the squared singular values that stays, up to 1; `rank` is then the upper limit, as with the next three.
         error: relative error of each change at most, 0 to 1 (Frobenius).
@@ -46,7 +46,7 @@ def resize(config: ResizeConfig) -> list[str]:
     """Load on the base, cut each change to its largest singular values, write.
 
     Returns:
-        The file, ranks and error, and the weights where it is largest.
+        The files, ranks and error, the weights where it is largest, the tokens.
     Raises:
         VeneerError: no base, rank or `out` was named, the file does not fit the base, or the format cannot hold it.
     """
@@ -56,9 +56,13 @@ def resize(config: ResizeConfig) -> list[str]:
     base = config.base or base_of(config.file)
     if base is None:
         raise VeneerError("resize: --base is missing: the file does not say which base it is for.")
-    form = config.to or combining.form_of(config.file)
+    form = config.to or combining.form_of([config.file])
     combining.free(config.out, form)
     model, dtype = bases.load(base), combining.DTYPES[config.dtype]
-    made = combining.resize(model, combining.read_one(model, config.file), keep, dtype=dtype)
+    content = combining.read_content(model, config.file)
+    if content.adapter is None:
+        raise VeneerError(f"{config.file}: it holds only token embeddings, which have no rank; expected a LoRA.")
+    made = combining.resize(model, content.adapter, keep, dtype=dtype)
     told = {"base": base, "resized": config.file.name}
-    return [str(combining.write(made, config.out, form, dtype, told)), *str(made).splitlines()]
+    written = combining.write_all(model, made, content.tokens, config.out, form, dtype, told)
+    return [*map(str, written), *str(made).splitlines(), *(f"token {each.token}" for each in content.tokens)]

@@ -18,6 +18,7 @@ from veneer.pipelines.resize import ResizeConfig, resize
 
 import veneer
 from veneer import bases
+from veneer.combining import is_mergeable
 from veneer.formats import Look, look, native
 from veneer.injection import VeneerError
 
@@ -37,13 +38,14 @@ class Outcome:
 
     Args:
         name: in the workspace; None for what is not kept there. `report`: lines.
-        file: to be given to the visitor; where the format has no place for learnt words, `words` lie beside it.
+        file: to download. `words`: files of trained tokens beside it, where the format cannot hold them; the name of each is the
+            token's trigger elsewhere.
     """
 
     name: str | None
     file: Path
     report: str
-    words: Path | None = None
+    words: tuple[Path, ...] = ()
 
 
 def bring(workspace: Workspace, path: str | Path) -> str:
@@ -81,6 +83,11 @@ def seen(workspace: Workspace, name: str, base: str | None = None) -> Look:
     """
     file = workspace.adapter(name)
     return _said(workspace, lambda: look(file, bases.load(base) if base else None))
+
+
+def mergeable(workspace: Workspace) -> list[str]:
+    """Names of the adapters that can be merged: weight updates of a pipeline and trained tokens."""
+    return [name for name, path in workspace.all_adapters().items() if is_mergeable(path)]
 
 
 def trained_on(workspace: Workspace, name: str) -> str | None:
@@ -172,9 +179,17 @@ def _kept(workspace: Workspace, stem: str, to: str | None, make: Any) -> Outcome
     _room(workspace)
     workspace.adapters.mkdir(parents=True, exist_ok=True)
     target = workspace.adapters / f"{_free(workspace, _plain(stem))}{SUFFIX}"
-    lines = _said(workspace, lambda: make(target))
-    words = target.with_name(f"{target.stem}-words{SUFFIX}")
-    return Outcome(target.stem, target, _away(workspace, "\n".join(lines)), words if words.exists() else None)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=workspace.folder) as scratch:
+        made = Path(scratch) / target.name
+        lines = _said(workspace, lambda: make(made), scratch)
+        beside = sorted(path for path in Path(scratch).rglob(f"*{SUFFIX}") if path != made)
+        for path in beside:
+            take_adapter(path, workspace.adapters, path.name)
+        folder = Path(tempfile.mkdtemp(prefix="veneer-")) if beside else Path()
+        words = tuple(Path(shutil.move(path, folder / path.name)) for path in beside)
+        shutil.move(made, target)
+    report = _away(workspace, "\n".join(lines), scratch)
+    return Outcome(target.stem, target, report, words)
 
 
 def _zipped(workspace: Workspace, stem: str, make: Any) -> Outcome:
@@ -187,16 +202,16 @@ def _zipped(workspace: Workspace, stem: str, make: Any) -> Outcome:
     return Outcome(None, Path(packed), f"{report}\nIt is a folder: download it as a zip; it is not kept here.")
 
 
-def _said(workspace: Workspace, action: Any) -> Any:
-    """Do something; what it says of files has no folder of the workspace in it."""
+def _said(workspace: Workspace, action: Any, *folders: str | Path) -> Any:
+    """Do something; its errors name files without the workspace's and other `folders`."""
     try:
         return action()
     except (VeneerError, ValueError, OSError) as error:
-        raise VeneerError(_away(workspace, str(error))) from error
+        raise VeneerError(_away(workspace, str(error), *folders)) from error
 
 
-def _away(workspace: Workspace, text: str) -> str:
-    for folder in (workspace.adapters, workspace.jobs, workspace.folder):
+def _away(workspace: Workspace, text: str, *folders: str | Path) -> str:
+    for folder in (*folders, workspace.adapters, workspace.jobs, workspace.folder):
         text = text.replace(f"{folder}/", "")
     return text
 
@@ -218,7 +233,7 @@ def _free(workspace: Workspace, stem: str) -> str:
     """A stem under which there is nothing yet."""
     taken = {path.name.casefold().removesuffix(SUFFIX) for path in workspace.adapters.iterdir()}
     tries = (stem if n == 1 else f"{stem}-{n}" for n in range(1, len(taken) + 2))
-    return next(name for name in tries if not taken & {name.casefold(), f"{name.casefold()}-words"})
+    return next(name for name in tries if name.casefold() not in taken)
 
 
 def _plain(name: str) -> str:

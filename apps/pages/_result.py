@@ -92,6 +92,4 @@ def for_others(workspace: Workspace, name: str) -> list[str]:
     job = workspace.job(name)
     out = Path(tempfile.mkdtemp(prefix="veneer-")) / f"{safe(job.title)}-comfyui-a1111.safetensors"
     convert(ConvertConfig(job.run / ADAPTER, "kohya", out=out))
-    concept = str((read_result(job).get("config") or {}).get("concept") or "word")
-    words = [path.rename(out.with_name(f"{safe(concept)}.safetensors")) for path in out.parent.glob("*-words.safetensors")]
-    return [str(path) for path in (out, *words)]
+    return [str(path) for path in (out, *sorted(path for path in out.parent.glob("*.safetensors") if path != out))]

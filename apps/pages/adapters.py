@@ -37,8 +37,7 @@ def listed(workspace: Workspace, name: str | None, known: list[str] | None) -> l
     if found == known:
         return [gr.skip(), gr.skip(), gr.skip()]
     chosen = name if name in found else (found[0] if found else None)
-    kept = gr.Dropdown(choices=found)
-    return [gr.Dropdown(choices=found, value=chosen), kept, found]
+    return [gr.Dropdown(choices=found, value=chosen), gr.Dropdown(choices=files.mergeable(workspace)), found]
 
 
 def shown(workspace: Workspace, name: str | None) -> str:
@@ -80,10 +79,10 @@ def made(workspace: Workspace, outcome: files.Outcome) -> list[Any]:
     found = [*workspace.all_adapters()]
     return [
         gr.Dropdown(choices=found),
-        gr.Dropdown(choices=found),
+        gr.Dropdown(choices=files.mergeable(workspace)),
         found,
         gr.Textbox(outcome.report, visible=True),
-        _given(outcome.file, *([outcome.words] if outcome.words else [])),
+        _given(outcome.file, *outcome.words),
     ]
 
 

@@ -145,12 +145,18 @@ def test_words_go_along_where_a_format_has_no_place_for_them(workspace: Workspac
     both = [veneer.attach(pipe, "textual_inversion", tokens="<toy>", initialize="cat"), veneer.attach(pipe, "lora", rank=2)]
     native.save(both, workspace.adapters / "both.safetensors", {"base": str(given / "base")})
     made = files.converted(workspace, "both", "kohya", str(given / "base"))
-    assert made.words is not None
-    assert made.words.name == "both-kohya-words.safetensors"
-    assert look(made.words).words == ("<toy>",)
+    assert [path.name for path in made.words] == ["toy.safetensors"], "its name is the trigger"
+    assert look(made.words[0]).words == look(workspace.adapter("toy-2")).words == ("<toy>",), "there is another toy"
     *_, offered = adapters.made(workspace, made)
-    assert [Path(each["path"]).name for each in offered.value] == ["both-kohya.safetensors", "both-kohya-words.safetensors"]
-    assert files.converted(workspace, "toy", "kohya", str(given / "base")).words is None
+    assert [Path(each["path"]).name for each in offered.value] == ["both-kohya.safetensors", "toy.safetensors"]
+    assert str(workspace.root) not in made.report
+    again = files.converted(workspace, "both", "kohya", str(given / "base"))
+    assert [path.name for path in again.words] == ["toy.safetensors"]
+    assert "toy-3" not in workspace.all_adapters(), "it is the same token"
+    assert not files.converted(workspace, "toy", "kohya", str(given / "base")).words
+    resized = files.resized(workspace, "both", str(given / "base"), 1, None, None)
+    assert look(resized.file).words == ("<toy>",)
+    assert not list(workspace.folder.glob(".making-*"))
 
 
 def test_converted(workspace: Workspace, given: Path) -> None:
@@ -187,6 +193,16 @@ def test_merged_is_the_weighted_sum(workspace: Workspace, given: Path) -> None:
             files.merged(workspace, names, weights, base, "sum", None, None)  # type: ignore[arg-type]
 
 
+def test_the_merge_list_offers_only_what_can_be_merged(workspace: Workspace, given: Path) -> None:
+    control = attach(tiny_pipeline("sd"), "controlnet")
+    native.save(control, workspace.adapters / "control.safetensors")
+    files.bring(workspace, given / "word.safetensors")
+    chosen, several, known = adapters.listed(workspace, None, None)
+    assert known == ["control", "other", "toy", "word"]
+    assert [value for _, value in chosen.choices] == known
+    assert [value for _, value in several.choices] == ["other", "toy", "word"]
+
+
 def test_resized(workspace: Workspace, given: Path) -> None:
     made = files.resized(workspace, "toy", str(given / "base"), 2, 1.0, "kohya")
     assert {rank for block in look(made.file).blocks for rank in block.ranks} == {2}
@@ -208,8 +224,8 @@ def test_no_more_files_than_are_kept(workspace: Workspace, given: Path) -> None:
         files.example(workspace)
 
 
-def test_a_free_name_is_free_for_the_words_beside_it_too(workspace: Workspace) -> None:
-    (workspace.adapters / "Made-words.safetensors").touch()
+def test_a_free_name(workspace: Workspace) -> None:
+    (workspace.adapters / "Made.safetensors").touch()
     (workspace.adapters / "made-2.safetensors").touch()
     assert files._free(workspace, "made") == "made-3"
     assert files._free(workspace, "other-thing") == "other-thing"

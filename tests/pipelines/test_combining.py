@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from veneer.pipelines.convert import ConvertConfig, convert
 from veneer.pipelines.extract import ExtractConfig, extract
 from veneer.pipelines.merge import MergeConfig, merge
 from veneer.pipelines.resize import ResizeConfig, resize
@@ -17,7 +18,7 @@ from veneer.pipelines.resize import ResizeConfig, resize
 import veneer
 from veneer import formats
 from veneer.cli import main
-from veneer.combining import CombineError
+from veneer.combining import CombineError, is_mergeable
 from veneer.formats import native
 from veneer.injection import LoadError, SaveError, VeneerError, attach
 from veneer.testing.pipelines import tiny_pipeline
@@ -145,11 +146,115 @@ def test_what_must_be_said(files: Any, base: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def pivotal(path: Path, base: Path, token: Any, seed: int, vectors: int = 1) -> tuple[Path, Tensor, dict[str, Tensor]]:
+    """A file with a token and a LoRA, as Teach makes by default; the token's rows, and the LoRA's weight updates."""
+    pipe = tiny_pipeline("sd")
+    learned = fill(attach(pipe, "textual_inversion", tokens=token, initialize="toy", vectors=vectors), seed)
+    lora = fill(attach(pipe, "lora", where=WHERE, rank=2), seed)
+    native.save([learned, lora], path, {"base": str(base)})
+    return path, rows(learned), deltas(lora)
+
+
+def rows(attachment: Any) -> Tensor:
+    (part,) = attachment.parts.values()
+    return part[1].vectors.detach().clone()
+
+
+def tokens_of(path: Path) -> dict[str, Tensor]:
+    """Token to its rows, in any file that can hold them."""
+    learned = [a for a in formats.load_all(tiny_pipeline("sd"), path) if a.method.name == "textual_inversion"]
+    return {t: r for a in learned for t, r in zip(a.method.each, rows(a).split(a.method.vectors), strict=True)}
+
+
+@pytest.mark.parametrize("form", ["native", "onetrainer", "kohya"])
+def test_the_tokens_of_pivotal_files_go_along_into_a_merge(base: Path, tmp_path: Path, form: Any) -> None:
+    one, first, before = pivotal(tmp_path / "one.safetensors", base, "<one>", 1)
+    two, second, after = pivotal(tmp_path / "two.safetensors", base, "<two>", 2, vectors=2)
+    lines = merge(MergeConfig((one, two), ("0.5", "2"), out=tmp_path / "out" / "both", to=form))
+    beside = [] if form != "kohya" else [tmp_path / "out" / "one.safetensors", tmp_path / "out" / "two.safetensors"]
+    assert lines[: 1 + len(beside)] == [*map(str, [tmp_path / "out" / "both.safetensors", *beside])]
+    assert sorted((tmp_path / "out").iterdir()) == sorted([tmp_path / "out" / "both.safetensors", *beside])
+    found = {k: t for path in beside or [tmp_path / "out" / "both.safetensors"] for k, t in tokens_of(path).items()}
+    assert found.keys() == {"<one>", "<two>"}
+    assert torch.equal(found["<one>"], first)
+    assert torch.equal(found["<two>"], second)
+    (lora,) = (a for a in formats.load_all(tiny_pipeline("sd"), tmp_path / "out" / "both") if a.method.name == "lora")
+    for name, delta in deltas(lora).items():
+        torch.testing.assert_close(delta, 0.5 * before[name] + 2 * after[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_token_file_beside_a_lora_has_one_token_and_its_name(base: Path, tmp_path: Path) -> None:
+    """A1111 rejects a file of several tokens, and takes the file name as the trigger."""
+    both, learned, _ = pivotal(tmp_path / "both.safetensors", base, ("<toy~car>", "<b>"), 1)
+    convert(ConvertConfig(both, "kohya", out=tmp_path / "b.safetensors"))
+    kept = [tmp_path / "toy-car.safetensors", tmp_path / "embeddings" / "b.safetensors"]
+    assert [list(tokens_of(path)) for path in kept] == [["<toy~car>"], ["<b>"]]
+    assert torch.equal(torch.cat([t for path in kept for t in tokens_of(path).values()]), learned)
+    convert(ConvertConfig(both, "diffusers", out=tmp_path / "d.safetensors"))  # the same tokens are there already
+    other, _, _ = pivotal(tmp_path / "other.safetensors", base, "<toy~car>", 2)
+    with pytest.raises(SaveError, match="<toy~car>"):
+        convert(ConvertConfig(other, "kohya", out=tmp_path / "e.safetensors"))
+    with pytest.raises(SaveError, match="<toy~car>"):
+        resize(ResizeConfig(other, rank=1, to="kohya", out=tmp_path / "e.safetensors"))
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_two_files_with_the_same_token(base: Path, tmp_path: Path) -> None:
+    one, first, _ = pivotal(tmp_path / "one.safetensors", base, "<toy>", 1)
+    two, _, _ = pivotal(tmp_path / "two.safetensors", base, "<toy>", 2)
+    with pytest.raises(CombineError, match="<toy>"):
+        merge(MergeConfig((one, two), out=tmp_path / "x.safetensors"))
+    assert not (tmp_path / "x.safetensors").exists()
+    merge(MergeConfig((one, one), out=tmp_path / "same.safetensors"))
+    found = tokens_of(tmp_path / "same.safetensors")
+    assert list(found) == ["<toy>"]
+    assert torch.equal(found["<toy>"], first)
+
+
+def test_tokens_alone_are_merged_into_one_file(base: Path, tmp_path: Path) -> None:
+    paths = []
+    for token, seed in (("<a>", 1), ("<b>", 2)):
+        learned = fill(attach(tiny_pipeline("sd"), "textual_inversion", tokens=token), seed)
+        paths.append(formats.embeddings.save(learned, tmp_path / token.strip("<>"), {"base": str(base)}))
+    merge(MergeConfig(tuple(paths), base=str(base), out=tmp_path / "ab.safetensors"))
+    assert formats.look(tmp_path / "ab.safetensors").words == ("<a>", "<b>")
+    both, _, _ = pivotal(tmp_path / "both.safetensors", base, "<c>", 1)
+    merge(MergeConfig((*paths, both), out=tmp_path / "abc.safetensors"))
+    assert formats.look(tmp_path / "abc.safetensors").format == "native"
+    assert list(tokens_of(tmp_path / "abc.safetensors")) == ["<a>", "<b>", "<c>"]
+    with pytest.raises(VeneerError, match="only token embeddings"):
+        resize(ResizeConfig(paths[0], rank=2, base=str(base), out=tmp_path / "x"))
+
+
+def test_a_pivotal_file_is_resized_with_its_token(base: Path, tmp_path: Path) -> None:
+    both, learned, before = pivotal(tmp_path / "both.safetensors", base, "<toy>", 1)
+    resize(ResizeConfig(both, rank=1, out=tmp_path / "small.safetensors"))
+    assert torch.equal(tokens_of(tmp_path / "small.safetensors")["<toy>"], learned)
+    (lora,) = (a for a in formats.load_all(tiny_pipeline("sd"), tmp_path / "small") if a.method.name == "lora")
+    assert deltas(lora).keys() == before.keys()
+    assert {site.rank for site in [lora.method]} == {1}
+
+
+def test_what_can_be_merged(files: Any, base: Path, tmp_path: Path) -> None:
+    both, _, _ = pivotal(tmp_path / "both.safetensors", base, "<toy>", 1)
+    mergeable = [both, *files[0].values()]
+    pipe = tiny_pipeline("sd")
+    control = native.save(attach(pipe, "controlnet"), tmp_path / "control")
+    trained = native.save(attach(pipe, "lora", rank=2, train=("norm",)), tmp_path / "trained")
+    probe = native.save(attach(tiny_pipeline("sd").unet, "lora", rank=2), tmp_path / "bare")
+    (tmp_path / "broken.safetensors").write_text("no file")
+    others = [control, trained, probe, tmp_path / "broken.safetensors", tmp_path / "away.safetensors"]
+    assert [is_mergeable(path) for path in mergeable] == [True] * len(mergeable)
+    assert [is_mergeable(path) for path in others] == [False] * len(others)
+
+
 def test_files_that_do_not_fit_leave_nothing(files: Any, base: Path, tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
-    words = attach(pipe, "textual_inversion", tokens="<toy>", initialize="toy")
-    both = native.save([words, fill(attach(pipe, "lora", rank=2))], tmp_path / "pivotal", {"base": str(base)})
-    with pytest.raises(CombineError, match=r"holds .*textual_inversion.*lora.*only a single adapter can be taken"):
+    loras = [
+        fill(attach(pipe, "lora", where=part, rank=2, name=name)) for part, name in (("attn.q", "first"), ("conv.io", "second"))
+    ]
+    both = native.save(loras, tmp_path / "two", {"base": str(base)})
+    with pytest.raises(CombineError, match=r"first \(lora\), second \(lora\)"):
         merge(MergeConfig((both, files[0]["kohya"]), out=tmp_path / "x"))
     with pytest.raises(LoadError, match="unused"):
         merge(MergeConfig((files[0]["kohya"],), base=str(other(tmp_path)), out=tmp_path / "x"))

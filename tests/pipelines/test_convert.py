@@ -62,13 +62,15 @@ def test_of_a_native_file_the_base_is_known(base: Path, tmp_path: Path) -> None:
     assert convert(ConvertConfig(tmp_path / "b", "diffusers"))[0] == str(tmp_path / "b-diffusers.safetensors")
 
 
-def test_words_go_into_a_file_beside(base: Path, tmp_path: Path) -> None:
+def test_each_token_goes_into_a_file_beside(base: Path, tmp_path: Path) -> None:
     want = made(tmp_path / "old.safetensors", tiny_pipeline("sd"), ["Attention", "GEGLU"], tokens=2)
     lines = convert(ConvertConfig(tmp_path / "old.safetensors", "kohya", str(base), tmp_path / "new"))
-    assert lines[:2] == [str(tmp_path / "new.safetensors"), str(tmp_path / "new-words.safetensors")]
-    assert "learned words are in new-words.safetensors" in "\n".join(lines)
-    old, words = load_file(tmp_path / "old.safetensors"), load_file(tmp_path / "new-words.safetensors")
-    assert {k: t.flatten().tolist() for k, t in words.items()} == {k: old[k].tolist() for k in ("<s0>", "<s1>")}
+    assert lines[:3] == [str(tmp_path / f"{name}.safetensors") for name in ("new", "s0", "s1")]
+    old = load_file(tmp_path / "old.safetensors")
+    for name in ("s0", "s1"):
+        assert {k: t.flatten().tolist() for k, t in load_file(tmp_path / f"{name}.safetensors").items()} == {
+            f"<{name}>": old[f"<{name}>"].tolist()
+        }
     got = deltas(veneer.load(tiny_pipeline("sd"), tmp_path / "new"))
     assert all(torch.allclose(got[name], delta, rtol=1e-6, atol=1e-9) for name, delta in want.items())
 

@@ -3,13 +3,14 @@
 from .changes import CombineError
 from .combine import combine, resize
 from .extract import extract
-from .files import DTYPES, form_of, free, read_one, write
+from .files import DTYPES, Content, form_of, free, is_mergeable, read_content, unite_tokens, write, write_all
 from .keep import Keep, keep_of
 from .making import Made, Outcome
 
 __all__ = [
     "DTYPES",
     "CombineError",
+    "Content",
     "Keep",
     "Made",
     "Outcome",
@@ -17,8 +18,11 @@ __all__ = [
     "extract",
     "form_of",
     "free",
+    "is_mergeable",
     "keep_of",
-    "read_one",
+    "read_content",
     "resize",
+    "unite_tokens",
     "write",
+    "write_all",
 ]

@@ -18,12 +18,13 @@ from ..injection import Attachment, SaveError
 from ..injection.forms import base_tensor
 from ..injection.sites import ParamSite, WeightSite
 from ._format import Format, Options, formats, known_format
-from ._reading import SUFFIX, File, read
+from ._reading import File, read
+from ._vocabulary import attach_tokens, token_embeddings, token_files
 
 TOLERANCE = 1e-5  # of the largest change in a weight: what float32 loses when factors are put together otherwise
 ROUNDING = 2**-23  # of the largest weight: what float32 loses where a file stores W's own size, as DoRA's magnitudes do
 WORDS = "textual_inversion"
-HOLDING = ("native", "embeddings", "onetrainer")  # formats that have a place for learned words
+HOLDING = ("native", "embeddings", "onetrainer")  # formats that can hold token embeddings
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def convert(
 ) -> Converted:
     """Write the adapters of a file in another format, load what was written, and compare what both do to each weight.
 
-    Learned words, which LoRA formats have no place for, go into a file of their own beside: `NAME-words.safetensors`.
+    Token embeddings, which LoRA formats cannot hold, go into files beside it, one for each token, named by the token: A1111,
+    Forge and ComfyUI take the file name as the trigger.
 
     Args:
         model: the pipeline or model that the file is for; it is as before afterwards.
@@ -57,18 +59,21 @@ def convert(
     file, target = read(path), formats.get(to)()
     known = known_format(file)
     final = target.place(out)
-    beside = final.with_name(f"{final.stem}-words{SUFFIX}")
     attached = known.load(model, file, Options())
     try:
-        apart = [a for a in attached if a.method.name == WORDS and to not in HOLDING]
-        jobs = {final: (target, [a for a in attached if a not in apart])}
-        if apart:
-            jobs[beside] = (formats.get("embeddings")(), apart)
-        _refuse_existing([*jobs, *(final.with_name(name) for name in target.beside)])
+        tokens = [] if to in HOLDING else _take_tokens(model, attached)
+        jobs = {final: (target, [a for a in attached if a not in tokens])}
+        _refuse_existing([final, *(final.with_name(name) for name in target.beside)])
+        places = token_files(final, [each for a in tokens for each in token_embeddings(a)]).values()
+        jobs |= {place: (formats.get("embeddings")(), [a]) for place, a in zip(places, tokens, strict=True)}
         _narrow(attached, file)
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=final.parent) as folder:
-            made = {place: f.save(some, Path(folder) / place.name, provenance) for place, (f, some) in jobs.items() if some}
+            made = {
+                place: f.save(some, Path(folder) / f"{i}" / place.name, provenance)
+                for i, (place, (f, some)) in enumerate(jobs.items())
+                if some
+            }
             for attachment in reversed(attached):
                 attachment.detach()
             before, attached = attached, []
@@ -77,14 +82,15 @@ def convert(
                     attached += form.load(model, read(made[place]), Options(same_base=False))
             weights, difference = compare(before, attached, final)
             for place, temporary in made.items():
+                place.parent.mkdir(exist_ok=True)
                 os.replace(temporary.parent if jobs[place][0].folder else temporary, place)
-            also = [final.with_name(name) for name in target.beside if (Path(folder) / name).exists()]
+            also = [final.with_name(name) for name in target.beside if (Path(folder) / "0" / name).exists()]
             for place in also:
-                os.replace(Path(folder) / place.name, place)
+                os.replace(Path(folder) / "0" / place.name, place)
     finally:
         for attachment in reversed(attached):
             attachment.detach()
-    return Converted((*made, *also), weights, difference, tuple(_notes(file, known, to, made, beside)))
+    return Converted((*made, *also), weights, difference, tuple(_notes(file, known, to, list(places))))
 
 
 def compare(before: Sequence[Attachment], after: Sequence[Attachment], target: Path) -> tuple[int, float]:
@@ -113,6 +119,20 @@ def compare(before: Sequence[Attachment], after: Sequence[Attachment], target: P
     return sum(map(len, was.values())), worst / largest if largest else 0.0
 
 
+def _take_tokens(model: Any, attached: list[Attachment]) -> list[Attachment]:
+    """The attachments of tokens in `attached`; one that has several is replaced there by one for each."""
+    found = []
+    for attachment in [a for a in attached if a.method.name == WORDS]:
+        singles = [attachment]
+        if len(embeddings := token_embeddings(attachment)) > 1:
+            index = attached.index(attachment)
+            attached.pop(index).detach()
+            singles = attach_tokens(model, embeddings)
+            attached[index:index] = singles
+        found += singles
+    return found
+
+
 class _Part(NamedTuple):
     """An adapter with a weight form: where, and in which model."""
 
@@ -135,7 +155,10 @@ def _weights(attachments: Sequence[Attachment]) -> dict[tuple[str, str, str], li
 def _rest(attachments: Sequence[Attachment]) -> dict[str, Tensor]:
     """Everything else that was trained, by name."""
     compared = {part.site.name for parts in _weights(attachments).values() for part in parts}
-    return {key: tensor for a in attachments for key, tensor in a.state_dict().items() if key.rpartition(":")[0] not in compared}
+    tokens = [each for a in attachments if a.method.name == WORDS for each in token_embeddings(a)]
+    found = {f"{each.token} at {name}": rows for each in tokens for name, rows in each.rows.items()}
+    others = [a for a in attachments if a.method.name != WORDS]
+    return found | {k: t for a in others for k, t in a.state_dict().items() if k.rpartition(":")[0] not in compared}
 
 
 def _base(first: _Part, *others: _Part) -> Tensor:
@@ -175,9 +198,9 @@ def _refuse_existing(places: Sequence[Path]) -> None:
             raise SaveError(f"{place}: it is there already. Give another --out.")
 
 
-def _notes(file: File, known: Format, to: str, made: Mapping[Path, Path], beside: Path) -> list[str]:
+def _notes(file: File, known: Format, to: str, tokens: Sequence[Path]) -> list[str]:
     """What the new file does not have."""
-    notes = [f"learned words are in {beside.name}, which goes with it"] if beside in made else []
+    notes = [f"token embedding in {path.name}: its trigger in A1111 and ComfyUI is {path.stem}" for path in tokens]
     if known.name != to and file.metadata:
         keys = [key for key in file.metadata if key != "format"]
         shown = ", ".join(keys[:4]) + (" …" if len(keys) > 4 else "")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..injection import Attachment, LoadError, SaveError
+from ..injection import Attachment, LoadError, SaveError, attach, methods
 from ..injection.sites import VocabularySite
-from ._reading import File
+from ._format import format_of
+from ._reading import SUFFIX, File, read
 
 ANY = "emb_params"  # sd-scripts: one tensor, no token
 Rows = list[tuple[VocabularySite, Tensor]]
@@ -72,3 +77,137 @@ def fit(file: File, site: VocabularySite, vectors: Tensor, tokens: int) -> None:
         )
     if not len(vectors) or len(vectors) % tokens:
         raise LoadError(f"{file.path}: {len(vectors)} vectors for {tokens} tokens, which does not come out even. It is damaged.")
+
+
+@dataclass(frozen=True)
+class TokenEmbedding:
+    """One trained token.
+
+    Args:
+        config: of its `textual_inversion` alone. `rows`: site name to vectors (n, width).
+    """
+
+    token: str
+    config: Mapping[str, Any]
+    rows: Mapping[str, Tensor]
+
+    @property
+    def file(self) -> str:
+        """The file name whose stem is the token's trigger in A1111, Forge and ComfyUI.
+
+        >>> TokenEmbedding("<my toy>", {}, {}).file
+        'my-toy.safetensors'
+        """
+        stem = re.sub(r"[^\w.-]+", "-", self.token)[:80].strip("-.")
+        return f"{stem or 'token'}{SUFFIX}"
+
+    def equals(self, other: TokenEmbedding) -> bool:
+        """True if the rows at every text encoder are the same."""
+        return self.rows.keys() == other.rows.keys() and all(torch.equal(rows, other.rows[k]) for k, rows in self.rows.items())
+
+
+def token_embeddings(attachment: Attachment) -> list[TokenEmbedding]:
+    """The tokens of a `textual_inversion` attachment, each with its rows.
+
+    Raises:
+        SaveError: base parameters were trained with them.
+    """
+    method: Any = attachment.method
+    if attachment.extras:
+        raise SaveError(
+            f"'{attachment.name}' has trained {', '.join(list(attachment.extras)[:4])} of the base as well; only the native file "
+            "holds both."
+        )
+    n, found = method.vectors, []
+    for i, (token, word) in enumerate(zip(method.each, method.words, strict=True)):
+        part = slice(i * n, (i + 1) * n)
+        config = {**method.config(), "tokens": token, "initialize": word, "ids": list(method.ids[part])}
+        rows = _rows(attachment, part)
+        found.append(TokenEmbedding(token, config, rows))
+    return found
+
+
+def unite(embeddings: Sequence[TokenEmbedding], target: Path) -> TokenEmbedding:
+    """Several tokens as the rows of one `textual_inversion`, for a file that holds one.
+
+    Raises:
+        SaveError: they have different numbers of vectors, or are of different text encoders.
+    """
+    first = embeddings[0]
+    if any(len(r) != first.config["vectors"] for e in embeddings for r in e.rows.values()) or any(
+        e.rows.keys() != first.rows.keys() for e in embeddings
+    ):
+        raise SaveError(f"{target}: its tokens have different numbers of vectors or text encoders. Write --to native.")
+    config = {"tokens": [e.token for e in embeddings], "initialize": [e.config["initialize"] for e in embeddings]}
+    config["ids"] = [i for e in embeddings for i in e.config["ids"]]
+    rows = {name: torch.cat([e.rows[name] for e in embeddings]) for name in first.rows}
+    return TokenEmbedding(first.token, {**first.config, **config}, rows)
+
+
+def _rows(attachment: Attachment, part: slice) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, (_, adapter) in attachment.parts.items():
+        found[name] = adapter.get_parameter("vectors").detach()[part].clone()
+    return found
+
+
+def token_files(target: Path, embeddings: Sequence[TokenEmbedding]) -> dict[str, Path]:
+    """Token to its own file beside a LoRA's, for formats that cannot hold embeddings.
+
+    Where another kind of file has that name, the file is in the folder `embeddings`, as A1111 and ComfyUI call theirs.
+
+    Raises:
+        SaveError: two tokens have the same file name, or the file exists with other vectors.
+    """
+    found: dict[str, Path] = {}
+    for each in embeddings:
+        place = target.with_name(each.file)
+        if place.name.casefold() == target.name.casefold() or (place.exists() and not _holds_tokens(place)):
+            place = target.parent / "embeddings" / each.file
+        other = next((token for token, path in found.items() if path == place), None)
+        if other is not None:
+            raise SaveError(
+                f"{place}: the tokens '{other}' and '{each.token}' would both be in this file, because its name is the trigger. "
+                "Write --to native, which holds all tokens."
+            )
+        if place.exists() and not _same_vectors(place, each):
+            raise SaveError(f"{place}: it is there already, with other vectors for '{each.token}'. Write to another folder.")
+        found[each.token] = place
+    return found
+
+
+def _holds_tokens(path: Path) -> bool:
+    try:
+        found = format_of(read(path))
+    except LoadError:
+        return False
+    return found is not None and found.name == "embeddings"
+
+
+def _same_vectors(path: Path, embedding: TokenEmbedding) -> bool:
+    """True if a file has the very rows of a token, in whatever order its tensors are."""
+    try:
+        saved = list(read(path).tensors().values())
+    except LoadError:
+        return False
+    rows = list(embedding.rows.values())
+    return len(saved) == len(rows) and all(any(torch.equal(a.float(), b.float()) for b in rows) for a in saved)
+
+
+def attach_tokens(model: Any, embeddings: Sequence[TokenEmbedding]) -> list[Attachment]:
+    """One `textual_inversion` for each token, all or nothing.
+
+    Raises:
+        UnsupportedSite: a tokenizer has the token already.
+    """
+    made: list[Attachment] = []
+    try:
+        for each in embeddings:
+            sites = [f"name:{name}" for name in each.rows]
+            made.append(attach(model, methods.get("textual_inversion").from_config(each.config), where=sites))
+            made[-1].load_state_dict({f"{name}:vectors": rows for name, rows in each.rows.items()})
+    except BaseException:
+        for attachment in reversed(made):
+            attachment.detach()
+        raise
+    return made
