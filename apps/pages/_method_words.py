@@ -6,37 +6,55 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from veneer.catalogue import Count, Described
+from veneer.method_search import START, Use
 
 from ._html import facts, table
 
-NOTHING = (
-    '<div class="empty"><p><strong>No method is like that.</strong> Take a filter away, or search for another word.</p></div>'
-)
-CONDITIONS = {"image": "a picture to follow", "embeds": "features of a picture", "text": "a text"}
+NOTHING = '<div class="empty"><p><strong>No method matches.</strong> Remove a filter, or search for another word.</p></div>'
+CONDITIONS = {"image": "a control image", "embeds": "embeddings of a reference image", "text": "a text"}
+Groups = Sequence[tuple[Use | None, Sequence[Described]]]
 
 
-def listed(found: Sequence[Described], counts: Mapping[str, Count | None] | None, model: str) -> str:
-    """All methods, each to be opened; with what it trains on a model where that was counted."""
-    if not found:
+def listed(groups: Groups, counts: Mapping[str, Count | None] | None, model: str, start: bool = False) -> str:
+    """Methods in groups with headings, or one group without; each can be opened, and has its trainable parameters on a model.
+
+    Args:
+        start: begin with what to try first for which task.
+    """
+    count = sum(len(found) for _, found in groups)
+    if not count:
         return NOTHING
-    each = "".join(_method(method, _counted(counts, method.name), model) for method in found)
-    return f'<p role="status">{len(found)} method{"s" if len(found) > 1 else ""}. Open one to read all of it.</p>{each}'
+    parts = [f'<p role="status">{count} method{"s" if count > 1 else ""}. Open one to read all of it.</p>']
+    parts += [_start({method.name for _, found in groups for method in found})] if start else []
+    for use, found in groups:
+        parts += [f'<h2 class="use">{escape(use.title)}</h2><p class="about">{escape(use.about)}</p>'] if use else []
+        parts += [_method(method, _counted(counts, method.name), model) for method in found]
+    return "".join(parts)
+
+
+def _start(known: set[str]) -> str:
+    """The tasks that people come with, and links to the methods to try first."""
+    rows = []
+    for task, names in START:
+        links = ", ".join(f'<a href="#method-{name}"><code>{name}</code></a>' for name in names if name in known)
+        rows += [f"<dt>{escape(task)}</dt><dd>{links}</dd>"] if links else []
+    return f'<section class="start" aria-label="Start here"><h2>Start here</h2><dl class="facts">{"".join(rows)}</dl></section>'
 
 
 def _counted(counts: Mapping[str, Count | None] | None, name: str) -> str:
     if counts is None:
         return ""
     count = counts.get(name)
-    return "does not fit" if count is None else f"{short(count.trained)} trained"
+    return "not supported" if count is None else f"{short(count.trained)} trainable"
 
 
 def _method(method: Described, counted: str, model: str) -> str:
     small = f'<span class="counted">{escape(counted)}</span>' if counted else ""
     told = [
-        ("In a formula", method.formula),
-        ("Where it fits", method.needs),
+        ("Formula", method.formula),
+        ("Attaches to", method.needs),
         ("Kind", method.kind),
-        ("Needs for each picture", ", ".join(CONDITIONS.get(c, c) for c in method.conditions) or "nothing"),
+        ("Conditioning for each image", ", ".join(CONDITIONS.get(c, c) for c in method.conditions) or "nothing"),
         ("Paper", method.paper),
         ("From", method.source),
         *([(f"On {model}", counted)] if counted else []),
@@ -44,7 +62,10 @@ def _method(method: Described, counted: str, model: str) -> str:
     rows = [(o.name, o.type, o.default, o.about) for o in method.options]
     options = table(f"Options of {method.name}", ("Option", "Type", "Default", "What it does"), rows) if rows else ""
     line = f"<code>{escape(method.name)}</code> <span>{escape(method.about)}</span>{small}"
-    inside = facts([(k, v) for k, v in told if v]) + options + f'<h3>In full</h3><pre tabindex="0">{escape(method.text)}</pre>'
+    name = f'<span id="method-{escape(method.name)}"></span>'  # inside, so that a link to it opens the method
+    inside = (
+        name + facts([(k, v) for k, v in told if v]) + options + f'<h3>In full</h3><pre tabindex="0">{escape(method.text)}</pre>'
+    )
     return f'<details class="method"><summary>{line}</summary>{inside}</details>'
 
 

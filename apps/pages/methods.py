@@ -11,21 +11,22 @@ import gradio as gr
 from veneer.catalogue import Count, Described, catalogue, counts, for_models
 from veneer.full_size import MODELS
 from veneer.injection import VeneerError, methods
+from veneer.method_search import group_by_use, rank_methods
 
 from ..studio import Studio, explained
 from ..workspace import bounded
 from . import Page
 from ._method_words import listed
 
-AREAS = [("All models", ""), ("Diffusion: draws pictures", "diffusion"), ("Vision: tells what is on pictures", "vision")]
+AREAS = [("All models", ""), ("Diffusion: generates images", "diffusion"), ("Vision: classifies images", "vision")]
 KINDS = {
-    "selective": "Selective: trains some of the model's own numbers",
-    "additive": "Additive: puts small new layers in",
-    "prompt": "Prompt: learns words, tokens or borders of pictures",
-    "reparameterized": "Reparameterised: learns a small change of a weight",
+    "selective": "Selective: trains some of the model's own parameters",
+    "additive": "Additive: adds small new layers",
+    "prompt": "Prompt: trains token embeddings or pixels of the input",
+    "reparameterized": "Reparameterized: trains a small weight update",
     "hybrid": "Hybrid: several of these",
 }
-SORTS = [("By name", "name"), ("Fewest trained numbers first", "trained")]
+SORTS = [("By use, or by match with the search", "use"), ("By name", "name"), ("Fewest trainable parameters first", "trained")]
 
 
 def known() -> list[Described]:
@@ -48,51 +49,54 @@ def shown(words: str, area: str, kind: str, sort: str, model: str, told: Callabl
     """The methods that match, as HTML.
 
     Args:
-        words: all of which must be somewhere in its name, its docstring or its paper.
-        area: `diffusion`, `vision` or "" for both. `kind`: or "" for all. `sort`: `name` or `trained`.
-        model: on which numbers are counted, or "" for none. `told`: progress.
+        words: a search; the best match is first with `sort="use"`, see `rank_methods`.
+        area: `diffusion`, `vision` or "" for both. `kind`: or "" for all. `sort`: `use`, `name` or `trained`.
+        model: on which parameters are counted, or "" for none. `told`: progress.
     Raises:
         VeneerError: a filter that there is not, or more words than are allowed.
     """
     for value, allowed in ((area, AREAS), (kind, kinds()), (sort, SORTS), (model, [("", ""), *((m, m) for m in MODELS)])):
         if value not in [each for _, each in allowed]:
             raise VeneerError("There is no such choice. Choose one of the list.")
-    sought = bounded(words or "", "The search").lower().split()
-    found = [m for m in known() if (not kind or m.kind == kind) and all(word in _all(m) for word in sought)]
+    sought = bounded(words or "", "The search").strip()
+    found = [m for m in known() if not kind or m.kind == kind]
     if area:
         fitting = for_models(area)
         found = [m for m in found if m.name in fitting]
+    found = rank_methods(found, sought)
     trained = counts(model, told) if model else None
+    if sort == "use" and not sought:
+        return listed(group_by_use(found), trained, model, start=not kind)
+    if sort == "name":
+        found = sorted(found, key=lambda m: m.name)
     if sort == "trained":
         found = _fewest_first(found, trained)
-    return listed(found, trained, model)
+    return listed([(None, found)], trained, model)
 
 
 def _fewest_first(found: Sequence[Described], trained: Mapping[str, Count | None] | None) -> list[Described]:
     if trained is None:
-        raise VeneerError("Choose a model first: how many numbers a method trains depends on it.")
+        raise VeneerError("Choose a model first: the number of trainable parameters depends on it.")
     numbers = {name: count.trained for name, count in trained.items() if count is not None}
     return sorted(found, key=lambda m: (numbers.get(m.name, float("inf")), m.name))
-
-
-def _all(method: Described) -> str:
-    return " ".join((method.name, method.about, method.text, method.paper)).lower()
 
 
 def build(studio: Studio) -> None:
     """The page."""
     with gr.Row():
         words = gr.Textbox(
-            label="Search", placeholder="such as: rank, bias, convolution", elem_id="methods-search", min_width=240
+            label="Search", placeholder="such as: faces, few images, rank, vpt", elem_id="methods-search", min_width=240
         )
         area = gr.Dropdown(AREAS, value="", label="For", elem_id="methods-area", min_width=240)
         kind = gr.Dropdown(kinds(), value="", label="Kind", elem_id="methods-kind", min_width=240)
     with gr.Row():
         choices = [("No model", ""), *((name, name) for name in MODELS)]
-        about = "Counted by putting each method on it, which takes some seconds the first time."
-        model = gr.Dropdown(choices, value="", label="Trained numbers on", info=about, elem_id="methods-model", min_width=240)
-        sort = gr.Dropdown(SORTS, value="name", label="Order", info="By numbers only with a model.", min_width=240)
-    page = gr.HTML(shown("", "", "", "name", ""), elem_id="methods-list", label="Methods")
+        about = "Attaches each method to the model and counts; takes some seconds the first time."
+        model = gr.Dropdown(
+            choices, value="", label="Trainable parameters on", info=about, elem_id="methods-model", min_width=240
+        )
+        sort = gr.Dropdown(SORTS, value="use", label="Order", info="By parameters only with a model.", min_width=240)
+    page = gr.HTML(shown("", "", "", "use", ""), elem_id="methods-list", label="Methods")
     filters: list[Any] = [words, area, kind, sort, model]
     settings: dict[str, Any] = {"concurrency_id": "methods", "concurrency_limit": 1, "api_visibility": "private"}
     gr.on([each.change for each in filters], explained(_seen), filters, page, **settings, trigger_mode="always_last")
@@ -102,4 +106,9 @@ def _seen(words: str, area: str, kind: str, sort: str, model: str, progress: gr.
     return shown(words, area, kind, sort, model, lambda done, all_: progress((done, all_), desc=f"Counting on {model}"))
 
 
-PAGE = Page("Methods", "methods", "What can be trained, what each method does, where it fits, and how little it trains.", build)
+PAGE = Page(
+    "Methods",
+    "methods",
+    "Every method: its use, the models that it supports, and how many parameters it trains.",
+    build,
+)

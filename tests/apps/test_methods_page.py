@@ -18,6 +18,7 @@ from veneer.catalogue import catalogue, counts, for_models
 from veneer.full_size import MODELS, full_size
 from veneer.injection import Adapter, Method, Need, VeneerError
 from veneer.injection.sites import WeightSite
+from veneer.method_search import USES
 
 
 def names(html: str) -> list[str]:
@@ -41,7 +42,7 @@ def test_every_method_is_there_with_its_whole_text() -> None:
 
 def test_search_and_filters() -> None:
     assert {"lora", "dora", "adalora"} <= set(names(page.shown("LOW-rank weight", "", "", "name", "")))
-    assert "No method is like that" in page.shown("nothingofthiskind", "", "", "name", "")
+    assert "No method matches" in page.shown("nothingofthiskind", "", "", "name", "")
     assert names(page.shown("", "", "selective", "name", "")) == ["bitfit", "full", "linear_probe", "norm_tuning"]
     assert names(page.shown("bias", "", "selective", "name", ""))[0] == "bitfit"
     for wrong in (("", "sculpture", "", "name", ""), ("", "", "../x", "name", ""), ("", "", "", "name", "GPT")):
@@ -49,6 +50,18 @@ def test_search_and_filters() -> None:
             page.shown(*wrong)
     with pytest.raises(VeneerError, match="Choose a model first"):
         page.shown("", "", "", "trained", "")
+
+
+def test_grouped_by_use_with_a_start() -> None:
+    html = page.shown("", "", "", "use", "")
+    assert sorted(names(html)) == veneer.methods.names(), "each once"
+    assert "Start here" in html
+    assert [*re.findall(r'<h2 class="use">([^<]*)<', html)] == [use.title for use in USES]
+    assert set(re.findall(r'href="#([^"]*)"', html)) <= set(re.findall(r'id="([^"]*)"', html))
+    vision = page.shown("", "vision", "", "use", "")
+    assert set(names(vision)) == for_models("vision")
+    assert "controlnet" not in vision.partition("Start here")[2].partition("</section>")[0]
+    assert names(page.shown("ip adapter", "", "", "use", ""))[0] == "ip_adapter"
 
 
 def test_for_vision_and_for_diffusion() -> None:
@@ -79,7 +92,7 @@ def test_counts_are_told_and_sorted() -> None:
     told: list[tuple[int, int]] = []
     html = page.shown("", "", "", "trained", "ViT-B/16", lambda done, of: told.append((done, of)))
     assert told[-1] == (len(veneer.methods.names()),) * 2
-    assert "589,824 trained" in html
+    assert "589,824 trainable" in html
     found = names(html)
     assert found.index("vpt") < found.index("lora") < found.index("full") < found.index("controlnet")
 
