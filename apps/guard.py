@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.formparsers import MultiPartException
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .limits import LIMITS, Limits
+from .workspace import ALONE, Workspace
 
 API = "/gradio_api/"
 UPLOAD = API + "upload"
@@ -39,6 +43,10 @@ HEADERS = {
 """Of every answer: whatever a page shows, the browser asks no other host for it."""
 MARGIN = 2**16
 """Bytes around the content of an upload."""
+UPLOADS = "uploads"
+"""Folder in the cache with a folder of uploads for each login."""
+OWNER: ContextVar[str] = ContextVar("owner", default=ALONE)
+"""Name of the folder of the visitor who asks."""
 
 
 class Refused(Exception):
@@ -55,7 +63,8 @@ class Guard:
     Args:
         hosts: names by which this machine may be called, where there is no login; None for any. A page of another origin, or a
             name that leads here though it is another's, is refused: its owner could otherwise use the browser of who runs this.
-        files: folder of uploads; its disk is left with `limits.disk_free` bytes.
+        files: the cache, in which the uploads of a login are served to that login only; its disk is left with
+            `limits.disk_free` bytes.
     """
 
     def __init__(
@@ -70,6 +79,7 @@ class Guard:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             marked = _marked(send)
+            OWNER.set(Workspace(Path(), _user(scope)).folder.name)
             try:
                 given = await self._passed(scope, receive)
             except Refused as refused:
@@ -89,6 +99,9 @@ class Guard:
         self._check_origin(headers)
         if path.startswith(CLOSED) or path.lower().startswith((API + "file=http", API + "file/http")):
             raise Refused(403, "This app has no such way.")
+        for kind in ("file=", "file/"):
+            if path.startswith(API + kind):
+                self._check_owner(path.removeprefix(API + kind))
         if scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
             return receive
         if path.rstrip("/") == "/login":
@@ -99,8 +112,8 @@ class Guard:
             return _counted(receive, claimed, self.limits.file_bytes + MARGIN)
         drawing = path.startswith(API + "component_server")
         body = await _read(receive, claimed, self.limits.drawing_bytes + MARGIN if drawing else self.limits.request_bytes)
-        if headers.get("content-type", "").startswith("application/json"):
-            _check_json(body)
+        for file in _files_of(body, headers.get("content-type")):
+            self._check_owner(file)
         return _again(body, receive)
 
     def _check_origin(self, headers: Headers) -> None:
@@ -111,6 +124,17 @@ class Guard:
             raise Refused(403, f"This app is called by {', '.join(sorted(self.hosts))} only, unless it is started with --auth.")
         if origin is not None and urlsplit(origin).netloc != host:
             raise Refused(403, "A page from elsewhere may not use this app.")
+
+    def _check_owner(self, file: str) -> None:
+        """Uploads of another login are neither served nor used."""
+        if self.files is None or not file:
+            return
+        try:
+            parts = Path(os.path.realpath(file)).relative_to(os.path.realpath(self.files / UPLOADS)).parts
+        except ValueError:  # no upload, or no path
+            return
+        if parts[:1] != (OWNER.get(),):
+            raise Refused(403, "This file was uploaded by another user. Upload your own copy.")
 
     def _check_logins(self) -> None:
         now = time.monotonic()
@@ -185,17 +209,39 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return received
 
 
-def _check_json(body: bytes) -> None:
-    """Refuses files that the server would fetch from elsewhere itself."""
+def _user(scope: Scope) -> str | None:
+    """The login of a request, as Gradio finds it; None for nobody."""
+    app = scope.get("app")
+    names = [f"access-token-{kind}{getattr(app, 'cookie_id', '')}" for kind in ("", "unsecure-")]
+    cookies = cookie_parser(Headers(scope=scope).get("cookie", ""))
+    token = next((cookies[name] for name in names if cookies.get(name)), None)
+    user: str | None = getattr(app, "tokens", {}).get(token)
+    return user
+
+
+def _files_of(body: bytes, kind: str | None) -> list[str]:
+    """Paths of files in a request of JSON. A body without a type is tried, since frameworks read it as JSON.
+
+    Raises:
+        Refused: not the JSON that its type says, or a file that the server would fetch from elsewhere itself.
+    """
+    if not body or (kind is not None and "json" not in kind.lower()):
+        return []
     try:
-        rest: list[Any] = [json.loads(body)] if body else []
+        rest: list[Any] = [json.loads(body)]
     except (ValueError, RecursionError):
+        if kind is None:
+            return []
         raise Refused(400, "The request is no JSON.") from None
+    found = []
     while rest:
         value = rest.pop()
         if isinstance(value, dict):
-            if str(value.get("path", "")).lower().startswith(("http:", "https:")):
+            path = str(value.get("path", ""))
+            if path.lower().startswith(("http:", "https:")):
                 raise Refused(403, "This app fetches no files from elsewhere. Save the file, and bring it.")
+            found.append(path)
             rest += value.values()
         elif isinstance(value, list):
             rest += value
+    return found

@@ -128,7 +128,7 @@ def _cache(root: Path) -> Path:
     """The folder from which Gradio serves files, in the workspace and not where all of a machine look; old files go."""
     folder = root / "cache"
     folder.mkdir(exist_ok=True)
-    for file in folder.glob("*/*"):
+    for file in folder.rglob("*"):
         if file.is_file() and time.time() - file.stat().st_mtime > KEPT:
             file.unlink(missing_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
@@ -143,7 +143,7 @@ def _import_early() -> None:
 def build(studio: Studio) -> gr.Blocks:
     """The page with all tabs."""
     components.bound()
-    with gr.Blocks(title="veneer", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
+    with components.Page(title="veneer", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
         gr.Markdown("# veneer\nThin trained layers on frozen models: teach, draw, control, classify.", elem_id="head")
         with gr.Tabs():
             for each in pages():

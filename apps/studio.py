@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from veneer.injection import VeneerError
 from .job_queue import JobQueue
 from .jobs import Job, make
 from .painter import Painter
-from .workspace import Workspace
+from .workspace import Workspace, shown
 
+LOG = logging.getLogger("veneer.app")
 NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,7 +79,13 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except (VeneerError, ValueError, OSError) as error:
-        raise gr.Error(escaped(str(error)), duration=None, print_exception=False) from error
+        raise refusal(str(error)) from error
+
+
+def refusal(why: str) -> gr.Error:
+    """An error to raise: plain text on the page, one line in the server's log."""
+    LOG.warning("refused: %s", shown(why, 300))
+    return gr.Error(escaped(why), duration=None, print_exception=False)
 
 
 def escaped(text: str) -> str:

@@ -13,7 +13,7 @@ from veneer.formats import format_of, read
 from veneer.injection import VeneerError
 from veneer.training.photos import PhotoError, PhotoLimits, Picture, decode, read_bytes
 
-from .limits import LIMITS, Limits
+from .limits import LIMITS, MIB, Limits
 from .workspace import safe, shown
 
 PLENTY = 1024
@@ -33,6 +33,11 @@ def picture(path: str | Path, limits: Limits = LIMITS) -> Picture:
     """
     path = Path(path)
     name = shown(path.name)
+    if path.is_file() and path.stat().st_size > limits.photo_bytes:
+        raise PhotoError(
+            f"{name}: {path.stat().st_size / MIB:.1f} MiB; expected at most {limits.photo_bytes / MIB:g} MiB. Save it with fewer "
+            "pixels, or as a JPEG, and upload it again."
+        )
     try:
         data = read_bytes(path, photo_limits(limits))
     except PhotoError as error:

@@ -148,7 +148,7 @@ def bounded(text: str, what: str) -> str:
     return text.strip()
 
 
-def shown(text: str) -> str:
+def shown(text: str, most: int = 60) -> str:
     """At most 60 characters of a visitor's words, for messages; what turns or breaks a line is a question mark."""
-    plain = "".join(c if c.isprintable() else "?" for c in text[:61])
-    return plain if len(plain) <= 60 else plain[:57] + "…"
+    plain = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
+    return plain if len(plain) <= most else plain[: most - 3] + "…"

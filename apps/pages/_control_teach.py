@@ -24,7 +24,7 @@ MOST_DRAWN = 2000
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is taught, as a page was told; `None` and empty words are what is usual.
+    """What is trained, as the page says; empty text means the default.
 
     Args:
         photos: files; none for pictures that the base draws, `drawn` of them. `caption`: of photos.
@@ -33,7 +33,7 @@ class Lesson:
     method: Any
     condition: Any
     base: Any = "shipped"
-    steps: Any = None
+    steps: Any = 800
     photos: Sequence[str] = ()
     caption: Any = ""
     drawn: Any = 384
@@ -77,7 +77,7 @@ def begin(studio: Studio, workspace: Workspace, lesson: Lesson) -> tuple[Job, li
     caption, title = bounded(str(lesson.caption or ""), "caption"), bounded(str(lesson.title or ""), "title")
     words = ["control", "train", f"--method={lesson.method}", f"--condition={lesson.condition}", f"--base={base}"]
     words += [f"--drawn={int(number(lesson.drawn, 'pictures drawn', 8, MOST_DRAWN))}", "--tracker=none", "--checkpoint-every=100"]
-    words += [f"--steps={int(number(lesson.steps, 'steps', 1, MOST_STEPS))}"] if lesson.steps else []
+    words += [f"--steps={int(number(lesson.steps, 'steps', 1, MOST_STEPS))}"]
     words += [f"--template={caption}"] if caption else []
     refused: list[str] = []
     folder = None

@@ -85,6 +85,8 @@ def number(value: Any, name: str, least: float, most: float) -> float:
     Raises:
         VeneerError: none, or beyond them.
     """
+    if value is None or value == "":
+        raise VeneerError(f"{name} is empty; expected a number from {least:g} to {most:g}.")
     try:
         found = float(value)
     except (TypeError, ValueError, OverflowError):

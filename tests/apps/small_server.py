@@ -35,11 +35,13 @@ def page(root: Path) -> gr.Blocks:
     def refuse() -> None:
         raise VeneerError("\n\n".join(words))
 
-    with gr.Blocks(analytics_enabled=False, delete_cache=(3600, 3600)) as found:
+    with components.Page(analytics_enabled=False, delete_cache=(3600, 3600)) as found:
         text, picture, told = gr.Textbox(label="Text"), gr.Image(type="pil", label="Picture"), gr.Textbox(label="Told")
         gr.Button("Slow").click(slow, text, told, api_name="slow", concurrency_limit=1)
         picture.upload(lambda image: str(image.size), picture, told, api_name="look")
         gr.Button("Refuse").click(explained(refuse), None, None)
+        number = gr.Number(label="Steps", precision=0, minimum=1, maximum=9)
+        gr.Button("Count").click(lambda n: str(n), number, told, api_name="count")
         gr.Markdown("\n\n".join(map(escaped, words)), elem_id="markdown")
         gr.HTML("".join(f'<p title="{escaped(each)}">{escaped(each)}</p>' for each in words), elem_id="html")
     return found.queue(max_size=3, api_open=False)
@@ -56,7 +58,7 @@ def serve(root: Path, login: str | None) -> None:
         quiet=True,
         ssr_mode=False,
         allowed_paths=[],
-        auth=[tuple(login.split(":"))] if login else None,
+        auth=[tuple(each.split(":")) for each in login.split(",")] if login else None,
         max_file_size=SMALL.file_bytes,
         mcp_server=False,
         run_history=False,
