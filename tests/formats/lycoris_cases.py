@@ -86,8 +86,11 @@ def made(pipe: Any, place: Place, algo: str, **options: Any) -> Any:
 def change(module: Any) -> Tensor:
     """W' − W as a module's forward pass has it. `get_diff_weight` of LoHa and LoKr has the scale twice."""
     with torch.no_grad():
-        if hasattr(module, "get_weight") and not getattr(module, "wd", False):
-            return module.get_weight(module.shape).double()
+        if hasattr(module, "get_weight"):
+            delta = module.get_weight(module.shape)
+            if not module.wd:
+                return delta.double()
+            return module.apply_weight_decompose(module.org_weight + delta).double() - module.org_weight.double()
         return module.get_merged_weight()[0].double() - module.org_weight.double()
 
 
@@ -120,6 +123,9 @@ def read(pipe: Any, path: Path) -> dict[str, Tensor]:
         if kind is ALGOS["ia3"]:  # its own reader takes one tensor of two
             module: Any = kind(name, base, 1.0, train_on_input=bool(params[1]))
             module.weight.data.copy_(params[0])
+        elif (m := tensors.get(f"{name}.dora_scale")) is not None and len(m) == 1:  # its reader has no wd_on_output=False
+            module = lycoris.make_module(kind, (*params[:-1], None), name, base)
+            module.wd, module.wd_on_out, module.dora_scale = True, False, nn.Parameter(m)
         else:
             module = lycoris.make_module(kind, params, name, base)
         found |= by_site(known[name], change(module))

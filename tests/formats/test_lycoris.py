@@ -23,7 +23,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # to LyCORIS' algorithm, 
     "locon": ("locon", "lora", {"lora_dim": 3, "alpha": 2.0}),
     "locon-tucker": ("locon", "lora", {"lora_dim": 3, "alpha": 2.0, "use_tucker": True}),
     "dora": ("locon", "dora", {"lora_dim": 3, "alpha": 2.0, "weight_decompose": True}),
+    "dora-input": ("locon", "dora", {"lora_dim": 3, "alpha": 2.0, "weight_decompose": True, "wd_on_out": False}),
     "loha": ("loha", "loha", {"lora_dim": 3, "alpha": 2.0}),
+    "loha-dora": ("loha", "loha", {"lora_dim": 3, "alpha": 2.0, "weight_decompose": True}),
+    "loha-dora-input": ("loha", "loha", {"lora_dim": 2, "use_tucker": True, "weight_decompose": True, "wd_on_out": False}),
+    "lokr-dora": ("lokr", "lokr", {"lora_dim": 1, "alpha": 0.5, "weight_decompose": True}),
+    "lokr-dora-input": ("lokr", "lokr", {"lora_dim": 9, "full_matrix": True, "weight_decompose": True, "wd_on_out": False}),
     "loha-tucker": ("loha", "loha", {"lora_dim": 2, "alpha": 3.0, "use_tucker": True, "rs_lora": True}),
     "lokr": ("lokr", "lokr", {"lora_dim": 1, "alpha": 0.5}),
     "lokr-both": ("lokr", "lokr", {"lora_dim": 1, "alpha": 3.0, "decompose_both": True}),
@@ -48,7 +53,12 @@ def sites_of(family: str, case: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("family", "case"),
-    [(family, case) for family in SITES for case in CASES if family != "sdxl" or case in ("dora", "loha-tucker", "boft")],
+    [
+        (family, case)
+        for family in SITES
+        for case in CASES
+        if family != "sdxl" or case in ("dora", "dora-input", "loha-tucker", "boft")
+    ],
 )
 def test_both_ways(tmp_path: Path, family: str, case: str) -> None:
     """LyCORIS' file makes its change here; what is written of it makes the same change in LyCORIS, and here again."""

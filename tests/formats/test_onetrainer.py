@@ -175,3 +175,25 @@ def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
     save_file({f"{n}.{k}": t.clone() for n in names for k, t in pair.items()}, tmp_path / "x.safetensors")
     with pytest.raises(LoadError, match=r"both change 'transformer\.transformer_blocks\.0\.attn\.to_q'"):
         veneer.load(tiny_pipeline("flux"), tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_the_default_dora_has_a_magnitude_per_input(tmp_path: Path, kind: str) -> None:
+    """`dora_scale` (1, d_in): W' = m·(W + ΔW) / ‖W + ΔW‖ with the norm of each input's column."""
+    name, generator = "lora_transformer_single_transformer_blocks_1_proj_mlp", torch.Generator().manual_seed(0)
+    pipe = tiny_pipeline("flux")
+    before = pipe.transformer.single_transformer_blocks[1].proj_mlp.weight.detach().clone()
+    out, width = before.shape
+    lora = {"lora_down.weight": (2, width), "lora_up.weight": (out, 2)}
+    parts = lora if kind == "lora" else {"lokr_w1": (4, 2), "lokr_w2": (out // 4, width // 2)}
+    given = {end: torch.randn(shape, generator=generator) * 0.3 for end, shape in parts.items()}
+    m = torch.rand(1, width, generator=generator) + 0.5
+    rest = {f"{name}.dora_scale": m, f"{name}.alpha": torch.tensor(2.0)}
+    save_file({f"{name}.{end}": t for end, t in given.items()} | rest, tmp_path / "x.safetensors")
+    loaded = veneer.load(pipe, tmp_path / "x")
+    assert loaded.method.name == {"lora": "dora", "lokr": "lokr"}[kind]
+    change = given["lora_up.weight"] @ given["lora_down.weight"] if kind == "lora" else torch.kron(*given.values())
+    after = before + change
+    loaded.merge()
+    got = dict(loaded.host_state_dict("transformer"))["single_transformer_blocks.1.proj_mlp.weight"]
+    torch.testing.assert_close(got, m * after / after.norm(dim=0, keepdim=True), rtol=1e-5, atol=1e-5)

@@ -32,6 +32,9 @@ PAIRS = [(family, *pair) for family, (_, some) in WHERE.items() for pair in perm
 # of other methods, where they are the same function in two formats
 OTHERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "dora": ({"rank": 2, "alpha": 3.0}, ("native", "lycoris", "diffusers", "peft_folder")),
+    "dora-input": ({"rank": 2, "alpha": 3.0, "norm_axis": "input"}, ("native", "lycoris")),
+    "loha-dora": ({"rank": 2, "alpha": 3.0, "norm_axis": "input"}, ("native", "lycoris")),
+    "lokr-dora": ({"factor": 4, "rank": 1, "norm_axis": "output"}, ("native", "lycoris")),
     "loha": ({"rank": 2, "alpha": 3.0}, ("native", "lycoris", "peft_folder")),
     "lokr": ({"factor": 4, "rank": 1, "alpha": 3.0}, ("native", "lycoris", "peft_folder")),
     "ia3": ({}, ("native", "lycoris", "peft_folder")),
@@ -87,7 +90,7 @@ def wanted() -> Any:
 def case(key: str) -> tuple[str, str, dict[str, Any], list[str]]:
     if key in WHERE:
         return key, "lora", {"rank": 3, "alpha": 2.0, "ranks": {"*.v": 2}, "alphas": {"*.q": 5.0}}, WHERE[key][0]
-    return "sd", key, OTHERS[key][0], ["attn.{k,v}"] if key == "ia3" else ["attn.q", "xattn.v"]
+    return "sd", key.partition("-")[0], OTHERS[key][0], ["attn.{k,v}"] if key == "ia3" else ["attn.q", "xattn.v"]
 
 
 @pytest.mark.parametrize(("key", "form", "to"), [*PAIRS, *OTHER_PAIRS], ids=lambda v: v)
@@ -112,9 +115,13 @@ def test_converted_it_changes_every_weight_as_before(
         ("pixart", "kohya", "part of a PixArtTransformer2DModel, which the layout has no"),
         ("dit", "comfyui", "part of a DiTTransformer2DModel"),
         ("sd", "peft_folder", "a folder is for one model"),
+        ("dora-input", "diffusers", "has norm_axis='input'"),
+        ("dora-input", "peft_folder", "has norm_axis='input'"),
+        ("loha-dora", "peft_folder", "has magnitudes"),
+        ("lokr-dora", "peft_folder", "has magnitudes"),
     ],
 )
 def test_what_the_other_cannot_hold_is_no_file(files: Any, tmp_path: Path, family: str, to: str, message: str) -> None:
     with pytest.raises(SaveError, match=message):
-        convert(tiny_pipeline(family), files(family, "native"), to, tmp_path / "out")
+        convert(tiny_pipeline(case(family)[0]), files(family, "native"), to, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

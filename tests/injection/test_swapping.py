@@ -65,7 +65,11 @@ ROOMS = [
     (LoKr(factor=2), LoKr(factor=2, rank=1, alpha=3.0, low="both"), WEIGHTS),
     (LoKr(factor=2, rank=3, alpha=2.0, low="right"), LoKr(factor=2, rank=2, low="right"), WEIGHTS),
     (LoKr(factor=2, rank=3, alpha=2.0, low="both"), LoKr(factor=2, rank=1, alpha=3.0, low="both"), WEIGHTS),
+    (DoRA(rank=8, alpha=2.0, norm_axis="input"), DoRA(rank=4, alpha=3.0, norm_axis="input"), "conv attn.{q,k} head"),
+    (LoHa(rank=4, norm_axis="output"), LoHa(rank=2, alpha=3.0, norm_axis="output"), WEIGHTS),
+    (LoKr(factor=2, norm_axis="input"), LoKr(factor=2, rank=1, alpha=3.0, low="both", norm_axis="input"), WEIGHTS),
     (OFT(blocks=1), OFT(block_size=3), WEIGHTS),
+    (OFT(blocks=1, neumann_terms=5), OFT(block_size=3, neumann_terms=5), WEIGHTS),
     (OFT(blocks=1, rescale=True), OFT(block_size=3, share=True, coft=0.01), WEIGHTS),
     (OFT(block_size=3, share=True), OFT(block_size=3, share=True, coft=0.01), WEIGHTS),
     (OFT(block_size=3, rescale=True, side="output"), OFT(block_size=3, rescale=True, side="output"), "conv attn.{q,k,out}"),
@@ -117,6 +121,10 @@ REFUSED = [
     (OFT(block_size=2), OFT(block_size=3), "attn.q", "attn.q", r"2 blocks of side 3, which do not make up 3 of side 2"),
     (OFT(block_size=6), OFT(block_size=3, rescale=True), "attn.q", "attn.q", r"learned lengths.*attach with rescale=True"),
     (OFT(block_size=6, coft=1e-6), OFT(block_size=6), "attn.q", "attn.q", r"outside of the radius .*attach with coft=None"),
+    (OFT(block_size=3), OFT(block_size=3, neumann_terms=5), "attn.q", "attn.q", r"attach with neumann_terms=5"),
+    (DoRA(rank=2), DoRA(rank=2, norm_axis="input"), "attn.q", "attn.q", r"attach with norm_axis='input'"),
+    (LoHa(rank=2), LoHa(rank=2, norm_axis="input"), "attn.q", "attn.q", r"attach with norm_axis='input'"),
+    (LoKr(norm_axis="output"), LoKr(norm_axis="input"), "attn.q", "attn.q", r"attach with norm_axis='input'"),
     (OFT(block_size=3), OFT(block_size=3, side="output"), "attn.q", "attn.q", r"it turns the other side"),
 ]  # fmt: skip
 

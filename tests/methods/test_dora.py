@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import peft
 import pytest
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.injection import toy
+from tests.methods.layers import site_of, trained
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.dora import DoRA, DoRAAdapter
+from veneer.methods.reparameterized.loha import LoHa
+from veneer.methods.reparameterized.lokr import LoKr
 
 LINEAR = WeightSite(name="l", role="mlp.in", path="0", d_out=5, d_in=7)
 
@@ -99,6 +103,41 @@ def test_a_fresh_adapter_changes_nothing_bitwise_and_its_count_is_the_formula(ba
     assert torch.equal(adapter.weight(base.weight), base.weight)
     assert adapter.down.abs().min() > 0
     assert method.count(site) == sum(p.numel() for p in adapter.parameters())
+
+
+METHODS = [DoRA(rank=4, norm_axis="input"), *(
+    method(rank=2, alpha=3.0, norm_axis=axis) for method in (LoHa, LoKr) for axis in ("output", "input"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{m.norm_axis}")
+@pytest.mark.parametrize("base", [nn.Linear(8, 6), nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3, groups=2)], ids=repr)
+def test_the_norm_of_either_axis_around_any_change(method: Any, base: nn.Module) -> None:
+    """m·V / ‖V‖, V = W + s·ΔW, channel by channel; nothing at the start, and the norm is a constant for the gradient."""
+    site = site_of(base)
+    adapter = method.build(site)
+    assert torch.equal(adapter.weight(base.weight), base.weight)
+    assert method.count(site) == sum(p.numel() for p in adapter.parameters())
+    adapter, weight = trained(method, site), base.weight.detach().double()
+    v = (weight + adapter.delta().detach() * adapter.scaling).movedim(0 if method.norm_axis == "output" else 1, 0)
+    start = weight.movedim(0 if method.norm_axis == "output" else 1, 0)
+    want = torch.stack([
+        (w.pow(2).sum().sqrt() + d) * row / row.pow(2).sum().sqrt()
+        for w, row, d in zip(start, v, adapter.magnitude_delta.detach(), strict=True)
+    ]).movedim(0, 0 if method.norm_axis == "output" else 1)  # fmt: skip
+    got = adapter.weight(weight)
+    torch.testing.assert_close(got.detach(), want)
+    got.sum().backward()
+    lengths = v.flatten(1).norm(dim=1)
+    torch.testing.assert_close(adapter.magnitude_delta.grad, v.flatten(1).sum(1) / lengths)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in adapter.parameters())
+    adapter.strength.fill_(0.5)
+    torch.testing.assert_close(adapter.weight(weight).detach(), (want + weight) / 2)
+
+
+@pytest.mark.parametrize("method", [DoRA, LoHa, LoKr])
+def test_another_axis_is_rejected(method: Any) -> None:
+    with pytest.raises(ValueError, match="norm_axis"):
+        method(norm_axis="both")
 
 
 def test_the_norm_is_a_constant_for_the_gradient() -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ._kohya_fused import Pair, alike, together
 from ._lycoris_codec import Codec, Group, Module, Piece, Shapes, put, spans, straight, take
+from ._lycoris_lora import decomposition
+from ._magnitudes import SCALE, change, change_of, decomposed, written
 from ._pairs import alpha_of
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -21,12 +23,13 @@ class LoHaCodec(Codec):
     """`hada_w1_a` (d_out, r) B1, `hada_w1_b` (r, d_in·k·k) A1, `hada_w2_…` the same, `alpha`; ΔW = (alpha / r)·(B1 A1) ∘ (B2 A2).
 
     Tucker: `hada_t1` (r, r, k, k) the core, `hada_w1_a` (r, d_out), `hada_w1_b` (r, d_in).
-    A fused projection is split by the rows of both B, and joined block by block, as LoRA is.
+    A fused projection is split by the rows of both B, and joined block by block, as LoRA is. With `dora_scale` W + ΔW is
+    decomposed, as in `DoRACodec`.
     """
 
     method: ClassVar[str] = "loha"
     algo: ClassVar[str] = "loha"
-    ends: ClassVar[tuple[str, ...]] = (*FACTORS, *CORES)
+    ends: ClassVar[tuple[str, ...]] = (*FACTORS, *CORES, SCALE)
     groups: ClassVar[bool] = True
 
     def mine(self, shapes: Shapes) -> bool:
@@ -42,7 +45,7 @@ class LoHaCodec(Codec):
         inner = site.weight_shape[1 : 2 if cores else None]
         ups = {name: (take(up1, rows), take(up2, rows)) for name, rows in spans(module.place).items()}
         used = {name: _used(*both) if len(ups) > 1 else torch.ones(rank, dtype=torch.bool) for name, both in ups.items()}
-        if not any(keep.any() for keep in used.values()):
+        if SCALE in module.parts or not any(keep.any() for keep in used.values()):
             used = {name: torch.ones_like(keep) for name, keep in used.items()}
         pieces = []
         for site in (s for s in module.place.sites if used[s.name].any()):
@@ -52,10 +55,13 @@ class LoHaCodec(Codec):
             state |= {f"down{i}": down[keep].reshape(count, *inner) for i, down in enumerate((down1, down2), 1)}
             state |= {f"core{i}": core for i, core in enumerate(cores, 1)}
             tucker = {"tucker": bool(cores)} if math.prod(site.kernel) > 1 else {}
-            pieces.append(Piece(site, {"rank": count, "alpha": scaling * count, **tucker}, state))
-        return pieces
+            pieces.append(Piece(site, {"rank": count, "alpha": scaling * count, **tucker, "norm_axis": None}, state))
+        return decomposed(module, pieces, lambda p: change_of("loha", p, p.options)) if SCALE in module.parts else pieces
 
     def write(self, group: Group) -> dict[str, Tensor]:
+        return self._factors(group) | written(group, change)
+
+    def _factors(self, group: Group) -> dict[str, Tensor]:
         first = next(iter(group.adapters.values()))
         if first.core1 is not None:  # a convolution, which is never fused
             ups = [put(group.place, {group.site.name: up.detach()}).mT for up in (first.up1, first.up2)]
@@ -68,7 +74,8 @@ class LoHaCodec(Codec):
         return _scaled(dict(zip(FACTORS, (first.up, first.down, second.up, second.down), strict=True)), first.scaling)
 
     def args(self, group: Group) -> dict[str, str]:
-        return {"use_tucker": "True"} if any(a.core1 is not None for a in group.adapters.values()) else {}
+        tucker = {"use_tucker": "True"} if any(a.core1 is not None for a in group.adapters.values()) else {}
+        return tucker | decomposition(group)
 
 
 def _factors(module: Module) -> tuple[Factors, list[Tensor]]:

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..functional.kronecker import kron_factors
 from ..injection.sites import WeightSite
 from ._lycoris_codec import Codec, Group, Module, Piece, Shapes, Spans, aligned, put, spans, straight, take
+from ._lycoris_lora import decomposition
+from ._magnitudes import SCALE, change, change_of, decomposed, written
 from ._pairs import alpha_of
 
 LEFT, RIGHT = ("lokr_w1", "lokr_w1_a", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a", "lokr_w2_b")
@@ -48,12 +50,13 @@ class LoKrCodec(Codec):
 
     A factor of low rank is `…_a` (rows, r) times `…_b` (r, columns[·k·k]); then s = alpha / r, where both are full s = 1. With
     `lokr_t2` (r, r, k, k) D is a Tucker product of `lokr_w2_a` (r, vp) and `lokr_w2_b` (r, vq); it is read as a full D.
-    A fused projection is split where its slices are whole blocks of vp rows, or lie inside one.
+    A fused projection is split where its slices are whole blocks of vp rows, or lie inside one. With `dora_scale` W + ΔW is
+    decomposed, as in `DoRACodec`.
     """
 
     method: ClassVar[str] = "lokr"
     algo: ClassVar[str] = "lokr"
-    ends: ClassVar[tuple[str, ...]] = (*LEFT, *RIGHT, CORE)
+    ends: ClassVar[tuple[str, ...]] = (*LEFT, *RIGHT, CORE, SCALE)
     groups: ClassVar[bool] = True
 
     def mine(self, shapes: Shapes) -> bool:
@@ -72,11 +75,16 @@ class LoKrCodec(Codec):
                     f"is LoKr of a fused projection in blocks of {len(whole.right)} rows, and '{site.name}' has the rows "
                     f"{rows[0][0]} to {rows[-1][1]} of it, which are no Kronecker product"
                 )
-            if len(module.place.sites) == 1 or (found.left.any() and found.right.any()):
+            if len(module.place.sites) == 1 or SCALE in module.parts or (found.left.any() and found.right.any()):
                 pieces.append(_piece(site, found))
+        if SCALE in module.parts:
+            return decomposed(module, pieces, lambda p: change_of("lokr", p, _outright(p)))
         return pieces or [_piece(module.first, f) for f in [whole.rows(spans(module.place)[module.first.name])] if f]
 
     def write(self, group: Group) -> dict[str, Tensor]:
+        return self._factors(group) | written(group, change)
+
+    def _factors(self, group: Group) -> dict[str, Tensor]:
         given = {name: _of(adapter) for name, adapter in group.adapters.items()}
         found = _joined(group, given)
         full = found.left_down is None and found.right_down is None
@@ -95,8 +103,9 @@ class LoKrCodec(Codec):
         alphas = Counter(p.options["alpha"] for p in pieces if p.options["alpha"] is not None)
         both = rank is not None and any(p.options["left"] for p in pieces)
         alpha = alphas.most_common(1)[0][0] if alphas else None
+        axis = Counter(p.options["norm_axis"] for p in pieces).most_common(1)[0][0]
         tried = [
-            method(factor=factor, rank=rank, alpha=alpha, decompose_both=both)
+            method(factor=factor, rank=rank, alpha=alpha, decompose_both=both, norm_axis=axis)
             for factor in dict.fromkeys([-1, *(side for p in pieces for side in p.options["sides"])])
         ]
         best = max(tried, key=lambda m: sum(_tells(m, p) for p in pieces))
@@ -107,7 +116,8 @@ class LoKrCodec(Codec):
         splits = [a.split for a in group.adapters.values()]
         full = all(s.left_rank is None and s.right_rank is None for s in splits)
         both = any(s.left_rank is not None for s in splits)
-        return {"full_matrix": "True"} if full else {"decompose_both": "True"} if both else {}
+        form = {"full_matrix": "True"} if full else {"decompose_both": "True"} if both else {}
+        return form | decomposition(group)
 
 
 def _factors(module: Module) -> Factors:
@@ -171,7 +181,7 @@ def _piece(site: WeightSite, found: Factors) -> Piece:
     }
     state |= {f"{name}_down": down for name, down in low.items() if down is not None}
     uq = (found.left if found.left_down is None else found.left_down).shape[1]
-    options = {"sides": (len(found.left), uq), **ranks, "alpha": None if rank is None else scaling * rank}
+    options = {"sides": (len(found.left), uq), **ranks, "alpha": None if rank is None else scaling * rank, "norm_axis": None}
     return Piece(site, options, state)
 
 
@@ -180,7 +190,11 @@ def _tells(method: Any, piece: Piece) -> bool:
     site, wanted = piece.site, piece.options
     (up, _), (uq, _) = kron_factors(site.d_out, method.factor), kron_factors(site.weight_shape[1], method.factor)
     split = method.split(site)
-    same = (up, uq) == wanted["sides"] and (split.left_rank, split.right_rank) == (wanted["left"], wanted["right"])
+    same = (
+        (up, uq) == wanted["sides"]
+        and method.norm_axis == wanted["norm_axis"]
+        and (split.left_rank, split.right_rank) == (wanted["left"], wanted["right"])
+    )
     full = wanted["left"] is None and wanted["right"] is None
     return bool(same and (full or (method.alpha or method.rank) == wanted["alpha"]))
 
@@ -195,6 +209,7 @@ def _outright(piece: Piece) -> dict[str, Any]:
         "rank": left or right,
         "alpha": piece.options["alpha"],
         "decompose_both": False,
+        "norm_axis": piece.options["norm_axis"],
     }
 
 

@@ -15,6 +15,7 @@ from ._lycoris_codec import Piece
 from ._lycoris_loha import LoHaCodec
 from ._lycoris_lokr import LoKrCodec
 from ._lycoris_lora import DoRACodec, LoRACodec
+from ._magnitudes import SCALE
 from ._pairs import DOWN, UP
 from ._peft_codec import Layer, Part, PeftCodec, Settings
 from ._peft_config import DEFAULT_ALPHA, of, patterns, scaled_alpha
@@ -83,6 +84,8 @@ class DoRAPeft(LoRAPeft):
     def write(self, part: Part) -> dict[str, Tensor]:
         if part.site.groups != 1:
             raise part.refuse(f"is a convolution in {part.site.groups} groups, of which peft has another low-rank form")
+        if part.adapter.norm_axis != "output":
+            raise part.refuse("has norm_axis='input', and peft's DoRA takes the norm per output: another function")
         found = self.codec.write(part.group())
         m = found["dora_scale"].flatten()
         return {A: found[DOWN], B: found[UP], MAGNITUDE: m.view(1, -1, *(1,) * len(part.site.kernel)) if part.site.kernel else m}
@@ -97,7 +100,7 @@ class LoHaPeft(PeftCodec):
     kind: ClassVar[str] = "LOHA"
     method: ClassVar[str] = "loha"
     codec: ClassVar[LoHaCodec] = LoHaCodec()
-    ends: ClassVar[tuple[str, ...]] = codec.ends
+    ends: ClassVar[tuple[str, ...]] = tuple(end for end in codec.ends if end != SCALE)
 
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         return self.codec.rank(shapes)
@@ -113,6 +116,7 @@ class LoHaPeft(PeftCodec):
         return self.codec.read(layer.as_module({**parts, "alpha": torch.tensor(alpha, dtype=torch.float64)}))
 
     def write(self, part: Part) -> dict[str, Tensor]:
+        _undecomposed(part, "LoHa")
         found = self.codec.write(part.group())
         if part.adapter.core1 is None and len(part.site.kernel) == 2 and max(part.site.kernel) > 1:
             found = {k: t.flatten(1) if t.ndim > 2 else t for k, t in found.items()}
@@ -139,7 +143,7 @@ class LoKrPeft(PeftCodec):
     kind: ClassVar[str] = "LOKR"
     method: ClassVar[str] = "lokr"
     codec: ClassVar[LoKrCodec] = LoKrCodec()
-    ends: ClassVar[tuple[str, ...]] = codec.ends
+    ends: ClassVar[tuple[str, ...]] = tuple(end for end in codec.ends if end != SCALE)
 
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         return self.codec.rank(shapes)
@@ -155,6 +159,7 @@ class LoKrPeft(PeftCodec):
     def write(self, part: Part) -> dict[str, Tensor]:
         if part.site.groups != 1:
             raise part.refuse(f"is a convolution in {part.site.groups} groups, which peft's layout is not checked for")
+        _undecomposed(part, "LoKr")
         found = self.codec.write(part.group())
         found.pop("alpha", None)
         return found
@@ -186,6 +191,12 @@ class LoKrPeft(PeftCodec):
             "r": rank, "alpha": alpha, "rank_pattern": others, "alpha_pattern": alphas, "decompose_factor": method.factor,
             "decompose_both": both, "use_effective_conv2d": False, "rank_dropout": 0.0, "module_dropout": 0.0,
         }  # fmt: skip
+
+
+def _undecomposed(part: Part, what: str) -> None:
+    """Raise for magnitudes around a change (DoRA), for which peft's layout has no place."""
+    if part.adapter.norm_axis is not None:
+        raise part.refuse(f"has magnitudes (norm_axis={part.adapter.norm_axis!r}), which peft's {what} does not have")
 
 
 def _pair(layer: Layer) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class Lycoris(Format):
     attachment of its own, all or none; ranks, alphas and splits may differ by module.
 
     Missing alpha means alpha = rank, and an alpha of 0, which is read in two ways, is refused. What no method here holds (full
-    weights, norms, DoRA around LoHa or LoKr or by inputs, T-LoRA) is refused by name, as is on writing what is another function
+    weights, norms, T-LoRA) is refused by name, as is on writing what is another function
     in this layout: input-side OFT and BOFT, elementwise GLoRA, grouped convolutions but for LoHa and LoKr, slices of a fused
     projection that are not of that form together.
     Source: KohakuBlueleaf/LyCORIS 4.1 `lycoris/modules`, `lycoris/kohya.py`; kohya-ss/sd-scripts `networks/oft.py`,

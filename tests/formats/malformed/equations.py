@@ -35,10 +35,14 @@ def lora(down: Array, up: Array, scale: Callable[[int], float], weight: Array, m
 
 
 def dora(change: Array, m: Array, weight: Array) -> Array:
-    after = (weight + change).reshape(len(weight), -1)
-    require(m.size == len(weight) and np.linalg.norm(after, axis=1).all(), "magnitudes")
-    turned = m.reshape(-1, 1) * after / np.linalg.norm(after, axis=1, keepdims=True)
-    return turned.reshape(weight.shape) - weight
+    """m (d_out, 1, …) with the norm of each output's row, or m (1, d_in, …) with that of each input's column."""
+    inputs = not (m.ndim and m.size == len(m) == len(weight))
+    require(not inputs or (m.ndim > 1 and m.size == m.shape[1] == weight.shape[1]), "magnitudes")
+    after = np.moveaxis(weight + change, 1, 0) if inputs else weight + change
+    flat = after.reshape(len(after), -1)
+    require(np.linalg.norm(flat, axis=1).all(), "magnitudes")
+    turned = (m.reshape(-1, 1) * flat / np.linalg.norm(flat, axis=1, keepdims=True)).reshape(after.shape)
+    return (np.moveaxis(turned, 0, 1) if inputs else turned) - weight
 
 
 def sides(factor: Array, inner: tuple[int, ...] = ()) -> Array:
@@ -187,12 +191,15 @@ def changed(parts: dict[str, Array], weight: Array) -> Array:
         require(ends == {"weight", "on_input"}, "other ends")
         return ia3(parts, weight)
     if any(end.startswith("hada_") for end in ends):
-        require(ends <= {f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")} | {"alpha"}, "other ends")
-        return loha(parts, scale, weight)
+        names = {f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
+        require(ends <= names | {"alpha", "dora_scale"}, "other ends")
+        change = loha(parts, scale, weight)
+        return dora(change, parts["dora_scale"], weight) if "dora_scale" in ends else change
     if any(end.startswith("lokr_") for end in ends):
         names = {f"lokr_w{i}{end}" for i in "12" for end in ("", "_a", "_b")}
-        require(ends <= names | {"lokr_t2", "alpha"}, "other ends")
-        return lokr(parts, lambda rank: scale_of(parts, rank) if rank else 1.0, weight)
+        require(ends <= names | {"lokr_t2", "alpha", "dora_scale"}, "other ends")
+        change = lokr(parts, lambda rank: scale_of(parts, rank) if rank else 1.0, weight)
+        return dora(change, parts["dora_scale"], weight) if "dora_scale" in ends else change
     if "a1.weight" in ends:
         require(ends <= {f"{x}.weight" for x in ("a1", "a2", "b1", "b2")} | {"alpha"}, "other ends")
         return glora(parts, scale, weight)

@@ -201,6 +201,8 @@ def _lycoris(folder: Path) -> Iterator[Good]:
     low = {fc + down: (2, 6), fc + up: (8, 2), conv + down: (3, 2, 1, 1), conv + mid: (3, 3, 3, 3), conv + up: (6, 3, 1, 1)}
     yield of("lora", {**_of(low), conv + "alpha": alphas[conv + "alpha"]})
     yield of("dora", {**_of({fc + down: (2, 6), fc + up: (8, 2), fc + "dora_scale": (8, 1)}), fc + "alpha": torch.tensor(3.0)})
+    inputs = {fc + down: (2, 6), fc + up: (8, 2), fc + "dora_scale": (1, 6)}
+    yield of("dora-input", {**_of(inputs), fc + "alpha": torch.tensor(3.0)})
     hada = {fc + "hada_w1_a": (8, 2), fc + "hada_w1_b": (2, 6), fc + "hada_w2_a": (8, 2), fc + "hada_w2_b": (2, 6)}
     tucker = {
         f"{conv}hada_{k}{i}{x}": s
@@ -208,10 +210,12 @@ def _lycoris(folder: Path) -> Iterator[Good]:
         for k, x, s in (("t", "", (2, 2, 3, 3)), ("w", "_a", (2, 6)), ("w", "_b", (2, 2)))
     }
     yield of("loha", {**_of({**hada, **tucker}), fc + "alpha": torch.tensor(1.5)})
+    yield of("loha-dora", {**_of({**hada, **tucker, fc + "dora_scale": (1, 6)}), fc + "alpha": torch.tensor(1.5)})
     kron = {fc + "lokr_w1": (2, 2), fc + "lokr_w2_a": (4, 2), fc + "lokr_w2_b": (2, 3)}
     kron |= {out + "lokr_w1": (2, 2), out + "lokr_w2": (2, 4)}
     core = {conv + "lokr_w1": (2, 2), conv + "lokr_w2_a": (2, 3), conv + "lokr_w2_b": (2, 1), conv + "lokr_t2": (2, 2, 3, 3)}
     yield of("lokr", {**_of({**kron, **core}), fc + "alpha": torch.tensor(1.5)})
+    yield of("lokr-dora", _of({**kron, out + "dora_scale": (4, 1)}))
     turns = _of({fc + "oft_blocks": (2, 4, 4), fc + "rescale": (8, 1), out + "oft_blocks": (1, 4, 4)})
     yield of("oft", {**turns, out + "alpha": torch.tensor(0.01)})
     yield of("boft", _of({fc + "oft_blocks": (2, 4, 2, 2), fc + "rescale": (8, 1)}))

@@ -101,7 +101,10 @@ def _module(
             change = lora(parts["lora_A.weight"], parts["lora_B.weight"], scale, weight)
             magnitude = parts.get("lora_magnitude_vector")
             require((magnitude is not None) or not config.get("use_dora"), "no magnitudes")
-            return {key: change if magnitude is None else dora(change, magnitude, weight)}
+            if magnitude is None:
+                return {key: change}
+            require(magnitude.size == len(weight), "magnitudes")
+            return {key: dora(change, magnitude.reshape(-1), weight)}
         if kind == "LOHA":
             return {key: loha(parts, scale, weight)}
         if kind == "LOKR":

@@ -44,9 +44,19 @@ def lora_state(arena: Any, other: Any | None) -> State:
             state["core"] = padded(padded(other.core, rank, 0, groups), rank // groups, 1)
     except ValueError as error:
         raise ValueError(f"{error}; attach with rank={down.shape[1 if embedding else 0]} or more") from error
-    if "magnitude_delta" in state:
-        state["magnitude_delta"] = other.magnitude_delta
-    return state
+    return _with_magnitudes(state, arena, other)
+
+
+def _with_magnitudes(state: State, arena: Any, other: Any) -> State:
+    """The state with the other's learned magnitudes.
+
+    Raises:
+        ValueError: one has magnitudes of another axis, or none.
+    """
+    here, there = (getattr(adapter, "norm_axis", None) for adapter in (arena, other))
+    if here != there:
+        raise ValueError(f"its norm_axis is {there}, not {here}; attach with norm_axis={there!r}")
+    return {**state, "magnitude_delta": other.magnitude_delta} if "magnitude_delta" in state else state
 
 
 def _pair(other: Any, groups: int) -> tuple[Tensor, Tensor]:
@@ -63,8 +73,9 @@ def loha_state(arena: Any, other: Any | None) -> State:
     state = {key: torch.zeros_like(tensor) for key, tensor in arena.state_dict().items()}
     if other is None:
         return state
-    found = other.state_dict()
-    if found.keys() != state.keys():
+    found, state = other.state_dict(), _with_magnitudes(state, arena, other)
+    found.pop("magnitude_delta", None)
+    if found.keys() != state.keys() - {"magnitude_delta"}:
         raise ValueError("it has cores or none, the other way than the attachment; attach with its own tucker=")
     rank = arena.up1.shape[1]
     found["up2"] = _scaled(other.up2, other.scaling, arena.scaling)
@@ -114,7 +125,9 @@ def lokr_state(arena: Any, other: Any | None) -> State:
             rank = getattr(arena, f"{side}_down").shape[0]
             state[f"{side}_up"] = padded(_scaled(getattr(other, f"{side}_up"), scale, ratio), rank, 1)
             state[f"{side}_down"] = padded(getattr(other, f"{side}_down"), rank, 0)
-    return state
+    if "magnitude_delta" in arena.state_dict():
+        state["magnitude_delta"] = torch.zeros_like(arena.magnitude_delta)
+    return _with_magnitudes(state, arena, other)
 
 
 def turn_state(arena: Any, other: Any | None) -> State:

@@ -20,6 +20,7 @@ from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._low_rank import pairs_in
 from veneer.methods.reparameterized._swapping import lora_state
+from veneer.methods.reparameterized._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 
 class DoRAAdapter(Adapter):
@@ -30,6 +31,7 @@ class DoRAAdapter(Adapter):
     """
 
     blends: ClassVar[bool] = True
+    norm_axis: ClassVar[NormAxis] = "output"
     host: nn.Module
 
     def __init__(self, site: WeightSite, rank: int, scaling: float) -> None:
@@ -101,6 +103,26 @@ class DoRAAdapter(Adapter):
         return vector.view(-1, *(1,) * (like.ndim - 1))
 
 
+class InputDoRAAdapter(DecomposedAdapter):
+    """W' = (W + s·B A)·diag(g), g = m / ‖W + s·B A‖ per input channel; weight form only. Shapes of `down` and `up` as DoRA's."""
+
+    def __init__(self, site: WeightSite, rank: int, scaling: float) -> None:
+        super().__init__()
+        self.site, self.scaling, self.pairs = site, scaling, pairs_in(site, rank)
+        self.down = nn.Parameter(torch.empty(rank, site.d_in // site.groups, *site.kernel))
+        self.up = nn.Parameter(zeros(site.d_out, rank // self.pairs, *(1,) * len(site.kernel)))
+        self.decompose("input")
+
+    def delta(self) -> Tensor:
+        """B A in the weight's shape."""
+        up, down = (t.flatten(1).unflatten(0, (self.pairs, -1)) for t in (self.up, self.down))
+        return (up @ down).reshape(self.site.weight_shape)
+
+    def taking(self, other: DoRAAdapter | InputDoRAAdapter | None) -> dict[str, Tensor]:
+        """State with which this makes the change of `other`, or none. `ValueError` if its rank or norm axis does not fit."""
+        return lora_state(self, other)
+
+
 @dataclass(frozen=True)
 class DoRA(Method):
     """W' = m·(W + s·B A) / ‖W + s·B A‖ per output, with s = alpha / rank; m, A and B are trained, m starts as ‖W‖ and B as 0.
@@ -108,8 +130,11 @@ class DoRA(Method):
     Args:
         rank: columns of B and rows of A, at least 1.
         alpha: numerator of the scale; None means the rank, so that s = 1.
+        norm_axis: `output` takes the norm of each output's row, as the authors, peft and LyCORIS do by default. `input` takes it
+            of each input channel's column, over all outputs and the kernel, as OneTrainer does by default and LyCORIS with
+            `wd_on_output=False`; W is then recomputed in each forward pass, so a quantized base is rejected.
     Convolutions: one norm an output channel, over its inputs and kernel; grouped ones have A and B as in `lora`.
-    Counts: d_out per site more than `lora`; ViT-B/16's q, k and v as one weight, rank 8: 26,880.
+    Counts: d_out (`input`: d_in / groups) per site more than `lora`; ViT-B/16's q, k and v as one weight, rank 8: 26,880.
     Source: Liu et al., DoRA, ICML 2024, equation 5; the norm is a constant for the gradient, section 4.3. The paper writes W as
     (inputs, outputs), so that its norm of a column is that of an output here, as in its code and in peft. Deviations: the
     trained tensor is m − ‖W‖, which is the same function and gradient, and begins as nothing on any base; a bias is added
@@ -124,18 +149,25 @@ class DoRA(Method):
 
     rank: int = 8
     alpha: float | None = None
+    norm_axis: NormAxis = "output"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"dora: rank must be at least 1, got {self.rank}")
+        if self.norm_axis not in AXES:
+            raise ValueError(f"dora: norm_axis must be one of {', '.join(AXES)}; got {self.norm_axis!r}")
 
-    def build(self, site: WeightSite) -> DoRAAdapter:
+    def build(self, site: WeightSite) -> DoRAAdapter | InputDoRAAdapter:
         """A, B and m − ‖W‖ for one weight."""
-        adapter = DoRAAdapter(site, self.rank, (self.alpha or self.rank) / self.rank)
+        kind = DoRAAdapter if self.norm_axis == "output" else InputDoRAAdapter
+        adapter = kind(site, self.rank, (self.alpha or self.rank) / self.rank)
         nn.init.kaiming_uniform_(adapter.down, a=math.sqrt(5))
         return adapter
 
     def count(self, site: WeightSite) -> int:
-        """rank·(d_in·k·k + d_out) / groups + d_out; rank·(d_in·k·k / groups + d_out) + d_out with one A for all groups."""
+        """rank·(d_in·k·k + d_out) / groups + d_out; rank·(d_in·k·k / groups + d_out) + d_out with one A for all groups.
+
+        With `norm_axis="input"` d_in / groups in the place of the last d_out.
+        """
         low = self.rank * math.prod(site.weight_shape[1:]) + site.d_out * self.rank // pairs_in(site, self.rank)
-        return low + site.d_out
+        return low + magnitude_count(site, self.norm_axis)

@@ -15,10 +15,11 @@ from veneer.functional.hadamard import hadamard, hadamard_pair
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._swapping import loha_state
+from veneer.methods.reparameterized._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 
-class LoHaAdapter(Adapter):
-    """y' = y + s·ΔW x, W' = W + s·ΔW with ΔW = (B1 A1) ∘ (B2 A2).
+class LoHaFactors(Adapter):
+    """ΔW = (B1 A1) ∘ (B2 A2).
 
     Shapes: `up1`, `up2` are B, (d_out, rank); `down1`, `down2` are A, (rank, d_in / groups, *kernel). In the Tucker form A is
     (rank, d_in / groups), and `core1`, `core2` (rank, rank, *kernel) stand between: A[p, i, …] = Σ_q core[p, q, …] down[q, i].
@@ -41,6 +42,26 @@ class LoHaAdapter(Adapter):
         self.factored = one_pass < site.d_out * width * size
         # a training step takes three such passes; with W changed it takes one of W's size, for ΔW's gradient
         self.prefers_weight = 3 * one_pass > site.d_out * width * size
+
+    def taking(self, other: LoHaFactors | None) -> dict[str, Tensor]:
+        """State with which this makes the change of `other`, or none. `ValueError` where its rank finds no room in this one's."""
+        return loha_state(self, other)
+
+    def delta(self) -> Tensor:
+        """ΔW in the weight's shape, without any scale."""
+        first, second = self._down(self.down1, self.core1), self._down(self.down2, self.core2)
+        return hadamard(self.up1, first.flatten(1), self.up2, second.flatten(1)).reshape(self.site.weight_shape)
+
+    @staticmethod
+    def _down(down: Tensor, core: Tensor | None) -> Tensor:
+        """A, (rank, d_in / groups, *kernel)."""
+        return down if core is None else torch.einsum("pq...,qi->pi...", core, down)
+
+
+class LoHaAdapter(LoHaFactors):
+    """y' = y + s·ΔW x, W' = W + s·ΔW."""
+
+    norm_axis: ClassVar[None] = None
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: what the module read; y: what it gave. Through the rank r² where that takes fewer multiplications than ΔW."""
@@ -66,19 +87,13 @@ class LoHaAdapter(Adapter):
         """W + s·ΔW."""
         return weight + self.delta() * (self.strength * self.scaling)
 
-    def taking(self, other: LoHaAdapter | None) -> dict[str, Tensor]:
-        """State with which this makes the change of `other`, or none. `ValueError` where its rank finds no room in this one's."""
-        return loha_state(self, other)
 
-    def delta(self) -> Tensor:
-        """ΔW in the weight's shape, without any scale."""
-        first, second = self._down(self.down1, self.core1), self._down(self.down2, self.core2)
-        return hadamard(self.up1, first.flatten(1), self.up2, second.flatten(1)).reshape(self.site.weight_shape)
+class DecomposedLoHa(LoHaFactors, DecomposedAdapter):
+    """W' = m·(W + s·ΔW) / ‖W + s·ΔW‖."""
 
-    @staticmethod
-    def _down(down: Tensor, core: Tensor | None) -> Tensor:
-        """A, (rank, d_in / groups, *kernel)."""
-        return down if core is None else torch.einsum("pq...,qi->pi...", core, down)
+    def __init__(self, site: WeightSite, rank: int, scaling: float, tucker: bool, axis: NormAxis) -> None:
+        super().__init__(site, rank, scaling, tucker)
+        self.decompose(axis)
 
 
 @dataclass(frozen=True)
@@ -89,10 +104,13 @@ class LoHa(Method):
         rank: columns of each B and rows of each A, at least 1. Low ones do: the change has rank up to its square.
         alpha: numerator of the scale; None means the rank, so that s = 1.
         tucker: convolutions of more than one pixel get a Tucker core: A = core ×₂ down, with `core` (rank, rank, *kernel).
+        norm_axis: weight-decomposed form (DoRA around LoHa), W' = m·(W + s·ΔW) / ‖W + s·ΔW‖ with trained m: the norm per `output`
+            or per `input` channel, as in `dora`. None for the plain form. W is then recomputed in each forward pass.
     B2 is zero at the start; B1 and the cores are drawn with standard deviation 0.1, A1 and A2 with 1.
     Convolutions: the kernel is flattened into the rows, ΔW (d_out, d_in·k·k / groups); so grouped and depthwise ones need nothing
     special.
-    Counts: 2·rank·(d_out + d_in·k·k / groups) per site, with `tucker` 2·rank·(d_out + d_in / groups + rank·k·k).
+    Counts: 2·rank·(d_out + d_in·k·k / groups) per site, with `tucker` 2·rank·(d_out + d_in / groups + rank·k·k);
+    with `norm_axis` d_out or d_in / groups more.
     Source: Yeh et al. (LyCORIS), ICLR 2024, its appendix for `tucker`; the product is FedPara's (Hyeon-Woo et al.,
     ICLR 2022, proposition 1). Draws follow the LyCORIS library (peft draws all uniformly and zeroes A2 instead). Where that is
     cheaper, `output` uses the same change as one pair of rank rank²; elsewhere W is changed, if it is not quantised.
@@ -110,21 +128,27 @@ class LoHa(Method):
     rank: int = 4
     alpha: float | None = None
     tucker: bool = False
+    norm_axis: NormAxis | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"loha: rank must be at least 1, got {self.rank}")
+        if self.norm_axis not in (None, *AXES):
+            raise ValueError(f"loha: norm_axis must be one of {', '.join(AXES)}, or None; got {self.norm_axis!r}")
 
-    def build(self, site: WeightSite) -> LoHaAdapter:
+    def build(self, site: WeightSite) -> LoHaFactors:
         """Both pairs for one weight."""
         alpha = self.rank if self.alpha is None else self.alpha
+        if self.norm_axis is not None:
+            return DecomposedLoHa(site, self.rank, alpha / self.rank, self._tucker_at(site), self.norm_axis)
         return LoHaAdapter(site, self.rank, alpha / self.rank, self._tucker_at(site))
 
     def count(self, site: WeightSite) -> int:
         """2·rank·(d_out + d_in·k·k / groups), or the Tucker form's."""
         width, size = site.d_in // site.groups, math.prod(site.kernel)
         inner = width + self.rank * size if self._tucker_at(site) else width * size
-        return 2 * self.rank * (site.d_out + inner)
+        magnitudes = 0 if self.norm_axis is None else magnitude_count(site, self.norm_axis)
+        return 2 * self.rank * (site.d_out + inner) + magnitudes
 
     def _tucker_at(self, site: WeightSite) -> bool:
         return self.tucker and math.prod(site.kernel) > 1

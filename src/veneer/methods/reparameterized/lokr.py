@@ -16,6 +16,7 @@ from veneer.functional.kronecker import add_kron, kron_apply, kron_factors, kron
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._swapping import lokr_state
+from veneer.methods.reparameterized._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 Low = Literal["left", "right", "both", "none"]
 
@@ -33,8 +34,8 @@ class Split:
     right_rank: int | None
 
 
-class LoKrAdapter(Adapter):
-    """y' = y + s·(C ⊗ D) x, W' = W + s·(C ⊗ D).
+class LoKrFactors(Adapter):
+    """ΔW = C ⊗ D.
 
     Shapes: `left` C (up, uq) and `right` D (vp, vq, *kernel) with d_out = up·vp and d_in / groups = uq·vq. A factored one is
     `left_up` (up, rank) times `left_down` (rank, uq), or `right_up` (vp, rank) times `right_down` (rank, vq, *kernel).
@@ -63,6 +64,26 @@ class LoKrAdapter(Adapter):
             parameter = nn.Parameter(torch.empty(shape))
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
             self.register_parameter(key, parameter)
+
+    def taking(self, other: LoKrFactors | None) -> dict[str, Tensor]:
+        """State with which this makes the change of `other`, or none: its C and D. `ValueError` where there is no room."""
+        return lokr_state(self, other)
+
+    def delta(self) -> Tensor:
+        """C ⊗ D in the weight's shape, without any scale."""
+        right = self.right
+        if right is None:
+            right = (self.right_up @ self.right_down.flatten(1)).unflatten(1, self.right_down.shape[1:])
+        return kron_weight(self._left(), right)
+
+    def _left(self) -> Tensor:
+        return self.left_up @ self.left_down if self.left is None else self.left
+
+
+class LoKrAdapter(LoKrFactors):
+    """y' = y + s·(C ⊗ D) x, W' = W + s·(C ⊗ D)."""
+
+    norm_axis: ClassVar[None] = None
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: what the module read; y: what it gave. C and D one after the other; ΔW itself only where channels are grouped."""
@@ -97,20 +118,6 @@ class LoKrAdapter(Adapter):
         """W + s·(C ⊗ D)."""
         return weight + self.delta() * (self.strength * self.scaling)
 
-    def taking(self, other: LoKrAdapter | None) -> dict[str, Tensor]:
-        """State with which this makes the change of `other`, or none: its C and D. `ValueError` where there is no room."""
-        return lokr_state(self, other)
-
-    def delta(self) -> Tensor:
-        """C ⊗ D in the weight's shape, without any scale."""
-        right = self.right
-        if right is None:
-            right = (self.right_up @ self.right_down.flatten(1)).unflatten(1, self.right_down.shape[1:])
-        return kron_weight(self._left(), right)
-
-    def _left(self) -> Tensor:
-        return self.left_up @ self.left_down if self.left is None else self.left
-
     def _right(self, right: Tensor, x: Tensor) -> Tensor:
         """D x, of a full D."""
         return convolve(x, right, self.site.stride, self.site.padding, self.site.dilation)
@@ -123,6 +130,14 @@ class LoKrAdapter(Adapter):
     @property
     def _right_up(self) -> Tensor:
         return self.right_up.reshape(*self.right_up.shape, *(1,) * len(self.site.kernel))
+
+
+class DecomposedLoKr(LoKrFactors, DecomposedAdapter):
+    """W' = m·(W + s·(C ⊗ D)) / ‖W + s·(C ⊗ D)‖."""
+
+    def __init__(self, site: WeightSite, split: Split, scaling: float, axis: NormAxis) -> None:
+        super().__init__(site, split, scaling)
+        self.decompose(axis)
 
 
 @dataclass(frozen=True)
@@ -138,11 +153,13 @@ class LoKr(Method):
         sides: C's sides (rows, columns) outright, in the place of `factor`; they must divide d_out and d_in / groups.
         low: which factors are of rank `rank` outright, `left` (C), `right` (D), `both` or `none`, however large they are; None
             for the rules above. For files, whose splits follow rules of their own.
+        norm_axis: weight-decomposed form (DoRA around LoKr), W' = m·(W + s·(C ⊗ D)) / ‖W + s·(C ⊗ D)‖ with trained m: the norm
+            per `output` or per `input` channel, as in `dora`. None for the plain form. W is then recomputed in each forward pass.
     D (or A) is zero at the start; the others are drawn Kaiming-uniformly (a = sqrt 5).
     Convolutions: D has the kernel, and d_in means d_in / groups. Where channels are grouped `output` builds C ⊗ D; elsewhere
     nothing larger than C and D is built: (C ⊗ D) x = C X Dᵀ.
     Counts: up·uq + vp·vq·k·k, with a factor of low rank rank·(up + uq) or rank·(vp + vq·k·k) in its place, where d_out = up·vp,
-    d_in / groups = uq·vq.
+    d_in / groups = uq·vq; with `norm_axis` d_out or d_in / groups more.
     Source: Yeh et al. (LyCORIS), ICLR 2024; defaults from its experiments. Where paper and library differ
     this follows the library: a `factor` above the square root that divides a width counts (128 by 64 is 2·64). Deviation: no
     Tucker form of D.
@@ -162,12 +179,15 @@ class LoKr(Method):
     decompose_both: bool = False
     sides: tuple[int, int] | None = None
     low: Low | None = None
+    norm_axis: NormAxis | None = None
 
     def __post_init__(self) -> None:
         if self.sides is not None and (len(self.sides) != 2 or min(self.sides) < 1):
             raise ValueError(f"lokr: sides must be two numbers of at least 1, or None for a factor; got {self.sides}")
         if self.low is not None and self.low not in get_args(Low):
             raise ValueError(f"lokr: low must be one of {', '.join(get_args(Low))}, or None for the rules; got {self.low!r}")
+        if self.norm_axis not in (None, *AXES):
+            raise ValueError(f"lokr: norm_axis must be one of {', '.join(AXES)}, or None; got {self.norm_axis!r}")
         if self.rank is None and self.low not in (None, "none"):
             raise ValueError(f"lokr: low={self.low!r} needs a rank; give rank=…, or leave low out")
         if self.factor < 1 and self.factor != -1:
@@ -205,11 +225,13 @@ class LoKr(Method):
             raise ValueError(f"sides={self.sides} do not divide {d_out} outputs and {d_in} inputs; choose divisors, or a factor")
         return (up, d_out // up), (uq, d_in // uq)
 
-    def build(self, site: WeightSite) -> LoKrAdapter:
+    def build(self, site: WeightSite) -> LoKrFactors:
         """C and D for one weight."""
         split = self.split(site)
         full = split.left_rank is None and split.right_rank is None
         scaling = 1.0 if full or self.alpha is None or self.rank is None else self.alpha / self.rank
+        if self.norm_axis is not None:
+            return DecomposedLoKr(site, split, scaling, self.norm_axis)
         return LoKrAdapter(site, split, scaling)
 
     def count(self, site: WeightSite) -> int:
@@ -217,4 +239,4 @@ class LoKr(Method):
         s = self.split(site)
         left = s.up * s.uq if s.left_rank is None else s.left_rank * (s.up + s.uq)
         right = s.vp * s.vq * s.size if s.right_rank is None else s.right_rank * (s.vp + s.vq * s.size)
-        return left + right
+        return left + right + (0 if self.norm_axis is None else magnitude_count(site, self.norm_axis))
