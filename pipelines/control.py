@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ from veneer.training.families import family
 from veneer.training.folder import Photo
 from veneer.training.loop import Trainer
 from veneer.training.personal import run_folder, stopped
+from veneer.training.phases import PhaseReport
 from veneer.training.photos import read_photo
 from veneer.training.prior import base_digest
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
 from veneer.training.seeds import mix
+from veneer.training.verdict import read_verdict
 
 __all__ = ["ControlConfig", "DrawConfig", "control", "draw"]
 
@@ -53,10 +56,17 @@ def control(config: ControlConfig, accelerator: Accelerator | None = None) -> Pa
     config = on_main(accelerator, config.completed)
     config.built()
     out = run_folder(config.out, config.resume)
+    report = (
+        PhaseReport(None if config.check else out / "progress.jsonl", sys.stderr)
+        if accelerator.is_main_process
+        else PhaseReport()
+    )
+    report("loading")
     pipe = bases.load(config.base).to(accelerator.device)
     targets.freeze(pipe)
     kind = family(pipe)
-    pictures = on_main(accelerator, lambda: open_pictures(config, kind, out, _drawing))
+    pictures = on_main(accelerator, lambda: open_pictures(config, kind, out, _counted(config, report)))
+    report.close()
     for note in pictures.notes if accelerator.is_main_process else ():
         print(f"note: {note}", flush=True)
     digest = base_digest(kind)
@@ -65,7 +75,7 @@ def control(config: ControlConfig, accelerator: Accelerator | None = None) -> Pa
     resolution = config.resolution or kind.resolution
     if config.checkpointing:
         targets.checkpoint(kind.tower)
-    run = Run(config, pipe, attached, _subjects(config, pictures, resolution), reads, out)
+    run = Run(config, pipe, attached, _subjects(config, pictures, resolution), reads, out, report=report)
     dataset = PhotoDataset(
         pictures.train, resolution, kind.multiple, config.seed, captions=Captions(dropout=config.caption_dropout or 0.0),
         flip=config.flip, crop=config.crop, buckets=config.buckets and not kind.square, masks=False,
@@ -161,8 +171,9 @@ def _square(picture: Image.Image, side: int) -> Image.Image:
     return picture.crop((left, top, left + short, top + short)).resize((side, side), Image.Resampling.LANCZOS)
 
 
-def _drawing(done: int, count: int) -> None:
-    print(f"pictures drawn by the base: {done}/{count}", flush=True)
+def _counted(config: ControlConfig, report: PhaseReport) -> Callable[[int, int], None] | None:
+    """Counts the images that the base generates where no data is given."""
+    return None if config.data is not None else report("class_images", config.drawn).reach
 
 
 def _plan(run: Run, pictures: Pictures, steps: int) -> str:
@@ -179,12 +190,17 @@ def _plan(run: Run, pictures: Pictures, steps: int) -> str:
 def _told(record: dict[str, Any], out: Path) -> str:
     figures = record["figures"]
     if figures is None:
-        return f"{out}: written, and not measured"
+        return f"{out}: written, and not evaluated\n{_verdict(record)}"
     free, misled = (_over(*figures[name]) for name in ("over_free", "over_misled"))
     return (
         f"{figures['measure']}: {figures['followed']:.3f} with what is given, {figures['free']:.3f} without ({free}), "
-        f"{figures['misled']:.3f} with another's ({misled}); in {out}"
+        f"{figures['misled']:.3f} with another's ({misled}); in {out}\n"
+        f"{_verdict(record)}"
     )
+
+
+def _verdict(record: dict[str, Any]) -> str:
+    return read_verdict(record).text()
 
 
 def _over(difference: float, half: float | None) -> str:

@@ -19,8 +19,9 @@ from veneer.training.denoising import DenoisingLoss, LossOptions
 from veneer.training.families import Family, family
 from veneer.training.folder import Photo, find_photos
 from veneer.training.loop import Trainer
-from veneer.training.outcome import Run, write_files, write_outcome, write_preview
+from veneer.training.outcome import Run, ending, evaluated, write_files, write_outcome, write_preview
 from veneer.training.personal import PersonalizeConfig, run_folder, stopped
+from veneer.training.phases import PhaseReport
 from veneer.training.preflight import preflight
 from veneer.training.prior import base_digest, prior_pictures
 from veneer.training.processes import on_main
@@ -44,13 +45,17 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     config = on_main(accelerator, config.completed)
     out = run_folder(config.out, config.resume)
     photos = find_photos(config.photos or "", concept=config.concept)
+    main = accelerator.is_main_process
+    report = PhaseReport(None if config.check else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
+    report("loading")
     pipe = bases.load(config.base).to(accelerator.device)
     targets.freeze(pipe)
     kind = family(pipe, truncate=config.truncate)
     config = config.worded(labels=not kind.text_towers)
     digest = base_digest(kind)
     resolution = config.resolution or kind.resolution
-    prior = _prior(config, kind, out, accelerator)
+    prior = _prior(config, kind, out, accelerator, report)
+    report.close()
 
     attached = _attach(config, pipe)
     if config.checkpointing:
@@ -71,7 +76,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     )
     named = targets.named_state(attached)
     groups = targets.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
-    run = Run(config, pipe, attached, photos, out)
+    run = Run(config, pipe, attached, photos, out, report)
     texts = [template.replace("{concept}", config.concept) for template in captions.templates]
     checked = preflight(
         attached,
@@ -85,8 +90,11 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
         usual_rates=config.usual_rates(),
         processes=accelerator.num_processes,
         folder=out,
+        images=evaluated(config),
+        previews=run.previews(loop.steps),
+        sampling=run.settings(1),
     )
-    if accelerator.is_main_process:
+    if main:
         print(checked.text(), flush=True)
     checked.check()
     if config.check:
@@ -105,18 +113,18 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
         on_preview=lambda step: write_preview(run, step),
     )
     result = trainer.fit(config.resume)
-    if accelerator.is_main_process:
+    if main:
         with trainer.averaged():
             if result.stopped:
                 write_files(run)
                 print(stopped(result, loop.steps, out))
             else:
-                write_outcome(run, result)
+                print(ending(run, write_outcome(run, result)), flush=True)
     accelerator.wait_for_everyone()
     return out
 
 
-def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Accelerator) -> list[Photo]:
+def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Accelerator, report: PhaseReport) -> list[Photo]:
     """Class pictures, made by the main process with the bare base."""
     if not config.prior:
         return []
@@ -126,11 +134,9 @@ def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Acce
     settings = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
     prompt = config.prior_prompt()
 
-    def told(done: int, count: int) -> None:
-        print(f"class pictures of {prompt!r}: {done}/{count}", flush=True)
-
     def make() -> list[Path]:
-        return prior_pictures(kind, out / "prior", prompt, config.prior, config.seed, progress=told, **settings)
+        count = report("class_images", config.prior)
+        return prior_pictures(kind, out / "prior", prompt, config.prior, config.seed, progress=count.reach, **settings)
 
     paths = on_main(accelerator, make)
     return [find_photos(path, is_prior=True)[0] for path in paths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,10 @@ from veneer.classifying.teaching import Teacher, attach_methods
 from veneer.injection import Attachment
 from veneer.training.gradients import AUTOCAST
 from veneer.training.personal import run_folder, stopped
+from veneer.training.phases import PhaseReport
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
+from veneer.training.verdict import read_verdict
 
 __all__ = ["TransferConfig", "transfer"]
 
@@ -51,10 +54,17 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
     data = on_main(accelerator, lambda: open_data(config, out, _progress("pictures checked")))
     for note in data.notes if accelerator.is_main_process else ():
         print(f"note: {note}", flush=True)
+    report = (
+        PhaseReport(None if config.check else out / "progress.jsonl", sys.stderr)
+        if accelerator.is_main_process
+        else PhaseReport()
+    )
+    report("loading")
     classifier = open_classifier(
         config.model, data.classes, weights=config.weights, keep_head=config.keeps_head(), size=config.size, seed=config.seed,
         templates=config.templates,
     )  # fmt: skip
+    report.close()
     with Views(data, classifier.data, config.augment, squash=config.squash, seed=config.seed, workers=config.workers) as views:
         features = Features(classifier, views, config.batch, AUTOCAST[config.precision])
         config = searched(config, classifier, views, out, accelerator, features)
@@ -71,6 +81,7 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
                 write_files(config, data, classifier, attached, out)
                 print(stopped(taught.result, teacher.steps, out))
             else:
+                report("evaluating")
                 record = write_outcome(config, data, classifier, attached, teacher, taught)
                 tidy(out)
                 print(_told(record, out))
@@ -94,7 +105,8 @@ def _told(record: dict[str, Any], out: Path) -> str:
     return (
         f"test accuracy {record['test_accuracy']:.1%} ({low:.1%} to {high:.1%}), validation {record['val_accuracy']:.1%}, epoch "
         f"{record['chosen']['epoch']}; {record['trainable_parameters']:,} numbers trained, "
-        f"{record['stored_bytes']:,} bytes in {out}"
+        f"{record['stored_bytes']:,} bytes in {out}\n{read_verdict(record).text()}\n"
+        f"classify images: veneer predict {shlex.quote(str(out))} IMAGE …"
     )
 
 

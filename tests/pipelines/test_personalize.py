@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,11 @@ from safetensors.torch import load_file
 from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
 import veneer
+from veneer.injection import SaveError
 from veneer.injection.errors import VeneerError
 from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.disk import DiskFull
+from veneer.training.preflight import PreflightError
 
 from ..training.pictures import save
 
@@ -156,3 +160,66 @@ def test_divergence_keeps_the_last_good_weights(base: Any, photos: Path, tmp_pat
     with pytest.raises(VeneerError, match="diverged"):
         run(base("sd"), photos, tmp_path / "out", learning_rate=1e30, clip=0.0, steps=6, optimizer="sgd")
     assert all(t.isfinite().all() for t in load_file(tmp_path / "out" / "last_good.safetensors").values())
+
+
+def test_a_run_says_what_it_does_and_what_came_of_it(
+    base: Any, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(base("sd"), photos, tmp_path / "out", eval_seeds=2, unrelated=("a dog", "a car"), preview_every=1)
+    shown = capsys.readouterr()
+    lines = [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines() if line]
+    last = {line["phase"]: (line["done"], line["total"]) for line in lines}
+    assert last == {"loading": (0, 0), "training": (2, 2), "previews": (1, 1), "saving": (0, 0), "evaluating": (12, 12)}
+    assert "0/12" in shown.err
+    record = json.loads((out / "result.json").read_text())
+    assert record["phase_seconds"].keys() == {"loading", "training", "previews", "evaluating", "saving"}
+    assert record["verdict"]["outcome"] in ("learned", "partly", "not_learned", "overfitted", "unknown")
+    for part in (str(out), "adapter.safetensors", record["verdict"]["summary"], "veneer generate 'a <toy>'", "--without"):
+        assert part in shown.out
+    assert "14 images of previews and evaluation" in shown.out, "2 previews, 12 images of the evaluation"
+
+
+def test_without_evaluation_the_verdict_is_unknown(base: Any, photos: Path, tmp_path: Path) -> None:
+    record = json.loads((run(base("sd"), photos, tmp_path / "out") / "result.json").read_text())
+    assert (record["figures"], record["verdict"]["outcome"]) == (None, "unknown")
+
+
+def test_no_space_for_the_run_is_an_error_before_training(
+    base: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.training.preflight.free_bytes", lambda folder: 2**16)
+    with pytest.raises(PreflightError, match="disk"):
+        run(base("sd"), photos, tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_keeps_the_checkpoint(
+    base: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter cannot be written: the error says so without a path, and the run goes on from its last checkpoint."""
+
+    def full(*given: Any, **options: Any) -> None:
+        raise SaveError("/srv/secret") from OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("veneer.formats.native.save", full)
+        with pytest.raises(DiskFull) as caught:
+            run(base("sd"), photos, out, checkpoint_every=2)
+    assert (caught.value.file, caught.value.kept) == ("adapter.safetensors", ("checkpoint-000002",))
+    assert "/" not in str(caught.value)
+    assert not (out / "result.json").exists()
+    run(base("sd"), photos, out, checkpoint_every=2, resume=True)
+    record = json.loads((out / "result.json").read_text())
+    assert (record["training"]["resumed_from"], record["training"]["steps"]) == (2, 2)
+
+
+def test_files_for_others_are_done_without_on_a_full_disk(
+    base: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **options: Any) -> None:
+        raise SaveError("/srv/secret") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("veneer.formats.diffusers.save", full)
+    record = json.loads((run(base("sd"), photos, tmp_path / "out") / "result.json").read_text())
+    assert record["files"] == ["adapter.safetensors"]
+    assert ["pytorch_lora_weights" in warning for warning in record["training"]["warnings"]] == [True]

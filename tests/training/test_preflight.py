@@ -197,7 +197,8 @@ def test_memory_and_disk_that_do_not_suffice():
     assert [str(c).split(";")[0] for c in look.room(needs, has, certain=True)] == [
         "error: memory: the run needs about 2.00 GiB and 1.00 GiB are free: lower the batch or resolution, or use gradient "
         "checkpointing",
-        "warning: disk: the run needs about 1.0 MiB and 0.5 MiB are free: free space, or keep fewer checkpoints",
+        "error: disk: the run needs about 1.0 MiB and 0.5 MiB are free: free space, choose a folder on another "
+        "disk (--out), or write fewer checkpoints (--checkpoint-every)",
     ]
     assert not list(look.room(needs, {"memory": None, "disk": 2**21}, certain=True))
 

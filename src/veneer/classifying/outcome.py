@@ -15,6 +15,7 @@ import torch
 from veneer.formats import native
 from veneer.injection import Attachment
 from veneer.training.checkpoints import write_json
+from veneer.training.disk import writing
 
 from .config import TransferConfig
 from .data import Data
@@ -49,7 +50,8 @@ def write_outcome(
     record = _record(config, data, classifier, attached, taught, figures) | {"stored_bytes": stored}
     assert taught.validation is not None
     record["verdict"] = verdict(evidence_of(teacher, (logits, labels), taught.validation), config).as_dict()
-    write_json(out / "result.json", record)
+    with writing(out, "result.json"):
+        write_json(out / "result.json", record)
     return record
 
 
@@ -61,7 +63,10 @@ def write_files(config: TransferConfig, data: Data, classifier: Classifier, atta
     """
     stored = 0
     if attached:
-        file = native.save(attached, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where})
+        with writing(out, "adapter.safetensors"):
+            file = native.save(
+                attached, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where}
+            )
         stored = file.stat().st_size
     write_json(out / "model.json", model_record(config, classifier))
     return stored

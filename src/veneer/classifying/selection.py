@@ -79,7 +79,7 @@ class Selection:
             write_atomically(self.folder / name, data)
         except OSError as error:
             warnings.warn(
-                f"{self.folder / name} could not be written ({error.strerror}). The run goes on with it in memory; make room.",
+                f"{name} could not be written ({error.strerror}). The run goes on with it in memory; make room.",
                 CheckpointWarning,
                 stacklevel=3,
             )

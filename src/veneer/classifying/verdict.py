@@ -1,8 +1,8 @@
 """The verdict of a classification run: test accuracy against what costs nothing, and training against validation.
 
-The baselines are chance (1 / classes), the share of the most frequent class, and a linear probe on the frozen features where there
-is one, on the same test images. An accuracy is better than a share if its whole Wilson interval is above it; the run is better or
-worse than the probe if the whole 95 % interval of the paired difference says so.
+The baselines are chance (1 / classes), the share of the most frequent class, and a linear probe on the frozen features, on
+the same test images. An accuracy is better than a share if its whole Wilson interval is above it; the run is better or worse than
+the probe if the whole 95 % interval of the paired difference says so.
 
 | outcome | when |
 |---|---|

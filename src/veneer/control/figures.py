@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -82,22 +82,24 @@ def draw(
     settings: PreviewSettings,
     strength: float = 1.0,
     embedder: Embedder | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Drawings]:
     """Every subject three times for each seed, from the same noise.
 
     Args:
         embedder: makes what is given of a picture, where pictures are followed and not maps.
+        progress: called after each batch with the number of images in it.
     """
     others = wrong(list(subjects)) if len(subjects) > 1 else list(subjects)
     kinds: list[Sequence[Subject] | None] = [subjects, None, others]
-    made = [_drawn(pipe, control, subjects, given, settings, strength, embedder) for given in kinds]
+    made = [_drawn(pipe, control, subjects, given, settings, strength, embedder, progress) for given in kinds]
     places = [(subject, other, seed) for subject, other in zip(subjects, others, strict=True) for seed in settings.seeds]
     return [Drawings(*place, *three) for place, three in zip(places, zip(*made, strict=True), strict=True)]
 
 
 def _drawn(
     pipe: Any, control: Attachment, subjects: Sequence[Subject], given: Sequence[Subject] | None, settings: PreviewSettings,
-    strength: float, embedder: Embedder | None,
+    strength: float, embedder: Embedder | None, progress: Callable[[int], None] | None,
 ) -> list[Image.Image]:  # fmt: skip
     """Pictures of all captions and seeds."""
     found = []
@@ -107,7 +109,7 @@ def _drawn(
             scope = control.given(**conditions(given[place].map, embedder), strength=strength, pipeline=pipe)
         size = settings.size or subject.picture.size[::-1]
         with scope:
-            found += [p.image for p in previews(pipe, [subject.caption], _sized(settings, size))]
+            found += [p.image for p in previews(pipe, [subject.caption], _sized(settings, size), progress=progress)]
     return found
 
 

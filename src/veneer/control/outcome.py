@@ -15,8 +15,10 @@ from veneer import bases
 from veneer.formats import formats, native
 from veneer.injection import Attachment
 from veneer.training.checkpoints import write_json
+from veneer.training.disk import optional, writing
 from veneer.training.loop import TrainResult
 from veneer.training.outcome import training_record, write_image
+from veneer.training.phases import PhaseReport
 from veneer.training.previews import PreviewSettings
 from veneer.training.sheets import Row, sheet
 
@@ -33,7 +35,8 @@ class Run:
 
     Args:
         subjects: held pictures, the same at every look. `embedder`: where pictures are followed.
-        curve: what was measured on the way: step and figures.
+        curve: what was measured on the way: step and figures. `report`: says which phase the run is in.
+        notes: warnings of its end.
     """
 
     config: ControlConfig
@@ -43,12 +46,17 @@ class Run:
     embedder: Embedder | None
     out: Path
     curve: list[dict[str, Any]] = field(default_factory=list)
+    report: PhaseReport = field(default_factory=PhaseReport)
+    notes: list[str] = field(default_factory=list)
 
-    def drawings(self, subjects: Sequence[Subject], seeds: int) -> list[Drawings]:
-        """Of some subjects, as the base is usually sampled."""
+    def drawings(self, subjects: Sequence[Subject], seeds: int, phase: str) -> list[Drawings]:
+        """Of some subjects, as the base is usually sampled; `phase` is what is reported meanwhile."""
+        count = self.report(phase, 3 * len(subjects) * seeds)
         preset = bases.preset(self.config.base)
         settings = PreviewSettings(tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=8)
-        return draw(self.pipe, self.control, subjects, settings, self.config.strength, self.embedder)
+        found = draw(self.pipe, self.control, subjects, settings, self.config.strength, self.embedder, count)
+        self.report.close()
+        return found
 
     def measured(self, drawings: Sequence[Drawings]) -> Figures:
         """The figures of drawings."""
@@ -77,7 +85,7 @@ def write_for_others(run: Run) -> None:
 
 def look(run: Run, step: int) -> None:
     """A few held pictures with the weights of now: `previews/step-000100.png`, and a point of the curve in `curve.json`."""
-    drawings = run.drawings(run.subjects[: max(2, run.config.shown)], 1)
+    drawings = run.drawings(run.subjects[: max(2, run.config.shown)], 1, "previews")
     point = {"step": step, **run.measured(drawings).as_dict()}
     run.curve[:] = [known for known in run.curve if known["step"] < step] + [point]
     write_json(run.out / "curve.json", run.curve)
@@ -91,21 +99,26 @@ def write_files(run: Run) -> None:
         "base": str(config.base), "condition": config.condition, "data": str(config.data or "drawn by the base"),
         "embedder": run.embedder.name if run.embedder else None,
     }  # fmt: skip
-    native.save(run.control, run.out / "adapter.safetensors", provenance=provenance)
-    write_for_others(run)
+    with writing(run.out, "adapter.safetensors"):
+        native.save(run.control, run.out / "adapter.safetensors", provenance=provenance)
+    optional(run.out, "the file for diffusers", lambda: write_for_others(run), run.notes)
 
 
 def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
     """Write the files, `sheet.png` and `result.json`; gives what the latter holds."""
+    run.report("saving")
     write_files(run)
+    run.report.close()
     config, measured = run.config, None
     if run.subjects and config.eval_seeds:
-        drawings = run.drawings(run.subjects, config.eval_seeds)
+        drawings = run.drawings(run.subjects, config.eval_seeds, "evaluating")
         measured = run.measured(drawings)
         shown = [d for d in drawings if d.seed < 2][: 2 * config.shown]
-        write_image(_sheet(run, shown, str(measured)), run.out / "sheet.png")
+        grid = _sheet(run, shown, str(measured))
+        optional(run.out, "sheet.png", lambda: write_image(grid, run.out / "sheet.png"), run.notes)
     record = _record(run, result, measured)
-    write_json(run.out / "result.json", record)
+    with writing(run.out, "result.json"):
+        write_json(run.out / "result.json", record)
     return record
 
 
@@ -126,7 +139,8 @@ def _record(run: Run, result: TrainResult, measured: Figures | None) -> dict[str
     return {
         "config": asdict(run.config),
         "parameters": sum(p.numel() for p in run.control.parameters()),
-        "training": training_record(result),
+        "training": {**training_record(result), "warnings": [*result.warnings, *run.notes]},
+        "phase_seconds": {**run.report.seconds_in, "training": result.seconds},
         "figures": measured.as_dict() if measured else None,
         "verdict": verdict(measured, result.losses, run.config).as_dict(),
         "held": len(run.subjects),

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..injection.errors import VeneerError
 
 FORMAT = 1
-_TEMPORARY = (".saving-", ".deleting-")
+_TEMPORARY = (".saving-", ".deleting-", ".reserve")
 
 
 class CheckpointError(VeneerError):
@@ -110,8 +110,9 @@ class Checkpoints:
 
     def _failed(self, step: int, error: OSError) -> str:
         newest = self.steps()
-        kept = f"the newest on disk is {self.path(newest[-1])}" if newest else "there is none on disk yet"
-        return f"the checkpoint of step {step} could not be written ({error}); {kept}. Free space or choose another folder."
+        kept = f"the newest on disk is {self.path(newest[-1]).name}" if newest else "there is none on disk yet"
+        why = error.strerror or error
+        return f"the checkpoint of step {step} could not be written ({why}); {kept}. Free space or choose another folder."
 
     def _write(self, folder: Path, state: State) -> None:
         shutil.rmtree(folder, ignore_errors=True)

@@ -209,14 +209,14 @@ def room(needs: Mapping[str, int], has: Mapping[str, int | None], certain: bool)
 
     Args:
         needs, has: bytes under `memory` and `disk`; None where unknown.
-        certain: whether too little memory is an error: a GPU cannot go beyond it, a CPU may swap.
+        certain: whether too little memory is an error: a GPU cannot go beyond it, a CPU may swap. Too little disk always is one.
     """
     advice = {
         "memory": "lower the batch or resolution, or use gradient checkpointing",
-        "disk": "free space, or keep fewer checkpoints",
+        "disk": "free space, choose a folder on another disk (--out), or write fewer checkpoints (--checkpoint-every)",
     }
     for what, need in needs.items():
         free = has.get(what)
         if free is not None and need > free:
-            severity: Literal["error", "warning"] = "error" if certain and what == "memory" else "warning"
+            severity: Literal["error", "warning"] = "error" if certain or what == "disk" else "warning"
             yield Concern(what, f"the run needs about {size(need)} and {size(free)} are free: {advice[what]}", severity)

@@ -26,12 +26,13 @@ class StepCost:
 
     Args:
         activations: peak bytes of tensors that the pass makes, gradients included, on top of what was there before.
-        flops: multiplications and additions. `seconds`: measured, or None.
+        flops: multiplications and additions. `seconds`: measured, or None; `forward`: the part of the forward pass, or None.
     """
 
     activations: int
     flops: int
     seconds: float | None = None
+    forward: float | None = None
 
 
 class PeakBytes(TorchDispatchMode):
@@ -103,9 +104,12 @@ def measured(step: Callable[[], Tensor]) -> StepCost:
     cost = _under_counters(step)
     _synchronize()
     start = time.perf_counter()
-    step().backward()
+    loss = step()
     _synchronize()
-    return StepCost(cost.activations, cost.flops, time.perf_counter() - start)
+    forward = time.perf_counter() - start
+    loss.backward()
+    _synchronize()
+    return StepCost(cost.activations, cost.flops, time.perf_counter() - start, forward)
 
 
 def _under_counters(step: Callable[[], Tensor], mode: Any = None) -> StepCost:

@@ -18,6 +18,7 @@ from .progress import clock
 if TYPE_CHECKING:
     from ..injection.attachment import Attachment
     from .families import Family
+    from .previews import PreviewSettings
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Estimate:
         seconds: of one optimiser step. `steps`: in the run.
         measured: True if `seconds` and `activations` come from a real warm step, False if counted from shapes.
         device: where.
+        images: generated for previews and evaluation. `image_seconds`: of one of them.
+        loading: seconds from the start of the process to the estimate.
+        written: bytes of all that the run leaves on the disk.
     """
 
     base: int
@@ -42,6 +46,15 @@ class Estimate:
     steps: int
     measured: bool
     device: str
+    images: int = 0
+    image_seconds: float = 0.0
+    loading: float = 0.0
+    written: int = 0
+
+    @property
+    def total_seconds(self) -> float:
+        """The whole run: loading, training, previews and evaluation."""
+        return self.loading + self.seconds * self.steps + self.image_seconds * self.images
 
     @property
     def memory(self) -> int:
@@ -52,8 +65,10 @@ class Estimate:
         parts = f"base {size(self.base)}, training {size(self.training)}, activations {size(self.activations)}"
         how = "measured in a warm step" if self.measured else "counted, not measured, so at least that"
         return (
-            f"memory about {size(self.memory)} ({parts}); {self.steps} steps × {self.seconds:.3g} s = about "
-            f"{clock(self.seconds * self.steps)} on {self.device}, {how}; a checkpoint has {size(self.checkpoint)}"
+            f"time about {clock(self.total_seconds)} on {self.device}: loading {clock(self.loading)}, {self.steps} steps × "
+            f"{self.seconds:.3g} s = {clock(self.seconds * self.steps)}, {self.images} images of previews and evaluation × "
+            f"{self.image_seconds:.3g} s = {clock(self.image_seconds * self.images)}; memory about {size(self.memory)} "
+            f"({parts}); disk about {size(self.written)}, a checkpoint {size(self.checkpoint)}; {how}"
         )
 
 
@@ -71,6 +86,11 @@ def estimate(
     samples: int,
     texts: Sequence[str],
     measure: bool,
+    *,
+    images: int = 0,
+    previews: int = 0,
+    sampling: PreviewSettings | None = None,
+    loading: float = 0.0,
 ) -> Estimate:
     """The cost of a run. Weights, gradients and the random state are as before afterwards.
 
@@ -78,6 +98,7 @@ def estimate(
         resolution: side in pixels. `rows`: pictures in a micro-batch of one process, class pictures included. `samples`: in one
             optimiser step of it. `texts`: prompts, of which the longest is encoded.
         measure: run two real passes of a micro-batch; False counts from shapes and the speed of a matrix product.
+        images, previews: generated for the evaluation and for previews. `sampling`: how. `loading`: seconds spent so far.
     """
     trainable = [p for a in attachments for p in a.parameters() if p.requires_grad]
     step = _step(family, resolution, rows, texts, config.precision)
@@ -85,23 +106,41 @@ def estimate(
     if measure:
         cost = _undisturbed(lambda: measured(step), trainable)
         seconds = cost.seconds or 0.0
+        forward = cost.forward or seconds / 3
     else:
         cost = counted(family.tower, _inputs(family.tower, step), trainable)
         seconds = cost.flops / flops_per_second(device, AUTOCAST[config.precision] or torch.float32)
+        forward = seconds / 3
     values = sum(p.numel() for p in trainable)
     state = STATES.get(config.optimizer, 8)
     copies = 4 * (2 if config.ema else 1)
+    passes = 0 if sampling is None else sampling.steps * (2 if sampling.guidance > 1 else 1)
+    checkpoint = round(values * (state + copies))
     parts = [part for part in family.pipe.components.values() if isinstance(part, nn.Module)]
     return Estimate(
         base=nbytes(t for part in parts for t in (*part.parameters(), *part.buffers())),
         training=round(values * (4 + state + copies + (4 if config.ema else 0))),
         activations=cost.activations,
-        checkpoint=round(values * (state + copies)),
+        checkpoint=checkpoint,
         seconds=seconds * samples / rows,
         steps=config.steps,
         measured=measure,
         device=str(device),
+        images=images + previews,
+        image_seconds=forward / rows * passes,
+        loading=loading,
+        written=_written(values, checkpoint, config, images, previews, resolution),
     )
+
+
+def _written(values: int, checkpoint: int, config: TrainConfig, images: int, previews: int, resolution: int) -> int:
+    """Bytes that a run leaves or needs on the way: the adapter twice (for veneer and for others), checkpoints and the one that is
+    being written, image grids (3 bytes a pixel at 160 pixels or more a side, uncompressed) and logs."""
+    every = config.checkpoint_every
+    made = config.steps // every if every else 1
+    kept = min(made, config.keep_checkpoints) if config.keep_checkpoints else made
+    grids = 3 * max(160, resolution) ** 2 * (images + previews)
+    return 2 * 4 * values + checkpoint * (kept + 1 if every else 0) + grids + 2**20
 
 
 def _step(family: Family, resolution: int, rows: int, texts: Sequence[str], precision: str) -> Callable[[], Tensor]:

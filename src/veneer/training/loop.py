@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +22,17 @@ from torch import Tensor
 from . import optimizers
 from .checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, put
 from .config import TrainConfig, TrainError
+from .disk import Reserve, is_full
 from .divergence import Diverged, LastGood, write_last_good
 from .ema import EMA
 from .gradients import Gradients, LossStep
 from .processes import on_main, share_start
 from .progress import WINDOW, Pace, Progress, ProgressFile, peak_memory, reset_peak_memory
+from .result import TrainResult
 from .stopping import StopFlag
 from .tracking import tracking
 
 __all__ = ["Diverged", "LossStep", "TrainConfig", "TrainError", "TrainResult", "Trainer"]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended.
-
-    Args:
-        steps: steps done, resumed ones included.
-        losses: mean loss of each of them.
-        seconds: time spent in them, over all parts of the run.
-        peak_memory_bytes: peak memory of this process, on its device.
-        stopped: True if a signal or `Trainer.stop` ended the run before its last step.
-        resumed_from: steps that a checkpoint brought; 0 for a fresh run.
-        checkpoint: the newest checkpoint written or read, or None.
-        warnings: what went wrong without ending the run, such as a checkpoint that did not fit on the disk.
-    """
-
-    steps: int
-    losses: list[float]
-    seconds: float
-    peak_memory_bytes: int
-    stopped: bool
-    resumed_from: int = 0
-    checkpoint: Path | None = None
-    warnings: list[str] = field(default_factory=list)
 
 
 class Trainer:
@@ -103,7 +80,7 @@ class Trainer:
         groups = [{**group, "params": params} for group, params in zip(groups, lists, strict=True)]
         self.parameters = [parameter for params in lists for parameter in params]
         self.named = dict(named)
-        self.trained = _check(self.parameters, self.named)
+        self.trained = optimizers.names_of(self.parameters, self.named)
         self.optimizer = optimizers.build(config.optimizer, groups, config.learning_rate, config.weight_decay)
         self.gradients = Gradients(config, self.accelerator, loss_step, self.parameters, self.optimizer)
         self.ema = EMA(self.trained, config.ema, config.ema_warmup) if config.ema else None
@@ -120,6 +97,8 @@ class Trainer:
         self._resumed_from, self._saved, self._warnings = 0, -1, list[str]()
         self._stop = StopFlag()
         self._good = LastGood(self._tensors())
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.named.values())
+        self._reserve = None if self.folder is None else Reserve(self.folder, 3 * weights + 2**21)
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +117,7 @@ class Trainer:
         """Train to the last step, or until SIGINT, SIGTERM or `stop`: then the step is finished and a checkpoint written.
 
         A second SIGINT ends at once. A checkpoint that cannot be written is a `CheckpointWarning`, not the end of the run.
+        Disk space for the last files is reserved while it trains.
 
         Args:
             resume: go on from the newest intact checkpoint in `folder`, bitwise as if never stopped; from the start if none.
@@ -149,10 +129,19 @@ class Trainer:
             Diverged: a loss or gradient is not finite. The weights of the last finite loss are put back first.
         """
         self._start(resume, accept)
+        try:
+            return self._steps()
+        finally:
+            if self._reserve is not None and self.accelerator.is_main_process:
+                self._reserve.release()
+
+    def _steps(self) -> TrainResult:
         reset_peak_memory(self.device)
         pace = Pace()
         with tracking(self.config.tracker, self.folder, asdict(self.config), self.step) as record, self._stop:
             stopping = False
+            if self._reserve is not None and self.accelerator.is_main_process:
+                self._reserve.take()
             while self.step < self.config.steps and not stopping:
                 began = time.monotonic()
                 stopping, norm = self._advance()
@@ -202,6 +191,8 @@ class Trainer:
     def _diverged(self, why: str, rate: float, kept: int) -> Diverged:
         self.gradients.clear()
         file, newest = None, None
+        if self._reserve is not None and self.accelerator.is_main_process:
+            self._reserve.release()
         if self.folder is not None and self.accelerator.is_main_process:
             file = write_last_good(self.folder, self.named)
         if self.checkpoints is not None and (steps := self.checkpoints.steps()):
@@ -222,8 +213,18 @@ class Trainer:
             if told is not None:
                 told(event)
         if self.on_preview and config.preview_every and self.step % config.preview_every == 0:
+            self._preview(self.on_preview)
+
+    def _preview(self, preview: Callable[[int], None]) -> None:
+        """Call it with the averaged weights in place; without disk space for its files the run goes on."""
+        try:
             with self.averaged(), torch.no_grad():
-                self.on_preview(self.step)
+                preview(self.step)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self._warnings.append(f"the preview of step {self.step} was not written: the disk is full")
+            warnings.warn(self._warnings[-1], CheckpointWarning, stacklevel=2)
 
     def _keep(self, stopping: bool) -> None:
         """Write a checkpoint if one is due: at its interval, at the end if there is an interval, and when stopping."""
@@ -233,11 +234,21 @@ class Trainer:
         if checkpoints is None or not (due or stopping):
             return
         try:
-            on_main(self.accelerator, lambda: checkpoints.save(self._state()))
+            on_main(self.accelerator, lambda: self._save(checkpoints, stopping or self.step == self.config.steps))
             self._saved = self.step
         except CheckpointError as error:
             self._warnings.append(str(error))
             warnings.warn(str(error), CheckpointWarning, stacklevel=3)
+
+    def _save(self, checkpoints: Checkpoints, last: bool) -> None:
+        """Write a checkpoint; the last of a run may use the reserved disk space."""
+        try:
+            checkpoints.save(self._state())
+        except CheckpointError as error:
+            if not last or self._reserve is None or not is_full(error):
+                raise
+            self._reserve.release()
+            checkpoints.save(self._state())
 
     def _tensors(self) -> list[Tensor]:
         return [*self.named.values(), *(self.ema.averages.values() if self.ema else ())]
@@ -273,21 +284,3 @@ class Trainer:
         return TrainResult(
             self.step, list(self.losses), self.seconds, memory, stopped, self._resumed_from, newest, list(self._warnings)
         )
-
-
-def _check(parameters: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters by name, in the order of `named`; the first name of each counts."""
-    names: dict[int, str] = {}
-    for name, tensor in named.items():
-        names.setdefault(id(tensor), name)
-    for index, parameter in enumerate(parameters):
-        name = names.get(id(parameter), "")
-        if not name:
-            raise TrainError(f"parameter {index} of shape {tuple(parameter.shape)} has no name; give it one in `named`")
-        if parameter.dtype != torch.float32 or not parameter.requires_grad:
-            raise TrainError(
-                f"{name} is {parameter.dtype} with requires_grad={parameter.requires_grad}; trainable tensors must be float32 "
-                "and require a gradient, whatever the precision of the rest"
-            )
-    wanted = {id(parameter) for parameter in parameters}
-    return {name: named[name] for key, name in names.items() if key in wanted}

@@ -179,3 +179,21 @@ def _join(owner: str, values: Mapping[str, Any], device: torch.device, tensors: 
         if isinstance(value, dict):
             entries[key] = tensors[f"{owner}:{key}"].to(device if value["tensor"] == "parameter" else "cpu", copy=True)
     return entries
+
+
+def names_of(parameters: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters by name, in the order of `named`; the first name of each counts."""
+    names: dict[int, str] = {}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), name)
+    for index, parameter in enumerate(parameters):
+        name = names.get(id(parameter), "")
+        if not name:
+            raise TrainError(f"parameter {index} of shape {tuple(parameter.shape)} has no name; give it one in `named`")
+        if parameter.dtype != torch.float32 or not parameter.requires_grad:
+            raise TrainError(
+                f"{name} is {parameter.dtype} with requires_grad={parameter.requires_grad}; trainable tensors must be float32 "
+                "and require a gradient, whatever the precision of the rest"
+            )
+    wanted = {id(parameter) for parameter in parameters}
+    return {name: named[name] for key, name in names.items() if key in wanted}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,36 +21,48 @@ from ..formats import embeddings, native
 from ..injection.attachment import Attachment
 from . import targets
 from .checkpoints import write_atomically
+from .disk import optional, writing
 from .features import features
 from .folder import Photo
 from .loop import TrainResult
 from .metrics import Metrics, measure
 from .personal_verdict import personal_verdict
+from .phases import PhaseReport
 from .photos import read_photo
 from .previews import Pair, PreviewSettings, pairs, previews
+from .progress import clock
 from .sheets import Row, before_after, sheet
+from .verdict import read_verdict
 
 if TYPE_CHECKING:
     from .personal import PersonalizeConfig
 
+ADAPTER, GRID = "adapter.safetensors", "before_after.png"
 SHOWN = 4
 """Prompts on the sheet; the figures use all."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run and what it works on."""
+    """A run, what it works on, what says which phase it is in, and warnings of its end."""
 
     config: PersonalizeConfig
     pipe: Any
     attached: Sequence[Attachment]
     photos: Sequence[Photo]
     out: Path
+    report: PhaseReport = field(default_factory=PhaseReport)
+    notes: list[str] = field(default_factory=list)
 
     def settings(self, seeds: int) -> PreviewSettings:
         """How pictures are made: as the base is usually sampled."""
         preset = bases.preset(self.config.base)
         return PreviewSettings(tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4)
+
+    def previews(self, steps: int) -> int:
+        """Images of all previews in a run of so many steps."""
+        every = self.config.preview_every
+        return steps // every * len(self.prompts[:SHOWN]) if every else 0
 
     @property
     def prompts(self) -> list[str]:
@@ -64,42 +78,78 @@ class Run:
 def write_preview(run: Run, step: int) -> Path:
     """`previews/step-000100.png`: the sheet's prompts with the weights of now."""
     settings = run.settings(1)
-    made = previews(run.pipe, run.prompts[:SHOWN], settings)
+    shown = run.prompts[:SHOWN]
+    made = previews(run.pipe, shown, settings, progress=run.report("previews", len(shown)))
     rows = [Row(f"{p.prompt}, seed {p.seed}", ((p.image,),)) for p in made]
     path = run.out / "previews" / f"step-{step:06d}.png"
     write_image(sheet(rows, title=f"step {step}", across=2), path)
+    run.report.close()
     return path
 
 
+def evaluated(config: PersonalizeConfig) -> int:
+    """Images that a run generates for its scores and its image grid."""
+    unrelated = len(config.unrelated or ()) if config.eval_seeds else 0
+    return 2 * max(1, config.eval_seeds) * (len(config.prompts or ("",)) + unrelated)
+
+
 def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
-    """Write the files, `before_after.png` and `result.json`; gives what the latter holds."""
+    """Write the files, `before_after.png` and `result.json`; gives what the latter holds, with the table of `scores` as text."""
+    run.report("saving")
     files = write_files(run)
     config = run.config
+    count = run.report("evaluating", evaluated(config))
     photos = [read_photo(p.path) for p in run.photos]
     settings = run.settings(max(1, config.eval_seeds))
-    concept = pairs(run.pipe, run.attached, run.prompts, settings, run.base_words)
+    concept = pairs(run.pipe, run.attached, run.prompts, settings, run.base_words, count)
     metrics = None
     if config.eval_seeds:
-        unrelated = pairs(run.pipe, run.attached, list(config.unrelated or ()), settings)
+        unrelated = pairs(run.pipe, run.attached, list(config.unrelated or ()), settings, progress=count)
         side = min(concept[0].adapted.size)
         metrics = measure(features(config.features), [reduced(p, side) for p in photos], concept, unrelated, run.base_words)
-    write_image(_sheet(run, result, photos, concept, metrics), run.out / "before_after.png")
+    run.report("saving")
+    grid = _sheet(run, result, photos, concept, metrics)
+    optional(run.out, GRID, lambda: write_image(grid, run.out / GRID), run.notes)
+    run.report.close()
     record = _record(run, result, files, metrics)
     text = json.dumps(record, indent=2, ensure_ascii=False, default=str, allow_nan=False)
-    write_atomically(run.out / "result.json", (text + "\n").encode())
-    return record
+    with writing(run.out, "result.json"):
+        write_atomically(run.out / "result.json", (text + "\n").encode())
+    return {**record, "scores": str(metrics) if metrics else ""}
+
+
+def ending(run: Run, record: dict[str, Any]) -> str:
+    """What a finished run says last: files, scores, verdict, and the next command."""
+    seconds = sum(record["phase_seconds"].values())
+    warnings = [f"warning: {text}" for text in record["training"]["warnings"]]
+    prompt = shlex.quote(run.prompts[0])
+    return "\n".join(
+        [
+            f"finished in {clock(seconds)}; in {run.out}: {', '.join([*record['files'], 'before_after.png', 'result.json'])}",
+            *warnings,
+            *([str(record["scores"])] if record.get("scores") else []),
+            read_verdict(record).text(),
+            f"generate images with and without it: veneer generate {prompt} --adapter {shlex.quote(str(run.out))} --without",
+        ]
+    )
 
 
 def write_files(run: Run) -> list[str]:
     """The native file of everything, and beside it what diffusers loads by itself."""
     provenance = {"base": str(run.config.base), "concept": run.config.concept, "class_word": run.config.class_word}
-    paths = [native.save(run.attached, run.out / "adapter.safetensors", provenance=provenance)]
+    with writing(run.out, ADAPTER):
+        native.save(run.attached, run.out / ADAPTER, provenance=provenance)
+    found = [ADAPTER]
     for attachment in run.attached:
         if targets.learns_words(attachment.method):
-            paths.append(embeddings.save(attachment, run.out / "learned_embeds.safetensors"))
+            name, save = "learned_embeds.safetensors", embeddings.save
         elif attachment.method.name == "lora":
-            paths.append(diffusers_format.save(attachment, run.out / "pytorch_lora_weights.safetensors"))
-    return [Path(path).name for path in paths]
+            name, save = "pytorch_lora_weights.safetensors", diffusers_format.save
+        else:
+            continue
+        if optional(run.out, name, functools.partial(save, attachment, run.out / name), run.notes) is not None:
+            found.append(name)
+    return found
 
 
 def _sheet(run: Run, result: TrainResult, photos: list[Image.Image], concept: list[Pair], metrics: Metrics | None) -> Image.Image:
@@ -137,7 +187,8 @@ def _record(run: Run, result: TrainResult, files: list[str], metrics: Metrics | 
             }
             for a in run.attached
         ],
-        "training": training_record(result),
+        "training": {**training_record(result), "warnings": [*result.warnings, *run.notes]},
+        "phase_seconds": {**run.report.seconds_in, "training": result.seconds},
         "figures": metrics.as_dict() if metrics else None,
         "verdict": personal_verdict(metrics, run.config).as_dict(),
         "versions": {name: version(name) for name in ("veneer", "torch", "diffusers", "transformers")},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..injection.errors import VeneerError
 from . import concerns as look
 from .concerns import Concern
 from .config import TrainConfig
+from .disk import free_bytes
 from .estimates import Estimate, estimate
 from .folder import Photo
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ..injection.report import Report
     from .families import Family
     from .optimizers import Group
+    from .previews import PreviewSettings
 
 __all__ = ["Concern", "Estimate", "Preflight", "PreflightError", "preflight"]
 
@@ -86,6 +88,9 @@ def preflight(
     processes: int = 1,
     folder: Path | None = None,
     measure: bool = True,
+    images: int = 0,
+    previews: int = 0,
+    sampling: PreviewSettings | None = None,
 ) -> Preflight:
     """Look at a run before it starts. Weights, gradients and the random state are as before afterwards.
 
@@ -97,6 +102,7 @@ def preflight(
         groups: as given to the trainer, for their own learning rates. `usual_rates`: method name to the one usual on this base.
         processes: how many share a batch. `folder`: where checkpoints go, to see if the disk has room.
         measure: run two real passes of a micro-batch; False counts from shapes and the speed of a matrix product instead.
+        images, previews: generated for the evaluation and for previews, for the estimates of time and disk. `sampling`: how.
     """
     side = resolution or family.resolution
     texts = [*_captions(photos, concept), *(prompts or ())]
@@ -114,9 +120,11 @@ def preflight(
         pairs = 2 if any(photo.is_prior for photo in photos) else 1
         rows = math.ceil(config.batch / processes) * pairs
         try:
+            samples = math.ceil(config.samples / processes) * pairs
             cost = estimate(
-                attachments, config, family, side, rows, math.ceil(config.samples / processes) * pairs, texts, measure
-            )
+                attachments, config, family, side, rows, samples, texts, measure, images=images, previews=previews,
+                sampling=sampling, loading=process_seconds(),
+            )  # fmt: skip
         except torch.OutOfMemoryError as error:
             found.append(Concern("memory", f"a trial step does not fit: {str(error).splitlines()[0]}", "error"))
         else:
@@ -150,13 +158,15 @@ def _pictures(photos: Sequence[Photo], resolution: int, config: TrainConfig) -> 
 
 def _room(estimate: Estimate, config: TrainConfig, tower: nn.Module, folder: Path | None) -> Iterator[Concern]:
     device = next(tower.parameters()).device
-    kept = (config.keep_checkpoints + 1) if config.keep_checkpoints else config.steps // max(1, config.checkpoint_every)
-    disk = None
-    if folder is not None:
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        disk = shutil.disk_usage(there).free
-    needs = {"memory": estimate.memory - estimate.base, "disk": estimate.checkpoint * kept if config.checkpoint_every else 0}
-    return look.room(needs, {"memory": _free(device), "disk": disk}, certain=device.type == "cuda")
+    needs = {"memory": estimate.memory - estimate.base, "disk": estimate.written}
+    return look.room(needs, {"memory": _free(device), "disk": free_bytes(folder)}, certain=device.type == "cuda")
+
+
+def process_seconds() -> float:
+    """Seconds since this process started."""
+    import psutil  # accelerate brings it
+
+    return max(0.0, time.time() - psutil.Process().create_time())
 
 
 def _free(device: torch.device) -> int | None:

@@ -6,7 +6,7 @@ import copy
 import inspect
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,7 +76,11 @@ class _Job(NamedTuple):
 
 
 def previews(
-    pipe: Any, prompts: Sequence[str], settings: PreviewSettings = PreviewSettings(), words: Mapping[str, str] | None = None
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: PreviewSettings = PreviewSettings(),
+    words: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Preview]:
     """Pictures for every prompt and seed, prompt by prompt. The pipeline is left as it was.
 
@@ -85,10 +89,11 @@ def previews(
     Args:
         pipe: any diffusers text-to-image pipeline, or one with class labels (DiT), whose prompts are label names or numbers.
         words: replacements in the prompts, as `base_words` of `pairs`. The noise stays that of the prompt as given.
+        progress: called after each batch with the number of images in it.
     Raises:
         VeneerError: a pipeline that takes neither, or a label that it does not know.
     """
-    return _generate(pipe, _jobs(prompts, settings, words or {}), settings)
+    return _generate(pipe, _jobs(prompts, settings, words or {}), settings, progress)
 
 
 def pairs(
@@ -97,19 +102,21 @@ def pairs(
     prompts: Sequence[str],
     settings: PreviewSettings = PreviewSettings(),
     base_words: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Pair]:
     """Base (adapters switched off) and adapted pictures of every prompt and seed, from the same noise.
 
     Args:
         base_words: replacements in the prompt for the base alone, such as `{"<toy>": "toy"}` where the concept is a word that
             only the adapters know. The noise stays that of the prompt as given.
+        progress: called after each batch with the number of images in it.
     """
     several = [attachments] if isinstance(attachments, Attachment) else list(attachments)
     with ExitStack() as off:
         for attachment in several:
             off.enter_context(attachment.enabled(False))
-        base = _generate(pipe, _jobs(prompts, settings, base_words or {}), settings)
-    adapted = previews(pipe, prompts, settings)
+        base = _generate(pipe, _jobs(prompts, settings, base_words or {}), settings, progress)
+    adapted = previews(pipe, prompts, settings, progress=progress)
     return [Pair(a.prompt, a.seed, b.image, a.image) for a, b in zip(adapted, base, strict=True)]
 
 
@@ -121,7 +128,9 @@ def _jobs(prompts: Sequence[str], settings: PreviewSettings, words: Mapping[str,
     ]
 
 
-def _generate(pipe: Any, jobs: Sequence[_Job], settings: PreviewSettings) -> list[Preview]:
+def _generate(
+    pipe: Any, jobs: Sequence[_Job], settings: PreviewSettings, progress: Callable[[int], None] | None = None
+) -> list[Preview]:
     accepts = set(inspect.signature(pipe.__call__).parameters)
     found: list[Preview] = []
     with at_rest(pipe), torch.inference_mode():
@@ -133,6 +142,8 @@ def _generate(pipe: Any, jobs: Sequence[_Job], settings: PreviewSettings) -> lis
             found += [
                 Preview(j.prompt, j.seed, image, _described(pipe, j, settings)) for j, image in zip(part, images, strict=True)
             ]
+            if progress is not None:
+                progress(len(part))
     return found
 
 

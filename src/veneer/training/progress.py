@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -89,6 +90,8 @@ class ProgressLine:
 class ProgressFile:
     """Events as lines of JSON in a file, for whoever looks at a run from outside; a resumed run goes on in it.
 
+    Every line has `phase`, `done` and `total` (see `phases`); a line of a step has the fields of `Progress` as well.
+
     Args:
         path: usually `progress.jsonl` in the run's folder. `seconds`: at least so long between two lines; the first and the last
             step are always told.
@@ -104,9 +107,14 @@ class ProgressFile:
             return
         start = "\n" if self._told is None and self.path.exists() else ""  # what a kill has cut stays a line of its own
         self._told = now
+        with contextlib.suppress(OSError):  # a disk without space is no reason to end a run
+            self._append(start, progress)
+
+    def _append(self, start: str, progress: Progress) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(f"{start}{json.dumps(asdict(progress))}\n")
+            phase = {"phase": "training", "done": progress.step, "total": progress.steps}
+            file.write(f"{start}{json.dumps({**phase, **asdict(progress)})}\n")
 
 
 def read_progress(path: Path) -> list[Progress]:
@@ -115,8 +123,9 @@ def read_progress(path: Path) -> list[Progress]:
     found: list[Progress] = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
-            event = Progress(**json.loads(line))
-        except (ValueError, TypeError):
+            told = json.loads(line)
+            event = Progress(**{key: value for key, value in told.items() if key not in ("phase", "done", "total")})
+        except (ValueError, TypeError, AttributeError):
             continue
         while found and found[-1].step >= event.step:
             found.pop()

@@ -6,6 +6,7 @@ All rules read 95 % intervals: a score counts as better or worse only if the who
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -60,3 +61,11 @@ class Verdict:
         lines = [f"verdict: {WORDS[self.outcome]}. {self.summary}"]
         lines += [f"  {reason}" for reason in self.reasons]
         return "\n".join([*lines, *(f"  next: {step}" for step in self.advice)])
+
+
+def read_verdict(record: Mapping[str, Any]) -> Verdict:
+    """The verdict of a `result.json`; `unknown` for a file of an older version."""
+    found = record.get("verdict")
+    if not found:
+        return Verdict("unknown", "This run has no verdict.")
+    return Verdict(found["outcome"], found["summary"], tuple(found["reasons"]), tuple(found["advice"]))

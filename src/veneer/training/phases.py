@@ -1,0 +1,139 @@
+"""Phases of a run beside its steps: lines in `progress.jsonl`, lines on the terminal, and how long each phase took.
+
+report = PhaseReport(out / "progress.jsonl", sys.stderr)
+report("loading")
+count = report("evaluating", 42)      # {"phase": "evaluating", "done": 0, "total": 42, "seconds_left": null}
+count(4)                              # {"phase": "evaluating", "done": 4, "total": 42, "seconds_left": 19.0}
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from .progress import clock
+
+PHASES: Mapping[str, str] = {
+    "loading": "loading the model",
+    "class_images": "generating with the base",
+    "training": "training",
+    "previews": "generating previews",
+    "evaluating": "evaluating",
+    "saving": "saving",
+}
+"""Phase to the words that a terminal shows."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where a run is.
+
+    Args:
+        phase: of `PHASES`.
+        done, total: images, or steps while it trains; 0 and 0 if nothing is counted.
+        seconds_left: of this phase, or None if unknown.
+    """
+
+    phase: str
+    done: int = 0
+    total: int = 0
+    seconds_left: float | None = None
+
+    def __str__(self) -> str:
+        words = PHASES.get(self.phase, self.phase)
+        left = "" if self.seconds_left is None or self.done == self.total else f", {clock(self.seconds_left)} left"
+        return f"{words}: {self.done}/{self.total} images{left}" if self.total else f"{words} …"
+
+
+class PhaseReport:
+    """Says which phase a run is in.
+
+    Args:
+        path: `progress.jsonl` of the run, or None. `stream`: for lines that people read, or None.
+        seconds: at least so long between two lines of one phase; its first and last are always written.
+
+    Attributes:
+        seconds_in: phase to the seconds spent in it so far.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        stream: TextIO | None = None,
+        seconds: float = 5.0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.path, self.stream, self.seconds, self.now = path, stream, seconds, now
+        self.seconds_in: dict[str, float] = {}
+        self._phase, self._since = "", now()
+
+    def __call__(self, phase: str, total: int = 0, done: int = 0) -> PhaseCounter:
+        """Enter a phase; call what it gives after each part, such as a batch of images."""
+        self.close()
+        self._phase, self._since = phase, self.now()
+        return PhaseCounter(self, phase, total, done)
+
+    def close(self) -> None:
+        """End the phase that runs."""
+        if self._phase:
+            spent = self.now() - self._since
+            self.seconds_in[self._phase] = self.seconds_in.get(self._phase, 0.0) + spent
+        self._phase = ""
+
+    def write(self, phase: Phase) -> None:
+        """One line to the file and one to the stream; a disk without room is no reason to end a run."""
+        if self.stream is not None:
+            self.stream.write(f"{phase}\n")
+            self.stream.flush()
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(f"{json.dumps(asdict(phase))}\n")
+        except OSError:
+            return
+
+
+class PhaseCounter:
+    """Counts the parts of one phase."""
+
+    def __init__(self, report: PhaseReport, phase: str, total: int, done: int = 0) -> None:
+        self.report, self.phase, self.total, self.done = report, phase, total, done
+        self._first, self._start = done, report.now()
+        self._shown = self._start
+        report.write(Phase(phase, done, total))
+
+    def reach(self, done: int, total: int) -> None:
+        """So many of all are done."""
+        self.total = total
+        self(done - self.done)
+
+    def __call__(self, count: int = 1) -> None:
+        """So many more are done."""
+        self.done += count
+        now, last = self.report.now(), self.done == self.total
+        if now - self._shown < self.report.seconds and not last:
+            return
+        self._shown = now
+        made = self.done - self._first
+        left = (self.total - self.done) * (now - self._start) / made if made else None
+        self.report.write(Phase(self.phase, self.done, self.total, left))
+
+
+def read_phase(path: Path) -> Phase | None:
+    """Where a run is, by the last whole line of its `progress.jsonl`: a line of a step counts as `training`. None without any."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        try:
+            found = json.loads(line)
+            if "phase" in found:
+                return Phase(str(found["phase"]), int(found["done"]), int(found["total"]), found.get("seconds_left"))
+            return Phase("training", int(found["step"]), int(found["steps"]), found.get("seconds_left"))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return None
