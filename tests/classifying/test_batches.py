@@ -46,6 +46,6 @@ def test_logits_are_in_evaluation_mode_and_modes_come_back() -> None:
     logits, labels = logits_of(
         model, [(inputs[:3], torch.tensor([0, 1, 0])), (inputs[3:], torch.tensor([1]))], torch.device("cpu")
     )
-    assert torch.equal(logits, model[1](inputs))
+    torch.testing.assert_close(logits, model[1](inputs))  # in batches of 3 and 1: other matrix kernels than for 4 rows
     assert labels.tolist() == [0, 1, 0, 1]
     assert model[0].training
