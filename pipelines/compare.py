@@ -32,10 +32,10 @@ class CompareConfig:
             weights) and `scratch` (all, from random ones) are rows like any other.
         seeds: how many runs of each row; each draws its own start, order and augmentation, on the same splits.
         baseline: run `linear_probe` as well, or `zero_shot` for a CLIP, which the table compares with.
-        head_first, shots, validation, test, split_seed, epochs, batch, learning_rate, weight_decay, augment, squash, size,
-            precision, search, search_epochs, warmup, label_smoothing, workers: as for `veneer transfer`, the same for all rows.
-            `learning_rate` None is each method's usual; `search` finds one for each row, on validation pictures, with the first
-            seed.
+        learning_rate: peak rate of all rows (default: each method's own).
+        head_first, shots, validation, test, split_seed, epochs, batch, weight_decay, augment, squash, size,
+            precision, search_epochs, warmup, label_smoothing, workers: as for `veneer transfer`, the same for all rows.
+        search: trials of learning rate and scale for each row, on the validation images, with the first seed; 0 for none.
         first_seed: the first of the seeds.
         out: folder for all results; a second run with the same folder adds what is missing. None for a new one under `runs`.
     """

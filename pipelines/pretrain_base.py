@@ -40,9 +40,13 @@ class PretrainConfig:
         stage: one of the stages, or `all`.
         begin: folder of packaged bases to begin from; none for random weights. `all` then leaves the autoencoder as it is, for
             the rest has learnt its latents.
-        vae_steps, clip_steps, unet_steps, decoder_steps: optimiser steps.
+        vae_steps: optimizer steps of the autoencoder.
+        clip_steps: optimizer steps of the CLIP.
+        unet_steps: optimizer steps of the UNet.
+        decoder_steps: optimizer steps that refine the decoder.
         unet_decay: steps at the end over which the UNet's rate falls to zero; 0 leaves it constant.
-        muon_lr, adam_lr: the UNet's learning rates, for matrices and for the rest.
+        muon_lr: learning rate of the UNet's matrices.
+        adam_lr: learning rate of the UNet's other parameters.
         bases: folder that gets the packaged bases; the package's own unless given.
         results: folder that gets figures, sheet and curves.
         seeds: how many pictures of each prompt are judged.

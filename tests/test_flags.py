@@ -101,3 +101,32 @@ def test_prefixed_flags_and_those_that_are_taken() -> None:
     found = vars(parser.parse_args(["--rank", "1", "--second.rank", "2"]))
     assert values(Config, found, "first") == {"rank": 1}
     assert values(Config, found, "second") == {"rank": 2}
+
+
+SHARED = ("as for ", "shape of A", "`low_rank`", "`vector`")
+"""Beginnings of sentences that are true of each of several fields."""
+
+
+def _configs() -> list[type]:
+    from veneer.pipelines.bench import BenchConfig
+    from veneer.pipelines.compare import CompareConfig
+    from veneer.pipelines.control import ControlConfig, DrawConfig
+    from veneer.pipelines.generate import GenerateConfig
+    from veneer.pipelines.merge import MergeConfig
+    from veneer.pipelines.personalize import PersonalizeConfig
+    from veneer.pipelines.pretrain_base import PretrainConfig
+    from veneer.pipelines.transfer import TransferConfig
+
+    from veneer import methods
+
+    commands = [
+        BenchConfig, CompareConfig, ControlConfig, DrawConfig, GenerateConfig, MergeConfig, PersonalizeConfig, PretrainConfig,
+        TransferConfig,
+    ]  # fmt: skip
+    return [*commands, *(methods.get(name) for name in methods.names())]
+
+
+def test_every_flag_has_help_of_its_own() -> None:
+    for config in _configs():
+        own = [text for text in help_of(config).values() if not text.startswith(SHARED)]
+        assert len(own) == len(set(own)), config.__name__

@@ -36,7 +36,8 @@ class DrawConfig:
         image: a photo for each adapter that follows something, in order; its map is computed, as it was in training.
         map: the maps themselves, in the place of photos.
         condition: how maps are computed, where the adapters do not say.
-        start, end: part of the schedule in which they act, 0 to 1.
+        start: part of the schedule after which they begin to act, 0 to 1.
+        end: part of the schedule after which they no longer act, 0 to 1.
         base: `shipped`, a folder or a hub name; None for the base that the first adapter was trained on.
         negative: negative prompt; None for the base's usual.
         count: pictures of each prompt; their seeds count up from `seed`.

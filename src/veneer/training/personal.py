@@ -54,7 +54,8 @@ class PersonalizeConfig:
         prior_weight: weight of their loss.
         template: captions for photos without one of their own, with {concept} in them.
         caption_dropout: probability of the empty caption, 0 to 1.
-        tag_dropout, keep_tokens: probability of leaving out a comma-separated tag; tags at the front that always stay.
+        tag_dropout: probability of leaving out each comma-separated tag of a caption, 0 to 1.
+        keep_tokens: number of tags at the front of a caption that are never left out or moved.
         shuffle_tags: the other tags change places.
         resolution: side of the training pictures in pixels (area with buckets); None for the base's own.
         crop: `center` or `random`.

@@ -31,7 +31,8 @@ class IPAdapter(Method):
     Args:
         kind: `base` or `plus`. `width`: of the embeddings of a picture (ViT-H 1024) or of its patches (1280).
         tokens: for each picture; 0 for the usual 4 or 16.
-        depth, dim: blocks and width of the resampler; dim 0 for the text's width, at most 1280. Its heads have 64.
+        depth: blocks of the resampler.
+        dim: width of the resampler, whose heads have 64; 0 for the text's width, at most 1280.
         zero_start: W_v' begins as zeros, so that a new one changes nothing. False: as the host's, as the paper has it.
     Given are pictures, which the pipeline's `image_encoder` embeds, or `embeds` of (pictures, width), for `plus` (pictures,
     patches, width); one for all samples or one for each prompt; several for one prompt as a list in the list, or (pictures,

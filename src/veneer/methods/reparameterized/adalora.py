@@ -113,7 +113,8 @@ class AdaLoRA(Method):
         warmup: share of the steps before pruning begins, 0 to 1. `final`: share of the steps after it has ended.
         every: steps between two prunings; between them pruned λ learn again.
         orthogonality: weight of the orthogonality term.
-        beta1, beta2: smoothing of the sensitivity and of its uncertainty, 0 to 1.
+        beta1: smoothing of the sensitivity, 0 to 1.
+        beta2: smoothing of the sensitivity's uncertainty, 0 to 1.
     Convolutions: as in `lora`, the rank split over groups.
     Counts: rank·(d_in·k·k / groups + 1) + d_out·rank / groups per site. Pruned triplets are stored too, with λ = 0. With averaged
     weights λ of pruned triplets is averaged as well, and fades.

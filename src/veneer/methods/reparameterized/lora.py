@@ -25,8 +25,9 @@ class LoRA(Method):
     Args:
         rank: columns of B and rows of A, at least 1.
         alpha: numerator of the scale; None means the rank, so that s = 1.
-        ranks, alphas: role pattern to another rank or alpha, such as `{"mlp.*": 4}`, or the name of a site, such as
-            `{"name:unet.conv_in": 4}`. A site's own name counts before its role, and of role patterns the last that matches.
+        ranks: other ranks by role pattern or by name of a site, such as `mlp.*=4` or `name:unet.conv_in=4` as a flag,
+            `{"mlp.*": 4}` in Python. A site's own name counts before its role, and of role patterns the last that matches.
+        alphas: other alphas, in the same way.
         rslora: s = alpha / sqrt(rank) instead (rank-stabilised).
         dropout: probability of dropping an input feature of A in training, 0 to 1.
         init: how A is drawn: `kaiming` (uniform, a = sqrt 5) or `gaussian` (standard deviation 1 / rank), with B zero. Or what
