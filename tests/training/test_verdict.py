@@ -45,6 +45,20 @@ CAR = Metrics(
 """Measured: five photos of a toy car, 100 steps of pivotal tuning, one image a prompt: a brown blob."""
 
 
+SNEAKER = Metrics(
+    "shipped CLIP", pair(0.158, 0.037, 0.093), pair(0.334, 0.141, 0.124), pair(0.038, 0.187, 0.109), around(0.276, 0.12),
+    around(0.173, 0.1), around(0.096, 0.008), 0.965, pair(0.4, 0.49, 0.01),
+)  # fmt: skip
+"""Measured: six photos of a shoe, 100 steps of pivotal tuning: its colors without its shape, where the base generates a shoe."""
+
+
+CAT = Metrics(
+    "shipped CLIP", pair(0.032, -0.051, 0.076), pair(0.165, 0.03, 0.049), pair(-0.1, 0.451, 0.043), around(0.29, 0.127),
+    around(0.759, 0.1), around(0.237, 0.017), 0.965, pair(0.4, 0.49, 0.01),
+)  # fmt: skip
+"""Measured: five photos of a cat, 300 steps of LoRA: gray shapes, and fish and houses changed as well."""
+
+
 def changed(metrics: Metrics, **parts: object) -> Metrics:
     return dataclasses.replace(metrics, **parts)
 
@@ -65,8 +79,13 @@ def test_a_verdict_is_json_and_text():
     [
         (OCTOPUS, "learned"),
         (CAR, "not_learned"),
-        (changed(OCTOPUS, likeness=pair(0.25, 0.04, 0.1)), "partly"),
-        (changed(OCTOPUS, ceiling=None), "partly"),
+        (SNEAKER, "overfitted"),
+        (CAT, "not_learned"),
+        (changed(SNEAKER, prompt_likeness=pair(0.15, 0.187, 0.02)), "partly"),
+        (changed(SNEAKER, prompt_likeness=pair(0.038, 0.187, 0.2)), "partly"),
+        (changed(OCTOPUS, likeness=pair(0.25, 0.04, 0.1), prompt_likeness=None), "partly"),
+        (changed(OCTOPUS, likeness=pair(0.5, 0.04, 0.1), prompt_likeness=None), "partly"),
+        (changed(OCTOPUS, ceiling=None, prompt_likeness=None), "partly"),
         (changed(OCTOPUS, ceiling=around(0.03, 0.01)), "learned"),
         (changed(OCTOPUS, layout=pair(0.2, 0.479, 0.05)), "overfitted"),
         (changed(OCTOPUS, layout=pair(0.2, 0.479, 0.3)), "learned"),
@@ -104,7 +123,9 @@ def test_advice_names_flags_of_the_command():
     assert not any(
         "--class-word" in line for line in personal_verdict(CAR, dataclasses.replace(CONFIG, class_word="car", prior=9)).advice
     )
-    long = personal_verdict(changed(OCTOPUS, likeness=pair(0.25, 0.04, 0.1)), dataclasses.replace(CONFIG, steps=400)).advice
+    long = personal_verdict(
+        changed(OCTOPUS, likeness=pair(0.25, 0.04, 0.1), prompt_likeness=None), dataclasses.replace(CONFIG, steps=400)
+    ).advice
     assert any("--steps 800" in line for line in long)
 
 

@@ -96,11 +96,11 @@ class Metrics:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{'':18}{'adapted':24}{'base':24}gain"]
+        lines = [f"{'':18}{'adapted':26}{'base':26}gain"]
         for name in ("likeness", "nearest", "prompt_likeness"):
             found: Compared | None = getattr(self, name)
             if found:
-                lines.append(f"{name.replace('_', ' '):18}{found.adapted!s:24}{found.base!s:24}{found.gain}")
+                lines.append(f"{name.replace('_', ' '):18}{found.adapted!s:26}{found.base!s:26}{found.gain}")
         for name in ("ceiling", "drift", "pixel_drift"):
             figure: Figure | None = getattr(self, name)
             if figure:

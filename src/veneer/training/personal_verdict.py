@@ -2,24 +2,26 @@
 
 With the gain of similarity over the base (paired, 95 %), the base's similarity b and that of the photos to one another c:
 
-- **similarity rose** if the whole interval of the gain is above 0; **share** = mean gain / (c − b), the part of the distance from
-  the base to the photos that was covered (unknown with one photo, and taken as covered where c ≤ b);
+- **similarity rose** if the whole interval of the gain is above 0, and **rose far** if it is above half of c − b, the
+  distance from the base to the photos (not known with one photo; true where c ≤ b and similarity rose);
 - **the prompt was lost** if less than half of the base's `layout` is left, the whole interval of the paired difference below 0;
 - **other images changed** if the whole interval of the drift is above half the distance between the base's images of two
   different unrelated prompts: an image has then moved halfway to another prompt's;
 - **the class was lost** if less than 2/3 of the base's prompt similarity is left, the whole interval of the paired difference
-  below 0. This counts only where similarity did not rise: prompts are read with the class word in the place of the concept, and
-  an octopus that was trained with the class word "fish" is rightly less similar to "a fish" (0.05 against 0.43 in the bundled
+  below 0. This counts only where similarity did not rise far: prompts are read with the class word in the place of the concept,
+  and an octopus that was trained with the class word "fish" is rightly less similar to "a fish" (0.05 against 0.43 in the bundled
   example).
 
-| similarity rose | share ≥ 1/2 | something lost or changed | outcome |
-|---|---|---|---|
-| yes | yes | no | `learned` |
-| yes | no or unknown | no | `partly` |
-| yes | any | prompt or other images | `overfitted` |
-| no | any | any of the three | `not_learned` |
-| no | no | no | `not_learned` |
-| no | yes or unknown | no | `unknown`: too few images to tell |
+| similarity | something lost or changed | outcome |
+|---|---|---|
+| rose far | no | `learned` |
+| rose far | prompt or other images | `overfitted` |
+| rose | no | `partly` |
+| rose, share ≥ 1/2 | any of the three | `overfitted` |
+| rose, share < 1/2 or unknown | any of the three | `not_learned` |
+| did not rise | any of the three | `not_learned` |
+| did not rise, mean gain below half of c − b | no | `not_learned` |
+| did not rise, mean gain above it or c unknown | no | `unknown`: too few images to tell |
 
 Without scores, or with one image and so without intervals, the outcome is `unknown`.
 """
@@ -58,17 +60,20 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
     if metrics is None:
         why = "The run was not evaluated (--eval-seeds 0), so there are no scores."
         return Verdict("unknown", "It was not evaluated; look at before_after.png.", (why,), (MORE_IMAGES,))
-    share, rose = covered(metrics), metrics.likeness.clear
-    lost, kept = _changes(metrics, rose)
+    share, rose, far = covered(metrics), metrics.likeness.clear, _rose_far(metrics)
+    lost, kept = _changes(metrics, far)
     reasons = (_similarity(metrics, share), *lost, *kept)
     if metrics.likeness.gain.low is None:
         return Verdict("unknown", "One image is too few to tell.", reasons, (MORE_IMAGES,))
     if rose:
-        if lost:
+        if lost and (far or (share is not None and share >= SHARE)):
             summary = "Images are more similar to the photos, but follow the prompt less, or images of other prompts changed."
             return Verdict("overfitted", summary, reasons, _gentler(config))
-        if share is not None and share >= SHARE:
+        if far:
             return Verdict("learned", "Images are clearly more similar to the photos, and prompts still work.", reasons)
+        if lost:
+            summary = "Images are hardly more similar to the photos, and they follow the prompt less, or other images changed."
+            return Verdict("not_learned", summary, reasons, _gentler(config))
         summary = "Images are somewhat more similar to the photos."
         if share is None:
             summary += " With one photo there is no telling how similar they could be."
@@ -90,6 +95,14 @@ def covered(metrics: Metrics) -> float | None:
     return metrics.likeness.gain.mean / distance if distance > 0 else 1.0
 
 
+def _rose_far(metrics: Metrics) -> bool:
+    """Whether the whole interval of the gain is above `SHARE` of the distance from the base to the photos."""
+    gain, ceiling = metrics.likeness.gain, metrics.ceiling
+    if gain.low is None or ceiling is None:
+        return False
+    return gain.low > max(0.0, SHARE * (ceiling.mean - metrics.likeness.base.mean))
+
+
 def _similarity(metrics: Metrics, share: float | None) -> str:
     found = metrics.likeness
     text = (
@@ -101,8 +114,8 @@ def _similarity(metrics: Metrics, share: float | None) -> str:
     return f"{text}, {max(0.0, share):.0%} of the way to the photos' similarity to one another, {metrics.ceiling.mean:.2f}."
 
 
-def _changes(metrics: Metrics, rose: bool) -> tuple[list[str], list[str]]:
-    """Sentences on what was lost, and on what was not."""
+def _changes(metrics: Metrics, far: bool) -> tuple[list[str], list[str]]:
+    """Sentences on what was lost, and on what was not. `far`: similarity rose far, so the class may be another."""
     lost, kept = list[str](), list[str]()
     prompt, place, drift = metrics.prompt_likeness, metrics.layout, metrics.drift
     if prompt:
@@ -110,7 +123,7 @@ def _changes(metrics: Metrics, rose: bool) -> tuple[list[str], list[str]]:
             f"Similarity to the prompt, with the class word, is {prompt.adapted.mean:.2f} with the adapter and "
             f"{prompt.base.mean:.2f} without: difference {prompt.gain}."
         )
-        (lost if not rose and _fell(prompt, KEPT) else kept).append(words)
+        (lost if not far and _fell(prompt, KEPT) else kept).append(words)
     if place:
         share = max(0.0, place.adapted.mean / place.base.mean) if place.base.mean > 0 else 1.0
         words = f"Background and place follow the prompt {share:.0%} as much as without the adapter."
