@@ -75,13 +75,14 @@ def by_hand(model: Any, tuned: Attachment, x: Tensor, heads: int, skip: tuple[in
 
 
 @pytest.mark.parametrize("extra", [{}, {"reg_tokens": 3}, {"class_token": False, "global_pool": "avg"}])
-@pytest.mark.parametrize("options", [{}, {"reduction": 2, "temperature": 1.0}, {"skip": (0, 3)}, {"skip": (1, 2)}])
+@pytest.mark.parametrize("options", [{}, {"reduction": 2, "temperature": 1.0}, {"skip": (0, 3)}, {"skip": (1, 2)}, {"heads": 3}])
 def test_forward_and_gradients(extra: dict[str, Any], options: dict[str, Any]) -> None:
     model = vit(**extra)
     tuned = stirred(model, **options)
     side = 24 // options.get("reduction", 4)
     heads = next(a.block.heads for _, a in tuned.parts.values() if hasattr(a, "block"))
     assert side % heads == 0
+    assert heads == options.get("heads", heads)
     assert heads > 1 or side < 32
     parameters = list(tuned.parameters())
     got = model(picture())
@@ -221,7 +222,14 @@ def test_a_side_of_no_width_is_refused() -> None:
         attach(vit(), "lst", reduction=32)
 
 
-@pytest.mark.parametrize("options", [{"reduction": 0}, {"temperature": 0.0}])
+def test_heads_that_do_not_divide_the_side_are_refused() -> None:
+    """The authors have the backbone's number, here 2 of 6 channels; 5 do not divide 6."""
+    assert attach(vit(), "lst", reduction=4, heads=2).parts["blocks.0.stream"][1].block.heads == 2
+    with pytest.raises(ValueError, match=r"^lst: blocks\.0\.stream: .*heads=5"):
+        attach(vit(), "lst", reduction=4, heads=5)
+
+
+@pytest.mark.parametrize("options", [{"reduction": 0}, {"temperature": 0.0}, {"heads": -1}])
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^lst: "):
         LST(**options)

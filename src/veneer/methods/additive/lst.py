@@ -64,13 +64,13 @@ class LSTAdapter(Adapter):
     casts: ClassVar[bool] = False
     shared: Ladder
 
-    def __init__(self, site: StreamSite, side: int, temperature: float, dropped: bool) -> None:
+    def __init__(self, site: StreamSite, side: int, temperature: float, dropped: bool, heads: int = 0) -> None:
         super().__init__()
         self.site, self.temperature, self.dropped = site, temperature, dropped
         if not dropped:
             self.alpha = nn.Parameter(torch.zeros(1))
             self.down = nn.Linear(site.width, side)
-            self.block = SideBlock(side, side // _head(side, HEAD * side // site.width))
+            self.block = SideBlock(side, heads or side // _head(side, HEAD * side // site.width))
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y: what the block read and gave."""
@@ -109,6 +109,8 @@ class LST(Method):
         temperature: T of the gates, above 0.
         skip: numbers of blocks in the tower whose side layer is dropped: s passes them unchanged. The authors drop every fourth,
             `(0, 4, 8)` of 12.
+        heads: of Block's attention, a divisor of the side width; the authors have as many as the backbone. 0: heads of 64/r
+            channels, or the next smaller divisor, which is the backbone's number where its heads have 64 channels.
     The ladder goes over the selected blocks and replaces the output of the last of them: leave out none at the end. What is
     trained in front of it gets no gradient through it. At a strength between 0 and 1 the output is y + s·(y' − y), of which only
     y' has a gradient. Side attention sees all tokens both ways: a text model's masks do not reach it.
@@ -118,11 +120,11 @@ class LST(Method):
     the norm and (w + 1)·width of Up. ViT-B/16 2,376,492, which are the 2.38 M that V-PETL Bench states.
     Source: Sung, Cho, Bansal, LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning, NeurIPS 2022, and the
     authors' code (T5, BART, CLIP-ViL), which has no plain vision transformer. As there: the mean of both at the start, biases in
-    Down and Up, as many heads as the backbone (of 64/r channels here), Up in the place of the backbone's output. Deviations:
-    Block is a pre-norm block as in ViT, with GELU, four times the width between, and biases; layers begin as torch's own, not as
-    pruned backbone weights, which need a table of names for each model.
+    Down and Up, Up in the place of the backbone's output. Deviations: the number of heads is not read from the backbone
+    (`heads`); Block is a pre-norm block as in ViT, with GELU, four times the width between, and biases; layers are initialized as
+    torch's own, not as pruned backbone weights, which need a table of names for each model.
     Raises:
-        ValueError: the side width would be 0.
+        ValueError: the side width would be 0, or is no multiple of `heads`.
         HostChanged: at a call, blocks that run out of order.
     """
 
@@ -138,12 +140,15 @@ class LST(Method):
     reduction: int = 8
     temperature: float = 0.1
     skip: tuple[int, ...] = ()
+    heads: int = 0
 
     def __post_init__(self) -> None:
         if self.reduction < 1:
             raise ValueError(f"lst: reduction must be at least 1, got {self.reduction}")
         if not self.temperature > 0:
             raise ValueError(f"lst: temperature must be above 0, got {self.temperature}")
+        if self.heads < 0:
+            raise ValueError(f"lst: heads must be at least 0, got {self.heads}")
 
     @classmethod
     def examples(cls) -> tuple[LST, LST]:
@@ -167,11 +172,15 @@ class LST(Method):
             ValueError: the side width would be 0.
         """
         self._check(site)
-        return LSTAdapter(site, site.width // self.reduction, self.temperature, site.depth in self.skip)
+        return LSTAdapter(site, site.width // self.reduction, self.temperature, site.depth in self.skip, self.heads)
 
     def _check(self, site: StreamSite) -> None:
         if site.width < self.reduction:
             raise ValueError(f"lst: {site.name}: a width of {site.width} leaves nothing at reduction {self.reduction}; lower it")
+        if self.heads and site.width // self.reduction % self.heads:
+            raise ValueError(
+                f"lst: {site.name}: a side width of {site.width // self.reduction} is no multiple of heads={self.heads}"
+            )
 
     def count(self, site: StreamSite) -> int:
         """Block, Down and the gate; nothing where the side layer is dropped."""
