@@ -10,7 +10,9 @@ from typing import Literal
 
 import pytest
 
+from veneer.control.config import ControlConfig
 from veneer.flags import add_flags, help_of, values
+from veneer.training.personal import PersonalizeConfig
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ def test_wrong_words_are_refused(words: tuple[str, ...], capsys: pytest.CaptureF
 def test_help_is_the_docstring() -> None:
     found = help_of(Config)
     assert found == {"folder": "where it lies; 50 % of all are there", "rank": "sizes", "alpha": "sizes", "kind": "which"}
+
+
+@pytest.mark.parametrize("config", [PersonalizeConfig, ControlConfig])
+def test_help_of_density_names_the_sign_of_the_mean(config: type) -> None:
+    """Scripts of diffusers have the other one."""
+    assert "`--logit_mean` has the other sign" in help_of(config)["density"]
 
 
 def test_help_prints_percent_signs() -> None:

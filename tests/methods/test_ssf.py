@@ -174,3 +174,19 @@ def test_norms_of_queries_and_keys_are_left_out_unless_named() -> None:
     assert "norm" in roles
     assert "norm.qk" not in roles
     assert {s.role for s, _ in attach(model, "ssf", where="norm.qk").parts.values()} == {"norm.qk"}
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "default", "code"),
+    [
+        ("swin_tiny_patch4_window7_224", "conv norm attn.qkv attn.out mlp not:name:*downsample*", 107_136, 99_072),
+        ("convnext_tiny", "conv norm mlp not:name:*downsample*", 98_688, 94_656),
+    ],
+)
+def test_counts_of_the_default_and_of_the_code_s_places(name: str, where: str, default: int, code: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    for own, count in ((None, default), (where, code)):
+        tuned = attach(model, "ssf", where=own)
+        assert tuned.report().trainable == count
+        tuned.detach()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3, compute_snr
 
 from veneer.training import densities
 from veneer.training.objectives import Epsilon, Flow, ObjectiveOptions, Sample, VPrediction, from_scheduler
@@ -232,6 +232,19 @@ def test_distribution_of_each_density(density):
     draws = sorted(objective.draw(g) for _ in range(n))
     distance = max(abs((i + 0.5) / n - CDFS[density](s)) for i, s in enumerate(draws) if 0.001 < s < 1)
     assert distance < 1.63 / math.sqrt(n)  # Kolmogorov-Smirnov at 1 %
+
+
+@pytest.mark.parametrize(("density", "mean"), [("logit_normal", 0.8), ("mode", 0.0)])
+def test_the_scripts_of_diffusers_have_the_other_sign_of_the_mean(density, mean):
+    """They take `scheduler.timesteps[u * T]`, which begins at the noisy end; `mode` is symmetric."""
+    scheduler, n = FlowMatchEulerDiscreteScheduler(), 4000
+    u = compute_density_for_timestep_sampling(density, n, mean, 1.0, 1.29, generator=torch.Generator().manual_seed(0))
+    theirs = scheduler.timesteps[(u * 1000).long().clamp(max=999)].mean() / 1000
+    g = torch.Generator().manual_seed(1)
+    for sign in (-1, 1):
+        options = ObjectiveOptions(density=density, logit_mean=sign * mean)
+        ours = sum(from_scheduler(scheduler, options).draw(g) for _ in range(n)) / n
+        assert (abs(ours - theirs) < 0.02) == (sign < 0 or density == "mode")
 
 
 def test_mode_density():

@@ -56,7 +56,8 @@ class ControlConfig:
         weight_decay: decoupled weight decay.
         clip: largest norm of the gradient; 0 for no clipping.
         ema: decay of averaged weights, which are then what is saved; 0 for none.
-        density: how timesteps are drawn; None for what is usual (T2I-Adapter: `cubic`).
+        density: timestep sampling, a density of the noise level (diffusers' scripts count from the noisy end, so that their
+            `--logit_mean` has the other sign); None for the default (T2I-Adapter: `cubic`).
         precision: `no` (float32), `bf16` or `fp16` autocast.
         checkpointing: recompute activations in the backward pass, for less memory.
         cache: keep latents and text embeddings instead of computing them each step.

@@ -24,7 +24,9 @@ class ObjectiveOptions:
 
     Args:
         density: one of `densities.DENSITIES`, or None for the family's usual one.
-        logit_mean, logit_std: of `logit_normal`. `mode_scale`: of `mode`. `sigmoid_scale`: of `sigmoid`, `shift`, `flux_shift`.
+        logit_mean, logit_std: of `logit_normal`, a density of the noise level (mean above 0: more noise). The scripts of
+            diffusers count timesteps from the noisy end: their `--logit_mean` m is −m here. `mode` is symmetric and the same.
+        mode_scale: of `mode`. `sigmoid_scale`: of `sigmoid`, `shift`, `flux_shift`.
         shift: k of σ′ = kσ/(1 + (k−1)σ) for flow models; None for the scheduler's own (1 where it shifts by resolution).
             `sigmoid` and `flux_shift` take no k.
         tokens: latents in 2×2 patches, for `flux_shift` where `draw` is not told.

@@ -76,7 +76,8 @@ class PersonalizeConfig:
         ema: decay of averaged weights, which are then what is saved; 0 for none.
         min_snr: gamma of min-SNR loss weights; 0 for none, usual 5.
         weighting: another loss weight by name; see `veneer.training.weights`.
-        density: how timesteps are drawn; None for the family's usual.
+        density: timestep sampling, a density of the noise level (diffusers' scripts count from the noisy end, so that their
+            `--logit_mean` has the other sign); None for the family's default.
         prediction: overrides the scheduler's `prediction_type`.
         loss: `l2`, `huber` or `smooth_l1`.
         noise_offset: strength of the noise offset; usual 0.05 to 0.1.

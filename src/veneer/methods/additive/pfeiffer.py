@@ -34,7 +34,9 @@ class Pfeiffer(Method):
     reduction 16 and the start (normal with 0.02, biases zero) as in AdapterHub. In their BERT the adapter reads the norm of
     x + y and is added to y, before another norm. A vision transformer has no norm there: `branch` is the form of Jia et al.
     (VPT), ECCV 2022; `sum` that of AdapterHub and of Steitz, Roth, CVPR 2024. Deviations: Steitz and Roth give the adapter
-    a norm of its own; the VPT code takes GELU and begins with all matrices zero, of which only the last bias learns.
+    a norm of its own; the VPT code uses GELU and initializes all matrices to zero, of which only the last bias learns; it has the
+    adapter before stochastic depth, here it is after layer scale and stochastic depth, as in Adapter+: in training with a drop
+    rate above 0 a dropped branch still gets A(0).
     Where a host has a gate behind the branch, `sum` is taken before the gate.
     """
 

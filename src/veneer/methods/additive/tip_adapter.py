@@ -113,7 +113,9 @@ class TipAdapter(Method):
         train_keys: train F.
         start: `empty`, or `random` unit vectors with every place taken: a cache to try a model with, without pictures.
     Counts: 0, or shots·classes·width with `train_keys`; ImageNet with 16 shots on CLIP RN50 16,384,000.
-    Source: Zhang et al., Tip-Adapter, ECCV 2022, section 3.
+    Source: Zhang et al., Tip-Adapter, ECCV 2022, section 3, and its code. Deviations: the code averages 10 augmented views
+    (`views=10`); before the search its α is 1.17 for ImageNet, Food101, SUN397 and Pets, 2 to 10 for other data sets; it trains F
+    by AdamW with an epsilon of 1e-4, at rate 1e-3.
     """
 
     name: ClassVar[str] = "tip_adapter"

@@ -33,10 +33,12 @@ class CoOp(Method):
         tokens: M, context vectors.
         by_class: a context for each class ("CSC"); such a file is for these classes, one with a common context for any.
         position: of the name: after the context, in its middle (behind M // 2 vectors) or in front of it.
-        words: what the context begins as, such as `a photo of a`; M is then their number of tokens. Empty: N(0, 0.02²).
+        words: initial words of the context, such as `a photo of a`; M is then their number of tokens. Empty: N(0, 0.02²).
     Counts: M·width, times the classes with `by_class`; CLIP RN50 and ViT-B/16 8,192.
-    Source: Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022, section 3; the start and the full stop are
-    those of the authors' code.
+    Source: Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022, section 3; initialization and the full stop are
+    those of the authors' code. Deviations: with `words` and `by_class` each class has a context of its own, which starts from the
+    words, where the code ignores "CSC" and trains one common context (leave `by_class` out); M is the number of tokens of the
+    words, where the code counts words.
     """
 
     name: ClassVar[str] = "coop"

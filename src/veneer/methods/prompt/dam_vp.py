@@ -100,7 +100,8 @@ class DAMVP(Method):
     Counts: M·C·(H·W − h·w), with border 30 of 224: 69,840·M.
     Source: Huang et al., Diversity-Aware Meta Visual Prompting, CVPR 2023, sections 3.2 and 3.3, and the authors' code. They
         train with SGD, momentum 0.9, a head at 0.1. Deviations: no meta-training on other data sets (load the prompts of another
-        run to begin with them); M bounds the clusters, so that sizes are known before the data is.
+        run to initialize from them); M bounds the clusters, so that sizes are known before the data is; the default threshold of
+        0 always makes M clusters, where the code always has a threshold.
     """
 
     name: ClassVar[str] = "dam_vp"

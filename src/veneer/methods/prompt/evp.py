@@ -69,8 +69,10 @@ class EVP(Method):
     Pictures of another size than the model's own are framed at that size and brought back to theirs.
     Counts: C·(H·W − h·w) with border 30 of 224: 69,840; nothing for labels.
     Source: Wu et al., Unleashing the Power of Visual Prompting at the Pixel Level, TMLR 2024, section 3, and the authors' code.
-        They train with SGD without momentum at rate 70, cosine, 1,000 epochs, flips and crops. Deviations: pictures come at the
-        model's size and are shrunk here, where they are read at 164; labels are chosen with the fresh border on, there without.
+        They train with SGD without momentum at rate 70, cosine, 1,000 epochs, flips and crops. Deviations: images come at the
+        model's size and are resized here, where the code reads them at 164; labels are chosen on normalized images with the
+        initial border, where the code chooses them on images of 164 pixels that are not normalized and have no border. With
+        AdamW, the default optimizer here, dividing a gradient by its norm has almost no effect.
     """
 
     name: ClassVar[str] = "evp"

@@ -55,9 +55,14 @@ class SSF(Method):
     numbers and may be named too. Layers without a bias can be scaled and shifted beside the weight, and merging is refused
     there. Where such a weight is read and not called, as the key's of BEiT, it is scaled only: there is nowhere to put a shift.
     Counts: 2·d_out per place, d_out where scaled only; ViT-B/16 205,824, 16,896 a block, 1,536 for patches and for the last norm.
-    Source: Lian, Zhou, Feng, Wang, Scaling & Shifting Your Features, NeurIPS 2022, sections 3.2 and 3.3; starts, places and the
-    learning rate (2e-3 or 5e-3 by task) as in its code. Deviations: γ = 1 + `gain`, so that weight decay draws to the base; q/k
-    norms, which its models do not have, are left out of the default; so are squeeze-and-excitation layers.
+    Source: Lian, Zhou, Feng, Wang, Scaling & Shifting Your Features, NeurIPS 2022, sections 3.2 and 3.3; initialization, the
+    places in a ViT and the learning rate (2e-3 or 5e-3 by task) as in its code. Deviations: γ = 1 + `gain`, so that weight
+    decay pulls to the base, where the code does not decay γ and β; q/k norms, which its models do not have, are left out of the
+    default; so are squeeze-and-excitation layers. On Swin and ConvNeXt the code scales nothing in patch merging and
+    downsampling, which the default does (Swin-T 107,136 against 99,072 parameters, ConvNeXt-T 98,688 against 94,656); its
+    places are `where="conv norm attn.qkv attn.out mlp not:name:*downsample*"` on Swin, `where="conv norm mlp
+    not:name:*downsample*"` on ConvNeXt. Its last pair of ConvNeXt is before the pooling, here it is after the norm that follows
+    the pooling.
     """
 
     name: ClassVar[str] = "ssf"
