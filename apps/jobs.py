@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -106,9 +107,29 @@ class Job:
         """A process has worked on it: while it waits, a server that was killed left it so."""
         return (self.folder / "log.txt").exists()
 
+    @property
+    def seconds(self) -> float:
+        """From the start of its process to its end; 0 if it has not ended, or more than one process worked on it."""
+        try:
+            begun, ended = ((self.folder / name).stat().st_mtime for name in ("process.json", "end.json"))
+        except OSError:
+            return 0.0
+        return max(0.0, ended - begun) if len(_json(self.folder / "begun.json").get("steps", [])) == 1 else 0.0
+
     def progress(self) -> list[Progress]:
         """Its steps so far."""
         return read_progress(self.run / "progress.jsonl")
+
+    def phase(self) -> tuple[str, int, int] | None:
+        """What it does beside training steps now, such as `generating`, and how much of it: what, done, total."""
+        try:
+            lines = (self.run / "progress.jsonl").read_text(errors="replace").strip().splitlines()
+            found = json.loads(lines[-1])
+            return str(found["phase"]), int(found["done"]), int(found["total"])
+        except (OSError, ValueError, TypeError, KeyError, IndexError):
+            pass
+        counts = re.findall(r"^pictures drawn by the base: (\d+)/(\d+)$", self.log(), re.MULTILINE)
+        return ("generating", int(counts[-1][0]), int(counts[-1][1])) if counts and not self.progress() else None
 
     def previews(self) -> list[Path]:
         """Sheets that were drawn on the way, the oldest first."""

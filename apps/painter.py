@@ -87,13 +87,25 @@ class Painter:
         Args:
             words: replacements in the prompts, for words that the base does not know; the noise stays that of the prompt.
         Raises:
-            VeneerError: a base or an adapter that cannot be loaded or does not fit, or a prompt that is too long.
+            VeneerError: a base or an adapter that cannot be loaded or does not fit, or a prompt that is too long: see `shorten`.
         """
         with self._one:
             kept = self._base(base)
             with self._using(kept, [use for use in uses if use.strength]):
-                family(kept.pipe).check_length(list(prompts))
+                if not words:  # else it was counted with the tokens of adapters that are not attached now
+                    family(kept.pipe).check_length(list(prompts))
                 return previews(kept.pipe, prompts, settings, words)
+
+    def shorten(self, base: str, prompt: str, uses: Sequence[Use] = ()) -> str:
+        """As much of a prompt, from its start, as the text encoders take, with the tokens of these adapters.
+
+        Raises:
+            VeneerError: a base or an adapter that cannot be loaded or does not fit.
+        """
+        with self._one:
+            kept = self._base(base)
+            with self._using(kept, [use for use in uses if use.strength and use.given is None]):
+                return family(kept.pipe).shorten(prompt)
 
     def side(self, base: str) -> tuple[int, int]:
         """The side in pixels that a base was trained for, and what sides must be a multiple of.

@@ -9,6 +9,7 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -19,6 +20,7 @@ from . import components
 from .guard import Guard
 from .limits import LIMITS
 from .pages import pages
+from .pages.generate import connect
 from .studio import Studio
 
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
@@ -144,12 +146,14 @@ def build(studio: Studio) -> gr.Blocks:
     """The page with all tabs."""
     components.bound()
     with components.Page(title="veneer", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
-        gr.Markdown("# veneer\nThin trained layers on frozen models: teach, draw, control, classify.", elem_id="head")
-        with gr.Tabs():
+        gr.Markdown("# veneer\nThin trained layers on frozen models: train, generate, control, classify.", elem_id="head")
+        with gr.Tabs() as tabs:
+            built: dict[str, Any] = {}
             for each in pages():
                 with gr.Tab(each.name, id=each.slug):
                     gr.Markdown(each.about, elem_classes="about")
-                    each.build(studio)
+                    built[each.slug] = each.build(studio)
+        connect(studio, tabs, built)
     page.queue(max_size=LIMITS.waiting, api_open=False)
     return page
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from veneer.formats import load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError
 from veneer.training import targets
-from veneer.training.families import family
+from veneer.training.families import Family, family
 from veneer.training.previews import PreviewSettings, pairs, previews, save_png, save_preview
 from veneer.training.sheets import Row, sheet
 
@@ -57,8 +57,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     Returns:
         The files written.
     Raises:
-        VeneerError: an adapter that is not there or does not fit the base, a prompt that is no class label or is
-            longer than the text encoder takes.
+        VeneerError: an adapter that is not there or does not fit the base, or a prompt that is no class label.
     """
     adapters = [parse_adapter(text) for text in config.adapter]
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "shipped")
@@ -66,7 +65,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     pipe = bases.load(base).to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     targets.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
-    family(pipe).check_length(list(config.prompt))
+    prompts = [_whole(family(pipe), prompt) for prompt in config.prompt]
 
     settings = PreviewSettings(
         seeds=tuple(range(config.seed, config.seed + config.count)),
@@ -76,12 +75,12 @@ def generate(config: GenerateConfig) -> list[Path]:
         size=config.size,
         batch=4,
     )
-    made = previews(pipe, config.prompt, settings)
+    made = previews(pipe, prompts, settings)
     used = [{"file": str(path), "scale": scale} for path, scale in adapters]
     config.out.mkdir(parents=True, exist_ok=True)
     files = [save_preview(config.out, preview, {"base": base, "adapters": used}) for preview in made]
     if config.without:
-        files.append(_beside(config, pipe, attached, settings))
+        files.append(_beside(replace(config, prompt=tuple(prompts)), pipe, attached, settings))
     return files
 
 
@@ -112,6 +111,12 @@ def draws(path: Path) -> bool:
     return "" not in _header(path).get("base", {})
 
 
+def concept_of(path: Path) -> str | None:
+    """The trigger token or word that a native file was trained on, as far as it says."""
+    found = _header(path).get("provenance", {}).get("concept")
+    return found if isinstance(found, str) and found else None
+
+
 def taught_words(path: Path) -> dict[str, str]:
     """What the base may be told in the place of a word that a native file was taught, such as `{"<toy>": "toy"}`."""
     told = _header(path).get("provenance", {})
@@ -123,6 +128,14 @@ def _header(path: Path) -> dict[str, Any]:
     """What a native file says of itself; nothing for other formats."""
     file = read(path)
     return file.json(KEY) if KEY in file.metadata else {}
+
+
+def _whole(kind: Family, prompt: str) -> str:
+    """As much of a prompt as the text encoders take; what is left out is printed."""
+    kept = kind.shorten(prompt)
+    if kept != prompt:
+        print(f"note: the prompt is longer than the text encoder takes; left out: {prompt[len(kept) :].strip()!r}", flush=True)
+    return kept
 
 
 def _beside(config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..studio import Studio
 
@@ -14,13 +15,13 @@ class Page:
 
     Args:
         name: on its tab. `slug`: in its address. `about`: what one does there, in a sentence.
-        build: makes its parts; called inside the tab.
+        build: makes its parts; called inside the tab. What it gives is for pages that lead to one another.
     """
 
     name: str
     slug: str
     about: str
-    build: Callable[[Studio], None]
+    build: Callable[[Studio], Any]
 
 
 def pages() -> list[Page]:

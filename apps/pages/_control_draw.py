@@ -22,7 +22,7 @@ from ..painter import Use
 from ..studio import Studio
 from ..workspace import Workspace, shown
 from ._pictures import new_folder, seen, sketched
-from ._wish import STRONGEST, Shown, Wish, drawn, number, written
+from ._wish import STRONGEST, Shown, Wish, drawn, number, shortened, written
 
 SOURCES = {"A sketch": "sketch", "A photo: its map is made": "photo", "A map, as it is": "map"}
 PICTURE = "image"
@@ -128,7 +128,8 @@ def draw(
     assert found.condition is not None
     folder, picture = new_folder(), guide(found.condition, given, size_of(studio, wish))
     shows: list[Shown] = [(str(save_png(picture, folder / "map.png", {"condition": found.condition})), "what is followed")]
-    yield shows, "drawing …"
+    yield shows, "generating …"
+    wish, note = shortened(studio.painter, wish, {})
     use = Use(found.file, strength, functools.partial(_told, picture), start, end)
     ways: tuple[dict[str, Use], dict[str, Use]] = ({}, {name: use})
     for bare, made in zip(*(drawn(studio.painter, wish, uses) for uses in ways), strict=True):
@@ -139,7 +140,7 @@ def draw(
                 written(folder, without, wish, {}, "without"),
                 written(folder, followed, wish, ways[1], "with", **more),
             ]
-        yield shows, f"{len(shows) // 2} of {wish.count}"
+        yield shows, f"{len(shows) // 2} of {wish.count}" + (f"\n\n{note}" if note else "")
 
 
 def _told(picture: Image.Image, pipe: Any, control: Any) -> Any:

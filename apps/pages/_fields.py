@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -35,23 +36,27 @@ class Fields:
         return [self.base, self.prompt, self.negative, self.seed, self.steps, self.guidance, self.width, self.height, self.count]
 
 
-def fields(page: str, prompt: str = "") -> Fields:
-    """The fields, with what suits the shipped base. `page`: the start of their names in the page's HTML."""
+def fields(page: str, prompt: str = "", below: Callable[[], None] = lambda: None) -> Fields:
+    """The fields, with what suits the shipped base.
+
+    Args:
+        page: the start of their names in the page's HTML. `below`: makes what stands below the prompt.
+    """
     steps, guidance, negative, side = defaults("shipped")
     words = gr.Textbox(
-        prompt, label="Prompt", lines=2, max_length=LIMITS.text, elem_id=f"{page}-prompt", placeholder="What to draw",
+        prompt, label="Prompt", lines=2, max_length=LIMITS.text, elem_id=f"{page}-prompt", placeholder="What to generate",
         info="The shipped base knows a hundred things on plain grounds, such as: a small cat, left, blue background.",
     )  # fmt: skip
+    below()
     with gr.Row():
-        seed = gr.Number(
-            0, label="Seed", precision=0, minimum=0, min_width=110, elem_id=f"{page}-seed", info="Same seed, same picture."
-        )
-        count = gr.Slider(1, LIMITS.pictures, value=1, step=1, label="Pictures", min_width=150, elem_id=f"{page}-count")
-    dice = gr.Button("Roll another seed", size="sm", elem_id=f"{page}-dice")
+        with gr.Column(min_width=110):
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id=f"{page}-seed", info="Same seed, same image.")
+            dice = gr.Button("Another seed", size="sm", elem_id=f"{page}-dice")
+        count = gr.Slider(1, LIMITS.pictures, value=1, step=1, label="Images", min_width=150, elem_id=f"{page}-count")
     with gr.Accordion("More settings", open=False):
         base = gr.Dropdown(
             ["shipped"], value="shipped", label="Base", allow_custom_value=True, elem_id=f"{page}-base",
-            info="The model that draws: shipped, a folder of this machine, or a name on the hub.",
+            info="The model that generates: shipped, a folder of this machine, or a name on the hub.",
         )  # fmt: skip
         unwanted = gr.Textbox(negative, label="Negative prompt", max_length=LIMITS.text, info="What to keep away from.")
         stride = gr.Slider(1, LIMITS.steps, value=steps, step=1, label="Steps", info="More are finer and slower.")

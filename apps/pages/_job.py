@@ -85,7 +85,7 @@ def job_view(studio: Studio, kind: str, results: Results = NOTHING, empty: str =
     with gr.Row():
         preview = sheet_picture("Newest preview", elem_id=f"{kind}-preview")
         loss = gr.LinePlot(
-            None, "step", "loss", label="Loss (falls while it learns)", visible=False, height=240, min_width=280, buttons=[],
+            None, "step", "loss", label="Training loss, mean of 50 steps", visible=False, height=240, min_width=280, buttons=[],
             elem_id=f"{kind}-loss",
         )  # fmt: skip
     with gr.Accordion("What it said", open=False, visible=False) as said:
@@ -164,7 +164,7 @@ def _parts(studio: Studio, job: Job | None, empty: str) -> dict[str, tuple[Any, 
     log = job.log() if job else ""
     ends = state in ("waiting", "running") and job is not None and not (job.folder / "stop").exists()
     last = (job and job.name, steps[-1].step if steps else 0)
-    line = bar(steps) if state != "done" else ""
+    line = bar(steps, job.phase() if job and state == "running" else None) if state != "done" else ""
     return {
         "state": (words, lambda: words),
         "progress": (line, lambda: gr.HTML(line, visible=bool(line))),

@@ -10,15 +10,27 @@ from veneer.training.progress import Progress, clock
 from ..jobs import Job
 from ..studio import Studio, escaped
 from ..workspace import shown
+from ._verdict import failed, read_result
 
 POINTS = 300
 """Points of a loss curve at most."""
+PHASES = {
+    "loading": "loads the base", "generating": "generates the images to train on", "preview": "generates previews",
+    "previews": "generates previews", "evaluating": "evaluates: it generates images and compares them",
+    "evaluation": "evaluates: it generates images and compares them",
+}  # fmt: skip
+"""What a run tells of itself between its steps, in words."""
 STATES = {"waiting": "waits", "running": "runs", "stopped": "stopped", "done": "done", "failed": "failed"}
 
 
 def listed(jobs: Sequence[Job]) -> list[tuple[str, str]]:
     """Choices of a list: what people read, and the job's name."""
-    return [(f"{shown(job.title)} · {job.when} · {STATES[job.state]}", job.name) for job in jobs]
+    return [(f"{shown(job.title)} · {job.when} · {_ended(job) or STATES[job.state]}", job.name) for job in jobs]
+
+
+def _ended(job: Job) -> str:
+    """What a job that came to its end did not do, such as `not learned`."""
+    return failed(read_result(job)) if job.state == "done" else ""
 
 
 def told(studio: Studio, job: Job, steps: Sequence[Progress]) -> str:
@@ -28,7 +40,7 @@ def told(studio: Studio, job: Job, steps: Sequence[Progress]) -> str:
         "waiting": lambda: _waits(studio, job),
         "running": lambda: _runs(job, last),
         "stopped": lambda: _stopped(job, last),
-        "done": lambda: f"is done{_took(last)}.",
+        "done": lambda: f"has ended, **{_ended(job)}**{_took(last)}." if _ended(job) else f"is done{_took(last)}.",
         "failed": lambda: f"failed{_reached(last)}. {escaped(job.why())}",
     }[state]()
     return f"**{escaped(shown(job.title))}** {words}"
@@ -45,10 +57,14 @@ def _waits(studio: Studio, job: Job) -> str:
 def _runs(job: Job, last: Progress | None) -> str:
     if (job.folder / "stop").exists():
         return "ends after this step, and keeps what it has learnt."
+    phase = job.phase()
+    if phase is not None:
+        what = PHASES.get(phase[0], f"is {escaped(shown(phase[0]))}")
+        return f"{what}: {phase[1]:,} of {phase[2]:,}." if phase[2] else f"{what}."
     if last is None:
         return "gets ready: it loads the base and looks at what it is given."
     if last.step >= last.steps:
-        return "has learnt all it should, and now draws and measures what came of it."
+        return "has done all its steps, and now generates and evaluates: the longest part after training."
     left = "" if last.seconds_left is None else f", about {clock(last.seconds_left)} left"
     return f"learns: step {last.step} of {last.steps}{left}."
 
@@ -66,15 +82,20 @@ def _took(last: Progress | None) -> str:
     return f": {last.steps} steps in {clock(last.seconds)}" if last else ""
 
 
-def bar(steps: Sequence[Progress]) -> str:
-    """A progress bar that a screen reader reads; only numbers go into it."""
+def bar(steps: Sequence[Progress], phase: tuple[str, int, int] | None = None) -> str:
+    """A progress bar that a screen reader reads; only numbers go into it. `phase`: of what is no step, which counts if given."""
+    if phase is not None and phase[2]:
+        return _bar(phase[1], phase[2], f"{phase[1]} of {phase[2]}")
     if not steps:
         return ""
     last = steps[-1]
     left = "" if last.seconds_left is None or last.step >= last.steps else f", {clock(last.seconds_left)} left"
-    words = f"{last.step} of {last.steps} steps{left}"
+    return _bar(last.step, last.steps, f"{last.step} of {last.steps} steps{left}")
+
+
+def _bar(done: int, total: int, words: str) -> str:
     style = "width:100%;height:1.2em"
-    return f'<progress style="{style}" max="{last.steps}" value="{last.step}" aria-label="{words}">{words}</progress>'
+    return f'<progress style="{style}" max="{total}" value="{done}" aria-label="{words}">{words}</progress>'
 
 
 def curve(steps: Sequence[Progress]) -> Any:

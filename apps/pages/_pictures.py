@@ -44,7 +44,7 @@ def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
     part = gr.ImageEditor(
         label=label, type="filepath", sources=(), transforms=(), layers=False, canvas_size=(CANVAS, CANVAS), fixed_canvas=True,
         brush=gr.Brush(default_size=8, colors=pens, default_color=pens[0], color_mode="fixed"), format="png",
-        placeholder="Choose the brush at the left, then draw", **options,
+        placeholder="Draw here", **options,
     )  # fmt: skip
 
     def whole(payload: Any) -> bytes | str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,21 +13,13 @@ from ..jobs import Job
 from ..studio import escaped
 from ..workspace import Workspace, safe
 from ._job import ADAPTER
+from ._verdict import read_result
 
 FILES = {
     "adapter.safetensors": "for veneer, with all settings",
     "pytorch_lora_weights.safetensors": "for diffusers",
     "learned_embeds.safetensors": "the new word, for diffusers and others",
 }
-
-
-def read_result(job: Job) -> dict[str, Any]:
-    """What `result.json` says; nothing while there is none."""
-    try:
-        found = json.loads((job.run / "result.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def files(job: Job) -> list[Path]:

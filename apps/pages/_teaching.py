@@ -16,13 +16,13 @@ from veneer.training import targets
 from veneer.training.costs import STATES
 from veneer.training.estimates import size
 from veneer.training.personal import PersonalizeConfig, teachable
-from veneer.training.progress import clock
 
 from ..jobs import Job
 from ..limits import LIMITS
 from ..workspace import Workspace, bounded
+from ._estimates import REFERENCE, Pace, duration, pace_of
 from ._form import Field, fields_of, words_of
-from ._result import read_result
+from ._verdict import read_result
 
 USUAL = "pivotal"
 """The method that is chosen at first: in a short time it comes closest."""
@@ -32,6 +32,8 @@ FIGURES = {"quick": "1", "balanced": "3", "thorough": "3"}
 """Name to pictures of each prompt in the figures."""
 PREVIEWS, CHECKPOINTS = 6, 4
 """In a run."""
+IDLE = {"pivotal": Pace(0.09, 35.0, REFERENCE), "lora": Pace(0.09, 35.0, REFERENCE)}
+"""Of the bundled base, before there is a run."""
 MAIN = ("steps", "batch", "learning_rate", "resolution", "schedule", "seed")
 MORE = (
     "where", "text_encoder", "prior", "caption_dropout", "crop", "flip", "buckets", "optimizer", "weight_decay", "ema",
@@ -145,9 +147,22 @@ def _bounds(settings: Sequence[str]) -> None:
 
 
 def estimate(workspace: Workspace | None, base: str, method: str, steps: str, batch: str, optimizer: str = "adamw") -> str:
-    """What a run should take, in words for people: by the last one like it, and by the size of the base's files."""
+    """Time and memory of a run in words: by the last one like it, else by a reference, and by the size of the base's files."""
     before = _alike(workspace, base_of(base), method) if workspace else None
-    return f"Estimate: {_time(before, steps, batch)} {_memory(base_of(base), before, optimizer or 'adamw')}"
+    pace = _pace(before, base_of(base), method)
+    return f"Estimate: {_time(pace, steps, batch)} {_memory(base_of(base), before, optimizer or 'adamw')}"
+
+
+def lengths(base: str, method: str, workspace: Workspace | None = None) -> list[tuple[str, str]]:
+    """Choices of the presets: steps and minutes, and the preset's name."""
+    pace = _pace(_alike(workspace, base_of(base), method) if workspace else None, base_of(base), method)
+    found = []
+    for preset in PRESETS:
+        given = usual(preset, base, method)
+        share = int(given["eval_seeds"]) / int(FIGURES["balanced"])
+        minutes = f", {duration(pace.seconds(int(given['steps']) * int(given['batch']), share))}" if pace else ""
+        found.append((f"{preset}: {given['steps']} steps{minutes}", preset))
+    return found
 
 
 def _alike(workspace: Workspace, base: str, method: str) -> Job | None:
@@ -157,13 +172,16 @@ def _alike(workspace: Workspace, base: str, method: str) -> Job | None:
     return next(iter([*same, *done]), None)
 
 
-def _time(before: Job | None, steps: str, batch: str) -> str:
-    told = before.progress() if before else []
-    if not told or not before or not (steps.isdecimal() and batch.isdecimal()):
-        return "how long it takes is known after its first steps."
-    its_batch = int((read_result(before).get("config") or {}).get("batch") or 1)
-    seconds = told[-1].seconds / told[-1].steps / its_batch * int(steps) * int(batch)
-    return f"about {clock(seconds)} of learning, going by your last run on this base."
+def _pace(before: Job | None, base: str, method: str) -> Pace | None:
+    if before and (found := pace_of(before, int((read_result(before).get("config") or {}).get("batch") or 1))):
+        return found
+    return IDLE.get(method, IDLE[USUAL]) if base == "shipped" else None
+
+
+def _time(pace: Pace | None, steps: str, batch: str) -> str:
+    if pace is None or not (steps.isdecimal() and batch.isdecimal()):
+        return "the time is known after the first steps."
+    return f"{duration(pace.seconds(int(steps) * int(batch)))} in all, {pace.by}."
 
 
 def _memory(base: str, before: Job | None, optimizer: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from veneer.training.previews import Preview, PreviewSettings, read_settings, sa
 
 from ..limits import LIMITS
 from ..painter import Painter, Use
+from ..studio import escaped
 from ..uploads import picture
 from ..workspace import Workspace, bounded, shown
 
@@ -120,6 +121,19 @@ def drawn(painter: Painter, wish: Wish, uses: Mapping[str, Use], bare: bool = Fa
         words |= taught_words(use.file)
     for part in wish.parts():
         yield painter.draw(wish.base, [wish.prompt], part, [] if bare else list(uses.values()), words)
+
+
+def shortened(painter: Painter, wish: Wish, uses: Mapping[str, Use]) -> tuple[Wish, str]:
+    """A wish whose prompt the base's text encoders take whole, and a note in Markdown on the words that were left out."""
+    given, notes = {"prompt": wish.prompt, "negative": wish.negative}, []
+    for name, text in given.items():
+        kept = painter.shorten(wish.base, text, list(uses.values())) if text else text
+        if kept != text:
+            what = "negative prompt" if name == "negative" else name
+            lost = escaped(text[len(kept) :].strip(" ,;:\n\t"))
+            notes.append(f"⚠ The {what} is longer than the text encoder of this base takes. Left out: “{lost}”.")
+            given[name] = kept
+    return replace(wish, prompt=given["prompt"], negative=given["negative"]), "\n\n".join(notes)
 
 
 def written(folder: Path, preview: Preview, wish: Wish, uses: Mapping[str, Use], label: str, **more: Any) -> Shown:

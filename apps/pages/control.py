@@ -11,6 +11,7 @@ from PIL import Image
 
 from veneer.control import maps
 from veneer.control.maps import computed
+from veneer.injection import VeneerError
 
 from ..jobs import Job
 from ..limits import LIMITS
@@ -18,19 +19,21 @@ from ..studio import Studio, escaped, explained
 from ..workspace import Workspace
 from . import Page
 from ._control_draw import SOURCES, Brought, draw, follower, followers, guide, size_of
-from ._control_teach import MOST_DRAWN, MOST_STEPS, Lesson, begin, conditions, usual_steps, ways
+from ._control_teach import MOST_DRAWN, MOST_STEPS, Lesson, begin, chosen, conditions, expected, lengths, ways
+from ._estimates import REFERENCE, duration
 from ._events import DRAWS, QUIET
 from ._fields import Fields, fields
 from ._job import ADAPTER, Results, job_view, offered, picture, sheet_picture, shows
 from ._lists import follow
 from ._pictures import gallery, photo, sketchpad
+from ._verdict import read_result, verdict
 from ._wish import STRONGEST, wished
 
 NONE_YET = (
-    "You have nothing to follow with yet. **Teach a control** below (the shipped base draws its own pictures to learn from, so a "
-    "click is enough), or bring a file on the page *Adapters*."
+    "You have no control yet. **Train a control** below (the shipped base generates its own images to train on, so a click is "
+    "enough), or bring a file on the page *Adapters*."
 )
-READY = "Choose a control, draw a sketch or bring a photo, write a prompt, and press *Draw*."
+READY = "Choose a control, draw a sketch or bring a photo, write a prompt, and press *Generate*."
 ABOUT = {
     "controlnet": "a copy of half of the base that reads the map; follows best",
     "t2i_adapter": "a small network beside the base; quick",
@@ -45,7 +48,10 @@ def build(studio: Studio) -> None:
     with gr.Row():
         with gr.Column(min_width=300):
             choice = gr.Dropdown(
-                [], label="Control", elem_id="control-choice", info="What you have taught or brought that follows."
+                [],
+                label="Control",
+                elem_id="control-choice",
+                info="Trained or brought: it follows a map or an image.",
             )
             condition = gr.Dropdown(
                 FOLLOWED, value="canny", label="It follows", info="For a control whose file does not say, and to look at maps.",
@@ -64,8 +70,8 @@ def build(studio: Studio) -> None:
                 end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: the last step", min_width=230)
         with gr.Column(min_width=300):
             places = fields("control", "an apple")
-            with gr.Row():
-                go = gr.Button("Draw", variant="primary", min_width=130, elem_id="control-draw")
+            with gr.Row(elem_classes="action"):
+                go = gr.Button("Generate", variant="primary", min_width=130, elem_id="control-draw")
                 stop = gr.Button("Stop", min_width=80, elem_id="control-stop")
             state = gr.Markdown(NONE_YET, elem_id="control-said")
             pictures = gallery(
@@ -73,8 +79,9 @@ def build(studio: Studio) -> None:
             )
     given = [choice, condition, source, sketch, brought]
     _wire(studio, places, given, [strength, start, end], (look, go, stop), (pictures, state), (on_sheet, on_disk))
-    gr.Markdown("## Teach a control")
-    _lessons(studio)
+    gr.Markdown("## Train a control", elem_id="control-train")
+    with gr.Column():  # within which its main button stays in view
+        _lessons(studio)
 
 
 def _wire(studio: Studio, places: Fields, given: Any, ranges: Any, buttons: Any, shown: Any, sides: Any) -> None:
@@ -94,7 +101,7 @@ def _wire(studio: Studio, places: Fields, given: Any, ranges: Any, buttons: Any,
         followed = follower(studio.workspace(request), name, kind).condition if name else maps.get(str(kind)).name
         places_told = [told[0], told[1] or "x", *told[2:count]]
         picture = guide(str(followed), Brought(*brought), size_of(studio, wished(*places_told)))
-        return [[(_shown(picture), f"what is followed: {followed}")], "Press *Draw*."]
+        return [[(_shown(picture), f"what is followed: {followed}")], "Press *Generate*."]
 
     def listed(workspace: Workspace, name: str | None) -> list[Any]:
         found = followers(workspace)
@@ -134,25 +141,33 @@ def _lessons(studio: Studio) -> None:
         )  # fmt: skip
         kind = gr.Dropdown(FOLLOWED, value="canny", label="What it follows", min_width=260, elem_id="control-condition")
     with gr.Row():
-        base = gr.Dropdown(["shipped"], value="shipped", label="Base to teach", allow_custom_value=True, min_width=160)
+        base = gr.Dropdown(["shipped"], value="shipped", label="Base to train", allow_custom_value=True, min_width=160)
+        preset = gr.Radio(
+            lengths(usual, "shipped"), value="balanced", label="How long", min_width=320, elem_id="control-preset",
+            info="Quick follows place and outline; thorough also follows details.",
+        )  # fmt: skip
+    many = chosen("balanced", usual, "shipped")
+    with gr.Accordion("Steps and images", open=False), gr.Row():
         steps = gr.Number(
-            usual_steps(usual, "shipped"), label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=120,
-            info="More follow better. Try 100 for a first look.", elem_id="control-steps",
+            many[0], label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=120,
+            info="More follow the map better. Fewer than 200 hardly follow it.", elem_id="control-steps",
         )  # fmt: skip
         count = gr.Number(
-            384, label="Pictures that the base draws", precision=0, minimum=8, maximum=MOST_DRAWN, min_width=160,
-            info="To learn from, if you bring no photos.", elem_id="control-drawn",
+            many[1], label="Images that the base generates", precision=0, minimum=8, maximum=MOST_DRAWN, min_width=160,
+            info="To train on, if you bring no photos.", elem_id="control-drawn",
         )  # fmt: skip
-    with gr.Accordion("Learn from your own photos", open=False):
+    with gr.Accordion("Train on your own photos", open=False):
         photos = gr.File(
             label=f"Photos, at most {LIMITS.photos}", file_count="multiple", file_types=["image"], height=140,
             elem_id="control-photos",
         )  # fmt: skip
         caption = gr.Textbox(label="What the photos show", max_length=LIMITS.text, info="In a few words, such as: a house.")
     title = gr.Textbox(label="Name", max_length=80, info="For your list; may stay empty.", elem_id="control-title")
-    go = gr.Button("Teach", variant="primary", elem_id="control-teach")
+    cost = gr.Markdown(estimated(None, usual, "shipped", *many), elem_id="control-estimate")
+    with gr.Row(elem_classes="action"):
+        go = gr.Button("Train", variant="primary", elem_id="control-teach")
     note = gr.Markdown("", elem_id="control-note")
-    view = job_view(studio, "control", Results(_results, _result), "No control has been taught yet. Press *Teach* to begin.")
+    view = job_view(studio, "control", Results(_results, _result), "No control has been trained yet. Press *Train* to begin.")
 
     def start(request: gr.Request, *told: Any) -> list[Any]:
         way, what, over, number, drawn, files, words, name = told
@@ -160,20 +175,52 @@ def _lessons(studio: Studio) -> None:
         job, refused = begin(studio, workspace, Lesson(way, what, over, number, files or (), words, drawn, name))
         return [shows(workspace, "control", job), "Left out: " + " ".join(map(escaped, refused)) if refused else ""]
 
-    def fitting(way: str, over: str) -> list[Any]:
+    def fitting(way: str, over: str, length: str) -> list[Any]:
         follows = conditions(way)
         choices = FOLLOWED if follows != ["image"] else [("the picture itself", "image")]
-        return [gr.Dropdown(choices=choices, value=follows[0]), usual_steps(way, over or "shipped")]
+        return [gr.Dropdown(choices=choices, value=follows[0]), *chosen(length, way, over or "shipped")]
+
+    def sized(length: str, way: str, over: str) -> list[int]:
+        return list(chosen(length, way, over or "shipped"))
+
+    def priced(way: str, over: str, number: Any, images: Any, request: gr.Request) -> list[Any]:
+        workspace = studio.workspace(request)
+        return [estimated(workspace, way, over, number, images), gr.Radio(choices=lengths(way, over or "shipped", workspace))]
 
     form = [method, kind, base, steps, count, photos, caption, title]
-    go.click(explained(start), form, [view.choice, note], queue=False, api_visibility="private")
-    gr.on([method.input, base.input], explained(fitting), [method, base], [kind, steps], **QUIET)
+    began = go.click(explained(start), form, [view.choice, note], queue=False, api_visibility="private")
+    began.success(None, js="() => reveal('control-state')", **QUIET)
+    gr.on([method.input, base.input], explained(fitting), [method, base, preset], [kind, steps, count], **QUIET)
+    preset.input(explained(sized), [preset, method, base], [steps, count], **QUIET)
+    for when in (None, [method.change, base.change, steps.change, count.change]):
+        gr.on(when, explained(priced), [method, base, steps, count], [cost, preset], **QUIET)
+
+
+def estimated(workspace: Workspace | None, method: str, base: str, steps: Any, images: Any) -> str:
+    """The time that a job should take, in words; nothing while a field is not yet filled in."""
+    try:
+        seconds = expected(method, base or "shipped", int(steps), int(images), workspace)
+    except (VeneerError, TypeError, ValueError):
+        return ""
+    if seconds is None:
+        return "Estimate: the time is known after the first steps."
+    by = "going by your last run on this base" if workspace and _ran(workspace, base) else REFERENCE
+    return f"Estimate: {duration(seconds)} in all, with the images to train on and the evaluation, {by}."
+
+
+def _ran(workspace: Workspace, base: str) -> bool:
+    return any(
+        job.about.get("kind") == "control" and f"--base={base}" in job.about.get("words", []) and job.state == "done"
+        for job in workspace.all_jobs()
+    )
 
 
 def _results() -> Sequence[Any]:
+    judged = gr.HTML(visible=False, elem_id="control-verdict")
     with gr.Row():
         return [
-            sheet_picture("What was learnt: given, with, without, misled", elem_id="control-sheet"),
+            judged,
+            sheet_picture("Evaluation: map, with it, without, with another map", elem_id="control-sheet"),
             gr.File(
                 label="Download", visible=False, interactive=False, file_count="multiple", min_width=200, elem_id="control-files"
             ),
@@ -186,7 +233,12 @@ def _result(job: Job | None) -> Sequence[Any]:
     page = picture(run / "sheet.png") if job else None
     there = [run / ADAPTER, *run.glob("diffusers/*.*"), *run.glob("controlnext/*.*")] if job else []
     files = offered(there, job.title if job else "")
-    return [gr.Image(value=page, visible=page is not None), gr.File(value=files or None, visible=bool(files))]
+    said = verdict(read_result(job)) if job else ""
+    return [
+        gr.HTML(said, visible=bool(said)),
+        gr.Image(value=page, visible=page is not None),
+        gr.File(value=files or None, visible=bool(files)),
+    ]
 
 
-PAGE = Page("Control", "control", "Draw a sketch, or bring a photo, and draw a picture that follows it.", build)
+PAGE = Page("Control", "control", "Draw a sketch, or bring a photo, and generate an image that follows it.", build)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,20 @@ from veneer.injection import VeneerError
 from veneer.training.previews import save_png
 from veneer.training.sheets import Row, sheet
 
+from ..jobs import Job
 from ..limits import LIMITS
 from ..painter import Use
 from ..studio import Studio, escaped, explained
-from ..workspace import Workspace
+from ..workspace import Workspace, shown
 from . import Page
 from ._events import DRAWS, QUIET
 from ._fields import Fields, fields, values
+from ._job import ADAPTER
 from ._lists import follow
 from ._pictures import gallery, new_folder, photo
-from ._wish import STRONGEST, Shown, Wish, drawn, recalled, used, wished, written
+from ._tokens import missing
+from ._verdict import read_result
+from ._wish import STRONGEST, Shown, Wish, defaults, drawn, recalled, shortened, used, wished, written
 
 SWEPT = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 """Strengths of a sweep, as parts of those that are set."""
@@ -61,7 +66,9 @@ def draw(studio: Studio, workspace: Workspace, wish: Wish, names: Sequence[str],
     if count > LIMITS.pictures:
         raise VeneerError(f"that would be {count} pictures; expected at most {LIMITS.pictures}. Ask for fewer.")
     yield [], f"0 of {count}"
-    yield from (_sweep if way == "sweep" else _plainly)(studio, wish, uses, way)
+    wish, note = shortened(studio.painter, wish, uses)
+    for found, told in (_sweep if way == "sweep" else _plainly)(studio, wish, uses, way):
+        yield found, f"{told}\n\n{note}" if note else told
 
 
 def _plainly(studio: Studio, wish: Wish, uses: dict[str, Use], way: str) -> Drawn:
@@ -110,7 +117,7 @@ def settings_of(workspace: Workspace, path: str | Path | None) -> tuple[Wish, di
     return wish, there, note
 
 
-def build(studio: Studio) -> None:
+def build(studio: Studio) -> Desk:
     """The page."""
     with gr.Row():
         with gr.Column(min_width=300):
@@ -118,51 +125,123 @@ def build(studio: Studio) -> None:
             with gr.Row():
                 usual = bases.preset("shipped").unrelated[:EXAMPLES]
                 tries = [(text, gr.Button(text, size="sm", min_width=130)) for text in usual]
-            places = fields("generate")
-            choice, rows = _adapters()
-            way = gr.Radio(list(WAYS.items()), value="with", label="What to draw", elem_id="generate-way")
-            with gr.Row():
-                go = gr.Button("Draw", variant="primary", min_width=130, elem_id="generate-draw")
+            parts: list[Any] = []
+            places = fields("generate", below=lambda: parts.extend(_adapters()))
+            choice, rows, way = parts
+            with gr.Row(elem_classes="action"):
+                go = gr.Button("Generate", variant="primary", min_width=130, elem_id="generate-draw")
                 stop = gr.Button("Stop", min_width=80, elem_id="generate-stop")
         with gr.Column(min_width=300):
             state = gr.Markdown(
-                "Nothing is drawn yet. Write a prompt and press *Draw*, or take an example.", elem_id="generate-state"
+                "No image yet. Write a prompt and press *Generate*, or take an example.", elem_id="generate-state"
             )
-            pictures = gallery("Pictures", 2, buttons=["download", "fullscreen"], elem_id="generate-gallery")
-            again = gr.Button("Use the settings of the chosen picture", size="sm", visible=False, elem_id="generate-again")
-            with gr.Accordion("Use the settings of a picture on your disk", open=False):
+            pointer = _pointer()
+            pictures = gallery("Images", 2, buttons=["download", "fullscreen"], elem_id="generate-gallery")
+            again = gr.Button("Use the settings of the chosen image", size="sm", visible=False, elem_id="generate-again")
+            with gr.Accordion("Use the settings of an image on your disk", open=False):
                 brought = photo("A PNG that was drawn here", height=180, elem_id="generate-brought")
     kept, chosen = gr.State(list[str]()), gr.State(0)
     buttons = [(go, None), *((button, text) for text, button in tries)]
-    _wire(studio, places, (choice, rows), way, buttons, stop, (pictures, state, kept))
+    _wire(studio, places, (choice, rows), way, buttons, stop, (pictures, state, kept), pointer)
     _wire_settings(studio, places, (choice, rows), (pictures, again, brought), (state, kept, chosen))
+    return Desk([*places.all(), choice, *rows, state])
 
 
-def _adapters() -> tuple[gr.Dropdown, list[gr.Slider]]:
-    """A list of adapters, and a slider for each that is chosen."""
+@dataclass(frozen=True)
+class Desk:
+    """What another page fills in: see `prepared`."""
+
+    outputs: list[Any]
+
+
+def prepared(workspace: Workspace, job: Job) -> list[Any]:
+    """Values of `Desk.outputs` that generate with the adapter of a job: its base, a prompt with its token, and itself.
+
+    Raises:
+        VeneerError: it has no adapter.
+    """
+    name = next((name for name, file in workspace.all_adapters().items() if file == job.run / ADAPTER), None)
+    if name is None:
+        raise VeneerError("this run has no adapter yet. Wait for its end, or stop it and keep what it has.")
+    config = read_result(job).get("config") or {}
+    flags = dict(word[2:].split("=", 1) for word in job.about.get("words", []) if word.startswith("--") and "=" in word)
+    base, concept = (str(config.get(key) or flags.get(key) or "") for key in ("base", "concept"))
+    usual = bases.preset(base or "shipped")
+    prompt = next(iter(usual.previews or usual.templates), "a {concept}").replace("{concept}", concept)
+    steps, guidance, negative, side = defaults(base)
+    wish = Wish(base or "shipped", prompt, negative, 0, steps, guidance, (side, side) if side else None, 4)
+    sliders = [gr.Slider(value=1.0, visible=True, label=f"Strength of {name}")]
+    sliders += [gr.Slider(visible=False)] * (LIMITS.adapters - 1)
+    note = f"**{escaped(shown(name))}** is selected, and its token is in the prompt: press *Generate*."
+    return [*values(wish), gr.Dropdown(choices=plain_adapters(workspace), value=[name]), *sliders, note]
+
+
+def connect(studio: Studio, tabs: gr.Tabs, built: Mapping[str, Any]) -> None:
+    """Let the button of a finished run open this page, filled in.
+
+    Args:
+        built: what the pages gave by slug: a `Desk` of this one, a `JobView` and a button of those that train.
+    """
+
+    def open_with(request: gr.Request, name: str | None) -> list[Any]:
+        workspace = studio.workspace(request)
+        return [gr.Tabs(selected=PAGE.slug), *prepared(workspace, workspace.job(str(name)))]
+
+    view, button = built["teach"]
+    desk: Desk = built[PAGE.slug]
+    button.click(explained(open_with), [view.choice], [tabs, *desk.outputs], **QUIET)
+
+
+def _pointer() -> list[Any]:
+    """Buttons below a note that a token's adapter is not selected, and the adapters that the first one selects."""
+    with gr.Row(visible=False) as row:
+        use = gr.Button("Select it and generate", variant="primary", size="sm", min_width=160, elem_id="generate-use")
+        anyway = gr.Button("Generate without it", size="sm", min_width=160, elem_id="generate-anyway")
+    return [row, use, anyway, gr.State(list[str]())]
+
+
+def _adapters() -> tuple[gr.Dropdown, list[gr.Slider], gr.Radio]:
+    """A list of adapters, a slider for each that is chosen, and what is compared."""
     choice = gr.Dropdown(
         [], value=[], multiselect=True, max_choices=LIMITS.adapters, label="Adapters", elem_id="generate-adapters",
-        info="What you have taught or brought, several at once. None: the base alone.",
+        info="What you have trained or brought, several at once. None: the base alone.",
     )  # fmt: skip
     rows = [
         gr.Slider(-STRONGEST, STRONGEST, value=1.0, step=0.05, label=f"Strength {i + 1}", visible=False, elem_id=f"generate-s{i}")
         for i in range(LIMITS.adapters)
     ]
-    return choice, rows
+    way = gr.Radio(list(WAYS.items()), value="with", label="Compare", elem_id="generate-way")
+    return choice, rows, way
 
 
-def _wire(studio: Studio, places: Fields, adapters: Any, way: gr.Radio, buttons: Any, stop: gr.Button, shown: Any) -> None:
-    """Drawing, and the list of adapters."""
+def _wire(
+    studio: Studio, places: Fields, adapters: Any, way: gr.Radio, buttons: Any, stop: gr.Button, parts: Any, pointer: Any
+) -> None:
+    """Generating, and the list of adapters."""
     choice, rows = adapters
-    inputs, outputs = [*places.all(), choice, way, *rows], list(shown)
+    row, use, anyway, wanted = pointer
+    inputs, outputs = [*places.all(), choice, way, *rows], [*parts, row, wanted]
+    count = len(places.all())
 
     def run(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
-        count = len(places.all())
+        """Generate, unless a token's adapter is not selected: then say so."""
+        workspace = studio.workspace(request)
+        absent = missing(workspace, str(given[1] or ""), given[count] or [], plain_adapters(workspace))
+        if absent.known:
+            yield [gr.skip(), absent.words(), gr.skip(), gr.Row(visible=True), absent.adapters]
+            return
+        for found in run_anyway(request, *given):
+            yield [found[0], f"{found[1]}\n\n{absent.words()}".strip(), *found[2:]]
+
+    def run_anyway(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
         names, how, strengths = given[count] or [], given[count + 1], given[count + 2 :]
         for found, told in draw(studio, studio.workspace(request), wished(*given[:count]), names, strengths, how):
-            yield [found, told, [path for path, _ in found]]
+            yield [found, told, [path for path, _ in found], gr.Row(visible=False), []]
 
     events = [places.prompt.submit(explained(run), inputs, outputs, **DRAWS)]
+    selected = use.click(lambda names, more: [*(names or []), *more], [choice, wanted], [choice], **QUIET)
+    events.append(selected.then(explained(run), inputs, outputs, **DRAWS))
+    events.append(anyway.click(explained(run_anyway), inputs, outputs, **DRAWS))
     for button, text in buttons:
         event = button.click
         if text is not None:
@@ -204,4 +283,4 @@ def _wire_settings(studio: Studio, places: Fields, adapters: Any, parts: Any, st
     brought.upload(explained(back), [brought], outputs, **QUIET)
 
 
-PAGE = Page("Generate", "generate", "Write what to draw, and draw it with adapters: several at once, with and without.", build)
+PAGE = Page("Generate", "generate", "Write a prompt, and generate with adapters: several at once, with and without.", build)

@@ -18,19 +18,21 @@ from ..studio import Studio, escaped, explained
 from ..workspace import Workspace, bounded, shown
 from . import Page
 from ._check import checked
+from ._events import DRAWS, QUIET
 from ._form import Field, Slots, fields_of, part_of
-from ._job import Results, job_view, offered, picture, sheet_picture, shows
+from ._job import JobView, Results, job_view, shows
 from ._photos import Rows, example, lay_down, look_at
 from ._pictures import gallery
-from ._result import files, for_others, in_words
+from ._result import for_others
+from ._teach_results import KOHYA, parts, shown_results, stamp
 from ._teaching import (
     MAIN,
-    PRESETS,
     SETTINGS,
     USUAL,
     Asked,
     base_of,
     estimate,
+    lengths,
     main_method,
     method_names,
     options_of,
@@ -40,11 +42,13 @@ from ._teaching import (
 )
 
 KIND = "teach"
+SHORT: dict[str, Any] = {"max_length": LIMITS.text, "min_width": 140}
+"""Of a field for a word."""
 EMPTY = """<div class="empty"><p><strong>No run yet.</strong></p><ol>
-<li>Press <em>Example</em>, or drop a few photos of one thing and give it a name.</li>
-<li>Press <em>Start</em>. With the shipped base the first pictures come here in a quarter of a minute, and all in about one.</li>
-<li>Then draw it wherever you like on the page <em>Generate</em>, and take its files along.</li></ol></div>"""
-NO_PHOTOS = f"Drop 3 to 20 photos of one thing or one style, at most {LIMITS.photos}; or press **Example**."
+<li>Press <em>Example photos</em>, or drop a few photos of one thing and give it a name.</li>
+<li>Press <em>Start</em>. Previews come here while it trains; at the end its scores, a verdict and its files.</li>
+<li>Press <em>Generate with it</em>, and write prompts with its name.</li></ol></div>"""
+NO_PHOTOS = f"Drop 3 to 20 photos of one thing or one style, at most {LIMITS.photos}; or take the example."
 FILLED = ("steps", "batch", "learning_rate", "schedule", "seed", "preview_every", "checkpoint_every", "eval_seeds")
 """Settings that a preset fills in."""
 UNKNOWN = 512
@@ -111,56 +115,21 @@ def begin(studio: Studio, workspace: Workspace, paths: Sequence[str] | None, cap
     return studio.begin(workspace, KIND, title, words(asked, folder))
 
 
-def shown_results(job: Job | None) -> list[Any]:
-    """The sheet, the figures, the files, and the button for other tools, of a job."""
-    there = files(job) if job else []
-    sheet = picture(job.run / "before_after.png") if job else None
-    said = in_words(job) if job else ""
-    return [
-        gr.Image(value=sheet, visible=sheet is not None),
-        gr.Markdown(said, visible=bool(said)),
-        gr.File(offered(there, job.title if job else "") or None, visible=bool(there)),
-        gr.Button(visible=bool(there)),
-        gr.File(None, visible=False),
-    ]
-
-
-def _stamp(job: Job) -> Any:
-    return job.state, [path.stat().st_mtime_ns for path in files(job)]
-
-
-def _results() -> list[Any]:
-    return [
-        sheet_picture("Before and after", elem_id="teach-sheet"),
-        gr.Markdown(visible=False, elem_id="teach-figures"),
-        gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="teach-files"),
-        gr.Button("Make a file for ComfyUI and A1111", visible=False, elem_id="teach-kohya"),
-        gr.File(
-            label="For ComfyUI and A1111: put a LoRA with the LoRAs, a word with the embeddings, where it is called as its file",
-            file_count="multiple",
-            interactive=False,
-            visible=False,
-            elem_id="teach-kohya-file",
-        ),
-    ]
-
-
-def build(studio: Studio) -> None:
-    """The page."""
+def build(studio: Studio) -> tuple[JobView, gr.Button]:
+    """The page. Gives its jobs, and the button that generates with the chosen one."""
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             asks = _Asks(studio)
         with gr.Column(scale=1, min_width=320):
-            gr.Markdown("### Runs")
-            view = job_view(studio, KIND, Results(_results, shown_results, _stamp), EMPTY)
+            gr.Markdown("### Runs", elem_id="teach-runs")
+            view = job_view(studio, KIND, Results(parts, shown_results, stamp), EMPTY)
     asks.connect(view.choice)
 
     def kohya(name: str, request: gr.Request) -> Any:
         return gr.File(for_others(studio.workspace(request), name), visible=True)
 
-    view.extra[3].click(
-        explained(kohya), [view.choice], view.extra[4], concurrency_id="draw", concurrency_limit=1, api_visibility="private"
-    )
+    view.extra[KOHYA].click(explained(kohya), [view.choice], view.extra[KOHYA + 1], **DRAWS)
+    return view, view.extra[-1]
 
 
 class _Asks:
@@ -168,14 +137,17 @@ class _Asks:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        with gr.Row():
-            self.example = gr.Button("Example", elem_id="teach-example", min_width=120)
-            self.start = gr.Button("Start", variant="primary", elem_id="teach-start", min_width=120)
         self.files = gr.File(
             label="Photos", file_count="multiple", file_types=sorted(READ), height=140, elem_id="teach-photos", interactive=True
         )
         self.notes = gr.Markdown(NO_PHOTOS, elem_id="teach-notes")
+        self.example = gr.Button("Example photos", size="sm", elem_id="teach-example")
         self.thumbs = gallery("Photos, as they will be called", 5, visible=False, buttons=[])
+        self._name()
+        self.preset = gr.Radio(
+            lengths("shipped", USUAL), value="quick", label="How long", elem_id="teach-preset",
+            info="Longer is closer to the photos, as a rule.",
+        )  # fmt: skip
         with gr.Accordion("Captions and crops", open=False):
             self.captions = gr.Dataframe(
                 headers=["photo", "caption"],
@@ -188,37 +160,44 @@ class _Asks:
                 wrap=True,
             )
             self.crops = gallery("Crops", 5, visible=False, buttons=[])
-        short: dict[str, Any] = {"max_length": LIMITS.text, "min_width": 140}
+        self._how()
+
+    def _name(self) -> None:
+        """What the subject is called."""
         with gr.Row():
             self.concept = gr.Textbox(
-                label="Concept", placeholder="<toy>", info="A new word for it.", elem_id="teach-concept", **short
+                label="Concept", placeholder="<toy>", info="A new word for it.", elem_id="teach-concept", **SHORT
             )
             self.word = gr.Textbox(
-                label="Class word", placeholder="toy", info="An ordinary word for such things.", elem_id="teach-word", **short
+                label="Class word", placeholder="toy", info="An ordinary word for such things.", elem_id="teach-word", **SHORT
             )
-        self.preset = gr.Radio([*PRESETS], value="quick", label="How long", info="Longer is closer to the photos, as a rule.")
+
+    def _how(self) -> None:
+        """The method, its settings and options, what they should cost, and the start."""
         with gr.Row():
             self.method = gr.Dropdown(
                 method_names(False), value=USUAL, label="Method", allow_custom_value=True, min_width=140, elem_id="teach-method",
                 info="pivotal: a word and a LoRA, closest in a short time. lora: one file for all programs.",
             )  # fmt: skip
-            self.base = gr.Textbox("shipped", label="Base", info="shipped, a folder, or a hub name.", **short)
+            self.base = gr.Textbox("shipped", label="Base", info="shipped, a folder, or a hub name.", **SHORT)
         given = usual("quick", "shipped", USUAL)
         cost = estimate_of(None, "shipped", USUAL, given["steps"], given["batch"])
         self.estimate = gr.Markdown(cost, elem_id="teach-estimate")
         self.check = gr.Button("Try one step: what will it take?", size="sm", elem_id="teach-check")
         self.checked = gr.Textbox(label="Before it starts", lines=3, visible=False, interactive=False, elem_id="teach-checked")
         with gr.Accordion("Settings", open=False):
-            with gr.Row():
+            with gr.Row(elem_classes="options"):
                 main = {f.name: part_of(f, given.get(f.name), **_named(f)) for f in SETTINGS if f.name in MAIN}
-            with gr.Accordion("More", open=False), gr.Row():
+            with gr.Accordion("More", open=False), gr.Row(elem_classes="options"):
                 more = {f.name: part_of(f, given.get(f.name), **_named(f)) for f in SETTINGS if f.name not in MAIN}
             self.settings = {**main, **more}
         with gr.Accordion("Options of the method", open=False):
             self.about = gr.Markdown(about(USUAL))
-            with gr.Row():
+            with gr.Row(elem_classes="options"):
                 forms = [fields_of(methods.get(name)) for name in methods.names()]
                 self.slots = Slots.build(forms, options_of(USUAL), usual_options("shipped", USUAL))
+        with gr.Row(elem_classes="action"):
+            self.start = gr.Button("Start", variant="primary", elem_id="teach-start", min_width=120)
 
     def connect(self, choice: Any) -> None:
         """Let the parts act; a started job is chosen in `choice`."""
@@ -240,6 +219,9 @@ class _Asks:
         def cost(base: str, method: str, steps: str, batch: str, optimizer: str, request: gr.Request) -> str:
             return estimate_of(studio.workspace(request), base, method, steps, batch, optimizer)
 
+        def durations(base: str, method: str, request: gr.Request) -> Any:
+            return lengths_of(studio.workspace(request), base, method)
+
         def fill(preset: str, base: str, method: str) -> list[Any]:
             return [[preset, base, method], *filled(self.slots, preset, base, method)]
 
@@ -258,8 +240,12 @@ class _Asks:
         gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **plain)
         costs = [self.base, self.method, self.settings["steps"], self.settings["batch"], self.settings["optimizer"]]
         gr.on([part.change for part in costs], explained(cost), costs, self.estimate, show_progress="hidden", **plain)
+        gr.on(None, explained(cost), costs, self.estimate, **QUIET)
+        kinds = [self.base.blur, self.base.submit, self.method.change]
+        for when in (None, kinds):
+            gr.on(when, explained(durations), [self.base, self.method], self.preset, **QUIET)
         inputs = [self.files, self.captions, self.concept, self.word, *parts, filled_for, *named, *self.slots.components]
-        self.start.click(explained(start), inputs, choice, **plain)
+        self.start.click(explained(start), inputs, choice, **plain).success(None, js="() => reveal('teach-runs')", **QUIET)
         one: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **plain}
         self.check.click(explained(look_before), inputs, self.checked, **one)
 
@@ -274,6 +260,14 @@ def estimate_of(workspace: Workspace | None, base: str, method: str, steps: str,
         return escaped(estimate(workspace, base, method, steps, batch, optimizer))
     except VeneerError:
         return ""
+
+
+def lengths_of(workspace: Workspace, base: str, method: str) -> Any:
+    """The presets with the minutes that they take here; as they are while the base or the method is not yet one."""
+    try:
+        return gr.Radio(choices=lengths(base, method, workspace))
+    except VeneerError:
+        return gr.skip()
 
 
 PAGE = Page("Teach", "teach", "Teach a base a subject or a style from a few photos.", build)

@@ -224,6 +224,13 @@ def circle(page: Any, where: str) -> None:
     page.mouse.up()
 
 
+def bring(page: Any, file: Path) -> None:
+    """Take an adapter's file along on the page Adapters."""
+    go(page, "Adapters")
+    page.locator("#adapter-file input[type=file]").set_input_files(file)
+    page.locator("#adapter-said").get_by_text(f"Taken as {file.stem}").wait_for()
+
+
 def tabs(page: Any) -> list[str]:
     """Names of the app's pages."""
     return [name.strip() for name in page.get_by_role("tablist").first.get_by_role("tab").all_inner_texts()]

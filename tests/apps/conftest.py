@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import veneer
 from tests.apps.browser import App, Browser, browser, served
+from tests.methods.controls import stir
+from veneer import bases
+from veneer.formats import native
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +55,16 @@ def page(app: App, chromium: Browser) -> Iterator[Any]:
     yield found
     found.context.close()
     chromium.check()
+
+
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters of the shipped base with random values: a LoRA that was taught a word, and a ControlNet that follows edges."""
+    folder = tmp_path_factory.mktemp("brought")
+    told = {"lora": {"concept": "<toy>", "class_word": "cat"}, "controlnet": {"condition": "canny"}}
+    for method, provenance in told.items():
+        attached = veneer.attach(bases.load("shipped"), method)
+        for number, (_, adapter) in enumerate(attached.parts.values()):
+            stir(adapter, number, 0.02)
+        native.save(attached, folder / f"my-{method}.safetensors", {"base": "shipped", **provenance})
+    return folder

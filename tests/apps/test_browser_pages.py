@@ -8,36 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import veneer
-from tests.apps.browser import App, Browser, circle, findings, go
-from tests.methods.controls import stir
+from tests.apps.browser import App, Browser, bring, circle, findings, go
 from veneer import bases
-from veneer.formats import load_all, native
+from veneer.formats import load_all
 from veneer.training.previews import read_settings
-
-
-@pytest.fixture(scope="module")
-def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters of the shipped base with random values: a LoRA that was taught a word, and a ControlNet that follows edges."""
-    folder = tmp_path_factory.mktemp("brought")
-    told = {"lora": {"concept": "<toy>", "class_word": "cat"}, "controlnet": {"condition": "canny"}}
-    for method, provenance in told.items():
-        attached = veneer.attach(bases.load("shipped"), method)
-        for number, (_, adapter) in enumerate(attached.parts.values()):
-            stir(adapter, number, 0.02)
-        native.save(attached, folder / f"my-{method}.safetensors", {"base": "shipped", **provenance})
-    return folder
-
-
-def bring(page: Any, file: Path) -> None:
-    go(page, "Adapters")
-    page.locator("#adapter-file input[type=file]").set_input_files(file)
-    page.locator("#adapter-said").get_by_text(f"Taken as {file.stem}").wait_for()
 
 
 def pictures(page: Any, where: str) -> list[Any]:
@@ -58,7 +37,7 @@ def test_teach_from_four_photos(app: App, page: Any, chromium: Browser, tmp_path
     page.locator("#teach-notes").get_by_text("4 photos, nothing wrong with them.").wait_for()
     page.locator("#teach-concept input, #teach-concept textarea").fill("<octopus>")
     page.locator("#teach-word input, #teach-word textarea").fill("fish")
-    assert page.get_by_label("quick").is_checked()
+    assert page.locator("#teach-preset").get_by_label("quick").is_checked()
     page.locator("#teach-start").click()
     state = page.locator("#teach-state")
     state.get_by_text(re.compile(r"learns: step \d+ of 100")).wait_for()
@@ -123,7 +102,7 @@ def test_generate_with_and_without(app: App, page: Any, brought: Path, tmp_path:
     assert (told["seed"], told["adapters"]) == (7, [{"file": "my-lora", "scale": 1.0}])
     assert not findings(page)
     page.locator("#generate-prompt textarea").fill("something else")
-    page.get_by_text("Use the settings of a picture on your disk").click()
+    page.get_by_text("Use the settings of an image on your disk").click()
     page.locator("#generate-brought input[type=file]").set_input_files(tmp_path / "with.png")
     page.locator("#generate-state").get_by_text("The settings are in their places").wait_for()
     assert page.locator("#generate-prompt textarea").input_value() == "a <toy>, left, blue background"
@@ -134,11 +113,11 @@ def test_generate_with_and_without(app: App, page: Any, brought: Path, tmp_path:
 
 
 def test_draw_a_sketch_and_a_picture_that_follows_it(app: App, page: Any, brought: Path, tmp_path: Path) -> None:
+    """The first stroke of the mouse draws: nothing needs to be chosen before."""
     bring(page, brought / "my-controlnet.safetensors")
     go(page, "Control")
     page.locator("#control-choice input").click()
     page.get_by_role("option", name="my-controlnet · follows canny").click()
-    page.locator('#control-sketch button[aria-label="Brush"]').click()
     circle(page, "#control-sketch canvas")
     page.locator("#control-draw").click()
     page.locator("#control-said").get_by_text("1 of 1").wait_for()

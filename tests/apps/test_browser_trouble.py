@@ -26,7 +26,7 @@ def teach(page: Any, concept: str, how_long: str) -> None:
     page.locator("#teach-example").click()
     page.locator("#teach-notes").get_by_text("5 photos").wait_for()
     page.locator("#teach-concept input, #teach-concept textarea").fill(concept)
-    page.get_by_label(how_long).check()
+    page.locator("#teach-preset").get_by_label(how_long).check()
     steps = {"quick": "100", "balanced": "300"}[how_long]
     page.get_by_role("button", name=re.compile("^Settings")).click()
     page.wait_for_function("n => document.querySelector('#teach-steps :is(input, textarea)')?.value === n", arg=steps)

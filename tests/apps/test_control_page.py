@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from veneer.apps import jobs
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages import _control_draw as page
 from veneer.apps.pages import _control_teach as teaching
@@ -218,6 +220,31 @@ def test_a_job_that_teaches(studio: Studio, base: str, tmp_path: Path) -> None:
     assert parser_for(words).parse_args(words).data is None, "the base draws its own pictures"
     assert [each.about["kind"] for each in here.all_jobs()] == ["control", "control"]
     assert control._result(None)[0].visible is False
+
+
+def test_presets_of_a_control_have_their_steps_and_minutes(tmp_path: Path) -> None:
+    """The shortest is one that was measured to follow; the longest what the command does by default."""
+    here = Workspace(tmp_path)
+    assert teaching.chosen("thorough", "controlnet", "shipped") == (800, 384)
+    assert teaching.chosen("thorough", "ip_adapter", "shipped")[0] == teaching.usual_steps("ip_adapter", "shipped")
+    assert teaching.chosen("quick", "controlnet", "shipped")[0] >= 200
+    seconds = [teaching.expected("controlnet", "shipped", *teaching.chosen(p, "controlnet", "shipped")) for p in teaching.LENGTHS]
+    assert seconds == sorted(seconds)
+    assert all("min" in label for label, _ in teaching.lengths("controlnet", "shipped"))
+    assert teaching.expected("controlnet", "another/base", 100, 64) is None
+    job = jobs.make(
+        here.jobs, "control", "edges", ["control", "--method=controlnet", "--base=shipped", "--steps=200", "--drawn=64"]
+    )
+    job.run.mkdir()
+    (job.run / "result.json").write_text("{}")
+    (job.folder / "begun.json").write_text('{"steps": [0]}')
+    for name, at in (("process.json", 1000), ("end.json", 2000)):
+        (job.folder / name).write_text('{"status": 0}')
+        os.utime(job.folder / name, (at, at))
+    assert teaching.expected("controlnet", "shipped", 200, 64, here) == pytest.approx(1000), "as the last run took"
+    assert teaching.expected("controlnet", "shipped", 400, 192, here) > 1500
+    assert "about 17 min" in control.estimated(here, "controlnet", "shipped", 200, 64)
+    assert control.estimated(here, "controlnet", "shipped", None, 64) == ""
 
 
 def test_what_cannot_be_taught_is_refused_and_leaves_nothing(studio: Studio, base: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages._job import NOTHING, Results, go_on, job_view, look, offered, remove
 from veneer.apps.pages._job_words import POINTS, bar, curve, told
+from veneer.apps.pages._verdict import verdict
 from veneer.apps.studio import Studio, escaped
 from veneer.apps.workspace import Workspace
 
@@ -76,7 +78,7 @@ def test_words_of_every_state(tmp_path: Path) -> None:
     with FileLock(job.folder / "lock"):
         assert "gets ready" in told(studio, job, [])
         assert told(studio, job, [event(10)]) == "**a toy** learns: step 10 of 40, about 0:08 left."
-        assert "draws and measures" in told(studio, job, [event(40)])
+        assert "generates and evaluates" in told(studio, job, [event(40)])
         (job.folder / "stop").touch()
         assert "ends after this step" in told(studio, job, [event(10)])
     assert told(studio, job, [event(10)]) == "**a toy** was stopped after step 10 of 40. Nothing is lost; it can go on."
@@ -86,6 +88,41 @@ def test_words_of_every_state(tmp_path: Path) -> None:
     assert told(studio, job, []) == f"**a toy** failed before its first step. {escaped('no <i>room</i>')}"
     (job.run / "result.json").write_text("{}")
     assert told(studio, job, [event(40)]) == "**a toy** is done: 40 steps in 0:40."
+
+
+def test_what_is_no_training_step_is_told_with_numbers(tmp_path: Path) -> None:
+    """Images that the base generates to train on, by the log; and phases that a run writes between its steps."""
+    studio = Studio.at(tmp_path)
+    job = jobs.make(studio.workspace(None).jobs, "teach", "a control", ["control"])
+    job.run.mkdir()
+    with FileLock(job.folder / "lock"):
+        (job.folder / "log.txt").write_text("x\npictures drawn by the base: 16/384\npictures drawn by the base: 176/384\n")
+        words, bar_now = seen(studio)[1:3]
+        assert "176 of 384" in words
+        assert 'max="384" value="176"' in bar_now.value
+        teller(job)(event(40))
+        assert job.phase() is None, "the log's number is of before"
+        with (job.run / "progress.jsonl").open("a") as file:
+            file.write(json.dumps({"phase": "evaluating", "done": 3, "total": 12}) + "\n")
+        words, bar_now = seen(studio)[1:3]
+        assert "3 of 12" in words
+        assert 'max="12" value="3"' in bar_now.value
+
+
+@pytest.mark.parametrize("outcome", ["learned", "partly", "not_learned", "overfitted", "unknown"])
+def test_a_failed_result_does_not_look_done(outcome: str, tmp_path: Path) -> None:
+    studio = Studio.at(tmp_path)
+    job = jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"])
+    job.run.mkdir()
+    result = {"verdict": {"outcome": outcome, "summary": "<b>so</b>", "reasons": ["it is"], "advice": ["train longer"]}}
+    (job.run / "result.json").write_text(json.dumps(result))
+    choice, words = seen(studio)[:2]
+    assert ("is done" in words) == (outcome not in ("not_learned", "overfitted"))
+    assert choice.choices[0][0].endswith("done") == (outcome not in ("not_learned", "overfitted"))
+    told = verdict(result)
+    assert escape("<b>so</b>") in told
+    assert "train longer" in told
+    assert verdict({}) == verdict({"verdict": "x"}) == ""
 
 
 def test_buttons_follow_the_state(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import gradio as gr
 import pytest
 from PIL import Image
 from veneer.apps.jobs import Job
-from veneer.apps.pages import teach
+from veneer.apps.pages import generate, teach
 from veneer.apps.pages._check import checked
 from veneer.apps.pages._form import Slots, fields_of, words_of
 from veneer.apps.pages._photos import lay_down, look_at
@@ -171,7 +171,7 @@ def test_from_the_example_to_its_files(tmp_path: Path) -> None:
     workspace = studio.workspace(None)
     paths, concept, word, *_, table = teach.example_taken("shipped")
     assert len(paths) == 5
-    assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: how long it takes is known after its first steps.")
+    assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: the time is known after the first steps.")
     rows = table.value["data"] if isinstance(table.value, dict) else table.value.values.tolist()
     wish = asked(concept, base, steps="4", batch="2", preview_every="2", eval_seeds="0", options=option("lora", rank="2"))
     job = teach.begin(studio, workspace, paths, rows, wish)
@@ -179,7 +179,12 @@ def test_from_the_example_to_its_files(tmp_path: Path) -> None:
     until_ended(studio, job)
     assert job.state == "done", job.log()
     assert len(job.previews()) == 2
-    sheet, said, offered, button, _ = teach.shown_results(job)
+    sheet, said, offered, button, _, _, onward = teach.shown_results(job)
+    assert onward.visible, "Generate with it"
+    filled = generate.prepared(workspace, job)
+    assert filled[0] == base
+    assert "<octopus>" in filled[1], "a prompt with its token"
+    assert filled[9].value == [next(iter(workspace.all_adapters()))], "its adapter is selected"
     assert sheet.visible
     assert button.visible
     assert "4 steps in" in said.value
@@ -187,7 +192,7 @@ def test_from_the_example_to_its_files(tmp_path: Path) -> None:
     (kohya,) = for_others(workspace, job.name)
     assert Path(kohya).name == "octopus-lora-comfyui-a1111.safetensors"
     assert isinstance(formats.format_of(formats.read(kohya)), formats.formats.get("kohya"))
-    assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: about 0:")
+    assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: under a minute in all, going by your last run")
     assert offered.visible
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,22 @@ from veneer.apps import jobs
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages import teach
+from veneer.apps.pages._estimates import duration
 from veneer.apps.pages._form import USUAL, fields_of, words_of
 from veneer.apps.pages._photos import look_at
 from veneer.apps.pages._result import in_words
-from veneer.apps.pages._teaching import FROM_CONCEPT, SETTINGS, Asked, estimate, options_of, parameters, usual, words
+from veneer.apps.pages._teaching import (
+    FROM_CONCEPT,
+    PRESETS,
+    SETTINGS,
+    Asked,
+    estimate,
+    lengths,
+    options_of,
+    parameters,
+    usual,
+    words,
+)
 from veneer.apps.studio import Studio, escaped
 from veneer.apps.workspace import Workspace
 
@@ -71,6 +84,25 @@ def test_what_is_wrong_with_photos_does_not_say_where_they_lie(tmp_path: Path) -
 def test_presets_differ_in_steps() -> None:
     steps = [int(usual(preset, "shipped", "lora")["steps"]) for preset in ("quick", "balanced", "thorough")]
     assert steps == [steps[1] // 3, steps[1], 2 * steps[1]]
+
+
+def test_presets_tell_their_minutes(tmp_path: Path) -> None:
+    """By a reference for the bundled base at first, then by the last run, evaluation and all; not for a base that never ran."""
+    tiny_pipeline("sd").save_pretrained(tmp_path / "base")
+    base, space = str(tmp_path / "base"), Workspace(tmp_path / "space")
+    assert all("min" in label and preset in label for label, preset in lengths("shipped", "pivotal"))
+    assert [label for label, _ in lengths(base, "lora", space)] == [
+        f"{p}: {usual(p, base, 'lora')['steps']} steps" for p in PRESETS
+    ]
+    job = finished(space, base, "lora", 40.0, 1, 1000)
+    (job.folder / "begun.json").write_text('{"steps": [0]}')
+    for name, seconds in (("process.json", 1000), ("end.json", 1640)):
+        (job.folder / name).write_text('{"status": 0}')
+        os.utime(job.folder / name, (seconds, seconds))
+    assert job.seconds == 640
+    steps = int(usual("balanced", base, "lora")["steps"]) * int(usual("balanced", base, "lora")["batch"])
+    labels = {preset: label for label, preset in lengths(base, "lora", space)}
+    assert labels["balanced"].endswith(duration(4.0 * steps + 600))
 
 
 def test_what_follows_from_the_concept_is_not_asked_for() -> None:
@@ -143,13 +175,13 @@ def test_estimates_go_by_the_last_run_like_it(tmp_path: Path) -> None:
     base, space = str(tmp_path / "base"), Workspace(tmp_path / "space")
     memory = f"about {size(4 * parameters(base))} for the base"
     assert memory in estimate(space, base, "lora", "20", "2"), "4 bytes a value"
-    assert "is known after its first steps" in estimate(space, base, "lora", "20", "2")
+    assert "is known after the first steps" in estimate(space, base, "lora", "20", "2")
     finished(space, base, "lora", 40.0, 2, 1000)
     finished(space, base, "oft", 1000.0, 1, 10)  # newer, but another method
     finished(space, "elsewhere", "lora", 5000.0, 1, 10)
     told = estimate(space, base, "lora", "20", "6")
-    assert "about 4:00 of learning" in told, "twice the steps, three times the pictures of each: 40 s × 2 × 3"
+    assert "about 4 min in all" in told, "twice the steps, three times the images of each: 40 s × 2 × 3, and the rest"
     assert f"{memory}" in told
     assert f"and {size(16 * 1000)} for what is trained" in told, "value, gradient and two states, each 4 bytes"
-    assert "is known after its first steps" in estimate(space, base, "lora", "²", "1"), "no number that can be read"
-    assert "about 16:40 of learning" in estimate(space, base, "dora", "10", "1"), "of the base's runs the newest"
+    assert "is known after the first steps" in estimate(space, base, "lora", "²", "1"), "no number that can be read"
+    assert "about 22 min in all" in estimate(space, base, "dora", "10", "1"), "of the base's runs the newest"

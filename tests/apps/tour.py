@@ -34,7 +34,7 @@ def prepare(page: Any, control: Path) -> None:
     go(page, "Teach")
     page.locator("#teach-example").click()
     page.locator("#teach-notes").get_by_text("5 photos").wait_for()
-    page.get_by_label("balanced").check()
+    page.locator("#teach-preset").get_by_label("balanced").check()
     page.get_by_role("button", name=re.compile("^Settings")).click()
     page.wait_for_function("() => document.querySelector('#teach-steps :is(input, textarea)')?.value === '300'")
     page.locator("#teach-start").click()
@@ -67,7 +67,6 @@ def generate(page: Any) -> None:
 def control(page: Any) -> None:
     page.locator("#control-choice input").click()
     page.get_by_role("option", name=CONTROL).click()
-    page.locator('#control-sketch button[aria-label="Brush"]').click()
     circle(page, "#control-sketch canvas")
     page.locator("#control-prompt textarea").fill("an apple, center, white background")
     page.locator("#control-draw").click()

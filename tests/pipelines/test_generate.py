@@ -74,6 +74,9 @@ def test_an_adapter_that_is_not_there(text: str) -> None:
         parse_adapter(text)
 
 
-def test_a_prompt_that_is_too_long_is_refused(made: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(VeneerError, match="tokens"):
-        generate(GenerateConfig(("a cat " + "very " * 90,), base=made[0], steps=1, out=tmp_path))
+def test_a_prompt_that_is_too_long_is_shortened_and_says_so(
+    made: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [file] = generate(GenerateConfig(("a cat " + "very " * 90 + "last",), base=made[0], steps=1, out=tmp_path))
+    assert "last" in capsys.readouterr().out
+    assert 10 < read_settings(file)["prompt"].count("very") < 90

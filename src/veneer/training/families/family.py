@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -207,6 +208,32 @@ class Family(ABC):
         """The prompts as they reach a tokenizer: tokens of several vectors spelled out, where the pipeline does so."""
         convert = getattr(self.pipe, "maybe_convert_prompt", None)
         return list(convert(prompts, tokenizer)) if convert else prompts
+
+    def shorten(self, prompt: str) -> str:
+        """The longest start of a prompt, in whole words, that every text encoder takes; all of it where it fits.
+
+        Raises:
+            PromptError: its first word alone does not fit.
+        """
+        ends = [found.end() for found in re.finditer(r"\S+", prompt)]
+        if not ends or self._fits(prompt):
+            return prompt
+        least, most = 0, len(ends) - 1
+        while least < most:
+            middle = (least + most + 1) // 2
+            least, most = (middle, most) if self._fits(prompt[: ends[middle]]) else (least, middle - 1)
+        found = prompt[: ends[least]]
+        if not self._fits(found):
+            raise PromptError(f"the first word of the prompt has more tokens than the text encoder takes: {found!r}.")
+        return found.rstrip(" ,;:")
+
+    def _fits(self, prompt: str) -> bool:
+        """Whether every encoder takes a prompt whole."""
+        return all(
+            len(tokenizer(self.prepare([prompt], tokenizer), truncation=False, padding=False, verbose=False).input_ids[0])
+            <= limit
+            for tokenizer, limit in self.limits()
+        )
 
     def check_length(self, prompts: list[str]) -> None:
         """Raise or warn for prompts with more tokens than an encoder takes, saying how many and what would be lost."""

@@ -1,0 +1,93 @@
+"""Where things stand on the pages, and that they can be read: in Chromium, wide and on a phone, light and dark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.apps.browser import PHONE, WIDE, App, Browser, bring, go, tabs
+
+CONTRAST = """() => {
+  const light = (color) => {
+    const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    for (; node; node = node.parentElement) {
+      const color = getComputedStyle(node).backgroundColor;
+      if (!/rgba\\(.*, 0\\)|transparent/.test(color)) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  return [...document.querySelectorAll("input[placeholder], textarea[placeholder]")]
+    .filter(each => each.placeholder && each.offsetParent)
+    .map(each => {
+      const [one, other] = [light(getComputedStyle(each, "::placeholder").color), light(behind(each))].sort((a, b) => b - a);
+      return [each.placeholder, (one + 0.05) / (other + 0.05)];
+    });
+}"""
+"""Placeholders that are seen, and their contrast."""
+
+
+@pytest.mark.parametrize(("size", "dark"), [(WIDE, False), (PHONE, True)], ids=["wide-light", "phone-dark"])
+def test_placeholders_can_be_read_and_main_buttons_are_in_view(
+    app: App, chromium: Browser, size: tuple[int, int], dark: bool
+) -> None:
+    page = chromium.open(app, size, dark)
+    found: list[Any] = []
+    for name in tabs(page):
+        go(page, name)
+        page.wait_for_timeout(500)
+        found += [(name, *each) for each in page.evaluate(CONTRAST)]
+        if button := {"Teach": "#teach-start", "Generate": "#generate-draw"}.get(name):
+            box = page.locator(button).bounding_box()
+            assert box["y"] + box["height"] <= size[1], f"{button} is below the fold"
+    page.context.close()
+    chromium.check()
+    assert {name for name, *_ in found} >= {"Teach", "Generate"}
+    assert not [each for each in found if each[2] < 4.5]
+
+
+def test_a_start_on_a_phone_shows_its_run(app: App, chromium: Browser) -> None:
+    """And the options of a method have their whole names."""
+    page = chromium.open(app, PHONE)
+    page.locator("#teach-example").click()
+    page.locator("#teach-notes").get_by_text("5 photos").wait_for()
+    page.get_by_role("button", name="Options of the method").click()
+    label = page.locator("label", has_text="rslora").first
+    label.wait_for()
+    for node in page.locator(".options label.checkbox-container").all():
+        if node.is_visible():
+            assert node.evaluate("each => each.scrollWidth <= each.clientWidth + 1"), node.inner_text()
+            assert node.evaluate("each => each.closest('.block').offsetWidth >= 200"), node.inner_text()
+    page.get_by_role("button", name="Options of the method").click()
+    page.locator("#teach-start").click()
+    page.locator("#teach-state").get_by_text("pivotal").wait_for()
+    page.wait_for_function(
+        "() => { const y = document.getElementById('teach-state').getBoundingClientRect().top; return y >= 0 && y < innerHeight }"
+    )
+    page.locator("#teach-stop").click()
+    page.locator("#teach-state").get_by_text("was stopped").wait_for()
+    page.context.close()
+    chromium.check()
+
+
+def test_a_token_without_its_adapter_is_offered_it(page: Any, brought: Path) -> None:
+    """Nothing is generated until one has chosen: with the adapter, or without it after all."""
+    bring(page, brought / "my-lora.safetensors")
+    go(page, "Generate")
+    page.locator("#generate-prompt textarea").fill("a <toy>, left, blue background")
+    page.locator("#generate-draw").click()
+    page.locator("#generate-state").get_by_text("which is not selected").wait_for()
+    assert page.locator("#generate-gallery img").count() == 0
+    page.locator("#generate-use").click()
+    page.locator("#generate-state").get_by_text("1 of 1").wait_for()
+    assert page.get_by_label("Strength of my-lora").first.is_visible()
+    assert not page.locator("#generate-use").is_visible()
+    page.locator("#generate-prompt textarea").fill("a <toy>, left, " + "blue background, " * 12 + "a lamp")
+    page.locator("#generate-draw").click()
+    page.locator("#generate-state").get_by_text("Left out").wait_for()
+    assert "a lamp" in page.locator("#generate-state").inner_text()

@@ -1,0 +1,77 @@
+"""Prompts on the page Generate: tokens whose adapter is not selected, and those longer than the text encoder takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from veneer.apps.pages import generate
+from veneer.apps.pages._tokens import missing
+from veneer.apps.pages._wish import Wish
+from veneer.apps.studio import Studio, escaped
+from veneer.apps.workspace import Workspace
+
+import veneer
+from tests.methods.controls import stir
+from veneer.formats import native
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.previews import read_settings
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bases") / "sd"
+    tiny_pipeline("sd").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory, base: str) -> Studio:
+    """A studio whose visitor has a LoRA and a token embedding of one concept."""
+    studio = Studio.at(tmp_path_factory.mktemp("workspaces"), "cpu")
+    folder = studio.workspace(None).adapters
+    folder.mkdir(parents=True)
+    word = {"tokens": "<toy>", "initialize": "cat"}
+    for name, method, options in (("style", "lora", {}), ("word", "textual_inversion", word)):
+        attached = veneer.attach(veneer.bases.load(base), method, **options)
+        for number, (_, adapter) in enumerate(attached.parts.values()):
+            stir(adapter, number, 0.3)
+        native.save(attached, folder / f"{name}.safetensors", provenance={"concept": "<toy>", "class_word": "toy"})
+    return studio
+
+
+def last(studio: Studio, base: str, prompt: str, way: str) -> tuple[list[tuple[str, str]], str]:
+    wish = Wish(base, prompt, steps=2, guidance=4.0)
+    return list(generate.draw(studio, studio.workspace(None), wish, ["word"], [1.0], way))[-1]
+
+
+def pixels(path: str) -> Any:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_a_token_whose_adapter_is_not_selected_is_pointed_out(studio: Studio) -> None:
+    here = studio.workspace(None)
+    usable = generate.plain_adapters(here)
+    absent = missing(here, "a <toy> beside a <dragon>", [], usable)
+    assert (absent.known, absent.unknown, absent.adapters) == ({"<toy>": "style"}, ("<dragon>",), ["style"])
+    assert all(escaped(token) in absent.words() for token in ("<toy>", "<dragon>"))
+    assert missing(here, "a <toy>", ["word"], usable).words() == "", "any adapter with it is enough"
+    assert missing(here, "a toy, 3 < 4 > 2", [], usable).words() == ""
+    assert missing(Workspace(studio.root, "eve"), "a <toy>", [], []).known == {}, "another's adapters are not named"
+
+
+@pytest.mark.parametrize("way", ["with", "both", "sweep"])
+def test_a_prompt_that_is_too_long_is_shortened_with_a_note(studio: Studio, base: str, way: str) -> None:
+    long = "a red <toy> " + "on grass " * 60 + "beside <water>"
+    found, told = last(studio, base, long, way)
+    kept = read_settings(found[-1][0])["prompt"]
+    assert long.startswith(kept)
+    assert 20 < len(kept.split()) < 100
+    assert told.endswith(f"“{escaped(long[len(kept) :].strip())}”.")
+    assert "truncate" not in told
+    short, told = last(studio, base, kept, way)
+    assert "“" not in told
+    assert np.array_equal(pixels(found[-1][0]), pixels(short[-1][0])), "the same as if the short prompt had been typed"
