@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -32,9 +33,14 @@ def verdict(result: Mapping[str, Any]) -> str:
     parts = [f"<h3>{words}</h3>", f"<p>{escape(str(told.get('summary') or ''))}</p>"]
     for name, title in (("reasons", "Why"), ("advice", "What to change")):
         lines = told.get(name)
-        items = "".join(f"<li>{escape(str(line))}</li>" for line in lines) if isinstance(lines, list) else ""
+        items = "".join(f"<li>{escape(_fields(str(line)))}</li>" for line in lines) if isinstance(lines, list) else ""
         parts.append(f"<h4>{title}</h4><ul>{items}</ul>" if items else "")
     return f'<section class="verdict {kind}" role="status">{"".join(parts)}</section>'
+
+
+def _fields(line: str) -> str:
+    """A sentence with the names of fields in the place of the command's flags: `--eval-seeds 3` is `eval seeds 3`."""
+    return re.sub(r"--([a-z][a-z-]*)", lambda found: found[1].replace("-", " "), line)
 
 
 def read_result(job: Job) -> dict[str, Any]:

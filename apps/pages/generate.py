@@ -238,8 +238,11 @@ def _wire(
         for found, told in draw(studio, studio.workspace(request), wished(*given[:count]), names, strengths, how):
             yield [found, told, [path for path, _ in found], gr.Row(visible=False), []]
 
+    def select(request: gr.Request, names: list[str] | None, more: list[str]) -> Any:
+        return gr.Dropdown(choices=plain_adapters(studio.workspace(request)), value=[*(names or []), *more])
+
     events = [places.prompt.submit(explained(run), inputs, outputs, **DRAWS)]
-    selected = use.click(lambda names, more: [*(names or []), *more], [choice, wanted], [choice], **QUIET)
+    selected = use.click(explained(select), [choice, wanted], [choice], **QUIET)
     events.append(selected.then(explained(run), inputs, outputs, **DRAWS))
     events.append(anyway.click(explained(run_anyway), inputs, outputs, **DRAWS))
     for button, text in buttons:

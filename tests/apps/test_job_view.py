@@ -114,14 +114,16 @@ def test_a_failed_result_does_not_look_done(outcome: str, tmp_path: Path) -> Non
     studio = Studio.at(tmp_path)
     job = jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"])
     job.run.mkdir()
-    result = {"verdict": {"outcome": outcome, "summary": "<b>so</b>", "reasons": ["it is"], "advice": ["train longer"]}}
+    result = {
+        "verdict": {"outcome": outcome, "summary": "<b>so</b>", "reasons": ["it is"], "advice": ["train longer: --eval-seeds 3"]}
+    }
     (job.run / "result.json").write_text(json.dumps(result))
     choice, words = seen(studio)[:2]
     assert ("is done" in words) == (outcome not in ("not_learned", "overfitted"))
     assert choice.choices[0][0].endswith("done") == (outcome not in ("not_learned", "overfitted"))
     told = verdict(result)
     assert escape("<b>so</b>") in told
-    assert "train longer" in told
+    assert "train longer: eval seeds 3" in told, "by the names of fields, not of flags"
     assert verdict({}) == verdict({"verdict": "x"}) == ""
 
 
