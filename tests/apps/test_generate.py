@@ -174,7 +174,7 @@ def huge() -> bytes:
         ({"prompt": " "}, "prompt is empty"),
         ({"prompt": "a" * (LIMITS.text + 1)}, "prompt: 1,001 characters"),
         ({"steps": LIMITS.steps + 1}, "steps is 101"),
-        ({"steps": None}, "steps is None"),
+        ({"steps": None}, "steps is empty"),
         ({"guidance": "nan"}, "guidance is nan"),
         ({"width": LIMITS.side + 8}, "width is 1032"),
         ({"width": 64, "height": 0}, "one side"),
