@@ -93,6 +93,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
         images=evaluated(config),
         previews=run.previews(loop.steps),
         sampling=run.settings(1),
+        loading=report.elapsed,
     )
     if main:
         print(checked.text(), flush=True)

@@ -13,6 +13,7 @@ from veneer.training.config import TrainConfig
 from veneer.training.families import family
 from veneer.training.folder import Photo
 from veneer.training.preflight import PreflightError, preflight
+from veneer.training.previews import PreviewSettings
 
 RUN = TrainConfig(steps=200, learning_rate=1e-3, batch=2, tracker="none")
 
@@ -207,3 +208,21 @@ def test_nothing_attached_is_an_error(kind):
     found = preflight([], RUN, photos(), kind, "<toy>", resolution=32)
     assert [c.about for c in found.errors] == ["sites"]
     assert "cost: unknown" in found.text()
+
+
+def test_the_estimate_is_of_the_whole_run(kind, lora):
+    """Loading, training, previews and evaluation; and the disk of adapters and checkpoints."""
+    settings = PreviewSettings(steps=10, guidance=3.0)
+    plain = preflight([lora], RUN, photos(), kind, "<toy>", resolution=32).estimate
+    found = preflight(
+        [lora], RUN, photos(), kind, "<toy>", resolution=32, images=12, previews=4, sampling=settings, loading=7.0
+    ).estimate
+    assert plain is not None
+    assert found is not None
+    assert (found.images, found.loading) == (16, 7.0)
+    assert found.image_seconds > 0
+    assert found.total_seconds == pytest.approx(7 + found.steps * found.seconds + 16 * found.image_seconds)
+    assert plain.total_seconds == pytest.approx(plain.steps * plain.seconds)
+    values = sum(p.numel() for p in lora.parameters())
+    assert found.written >= 8 * values
+    assert found.written > plain.written

@@ -34,7 +34,7 @@ class Estimate:
         measured: True if `seconds` and `activations` come from a real warm step, False if counted from shapes.
         device: where.
         images: generated for previews and evaluation. `image_seconds`: of one of them.
-        loading: seconds from the start of the process to the estimate.
+        loading: seconds from the start of the run to the estimate.
         written: bytes of all that the run leaves on the disk.
     """
 

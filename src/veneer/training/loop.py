@@ -35,6 +35,10 @@ from .tracking import tracking
 __all__ = ["Diverged", "LossStep", "TrainConfig", "TrainError", "TrainResult", "Trainer"]
 
 
+LAST_FILES = 5
+"""Times the weights' bytes that a run may write last: a checkpoint with Adam's two moments, and the adapter in two formats."""
+
+
 class Trainer:
     """Trains some tensors by a loss over numbered samples.
 
@@ -98,7 +102,7 @@ class Trainer:
         self._stop = StopFlag()
         self._good = LastGood(self._tensors())
         weights = sum(tensor.numel() * tensor.element_size() for tensor in self.named.values())
-        self._reserve = None if self.folder is None else Reserve(self.folder, 3 * weights + 2**21)
+        self._reserve = None if self.folder is None else Reserve(self.folder, LAST_FILES * weights + 2**21)
 
     @property
     def device(self) -> torch.device:

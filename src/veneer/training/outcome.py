@@ -120,12 +120,11 @@ def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
 
 def ending(run: Run, record: dict[str, Any]) -> str:
     """What a finished run says last: files, scores, verdict, and the next command."""
-    seconds = sum(record["phase_seconds"].values())
     warnings = [f"warning: {text}" for text in record["training"]["warnings"]]
     prompt = shlex.quote(run.prompts[0])
     return "\n".join(
         [
-            f"finished in {clock(seconds)}; in {run.out}: {', '.join([*record['files'], 'before_after.png', 'result.json'])}",
+            f"finished in {clock(run.report.elapsed)}; in {run.out}: {', '.join([*record['files'], GRID, 'result.json'])}",
             *warnings,
             *([str(record["scores"])] if record.get("scores") else []),
             read_verdict(record).text(),

@@ -72,14 +72,18 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
         if far:
             return Verdict("learned", "Images are clearly more similar to the photos, and prompts still work.", reasons)
         if lost:
-            summary = "Images are hardly more similar to the photos, and they follow the prompt less, or other images changed."
+            summary = (
+                "Images are not similar enough to the photos, and follow the prompt less, or images of other prompts changed."
+            )
             return Verdict("not_learned", summary, reasons, _gentler(config))
         summary = "Images are somewhat more similar to the photos."
         if share is None:
             summary += " With one photo there is no telling how similar they could be."
         return Verdict("partly", summary, reasons, _longer(config))
     if lost:
-        summary = "Images are not clearly more similar to the photos, and they follow the prompt less, or other images changed."
+        summary = (
+            "Images are not clearly more similar to the photos, and follow the prompt less, or images of other prompts changed."
+        )
         return Verdict("not_learned", summary, reasons, _gentler(config))
     if share is None or share >= SHARE:
         return Verdict("unknown", "Too few images to tell: the gain may be chance.", reasons, (MORE_IMAGES,))
@@ -152,9 +156,9 @@ def _longer(config: PersonalizeConfig) -> tuple[str, ...]:
 
 def _gentler(config: PersonalizeConfig) -> tuple[str, ...]:
     """What to change where something was lost."""
-    found = [f"lower the learning rate: --learning-rate {config.main_rate() / 2:g}"]
-    if (config.steps or 0) < config.usual_steps():
-        found.append(f"train for the default number of steps: --steps {config.usual_steps()}")
+    usual = config.usual_steps()
+    found = [f"train for the default number of steps: --steps {usual}"] if (config.steps or 0) < usual else []
+    found.append(f"lower the learning rate: --learning-rate {config.main_rate() / 2:g}")
     if not config.prior:
         word = "" if config.class_word else " --class-word WORD"
         found.append(f"keep the class with class images: --prior 32{word}")

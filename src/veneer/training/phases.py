@@ -70,12 +70,18 @@ class PhaseReport:
         self.path, self.stream, self.seconds, self.now = path, stream, seconds, now
         self.seconds_in: dict[str, float] = {}
         self._phase, self._since = "", now()
+        self._begun = self._since
 
     def __call__(self, phase: str, total: int = 0, done: int = 0) -> PhaseCounter:
         """Enter a phase; call what it gives after each part, such as a batch of images."""
         self.close()
         self._phase, self._since = phase, self.now()
         return PhaseCounter(self, phase, total, done)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was made, at the start of the run."""
+        return self.now() - self._begun
 
     def close(self) -> None:
         """End the phase that runs."""

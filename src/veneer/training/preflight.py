@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +90,7 @@ def preflight(
     images: int = 0,
     previews: int = 0,
     sampling: PreviewSettings | None = None,
+    loading: float = 0.0,
 ) -> Preflight:
     """Look at a run before it starts. Weights, gradients and the random state are as before afterwards.
 
@@ -103,6 +103,7 @@ def preflight(
         processes: how many share a batch. `folder`: where checkpoints go, to see if the disk has room.
         measure: run two real passes of a micro-batch; False counts from shapes and the speed of a matrix product instead.
         images, previews: generated for the evaluation and for previews, for the estimates of time and disk. `sampling`: how.
+        loading: seconds that the run has taken so far.
     """
     side = resolution or family.resolution
     texts = [*_captions(photos, concept), *(prompts or ())]
@@ -123,7 +124,7 @@ def preflight(
             samples = math.ceil(config.samples / processes) * pairs
             cost = estimate(
                 attachments, config, family, side, rows, samples, texts, measure, images=images, previews=previews,
-                sampling=sampling, loading=process_seconds(),
+                sampling=sampling, loading=loading,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             found.append(Concern("memory", f"a trial step does not fit: {str(error).splitlines()[0]}", "error"))
@@ -160,13 +161,6 @@ def _room(estimate: Estimate, config: TrainConfig, tower: nn.Module, folder: Pat
     device = next(tower.parameters()).device
     needs = {"memory": estimate.memory - estimate.base, "disk": estimate.written}
     return look.room(needs, {"memory": _free(device), "disk": free_bytes(folder)}, certain=device.type == "cuda")
-
-
-def process_seconds() -> float:
-    """Seconds since this process started."""
-    import psutil  # accelerate brings it
-
-    return max(0.0, time.time() - psutil.Process().create_time())
 
 
 def _free(device: torch.device) -> int | None:
