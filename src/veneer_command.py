@@ -7,6 +7,8 @@ seconds. With a short wait before they sleep it took 0.5 beside two busy process
 """
 
 import os
+import sys
+from importlib.metadata import version
 
 SPINS = "1000"
 """Times that a thread asks before it sleeps."""
@@ -14,6 +16,8 @@ SPINS = "1000"
 
 def console() -> None:
     """Run the command that this process was given."""
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "app" and not {"-h", "--help"} & {*sys.argv}:
+        print(f"veneer {version('veneer')} is starting. Its address follows in some seconds.", flush=True)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     from veneer.cli import console as run

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,18 @@ def test_one_prompt_and_one_adapter(tmp_path: Path, capsys: pytest.CaptureFixtur
     """A single word for a field of several is still one word, not its letters."""
     assert main(["generate", "a cat", "--adapter", str(tmp_path / "nowhere")]) == 1
     assert f"'{tmp_path / 'nowhere'}'" in capsys.readouterr().err
+
+
+def test_the_app_says_that_it_starts_before_it_imports_anything_large() -> None:
+    """Its start takes many seconds; the words stand there in the first."""
+    code = (
+        "import sys, types, veneer_command; sys.argv = ['veneer', *sys.argv[1:]]\n"
+        "console = lambda: print('large' if 'torch' in sys.modules else 'small')\n"
+        "sys.modules['veneer.cli'] = types.SimpleNamespace(console=console)\n"
+        "veneer_command.console()"
+    )
+    for words, start in ((["app", "--no-browser"], True), (["app", "--help"], False), (["methods"], False)):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, timeout=60)
+        *before, last = done.stdout.splitlines()
+        assert last == "small"
+        assert [line.partition(" is starting")[0] for line in before] == [f"veneer {version('veneer')}"] * start

@@ -87,6 +87,13 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, name: str, data: 
     assert not (tmp_path / "job").exists()
 
 
+def test_a_large_file_is_rejected_with_its_size(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x" * (3 * 2**20))
+    with pytest.raises(PhotoError, match=r"a\.png: 3\.0 MiB; expected at most 2 MiB") as caught:
+        picture(tmp_path / "a.png", replace(LIMITS, photo_bytes=2 * 2**20))
+    assert "max_bytes" not in str(caught.value), "nothing that only code can do"
+
+
 def test_the_huge_picture_is_small_in_bytes() -> None:
     assert len(huge_png(20_000, 15_000)) < 100_000
 
