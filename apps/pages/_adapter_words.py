@@ -17,13 +17,13 @@ FORMATS = {
     "lycoris": "LyCORIS: LoHa, LoKr, OFT and others",
     "onetrainer": "OneTrainer",
     "xlabs": "XLabs: FLUX only",
-    "embeddings": "learned words only",
+    "embeddings": "token embeddings only",
 }
 """Formats that can be written, and who reads them."""
 EMPTY = (
-    '<div class="empty"><p><strong>No adapter yet.</strong> An adapter is a small file that changes what a model draws, such as '
-    "a LoRA.</p><p>Bring one that you have (a <code>.safetensors</code> file), teach one on the page <em>Teach</em>, or look at "
-    "the example first.</p></div>"
+    '<div class="empty"><p><strong>No adapter yet.</strong> An adapter is a small file that changes what a model makes, such as '
+    "a LoRA.</p><p>Upload one (a <code>.safetensors</code> file), train one on the page <em>Teach</em>, or look at the "
+    "example first.</p></div>"
 )
 NONE_CHOSEN = '<div class="empty"><p>Choose an adapter to see what is in it.</p></div>'
 
@@ -33,19 +33,19 @@ def described(found: Look, base: str | None) -> str:
     ranks = sorted({rank for block in found.blocks for rank in block.ranks})
     alphas = sorted({alpha for block in found.blocks for alpha in block.alphas})
     told: list[tuple[str, object]] = [
-        ("Method", ", ".join(_unique(block.method for block in found.blocks)) or "not told by the file"),
+        ("Method", ", ".join(_unique(block.method for block in found.blocks)) or "unknown"),
         ("Format", found.format or "unknown"),
         *([("For models of", found.family)] if found.family else []),
         ("Trained on", (base or "the file does not say")[:200]),
         ("Rank", _span(ranks) or "none"),
-        ("Alpha", _span(alphas) or "as the rank, or told by none"),
+        ("Alpha", _span(alphas) or "as the rank"),
         ("Layers changed", f"{sum(block.layers for block in found.blocks):,}"),
-        ("Numbers", f"{sum(block.values for block in found.blocks):,} in {found.tensors:,} tensors"),
+        ("Parameters", f"{sum(block.values for block in found.blocks):,} in {found.tensors:,} tensors"),
         ("Size", size(found.size)),
-        ("Trained words", ", ".join(word[:80] for word in found.words[:20]) or "none"),
+        ("Trigger tokens", ", ".join(word[:80] for word in found.words[:20]) or "none"),
     ]
     rows = [(b.name, b.method, b.layers, _span(b.ranks), _span(b.alphas), b.values) for b in found.blocks]
-    head = ("Block", "Method", "Layers", "Rank", "Alpha", "Numbers")
+    head = ("Block", "Method", "Layers", "Rank", "Alpha", "Parameters")
     blocks = table("What it changes, by block of the model", head, rows) if rows else ""
     return facts(told) + blocks + names("Entries of the header", found.header)
 

@@ -12,6 +12,11 @@ from ._html import facts, table
 
 NOTHING = '<div class="empty"><p><strong>No method matches.</strong> Remove a filter, or search for another word.</p></div>'
 CONDITIONS = {"image": "a control image", "embeds": "embeddings of a reference image", "text": "a text"}
+OPEN = (
+    "const method = document.getElementById('method-{}'); method.open = true; method.scrollIntoView(); "
+    "method.firstElementChild.focus()"
+)
+"""What a link to a method does; an address with `#` would lead Gradio to its first page."""
 Groups = Sequence[tuple[Use | None, Sequence[Described]]]
 
 
@@ -33,10 +38,14 @@ def listed(groups: Groups, counts: Mapping[str, Count | None] | None, model: str
 
 
 def _start(known: set[str]) -> str:
-    """The tasks that people come with, and links to the methods to try first."""
+    """The tasks that people come with, and buttons that open the methods to try first."""
     rows = []
     for task, names in START:
-        links = ", ".join(f'<a href="#method-{name}"><code>{name}</code></a>' for name in names if name in known)
+        links = ", ".join(
+            f'<button type="button" class="link" onclick="{OPEN.format(name)}"><code>{name}</code></button>'
+            for name in names
+            if name in known
+        )
         rows += [f"<dt>{escape(task)}</dt><dd>{links}</dd>"] if links else []
     return f'<section class="start" aria-label="Start here"><h2>Start here</h2><dl class="facts">{"".join(rows)}</dl></section>'
 
@@ -62,11 +71,8 @@ def _method(method: Described, counted: str, model: str) -> str:
     rows = [(o.name, o.type, o.default, o.about) for o in method.options]
     options = table(f"Options of {method.name}", ("Option", "Type", "Default", "What it does"), rows) if rows else ""
     line = f"<code>{escape(method.name)}</code> <span>{escape(method.about)}</span>{small}"
-    name = f'<span id="method-{escape(method.name)}"></span>'  # inside, so that a link to it opens the method
-    inside = (
-        name + facts([(k, v) for k, v in told if v]) + options + f'<h3>In full</h3><pre tabindex="0">{escape(method.text)}</pre>'
-    )
-    return f'<details class="method"><summary>{line}</summary>{inside}</details>'
+    inside = facts([(k, v) for k, v in told if v]) + options + f'<h3>In full</h3><pre tabindex="0">{escape(method.text)}</pre>'
+    return f'<details class="method" id="method-{escape(method.name)}"><summary>{line}</summary>{inside}</details>'
 
 
 def short(count: int) -> str:

@@ -92,9 +92,9 @@ def build(studio: Studio) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             chosen = gr.Dropdown(
-                [], value=None, label="Adapter", info="Yours, and those that jobs have taught.", elem_id="adapter"
+                [], value=None, label="Adapter", info="Uploaded, made here, and trained by jobs.", elem_id="adapter"
             )
-            file = gr.File(label="Bring a .safetensors file", height=130, elem_id="adapter-file")
+            file = gr.File(label="Upload a .safetensors file", height=130, elem_id="adapter-file")
             example = gr.Button("Use the example", size="sm", elem_id="adapter-example")
             said = gr.HTML(elem_id="adapter-said")
             give = gr.Button("Download it", size="sm")
@@ -108,7 +108,7 @@ def build(studio: Studio) -> None:
             about = gr.HTML(EMPTY, elem_id="adapter-about")
             base = gr.Dropdown(
                 ["shipped"], value="shipped", allow_custom_value=True, label="Base", elem_id="adapter-base",
-                info="The model that the adapter is for: shipped, a folder of diffusers, or a hub name. All below needs it.",
+                info="The model that the adapter is for: shipped, a folder of diffusers, or a hub name.",
             )  # fmt: skip
             check = gr.Button("Does it fit this base?", elem_id="adapter-check")
             fit = gr.HTML(elem_id="adapter-fit")
@@ -160,13 +160,13 @@ def _convert_form() -> tuple[gr.Dropdown, gr.Button]:
 
 def _resize_form() -> tuple[gr.Number, gr.Slider, gr.Dropdown, gr.Button]:
     with gr.Accordion("Resize to another rank", open=False, elem_id="adapter-resize"):
-        rank = gr.Number(4, label="New rank", info="Lower: a smaller file that does nearly the same.", precision=0, minimum=1)
+        rank = gr.Number(4, label="New rank", info="Lower: a smaller file with nearly the same effect.", precision=0, minimum=1)
         energy = gr.Slider(
             0.5,
             1,
             value=1,
             step=0.01,
-            label="Share of the change to keep",
+            label="Share of the weight update to keep",
             info="Below 1, layers that need less get a lower rank.",
         )
         to = _format("", "Format", "", "as the file")
@@ -175,7 +175,13 @@ def _resize_form() -> tuple[gr.Number, gr.Slider, gr.Dropdown, gr.Button]:
 
 def _merge_form() -> tuple[gr.Dropdown, list[gr.Number], gr.Dropdown, gr.Number, gr.Dropdown, gr.Button]:
     with gr.Accordion("Merge: several adapters as one LoRA", open=False, elem_id="adapter-merge"):
-        several = gr.Dropdown([], multiselect=True, max_choices=LIMITS.adapters, label="Adapters", info="Two or more.")
+        several = gr.Dropdown(
+            [],
+            multiselect=True,
+            max_choices=LIMITS.adapters,
+            label="Adapters",
+            info="Two or more; classifiers and controls cannot be merged. Trained tokens go along.",
+        )
         with gr.Row():
             weights = [gr.Number(1, label="", visible=False, min_width=160, step=0.1) for _ in range(LIMITS.adapters)]
         how = gr.Dropdown(WAYS, value="sum", label="How")

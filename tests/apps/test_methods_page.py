@@ -57,7 +57,7 @@ def test_grouped_by_use_with_a_start() -> None:
     assert sorted(names(html)) == veneer.methods.names(), "each once"
     assert "Start here" in html
     assert [*re.findall(r'<h2 class="use">([^<]*)<', html)] == [use.title for use in USES]
-    assert set(re.findall(r'href="#([^"]*)"', html)) <= set(re.findall(r'id="([^"]*)"', html))
+    assert set(re.findall(r"getElementById\('([^']*)'\)", html)) <= set(re.findall(r'id="([^"]*)"', html))
     vision = page.shown("", "vision", "", "use", "")
     assert set(names(vision)) == for_models("vision")
     assert "controlnet" not in vision.partition("Start here")[2].partition("</section>")[0]
