@@ -13,27 +13,36 @@ from veneer.classifying.selection import Epoch, read_epochs
 
 from ..jobs import Job, find
 from ..studio import escaped
+from ..workspace import shown
 from ._html import table
 from ._job import offered, picture, sheet_picture
+from ._job_words import STATES
+from ._verdict import verdict
 
-SHEETS = {"confusion": "What was taken for what", "curves": "How it learnt", "mistakes": "The worst mistakes"}
+HEIGHT = 420
+"""Of the figures that stand side by side, in pixels."""
+SHEETS = {"confusion": "Confusion matrix", "curves": "Loss and accuracy", "mistakes": "Most confident mistakes"}
 ASKED = ("adapter.safetensors", "model.json")
 """What `veneer predict` needs; offered for download."""
-HEAD = ("method", "right", "expect", "best epoch", "trained numbers", "bytes", "model")
+HEAD = ("method", "accuracy", "95 % interval", "best epoch", "parameters", "bytes", "model")
+FEW = 16
+"""Epochs up to which the axis has a mark for each; an axis of numbers would have half epochs."""
 
 
 def parts() -> list[Any]:
     """The components below a job, in the order of `values`."""
     words = gr.Markdown("", elem_id="classify-words")
     accuracy = gr.LinePlot(
-        None, "epoch", "right, %", label="Validation pictures that are answered rightly", visible=False, height=240,
+        None, "epoch", "accuracy, %", label="Validation accuracy", visible=False, height=240,
         min_width=280, y_lim=[0, 100], buttons=[], elem_id="classify-accuracy",
     )  # fmt: skip
+    compared = gr.HTML("", label="All methods on these images", elem_id="classify-compared")
     with gr.Row():
-        sheets = [sheet_picture(label, elem_id=f"classify-{name}") for name, label in SHEETS.items()]
-    compared = gr.HTML("", label="Methods on these pictures", elem_id="classify-compared")
-    files = gr.File(label="To keep: what was learnt, and how to open it", file_count="multiple", interactive=False, visible=False)
-    return [words, accuracy, *sheets, compared, files]
+        sheets = [sheet_picture(SHEETS[name], elem_id=f"classify-{name}", height=HEIGHT) for name in ("confusion", "curves")]
+    sheets.append(sheet_picture(SHEETS["mistakes"], elem_id="classify-mistakes"))
+    earlier = gr.HTML("", label="All your runs", elem_id="classify-runs")
+    files = gr.File(label="Files: the classifier and how to load it", file_count="multiple", interactive=False, visible=False)
+    return [words, accuracy, compared, *sheets, earlier, files]
 
 
 def values(job: Job | None) -> list[Any]:
@@ -41,12 +50,16 @@ def values(job: Job | None) -> list[Any]:
     epochs = read_epochs(job.run) if job else []
     kept = [job.run / name for name in ASKED] if job else []
     done = job is not None and job.state == "done"
-    sheets = [gr.Image(value=picture(job.run / f"{name}.png") if job else None, visible=done) for name in SHEETS]
+    sheets = [
+        gr.Image(value=found, visible=done and found is not None)
+        for found in (picture(job.run / f"{name}.png") if job else None for name in SHEETS)
+    ]
     return [
         told(job, epochs),
-        gr.LinePlot(accuracies(epochs), visible=len(epochs) > 1),
-        *sheets,
+        gr.LinePlot(accuracies(epochs), visible=len(epochs) > 1, sort=[str(e.epoch) for e in epochs] or None),
         comparison(job),
+        *sheets,
+        runs(job),
         gr.File(value=offered(kept), visible=any(path.exists() for path in kept)),
     ]
 
@@ -63,7 +76,8 @@ def accuracies(epochs: Sequence[Epoch]) -> Any:
 
     if len(epochs) < 2:
         return None
-    return pd.DataFrame({"epoch": [e.epoch for e in epochs], "right, %": [round(100 * e.val_accuracy, 2) for e in epochs]})
+    marks = [e.epoch for e in epochs] if len(epochs) > FEW else [str(e.epoch) for e in epochs]
+    return pd.DataFrame({"epoch": marks, "accuracy, %": [round(100 * e.val_accuracy, 2) for e in epochs]})
 
 
 def told(job: Job | None, epochs: Sequence[Epoch]) -> str:
@@ -75,13 +89,13 @@ def told(job: Job | None, epochs: Sequence[Epoch]) -> str:
     if not epochs:
         return ""
     last, best = epochs[-1], min(epochs, key=lambda e: (-e.val_accuracy, e.val_loss, e.step))
-    so_far = f"Epoch {last.epoch}: **{last.val_accuracy:.1%}** of the validation pictures are answered rightly."
+    so_far = f"Epoch {last.epoch}: validation accuracy **{last.val_accuracy:.1%}**."
     better = "" if best is last else f" The best so far is epoch {best.epoch}, {best.val_accuracy:.1%}; the best one is kept."
-    return f"{so_far}{better} The test pictures are looked at once, at the end."
+    return f"{so_far}{better} The test images are evaluated once, at the end."
 
 
 def outcome(found: dict[str, Any]) -> str:
-    """The figures of a finished run in plain words, as Markdown."""
+    """The scores of a finished run in plain words, the verdict first, as Markdown."""
     if not found:
         return ""
     low, high = found["test_interval_95"]
@@ -90,15 +104,30 @@ def outcome(found: dict[str, Any]) -> str:
     guess = max(map(sum, confusion)) / max(tested, 1)
     notes = [f"- {escaped(str(note))}" for note in data["notes"][:5]]
     lines = [
-        f"### {found['test_accuracy']:.1%} right",
-        f"Of {tested:,} test pictures that it had never seen, {found['test_accuracy']:.1%} were answered rightly. On more "
-        f"pictures of this kind expect **{low:.1%} to {high:.1%}** (a 95 % interval: fewer test pictures make it wider). Who "
-        f"always says the most frequent class is right {guess:.1%} of the time.",
-        f"It learnt from {data['pictures']['train']:,} pictures of {len(data['classes']):,} classes. Epoch {chosen['epoch']} was "
-        f"kept, the best on {data['pictures']['validation']:,} validation pictures ({found['val_accuracy']:.1%}). "
-        f"{found['trainable_parameters']:,} numbers were trained; its file has {found['stored_bytes']:,} bytes.",
+        verdict(found),
+        f"### Accuracy {found['test_accuracy']:.1%}",
+        f"Measured on {tested:,} test images that were not used for training. The 95 % interval is **{low:.1%} to {high:.1%}** "
+        f"(fewer test images make it wider). Always answering the most frequent class has {guess:.1%}.",
+        f"Trained on {data['pictures']['train']:,} images of {len(data['classes']):,} classes. Epoch {chosen['epoch']} was "
+        f"kept, the best on {data['pictures']['validation']:,} validation images ({found['val_accuracy']:.1%}). "
+        f"{found['trainable_parameters']:,} trainable parameters; the file has {found['stored_bytes']:,} bytes.",
     ]
-    return "\n\n".join([*lines, *(["Noticed in the pictures:\n\n" + "\n".join(notes)] if notes else [])])
+    return "\n\n".join([*filter(None, lines), *(["About the images:\n\n" + "\n".join(notes)] if notes else [])])
+
+
+def runs(job: Job | None) -> str:
+    """A table of all runs of this page, the newest first; nothing for fewer than two."""
+    if job is None:
+        return ""
+    every = [other for other in find(job.folder.parent) if other.about.get("kind") == "classify"]
+    if len(every) < 2:
+        return ""
+    rows = []
+    for other in every:
+        found = result(other)
+        accuracy = f"{found['test_accuracy']:.1%}" if found else STATES[other.state]
+        rows.append((f"{shown(other.title)}{' (above)' if other.name == job.name else ''}", other.when, accuracy))
+    return table("All your runs, the newest first: choose one in the list “Job” above", ("run", "started", "accuracy"), rows)
 
 
 def comparison(job: Job | None) -> str:
@@ -109,10 +138,8 @@ def comparison(job: Job | None) -> str:
     found = sorted(((r, other) for other in same if (r := result(other))), key=lambda each: -each[0]["val_accuracy"])
     if len(found) < 2:
         return ""
-    told = table("Methods on these pictures", HEAD, [_row(r) for r, _ in found])
-    apart = (
-        "<p>Where the ranges of two methods overlap much, the difference may be chance: try other seeds, or more pictures.</p>"
-    )
+    told = table("All methods on these images", HEAD, [_row(r) for r, _ in found])
+    apart = "<p>Where the intervals of two methods overlap, the difference may be chance: try other seeds, or more images.</p>"
     return told + apart
 
 

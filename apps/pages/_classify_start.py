@@ -29,22 +29,22 @@ KIND = "classify"
 DIGITS, ZIP, FOLDER, AGAIN = "digits", "zip", "folder", "again"
 SOURCES = {
     DIGITS: "Handwritten digits (built in)",
-    ZIP: "My pictures, in a zip",
+    ZIP: "My images, in a zip",
     FOLDER: "A folder on this machine",
-    AGAIN: "Those of the job below",
+    AGAIN: "The images of the run below",
 }
 AUGMENT = {
-    "flip": "crops and mirror images",
+    "flip": "crops and flips",
     "light": "crops",
-    "strong": "crops, mirror images and changed colours",
-    "none": "as they are",
+    "strong": "crops, flips and color changes",
+    "none": "none",
 }
 USUAL = TransferConfig()
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The page's values, as they come. Numbers that are 0 or left out are the usual ones."""
+    """The page's values, as they come; the number 0 means the default."""
 
     source: str = DIGITS
     file: str | None = None
@@ -73,7 +73,8 @@ def begin(studio: Studio, workspace: Workspace, wanted: Wanted) -> tuple[list[Jo
     free = LIMITS.jobs - workspace.waiting()
     if len(methods) > free:
         raise VeneerError(
-            f"{len(methods)} methods are as many jobs, and {max(free, 0)} more may wait. Choose fewer, or wait for a job to end."
+            f"{len(methods)} methods need {len(methods)} jobs, but the queue has room for {max(free, 0)}. Choose fewer, or wait "
+            "for a job to end."
         )
     data, name, left_out = pictures(workspace, wanted)
     found = []
@@ -90,16 +91,20 @@ def settings(workspace: Workspace, wanted: Wanted) -> list[str]:
     """
     words = [f"--model={model(workspace, wanted.model)}"]
     whole = (
-        ("epochs", wanted.epochs or USUAL.epochs, 1, LIMITS.epochs),
-        ("batch", wanted.batch or USUAL.batch, 1, LIMITS.batch),
+        ("epochs", wanted.epochs, 1, LIMITS.epochs),
+        ("batch", wanted.batch, 1, LIMITS.batch),
         ("size", wanted.size, 8, LIMITS.side),
         ("shots", wanted.shots, 1, LIMITS.zip_files),
         ("patience", wanted.patience, 1, LIMITS.epochs),
         ("seed", wanted.seed, 0, 2**31 - 1),
     )
     for name, value, least, most in whole:
+        if value is None:
+            raise VeneerError(f"{name} is empty; expected {least:g} to {most:g}, or 0 for the default.")
         if value:
             words.append(f"--{name}={int(within(name, value, least, most))}")
+    if wanted.rate is None:
+        raise VeneerError("learning rate is empty; expected a number, or 0 for the default.")
     if wanted.rate:
         words.append(f"--learning-rate={within('learning rate', wanted.rate, 1e-7, 10.0):g}")
     if wanted.augment not in AUGMENT:
@@ -176,7 +181,7 @@ def of_job(workspace: Workspace, name: str) -> tuple[str, str, list[str]]:
     about = workspace.job(name).about
     words, title = about.get("words", []), str(about.get("title"))
     if about.get("kind") != KIND or len(words) < 2:
-        raise VeneerError("the job below is none that classifies. Choose other pictures.")
+        raise VeneerError("the run below has no labeled images. Choose other images.")
     checked(words[1], title)
     return words[1], title.rpartition(" · ")[0] or title, []
 

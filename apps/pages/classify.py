@@ -1,4 +1,4 @@
-"""Teach a model to tell classes of pictures apart, see how well it does, and ask it."""
+"""Train a classifier of images, evaluate it, and try it on an image."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import gradio as gr
 from veneer.classifying.fitting import taught_by
 
 from ..answers import Answers
+from ..jobs import Job
 from ..limits import LIMITS
 from ..studio import Studio, escaped, explained
 from ..uploads import picture
 from ..workspace import Workspace
 from . import Page
-from ._classify_shown import parts, stamp, values
+from ._classify_shown import ASKED, parts, stamp, values
 from ._classify_start import AUGMENT, DIGITS, FOLDER, KIND, SOURCES, USUAL, ZIP, Wanted, begin
-from ._job import Results, job_view, shows
+from ._examples import digits
+from ._job import JobView, Results, job_view, shows
 
-MODELS = [("Shipped: quick, works offline", "shipped"), ("Shipped CLIP: reads the names of the classes too", "shipped_clip")]
+MODELS = [("Bundled: quick, works offline", "shipped"), ("Bundled CLIP: reads the class names too", "shipped_clip")]
 FIRST = ["linear_probe", "lora"]
-EMPTY = "Nothing here yet. Press **Teach** above: the built-in digits need no pictures of yours."
-NAMES = "Or a name such as timm:vit_small_patch16_224 or open_clip:ViT-B-32/openai, which is fetched from the network once."
+EMPTY = "**No run yet.** Press *Train* above: the built-in digits need no images of yours."
+NAMES = "Or a name such as timm:vit_small_patch16_224 or open_clip:ViT-B-32/openai, which is downloaded once."
 HINTS = (
-    "linear_probe trains a new last layer only: quickest. lora adds small changes inside: usually better. full trains "
-    "everything: slow, a large file. Each method becomes a job of its own; two joined by + learn together."
+    "linear_probe trains a new last layer only: quickest. lora adds small weight updates: usually better. full trains "
+    "everything: slow, a large file. Each method is a run; two joined by + are trained together."
 )
 
 
@@ -34,18 +36,18 @@ def build(studio: Studio) -> None:
     answers = Answers()
     with gr.Row():
         with gr.Column(min_width=300):
-            source, file, folder = _pictures()
+            source, file, folder, sample = _pictures()
         with gr.Column(min_width=300):
             model = gr.Dropdown(MODELS, value=USUAL.model, label="Model", info=NAMES, allow_custom_value=True)
             methods = gr.Dropdown(
                 taught_by(USUAL.model), value=FIRST, multiselect=True, allow_custom_value=True, label="Methods", info=HINTS,
                 elem_id="classify-methods",
             )  # fmt: skip
-            epochs = gr.Slider(1, 100, USUAL.epochs, step=1, label="Epochs", info="How often it sees each picture.")
+            epochs = gr.Slider(1, 100, USUAL.epochs, step=1, label="Epochs", info="Passes over the training images.")
     more = _settings()
-    start = gr.Button("Teach", variant="primary", elem_id="classify-start")
-    view = job_view(studio, KIND, Results(parts, values, stamp), EMPTY)
-    _asking(studio, answers, view.choice)
+    start = gr.Button("Train", variant="primary", elem_id="classify-start")
+    view = job_view(studio, KIND, Results(_parts, _values, stamp), EMPTY)
+    _wire_trial(studio, answers, view)
 
     def to_begin(request: gr.Request, *given: Any) -> Any:
         return start_jobs(studio, studio.workspace(request), Wanted(*given))
@@ -55,71 +57,78 @@ def build(studio: Studio) -> None:
 
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     gr.on(None, explained(sources), None, source, queue=False, **private)
-    source.change(places, source, [file, folder], queue=False, **private)
+    source.change(places, source, [file, folder, sample], queue=False, **private)
     model.change(explained(fitting), [model, methods], methods, queue=False, **private)
     given = [source, file, folder, view.choice, model, methods, epochs, *more]
     start.click(explained(to_begin), given, view.choice, api_visibility="private")
 
 
-def _pictures() -> tuple[gr.Radio, gr.File, gr.Textbox]:
-    """Where the pictures come from."""
-    source = gr.Radio(
-        [(label, name) for name, label in SOURCES.items()], value=DIGITS, label="Pictures", elem_id="classify-source"
-    )
+def _pictures() -> tuple[gr.Radio, gr.File, gr.Textbox, gr.HTML]:
+    """Where the images come from, and a sample of the built-in ones."""
+    source = gr.Radio([(label, name) for name, label in SOURCES.items()], value=DIGITS, label="Images", elem_id="classify-source")
     file = gr.File(
-        label="Zip with a folder of pictures for each class",
+        label="Zip with a folder of images for each class",
         file_types=[".zip"],
         visible=False,
         elem_id="classify-zip",
         height=140,
     )
     folder = gr.Textbox(
-        label="Folder", info="It holds a folder of pictures for each class.", placeholder="/home/me/pets", visible=False,
+        label="Folder", info="It holds a folder of images for each class.", placeholder="/home/me/pets", visible=False,
         max_length=LIMITS.text, elem_id="classify-folder",
     )  # fmt: skip
-    return source, file, folder
+    return source, file, folder, gr.HTML(digits(), label="Sample", elem_id="classify-sample")
 
 
 def _settings() -> list[Any]:
-    """Settings that have usual values, in the order of `Wanted`."""
+    """Settings that have defaults, in the order of `Wanted`."""
     with gr.Accordion("More settings", open=False):
         with gr.Row():
-            shots = gr.Number(
-                0, precision=0, minimum=0, label="Pictures of each class", info="To learn from; 0: all.", min_width=140
-            )
-            size = gr.Number(0, precision=0, minimum=0, label="Size in pixels", info="0: the model's own.", min_width=140)
-            batch = gr.Number(USUAL.batch, precision=0, minimum=1, label="Batch", info="Pictures in a step.", min_width=140)
+            shots = gr.Number(0, precision=0, minimum=0, label="Images per class", info="For training; 0: all.", min_width=140)
+            size = gr.Number(0, precision=0, minimum=0, label="Size in pixels", info="0: the model's default.", min_width=140)
+            batch = gr.Number(USUAL.batch, precision=0, minimum=1, label="Batch size", info="Images per step.", min_width=140)
         with gr.Row():
-            rate = gr.Number(0, minimum=0, label="Learning rate", info="0: the method's usual.", min_width=140)
+            rate = gr.Number(0, minimum=0, label="Learning rate", info="0: the method's default.", min_width=140)
             augment = gr.Dropdown(
-                [(label, name) for name, label in AUGMENT.items()], value=USUAL.augment, label="Varied by", min_width=140,
-                info="How pictures differ each time; digits are never mirrored.",
+                [(label, name) for name, label in AUGMENT.items()], value=USUAL.augment, label="Augmentation", min_width=140,
+                info="Digits are never flipped.",
             )  # fmt: skip
             patience = gr.Number(
-                0, precision=0, minimum=0, label="Patience", info="Ends after so many epochs without a better one; 0: never.",
+                0, precision=0, minimum=0, label="Patience", info="Epochs without improvement before it ends; 0: never.",
                 min_width=140,
             )  # fmt: skip
-            seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Of every random draw.", min_width=140)
+            seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Of the split and the training.", min_width=140)
     return [shots, size, batch, rate, augment, patience, seed]
 
 
-def _asking(studio: Studio, answers: Answers, job: gr.Dropdown) -> None:
-    """A picture of the visitor's, and what the chosen job's classifier takes it for."""
-    with gr.Accordion("Try it on an image", open=True), gr.Row():
+def _parts() -> list[Any]:
+    """Where an image is tried, and the components of `parts`."""
+    with gr.Accordion("Try it on an image", open=True, visible=False, elem_id="classify-trial") as trial, gr.Row():
         with gr.Column(min_width=280):
             image = gr.Image(
-                label="An image to ask about", type="filepath", sources=["upload", "webcam", "clipboard"], height=280, buttons=[],
+                label="An image to classify", type="filepath", sources=["upload", "webcam", "clipboard"], height=280, buttons=[],
                 elem_id="classify-image",
             )  # fmt: skip
-            again = gr.Button("Ask", min_width=120, elem_id="classify-ask")
-        label = gr.Label(label="Its answer, with probabilities", min_width=280, elem_id="classify-answer")
+            again = gr.Button("Classify it", variant="primary", min_width=120, elem_id="classify-ask")
+        label = gr.Label(label="Classes with probabilities", min_width=280, elem_id="classify-answer")
+    return [trial, image, again, label, *parts()]
+
+
+def _values(job: Job | None) -> list[Any]:
+    ready = job is not None and all((job.run / name).exists() for name in ASKED)
+    return [gr.Accordion(visible=ready), gr.skip(), gr.skip(), gr.skip(), *values(job)]
+
+
+def _wire_trial(studio: Studio, answers: Answers, view: JobView) -> None:
+    """Answers of the chosen run's classifier to the visitor's image."""
+    _, image, again, label, *_ = view.extra
 
     def asked(name: str | None, path: str | None, request: gr.Request) -> Any:
         return ask(studio.workspace(request), answers, name, path)
 
     one: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "ask", "concurrency_limit": 1}
-    gr.on([image.change, again.click], explained(asked), [job, image], label, **one)
-    job.change(lambda: None, None, label, queue=False, api_visibility="private", show_progress="hidden")
+    gr.on([image.change, again.click], explained(asked), [view.choice, image], label, **one)
+    view.choice.change(lambda: None, None, label, queue=False, api_visibility="private", show_progress="hidden")
 
 
 def start_jobs(studio: Studio, workspace: Workspace, wanted: Wanted) -> Any:
@@ -128,7 +137,7 @@ def start_jobs(studio: Studio, workspace: Workspace, wanted: Wanted) -> Any:
     if left_out:
         gr.Warning("Left out of the zip: " + escaped("; ".join(left_out)), duration=None)
     if len(jobs) > 1:
-        gr.Info(f"{len(jobs)} jobs, one after the other: choose the one to look at in the list of jobs.")
+        gr.Info(f"{len(jobs)} runs, one after the other: choose one in the list “Job”.")
     return shows(workspace, KIND, jobs[0])
 
 
@@ -149,9 +158,9 @@ def offers(workspace: Workspace) -> list[tuple[str, str]]:
     return [(label, name) for name, label in SOURCES.items() if name != FOLDER or workspace.user is None]
 
 
-def places(source: str) -> tuple[Any, Any]:
-    """The zip's and the folder's place, the one that is asked for."""
-    return gr.File(visible=source == ZIP), gr.Textbox(visible=source == FOLDER)
+def places(source: str) -> tuple[Any, Any, Any]:
+    """The fields for a zip and a folder and the sample of the digits, of which one is visible."""
+    return gr.File(visible=source == ZIP), gr.Textbox(visible=source == FOLDER), gr.HTML(visible=source == DIGITS)
 
 
 def fitting(model: str, methods: list[str]) -> Any:
@@ -161,4 +170,4 @@ def fitting(model: str, methods: list[str]) -> Any:
     return gr.Dropdown(choices=known, value=kept, allow_custom_value=True)
 
 
-PAGE = Page("Classify", "classify", "Teach a model to tell classes of pictures apart, see how well it does, and ask it.", build)
+PAGE = Page("Classify", "classify", "Train a classifier of images, evaluate it, and try it on an image.", build)

@@ -139,8 +139,8 @@ def test_classify_the_digits_and_ask(app: App, page: Any) -> None:
     page.locator("#classify-methods .token-remove").nth(1).click()  # of LoRA, which takes longer
     page.get_by_label("number input for Epochs").fill("5")
     page.locator("#classify-start").click()
-    page.locator("#classify-words").get_by_text(re.compile(r"[\d.]+% right")).wait_for()
-    right = float(re.search(r"([\d.]+)% right", page.locator("#classify-words").inner_text()).group(1))
+    page.locator("#classify-words").get_by_text(re.compile(r"Accuracy [\d.]+%")).wait_for()
+    right = float(re.search(r"Accuracy ([\d.]+)%", page.locator("#classify-words").inner_text()).group(1))
     assert right > 60
     for name in ("confusion", "curves", "mistakes"):
         page.locator(f"#classify-{name} img").wait_for()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import zipfile
@@ -61,14 +62,15 @@ def test_each_method_is_a_job_and_the_end_says_how_well_it_does(tmp_path: Path, 
     assert values(begun[0])[0] == ""
     for job in begun:
         run(job)
-    words, accuracy, confusion, curves, mistakes, compared, files = values(begun[0])
-    assert "expect **" in words
+    words, accuracy, compared, confusion, curves, mistakes, every, files = values(begun[0])
+    assert "interval is **" in words
     tested = json.loads((begun[0].run / "splits.json").read_text())["test"]
-    assert f"Of {len(tested)} test pictures" in words
+    assert f"Measured on {len(tested)} test images" in words
+    assert json.loads((begun[0].run / "result.json").read_text())["verdict"]["summary"] in html.unescape(words)
     assert accuracy.visible
     assert len(accuracies(read_epochs(begun[0].run))) == 3
     assert all(isinstance(sheet.value, dict) for sheet in (confusion, curves, mistakes)), "pictures in Gradio's cache"
-    assert compared.count("<tr>") == 3
+    assert compared.count("<tr>") == every.count("<tr>") == 3
     assert {Path(each["path"]).name for each in files.value} == {"adapter.safetensors", "model.json"}
 
     answers = Answers()
@@ -109,8 +111,8 @@ def test_accuracy_is_told_while_it_learns(tmp_path: Path, wanted: Wanted, monkey
     (job.folder / "stop").touch()
     epochs = read_epochs(job.run)
     assert stamp(job) != before
-    assert told(job, epochs).startswith(f"Epoch 2: **{epochs[1].val_accuracy:.1%}** of the validation pictures")
-    words, accuracy, confusion, *_, files = values(job)
+    assert told(job, epochs).startswith(f"Epoch 2: validation accuracy **{epochs[1].val_accuracy:.1%}**")
+    words, accuracy, _, confusion, *_, files = values(job)
     assert "at the end" in words
     assert accuracy.visible
     assert not confusion.visible
@@ -133,6 +135,9 @@ def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: Wanted, pets: P
         ({"model": "open_clip:none"}, "none"),
         ({"epochs": LIMITS.epochs + 1}, "epochs"),
         ({"batch": -1}, "batch"),
+        ({"epochs": None}, "epochs is empty"),
+        ({"seed": None}, "seed is empty"),
+        ({"rate": None}, "learning rate is empty"),
         ({"rate": float("nan")}, "learning rate"),
         ({"size": "8"}, "size"),
         ({"augment": "<b>"}, "augmentation"),
@@ -141,7 +146,7 @@ def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: Wanted, pets: P
         ({"source": "folder", "folder": " "}, "no folder"),
         ({"source": "folder", "folder": str(tmp_path / "gone")}, "no such file or folder"),
         ({"source": "again", "job": "../x"}, "no job"),
-        ({"methods": ["lora"] * 3 + ["bitfit", "ssf", "vpt", "full", "oft", "boft", "loha", "lokr", "dora"]}, "more may wait"),
+        ({"methods": ["lora"] * 3 + ["bitfit", "ssf", "vpt", "full", "oft", "boft", "loha", "lokr", "dora"]}, "room for"),
     ):
         with pytest.raises(VeneerError, match=why):
             begin(studio, alone, replace(wanted, **change))  # type: ignore[arg-type]
@@ -166,7 +171,8 @@ def test_the_page_is_built_and_offers_what_fits(tmp_path: Path) -> None:
         classify.build(Studio.at(tmp_path))
     assert "folder" in dict(map(reversed, classify.offers(Workspace(tmp_path))))  # type: ignore[arg-type]
     assert "folder" not in dict(map(reversed, classify.offers(Workspace(tmp_path, "ann"))))  # type: ignore[arg-type]
-    assert [part.visible for part in classify.places("zip")] == [True, False]
+    assert [part.visible for part in classify.places("zip")] == [True, False, False]
+    assert [part.visible for part in classify.places("digits")] == [False, False, True]
     clip = classify.fitting("shipped_clip", ["lora", "vpt+ssf"])
     assert "coop" in dict(clip.choices)
     assert clip.value == ["lora", "vpt+ssf"]

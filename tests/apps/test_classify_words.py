@@ -10,7 +10,7 @@ import pytest
 from veneer.apps import jobs
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
-from veneer.apps.pages._classify_shown import comparison, outcome, result, stamp, told
+from veneer.apps.pages._classify_shown import FEW, accuracies, comparison, outcome, result, runs, stamp, told
 from veneer.apps.pages._classify_start import Wanted, begin, chosen, inside
 from veneer.apps.studio import Studio
 from veneer.apps.workspace import Workspace
@@ -68,13 +68,39 @@ def test_the_table_is_made_anew_when_another_job_ends(tmp_path: Path) -> None:
     assert stamp(job) != before
 
 
+def test_earlier_runs_are_listed(tmp_path: Path) -> None:
+    """Also those on other images and those without an end, the newest first."""
+    space = Workspace(tmp_path)
+    first = ended(space, "pets", "first", 0.5, 0.5)
+    assert runs(first) == runs(None) == ""
+    begun(space, "cars", "<b>second")
+    table = runs(first)
+    assert table.index("&lt;b&gt;second") < table.index("pets · first (above)")
+    assert "50.0%" in table
+
+
+def test_every_epoch_has_its_mark() -> None:
+    """Few epochs are names on the axis, since an axis of numbers would be marked at half epochs."""
+    few, many = ([Epoch(n, n * 10, 1.0, 1.0, 0.5) for n in range(1, count + 1)] for count in (FEW, FEW + 1))
+    assert list(accuracies(few)["epoch"]) == [str(n) for n in range(1, FEW + 1)]
+    assert list(accuracies(many)["epoch"]) == [*range(1, FEW + 2)]
+
+
+def test_the_verdict_is_first_and_escaped(tmp_path: Path) -> None:
+    found = result(ended(Workspace(tmp_path), "pets", "lora", 0.5, 0.75))
+    found["verdict"] = {"outcome": "partly", "summary": "<b>Worse</b> than the probe.", "reasons": ["a"], "advice": ["b"]}
+    words = outcome(found)
+    assert words.index("Partly learned") < words.index("Accuracy 75.0%")
+    assert "&lt;b&gt;Worse&lt;/b&gt;" in words
+
+
 def test_the_end_in_words(tmp_path: Path) -> None:
     words = outcome(result(ended(Workspace(tmp_path), "pets", "lora", 0.5, 0.75)))
-    assert words.startswith("### 75.0% right")
-    assert "expect **62.5% to 87.5%**" in words
-    assert "most frequent class is right 75.0% of the time" in words, "3 of the 4 pictures are of one class"
-    assert "Epoch 2 was kept, the best on 4 validation pictures (50.0%)" in words
-    assert "1,234 numbers were trained; its file has 5,678 bytes" in words
+    assert words.startswith("### Accuracy 75.0%")
+    assert "interval is **62.5% to 87.5%**" in words
+    assert "the most frequent class has 75.0%" in words, "3 of the 4 pictures are of one class"
+    assert "Epoch 2 was kept, the best on 4 validation images (50.0%)" in words
+    assert "1,234 trainable parameters; the file has 5,678 bytes" in words
 
 
 @pytest.mark.parametrize(
@@ -91,7 +117,7 @@ def test_jobs_that_wait_take_the_places_of_methods(tmp_path: Path) -> None:
     studio, space = Studio.at(tmp_path), Workspace(tmp_path)
     for _ in range(LIMITS.jobs - 1):
         studio.begin(space, "teach", "a toy", ["personalize"])
-    with pytest.raises(VeneerError, match="2 methods are as many jobs, and 1 more may wait"):
+    with pytest.raises(VeneerError, match="2 methods need 2 jobs, but the queue has room for 1"):
         begin(studio, space, Wanted(model="shipped", methods=["lora", "bitfit"]))
     assert len(space.all_jobs()) == LIMITS.jobs - 1
     assert len(begin(studio, space, Wanted(model="shipped", methods=["lora", "lora", " lora"]))[0]) == 1
@@ -102,7 +128,7 @@ def test_only_the_pictures_of_a_classifiers_job_are_taken_again(tmp_path: Path) 
     studio, space = Studio.at(tmp_path), Workspace(tmp_path)
     (tmp_path / "photos").mkdir()
     taught = jobs.make(space.jobs, "teach", "a toy", ["personalize", str(tmp_path / "photos"), "--concept=<toy>"])
-    with pytest.raises(VeneerError, match="none that classifies"):
+    with pytest.raises(VeneerError, match="no labeled images"):
         begin(studio, space, Wanted(model="shipped", source="again", job=taught.name))
 
 

@@ -21,7 +21,7 @@ SHOWN = 24
 
 
 def write_confusion(figures: Figures, classes: Sequence[str], path: Path) -> None:
-    """Rows are the true classes, as shares of their pictures; counts are written where there is room for them."""
+    """Rows are the true classes, as shares of their images; counts are written where there is room for them."""
     counts = torch.tensor(figures.confusion, dtype=torch.float64)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     number = len(classes)
@@ -29,11 +29,12 @@ def write_confusion(figures: Figures, classes: Sequence[str], path: Path) -> Non
     figure, axes = panels(side + 0.8, side)
     shown = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     low, high = figures.interval
-    axes.set_title(f"accuracy {figures.accuracy:.1%} ({low:.1%} to {high:.1%}), {figures.pictures:,} test pictures", fontsize=10)
+    interval = f"95 % interval {low:.1%} to {high:.1%}"
+    figure.suptitle(f"accuracy {figures.accuracy:.1%}, {figures.pictures:,} test images\n{interval}", fontsize=10)
     size = max(3.0, min(9.0, 200 / max(number, 1)))
     axes.set_xticks(range(number), [_short(c) for c in classes], rotation=60, ha="right", fontsize=size)
     axes.set_yticks(range(number), [_short(c) for c in classes], fontsize=size)
-    axes.set_xlabel("answered")
+    axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if number <= 30:
         for row, column in counts.nonzero().tolist():
@@ -64,15 +65,15 @@ def write_curves(losses: Sequence[float], epochs: Sequence[Epoch], best: Epoch, 
 def write_mistakes(
     logits: Tensor, labels: Tensor, classes: Sequence[str], picture: Callable[[int], Image.Image], path: Path
 ) -> None:
-    """The wrong answers that were the surest, worst first, with what was true and what was answered.
+    """The most confident mistakes, worst first, with the true and the predicted class.
 
     Args:
-        picture: the picture in a row of `logits`.
+        picture: the image of a row of `logits`.
     """
     sure, answers = logits.double().softmax(1).max(1)
     wrong = [i for i in sure.argsort(descending=True, stable=True).tolist() if answers[i] != labels[i]]
     shown = wrong[:SHOWN]
-    columns = 6
+    columns = 6 if len(shown) > 8 else 4 if len(shown) > 3 else 3
     rows = max(1, -(-len(shown) // columns))
     figure, grid = panels(1.75 * columns, 2.1 * rows + 0.5, columns=columns, rows=rows)
     cells = list(grid.flat)
@@ -84,8 +85,8 @@ def write_mistakes(
         cell.imshow(seen)
         true, answered = classes[int(labels[i])], classes[int(answers[i])]
         cell.set_title(f"{_short(answered)} {float(sure[i]):.0%}\nis {_short(true)}", fontsize=8)
-    told = f"{len(wrong):,} of {len(labels):,} test pictures answered wrongly"
-    figure.suptitle(told + (f"; the {len(shown)} surest" if len(wrong) > len(shown) else ""), fontsize=10)
+    told = f"{len(wrong):,} of {len(labels):,} test images misclassified"
+    figure.suptitle(told + (f"; the {len(shown)} most confident" if len(wrong) > len(shown) else ""), fontsize=10)
     write_figure(figure, path)
 
 
