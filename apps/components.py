@@ -15,7 +15,7 @@ from PIL import Image
 
 from veneer.injection import VeneerError
 
-from .guard import OWNER, UPLOADS
+from .guard import PLACE
 from .limits import LIMITS
 from .studio import refusal
 from .uploads import picture
@@ -86,8 +86,8 @@ def _given(self: gr.Image, payload: Any) -> Any:
 
 
 def _uploads(self: App) -> str:
-    """Where the files of the request's visitor go."""
-    return str(Path(vars(self)["cache"]) / UPLOADS / OWNER.get())
+    """Where uploads go and from where files are served: the visitor's own folder for an upload, else the whole cache."""
+    return str(Path(vars(self)["cache"]) / PLACE.get())
 
 
 def _set_cache(self: App, folder: str) -> None:

@@ -47,6 +47,8 @@ UPLOADS = "uploads"
 """Folder in the cache with a folder of uploads for each login."""
 OWNER: ContextVar[str] = ContextVar("owner", default=ALONE)
 """Name of the folder of the visitor who asks."""
+PLACE: ContextVar[str] = ContextVar("place", default="")
+"""Folder in the cache into which this request uploads; empty for the cache itself, from which Gradio serves."""
 
 
 class Refused(Exception):
@@ -80,6 +82,7 @@ class Guard:
         elif scope["type"] == "http":
             marked = _marked(send)
             OWNER.set(Workspace(Path(), _user(scope)).folder.name)
+            PLACE.set(f"{UPLOADS}/{OWNER.get()}" if scope["path"].startswith(UPLOAD) else "")
             try:
                 given = await self._passed(scope, receive)
             except Refused as refused:

@@ -77,7 +77,11 @@ def test_only_the_cache_is_served(served: Served) -> None:
     secret.parent.mkdir(parents=True)
     secret.write_text("secret")
     there = served.upload(**{"a.png": b"\x89PNG"}).json()[0]
-    assert Path(there).is_relative_to(served.files)
+    assert Path(there).is_relative_to(served.files / "uploads")
+    made = served.files / "made" / "image.png"  # by the server, as it keeps what handlers give
+    made.parent.mkdir()
+    made.write_bytes(b"\x89PNG")
+    assert served.client.get(f"/gradio_api/file={made}").status_code == 200
     assert served.client.get(f"/gradio_api/file={there}").status_code == 200
     for path in (
         secret, f"{served.files}/../local/jobs/1/job.json", "/etc/passwd", "../../../etc/passwd", "pyproject.toml", "file:///etc/passwd",
