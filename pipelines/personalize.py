@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from veneer import bases
 from veneer.injection import Attachment, VeneerError
 from veneer.training import targets
 from veneer.training.cache import Cache
-from veneer.training.captions import Captions
+from veneer.training.captions import Captions, rename_concept
 from veneer.training.dataset import PhotoDataset
 from veneer.training.denoising import DenoisingLoss, LossOptions
 from veneer.training.families import Family, family
@@ -51,7 +52,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     pipe = bases.load(config.base).to(accelerator.device)
     targets.freeze(pipe)
     kind = family(pipe, truncate=config.truncate)
-    config = config.worded(labels=not kind.text_towers)
+    config, photos = _named(config.worded(labels=not kind.text_towers), kind, photos, accelerator)
     digest = base_digest(kind)
     resolution = config.resolution or kind.resolution
     prior = _prior(config, kind, out, accelerator, report)
@@ -123,6 +124,21 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
                 print(ending(run, write_outcome(run, result)), flush=True)
     accelerator.wait_for_everyone()
     return out
+
+
+def _named(
+    config: PersonalizeConfig, kind: Family, photos: list[Photo], accelerator: Accelerator
+) -> tuple[PersonalizeConfig, list[Photo]]:
+    """The config and photos with the trained token as the concept, where the concept itself cannot be a new token."""
+    named = config.with_token([tokenizer for tokenizer, _ in kind.limits()] if kind.text_towers else [])
+    if named.concept == config.concept:
+        return config, photos
+    if accelerator.is_main_process:
+        print(f"concept: {config.concept!r} is not a new word to the base; the trained token is {named.concept}", flush=True)
+        print(f"         write {named.concept} in prompts", flush=True)
+    return named, [
+        dataclasses.replace(p, caption=p.caption and rename_concept(p.caption, config.concept, named.concept)) for p in photos
+    ]
 
 
 def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Accelerator, report: PhaseReport) -> list[Photo]:

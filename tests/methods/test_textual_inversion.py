@@ -110,6 +110,16 @@ def test_only_the_rows_are_trained(pipe: Any) -> None:
 # how the rows begin
 
 
+@pytest.mark.parametrize("word", ["<toy>", "a <toy>"])
+def test_an_initializer_word_without_a_row_is_refused(pipe: Any, word: str) -> None:
+    before = facts(pipe.tokenizer)
+    with pytest.raises(UnsupportedSite) as raised:
+        words(pipe, initialize=word)
+    assert (raised.value.site, raised.value.method) == (SITE, "textual_inversion")
+    assert "'<toy>'" in str(raised.value)
+    assert facts(pipe.tokenizer) == before
+
+
 def test_a_token_begins_as_its_word(pipe: Any) -> None:
     word = run(pipe, PROMPT.replace("<toy>", "duck")).last_hidden_state
     tuned = words(pipe, initialize="duck")

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
 import veneer
+from veneer import bases
+from veneer.formats import load_all
 from veneer.injection import SaveError
 from veneer.injection.errors import VeneerError
 from veneer.testing.pipelines import tiny_pipeline
@@ -140,12 +142,49 @@ def test_what_cannot_work_is_refused_before_training(
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_a_taken_token_is_refused(base: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_token_that_the_base_has_is_refused(base: Any, photos: Path, tmp_path: Path) -> None:
     config = PersonalizeConfig(
-        photos=photos, base=base("sd"), out=tmp_path / "out", concept="dog", method="textual_inversion", **QUICK
+        photos=photos, base=base("sd"), out=tmp_path / "out", concept="<|endoftext|>", method="textual_inversion", **QUICK
     )
     with pytest.raises(VeneerError, match="already"):
         personalize(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "concept", "word", "token"),
+    [
+        ("sd", "textual_inversion", "vase", "vase", "<vase>"),
+        ("sd", "pivotal", "My Vase", "vase", "<my-vase>"),
+        ("sd", "pivotal", "dog", "animal", "<dog>"),
+        ("sd", "pivotal", "sksdog", "dog", "sksdog"),
+        ("sd", "lora", "my vase", "vase", "my vase"),
+        ("sdxl", "pivotal", "vase", "vase", "<vase>"),
+        ("sd3", "textual_inversion", "my dog", "dog", "<my-dog>"),
+    ],
+)
+def test_an_ordinary_concept_gets_a_token_of_its_own(
+    base: Any, photos: Path, tmp_path: Path, capsys: Any, kind: str, method: str, concept: str, word: str, token: str
+) -> None:
+    """In prompts, captions, files and the record; a method without learned embeddings keeps the words."""
+    (photos / "0.txt").write_text(f"a {concept} on a table, {concept.lower()}!")
+    settings = {**QUICK, "class_word": word, "prompts": ("a {concept}", f"the {concept}")}
+    out = personalize(
+        PersonalizeConfig(photos=photos, base=base(kind), out=tmp_path / "out", concept=concept, method=method, **settings)
+    )
+    told = capsys.readouterr().out
+    assert (token in told) == (token != concept)
+    record = json.loads((out / "result.json").read_text())
+    assert record["config"]["concept"] == token
+    assert [text.replace("{concept}", token) for text in record["config"]["prompts"]] == [f"a {token}", f"the {token}"]
+    if method == "lora":
+        return
+    assert token in load_file(out / "learned_embeds.safetensors") or kind != "sd"
+    pipe = bases.load(base(kind))
+    tuned = load_all(pipe, out / "adapter.safetensors")
+    assert any(a.method.config().get("tokens") == token for a in tuned)
+    ids = pipe.tokenizer.encode(f"a {token} {word}", add_special_tokens=False)
+    assert pipe.tokenizer.convert_tokens_to_ids(token) in ids
+    assert pipe.tokenizer.encode(word, add_special_tokens=False) == ids[2:]
 
 
 def test_a_finished_run_is_not_overwritten(base: Any, photos: Path, tmp_path: Path) -> None:

@@ -210,7 +210,8 @@ def _refusal(towers: Sequence[Tower], method: Method, everything: Sequence[Site]
     others = [name for name in supported if name not in here]
     same = "".join(f" {name} supports it on other models." for name in dict.fromkeys(here) if name in supported)
     return UnsupportedSite(
-        f"{method.name}: host {', '.join(here)} offers {has}; it needs {need}. Supported hosts: {', '.join(others) or 'none'}.{same}",
+        f"{method.name}: host {', '.join(here)} offers {has}; it needs {need}. "
+        f"Supported hosts: {', '.join(others) or 'none'}.{same}",
         site=near.name if near is not None else "",
         method=method.name,
         host=", ".join(here),

@@ -111,6 +111,11 @@ def mentions(concept: str, caption: str) -> bool:
     return "{concept}" in caption or re.search(whole, caption, re.IGNORECASE) is not None
 
 
+def rename_concept(text: str, concept: str, token: str) -> str:
+    """The text with `token` for the concept wherever it is whole words, in any case, and not a token in brackets already."""
+    return re.sub(rf"(?<![\w<]){re.escape(concept)}(?![\w>])", lambda _: token, text, flags=re.IGNORECASE)
+
+
 def read_captions(folder: Path, photos: Sequence[Path]) -> dict[Path, str]:
     """The written captions of `photos`, which lie in `folder`; a `.txt` beside a picture wins over `metadata.jsonl`.
 

@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from veneer import bases, methods
 from veneer.injection.errors import VeneerError
 from veneer.injection.plan import hosts_for
 from veneer.training import targets
+from veneer.training.captions import rename_concept
 from veneer.training.config import TrainConfig
 from veneer.training.loop import TrainResult
 from veneer.training.noise import NoiseOptions
@@ -33,6 +34,8 @@ WITHOUT_EFFECT = (
 DIFFUSION = ("diffusers_dit", "diffusers_unet")
 """Hosts of the models that a base may have."""
 
+TEXTS = ("template", "prompts")
+"""Settings with the concept in them."""
 DEMO = {"concept": "<octopus>", "class_word": "fish"}
 """What is taught when no photos are given: the pictures that the package carries."""
 
@@ -191,6 +194,21 @@ class PersonalizeConfig:
         usual = {"template": preset.templates, "prompts": preset.previews, "unrelated": preset.unrelated}
         worded: dict[str, Any] = {name: getattr(self, name) or theirs for name, theirs in usual.items()}
         return dataclasses.replace(self, **worded)
+
+    def with_token(self, tokenizers: Sequence[Any]) -> PersonalizeConfig:
+        """The same with the token that is trained as the concept, also in prompts and templates; see `targets.new_token`."""
+        names = targets.split_methods(self.method)
+        if any("tokens" in self.options.get(n, {}) for n in names) or not any(
+            targets.learns_words(methods.get(n)) for n in names
+        ):
+            return self
+        token = targets.new_token(self.concept, self.class_word, tokenizers)
+        texts: dict[str, Any] = {
+            name: tuple(rename_concept(text, self.concept, token) for text in getattr(self, name)) or None
+            for name in TEXTS
+            if getattr(self, name) is not None
+        }
+        return dataclasses.replace(self, concept=token, **texts)
 
     def rates(self) -> dict[str, float]:
         """Method name to learning rate: as given, else the base's usual, else the method's own."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from ..injection import Attachment, attach, methods
 from ..injection.errors import VeneerError
 from ..injection.method import Method
 from ..injection.sites import VocabularySite
+from ..methods.prompt._tokenizer import refuse_taken
 from .gradients import LossStep
 from .optimizers import Group
 from .seeds import mix
@@ -54,6 +57,33 @@ def build_methods(words: str, options: Mapping[str, Mapping[str, Any]], token: s
 def learns_words(method: type[Method] | Method) -> bool:
     """True for methods whose sites are vocabularies."""
     return any(issubclass(VocabularySite, need.site) for need in method.needs)
+
+
+def new_token(concept: str, class_word: str, tokenizers: Sequence[Any]) -> str:
+    """The token that methods with learned embeddings train for a concept.
+
+    The concept itself where every tokenizer can take it as a new token, such as `<toy>` or `sks`. For ordinary words, white space
+    or what the class word contains it is a placeholder, `<vase>` or `<my-vase>`: what the words mean to the base stays, and the
+    class word still initializes the token.
+
+    Args:
+        tokenizers: of every text encoder; a method trains a row in each.
+    """
+    marked = concept.startswith("<") and concept.endswith(">") and len(concept.split()) == 1
+    if marked or not concept.strip() or (_is_new(concept, tokenizers) and concept.lower() not in class_word.lower().split()):
+        return concept
+    stem = "-".join(re.findall(r"\w+", concept.lower())) or "concept"
+    names = (f"<{stem}>" if i == 1 else f"<{stem}-{i}>" for i in itertools.count(1))
+    return next(name for name in names if _is_new(name, tokenizers))
+
+
+def _is_new(token: str, tokenizers: Sequence[Any]) -> bool:
+    try:
+        for tokenizer in tokenizers:
+            refuse_taken(tokenizer, token, 1)
+    except ValueError:
+        return False
+    return True
 
 
 def freeze(pipe: Any) -> None:

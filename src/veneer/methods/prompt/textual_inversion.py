@@ -62,7 +62,9 @@ class TextualInversionAdapter(Adapter):
             try:
                 ids = claim(self.tokenizer, self.method.names)
             except ValueError as error:
-                raise UnsupportedSite(f"textual_inversion: {self.place}: {error}.") from error
+                raise UnsupportedSite(
+                    f"textual_inversion: {self.place}: {error}.", site=self.place, method="textual_inversion"
+                ) from error
             self.entered = True
             self.new_ids.copy_(torch.tensor(ids))
         if table.weight.device.type != "meta":
@@ -77,10 +79,28 @@ class TextualInversionAdapter(Adapter):
             self.vectors.copy_(torch.randn(self.vectors.shape) * table.std().float().cpu())
         for i, word in enumerate(self.method.words):
             if word:
-                ids = self.tokenizer.encode(word, add_special_tokens=False)
+                ids = self._known(word, len(table))
                 ids = ids[:1] if self.method.subtokens == "first" else ids
                 self.vectors[i * n : (i + 1) * n] = table[ids].float().mean(0)
                 self.known_ids[i * n : (i + 1) * n] = ids[0]
+
+    def _known(self, word: str, rows: int) -> list[int]:
+        """Ids of an initializer word.
+
+        Raises:
+            UnsupportedSite: one of them has no row in the base's table, as that of the new token itself.
+        """
+        ids: list[int] = self.tokenizer.encode(word, add_special_tokens=False)
+        beyond = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i >= rows]
+        if beyond or not ids:
+            raise UnsupportedSite(
+                f"textual_inversion: {self.place}: initialize={word!r} has "
+                + (f"the token {beyond[0]!r}, which is not among the {rows} rows of the base" if beyond else "no token")
+                + f". Choose other words to begin as, or a new token such as '<{'-'.join(word.split()) or 'concept'}>'.",
+                site=self.place,
+                method="textual_inversion",
+            )
+        return ids
 
     def leave(self) -> None:
         """Take the tokens out of the tokenizer."""
