@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from veneer.injection import Attachment, attachments
 from veneer.injection.host import Host
-from veneer.injection.method import Adapter, Method
+from veneer.injection.method import Method
 from veneer.injection.registry import hosts, methods
-from veneer.injection.sites import NormSite, ParamSite, Site, WeightSite
+from veneer.injection.sites import NormSite, ParamSite, WeightSite
 from veneer.testing.case import Case, close, merges_at, run, same, stir, usable_sites
 from veneer.testing.snapshot import assert_same, snapshot
 
@@ -38,15 +38,6 @@ def _found() -> list[Any]:
 
 
 together = pytest.mark.parametrize(("first", "second"), _found())
-OUT_OF_ORDER = ("lora-repadapter-open_clip-timm",)
-"""On slices of a fused weight that is called RepAdapter changes the weight, and a LoRA that was attached before acts after it."""
-in_order = pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        pytest.param(*p.values, id=p.id, marks=pytest.mark.xfail(p.id in OUT_OF_ORDER, reason="later acts earlier", strict=True))
-        for p in _found()
-    ],
-)
 
 
 def _attach(model: nn.Module, case: Case, seed: int) -> Attachment:
@@ -55,7 +46,7 @@ def _attach(model: nn.Module, case: Case, seed: int) -> Attachment:
     return attachment
 
 
-@in_order
+@together
 def test_both_equal_one_beside_weights_that_hold_the_other(first: Case, second: Case) -> None:
     model, by_hand = first.fresh(torch.float64), first.fresh(torch.float64)
     pair = [_attach(model, first, 1), _attach(model, second, 2)]
@@ -91,13 +82,9 @@ def test_each_is_alone_when_the_other_is_off_or_gone(first: Case, second: Case, 
 
 
 def _write(model: nn.Module, several: list[Attachment]) -> None:
-    """Put the changes of attachments into the weights of the bare model, one after the other, rows where a site is a slice.
-
-    In the order of attaching; but what acts in calls acts after what is in the weights that are called.
-    """
-    parts = [part for attachment in several for part in attachment.parts.values()]
+    """Put the changes of attachments into the weights of the bare model, in the order of attaching, rows for slices."""
     with torch.no_grad():
-        for site, adapter in sorted(parts, key=lambda part: _in_calls(*part)):
+        for site, adapter in (part for attachment in several for part in attachment.parts.values()):
             assert isinstance(site, (WeightSite, ParamSite, NormSite))
             change: Any = adapter
             rows = _rows(model, f"{site.path}.{site.param}".lstrip("."), site.rows)
@@ -113,11 +100,6 @@ def _rows(model: nn.Module, path: str, rows: tuple[int, int] | None) -> Tensor:
     owner, _, name = path.rpartition(".")
     tensor: Any = getattr(model.get_submodule(owner), name)  # a parameter, or a buffer such as the keys' bias of BEiT
     return tensor.data[slice(*rows)] if rows else tensor.data
-
-
-def _in_calls(site: Site, adapter: Adapter) -> bool:
-    reads = hasattr(adapter, "input") and getattr(site, "rows", None) is None  # slices of a weight read the same x
-    return getattr(site, "called", False) and (hasattr(adapter, "output") or reads)
 
 
 def test_methods_are_pairs_here_only_where_they_fit() -> None:

@@ -249,6 +249,7 @@ class Attachment:
             self._joined.join_again()
             raise
         self._pristine, self.merged = pristine, True
+        self._joined.link()
         for tower in self.towers.values():
             open_ledger(tower).merged.append(Merge(self, self._scale if self._on else 0.0))
         return report

@@ -1,14 +1,16 @@
-"""What a called adapter stands on: a tensor of its host module, with the changes of the attachments that act before."""
+"""Effective weight seen by an adapter: the host's own tensor with the changes of earlier attachments."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from .forms import blend, by_rows, cast
+from .forms import base_tensor, blend, by_rows, cast
 from .method import Adapter
 from .parametrized import WeightSeam
 from .seams import CallSeam
@@ -36,17 +38,57 @@ def tensor_below(adapter: Adapter, module: nn.Module, param: str, rows: tuple[in
     return tensor if rows is None else tensor[rows[0] : rows[1]]
 
 
+def tensor_in_chain(adapter: Adapter, module: nn.Module, param: str, rows: tuple[int, int] | None) -> Tensor:
+    """The tensor that an adapter finds which acts in the weights: with the changes of those that act there before."""
+    tensor = base_tensor(module, "", param)
+    for adapters, change in _chain(module, param):
+        if any(other is adapter for other in adapters):
+            break
+        tensor = change(tensor)
+    return tensor if rows is None else tensor[slice(*rows)]
+
+
+def _chain(module: Any, param: str) -> Iterator[tuple[Iterable[nn.Module], Callable[[Tensor], Tensor]]]:
+    """What acts in a tensor, in order: adapters, and their change."""
+    for seam in module.parametrizations[param] if parametrize.is_parametrized(module, param) else ():
+        if not isinstance(seam, WeightSeam):
+            yield (), seam
+        elif not seam.passes():
+            for call in () if seam.beneath is None else seam.beneath.acting():
+                if param in tensors_of(call):
+                    yield call.adapters, functools.partial(change_of, call, module, param)
+            yield seam.adapters, seam.own
+
+
+def tensors_of(seam: CallSeam) -> set[str]:
+    """Names of the module's tensors that a call seam changes, in its adapters' weight and bias forms."""
+    site = seam.sites[0]
+    owner, _, bias = site.bias.rpartition(".") if hasattr(seam.adapters[0], "bias") else ("", "", "")
+    return {site.param, bias} if bias and owner == site.path else {site.param}
+
+
 def _changed(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> Tensor:
     """The tensor with one seam's changes of it."""
-    site = seam.sites[0]
-    shifts = hasattr(seam.adapters[0], "bias") and getattr(site, "bias", "") == f"{site.path}.{param}"
-    if seam.asleep() or not (shifts or getattr(site, "param", None) == param):
+    shifts, site = _shifts(seam, param), seam.sites[0]
+    if seam.asleep() or seam.in_weights() or not (shifts or getattr(site, "param", None) == param):
         return tensor
+    return change_of(seam, module, param, tensor)
+
+
+def change_of(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> Tensor:
+    """The tensor with one call seam's change, in its adapters' weight or bias form."""
+    shifts = _shifts(seam, param)
     share = 1.0 if seam.place is None else seam.place.share(seam)
     if not share:
         return tensor
     changed = by_rows(seam.sites, seam.adapters, tensor, 0, functools.partial(_shift, seam, module) if shifts else _change)
     return changed if share == 1 else torch.lerp(tensor, changed, share)
+
+
+def _shifts(seam: CallSeam, param: str) -> bool:
+    """True if the tensor is the bias after a seam's weight, which its adapters change too."""
+    site = seam.sites[0]
+    return hasattr(seam.adapters[0], "bias") and getattr(site, "bias", "") == f"{site.path}.{param}"
 
 
 def _change(adapter: Any, part: Tensor) -> Tensor:
@@ -58,6 +100,8 @@ def _shift(seam: CallSeam, module: nn.Module, adapter: Any, part: Tensor) -> Ten
     site = next(site for site, other in zip(seam.sites, seam.adapters, strict=True) if other is adapter)
 
     def weight() -> Tensor:
+        if seam.in_weights():
+            return tensor_in_chain(adapter, module, site.param, site.rows)
         found = tensor_below(adapter, module, site.param, site.rows)
         assert found is not None
         return found

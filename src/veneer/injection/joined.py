@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from .conditions import receive
-from .errors import HostChanged, StateError
+from .errors import HostChanged, StateError, UnsupportedSite
 from .forms import recorded
 from .ledger import close, lookup, open_ledger, peek
+from .ordering import Beneath, link
+from .parametrized import Carrier
 from .plan import Plan
 from .routing import Batch
 from .seams import Seam
@@ -45,6 +47,7 @@ class Joined:
         for _, seam in seams_for(self.towers, self.parts):
             self.seams.append(seam)
             seam.join(self.attachment.name)
+        self._order()
         guarded = dict.fromkeys((site.component, site.guard) for site, _ in self.parts if site.guard)
         self._guards = {(component, path): lookup(self.towers[component], path) for component, path in guarded}
         self._watch = Watch(self.seams, [(self.towers[component], path) for component, path in guarded])
@@ -79,6 +82,7 @@ class Joined:
             if ledger is not None and self.attachment in ledger.attachments:
                 ledger.attachments.remove(self.attachment)
             close(tower)
+        self.link()
         for _, adapter in self.parts:
             adapter.leave()
         self.seams, self._doors, self._guards = [], [], {}
@@ -91,6 +95,37 @@ class Joined:
             for seam in attachment._joined.seams:
                 seam.part()
                 seam.join(attachment.name)
+        for attachment in later:
+            attachment._joined._order(strict=False)
+
+    def _order(self, strict: bool = True) -> None:
+        """Let what was attached before act first, in the weights where it must.
+
+        Raises:
+            UnsupportedSite: it cannot; without `strict` it acts in the calls then, after what is in the weights.
+        """
+        for beneath in self.link():
+            try:
+                lacking = [*beneath.lacking()]
+            except UnsupportedSite:
+                if strict:
+                    raise
+                continue
+            for site in lacking:
+                carrier = Carrier(self.towers[site.component], site)
+                carrier.idle = all(seam.idle for seam in beneath.weights.values())
+                self.seams.append(carrier)
+                carrier.join(self.attachment.name)
+        self.link()
+
+    def link(self) -> list[Beneath]:
+        """Tell all seams of the towers anew which of them act beneath which. Gives what is beneath this attachment's."""
+        mine: list[Beneath] = []
+        for tower in self.towers.values():
+            ledger = peek(tower)
+            for attachment, found in link(tower, ledger.attachments if ledger else ()):
+                mine += found if attachment is self.attachment else ()
+        return mine
 
     def _others(self) -> list[Trained]:
         ledgers = [ledger for tower in self.towers.values() if (ledger := peek(tower)) is not None]

@@ -60,6 +60,9 @@ class Adapter(nn.Module):
     `reads = "write"` that x is y itself. `replaces = True` says that the adapter holds the whole value of its tensor, whatever
     the base has there.
 
+    `adds = True` says that every form is a sum, such as W' = W + ΔW with a ΔW that does not depend on W: then the order of
+    several on one layer makes no difference.
+
     `casts = False` says that x comes as the host has it, not in the adapter's dtype; beside `blends`, y does too. `group` tells
     one that keeps something from block to block which part of a mixed batch it is given.
 
@@ -74,6 +77,7 @@ class Adapter(nn.Module):
     changed in each pass, where it is no quantised one. A fresh adapter is in the training mode of its host.
     """
 
+    adds: ClassVar[bool] = False
     blends: ClassVar[bool] = False
     casts: ClassVar[bool] = True
     group: int = 0
@@ -135,7 +139,8 @@ class Method(ABC):
         revision: of what saved options and tensors compute; raised when the same ones compute another function. See `migrate`.
     Args:
         by_site: other options at some sites, for a file whose layers differ: role pattern, or `name:` and a site's name, to
-            options, such as `{"mlp.*": {"rank": 4}}` or `{"attn.{q,v}": {"rank": 4}}`. A site's own name counts before its role, and of role patterns the later.
+            options, such as `{"mlp.*": {"rank": 4}}` or `{"attn.{q,v}": {"rank": 4}}`. A site's own name counts before its
+            role, and of role patterns the later.
     """
 
     name: ClassVar[str]

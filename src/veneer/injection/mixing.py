@@ -104,12 +104,17 @@ def _places(several: Mapping[str, Attachment], wanted: Sequence[Strengths], alik
     """
     batches: dict[int, Batch] = {}
     seams: dict[tuple[Any, ...], dict[str, CallSeam]] = {}
+    acting = {id(seam) for attachment in several.values() for seam in attachment._joined.seams}
     for name, attachment in several.items():
         for seam in attachment._joined.seams:
             tower: nn.Module = seam.__dict__["tower"]
             if not isinstance(seam, CallSeam) or isinstance(seam, SwitchSeam):
                 if name not in alike:
                     raise UnsupportedSite(_cannot(name, attachment, seam))
+                continue
+            if any(b.concerns(seam) and any(id(w) in acting for w in b.weights.values()) for b in seam.above):
+                if name not in alike:  # it acts in weights, beneath those of another one
+                    raise UnsupportedSite(_cannot(name, attachment, seam), site=seam.sites[0].name)
                 continue
             if id(tower) not in batches:
                 batches[id(tower)] = _batch(seam, several, wanted)

@@ -13,6 +13,7 @@ from .errors import UnsupportedSite
 from .forms import base_tensor, blend, by_rows, cast
 from .method import Adapter
 from .seams import Seam
+from .sites import ParamSite
 
 
 def changeable(tensor: Tensor) -> bool:
@@ -21,7 +22,13 @@ def changeable(tensor: Tensor) -> bool:
 
 
 class WeightSeam(Seam):
-    """A parametrisation of a tensor that the host reads. Moves the key; `Attachment.host_state_dict` moves it back."""
+    """A parametrization of a tensor that the host reads. Moves the key; `Attachment.host_state_dict` moves it back.
+
+    Attributes:
+        beneath: the call seams of earlier attachments on the same module, which may have to act first; None for none.
+    """
+
+    beneath: Any = None
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
         super().__init__(tower, parts)
@@ -35,9 +42,13 @@ class WeightSeam(Seam):
             )
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The changed weight, slice by slice."""
+        """The changed weight."""
         if self.passes():
             return weight
+        return self.own(weight if self.beneath is None else self.beneath.folded(self.param, weight))
+
+    def own(self, weight: Tensor) -> Tensor:
+        """The change of this seam's adapters, slice by slice."""
         return by_rows(self.sites, self.adapters, weight, 0, lambda a, part: self.change(a, part))
 
     @staticmethod
@@ -86,6 +97,19 @@ class WeightSeam(Seam):
             return False
         lists: Any = getattr(target, "parametrizations", {})
         return any(m is self for m in lists[self.param]) if self.param in lists else False
+
+
+class Carrier(WeightSeam):
+    """A parametrization without adapters, for earlier call seams that must act in this tensor as well as in its partner."""
+
+    def __init__(self, tower: nn.Module, site: ParamSite) -> None:
+        Seam.__init__(self, tower, ())
+        self.path, self.param = site.path, site.param
+        self.__dict__["sites"] = [site]
+
+    def own(self, weight: Tensor) -> Tensor:
+        """The tensor as it is."""
+        return weight
 
 
 def _own_class(module: nn.Module) -> None:

@@ -149,6 +149,8 @@ class CallSeam(HookSeam):
     Attributes:
         place: its place in a mixed batch, while samples of a batch differ.
         behind: of the seams that change what the module reads, those that were joined before.
+        above: weights of this module that later attachments change, in order. While one of them needs this seam's change in the
+            weights first, this seam does nothing in the call.
 
     Of several that act on one layer, the later joined change what the earlier ones made of it: y = W x + b, changed in turn.
     So the later joined change x first, and each reads x as it was before the changes of those joined earlier.
@@ -159,6 +161,7 @@ class CallSeam(HookSeam):
     dim: int
     place: Place | None
     behind: int
+    above: Sequence[Any] = ()
     _x: Tensor | None
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Site, Adapter]], read: Port, write: Port, dim: int = -1) -> None:
@@ -232,7 +235,13 @@ class CallSeam(HookSeam):
         return len(self.sites) == 1 and getattr(self.sites[0], "rows", None) is None
 
     def passes(self) -> bool:
-        return self.asleep() if self.place is None else self.place.leader is not self
+        if self.place is not None:
+            return self.place.leader is not self
+        return self.asleep() or (bool(self.above) and self.in_weights())
+
+    def in_weights(self) -> bool:
+        """True while its adapters act in the weights, because a later attachment changes these in another way than by a sum."""
+        return any(beneath.takes(self) for beneath in self.above)
 
     def _fresh(self, module: nn.Module) -> bool:
         """True where nobody else can have kept what the module gave: a layer of torch's own whose first hook is this seam's."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from .below import tensor_in_chain
 from .errors import UnsupportedSite
-from .forms import base_tensor, module_at
+from .forms import module_at
 from .method import Adapter
 from .sites import ParamSite
 
@@ -47,14 +47,7 @@ class Below:
 
     def __call__(self) -> Tensor:
         """The rows of the site."""
-        site = self.site
-        module: Any = module_at(self.tower, site.path)
-        tensor = base_tensor(module, "", site.param)
-        for seam in module.parametrizations[site.param] if parametrize.is_parametrized(module, site.param) else ():
-            if any(a is self.adapter for a in getattr(seam, "adapters", ())):
-                break
-            tensor = seam(tensor)
-        return tensor if site.rows is None else tensor[slice(*site.rows)]
+        return tensor_in_chain(self.adapter, module_at(self.tower, self.site.path), self.site.param, self.site.rows)
 
 
 def shift_site(site: Any, adapter: Adapter) -> ParamSite:

@@ -35,6 +35,7 @@ class LoRAAdapter(Adapter):
     An embedding keeps `down` as (d_in, rank), rows looked up by id, and `up` as (d_out, rank).
     """
 
+    adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite, rank: int, scaling: float, dropout: float) -> None:

@@ -26,6 +26,7 @@ class AdaLoRAAdapter(Adapter):
     Remembered while training: Ī and Ū of each (`up_sensitivity`, `up_uncertainty`, …), and `kept`, (rank,), 0 where pruned last.
     """
 
+    adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
     remembered: ClassVar[tuple[str, ...]] = (*(f"{n}_{what}" for n in TRAINED for what in ("sensitivity", "uncertainty")), "kept")
     kept: Tensor

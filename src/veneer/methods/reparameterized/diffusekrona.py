@@ -18,6 +18,7 @@ from veneer.injection.sites import WeightSite
 class DiffuseKronAAdapter(Adapter):
     """y' = y + P(A ⊗ B) x, W' = W + P(A ⊗ B). Shapes: `left` A (a1, a2), `right` B (d_out / a1, d_in / groups / a2, *kernel)."""
 
+    adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite, a1: int, a2: int, permuted: bool) -> None:

@@ -57,6 +57,7 @@ class FacTAdapter(Adapter):
     Σ_n P[n, j] C[:, :, n].
     """
 
+    adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
     shared: Factors
 

@@ -41,6 +41,7 @@ class LoKrFactors(Adapter):
     `left_up` (up, rank) times `left_down` (rank, uq), or `right_up` (vp, rank) times `right_down` (rank, vq, *kernel).
     """
 
+    adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
     left: nn.Parameter | None
     left_up: nn.Parameter

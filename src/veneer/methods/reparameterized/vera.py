@@ -30,6 +30,7 @@ class RandomPair(nn.Module):
 class VeRAAdapter(Adapter):
     """y' = y + b ∘ B (d ∘ A x), W' = W + diag(b) B diag(d) A. Shapes: `b` (d_out,), `d` (rank,)."""
 
+    adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
     shared: RandomPair
 

@@ -17,6 +17,7 @@ from veneer.injection.sites import ParamSite
 class BitFitAdapter(Adapter):
     """b' = b + db. A bias that its module adds last may as well be changed in the output."""
 
+    adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
 
     def __init__(self, shape: Sequence[int], channel_dim: int) -> None:

@@ -17,6 +17,7 @@ from veneer.injection.sites import ParamSite
 class Delta(Adapter):
     """t' = t + `delta` for a norm's scale or shift t. In the tensor alone: that costs no pass over features."""
 
+    adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
 
     def __init__(self, shape: Sequence[int]) -> None:
