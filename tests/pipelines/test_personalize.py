@@ -172,7 +172,7 @@ def test_an_ordinary_concept_gets_a_token_of_its_own(
         PersonalizeConfig(photos=photos, base=base(kind), out=tmp_path / "out", concept=concept, method=method, **settings)
     )
     told = capsys.readouterr().out
-    assert (token in told) == (token != concept)
+    assert (f"token is {token}" in told) == (token != concept)
     record = json.loads((out / "result.json").read_text())
     assert record["config"]["concept"] == token
     assert [text.replace("{concept}", token) for text in record["config"]["prompts"]] == [f"a {token}", f"the {token}"]
