@@ -19,6 +19,7 @@ from ..workspace import Workspace, bounded, shown
 from . import Page
 from ._check import checked
 from ._events import DRAWS, QUIET
+from ._examples import photos
 from ._form import Field, Slots, fields_of, part_of
 from ._job import JobView, Results, job_view, shows
 from ._photos import Rows, example, lay_down, look_at
@@ -122,7 +123,7 @@ def build(studio: Studio) -> tuple[JobView, gr.Button]:
             asks = _Asks(studio)
         with gr.Column(scale=1, min_width=320):
             gr.Markdown("### Runs", elem_id="teach-runs")
-            view = job_view(studio, KIND, Results(parts, shown_results, stamp), EMPTY)
+            view = job_view(studio, KIND, Results(parts, shown_results, stamp), f"{EMPTY}\n\n{photos()}")
     asks.connect(view.choice)
 
     def kohya(name: str, request: gr.Request) -> Any:
