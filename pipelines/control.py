@@ -28,12 +28,14 @@ from veneer.training import targets
 from veneer.training.cache import Cache
 from veneer.training.captions import Captions
 from veneer.training.dataset import PhotoDataset
+from veneer.training.estimates import written_bytes
 from veneer.training.families import family
 from veneer.training.folder import Photo
 from veneer.training.loop import Trainer
 from veneer.training.personal import run_folder, stopped
 from veneer.training.phases import PhaseReport
 from veneer.training.photos import read_photo
+from veneer.training.preflight import require_disk
 from veneer.training.prior import base_digest
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
@@ -91,6 +93,9 @@ def control(config: ControlConfig, accelerator: Accelerator | None = None) -> Pa
         print(_plan(run, pictures, loop.steps), flush=True)
     if config.check:
         return out
+    values = sum(parameter.numel() for parameter in attached.parameters())
+    images = 3 * len(run.subjects) * (config.eval_seeds + loop.steps // max(1, loop.preview_every))
+    require_disk(out, written_bytes(values, loop, images, resolution))
     trainer = Trainer(
         loop,
         [{**group, "name": f"{attached.name}.{n}"} for n, group in enumerate(attached.groups()) if group["params"]],

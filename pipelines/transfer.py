@@ -19,9 +19,11 @@ from veneer.classifying.outcome import tidy, write_files, write_outcome
 from veneer.classifying.search import searched
 from veneer.classifying.teaching import Teacher, attach_methods
 from veneer.injection import Attachment
+from veneer.training.estimates import written_bytes
 from veneer.training.gradients import AUTOCAST
 from veneer.training.personal import run_folder, stopped
 from veneer.training.phases import PhaseReport
+from veneer.training.preflight import require_disk
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
 from veneer.training.verdict import read_verdict
@@ -75,6 +77,8 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
             print(_plan(config, data, classifier, attached, teacher), flush=True)
         if config.check:
             return out
+        best = 4 * teacher.trainable
+        require_disk(out, best + written_bytes(teacher.trainable, config.loop(teacher.per_epoch, teacher.steps)))
         taught = teacher.teach()
         if accelerator.is_main_process:
             if taught.best is None:

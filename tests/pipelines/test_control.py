@@ -22,6 +22,7 @@ from veneer.control.pictures import open_pictures
 from veneer.injection.errors import VeneerError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.families import family
+from veneer.training.preflight import PreflightError
 
 QUICK: Mapping[str, Any] = {
     "steps": 2, "batch": 2, "tracker": "none", "template": "a thing", "held": 0.34, "shown": 2, "preview_every": 0,
@@ -198,3 +199,12 @@ def test_recomputed_activations_give_the_same_weights(base: str, photos: Path, t
     less = run(base, photos, tmp_path / "less", checkpointing=True, **options)
     a, b = (load_file(out / "adapter.safetensors") for out in (plain, less))
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+
+
+def test_no_disk_space_is_an_error_before_training(
+    base: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.training.preflight.free_bytes", lambda folder: 2**16)
+    with pytest.raises(PreflightError, match="disk"):
+        run(base, photos, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("checkpoint-*"))

@@ -23,6 +23,7 @@ from veneer.classifying.predicting import Predictor, open_predictor
 from veneer.classifying.selection import read_epochs
 from veneer.injection import VeneerError
 from veneer.training.photos import DataError
+from veneer.training.preflight import PreflightError
 
 
 @pytest.fixture(scope="module")
@@ -308,3 +309,12 @@ def test_other_weights_under_a_taught_adapter_are_refused(tmp_path: Path, pictur
     file.unlink()
     with pytest.raises(VeneerError, match="which is gone"):
         open_predictor(out)
+
+
+def test_no_disk_space_is_an_error_before_training(
+    tmp_path: Path, pictures: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.training.preflight.free_bytes", lambda folder: 2**16)
+    with pytest.raises(PreflightError, match="disk"):
+        transfer(config(pictures, models["vit"], tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))

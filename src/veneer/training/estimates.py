@@ -115,13 +115,12 @@ def estimate(
     state = STATES.get(config.optimizer, 8)
     copies = 4 * (2 if config.ema else 1)
     passes = 0 if sampling is None else sampling.steps * (2 if sampling.guidance > 1 else 1)
-    checkpoint = round(values * (state + copies))
     parts = [part for part in family.pipe.components.values() if isinstance(part, nn.Module)]
     return Estimate(
         base=nbytes(t for part in parts for t in (*part.parameters(), *part.buffers())),
         training=round(values * (4 + state + copies + (4 if config.ema else 0))),
         activations=cost.activations,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint_bytes(values, config),
         seconds=seconds * samples / rows,
         steps=config.steps,
         measured=measure,
@@ -129,18 +128,27 @@ def estimate(
         images=images + previews,
         image_seconds=forward / rows * passes,
         loading=loading,
-        written=_written(values, checkpoint, config, images, previews, resolution),
+        written=written_bytes(values, config, images + previews, resolution),
     )
 
 
-def _written(values: int, checkpoint: int, config: TrainConfig, images: int, previews: int, resolution: int) -> int:
+def checkpoint_bytes(values: int, config: TrainConfig) -> int:
+    """Bytes of a checkpoint of so many trainable parameters: weights, averaged weights and the optimizer's state."""
+    return round(values * (STATES.get(config.optimizer, 8) + 4 * (2 if config.ema else 1)))
+
+
+def written_bytes(values: int, config: TrainConfig, images: int = 0, resolution: int = 0) -> int:
     """Bytes that a run leaves or needs on the way: the adapter twice (for veneer and for others), checkpoints and the one that is
-    being written, image grids (3 bytes a pixel at 160 pixels or more a side, uncompressed) and logs."""
+    being written, image grids (3 bytes a pixel at 160 pixels or more a side, uncompressed) and logs.
+
+    Args:
+        values: trainable parameters. `images`: generated for previews and evaluation, of `resolution` pixels a side.
+    """
     every = config.checkpoint_every
-    made = config.steps // every if every else 1
+    made = config.steps // every if every else 0
     kept = min(made, config.keep_checkpoints) if config.keep_checkpoints else made
-    grids = 3 * max(160, resolution) ** 2 * (images + previews)
-    return 2 * 4 * values + checkpoint * (kept + 1 if every else 0) + grids + 2**20
+    grids = 3 * max(160, resolution) ** 2 * images
+    return 2 * 4 * values + checkpoint_bytes(values, config) * (kept + 1 if every else 0) + grids + 2**20
 
 
 def _step(family: Family, resolution: int, rows: int, texts: Sequence[str], precision: str) -> Callable[[], Tensor]:

@@ -163,6 +163,16 @@ def _room(estimate: Estimate, config: TrainConfig, tower: nn.Module, folder: Pat
     return look.room(needs, {"memory": _free(device), "disk": free_bytes(folder)}, certain=device.type == "cuda")
 
 
+def require_disk(folder: Path, need: int) -> None:
+    """Raise if the disk of a folder has not so many bytes free.
+
+    Raises:
+        PreflightError: how much the run needs, and what to do.
+    """
+    found = tuple(look.room({"disk": need}, {"disk": free_bytes(folder)}, certain=False))
+    Preflight((), "", None, found).check()
+
+
 def _free(device: torch.device) -> int | None:
     """Bytes that the device can still give, beyond the weights that are loaded; None if unknown."""
     if device.type == "cuda":
