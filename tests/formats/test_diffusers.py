@@ -342,6 +342,25 @@ def test_lokr_in_this_layout(tmp_path: Path, full: bool) -> None:
     torch.testing.assert_close(after - before, torch.kron(left, up @ down) * (1.0 if full else 1.5), rtol=1e-4, atol=1e-5)
 
 
+def test_a_dora_scale_beside_a_pair(tmp_path: Path) -> None:
+    """OneTrainer's and LyCORIS' magnitudes under diffusers' paths: per output or per input, by their shape."""
+    name, generator = "transformer.single_transformer_blocks.0.proj_mlp", torch.Generator().manual_seed(0)
+    base = tiny_pipeline("flux").transformer.get_submodule(name.partition(".")[2]).weight.detach().clone()
+    out, width = base.shape
+    down, up = torch.randn(2, width, generator=generator), torch.randn(out, 2, generator=generator)
+    after = base + 1.5 * up @ down
+    for dim, shape in ((1, (out, 1)), (0, (1, width))):
+        m = torch.rand(shape, generator=generator) + 0.5
+        state = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.alpha": torch.tensor(3.0)}
+        save_file({**state, f"{name}.dora_scale": m}, tmp_path / "x.safetensors")
+        pipe = tiny_pipeline("flux")
+        loaded = veneer.load(pipe, tmp_path / "x")
+        assert loaded.method.name == "dora"
+        loaded.merge()
+        got = pipe.transformer.get_submodule(name.partition(".")[2]).weight
+        torch.testing.assert_close(got, m * after / after.norm(dim=dim, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
 def test_alphas_of_single_modules(tmp_path: Path) -> None:
     """`….alpha` beside the pair counts before the rank; diffusers does the same."""
     attachment = low_rank.tuned("flux", ["attn.q", "text/attn.q"], rank=2)

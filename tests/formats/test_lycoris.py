@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # to LyCORIS' algorithm, 
     "ia3": ("ia3", "ia3", {}),
     "ia3-input": ("ia3", "ia3", {"train_on_input": True}),
 }
-UNSPLIT = {*(case for case in CASES if case.startswith("lokr")), "boft"}  # of which FLUX's fused projections are no whole blocks
+UNSPLIT = {"boft"}  # of which FLUX's fused projections are no whole blocks
 
 
 def sites_of(family: str, case: str) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..functional.kronecker import kron_factors
+from ..injection import SaveError
 from ..injection.sites import WeightSite
 from ._lycoris_codec import Codec, Group, Module, Piece, Shapes, Spans, aligned, put, spans, straight, take
 from ._lycoris_lora import decomposition
@@ -44,13 +45,29 @@ class Factors:
         inside = [(start - block * side, stop - block * side) for start, stop in wanted]
         return replace(self, left=self.left[block : block + 1], right=take(self.right, inside))
 
+    def expanded(self, wanted: Spans) -> Factors:
+        """Any rows of C ⊗ D exactly, as 1 ⊗ D': D' = (C ⊗ B)[rows] (I ⊗ A) of rank uq·r for a D = B A of rank r, else full."""
+        left = self.left.double() if self.left_down is None else self.left.double() @ self.left_down.double()
+        right, down, inputs = self.right.double().flatten(1), self.right_down, left.shape[1]
+        one, count = left.new_ones(1, 1, dtype=torch.float32), sum(stop - start for start, stop in wanted)
+        if down is not None:
+            rank, width = inputs * len(down), inputs * down.flatten(1).shape[1]
+            if rank * (count + width) < count * width:
+                wide = torch.kron(torch.eye(inputs, dtype=torch.float64), down.double().flatten(1))
+                rows = take(torch.kron(left, right), wanted)
+                return Factors(one, None, rows.to(torch.float32), wide.to(torch.float32), self.scaling)
+            right = right @ down.double().flatten(1)
+        rows = take(torch.kron(left, right), wanted) * self.scaling
+        return Factors(one, None, rows.to(torch.float32), None, 1.0)
+
 
 class LoKrCodec(Codec):
     """`lokr_w1` C (up, uq), `lokr_w2` D (vp, vq[, k, k]), `alpha`; ΔW = s·(C ⊗ D), d_out = up·vp, d_in = uq·vq.
 
     A factor of low rank is `…_a` (rows, r) times `…_b` (r, columns[·k·k]); then s = alpha / r, where both are full s = 1. With
     `lokr_t2` (r, r, k, k) D is a Tucker product of `lokr_w2_a` (r, vp) and `lokr_w2_b` (r, vq); it is read as a full D.
-    A fused projection is split where its slices are whole blocks of vp rows, or lie inside one. With `dora_scale` W + ΔW is
+    A fused projection is split where its slices are whole blocks of vp rows, or lie inside one; other slices become one factor D
+    each with C = 1, exact but larger: of rank uq·r, or a full matrix. With `dora_scale` W + ΔW is
     decomposed, as in `DoRACodec`.
     """
 
@@ -66,20 +83,19 @@ class LoKrCodec(Codec):
         return next((shapes[part][0] for part in (LEFT[2], RIGHT[2]) if shapes.get(part)), None)
 
     def read(self, module: Module) -> list[Piece]:
-        whole, pieces = _factors(module), []
-        for site in module.place.sites:
-            rows = spans(module.place)[site.name]
-            found = whole.rows(rows)
-            if found is None:
-                raise module.refuse(
-                    f"is LoKr of a fused projection in blocks of {len(whole.right)} rows, and '{site.name}' has the rows "
-                    f"{rows[0][0]} to {rows[-1][1]} of it, which are no Kronecker product"
-                )
-            if len(module.place.sites) == 1 or SCALE in module.parts or (found.left.any() and found.right.any()):
-                pieces.append(_piece(site, found))
+        whole, rows = _factors(module), spans(module.place)
+        found = {name: part for name, wanted in rows.items() if (part := whole.rows(wanted)) is not None}
+        if len(found) < len(rows):
+            if module.first.kernel:
+                raise module.refuse(f"is LoKr in blocks of {len(whole.right)} rows, which its slices are not made of")
+            found = {name: whole.expanded(wanted) for name, wanted in rows.items()}
+            module.notes.append("LoKr whose blocks do not fit a fused projection's slices is loaded as one matrix per slice")
+        sites, all_of = module.place.sites, len(rows) == 1 or SCALE in module.parts
+        some = [s for s in sites if all_of or (found[s.name].left.any() and found[s.name].right.any())] or sites[:1]
+        pieces = [_piece(site, found[site.name]) for site in some]
         if SCALE in module.parts:
             return decomposed(module, pieces, lambda p: change_of("lokr", p, _outright(p)))
-        return pieces or [_piece(module.first, f) for f in [whole.rows(spans(module.place)[module.first.name])] if f]
+        return pieces
 
     def write(self, group: Group) -> dict[str, Tensor]:
         return self._factors(group) | written(group, change)
@@ -94,6 +110,15 @@ class LoKrCodec(Codec):
             found, scaling = replace(found, right=found.right * scaling if scaling != 1 else found.right), 1.0
         named = _named(LEFT, found.left, found.left_down) | _named(RIGHT, found.right, found.right_down)
         return {**named, "alpha": torch.tensor(float(scaling * rank))}
+
+    @staticmethod
+    def joins(group: Group) -> bool:
+        """True if the adapters of a place are one Kronecker product together."""
+        try:
+            _joined(group, {name: _of(adapter) for name, adapter in group.adapters.items()})
+        except SaveError:
+            return False
+        return True
 
     def config(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The `factor` and `rank` that tell the most splits, and others outright by site."""

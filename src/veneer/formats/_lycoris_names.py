@@ -11,6 +11,7 @@ from ..injection.sites import WeightSite
 from ..injection.towers import Tower, towers_of
 from ._kohya_names import Place, places
 from ._lora import ENCODERS
+from ._peft import usual
 from ._reading import File
 from .comfyui import ComfyUI
 
@@ -31,6 +32,7 @@ def readable(model: Any, file: File, names: Collection[str]) -> dict[str, Place]
     known = {name: place for tower in towers for place in places(tower) for name in place.names}
     known |= {OFT + name.removeprefix("lora_unet_"): p for name, p in known.items() if name.startswith("lora_unet_")}
     known |= ComfyUI().known(model)
+    known |= {name: place for tower in towers for place in dotted(tower) for name in place.names}
     wanted = {name for name in names if name.startswith(OWN)}
     return known | (_of_one_tower(towers, file, wanted) if wanted else {})
 
@@ -38,6 +40,20 @@ def readable(model: Any, file: File, names: Collection[str]) -> dict[str, Place]
 def written(tower: Tower, numbered: bool = False) -> Sequence[Place]:
     """The modules of a tower as they are written: as kohya's tools do where they know such a model."""
     return places(tower, numbered) or own(tower, slices=True)
+
+
+def dotted(tower: Tower) -> list[Place]:
+    """diffusers' component and path of every module, such as `transformer.transformer_blocks.0.attn.to_q`, one weight each.
+
+    ai-toolkit's spelling, which ComfyUI reads too; a fused projection of the first release is several modules here.
+    """
+    found, component = [], tower.component or usual(tower)
+    for site in tower.sites if component else ():
+        if isinstance(site, WeightSite) and site.kind != "embedding" and site.param == "weight" and site.rows is None:
+            path = site.name.removeprefix(f"{tower.component}.") if tower.component else site.name
+            inside = type(tower.module).__name__ in ENCODERS and not path.startswith(("text_model.", "text_projection"))
+            found.append(Place((f"{component}.text_model.{path}" if inside else f"{component}.{path}",), (site,)))
+    return found
 
 
 def own(tower: Tower, slices: bool = False) -> list[Place]:

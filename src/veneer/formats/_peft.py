@@ -16,17 +16,18 @@ from ._families import told
 from ._format import Layer, Options, values
 from ._lycoris_codec import Piece
 from ._lycoris_lokr import LoKrCodec
+from ._magnitudes import SCALE
 from ._peft_codec import Layer as Module
 from ._peft_codec import PeftCodec
 from ._peft_config import refuse, scaled_alpha
-from ._peft_low_rank import EMBEDDED, MAGNITUDE, DoRAPeft, LoKrPeft, LoRAPeft
+from ._peft_low_rank import EMBEDDED, MAGNITUDE, DoRAPeft, LoKrPeft, LoRAPeft, pair
 from ._reading import File
 
 _NAME = r"(?:\.(?!(?:weight|bias)(?:\.|\Z))[^.]+)?"  # of the adapter in peft, which old files have in the keys
 _KEY = re.compile(
     r"(?:(?P<head>unet\.)?base_model\.model\.)?(?P<path>.+)\.(?P<end>"
     rf"lora_[AB](?={_NAME}\.weight\Z)|lora_magnitude_vector(?={_NAME}(?:\.weight)?\Z)|"
-    rf"(?:lora_embedding_[AB]|lokr_w[12](?:_[ab])?|lokr_t2)(?={_NAME}\Z)|alpha(?=\Z)).*"
+    rf"(?:lora_embedding_[AB]|lokr_w[12](?:_[ab])?|lokr_t2)(?={_NAME}\Z)|(?:alpha|dora_scale)(?=\Z)).*"
 )
 SAFE = "W' = W + B A, as diffusers reads files without alpha"
 LORA, DORA, LOKR = LoRAPeft(), DoRAPeft(), LoKrPeft()
@@ -102,6 +103,9 @@ def _read(layer: Module, parts: dict[str, Tensor], config: Mapping[str, Any] | N
                 whole = {**parts, **({} if alpha is None else {"alpha": alpha})}
                 return LOKR, LoKrCodec().read(layer.as_module(whole))
             return LOKR, LOKR.read(layer)
+        if SCALE in parts:
+            layer.expect(MAGNITUDE not in parts, f"either {SCALE} or {MAGNITUDE}")
+            return DORA, DORA.codec.read(layer.as_module({**pair(layer), SCALE: parts[SCALE]}))
         codec = DORA if MAGNITUDE in parts else LORA
         return codec, codec.read(layer)
     except VeneerError as error:

@@ -78,7 +78,7 @@ class DoRAPeft(LoRAPeft):
         one = (MAGNITUDE in layer.parts) != (f"{MAGNITUDE}.weight" in layer.parts)
         layer.expect(one and m.numel() == layer.site.d_out, f"one {MAGNITUDE} ({layer.site.d_out})")
         return self.codec.read(
-            layer.as_module({**_pair(layer), "dora_scale": m.reshape(-1, *(1,) * len(layer.site.weight_shape[1:]))})
+            layer.as_module({**pair(layer), "dora_scale": m.reshape(-1, *(1,) * len(layer.site.weight_shape[1:]))})
         )
 
     def write(self, part: Part) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def _undecomposed(part: Part, what: str) -> None:
         raise part.refuse(f"has magnitudes (norm_axis={part.adapter.norm_axis!r}), which peft's {what} does not have")
 
 
-def _pair(layer: Layer) -> dict[str, Tensor]:
+def pair(layer: Layer) -> dict[str, Tensor]:
     """LoRA's tensors as in LyCORIS' layout. No change, of an alpha of 0, is written as B = 0 there."""
     down, up = layer.parts.get(A), layer.parts.get(B)
     if down is None or up is None or down.ndim < 2:

@@ -24,9 +24,9 @@ from ._lycoris_ia3 import IA3Codec
 from ._lycoris_loha import LoHaCodec
 from ._lycoris_lokr import LoKrCodec
 from ._lycoris_lora import DoRACodec, LoRACodec
-from ._lycoris_names import PREFIXES, readable, written
+from ._lycoris_names import PREFIXES, dotted, readable, written
 from ._lycoris_oft import BOFTCodec, OFTCodec
-from ._placed import by_place
+from ._placed import Places, by_place
 from ._reading import File
 from ._writing import destination, write
 from .kohya import base_metadata, numbered
@@ -51,13 +51,15 @@ class Lycoris(Format):
     """`{module}.{end}`: LoRA, DoRA, LoHa, LoKr, OFT, BOFT, GLoRA and (IA)³, each module by its own method.
 
     `{module}` as in kohya's layout (`lora_unet_…`, `lora_te…`; ComfyUI's dotted names are read as well), or for any other model
-    `lycoris_` and its own path with underscores. The ends are in the codecs, one a method. Each method of a file becomes an
-    attachment of its own, all or none; ranks, alphas and splits may differ by module.
+    `lycoris_` and its own path with underscores. LoKr of a fused projection's slices that is no Kronecker product of the whole is
+    written under diffusers' paths, `transformer.{path}.lokr_w1`, as ai-toolkit does; ComfyUI reads it. The ends are in the
+    codecs, one a method. Each method of a file becomes an attachment of its own, all or none; ranks, alphas and splits may
+    differ by module.
 
     Missing alpha means alpha = rank, and an alpha of 0, which is read in two ways, is refused. What no method here holds (full
-    weights, norms, T-LoRA) is refused by name, as is on writing what is another function
-    in this layout: input-side OFT and BOFT, elementwise GLoRA, grouped convolutions but for LoHa and LoKr, slices of a fused
-    projection that are not of that form together.
+    weights, norms, T-LoRA) is refused by name, as is on writing what is another function in this layout: input-side OFT and
+    BOFT, elementwise GLoRA, grouped convolutions but for LoHa and LoKr, slices of a fused projection that are not of that form
+    together.
     Source: KohakuBlueleaf/LyCORIS 4.1 `lycoris/modules`, `lycoris/kohya.py`; kohya-ss/sd-scripts `networks/oft.py`,
     `networks/oft_flux.py`, `networks/lokr.py`; ComfyUI `comfy/weight_adapter`. LyCORIS' `get_diff_weight` of LoHa and LoKr has
     the scale twice; its forward pass, which trains, and other readers have it once, as here.
@@ -103,7 +105,7 @@ class Lycoris(Format):
         names_written: set[str] = set()
         for attachment in several:
             codec = _writer(attachment, target)
-            for place, adapters in by_place(attachment, target, names):
+            for place, adapters in _places(codec, attachment, target, names):
                 name, group = place.names[0], Group(place, adapters, attachment.towers)
                 if name in names_written:
                     raise SaveError(
@@ -222,6 +224,14 @@ def _writer(attachment: Attachment, target: Path) -> Codec:
         )
     refuse_trained(attachment, target, "LyCORIS' files")
     return codec
+
+
+def _places(codec: Codec, attachment: Attachment, target: Path, names: Places) -> list[tuple[Place, dict[str, Any]]]:
+    """The modules of an attachment; under diffusers' paths if LoKr of some fused projection's slices is none of the whole."""
+    found = by_place(attachment, target, names)
+    if isinstance(codec, LoKrCodec) and not all(codec.joins(Group(p, adapters, attachment.towers)) for p, adapters in found):
+        return by_place(attachment, target, dotted)
+    return found
 
 
 def _tensors(codec: Codec, group: Group, target: Path) -> dict[str, Tensor]:
