@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ FEW = 16
 """Epochs up to which the axis has a mark for each; an axis of numbers would have half epochs."""
 
 
-def parts() -> list[Any]:
-    """The components below a job, in the order of `values`."""
+def parts(trial: Callable[[], list[Any]] = list) -> list[Any]:
+    """The components below a job, in the order of `values`; those of `trial` are the second and following ones."""
     words = gr.Markdown("", elem_id="classify-words")
+    tried = trial()
     accuracy = gr.LinePlot(
         None, "epoch", "accuracy, %", label="Validation accuracy", visible=False, height=240,
         min_width=280, y_lim=[0, 100], buttons=[], elem_id="classify-accuracy",
@@ -42,7 +43,7 @@ def parts() -> list[Any]:
     sheets.append(sheet_picture(SHEETS["mistakes"], elem_id="classify-mistakes"))
     earlier = gr.HTML("", label="All your runs", elem_id="classify-runs")
     files = gr.File(label="Files: the classifier and how to load it", file_count="multiple", interactive=False, visible=False)
-    return [words, accuracy, compared, *sheets, earlier, files]
+    return [words, *tried, accuracy, compared, *sheets, earlier, files]
 
 
 def values(job: Job | None) -> list[Any]:

@@ -46,7 +46,7 @@ def build(studio: Studio) -> None:
             epochs = gr.Slider(1, 100, USUAL.epochs, step=1, label="Epochs", info="Passes over the training images.")
     more = _settings()
     start = gr.Button("Train", variant="primary", elem_id="classify-start")
-    view = job_view(studio, KIND, Results(_parts, _values, stamp), EMPTY)
+    view = job_view(studio, KIND, Results(lambda: parts(_trial), _values, stamp), EMPTY)
     _wire_trial(studio, answers, view)
 
     def to_begin(request: gr.Request, *given: Any) -> Any:
@@ -101,8 +101,8 @@ def _settings() -> list[Any]:
     return [shots, size, batch, rate, augment, patience, seed]
 
 
-def _parts() -> list[Any]:
-    """Where an image is tried, and the components of `parts`."""
+def _trial() -> list[Any]:
+    """Where an image is tried on a classifier."""
     with gr.Accordion("Try it on an image", open=True, visible=False, elem_id="classify-trial") as trial, gr.Row():
         with gr.Column(min_width=280):
             image = gr.Image(
@@ -111,17 +111,18 @@ def _parts() -> list[Any]:
             )  # fmt: skip
             again = gr.Button("Classify it", variant="primary", min_width=120, elem_id="classify-ask")
         label = gr.Label(label="Classes with probabilities", min_width=280, elem_id="classify-answer")
-    return [trial, image, again, label, *parts()]
+    return [trial, image, again, label]
 
 
 def _values(job: Job | None) -> list[Any]:
     ready = job is not None and all((job.run / name).exists() for name in ASKED)
-    return [gr.Accordion(visible=ready), gr.skip(), gr.skip(), gr.skip(), *values(job)]
+    words, *rest = values(job)
+    return [words, gr.Accordion(visible=ready), gr.skip(), gr.skip(), gr.skip(), *rest]
 
 
 def _wire_trial(studio: Studio, answers: Answers, view: JobView) -> None:
     """Answers of the chosen run's classifier to the visitor's image."""
-    _, image, again, label, *_ = view.extra
+    _, _, image, again, label, *_ = view.extra
 
     def asked(name: str | None, path: str | None, request: gr.Request) -> Any:
         return ask(studio.workspace(request), answers, name, path)

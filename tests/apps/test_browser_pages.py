@@ -143,6 +143,7 @@ def test_classify_the_digits_and_ask(app: App, page: Any) -> None:
     right = float(re.search(r"Accuracy ([\d.]+)%", page.locator("#classify-words").inner_text()).group(1))
     assert right > 60
     for name in ("confusion", "curves", "mistakes"):
+        page.locator(f"#classify-{name}").scroll_into_view_if_needed()
         page.locator(f"#classify-{name} img").wait_for()
     (run,) = (path.parent for path in app.workspace.glob("*/jobs/*/run/model.json"))
     digit = digit_of(run)

@@ -77,6 +77,7 @@ def classify(page: Any) -> None:
     page.locator("#classify-job input").click()
     page.get_by_role("option", name=re.compile("lora")).first.click()
     page.locator("#classify-compared table").wait_for()
+    page.locator("#classify-mistakes").scroll_into_view_if_needed()
     page.locator("#classify-mistakes img").wait_for()
 
 
