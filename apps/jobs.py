@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import signal
 import subprocess
@@ -34,6 +33,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from veneer.training.checkpoints import write_json
+from veneer.training.phases import Phase, read_phase
 from veneer.training.progress import Progress, read_progress
 
 State = Literal["waiting", "running", "stopped", "done", "failed"]
@@ -120,16 +120,10 @@ class Job:
         """Its steps so far."""
         return read_progress(self.run / "progress.jsonl")
 
-    def phase(self) -> tuple[str, int, int] | None:
-        """What it does beside training steps now, such as `generating`, and how much of it: what, done, total."""
-        try:
-            lines = (self.run / "progress.jsonl").read_text(errors="replace").strip().splitlines()
-            found = json.loads(lines[-1])
-            return str(found["phase"]), int(found["done"]), int(found["total"])
-        except (OSError, ValueError, TypeError, KeyError, IndexError):
-            pass
-        counts = re.findall(r"^pictures drawn by the base: (\d+)/(\d+)$", self.log(), re.MULTILINE)
-        return ("generating", int(counts[-1][0]), int(counts[-1][1])) if counts and not self.progress() else None
+    def phase(self) -> Phase | None:
+        """What it does beside training steps now; None while it trains, and before it tells anything."""
+        phase = read_phase(self.run / "progress.jsonl")
+        return None if phase is None or phase.phase == "training" else phase
 
     def previews(self) -> list[Path]:
         """Sheets that were drawn on the way, the oldest first."""

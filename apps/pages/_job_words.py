@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from veneer.training.phases import Phase
 from veneer.training.progress import Progress, clock
 
 from ..jobs import Job
@@ -15,9 +16,8 @@ from ._verdict import failed, read_result
 POINTS = 300
 """Points of a loss curve at most."""
 PHASES = {
-    "loading": "loads the base", "generating": "generates the images to train on", "preview": "generates previews",
-    "previews": "generates previews", "evaluating": "evaluates: it generates images and compares them",
-    "evaluation": "evaluates: it generates images and compares them",
+    "loading": "loads the base", "class_images": "generates images with the base, to train on", "previews": "generates previews",
+    "evaluating": "evaluates: it generates images and compares them", "saving": "saves its files",
 }  # fmt: skip
 """What a run tells of itself between its steps, in words."""
 STATES = {"waiting": "waits", "running": "runs", "stopped": "stopped", "done": "done", "failed": "failed"}
@@ -59,8 +59,8 @@ def _runs(job: Job, last: Progress | None) -> str:
         return "ends after this step, and keeps what it has learnt."
     phase = job.phase()
     if phase is not None:
-        what = PHASES.get(phase[0], f"is {escaped(shown(phase[0]))}")
-        return f"{what}: {phase[1]:,} of {phase[2]:,}." if phase[2] else f"{what}."
+        what = PHASES.get(phase.phase, f"is in the phase {escaped(shown(phase.phase))}")
+        return f"{what}: {_counted(phase)}." if phase.total else f"{what}."
     if last is None:
         return "gets ready: it loads the base and looks at what it is given."
     if last.step >= last.steps:
@@ -82,15 +82,20 @@ def _took(last: Progress | None) -> str:
     return f": {last.steps} steps in {clock(last.seconds)}" if last else ""
 
 
-def bar(steps: Sequence[Progress], phase: tuple[str, int, int] | None = None) -> str:
+def bar(steps: Sequence[Progress], phase: Phase | None = None) -> str:
     """A progress bar that a screen reader reads; only numbers go into it. `phase`: of what is no step, which counts if given."""
-    if phase is not None and phase[2]:
-        return _bar(phase[1], phase[2], f"{phase[1]} of {phase[2]}")
+    if phase is not None and phase.total:
+        return _bar(phase.done, phase.total, _counted(phase))
     if not steps:
         return ""
     last = steps[-1]
     left = "" if last.seconds_left is None or last.step >= last.steps else f", {clock(last.seconds_left)} left"
     return _bar(last.step, last.steps, f"{last.step} of {last.steps} steps{left}")
+
+
+def _counted(phase: Phase) -> str:
+    left = "" if phase.seconds_left is None or phase.done >= phase.total else f", about {clock(phase.seconds_left)} left"
+    return f"{phase.done:,} of {phase.total:,}{left}"
 
 
 def _bar(done: int, total: int, words: str) -> str:

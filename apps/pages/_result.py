@@ -35,7 +35,8 @@ def in_words(job: Job) -> str:
     training, figures = result.get("training") or {}, result.get("figures") or {}
     values = sum(int(m.get("parameters", 0)) for m in result.get("methods", []))
     lines = [f"{training.get('steps')} steps in {clock(training.get('seconds') or 0)}; {values:,} trained values."]
-    lines += _likeness(figures) + _prompt(figures, result.get("config") or {}) + _drift(figures)
+    if "verdict" not in result:  # whose reasons have the scores
+        lines += _likeness(figures) + _prompt(figures, result.get("config") or {}) + _drift(figures)
     lines += [f"Note: {escaped(str(said))}" for said in training.get("warnings") or []]
     names = [f"{escaped(_named(job, path))} ({FILES[path.name]})" for path in files(job)]
     return "\n".join(f"- {line}" for line in [*lines, f"Files: {', '.join(names)}."])

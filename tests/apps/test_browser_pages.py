@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_teach_from_four_photos(app: App, page: Any, chromium: Browser, tmp_path
     assert int(page.locator("#teach-progress progress").get_attribute("max")) == 100
     page.locator("#teach-preview img").wait_for()
     chromium.reload(page)
-    job = re.compile("<octopus>, pivotal (learns|has learnt|is done)")
+    job = re.compile("<octopus>, pivotal (learns|generates|saves|evaluates|is done|has ended)")
     page.locator("#teach-state").get_by_text(job).wait_for()
     page.locator("#teach-loss svg, #teach-loss canvas").first.wait_for()
     other = chromium.open(app)
@@ -53,10 +54,10 @@ def test_teach_from_four_photos(app: App, page: Any, chromium: Browser, tmp_path
     other.get_by_role("button", name="an apple, center").click()
     other.locator("#generate-state").get_by_text("1 of 1").wait_for()
     other.context.close()
-    state.get_by_text("is done: 100 steps").wait_for()
+    state.get_by_text("100 steps in").wait_for()
     page.locator("#teach-sheet img").wait_for()
-    figures = page.locator("#teach-figures").inner_text()
-    with_it, without = map(float, re.search(r"photos: ([\d.-]+) with what was learnt, ([\d.-]+) without", figures).groups())
+    figures = page.locator("#teach-verdict").inner_text()
+    with_it, without = map(float, re.search(r"photos is ([\d.-]+) with the adapter and ([\d.-]+) without", figures).groups())
     assert with_it > without + 0.2
     page.locator("#teach-kohya").click()
     page.locator("#teach-kohya-file a").nth(1).wait_for()
@@ -66,6 +67,12 @@ def test_teach_from_four_photos(app: App, page: Any, chromium: Browser, tmp_path
         "#teach-kohya-file": ["octopus-pivotal-comfyui-a1111.safetensors", "octopus.safetensors"],
     }.items():
         assert downloaded(page, part, tmp_path) == sorted(names)
+    page.locator("#teach-generate").click()
+    assert "<octopus>" in page.locator("#generate-prompt textarea").input_value()
+    page.locator("#generate-draw").click()
+    page.locator("#generate-state").get_by_text("4 of 4").wait_for()
+    told = read_settings(io.BytesIO(pictures(page, "#generate-gallery")[0]))  # type: ignore[arg-type]
+    assert [each["file"].split(" ")[0] for each in told["adapters"]] == ["<octopus>,"]
     attached = load_all(bases.load("shipped"), tmp_path / "octopus-pivotal.safetensors")
     assert {each.method.name for each in attached} == {"textual_inversion", "lora"}
     assert load_file(tmp_path / "octopus.safetensors")

@@ -21,6 +21,7 @@ from veneer.apps.studio import Studio, escaped
 from veneer.apps.workspace import Workspace
 
 from veneer.injection import VeneerError
+from veneer.training.phases import PhaseReport
 from veneer.training.progress import Progress, ProgressFile
 
 PARTS = ("choice", "state", "progress", "stop", "on", "delete", "loss", "preview", "said", "log")
@@ -91,22 +92,25 @@ def test_words_of_every_state(tmp_path: Path) -> None:
 
 
 def test_what_is_no_training_step_is_told_with_numbers(tmp_path: Path) -> None:
-    """Images that the base generates to train on, by the log; and phases that a run writes between its steps."""
+    """Images that the base generates to train on, previews, evaluation; steps are told as before."""
     studio = Studio.at(tmp_path)
     job = jobs.make(studio.workspace(None).jobs, "teach", "a control", ["control"])
+    report = PhaseReport(job.run / "progress.jsonl", seconds=0)
     job.run.mkdir()
     with FileLock(job.folder / "lock"):
-        (job.folder / "log.txt").write_text("x\npictures drawn by the base: 16/384\npictures drawn by the base: 176/384\n")
+        report("class_images", 384)(176)
         words, bar_now = seen(studio)[1:3]
-        assert "176 of 384" in words
+        assert "176 of 384, about " in words
         assert 'max="384" value="176"' in bar_now.value
-        teller(job)(event(40))
-        assert job.phase() is None, "the log's number is of before"
-        with (job.run / "progress.jsonl").open("a") as file:
-            file.write(json.dumps({"phase": "evaluating", "done": 3, "total": 12}) + "\n")
+        teller(job)(event(10))
+        assert "step 10 of 40" in seen(studio)[1]
+        assert 'max="40" value="10"' in seen(studio)[2].value
+        report("evaluating", 12)(3)
         words, bar_now = seen(studio)[1:3]
         assert "3 of 12" in words
         assert 'max="12" value="3"' in bar_now.value
+        report("saving")
+        assert "saves" in seen(studio)[1]
 
 
 @pytest.mark.parametrize("outcome", ["learned", "partly", "not_learned", "overfitted", "unknown"])

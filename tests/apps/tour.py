@@ -45,7 +45,7 @@ def prepare(page: Any, control: Path) -> None:
         )
         page.locator("#adapter-said").get_by_text("Taken as").wait_for()
     go(page, "Teach")
-    page.locator("#teach-state").get_by_text("is done").wait_for(timeout=LONG)
+    page.locator("#teach-state").get_by_text("steps in").wait_for(timeout=LONG)
 
 
 def teach(page: Any) -> None:
