@@ -11,7 +11,17 @@ from tests.training.clips import Shipped, picture
 from veneer.injection.errors import VeneerError
 from veneer.training import metrics
 from veneer.training.features import Features, of_clip
-from veneer.training.metrics import Figure, compared, figure, measure, pixel_distance, t_quantile
+from veneer.training.metrics import (
+    Figure,
+    compared,
+    difference,
+    figure,
+    layout,
+    measure,
+    pixel_distance,
+    prompt_distance,
+    t_quantile,
+)  # fmt: skip
 from veneer.training.previews import Pair
 
 
@@ -114,3 +124,35 @@ def test_without_text_model_or_unrelated_prompts_those_figures_are_none(clip):
 def test_nothing_to_compare_is_refused(clip):
     with pytest.raises(VeneerError, match="0 photos and 1 pictures"):
         metrics.measure(clip, [], [Pair("x", 0, picture(1), picture(2))])
+
+
+def colored(color, prompt, seed, adapted=None):
+    images = [Image.new("RGB", (16, 16), c) for c in (color, color if adapted is None else adapted)]
+    return Pair(prompt, seed, *images)
+
+
+def test_layout_is_the_distance_to_other_prompts_less_that_to_ones_own():
+    """Black and white backgrounds; the adapted images follow, follow halfway, or are all gray."""
+    for black, white, expected in (((0,) * 3, (255,) * 3, 1.0), ((51,) * 3, (204,) * 3, 0.6), ((102,) * 3, (102,) * 3, 0.0)):
+        found = layout([colored(c, p, s, a) for p, c, a in (("b", (0,) * 3, black), ("w", (255,) * 3, white)) for s in (0, 1)])
+        assert found.base.mean == pytest.approx(1.0)
+        assert found.adapted.mean == pytest.approx(expected)
+
+
+def test_layout_needs_two_prompts_and_two_images_of_each():
+    assert layout([colored((0,) * 3, "b", seed) for seed in (0, 1)]) is None
+    assert layout([colored((0,) * 3, "b", 0), colored((255,) * 3, "w", 0)]) is None
+
+
+def test_distance_of_unrelated_prompts(clip):
+    pairs = [Pair(prompt, seed, picture(i), picture(i + 9)) for i, (prompt, seed) in enumerate([("a", 0), ("a", 1), ("b", 0)])]
+    base = clip.pictures([pair.base for pair in pairs])
+    expected = (2 - float(base[0] @ base[2]) - float(base[1] @ base[2])) / 2
+    assert prompt_distance(clip, pairs) == pytest.approx(expected, abs=1e-5)
+    assert prompt_distance(clip, pairs[:2]) is None
+
+
+def test_difference_of_two_samples_is_the_welch_interval():
+    found = difference([1.0, 2.0, 3.0], [5.0, 5.0])
+    half = 4.3027 * math.sqrt(1 / 3)
+    assert (found.mean, found.low, found.high) == pytest.approx((-3.0, -3 - half, -3 + half))

@@ -89,6 +89,7 @@ def test_a_verdict_is_json_and_text():
         (changed(OCTOPUS, ceiling=around(0.03, 0.01)), "learned"),
         (changed(OCTOPUS, layout=pair(0.2, 0.479, 0.05)), "overfitted"),
         (changed(OCTOPUS, layout=pair(0.2, 0.479, 0.3)), "learned"),
+        (changed(OCTOPUS, layout=pair(-0.03, 0.01, 0.02)), "learned"),
         (changed(OCTOPUS, drift=around(0.6, 0.1)), "overfitted"),
         (changed(OCTOPUS, drift=around(0.55, 0.1)), "learned"),
         (changed(OCTOPUS, drift=around(0.6, 0.1), unrelated_distance=None), "learned"),

@@ -105,7 +105,8 @@ def verdict(evidence: Evidence, config: TransferConfig) -> Verdict:
         return Verdict("overfitted", summary, tuple(reasons), (*_less(config), "train less: --method linear_probe"))
     if against[0] < 0:
         summary = "It tells the classes apart, but a linear probe does better."
-        return Verdict("partly", summary, tuple(reasons), ("train the head only: --method linear_probe", *_less(config)))
+        more = ("train longer: --epochs " + str(2 * config.epochs), "start the head at the probe: --head-first")
+        return Verdict("partly", summary, tuple(reasons), (*more, "train the head only: --method linear_probe"))
     beyond = ", and better than a linear probe" if against[0] > 0 else ""
     advice = _less(config) if gap[0] else ()
     return Verdict("learned", f"It tells the classes apart{beyond}.", tuple(reasons), advice)

@@ -78,7 +78,8 @@ class Metrics:
         drift, pixel_drift: on unrelated prompts.
         unrelated_distance: mean of 1 − ⟨f(b), f(b')⟩ over the base's images of two different unrelated prompts, which gives drift
             a scale; None with fewer than two such prompts.
-        layout: how far background and place follow the prompt, whatever the subject: see `layout`; None with one prompt.
+        layout: how far background and place follow the prompt, whatever the subject: see `layout`; None with one prompt
+            or one image of each.
     """
 
     features: str
@@ -230,20 +231,21 @@ def prompt_distance(features: Features, unrelated: Sequence[Pair]) -> float | No
 
 
 def layout(concept: Sequence[Pair]) -> Compared | None:
-    """Mean distance of an image to the base's images of the other prompts, minus that to the base's images of its own prompt.
+    """Mean distance of an image to the base's images of other prompts, minus that to the base's other images of its own prompt.
 
     Distances are root mean squares between images reduced to 8×8 pixels, where background and place are left and the subject is
-    not. 0 means that the prompt makes no difference. None if there are no two prompts.
+    not. 0 means that the prompt makes no difference. None if there are no two prompts, or one image of each.
     """
     own = np.array([[a.prompt == b.prompt for b in concept] for a in concept])
-    if own.all():
+    same, other = own & ~np.eye(len(concept), dtype=bool), ~own
+    if not (same.any(1) & other.any(1)).all():
         return None
     base = np.stack([_thumbnail(pair.base) for pair in concept])
 
     def margins(images: Sequence[Image.Image]) -> list[float]:
         small = np.stack([_thumbnail(image) for image in images])
         apart = np.sqrt(((small[:, None] - base[None]) ** 2).mean((2, 3, 4)))
-        found: list[float] = ((apart * ~own).sum(1) / (~own).sum(1) - (apart * own).sum(1) / own.sum(1)).tolist()
+        found: list[float] = ((apart * other).sum(1) / other.sum(1) - (apart * same).sum(1) / same.sum(1)).tolist()
         return found
 
     return compared(margins([pair.adapted for pair in concept]), margins([pair.base for pair in concept]))

@@ -4,7 +4,8 @@ With the gain of similarity over the base (paired, 95 %), the base's similarity 
 
 - **similarity rose** if the whole interval of the gain is above 0, and **rose far** if it is above half of c − b, the
   distance from the base to the photos (not known with one photo; true where c ≤ b and similarity rose);
-- **the prompt was lost** if less than half of the base's `layout` is left, the whole interval of the paired difference below 0;
+- **the prompt was lost** if less than half of the base's `layout` is left, the whole interval of the paired difference below 0
+  (known where the prompts say where things are: where the whole interval of the base's own is above 0);
 - **other images changed** if the whole interval of the drift is above half the distance between the base's images of two
   different unrelated prompts: an image has then moved halfway to another prompt's;
 - **the class was lost** if less than 2/3 of the base's prompt similarity is left, the whole interval of the paired difference
@@ -128,8 +129,8 @@ def _changes(metrics: Metrics, far: bool) -> tuple[list[str], list[str]]:
             f"{prompt.base.mean:.2f} without: difference {prompt.gain}."
         )
         (lost if not far and _fell(prompt, KEPT) else kept).append(words)
-    if place:
-        share = max(0.0, place.adapted.mean / place.base.mean) if place.base.mean > 0 else 1.0
+    if place and (place.base.low or 0.0) > 0:
+        share = max(0.0, place.adapted.mean / place.base.mean)
         words = f"Background and place follow the prompt {share:.0%} as much as without the adapter."
         (lost if _fell(place, FOLLOWED) else kept).append(words)
     if drift:
