@@ -59,6 +59,10 @@ CAT = Metrics(
 """Measured: five photos of a cat, 300 steps of LoRA: gray shapes, and fish and houses changed as well."""
 
 
+QUICK = dataclasses.replace(OCTOPUS, likeness=pair(0.63, 0.05, 0.34), prompt_likeness=pair(0.05, 0.43, 0.1), layout=None)
+"""The same run as `OCTOPUS`, one image a prompt: good, and too few images to be sure."""
+
+
 def changed(metrics: Metrics, **parts: object) -> Metrics:
     return dataclasses.replace(metrics, **parts)
 
@@ -81,6 +85,7 @@ def test_a_verdict_is_json_and_text():
         (CAR, "not_learned"),
         (SNEAKER, "overfitted"),
         (CAT, "not_learned"),
+        (QUICK, "partly"),
         (changed(SNEAKER, prompt_likeness=pair(0.15, 0.187, 0.02)), "partly"),
         (changed(SNEAKER, prompt_likeness=pair(0.038, 0.187, 0.2)), "partly"),
         (changed(OCTOPUS, likeness=pair(0.25, 0.04, 0.1), prompt_likeness=None), "partly"),
@@ -94,7 +99,8 @@ def test_a_verdict_is_json_and_text():
         (changed(OCTOPUS, drift=around(0.55, 0.1)), "learned"),
         (changed(OCTOPUS, drift=around(0.6, 0.1), unrelated_distance=None), "learned"),
         (changed(OCTOPUS, likeness=pair(0.6, 0.04, 0.6), prompt_likeness=None), "unknown"),
-        (changed(OCTOPUS, likeness=pair(0.6, 0.04, 0.6)), "not_learned"),
+        (changed(OCTOPUS, likeness=pair(0.6, 0.04, 0.6)), "unknown"),
+        (changed(OCTOPUS, likeness=pair(0.4, 0.04, 0.6)), "not_learned"),
         (changed(CAR, prompt_likeness=None, drift=None, layout=None), "not_learned"),
         (None, "unknown"),
     ],

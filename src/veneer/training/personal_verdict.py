@@ -9,9 +9,9 @@ With the gain of similarity over the base (paired, 95 %), the base's similarity 
 - **other images changed** if the whole interval of the drift is above half the distance between the base's images of two
   different unrelated prompts: an image has then moved halfway to another prompt's;
 - **the class was lost** if less than 2/3 of the base's prompt similarity is left, the whole interval of the paired difference
-  below 0. This counts only where similarity did not rise far: prompts are read with the class word in the place of the concept,
-  and an octopus that was trained with the class word "fish" is rightly less similar to "a fish" (0.05 against 0.43 in the bundled
-  example).
+  below 0. This counts only where the mean share is below 2/3 and similarity did not rise far: prompts are read with the class
+  word in the place of the concept, and an octopus that was trained with the class word "fish" is rightly less similar to "a fish"
+  (0.05 against 0.43 in the bundled example).
 
 | similarity | something lost or changed | outcome |
 |---|---|---|
@@ -62,7 +62,7 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
         why = "The run was not evaluated (--eval-seeds 0), so there are no scores."
         return Verdict("unknown", "It was not evaluated; look at before_after.png.", (why,), (MORE_IMAGES,))
     share, rose, far = covered(metrics), metrics.likeness.clear, _rose_far(metrics)
-    lost, kept = _changes(metrics, far)
+    lost, kept = _changes(metrics, far or (share is not None and share >= KEPT))
     reasons = (_similarity(metrics, share), *lost, *kept)
     if metrics.likeness.gain.low is None:
         return Verdict("unknown", "One image is too few to tell.", reasons, (MORE_IMAGES,))
@@ -77,6 +77,9 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
                 "Images are not similar enough to the photos, and follow the prompt less, or images of other prompts changed."
             )
             return Verdict("not_learned", summary, reasons, _gentler(config))
+        if share is not None and share >= SHARE:
+            summary = "Images are more similar to the photos; too few were evaluated to be sure by how much."
+            return Verdict("partly", summary, reasons, (MORE_IMAGES, *_longer(config)))
         summary = "Images are somewhat more similar to the photos."
         if share is None:
             summary += " With one photo there is no telling how similar they could be."
@@ -119,8 +122,8 @@ def _similarity(metrics: Metrics, share: float | None) -> str:
     return f"{text}, {max(0.0, share):.0%} of the way to the photos' similarity to one another, {metrics.ceiling.mean:.2f}."
 
 
-def _changes(metrics: Metrics, far: bool) -> tuple[list[str], list[str]]:
-    """Sentences on what was lost, and on what was not. `far`: similarity rose far, so the class may be another."""
+def _changes(metrics: Metrics, near: bool) -> tuple[list[str], list[str]]:
+    """Sentences on what was lost, and on what was not. `near`: images came near the photos, whose class may be another."""
     lost, kept = list[str](), list[str]()
     prompt, place, drift = metrics.prompt_likeness, metrics.layout, metrics.drift
     if prompt:
@@ -128,7 +131,7 @@ def _changes(metrics: Metrics, far: bool) -> tuple[list[str], list[str]]:
             f"Similarity to the prompt, with the class word, is {prompt.adapted.mean:.2f} with the adapter and "
             f"{prompt.base.mean:.2f} without: difference {prompt.gain}."
         )
-        (lost if not far and _fell(prompt, KEPT) else kept).append(words)
+        (lost if not near and _fell(prompt, KEPT) else kept).append(words)
     if place and (place.base.low or 0.0) > 0:
         share = max(0.0, place.adapted.mean / place.base.mean)
         words = f"Background and place follow the prompt {share:.0%} as much as without the adapter."
