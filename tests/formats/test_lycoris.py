@@ -198,3 +198,35 @@ def test_what_other_tools_look_for_in_the_header(tmp_path: Path) -> None:
         "ss_v2": "False",
         "provenance": '{"base": "toy"}',
     }
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("boft", {"m": 1, "b": 2}),
+        ("boft", {"m": 2, "b": 4}),
+        ("boft", {"m": 3, "b": 2, "rescale": True}),
+        ("oft", {"block_size": 4}),
+        ("oft", {"block_size": 2, "rescale": True}),
+        ("oft", {"block_size": 4, "coft": 1e-3, "share": True}),
+    ],
+)
+def test_lycoris_itself_loads_trained_turns(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+    """A butterfly of fewer components than LyCORIS builds is filled up with zeros, and has its own number when it is read."""
+    pipe = tiny_pipeline("sd")
+    tuned = fill(attach(pipe, method, where=["attn.{q,k}", "conv.res"], side="output", **options), std=0.2)
+    want, path = changes(tuned), lycoris.save(tuned, tmp_path / "x")
+    assert_same(read(tiny_pipeline("sd"), path), want)
+    (again,) = load_all(tiny_pipeline("sd"), path)
+    assert_same(changes(again), want)
+    for name, (_, adapter) in tuned.parts.items():
+        assert adapter.skew.shape[:-2] == again.parts[name][1].skew.shape[:-2]
+
+
+def test_lycoris_itself_loads_only_blocks_of_a_side_up_to_their_number(tmp_path: Path) -> None:
+    """Others are read by ComfyUI and A1111, and here."""
+    tuned = fill(attach(tiny_pipeline("sd"), "oft", where="attn.q", side="output", block_size=16), std=0.2)
+    path = lycoris.save(tuned, tmp_path / "x")
+    with pytest.raises(RuntimeError):
+        read(tiny_pipeline("sd"), path)
+    assert_same(changes(load_all(tiny_pipeline("sd"), path)), changes(tuned))

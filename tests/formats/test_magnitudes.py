@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.methods.layers import site_of
-from veneer.formats import convert
+from veneer.formats import convert, lycoris
 from veneer.formats._magnitudes import base_weight, magnitude, magnitude_delta
 from veneer.injection import VeneerError, attach
 from veneer.methods.reparameterized.dora import DoRA
@@ -68,3 +69,25 @@ def test_a_change_of_nearly_nothing_is_no_large_difference(tmp_path: Path) -> No
     done = convert(tiny_pipeline("sd").unet, saved, "lycoris", tmp_path / "other")
     assert done.weights == len(dora.parts) > 1
     assert done.difference < 1e-5
+
+
+@pytest.mark.parametrize(("axis", "ratio", "percent"), [("output", 0.1, 0.5), ("output", 0.8, 28.1), ("input", 0.8, 0.0)])
+def test_the_weight_in_comfyui(tmp_path: Path, axis: str, ratio: float, percent: float) -> None:
+    """ComfyUI's norm is that of W on the output axis, and of W + ΔW on the input axis (`comfy/weight_adapter/base.py`)."""
+    pipe = tiny_pipeline("sd")
+    tuned = attach(pipe, "dora", where="name:unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", rank=2, norm_axis=axis)
+    ((site, parts),) = tuned.parts.values()
+    adapter: Any = parts
+    weight = base_weight(pipe.unet, site)
+    with torch.no_grad():  # ΔW of rank 2 with every row orthogonal to W's, and of the ratio's length
+        adapter.down.copy_(torch.linalg.svd(weight)[2][:2])
+        rows = torch.stack([torch.stack([-r[1], r[0]]) / r.norm() for r in (weight @ adapter.down.T)])
+        adapter.up.copy_(rows * ratio * weight.norm(dim=1, keepdim=True))
+        adapter.magnitude_delta.uniform_(0, 0.1)
+        want = adapter.weight(weight)
+    state = load_file(lycoris.save(tuned, tmp_path / "x"))
+    up, down, m = (next(t for k, t in state.items() if k.endswith(end)) for end in ("up.weight", "down.weight", "dora_scale"))
+    after = weight + up @ down
+    norm = weight.norm(dim=1, keepdim=True) if len(m) == len(weight) else after.norm(dim=0, keepdim=True)
+    apart = (after * m / norm).norm(dim=1) / want.norm(dim=1) - 1
+    torch.testing.assert_close(100 * apart, torch.full_like(apart, percent), atol=0.05, rtol=0)

@@ -15,7 +15,8 @@ EVERY, NONE = "*", ""  # role patterns of (IA)³'s `inputs`
 class IA3Codec(Codec):
     """`weight` w (d,) or (1, d, 1, 1), `on_input` (): W' = W diag(1 + w) for on_input = 1, else W' = diag(1 + w) W.
 
-    A fused projection is split by rows, or shares one w of its inputs; joined, its slices must share it.
+    A fused projection is split by rows, or shares one w of its inputs; joined, its slices must share it. ComfyUI does not read
+    (IA)³; A1111 and Forge do.
     """
 
     method: ClassVar[str] = "ia3"

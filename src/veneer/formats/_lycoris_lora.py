@@ -47,7 +47,7 @@ class DoRACodec(LoRACodec):
     m is (d_out, 1[, 1, 1]) with the norm of an output's row, or (1, d_in[, 1, 1]) with the norm of an input channel's column
     (LyCORIS' `wd_on_output=False`, OneTrainer's default); in a fused projection that column has the rows of all slices.
     ComfyUI computes the same weight on the input axis. On the output axis it divides by ‖W‖ and not by ‖W + s·B A‖, so each
-    row is off by the factor ‖W + s·B A‖ / ‖W‖: measured 0.5 to 28 % of the weight, the more the larger the update.
+    row is too long by the factor ‖W + s·B A‖ / ‖W‖: 0.5 % where ‖s·B A‖ is 0.1·‖W‖, 28 % where it is 0.8·‖W‖ (s·B A ⊥ W).
     """
 
     method: ClassVar[str] = "dora"

@@ -25,6 +25,8 @@ class OFTCodec(Codec):
     tool multiplies it by d_out or, as ComfyUI, does not.
     A fused projection is split and joined where its slices are whole blocks. `oft_unet_` and `oft_blocks.0`, `oft_blocks.1`, …
     for the slices, as sd-scripts' own OFT is written, are read.
+    LyCORIS' own loader builds only blocks whose side is at most their number (b² ≤ d_out); ComfyUI, A1111 and sd-scripts read
+    other sides as well. Train with a smaller `block_size` for LyCORIS.
     """
 
     method: ClassVar[str] = "oft"
@@ -72,7 +74,8 @@ class BOFTCodec(Codec):
 
     Q = B − Bᵀ. In B_i the two halves of a block lie 2^(i−1) half-blocks apart. `alpha` as for OFT. The entries of a block are
     interleaved here, one of each half in turn, and one half after the other in veneer's.
-    LyCORIS itself builds only the m and b that its own rule gives for d_out; ComfyUI and A1111 read others as well.
+    LyCORIS' own loader builds m = log2(d_out / b) + 1 components only, for d_out / b a power of 2: components that are missing to
+    that are written as zeros, which turn nothing, and left out again when read. ComfyUI and A1111 read other d_out / b as well.
     """
 
     method: ClassVar[str] = "boft"
@@ -85,10 +88,10 @@ class BOFTCodec(Codec):
     def read(self, module: Module) -> list[Piece]:
         q = _shortened(module, module.parts[BLOCKS], module.rows)
         m, count, side, _ = q.shape
-        reach = 2 ** (m - 1) * side
-        module.expect(
-            count * side == module.rows and side % 2 == 0 and module.rows % reach == 0, f"a butterfly of {module.rows} rows"
-        )
+        right = m > 0 and count * side == module.rows and side % 2 == 0 and module.rows % (2 ** (m - 1) * side) == 0
+        module.expect(right, f"a butterfly of {module.rows} rows")
+        m = 1 + max(q.flatten(1).any(1).nonzero().flatten().tolist(), default=0)  # the last that turns anything
+        q, reach = q[:m], 2 ** (m - 1) * side
         order = torch.arange(side).view(-1, 2).mT.flatten()
         return _pieces(module, q[..., order, :][..., order], side, reach, {"side": "output", "m": m, "b": side})
 
@@ -96,7 +99,11 @@ class BOFTCodec(Codec):
         shapes = {(len(_turning(group, a, "BOFT").skew), a.size) for a in group.adapters.values()}
         (m, side), *others = shapes
         order = torch.arange(side).view(2, -1).mT.flatten()
-        return _written(group, 0 if others else side, 2 ** (m - 1) * side, lambda a: -_q(a)[..., order, :][..., order], m)
+        found = _written(group, 0 if others else side, 2 ** (m - 1) * side, lambda a: -_q(a)[..., order, :][..., order], m)
+        blocks = found[BLOCKS]
+        count = blocks.shape[1]
+        full = count.bit_length() if count.bit_count() == 1 else m  # log2(count) + 1
+        return {**found, BLOCKS: torch.cat([blocks, blocks.new_zeros(max(full - m, 0), *blocks.shape[1:])])}
 
     def args(self, group: Group) -> dict[str, str]:
         return _args(group)

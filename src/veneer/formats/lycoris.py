@@ -1,4 +1,4 @@
-"""What is not plain LoRA, as LyCORIS and kohya's sd-scripts write it, and A1111, Forge and ComfyUI read it."""
+"""What is not plain LoRA, as LyCORIS and kohya's sd-scripts write it, and A1111, Forge and (but for (IA)³) ComfyUI read it."""
 
 from __future__ import annotations
 

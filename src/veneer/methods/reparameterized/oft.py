@@ -68,7 +68,8 @@ class OFT(Method):
             scaling; they use 6e-5). Above 0; None for no constraint.
         rescale: also learn D, a factor for each neuron's length: W' = D W Rᵀ, D = 1 at the start.
         side: `output` turns what the layer gives, W' = D R W and d = d_out, as LyCORIS and kohya's tools do; such blocks may be
-            of 1 with `rescale`. A convolution turns its channels, and a bias stays.
+            of 1 with `rescale`. A convolution turns its channels, and a bias stays. LyCORIS itself loads a file only if the side
+            of the blocks is at most their number.
         neumann_terms: number of terms of the Neumann series that approximates R_i, as in peft, whose default is 5:
             I + 2 Q + 2 Q² + … + Qⁿ with n = neumann_terms − 1. R is then only approximately orthogonal: the error grows with ‖Q‖.
             None solves the equation. At least 1; only with side='input'.
