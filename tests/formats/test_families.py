@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import veneer
-from veneer.formats import formats
+from veneer.formats import formats, read
 from veneer.formats._families import family_of
 from veneer.formats._kohya_names import places
 from veneer.formats._modules import paths
@@ -25,6 +27,29 @@ BASES = {
     "sd15": "Stable Diffusion 1", "sd21": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL", "sd3_medium": "Stable Diffusion 3",
     "flux_dev": "FLUX", "pixart_alpha": "PixArt", "dit_xl_2": "DiT",
 }  # fmt: skip
+
+
+# what else has attention of these names and widths
+ATTENTION = {
+    "flux_dev": "FLUX, Chroma, Bria or LongCat", "pixart_alpha": "PixArt or Sana", "dit_xl_2": "DiT, PixArt or Sana",
+}  # fmt: skip
+# diffusers' classes, with the family of a LoRA of all layers, of attention, of queries alone and of feed-forward layers
+CLASSES: dict[str, tuple[dict[str, Any], tuple[str | None, ...]]] = {
+    "ChromaTransformer2DModel": ({}, ("Chroma", *["FLUX, Chroma, Bria or LongCat"] * 3)),
+    "Flux2Transformer2DModel": ({}, ("FLUX.2", "FLUX.2", "FLUX.2", None)),
+    "QwenImageTransformer2DModel": ({}, ("Qwen-Image", "Qwen-Image", "Qwen-Image", None)),
+    "HunyuanVideoTransformer3DModel": ({}, ("HunyuanVideo",) * 4),
+    "HunyuanVideo15Transformer3DModel": ({}, ("HunyuanVideo 1.5",) * 4),
+    "HunyuanImageTransformer2DModel": ({}, ("HunyuanImage",) * 4),
+    "AuraFlowTransformer2DModel": ({"pos_embed_max_size": 9216}, ("AuraFlow",) * 4),
+    "LTXVideoTransformer3DModel": ({}, ("LTX", "LTX", "LTX", None)),
+    "LTX2VideoTransformer3DModel": ({}, ("LTX-2", "LTX-2", "LTX-2", None)),
+    "SanaTransformer2DModel": ({}, ("Sana",) * 4),
+    "CosmosTransformer3DModel": ({}, ("Cosmos", "Cosmos", None, None)),
+    "MochiTransformer3DModel": ({}, (None,) * 4),
+    "CogVideoXTransformer3DModel": ({}, (None,) * 4),
+    "BriaTransformer2DModel": ({}, ("FLUX, Bria or LongCat", *["FLUX, Chroma, Bria or LongCat"] * 3)),
+}
 
 
 def tower_of(base: str) -> Any:
@@ -61,7 +86,60 @@ def test_of_every_layout(base: str) -> None:
             continue
         assert family_of(shapes, form) == BASES[base], form
         attention = {key: shape for key, shape in shapes.items() if "attn" in key}
-        assert family_of(attention, form) == ("DiT or PixArt" if base == "dit_xl_2" else BASES[base]), form
+        several = ATTENTION.get(base, BASES[base])
+        if base == "flux_dev" and form in ("kohya", "comfyui"):
+            several = "FLUX or Chroma"
+        assert family_of(attention, form) == several, form
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_of_transformers_that_no_host_knows(name: str) -> None:
+    """By the names and widths of diffusers' own classes: no family where several have them."""
+    options, families = CLASSES[name]
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = getattr(diffusers, name)(**options)
+    found = {path: m.weight.shape for path, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    for part, family in zip(("", "attn", "to_q", ".ff"), families, strict=True):
+        for pattern in ("transformer.{}.lora_A.weight", "lora_transformer_{}.lora_down.weight"):
+            chosen = {path: shape for path, shape in found.items() if part in path}
+            flat = {p: p.replace(".", "_") if pattern.startswith("lora") else p for p in chosen}
+            shapes = {pattern.format(flat[path]): (1, shape[1]) for path, shape in chosen.items()}
+            assert family_of(shapes) == family, (part, pattern)
+
+
+def test_names_of_hunyuan_video_and_flux_are_alike_but_for_their_number() -> None:
+    def attention(blocks: int, single: int, width: int = 3072) -> dict[str, tuple[int, ...]]:
+        names = [f"lora_unet_double_blocks_{i}_img_attn_qkv" for i in range(blocks)]
+        names += [f"lora_unet_single_blocks_{i}_linear1" for i in range(single)]
+        return {f"{name}.lora_down.weight": (4, width) for name in names}
+
+    assert family_of(attention(19, 38)) == "FLUX or Chroma"
+    assert family_of(attention(20, 40)) == "HunyuanVideo"
+    assert family_of(attention(10, 30)) == "FLUX, Chroma or HunyuanVideo"
+    assert family_of(attention(19, 38, 64)) is None
+
+
+@pytest.mark.parametrize("method", ["lora", "loha"])
+def test_of_small_models_nothing_is_told(method: str, tmp_path: Path) -> None:
+    """The names of SDXL, FLUX and PixArt at widths that these do not have."""
+    for family in ("sdxl", "flux", "pixart", "dit", "sd"):
+        for form in ("native", "diffusers" if method == "lora" else "lycoris"):
+            path = formats.get(form)().save(veneer.attach(tiny_pipeline(family), method, rank=1), tmp_path / form)
+            assert family_of(read(path).shapes, form) is None, (family, form)
+
+
+def test_a_controlnet_of_the_bundled_base_is_no_sdxl(tmp_path: Path) -> None:
+    """It has an embedding of sizes, which SDXL has as well, and reads text of another width."""
+    shapes = {
+        "add_embedding.linear_1.weight": (1024, 512),
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": (256, 256),
+    }
+    assert family_of(shapes, "controlnet") is None
+    without_text = {"add_embedding.linear_1.weight": (1280, 2816)}
+    assert family_of(without_text, "controlnet") == "Stable Diffusion XL"
+    del shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"]
+    assert family_of(shapes, "controlnet") is None
 
 
 def test_of_xlabs_and_old_diffusers_files() -> None:

@@ -107,11 +107,10 @@ def test_the_family_is_told_by_the_width_of_the_text(tmp_path: Path, width: int,
     assert look(attach(pipe, "lora", where="xattn", rank=2).save(tmp_path / "native")).family == family
 
 
-def test_flux_is_told_by_its_names(tmp_path: Path) -> None:
+def test_names_alone_are_not_conclusive(tmp_path: Path) -> None:
+    """A tiny model has FLUX's names, and none of its widths."""
     lora = attach(tiny_pipeline("flux"), "lora", rank=2)
-    assert (
-        look(kohya.save(lora, tmp_path / "kohya")).family == look(diffusers.save(lora, tmp_path / "diffusers")).family == "FLUX"
-    )
+    assert look(kohya.save(lora, tmp_path / "kohya")).family is look(diffusers.save(lora, tmp_path / "diffusers")).family is None
 
 
 @pytest.mark.skipif(not FIXTURE.is_file(), reason="the published LoRA is not on this machine")
