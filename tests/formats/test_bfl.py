@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import veneer
-from veneer.formats import bfl, format_of, read
+from veneer.formats import bfl, format_of, look, read
 from veneer.formats._modules import modules
 from veneer.injection import LoadError, SaveError, attach
 from veneer.injection.towers import towers_of
@@ -112,6 +113,51 @@ def test_without_biases_and_norms_it_is_a_lora(tmp_path: Path) -> None:
     name = "double_blocks.0.img_mlp.2"
     want = state[f"{name}.lora_B.weight"].double() @ state[f"{name}.lora_A.weight"].double()
     torch.testing.assert_close(deltas(loaded)["transformer.transformer_blocks.0.ff.net.2"], want)
+
+
+def test_peft_puts_a_prefix_before_the_names(tmp_path: Path) -> None:
+    """`base_model.model.double_blocks…`: in a file of its own ΔW = B A, in peft's folder by the config's alpha."""
+    pipe = tiny_pipeline("flux")
+    state = control(pipe.transformer)
+    save_file(state, tmp_path / "x.safetensors")
+    save_file({f"base_model.model.{key}": tensor for key, tensor in state.items()}, tmp_path / "y.safetensors")
+    assert format_of(read(tmp_path / "y")).name == "bfl"
+    found = []
+    for name in ("x", "y"):
+        lora, shift = veneer.load(pipe, tmp_path / name)
+        found.append((deltas(lora), {k: t.clone() for k, t in (lora.state_dict() | shift.state_dict()).items()}))
+        shift.detach()
+        lora.detach()
+    assert found[0][1].keys() == found[1][1].keys()
+    assert all(torch.equal(tensor, found[1][1][key]) for key, tensor in found[0][1].items())
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    pairs = {
+        f"base_model.model.{key}": tensor for key, tensor in state.items() if key.endswith((".lora_A.weight", ".lora_B.weight"))
+    }
+    save_file(pairs, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3.0, "alpha_pattern": {"double_blocks.0.img_mlp.0": 1.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert format_of(read(folder)).name == "bfl"
+    assert {alpha for block in look(folder).blocks for alpha in block.alphas} == {1.0, 3.0}
+    got = deltas(veneer.load(pipe, folder))
+    for name, want in found[0][0].items():
+        alpha = 1.0 if name == "transformer.transformer_blocks.0.ff.net.0.proj" else 3.0
+        torch.testing.assert_close(got[name], want * alpha / RANK, msg=name)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(LoadError, match="DoRA"):
+        veneer.load(pipe, folder)
+
+
+def test_layers_biases_and_norms_are_listed_as_such(tmp_path: Path) -> None:
+    state = control(tiny_pipeline("flux").transformer)
+    save_file(state, tmp_path / "x.safetensors")
+    found = look(tmp_path / "x")
+    methods = [layer.method for layer in bfl.BFL().layers(read(tmp_path / "x"))]
+    counts = {end: sum(key.endswith(end) for key in state) for end in (".lora_A.weight", ".lora_B.bias", "_norm.scale")}
+    assert [methods.count(method) for method in ("lora", "bitfit", "norm")] == list(counts.values())
+    assert sum(block.values for block in found.blocks) == sum(tensor.numel() for tensor in state.values())
 
 
 @pytest.mark.parametrize(

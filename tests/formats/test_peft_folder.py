@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
-from veneer.formats import format_of, peft_folder, read
+from veneer.formats import format_of, look, peft_folder, read
 from veneer.injection import LoadError, SaveError, attach, hosts
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -108,6 +108,8 @@ WRITTEN: dict[str, tuple[Callable[[], nn.Module], Callable[[], peft.PeftConfig]]
         oft_block_size=4, target_modules=VIT, use_cayley_neumann=False, block_share=True)),
     "oft, blocks": (vit, lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=MLP, use_cayley_neumann=False)),
     "coft": (vit, lambda: peft.OFTConfig(oft_block_size=4, target_modules=VIT, use_cayley_neumann=False, coft=True, eps=0.1)),
+    "adalora": (vit, lambda: peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=9, target_modules=VIT)),
+    "adalora, alpha 0": (vit, lambda: peft.AdaLoraConfig(init_r=4, lora_alpha=0, total_step=9, target_modules=MLP)),
     "boft": (vit, lambda: peft.BOFTConfig(boft_block_size=4, target_modules=VIT, boft_n_butterfly_factor=1)),
     "ia3": (unet, lambda: peft.IA3Config(target_modules=["to_k", "to_v", "ff.net.2"], feedforward_modules=["ff.net.2"])),
     "vera": (vit, lambda: peft.VeraConfig(r=5, target_modules=[*VIT, *MLP])),
@@ -161,6 +163,29 @@ def test_peft_makes_the_same_change_of_what_is_written(tmp_path: Path, case: str
     want = changed(base, dict(tuned.host_state_dict()))
     assert_same(by_peft(base, tmp_path / "tuned"), want)
     assert_same(by_veneer(base, tmp_path / "tuned"), want)
+
+
+def test_pruned_adalora_keeps_the_scale_of_its_initial_rank(tmp_path: Path) -> None:
+    base, folder = vit(), tmp_path / "x"
+    saved(base, peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=9, target_modules=["attn.proj"]), folder)
+    whole = by_peft(base, folder)
+    path = folder / "adapter_model.safetensors"
+    state = load_file(path)
+    lowest = next(iter(state)).rpartition(".")[0]
+    kept = {
+        "lora_A": state[f"{lowest}.lora_A"][:2],
+        "lora_B": state[f"{lowest}.lora_B"][:, :2],
+        "lora_E": state[f"{lowest}.lora_E"][:2],
+    }
+    save_file(state | {f"{lowest}.{end}": t.contiguous() for end, t in kept.items()}, path)
+    got = by_veneer(base, folder)
+    name = f"{lowest.removeprefix('base_model.model.')}.weight"
+    want = 6 / (4 + 1e-5) * (kept["lora_B"].double() @ (kept["lora_A"] * kept["lora_E"]).double())
+    torch.testing.assert_close(got.pop(name), want, **TOLERANCE)
+    whole.pop(name)
+    assert_same(got, whole)
+    (block,) = {(b.method, b.ranks) for b in look(folder).blocks if b.name in lowest}
+    assert block == ("lora", (2,))
 
 
 def test_the_folder_is_peft_s(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from os import PathLike
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from ._converting import Converted, convert
 from ._format import Format, Layer, Options, format_of, formats, known_format
 from ._looking import Look, look
 from ._reading import File, read
+
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "Converted",
@@ -47,7 +50,8 @@ def load(
             peft or diffusers writes it, or a picture with a learned word in it.
         name: of the attachment; the saved one by default. Of several in one file, the first part of their names.
         scale: strength, 1 as trained.
-        strict: False loads what fits of a file with missing, unused or misshapen tensors; `Attachment.loaded` says what did.
+        strict: False loads what fits of a file with missing, unused or misshapen tensors; `Attachment.loaded` says what did, and
+            a logged warning what did not.
         base: `same` refuses another base than the adapter was trained on, where the file says which; `any` does not look.
         token: for embeddings, the word in prompts, in the place of the one in the file.
     Returns:
@@ -75,6 +79,7 @@ def load_all(
     file = read(path)
     with kept():
         found = known_format(file).load(model, file, Options(name=name, strict=strict, same_base=base == "same", token=token))
+    _log_left_out(path, found)
     try:
         for attachment in found:
             if scale != attachment.scale:
@@ -84,3 +89,12 @@ def load_all(
             attachment.detach()
         raise
     return found
+
+
+def _log_left_out(path: str | PathLike[str], attachments: list[Attachment]) -> None:
+    """Log a warning that names what `strict=False` did not load of a file."""
+    reports = [a.loaded for a in attachments]
+    for word in ("unused", "missing", "misshapen"):
+        names = [name for report in reports for name in getattr(report, word)]
+        if names:
+            _log.warning("%s: strict=False: %d tensors %s: %s", path, len(names), word, ", ".join(names[:8]))

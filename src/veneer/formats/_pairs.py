@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,12 +36,20 @@ class Read(NamedTuple):
     unused: list[str]
 
 
-def wanted(model: Any, file: File, options: Options, known: Mapping[str, Place], ends: Mapping[str, str] = KOHYA) -> Wanted:
+def wanted(
+    model: Any,
+    file: File,
+    options: Options,
+    known: Mapping[str, Place],
+    ends: Mapping[str, str] = KOHYA,
+    alphas: Callable[[str, int], float] | None = None,
+) -> Wanted:
     """The lora attachment that gives the file's ΔW at every site.
 
     Args:
         known: the layers that the model has, by every name that they go by in the file.
         ends: how a key may end, without the dot before, to what the tensor is (of `PARTS`).
+        alphas: name and rank of a layer to its alpha, if it is not in the tensors.
     Raises:
         LoadError: keys of other things than LoRA, layers that the model does not have, or a weight that is changed twice.
     """
@@ -53,6 +61,8 @@ def wanted(model: Any, file: File, options: Options, known: Mapping[str, Place],
         if name not in known or not whole(parts):
             unused += keys[name]
             continue
+        if alphas is not None:
+            parts.setdefault(ALPHA, torch.tensor(alphas(name, parts[DOWN].shape[0]), dtype=torch.float64))
         for site, low in split(file, name, known[name], pair(file, name, parts)):
             if site.name in found:
                 raise LoadError(f"{file.path}: '{name}' and a layer before it both change '{site.name}'. The file is damaged.")

@@ -27,7 +27,7 @@ _NAME = r"(?:\.(?!(?:weight|bias)(?:\.|\Z))[^.]+)?"  # of the adapter in peft, w
 _KEY = re.compile(
     r"(?:(?P<head>unet\.)?base_model\.model\.)?(?P<path>.+)\.(?P<end>"
     rf"lora_[AB](?={_NAME}\.weight\Z)|lora_magnitude_vector(?={_NAME}(?:\.weight)?\Z)|"
-    rf"(?:lora_embedding_[AB]|lokr_w[12](?:_[ab])?|lokr_t2)(?={_NAME}\Z)|(?:alpha|dora_scale)(?=\Z)).*"
+    rf"(?:lora_embedding_[AB]|lokr_w[12](?:_[ab])?|lokr_t2)(?={_NAME}\Z)|(?:alpha|dora_scale|magnitude)(?=\Z)).*"
 )
 SAFE = "W' = W + B A, as diffusers reads files without alpha"
 LORA, DORA, LOKR = LoRAPeft(), DoRAPeft(), LoKrPeft()
@@ -82,7 +82,7 @@ def _grouped(file: File, places: Mapping[str, Any]) -> tuple[dict[str, dict[str,
         if match is None or path not in places:
             unused.append(key)
             continue
-        end = f"{match['end']}.weight" if match["end"] in ("lora_A", "lora_B") else match["end"]
+        end = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": MAGNITUDE}.get(match["end"], match["end"])
         parts = layers.setdefault(path, {})
         if end in parts:  # a second one of what is there already
             unused.append(key)
@@ -125,7 +125,8 @@ def layers(file: File, config: Any) -> list[Layer]:
 
 def _layer(file: File, path: str, keys: Mapping[str, str], config: dict[str, Any] | None, heads: set[str]) -> Layer:
     shapes = {end: file.shapes[key] for end, key in keys.items()}
-    method = "lokr" if any(end.startswith("lokr_") for end in keys) else "dora" if MAGNITUDE in keys else "lora"
+    dora = MAGNITUDE in keys or "magnitude" in keys
+    method = "lokr" if any(end.startswith("lokr_") for end in keys) else "dora" if dora else "lora"
     shape = next((shapes[end] for end in ("lora_A", EMBEDDED[0], "lokr_w2_b", "lokr_w1_b") if shapes.get(end)), None)
     rank = shape[0] if shape else None
     head, _, rest = path.partition(".")

@@ -13,6 +13,7 @@ from ..injection import Attachment, LoadError, SaveError
 from ..injection.sites import ParamSite, WeightSite
 from ._kohya_names import Place
 from ._lycoris_codec import Codec, Group, Module, Piece
+from ._peft_config import scaled_alpha
 from ._reading import File
 
 Settings = dict[str, Any]
@@ -118,6 +119,11 @@ class PeftCodec(ABC):
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         """The rank, as far as shapes tell."""
         return None
+
+    def alpha(self, file: File, config: Settings, path: str, rank: int) -> float | None:
+        """The alpha of a module in peft's config, None if it has none."""
+        key = "lora_alpha" if self.kind == "LORA" else "alpha"
+        return scaled_alpha(file, config, path, rank, key) if key in config else None
 
     def whole(self, attachment: Attachment) -> dict[str, Tensor]:
         """Tensors of the whole file, by key."""

@@ -70,7 +70,7 @@ def refuse(where: Path, config: Mapping[str, Any]) -> None:
     for key, what in REFUSED.items():
         value = config.get(key)
         if value not in (None, False, "none", "", [], {}):
-            raise LoadError(f"{said} {key}={value!r}: {what}, which are another method. Nothing is loaded.")
+            raise LoadError(f"{said} {key}={repr(value)[:80]}: {what}, which are another method. Nothing is loaded.")
 
 
 def of(file: File, config: Mapping[str, Any], module: str, key: str, patterns: str, default: float) -> float:

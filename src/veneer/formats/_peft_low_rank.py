@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from ._magnitudes import SCALE
 from ._pairs import DOWN, UP
 from ._peft_codec import Layer, Part, PeftCodec, Settings
 from ._peft_config import DEFAULT_ALPHA, of, patterns, scaled_alpha
+from ._reading import File
 
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 EMBEDDED = ("lora_embedding_A", "lora_embedding_B")
@@ -92,6 +94,49 @@ class DoRAPeft(LoRAPeft):
 
     def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
         return {**super().settings(attachment, parts), "use_dora": True}
+
+
+class AdaLoRAPeft(LoRAPeft):
+    """`lora_A` (r, d_in), `lora_B` (d_out, r) and the singular values `lora_E` (r, 1); ΔW = alpha / (init_r + 1e-5)·B (A ∘ E).
+
+    r is what is left after pruning, while the scale keeps the config's `init_r`. An alpha of 0 or less means `init_r`.
+    Becomes a lora attachment with A ∘ E as `down`. Read only.
+    Source: peft 0.21 `tuners/adalora/layer.py`, `tuners/adalora/model.py`.
+    """
+
+    kind: ClassVar[str] = "ADALORA"
+    ends: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_E")
+
+    def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        return (shapes.get("lora_A") or (None,))[0]
+
+    def alpha(self, file: File, config: Settings, path: str, rank: int) -> float:
+        initial = of(file, config, path, "init_r", "init_r_pattern", 12)
+        alpha = of(file, config, path, "lora_alpha", "lora_alpha_pattern", DEFAULT_ALPHA)
+        return (alpha if alpha > 0 else initial) / (initial + 1e-5) * rank
+
+    def read(self, layer: Layer) -> list[Piece]:
+        down, up, values = (layer.parts.get(end) for end in self.ends)
+        site = layer.site
+        if site.kind == "embedding" or site.groups != 1:
+            raise layer.refuse("is an embedding or a grouped convolution, of which peft has no AdaLoRA")
+        rank = len(down) if down is not None and down.ndim == 2 else 0
+        shapes = [None if t is None else tuple(t.shape) for t in (down, up, values)]
+        width = math.prod(site.weight_shape[1:])
+        whole = shapes == [(rank, width), (site.d_out, rank), (rank, 1)]
+        layer.expect(whole, "lora_A (r, d_in), lora_B (d_out, r) and lora_E (r, 1)")
+        initial = of(layer.file, layer.config, layer.path, "init_r", "init_r_pattern", 12)
+        layer.expect(initial >= max(rank, 1), f"an init_r of at least {max(rank, 1)} in the config, not {initial:g}")
+        if not rank:
+            layer.notes.append(f"every triplet of '{layer.path}' was pruned")
+            return []
+        assert down is not None and up is not None and values is not None  # noqa: PT018
+        low = (down.double() * values.double()).reshape(rank, *site.weight_shape[1:])
+        state = {"down": low.float(), "up": up.reshape(site.d_out, rank, *(1,) * len(site.kernel))}
+        return [Piece(site, {"rank": rank, "alpha": self.alpha(layer.file, dict(layer.config), layer.path, rank)}, state)]
+
+    def write(self, part: Part) -> dict[str, Tensor]:
+        raise part.refuse("is lora, which is written as LORA")
 
 
 class LoHaPeft(PeftCodec):

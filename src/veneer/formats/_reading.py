@@ -23,7 +23,7 @@ SUFFIX = ".safetensors"
 # what is meant by a folder: veneer's own, peft's, diffusers' for a whole network, and a ControlNeXt's beside weights of the base
 NAMED = ("adapter.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors", "controlnet.safetensors")
 LARGEST_HEADER, LARGEST_JSON = 16_000_000, 4_000_000  # bytes of a header, characters of a JSON text in it
-WHOLE = (".alpha", ".on_input")  # ends of names whose tensors may be whole numbers; all else of a layer is none
+WHOLE = (".alpha", ".on_input", ".scaled_oft")  # ends of names whose tensors may be whole numbers; all else of a layer is none
 _PICKLE = """Pickles can run code when they are read, so they are refused. Convert it once, where you trust it. A LoRA:
   python -c "import torch; from safetensors.torch import save_file; save_file(torch.load('OLD', weights_only=True), 'NEW')"
 a learned word:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,19 +16,21 @@ from ..injection import Attachment, LoadError, SaveError
 from ..injection.sites import ParamSite
 from ..injection.towers import Tower, towers_of
 from ._attaching import Wanted, attach_all
-from ._format import Options
+from ._format import Layer, Options, values
 from ._kohya_names import Place
 from ._layered import Layered
 from ._modules import modules
-from ._pairs import wanted
+from ._pairs import layers_of, wanted
+from ._peft_config import NAME, read_config, refuse, scaled_alpha
 from ._reading import File
 from ._writing import destination
 from .comfyui import ComfyUI
 
-STARTS = ("double_blocks.", "single_blocks.")
+PEFT = "base_model.model."
+STARTS = ("double_blocks.", "single_blocks.", f"{PEFT}double_blocks.", f"{PEFT}single_blocks.")
 BIAS = ".lora_B.bias"
 NORM = re.compile(
-    r"(?P<kind>double|single)_blocks\.(?P<i>\d+)\.(?:(?P<stream>img|txt)_attn\.)?norm\.(?P<half>query|key)_norm\.scale"
+    r"(?:base_model\.model\.)?(?P<kind>double|single)_blocks\.(?P<i>\d+)\.(?:(?P<stream>img|txt)_attn\.)?norm\.(?P<half>query|key)_norm\.scale"
 )
 NORMS = {(None, "query"): "norm_q", (None, "key"): "norm_k", ("img", "query"): "norm_q", ("img", "key"): "norm_k",
          ("txt", "query"): "norm_added_q", ("txt", "key"): "norm_added_k"}  # fmt: skip
@@ -39,7 +41,8 @@ class BFL(Layered):
 
     ΔW = B A; ComfyUI's names without a prefix. The control LoRAs (Canny, Depth) have biases, which become a bitfit attachment,
     and whole norms of queries and keys, which become trained parameters of the base. Their `img_in` reads the control picture
-    beside the latents, 128 channels, so that they need a FLUX widened to these. Read only.
+    beside the latents, 128 channels, so that they need a FLUX widened to these. `base_model.model.` before the names, as peft
+    puts it there, is read as well: with peft's config beside the file by its alphas, ΔW = (alpha / r)·B A. Read only.
     Source: black-forest-labs/flux `docs/structural-conditioning.md`, `src/flux/modules/lora.py`; diffusers 0.42
     `loaders/lora_conversion_utils.py`.
     """
@@ -54,14 +57,21 @@ class BFL(Layered):
 
     def places(self, tower: Tower) -> Sequence[Place]:
         flux = type(tower.module).__name__ == "FluxTransformer2DModel"
-        return [Place((m.path,), m.sites, m.swapped) for m in modules(tower) if flux]
+        return [Place((m.path, PEFT + m.path), m.sites, m.swapped) for m in modules(tower) if flux]
+
+    def layers(self, file: File) -> list[Layer]:
+        beside = [key for key in file.shapes if key.endswith(BIAS) or NORM.fullmatch(key)]
+        pairs = layers_of(file.only(file.shapes.keys() - set(beside)), self.ends)
+        alphas = _alphas(file)
+        pairs = [dataclasses.replace(p, alpha=alphas(p.name, p.rank)) if alphas and p.rank else p for p in pairs]
+        return [*pairs, *(Layer(key, "bitfit" if key.endswith(BIAS) else "norm", values=values(file, [key])) for key in beside)]
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         biases = {key for key in file.shapes if key.endswith(BIAS)}
         norms = {key for key in file.shapes if NORM.fullmatch(key)}
         known = self.known(model)
         _refuse_narrow(file, known)
-        lora = wanted(model, file.only(file.shapes.keys() - biases - norms), options, known, self.ends)
+        lora = wanted(model, file.only(file.shapes.keys() - biases - norms), options, known, self.ends, _alphas(file))
         params = {(s.path, s.param): s for t in towers_of(model) for s in t.sites if isinstance(s, ParamSite)}
         replaced = dict(_norms(file, file.tensors(options.strict, norms), params))
         lora = dataclasses.replace(lora, state={**lora.state, **replaced}, train=[key.rpartition(":")[0] for key in replaced])
@@ -80,9 +90,26 @@ class BFL(Layered):
         )
 
 
+def _alphas(file: File) -> Callable[[str, int], float] | None:
+    """Alpha by a layer's name and rank from peft's config beside a file with peft's prefix; None if there is no config.
+
+    Raises:
+        LoadError: the config is not of plain LoRA.
+    """
+    where = file.path.with_name(NAME)
+    if not any(key.startswith(PEFT) for key in file.shapes) or not where.is_file():
+        return None
+    config = read_config(file)
+    refuse(where, config)
+    if config["peft_type"] != "LORA" or config.get("use_dora"):
+        kind = "DoRA" if config.get("use_dora") else config["peft_type"][:80]
+        raise LoadError(f"{where}: {kind} with Black Forest Labs' module names; only plain LoRA is read with them.")
+    return lambda name, rank: scaled_alpha(file, config, name.removeprefix(PEFT), rank)
+
+
 def _refuse_narrow(file: File, known: Mapping[str, Place]) -> None:
     """Raise for a control LoRA on a model that reads no control picture."""
-    width = file.shapes.get("img_in.lora_A.weight", ())[1:]
+    width = next((s[1:] for start in ("", PEFT) if (s := file.shapes.get(f"{start}img_in.lora_A.weight"))), ())
     if width and "img_in" in known and width != (known["img_in"].sites[0].d_in,):
         raise LoadError(
             f"{file.path}: it reads {width[0]} channels, the model {known['img_in'].sites[0].d_in}: a control LoRA, for a FLUX "

@@ -32,8 +32,9 @@ class Diffusers(Format):
     diffusers takes alpha = r where it is missing. Written here: rsLoRA, ranks and alphas by site as plain alphas and ranks of
     each module; `text_model.` in the paths of CLIP, which old and new diffusers understand.
 
-    DoRA has `….lora_magnitude_vector` (d_out) or (1, d_out, 1, 1) as well. Read too: LoKr in peft's words (`….lokr_w1`), and an
-    `….alpha` of a module's own, as ai-toolkit and others write them; ΔW as LyCORIS reckons it then.
+    DoRA has `….lora_magnitude_vector` (d_out) or (1, d_out, 1, 1) as well; ai-toolkit calls it `….magnitude`. Read too: LoKr in
+    peft's words (`….lokr_w1`), and an `….alpha` of a module's own, as ai-toolkit and others write them; ΔW as LyCORIS reckons
+    it then.
 
     diffusers loads it into `unet`, `transformer` and the CLIP text encoders; its PixArt and DiT classes have no loader, but
     peft's `inject_adapter_in_model` takes the same tensors. What no part of it can hold (other methods, trained base

@@ -26,18 +26,22 @@ from ._lycoris_lokr import LoKrCodec
 from ._lycoris_lora import DoRACodec, LoRACodec
 from ._lycoris_names import PREFIXES, dotted, readable, written
 from ._lycoris_oft import BOFTCodec, OFTCodec
+from ._onetrainer_oft import InputOFTCodec
+from ._pairs import DOWN, UP
 from ._placed import Places, by_place
 from ._reading import File
 from ._writing import destination, write
 from .kohya import base_metadata, numbered
 
-# in the order in which a module is offered to them: dora before lora, whose tensors it has, too
+# in the order in which a module is offered to them: dora before lora, whose tensors it has, too; of two of one method the
+# last writes
 CODECS: tuple[Codec, ...] = (
-    DoRACodec(), LoHaCodec(), LoKrCodec(), OFTCodec(), BOFTCodec(), GLoRACodec(), IA3Codec(), LoRACodec(),
+    DoRACodec(), LoHaCodec(), LoKrCodec(), InputOFTCodec(), OFTCodec(), BOFTCodec(), GLoRACodec(), IA3Codec(), LoRACodec(),
 )  # fmt: skip
 BY_METHOD = {codec.method: codec for codec in CODECS}
 ENDS = ("alpha", *(end for codec in CODECS for end in codec.ends))
-MARKS = tuple(f".{end}" for end in ENDS if end not in ("alpha", "weight", *LoRACodec.ends))
+SPELLINGS = {"lora_A.weight": DOWN, "lora_B.weight": UP, "magnitude": "dora_scale"}  # of OneTrainer for ComfyUI, of ai-toolkit
+MARKS = tuple(f".{end}" for end in (*ENDS, "magnitude") if end not in ("alpha", "weight", *LoRACodec.ends))
 OTHERS = {
     "diff": "full weights", "diff_b": "full weights", "w_norm": "norms", "b_norm": "norms", "oft_diag": "OFT of an older LyCORIS",
     "lambda_layer": "T-LoRA", "bm.weight": "GLoRA in a Tucker form", "lokr_t1": "LoKr in a form that no tool writes",
@@ -70,7 +74,7 @@ class Lycoris(Format):
     order: ClassVar[int] = -1
 
     def reads(self, file: File) -> bool:
-        if any(key.startswith("bundle_emb.") for key in file.shapes):  # words beside it are OneTrainer's
+        if any(key.startswith(("lora_transformer_", "bundle_emb.")) for key in file.shapes):  # OneTrainer's, text encoders too
             return False
         named = [key for key in file.shapes if key.startswith(PREFIXES)]
         return marked(named) or any(key.startswith(PREFIXES[-2:]) for key in named)
@@ -191,10 +195,9 @@ def _named(file: File) -> dict[str, dict[str, str]]:
     """The keys of each module, by their ends; what ends in no known way is in none."""
     found: dict[str, dict[str, str]] = {}
     for key in file.shapes:
-        end = next((end for end in (*ENDS, *OTHERS) if key.endswith(f".{end}")), None)
+        end = max((e for e in (*ENDS, *SPELLINGS, *OTHERS) if key.endswith(f".{e}")), key=len, default=None)
         if end is not None:
-            longest = max((e for e in (*ENDS, *OTHERS) if key.endswith(f".{e}")), key=len)
-            found.setdefault(key[: -len(longest) - 1], {})[longest] = key
+            found.setdefault(key[: -len(end) - 1], {}).setdefault(SPELLINGS.get(end, end), key)
     return found
 
 

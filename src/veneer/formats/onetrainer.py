@@ -30,6 +30,8 @@ from .lycoris import wanted as others
 BUNDLE = "bundle_emb."
 OWN = ("lora_transformer_", BUNDLE)
 OMI = ("transformer", "unet", "clip_l", "clip_g", "t5")
+DOTTED = tuple(f"{name}." for name in (*OMI, "text_encoder", "text_encoder_2", "text_encoder_3"))
+TRAINED = (".lora_down.weight", ".hada_w1_a", ".dora_scale", ".oft_R.weight")  # marks of a layer under dotted names
 ENCODER_NAMES = ("clip_l", "clip_g", "t5")
 A1111 = ".string_to_param.*"  # a word that A1111's web UI reads: for the encoder of its width
 
@@ -41,7 +43,8 @@ class OneTrainer(Layered):
     `lora_te1_`, `lora_te2_` (FLUX's T5 too), `lora_te3_` (SD 3's T5). Learned words: `bundle_emb.{word}.clip_l` (n, width),
     `….clip_g`, `….t5`. Read too: its OMI names, `transformer.double_blocks.0.img_attn.qkv.0.lora_down.weight`, where a
     number counts the projections of a fused layer, with `unet.`, `clip_l.`, `clip_g.` and `t5.`; kohya's names, where words are
-    beside them; DoRA, LoHa, … with the ends of LyCORIS' layout.
+    beside them; diffusers' paths with dots, `transformer.{path}`, `text_encoder.{path}`, as in its backups and in files of
+    ai-toolkit; DoRA, LoHa, LoKr and OFT with the ends of LyCORIS' layout.
     Source: Nerogar/OneTrainer `modules/util/convert/lora`, `modules/modelSaver`; ComfyUI `comfy/lora.py`.
     """
 
@@ -50,8 +53,7 @@ class OneTrainer(Layered):
     files: ClassVar[str] = "OneTrainer's LoRA files"
 
     def reads(self, file: File) -> bool:
-        omi = [key for key in file.shapes if key.startswith(tuple(f"{p}." for p in OMI))]
-        return any(key.startswith(OWN) for key in file.shapes) or any(key.endswith(".lora_down.weight") for key in omi)
+        return any(key.startswith(OWN) or (key.startswith(DOTTED) and key.endswith(TRAINED)) for key in file.shapes)
 
     def places(self, tower: Tower) -> Sequence[Place]:
         prefix = _prefix(tower)
@@ -62,6 +64,7 @@ class OneTrainer(Layered):
     def readable(self, tower: Tower) -> Iterator[Place]:
         yield from kohya_places(tower)
         yield from self.places(tower)
+        yield from _dotted(tower)
         first = _omi(tower)
         for module in modules(tower) if first else ():
             path = "img_in.proj" if module.path == "img_in" else module.path
@@ -121,6 +124,14 @@ def _omi(tower: Tower) -> str:
     if type(tower.module).__name__ == T5:
         return "t5"
     return {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}.get(component, component)
+
+
+def _dotted(tower: Tower) -> Iterator[Place]:
+    """The layers by component and diffusers' path, as OneTrainer's backups and ai-toolkit name them."""
+    component = tower.component or component_of(tower.module)
+    clip = type(tower.module).__name__ in ENCODERS
+    for path, site in paths(tower).items() if component else ():
+        yield Place((f"{component}.{path}", *([f"{component}.text_model.{path}"] if clip else [])), (site,))
 
 
 def _words(file: File, model: Any, tensors: Mapping[str, Tensor], options: Options) -> Iterator[Wanted]:

@@ -19,8 +19,8 @@ from ._format import Layer as Told
 from ._lora import refuse_trained
 from ._lycoris_codec import Piece
 from ._peft_codec import Layer, Part, PeftCodec, Settings
-from ._peft_config import NAME, read_config, refuse, scaled_alpha
-from ._peft_low_rank import DoRAPeft, LoHaPeft, LoKrPeft, LoRAPeft
+from ._peft_config import NAME, read_config, refuse
+from ._peft_low_rank import AdaLoRAPeft, DoRAPeft, LoHaPeft, LoKrPeft, LoRAPeft
 from ._peft_other import GLoRAPeft, IA3Peft, VeRAPeft
 from ._peft_turns import BOFTPeft, OFTPeft
 from ._reading import SUFFIX, File
@@ -28,6 +28,7 @@ from ._writing import write, write_text
 
 CODECS: tuple[PeftCodec, ...] = (
     LoRAPeft(), DoRAPeft(), LoHaPeft(), LoKrPeft(), OFTPeft(), BOFTPeft(), IA3Peft(), VeRAPeft(), GLoRAPeft(),
+    AdaLoRAPeft(),
 )  # fmt: skip
 ROOT = "base_model.model."
 
@@ -52,7 +53,9 @@ class PeftFolder(Format):
 
     def reads(self, file: File) -> bool:
         named = file.path.name == self.file or file.path.with_name(NAME).is_file()
-        return named and any(key.startswith("base_model.") for key in file.shapes)
+        flux = (f"{ROOT}double_blocks.", f"{ROOT}single_blocks.")  # Black Forest Labs' names, of the format bfl
+        prefixed = any(key.startswith("base_model.") for key in file.shapes)
+        return named and prefixed and not any(key.startswith(flux) for key in file.shapes)
 
     def layers(self, file: File) -> list[Told]:
         config = read_config(file)
@@ -61,9 +64,15 @@ class PeftFolder(Format):
         for path, parts in _grouped(file, codec)[0].items():
             shapes = {end: file.shapes[key] for end, key in parts.items()}
             rank = codec.rank(shapes)
-            key = "lora_alpha" if codec.kind == "LORA" else "alpha"
-            alpha = scaled_alpha(file, config, path, rank, key) if rank and key in config else None
-            found.append(Told(path, codec.method, rank, alpha, values(file, parts.values())))
+            found.append(
+                Told(
+                    path,
+                    codec.method,
+                    rank,
+                    codec.alpha(file, config, path, rank) if rank else None,
+                    values(file, parts.values()),
+                )
+            )
         return found
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
