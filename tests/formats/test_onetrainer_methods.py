@@ -84,6 +84,16 @@ def dora(weight: Tensor, end: str = "dora_scale") -> Made:
     return {"lora_down.weight": down, "lora_up.weight": up, end: m, **rest}, after - weight
 
 
+def input_dora(weight: Tensor) -> Made:
+    """m·(W + s·B A) / ‖W + s·B A‖ by inputs, OneTrainer's default."""
+    parts, change = lora(weight)
+    whole, others = weight + change, [i for i in range(weight.ndim) if i != 1]
+    length = torch.linalg.vector_norm(weight, dim=others, keepdim=True) * (
+        1 + 0.3 * torch.rand(1, *weight.shape[1:2], *(1,) * (weight.ndim - 2))
+    )
+    return {**parts, "dora_scale": length}, whole / torch.linalg.vector_norm(whole, dim=others, keepdim=True) * length - weight
+
+
 def oft(weight: Tensor, scaled: bool = False, share: bool = False, size: int = 4) -> Made:
     """R = I + 2Q + 2Q² + 2Q³ + Q⁴ per block; inputs of a linear layer are multiplied by R, kernels of a convolution too."""
     flat = weight.flatten(1).double()
@@ -105,6 +115,7 @@ METHODS: dict[str, tuple[str, Callable[[Tensor], Made]]] = {
     "lokr": ("lokr", lokr),
     "lora": ("lora", lora),
     "dora": ("dora", dora),
+    "dora of inputs": ("dora", input_dora),
     "oft": ("oft", oft),
     "scaled oft of a shared block": ("oft", lambda weight: oft(weight, scaled=True, share=True)),
 }
