@@ -237,7 +237,7 @@ class CallSeam(HookSeam):
     def passes(self) -> bool:
         if self.place is not None:
             return self.place.leader is not self
-        return self.asleep() or (bool(self.above) and self.in_weights())
+        return self.asleep() or (self.above != () and self.in_weights())
 
     def in_weights(self) -> bool:
         """True while its adapters act in the weights, because a later attachment changes these in another way than by a sum."""
