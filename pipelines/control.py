@@ -57,7 +57,7 @@ def control(config: ControlConfig, accelerator: Accelerator | None = None) -> Pa
     accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available())
     config = on_main(accelerator, config.completed)
     config.built()
-    out = run_folder(config.out, config.resume)
+    out = run_folder(config.out, config.resume, config.data)
     report = (
         PhaseReport(None if config.check else out / "progress.jsonl", sys.stderr)
         if accelerator.is_main_process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     cpu = not torch.accelerator.is_available()  # said, or processes of torchrun would each think that they are alone
     accelerator = accelerator or Accelerator(cpu=cpu)
     config = on_main(accelerator, config.completed)
-    out = run_folder(config.out, config.resume)
+    out = run_folder(config.out, config.resume, config.photos)
     photos = find_photos(config.photos or "", concept=config.concept)
     main = accelerator.is_main_process
     report = PhaseReport(None if config.check else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
@@ -100,6 +101,8 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
         print(checked.text(), flush=True)
     checked.check()
     if config.check:
+        with contextlib.suppress(OSError):  # only an empty folder goes
+            out.rmdir()
         return out
 
     trainer = Trainer(

@@ -49,7 +49,7 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
     accelerator = accelerator or Accelerator(cpu=cpu)
     config = on_main(accelerator, config.completed)
     config.built()
-    out = run_folder(config.out, config.resume)
+    out = run_folder(config.out, config.resume, None if config.data == "digits" else config.data)
     if (out / "result.json").exists():
         print(f"{out} is finished already.")
         return out

@@ -13,6 +13,7 @@ from veneer import bases
 from veneer.injection import VeneerError, methods
 from veneer.injection.method import Method
 from veneer.training.config import TrainConfig
+from veneer.training.features import check_features
 from veneer.training.objectives import ObjectiveOptions
 from veneer.training.personal import new_folder
 
@@ -138,6 +139,7 @@ class ControlConfig:
 
     def completed(self) -> ControlConfig:
         """The same with every open choice made: what is usual on the base, and a new folder."""
+        check_features(self.features)
         known = bases.preset(self.base).training.get(self.method, {})
         condition = self.condition or ("image" if self.reads_pictures else "canny")
         usual: dict[str, Any] = {

@@ -94,6 +94,31 @@ def features(model: Any = "shipped", device: str | torch.device = "cpu") -> Feat
             raise VeneerError(f"features: {model} could not be loaded ({why}). Check the connection or give a folder.") from error
 
 
+def check_features(model: str | Path) -> None:
+    """Check the name of a feature model before a long run; nothing is loaded.
+
+    Raises:
+        VeneerError: neither `shipped`, nor a folder of a known library, nor a name with its library; or an unknown name.
+    """
+    if model == "shipped":
+        return
+    library, name = _library(model)
+    if Path(name).is_dir() or ":" in name:
+        return
+    if library == "timm":
+        import timm
+
+        known = timm.is_model(name.partition(".")[0])
+    elif library == "open_clip":
+        import open_clip
+
+        known = open_clip.get_model_config(name.partition("/")[0]) is not None
+    else:
+        return
+    if not known:
+        raise VeneerError(f"features: {library} has no model {name!r}.")
+
+
 def of_clip(model: Any, name: str) -> Features:
     """Wrap an object like `Clip`.
 

@@ -18,9 +18,11 @@ from veneer.injection.plan import hosts_for
 from veneer.training import targets
 from veneer.training.captions import rename_concept
 from veneer.training.config import TrainConfig
+from veneer.training.features import check_features
 from veneer.training.loop import TrainResult
 from veneer.training.noise import NoiseOptions
 from veneer.training.objectives import ObjectiveOptions
+from veneer.training.photos import DataError
 
 LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 """Captions, prompts and unrelated prompts of bases that read ImageNet labels: the last are four of DiT's samples."""
@@ -165,8 +167,9 @@ class PersonalizeConfig:
         """The same with every open choice made: the demo's photos, the base's usual settings, a new folder.
 
         Raises:
-            VeneerError: photos without a concept.
+            VeneerError: photos without a concept, or an unknown feature model.
         """
+        check_features(self.features)
         usual: dict[str, Any] = {}
         if self.photos is None:
             usual = {"photos": bases.examples(), **{k: getattr(self, k) or v for k, v in DEMO.items()}}
@@ -269,13 +272,17 @@ def new_folder(parent: Path, name: str) -> Path:
     return next(parent / n for n in names if not (parent / n).exists())
 
 
-def run_folder(out: Path | None, resume: bool) -> Path:
+def run_folder(out: Path | None, resume: bool, data: str | Path | None = None) -> Path:
     """The folder for results, made if it is not there; an earlier, finished run in it is not overwritten.
 
+    Args:
+        data: file or folder that the run reads. If it is not there, no folder is made.
     Raises:
-        VeneerError: it holds a finished run, and `resume` is False.
+        VeneerError: it holds a finished run, and `resume` is False. DataError: no such data.
     """
     assert out is not None
+    if data is not None and not Path(data).expanduser().exists():
+        raise DataError(f"{data}: no such file or folder. Check the name.")
     if (out / "result.json").exists() and not resume:
         raise VeneerError(f"{out} holds a finished run. Choose another --out, or delete it.")
     out.mkdir(parents=True, exist_ok=True)
