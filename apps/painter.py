@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from veneer import activate, attachments, bases
+from veneer.bases.devices import resolve_device
 from veneer.formats import load_all
 from veneer.injection import Attachment, VeneerError
 from veneer.training import targets
@@ -68,7 +67,7 @@ class Painter:
     """
 
     def __init__(self, device: str | None = None) -> None:
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = resolve_device(device)
         self._bases: OrderedDict[str, _Base] = OrderedDict()
         self._one = threading.Lock()
 

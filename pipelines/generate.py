@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from veneer import bases
+from veneer.bases.devices import resolve_device
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError
 from veneer.training import targets
 from veneer.training.families import Family, family
-from veneer.training.previews import PreviewSettings, pairs, previews, save_png, save_preview
+from veneer.training.previews import PreviewSettings, check_counts, pairs, previews, save_png, save_preview
 from veneer.training.sheets import Row, sheet
 
 
@@ -50,6 +49,9 @@ class GenerateConfig:
     device: str | None = None
     out: Path = Path("pictures")
 
+    def __post_init__(self) -> None:
+        check_counts(self.count, self.steps)
+
 
 def generate(config: GenerateConfig) -> list[Path]:
     """Draw, and write one PNG a picture with its settings in the metadata; with `without` also `sheet.png`.
@@ -59,10 +61,10 @@ def generate(config: GenerateConfig) -> list[Path]:
     Raises:
         VeneerError: an adapter that is not there or does not fit the base, or a prompt that is no class label.
     """
-    adapters = [parse_adapter(text) for text in config.adapter]
+    adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "shipped")
     preset = bases.preset(base)
-    pipe = bases.load(base).to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe = bases.load(base).to(device)
     targets.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
     prompts = [_whole(family(pipe), prompt) for prompt in config.prompt]

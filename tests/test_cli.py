@@ -6,13 +6,16 @@ import re
 import socket
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import veneer
+from tests.methods.controls import picture
 from veneer.cli import BROKEN_PIPE, COMMANDS, main, parser_for
+from veneer.testing.pipelines import tiny_pipeline
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -182,6 +185,45 @@ def test_sites_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "attn.q" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "timm:vit_tiny_patch16_224", "shipped_clip", "open_clip:RN50"])
+def test_sites_of_the_models_that_transfer_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sites", name]) == 0
+    assert "features" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("sites timm:nonsense", "nonsense"),
+        ("sites open_clip:nonsense", "nonsense"),
+        ("generate x --device nonsense", "nonsense"),
+        ("generate x --device cuda:99", "cuda:99"),
+        ("control generate x --device nonsense", "nonsense"),
+        ("generate x --steps 0", "--steps"),
+        ("generate x --count 0", "--count"),
+        ("control generate x --steps -1", "--steps"),
+        ("generate x --size 64", "--size"),
+        ("app --device nonsense", "nonsense"),
+        ("transfer digits --batch 0", "batch"),
+        ("transfer digits --precision fp13", "fp13"),
+        ("personalize photos --concept <toy> --features timm:resnet18x", "resnet18x"),
+    ],
+)
+def test_a_wrong_value_is_one_line(
+    words: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them reaches a model, and none starts a run with the default instead."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("veneer.bases.load", None)
+    try:
+        status = main([*words.split(), *(["--no-browser", "--port", "0"] if words.startswith("app") else [])])
+    except SystemExit as stop:  # of the parser
+        status = stop.code  # type: ignore[assignment]
+    assert status in (1, 2)
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
 def test_one_prompt_and_one_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A single word for a field of several is still one word, not its letters."""
     assert main(["generate", "a cat", "--adapter", str(tmp_path / "nowhere")]) == 1
@@ -201,3 +243,38 @@ def test_the_app_says_that_it_starts_before_it_imports_anything_large() -> None:
         *before, last = done.stdout.splitlines()
         assert last == "small"
         assert [line.partition(" is starting")[0] for line in before] == [f"veneer {version('veneer')}"] * start
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "personalize nowhere --concept <toy>",
+        "personalize photos --concept <toy> --base nowhere",
+        "personalize photos --concept <toy> --features nowhere",
+        "transfer nowhere",
+        "control train nowhere",
+        "control train photos --base nowhere",
+        "control train photos --features nowhere",
+    ],
+)
+def test_a_misspelled_source_leaves_no_run_folder(
+    words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    picture(0).save(tmp_path / "photos" / "a.png")
+    assert main(words.split()) == 1
+    assert "nowhere" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_checked_run_leaves_no_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline("sd").save_pretrained(tmp_path / "base")
+    (tmp_path / "photos").mkdir()
+    picture(0).save(tmp_path / "photos" / "a.png")
+    words = ["personalize", "photos", "--concept", "<toy>", "--base", "base", "--check", "--no-cache"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(words) == 0
+    assert not list((tmp_path / "runs").glob("*"))

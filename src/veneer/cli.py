@@ -178,17 +178,16 @@ def _several(**commands: tuple[str, Any]) -> Any:
 
 
 def _sites(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
-    parser.add_argument("base", help="`shipped`, a folder, a hub name, or timm:NAME")
+    parser.add_argument(
+        "base",
+        help="`shipped`, `shipped_clip`, a diffusers folder, a hub name, or a timm or open_clip model as `--model` takes it",
+    )
 
     def run(found: argparse.Namespace) -> None:
         from . import bases, sites
+        from .classifying.models import untrained
 
-        if found.base.startswith("timm:"):
-            import timm
-
-            print(sites(timm.create_model(found.base.removeprefix("timm:"))))
-        else:
-            print(sites(bases.load(found.base)))
+        print(sites(untrained(found.base) or bases.load(found.base)))
 
     parser.set_defaults(run=run)
 

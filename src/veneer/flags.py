@@ -73,7 +73,7 @@ def _reader(hint: Any) -> dict[str, Any]:
     if origin is Literal:
         return {"choices": args}
     if origin is tuple:
-        return {"nargs": "+", "type": _number_or(args[0])}
+        return {"nargs": "+" if Ellipsis in args else len(args), "type": _number_or(args[0])}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if origin is not None and issubclass(origin, Mapping):

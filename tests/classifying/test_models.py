@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.classifying.small import CLASSES, SIDE, model_folder
-from veneer.classifying.models import ModelError, digest_of, open_classifier
+from veneer.classifying.models import ModelError, check_weights, digest_of, open_classifier
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
@@ -73,3 +73,10 @@ def test_another_size_is_taken(tmp_path: Path) -> None:
     found = open_classifier(str(folder), CLASSES, size=48)
     assert found.data["input_size"] == (3, 48, 48)
     assert found.model(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
+
+
+def test_weights_that_are_no_safetensors_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_text("nonsense")
+    with pytest.raises(ModelError, match=r"x\.safetensors"):
+        check_weights(file)

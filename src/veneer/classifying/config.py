@@ -13,6 +13,7 @@ from veneer.injection import VeneerError, methods
 from veneer.injection.method import Method
 from veneer.training import targets
 from veneer.training.config import TrainConfig
+from veneer.training.gradients import AUTOCAST
 from veneer.training.personal import new_folder
 
 WITHOUT_EFFECT = ("data", "model", "weights", "cache", "resume", "check", "out", "workers", "search")
@@ -110,7 +111,15 @@ class TransferConfig:
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("patience", 0), ("search", 0), ("search_epochs", 1), ("workers", 0)):
+        for name, least in (
+            ("epochs", 1),
+            ("batch", 1),
+            ("accumulation", 1),
+            ("patience", 0),
+            ("search", 0),
+            ("search_epochs", 1),
+            ("workers", 0),
+        ):
             self._check(name, getattr(self, name) >= least, f"at least {least}")
         for name in ("validation", "test", "warmup", "label_smoothing"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
@@ -119,6 +128,7 @@ class TransferConfig:
         self._check("head", self.head in (None, "fresh", "kept"), "fresh or kept")
         self._check("statistics", self.statistics in (None, "frozen", "moving"), "frozen or moving")
         self._check("size", self.size is None or self.size >= 8, "at least 8")
+        self._check("precision", self.precision in AUTOCAST, f"one of {', '.join(AUTOCAST)}")
         self._check("augment", self.augment in ("none", "light", "flip", "strong"), "none, light, flip or strong")
         self._check("templates", all("{}" in t for t in self.templates), "texts with {} in them")
 

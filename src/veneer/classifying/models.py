@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from veneer import bases
@@ -73,6 +74,30 @@ def check_name(name: str) -> None:
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), 3) or ["see timm.list_models()"]
         raise ModelError(f"timm has no model {name.removeprefix('timm:')!r}. Close: {', '.join(near)}.")
+
+
+def untrained(name: str) -> nn.Module | None:
+    """A timm or open_clip model without its weights, for a look at its structure; None for any other name.
+
+    Raises:
+        ModelError: `timm:` or `open_clip:` and no such model.
+    """
+    import timm
+
+    if name == "shipped_clip":
+        return bases.load_clip().model
+    if reads_texts(name):
+        import open_clip
+
+        from .clip import source_of
+
+        model: nn.Module = open_clip.create_model(source_of(name)[0], load_weights=False)
+        return model
+    if name.startswith("timm:") or ("/" not in name and timm.is_model(name.partition(".")[0])):
+        check_name(name)
+        model = timm.create_model(name.removeprefix("timm:"))
+        return model
+    return None
 
 
 def open_classifier(
@@ -174,6 +199,11 @@ def check_weights(weights: str | Path) -> Path:
             f"--weights {file}: only safetensors are read, because other files can run code. Convert it where you trust it: "
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors')."
         )
+    try:
+        with safe_open(file, "pt"):  # the header alone
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"--weights {file}: no readable safetensors file ({error}). Download it again.") from error
     return file
 
 

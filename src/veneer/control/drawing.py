@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from veneer import bases
+from veneer.bases.devices import resolve_device
 from veneer.formats import format_of, load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError, methods
 from veneer.training import targets
 from veneer.training.families import Family, family
 from veneer.training.photos import read_photo
-from veneer.training.previews import PreviewSettings, previews, save_png, save_preview
+from veneer.training.previews import PreviewSettings, check_counts, previews, save_png, save_preview
 
 from . import maps
 from .embedding import embedder
@@ -66,6 +66,9 @@ class DrawConfig:
     device: str | None = None
     out: Path = Path("pictures")
 
+    def __post_init__(self) -> None:
+        check_counts(self.count, self.steps)
+
 
 def draw_under(config: DrawConfig, adapters: list[tuple[Path, float]], base: str) -> list[Path]:
     """Draw, and write one PNG a picture, and `map-1.png` and so on.
@@ -77,8 +80,8 @@ def draw_under(config: DrawConfig, adapters: list[tuple[Path, float]], base: str
     """
     if config.image and config.map:
         raise VeneerError("give --image, whose maps are computed, or --map, the maps themselves; not both.")
-    preset = bases.preset(base)
-    pipe = bases.load(base).to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    preset, device = bases.preset(base), resolve_device(config.device)
+    pipe = bases.load(base).to(device)
     targets.freeze(pipe)
     kind = family(pipe)
     loaded = [(a, path) for path, scale in adapters for a in load_all(pipe, path, scale=scale)]

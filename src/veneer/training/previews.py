@@ -25,6 +25,17 @@ KEY = "veneer"
 """Name of the PNG text entry that holds the settings as JSON."""
 
 
+def check_counts(count: int, steps: int | None) -> None:
+    """Check how many images are generated, in how many steps.
+
+    Raises:
+        VeneerError: less than 1.
+    """
+    for name, value in (("count", count), ("steps", steps)):
+        if value is not None and value < 1:
+            raise VeneerError(f"--{name} is {value}; expected at least 1.")
+
+
 @dataclass(frozen=True)
 class PreviewSettings:
     """How preview pictures are made.

@@ -1,0 +1,24 @@
+"""The device that a base is moved to."""
+
+from __future__ import annotations
+
+from .folders import BaseError
+
+
+def resolve_device(name: str | None = None) -> str:
+    """The device of a name; without one, a GPU if there is one.
+
+    Raises:
+        BaseError: no such device on this machine, or none that this torch supports.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        gpu = torch.accelerator.current_accelerator(check_available=True)
+        known = ", ".join(["cpu", *([gpu.type] if gpu is not None else [])])
+        raise BaseError(f"--device {name} is not available here; expected one of {known}.") from error
+    return name
