@@ -259,7 +259,7 @@ def test_an_adapter_without_a_weight_form_is_rejected_beneath_a_later_weight() -
 
 
 def test_a_shift_of_a_layer_without_a_bias_is_rejected_beneath_a_later_weight() -> None:
-    model = tiny_resnet()
+    model = next(iter(hosts.get("timm_conv")().tiny().values()))()
     where = first_conv(model)
     attach(model, "ssf", where=where)
     before = snapshot(model)
@@ -267,11 +267,6 @@ def test_a_shift_of_a_layer_without_a_bias_is_rejected_beneath_a_later_weight() 
         attach(model, "full", where=where)
     assert raised.value.site == where.removeprefix("name:")
     assert_same(before, snapshot(model), "rejected")
-
-
-def tiny_resnet() -> nn.Module:
-    host = hosts.get("timm_conv")()
-    return next(iter(host.tiny().values()))()
 
 
 def first_conv(model: nn.Module) -> str:
