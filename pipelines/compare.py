@@ -17,7 +17,7 @@ from veneer.classifying.data import Views, open_data
 from veneer.classifying.models import open_classifier, reads_texts
 from veneer.injection import VeneerError
 from veneer.training.checkpoints import write_atomically, write_json
-from veneer.training.personal import new_folder
+from veneer.training.run_folder import new_folder
 
 __all__ = ["CompareConfig", "compare"]
 

@@ -32,13 +32,13 @@ from veneer.training.estimates import written_bytes
 from veneer.training.families import family
 from veneer.training.folder import Photo
 from veneer.training.loop import Trainer
-from veneer.training.personal import run_folder, stopped
 from veneer.training.phases import PhaseReport
 from veneer.training.photos import read_photo
 from veneer.training.preflight import require_disk
 from veneer.training.prior import base_digest
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
+from veneer.training.run_folder import run_folder, stopped
 from veneer.training.seeds import mix
 from veneer.training.verdict import read_verdict
 

@@ -22,12 +22,13 @@ from veneer.training.families import Family, family
 from veneer.training.folder import Photo, find_photos
 from veneer.training.loop import Trainer
 from veneer.training.outcome import Run, ending, evaluated, write_files, write_outcome, write_preview
-from veneer.training.personal import PersonalizeConfig, run_folder, stopped
+from veneer.training.personal import PersonalizeConfig
 from veneer.training.phases import PhaseReport
 from veneer.training.preflight import preflight
 from veneer.training.prior import base_digest, prior_pictures
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
+from veneer.training.run_folder import run_folder, stopped
 
 __all__ = ["PersonalizeConfig", "personalize"]
 

@@ -21,11 +21,11 @@ from veneer.classifying.teaching import Teacher, attach_methods
 from veneer.injection import Attachment
 from veneer.training.estimates import written_bytes
 from veneer.training.gradients import AUTOCAST
-from veneer.training.personal import run_folder, stopped
 from veneer.training.phases import PhaseReport
 from veneer.training.preflight import require_disk
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
+from veneer.training.run_folder import run_folder, stopped
 from veneer.training.verdict import read_verdict
 
 __all__ = ["TransferConfig", "transfer"]

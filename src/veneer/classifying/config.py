@@ -14,7 +14,7 @@ from veneer.injection.method import Method
 from veneer.training import targets
 from veneer.training.config import TrainConfig
 from veneer.training.gradients import AUTOCAST
-from veneer.training.personal import new_folder
+from veneer.training.run_folder import new_folder
 
 WITHOUT_EFFECT = ("data", "model", "weights", "cache", "resume", "check", "out", "workers", "search")
 """Options that a resumed run may change, or that are compared by content."""

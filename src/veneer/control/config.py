@@ -15,7 +15,7 @@ from veneer.injection.method import Method
 from veneer.training.config import TrainConfig
 from veneer.training.features import check_features
 from veneer.training.objectives import ObjectiveOptions
-from veneer.training.personal import new_folder
+from veneer.training.run_folder import new_folder
 
 from . import maps
 

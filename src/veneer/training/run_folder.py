@@ -1,0 +1,41 @@
+"""The folder of a run: a new name, its checks, and the words of a run that was stopped."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from veneer.injection.errors import VeneerError
+from veneer.training.loop import TrainResult
+from veneer.training.photos import DataError
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """`parent/name`, or `parent/name-2` and so on: the first that is not there."""
+    names = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
+    return next(parent / n for n in names if not (parent / n).exists())
+
+
+def run_folder(out: Path | None, resume: bool, data: str | Path | None = None) -> Path:
+    """The folder for results, made if it is not there; an earlier, finished run in it is not overwritten.
+
+    Args:
+        data: file or folder that the run reads. If it is not there, no folder is made.
+    Raises:
+        VeneerError: it holds a finished run, and `resume` is False. DataError: no such data.
+    """
+    assert out is not None
+    if data is not None and not Path(data).expanduser().exists():
+        raise DataError(f"{data}: no such file or folder. Check the name.")
+    if (out / "result.json").exists() and not resume:
+        raise VeneerError(f"{out} holds a finished run. Choose another --out, or delete it.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def stopped(result: TrainResult, steps: int, out: Path) -> str:
+    """What is said of a run that was stopped."""
+    return (
+        f"stopped after step {result.steps} of {steps}; what was learnt so far is in {out / 'adapter.safetensors'}; "
+        f"go on with --resume --out {out}"
+    )
