@@ -173,7 +173,7 @@ def prepared(workspace: Workspace, job: Job) -> list[Any]:
     sliders = [gr.Slider(value=1.0, visible=True, label=f"Strength of {name}")]
     sliders += [gr.Slider(visible=False)] * (LIMITS.adapters - 1)
     note = f"**{escaped(shown(name))}** is selected, and its token is in the prompt: press *Generate*."
-    return [*values(wish), gr.Dropdown(choices=plain_adapters(workspace), value=[name]), *sliders, note]
+    return [*values(wish), gr.Dropdown(choices=plain_adapters(workspace), value=[name], multiselect=True), *sliders, note]
 
 
 def connect(studio: Studio, tabs: gr.Tabs, built: Mapping[str, Any]) -> None:
@@ -239,7 +239,7 @@ def _wire(
             yield [found, told, [path for path, _ in found], gr.Row(visible=False), []]
 
     def select(request: gr.Request, names: list[str] | None, more: list[str]) -> Any:
-        return gr.Dropdown(choices=plain_adapters(studio.workspace(request)), value=[*(names or []), *more])
+        return gr.Dropdown(choices=plain_adapters(studio.workspace(request)), value=[*(names or []), *more], multiselect=True)
 
     events = [places.prompt.submit(explained(run), inputs, outputs, **DRAWS)]
     selected = use.click(explained(select), [choice, wanted], [choice], **QUIET)
@@ -272,7 +272,7 @@ def _wire_settings(studio: Studio, places: Fields, adapters: Any, parts: Any, st
         choices = plain_adapters(studio.workspace(request))
         strengths = [gr.Slider(value=s, visible=True, label=f"Strength of {n}") for n, s in there.items()]
         hidden = [gr.Slider(visible=False)] * (LIMITS.adapters - len(strengths))
-        return [*values(wish), gr.Dropdown(choices=choices, value=list(there)), *strengths, *hidden, note]
+        return [*values(wish), gr.Dropdown(choices=choices, value=list(there), multiselect=True), *strengths, *hidden, note]
 
     def from_gallery(request: gr.Request, paths: list[str], index: int) -> list[Any]:
         return back(request, paths[index] if 0 <= index < len(paths) else None)
