@@ -239,6 +239,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]]
     "sites": ("what can be adapted in a base", _sites),
     "methods": ("the methods there are", _table("methods")),
     "hosts": ("the model families there are", _table("hosts")),
+    "examples": ("write example images to a folder", _plain("examples", "examples", "ExamplesConfig", ("folder",), True)),
     "app": ("open the app in the browser", _plain("apps.server", "app", "AppConfig")),
     "bench": ("time veneer against the frozen base and peft", _plain("bench", "bench", "BenchConfig")),
     "pretrain-base": ("train the shipped bases from scratch", _plain("pretrain_base", "pretrain_base", "PretrainConfig")),

@@ -1,0 +1,64 @@
+"""Example images that the package carries, written to a folder: what the README's commands are typed with."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer import bases
+from veneer.classifying.digits import digits
+from veneer.injection import VeneerError
+
+PER_CLASS = 40
+NEW = 6
+
+
+@dataclass(frozen=True)
+class ExamplesConfig:
+    """Where the examples go.
+
+    Args:
+        folder: a new or empty folder.
+    """
+
+    folder: Path = Path("photos")
+
+
+def examples(config: ExamplesConfig) -> list[str]:
+    """Write `octopus/`, five images of one subject with captions; `digits/CLASS/`, 40 images of each of ten classes; and `new/`,
+    six more digits, without labels.
+
+    Returns:
+        One line a folder.
+    Raises:
+        VeneerError: the folder holds files already.
+    """
+    folder = config.folder.expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise VeneerError(f"{folder}: exists and is not an empty folder; nothing was written. Choose another folder.")
+    octopus = folder / "octopus"
+    shutil.copytree(bases.examples(), octopus, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    labeled, new = _write_digits(folder / "digits", folder / "new")
+    return [
+        f"{octopus}: {len(list(octopus.glob('*.png')))} images of one subject, with captions",
+        f"{folder / 'digits'}: {labeled} handwritten digits in ten classes",
+        f"{folder / 'new'}: {new} digits without labels",
+    ]
+
+
+def _write_digits(labeled: Path, new: Path) -> tuple[int, int]:
+    """The first `PER_CLASS` of each class as `CLASS/NAME.png`, and the last `NEW` of all; returns how many of each."""
+    source = digits()
+    by_class = defaultdict(list)
+    for example in source.examples:
+        by_class[source.classes[example.label]].append(example)
+    for name, found in by_class.items():
+        (labeled / name).mkdir(parents=True)
+        for example in found[:PER_CLASS]:
+            (labeled / name / f"{Path(example.name).stem}.png").write_bytes(source.content(example))
+    new.mkdir()
+    for example in source.examples[-NEW:]:
+        (new / f"{Path(example.name).stem}.png").write_bytes(source.content(example))
+    return sum(min(PER_CLASS, len(found)) for found in by_class.values()), NEW
