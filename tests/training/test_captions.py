@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from veneer.training.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES, Captions, mentions, read_captions
+from veneer.training.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES, Captions, longest_start, mentions, read_captions
 from veneer.training.photos import DataError, DataWarning
 
 
@@ -163,3 +163,11 @@ def test_lacks_says_when_there_are_no_words():
 def test_wrong_options(options):
     with pytest.raises(DataError, match=f"captions: {next(iter(options))} is .*; expected"):
         Captions(**options)
+
+
+@pytest.mark.parametrize("most", range(6))
+def test_the_longest_start_that_fits(most: int) -> None:
+    """In whole words, without the punctuation that a cut leaves behind; the text itself if it fits."""
+    words = ["a", "red,", "small", "house"]
+    found = longest_start("  ".join(words), lambda start: len(start.split()) <= most)
+    assert found == ("a  red,  small  house" if most >= 4 else "  ".join(words[:most]).rstrip(","))

@@ -5,10 +5,11 @@ A caption file belongs to the picture with the same stem. `metadata.jsonl` has o
 `caption`).
 """
 
+import bisect
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,3 +182,16 @@ def _utf8(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check permissions.") from error
+
+
+def longest_start(text: str, fits: Callable[[str], bool]) -> str:
+    """The longest start of a text, in whole words, for which `fits` holds; empty if it holds not even for the first word.
+
+    Args:
+        fits: holds for every start of a text for which it holds.
+    """
+    ends = [word.end() for word in re.finditer(r"\S+", text)]
+    if not ends or fits(text):
+        return text
+    count = bisect.bisect_left(ends, True, key=lambda end: not fits(text[:end]))
+    return text[: ends[count - 1]].rstrip(" ,;:") if count else ""

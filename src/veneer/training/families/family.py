@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from veneer.injection.errors import VeneerError
 
+from ..captions import longest_start
 from ..objectives import Objective, ObjectiveOptions, from_scheduler
 
 Sizes = Tensor | Sequence[Sequence[int]]
@@ -215,31 +215,22 @@ class Family(ABC):
         Raises:
             PromptError: its first word alone does not fit.
         """
-        ends = [found.end() for found in re.finditer(r"\S+", prompt)]
-        if not ends or self._fits(prompt):
-            return prompt
-        least, most = 0, len(ends) - 1
-        while least < most:
-            middle = (least + most + 1) // 2
-            least, most = (middle, most) if self._fits(prompt[: ends[middle]]) else (least, middle - 1)
-        found = prompt[: ends[least]]
-        if not self._fits(found):
-            raise PromptError(f"the first word of the prompt has more tokens than the text encoder takes: {found!r}.")
-        return found.rstrip(" ,;:")
+        found = prompt if not prompt.strip() else longest_start(prompt, self._fits)
+        if prompt.strip() and not found:
+            raise PromptError(f"the first word of the prompt is longer than the text encoder takes: {prompt.split()[0]!r}.")
+        return found
 
     def _fits(self, prompt: str) -> bool:
         """Whether every encoder takes a prompt whole."""
-        return all(
-            len(tokenizer(self.prepare([prompt], tokenizer), truncation=False, padding=False, verbose=False).input_ids[0])
-            <= limit
-            for tokenizer, limit in self.limits()
-        )
+        return all(len(self._token_ids([prompt], tokenizer)[0]) <= limit for tokenizer, limit in self.limits())
+
+    def _token_ids(self, prompts: list[str], tokenizer: Any) -> list[list[int]]:
+        return tokenizer(self.prepare(prompts, tokenizer), truncation=False, padding=False, verbose=False).input_ids
 
     def check_length(self, prompts: list[str]) -> None:
         """Raise or warn for prompts with more tokens than an encoder takes, saying how many and what would be lost."""
         for tokenizer, limit in self.limits():
-            ids = tokenizer(self.prepare(prompts, tokenizer), truncation=False, padding=False, verbose=False).input_ids
-            for prompt, row in zip(prompts, ids, strict=True):
+            for prompt, row in zip(prompts, self._token_ids(prompts, tokenizer), strict=True):
                 if len(row) <= limit:
                     continue
                 lost = tokenizer.decode(row[limit - 1 : -1])
@@ -252,7 +243,7 @@ class Family(ABC):
         """What `encode_text` depends on beside weights, for caches: pipeline class, token ids, their number and padding."""
         parts: list[Any] = [type(self.pipe).__name__, self.truncate]
         for tokenizer, limit in self.limits():
-            ids = tokenizer(self.prepare([prompt], tokenizer), truncation=False, padding=False, verbose=False).input_ids[0]
+            ids = self._token_ids([prompt], tokenizer)[0]
             parts.append([type(tokenizer).__name__, limit, tokenizer.pad_token_id, tokenizer.padding_side, list(ids)])
         return repr(parts)
 
