@@ -28,13 +28,14 @@ class Pace:
         return self.step * images + self.rest * (1 + share) / 2  # about half of the rest grows with the evaluation
 
 
-def pace_of(job: Job, batch: int) -> Pace | None:
-    """Of a finished job whose steps had `batch` images; None if it tells nothing."""
+def pace_of(job: Job, batch: int, share: float = 1.0) -> Pace | None:
+    """Of a finished job whose steps had `batch` images, and that made `share` of an evaluation; None if it tells nothing."""
     steps = job.progress()
     if not steps or not steps[-1].seconds:
         return None
     whole = job.seconds
     rest = max(0.0, whole - steps[-1].seconds) if whole else 0.3 * steps[-1].seconds
+    rest = rest * 2 / (1 + share)  # of a whole evaluation, see `Pace.seconds`
     return Pace(steps[-1].seconds / steps[-1].steps / max(1, batch), rest, "going by your last run on this base")
 
 

@@ -28,8 +28,8 @@ USUAL = "pivotal"
 """The method that is chosen at first: in a short time it comes closest."""
 PRESETS = {"quick": 1 / 3, "balanced": 1.0, "thorough": 2.0}
 """Name to its share of the steps that are usual."""
-FIGURES = {"quick": "1", "balanced": "3", "thorough": "3"}
-"""Name to pictures of each prompt in the figures."""
+FIGURES = {"quick": "2", "balanced": "3", "thorough": "3"}
+"""Name to images of each prompt that are evaluated; from 2 on, scores have intervals, without which no verdict is `learned`."""
 PREVIEWS, CHECKPOINTS = 6, 4
 """In a run."""
 IDLE = {"pivotal": Pace(0.09, 35.0, REFERENCE), "lora": Pace(0.09, 35.0, REFERENCE)}
@@ -146,11 +146,13 @@ def _bounds(settings: Sequence[str]) -> None:
             raise VeneerError(f"{name.replace('_', ' ')}: {value}; expected at most {limit}.")
 
 
-def estimate(workspace: Workspace | None, base: str, method: str, steps: str, batch: str, optimizer: str = "adamw") -> str:
+def estimate(
+    workspace: Workspace | None, base: str, method: str, steps: str, batch: str, optimizer: str = "adamw", eval_seeds: str = ""
+) -> str:
     """Time and memory of a run in words: by the last one like it, else by a reference, and by the size of the base's files."""
     before = _alike(workspace, base_of(base), method) if workspace else None
     pace = _pace(before, base_of(base), method)
-    return f"Estimate: {_time(pace, steps, batch)} {_memory(base_of(base), before, optimizer or 'adamw')}"
+    return f"Estimate: {_time(pace, steps, batch, _share(eval_seeds))} {_memory(base_of(base), before, optimizer or 'adamw')}"
 
 
 def lengths(base: str, method: str, workspace: Workspace | None = None) -> list[tuple[str, str]]:
@@ -159,8 +161,8 @@ def lengths(base: str, method: str, workspace: Workspace | None = None) -> list[
     found = []
     for preset in PRESETS:
         given = usual(preset, base, method)
-        share = int(given["eval_seeds"]) / int(FIGURES["balanced"])
-        minutes = f", {duration(pace.seconds(int(given['steps']) * int(given['batch']), share))}" if pace else ""
+        images = int(given["steps"]) * int(given["batch"])
+        minutes = f", {duration(pace.seconds(images, _share(given['eval_seeds'])))}" if pace else ""
         found.append((f"{preset}: {given['steps']} steps{minutes}", preset))
     return found
 
@@ -172,16 +174,23 @@ def _alike(workspace: Workspace, base: str, method: str) -> Job | None:
     return next(iter([*same, *done]), None)
 
 
+def _share(eval_seeds: Any) -> float:
+    """Of the evaluation that the reference holds, by images of each prompt."""
+    given = str(eval_seeds)
+    return int(given) / int(FIGURES["balanced"]) if given.isdecimal() else 1.0
+
+
 def _pace(before: Job | None, base: str, method: str) -> Pace | None:
-    if before and (found := pace_of(before, int((read_result(before).get("config") or {}).get("batch") or 1))):
+    config = (read_result(before).get("config") or {}) if before else {}
+    if before and (found := pace_of(before, int(config.get("batch") or 1), _share(config.get("eval_seeds")))):
         return found
     return IDLE.get(method, IDLE[USUAL]) if base == "shipped" else None
 
 
-def _time(pace: Pace | None, steps: str, batch: str) -> str:
+def _time(pace: Pace | None, steps: str, batch: str, share: float) -> str:
     if pace is None or not (steps.isdecimal() and batch.isdecimal()):
         return "the time is known after the first steps."
-    return f"{duration(pace.seconds(int(steps) * int(batch)))} in all, {pace.by}."
+    return f"{duration(pace.seconds(int(steps) * int(batch), share))} in all, {pace.by}."
 
 
 def _memory(base: str, before: Job | None, optimizer: str) -> str:

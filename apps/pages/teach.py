@@ -182,7 +182,7 @@ class _Asks:
             )  # fmt: skip
             self.base = gr.Textbox("shipped", label="Base", info="shipped, a folder, or a hub name.", **SHORT)
         given = usual("quick", "shipped", USUAL)
-        cost = estimate_of(None, "shipped", USUAL, given["steps"], given["batch"])
+        cost = estimate_of(None, "shipped", USUAL, given["steps"], given["batch"], eval_seeds=given["eval_seeds"])
         self.estimate = gr.Markdown(cost, elem_id="teach-estimate")
         self.check = gr.Button("Try one step: what will it take?", size="sm", elem_id="teach-check")
         self.checked = gr.Textbox(label="Before it starts", lines=3, visible=False, interactive=False, elem_id="teach-checked")
@@ -217,8 +217,8 @@ class _Asks:
         def look_before(request: gr.Request, paths: Any, rows: Any, *rest: Any) -> Any:
             return gr.Textbox(checked(studio.workspace(request), paths, rows or [], wanted(*rest)), visible=True)
 
-        def cost(base: str, method: str, steps: str, batch: str, optimizer: str, request: gr.Request) -> str:
-            return estimate_of(studio.workspace(request), base, method, steps, batch, optimizer)
+        def cost(base: str, method: str, steps: str, batch: str, optimizer: str, images: str, request: gr.Request) -> str:
+            return estimate_of(studio.workspace(request), base, method, steps, batch, optimizer, images)
 
         def durations(base: str, method: str, request: gr.Request) -> Any:
             return lengths_of(studio.workspace(request), base, method)
@@ -239,7 +239,7 @@ class _Asks:
             show_progress="hidden", **plain,
         )  # fmt: skip
         gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **plain)
-        costs = [self.base, self.method, self.settings["steps"], self.settings["batch"], self.settings["optimizer"]]
+        costs = [self.base, self.method, *(self.settings[name] for name in ("steps", "batch", "optimizer", "eval_seeds"))]
         gr.on([part.change for part in costs], explained(cost), costs, self.estimate, show_progress="hidden", **plain)
         gr.on(None, explained(cost), costs, self.estimate, **QUIET)
         kinds = [self.base.blur, self.base.submit, self.method.change]
@@ -255,10 +255,10 @@ def _named(field: Field) -> dict[str, Any]:
     return {"min_width": 200, "elem_id": f"teach-{field.name.replace('_', '-')}"}
 
 
-def estimate_of(workspace: Workspace | None, base: str, method: str, steps: str, batch: str, optimizer: str = "adamw") -> str:
-    """The estimate in Markdown, or nothing while the base is not yet one."""
+def estimate_of(workspace: Workspace | None, *given: str, **more: str) -> str:
+    """The estimate in Markdown, see `estimate`, or nothing while the base is not yet one."""
     try:
-        return escaped(estimate(workspace, base, method, steps, batch, optimizer))
+        return escaped(estimate(workspace, *given, **more))
     except VeneerError:
         return ""
 

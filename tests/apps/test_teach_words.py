@@ -13,7 +13,7 @@ from veneer.apps import jobs
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages import teach
-from veneer.apps.pages._estimates import duration
+from veneer.apps.pages._estimates import Pace, duration, pace_of
 from veneer.apps.pages._form import USUAL, fields_of, words_of
 from veneer.apps.pages._photos import look_at
 from veneer.apps.pages._result import in_words
@@ -103,6 +103,19 @@ def test_presets_tell_their_minutes(tmp_path: Path) -> None:
     steps = int(usual("balanced", base, "lora")["steps"]) * int(usual("balanced", base, "lora")["batch"])
     labels = {preset: label for label, preset in lengths(base, "lora", space)}
     assert labels["balanced"].endswith(duration(4.0 * steps + 600))
+
+
+def test_every_preset_evaluates_enough_for_a_verdict(tmp_path: Path) -> None:
+    """With one image of each prompt scores have no intervals; estimates count the images, of the last run too."""
+    assert all(int(usual(preset, "shipped", "pivotal")["eval_seeds"]) >= 2 for preset in PRESETS)
+    pace = Pace(0.0, 600.0, "")
+    assert pace.seconds(0, 2 / 3) == pytest.approx(500)
+    job = finished(Workspace(tmp_path), "shipped", "pivotal", 50.0, 1, 1)
+    found = pace_of(job, 1, 2 / 3)
+    assert found
+    assert found.seconds(0, 2 / 3) == pytest.approx(0.3 * 50)
+    few, many = (estimate(None, "shipped", "pivotal", "1000", "4", eval_seeds=n) for n in ("0", "60"))
+    assert few != many
 
 
 def test_what_follows_from_the_concept_is_not_asked_for() -> None:
