@@ -117,7 +117,12 @@ def _number(text: str) -> bool:
 
 class _Reader(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise VeneerError(message.replace("argument ", "").replace("--", ""))
+        message = message.replace("argument ", "").replace("--", "")
+        wrong = re.fullmatch(r"([\w.-]+): invalid (int|float) value: (.*)", message, re.DOTALL)
+        if wrong:
+            name, kind, value = wrong.groups()
+            message = f"{name.replace('-', ' ')} is {value}; expected a {'whole number' if kind == 'int' else 'number'}."
+        raise VeneerError(message)
 
 
 def _read(config: Any, words: Sequence[str], prefix: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ._job_words import bar, curve, listed, told
 
 SECONDS = 2.0
 """Between two looks at a job."""
-SURE = """(name) => { if (!confirm("Delete this job and its files?")) throw new Error("kept"); return [name] }"""
+SURE = """(name) => { if (!confirm("Delete this run and its files?")) throw new Error("kept"); return [name] }"""
 ADAPTER = "adapter.safetensors"
 ENDED = ("stopped", "done", "failed")
 
@@ -73,13 +73,13 @@ def job_view(studio: Studio, kind: str, results: Results = NOTHING, empty: str =
         kind: as given to `studio.begin`. `results`: what the page adds. `empty`: what to do while there are none.
     """
     seen = gr.State(dict[str, Any]())
-    choice = gr.Dropdown([], value=None, label="Job", allow_custom_value=True, visible=False, elem_id=f"{kind}-job")
+    choice = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, visible=False, elem_id=f"{kind}-job")
     state = gr.Markdown(empty, elem_id=f"{kind}-state")
     progress = gr.HTML("", label="Progress", visible=False, elem_id=f"{kind}-progress")
     with gr.Row(elem_classes="acts"):
         small: dict[str, Any] = {"visible": False, "size": "sm", "scale": 0, "min_width": 140}
         stop = gr.Button("Stop and keep", variant="stop", elem_id=f"{kind}-stop", **small)
-        on = gr.Button("Go on", variant="primary", elem_id=f"{kind}-on", **small)
+        on = gr.Button("Resume", variant="primary", elem_id=f"{kind}-on", **small)
         delete = gr.Button("Delete", elem_id=f"{kind}-delete", **small)
     extra = list(results.build())
     with gr.Row():
@@ -88,7 +88,7 @@ def job_view(studio: Studio, kind: str, results: Results = NOTHING, empty: str =
             None, "step", "loss", label="Training loss, mean of 50 steps", visible=False, height=240, min_width=280, buttons=[],
             elem_id=f"{kind}-loss",
         )  # fmt: skip
-    with gr.Accordion("What it said", open=False, visible=False) as said:
+    with gr.Accordion("Log", open=False, visible=False) as said:
         log = gr.Textbox(label="End of the log", lines=10, max_lines=20, interactive=False, elem_id=f"{kind}-log")
     shown = [choice, state, progress, stop, on, delete, loss, preview, said, log, *extra, seen]
 

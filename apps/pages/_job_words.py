@@ -16,8 +16,9 @@ from ._verdict import failed, read_result
 POINTS = 300
 """Points of a loss curve at most."""
 PHASES = {
-    "loading": "loads the base", "class_images": "generates images with the base, to train on", "previews": "generates previews",
-    "evaluating": "evaluates: it generates images and compares them", "saving": "saves its files",
+    "loading": "loads the base model", "class_images": "generates images to train on, with the base model",
+    "previews": "generates previews", "evaluating": "evaluates: it generates images and compares them",
+    "saving": "saves its files",
 }  # fmt: skip
 """What a run tells of itself between its steps, in words."""
 STATES = {"waiting": "waits", "running": "runs", "stopped": "stopped", "done": "done", "failed": "failed"}
@@ -56,21 +57,21 @@ def _waits(studio: Studio, job: Job) -> str:
 
 def _runs(job: Job, last: Progress | None) -> str:
     if (job.folder / "stop").exists():
-        return "ends after this step, and keeps what it has learnt."
+        return "ends after this step, and saves what it has trained."
     phase = job.phase()
     if phase is not None:
         what = PHASES.get(phase.phase, f"is in the phase {escaped(shown(phase.phase))}")
         return f"{what}: {_counted(phase)}." if phase.total else f"{what}."
     if last is None:
-        return "gets ready: it loads the base and looks at what it is given."
+        return "gets ready: it loads the base model and its data."
     if last.step >= last.steps:
         return "has done all its steps, and now generates and evaluates: the longest part after training."
     left = "" if last.seconds_left is None else f", about {clock(last.seconds_left)} left"
-    return f"learns: step {last.step} of {last.steps}{left}."
+    return f"trains: step {last.step} of {last.steps}{left}."
 
 
 def _stopped(job: Job, last: Progress | None) -> str:
-    kept = "What it had learnt by then is kept" if (job.run / "adapter.safetensors").exists() else "Nothing is lost"
+    kept = "What it has trained by then is saved" if (job.run / "adapter.safetensors").exists() else "Nothing is lost"
     return f"was stopped{_reached(last)}. {kept}; it can go on."
 
 

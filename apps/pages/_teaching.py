@@ -40,6 +40,8 @@ MORE = (
     "min_snr", "precision", "checkpointing", "preview_every", "checkpoint_every", "eval_seeds",
 )  # fmt: skip
 SETTINGS = fields_of(PersonalizeConfig, [*MAIN, *MORE])
+LEAST = {"steps": 1, "batch": 1, "resolution": 8, "prior": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}
+"""Of a setting; the command takes 0 steps and 0 images for the default."""
 FROM_CONCEPT = ("by_site", "tokens", "initialize", "ids")
 """Options that a form leaves out: of single sites, and what follows from the concept."""
 
@@ -137,13 +139,19 @@ def words(asked: Asked, photos: Path) -> list[str]:
 
 
 def _bounds(settings: Sequence[str]) -> None:
-    """What no visitor may ask for more of, by the words of the settings."""
+    """What no visitor may ask for more of, or less, by the words of the settings."""
     given = dict(word.removeprefix("--").split("=", 1) for word in settings if word.startswith("--") and "=" in word)
     most = {"resolution": LIMITS.side, "prior": LIMITS.pictures * 16, "batch": LIMITS.photos, "eval_seeds": LIMITS.pictures}
     for name, limit in most.items():
         value = given.get(name.replace("_", "-"), "0")
         if int(value) > limit:
             raise VeneerError(f"{name.replace('_', ' ')}: {value}; expected at most {limit}.")
+    for name, least in LEAST.items():
+        value = given.get(name.replace("_", "-"))
+        if value is not None and int(value) < least:
+            raise VeneerError(f"{name.replace('_', ' ')}: {value}; expected at least {least}.")
+    if float(given.get("learning-rate", "1")) <= 0:
+        raise VeneerError(f"learning rate: {given['learning-rate']}; expected more than 0.")
 
 
 def estimate(
@@ -196,12 +204,12 @@ def _time(pace: Pace | None, steps: str, batch: str, share: float) -> str:
 def _memory(base: str, before: Job | None, optimizer: str) -> str:
     values = parameters(base)
     if not values:
-        return "Memory is known once the base has been fetched."
+        return "Memory is known once the base model has been downloaded."
     trained = sum(int(m.get("parameters", 0)) for m in read_result(before).get("methods", [])) if before else 0
     more = trained * (8 + STATES.get(optimizer, 8))
     with_them = f" and {size(round(more))} for what is trained" if more else ", more for what is trained"
-    base_has = f"{size(4 * values)} for the base ({values / 1e6:,.1f} million values)"
-    return f"Memory: about {base_has}{with_them}, and what the pictures need."
+    base_has = f"{size(4 * values)} for the base model ({values / 1e6:,.1f} million parameters)"
+    return f"Memory: about {base_has}{with_them}, plus activations."
 
 
 def parameters(base: str) -> int:

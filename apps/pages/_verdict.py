@@ -18,10 +18,10 @@ OUTCOMES = {
 
 
 def failed(result: Mapping[str, Any]) -> str:
-    """In words, that a run which came to its end did not learn what it should; nothing if it did, or nobody judged."""
+    """In words, that a run which came to its end did not learn all that it should; nothing if it did, or nobody judged."""
     told = result.get("verdict")
     outcome = told.get("outcome") if isinstance(told, dict) else None
-    return OUTCOMES[outcome][0].lower() if outcome in ("not_learned", "overfitted") else ""
+    return OUTCOMES[outcome][0].lower() if outcome in ("partly", "not_learned", "overfitted") else ""
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -38,9 +38,17 @@ def verdict(result: Mapping[str, Any]) -> str:
     return f'<section class="verdict {kind}" role="status">{"".join(parts)}</section>'
 
 
+NAMES = {"drawn": "images that the base generates"}
+"""Flag to its field on a page, where that is called otherwise."""
+
+
 def _fields(line: str) -> str:
-    """A sentence with the names of fields in the place of the command's flags: `--eval-seeds 3` is `eval seeds 3`."""
-    return re.sub(r"--([a-z][a-z-]*)", lambda found: found[1].replace("-", " "), line)
+    """A sentence with the names of fields in the place of the command's flags: `--eval-seeds 3` is `eval seeds = 3`."""
+
+    def named(found: re.Match[str]) -> str:
+        return NAMES.get(found[1], found[1].replace("-", " ")) + (" = " if found[2] else "")
+
+    return re.sub(r"--([a-z][a-z-]*)( (?=[^\s-]))?", named, line)
 
 
 def read_result(job: Job) -> dict[str, Any]:

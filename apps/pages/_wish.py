@@ -87,14 +87,19 @@ def number(value: Any, name: str, least: float, most: float) -> float:
         VeneerError: none, or beyond them.
     """
     if value is None or value == "":
-        raise VeneerError(f"{name} is empty; expected a number from {least:g} to {most:g}.")
+        raise VeneerError(f"{name} is empty; expected a number from {_plain(least)} to {_plain(most)}.")
     try:
         found = float(value)
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not least <= found <= most:
-        raise VeneerError(f"{name} is {shown(str(value))}; expected a number from {least:g} to {most:g}.")
+        raise VeneerError(f"{name} is {shown(str(value))}; expected a number from {_plain(least)} to {_plain(most)}.")
     return found
+
+
+def _plain(value: float) -> str:
+    """A bound without an exponent."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
 def used(workspace: Workspace, names: Sequence[str], strengths: Sequence[Any]) -> dict[str, Use]:

@@ -143,11 +143,11 @@ class _Asks:
         )
         self.notes = gr.Markdown(NO_PHOTOS, elem_id="teach-notes")
         self.example = gr.Button("Example photos", size="sm", elem_id="teach-example")
-        self.thumbs = gallery("Photos, as they will be called", 5, visible=False, buttons=[])
+        self.thumbs = gallery("Your photos", 5, visible=False, buttons=[])
         self._name()
         self.preset = gr.Radio(
             lengths("shipped", USUAL), value="quick", label="How long", elem_id="teach-preset",
-            info="Longer is closer to the photos, as a rule.",
+            info="Longer is usually more similar to the photos.",
         )  # fmt: skip
         with gr.Accordion("Captions and crops", open=False):
             self.captions = gr.Dataframe(
@@ -167,10 +167,10 @@ class _Asks:
         """What the subject is called."""
         with gr.Row():
             self.concept = gr.Textbox(
-                label="Concept", placeholder="<toy>", info="A new word for it.", elem_id="teach-concept", **SHORT
+                label="Concept", placeholder="<toy>", info="Its trigger token: a new word.", elem_id="teach-concept", **SHORT
             )
             self.word = gr.Textbox(
-                label="Class word", placeholder="toy", info="An ordinary word for such things.", elem_id="teach-word", **SHORT
+                label="Class word", placeholder="toy", info="The kind of thing it is.", elem_id="teach-word", **SHORT
             )
 
     def _how(self) -> None:
@@ -178,14 +178,14 @@ class _Asks:
         with gr.Row():
             self.method = gr.Dropdown(
                 method_names(False), value=USUAL, label="Method", allow_custom_value=True, min_width=140, elem_id="teach-method",
-                info="pivotal: a word and a LoRA, closest in a short time. lora: one file for all programs.",
+                info="pivotal: a token and a LoRA, most similar in a short time. lora: one file for all programs.",
             )  # fmt: skip
             self.base = gr.Textbox("shipped", label="Base", info="shipped, a folder, or a hub name.", **SHORT)
         given = usual("quick", "shipped", USUAL)
         cost = estimate_of(None, "shipped", USUAL, given["steps"], given["batch"], eval_seeds=given["eval_seeds"])
         self.estimate = gr.Markdown(cost, elem_id="teach-estimate")
         self.check = gr.Button("Try one step: what will it take?", size="sm", elem_id="teach-check")
-        self.checked = gr.Textbox(label="Before it starts", lines=3, visible=False, interactive=False, elem_id="teach-checked")
+        self.checked = gr.Textbox(label="What a run takes", lines=3, visible=False, interactive=False, elem_id="teach-checked")
         with gr.Accordion("Settings", open=False):
             with gr.Row(elem_classes="options"):
                 main = {f.name: part_of(f, given.get(f.name), **_named(f)) for f in SETTINGS if f.name in MAIN}

@@ -41,11 +41,11 @@ def test_teach_from_four_photos(app: App, page: Any, chromium: Browser, tmp_path
     assert page.locator("#teach-preset").get_by_label("quick").is_checked()
     page.locator("#teach-start").click()
     state = page.locator("#teach-state")
-    state.get_by_text(re.compile(r"learns: step \d+ of 100")).wait_for()
+    state.get_by_text(re.compile(r"trains: step \d+ of 100")).wait_for()
     assert int(page.locator("#teach-progress progress").get_attribute("max")) == 100
     page.locator("#teach-preview img").wait_for()
     chromium.reload(page)
-    job = re.compile("<octopus>, pivotal (learns|generates|saves|evaluates|is done|has ended)")
+    job = re.compile("<octopus>, pivotal (trains|generates|saves|evaluates|is done|has ended)")
     page.locator("#teach-state").get_by_text(job).wait_for()
     page.locator("#teach-loss svg, #teach-loss canvas").first.wait_for()
     other = chromium.open(app)

@@ -35,7 +35,7 @@ def teach(page: Any, concept: str, how_long: str) -> None:
 
 def step(page: Any) -> int:
     """At which step the shown job is, once it has learnt some."""
-    words = page.locator("#teach-state").get_by_text(re.compile(r"learns: step \d+ of"))
+    words = page.locator("#teach-state").get_by_text(re.compile(r"trains: step \d+ of"))
     words.wait_for()
     return int(re.search(r"step (\d+) of", words.inner_text()).group(1))
 
@@ -71,7 +71,7 @@ def test_a_stop_in_another_tab_keeps_the_weights_and_a_dead_server_loses_nothing
 
     second.locator("#teach-stop").click()
     for tab in (second, first):
-        tab.locator("#teach-state").get_by_text("What it had learnt by then is kept; it can go on.").wait_for()
+        tab.locator("#teach-state").get_by_text("What it has trained by then is saved; it can go on.").wait_for()
     with safe_open(job.run / "adapter.safetensors", "pt") as file:
         assert list(file.keys())
     first.locator("#teach-files a").first.wait_for()

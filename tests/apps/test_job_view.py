@@ -78,13 +78,13 @@ def test_words_of_every_state(tmp_path: Path) -> None:
     job.run.mkdir()
     with FileLock(job.folder / "lock"):
         assert "gets ready" in told(studio, job, [])
-        assert told(studio, job, [event(10)]) == "**a toy** learns: step 10 of 40, about 0:08 left."
+        assert told(studio, job, [event(10)]) == "**a toy** trains: step 10 of 40, about 0:08 left."
         assert "generates and evaluates" in told(studio, job, [event(40)])
         (job.folder / "stop").touch()
         assert "ends after this step" in told(studio, job, [event(10)])
     assert told(studio, job, [event(10)]) == "**a toy** was stopped after step 10 of 40. Nothing is lost; it can go on."
     (job.run / "adapter.safetensors").touch()
-    assert "What it had learnt by then is kept" in told(studio, job, [event(10)])
+    assert "What it has trained by then is saved" in told(studio, job, [event(10)])
     (job.folder / "end.json").write_text(json.dumps({"status": 1, "why": "no <i>room</i>"}))
     assert told(studio, job, []) == f"**a toy** failed before its first step. {escaped('no <i>room</i>')}"
     (job.run / "result.json").write_text("{}")
@@ -123,11 +123,11 @@ def test_a_failed_result_does_not_look_done(outcome: str, tmp_path: Path) -> Non
     }
     (job.run / "result.json").write_text(json.dumps(result))
     choice, words = seen(studio)[:2]
-    assert ("is done" in words) == (outcome not in ("not_learned", "overfitted"))
-    assert choice.choices[0][0].endswith("done") == (outcome not in ("not_learned", "overfitted"))
+    assert ("is done" in words) == (outcome in ("learned", "unknown"))
+    assert choice.choices[0][0].endswith("done") == (outcome in ("learned", "unknown"))
     told = verdict(result)
     assert escape("<b>so</b>") in told
-    assert "train longer: eval seeds 3" in told, "by the names of fields, not of flags"
+    assert "train longer: eval seeds = 3" in told, "by the names of fields, not of flags"
     assert verdict({}) == verdict({"verdict": "x"}) == ""
 
 

@@ -97,7 +97,12 @@ def test_words_reach_the_command_as_they_were_typed(tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"concept": " "}, "concept has no name"),
-        ({"steps": "many"}, "steps: invalid int value"),
+        ({"steps": "many"}, "steps is 'many'; expected a whole number"),
+        ({"learning_rate": "fast"}, "learning rate is 'fast'; expected a number"),
+        ({"batch": "0"}, "batch: 0; expected at least 1"),
+        ({"steps": "-3"}, "steps: -3; expected at least 1"),
+        ({"learning_rate": "0"}, "learning rate: 0; expected more than 0"),
+        ({"eval_seeds": "-1"}, "eval seeds: -1; expected at least 0"),
         ({"where": "attn --out /etc"}, "begins with '-'"),
         ({"batch": "65"}, "batch: 65; expected at most 64"),
         ({"resolution": "4096"}, "expected at most 1024"),

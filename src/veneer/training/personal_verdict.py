@@ -17,7 +17,8 @@ With the gain of similarity over the base (paired, 95 %), the base's similarity 
 |---|---|---|
 | rose far | no | `learned` |
 | rose far | prompt or other images | `overfitted` |
-| rose | no | `partly` |
+| rose, share ≥ 1/4 or unknown | no | `partly` |
+| rose, share < 1/4 | no | `not_learned` |
 | rose, share ≥ 1/2 | any of the three | `overfitted` |
 | rose, share < 1/2 or unknown | any of the three | `not_learned` |
 | did not rise | any of the three | `not_learned` |
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 SHARE = 1 / 2
 """Of the distance from the base's similarity to the photos' own, for `learned`."""
+LITTLE = 1 / 4
+"""Of that distance; below it images show nothing of the photos but colors, though the gain is certain."""
 KEPT = 2 / 3
 """Of the base's prompt similarity."""
 FOLLOWED = 1 / 2
@@ -80,6 +83,9 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
         if share is not None and share >= SHARE:
             summary = "Images are more similar to the photos; too few were evaluated to be sure by how much."
             return Verdict("partly", summary, reasons, (MORE_IMAGES, *_longer(config)))
+        if share is not None and share < LITTLE:
+            summary = "Images are only a little more similar to the photos."
+            return Verdict("not_learned", summary, reasons, _longer(config))
         summary = "Images are somewhat more similar to the photos."
         if share is None:
             summary += " With one photo there is no telling how similar they could be."
