@@ -209,7 +209,8 @@ def test_a_look_before_the_start(tmp_path: Path) -> None:
     wish = asked("<toy>", str(tmp_path / "base"), steps="40", batch="2", learning_rate="0.5", preview_every="0", eval_seeds="0")
     said = checked(workspace, paths, [], wish)
     assert said.startswith("photos: 5")
-    assert re.search(r"cost: memory about [\d.]+ MiB .* 40 steps × [\d.e-]+ s = about \d+:\d\d on", said)
+    assert re.search(r"cost: time about \d+:\d\d on .*, 40 steps × [\d.e-]+ s", said)
+    assert re.search(r"memory about [\d.]+ MiB", said)
     assert "learning rate" in said, "a thousand times the usual one"
     assert not [*workspace.given.iterdir()]
     assert not workspace.all_jobs()
