@@ -72,7 +72,7 @@ def build(studio: Studio) -> None:
             places = fields("control", "an apple")
             with gr.Row(elem_classes="action"):
                 go = gr.Button("Generate", variant="primary", min_width=130, elem_id="control-draw")
-                stop = gr.Button("Stop", min_width=80, elem_id="control-stop")
+                stop = gr.Button("Stop", min_width=80, elem_id="control-draw-stop")
             state = gr.Markdown(NONE_YET, elem_id="control-said")
             pictures = gallery(
                 "What is followed, without, and with", 3, buttons=["download", "fullscreen"], elem_id="control-gallery"

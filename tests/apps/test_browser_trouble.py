@@ -47,7 +47,7 @@ def test_a_stop_in_another_tab_keeps_the_weights_and_a_dead_server_loses_nothing
     teach(first, "<beast>", "balanced")
     (folder,) = wait_for(first, lambda: list(app.workspace.glob("*/jobs/*")))
     job = Job(folder)
-    second.locator("#teach-state").get_by_text("<beast>, pivotal learns").wait_for()
+    second.locator("#teach-state").get_by_text("<beast>, pivotal trains").wait_for()
     reached = step(first)
 
     app.kill()

@@ -287,6 +287,8 @@ def test_the_page_is_built_bounded(environment: None, tmp_path: Path) -> None:
     assert page._queue.max_size == LIMITS.waiting
     assert not page.api_open
     assert LIMITS.photo_pixels == Image.MAX_IMAGE_PIXELS
+    ids = [block.elem_id for block in page.blocks.values() if block.elem_id]
+    assert len(set(ids)) == len(ids), [each for each in ids if ids.count(each) > 1]
     del page
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Gradio lets go of event loops that it has not closed
