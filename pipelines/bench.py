@@ -114,7 +114,10 @@ def bench(config: BenchConfig) -> BenchResult:
 
     Raises:
         BenchError: contenders that would do different work.
+        VeneerError: the base or the photos of the few-photo job do not exist; nothing is timed then.
     """
+    if "few-photos" in config.rows:
+        few_photos.check(_base(config), config.photos)
     shape, outcomes = SHAPES[config.size], list[Outcome]()
     if config.latent is not None:
         shape = replace(shape, latent=config.latent)
@@ -130,6 +133,10 @@ def bench(config: BenchConfig) -> BenchResult:
     if config.out is not None:
         _write(config.out, result)
     return result
+
+
+def _base(config: BenchConfig) -> str:
+    return config.base or ("tiny" if config.size == "tiny" else "shipped")
 
 
 def _write(out: Path, result: BenchResult) -> None:
@@ -171,8 +178,7 @@ def _switch(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
 
 
 def _few_photos(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
-    pipe = few_photos.load(config.base or ("tiny" if config.size == "tiny" else "shipped"))
-    return few_photos.contests(pipe, config.photos, shape, config.rank, config.seed, scratch)
+    return few_photos.contests(few_photos.load(_base(config)), config.photos, shape, config.rank, config.seed, scratch)
 
 
 ROWS: dict[str, Callable[[BenchConfig, Shape, Path], list[Contest]]] = {

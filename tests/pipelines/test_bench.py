@@ -14,6 +14,7 @@ from veneer.pipelines.bench import ROWS, BenchConfig, BenchResult, bench
 
 from veneer.benchmarks import denoiser, few_photos, peers
 from veneer.benchmarks.shapes import SHAPES, BenchError, sharing, unet
+from veneer.injection import VeneerError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.cache import Cache
 
@@ -51,6 +52,15 @@ def test_all_rows_come_out(result: BenchResult) -> None:
         "unmerge": [("veneer", "diffusers")],
         "few-photo job": [("cold caches", "no caches"), ("warm caches", "no caches")],
     }
+
+
+@pytest.mark.parametrize("wrong", [{"base": "nowhere"}, {"photos": Path("nowhere")}], ids=["base", "photos"])
+def test_a_missing_base_or_photos_of_the_last_row_is_rejected_before_the_first(
+    wrong: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(VeneerError, match="nowhere"):
+        bench(BenchConfig(size="tiny", rounds=1, rows=("attach", "few-photos"), **wrong))
+    assert not capsys.readouterr().out  # no row was timed, nor the table's head printed
 
 
 def test_contenders_ran_by_turns(result: BenchResult) -> None:

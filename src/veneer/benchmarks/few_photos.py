@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..bases.door import find
 from ..training import targets
 from ..training.cache import Cache
 from ..training.captions import Captions
@@ -52,6 +53,20 @@ def contests(pipe: Any, photos: Path | None, shape: Shape, rank: int, seed: int,
     what = f"{type(pipe).__name__}, {len(find_photos(folder))} photos at {side}×{side}, {shape.steps} steps, rank {rank}"
     pairs = (("cold caches", "no caches"), ("warm caches", "no caches"))
     return [Contest("few-photo job", what, tuple(Contender(name, run) for name, run in ways.items()), pairs)]
+
+
+def check(base: str, photos: Path | None) -> None:
+    """Check that the base and the photos exist, before the rows ahead of this one take minutes.
+
+    Args:
+        base: `tiny`, or what `veneer.bases.load` takes; names on the hub are not looked up. `photos`: None if they are generated.
+    Raises:
+        VeneerError: neither a folder nor a hub name, or no photos.
+    """
+    if base != "tiny":
+        find(base)
+    if photos is not None:
+        find_photos(photos)
 
 
 def load(base: str) -> Any:
