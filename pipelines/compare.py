@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator
 
 from veneer.classifying.compared import lines_of, table, verdict, write_picture
-from veneer.classifying.comparing import Comparison, rows_of
+from veneer.classifying.comparing import Comparison, Row, rows_of
 from veneer.classifying.config import TransferConfig
 from veneer.classifying.data import Views, open_data
 from veneer.classifying.models import open_classifier, reads_texts
 from veneer.injection import VeneerError
 from veneer.training.checkpoints import write_atomically, write_json
-from veneer.training.run_folder import new_folder
+from veneer.training.run_folder import discard_unused, new_folder
 
 __all__ = ["CompareConfig", "compare"]
 
@@ -88,8 +88,13 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
         raise VeneerError(f"seeds is {config.seeds}; expected at least 1.")
     rows = rows_of(_with_baseline(config))
     out = config.out or new_folder(Path("runs"), f"compare-{Path(config.data).name if config.data else 'digits'}")
-    out.mkdir(parents=True, exist_ok=True)
     base = config.shared()
+    with discard_unused(out):
+        return _run(config, base, rows, out, accelerator)
+
+
+def _run(config: CompareConfig, base: TransferConfig, rows: list[Row], out: Path, accelerator: Accelerator) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
     data = open_data(base, out)
     for note in data.notes:
         print(f"note: {note}", flush=True)

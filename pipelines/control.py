@@ -38,7 +38,7 @@ from veneer.training.preflight import require_disk
 from veneer.training.prior import base_digest
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
-from veneer.training.run_folder import run_folder, stopped
+from veneer.training.run_folder import discard_unused, run_folder, stopped
 from veneer.training.seeds import mix
 from veneer.training.verdict import read_verdict
 
@@ -56,6 +56,11 @@ def control(config: ControlConfig, accelerator: Accelerator | None = None) -> Pa
     """
     accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available())
     config = on_main(accelerator, config.completed)
+    with discard_unused(config.out):
+        return _run(config, accelerator)
+
+
+def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     config.built()
     out = run_folder(config.out, config.resume, config.data)
     report = (

@@ -28,7 +28,7 @@ from veneer.training.preflight import preflight
 from veneer.training.prior import base_digest, prior_pictures
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
-from veneer.training.run_folder import run_folder, stopped
+from veneer.training.run_folder import discard_unused, run_folder, stopped
 
 __all__ = ["PersonalizeConfig", "personalize"]
 
@@ -46,6 +46,11 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     cpu = not torch.accelerator.is_available()  # said, or processes of torchrun would each think that they are alone
     accelerator = accelerator or Accelerator(cpu=cpu)
     config = on_main(accelerator, config.completed)
+    with discard_unused(config.out):
+        return _run(config, accelerator)
+
+
+def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     out = run_folder(config.out, config.resume, config.photos)
     photos = find_photos(config.photos or "", concept=config.concept)
     main = accelerator.is_main_process

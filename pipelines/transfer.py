@@ -25,7 +25,7 @@ from veneer.training.phases import PhaseReport
 from veneer.training.preflight import require_disk
 from veneer.training.processes import on_main
 from veneer.training.progress import ProgressLine
-from veneer.training.run_folder import run_folder, stopped
+from veneer.training.run_folder import discard_unused, run_folder, stopped
 from veneer.training.verdict import read_verdict
 
 __all__ = ["TransferConfig", "transfer"]
@@ -48,6 +48,11 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
     cpu = not torch.accelerator.is_available()
     accelerator = accelerator or Accelerator(cpu=cpu)
     config = on_main(accelerator, config.completed)
+    with discard_unused(config.out):
+        return _run(config, accelerator)
+
+
+def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     config.built()
     out = run_folder(config.out, config.resume, None if config.data == "digits" else config.data)
     if (out / "result.json").exists():

@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 from .allocator import keep_freed_memory, share_freed_memory
@@ -18,6 +18,9 @@ from .injection.errors import UnknownName, VeneerError
 
 BROKEN_PIPE = 141
 """Exit status of a program that SIGPIPE ends: 128 + 13."""
+
+SHORT_USAGE = 15
+"""Most lines of a usage that is shown before an error."""
 
 Run = Callable[[argparse.Namespace], object]
 
@@ -83,9 +86,19 @@ def _command(given: Sequence[str]) -> str:
     return next((word for word in given if not word.startswith("-")), "")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that shows its usage before an error only if it is short; the usage of `personalize` has 47 lines."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = self.format_usage()
+        if usage.count("\n") <= SHORT_USAGE:
+            super().error(message)
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def parser_for(given: Sequence[str]) -> argparse.ArgumentParser:
     """The parser for these words: flags are read off the command and the methods that they name."""
-    parser = argparse.ArgumentParser(prog="veneer", description="Thin trained layers on frozen vision and diffusion models.")
+    parser = Parser(prog="veneer", description="Thin trained layers on frozen vision and diffusion models.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"veneer {__version__}")
     parser.set_defaults(run=lambda found: parser.print_help())

@@ -69,13 +69,17 @@ def test_a_base_in_the_cache_is_loaded_without_the_hub(closed: str, tmp_path: Pa
         bases.load("owner/other")
 
 
-def test_a_model_of_an_unreachable_hub_ends_in_one_line(closed: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [("transfer digits --model resnet18 --out run", "resnet18"), ("generate x --base owner/none", "owner/none")],
+)
+def test_a_model_of_an_unreachable_hub_ends_in_one_line(closed: str, tmp_path: Path, words: str, name: str) -> None:
     """The hub's own client would announce each of its retries."""
     start = "import sys; from veneer.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", start, "transfer", "digits", "--model", "resnet18", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-c", start, *words.split()]
     settings = {**os.environ, "HF_ENDPOINT": closed, "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, capture_output=True, text=True, env=settings, cwd=tmp_path)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
-    assert "resnet18" in line
+    assert name in line
     assert closed in line

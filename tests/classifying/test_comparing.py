@@ -36,6 +36,10 @@ def test_rows_are_read_as_they_are_written() -> None:
         ("lora, lora", VeneerError, "different methods"),
         ("loro", UnknownName, "lora"),
         ("lora(rnk=2)", TypeError, "rnk"),
+        ("lora(rank=x)", VeneerError, "'x'"),
+        ("lora(rank=2.5)", VeneerError, "2.5"),
+        ("lora(alpha=True)", VeneerError, "True"),
+        ("lora(rslora=1)", VeneerError, "rslora"),
         ("", VeneerError, "different methods"),
     ],
 )

@@ -37,12 +37,12 @@ def load(base: str | Path = "shipped", **kwargs: Any) -> Any:
         return DiffusionPipeline.from_pretrained(str(source), **kwargs)
     with hub() as why:
         try:
-            return DiffusionPipeline.from_pretrained(source, **kwargs)
+            return DiffusionPipeline.from_pretrained(source, **({"local_files_only": True} if why else {}) | kwargs)
         except Exception as error:  # the hub's clients raise a dozen kinds, of several libraries
             raise BaseError(
                 f"bases.load: {source!r} is no folder here, and the hub did not give it "
                 f"({why or f'{type(error).__name__}: {_first(error)}'}). "
-                "Check the name and the connection (HF_HUB_OFFLINE must not be set), or give a diffusers folder, or 'shipped'."
+                "Check the name and the connection, or give a diffusers folder, or 'shipped'."
             ) from error
 
 

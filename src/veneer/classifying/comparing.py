@@ -10,10 +10,10 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +31,8 @@ from .search import searched
 from .teaching import Teacher, attach_methods, switched_off
 
 ROW = re.compile(r"\s*([\w+]+)\s*(?:\(([^()]*)\))?\s*")
+TYPES = {bool: "True or False", int: "a whole number", float: "a number"}
+"""Types that an option's value must have, and their words."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,20 @@ def _row(label: str, name: str, options: str) -> Row:
     if method != "zero_shot":
         for each in method.split("+"):
             methods.get(each)
+        _check_types(methods.get(first), given, label)
         methods.get(first).from_config(given)
     return Row(label, method, {first: given} if given else {}, tuple(where.split()) if where else None, scratch)
+
+
+def _check_types(method: type, given: Mapping[str, Any], label: str) -> None:
+    """Reject a value of another type where the option is a number or a switch."""
+    hints = get_type_hints(method)
+    for name, value in given.items():
+        kinds = get_args(hints.get(name)) or (hints.get(name),)
+        expected = [words for kind, words in TYPES.items() if kind in kinds]
+        fits = type(value) in kinds or (float in kinds and type(value) is int) or (value is None and type(None) in kinds)
+        if expected and not fits and str not in kinds:
+            raise VeneerError(f"methods: {label!r}: {name} is {value!r}; expected {' or '.join(expected)}.")
 
 
 @dataclass(frozen=True)

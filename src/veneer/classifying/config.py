@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +126,7 @@ class TransferConfig:
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._check("shots", self.shots is None or self.shots >= 1, "at least 1")
         self._check("steps", self.steps is None or self.steps >= 1, "at least 1")
+        self._check("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "finite and above 0")
         self._check("head", self.head in (None, "fresh", "kept"), "fresh or kept")
         self._check("statistics", self.statistics in (None, "frozen", "moving"), "frozen or moving")
         self._check("size", self.size is None or self.size >= 8, "at least 8")
@@ -168,7 +170,8 @@ class TransferConfig:
 
     def rate(self) -> float:
         """The peak learning rate."""
-        return self.learning_rate or next((methods.get(name).learning_rate for name in self.names()), 1e-3)
+        usual = next((methods.get(name).learning_rate for name in self.names()), 1e-3)
+        return usual if self.learning_rate is None else self.learning_rate
 
     def names(self) -> list[str]:
         """Names of the methods; none for `zero_shot`, a CLIP as it is."""

@@ -144,10 +144,10 @@ class ControlConfig:
         condition = self.condition or ("image" if self.reads_pictures else "canny")
         usual: dict[str, Any] = {
             "condition": condition,
-            "steps": self.steps or self.usual_steps(),
-            "batch": self.batch or int(known.get("batch", 4)),
+            "steps": self.usual_steps() if self.steps is None else self.steps,
+            "batch": int(known.get("batch", 4)) if self.batch is None else self.batch,
             "schedule": self.schedule or str(known.get("schedule", "constant")),
-            "learning_rate": self.learning_rate or float(known.get("learning_rate", methods.get(self.method).learning_rate)),
+            "learning_rate": self._rate(known),
             "options": {self.method: {**known.get("options", {}), **self.options.get(self.method, {})}},
             "out": self.out or new_folder(Path("runs"), f"{condition}-{self.method}"),
         }
@@ -159,7 +159,13 @@ class ControlConfig:
             usual["caption_dropout"] = float(known.get("caption_dropout", 0.1 if self.reads_pictures else 0.5))
         if self.density is None and self.method == "t2i_adapter":
             usual["density"] = "cubic"
-        return dataclasses.replace(self, **usual)
+        found = dataclasses.replace(self, **usual)
+        found.loop(), found.objective(), found.built()
+        return found
+
+    def _rate(self, known: Mapping[str, Any]) -> float:
+        usual = float(known.get("learning_rate", methods.get(self.method).learning_rate))
+        return usual if self.learning_rate is None else self.learning_rate
 
     def usual_steps(self) -> int:
         """The default number of optimizer steps on the base."""

@@ -78,11 +78,18 @@ class TrainConfig:
     tracker: str = "tensorboard"
 
     def __post_init__(self) -> None:
+        from .optimizers import OPTIMIZERS  # which imports this module
+
         for name, least in LEAST.items():
             self._check(name, getattr(self, name) >= least, f"at least {least}")
         self._check("learning_rate", 0 < self.learning_rate < math.inf, "finite and above 0")
         self._check("ema", 0 <= self.ema < 1, "0 for none, or a decay below 1")
-        for name, allowed in (("schedule", tuple(SCHEDULES)), ("precision", PRECISIONS), ("ema_warmup", EMA_WARMUPS)):
+        for name, allowed in (
+            ("schedule", tuple(SCHEDULES)),
+            ("precision", PRECISIONS),
+            ("ema_warmup", EMA_WARMUPS),
+            ("optimizer", tuple(OPTIMIZERS)),
+        ):
             self._check(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
 
     def _check(self, name: str, fits: bool, expected: str) -> None:

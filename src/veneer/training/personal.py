@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from veneer import bases, methods
 from veneer.injection.errors import VeneerError
@@ -18,6 +18,7 @@ from veneer.training import targets
 from veneer.training.captions import rename_concept
 from veneer.training.config import TrainConfig
 from veneer.training.features import check_features
+from veneer.training.losses import Kind
 from veneer.training.noise import NoiseOptions
 from veneer.training.objectives import ObjectiveOptions
 from veneer.training.run_folder import new_folder
@@ -165,7 +166,8 @@ class PersonalizeConfig:
         """The same with every open choice made: the demo's photos, the base's usual settings, a new folder.
 
         Raises:
-            VeneerError: photos without a concept, or an unknown feature model.
+            VeneerError: photos without a concept, an unknown feature model, or a value of the loop out of range.
+            ValueError: a method's option out of range.
         """
         check_features(self.features)
         usual: dict[str, Any] = {}
@@ -178,12 +180,25 @@ class PersonalizeConfig:
         known = {name: dict(preset.training.get(name, {})) for name in names}
         first = {key: value for m in reversed(known.values()) for key, value in m.items()}
         usual["where"] = self.where or (tuple(first["where"]) if "where" in first else None)
-        usual["steps"] = self.steps or self.usual_steps()
-        usual["batch"] = self.batch or int(first.get("batch", 1))
-        usual["schedule"] = self.schedule or str(first.get("schedule", "constant"))
+        usual["steps"] = self.usual_steps() if self.steps is None else self.steps
+        usual["batch"] = int(first.get("batch", 1)) if self.batch is None else self.batch
+        usual["schedule"] = str(first.get("schedule", "constant")) if self.schedule is None else self.schedule
         usual["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
         usual["out"] = self.out or new_folder(Path("runs"), f"{_plain(usual.get('concept', self.concept))}-{self.method}")
-        return dataclasses.replace(self, **usual)
+        return dataclasses.replace(self, **usual)._checked()
+
+    def _checked(self) -> PersonalizeConfig:
+        """The same, its values checked before a base is loaded."""
+        self.loop(), self.objective(), self.noise()
+        for name in ("eval_seeds", "prior"):
+            if getattr(self, name) < 0:
+                raise VeneerError(f"{name} is {getattr(self, name)}; expected at least 0.")
+        if self.loss not in get_args(Kind):
+            raise VeneerError(f"loss is {self.loss!r}; expected one of {', '.join(get_args(Kind))}.")
+        for name in targets.split_methods(self.method):
+            if not targets.learns_words(methods.get(name)):  # those need the token, which is chosen later
+                methods.get(name).from_config(self.options.get(name, {}))
+        return self
 
     def worded(self, labels: bool) -> PersonalizeConfig:
         """The same with the captions and prompts that are usual for the base, where none are given.
@@ -216,7 +231,8 @@ class PersonalizeConfig:
         rates = self.usual_rates()
         for name in rates:
             words = targets.learns_words(methods.get(name)) and len(rates) > 1
-            rates[name] = (self.token_learning_rate if words else self.learning_rate) or rates[name]
+            rate = self.token_learning_rate if words else self.learning_rate
+            rates[name] = rates[name] if rate is None else rate
         return rates
 
     def usual_steps(self) -> int:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from veneer.injection.errors import VeneerError
 from veneer.training.loop import TrainResult
+from veneer.training.phases import read_phase
 from veneer.training.photos import DataError
+
+DISPOSABLE = frozenset({"logs", "progress.jsonl", "splits.json"})
+"""Files that a run writes before it trains, and that its next start writes again."""
 
 
 def new_folder(parent: Path, name: str) -> Path:
@@ -31,6 +38,25 @@ def run_folder(out: Path | None, resume: bool, data: str | Path | None = None) -
         raise VeneerError(f"{out} holds a finished run. Choose another --out, or delete it.")
     out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+@contextmanager
+def discard_unused(out: Path | None) -> Iterator[None]:
+    """Delete the folder of a run that fails before its first step, if the run made it and it holds only `DISPOSABLE` files.
+
+    Args:
+        out: of the run, before it is made.
+    """
+    assert out is not None
+    existed = out.exists()
+    try:
+        yield
+    except Exception:
+        if not existed and out.is_dir() and {path.name for path in out.iterdir()} <= DISPOSABLE:
+            phase = read_phase(out / "progress.jsonl")
+            if phase is None or phase.phase != "training":
+                shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def stopped(result: TrainResult, steps: int, out: Path) -> str:
