@@ -22,7 +22,10 @@ OPTIONS: dict[str, Any] = {"rank": 3, "alpha": 2.0, "ranks": {"*.v": 5, "mlp": 2
 
 
 def tuned(family: str, where: Sequence[str], pipe: Any = None, **options: Any) -> veneer.Attachment:
-    return fill(attach(pipe or tiny_pipeline(family), "lora", where=where, **(options or OPTIONS)), std=0.2)
+    if not options:
+        mlp = any("mlp" in pattern for pattern in where)
+        options = OPTIONS if mlp else {**OPTIONS, "ranks": {k: rank for k, rank in OPTIONS["ranks"].items() if k != "mlp"}}
+    return fill(attach(pipe or tiny_pipeline(family), "lora", where=where, **options), std=0.2)
 
 
 def expected(attachment: veneer.Attachment) -> dict[str, Tensor]:

@@ -222,6 +222,20 @@ def test_a_revision_of_the_method_that_is_none(revision: Any, tmp_path: Path) ->
         veneer.load(net(), rewrite(path, change))
 
 
+def test_an_older_file_whose_ranks_name_no_site_is_loaded(tmp_path: Path) -> None:
+    """`attach` rejects such options today, and did not when the file was written."""
+    attachment = fill(attach(net(), "lora", where="conv", rank=2))
+    path = attachment.save(tmp_path / "x")
+
+    def change(found: dict[str, Any]) -> None:
+        own = json.loads(found["__metadata__"]["veneer"])
+        own["attachments"][0]["config"]["ranks"] = {"mlp.zz": 3}
+        found["__metadata__"]["veneer"] = json.dumps(own)
+
+    loaded = veneer.load(net(), rewrite(path, change))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), attachment.state_dict().values(), strict=True))
+
+
 def test_provenance_must_be_json(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="provenance"):
         native.save(attach(net(), "bitfit"), tmp_path / "toy", provenance={"path": tmp_path})

@@ -46,6 +46,11 @@ def claiming(held: Mapping[str, int], whole: bool) -> Iterator[None]:
         _HELD.reset(token)
 
 
+def is_loading() -> bool:
+    """True inside `claiming`: the options are a file's, maybe of an older veneer that did not reject idle keys."""
+    return _HELD.get() is not None
+
+
 def refuse_claim(count: Callable[[], int], name: str) -> None:
     """Raise inside `claiming` if `count()` numbers are more than a file can mean at the site `name`; "" for what sites share.
 
