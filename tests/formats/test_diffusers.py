@@ -14,7 +14,7 @@ from torch import Tensor
 
 import veneer
 from veneer.formats import diffusers as lora_format
-from veneer.formats import load_all
+from veneer.formats import load_all, look
 from veneer.injection import LoadError, SaveError, attach
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -372,6 +372,40 @@ def test_alphas_of_single_modules(tmp_path: Path) -> None:
     loaded = veneer.load(tiny_pipeline("flux"), tmp_path / "y")
     assert_same(deltas(loaded), in_peft(plain.components))
     assert_same(deltas(loaded), {name: 1.5 * delta for name, delta in deltas(attachment).items()})
+
+
+@pytest.mark.parametrize("text", ["{}", '{"text_encoder.r": 2}', "null"])
+def test_metadata_without_an_entry_of_the_component(tmp_path: Path, text: str) -> None:
+    """diffusers rejects it, and reads alpha = r only where there is no metadata at all; so does veneer."""
+    attachment = low_rank.tuned("flux", ["attn.q"], rank=2)
+    state, path = load_file(lora_format.save(attachment, tmp_path / "x")), tmp_path / "y.safetensors"
+    save_file(state, path, {"lora_adapter_metadata": text})
+    plain, pipe = tiny_pipeline("flux"), tiny_pipeline("flux")
+    if text == "null":
+        plain.load_lora_weights(path)
+        assert_same(deltas(veneer.load(pipe, path)), in_peft(plain.components))
+        return
+    with pytest.raises(KeyError):
+        plain.load_lora_weights(path)
+    with pytest.raises(LoadError, match=r"attn\.to_q' has no alpha"):
+        veneer.load(pipe, path)
+    assert {alpha for block in look(path).blocks for alpha in block.alphas} <= {None}
+    save_file(
+        state | {f"{k.partition('.lora_')[0]}.alpha": torch.tensor(3.0) for k in state}, path, {"lora_adapter_metadata": text}
+    )
+    assert_same(deltas(veneer.load(pipe, path)), {name: 1.5 * delta for name, delta in deltas(attachment).items()})
+
+
+def test_a_look_at_magnitudes_and_alphas_of_single_modules(tmp_path: Path) -> None:
+    name = "single_transformer_blocks.0.proj_mlp"
+    out, width = tiny_pipeline("flux").transformer.get_submodule(name).weight.shape
+    state = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(out, 2)}
+    save_file(
+        {**state, f"{name}.alpha": torch.tensor(3.0), f"{name}.dora_scale": torch.ones(1, width)}, tmp_path / "x.safetensors"
+    )
+    (block,) = look(tmp_path / "x").blocks
+    assert (look(tmp_path / "x").format, block.method, set(block.alphas)) == ("diffusers", "dora", {3.0})
+    assert veneer.load(tiny_pipeline("flux"), tmp_path / "x").method.name == "dora"
 
 
 def test_an_initialisation_that_changed_the_base_is_refused(tmp_path: Path) -> None:

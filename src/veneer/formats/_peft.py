@@ -93,6 +93,8 @@ def _grouped(file: File, places: Mapping[str, Any]) -> tuple[dict[str, dict[str,
 def _read(layer: Module, parts: dict[str, Tensor], config: Mapping[str, Any] | None) -> tuple[PeftCodec, list[Piece]]:
     """What a module means. Its own `alpha`, where there is one, counts as in LyCORIS' layout, and before the config."""
     alpha = parts.pop("alpha", None)
+    if config == {} and alpha is None:
+        raise layer.refuse("has no alpha: lora_adapter_metadata has no entry of this component, which diffusers rejects as well")
     if alpha is not None:
         layer.expect(alpha.numel() == 1, "an alpha of one number")
         rank = float(alpha)
@@ -115,23 +117,30 @@ def _read(layer: Module, parts: dict[str, Tensor], config: Mapping[str, Any] | N
 def layers(file: File, config: Any) -> list[Layer]:
     """What is in a file, by the names of its modules."""
     told = config if isinstance(config, dict) else None
+    alphas = file.tensors(finite=False, names={key for key in file.shapes if key.endswith(".alpha")})
     heads = {str(key).partition(".")[0] for key in told or ()}
     found: dict[str, dict[str, str]] = {}
     for key in file.shapes:
         if (match := _KEY.fullmatch(key)) is not None:
             found.setdefault(match["path"], {})[match["end"]] = key
-    return [_layer(file, path, keys, told, heads) for path, keys in found.items()]
+    return [_layer(file, path, keys, told, heads, alphas.get(keys.get("alpha", ""))) for path, keys in found.items()]
 
 
-def _layer(file: File, path: str, keys: Mapping[str, str], config: dict[str, Any] | None, heads: set[str]) -> Layer:
+def _layer(
+    file: File, path: str, keys: Mapping[str, str], config: dict[str, Any] | None, heads: set[str], given: Tensor | None
+) -> Layer:
+    """A module by its shapes. `given`: its own alpha, which counts before the config's."""
     shapes = {end: file.shapes[key] for end, key in keys.items()}
-    dora = MAGNITUDE in keys or "magnitude" in keys
+    dora = keys.keys() & {MAGNITUDE, "magnitude", SCALE}
     method = "lokr" if any(end.startswith("lokr_") for end in keys) else "dora" if dora else "lora"
     shape = next((shapes[end] for end in ("lora_A", EMBEDDED[0], "lokr_w2_b", "lokr_w1_b") if shapes.get(end)), None)
     rank = shape[0] if shape else None
     head, _, rest = path.partition(".")
     component, module = (head, rest.removeprefix("text_model.")) if head in heads else ("", path)
-    alpha = None if rank is None else scaled_alpha(file, _component(config, component) or {}, module, rank)
+    own = _component(config, component)
+    alpha = None if rank is None or own == {} else scaled_alpha(file, own or {}, module, rank)
+    if rank is not None and given is not None and given.numel() == 1:
+        alpha = float(given)
     return Layer(path, method, rank, alpha, values(file, keys.values()))
 
 
@@ -172,11 +181,13 @@ def _own(config: Mapping[str, Any] | None, component: str, file: File) -> dict[s
 
 
 def _component(config: Mapping[str, Any] | None, component: str) -> dict[str, Any] | None:
-    """peft's config of a component: entries with its name before them, or all."""
+    """peft's config of a component: entries with its name before them, or with no name before them; {} if there are none."""
     if config is None:
         return None
     start = component + "."
-    return {k.removeprefix(start): v for k, v in config.items() if k.startswith(start)} or dict(config)
+    return {k.removeprefix(start): v for k, v in config.items() if k.startswith(start)} or {
+        k: v for k, v in config.items() if "." not in k
+    }
 
 
 def _refuse(file: File, unused: list[str], found: Mapping[str, Any], options: Options) -> None:

@@ -29,7 +29,10 @@ def diffusers(files: Files, base: Base) -> Meaning:
         if (plain := re.sub(r"(lora_(?:[AB]|magnitude_vector))\.(?!weight$)[^.]+", r"\1", inside)) != key:
             require(plain not in file.arrays, f"{plain} is there twice")
             file.arrays[plain], file.kinds[plain] = file.arrays.pop(key), file.kinds[key]
-    own = None if config is None else {k.removeprefix("text_encoder."): v for k, v in config.items()}
+    prefix, own = "text_encoder.", None
+    if config is not None:
+        prefixed = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+        own = prefixed or {k: v for k, v in config.items() if "." not in k}
     ends = {end: end for end in ("lora_A.weight", "lora_B.weight", "alpha")}
     ends |= {f"lora_magnitude_vector{end}": "lora_magnitude_vector" for end in ("", ".weight")}
     for name, parts in grouped(file, ends, base.layers).items():
@@ -44,6 +47,7 @@ def diffusers(files: Files, base: Base) -> Meaning:
                 return float(parts["alpha"].flatten()[0]) / rank
             if own is None:
                 return 1.0
+            require(own, "a config of the component")
             alpha = of(own, path, "lora_alpha", "alpha_pattern", 8)
             return alpha / (rank**0.5 if own.get("use_rslora") else rank)
 
