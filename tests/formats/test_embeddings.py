@@ -70,6 +70,15 @@ def test_read_back_it_is_the_same(tmp_path: Path, family: str) -> None:
     assert embeddings.save(loaded, tmp_path / "again").read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("tokens", [["a:b"], ["<toy:1>", "cat.weight"]])
+def test_tokens_with_any_characters_are_read_back(tmp_path: Path, tokens: list[str]) -> None:
+    attachment = words(tiny_pipeline("sd"), tokens=tokens)
+    path = embeddings.save(attachment, tmp_path)
+    loaded = veneer.load(tiny_pipeline("sd"), path)
+    assert list(loaded.method.each) == tokens
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), attachment.state_dict().values(), strict=True))
+
+
 def test_names_in_the_file(tmp_path: Path) -> None:
     one = embeddings.save(words(tiny_pipeline("sd"), vectors=2), tmp_path / "one")
     assert {k: v["shape"] for k, v in header(one).items() if k != "__metadata__"} == {"<toy>": [2, 24]}

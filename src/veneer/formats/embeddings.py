@@ -47,7 +47,7 @@ class Embeddings(Format):
         named = set(file.shapes) <= {*ENCODERS, ANY}
         one_width = len({shape[-1:] for shape in file.shapes.values()}) == 1
         tokens = not any(key.endswith((".weight", ".bias")) or ":" in key for key in file.shapes)
-        return rows and (named or (one_width and tokens))
+        return rows and (named or (one_width and (tokens or TOKENS in file.metadata)))
 
     def layers(self, file: File) -> list[Layer]:
         return [Layer(key, "textual_inversion", values=math.prod(shape)) for key, shape in file.shapes.items()]
