@@ -110,6 +110,19 @@ def test_slices_of_no_common_product_are_written_under_the_paths_of_diffusers(
     assert load_file(tmp_path / "converted.safetensors").keys() == state.keys()
 
 
+def test_lora_beside_slices_of_no_common_product_is_read_back(tmp_path: Path) -> None:
+    """Two kinds of module names in one file: `lora_unet_…` and `transformer.{path}`."""
+    pipe = tiny_pipeline("flux")
+    lokr = fill(attach(pipe, "lokr", where=["attn"], factor=4, rank=1), std=0.3)
+    lora = fill(attach(pipe, "lora", where=["single.out"], rank=2), std=0.3)
+    path = lycoris.save([lokr, lora], tmp_path / "x")
+    assert {key.partition("_")[0].partition(".")[0] for key in load_file(path)} == {"lora", "transformer"}
+    want = changes([lokr, lora])
+    loaded = load_all(tiny_pipeline("flux"), path)
+    assert {a.method.name for a in loaded} == {"lokr", "lora"}
+    assert_same(changes(loaded), want)
+
+
 def test_halves_that_are_swapped(tmp_path: Path) -> None:
     """FLUX's last norm: the rows of the file are shift and scale, diffusers' scale and shift."""
     torch.manual_seed(0)

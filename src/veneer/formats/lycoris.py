@@ -77,7 +77,7 @@ class Lycoris(Format):
         if any(key.startswith(("lora_transformer_", "bundle_emb.")) for key in file.shapes):  # OneTrainer's, text encoders too
             return False
         named = [key for key in file.shapes if key.startswith(PREFIXES)]
-        return marked(named) or any(key.startswith(PREFIXES[-2:]) for key in named)
+        return (bool(named) and marked(file.shapes)) or any(key.startswith(PREFIXES[-2:]) for key in named)
 
     def layers(self, file: File) -> list[Layer]:
         alphas = file.tensors(finite=False, names={key for key in file.shapes if key.endswith(".alpha")})
