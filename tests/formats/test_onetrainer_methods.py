@@ -187,6 +187,85 @@ def test_magnitudes_of_ai_toolkit(tmp_path: Path) -> None:
     assert_changes("sd", tmp_path / "y", "dora", want)
 
 
+# ComfyUI's name, and the weights that its rows are
+COMFY = {
+    "flux": {
+        "diffusion_model.double_blocks.0.img_attn.qkv": [f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+        "diffusion_model.single_blocks.0.linear1": [
+            f"transformer.single_transformer_blocks.0.{x}" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+        ],
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1": ["text_encoder.encoder.layers.0.mlp.fc1"],
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.k": [
+            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.k"
+        ],
+    },
+    "sd": {
+        "diffusion_model.input_blocks.1.0.in_layers.2": ["unet.down_blocks.0.resnets.0.conv1"],
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1": ["text_encoder.encoder.layers.0.mlp.fc1"],
+    },
+}
+DIFFUSERS = {name: [name] for name in COMFY["flux"]["diffusion_model.single_blocks.0.linear1"]}
+
+
+def with_ab(make: Callable[[Tensor], Made]) -> Callable[[Tensor], Made]:
+    """`lora_A` and `lora_B`, as OneTrainer calls them for ComfyUI and diffusers."""
+
+    def made(weight: Tensor) -> Made:
+        parts, change = make(weight)
+        names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+        return {names.get(end, end): tensor for end, tensor in parts.items()}, change
+
+    return made
+
+
+def peft_dora(weight: Tensor) -> Made:
+    """`lora_magnitude_vector.weight` (d_out,), and s in `lora_B`."""
+    parts, change = with_ab(lambda w: dora(w, "magnitude"))(weight)
+    return {"lora_magnitude_vector.weight" if end == "magnitude" else end: tensor for end, tensor in parts.items()}, change
+
+
+def assert_fused_changes(
+    family: str, path: Path, make: Callable[[Tensor], Made], names: dict[str, list[str]], words: int, method: str
+) -> str:
+    """Write the change of every place in `names`, load it and compare each weight. The name of the file's format."""
+    torch.manual_seed(0)
+    pipe, state, want = tiny_pipeline(family), {}, {}
+    for name, places in names.items():
+        weights = [weight_of(pipe, *place.split(".", 1)) for place in places]
+        parts, change = make(torch.cat(weights))
+        state |= {f"{name}.{end}": tensor.contiguous() for end, tensor in parts.items()}
+        want |= dict(zip(places, zip(weights, change.split([len(w) for w in weights]), strict=True), strict=True))
+    width = pipe.text_encoder.config.hidden_size
+    save_file(state | {f"bundle_emb.<{i}>.clip_l": torch.ones(1, width) for i in range(words)}, path)
+    loaded = load_all(pipe, path)
+    assert [a.method.name for a in loaded] == ["textual_inversion"] * words + [method]
+    assert {block.method for block in look(path).blocks} == {a.method.name for a in loaded}
+    loaded[-1].merge()
+    for place, (before, change) in want.items():
+        assert change.abs().max() > 1e-3
+        torch.testing.assert_close(weight_of(pipe, *place.split(".", 1)) - before, change, rtol=1e-4, atol=2e-5, msg=place)
+    return format_of(read(path)).name
+
+
+@pytest.mark.parametrize("words", [0, 1])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", COMFY)
+def test_names_of_comfyui(family: str, name: str, words: int, tmp_path: Path) -> None:
+    """`lora_A`, `lora_B`, `alpha` and `dora_scale` under ComfyUI's names, fused projections whole, with and without tokens."""
+    if name == "lokr" and family == "flux":
+        pytest.skip("a Kronecker product of a fused projection is in test_lycoris_fused.py")
+    method, make = METHODS[name]
+    form = assert_fused_changes(family, tmp_path / "x.safetensors", with_ab(make), COMFY[family], words, method)
+    assert form == ("onetrainer" if words else "comfyui" if method == "lora" else "lycoris")
+
+
+@pytest.mark.parametrize("name", ["lora", "dora of inputs", "dora", "loha"])
+def test_paths_of_diffusers_beside_tokens(name: str, tmp_path: Path) -> None:
+    method, make = METHODS[name]
+    make = peft_dora if name == "dora" else with_ab(make)
+    assert assert_fused_changes("flux", tmp_path / "x.safetensors", make, DIFFUSERS, 1, method) == "onetrainer"
+
+
 def test_what_is_left_out_of_a_file_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     written("flux", loha, tmp_path / "x.safetensors")
     pipe = tiny_pipeline("flux")

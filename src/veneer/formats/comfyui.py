@@ -35,7 +35,9 @@ class ComfyUI(Layered):
     }  # fmt: skip
 
     def reads(self, file: File) -> bool:
-        return any(key.startswith(PREFIXES) for key in file.shapes) and not any(".processor." in key for key in file.shapes)
+        """Not with `bundle_emb.`: these are OneTrainer's, in the same names."""
+        others = any(".processor." in key or key.startswith("bundle_emb.") for key in file.shapes)
+        return any(key.startswith(PREFIXES) for key in file.shapes) and not others
 
     def places(self, tower: Tower) -> Sequence[Place]:
         prefix = "diffusion_model"

@@ -20,10 +20,14 @@ from ._layered import Layered, header
 from ._lora import ENCODERS, component_of
 from ._modules import T5, modules, paths
 from ._pairs import wanted
+from ._peft import wanted as peft_wanted
+from ._peft_low_rank import MAGNITUDE
 from ._placed import pairs
 from ._reading import File
 from ._vocabulary import ANY, by_encoder, encoders, fit
 from ._writing import destination, write
+from .comfyui import ComfyUI
+from .diffusers import METADATA, Diffusers
 from .lycoris import Lycoris, marked
 from .lycoris import wanted as others
 
@@ -44,13 +48,15 @@ class OneTrainer(Layered):
     `….clip_g`, `….t5`. Read too: its OMI names, `transformer.double_blocks.0.img_attn.qkv.0.lora_down.weight`, where a
     number counts the projections of a fused layer, with `unet.`, `clip_l.`, `clip_g.` and `t5.`; kohya's names, where words are
     beside them; diffusers' paths with dots, `transformer.{path}`, `text_encoder.{path}`, as in its backups and in files of
-    ai-toolkit; DoRA, LoHa, LoKr and OFT with the ends of LyCORIS' layout.
+    ai-toolkit; ComfyUI's names, and `lora_A` and `lora_B`, where words are beside them; DoRA, LoHa, LoKr and OFT with the ends
+    of LyCORIS' layout.
     Source: Nerogar/OneTrainer `modules/util/convert/lora`, `modules/modelSaver`; ComfyUI `comfy/lora.py`.
     """
 
     name: ClassVar[str] = "onetrainer"
     file: ClassVar[str] = "lora.safetensors"
     files: ClassVar[str] = "OneTrainer's LoRA files"
+    ends = ComfyUI.ends
 
     def reads(self, file: File) -> bool:
         return any(key.startswith(OWN) or (key.startswith(DOTTED) and key.endswith(TRAINED)) for key in file.shapes)
@@ -65,6 +71,7 @@ class OneTrainer(Layered):
         yield from kohya_places(tower)
         yield from self.places(tower)
         yield from _dotted(tower)
+        yield from ComfyUI().places(tower)
         first = _omi(tower)
         for module in modules(tower) if first else ():
             path = "img_in.proj" if module.path == "img_in" else module.path
@@ -76,7 +83,10 @@ class OneTrainer(Layered):
     def layers(self, file: File) -> list[Layer]:
         words = {key: shape for key, shape in file.shapes.items() if key.startswith(BUNDLE)}
         rest = file.only(file.shapes.keys() - words.keys())
-        found = Lycoris().layers(rest) if marked(rest.shapes) else super().layers(rest)
+        if marked(rest.shapes):
+            found = Lycoris().layers(rest)
+        else:
+            found = Diffusers().layers(rest) if _is_peft_dora(rest) else super().layers(rest)
         return [*found, *(Layer(key, "textual_inversion", values=shape[0] * shape[-1]) for key, shape in words.items() if shape)]
 
     def words(self, file: File) -> list[str]:
@@ -89,6 +99,8 @@ class OneTrainer(Layered):
         found = list(_words(file, model, file.tensors(options.strict, words), options))
         if marked(rest.shapes):
             found += others(model, rest, options, self.known(model))
+        elif _is_peft_dora(rest):
+            found += peft_wanted(model, rest, rest.json(METADATA), options)
         elif rest.shapes:
             found.append(wanted(model, rest, options, self.known(model), self.ends))
         return attach_all(model, file, found, options)
@@ -106,6 +118,11 @@ class OneTrainer(Layered):
         for name, pair in pairs(rest, target, self.places, self.files) if rest or not learned else ():
             tensors |= {f"{name}.{end}": tensor for end, tensor in self.tensors(pair).items()}
         return write(target, tensors, header(provenance))
+
+
+def _is_peft_dora(file: File) -> bool:
+    """True if a file has magnitudes as OneTrainer writes them for diffusers."""
+    return any(f".{MAGNITUDE}" in key for key in file.shapes)
 
 
 def _prefix(tower: Tower) -> str:
