@@ -19,8 +19,6 @@ from .changes import CombineError
 from .making import Outcome
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
 EMBEDDINGS = "textual_inversion"
 MERGEABLE = frozenset(
     {
@@ -156,11 +154,11 @@ def write_all(
     if outcome is not None:
         _narrow(outcome, dtype)
     if form in HOLDING:
-        held = attach_tokens(model, [unite(tokens, target)] if form == "embeddings" and tokens else tokens)
+        several = attach_tokens(model, [unite(tokens, target)] if form == "embeddings" and tokens else tokens)
         try:
-            return [formats.get(form)().save([*held, *lora], target, provenance)]
+            return [formats.get(form)().save([*several, *lora], target, provenance)]
         finally:
-            for attachment in reversed(held):
+            for attachment in reversed(several):
                 attachment.detach()
     if not lora:
         raise CombineError(
@@ -169,9 +167,11 @@ def write_all(
     places = token_files(target, tokens)
     written = [formats.get(form)().save(lora, target, provenance)]
     for each in tokens:
-        (held_alone,) = attach_tokens(model, [each])
-        written.append(formats.get("embeddings")().save(held_alone, places[each.token], provenance))
-        held_alone.detach()
+        (held,) = attach_tokens(model, [each])
+        try:
+            written.append(formats.get("embeddings")().save(held, places[each.token], provenance))
+        finally:
+            held.detach()
     return written
 
 

@@ -43,8 +43,8 @@ class OFTPeft(PeftCodec):
         layer.expect(coft is None or coft > 0, "an eps above 0 in the config")
         terms = of(layer.file, layer.config, layer.path, "num_cayley_neumann_terms", "terms_pattern", 5) if series else None
         layer.expect(terms is None or terms in range(1, MOST_TERMS), f"from 1 to {MOST_TERMS} num_cayley_neumann_terms")
-        if series and "peft_version" not in layer.config and not layer.notes:
-            layer.notes.append("written by peft before 0.18, whose series was another; read as current peft reads it")
+        if terms is not None and terms > 2 and "peft_version" not in layer.config and not layer.notes:
+            layer.notes.append("no peft_version: read as peft 0.18 and later, which count the series' last power once, not twice")
         options = {"block_size": size, "share": share, "coft": None if coft is None else coft / size**2, "rescale": False}
         options["neumann_terms"] = None if terms is None else int(terms)
         return [Piece(layer.site, options, {"skew": given if series else -given})]
