@@ -122,7 +122,7 @@ def test_defaults_may_name_alternatives_that_a_host_lacks() -> None:
     assert [s.name for s in found] == ["d0.attn.q", "d1.attn.q", "u2.attn.q", "u3.attn.q", "fused.q"]
 
 
-def test_braces_and_ranges_within_the_blocks_match_as_before() -> None:
+def test_braces_and_ranges_within_the_blocks_are_accepted() -> None:
     assert chosen("{unet,text}/attn.q@0") == ["d0.attn.q", "t.q"]
     assert chosen("attn.q@0:5") == ["d0.attn.q", "d1.attn.q", "u2.attn.q", "u3.attn.q", "fused.q"]
     assert chosen("*/attn.q@:5 not:text/attn") == chosen("attn.q@:5")

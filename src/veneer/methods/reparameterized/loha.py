@@ -25,7 +25,6 @@ class LoHaFactors(Adapter):
     (rank, d_in / groups), and `core1`, `core2` (rank, rank, *kernel) stand between: A[p, i, …] = Σ_q core[p, q, …] down[q, i].
     """
 
-    adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite, rank: int, scaling: float, tucker: bool) -> None:
@@ -62,6 +61,7 @@ class LoHaFactors(Adapter):
 class LoHaAdapter(LoHaFactors):
     """y' = y + s·ΔW x, W' = W + s·ΔW."""
 
+    adds: ClassVar[bool] = True
     norm_axis: ClassVar[None] = None
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:

@@ -41,7 +41,6 @@ class LoKrFactors(Adapter):
     `left_up` (up, rank) times `left_down` (rank, uq), or `right_up` (vp, rank) times `right_down` (rank, vq, *kernel).
     """
 
-    adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
     left: nn.Parameter | None
     left_up: nn.Parameter
@@ -84,6 +83,7 @@ class LoKrFactors(Adapter):
 class LoKrAdapter(LoKrFactors):
     """y' = y + s·(C ⊗ D) x, W' = W + s·(C ⊗ D)."""
 
+    adds: ClassVar[bool] = True
     norm_axis: ClassVar[None] = None
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
