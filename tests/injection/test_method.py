@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import veneer
-from veneer.injection import SelectionError, UnsupportedSite
-from veneer.injection.registry import methods
+from veneer.injection import SelectionError, UnsupportedSite, hosts, methods
 from veneer.methods.reparameterized.lora import LoRA
 
-from ..formats.cases import fill
+from ..formats.cases import fill, rewrite
 from .toy import net
 
 
@@ -76,3 +75,35 @@ def test_braces_in_keys_by_site_mean_each_alternative() -> None:
     assert {name: adapter.down.shape[0] for name, (_, adapter) in tuned.parts.items()} == {"qkv.q": 2, "qkv.k": 1, "qkv.v": 2}
     tuned = veneer.attach(net(), "lora", where="attn.{q,k,v}", rank=1, ranks={"attn.{q,v}": 2})
     assert {name: adapter.down.shape[0] for name, (_, adapter) in tuned.parts.items()} == {"qkv.q": 2, "qkv.k": 1, "qkv.v": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("lora", {"ranks": {"attn.q": 2, "head": 3}}), ("dora", {"by_site": {"attn.q": {"rank": 2}, "head": {"rank": 3}}})],
+)
+def test_a_file_may_have_keys_by_site_that_match_nothing(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """As one of a model with other layers, or from before such keys were rejected."""
+    tuned = fill(veneer.attach(net(), method, where="attn.q head", **options))
+
+    def leave_out_the_head(header: dict[str, Any]) -> None:
+        own = json.loads(header["__metadata__"]["veneer"])
+        own["attachments"][0]["sites"].remove("head")
+        header["__metadata__"]["veneer"] = json.dumps(own)
+
+    path = rewrite(tuned.save(tmp_path / "x"), leave_out_the_head, tmp_path / "y.safetensors")
+    again = veneer.load(net(), path, strict=False)
+    assert again.method == tuned.method
+    assert all(torch.equal(value, tuned.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("vpt", {"project": 5}), ("fact", {"rank": 5}), ("vera", {"rank": 5}), ("lst", {"reduction": 4})]
+)
+def test_by_site_cannot_change_what_sites_share(method: str, options: dict[str, Any]) -> None:
+    model = hosts.get("timm_vit")().tiny()["vit"]()
+    first = next(iter(veneer.attach(model, method).parts))
+    veneer.attachments(model)[0].detach()
+    with pytest.raises(UnsupportedSite) as raised:
+        veneer.attach(model, method, by_site={f"name:{first}": options})
+    assert raised.value.site == first
+    assert veneer.attachments(model) == []

@@ -137,6 +137,7 @@ class Method(ABC):
         conditions: what `Attachment.given` takes for it, such as `("image",)`; empty for a method that needs nothing in a call.
         prepares: `once` if it must see the training data before it is trained, `epoch` if before every epoch; see `prepare`.
         revision: of what saved options and tensors compute; raised when the same ones compute another function. See `migrate`.
+        shared_options: options that `build_shared` reads, which `by_site` cannot change.
     Args:
         by_site: other options at some sites, for a file whose layers differ: role pattern, or `name:` and a site's name, to
             options, such as `{"mlp.*": {"rank": 4}}` or `{"attn.{q,v}": {"rank": 4}}`. A site's own name counts before its
@@ -151,6 +152,7 @@ class Method(ABC):
     identity_at_start: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3
     revision: ClassVar[int] = 1
+    shared_options: ClassVar[tuple[str, ...]] = ()
     keeps_head: ClassVar[bool] = False
     prepares: ClassVar[Literal["", "once", "epoch"]] = ""
     conditions: ClassVar[tuple[str, ...]] = ()
@@ -161,7 +163,7 @@ class Method(ABC):
         """The config that counts at one site: this one, with the options that `by_site` has for it.
 
         Raises:
-            ValueError: `by_site` has an option that the method does not have.
+            ValueError: `by_site` has an option that the method does not have, or another value of a shared one.
         """
         if not self.by_site:
             return self
@@ -172,7 +174,11 @@ class Method(ABC):
         known = {f.name for f in dataclasses.fields(self)} - {"by_site"}
         if not own.keys() <= known:
             raise ValueError(f"by_site has {', '.join(sorted(own.keys() - known))}; options are {', '.join(sorted(known))}")
-        return dataclasses.replace(self, by_site={}, **_tuples(own))
+        options = _tuples(own)
+        fixed = [name for name in self.shared_options if options.get(name, getattr(self, name)) != getattr(self, name)]
+        if fixed:
+            raise ValueError(f"by_site has {', '.join(fixed)}, which must be the same at all sites; set it for the whole method")
+        return dataclasses.replace(self, by_site={}, **options)
 
     def keys_by_site(self) -> dict[str, list[str]]:
         """Keys of every option by site; `attach` raises `SelectionError` for a key that matches no selected site."""

@@ -137,6 +137,7 @@ class DTL(Method):
     needs: ClassVar[tuple[Need, ...]] = (Need(StreamSite, roles=("block",), where={"resamples": False, "d_in": 0}),)
     default: ClassVar[tuple[str, ...]] = ("block",)
     learning_rate: ClassVar[float] = 1e-3
+    shared_options: ClassVar[tuple[str, ...]] = ("write_from", "conv")
 
     rank: int = 2
     beta: float = 100.0

@@ -49,6 +49,7 @@ class IPAdapter(Method):
     default: ClassVar[tuple[str, ...]] = ("xattn.processor",)
     conditions: ClassVar[tuple[str, ...]] = ("image", "embeds", "negative", "mask", "layers")
     learning_rate: ClassVar[float] = 1e-4
+    shared_options: ClassVar[tuple[str, ...]] = ("kind", "width", "tokens", "depth", "dim")
 
     kind: Literal["base", "plus"] = "base"
     width: int = 1024

@@ -136,6 +136,7 @@ class LST(Method):
     default: ClassVar[tuple[str, ...]] = ("block",)
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 3e-3
+    shared_options: ClassVar[tuple[str, ...]] = ("reduction",)
 
     reduction: int = 8
     temperature: float = 0.1

@@ -113,6 +113,7 @@ class DAMVP(Method):
     default: ClassVar[tuple[str, ...]] = ("pixels", "features", "logits")
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-2
+    shared_options: ClassVar[tuple[str, ...]] = ("clusters", "head_free")
     prepares: ClassVar[Literal["", "once", "epoch"]] = "once"
 
     clusters: int = 8

@@ -85,6 +85,7 @@ class VPT(Method):
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-2
     revision: ClassVar[int] = 2
+    shared_options: ClassVar[tuple[str, ...]] = ("project",)
 
     tokens: int = 10
     dropout: float = 0.0

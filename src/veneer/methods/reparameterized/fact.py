@@ -143,6 +143,7 @@ class FacT(Method):
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp")
     elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 1e-3
+    shared_options: ClassVar[tuple[str, ...]] = ("rank", "form")
 
     form: Literal["tt", "tk"] = "tt"
     rank: int = 16

@@ -80,6 +80,7 @@ class VeRA(Method):
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
     learning_rate: ClassVar[float] = 1e-2
+    shared_options: ClassVar[tuple[str, ...]] = ("rank",)
 
     rank: int = 256
     d_initial: float = 0.1
