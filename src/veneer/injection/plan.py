@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import SelectionError, UnsupportedSite
-from .filling import drawing, is_loading, refuse_claim
+from .filling import drawing, is_loading, refuse_claim, values_follow
 from .forms import module_at
 from .host import Host
 from .method import Adapter, Method
@@ -101,14 +101,16 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
 def _refuse_idle(method: Method, chosen: Sequence[Site]) -> None:
     """Raise `SelectionError` for a key of the options by site, or an alternative of its braces, that matches no chosen site.
 
-    Of a file only `by_site` is checked: older files may have others, which change nothing.
+    Of a file only `by_site` is checked, and not where layers of it are left out: older files may have other idle keys.
     """
     names, roles = {site.name for site in chosen}, {site.role for site in chosen}
 
     def idle(one: str) -> bool:
         return one[5:] not in names if one.startswith("name:") else not any(has_role(one, role) for role in roles)
 
-    checked = {"by_site": [*method.by_site]} if is_loading() else method.keys_by_site()
+    checked = method.keys_by_site()
+    if is_loading():
+        checked = {"by_site": [*method.by_site]} if values_follow() else {}
     for option, keys in checked.items():
         each = [one for key in keys for one in ([key] if key.startswith("name:") else expand(key))]
         found = [one for one in each if idle(one)]
