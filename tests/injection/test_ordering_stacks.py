@@ -10,10 +10,11 @@ import random
 import pytest
 import torch
 
-from veneer.injection import Attachment, UnsupportedSite
+from veneer.injection import Attachment, UnsupportedSite, attach
 from veneer.injection.method import Method
 from veneer.injection.mixing import mixed
 from veneer.injection.switching import switch
+from veneer.testing.snapshot import assert_same, snapshot
 
 from .test_ordering import DECOMPOSED, PLACES, able, dense, output, put
 from .toy import net
@@ -97,3 +98,15 @@ def test_a_mixed_batch_equals_each_sample_alone(seed: int) -> None:
             expected.append(output(model)[i])
     with contextlib.suppress(UnsupportedSite), mixed(model, samples):
         torch.testing.assert_close(output(model), torch.stack(expected), rtol=0, atol=1e-9)
+
+
+def test_a_quantized_weight_cannot_take_an_earlier_change() -> None:
+    """SSF changes weight and bias together, so a later bias needs SSF's weight form too, which a quantized weight cannot take."""
+    model = net()
+    model.head.weight = torch.nn.Parameter(torch.ones(3, 6, dtype=torch.int8), requires_grad=False)
+    attach(model, "ssf", where="head")
+    before = snapshot(model)
+    with pytest.raises(UnsupportedSite) as raised:
+        attach(model, "full", where="bias.head")
+    assert raised.value.site.startswith("head")
+    assert_same(before, snapshot(model), "rejected")

@@ -39,7 +39,7 @@ def tensor_below(adapter: Adapter, module: nn.Module, param: str, rows: tuple[in
 
 
 def tensor_in_chain(adapter: Adapter, module: nn.Module, param: str, rows: tuple[int, int] | None) -> Tensor:
-    """The tensor that an adapter finds which acts in the weights: with the changes of those that act there before."""
+    """Effective tensor seen by an adapter that acts in the weights: the base tensor with the changes of those before it."""
     tensor = base_tensor(module, "", param)
     for adapters, change in _chain(module, param):
         if any(other is adapter for other in adapters):
@@ -49,7 +49,7 @@ def tensor_in_chain(adapter: Adapter, module: nn.Module, param: str, rows: tuple
 
 
 def _chain(module: Any, param: str) -> Iterator[tuple[Iterable[nn.Module], Callable[[Tensor], Tensor]]]:
-    """What acts in a tensor, in order: adapters, and their change."""
+    """Yields the adapters and the change of each step in a tensor, in order."""
     for seam in module.parametrizations[param] if parametrize.is_parametrized(module, param) else ():
         if not isinstance(seam, WeightSeam):
             yield (), seam

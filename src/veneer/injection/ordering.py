@@ -49,8 +49,8 @@ class Beneath:
         """True if a call seam acts in the weights while everything is enabled."""
         return any(call is other for other in self._ordered(self.calls))
 
-    def folded(self, param: str, tensor: Tensor) -> Tensor:
-        """The tensor with the changes of those that act in the weights."""
+    def apply(self, param: str, tensor: Tensor) -> Tensor:
+        """The tensor with the changes of the call seams that act in the weights."""
         for call in self.acting():
             if param in tensors_of(call):
                 tensor = change_of(call, self.module, param, tensor)
@@ -138,7 +138,7 @@ def link(tower: nn.Module, attached: Iterable[Attachment]) -> list[tuple[Attachm
         seams = [] if attachment.merged else [s for s in attachment._joined.seams if s.__dict__["tower"] is tower]
         weights = _weights(seams)
         below = [Beneath(module, group, calls[id(module)]) for module, group in weights if id(module) in calls]
-        found.append((attachment, [_linked(each) for each in below]))
+        found.append((attachment, [_connect(each) for each in below]))
         for seam in seams:
             if isinstance(seam, CallSeam) and isinstance(seam.sites[0], TENSORS) and seam.__dict__["joined"]:
                 seam.above = ()
@@ -157,7 +157,7 @@ def _weights(seams: Iterable[Seam]) -> list[tuple[nn.Module, dict[str, WeightSea
     return [*found.values()]
 
 
-def _linked(beneath: Beneath) -> Beneath:
+def _connect(beneath: Beneath) -> Beneath:
     for seam in beneath.weights.values():
         seam.beneath = beneath
     for call in beneath.calls:

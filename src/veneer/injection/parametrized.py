@@ -33,11 +33,14 @@ class WeightSeam(Seam):
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
         super().__init__(tower, parts)
         self.path, self.param = parts[0][0].path, parts[0][0].param
+        self._refuse_quantized()
+
+    def _refuse_quantized(self, why: str = "is read, not called") -> None:
         tensor = getattr(self.module(self.path), self.param)
         if not changeable(tensor):
             raise UnsupportedSite(
-                f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantised and is read, not "
-                "called, so its change cannot be applied. Select called sites only, or load the base unquantised.",
+                f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantised and {why}, so "
+                "its change cannot be applied. Select called sites only, or load the base unquantised.",
                 site=self.sites[0].name,
             )
 
@@ -45,7 +48,7 @@ class WeightSeam(Seam):
         """The changed weight."""
         if self.passes():
             return weight
-        return self.own(weight if self.beneath is None else self.beneath.folded(self.param, weight))
+        return self.own(weight if self.beneath is None else self.beneath.apply(self.param, weight))
 
     def own(self, weight: Tensor) -> Tensor:
         """The change of this seam's adapters, slice by slice."""
@@ -106,6 +109,7 @@ class Carrier(WeightSeam):
         Seam.__init__(self, tower, ())
         self.path, self.param = site.path, site.param
         self.__dict__["sites"] = [site]
+        self._refuse_quantized("holds the change of an adapter that is attached already")
 
     def own(self, weight: Tensor) -> Tensor:
         """The tensor as it is."""

@@ -136,7 +136,7 @@ def select(sites: Sequence[S], where: str | Sequence[str], main: frozenset[str],
     for text in patterns(where):
         excludes, name = text.startswith(NOT), names.get(text.removeprefix(NOT))
         for one in [text] if name else expand(text):  # files name thousands of sites, each in full
-            found = [name] if name else _matched(sites, one, main, depths, strict)
+            found = [name] if name else _match(sites, one, main, depths, strict)
             if excludes:
                 left_out[one] = found
             else:
@@ -151,7 +151,7 @@ def select(sites: Sequence[S], where: str | Sequence[str], main: frozenset[str],
     return result
 
 
-def _matched(sites: Sequence[S], text: str, main: frozenset[str], depths: Mapping[str, int], strict: bool) -> list[str]:
+def _match(sites: Sequence[S], text: str, main: frozenset[str], depths: Mapping[str, int], strict: bool) -> list[str]:
     """Names of the sites that one pattern without braces matches."""
     pattern = parse(text.removeprefix(NOT))
     found = [s for s in sites if pattern.matches(s, main, depths.get(s.tower, 0))]

@@ -96,7 +96,7 @@ class TextualInversionAdapter(Adapter):
             raise UnsupportedSite(
                 f"textual_inversion: {self.place}: initialize={word!r} has "
                 + (f"the token {beyond[0]!r}, which is not among the {rows} rows of the base" if beyond else "no token")
-                + f". Choose other words to begin as, or a new token such as '<{'-'.join(word.split()) or 'concept'}>'.",
+                + f". Choose another initializer word, or a new token such as '<{'-'.join(word.split()) or 'concept'}>'.",
                 site=self.place,
                 method="textual_inversion",
             )
