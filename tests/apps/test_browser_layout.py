@@ -69,6 +69,8 @@ def test_a_start_on_a_phone_shows_its_run(app: App, chromium: Browser) -> None:
     page.wait_for_function(
         "() => { const y = document.getElementById('teach-state').getBoundingClientRect().top; return y >= 0 && y < innerHeight }"
     )
+    look = page.locator("#teach-job input").evaluate("e => [getComputedStyle(e).textOverflow, getComputedStyle(e).paddingRight]")
+    assert look == ["ellipsis", "28px"], "a long title ends before the arrow"
     page.locator("#teach-stop").click()
     page.locator("#teach-state").get_by_text("was stopped").wait_for()
     page.context.close()
