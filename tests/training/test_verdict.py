@@ -217,3 +217,9 @@ def test_classification(evidence, outcome):
     found = transfer_verdict(evidence, TransferConfig())
     assert found.outcome == outcome
     assert found.reasons
+
+
+@pytest.mark.parametrize(("epochs", "advised"), [(1, 20), (20, 40)])
+def test_a_short_classifier_is_advised_to_train_for_the_default_number_of_epochs(epochs: int, advised: int) -> None:
+    evidence = Evidence(scores(70, 100), scores(35, 50), scores(75, 100), answers(90, 100), answers(70, 100))
+    assert f"train longer: --epochs {advised}" in transfer_verdict(evidence, TransferConfig(epochs=epochs)).advice

@@ -105,7 +105,7 @@ def verdict(evidence: Evidence, config: TransferConfig) -> Verdict:
         return Verdict("overfitted", summary, tuple(reasons), (*_less(config), "train less: --method linear_probe"))
     if against[0] < 0:
         summary = "It tells the classes apart, but a linear probe does better."
-        more = ("train longer: --epochs " + str(2 * config.epochs), "start the head at the probe: --head-first")
+        more = (_longer(config), "start the head at the probe: --head-first")
         return Verdict("partly", summary, tuple(reasons), (*more, "train the head only: --method linear_probe"))
     beyond = ", and better than a linear probe" if against[0] > 0 else ""
     advice = _less(config) if gap[0] else ()
@@ -135,10 +135,15 @@ def _advice(config: TransferConfig, gap: bool) -> tuple[str, ...]:
     if gap:
         return (*_less(config), "give more images of each class")
     return (
-        f"train longer: --epochs {2 * config.epochs}",
+        _longer(config),
         f"a lower learning rate: --learning-rate {config.rate() / 3:g}",
         "a pretrained model: --model vit_small_patch16_224.augreg_in21k_ft_in1k, or --model shipped_clip without network access",
     )
+
+
+def _longer(config: TransferConfig) -> str:
+    """At least the default number of epochs."""
+    return f"train longer: --epochs {max(type(config).epochs, 2 * config.epochs)}"
 
 
 def _less(config: TransferConfig) -> tuple[str, ...]:
