@@ -147,8 +147,8 @@ def _bounds(settings: Sequence[str]) -> None:
         if int(value) > limit:
             raise VeneerError(f"{name.replace('_', ' ')}: {value}; expected at most {limit}.")
     for name, least in LEAST.items():
-        value = given.get(name.replace("_", "-"))
-        if value is not None and int(value) < least:
+        value = given.get(name.replace("_", "-"), str(least))
+        if int(value) < least:
             raise VeneerError(f"{name.replace('_', ' ')}: {value}; expected at least {least}.")
     if float(given.get("learning-rate", "1")) <= 0:
         raise VeneerError(f"learning rate: {given['learning-rate']}; expected more than 0.")
