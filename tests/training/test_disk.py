@@ -2,6 +2,7 @@
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +60,14 @@ def test_the_error_says_what_is_kept_and_no_path(tmp_path: Path) -> None:
 def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "a" / "b") == pytest.approx(free_bytes(tmp_path), rel=0.1)
     assert free_bytes(None) is None
+
+
+def test_checkpoints_and_weights_of_a_resumed_run_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veneer.training.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    for name, size in (("adapter.safetensors", 1), ("checkpoint-000004/state.safetensors", 20), ("photo.png", 300)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    assert free_bytes(tmp_path) == 1021
 
 
 def test_the_last_checkpoint_uses_the_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

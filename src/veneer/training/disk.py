@@ -35,11 +35,13 @@ class DiskFull(VeneerError):
 
 
 def free_bytes(folder: Path | None) -> int | None:
-    """Free bytes of the disk that a folder is on, or will be; None without a folder."""
+    """Bytes that a run may take on the disk that its folder is on, or will be: those that are free, and those of the checkpoints
+    and weights in the folder, which a resumed run replaces. None without a folder."""
     if folder is None:
         return None
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free
+    own = [*folder.glob("*.safetensors"), *folder.glob("checkpoint-*/**/*"), *folder.glob(".reserve")]
+    return shutil.disk_usage(there).free + sum(file.stat().st_size for file in own if file.is_file())
 
 
 class Reserve:
