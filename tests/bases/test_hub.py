@@ -80,6 +80,7 @@ def test_a_model_of_an_unreachable_hub_ends_in_one_line(closed: str, tmp_path: P
     settings = {**os.environ, "HF_ENDPOINT": closed, "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, capture_output=True, text=True, env=settings, cwd=tmp_path)
     assert done.returncode == 1
-    (line,) = done.stderr.strip().splitlines()
+    *phases, line = done.stderr.strip().splitlines()
+    assert all(phase.endswith("…") for phase in phases), "only what is being done, and no retries"
     assert name in line
     assert closed in line
