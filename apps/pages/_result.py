@@ -34,7 +34,7 @@ def in_words(job: Job) -> str:
         return ""
     training, figures = result.get("training") or {}, result.get("figures") or {}
     values = sum(int(m.get("parameters", 0)) for m in result.get("methods", []))
-    lines = [f"{training.get('steps')} steps in {clock(training.get('seconds') or 0)}; {values:,} trained values."]
+    lines = [f"{training.get('steps')} steps in {clock(training.get('seconds') or 0)}; {values:,} trained parameters."]
     if "verdict" not in result:  # whose reasons have the scores
         lines += _likeness(figures) + _prompt(figures, result.get("config") or {}) + _drift(figures)
     lines += [f"Note: {escaped(str(said))}" for said in training.get("warnings") or []]

@@ -140,7 +140,7 @@ def test_words_of_a_form_are_bounded() -> None:
 
 def test_the_end_in_words(tmp_path: Path) -> None:
     job = finished(Workspace(tmp_path), "shipped", "lora", 65.0, 1, 1234)
-    assert "1,234 trained values." in in_words(job), "what is not known is no error"
+    assert "1,234 trained parameters." in in_words(job), "what is not known is no error"
     found = json.loads((job.run / "result.json").read_text())
     means = {"adapted": {"mean": 0.75}, "base": {"mean": 0.25}}
     found["figures"] = {"likeness": means, "ceiling": {"mean": 0.875}, "prompt_likeness": means, "drift": {"mean": 0.125}}
