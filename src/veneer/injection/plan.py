@@ -17,10 +17,10 @@ from .forms import module_at
 from .host import Host
 from .method import Adapter, Method
 from .registry import hosts
-from .select import expand, has_role, select
+from .select import alternatives, expand, has_role, select
 from .select import offered as offered_sites
 from .sites import NormSite, ParamSite, Site, WeightSite
-from .towers import Tower
+from .towers import Tower, towers_of
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,17 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
         offered=tuple(offered),
         extras=extras,
     )
+
+
+def effective_where(model: Any, method: Method, *selections: Sequence[str]) -> tuple[str, ...]:
+    """The first of some selections that a method can use on a model, as patterns that all match something; () if it can use none.
+
+    What a default names need not be there; what a caller adds to it must, so a selection that adds to a default starts from this.
+    """
+    towers = towers_of(model)
+    offered = [s for t in towers for s in t.sites if fits(method, s)]
+    main = frozenset(s.tower for t in towers if t.main or len(towers) == 1 for s in t.sites)
+    return next((found for where in selections if (found := alternatives(offered, where, main))), ())
 
 
 def _refuse_idle(method: Method, chosen: Sequence[Site]) -> None:

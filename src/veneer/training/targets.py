@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..injection import Attachment, attach, methods
 from ..injection.errors import VeneerError
 from ..injection.method import Method
+from ..injection.plan import effective_where
+from ..injection.select import NOT
 from ..injection.sites import VocabularySite
 from ..methods.prompt._tokenizer import refuse_taken
 from .gradients import LossStep
@@ -21,6 +23,9 @@ from .seeds import mix
 
 SHORTHANDS = {"pivotal": "textual_inversion+lora"}
 """Usual names of several methods trained together."""
+
+TEXT = ("text*/attn",)
+"""What is adapted of text encoders where a method can."""
 
 
 def split_methods(words: str) -> list[str]:
@@ -106,6 +111,11 @@ def checkpoint(tower: Any) -> None:
     tower.training = True  # the flag that the towers look at; their parts stay in eval, so no dropout
 
 
+def _in_text(pattern: str) -> str:
+    """A pattern of a default, in the text encoders."""
+    return f"{NOT}text*/{pattern.removeprefix(NOT)}" if pattern.startswith(NOT) else f"text*/{pattern}"
+
+
 def attach_all(
     pipe: Any, found: Sequence[Method], where: Mapping[str, Sequence[str]], text_encoder: bool, seed: int
 ) -> list[Attachment]:
@@ -113,13 +123,15 @@ def attach_all(
 
     Args:
         where: method name to its selection; the method's own default where there is none.
-        text_encoder: methods on weights also adapt the attention of the text encoders.
+        text_encoder: methods on weights also adapt the attention of the text encoders, or there their default where they have no
+            sites in attention.
     """
     attached = []
     for method in found:
         chosen = [*where.get(method.name, ())]
         if text_encoder and not learns_words(method):
-            chosen = [*(chosen or method.default), "text*/attn"]
+            usual = chosen or effective_where(pipe, method, method.default, method.elsewhere)
+            chosen = [*usual, *(effective_where(pipe, method, TEXT, [_in_text(each) for each in method.default]) or TEXT)]
         torch.manual_seed(mix(seed, "adapters", method.name))
         attachment = attach(pipe, method, where=chosen or None)
         for _, adapter in attachment.parts.values():
