@@ -152,7 +152,7 @@ def select(sites: Sequence[S], where: str | Sequence[str], main: frozenset[str],
 
 
 def alternatives(sites: Sequence[S], where: str | Sequence[str], main: frozenset[str]) -> tuple[str, ...]:
-    """The patterns of a selection, without braces, that match something; `not:` where another pattern selects what it excludes."""
+    """The patterns of a selection, without braces, that match something; `not:` where one selects what it excludes."""
     found = {one: select(sites, one.removeprefix(NOT), main, strict=False) for text in patterns(where) for one in expand(text)}
     chosen = {site.name for one, matched in found.items() if not one.startswith(NOT) for site in matched}
     return tuple(one for one, matched in found.items() if any(site.name in chosen for site in matched))
