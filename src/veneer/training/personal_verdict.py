@@ -74,7 +74,8 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
             summary = "Images are more similar to the photos, but follow the prompt less, or images of other prompts changed."
             return Verdict("overfitted", summary, reasons, _gentler(config))
         if far:
-            return Verdict("learned", "Images are clearly more similar to the photos, and prompts still work.", reasons)
+            place = " Place and background still follow the prompt." if _says_place(metrics) else ""
+            return Verdict("learned", f"Images are clearly more similar to the photos.{place}", reasons)
         if lost:
             summary = (
                 "Images are not similar enough to the photos, and follow the prompt less, or images of other prompts changed."
@@ -138,7 +139,7 @@ def _changes(metrics: Metrics, near: bool) -> tuple[list[str], list[str]]:
             f"{prompt.base.mean:.2f} without: difference {prompt.gain}."
         )
         (lost if not near and _fell(prompt, KEPT) else kept).append(words)
-    if place and (place.base.low or 0.0) > 0:
+    if place and _says_place(metrics):
         share = max(0.0, place.adapted.mean / place.base.mean)
         words = f"Background and place follow the prompt {share:.0%} as much as without the adapter."
         (lost if _fell(place, FOLLOWED) else kept).append(words)
@@ -148,6 +149,11 @@ def _changes(metrics: Metrics, near: bool) -> tuple[list[str], list[str]]:
         moved = drift.low is not None and apart is not None and drift.low > MOVED * apart
         (lost if moved else kept).append(f"Images of other prompts changed by {drift}{scale}.")
     return lost, kept
+
+
+def _says_place(metrics: Metrics) -> bool:
+    """Whether the prompts say where things are: the base's own images show it."""
+    return metrics.layout is not None and (metrics.layout.base.low or 0.0) > 0
 
 
 def _fell(found: Compared, share: float) -> bool:
