@@ -164,7 +164,7 @@ def test_a_zip_that_leaves_its_folder(app: App, page: Any, tmp_path: Path) -> No
             archive.write(photo, f"../../../{'cat' if number % 2 else 'dog'}/{number}.png")
     before = [*app.workspace.glob("*/given/*")]
     go(page, "Classify")
-    page.get_by_label("My pictures, in a zip").check()
+    page.get_by_label("My images, in a zip").check()
     page.locator("#classify-zip input[type=file]").set_input_files(tmp_path / "pets.zip")
     page.locator("#classify-zip").get_by_text("pets").first.wait_for()
     page.locator("#classify-start").click()
@@ -193,7 +193,7 @@ def test_a_pickle_that_calls_itself_safetensors(app: App, page: Any, tmp_path: P
 
 
 def test_html_in_words(page: Any, app: App) -> None:
-    """A prompt is text: drawn, or too long for the base and shown as it was written; and so is a concept in a title."""
+    """A prompt is text, and so are its words that are left out, and a concept in a title: shown as they were written."""
     evil = "<img src=x onerror=\"document.title='owned'\"> **bold** <b>cat</b>"
     go(page, "Generate")
     page.locator("#generate-prompt textarea").fill("<b>*cat*</b>")
@@ -201,7 +201,7 @@ def test_html_in_words(page: Any, app: App) -> None:
     page.locator("#generate-state").get_by_text("1 of 1").wait_for()
     page.locator("#generate-prompt textarea").fill(evil)
     page.locator("#generate-draw").click()
-    told(page, "**bold** <b>cat</b>' has 43 tokens and the text encoder takes 24")
+    page.locator("#generate-state").get_by_text("**bold** <b>cat</b>”").wait_for()
     assert page.locator("img[src=x]").count() == 0
     go(page, "Teach")
     teach(page, evil, "quick")
