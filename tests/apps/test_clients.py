@@ -8,7 +8,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -97,11 +97,11 @@ def test_a_picture_comes_while_a_job_trains(app: App, tmp_path: Path) -> None:
     until(lambda: job.state == "stopped", job)
 
 
-def until(true: object, job: jobs.Job) -> None:
-    """Wait for a job."""
+def until(true: Callable[[], object], job: jobs.Job) -> None:
+    """Wait for a job, which may get there and end between two looks at it."""
     end = time.monotonic() + PATIENCE
-    while not true():  # type: ignore[operator]
-        assert job.state in ("waiting", "running"), job.log()
+    while not true():
+        assert job.state in ("waiting", "running") or true(), job.log()
         assert time.monotonic() < end, job.log()
         time.sleep(0.1)
 
