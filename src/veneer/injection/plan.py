@@ -66,8 +66,7 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
         SelectionError: a pattern matches nothing, or a site is both adapted and trained.
     """
     everything = [s for t in towers for s in t.sites]
-    offered = [s for s in everything if fits(method, s)]
-    main = frozenset(s.tower for t in towers if t.main or len(towers) == 1 for s in t.sites)
+    offered, main = _candidates(towers, method)
     if not offered:
         raise _refusal(towers, method, everything)
     if where is None:
@@ -103,10 +102,14 @@ def effective_where(model: Any, method: Method, *selections: Sequence[str]) -> t
 
     What a default names need not be there; what a caller adds to it must, so a selection that adds to a default starts from this.
     """
-    towers = towers_of(model)
-    offered = [s for t in towers for s in t.sites if fits(method, s)]
-    main = frozenset(s.tower for t in towers if t.main or len(towers) == 1 for s in t.sites)
+    offered, main = _candidates(towers_of(model), method)
     return next((found for where in selections if (found := alternatives(offered, where, main))), ())
+
+
+def _candidates(towers: Sequence[Tower], method: Method) -> tuple[list[Site], frozenset[str]]:
+    """The sites that a method can use, and the names of the towers that a pattern without a tower means."""
+    offered = [s for t in towers for s in t.sites if fits(method, s)]
+    return offered, frozenset(s.tower for t in towers if t.main or len(towers) == 1 for s in t.sites)
 
 
 def _refuse_idle(method: Method, chosen: Sequence[Site]) -> None:
