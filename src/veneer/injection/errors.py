@@ -1,52 +1,103 @@
-"""Errors of the registry. Each says where, what was given, what was expected and what to do."""
+"""Errors of the package. Each says where, what was given, what was expected and what to do, and carries these as attributes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+E = TypeVar("E", bound="VeneerError")
 
 
 class VeneerError(Exception):
-    """Base of every error that veneer raises on purpose."""
+    """Base of every error that veneer raises on purpose.
+
+    All attributes of these classes are keyword arguments of the constructor and survive pickling. Those here are None where they do
+    not apply:
+        where: name of what the error is about, such as a module, a tensor, an attachment, a metadata field.
+        given: the value, shape, names or state that was found. expected: the value, shape, names or state that is accepted.
+        file: path of the file that was read or written.
+    """
+
+    def __init__(
+        self, message: str = "", *, where: str | None = None, given: Any = None, expected: Any = None, file: Any = None
+    ) -> None:
+        super().__init__(message)
+        self.where, self.given, self.expected = where, given, expected
+        self.file = None if file is None else str(file)
+
+    @classmethod
+    def from_error(cls: type[E], error: BaseException, message: str, **data: Any) -> E:
+        """An error of this class with `data`, and with the other attributes of `error` that this class has as well."""
+        made = cls(message, **data)
+        for name, value in vars(error).items():
+            if name in vars(made) and name not in data:
+                setattr(made, name, value)
+        return made
+
+
+class OptionError(VeneerError, ValueError):
+    """An option of a method, or an argument of a call, with a value that is not accepted.
+
+    Attributes, beside those of `VeneerError`:
+        option: its name. method: name of the method or the function that has it.
+    """
+
+    def __init__(self, message: str = "", *, option: str = "", method: str = "", **data: Any) -> None:
+        super().__init__(message, **data)
+        self.option, self.method = option, method
 
 
 class UnknownName(VeneerError):
     """A method or host name that no file and no installed package provides.
 
-    Attributes:
+    Attributes, beside those of `VeneerError`:
         name: as given. kind: of what, such as `method`. close: the names spelled most like it.
     """
 
-    def __init__(self, message: str, name: str = "", kind: str = "name", close: Sequence[str] = ()) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str = "", name: str = "", kind: str = "name", close: Sequence[str] = (), **data: Any
+    ) -> None:
+        super().__init__(message, **data)
         self.name, self.kind, self.close = name, kind, tuple(close)
 
 
 class SelectionError(VeneerError):
     """A `where=` pattern, or an alternative of one, that matches nothing or has no effect, or two that match one tensor.
 
-    Attributes:
+    Attributes, beside those of `VeneerError`:
         pattern: the alternative that is rejected, or "".
     """
 
-    def __init__(self, message: str, *, pattern: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, message: str = "", *, pattern: str = "", **data: Any) -> None:
+        super().__init__(message, **data)
         self.pattern = pattern
 
 
 class UnsupportedSite(VeneerError):
     """A method cannot work on a site: what the method needs and what the host offers differ.
 
-    Attributes, empty where they do not apply:
+    Attributes, beside those of `VeneerError`, empty where they do not apply:
         site: name of the rejected site. `method`, `host`: names. `fits`: names of the hosts that the method supports.
+        option: name of the option whose value does not fit the site.
     """
 
-    def __init__(self, message: str, *, site: str = "", method: str = "", host: str = "", fits: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.site, self.method, self.host, self.fits = site, method, host, tuple(fits)
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        site: str = "",
+        method: str = "",
+        host: str = "",
+        fits: Sequence[str] = (),
+        option: str = "",
+        **data: Any,
+    ) -> None:
+        super().__init__(message, **data)
+        self.site, self.method, self.host, self.fits, self.option = site, method, host, tuple(fits), option
 
 
 class DeadSite(VeneerError):
-    """An adapter that is attached but never used, or a parameter that no output depends on."""
+    """An adapter that is attached but never used, or a parameter that no output depends on; `given` has their names."""
 
 
 class HostChanged(VeneerError):
@@ -54,7 +105,10 @@ class HostChanged(VeneerError):
 
 
 class StateError(VeneerError):
-    """A call that does not fit the attachment's state, such as unmerging what is not merged."""
+    """A call that does not fit the attachment's state, such as unmerging what is not merged.
+
+    `where` is the attachment's name, `given` its state, such as "merged", "detached" or "disabled".
+    """
 
 
 class SaveError(VeneerError):
@@ -62,8 +116,27 @@ class SaveError(VeneerError):
 
 
 class LoadError(VeneerError):
-    """A file that does not fit: missing, unused or misshapen tensors, another base, unknown method or version."""
+    """A file that does not fit: missing, unused or misshapen tensors, another base, unknown method or version.
+
+    Attributes, beside those of `VeneerError`, empty where they do not apply:
+        missing, unused: names of tensors. misshapen: by name the shape (or dtype) that was found and the one expected.
+        family: the family of base models that the file was made for, where its names and shapes tell.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        missing: Sequence[str] = (),
+        unused: Sequence[str] = (),
+        misshapen: Mapping[str, tuple[Any, Any]] | None = None,
+        family: str = "",
+        **data: Any,
+    ) -> None:
+        super().__init__(message, **data)
+        self.missing, self.unused = tuple(missing), tuple(unused)
+        self.misshapen, self.family = dict(misshapen or {}), family
 
 
 class ConditionError(VeneerError):
-    """A condition that is missing, of the wrong size, or given to the wrong model."""
+    """A condition that is missing, of the wrong size, or given to the wrong model; `where` names attachment or condition."""
