@@ -71,7 +71,8 @@ class Client:
 
     def __init__(self, address: str) -> None:
         self.session = secrets.token_hex(6)
-        self.http = httpx.Client(base_url=address, headers={"origin": address}, timeout=PATIENCE, trust_env=False)
+        origin, limits = {"origin": address}, httpx.Limits(keepalive_expiry=1)  # the server closes them after 5 idle seconds
+        self.http = httpx.Client(base_url=address, headers=origin, timeout=PATIENCE, limits=limits, trust_env=False)
         self.config = self.http.get("/config").raise_for_status().json()
         self.parts = {part["id"]: part["props"] for part in self.config["components"]}
         self.changed: dict[int, Any] = {}

@@ -38,7 +38,7 @@ class Served(Small):
     def __init__(self, root: Path, login: str | None = None) -> None:
         super().__init__(root, login)
         self.files = root / "cache"
-        self.client = httpx.Client(base_url=self.address, timeout=60)
+        self.client = httpx.Client(base_url=self.address, timeout=60, limits=httpx.Limits(keepalive_expiry=1))
 
     def upload(self, **files: bytes) -> httpx.Response:
         given = [("files", (name, data)) for name, data in files.items()]

@@ -35,7 +35,7 @@ def test_uploads_belong_to_a_login(tmp_path: Path) -> None:
         value = {"path": there, "meta": {"_type": "gradio.FileData"}}
         assert found.join(1, [value], "anna").status_code == 200
         assert found.answer("anna")["success"]
-        with httpx.Client(base_url=found.address, timeout=60) as bob:
+        with httpx.Client(base_url=found.address, timeout=60, limits=httpx.Limits(keepalive_expiry=1)) as bob:
             anna, found.client = found.client, bob
             assert bob.post("/login", data={"username": "bob", "password": "battery staple"}).status_code == 200
             away = f"{Path(there).parent}/../{Path(there).parent.name}/a.png"
