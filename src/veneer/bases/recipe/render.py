@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from . import concepts, surroundings
+from . import concepts, photo_packages, surroundings
 
 PACKAGES = (
     "@iconify-json/noto", "@iconify-json/noto-v1", "@iconify-json/fxemoji", "@iconify-json/fluent-emoji-flat",
     "@iconify-json/fluent-emoji", "@iconify-json/twemoji", "@iconify-json/emojione", "@iconify-json/streamline-emojis",
     "@lobehub/fluent-emoji-3d", "unicode-emoji-json", "emojilib", *surroundings.PACKAGES,
+    *(name for name in photo_packages.PACKAGES if name not in surroundings.PACKAGES),
 )  # fmt: skip
 RASTER = {"fluent-emoji-3d": "@lobehub/fluent-emoji-3d"}
 """Sets of pictures, named by code points, instead of drawings."""
@@ -46,8 +47,9 @@ class Icons:
 def fetch(work: Path) -> Path:
     """Install the icon packages under `work` (data only, no scripts run) and return their node_modules folder."""
     work.mkdir(parents=True, exist_ok=True)
-    if not all((work / "node_modules" / package).is_dir() for package in PACKAGES):
-        subprocess.run(["npm", "i", "--ignore-scripts", "--no-audit", "--no-fund", *PACKAGES], cwd=work, check=True)
+    missing = [package for package in PACKAGES if not (work / "node_modules" / package).is_dir()]
+    if missing:
+        subprocess.run(["npm", "i", "--ignore-scripts", "--no-audit", "--no-fund", *missing], cwd=work, check=True)
     return work / "node_modules"
 
 
