@@ -19,4 +19,5 @@ def raises(error: type[BaseException], **data: Any) -> Iterator[pytest.Exception
     assert data, "name the attributes that tell this error from its neighbors"
     with pytest.raises(error) as caught:
         yield caught
-    assert {name: getattr(caught.value, name, "no such attribute") for name in data} == data
+    found = {name: getattr(caught.value, name, "no such attribute") for name in data}
+    assert found == data, f"{found}, expected {data}"

@@ -11,6 +11,7 @@ from veneer.injection.errors import UnsupportedSite
 from veneer.injection.sites import ParamSite, WeightSite
 from veneer.injection.towers import sites
 
+from ..raising import raises
 from .published import build
 
 # torchvision publishes the same numbers; its SwinV2 has a bias of the keys as well, which is always zero
@@ -106,5 +107,5 @@ def test_streams_and_branches_of_every_block(name: str, blocks: int, widths: set
 
 
 def test_windows_fix_the_number_of_tokens() -> None:
-    with pytest.raises(UnsupportedSite, match=r"timm_swin offers TokenSite\(can_insert=False\) at 'layers.0.blocks.0.tokens'"):
+    with raises(UnsupportedSite, method="vpt", host="timm_swin", site="layers.0.blocks.0.tokens", given={"can_insert": False}):
         attach(build("swin_b"), "vpt")

@@ -14,6 +14,7 @@ from veneer.injection.forms import base_tensor
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.lora import LoRA
 
+from ..raising import raises
 from .toy import Add, Net, net, run, stir
 
 WHERE = "embed.token conv attn.{q,v,out} head"
@@ -89,7 +90,7 @@ def test_merges_come_apart_in_reverse() -> None:
     for tuned in (first, second):
         stir(tuned)
         tuned.merge()
-    with pytest.raises(StateError, match=r"'lora_2' was merged after 'lora'\. Unmerge it first"):
+    with raises(StateError, where="lora", given="merged", expected="lora_2"):
         first.unmerge()
     second.unmerge()
     first.unmerge()
@@ -113,7 +114,7 @@ def test_a_merge_beside_another_attachment_changes_nothing_of_it() -> None:
 def test_a_method_without_a_weight_form_is_refused_and_nothing_changes() -> None:
     model = net()
     tuned = attach(model, Add(), where="inner")
-    with pytest.raises(UnsupportedSite, match=r"inner.branch: AddAdapter has no weight form"):
+    with raises(UnsupportedSite, site="inner.branch", given="AddAdapter", expected="weight"):
         tuned.merge()
     assert not tuned.merged
     run(model)

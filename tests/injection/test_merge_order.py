@@ -11,6 +11,7 @@ from torch import Tensor
 
 from veneer.injection import StateError, attach, merges
 
+from ..raising import raises
 from .toy import Net, net, run, stir
 
 
@@ -89,7 +90,7 @@ def test_out_of_order_is_an_error_and_changes_nothing() -> None:
     first.merge()
     second.merge()
     after = weights(model)
-    with pytest.raises(StateError, match=r"'lora1' was merged after 'dora0'\. Unmerge it first"):
+    with raises(StateError, where="dora0", given="merged", expected="lora1"):
         first.unmerge()
     assert all(torch.equal(weights(model)[site], weight) for site, weight in after.items())
     assert [(m.name, m.scale) for m in merges(model)] == [("dora0", 0.5), ("lora1", 1.0)]

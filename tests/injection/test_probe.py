@@ -1,17 +1,17 @@
 """A dead site is an error that names it, and a probe changes nothing."""
 
-import pytest
 import torch
 
 from veneer.injection import DeadSite, StateError, attach, hosts
 from veneer.testing.snapshot import assert_same, snapshot
 
+from ..raising import raises
 from .toy import ToyHost, net
 
 
 def test_a_site_that_the_host_never_uses_is_named() -> None:
     tuned = attach(net(), "lora", where="attn.{q,out} mlp.in", rank=2)
-    with pytest.raises(DeadSite, match=r"no output depends on spare:down, spare:up\. The host reads past"):
+    with raises(DeadSite, where="lora", given=("spare:down", "spare:up")):
         tuned.probe()
 
 
@@ -32,7 +32,7 @@ def test_a_hook_on_a_module_that_is_only_read_is_dead() -> None:
 
     hosts.unregister("toy")
     hosts.register(Wrong)
-    with pytest.raises(DeadSite, match="read:down, read:up"):
+    with raises(DeadSite, given=("read:down", "read:up")):
         attach(net(), "lora", where="attn.{q,out}", rank=2, sample=True)
 
 
@@ -49,12 +49,12 @@ def test_a_probe_puts_everything_back() -> None:
 
 def test_a_probe_needs_adapters_that_are_on() -> None:
     tuned = attach(net(), "lora", where="attn.q", rank=2)
-    with tuned.enabled(False), pytest.raises(StateError, match="needs it on"):
+    with tuned.enabled(False), raises(StateError, given="disabled", expected="enabled"):
         tuned.probe()
     tuned.scale = 0
-    with pytest.raises(StateError, match="needs it on"):
+    with raises(StateError, given="scale 0", expected="enabled"):
         tuned.probe()
     tuned.scale = 1
     tuned.merge()
-    with pytest.raises(StateError, match="needs it on"):
+    with raises(StateError, given="merged", expected="enabled"):
         tuned.probe()

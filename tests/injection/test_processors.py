@@ -15,6 +15,8 @@ from veneer.injection.registry import hosts
 from veneer.injection.sites import AttentionSite
 from veneer.testing.snapshot import assert_same, snapshot
 
+from ..raising import raises
+
 
 class ShiftAdapter(Adapter):
     """The attention of the input plus a learned shift of it; the seam blends."""
@@ -94,5 +96,5 @@ def test_a_processor_that_the_user_sets_later_is_noticed() -> None:
     model = tiny()
     attach(model, Shift())
     model.transformer_blocks[1].attn1.set_processor(AttnProcessor())
-    with pytest.raises(HostChanged, match=r"transformer_blocks\.1\.attn1\.processor: the host replaced"):
+    with raises(HostChanged, where="transformer_blocks.1.attn1.processor", given="replaced"):
         run(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from veneer.injection import StateError, UnknownName, activate, attach, hosts
 from veneer.testing.pipelines import tiny_pipeline
 
+from ..raising import raises
 from .toy import net, run
 from .toy import stir as move
 
@@ -76,13 +77,13 @@ def test_as_a_context_the_earlier_strengths_come_back() -> None:
 def test_a_wrong_choice_changes_nothing() -> None:
     model, several = three()
     before = run(model)
-    with pytest.raises(UnknownName, match=r"no attachment 'stlye'.* There are: style, face, more\."):
+    with raises(UnknownName, name="stlye", kind="attachment", expected=("style", "face", "more")):
         activate(model, {"face": 0.5, "stlye": 1.0})
-    with pytest.raises(UnknownName, match="There are: none"):
+    with raises(UnknownName, name="style", expected=()):
         activate(net(), "style")
     assert torch.equal(run(model), before)
     several[0].merge()
-    with pytest.raises(StateError, match="'style' is merged"):
+    with raises(StateError, where="style", given="merged"):
         activate(model, {"face": 0.5, "style": 1.0})
     activate(model, "more")
     assert [a._on for a in several] == [True, False, True]  # what is merged is part of the base
@@ -94,7 +95,7 @@ def test_a_strength_that_one_of_them_cannot_have_changes_nothing() -> None:
     model = timm.create_model("test_vit", num_classes=3).eval()
     tuned = attach(model, "lora", where="attn", rank=2, name="style")
     attach(model, "vpt", tokens=2, name="prompts")
-    with pytest.raises(StateError, match=r"strength must be 0 or 1, got 0\.5"):
+    with raises(StateError, given=0.5, expected=(0, 1)):
         activate(model, {"style": 0.25, "prompts": 0.5})
     assert {tuned.scale, *(adapter.strength.item() for _, adapter in tuned.parts.values())} == {1.0}
 

@@ -8,6 +8,7 @@ import torch
 from veneer.injection import UnsupportedSite, VeneerError, attach, attachments, hosts, sites
 from veneer.injection.towers import towers_of
 
+from ..raising import raises
 from .toy import ToyHost, net, run, stir
 
 
@@ -79,7 +80,7 @@ def test_a_compiled_model_still_shows_what_was_attached_before() -> None:
 
 
 def test_nothing_known_is_an_error_that_lists_the_hosts() -> None:
-    with pytest.raises(UnsupportedSite, match=r"no host knows SimpleNamespace\. There are hosts for: .*toy"):
+    with raises(UnsupportedSite, given="SimpleNamespace", fits=tuple(hosts.names())):
         towers_of(SimpleNamespace(components={"vae": torch.nn.Linear(1, 1)}))
     assert towers_of(torch.nn.Linear(1, 1), strict=False) == []
 
@@ -92,7 +93,7 @@ def test_a_host_that_names_two_sites_alike_is_refused() -> None:
 
     hosts.unregister("toy")
     hosts.register(Twice)
-    with pytest.raises(VeneerError, match="host toy gives two sites the same name: table"):
+    with raises(VeneerError, where="toy", given=("table",)):
         sites(net())
 
 

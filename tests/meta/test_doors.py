@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from veneer.injection.errors import UnknownName, UnsupportedSite
-from veneer.injection.registry import hosts
+from veneer.injection.registry import hosts, methods
 from veneer.testing import Check, check_host, parametrize_with_checks
 from veneer.testing.records import Skip
 from veneer.testing.suite import HOST_CHECKS, METHOD_CHECKS, host_checks, method_checks
 
+from ..raising import raises
 from .adapters import Good
 from .host import LayersHost
 
@@ -72,13 +73,12 @@ def test_names_classes_and_configs_are_subjects() -> None:
 
 
 def test_a_host_that_does_not_fit_is_an_error() -> None:
-    with pytest.raises(UnsupportedSite, match=r"vpt: host layers offers nothing") as raised:
+    with raises(UnsupportedSite, method="vpt", host="layers", site="", given=None) as raised:
         method_checks("vpt", "layers")
-    assert (raised.value.method, raised.value.host) == ("vpt", "layers")
     assert "timm_vit" in raised.value.fits
     assert "layers" not in raised.value.fits
     assert not {"layers", *raised.value.fits} - {*hosts.names()}
-    with pytest.raises(UnknownName, match=r"no 'loro'.* lora"):
+    with raises(UnknownName, name="loro", expected=tuple(methods.names())):
         method_checks("loro")
 
 

@@ -64,7 +64,7 @@ def _free_name(towers: Sequence[Any], name: str | None, default: str) -> str:
     taken = {a.name for ledger in ledgers for a in ledger.attachments}
     if name is not None:
         if name in taken:
-            raise StateError(f"'{name}' is attached already. Detach it or choose another name.")
+            raise StateError(f"'{name}' is attached already. Detach it or choose another name.", where=name, given="attached")
         if not name.replace("-", "_").isidentifier():
             raise SelectionError(f"name='{name}': use letters, digits, '_' and '-'.")
         return name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import merge as merging
 from .conditions import Given, scope, take
-from .errors import StateError
+from .errors import OptionError, StateError
 from .joined import Joined
 from .ledger import Merge, open_ledger
 from .method import Adapter
@@ -65,9 +65,9 @@ class Attachment:
         """
         self._joined.refuse_mixed()
         if self.merged:
-            raise StateError(f"'{self.name}' is merged. Call unmerge() before detach().")
+            raise StateError(f"'{self.name}' is merged. Call unmerge() before detach().", where=self.name, given="merged")
         if not self._joined.seams:
-            raise StateError(f"'{self.name}' is detached already.")
+            raise StateError(f"'{self.name}' is detached already.", where=self.name, given="detached")
         self._joined.leave()
 
     def check(self) -> None:
@@ -77,7 +77,7 @@ class Attachment:
             HostChanged: naming the site and what changed.
         """
         if not self._joined.seams:
-            raise StateError(f"'{self.name}' is detached.")
+            raise StateError(f"'{self.name}' is detached.", where=self.name, given="detached")
         self._joined.check(self.merged)
 
     def host_state_dict(self, component: str = "") -> dict[str, Tensor]:
@@ -133,7 +133,8 @@ class Attachment:
             ValueError: `step` is not in 1 … `steps`.
         """
         if not 1 <= step <= steps:
-            raise ValueError(f"'{self.name}': after_step({step}, {steps}): steps are counted from 1 to {steps}.")
+            message = f"'{self.name}': after_step({step}, {steps}): steps are counted from 1 to {steps}."
+            raise OptionError(message, option="step", where=self.name, given=step, expected=(1, steps))
         self.method.after_step(list(self.parts.values()), step, steps)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -198,14 +199,15 @@ class Attachment:
     @scale.setter
     def scale(self, value: float) -> None:
         if self.merged:
-            raise StateError(f"'{self.name}' is merged at scale {self._scale}. Call unmerge() before changing it.")
+            message = f"'{self.name}' is merged at scale {self._scale}. Call unmerge() before changing it."
+            raise StateError(message, where=self.name, given="merged")
         self._write(float(value), self._on)
 
     @contextlib.contextmanager
     def enabled(self, on: bool) -> Iterator[None]:
         """Switch the adapters on or off inside a `with` block; the earlier state comes back after it."""
         if self.merged:
-            raise StateError(f"'{self.name}' is merged. Call unmerge() before switching it.")
+            raise StateError(f"'{self.name}' is merged. Call unmerge() before switching it.", where=self.name, given="merged")
         before = self._on
         self._write(self._scale, on)
         try:
@@ -238,7 +240,7 @@ class Attachment:
         """
         self._joined.refuse_mixed()
         if self.merged:
-            raise StateError(f"'{self.name}' is merged already.")
+            raise StateError(f"'{self.name}' is merged already.", where=self.name, given="merged")
         self.check()
         pristine, report = merging.fold(self.towers, list(self.parts.values()))
         try:
@@ -263,11 +265,12 @@ class Attachment:
             StateError: not merged, or something was merged later and must be unmerged first.
         """
         if not self.merged or self._pristine is None:
-            raise StateError(f"'{self.name}' is not merged.")
+            raise StateError(f"'{self.name}' is not merged.", where=self.name, given="not merged")
         for tower in self.towers.values():
             ledger = open_ledger(tower)
-            if ledger.merged[-1].attachment is not self:
-                raise StateError(f"'{ledger.merged[-1].name}' was merged after '{self.name}'. Unmerge it first.")
+            if (last := ledger.merged[-1]).attachment is not self:
+                message = f"'{last.name}' was merged after '{self.name}'. Unmerge it first."
+                raise StateError(message, where=self.name, given="merged", expected=last.name)
         merging.unfold(self.towers, self._pristine)
         for tower in self.towers.values():
             open_ledger(tower).merged.pop()

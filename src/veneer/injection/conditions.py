@@ -80,10 +80,11 @@ class Given:
         pipeline: Any = None,
     ) -> None:
         if not 0 <= start <= end <= 1:
-            raise ConditionError(f"'{name}': start={start}, end={end}; expected 0 <= start <= end <= 1, shares of the schedule.")
+            message = f"'{name}': start={start}, end={end}; expected 0 <= start <= end <= 1, shares of the schedule."
+            raise ConditionError(message, where=name, given=(start, end), expected=(0, 1))
         sizes = {key: len(value) for key, value in values.items()}
         if len(set(sizes.values())) > 1:
-            raise ConditionError(f"'{name}': {sizes} pictures; expected as many of each.")
+            raise ConditionError(f"'{name}': {sizes} pictures; expected as many of each.", where=name, given=sizes)
         self.name, self.values, self.options = name, dict(values), dict(options)
         self.strength, self.start, self.end = strength, start, end
         self.pictures = next(iter(sizes.values()), 1)
@@ -124,7 +125,9 @@ class Given:
         if GUIDANCE not in pipe.__dict__:
             raise ConditionError(
                 f"'{self.name}': it was attached to a {type(pipe).__name__}, and something else runs. Say what: "
-                "given(…, pipeline=PIPE), another pipeline or the bare model."
+                "given(…, pipeline=PIPE), another pipeline or the bare model.",
+                where=self.name,
+                expected=type(pipe).__name__,
             )
         return bool(pipe.do_classifier_free_guidance)
 
@@ -134,7 +137,10 @@ class Given:
         each, left = divmod(prompts, self.pictures)
         if left or (guided and batch % 2):
             raise ConditionError(
-                f"'{self.name}': {self.pictures} pictures for {prompts} samples; expected one, or one for each prompt."
+                f"'{self.name}': {self.pictures} pictures for {prompts} samples; expected one, or one for each prompt.",
+                where=self.name,
+                given=self.pictures,
+                expected=prompts,
             )
         rows = torch.arange(prompts, device=device) // each
         return torch.cat([rows, rows]) if guided else rows
@@ -145,7 +151,10 @@ class Given:
         scheduler = getattr(self.pipeline, "scheduler", None)
         if scheduler is None:
             raise ConditionError(
-                f"'{self.name}': start and end need a pipeline's schedule. Attach to the pipeline, or leave them out."
+                f"'{self.name}': start and end need a pipeline's schedule. Attach to the pipeline, or leave them out.",
+                where=self.name,
+                given=(self.start, self.end),
+                expected="schedule",
             )
         step = place(scheduler, timestep)
         if self._run is None or step < self._run[1]:
@@ -191,7 +200,10 @@ def receive(attachment: Attachment, tower: nn.Module, args: tuple[Any, ...], kwa
         takes = ", ".join(f"{name}=…" for name in attachment.method.conditions)
         raise ConditionError(
             f"'{attachment.name}' ({attachment.method.name}) was given nothing. Call the model inside "
-            f"`with attachment.given({takes}):`, or inside `with attachment.enabled(False):` for the bare model."
+            f"`with attachment.given({takes}):`, or inside `with attachment.enabled(False):` for the bare model.",
+            where=attachment.name,
+            given=(),
+            expected=attachment.method.conditions,
         )
     sample = first(args, kwargs)
     timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
@@ -222,12 +234,15 @@ def take(
         pipeline = attachment.pipeline()
         if pipeline is None:
             raise ConditionError(
-                f"'{name}': the pipeline that it was attached to is no more. Say what runs: given(…, pipeline=PIPE)."
+                f"'{name}': the pipeline that it was attached to is no more. Say what runs: given(…, pipeline=PIPE).",
+                where=name,
+                expected="pipeline",
             )
     unknown = sorted(set(conditions) - set(method.conditions))
     if unknown or not method.conditions:
         takes = ", ".join(method.conditions) or "no conditions"
-        raise ConditionError(f"'{name}' ({method.name}) takes {takes}; got {', '.join(conditions) or 'nothing'}.")
+        message = f"'{name}' ({method.name}) takes {takes}; got {', '.join(conditions) or 'nothing'}."
+        raise ConditionError(message, where=name, given=tuple(conditions), expected=method.conditions)
     sites = [site for site, _ in attachment.parts.values()]
     values, options = method.take(sites, pipeline, **conditions)
     return Given(name, values, options, strength, start, end, pipeline)

@@ -11,10 +11,9 @@ E = TypeVar("E", bound="VeneerError")
 class VeneerError(Exception):
     """Base of every error that veneer raises on purpose.
 
-    All attributes of these classes are keyword arguments of the constructor and survive pickling. Those here are None where they do
-    not apply:
-        where: name of what the error is about, such as a module, a tensor, an attachment, a metadata field.
-        given: the value, shape, names or state that was found. expected: the value, shape, names or state that is accepted.
+    The attributes are keyword arguments of the constructor and survive pickling. Of every class, None where they do not apply:
+        where: name of what the error is about, such as a module, a tensor, an attachment or a metadata field.
+        given: the value, shape, names or state that was found. expected: what is accepted in its place.
         file: path of the file that was read or written.
     """
 
@@ -23,14 +22,18 @@ class VeneerError(Exception):
     ) -> None:
         super().__init__(message)
         self.where, self.given, self.expected = where, given, expected
-        self.file = None if file is None else str(file)
+        self.file: Any = None if file is None else str(file)
 
     @classmethod
     def from_error(cls: type[E], error: BaseException, message: str, **data: Any) -> E:
-        """An error of this class with `data`, and with the other attributes of `error` that this class has as well."""
+        """An error of this class with `data`, and with the other attributes of `error` that this class has as well.
+
+        The site of an `UnsupportedSite` is `where` in a class that has no sites.
+        """
         made = cls(message, **data)
+        made.where = made.where or getattr(error, "site", None) or None
         for name, value in vars(error).items():
-            if name in vars(made) and name not in data:
+            if name in vars(made) and name not in data and value is not None:
                 setattr(made, name, value)
         return made
 
@@ -46,6 +49,12 @@ class OptionError(VeneerError, ValueError):
         super().__init__(message, **data)
         self.option, self.method = option, method
 
+    @classmethod
+    def of(cls, method: str, option: str, given: object, expected: str) -> OptionError:
+        """The error for one option of a method; `expected` completes "must be", such as "at least 1"."""
+        message = f"{method}: {option} must be {expected}, got {given!r}"
+        return cls(message, option=option, method=method, given=given, expected=expected)
+
 
 class UnknownName(VeneerError):
     """A method or host name that no file and no installed package provides.
@@ -54,11 +63,13 @@ class UnknownName(VeneerError):
         name: as given. kind: of what, such as `method`. close: the names spelled most like it.
     """
 
-    def __init__(
-        self, message: str = "", name: str = "", kind: str = "name", close: Sequence[str] = (), **data: Any
-    ) -> None:
+    def __init__(self, message: str = "", name: str = "", kind: str = "name", close: Sequence[str] = (), **data: Any) -> None:
         super().__init__(message, **data)
         self.name, self.kind, self.close = name, kind, tuple(close)
+
+
+class UnknownOption(UnknownName, TypeError):
+    """An option that a method does not have; `where` is the method, `expected` has the options there are."""
 
 
 class SelectionError(VeneerError):
@@ -121,6 +132,7 @@ class LoadError(VeneerError):
     Attributes, beside those of `VeneerError`, empty where they do not apply:
         missing, unused: names of tensors. misshapen: by name the shape (or dtype) that was found and the one expected.
         family: the family of base models that the file was made for, where its names and shapes tell.
+        option: name of the option that does not fit: in the file's config, or of the attachment that it should go into.
     """
 
     def __init__(
@@ -131,11 +143,12 @@ class LoadError(VeneerError):
         unused: Sequence[str] = (),
         misshapen: Mapping[str, tuple[Any, Any]] | None = None,
         family: str = "",
+        option: str = "",
         **data: Any,
     ) -> None:
         super().__init__(message, **data)
         self.missing, self.unused = tuple(missing), tuple(unused)
-        self.misshapen, self.family = dict(misshapen or {}), family
+        self.misshapen, self.family, self.option = dict(misshapen or {}), family, option
 
 
 class ConditionError(VeneerError):

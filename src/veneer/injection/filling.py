@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .errors import OptionError
+
 _FOLLOW: ContextVar[bool] = ContextVar("values_follow", default=False)
 _HELD: ContextVar[Mapping[str, int] | None] = ContextVar("values_held", default=None)
 
@@ -64,7 +66,8 @@ def refuse_claim(count: Callable[[], int], name: str) -> None:
         wanted = count()
     most = held.get(name, held["else"])
     if wanted > most:
-        raise ValueError(f"the options ask for {wanted:,} numbers, which the file does not hold. It is damaged.")
+        message = f"the options ask for {wanted:,} numbers, which the file does not hold. It is damaged."
+        raise OptionError(message, where=name, given=wanted, expected=most)
 
 
 def zeros(*shape: int) -> torch.Tensor:

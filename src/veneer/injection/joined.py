@@ -148,7 +148,8 @@ class Joined:
     def refuse_mixed(self) -> None:
         """Raise `StateError` while samples of a batch differ: what leaves now would take others' rows along."""
         if self.batches:
-            raise StateError(f"'{self.attachment.name}' is in a mixed batch. Leave the context of `mixed` first.")
+            message = f"'{self.attachment.name}' is in a mixed batch. Leave the context of `mixed` first."
+            raise StateError(message, where=self.attachment.name, given="mixed")
 
     def check(self, merged: bool) -> None:
         """Raise if the host was rebuilt or fused since, so that adapters would be bypassed.
@@ -163,11 +164,15 @@ class Joined:
             if not seam.intact():
                 raise HostChanged(
                     f"{seam.sites[0].name}: the host replaced the module after attach, so '{self.attachment.name}' no longer "
-                    "runs there. Detach, change the host, then attach."
+                    "runs there. Detach, change the host, then attach.",
+                    where=seam.sites[0].name,
+                    given="replaced",
                 )
         for site, _ in self.parts:
             if site.guard and lookup(self.towers[site.component], site.guard) != self._guards[site.component, site.guard]:
                 raise HostChanged(
                     f"{site.name}: '{site.guard}' changed after attach, so '{self.attachment.name}' is bypassed there. "
-                    "Undo it (for fused projections: unfuse_qkv_projections()), or detach, change the host, then attach."
+                    "Undo it (for fused projections: unfuse_qkv_projections()), or detach, change the host, then attach.",
+                    where=site.name,
+                    given=site.guard,
                 )

@@ -104,7 +104,9 @@ def refuse_compiled(tower: nn.Module, what: str, wrapped: bool = False) -> None:
             how = "torch.compile" if compiled else "sharding"
             raise HostChanged(
                 f"{what}: '{name or type(tower).__name__}' has been through {how} already, which drops hooks added later. "
-                f"Attach first, then {'compile' if compiled else 'shard'}."
+                f"Attach first, then {'compile' if compiled else 'shard'}.",
+                where=name or type(tower).__name__,
+                given=how,
             )
 
 

@@ -118,11 +118,14 @@ def _grouped(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapte
     for site, adapter in parts:
         if not isinstance(site, (WeightSite, ParamSite, NormSite)) or not hasattr(adapter, "weight"):
             raise UnsupportedSite(
-                f"{site.name}: {type(adapter).__name__} has no weight form and cannot be merged.", site=site.name
+                f"{site.name}: {type(adapter).__name__} has no weight form and cannot be merged.",
+                site=site.name,
+                given=type(adapter).__name__,
+                expected="weight",
             )
         why = _obstacle(towers[site.component].get_submodule(site.path), site.param)
         if why:
-            raise UnsupportedSite(f"{site.name}: {why}", site=site.name)
+            raise UnsupportedSite(f"{site.name}: {why[1]}", site=site.name, given=why[0])
         groups.setdefault((site.component, site.path, site.param), []).append((site, adapter))
     return groups
 
@@ -137,7 +140,7 @@ def _shifts(
             shift = shift_site(found, adapter)
             why = _obstacle(towers[site.component].get_submodule(shift.path), shift.param)
             if why:
-                raise UnsupportedSite(f"{site.name}: {why}", site=site.name)
+                raise UnsupportedSite(f"{site.name}: {why[1]}", site=site.name, given=why[0])
             weight = before[site.component, found.path, found.param]
             yield (site.component, shift.path, shift.param), (shift, Shift(adapter, fixed(weight, found.rows)))
 
@@ -147,19 +150,22 @@ def _chain(module: Any, param: str) -> Sequence[nn.Module]:
     return list(module.parametrizations[param]) if parametrize.is_parametrized(module, param) else []
 
 
-def _obstacle(module: Any, param: str) -> str | None:
-    """Why a tensor cannot take a merge, if it cannot."""
+def _obstacle(module: Any, param: str) -> tuple[str, str] | None:
+    """Why a tensor cannot take a merge, if it cannot: in one word, and as a message."""
     chain = _chain(module, param)
     foreign = [type(m).__name__ for m in chain if not isinstance(m, Seam)]
     if foreign or not (chain or param in module._parameters or param in module._buffers):
         made = f"by {', '.join(foreign)} " if foreign else ""
-        return f"its {param} is computed {made}from other tensors in each pass, so a merge would be lost. Fix it in place first."
+        lost = "so a merge would be lost. Fix it in place first."
+        return "computed", f"its {param} is computed {made}from other tensors in each pass, {lost}"
     tensor = base_tensor(module, "", param)
     if not tensor.is_floating_point() or type(tensor.data) is not Tensor:
         kind = f"{type(tensor.data).__name__} of {tensor.dtype}"
-        return f"a quantised or sharded weight ({kind}) cannot take a merge. Load the base as ordinary tensors."
+        message = f"a quantised or sharded weight ({kind}) cannot take a merge. Load the base as ordinary tensors."
+        return "quantized or sharded", message
     if tensor.is_meta and hasattr(module, "_hf_hook"):
-        return "its weight is offloaded and comes for each pass from elsewhere, so a merge would be lost. Load the base whole."
+        lost = "so a merge would be lost. Load the base whole."
+        return "offloaded", f"its weight is offloaded and comes for each pass from elsewhere, {lost}"
     return None
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .errors import OptionError, UnknownOption
 from .select import has_role
 from .sites import Site
 
@@ -172,12 +173,14 @@ class Method(ABC):
         if not own:
             return self
         known = {f.name for f in dataclasses.fields(self)} - {"by_site"}
-        if not own.keys() <= known:
-            raise ValueError(f"by_site has {', '.join(sorted(own.keys() - known))}; options are {', '.join(sorted(known))}")
+        if unknown := tuple(sorted(own.keys() - known)):
+            message = f"by_site has {', '.join(unknown)}; options are {', '.join(sorted(known))}"
+            raise OptionError(message, option="by_site", method=self.name, given=unknown)
         options = _tuples(own)
         fixed = [name for name in self.shared_options if options.get(name, getattr(self, name)) != getattr(self, name)]
         if fixed:
-            raise ValueError(f"by_site has {', '.join(fixed)}, which must be the same at all sites; set it for the whole method")
+            message = f"by_site has {', '.join(fixed)}, which must be the same at all sites; set it for the whole method"
+            raise OptionError(message, option="by_site", method=self.name, given=tuple(fixed))
         return dataclasses.replace(self, by_site={}, **options)
 
     def keys_by_site(self) -> dict[str, list[str]]:
@@ -280,9 +283,9 @@ class Method(ABC):
             TypeError: an option that the method does not have.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(config) - known)
-        if unknown:
-            raise TypeError(f"{cls.name}: unknown option {', '.join(unknown)}. It has: {', '.join(sorted(known))}.")
+        if unknown := sorted(set(config) - known):
+            message = f"{cls.name}: unknown option {', '.join(unknown)}. It has: {', '.join(sorted(known))}."
+            raise UnknownOption(message, unknown[0], "option", given=tuple(unknown), expected=tuple(known), where=cls.name)
         return cls(**_tuples(config))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .attaching import attachments
 from .attachment import Attachment
-from .errors import StateError, UnsupportedSite
+from .errors import OptionError, StateError, UnsupportedSite
 from .routing import Batch, Place, Strengths
 from .seams import CallSeam, Seam
 from .switched import SwitchSeam
@@ -64,10 +64,12 @@ def mixed(model: Any, samples: Sequence[Sample], strengths: Sequence[float] | No
 def _wanted(there: Mapping[str, Attachment], samples: Sequence[Sample], strengths: Sequence[float] | None) -> list[Strengths]:
     """Of each sample the attachments that act on it, with their strengths."""
     if isinstance(samples, str) or not len(samples):
-        raise ValueError(f"mixed: samples must be a list with one entry for each sample, got {samples!r}")
+        message = f"mixed: samples must be a list with one entry for each sample, got {samples!r}"
+        raise OptionError(message, option="samples", method="mixed", given=samples)
     times = [1.0] * len(samples) if strengths is None else [float(s) for s in strengths]
     if len(times) != len(samples):
-        raise ValueError(f"mixed: {len(samples)} samples and {len(times)} strengths; give as many")
+        message = f"mixed: {len(samples)} samples and {len(times)} strengths; give as many"
+        raise OptionError(message, option="strengths", method="mixed", given=len(times), expected=len(samples))
     found: list[Strengths] = []
     for sample, factor in zip(samples, times, strict=True):
         each = sample if isinstance(sample, Mapping) else dict.fromkeys(_several(sample), 1.0)
@@ -84,15 +86,16 @@ def _name(there: Mapping[str, Attachment], one: Named) -> str:
     name = one.name if isinstance(one, Attachment) else one
     found = named(there, name)
     if isinstance(one, Attachment) and found is not one:
-        raise StateError(f"mixed: the attachment '{name}' is on another model.")
+        raise StateError(f"mixed: the attachment '{name}' is on another model.", where=name, given="on another model")
     return name
 
 
 def _refuse(name: str, attachment: Attachment) -> None:
     if attachment.merged:
-        raise StateError(f"mixed: '{name}' is merged. Call its unmerge() first, or leave it out: it is part of the base.")
+        message = f"mixed: '{name}' is merged. Call its unmerge() first, or leave it out: it is part of the base."
+        raise StateError(message, where=name, given="merged")
     if attachment._joined.batches:
-        raise StateError(f"mixed: '{name}' is in another mixed batch already. Leave that one first.")
+        raise StateError(f"mixed: '{name}' is in another mixed batch already. Leave that one first.", where=name, given="mixed")
     attachment.check()
 
 
@@ -110,11 +113,11 @@ def _places(several: Mapping[str, Attachment], wanted: Sequence[Strengths], alik
             tower: nn.Module = seam.__dict__["tower"]
             if not isinstance(seam, CallSeam) or isinstance(seam, SwitchSeam):
                 if name not in alike:
-                    raise UnsupportedSite(_cannot(name, attachment, seam))
+                    raise _unmixable(name, attachment, seam)
                 continue
             if any(b.concerns(seam) and any(id(w) in acting for w in b.weights.values()) for b in seam.above):
                 if name not in alike:  # it acts in weights, beneath those of another one
-                    raise UnsupportedSite(_cannot(name, attachment, seam), site=seam.sites[0].name)
+                    raise _unmixable(name, attachment, seam)
                 continue
             if id(tower) not in batches:
                 batches[id(tower)] = _batch(seam, several, wanted)
@@ -138,12 +141,17 @@ def _batch(seam: Seam, several: Mapping[str, Attachment], wanted: Sequence[Stren
     return Batch(site.component or type(tower).__name__, site.tower.startswith("text"), samples)
 
 
-def _cannot(name: str, attachment: Attachment, seam: Seam) -> str:
+def _unmixable(name: str, attachment: Attachment, seam: Seam) -> UnsupportedSite:
     site = seam.sites[0]
     words = " The words of learned tokens act only in prompts that have them." if type(seam).__name__ == "VocabularySeam" else ""
-    return (
+    return UnsupportedSite(
         f"mixed: '{name}' ({attachment.method.name}) at {site.name} acts on the whole batch ({type(seam).__name__}), so it must "
-        f"be the same for every sample. Name it for all with one strength, or for none.{words}"
+        f"be the same for every sample. Name it for all with one strength, or for none.{words}",
+        site=site.name,
+        method=attachment.method.name,
+        where=name,
+        given=type(seam).__name__,
+        expected="CallSeam",
     )
 
 

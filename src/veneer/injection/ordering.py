@@ -117,6 +117,7 @@ def refuse_without_form(call: CallSeam, later: WeightSeam) -> None:
         f"{site.name}: {adapter} is attached already, and {type(later.adapters[0]).__name__} changes the weight beneath it, so "
         f"that the earlier one would act last: {why}. Attach the later one first, or select other sites.",
         site=site.name,
+        given=type(later.adapters[0]).__name__,
     )
 
 

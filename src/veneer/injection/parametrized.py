@@ -42,6 +42,7 @@ class WeightSeam(Seam):
                 f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantised and {why}, so "
                 "its change cannot be applied. Select called sites only, or load the base unquantised.",
                 site=self.sites[0].name,
+                given=tensor.dtype,
             )
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -78,7 +78,10 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
     if not chosen:
         chosen_from = ", ".join(sorted({s.role for s in offered}))
         raise SelectionError(
-            f"{method.name}: its default sites {method.default} are not here. Say where=…; there are {chosen_from}."
+            f"{method.name}: its default sites {method.default} are not here. Say where=…; there are {chosen_from}.",
+            where=method.name,
+            given=method.default,
+            expected=tuple(sorted({s.role for s in offered})),
         )
     _refuse_idle(method, chosen)
     modules = {t.component: t.module for t in towers}
@@ -133,6 +136,8 @@ def _refuse_idle(method: Method, chosen: Sequence[Site]) -> None:
                 f"{method.name}: {option} has {', '.join(found[:4])}, which matches none of the {len(chosen)} selected sites. "
                 f"There are: {offered_sites(chosen)}.",
                 pattern=found[0],
+                where=option,
+                given=tuple(found),
             )
 
 
@@ -159,7 +164,8 @@ def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | Non
             refuse_claim(lambda: own.count(site), site.name)
             adapter = own.build(site)
         except ValueError as error:
-            raise UnsupportedSite(f"{method.name}: {site.name}: {error}", site=site.name, method=method.name) from error
+            message = f"{method.name}: {site.name}: {error}"
+            raise UnsupportedSite.from_error(error, message, site=site.name, method=method.name) from error
     _put(adapter, base.device, _dtype(base))
     if shared is not None:
         adapter.add_module("shared", shared)
@@ -209,7 +215,9 @@ def _extras(
         for param in params:
             place = (site.component, f"{site.path}.{param}")
             if place in adapted:
-                raise SelectionError(f"'{site.name}' is both adapted and in train={train!r}; choose one.")
+                raise SelectionError(
+                    f"'{site.name}' is both adapted and in train={train!r}; choose one.", where=site.name, given=train
+                )
             found.setdefault(place, f"{site.name}:{param}")
     return {key: place for place, key in found.items()}
 
@@ -220,10 +228,11 @@ def _refusal(towers: Sequence[Tower], method: Method, everything: Sequence[Site]
         f"{n.site.__name__}({', '.join([*n.roles, *(f'{k}={v!r}' for k, v in n.where.items())])})" for n in method.needs
     )
     near = next((s for s in everything for n in method.needs if isinstance(s, n.site)), None)
-    has = "nothing of that type"
+    has, given = "nothing of that type", None
     if near is not None:
         keys = {k for n in method.needs if isinstance(near, n.site) for k in n.where}
-        shown = ", ".join(f"{k}={getattr(near, k)!r}" for k in sorted(keys)) or f"role {near.role!r}"
+        given = {k: getattr(near, k) for k in sorted(keys)} or {"role": near.role}
+        shown = ", ".join(f"{k}={v!r}" for k, v in given.items()) if keys else f"role {near.role!r}"
         has = f"{type(near).__name__}({shown}) at '{near.name}'"
     here = [t.host.name for t in towers]
     supported = hosts_for(method)
@@ -236,6 +245,8 @@ def _refusal(towers: Sequence[Tower], method: Method, everything: Sequence[Site]
         method=method.name,
         host=", ".join(here),
         fits=others,
+        given=given,
+        expected=need,
     )
 
 

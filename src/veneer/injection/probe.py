@@ -30,13 +30,21 @@ def probe(attachment: Attachment, sample: Any = None) -> None:
         StateError: the adapters are merged or switched off.
     """
     if attachment.merged or not attachment._on or attachment.scale == 0:
-        raise StateError(f"'{attachment.name}' is merged, off or at scale 0; a probe needs it on.")
+        state = "merged" if attachment.merged else "disabled" if not attachment._on else "scale 0"
+        raise StateError(
+            f"'{attachment.name}' is merged, off or at scale 0; a probe needs it on.",
+            where=attachment.name,
+            given=state,
+            expected="enabled",
+        )
     dead = [name for component, tower in attachment.towers.items() for name in _dead(attachment, component, tower, sample)]
     if dead:
         more = f" and {len(dead) - 10} more" if len(dead) > 10 else ""
         raise DeadSite(
             f"'{attachment.name}' ({attachment.method.name}): no output depends on {', '.join(dead[:10])}{more}. "
-            "The host reads past these modules; select other sites."
+            "The host reads past these modules; select other sites.",
+            where=attachment.name,
+            given=tuple(dead),
         )
 
 

@@ -52,7 +52,9 @@ class Registry(Generic[T]):
             if entry.name in found:
                 raise VeneerError(
                     f"{self.group}: the name '{entry.name}' is provided twice, by {found[entry.name].source} and by "
-                    f"{entry.source}. Rename one of them or uninstall one of the distributions."
+                    f"{entry.source}. Rename one of them or uninstall one of the distributions.",
+                    where=entry.name,
+                    given=(found[entry.name].source, entry.source),
                 )
             found[entry.name] = entry
         return found
@@ -88,7 +90,8 @@ class Registry(Generic[T]):
             close = difflib.get_close_matches(name, self.names(), n=3)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
             message = f"{self.group}: no '{name}'.{hint} There are: {', '.join(self.names())}."
-            raise UnknownName(message, name, self.group.removeprefix("veneer.").removesuffix("s"), close)
+            kind = self.group.removeprefix("veneer.").removesuffix("s")
+            raise UnknownName(message, name, kind, close, expected=tuple(self.names()))
         return self._import(self._entries[name])
 
     def _import(self, entry: Entry) -> type[T]:
@@ -101,7 +104,10 @@ class Registry(Generic[T]):
         if cls is None or not issubclass(cls, self.base) or cls.name != entry.name:
             raise VeneerError(
                 f"{self.group}: '{entry.name}' from {entry.source} gave {cls!r}; expected a subclass of {self.base.__name__} "
-                f"whose `name` is '{entry.name}'."
+                f"whose `name` is '{entry.name}'.",
+                where=entry.name,
+                given=cls,
+                expected=self.base,
             )
         return cls
 
@@ -113,9 +119,11 @@ class Registry(Generic[T]):
         """
         name: str = getattr(cls, "name", "")
         if not name or not issubclass(cls, self.base):
-            raise VeneerError(f"{self.group}: {cls!r} is no subclass of {self.base.__name__} with a `name`.")
+            message = f"{self.group}: {cls!r} is no subclass of {self.base.__name__} with a `name`."
+            raise VeneerError(message, given=cls, expected=self.base)
         if name in self._entries or name in self._registered:
-            raise VeneerError(f"{self.group}: the name '{name}' is already provided by {self.source(name)}.")
+            message = f"{self.group}: the name '{name}' is already provided by {self.source(name)}."
+            raise VeneerError(message, where=name, given=self.source(name))
         self._registered[name] = cls
         return cls
 
@@ -146,6 +154,8 @@ def host_of(model: nn.Module) -> Host | None:
     found = [h for h in (hosts.get(name)() for name in hosts.names()) if h.matches(model)]
     if len(found) > 1:
         raise VeneerError(
-            f"{type(model).__name__} is claimed by the hosts {', '.join(h.name for h in found)}; one must give way."
+            f"{type(model).__name__} is claimed by the hosts {', '.join(h.name for h in found)}; one must give way.",
+            where=type(model).__name__,
+            given=tuple(h.name for h in found),
         )
     return found[0] if found else None

@@ -109,6 +109,9 @@ def image_for(call: Mapping[str, Any], site: Any, now: Any, name: str) -> Tensor
     if tuple(image.shape[-2:]) != (height, width):
         raise ConditionError(
             f"{name}: a picture of {image.shape[-1]}×{image.shape[-2]} was given, and pictures of {width}×{height} are drawn. "
-            f"Resize it: image.resize(({width}, {height}))."
+            f"Resize it: image.resize(({width}, {height})).",
+            where=name,
+            given=tuple(image.shape[-2:]),
+            expected=(height, width),
         )
     return image

@@ -57,13 +57,19 @@ class Batch:
         if not self.text or left:
             raise StateError(
                 f"mixed: a batch of {rows} came to {self.tower}, which is no multiple of the {len(self.samples)} samples. Name "
-                "one for each picture of the batch; copies for guidance come by themselves."
+                "one for each picture of the batch; copies for guidance come by themselves.",
+                where=self.tower,
+                given=rows,
+                expected=len(self.samples),
             )
         each = [self.samples[i * several : (i + 1) * several] for i in range(rows)]
         if any(sample != shared[0] for shared in each for sample in shared):
             raise StateError(
                 f"mixed: {self.tower} has {rows} prompts for {len(self.samples)} samples, and samples of one prompt have other "
-                "adapters there. Give each sample a prompt of its own."
+                "adapters there. Give each sample a prompt of its own.",
+                where=self.tower,
+                given=rows,
+                expected=len(self.samples),
             )
         return tuple(shared[0] for shared in each)
 
@@ -145,11 +151,15 @@ class Place:
     def _check(self, x: Tensor, y: Tensor) -> None:
         site = self.leader.sites[0].name
         if self.batch.rows is None:
-            raise StateError(f"mixed: {site} was run by itself. Run its whole model, whose batch says which rows are whose.")
+            message = f"mixed: {site} was run by itself. Run its whole model, whose batch says which rows are whose."
+            raise StateError(message, where=site, given="run by itself")
         if {len(x), len(y)} != {self.batch.rows}:
             raise UnsupportedSite(
                 f"mixed: {site} reads {tuple(x.shape)} and gives {tuple(y.shape)}, and the batch has {self.batch.rows} rows: its "
-                "rows belong to no single sample. Leave the site out, or run the samples one after the other."
+                "rows belong to no single sample. Leave the site out, or run the samples one after the other.",
+                site=site,
+                given=(tuple(x.shape), tuple(y.shape)),
+                expected=self.batch.rows,
             )
 
     def share(self, seam: CallSeam) -> float:

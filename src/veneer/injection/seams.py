@@ -107,6 +107,7 @@ class HookSeam(Seam):
             raise UnsupportedSite(
                 f"{self.sites[0].name}: '{self.home}' is a container, which would run or list the adapter as its own.",
                 site=self.sites[0].name,
+                given=type(owner).__name__,
             )
         names = (f"veneer_{name}" + (f"_{i}" if i else "") for i in range(len(owner._modules) + 1))
         child = next(n for n in names if n not in owner._modules)
@@ -225,7 +226,10 @@ class CallSeam(HookSeam):
         x, self._x = self._x, None
         if x is None:
             raise HostChanged(
-                f"{self.sites[0].name}: '{self.write.path}' ran before '{self.read.path}' was read. Detach and attach again."
+                f"{self.sites[0].name}: '{self.write.path}' ran before '{self.read.path}' was read. Detach and attach again.",
+                where=self.sites[0].name,
+                given=self.write.path,
+                expected=self.read.path,
             )
         return x
 

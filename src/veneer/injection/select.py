@@ -75,7 +75,8 @@ def parse(text: str) -> Pattern:
     role, at, span = rest.partition("@")
     if not role or (slash and not tower):
         raise SelectionError(
-            f"'{text}' is no pattern. Write [tower[.stage]/]role[@from:to], such as 'attn.{{q,v}}@0:6' or 'text/attn'."
+            f"'{text}' is no pattern. Write [tower[.stage]/]role[@from:to], such as 'attn.{{q,v}}@0:6' or 'text/attn'.",
+            pattern=text,
         )
     depths = _span(text, span) if at else None
     return Pattern(text, tower or None if slash else None, stage or None, tuple(expand(role)), depths)
@@ -84,7 +85,7 @@ def parse(text: str) -> Pattern:
 def _span(text: str, span: str) -> slice:
     found = re.fullmatch(r"(-?\d+)|(-?\d+)?:(-?\d+)?", span)
     if not found:
-        raise SelectionError(f"'{text}': '@{span}' is no depth range. Write @3, @6:12, @:6 or @-2:.")
+        raise SelectionError(f"'{text}': '@{span}' is no depth range. Write @3, @6:12, @:6 or @-2:.", pattern=text, given=span)
     if found[1] is not None:
         one = int(found[1])
         return slice(one, one + 1 if one != -1 else None)
@@ -163,13 +164,19 @@ def _match(sites: Sequence[S], text: str, main: frozenset[str], depths: Mapping[
     pattern = parse(text.removeprefix(NOT))
     found = [s for s in sites if pattern.matches(s, main, depths.get(s.tower, 0))]
     if strict and not found:
-        raise SelectionError(f"where='{text}' matches no site. There are: {offered(sites)}.", pattern=text)
+        raise SelectionError(
+            f"where='{text}' matches no site. There are: {offered(sites)}.",
+            pattern=text,
+            given=(),
+            expected=tuple({s.role: None for s in sites}),
+        )
     blocks = max((depths.get(s.tower, 0) for s in found), default=0)
     ends = (pattern.depths.start, pattern.depths.stop) if pattern.depths else ()
     if strict and any(end is not None and not -blocks <= end <= blocks for end in ends):
         raise SelectionError(
             f"where='{text}' goes beyond the {blocks} blocks there are, 0 to {blocks - 1}. Give a depth range within these.",
             pattern=text,
+            expected=blocks,
         )
     return [s.name for s in found]
 
@@ -204,5 +211,6 @@ def _refuse_overlap(sites: Sequence[Site]) -> None:
         others = seen.setdefault((site.component, site.path, site.param), [])
         for rows, name in others:
             if rows is None or site.rows is None or (rows[0] < site.rows[1] and site.rows[0] < rows[1]):
-                raise SelectionError(f"'{site.name}' and '{name}' share rows of one tensor; select one of them.")
+                message = f"'{site.name}' and '{name}' share rows of one tensor; select one of them."
+                raise SelectionError(message, given=(site.name, name))
         others.append((site.rows, site.name))

@@ -35,7 +35,9 @@ class TokenSeam(HookSeam):
     def check_strength(self, strength: float) -> None:
         """Raise `StateError` for a strength that is neither 0 nor 1."""
         if strength not in (0, 1):
-            raise StateError(f"{self.sites[0].name}: inserted tokens are there or not; strength must be 0 or 1, got {strength}.")
+            site = self.sites[0].name
+            message = f"{site}: inserted tokens are there or not; strength must be 0 or 1, got {strength}."
+            raise StateError(message, where=site, given=strength, expected=(0, 1))
 
     def write_strength(self, strength: float) -> None:
         """Switch the tokens on (1) or off (0)."""

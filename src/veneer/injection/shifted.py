@@ -61,6 +61,8 @@ def shift_site(site: Any, adapter: Adapter) -> ParamSite:
             f"{site.name}: {type(adapter).__name__} shifts the output, and the layer has no bias that could take the shift. "
             "Keep it beside the weight (no merge), or select layers with a bias.",
             site=site.name,
+            given=type(adapter).__name__,
+            expected="bias",
         )
     owner, _, param = site.bias.rpartition(".")
     rows = getattr(site, "bias_rows", None)

@@ -59,9 +59,16 @@ def load_state(attachment: Attachment, state: Mapping[str, Tensor], strict: bool
     targets = dict(_targets(attachment, state))
     report = _compared(targets, state)
     if strict and not report.clean:
-        raise LoadError(f"'{attachment.name}' ({attachment.method.name}): {report}. Pass strict=False to load what fits.")
+        told = f"'{attachment.name}' ({attachment.method.name}): {report}. Pass strict=False to load what fits."
+        raise unfit(told, attachment, state, report)
     _copy(targets, state, report)
     return report
+
+
+def unfit(message: str, attachment: Attachment, state: Mapping[str, Tensor], report: LoadReport) -> LoadError:
+    """The error that `state` does not fit, with what is missing, unused and misshapen."""
+    wrong = {k: _differ(state[k], t) for k, t in _targets(attachment, state) if k in state and not _fits(state[k], t)}
+    return LoadError(message, where=attachment.name, missing=report.missing, unused=report.unused, misshapen=wrong)
 
 
 def compare(attachment: Attachment, state: Mapping[str, Tensor]) -> LoadReport:
@@ -75,7 +82,9 @@ def _compared(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Loa
         tuple(used),
         tuple(k for k in targets if k not in state),
         tuple(k for k in state if k not in targets),
-        tuple(f"{k} {_told(state[k], t)}" for k, t in targets.items() if k in state and not _fits(state[k], t)),
+        tuple(
+            "{} {} for {}".format(k, *_differ(state[k], t)) for k, t in targets.items() if k in state and not _fits(state[k], t)
+        ),
     )
 
 
@@ -84,11 +93,11 @@ def _fits(given: Tensor, target: Tensor) -> bool:
     return given.shape == target.shape and given.is_floating_point() == target.is_floating_point()
 
 
-def _told(given: Tensor, target: Tensor) -> str:
-    """What does not fit."""
+def _differ(given: Tensor, target: Tensor) -> tuple[Any, Any]:
+    """The shapes of both, or their dtypes where the shapes are equal."""
     if given.shape == target.shape:
-        return f"{given.dtype} for {target.dtype}"
-    return f"{tuple(given.shape)} for {tuple(target.shape)}"
+        return given.dtype, target.dtype
+    return tuple(given.shape), tuple(target.shape)
 
 
 def fill(attachment: Attachment, state: Mapping[str, Tensor], report: LoadReport) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import LoadError, StateError
+from .errors import LoadError, OptionError, StateError
 from .method import Adapter, Method
 from .sites import Site
-from .state import LoadReport, compare, fill
+from .state import LoadReport, compare, fill, unfit
 
 if TYPE_CHECKING:
     from .attachment import Attachment
@@ -30,12 +30,16 @@ def swap(attachment: Attachment, method: Method, sites: Sequence[str], state: Ma
     """
     refuse_merged(attachment)
     if type(method) is not type(attachment.method):
-        raise LoadError(f"'{attachment.name}' is {attachment.method.name} and this is {method.name}. Attach it beside.")
+        message = f"'{attachment.name}' is {attachment.method.name} and this is {method.name}. Attach it beside."
+        raise LoadError(message, where=attachment.name, given=method.name, expected=attachment.method.name)
     away = [name for name in sites if name not in attachment.parts]
     if away:
         raise LoadError(
             f"it changes {len(away)} sites that '{attachment.name}' is not attached to: {', '.join(away[:8])}. Attach with a "
-            "where= that has them, or load it beside."
+            "where= that has them, or load it beside.",
+            where=attachment.name,
+            option="where",
+            given=tuple(away),
         )
     if all(hasattr(adapter, "taking") for _, adapter in attachment.parts.values()):
         state = _taken(attachment, method, set(sites), state)
@@ -43,7 +47,8 @@ def swap(attachment: Attachment, method: Method, sites: Sequence[str], state: Ma
         _require_alike(attachment, method, sites)
     report = compare(attachment, state)
     if not report.clean:
-        raise LoadError(f"'{attachment.name}' ({attachment.method.name}): {report}. It goes in whole or not at all.")
+        message = f"'{attachment.name}' ({attachment.method.name}): {report}. It goes in whole or not at all."
+        raise unfit(message, attachment, state, report)
     fill(attachment, state, report)
     return report
 
@@ -51,7 +56,8 @@ def swap(attachment: Attachment, method: Method, sites: Sequence[str], state: Ma
 def refuse_merged(attachment: Attachment) -> None:
     """Raise `StateError` if the values of an attachment are in the weights, or nowhere."""
     if attachment.merged:
-        raise StateError(f"'{attachment.name}' is merged. Call unmerge() before another file goes in.")
+        message = f"'{attachment.name}' is merged. Call unmerge() before another file goes in."
+        raise StateError(message, where=attachment.name, given="merged")
     attachment.check()
 
 
@@ -61,11 +67,16 @@ def _require_alike(attachment: Attachment, method: Method, sites: Sequence[str])
     differ = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     if differ:
         told = ", ".join(f"{key} {there.get(key)!r}, not {here.get(key)!r}" for key in differ)
-        raise LoadError(f"{method.name} takes files of its own options only; this one has {told}. Attach with these options.")
+        message = f"{method.name} takes files of its own options only; this one has {told}. Attach with these options."
+        given, expected = ({key: config.get(key) for key in differ} for config in (there, here))
+        raise LoadError(message, where=attachment.name, option=differ[0], given=given, expected=expected)
     lacks = [name for name in attachment.parts if name not in set(sites)]
     if lacks:
         raise LoadError(
-            f"it has nothing for {len(lacks)} sites of '{attachment.name}': {', '.join(lacks[:8])}. Attach with its own where=."
+            f"it has nothing for {len(lacks)} sites of '{attachment.name}': {', '.join(lacks[:8])}. Attach with its own where=.",
+            where=attachment.name,
+            option="where",
+            missing=lacks,
         )
 
 
@@ -82,7 +93,7 @@ def _taken(attachment: Attachment, method: Method, sites: set[str], state: Mappi
             with torch.no_grad():
                 taken = arena.taking(_built(method, site, own[name], adapter) if name in sites else None)
         except ValueError as error:
-            raise LoadError(f"{name}: {error}.") from error
+            raise LoadError.from_error(error, f"{name}: {error}.", where=name) from error
         found.update({f"{name}:{param}": tensor for param, tensor in taken.items()})
     return found
 
@@ -95,7 +106,9 @@ def _built(method: Method, site: Site, state: Mapping[str, Tensor], arena: Adapt
     wrong = [key for key, tensor in wanted.items() if key not in state or state[key].shape != tensor.shape]
     if wrong or len(state) != len(wanted):
         shown = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in state.items())
-        raise ValueError(f"it has {shown or 'nothing'}; expected {', '.join(f'{k} {tuple(t.shape)}' for k, t in wanted.items())}")
+        message = f"it has {shown or 'nothing'}; expected {', '.join(f'{k} {tuple(t.shape)}' for k, t in wanted.items())}"
+        given, expected = ({key: tuple(tensor.shape) for key, tensor in each.items()} for each in (state, wanted))
+        raise OptionError(message, given=given, expected=expected)
     dtype = next(arena.parameters()).dtype
     other.load_state_dict({key: tensor.to("cpu", dtype) for key, tensor in state.items()}, assign=True)
     return other

@@ -49,7 +49,8 @@ def activate(model: Any, chosen: str | Iterable[str] | Mapping[str, float]) -> A
     given: dict[str, float | None] = dict(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(_names(chosen))
     for name in given:
         if named(there, name).merged:
-            raise StateError(f"activate: '{name}' is merged. Call its unmerge() first, or leave it out: it is part of the base.")
+            message = f"activate: '{name}' is merged. Call its unmerge() first, or leave it out: it is part of the base."
+            raise StateError(message, where=name, given="merged")
     wanted: dict[Attachment, Switch] = {}
     for name, attachment in there.items():
         if not attachment.merged:
@@ -86,7 +87,8 @@ def named(there: Mapping[str, Attachment], name: str) -> Attachment:
         UnknownName: there is none.
     """
     if name not in there:
-        raise UnknownName(f"no attachment '{name}' on this model. There are: {', '.join(there) or 'none'}.")
+        message = f"no attachment '{name}' on this model. There are: {', '.join(there) or 'none'}."
+        raise UnknownName(message, name, "attachment", expected=tuple(there))
     return there[name]
 
 

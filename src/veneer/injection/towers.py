@@ -54,7 +54,8 @@ class Tower:
         names = [s.name for s in found]
         if len(set(names)) != len(names):
             twice = sorted({n for n in names if names.count(n) > 1})
-            raise VeneerError(f"host {self.host.name} gives two sites the same name: {', '.join(twice[:5])}.")
+            message = f"host {self.host.name} gives two sites the same name: {', '.join(twice[:5])}."
+            raise VeneerError(message, where=self.host.name, given=tuple(twice))
         return found
 
 
@@ -108,7 +109,8 @@ def _found(model: Any, strict: bool) -> list[Tower]:
         found = [Tower(k, m, h, h.main, components, m is not components[k]) for k, (m, h) in known.items() if h]
         found.sort(key=lambda t: not t.main)
     if strict and not found:
-        raise UnsupportedSite(f"no host knows {type(model).__name__}. There are hosts for: {', '.join(hosts.names())}.")
+        message = f"no host knows {type(model).__name__}. There are hosts for: {', '.join(hosts.names())}."
+        raise UnsupportedSite(message, given=type(model).__name__, fits=hosts.names())
     return found
 
 

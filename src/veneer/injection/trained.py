@@ -71,7 +71,8 @@ class Trained:
         for key, owner in self._owners.items():
             component, path = self.places[key]
             if _at(self.towers[component], path.rpartition(".")[0]) is not owner:
-                raise HostChanged(f"{key}: the host rebuilt a trained module after attach. Detach, change the host, then attach.")
+                message = f"{key}: the host rebuilt a trained module after attach. Detach, change the host, then attach."
+                raise HostChanged(message, where=key, given="rebuilt")
 
 
 def _at(tower: nn.Module, path: str) -> nn.Module | None:

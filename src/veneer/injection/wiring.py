@@ -96,6 +96,7 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
             raise UnsupportedSite(
                 f"{site.name}: {type(adapter).__name__} reads the branch after its norm, and there is no norm in front of it.",
                 site=site.name,
+                given=adapter.reads,
             )
         return read, site.write
     if isinstance(site, (StreamSite, PromptSite)):
@@ -114,4 +115,6 @@ def _require(site: Site, adapter: Adapter, form: str) -> None:
             f"{site.name}: a {type(site).__name__}{'' if getattr(site, 'called', True) else ' that is read, not called,'} needs "
             f"the {form} form; {type(adapter).__name__} offers {', '.join(has) or 'none'}.",
             site=site.name,
+            given=tuple(has),
+            expected=form,
         )

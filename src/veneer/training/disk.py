@@ -28,10 +28,10 @@ class DiskFull(VeneerError):
     """
 
     def __init__(self, file: str, kept: tuple[str, ...] = ()) -> None:
-        self.file, self.kept = file, kept
+        self.kept = kept
         there = f"{' and '.join(kept)} {'is' if len(kept) == 1 else 'are'} kept" if kept else "no checkpoint was kept"
         then = "Free space and run the same command with --resume." if kept else "Free space and train again."
-        super().__init__(f"the disk is full: {file} could not be written; {there}. {then}")
+        super().__init__(f"the disk is full: {file} could not be written; {there}. {then}", file=file)
 
 
 def free_bytes(folder: Path | None) -> int | None:

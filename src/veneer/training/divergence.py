@@ -53,7 +53,7 @@ class Diverged(VeneerError):
     def __init__(
         self, step: int, why: str, learning_rate: float, kept: int, file: Path | None = None, checkpoint: Path | None = None
     ) -> None:
-        self.step, self.learning_rate, self.kept, self.file, self.checkpoint = step, learning_rate, kept, file, checkpoint
+        self.step, self.learning_rate, self.kept, self.checkpoint = step, learning_rate, kept, checkpoint
         places = "in the model" + (f" and in {file}" if file else "")
         earlier = f" The newest checkpoint is {checkpoint}." if checkpoint else ""
         super().__init__(
@@ -61,6 +61,7 @@ class Diverged(VeneerError):
             f"the last with a finite loss, are kept {places}.{earlier} Try a learning rate of {learning_rate / 10:.1g}, a longer "
             "warmup, clip=1.0, and precision bf16 in place of fp16."
         )
+        self.file: Path | None = file
 
 
 def write_last_good(folder: Path, tensors: Mapping[str, Tensor]) -> Path | None:
