@@ -17,8 +17,11 @@ from tests.hosts.published import build
 from tests.methods.layers import site_of, trained
 from veneer.functional.importance import cubic, largest
 from veneer.injection import attach, hosts
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.adalora import TRAINED, AdaLoRA, AdaLoRAAdapter
+
+from ..raising import raises
 
 LAYERS = [
     nn.Linear(7, 6),
@@ -309,7 +312,7 @@ def test_the_report_says_what_is_left_and_a_file_holds_what_is_used(tmp_path: Pa
 @pytest.mark.parametrize(("step", "steps"), [(0, 5), (6, 5), (-1, 5)])
 def test_steps_that_are_none_are_refused(step: int, steps: int) -> None:
     tuned = attach(hosts.get("timm_vit")().tiny()["vit"](), "adalora", where="attn.q")
-    with pytest.raises(ValueError, match=rf"'adalora': after_step\({step}, 5\): steps are counted from 1 to 5"):
+    with raises(OptionError, where="adalora", option="step", given=step, expected=(1, 5)):
         tuned.after_step(step, steps)
 
 
@@ -317,7 +320,7 @@ def test_steps_that_are_none_are_refused(step: int, steps: int) -> None:
     "options",
     [
         {"target_rank": 0},
-        {"rank": 4, "target_rank": 5},
+        {"target_rank": 5, "rank": 4},
         {"warmup": 0.5, "final": 0.5},
         {"warmup": -0.1},
         {"beta1": 1.0},
@@ -327,10 +330,13 @@ def test_steps_that_are_none_are_refused(step: int, steps: int) -> None:
     ],
 )
 def test_options_out_of_range(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^adalora: "):
+    option, given = next(iter(options.items()))
+    if option in ("warmup", "final"):
+        option, given = "warmup", (options.get("warmup", AdaLoRA().warmup), options.get("final", AdaLoRA().final))
+    with raises(OptionError, method="adalora", option=option, given=given):
         AdaLoRA(**options)
 
 
 def test_groups_must_divide_the_rank() -> None:
-    with pytest.raises(ValueError, match="rank 3 must divide by the convolution's 2 groups"):
+    with raises(OptionError, method="adalora", option="rank", given=3, expected=2):
         AdaLoRA(rank=3, target_rank=2).build(site_of(LAYERS[2]))

@@ -23,7 +23,10 @@ from tests.methods.bottlenecks import (
     trained,
 )
 from veneer.injection import SelectionError, attach
+from veneer.injection.errors import OptionError
 from veneer.methods.additive.adaptformer import AdaptFormer
+
+from ..raising import raises
 
 
 def slow(adapter: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -93,17 +96,14 @@ def test_dropout_is_between_and_only_in_training() -> None:
     assert AdaptFormer().dropout == 0.1
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [({"bottleneck": 0}, "bottleneck must be at least 1, got 0"), ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0")],
-)
-def test_wrong_options(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        AdaptFormer(**options)
+@pytest.mark.parametrize(("option", "given"), [("bottleneck", 0), ("dropout", 1.0)])
+def test_wrong_options(option: str, given: Any) -> None:
+    with raises(OptionError, method="adaptformer", option=option, given=given):
+        AdaptFormer(**{option: given})
 
 
 def test_a_host_without_mlp_branches_is_adapted_at_those_it_has() -> None:
     model = timm.create_model("resnet18", channels=(8, 8, 8, 8), stem_width=8)
     assert {site.role for site, _ in attach(model, "adaptformer").parts.values()} == {"conv"}
-    with pytest.raises(SelectionError, match="mlp"):
+    with raises(SelectionError, pattern="mlp", given=()):
         attach(model, "adaptformer", where="mlp")

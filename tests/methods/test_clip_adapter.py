@@ -5,8 +5,10 @@ import timm
 import torch
 
 from veneer.injection import UnsupportedSite, attach
+from veneer.injection.errors import OptionError
 from veneer.methods.additive.clip_adapter import CLIPAdapter
 
+from ..raising import raises
 from .classifiers import large, pictures, tiny
 
 
@@ -48,7 +50,7 @@ def test_counts_of_the_paper() -> None:
 
 
 def test_options() -> None:
-    with pytest.raises(ValueError, match="ratio"):
+    with raises(OptionError, method="clip_adapter", option="ratio", given=1.5):
         CLIPAdapter(ratio=1.5)
-    with pytest.raises(UnsupportedSite, match="reduction 32"):
+    with raises(UnsupportedSite, method="clip_adapter", option="reduction", given=32):
         attach(tiny(), "clip_adapter", reduction=32)

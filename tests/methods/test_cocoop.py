@@ -6,6 +6,7 @@ import torch
 from veneer.injection import UnsupportedSite, attach
 from veneer.methods.prompt.cocoop import CoCoOp
 
+from ..raising import raises
 from .classifiers import encode, large, pictures, row, tiny, token
 from .test_coop import END, NAMES, SIDES, START
 
@@ -62,5 +63,5 @@ def test_counts_of_the_paper() -> None:
 
 
 def test_a_reduction_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(UnsupportedSite, match="reduction 17"):
+    with raises(UnsupportedSite, method="cocoop", option="reduction", given=17):
         attach(tiny(), "cocoop", reduction=17)

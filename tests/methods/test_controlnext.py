@@ -16,6 +16,8 @@ from veneer.injection.errors import ConditionError
 from veneer.methods.additive.controlnext import crossed
 from veneer.testing.case import stir
 
+from ..raising import raises
+
 
 def test_cross_normalisation_number_by_number() -> None:
     torch.manual_seed(0)
@@ -162,5 +164,5 @@ def test_it_acts_in_a_pipeline_and_not_beyond_its_part() -> None:
         none = drawn(pipe)
     assert (none == bare).all()
     assert len({a.tobytes() for a in (bare, whole, half)}) == 3
-    with pytest.raises(ConditionError, match="48×48"), control.given(image=picture(1, 48)):
+    with raises(ConditionError, where="controlnext", given=(48, 48), expected=(32, 32)), control.given(image=picture(1, 48)):
         drawn(pipe)

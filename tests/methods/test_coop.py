@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from veneer.classifying.words import TextError
 from veneer.injection import LoadError, UnsupportedSite, attach
+from veneer.injection.errors import OptionError
 from veneer.methods.prompt.coop import CoOp
 
+from ..raising import raises
 from .classifiers import cosines, encode, large, pictures, prompt_site, row, tiny, token
 
 START, END = 62, 63
@@ -113,8 +116,9 @@ def test_a_common_context_is_loaded_onto_other_classes(tmp_path) -> None:
     other = CLIPClassifier(tiny().clip, small_tokenizer, more).double().eval()
     load(other, files[0])
     torch.testing.assert_close(other(image)[:, :3], model(image))
-    with pytest.raises(LoadError, match="context"):
+    with pytest.raises(LoadError) as caught:
         load(CLIPClassifier(tiny().clip, small_tokenizer, more).double().eval(), files[1])
+    assert [key.rpartition(":")[2] for key in caught.value.misshapen] == ["context"]
 
 
 def test_prompts_have_the_ids_that_the_tokenizer_gives_them() -> None:
@@ -135,9 +139,10 @@ def test_counts_of_the_paper() -> None:
 
 
 def test_what_does_not_fit_is_named() -> None:
-    with pytest.raises(UnsupportedSite, match=r"toy cat.*do not fit"):
+    with raises(UnsupportedSite, method="coop", site="head.prompts") as caught:
         attach(tiny(), "coop", tokens=16)
-    with pytest.raises(ValueError, match="position"):
+    assert isinstance(caught.value.__cause__, TextError)
+    with raises(OptionError, method="coop", option="position", given="behind"):
         CoOp(position="behind")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedSite, match="clip_classifier"):
+    with raises(UnsupportedSite, method="coop", host="clip_classifier"):
         attach(tiny("linear"), "coop")

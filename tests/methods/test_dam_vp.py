@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.injection import StateError, UnsupportedSite, attach
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import PixelSite, Port
 from veneer.methods.prompt._clusters import Clusters, grouped
 from veneer.methods.prompt.dam_vp import DAMVP
 
+from ..raising import raises
 from .pixels import frame, normal, raw, seen, stirred, tiny
 
 STEM = "patch_embed.proj"
@@ -172,7 +174,7 @@ def test_the_most_active_features_are_the_logits() -> None:
     with torch.no_grad():
         expected = features(bare, by_hand(bare, tuned, pictures))[:, index]
         torch.testing.assert_close(model(pictures), expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(StateError, match="strength must be 0 or 1"):
+    with raises(StateError, given=0.5, expected=(0, 1)):
         tuned.scale = 0.5
 
 
@@ -206,7 +208,7 @@ def test_samples_of_a_batch_cannot_differ() -> None:
     """The first pass is one of all samples."""
     model, pictures = tiny(), normal(raw(4))
     attach(model, "dam_vp")
-    with veneer.mixed(model, ["dam_vp", None, None, "dam_vp"]), pytest.raises(StateError, match="a batch of 2 came"):
+    with veneer.mixed(model, ["dam_vp", None, None, "dam_vp"]), raises(StateError, given=2, expected=4):
         model(pictures)
     with veneer.mixed(model, ["dam_vp"] * 4):
         assert model(pictures).shape == (4, 10)
@@ -228,7 +230,7 @@ def test_clip() -> None:
         expected = torch.stack([rows[labels == i].mean(0) for i in range(2)])
         torch.testing.assert_close(tuned.parts["visual.pixels"][1].shared.prototypes, expected, atol=1e-5, rtol=1e-4)
         assert torch.equal(model(image=pictures, text=ids)[0], model(pictures, ids)[0])
-    with pytest.raises(UnsupportedSite, match="logits must be among the sites"):
+    with raises(UnsupportedSite, method="dam_vp", expected=("logits",)):
         attach(model, "dam_vp", head_free=True)
 
 
@@ -242,20 +244,21 @@ def test_counts() -> None:
 def test_what_does_not_fit_is_refused_with_words() -> None:
     wrong = ({"clusters": 0}, {"threshold": -1.0}, {"samples": 0}, {"border": 112}, {"std": -1.0}, {"classes": -1})
     for options in wrong:
-        with pytest.raises(ValueError, match=f"dam_vp: {next(iter(options))} must be"):
+        ((option, given),) = options.items()
+        with raises(OptionError, method="dam_vp", option=option, given=given):
             DAMVP(**options)
-    with pytest.raises(ValueError, match="classes=3 without head_free"):
+    with raises(OptionError, method="dam_vp", option="classes", given=3, expected=0):
         DAMVP(classes=3)
-    with pytest.raises(UnsupportedSite, match="features must be among the sites"):
+    with raises(UnsupportedSite, method="dam_vp", expected=("features",)):
         attach(tiny(), "dam_vp", where="pixels")
-    with pytest.raises(UnsupportedSite, match="pixels must be among the sites"):
+    with raises(UnsupportedSite, method="dam_vp", expected=("pixels",)):
         attach(tiny(), "dam_vp", where="features")
-    with pytest.raises(UnsupportedSite, match="25 classes need as many"):
+    with raises(UnsupportedSite, method="dam_vp", option="classes", given=25, expected=24):
         attach(tiny(), "dam_vp", head_free=True, classes=25)
     model = tiny()
     tuned = attach(model, "dam_vp")
-    with pytest.raises(ValueError, match="no pictures"):
+    with raises(OptionError, method="prepare", option="batches", given=0):
         tuned.prepare([])
-    with tuned.enabled(False), pytest.raises(StateError, match="no features came by"):
+    with tuned.enabled(False), raises(StateError, where="dam_vp", given="disabled"):
         tuned.prepare([(normal(raw()), torch.zeros(2))])
     assert not tuned.parts["pixels"][1].shared.listening

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import Attachment, HostChanged, UnsupportedSite, attach
+from veneer.injection.errors import OptionError
 from veneer.injection.registry import hosts
 from veneer.methods.additive.dtl import DTL
 from veneer.testing.case import stir
+
+from ..raising import raises
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "num_classes": 10}
 
@@ -104,7 +107,7 @@ def test_rank_beta_and_strength() -> None:
 def test_pictures_of_another_size() -> None:
     model = vit(dynamic_img_size=True)
     agrees(model, stirred(model, conv=3), picture(48, 48), write_from=2, grid=(6, 6))
-    with pytest.raises(HostChanged, match=r"blocks\.2\.stream: 24 patches stand in no grid"):
+    with raises(HostChanged, where="blocks.2.stream", given=24, expected=(4, 4)):
         model(picture(32, 48))
 
 
@@ -203,15 +206,16 @@ def test_blocks_that_change_width_or_grid_are_passed_over() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"dtl: write_from=9 writes to no block at or after blocks\.0\.stream"):
+    with raises(OptionError, method="dtl", option="write_from", given=9, where="blocks.0.stream"):
         attach(vit(), "dtl", write_from=9)
     text = hosts.get("clip_text")()
     name = next(iter(text.tiny()))
-    with pytest.raises(UnsupportedSite, match="conv needs patches that stand in a grid"):
+    with raises(UnsupportedSite, method="dtl", option="conv", given=3):
         attach(text.tiny()[name](), "dtl", conv=3)
 
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"beta": 0.0}, {"conv": 2}, {"conv": -1}])
 def test_options_out_of_range(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^dtl: "):
+    ((option, given),) = options.items()
+    with raises(OptionError, method="dtl", option=option, given=given):
         DTL(**options)

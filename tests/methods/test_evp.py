@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 import veneer
 from veneer.injection import HostChanged, StateError, UnsupportedSite, attach
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import FeatureSite, PixelSite, Port
 from veneer.methods.prompt._label_map import most_frequent
 from veneer.methods.prompt.evp import EVP
 
+from ..raising import raises
 from .pixels import frame, normal, raw, seen, shrunk, stirred, tiny
 
 STEM = "patch_embed.proj"
@@ -119,13 +121,14 @@ def test_counts() -> None:
 
 def test_options_and_sites_are_refused_with_words() -> None:
     for options in ({"border": 0}, {"border": 112}, {"classes": -1}):
-        with pytest.raises(ValueError, match=f"evp: {next(iter(options))} must be"):
+        ((option, given),) = options.items()
+        with raises(OptionError, method="evp", option=option, given=given):
             EVP(**options)
-    with pytest.raises(ValueError, match="leaves no border"):
+    with raises(OptionError, option="border", expected=(2, 2)):
         EVP(border=111).build(site(2, 2))
-    with pytest.raises(ValueError, match="not for its 1 channels"):
+    with raises(OptionError, where="p", option="mean", given=(3, 3), expected=1):
         EVP().build(PixelSite(name="p", role="pixels", port=Port("", "in"), size=(32, 32, 1), mean=(0.5,) * 3, std=(0.5,) * 3))
-    with pytest.raises(UnsupportedSite, match=r"head\.logits: 11 classes need as many"):
+    with raises(UnsupportedSite, method="evp", site="head.logits", option="classes", given=11):
         attach(tiny(), "evp", classes=11)
 
 
@@ -164,13 +167,13 @@ def test_prepare_counts_answers_with_the_border_on() -> None:
 def test_prepare_says_what_is_wrong() -> None:
     model = tiny()
     tuned = attach(model, "evp", classes=3)
-    with pytest.raises(ValueError, match="labels are 0 to 3, and the map has classes 0 to 2"):
+    with raises(OptionError, option="classes", where="head.logits", given=(0, 3), expected=3):
         tuned.prepare([(normal(raw(4)), torch.arange(4))])
-    with pytest.raises(ValueError, match="no pictures came"):
+    with raises(OptionError, option="batches", where="head.logits", given=0):
         tuned.prepare([])
-    with pytest.raises(ValueError, match="3 labels for 4 answers"):
+    with raises(OptionError, option="labels", where="head.logits", given=3, expected=4):
         tuned.prepare([(normal(raw(4)), torch.arange(3))])
-    with tuned.enabled(False), pytest.raises(StateError, match="saw no logits"):
+    with tuned.enabled(False), raises(StateError, where="head.logits", given="disabled"):
         tuned.prepare([(normal(raw(3)), torch.arange(3))])
     assert tuned.parts["head.logits"][1].seen is None
 
@@ -178,14 +181,14 @@ def test_prepare_says_what_is_wrong() -> None:
 def test_mapped_labels_are_there_or_not() -> None:
     bare, model = tiny(), tiny()
     tuned = attach(model, "evp", classes=3)
-    with pytest.raises(StateError, match=r"head\.logits.*strength must be 0 or 1, got 0\.5"):
+    with raises(StateError, where="head.logits", given=0.5, expected=(0, 1)):
         tuned.scale = 0.5
     assert tuned.scale == 1.0
     with torch.no_grad(), tuned.enabled(False):
         assert torch.equal(model(normal(raw())), bare(normal(raw())))
     assert model(normal(raw())).shape == (2, 3)
     other = attach(model, "lora")
-    with pytest.raises(UnsupportedSite, match="SwitchSeam"), veneer.mixed(model, ["evp", "lora"]):
+    with raises(UnsupportedSite, where="evp", given="SwitchSeam"), veneer.mixed(model, ["evp", "lora"]):
         pass
     with veneer.mixed(model, [("evp", "lora"), "evp"]):
         assert model(normal(raw())).shape == (2, 3)
@@ -223,7 +226,7 @@ def test_a_second_map_on_a_head_is_refused_when_it_runs() -> None:
     model = tiny()
     attach(model, "evp", classes=3)
     attach(model, "evp", classes=3, name="second")
-    with pytest.raises(HostChanged, match="3 columns came, and the map is for 10"):
+    with raises(HostChanged, where="head.logits", given=3, expected=10):
         model(normal(raw()))
 
 

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from tests.methods.layers import site_of
 from veneer.injection import attach, hosts
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.fact import FacT, FacTAdapter, tiles
+
+from ..raising import raises
 
 LAYERS = [
     nn.Linear(4, 4),
@@ -144,10 +147,11 @@ def test_dropout_acts_between_sigma_and_v_in_training_only() -> None:
 
 @pytest.mark.parametrize("options", [{"form": "cp"}, {"rank": 0}, {"dropout": 1.0}])
 def test_options_out_of_range(options: dict) -> None:
-    with pytest.raises(ValueError, match=r"^fact: "):
+    ((option, given),) = options.items()
+    with raises(OptionError, method="fact", option=option, given=given):
         FacT(**options)
 
 
 def test_grouped_convolutions_are_refused() -> None:
-    with pytest.raises(ValueError, match="a convolution of 2 groups has no common input to factor; select other sites"):
+    with raises(OptionError, method="fact", option="where", given=2, expected=1):
         FacT().build(site_of(nn.Conv2d(4, 8, 3, groups=2)))

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.injection import attach, hosts
+from veneer.injection.errors import OptionError
 from veneer.methods.selective.full import Full
 from veneer.testing.snapshot import assert_same, snapshot
+
+from ..raising import raises
 
 HOSTS = ("timm_vit", "timm_swin", "timm_convnext", "timm_conv", "open_clip")
 
@@ -105,5 +108,5 @@ def test_the_head_has_a_rate_of_its_own() -> None:
     assert (rest["lr_scale"], head["lr_scale"]) == (1.0, 7)
     assert {tuple(p.shape) for p in head["params"]} == {(10, 24), (10,)}
     assert len(rest["params"]) + len(head["params"]) == len(list(tuned.parameters()))
-    with pytest.raises(ValueError, match="head_rate must be above 0"):
+    with raises(OptionError, method="full", option="head_rate", given=0):
         Full(head_rate=0)

@@ -14,8 +14,11 @@ from torch.nn import functional as F
 
 from tests.methods.layers import conv_site
 from veneer.injection import attach, hosts
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import ParamSite, WeightSite
 from veneer.methods.reparameterized.glora import GLoRA, GLoRAAdapter, Term
+
+from ..raising import raises
 
 FORMS = ("low_rank", "vector", "scalar", "none")
 LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=5, d_in=7)
@@ -138,7 +141,8 @@ def test_count_of_vit_b() -> None:
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"A": "matrix"}, {"D": "low_rank"}])
 def test_options_out_of_range(options: dict) -> None:
-    with pytest.raises(ValueError, match=r"^glora: "):
+    ((option, given),) = options.items()
+    with raises(OptionError, method="glora", option=option, given=given):
         GLoRA(**options)
 
 
@@ -157,5 +161,5 @@ def test_a_as_a_matrix(base: nn.Module) -> None:
             want[o, i] = weight[o, i] + b[o, i] + sum(weight[o, j] * a[j, i] for j in range(weight.shape[1]))
     torch.testing.assert_close(adapter.weight(weight), want)
     assert sum(p.numel() for p in adapter.parameters()) == method.count(site)
-    with pytest.raises(ValueError, match="product must be one of elements, matrices"):
+    with raises(OptionError, method="glora", option="product", given="both"):
         GLoRA(product="both")

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.injection import UnsupportedSite, attach
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import PixelSite, Port
 from veneer.methods.prompt._label_map import one_to_one
 from veneer.methods.prompt.ilm_vp import ILMVP
 
+from ..raising import raises
 from .pixels import frame, normal, raw, seen, shrunk, stirred, tiny
 
 STEM = "patch_embed.proj"
@@ -54,9 +56,10 @@ def test_counts() -> None:
 
 def test_options_are_refused_with_words() -> None:
     for options in ({"picture": 0}, {"picture": 224}, {"classes": -1}):
-        with pytest.raises(ValueError, match=f"ilm_vp: {next(iter(options))} must be"):
+        ((option, given),) = options.items()
+        with raises(OptionError, method="ilm_vp", option=option, given=given):
             ILMVP(**options)
-    with pytest.raises(UnsupportedSite, match="leaves no border"):
+    with raises(UnsupportedSite, method="ilm_vp", option="border"):
         attach(tiny(), "ilm_vp", picture=223)
 
 

@@ -12,8 +12,11 @@ from tests.hosts.published import build
 from tests.methods.layers import conv_site, trained
 from veneer.functional.hadamard import hadamard, hadamard_pair
 from veneer.injection import attach
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.loha import LoHa, LoHaAdapter
+
+from ..raising import raises
 
 SMALL = WeightSite(name="s", role="mlp.in", path="s", d_out=5, d_in=7)
 WIDE = WeightSite(name="w", role="mlp.in", path="w", d_out=24, d_in=20)
@@ -162,5 +165,5 @@ def test_peft_computes_the_same_change(module: nn.Module, tucker: bool) -> None:
 
 
 def test_rank_out_of_range() -> None:
-    with pytest.raises(ValueError, match=r"^loha: rank must be at least 1, got 0"):
+    with raises(OptionError, method="loha", option="rank", given=0):
         LoHa(rank=0)

@@ -12,8 +12,11 @@ from tests.hosts.published import build
 from tests.methods.layers import conv_site, trained
 from veneer.functional.kronecker import kron_apply, kron_factors, kron_weight
 from veneer.injection import attach
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.lokr import LoKr, LoKrAdapter
+
+from ..raising import raises
 
 LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=24, d_in=12)
 GEOMETRIES = [
@@ -162,7 +165,8 @@ def test_peft_computes_the_same_change(module: nn.Module, form: dict) -> None:
 
 @pytest.mark.parametrize("options", [{"factor": 0}, {"factor": -2}, {"rank": 0}, {"alpha": 1.0}, {"decompose_both": True}])
 def test_options_out_of_range(options: dict) -> None:
-    with pytest.raises(ValueError, match=r"^lokr: "):
+    ((option, given),) = options.items()
+    with raises(OptionError, method="lokr", option=option, given=given):
         LoKr(**options)
 
 
@@ -186,9 +190,9 @@ def test_sides_and_ranks_outright(base: nn.Module, low: str) -> None:
 
 
 def test_sides_must_divide() -> None:
-    with pytest.raises(ValueError, match=r"sides=\(5, 2\) do not divide 24 outputs and 12 inputs"):
+    with raises(OptionError, method="lokr", option="sides", given=(5, 2), expected=(24, 12)):
         LoKr(sides=(5, 2)).build(LINEAR)
-    with pytest.raises(ValueError, match="low='left' needs a rank"):
+    with raises(OptionError, method="lokr", option="low", given="left", expected="rank"):
         LoKr(low="left")
-    with pytest.raises(ValueError, match="low must be one of left, right, both, none"):
+    with raises(OptionError, method="lokr", option="low", given="up"):
         LoKr(rank=1, low="up")

@@ -9,8 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from veneer.injection import attach
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.lora_fa import LoRAFA
+
+from ..raising import raises
 
 LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=5, d_in=7)
 GROUPED = WeightSite(
@@ -73,7 +76,7 @@ def test_count_of_vit_b() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"^lora_fa: rank must be at least 1, got 0"):
+    with raises(OptionError, method="lora_fa", option="rank", given=0):
         LoRAFA(rank=0)
 
 

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import Attachment, UnsupportedSite, attach
+from veneer.injection.errors import OptionError
 from veneer.injection.registry import hosts
 from veneer.methods.additive.lst import LST
 from veneer.testing.case import stir
+
+from ..raising import raises
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "num_classes": 10}
 TOKENS = 17
@@ -213,25 +216,26 @@ def test_the_selected_blocks_make_the_ladder() -> None:
 
 @pytest.mark.parametrize(("host", "model"), [("timm_swin", "swin"), ("timm_convnext", "convnext"), ("diffusers_unet", "sd1")])
 def test_towers_in_stages_are_refused(host: str, model: str) -> None:
-    with pytest.raises(UnsupportedSite, match="lst"):
+    with raises(UnsupportedSite, method="lst", host=host):
         attach(hosts.get(host)().tiny()[model](), "lst", reduction=2)
 
 
 def test_a_side_of_no_width_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^lst: blocks\.0\.stream: a width of 24 leaves nothing at reduction 32"):
+    with raises(OptionError, method="lst", where="blocks.0.stream", option="reduction", given=32, expected=24):
         attach(vit(), "lst", reduction=32)
 
 
 def test_heads_that_do_not_divide_the_side_are_refused() -> None:
     """The authors have the backbone's number, here 2 of 6 channels; 5 do not divide 6."""
     assert attach(vit(), "lst", reduction=4, heads=2).parts["blocks.0.stream"][1].block.heads == 2
-    with pytest.raises(ValueError, match=r"^lst: blocks\.0\.stream: .*heads=5"):
+    with raises(OptionError, method="lst", where="blocks.0.stream", option="heads", given=5, expected=6):
         attach(vit(), "lst", reduction=4, heads=5)
 
 
 @pytest.mark.parametrize("options", [{"reduction": 0}, {"temperature": 0.0}, {"heads": -1}])
 def test_options_out_of_range(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^lst: "):
+    ((option, given),) = options.items()
+    with raises(OptionError, method="lst", option=option, given=given):
         LST(**options)
 
 

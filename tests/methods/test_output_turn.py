@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.methods.layers import conv_site, trained
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.boft import BOFT
 from veneer.methods.reparameterized.oft import OFT
 from veneer.testing import Check, parametrize_with_checks
+
+from ..raising import raises
 
 LINEAR = WeightSite(name="l", role="attn.q", path="l", d_out=24, d_in=5)
 METHODS = [
@@ -84,15 +87,15 @@ def test_convolutions_turn_their_channels(method: Any, geometry: dict[str, Any])
 
 def test_groups_are_not_mixed() -> None:
     model = nn.Conv2d(4, 12, 3, groups=2)
-    with pytest.raises(ValueError, match="4 outputs turn together, across groups of 6"):
+    with raises(OptionError, option="side", given=4, expected=6):
         OFT(side="output", block_size=4).build(conv_site(model))
 
 
 @pytest.mark.parametrize("method", [OFT, BOFT])
 def test_what_a_side_may_be(method: Any) -> None:
-    with pytest.raises(ValueError, match="side must be 'input' or 'output', got 'both'"):
+    with raises(OptionError, method=method.name, option="side", given="both"):
         method(side="both")
-    with pytest.raises(ValueError, match="block_size must be at least 2"):
+    with raises(OptionError, method="oft", option="block_size", given=1):
         OFT(side="output", block_size=1)
 
 

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import UnsupportedSite, attach, hosts
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.repadapter import BiasedBottleneck, Bottleneck, RepAdapter
+
+from ..raising import raises
 
 
 @torch.no_grad()
@@ -162,18 +165,24 @@ def test_biases_are_where_they_can_be_had() -> None:
     "layer", [nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1, padding=1)], ids=repr
 )
 def test_convolutions_that_cannot_take_it_in_are_refused(layer: nn.Module) -> None:
-    with pytest.raises(ValueError, match="cannot take in what is before it"):
+    with raises(OptionError, method="repadapter", option="where", given=(layer.kernel_size, layer.groups, layer.padding)):
         RepAdapter().build(site_of(layer))
 
 
 def test_refusals_name_the_site_and_the_options() -> None:
     model = timm.create_model("convnext_atto", num_classes=3)
-    with pytest.raises(UnsupportedSite, match=r"stages\.0\.blocks\.0\.conv_dw: a convolution of kernel \(7, 7\), 40 groups"):
+    with raises(UnsupportedSite, site="stages.0.blocks.0.conv_dw", option="where", given=((7, 7), 40, (3, 3))):
         attach(model, "repadapter", where="conv.dw")
-    with pytest.raises(UnsupportedSite, match=r"up_groups = 16 does not divide its 40 inputs"):
+    with raises(UnsupportedSite, option="up_groups", given=16, expected=40):
         attach(model, "repadapter", bottleneck=16, up_groups=16)
-    for options in ({"bottleneck": 9}, {"up_groups": 0}, {"dropout": 1.0}):
-        with pytest.raises(ValueError, match=r"repadapter: (bottleneck|dropout) must be"):
+    width, groups = RepAdapter().bottleneck, RepAdapter().up_groups
+    wrong: tuple[tuple[dict[str, Any], str, Any], ...] = (
+        ({"bottleneck": 9}, "bottleneck", (9, groups)),
+        ({"up_groups": 0}, "bottleneck", (width, 0)),
+        ({"dropout": 1.0}, "dropout", 1.0),
+    )
+    for options, option, given in wrong:
+        with raises(OptionError, method="repadapter", option=option, given=given):
             RepAdapter(**options)
 
 

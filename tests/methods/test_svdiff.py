@@ -14,6 +14,8 @@ from tests.methods.layers import site_of
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.methods.reparameterized.svdiff import SVDiff, SVDiffAdapter
 
+from ..raising import raises
+
 LAYERS = [
     nn.Linear(6, 4),
     nn.Linear(4, 7, bias=False),
@@ -87,5 +89,5 @@ def test_published_count() -> None:
 def test_a_quantised_weight_is_refused() -> None:
     base = nn.Linear(6, 4)
     base.weight = nn.Parameter(torch.zeros(4, 6, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(UnsupportedSite, match="svdiff: l: a quantised weight"):
+    with raises(UnsupportedSite, method="svdiff", site="l", given=torch.int8):
         SVDiff().build(site_of(nn.Linear(6, 4))).enter(nn.Sequential(base))

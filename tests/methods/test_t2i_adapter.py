@@ -15,6 +15,8 @@ from tests.methods.controls import PROMPTS, THREE, drawn, picture, pipeline, sti
 from veneer.injection.errors import ConditionError
 from veneer.testing.pipelines import tiny_pipeline
 
+from ..raising import raises
+
 pytestmark = pytest.mark.filterwarnings("ignore:The decode_latents method:FutureWarning")  # within diffusers
 KINDS = {"full": "full_adapter", "light": "light_adapter"}
 
@@ -145,5 +147,5 @@ def test_features_are_made_once_for_a_drawing(monkeypatch: pytest.MonkeyPatch) -
 def test_another_size_is_refused() -> None:
     pipe = pipeline()
     control = veneer.attach(pipe, "t2i_adapter")
-    with pytest.raises(ConditionError, match="48×48 was given, and pictures of 32×32"), control.given(image=picture(1, 48)):
+    with raises(ConditionError, where="t2i_adapter", given=(48, 48), expected=(32, 32)), control.given(image=picture(1, 48)):
         drawn(pipe)

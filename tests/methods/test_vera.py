@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from tests.methods.layers import site_of
 from veneer.injection import attach, hosts
+from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.vera import VeRA, VeRAAdapter
+
+from ..raising import raises
 
 LAYERS = [
     nn.Linear(6, 4),
@@ -117,5 +120,6 @@ def test_counts_of_vit_b() -> None:
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"d_initial": 0.0}])
 def test_options_out_of_range(options: dict) -> None:
-    with pytest.raises(ValueError, match=r"^vera: "):
+    ((option, given),) = options.items()
+    with raises(OptionError, method="vera", option=option, given=given):
         VeRA(**options)

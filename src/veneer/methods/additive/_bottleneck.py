@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.functional.channels import add_channels_product, channels_product, kept_samples
+from veneer.injection.errors import OptionError
 from veneer.injection.filling import zeros
 from veneer.injection.method import Adapter
 from veneer.injection.sites import BranchSite, StreamSite
@@ -83,10 +84,10 @@ def count_bottleneck(width: int, bottleneck: int, bias: bool = True) -> int:
 def check_options(name: str, bottleneck: int, **probabilities: float) -> None:
     """Raise `ValueError` for a width below 1 or a probability outside of [0, 1)."""
     if bottleneck < 1:
-        raise ValueError(f"{name}: bottleneck must be at least 1, got {bottleneck}")
+        raise OptionError.of(name, "bottleneck", bottleneck, "at least 1")
     for option, value in probabilities.items():
         if not 0 <= value < 1:
-            raise ValueError(f"{name}: {option} must be in [0, 1), got {value}")
+            raise OptionError.of(name, option, value, "in [0, 1)")
 
 
 def truncated_(weight: Tensor, std: float) -> Tensor:

@@ -126,7 +126,9 @@ class Chain(nn.Module):
         if now is None or now.site != link.before:
             raise HostChanged(
                 f"{name}: it ran, and '{link.before}' before it did not: its side network has nothing to go on from. Run the "
-                "whole model, blocks in their order. Gradient checkpointing must be that with use_reentrant=False."
+                "whole model, blocks in their order. Gradient checkpointing must be that with use_reentrant=False.",
+                where=name,
+                expected=link.before,
             )
         return Kept(now.state, now.one)
 

@@ -28,7 +28,8 @@ class Controlled(Method):
     def take(self, sites: Sequence[Site], pipeline: Any, **conditions: Any) -> Taken:
         """The pictures as (pictures, channels, height, width) in 0 … 1, and what else was given."""
         if conditions.get("image") is None:
-            raise ConditionError(f"{self.name}: no image was given; expected given(image=…), a picture or a list of them.")
+            message = f"{self.name}: no image was given; expected given(image=…), a picture or a list of them."
+            raise ConditionError(message, where=self.name, expected=("image",))
         options = {key: value for key, value in conditions.items() if key != "image"}
         return {"image": pictures(conditions["image"], self.channels, self.name)}, options
 
@@ -55,24 +56,30 @@ def pictures(given: Any, channels: int, name: str) -> Tensor:
     read = [t for each in several for t in _read(each, channels, name)]
     if len({t.shape for t in read}) != 1:
         sizes = sorted({f"{t.shape[-1]}×{t.shape[-2]}" for t in read})
-        raise ConditionError(f"{name}: pictures of {', '.join(sizes) or 'no'} size; expected at least one, all of one size.")
+        message = f"{name}: pictures of {', '.join(sizes) or 'no'} size; expected at least one, all of one size."
+        raise ConditionError(message, where=name, given=tuple(sizes), expected=1)
     found = torch.stack(read).float()
     if not found.min() >= 0 or not found.max() <= 1:
-        raise ConditionError(f"{name}: values from {found.min():.3g} to {found.max():.3g}; expected tensors in 0 … 1.")
+        message = f"{name}: values from {found.min():.3g} to {found.max():.3g}; expected tensors in 0 … 1."
+        raise ConditionError(message, where=name, given=(found.min().item(), found.max().item()), expected=(0, 1))
     return found
 
 
 def _read(each: Any, channels: int, name: str) -> list[Tensor]:
     if isinstance(each, Image.Image):
         if channels not in MODES:
-            raise ConditionError(f"{name}: was made for {channels} channels, which no picture has; give tensors.")
+            message = f"{name}: was made for {channels} channels, which no picture has; give tensors."
+            raise ConditionError(message, where=name, expected=channels)
         values = torch.from_numpy(np.asarray(each.convert(MODES[channels]), dtype=np.float32) / 255)
         each = values.reshape(*values.shape[:2], channels).permute(2, 0, 1)
     if not isinstance(each, Tensor) or each.dim() not in (3, 4):
         shape = tuple(each.shape) if isinstance(each, Tensor) else ""
         raise ConditionError(
-            f"{name}: got a {type(each).__name__} {shape}; expected pictures or tensors (channels, height, width)."
+            f"{name}: got a {type(each).__name__} {shape}; expected pictures or tensors (channels, height, width).",
+            where=name,
+            given=shape or type(each).__name__,
         )
     if each.shape[-3] != channels:
-        raise ConditionError(f"{name}: {each.shape[-3]} channels were given; it was made for {channels}.")
+        message = f"{name}: {each.shape[-3]} channels were given; it was made for {channels}."
+        raise ConditionError(message, where=name, given=each.shape[-3], expected=channels)
     return [each] if each.dim() == 3 else list(each)

@@ -88,7 +88,9 @@ def embeddings(conditions: Mapping[str, Any], pipeline: Any, patches: bool) -> t
     """
     image, given, negative = (conditions.get(name) for name in ("image", "embeds", "negative"))
     if (image is None) == (given is None):
-        raise ConditionError("ip_adapter: expected given(image=…) or given(embeds=…), one of both.")
+        message = "ip_adapter: expected given(image=…) or given(embeds=…), one of both."
+        both = tuple(name for name in ("image", "embeds") if conditions.get(name) is not None)
+        raise ConditionError(message, where="ip_adapter", given=both, expected=("image", "embeds"))
     if image is not None:
         given, negative = _encoded(image, pipeline, patches)
     embeds = _shaped(given, patches, "embeds")
@@ -101,7 +103,10 @@ def _shaped(value: Any, patches: bool, name: str) -> Tensor:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         shape = "(pictures, patches, width)" if patches else "(pictures, width)"
         raise ConditionError(
-            f"ip_adapter: {name}: got {got}; expected {shape}, or with several for one prompt behind the pictures."
+            f"ip_adapter: {name}: got {got}; expected {shape}, or with several for one prompt behind the pictures.",
+            where=name,
+            given=got,
+            expected=shape,
         )
     return value if value.dim() == least + 1 else value[:, None]
 
@@ -113,12 +118,15 @@ def _encoded(image: Any, pipeline: Any, patches: bool) -> tuple[Tensor, Tensor]:
     if encoder is None or extractor is None:
         raise ConditionError(
             "ip_adapter: the pipeline has no image_encoder and feature_extractor, which embed pictures. Load it with both, or "
-            "embed them yourself: given(embeds=…)."
+            "embed them yourself: given(embeds=…).",
+            where="pipeline",
+            expected=("image_encoder", "feature_extractor"),
         )
     prompts = image if isinstance(image, (list, tuple)) else [image]
     several = [each if isinstance(each, (list, tuple)) else [each] for each in prompts]
     if len({len(each) for each in several}) != 1:
-        raise ConditionError("ip_adapter: other numbers of pictures for each prompt; expected as many for each.")
+        message = "ip_adapter: other numbers of pictures for each prompt; expected as many for each."
+        raise ConditionError(message, where="image", given=tuple(len(each) for each in several))
     flat = [picture for each in several for picture in each]
     pixels = extractor(flat, return_tensors="pt").pixel_values.to(encoder.device, encoder.dtype)
     if not patches:
@@ -139,7 +147,8 @@ def masks(given: Any, pictures: int, several: int) -> Tensor:
     listed = given if isinstance(given, (list, tuple)) else [given]
     read = [_mask(each) for each in listed]
     if len({m.shape for m in read}) != 1 or len(read) not in (several, pictures * several):
-        raise ConditionError(f"ip_adapter: {len(read)} masks; expected {several}, of one size, one for each picture of a prompt.")
+        message = f"ip_adapter: {len(read)} masks; expected {several}, of one size, one for each picture of a prompt."
+        raise ConditionError(message, where="mask", given=len(read), expected=several)
     found = torch.stack(read).unflatten(0, (-1, several))
     return found.expand(pictures, -1, -1, -1)
 
@@ -149,7 +158,8 @@ def _mask(each: Any) -> Tensor:
         return torch.from_numpy(np.asarray(each.convert("L"), dtype=np.float32) / 255)
     if isinstance(each, Tensor) and each.squeeze().dim() == 2:
         return each.squeeze().float()
-    raise ConditionError(f"ip_adapter: a mask is a {type(each).__name__}; expected a picture or a tensor (height, width).")
+    message = f"ip_adapter: a mask is a {type(each).__name__}; expected a picture or a tensor (height, width)."
+    raise ConditionError(message, where="mask", given=type(each).__name__)
 
 
 def fitted(mask: Tensor, length: int) -> Tensor:

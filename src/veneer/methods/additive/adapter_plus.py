@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import StreamSite
 from veneer.methods.additive._bottleneck import OutputBottleneck, check_options, count_bottleneck, truncated_
@@ -55,7 +56,7 @@ class AdapterPlus(Method):
     def __post_init__(self) -> None:
         check_options(self.name, self.bottleneck, drop_path=self.drop_path)
         if self.std <= 0:
-            raise ValueError(f"{self.name}: std must be above 0, got {self.std}")
+            raise OptionError.of(self.name, "std", self.std, "above 0")
 
     def build(self, site: StreamSite) -> AdapterPlusAdapter:
         """Down, Up and c for one block."""

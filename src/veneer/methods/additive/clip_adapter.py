@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import FeatureSite
 
@@ -50,9 +51,9 @@ class CLIPAdapter(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
-            raise ValueError(f"clip_adapter: ratio must be in [0, 1], got {self.ratio}")
+            raise OptionError.of("clip_adapter", "ratio", self.ratio, "in [0, 1]")
         if self.reduction < 1:
-            raise ValueError(f"clip_adapter: reduction must be at least 1, got {self.reduction}")
+            raise OptionError.of("clip_adapter", "reduction", self.reduction, "at least 1")
 
     @classmethod
     def examples(cls) -> tuple[Method, Method]:
@@ -61,7 +62,8 @@ class CLIPAdapter(Method):
 
     def _hidden(self, site: FeatureSite) -> int:
         if site.width < self.reduction:
-            raise ValueError(f"reduction {self.reduction} leaves nothing of {site.width} features")
+            message = f"reduction {self.reduction} leaves nothing of {site.width} features"
+            raise OptionError(message, option="reduction", method=self.name, given=self.reduction, expected=site.width)
         return site.width // self.reduction
 
     def build(self, site: FeatureSite) -> CLIPAdapterAdapter:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.errors import OptionError
 from veneer.injection.filling import values_follow
 from veneer.injection.merge import host_tensors
 from veneer.injection.method import Adapter
@@ -49,16 +50,17 @@ class ControlNet(Controlled):
 
     def __post_init__(self) -> None:
         if min((self.channels, *self.hint)) < 1:
-            raise ValueError(
-                f"controlnet: channels and the widths of hint must be at least 1, got {self.channels} and {self.hint}"
-            )
+            message = f"controlnet: channels and the widths of hint must be at least 1, got {self.channels} and {self.hint}"
+            option = "channels" if self.channels < 1 else "hint"
+            raise OptionError(message, option=option, method=self.name, given=getattr(self, option))
 
     def build(self, site: ResidualSite) -> ControlNetAdapter:
         """The copy, untrained; it gets the host's weights when it is attached."""
         halvings = round(math.log2(site.pixels))
         hint = self.hint or WIDTHS[: halvings + 1]
         if len(hint) != halvings + 1 or site.encoder is None:
-            raise ValueError(f"hint has {len(hint)} widths; {site.pixels} pixels for each latent need {halvings + 1}")
+            message = f"hint has {len(hint)} widths; {site.pixels} pixels for each latent need {halvings + 1}"
+            raise OptionError(message, option="hint", method=self.name, given=len(hint), expected=halvings + 1)
         return ControlNetAdapter(site, site.encoder(self.channels, hint))
 
     def count(self, site: ResidualSite) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
 from veneer.injection.residuals import Residuals, image_for
 from veneer.injection.sites import Port, ResidualSite, Site
@@ -52,9 +53,9 @@ class ControlNeXt(Controlled):
 
     def __post_init__(self) -> None:
         if self.place not in ("block", "stem") or self.channels < 1:
-            raise ValueError(
-                f"controlnext: place must be block or stem and channels at least 1, got {self.place!r}, {self.channels}"
-            )
+            message = f"controlnext: place must be block or stem and channels at least 1, got {self.place!r}, {self.channels}"
+            option = "channels" if self.channels < 1 else "place"
+            raise OptionError(message, option=option, method=self.name, given=getattr(self, option))
 
     def build(self, site: ResidualSite) -> ControlNeXtAdapter:
         """The network, as wide at its end as what it is added to."""
@@ -68,7 +69,7 @@ class ControlNeXt(Controlled):
             ValueError: a file of revision 1 with `place="stem"`.
         """
         if revision < 2 and config.get("place") == "stem":
-            raise ValueError(OLD_STEM)
+            raise OptionError(OLD_STEM, option="place", method=cls.name, given=revision, expected=cls.revision)
         return dict(config)
 
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.functional.grids import grid_of
-from veneer.injection.errors import HostChanged
+from veneer.injection.errors import HostChanged, OptionError
 from veneer.injection.filling import zeros
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import BranchSite
@@ -55,7 +55,8 @@ class ConvpassAdapter(Bottleneck):
         try:
             return grid_of(tokens, self.site.grid)
         except ValueError as error:
-            raise HostChanged(f"{self.site.name}: {error}") from error
+            where = self.site.name
+            raise HostChanged(f"{where}: {error}", where=where, given=tokens, expected=self.site.grid) from error
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Convpass(Method):
     def __post_init__(self) -> None:
         check_options(self.name, self.bottleneck, dropout=self.dropout, drop_path=self.drop_path)
         if self.init not in get_args(Init):
-            raise ValueError(f"convpass: init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+            raise OptionError.of("convpass", "init", self.init, f"one of {', '.join(get_args(Init))}")
 
     def build(self, site: BranchSite) -> ConvpassAdapter:
         """Down, conv and Up for one branch."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.functional.grids import grid_of
-from veneer.injection.errors import HostChanged
+from veneer.injection.errors import HostChanged, OptionError
 from veneer.injection.forms import cast
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import StreamSite
@@ -32,7 +32,8 @@ class Side(Chain):
         for site in sites:
             chain = self.links[site.name].chain
             if not any(self.links[name].chain == chain for name in self.written):
-                raise ValueError(f"dtl: write_from={write_from} writes to no block at or after {site.name}; select with where=…")
+                message = f"dtl: write_from={write_from} writes to no block at or after {site.name}; select with where=…"
+                raise OptionError(message, option="write_from", method="dtl", given=write_from, where=site.name)
             if conv and str(chain) not in self.convs:
                 weight = torch.empty(site.width, 1, conv, conv)
                 self.convs[str(chain)] = nn.Parameter(nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))
@@ -88,7 +89,8 @@ class DTLAdapter(Adapter):
         try:
             grid = grid_of(patches.shape[1], self.site.grid)
         except ValueError as error:
-            raise HostChanged(f"{self.site.name}: {error}") from error
+            given, where = patches.shape[1], self.site.name
+            raise HostChanged(f"{where}: {error}", where=where, given=given, expected=self.site.grid) from error
         return torch.cat([head.to(h.dtype), _depthwise(patches.unflatten(1, grid), weight).flatten(1, 2).to(h.dtype)], 1)
 
 
@@ -146,11 +148,11 @@ class DTL(Method):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"dtl: rank must be at least 1, got {self.rank}")
+            raise OptionError.of("dtl", "rank", self.rank, "at least 1")
         if not self.beta > 0:
-            raise ValueError(f"dtl: beta must be above 0, got {self.beta}")
+            raise OptionError.of("dtl", "beta", self.beta, "above 0")
         if self.conv < 0 or self.conv in (1, 2):
-            raise ValueError(f"dtl: conv must be 0 for none or a kernel's side of 3 or more, got {self.conv}")
+            raise OptionError.of("dtl", "conv", self.conv, "0 for none or a kernel's side of 3 or more")
 
     def build_shared(self, sites: Sequence[StreamSite]) -> Side:
         """The chains, and their convolutions."""
@@ -163,7 +165,8 @@ class DTL(Method):
             ValueError: `conv` has no grid there.
         """
         if self.conv and site.layout == "NLC" and site.grid is None:
-            raise ValueError("conv needs patches that stand in a grid; use conv=0 or select other sites")
+            message = "conv needs patches that stand in a grid; use conv=0 or select other sites"
+            raise OptionError(message, option="conv", method=self.name, given=self.conv, expected=0)
         return DTLAdapter(site, self.rank, self.beta)
 
     def count(self, site: StreamSite) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import BranchSite
 from veneer.methods.additive._bottleneck import OutputBottleneck, check_options, count_bottleneck, truncated_
@@ -37,7 +38,7 @@ class Houlsby(Method):
     def __post_init__(self) -> None:
         check_options(self.name, self.bottleneck)
         if self.std <= 0:
-            raise ValueError(f"{self.name}: std must be above 0, got {self.std}")
+            raise OptionError.of(self.name, "std", self.std, "above 0")
 
     def build(self, site: BranchSite) -> OutputBottleneck:
         """Down and Up for one branch."""

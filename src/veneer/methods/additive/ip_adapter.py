@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from veneer.injection.errors import ConditionError
+from veneer.injection.errors import ConditionError, OptionError
 from veneer.injection.filling import values_follow
 from veneer.injection.forms import base_tensor
 from veneer.injection.method import Adapter, Method, Need, Taken
@@ -60,17 +60,19 @@ class IPAdapter(Method):
 
     def __post_init__(self) -> None:
         if self.kind not in TOKENS:
-            raise ValueError(f"ip_adapter: kind must be base or plus, got {self.kind!r}")
+            raise OptionError.of("ip_adapter", "kind", self.kind, "base or plus")
         if min(self.width, self.depth) < 1 or min(self.tokens, self.dim) < 0:
-            raise ValueError(f"ip_adapter: width and depth at least 1, tokens and dim at least 0, got {self}")
+            message = f"ip_adapter: width and depth at least 1, tokens and dim at least 0, got {self}"
+            least = {"width": 1, "depth": 1, "tokens": 0, "dim": 0}
+            option = next(name for name, value in least.items() if getattr(self, name) < value)
+            raise OptionError(message, option=option, method=self.name, given=getattr(self, option), expected=least[option])
 
     def build_shared(self, sites: Sequence[AttentionSite]) -> nn.Module:
         """What makes the tokens of a picture."""
         widths = {site.context_width for site in sites}
         if len(widths) > 1:
-            raise ValueError(
-                f"ip_adapter: the layers' contexts are {sorted(widths)} wide; choose those of one width with where=…"
-            )
+            message = f"ip_adapter: the layers' contexts are {sorted(widths)} wide; choose those of one width with where=…"
+            raise OptionError(message, option="where", method=self.name, given=tuple(sorted(widths)))
         (context,) = widths
         tokens = self.tokens or TOKENS[self.kind]
         if self.kind == "base":
@@ -91,7 +93,10 @@ class IPAdapter(Method):
         for name, value in (("embeds", given), ("negative", negative)):
             if value.shape[-1] != self.width:
                 raise ConditionError(
-                    f"ip_adapter: {name} are {value.shape[-1]} wide; it was made for {self.width}, those of one encoder."
+                    f"ip_adapter: {name} are {value.shape[-1]} wide; it was made for {self.width}, those of one encoder.",
+                    where=name,
+                    given=value.shape[-1],
+                    expected=self.width,
                 )
         values = {"embeds": given, "negative": negative.expand_as(given)}
         if conditions.get("mask") is not None:
@@ -187,7 +192,10 @@ def _layers(given: Mapping[str, float], sites: Sequence[Site]) -> dict[str, floa
         if not meant:
             stages = ", ".join(dict.fromkeys(s.stage or s.name for s in sites))
             raise ConditionError(
-                f"ip_adapter: layers has {pattern!r}, which is no block; there are {stages}, or names of layers."
+                f"ip_adapter: layers has {pattern!r}, which is no block; there are {stages}, or names of layers.",
+                where="layers",
+                given=pattern,
+                expected=tuple(dict.fromkeys(s.stage or s.name for s in sites)),
             )
         found |= dict.fromkeys(meant, float(strength))
     return found

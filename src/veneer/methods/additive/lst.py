@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.injection.errors import OptionError
 from veneer.injection.forms import cast
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import StreamSite
@@ -145,11 +146,11 @@ class LST(Method):
 
     def __post_init__(self) -> None:
         if self.reduction < 1:
-            raise ValueError(f"lst: reduction must be at least 1, got {self.reduction}")
+            raise OptionError.of("lst", "reduction", self.reduction, "at least 1")
         if not self.temperature > 0:
-            raise ValueError(f"lst: temperature must be above 0, got {self.temperature}")
+            raise OptionError.of("lst", "temperature", self.temperature, "above 0")
         if self.heads < 0:
-            raise ValueError(f"lst: heads must be at least 0, got {self.heads}")
+            raise OptionError.of("lst", "heads", self.heads, "at least 0")
 
     @classmethod
     def examples(cls) -> tuple[LST, LST]:
@@ -177,11 +178,14 @@ class LST(Method):
 
     def _check(self, site: StreamSite) -> None:
         if site.width < self.reduction:
-            raise ValueError(f"lst: {site.name}: a width of {site.width} leaves nothing at reduction {self.reduction}; lower it")
-        if self.heads and site.width // self.reduction % self.heads:
-            raise ValueError(
-                f"lst: {site.name}: a side width of {site.width // self.reduction} is no multiple of heads={self.heads}"
+            message = f"lst: {site.name}: a width of {site.width} leaves nothing at reduction {self.reduction}; lower it"
+            raise OptionError(
+                message, option="reduction", method=self.name, where=site.name, given=self.reduction, expected=site.width
             )
+        if self.heads and site.width // self.reduction % self.heads:
+            width = site.width // self.reduction
+            message = f"lst: {site.name}: a side width of {width} is no multiple of heads={self.heads}"
+            raise OptionError(message, option="heads", method=self.name, where=site.name, given=self.heads, expected=width)
 
     def count(self, site: StreamSite) -> int:
         """Block, Down and the gate; nothing where the side layer is dropped."""

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import BranchSite
 from veneer.methods.additive._bottleneck import Bottleneck, OutputBottleneck, count_bottleneck
@@ -52,9 +53,9 @@ class Pfeiffer(Method):
 
     def __post_init__(self) -> None:
         if self.reduction < 1:
-            raise ValueError(f"pfeiffer: reduction must be at least 1, got {self.reduction}")
+            raise OptionError.of("pfeiffer", "reduction", self.reduction, "at least 1")
         if self.input not in get_args(Reads):
-            raise ValueError(f"pfeiffer: input must be one of {', '.join(get_args(Reads))}, got {self.input!r}")
+            raise OptionError.of("pfeiffer", "input", self.input, f"one of {', '.join(get_args(Reads))}")
 
     @classmethod
     def examples(cls) -> tuple[Method, Method]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
 from veneer.injection.residuals import Residuals, image_for
 from veneer.injection.sites import ResidualSite
@@ -45,9 +46,11 @@ class T2IAdapter(Controlled):
 
     def __post_init__(self) -> None:
         if self.kind not in ("full", "light"):
-            raise ValueError(f"t2i_adapter: kind must be full or light, got {self.kind!r}")
+            raise OptionError.of("t2i_adapter", "kind", self.kind, "full or light")
         if self.channels < 1 or self.blocks < 0:
-            raise ValueError(f"t2i_adapter: channels at least 1 and blocks at least 0, got {self.channels} and {self.blocks}")
+            message = f"t2i_adapter: channels at least 1 and blocks at least 0, got {self.channels} and {self.blocks}"
+            option = "channels" if self.channels < 1 else "blocks"
+            raise OptionError(message, option=option, method=self.name, given=getattr(self, option))
 
     def build(self, site: ResidualSite) -> T2IAdapterModule:
         """One level for each of the site's inner features."""

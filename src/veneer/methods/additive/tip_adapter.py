@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from veneer.injection.errors import StateError, VeneerError
+from veneer.injection.errors import OptionError, StateError, VeneerError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import FeatureSite, Site
 
@@ -67,7 +67,8 @@ class TipAdapterAdapter(Adapter):
         finally:
             self.__dict__["seen"] = None
         if not seen:
-            raise StateError(f"{self.place}: tip_adapter cannot be prepared while it is off or at scale 0.")
+            message = f"{self.place}: tip_adapter cannot be prepared while it is off or at scale 0."
+            raise StateError(message, where=self.place, given="disabled")
         return torch.cat(seen)
 
     def fill(self, features: Tensor, labels: Tensor) -> None:
@@ -80,13 +81,19 @@ class TipAdapterAdapter(Adapter):
         found = labels.unique(return_counts=True)
         if not len(labels) or labels.min() < 0 or labels.max() >= classes:
             raise TipAdapterError(
-                f"{self.place}: labels must be 0 to {classes - 1}, and there must be some; got {found[0].tolist()}."
+                f"{self.place}: labels must be 0 to {classes - 1}, and there must be some; got {found[0].tolist()}.",
+                where="labels",
+                given=found[0].tolist(),
+                expected=classes,
             )
         counts = torch.bincount(labels, minlength=classes)
         if counts.max() > shots:
             raise TipAdapterError(
                 f"{self.place}: class {int(counts.argmax())} has {int(counts.max())} pictures, and tip_adapter has room for "
-                f"{shots} of each. Attach it with shots={int(counts.max())}, or give fewer pictures."
+                f"{shots} of each. Attach it with shots={int(counts.max())}, or give fewer pictures.",
+                where="shots",
+                given=int(counts.max()),
+                expected=shots,
             )
         keys = torch.zeros_like(self.keys)
         for label in found[0].tolist():
@@ -136,11 +143,13 @@ class TipAdapter(Method):
     def __post_init__(self) -> None:
         for word in ("shots", "views"):
             if getattr(self, word) < 1:
-                raise ValueError(f"tip_adapter: {word} must be at least 1, got {getattr(self, word)}")
+                raise OptionError.of("tip_adapter", word, getattr(self, word), "at least 1")
         if self.alpha < 0 or self.beta < 0:
-            raise ValueError(f"tip_adapter: alpha and beta must be at least 0, got {self.alpha} and {self.beta}")
+            message = f"tip_adapter: alpha and beta must be at least 0, got {self.alpha} and {self.beta}"
+            option = "alpha" if self.alpha < 0 else "beta"
+            raise OptionError(message, option=option, method=self.name, given=getattr(self, option))
         if self.start not in ("empty", "random"):
-            raise ValueError(f"tip_adapter: start must be 'empty' or 'random', got {self.start!r}")
+            raise OptionError.of("tip_adapter", "start", self.start, "'empty' or 'random'")
 
     @classmethod
     def examples(cls) -> tuple[TipAdapter, TipAdapter]:
@@ -154,7 +163,8 @@ class TipAdapter(Method):
             ValueError: the head has no classes of its own.
         """
         if not site.classes:
-            raise ValueError("the head has no classes of its own, so that there are no logits to add votes to")
+            message = "the head has no classes of its own, so that there are no logits to add votes to"
+            raise OptionError(message, method=self.name, given=0, expected="classes")
         return TipAdapterAdapter(site, self)
 
     def count(self, site: FeatureSite) -> int:
@@ -176,11 +186,15 @@ class TipAdapter(Method):
         seen = [([a.watch(run, pixels) for a in mine], labels) for pixels, labels in batches]
         every = torch.cat([labels for _, labels in seen]) if seen else torch.zeros(0, dtype=torch.long)
         if len(every) % self.views:
-            raise TipAdapterError(f"tip_adapter: {len(every)} pictures are no {self.views} views of each; repeat all of them.")
+            message = f"tip_adapter: {len(every)} pictures are no {self.views} views of each; repeat all of them."
+            raise TipAdapterError(message, where="views", given=len(every), expected=self.views)
         labels = every.unflatten(0, (self.views, -1))
         if (labels != labels[0]).any():
             raise TipAdapterError(
-                f"tip_adapter: the {self.views} views have other labels; give the pictures in one order each time."
+                f"tip_adapter: the {self.views} views have other labels; give the pictures in one order each time.",
+                where="labels",
+                given="other labels",
+                expected=self.views,
             )
         for i, adapter in enumerate(mine):
             features = torch.cat([found[i] for found, _ in seen]) if seen else torch.zeros(0, adapter.keys.shape[-1])

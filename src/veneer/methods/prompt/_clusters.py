@@ -45,7 +45,8 @@ class Clusters(nn.Module):
         finally:
             self.listening, self.heard = False, None
         if heard is None:
-            raise StateError("dam_vp: no features came by. Switch the attachment on before prepare().")
+            message = "dam_vp: no features came by. Switch the attachment on before prepare()."
+            raise StateError(message, where="dam_vp", given="disabled")
         return heard.flatten(1).to(self.prototypes.dtype)
 
     def listen(self, features: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.errors import OptionError
 from veneer.injection.filling import values_follow
 from veneer.injection.method import Adapter
 from veneer.injection.sites import PromptSite
@@ -103,6 +104,6 @@ def length(words: str, tokens: int, site: PromptSite) -> int:
 def check(name: str, tokens: int, position: str) -> None:
     """Raise `ValueError` for options that make no prompt."""
     if tokens < 1:
-        raise ValueError(f"{name}: tokens must be at least 1, got {tokens}")
+        raise OptionError.of(name, "tokens", tokens, "at least 1")
     if position not in POSITIONS:
-        raise ValueError(f"{name}: position must be one of {', '.join(POSITIONS)}, got {position!r}")
+        raise OptionError.of(name, "position", position, f"one of {', '.join(POSITIONS)}")

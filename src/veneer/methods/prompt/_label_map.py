@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from veneer.injection.errors import HostChanged, StateError
+from veneer.injection.errors import HostChanged, OptionError, StateError
 from veneer.injection.method import Adapter
 from veneer.injection.sites import FeatureSite, Site
 
@@ -27,7 +27,8 @@ class Chosen(Adapter):
         super().__init__()
         count = classes or site.classes
         if count > options:
-            raise ValueError(f"{count} classes need as many different columns, and there are {options}; set classes lower")
+            message = f"{count} classes need as many different columns, and there are {options}; set classes lower"
+            raise OptionError(message, option="classes", given=count, expected=options)
         self.place, self.options = site.name, options
         self.switches = count != site.classes
         self.register_buffer("index", torch.arange(count))
@@ -37,7 +38,10 @@ class Chosen(Adapter):
         if columns.shape[1] != self.options:
             raise HostChanged(
                 f"{self.place}: {columns.shape[1]} columns came, and the map is for {self.options}. Another map is on "
-                "this head, or it was made anew: detach and attach again."
+                "this head, or it was made anew: detach and attach again.",
+                where=self.place,
+                given=columns.shape[1],
+                expected=self.options,
             )
         after = columns.index_select(1, self.index).to(y.dtype)
         return after if self.switches else torch.lerp(y, after.view_as(y), self.strength.to(y.dtype))
@@ -83,7 +87,8 @@ def fill(
             _add(count, answers.cpu(), labels.cpu().long(), m.place)
     for count, m in zip(counts, maps, strict=True):
         if not count.any():
-            raise ValueError(f"{m.place}: no pictures came to choose source labels by; give labelled ones")
+            message = f"{m.place}: no pictures came to choose source labels by; give labelled ones"
+            raise OptionError(message, option="batches", method="prepare", where=m.place, given=0)
         m.index.copy_(assign(count))
 
 
@@ -95,7 +100,8 @@ def _answers(maps: list[LabelMap], run: Callable[[Tensor], Any], pictures: Tenso
         run(pictures)
         unseen = next((m.place for m in maps if not m.seen), None)
         if unseen is not None:
-            raise StateError(f"{unseen}: the map saw no logits. Switch the attachment on before prepare().")
+            message = f"{unseen}: the map saw no logits. Switch the attachment on before prepare()."
+            raise StateError(message, where=unseen, given="disabled")
         return [torch.cat(m.seen or []) for m in maps]
     finally:
         for m in maps:
@@ -105,10 +111,14 @@ def _answers(maps: list[LabelMap], run: Callable[[Tensor], Any], pictures: Tenso
 def _add(count: Tensor, answers: Tensor, labels: Tensor, place: str) -> None:
     classes = count.shape[1]
     if len(answers) != len(labels):
-        raise ValueError(f"{place}: {len(labels)} labels for {len(answers)} answers; give one label a picture")
+        message = f"{place}: {len(labels)} labels for {len(answers)} answers; give one label a picture"
+        raise OptionError(message, option="labels", method="prepare", where=place, given=len(labels), expected=len(answers))
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         told = f"labels are {int(labels.min())} to {int(labels.max())}, and the map has classes 0 to {classes - 1}"
-        raise ValueError(f"{place}: {told}; set classes")
+        given = (int(labels.min()), int(labels.max()))
+        raise OptionError(
+            f"{place}: {told}; set classes", option="classes", method="prepare", where=place, given=given, expected=classes
+        )
     count += torch.bincount(answers * classes + labels, minlength=count.numel()).view_as(count)
 
 

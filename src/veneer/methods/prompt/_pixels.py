@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
 from veneer.injection.sites import PixelSite
 
@@ -33,7 +34,8 @@ class Border:
 
     def __post_init__(self) -> None:
         if self.inner == self.outer or any(not 0 < i <= o for i, o in zip(self.inner, self.outer, strict=True)):
-            raise ValueError(f"a field of {self.inner} pixels in one of {self.outer} leaves no border around it")
+            message = f"a field of {self.inner} pixels in one of {self.outer} leaves no border around it"
+            raise OptionError(message, option="border", given=self.inner, expected=self.outer)
 
     @property
     def pixels(self) -> int:
@@ -68,9 +70,13 @@ class PixelAdapter(Adapter):
         super().__init__()
         channels = site.size[2]
         if not len(site.mean) == len(site.std) == channels:
-            raise ValueError(
+            raise OptionError(
                 f"mean {site.mean} and std {site.std} of the model's pictures are not for its {channels} channels; expected one "
-                "number a channel in pretrained_cfg"
+                "number a channel in pretrained_cfg",
+                option="mean",
+                where=site.name,
+                given=(len(site.mean), len(site.std)),
+                expected=channels,
             )
         self.border = border
         self.register_buffer("mean", torch.tensor(site.mean).unsqueeze(1), persistent=False)

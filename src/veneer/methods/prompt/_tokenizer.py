@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from veneer.injection.errors import OptionError
+
 _CLAIMS = "_veneer_claims"
 _FREED = "\ue000freed {}\ue000"  # private-use characters: no prompt holds them
 
@@ -22,7 +24,7 @@ def refuse_taken(tokenizer: Any, token: str, vectors: int) -> None:
         ValueError: the tokenizer has it, or has a token that would run into its vectors when prompts are expanded.
     """
     if not token or token.split() != [token]:
-        raise ValueError(f"token {token!r} is empty or holds white space; choose one like '<toy>'")
+        raise OptionError(f"token {token!r} is empty or holds white space; choose one like '<toy>'", option="tokens", given=token)
     known = tokenizer.get_vocab()
     ids = tokenizer.encode(token, add_special_tokens=False)
     taken = [t for t in spellings(token, vectors + 1) if t in known]
@@ -32,7 +34,8 @@ def refuse_taken(tokenizer: Any, token: str, vectors: int) -> None:
     if number.isdecimal() and stem in tokenizer.added_tokens_encoder:
         taken = [*taken, stem]
     if taken:
-        raise ValueError(f"the tokenizer already has {taken[0]!r}, so {token!r} cannot be a new token; choose another")
+        message = f"the tokenizer already has {taken[0]!r}, so {token!r} cannot be a new token; choose another"
+        raise OptionError(message, option="tokens", where=taken[0], given=token)
 
 
 def claim(tokenizer: Any, names: Sequence[str]) -> list[int]:
@@ -48,7 +51,8 @@ def claim(tokenizer: Any, names: Sequence[str]) -> list[int]:
         bad = [n for n in names if not _survives(tokenizer, n, alone=len(names) == 1)]
         if bad:
             _remove(tokenizer, names)
-            raise ValueError(f"the tokenizer does not keep {bad[0]!r} whole; choose a token in lower case, like '<toy>'")
+            message = f"the tokenizer does not keep {bad[0]!r} whole; choose a token in lower case, like '<toy>'"
+            raise OptionError(message, option="tokens", given=bad[0], expected="lower case")
     tokenizer.__dict__[_CLAIMS] = {**claims, key: claims.get(key, 0) + 1}
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(names))
     return ids

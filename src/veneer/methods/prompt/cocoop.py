@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import PromptSite
 
@@ -56,7 +57,7 @@ class CoCoOp(Method):
     def __post_init__(self) -> None:
         check(self.name, self.tokens, "end")
         if self.reduction < 1:
-            raise ValueError(f"cocoop: reduction must be at least 1, got {self.reduction}")
+            raise OptionError.of("cocoop", "reduction", self.reduction, "at least 1")
 
     @classmethod
     def examples(cls) -> tuple[CoCoOp, CoCoOp]:
@@ -65,7 +66,8 @@ class CoCoOp(Method):
 
     def _hidden(self, site: PromptSite) -> int:
         if site.features < self.reduction:
-            raise ValueError(f"reduction {self.reduction} leaves nothing of {site.features} features")
+            message = f"reduction {self.reduction} leaves nothing of {site.features} features"
+            raise OptionError(message, option="reduction", method=self.name, given=self.reduction, expected=site.features)
         return site.features // self.reduction
 
     def build(self, site: PromptSite) -> CoCoOpAdapter:

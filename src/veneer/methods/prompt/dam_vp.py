@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from veneer.injection.errors import UnsupportedSite
+from veneer.injection.errors import OptionError, UnsupportedSite
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import FeatureSite, PixelSite, Site
 
@@ -127,11 +127,12 @@ class DAMVP(Method):
     def __post_init__(self) -> None:
         for name, least in {"clusters": 1, "threshold": 0, "samples": 1, "std": 0, "classes": 0}.items():
             if getattr(self, name) < least:
-                raise ValueError(f"dam_vp: {name} must be {least} or more, got {getattr(self, name)}")
+                raise OptionError.of("dam_vp", name, getattr(self, name), f"{least} or more")
         if not 1 <= self.border < SIDE / 2:
-            raise ValueError(f"dam_vp: border must be 1 to {SIDE // 2 - 1} pixels of {SIDE}, got {self.border}")
+            raise OptionError.of("dam_vp", "border", self.border, f"1 to {SIDE // 2 - 1} pixels of {SIDE}")
         if self.classes and not self.head_free:
-            raise ValueError(f"dam_vp: classes={self.classes} without head_free: a head has its own; leave it 0")
+            message = f"dam_vp: classes={self.classes} without head_free: a head has its own; leave it 0"
+            raise OptionError(message, option="classes", method=self.name, given=self.classes, expected=0)
 
     def build_shared(self, sites: Sequence[Site]) -> Clusters:
         """The prototypes of a tower.
@@ -149,7 +150,10 @@ class DAMVP(Method):
         if lacks:
             names = ", ".join(site.name for site in sites)
             raise UnsupportedSite(
-                f"dam_vp: {names}: {' and '.join(lacks)} must be among the sites; select them, or another model."
+                f"dam_vp: {names}: {' and '.join(lacks)} must be among the sites; select them, or another model.",
+                method="dam_vp",
+                given=tuple(site.name for site in sites),
+                expected=tuple(lacks),
             )
         return Clusters(self.clusters, heads[0].width, heads[0].port.path)
 
@@ -189,7 +193,7 @@ class DAMVP(Method):
             if count >= self.samples:
                 break
         if not rows:
-            raise ValueError("dam_vp: no pictures came to be clustered")
+            raise OptionError("dam_vp: no pictures came to be clustered", option="batches", method="prepare", given=0)
         clusters.gather(torch.cat(rows)[: self.samples], self.threshold)
         active = [adapter for adapter in parts if isinstance(adapter, ActiveFeatures)]
         if active:

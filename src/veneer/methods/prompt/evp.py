@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import FeatureSite, PixelSite, Site
 
@@ -91,9 +92,9 @@ class EVP(Method):
 
     def __post_init__(self) -> None:
         if not 1 <= self.border < SIDE / 2:
-            raise ValueError(f"evp: border must be 1 to {SIDE // 2 - 1} pixels of {SIDE}, got {self.border}")
+            raise OptionError.of("evp", "border", self.border, f"1 to {SIDE // 2 - 1} pixels of {SIDE}")
         if self.classes < 0:
-            raise ValueError(f"evp: classes must be 0 or more, got {self.classes}")
+            raise OptionError.of("evp", "classes", self.classes, "0 or more")
 
     def build(self, site: PixelSite | FeatureSite) -> Adapter:
         """A black border, or a map to the first labels of the head.

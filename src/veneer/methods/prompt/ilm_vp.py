@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import FeatureSite, PixelSite, Site
 
@@ -63,9 +64,9 @@ class ILMVP(Method):
 
     def __post_init__(self) -> None:
         if not 1 <= self.picture < SIDE:
-            raise ValueError(f"ilm_vp: picture must be 1 to {SIDE - 1} pixels of {SIDE}, got {self.picture}")
+            raise OptionError.of("ilm_vp", "picture", self.picture, f"1 to {SIDE - 1} pixels of {SIDE}")
         if self.classes < 0:
-            raise ValueError(f"ilm_vp: classes must be 0 or more, got {self.classes}")
+            raise OptionError.of("ilm_vp", "classes", self.classes, "0 or more")
 
     def build(self, site: PixelSite | FeatureSite) -> Adapter:
         """A grey frame, or a map to the first labels of the head.

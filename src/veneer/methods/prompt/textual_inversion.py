@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.injection.errors import UnsupportedSite
+from veneer.injection.errors import OptionError, UnsupportedSite
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import VocabularySite
 
@@ -62,9 +62,8 @@ class TextualInversionAdapter(Adapter):
             try:
                 ids = claim(self.tokenizer, self.method.names)
             except ValueError as error:
-                raise UnsupportedSite(
-                    f"textual_inversion: {self.place}: {error}.", site=self.place, method="textual_inversion"
-                ) from error
+                message = f"textual_inversion: {self.place}: {error}."
+                raise UnsupportedSite.from_error(error, message, site=self.place, method="textual_inversion") from error
             self.entered = True
             self.new_ids.copy_(torch.tensor(ids))
         if table.weight.device.type != "meta":
@@ -99,6 +98,9 @@ class TextualInversionAdapter(Adapter):
                 + f". Choose another initializer word, or a new token such as '<{'-'.join(word.split()) or 'concept'}>'.",
                 site=self.place,
                 method="textual_inversion",
+                option="initialize",
+                given=beyond[0] if beyond else None,
+                expected=rows,
             )
         return ids
 
@@ -143,15 +145,18 @@ class TextualInversion(Method):
 
     def __post_init__(self) -> None:
         if self.vectors < 1:
-            raise ValueError(f"textual_inversion: vectors must be at least 1, got {self.vectors}")
+            raise OptionError.of("textual_inversion", "vectors", self.vectors, "at least 1")
         if not self.each or len(set(self.names)) != len(self.names):
-            raise ValueError(f"textual_inversion: tokens must be one or more and differ, got {self.tokens!r}")
+            raise OptionError.of("textual_inversion", "tokens", self.tokens, "one or more and differ")
         if not isinstance(self.initialize, str) and len(self.initialize) != len(self.each):
-            raise ValueError(f"textual_inversion: {len(self.each)} tokens and {len(self.initialize)} words in initialize")
+            given, expected = len(self.initialize), len(self.each)
+            message = f"textual_inversion: {expected} tokens and {given} words in initialize"
+            raise OptionError(message, option="initialize", method=self.name, given=given, expected=expected)
         if self.subtokens not in ("mean", "first"):
-            raise ValueError(f"textual_inversion: subtokens must be 'mean' or 'first', got {self.subtokens!r}")
+            raise OptionError.of("textual_inversion", "subtokens", self.subtokens, "'mean' or 'first'")
         if self.ids and (len(set(self.ids)) != len(self.names) or min(self.ids) < 0):
-            raise ValueError(f"textual_inversion: {len(self.names)} different ids are needed, got {self.ids}")
+            message = f"textual_inversion: {len(self.names)} different ids are needed, got {self.ids}"
+            raise OptionError(message, option="ids", method=self.name, given=self.ids, expected=len(self.names))
 
     @property
     def each(self) -> tuple[str, ...]:
@@ -180,12 +185,13 @@ class TextualInversion(Method):
             ValueError: the tokenizer has a token already, there is no tokenizer and no ids, or both.
         """
         if site.tokenizer is None and (not self.ids or any(self.words)):
-            raise ValueError(
+            message = (
                 "the model comes without a tokenizer: attach to the pipeline, or give ids=(…) for the tokens and no initialize"
             )
+            raise OptionError(message, option="ids", method=self.name, given=self.ids, expected="tokenizer")
         if site.tokenizer is not None:
             if self.ids:
-                raise ValueError("the tokenizer gives the ids; leave ids out")
+                raise OptionError("the tokenizer gives the ids; leave ids out", option="ids", method=self.name, given=self.ids)
             for token in self.each:
                 refuse_taken(site.tokenizer, token, self.vectors)
         return TextualInversionAdapter(site, self)

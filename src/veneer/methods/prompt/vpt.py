@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import TokenSite
 
@@ -93,11 +94,11 @@ class VPT(Method):
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
-            raise ValueError(f"vpt: tokens must be at least 1, got {self.tokens}")
+            raise OptionError.of("vpt", "tokens", self.tokens, "at least 1")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"vpt: dropout must be in [0, 1), got {self.dropout}")
+            raise OptionError.of("vpt", "dropout", self.dropout, "in [0, 1)")
         if self.project < 0:
-            raise ValueError(f"vpt: project must be at least 0, got {self.project}")
+            raise OptionError.of("vpt", "project", self.project, "at least 0")
 
     def build_shared(self, sites: Sequence[TokenSite]) -> Projections | None:
         """The projection, if there is one."""
@@ -125,5 +126,5 @@ class VPT(Method):
         if revision > 1 or not config.get("project"):
             return dict(config)
         if any(":project." in name for name in tensors):
-            raise ValueError(OLD_PROJECT)
+            raise OptionError(OLD_PROJECT, option="project", method=cls.name, given=revision, expected=cls.revision)
         return {**config, "project": 0}

@@ -160,7 +160,11 @@ class PartAdapter(LoRAAdapter):
         if not weight.is_floating_point():
             raise UnsupportedSite(
                 f"lora: {site.name}: init={self.init!r} decomposes the weight, and this one is quantised. Load the base "
-                "unquantised, or use init='kaiming'."
+                "unquantised, or use init='kaiming'.",
+                site=site.name,
+                method="lora",
+                option="init",
+                given=weight.dtype,
             )
         if values_follow() or weight.is_meta:
             return

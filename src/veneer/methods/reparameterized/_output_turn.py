@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
 from veneer.injection.below import tensor_below
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._swapping import turn_state
@@ -76,6 +77,6 @@ def refuse_straddling(site: WeightSite, side: int) -> None:
         ValueError: it is no divisor of a group's outputs.
     """
     if site.groups > 1 and site.d_out // site.groups % side:
-        raise ValueError(
-            f"{side} outputs turn together, across groups of {site.d_out // site.groups}; choose smaller blocks, or side='input'"
-        )
+        group = site.d_out // site.groups
+        message = f"{side} outputs turn together, across groups of {group}; choose smaller blocks, or side='input'"
+        raise OptionError(message, option="side", given=side, expected=group)

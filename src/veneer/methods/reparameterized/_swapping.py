@@ -15,6 +15,7 @@ from torch import Tensor
 from veneer.functional.cayley import skew, within
 from veneer.functional.room import joined_blocks, padded
 from veneer.functional.together import add_products
+from veneer.injection.errors import OptionError
 
 State = dict[str, Tensor]
 
@@ -30,12 +31,14 @@ def lora_state(arena: Any, other: Any | None) -> State:
         return state
     tucker = "core" in state
     if tucker and not hasattr(other, "core"):
-        raise ValueError("it has no core, and the attachment has room for one; attach with tucker=False, which holds both")
+        message = "it has no core, and the attachment has room for one; attach with tucker=False, which holds both"
+        raise OptionError(message, option="tucker", given=True, expected=False)
     embedding, groups = arena.site.kind == "embedding", arena.pairs
     rank = arena.down.shape[1 if embedding else 0]
     if other.pairs != groups and (tucker or groups == 1 or not hasattr(other, "pair")):
         kinds = ("a pair a group", "one pair for all groups")
-        raise ValueError(f"it has {kinds[other.pairs == 1]} and not {kinds[groups == 1]}; attach with its own rank")
+        message = f"it has {kinds[other.pairs == 1]} and not {kinds[groups == 1]}; attach with its own rank"
+        raise OptionError(message, option="rank", given=groups, expected=other.pairs)
     down, up = (other.down, other.up) if tucker or not hasattr(other, "pair") else _pair(other, groups)
     try:
         state["down"] = padded(down, rank, 1 if embedding else 0, groups)
@@ -43,7 +46,10 @@ def lora_state(arena: Any, other: Any | None) -> State:
         if tucker:
             state["core"] = padded(padded(other.core, rank, 0, groups), rank // groups, 1)
     except ValueError as error:
-        raise ValueError(f"{error}; attach with rank={down.shape[1 if embedding else 0]} or more") from error
+        expected = down.shape[1 if embedding else 0]
+        raise OptionError(
+            f"{error}; attach with rank={expected} or more", option="rank", given=rank, expected=expected
+        ) from error
     return _with_magnitudes(state, arena, other)
 
 
@@ -55,7 +61,8 @@ def _with_magnitudes(state: State, arena: Any, other: Any) -> State:
     """
     here, there = (getattr(adapter, "norm_axis", None) for adapter in (arena, other))
     if here != there:
-        raise ValueError(f"its norm_axis is {there}, not {here}; attach with norm_axis={there!r}")
+        message = f"its norm_axis is {there}, not {here}; attach with norm_axis={there!r}"
+        raise OptionError(message, option="norm_axis", given=here, expected=there)
     return {**state, "magnitude_delta": other.magnitude_delta} if "magnitude_delta" in state else state
 
 
@@ -76,7 +83,8 @@ def loha_state(arena: Any, other: Any | None) -> State:
     found, state = other.state_dict(), _with_magnitudes(state, arena, other)
     found.pop("magnitude_delta", None)
     if found.keys() != state.keys() - {"magnitude_delta"}:
-        raise ValueError("it has cores or none, the other way than the attachment; attach with its own tucker=")
+        message = "it has cores or none, the other way than the attachment; attach with its own tucker="
+        raise OptionError(message, option="tucker", given="core1" in state, expected="core1" in found)
     rank = arena.up1.shape[1]
     found["up2"] = _scaled(other.up2, other.scaling, arena.scaling)
     try:
@@ -85,7 +93,10 @@ def loha_state(arena: Any, other: Any | None) -> State:
             if key.startswith("core"):
                 state[key] = padded(state[key], rank, 1)
     except ValueError as error:
-        raise ValueError(f"{error}; attach with rank={other.up1.shape[1]} or more") from error
+        expected = other.up1.shape[1]
+        raise OptionError(
+            f"{error}; attach with rank={expected} or more", option="rank", given=rank, expected=expected
+        ) from error
     return state
 
 
@@ -112,7 +123,8 @@ def lokr_state(arena: Any, other: Any | None) -> State:
     here, there = ((s.up, s.vp, s.uq, s.vq) for s in (arena.split, other.split))
     if here != there:
         sides = f"C {there[0]}×{there[2]} and D {there[1]}×{there[3]}"
-        raise ValueError(f"its factors are {sides}, not {here[0]}×{here[2]} and {here[1]}×{here[3]}; attach with its factor")
+        message = f"its factors are {sides}, not {here[0]}×{here[2]} and {here[1]}×{here[3]}; attach with its factor"
+        raise OptionError(message, option="factor", given=tuple(here), expected=tuple(there))
     state: State = {}
     for side, scale in (("left", 1.0), ("right", other.scaling)):
         ratio = 1.0 if side == "left" else arena.scaling
@@ -120,7 +132,8 @@ def lokr_state(arena: Any, other: Any | None) -> State:
         if getattr(arena, side) is not None:
             state[side] = _scaled(_product(other, side) if full is None else full, scale, ratio)
         elif full is not None:
-            raise ValueError(f"its {side} factor is full, and there is room for one of low rank; attach with rank=None")
+            message = f"its {side} factor is full, and there is room for one of low rank; attach with rank=None"
+            raise OptionError(message, option="rank", given=side, expected=None)
         else:
             rank = getattr(arena, f"{side}_down").shape[0]
             state[f"{side}_up"] = padded(_scaled(getattr(other, f"{side}_up"), scale, ratio), rank, 1)
@@ -142,22 +155,32 @@ def turn_state(arena: Any, other: Any | None) -> State:
     if other is None:
         return state
     if hasattr(other, "turns") is not hasattr(arena, "turns"):
-        raise ValueError("it turns the other side of the weight; attach with its own side=")
+        raise OptionError(
+            "it turns the other side of the weight; attach with its own side=", option="side", given=hasattr(arena, "turns")
+        )
     terms = getattr(other, "terms", None)
     if terms != getattr(arena, "terms", None):
-        raise ValueError(f"it has neumann_terms={terms}, and the attachment has another value; attach with neumann_terms={terms}")
+        message = f"it has neumann_terms={terms}, and the attachment has another value; attach with neumann_terms={terms}"
+        raise OptionError(message, option="neumann_terms", given=getattr(arena, "terms", None), expected=terms)
     if other.magnitude is not None:
         if arena.magnitude is None:
-            raise ValueError("it has learned lengths, and the attachment has no room for them; attach with rescale=True")
+            message = "it has learned lengths, and the attachment has no room for them; attach with rescale=True"
+            raise OptionError(message, option="rescale", given=False, expected=True)
         state["magnitude"] = other.magnitude
     entries = other.skew if other.radius is None else _within(other)
     if entries.ndim == 2:
-        entries = joined_blocks(entries, other.size, arena.size, len(arena.skew))
+        try:
+            entries = joined_blocks(entries, other.size, arena.size, len(arena.skew))
+        except ValueError as error:
+            raise OptionError(str(error), option="block_size", given=arena.size, expected=other.size) from error
     if entries.shape != arena.skew.shape:
-        raise ValueError(f"its blocks are {tuple(entries.shape)}, not {tuple(arena.skew.shape)}; attach with its own options")
+        given, expected = tuple(arena.skew.shape), tuple(entries.shape)
+        message = f"its blocks are {expected}, not {given}; attach with its own options"
+        raise OptionError(message, option="block_size", given=given, expected=expected)
     norm = skew(entries, arena.size).flatten(-2).norm(dim=-1)
     if arena.radius is not None and norm.numel() and norm.max() > arena.radius * (1 + 1e-6):
-        raise ValueError(f"its Q is {norm.max():.3g} long, outside of the radius {arena.radius:.3g}; attach with coft=None")
+        message = f"its Q is {norm.max():.3g} long, outside of the radius {arena.radius:.3g}; attach with coft=None"
+        raise OptionError(message, option="coft", given=arena.radius, expected=None)
     state["skew"] = entries
     return state
 
@@ -167,7 +190,8 @@ def _scaled(factor: Tensor, there: float, here: float) -> Tensor:
     if there == here:
         return factor
     if here == 0:
-        raise ValueError("the attachment's own scale is 0, so that nothing in it acts; attach with another alpha")
+        message = "the attachment's own scale is 0, so that nothing in it acts; attach with another alpha"
+        raise OptionError(message, option="alpha", given=here)
     return (factor.double() * (there / here)).to(factor.dtype)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from veneer.functional.convolve import convolve
 from veneer.functional.importance import cubic, largest, observe
 from veneer.functional.orthogonality import from_orthonormal
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import Site, WeightSite
 
@@ -146,13 +147,20 @@ class AdaLoRA(Method):
 
     def __post_init__(self) -> None:
         if not 1 <= self.target_rank <= self.rank:
-            raise ValueError(f"adalora: target_rank must be from 1 to rank, got {self.target_rank} of {self.rank}")
+            message = f"adalora: target_rank must be from 1 to rank, got {self.target_rank} of {self.rank}"
+            raise OptionError(message, option="target_rank", method=self.name, given=self.target_rank, expected=(1, self.rank))
         if not (self.warmup >= 0 and self.final >= 0 and self.warmup + self.final < 1):
-            raise ValueError(f"adalora: warmup and final must leave steps between them, got {self.warmup} and {self.final}")
+            message = f"adalora: warmup and final must leave steps between them, got {self.warmup} and {self.final}"
+            raise OptionError(message, option="warmup", method=self.name, given=(self.warmup, self.final))
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1 and self.every >= 1 and self.orthogonality >= 0):
-            raise ValueError(
+            wrong = {"beta1": not 0 < self.beta1 < 1, "beta2": not 0 < self.beta2 < 1, "every": self.every < 1}
+            option = next((name for name, is_wrong in wrong.items() if is_wrong), "orthogonality")
+            raise OptionError(
                 "adalora: beta1 and beta2 must be in (0, 1), every at least 1 and orthogonality at least 0, got "
-                f"{self.beta1}, {self.beta2}, {self.every} and {self.orthogonality}"
+                f"{self.beta1}, {self.beta2}, {self.every} and {self.orthogonality}",
+                option=option,
+                method=self.name,
+                given=getattr(self, option),
             )
 
     def build(self, site: WeightSite) -> AdaLoRAAdapter:
@@ -162,7 +170,8 @@ class AdaLoRA(Method):
             ValueError: a grouped convolution whose groups do not divide the rank.
         """
         if self.rank % site.groups:
-            raise ValueError(f"rank {self.rank} must divide by the convolution's {site.groups} groups; choose another there")
+            message = f"rank {self.rank} must divide by the convolution's {site.groups} groups; choose another there"
+            raise OptionError(message, option="rank", method=self.name, given=self.rank, expected=site.groups)
         adapter = AdaLoRAAdapter(site, self.rank, (self.alpha or self.rank) / self.rank)
         nn.init.normal_(adapter.up, std=0.02)
         nn.init.normal_(adapter.down, std=0.02)

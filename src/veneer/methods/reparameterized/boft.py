@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.functional.cayley import blocks_apply, cayley_change, skew
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._output_turn import OutputTurn, refuse_straddling
@@ -78,11 +79,12 @@ class BOFT(Method):
 
     def __post_init__(self) -> None:
         if self.side not in ("input", "output"):
-            raise ValueError(f"boft: side must be 'input' or 'output', got {self.side!r}")
+            raise OptionError.of("boft", "side", self.side, "'input' or 'output'")
         if self.m < 1:
-            raise ValueError(f"boft: m must be at least 1, got {self.m}")
+            raise OptionError.of("boft", "m", self.m, "at least 1")
         if self.b < 2 or (self.m > 1 and self.b % 2):
-            raise ValueError(f"boft: b must be at least 2, and even where m is above 1; got b={self.b} with m={self.m}")
+            message = f"boft: b must be at least 2, and even where m is above 1; got b={self.b} with m={self.m}"
+            raise OptionError(message, option="b", method=self.name, given=self.b)
 
     @classmethod
     def examples(cls) -> tuple[BOFT, BOFT]:
@@ -97,9 +99,13 @@ class BOFT(Method):
         """
         width = site.d_out if self.side == "output" else site.d_in // site.groups * math.prod(site.kernel)
         if width % (2 ** (self.m - 1) * self.b):
-            raise ValueError(
-                f"neurons of {width} numbers are no multiple of 2^(m−1)·b = {2 ** (self.m - 1) * self.b}; "
-                "give a smaller m or b, or leave the site out"
+            span = 2 ** (self.m - 1) * self.b
+            raise OptionError(
+                f"neurons of {width} numbers are no multiple of 2^(m−1)·b = {span}; give a smaller m or b, or leave the site out",
+                option="m",
+                method=self.name,
+                given=span,
+                expected=width,
             )
         return width // self.b
 

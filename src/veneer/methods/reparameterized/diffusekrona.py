@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from veneer.functional.convolve import convolve
 from veneer.functional.kronecker import kron_apply, kron_weight
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 
@@ -81,7 +82,9 @@ class DiffuseKronA(Method):
 
     def __post_init__(self) -> None:
         if self.a1 < 1 or self.a2 < 1:
-            raise ValueError(f"diffusekrona: a1 and a2 must be at least 1, got {self.a1} and {self.a2}")
+            option = "a1" if self.a1 < 1 else "a2"
+            message = f"diffusekrona: a1 and a2 must be at least 1, got {self.a1} and {self.a2}"
+            raise OptionError(message, option=option, method=self.name, given=getattr(self, option))
 
     @classmethod
     def examples(cls) -> tuple[DiffuseKronA, DiffuseKronA]:
@@ -96,8 +99,10 @@ class DiffuseKronA(Method):
         """
         for name, side, width in (("a1", self.a1, site.d_out), ("a2", self.a2, site.d_in // site.groups)):
             if width % side:
-                fitting = ", ".join(str(n) for n in range(1, min(width, 128) + 1) if width % n == 0)
-                raise ValueError(f"{name}={side} does not divide {width}; give one of {fitting}, or leave the site out")
+                fitting = tuple(n for n in range(1, min(width, 128) + 1) if width % n == 0)
+                offer = ", ".join(map(str, fitting))
+                message = f"{name}={side} does not divide {width}; give one of {offer}, or leave the site out"
+                raise OptionError(message, option=name, method=self.name, given=side, expected=fitting)
         return DiffuseKronAAdapter(site, self.a1, self.a2, self.permuted)
 
     def count(self, site: WeightSite) -> int:

@@ -13,7 +13,7 @@ from veneer.functional.added import add_product, project
 from veneer.functional.convolve import convolve
 from veneer.functional.scaled import scale_features
 from veneer.injection.below import tensor_below
-from veneer.injection.errors import UnsupportedSite
+from veneer.injection.errors import OptionError, UnsupportedSite
 from veneer.injection.filling import zeros
 from veneer.injection.forms import module_at
 from veneer.injection.method import Adapter, Method, Need
@@ -47,7 +47,10 @@ class DoRAAdapter(Adapter):
         host = module_at(tower, self.site.path)
         if not getattr(host, self.site.param).is_floating_point():
             raise UnsupportedSite(
-                f"dora: {self.site.name}: the norm of a quantised weight is not known. Load the base unquantised."
+                f"dora: {self.site.name}: the norm of a quantised weight is not known. Load the base unquantised.",
+                site=self.site.name,
+                method="dora",
+                given=getattr(host, self.site.param).dtype,
             )
         self.__dict__["host"] = host  # no child: the host holds the adapter
 
@@ -153,9 +156,9 @@ class DoRA(Method):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"dora: rank must be at least 1, got {self.rank}")
+            raise OptionError.of("dora", "rank", self.rank, "at least 1")
         if self.norm_axis not in AXES:
-            raise ValueError(f"dora: norm_axis must be one of {', '.join(AXES)}; got {self.norm_axis!r}")
+            raise OptionError.of("dora", "norm_axis", self.norm_axis, f"one of {', '.join(AXES)}")
 
     def build(self, site: WeightSite) -> DoRAAdapter | InputDoRAAdapter:
         """A, B and m − ‖W‖ for one weight."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.functional.convolve import convolve
+from veneer.injection.errors import OptionError
 from veneer.injection.filling import values_follow
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
@@ -152,11 +153,11 @@ class FacT(Method):
 
     def __post_init__(self) -> None:
         if self.form not in ("tt", "tk"):
-            raise ValueError(f"fact: form must be 'tt' or 'tk', got {self.form!r}")
+            raise OptionError.of("fact", "form", self.form, "'tt' or 'tk'")
         if self.rank < 1:
-            raise ValueError(f"fact: rank must be at least 1, got {self.rank}")
+            raise OptionError.of("fact", "rank", self.rank, "at least 1")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"fact: dropout must be in [0, 1), got {self.dropout}")
+            raise OptionError.of("fact", "dropout", self.dropout, "in [0, 1)")
 
     @classmethod
     def examples(cls) -> tuple[FacT, FacT]:
@@ -174,7 +175,8 @@ class FacT(Method):
             ValueError: a grouped convolution, whose groups have no common input.
         """
         if site.groups > 1:
-            raise ValueError(f"a convolution of {site.groups} groups has no common input to factor; select other sites")
+            message = f"a convolution of {site.groups} groups has no common input to factor; select other sites"
+            raise OptionError(message, option="where", method=self.name, given=site.groups, expected=1)
         return FacTAdapter(site, self.rank, self.form == "tk", self.scale, self.dropout)
 
     def count(self, site: WeightSite) -> int:

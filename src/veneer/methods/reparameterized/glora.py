@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import ParamSite, Site, WeightSite
 
@@ -103,10 +104,10 @@ class GLoRA(Method):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"glora: rank must be at least 1, got {self.rank}")
+            raise OptionError.of("glora", "rank", self.rank, "at least 1")
         for term, allowed in (("A", Form), ("B", Form), ("D", BiasForm), ("E", BiasForm), ("product", Product)):
             if getattr(self, term) not in get_args(allowed):
-                raise ValueError(f"glora: {term} must be one of {', '.join(get_args(allowed))}, got {getattr(self, term)!r}")
+                raise OptionError.of("glora", term, getattr(self, term), f"one of {', '.join(get_args(allowed))}")
 
     def build(self, site: WeightSite | ParamSite) -> GLoRAAdapter:
         """A and B for a weight, D and E for a bias."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from veneer.functional.added import add_product, project
 from veneer.functional.convolve import convolve
 from veneer.functional.hadamard import hadamard, hadamard_pair
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._swapping import loha_state
@@ -133,9 +134,9 @@ class LoHa(Method):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"loha: rank must be at least 1, got {self.rank}")
+            raise OptionError.of("loha", "rank", self.rank, "at least 1")
         if self.norm_axis not in (None, *AXES):
-            raise ValueError(f"loha: norm_axis must be one of {', '.join(AXES)}, or None; got {self.norm_axis!r}")
+            raise OptionError.of("loha", "norm_axis", self.norm_axis, f"one of {', '.join(AXES)}, or None")
 
     def build(self, site: WeightSite) -> LoHaFactors:
         """Both pairs for one weight."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from veneer.functional.added import add_product, project
 from veneer.functional.convolve import convolve, laid_as
 from veneer.functional.kronecker import add_kron, kron_apply, kron_factors, kron_weight, mix
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._swapping import lokr_state
@@ -184,19 +185,22 @@ class LoKr(Method):
 
     def __post_init__(self) -> None:
         if self.sides is not None and (len(self.sides) != 2 or min(self.sides) < 1):
-            raise ValueError(f"lokr: sides must be two numbers of at least 1, or None for a factor; got {self.sides}")
+            raise OptionError.of("lokr", "sides", self.sides, "two numbers of at least 1, or None for a factor")
         if self.low is not None and self.low not in get_args(Low):
-            raise ValueError(f"lokr: low must be one of {', '.join(get_args(Low))}, or None for the rules; got {self.low!r}")
+            raise OptionError.of("lokr", "low", self.low, f"one of {', '.join(get_args(Low))}, or None for the rules")
         if self.norm_axis not in (None, *AXES):
-            raise ValueError(f"lokr: norm_axis must be one of {', '.join(AXES)}, or None; got {self.norm_axis!r}")
+            raise OptionError.of("lokr", "norm_axis", self.norm_axis, f"one of {', '.join(AXES)}, or None")
         if self.rank is None and self.low not in (None, "none"):
-            raise ValueError(f"lokr: low={self.low!r} needs a rank; give rank=…, or leave low out")
+            message = f"lokr: low={self.low!r} needs a rank; give rank=…, or leave low out"
+            raise OptionError(message, option="low", method=self.name, given=self.low, expected="rank")
         if self.factor < 1 and self.factor != -1:
-            raise ValueError(f"lokr: factor must be -1 or at least 1, got {self.factor}")
+            raise OptionError.of("lokr", "factor", self.factor, "-1 or at least 1")
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"lokr: rank must be at least 1, or None for a full factor, got {self.rank}")
+            raise OptionError.of("lokr", "rank", self.rank, "at least 1, or None for a full factor")
         if self.rank is None and (self.alpha is not None or self.decompose_both):
-            raise ValueError("lokr: alpha and decompose_both need a rank; give rank=…, or leave both out")
+            option = "decompose_both" if self.alpha is None else "alpha"
+            message = "lokr: alpha and decompose_both need a rank; give rank=…, or leave both out"
+            raise OptionError(message, option=option, method=self.name, given=getattr(self, option), expected="rank")
 
     @classmethod
     def examples(cls) -> tuple[LoKr, LoKr]:
@@ -223,7 +227,8 @@ class LoKr(Method):
             return kron_factors(d_out, self.factor), kron_factors(d_in, self.factor)
         up, uq = self.sides
         if d_out % up or d_in % uq:
-            raise ValueError(f"sides={self.sides} do not divide {d_out} outputs and {d_in} inputs; choose divisors, or a factor")
+            message = f"sides={self.sides} do not divide {d_out} outputs and {d_in} inputs; choose divisors, or a factor"
+            raise OptionError(message, option="sides", method=self.name, given=self.sides, expected=(d_out, d_in))
         return (up, d_out // up), (uq, d_in // uq)
 
     def build(self, site: WeightSite) -> LoKrFactors:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 
 from torch import nn
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.select import has_role
 from veneer.injection.sites import Site, WeightSite
@@ -67,15 +68,19 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         if min([self.rank, *self.ranks.values()]) < 1:
-            raise ValueError(f"lora: rank must be at least 1, got {self.rank} and {dict(self.ranks)}")
+            message = f"lora: rank must be at least 1, got {self.rank} and {dict(self.ranks)}"
+            option, given = ("rank", self.rank) if self.rank < 1 else ("ranks", dict(self.ranks))
+            raise OptionError(message, option=option, method=self.name, given=given)
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora: dropout must be in [0, 1), got {self.dropout}")
+            raise OptionError.of("lora", "dropout", self.dropout, "in [0, 1)")
         if self.init not in get_args(Init):
-            raise ValueError(f"lora: init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+            raise OptionError.of("lora", "init", self.init, f"one of {', '.join(get_args(Init))}")
         if self.pissa_niter < 0 or (self.pissa_niter and self.init != "pissa"):
-            raise ValueError(f"lora: pissa_niter is for init='pissa' and at least 0, got {self.pissa_niter}, {self.init!r}")
+            message = f"lora: pissa_niter is for init='pissa' and at least 0, got {self.pissa_niter}, {self.init!r}"
+            raise OptionError(message, option="pissa_niter", method=self.name, given=self.pissa_niter)
         if self.tucker and self.init in PARTS:
-            raise ValueError(f"lora: init={self.init!r} splits a weight in two factors; tucker has three. Choose one of both")
+            message = f"lora: init={self.init!r} splits a weight in two factors; tucker has three. Choose one of both"
+            raise OptionError(message, option="tucker", method=self.name, given=self.init)
 
     def keys_by_site(self) -> dict[str, list[str]]:
         """Those of `ranks` and `alphas` as well."""
@@ -117,9 +122,11 @@ class LoRA(Method):
     def _refuse_part(self, site: WeightSite, rank: int, scaling: float) -> None:
         most = min(math.prod(site.weight_shape[1:]) * pairs_in(site, rank), site.weight_shape[0])
         if rank > most:
-            raise ValueError(f"init={self.init!r}: the weight has rank {most} at most, less than {rank}; give a lower rank there")
+            message = f"init={self.init!r}: the weight has rank {most} at most, less than {rank}; give a lower rank there"
+            raise OptionError(message, option="rank", method=self.name, given=rank, expected=most)
         if self.init == "pissa" and scaling <= 0:
-            raise ValueError(f"init='pissa' divides by the scale, so alpha must be above 0; it gives {scaling}")
+            message = f"init='pissa' divides by the scale, so alpha must be above 0; it gives {scaling}"
+            raise OptionError(message, option="alpha", method=self.name, given=scaling)
 
     def _tucker_at(self, site: WeightSite) -> bool:
         return self.tucker and math.prod(site.kernel) > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import WeightSite
 
@@ -40,7 +41,7 @@ class LoRAFA(Method):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"lora_fa: rank must be at least 1, got {self.rank}")
+            raise OptionError.of("lora_fa", "rank", self.rank, "at least 1")
 
     def build(self, site: WeightSite) -> LoRAAdapter:
         """LoRA's adapter with A as a buffer."""

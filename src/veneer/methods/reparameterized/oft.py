@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.functional.cayley import blocks_apply, cayley_change, neumann_change, skew, turn_features, within
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._output_turn import OutputTurn, refuse_straddling
@@ -103,17 +104,20 @@ class OFT(Method):
 
     def __post_init__(self) -> None:
         if self.side not in ("input", "output"):
-            raise ValueError(f"oft: side must be 'input' or 'output', got {self.side!r}")
+            raise OptionError.of("oft", "side", self.side, "'input' or 'output'")
         if self.blocks < 1:
-            raise ValueError(f"oft: blocks must be at least 1, got {self.blocks}")
+            raise OptionError.of("oft", "blocks", self.blocks, "at least 1")
         if self.block_size is not None and self.block_size < self._least:
-            raise ValueError(f"oft: block_size must be at least 2, for a block of 1 cannot turn; got {self.block_size}")
+            raise OptionError.of("oft", "block_size", self.block_size, "at least 2, for a block of 1 cannot turn")
         if self.coft is not None and self.coft <= 0:
-            raise ValueError(f"oft: coft must be above 0, or None for no constraint; got {self.coft}")
+            raise OptionError.of("oft", "coft", self.coft, "above 0, or None for no constraint")
         if self.neumann_terms is not None and (self.neumann_terms < 1 or self.side == "output"):
-            raise ValueError(
+            raise OptionError(
                 "oft: neumann_terms must be at least 1 and needs side='input', or None to solve the equation; got "
-                f"{self.neumann_terms} with side={self.side!r}"
+                f"{self.neumann_terms} with side={self.side!r}",
+                option="neumann_terms",
+                method=self.name,
+                given=(self.neumann_terms, self.side),
             )
 
     @classmethod
@@ -131,10 +135,15 @@ class OFT(Method):
         r = self.blocks if self.block_size is None else width // self.block_size
         if r == 0 or width % r or width // r < self._least or (self.block_size is not None and width % self.block_size):
             asked = f"{self.blocks} blocks" if self.block_size is None else f"blocks of {self.block_size}"
-            fitting = ", ".join(str(b) for b in range(2, min(width, 128) + 1) if width % b == 0)
-            raise ValueError(
+            fitting = tuple(b for b in range(2, min(width, 128) + 1) if width % b == 0)
+            raise OptionError(
                 f"neurons of {width} numbers do not split into {asked} of at least 2; "
-                f"give block_size as one of {fitting or 'none'}, or leave the site out"
+                f"give block_size as one of {', '.join(map(str, fitting)) or 'none'}, or leave the site out",
+                option="blocks" if self.block_size is None else "block_size",
+                method=self.name,
+                where=f"{width}",
+                given=self.block_size or self.blocks,
+                expected=fitting,
             )
         return r, width // r
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from veneer.functional.added import add_product
 from veneer.functional.added import project as project_features
 from veneer.functional.convolve import convolve
+from veneer.injection.errors import OptionError
 from veneer.injection.forms import cast
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
@@ -128,11 +129,10 @@ class RepAdapter(Method):
 
     def __post_init__(self) -> None:
         if self.up_groups < 1 or self.bottleneck < 1 or self.bottleneck % self.up_groups:
-            raise ValueError(
-                f"repadapter: bottleneck must be a multiple of up_groups, got {self.bottleneck} and {self.up_groups}"
-            )
+            message = f"repadapter: bottleneck must be a multiple of up_groups, got {self.bottleneck} and {self.up_groups}"
+            raise OptionError(message, option="bottleneck", method=self.name, given=(self.bottleneck, self.up_groups))
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"repadapter: dropout must be in [0, 1), got {self.dropout}")
+            raise OptionError.of("repadapter", "dropout", self.dropout, "in [0, 1)")
 
     def build(self, site: WeightSite) -> Bottleneck:
         """A and B, and their biases where they can be had.
@@ -141,12 +141,16 @@ class RepAdapter(Method):
             ValueError: groups do not divide the inputs, or the convolution does not commute with a bottleneck before it.
         """
         if site.kind == "conv" and (site.groups > 1 or math.prod(site.kernel) > 1 or padded(site)):
-            raise ValueError(
+            raise OptionError(
                 f"a convolution of kernel {site.kernel}, {site.groups} groups and padding {site.padding} cannot take in what is "
-                "before it; linear layers and 1x1 convolutions without groups and padding can. Select those"
+                "before it; linear layers and 1x1 convolutions without groups and padding can. Select those",
+                option="where",
+                method=self.name,
+                given=(site.kernel, site.groups, site.padding),
             )
         if site.d_in % self.up_groups:
-            raise ValueError(f"up_groups = {self.up_groups} does not divide its {site.d_in} inputs; choose another")
+            message = f"up_groups = {self.up_groups} does not divide its {site.d_in} inputs; choose another"
+            raise OptionError(message, option="up_groups", method=self.name, given=self.up_groups, expected=site.d_in)
         kind = BiasedBottleneck if self._biased(site) else Bottleneck
         return kind(site, self.bottleneck, self.up_groups, self.dropout, self.scale)
 

@@ -42,7 +42,10 @@ class SVDiffAdapter(Adapter):
         weight = base_tensor(tower, self.site.path, self.site.param)
         if not weight.is_floating_point():
             raise UnsupportedSite(
-                f"svdiff: {self.site.name}: a quantised weight has no decomposition here. Load the base unquantised."
+                f"svdiff: {self.site.name}: a quantised weight has no decomposition here. Load the base unquantised.",
+                site=self.site.name,
+                method="svdiff",
+                given=weight.dtype,
             )
         if weight.is_meta:
             return

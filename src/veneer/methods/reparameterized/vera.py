@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.functional.convolve import convolve
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 
@@ -87,9 +88,10 @@ class VeRA(Method):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"vera: rank must be at least 1, got {self.rank}")
+            raise OptionError.of("vera", "rank", self.rank, "at least 1")
         if not self.d_initial:
-            raise ValueError("vera: d_initial must not be 0: with b = 0 as well nothing would ever get a gradient")
+            message = "vera: d_initial must not be 0: with b = 0 as well nothing would ever get a gradient"
+            raise OptionError(message, option="d_initial", method=self.name, given=self.d_initial)
 
     def build_shared(self, sites: Sequence[WeightSite]) -> RandomPair:
         """A and B for the largest of the sites."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import ParamSite, Site, WeightSite
 from veneer.methods.selective._replacing import Replacing, size_of
@@ -35,7 +36,7 @@ class Full(Method):
 
     def __post_init__(self) -> None:
         if not self.head_rate > 0:
-            raise ValueError(f"full: head_rate must be above 0, got {self.head_rate}")
+            raise OptionError.of("full", "head_rate", self.head_rate, "above 0")
 
     def build(self, site: WeightSite | ParamSite) -> Replacing:
         """A tensor like the host's."""
