@@ -9,7 +9,9 @@ import torch
 
 from veneer.combining import Keep, resize
 from veneer.functional.low_rank import cut, oblong_svd, product_norm, product_svd
+from veneer.injection.errors import OptionError
 
+from ..raising import raises
 from .cases import change, lost, pipeline, put
 
 
@@ -116,5 +118,6 @@ def test_no_change_has_rank_1() -> None:
     "options", [{}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.1}, {"error": -0.1}, {"ratio": 1.0}, {"energy": 0.5, "error": 0.5}]
 )
 def test_conditions_out_of_range(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="keep:"):
+    option, given = next(iter(options.items())) if len(options) == 1 else ("keep", tuple(options))
+    with raises(OptionError, method="keep", option=option, given=given):
         Keep(**options)  # type: ignore[arg-type]

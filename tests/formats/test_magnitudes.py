@@ -17,6 +17,8 @@ from veneer.injection import VeneerError, attach
 from veneer.methods.reparameterized.dora import DoRA
 from veneer.testing.pipelines import tiny_pipeline
 
+from ..raising import raises
+
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 9), nn.Conv2d(4, 9, 3)], ids=["linear", "conv"])
 def test_the_weight_is_that_of_the_paper(layer: Any) -> None:
@@ -53,7 +55,7 @@ def test_only_the_bases_own_norms() -> None:
     plain = dict(tiny_pipeline("sd").unet.named_parameters())[f"{name}.weight"]
     assert torch.equal(base_weight(unet, site), plain)  # type: ignore[arg-type]
     lora.merge()
-    with pytest.raises(VeneerError, match="'lora' is merged into the base"):
+    with raises(VeneerError, where="lora", given="merged"):
         base_weight(unet, site)  # type: ignore[arg-type]
 
 

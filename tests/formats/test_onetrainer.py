@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from veneer.injection import LoadError, attach
 from veneer.injection.towers import towers_of
 from veneer.testing.pipelines import tiny_pipeline
 
+from ..raising import raises
 from .cases import deltas, fill
 from .low_rank import assert_same, expected, in_peft, tuned
 
@@ -154,17 +156,17 @@ def test_other_methods_have_the_ends_of_lycoris(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("tensors", "data"),
     [
-        ({"bundle_emb.<a>.clip_l_out": torch.ones(1, 24)}, "added to a text encoder's output"),
-        ({"bundle_emb.<a>.clip_l": torch.ones(1, 25)}, "25 wide; the text encoder's rows are 24"),
-        ({"bundle_emb.<a>.t5": torch.ones(1, 24)}, "vectors for t5"),
+        ({"bundle_emb.<a>.clip_l_out": torch.ones(1, 24)}, {"where": "bundle_emb.<a>.clip_l_out", "given": "clip_l_out"}),
+        ({"bundle_emb.<a>.clip_l": torch.ones(1, 25)}, {"where": "text_encoder", "given": 25, "expected": 24}),
+        ({"bundle_emb.<a>.t5": torch.ones(1, 24)}, {"given": ("t5",), "expected": {"text_encoder": 24}}),
     ],
 )
-def test_words_that_do_not_fit(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
+def test_words_that_do_not_fit(tmp_path: Path, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     pipe = tiny_pipeline("sd")
-    with pytest.raises(LoadError, match=message):
+    with raises(LoadError, **data):
         veneer.load(pipe, tmp_path / "x")
     assert veneer.attachments(pipe) == []
 
@@ -173,7 +175,7 @@ def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
     pair = {"lora_down.weight": torch.ones(1, 32), "lora_up.weight": torch.ones(32, 1)}
     names = ("lora_transformer_transformer_blocks_0_attn_to_q", "transformer.double_blocks.0.img_attn.qkv.0")
     save_file({f"{n}.{k}": t.clone() for n in names for k, t in pair.items()}, tmp_path / "x.safetensors")
-    with pytest.raises(LoadError, match=r"both change 'transformer\.transformer_blocks\.0\.attn\.to_q'"):
+    with raises(LoadError, where="transformer.transformer_blocks.0.attn.to_q"):
         veneer.load(tiny_pipeline("flux"), tmp_path / "x")
 
 

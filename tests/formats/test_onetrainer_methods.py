@@ -17,6 +17,8 @@ from veneer.formats import format_of, load_all, look, onetrainer, read
 from veneer.injection import LoadError
 from veneer.testing.pipelines import tiny_pipeline
 
+from ..raising import raises
+
 ATTENTION = "transformer_blocks.0.attn.to_q"
 # component, its prefix in OneTrainer's files, path in the file, path in the model
 LAYERS = {
@@ -269,8 +271,10 @@ def test_paths_of_diffusers_beside_tokens(name: str, tmp_path: Path) -> None:
 def test_what_is_left_out_of_a_file_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     written("flux", loha, tmp_path / "x.safetensors")
     pipe = tiny_pipeline("flux")
-    with pytest.raises(LoadError, match="unused 10 of 20 tensors: lora_te1"):
+    with pytest.raises(LoadError) as caught:
         veneer.load(pipe.transformer, tmp_path / "x")
+    assert len(caught.value.unused) == 10
+    assert all(key.startswith("lora_te") for key in caught.value.unused), caught.value.unused
     with caplog.at_level(logging.WARNING, "veneer"):
         veneer.load(pipe, tmp_path / "x", strict=False).detach()
         assert caplog.messages == []
@@ -283,7 +287,7 @@ def test_oft_that_does_not_fit(tmp_path: Path) -> None:
     name = f"lora_transformer_{ATTENTION.replace('.', '_')}.oft_R.weight"
     for shape in ((8, 7), (7, 6), (8,)):
         save_file({name: torch.ones(shape)}, tmp_path / "x.safetensors")
-        with pytest.raises(LoadError, match=r"expected oft_R\.weight \(n, b\(b−1\)/2\) with n·b = "):
+        with raises(LoadError, where=name.partition(".")[0], given={"oft_R.weight": shape}):
             veneer.load(tiny_pipeline("flux"), tmp_path / "x")
 
 

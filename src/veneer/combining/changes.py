@@ -74,7 +74,10 @@ def change_of(attachment: Attachment, name: str) -> Change:
     if not isinstance(site, WeightSite) or not hasattr(adapter, "weight") or hasattr(adapter, "bias"):
         raise CombineError(
             f"'{attachment.name}' ({attachment.method.name}) at {name} is no change of a weight, which a LoRA could hold. "
-            "Leave it out, or keep it beside in its own file."
+            "Leave it out, or keep it beside in its own file.",
+            where=name,
+            given=attachment.name,
+            expected="weight",
         )
     with widened(adapter, torch.float64):
         if hasattr(adapter, "factors"):
@@ -82,7 +85,8 @@ def change_of(attachment: Attachment, name: str) -> Change:
             return Change(factors=(left.detach().clone(), right.detach().clone()))
         weight = base_tensor(attachment.towers[site.component], site.path, site.param)
         if not weight.is_floating_point() or weight.is_meta:
-            raise CombineError(f"'{attachment.name}' at {name}: its change depends on W, which is quantised or not there.")
+            message = f"'{attachment.name}' at {name}: its change depends on W, which is quantised or not there."
+            raise CombineError(message, where=name, given=attachment.name, expected="W")
         rows = (weight if site.rows is None else weight[slice(*site.rows)]).double()
         return Change(matrix=grouped(blend(adapter, adapter.weight, rows) - rows, site))
 
@@ -99,11 +103,14 @@ def refuse(attachment: Attachment) -> None:
         StateError: it is merged. CombineError: it has trained base parameters as well.
     """
     if attachment.merged:
-        raise StateError(f"'{attachment.name}' is merged. Call unmerge() before combining it.")
+        message = f"'{attachment.name}' is merged. Call unmerge() before combining it."
+        raise StateError(message, where=attachment.name, given="merged")
     if attachment.extras:
         raise CombineError(
             f"'{attachment.name}' has trained {', '.join(list(attachment.extras)[:4])} of the base as well, which a LoRA has no "
-            "place for."
+            "place for.",
+            where=attachment.name,
+            given=tuple(attachment.extras),
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..functional.low_rank import cut
 from ..functional.task_vectors import drop, elected_mean, trim
 from ..injection import Attachment
+from ..injection.errors import OptionError
 from ..injection.select import select
 from ..injection.sites import WeightSite
 from ..injection.towers import towers_of
@@ -110,13 +111,18 @@ def resize(
 
 def _check(sources: Sequence[Attachment], weights: Any, how: str, keep: Any, density: float | None) -> None:
     if how not in get_args(How):
-        raise ValueError(f"combine: how is {how!r}; expected one of {', '.join(get_args(How))}")
+        message = f"combine: how is {how!r}; expected one of {', '.join(get_args(How))}"
+        raise OptionError(message, option="how", method="combine", given=how, expected=get_args(How))
     if not sources or (weights is not None and len(weights) != len(sources)):
-        raise ValueError(f"combine: {len(sources)} adapters and {len(weights or ())} weights; give one weight for each")
+        given, expected = len(weights or ()), len(sources)
+        message = f"combine: {expected} adapters and {given} weights; give one weight for each"
+        raise OptionError(message, option="weights", method="combine", given=given, expected=expected)
     if how == "sum" and keep is not None:
-        raise ValueError("combine: how='sum' keeps all ranks; give how='svd' to cut the sum to a rank")
+        message = "combine: how='sum' keeps all ranks; give how='svd' to cut the sum to a rank"
+        raise OptionError(message, option="keep", method="combine", given=keep, expected=None)
     if density is not None and (how not in DENSITY or not 0 < density <= 1):
-        raise ValueError(f"combine: density is {density} with how={how!r}; it is for {', '.join(DENSITY)}, above 0 and up to 1")
+        message = f"combine: density is {density} with how={how!r}; it is for {', '.join(DENSITY)}, above 0 and up to 1"
+        raise OptionError(message, option="density", method="combine", given=density, expected=tuple(DENSITY))
     for source in sources:
         refuse(source)
 
@@ -132,7 +138,9 @@ def _sites(sources: Sequence[Attachment]) -> dict[str, WeightSite]:
         for name, (site, _) in source.parts.items():
             other = found.setdefault(name, site)
             if getattr(other, "weight_shape", None) != getattr(site, "weight_shape", None):
-                raise CombineError(f"{name}: {other.weight_shape} in one adapter, {site.weight_shape} in '{source.name}'.")  # type: ignore[attr-defined]
+                given, expected = getattr(site, "weight_shape", None), getattr(other, "weight_shape", None)
+                message = f"{name}: {expected} in one adapter, {given} in '{source.name}'."
+                raise CombineError(message, where=name, given=given, expected=expected)
     return found
 
 
@@ -157,7 +165,9 @@ def _largest_rank(sources: Sequence[Attachment]) -> int:
     parts: list[tuple[Any, Any]] = [part for a in sources for part in a.parts.values()]
     pairs = [(site, adapter.pair()[1]) for site, adapter in parts if hasattr(adapter, "factors")]
     if not pairs:
-        raise CombineError(f"{sources[0].method.name} has no rank that a LoRA could have; give keep, such as a rank.")
+        name = sources[0].method.name
+        message = f"{name} has no rank that a LoRA could have; give keep, such as a rank."
+        raise CombineError(message, where="keep", given=name)
     return max(int(up.shape[1]) * site.groups for site, up in pairs)
 
 
@@ -171,7 +181,8 @@ def _one(
         return as_it_is(site, pair, wanted)
     if keep is None:
         if wanted.factors is None:
-            raise CombineError(f"{site.name}: how='sum' is exact, and a change there is of full rank. Give how='svd' and a rank.")
+            message = f"{site.name}: how='sum' is exact, and a change there is of full rank. Give how='svd' and a rank."
+            raise CombineError(message, where=site.name, given="sum", expected="svd")
         return made(site, wanted, wanted.factors, dtype)
     u, s, vh = wanted.svd()
     return made(site, wanted, cut(u, s, vh, keep.count(s)), dtype)

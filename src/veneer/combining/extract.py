@@ -48,14 +48,16 @@ def extract(
     ours, theirs = ({t.component: t for t in towers_of(m)} for m in (base, tuned))
     common = {c: (ours[c].module, theirs[c].module) for c in ours if c in theirs}
     if not common:
-        raise CombineError(f"extract: the base has {', '.join(ours)} and the tuned model {', '.join(theirs)}; nothing in common.")
+        message = f"extract: the base has {', '.join(ours)} and the tuned model {', '.join(theirs)}; nothing in common."
+        raise CombineError(message, given=tuple(theirs), expected=tuple(ours))
     for component, modules in common.items():
         _refuse_unlike(component, *modules)
     found: list[Made] = []
     for site in _chosen([ours[c] for c in common], where):
         before, after = (base_tensor(m, site.path, site.param).detach() for m in common[site.component])
         if not before.is_floating_point() or not after.is_floating_point():
-            raise CombineError(f"extract: {site.name} is quantised. Load both models unquantised.")
+            message = f"extract: {site.name} is quantised. Load both models unquantised."
+            raise CombineError(message, where=site.name, given=(before.dtype, after.dtype))
         rows = slice(*site.rows) if site.rows else slice(None)
         if not torch.equal(before[rows].double(), after[rows].double()):
             found.append(_one(site, after[rows].double() - before[rows].double(), as_keep(keep), dtype))
@@ -82,13 +84,17 @@ def _refuse_unlike(component: str, before: nn.Module, after: nn.Module) -> None:
         ledger = peek(module)
         if ledger is not None and ledger.merged:
             raise StateError(
-                f"extract: '{ledger.merged[-1].name}' is merged into {component or 'a model'}. Call its unmerge() first."
+                f"extract: '{ledger.merged[-1].name}' is merged into {component or 'a model'}. Call its unmerge() first.",
+                where=ledger.merged[-1].name,
+                given="merged",
             )
     shapes = [{k: tuple(t.shape) for k, t in host_tensors(m)} for m in (before, after)]
     unlike = [k for k in {**shapes[0], **shapes[1]} if shapes[0].get(k) != shapes[1].get(k)]
     if unlike:
         told = ", ".join(f"{k} {shapes[0].get(k)} and {shapes[1].get(k)}" for k in unlike[:4])
-        raise CombineError(f"extract: {component or 'the models'}: {len(unlike)} tensors are not alike: {told}.")
+        message = f"extract: {component or 'the models'}: {len(unlike)} tensors are not alike: {told}."
+        ours, theirs = ({k: each.get(k) for k in unlike} for each in shapes)
+        raise CombineError(message, where=component, given=theirs, expected=ours)
 
 
 def _others(common: Mapping[str, tuple[nn.Module, nn.Module]], found: Sequence[Made]) -> list[str]:

@@ -51,7 +51,8 @@ def read_content(model: Any, path: str | PathLike[str]) -> Content:
         tokens = tuple(each for a in learned for each in token_embeddings(a))
         if len(others) > 1:
             told = ", ".join(f"{a.name} ({a.method.name})" for a in others)
-            raise CombineError(f"{path}: holds {told}; expected one adapter, with or without token embeddings.")
+            message = f"{path}: holds {told}; expected one adapter, with or without token embeddings."
+            raise CombineError(message, file=path, given=tuple(a.name for a in others), expected=1)
     except BaseException:
         for attachment in reversed(found):
             attachment.detach()
@@ -75,7 +76,10 @@ def unite_tokens(contents: Iterable[tuple[Path, Content]]) -> list[TokenEmbeddin
                 raise CombineError(
                     f"{before.name} and {path.name}: both have trained the token '{each.token}', each its own vectors, and a "
                     "prompt can mean only one. Convert one of them to kohya's format and merge that LoRA, which comes without "
-                    "the token."
+                    "the token.",
+                    file=path,
+                    where=each.token,
+                    given=(before.name, path.name),
                 )
     return [each for _, each in united.values()]
 
@@ -103,7 +107,7 @@ def free(path: str | PathLike[str], form: str) -> Path:
     """
     target = formats.get(form)().place(path)
     if target.exists():
-        raise SaveError(f"{target}: it is there already. Give another --out.")
+        raise SaveError(f"{target}: it is there already. Give another --out.", file=target, given="exists")
     return target
 
 
@@ -116,7 +120,7 @@ def form_of(paths: Iterable[str | PathLike[str]]) -> str:
     for path in paths:
         found = look(path).format
         if found is None:
-            raise LoadError(f"{path}: no known format. Give --to.")
+            raise LoadError(f"{path}: no known format. Give --to.", file=path, option="to")
         if found != "embeddings":
             return found
     return "embeddings"
@@ -162,7 +166,10 @@ def write_all(
                 attachment.detach()
     if not lora:
         raise CombineError(
-            f"{target}: there are only token embeddings, which {form} cannot hold. Give --to native or embeddings."
+            f"{target}: there are only token embeddings, which {form} cannot hold. Give --to native or embeddings.",
+            file=target,
+            given=form,
+            expected=("native", "embeddings"),
         )
     places = token_files(target, tokens)
     written = [formats.get(form)().save(lora, target, provenance)]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..injection.errors import OptionError
+
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "energy": ("above 0 and up to 1", lambda x: 0 < x <= 1),
     "error": ("from 0 to 1", lambda x: 0 <= x <= 1),
@@ -42,13 +44,14 @@ class Keep:
     def __post_init__(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) > 1 or (not given and self.rank is None):
-            raise ValueError(f"keep: {' and '.join(given) or 'nothing'} given; give rank, one of {', '.join(KINDS)}, or both")
+            message = f"keep: {' and '.join(given) or 'nothing'} given; give rank, one of {', '.join(KINDS)}, or both"
+            raise OptionError(message, option="keep", method="keep", given=tuple(given), expected=("rank", *KINDS))
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"keep: rank must be at least 1, got {self.rank}")
+            raise OptionError.of("keep", "rank", self.rank, "at least 1")
         for kind in given:
             value, told, fits = getattr(self, kind), *RANGES[kind]
             if not fits(value):
-                raise ValueError(f"keep: {kind} must be {told}, got {value}")
+                raise OptionError.of("keep", kind, value, told)
 
     def holds(self, rank: int) -> bool:
         """True if a change of this rank stays whole, whatever its singular values."""

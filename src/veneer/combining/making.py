@@ -100,7 +100,7 @@ def place(model: Any, found: Sequence[Made], word: str, name: str | None, instea
         word: its name, numbered if it is taken, where `name` is None.
     """
     if not found:
-        raise CombineError("nothing changes any weight, so there is nothing to make a LoRA of.")
+        raise CombineError("nothing changes any weight, so there is nothing to make a LoRA of.", given=0, expected=1)
     here = attachments(model)
     config = config_of({m.site.name: Found(m.site, m.rank, m.alpha) for m in found})
     where = [f"name:{m.site.name}" for m in found]

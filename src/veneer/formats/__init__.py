@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any, Literal
 
 from ..injection import Attachment
+from ..injection.errors import OptionError
 from ..injection.towers import kept
 from ._converting import Converted, convert
 from ._format import Format, Layer, Options, format_of, formats, known_format
@@ -75,7 +76,7 @@ def load_all(
 ) -> list[Attachment]:
     """`load`, with a list also where the file holds one attachment."""
     if base not in ("same", "any"):
-        raise ValueError(f"load: base must be 'same' or 'any', got {base!r}")
+        raise OptionError.of("load", "base", base, "'same' or 'any'")
     file = read(path)
     with kept():
         found = known_format(file).load(model, file, Options(name=name, strict=strict, same_base=base == "same", token=token))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..injection import Attachment, LoadError, Method, SaveError, VeneerError, attach, attachments, methods
+from ..injection.errors import UnknownOption
 from ..injection.filling import claiming, filling
 from ..injection.ledger import peek
 from ._format import Options
@@ -69,7 +70,7 @@ def attach_all(model: Any, file: File, wanted: Sequence[Wanted], options: Option
         for attachment in reversed(made):
             attachment.detach()
         if isinstance(error, VeneerError):
-            raise LoadError(f"{file.path}: {error}") from error
+            raise LoadError.from_error(error, f"{file.path}: {error}", file=file.path) from error
         raise
     return made
 
@@ -78,14 +79,17 @@ def refuse_merged(tower: nn.Module, error: type[SaveError] | type[LoadError]) ->
     """Raise `error` while an attachment is in the weights, so that they are not the base's own."""
     ledger = peek(tower)
     if ledger is not None and ledger.merged:
-        raise error(f"'{ledger.merged[-1].name}' is merged into the base, which is another one now. Call its unmerge() first.")
+        name = ledger.merged[-1].name
+        message = f"'{name}' is merged into the base, which is another one now. Call its unmerge() first."
+        raise error(message, where=name, given="merged")
 
 
 def _refuse_twice(each: Wanted) -> None:
     """Raise if a site is there twice: of two layers that are called differently only one would count."""
     site = twice(each.sites)
     if site is not None:
-        raise LoadError(f"two layers of the file change '{site}', by two of its names. Keep the one that is meant.")
+        message = f"two layers of the file change '{site}', by two of its names. Keep the one that is meant."
+        raise LoadError(message, where=site, given=2, expected=1)
 
 
 def _sizes(each: Wanted) -> dict[str, int]:
@@ -119,10 +123,12 @@ def method_of(name: str, config: Mapping[str, Any]) -> Method:
         refuse_options(method, config)
         return method.from_config(config)
     except (VeneerError, TypeError, ValueError) as error:
-        raise LoadError(
+        message = (
             f"the method '{name[:80]}' with {_short(config)} cannot be built here: {error} Install the package or the version of "
             "veneer that the file was made with."
-        ) from error
+        )
+        option = getattr(error, "name", "") if isinstance(error, UnknownOption) else getattr(error, "option", "")
+        raise LoadError.from_error(error, message, where=name[:80], option=option) from error
 
 
 def migrated(file: File, entry: Mapping[str, Any], config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
@@ -135,14 +141,18 @@ def migrated(file: File, entry: Mapping[str, Any], config: Mapping[str, Any], te
     try:
         method = methods.get(name)
         known = {**config} if revision == method.revision else method.migrate(config, revision, tensors)
+    except ValueError as error:
+        raise LoadError.from_error(error, f"{file.path}: {error}", file=file.path, where=name) from error
     except VeneerError:
         return config
-    except ValueError as error:
-        raise LoadError(f"{file.path}: {error}") from error
     if revision > method.revision:
         raise LoadError(
             f"{file.path}: written by revision {revision} of the method '{name}'; this veneer has revision {method.revision}. "
-            "Update veneer."
+            "Update veneer.",
+            file=file.path,
+            where=name,
+            given=revision,
+            expected=method.revision,
         )
     return known
 

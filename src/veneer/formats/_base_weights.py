@@ -62,7 +62,8 @@ def load_beside(path: Path, tower: Tower, options: Options, form: str) -> Beside
     notes += [f"{n} beside it is a pickle and was not loaded" for n in PICKLED if path.with_name(n).is_file()]
     files = [file for file in files if file not in away]
     if len(files) > 1:
-        raise LoadError(f"{path}: {' and '.join(ADDED)} are both beside it. Keep the one that belongs to it.")
+        message = f"{path}: {' and '.join(ADDED)} are both beside it. Keep the one that belongs to it."
+        raise LoadError(message, file=path, given=tuple(ADDED), expected=1)
     if not files:
         return Beside(notes=notes)
     found = _read(files[0], tower, options, form)
@@ -88,7 +89,9 @@ def _read(file: File, tower: Tower, options: Options, form: str) -> Beside:
     values = {key: _value(tensor, base[key], added) for key, tensor in given.items()}
     wide = [key for key, value in values.items() if options.strict and not is_finite(value)]
     if wide:
-        raise LoadError(f"{file.path}: '{wide[0]}' is too large for {base[wide[0]].dtype}. Load the base in single precision.")
+        dtype = base[wide[0]].dtype
+        message = f"{file.path}: '{wide[0]}' is too large for {dtype}. Load the base in single precision."
+        raise LoadError(message, file=file.path, where=wide[0], expected=dtype)
     taken = {key: value for key, value in values.items() if OF in file.metadata or not torch.equal(value, base[key].cpu())}
     how = "added to the base's" if added else "in the base's place"
     found = Beside(notes=[f"{file.path.name} beside it: {len(taken)} tensors, {how}"], unused=fitting.unused)
@@ -134,7 +137,10 @@ def _before(file: File, tower: Tower, wanted: Collection[str]) -> dict[str, Tens
             if path in wanted:
                 raise LoadError(
                     f"{file.path}: '{attachment.name}' has trained '{path}' of the base as well, and only one value can be "
-                    "there. Detach it first."
+                    "there. Detach it first.",
+                    file=file.path,
+                    where=path,
+                    given=attachment.name,
                 )
             before.setdefault(path, attachment.trained.before[key])
     return before
@@ -148,7 +154,8 @@ def _base(
     bad = next((own for own, t in found.items() if t.is_meta or not t.is_floating_point()), None)
     if bad:
         why = "quantised, or on the meta device"
-        raise LoadError(f"{file.path}: '{bad}' of the base is {why}. Load the base in half or single precision.")
+        message = f"{file.path}: '{bad}' of the base is {why}. Load the base in half or single precision."
+        raise LoadError(message, file=file.path, where=bad, given=why)
     return found
 
 
@@ -184,7 +191,8 @@ def replaced(target: Path, trained: bool) -> list[Path]:
         SaveError: there is one that was not, which would be loaded with the new file or be overwritten.
     """
     if trained and target.name in ADDED:
-        raise SaveError(f"{target}: that is the name of the base weights beside it. Choose another.")
+        message = f"{target}: that is the name of the base weights beside it. Choose another."
+        raise SaveError(message, file=target, given=target.name)
     stale = []
     for there in (target.with_name(name) for name in ADDED if name != target.name):
         of = _owner(there)
@@ -193,7 +201,10 @@ def replaced(target: Path, trained: bool) -> list[Path]:
         elif there.is_file() and (trained or not of or not os.path.isfile(target.parent / of)):
             whose = of or "a file that veneer did not write"
             raise SaveError(
-                f"{there}: it belongs to {whose}, and would be taken for that of {target.name}. Save to another folder."
+                f"{there}: it belongs to {whose}, and would be taken for that of {target.name}. Save to another folder.",
+                file=there,
+                given=of or None,
+                expected=target.name,
             )
     return stale
 

@@ -110,12 +110,13 @@ def compare(before: Sequence[Attachment], after: Sequence[Attachment], target: P
         size, apart = float((old - weight).abs().max()), float((old - new).abs().max())
         if apart > TOLERANCE * size + ROUNDING * float(weight.abs().max()):
             name = parts[0].site.name
-            raise SaveError(f"{target}: '{name}' would change by {apart:.3g} more or less, of {size:.3g}. Nothing was written.")
+            message = f"{target}: '{name}' would change by {apart:.3g} more or less, of {size:.3g}. Nothing was written."
+            raise SaveError(message, file=target, where=name, given=apart, expected=size)
         largest, worst = max(largest, size), max(worst, apart)
     old_rest, new_rest = _rest(before), _rest(after)
     for key in dict.fromkeys([*old_rest, *new_rest]):
         if key not in old_rest or key not in new_rest or not torch.equal(old_rest[key].float(), new_rest[key].float()):
-            raise SaveError(f"{target}: '{key}' would not be the same. Nothing was written.")
+            raise SaveError(f"{target}: '{key}' would not be the same. Nothing was written.", file=target, where=key)
     return sum(map(len, was.values())), worst / largest if largest else 0.0
 
 
@@ -195,7 +196,7 @@ def _narrow(attachments: Sequence[Attachment], file: File) -> None:
 def _refuse_existing(places: Sequence[Path]) -> None:
     for place in places:
         if place.exists():
-            raise SaveError(f"{place}: it is there already. Give another --out.")
+            raise SaveError(f"{place}: it is there already. Give another --out.", file=place, given="exists")
 
 
 def _notes(file: File, known: Format, to: str, tokens: Sequence[Path]) -> list[str]:

@@ -133,7 +133,10 @@ def known_format(file: File) -> Format:
     if known is None:
         raise LoadError(
             f"{file.path}: no known format; tensors: {len(file.shapes)}, {', '.join(list(file.shapes)[:3])}. "
-            f"It reads: {', '.join(formats.names())}. Weights of a whole model are loaded with their own library."
+            f"It reads: {', '.join(formats.names())}. Weights of a whole model are loaded with their own library.",
+            file=file.path,
+            given=tuple(file.shapes),
+            expected=tuple(formats.names()),
         )
     return known
 

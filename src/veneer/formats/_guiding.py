@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,9 @@ def unet_of(model: Any, file: File, what: str) -> tuple[Tower, ResidualSite]:
             if isinstance(site, ResidualSite):
                 return tower, site
     has = ", ".join(type(t.module).__name__ for t in towers)
-    raise LoadError(f"{file.path}: {what} is for a UNet2DConditionModel, and there are {has}.")
+    message = f"{file.path}: {what} is for a UNet2DConditionModel, and there are {has}."
+    given = tuple(type(t.module).__name__ for t in towers)
+    raise LoadError(message, file=file.path, given=given, expected="UNet2DConditionModel")
 
 
 def side(file: File, key: str, dim: int, dims: int) -> int:
@@ -54,7 +57,8 @@ def side(file: File, key: str, dim: int, dims: int) -> int:
     shape = file.shapes.get(key)
     if shape is None or len(shape) != dims:
         got = "is missing" if shape is None else f"has the shape {shape}"
-        raise LoadError(f"{file.path}: '{key}' {got}; expected {dims} dimensions. It is damaged, or holds something else.")
+        message = f"{file.path}: '{key}' {got}; expected {dims} dimensions. It is damaged, or holds something else."
+        raise LoadError(message, file=file.path, where=key, given=shape, expected=dims)
     return shape[dim]
 
 
@@ -65,7 +69,8 @@ def few(file: File, count: int, what: str) -> int:
         LoadError: it is more than `MOST`.
     """
     if count > MOST:
-        raise LoadError(f"{file.path}: {count:,} {what}; at most {MOST} are read. It is damaged.")
+        message = f"{file.path}: {count:,} {what}; at most {MOST} are read. It is damaged."
+        raise LoadError(message, file=file.path, where=what, given=count, expected=MOST)
     return count
 
 
@@ -79,9 +84,9 @@ def drafted(file: File, build: Callable[[], nn.Module | None]) -> nn.Module:
         with torch.device("meta"):
             return build() or nn.Module()
     except LoadError as error:
-        raise LoadError(f"{file.path}: {error}") from error
+        raise LoadError.from_error(error, f"{file.path}: {error}", file=file.path) from error
     except ValueError as error:
-        raise LoadError(f"{file.path}: it does not fit the model: {error}.") from error
+        raise LoadError.from_error(error, f"{file.path}: it does not fit the model: {error}.", file=file.path) from error
 
 
 def shapes(module: nn.Module) -> dict[str, Shape]:
@@ -102,13 +107,26 @@ def fit(file: File, expected: Mapping[str, Shape], names: Mapping[str, str], tow
     known = set(keys.values())
     unused = [key for key in file.shapes if key not in known]
     missing = [names[own] for own in expected if own not in keys]
-    wrong = [f"{key} {file.shapes[key]} for {expected[own]}" for own, key in keys.items() if file.shapes[key] != expected[own]]
+    misshapen = {key: (file.shapes[key], expected[own]) for own, key in keys.items() if file.shapes[key] != expected[own]}
+    wrong = [f"{key} {given} for {right}" for key, (given, right) in misshapen.items()]
     told = [f"{word} {len(n)}: {_few(n)}" for word, n in (("missing", missing), ("unused", unused), ("misshapen", wrong)) if n]
     lacks = sum(map(math.prod, expected.values())) > 4 * sum(math.prod(file.shapes[key]) for key in known) + ROOM
     if told and (options.strict or lacks or len(wrong) == len(keys)):
         advice = "" if lacks or not options.strict else " Pass strict=False to load what fits."
-        raise LoadError(f"{file.path}: it does not fit the model. {'; '.join(told)}.{_families(file, form, tower)}{advice}")
+        raise LoadError(
+            f"{file.path}: it does not fit the model. {'; '.join(told)}.{_families(file, form, tower)}{advice}",
+            file=file.path,
+            missing=missing,
+            unused=unused,
+            misshapen=misshapen,
+            family=family_of(file.shapes, form) or "",
+        )
     return Fit(keys, unused)
+
+
+def network(description: str) -> str:
+    """The name of a network, without its article and what is said of it after a comma."""
+    return re.sub("^an? ", "", description.partition(",")[0])
 
 
 def _few(names: Sequence[str]) -> str:
@@ -145,10 +163,12 @@ def only(attachments: Attachment | Sequence[Attachment], target: Path, method: s
     """
     several = listed(attachments)
     if len(several) != 1:
-        raise SaveError(f"{target}: {files} hold one attachment, got {len(several)}. Save each by itself.")
+        message = f"{target}: {files} hold one attachment, got {len(several)}. Save each by itself."
+        raise SaveError(message, file=target, given=len(several), expected=1)
     attachment = several[0]
     if attachment.method.name != method:
-        raise SaveError(f"{target}: '{attachment.name}' is {attachment.method.name}; {files} hold {method}. {NATIVE}")
+        message = f"{target}: '{attachment.name}' is {attachment.method.name}; {files} hold {method}. {NATIVE}"
+        raise SaveError(message, file=target, where=attachment.name, given=attachment.method.name, expected=method)
     return attachment
 
 

@@ -37,7 +37,10 @@ def split(file: File, name: str, place: Place, pair: Pair) -> list[tuple[WeightS
     if down.ndim != 2 or up.shape != (sum(rows), down.shape[0]):
         raise LoadError(
             f"{file.path}: misshapen: {name} is up {tuple(up.shape)} and down {tuple(down.shape)}, for {sum(rows)} rows. It was "
-            "made for another base."
+            "made for another base.",
+            file=file.path,
+            where=name,
+            misshapen={"up": (tuple(up.shape), (sum(rows), down.shape[0]))},
         )
     slices = [(site, part, _touching(part)) for site, part in zip(place.sites, up.split(rows), strict=True)]
     if not any(keep.any() for _, _, keep in slices):

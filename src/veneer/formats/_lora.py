@@ -49,7 +49,8 @@ def shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 def refuse(attachment: Attachment, target: Path, files: str) -> None:
     """Raise if something of an attachment is no LoRA. `files`: what the format is called in the error."""
     if attachment.method.name != "lora":
-        raise SaveError(f"{target}: '{attachment.name}' is {attachment.method.name}; {files} hold lora. {NATIVE}")
+        message = f"{target}: '{attachment.name}' is {attachment.method.name}; {files} hold lora. {NATIVE}"
+        raise SaveError(message, file=target, where=attachment.name, given=attachment.method.name, expected="lora")
     refuse_trained(attachment, target, files)
 
 
@@ -59,7 +60,11 @@ def refuse_trained(attachment: Attachment, target: Path, files: str, but: Collec
     if extra:
         raise SaveError(
             f"{target}: '{attachment.name}' has trained {', '.join(extra[:4])} of the base as well, for which {files} have no "
-            f"place. {NATIVE}"
+            f"place. {NATIVE}",
+            file=target,
+            where=attachment.name,
+            given=tuple(extra),
+            expected=(),
         )
 
 

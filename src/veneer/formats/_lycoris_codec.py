@@ -57,12 +57,17 @@ class Module:
             weight = (self.rows, *self.first.weight_shape[1:])
             raise LoadError(
                 f"{self.file.path}: misshapen: '{self.name}' has {shapes} for a weight {weight}; expected {wanted}. It was made "
-                "for another base, or it is damaged."
+                "for another base, or it is damaged.",
+                file=self.file.path,
+                where=self.name,
+                given={part: tuple(t.shape) for part, t in self.parts.items()},
+                expected=wanted,
             )
 
-    def refuse(self, why: str) -> LoadError:
-        """The error that nothing of the file is loaded, because of this module."""
-        return LoadError(f"{self.file.path}: '{self.name}' {why}, so nothing is loaded.")
+    def refuse(self, why: str, **data: Any) -> LoadError:
+        """The error that nothing of the file is loaded, because of this module. `data`: attributes of the error."""
+        message = f"{self.file.path}: '{self.name}' {why}, so nothing is loaded."
+        return LoadError(message, file=self.file.path, where=self.name, **data)
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,10 @@ class Group:
         """What follows the channels of a kernel of one pixel."""
         return (1,) * len(self.site.kernel)
 
-    def refuse(self, why: str) -> SaveError:
-        """The error that the layout cannot hold these adapters."""
-        return SaveError(f"'{next(iter(self.adapters))}' {why}. The native file (Attachment.save) holds it.")
+    def refuse(self, why: str, **data: Any) -> SaveError:
+        """The error that the layout cannot hold these adapters. `data`: attributes of the error."""
+        name = next(iter(self.adapters))
+        return SaveError(f"'{name}' {why}. The native file (Attachment.save) holds it.", where=name, **data)
 
 
 class Codec(ABC):

@@ -66,7 +66,9 @@ class GLoRACodec(Codec):
             if set(forms) - {"low_rank", "none"} or not (adapter.matrices or adapter.scale.form == "none"):
                 raise group.refuse(
                     f"scales W by A ({forms[0]}, elementwise) and adds B ({forms[1]}); the layout has W A + B of low rank: train "
-                    "with product='matrices', and A and B low_rank or none"
+                    "with product='matrices', and A and B low_rank or none",
+                    given=forms,
+                    expected=("low_rank", "none"),
                 )
         width, inner = site.weight_shape[1], math.prod(site.weight_shape[1:])
         a_up, a_down = _shared(group, width)
@@ -94,7 +96,9 @@ def _shared(group: Group, width: int) -> tuple[Tensor, Tensor]:
     whole = len(found) == len(group.place.sites)
     if not (same and whole) and any(a.scale.form != "none" for a in group.adapters.values()):
         raise group.refuse(
-            f"is part of '{group.place.names[0]}', one weight in this layout, whose slices have another A, or none"
+            f"is part of '{group.place.names[0]}', one weight in this layout, whose slices have another A, or none",
+            given=group.place.names[0],
+            expected="A",
         )
     return found[0]
 

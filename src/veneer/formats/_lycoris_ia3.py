@@ -49,7 +49,9 @@ class IA3Codec(Codec):
             w = first
         else:
             raise group.refuse(
-                f"is part of '{group.place.names[0]}', one weight in this layout, whose slices have other scales of their inputs"
+                f"is part of '{group.place.names[0]}', one weight in this layout, whose slices have other scales of their inputs",
+                given=group.place.names[0],
+                expected="scales",
             )
         shape = (1, -1, *group.ones) if group.site.kind == "conv" else (-1,)
         return {"weight": w.reshape(shape), "on_input": torch.tensor(int(True in inputs))}

@@ -87,7 +87,8 @@ class LoKrCodec(Codec):
         found = {name: part for name, wanted in rows.items() if (part := whole.rows(wanted)) is not None}
         if len(found) < len(rows):
             if module.first.kernel:
-                raise module.refuse(f"is LoKr in blocks of {len(whole.right)} rows, which its slices are not made of")
+                why = f"is LoKr in blocks of {len(whole.right)} rows, which its slices are not made of"
+                raise module.refuse(why, given=len(whole.right))
             found = {name: whole.expanded(wanted) for name, wanted in rows.items()}
             module.notes.append("LoKr whose blocks do not fit a fused projection's slices is loaded as one matrix per slice")
         sites, all_of = module.place.sites, len(rows) == 1 or SCALE in module.parts
@@ -155,7 +156,8 @@ def _factors(module: Module) -> Factors:
     left, left_down, first = _factor(module, LEFT)
     right, right_down, second = _tucker(module) if CORE in parts else _factor(module, RIGHT)
     if first and second and first != second and "alpha" in parts:
-        raise module.refuse(f"has factors of rank {first} and {second}, of which each tool divides alpha by another")
+        why = f"has factors of rank {first} and {second}, of which each tool divides alpha by another"
+        raise module.refuse(why, given=(first, second))
     rank = first or second
     scaling = alpha_of(module.file, module.name, parts.get("alpha"), rank) / rank if rank else 1.0
     if CORE in parts:
@@ -272,7 +274,9 @@ def _joined(group: Group, given: Mapping[str, Factors]) -> Factors:
     if {"left", "left_down", "right_down", "scaling"} <= set(same) and len(first.left) == 1 and len(given) == len(place.sites):
         return replace(first, right=put(place, {name: f.right for name, f in given.items()}))
     raise group.refuse(
-        f"is part of '{place.names[0]}', one weight in this layout, and LoKr of each slice is no Kronecker product of the whole"
+        f"is part of '{place.names[0]}', one weight in this layout, and LoKr of each slice is no Kronecker product of the whole",
+        given=place.names[0],
+        expected="factors",
     )
 
 

@@ -59,7 +59,8 @@ class DoRACodec(LoRACodec):
     def read(self, module: Module) -> list[Piece]:
         if DOWN not in module.parts or UP not in module.parts:
             others = ", ".join(part for part in module.parts if part not in (SCALE, "alpha"))
-            raise module.refuse(f"has dora_scale beside {others}: no method here has magnitudes around such a change")
+            why = f"has dora_scale beside {others}: no method here has magnitudes around such a change"
+            raise module.refuse(why, given=tuple(module.parts))
         axis = axis_of(module)
         module.expect(whole(module.parts), "a lora_down and a lora_up of one rank")
         low = pair(module.file, module.name, module.parts)

@@ -99,6 +99,10 @@ def _of_one_tower(towers: Sequence[Tower], file: File, names: set[str]) -> dict[
         components = ", ".join(tower.component or "model" for tower, _ in able)
         raise LoadError(
             f"{file.path}: its names begin with '{OWN}', which does not say of what, and {components} have modules of these "
-            "names. Load it on the part that it was made for, such as pipe.text_encoder."
+            "names. Load it on the part that it was made for, such as pipe.text_encoder.",
+            file=file.path,
+            where=OWN,
+            given=tuple(tower.component or "model" for tower, _ in able),
+            expected=1,
         )
     return main[0] if main else known[0][1]

@@ -58,7 +58,7 @@ class OFTCodec(Codec):
         for tensor, site in zip(given, module.place.sites, strict=True):
             q, side = -_shortened(module, tensor, site.d_out), tensor.shape[1]
             if module.place.swapped and len(q) % 2:
-                raise module.refuse(f"turns {side} outputs together, across the two halves of '{site.name}'")
+                raise module.refuse(f"turns {side} outputs together, across the two halves of '{site.name}'", given=side)
             q = torch.cat(q.chunk(2)[::-1]) if module.place.swapped else q
             pieces += [_piece(site, q, None, {"side": "output", "block_size": side})] if side > 1 else []
         return [p for p in pieces if p.state["skew"].any()] or pieces[:1]
@@ -119,10 +119,12 @@ def _shortened(module: Module, blocks: Tensor, width: int) -> Tensor:
     q = blocks.double() - blocks.double().mT
     alpha = module.parts.get("alpha", torch.zeros(()))
     if alpha.numel() != 1 or float(alpha) < 0:
-        raise module.refuse(f"has the constraint (alpha) {alpha.flatten().tolist()[:4]}, which must be one number of at least 0")
+        given = alpha.flatten().tolist()[:4]
+        raise module.refuse(f"has the constraint (alpha) {given}, which must be one number of at least 0", given=given)
     if float(alpha) == 0 and module.name.startswith("oft_"):
         raise module.refuse(
-            "has the constraint (alpha) 0, of which sd-scripts make no change at all and other tools no constraint"
+            "has the constraint (alpha) 0, of which sd-scripts make no change at all and other tools no constraint",
+            given=0,
         )
     radius, norm = float(alpha) * width, float(q.norm())
     if 0 < radius < norm:
@@ -143,7 +145,9 @@ def _pieces(module: Module, q: Tensor, side: int, reach: int, options: dict[str,
         rows = spans(module.place)[site.name]
         if not aligned(rows, reach):
             raise module.refuse(
-                f"turns {reach} outputs together, and '{site.name}' has the rows {rows[0][0]} to {rows[-1][1]} of it"
+                f"turns {reach} outputs together, and '{site.name}' has the rows {rows[0][0]} to {rows[-1][1]} of it",
+                given=reach,
+                expected=tuple(rows),
             )
         lengths = None if rescale is None else take(rescale.flatten(), rows)
         pieces.append(_piece(site, take(q, rows, side, q.ndim - 3), lengths, options))
@@ -165,7 +169,9 @@ def _turning(group: Group, adapter: Any, name: str) -> Any:
     """
     if not hasattr(adapter, "turns"):
         raise group.refuse(
-            f"turns the inputs of its weight, and the layout's {name} turns outputs: train with side='output' for it"
+            f"turns the inputs of its weight, and the layout's {name} turns outputs: train with side='output' for it",
+            given="input",
+            expected="output",
         )
     return adapter
 
@@ -185,7 +191,9 @@ def _written(group: Group, side: int, reach: int, q_of: Callable[[Any], Tensor],
     place, widths = group.place, [s.d_out // (2 if group.place.swapped else 1) for s in group.place.sites]
     if side == 0 or any(width % reach for width in widths):
         raise group.refuse(
-            f"is part of '{place.names[0]}', one weight in this layout, whose slices are no whole blocks of one size"
+            f"is part of '{place.names[0]}', one weight in this layout, whose slices are no whole blocks of one size",
+            given=place.names[0],
+            expected="blocks",
         )
     none = {s.name: torch.zeros(*m, s.d_out // side, side, side, dtype=torch.float64) for s in place.sites}
     q = put(place, {**none, **{name: q_of(a) for name, a in group.adapters.items()}}, dim=len(m))

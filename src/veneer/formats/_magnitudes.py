@@ -103,7 +103,8 @@ def written(group: Group, change: Callable[[Any], Tensor]) -> dict[str, Tensor]:
     """
     axes = {a.norm_axis for a in group.adapters.values()}
     if len(axes) > 1:
-        raise group.refuse(f"is part of '{group.place.names[0]}', one weight in this layout, whose slices have norms of two axes")
+        why = f"is part of '{group.place.names[0]}', one weight in this layout, whose slices have norms of two axes"
+        raise group.refuse(why, given=group.place.names[0], expected="norm_axis")
     (axis,) = axes
     if axis is None:
         return {}
@@ -133,7 +134,9 @@ def _joined(group: Group, ms: Mapping[str, Tensor], afters: Mapping[str, Tensor]
     if ((high - low) > NEAR * high.abs()).any():
         raise group.refuse(
             f"is part of '{group.place.names[0]}', one weight in this layout with one magnitude per input, and its slices have "
-            "other gains"
+            "other gains",
+            given=group.place.names[0],
+            expected="gains",
         )
     return torch.where(high.isfinite(), high, 0.0) * whole
 
@@ -164,11 +167,14 @@ def base_weight(tower: nn.Module, site: WeightSite) -> Tensor:
     if ledger is not None and ledger.merged:
         raise VeneerError(
             f"'{site.name}': '{ledger.merged[-1].name}' is merged into the base, whose norms DoRA's magnitudes are told by. Call "
-            "its unmerge() first."
+            "its unmerge() first.",
+            where=ledger.merged[-1].name,
+            given="merged",
         )
     weight = base_tensor(tower, site.path, site.param).detach()
     if not weight.is_floating_point():
-        raise VeneerError(f"'{site.name}': the norm of a quantised weight is not known. Load the base unquantised.")
+        message = f"'{site.name}': the norm of a quantised weight is not known. Load the base unquantised."
+        raise VeneerError(message, where=site.name, given=weight.dtype)
     return weight if site.rows is None else weight[slice(*site.rows)]
 
 

@@ -31,18 +31,20 @@ def config_beside(file: File, kind: str) -> dict[str, Any]:
     if not file.path.name.startswith(STEM) or not os.path.lexists(path):
         return {}
     if not path.is_file():
-        raise LoadError(f"{path}: no ordinary file, but a folder, a device or a link to nothing. Copy it again, or take it away.")
+        message = f"{path}: no ordinary file, but a folder, a device or a link to nothing. Copy it again, or take it away."
+        raise LoadError(message, file=path, expected="file")
     try:
         with open(path, "rb") as opened:
             text = opened.read(LARGEST + 1).decode()
     except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: it is not JSON ({error}). It is damaged.") from error
-    config = from_json(text, f"{path}: it", LARGEST)
+        raise LoadError(f"{path}: it is not JSON ({error}). It is damaged.", file=path, expected="JSON") from error
+    config = from_json(text, f"{path}: it", LARGEST, file=path)
     if not isinstance(config, dict):
-        raise LoadError(f"{path}: it is no JSON object. It is damaged.")
+        raise LoadError(f"{path}: it is no JSON object. It is damaged.", file=path, expected="JSON object")
     named = config.get("_class_name", kind)
     if named != kind:
-        raise LoadError(f"{path}: it is a {str(named)[:80]}, another network than {kind}. Load it with its own library.")
+        message = f"{path}: it is a {str(named)[:80]}, another network than {kind}. Load it with its own library."
+        raise LoadError(message, file=path, where="_class_name", given=named, expected=kind)
     return config
 
 

@@ -37,7 +37,11 @@ class Move:
                 has = ", ".join(f"{c or 'model'} ({type(m).__name__})" for c, m in here.items())
                 raise LoadError(
                     f"{file.path}: made for {component or 'a bare model'} ({base.get('class')}); there is {has}. "
-                    "Load it on the pipeline or the model that it was made for."
+                    "Load it on the pipeline or the model that it was made for.",
+                    file=file.path,
+                    where=component or "model",
+                    given={c: type(m).__name__ for c, m in here.items()},
+                    expected=base.get("class"),
                 )
             found[component] = component if component in here else alike[0]
         return cls(found, {saved: here[now] for saved, now in found.items()})
@@ -63,3 +67,32 @@ class Move:
         if not isinstance(value, Mapping):
             return value
         return {("name:" + self.name(k[5:]) if k.startswith("name:") else k): v for k, v in value.items()}
+
+
+def other_base(file: File, component: str, saved: Mapping[str, Any], found: Mapping[str, Any]) -> LoadError:
+    """The error that a file was trained on another base: with what is here, and what the file was made for."""
+    told, given, expected = _difference(saved, found)
+    where = component or "model"
+    return LoadError(
+        f"{file.path}: trained on another base. {where}: {told}. Load the base that it was trained on, or pass base='any' if you "
+        "mean it.",
+        file=file.path,
+        where=where,
+        option="base",
+        given=given,
+        expected=expected,
+    )
+
+
+def _difference(saved: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """How two bases differ: in words, what is here, and what the file was made for."""
+    if saved.get("class") != found["class"]:
+        return f"it was a {saved.get('class')} and is a {found['class']}", found["class"], saved.get("class")
+    old, new = saved.get("config"), found["config"]
+    if isinstance(old, dict) and old != new:
+        keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+        told = "; ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in keys[:4])
+        return told, {k: new.get(k) for k in keys}, {k: old.get(k) for k in keys}
+    here, there = found["fingerprint"], saved.get("fingerprint")
+    told = f"the weights differ (fingerprint {str(there)[:12]}… was saved, {str(here)[:12]}… is here)"
+    return told, here, there

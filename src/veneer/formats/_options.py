@@ -7,6 +7,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..injection.errors import OptionError
+
 LARGEST = 1_000_000  # whole number, such as a rank or the id of a token
 MOST, PATTERNS, LONGEST = 20_000, 256, 10_000  # entries by site, those by role pattern, characters of a text
 
@@ -24,15 +26,17 @@ def refuse_options(method: type[Any], config: Mapping[str, Any]) -> None:
         if name == "by_site":
             _refuse_by_site(method, value)
         elif name in hints and not fits(value, hints[name]):
-            raise ValueError(f"option {name} is {_short(value)}; expected {_told(hints[name])}")
+            message = f"option {name} is {_short(value)}; expected {_told(hints[name])}"
+            raise OptionError(message, option=name, method=method.name, given=_short(value), expected=_told(hints[name]))
 
 
 def _refuse_by_site(method: type[Any], value: Any) -> None:
     if not isinstance(value, Mapping) or not _few(value) or not all(isinstance(own, Mapping) for own in value.values()):
-        raise ValueError(f"option by_site is {_short(value)}; expected options for each of up to {MOST:,} sites")
+        message = f"option by_site is {_short(value)}; expected options for each of up to {MOST:,} sites"
+        raise OptionError(message, option="by_site", method=method.name, given=_short(value), expected=MOST)
     for own in value.values():
         if "by_site" in own:
-            raise ValueError("option by_site has a by_site in it")
+            raise OptionError("option by_site has a by_site in it", option="by_site", method=method.name)
         refuse_options(method, own)
 
 

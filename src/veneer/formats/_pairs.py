@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..injection import LoadError
 from ._attaching import Wanted
-from ._families import told
+from ._families import family_of, told
 from ._format import Layer, Options, values
 from ._kohya_fused import Pair, split
 from ._kohya_names import Place
@@ -65,7 +65,8 @@ def wanted(
             parts.setdefault(ALPHA, torch.tensor(alphas(name, parts[DOWN].shape[0]), dtype=torch.float64))
         for site, low in split(file, name, known[name], pair(file, name, parts)):
             if site.name in found:
-                raise LoadError(f"{file.path}: '{name}' and a layer before it both change '{site.name}'. The file is damaged.")
+                message = f"{file.path}: '{name}' and a layer before it both change '{site.name}'. The file is damaged."
+                raise LoadError(message, file=file.path, where=site.name, given=name)
             rank = low.down.shape[0]
             found[site.name] = Found(site, rank, low.scaling * rank)
             state[f"{site.name}:down"] = shaped(low.down, (rank, *site.weight_shape[1:]))
@@ -75,7 +76,10 @@ def wanted(
         raise LoadError(
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no weights "
             "of these names, or they are no whole pairs: load it on the pipeline that it was made for, or pass strict=False."
-            f"{told(file)}"
+            f"{told(file)}",
+            file=file.path,
+            unused=unused,
+            family=family_of(file.shapes) or "",
         )
     silent = sum(ALPHA not in parts for parts in layers.values())
     notes = [f"no alpha for {silent} of {len(layers)} modules: alpha = rank"] if silent and ALPHA in ends.values() else []
@@ -125,7 +129,11 @@ def refuse_others(file: File, ends: Mapping[str, str] = KOHYA) -> None:
         what = other(key, ends)
         if what is not None:
             raise LoadError(
-                f"{file.path}: '{key}' is {what}, not LoRA: without it the rest would be wrong, so nothing is loaded."
+                f"{file.path}: '{key}' is {what}, not LoRA: without it the rest would be wrong, so nothing is loaded.",
+                file=file.path,
+                where=key,
+                given=what,
+                expected="LoRA",
             )
 
 
@@ -163,7 +171,11 @@ def pair(file: File, name: str, parts: Mapping[str, Tensor]) -> Pair:
         if mid.ndim < 3 or mid.shape[:2] != (rank, rank) or down.numel() != rank * down.shape[1]:
             raise LoadError(
                 f"{file.path}: '{name}.lora_mid.weight' is {tuple(mid.shape)} between down {tuple(down.shape)} and up "
-                f"{tuple(up.shape)}; expected ({rank}, {rank}, k, k) and 1×1. The file is damaged."
+                f"{tuple(up.shape)}; expected ({rank}, {rank}, k, k) and 1×1. The file is damaged.",
+                file=file.path,
+                where=f"{name}.lora_mid.weight",
+                given=tuple(mid.shape),
+                expected=(rank, rank),
             )
         down = torch.einsum("ab...,bi->ai...", mid.double(), down.double().flatten(1)).to(torch.float32)
     return Pair(down, up, alpha / rank)
@@ -178,12 +190,17 @@ def alpha_of(file: File, name: str, tensor: Tensor | None, rank: int) -> float:
     if tensor is None:
         return float(rank)
     if tensor.numel() != 1:
-        raise LoadError(f"{file.path}: '{name}.alpha' has shape {tuple(tensor.shape)}; it must be one number. It is damaged.")
+        message = f"{file.path}: '{name}.alpha' has shape {tuple(tensor.shape)}; it must be one number. It is damaged."
+        raise LoadError(message, file=file.path, where=f"{name}.alpha", given=tuple(tensor.shape), expected=())
     if not math.isfinite(float(tensor)):
-        raise LoadError(f"{file.path}: '{name}.alpha' is {float(tensor)}. It is damaged: write the alpha that is meant.")
+        message = f"{file.path}: '{name}.alpha' is {float(tensor)}. It is damaged: write the alpha that is meant."
+        raise LoadError(message, file=file.path, where=f"{name}.alpha", given=float(tensor))
     if float(tensor) == 0:
         raise LoadError(
             f"{file.path}: '{name}.alpha' is 0, which sd-scripts take for the rank when they train and for no change when they "
-            "merge. Write the alpha that is meant, or take it out for alpha = rank."
+            "merge. Write the alpha that is meant, or take it out for alpha = rank.",
+            file=file.path,
+            where=f"{name}.alpha",
+            given=0.0,
         )
     return float(tensor)

@@ -12,7 +12,7 @@ from ..injection import LoadError, VeneerError
 from ..injection.sites import WeightSite
 from ..injection.towers import Tower, towers_of
 from ._attaching import Wanted
-from ._families import told
+from ._families import family_of, told
 from ._format import Layer, Options, values
 from ._lycoris_codec import Piece
 from ._lycoris_lokr import LoKrCodec
@@ -42,7 +42,8 @@ def wanted(model: Any, file: File, config: Any, options: Options) -> list[Wanted
         LoadError: keys of other things, or modules that the model does not have.
     """
     if config is not None and not isinstance(config, dict):
-        raise LoadError(f"{file.path}: its lora_adapter_metadata is no JSON object. The file is damaged.")
+        message = f"{file.path}: its lora_adapter_metadata is no JSON object. The file is damaged."
+        raise LoadError(message, file=file.path, where="lora_adapter_metadata", expected="JSON object")
     towers = towers_of(model)
     places, modules = _places(towers), {t.component: t.module for t in towers}
     tensors = file.tensors(finite=options.strict)
@@ -94,7 +95,8 @@ def _read(layer: Module, parts: dict[str, Tensor], config: Mapping[str, Any] | N
     """What a module means. Its own `alpha`, where there is one, counts as in LyCORIS' layout, and before the config."""
     alpha = parts.pop("alpha", None)
     if config == {} and alpha is None:
-        raise layer.refuse("has no alpha: lora_adapter_metadata has no entry of this component, which diffusers rejects as well")
+        why = "has no alpha: lora_adapter_metadata has no entry of this component, which diffusers rejects as well"
+        raise layer.refuse(why, missing=["alpha"])
     if alpha is not None:
         layer.expect(alpha.numel() == 1, "an alpha of one number")
         rank = float(alpha)
@@ -111,7 +113,9 @@ def _read(layer: Module, parts: dict[str, Tensor], config: Mapping[str, Any] | N
         codec = DORA if MAGNITUDE in parts else LORA
         return codec, codec.read(layer)
     except VeneerError as error:
-        raise error if isinstance(error, LoadError) else LoadError(f"{layer.file.path}: {error}") from error
+        if isinstance(error, LoadError):
+            raise
+        raise LoadError.from_error(error, f"{layer.file.path}: {error}", file=layer.file.path) from error
 
 
 def layers(file: File, config: Any) -> list[Layer]:
@@ -195,5 +199,8 @@ def _refuse(file: File, unused: list[str], found: Mapping[str, Any], options: Op
         raise LoadError(
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no weights "
             "of these names, or they are no LoRA: load it on the pipeline that it was made for, or pass strict=False."
-            f"{told(file)}"
+            f"{told(file)}",
+            file=file.path,
+            unused=unused,
+            family=family_of(file.shapes) or "",
         )

@@ -43,18 +43,21 @@ class Layer:
         """The same with other parts, for a codec of LyCORIS' layout, where the two are alike."""
         return Module(self.file, self.path, Place((self.path,), (self.site,)), parts, self.towers, self.notes)
 
-    def expect(self, right: bool, wanted: str) -> None:
-        """Raise with the shapes of all tensors unless they are `right`."""
+    def expect(self, right: bool, wanted: str, **data: Any) -> None:
+        """Raise with the shapes of all tensors unless they are `right`. `data`: other attributes of the error."""
         if not right:
             shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in self.parts.items())
+            given = {part: tuple(t.shape) for part, t in self.parts.items()}
             raise LoadError(
                 f"{self.file.path}: misshapen: '{self.path}' has {shapes} for a weight {self.site.weight_shape}; expected "
-                f"{wanted}. It was made for another base, or it is damaged."
+                f"{wanted}. It was made for another base, or it is damaged.",
+                **{"file": self.file.path, "where": self.path, "given": given, "expected": wanted, **data},
             )
 
-    def refuse(self, why: str) -> LoadError:
-        """The error that nothing of the file is loaded, because of this module."""
-        return LoadError(f"{self.file.path}: '{self.path}' {why}, so nothing is loaded.")
+    def refuse(self, why: str, **data: Any) -> LoadError:
+        """The error that nothing of the file is loaded, because of this module. `data`: attributes of the error."""
+        message = f"{self.file.path}: '{self.path}' {why}, so nothing is loaded."
+        return LoadError(message, file=self.file.path, where=self.path, **data)
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,10 @@ class Part:
         """The same, for a codec of LyCORIS' layout."""
         return Group(Place((self.path,), (self.site,)), {self.site.name: self.adapter}, self.towers)
 
-    def refuse(self, why: str) -> SaveError:
-        """The error that the layout cannot hold it."""
-        return SaveError(f"'{self.site.name}' {why}. The native file (Attachment.save) holds it.")
+    def refuse(self, why: str, **data: Any) -> SaveError:
+        """The error that the layout cannot hold it. `data`: attributes of the error."""
+        name = self.site.name
+        return SaveError(f"'{name}' {why}. The native file (Attachment.save) holds it.", where=name, **data)
 
 
 class PeftCodec(ABC):
@@ -140,5 +144,6 @@ def same(parts: Sequence[Part], what: str, values: Mapping[str, Any]) -> Any:
     if len(found) > 1:
         other = next(path for path, value in values.items() if value != found[0])
         part = next(p for p in parts if p.path == other)
-        raise part.refuse(f"has {what} {values[other]} and others {found[0]}, of which peft's config has one for all")
+        why = f"has {what} {values[other]} and others {found[0]}, of which peft's config has one for all"
+        raise part.refuse(why, given=values[other], expected=found[0])
     return found[0]

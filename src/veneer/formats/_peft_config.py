@@ -40,15 +40,16 @@ def read_config(file: File) -> dict[str, Any]:
     """
     path = file.path.with_name(NAME)
     if not path.is_file():
-        raise LoadError(f"{file.path}: there is no {NAME} beside it, which has its alpha. Copy the whole folder.")
+        message = f"{file.path}: there is no {NAME} beside it, which has its alpha. Copy the whole folder."
+        raise LoadError(message, file=file.path, missing=[NAME])
     try:
         with open(path, "rb") as opened:
             text = opened.read(LARGEST + 1).decode()
     except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: it is not JSON ({error}). It is damaged.") from error
-    config = from_json(text, f"{path}: it", LARGEST)
+        raise LoadError(f"{path}: it is not JSON ({error}). It is damaged.", file=path, expected="JSON") from error
+    config = from_json(text, f"{path}: it", LARGEST, file=path)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise LoadError(f"{path}: it names no peft_type. It is no config of peft.")
+        raise LoadError(f"{path}: it names no peft_type. It is no config of peft.", file=path, option="peft_type")
     return config
 
 
@@ -65,12 +66,15 @@ def refuse(where: Path, config: Mapping[str, Any]) -> None:
     if start.lower().startswith(CHANGED):
         raise LoadError(
             f"{said} init '{start}', which changed the weights of the base as well: on the base itself the file means something "
-            "else. Save it with save_pretrained(…, path_initial_model_for_weight_conversion=…), which makes a plain LoRA of it."
+            "else. Save it with save_pretrained(…, path_initial_model_for_weight_conversion=…), which makes a plain LoRA of it.",
+            option="init_lora_weights",
+            given=start,
         )
     for key, what in REFUSED.items():
         value = config.get(key)
         if value not in (None, False, "none", "", [], {}):
-            raise LoadError(f"{said} {key}={repr(value)[:80]}: {what}, which are another method. Nothing is loaded.")
+            message = f"{said} {key}={repr(value)[:80]}: {what}, which are another method. Nothing is loaded."
+            raise LoadError(message, option=key, given=value)
 
 
 def of(file: File, config: Mapping[str, Any], module: str, key: str, patterns: str, default: float) -> float:
@@ -84,16 +88,20 @@ def of(file: File, config: Mapping[str, Any], module: str, key: str, patterns: s
     if not isinstance(told, Mapping) or len(told) > MOST or repeating > MOST_REPEATING:
         raise LoadError(
             f"{file.path}: {patterns} of peft's config is not up to {MOST:,} patterns, {MOST_REPEATING} of them with * or +, and "
-            "their numbers. It is damaged."
+            "their numbers. It is damaged.",
+            file=file.path,
+            option=patterns,
         )
     try:
         found = by_pattern(told, module, config.get(key, default))
     except (ValueError, re.error) as error:
-        raise LoadError(f"{file.path}: {patterns} of peft's config is none ({error}). It is damaged.") from error
+        message = f"{file.path}: {patterns} of peft's config is none ({error}). It is damaged."
+        raise LoadError(message, file=file.path, option=patterns) from error
     found = default if found is None else found
     if type(found) not in (int, float) or not abs(found) < LARGEST_NUMBER:
         shown = "of a huge number" if type(found) is int else str(found)[:80]
-        raise LoadError(f"{file.path}: peft's config gives '{module}' the {key} {shown}; expected a number. It is damaged.")
+        message = f"{file.path}: peft's config gives '{module}' the {key} {shown}; expected a number. It is damaged."
+        raise LoadError(message, file=file.path, option=key, where=module, given=shown, expected="number")
     return float(found)
 
 
@@ -105,7 +113,8 @@ def switched(file: File, config: Mapping[str, Any], key: str) -> bool:
     """
     value = config.get(key)
     if not (value is None or isinstance(value, bool)):
-        raise LoadError(f"{file.path}: peft's config has {key}={str(value)[:80]}; expected true or false. It is damaged.")
+        message = f"{file.path}: peft's config has {key}={str(value)[:80]}; expected true or false. It is damaged."
+        raise LoadError(message, file=file.path, option=key, given=str(value)[:80], expected=(True, False))
     return bool(value)
 
 

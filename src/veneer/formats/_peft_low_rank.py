@@ -87,7 +87,8 @@ class DoRAPeft(LoRAPeft):
         if part.site.groups != 1:
             raise part.refuse(f"is a convolution in {part.site.groups} groups, of which peft has another low-rank form")
         if part.adapter.norm_axis != "output":
-            raise part.refuse("has norm_axis='input', and peft's DoRA takes the norm per output: another function")
+            why = "has norm_axis='input', and peft's DoRA takes the norm per output: another function"
+            raise part.refuse(why, given={"norm_axis": "input"}, expected="output")
         found = self.codec.write(part.group())
         m = found["dora_scale"].flatten()
         return {A: found[DOWN], B: found[UP], MAGNITUDE: m.view(1, -1, *(1,) * len(part.site.kernel)) if part.site.kernel else m}
@@ -241,14 +242,15 @@ class LoKrPeft(PeftCodec):
 def _undecomposed(part: Part, what: str) -> None:
     """Raise for magnitudes around a change (DoRA), for which peft's layout has no place."""
     if part.adapter.norm_axis is not None:
-        raise part.refuse(f"has magnitudes (norm_axis={part.adapter.norm_axis!r}), which peft's {what} does not have")
+        axis = part.adapter.norm_axis
+        raise part.refuse(f"has magnitudes (norm_axis={axis!r}), which peft's {what} does not have", given={"norm_axis": axis})
 
 
 def pair(layer: Layer) -> dict[str, Tensor]:
     """LoRA's tensors as in LyCORIS' layout. No change, of an alpha of 0, is written as B = 0 there."""
     down, up = layer.parts.get(A), layer.parts.get(B)
     if down is None or up is None or down.ndim < 2:
-        raise layer.refuse(f"has no whole pair, only {', '.join(layer.parts)}")
+        raise layer.refuse(f"has no whole pair, only {', '.join(layer.parts)}", given=tuple(layer.parts), expected=(A, B))
     rank = down.shape[0]
     alpha = scaled_alpha(layer.file, layer.config, layer.path, rank)
     if alpha == 0:

@@ -35,7 +35,8 @@ class IA3Peft(PeftCodec):
             raise layer.refuse(f"is of a config whose feedforward_modules are no names ({error})") from error
         layer.expect(given.numel() == (site.d_in if inputs else site.d_out), f"{site.d_in if inputs else site.d_out} numbers")
         if not inputs and layer.biases:
-            raise layer.refuse("has a bias, which peft's (IA)³ rescales with the output, and veneer's does not")
+            why = "has a bias, which peft's (IA)³ rescales with the output, and veneer's does not"
+            raise layer.refuse(why, given="bias")
         return [Piece(site, {"inputs": ("*",) if inputs else ()}, {"delta": given.flatten() - 1})]
 
     def config(self, pieces: Sequence[Piece]) -> Settings:
@@ -49,7 +50,8 @@ class IA3Peft(PeftCodec):
         value, inputs = 1 + part.adapter.delta.detach(), _scales_input(part)
         bias = getattr(part.towers[part.site.component].get_submodule(part.site.path), "bias", None)
         if not inputs and bias is not None:
-            raise part.refuse("has a bias, which peft's (IA)³ rescales with the output, and veneer's does not")
+            why = "has a bias, which peft's (IA)³ rescales with the output, and veneer's does not"
+            raise part.refuse(why, given="bias")
         if part.site.groups != 1:
             raise part.refuse(f"is a convolution in {part.site.groups} groups, which peft has no (IA)³ for")
         ones = (1,) * len(part.site.kernel)
@@ -75,7 +77,9 @@ class VeRAPeft(PeftCodec):
         if set(self.shared) - layer.shared.keys():
             raise layer.refuse(
                 "belongs to a VeRA whose random matrices are not in the file (save_projection=False), and what a seed draws "
-                "depends on the machine. Save it with save_projection=True"
+                "depends on the machine. Save it with save_projection=True",
+                missing=sorted(set(self.shared) - layer.shared.keys()),
+                option="save_projection",
             )
         A, B = (layer.shared[key] for key in self.shared)
         site = layer.site
@@ -128,7 +132,7 @@ class GLoRAPeft(PeftCodec):
         forms = [FORMS.get(str(layer.config.get(key)), "") for key in ("config_A_B", "config_D_E")]
         layer.expect("" not in forms, "config_A_B and config_D_E of known forms")
         if any(end.startswith("glora_C") and t.any() for end, t in layer.parts.items()):
-            raise layer.refuse("has a term C, which adds W C to the bias, and veneer's glora has none")
+            raise layer.refuse("has a term C, which adds W C to the bias, and veneer's glora has none", given="C")
         wide, narrow = (_terms(layer, letters) for letters in ("AB", "DE"))
         rank = {"rank": wide["scale.down"].shape[0]} if "scale.down" in wide else {}
         options = {"A": forms[0], "B": forms[0], "D": forms[1], "E": forms[1], **rank}
@@ -158,7 +162,7 @@ class GLoRAPeft(PeftCodec):
         weights = [p for p in parts if isinstance(p.site, WeightSite)]
         alone = [p for p in parts if p.path not in {w.path for w in weights}]
         if alone:
-            raise alone[0].refuse("is a bias whose weight is not adapted, and peft's GLoRA adapts both")
+            raise alone[0].refuse("is a bias whose weight is not adapted, and peft's GLoRA adapts both", expected="weight")
         wide = same(parts, "forms", {p.path: (p.adapter.scale.form, p.adapter.shift.form) for p in weights})
         others = [p for p in parts if p not in weights]
         narrow = (
@@ -167,7 +171,8 @@ class GLoRAPeft(PeftCodec):
             else ("none",) * 2
         )
         if wide[0] != wide[1] or narrow[0] != narrow[1]:
-            raise parts[0].refuse("has terms of different forms, and peft's GLoRA has one form for A and B, and one for D and E")
+            why = "has terms of different forms, and peft's GLoRA has one form for A and B, and one for D and E"
+            raise parts[0].refuse(why, given=(wide, narrow))
         if others:
             _all_biased(weights, {p.path for p in others})
         ranks = {p.path: p.adapter.scale.down.shape[0] for p in weights if wide[0] == "low_rank"}
@@ -179,7 +184,8 @@ def _all_biased(weights: Sequence[Part], biased: set[str]) -> None:
     for part in weights:
         bias = getattr(part.towers[part.site.component].get_submodule(part.site.path), "bias", None)
         if bias is not None and part.path not in biased:
-            raise part.refuse("has a bias that is not adapted while others are, of which peft's config has one choice for all")
+            why = "has a bias that is not adapted while others are, of which peft's config has one choice for all"
+            raise part.refuse(why, expected="bias")
 
 
 def _terms(layer: Layer, letters: str) -> dict[str, Tensor]:

@@ -42,7 +42,8 @@ class OFTPeft(PeftCodec):
         coft = of(layer.file, layer.config, layer.path, "eps", "eps_pattern", 6e-5) if shortened else None
         layer.expect(coft is None or coft > 0, "an eps above 0 in the config")
         terms = of(layer.file, layer.config, layer.path, "num_cayley_neumann_terms", "terms_pattern", 5) if series else None
-        layer.expect(terms is None or terms in range(1, MOST_TERMS), f"from 1 to {MOST_TERMS} num_cayley_neumann_terms")
+        right, name = terms is None or terms in range(1, MOST_TERMS), "num_cayley_neumann_terms"
+        layer.expect(right, f"from 1 to {MOST_TERMS} {name}", option=name, given=terms)
         if terms is not None and terms > 2 and "peft_version" not in layer.config and not layer.notes:
             layer.notes.append("no peft_version: read as peft 0.18 and later, which count the series' last power once, not twice")
         options = {"block_size": size, "share": share, "coft": None if coft is None else coft / size**2, "rescale": False}
@@ -51,9 +52,9 @@ class OFTPeft(PeftCodec):
 
     def write(self, part: Part) -> dict[str, Tensor]:
         if getattr(part.adapter, "site", None) is not None:
-            raise part.refuse("turns its outputs, and peft's OFT its inputs: another function")
+            raise part.refuse("turns its outputs, and peft's OFT its inputs: another function", given="output", expected="input")
         if part.adapter.magnitude is not None:
-            raise part.refuse("has lengths of its own (rescale), which peft's OFT has not")
+            raise part.refuse("has lengths of its own (rescale), which peft's OFT has not", given={"rescale": True})
         _only_pixels(part, "OFT")
         entries = part.adapter.skew.detach()
         return {"oft_R.weight": -entries if part.adapter.terms is None else entries}
@@ -96,7 +97,7 @@ class BOFTPeft(PeftCodec):
     def write(self, part: Part) -> dict[str, Tensor]:
         adapter = part.adapter
         if getattr(adapter, "site", None) is not None:
-            raise part.refuse("turns its outputs, and peft's BOFT its inputs: another function")
+            raise part.refuse("turns its outputs, and peft's BOFT its inputs: another function", given="output", expected="input")
         _only_pixels(part, "BOFT")
         lengths = torch.ones(part.site.d_out, 1) if adapter.magnitude is None else adapter.magnitude.detach()[:, None]
         return {"boft_R": -skew(adapter.skew.detach(), adapter.size), "boft_s": lengths}
@@ -113,12 +114,14 @@ class BOFTPeft(PeftCodec):
 def _plain(layer: Layer, what: str) -> None:
     """Raise for a convolution of more than one pixel or in groups, where peft's forward pass and merged weight differ."""
     if layer.site.groups != 1 or math.prod(layer.site.kernel) > 1:
-        raise layer.refuse(f"is a convolution of {layer.site.kernel}, where peft's {what} has another form")
+        kernel = layer.site.kernel
+        raise layer.refuse(f"is a convolution of {kernel}, where peft's {what} has another form", given=kernel)
 
 
 def _only_pixels(part: Part, what: str) -> None:
     if part.site.groups != 1 or math.prod(part.site.kernel) > 1:
-        raise part.refuse(f"is a convolution of {part.site.kernel}, where peft's {what} has another form")
+        kernel = part.site.kernel
+        raise part.refuse(f"is a convolution of {kernel}, where peft's {what} has another form", given=kernel)
 
 
 def _entries(q: Tensor) -> Tensor:

@@ -43,36 +43,36 @@ def words(path: Path) -> dict[str, Tensor]:
     """
     size = path.stat().st_size
     if size > LARGEST_FILE:
-        raise LoadError(f"{path}: a picture of {size:,} bytes; at most {LARGEST_FILE:,} are read.")
+        message = f"{path}: a picture of {size:,} bytes; at most {LARGEST_FILE:,} are read."
+        raise LoadError(message, file=path, given=size, expected=LARGEST_FILE)
     try:
         text = _chunk(path)
         packed = base64.b64decode(text, validate=True) if text is not None else _pixels(path)
         if len(packed) > LARGEST_TEXT:
-            raise ValueError(f"more than {LARGEST_TEXT:,} bytes")
+            raise LoadError(f"more than {LARGEST_TEXT:,} bytes", given=len(packed), expected=LARGEST_TEXT)
         return _vectors(json.loads(packed.decode(), object_pairs_hook=unique))
-    except LoadError:
-        raise
-    except (ValueError, RecursionError, OverflowError, binascii.Error, zlib.error) as error:
-        raise LoadError(
-            f"{path}: the word in this picture cannot be read ({error}). It is damaged, or was scaled or converted."
-        ) from error
+    except (LoadError, ValueError, RecursionError, OverflowError, binascii.Error, zlib.error) as error:
+        if isinstance(error, LoadError) and error.file is not None:
+            raise
+        message = f"{path}: the word in this picture cannot be read ({error}). It is damaged, or was scaled or converted."
+        raise LoadError.from_error(error, message, file=path) from error
 
 
 def _vectors(found: Any) -> dict[str, Tensor]:
     """Name, in lower case as tokenizers keep it, and vectors. Tensors are `{"TORCHTENSOR": [[…]]}`."""
     if not isinstance(found, dict):
-        raise ValueError("no JSON object")
+        raise LoadError("no JSON object", given=type(found).__name__, expected="JSON object")
     held = found.get("string_to_param")
     if isinstance(held, dict) and held:
         name = found.get("name") or UNNAMED
         if not isinstance(name, str) or len(held) > 1:
-            raise ValueError(f"{len(held)} words, or a name that is no text")
+            raise LoadError(f"{len(held)} words, or a name that is no text", given=tuple(held), expected=1)
         name.encode()  # half a surrogate pair is no text
         tensors = {name.lower(): next(iter(held.values()))}
     else:
         tensors = {key: found[key] for key in ENCODERS if key in found}
     if not tensors:
-        raise ValueError("no string_to_param, clip_l or clip_g")
+        raise LoadError("no string_to_param, clip_l or clip_g", missing=["string_to_param", *ENCODERS])
     return {name: _tensor(value) for name, value in tensors.items()}
 
 
@@ -80,11 +80,12 @@ def _tensor(value: Any) -> Tensor:
     rows = value.get("TORCHTENSOR") if isinstance(value, dict) else None
     rows = [rows] if isinstance(rows, list) and rows and not isinstance(rows[0], list) else rows
     if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
-        raise ValueError("no vectors")
+        raise LoadError("no vectors", given=type(value).__name__, expected="vectors")
     if len({len(row) for row in rows}) != 1 or len(rows) * len(rows[0]) > LARGEST_WORD or not rows[0]:
-        raise ValueError(f"{len(rows)} vectors that are no matrix")
+        given = tuple(len(row) for row in rows)
+        raise LoadError(f"{len(rows)} vectors that are no matrix", given=given, expected="matrix")
     if not all(type(number) in (int, float) for row in rows for number in row):
-        raise ValueError("vectors of something that is no number")
+        raise LoadError("vectors of something that is no number", given=type(rows[0][0]).__name__, expected="number")
     return torch.tensor(rows, dtype=torch.float32)
 
 
@@ -103,7 +104,8 @@ def _chunks(path: Path) -> Iterator[tuple[bytes, bytes]]:
     while data.startswith(PNG) and at + 8 <= len(data):
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         if at + 12 + length > len(data):
-            raise LoadError(f"{path}: this picture is cut short: copy it again from its source.")
+            message = f"{path}: this picture is cut short: copy it again from its source."
+            raise LoadError(message, file=path, given=len(data), expected=at + 12 + length)
         yield kind, data[at + 8 : at + 8 + length]
         at += 12 + length
 
@@ -120,11 +122,14 @@ def _pixels(path: Path) -> bytes:
         with Image.open(path, formats=("PNG", "WEBP")) as picture:
             if math.prod(picture.size) > LARGEST_PICTURE:
                 raise LoadError(
-                    f"{path}: a picture of {picture.size[0]}×{picture.size[1]} pixels; at most {LARGEST_PICTURE:,} are read."
+                    f"{path}: a picture of {picture.size[0]}×{picture.size[1]} pixels; at most {LARGEST_PICTURE:,} are read.",
+                    file=path,
+                    given=picture.size,
+                    expected=LARGEST_PICTURE,
                 )
             shown = np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise LoadError(f"{path}: this picture cannot be read ({error}).") from error
+        raise LoadError(f"{path}: this picture cannot be read ({error}).", file=path) from error
     bright: Any = (shown > 0).all(2)
     columns, rows = np.flatnonzero(bright.any(0)), np.flatnonzero(bright.any(1))
     low: Any = shown[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] & 15 if len(columns) else shown[:0] & 15
@@ -132,11 +137,13 @@ def _pixels(path: Path) -> bytes:
     if len(black) < 2:
         raise LoadError(
             f"{path}: a picture without a learned word: no text '{CHUNK}' in it, and no edges that hold one. Was it scaled, or "
-            "saved again by a program that drops what it does not know?"
+            "saved again by a program that drops what it does not know?",
+            file=path,
+            missing=[CHUNK],
         )
     halves = [_shown(half) for half in (low[:, : black[0]], low[:, black[-1] + 1 :])]
     if halves[0].size != halves[1].size:
-        raise ValueError("edges of two sizes")
+        raise LoadError("edges of two sizes", given=tuple(half.size for half in halves))
     return _unpacked((halves[1] << 4 | halves[0]).tobytes())
 
 
@@ -162,5 +169,6 @@ def _unpacked(data: bytes) -> bytes:
     inflater = zlib.decompressobj()
     text = inflater.decompress(data, LARGEST_TEXT)
     if not inflater.eof:
-        raise ValueError(f"more than {LARGEST_TEXT:,} bytes" if len(text) >= LARGEST_TEXT else "it ends too soon")
+        message = f"more than {LARGEST_TEXT:,} bytes" if len(text) >= LARGEST_TEXT else "it ends too soon"
+        raise LoadError(message, given=len(text), expected=LARGEST_TEXT)
     return text

@@ -32,11 +32,12 @@ def pairs(attachments: Sequence[Attachment], target: Path, places: Places, files
         for place, adapters in by_place(attachment, target, places):
             name = place.names[0]
             if name in written:
-                raise SaveError(f"{target}: two attachments adapt '{name}', and the format holds one. Save them to two files.")
+                message = f"{target}: two attachments adapt '{name}', and the format holds one. Save them to two files."
+                raise SaveError(message, file=target, where=name, given=2, expected=1)
             written.add(name)
             yield name, joined(place, adapters)
     if not written:
-        raise SaveError(f"{target}: there is no attachment to save.")
+        raise SaveError(f"{target}: there is no attachment to save.", file=target, given=0, expected=1)
 
 
 def by_place(attachment: Attachment, target: Path, places: Places) -> list[tuple[Place, dict[str, Any]]]:
@@ -48,18 +49,21 @@ def by_place(attachment: Attachment, target: Path, places: Places) -> list[tuple
     for name, (site, adapter) in attachment.parts.items():
         place = known.get(name)
         if place is None:
-            why = _why(site, attachment.towers[site.component], bool(known))
-            raise SaveError(f"{target}: '{name}' {why}. Select other sites, or keep to the native file.")
+            given, why = _why(site, attachment.towers[site.component], bool(known))
+            message = f"{target}: '{name}' {why}. Select other sites, or keep to the native file."
+            raise SaveError(message, file=target, where=name, given=given)
         found.setdefault(place.names, (place, {}))[1][name] = adapter
     return list(found.values())
 
 
-def _why(site: Any, tower: nn.Module, others: bool) -> str:
-    """Why a site has no name in the layout."""
+def _why(site: Any, tower: nn.Module, others: bool) -> tuple[str, str]:
+    """Why a site has no name in the layout: what it is, in one word and as a message."""
     if getattr(site, "kind", None) == "embedding":
-        return "is an embedding, which the layout has no name for"
+        return "embedding", "is an embedding, which the layout has no name for"
     if getattr(site, "groups", 1) != 1:
-        return f"is a convolution in {site.groups} groups, of which each tool has another low-rank form"
+        return "groups", f"is a convolution in {site.groups} groups, of which each tool has another low-rank form"
     if getattr(site, "fused", False):
-        return "is a fused projection, which the layout has only in slices. Select the slices, or unfuse before attaching"
-    return f"is part of a {type(tower).__name__}, which the layout has no {'such ' if others else ''}names for"
+        advice = "Select the slices, or unfuse before attaching"
+        return "fused", f"is a fused projection, which the layout has only in slices. {advice}"
+    name = type(tower).__name__
+    return name, f"is part of a {name}, which the layout has no {'such ' if others else ''}names for"

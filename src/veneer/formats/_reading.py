@@ -65,19 +65,27 @@ class File:
                 with safe_open(self.path, "pt") as file:
                     found = {name: _usable(file.get_tensor(name)) for name in wanted}
         except (SafetensorError, OSError) as error:
-            raise LoadError(f"{self.path}: cannot be read ({error}). Copy it again from its source.") from error
+            message = f"{self.path}: cannot be read ({error}). Copy it again from its source."
+            raise LoadError(message, file=self.path) from error
         counted = next((n for n, t in found.items() if not t.is_floating_point() and not n.endswith(whole)), None)
         if counted is not None:
             raise LoadError(
                 f"{self.path}: '{counted}' holds whole numbers ({found[counted].dtype}); expected floating point. It is damaged, "
-                "or quantised: save it in half or single precision."
+                "or quantised: save it in half or single precision.",
+                file=self.path,
+                where=counted,
+                given=found[counted].dtype,
             )
         bad = [name for name, tensor in found.items() if finite and not is_finite(_single(tensor))]
         if bad:
             more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
             raise LoadError(
                 f"{self.path}: NaN or infinity in {', '.join(bad[:8])}{more}: the training that made it diverged. "
-                "Use an earlier checkpoint, or pass strict=False to load it all the same."
+                "Use an earlier checkpoint, or pass strict=False to load it all the same.",
+                file=self.path,
+                where=bad[0],
+                given=tuple(bad),
+                expected="finite",
             )
         return found
 
@@ -93,25 +101,26 @@ class File:
         """
         if key not in self.metadata:
             return None
-        return from_json(self.metadata[key], f"{self.path}: the header's '{key}'")
+        return from_json(self.metadata[key], f"{self.path}: the header's '{key}'", file=self.path, where=key)
 
 
-def from_json(text: str, where: str, largest: int = LARGEST_JSON) -> Any:
+def from_json(text: str, what: str, largest: int = LARGEST_JSON, **data: Any) -> Any:
     """The value of a JSON text.
 
     Args:
-        where: what the text is, for the error. `largest`: characters.
+        what: what the text is, for the error. `largest`: characters. `data`: attributes of the error.
     Raises:
         LoadError: it is none, is larger, or has a key twice.
     """
     if len(text) > largest:
-        raise LoadError(f"{where} has {len(text):,} characters; at most {largest:,} are read. The file is damaged.")
+        message = f"{what} has {len(text):,} characters; at most {largest:,} are read. The file is damaged."
+        raise LoadError(message, given=len(text), expected=largest, **data)
     try:
         found = json.loads(text, object_pairs_hook=unique)
         if "\\u" in text:
             json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
-        raise LoadError(f"{where} is not JSON ({error}). The file is damaged.") from error
+        raise LoadError(f"{what} is not JSON ({error}). The file is damaged.", expected="JSON", **data) from error
     return found
 
 
@@ -157,7 +166,7 @@ def read(path: str | PathLike[str]) -> File:
             file.seek(8)
             text = file.read(length)
     except OSError as error:
-        raise LoadError(f"{found}: cannot be read ({error.strerror}).") from error
+        raise LoadError(f"{found}: cannot be read ({error.strerror}).", file=found) from error
     return _parse(found, text, size - 8 - length)
 
 
@@ -178,7 +187,8 @@ def locate(path: str | PathLike[str]) -> Path:
         return _in_folder(path) if path.is_dir() else _file(path)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", error)
-        raise LoadError(f"{path}: cannot be looked for ({why}). Give the path of a file or a folder.") from error
+        message = f"{path}: cannot be looked for ({why}). Give the path of a file or a folder."
+        raise LoadError(message, file=path) from error
 
 
 def _in_folder(path: Path) -> Path:
@@ -187,7 +197,8 @@ def _in_folder(path: Path) -> Path:
     if len(named) == 1:
         return named[0]
     has = f"there are {', '.join(p.name for p in inside)}; name one" if inside else "there is no .safetensors file in it"
-    raise LoadError(f"{path}: a folder without adapter.safetensors; {has}.")
+    message = f"{path}: a folder without adapter.safetensors; {has}."
+    raise LoadError(message, file=path, given=tuple(p.name for p in inside), expected=1)
 
 
 def _file(path: Path) -> Path:
@@ -195,9 +206,11 @@ def _file(path: Path) -> Path:
     if not path.exists() and with_suffix.is_file():
         return with_suffix
     if path.exists() and not path.is_file():
-        raise LoadError(f"{path}: no ordinary file, but a pipe or a device. Copy what it gives into a file.")
+        message = f"{path}: no ordinary file, but a pipe or a device. Copy what it gives into a file."
+        raise LoadError(message, file=path, expected="file")
     if not path.is_file():
-        raise LoadError(f"{path}: there is no such file, nor {with_suffix.name} beside it.")
+        message = f"{path}: there is no such file, nor {with_suffix.name} beside it."
+        raise LoadError(message, file=path, missing=[path.name, with_suffix.name])
     return path
 
 
@@ -205,30 +218,35 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     """Length of the header in bytes, or an error that says what the file is instead."""
     wrong = _something_else(path, start, size)
     if wrong:
-        raise LoadError(f"{path}: {wrong}")
+        raise LoadError(f"{path}: {wrong[1]}", file=path, given=wrong[0], expected="safetensors")
     length = int.from_bytes(start[:8], "little")
     if length > size - 8 or length > LARGEST_HEADER or length < 2:
         raise LoadError(
             f"{path}: its header claims {length:,} bytes and the file has {size:,}. It is no safetensors file, or it is cut "
-            "short: copy it again from its source."
+            "short: copy it again from its source.",
+            file=path,
+            where="header",
+            given=length,
+            expected=size - 8,
         )
     return length
 
 
-def _something_else(path: Path, start: bytes, size: int) -> str | None:
+def _something_else(path: Path, start: bytes, size: int) -> tuple[str, str] | None:
+    """What a file is that is no safetensors file: in one word, and as a message."""
     if size < 8:
-        return f"only {size} bytes, so no safetensors file. Copy it again from its source."
+        return "short", f"only {size} bytes, so no safetensors file. Copy it again from its source."
     named = " under the name of a safetensors file" if path.suffix == SUFFIX else ""
     if start.startswith(b"PK\x03\x04"):
-        return f"a zip archive, as torch.save writes{named}. {_pickle(path)}"
+        return "zip", f"a zip archive, as torch.save writes{named}. {_pickle(path)}"
     # A header of 1,408 bytes begins like a pickle, too; but it is JSON from the ninth byte on.
     if start[0] == 0x80 and start[1] in range(2, 6) and start[8:9] != b"{":
-        return f"a pickle{named}. {_pickle(path)}"
+        return "pickle", f"a pickle{named}. {_pickle(path)}"
     if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself. Run 'git lfs pull'."
+        return "git-lfs", "a Git LFS pointer, not the file itself. Run 'git lfs pull'."
     if all(32 <= c < 127 or c in b"\t\r\n" for c in start):
         shown = start.decode("ascii").split("\n")[0][:40].strip()
-        return f"a text file ('{shown}…'), not safetensors. Was an error page or a pointer saved in its place?"
+        return "text", f"a text file ('{shown}…'), not safetensors. Was an error page or a pointer saved in its place?"
     return None
 
 
@@ -244,7 +262,8 @@ def _parse(path: Path, text: bytes, space: int) -> File:
         if header.needed == space:
             return File(path, header.metadata, header.shapes())
     except (ValueError, RecursionError) as error:
-        again = "Copy it again from its source."
-        raise LoadError(f"{path}: its header is not that of a safetensors file: {error}. {again}") from error
+        message = f"{path}: its header is not that of a safetensors file: {error}. Copy it again from its source."
+        raise LoadError(message, file=path, where="header", expected="safetensors") from error
     short = "It is cut short: copy it again from its source." if header.needed > space else "It is damaged."
-    raise LoadError(f"{path}: its tensors need {header.needed:,} bytes and {space:,} follow the header. {short}")
+    message = f"{path}: its tensors need {header.needed:,} bytes and {space:,} follow the header. {short}"
+    raise LoadError(message, file=path, where="tensors", given=space, expected=header.needed)

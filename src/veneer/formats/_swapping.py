@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from ..injection import Attachment, LoadError, VeneerError
+from ..injection.errors import OptionError
 from ..injection.state import LoadReport
 from ..injection.swapping import refuse_merged
 from ..injection.swapping import swap as swap_state
@@ -19,14 +20,14 @@ from ._reading import File, read
 def swap(attachment: Attachment, path: str | PathLike[str], *, base: Literal["same", "any"] = "same") -> LoadReport:
     """`Attachment.swap`."""
     if base not in ("same", "any"):
-        raise ValueError(f"swap: base must be 'same' or 'any', got {base!r}")
+        raise OptionError.of("swap", "base", base, "'same' or 'any'")
     refuse_merged(attachment)
     file = read(path)
     each = _only(attachment, file, base == "same")
     try:
         report = swap_state(attachment, method_of(each.method, each.config), each.sites, each.state)
     except LoadError as error:
-        raise LoadError(f"{file.path}: {error}") from error
+        raise LoadError.from_error(error, f"{file.path}: {error}", file=file.path) from error
     attachment.loaded = dataclasses.replace(report, notes=tuple(each.notes))
     attachment.provenance = dict(each.provenance)
     return attachment.loaded
@@ -41,12 +42,18 @@ def _only(attachment: Attachment, file: File, same_base: bool) -> Wanted:
         made = known_format(file).load(model, file, Options(same_base=same_base, into=found))
     except VeneerError as error:
         names = ", ".join(component or type(tower).__name__ for component, tower in towers.items())
-        raise LoadError(f"{error} ('{attachment.name}' is on {names}.)") from error
+        message = f"{error} ('{attachment.name}' is on {names}.)"
+        here = tuple(component or type(tower).__name__ for component, tower in towers.items())
+        raise LoadError.from_error(error, message, file=file.path, where=attachment.name, given=here) from error
     for each in reversed(made):
         each.detach()
     if made or len(found) != 1:
         what = ", ".join(each.method for each in found) or "a format of its own"
         raise LoadError(
-            f"{file.path}: it holds {len(found)} attachments ({what}), and one goes into '{attachment.name}'. Use veneer.load."
+            f"{file.path}: it holds {len(found)} attachments ({what}), and one goes into '{attachment.name}'. Use veneer.load.",
+            file=file.path,
+            where=attachment.name,
+            given=tuple(each.method for each in found),
+            expected=1,
         )
     return found[0]

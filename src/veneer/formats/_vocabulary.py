@@ -29,7 +29,8 @@ def encoders(attachment: Attachment, target: Path) -> dict[str, str]:
         kind = type(attachment.towers[site.component]).__name__
         left = free["T5" if kind.startswith("T5") else "CLIP"]
         if not left:
-            raise SaveError(f"{target}: the format has no name for one more {kind}, '{site.component}'.")
+            message = f"{target}: the format has no name for one more {kind}, '{site.component}'."
+            raise SaveError(message, file=target, where=site.component, given=kind)
         names[site.name] = left.pop(0)
     return names
 
@@ -38,7 +39,8 @@ def by_width(file: File, width: int, places: Sequence[VocabularySite]) -> Vocabu
     """The first text encoder of that width."""
     found = next((s for s in places if s.width == width), None)
     if found is None:
-        raise LoadError(f"{file.path}: its vectors are {width} wide; {_offer(places)}. It was trained for another base.")
+        message = f"{file.path}: its vectors are {width} wide; {_offer(places)}. It was trained for another base."
+        raise LoadError(message, file=file.path, given=width, expected={s.component: s.width for s in places})
     return found
 
 
@@ -53,17 +55,22 @@ def _offer(places: Sequence[VocabularySite]) -> str:
 def by_encoder(file: File, tensors: Mapping[str, Tensor], places: Sequence[VocabularySite]) -> Rows:
     wrong = next((key for key, t in tensors.items() if t.ndim != 2), None)
     if wrong is not None:
-        raise LoadError(f"{file.path}: '{wrong}' is {tuple(tensors[wrong].shape)}; expected vectors (n, width). It is damaged.")
+        given = tuple(tensors[wrong].shape)
+        message = f"{file.path}: '{wrong}' is {given}; expected vectors (n, width). It is damaged."
+        raise LoadError(message, file=file.path, where=wrong, given=given, expected=2)
     if ANY in tensors:
         if len(tensors) > 1:
-            raise LoadError(f"{file.path}: '{ANY}' beside {', '.join(k for k in tensors if k != ANY)}; one of them is too many.")
+            others = tuple(k for k in tensors if k != ANY)
+            message = f"{file.path}: '{ANY}' beside {', '.join(others)}; one of them is too many."
+            raise LoadError(message, file=file.path, where=ANY, given=others)
         return [(by_width(file, tensors[ANY].shape[1], places), tensors[ANY])]
     t5 = [s for s in places if s.path.startswith("encoder.")]
     clip = [s for s in places if s not in t5]
     offered = {"clip_l": clip[:1], "clip_g": clip[1:2] or clip[:1] * (len(tensors) == 1), "t5": t5[:1], "t5xxl": t5[:1]}
     away = [key for key in tensors if not offered[key]]
     if away:
-        raise LoadError(f"{file.path}: it has vectors for {', '.join(away)}; {_offer(places)}. It was made for another pipeline.")
+        message = f"{file.path}: it has vectors for {', '.join(away)}; {_offer(places)}. It was made for another pipeline."
+        raise LoadError(message, file=file.path, given=tuple(away), expected={s.component: s.width for s in places})
     found = [(offered[key][0], t) for key, t in tensors.items()]
     order = {s.name: i for i, s in enumerate(places)}
     return sorted(found, key=lambda part: order[part[0].name])
@@ -73,10 +80,15 @@ def fit(file: File, site: VocabularySite, vectors: Tensor, tokens: int) -> None:
     if vectors.shape[1] != site.width:
         raise LoadError(
             f"{file.path}: its vectors for '{site.component or site.name}' are {vectors.shape[1]} wide; the text encoder's rows "
-            f"are {site.width}. It was trained for another base."
+            f"are {site.width}. It was trained for another base.",
+            file=file.path,
+            where=site.component or site.name,
+            given=vectors.shape[1],
+            expected=site.width,
         )
     if not len(vectors) or len(vectors) % tokens:
-        raise LoadError(f"{file.path}: {len(vectors)} vectors for {tokens} tokens, which does not come out even. It is damaged.")
+        message = f"{file.path}: {len(vectors)} vectors for {tokens} tokens, which does not come out even. It is damaged."
+        raise LoadError(message, file=file.path, given=len(vectors), expected=tokens)
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,9 @@ def token_embeddings(attachment: Attachment) -> list[TokenEmbedding]:
     if attachment.extras:
         raise SaveError(
             f"'{attachment.name}' has trained {', '.join(list(attachment.extras)[:4])} of the base as well; only the native file "
-            "holds both."
+            "holds both.",
+            where=attachment.name,
+            given=tuple(attachment.extras),
         )
     n, found = method.vectors, []
     for i, (token, word) in enumerate(zip(method.each, method.words, strict=True)):
@@ -137,7 +151,8 @@ def unite(embeddings: Sequence[TokenEmbedding], target: Path) -> TokenEmbedding:
     if any(len(r) != first.config["vectors"] for e in embeddings for r in e.rows.values()) or any(
         e.rows.keys() != first.rows.keys() for e in embeddings
     ):
-        raise SaveError(f"{target}: its tokens have different numbers of vectors or text encoders. Write --to native.")
+        message = f"{target}: its tokens have different numbers of vectors or text encoders. Write --to native."
+        raise SaveError(message, file=target, given={e.token: tuple(e.rows) for e in embeddings})
     config = {"tokens": [e.token for e in embeddings], "initialize": [e.config["initialize"] for e in embeddings]}
     config["ids"] = [i for e in embeddings for i in e.config["ids"]]
     rows = {name: torch.cat([e.rows[name] for e in embeddings]) for name in first.rows}
@@ -168,10 +183,13 @@ def token_files(target: Path, embeddings: Sequence[TokenEmbedding]) -> dict[str,
         if other is not None:
             raise SaveError(
                 f"{place}: the tokens '{other}' and '{each.token}' would both be in this file, because its name is the trigger. "
-                "Write --to native, which holds all tokens."
+                "Write --to native, which holds all tokens.",
+                file=place,
+                given=(other, each.token),
             )
         if place.exists() and not _same_vectors(place, each):
-            raise SaveError(f"{place}: it is there already, with other vectors for '{each.token}'. Write to another folder.")
+            message = f"{place}: it is there already, with other vectors for '{each.token}'. Write to another folder."
+            raise SaveError(message, file=place, where=each.token, given="exists")
         found[each.token] = place
     return found
 

@@ -38,9 +38,11 @@ def refuse_unusable(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise `SaveError` if a tensor is not finite or on `meta`."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
-            raise SaveError(f"{path}: '{name}' is on the meta device and has no values. Load the base for real first.")
+            message = f"{path}: '{name}' is on the meta device and has no values. Load the base for real first."
+            raise SaveError(message, file=path, where=name, given="meta")
         if not is_finite(tensor):
-            raise SaveError(f"{path}: '{name}' holds NaN or infinity: the training diverged. Nothing was written.")
+            message = f"{path}: '{name}' holds NaN or infinity: the training diverged. Nothing was written."
+            raise SaveError(message, file=path, where=name, expected="finite")
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -66,7 +68,10 @@ def _replace(path: Path, data: bytes) -> Path:
     except OSError as error:
         raise SaveError(
             f"{path}: {len(data):,} bytes could not be written ({error.strerror or error}). What was there is as it was. "
-            "Free some space, or save to another place."
+            "Free some space, or save to another place.",
+            file=path,
+            given=error.errno,
+            expected=len(data),
         ) from error
     return path
 

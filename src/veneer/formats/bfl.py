@@ -85,9 +85,9 @@ class BFL(Layered):
         path: str | PathLike[str],
         provenance: Mapping[str, Any] | None = None,
     ) -> Path:
-        raise SaveError(
-            f"{destination(path, self.file)}: these names are read only. Write comfyui, which has a prefix before them."
-        )
+        target = destination(path, self.file)
+        message = f"{target}: these names are read only. Write comfyui, which has a prefix before them."
+        raise SaveError(message, file=target, given=self.name, expected=("comfyui",))
 
 
 def _alphas(file: File) -> Callable[[str, int], float] | None:
@@ -103,7 +103,8 @@ def _alphas(file: File) -> Callable[[str, int], float] | None:
     refuse(where, config)
     if config["peft_type"] != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config["peft_type"][:80]
-        raise LoadError(f"{where}: {kind} with Black Forest Labs' module names; only plain LoRA is read with them.")
+        message = f"{where}: {kind} with Black Forest Labs' module names; only plain LoRA is read with them."
+        raise LoadError(message, file=where, given=kind, expected="LORA")
     return lambda name, rank: scaled_alpha(file, config, name.removeprefix(PEFT), rank)
 
 
@@ -113,7 +114,11 @@ def _refuse_narrow(file: File, known: Mapping[str, Place]) -> None:
     if width and "img_in" in known and width != (known["img_in"].sites[0].d_in,):
         raise LoadError(
             f"{file.path}: it reads {width[0]} channels, the model {known['img_in'].sites[0].d_in}: a control LoRA, for a FLUX "
-            "whose x_embedder is widened to these (in_channels of its config, zeros in the new columns)."
+            "whose x_embedder is widened to these (in_channels of its config, zeros in the new columns).",
+            file=file.path,
+            where="img_in",
+            given=width[0],
+            expected=known["img_in"].sites[0].d_in,
         )
 
 
@@ -127,7 +132,8 @@ def _norms(
         blocks = "transformer_blocks" if match["kind"] == "double" else "single_transformer_blocks"
         site = params.get((f"{blocks}.{match['i']}.attn.{NORMS[match['stream'], match['half']]}", "weight"))
         if site is None:
-            raise LoadError(f"{file.path}: the model has no norm for '{key}'. It was made for another base.")
+            message = f"{file.path}: the model has no norm for '{key}'. It was made for another base."
+            raise LoadError(message, file=file.path, where=key, unused=[key])
         yield f"{site.name}:weight", tensor
 
 
@@ -139,9 +145,8 @@ def _biases(
         place = known.get(key.removesuffix(BIAS))
         sites = [params.get((site.path, "bias")) for site in place.sites] if place else []
         if place is None or None in sites or tensor.shape != (sum(s.d_out for s in place.sites),):
-            raise LoadError(
-                f"{file.path}: '{key}' {tuple(tensor.shape)} fits no bias of the model. It was made for another base."
-            )
+            message = f"{file.path}: '{key}' {tuple(tensor.shape)} fits no bias of the model. It was made for another base."
+            raise LoadError(message, file=file.path, where=key, given=tuple(tensor.shape), expected="bias")
         whole = torch.cat(tensor.chunk(2)[::-1]) if place.swapped else tensor
         for site, part in zip(sites, whole.split([s.d_out for s in place.sites]), strict=True):
             assert site is not None

@@ -71,7 +71,9 @@ class CloneOfSimo(Format):
         if unused and (options.strict or len(unused) == len(tensors)):
             raise LoadError(
                 f"{file.path}: unused {len(unused)} of {len(tensors)} tensors: {', '.join(unused[:8])}. It was made for a whole "
-                "Stable Diffusion pipeline: load it on one, or pass strict=False."
+                "Stable Diffusion pipeline: load it on one, or pass strict=False.",
+                file=file.path,
+                unused=unused,
             )
         found = [_tokens(file, tokens, words[0], options)] if tokens and words else []
         found += [_lora(places, tensors, unused)] if places else []
@@ -83,9 +85,13 @@ class CloneOfSimo(Format):
         path: str | PathLike[str],
         provenance: Mapping[str, Any] | None = None,
     ) -> Path:
+        target = destination(path, self.file)
         raise SaveError(
-            f"{destination(path, self.file)}: this format is read only; its layers are known by number, and the order changed "
-            "with diffusers. Write kohya, diffusers or native."
+            f"{target}: this format is read only; its layers are known by number, and the order changed "
+            "with diffusers. Write kohya, diffusers or native.",
+            file=target,
+            given=self.name,
+            expected=("kohya", "diffusers", "native"),
         )
 
 
@@ -115,7 +121,11 @@ def _order(file: File, component: str, tower: Tower) -> list[WeightSite]:
     if fitting is None:
         raise LoadError(
             f"{file.path}: its {len(numbers)} layers of '{component}' are not the {len(candidates[0])} of this model, or have "
-            "other shapes. It was made for another base (Stable Diffusion 1 or 2)."
+            "other shapes. It was made for another base (Stable Diffusion 1 or 2).",
+            file=file.path,
+            where=component,
+            given=len(numbers),
+            expected=len(candidates[0]),
         )
     return fitting
 
@@ -128,7 +138,8 @@ def _listed(file: File) -> set[str]:
     """
     classes = file.json("unet") if "unet" in file.metadata else list(LAYERS)[:3]
     if not isinstance(classes, list) or not set(map(str, classes)) <= LAYERS.keys():
-        raise LoadError(f"{file.path}: its layers are inside {str(classes)[:80]}; known are {', '.join(LAYERS)}.")
+        message = f"{file.path}: its layers are inside {str(classes)[:80]}; known are {', '.join(LAYERS)}."
+        raise LoadError(message, file=file.path, where="unet", given=classes, expected=tuple(LAYERS))
     return {leaf for name in classes for leaf in LAYERS[name]}
 
 
@@ -176,11 +187,14 @@ def _tokens(file: File, tokens: Mapping[str, Tensor], site: VocabularySite, opti
     vectors = {token: t[None] if t.ndim == 1 else t for token, t in sorted(tokens.items())}
     if len({tuple(v.shape) for v in vectors.values()}) > 1 or any(v.shape[1:] != (site.width,) for v in vectors.values()):
         shapes = ", ".join(f"{token} {tuple(t.shape)}" for token, t in tokens.items())
-        raise LoadError(f"{file.path}: its tokens are {shapes}; the text encoder's rows are {site.width} wide. Another base?")
+        message = f"{file.path}: its tokens are {shapes}; the text encoder's rows are {site.width} wide. Another base?"
+        given = {token: tuple(t.shape) for token, t in tokens.items()}
+        raise LoadError(message, file=file.path, given=given, expected=site.width)
     names = list(vectors)
     if options.token is not None:
         if len(names) > 1:
-            raise LoadError(f"{file.path}: it has {len(names)} tokens, {', '.join(names)}; token= can rename only one.")
+            message = f"{file.path}: it has {len(names)} tokens, {', '.join(names)}; token= can rename only one."
+            raise LoadError(message, file=file.path, option="token", given=tuple(names), expected=1)
         names = [options.token]
     rows = torch.cat(list(vectors.values()))
     config = {"tokens": names if len(names) > 1 else names[0], "vectors": len(rows) // len(names)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..injection import Attachment, LoadError
 from ._attaching import Wanted, attach_all, method_of
 from ._format import Format, Layer, Options
-from ._guiding import drafted, fit, parts, shapes, side, single, unet_of
+from ._guiding import drafted, fit, network, parts, shapes, side, single, unet_of
 from ._ldm_names import ldm_names
 from ._model_folder import WEIGHTS, config_beside, folder_of, write_folder
 from ._reading import File
@@ -108,7 +108,8 @@ def _refuse_others(file: File) -> None:
     for mark, what in OTHERS.items():
         key = next((key for key in file.shapes if re.search(mark, key)), None)
         if key is not None:
-            raise LoadError(f"{file.path}: '{key}' says that it is {what}. No method here is that network.")
+            message = f"{file.path}: '{key}' says that it is {what}. No method here is that network."
+            raise LoadError(message, file=file.path, where=key, given=network(what))
 
 
 def _prefix(file: File) -> str | None:
@@ -140,10 +141,12 @@ def _compare(file: File, config: Mapping[str, Any], net: Mapping[str, Any], opti
     """
     where = file.path.with_name("config.json")
     if config.get(POOLED):
-        raise LoadError(f"{where}: {POOLED} averages the features over the picture, which no option of controlnet does.")
+        message = f"{where}: {POOLED} averages the features over the picture, which no option of controlnet does."
+        raise LoadError(message, file=where, option=POOLED, given=config[POOLED])
     order = config.get(ORDER, "rgb")
     if order not in ("rgb", "bgr"):
-        raise LoadError(f"{where}: {ORDER} is {str(order)[:40]!r}; expected 'rgb' or 'bgr'.")
+        message = f"{where}: {ORDER} is {str(order)[:40]!r}; expected 'rgb' or 'bgr'."
+        raise LoadError(message, file=where, option=ORDER, given=order, expected=("rgb", "bgr"))
     if order == "bgr":
         yield "its pictures are in the order blue, green, red: the first convolution was turned"
     blocks = len(net["block_out_channels"])
@@ -152,7 +155,8 @@ def _compare(file: File, config: Mapping[str, Any], net: Mapping[str, Any], opti
     if other:
         told = ", ".join(f"{key}={str(given[key])[:80]} (the model: {net[key]})" for key in other[:4])
         if options.strict:
-            raise LoadError(f"{where}: {told}. It is a copy of another UNet's way down; load it on the base that it is for.")
+            message = f"{where}: {told}. It is a copy of another UNet's way down; load it on the base that it is for."
+            raise LoadError(message, file=where, option=other[0], given=given[other[0]], expected=net[other[0]])
         yield f"its config differs: {told}"
 
 

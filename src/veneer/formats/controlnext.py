@@ -57,7 +57,9 @@ class ControlNeXt(Format):
         if not any(key.startswith("embedding.") for key in file.shapes):
             raise LoadError(
                 f"{file.path}: it has no stem, 'embedding.0.weight': it is of the authors' first design, for Stable Diffusion 1 "
-                "or for videos. No method here is that network."
+                "or for videos. No method here is that network.",
+                file=file.path,
+                missing=["embedding.0.weight"],
             )
         tower, site = unet_of(model, file, "a ControlNeXt")
         own = {"channels": side(file, "embedding.0.weight", 1, 4), "place": _place(file, tower)}
@@ -105,13 +107,13 @@ def _place(file: File, tower: Tower) -> str:
     """Where the feature is added: as the header says, else as the authors do in the model's family."""
     told = file.metadata.get(PLACE, _usual(tower.module))
     if not re.fullmatch("block|stem", told):
-        raise LoadError(f"{file.path}: the header's '{PLACE}' is {told[:40]!r}; expected block or stem. It is damaged.")
+        message = f"{file.path}: the header's '{PLACE}' is {told[:40]!r}; expected block or stem. It is damaged."
+        raise LoadError(message, file=file.path, where=PLACE, given=told[:40], expected=("block", "stem"))
     if PLACE in file.metadata:
         revision = file.metadata.get(REVISION, "1")
         if not re.fullmatch("[1-9][0-9]{0,3}", revision):
-            raise LoadError(
-                f"{file.path}: the header's '{REVISION}' is {revision[:40]!r}; expected a positive integer. It is corrupt."
-            )
+            message = f"{file.path}: the header's '{REVISION}' is {revision[:40]!r}; expected a positive integer. It is corrupt."
+            raise LoadError(message, file=file.path, where=REVISION, given=revision[:40])
         migrated(file, {"method": ControlNeXt.name, "revision": int(revision)}, {PLACE: told}, ())
     return told
 

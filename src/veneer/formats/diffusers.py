@@ -72,18 +72,18 @@ class Diffusers(Format):
             for component, module, site, adapter in _parts(attachment, target):
                 key = f"{component}.{_written(component, module)}"
                 if f"{key}.lora_A.weight" in tensors:
-                    raise SaveError(f"{target}: two attachments adapt '{key}', and the format holds one. Save them to two files.")
+                    message = f"{target}: two attachments adapt '{key}', and the format holds one. Save them to two files."
+                    raise SaveError(message, file=target, where=key, given=2, expected=1)
                 if kinds.setdefault(component, kind) != kind:
-                    raise SaveError(
-                        f"{target}: '{component}' has lora and dora, and the format holds one of them for each model."
-                    )
+                    message = f"{target}: '{component}' has lora and dora, and the format holds one of them for each model."
+                    raise SaveError(message, file=target, where=component, given=("lora", "dora"), expected=1)
                 part = Part(module, site, adapter, attachment.towers)
                 found = (DORA if kind == "dora" else LORA).write(part)
                 tensors |= {f"{key}.{_end(component, end)}": tensor for end, tensor in found.items()}
                 rank = found["lora_A.weight"].shape[0]
                 modules.setdefault(component, {})[module] = (rank, adapter.scaling * rank)
         if not tensors:
-            raise SaveError(f"{target}: there is no attachment to save.")
+            raise SaveError(f"{target}: there is no attachment to save.", file=target, given=0, expected=1)
         _recognised(modules, target)
         config = {f"{c}.{k}": value for c, found in modules.items() for k, value in _config(c, found, kinds[c]).items()}
         metadata = {"format": "pt", METADATA: json.dumps(config)}
@@ -100,21 +100,25 @@ def _parts(attachment: Attachment, target: Path) -> Iterator[tuple[str, str, Any
         path = site.name.removeprefix(site.component + ".") if site.component else site.name
         wrong = _misfit(site, tower, component, path)
         if wrong:
-            raise SaveError(f"{target}: '{site.name}' {wrong}. Select other sites, or keep to the native file.")
+            message = f"{target}: '{site.name}' {wrong[1]}. Select other sites, or keep to the native file."
+            raise SaveError(message, file=target, where=site.name, given=wrong[0])
         yield component, path, site, adapter
 
 
-def _misfit(site: Any, tower: nn.Module, component: str, path: str) -> str | None:
+def _misfit(site: Any, tower: nn.Module, component: str, path: str) -> tuple[str, str] | None:
+    """Why diffusers has no name for a site: what it is, in one word and as a message."""
+    name = type(tower).__name__
     if not component:
-        return f"is part of a {type(tower).__name__}, which is no part of a diffusers pipeline"
-    if type(tower).__module__.startswith("transformers.") and type(tower).__name__ not in ENCODERS:
-        return f"is part of a {type(tower).__name__}, into which diffusers loads no LoRA"
+        return name, f"is part of a {name}, which is no part of a diffusers pipeline"
+    if type(tower).__module__.startswith("transformers.") and name not in ENCODERS:
+        return name, f"is part of a {name}, into which diffusers loads no LoRA"
     if not isinstance(site, WeightSite) or site.kind == "embedding":
-        return "is an embedding, into which diffusers loads no LoRA"
+        return "embedding", "is an embedding, into which diffusers loads no LoRA"
     if site.groups != 1:
-        return f"is a convolution in {site.groups} groups, of which peft has another low-rank form"
+        return "groups", f"is a convolution in {site.groups} groups, of which peft has another low-rank form"
     if site.fused or not isinstance(_module(tower, path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return "is a fused projection, which diffusers has only after fuse_qkv_projections(). Unfuse before attaching"
+        why = "is a fused projection, which diffusers has only after fuse_qkv_projections(). Unfuse before attaching"
+        return "fused", why
     return None
 
 
@@ -124,7 +128,11 @@ def _recognised(modules: Mapping[str, Mapping[str, Any]], target: Path) -> None:
         if component.startswith("text_encoder") and not any(".self_attn." in path for path in paths):
             raise SaveError(
                 f"{target}: '{component}' is adapted outside its attention only, and diffusers tells LoRA of a text encoder by "
-                "its attention projections. Select attn there as well, or keep to the native file."
+                "its attention projections. Select attn there as well, or keep to the native file.",
+                file=target,
+                where=component,
+                given=tuple(paths),
+                expected="attn",
             )
 
 

@@ -57,7 +57,9 @@ class DiffusersOld(Layered):
         path: str | PathLike[str],
         provenance: Mapping[str, Any] | None = None,
     ) -> Path:
-        raise SaveError(f"{destination(path, self.file)}: this layout is read only. Write diffusers, which reads it as well.")
+        target = destination(path, self.file)
+        message = f"{target}: this layout is read only. Write diffusers, which reads it as well."
+        raise SaveError(message, file=target, given=self.name, expected=("diffusers",))
 
 
 def _inside(component: str, path: str) -> tuple[str, ...]:

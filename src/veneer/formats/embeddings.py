@@ -67,7 +67,7 @@ class Embeddings(Format):
         if named and not apart:
             others = ", ".join(key[:80] for key in tensors if key not in named)
             both = f"vectors of encoders, {', '.join(sorted(named))}, beside those of tokens, {others}"
-            raise LoadError(f"{file.path}: {both}. Split it.")
+            raise LoadError(f"{file.path}: {both}. Split it.", file=file.path, given=tuple(tensors))
         tokens, note = _tokens(file, list(tensors), apart, options)
         rows = by_encoder(file, tensors, places) if apart else _by_token(file, tensors, places)
         for site, vectors in rows:
@@ -88,13 +88,13 @@ class Embeddings(Format):
         several = listed(attachments)
         if len(several) != 1 or several[0].method.name != "textual_inversion":
             got = ", ".join(f"'{a.name}' ({a.method.name})" for a in several) or "none"
-            raise SaveError(f"{target}: the format holds one textual_inversion attachment, got {got}. The native file holds any.")
+            message = f"{target}: the format holds one textual_inversion attachment, got {got}. The native file holds any."
+            raise SaveError(message, file=target, given=tuple(a.method.name for a in several), expected=("textual_inversion",))
         attachment = several[0]
         extra = [key for key in attachment.state_dict() if not key.endswith(":vectors")]
         if extra:
-            raise SaveError(
-                f"{target}: the format has no place for {', '.join(extra[:4])}. The native file (Attachment.save) has."
-            )
+            message = f"{target}: the format has no place for {', '.join(extra[:4])}. The native file (Attachment.save) has."
+            raise SaveError(message, file=target, where=attachment.name, given=tuple(extra))
         method: Any = attachment.method
         names = encoders(attachment, target)
         vectors: dict[str, Tensor] = {names[site.name]: _rows(adapter) for site, adapter in attachment.parts.values()}
@@ -117,13 +117,15 @@ def _tokens(file: File, keys: list[str], apart: bool, options: Options) -> tuple
     saved = file.json(TOKENS) if apart else keys
     if options.token is not None:
         if isinstance(saved, list) and len(saved) > 1:
-            raise LoadError(f"{file.path}: it has {len(saved)} tokens, {', '.join(map(str, saved))}; token= can rename only one.")
+            message = f"{file.path}: it has {len(saved)} tokens, {', '.join(map(str, saved))}; token= can rename only one."
+            raise LoadError(message, file=file.path, option="token", given=tuple(map(str, saved)), expected=1)
         return [options.token], None
     if saved is None:
         token = f"<{file.path.stem.lower()}>"
         return [token], f"no token in the file: '{token}' after its name; token=… gives another"
     if not isinstance(saved, list) or not saved or not all(isinstance(t, str) for t in saved):
-        raise LoadError(f"{file.path}: the header's tokens are {saved!r}, not a list of words. Pass token=….")
+        message = f"{file.path}: the header's tokens are {saved!r}, not a list of words. Pass token=…."
+        raise LoadError(message, file=file.path, where="tokens", option="token", given=saved)
     return saved, None
 
 
@@ -131,7 +133,8 @@ def _by_token(file: File, tensors: Mapping[str, Tensor], places: Sequence[Vocabu
     counts = {len(t) for t in tensors.values()}
     if len(counts) > 1:
         found = ", ".join(f"{key} {len(t)}" for key, t in tensors.items())
-        raise LoadError(f"{file.path}: its tokens have different numbers of vectors ({found}). Save each to a file of its own.")
+        message = f"{file.path}: its tokens have different numbers of vectors ({found}). Save each to a file of its own."
+        raise LoadError(message, file=file.path, given={key: len(t) for key, t in tensors.items()}, expected=1)
     rows = torch.cat(list(tensors.values()))
     return [(by_width(file, rows.shape[1], places), rows)]
 

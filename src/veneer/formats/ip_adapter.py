@@ -15,7 +15,7 @@ from ..injection.sites import AttentionSite
 from ..injection.towers import Tower, towers_of
 from ._attaching import Wanted, attach_all, method_of
 from ._format import Format, Layer, Options
-from ._guiding import drafted, few, fit, parts, shapes, side, single
+from ._guiding import drafted, few, fit, network, parts, shapes, side, single
 from ._lora import NATIVE
 from ._reading import File
 from ._writing import destination, write
@@ -99,7 +99,11 @@ def tensors(attachment: Attachment, target: Path) -> dict[str, Tensor]:
     if not plain:
         size = f"{method.depth} layers" if method.kind == "plus" else f"{method.tokens} tokens"
         raise SaveError(
-            f"{target}: '{attachment.name}' ({method.kind}) has {size}; readers of the layout take it to have 4. {NATIVE}"
+            f"{target}: '{attachment.name}' ({method.kind}) has {size}; readers of the layout take it to have 4. {NATIVE}",
+            file=target,
+            where=attachment.name,
+            given=size,
+            expected=4,
         )
     offered = _ordered(attachment.offered)
     parts_ = attachment.parts
@@ -107,7 +111,10 @@ def tensors(attachment: Attachment, target: Path) -> dict[str, Tensor]:
     if left or not offered or len({site.component for site in offered}) > 1:
         raise SaveError(
             f"{target}: '{attachment.name}' is not on {', '.join(left[:4])}; the layout is for all cross-attentions of one "
-            f"model, by their number. {NATIVE}"
+            f"model, by their number. {NATIVE}",
+            file=target,
+            where=attachment.name,
+            expected=tuple(left),
         )
     first: nn.Module = parts_[offered[0].name][1].get_submodule("shared")
     found = {IMAGE + key: tensor for key, tensor in first.state_dict().items()}
@@ -126,7 +133,8 @@ def _refuse_others(file: File) -> None:
     for mark, what in OTHERS.items():
         key = next((key for key in file.shapes if re.search(mark, key)), None)
         if key is not None:
-            raise LoadError(f"{file.path}: '{key}' says that it is {what}. Read are the base and the Plus IP-Adapter for UNets.")
+            message = f"{file.path}: '{key}' says that it is {what}. Read are the base and the Plus IP-Adapter for UNets."
+            raise LoadError(message, file=file.path, where=key, given=network(what), expected=("base", "plus"))
 
 
 def _ordered(sites: Sequence[Any]) -> list[AttentionSite]:
@@ -145,7 +153,9 @@ def _sites(model: Any, file: File) -> tuple[Tower, list[AttentionSite]]:
         if sites := _ordered(tower.sites):
             return tower, sites
     has = ", ".join(type(t.module).__name__ for t in towers)
-    raise LoadError(f"{file.path}: an IP-Adapter is for a model with cross-attentions, and there are {has}.")
+    message = f"{file.path}: an IP-Adapter is for a model with cross-attentions, and there are {has}."
+    given = tuple(type(t.module).__name__ for t in towers)
+    raise LoadError(message, file=file.path, given=given, expected="cross-attention")
 
 
 def _options(file: File, dim: int) -> dict[str, Any]:
@@ -170,7 +180,8 @@ def _options(file: File, dim: int) -> dict[str, Any]:
     rows, width = (side(file, f"{IMAGE}proj.weight", dim, 2) for dim in (0, 1))
     tokens, left = divmod(rows, side(file, f"{IMAGE}norm.weight", 0, 1) or 1)
     if left or not tokens:
-        raise LoadError(f"{file.path}: '{IMAGE}proj.weight' has {rows} rows, no whole number of tokens. It is damaged.")
+        message = f"{file.path}: '{IMAGE}proj.weight' has {rows} rows, no whole number of tokens. It is damaged."
+        raise LoadError(message, file=file.path, where=f"{IMAGE}proj.weight", given=rows)
     return {"kind": "base", "width": width, "tokens": 0 if tokens == TOKENS else tokens}
 
 

@@ -112,15 +112,14 @@ class Lycoris(Format):
             for place, adapters in _places(codec, attachment, target, names):
                 name, group = place.names[0], Group(place, adapters, attachment.towers)
                 if name in names_written:
-                    raise SaveError(
-                        f"{target}: two attachments adapt '{name}', and the format holds one. Save them to two files."
-                    )
+                    message = f"{target}: two attachments adapt '{name}', and the format holds one. Save them to two files."
+                    raise SaveError(message, file=target, where=name, given=2, expected=1)
                 found = _tensors(codec, group, target)
                 tensors |= {f"{name}.{end}": tensor for end, tensor in found.items()}
                 names_written.add(name)
                 groups.append((codec, group, found))
         if not tensors:
-            raise SaveError(f"{target}: there is no attachment to save.")
+            raise SaveError(f"{target}: there is no attachment to save.", file=target, given=0, expected=1)
         metadata = {"format": "pt", **_metadata(groups), **base_metadata(versions)}
         if provenance:
             metadata["provenance"] = json.dumps(dict(provenance))
@@ -159,7 +158,8 @@ def wanted(model: Any, file: File, options: Options, known: Mapping[str, Place] 
         for piece in _read(codec, module):
             other = taken.setdefault(piece.site.name, name)
             if other != name:
-                raise LoadError(f"{file.path}: '{name}' and '{other}' both change '{piece.site.name}'. The file is damaged.")
+                message = f"{file.path}: '{name}' and '{other}' both change '{piece.site.name}'. The file is damaged."
+                raise LoadError(message, file=file.path, where=piece.site.name, given=(name, other))
             pieces.setdefault(codec.method, []).append(piece)
         used |= {key for end, key in keys.items() if end in (*codec.ends, "alpha")}
         if codec.rank({end: file.shapes[key] for end, key in keys.items()}) is not None and "alpha" not in keys:
@@ -169,7 +169,9 @@ def wanted(model: Any, file: File, options: Options, known: Mapping[str, Place] 
         raise LoadError(
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no weights "
             "of these names, or they are no part of a known change: load it on the model that it was made for, or pass "
-            "strict=False."
+            "strict=False.",
+            file=file.path,
+            unused=unused,
         )
     told = [f"{note} ({count} of {len(named)} modules)" for note, count in Counter(notes).items()]
     return [
@@ -187,7 +189,8 @@ def _attachment(codec: Codec, pieces: Sequence[Piece], notes: Sequence[str], unu
 def _read(codec: Codec, module: Module) -> list[Piece]:
     groups = module.first.groups
     if groups > 1 and not codec.groups:
-        raise module.refuse(f"is {codec.method} of a convolution in {groups} groups, which is another function here")
+        why = f"is {codec.method} of a convolution in {groups} groups, which is another function here"
+        raise module.refuse(why, given=groups, expected=1)
     return codec.read(module)
 
 
@@ -211,7 +214,10 @@ def _refuse_others(file: File) -> None:
         if what is not None:
             raise LoadError(
                 f"{file.path}: '{key}' is {what}, which no method here holds: without it the rest would be wrong, so nothing is "
-                "loaded."
+                "loaded.",
+                file=file.path,
+                where=key,
+                given=what,
             )
 
 
@@ -223,7 +229,11 @@ def _writer(attachment: Attachment, target: Path) -> Codec:
     if codec is None:
         raise SaveError(
             f"{target}: '{attachment.name}' is {attachment.method.name}; LyCORIS' files hold {', '.join(sorted(BY_METHOD))}. "
-            "The native file (Attachment.save) holds it."
+            "The native file (Attachment.save) holds it.",
+            file=target,
+            where=attachment.name,
+            given=attachment.method.name,
+            expected=tuple(sorted(BY_METHOD)),
         )
     refuse_trained(attachment, target, "LyCORIS' files")
     return codec
@@ -245,12 +255,11 @@ def _tensors(codec: Codec, group: Group, target: Path) -> dict[str, Tensor]:
     """
     try:
         if group.site.groups > 1 and not codec.groups:
-            raise group.refuse(
-                f"is {codec.method} of a convolution in {group.site.groups} groups, which is another function there"
-            )
+            why = f"is {codec.method} of a convolution in {group.site.groups} groups, which is another function there"
+            raise group.refuse(why, given=group.site.groups, expected=1)
         return codec.write(group)
     except VeneerError as error:
-        raise SaveError(f"{target}: {error}") from error
+        raise SaveError.from_error(error, f"{target}: {error}", file=target) from error
 
 
 def _metadata(groups: Sequence[Written]) -> dict[str, str]:

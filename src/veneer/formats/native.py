@@ -19,7 +19,7 @@ from ..injection.towers import towers_of
 from ._attaching import Wanted, attach_all, migrated, refuse_merged
 from ._format import Format, Layer, Options, listed, sizes
 from ._header import twice
-from ._moving import Move
+from ._moving import Move, other_base
 from ._reading import File
 from ._writing import destination, write
 
@@ -56,9 +56,11 @@ class Native(Format):
         target = destination(path, self.file)
         names = [a.name for a in several]
         if not names:
-            raise SaveError(f"{target}: there is no attachment to save.")
+            raise SaveError(f"{target}: there is no attachment to save.", file=target, given=0, expected=1)
         if len(set(names)) != len(names):
-            raise SaveError(f"{target}: two attachments are called '{max(names, key=names.count)}'; give them other names.")
+            name = max(names, key=names.count)
+            message = f"{target}: two attachments are called '{name}'; give them other names."
+            raise SaveError(message, file=target, where=name, given=names.count(name), expected=1)
         tensors: dict[str, Tensor] = {}
         entries = [_entry(a, tensors, f"{a.name}/" if len(several) > 1 else "") for a in several]
         header = {
@@ -73,9 +75,8 @@ class Native(Format):
         try:
             text = json.dumps(header, ensure_ascii=False)
         except (TypeError, ValueError) as error:
-            raise SaveError(
-                f"{target}: a config or the provenance holds something that JSON has no word for: {error}."
-            ) from error
+            message = f"{target}: a config or the provenance holds something that JSON has no word for: {error}."
+            raise SaveError(message, file=target, where="header", expected="JSON") from error
         return write(target, tensors, {KEY: text})
 
     def layers(self, file: File) -> list[Layer]:
@@ -105,7 +106,9 @@ class Native(Format):
         if unused and options.strict:
             raise LoadError(
                 f"{file.path}: unused {len(unused)}: {', '.join(unused[:8])}. They belong to no attachment of the file. "
-                "Pass strict=False to load the rest."
+                "Pass strict=False to load the rest.",
+                file=file.path,
+                unused=unused,
             )
         wanted[0] = dataclasses.replace(wanted[0], unused=unused)
         return attach_all(model, file, wanted, options)
@@ -161,7 +164,8 @@ def _bases(attachments: Sequence[Attachment]) -> dict[str, Any]:
     for attachment in attachments:
         for component, tower in attachment.towers.items():
             if towers.setdefault(component, tower) is not tower:
-                raise SaveError(f"'{attachment.name}' is on another model than the attachments before it; save it by itself.")
+                message = f"'{attachment.name}' is on another model than the attachments before it; save it by itself."
+                raise SaveError(message, where=attachment.name, given="on another model")
             refuse_merged(tower, SaveError)
     without: dict[str, set[str]] = {c: set() for c in towers}
     for attachment in attachments:
@@ -178,10 +182,15 @@ def _header(file: File) -> dict[str, Any]:
     if isinstance(version, int) and version > VERSION:
         raise LoadError(
             f"{file.path}: written in version {version} of the format, by veneer {header.get('veneer')}; this veneer "
-            f"{__version__} reads up to version {VERSION}. Update veneer."
+            f"{__version__} reads up to version {VERSION}. Update veneer.",
+            file=file.path,
+            where="version",
+            given=version,
+            expected=VERSION,
         )
     if type(version) is not int or version != VERSION or not _complete(header):
-        raise LoadError(f"{file.path}: its 'veneer' header is incomplete (version {str(version)[:20]}). The file is damaged.")
+        message = f"{file.path}: its 'veneer' header is incomplete (version {str(version)[:20]}). The file is damaged."
+        raise LoadError(message, file=file.path, where=KEY, expected=VERSION)
     _refuse_doubtful(file, header)
     return header
 
@@ -190,16 +199,19 @@ def _refuse_doubtful(file: File, header: Mapping[str, Any]) -> None:
     """Raise for two attachments of one name or a site named twice, whose tensors would count twice, and for sites of no base."""
     again = twice(entry["name"] for entry in header["attachments"])
     if again is not None:
-        raise LoadError(f"{file.path}: two attachments are called '{again[:80]}'. The file is damaged.")
+        message = f"{file.path}: two attachments are called '{again[:80]}'. The file is damaged."
+        raise LoadError(message, file=file.path, where=again[:80], given=2, expected=1)
     for entry in header["attachments"]:
         places = [*entry["sites"], *entry["trained"]]
         again = twice(places)
         if again is not None:
-            raise LoadError(f"{file.path}: '{again[:80]}' is named twice. The file is damaged.")
+            message = f"{file.path}: '{again[:80]}' is named twice. The file is damaged."
+            raise LoadError(message, file=file.path, where=again[:80], given=2, expected=1)
         starts = tuple(f"{component}." if component else "" for component in header["base"])
         away = next((place for place in places if not place.startswith(starts)), None)
         if away is not None or not starts:
-            raise LoadError(f"{file.path}: the header names no base for the site '{str(away)[:80]}'. The file is damaged.")
+            message = f"{file.path}: the header names no base for the site '{str(away)[:80]}'. The file is damaged."
+            raise LoadError(message, file=file.path, where=str(away)[:80], expected="base")
 
 
 def _complete(header: Mapping[str, Any]) -> bool:
@@ -233,21 +245,7 @@ def _compare(file: File, bases: Mapping[str, Any], move: Move, options: Options)
         if not differs and None in (found["fingerprint"], saved.get("fingerprint")):
             yield f"the base '{component}' was not compared: its weights are quantised or not there"
         elif differs or found["fingerprint"] != saved.get("fingerprint"):
-            raise LoadError(
-                f"{file.path}: trained on another base. {component or 'model'}: {_difference(saved, found)}. Load the base "
-                "that it was trained on, or pass base='any' if you mean it."
-            )
-
-
-def _difference(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    if saved.get("class") != found["class"]:
-        return f"it was a {saved.get('class')} and is a {found['class']}"
-    old, new = saved.get("config"), found["config"]
-    if isinstance(old, dict) and old != new:
-        keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-        return "; ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in keys[:4])
-    prints = (str(saved.get("fingerprint"))[:12], str(found["fingerprint"])[:12])
-    return "the weights differ (fingerprint {}… was saved, {}… is here)".format(*prints)
+            raise other_base(file, component, saved, found)
 
 
 def _state(
@@ -257,9 +255,8 @@ def _state(
     own = {key[len(prefix) :]: key for key in tensors if key.startswith(prefix)}
     lost = [key for key, place in entry["shared"].items() if place not in tensors]
     if lost:
-        raise LoadError(
-            f"{file.path}: the header says that '{lost[0]}' is shared, and what it shares is not there. It is damaged."
-        )
+        message = f"{file.path}: the header says that '{lost[0]}' is shared, and what it shares is not there. It is damaged."
+        raise LoadError(message, file=file.path, where=lost[0], missing=[entry["shared"][lost[0]]])
     keys = {**own, **entry["shared"]}
     return {name: tensors[key] for name, key in keys.items()}, set(keys.values())
 
@@ -279,7 +276,10 @@ def _wanted(
     if away and (options.strict or len(away) == len(sites) + len(trained)):
         raise LoadError(
             f"{file.path}: '{entry['name']}' ({entry['method']}) needs {len(away)} sites that the model does not have: "
-            f"{', '.join(away[:8])}. It was made for another model, or the model was fused or changed since."
+            f"{', '.join(away[:8])}. It was made for another model, or the model was fused or changed since.",
+            file=file.path,
+            where=entry["name"],
+            missing=away,
         )
     return Wanted(
         name=entry["name"],

@@ -166,11 +166,16 @@ def _words(file: File, model: Any, tensors: Mapping[str, Tensor], options: Optio
         if not word or encoder not in (*ENCODER_NAMES, ANY):
             raise LoadError(
                 f"{file.path}: '{key}' is not the vectors of a word for one of {', '.join(ENCODER_NAMES)}. Vectors that are "
-                "added to a text encoder's output ('_out') are another method, which is not known here."
+                "added to a text encoder's output ('_out') are another method, which is not known here.",
+                file=file.path,
+                where=key,
+                given=encoder,
+                expected=tuple(ENCODER_NAMES),
             )
         found.setdefault(word, {})[encoder] = tensor[None] if tensor.ndim == 1 else tensor
     if options.token is not None and len(found) > 1:
-        raise LoadError(f"{file.path}: it has {len(found)} words, {', '.join(found)}; token= can rename only one.")
+        message = f"{file.path}: it has {len(found)} words, {', '.join(found)}; token= can rename only one."
+        raise LoadError(message, file=file.path, option="token", given=tuple(found), expected=1)
     for word, by_name in found.items():
         rows = by_encoder(file, by_name, places)
         for site, vectors in rows:

@@ -89,13 +89,18 @@ class PeftFolder(Format):
         folder = self.place(path)
         several = listed(attachments)
         if len(several) != 1:
-            raise SaveError(f"{folder}: the folder holds one attachment, got {len(several)}. Save each to a folder of its own.")
+            message = f"{folder}: the folder holds one attachment, got {len(several)}. Save each to a folder of its own."
+            raise SaveError(message, file=folder, given=len(several), expected=1)
         attachment = several[0]
         codec = next((c for c in CODECS if c.method == attachment.method.name), None)
         if codec is None:
             raise SaveError(
                 f"{folder}: '{attachment.name}' is {attachment.method.name}; peft's folders hold "
-                f"{', '.join(c.method for c in CODECS)}. The native file (Attachment.save) holds it."
+                f"{', '.join(c.method for c in CODECS)}. The native file (Attachment.save) holds it.",
+                file=folder,
+                where=attachment.name,
+                given=attachment.method.name,
+                expected=tuple(c.method for c in CODECS),
             )
         refuse_trained(attachment, folder, "peft's folders")
         try:
@@ -103,7 +108,7 @@ class PeftFolder(Format):
             tensors = {f"{ROOT}{p.path}.{end}": t for p in parts for end, t in codec.write(p).items()} | codec.whole(attachment)
             settings = codec.settings(attachment, parts)
         except VeneerError as error:
-            raise SaveError(f"{folder}: {error}") from error
+            raise SaveError.from_error(error, f"{folder}: {error}", file=folder) from error
         config: Settings = {"peft_type": codec.kind, "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
         config |= {"target_modules": _targets(parts), "modules_to_save": None, **settings}
         written = write(folder / self.file, tensors, {"format": "pt"})
@@ -127,7 +132,11 @@ def codec_of(file: File, config: Mapping[str, Any]) -> PeftCodec:
     found = next((c for c in CODECS if c.kind == kind and (c.method == "dora") == bool(dora)), None)
     if found is None:
         raise LoadError(
-            f"{file.path}: peft's {kind} is not known here; known are {', '.join(dict.fromkeys(c.kind for c in CODECS))}."
+            f"{file.path}: peft's {kind} is not known here; known are {', '.join(dict.fromkeys(c.kind for c in CODECS))}.",
+            file=file.path,
+            option="peft_type",
+            given=kind,
+            expected=tuple(dict.fromkeys(c.kind for c in CODECS)),
         )
     return found
 
@@ -175,14 +184,18 @@ def _wanted(model: Any, file: File, config: Settings, options: Options) -> Wante
         try:
             pieces += codec.read(layer)
         except VeneerError as error:
-            raise error if isinstance(error, LoadError) else LoadError(f"{file.path}: {error}") from error
+            if isinstance(error, LoadError):
+                raise
+            raise LoadError.from_error(error, f"{file.path}: {error}", file=file.path) from error
     state = dict(_saved(towers, rest, tensors))
     kept = {key for key, _ in state.values()}
     unused += [key for key in rest if key not in kept]
     if (unused and options.strict) or not pieces:
         raise LoadError(
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no modules "
-            "of these names, or they belong to something else: load it on the model that it was made for, or pass strict=False."
+            "of these names, or they belong to something else: load it on the model that it was made for, or pass strict=False.",
+            file=file.path,
+            unused=unused,
         )
     settings = codec.config(pieces)  # may cut what the sites share
     every = {f"{p.site.name}:{name}": t for p in pieces for name, t in p.state.items()}
@@ -231,13 +244,16 @@ def _parts(attachment: Attachment) -> Iterator[Part]:
         SaveError: adapters on several models, or of a part of a weight.
     """
     if len({site.component for site, _ in attachment.parts.values()}) > 1:
-        raise SaveError(f"'{attachment.name}' is on {', '.join(attachment.towers)}, and a folder is for one model.")
+        message = f"'{attachment.name}' is on {', '.join(attachment.towers)}, and a folder is for one model."
+        raise SaveError(message, where=attachment.name, given=tuple(attachment.towers), expected=1)
     for site, adapter in attachment.parts.values():
         path, param = getattr(site, "path", None), getattr(site, "param", None)
         if getattr(site, "rows", None) is not None or param not in ("weight", "bias"):
             raise SaveError(
                 f"'{site.name}' is a part of '{path}', which peft adapts as a whole. Select the whole by its own name, such as "
-                "attn.qkv."
+                "attn.qkv.",
+                where=site.name,
+                expected=path,
             )
         yield Part(str(path), site, adapter, attachment.towers)
 

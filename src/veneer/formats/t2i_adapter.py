@@ -55,7 +55,9 @@ class T2IAdapter(Format):
         if other is not None:
             raise LoadError(
                 f"{file.path}: '{other}' is of the authors' first design, with convolutions where later ones pool. No method "
-                "here is that network."
+                "here is that network.",
+                file=file.path,
+                where=other,
             )
         tower, site = unet_of(model, file, "a T2I-Adapter")
         prefix = PREFIX if any(key.startswith(PREFIX) for key in file.shapes) else ""
@@ -88,7 +90,9 @@ class T2IAdapter(Format):
         if kind is None:
             raise SaveError(
                 f"{folder}: levels {site.inner_widths} wide at {site.inner_strides} of the latent are those of none of "
-                f"diffusers' types of a {method.kind} T2IAdapter. {NATIVE}"
+                f"diffusers' types of a {method.kind} T2IAdapter. {NATIVE}",
+                file=folder,
+                given=tuple(site.inner_widths),
             )
         config = {
             "adapter_type": kind,
@@ -125,14 +129,22 @@ def _compare(file: File, config: Mapping[str, Any], kind: str, site: ResidualSit
     if config.get("downscale_factor", first) != first:
         raise LoadError(
             f"{where}: downscale_factor={str(config['downscale_factor'])[:40]}, and the model's first level is reduced by "
-            f"{first}. It is for another family of models: 8 is for Stable Diffusion 1 and 2, 16 for XL."
+            f"{first}. It is for another family of models: 8 is for Stable Diffusion 1 and 2, 16 for XL.",
+            file=where,
+            option="downscale_factor",
+            given=config["downscale_factor"],
+            expected=first,
         )
     strides = tuple(stride // site.inner_strides[0] for stride in site.inner_strides)
     named = config.get("adapter_type")
     if named is not None and (named not in TYPES[kind] or strides != halvings(named, len(strides))):
         raise LoadError(
             f"{where}: adapter_type={str(named)[:40]!r}, and the file holds a {kind} one for a model whose levels are reduced by "
-            f"{strides}. It is for another family of models."
+            f"{strides}. It is for another family of models.",
+            file=where,
+            option="adapter_type",
+            given=named,
+            expected=kind,
         )
 
 
@@ -163,7 +175,11 @@ def _channels(file: File, prefix: str, kind: str, site: ResidualSite, told: bool
         raise LoadError(
             f"{file.path}: '{key}' reads {width} channels; pictures unshuffled by {first}, as the model needs, have "
             f"{first * first} for each of their own. It is for another family of models: Stable Diffusion 1 and 2 have 8, XL has "
-            "16."
+            "16.",
+            file=file.path,
+            where=key,
+            given=width,
+            expected=first * first,
         )
     return channels
 
