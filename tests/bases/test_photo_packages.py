@@ -17,7 +17,7 @@ OPEN = re.compile(r"public-domain|CC0-1\.0|CC-BY-[1-4]\.0")
 
 
 def png(alpha: int) -> bytes:
-    pixels = np.full((8, 8, 4), 200, np.uint8)
+    pixels: render.Pixels = np.full((8, 8, 4), 200, np.uint8)
     pixels[:4, :, 3] = alpha
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
