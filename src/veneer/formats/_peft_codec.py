@@ -48,10 +48,11 @@ class Layer:
         if not right:
             shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in self.parts.items())
             given = {part: tuple(t.shape) for part, t in self.parts.items()}
+            attributes: dict[str, Any] = {"file": self.file.path, "where": self.path, "given": given, "expected": wanted, **data}
             raise LoadError(
                 f"{self.file.path}: misshapen: '{self.path}' has {shapes} for a weight {self.site.weight_shape}; expected "
                 f"{wanted}. It was made for another base, or it is damaged.",
-                **{"file": self.file.path, "where": self.path, "given": given, "expected": wanted, **data},
+                **attributes,
             )
 
     def refuse(self, why: str, **data: Any) -> LoadError:

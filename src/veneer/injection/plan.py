@@ -228,7 +228,8 @@ def _refusal(towers: Sequence[Tower], method: Method, everything: Sequence[Site]
         f"{n.site.__name__}({', '.join([*n.roles, *(f'{k}={v!r}' for k, v in n.where.items())])})" for n in method.needs
     )
     near = next((s for s in everything for n in method.needs if isinstance(s, n.site)), None)
-    has, given = "nothing of that type", None
+    has = "nothing of that type"
+    given: dict[str, Any] | None = None
     if near is not None:
         keys = {k for n in method.needs if isinstance(near, n.site) for k in n.where}
         given = {k: getattr(near, k) for k in sorted(keys)} or {"role": near.role}
