@@ -118,7 +118,7 @@ def test_converted_it_changes_every_weight_as_before(
         ("sd", "peft_folder", ("unet", "text_encoder")),
         ("dora-input", "diffusers", {"norm_axis": "input"}),
         ("dora-input", "peft_folder", {"norm_axis": "input"}),
-        ("loha-dora", "peft_folder", {"norm_axis": "output"}),
+        ("loha-dora", "peft_folder", {"norm_axis": "input"}),
         ("lokr-dora", "peft_folder", {"norm_axis": "output"}),
     ],
 )
