@@ -257,8 +257,9 @@ def test_other_networks_are_named(key: str, what: str) -> None:
 )
 def test_claims_are_bounded(shapes: dict[str, Any], data: dict[str, Any]) -> None:
     for strict in (True, False):
-        with raises(LoadError, file="x.safetensors", **data):
+        with raises(LoadError, file="x.safetensors", **data) as caught:
             controlnet.ControlNet().load(tiny("sd1"), paper(shapes), Options(strict=strict))
+        assert bool(caught.value.missing) is (data == {"option": "", "where": None})
 
 
 def test_what_is_not_written(tmp_path: Path) -> None:

@@ -204,8 +204,9 @@ def test_missing_unused_and_misshapen(tmp_path: Path) -> None:
 def test_claims_are_bounded(shapes: dict[str, tuple[int, ...]], data: dict[str, Any]) -> None:
     file = paper({"ip_adapter.1.to_k_ip.weight": (8, 24), **shapes})
     for strict in (True, False):
-        with raises(LoadError, file="x.safetensors", **data):
+        with raises(LoadError, file="x.safetensors", **data) as caught:
             ip_adapter.IPAdapter().load(tiny("sd1"), file, Options(strict=strict))
+        assert bool(caught.value.missing) is (data == {"option": "", "given": None})
 
 
 @pytest.mark.parametrize(("options", "given"), [({"tokens": 8}, "8 tokens"), ({"kind": "plus", "depth": 2}, "2 layers")])

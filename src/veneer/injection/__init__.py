@@ -11,6 +11,7 @@ from .errors import (
     SelectionError,
     StateError,
     UnknownName,
+    UnknownOption,
     UnsupportedSite,
     VeneerError,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "SelectionError",
     "StateError",
     "UnknownName",
+    "UnknownOption",
     "UnsupportedSite",
     "VeneerError",
     "activate",
