@@ -19,9 +19,9 @@ import torch
 
 from veneer.benchmarks import (
     attaching,
+    caching,
     denoiser,
     family,
-    few_photos,
     loading,
     merging,
     peers,
@@ -117,7 +117,7 @@ def bench(config: BenchConfig) -> BenchResult:
         VeneerError: the base or the photos of the few-photo job do not exist; nothing is timed then.
     """
     if "few-photos" in config.rows:
-        few_photos.check(_base(config), config.photos)
+        caching.check(_base(config), config.photos)
     shape, outcomes = SHAPES[config.size], list[Outcome]()
     if config.latent is not None:
         shape = replace(shape, latent=config.latent)
@@ -178,7 +178,7 @@ def _switch(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
 
 
 def _few_photos(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
-    return few_photos.contests(few_photos.load(_base(config)), config.photos, shape, config.rank, config.seed, scratch)
+    return caching.contests(caching.load(_base(config)), config.photos, shape, config.rank, config.seed, scratch)
 
 
 ROWS: dict[str, Callable[[BenchConfig, Shape, Path], list[Contest]]] = {

@@ -13,6 +13,7 @@ from veneer import bases, methods
 from veneer.bases.door import find
 from veneer.injection import VeneerError
 from veneer.training import targets
+from veneer.training.config import PRESETS, preset_steps
 from veneer.training.costs import STATES
 from veneer.training.estimates import size
 from veneer.training.personal import PersonalizeConfig, teachable
@@ -26,8 +27,6 @@ from ._verdict import read_result
 
 USUAL = "pivotal"
 """The method that is chosen at first: in a short time it comes closest."""
-PRESETS = {"quick": 1 / 3, "balanced": 1.0, "thorough": 2.0}
-"""Name to its share of the steps that are usual."""
 FIGURES = {"quick": "2", "balanced": "3", "thorough": "3"}
 """Name to images of each prompt that are evaluated; from 2 on, scores have intervals, without which no verdict is `learned`."""
 PREVIEWS, CHECKPOINTS = 6, 4
@@ -100,7 +99,7 @@ def usual(preset: str, base: str, method: str) -> dict[str, str]:
     """Settings that a preset fills in, by name; the rest is left as usual."""
     named: dict[str, Any] = {"base": base_of(base), "method": bounded(method, "method")}
     config = PersonalizeConfig(photos=Path(), concept="x", out=Path(), **named).completed()
-    steps = max(10, round((config.steps or 500) * PRESETS.get(preset, 1.0)))
+    steps = preset_steps(preset, config.steps or 500)
     return {
         "steps": str(steps),
         "batch": str(config.batch),

@@ -19,7 +19,6 @@ from veneer.apps.pages._photos import look_at
 from veneer.apps.pages._result import in_words
 from veneer.apps.pages._teaching import (
     FROM_CONCEPT,
-    PRESETS,
     SETTINGS,
     Asked,
     estimate,
@@ -36,6 +35,7 @@ from tests.methods.controls import picture
 from veneer import methods
 from veneer.injection import VeneerError
 from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.config import PRESETS
 from veneer.training.estimates import size
 from veneer.training.progress import Progress, ProgressFile
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from veneer.pipelines.bench import ROWS, BenchConfig, BenchResult, bench
 
-from veneer.benchmarks import denoiser, few_photos, peers
+from veneer.benchmarks import caching, denoiser, peers
 from veneer.benchmarks.shapes import SHAPES, BenchError, sharing, unet
 from veneer.injection import VeneerError
 from veneer.testing.pipelines import tiny_pipeline
@@ -148,13 +148,13 @@ def test_unequal_targets_are_refused() -> None:
 
 def test_caches_change_the_time_and_not_the_training(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
-    photos = few_photos.draw_pictures(tmp_path / "photos", 2, seed=0)
-    few_photos.contests(pipe, photos, TINY, 4, 0, tmp_path)
+    photos = caching.draw_pictures(tmp_path / "photos", 2, seed=0)
+    caching.contests(pipe, photos, TINY, 4, 0, tmp_path)
     cache = Cache(tmp_path / "cache")
-    bare, cold = (few_photos.train(pipe, photos, c, TINY, 4, 0) for c in (None, cache))
+    bare, cold = (caching.train(pipe, photos, c, TINY, 4, 0) for c in (None, cache))
     assert cache.misses == 3  # two photos and one caption
     again = Cache(tmp_path / "cache")
-    warm = few_photos.train(pipe, photos, again, TINY, 4, 0)
+    warm = caching.train(pipe, photos, again, TINY, 4, 0)
     assert (again.misses, again.hits > 0) == (0, True)
     assert bare == cold == warm
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ EMA_WARMUPS = ("ramp", "power")
 LEAST = {"steps": 1, "batch": 1, "accumulation": 1, "log_every": 1} | dict.fromkeys(
     ("warmup", "clip", "weight_decay", "checkpoint_every", "keep_checkpoints", "preview_every"), 0
 )
+PRESETS: Mapping[str, float] = {"quick": 1 / 3, "balanced": 1.0, "thorough": 2.0}
+"""Preset to its share of the default number of steps."""
 WITHOUT_EFFECT = ("checkpoint_every", "keep_checkpoints", "preview_every", "log_every", "tracker")
 """Fields that change nothing in the trained weights; a resumed run may change them."""
 
@@ -114,3 +116,16 @@ class TrainConfig:
         if self.schedule == "constant":
             del fields["steps"]
         return fields
+
+
+def preset_steps(preset: str, default: int) -> int:
+    """Optimizer steps of a preset, at least 10.
+
+    Args:
+        preset: name in `PRESETS`. `default`: number of steps of `balanced`.
+    Raises:
+        TrainError: an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise TrainError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
+    return max(10, round(default * PRESETS[preset]))
