@@ -118,12 +118,14 @@ class Scoring:
         found: dict[str, Any] = {key: record[key] for key in ("steps", "seconds", "wall_seconds", "parameters")}
         features = dict[str, tuple[Tensor, Tensor]]()
         for judge in self.judges:
-            sides = (prompts.split(judge.images(trained)), (*prompts.split(judge.images(base))[:2], judge.images(unrelated)))
-            of_photos = self.gallery[judge.key]
-            measured = scores.image_scores(subject.name, *sides, of_photos)
-            measured["ceiling"] = scores.photo_ceiling(of_photos[subject.name])
-            found |= {f"{judge.key}.{name}": value for name, value in measured.items()}
-            features[judge.key] = sides[0][1], sides[1][1]
+            of_trained, of_photos = prompts.split(judge.images(trained)), self.gallery[judge.key]
+            of_base = (*prompts.split(judge.images(base))[:2], judge.images(unrelated))
+            found |= {
+                f"{judge.key}.{name}": value
+                for name, value in scores.image_scores(subject.name, of_trained, of_base, of_photos).items()
+            }
+            found[f"{judge.key}.ceiling"] = scores.photo_ceiling(of_photos[subject.name])
+            features[judge.key] = of_trained[1], of_base[1]
         asked = prompts.repeated(prompts.placed)
         texts = self._texts([replaced(prompt, {"{concept}": subject.word}) for prompt in asked])
         images = {"trained": prompts.split(trained.images)[1], "base": prompts.split(base.images)[1]}

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from PIL import Image
+from torch import Tensor
+
 from veneer import bases
 from veneer.training.config import PRESETS
 from veneer.training.folder import Photo, find_photos
@@ -19,7 +22,7 @@ from veneer.training.personal import PersonalizeConfig
 from ..shapes import BenchError
 from .scores import asked
 
-T = TypeVar("T")
+S = TypeVar("S", Tensor, list[Image.Image])
 
 CLASS_WORDS: Mapping[str, str] = {
     "backpack": "backpack", "backpack_dog": "backpack", "bear_plushie": "toy", "berry_bowl": "bowl", "can": "can",
@@ -86,8 +89,8 @@ class Prompts:
         """Image seeds of a training seed: no two training seeds share one."""
         return tuple(range(seed * self.images, (seed + 1) * self.images))
 
-    def split(self, images: Sequence[T]) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
-        """Images of all prompts, prompt by prompt, as those alone, placed and unrelated."""
+    def split(self, images: S) -> tuple[S, S, S]:
+        """Images of all prompts, or their features, prompt by prompt, as those alone, placed and unrelated."""
         a, b = len(self.alone) * self.images, (len(self.alone) + len(self.placed)) * self.images
         return images[:a], images[a:b], images[b:]
 
