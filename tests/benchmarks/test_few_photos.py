@@ -92,6 +92,20 @@ def test_image_scores_equal_plain_loops(gallery: dict[str, Tensor]) -> None:
     assert scores.photo_ceiling(gallery["dog6"][:1]) is None
 
 
+def test_prompt_contrast_compares_with_the_other_prompts() -> None:
+    images, texts = rows(6, seed=1), rows(3, seed=2)
+    contrasts = []
+    for i, image in enumerate(images):
+        others = [float(image @ text) for j, text in enumerate(texts) if j != i // 2]
+        contrasts.append(float(image @ texts[i // 2]) - np.mean(others))
+    assert scores.prompt_contrast(images, texts) == pytest.approx(np.mean(contrasts), abs=1e-6)
+    shifted = torch.cat([texts, torch.ones(3, 1)], 1)  # what all prompts share makes no difference
+    assert scores.prompt_contrast(torch.cat([images, torch.ones(6, 1)], 1), shifted) == pytest.approx(
+        np.mean(contrasts), abs=1e-6
+    )
+    assert scores.prompt_contrast(images[:2], texts[:1]) is None
+
+
 @pytest.mark.parametrize(
     ("prompt", "ground", "place"),
     [
@@ -317,6 +331,8 @@ def test_the_scores_of_a_run_follow_from_its_images(config: FewPhotosConfig, res
     texts = judge.features.texts(asked)
     assert texts is not None
     assert row["prompt.trained"] == pytest.approx(float((judge.features.pictures(placed) * texts).sum(1).mean()), abs=1e-4)
+    assert row["contrast.trained"] == pytest.approx(scores.prompt_contrast(judge.features.pictures(placed), texts[::2]), abs=1e-4)
+    assert row["clip.photos_identified"] == scores.photos_identified(gallery)["dog6"]
     assert (row["ground.trained"], row["place.trained"]) == scores.obeyed(placed, asked)
 
 

@@ -68,6 +68,7 @@ class Scoring:
         side = min(runs.base_images(subjects[0].word, self.config.seeds[0]).images[0].size)
         small = {s.name: [reduced(read_photo(photo.path), side) for photo in s.photos] for s in gallery}
         self.gallery = {j.key: {name: j.photos(photos) for name, photos in small.items()} for j in self.judges}
+        self.photos_identified = {key: scores.photos_identified(found) for key, found in self.gallery.items()}
 
     def write(self, done: Mapping[tuple[str, str, int], dict[str, Any]]) -> Path:
         """Score all runs; write `result.json`, `few-photos.md` and the image grids."""
@@ -92,7 +93,7 @@ class Scoring:
                 "class_words": {s.name: s.word for s in self.subjects},
                 "prompts": dataclasses.asdict(self.runs.prompts),
                 "gallery": among,
-                "photos_identified": {key: scores.photos_identified(found) for key, found in self.gallery.items()},
+                "photos_identified": self.photos_identified,
                 "runs": rows,
                 "summary": [_plain(row) for row in summary],
                 "matching_answers": grids.matching_answers([s.name for s in self.subjects]),
@@ -124,13 +125,15 @@ class Scoring:
                 f"{judge.key}.{name}": value
                 for name, value in scores.image_scores(subject.name, of_trained, of_base, of_photos).items()
             }
+            found[f"{judge.key}.photos_identified"] = self.photos_identified[judge.key][subject.name]
             found[f"{judge.key}.ceiling"] = scores.photo_ceiling(of_photos[subject.name])
             features[judge.key] = of_trained[1], of_base[1]
         asked = prompts.repeated(prompts.placed)
-        texts = self._texts([replaced(prompt, {"{concept}": subject.word}) for prompt in asked])
+        texts = self._texts([replaced(prompt, {"{concept}": subject.word}) for prompt in prompts.placed])
         images = {"trained": prompts.split(trained.images)[1], "base": prompts.split(base.images)[1]}
         for side, of_images in zip(("trained", "base"), features["clip"], strict=True):
-            found[f"prompt.{side}"] = float(cosine(of_images, texts).mean())
+            found[f"prompt.{side}"] = float(cosine(of_images, texts.repeat_interleave(prompts.images, 0)).mean())
+            found[f"contrast.{side}"] = scores.prompt_contrast(of_images, texts)
             found[f"ground.{side}"], found[f"place.{side}"] = scores.obeyed(images[side], asked)
         return found
 

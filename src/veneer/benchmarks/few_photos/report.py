@@ -9,7 +9,7 @@ from veneer.training.metrics import Figure, figure
 
 from .scores import kept
 
-KEPT = ("prompt", "ground", "place")
+KEPT = ("prompt", "contrast", "ground", "place")
 """Scores of placed prompts that are read as shares of the base's."""
 
 ALL = "all"
@@ -83,19 +83,24 @@ def similarity_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
     """Similarity to the photos and identification by each judge."""
     heads = ["preset", "subject"]
     for key in judges:
-        heads += [f"{word} ({key})" for word in ("base", "trained", "gain", "photos", "identified", "base identified")]
+        heads += [
+            f"{word} ({key})"
+            for word in ("base", "trained", "gain", "photos", "identified", "base identified", "photos identified")
+        ]
     lines = list[list[str]]()
     for row in rows:
         cells = [row["preset"], row["subject"]]
         for key in judges:
             cells += [cell(row.get(f"{key}.{name}")) for name in ("base", "trained", "gain", "ceiling")]
-            cells += [cell(row.get(f"{key}.{name}"), percent=True) for name in ("identified", "base_identified")]
+            cells += [
+                cell(row.get(f"{key}.{name}"), percent=True) for name in ("identified", "base_identified", "photos_identified")
+            ]
         lines.append(cells)
     return markdown(heads, lines)
 
 
 def prompt_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
-    """Prompt similarity, ground and place with the share kept of the base's, drift, and time."""
+    """Prompt similarity and contrast, ground and place with the share kept of the base's, drift, and time."""
     heads = ["preset", "subject"]
     for name in KEPT:
         heads += [f"{name}: base", "trained", "kept"]
@@ -104,7 +109,7 @@ def prompt_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
     for row in rows:
         cells = [row["preset"], row["subject"]]
         for name in KEPT:
-            percent = name != "prompt"
+            percent = name in ("ground", "place")
             cells += [cell(row.get(f"{name}.{side}"), percent=percent) for side in ("base", "trained")]
             cells.append(cell(row.get(f"{name}.kept"), percent=True))
         cells += [cell(row.get(f"{key}.drift")) for key in judges]

@@ -9,6 +9,7 @@ image of the same prompt with the class word, from the same noise:
   subject; by mean: with the normalized mean of f over P_s in place of the photos
 - **photos identified**: the same of each photo, which is left out of its own subject
 - **prompt similarity**: mean of ⟨f(g), t(prompt)⟩ on placed prompts, with the class word for the concept, t the text tower
+- **prompt contrast**: mean of ⟨f(g), t(prompt)⟩ minus the mean over the other placed prompts, which cancels the class
 - **ground, place**: share of images of placed prompts whose ground color and place, measured from pixels, are those asked for
 - **drift**: mean of 1 − ⟨f(g), f(b)⟩ on prompts without the concept
 
@@ -62,6 +63,20 @@ def obeyed(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[float
         if place is not None:
             places.append(seen.place == place)
     return float(np.mean(grounds)), float(np.mean(places)) if places else None
+
+
+def prompt_contrast(images: Tensor, texts: Tensor) -> float | None:
+    """Mean cosine of images to their own prompts minus that to the other prompts; None if there is one prompt.
+
+    Args:
+        images: features (prompts · n, width), prompt by prompt. `texts`: features of the prompts (prompts, width).
+    """
+    count = len(texts)
+    if count < 2:
+        return None
+    cosines = (images @ texts.T).view(count, -1, count).mean(1)
+    own = cosines.diagonal().sum()
+    return float(own / count - (cosines.sum() - own) / (count * (count - 1)))
 
 
 def nearest_photo(images: Tensor, gallery: Mapping[str, Tensor]) -> list[str]:
