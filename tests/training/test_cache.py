@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.raising import raises, warns
+from veneer.injection.errors import OptionError
 from veneer.training import cache as module
 from veneer.training.cache import Cache, CacheWarning, Memory, cache_key, encoder_digest, why_not_cached
 
@@ -96,14 +98,14 @@ def test_a_damaged_entry_is_made_anew(tmp_path, damage):
     else:
         data = {"empty": bytearray(), "short": data[:-9], "text": bytearray(b"not this at all")}[damage]
     path.write_bytes(data)
-    with pytest.warns(CacheWarning, match=f"{KEY}.safetensors: unusable cache entry .*made anew"):
+    with warns(CacheWarning, file=path):
         assert same(Cache(tmp_path).get(KEY, value), value())
     assert same(Cache(tmp_path).get(KEY, never), value())
 
 
 def test_a_file_that_someone_else_wrote_is_not_believed(tmp_path):
     save_file({"mean": torch.zeros(2)}, tmp_path / f"{KEY}.safetensors")
-    with pytest.warns(CacheWarning, match="does not fit its key"):
+    with warns(CacheWarning, file=tmp_path / f"{KEY}.safetensors", given="mismatch"):
         assert same(Cache(tmp_path).get(KEY, value), value())
 
 
@@ -117,7 +119,7 @@ def test_a_full_disk_costs_only_the_disk(tmp_path, monkeypatch, number, call):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, call, full)
-    with pytest.warns(CacheWarning, match=f"cannot be written .{os.strerror(number)}.*in memory"):
+    with warns(CacheWarning, file=tmp_path, given=number):
         assert same(cache.get(cache_key(2), lambda: value(2)), value(2))
     assert same(cache.get(cache_key(3), lambda: value(3)), value(3)), "one warning is enough"
     assert same(cache.get(cache_key(2), never), value(2))
@@ -127,7 +129,7 @@ def test_a_full_disk_costs_only_the_disk(tmp_path, monkeypatch, number, call):
 
 def test_a_really_full_disk(tmp_path):
     """`/dev/full` answers every write with ENOSPC, as a full disk does."""
-    with pytest.raises(OSError, match="No space"), open("/dev/full", "wb", buffering=0) as device:
+    with raises(OSError, errno=errno.ENOSPC), open("/dev/full", "wb", buffering=0) as device:
         device.write(b"x")
     cache = Cache(tmp_path)
     original = os.fdopen
@@ -138,7 +140,7 @@ def test_a_really_full_disk(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fdopen", onto_full)
-        with pytest.warns(CacheWarning, match="No space left"):
+        with warns(CacheWarning, file=tmp_path, given=errno.ENOSPC):
             assert same(cache.get(KEY, value), value())
     assert list(tmp_path.iterdir()) == []
     assert same(cache.get(KEY, never), value())
@@ -146,7 +148,7 @@ def test_a_really_full_disk(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.warns(CacheWarning, match="cannot be written"):
+    with warns(CacheWarning, file=tmp_path / "file" / "cache"):
         cache = Cache(tmp_path / "file" / "cache")
     assert same(cache.get(KEY, value), value())
     assert same(cache.get(KEY, never), value())
@@ -163,7 +165,7 @@ def test_leftovers_of_killed_writers_go_but_not_those_of_living_ones(tmp_path):
 
 def test_values_that_are_not_finite_are_given_but_not_kept(tmp_path):
     cache = Cache(tmp_path)
-    with pytest.warns(CacheWarning, match="mean of .* is not finite"):
+    with warns(CacheWarning, where=KEY, given=("mean",)):
         assert cache.get(KEY, lambda: {"mean": torch.tensor([1.0, float("nan")])})["mean"].isnan().any()
     assert same(cache.get(KEY, value), value())
 
@@ -179,7 +181,7 @@ def test_a_failure_while_computing_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("key", ["", "../../etc/passwd", "x" * 40, KEY + "\n", KEY.upper()])
 def test_only_keys_are_names_of_files(tmp_path, key):
-    with pytest.raises(ValueError, match="is not a key"):
+    with raises(OptionError, option="key", given=key):
         Cache(tmp_path).get(key, value)
 
 
@@ -292,7 +294,7 @@ def test_dtypes_and_shapes_of_all_kinds_are_hashed():
 
 
 def test_weights_that_are_not_there_cannot_be_hashed():
-    with pytest.raises(ValueError, match=r"0\.bias is on the meta device"):
+    with raises(OptionError, where="0.bias", given="meta"):
         encoder_digest(encoder().to("meta"))
 
 

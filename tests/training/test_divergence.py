@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from tests.raising import carries, raises
 from veneer.training.divergence import Diverged
 from veneer.training.loop import TrainConfig, Trainer
 
@@ -35,11 +36,10 @@ def bad_at(bad, value):
 def test_stops_at_the_first_loss_that_is_not_finite(value, tmp_path):
     """The loss of step 3 condemns the third update, so the weights are those that gave step 2 its finite loss."""
     trainer, weight, seen = trained(bad_at(3, value), tmp_path, checkpoint_every=1)
-    with pytest.raises(
-        Diverged, match=rf"in step 3: the loss is {value}.*after 2 updates.*last_good.*learning rate of 0.01"
-    ) as caught:
+    with pytest.raises(Diverged) as caught:
         trainer.fit()
-    assert (caught.value.step, caught.value.kept) == (3, 2)
+    assert str(caught.value.given) == str(value)
+    carries(caught.value, step=3, where="loss", kept=2, learning_rate=0.1, file=tmp_path / "last_good.safetensors")
     assert torch.equal(weight, seen[2])
     assert len(seen) == 4
     assert torch.equal(safetensors.torch.load_file(caught.value.file)["weight"], seen[2])
@@ -49,16 +49,15 @@ def test_stops_at_the_first_loss_that_is_not_finite(value, tmp_path):
 def test_a_gradient_that_is_not_finite_updates_nothing():
     """sqrt at 0: the loss is finite, its gradient is not."""
     trainer, weight, seen = trained(lambda step, w: (w * 0).sum().sqrt() if step == 2 else w.square().sum())
-    with pytest.raises(Diverged, match=r"in step 2: the gradient's norm is (nan|inf)") as caught:
+    with raises(Diverged, step=2, where="gradient", kept=2, file=None) as caught:
         trainer.fit()
+    assert not math.isfinite(caught.value.given)
     assert torch.equal(weight, seen[2])
-    assert caught.value.kept == 2
-    assert caught.value.file is None
 
 
 def test_a_rate_that_diverges_by_itself_ends_with_finite_weights(tmp_path):
     trainer, weight, _ = trained(bad_at(-1, 1.0), tmp_path, steps=2000, learning_rate=50.0)
-    with pytest.raises(Diverged, match=r"learning rate 50.*Try a learning rate of 5"):
+    with raises(Diverged, learning_rate=50.0):
         trainer.fit()
     assert weight.isfinite().all()
 
@@ -73,6 +72,6 @@ def test_averages_go_back_with_the_weights():
 
 def test_a_first_loss_that_is_not_finite_keeps_the_start():
     trainer, weight, _ = trained(bad_at(0, math.nan))
-    with pytest.raises(Diverged, match="after 0 updates"):
+    with raises(Diverged, step=0, kept=0):
         trainer.fit()
     assert torch.equal(weight.detach(), torch.tensor([1.0, 2.0]))

@@ -8,11 +8,12 @@ import safetensors.torch
 import timm
 import torch
 
+from tests.raising import raises
 from tests.training.clips import TINY, Shipped, picture, tiny_open_clip
 from veneer import bases
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import UnknownName, VeneerError
 from veneer.testing.tokenizers import clip_tokenizer
-from veneer.training.features import features, of_clip
+from veneer.training.features import LIBRARIES, features, of_clip
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +81,13 @@ def test_a_transformers_folder(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["vit_base", "no/such/folder"])
 def test_names_without_library_are_refused(wrong):
-    with pytest.raises(VeneerError, match=r"timm:NAME"):
+    with raises(UnknownName, name=wrong, kind="feature model") as caught:
         features(wrong)
+    assert "timm" in caught.value.expected
 
 
 def test_objects_without_text_encoder_are_refused():
-    with pytest.raises(VeneerError, match="has no preprocess, encode_image, encode_text"):
+    with raises(VeneerError, where="Identity", given=("preprocess", "encode_image", "encode_text")):
         features(torch.nn.Identity())
 
 
@@ -122,7 +124,7 @@ def test_features_do_not_depend_on_company_or_leave_a_graph(clip):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(VeneerError, match="neither 'shipped', a folder of open_clip, timm or transformers CLIP"):
+    with raises(UnknownName, name=str(tmp_path), kind="feature model", expected=("shipped", *LIBRARIES)):
         features(tmp_path)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.raising import raises
 from tests.training.clips import Shipped, picture
 from veneer.injection.errors import VeneerError
 from veneer.training import metrics
@@ -56,7 +57,7 @@ def test_one_value_has_no_interval_and_none_is_refused():
     assert figure([0.5]) == Figure(0.5, None, None, 1)
     assert str(figure([0.5])) == "0.500 (n = 1)"
     for bad in ([], [1.0, float("nan")]):
-        with pytest.raises(VeneerError, match="expected finite values"):
+        with raises(VeneerError, expected="finite"):
             figure(bad)
 
 
@@ -122,7 +123,7 @@ def test_without_text_model_or_unrelated_prompts_those_figures_are_none(clip):
 
 
 def test_nothing_to_compare_is_refused(clip):
-    with pytest.raises(VeneerError, match="0 photos and 1 pictures"):
+    with raises(VeneerError, where="photos", given=(0, 1)):
         metrics.measure(clip, [], [Pair("x", 0, picture(1), picture(2))])
 
 

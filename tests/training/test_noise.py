@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from tests.raising import raises
+from veneer.injection.errors import OptionError
 from veneer.training.noise import NoiseOptions, draw_noise
 
 LATENTS = torch.randn(3, 9, 14, generator=torch.Generator().manual_seed(5)) + torch.tensor([0.0, 2.0, -3.0]).view(3, 1, 1)
@@ -103,7 +105,8 @@ def test_offset_makes_brightness_vary():
 
 @pytest.mark.parametrize("bad", [{"offset": -0.1}, {"pyramid": 1.0}, {"pyramid_levels": 0}, {"perturbation": -1.0}])
 def test_options_are_checked(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    ((name, value),) = bad.items()
+    with raises(OptionError, option=name, given=value):
         NoiseOptions(**bad)
 
 

@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from tests.raising import raises, warns
 from tests.training.pictures import DATA, gradient, save
 from veneer.injection.errors import VeneerError
-from veneer.training.photos import DataWarning, PhotoError, PhotoLimits, decode, read_mask, read_photo
+from veneer.training.photos import (
+    FIRST_FRAME,
+    FORMATS,
+    PROFILE_UNUSED,
+    DataWarning,
+    PhotoError,
+    PhotoLimits,
+    decode,
+    read_mask,
+    read_photo,
+)
 
 SUFFIXES = ["png", "jpg", "webp", "bmp", "tif", "gif"]
 
@@ -35,9 +46,9 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, share):
     data = whole.read_bytes()
     part = tmp_path / f"part.{suffix}"
     part.write_bytes(data[: max(12, int(len(data) * share))])
-    with pytest.raises(PhotoError, match=rf"part\.{suffix}: .*(damaged|cut off)") as caught:
+    with raises(PhotoError, file=part) as caught:
         read_photo(part)
-    assert "again" in str(caught.value)
+    assert caught.value.given.startswith("damaged")
 
 
 def test_flipped_bytes_never_escape_as_another_error(tmp_path):
@@ -56,40 +67,39 @@ def test_flipped_bytes_never_escape_as_another_error(tmp_path):
 def test_an_empty_file(tmp_path):
     path = tmp_path / "empty.png"
     path.touch()
-    with pytest.raises(PhotoError, match=r"empty\.png: the file is empty; expected a PNG.*again"):
+    with raises(PhotoError, file=path, given="empty", expected=FORMATS):
         read_photo(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "kind"),
     [
-        (b"hello, I am no picture", "text .'hello, I am"),
+        (b"hello, I am no picture", "text"),
         ("überall Text".encode(), "text"),
-        (b"<!DOCTYPE html><html>404</html>", "web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.*git lfs pull"),
-        (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG drawing.*as PNG"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "HEIC picture.*JPEG"),
-        (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(40), "AVIF picture"),
+        (b"<!DOCTYPE html><html>404</html>", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "HEIC"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(40), "AVIF"),
         (b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + bytes(40), "video"),
-        (b"8BPS\0\1" + bytes(40), "Photoshop"),
+        (b"8BPS\0\1" + bytes(40), "PSD"),
         (b"%PDF-1.7\n", "PDF"),
-        (bytes(range(200, 256)), "unknown data .it starts with c8 c9"),
-        (bytes(100), "unknown data"),
+        (bytes(range(200, 256)), "unknown"),
+        (bytes(100), "unknown"),
     ],
 )
-def test_what_is_no_picture_is_named(tmp_path, content, found):
+def test_what_is_no_picture_is_named(tmp_path, content, kind):
     path = tmp_path / "photo.png"
     path.write_bytes(content)
-    with pytest.raises(PhotoError, match=f"(?s)photo.png: .*{found}") as caught:
+    with raises(PhotoError, file=path, given=kind, expected=FORMATS):
         read_photo(path)
-    assert "expected a PNG, JPEG, WEBP, BMP, TIFF or GIF" in str(caught.value)
 
 
 def test_a_format_outside_the_list_is_not_even_tried(tmp_path):
     """Pillow reads ICO, PPM and more; what is not needed is not exposed to files from anywhere."""
     gradient(32, 32).save(tmp_path / "a.ppm")
     (tmp_path / "a.ppm").rename(tmp_path / "a.png")
-    with pytest.raises(PhotoError, match="expected a PNG"):
+    with raises(PhotoError, given="unknown", expected=FORMATS):
         read_photo(tmp_path / "a.png")
 
 
@@ -121,7 +131,7 @@ def test_a_colour_profile_is_applied(tmp_path):
 
 def test_a_broken_colour_profile_is_passed_over_and_told(tmp_path):
     save(tmp_path / "a.png", icc_profile=b"no profile at all")
-    with pytest.warns(DataWarning, match=r"a\.png: its colour profile cannot be used"):
+    with warns(DataWarning, file=tmp_path / "a.png", given=PROFILE_UNUSED):
         assert close(read_photo(tmp_path / "a.png"), gradient(80, 64), 1)
 
 
@@ -144,8 +154,8 @@ def test_16_bit_colour_is_scaled(tmp_path):
 def test_values_without_a_range_are_refused(tmp_path):
     Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "a.tif")
     Image.fromarray(np.full((32, 32), 10**6, np.int32)).save(tmp_path / "b.tif")
-    for name in ("a", "b"):
-        with pytest.raises(PhotoError, match=rf"{name}\.tif: .*without a stated range.*as PNG"):
+    for name, mode in (("a", "F"), ("b", "I")):
+        with raises(PhotoError, file=tmp_path / f"{name}.tif", where="mode", given=mode):
             read_photo(tmp_path / f"{name}.tif")
 
 
@@ -153,7 +163,7 @@ def test_values_without_a_range_are_refused(tmp_path):
 def test_of_an_animation_the_first_frame_is_taken_and_told(tmp_path, suffix):
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "green")]
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
-    with pytest.warns(DataWarning, match=rf"a\.{suffix}: holds several frames.*first"):
+    with warns(DataWarning, file=tmp_path / f"a.{suffix}", given=FIRST_FRAME):
         photo = read_photo(tmp_path / f"a.{suffix}")
     assert np.abs(np.asarray(photo, float).mean((0, 1)) - (255, 0, 0)).max() < 8
 
@@ -177,34 +187,28 @@ def test_exif_rotation_is_applied(tmp_path, orientation):
 
 def test_a_bomb_is_refused_by_its_header_alone(tmp_path):
     """Only the header is there: a decoder that started would complain about missing data instead."""
-    for width, height in ((30_000, 4_000), (30_000, 20), (60_000, 60_000), (9_000, 9_000)):
+    sizes = {(30_000, 4_000): "max_side", (30_000, 20): "max_side", (60_000, 60_000): "max_pixels", (9_000, 9_000): "max_pixels"}
+    for (width, height), limit in sizes.items():
         (tmp_path / "a.png").write_bytes(_png(width, height, b"", whole=False))
-        with pytest.raises(PhotoError, match=r"a\.png: .*pixels") as caught:
+        with raises(PhotoError, file=tmp_path / "a.png", where=limit):
             read_photo(tmp_path / "a.png")
-        assert "damaged" not in str(caught.value)
 
 
 def test_a_real_picture_of_30_000_pixels_is_refused_and_its_size_told(tmp_path):
     Image.new("L", (30_000, 400)).save(tmp_path / "wide.png")
-    with pytest.raises(PhotoError, match=r"wide\.png: 30,000 x 400 pixels; expected sides of at most 20,000.*max_side"):
+    with raises(PhotoError, file=tmp_path / "wide.png", where="max_side", given=(30_000, 400), expected=20_000):
         read_photo(tmp_path / "wide.png")
     assert read_photo(tmp_path / "wide.png", PhotoLimits(max_side=30_000, max_aspect=75)).size == (30_000, 400)
 
 
 @pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        (PhotoLimits(max_bytes=100), "at most 100 bytes"),
-        (PhotoLimits(max_pixels=80 * 64 - 1), "5,119 pixels in all"),
-        (PhotoLimits(max_side=79), "at most 79"),
-        (PhotoLimits(min_side=65), "at least 65"),
-        (PhotoLimits(max_aspect=1.2), "at most 1.2 times"),
-    ],
+    ("limit", "value"),
+    [("max_bytes", 100), ("max_pixels", 80 * 64 - 1), ("max_side", 79), ("min_side", 65), ("max_aspect", 1.2)],
 )
-def test_each_limit(tmp_path, limits, expected):
+def test_each_limit(tmp_path, limit, value):
     path = save(tmp_path / "a.png")
-    with pytest.raises(PhotoError, match=expected):
-        read_photo(path, limits)
+    with raises(PhotoError, file=path, where=limit, given=None if limit == "max_bytes" else (80, 64), expected=value):
+        read_photo(path, PhotoLimits(**{limit: value}))
     assert read_photo(path, PhotoLimits(max_pixels=80 * 64, max_side=80, min_side=64, max_aspect=1.25)).size == (80, 64)
 
 
@@ -246,18 +250,18 @@ def test_an_opaque_alpha_channel_is_no_mask(tmp_path):
 
 def test_nothing_to_see_or_to_keep_is_refused(tmp_path):
     Image.new("RGBA", (32, 32), (9, 9, 9, 0)).save(tmp_path / "clear.png")
-    with pytest.raises(PhotoError, match="fully transparent"):
+    with raises(PhotoError, given="transparent"):
         read_photo(tmp_path / "clear.png")
     Image.new("L", (32, 32), 0).save(tmp_path / "black.png")
-    with pytest.raises(PhotoError, match="black everywhere"):
+    with raises(PhotoError, given="black"):
         read_mask(tmp_path / "black.png")
 
 
 def test_what_is_no_file(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
-    for name, found in (("none.png", "no such file"), ("folder.png", "not a regular file"), ("link.png", "a broken link")):
-        with pytest.raises(PhotoError, match=f"{name}: {found}"):
+    for name, found in (("none.png", "missing"), ("folder.png", "not a regular file"), ("link.png", "broken link")):
+        with raises(PhotoError, file=tmp_path / name, given=found):
             read_photo(tmp_path / name)
 
 

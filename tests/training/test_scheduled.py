@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from tests.raising import raises
 from veneer.injection import attach, hosts
 from veneer.training import targets
 from veneer.training.checkpoints import CheckpointError
@@ -70,7 +71,7 @@ def test_a_run_of_other_length_is_another_run(tmp_path: Path) -> None:
     trainer = scheduled_trainer(tmp_path, TrainConfig(**settings))
     trainer.on_step = lambda progress: trainer.stop() if progress.step == 2 else None
     assert trainer.fit().stopped
-    with pytest.raises(CheckpointError, match=r"steps: 12 there, 20 now"):
+    with raises(CheckpointError, where="settings", given={"steps": 12}, expected={"steps": 20}):
         scheduled_trainer(tmp_path, TrainConfig(**{**settings, "steps": 20})).fit(resume=True)
 
 

@@ -35,7 +35,7 @@ def test_big_numbers_and_any_letters_are_fine():
 
 @pytest.mark.parametrize("part", [1.0, None, True, b"x", torch.tensor(1)])
 def test_other_types_are_refused(part):
-    with pytest.raises(TypeError, match="expected int or str"):
+    with pytest.raises(TypeError, match=type(part).__name__):
         mix("seed", part)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from tests.raising import raises
 from tests.training.pictures import gradient
 from veneer.injection.errors import VeneerError
 from veneer.training.previews import Pair, save_png
@@ -188,5 +189,5 @@ def test_a_small_sheet_is_wide_enough_for_its_heads():
 
 def test_nothing_to_show_is_refused():
     for rows in ([], [Row("a", ((None,),))]):
-        with pytest.raises(VeneerError, match="no pictures"):
+        with raises(VeneerError, where="rows", given=0):
             sheet(rows)

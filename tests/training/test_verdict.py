@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.raising import raises
 from veneer.classifying.config import TransferConfig
 from veneer.classifying.figures import figures_of
 from veneer.classifying.verdict import Evidence
@@ -16,7 +17,7 @@ from veneer.control.config import ControlConfig
 from veneer.control.figures import Figures
 from veneer.control.verdict import loss_trend
 from veneer.control.verdict import verdict as control_verdict
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import OptionError
 from veneer.training.metrics import Compared, Figure, Metrics
 from veneer.training.personal import PersonalizeConfig
 from veneer.training.personal_verdict import covered, personal_verdict
@@ -81,7 +82,7 @@ def test_a_verdict_is_json_and_text():
     }  # fmt: skip
     assert all(part in verdict.text() for part in ("partly", "A little.", "One.", "--steps 9"))
     assert set(WORDS) == {"learned", "partly", "not_learned", "overfitted", "unknown"}
-    with pytest.raises(VeneerError, match="great"):
+    with raises(OptionError, option="outcome", given="great", expected=tuple(WORDS)):
         Verdict("great", "")
 
 

@@ -153,3 +153,14 @@ class LoadError(VeneerError):
 
 class ConditionError(VeneerError):
     """A condition that is missing, of the wrong size, or given to the wrong model; `where` names attachment or condition."""
+
+
+class VeneerWarning(UserWarning):
+    """Base of the warnings of veneer; the attributes are those of `VeneerError`."""
+
+    def __init__(
+        self, message: str = "", *, where: str | None = None, given: Any = None, expected: Any = None, file: Any = None
+    ) -> None:
+        super().__init__(message)
+        self.where, self.given, self.expected = where, given, expected
+        self.file = None if file is None else str(file)

@@ -44,12 +44,14 @@ class BucketPlan:
     def __post_init__(self) -> None:
         if self.multiple < 1 or self.resolution < self.multiple or self.resolution % self.multiple:
             low = max(self.resolution // max(1, self.multiple), 1) * max(1, self.multiple)
-            near = f"{low} or {low + max(1, self.multiple)}"
-            raise DataError(f"resolution: {self.resolution} pixels; expected a multiple of {self.multiple}. Take {near}.")
-        if not self.bounds[0] <= self.resolution <= self.bounds[1]:
-            raise DataError(
-                f"buckets: sides from {self.bounds[0]} to {self.bounds[1]} leave out the resolution {self.resolution}."
+            near = (low, low + max(1, self.multiple))
+            message = (
+                f"resolution: {self.resolution} pixels; expected a multiple of {self.multiple}. Take {near[0]} or {near[1]}."
             )
+            raise DataError(message, where="resolution", given=self.resolution, expected=near)
+        if not self.bounds[0] <= self.resolution <= self.bounds[1]:
+            message = f"buckets: sides from {self.bounds[0]} to {self.bounds[1]} leave out the resolution {self.resolution}."
+            raise DataError(message, where="bounds", given=self.bounds, expected=self.resolution)
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -85,9 +87,10 @@ class BucketPlan:
             sides = [min(sides)] * 2
         if min(sides) < self.multiple:
             found = f"{size[0]} x {size[1]} pixels (height x width)"
-            raise DataError(
+            message = (
                 f"buckets: a picture of {found} is less than {self.multiple} on a side. Allow enlarging, or use a larger one."
             )
+            raise DataError(message, where="upscale", given=size, expected=self.multiple)
         return sides[0], sides[1]
 
 

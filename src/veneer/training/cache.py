@@ -24,11 +24,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..injection.errors import OptionError, VeneerWarning
+
 Value = TypeVar("Value")
 _STALE_SECONDS = 3600.0
 
 
-class CacheWarning(UserWarning):
+class CacheWarning(VeneerWarning):
     """A cache that had to make something anew, or that goes on in memory only."""
 
 
@@ -97,10 +99,11 @@ class Cache:
                 the values are not finite and are not kept.
 
         Raises:
-            ValueError: `key` does not come from `cache_key`.
+            OptionError: `key` does not come from `cache_key`.
         """
         if not re.fullmatch("[0-9a-f]{40}", key):
-            raise ValueError(f"cache: {key!r} is not a key; expected 40 hex digits. Make it with cache_key().")
+            message = f"cache: {key!r} is not a key; expected 40 hex digits. Make it with cache_key()."
+            raise OptionError(message, option="key", given=key, expected=40)
         value = self._memory.get(key)
         if value is None:
             value = self._read(key)
@@ -116,7 +119,8 @@ class Cache:
     def _keep(self, key: str, value: dict[str, Tensor]) -> None:
         broken = [name for name, each in value.items() if each.is_floating_point() and not each.isfinite().all()]
         if broken:
-            warnings.warn(f"cache: {', '.join(broken)} of {key} is not finite and is not kept (a VAE in float16?)", CacheWarning)
+            message = f"cache: {', '.join(broken)} of {key} is not finite and is not kept (a VAE in float16?)"
+            warnings.warn(CacheWarning(message, where=key, given=tuple(broken), expected="finite"), stacklevel=2)
             return
         self._remember(key, value)
         if self.folder is not None:
@@ -139,16 +143,18 @@ class Cache:
             stored = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
             if stored.get("key") == key and stored.get("content") == _content(value):
                 return value
-            reason = "its content does not fit its key"
+            reason, given = "its content does not match its key", "mismatch"
         except FileNotFoundError:
             return None
         except Exception as error:  # whatever a damaged file makes a parser say, the answer is the same: make it anew
-            reason = str(error)
-        warnings.warn(f"{path}: unusable cache entry ({reason}); made anew", CacheWarning, stacklevel=3)
+            reason, given = str(error), "damaged"
+        message = f"{path}: unusable cache entry ({reason}); made anew"
+        warnings.warn(CacheWarning(message, file=path, given=given), stacklevel=3)
         return None
 
     def _without_disk(self, error: OSError) -> None:
-        warnings.warn(f"{self.folder}: cannot be written ({error.strerror or error}); the cache goes on in memory", CacheWarning)
+        message = f"{self.folder}: cannot be written ({error.strerror or error}); the cache goes on in memory"
+        warnings.warn(CacheWarning(message, file=self.folder, given=error.errno), stacklevel=2)
         self.folder = None
 
 
@@ -184,7 +190,8 @@ def _raw(tensor: Tensor) -> memoryview:
 def _fold(item: tuple[str, Tensor]) -> str:
     name, tensor = item
     if tensor.device.type == "meta":
-        raise ValueError(f"encoder_digest: {name} is on the meta device and has no content. Load the weights first.")
+        message = f"encoder_digest: {name} is on the meta device and has no content. Load the weights first."
+        raise OptionError(message, option="encoder", where=name, given="meta")
     return cache_key(name, tensor.dtype, *tensor.shape, hashlib.blake2b(_raw(tensor), digest_size=20).hexdigest())
 
 
@@ -207,7 +214,7 @@ def encoder_digest(module: nn.Module) -> str:
     values. A module with a parameter that trains is hashed anew every time.
 
     Raises:
-        ValueError: a tensor on the meta device.
+        OptionError: a tensor on the meta device.
     """
     tensors = dict(_tensors(module))
     identity = f"{type(module).__module__}.{type(module).__qualname__}", _config(module)

@@ -74,11 +74,15 @@ class Captions:
     def __post_init__(self) -> None:
         for name in ("dropout", "tag_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise DataError(f"captions: {name} is {getattr(self, name)}; expected a probability from 0 to 1.")
+                raise self._wrong(name, "a probability from 0 to 1")
         if self.keep_tokens < 0:
-            raise DataError(f"captions: keep_tokens is {self.keep_tokens}; expected 0 or more.")
+            raise self._wrong("keep_tokens", "0 or more")
         if isinstance(self.templates, str) or not self.templates:
-            raise DataError(f'captions: templates is {self.templates!r}; expected a tuple such as ("a photo of {{concept}}",).')
+            raise self._wrong("templates", 'a tuple such as ("a photo of {concept}",)')
+
+    def _wrong(self, name: str, expected: str) -> DataError:
+        given = getattr(self, name)
+        return DataError(f"captions: {name} is {given!r}; expected {expected}.", where=name, given=given, expected=expected)
 
     def lacks(self, written: str | None, is_prior: bool = False) -> bool:
         """Whether there are no words for such a photo: neither its own caption nor the concept (or the prior prompt) to make
@@ -136,12 +140,14 @@ def read_captions(folder: Path, photos: Sequence[Path]) -> dict[Path, str]:
         if beside.is_file():
             own = " ".join(_utf8(beside).split())
             if text is not None and text != own:
-                warnings.warn(f"{photo}: captions in {beside.name} and metadata.jsonl differ; {beside.name} is used", DataWarning)
+                message = f"{photo}: captions in {beside.name} and metadata.jsonl differ; {beside.name} is used"
+                warnings.warn(DataWarning(message, file=photo, given=(own, text)), stacklevel=2)
             text = own
         if text:
             captions[photo] = text
         elif text is not None:
-            warnings.warn(f"{photo}: its caption is empty; a template is used instead", DataWarning)
+            message = f"{photo}: its caption is empty; a template is used instead"
+            warnings.warn(DataWarning(message, file=photo, given=""), stacklevel=2)
     return captions
 
 
@@ -151,27 +157,31 @@ def _metadata(folder: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(_utf8(path).split("\n") if path.is_file() else (), start=1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
-        name, text = _entry(line, where)
+        where = f"line {number}"
+        name, text = _entry(line, path, where)
         if name in seen:
-            raise DataError(f"{where}: {name!r} has a caption on line {seen[name]} already; expected one line a picture.")
+            message = f"{path}, {where}: {name!r} has a caption on line {seen[name]} already; expected one line a picture."
+            raise DataError(message, file=path, where=where, given=(name, f"line {seen[name]}"))
         target = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute() or not target.is_file():
-            raise DataError(f"{where}: a caption for {name!r}, which is not in {folder}. Correct file_name, or remove the line.")
+            message = f"{path}, {where}: a caption for {name!r}, which is not in {folder}. Correct file_name, or remove the line."
+            raise DataError(message, file=path, where=where, given=name)
         seen[name] = number
         yield name, text
 
 
-def _entry(line: str, where: str) -> tuple[str, str]:
+def _entry(line: str, path: Path, where: str) -> tuple[str, str]:
     example = '{"file_name": "01.jpg", "text": "a photo of <toy>"}'
     try:
         entry = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); expected one object a line, such as {example}.") from error
+        message = f"{path}, {where}: not JSON ({error}); expected one object a line, such as {example}."
+        raise DataError(message, file=path, where=where, expected="JSON") from error
     entry = entry if isinstance(entry, dict) else {}
     name, text = entry.get("file_name"), entry.get("text", entry.get("caption"))
     if not isinstance(name, str) or not isinstance(text, str) or not name:
-        raise DataError(f"{where}: found {line.strip()[:80]}; expected file_name and text, such as {example}.")
+        message = f"{path}, {where}: found {line.strip()[:80]}; expected file_name and text, such as {example}."
+        raise DataError(message, file=path, where=where, given=entry, expected=("file_name", "text"))
     return name.removeprefix("./"), " ".join(text.split())
 
 
@@ -179,9 +189,11 @@ def _utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        message = f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        raise DataError(message, file=path, where=f"byte {error.start}", expected="UTF-8") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check permissions.") from error
+        message = f"{path}: cannot be read ({error.strerror}). Check permissions."
+        raise DataError(message, file=path, given="unreadable") from error
 
 
 def longest_start(text: str, fits: Callable[[str], bool]) -> str:

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..injection.errors import VeneerError
+from ..injection.errors import VeneerError, VeneerWarning
 
 FORMAT = 1
 _TEMPORARY = (".saving-", ".deleting-", ".reserve")
@@ -32,7 +32,7 @@ class CheckpointError(VeneerError):
     """A checkpoint that cannot be written, cannot be read, or belongs to another run."""
 
 
-class CheckpointWarning(UserWarning):
+class CheckpointWarning(VeneerWarning):
     """A checkpoint was passed over or could not be written; training goes on."""
 
 
@@ -102,17 +102,18 @@ class Checkpoints:
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError):
-                raise CheckpointError(self._failed(state.step, error)) from error
+                raise self._failed(state.step, error) from error
             raise
         for step in self.steps()[: -self.keep] if self.keep else []:
             self._delete(self.path(step))
         return target
 
-    def _failed(self, step: int, error: OSError) -> str:
+    def _failed(self, step: int, error: OSError) -> CheckpointError:
         newest = self.steps()
         kept = f"the newest on disk is {self.path(newest[-1]).name}" if newest else "there is none on disk yet"
         why = error.strerror or error
-        return f"the checkpoint of step {step} could not be written ({why}); {kept}. Free space or choose another folder."
+        message = f"the checkpoint of step {step} could not be written ({why}); {kept}. Free space or choose another folder."
+        return CheckpointError(message, file=self.folder, where=f"step {step}", given=error.errno)
 
     def _write(self, folder: Path, state: State) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -136,7 +137,8 @@ class Checkpoints:
         try:
             os.rename(path, aside)
         except OSError as error:
-            warnings.warn(f"{path} could not be deleted ({error})", CheckpointWarning, stacklevel=3)
+            message = f"{path} could not be deleted ({error})"
+            warnings.warn(CheckpointWarning(message, file=path, given=error.errno), stacklevel=3)
         shutil.rmtree(aside, ignore_errors=True)
 
     def newest(self, accept: Collection[str] = ()) -> State | None:
@@ -156,14 +158,17 @@ class Checkpoints:
                 state = self.read(step, accept)
             except _Damaged as damage:
                 reasons.append(f"{self.path(step)} is damaged ({damage})")
-                warnings.warn(f"{reasons[-1]}; trying the one before", CheckpointWarning, stacklevel=2)
+                message = f"{reasons[-1]}; trying the one before"
+                warnings.warn(CheckpointWarning(message, file=self.path(step), given="damaged"), stacklevel=2)
                 continue
             for later in [other for other in self.steps() if other > step]:
                 self._put_aside(self.path(later))
             return state
         if reasons:
             raise CheckpointError(
-                f"no checkpoint in {self.folder} is usable: {'; '.join(reasons)}. Start again without resuming."
+                f"no checkpoint in {self.folder} is usable: {'; '.join(reasons)}. Start again without resuming.",
+                file=self.folder,
+                given="damaged",
             )
         return None
 
@@ -179,7 +184,8 @@ class Checkpoints:
             manifest = json.loads((folder / "manifest.json").read_bytes())
             written_by = int(manifest["format"])
             if written_by > FORMAT:
-                raise CheckpointError(f"{folder} has format {written_by}; this veneer reads up to {FORMAT}: install a newer one")
+                message = f"{folder} has format {written_by}; this veneer reads up to {FORMAT}: install a newer one"
+                raise CheckpointError(message, file=folder, where="format", given=written_by, expected=FORMAT)
             contents = {name: _verified(folder / name, facts) for name, facts in manifest["files"].items()}
             document = json.loads(contents.pop("state.json"))
             tensors = {name.removesuffix(".safetensors"): safetensors.torch.load(data) for name, data in contents.items()}
@@ -199,7 +205,11 @@ class Checkpoints:
             ]
             raise CheckpointError(
                 f"{folder} was written with other settings: {'; '.join(lines)}. Resume with the same settings, accept the change "
-                "by name, or choose another folder."
+                "by name, or choose another folder.",
+                file=folder,
+                where="settings",
+                given={name: saved[name] for name in differing if name in saved},
+                expected={name: self.identity[name] for name in differing if name in self.identity},
             )
 
 
@@ -221,10 +231,11 @@ def put(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor], kind: str) -
     """
     missing, unused = sorted(set(tensors) - set(saved)), sorted(set(saved) - set(tensors))
     wrong = [name for name in tensors if name in saved and _kind(saved[name]) != _kind(tensors[name])]
-    faults = [f"{len(names)} {word} ({', '.join(names[:5])})" for word, names in
-              (("missing", missing), ("unused", unused), ("of another shape or dtype", wrong)) if names]  # fmt: skip
+    names = {"missing": missing, "unused": unused, "of another shape or dtype": wrong}
+    faults = [f"{len(each)} {word} ({', '.join(each[:5])})" for word, each in names.items() if each]
     if faults:
-        raise CheckpointError(f"the {kind} in the checkpoint do not fit this model: {'; '.join(faults)}")
+        given = {"missing": missing, "unused": unused, "misshapen": wrong}
+        raise CheckpointError(f"the {kind} in the checkpoint do not fit this model: {'; '.join(faults)}", where=kind, given=given)
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
 

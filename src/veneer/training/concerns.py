@@ -123,7 +123,7 @@ def pictures(photos: Sequence[Photo], resolution: int, concept: str) -> Iterator
             f"{len(small)} of {len(own)} are smaller than the resolution of {resolution} and will be enlarged up to {most:.1f} "
             f"times, which teaches blur: {names}. Give larger ones, or a lower resolution.",
         )
-    yield from (Concern("photos", text) for text in folder_concerns(own, None, concept or None))
+    yield from (Concern("photos", str(text)) for text in folder_concerns(own, None, concept or None))
 
 
 def side(resolution: int, family: Family) -> Iterator[Concern]:

@@ -96,7 +96,8 @@ class TrainConfig:
 
     def _check(self, name: str, fits: bool, expected: str) -> None:
         if not fits:
-            raise TrainError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+            given = getattr(self, name)
+            raise TrainError(f"{name} is {given!r}; expected {expected}", where=name, given=given, expected=expected)
 
     @property
     def samples(self) -> int:

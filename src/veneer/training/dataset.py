@@ -136,7 +136,8 @@ class PhotoDataset:
         Several processes each take a slice of this list. `step` counts from 0.
         """
         if step < 0 or batch < 1:
-            raise DataError(f"examples: step {step}, batch {batch}; expected a step from 0 and a batch of at least 1.")
+            message = f"examples: step {step}, batch {batch}; expected a step from 0 and a batch of at least 1."
+            raise DataError(message, where="examples", given=(step, batch))
         bucket, before = self._turn(step)
         word = f"{bucket[0]}x{bucket[1]}"
         drawn = _deal(self._decks[bucket], before * batch, batch, self.seed, word)
@@ -175,7 +176,8 @@ class PhotoDataset:
     def _decoded(self, photo: Photo, size: Size) -> _Resized:
         data = read_bytes(photo.path, self.limits)
         if hashlib.blake2b(data, digest_size=20).hexdigest() != photo.digest:
-            raise DataError(f"{photo.path}: the file has changed since it was first read. Keep photos as they are during a run.")
+            message = f"{photo.path}: the file has changed since it was first read. Keep photos as they are during a run."
+            raise DataError(message, file=photo.path, given="changed")
         picture = decode(data, photo.path, self.limits)
         pixels = pil_to_tensor(picture.rgb.resize(size[::-1], Image.Resampling.LANCZOS))
         guide = None if self.guide is None else pil_to_tensor(self.guide(photo, size))
@@ -208,13 +210,13 @@ def _shuffled(length: int, seed: int, word: str, deck: int) -> tuple[int, ...]:
 
 def _check_options(photos: Sequence[Photo], flip: float, crop: str, repeats: int) -> None:
     if not photos:
-        raise DataError("dataset: no photos. Give at least one; see find_photos.")
+        raise DataError("dataset: no photos. Give at least one; see find_photos.", where="photos", given=0)
     if not 0.0 <= flip <= 1.0:
-        raise DataError(f"dataset: flip is {flip}; expected a probability from 0 to 1.")
+        raise DataError(f"dataset: flip is {flip}; expected a probability from 0 to 1.", where="flip", given=flip)
     if crop not in ("center", "random"):
-        raise DataError(f"dataset: crop is {crop!r}; expected 'center' or 'random'.")
+        raise DataError(f"dataset: crop is {crop!r}; expected 'center' or 'random'.", where="crop", given=crop)
     if repeats < 1:
-        raise DataError(f"dataset: repeats is {repeats}; expected at least 1.")
+        raise DataError(f"dataset: repeats is {repeats}; expected at least 1.", where="repeats", given=repeats)
 
 
 def _check_words(captions: Captions, photos: Sequence[Photo]) -> None:
@@ -222,4 +224,6 @@ def _check_words(captions: Captions, photos: Sequence[Photo]) -> None:
     if silent:
         names = ", ".join(photo.path.name for photo in silent[:8])
         remedy = "the class prompt (prior)" if silent[0].is_prior else "a concept"
-        raise DataError(f"dataset: no words for {names}. Give {remedy}, or write captions beside the pictures.")
+        message = f"dataset: no words for {names}. Give {remedy}, or write captions beside the pictures."
+        expected = "prior" if silent[0].is_prior else "concept"
+        raise DataError(message, where="captions", given=tuple(photo.path.name for photo in silent), expected=expected)

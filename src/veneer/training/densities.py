@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
+
+from ..injection.errors import OptionError
 
 
 class DensityOptions(Protocol):
@@ -35,7 +38,7 @@ def draw(density: str, options: DensityOptions, generator: torch.Generator) -> f
     `cubic`; kohya sd-scripts for `sigmoid`, `shift` and `flux_shift`. u is the noise level, as in the papers; the scripts of
     diffusers take a timestep by its place from the noisy end, so that their logit-normal mean m is −m here.
     Raises:
-        ValueError: for a density that is not in `DENSITIES`.
+        OptionError: for a density that is not in `DENSITIES`.
     """
     if density in ("logit_normal", "sigmoid", "shift", "flux_shift"):
         z = torch.randn((), generator=generator, dtype=torch.float64).item()
@@ -49,7 +52,13 @@ def draw(density: str, options: DensityOptions, generator: torch.Generator) -> f
         return 1 - u - options.mode_scale * (math.cos(math.pi * u / 2) ** 2 - 1 + u)
     if density == "cubic":
         return 1 - u**3
-    raise ValueError(f"no timestep density {density!r}; there are: {', '.join(DENSITIES)}")
+    raise unknown("density", density, DENSITIES, "timestep density")
+
+
+def unknown(option: str, given: str, expected: Iterable[str], words: str) -> OptionError:
+    """The error for a name that is none of `expected`; `words` say what it names."""
+    known = tuple(expected)
+    return OptionError(f"no {words} {given!r}; there are: {', '.join(known)}", option=option, given=given, expected=known)
 
 
 def shifted(sigma: float, shift: float) -> float:

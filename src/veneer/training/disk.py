@@ -62,7 +62,8 @@ class Reserve:
             _allocate(self.path, min(self.size, shutil.disk_usage(self.path.parent).free // 2))
         except OSError as error:
             self.release()
-            warnings.warn(f"no disk space could be reserved ({error.strerror})", CheckpointWarning, stacklevel=2)
+            message = f"no disk space could be reserved ({error.strerror})"
+            warnings.warn(CheckpointWarning(message, given=error.errno), stacklevel=2)
             return False
         return True
 

@@ -43,23 +43,33 @@ class Diverged(VeneerError):
     """Training left the finite numbers and stopped.
 
     Attributes:
-        step: the step (0-based) whose loss or gradient was not finite.
+        step: the step (0-based) whose loss or gradient was not finite. where: "loss" or "gradient". given: its value.
         learning_rate: the rate of that step.
         kept: updates that the weights now in the model have had: the last with a finite loss.
-        file: these weights as a file, or None if there is no folder or it could not be written.
+        file: path of these weights as a file, or None if there is no folder or it could not be written.
         checkpoint: the newest checkpoint, from before, or None.
     """
 
     def __init__(
-        self, step: int, why: str, learning_rate: float, kept: int, file: Path | None = None, checkpoint: Path | None = None
+        self,
+        step: int,
+        where: str,
+        given: float,
+        learning_rate: float,
+        kept: int,
+        file: Path | None = None,
+        checkpoint: Path | None = None,
     ) -> None:
         self.step, self.learning_rate, self.kept, self.checkpoint = step, learning_rate, kept, checkpoint
         places = "in the model" + (f" and in {file}" if file else "")
         earlier = f" The newest checkpoint is {checkpoint}." if checkpoint else ""
         super().__init__(
-            f"training diverged in step {step}: {why}, with learning rate {learning_rate:.3g}. The weights after {kept} updates, "
-            f"the last with a finite loss, are kept {places}.{earlier} Try a learning rate of {learning_rate / 10:.1g}, a longer "
-            "warmup, clip=1.0, and precision bf16 in place of fp16."
+            f"training diverged in step {step}: the {where} is {given}, with learning rate {learning_rate:.3g}. "
+            f"The weights after {kept} updates, the last with a finite loss, are kept {places}.{earlier} "
+            f"Try a learning rate of {learning_rate / 10:.1g}, a longer warmup, clip=1.0, and precision bf16 in place of fp16.",
+            where=where,
+            given=given,
+            file=file,
         )
         self.file: Path | None = file
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..injection.errors import VeneerError
+from ..injection.errors import UnknownName, VeneerError
 
 
 class Clip(Protocol):
@@ -91,7 +91,8 @@ def features(model: Any = "shipped", device: str | torch.device = "cpu") -> Feat
         except Exception as error:
             if not why:
                 raise
-            raise VeneerError(f"features: {model} could not be loaded ({why}). Check the connection or give a folder.") from error
+            message = f"features: {model} could not be loaded ({why}). Check the connection or give a folder."
+            raise VeneerError(message, where="hub", given=str(model)) from error
 
 
 def check_features(model: str | Path) -> None:
@@ -116,7 +117,7 @@ def check_features(model: str | Path) -> None:
     else:
         return
     if not known:
-        raise VeneerError(f"features: {library} has no model {name!r}.")
+        raise UnknownName(f"features: {library} has no model {name!r}.", name, f"{library} model")
 
 
 def of_clip(model: Any, name: str) -> Features:
@@ -127,7 +128,8 @@ def of_clip(model: Any, name: str) -> Features:
     """
     lacking = [m for m in ("preprocess", "encode_image", "encode_text") if not hasattr(model, m)]
     if lacking:
-        raise VeneerError(f"features: {name} has no {', '.join(lacking)}; expected a model like open_clip's with preprocess.")
+        message = f"features: {name} has no {', '.join(lacking)}; expected a model like open_clip's with preprocess."
+        raise VeneerError(message, where=name, given=tuple(lacking))
     tokenize = getattr(model, "tokenizer", None) or getattr(model, "tokenize", None) or (lambda texts: texts)
     module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     device = _device_of(module)
@@ -219,7 +221,10 @@ def _library(model: str | Path) -> tuple[str, str]:
             return "timm", str(folder)
         if config.get("model_type") == "clip":
             return "transformers", str(folder)
-    raise VeneerError(
+    raise UnknownName(
         f"features: {str(model)!r} is neither 'shipped', a folder of open_clip, timm or transformers CLIP, nor a name with its "
-        f"library: {', '.join(f'{known}:NAME' for known in LIBRARIES)}."
+        f"library: {', '.join(f'{known}:NAME' for known in LIBRARIES)}.",
+        str(model),
+        "feature model",
+        expected=("shipped", *LIBRARIES),
     )

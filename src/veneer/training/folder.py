@@ -71,35 +71,41 @@ def find_photos(
         try:
             photos.append(_photo(path, captions.get(path), is_prior, limits))
         except PhotoError as error:
-            problems.append(str(error))
+            problems.append(error)
     listing = "".join(f"\n  {problem}" for problem in problems)
     if problems and skip_unreadable:
-        warnings.warn(f"{source}: left out {len(problems)} of {len(paths)} pictures:{listing}", DataWarning, stacklevel=2)
+        message = f"{source}: left out {len(problems)} of {len(paths)} pictures:{listing}"
+        warnings.warn(DataWarning(message, file=source, given=tuple(problems)), stacklevel=2)
     if problems and not (skip_unreadable and photos):
-        raise DataError(f"{source}: {len(problems)} of {len(paths)} pictures cannot be used:{listing}")
+        message = f"{source}: {len(problems)} of {len(paths)} pictures cannot be used:{listing}"
+        raise DataError(message, file=source, given=tuple(problems))
     for concern in (*_strays(source, paths), *concerns(photos, resolution, concept)):
-        warnings.warn(concern, DataWarning, stacklevel=2)
+        warnings.warn(concern, stacklevel=2)
     return photos
 
 
-def concerns(photos: Sequence[Photo], resolution: int | None = None, concept: str | None = None) -> list[str]:
-    """What looks wrong with readable photos, a sentence each, files named: the same bytes twice; a short side under `resolution`
-    pixels; written captions without the concept."""
+def concerns(photos: Sequence[Photo], resolution: int | None = None, concept: str | None = None) -> list[DataWarning]:
+    """Warnings about readable photos: the same bytes twice (`where` is "copies"); a short side under `resolution` pixels
+    ("size"); written captions without the concept ("captions"). `given` has the names of the files."""
     found = []
     by_digest: dict[str, list[str]] = {}
     for photo in photos:
         by_digest.setdefault(photo.digest, []).append(photo.path.name)
     for names in by_digest.values():
         if len(names) > 1:
-            found.append(f"the same picture {len(names)} times: {', '.join(names)}. It will count as often; remove the copies.")
+            message = f"the same picture {len(names)} times: {', '.join(names)}. It will count as often; remove the copies."
+            found.append(DataWarning(message, where="copies", given=tuple(names)))
     if resolution is not None:
-        small = [f"{p.path.name} ({p.size[1]} x {p.size[0]})" for p in photos if min(p.size) < resolution]
+        small = {p.path.name: p.size for p in photos if min(p.size) < resolution}
         if small:
-            found.append(f"smaller than the training resolution of {resolution}, so they will look blurred: {', '.join(small)}.")
+            names = ", ".join(f"{name} ({width} x {height})" for name, (height, width) in small.items())
+            message = f"smaller than the training resolution of {resolution}, so they will look blurred: {names}."
+            found.append(DataWarning(message, where="size", given=tuple(small), expected=resolution))
     if concept:
         silent = [p.path.name for p in photos if p.caption is not None and not p.is_prior and not mentions(concept, p.caption)]
         if silent:
-            found.append(f"captions without the concept {concept!r}, which will not be learnt from them: {', '.join(silent)}.")
+            message = f"captions without the concept {concept!r}, which will not be learnt from them: {', '.join(silent)}."
+            found.append(DataWarning(message, where="captions", given=tuple(silent), expected=concept))
     return found
 
 
@@ -107,7 +113,7 @@ def _photo(path: Path, caption: str | None, is_prior: bool, limits: PhotoLimits)
     data = read_bytes(path, limits)
     picture = decode(data, path, limits)
     for note in picture.notes:
-        warnings.warn(f"{path}: {note}", DataWarning, stacklevel=3)
+        warnings.warn(DataWarning(f"{path}: {note}", file=path, given=note), stacklevel=3)
     mask = _mask_file(path)
     if mask is not None:
         _check_mask(mask_of(decode(read_bytes(mask, limits), mask, limits), mask), mask, picture.rgb)
@@ -122,7 +128,11 @@ def _check_mask(mask: Image.Image, path: Path, rgb: Image.Image) -> None:
     if abs(mask.width * rgb.height - mask.height * rgb.width) > max(*mask.size, *rgb.size):
         found, wanted = f"{mask.width} x {mask.height}", f"{rgb.width} x {rgb.height}"
         raise PhotoError(
-            f"{path}: a mask of {found} for a picture of {wanted} (upright); expected the same shape. Draw it on that picture."
+            f"{path}: a mask of {found} for a picture of {wanted} (upright); expected the same shape. Draw it on that picture.",
+            file=path,
+            where="mask",
+            given=mask.size,
+            expected=rgb.size,
         )
 
 
@@ -133,7 +143,7 @@ def _mask_file(path: Path) -> Path | None:
 
 def _pictures(source: Path) -> list[Path]:
     if not source.exists():
-        raise DataError(f"{source}: no such file or folder. Check the name.")
+        raise DataError(f"{source}: no such file or folder. Check the name.", file=source, given="missing")
     if not source.is_dir():
         return [source]
     paths = [path for path in _visible(source) if _is_picture(path)]
@@ -145,11 +155,14 @@ def _pictures(source: Path) -> list[Path]:
         what = (
             f"{len(paths)} pictures, and subfolders with pictures: {names}" if paths else f"pictures only in subfolders: {names}"
         )
-        raise DataError(f"{source}: {what}; expected the pictures of one subject. Give one folder, such as {nested[0]}.")
+        message = f"{source}: {what}; expected the pictures of one subject. Give one folder, such as {nested[0]}."
+        raise DataError(message, file=source, where="subfolders", given=tuple(path.name for path in (*paths, *nested)))
     if not paths:
         others = [path.name + "/" * path.is_dir() for path in _visible(source)]
-        held = f"it holds {', '.join(others[:8])}{' …' * (len(others) > 8)}" if others else "it is empty"
-        raise DataError(f"{source}: no pictures; {held}. Expected files ending in {' '.join(sorted(READ))}.")
+        held = f"the folder has {', '.join(others[:8])}{' …' * (len(others) > 8)}" if others else "it is empty"
+        endings = tuple(sorted(READ))
+        message = f"{source}: no pictures; {held}. Expected files ending in {' '.join(endings)}."
+        raise DataError(message, file=source, given=tuple(others), expected=endings)
     return paths
 
 
@@ -157,14 +170,16 @@ def _visible(folder: Path) -> list[Path]:
     try:
         return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}). Check permissions.") from error
+        raise DataError(
+            f"{folder}: cannot be listed ({error.strerror}). Check permissions.", file=folder, given="unreadable"
+        ) from error
 
 
 def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in READ | REFUSED and not path.name.lower().endswith(".mask.png") and not path.is_dir()
 
 
-def _strays(source: Path, photos: Sequence[Path]) -> Iterator[str]:
+def _strays(source: Path, photos: Sequence[Path]) -> Iterator[DataWarning]:
     """Masks that belong to no picture."""
     if source.is_dir():
         stems = {photo.stem for photo in photos}
@@ -173,4 +188,5 @@ def _strays(source: Path, photos: Sequence[Path]) -> Iterator[str]:
         masks += [(path, path.stem) for path in _visible(inner) if _is_picture(path)] if inner.is_dir() else []
         lost = [str(path.relative_to(source)) for path, stem in masks if stem not in stems]
         if lost:
-            yield f"{source}: masks without a picture: {', '.join(lost)}."
+            message = f"{source}: masks without a picture: {', '.join(lost)}."
+            yield DataWarning(message, file=source, where="masks", given=tuple(lost))

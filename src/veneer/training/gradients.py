@@ -65,7 +65,10 @@ class Gradients:
         if loss.numel() != 1 or not loss.requires_grad:
             has = "a" if loss.requires_grad else "no"
             raise TrainError(
-                f"loss_step gave shape {tuple(loss.shape)} with {has} graph; expected a scalar that depends on weights"
+                f"loss_step gave shape {tuple(loss.shape)} with {has} graph; expected a scalar that depends on weights",
+                where="loss_step",
+                given=(tuple(loss.shape), loss.requires_grad),
+                expected=((), True),
             )
         part = loss.float().reshape(()) * (len(rows) / self.config.samples)
         self.scaler.scale(part).backward()

@@ -169,7 +169,10 @@ class Trainer:
         if steps := self.checkpoints.steps():
             raise CheckpointError(
                 f"{self.checkpoints.folder} holds a run of {steps[-1]} steps: resume it, delete its checkpoints, or choose "
-                "another folder"
+                "another folder",
+                file=self.checkpoints.folder,
+                where="steps",
+                given=steps[-1],
             )
         return None
 
@@ -180,9 +183,9 @@ class Trainer:
         optimizers.set_rates(self.optimizer, rate)
         loss, stop, norm = self.gradients.compute(step, self._stop.requested)
         if not math.isfinite(loss):
-            raise self._diverged(f"the loss is {loss}", rate, self._good.restore(step))
+            raise self._diverged("loss", loss, rate, self._good.restore(step))
         if self.gradients.fatal(norm):
-            raise self._diverged(f"the gradient's norm is {norm}", rate, step)
+            raise self._diverged("gradient", norm, rate, step)
         self._good.take(step)
         then = self.after_step
         self.gradients.apply(norm, None if then is None else lambda: then(step + 1, self.config.steps))
@@ -192,7 +195,7 @@ class Trainer:
         self.step += 1
         return stop, norm
 
-    def _diverged(self, why: str, rate: float, kept: int) -> Diverged:
+    def _diverged(self, where: str, given: float, rate: float, kept: int) -> Diverged:
         self.gradients.clear()
         file, newest = None, None
         if self._reserve is not None and self.accelerator.is_main_process:
@@ -201,7 +204,7 @@ class Trainer:
             file = write_last_good(self.folder, self.named)
         if self.checkpoints is not None and (steps := self.checkpoints.steps()):
             newest = self.checkpoints.path(steps[-1])
-        return Diverged(self.step, why, rate, kept, file, newest)
+        return Diverged(self.step, where, given, rate, kept, file, newest)
 
     def _tell(self, norm: float, pace: Pace, record: Callable[[Mapping[str, float], int], None]) -> None:
         config, recent = self.config, self.losses[-WINDOW:]
@@ -228,7 +231,8 @@ class Trainer:
             if not is_full(error):
                 raise
             self._warnings.append(f"the preview of step {self.step} was not written: the disk is full")
-            warnings.warn(self._warnings[-1], CheckpointWarning, stacklevel=2)
+            warning = CheckpointWarning(self._warnings[-1], where="preview", given=error.errno)
+            warnings.warn(warning, stacklevel=2)
 
     def _keep(self, stopping: bool) -> None:
         """Write a checkpoint if one is due: at its interval, at the end if there is an interval, and when stopping."""
@@ -242,7 +246,8 @@ class Trainer:
             self._saved = self.step
         except CheckpointError as error:
             self._warnings.append(str(error))
-            warnings.warn(str(error), CheckpointWarning, stacklevel=3)
+            warning = CheckpointWarning(str(error), where=error.where, given=error.given, file=error.file)
+            warnings.warn(warning, stacklevel=3)
 
     def _save(self, checkpoints: Checkpoints, last: bool) -> None:
         """Write a checkpoint; the last of a run may use the reserved disk space."""

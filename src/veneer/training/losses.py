@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..injection.errors import OptionError
+
 Kind = Literal["l2", "huber", "smooth_l1"]
 MaskMean = Literal["plain", "normalised"]
 
@@ -62,10 +64,12 @@ def sample_losses(
             `normalised` divides by Σm (Mix-of-Show). An empty mask gives 0 in both.
         mask_floor: f; the mask becomes f + (1 − f)·m, so that what lies outside still counts a little.
     Raises:
-        ValueError: for another `kind` or `mask_mean`, or shapes that differ.
+        OptionError: for another `kind` or `mask_mean`, or shapes that differ.
     """
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+        given, expected = tuple(prediction.shape), tuple(target.shape)
+        message = f"prediction {given} and target {expected} differ in shape"
+        raise OptionError(message, option="prediction", given=given, expected=expected)
     distance = _distance(prediction.float(), target.float(), kind, huber_c)
     if mask is None:
         losses = distance.flatten(1).mean(1)
@@ -78,7 +82,9 @@ def sample_losses(
             total = area.flatten(1).sum(1).clamp(min=torch.finfo(torch.float32).tiny)
             losses = (distance * area).flatten(1).sum(1) / total
         else:
-            raise ValueError(f"mask_mean must be 'plain' or 'normalised', got {mask_mean!r}")
+            raise OptionError(
+                f"mask_mean must be 'plain' or 'normalised', got {mask_mean!r}", option="mask_mean", given=mask_mean
+            )
     return losses if weight is None else losses * weight.to(losses)
 
 
@@ -112,4 +118,4 @@ def _distance(prediction: Tensor, target: Tensor, kind: str, c: float | Tensor) 
         return 2 * c * root
     if kind == "smooth_l1":
         return 2 * root
-    raise ValueError(f"loss must be 'l2', 'huber' or 'smooth_l1', got {kind!r}")
+    raise OptionError(f"loss must be 'l2', 'huber' or 'smooth_l1', got {kind!r}", option="kind", given=kind)

@@ -126,7 +126,7 @@ def figure(values: Sequence[float] | Tensor) -> Figure:
     """
     x = np.asarray([float(v) for v in values], dtype=np.float64)
     if not len(x) or not np.isfinite(x).all():
-        raise VeneerError(f"metrics: expected finite values, got {x.tolist()[:8]}")
+        raise VeneerError(f"metrics: expected finite values, got {x.tolist()[:8]}", given=tuple(x.tolist()), expected="finite")
     mean = float(x.mean())
     if len(x) == 1:
         return Figure(mean, None, None, 1)
@@ -175,7 +175,8 @@ def measure(
         VeneerError: no photos or no pictures of the concept.
     """
     if not photos or not concept:
-        raise VeneerError(f"metrics: got {len(photos)} photos and {len(concept)} pictures of the concept; expected some of both.")
+        message = f"metrics: got {len(photos)} photos and {len(concept)} pictures of the concept; expected some of both."
+        raise VeneerError(message, where="photos", given=(len(photos), len(concept)))
     real = features.pictures(photos)
     adapted, base = (features.pictures([getattr(pair, side) for pair in concept]) for side in ("adapted", "base"))
     texts = features.texts([replaced(pair.prompt, words or {}) for pair in concept])

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..injection.errors import OptionError
+
 
 @dataclass(frozen=True)
 class NoiseOptions:
@@ -20,7 +22,7 @@ class NoiseOptions:
         pyramid: discount d of pyramid noise, in [0, 1); usual 0.3. `pyramid_levels`: how many levels at most; usual 6 to 10.
         perturbation: γ of input perturbation; usual 0.1.
     Raises:
-        ValueError: for a number out of range.
+        OptionError: for a number out of range.
     """
 
     offset: float = 0.0
@@ -32,11 +34,16 @@ class NoiseOptions:
 
     def __post_init__(self) -> None:
         if self.offset < 0 or self.perturbation < 0:
-            raise ValueError(f"offset and perturbation must be at least 0, got {self.offset} and {self.perturbation}")
+            name = "offset" if self.offset < 0 else "perturbation"
+            raise self._wrong(name, "at least 0")
         if not 0 <= self.pyramid < 1:
-            raise ValueError(f"pyramid (the discount) must be in [0, 1), got {self.pyramid}")
+            raise self._wrong("pyramid", "a discount in [0, 1)")
         if self.pyramid_levels < 1:
-            raise ValueError(f"pyramid_levels must be at least 1, got {self.pyramid_levels}")
+            raise self._wrong("pyramid_levels", "at least 1")
+
+    def _wrong(self, name: str, expected: str) -> OptionError:
+        given = getattr(self, name)
+        return OptionError(f"{name} is {given}; expected {expected}", option=name, given=given, expected=expected)
 
 
 def draw_noise(latents: Tensor, options: NoiseOptions, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..injection.errors import OptionError
 from . import densities
+from .densities import unknown
 from .weights import FLOW_WEIGHTS, SNR_WEIGHTS, flow_weight, snr_weight
 
 
@@ -34,7 +36,7 @@ class ObjectiveOptions:
         gamma: γ of the min-SNR weights.
         prediction: overrides the scheduler's `prediction_type`, for a base whose config is wrong.
     Raises:
-        ValueError: for an unknown name or a number out of range.
+        OptionError: for an unknown name or a number out of range.
     """
 
     density: str | None = None
@@ -50,15 +52,14 @@ class ObjectiveOptions:
 
     def __post_init__(self) -> None:
         if self.density not in (None, *densities.DENSITIES):
-            raise ValueError(f"no timestep density {self.density!r}; there are: {', '.join(densities.DENSITIES)}")
+            raise unknown("density", self.density, densities.DENSITIES, "timestep density")
         if self.weighting not in {*SNR_WEIGHTS, *FLOW_WEIGHTS}:
             names = dict.fromkeys((*SNR_WEIGHTS, *FLOW_WEIGHTS))
-            raise ValueError(f"no loss weight {self.weighting!r}; there are: {', '.join(names)}")
-        for name in ("logit_std", "gamma", "tokens"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.shift is not None and not self.shift > 0:
-            raise ValueError(f"shift must be above 0, got {self.shift}")
+            raise unknown("weighting", self.weighting, names, "loss weight")
+        for name in ("logit_std", "gamma", "tokens", "shift"):
+            given = getattr(self, name)
+            if given is not None and not given > 0:
+                raise OptionError(f"{name} must be above 0, got {given}", option=name, given=given, expected=0)
 
 
 class Objective(ABC):
@@ -115,7 +116,7 @@ class VariancePreserving(Objective):
         alphas_cumprod: ᾱ, (T,).
         options: density any but `shift` and `flux_shift`; a draw u becomes the index ⌊u·T⌋.
     Raises:
-        ValueError: for options that do not fit the prediction.
+        OptionError: for options that do not fit the prediction.
 
     Source: Ho et al. 2020 (DDPM), equation 4.
     """
@@ -125,7 +126,8 @@ class VariancePreserving(Objective):
         self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float32).clamp(0, 1)
         self.density = options.density or "uniform"
         if self.density in ("shift", "flux_shift"):
-            raise ValueError(f"density {self.density!r} is for flow models; this base predicts {self.prediction!r}")
+            message = f"density {self.density!r} is for flow models; this base predicts {self.prediction!r}"
+            raise OptionError(message, option="density", given=self.density)
         snr_weight(options.weighting, self.prediction, torch.ones(1), options.gamma)
 
     def draw(self, generator: torch.Generator, tokens: int | None = None) -> int:
@@ -190,7 +192,7 @@ class Flow(Objective):
         options: density any; `uniform`, `logit_normal`, `mode`, `cubic` and `shift` are shifted by k, `flux_shift` by e^μ.
         mu: (low, high, low_tokens, high_tokens) of `flux_mu`.
     Raises:
-        ValueError: for a weighting that needs a variance-preserving model.
+        OptionError: for a weighting that needs a variance-preserving model.
 
     Source: Liu et al. 2023 (rectified flow); Esser et al. 2024 (SD3), section 3. Deviation: σ is drawn continuously, where
     diffusers picks one of T levels, and kept from falling below 1/T, the scheduler's last level.
@@ -244,7 +246,7 @@ def from_scheduler(scheduler: Any, options: ObjectiveOptions | None = None, dens
         scheduler: any diffusers scheduler with `alphas_cumprod` (rescaled to zero terminal SNR or not) or of flow matching.
         density: used where the options name none.
     Raises:
-        ValueError: for a scheduler or prediction type that is neither, or options that do not fit.
+        OptionError: for a scheduler or prediction type that is neither, or options that do not fit.
     """
     options = replace(options or ObjectiveOptions(), density=(options.density if options else None) or density)
     config = scheduler.config
@@ -257,8 +259,12 @@ def from_scheduler(scheduler: Any, options: ObjectiveOptions | None = None, dens
         return Flow(options, int(config.get("num_train_timesteps", 1000)), shift, mu)
     kinds: dict[str, type[VariancePreserving]] = {k.prediction: k for k in (Epsilon, VPrediction, Sample)}
     if given not in kinds or not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
+        raise OptionError(
             f"cannot train with {type(scheduler).__name__}(prediction_type={given!r}): it needs alphas_cumprod and one of "
-            f"{', '.join(kinds)}, or flow matching. Give the pipeline the scheduler that its base was trained with."
+            f"{', '.join(kinds)}, or flow matching. Give the pipeline the scheduler that its base was trained with.",
+            option="prediction",
+            method=type(scheduler).__name__,
+            given=given,
+            expected=tuple(kinds),
         )
     return kinds[given](scheduler.alphas_cumprod, options)

@@ -38,7 +38,10 @@ def _extra(module: str, name: str, extra: str, optimizer: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise MissingExtra(
-            f"optimizer {optimizer!r} needs {module}, which does not import here ({error}): pip install 'veneer[{extra}]'"
+            f"optimizer {optimizer!r} needs {module}, which does not import here ({error}): pip install 'veneer[{extra}]'",
+            where=optimizer,
+            given=module.partition(".")[0],
+            expected=extra,
         ) from error
 
 
@@ -88,14 +91,19 @@ def build(name: str, groups: Sequence[Group], learning_rate: float, weight_decay
         MissingExtra: the optimiser's package is not installed.
     """
     if name not in OPTIMIZERS:
-        raise TrainError(f"optimizer is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
+        raise TrainError(
+            f"optimizer is {name!r}; expected one of {', '.join(OPTIMIZERS)}",
+            where="optimizer",
+            given=name,
+            expected=tuple(OPTIMIZERS),
+        )
     base = base_rate(name, learning_rate)
     prepared: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
         params = list(group["params"])
         label = group.get("name", f"group {index}")
         if not params:
-            raise TrainError(f"parameter group {label!r} is empty")
+            raise TrainError(f"parameter group {label!r} is empty", where=label, given=0)
         scale = 1.0 if name == "prodigy" else group.get("lr_scale", 1.0)
         decay = group.get("weight_decay", weight_decay)
         prepared.append({"params": params, "lr": base * scale, "weight_decay": decay, "lr_scale": scale, "name": label})
@@ -141,7 +149,11 @@ def _split(owner: str, entries: Mapping[str, Any], device: torch.device | None, 
         elif isinstance(value, (list, tuple)) and all(isinstance(part, _PLAIN) for part in value):
             values[key] = list(value)
         else:
-            raise TrainError(f"the optimiser keeps {key!r} of {owner} as {type(value).__name__}, which cannot be saved")
+            raise TrainError(
+                f"the optimizer keeps {key!r} of {owner} as {type(value).__name__}, which cannot be saved",
+                where=f"{owner}:{key}",
+                given=type(value).__name__,
+            )
     return values
 
 
@@ -159,11 +171,15 @@ def unpack(
         return
     if len(values["groups"]) != len(optimizer.param_groups):
         raise TrainError(
-            f"the saved optimiser has {len(values['groups'])} parameter groups, this one {len(optimizer.param_groups)}"
+            f"the saved optimiser has {len(values['groups'])} parameter groups, this one {len(optimizer.param_groups)}",
+            where="groups",
+            given=len(values["groups"]),
+            expected=len(optimizer.param_groups),
         )
     unknown = sorted(set(values["state"]) - set(named))
     if unknown:
-        raise TrainError(f"the saved optimiser has state for unknown parameters: {', '.join(unknown[:5])}")
+        message = f"the saved optimizer has state for unknown parameters: {', '.join(unknown[:5])}"
+        raise TrainError(message, where="parameters", given=tuple(unknown))
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, values["groups"], strict=True)):
         for key, value in _join(f"group {index}", saved, torch.device("cpu"), tensors).items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
@@ -189,11 +205,15 @@ def names_of(parameters: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[
     for index, parameter in enumerate(parameters):
         name = names.get(id(parameter), "")
         if not name:
-            raise TrainError(f"parameter {index} of shape {tuple(parameter.shape)} has no name; give it one in `named`")
+            message = f"parameter {index} of shape {tuple(parameter.shape)} has no name; give it one in `named`"
+            raise TrainError(message, where=f"parameter {index}", given=tuple(parameter.shape))
         if parameter.dtype != torch.float32 or not parameter.requires_grad:
             raise TrainError(
                 f"{name} is {parameter.dtype} with requires_grad={parameter.requires_grad}; trainable tensors must be float32 "
-                "and require a gradient, whatever the precision of the rest"
+                "and require a gradient, whatever the precision of the rest",
+                where=name,
+                given=(parameter.dtype, parameter.requires_grad),
+                expected=(torch.float32, True),
             )
     wanted = {id(parameter) for parameter in parameters}
     return {name: named[name] for key, name in names.items() if key in wanted}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from veneer import bases, methods
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import OptionError
 from veneer.injection.plan import hosts_for
 from veneer.training import targets
 from veneer.training.captions import rename_concept
@@ -174,7 +174,7 @@ class PersonalizeConfig:
         if self.photos is None:
             usual = {"photos": bases.examples(), **{k: getattr(self, k) or v for k, v in DEMO.items()}}
         elif not self.concept:
-            raise VeneerError("no concept: say which word the photos are to teach, such as --concept '<toy>'.")
+            raise OptionError("no concept: give the word that the photos show, such as --concept '<toy>'.", option="concept")
         preset = bases.preset(self.base)
         names = targets.split_methods(self.method)
         known = {name: dict(preset.training.get(name, {})) for name in names}
@@ -192,9 +192,11 @@ class PersonalizeConfig:
         self.loop(), self.objective(), self.noise()
         for name in ("eval_seeds", "prior"):
             if getattr(self, name) < 0:
-                raise VeneerError(f"{name} is {getattr(self, name)}; expected at least 0.")
-        if self.loss not in get_args(Kind):
-            raise VeneerError(f"loss is {self.loss!r}; expected one of {', '.join(get_args(Kind))}.")
+                given = getattr(self, name)
+                raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)
+        if self.loss not in (kinds := get_args(Kind)):
+            message = f"loss is {self.loss!r}; expected one of {', '.join(kinds)}."
+            raise OptionError(message, option="loss", given=self.loss, expected=kinds)
         for name in targets.split_methods(self.method):
             if not targets.learns_words(methods.get(name)):  # those need the token, which is chosen later
                 methods.get(name).from_config(self.options.get(name, {}))

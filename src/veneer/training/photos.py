@@ -5,7 +5,6 @@ is read once and closed. What was done to a picture on the way (first frame take
 `Picture.notes`.
 """
 
-import codecs
 import io
 import re
 import struct
@@ -20,10 +19,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import VeneerError, VeneerWarning
+
+from .file_kinds import file_kind
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+FIRST_FRAME = "holds several frames or pages; only the first is used"
+PROFILE_UNUSED = "its color profile cannot be used; colors are taken as sRGB"
+"""The values of `Picture.notes`, beside Pillow's own warnings."""
 _EXPECTED = "a PNG, JPEG, WEBP, BMP, TIFF or GIF picture"
+_RANGE = "expected 8 or 16 bits a channel. Export it as PNG."
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -43,10 +48,14 @@ class DataError(VeneerError, ValueError):
 
 
 class PhotoError(DataError):
-    """One picture file that cannot be used."""
+    """One image file that cannot be used.
+
+    `given` is what the file is, such as "missing", "empty", "damaged" or the name of another format, and `expected` the formats
+    that are read; or `where` is the limit that the file exceeds, and `given` and `expected` are sizes.
+    """
 
 
-class DataWarning(UserWarning):
+class DataWarning(VeneerWarning):
     """Training data that can be used, but probably not as meant."""
 
 
@@ -106,9 +115,8 @@ def mask_of(picture: Picture, path: str | Path) -> Image.Image:
     """The mask that a decoded file means; see `read_mask`."""
     mask = picture.alpha or picture.rgb.convert("L")
     if mask.getextrema()[1] == 0:
-        raise _refusal(
-            path, "the mask is black everywhere", "a mask with white where the subject is", "Paint it, or remove the file."
-        )
+        message = f"{path}: the mask is black everywhere; expected white where the subject is. Paint it, or remove the file."
+        raise PhotoError(message, file=path, given="black")
     return mask
 
 
@@ -117,17 +125,18 @@ def read_bytes(path: str | Path, limits: PhotoLimits) -> bytes:
     path = Path(path)
     try:
         if not path.is_file():
-            found = "a broken link" if path.is_symlink() else "not a regular file" if path.exists() else "no such file"
-            raise _refusal(path, found, _EXPECTED, "Check the name.")
+            given = "broken link" if path.is_symlink() else "not a regular file" if path.exists() else "missing"
+            raise _refusal(path, given, f"no such file ({given})", "Check the name.")
         with path.open("rb") as file:
             data = file.read(limits.max_bytes + 1)
     except OSError as error:
-        raise _refusal(path, f"it cannot be opened ({error.strerror or error})", _EXPECTED, "Check permissions.") from error
+        found = f"it cannot be opened ({error.strerror or error})"
+        raise _refusal(path, "unreadable", found, "Check permissions.") from error
     if not data:
-        raise _refusal(path, "the file is empty", _EXPECTED, "Copy or download it again.")
+        raise _refusal(path, "empty", "the file is empty", "Copy or download it again.")
     if len(data) > limits.max_bytes:
-        found = f"more than {limits.max_bytes:,} bytes"
-        raise _refusal(path, found, f"at most {limits.max_bytes:,} bytes", "Save it smaller, or raise max_bytes.")
+        message = f"{path}: more than {limits.max_bytes:,} bytes. Save it smaller, or raise max_bytes."
+        raise PhotoError(message, file=path, where="max_bytes", expected=limits.max_bytes)
     return data
 
 
@@ -165,53 +174,59 @@ def _explained(data: bytes, path: str | Path, limits: PhotoLimits) -> Iterator[N
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         count = re.search(r"\((\d+) pixels\)", str(error))  # it is raised before the size is told
         found = f"{int(count[1]):,} pixels" if count else str(error)
-        raise _refusal(path, found, f"at most {limits.max_pixels:,} pixels", "Save it smaller.") from error
+        message = f"{path}: {found}; expected at most {limits.max_pixels:,} pixels. Save it smaller."
+        given = int(count[1]) if count else None
+        raise PhotoError(message, file=path, where="max_pixels", given=given, expected=limits.max_pixels) from error
     except UnidentifiedImageError as error:
-        found, remedy = _recognised(data)
-        raise _refusal(path, found, _EXPECTED, remedy) from error
+        raise _refusal(path, *file_kind(data)) from error
     except _DECODER_ERRORS as error:
-        raise _refusal(path, f"damaged or cut off ({error})", _EXPECTED, "Copy, download or export it again.") from error
+        raise _refusal(path, "damaged", f"damaged or cut off ({error})", "Copy, download or export it again.") from error
     except MemoryError as error:
-        raise _refusal(path, "more pixels than memory holds", _EXPECTED, "Save it smaller.") from error
+        raise PhotoError(f"{path}: more pixels than memory holds. Save it smaller.", file=path, where="memory") from error
 
 
 def _told(path: str | Path, picture: Picture) -> Picture:
     for note in picture.notes:
-        warnings.warn(f"{path}: {note}", DataWarning, stacklevel=3)
+        warnings.warn(DataWarning(f"{path}: {note}", file=path, given=note), stacklevel=3)
     return picture
 
 
-def _refusal(path: str | Path, found: str, expected: str, remedy: str) -> PhotoError:
-    return PhotoError(f"{path}: {found}; expected {expected}. {remedy}")
+def _refusal(path: str | Path, given: str, found: str, remedy: str) -> PhotoError:
+    return PhotoError(f"{path}: {found}; expected {_EXPECTED}. {remedy}", file=path, given=given, expected=FORMATS)
 
 
 def _check_size(image: Image.Image, path: str | Path, limits: PhotoLimits) -> None:
     """Refuse by the header alone: no pixel has been decoded yet."""
     width, height = image.size
     long, short = max(image.size), max(1, min(image.size))
-    found = f"{width:,} x {height:,} pixels"
-    if short < limits.min_side:
-        raise _refusal(path, found, f"sides of at least {limits.min_side}", "Use a larger picture.")
-    if long > limits.max_side or width * height > limits.max_pixels:
-        expected = f"sides of at most {limits.max_side:,} and {limits.max_pixels:,} pixels in all"
-        raise _refusal(path, found, expected, "Save it smaller, or raise max_side and max_pixels.")
-    if long > limits.max_aspect * short:
-        raise _refusal(
-            path, found, f"at most {limits.max_aspect:g} times as long as wide", "Cut out the part that shows the subject."
-        )
+    smaller = "Save it smaller, or raise max_side and max_pixels."
+    for fits, where, expected, remedy in (
+        (short >= limits.min_side, "min_side", f"sides of at least {limits.min_side}", "Use a larger image."),
+        (long <= limits.max_side, "max_side", f"sides of at most {limits.max_side:,}", smaller),
+        (width * height <= limits.max_pixels, "max_pixels", f"at most {limits.max_pixels:,} pixels in all", smaller),
+        (
+            long <= limits.max_aspect * short,
+            "max_aspect",
+            f"at most {limits.max_aspect:g} times as long as wide",
+            "Cut out the part that shows the subject.",
+        ),
+    ):
+        if not fits:
+            message = f"{path}: {width:,} x {height:,} pixels; expected {expected}. {remedy}"
+            raise PhotoError(message, file=path, where=where, given=image.size, expected=getattr(limits, where))
 
 
 def _upright(image: Image.Image, path: str | Path, limits: PhotoLimits) -> Picture:
     notes = []
     if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a phone's JPEG with a preview inside
-        notes.append("holds several frames or pages; only the first is used")
+        notes.append(FIRST_FRAME)
     image.load()
     profile = image.info.get("icc_profile")
     turned = ImageOps.exif_transpose(image)
     if turned.mode.startswith("I"):
         turned = _eight_bit(turned, path)
     if turned.mode == "F":
-        raise _refusal(path, "floating-point values without a stated range", "8 or 16 bits a channel", "Export it as PNG.")
+        raise PhotoError(f"{path}: floating-point values without a stated range; {_RANGE}", file=path, where="mode", given="F")
     alpha = None
     if turned.has_transparency_data:
         turned = turned.convert("RGBA")
@@ -219,7 +234,8 @@ def _upright(image: Image.Image, path: str | Path, limits: PhotoLimits) -> Pictu
         if alpha.getextrema()[0] == 255:
             alpha = None
         elif alpha.getextrema()[1] == 0:
-            raise _refusal(path, "fully transparent", "something to see", "Export it with its background.")
+            message = f"{path}: fully transparent; expected something to see. Export it with its background."
+            raise PhotoError(message, file=path, given="transparent")
     rgb, note = _srgb(turned, profile)
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, limits.background), alpha)
@@ -230,7 +246,7 @@ def _eight_bit(image: Image.Image, path: str | Path) -> Image.Image:
     """16-bit grey to 8 bits by scaling (65535 -> 255): Pillow's own conversion clips everything above 255 to white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise _refusal(path, "32-bit values without a stated range", "8 or 16 bits a channel", "Export it as PNG.")
+        raise PhotoError(f"{path}: 32-bit values without a stated range; {_RANGE}", file=path, where="mode", given="I")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 
@@ -246,50 +262,5 @@ def _srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, tuple
                 assert converted is not None  # it is None only for inPlace=True
                 return converted, ()
         except (ImageCms.PyCMSError, OSError, ValueError):
-            return image.convert("RGB"), ("its colour profile cannot be used; colours are taken as sRGB",)
+            return image.convert("RGB"), (PROFILE_UNUSED,)
     return image.convert("RGB"), ()
-
-
-def _recognised(data: bytes) -> tuple[str, str]:
-    """What an unreadable file is, and what to do about it."""
-    head = data[:512].lstrip().lower()
-    brand = data[8:12] if data[4:8] == b"ftyp" else b""
-    if brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
-        return "a HEIC picture", "Export it as JPEG (on an iPhone: Settings, Camera, Formats, Most Compatible)."
-    for start, name in _SIGNATURES.items():
-        if data.startswith(start) or brand == start:
-            return name, "Copy or download it again." if name.startswith("a damaged") else "Export it as PNG or JPEG."
-    if brand:
-        return "a video or an unknown picture of that family", "Export a frame as PNG or JPEG."
-    if b"<svg" in head:
-        return "an SVG drawing", "Export it as PNG."
-    if head.startswith((b"<!doctype html", b"<html")):
-        return "a web page", "The download gave an error page; download the picture itself."
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer", "Run `git lfs pull`."
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(data[:200])  # forgives a letter cut in two
-        if "\0" not in text:
-            return f"text ({text[:30]!r})", "It is not a picture; remove or replace it."
-    except UnicodeDecodeError:
-        pass
-    return f"unknown data (it starts with {data[:8].hex(' ')})", "Export it as PNG or JPEG."
-
-
-_SIGNATURES = {
-    b"avif": "an AVIF picture",
-    b"avis": "an AVIF sequence",
-    b"\x89PNG": "a damaged PNG",
-    b"\xff\xd8\xff": "a damaged JPEG",
-    b"GIF8": "a damaged GIF",
-    b"RIFF": "a damaged WEBP (or a sound or video file)",
-    b"BM": "a damaged BMP",
-    b"II*\0": "a damaged TIFF or a camera's raw file",
-    b"MM\0*": "a damaged TIFF or a camera's raw file",
-    b"\xff\x0a": "a JPEG XL picture",
-    b"\0\0\0\x0cJXL ": "a JPEG XL picture",
-    b"\0\0\0\x0cjP  ": "a JPEG 2000 picture",
-    b"8BPS": "a Photoshop document",
-    b"%PDF": "a PDF document",
-    b"PK\x03\x04": "a ZIP archive",
-}

@@ -30,7 +30,7 @@ __all__ = ["Concern", "Estimate", "Preflight", "PreflightError", "preflight"]
 
 
 class PreflightError(VeneerError):
-    """A run that cannot work; the message lists every reason."""
+    """A run that cannot work; the message lists every reason, and `given` has them as `Concern`."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class Preflight:
             PreflightError: with every error, and what to do.
         """
         if self.errors:
-            raise PreflightError("this run cannot work:\n" + "\n".join(f"- {c.about}: {c.message}" for c in self.errors))
+            raise PreflightError(
+                "this run cannot work:\n" + "\n".join(f"- {c.about}: {c.message}" for c in self.errors), given=self.errors
+            )
 
 
 def preflight(

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 
 from ..injection.attachment import Attachment
-from ..injection.errors import VeneerError
+from ..injection.errors import OptionError, VeneerError
 from .checkpoints import write_atomically
 from .seeds import generator
 
@@ -29,11 +29,11 @@ def check_counts(count: int, steps: int | None) -> None:
     """Check how many images are generated, in how many steps.
 
     Raises:
-        VeneerError: less than 1.
+        OptionError: less than 1.
     """
     for name, value in (("count", count), ("steps", steps)):
         if value is not None and value < 1:
-            raise VeneerError(f"--{name} is {value}; expected at least 1.")
+            raise OptionError(f"--{name} is {value}; expected at least 1.", option=name, given=value, expected=1)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class PreviewSettings:
     batch: int = 1
 
     def __post_init__(self) -> None:
-        if not self.seeds or self.steps < 1 or self.batch < 1:
-            raise VeneerError(f"previews: expected at least one seed, step and picture a batch; got {self}")
+        for name, given in (("seeds", len(self.seeds)), ("steps", self.steps), ("batch", self.batch)):
+            if given < 1:
+                raise OptionError(f"previews: {name}: {given}; expected at least 1", option=name, given=given, expected=1)
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ def _arguments(pipe: Any, accepts: set[str], part: Sequence[_Job], settings: Pre
     elif "class_labels" in accepts:
         wanted["class_labels"] = [_label(pipe, prompt) for prompt in prompts]
     else:
-        raise VeneerError(f"previews: {type(pipe).__name__} takes neither a prompt nor class labels.")
+        kind = type(pipe).__name__
+        raise VeneerError(f"previews: {kind} takes neither a prompt nor class labels.", given=kind)
     if settings.negative:
         wanted["negative_prompt"] = [settings.negative] * len(part)
     if settings.size:
@@ -214,7 +216,8 @@ def _label(pipe: Any, prompt: str) -> int:
         return int(prompt)
     labels: dict[str, int] = getattr(pipe, "labels", {})
     if prompt not in labels:
-        raise VeneerError(f"previews: {prompt!r} is no class label of this pipeline. It has: {', '.join(list(labels)[:12])} …")
+        message = f"previews: {prompt!r} is no class label of this pipeline. It has: {', '.join(list(labels)[:12])} …"
+        raise OptionError(message, option="prompt", given=prompt, expected=tuple(labels))
     return labels[prompt]
 
 
@@ -260,5 +263,6 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             image.load()
             found: dict[str, Any] = json.loads(image.info[KEY])
     except (KeyError, OSError, ValueError, SyntaxError) as error:
-        raise VeneerError(f"{path}: no settings found ({type(error).__name__}); expected a PNG that veneer wrote.") from error
+        message = f"{path}: no settings found ({type(error).__name__}); expected a PNG that veneer wrote."
+        raise VeneerError(message, file=path, where="settings") from error
     return found

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from ..injection.errors import OptionError
 from .checkpoints import write_atomically
 from .families import Family
 from .seeds import generator
@@ -46,11 +47,12 @@ def prior_pictures(
         progress: called with (pictures there, count) after each batch.
         settings: of the pipeline, such as `num_inference_steps`, `guidance_scale`, `height`, `width`; JSON values.
     Raises:
-        ValueError: for a count or batch below 1.
+        OptionError: for a count or batch below 1.
         OSError: if a picture cannot be written; those before it are kept.
     """
     if count < 1 or batch < 1:
-        raise ValueError(f"count and batch must be at least 1, got {count} and {batch}")
+        option, given = ("count", count) if count < 1 else ("batch", batch)
+        raise OptionError(f"{option} must be at least 1, got {given}", option=option, given=given, expected=1)
     base = base_digest(family)
     paths = [folder / f"prior-{i:05d}.png" for i in range(count)]
     prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)

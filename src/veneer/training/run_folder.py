@@ -33,9 +33,10 @@ def run_folder(out: Path | None, resume: bool, data: str | Path | None = None) -
     """
     assert out is not None
     if data is not None and not Path(data).expanduser().exists():
-        raise DataError(f"{data}: no such file or folder. Check the name.")
+        raise DataError(f"{data}: no such file or folder. Check the name.", file=data, given="missing")
     if (out / "result.json").exists() and not resume:
-        raise VeneerError(f"{out} holds a finished run. Choose another --out, or delete it.")
+        message = f"{out} holds a finished run. Choose another --out, or delete it."
+        raise VeneerError(message, file=out, where="out", given="finished")
     out.mkdir(parents=True, exist_ok=True)
     return out
 

@@ -52,7 +52,7 @@ def sheet(
         VeneerError: no pictures.
     """
     if not any(picture for row in rows for group in row.groups for picture in group):
-        raise VeneerError("sheet: no pictures.")
+        raise VeneerError("sheet: no pictures.", where="rows", given=0)
     lines = _lines(rows, across)
     width = max(300, *(_across(line, cell) for line in lines)) + 2 * MARGIN
     page = _Page(width)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.errors import OptionError
+
 from ..injection import Attachment, attach, methods
-from ..injection.errors import VeneerError
 from ..injection.method import Method
 from ..injection.plan import effective_where
 from ..injection.select import NOT
@@ -32,7 +33,8 @@ def split_methods(words: str) -> list[str]:
     """Method names from `lora`, `textual_inversion+lora`, or a shorthand such as `pivotal`."""
     names = SHORTHANDS.get(words, words).split("+")
     if len(set(names)) != len(names) or not all(names):
-        raise VeneerError(f"method {words!r}: expected different names joined by '+', such as 'textual_inversion+lora'.")
+        message = f"method {words!r}: expected different names joined by '+', such as 'textual_inversion+lora'."
+        raise OptionError(message, option="method", given=words)
     return names
 
 
@@ -48,7 +50,8 @@ def build_methods(words: str, options: Mapping[str, Mapping[str, Any]], token: s
     names = split_methods(words)
     stray = sorted(set(options) - set(names))
     if stray:
-        raise VeneerError(f"options for {', '.join(stray)}, but the run trains {', '.join(names)}.")
+        message = f"options for {', '.join(stray)}, but the run trains {', '.join(names)}."
+        raise OptionError(message, option="options", given=tuple(stray), expected=tuple(names))
     found = []
     for name in names:
         kind = methods.get(name)
@@ -106,7 +109,9 @@ def checkpoint(tower: Any) -> None:
     """
     enable = getattr(tower, "enable_gradient_checkpointing", None) or getattr(tower, "gradient_checkpointing_enable", None)
     if enable is None:
-        raise VeneerError(f"{type(tower).__name__} has no gradient checkpointing. Leave --checkpointing out.")
+        kind = type(tower).__name__
+        message = f"{kind} has no gradient checkpointing. Leave --checkpointing out."
+        raise OptionError(message, option="checkpointing", given=kind)
     enable()
     tower.training = True  # the flag that the towers look at; their parts stay in eval, so no dropout
 

@@ -32,7 +32,8 @@ def choose(names: str) -> list[str]:
     known, installed = set(LOGGER_TYPE_TO_CLASS), {str(tracker) for tracker in get_available_trackers()}
     unknown = sorted(set(wanted) - known)
     if unknown:
-        raise TrainError(f"tracker {unknown[0]!r} is unknown; expected none, or any of {', '.join(sorted(known))}")
+        message = f"tracker {unknown[0]!r} is unknown; expected none, or any of {', '.join(sorted(known))}"
+        raise TrainError(message, where="tracker", given=unknown[0], expected=tuple(sorted(known)))
     for name in wanted:
         if name not in installed:
             _log.warning("tracker %s is off: its package is not installed", name)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from ..injection.errors import VeneerError
+from ..injection.errors import OptionError
 
 Outcome = Literal["learned", "partly", "not_learned", "overfitted", "unknown"]
 
@@ -49,7 +49,9 @@ class Verdict:
 
     def __post_init__(self) -> None:
         if self.outcome not in get_args(Outcome):
-            raise VeneerError(f"verdict: outcome is {self.outcome!r}; expected one of {', '.join(get_args(Outcome))}.")
+            allowed = get_args(Outcome)
+            message = f"verdict: outcome is {self.outcome!r}; expected one of {', '.join(allowed)}."
+            raise OptionError(message, option="outcome", given=self.outcome, expected=allowed)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, as `result.json` has them under `verdict`."""

@@ -8,9 +8,10 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
-from .family import BaseModelError, Family, PromptError, Sizes
+from .errors import BaseModelError, PromptError, PromptWarning
+from .family import Family, Sizes
 
-__all__ = ["BaseModelError", "Family", "PromptError", "Sizes", "check_folder", "families", "family"]
+__all__ = ["BaseModelError", "Family", "PromptError", "PromptWarning", "Sizes", "check_folder", "families", "family"]
 
 
 def families() -> dict[str, type[Family]]:
@@ -36,7 +37,8 @@ def family(pipe: Any, **options: Any) -> Family:
     for kind in known.values():
         if kind.matches(pipe):
             return kind(pipe, **options)
-    raise BaseModelError(f"no family for {type(pipe).__name__}. {_there(known)}")
+    name = type(pipe).__name__
+    raise BaseModelError(f"no family for {name}. {_there(known)}", where="family", given=name, expected=tuple(known))
 
 
 def check_folder(folder: Path) -> None:
@@ -52,15 +54,21 @@ def check_folder(folder: Path) -> None:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         name = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BaseModelError(f"{folder} is no diffusers pipeline: its model_index.json cannot be used ({error})") from error
+        message = f"{folder} is no diffusers pipeline: its model_index.json cannot be used ({error})"
+        raise BaseModelError(message, file=folder, where="model_index.json") from error
     known = families()
     kind = next((kind for kind in known.values() if name in kind.pipelines), None)
     if kind is None:
-        raise BaseModelError(f"no family for {name} in {folder}. {_there(known)}")
+        message = f"no family for {name} in {folder}. {_there(known)}"
+        raise BaseModelError(message, file=folder, where="family", given=name, expected=tuple(known))
     missing = [part for part in kind.needs if not (index.get(part) or [None])[0] or not (folder / part).is_dir()]
     if missing:
         raise BaseModelError(
-            f"{folder} ({name}) has no {', '.join(missing)}. Training needs {', '.join(kind.needs)}: get the whole base."
+            f"{folder} ({name}) has no {', '.join(missing)}. Training needs {', '.join(kind.needs)}: get the whole base.",
+            file=folder,
+            where="missing",
+            given=tuple(missing),
+            expected=kind.needs,
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...injection.errors import OptionError
 from .family import Family, Sizes
 
 
@@ -26,7 +27,7 @@ class DiT(Family):
         """`class_labels` (batch,), int64.
 
         Raises:
-            ValueError: for a name or number that the base has no class for.
+            OptionError: for a name or number that the base has no class for.
         """
         return {"class_labels": torch.tensor([self.label(prompt) for prompt in prompts])}
 
@@ -42,12 +43,14 @@ class DiT(Family):
             return int(self.pipe.labels[word])
         near = get_close_matches(word, self.pipe.labels, n=3, cutoff=0.4) or list(self.pipe.labels)[:5]
         hint = f" Near: {', '.join(near)}." if near else ""
-        raise ValueError(f"this base has no class {word!r}: give a name it knows, or a number from 0 to {classes - 1}.{hint}")
+        message = f"this base has no class {word!r}: give a name it knows, or a number from 0 to {classes - 1}.{hint}"
+        raise OptionError(message, option="prompt", given=word, expected=tuple(near))
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
-        """Raises ValueError for latents that are not square, which the transformer cannot put together again."""
+        """Raises OptionError for latents that are not square, which the transformer cannot put together again."""
         if noisy.shape[-2] != noisy.shape[-1]:
-            raise ValueError(f"DiT takes square pictures only, got latents of {noisy.shape[-2]}×{noisy.shape[-1]}")
+            given = tuple(noisy.shape[-2:])
+            raise OptionError(f"DiT takes square images only, got latents of {given[0]}×{given[1]}", option="noisy", given=given)
         output: Tensor = self.tower(
             self.cast(noisy), timestep=timesteps, class_labels=text["class_labels"].to(noisy.device), return_dict=False
         )[0]

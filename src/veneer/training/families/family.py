@@ -12,21 +12,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import OptionError
 
 from ..captions import longest_start
 from ..objectives import Objective, ObjectiveOptions, from_scheduler
+from .errors import BaseModelError, PromptError, PromptWarning
 
 Sizes = Tensor | Sequence[Sequence[int]]
 """(original height, width, crop top, left, target height, width) of each sample, in pixels."""
-
-
-class BaseModelError(VeneerError):
-    """A pipeline that no family takes, or one that lacks a part."""
-
-
-class PromptError(VeneerError):
-    """A prompt with more tokens than a text encoder takes."""
 
 
 class Family(ABC):
@@ -63,23 +56,26 @@ class Family(ABC):
         guidance: float = 3.5,
     ) -> None:
         if truncate not in ("error", "warn"):
-            raise ValueError(f"truncate must be 'error' or 'warn', got {truncate!r}")
+            message = f"truncate must be 'error' or 'warn', got {truncate!r}"
+            raise OptionError(message, option="truncate", given=truncate, expected=("error", "warn"))
         self.pipe = pipe
         self.truncate = truncate
         self.max_tokens = max_tokens
         self.guidance = guidance
         missing = [name for name in self.needs if getattr(pipe, name, None) is None]
         if missing:
-            raise BaseModelError(
+            message = (
                 f"{type(pipe).__name__} has no {', '.join(missing)}. Training needs {', '.join(self.needs)}: load a complete "
                 f"base, or give the missing part to from_pretrained({missing[0]}=…)."
             )
+            raise BaseModelError(message, where="missing", given=tuple(missing), expected=self.needs)
         channels, latent = self.config.in_channels, self.packing * pipe.vae.config.latent_channels
         if channels != latent:
-            raise BaseModelError(
+            message = (
                 f"the {self.denoiser} takes {channels} channels and the VAE gives {latent}: this is an inpainting, depth, "
                 "control or editing base, whose extra inputs photos do not have. Use the text-to-image base it comes from."
             )
+            raise BaseModelError(message, where=self.denoiser, given=channels, expected=latent)
 
     @classmethod
     def matches(cls, pipe: Any) -> bool:
@@ -144,12 +140,14 @@ class Family(ABC):
         Args:
             pixels: (batch, 3, H, W) in [−1, 1], sides divisible by `multiple`.
         Raises:
-            ValueError: for sides that do not divide.
+            OptionError: for sides that do not divide.
         A VAE that overflows in float16 (`force_upcast`) is run in float32 and put back.
         """
         vae = self.pipe.vae
         if any(side % self.multiple for side in pixels.shape[-2:]):
-            raise ValueError(f"sides must divide by {self.multiple} pixels, got {tuple(pixels.shape[-2:])}")
+            given = tuple(pixels.shape[-2:])
+            message = f"sides must divide by {self.multiple} pixels, got {given}"
+            raise OptionError(message, option="pixels", given=given, expected=self.multiple)
         dtype = vae.dtype
         upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
         if upcast:
@@ -217,7 +215,8 @@ class Family(ABC):
         """
         found = prompt if not prompt.strip() else longest_start(prompt, self._fits)
         if prompt.strip() and not found:
-            raise PromptError(f"the first word of the prompt is longer than the text encoder takes: {prompt.split()[0]!r}.")
+            word = prompt.split()[0]
+            raise PromptError(f"the first word of the prompt is longer than the text encoder takes: {word!r}.", where=word)
         return found
 
     def _fits(self, prompt: str) -> bool:
@@ -234,10 +233,11 @@ class Family(ABC):
                 if len(row) <= limit:
                     continue
                 lost = tokenizer.decode(row[limit - 1 : -1])
+                data = {"where": lost, "given": len(row), "expected": limit}
                 message = f"the prompt {prompt!r} has {len(row)} tokens and the text encoder takes {limit}; {lost!r} does not fit"
                 if self.truncate == "error":
-                    raise PromptError(f"{message}. Shorten it, or use truncate='warn' to train without that part.")
-                warnings.warn(f"{message} and is cut off", stacklevel=3)
+                    raise PromptError(f"{message}. Shorten it, or use truncate='warn' to train without that part.", **data)
+                warnings.warn(PromptWarning(f"{message} and is cut off", **data), stacklevel=3)
 
     def text_identity(self, prompt: str) -> str:
         """What `encode_text` depends on beside weights, for caches: pipeline class, token ids, their number and padding."""

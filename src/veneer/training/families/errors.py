@@ -1,0 +1,17 @@
+"""Errors and warnings about base models and prompts."""
+
+from __future__ import annotations
+
+from ...injection.errors import VeneerError, VeneerWarning
+
+
+class BaseModelError(VeneerError):
+    """A pipeline that no family takes, or one that lacks a part."""
+
+
+class PromptError(VeneerError):
+    """A prompt with more tokens (`given`) than a text encoder takes (`expected`); `where` is the part that is lost."""
+
+
+class PromptWarning(VeneerWarning):
+    """A prompt that is cut off, with the attributes of `PromptError`."""
