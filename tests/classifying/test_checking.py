@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.raising import raises
 from tests.training.pictures import DATA, gradient, save
 from veneer.classifying.checking import check_pictures
 from veneer.classifying.examples import hash_of
@@ -58,12 +59,12 @@ def test_bad_pictures_are_named_and_left_out(tmp_path):
     (told,) = notes
     assert told.startswith(f"{tmp_path}: 6 of 12 pictures cannot be used; left out:")
     for name, reason in [
-        ("cat/empty.png", "the file is empty"),
-        ("cat/cut.jpg", "damaged or cut off"),
-        ("cat/text.jpg", "text ('hello, I am none')"),
-        ("dog/gone.png", "a broken link"),
+        ("cat/empty.png", "empty"),
+        ("cat/cut.jpg", "damaged"),
+        ("cat/text.jpg", "hello, I am none"),
+        ("dog/gone.png", "broken link"),
         ("dog/bomb.png", "900,000,000 pixels"),
-        ("dog/phone.heic", "a HEIC picture"),
+        ("dog/phone.heic", "HEIC"),
     ]:
         assert [line for line in told.splitlines() if name in line and reason in line], name
     assert (tmp_path / "run" / "skipped.txt").read_text().splitlines() == [line.strip() for line in told.splitlines()[1:]]
@@ -85,7 +86,7 @@ def test_strict(tmp_path):
     classes(tmp_path)
     check_pictures(find_pictures(tmp_path), strict=True)
     (tmp_path / "cat" / "empty.png").touch()
-    with pytest.raises(DataError, match=r"1 of 7 pictures cannot be used:\n  .*empty.png: the file is empty"):
+    with raises(DataError, file=tmp_path, where="pictures", given=("cat/empty.png",)):
         check_pictures(find_pictures(tmp_path), strict=True)
 
 
@@ -149,13 +150,13 @@ def test_a_class_without_readable_pictures_is_an_error(tmp_path):
     classes(tmp_path)
     (tmp_path / "fish").mkdir()
     (tmp_path / "fish" / "a.png").touch()
-    with pytest.raises(DataError, match=r"no picture can be read of fish; .*The first: .*a.png: the file is empty"):
+    with raises(DataError, file=tmp_path, where="unreadable", given=("fish",)):
         check_pictures(find_pictures(tmp_path))
 
 
 def test_one_class_is_an_error(tmp_path):
     classes(tmp_path / "pets", ("cat", "dog"))
-    with pytest.raises(DataError, match=r"one class .pets. with pictures; expected at least two.*one level further down"):
+    with raises(DataError, file=tmp_path, where="classes", given=("pets",), expected=2):
         check_pictures(find_pictures(tmp_path))
 
 
@@ -169,7 +170,7 @@ def test_a_class_for_the_test_only_is_left_out(tmp_path):
     assert {(e.name.split("/")[1], source.classes[e.label]) for e in source.examples} == {("cat", "cat"), ("dog", "dog")}
     assert "test/bird/0.png: bird has no picture for training" in notes[0]
     assert notes[1] == f"{tmp_path}: bird: pictures for validation or test only; left out."
-    with pytest.raises(DataError, match="bird has no picture for training"):
+    with raises(DataError, where="pictures", given=("test/bird/0.png", "test/bird/1.png")):
         check_pictures(found, strict=True)
 
 
@@ -204,7 +205,7 @@ def test_progress_is_told_in_order_and_in_this_thread(tmp_path):
 def test_a_picture_that_changes_later_is_noticed(tmp_path):
     source, _ = check_pictures(find_pictures(classes(tmp_path)))
     save(tmp_path / "cat" / "0.png", 20, 16, seed=99)
-    with pytest.raises(DataError, match=r"cat/0.png has changed since it was checked"):
+    with raises(DataError, file="cat/0.png", given="changed"):
         source.read(source.examples[0])
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.methods.classifiers import cosines, encode, pictures, row, tiny, token
+from tests.raising import raises
 from veneer.classifying.clip import CLIPClassifier, open_clip_classifier
 from veneer.classifying.models import ModelError, open_classifier
 from veneer.classifying.views import EvalView
@@ -220,12 +221,15 @@ def test_prompts_of_towers_that_do_not_end_at_a_token_are_no_site() -> None:
 
 def test_texts_that_do_not_fit_are_named() -> None:
     clip = tiny().clip
-    with pytest.raises(TextError, match=r"20 tokens.*'a photo of a very long .*do not fit"):
+    with raises(TextError, where="tokens", expected=20) as caught:
         CLIPClassifier(clip, small_tokenizer, ["cat", "very_long_" * 8])
+    ((text, count),) = caught.value.given
+    assert text.startswith("a photo of a very long ")
+    assert count > 20
     CLIPClassifier(clip, small_tokenizer, ["long " * 18], ["{}"])  # and what fits just so does
-    with pytest.raises(TextError, match="20 tokens"):
+    with raises(TextError, where="tokens", expected=20):
         CLIPClassifier(clip, small_tokenizer, ["long " * 19], ["{}"])
-    with pytest.raises(TextError, match="templates"):
+    with raises(TextError, where="templates", given=("a photo",)):
         CLIPClassifier(clip, small_tokenizer, ["cat"], ["a photo"])
 
 
@@ -278,7 +282,7 @@ def test_weights(tmp_path: Any) -> None:
     assert torch.equal(found.model.clip.visual.proj, one.clip.visual.proj)
     assert len(found.weights) == 64
     save_file({"visual.proj": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match="not the weights of shipped_clip"):
+    with raises(ModelError, file=tmp_path / "other.safetensors", given="mismatch", expected="shipped_clip"):
         open_clip_classifier("shipped_clip", ["cat"], weights=tmp_path / "other.safetensors")
     linear = open_clip_classifier("shipped_clip", ["cat", "dog"], head="linear")
     assert linear.fresh
@@ -286,17 +290,17 @@ def test_weights(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "weights", "says"),
+    ("name", "weights", "data"),
     [
-        ("open_clip:ViT-B-77/openai", None, "Close: ViT-B-32"),
-        ("open_clip:ViT-B-32/nothing", None, "openai"),
-        ("open_clip:ViT-B-32", None, "which weights"),
-        ("open_clip:ViT-B-32/openai", None, "ViT-B-32-quickgelu"),
-        ("open_clip:ViT-B-32", "/no/such.safetensors", "no such file"),
+        ("open_clip:ViT-B-77/openai", None, {"where": "open_clip", "given": "ViT-B-77"}),
+        ("open_clip:ViT-B-32/nothing", None, {"where": "ViT-B-32", "given": "nothing"}),
+        ("open_clip:ViT-B-32", None, {"where": "ViT-B-32", "given": ""}),
+        ("open_clip:ViT-B-32/openai", None, {"where": "quick_gelu", "given": "ViT-B-32"}),
+        ("open_clip:ViT-B-32", "/no/such.safetensors", {"file": "/no/such.safetensors", "given": "missing"}),
     ],
 )
-def test_models_that_cannot_be_had(name: str, weights: str | None, says: str) -> None:
-    with pytest.raises(ModelError, match=says):
+def test_models_that_cannot_be_had(name: str, weights: str | None, data: dict[str, Any]) -> None:
+    with raises(ModelError, **data):
         open_clip_classifier(name, ["cat"], weights=weights)
-    with pytest.raises(ModelError, match="do not fit"):
+    with raises(ModelError, where="tokens"):
         open_clip_classifier("shipped_clip", ["cat", "very " * 30])

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.classifying.small import CLASSES, SIDE, model_folder
+from tests.raising import raises
 from veneer.classifying.models import ModelError, check_weights, digest_of, open_classifier
 
 
@@ -55,16 +56,17 @@ def test_other_weights_and_random_ones(tmp_path: Path) -> None:
 
 def test_what_cannot_be_opened_says_what_to_do(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, "vit")
-    with pytest.raises(ModelError, match=r"no model 'vit_tiny_patch16_22'\. Close: vit_tiny_patch16_224"):
+    with raises(ModelError, where="timm", given="vit_tiny_patch16_22") as caught:
         open_classifier("vit_tiny_patch16_22", CLASSES)
-    with pytest.raises(ModelError, match=r"there is no such file"):
+    assert "vit_tiny_patch16_224" in caught.value.expected
+    with raises(ModelError, file=tmp_path / "missing.safetensors", given="missing"):
         open_classifier(str(folder), CLASSES, weights=tmp_path / "missing.safetensors")
     pickled = tmp_path / "weights.pth"
     torch.save({}, pickled)
-    with pytest.raises(ModelError, match=r"only safetensors are read.*save_file"):
+    with raises(ModelError, file=pickled, where="suffix", given=".pth", expected=".safetensors"):
         open_classifier(str(folder), CLASSES, weights=pickled)
     resnet = model_folder(tmp_path, "resnet") / "model.safetensors"
-    with pytest.raises(ModelError, match=r"not the weights of .*Missing key.*Give this architecture's file"):
+    with raises(ModelError, file=resnet, given="mismatch"):
         open_classifier(str(folder), CLASSES, weights=resnet)
 
 
@@ -78,5 +80,5 @@ def test_another_size_is_taken(tmp_path: Path) -> None:
 def test_weights_that_are_no_safetensors_file(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     file.write_text("nonsense")
-    with pytest.raises(ModelError, match=r"x\.safetensors"):
+    with raises(ModelError, file=file, given="damaged"):
         check_weights(file)

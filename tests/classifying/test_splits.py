@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.raising import carries, raises
 from tests.training.pictures import DATA, save
 from veneer.classifying.examples import Row, assemble
 from veneer.classifying.sources import find_pictures
@@ -163,16 +164,16 @@ def test_a_copy_is_no_second_shot():
 
 
 @pytest.mark.parametrize(
-    ("options", "found"),
+    ("options", "where", "given"),
     [
-        ({"validation": 1.0}, "validation is 1.0; expected a share from 0 to less than 1"),
-        ({"test": -0.1}, "test is -0.1"),
-        ({"validation": 0.5, "test": 0.5}, "validation 0.5 and test 0.5 leave nothing to train on"),
-        ({"shots": 0}, "shots is 0; expected at least 1"),
+        ({"validation": 1.0}, "validation", 1.0),
+        ({"test": -0.1}, "test", -0.1),
+        ({"validation": 0.5, "test": 0.5}, "train", (0.5, 0.5)),
+        ({"shots": 0}, "shots", 0),
     ],
 )
-def test_wrong_options(options, found):
-    with pytest.raises(DataError, match=f"split: {found}"):
+def test_wrong_options(options, where, given):
+    with raises(DataError, where=where, given=given):
         split(source({"a": 5, "b": 5}), 0, **options)
 
 
@@ -193,15 +194,18 @@ def test_a_file_of_other_pictures(tmp_path):
     splits = split(pictures, 5)
     save_splits(splits, pictures, path)
     gone = pictures.keeping(lambda each: each.name != "None/a/003")
-    with pytest.raises(DataError, match=r"(?s)splits.json: here has changed since.*None/a/003: gone"):
+    with raises(DataError, file=path, where="pictures") as caught:
         load_splits(path, gone)
+    carries(*caught.value.given, where="None/a/003", given="missing")
     other = replace(pictures, content=lambda each: b"new" if each.name == "None/b/001" else each.name.encode())
-    with pytest.raises(DataError, match="None/b/001: other bytes than then"):
+    with raises(DataError, file=path, where="pictures") as caught:
         load_splits(path, other)
+    carries(*caught.value.given, where="None/b/001", given="changed")
     moved = replace(pictures, examples=tuple(replace(e, label=1) if e.name == "None/a/004" else e for e in pictures.examples))
-    with pytest.raises(DataError, match="None/a/004: was a, is b"):
+    with raises(DataError, file=path, where="pictures") as caught:
         load_splits(path, moved)
-    with pytest.raises(DataError, match=r"made for the classes a, b; here has a\."):
+    carries(*caught.value.given, where="None/a/004", given="b", expected="a")
+    with raises(DataError, file=path, where="classes", given=("a",), expected=("a", "b")):
         load_splits(path, source({"a": 20}))
     more = source({"a": 22, "b": 10})
     again = load_splits(path, more)
@@ -210,22 +214,22 @@ def test_a_file_of_other_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "where", "given"),
     [
-        (lambda t: "{", "not the splits.json of a run"),
-        (lambda t: "[]", "not the splits.json of a run"),
-        (lambda t: json.dumps({**t, "form": 9}), "of form 9; expected 1"),
-        (lambda t: json.dumps({**t, "test": t["test"][1:]}), "do not fit its digest; it was edited"),
-        (lambda t: json.dumps({k: v for k, v in t.items() if k != "seed"}), "not the splits.json of a run .KeyError"),
+        (lambda t: "{", None, "damaged"),
+        (lambda t: "[]", None, "damaged"),
+        (lambda t: json.dumps({**t, "form": 9}), "form", 9),
+        (lambda t: json.dumps({**t, "test": t["test"][1:]}), "digest", None),
+        (lambda t: json.dumps({k: v for k, v in t.items() if k != "seed"}), None, "damaged"),
     ],
 )
-def test_a_broken_file(tmp_path, change, found):
+def test_a_broken_file(tmp_path, change, where, given):
     pictures, path = source({"a": 20, "b": 10}), tmp_path / "splits.json"
     save_splits(split(pictures, 5), pictures, path)
     path.write_text(change(json.loads(path.read_text())))
-    with pytest.raises(DataError, match=found):
+    with raises(DataError, file=path, where=where, given=given):
         load_splits(path, pictures)
-    with pytest.raises(DataError, match="cannot be read"):
+    with raises(DataError, file=tmp_path / "none.json", given="unreadable"):
         load_splits(tmp_path / "none.json", pictures)
 
 

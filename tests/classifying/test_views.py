@@ -12,6 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import RandAugment, _apply_op
 
+from tests.raising import raises
 from tests.training.pictures import DATA, gradient, save
 from veneer.classifying.augment import OPERATIONS, erase, rand_augment
 from veneer.classifying.reading import Pixels, Shelf
@@ -92,12 +93,12 @@ def test_squash_resizes_to_exactly_the_side():
 
 @pytest.mark.parametrize("size", [None, (1, 48, 48), (48, 48)])
 def test_a_config_without_a_usable_size(size):
-    with pytest.raises(ViewError, match=r"input_size is .*; expected .3, height, width..*resolve_model_data_config"):
+    with raises(ViewError, where="input_size", given=size):
         EvalView({**CONFIG, "input_size": size})
 
 
 def test_an_unknown_augmentation():
-    with pytest.raises(ViewError, match="augmentation is 'wild'; expected one of none, light, flip, strong"):
+    with raises(ViewError, where="augmentation", given="wild", expected=("none", "light", "flip", "strong")):
         TrainView(CONFIG, "wild", 0)
 
 
@@ -239,7 +240,7 @@ def test_a_loop_left_early_leaves_no_thread(source):
 
 def test_a_picture_that_is_gone_ends_the_batch_with_its_name(source, tmp_path):
     (tmp_path / "b" / "2.png").unlink()
-    with Pixels(source, EvalView(CONFIG)) as pixels, pytest.raises(DataError, match=r"b/2.png: no such file"):
+    with Pixels(source, EvalView(CONFIG)) as pixels, raises(DataError, file=tmp_path / "b" / "2.png", given="missing"):
         list(pixels.batches(range(10), 4))
 
 
@@ -268,16 +269,16 @@ def test_a_shrunk_shelf_loses_little_and_only_where_it_may(source):
     big = gradient(400, 300)
     small = big.resize((round(400 * view.side / 300), view.side), Image.Resampling.LANCZOS)
     assert (view(big, 0, 0) - view(small, 0, 0)).abs().mean() < 0.1
-    with pytest.raises(DataError, match=r"a shelf of side 79 for a view of side None. Make it with side=view.side"):
+    with raises(DataError, where="side", given=79, expected=None):
         Pixels(Shelf(source, side=79), EvalView(CONFIG))
-    with pytest.raises(DataError, match="a shelf of side 20 for a view of side 79"):
+    with raises(DataError, where="side", given=20, expected=79):
         Pixels(Shelf(source, side=20), view)
 
 
 def test_batches_of_nothing(source):
     with Pixels(source, EvalView(CONFIG)) as pixels:
         assert list(pixels.batches([], 3)) == []
-        with pytest.raises(DataError, match="batches of 0; expected at least 1"):
+        with raises(DataError, where="size", given=0, expected=1):
             list(pixels.batches([1], 0))
 
 

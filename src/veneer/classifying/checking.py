@@ -64,14 +64,18 @@ def check_pictures(
         first = next(each for each in source.examples if source.classes[each.label] == emptied[0])
         raise DataError(
             f"{source.where}: no picture can be read of {some(emptied)}; expected at least one of each class. "
-            f"The first: {reasons[first.name]} Replace them, or remove the class."
+            f"The first: {reasons[first.name]} Replace them, or remove the class.",
+            file=source.where,
+            where="unreadable",
+            given=tuple(emptied),
         )
     lost = _untrained(readable)
     for each in readable.examples:
         if each.label in lost:
             reasons[each.name] = f"{each.name}: {readable.classes[each.label]} has no picture for training"
     if reasons and strict:
-        raise DataError(f"{source.where}: {len(reasons):,} of {len(source):,} pictures cannot be used:{_listing(reasons, None)}")
+        message = f"{source.where}: {len(reasons):,} of {len(source):,} pictures cannot be used:{_listing(reasons, None)}"
+        raise DataError(message, file=source.where, where="pictures", given=tuple(reasons))
     usable = readable.keeping(lambda each: each.label not in lost)
     _check_classes(usable)
     hashes = {each.name: seen.hash for each, seen in zip(source.examples, opened, strict=True) if each.name not in reasons}
@@ -138,7 +142,11 @@ def _check_classes(source: Source) -> None:
         held = f"one class ({source.classes[0]})" if source.classes else "no class"
         raise DataError(
             f"{source.where}: {held} with pictures; expected at least two. If classes are folders one level further down, give "
-            "the folder that holds them."
+            "the folder that holds them.",
+            file=source.where,
+            where="classes",
+            given=source.classes,
+            expected=2,
         )
 
 

@@ -42,7 +42,9 @@ class ClassTexts(nn.Module):
         wrong = [t for t in templates if "{}" not in t]
         if wrong or not templates or not names:
             raise TextError(
-                f"templates have {{}} in the place of the name, and there is a class; got {wrong or (templates, names)}."
+                f"templates have {{}} in the place of the name, and there is a class; got {wrong or (templates, names)}.",
+                where="templates",
+                given=tuple(wrong),
             )
         self.__dict__["clip"] = clip  # past torch's own way, which would make it a child
         self.names, self.words = tuple(name.replace("_", " ") for name in names), words

@@ -137,7 +137,7 @@ def open_clip_classifier(
         try:
             model = CLIPClassifier(clip, open_clip.get_tokenizer(architecture), classes, templates, head)
         except TextError as error:
-            raise ModelError(f"{name}: {error}") from error
+            raise ModelError.from_error(error, f"{name}: {error}") from error
     return Classifier(model.eval().requires_grad_(False), name, _data(clip), tuple(classes), origin, head == "linear")
 
 
@@ -149,10 +149,12 @@ def source_of(name: str) -> tuple[str, str]:
         return f"local-dir:{bases.path('shipped_clip')}", ""
     architecture, _, tag = name.removeprefix("open_clip:").partition("/")
     if open_clip.get_model_config(architecture) is None:
-        near = difflib.get_close_matches(architecture, open_clip.list_models(), 3) or ["see open_clip.list_models()"]
-        raise ModelError(f"open_clip has no model {architecture!r}. Close: {', '.join(near)}.")
+        near = difflib.get_close_matches(architecture, open_clip.list_models(), 3)
+        message = f"open_clip has no model {architecture!r}. Close: {', '.join(near or ['see open_clip.list_models()'])}."
+        raise ModelError(message, where="open_clip", given=architecture, expected=tuple(near))
     if tag and tag not in (tags := open_clip.list_pretrained_tags_by_model(architecture)):
-        raise ModelError(f"{name}: open_clip has no weights {tag!r} for {architecture}. It has: {_listed(tags)}.")
+        message = f"{name}: open_clip has no weights {tag!r} for {architecture}. It has: {_listed(tags)}."
+        raise ModelError(message, where=architecture, given=tag, expected=tuple(tags))
     return architecture, tag
 
 
@@ -170,14 +172,15 @@ def _build(name: str, architecture: str, tag: str, weights: str | Path | None) -
     file = None if weights is None else check_weights(weights)
     source = tag if file is None else file
     if not source and name != "shipped_clip":
-        tags = _listed(open_clip.list_pretrained_tags_by_model(architecture))
-        raise ModelError(f"{name}: which weights? Say {name}/TAG, --weights FILE or --weights none. Tags: {tags}.")
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        message = f"{name}: which weights? Say {name}/TAG, --weights FILE or --weights none. Tags: {_listed(tags)}."
+        raise ModelError(message, where=architecture, given="", expected=tuple(tags))
     if name != "shipped_clip":
         with torch.device("meta"):
             outline = open_clip.create_model(architecture, device="meta", **bare)
         wrong = bases.quick_gelu_mismatch(outline, architecture, source)
         if wrong:
-            raise ModelError(wrong)
+            raise ModelError(wrong, where="quick_gelu", given=architecture)
     if file is not None:
         return _filled(open_clip.create_model(architecture, **bare), name, file), digest_of(file)
     with hub(name != "shipped_clip") as why:
@@ -186,7 +189,9 @@ def _build(name: str, architecture: str, tag: str, weights: str | Path | None) -
         except Exception as error:  # the hub's clients raise a dozen kinds
             raise ModelError(
                 f"{name}: its published weights could not be had ({why or type(error).__name__}). Check the connection, give the "
-                "weights with --weights FILE.safetensors, or begin with random ones: --weights none."
+                "weights with --weights FILE.safetensors, or begin with random ones: --weights none.",
+                where="hub",
+                given=name,
             ) from error
 
 
@@ -197,7 +202,8 @@ def _filled(clip: nn.Module, name: str, file: Path) -> nn.Module:
         open_clip.load_checkpoint(clip, str(file))
     except (RuntimeError, KeyError, ValueError) as error:
         told = " ".join(line.strip() for line in str(error).splitlines()[1:3])[:400] or str(error)[:400]
-        raise ModelError(f"--weights {file}: not the weights of {name}: {told} Give this architecture's file.") from error
+        message = f"--weights {file}: not the weights of {name}: {told} Give this architecture's file."
+        raise ModelError(message, file=file, given="mismatch", expected=name) from error
     return clip
 
 

@@ -20,7 +20,8 @@ from accelerate import Accelerator
 
 from veneer.benchmarks.memory import peak
 from veneer.formats import native
-from veneer.injection import VeneerError, methods
+from veneer.injection import methods
+from veneer.injection.errors import OptionError
 from veneer.training.progress import ProgressLine
 
 from .cached import Features
@@ -62,14 +63,14 @@ def rows_of(written: str) -> list[Row]:
     while rest.strip():
         match = ROW.match(rest)
         if match is None or (rest[match.end() :] and rest[match.end()] != ","):
-            raise VeneerError(
-                f"methods: cannot read {rest!r}; expected such as 'lora, adaptformer(bottleneck=8), vpt+lora, full'."
-            )
+            message = f"methods: cannot read {rest!r}; expected such as 'lora, adaptformer(bottleneck=8), vpt+lora, full'."
+            raise OptionError(message, option="methods", given=rest)
         found.append(_row(match[0].strip(), match[1], match[2] or ""))
         rest = rest[match.end() + 1 :]
     labels = [row.label for row in found]
     if len(set(labels)) != len(labels) or not labels:
-        raise VeneerError(f"methods: {written!r}; expected different methods, separated by commas.")
+        message = f"methods: {written!r}; expected different methods, separated by commas."
+        raise OptionError(message, option="methods", given=tuple(labels))
     return found
 
 
@@ -78,7 +79,7 @@ def _row(label: str, name: str, options: str) -> Row:
     for part in filter(None, (p.strip() for p in options.split(","))):
         key, sign, value = part.partition("=")
         if not sign:
-            raise VeneerError(f"methods: {label!r}: {part!r} is not key=value.")
+            raise OptionError(f"methods: {label!r}: {part!r} is not key=value.", option="methods", where=label, given=part)
         try:
             given[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
@@ -103,7 +104,8 @@ def _check_types(method: type, given: Mapping[str, Any], label: str) -> None:
         expected = [words for kind, words in TYPES.items() if kind in kinds]
         fits = type(value) in kinds or (float in kinds and type(value) is int) or (value is None and type(None) in kinds)
         if expected and not fits and str not in kinds:
-            raise VeneerError(f"methods: {label!r}: {name} is {value!r}; expected {' or '.join(expected)}.")
+            message = f"methods: {label!r}: {name} is {value!r}; expected {' or '.join(expected)}."
+            raise OptionError(message, option=name, where=label, given=value)
 
 
 @dataclass(frozen=True)

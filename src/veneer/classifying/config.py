@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veneer.injection import VeneerError, methods
+from veneer.injection import methods
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.training import targets
 from veneer.training.config import TrainConfig
@@ -136,7 +137,8 @@ class TransferConfig:
 
     def _check(self, name: str, fits: bool, expected: str) -> None:
         if not fits:
-            raise VeneerError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
+            given = getattr(self, name)
+            raise OptionError(f"{name} is {given!r}; expected {expected}.", option=name, given=given, expected=expected)
 
     def completed(self) -> TransferConfig:
         """The same with a folder for the results."""
@@ -155,7 +157,8 @@ class TransferConfig:
         names = self.names()
         stray = sorted(set(self.options) - set(names))
         if stray:
-            raise VeneerError(f"options for {', '.join(stray)}, but the run trains {', '.join(names)}.")
+            message = f"options for {', '.join(stray)}, but the run trains {', '.join(names)}."
+            raise OptionError(message, option="options", given=tuple(stray), expected=tuple(names))
         return [methods.get(name).from_config(self._told(name, classes=classes, shots=shots)) for name in names]
 
     def _told(self, name: str, **seen: int) -> dict[str, Any]:

@@ -51,7 +51,10 @@ def open_data(config: TransferConfig, out: Path, progress: Callable[[int, int], 
     for name in ("train", "validation", "test"):
         if not getattr(splits, name):
             raise DataError(
-                f"{checked.source.where}: no picture for {name}. Give it some, or a share of the others: --validation, --test."
+                f"{checked.source.where}: no picture for {name}. Give it some, or a share of the others: --validation, --test.",
+                file=checked.source.where,
+                where=name,
+                given=0,
             )
     return Data(checked.source, splits, (*checked.notes, *splits.notes))
 

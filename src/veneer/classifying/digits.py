@@ -21,7 +21,8 @@ def digits() -> Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("digits: scikit-learn is not installed and carries these pictures. pip install scikit-learn") from error
+        message = "digits: scikit-learn is not installed and carries these pictures. pip install scikit-learn"
+        raise DataError(message, where="digits", expected="scikit-learn") from error
     table = load_digits()
     rows = [Row(f"digits/{place:04d}", str(label), None) for place, label in enumerate(table.target)]
     files = {row.name: _png(image) for row, image in zip(rows, table.images, strict=True)}

@@ -73,7 +73,9 @@ class Source:
         known = self.hashes.get(example.name)
         if known is not None and known != hash_of(data):
             raise DataError(
-                f"{self.where}: {example.name} has changed since it was checked. Keep pictures as they are during a run."
+                f"{self.where}: {example.name} has changed since it was checked. Keep pictures as they are during a run.",
+                file=example.name,
+                given="changed",
             )
         return decode(data, example.name, self.limits, remarks=False).rgb
 
@@ -123,13 +125,17 @@ def assemble(where: str, rows: Iterable[Row], content: Callable[[Example], bytes
     """
     found = sorted(rows, key=lambda row: row.name)
     if not found:
-        raise DataError(f"{where}: no pictures with a class; expected at least two classes of pictures. See find_pictures.")
+        message = f"{where}: no pictures with a class; expected at least two classes of pictures. See find_pictures."
+        raise DataError(message, file=where, where="classes", given=0)
     twice = [name for name, times in Counter(row.name for row in found).items() if times > 1]
     if twice:
-        raise DataError(f"{where}: {some(twice)} listed more than once; expected each picture once. Remove the other lines.")
+        message = f"{where}: {some(twice)} listed more than once; expected each picture once. Remove the other lines."
+        raise DataError(message, file=where, where="copies", given=tuple(twice))
     held = {row.split for row in found}
     if held != {None} and "train" not in held:
-        raise DataError(f"{where}: splits {some(sorted(map(str, held)))} and none for training; expected one called train.")
+        splits = sorted(map(str, held))
+        message = f"{where}: splits {some(splits)} and none for training; expected one called train."
+        raise DataError(message, file=where, where="splits", given=tuple(splits), expected="train")
     classes = tuple(sorted({row.label for row in found}))
     place = {name: label for label, name in enumerate(classes)}
     return Source(where, classes, tuple(Example(r.name, place[r.label], r.split) for r in found), content, tuple(notes))

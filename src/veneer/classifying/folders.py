@@ -49,7 +49,8 @@ def read_folder(root: Path) -> Source:
         names = some([_name(each, root) for each in empty])
         notes.append(f"{root}: no pictures in {names}; left out.")
     if not rows:
-        raise DataError(f"{root}: {_held(root)}; expected folders named after the classes, with pictures in them.")
+        message = f"{root}: {_held(root)}; expected folders named after the classes, with pictures in them."
+        raise DataError(message, file=root, where="classes", given=tuple(path.name for path in visible(root)))
     return assemble(str(root), rows, reader(paths), notes)
 
 
@@ -67,7 +68,8 @@ def visible(folder: Path) -> list[Path]:
     try:
         held = [path for path in folder.iterdir() if not path.name.startswith(".") and path.name.lower() not in _JUNK]
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}). Check permissions.") from error
+        message = f"{folder}: cannot be listed ({error.strerror}). Check permissions."
+        raise DataError(message, file=folder, given="unreadable") from error
     return sorted(held, key=lambda path: path.name)
 
 
@@ -96,7 +98,8 @@ def _splits(root: Path) -> dict[Path, Split]:
             continue
         if split in found.values():
             other = next(path for path, each in found.items() if each == split)
-            raise DataError(f"{root}: {other.name} and {folder.name} are both for {split}; expected one. Join them.")
+            message = f"{root}: {other.name} and {folder.name} are both for {split}; expected one. Join them."
+            raise DataError(message, file=root, where=split, given=(other.name, folder.name))
         found[folder] = split
     return found
 

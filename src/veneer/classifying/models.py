@@ -72,8 +72,10 @@ def check_name(name: str) -> None:
 
     architecture = name.removeprefix("timm:").partition(".")[0]
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), 3) or ["see timm.list_models()"]
-        raise ModelError(f"timm has no model {name.removeprefix('timm:')!r}. Close: {', '.join(near)}.")
+        near = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        asked = name.removeprefix("timm:")
+        message = f"timm has no model {asked!r}. Close: {', '.join(near or ['see timm.list_models()'])}."
+        raise ModelError(message, where="timm", given=asked, expected=tuple(near))
 
 
 def untrained(name: str) -> nn.Module | None:
@@ -163,14 +165,16 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.M
                 timm.models.load_checkpoint(model, str(file), strict=True)
             return model, digest_of(file)
         except (RuntimeError, KeyError, ValueError) as error:
-            raise ModelError(_misfit(name, file, error)) from error
+            raise ModelError(_misfit(name, file, error), file=file, given="mismatch", expected=name) from error
     with hub(not folder) as why:
         try:
             return timm.create_model(name, pretrained=True, **options), "published"
         except Exception as error:  # the hub's clients raise a dozen kinds
             raise ModelError(
                 f"{name}: its published weights could not be had ({why or type(error).__name__}). Check the connection, give the "
-                "weights with --weights FILE.safetensors, or begin with random ones: --weights none."
+                "weights with --weights FILE.safetensors, or begin with random ones: --weights none.",
+                where="hub",
+                given=name,
             ) from error
 
 
@@ -193,17 +197,23 @@ def check_weights(weights: str | Path) -> Path:
     """
     file = Path(weights).expanduser()
     if not file.is_file():
-        raise ModelError(f"--weights {weights}: there is no such file; expected a safetensors file, or the word none.")
+        message = f"--weights {weights}: there is no such file; expected a safetensors file, or the word none."
+        raise ModelError(message, file=file, given="missing")
     if file.suffix != ".safetensors":
         raise ModelError(
             f"--weights {file}: only safetensors are read, because other files can run code. Convert it where you trust it: "
-            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors')."
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors').",
+            file=file,
+            where="suffix",
+            given=file.suffix,
+            expected=".safetensors",
         )
     try:
         with safe_open(file, "pt"):  # the header alone
             pass
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"--weights {file}: no readable safetensors file ({error}). Download it again.") from error
+        message = f"--weights {file}: no readable safetensors file ({error}). Download it again."
+        raise ModelError(message, file=file, given="damaged") from error
     return file
 
 
@@ -225,7 +235,9 @@ def _misfit(name: str, file: Path, error: Exception) -> str:
 def new_head(model: Any, name: str, classes: int, seed: int) -> None:
     """Put a fresh head in the place of the model's own, drawn by the seed."""
     if not hasattr(model, "reset_classifier"):
-        raise ModelError(f"{name}: a {type(model).__name__} has no head that could be made anew; expected a timm classifier.")
+        kind = type(model).__name__
+        message = f"{name}: a {kind} has no head that could be made anew; expected a timm classifier."
+        raise ModelError(message, where="head", given=kind)
     torch.manual_seed(mix(seed, "head"))
     model.reset_classifier(classes)
     model.requires_grad_(False)

@@ -93,21 +93,28 @@ def open_predictor(folder: Path) -> Predictor:
     file = folder / "model.json"
     if not file.is_file():
         more = "its run was stopped; finish it with `veneer transfer --resume`" if (folder / "splits.json").is_file() else ""
-        raise VeneerError(f"{folder}: no model.json: {more or 'expected a folder that `veneer transfer --out` has written'}.")
+        message = f"{folder}: no model.json: {more or 'expected a folder that `veneer transfer --out` has written'}."
+        raise VeneerError(message, file=folder, where="model.json", given="missing")
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if record.get("form") != FORM:
-        raise VeneerError(f"{file}: form {record.get('form')!r}; this version reads {FORM}. Use the version that wrote it.")
+        message = f"{file}: form {record.get('form')!r}; this version reads {FORM}. Use the version that wrote it."
+        raise VeneerError(message, file=file, where="form", given=record.get("form"), expected=FORM)
     weights = record["weights"]
     if weights not in (None, "none") and not Path(weights).is_file():
         raise VeneerError(
-            f"{file}: the model's weights were {weights}, which is gone. Put the file back, or write its place there."
+            f"{file}: the model's weights were {weights}, which is gone. Put the file back, or write its place there.",
+            file=weights,
+            where="weights",
+            given="missing",
         )
     classifier = open_classifier(
         record["model"], record["classes"], weights=weights, keep_head=not record["fresh_head"], size=record["size"],
         seed=record["seed"], templates=record["templates"],
     )  # fmt: skip
     if classifier.weights != record["weights_digest"]:
-        raise VeneerError(f"{weights}: other weights than those that {folder} was taught on. Put the same file in its place.")
+        message = f"{weights}: other weights than those that {folder} was trained on. Put the same file in its place."
+        digests = {"given": classifier.weights, "expected": record["weights_digest"]}
+        raise VeneerError(message, file=weights, where="weights", **digests)
     if record["adapted"]:
         load(classifier.model, folder / "adapter.safetensors")
     classifier.model.eval()
@@ -125,10 +132,10 @@ def find(images: Sequence[Path]) -> list[Path]:
         if image.is_dir():
             inside = sorted(p for p in image.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
             if not inside:
-                raise VeneerError(f"{image}: no picture in this folder; expected files such as .jpg or .png.")
+                raise VeneerError(f"{image}: no image in this folder; expected files such as .jpg or .png.", file=image, given=())
             found += inside
         elif image.exists():
             found.append(image)
         else:
-            raise VeneerError(f"{image}: there is no such file or folder.")
+            raise VeneerError(f"{image}: there is no such file or folder.", file=image, given="missing")
     return found

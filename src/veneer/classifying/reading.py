@@ -73,7 +73,8 @@ class Pixels:
         self.view = view
         side = self.shelf.side
         if side is not None and (view.side is None or side < view.side):
-            raise DataError(f"pixels: a shelf of side {side} for a view of side {view.side}. Make it with side=view.side.")
+            message = f"pixels: a shelf of side {side} for a view of side {view.side}. Make it with side=view.side."
+            raise DataError(message, where="side", given=side, expected=view.side)
         self._pool = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1))
         self._coming: dict[Drawn, Future[Tensor]] = {}
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -99,7 +100,7 @@ class Pixels:
     def batches(self, indices: Sequence[int], size: int, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """All of `indices` in their order, `size` at a time and the last perhaps fewer; one batch is made ahead."""
         if size < 1:
-            raise DataError(f"pixels: batches of {size}; expected at least 1.")
+            raise DataError(f"pixels: batches of {size}; expected at least 1.", where="size", given=size, expected=1)
         drawn = [[(epoch, index) for index in indices[start : start + size]] for start in range(0, len(indices), size)]
         for now, following in zip(drawn, [*drawn[1:], []], strict=False):
             self.expect(now + following)

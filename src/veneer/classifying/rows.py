@@ -67,7 +67,9 @@ def _table(path: Path) -> Any:
     except ImportError as error:
         raise DataError(
             f"{path}: reading {path.suffix} files needs pyarrow, which is not installed. pip install datasets (or pyarrow), or "
-            "give a folder of classes or a CSV of path,label."
+            "give a folder of classes or a CSV of path,label.",
+            file=path,
+            expected="pyarrow",
         ) from error
     try:
         if path.suffix == ".parquet":
@@ -78,7 +80,8 @@ def _table(path: Path) -> Any:
         except pyarrow.ArrowInvalid:
             return pyarrow.ipc.open_file(mapped).read_all()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: damaged or cut off ({error}). Copy, download or export it again.") from error
+        message = f"{path}: damaged or cut off ({error}). Copy, download or export it again."
+        raise DataError(message, file=path, given="damaged") from error
 
 
 def _columns(path: Path, schema: Any) -> _Columns:
@@ -90,7 +93,9 @@ def _columns(path: Path, schema: Any) -> _Columns:
     label = next((name for name in known if name in labels), None) or next(iter([*labels, *known]), None)
     if image is None or label is None:
         missing = "pictures (image)" if image is None else "labels (label)"
-        raise DataError(f"{path}: columns {some(schema.names)}; expected one of {missing}. Rename the column.")
+        message = f"{path}: columns {some(schema.names)}; expected one of {missing}. Rename the column."
+        expected = "image" if image is None else "label"
+        raise DataError(message, file=path, where="columns", given=tuple(schema.names), expected=expected)
     return _Columns(image, label, features[label].get("names") if label in labels else None)
 
 
@@ -103,7 +108,8 @@ def _class(path: Path, label: object, names: Sequence[str] | None) -> str:
     if not names:
         return str(label)
     if not isinstance(label, int) or not 0 <= label < len(names):
-        raise DataError(f"{path}: label {label!r}; expected 0 to {len(names) - 1}, for the file names {len(names)} classes.")
+        message = f"{path}: label {label!r}; expected 0 to {len(names) - 1}, for the file names {len(names)} classes."
+        raise DataError(message, file=path, where="label", given=label, expected=len(names))
     return names[label]
 
 
@@ -123,4 +129,5 @@ def _bytes(cell: Any, root: Path, name: str) -> bytes:
         return cell["bytes"]
     if isinstance(cell, dict) and cell.get("path"):
         return read_bytes(root / cell["path"], LIMITS)
-    raise DataError(f"{root}: {name}: no bytes and no path of a picture. Write the dataset again with its pictures inside.")
+    message = f"{root}: {name}: no bytes and no path of a picture. Write the dataset again with its pictures inside."
+    raise DataError(message, file=root, where=name)

@@ -61,7 +61,8 @@ def searched(
     if not config.search:
         return config
     if accelerator.num_processes > 1:
-        raise VeneerError("search runs in one process. Search there first, then give --learning-rate to several.")
+        message = "search runs in one process. Search there first, then give --learning-rate to several."
+        raise VeneerError(message, where="processes", given=accelerator.num_processes, expected=1)
     file, folder = out / "search.json", out / "search"
     done = json.loads(file.read_text(encoding="utf-8")) if config.resume and file.is_file() else []
     tried = _budget(classifier, config, views)

@@ -78,11 +78,8 @@ class Selection:
         try:
             write_atomically(self.folder / name, data)
         except OSError as error:
-            warnings.warn(
-                f"{name} could not be written ({error.strerror}). The run goes on with it in memory; make room.",
-                CheckpointWarning,
-                stacklevel=3,
-            )
+            message = f"{name} could not be written ({error.strerror}). The run goes on with it in memory; make room."
+            warnings.warn(CheckpointWarning(message, where=name, given=error.errno, file=self.folder / name), stacklevel=3)
 
     @property
     def best(self) -> Epoch:

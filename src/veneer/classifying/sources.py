@@ -32,10 +32,11 @@ def find_pictures(data: str | Path | None = None) -> Source:
     path = Path(data).expanduser()
     if path.is_file():
         if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
-            raise DataError(f"{path}: a file ending in {path.suffix or 'nothing'}; expected {_EXPECTED}.")
+            message = f"{path}: a file ending in {path.suffix or 'nothing'}; expected {_EXPECTED}."
+            raise DataError(message, file=path, where="suffix", given=path.suffix)
         return read_csv(path)
     if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder; expected {_EXPECTED}. Check the name.")
+        raise DataError(f"{path}: no such file or folder; expected {_EXPECTED}. Check the name.", file=path, given="missing")
     tables = metadata_files(path)
     if tables:
         return read_metadata(path, tables)

@@ -40,17 +40,23 @@ def load_splits(path: Path, source: Source) -> Splits:
     if table["classes"] != list(source.classes):
         raise DataError(
             f"{path}: made for the classes {some(table['classes'])}; {source.where} has {some(source.classes)}. "
-            "Use the data it was made for, or split anew."
+            "Use the data it was made for, or split anew.",
+            file=path,
+            where="classes",
+            given=source.classes,
+            expected=tuple(table["classes"]),
         )
     hashes = hashes_of(source)
     places = {each.name: place for place, each in enumerate(source.examples)}
-    problems: list[str] = []
+    problems: list[DataError] = []
     held = [tuple(sorted(_found(table[part], source, hashes, places, problems))) for part in _PARTS]
     if problems:
         listing = "".join(f"\n  {each}" for each in problems[:8]) + (f"\n  and {len(problems) - 8:,} more" * (len(problems) > 8))
-        raise DataError(f"{path}: {source.where} has changed since; restore it, or split anew:{listing}")
+        message = f"{path}: {source.where} has changed since; restore it, or split anew:{listing}"
+        raise DataError(message, file=path, where="pictures", given=tuple(problems))
     if digest_of(source, hashes, held) != table["digest"]:
-        raise DataError(f"{path}: its lines do not fit its digest; it was edited or cut. Split anew.")
+        message = f"{path}: its lines do not match its digest; it was edited or cut. Split anew."
+        raise DataError(message, file=path, where="digest")
     notes = list(table["notes"])
     new = len(source) - table["pictures"]
     if new > 0:
@@ -60,18 +66,18 @@ def load_splits(path: Path, source: Source) -> Splits:
 
 
 def _found(
-    lines: list[list[str]], source: Source, hashes: Sequence[str], places: dict[str, int], problems: list[str]
+    lines: list[list[str]], source: Source, hashes: Sequence[str], places: dict[str, int], problems: list[DataError]
 ) -> Iterator[int]:
     for name, label, value in lines:
         place = places.get(name)
         if place is None:
-            problems.append(f"{name}: gone, or no longer readable")
+            problems.append(DataError(f"{name}: gone, or no longer readable", where=name, given="missing"))
             continue
         now = source.classes[source.examples[place].label]
         if now != label:
-            problems.append(f"{name}: was {label}, is {now}")
+            problems.append(DataError(f"{name}: was {label}, is {now}", where=name, given=now, expected=label))
         elif hashes[place] != value:
-            problems.append(f"{name}: other bytes than then")
+            problems.append(DataError(f"{name}: other bytes than then", where=name, given="changed"))
         yield place
 
 
@@ -83,8 +89,12 @@ def _read(path: Path) -> dict[str, Any]:
             return table
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); expected the splits.json of a run. Check the name."
+            f"{path}: cannot be read ({error.strerror}); expected the splits.json of a run. Check the name.",
+            file=path,
+            given="unreadable",
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not the splits.json of a run ({error!r}). Split anew.") from error
-    raise DataError(f"{path}: of form {table['form']!r}; expected {_FORM}. Split anew, or use the version that wrote it.")
+        message = f"{path}: not the splits.json of a run ({error!r}). Split anew."
+        raise DataError(message, file=path, given="damaged") from error
+    message = f"{path}: of form {table['form']!r}; expected {_FORM}. Split anew, or use the version that wrote it."
+    raise DataError(message, file=path, where="form", given=table["form"], expected=_FORM)

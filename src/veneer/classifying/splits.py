@@ -164,10 +164,14 @@ def _spelt(source: Source, groups: Sequence[_Copies]) -> str:
 def _check_options(validation: float, test: float, shots: int | None) -> None:
     for word, share in (("validation", validation), ("test", test)):
         if not 0 <= share < 1:
-            raise DataError(f"split: {word} is {share}; expected a share from 0 to less than 1, such as 0.1.")
+            message = f"split: {word} is {share}; expected a share from 0 to less than 1, such as 0.1."
+            raise DataError(message, where=word, given=share)
     if validation + test >= 1:
         raise DataError(
-            f"split: validation {validation} and test {test} leave nothing to train on; expected less than 1 together."
+            f"split: validation {validation} and test {test} leave nothing to train on; expected less than 1 together.",
+            where="train",
+            given=(validation, test),
         )
     if shots is not None and shots < 1:
-        raise DataError(f"split: shots is {shots}; expected at least 1, or None for all pictures.")
+        message = f"split: shots is {shots}; expected at least 1, or None for all images."
+        raise DataError(message, where="shots", given=shots, expected=1)

@@ -24,6 +24,9 @@ class _Line(NamedTuple):
     label: str
     split: str
 
+    def error(self, text: str, given: str, expected: object) -> DataError:
+        return DataError(f"{self.where}: {text}", where=self.where, given=given, expected=expected)
+
 
 class _Listed(NamedTuple):
     rows: list[Row]
@@ -71,22 +74,25 @@ def _listed(table: Path, lines: Iterator[_Line], root: Path, split: Split | None
     rows: dict[str, Row] = {}
     paths: dict[str, Path] = {}
     first: dict[str, str] = {}
-    problems, again = [], 0
+    problems: list[DataError] = []
+    again = 0
     parted = None
     for line in lines:
         problem, path, name = _place(line, table.parent, root)
         word = SPLITS.get(line.split.lower()) if line.split else split
         if not line.label:
-            problem = problem or "no label"
+            problem = problem or line.error("no label", "", "label")
         elif line.split and word is None:
-            problem = problem or f"unknown split {line.split!r}; expected one of {', '.join(SPLITS)}"
+            text = f"unknown split {line.split!r}; expected one of {', '.join(SPLITS)}"
+            problem = problem or line.error(text, line.split, tuple(SPLITS))
         elif parted is not None and parted != (word is not None):
-            problem = problem or "a split in some lines and none in others"
+            problem = problem or line.error("a split in some lines and none in others", line.split, "split")
         row = Row(name, line.label, word)
         if not problem and rows.get(name, row) != row:
-            problem = f"{name} is in {first[name]} with label {rows[name].label!r} and split {rows[name].split}"
+            text = f"{name} is in {first[name]} with label {rows[name].label!r} and split {rows[name].split}"
+            problem = line.error(text, name, first[name])
         if problem:
-            problems.append(f"{line.where}: {problem}")
+            problems.append(problem)
             continue
         parted = word is not None
         again += name in rows
@@ -95,23 +101,25 @@ def _listed(table: Path, lines: Iterator[_Line], root: Path, split: Split | None
     if problems:
         more = f"\n  and {len(problems) - 8:,} more" if len(problems) > 8 else ""
         listing = "".join(f"\n  {each}" for each in problems[:8])
-        raise DataError(f"{table}: {len(problems):,} lines cannot be used; mend or remove them:{listing}{more}")
+        message = f"{table}: {len(problems):,} lines cannot be used; mend or remove them:{listing}{more}"
+        raise DataError(message, file=table, where="lines", given=tuple(problems))
     notes = [f"{table}: {again:,} lines say again what an earlier one says; counted once."] if again else []
     return _Listed(list(rows.values()), paths, notes)
 
 
-def _place(line: _Line, folder: Path, root: Path) -> tuple[str, Path, str]:
+def _place(line: _Line, folder: Path, root: Path) -> tuple[DataError | None, Path, str]:
     """What is wrong with a line's path, where it leads, and its name in the source."""
     if not line.path:
-        return "no path", folder, ""
+        return line.error("no path", "", "path"), folder, ""
     text = line.path.replace("\\", "/")
     path = Path(text)
     if not path.is_absolute():
         path = Path(os.path.normpath(folder / text))
         if not path.is_relative_to(os.path.normpath(folder)):
-            return f"{line.path} leaves the table's folder; expected a path in it, or an absolute one", path, text
+            message = f"{line.path} leaves the table's folder; expected a path in it, or an absolute one"
+            return line.error(message, line.path, "folder"), path, text
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-    return ("" if path.is_file() else f"no such file: {path}"), path, name
+    return (None if path.is_file() else line.error(f"no such file: {path}", line.path, "file")), path, name
 
 
 def _csv_lines(path: Path) -> Iterator[_Line]:
@@ -131,7 +139,8 @@ def _csv_lines(path: Path) -> Iterator[_Line]:
             held = [cells[place] if place is not None and place < len(cells) else "" for place in columns]
             yield _Line(f"line {table.line_num}", *held)
     except csv.Error as error:
-        raise DataError(f"{path}: line {table.line_num}: not a table ({error}); expected {_FORM}.") from error
+        message = f"{path}: line {table.line_num}: not a table ({error}); expected {_FORM}."
+        raise DataError(message, file=path, where=f"line {table.line_num}") from error
 
 
 def _columns(path: Path, cells: list[str], separator: str) -> tuple[bool, tuple[int, int, int | None]]:
@@ -144,7 +153,8 @@ def _columns(path: Path, cells: list[str], separator: str) -> tuple[bool, tuple[
     if like_a_file and 2 <= len(cells) <= 3:
         return False, (0, 1, 2 if len(cells) == 3 else None)
     found = f"a first line of {len(cells)} fields separated by {separator!r}: {some(cells)}"
-    raise DataError(f"{path}: {found}; expected the headings path, label and perhaps split, or lines of {_FORM}.")
+    message = f"{path}: {found}; expected the headings path, label and perhaps split, or lines of {_FORM}."
+    raise DataError(message, file=path, where="heading", given=tuple(cells), expected=("path", "label", "split"))
 
 
 def _separator(text: str) -> str:
@@ -159,9 +169,11 @@ def _jsonl_lines(path: Path) -> Iterator[_Line]:
         try:
             held = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}: line {number}: not JSON ({error.msg}); expected one object a line.") from error
+            message = f"{path}: line {number}: not JSON ({error.msg}); expected one object a line."
+            raise DataError(message, file=path, where=f"line {number}", expected="JSON") from error
         if not isinstance(held, dict):
-            raise DataError(f"{path}: line {number}: {text[:30]!r}; expected an object with file_name and label.")
+            message = f"{path}: line {number}: {text[:30]!r}; expected an object with file_name and label."
+            raise DataError(message, file=path, where=f"line {number}", given=held, expected=("file_name", "label"))
         words = {str(key).lower(): "" if value is None else str(value).strip() for key, value in held.items()}
         cells = (next((words[word] for word in known if word in words), "") for known in (_PATHS, _LABELS, _SPLITS))
         yield _Line(f"line {number}", *cells)
@@ -184,6 +196,8 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); expected {_FORM}. Save it as UTF-8.") from error
+        message = f"{path}: not UTF-8 text (byte {error.start}); expected {_FORM}. Save it as UTF-8."
+        raise DataError(message, file=path, where=f"byte {error.start}", expected="UTF-8") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the name and permissions.") from error
+        message = f"{path}: cannot be read ({error.strerror}). Check the name and permissions."
+        raise DataError(message, file=path, given="unreadable") from error

@@ -234,7 +234,8 @@ class Teacher:
         """Methods that see the data first do so in one process."""
         wanting = [a.method.name for a in self.attached if a.method.prepares]
         if wanting and self.accelerator.num_processes > 1:
-            raise VeneerError(f"{', '.join(wanting)}: sees the data before it is trained, in one process. Start one only.")
+            message = f"{', '.join(wanting)}: sees the data before it is trained, in one process. Start one only."
+            raise VeneerError(message, where="processes", given=self.accelerator.num_processes, expected=1)
 
     def _prepare(self, epoch: int) -> None:
         for attachment in self.attached:

@@ -82,7 +82,8 @@ class TrainView:
         self, config: Mapping[str, Any], augmentation: Augmentation, seed: int, *, mirror: bool = True, squash: bool = False
     ) -> None:
         if augmentation not in _AUGMENTATIONS:
-            raise ViewError(f"view: augmentation is {augmentation!r}; expected one of {', '.join(_AUGMENTATIONS)}.")
+            message = f"view: augmentation is {augmentation!r}; expected one of {', '.join(_AUGMENTATIONS)}."
+            raise ViewError(message, where="augmentation", given=augmentation, expected=tuple(_AUGMENTATIONS))
         self.augmentation, self.seed, self.mirror = augmentation, seed, mirror and augmentation in ("flip", "strong")
         self._plain = EvalView(config, squash=squash)
         self.size = self._plain.size
@@ -136,7 +137,9 @@ def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     if size is None or len(size) != 3 or size[0] != 3:
         raise ViewError(
             f"view: input_size is {size!r}; expected (3, height, width). Give the model's data config, such as "
-            "timm.data.resolve_model_data_config(model)."
+            "timm.data.resolve_model_data_config(model).",
+            where="input_size",
+            given=size,
         )
     found = resolve_data_config({}, pretrained_cfg={key: config[key] for key in _KNOWN if config.get(key) is not None})
     if found["interpolation"] == "random":

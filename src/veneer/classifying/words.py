@@ -72,5 +72,8 @@ class Words:
         more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
         raise TextError(
             f"the text tower reads {self.length} tokens, start and end included, and {told}{more} do not fit. "
-            "Shorten the names of these classes, the template, or the learned context."
+            "Shorten the names of these classes, the template, or the learned context.",
+            where="tokens",
+            given=tuple(texts),
+            expected=self.length,
         )
