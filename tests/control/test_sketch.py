@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.raising import raises
 from veneer.control.maps import get
 from veneer.control.sketch import sketch_map
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import OptionError, VeneerError
 
 SIZE = (64, 64)
 
@@ -65,7 +66,7 @@ def test_colours_are_a_picture() -> None:
 
 
 def test_an_empty_page_and_what_cannot_be_drawn_are_refused() -> None:
-    with pytest.raises(VeneerError, match="the sketch is empty"):
+    with raises(VeneerError, where="sketch", given="empty"):
         sketch_map(Image.new("RGB", (512, 512), "white"), "canny", SIZE)
-    with pytest.raises(VeneerError, match="no map to compute"):
+    with raises(OptionError, option="condition", given="image"):
         sketch_map(ring(6), "image", SIZE)

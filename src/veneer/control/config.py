@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer import bases
-from veneer.injection import VeneerError, methods
+from veneer.injection import methods
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.training.config import TrainConfig
 from veneer.training.features import check_features
@@ -122,15 +123,19 @@ class ControlConfig:
     def __post_init__(self) -> None:
         for name in ("held", "image_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise VeneerError(f"{name} is {getattr(self, name)!r}; expected a share in [0, 1).")
+                given = getattr(self, name)
+                raise OptionError(f"{name} is {given!r}; expected a share in [0, 1).", option=name, given=given)
         if not methods.get(self.method).conditions:
-            fitting = ", ".join(n for n in methods.names() if methods.get(n).conditions)
-            raise VeneerError(f"method {self.method!r} is given nothing to follow; expected one of {fitting}.")
+            fitting = tuple(n for n in methods.names() if methods.get(n).conditions)
+            message = f"method {self.method!r} is given nothing to follow; expected one of {', '.join(fitting)}."
+            raise OptionError(message, option="method", given=self.method, expected=fitting)
         stray = sorted(set(self.options) - {self.method})
         if stray:
-            raise VeneerError(f"options for {', '.join(stray)}, but the run trains {self.method}.")
+            message = f"options for {', '.join(stray)}, but the run trains {self.method}."
+            raise OptionError(message, option="options", given=tuple(stray), expected=(self.method,))
         if self.condition is not None and (maps.get(self.condition).name == "image") != self.reads_pictures:
-            raise VeneerError(f"{self.method} follows {'pictures' if self.reads_pictures else 'maps'}, not {self.condition!r}.")
+            message = f"{self.method} follows {'pictures' if self.reads_pictures else 'maps'}, not {self.condition!r}."
+            raise OptionError(message, option="condition", method=self.method, given=self.condition)
 
     @property
     def reads_pictures(self) -> bool:

@@ -15,6 +15,7 @@ from veneer.bases.devices import resolve_device
 from veneer.formats import format_of, load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError, methods
+from veneer.injection.errors import OptionError
 from veneer.training import targets
 from veneer.training.families import Family, family
 from veneer.training.photos import read_photo
@@ -79,7 +80,8 @@ def draw_under(config: DrawConfig, adapters: list[tuple[Path, float]], base: str
         VeneerError: other numbers of photos and of adapters that follow something, or of another shape than is drawn.
     """
     if config.image and config.map:
-        raise VeneerError("give --image, whose maps are computed, or --map, the maps themselves; not both.")
+        message = "give --image, whose maps are computed, or --map, the maps themselves; not both."
+        raise OptionError(message, option="map", expected="image or map")
     preset, device = bases.preset(base), resolve_device(config.device)
     pipe = bases.load(base).to(device)
     targets.freeze(pipe)
@@ -88,9 +90,8 @@ def draw_under(config: DrawConfig, adapters: list[tuple[Path, float]], base: str
     following = [(a, path) for a, path in loaded if a.method.conditions]
     files = config.map or config.image
     if len(files) != len(following):
-        raise VeneerError(
-            f"{len(files)} pictures for {len(following)} adapters that follow one; expected one for each, in order."
-        )
+        message = f"{len(files)} pictures for {len(following)} adapters that follow one; expected one for each, in order."
+        raise OptionError(message, option="image", given=len(files), expected=len(following))
     side = kind.resolution
     size = config.size or (side, side)
     settings = PreviewSettings(
@@ -119,15 +120,15 @@ def _given(
         return picture, told(kind.pipe, control, picture)
     fits = abs(picture.width * size[0] - picture.height * size[1]) <= 0.01 * picture.height * size[1]
     if not fits:
-        raise VeneerError(
-            f"{file} has {picture.width} × {picture.height} pixels, and {size[1]} × {size[0]} are drawn. Crop it alike."
-        )
+        message = f"{file} has {picture.width} × {picture.height} pixels, and {size[1]} × {size[0]} are drawn. Crop it alike."
+        raise VeneerError(message, file=file, given=picture.size, expected=size[::-1])
     if config.map:
         found = resized(picture, size[::-1])
     else:
         name = config.condition or condition_of(path)
         if name is None:
-            raise VeneerError(f"{path} does not say what it follows; say it with --condition, or give the map itself with --map.")
+            message = f"{path} does not say what it follows; say it with --condition, or give the map itself with --map."
+            raise OptionError(message, option="condition", file=path)
         found = maps.get(name)(picture.resize(size[::-1], Image.Resampling.LANCZOS))
     return found, told(kind.pipe, control, found)
 

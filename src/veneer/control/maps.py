@@ -10,7 +10,7 @@ from PIL import Image
 from veneer.control.edges import canny, scribble, soft_edge
 from veneer.control.region import mask
 from veneer.control.tones import blur, grey, low_resolution, palette
-from veneer.injection.errors import UnknownName, VeneerError
+from veneer.injection.errors import OptionError, UnknownName
 
 Measures = Literal["edges", "tones", "region"]
 
@@ -43,9 +43,12 @@ class Condition:
             VeneerError: the condition is given, not computed; a picture without a stated range of values.
         """
         if self.function is None:
-            raise VeneerError(
+            raise OptionError(
                 f"condition {self.name!r}: {self.description}, so there is no map to compute. Give the maps yourself, or take "
-                f"one of: {', '.join(computed())}."
+                f"one of: {', '.join(computed())}.",
+                option="condition",
+                given=self.name,
+                expected=tuple(computed()),
             )
         return self.function(picture)
 
@@ -82,5 +85,6 @@ def get(name: str) -> Condition:
     if name not in CONDITIONS:
         close = difflib.get_close_matches(name, CONDITIONS, 3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise UnknownName(f"condition: no {name!r}.{hint} There are: {', '.join(CONDITIONS)}.", name, "condition", close)
+        message = f"condition: no {name!r}.{hint} There are: {', '.join(CONDITIONS)}."
+        raise UnknownName(message, name, "condition", close, expected=tuple(CONDITIONS))
     return CONDITIONS[name]

@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from veneer.control.maps import Condition, computed, get
 from veneer.control.pixels import Array, luminance, upright_rgb
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import OptionError
 
 T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
@@ -45,15 +45,21 @@ def agreement(condition: Condition | str, wanted_map: Image.Image, picture: Imag
     """
     condition = get(condition) if isinstance(condition, str) else condition
     if condition.measures is None:
-        raise VeneerError(
+        raise OptionError(
             f"agreement: no picture can be measured by {condition.name!r} ({condition.description}); expected one of: "
-            f"{', '.join(computed())}."
+            f"{', '.join(computed())}.",
+            option="condition",
+            given=condition.name,
+            expected=tuple(computed()),
         )
     if wanted_map.size != picture.size:
         wanted, given = ("{} x {}".format(*each.size) for each in (wanted_map, picture))
-        raise VeneerError(
+        raise OptionError(
             f"agreement: a map of {wanted} for a picture of {given}; expected one size. Compute the map at the picture's size, "
-            "or resize it with `veneer.control.resizing.resized`."
+            "or resize it with `veneer.control.resizing.resized`.",
+            option="wanted_map",
+            given=wanted_map.size,
+            expected=picture.size,
         )
     score = correlation if condition.name == "soft_edge" else _SCORES[condition.measures]
     return score(wanted_map, condition(picture))
@@ -68,7 +74,8 @@ def wrong(maps: Sequence[T]) -> list[T]:
         VeneerError: fewer than two maps.
     """
     if len(maps) < 2:
-        raise VeneerError(f"wrong: {len(maps)} map(s); expected at least 2, so that each can get another's.")
+        message = f"wrong: {len(maps)} map(s); expected at least 2, so that each can get another's."
+        raise OptionError(message, option="maps", given=len(maps), expected=2)
     half = len(maps) // 2
     return [*maps[half:], *maps[:half]]
 

@@ -12,6 +12,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,29 +76,34 @@ def find_pairs(
     problems = [*_alone(source, ours, theirs), *(_misfit(pair) for pair in both.values() if not _fits(pair))]
     if problems and (strict or not fitting):
         listing = "".join(f"\n  {line}" for line in (*notes, *problems))
-        raise DataError(f"{source}: {len(fitting)} photos with a map that fits; expected {_EXPECTED}. Found:{listing}")
+        message = f"{source}: {len(fitting)} photos with a map that fits; expected {_EXPECTED}. Found:{listing}"
+        raise DataError(message, file=source, where="pairs", given=(*notes, *problems), expected=len(fitting))
     clear = [pair.map.path.name for pair in fitting if pair.map.mask == pair.map.path]
     if clear:
         problems.append(f"{source}: maps with transparent parts, which are laid on {limits.background}: {', '.join(clear)}.")
-    return Pairs(tuple(fitting), (*notes, *problems, *concerns([pair.photo for pair in fitting])))
+    return Pairs(tuple(fitting), (*notes, *problems, *map(str, concerns([pair.photo for pair in fitting]))))
 
 
 def _found(source: Path, limits: PhotoLimits, strict: bool) -> tuple[dict[Photo, str], dict[Photo, str], list[str]]:
     """Photos and maps, each with the name by which they belong together, and what was said while reading them."""
     if not source.is_dir():
-        raise DataError(f"{source}: no such folder; expected {_EXPECTED}. Check the name.")
+        raise DataError(f"{source}: no such folder; expected {_EXPECTED}. Check the name.", file=source, given="missing")
     beside = [source / name for name in FOLDERS if (source / name).is_dir()]
     if not (source / "images").is_dir():
         if beside:
             raise DataError(
-                f"{source}: a folder {beside[0].name}/ and no images/; expected {_EXPECTED}. Move the photos to images/."
+                f"{source}: a folder {beside[0].name}/ and no images/; expected {_EXPECTED}. Move the photos to images/.",
+                file=source,
+                where="images",
+                given=beside[0].name,
             )
         found, notes = _photos(source, limits, strict)
         names = {photo: _without_ending(photo.path.stem) for photo in found}
         return {p: p.path.stem for p, n in names.items() if n is None}, {p: n for p, n in names.items() if n is not None}, notes
     if len(beside) != 1:
         held = " and ".join(f"{each.name}/" for each in beside) or "no folder of maps"
-        raise DataError(f"{source}: {held} beside images/; expected one of {', '.join(FOLDERS)}.")
+        message = f"{source}: {held} beside images/; expected one of {', '.join(FOLDERS)}."
+        raise DataError(message, file=source, where="maps", given=tuple(each.name for each in beside), expected=FOLDERS)
     (photos, told), (maps, more) = (_photos(each, limits, strict) for each in (source / "images", beside[0]))
     return {p: p.path.stem for p in photos}, {p: p.path.stem for p in maps}, [*told, *more]
 
@@ -111,7 +117,7 @@ def _photos(folder: Path, limits: PhotoLimits, strict: bool) -> tuple[list[Photo
         if not issubclass(each.category, DataWarning):
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     told = [str(each.message) for each in caught if issubclass(each.category, DataWarning)]
-    later = concerns(found)
+    later = [str(each) for each in concerns(found)]
     return found, [text for text in told if text not in later]
 
 
@@ -124,9 +130,11 @@ def _by_name(source: Path, what: str, names: Mapping[Photo, str]) -> dict[str, l
     found: dict[str, list[Photo]] = {}
     for photo, name in names.items():
         found.setdefault(name, []).append(photo)
-    twice = [" and ".join(each.path.name for each in group) for group in found.values() if len(group) > 1]
+    twice = [[each.path.name for each in group] for group in found.values() if len(group) > 1]
     if twice:
-        raise DataError(f"{source}: {what} of one name: {'; '.join(twice)}; expected one of each name. Rename or remove one.")
+        names = "; ".join(" and ".join(group) for group in twice)
+        message = f"{source}: {what} of one name: {names}; expected one of each name. Rename or remove one."
+        raise DataError(message, file=source, where=what, given=tuple(chain.from_iterable(twice)))
     return found
 
 
@@ -154,5 +162,6 @@ def _misfit(pair: Pair) -> str:
 def _read(found: Photo, limits: PhotoLimits) -> Image.Image:
     data = read_bytes(found.path, limits)
     if hashlib.blake2b(data, digest_size=20).hexdigest() != found.digest:
-        raise DataError(f"{found.path}: it has changed since it was found. Keep pictures and maps as they are during a run.")
+        message = f"{found.path}: it has changed since it was found. Keep pictures and maps as they are during a run."
+        raise DataError(message, file=found.path, given="changed")
     return decode(data, found.path, limits, remarks=False).rgb

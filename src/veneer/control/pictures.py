@@ -10,6 +10,7 @@ import torch
 
 from veneer import bases
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 from veneer.training.families import Family
 from veneer.training.folder import Photo, find_photos
 from veneer.training.prior import prior_pictures
@@ -44,7 +45,7 @@ def open_pictures(config: ControlConfig, kind: Family, out: Path, told: Callable
     guides: dict[Path, Path] = {}
     if config.data is None:
         if config.condition == "pairs":
-            raise VeneerError("condition 'pairs' needs a folder with photos and their maps.")
+            raise OptionError("condition 'pairs' needs a folder with photos and their maps.", option="data", expected="pairs")
         photos = drawn(config, kind, out / "drawn", told)
     elif config.condition == "pairs":
         found = find_pairs(config.data)
@@ -56,7 +57,8 @@ def open_pictures(config: ControlConfig, kind: Family, out: Path, told: Callable
         photos = [photo if photo.caption else replace(photo, caption=config.template) for photo in photos]
     count = max(1, round(config.held * len(photos))) if config.held else 0
     if len(photos) - count < 1:
-        raise VeneerError(f"{len(photos)} pictures, of which {count} would be held back; at least 2 are needed.")
+        message = f"{len(photos)} pictures, of which {count} would be held back; at least 2 are needed."
+        raise VeneerError(message, where="photos", given=len(photos), expected=2)
     order = torch.randperm(len(photos), generator=generator(config.seed, "held")).tolist()
     held = {order[i] for i in range(count)}
     return Pictures(
@@ -73,8 +75,10 @@ def drawn(config: ControlConfig, kind: Family, folder: Path, told: Callable[[int
     """
     preset = bases.preset(config.base)
     if not preset.things or not preset.scenes:
-        raise VeneerError(
-            f"no data, and {config.base} names no things that it could draw. Give a folder of photos with captions."
+        raise OptionError(
+            f"no data, and {config.base} names no things that it could draw. Give a folder of photos with captions.",
+            option="data",
+            given=None,
         )
     things = [_one(preset.things, config.seed, "thing", i) for i in range(config.drawn)]
     prompts = [_one(preset.scenes, config.seed, "scene", i).replace("{thing}", thing) for i, thing in enumerate(things)]

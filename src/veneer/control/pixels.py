@@ -18,12 +18,13 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise VeneerError(
-                f"a picture of mode {picture.mode} with values {values.min()} to {values.max()}; expected 0 to 65535."
-            )
+            low, high = int(values.min()), int(values.max())
+            message = f"a picture of mode {picture.mode} with values {low} to {high}; expected 0 to 65535."
+            raise VeneerError(message, where="values", given=(low, high), expected=(0, 65535))
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
-        raise VeneerError("a picture of mode F, whose range nothing states; expected 8 or 16 bits a channel. Scale it first.")
+        message = "a picture of mode F, whose range nothing states; expected 8 or 16 bits a channel. Scale it first."
+        raise VeneerError(message, where="mode", given="F")
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

@@ -31,7 +31,7 @@ def sketch_map(drawing: Image.Image, condition: str, size: tuple[int, int]) -> I
     kind = maps.get(condition)
     ink = _ink(drawing)
     if not ink.any():
-        raise VeneerError("the sketch is empty. Draw some lines first.")
+        raise VeneerError("the sketch is empty. Draw some lines first.", where="sketch", given="empty")
     if kind.measures == "edges":
         return _lines(condition, _moved(skeletonize(ink), size))
     if kind.measures == "region":
