@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .injection.errors import VeneerError
+from veneer.injection.errors import UnknownName
 
 SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
 SDXL: dict[str, Any] = {
@@ -126,6 +126,6 @@ def full_size(name: str) -> Any:
         VeneerError: there is none of that name.
     """
     if name not in MODELS:
-        raise VeneerError(f"full_size: no {name!r}; there are: {', '.join(MODELS)}.")
+        raise UnknownName(f"full_size: no {name!r}; there are: {', '.join(MODELS)}.", name, "model", expected=tuple(MODELS))
     with torch.device("meta"):
         return MODELS[name]()

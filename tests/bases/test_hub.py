@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from tests.raising import raises
 from veneer import bases
 from veneer.bases.hub import hub, unreachable
 from veneer.testing.pipelines import tiny_pipeline
@@ -65,8 +66,9 @@ def test_a_base_in_the_cache_is_loaded_without_the_hub(closed: str, tmp_path: Pa
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
     assert type(bases.load("owner/tiny")).__name__ == "StableDiffusionPipeline"
-    with pytest.raises(bases.BaseError, match=closed):
+    with raises(bases.BaseError, where="hub", given="owner/other") as caught:
         bases.load("owner/other")
+    assert closed in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
+from tests.raising import raises
 from veneer.benchmarks import table
 from veneer.benchmarks.contest import Contender, Contest, Outcome, Ratio, Sample, interleave
+from veneer.injection.errors import OptionError
 
 
 class Clock:
@@ -62,7 +62,7 @@ def test_seconds_are_those_of_one_call_without_preparation_and_warmup() -> None:
 
 
 def test_a_contest_needs_a_round() -> None:
-    with pytest.raises(ValueError, match="rounds is 0"):
+    with raises(OptionError, option="rounds", given=0):
         interleave(Contest("row", "what", (), ()), rounds=0)
 
 

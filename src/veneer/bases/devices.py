@@ -19,6 +19,7 @@ def resolve_device(name: str | None = None) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         gpu = torch.accelerator.current_accelerator(check_available=True)
-        known = ", ".join(["cpu", *([gpu.type] if gpu is not None else [])])
-        raise BaseError(f"--device {name} is not available here; expected one of {known}.") from error
+        known = ("cpu", *([gpu.type] if gpu is not None else []))
+        message = f"--device {name} is not available here; expected one of {', '.join(known)}."
+        raise BaseError(message, where="device", given=name, expected=known) from error
     return name

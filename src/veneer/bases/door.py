@@ -42,7 +42,9 @@ def load(base: str | Path = "shipped", **kwargs: Any) -> Any:
             raise BaseError(
                 f"bases.load: {source!r} is no folder here, and the hub did not give it "
                 f"({why or f'{type(error).__name__}: {_first(error)}'}). "
-                "Check the name and the connection, or give a diffusers folder, or 'shipped'."
+                "Check the name and the connection, or give a diffusers folder, or 'shipped'.",
+                where="hub",
+                given=source,
             ) from error
 
 
@@ -55,18 +57,24 @@ def find(base: str | Path) -> Path | str:
     if base == "shipped":
         return path("shipped")
     if base in SHIPPED:
-        raise BaseError(f"bases.load: {base!r} is a CLIP and no pipeline; use veneer.bases.load_clip({base!r}).")
+        message = f"bases.load: {base!r} is a CLIP and no pipeline; use veneer.bases.load_clip({base!r})."
+        raise BaseError(message, where="kind", given=base, expected="pipeline")
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
         raise BaseError(
             f"bases.load: {folder} is a single file; expected a diffusers folder. "
-            "Convert it with diffusers' from_single_file(file).save_pretrained(folder)."
+            "Convert it with diffusers' from_single_file(file).save_pretrained(folder).",
+            file=folder,
+            where="kind",
+            given="file",
+            expected="folder",
         )
     if isinstance(base, str) and HUB_NAME.fullmatch(base):
         return base
-    raise BaseError(f"bases.load: no {str(base)!r} here; expected 'shipped', a diffusers folder, or a hub name like owner/model.")
+    message = f"bases.load: no {str(base)!r} here; expected 'shipped', a diffusers folder, or a hub name like owner/model."
+    raise BaseError(message, where="base", given=str(base))
 
 
 def _first(error: Exception) -> str:

@@ -46,9 +46,11 @@ def load_clip(base: str | Path = "shipped_clip") -> BaseClip:
 
     folder = path("shipped_clip") if base == "shipped_clip" else Path(base).expanduser()
     if not (folder / "open_clip_config.json").is_file():
-        raise BaseError(f"bases.load_clip: no open_clip_config.json in {folder}; expected 'shipped_clip' or an open_clip folder.")
+        message = f"bases.load_clip: no open_clip_config.json in {folder}; expected 'shipped_clip' or an open_clip folder."
+        raise BaseError(message, file=folder, where="open_clip_config.json", given="missing")
     if not any(folder.glob("*.safetensors")):
-        raise BaseError(f"bases.load_clip: {folder} has no safetensors; pickles are not read. Save it again with open_clip.")
+        message = f"bases.load_clip: {folder} has no safetensors; pickles are not read. Save it again with open_clip."
+        raise BaseError(message, file=folder, where="weights", expected=".safetensors")
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     return BaseClip(model.eval(), preprocess, open_clip.get_tokenizer(name))

@@ -29,10 +29,12 @@ def path(name: str = "shipped") -> Path:
         BaseError: another name, or the package was installed without its weights.
     """
     if name not in SHIPPED:
-        raise BaseError(f"bases.path: {name!r} does not ship with veneer; there are: {', '.join(SHIPPED)}.")
+        message = f"bases.path: {name!r} does not ship with veneer; there are: {', '.join(SHIPPED)}."
+        raise BaseError(message, where="shipped", given=name, expected=tuple(SHIPPED))
     folder = Path(__file__).parent / name
     if not any(folder.rglob("*.safetensors")):
-        raise BaseError(f"bases.path: {folder} has no weights; install the whole package, or run pipelines/pretrain_base.py.")
+        message = f"bases.path: {folder} has no weights; install the whole package, or run pipelines/pretrain_base.py."
+        raise BaseError(message, file=folder, where="weights", given="missing")
     return folder
 
 
@@ -50,9 +52,11 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BaseError(f"{file}: cannot be read as JSON ({error}); copy the base again.") from error
+        message = f"{file}: cannot be read as JSON ({error}); copy the base again."
+        raise BaseError(message, file=file, given="unreadable", expected="JSON") from error
     if not isinstance(value, dict):
-        raise BaseError(f"{file}: holds {type(value).__name__}; expected a JSON object. Copy the base again.")
+        kind = type(value).__name__
+        raise BaseError(f"{file}: {kind}; expected a JSON object. Copy the base again.", file=file, given=kind, expected="object")
     return value
 
 
@@ -66,7 +70,8 @@ def check_pipeline_folder(folder: Path, given: Collection[str] = ()) -> None:
     """
     index_file = folder / "model_index.json"
     if not index_file.is_file():
-        raise BaseError(f"{folder}: no model_index.json; expected a diffusers pipeline folder, as save_pretrained writes it.")
+        message = f"{folder}: no model_index.json; expected a diffusers pipeline folder, as save_pretrained writes it."
+        raise BaseError(message, file=folder, where="model_index.json", given="missing")
     index = read_json(index_file)
     for part in _required(index, index_file):
         listed = index.get(part)
@@ -74,7 +79,11 @@ def check_pipeline_folder(folder: Path, given: Collection[str] = ()) -> None:
         if not present and part not in given:
             raise BaseError(
                 f"{folder}: its {part} is missing ({index['_class_name']} needs {', '.join(_required(index, index_file))}). "
-                f"Copy the folder {part} into the base, or pass {part}=... to load."
+                f"Copy the folder {part} into the base, or pass {part}=... to load.",
+                file=folder,
+                where=part,
+                given="missing",
+                expected=tuple(_required(index, index_file)),
             )
     for inside in sorted(p for p in folder.iterdir() if p.is_dir() and p.name in index and p.name not in given):
         _check_weights(inside)
@@ -87,7 +96,8 @@ def _required(index: dict[str, Any], file: Path) -> list[str]:
     name = index.get("_class_name")
     cls = getattr(diffusers, name, None) if isinstance(name, str) else None
     if cls is None:
-        raise BaseError(f"{file}: _class_name is {name!r}, which diffusers {diffusers.__version__} does not have.")
+        message = f"{file}: _class_name is {name!r}, which diffusers {diffusers.__version__} does not have."
+        raise BaseError(message, file=file, where="_class_name", given=name)
     parameters = inspect.signature(cls.__init__).parameters
     optional = {"self", *cls._optional_components}
     return [n for n, p in parameters.items() if n not in optional and p.default is p.empty]
@@ -99,5 +109,9 @@ def _check_weights(part: Path) -> None:
     if pickles and not any(name.endswith(".safetensors") for name in names):
         raise BaseError(
             f"{part}: holds only pickles ({', '.join(pickles)}), which can run code when they are opened, so they are not read. "
-            "Convert a base that you trust: diffusers' DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)."
+            "Convert a base that you trust: diffusers' DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder).",
+            file=part,
+            where="weights",
+            given=tuple(pickles),
+            expected=".safetensors",
         )

@@ -59,10 +59,12 @@ def parse(entries: dict[str, Any], file: Path) -> Preset:
     given: dict[str, Any] = {}
     for name, value in entries.items():
         if name not in known:
-            raise BaseError(f"{file}: unknown entry {name!r}; there are: {', '.join(known)}.")
+            message = f"{file}: unknown entry {name!r}; there are: {', '.join(known)}."
+            raise BaseError(message, file=file, where=name, expected=tuple(known))
         value = tuple(value) if isinstance(value, list) else value
         if not _alike(value, 0 if name == "resolution" else known[name]):
-            raise BaseError(f"{file}: {name} is {value!r}; expected something like {known[name]!r}.")
+            message = f"{file}: {name} is {value!r}; expected something like {known[name]!r}."
+            raise BaseError(message, file=file, where=name, given=value, expected=known[name])
         given[name] = value
     return Preset(**given)
 

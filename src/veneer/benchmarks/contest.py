@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from veneer.injection.errors import OptionError
+
 from .memory import peak
 
 Unit = Literal["s", "MB"]
@@ -113,10 +115,10 @@ def interleave(contest: Contest, rounds: int, warmup: int = 1, clock: Callable[[
         rounds: timings of each contender, at least 1. `warmup`: rounds before them that do not count.
         clock: seconds.
     Raises:
-        ValueError: for fewer rounds.
+        OptionError: for fewer rounds.
     """
     if rounds < 1:
-        raise ValueError(f"bench: rounds is {rounds}; expected at least 1")
+        raise OptionError(f"bench: rounds is {rounds}; expected at least 1", option="rounds", given=rounds, expected=1)
     if contest.unit == "MB":
         weighed = tuple(Sample(each.name, 0, _weigh(each)) for each in contest.contenders)
         return Outcome(contest.name, contest.what, weighed, contest.pairs, contest.unit)

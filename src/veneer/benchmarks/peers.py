@@ -80,5 +80,7 @@ def check_equal(ours: nn.Module, theirs: nn.Module) -> None:
     if trained(ours) != trained(theirs):
         raise BenchError(
             f"bench: veneer trains {trained(ours):,} numbers and peft {trained(theirs):,} on {type(ours).__name__}; the targets "
-            "are not the same, so the times cannot be compared"
+            "are not the same, so the times cannot be compared",
+            where="targets",
+            given=(trained(ours), trained(theirs)),
         )
