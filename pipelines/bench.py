@@ -79,13 +79,18 @@ class BenchConfig:
         known: dict[str, dict[str, Any]] = {"size": SHAPES, "dtype": DTYPES, "clock": CLOCKS}
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
-                raise BenchError(f"bench: {name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+                raise self._wrong(name, tuple(allowed), f"one of {', '.join(allowed)}")
         if not self.rows or not set(self.rows) <= set(ROWS):
-            raise BenchError(f"bench: rows are {', '.join(self.rows) or 'none'}; expected some of {', '.join(ROWS)}")
+            raise self._wrong("rows", tuple(ROWS), f"some of {', '.join(ROWS)}")
         if self.latent is not None and (self.latent < 8 or self.latent % 8):
-            raise BenchError(f"bench: latent is {self.latent}; expected a multiple of 8")
-        if self.rounds < 1 or self.rank < 1:
-            raise BenchError(f"bench: rounds is {self.rounds} and rank is {self.rank}; expected at least 1")
+            raise self._wrong("latent", 8, "a multiple of 8")
+        for name in ("rounds", "rank"):
+            if getattr(self, name) < 1:
+                raise self._wrong(name, 1, "at least 1")
+
+    def _wrong(self, name: str, expected: Any, words: str) -> BenchError:
+        given = getattr(self, name)
+        return BenchError(f"bench: {name}: {given!r}; expected {words}", where=name, given=given, expected=expected)
 
 
 @dataclass(frozen=True)

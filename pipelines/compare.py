@@ -15,7 +15,7 @@ from veneer.classifying.comparing import Comparison, Row, rows_of
 from veneer.classifying.config import TransferConfig
 from veneer.classifying.data import Views, open_data
 from veneer.classifying.models import open_classifier, reads_texts
-from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 from veneer.training.checkpoints import write_atomically, write_json
 from veneer.training.run_folder import discard_unused, new_folder
 
@@ -85,7 +85,7 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
     """
     accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available())
     if config.seeds < 1:
-        raise VeneerError(f"seeds is {config.seeds}; expected at least 1.")
+        raise OptionError(f"seeds is {config.seeds}; expected at least 1.", option="seeds", given=config.seeds, expected=1)
     rows = rows_of(_with_baseline(config))
     out = config.out or new_folder(Path("runs"), f"compare-{Path(config.data).name if config.data else 'digits'}")
     base = config.shared()

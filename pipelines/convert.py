@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from veneer.pipelines.generate import base_of
 
 from veneer import bases, formats
-from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 
 To = Literal["kohya", "lycoris", "diffusers", "peft_folder", "comfyui", "onetrainer", "xlabs", "embeddings", "native"]
 
@@ -40,12 +40,12 @@ def convert(config: ConvertConfig) -> list[str]:
         VeneerError: no format or base was named, the file does not fit the base, or the format cannot hold it.
     """
     if config.to is None:
-        raise VeneerError(f"convert: --to is missing. There are {', '.join(get_args(To))}.")
+        message = f"convert: --to is missing. There are {', '.join(get_args(To))}."
+        raise OptionError(message, option="to", method="convert", expected=get_args(To))
     base = config.base or base_of(config.file)
     if base is None:
-        raise VeneerError(
-            "convert: --base is missing: the file does not say which base it is for, and its weights have names there."
-        )
+        message = "convert: --base is missing: the file does not say which base it is for, and its weights have names there."
+        raise OptionError(message, option="base", method="convert", file=config.file)
     path = formats.read(config.file).path
     out = config.out or path.with_name(f"{path.stem}-{config.to}.safetensors")
     return str(formats.convert(bases.load(base), path, config.to, out, {"base": base})).splitlines()

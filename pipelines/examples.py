@@ -9,7 +9,7 @@ from pathlib import Path
 
 from veneer import bases
 from veneer.classifying.digits import digits
-from veneer.injection import VeneerError
+from veneer.injection.errors import SaveError
 
 PER_CLASS = 40
 NEW = 6
@@ -37,7 +37,8 @@ def examples(config: ExamplesConfig) -> list[str]:
     """
     folder = config.folder.expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise VeneerError(f"{folder}: exists and is not an empty folder; nothing was written. Choose another folder.")
+        message = f"{folder}: exists and is not an empty folder; nothing was written. Choose another folder."
+        raise SaveError(message, file=folder, given="exists")
     octopus = folder / "octopus"
     shutil.copytree(bases.examples(), octopus, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
     labeled, new = _write_digits(folder / "digits", folder / "new")

@@ -9,7 +9,7 @@ from typing import Literal
 from veneer.pipelines.convert import To
 
 from veneer import bases, combining
-from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def extract(config: ExtractConfig) -> list[str]:
     """
     keep = combining.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
     if config.base is None or config.out is None or keep is None:
-        raise VeneerError("extract: --base, --out and --rank, --energy, --error, --cumulative or --ratio must be given.")
+        missing = "base" if config.base is None else "out" if config.out is None else "rank"
+        message = "extract: --base, --out and --rank, --energy, --error, --cumulative or --ratio must be given."
+        raise OptionError(message, option=missing, method="extract")
     combining.free(config.out, config.to)
     base, tuned, dtype = bases.load(config.base), bases.load(config.tuned), combining.DTYPES[config.dtype]
     made = combining.extract(base, tuned, keep, where=config.where or None, dtype=dtype)

@@ -10,7 +10,8 @@ from veneer import bases
 from veneer.bases.devices import resolve_device
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
-from veneer.injection import Attachment, VeneerError
+from veneer.injection import Attachment
+from veneer.injection.errors import OptionError
 from veneer.training import targets
 from veneer.training.families import Family, family
 from veneer.training.previews import PreviewSettings, check_counts, pairs, previews, save_png, save_preview
@@ -98,7 +99,8 @@ def parse_adapter(text: str) -> tuple[Path, float]:
     except ValueError:
         scale, place = 1.0, Path(text)
     if not place.exists():
-        raise VeneerError(f"adapter {text!r}: no such file or folder. Expected PATH or PATH:strength, such as runs/toy-lora:0.8.")
+        message = f"adapter {text!r}: no such file or folder. Expected PATH or PATH:strength, such as runs/toy-lora:0.8."
+        raise OptionError(message, option="adapter", given=text, file=place)
     return place, scale
 
 

@@ -11,7 +11,7 @@ from veneer.pipelines.convert import To
 from veneer.pipelines.generate import base_of
 
 from veneer import bases, combining
-from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,12 @@ def merge(config: MergeConfig) -> list[str]:
             or what is wanted cannot be combined or written.
     """
     if not config.files or config.out is None:
-        raise VeneerError("merge: give the files to be merged, and --out for the new one.")
+        message = "merge: give the files to be merged, and --out for the new one."
+        raise OptionError(message, option="files" if not config.files else "out", method="merge")
     base = config.base or next((b for file in config.files if (b := base_of(file))), None)
     if base is None:
-        raise VeneerError("merge: --base is missing: no file says which base it is for, and their weights have names there.")
+        message = "merge: --base is missing: no file says which base it is for, and their weights have names there."
+        raise OptionError(message, option="base", method="merge")
     form = config.to or combining.form_of(config.files)
     combining.free(config.out, form)
     weights = [_weight(text) for text in config.weights] or None
@@ -95,4 +97,5 @@ def _weight(text: str) -> float | Mapping[str, float]:
             return float(text)
         return {pattern: float(number) for pattern, _, number in (part.rpartition("=") for part in text.split(";"))}
     except ValueError as error:
-        raise VeneerError(f"merge: weight {text!r} is neither a number nor PATTERN=NUMBER;PATTERN=NUMBER.") from error
+        message = f"merge: weight {text!r} is neither a number nor PATTERN=NUMBER;PATTERN=NUMBER."
+        raise OptionError(message, option="weights", method="merge", given=text) from error

@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from veneer import bases
-from veneer.injection import Attachment, VeneerError
+from veneer.injection import Attachment
+from veneer.injection.errors import OptionError
 from veneer.training import targets
 from veneer.training.cache import Cache
 from veneer.training.captions import Captions, rename_concept
@@ -155,7 +156,8 @@ def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Acce
     if not config.prior:
         return []
     if not config.class_word:
-        raise VeneerError("--prior needs --class-word: the ordinary word for the kind of thing, such as 'toy'.")
+        message = "--prior needs --class-word: the ordinary word for the kind of thing, such as 'toy'."
+        raise OptionError(message, option="class_word", given="")
     preset = bases.preset(config.base)
     settings = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
     prompt = config.prior_prompt()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from veneer.classifying.predicting import Answer, find, open_predictor
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 
 __all__ = ["PredictConfig", "predict"]
 
@@ -35,9 +36,11 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise VeneerError(f"form is {self.form!r}; expected one of {', '.join(FORMS)}.")
-        if self.top < 1 or self.batch < 1:
-            raise VeneerError(f"top and batch are {self.top} and {self.batch}; expected at least 1.")
+            message = f"form is {self.form!r}; expected one of {', '.join(FORMS)}."
+            raise OptionError(message, option="form", given=self.form, expected=tuple(FORMS))
+        for name, given in (("top", self.top), ("batch", self.batch)):
+            if given < 1:
+                raise OptionError(f"{name} is {given}; expected at least 1.", option=name, given=given, expected=1)
 
 
 def predict(config: PredictConfig) -> Iterator[str]:
@@ -48,7 +51,8 @@ def predict(config: PredictConfig) -> Iterator[str]:
     """
     pictures = find(config.images)
     if not pictures:
-        raise VeneerError("no pictures: give some, or a folder of them, after the run's folder.")
+        message = "no images: give some, or a folder of them, after the run's folder."
+        raise OptionError(message, option="images", given=())
     if config.form == "csv":
         yield _row(["picture", "label", "probability", "problem"])
     read = False
@@ -56,7 +60,8 @@ def predict(config: PredictConfig) -> Iterator[str]:
         read = read or not answer.problem
         yield FORMS[config.form](answer)
     if not read:
-        raise VeneerError(f"none of the {len(pictures)} pictures could be read.")
+        message = f"none of the {len(pictures)} images could be read."
+        raise VeneerError(message, where="images", given=tuple(map(str, pictures)))
 
 
 def _text(answer: Answer) -> str:

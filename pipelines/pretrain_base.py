@@ -22,7 +22,7 @@ from veneer.bases.recipe import autoencoder, begin, cards, clip, diffusion, eval
 from veneer.bases.recipe.compose import draw_scenes, surround
 from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, UNSEEN_SET
 from veneer.bases.recipe.world import World
-from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 
 POOL, OTHERS = 40960, 16384
 """Scenes of the things that the generator is for, and of others."""
@@ -162,7 +162,8 @@ def pretrain_base(config: PretrainConfig) -> None:
         VeneerError: no such stage.
     """
     if config.stage not in ("all", *STAGES):
-        raise VeneerError(f"stage is {config.stage!r}; there are: all, {', '.join(STAGES)}.")
+        message = f"stage is {config.stage!r}; there are: all, {', '.join(STAGES)}."
+        raise OptionError(message, option="stage", given=config.stage, expected=("all", *STAGES))
     world = World(config.work)
     if config.begin:
         begin.unpack(config.begin, config.work)

@@ -11,6 +11,7 @@ from veneer.pipelines.generate import base_of
 
 from veneer import bases, combining
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,19 @@ def resize(config: ResizeConfig) -> list[str]:
     """
     keep = combining.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
     if config.out is None or keep is None:
-        raise VeneerError("resize: --out and --rank, --energy, --error, --cumulative or --ratio must be given.")
+        message = "resize: --out and --rank, --energy, --error, --cumulative or --ratio must be given."
+        raise OptionError(message, option="out" if config.out is None else "rank", method="resize")
     base = config.base or base_of(config.file)
     if base is None:
-        raise VeneerError("resize: --base is missing: the file does not say which base it is for.")
+        message = "resize: --base is missing: the file does not say which base it is for."
+        raise OptionError(message, option="base", method="resize", file=config.file)
     form = config.to or combining.form_of([config.file])
     combining.free(config.out, form)
     model, dtype = bases.load(base), combining.DTYPES[config.dtype]
     content = combining.read_content(model, config.file)
     if content.adapter is None:
-        raise VeneerError(f"{config.file}: it holds only token embeddings, which have no rank; expected a LoRA.")
+        message = f"{config.file}: only token embeddings, which have no rank; expected a LoRA."
+        raise VeneerError(message, file=config.file, where="rank", given="embeddings", expected="lora")
     made = combining.resize(model, content.adapter, keep, dtype=dtype)
     told = {"base": base, "resized": config.file.name}
     written = combining.write_all(model, made, content.tokens, config.out, form, dtype, told)

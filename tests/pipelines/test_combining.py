@@ -16,11 +16,13 @@ from veneer.pipelines.merge import MergeConfig, merge
 from veneer.pipelines.resize import ResizeConfig, resize
 
 import veneer
+from tests.raising import raises
 from veneer import formats
 from veneer.cli import main
 from veneer.combining import CombineError, is_mergeable
 from veneer.formats import native
 from veneer.injection import LoadError, SaveError, VeneerError, attach
+from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
 
 from ..formats.cases import deltas, fill, header
@@ -133,15 +135,15 @@ def test_extract_from_folders(base: Path, files: Any, tmp_path: Path, capsys: py
 
 def test_what_must_be_said(files: Any, base: Path, tmp_path: Path) -> None:
     kohya = files[0]["kohya"]
-    with pytest.raises(VeneerError, match="--out"):
+    with raises(OptionError, option="out", method="merge"):
         merge(MergeConfig((kohya,), base=str(base)))
-    with pytest.raises(VeneerError, match="--base is missing"):
+    with raises(OptionError, option="base", method="merge"):
         merge(MergeConfig((kohya,), out=tmp_path / "x"))
-    with pytest.raises(VeneerError, match="weight 'attn' is neither a number nor PATTERN=NUMBER"):
+    with raises(OptionError, option="weights", method="merge", given="attn"):
         merge(MergeConfig((kohya,), ("attn",), base=str(base), out=tmp_path / "x"))
-    with pytest.raises(VeneerError, match="--rank, --energy"):
+    with raises(OptionError, option="rank", method="resize"):
         resize(ResizeConfig(kohya, base=str(base), out=tmp_path / "x"))
-    with pytest.raises(VeneerError, match="--base, --out"):
+    with raises(OptionError, option="base", method="extract"):
         extract(ExtractConfig(str(base), rank=2))
     assert list(tmp_path.iterdir()) == []
 
@@ -222,7 +224,7 @@ def test_tokens_alone_are_merged_into_one_file(base: Path, tmp_path: Path) -> No
     merge(MergeConfig((*paths, both), out=tmp_path / "abc.safetensors"))
     assert formats.look(tmp_path / "abc.safetensors").format == "native"
     assert list(tokens_of(tmp_path / "abc.safetensors")) == ["<a>", "<b>", "<c>"]
-    with pytest.raises(VeneerError, match="only token embeddings"):
+    with raises(VeneerError, file=paths[0], where="rank", given="embeddings"):
         resize(ResizeConfig(paths[0], rank=2, base=str(base), out=tmp_path / "x"))
 
 

@@ -18,8 +18,9 @@ from veneer.pipelines.control import ControlConfig, DrawConfig, control, draw
 
 import veneer
 from tests.methods.controls import drawn, picture
+from tests.raising import raises
 from veneer.control.pictures import open_pictures
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import OptionError, UnknownName, VeneerError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.families import family
 from veneer.training.preflight import PreflightError
@@ -122,7 +123,7 @@ def test_the_base_draws_what_nobody_gives(base: str, tmp_path: Path) -> None:
     assert not {p.path for p in found.held} & {p.path for p in found.train}
     again = open_pictures(config, kind, tmp_path)
     assert [p.digest for p in again.train] == [p.digest for p in found.train]
-    with pytest.raises(VeneerError, match="needs a folder with photos and their maps"):
+    with raises(OptionError, option="data", expected="pairs"):
         open_pictures(ControlConfig(base=base, condition="pairs", out=tmp_path, **QUICK), kind, tmp_path)
 
 
@@ -161,29 +162,37 @@ def test_drawing_with_what_was_learnt(base: str, photos: Path, tmp_path: Path) -
     assert all(np.array_equal(Image.open(a), Image.open(b)) for a, b in zip(files, given, strict=True)), "its map, or the photo"
     part = draw(DrawConfig(("a cat",), (f"{out}:0.5",), image=(photo,), size=size, end=0.5, out=tmp_path / "c"))
     assert not np.array_equal(Image.open(part[1]), Image.open(files[1]))
-    for config, told in (
-        (DrawConfig(("a cat",), (str(out),), size=size, out=tmp_path / "d"), "0 pictures for 1 adapters"),
-        (DrawConfig(("a cat",), (str(out),), image=(photo,), map=(photo,), out=tmp_path / "d"), "not both"),
-        (DrawConfig(("a cat",), (str(out),), image=(photo,), size=(32, 64), out=tmp_path / "d"), "Crop it alike"),
-    ):
-        with pytest.raises(VeneerError, match=told):
-            draw(config)
+    with raises(OptionError, option="image", given=0, expected=1):
+        draw(DrawConfig(("a cat",), (str(out),), size=size, out=tmp_path / "d"))
+    with raises(OptionError, option="map", expected="image or map"):
+        draw(DrawConfig(("a cat",), (str(out),), image=(photo,), map=(photo,), out=tmp_path / "d"))
+    with raises(VeneerError, file=photo, expected=(64, 32)):
+        draw(DrawConfig(("a cat",), (str(out),), image=(photo,), size=(32, 64), out=tmp_path / "d"))
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "option", "given"),
     [
-        ({"method": "lora"}, "given nothing to follow; expected one of controlnet, controlnext, ip_adapter, t2i_adapter"),
-        ({"method": "ip_adapter", "condition": "canny"}, "follows pictures, not 'canny'"),
-        ({"condition": "image"}, "follows maps, not 'image'"),
-        ({"condition": "cany"}, "canny"),
-        ({"held": 1.0}, "held is 1.0"),
-        ({"options": {"lora": {"rank": 2}}}, "options for lora"),
+        ({"method": "lora"}, "method", "lora"),
+        ({"method": "ip_adapter", "condition": "canny"}, "condition", "canny"),
+        ({"condition": "image"}, "condition", "image"),
+        ({"held": 1.0}, "held", 1.0),
+        ({"options": {"lora": {"rank": 2}}}, "options", ("lora",)),
     ],
 )
-def test_what_cannot_work_is_said_at_once(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(VeneerError, match=told):
+def test_what_cannot_work_is_said_at_once(options: dict[str, Any], option: str, given: Any) -> None:
+    with raises(OptionError, option=option, given=given):
         ControlConfig(**options)
+
+
+def test_an_unknown_condition_names_the_close_ones() -> None:
+    with raises(UnknownName, name="cany", close=("canny",)):
+        ControlConfig(condition="cany")
+
+
+def test_the_methods_that_follow_something_are_named() -> None:
+    with raises(OptionError, option="method", expected=("controlnet", "controlnext", "ip_adapter", "t2i_adapter")):
+        ControlConfig(method="lora")
 
 
 def test_only_looking(base: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +214,7 @@ def test_no_disk_space_is_an_error_before_training(
     base: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("veneer.training.preflight.free_bytes", lambda folder: 2**16)
-    with pytest.raises(PreflightError, match="disk"):
+    with pytest.raises(PreflightError) as caught:
         run(base, photos, tmp_path / "out")
+    assert [concern.about for concern in caught.value.given] == ["disk"]
     assert not list((tmp_path / "out").glob("checkpoint-*"))

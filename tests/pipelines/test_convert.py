@@ -12,10 +12,12 @@ from torch import Tensor
 from veneer.pipelines.convert import ConvertConfig, convert
 
 import veneer
+from tests.raising import raises
 from veneer import formats
 from veneer.cli import main
 from veneer.formats import _placed, lycoris, native
-from veneer.injection import LoadError, SaveError, VeneerError, attach
+from veneer.injection import LoadError, SaveError, attach
+from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
 
 from ..formats.cases import deltas, fill, header
@@ -164,10 +166,10 @@ def test_the_model_is_as_before(files: Any, tmp_path: Path) -> None:
 
 
 def test_what_must_be_said(files: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(VeneerError, match="--to is missing"):
+    with raises(OptionError, option="to", method="convert"):
         convert(ConvertConfig(files[0]["kohya"]))
     assert main(["convert", str(files[0]["kohya"]), "--to", "diffusers", "--out", str(tmp_path / "x")]) == 1
-    assert "--base is missing" in capsys.readouterr().err
+    assert "--base" in capsys.readouterr().err
 
 
 def test_the_command(files: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 from veneer.pipelines.generate import GenerateConfig, generate, parse_adapter
 
 import veneer
-from veneer.injection.errors import VeneerError
+from tests.raising import raises
+from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.previews import read_settings
 
@@ -70,7 +71,7 @@ def test_without_puts_the_base_beside(made: tuple[str, str], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("text", ["nowhere", "nowhere:0.5", "nowhere:high"])
 def test_an_adapter_that_is_not_there(text: str) -> None:
-    with pytest.raises(VeneerError, match="nowhere"):
+    with raises(OptionError, option="adapter", given=text):
         parse_adapter(text)
 
 

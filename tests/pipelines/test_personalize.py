@@ -14,12 +14,16 @@ from safetensors.torch import load_file
 from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
 import veneer
+from tests.raising import raises
 from veneer import bases
 from veneer.formats import load_all
 from veneer.injection import SaveError
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import OptionError, SelectionError, UnknownName, VeneerError
 from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.config import TrainError
 from veneer.training.disk import DiskFull
+from veneer.training.divergence import Diverged
+from veneer.training.photos import DataError
 from veneer.training.preflight import PreflightError
 
 from ..training.pictures import save
@@ -122,23 +126,29 @@ def test_stop_and_resume_through_the_job(base: Any, photos: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "error", "data"),
     [
-        ({"method": "lora+lora"}, "different names"),
-        ({"method": "lroa"}, "lora"),
-        ({"options": {"bitfit": {}}}, "bitfit"),
-        ({"where": ("xattn.nothing",)}, "matches no site"),
-        ({"prior": 2, "class_word": ""}, "class-word"),
-        ({"optimizer": "adam5"}, "adam5"),
-        ({"resolution": 13}, "multiple"),
-        ({"template": ("a {concept} " + "word " * 90,)}, "tokens"),
+        ({"method": "lora+lora"}, OptionError, {"option": "method", "given": "lora+lora"}),
+        ({"method": "lroa"}, UnknownName, {"name": "lroa", "kind": "method"}),
+        ({"options": {"bitfit": {}}}, OptionError, {"option": "options", "given": ("bitfit",)}),
+        ({"where": ("xattn.nothing",)}, SelectionError, {"pattern": "xattn.nothing"}),
+        ({"prior": 2, "class_word": ""}, OptionError, {"option": "class_word"}),
+        ({"optimizer": "adam5"}, TrainError, {"where": "optimizer", "given": "adam5"}),
+        ({"resolution": 13}, DataError, {"where": "resolution", "given": 13}),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(
-    base: Any, photos: Path, tmp_path: Path, settings: dict[str, Any], words: str
+    base: Any, photos: Path, tmp_path: Path, settings: dict[str, Any], error: type[Exception], data: dict[str, Any]
 ) -> None:
-    with pytest.raises((VeneerError, ValueError, TypeError), match=words):
+    with raises(error, **data):
         run(base("sd"), photos, tmp_path / "out", **settings)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_template_that_is_too_long_is_refused_before_training(base: Any, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(PreflightError) as caught:
+        run(base("sd"), photos, tmp_path / "out", template=("a {concept} " + "word " * 90,))
+    assert {concern.about for concern in caught.value.given} == {"prompt"}
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
@@ -190,13 +200,13 @@ def test_an_ordinary_concept_gets_a_token_of_its_own(
 def test_a_finished_run_is_not_overwritten(base: Any, photos: Path, tmp_path: Path) -> None:
     out = run(base("sd"), photos, tmp_path / "out")
     before = (out / "adapter.safetensors").read_bytes()
-    with pytest.raises(VeneerError, match="finished run"):
+    with raises(VeneerError, file=out, where="out", given="finished"):
         run(base("sd"), photos, tmp_path / "out")
     assert (out / "adapter.safetensors").read_bytes() == before
 
 
 def test_divergence_keeps_the_last_good_weights(base: Any, photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(VeneerError, match="diverged"):
+    with pytest.raises(Diverged):
         run(base("sd"), photos, tmp_path / "out", learning_rate=1e30, clip=0.0, steps=6, optimizer="sgd")
     assert all(t.isfinite().all() for t in load_file(tmp_path / "out" / "last_good.safetensors").values())
 
@@ -227,8 +237,9 @@ def test_no_space_for_the_run_is_an_error_before_training(
     base: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("veneer.training.preflight.free_bytes", lambda folder: 2**16)
-    with pytest.raises(PreflightError, match="disk"):
+    with pytest.raises(PreflightError) as caught:
         run(base("sd"), photos, tmp_path / "out")
+    assert [concern.about for concern in caught.value.given] == ["disk"]
 
 
 def test_a_disk_that_fills_up_keeps_the_checkpoint(
