@@ -8,6 +8,7 @@ from pathlib import Path
 
 from veneer.classifying.predicting import Predictor, open_predictor
 from veneer.injection import VeneerError
+from veneer.injection.errors import StateError
 
 KEPT = 2
 """Classifiers that stay loaded."""
@@ -31,13 +32,14 @@ class Answers:
         with self._one:
             answer = next(self._opened(run).answers([picture], most))
         if answer.problem:
-            raise VeneerError(answer.problem)
+            raise VeneerError(answer.problem, file=answer.picture)
         return {answer.label: answer.probability, **dict(answer.others)}
 
     def _opened(self, run: Path) -> Predictor:
         file = run / "model.json"
         if not file.is_file():
-            raise VeneerError("it has learnt nothing yet that could be asked: wait for its end, or stop it.")
+            message = "there are no trained weights yet that could be asked: wait for the end, or stop it."
+            raise StateError(message, where=run.name, given="untrained")
         key = (str(run), file.stat().st_mtime_ns)
         if key not in self._kept:
             for old in [old for old in self._kept if old[0] == key[0]]:

@@ -76,7 +76,7 @@ def _given(self: gr.Image, payload: Any) -> Any:
         return None
     try:
         if not payload.path:
-            raise VeneerError("no picture came; expected a file. Bring it again.")
+            raise VeneerError("no picture came; expected a file. Bring it again.", where="file", given=None)
         if self.type == "filepath":
             return str(payload.path)
         found = picture(payload.path).rgb

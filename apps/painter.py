@@ -15,6 +15,7 @@ from veneer import activate, attachments, bases
 from veneer.bases.devices import resolve_device
 from veneer.formats import load_all
 from veneer.injection import Attachment, VeneerError
+from veneer.injection.errors import ConditionError
 from veneer.training import targets
 from veneer.training.families import family
 from veneer.training.previews import Preview, PreviewSettings, previews
@@ -183,11 +184,13 @@ def _key(file: Path) -> _Key:
     try:
         found = file.stat()
     except OSError as error:
-        raise VeneerError(f"the file of adapter {file.stem!r} is gone. Choose another of the list.") from error
+        message = f"the file of adapter {file.stem!r} is gone. Choose another of the list."
+        raise VeneerError(message, where=file.stem, given="missing") from error
     return _Key(str(file), found.st_size, found.st_ino, found.st_mtime_ns)
 
 
 def _given(pipe: Any, use: Use, attachment: Attachment) -> contextlib.AbstractContextManager[None]:
     if use.given is None:
-        raise VeneerError(f"{attachment.name!r} ({attachment.method.name}) follows a picture; draw with it on the page Control.")
+        message = f"{attachment.name!r} ({attachment.method.name}) follows a picture; draw with it on the page Control."
+        raise ConditionError(message, where=attachment.name)
     return attachment.given(**use.given(pipe, attachment), start=use.start, end=use.end, pipeline=pipe)

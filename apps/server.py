@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 
 from . import components
 from .guard import Guard
@@ -60,7 +60,8 @@ class AppConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise VeneerError(f"--port is {self.port}; expected 0 (any free port) to 65535.")
+            message = f"--port is {self.port}; expected 0 (any free port) to 65535."
+            raise OptionError(message, option="port", given=self.port, expected=(0, 65535))
 
 
 def app(config: AppConfig) -> None:
@@ -73,7 +74,8 @@ def app(config: AppConfig) -> None:
     logins = read_logins(config.auth)
     if (config.share or not _own(config.host)) and not logins:
         what = "--share" if config.share else f"--host {config.host}"
-        raise VeneerError(f"{what} lets others in, who could train and read files here. Say who may, with --auth NAME:PASSWORD.")
+        message = f"{what} lets others in, who could train and read files here. Say who may, with --auth NAME:PASSWORD."
+        raise OptionError(message, option="auth", where="share" if config.share else "host", given=())
     check_address(config.host, config.port)
     studio = Studio.at(config.workspace.expanduser().resolve(), config.device)
     files = _cache(studio.root)
@@ -120,10 +122,13 @@ def check_address(host: str, port: int) -> None:
             found.listen(1)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise VeneerError(f"port {port} of {host} is in use by another program; {other}.") from error
+            message = f"port {port} of {host} is in use by another program; {other}."
+            raise OptionError(message, option="port", given=port, where="used") from error
         if error.errno == errno.EACCES:
-            raise VeneerError(f"port {port} of {host} is reserved by the system; {other}.") from error
-        raise VeneerError(f"--host {host}: {error.strerror or error}; expected an address of this machine.") from error
+            message = f"port {port} of {host} is reserved by the system; {other}."
+            raise OptionError(message, option="port", given=port, where="reserved") from error
+        message = f"--host {host}: {error.strerror or error}; expected an address of this machine."
+        raise OptionError(message, option="host", given=host) from error
 
 
 def _cache(root: Path) -> Path:
@@ -170,11 +175,13 @@ def read_logins(given: tuple[str, ...]) -> list[tuple[str, str]]:
         name = name.strip()
         if not (name and colon and len(password) >= 8):
             whose = f"the login of {name!r}" if colon and name else "a login"  # without a colon, all may be a password
-            raise VeneerError(
-                f"--auth: {whose} is not NAME:PASSWORD with at least 8 characters after ':', nor a file of such lines."
+            raise OptionError(
+                f"--auth: {whose} is not NAME:PASSWORD with at least 8 characters after ':', nor a file of such lines.",
+                option="auth",
+                expected="NAME:PASSWORD",
             )
         if name in found:
-            raise VeneerError(f"--auth: {name!r} is there twice; expected each name once.")
+            raise OptionError(f"--auth: {name!r} is there twice; expected each name once.", option="auth", given=name)
         found[name] = password
     return list(found.items())
 
@@ -190,7 +197,8 @@ def _lines(word: str) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise VeneerError(f"--auth: {path} cannot be read ({error}); expected a text file of lines NAME:PASSWORD.") from error
+        message = f"--auth: {path} cannot be read ({error}); expected a text file of lines NAME:PASSWORD."
+        raise OptionError(message, option="auth", file=path, given="unreadable") from error
 
 
 def _own(host: str) -> bool:

@@ -34,14 +34,19 @@ def picture(path: str | Path, limits: Limits = LIMITS) -> Picture:
     path = Path(path)
     name = shown(path.name)
     if path.is_file() and path.stat().st_size > limits.photo_bytes:
+        size = path.stat().st_size
         raise PhotoError(
-            f"{name}: {path.stat().st_size / MIB:.1f} MiB; expected at most {limits.photo_bytes / MIB:g} MiB. Save it with fewer "
-            "pixels, or as a JPEG, and upload it again."
+            f"{name}: {size / MIB:.1f} MiB; expected at most {limits.photo_bytes / MIB:g} MiB. Save it with fewer "
+            "pixels, or as a JPEG, and upload it again.",
+            file=name,
+            where="photo_bytes",
+            given=size,
+            expected=limits.photo_bytes,
         )
     try:
         data = read_bytes(path, photo_limits(limits))
     except PhotoError as error:
-        raise PhotoError(str(error).replace(str(path), name)) from error
+        raise PhotoError.from_error(error, str(error).replace(str(path), name), file=name) from error
     return decode(data, name, photo_limits(limits), remarks=False)
 
 
@@ -55,7 +60,8 @@ def take_photos(paths: Sequence[str | Path], folder: Path, limits: Limits = LIMI
         VeneerError: more pictures than are allowed, or none that can be used.
     """
     if len(paths) > limits.photos:
-        raise VeneerError(f"{len(paths)} pictures; expected at most {limits.photos}. Choose the best of them.")
+        message = f"{len(paths)} pictures; expected at most {limits.photos}. Choose the best of them."
+        raise VeneerError(message, where="photos", given=len(paths), expected=limits.photos)
     taken, refused = [], []
     for number, path in enumerate(map(Path, paths), 1):
         try:
@@ -68,7 +74,8 @@ def take_photos(paths: Sequence[str | Path], folder: Path, limits: Limits = LIMI
         _no_larger(rgb).save(target)
         taken.append(target)
     if not taken:
-        raise VeneerError("no picture that can be used. " + " ".join(refused or ["Add some first."]))
+        message = "no picture that can be used. " + " ".join(refused or ["Add some first."])
+        raise VeneerError(message, where="photos", given=0)
     return taken, refused
 
 
@@ -94,7 +101,11 @@ def take_adapter(path: str | Path, folder: Path, name: str, limits: Limits = LIM
     size = path.stat().st_size
     if size > limits.file_bytes:
         raise VeneerError(
-            f"{shown(name)}: {size:,} bytes; expected at most {limits.file_bytes:,}. Load it from a folder instead."
+            f"{shown(name)}: {size:,} bytes; expected at most {limits.file_bytes:,}. Load it from a folder instead.",
+            file=shown(name),
+            where="file_bytes",
+            given=size,
+            expected=limits.file_bytes,
         )
     _check_adapter(path, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +119,8 @@ def take_adapter(path: str | Path, folder: Path, name: str, limits: Limits = LIM
         if filecmp.cmp(path, same, shallow=False):
             return same
     if len(kept) >= limits.adapter_files:
-        raise VeneerError(f"you keep {len(kept)} adapters; expected at most {limits.adapter_files}. Delete one first.")
+        message = f"you keep {len(kept)} adapters; expected at most {limits.adapter_files}. Delete one first."
+        raise VeneerError(message, where="adapters", given=len(kept), expected=limits.adapter_files)
     shutil.copyfile(path, target)
     return target
 
@@ -117,11 +129,15 @@ def _check_adapter(path: Path, name: str) -> None:
     try:
         file = read(path)
     except VeneerError as error:
-        raise VeneerError(str(error).replace(str(path), shown(name))) from error
+        raise VeneerError.from_error(error, str(error).replace(str(path), shown(name)), file=shown(name)) from error
     if file.held is not None:
-        raise VeneerError(f"{shown(name)}: a picture with a learned word in it; expected a .safetensors file.")
+        message = f"{shown(name)}: an image with a token embedding in it; expected a .safetensors file."
+        raise VeneerError(message, file=shown(name), given="image", expected=".safetensors")
     if format_of(file) is None:
         raise VeneerError(
             f"{shown(name)}: a safetensors file, but its {len(file.shapes)} tensors are of no adapter that is known here. "
-            "If it is a whole model, put its folder in the place of the base."
+            "If it is a whole model, put its folder in the place of the base.",
+            file=shown(name),
+            where="format",
+            given=tuple(file.shapes),
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError, UnknownName
 
 from .jobs import Job, find
 from .limits import LIMITS
@@ -70,7 +71,8 @@ class Workspace:
         """
         found = next((job for job in self.all_jobs() if job.name == name), None)
         if found is None:
-            raise VeneerError(f"there is no job {shown(name)!r} of yours; it may have been deleted. Choose one of the list.")
+            message = f"there is no job {shown(name)!r} of yours; it may have been deleted. Choose one of the list."
+            raise UnknownName(message, name, "job")
         return found
 
     def all_adapters(self) -> dict[str, Path]:
@@ -90,7 +92,8 @@ class Workspace:
         """
         found = self.all_adapters().get(name)
         if found is None:
-            raise VeneerError(f"there is no adapter {shown(name)!r} of yours. Choose one of the list, or bring its file.")
+            message = f"there is no adapter {shown(name)!r} of yours. Choose one of the list, or bring its file."
+            raise UnknownName(message, name, "adapter")
         return found
 
     def waiting(self) -> int:
@@ -104,7 +107,8 @@ class Workspace:
             VeneerError: as many as are allowed wait or run.
         """
         if self.waiting() >= LIMITS.jobs:
-            raise VeneerError(f"{LIMITS.jobs} of your jobs wait or run already. Wait for one to end, or stop one.")
+            message = f"{LIMITS.jobs} of your jobs wait or run already. Wait for one to end, or stop one."
+            raise VeneerError(message, where="jobs", given=self.waiting(), expected=LIMITS.jobs)
 
 
 def safe(name: str, otherwise: str = "file") -> str:
@@ -141,10 +145,12 @@ def bounded(text: str, what: str) -> str:
         VeneerError: too long, or with control characters or halves of characters.
     """
     if len(text) > LIMITS.text:
-        raise VeneerError(f"{what}: {len(text):,} characters; expected at most {LIMITS.text:,}. Shorten it.")
+        message = f"{what}: {len(text):,} characters; expected at most {LIMITS.text:,}. Shorten it."
+        raise OptionError(message, option=what, given=len(text), expected=LIMITS.text)
     text = text.replace("\r\n", "\n")
     if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in text):
-        raise VeneerError(f"{what}: it has characters that cannot be shown; expected plain text. Type it anew.")
+        message = f"{what}: it has characters that cannot be shown; expected plain text. Type it anew."
+        raise OptionError(message, option=what, given=shown(text), expected="plain text")
     return text.strip()
 
 

@@ -37,7 +37,10 @@ class _Bounded(io.BufferedReader):
             size = os.fstat(self.fileno()).st_size - self.tell()
         if size > self.most:
             raise VeneerError(
-                f"the zip has too many entries: {size:,} bytes of names, at most {self.most:,} are read. Leave some out."
+                f"the zip has too many entries: {size:,} bytes of names, at most {self.most:,} are read. Leave some out.",
+                where="entries",
+                given=size,
+                expected=self.most,
             )
         return super().read(max(size, 0))
 
@@ -62,7 +65,9 @@ def take_zip(path: str | Path, folder: Path, limits: Limits = LIMITS) -> tuple[i
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, WRONG) and not isinstance(error, VeneerError):
             raise VeneerError(
-                f"the zip cannot be read: {shown(str(error))}. Expected a plain zip of folders of pictures."
+                f"the zip cannot be read: {shown(str(error))}. Expected a plain zip of folders of pictures.",
+                where="zip",
+                given="unreadable",
             ) from error
         raise
 
@@ -72,9 +77,10 @@ def _unpacked(archive: zipfile.ZipFile, folder: Path, limits: Limits) -> tuple[i
     entries = [(entry, parts) for entry, parts in entries if not _hidden(parts)]
     pictures = [(entry, parts) for entry, parts in entries if parts[-1].lower().endswith(SUFFIXES)]
     if len(pictures) > limits.zip_files:
-        raise VeneerError(f"the zip has {len(pictures):,} pictures; expected at most {limits.zip_files:,}.")
+        message = f"the zip has {len(pictures):,} pictures; expected at most {limits.zip_files:,}."
+        raise VeneerError(message, where="zip_files", given=len(pictures), expected=limits.zip_files)
     if sum(entry.file_size for entry, _ in pictures) > limits.zip_bytes:
-        raise VeneerError(_too_large(limits))
+        raise _too_large(limits)
     refused = [f"{shown(parts[-1])}: no picture" for _, parts in entries if not parts[-1].lower().endswith(SUFFIXES)]
     names, left, count = _Names(folder), limits.zip_bytes, 0
     for entry, parts in pictures:
@@ -83,7 +89,7 @@ def _unpacked(archive: zipfile.ZipFile, folder: Path, limits: Limits) -> tuple[i
             examine(data, shown(parts[-1]), PhotoLimits(limits.photo_bytes, limits.photo_pixels, min_side=2, max_aspect=100))
         except _Full:
             if left <= limits.photo_bytes:
-                raise VeneerError(_too_large(limits)) from None
+                raise _too_large(limits) from None
             left -= limits.photo_bytes
             refused.append(f"{shown(parts[-1])}: more than {limits.photo_bytes:,} bytes")
             continue
@@ -96,7 +102,8 @@ def _unpacked(archive: zipfile.ZipFile, folder: Path, limits: Limits) -> tuple[i
         target.write_bytes(data)
         count += 1
     if not count:
-        raise VeneerError("the zip has no pictures that can be used; expected CLASS/NAME.png. " + " ".join(_some(refused)))
+        message = "the zip has no pictures that can be used; expected CLASS/NAME.png. " + " ".join(_some(refused))
+        raise VeneerError(message, where="zip_files", given=0)
     return count, _some(refused)
 
 
@@ -112,13 +119,16 @@ def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, depth: int, most:
     """
     name = shown(entry.filename)
     if stat.S_ISLNK(entry.external_attr >> 16):
-        raise PhotoError(f"{name}: a link; expected the picture itself.")
+        raise PhotoError(f"{name}: a link; expected the picture itself.", file=name, given="link")
     if depth > LIMITS.zip_depth:
-        raise PhotoError(f"{name}: in {depth - 1} folders; expected at most {LIMITS.zip_depth - 1}.")
+        message = f"{name}: in {depth - 1} folders; expected at most {LIMITS.zip_depth - 1}."
+        raise PhotoError(message, file=name, where="zip_depth", given=depth, expected=LIMITS.zip_depth)
     if entry.flag_bits & 1:
-        raise VeneerError("the zip is encrypted; expected one without a password. Make it anew.")
+        message = "the zip is encrypted; expected one without a password. Make it anew."
+        raise VeneerError(message, where="zip", given="encrypted")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise VeneerError(f"the zip is packed by way {entry.compress_type}; expected stored or deflated. Make it anew.")
+        message = f"the zip is packed by way {entry.compress_type}; expected stored or deflated. Make it anew."
+        raise VeneerError(message, where="compression", given=entry.compress_type)
     found = bytearray()
     with archive.open(entry) as stream:
         while data := stream.read(min(PIECE, most + 1 - len(found))):
@@ -138,7 +148,9 @@ def _parts(entry: zipfile.ZipInfo) -> list[str]:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or not parts or (len(parts[0]) == 2 and parts[0][1] == ":"):
         raise VeneerError(
-            f"the zip has a name that leads out of its folder, {shown(name)!r}; nothing was unpacked. Make it anew."
+            f"the zip has a name that leads out of its folder, {shown(name)!r}; nothing was unpacked. Make it anew.",
+            where="name",
+            given=shown(name),
         )
     return parts
 
@@ -190,5 +202,6 @@ def _some(told: list[str]) -> list[str]:
     return told if more <= 0 else [*told[:TOLD], f"and {more:,} more"]
 
 
-def _too_large(limits: Limits) -> str:
-    return f"the zip has more than {limits.zip_bytes:,} bytes of pictures. Leave some out."
+def _too_large(limits: Limits) -> VeneerError:
+    message = f"the zip has more than {limits.zip_bytes:,} bytes of pictures. Leave some out."
+    return VeneerError(message, where="zip_bytes", expected=limits.zip_bytes)

@@ -21,6 +21,7 @@ from veneer import bases
 from veneer.combining import is_mergeable
 from veneer.formats import Look, look, native
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError, StateError
 
 from ..limits import LIMITS
 from ..uploads import take_adapter
@@ -58,7 +59,7 @@ def bring(workspace: Workspace, path: str | Path) -> str:
     try:
         return take_adapter(path, workspace.adapters, path.name).stem
     except VeneerError as error:
-        raise VeneerError(str(error).replace(f"{path.parent}/", "")) from error
+        raise VeneerError.from_error(error, str(error).replace(f"{path.parent}/", ""), file=path.name) from error
 
 
 def example(workspace: Workspace) -> str:
@@ -104,10 +105,10 @@ def rename(workspace: Workspace, name: str, to: str) -> str:
     """
     file, plain = _own(workspace, name), _plain(bounded(to, "The new name"))
     if not plain:
-        raise VeneerError("The new name is empty; expected letters or digits. Type one.")
+        raise OptionError("The new name is empty; expected letters or digits. Type one.", option="name", given="")
     target = workspace.adapters / f"{plain}{SUFFIX}"
     if target.exists() and not target.samefile(file):
-        raise VeneerError(f"There is {shown(plain)!r} already. Choose another name.")
+        raise OptionError(f"There is {shown(plain)!r} already. Choose another name.", option="name", given=plain)
     file.rename(target)
     return target.stem
 
@@ -140,9 +141,11 @@ def merged(
         VeneerError: fewer than two or too many, a weight that is no number, or what cannot be combined so.
     """
     if not 2 <= len(names) <= LIMITS.adapters:
-        raise VeneerError(f"{len(names)} adapters are chosen; expected 2 to {LIMITS.adapters}.")
+        message = f"{len(names)} adapters are chosen; expected 2 to {LIMITS.adapters}."
+        raise OptionError(message, option="adapters", given=len(names), expected=(2, LIMITS.adapters))
     if len(weights) != len(names) or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
-        raise VeneerError("A weight is missing; expected a number for each adapter, such as 1 or 0.5.")
+        message = "A weight is missing; expected a number for each adapter, such as 1 or 0.5."
+        raise OptionError(message, option="weights", given=tuple(weights), expected=len(names))
     given: dict[str, Any] = {"how": how, "base": base, "to": to or None, "rank": None if how == "sum" else _whole(rank)}
     files, words = tuple(map(workspace.adapter, names)), tuple(f"{w:g}" for w in weights)
     stem = "-and-".join(_plain(name)[:30] for name in names[:2])
@@ -157,7 +160,8 @@ def resized(workspace: Workspace, name: str, base: str, rank: float | None, ener
     """
     file, given = workspace.adapter(name), _whole(rank)
     if given is None:
-        raise VeneerError("The new rank is missing; expected a whole number from 1, such as 4.")
+        message = "The new rank is missing; expected a whole number from 1, such as 4."
+        raise OptionError(message, option="rank", given=None, expected=1)
     share = energy if energy and energy < 1 else None
     config = {"rank": given, "energy": share, "base": base, "to": to or None}
     made = f"{_plain(name)}-rank-{given}"
@@ -168,7 +172,7 @@ def _whole(rank: float | None) -> int | None:
     if rank is None or not math.isfinite(rank):
         return None
     if rank != int(rank) or rank < 1:
-        raise VeneerError(f"The rank is {rank:g}; expected a whole number from 1.")
+        raise OptionError(f"The rank is {rank:g}; expected a whole number from 1.", option="rank", given=rank, expected=1)
     return int(rank)
 
 
@@ -207,7 +211,7 @@ def _said(workspace: Workspace, action: Any, *folders: str | Path) -> Any:
     try:
         return action()
     except (VeneerError, ValueError, OSError) as error:
-        raise VeneerError(_away(workspace, str(error), *folders)) from error
+        raise VeneerError.from_error(error, _away(workspace, str(error), *folders)) from error
 
 
 def _away(workspace: Workspace, text: str, *folders: str | Path) -> str:
@@ -219,14 +223,16 @@ def _away(workspace: Workspace, text: str, *folders: str | Path) -> str:
 def _own(workspace: Workspace, name: str) -> Path:
     file = workspace.adapter(name)
     if file.parent != workspace.adapters:
-        raise VeneerError(f"{shown(name)!r} belongs to a job. It is renamed and deleted with it, on the page of that job.")
+        message = f"{shown(name)!r} belongs to a job. It is renamed and deleted with it, on the page of that job."
+        raise StateError(message, where=name, given="of a job")
     return file
 
 
 def _room(workspace: Workspace) -> None:
     count = len(list(workspace.adapters.glob(f"*{SUFFIX}")))
     if count >= LIMITS.adapter_files:
-        raise VeneerError(f"You keep {count} adapters; expected at most {LIMITS.adapter_files}. Delete one first.")
+        message = f"You keep {count} adapters; expected at most {LIMITS.adapter_files}. Delete one first."
+        raise VeneerError(message, where="adapters", given=count, expected=LIMITS.adapter_files)
 
 
 def _free(workspace: Workspace, stem: str) -> str:

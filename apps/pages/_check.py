@@ -33,12 +33,15 @@ def checked(workspace: Workspace, paths: Sequence[str] | None, captions: Rows, a
             done = subprocess.run(told, capture_output=True, text=True, timeout=LIMITS.check_seconds, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired as error:
             raise VeneerError(
-                f"the check took more than {LIMITS.check_seconds} seconds; start the run to see how it goes."
+                f"the check took more than {LIMITS.check_seconds} seconds; start the run to see how it goes.",
+                where="check_seconds",
+                expected=LIMITS.check_seconds,
             ) from error
         finally:
             shutil.rmtree(folder)
     said = done.stdout[done.stdout.find("\nphotos:") + 1 :].strip()
     if done.returncode:
         why = [line for line in done.stderr.splitlines() if line.startswith(("veneer: ", "- "))]
-        raise VeneerError("\n".join(why).removeprefix("veneer: ").replace(f"{folder}/", "") or "the check failed without a word.")
+        message = "\n".join(why).removeprefix("veneer: ").replace(f"{folder}/", "")
+        raise VeneerError(message or "the check failed without a word.", where="check", given=tuple(message.splitlines()))
     return said

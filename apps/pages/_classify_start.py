@@ -16,6 +16,7 @@ from veneer.classifying.fitting import taught_by
 from veneer.classifying.models import check_name
 from veneer.classifying.sources import find_pictures
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 from veneer.training.photos import DataError
 from veneer.training.targets import split_methods
 
@@ -74,7 +75,10 @@ def begin(studio: Studio, workspace: Workspace, wanted: Wanted) -> tuple[list[Jo
     if len(methods) > free:
         raise VeneerError(
             f"{len(methods)} methods need {len(methods)} jobs, but the queue has room for {max(free, 0)}. Choose fewer, or wait "
-            "for a job to end."
+            "for a job to end.",
+            where="jobs",
+            given=len(methods),
+            expected=max(free, 0),
         )
     data, name, left_out = pictures(workspace, wanted)
     found = []
@@ -100,15 +104,17 @@ def settings(workspace: Workspace, wanted: Wanted) -> list[str]:
     )
     for name, value, least, most in whole:
         if value is None:
-            raise VeneerError(f"{name} is empty; expected {least:g} to {most:g}, or 0 for the default.")
+            message = f"{name} is empty; expected {least:g} to {most:g}, or 0 for the default."
+            raise OptionError(message, option=name, given=None, expected=(least, most))
         if value:
             words.append(f"--{name}={int(within(name, value, least, most))}")
     if wanted.rate is None:
-        raise VeneerError("learning rate is empty; expected a number, or 0 for the default.")
+        raise OptionError("learning rate is empty; expected a number, or 0 for the default.", option="learning rate", given=None)
     if wanted.rate:
         words.append(f"--learning-rate={within('learning rate', wanted.rate, 1e-7, 10.0):g}")
     if wanted.augment not in AUGMENT:
-        raise VeneerError(f"augmentation is {shown(str(wanted.augment))!r}; expected one of {', '.join(AUGMENT)}.")
+        message = f"augmentation is {shown(str(wanted.augment))!r}; expected one of {', '.join(AUGMENT)}."
+        raise OptionError(message, option="augmentation", given=wanted.augment, expected=tuple(AUGMENT))
     return [*words, f"--augment={wanted.augment}"]
 
 
@@ -119,7 +125,8 @@ def within(name: str, value: Any, least: float, most: float) -> float:
         VeneerError: it is none, or out of its range.
     """
     if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
-        raise VeneerError(f"{name} is {shown(str(value))}; expected {least:g} to {most:g}.")
+        message = f"{name} is {shown(str(value))}; expected {least:g} to {most:g}."
+        raise OptionError(message, option=name, given=value, expected=(least, most))
     return value
 
 
@@ -146,11 +153,13 @@ def chosen(methods: Sequence[str], model: str) -> list[str]:
     known = taught_by(model)
     found = list(dict.fromkeys(re.sub(r"\s", "", str(method)) for method in methods or ()))
     if not found:
-        raise VeneerError("no method is chosen; choose one or more, such as linear_probe and lora.")
+        message = "no method is chosen; choose one or more, such as linear_probe and lora."
+        raise OptionError(message, option="methods", given=())
     for method in found:
         for name in [method] if method == "zero_shot" else split_methods(method):
             if name not in known:
-                raise VeneerError(f"{shown(name)!r} is no method that this model can be taught by. Choose one of the list.")
+                message = f"{shown(name)!r} is no method that this model can be taught by. Choose one of the list."
+                raise OptionError(message, option="methods", given=name, expected=tuple(known))
     return found
 
 
@@ -167,10 +176,12 @@ def pictures(workspace: Workspace, wanted: Wanted) -> tuple[str, str, list[str]]
     if wanted.source == ZIP:
         return unpacked(workspace, wanted.file)
     if wanted.source != FOLDER or workspace.user is not None:
-        raise VeneerError("a folder of this machine can be read only where nobody logs in. Bring your pictures in a zip.")
+        message = "a folder of this machine can be read only where nobody logs in. Bring your pictures in a zip."
+        raise OptionError(message, option="source", given=wanted.source)
     place = bounded(wanted.folder or "", "folder")
     if not place:
-        raise VeneerError("no folder is given; write its path, such as /home/me/pets, with a folder for each class in it.")
+        message = "no folder is given; write its path, such as /home/me/pets, with a folder for each class in it."
+        raise OptionError(message, option="folder", given="")
     path = Path(place).expanduser().resolve()
     checked(str(path), place)
     return str(path), safe(path.name, "folder"), []
@@ -181,7 +192,8 @@ def of_job(workspace: Workspace, name: str) -> tuple[str, str, list[str]]:
     about = workspace.job(name).about
     words, title = about.get("words", []), str(about.get("title"))
     if about.get("kind") != KIND or len(words) < 2:
-        raise VeneerError("the run below has no labeled images. Choose other images.")
+        message = "the run below has no labeled images. Choose other images."
+        raise OptionError(message, option="job", given=name)
     checked(words[1], title)
     return words[1], title.rpartition(" · ")[0] or title, []
 
@@ -189,9 +201,8 @@ def of_job(workspace: Workspace, name: str) -> tuple[str, str, list[str]]:
 def unpacked(workspace: Workspace, file: str | None) -> tuple[str, str, list[str]]:
     """Pictures of a zip, unpacked where the same zip always goes, so that later jobs on it can be compared."""
     if not file:
-        raise VeneerError(
-            "no zip is chosen. Put pictures into a folder for each class, zip these folders, and drop the zip here."
-        )
+        message = "no zip is chosen. Put pictures into a folder for each class, zip these folders, and drop the zip here."
+        raise OptionError(message, option="file", given=None)
     path, left_out = Path(file), list[str]()
     name = safe(path.stem, "pictures")
     with path.open("rb") as stream:
@@ -226,8 +237,12 @@ def checked(data: str, name: str) -> None:
     try:
         found = find_pictures(data)
     except DataError as error:
-        raise VeneerError(str(error).replace(data, shown(name))) from error
+        raise VeneerError.from_error(error, str(error).replace(data, shown(name)), file=shown(name)) from error
     if len(found.classes) < 2:
         raise VeneerError(
-            f"{shown(name)}: one class, {shown(found.classes[0])}; expected at least two: a folder for each, with its pictures."
+            f"{shown(name)}: one class, {shown(found.classes[0])}; expected at least two: a folder for each, with its pictures.",
+            file=shown(name),
+            where="classes",
+            given=found.classes,
+            expected=2,
         )

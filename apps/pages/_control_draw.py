@@ -15,6 +15,7 @@ from veneer.control.drawing import condition_of, follows, told
 from veneer.control.resizing import resized
 from veneer.control.sketch import sketch_map
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 from veneer.training.previews import save_png
 
 from ..limits import LIMITS
@@ -66,11 +67,13 @@ def follower(workspace: Workspace, name: Any, condition: Any = None) -> Follower
         VeneerError: none was chosen, this visitor has none of that name, or what it follows is not known.
     """
     if not name:
-        raise VeneerError("no control is chosen. Choose one; if there is none yet, teach one below.")
+        message = "no control is chosen. Choose one; if there is none yet, teach one below."
+        raise OptionError(message, option="control", given=None)
     workspace.adapter(str(name))
     found = followers(workspace).get(str(name))
     if found is None:
-        raise VeneerError(f"{shown(str(name))} follows nothing. Draw with it on the page Generate.")
+        message = f"{shown(str(name))} follows nothing. Draw with it on the page Generate."
+        raise OptionError(message, option="control", given=str(name))
     return found if found.condition else Follower(found.file, maps.get(str(condition or "canny")).name)
 
 
@@ -81,10 +84,12 @@ def guide(condition: str, given: Brought, size: tuple[int, int]) -> Image.Image:
         VeneerError: nothing was brought, or what was cannot be used.
     """
     if given.source not in SOURCES.values():
-        raise VeneerError("choose what to follow: a sketch, a photo, or a map.")
+        message = "choose what to follow: a sketch, a photo, or a map."
+        raise OptionError(message, option="source", given=given.source, expected=tuple(SOURCES.values()))
     if condition == PICTURE:
         if given.source == "sketch" and not given.photo:
-            raise VeneerError("this control follows a picture. Choose 'A photo', and bring one.")
+            message = "this control follows a picture. Choose 'A photo', and bring one."
+            raise OptionError(message, option="source", given=given.source, expected=("photo",))
         return seen(given.photo)
     if given.source == "sketch":
         return sketch_map(sketched(given.sketch), condition, size)
@@ -107,7 +112,8 @@ def size_of(studio: Studio, wish: Wish) -> tuple[int, int]:
     side, _ = (0, 0) if wish.size else studio.painter.side(wish.base)
     height, width = wish.size or (side, side)
     if max(height, width) > LIMITS.side:
-        raise VeneerError(f"the base draws {width} × {height} pixels; expected at most {LIMITS.side}. Give a size.")
+        message = f"the base draws {width} × {height} pixels; expected at most {LIMITS.side}. Give a size."
+        raise OptionError(message, option="size", given=(width, height), expected=LIMITS.side)
     return width, height
 
 
@@ -122,9 +128,11 @@ def draw(
     strength = number(strength, "strength", 0, STRONGEST)
     start, end = number(start, "start", 0, 1), number(end, "end", 0, 1)
     if start > end:
-        raise VeneerError(f"it would begin at {start:g} and end at {end:g}; expected the start before the end.")
+        message = f"it would begin at {start:g} and end at {end:g}; expected the start before the end."
+        raise OptionError(message, option="start", given=(start, end))
     if 2 * wish.count > LIMITS.pictures:
-        raise VeneerError(f"that would be {2 * wish.count} pictures; expected at most {LIMITS.pictures}. Ask for fewer.")
+        message = f"that would be {2 * wish.count} pictures; expected at most {LIMITS.pictures}. Ask for fewer."
+        raise OptionError(message, option="pictures", given=2 * wish.count, expected=LIMITS.pictures)
     assert found.condition is not None
     folder, picture = new_folder(), guide(found.condition, given, size_of(studio, wish))
     shows: list[Shown] = [(str(save_png(picture, folder / "map.png", {"condition": found.condition})), "what is followed")]

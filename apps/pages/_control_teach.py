@@ -10,7 +10,8 @@ from typing import Any
 from veneer import bases
 from veneer.control.config import ControlConfig
 from veneer.control.maps import computed
-from veneer.injection import VeneerError, methods
+from veneer.injection import methods
+from veneer.injection.errors import OptionError
 
 from ..jobs import Job
 from ..studio import Studio
@@ -122,13 +123,16 @@ def begin(studio: Studio, workspace: Workspace, lesson: Lesson) -> tuple[Job, li
         VeneerError: what cannot be taught.
     """
     if lesson.method not in ways():
-        raise VeneerError(f"method: choose one of {', '.join(ways())}.")
-    if lesson.condition not in conditions(lesson.method):
-        raise VeneerError(f"{lesson.method} can follow {', '.join(conditions(lesson.method))}. Choose one of them.")
+        known = tuple(ways())
+        raise OptionError(f"method: choose one of {', '.join(known)}.", option="method", given=lesson.method, expected=known)
+    if lesson.condition not in (fitting := tuple(conditions(lesson.method))):
+        message = f"{lesson.method} can follow {', '.join(fitting)}. Choose one of them."
+        raise OptionError(message, option="condition", given=lesson.condition, expected=fitting)
     base = bounded(str(lesson.base or "shipped"), "base")
     usual = bases.preset(base)
     if not lesson.photos and not (usual.things and usual.scenes):
-        raise VeneerError(f"{base} does not say what it can draw by itself. Bring photos to learn from.")
+        message = f"{base} does not say what it can draw by itself. Bring photos to learn from."
+        raise OptionError(message, option="photos", where=base, given=0)
     caption, title = bounded(str(lesson.caption or ""), "caption"), bounded(str(lesson.title or ""), "title")
     words = ["control", "train", f"--method={lesson.method}", f"--condition={lesson.condition}", f"--base={base}"]
     words += [f"--drawn={int(number(lesson.drawn, 'pictures drawn', 8, MOST_DRAWN))}", "--tracker=none", "--checkpoint-every=100"]
@@ -142,7 +146,8 @@ def begin(studio: Studio, workspace: Workspace, lesson: Lesson) -> tuple[Job, li
         if folder is not None:
             taken, refused = take_photos(lesson.photos, folder)
             if len(taken) < 2:
-                raise VeneerError("one picture is too few: one is learnt from, and one measures. Bring two or more.")
+                message = "one picture is too few: one is learnt from, and one measures. Bring two or more."
+                raise OptionError(message, option="photos", given=len(taken), expected=2)
             words.insert(2, str(folder))
         return studio.begin(workspace, "control", title or f"{lesson.condition} by {lesson.method}", words), refused
     except BaseException:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 import gradio as gr
 
 from veneer.flags import add_flags, help_of, values
-from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 
 from ..workspace import bounded, shown
 
@@ -103,7 +103,8 @@ def _words(field: Field, value: Any, prefix: str) -> list[str]:
         return [f"--{name}={text}"]
     parts = text.replace(",", " ").split()
     if any(part.startswith("-") and not _number(part) for part in parts):
-        raise VeneerError(f"{field.label}: {shown(text)!r} begins with '-'; expected words or numbers.")
+        message = f"{field.label}: {shown(text)!r} begins with '-'; expected words or numbers."
+        raise OptionError(message, option=field.name, given=text)
     return [f"--{name}", *parts]
 
 
@@ -118,11 +119,11 @@ def _number(text: str) -> bool:
 class _Reader(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = message.replace("argument ", "").replace("--", "")
-        wrong = re.fullmatch(r"([\w.-]+): invalid (int|float) value: (.*)", message, re.DOTALL)
-        if wrong:
-            name, kind, value = wrong.groups()
-            message = f"{name.replace('-', ' ')} is {value}; expected a {'whole number' if kind == 'int' else 'number'}."
-        raise VeneerError(message)
+        wrong = re.match(r"([\w.-]+): invalid (int value|float value|choice): ('[^']*'|.*)", message, re.DOTALL)
+        name, kind, value = wrong.groups() if wrong else (message.partition(":")[0], "", "")
+        if kind.endswith("value"):
+            message = f"{name.replace('-', ' ')} is {value}; expected a {'whole number' if kind[0] == 'i' else 'number'}."
+        raise OptionError(message, option=name.replace("-", "_"), given=value.strip("'"))
 
 
 def _read(config: Any, words: Sequence[str], prefix: str) -> dict[str, Any]:

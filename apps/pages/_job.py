@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from veneer.injection import VeneerError
+from veneer.injection.errors import StateError
 
 from ..jobs import Job
 from ..studio import Studio, explained
@@ -215,7 +215,8 @@ def go_on(workspace: Workspace, name: str) -> None:
     """
     job = workspace.job(name)
     if job.state not in ("stopped", "failed"):
-        raise VeneerError("only a job that was stopped or failed can go on.")
+        message = "only a job that was stopped or failed can go on."
+        raise StateError(message, where=name, given=job.state, expected=("stopped", "failed"))
     workspace.check_room()
     job.go_on()
 
@@ -228,7 +229,7 @@ def remove(workspace: Workspace, name: str) -> None:
     """
     job = workspace.job(name)
     if job.state not in ENDED:
-        raise VeneerError("it has not ended: stop it first.")
+        raise StateError("it has not ended: stop it first.", where=name, given=job.state, expected=tuple(ENDED))
     shared = {word for other in workspace.all_jobs() if other != job for word in other.about.get("words", [])}
     for word in job.about.get("words", []):
         if Path(word).resolve().parent == workspace.given.resolve() and word not in shared:

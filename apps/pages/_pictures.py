@@ -13,6 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 from veneer.training.photos import decode
 
 from ..limits import LIMITS
@@ -67,7 +68,7 @@ def seen(path: str | Path | None) -> Image.Image:
         VeneerError: none was given. PhotoError: it is no picture within the limits.
     """
     if not path:
-        raise VeneerError("there is no picture yet. Drop one, or choose a file.")
+        raise OptionError("there is no picture yet. Drop one, or choose a file.", option="picture", given=None)
     return picture(path).rgb
 
 
@@ -78,14 +79,14 @@ def sketched(given: bytes | str | None) -> Image.Image:
         VeneerError: none was given. PhotoError: it is no picture, or larger than a sheet can be.
     """
     if not given:
-        raise VeneerError("the sketch is empty. Draw some lines first.")
+        raise VeneerError("the sketch is empty. Draw some lines first.", where="sketch", given="empty")
     data = given if isinstance(given, (bytes, bytearray)) else _short(Path(given))
     bounds = replace(photo_limits(), max_pixels=LIMITS.side**2 * 4, max_bytes=LIMITS.photo_bytes)
     try:
         return decode(bytes(data), "the sketch", bounds, remarks=False).rgb
     except VeneerError as error:
-        if "fully transparent" in str(error):
-            raise VeneerError("the sketch is empty. Draw some lines first.") from error
+        if error.given == "transparent":
+            raise VeneerError("the sketch is empty. Draw some lines first.", where="sketch", given="empty") from error
         raise
 
 
@@ -93,7 +94,8 @@ def _short(path: Path) -> bytes:
     with path.open("rb") as file:
         data = file.read(LIMITS.photo_bytes + 1)
     if len(data) > LIMITS.photo_bytes:
-        raise VeneerError(f"the sketch has more than {LIMITS.photo_bytes:,} bytes. Draw it anew.")
+        message = f"the sketch has more than {LIMITS.photo_bytes:,} bytes. Draw it anew."
+        raise VeneerError(message, where="photo_bytes", expected=LIMITS.photo_bytes)
     return data
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from veneer import bases, methods
 from veneer.bases.door import find
-from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 from veneer.training import targets
 from veneer.training.config import PRESETS, preset_steps
 from veneer.training.costs import STATES
@@ -126,7 +126,8 @@ def words(asked: Asked, photos: Path) -> list[str]:
     """
     concept, method = bounded(asked.concept, "concept"), bounded(asked.method, "method")
     if not concept:
-        raise VeneerError("the concept has no name: give it one that no other thing has, such as <toy>.")
+        message = "the concept has no name: give it one that no other thing has, such as <toy>."
+        raise OptionError(message, option="concept", given="")
     name = main_method(method)
     settings = words_of(PersonalizeConfig, SETTINGS, asked.settings)
     options = words_of(methods.get(name), options_of(method), asked.options, name)
@@ -144,13 +145,16 @@ def _bounds(settings: Sequence[str]) -> None:
     for name, limit in most.items():
         value = given.get(name.replace("_", "-"), "0")
         if int(value) > limit:
-            raise VeneerError(f"{name.replace('_', ' ')}: {value}; expected at most {limit}.")
+            message = f"{name.replace('_', ' ')}: {value}; expected at most {limit}."
+            raise OptionError(message, option=name, given=int(value), expected=limit)
     for name, least in LEAST.items():
         value = given.get(name.replace("_", "-"), str(least))
         if int(value) < least:
-            raise VeneerError(f"{name.replace('_', ' ')}: {value}; expected at least {least}.")
+            message = f"{name.replace('_', ' ')}: {value}; expected at least {least}."
+            raise OptionError(message, option=name, given=int(value), expected=least)
     if float(given.get("learning-rate", "1")) <= 0:
-        raise VeneerError(f"learning rate: {given['learning-rate']}; expected more than 0.")
+        rate = given["learning-rate"]
+        raise OptionError(f"learning rate: {rate}; expected more than 0.", option="learning_rate", given=float(rate), expected=0)
 
 
 def estimate(

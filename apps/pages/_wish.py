@@ -12,6 +12,7 @@ from veneer.pipelines.generate import taught_words
 
 from veneer import bases
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 from veneer.training.previews import Preview, PreviewSettings, read_settings, save_preview
 
 from ..limits import LIMITS
@@ -64,10 +65,11 @@ def wished(
     """
     words = bounded(str(prompt or ""), "prompt")
     if not words:
-        raise VeneerError("the prompt is empty. Write what to draw, or take an example.")
+        raise OptionError("the prompt is empty. Write what to draw, or take an example.", option="prompt", given="")
     sides = [int(number(side or 0, name, 0, LIMITS.side)) for side, name in ((height, "height"), (width, "width"))]
     if (sides[0] == 0) != (sides[1] == 0):
-        raise VeneerError("size: one side is given and one is 0; expected both, or 0 for both: the base's own size.")
+        message = "size: one side is given and one is 0; expected both, or 0 for both: the base's own size."
+        raise OptionError(message, option="size", given=tuple(sides))
     return Wish(
         bounded(str(base or "shipped"), "base"),
         words,
@@ -87,13 +89,15 @@ def number(value: Any, name: str, least: float, most: float) -> float:
         VeneerError: none, or beyond them.
     """
     if value is None or value == "":
-        raise VeneerError(f"{name} is empty; expected a number from {_plain(least)} to {_plain(most)}.")
+        message = f"{name} is empty; expected a number from {_plain(least)} to {_plain(most)}."
+        raise OptionError(message, option=name, given=None, expected=(least, most))
     try:
         found = float(value)
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not least <= found <= most:
-        raise VeneerError(f"{name} is {shown(str(value))}; expected a number from {_plain(least)} to {_plain(most)}.")
+        message = f"{name} is {shown(str(value))}; expected a number from {_plain(least)} to {_plain(most)}."
+        raise OptionError(message, option=name, given=value, expected=(least, most))
     return found
 
 
@@ -109,9 +113,11 @@ def used(workspace: Workspace, names: Sequence[str], strengths: Sequence[Any]) -
         VeneerError: too many, one twice, one that this visitor does not have, or a strength beyond ±2.
     """
     if len(names) > LIMITS.adapters:
-        raise VeneerError(f"{len(names)} adapters; expected at most {LIMITS.adapters}. Leave some out.")
+        message = f"{len(names)} adapters; expected at most {LIMITS.adapters}. Leave some out."
+        raise OptionError(message, option="adapters", given=len(names), expected=LIMITS.adapters)
     if len(set(names)) != len(names):
-        raise VeneerError("an adapter is there twice. Choose each once, and give it more strength.")
+        message = "an adapter is there twice. Choose each once, and give it more strength."
+        raise OptionError(message, option="adapters", given=tuple(names))
     found = {}
     for name, strength in zip(names, strengths, strict=False):
         file = workspace.adapter(str(name))
@@ -165,16 +171,18 @@ def recalled(workspace: Workspace, path: str | Path | None) -> tuple[Wish, dict[
         VeneerError: no picture within the limits, one without settings, or with settings that are none.
     """
     if not path:
-        raise VeneerError("no picture is chosen. Click on one, or drop a PNG that was drawn here.")
+        message = "no picture is chosen. Click on one, or drop a PNG that was drawn here."
+        raise OptionError(message, option="picture", given=None)
     picture(path)  # within the limits
     try:
         told = read_settings(path)
     except VeneerError as error:
-        raise VeneerError(
-            f"{shown(Path(path).name)}: it holds no settings; expected a PNG that was drawn here, as it was downloaded."
-        ) from error
+        name = shown(Path(path).name)
+        message = f"{name}: no settings found; expected a PNG that was drawn here, as it was downloaded."
+        raise VeneerError(message, file=name, where="settings", given=None) from error
     if not isinstance(told, dict):
-        raise VeneerError(f"{shown(Path(path).name)}: its settings are not those of a picture.")
+        name = shown(Path(path).name)
+        raise VeneerError(f"{name}: its settings are not those of a picture.", file=name, where="settings", given=told)
     size = told.get("size")
     height, width = size if isinstance(size, list) and len(size) == 2 else (0, 0)
     base, prompt, negative = (told.get(n) if isinstance(told.get(n), str) else "" for n in ("base", "prompt", "negative"))

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 
 from ..limits import LIMITS
 from ..studio import Studio, explained
@@ -221,14 +222,15 @@ def _given(*files: Path) -> gr.File:
 
 def _chosen(name: str | None) -> str:
     if not name:
-        raise VeneerError("No adapter is chosen. Choose one of the list, or bring a file first.")
+        message = "No adapter is chosen. Choose one of the list, or bring a file first."
+        raise OptionError(message, option="adapter", given=None)
     return name
 
 
 def _base(base: str | None) -> str:
     named = bounded(base or "", "The base")
     if not named:
-        raise VeneerError("No base is named. Choose `shipped`, or type a folder or a hub name.")
+        raise OptionError("No base is named. Choose `shipped`, or type a folder or a hub name.", option="base", given="")
     return named
 
 

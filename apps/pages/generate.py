@@ -13,6 +13,7 @@ from veneer.pipelines.generate import draws
 from veneer import bases
 from veneer.control.drawing import follows
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError, StateError
 from veneer.training.previews import save_png
 from veneer.training.sheets import Row, sheet
 
@@ -59,12 +60,15 @@ def draw(studio: Studio, workspace: Workspace, wish: Wish, names: Sequence[str],
     uses = used(workspace, names, strengths)
     kinds = {"with": 1, "both": 2, "sweep": len(SWEPT)}
     if way not in kinds:
-        raise VeneerError("choose what to draw: with the adapters, side by side, or a row of strengths.")
+        message = "choose what to draw: with the adapters, side by side, or a row of strengths."
+        raise OptionError(message, option="way", given=way, expected=tuple(kinds))
     if way != "with" and not uses:
-        raise VeneerError("there is no adapter to compare. Choose one, or draw the base alone.")
+        message = "there is no adapter to compare. Choose one, or draw the base alone."
+        raise OptionError(message, option="adapters", given=0)
     count = wish.count * kinds[way]
     if count > LIMITS.pictures:
-        raise VeneerError(f"that would be {count} pictures; expected at most {LIMITS.pictures}. Ask for fewer.")
+        message = f"that would be {count} pictures; expected at most {LIMITS.pictures}. Ask for fewer."
+        raise OptionError(message, option="pictures", given=count, expected=LIMITS.pictures)
     yield [], f"0 of {count}"
     wish, note = shortened(studio.painter, wish, uses)
     for found, told in (_sweep if way == "sweep" else _plainly)(studio, wish, uses, way):
@@ -162,7 +166,8 @@ def prepared(workspace: Workspace, job: Job) -> list[Any]:
     """
     name = next((name for name, file in workspace.all_adapters().items() if file == job.run / ADAPTER), None)
     if name is None:
-        raise VeneerError("this run has no adapter yet. Wait for its end, or stop it and keep what it has.")
+        message = "this run has no adapter yet. Wait for its end, or stop it and keep what it has."
+        raise StateError(message, where=job.name, given=job.state)
     config = read_result(job).get("config") or {}
     flags = dict(word[2:].split("=", 1) for word in job.about.get("words", []) if word.startswith("--") and "=" in word)
     base, concept = (str(config.get(key) or flags.get(key) or "") for key in ("base", "concept"))

@@ -10,7 +10,8 @@ import gradio as gr
 
 from veneer.catalogue import Count, Described, catalogue, counts, for_models
 from veneer.full_size import MODELS
-from veneer.injection import VeneerError, methods
+from veneer.injection import methods
+from veneer.injection.errors import OptionError
 from veneer.method_search import group_by_use, rank_methods
 
 from ..studio import Studio, explained
@@ -55,9 +56,17 @@ def shown(words: str, area: str, kind: str, sort: str, model: str, told: Callabl
     Raises:
         VeneerError: a filter that there is not, or more words than are allowed.
     """
-    for value, allowed in ((area, AREAS), (kind, kinds()), (sort, SORTS), (model, [("", ""), *((m, m) for m in MODELS)])):
-        if value not in [each for _, each in allowed]:
-            raise VeneerError("There is no such choice. Choose one of the list.")
+    models = [("", ""), *((m, m) for m in MODELS)]
+    for name, value, choices in (
+        ("area", area, AREAS),
+        ("kind", kind, kinds()),
+        ("sort", sort, SORTS),
+        ("model", model, models),
+    ):
+        allowed = tuple(each for _, each in choices)
+        if value not in allowed:
+            message = "There is no such choice. Choose one of the list."
+            raise OptionError(message, option=name, given=value, expected=allowed)
     sought = bounded(words or "", "The search").strip()
     found = [m for m in known() if not kind or m.kind == kind]
     if area:
@@ -76,7 +85,8 @@ def shown(words: str, area: str, kind: str, sort: str, model: str, told: Callabl
 
 def _fewest_first(found: Sequence[Described], trained: Mapping[str, Count | None] | None) -> list[Described]:
     if trained is None:
-        raise VeneerError("Choose a model first: the number of trainable parameters depends on it.")
+        message = "Choose a model first: the number of trainable parameters depends on it."
+        raise OptionError(message, option="model", given="")
     numbers = {name: count.trained for name, count in trained.items() if count is not None}
     return sorted(found, key=lambda m: (numbers.get(m.name, float("inf")), m.name))
 

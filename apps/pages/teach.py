@@ -100,7 +100,10 @@ def agree(filled_for: Sequence[str], now: Sequence[str]) -> None:
         base_of(base)
         main_method(method)
         raise VeneerError(
-            f"the settings for {preset}, {shown(method)} and {shown(base)} are on their way. Press again in a moment."
+            f"the settings for {preset}, {shown(method)} and {shown(base)} are on their way. Press again in a moment.",
+            where="settings",
+            given=tuple(filled_for),
+            expected=tuple(now),
         )
 
 

@@ -19,8 +19,10 @@ from veneer.apps.workspace import Workspace
 from veneer.pipelines.convert import To
 
 import veneer
+from tests.raising import raises
 from veneer.formats import kohya, look, native
 from veneer.injection import VeneerError, attach
+from veneer.injection.errors import OptionError, StateError, UnknownName
 from veneer.testing.pipelines import tiny_pipeline
 
 from ..formats.cases import fill
@@ -82,9 +84,9 @@ def test_how_a_file_fits_a_base(workspace: Workspace, given: Path, tmp_path: Pat
     page = adapters.fits(workspace, files.bring(workspace, tmp_path / "part.safetensors"), base)
     assert "It fits" not in page or "in part" in page
     assert "lora_unet_elsewhere" in page
-    with pytest.raises(VeneerError, match="no '/no/such' here"):
+    with raises(VeneerError, where="base", given="/no/such"):
         adapters.fits(workspace, "toy", "/no/such")
-    with pytest.raises(VeneerError, match="No base is named"):
+    with raises(OptionError, option="base", given=""):
         adapters.fits(workspace, "toy", " ")
 
 
@@ -117,11 +119,11 @@ def test_renamed_and_deleted(workspace: Workspace) -> None:
     assert files.rename(workspace, "toy", "toy") == "toy", "no other file is in the way"
     assert files.rename(workspace, "toy", "../../my <toy>.safetensors") == "my-toy"
     assert sorted(workspace.all_adapters()) == ["my-toy", "other"]
-    with pytest.raises(VeneerError, match="already"):
+    with raises(OptionError, option="name", given="other"):
         files.rename(workspace, "my-toy", "other")
-    with pytest.raises(VeneerError, match="empty"):
+    with raises(OptionError, option="name", given=""):
         files.rename(workspace, "my-toy", " ")
-    with pytest.raises(VeneerError, match=r"no adapter '\.\./other'"):
+    with raises(UnknownName, name="../other", kind="adapter"):
         files.delete(workspace, "../other")
     files.delete(workspace, "my-toy")
     assert sorted(workspace.all_adapters()) == ["other"]
@@ -135,7 +137,7 @@ def test_a_jobs_own_file_stays_with_its_job(workspace: Workspace, given: Path) -
     (name,) = (n for n in workspace.all_adapters() if n.startswith("taught"))
     assert "<dd>lora</dd>" in adapters.shown(workspace, name)
     for action in (lambda: files.rename(workspace, name, "y"), lambda: files.delete(workspace, name)):
-        with pytest.raises(VeneerError, match="belongs to a job"):
+        with raises(StateError, where=name, given="of a job"):
             action()
     assert files.resized(workspace, name, str(given / "base"), 1, None, None).name == "taught-x-rank-1"
 
@@ -188,8 +190,12 @@ def test_merged_is_the_weighted_sum(workspace: Workspace, given: Path) -> None:
     found = [changes(name, tiny_pipeline("sd")) for name in ("toy", "other", "toy-and-other-merged")]
     for key, toy in found[0].items():
         torch.testing.assert_close(found[2][key], 0.5 * toy - 2 * found[1][key])
-    for names, weights in ((["toy"], [1.0]), (["toy", "other"], [1.0, None]), (["toy", "other"], [1.0, float("nan")])):
-        with pytest.raises(VeneerError, match="expected"):
+    for names, weights, option in (
+        (["toy"], [1.0], "adapters"),
+        (["toy", "other"], [1.0, None], "weights"),
+        (["toy", "other"], [1.0, float("nan")], "weights"),
+    ):
+        with raises(OptionError, option=option):
             files.merged(workspace, names, weights, base, "sum", None, None)  # type: ignore[arg-type]
 
 
@@ -210,7 +216,7 @@ def test_resized(workspace: Workspace, given: Path) -> None:
     less = files.resized(workspace, "toy", str(given / "base"), 4, 0.5, None)
     assert max(rank for block in look(less.file).blocks for rank in block.ranks) < 4, "half of the energy needs a lower rank"
     for rank in (None, 0, 1.5):
-        with pytest.raises(VeneerError, match="whole number"):
+        with raises(OptionError, option="rank", given=rank):
             files.resized(workspace, "toy", str(given / "base"), rank, None, None)
 
 
@@ -218,9 +224,9 @@ def test_no_more_files_than_are_kept(workspace: Workspace, given: Path) -> None:
     one = (given / "toy.safetensors").read_bytes()
     for i in range(LIMITS.adapter_files - 2):
         (workspace.adapters / f"{i}.safetensors").write_bytes(one)
-    with pytest.raises(VeneerError, match="Delete one first"):
+    with raises(VeneerError, where="adapters", given=LIMITS.adapter_files, expected=LIMITS.adapter_files):
         files.converted(workspace, "toy", "kohya", str(given / "base"))
-    with pytest.raises(VeneerError, match="Delete one first"):
+    with raises(VeneerError, where="adapters", given=LIMITS.adapter_files, expected=LIMITS.adapter_files):
         files.example(workspace)
 
 

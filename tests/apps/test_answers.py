@@ -9,7 +9,8 @@ import pytest
 from veneer.apps import answers as module
 from veneer.apps.answers import KEPT, Answers
 
-from veneer.injection import VeneerError
+from tests.raising import raises
+from veneer.injection.errors import StateError
 
 
 def test_classifiers_that_were_asked_last_stay_and_new_ones_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,5 +36,5 @@ def test_classifiers_that_were_asked_last_stay_and_new_ones_are_seen(tmp_path: P
     os.utime(runs[0] / "model.json", (1, 1))
     assert answers._opened(runs[0]) is not first, "it has learnt more since"
     assert len(answers._kept) == KEPT
-    with pytest.raises(VeneerError, match="learnt nothing yet"):
+    with raises(StateError, where=tmp_path.name, given="untrained"):
         answers._opened(tmp_path)

@@ -15,8 +15,10 @@ from veneer.apps.pages._classify_start import Wanted, begin, chosen, inside
 from veneer.apps.studio import Studio
 from veneer.apps.workspace import Workspace
 
+from tests.raising import raises
 from veneer.classifying.selection import Epoch
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
 
 
 def figures(method: str, val: float, test: float) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def test_jobs_that_wait_take_the_places_of_methods(tmp_path: Path) -> None:
     studio, space = Studio.at(tmp_path), Workspace(tmp_path)
     for _ in range(LIMITS.jobs - 1):
         studio.begin(space, "teach", "a toy", ["personalize"])
-    with pytest.raises(VeneerError, match="2 methods need 2 jobs, but the queue has room for 1"):
+    with raises(VeneerError, where="jobs", given=2, expected=1):
         begin(studio, space, Wanted(model="shipped", methods=["lora", "bitfit"]))
     assert len(space.all_jobs()) == LIMITS.jobs - 1
     assert len(begin(studio, space, Wanted(model="shipped", methods=["lora", "lora", " lora"]))[0]) == 1
@@ -128,7 +130,7 @@ def test_only_the_pictures_of_a_classifiers_job_are_taken_again(tmp_path: Path) 
     studio, space = Studio.at(tmp_path), Workspace(tmp_path)
     (tmp_path / "photos").mkdir()
     taught = jobs.make(space.jobs, "teach", "a toy", ["personalize", str(tmp_path / "photos"), "--concept=<toy>"])
-    with pytest.raises(VeneerError, match="no labeled images"):
+    with raises(OptionError, option="job", given=taught.name):
         begin(studio, space, Wanted(model="shipped", source="again", job=taught.name))
 
 

@@ -26,7 +26,7 @@ class Canvas:
 def test_drawings_are_bounded() -> None:
     canvas = Canvas()
     for wrong in ("1000000000000", "-1", "8", "x", "²"):
-        with pytest.raises(gr.Error, match="at most 8 layers"):
+        with pytest.raises(gr.Error, match=str(LIMITS.layers)):
             canvas.send("a", wrong)
     with pytest.raises(gr.Error):
         canvas.send("x" * 100)

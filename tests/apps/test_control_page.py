@@ -27,12 +27,14 @@ from veneer.apps.workspace import Workspace
 
 import veneer
 from tests.methods.controls import picture, stir
+from tests.raising import raises
 from veneer.cli import parser_for
 from veneer.control.embedding import embedder
 from veneer.control.maps import get
 from veneer.control.sketch import sketch_map
 from veneer.formats import native
 from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError, UnknownName
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.previews import PreviewSettings, previews, read_settings
 
@@ -99,13 +101,15 @@ def test_who_follows_what(studio: Studio) -> None:
     }
     assert page.follower(here, "unsaid", "blur").condition == "blur"
     assert page.follower(here, "lines", "blur").condition == "canny", "what its file says counts"
-    for name, condition, why in (
-        (None, None, "no control is chosen"), ("../lines", None, "no adapter '../lines' of yours"),
-        ("style", None, "follows nothing"), ("unsaid", "sepia", "no 'sepia'"),
-    ):  # fmt: skip
-        with pytest.raises(VeneerError, match=why):
+    for name, condition, data in (
+        (None, None, {"option": "control", "given": None}),
+        ("../lines", None, {"name": "../lines", "kind": "adapter"}),
+        ("style", None, {"option": "control", "given": "style"}),
+        ("unsaid", "sepia", {"name": "sepia", "kind": "condition"}),
+    ):
+        with raises(VeneerError, **data):
             page.follower(here, name, condition)
-    with pytest.raises(VeneerError, match="no adapter 'lines' of yours"):
+    with raises(UnknownName, name="lines", kind="adapter"):
         page.follower(Workspace(studio.root, "eve"), "lines")
 
 
@@ -141,18 +145,23 @@ def test_the_map_has_the_size_of_the_picture(studio: Studio, base: str) -> None:
 def test_what_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("<html><script>alert(1)</script>")
     empty = png(Image.new("RGBA", (384, 384)))
-    for given, why in (
-        (Brought("sketch"), "sketch is empty"), (Brought("sketch", empty), "sketch is empty"),
-        (Brought("sketch", png(Image.new("RGB", (384, 384), "white"))), "sketch is empty"),
-        (Brought("sketch", b"GIF8, or not"), "damaged GIF"), (Brought("sketch", b"\0" * 100), "the sketch: "),
-        (Brought("sketch", png(Image.new("1", (6000, 6000)))), "the sketch: 6,000 x 6,000 pixels"),
-        (Brought("photo"), "no picture yet"), (Brought("photo", None, str(tmp_path / "x.png")), "a web page"),
-        (Brought("disk"), "choose what to follow"),
-    ):  # fmt: skip
-        with pytest.raises(VeneerError, match=why) as error:
+    no_lines: dict[str, object] = {"where": "sketch", "given": "empty"}
+    cases: tuple[tuple[Brought, dict[str, object]], ...] = (
+        (Brought("sketch"), no_lines),
+        (Brought("sketch", empty), no_lines),
+        (Brought("sketch", png(Image.new("RGB", (384, 384), "white"))), no_lines),
+        (Brought("sketch", b"GIF8, or not"), {"file": "the sketch", "given": "damaged GIF"}),
+        (Brought("sketch", b"\0" * 100), {"file": "the sketch", "given": "unknown"}),
+        (Brought("sketch", png(Image.new("1", (6000, 6000)))), {"file": "the sketch", "given": (6000, 6000)}),
+        (Brought("photo"), {"option": "picture", "given": None}),
+        (Brought("photo", None, str(tmp_path / "x.png")), {"file": "x.png", "given": "HTML"}),
+        (Brought("disk"), {"option": "source", "given": "disk"}),
+    )
+    for given, data in cases:
+        with raises(VeneerError, **data) as error:
             page.guide("canny", given, (64, 64))
         assert str(tmp_path) not in str(error.value)
-    with pytest.raises(VeneerError, match="follows a picture"):
+    with raises(OptionError, option="source", given="sketch", expected=("photo",)):
         page.guide("image", Brought("sketch", sketch()), (64, 64))
 
 
@@ -182,19 +191,22 @@ def test_a_picture_as_a_prompt(studio: Studio, base: str, tmp_path: Path) -> Non
     steps = page.draw(studio, found, "prompt", wish(base, count=2), Brought("photo", None, str(tmp_path / "p.png")), 1, 0, 1)
     *_, (shown, _) = steps
     assert len(shown) == 5
-    with pytest.raises(VeneerError, match="no picture yet"):
+    with raises(OptionError, option="picture", given=None):
         list(page.draw(studio, found, "prompt", wish(base), Brought("photo"), 1, 0, 1))
 
 
 @pytest.mark.parametrize(
-    ("given", "count", "why"),
+    ("given", "count", "option", "wrong"),
     [
-        ((9, 0, 1), 1, "strength is 9"), (("x", 0, 1), 1, "strength is x"), ((1, 0.6, 0.4), 1, "begin at 0.6"),
-        ((1, -1, 1), 1, "start is -1"), ((1, 0, 1), LIMITS.pictures, "32 pictures; expected at most 16"),
+        ((9, 0, 1), 1, "strength", 9),
+        (("x", 0, 1), 1, "strength", "x"),
+        ((1, 0.6, 0.4), 1, "start", (0.6, 0.4)),
+        ((1, -1, 1), 1, "start", -1),
+        ((1, 0, 1), LIMITS.pictures, "pictures", 2 * LIMITS.pictures),
     ],
-)  # fmt: skip
-def test_what_is_beyond_the_limits_is_refused(given: Sequence[Any], count: int, why: str) -> None:
-    with pytest.raises(VeneerError, match=why):
+)
+def test_what_is_beyond_the_limits_is_refused(given: Sequence[Any], count: int, option: str, wrong: Any) -> None:
+    with raises(OptionError, option=option, given=wrong):
         list(page.draw(Any, Follower(Path("x"), "canny"), "x", wish("x", count=count), Brought("sketch"), *given))  # type: ignore[arg-type]
 
 
@@ -250,17 +262,23 @@ def test_presets_of_a_control_have_their_steps_and_minutes(tmp_path: Path) -> No
 def test_what_cannot_be_taught_is_refused_and_leaves_nothing(studio: Studio, base: str, tmp_path: Path) -> None:
     picture(0, 64).save(tmp_path / "one.png")
     stranger = Workspace(studio.root, "stranger")
-    for lesson, why in (
-        (Lesson("lora", "canny", base), "method: choose one of"), (Lesson("ip_adapter", "canny", base), "can follow image"),
-        (Lesson("controlnet", "--out=/", base), "can follow canny"),
-        (Lesson("controlnet", "canny", "--debug"), "no '--debug' here"),
-        (Lesson("controlnet", "canny", base, steps=10**9), "steps is 1000000000"),
-        (Lesson("controlnet", "canny", base, drawn="x"), "pictures drawn is x"),
-        (Lesson("controlnet", "canny", base, drawn=10**9), "pictures drawn is 1000000000"),
-        (Lesson("controlnet", "canny", base, photos=[str(tmp_path / "one.png")]), "one picture is too few"),
-        (Lesson("controlnet", "canny", base, photos=["x"] * (LIMITS.photos + 1)), "expected at most"),
-    ):  # fmt: skip
-        with pytest.raises(VeneerError, match=why):
+    one, many = [str(tmp_path / "one.png")], ["x"] * (LIMITS.photos + 1)
+    cases: tuple[tuple[Lesson, dict[str, Any]], ...] = (
+        (Lesson("lora", "canny", base), {"option": "method", "given": "lora"}),
+        (Lesson("ip_adapter", "canny", base), {"option": "condition", "given": "canny", "expected": ("image",)}),
+        (Lesson("controlnet", "--out=/", base), {"option": "condition", "given": "--out=/"}),
+        (Lesson("controlnet", "canny", "--debug"), {"where": "base", "given": "--debug"}),
+        (Lesson("controlnet", "canny", base, steps=10**9), {"option": "steps", "given": 10**9}),
+        (Lesson("controlnet", "canny", base, drawn="x"), {"option": "pictures drawn", "given": "x"}),
+        (Lesson("controlnet", "canny", base, drawn=10**9), {"option": "pictures drawn", "given": 10**9}),
+        (
+            Lesson("controlnet", "canny", base, photos=one),
+            {"option": "photos", "given": 1, "expected": 2},
+        ),
+        (Lesson("controlnet", "canny", base, photos=many), {"where": "photos", "given": len(many), "expected": LIMITS.photos}),
+    )
+    for lesson, data in cases:
+        with raises(VeneerError, **data):
             teaching.begin(studio, stranger, lesson)
     assert not stranger.all_jobs()
     assert not stranger.given.exists() or not list(stranger.given.iterdir())

@@ -23,8 +23,10 @@ from veneer.pipelines.generate import draws
 
 import veneer
 from tests.methods.controls import stir
+from tests.raising import carries, raises
 from veneer.formats import native
 from veneer.injection import VeneerError
+from veneer.injection.errors import ConditionError, OptionError, UnknownName
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.previews import PreviewSettings, previews, read_settings, save_png
 
@@ -143,14 +145,21 @@ def test_what_is_no_settings_is_refused(studio: Studio, tmp_path: Path) -> None:
         info = PngImagePlugin.PngInfo()
         info.add_itxt("veneer", json.dumps(value))
         picture.save(tmp_path / f"{name}.png", pnginfo=info)
-    for name, why in {
-        "bare": "holds no settings", "text": "SVG", "huge": "pixels", "steps": "steps is 1000000000", "seed": "seed is 1; rm",
-        "scale": "strength is", "list": "not those of a picture", "deep": "prompt is empty",
-    }.items():  # fmt: skip
-        with pytest.raises(VeneerError, match=why) as error:
+    cases: dict[str, dict[str, Any]] = {
+        "bare": {"file": "bare.png", "where": "settings", "given": None},
+        "text": {"file": "text.png", "given": "SVG"},
+        "huge": {"file": "huge.png", "where": "max_pixels"},
+        "steps": {"option": "steps", "given": 10**9},
+        "seed": {"option": "seed", "given": "1; rm"},
+        "scale": {"option": "strength", "given": 1e9},
+        "list": {"file": "list.png", "where": "settings", "given": [1]},
+        "deep": {"option": "prompt", "given": ""},
+    }
+    for name, data in cases.items():
+        with raises(VeneerError, **data) as error:
             generate.settings_of(here, tmp_path / f"{name}.png")
         assert str(tmp_path) not in str(error.value)
-    with pytest.raises(VeneerError, match="no picture is chosen"):
+    with raises(OptionError, option="picture", given=None):
         generate.settings_of(here, None)
     html = "<b>x</b>"
     save_png(picture, tmp_path / "html.png", {**base, "adapters": [{"file": html, "scale": 1}]})
@@ -169,20 +178,20 @@ def huge() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("given", "option", "wrong"),
     [
-        ({"prompt": " "}, "prompt is empty"),
-        ({"prompt": "a" * (LIMITS.text + 1)}, "prompt: 1,001 characters"),
-        ({"steps": LIMITS.steps + 1}, "steps is 101"),
-        ({"steps": None}, "steps is empty"),
-        ({"guidance": "nan"}, "guidance is nan"),
-        ({"width": LIMITS.side + 8}, "width is 1032"),
-        ({"width": 64, "height": 0}, "one side"),
-        ({"count": LIMITS.pictures + 1}, "number of pictures is 17"),
-        ({"seed": -1}, "seed is -1"),
+        ({"prompt": " "}, "prompt", ""),
+        ({"prompt": "a" * (LIMITS.text + 1)}, "prompt", LIMITS.text + 1),
+        ({"steps": LIMITS.steps + 1}, "steps", LIMITS.steps + 1),
+        ({"steps": None}, "steps", None),
+        ({"guidance": "nan"}, "guidance", "nan"),
+        ({"width": LIMITS.side + 8}, "width", LIMITS.side + 8),
+        ({"width": 64, "height": 0}, "size", (0, 64)),
+        ({"count": LIMITS.pictures + 1}, "number of pictures", LIMITS.pictures + 1),
+        ({"seed": -1}, "seed", -1),
     ],
 )
-def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], why: str) -> None:
+def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], option: str, wrong: Any) -> None:
     usual = {
         "base": "shipped",
         "prompt": "a cat",
@@ -194,7 +203,7 @@ def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], why: str) -
         "height": 64,
     }
     assert wished(**usual, count=1).size == (64, 64)
-    with pytest.raises(VeneerError, match=why):
+    with raises(OptionError, option=option, given=wrong):
         wished(**{**usual, "count": 1, **given})
 
 
@@ -238,26 +247,31 @@ def test_a_classifier_is_not_drawn_with(tmp_path: Path) -> None:
 def test_adapters_are_bounded_looked_up_and_own(studio: Studio, base: str) -> None:
     here = studio.workspace(None)
     assert generate.plain_adapters(here) == ["style", "word"], "what follows maps is drawn with elsewhere"
-    for names, strengths, way, count, why in (
-        (["../style"], [1], "with", 1, "no adapter '../style' of yours"),
-        (["style"], [9], "with", 1, "strength of style is 9"),
-        (["style", "style"], [1, 1], "with", 1, "there twice"),
-        (["a"] * 9, [1] * 9, "with", 1, "9 adapters; expected at most 8"),
-        ([], [], "both", 1, "no adapter to compare"),
-        (["style"], [1], "sweep", 3, "18 pictures; expected at most 16"),
-        (["style"], [1], "both", 9, "18 pictures; expected at most 16"),
-        (["style"], [1], "all", 1, "choose what to draw"),
-        (["maps"], [1], "with", 1, "follows a picture"),
-    ):
-        with pytest.raises(VeneerError, match=why):
+    too_many = {"option": "pictures", "given": 18, "expected": 16}
+    cases: tuple[tuple[list[str], list[int], str, int, dict[str, Any]], ...] = (
+        (["../style"], [1], "with", 1, {"name": "../style", "kind": "adapter"}),
+        (["style"], [9], "with", 1, {"option": "strength of style", "given": 9}),
+        (["style", "style"], [1, 1], "with", 1, {"option": "adapters", "given": ("style", "style")}),
+        (["a"] * 9, [1] * 9, "with", 1, {"option": "adapters", "given": 9, "expected": 8}),
+        ([], [], "both", 1, {"option": "adapters", "given": 0}),
+        (["style"], [1], "sweep", 3, too_many),
+        (["style"], [1], "both", 9, too_many),
+        (["style"], [1], "all", 1, {"option": "way", "given": "all"}),
+    )
+    for names, strengths, way, count, data in cases:
+        with raises(VeneerError, **data):
             last(studio, wish(base, count=count), names, strengths, way)
-    with pytest.raises(VeneerError, match="no adapter 'style' of yours"):
+    with pytest.raises(ConditionError):
+        last(studio, wish(base, count=1), ["maps"], [1], "with")
+    with raises(UnknownName, name="style", kind="adapter"):
         list(generate.draw(studio, Workspace(studio.root, "eve"), wish(base), ["style"], [1], "with"))
 
 
 def test_refusals_of_a_generator_are_shown(studio: Studio, base: str) -> None:
-    with pytest.raises(gr.Error, match="no adapter"):
+    with pytest.raises(gr.Error) as caught:
         list(explained(generate.draw)(studio, studio.workspace(None), wish(base), ["x"], [1], "with"))
+    assert caught.value.__cause__ is not None
+    carries(caught.value.__cause__, name="x", kind="adapter")
 
 
 def test_fields_follow_the_base_and_old_pictures_go(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from veneer.apps import guard as module
 from veneer.apps.guard import MARGIN, Guard, Refused
 from veneer.apps.limits import LIMITS
 
+from tests.raising import raises
+
 SMALL = replace(LIMITS, request_bytes=1000, drawing_bytes=5000, file_bytes=10_000, disk_free=1)
 JOIN, DRAWN, UPLOAD = (f"/gradio_api/{way}" for way in ("queue/join", "component_server", "upload"))
 
@@ -68,7 +70,7 @@ def test_bodies_are_bounded_whatever_length_they_claim() -> None:
 def test_uploads_are_counted_as_they_come(tmp_path: Path) -> None:
     assert ask("POST", UPLOAD, tmp_path, content=pieces(100)).status_code == 200
     assert ask("POST", UPLOAD, tmp_path, content=b"x" * (10_001 + MARGIN)).status_code == 413
-    with pytest.raises(MultiPartException, match="10,000 bytes at once"):
+    with pytest.raises(MultiPartException, match="10,000"):
         ask("POST", UPLOAD, tmp_path, content=pieces(101 + MARGIN // 100))
 
 
@@ -86,7 +88,7 @@ def test_after_a_minute_one_may_try_to_log_in_again(monkeypatch: pytest.MonkeyPa
         if let_in:
             guard._check_logins()
         else:
-            with pytest.raises(Refused, match="Too many tries"):
+            with raises(Refused, status=429):
                 guard._check_logins()
 
 

@@ -20,7 +20,10 @@ from veneer.apps.pages._verdict import verdict
 from veneer.apps.studio import Studio, escaped
 from veneer.apps.workspace import Workspace
 
+from apps.pages._job import ENDED
+from tests.raising import raises
 from veneer.injection import VeneerError
+from veneer.injection.errors import StateError, UnknownName
 from veneer.training.phases import PhaseReport
 from veneer.training.progress import Progress, ProgressFile
 
@@ -139,9 +142,9 @@ def test_buttons_follow_the_state(tmp_path: Path) -> None:
         return {name: seen(studio)[PARTS.index(name)].visible for name in ("stop", "on", "delete")}
 
     assert visible() == {"stop": True, "on": False, "delete": False}
-    with pytest.raises(VeneerError, match="stop it first"):
+    with raises(StateError, where=job.name, given="waiting", expected=ENDED):
         remove(studio.workspace(None), job.name)
-    with pytest.raises(VeneerError, match="only a job that was stopped"):
+    with raises(StateError, where=job.name, given="waiting", expected=("stopped", "failed")):
         go_on(studio.workspace(None), job.name)
     before = seen(studio)[-1]
     job.stop()
@@ -162,7 +165,7 @@ def test_a_deleted_job_takes_what_it_was_given_and_nothing_else(tmp_path: Path) 
     job.stop()
     remove(workspace, job.name)
     assert (given.exists(), another.exists(), outside.exists(), job.folder.exists()) == (False, True, True, False)
-    with pytest.raises(VeneerError, match="there is no job"):
+    with raises(UnknownName, name="..", kind="job"):
         remove(workspace, "..")
 
 
@@ -211,7 +214,7 @@ def test_no_more_go_on_than_may_wait(tmp_path: Path) -> None:
     stopped.stop()
     for _ in range(LIMITS.jobs):
         studio.begin(here, "teach", "a toy", ["personalize"])
-    with pytest.raises(VeneerError, match="of your jobs wait or run already"):
+    with raises(VeneerError, where="jobs", expected=LIMITS.jobs):
         go_on(here, stopped.name)
     assert stopped.state == "stopped"
 

@@ -25,9 +25,11 @@ from veneer.apps.server import AppConfig, _cache, _own, app, build, read_logins
 from veneer.apps.studio import Studio
 from veneer.apps.workspace import Workspace
 
+from apps.guard import Refused
 from tests.apps.browser import Small
 from tests.apps.small_server import SMALL
-from veneer.injection import VeneerError
+from tests.raising import raises
+from veneer.injection.errors import OptionError
 
 LOGIN = "anna:correct horse"
 
@@ -131,7 +133,7 @@ def test_uploads_are_bounded_and_what_is_refused_leaves_nothing(served: Served) 
 
 def test_uploads_leave_some_of_the_disk(served: Served) -> None:
     guard = Guard(lambda *given: None, files=served.files, limits=replace(SMALL, disk_free=2**60))  # type: ignore[arg-type, return-value]
-    with pytest.raises(Exception, match="nearly full"):
+    with raises(Refused, status=507):
         guard._check_disk(0)
 
 
@@ -234,15 +236,15 @@ def test_who_may_come_in(tmp_path: Path) -> None:
     assert read_logins((str(file), "c:87654321")) == [("anna", "12345678"), ("bob", " with:colon:s"), ("c", "87654321")]
     assert read_logins(()) == []
     for wrong in ("anna", "anna:short", ":12345678", "x" * 5000, "anna\0:1"):
-        with pytest.raises(VeneerError, match="NAME:PASSWORD"):
+        with raises(OptionError, option="auth", expected="NAME:PASSWORD"):
             read_logins((wrong,))
-    with pytest.raises(VeneerError) as caught:
+    with raises(OptionError, option="auth", expected="NAME:PASSWORD", given=None) as caught:
         read_logins(("my secret password",))
     assert "secret" not in str(caught.value), "what was meant as a password is not printed"
-    with pytest.raises(VeneerError, match="'anna' is there twice"):
+    with raises(OptionError, option="auth", given="anna"):
         read_logins(("anna:12345678", "anna:87654321"))
     file.write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(VeneerError, match="cannot be read"):
+    with raises(OptionError, option="auth", file=file, given="unreadable"):
         read_logins((str(file),))
 
 
@@ -262,9 +264,9 @@ def test_hosts_that_need_a_login(tmp_path: Path) -> None:
     for host, mine in {**own, **dict.fromkeys(other, False)}.items():
         assert _own(host) is mine, host
         if not mine:
-            with pytest.raises(VeneerError, match="Say who may, with --auth"):
+            with raises(OptionError, option="auth", where="host"):
                 app(AppConfig(host=host, workspace=tmp_path / "none"))
-    with pytest.raises(VeneerError, match="--share lets others in"):
+    with raises(OptionError, option="auth", where="share"):
         app(AppConfig(share=True, workspace=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 

@@ -13,6 +13,7 @@ import pytest
 from veneer.apps.limits import LIMITS
 from veneer.apps.studio import Studio, escaped, explained
 
+from tests.raising import raises
 from veneer.injection import VeneerError
 
 
@@ -28,7 +29,7 @@ def test_no_more_jobs_wait_than_is_allowed(tmp_path: Path) -> None:
     studio = Studio.at(tmp_path)
     mine = studio.workspace(None)
     begun = [studio.begin(mine, "teach", "a toy", ["personalize"]) for _ in range(LIMITS.jobs)]
-    with pytest.raises(VeneerError, match=f"{LIMITS.jobs} of your jobs wait or run already"):
+    with raises(VeneerError, where="jobs", given=LIMITS.jobs, expected=LIMITS.jobs):
         studio.begin(mine, "teach", "a toy", ["personalize"])
     assert len(mine.all_jobs()) == LIMITS.jobs
     begun[0].stop()

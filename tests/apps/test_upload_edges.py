@@ -18,6 +18,7 @@ from veneer.apps.uploads import take_adapter, take_photos
 from veneer.apps.zips import take_zip
 
 import veneer
+from tests.raising import raises
 from veneer.injection import VeneerError
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -66,7 +67,7 @@ def test_a_refused_zip_leaves_what_was_there(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(VeneerError, match="leads out"):
+    with raises(VeneerError, where="name", given="../a.png"):
         take_zip(zipped(tmp_path / "a.zip", ["../a.png"]), out)
     assert files(out) == ["mine.txt"]
 
@@ -89,7 +90,7 @@ def test_a_learned_word_in_a_picture_is_no_safetensors_file(tmp_path: Path) -> N
     path = tmp_path / "toy.safetensors"
     Image.new("RGB", (32, 32)).save(path, "PNG", pnginfo=info)
     assert veneer.formats.format_of(veneer.formats.read(path)) is not None, "it could be loaded, but not by that name"
-    with pytest.raises(VeneerError, match="a picture with a learned word in it"):
+    with raises(VeneerError, file="toy.safetensors", given="image", expected=".safetensors"):
         take_adapter(path, tmp_path / "kept", "toy.safetensors")
     assert not (tmp_path / "kept").exists()
 
