@@ -285,9 +285,17 @@ def test_what_is_no_adapter_is_refused_unopened(tmp_path: Path) -> None:
     path.parent.mkdir()
     huge = struct.pack("<Q", 2**62) + b"{" * 100
     deep = json.dumps({"a": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}).encode()
-    for data in (pickle.dumps(_Evil()), huge, struct.pack("<Q", len(deep)) + deep, b"", png(), b"<html>"):
+    cases: tuple[tuple[bytes, dict[str, object]], ...] = (
+        (pickle.dumps(_Evil()), {"given": "pickle"}),
+        (huge, {"where": "header", "given": 2**62}),
+        (struct.pack("<Q", len(deep)) + deep, {}),
+        (b"", {"given": "short"}),
+        (png(), {"where": "header"}),
+        (b"<html>", {"given": "short"}),
+    )
+    for data, wrong in cases:
         path.write_bytes(data)
-        with raises(VeneerError, file="x.safetensors") as caught:
+        with raises(VeneerError, file="x.safetensors", **wrong) as caught:
             take_adapter(path, kept, "x.safetensors")
         assert str(path) not in str(caught.value)
         assert "x.safetensors" in str(caught.value)

@@ -110,8 +110,9 @@ def test_another_change_is_not_kept_where_it_depends_on_the_base(
     monkeypatch.setattr(
         type(lycoris.BY_METHOD["dora"]), "write", lambda _, group: (t := write(group)) | {"dora_scale": t["dora_scale"] * slip}
     )
-    with pytest.raises(SaveError, match=r"'unet\.conv_\w+' would change by"):
+    with raises(SaveError, file=tmp_path / "out.safetensors") as caught:
         convert(ConvertConfig(path, "lycoris", str(base), tmp_path / "out"))
+    assert caught.value.where.startswith("unet.conv_")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -134,7 +135,7 @@ def test_what_is_not_carried_is_said(files: Any, base: Path, tmp_path: Path) -> 
 
 def test_methods_that_the_format_has_no_place_for(base: Path, tmp_path: Path) -> None:
     path = fill(attach(tiny_pipeline("sd"), "bitfit")).save(tmp_path / "a")
-    with pytest.raises(SaveError, match="is bitfit; kohya's LoRA files hold lora"):
+    with raises(SaveError, given="bitfit", expected="lora"):
         convert(ConvertConfig(path, "kohya", str(base), tmp_path / "out"))
     assert list(tmp_path.iterdir()) == [path]
 
@@ -149,7 +150,7 @@ def test_another_change_is_not_kept(files: Any, base: Path, tmp_path: Path, monk
         return pair._replace(up=pair.up * slip) if "conv_in" in place.names[0] else pair
 
     monkeypatch.setattr(_placed, "joined", wrong)
-    with pytest.raises(SaveError, match=r"'unet\.conv_in' would change by .*Nothing was written"):
+    with raises(SaveError, where="unet.conv_in"):
         convert(ConvertConfig(files[0]["native"], "kohya", str(base), tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
@@ -158,9 +159,9 @@ def test_the_model_is_as_before(files: Any, tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
     formats.convert(pipe, files[0]["diffusers"], "kohya", tmp_path / "out")
     assert veneer.attachments(pipe) == []
-    with pytest.raises(SaveError, match="is there already"):
+    with raises(SaveError, file=tmp_path / "out.safetensors", given="exists"):
         formats.convert(pipe, files[0]["diffusers"], "kohya", tmp_path / "out")
-    with pytest.raises(LoadError, match="made for"):
+    with raises(LoadError, file=files[0]["diffusers"]):
         formats.convert(tiny_pipeline("dit"), files[0]["diffusers"], "kohya", tmp_path / "other")
     assert veneer.attachments(pipe) == []
 
