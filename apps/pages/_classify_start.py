@@ -237,7 +237,7 @@ def checked(data: str, name: str) -> None:
     try:
         found = find_pictures(data)
     except DataError as error:
-        raise VeneerError.from_error(error, str(error).replace(data, shown(name)), file=shown(name)) from error
+        raise VeneerError.from_error(error, str(error).replace(data, shown(name)), file=name) from error
     if len(found.classes) < 2:
         raise VeneerError(
             f"{shown(name)}: one class, {shown(found.classes[0])}; expected at least two: a folder for each, with its pictures.",

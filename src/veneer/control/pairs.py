@@ -132,8 +132,8 @@ def _by_name(source: Path, what: str, names: Mapping[Photo, str]) -> dict[str, l
         found.setdefault(name, []).append(photo)
     twice = [[each.path.name for each in group] for group in found.values() if len(group) > 1]
     if twice:
-        names = "; ".join(" and ".join(group) for group in twice)
-        message = f"{source}: {what} of one name: {names}; expected one of each name. Rename or remove one."
+        listing = "; ".join(" and ".join(group) for group in twice)
+        message = f"{source}: {what} of one name: {listing}; expected one of each name. Rename or remove one."
         raise DataError(message, file=source, where=what, given=tuple(chain.from_iterable(twice)))
     return found
 

@@ -98,8 +98,8 @@ def concerns(photos: Sequence[Photo], resolution: int | None = None, concept: st
     if resolution is not None:
         small = {p.path.name: p.size for p in photos if min(p.size) < resolution}
         if small:
-            names = ", ".join(f"{name} ({width} x {height})" for name, (height, width) in small.items())
-            message = f"smaller than the training resolution of {resolution}, so they will look blurred: {names}."
+            sizes = ", ".join(f"{name} ({width} x {height})" for name, (height, width) in small.items())
+            message = f"smaller than the training resolution of {resolution}, so they will look blurred: {sizes}."
             found.append(DataWarning(message, where="size", given=tuple(small), expected=resolution))
     if concept:
         silent = [p.path.name for p in photos if p.caption is not None and not p.is_prior and not mentions(concept, p.caption)]
