@@ -119,7 +119,7 @@ def _number(text: str) -> bool:
 class _Reader(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = message.replace("argument ", "").replace("--", "")
-        wrong = re.match(r"([\w.-]+): invalid (int value|float value|choice): ('[^']*'|.*)", message, re.DOTALL)
+        wrong = re.match(r"([\w.-]+)[\w./-]*: invalid (int value|float value|choice): ('[^']*'|.*)", message, re.DOTALL)
         name, kind, value = wrong.groups() if wrong else (message.partition(":")[0], "", "")
         if kind.endswith("value"):
             message = f"{name.replace('-', ' ')} is {value}; expected a {'whole number' if kind[0] == 'i' else 'number'}."
