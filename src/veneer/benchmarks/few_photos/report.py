@@ -9,7 +9,7 @@ from veneer.training.metrics import Figure, figure
 
 from .scores import kept
 
-KEPT = ("prompt", "contrast", "ground", "place")
+KEPT = ("prompt", "ground", "place")
 """Scores of placed prompts that are read as shares of the base's."""
 
 ALL = "all"
@@ -100,7 +100,7 @@ def similarity_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
 
 
 def prompt_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
-    """Prompt similarity and contrast, ground and place with the share kept of the base's, drift, and time."""
+    """Prompt similarity, ground and place with the share kept of the base's, drift, and time."""
     heads = ["preset", "subject"]
     for name in KEPT:
         heads += [f"{name}: base", "trained", "kept"]
@@ -109,7 +109,7 @@ def prompt_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
     for row in rows:
         cells = [row["preset"], row["subject"]]
         for name in KEPT:
-            percent = name in ("ground", "place")
+            percent = name != "prompt"
             cells += [cell(row.get(f"{name}.{side}"), percent=percent) for side in ("base", "trained")]
             cells.append(cell(row.get(f"{name}.kept"), percent=True))
         cells += [cell(row.get(f"{key}.drift")) for key in judges]
