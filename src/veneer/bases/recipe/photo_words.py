@@ -45,6 +45,7 @@ _NAMES = {
     "heater": "Air conditioning - Internal unit",
     "hooks": "Wall hanger",
     "hoop": "Basketball net",
+    "hotdog": "Hot dog",
     "intercom": "Intercom with screen",
     "jar": "Cosmetics pot; Pottery",
     "jug": "Creamer; Old jar",
