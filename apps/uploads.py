@@ -11,6 +11,7 @@ from PIL import Image
 
 from veneer.formats import format_of, read
 from veneer.injection import VeneerError
+from veneer.injection.errors import LoadError
 from veneer.training.photos import PhotoError, PhotoLimits, Picture, decode, read_bytes
 
 from .limits import LIMITS, MIB, Limits
@@ -128,8 +129,8 @@ def take_adapter(path: str | Path, folder: Path, name: str, limits: Limits = LIM
 def _check_adapter(path: Path, name: str) -> None:
     try:
         file = read(path)
-    except VeneerError as error:
-        raise VeneerError.from_error(error, str(error).replace(str(path), shown(name)), file=shown(name)) from error
+    except LoadError as error:
+        raise LoadError.from_error(error, str(error).replace(str(path), shown(name)), file=shown(name)) from error
     if file.held is not None:
         message = f"{shown(name)}: an image with a token embedding in it; expected a .safetensors file."
         raise VeneerError(message, file=shown(name), given="image", expected=".safetensors")

@@ -26,6 +26,7 @@ import veneer
 from tests.methods.controls import picture as drawn
 from tests.raising import raises
 from veneer.injection import VeneerError
+from veneer.injection.errors import LoadError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.photos import PhotoError, read_photo
 
@@ -69,7 +70,7 @@ Image.new("RGB", (32, 32), "red").save(ANIMATED, "GIF", save_all=True, append_im
         ("a.png", SVG, "SVG"),
         ("a.jpg", b"<!DOCTYPE html><html><script>alert(1)</script>", "HTML"),
         ("a.png", png()[:-30], "damaged"),
-        ("a.png", png()[:20], "damaged PNG"),
+        ("a.png", png()[:20], "damaged"),
         ("a.png", b"", "empty"),
         ("a.png", huge_png(20_000, 15_000), 300_000_000),
         ("<img src=x onerror=alert(1)>.png", b"x", "text"),
@@ -127,7 +128,7 @@ def test_pictures_are_taken_under_plain_names_and_written_anew(tmp_path: Path) -
 )
 def test_names_that_lead_out_are_refused_whole(tmp_path: Path, name: str) -> None:
     path = zipped(tmp_path / "a.zip", {"cat/a.png": png(), name: png()})
-    with raises(VeneerError, where="name", given=name):
+    with raises(VeneerError, where="name", given=name.replace("\\", "/")):
         take_zip(path, tmp_path / "in" / "here")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.zip", "in"][: 1 + (tmp_path / "in").exists()]
 
@@ -290,12 +291,12 @@ def test_what_is_no_adapter_is_refused_unopened(tmp_path: Path) -> None:
         (huge, {"where": "header", "given": 2**62}),
         (struct.pack("<Q", len(deep)) + deep, {}),
         (b"", {"given": "short"}),
-        (png(), {"where": "header"}),
+        (png(), {"missing": ("sd-ti-embedding",)}),
         (b"<html>", {"given": "short"}),
     )
     for data, wrong in cases:
         path.write_bytes(data)
-        with raises(VeneerError, file="x.safetensors", **wrong) as caught:
+        with raises(LoadError, file="x.safetensors", **wrong) as caught:
             take_adapter(path, kept, "x.safetensors")
         assert str(path) not in str(caught.value)
         assert "x.safetensors" in str(caught.value)
