@@ -16,7 +16,7 @@ from tests.raising import raises
 from veneer.classifying.compared import lines_of, table, verdict, write_picture
 from veneer.classifying.comparing import Measured, rows_of
 from veneer.injection import UnknownName
-from veneer.injection.errors import OptionError
+from veneer.injection.errors import OptionError, UnknownOption
 
 
 def test_rows_are_read_as_they_are_written() -> None:
@@ -51,7 +51,7 @@ def test_what_cannot_be_read_is_refused(written: str, option: str, given: Any) -
 def test_unknown_methods_and_options_are_refused() -> None:
     with raises(UnknownName, name="loro", kind="method"):
         rows_of("loro")
-    with pytest.raises(TypeError, match="rnk"):
+    with raises(UnknownOption, name="rnk", where="lora"):
         rows_of("lora(rnk=2)")
 
 

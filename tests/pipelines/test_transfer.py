@@ -23,7 +23,7 @@ from veneer.classifying.config import TransferConfig
 from veneer.classifying.predicting import Predictor, open_predictor
 from veneer.classifying.selection import read_epochs
 from veneer.injection import VeneerError
-from veneer.injection.errors import OptionError, SelectionError, UnknownName, UnsupportedSite
+from veneer.injection.errors import OptionError, SelectionError, UnknownName, UnknownOption, UnsupportedSite
 from veneer.training.photos import DataError
 from veneer.training.preflight import PreflightError
 
@@ -256,7 +256,7 @@ def test_what_cannot_work_is_said_before_training(tmp_path: Path, pictures: Path
     ):
         with raises(error, **data):
             transfer(config(pictures, models["vit"], tmp_path / "run", **options))
-    with pytest.raises(TypeError, match="rnk"):
+    with raises(UnknownOption, name="rnk", where="lora"):
         transfer(config(pictures, models["vit"], tmp_path / "run", method="lora", options={"lora": {"rnk": 3}}))
     with raises(UnsupportedSite, method="textual_inversion") as caught:
         transfer(config(pictures, models["vit"], tmp_path / "run", method="textual_inversion"))
