@@ -16,6 +16,7 @@ from veneer.training import targets
 from veneer.training.config import PRESETS, preset_steps
 from veneer.training.costs import STATES
 from veneer.training.estimates import size
+from veneer.training.method_names import SHORTHANDS, split_methods
 from veneer.training.personal import PersonalizeConfig, teachable
 
 from ..jobs import Job
@@ -65,7 +66,7 @@ def method_names(all_of_them: bool) -> list[str]:
     """
     tuned = [name for name in bases.preset("shipped").training if not methods.get(name).conditions]
     others = [name for name in teachable() if name not in tuned] if all_of_them else []
-    return [*targets.SHORTHANDS, *tuned, *others]
+    return [*SHORTHANDS, *tuned, *others]
 
 
 def main_method(method: str) -> str:
@@ -74,7 +75,7 @@ def main_method(method: str) -> str:
     Raises:
         VeneerError: there is no such method.
     """
-    return targets.split_methods(bounded(method, "method"))[-1]
+    return split_methods(bounded(method, "method"))[-1]
 
 
 def options_of(method: str) -> list[Field]:

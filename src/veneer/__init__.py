@@ -6,20 +6,42 @@ tuned.save("my-adapter")
 veneer.load(model, "my-adapter.safetensors")
 """
 
-# The packages first: loading one later would put it in the place of the registry of its name.
-from . import hosts as _host_files  # noqa: F401
-from . import methods as _method_files  # noqa: F401
-from .formats import load
-from .injection import Attachment, activate, attach, attachments, hosts, merges, methods, mixed, sites
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .formats import load
+    from .injection import Attachment, activate, attach, attachments, hosts, merges, methods, mixed, sites
 
 __version__ = "0.1.0"
 __all__ = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "merges", "methods", "mixed", "sites"]
 
 
-def __getattr__(name: str) -> object:
-    """`veneer.bases` and `veneer.combining` are imported when they are first used."""
-    if name in ("bases", "combining"):
-        import importlib
+class _Module(ModuleType):
+    """The package, in which `methods` and `hosts` stay the registries when the packages of these names are imported."""
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in ("hosts", "methods") and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Module
+
+
+def __getattr__(name: str) -> object:
+    """Imports public names and submodules when they are first used: `import veneer` alone does not import torch."""
+    import importlib.util
+
+    if name in __all__:
+        module = importlib.import_module(".formats" if name == "load" else ".injection", __name__)
+        return globals().setdefault(name, getattr(module, name))
+    if not name.startswith("_") and importlib.util.find_spec(f".{name}", __name__):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

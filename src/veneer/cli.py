@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from . import __version__
 from .allocator import keep_freed_memory, share_freed_memory
+from .discovery import find_entries
 from .flags import add_flags, values
-from .injection.errors import UnknownName, VeneerError
+from .static_source import class_named, class_of
+from .training.method_names import split_methods
 
 BROKEN_PIPE = 141
 """Exit status of a program that SIGPIPE ends: 128 + 13."""
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = parser_for(given).parse_args(given)
         found.run(found)
         sys.stdout.flush()
-    except (VeneerError, ValueError, TypeError, OSError) as error:
+    except _explained() as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             return BROKEN_PIPE
         if "--debug" in given:
@@ -50,9 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _explained() -> tuple[type[Exception], ...]:
+    """Errors whose message is enough. veneer's own are among them once they are imported; before, none can be raised."""
+    errors = sys.modules.get("veneer.injection.errors")
+    return (ValueError, TypeError, OSError, *([errors.VeneerError] if errors else []))
+
+
 def _told(error: Exception) -> str:
     """The error's sentence; the nearest names, not all of them, if a name is misspelled."""
-    if isinstance(error, UnknownName) and error.close:
+    errors = sys.modules.get("veneer.injection.errors")
+    if errors and isinstance(error, errors.UnknownName) and error.close:
         return f"no {error.kind} {error.name!r}; did you mean {_listed(error.close)}?"
     return str(error)
 
@@ -74,11 +82,21 @@ def _output_is_closed() -> bool:
 
 def console() -> None:
     """The installed `veneer` command, in a process of its own."""
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     if _command(sys.argv[1:]) == "app":
         share_freed_memory()
     else:
         keep_freed_memory()
     sys.exit(main())
+
+
+def complete() -> None:
+    """Answer a shell that completes a command line by argcomplete, and exit."""
+    import argcomplete
+
+    *_, words, _ = argcomplete.split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))
+    argcomplete.autocomplete(parser_for(words[1:]))
 
 
 def _command(given: Sequence[str]) -> str:
@@ -96,11 +114,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
+class _Version(argparse.Action):
+    """Prints the version in the metadata of the installed package."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"veneer {version('veneer')}")
+        parser.exit()
+
+
 def parser_for(given: Sequence[str]) -> argparse.ArgumentParser:
     """The parser for these words: flags are read off the command and the methods that they name."""
     parser = Parser(prog="veneer", description="Thin trained layers on frozen vision and diffusion models.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--version", action="version", version=f"veneer {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the installed version")
     parser.set_defaults(run=lambda found: parser.print_help())
     commands = parser.add_subparsers(metavar="command")
     _check_command(parser, _command(given), COMMANDS)
@@ -122,20 +150,19 @@ def _training(function: str, config_name: str, positional: str) -> Any:
     """A command that trains methods, which have flags of their own."""
 
     def add(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
-        pipeline = importlib.import_module(f"veneer.pipelines.{function}")
-        config = getattr(pipeline, config_name)
-        names = _methods(given, config.method)
-        taken = add_flags(parser, config, positional=(positional,), skip=("options",))
+        module = f"veneer.pipelines.{function}"
+        described = class_of(module, config_name)
+        names = _methods(given, described.method)
+        taken = add_flags(parser, described, positional=(positional,), skip=("options",))
         for name in names:
-            from . import methods
-
             group = parser.add_argument_group(f"options of {name}")
-            taken |= add_flags(group, methods.get(name), skip=("by_site",), prefix=name, taken=taken)
+            taken |= add_flags(group, _described(name), skip=("by_site",), prefix=name, taken=taken)
 
         def run(found: argparse.Namespace) -> object:
+            pipeline = importlib.import_module(module)
             from . import methods
 
-            flags = vars(found)
+            config, flags = getattr(pipeline, config_name), vars(found)
             options = {name: values(methods.get(name), flags, name) for name in names}
             return getattr(pipeline, function)(config(**values(config, flags), options={n: o for n, o in options.items() if o}))
 
@@ -146,8 +173,6 @@ def _training(function: str, config_name: str, positional: str) -> Any:
 
 def _methods(given: Sequence[str], usual: str) -> list[str]:
     """The methods named by `--method`."""
-    from .training.targets import split_methods
-
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     look.add_argument("--method", default=usual)
     try:
@@ -157,15 +182,27 @@ def _methods(given: Sequence[str], usual: str) -> list[str]:
     return [] if named == "zero_shot" else split_methods(named)
 
 
+def _described(method: str) -> Any:
+    """The class of a method, or what `class_of` gives for it."""
+    entry = next((entry for entry in find_entries("veneer.methods", "veneer.methods") if entry.name == method), None)
+    found = class_named(entry) if entry else None
+    if found is None:
+        from . import methods
+
+        return methods.get(method)
+    return found
+
+
 def _plain(module: str, function: str, config: str, positional: Sequence[str] = (), show: bool = False) -> Any:
     """A command that is a function on its config, mostly a pipeline's."""
 
     def add(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
-        pipeline = importlib.import_module(f"veneer.{module}" if "." in module else f"veneer.pipelines.{module}")
-        kind = getattr(pipeline, config)
-        add_flags(parser, kind, positional=positional)
+        path = f"veneer.{module}" if "." in module else f"veneer.pipelines.{module}"
+        add_flags(parser, class_of(path, config), positional=positional)
 
         def run(found: argparse.Namespace) -> None:
+            pipeline = importlib.import_module(path)
+            kind = getattr(pipeline, config)
             result = getattr(pipeline, function)(kind(**values(kind, vars(found))))
             for line in result if show else ():
                 print(line)
@@ -208,13 +245,11 @@ def _sites(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
 def _table(what: str) -> Any:
     def add(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
         def run(found: argparse.Namespace) -> None:
-            import veneer
+            from .listing import rows, support_matrix
 
-            for row in getattr(veneer, what).table():
-                print(f"{row['name']:22}{row['source']:12}{row['about']}")
+            for name, source, about in rows(what):
+                print(f"{name:22}{source:12}{about}")
             if what == "methods":
-                from .testing.matrix import support_matrix
-
                 print(f"\nWhat fits what, by needs and offers:\n\n{support_matrix()}")
 
         parser.set_defaults(run=run)

@@ -7,7 +7,6 @@ import pytest
 from torch import nn
 
 import veneer
-from veneer.injection import registry
 from veneer.injection.errors import UnknownName, VeneerError
 from veneer.injection.method import Method
 from veneer.injection.registry import Registry, host_of, hosts, methods
@@ -30,7 +29,7 @@ def offering(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str, str]) -> 
         point = EntryPoint(name, value, "veneer.methods")
         vars(point).update(dist=Distribution(distribution))
         made.append(point)
-    monkeypatch.setattr(registry, "entry_points", lambda group: made)
+    monkeypatch.setattr("veneer.discovery.entry_points", lambda group: made)
     return Registry(Method, "veneer.methods", "veneer.methods")
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from veneer.injection import methods
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
-from veneer.training import targets
 from veneer.training.config import TrainConfig
 from veneer.training.gradients import AUTOCAST
+from veneer.training.method_names import split_methods
 from veneer.training.run_folder import new_folder
 
 WITHOUT_EFFECT = ("data", "model", "weights", "cache", "resume", "check", "out", "workers", "search")
@@ -178,7 +178,7 @@ class TransferConfig:
 
     def names(self) -> list[str]:
         """Names of the methods; none for `zero_shot`, a CLIP as it is."""
-        return [] if self.method == "zero_shot" else targets.split_methods(self.method)
+        return [] if self.method == "zero_shot" else split_methods(self.method)
 
     def loop(self, per_epoch: int, steps: int) -> TrainConfig:
         """The loop's part: a checkpoint and a look at the validation pictures after every epoch."""

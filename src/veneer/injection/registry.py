@@ -5,30 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import pkgutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from ..discovery import Entry, find_entries
 from .errors import UnknownName, VeneerError
 from .host import Host
 from .method import Method
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a name comes from: a module of this package, another distribution, or a call of `register`."""
-
-    name: str
-    source: str
-    module: str | None = None
-    point: EntryPoint | None = None
 
 
 class Registry(Generic[T]):
@@ -48,7 +35,7 @@ class Registry(Generic[T]):
     @cached_property
     def _entries(self) -> dict[str, Entry]:
         found: dict[str, Entry] = {}
-        for entry in [*self._files(), *self._points()]:
+        for entry in find_entries(self.package, self.group):
             if entry.name in found:
                 raise VeneerError(
                     f"{self.group}: the name '{entry.name}' is provided twice, by {found[entry.name].source} and by "
@@ -58,17 +45,6 @@ class Registry(Generic[T]):
                 )
             found[entry.name] = entry
         return found
-
-    def _files(self) -> Iterator[Entry]:
-        package = importlib.import_module(self.package)
-        for info in pkgutil.walk_packages(package.__path__, f"{self.package}."):
-            stem = info.name.rpartition(".")[2]
-            if not info.ispkg and not stem.startswith("_"):
-                yield Entry(stem, "veneer", module=info.name)
-
-    def _points(self) -> Iterator[Entry]:
-        for point in sorted(entry_points(group=self.group), key=lambda p: p.name):
-            yield Entry(point.name, point.dist.name if point.dist else point.value, point=point)
 
     def names(self) -> list[str]:
         """All known names, sorted."""

@@ -19,23 +19,12 @@ from ..injection.select import NOT
 from ..injection.sites import VocabularySite
 from ..methods.prompt._tokenizer import refuse_taken
 from .gradients import LossStep
+from .method_names import split_methods as split_methods
 from .optimizers import Group
 from .seeds import mix
 
-SHORTHANDS = {"pivotal": "textual_inversion+lora"}
-"""Usual names of several methods trained together."""
-
 TEXT = ("text*/attn",)
 """What is adapted of text encoders where a method can."""
-
-
-def split_methods(words: str) -> list[str]:
-    """Method names from `lora`, `textual_inversion+lora`, or a shorthand such as `pivotal`."""
-    names = SHORTHANDS.get(words, words).split("+")
-    if len(set(names)) != len(names) or not all(names):
-        message = f"method {words!r}: expected different names joined by '+', such as 'textual_inversion+lora'."
-        raise OptionError(message, option="method", given=words)
-    return names
 
 
 def build_methods(words: str, options: Mapping[str, Mapping[str, Any]], token: str, word: str) -> list[Method]:

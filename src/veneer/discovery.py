@@ -1,0 +1,33 @@
+"""Finds what provides each name: files of a package and entry points of other distributions. Imports neither them nor torch."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a name comes from: a module of this package, another distribution, or a call of `register`."""
+
+    name: str
+    source: str
+    module: str | None = None
+    point: EntryPoint | None = None
+
+
+def find_entries(package: str, group: str) -> Iterator[Entry]:
+    """Every file of a package and every entry point of a group.
+
+    Args:
+        package: searched with its sub-packages; files that start with `_` are passed over.
+    """
+    for info in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        stem = info.name.rpartition(".")[2]
+        if not info.ispkg and not stem.startswith("_"):
+            yield Entry(stem, "veneer", module=info.name)
+    for point in sorted(entry_points(group=group), key=lambda p: p.name):
+        yield Entry(point.name, point.dist.name if point.dist else point.value, point=point)
