@@ -175,7 +175,7 @@ def recalled(workspace: Workspace, path: str | Path | None) -> tuple[Wish, dict[
         raise OptionError(message, option="picture", given=None)
     picture(path)  # within the limits
     try:
-        told = read_settings(path)
+        told: Any = read_settings(path)
     except VeneerError as error:
         name = shown(Path(path).name)
         message = f"{name}: no settings found; expected a PNG that was drawn here, as it was downloaded."
@@ -185,14 +185,15 @@ def recalled(workspace: Workspace, path: str | Path | None) -> tuple[Wish, dict[
         raise VeneerError(f"{name}: its settings are not those of a picture.", file=name, where="settings", given=told)
     size = told.get("size")
     height, width = size if isinstance(size, list) and len(size) == 2 else (0, 0)
-    base, prompt, negative = (told.get(n) if isinstance(told.get(n), str) else "" for n in ("base", "prompt", "negative"))
+    texts = (told.get(name) for name in ("base", "prompt", "negative"))
+    base, prompt, negative = (text if isinstance(text, str) else "" for text in texts)
     wish = wished(base, prompt, negative, told.get("seed"), told.get("steps"), told.get("guidance"), width, height, 1)
     known, there, missing = workspace.all_adapters(), dict[str, float](), list[str]()
     listed = told.get("adapters")
     for each in listed[: LIMITS.adapters] if isinstance(listed, list) else ():
-        name = each.get("file") if isinstance(each, dict) else None
-        if isinstance(name, str) and name in known:
-            there[name] = number(each.get("scale"), "strength", -STRONGEST, STRONGEST)
+        file = each.get("file") if isinstance(each, dict) else None
+        if isinstance(file, str) and file in known:
+            there[file] = number(each.get("scale"), "strength", -STRONGEST, STRONGEST)
         else:
-            missing.append(shown(str(name)))
+            missing.append(shown(str(file)))
     return wish, there, missing

@@ -234,8 +234,9 @@ def _sites(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
     )
 
     def run(found: argparse.Namespace) -> None:
-        from . import bases, sites
+        from . import bases
         from .classifying.models import untrained
+        from .injection import sites
 
         print(sites(untrained(found.base) or bases.load(found.base)))
 
