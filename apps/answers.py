@@ -7,8 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from veneer.classifying.predicting import Predictor, open_predictor
-from veneer.injection import VeneerError
-from veneer.injection.errors import StateError
+from veneer.injection import StateError, VeneerError
 
 KEPT = 2
 """Classifiers that stay loaded."""

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 from veneer import activate, attachments, bases
 from veneer.bases.devices import resolve_device
 from veneer.formats import load_all
-from veneer.injection import Attachment, VeneerError
-from veneer.injection.errors import ConditionError
+from veneer.injection import Attachment, ConditionError, VeneerError
 from veneer.training import targets
 from veneer.training.families import family
 from veneer.training.previews import Preview, PreviewSettings, previews

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError
 
 from . import components
 from .guard import Guard

@@ -10,8 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from veneer.formats import format_of, read
-from veneer.injection import VeneerError
-from veneer.injection.errors import LoadError
+from veneer.injection import LoadError, VeneerError
 from veneer.training.photos import PhotoError, PhotoLimits, Picture, decode, read_bytes
 
 from .limits import LIMITS, MIB, Limits

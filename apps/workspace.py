@@ -9,8 +9,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.injection import VeneerError
-from veneer.injection.errors import OptionError, UnknownName
+from veneer.injection import OptionError, UnknownName, VeneerError
 
 from .jobs import Job, find
 from .limits import LIMITS

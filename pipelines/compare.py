@@ -15,7 +15,7 @@ from veneer.classifying.comparing import Comparison, Row, rows_of
 from veneer.classifying.config import TransferConfig
 from veneer.classifying.data import Views, open_data
 from veneer.classifying.models import open_classifier, reads_texts
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError
 from veneer.training.checkpoints import write_atomically, write_json
 from veneer.training.run_folder import discard_unused, new_folder
 

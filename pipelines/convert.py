@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from veneer.pipelines.generate import base_of
 
 from veneer import bases, formats
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError
 
 To = Literal["kohya", "lycoris", "diffusers", "peft_folder", "comfyui", "onetrainer", "xlabs", "embeddings", "native"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from veneer import bases
 from veneer.classifying.digits import digits
-from veneer.injection.errors import SaveError
+from veneer.injection import SaveError
 
 PER_CLASS = 40
 NEW = 6

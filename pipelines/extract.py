@@ -9,7 +9,7 @@ from typing import Literal
 from veneer.pipelines.convert import To
 
 from veneer import bases, combining
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from veneer import bases
 from veneer.bases.devices import resolve_device
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
-from veneer.injection import Attachment
-from veneer.injection.errors import OptionError
+from veneer.injection import Attachment, OptionError
 from veneer.training import targets
 from veneer.training.families import Family, family
 from veneer.training.previews import PreviewSettings, check_counts, pairs, previews, save_png, save_preview

@@ -11,7 +11,7 @@ from veneer.pipelines.convert import To
 from veneer.pipelines.generate import base_of
 
 from veneer import bases, combining
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError
 
 
 @dataclass(frozen=True)

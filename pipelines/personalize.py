@@ -12,8 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from veneer import bases
-from veneer.injection import Attachment
-from veneer.injection.errors import OptionError
+from veneer.injection import Attachment, OptionError
 from veneer.training import targets
 from veneer.training.cache import Cache
 from veneer.training.captions import Captions, rename_concept

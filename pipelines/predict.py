@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from veneer.classifying.predicting import Answer, find, open_predictor
-from veneer.injection import VeneerError
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError, VeneerError
 
 __all__ = ["PredictConfig", "predict"]
 

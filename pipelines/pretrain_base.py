@@ -22,7 +22,7 @@ from veneer.bases.recipe import autoencoder, begin, cards, clip, diffusion, eval
 from veneer.bases.recipe.compose import draw_scenes, surround
 from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, UNSEEN_SET
 from veneer.bases.recipe.world import World
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError
 
 POOL, OTHERS = 40960, 16384
 """Scenes of the things that the generator is for, and of others."""

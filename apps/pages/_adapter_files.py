@@ -20,8 +20,7 @@ import veneer
 from veneer import bases
 from veneer.combining import is_mergeable
 from veneer.formats import Look, look, native
-from veneer.injection import VeneerError
-from veneer.injection.errors import OptionError, StateError
+from veneer.injection import OptionError, StateError, VeneerError
 
 from ..limits import LIMITS
 from ..uploads import take_adapter

@@ -15,8 +15,7 @@ from veneer.classifying.config import TransferConfig
 from veneer.classifying.fitting import taught_by
 from veneer.classifying.models import check_name
 from veneer.classifying.sources import find_pictures
-from veneer.injection import VeneerError
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError, VeneerError
 from veneer.training.photos import DataError
 from veneer.training.targets import split_methods
 

@@ -14,8 +14,7 @@ from veneer.control import maps
 from veneer.control.drawing import condition_of, follows, told
 from veneer.control.resizing import resized
 from veneer.control.sketch import sketch_map
-from veneer.injection import VeneerError
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError, VeneerError
 from veneer.training.previews import save_png
 
 from ..limits import LIMITS

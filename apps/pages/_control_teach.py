@@ -10,8 +10,7 @@ from typing import Any
 from veneer import bases
 from veneer.control.config import ControlConfig
 from veneer.control.maps import computed
-from veneer.injection import methods
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError, methods
 
 from ..jobs import Job
 from ..studio import Studio

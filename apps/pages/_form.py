@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 import gradio as gr
 
 from veneer.flags import add_flags, help_of, values
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError
 
 from ..workspace import bounded, shown
 

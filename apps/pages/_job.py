@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from veneer.injection.errors import StateError
+from veneer.injection import StateError
 
 from ..jobs import Job
 from ..studio import Studio, explained

@@ -12,8 +12,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from veneer.injection import VeneerError
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError, VeneerError
 from veneer.training.photos import decode
 
 from ..limits import LIMITS

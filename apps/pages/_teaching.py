@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from veneer import bases, methods
 from veneer.bases.door import find
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError
 from veneer.training import targets
 from veneer.training.config import PRESETS, preset_steps
 from veneer.training.costs import STATES

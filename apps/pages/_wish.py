@@ -11,8 +11,7 @@ from typing import Any
 from veneer.pipelines.generate import taught_words
 
 from veneer import bases
-from veneer.injection import VeneerError
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError, VeneerError
 from veneer.training.previews import Preview, PreviewSettings, read_settings, save_preview
 
 from ..limits import LIMITS

@@ -8,8 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from veneer.injection import VeneerError
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError, VeneerError
 
 from ..limits import LIMITS
 from ..studio import Studio, explained

@@ -12,8 +12,7 @@ from veneer.pipelines.generate import draws
 
 from veneer import bases
 from veneer.control.drawing import follows
-from veneer.injection import VeneerError
-from veneer.injection.errors import OptionError, StateError
+from veneer.injection import OptionError, StateError, VeneerError
 from veneer.training.previews import save_png
 from veneer.training.sheets import Row, sheet
 

@@ -10,8 +10,7 @@ import gradio as gr
 
 from veneer.catalogue import Count, Described, catalogue, counts, for_models
 from veneer.full_size import MODELS
-from veneer.injection import methods
-from veneer.injection.errors import OptionError
+from veneer.injection import OptionError, methods
 from veneer.method_search import group_by_use, rank_methods
 
 from ..studio import Studio, explained

@@ -3,6 +3,7 @@
 from .attaching import attach, attachments, merges
 from .attachment import Attachment
 from .errors import (
+    ConditionError,
     DeadSite,
     HostChanged,
     LoadError,
@@ -25,6 +26,7 @@ from .towers import sites
 __all__ = [
     "Adapter",
     "Attachment",
+    "ConditionError",
     "DeadSite",
     "Host",
     "HostChanged",
