@@ -185,7 +185,7 @@ def _cut_out(premultiplied: Pixels, side: int) -> Pixels:
 
 def expose(color: Pixels) -> Pixels:
     """Colors times `EXPOSURE`."""
-    return np.minimum(EXPOSURE * color + 0.5, 255).astype(np.uint8)
+    return np.minimum(EXPOSURE * np.arange(256) + 0.5, 255).astype(np.uint8)[color]
 
 
 def poses(studio: Studio, rng: np.random.Generator, count: int = VIEWS) -> list[Pose]:
@@ -259,4 +259,4 @@ def save(models: Sequence[tuple[str, str, Pixels]], cache: Path) -> None:
     words, names, images = zip(*models, strict=True)
     kept = choose(words, np.stack([image[0] for image in images]))
     rgba = np.stack([images[i][1:] for i in kept])
-    np.savez_compressed(cache, rgba=rgba, words=np.array(words)[kept], names=np.array(names)[kept])
+    np.savez(cache, rgba=rgba, words=np.array(words)[kept], names=np.array(names)[kept])
