@@ -1,12 +1,15 @@
 """Sheets: every picture and every word is found on the page where it belongs."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from tests.raising import raises
 from tests.training.pictures import gradient
 from veneer.injection.errors import VeneerError
+from veneer.training.label_fonts import label_font, printable
 from veneer.training.previews import Pair, save_png
 from veneer.training.sheets import GREY, INK, Row, before_after, fitted, sheet
 
@@ -17,9 +20,9 @@ def colour(*rgb, size=(64, 64)):
     return Image.new("RGB", size, rgb)
 
 
-def stamp(words, size, ink):
-    """The words as Pillow draws them, cut to their ink."""
-    font = ImageFont.load_default(size)
+def stamp(words, size, ink, font=None):
+    """The words in the font of labels, cut to their ink."""
+    font = font or label_font(size)
     image = Image.new("RGB", (int(font.getlength(words)) + 8, 2 * size), "white")
     ImageDraw.Draw(image).text((0, 0), words, ink, font)
     found = np.argwhere(np.asarray(image).min(-1) < 255)
@@ -176,9 +179,38 @@ def test_long_words_are_wrapped_inside_the_page():
     assert np.nonzero((np.asarray(unbroken) != 255).any(-1).any(0))[0].max() < unbroken.width - 8
 
 
-def test_letters_that_the_font_lacks_are_replaced_by_like_ones():
-    made = sheet([Row("łódź 犬", ((colour(0, 200, 0),),))], cell=CELL)
-    place(made, stamp("lodz ?", 16, INK))
+@pytest.mark.parametrize("words", ["Пёс на пляже", "Ένας σκύλος", "łódź, một con chó", "3 × 2 → 6 – “ø” €"])
+def test_labels_have_latin_greek_and_cyrillic_letters(words):
+    made = sheet([Row(words, ((colour(0, 200, 0),),))], cell=CELL)
+    place(made, stamp(words, 16, INK))
+    font = label_font(16)
+    lacking = bytes(font.getmask("\uffff"))
+    assert [c for c in words if not c.isspace() and bytes(font.getmask(c)) == lacking] == []
+
+
+def test_without_a_font_for_cjk_a_label_says_what_to_install(monkeypatch, caplog):
+    monkeypatch.setattr("veneer.training.label_fonts.CJK_FONTS", ())
+    printable.cache_clear()
+    made = sheet([Row("one 犬 の写真", ((colour(0, 200, 0),),))], cell=CELL)
+    place(made, stamp("one [install Noto Sans CJK]", 16, INK))
+    assert "fonts-noto-cjk" in caplog.text
+    printable.cache_clear()
+
+
+def test_a_label_is_written_in_an_installed_font_that_has_its_characters(monkeypatch):
+    """As CJK is; here with a font of matplotlib and a letter that DejaVu Sans lacks."""
+    folder = Path(pytest.importorskip("matplotlib", reason="needs matplotlib").get_data_path())
+    file, letter = str(folder / "fonts" / "ttf" / "STIXGeneral.ttf"), "\u1d81"
+    monkeypatch.setattr("veneer.training.label_fonts.CJK_FONTS", (file,))
+    printable.cache_clear()
+    made = sheet([Row(letter, ((colour(0, 200, 0),),))], cell=CELL)
+    place(made, stamp(letter, 16, INK, label_font(16, file)))
+    printable.cache_clear()
+
+
+def test_other_characters_without_a_glyph_are_named():
+    made = sheet([Row("🦆 duck", ((colour(0, 200, 0),),))], cell=3 * CELL)
+    place(made, stamp("[duck] duck", 16, INK))
 
 
 def test_a_small_sheet_is_wide_enough_for_its_heads():

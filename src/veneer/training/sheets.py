@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..injection.errors import VeneerError
+from .label_fonts import font_for, printable
 from .previews import Pair
 
 INK, GREY, LINE, PAPER = (24, 24, 27), (113, 113, 122), (212, 212, 216), (255, 255, 255)
 MARGIN, GAP, WIDE_GAP, APART = 24, 6, 22, 44
-LIKE = {"×": "x", "–": "-", "—": "-", "→": "->", "ß": "ss", "ø": "o", "Ø": "O", "æ": "ae", "œ": "oe", "ł": "l", "€": "EUR"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class _Page:
         """Lines of text, wrapped at the page's width, or at one that is given."""
         if not words:
             return
-        for line in _plain(words).splitlines():
+        for line in printable(words).splitlines():
             for part in _wrapped(line, size, width or self.width - 2 * MARGIN):
                 self.pieces.append((left, self.y, _written(part, size, colour)))
                 self.y += int(size * 1.4)
@@ -156,7 +154,7 @@ class _Page:
 
     def table(self, words: str, size: int, colour: tuple[int, int, int]) -> None:
         """Lines whose cells are set apart by two and more spaces, in columns; lines of one cell are plain text."""
-        rows = [re.split(r"\s{2,}", line) for line in _plain(words).splitlines()]
+        rows = [re.split(r"\s{2,}", line) for line in printable(words).splitlines()]
         table = [row for row in rows if len(row) > 1]
         columns = max((len(row) for row in table), default=0)
         widths = [max(_length(row[i], size) if i < len(row) else 0 for row in table) + 2 * size for i in range(columns)]
@@ -173,7 +171,7 @@ class _Page:
         self.y += 8
         for left, row in zip(_lefts(line, cell), line, strict=True):
             for x, width, word in zip(*_spans(row, cell, left), columns, strict=True):
-                self.pieces.append((x, self.y, _written(_cut(_plain(word), 18, width), 18, INK)))
+                self.pieces.append((x, self.y, _written(_cut(printable(word), 18, width), 18, INK)))
                 self.pieces.append((x, self.y + 28, Image.new("RGB", (width, 2), LINE)))
         self.y += 38
 
@@ -212,31 +210,14 @@ def _spans(row: Row, cell: int, x: int) -> tuple[list[int], list[int]]:
     return lefts, widths
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-@cache
-def _shown(character: str) -> str:
-    """A character, or what Pillow's built-in font (ASCII and a few marks) can show in its place; `?` where nothing is like it."""
-    font = _font(16)
-    if character.isascii() or bytes(font.getmask(character)) != bytes(font.getmask("\uffff")):
-        return character
-    bare = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
-    return LIKE.get(character) or bare or "?"
-
-
-def _plain(words: str) -> str:
-    return "".join(map(_shown, words))
-
-
 def _length(words: str, size: int) -> int:
-    return int(_font(size).getlength(words)) + 1
+    return int(font_for(words, size).getlength(words)) + 1
 
 
 def _written(words: str, size: int, colour: tuple[int, int, int]) -> Image.Image:
     image = Image.new("RGB", (max(1, _length(words, size)), int(size * 1.35)), PAPER)
-    ImageDraw.Draw(image).text((0, 0), words, colour, _font(size))
+    baseline = font_for("", size).getmetrics()[0]  # of fonts with other ascenders too
+    ImageDraw.Draw(image).text((0, baseline), words, colour, font_for(words, size), anchor="ls")
     return image
 
 
