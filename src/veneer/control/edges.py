@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
-from skimage.color import rgb2lab
 
-from .pixels import Array, colours, drawn
+from .pixels import Array, colours, drawn, lab
 
 Mask = npt.NDArray[np.bool_]
 
@@ -30,7 +29,7 @@ class Gradient(NamedTuple):
 
 def gradient(picture: Image.Image, sigma: float) -> Gradient:
     """The gradient of Lab's strongest channel; `sigma` in pixels. See the module."""
-    values = rgb2lab(colours(picture)) / np.float32(100)
+    values = lab(colours(picture)) / np.float32(100)
     steps = np.stack(
         [ndimage.gaussian_filter(values, (sigma, sigma, 0), order, mode="nearest") for order in ((1, 0, 0), (0, 1, 0))]
     )

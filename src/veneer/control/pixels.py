@@ -45,3 +45,22 @@ def drawn(values: npt.NDArray[np.bool_] | Array) -> Image.Image:
     """A grey RGB picture of values (height, width) in [0, 1]; true is white."""
     levels = np.clip(np.asarray(values, np.float32), 0, 1) * 255
     return Image.fromarray(levels.round().astype(np.uint8)).convert("RGB")
+
+
+XYZ = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
+"""XYZ of the primaries of sRGB."""
+WHITE = np.array([0.95047, 1.0, 1.08883])
+"""XYZ of daylight D65, 2° observer."""
+
+
+def lab(values: Array) -> Array:
+    """CIE L*a*b* (..., 3) of sRGB in [0, 1], for daylight D65.
+
+    Source: IEC 61966-2-1 (sRGB); CIE 15 (L*a*b*).
+    """
+    bent = ((values + np.float32(0.055)) / np.float32(1.055)) ** np.float32(2.4)
+    linear = np.where(values > 0.04045, bent, values / np.float32(12.92))
+    xyz = linear @ XYZ.T.astype(values.dtype) / WHITE.astype(values.dtype)
+    x, y, z = np.moveaxis(np.where(xyz > 0.008856, np.cbrt(xyz), np.float32(7.787) * xyz + np.float32(16 / 116)), -1, 0)
+    found: Array = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+    return found

@@ -4,10 +4,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
-from skimage.color import rgb2lab
-from skimage.filters import threshold_otsu
 
-from .pixels import Array, colours, drawn, upright_rgb
+from .pixels import Array, colours, drawn, lab, upright_rgb
 
 
 def mask(picture: Image.Image, *, rim: float = 0.03, least: float = 12.0, speck: float = 0.004) -> Image.Image:
@@ -29,13 +27,26 @@ def mask(picture: Image.Image, *, rim: float = 0.03, least: float = 12.0, speck:
     values = colours(picture)
     side = min(picture.size)
     smooth = ndimage.gaussian_filter(values, (max(0.5, 0.005 * side),) * 2 + (0,), mode="nearest")
-    distance = _distance(rgb2lab(smooth), _border_colours(upright_rgb(picture), max(1, round(rim * side))))
+    distance = _distance(lab(smooth), _border_colours(upright_rgb(picture), max(1, round(rim * side))))
     if distance.max() <= least:
         return drawn(np.zeros_like(distance))
     region = distance > max(threshold_otsu(distance), least)
     parts, _ = ndimage.label(ndimage.binary_fill_holes(region))
     large = np.bincount(parts.ravel()) >= speck * region.size
     return drawn(large[parts] & (parts > 0))
+
+
+def threshold_otsu(values: Array, bins: int = 256) -> float:
+    """The value that splits values in two classes with the largest variance between them, to a bin of their histogram.
+
+    Source: Otsu, A threshold selection method from gray-level histograms, IEEE SMC 9, 1979.
+    """
+    counts, edges = np.histogram(values, bins)
+    centers = (edges[:-1] + edges[1:]) / 2
+    below, above = np.cumsum(counts)[:-1], np.cumsum(counts[::-1])[::-1][1:]
+    sums = np.cumsum(counts * centers)
+    between = below * above * (sums[:-1] / below - (sums[-1] - sums[:-1]) / above) ** 2
+    return float(centers[between.argmax()])
 
 
 def _border_colours(picture: Image.Image, rim: int, most: int = 6, share: float = 0.08) -> Array:
@@ -49,8 +60,8 @@ def _border_colours(picture: Image.Image, rim: int, most: int = 6, share: float 
     counts = np.bincount(held, minlength=most)
     strong = np.flatnonzero(counts >= share * counts.sum())
     flat = values[~inner].astype(np.float32) / 255
-    return rgb2lab(np.stack([flat[held == group].mean(0) for group in strong])[None])[0]
+    return lab(np.stack([flat[held == group].mean(0) for group in strong])[None])[0]
 
 
-def _distance(lab: npt.NDArray, known: Array) -> Array:
-    return np.min([np.sqrt(((lab - colour) ** 2).sum(-1)) for colour in known], axis=0)
+def _distance(pixels: npt.NDArray, known: Array) -> Array:
+    return np.min([np.sqrt(((pixels - colour) ** 2).sum(-1)) for colour in known], axis=0)
