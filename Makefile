@@ -8,13 +8,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread a process: test workers and small models only get in each other's way with more.
 test: export OMP_NUM_THREADS := 1
 
-.PHONY: help app demo test lint bench clean
+.PHONY: help app demo test lint docs bench clean
 
 help:
 	@echo "make app     a page in the browser: teach, draw, control, classify"
 	@echo "make demo    teach the shipped base a subject from the example photos (about two minutes on two cores)"
 	@echo "make test    the test suite; WORKERS=$(WORKERS) processes, ARGS='-k lora' for pytest"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    build the documentation site in build/site"
 	@echo "make bench   time veneer against the frozen base and peft; ARGS='--size tiny'"
 	@echo "make clean   remove the virtual environment and what tools left behind"
 
@@ -31,6 +32,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The variables silence notices of plugins about other versions of MkDocs.
+docs: export NO_MKDOCS_2_WARNING := true
+docs: export DISABLE_MKDOCS_2_WARNING := true
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.installed-peft
 	$(BIN)/veneer bench $(ARGS)

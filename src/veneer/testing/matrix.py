@@ -1,4 +1,4 @@
-"""The support matrix: which method works on which host. `python -m veneer.testing.matrix` prints it for the README."""
+"""The support matrix: which method works on which host. `python -m veneer.testing.matrix` prints src/veneer/support_matrix.md."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from ..injection.host import Host
 from ..injection.method import Method
 from ..injection.registry import Registry, hosts, methods
 from .case import usable_sites
-
-BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 
 
 def support_matrix() -> str:
@@ -23,17 +21,6 @@ def support_matrix() -> str:
         method = methods.get(name).examples()[0]
         lines.append(f"| `{name}` | " + " | ".join(_cell(method, host) for host in columns) + " |")
     return "\n".join(lines)
-
-
-def between_markers(text: str) -> str:
-    """The part of a page between the two markers, stripped.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"there is no section between {BEGIN} and {END}")
-    return text.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def _own(registry: Registry[Any]) -> list[str]:

@@ -1,0 +1,191 @@
+"""Pages of the site that are generated: one for each method from its docstring, and the command line from its parser."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+
+from veneer.catalogue import Described, Option, catalogue
+from veneer.cli import COMMANDS, parser_for
+from veneer.listing import support_matrix
+
+KINDS = {
+    "reparameterized": "Reparameterized",
+    "additive": "Additive",
+    "prompt": "Prompt",
+    "selective": "Selective",
+    "hybrid": "Hybrid",
+}
+"""Package of a method to the heading of its group, in the order of the navigation."""
+SECTION = re.compile(r"^(?P<title>[A-Z][A-Za-z ]{2,30}):(?: (?P<rest>.*))?$")
+
+
+def generated_pages() -> dict[str, str]:
+    """Path below `docs` to the page's text."""
+    methods = [method for method in catalogue() if method.source == "veneer"]
+    pages = {f"methods/{method.name}.md": method_page(method) for method in methods}
+    pages |= {"methods/index.md": index_page(methods), "methods/SUMMARY.md": navigation(methods)}
+    return {**pages, "support-matrix.md": matrix_page(), "cli.md": command_page()}
+
+
+def matrix_page() -> str:
+    """The support matrix over the whole width."""
+    return f"""---
+hide: [toc, navigation]
+---
+
+# Support matrix
+
+Rows are [methods](methods/index.md), columns are hosts: families of models. The table is computed from what methods
+need and hosts offer, on the small models of each host: ✓ where all of them are supported, their names where some are,
+– where none is.
+
+{support_matrix()}
+"""
+
+
+def method_page(method: Described) -> str:
+    """The page of one method: docstring, options, supported hosts."""
+    title, _, about = method.about.partition(": ")
+    lines = [f"# {escaped(title)}", "", f"`{method.name}` – {escaped(about or title)}", "", escaped(method.formula), ""]
+    lines += ["```python", f'veneer.attach(model, "{method.name}")', "```", ""]
+    facts = {"Paper": method.paper, "Adapts": method.needs, "Conditions": ", ".join(method.conditions), "Group": method.kind}
+    lines += [f"- **{name}**: {escaped(' '.join(text.split()))}" for name, text in facts.items() if text]
+    lines += ["", *_options(method.options)]
+    for heading, text in sections(method.text):
+        lines += [f"## {heading}", ""] if heading else []
+        lines += [escaped(text[:1].upper() + text[1:] if heading not in ("", "Counts") else text), ""]
+    lines += ["## Supported hosts", "", *supported_hosts(method.name), ""]
+    return "\n".join(lines)
+
+
+def _options(options: Sequence[Option]) -> Iterator[str]:
+    if not options:
+        return
+    yield from ("## Options", "", "| option | type | default | meaning |", "|---|---|---|---|")
+    for option in options:
+        kind = option.type.replace("collections.abc.", "")
+        yield f"| `{option.name}` | `{kind}` | `{option.default}` | {cell(option.about)} |"
+    yield ""
+
+
+def sections(docstring: str) -> Iterator[tuple[str, str]]:
+    """Heading and text of each part of a docstring after its first line, without `Args:`; the first heading may be empty."""
+    heading, text, found = "", list[str](), list[tuple[str, str]]()
+    for line in docstring.split("\n")[1:]:
+        match = SECTION.match(line)
+        if match is None:
+            text.append(line.strip())
+            continue
+        found.append((heading, "\n".join(text).strip()))
+        heading, text = match["title"], [match["rest"] or ""]
+    found.append((heading, "\n".join(text).strip()))
+    return ((heading, text) for heading, text in found if text and heading != "Args")
+
+
+def supported_hosts(name: str) -> Iterator[str]:
+    """The hosts of one row of the support matrix, as a list."""
+    rows = [_cells(line) for line in support_matrix().splitlines()]
+    row = next(row for row in rows if row[0] == f"`{name}`")
+    for host, models in zip(rows[0][1:], row[1:], strict=True):
+        if models != "–":
+            yield f"- {host}" + ("" if models == "✓" else f": {models}")
+    yield from ("", "See the [support matrix](../support-matrix.md).")
+
+
+def _cells(row: str) -> list[str]:
+    return [text.strip() for text in row.strip("|").split("|")]
+
+
+def index_page(methods: Sequence[Described]) -> str:
+    """All methods, in groups."""
+    lines = [
+        "# Methods",
+        "",
+        "Every method of `veneer methods`, grouped by what it changes. Each page is generated from the docstring of",
+    ]
+    lines += ["the method's config class.", ""]
+    for kind, group in grouped(methods):
+        lines += [f"## {kind}", "", "| method | what it is |", "|---|---|"]
+        lines += [f"| [`{method.name}`]({method.name}.md) | {cell(method.about)} |" for method in group]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def navigation(methods: Sequence[Described]) -> str:
+    """The navigation of the methods (plugin mkdocs-literate-nav)."""
+    lines = ["- [All methods](index.md)"]
+    for kind, group in grouped(methods):
+        lines += [f"- {kind}", *(f"    - [{method.name}]({method.name}.md)" for method in group)]
+    return "\n".join(lines) + "\n"
+
+
+def grouped(methods: Sequence[Described]) -> Iterator[tuple[str, list[Described]]]:
+    """Heading and methods of each group that has any."""
+    for kind in dict.fromkeys([*KINDS, *(method.kind for method in methods)]):
+        if group := [method for method in methods if method.kind == kind]:
+            yield KINDS.get(kind, kind), group
+
+
+def command_page() -> str:
+    """The reference of the `veneer` command."""
+    lines = [
+        "# Command line",
+        "",
+        "Generated from the parser of the `veneer` command. Commands that train a method also accept the",
+    ]
+    lines += ["options of the methods named by `--method`; shown are those of the default method.", ""]
+    for name in COMMANDS:
+        lines += _command([name])
+    return "\n".join(lines)
+
+
+def _command(words: list[str]) -> list[str]:
+    """The heading, usage and flags of one command, or those of its subcommands."""
+    parser = _parser(words)
+    lines = [f"## veneer {' '.join(words)}", "", escaped(parser.description or "").capitalize() + ".", ""]
+    if subcommands := _subparsers(parser):
+        return [*lines, *itertools.chain.from_iterable(_command([*words, name]) for name in subcommands)]
+    for group in parser._action_groups:
+        rows = [_row(action) for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
+        if rows:
+            title = {"positional arguments": "arguments", "options": "flags"}.get(str(group.title), group.title)
+            lines += [f"| {title} | values | meaning |", "|---|---|---|", *rows, ""]
+    return lines
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    parser = parser_for(words)
+    for word in words:
+        parser = _subparsers(parser)[word]
+    return parser
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found[0].choices) if found else {}
+
+
+def _row(action: argparse.Action) -> str:
+    flags = ", ".join(f"`{flag}`{{.flag}}" for flag in action.option_strings) or f"`{action.dest.upper()}`"
+    if action.choices:
+        values = ", ".join(f"`{choice}`" for choice in action.choices)
+    elif action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        values = ""
+    else:
+        kind = action.metavar or getattr(action.type, "__name__", "str")
+        values = f"{kind.lower().strip('_')}{' …' if action.nargs in ('+', '*') else ''}"
+    return f"| {flags} | {values.replace('read', 'key=value')} | {cell((action.help or '').replace('%%', '%'))} |"
+
+
+def cell(text: str) -> str:
+    """Text in a cell of a table."""
+    return escaped(" ".join(text.split()))
+
+
+def escaped(text: str) -> str:
+    """Text of a docstring as Markdown: outside of code, nothing in it is markup."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(part if part.startswith("`") else re.sub(r"([\\*_\[\]<>#|])", r"\\\1", part) for part in parts)

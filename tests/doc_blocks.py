@@ -1,0 +1,71 @@
+"""Code blocks of Markdown pages, run as a reader pastes them."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from veneer.cli import main
+from veneer.injection import hosts, methods
+
+FIRST_USE = ("clone", "make", "app", "git", "pip")
+"""Words of commands that install the project or start a server; other tests run them."""
+TINY_TRAINING = ["--steps", "2", "--eval-seeds", "0", "--tracker", "none"]
+SHORTER = {
+    "personalize": TINY_TRAINING,
+    "control train": [*TINY_TRAINING, "--drawn", "12", "--shown", "1"],
+    "transfer": ["--epochs", "1", "--shots", "6"],
+    "compare": ["--epochs", "1", "--shots", "6"],
+}
+"""Command to flags that make it quick; a flag given twice holds its last value."""
+
+
+def blocks_of(page: Path) -> list[tuple[str, str]]:
+    """Language and text of the Python and shell blocks of a page."""
+    return re.findall(r"```(python|sh)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands_of(block: str) -> list[list[str]]:
+    """Words after `veneer` of each command in a shell block."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("veneer ")]
+
+
+def run_commands(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run the commands of a shell block, with short training."""
+    for words in commands_of(block):
+        if words[0] not in FIRST_USE:
+            shorter = SHORTER.get(words[0], SHORTER.get(" ".join(words[:2]), []))
+            assert main([*words, *shorter]) == 0, f"veneer {' '.join(words)}: {capsys.readouterr().err}"
+
+
+@contextlib.contextmanager
+def namespace() -> Iterator[types.ModuleType]:
+    """A module that blocks run in; what they register is gone afterwards."""
+    module = types.ModuleType("page")
+    sys.modules["page"] = module
+    before = [(registry, set(registry.names())) for registry in (methods, hosts)]
+    try:
+        yield module
+    finally:
+        del sys.modules["page"]
+        for registry, names in before:
+            for name in set(registry.names()) - names:
+                registry.unregister(name)
+
+
+def run_page(blocks: Iterable[tuple[str, str]], page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run the blocks of a page in order, its Python blocks in one namespace."""
+    with namespace() as module:
+        for kind, block in blocks:
+            if kind == "python":
+                exec(compile(block, page, "exec"), vars(module))
+            else:
+                run_commands(block, capsys)

@@ -1,0 +1,163 @@
+"""The documentation site: its navigation names every page, links resolve, code blocks run, generated pages are whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.doc_blocks import blocks_of, commands_of, run_page
+from veneer.cli import COMMANDS, parser_for
+from veneer.injection import methods
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+TRAINING = ["index", "tutorials/subject", "tutorials/control", "tutorials/classification"]
+RUN = [
+    *(pytest.param(page, marks=pytest.mark.training) for page in TRAINING),
+    "tutorials/method",
+    "tutorials/host",
+    "coming-from",
+]
+OWN = [name for name in methods.names() if methods.source(name) == "veneer"]
+GENERATED = {"cli.md", "support-matrix.md", "methods/index.md", *(f"methods/{name}.md" for name in OWN)}
+
+
+@pytest.fixture(scope="module")
+def scripts() -> ModuleType:
+    """`docs/scripts/pages.py`."""
+    spec = importlib.util.spec_from_file_location("pages", DOCS / "scripts" / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _named(nav: Any) -> Iterator[str]:
+    """Paths of a navigation of MkDocs."""
+    if isinstance(nav, str):
+        yield nav
+    for entry in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
+        yield from _named(entry)
+
+
+def test_the_navigation_names_every_page() -> None:
+    yaml = pytest.importorskip("yaml")
+    named = list(_named(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    assert len(named) == len(set(named))
+    on_disk = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    assert set(named) - {"methods/", "cli.md", "support-matrix.md"} == on_disk
+
+
+def _anchors(text: str) -> set[str]:
+    """Anchors of the headings of a page, as MkDocs and GitHub make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page: str) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target, _, anchor = link.partition("#")
+        file = (ROOT / page).parent.joinpath(target).resolve() if target else ROOT / page
+        if "://" in link or (file.is_relative_to(DOCS) and str(file.relative_to(DOCS)) in GENERATED and not anchor):
+            continue
+        if file == DOCS / "cli.md":
+            found = anchor in {f"veneer-{name}" for name in COMMANDS}
+        else:
+            found = file.exists() and (not anchor or anchor in _anchors(file.read_text(encoding="utf-8")))
+        dead += [] if found else [link]
+    assert dead == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_links_stay_inside_the_site(page: str) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).resolve().is_relative_to(DOCS)] == []
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_blocks_run_in_order(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an empty folder, with short training."""
+    monkeypatch.chdir(tmp_path)
+    blocks = blocks_of(DOCS / f"{page}.md")
+    assert blocks
+    run_page(blocks, f"{page}.md", capsys)
+
+
+def test_every_tutorial_runs() -> None:
+    tutorials = {f"tutorials/{path.stem}" for path in (DOCS / "tutorials").glob("*.md")}
+    assert tutorials <= {page if isinstance(page, str) else page.values[0] for page in RUN}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_commands_parse(page: str) -> None:
+    for kind, block in blocks_of(ROOT / page):
+        for words in commands_of(block) if kind == "sh" else ():
+            parser_for(words).parse_args(words)
+
+
+def test_a_docstring_is_split_into_sections(scripts: ModuleType) -> None:
+    text = "y = x.\n\nMore.\n\nArgs:\n    a: one.\n    b: two.\nCounts: n: so\nmany.\nSource: B, 2024."
+    assert list(scripts.sections(text)) == [("", "More."), ("Counts", "n: so\nmany."), ("Source", "B, 2024.")]
+
+
+def test_text_of_docstrings_is_no_markup(scripts: ModuleType) -> None:
+    assert scripts.escaped("a*b `c*d` <e>") == "a\\*b `c*d` \\<e\\>"
+    assert scripts.cell("a | b") == "a \\| b"
+
+
+def test_every_method_has_its_page(scripts: ModuleType) -> None:
+    pages = scripts.generated_pages()
+    assert {path for path in pages if path != "methods/SUMMARY.md"} == GENERATED
+    for name in OWN:
+        page, method = pages[f"methods/{name}.md"], methods.get(name)
+        fields = [field.name for field in dataclasses.fields(method) if field.name != "by_site"]
+        assert [field for field in fields if f"| `{field}` |" not in page] == [], name
+        assert "## Source" in page, name
+        assert "## Counts" in page, name
+        assert "## Supported hosts" in page, name
+        assert f"({name}.md)" in pages["methods/index.md"], name
+        assert f"({name}.md)" in pages["methods/SUMMARY.md"], name
+    assert "| `rank` | `int` | `8` |" in pages["methods/lora.md"]
+
+
+def test_the_command_line_page_has_every_command_and_flag(scripts: ModuleType) -> None:
+    page = scripts.command_page()
+    for name in [*COMMANDS, "control train", "control generate"]:
+        assert f"\n## veneer {name}\n" in page, name
+    for flag in ("`--concept`", "`--no-cache`", "`--lora.rank`", "`--form`", "`--port`"):
+        assert flag in page, flag
+
+
+def test_flags_named_as_equivalents_exist(scripts: ModuleType) -> None:
+    """Those of the last column of the tables of coming-from.md."""
+    known = set(re.findall(r"`(--[\w.-]+)`", scripts.command_page())) | _flags_of("personalize photos --method lokr")
+    rows = [
+        line.rstrip("| ").rpartition(" | ")[2]
+        for line in (DOCS / "coming-from.md").read_text("utf-8").splitlines()
+        if line[:1] == "|"
+    ]
+    named = {flag for cell in rows for flag in re.findall(r"--[a-z][\w-]*", cell)}
+    assert len(named) > 30
+    assert named - known == set()
+
+
+def _flags_of(line: str) -> set[str]:
+    words = line.split()
+    parser = parser_for(words)._subparsers
+    assert parser is not None
+    return set(parser._group_actions[0].choices[words[0]]._option_string_actions)  # type: ignore[index]
