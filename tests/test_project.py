@@ -40,8 +40,10 @@ def packages_on_disk() -> dict[str, Path]:
 
 def test_versions_agree(project: dict[str, Any]) -> None:
     newest = re.search(r"^## \[?(\d[^\]\s]*)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None
-    assert {project["project"]["version"], version("veneer"), newest[1]} == {veneer.__version__}
+    assert cited is not None
+    assert {project["project"]["version"], version("veneer"), newest[1], cited[1]} == {veneer.__version__}
 
 
 def test_every_package_is_listed(project: dict[str, Any]) -> None:
@@ -90,7 +92,12 @@ def test_continuous_integration_calls_make_test(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(
     ("target", "installs", "runs"),
-    [("demo", "--editable .", "veneer personalize"), ("test", "'.[test]'", "-m pytest"), ("lint", "'.[dev]'", "ruff check")],
+    [
+        ("demo", "--editable .", "veneer personalize"),
+        ("test", "'.[test]'", "-m pytest"),
+        ("lint", "'.[dev]'", "ruff check"),
+        ("docs", "'.[docs]'", "mkdocs build --strict"),
+    ],
 )
 def test_make_installs_what_it_runs(target: str, installs: str, runs: str, tmp_path: Path) -> None:
     """On a machine without the environment, the commands that make would run make one first."""
