@@ -155,5 +155,5 @@ def test_distance_of_unrelated_prompts(clip):
 
 def test_difference_of_two_samples_is_the_welch_interval():
     found = difference([1.0, 2.0, 3.0], [5.0, 5.0])
-    half = 4.3027 * math.sqrt(1 / 3)
+    half = 4.3026527 * math.sqrt(1 / 3)
     assert (found.mean, found.low, found.high) == pytest.approx((-3.0, -3 - half, -3 + half))
