@@ -104,7 +104,7 @@ def lost(error: str) -> bool:
         "net::ERR_EMPTY",
         "network error",
         "Connection err",
-        "Failed to fetch dynamically imported module",  # a part of Gradio's page that is loaded when it is first needed
+        "Failed to fetch",  # streams, and parts of Gradio's page that are loaded when they are first needed
     )
     return any(words in error for words in gone)
 

@@ -84,7 +84,7 @@ def test_each_method_is_a_job_and_the_end_says_how_well_it_does(tmp_path: Path, 
     assert sum(found.values()) == pytest.approx(1, abs=1e-5)
     broken = tmp_path / "broken.png"
     broken.write_text("<b>no picture</b>")
-    with raises(VeneerError, file=broken):
+    with raises(VeneerError, file=broken.name):
         classify.ask(workspace, answers, begun[0].name, str(broken))
     for number in range(KEPT + 1):
         answers.ask(shutil.copytree(begun[0].run, tmp_path / f"copy-{number}"), red)

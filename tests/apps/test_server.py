@@ -19,13 +19,12 @@ import httpx
 import pytest
 from gradio.routes import App
 from PIL import Image
-from veneer.apps.guard import Guard
+from veneer.apps.guard import Guard, Refused
 from veneer.apps.limits import LIMITS
 from veneer.apps.server import AppConfig, _cache, _own, app, build, read_logins
 from veneer.apps.studio import Studio
 from veneer.apps.workspace import Workspace
 
-from apps.guard import Refused
 from tests.apps.browser import Small
 from tests.apps.small_server import SMALL
 from tests.raising import raises
