@@ -186,7 +186,7 @@ def test_loss_trend_is_the_welch_interval():
     found = loss_trend([1.0] * 8 + [5.0] * 16 + [0.5, 0.7] * 4)
     assert found is not None
     assert found.mean == pytest.approx(-0.4)
-    assert found.high == pytest.approx(-0.4 + 2.3646 * math.sqrt(8 * 0.01 / 7 / 8))
+    assert found.high == pytest.approx(-0.4 + 2.3646243 * math.sqrt(8 * 0.01 / 7 / 8))
     assert loss_trend([1.0] * 31) is None
 
 
