@@ -18,16 +18,28 @@ import torch
 from diffusers import AutoencoderKL
 
 from veneer import bases
-from veneer.bases.recipe import autoencoder, begin, cards, clip, diffusion, evaluate, package, sheet
-from veneer.bases.recipe.compose import draw_scenes, surround
+from veneer.bases.recipe import (
+    autoencoder,
+    begin,
+    captions,
+    cards,
+    clip,
+    diffusion,
+    evaluate,
+    package,
+    photographs,
+    sheet,
+)
+from veneer.bases.recipe.compose import SIDE, draw_scenes
 from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, UNSEEN_SET
+from veneer.bases.recipe.mixture import Mixture
 from veneer.bases.recipe.world import World
 from veneer.injection import OptionError
 
-POOL, OTHERS = 40960, 16384
-"""Scenes of the things that the generator is for, and of others."""
-SURROUNDED = 0.35
-"""Share of the generator's scenes that stand in surroundings instead of before a colour."""
+COUNTS = {"drawn": 20000, "others": 8000, "shots": 9000, "cutouts": 6000}
+"""Examples of each kind for the generator, beside those of single things."""
+FITTED = 1024
+"""Images from which the linear code of the autoencoder is found."""
 WATCHED = 192
 
 
@@ -38,12 +50,12 @@ class PretrainConfig:
     Args:
         work: folder for everything that is fetched, rendered and trained.
         stage: one of the stages, or `all`.
-        begin: folder of packaged bases to begin from; none for random weights. `all` then leaves the autoencoder as it is, for
-            the rest has learnt its latents.
-        vae_steps: optimizer steps of the autoencoder.
+        photos: folder with the real photos, laid out as `recipe.photographs` says; none for icons alone.
+        begin: folder of packaged bases to begin from; none for random weights. `all` then leaves the encoder as it is, for the
+            rest has learnt its latents, unless these have fewer channels than are now trained.
         clip_steps: optimizer steps of the CLIP.
         unet_steps: optimizer steps of the UNet.
-        decoder_steps: optimizer steps that refine the decoder.
+        decoder_steps: optimizer steps of the decoder.
         unet_decay: steps at the end over which the UNet's rate falls to zero; 0 leaves it constant.
         muon_lr: learning rate of the UNet's matrices.
         adam_lr: learning rate of the UNet's other parameters.
@@ -55,8 +67,8 @@ class PretrainConfig:
 
     work: Path = Path("runs/base")
     stage: str = "all"
+    photos: Path | None = None
     begin: Path | None = None
-    vae_steps: int = 1400
     clip_steps: int = 12000
     unet_steps: int = 8000
     decoder_steps: int = 1800
@@ -69,20 +81,21 @@ class PretrainConfig:
     prompts: int = evaluate.NAMES
 
 
-def train_vae(world: World, config: PretrainConfig) -> None:
-    """The autoencoder; prints its PSNR on concepts and a style that it never saw."""
-    folder = world.folder / "vae"
-    vae = autoencoder.train(folder, world.pictures, config.vae_steps, batch=32, lr=2e-3)
-    vae.save_pretrained(folder / "model")
-    kept, style = autoencoder.psnr(vae, world.unseen_pictures(512)), autoencoder.psnr(vae, world.unseen_style(512))
-    print(f"vae: {kept:.2f} dB on kept-back concepts, {style:.2f} dB on an unseen style")
+def begin_vae(world: World, config: PretrainConfig) -> None:
+    """The encoder, which computes a linear code of patches; prints nothing, for its decoder knows nothing yet."""
+    begun = config.begin and AutoencoderKL.from_pretrained(config.begin / "shipped/vae")
+    former = begun if begun and begun.config["latent_channels"] != autoencoder.LATENT else None
+    batches = [world.pictures(900 + i, 64) for i in range(FITTED // 64)]
+    code = autoencoder.linear_code(autoencoder.to_tensor(np.concatenate(batches)), former)
+    torch.manual_seed(0)
+    autoencoder.begin_linear(autoencoder.build(), code).save_pretrained(world.folder / "vae/model")
 
 
 def train_decoder(world: World, config: PretrainConfig) -> None:
-    """The decoder once more, at the latents that the UNet has learnt."""
+    """The decoder, at the latents that the UNet learns; prints its PSNR on concepts and a style that it never saw."""
     folder = world.folder / "vae"
-    vae = AutoencoderKL.from_pretrained(folder / "model")
-    autoencoder.refine(folder / "decoder", vae, world.pictures, config.decoder_steps, batch=24, lr=1e-3)
+    vae = AutoencoderKL.from_pretrained(folder / "model").to(memory_format=torch.channels_last)
+    autoencoder.train_decoder(folder / "decoder", vae, world.pictures, config.decoder_steps, batch=10)
     vae.save_pretrained(folder / "refined")
     kept, style = autoencoder.psnr(vae, world.unseen_pictures(512)), autoencoder.psnr(vae, world.unseen_style(512))
     print(f"decoder: {kept:.2f} dB on kept-back concepts, {style:.2f} dB on an unseen style")
@@ -93,13 +106,15 @@ def train_clip(world: World, config: PretrainConfig) -> None:
     names, folder = world.words, world.folder / "clip"
     parts = clip.split(world.icons, names, CLIP_SETS, UNSEEN_SET, MORE_SETS)
     favoured = frozenset([*DRAWN, *KEPT_BACK])
+    views = clip.Views(world.photographs, world.cutouts, world.photos) if world.photographs else None
     torch.manual_seed(2)
-    model = clip.NamedClip(len(world.tokenizer), len(names))
+    model = clip.NamedClip(len(world.tokenizer), len(world.names), len(views.instances) if views else 0)
     if config.begin:
-        begin.named_clip(model, config.begin, world.tokenizer, names)
+        begin.named_clip(model, config.begin, world.tokenizer, world.names)
     model = clip.train(
-        folder, model, world.icons, names, parts.seen, world.photos, world.tokenizer, config.clip_steps, favoured=favoured
-    )
+        folder, model, world.icons, world.names, parts.seen, world.photos, world.tokenizer, config.clip_steps,
+        favoured=favoured, views=views,
+    )  # fmt: skip
     clip.save(model, world.tokenizer, folder / "model")
     for label, rows, among in (
         ("unseen renderings, all names", parts.unseen, names),
@@ -113,20 +128,34 @@ def train_clip(world: World, config: PretrainConfig) -> None:
 def train_unet(world: World, config: PretrainConfig) -> None:
     """The UNet and its text tower."""
     vae = AutoencoderKL.from_pretrained(world.folder / "vae" / "model").to(memory_format=torch.channels_last)
-    rng = np.random.default_rng(21)
-    scenes = draw_scenes(rng, world.drawn, POOL) + draw_scenes(rng, world.others, OTHERS)
-    scenes = surround(rng, scenes, SURROUNDED)
-    pool = diffusion.encode(vae, world.compositor, scenes, world.folder / "pool.npy")
-    watched = draw_scenes(np.random.default_rng(22), world.drawn, WATCHED)
-    latents = diffusion.encode(vae, world.compositor, watched).latents.astype(np.float32)
-    ids = diffusion.tokenize(world.tokenizer, [world.full_caption(scene) for scene in watched])
-    tokens = world.tokenizer
+    mixture, tokens = Mixture(world, COUNTS), world.tokenizer
+    marks = tokens.bos_token_id, tokens.eos_token_id
+    latents = diffusion.encode(vae, mixture.rows, len(mixture.examples), world.folder / "pool.npy")
+    watched = watched_images(world, vae)
+    tokens.add_tokens(mixture.tokens)
     torch.manual_seed(1)
-    model = diffusion.Denoiser(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
+    model = diffusion.Denoiser(len(tokens), *marks)
     if config.begin:
         begin.denoiser(model, config.begin)
+        print("unet: revived", ", ".join(begin.revive(model, *watched[""])) or "nothing")
     plan = diffusion.Plan(config.unet_steps, config.unet_decay, muon_lr=config.muon_lr, adam_lr=config.adam_lr)
-    diffusion.train(world.folder / "unet", model, pool, world.caption, tokens, (torch.from_numpy(latents), ids), plan)
+    diffusion.train(world.folder / "unet", model, latents, mixture, tokens, watched, plan)
+
+
+def watched_images(world: World, vae: AutoencoderKL) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Latents and token ids of scenes of icons, and of photos that no training sees."""
+    scenes = draw_scenes(np.random.default_rng(22), world.drawn, WATCHED)
+    pixels = {"": world.compositor(scenes)}
+    said = {"": [world.full_caption(scene) for scene in scenes]}
+    if world.photo_folder:
+        rng = np.random.default_rng(4)
+        photos = photographs.clothes(world.photo_folder, "validation")
+        chosen = [photos[i] for i in sorted(rng.permutation(len(photos))[: WATCHED // 2])]
+        pixels["photo "] = np.stack([photographs.crop(rng, photo.pixels, SIDE) for photo in chosen])
+        said["photo "] = [f"a photo of {captions.article(photo.word)}" for photo in chosen]
+    latents = {name: diffusion.encode(vae, lambda a, b, of=of: of[a:b], len(of)) for name, of in pixels.items()}
+    ids = {name: diffusion.tokenize(world.tokenizer, texts) for name, texts in said.items()}
+    return {name: (torch.from_numpy(latents[name].astype(np.float32)), ids[name]) for name in pixels}
 
 
 def write_bases(world: World, config: PretrainConfig) -> None:
@@ -146,7 +175,7 @@ def measure(world: World, config: PretrainConfig) -> None:
 
 
 STAGES: dict[str, Callable[[World, PretrainConfig], None]] = {
-    "vae": train_vae,
+    "vae": begin_vae,
     "clip": train_clip,
     "unet": train_unet,
     "decoder": train_decoder,
@@ -164,10 +193,10 @@ def pretrain_base(config: PretrainConfig) -> None:
     if config.stage not in ("all", *STAGES):
         message = f"stage is {config.stage!r}; there are: all, {', '.join(STAGES)}."
         raise OptionError(message, option="stage", given=config.stage, expected=("all", *STAGES))
-    world = World(config.work)
+    world = World(config.work, config.photos)
     if config.begin:
         begin.unpack(config.begin, config.work)
-    every = [name for name in STAGES if not (name == "vae" and config.begin)]
+    every = [name for name in STAGES if not (name == "vae" and (config.work / "vae/model").is_dir())]
     for name in every if config.stage == "all" else [config.stage]:
         STAGES[name](world, config)
 

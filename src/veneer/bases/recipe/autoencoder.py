@@ -1,13 +1,16 @@
-"""The autoencoder: 64x64x3 pictures to 16x16x8 latents, a small `AutoencoderKL`.
+"""The autoencoder: 128x128x3 images to 16x16x16 latents, a small `AutoencoderKL`.
 
-The encoder first imitates the best linear code (principal components of 4x4 patches), which spares it the slow part of
-the training; the decoder learns on crops, then on whole frames.
+The encoder first imitates a linear code of 8x8 patches, which spares it the slow part of the training; the decoder learns
+on crops, then on whole images. Where a former autoencoder of half the resolution is given, the first half of the channels
+imitates its latents of the image at half size, so that a denoiser that has learnt those goes on from them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +21,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .loop import Run, cosine
+from .optim import optimizers
 from .render import Pixels
 
-LATENT = 8
-PATCH = 4
+LATENT = 16
+PATCH = 8
 LOGVAR = -6.0
 
 
 def build() -> Any:
-    """The untrained autoencoder (0.7 M parameters)."""
+    """The untrained autoencoder."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 128),
         layers_per_block=1,
         latent_channels=LATENT,
         norm_num_groups=1,
-        sample_size=64,
+        sample_size=128,
         scaling_factor=1.0,
         mid_block_add_attention=False,
     )
@@ -51,23 +55,112 @@ def to_pixels(pictures: Tensor) -> Pixels:
     return np.asarray(scaled.round().byte().permute(0, 2, 3, 1).contiguous().numpy())
 
 
-def patch_components(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (48,) and projection (48, 8) of the linear code of 4x4 patches.
+def patches(pictures: Tensor) -> Tensor:
+    """Pixels of each 8x8 patch, (n, h/8, w/8, 192)."""
+    return F.pixel_unshuffle(pictures, PATCH).permute(0, 2, 3, 1)
+
+
+def components(rows: Tensor, count: int) -> Tensor:
+    """Projection (d, count) onto the principal components of the rows (n, d), which have zero mean.
 
     Each component is divided by the square root of its own deviation, which keeps their order of importance but lifts
     the faint ones above the noise; the whole code has unit variance.
     """
-    patches = F.pixel_unshuffle(pictures, PATCH).permute(0, 2, 3, 1).reshape(-1, 3 * PATCH**2)
-    mean = patches.mean(0)
-    values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-    deviation, basis = values.flip(0)[:LATENT].clamp_min(1e-8).sqrt(), vectors.flip(1)[:, :LATENT]
-    return mean, basis / deviation.sqrt() / deviation.mean().sqrt()
+    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    deviation, basis = values.flip(0)[:count].clamp_min(1e-8).sqrt(), vectors.flip(1)[:, :count]
+    return basis / deviation.sqrt() / deviation.mean().sqrt()
 
 
-def code(pictures: Tensor, mean: Tensor, projection: Tensor) -> Tensor:
-    """The linear code of the pictures, (n, 8, h/4, w/4)."""
-    patches = F.pixel_unshuffle(pictures, PATCH).permute(0, 2, 3, 1)
-    return ((patches - mean) @ projection).permute(0, 3, 1, 2)
+@dataclass(frozen=True)
+class LinearCode:
+    """A linear code of 8x8 patches: principal components, turned towards what a former denoiser knows.
+
+    Args:
+        mean: of the patches, (192,).
+        projection: (192, 16).
+    """
+
+    mean: Tensor
+    projection: Tensor
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """The code of the pictures, (n, 16, h/8, w/8)."""
+        return ((patches(pictures) - self.mean) @ self.projection).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def linear_code(pictures: Tensor, former: Any = None) -> LinearCode:
+    """The code from the pictures' own principal components.
+
+    With a former autoencoder, of 4x4 patches and fewer channels, an orthogonal map turns the code so that its first channels are
+    as near as can be to the former latents of the pictures at half size, and one factor brings it to their scale: noise stays
+    independent and of unit variance, and a denoiser of the former latents goes on from what it knows.
+    """
+    rows = patches(pictures).flatten(0, 2)
+    mean = rows.mean(0)
+    projection = components(rows - mean, LATENT)
+    if former is None:
+        return LinearCode(mean, projection)
+    known = torch.cat([former.encode(F.avg_pool2d(x, 2)).latent_dist.mean for x in pictures.split(32)])
+    known = known.permute(0, 2, 3, 1).flatten(0, 2)
+    coded = (rows - mean) @ projection
+    left, values, right = torch.linalg.svd(coded.T @ (known - known.mean(0)), full_matrices=True)
+    turn = torch.cat([left[:, : len(values)] @ right, left[:, len(values) :]], 1)
+    scale = values.sum() / (coded @ turn)[:, : len(values)].square().sum()
+    return LinearCode(mean, projection @ turn * scale)
+
+
+@torch.no_grad()
+def begin_linear(vae: Any, code: LinearCode) -> Any:
+    """Let the untrained encoder compute the code, by its trunk alone; its residual branches begin at zero.
+
+    Pixels of 2x2 blocks, then the leading components of 4x4 patches, then the code come from the three strided convolutions. A
+    channel and its negative pass SiLU together without a change: silu(x) - silu(-x) = x. Two large constants, of which one is
+    negative, make the last normalization nearly the same for all images; its weights undo it.
+    """
+    encoder, constant = vae.encoder, 30.0
+    trunk = [encoder.conv_in, *(d.conv for block in encoder.down_blocks for d in block.downsamplers or ())]
+    blocks = [r for block in encoder.down_blocks for r in block.resnets]
+    for block in [*blocks, *encoder.mid_block.resnets]:
+        for layer in [block.conv2, *([block.conv_shortcut] if block.conv_shortcut is not None else [])]:
+            layer.weight.zero_()
+            layer.bias.zero_()
+        if block.conv_shortcut is not None:
+            block.conv_shortcut.weight[: block.in_channels, :, 0, 0] = torch.eye(block.in_channels)
+    for layer in (*trunk, encoder.conv_out, vae.quant_conv):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    pixels, fine, last = trunk[1:]
+    trunk[0].weight[:3, :, 1, 1] = torch.eye(3)
+    for channel, (row, column) in itertools.product(range(3), itertools.product(range(2), repeat=2)):
+        pixels.weight[4 * channel + 2 * row + column, channel, row, column] = 1
+    basis, projection = _fine_basis(code, fine.out_channels - 1)
+    fine.weight[: basis.shape[1], :12, :2, :2] = _as_blocks(basis)
+    signed = torch.cat([projection, -projection], 1)
+    last.weight[: 2 * LATENT, : basis.shape[1], :2, :2] = signed.T.reshape(2 * LATENT, basis.shape[1], 2, 2)
+    offset = code.mean @ code.projection
+    last.bias[: 2 * LATENT] = torch.cat([-offset, offset])
+    blocks[-1].conv_shortcut.bias[-2:] = torch.tensor([constant, -constant])
+    width = encoder.conv_norm_out.num_channels
+    for norm in [encoder.conv_norm_out, *(r.norm1 for r in encoder.mid_block.resnets)]:
+        norm.weight.fill_((2 * constant**2 / width) ** 0.5)
+    encoder.conv_out.weight[:LATENT, :LATENT, 1, 1] = torch.eye(LATENT)
+    encoder.conv_out.weight[:LATENT, LATENT : 2 * LATENT, 1, 1] = -torch.eye(LATENT)
+    encoder.conv_out.bias[LATENT:] = LOGVAR
+    vae.quant_conv.weight[:, :, 0, 0] = torch.eye(2 * LATENT)
+    return vae
+
+
+def _fine_basis(code: LinearCode, count: int) -> tuple[Tensor, Tensor]:
+    """A basis (48, count) of 4x4 patches that keeps what the code asks of them, and the code's projection (4 count, 16) on it."""
+    quarters = code.projection.reshape(3, 2, 4, 2, 4, LATENT).permute(1, 3, 0, 2, 4, 5).reshape(4, 48, LATENT)
+    basis = torch.linalg.svd(quarters.permute(1, 0, 2).reshape(48, -1))[0][:, :count]
+    return basis, torch.einsum("qpl,pc->cql", quarters, basis).reshape(4 * count, LATENT)
+
+
+def _as_blocks(basis: Tensor) -> Tensor:
+    """The basis of 4x4 patches as a 2x2 convolution (count, 12, 2, 2) on pixels of 2x2 blocks."""
+    return basis.T.reshape(-1, 3, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(-1, 12, 2, 2)
 
 
 def reconstruction_loss(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -77,53 +170,33 @@ def reconstruction_loss(ours: Tensor, theirs: Tensor) -> Tensor:
     return error.abs().mean() + 0.5 * edges + F.avg_pool2d(error, 4).abs().mean() + 2 * error.square().mean()
 
 
-def train(folder: Path, pictures: Callable[[int, int], Pixels], steps: int, batch: int, lr: float) -> Any:
-    """Train (or go on training) the autoencoder on `pictures(step, n)`; returns it with its EMA weights, standardised."""
-    vae = build().to(memory_format=torch.channels_last)
-    mean, projection = patch_components(to_tensor(pictures(0, 2048)))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    run = Run(folder, vae, [optimizer], cosine(steps), decay=0.998)
+def train_decoder(folder: Path, vae: Any, pictures: Callable[[int, int], Pixels], steps: int, batch: int) -> Any:
+    """Train (or go on training) the decoder at fixed latents, on crops of twice as many images for the first 85 % of the steps.
+
+    Returns:
+        The autoencoder with the EMA weights of the decoder.
+    """
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    run = Run(folder, vae.decoder, optimizers(vae.decoder, 2e-3, 2e-3), cosine(steps), decay=0.998)
     run.resume()
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((11, step))
-        frames = pictures(step, batch if step >= 0.7 * steps else 3 * batch)
-        if step < 0.7 * steps:
+        whole = step >= 0.85 * steps
+        frames = pictures(step, batch if whole else 2 * batch)
+        if not whole:
             top, left = rng.integers(0, 9, 2) * PATCH
-            frames = frames[:, top : top + 32, left : left + 32]
-        x = to_tensor(np.ascontiguousarray(frames)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            moments = vae.quant_conv(vae.encoder(x))
-            mu, logvar = moments.float().chunk(2, dim=1)
-            noise = torch.randn(mu.shape, generator=torch.Generator().manual_seed(step))
-            y = vae.decoder(vae.post_quant_conv(mu + noise * (0.5 * logvar.clamp(-12, 4)).exp())).float()
-        imitation = max(0.05, 1 - 2 * step / steps)
-        likeness = (mu - code(x, mean, projection)).square().mean()
-        return reconstruction_loss(y, x) + imitation * likeness + 0.01 * (logvar - LOGVAR).square().mean()
-
-    run.train(loss, steps)
-    vae.load_state_dict(run.averaged())
-    return standardise(vae, to_tensor(pictures(0, 1024)))
-
-
-def refine(folder: Path, vae: Any, pictures: Callable[[int, int], Pixels], steps: int, batch: int, lr: float) -> Any:
-    """Train the decoder further on whole frames, at fixed latents: what was trained on them stays as it is."""
-    vae.requires_grad_(False)
-    vae.decoder.requires_grad_(True)
-    run = Run(
-        folder, vae.decoder, [torch.optim.AdamW(vae.decoder.parameters(), lr=lr, betas=(0.9, 0.99))], cosine(steps), decay=0.998
-    )
-    run.resume()
-
-    def loss(step: int) -> Tensor:
-        x = to_tensor(pictures(step + 100_000, batch)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+            frames = np.ascontiguousarray(frames[:, top : top + 64, left : left + 64])
+        x = to_tensor(frames).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
             mean = vae.encode(x).latent_dist.mean
-            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+        with torch.autocast("cpu", torch.bfloat16):
             y = vae.decoder(vae.post_quant_conv(mean + math.exp(LOGVAR / 2) * noise)).float()
         return reconstruction_loss(y, x)
 
-    run.train(loss, steps)
+    run.train(loss, steps, every=50)
     vae.decoder.load_state_dict(run.averaged())
     return vae
 

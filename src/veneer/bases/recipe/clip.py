@@ -23,11 +23,14 @@ from transformers import CLIPTokenizer
 
 from . import captions
 from .autoencoder import to_tensor
-from .compose import COLOURS, PLACES, SIDE, SIZES, Scene, jitter, random_canvas
+from .compose import COLOURS, PLACES, SIZES, Scene, jitter, random_canvas
 from .loop import Run, cosine, write_atomic
 from .optim import optimizers
+from .photographs import Photograph, crop
 from .render import Icons, Pixels
 
+SIDE = 64
+"""Pixels a side; half of what the generator draws."""
 EMBED = 128
 VISION = {"image_size": SIDE, "patch_size": 8, "width": 160, "layers": 5, "head_width": 40}
 TEXT = {"context_length": captions.LENGTH, "width": 96, "heads": 4, "layers": 2}
@@ -35,19 +38,21 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 
 class NamedClip(nn.Module):
-    """An open_clip `CLIP` and one prototype a name."""
+    """An open_clip `CLIP`, one prototype a name, and one for each single thing that photos show."""
 
-    def __init__(self, vocabulary: int, names: int) -> None:
+    def __init__(self, vocabulary: int, names: int, things: int = 0) -> None:
         super().__init__()
         from open_clip import CLIP
 
         self.clip = CLIP(EMBED, {**VISION, "patch_dropout": 0.5}, {**TEXT, "vocab_size": vocabulary})
         self.prototypes = nn.Parameter(torch.randn(names, EMBED))
+        self.things = nn.Parameter(torch.randn(things, EMBED))
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Cosine to every prototype times the scale, (n, names)."""
-        cosines = F.normalize(features.float(), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
+    def logits(self, features: Tensor, prototypes: Tensor | None = None) -> Tensor:
+        """Cosine to every prototype, of the names unless others are given, times the scale: (n, prototypes)."""
+        among = self.prototypes if prototypes is None else prototypes
+        cosines = F.normalize(features.float(), dim=-1) @ F.normalize(among, dim=-1).T
         return self.log_scale.exp().clamp(max=40) * cosines
 
 
@@ -83,9 +88,42 @@ def _design(icon_set: str) -> str:
     return icon_set.partition("-")[0]
 
 
+class Views:
+    """Photos for the image tower: each shows a thing that has a word, and that is one of the single things to tell apart.
+
+    Args:
+        photos: with words and the number of the single thing.
+        cutouts: RGBA (n, 128, 128, 4) and the photo of each. Only things that were cut out are shown: on their own ground and
+            before others, so that the ground says nothing of the thing.
+        backgrounds: photos to stand before.
+    """
+
+    def __init__(self, photos: Sequence[Photograph], cutouts: tuple[Pixels, list[int]], backgrounds: list[Image.Image]) -> None:
+        self._photos, self._rgba, self._backgrounds = photos, cutouts[0], backgrounds
+        self._of: dict[int, list[int]] = {}
+        for row, photo in enumerate(cutouts[1]):
+            self._of.setdefault(photos[photo].instance, []).append(row)
+        self._photo_of = cutouts[1]
+        self.instances = list(self._of)
+        weights = np.array([10.0 if len(rows) > 1 else 1.0 for rows in self._of.values()])
+        self._weights = weights / weights.sum()
+
+    def draw(self, rng: np.random.Generator, n: int) -> tuple[Pixels, list[str], Tensor]:
+        """Images (n, 64, 64, 3), the words for what they show, and the rows of the single things in `instances`."""
+        chosen = rng.choice(len(self.instances), n, p=self._weights)
+        rows = [int(rng.choice(self._of[self.instances[i]])) for i in chosen]
+        images = np.stack([self._view(rng, row) for row in rows])
+        return images, [self._photos[self._photo_of[row]].word for row in rows], torch.from_numpy(chosen)
+
+    def _view(self, rng: np.random.Generator, row: int) -> Pixels:
+        if rng.random() < 0.6:
+            return augmented(rng, self._rgba[row], self._backgrounds)
+        return jitter(rng, crop(rng, self._photos[self._photo_of[row]].pixels, SIDE, least=0.5), permute=0.0)
+
+
 def augmented(rng: np.random.Generator, icon: Pixels, photos: list[Image.Image]) -> Pixels:
     """One icon, turned, mirrored, scaled, moved, tinted and perhaps blurred, on some background."""
-    canvas = random_canvas(rng, photos)
+    canvas = random_canvas(rng, photos).resize((SIDE, SIDE), Image.Resampling.BOX)
     side = int(rng.integers(26, 80))
     image = Image.fromarray(icon).resize((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
     if rng.random() < 0.5:
@@ -131,8 +169,12 @@ def train(
     batch: int = 64,
     favoured: frozenset[str] = frozenset(),
     lrs: tuple[float, float] = (2e-3, 1e-3),
+    views: Views | None = None,
 ) -> NamedClip:
-    """Train (or go on training) the CLIP; names in `favoured` are drawn three times as often. Returns EMA weights."""
+    """Train (or go on training) the CLIP; names in `favoured` are drawn three times as often. Returns EMA weights.
+
+    With `views`, half as many photos again are in a batch: classified by their words, and by the single thing that they show.
+    """
     number = {name: i for i, name in enumerate(names)}
     weights = np.array([3.0 if icons.words[i] in favoured else 1.0 for i in seen])
     run = Run(folder, model, optimizers(model, *lrs, decay=0.05), cosine(steps), decay=0.996)
@@ -143,15 +185,21 @@ def train(
         torch.manual_seed(step)  # patch dropout
         model.clip.visual.patch_dropout.prob = 0.5 if step < 0.75 * steps else 0.1
         rows = rng.choice(seen, batch, p=weights / weights.sum())
-        pictures = to_tensor(np.stack([augmented(rng, icons.rgba[row], photos) for row in rows]))
-        labels = torch.tensor([number[icons.words[row]] for row in rows])
+        images, words, things = views.draw(rng, batch // 2) if views else (np.empty((0, SIDE, SIDE, 3), np.uint8), [], None)
+        drawn = np.stack([augmented(rng, icons.rgba[row], photos) for row in rows])
+        pictures = to_tensor(np.concatenate([drawn, images]))
+        labels = torch.tensor([number[word] for word in [*(icons.words[row] for row in rows), *words]])
         said = rng.integers(len(names), size=batch)
         ids = ids_of(tokenizer, [phrase(rng, names[i]) for i in said])
         with torch.autocast("cpu", torch.bfloat16):
             seen_features = model.clip.encode_image(pictures)
             read_features = model.clip.encode_text(ids)
         by_image = F.cross_entropy(model.logits(seen_features), labels, label_smoothing=0.05)
-        return by_image + 0.5 * F.cross_entropy(model.logits(read_features), torch.from_numpy(said))
+        by_text = 0.5 * F.cross_entropy(model.logits(read_features), torch.from_numpy(said))
+        if things is None:
+            return by_image + by_text
+        apart = F.cross_entropy(model.logits(seen_features[batch:], model.things), things, label_smoothing=0.05)
+        return by_image + by_text + 0.5 * apart
 
     run.train(loss, steps)
     model.load_state_dict(run.averaged())

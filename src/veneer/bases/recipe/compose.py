@@ -12,8 +12,10 @@ from PIL import Image
 from . import surroundings
 from .render import Pixels
 
-SIDE = 64
-SIZES: dict[str, int] = {"small": 26, "medium": 38, "large": 52}
+SIDE = 128
+MARGIN = 4
+"""Pixels along every edge that scenes leave free."""
+SIZES: dict[str, int] = {"small": 52, "medium": 76, "large": 104}
 PLACES: dict[str, tuple[int, int]] = {
     "top left": (-1, -1), "top": (0, -1), "top right": (1, -1),
     "left": (-1, 0), "center": (0, 0), "right": (1, 0),
@@ -42,33 +44,35 @@ class Scene:
 
 
 def corner(size: str, place: str) -> tuple[int, int]:
-    """Left and top pixel of the icon's square; 2 pixels of margin stay free."""
-    free = SIDE - 4 - SIZES[size]
+    """Left and top pixel of the icon's square; the margin stays free."""
+    free = SIDE - 2 * MARGIN - SIZES[size]
     x, y = PLACES[place]
-    return 2 + free * (x + 1) // 2, 2 + free * (y + 1) // 2
+    return MARGIN + free * (x + 1) // 2, MARGIN + free * (y + 1) // 2
 
 
 class Compositor:
-    """Composes scenes from icons that were resized once for each size."""
+    """Composes scenes from icons, each resized once for each size in which it is asked for."""
 
     def __init__(self, rgba: Pixels, photos: Mapping[str, Image.Image] | None = None) -> None:
-        self._photos = photos or {}
-        self._layers: dict[str, list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]] = {}
-        for size, side in SIZES.items():
-            resized = [premultiplied(Image.fromarray(icon), side) for icon in rgba]
-            self._layers[size] = [(layer[..., :3], 1 - layer[..., 3:] / np.float32(255)) for layer in resized]
+        self._rgba, self._photos = rgba, photos or {}
+        self._layers: dict[tuple[int, str], npt.NDArray[np.float32]] = {}
 
     def __call__(self, scenes: list[Scene]) -> Pixels:
-        """Pictures (n, 64, 64, 3) of the scenes."""
+        """Pictures (n, 128, 128, 3) of the scenes."""
         out = np.empty((len(scenes), SIDE, SIDE, 3), np.float32)
         for picture, scene in zip(out, scenes, strict=True):
             picture[:] = self._background(scene)
             left, top = corner(scene.size, scene.place)
-            colour, rest = self._layers[scene.size][scene.icon]
-            part = picture[top : top + len(colour), left : left + len(colour)]
-            part *= rest
-            part += colour
+            layer = self._layer(scene.icon, scene.size)
+            part = picture[top : top + len(layer), left : left + len(layer)]
+            part *= 1 - layer[..., 3:] / np.float32(255)
+            part += layer[..., :3]
         return np.clip(out + 0.5, 0, 255).astype(np.uint8)
+
+    def _layer(self, icon: int, size: str) -> npt.NDArray[np.float32]:
+        if (icon, size) not in self._layers:
+            self._layers[icon, size] = premultiplied(Image.fromarray(self._rgba[icon]), SIZES[size])
+        return self._layers[icon, size]
 
     def _background(self, scene: Scene) -> npt.ArrayLike:
         if scene.background in COLOURS:
@@ -112,7 +116,7 @@ def rich_pictures(rng: np.random.Generator, rgba: Pixels, photos: list[Image.Ima
         canvas = random_canvas(rng, photos)
         for _ in range(rng.integers(0, 3)):
             icon = Image.fromarray(rgba[rng.integers(len(rgba))])
-            side = int(rng.integers(18, 76))
+            side = int(rng.integers(36, 152))
             icon = icon.rotate(float(rng.normal(0, 25)), Image.Resampling.BILINEAR).resize((side, side))
             left, top = (int(v) for v in rng.integers(-side // 3, SIDE - side // 2, 2))
             canvas.paste(icon, (left, top), icon)

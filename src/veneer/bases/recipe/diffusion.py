@@ -7,7 +7,7 @@ residual block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .autoencoder import LATENT, to_tensor
 from .captions import LENGTH
-from .compose import Compositor, Scene
 from .loop import Run
+from .mixture import Mixture
 from .optim import optimizers
+from .render import Pixels
 
 TEXT_WIDTH = 128
 WATCHED = (999, 850, 700, 500, 300, 100)
@@ -59,7 +60,7 @@ class Denoiser(nn.Module):
         )
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Predicted v, (n, 8, 16, 16)."""
+        """Predicted v, (n, 16, 16, 16)."""
         v: Tensor = self.unet(noisy, t, self.text(ids).last_hidden_state).sample
         return v
 
@@ -76,27 +77,19 @@ def schedule() -> Any:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Latents (n, 8, 16, 16) of scenes, encoded once."""
-
-    latents: npt.NDArray[np.float16]
-    scenes: Sequence[Scene]
-
-
 @torch.no_grad()
-def encode(vae: Any, compositor: Compositor, scenes: Sequence[Scene], cache: Path | None = None) -> Pool:
-    """Compose and encode the scenes; kept in `cache` between runs."""
+def encode(vae: Any, images: Callable[[int, int], Pixels], count: int, cache: Path | None = None) -> npt.NDArray[np.float16]:
+    """Latents (count, 16, 16, 16) of `images(first, last)`; kept in `cache` between runs."""
     if cache is not None and cache.is_file():
-        return Pool(np.load(cache), scenes)
-    latents = np.empty((len(scenes), LATENT, 16, 16), np.float16)
-    for i in range(0, len(scenes), 64):
-        pictures = to_tensor(compositor(list(scenes[i : i + 64]))).contiguous(memory_format=torch.channels_last)
+        return np.asarray(np.load(cache), np.float16)
+    latents = np.empty((count, LATENT, 16, 16), np.float16)
+    for i in range(0, count, 32):
+        pixels = to_tensor(images(i, min(i + 32, count))).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            latents[i : i + 64] = vae.encode(pictures).latent_dist.mean.float().numpy()
+            latents[i : i + 32] = vae.encode(pixels).latent_dist.mean.float().numpy()
     if cache is not None:
         np.save(cache, latents)
-    return Pool(latents, scenes)
+    return latents
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -116,12 +109,6 @@ def draw_times(rng: np.random.Generator, n: int, high: float) -> Tensor:
     """Timesteps: a share `high` from 800..999, where only the words can tell what to draw, the rest uniform."""
     uniform = rng.integers(0, 1000, n)
     return torch.from_numpy(np.where(rng.random(n) < high, rng.integers(800, 1000, n), uniform))
-
-
-def draw_rows(rng: np.random.Generator, plain: npt.NDArray[np.int64], count: int, plan: Plan) -> npt.NDArray[np.int64]:
-    """Rows of a batch: a share `plan.plain` of large things in the center, on which shapes are learnt first, the rest of all."""
-    anywhere = rng.integers(count, size=plan.batch)
-    return np.where(rng.random(plan.batch) < plan.plain, rng.choice(plain, plan.batch), anywhere)
 
 
 @torch.no_grad()
@@ -159,33 +146,33 @@ class Plan:
 def train(
     folder: Path,
     model: Denoiser,
-    pool: Pool,
-    caption: Callable[[np.random.Generator, Scene], str],
+    latents: npt.NDArray[np.float16],
+    mixture: Mixture,
     tokenizer: CLIPTokenizer,
-    watched: tuple[Tensor, Tensor],
+    watched: Mapping[str, tuple[Tensor, Tensor]],
     plan: Plan,
     every: int = 100,
 ) -> Denoiser:
     """Train (or go on training) up to `plan.steps`; returns the model with its EMA weights.
 
     Args:
-        watched: latents and token ids of scenes that are not trained on; their v-errors go to the log.
+        latents: of the examples of the mixture, in their order.
+        tokenizer: knows the tokens of the mixture.
+        watched: name -> latents and token ids of images that are not trained on; their v-errors go to the log.
     """
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.unet.set_attn_processor(AttnProcessor())  # the fused kernel's backward takes a fifth of a step here
     run = Run(folder, model, optimizers(model, plan.muon_lr, plan.adam_lr), plan.rate, plan.ema)
     run.resume()
 
-    plain = np.array([i for i, s in enumerate(pool.scenes) if (s.size, s.place) == ("large", "center")])
-
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((13, step))
-        rows = draw_rows(rng, plain, len(pool.latents), plan)
-        ids = tokenize(tokenizer, [caption(rng, pool.scenes[row]) for row in rows])
-        latents = torch.from_numpy(pool.latents[rows].astype(np.float32))
-        noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
+        rows = mixture.draw(rng, plan.batch, plan.plain)
+        ids = tokenize(tokenizer, [mixture.examples[row].caption(rng) for row in rows])
+        clean = torch.from_numpy(latents[rows].astype(np.float32))
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
         t = draw_times(rng, plan.batch, plan.high)
-        noisy, v = noised(latents, noise, t)
+        noisy, v = noised(clean, noise, t)
         with torch.autocast("cpu", torch.bfloat16):
             predicted = model(noisy.contiguous(memory_format=torch.channels_last), t, ids)
         return (predicted.float() - v).square().mean()
@@ -194,7 +181,8 @@ def train(
 
     def report(step: int) -> dict[str, float]:
         averaged.load_state_dict(run.averaged())
-        return v_errors(averaged, *watched)
+        errors = {name: v_errors(averaged, *pair) for name, pair in watched.items()}
+        return {f"{name}{key}": value for name, found in errors.items() for key, value in found.items()}
 
     run.train(loss, plan.steps, every, report)
     model.load_state_dict(run.averaged())

@@ -1,4 +1,4 @@
-"""Figures of the folders that ship, on what their trainings did not see: `figures.json` and a sheet of 64 prompts."""
+"""Metrics of the folders that ship, on what their trainings did not see: `figures.json` and an image grid of 64 prompts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from .. import features, presets
-from . import autoencoder, captions, clip, judge, package
-from .compose import COLOURS, Scene, draw_scenes
+from . import autoencoder, captions, clip, judge, package, photographs, sheet
+from .compose import COLOURS, SIDE, Scene, draw_scenes
 from .concepts import CLIP_SETS, DRAWN, STYLES, UNSEEN_SET
 from .loop import write_atomic
+from .photographs import VALIDATION
 from .render import Pixels
 from .world import World
 
@@ -27,14 +29,12 @@ NAMES = 100
 def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1, 2), prompts: int = NAMES) -> dict[str, Any]:
     """Measure the folders under `bases`, write `figures.json` and `sheet.png` to `out`, and return the figures.
 
+    What is measured on photos is there if the world has a folder of photos.
+
     Args:
         seeds: of the pictures; every prompt is drawn once with each.
         prompts: how many are drawn, at most 100. The thing is looked for among 100 names in any case.
     """
-    from PIL import Image
-
-    from .sheet import draw, sheet_scenes
-
     pipe, judge_clip = load(bases)
     preset = presets.preset(bases / "shipped")
     figures = {
@@ -46,11 +46,12 @@ def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1,
     }
     painter = Painter(pipe, preset.steps, preset.guidance_scale)
     figures["generation"] = generation(world, painter, judge_clip, seeds, prompts)
-    scenes = sheet_scenes(world)
-    pictures = painter([world.full_caption(scene) for scene in scenes], seed=7)
-    sheet: Image.Image = draw(pictures, [world.icons.words[s.icon] for s in scenes], scenes)
+    if world.photo_folder:
+        figures["photos"] = subject_retrieval(world.photo_folder, judge_clip)
+    scenes, more = sheet.sheet_scenes(world), sheet.photo_prompts() if world.photo_folder else []
+    pictures = painter([*map(world.full_caption, scenes), *more], seed=7)
     out.mkdir(parents=True, exist_ok=True)
-    sheet.save(out / "sheet.png", optimize=True)
+    sheet.draw(pictures, [*sheet.labels(world, scenes), *more]).save(out / "sheet.png", optimize=True)
     write_atomic(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
     return figures
 
@@ -73,10 +74,35 @@ def weights(bases: Path, pipe: Any, clip_model: Any) -> dict[str, Any]:
 
 
 def reconstruction(world: World, vae: Any) -> dict[str, float]:
-    """PSNR in dB of pictures that the autoencoder never saw."""
-    kept, style = world.unseen_pictures(512), world.unseen_style(512)
-    figures = {"kept_back_concepts_db": autoencoder.psnr(vae, kept), "unseen_style_db": autoencoder.psnr(vae, style)}
-    return {name: round(value, 2) for name, value in figures.items()}
+    """PSNR in dB of images that the autoencoder never saw: scenes of icons, and photos of clothes and of validation subjects."""
+    unseen = {"kept_back_concepts_db": world.unseen_pictures(512), "unseen_style_db": world.unseen_style(512)}
+    if folder := world.photo_folder:
+        photos = {"clothes": photographs.clothes(folder, "validation"), "subjects": photographs.subjects(folder, VALIDATION)}
+        for name, those in photos.items():
+            unseen[f"unseen_{name}_db"] = np.stack([photographs.square(photo.pixels, SIDE) for photo in those])
+    return {name: round(autoencoder.psnr(vae, images), 2) for name, images in unseen.items()}
+
+
+def subject_retrieval(folder: Path, judge_clip: features.BaseClip) -> dict[str, Any]:
+    """Rank-1 retrieval by the image tower, in percent: photos of validation subjects that are nearest to one of the same subject.
+
+    The photos of all training and validation subjects are searched; `chance` is the percentage of a random choice.
+    """
+    words = {**VALIDATION, **photographs.SUBJECTS}
+    photos = photographs.subjects(folder, words)
+    with torch.no_grad():
+        pixels = torch.stack([judge_clip.preprocess(Image.fromarray(photo.pixels)) for photo in photos])
+        unit = F.normalize(judge_clip.encode_image(pixels), dim=-1).numpy()
+    instances = np.array([photo.instance for photo in photos])
+    queries = np.flatnonzero(instances < len(VALIDATION))
+    others = (instances[queries, None] == instances).sum(1) - 1
+    return {
+        "percent": round(100 * judge.rank_one(unit, instances, queries), 1),
+        "chance": round(100 * float(others.mean()) / (len(photos) - 1), 1),
+        "queries": len(queries),
+        "photos": len(photos),
+        "subjects": len(words),
+    }
 
 
 def retrieval(world: World, model: Any) -> dict[str, Any]:
@@ -110,7 +136,7 @@ class Painter:
     guidance_scale: float
 
     def __call__(self, prompts: Sequence[str], seed: int, batch: int = 25) -> Pixels:
-        """Pictures (n, 64, 64, 3)."""
+        """Pictures (n, 128, 128, 3)."""
         out = []
         for start in range(0, len(prompts), batch):
             part = list(prompts[start : start + batch])
@@ -184,7 +210,8 @@ def recognisers(world: World, scenes: list[Scene], which: npt.NDArray[np.int64],
 
     def unit(pictures: Pixels) -> npt.NDArray[np.float32]:
         with torch.no_grad():
-            return np.asarray(F.normalize(judge_clip.encode_image(autoencoder.to_tensor(pictures)), dim=-1).numpy())
+            small = F.interpolate(autoencoder.to_tensor(pictures), (clip.SIDE, clip.SIDE), mode="area")
+            return np.asarray(F.normalize(judge_clip.encode_image(small), dim=-1).numpy())
 
     def by_rendering(pictures: Pixels, embed: Any) -> npt.NDArray[np.bool_]:
         best = []

@@ -9,12 +9,10 @@ import numpy as np
 from PIL import Image
 
 from .captions import article
-from .compose import COLOURS, PLACES, SIDE, SIZES, Scene
+from .compose import COLOURS, SIDE, SIZES, Scene, corner
 from .render import Icons
 
 WORD, SET = "octopus", "twemoji"
-ENLARGED = 2
-"""The pictures have 128 pixels a side; the icons were rendered at that size."""
 
 SCENES = (
     Scene(0, "large", "center", "sky"),
@@ -25,14 +23,12 @@ SCENES = (
 )
 
 
-def picture(icon: Image.Image, scene: Scene, enlarged: int = ENLARGED) -> Image.Image:
-    """The scene with `enlarged` times the usual pixels a side."""
-    side = SIZES[scene.size] * enlarged
-    free = (SIDE - 4) * enlarged - side
-    left, top = (2 * enlarged + free * (at + 1) // 2 for at in PLACES[scene.place])
-    canvas = Image.new("RGB", (SIDE * enlarged,) * 2, COLOURS[scene.background])
+def picture(icon: Image.Image, scene: Scene) -> Image.Image:
+    """The scene, composed by Pillow."""
+    side = SIZES[scene.size]
+    canvas = Image.new("RGB", (SIDE, SIDE), COLOURS[scene.background])
     small = icon.convert("RGBa").resize((side, side), Image.Resampling.BOX).convert("RGBA")
-    canvas.paste(small, (left, top), small)
+    canvas.paste(small, corner(scene.size, scene.place), small)
     return canvas
 
 

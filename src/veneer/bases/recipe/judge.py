@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .compose import COLOURS, PLACES, SIDE, SIZES, corner
+from .compose import COLOURS, MARGIN, PLACES, SIDE, SIZES, corner
 from .render import Pixels
 
 CONTRAST = 48
 """A pixel is part of the thing when one of its channels is this far from the background's."""
+LEAST = 4
+"""Pixels of the thing that a row or column of its bounding box has at least."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ class Seen:
 
 
 def look(picture: Pixels) -> Seen:
-    """Measure one picture (64, 64, 3).
+    """Measure one picture (128, 128, 3).
 
-    The background is the colour nearest to the median of the outermost two pixels, which every composed scene leaves free.
+    The background is the colour nearest to the median of the outermost pixels, which every composed scene leaves free.
     The thing is what differs from that median; the longer side of its bounding box gives the size, and the box's middle,
     among the middles that the size allows, the place.
     """
-    edges = (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:])
+    edges = (picture[:MARGIN], picture[-MARGIN:], picture[:, :MARGIN], picture[:, -MARGIN:])
     ground = np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]).astype(np.float32), axis=0)
     background = min(COLOURS, key=lambda name: float(np.square(ground - np.array(COLOURS[name])).sum()))
     box = bounds(np.abs(picture.astype(np.float32) - ground).max(-1) > CONTRAST)
@@ -47,8 +49,8 @@ def look(picture: Pixels) -> Seen:
 
 
 def bounds(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
-    """Left, top, right and bottom of the rows and columns with at least two marked pixels."""
-    columns, rows = (np.flatnonzero(mask.sum(axis) >= 2) for axis in (0, 1))
+    """Left, top, right and bottom of the rows and columns with at least `LEAST` marked pixels."""
+    columns, rows = (np.flatnonzero(mask.sum(axis) >= LEAST) for axis in (0, 1))
     if not len(columns) or not len(rows):
         return None
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
@@ -58,6 +60,18 @@ def nearest(of: npt.NDArray[np.float32], among: npt.NDArray[np.float32]) -> npt.
     """For each row of `of` the index of the row of `among` at the least Euclidean distance."""
     squares = np.square(among).sum(1) - 2 * of @ among.T
     return np.asarray(squares.argmin(1), np.int64)
+
+
+def rank_one(features: npt.NDArray[np.float32], instances: npt.NDArray[np.int64], queries: npt.NDArray[np.int64]) -> float:
+    """Share of the images `queries` (row numbers) of which the most similar other image, by cosine, is of the same instance.
+
+    Args:
+        features: of unit length, (n, width).
+        instances: what each image shows, (n,).
+    """
+    similarity = features[queries] @ features.T
+    similarity[np.arange(len(queries)), queries] = -np.inf
+    return float((instances[similarity.argmax(1)] == instances[queries]).mean())
 
 
 def flat(pictures: Pixels) -> npt.NDArray[np.float32]:

@@ -68,14 +68,27 @@ class Muon(torch.optim.Optimizer):
         parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
 
+EDGES = ("embedding", "conv_in", "conv_out", "conv1.weight.stem", "head", "proj_out_")
+"""Parts of the names of matrices that are AdamW's."""
+TIMES, SLOWLY = "time_emb_proj", 0.01
+"""Projections of the time embedding, and the share of the rate that they get."""
+
+
 def optimizers(module: nn.Module, muon_lr: float, adam_lr: float, decay: float = 0.01) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices and convolutions; AdamW for embeddings, first and last layers, norms and biases."""
+    """Muon for hidden matrices and convolutions; AdamW for embeddings, first and last layers, norms and biases.
+
+    The projections of the time embedding, which scale and shift every residual block, are AdamW's too, and slow: the embedding
+    is large and much of it is common to all times, so that a few steps of usual size in one direction shift every activation of
+    a block below zero, where SiLU has no gradient.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    slow: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        edge = any(part in name for part in ("embedding", "conv_in", "conv_out", "conv1.weight.stem", "head", "proj_out_"))
-        (matrices if parameter.ndim >= 2 and not edge else others).append(parameter)
+        edge = parameter.ndim < 2 or any(part in name for part in EDGES)
+        (slow if TIMES in name else others if edge else matrices).append(parameter)
+    groups = [{"params": others}] + ([{"params": slow, "lr": SLOWLY * adam_lr}] if slow else [])
     return [
         Muon(matrices, muon_lr, weight_decay=decay),
-        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=decay / 10),
+        torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.98), weight_decay=decay / 10),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from . import clip, diffusion, examples
 from .world import World
 
-LIMIT = 24_000_000
+LIMIT = 60_000_000
 """Bytes that all shipped weights may take together."""
 
 TRAINING = "shipped/training.json"
@@ -27,7 +28,7 @@ def pipeline(world: World) -> Any:
     """The pipeline with the averaged weights of the latest checkpoint, in float32."""
     tokens, vae = world.tokenizer, world.folder / "vae"
     model = diffusion.Denoiser(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
-    model.load_state_dict(averaged(world.folder / "unet"))
+    model.load_state_dict(without_tokens(averaged(world.folder / "unet"), len(tokens)))
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(next(f for f in (vae / "refined", vae / "model") if f.is_dir())),
         text_encoder=model.text.eval(),
@@ -46,6 +47,11 @@ def averaged(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def without_tokens(weights: dict[str, torch.Tensor], vocabulary: int) -> dict[str, torch.Tensor]:
+    """The weights of a denoiser without the tokens of single things, which come after the vocabulary."""
+    return {name: value[:vocabulary] if "token_embedding" in name else value for name, value in weights.items()}
+
+
 def write_pipeline(world: World, folder: Path) -> None:
     """Write the Stable Diffusion folder; its preset and README, if there are any, stay."""
     pipe = pipeline(world)
@@ -60,8 +66,9 @@ def write_pipeline(world: World, folder: Path) -> None:
 
 def write_clip(world: World, folder: Path) -> None:
     """Write the CLIP folder, which open_clip and timm read; a README that is there stays."""
-    model = clip.NamedClip(len(world.tokenizer), len(world.words))
-    model.load_state_dict(averaged(world.folder / "clip"))
+    weights = averaged(world.folder / "clip")
+    model = clip.NamedClip(len(world.tokenizer), *(len(weights[name]) for name in ("prototypes", "things")))
+    model.load_state_dict(weights)
     clip.save(model, world.tokenizer, folder)
 
 
@@ -78,16 +85,22 @@ def _plain_config(config: Path) -> None:
 
 
 def training(world: World) -> dict[str, Any]:
-    """Steps of the checkpoints, and the UNet's last v-errors on watched scenes, from the logs; `begun` says what came before."""
+    """Steps of the checkpoints, and the UNet's last v-errors on watched images, from the logs; `begun` says what came before."""
     last: dict[str, Any] = {}
     logs = {stage: world.folder / stage / "log.jsonl" for stage in ("vae", "clip", "unet")}
     logs["decoder"] = world.folder / "vae" / "decoder" / "log.jsonl"
     for stage, log in ((stage, log) for stage, log in logs.items() if log.is_file()):
         line = log.read_text().strip().splitlines()[-1]
-        last[stage] = {k: v for k, v in json.loads(line).items() if k == "step" or k == "loss" or k.startswith("v")}
+        last[stage] = {k: v for k, v in json.loads(line).items() if k in ("step", "loss") or split_key(k)}
     if (world.folder / BEGUN).is_file():
         last["begun"] = json.loads((world.folder / BEGUN).read_text())
     return last
+
+
+def split_key(key: str) -> tuple[str, int] | None:
+    """Watched images and timestep of a v-error in a log: ("", 500) of "v500", ("photo", 500) of "photo v500", else None."""
+    found = re.fullmatch(r"(?:(\w+) )?v(\d+)", key)
+    return (found[1] or "", int(found[2])) if found else None
 
 
 def weight(*folders: Path) -> int:

@@ -1,4 +1,4 @@
-"""A sheet of 64 prompts to look at, and the curves of the trainings."""
+"""An image grid of 64 and more prompts to look at, and the curves of the trainings."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .compose import Scene, draw_scenes
+from .captions import article
+from .compose import SIDE, Scene, draw_scenes
 from .concepts import DRAWN, STYLES
+from .package import split_key
+from .photographs import CLOTHES, SUBJECTS
 from .render import Pixels
 from .world import World
 
-COLUMNS, TILE, LINE = 8, 128, 26
+COLUMNS, LINE = 8, 26
 
 
 def sheet_scenes(world: World) -> list[Scene]:
@@ -28,16 +31,25 @@ def sheet_scenes(world: World) -> list[Scene]:
     return [s if i % 2 else Scene(s.icon, "large", "center", s.background) for i, s in enumerate(free)]
 
 
-def draw(pictures: Pixels, words: Sequence[str], scenes: Sequence[Scene]) -> Image.Image:
-    """The pictures, enlarged, each with its words beneath."""
+def labels(world: World, scenes: Sequence[Scene]) -> list[str]:
+    """Two lines for each scene, to stand beneath its image."""
+    return [f"{scene.size} {world.icons.words[scene.icon]}\n{scene.place}, {scene.background}" for scene in scenes]
+
+
+def photo_prompts() -> list[str]:
+    """A prompt for each word that photos were captioned with."""
+    return [f"a photo of {article(word)}" for word in dict.fromkeys([*CLOTHES.values(), *SUBJECTS.values()])]
+
+
+def draw(pictures: Pixels, labels: Sequence[str]) -> Image.Image:
+    """The images, each with its label beneath."""
     rows = -(-len(pictures) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (TILE + 4), rows * (TILE + LINE)), "white")
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + 4), rows * (SIDE + LINE)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (picture, word, scene) in enumerate(zip(pictures, words, scenes, strict=True)):
-        left, top = i % COLUMNS * (TILE + 4) + 2, i // COLUMNS * (TILE + LINE)
-        sheet.paste(Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.BICUBIC), (left, top))
-        said = f"{scene.size} {word}\n{scene.place}, {scene.background}"
-        pen.text((left, top + TILE), said, fill="black", font_size=10, spacing=0)
+    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        left, top = i % COLUMNS * (SIDE + 4) + 2, i // COLUMNS * (SIDE + LINE)
+        sheet.paste(Image.fromarray(picture), (left, top))
+        pen.text((left, top + SIDE), label, fill="black", font_size=10, spacing=0)
     return sheet
 
 
@@ -56,9 +68,11 @@ def curves(work: Path, file: Path) -> None:
     for axis, stage in zip(axes[0], stages, strict=True):
         lines = [json.loads(line) for line in (work / stage / "log.jsonl").read_text().splitlines()]
         steps = [line["step"] for line in lines]
-        errors = [key for key in lines[-1] if key.startswith("v") and key[1:].isdigit()]
+        errors = {key: found for key in lines[-1] if (found := split_key(key))}
         for key in errors or ["loss"]:
-            axis.plot(steps, [line.get(key, np.nan) for line in lines], label=f"v-error, t = {key[1:]}" if errors else key)
+            watched, time = errors.get(key, ("", None))
+            label = key if time is None else f"{watched} v-error, t = {time}".strip()
+            axis.plot(steps, [line.get(key, np.nan) for line in lines], "--" if watched else "-", label=label)
         axis.set(title=stage, xlabel="step", yscale="log" if stage != "unet" else "linear")
         axis.legend()
         axis.grid(alpha=0.3)

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from . import captions, render, surroundings
-from .compose import Compositor, Scene, draw_scenes, rich_pictures
+from . import captions, cutouts, photographs, render, surroundings
+from .compose import SIDE, Compositor, Scene, draw_scenes, rich_pictures
 from .concepts import ALSO_CALLED, CLIP_SETS, DRAWN, KEPT_BACK, STYLES, UNSEEN_SET
 
 PHOTOS = (
@@ -26,6 +26,9 @@ PHOTOS = (
 )
 """Photos in scikit-image's wheel that are in the public domain or CC0."""
 
+CUT = 1400
+"""Photos of clothes out of which the thing is cut."""
+
 RICH = 6000
 """Pictures with photos, gradients and turned icons in the autoencoder's pool."""
 
@@ -35,6 +38,20 @@ class World:
     """The small world that the bases are trained in; `folder` keeps what was fetched, rendered and trained."""
 
     folder: Path
+    photo_folder: Path | None = None
+
+    @cached_property
+    def photographs(self) -> list[photographs.Photograph]:
+        """Real photos with words; none without a folder of them."""
+        return photographs.load(self.photo_folder) if self.photo_folder else []
+
+    @cached_property
+    def cutouts(self) -> tuple[render.Pixels, list[int]]:
+        """Things cut out of photos, (n, 128, 128, 4), and the photo of each: of all subjects, and of some clothes."""
+        clothes = [i for i, photo in enumerate(self.photographs) if not photo.subject]
+        chosen = sorted(np.random.default_rng(29).permutation(clothes)[:CUT].tolist())
+        subjects = [i for i, photo in enumerate(self.photographs) if photo.subject]
+        return cutouts.load(self.photographs, chosen + subjects, self.folder / "cutouts.npz")
 
     @cached_property
     def modules(self) -> Path:
@@ -63,6 +80,11 @@ class World:
     def words(self) -> list[str]:
         """All names that the CLIP knows, in the order of the rendered icons: the CLIP's split depends on it."""
         return list(dict.fromkeys(self.icons.words))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The words, and those for what photos show."""
+        return list(dict.fromkeys([*self.words, *(photo.word for photo in self.photographs)]))
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -108,10 +130,14 @@ class World:
         return rich_pictures(np.random.default_rng(5), self.icons.rgba[seen], self.photos, RICH)
 
     def pictures(self, step: int, n: int) -> render.Pixels:
-        """Training pictures of the autoencoder: half scenes, half richer pictures."""
+        """Training pictures of the autoencoder: scenes, richer pictures, and half real photos where there are any."""
         rng = np.random.default_rng((7, step))
-        scenes = self.compositor(draw_scenes(rng, self.drawn, n - n // 2))
-        return np.concatenate([scenes, self._rich[rng.integers(len(self._rich), size=n // 2)]])
+        real = n // 2 if self.photographs else 0
+        rich = (n - real) // 2
+        scenes = self.compositor(draw_scenes(rng, self.drawn, n - real - rich))
+        shown = [self.photographs[i].pixels for i in rng.integers(len(self.photographs), size=real)] if real else []
+        crops = [photographs.crop(rng, pixels, SIDE, least=0.6) for pixels in shown]
+        return np.concatenate([scenes, self._rich[rng.integers(len(self._rich), size=rich)], *(c[None] for c in crops)])
 
     def unseen_pictures(self, n: int, sets: set[str] | None = None) -> render.Pixels:
         """Scenes of kept-back concepts in the generator's styles (or other sets): never trained on."""
