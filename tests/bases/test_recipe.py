@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from veneer.bases.recipe import captions, clip, judge, optim, render
+from veneer.bases.recipe import captions, clip, judge, optim, package, render
 from veneer.bases.recipe.compose import COLOURS, PLACES, SIZES, Compositor, Scene, corner, draw_scenes, premultiplied
 from veneer.bases.recipe.concepts import DRAWN, KEPT_BACK
 from veneer.bases.recipe.loop import Ema, Run, cosine
@@ -22,15 +22,15 @@ CIRCLE[0, np.hypot(*np.mgrid[-63.5:64, -63.5:64]) < 64] = (10, 200, 120, 255)
 
 def test_a_scene_is_the_background_with_the_icon_at_its_place() -> None:
     (picture,) = Compositor(SQUARE)([Scene(0, "small", "bottom right", "red")])
-    expected = np.full((64, 64, 3), COLOURS["red"], np.uint8)
-    expected[36:62, 36:62] = (10, 200, 120)
+    expected = np.full((128, 128, 3), COLOURS["red"], np.uint8)
+    expected[72:124, 72:124] = (10, 200, 120)
     np.testing.assert_array_equal(picture, expected)
 
 
 def test_a_half_transparent_icon_is_blended() -> None:
     icon = np.full((1, 128, 128, 4), (200, 0, 0, 51), np.uint8)
     (picture,) = Compositor(icon)([Scene(0, "large", "center", "white")])
-    np.testing.assert_allclose(picture[32, 32], np.array((200, 0, 0)) * 0.2 + np.array(COLOURS["white"]) * 0.8, atol=1)
+    np.testing.assert_allclose(picture[64, 64], np.array((200, 0, 0)) * 0.2 + np.array(COLOURS["white"]) * 0.8, atol=1)
 
 
 def test_transparent_pixels_lend_no_colour_when_an_icon_is_shrunk() -> None:
@@ -42,13 +42,13 @@ def test_transparent_pixels_lend_no_colour_when_an_icon_is_shrunk() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_place_leaves_two_pixels_free(size: str) -> None:
+def test_every_place_leaves_the_margin_free(size: str) -> None:
     corners = [corner(size, place) for place in PLACES]
     assert len(set(corners)) == 9
     for axis in (0, 1):
         starts = {at[axis] for at in corners}
-        assert min(starts) == 2
-        assert max(starts) + SIZES[size] == 62
+        assert min(starts) == 4
+        assert max(starts) + SIZES[size] == 124
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -60,7 +60,7 @@ def test_what_a_scene_says_is_measured_from_its_pixels(size: str, place: str) ->
 
 
 def test_an_empty_picture_has_a_background_and_nothing_else() -> None:
-    assert judge.look(np.full((64, 64, 3), 250, np.uint8)) == judge.Seen("white", None, None)
+    assert judge.look(np.full((128, 128, 3), 250, np.uint8)) == judge.Seen("white", None, None)
 
 
 def test_nearest_is_the_least_distance() -> None:
@@ -68,6 +68,22 @@ def test_nearest_is_the_least_distance() -> None:
     a, b = rng.normal(size=(5, 7)).astype(np.float32), rng.normal(size=(9, 7)).astype(np.float32)
     brute = [min(range(9), key=lambda j: float(np.square(row - b[j]).sum())) for row in a]
     assert judge.nearest(a, b).tolist() == brute
+
+
+def test_rank_one_counts_queries_whose_nearest_other_image_is_of_their_instance() -> None:
+    angles = np.radians([0, 10, 14, 50, 52, 90])
+    features = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    instances = np.array([0, 0, 1, 1, 2, 0])
+    assert judge.rank_one(features, instances, np.array([0, 1])) == 0.5  # the second is nearer to the third
+    assert judge.rank_one(features, instances, np.array([0])) == 1
+    assert judge.rank_one(features, instances, np.array([5])) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"), [("v500", ("", 500)), ("photo v999", ("photo", 999)), ("loss", None), ("vae", None), ("av5", None)]
+)
+def test_a_v_error_has_watched_images_and_a_timestep(key: str, expected: tuple[str, int] | None) -> None:
+    assert package.split_key(key) == expected
 
 
 def test_a_share_has_an_interval_over_prompts() -> None:
@@ -93,6 +109,16 @@ def test_captions_leave_parts_out_but_hardly_ever_the_unusual_ones() -> None:
     assert sum(not c for c in unusual) in range(20, 65)
     assert sum("small" in c for c in unusual) > 320 > 290 > sum("large" in c for c in usual) > 200
     assert all("fox" in c for c in unusual + usual if c)
+
+
+def test_captions_of_photos_say_that_they_are_photos() -> None:
+    rng = np.random.default_rng(0)
+    said = [captions.of_photo(rng, "shirt") for _ in range(400)]
+    assert set(said) == {"", "a photo of a shirt", "a shirt, photo style", "a shirt"}
+    assert said.count("a photo of a shirt") > 200
+    scenes = [captions.caption(rng, "shirt", Scene(0, "small", "left", "red"), "photo") for _ in range(400)]
+    assert sum("a photo of" in c or "photo style" in c for c in scenes) > 250
+    assert not any("an icon of" in c or "a drawing of" in c for c in scenes)
 
 
 def test_things_to_draw_and_things_to_teach_are_apart() -> None:

@@ -13,8 +13,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from veneer import bases
-from veneer.bases.recipe import cards, concepts, judge, package
+from veneer.bases.recipe import autoencoder, cards, concepts, diffusion, judge, package
+from veneer.bases.recipe.photographs import CLOTHES, SUBJECTS
 from veneer.bases.recipe.world import PHOTOS
+
+FORMER = pytest.mark.xfail(
+    strict=True,
+    reason="the packaged weights are the former ones, of 64 pixels and icons alone; `pretraining` has their successors",
+)
 
 PLAIN = """
 import sys, warnings
@@ -49,7 +55,7 @@ def test_plain_libraries_read_the_folders_offline_and_in_silence() -> None:
 
 def test_the_weights_are_small_and_only_safetensors_in_half_precision() -> None:
     folders = [bases.path(name) for name in bases.SHIPPED]
-    assert 0 < package.weight(*folders) <= package.LIMIT == 24_000_000
+    assert 0 < package.weight(*folders) <= package.LIMIT == 60_000_000
     for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
         assert file.suffix in {".safetensors", ".json", ".txt", ".md"}, file
         if file.suffix == ".safetensors":
@@ -82,6 +88,34 @@ def test_the_background_is_the_prompted_one(pipe) -> None:
     pictures = pipe(prompts, num_inference_steps=8, guidance_scale=4.0, generator=noise, output_type="np").images
     seen = [judge.look((255 * picture).astype(np.uint8)).background for picture in pictures]
     assert seen == ["white", "green", "blue", "black"]
+
+
+def gradient_norms(pipe) -> dict[str, float]:
+    """Norm of the gradient of each convolution and matrix of the UNet, of the v loss on the examples at times 999 to 20."""
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    lines = [json.loads(line) for line in (bases.examples() / "metadata.jsonl").read_text().splitlines()]
+    images = [Image.open(bases.examples() / line["file_name"]).convert("RGB").resize((side, side)) for line in lines]
+    words = ["octopus", "apple", "car", "dog", "house"]
+    ids = diffusion.tokenize(pipe.tokenizer, [line["text"].format(concept=w) for line, w in zip(lines, words, strict=True)])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        latents = pipe.vae.encode(autoencoder.to_tensor(np.stack(images))).latent_dist.mean.repeat(2, 1, 1, 1)
+        states = pipe.text_encoder(ids).last_hidden_state.repeat(2, 1, 1)
+        t = torch.linspace(999, 20, len(latents)).long()
+        noisy, v = diffusion.noised(latents, torch.randn(latents.shape, generator=generator), t)
+    with torch.enable_grad():
+        pipe.unet.zero_grad()
+        (pipe.unet(noisy, t, states).sample - v).square().mean().backward()
+    norms = {name: float(p.grad.norm()) for name, p in pipe.unet.named_parameters() if p.ndim > 1}
+    pipe.unet.zero_grad()
+    return norms
+
+
+@FORMER
+def test_no_convolution_and_no_matrix_of_the_unet_is_dead(pipe) -> None:
+    norms = gradient_norms(pipe)
+    least = 1e-5 * float(np.median(list(norms.values())))
+    assert {name: norm for name, norm in norms.items() if norm < least} == {}
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # EulerDiscreteScheduler under NumPy 2
@@ -121,6 +155,34 @@ def test_cards_name_every_source_and_licence() -> None:
         assert "MIT, copyright Mu-An Chiou" in card
 
 
+@FORMER
+def test_cards_name_the_photos_and_their_licences() -> None:
+    generator, clip = ((bases.path(name) / "README.md").read_text() for name in bases.SHIPPED)
+    for card in (generator, clip):
+        assert "clothing dataset" in card
+        assert "CC0 1.0" in card
+        assert "DreamBooth dataset" in card
+        assert all(f"`{name}`" in card for name in SUBJECTS)
+        assert all(f"https://unsplash.com/@{account} (`{name}`)" in card for name, account in cards.UNSPLASH.items())
+    assert "a photo of a THING" in generator
+    assert all(f" {word}," in generator for word in CLOTHES.values())
+
+
+def test_cards_say_what_was_measured_on_photos() -> None:
+    results = bases.path().parents[3] / "docs" / "results" / "base" / "figures.json"
+    if not results.is_file():
+        pytest.skip("docs/results/base/figures.json lies in the repository, not in an installed package")
+    figures = json.loads(results.read_text())
+    figures["photos"] = {"percent": 77.3, "chance": 6.2, "queries": 22, "photos": 74, "subjects": 14}
+    figures["autoencoder"].update(unseen_clothes_db=28.41, unseen_subjects_db=27.53)
+    figures["training"]["unet"] = {"step": 7, "loss": 0.3, "v999": 0.125, "v100": 0.25, "photo v999": 0.5, "photo v100": 0.0625}
+    card = cards.shipped(figures)
+    assert "28.41 dB on clothes and 27.53 dB on the validation subjects" in card
+    assert "0.125 at t = 999, 0.250 at t = 100; on photos: 0.500 at t = 999, 0.062 at t = 100" in card
+    assert re.search(r"22 photos .* 77 % .* 74 photos of 14 subjects .*chance 6 %", cards.shipped_clip(figures), re.DOTALL)
+
+
+@FORMER
 def test_cards_are_what_the_figures_give() -> None:
     results = bases.path().parents[3] / "docs" / "results" / "base" / "figures.json"
     if not results.is_file():

@@ -8,16 +8,17 @@ import pytest
 from PIL import Image
 
 from veneer.bases.recipe import surroundings
-from veneer.bases.recipe.compose import COLOURS, Compositor, Scene, draw_scenes, surround
+from veneer.bases.recipe.compose import COLOURS, SIDE, Compositor, Scene, draw_scenes, surround
 
 SHARE = 0.3
 RAMP = Image.fromarray(np.add.outer(np.zeros(100), np.arange(200)).astype(np.uint8)).convert("RGB")
+LARGE = RAMP.resize((400, 200))
 
 
 def test_a_scene_in_surroundings_shows_the_part_that_it_says() -> None:
-    compositor = Compositor(np.zeros((1, 128, 128, 4), np.uint8), {"park": RAMP})
+    compositor = Compositor(np.zeros((1, 128, 128, 4), np.uint8), {"park": LARGE})
     first, same, other = compositor([Scene(0, "small", "center", "park", crop) for crop in (5, 5, 6)])
-    np.testing.assert_array_equal(first, surroundings.crop(RAMP, 5, 64))
+    np.testing.assert_array_equal(first, surroundings.crop(LARGE, 5, SIDE))
     np.testing.assert_array_equal(first, same)
     assert (first != other).any()
 
