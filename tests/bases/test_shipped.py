@@ -19,7 +19,7 @@ from veneer.bases.recipe.world import PHOTOS
 
 FORMER = pytest.mark.xfail(
     strict=True,
-    reason="the packaged weights are the former ones, of 64 pixels and icons alone; `pretraining` has their successors",
+    reason="the packaged weights are of 64 pixels and icons alone; their successors are in `pretraining`",
 )
 
 PLAIN = """

@@ -91,8 +91,8 @@ class Mixture:
 
         Without photos the other kinds share the batch in the same proportions.
         """
-        kinds = rng.choice(list(self._shares), batch, p=list(self._shares.values()))
-        kinds = ["drawn, usual" if kind == "drawn" and rng.random() < usual else kind for kind in kinds]
+        drawn = rng.choice(list(self._shares), batch, p=list(self._shares.values()))
+        kinds = ["drawn, usual" if kind == "drawn" and rng.random() < usual else kind for kind in drawn]
         return np.array([rng.choice(self._rows[kind]) for kind in kinds])
 
     def rows(self, first: int, last: int) -> Pixels:
