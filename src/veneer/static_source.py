@@ -50,17 +50,20 @@ def class_named(entry: Entry) -> Any:
     """The class behind a name of a registry, by `class_of`; None if only the registry can tell."""
     if entry.module is None:
         return None
-    source = _source(entry.module)
-    found = next((n.name for n in source.tree.body if isinstance(n, ast.ClassDef) and _has_name(n, entry.name)), None)
-    return found and class_of(entry.module, found)
+    node = _class_node(entry)
+    return node and class_of(entry.module, node.name)
 
 
 def first_line(entry: Entry) -> str | None:
     """First line of the docstring of the class behind a name of a registry; None if only the registry can tell."""
-    classes = _source(entry.module).tree.body if entry.module else ()
-    found = next((n for n in classes if isinstance(n, ast.ClassDef) and _has_name(n, entry.name)), None)
-    text = found and ast.get_docstring(found)
+    node = _class_node(entry)
+    text = node and ast.get_docstring(node)
     return text.split("\n")[0] if text else None
+
+
+def _class_node(entry: Entry) -> ast.ClassDef | None:
+    classes = _source(entry.module).tree.body if entry.module else ()
+    return next((node for node in classes if isinstance(node, ast.ClassDef) and _has_name(node, entry.name)), None)
 
 
 def _has_name(node: ast.ClassDef, name: str) -> bool:

@@ -202,22 +202,6 @@ def train_decoder(folder: Path, vae: Any, pictures: Callable[[int, int], Pixels]
 
 
 @torch.no_grad()
-def standardise(vae: Any, pictures: Tensor) -> Any:
-    """Fold an affine map into the two 1x1 convolutions: latents get zero mean per channel and unit variance overall.
-
-    Stable Diffusion pipelines know a scaling factor and no shift, so the shift must live in the weights.
-    """
-    latents = vae.encode(pictures).latent_dist.mean
-    mean, scale = latents.mean((0, 2, 3)), 1 / latents.std((0, 2, 3)).square().mean().sqrt()
-    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
-    vae.post_quant_conv.weight /= scale
-    vae.quant_conv.weight[:LATENT] *= scale
-    vae.quant_conv.bias[:LATENT] = (vae.quant_conv.bias[:LATENT] - mean) * scale
-    vae.quant_conv.bias[LATENT:] += 2 * scale.log()
-    return vae
-
-
-@torch.no_grad()
 def psnr(vae: Any, pictures: Pixels) -> float:
     """Mean over pictures of 10 log10(255^2 / MSE), through the latent mean and byte rounding."""
     pairs = [(p, to_pixels(vae.decode(vae.encode(to_tensor(p)).latent_dist.mean).sample)) for p in

@@ -48,9 +48,8 @@ def mask(pixels: Pixels) -> npt.NDArray[np.uint8] | None:
 def icon(pixels: Pixels, thing: npt.NDArray[np.uint8], side: int = PIXELS) -> Pixels:
     """The thing alone, RGBA (side, side, 4), centered in a square as rendered icons are."""
     rows, columns = np.flatnonzero(thing.any(1)), np.flatnonzero(thing.any(0))
-    alpha = Image.fromarray(255 * thing).resize((thing.shape[1], thing.shape[0]))
     image = Image.fromarray(pixels).convert("RGBA")
-    image.putalpha(alpha)
+    image.putalpha(Image.fromarray(255 * thing))
     image = image.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
     square = Image.new("RGBA", (max(image.size),) * 2)
     square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))

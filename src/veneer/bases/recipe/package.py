@@ -87,7 +87,7 @@ def _plain_config(config: Path) -> None:
 def training(world: World) -> dict[str, Any]:
     """Steps of the checkpoints, and the UNet's last v-errors on watched images, from the logs; `begun` says what came before."""
     last: dict[str, Any] = {}
-    logs = {stage: world.folder / stage / "log.jsonl" for stage in ("vae", "clip", "unet")}
+    logs = {stage: world.folder / stage / "log.jsonl" for stage in ("clip", "unet")}
     logs["decoder"] = world.folder / "vae" / "decoder" / "log.jsonl"
     for stage, log in ((stage, log) for stage, log in logs.items() if log.is_file()):
         line = log.read_text().strip().splitlines()[-1]

@@ -63,7 +63,7 @@ def curves(work: Path, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    stages = [stage for stage in ("vae", "vae/decoder", "clip", "unet") if (work / stage / "log.jsonl").is_file()]
+    stages = [stage for stage in ("vae/decoder", "clip", "unet") if (work / stage / "log.jsonl").is_file()]
     figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 4), layout="constrained", squeeze=False)
     for axis, stage in zip(axes[0], stages, strict=True):
         lines = [json.loads(line) for line in (work / stage / "log.jsonl").read_text().splitlines()]
