@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from veneer.bases.recipe import captions, clip, judge, optim, package, render
+from veneer.bases.recipe import captions, clip, diffusion, judge, optim, package, render
 from veneer.bases.recipe.compose import COLOURS, PLACES, SIZES, Compositor, Scene, corner, draw_scenes, premultiplied
 from veneer.bases.recipe.concepts import DRAWN, KEPT_BACK
 from veneer.bases.recipe.loop import Ema, Run, cosine
@@ -195,6 +195,22 @@ def test_orthogonalise_keeps_directions_and_levels_singular_values(shape) -> Non
     assert values.max() < 1.3
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
     assert torch.nn.functional.cosine_similarity(levelled.flatten(), (u @ vh).flatten(), dim=0) > 0.97
+
+
+def test_time_projections_have_a_hundredth_of_the_rate_and_every_parameter_one_optimizer() -> None:
+    model = diffusion.Denoiser(40, 1, 2, widths=(16, 16, 16))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates: dict[str, list[float]] = {}
+    for optimizer in optim.optimizers(model, muon_lr=2e-3, adam_lr=1e-3):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                rates.setdefault(names[id(parameter)], []).append(group["lr"])
+    assert set(rates) == set(names.values())
+    assert all(len(found) == 1 for found in rates.values())
+    projections = {name for name in rates if "time_emb_proj" in name}
+    assert len(projections) == 22  # a weight and a bias in each of eleven residual blocks
+    assert {rates[name][0] for name in projections} == {1e-5}
+    assert {rate[0] for name, rate in rates.items() if name not in projections} == {2e-3, 1e-3}
 
 
 def test_muon_steps_along_the_levelled_momentum() -> None:

@@ -1,8 +1,8 @@
 """The autoencoder: 128x128x3 images to 16x16x16 latents, a small `AutoencoderKL`.
 
-The encoder first imitates a linear code of 8x8 patches, which spares it the slow part of the training; the decoder learns
-on crops, then on whole images. Where a former autoencoder of half the resolution is given, the first half of the channels
-imitates its latents of the image at half size, so that a denoiser that has learnt those goes on from them.
+The encoder computes a linear code of 8x8 patches and is not trained; the decoder is trained on crops, then on whole images.
+With a former autoencoder of half the resolution, the code is rotated so that its first channels are close to the former
+latents of the image at half size: a denoiser trained on those can continue from them.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .diffusion import Denoiser, noised
 from .package import BEGUN, TRAINING
 
 SILENT = 1e-3
-"""Mean size of what a convolution gets, below which it is dead."""
+"""Mean absolute input of a convolution below which it is dead."""
 
 
 def unpack(bases: Path, work: Path) -> None:
@@ -62,13 +62,13 @@ def denoiser(model: Denoiser, bases: Path) -> None:
 
 @torch.no_grad()
 def revive(model: Denoiser, latents: Tensor, ids: Tensor) -> list[str]:
-    """Begin residual blocks anew whose second convolution gets nothing: the names of these blocks.
+    """Reinitialize dead residual blocks, whose second convolution gets zeros; returns the names of these blocks.
 
-    Their time projections have driven every activation to zero. A block begins again with random weights, no word of the time
-    and a zero second convolution, so that what the network computes stays as it is.
+    Their time projections have driven every activation to zero. A block is initialized again, without the time embedding and
+    with a zero second convolution, so that the output of the network does not change.
 
     Args:
-        latents, ids: of images that the denoiser knows; it is listened to at all times of the diffusion.
+        latents, ids: of training-like images; activations are measured at random timesteps.
     """
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(0, 1000, (len(latents),), generator=generator)

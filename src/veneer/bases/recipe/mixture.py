@@ -1,7 +1,7 @@
-"""What the generator learns from: scenes of icons, real photos, things cut out of photos in scenes, and single things.
+"""Training examples of the generator: scenes of icons, real photos, cut-outs in scenes, and single things.
 
-A single thing has a token of its own, which stands for it in several images as the word of a concept does when it is taught
-from a few photos. These tokens are dropped when the weights are packaged.
+Each single thing has its own token in the captions of several images, like the concept of a personalization. These
+tokens are dropped when the weights are packaged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Example:
-    """An image and what can be said of it.
+    """An image and the parts of its caption.
 
     Args:
         token: the one thing that it shows; empty where the thing has none.

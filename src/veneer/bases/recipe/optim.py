@@ -71,15 +71,15 @@ class Muon(torch.optim.Optimizer):
 EDGES = ("embedding", "conv_in", "conv_out", "conv1.weight.stem", "head", "proj_out_")
 """Parts of the names of matrices that are AdamW's."""
 TIMES, SLOWLY = "time_emb_proj", 0.01
-"""Projections of the time embedding, and the share of the rate that they get."""
+"""Projections of the time embedding, and the share of the learning rate that they get."""
 
 
 def optimizers(module: nn.Module, muon_lr: float, adam_lr: float, decay: float = 0.01) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices and convolutions; AdamW for embeddings, first and last layers, norms and biases.
 
-    The projections of the time embedding, which scale and shift every residual block, are AdamW's too, and slow: the embedding
-    is large and much of it is common to all times, so that a few steps of usual size in one direction shift every activation of
-    a block below zero, where SiLU has no gradient.
+    The projections of the time embedding, which scale and shift every residual block, get 1 % of AdamW's learning rate: the
+    embedding is large and mostly the same at all timesteps, so that a few steps at the full rate shift all activations of a
+    block far below zero, where SiLU has no gradient.
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
