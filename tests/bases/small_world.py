@@ -11,6 +11,7 @@ from veneer.bases.recipe.compose import COLOURS
 from veneer.bases.recipe.photographs import Photograph
 from veneer.bases.recipe.render import Icons, Pixels
 from veneer.bases.recipe.surroundings import WORDS
+from veneer.bases.recipe.turntable import VIEWS, Views
 from veneer.bases.recipe.world import World
 
 ROWS = [
@@ -28,7 +29,10 @@ def disk(rgb: tuple[int, int, int]) -> Pixels:
 
 
 class SmallWorld(World):
-    """Icons are disks; the photos are two shirts, a dog twice and a toy twice; all but the first shirt are cut out."""
+    """Icons are disks; the photos are two shirts, a dog twice and a toy twice; all but the first shirt are cut out.
+
+    Of the two rendered models each view has another brightness. A photo of a lake comes in a package.
+    """
 
     @cached_property
     def icons(self) -> Icons:
@@ -50,6 +54,15 @@ class SmallWorld(World):
         which = [1, 2, 3, 4, 5]
         return np.stack([disk((200, 10 * i, 10)) for i in which]), which
 
+    @cached_property
+    def models(self) -> Views:
+        views = [[disk((60 * i, 10 * j, 200)) for j in range(VIEWS)] for i in range(2)]
+        return Views(np.array(views), ["chair", "chair"], ["Chair", "Armchair"])
+
+    @cached_property
+    def packaged(self) -> list[Photograph]:
+        return [Photograph(np.full((150, 150, 3), 99, np.uint8), "lake", 0)]
+
 
 class IconWorld(SmallWorld):
     """The same without photos."""
@@ -61,3 +74,11 @@ class IconWorld(SmallWorld):
     @cached_property
     def cutouts(self) -> tuple[Pixels, list[int]]:
         return np.zeros((0, 128, 128, 4), np.uint8), []
+
+    @cached_property
+    def models(self) -> Views:
+        return World(self.folder).models
+
+    @cached_property
+    def packaged(self) -> list[Photograph]:
+        return World(self.folder).packaged

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ def mixture(world):
 
 def kind(example: Example) -> str:
     if isinstance(example.image, Shot):
-        return "shots"
+        return "packaged" if example.image.packaged else "shots"
+    if example.style == "3d":
+        return "models"
     if example.style == "photo":
         return "cutouts"
     return "tinted" if example.token else "others" if example.word == "anvil" else "drawn"
@@ -91,6 +94,23 @@ def test_images_are_the_scenes_and_the_crops(world, mixture) -> None:
     assert mixture.rows(0, 5).shape == (5, 128, 128, 3)
 
 
+def test_each_view_of_a_rendered_model_is_in_one_scene(world, mixture) -> None:
+    examples = [example for example in mixture.examples if kind(example) == "models"]
+    by_token = {token: [e.image.icon for e in examples if e.token == token] for token in dict.fromkeys(e.token for e in examples)}
+    assert [len(set(icons)) for icons in by_token.values()] == [VIEWS, VIEWS]
+    for i, example in enumerate(examples):
+        scene = replace(example.image, icon=0)
+        expected = Compositor(world.models.rgba.reshape(-1, 128, 128, 4)[i : i + 1], world.surroundings)([scene])
+        row = mixture.examples.index(example)
+        np.testing.assert_array_equal(mixture.rows(row, row + 1), expected)
+
+
+def test_photos_of_packages_are_cropped(mixture) -> None:
+    rows = [row for row, example in enumerate(mixture.examples) if kind(example) == "packaged"]
+    assert {mixture.examples[row].word for row in rows} == {"lake"}
+    assert (mixture.rows(rows[0], rows[-1] + 1) == 99).all()
+
+
 def test_captions_have_the_token_the_word_or_both() -> None:
     rng = np.random.default_rng(0)
     example = Example(Shot(0, 0), "shirt", "photo", "<one7>", "red")
@@ -111,7 +131,7 @@ def test_without_photos_the_other_kinds_keep_their_proportions(tmp_path) -> None
     rows = mixture.draw(np.random.default_rng(0), 3000, usual=0.5)
     found = Counter(kind(mixture.examples[row]) for row in rows)
     assert found.keys() == {"drawn", "others", "tinted"}
-    assert found["drawn"] / 3000 == pytest.approx(0.4 / 0.6, abs=0.04)
+    assert found["drawn"] / 3000 == pytest.approx(0.36 / 0.52, abs=0.04)
     assert mixture.rows(0, 2).shape == (2, 128, 128, 3)
 
 

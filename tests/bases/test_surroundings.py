@@ -56,6 +56,8 @@ def test_a_radiance_map_becomes_a_photo_with_a_grey_middle(tmp_path: Path) -> No
     light[:2] = np.inf
     light[2, 0] = np.nan
     light[3, 0] = 0
+    light[6, 8] = (-0.1, 0.5, 0.5)  # the compression rings below zero beside strong lights
+    light[6, 9] = (0, 0.5, 0.5)
     openexr.File({"compression": openexr.ZIP_COMPRESSION}, {"RGB": light}).write(str(tmp_path / "map.exr"))
     encoded = base64.b64encode((tmp_path / "map.exr").read_bytes()).decode()
     module = tmp_path / "map.exr.js"
@@ -63,6 +65,6 @@ def test_a_radiance_map_becomes_a_photo_with_a_grey_middle(tmp_path: Path) -> No
     photo = np.asarray(surroundings._panorama(module))
     grey = 255 * (0.35 / 1.35) ** (1 / 2.2)
     assert photo.shape == (8, 16, 3)
-    assert np.abs(photo[5:] - grey).max() <= 1
+    assert np.abs(photo[5:] - grey).max() <= 2
     assert (photo[:3, :1] >= 254).all()
     assert (photo[3, 0] == 0).all()

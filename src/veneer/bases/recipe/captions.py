@@ -18,6 +18,7 @@ LENGTH = 24
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 LEADS = ("a picture of", "an icon of", "a drawing of")
 PHOTO_LEADS = ("a picture of", "a photo of", "a photo of", "a photo of")
+MODEL_LEADS = ("a picture of", "a rendering of")
 
 
 def article(phrase: str) -> str:
@@ -43,7 +44,7 @@ def caption(rng: np.random.Generator, word: str, scene: Scene, style: str) -> st
         usual = {"size": scene.size == "large", "place": scene.place == "center"}
         says = {part: says[part] and rng.random() > (0.6 if usual.get(part, True) else 0.08) for part in says}
     thing = article(f"{scene.size} {word}" if says["size"] else word)
-    leads = PHOTO_LEADS if style == "photo" else LEADS
+    leads = {"photo": PHOTO_LEADS, "3d": MODEL_LEADS}.get(style, LEADS)
     if rng.random() < (0.4 if style == "photo" else 0.15):
         thing = f"{leads[rng.integers(len(leads))]} {thing}"
     tail = [scene.place] * says["place"] + [f"{scene.background} background"] * says["background"]

@@ -134,8 +134,8 @@ class Plan:
     batch: int = 64
     muon_lr: float = 2e-3
     adam_lr: float = 1e-3
-    high: float = 0.5
-    plain: float = 0.5
+    high: float = 0.35
+    plain: float = 0.4
     ema: float = 0.998
 
     def rate(self, step: int) -> float:

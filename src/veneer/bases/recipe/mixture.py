@@ -1,4 +1,4 @@
-"""Training examples of the generator: scenes of icons, real photos, cut-outs in scenes, and single things.
+"""Training examples of the generator: scenes of icons, photos, cut-outs and rendered models in scenes, and single things.
 
 Each single thing has its own token in the captions of several images, like the concept of a personalization. These
 tokens are dropped when the weights are packaged.
@@ -14,28 +14,38 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from . import captions, photographs
+from . import captions, photographs, turntable
 from .compose import COLOURS, SIDE, Compositor, Scene, draw_scenes, surround
 from .concepts import KEPT_BACK, UNSEEN_SET
 from .render import Pixels
 from .world import World
 
-SHARES: Mapping[str, float] = {"drawn": 0.40, "others": 0.10, "shots": 0.22, "cutouts": 0.18, "tinted": 0.10}
+SHARES: Mapping[str, float] = {
+    "drawn": 0.36, "others": 0.08, "shots": 0.20, "cutouts": 0.16, "tinted": 0.08, "models": 0.08, "packaged": 0.04,
+}  # fmt: skip
 """Kind of example -> its share of a batch."""
 SURROUNDED = 0.3
 """Share of the scenes that stand in surroundings instead of before a color."""
 SINGLE = 500
 """Tinted icons, and cut-outs, that have tokens of their own."""
-VIEWS = 8
-"""Scenes in which each of them is seen."""
+VIEWS = turntable.VIEWS
+"""Scenes in which each of them is seen; rendered models have as many views."""
+CROPS = 8
+"""Crops of each photo that comes in a package."""
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A square crop of a real photo; `seed` chooses the part."""
+    """A square crop of a real photo; `seed` chooses the part.
+
+    Args:
+        photo: index in `World.photographs`, or in `World.packaged`.
+        packaged: whether the photo is of `World.packaged`.
+    """
 
     photo: int
     seed: int
+    packaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,8 @@ class Mixture:
             "shots": self._shots(counts["shots"]),
             "cutouts": self._cutouts(counts["cutouts"]),
             "tinted": self._tinted_scenes(),
+            "models": self._models(),
+            "packaged": self._packaged(),
         }
         self.examples = [example for kind in kinds.values() for example in kind]
         ends = np.cumsum([len(kind) for kind in kinds.values()])
@@ -102,12 +114,16 @@ class Mixture:
     def _image(self, image: Scene | Shot) -> Pixels:
         if isinstance(image, Scene):
             return self._compositor([image])[0]
-        pixels = self._world.photographs[image.photo].pixels
+        photos = self._world.packaged if image.packaged else self._world.photographs
+        pixels = photos[image.photo].pixels
         return photographs.crop(np.random.default_rng((31, image.seed)), pixels, SIDE)
 
     @cached_property
     def _compositor(self) -> Compositor:
-        rgba = np.concatenate([self._world.icons.rgba, self._world.cutouts[0], self._tinted[0]])
+        views = self._world.models.rgba
+        rgba = np.concatenate(
+            [self._world.icons.rgba, self._world.cutouts[0], self._tinted[0], views.reshape(-1, *views.shape[2:])]
+        )
         return Compositor(rgba, self._world.surroundings)
 
     def _place(self, row: int) -> tuple[str, str]:
@@ -169,6 +185,22 @@ class Mixture:
             Example(scene, photo.word, "photo", tokens.get(photo.instance, ""), colors[i])
             for scene, photo, i in zip(scenes, shown, numbers, strict=True)
         ]
+
+    def _models(self) -> list[Example]:
+        """One scene of each view of each rendered model."""
+        models = self._world.models
+        first = len(self._world.icons.rgba) + len(self._world.cutouts[0]) + len(self._tinted[0])
+        found: list[Example] = []
+        for i, word in enumerate(models.words):
+            token, views = self._token(), range(first + i * VIEWS, first + (i + 1) * VIEWS)
+            found += [Example(scene, word, "3d", token) for view in views for scene in self._scenes([view], 1)]
+        return found
+
+    def _packaged(self) -> list[Example]:
+        """Crops of photos that come in packages."""
+        photos = [(i, photo.word) for i, photo in enumerate(self._world.packaged) for _ in range(CROPS)]
+        seeds = self._rng.integers(2**31, size=len(photos))
+        return [Example(Shot(i, int(seed), packaged=True), word, "photo") for (i, word), seed in zip(photos, seeds, strict=True)]
 
     @cached_property
     def _photo_tokens(self) -> dict[int, str]:

@@ -72,7 +72,11 @@ def clothes(folder: Path, split: str) -> list[Photograph]:
 
 def read(file: Path) -> Pixels:
     """A photo with at most `STORED` pixels at its short side."""
-    image = Image.open(file).convert("RGB")
+    return reduce(Image.open(file).convert("RGB"))
+
+
+def reduce(image: Image.Image) -> Pixels:
+    """An RGB image with at most `STORED` pixels at its short side."""
     factor = STORED / min(image.size)
     if factor < 1:
         image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)

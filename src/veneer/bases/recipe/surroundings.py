@@ -40,15 +40,18 @@ def _panorama(module: Path) -> Image.Image:
         file.write(base64.b64decode(encoded[: len(encoded) - len(encoded.lstrip(_BASE64))]))
         file.flush()
         radiance = np.asarray(OpenEXR.File(file.name).channels()["RGB"].pixels, np.float32)
-    light = _without_holes(np.nan_to_num(radiance, nan=65504.0, posinf=65504.0))
+    light = np.nan_to_num(radiance, nan=65504.0, posinf=65504.0).clip(0)
     light = light * 0.35 / np.median(light.mean(-1))
-    return Image.fromarray((255 * (light / (1 + light)) ** (1 / 2.2)).astype(np.uint8))
+    photo = (255 * (light / (1 + light)) ** (1 / 2.2)).astype(np.uint8)
+    return Image.fromarray(_inpaint(photo, (radiance < 0).any(-1)))
 
 
-def _without_holes(radiance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Beside strong lights the compressed maps ring below zero: such pixels become the brightest within two pixels."""
-    shifts = [np.roll(radiance, (y, x), (0, 1)) for y in range(-2, 3) for x in range(-2, 3)]
-    return np.where(radiance < 0, np.maximum.reduce(shifts), radiance).clip(0)
+def _inpaint(photo: npt.NDArray[np.uint8], missing: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """The photo with its `missing` pixels and their neighbors filled in: beside strong lights the maps ring below zero."""
+    import cv2
+
+    mask = cv2.dilate(missing.astype(np.uint8), np.ones((3, 3), np.uint8))
+    return np.asarray(cv2.inpaint(np.ascontiguousarray(photo), mask, 3, cv2.INPAINT_TELEA), np.uint8)
 
 
 _BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="

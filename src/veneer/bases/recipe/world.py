@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from . import captions, cutouts, photographs, render, surroundings
+from . import captions, cutouts, photo_packages, photographs, render, surroundings, turntable
 from .compose import SIDE, Compositor, Scene, draw_scenes, rich_pictures
 from .concepts import ALSO_CALLED, CLIP_SETS, DRAWN, KEPT_BACK, STYLES, UNSEEN_SET
 
@@ -52,6 +52,23 @@ class World:
         chosen = sorted(np.random.default_rng(29).permutation(clothes)[:CUT].tolist())
         subjects = [i for i, photo in enumerate(self.photographs) if photo.subject]
         return cutouts.load(self.photographs, chosen + subjects, self.folder / "cutouts.npz")
+
+    @cached_property
+    def models(self) -> turntable.Views:
+        """Views of rendered 3D models, without kept-back concepts; none without a folder of photos."""
+        if not self.photo_folder:
+            return turntable.Views(np.zeros((0, turntable.VIEWS, SIDE, SIDE, 4), np.uint8), [], [])
+        views = turntable.load(self.modules, self.folder / "turntable.npz")
+        kept = [i for i, word in enumerate(views.words) if word not in KEPT_BACK]
+        return turntable.Views(views.rgba[kept], [views.words[i] for i in kept], [views.names[i] for i in kept])
+
+    @cached_property
+    def packaged(self) -> list[photographs.Photograph]:
+        """Photos of packages, without cut-outs and kept-back concepts; none without a folder of photos."""
+        if not self.photo_folder:
+            return []
+        images = [p for p in photo_packages.load(self.modules) if p.image.mode == "RGB" and p.word not in KEPT_BACK]
+        return [photographs.Photograph(photographs.reduce(photo.image), photo.word, i) for i, photo in enumerate(images)]
 
     @cached_property
     def modules(self) -> Path:
