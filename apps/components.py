@@ -15,9 +15,9 @@ from PIL import Image
 
 from veneer.injection import VeneerError
 
-from .guard import PLACE
+from .context import refusal
 from .limits import LIMITS
-from .studio import refusal
+from .request_limits import PLACE
 from .uploads import picture
 from .workspace import shown
 

@@ -32,9 +32,9 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from veneer.training.checkpoints import write_json
-from veneer.training.phases import Phase, read_phase
-from veneer.training.progress import Progress, read_progress
+from veneer.training.loop.checkpoints import write_json
+from veneer.training.report.phases import Phase, read_phase
+from veneer.training.report.progress import Progress, read_progress
 
 State = Literal["waiting", "running", "stopped", "done", "failed"]
 LOG_SHOWN = 4000

@@ -17,11 +17,11 @@ from starlette.middleware import Middleware
 from veneer.injection import OptionError
 
 from . import components
-from .guard import Guard
+from .context import Studio
 from .limits import LIMITS
 from .pages import pages
-from .pages.generate import connect
-from .studio import Studio
+from .pages.generate.generate_page import connect
+from .request_limits import Guard
 
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
     body_text_color_subdued="*neutral_600",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from veneer.formats import format_of, read
 from veneer.injection import LoadError, VeneerError
-from veneer.training.photos import PhotoError, PhotoLimits, Picture, decode, read_bytes
+from veneer.training.data.image_io import PhotoError, PhotoLimits, Picture, decode, read_bytes
 
 from .limits import LIMITS, MIB, Limits
 from .workspace import safe, shown

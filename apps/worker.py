@@ -9,10 +9,11 @@ import traceback
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from veneer.apps.jobs import Job
 
 from veneer.allocator import keep_freed_memory
-from veneer.training.checkpoints import write_json
+from veneer.training.loop.checkpoints import write_json
+
+from .jobs import Job
 
 
 def work(folder: Path) -> int:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from veneer.classifying.compared import lines_of, table, verdict, write_picture
-from veneer.classifying.comparing import Comparison, Row, rows_of
-from veneer.classifying.config import TransferConfig
-from veneer.classifying.data import Views, open_data
-from veneer.classifying.models import open_classifier, reads_texts
+from veneer.classification.config import TransferConfig
+from veneer.classification.data.run_data import Views, open_data
+from veneer.classification.models.loading import open_classifier, reads_texts
+from veneer.classification.report.comparison_table import lines_of, table, verdict, write_picture
+from veneer.classification.train.comparison import Comparison, Row, rows_of
 from veneer.injection import OptionError
-from veneer.training.checkpoints import write_atomically, write_json
-from veneer.training.run_folder import discard_unused, new_folder
+from veneer.training.loop.checkpoints import write_atomically, write_json
+from veneer.training.report.run_folder import discard_unused, new_folder
 
 __all__ = ["CompareConfig", "compare"]
 

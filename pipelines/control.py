@@ -11,36 +11,37 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from veneer.pipelines.generate import base_of, parse_adapter
 
-from veneer import bases
-from veneer.control import maps
+from veneer import base_models
+from veneer.control.artifacts import Run, look, write_files, write_maps, write_outcome
 from veneer.control.config import ControlConfig
-from veneer.control.drawing import DrawConfig, draw_under
-from veneer.control.embedding import Embedder, embedder
-from veneer.control.figures import Subject
+from veneer.control.evaluation import Subject
+from veneer.control.generation import DrawConfig, draw_under
+from veneer.control.image_embedding import Embedder, embedder
 from veneer.control.loss import ControlLoss, FollowMaps, FollowPictures
-from veneer.control.outcome import Run, look, write_files, write_maps, write_outcome
-from veneer.control.pictures import Pictures, open_pictures
-from veneer.control.resizing import resized
+from veneer.control.maps import maps
+from veneer.control.maps.resize import resized
+from veneer.control.training_images import Pictures, open_pictures
 from veneer.injection import Attachment, attach
-from veneer.training import targets
-from veneer.training.cache import Cache
-from veneer.training.captions import Captions
-from veneer.training.dataset import PhotoDataset
-from veneer.training.estimates import written_bytes
+from veneer.training import param_groups
+from veneer.training.data.captions import Captions
+from veneer.training.data.class_images import base_digest
+from veneer.training.data.dataset import PhotoDataset
+from veneer.training.data.image_io import read_photo
+from veneer.training.data.latent_cache import Cache
+from veneer.training.data.photo_folder import Photo
 from veneer.training.families import family
-from veneer.training.folder import Photo
-from veneer.training.loop import Trainer
-from veneer.training.phases import PhaseReport
-from veneer.training.photos import read_photo
-from veneer.training.preflight import require_disk
-from veneer.training.prior import base_digest
-from veneer.training.processes import on_main
-from veneer.training.progress import ProgressLine
-from veneer.training.run_folder import discard_unused, run_folder, stopped
-from veneer.training.seeds import mix
-from veneer.training.verdict import read_verdict
+from veneer.training.loop.distributed import on_main
+from veneer.training.loop.seeds import mix
+from veneer.training.loop.trainer import Trainer
+from veneer.training.preflight.estimates import written_bytes
+from veneer.training.preflight.preflight import require_disk
+from veneer.training.report.phases import PhaseReport
+from veneer.training.report.progress import ProgressLine
+from veneer.training.report.run_folder import discard_unused, run_folder, stopped
+from veneer.training.report.verdict import read_verdict
+
+from .generate import base_of, parse_adapter
 
 __all__ = ["ControlConfig", "DrawConfig", "control", "draw"]
 
@@ -69,8 +70,8 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         else PhaseReport()
     )
     report("loading")
-    pipe = bases.load(config.base).to(accelerator.device)
-    targets.freeze(pipe)
+    pipe = base_models.load(config.base).to(accelerator.device)
+    param_groups.freeze(pipe)
     kind = family(pipe)
     pictures = on_main(accelerator, lambda: open_pictures(config, kind, out, _counted(config, report)))
     report.close()
@@ -81,7 +82,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     attached = _attach(config, pipe, reads)
     resolution = config.resolution or kind.resolution
     if config.checkpointing:
-        targets.checkpoint(kind.tower)
+        param_groups.checkpoint(kind.tower)
     run = Run(config, pipe, attached, _subjects(config, pictures, resolution), reads, out, report=report)
     dataset = PhotoDataset(
         pictures.train, resolution, kind.multiple, config.seed, captions=Captions(dropout=config.caption_dropout or 0.0),
@@ -104,12 +105,12 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     trainer = Trainer(
         loop,
         [{**group, "name": f"{attached.name}.{n}"} for n, group in enumerate(attached.groups()) if group["params"]],
-        targets.with_penalties(loss, [attached]),
-        targets.named_state([attached]),
+        param_groups.with_penalties(loss, [attached]),
+        param_groups.named_state([attached]),
         out,
         identity={**config.identity(), "base": digest, "pictures": [p.digest for p in (*pictures.train, *pictures.held)]},
         accelerator=accelerator,
-        after_step=targets.after_step([attached]),
+        after_step=param_groups.after_step([attached]),
         on_step=ProgressLine(),
         on_preview=lambda step: look(run, step),
     )

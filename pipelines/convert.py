@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from veneer.pipelines.generate import base_of
-
-from veneer import bases, formats
+from veneer import base_models, formats
 from veneer.injection import OptionError
+
+from .generate import base_of
 
 To = Literal["kohya", "lycoris", "diffusers", "peft_folder", "comfyui", "onetrainer", "xlabs", "embeddings", "native"]
 
@@ -48,4 +48,4 @@ def convert(config: ConvertConfig) -> list[str]:
         raise OptionError(message, option="base", method="convert", file=config.file)
     path = formats.read(config.file).path
     out = config.out or path.with_name(f"{path.stem}-{config.to}.safetensors")
-    return str(formats.convert(bases.load(base), path, config.to, out, {"base": base})).splitlines()
+    return str(formats.convert(base_models.load(base), path, config.to, out, {"base": base})).splitlines()

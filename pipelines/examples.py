@@ -7,8 +7,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer import bases
-from veneer.classifying.digits import digits
+from veneer import base_models
+from veneer.classification.data.digits import digits
 from veneer.injection import SaveError
 
 PER_CLASS = 40
@@ -40,7 +40,7 @@ def examples(config: ExamplesConfig) -> list[str]:
         message = f"{folder}: exists and is not an empty folder; nothing was written. Choose another folder."
         raise SaveError(message, file=folder, given="exists")
     octopus = folder / "octopus"
-    shutil.copytree(bases.examples(), octopus, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    shutil.copytree(base_models.examples(), octopus, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
     labeled, new = _write_digits(folder / "digits", folder / "new")
     return [
         f"{octopus}: {len(list(octopus.glob('*.png')))} images of one subject, with captions",

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from veneer.pipelines.convert import To
-
-from veneer import bases, combining
+from veneer import adapter_merging, base_models
 from veneer.injection import OptionError
+
+from .convert import To
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ def extract(config: ExtractConfig) -> list[str]:
     Raises:
         VeneerError: no base, rank or `out` was named, the models do not fit, or the format cannot hold it.
     """
-    keep = combining.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
+    keep = adapter_merging.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
     if config.base is None or config.out is None or keep is None:
         missing = "base" if config.base is None else "out" if config.out is None else "rank"
         message = "extract: --base, --out and --rank, --energy, --error, --cumulative or --ratio must be given."
         raise OptionError(message, option=missing, method="extract")
-    combining.free(config.out, config.to)
-    base, tuned, dtype = bases.load(config.base), bases.load(config.tuned), combining.DTYPES[config.dtype]
-    made = combining.extract(base, tuned, keep, where=config.where or None, dtype=dtype)
+    adapter_merging.free(config.out, config.to)
+    base, tuned, dtype = base_models.load(config.base), base_models.load(config.tuned), adapter_merging.DTYPES[config.dtype]
+    made = adapter_merging.extract(base, tuned, keep, where=config.where or None, dtype=dtype)
     told = {"base": config.base, "extracted": config.tuned}
-    return [str(combining.write(made, config.out, config.to, dtype, told)), *str(made).splitlines()]
+    return [str(adapter_merging.write(made, config.out, config.to, dtype, told)), *str(made).splitlines()]

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from veneer import bases
-from veneer.bases.devices import resolve_device
+from veneer import base_models
+from veneer.base_models.devices import resolve_device
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, OptionError
-from veneer.training import targets
+from veneer.training import param_groups
 from veneer.training.families import Family, family
-from veneer.training.previews import PreviewSettings, check_counts, pairs, previews, save_png, save_preview
-from veneer.training.sheets import Row, sheet
+from veneer.training.report.image_grid import Row, sheet
+from veneer.training.report.previews import PreviewSettings, check_counts, pairs, previews, save_png, save_preview
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def generate(config: GenerateConfig) -> list[Path]:
     """
     adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "shipped")
-    preset = bases.preset(base)
-    pipe = bases.load(base).to(device)
-    targets.freeze(pipe)
+    preset = base_models.preset(base)
+    pipe = base_models.load(base).to(device)
+    param_groups.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
     prompts = [_whole(family(pipe), prompt) for prompt in config.prompt]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer import bases
+from veneer import base_models
 from veneer.formats import look
 
 
@@ -30,5 +30,5 @@ def inspect_file(config: InspectConfig) -> list[str]:
     Raises:
         VeneerError: it is no whole safetensors file, or the base is not there.
     """
-    found = look(config.file, bases.load(config.base) if config.base else None)
+    found = look(config.file, base_models.load(config.base) if config.base else None)
     return [found.to_json()] if config.json else str(found).splitlines()

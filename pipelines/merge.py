@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from veneer.pipelines.convert import To
-from veneer.pipelines.generate import base_of
-
-from veneer import bases, combining
+from veneer import adapter_merging, base_models
 from veneer.injection import OptionError
+
+from .convert import To
+from .generate import base_of
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,23 @@ def merge(config: MergeConfig) -> list[str]:
     if base is None:
         message = "merge: --base is missing: no file says which base it is for, and their weights have names there."
         raise OptionError(message, option="base", method="merge")
-    form = config.to or combining.form_of(config.files)
-    combining.free(config.out, form)
+    form = config.to or adapter_merging.form_of(config.files)
+    adapter_merging.free(config.out, form)
     weights = [_weight(text) for text in config.weights] or None
-    keep = combining.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
-    model, dtype = bases.load(base), combining.DTYPES[config.dtype]
-    contents = [(file, combining.read_content(model, file)) for file in config.files]
-    tokens = combining.unite_tokens(contents)
+    keep = adapter_merging.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
+    model, dtype = base_models.load(base), adapter_merging.DTYPES[config.dtype]
+    contents = [(file, adapter_merging.read_content(model, file)) for file in config.files]
+    tokens = adapter_merging.unite_tokens(contents)
     sources = [content.adapter for _, content in contents if content.adapter is not None]
     if weights is not None and len(weights) == len(contents):
         weights = [w for w, (_, content) in zip(weights, contents, strict=True) if content.adapter is not None]
     made = None
     if sources:
-        made = combining.combine(
+        made = adapter_merging.combine(
             model, sources, weights, how=config.how, keep=keep, density=config.density, seed=config.seed, dtype=dtype
         )
     told = {"base": base, "merged": [file.name for file in config.files], "weights": list(config.weights), "how": config.how}
-    written = combining.write_all(model, made, tokens, config.out, form, dtype, told)
+    written = adapter_merging.write_all(model, made, tokens, config.out, form, dtype, told)
     return [*map(str, written), *(str(made).splitlines() if made else []), *(f"token {each.token}" for each in tokens)]
 
 

@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from veneer import bases
+from veneer import base_models
 from veneer.injection import Attachment, OptionError
-from veneer.training import targets
-from veneer.training.cache import Cache
-from veneer.training.captions import Captions, rename_concept
-from veneer.training.dataset import PhotoDataset
-from veneer.training.denoising import DenoisingLoss, LossOptions
+from veneer.training import param_groups
+from veneer.training.data.captions import Captions, rename_concept
+from veneer.training.data.class_images import base_digest, prior_pictures
+from veneer.training.data.dataset import PhotoDataset
+from veneer.training.data.latent_cache import Cache
+from veneer.training.data.photo_folder import Photo, find_photos
 from veneer.training.families import Family, family
-from veneer.training.folder import Photo, find_photos
-from veneer.training.loop import Trainer
-from veneer.training.outcome import Run, ending, evaluated, write_files, write_outcome, write_preview
-from veneer.training.personal import PersonalizeConfig
-from veneer.training.phases import PhaseReport
-from veneer.training.preflight import preflight
-from veneer.training.prior import base_digest, prior_pictures
-from veneer.training.processes import on_main
-from veneer.training.progress import ProgressLine
-from veneer.training.run_folder import discard_unused, run_folder, stopped
+from veneer.training.loop.distributed import on_main
+from veneer.training.loop.trainer import Trainer
+from veneer.training.objective.denoising_loss import DenoisingLoss, LossOptions
+from veneer.training.personalization_config import PersonalizeConfig
+from veneer.training.preflight.preflight import preflight
+from veneer.training.report.artifacts import Run, ending, evaluated, write_files, write_outcome, write_preview
+from veneer.training.report.phases import PhaseReport
+from veneer.training.report.progress import ProgressLine
+from veneer.training.report.run_folder import discard_unused, run_folder, stopped
 
 __all__ = ["PersonalizeConfig", "personalize"]
 
@@ -56,8 +56,8 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     main = accelerator.is_main_process
     report = PhaseReport(None if config.check else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
     report("loading")
-    pipe = bases.load(config.base).to(accelerator.device)
-    targets.freeze(pipe)
+    pipe = base_models.load(config.base).to(accelerator.device)
+    param_groups.freeze(pipe)
     kind = family(pipe, truncate=config.truncate)
     config, photos = _named(config.worded(labels=not kind.text_towers), kind, photos, accelerator)
     digest = base_digest(kind)
@@ -68,7 +68,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     attached = _attach(config, pipe)
     if config.checkpointing:
         for component in {c for a in attached for c in a.towers}:
-            targets.checkpoint(pipe.components[component])
+            param_groups.checkpoint(pipe.components[component])
     captions = _captions(config)
     dataset = _dataset(config, kind, photos, prior, captions, resolution)
     loop = config.loop()
@@ -82,8 +82,8 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         LossOptions(kind=config.loss, prior_weight=config.prior_weight),
         Cache(config.cache_folder) if config.cache else None,
     )
-    named = targets.named_state(attached)
-    groups = targets.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
+    named = param_groups.named_state(attached)
+    groups = param_groups.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
     run = Run(config, pipe, attached, photos, out, report)
     texts = [template.replace("{concept}", config.concept) for template in captions.templates]
     checked = preflight(
@@ -114,12 +114,12 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     trainer = Trainer(
         loop,
         groups,
-        targets.with_penalties(loss, attached),
+        param_groups.with_penalties(loss, attached),
         named,
         out,
         identity={**config.identity(), "base": digest, "photos": [p.digest for p in [*photos, *prior]]},
         accelerator=accelerator,
-        after_step=targets.after_step(attached),
+        after_step=param_groups.after_step(attached),
         on_step=ProgressLine(),
         on_preview=lambda step: write_preview(run, step),
     )
@@ -157,7 +157,7 @@ def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Acce
     if not config.class_word:
         message = "--prior needs --class-word: the ordinary word for the kind of thing, such as 'toy'."
         raise OptionError(message, option="class_word", given="")
-    preset = bases.preset(config.base)
+    preset = base_models.preset(config.base)
     settings = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
     prompt = config.prior_prompt()
 
@@ -170,9 +170,9 @@ def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Acce
 
 
 def _attach(config: PersonalizeConfig, pipe: Any) -> list[Attachment]:
-    found = targets.build_methods(config.method, config.options, config.concept, config.class_word)
-    where = {m.name: config.where for m in found if config.where and not targets.learns_words(m)}
-    return targets.attach_all(pipe, found, where, config.text_encoder, config.seed)
+    found = param_groups.build_methods(config.method, config.options, config.concept, config.class_word)
+    where = {m.name: config.where for m in found if config.where and not param_groups.learns_words(m)}
+    return param_groups.attach_all(pipe, found, where, config.text_encoder, config.seed)
 
 
 def _dataset(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from veneer.classifying.predicting import Answer, find, open_predictor
+from veneer.classification.predict import Answer, find, open_predictor
 from veneer.injection import OptionError, VeneerError
 
 __all__ = ["PredictConfig", "predict"]

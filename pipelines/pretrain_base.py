@@ -17,23 +17,14 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from veneer import bases
-from veneer.bases.recipe import (
-    autoencoder,
-    begin,
-    captions,
-    cards,
-    clip,
-    diffusion,
-    evaluate,
-    package,
-    photographs,
-    sheet,
-)
-from veneer.bases.recipe.compose import SIDE, draw_scenes
-from veneer.bases.recipe.concepts import CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, UNSEEN_SET
-from veneer.bases.recipe.mixture import Mixture
-from veneer.bases.recipe.world import World
+from veneer import base_models
+from veneer.base_models.pretraining import autoencoder, clip, denoiser, evaluation, image_grid, model_cards, packaging
+from veneer.base_models.pretraining import warm_start as begin
+from veneer.base_models.pretraining.data import captions, photo_dataset
+from veneer.base_models.pretraining.data.concepts import CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, UNSEEN_SET
+from veneer.base_models.pretraining.data.mixture import Mixture
+from veneer.base_models.pretraining.data.scenes import SIDE, draw_scenes
+from veneer.base_models.pretraining.data.training_data import World
 from veneer.injection import OptionError
 
 COUNTS = {"drawn": 20000, "others": 8000, "shots": 9000, "cutouts": 6000}
@@ -75,10 +66,10 @@ class PretrainConfig:
     unet_decay: int = 5000
     muon_lr: float = 2e-3
     adam_lr: float = 9e-4
-    bases: Path = Path(bases.__file__).parent
+    bases: Path = Path(base_models.__file__).parent
     results: Path = Path("docs/results/base")
     seeds: int = 3
-    prompts: int = evaluate.NAMES
+    prompts: int = evaluation.NAMES
 
 
 def begin_vae(world: World, config: PretrainConfig) -> None:
@@ -130,16 +121,16 @@ def train_unet(world: World, config: PretrainConfig) -> None:
     vae = AutoencoderKL.from_pretrained(world.folder / "vae" / "model").to(memory_format=torch.channels_last)
     mixture, tokens = Mixture(world, COUNTS), world.tokenizer
     marks = tokens.bos_token_id, tokens.eos_token_id
-    latents = diffusion.encode(vae, mixture.rows, len(mixture.examples), world.folder / "pool.npy")
+    latents = denoiser.encode(vae, mixture.rows, len(mixture.examples), world.folder / "pool.npy")
     watched = watched_images(world, vae)
     tokens.add_tokens(mixture.tokens)
     torch.manual_seed(1)
-    model = diffusion.Denoiser(len(tokens), *marks)
+    model = denoiser.Denoiser(len(tokens), *marks)
     if config.begin:
         begin.denoiser(model, config.begin)
         print("unet: revived", ", ".join(begin.revive(model, *watched[""])) or "nothing")
-    plan = diffusion.Plan(config.unet_steps, config.unet_decay, muon_lr=config.muon_lr, adam_lr=config.adam_lr)
-    diffusion.train(world.folder / "unet", model, latents, mixture, tokens, watched, plan)
+    plan = denoiser.Plan(config.unet_steps, config.unet_decay, muon_lr=config.muon_lr, adam_lr=config.adam_lr)
+    denoiser.train(world.folder / "unet", model, latents, mixture, tokens, watched, plan)
 
 
 def watched_images(world: World, vae: AutoencoderKL) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -149,26 +140,26 @@ def watched_images(world: World, vae: AutoencoderKL) -> dict[str, tuple[torch.Te
     said = {"": [world.full_caption(scene) for scene in scenes]}
     if world.photo_folder:
         rng = np.random.default_rng(4)
-        photos = photographs.clothes(world.photo_folder, "validation")
+        photos = photo_dataset.clothes(world.photo_folder, "validation")
         chosen = [photos[i] for i in sorted(rng.permutation(len(photos))[: WATCHED // 2])]
-        pixels["photo "] = np.stack([photographs.crop(rng, photo.pixels, SIDE) for photo in chosen])
+        pixels["photo "] = np.stack([photo_dataset.crop(rng, photo.pixels, SIDE) for photo in chosen])
         said["photo "] = [f"a photo of {captions.article(photo.word)}" for photo in chosen]
-    latents = {name: diffusion.encode(vae, lambda a, b, of=of: of[a:b], len(of)) for name, of in pixels.items()}
-    ids = {name: diffusion.tokenize(world.tokenizer, texts) for name, texts in said.items()}
+    latents = {name: denoiser.encode(vae, lambda a, b, of=of: of[a:b], len(of)) for name, of in pixels.items()}
+    ids = {name: denoiser.tokenize(world.tokenizer, texts) for name, texts in said.items()}
     return {name: (torch.from_numpy(latents[name].astype(np.float32)), ids[name]) for name in pixels}
 
 
 def write_bases(world: World, config: PretrainConfig) -> None:
     """The folders that ship, from the latest checkpoints."""
-    package.write(world, config.bases)
-    print(f"package: {package.weight(config.bases) / 1e6:.1f} MB of weights in {config.bases}")
+    packaging.write(world, config.bases)
+    print(f"package: {packaging.weight(config.bases) / 1e6:.1f} MB of weights in {config.bases}")
 
 
 def measure(world: World, config: PretrainConfig) -> None:
     """Figures, sheet, curves and cards of the folders that ship."""
-    figures = evaluate.evaluate(world, config.bases, config.results, range(config.seeds), config.prompts)
-    sheet.curves(config.work, config.results / "curves.png")
-    cards.write(figures, config.bases)
+    figures = evaluation.evaluate(world, config.bases, config.results, range(config.seeds), config.prompts)
+    image_grid.curves(config.work, config.results / "curves.png")
+    model_cards.write(figures, config.bases)
     for kind in ("thing", "attribute"):
         for label, figure in figures["generation"][kind].items():
             print(f"evaluate: {label}: {figure['percent']} % ({figure['low']} to {figure['high']})")

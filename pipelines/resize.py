@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from veneer.pipelines.convert import To
-from veneer.pipelines.generate import base_of
-
-from veneer import bases, combining
+from veneer import adapter_merging, base_models
 from veneer.injection import OptionError, VeneerError
+
+from .convert import To
+from .generate import base_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def resize(config: ResizeConfig) -> list[str]:
     Raises:
         VeneerError: no base, rank or `out` was named, the file does not fit the base, or the format cannot hold it.
     """
-    keep = combining.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
+    keep = adapter_merging.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
     if config.out is None or keep is None:
         message = "resize: --out and --rank, --energy, --error, --cumulative or --ratio must be given."
         raise OptionError(message, option="out" if config.out is None else "rank", method="resize")
@@ -58,14 +58,14 @@ def resize(config: ResizeConfig) -> list[str]:
     if base is None:
         message = "resize: --base is missing: the file does not say which base it is for."
         raise OptionError(message, option="base", method="resize", file=config.file)
-    form = config.to or combining.form_of([config.file])
-    combining.free(config.out, form)
-    model, dtype = bases.load(base), combining.DTYPES[config.dtype]
-    content = combining.read_content(model, config.file)
+    form = config.to or adapter_merging.form_of([config.file])
+    adapter_merging.free(config.out, form)
+    model, dtype = base_models.load(base), adapter_merging.DTYPES[config.dtype]
+    content = adapter_merging.read_content(model, config.file)
     if content.adapter is None:
         message = f"{config.file}: only token embeddings, which have no rank; expected a LoRA."
         raise VeneerError(message, file=config.file, where="rank", given="embeddings", expected="lora")
-    made = combining.resize(model, content.adapter, keep, dtype=dtype)
+    made = adapter_merging.resize(model, content.adapter, keep, dtype=dtype)
     told = {"base": base, "resized": config.file.name}
-    written = combining.write_all(model, made, content.tokens, config.out, form, dtype, told)
+    written = adapter_merging.write_all(model, made, content.tokens, config.out, form, dtype, told)
     return [*map(str, written), *str(made).splitlines(), *(f"token {each.token}" for each in content.tokens)]

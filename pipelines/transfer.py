@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from veneer.classifying.cached import Features
-from veneer.classifying.config import TransferConfig
-from veneer.classifying.data import Data, Views, open_data
-from veneer.classifying.models import Classifier, open_classifier
-from veneer.classifying.outcome import tidy, write_files, write_outcome
-from veneer.classifying.search import searched
-from veneer.classifying.teaching import Teacher, attach_methods
+from veneer.classification.config import TransferConfig
+from veneer.classification.data.run_data import Data, Views, open_data
+from veneer.classification.models.cached_features import Features
+from veneer.classification.models.loading import Classifier, open_classifier
+from veneer.classification.report.artifacts import tidy, write_files, write_outcome
+from veneer.classification.train.hyperparameter_search import searched
+from veneer.classification.train.train import Teacher, attach_methods
 from veneer.injection import Attachment
-from veneer.training.estimates import written_bytes
-from veneer.training.gradients import AUTOCAST
-from veneer.training.phases import PhaseReport
-from veneer.training.preflight import require_disk
-from veneer.training.processes import on_main
-from veneer.training.progress import ProgressLine
-from veneer.training.run_folder import discard_unused, run_folder, stopped
-from veneer.training.verdict import read_verdict
+from veneer.training.loop.distributed import on_main
+from veneer.training.loop.optimizer_step import AUTOCAST
+from veneer.training.preflight.estimates import written_bytes
+from veneer.training.preflight.preflight import require_disk
+from veneer.training.report.phases import PhaseReport
+from veneer.training.report.progress import ProgressLine
+from veneer.training.report.run_folder import discard_unused, run_folder, stopped
+from veneer.training.report.verdict import read_verdict
 
 __all__ = ["TransferConfig", "transfer"]
 

@@ -225,7 +225,7 @@ def test_a_wrong_value_is_one_line(
 ) -> None:
     """None of them reaches a model, and none starts a run with the default instead."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("veneer.bases.load", None)
+    monkeypatch.setattr("veneer.base_models.load", None)
     try:
         status = main([*words.split(), *(["--no-browser", "--port", "0"] if words.startswith("app") else [])])
     except SystemExit as stop:  # of the parser

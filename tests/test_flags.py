@@ -12,7 +12,7 @@ import pytest
 
 from veneer.control.config import ControlConfig
 from veneer.flags import add_flags, help_of, values
-from veneer.training.personal import PersonalizeConfig
+from veneer.training.personalization_config import PersonalizeConfig
 
 
 @dataclass(frozen=True)

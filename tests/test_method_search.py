@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.catalogue import Described, catalogue
 from veneer.injection import methods
+from veneer.method_catalog import Described, catalogue
 from veneer.method_search import START, USES, group_by_use, rank_methods
 
 

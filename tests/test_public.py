@@ -17,7 +17,7 @@ ROOT = Path(veneer.__file__).parent.parent.parent
 
 def test_public_names() -> None:
     assert sorted(veneer.__all__) == PUBLIC
-    assert all(hasattr(veneer, name) for name in [*PUBLIC, "bases", "__version__"])
+    assert all(hasattr(veneer, name) for name in [*PUBLIC, "base_models", "__version__"])
     assert not hasattr(veneer, "no_such_name")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..studio import Studio
+from ..context import Studio
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,18 @@ class Page:
 
 def pages() -> list[Page]:
     """All pages, in the order of their tabs."""
-    from . import adapters, classify, control, generate, methods, teach
+    from .adapters import adapters_page
+    from .classify import classify_page
+    from .control import control_page
+    from .generate import generate_page
+    from .methods import methods_page
+    from .personalize import personalize_page
 
-    return [teach.PAGE, generate.PAGE, control.PAGE, classify.PAGE, adapters.PAGE, methods.PAGE]
+    return [
+        personalize_page.PAGE,
+        generate_page.PAGE,
+        control_page.PAGE,
+        classify_page.PAGE,
+        adapters_page.PAGE,
+        methods_page.PAGE,
+    ]

@@ -7,9 +7,9 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-from veneer.catalogue import Described, Option, catalogue
 from veneer.cli import COMMANDS, parser_for
 from veneer.listing import support_matrix
+from veneer.method_catalog import Described, Option, catalogue
 
 KINDS = {
     "reparameterized": "Reparameterized",

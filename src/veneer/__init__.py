@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .formats import load
-    from .injection import Attachment, activate, attach, attachments, hosts, merges, methods, mixed
-    from .injection.towers import sites  # `injection.sites` is a module as well
+    from veneer.formats import load
+    from veneer.injection import Attachment, activate, attach, attachments, hosts, merges, methods, mixed
+    from veneer.injection.towers import sites  # `injection.sites` is a module as well
 
 __version__ = "0.1.0"
 __all__ = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "merges", "methods", "mixed", "sites"]

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from .allocator import keep_freed_memory, share_freed_memory
-from .discovery import find_entries
-from .flags import add_flags, values
-from .static_source import class_named, class_of
-from .training.method_names import split_methods
+from veneer.allocator import keep_freed_memory, share_freed_memory
+from veneer.discovery import find_entries
+from veneer.flags import add_flags, values
+from veneer.static_source import class_named, class_of
+from veneer.training.method_names import split_methods
 
 BROKEN_PIPE = 141
 """Exit status of a program that SIGPIPE ends: 128 + 13."""
@@ -160,7 +160,7 @@ def _training(function: str, config_name: str, positional: str) -> Any:
 
         def run(found: argparse.Namespace) -> object:
             pipeline = importlib.import_module(module)
-            from . import methods
+            from veneer import methods
 
             config, flags = getattr(pipeline, config_name), vars(found)
             options = {name: values(methods.get(name), flags, name) for name in names}
@@ -187,7 +187,7 @@ def _described(method: str) -> Any:
     entry = next((entry for entry in find_entries("veneer.methods", "veneer.methods") if entry.name == method), None)
     found = class_named(entry) if entry else None
     if found is None:
-        from . import methods
+        from veneer import methods
 
         return methods.get(method)
     return found
@@ -234,11 +234,11 @@ def _sites(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
     )
 
     def run(found: argparse.Namespace) -> None:
-        from . import bases
-        from .classifying.models import untrained
-        from .injection import sites
+        from veneer import base_models
+        from veneer.classification.models.loading import untrained
+        from veneer.injection import sites
 
-        print(sites(untrained(found.base) or bases.load(found.base)))
+        print(sites(untrained(found.base) or base_models.load(found.base)))
 
     parser.set_defaults(run=run)
 
@@ -246,7 +246,7 @@ def _sites(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
 def _table(what: str) -> Any:
     def add(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
         def run(found: argparse.Namespace) -> None:
-            from .listing import rows, support_matrix
+            from veneer.listing import rows, support_matrix
 
             for name, source, about in rows(what):
                 print(f"{name:22}{source:12}{about}")

@@ -23,11 +23,12 @@ def find_entries(package: str, group: str) -> Iterator[Entry]:
     """Every file of a package and every entry point of a group.
 
     Args:
-        package: searched with its sub-packages; files that start with `_` are passed over.
+        package: searched with its sub-packages; files and sub-packages that start with `_` are skipped.
     """
     for info in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
-        stem = info.name.rpartition(".")[2]
-        if not info.ispkg and not stem.startswith("_"):
+        path = info.name.removeprefix(f"{package}.").split(".")
+        stem = path[-1]
+        if not info.ispkg and not any(part.startswith("_") for part in path):
             yield Entry(stem, "veneer", module=info.name)
     for point in sorted(entry_points(group=group), key=lambda p: p.name):
         yield Entry(point.name, point.dist.name if point.dist else point.value, point=point)

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from .discovery import Entry, find_entries
-from .static_source import first_line
+from veneer.discovery import Entry, find_entries
+from veneer.static_source import first_line
 
 MATRIX = Path(__file__).parent / "support_matrix.md"
 """Output of `python -m veneer.testing.matrix`; a test compares them."""
@@ -36,7 +36,7 @@ def support_matrix() -> str:
     found = re.findall(r"`(\w+)` \|", text.split("\n")[0]), re.findall(r"^\| `(\w+)`", text, re.MULTILINE)
     if found == tuple([e.name for e in _entries(kind) if e.source == "veneer"] for kind in ("hosts", "methods")):
         return text
-    from .testing import matrix
+    from veneer.testing import matrix
 
     return matrix.support_matrix()
 

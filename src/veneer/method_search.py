@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .catalogue import Described
+from veneer.method_catalog import Described
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def rank_methods(found: Sequence[Described], query: str) -> list[Described]:
     In this order: the name or the short name of its title is the query; begins with it; has all its words; the paper's title has
     the query as whole words; title or paper have all words; its use is known by them; its docstring has all of them.
 
-    >>> from veneer.catalogue import catalogue
+    >>> from veneer.method_catalog import catalogue
     >>> [method.name for method in rank_methods(catalogue(), "VPT")][0]
     'vpt'
     """

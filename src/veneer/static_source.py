@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from .discovery import Entry
+from veneer.discovery import Entry
 
 PACKAGE = __name__.partition(".")[0]
 

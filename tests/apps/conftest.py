@@ -12,7 +12,7 @@ import pytest
 import veneer
 from tests.apps.browser import App, Browser, browser, served
 from tests.methods.controls import stir
-from veneer import bases
+from veneer import base_models
 from veneer.formats import native
 
 
@@ -63,7 +63,7 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("brought")
     told = {"lora": {"concept": "<toy>", "class_word": "cat"}, "controlnet": {"condition": "canny"}}
     for method, provenance in told.items():
-        attached = veneer.attach(bases.load("shipped"), method)
+        attached = veneer.attach(base_models.load("shipped"), method)
         for number, (_, adapter) in enumerate(attached.parts.values()):
             stir(adapter, number, 0.02)
         native.save(attached, folder / f"my-{method}.safetensors", {"base": "shipped", **provenance})

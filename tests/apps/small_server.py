@@ -11,10 +11,10 @@ from pathlib import Path
 import gradio as gr
 from starlette.middleware import Middleware
 from veneer.apps import components
-from veneer.apps.guard import Guard
+from veneer.apps.context import escaped, explained
 from veneer.apps.limits import LIMITS
+from veneer.apps.request_limits import Guard
 from veneer.apps.server import OWN, _cache
-from veneer.apps.studio import escaped, explained
 
 from veneer.injection import VeneerError
 

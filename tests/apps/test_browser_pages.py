@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import veneer
 from tests.apps.browser import App, Browser, bring, circle, findings, go
-from veneer import bases
+from veneer import base_models
 from veneer.formats import load_all
-from veneer.training.previews import read_settings
+from veneer.training.report.previews import read_settings
 
 
 def pictures(page: Any, where: str) -> list[Any]:
@@ -33,7 +33,7 @@ def pictures(page: Any, where: str) -> list[Any]:
 def test_teach_from_four_photos(app: App, page: Any, chromium: Browser, tmp_path: Path) -> None:
     """Quick: progress, a curve and previews while it learns, found again after a reload and by a second tab, in the middle of
     which pictures are drawn; then the sheet, figures, and files for every program."""
-    photos = sorted(bases.examples().glob("*.png"))[:4]
+    photos = sorted(base_models.examples().glob("*.png"))[:4]
     page.locator("#teach-photos input[type=file]").set_input_files(photos)
     page.locator("#teach-notes").get_by_text("4 photos, nothing wrong with them.").wait_for()
     page.locator("#teach-concept input, #teach-concept textarea").fill("<octopus>")
@@ -73,7 +73,7 @@ def test_teach_from_four_photos(app: App, page: Any, chromium: Browser, tmp_path
     page.locator("#generate-state").get_by_text("4 of 4").wait_for()
     told = read_settings(io.BytesIO(pictures(page, "#generate-gallery")[0]))  # type: ignore[arg-type]
     assert [each["file"].split(" ")[0] for each in told["adapters"]] == ["<octopus>,"]
-    attached = load_all(bases.load("shipped"), tmp_path / "octopus-pivotal.safetensors")
+    attached = load_all(base_models.load("shipped"), tmp_path / "octopus-pivotal.safetensors")
     assert {each.method.name for each in attached} == {"textual_inversion", "lora"}
     assert load_file(tmp_path / "octopus.safetensors")
 
@@ -182,7 +182,7 @@ def test_inspect_and_convert_a_file(page: Any, brought: Path, tmp_path: Path) ->
     page.locator("#adapter-report textarea").wait_for()
     page.locator("#adapter-new a").first.wait_for()
     assert downloaded(page, "#adapter-new", tmp_path) == ["to-convert-kohya.safetensors"]
-    before, after = (veneer.load(bases.load("shipped"), path) for path in (file, tmp_path / "to-convert-kohya.safetensors"))
+    before, after = (veneer.load(base_models.load("shipped"), path) for path in (file, tmp_path / "to-convert-kohya.safetensors"))
     sites = {site.path for site, _ in before.parts.values()}
     assert {site.path for site, _ in after.parts.values()} == sites
     assert not findings(page)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from veneer.apps.jobs import Job
 
 from tests.apps.browser import App, Browser, go
-from veneer import bases
+from veneer import base_models
 
 
 def teach(page: Any, concept: str, how_long: str) -> None:
@@ -140,7 +140,7 @@ def test_photos_that_are_none(page: Any, tmp_path: Path) -> None:
     (tmp_path / "letter.png").write_text("Dear Sir, this is no picture.")
     (tmp_path / "huge.png").write_bytes(huge(20_000, 15_000))
     (tmp_path / "page.png").write_text("<html><script>alert(1)</script></html>")
-    good = sorted(bases.examples().glob("*.png"))[:3]
+    good = sorted(base_models.examples().glob("*.png"))[:3]
     photos = page.locator("#teach-photos input[type=file]")
     photos.set_input_files([*good, tmp_path / "letter.png", tmp_path / "huge.png", tmp_path / "page.png"])
     notes = page.locator("#teach-notes")
@@ -167,7 +167,7 @@ def huge(width: int, height: int) -> bytes:
 
 def test_a_zip_that_leaves_its_folder(app: App, page: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
-        for number, photo in enumerate(sorted(bases.examples().glob("*.png"))):
+        for number, photo in enumerate(sorted(base_models.examples().glob("*.png"))):
             archive.write(photo, f"../../../{'cat' if number % 2 else 'dog'}/{number}.png")
     before = [*app.workspace.glob("*/given/*")]
     go(page, "Classify")

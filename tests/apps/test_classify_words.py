@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 from veneer.apps import jobs
+from veneer.apps.context import Studio
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
-from veneer.apps.pages._classify_shown import FEW, accuracies, comparison, outcome, result, runs, stamp, told
-from veneer.apps.pages._classify_start import Wanted, begin, chosen, inside
-from veneer.apps.studio import Studio
+from veneer.apps.pages.classify.request import Wanted, begin, chosen, inside
+from veneer.apps.pages.classify.results import FEW, accuracies, comparison, outcome, result, runs, stamp, told
 from veneer.apps.workspace import Workspace
 
 from tests.raising import raises
-from veneer.classifying.selection import Epoch
+from veneer.classification.train.epoch_selection import Epoch
 from veneer.injection import VeneerError
 from veneer.injection.errors import OptionError
 

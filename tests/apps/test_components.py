@@ -9,7 +9,7 @@ import pytest
 from gradio.components.image_editor import EditorData, EditorDataBlobs
 from veneer.apps import components
 from veneer.apps.limits import LIMITS
-from veneer.apps.pages._pictures import sketchpad
+from veneer.apps.pages.shared.images import sketchpad
 
 
 class Canvas:

@@ -14,29 +14,29 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from veneer.apps import jobs
+from veneer.apps.context import Studio
 from veneer.apps.limits import LIMITS
-from veneer.apps.pages import _control_draw as page
-from veneer.apps.pages import _control_teach as teaching
-from veneer.apps.pages import control
-from veneer.apps.pages._control_draw import Brought, Follower
-from veneer.apps.pages._control_teach import Lesson
-from veneer.apps.pages._pictures import sketched
-from veneer.apps.pages._wish import Wish
-from veneer.apps.studio import Studio
+from veneer.apps.pages.control import control_page
+from veneer.apps.pages.control import generation as page
+from veneer.apps.pages.control import training as teaching
+from veneer.apps.pages.control.generation import Brought, Follower
+from veneer.apps.pages.control.training import Lesson
+from veneer.apps.pages.shared.generation_request import Wish
+from veneer.apps.pages.shared.images import sketched
 from veneer.apps.workspace import Workspace
 
 import veneer
 from tests.methods.controls import picture, stir
 from tests.raising import raises
 from veneer.cli import parser_for
-from veneer.control.embedding import embedder
-from veneer.control.maps import get
-from veneer.control.sketch import sketch_map
+from veneer.control.image_embedding import embedder
+from veneer.control.maps.maps import get
+from veneer.control.maps.sketch import sketch_map
 from veneer.formats import native
 from veneer.injection import VeneerError
 from veneer.injection.errors import OptionError, UnknownName
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.previews import PreviewSettings, previews, read_settings
+from veneer.training.report.previews import PreviewSettings, previews, read_settings
 
 SIDE = 32
 
@@ -61,7 +61,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory, base: str) -> Studio:
         ("prompt", "ip_adapter", {"condition": "image"}),
         ("style", "lora", {}),
     ):
-        pipe = veneer.bases.load(base)
+        pipe = veneer.base_models.load(base)
         options = {"width": embedder(pipe).width} if name == "prompt" else {}
         attached = veneer.attach(pipe, method, **options)
         for number, (_, adapter) in enumerate(attached.parts.values()):
@@ -173,7 +173,7 @@ def test_the_picture_with_without_and_the_map(studio: Studio, base: str) -> None
     assert [caption for _, caption in shown] == ["what is followed", "without, seed 4", "with, seed 4"]
     assert told == "1 of 1"
     guide, without, followed = (pixels(path) for path, _ in shown)
-    pipe = veneer.bases.load(base)
+    pipe = veneer.base_models.load(base)
     settings = PreviewSettings((4,), 2, 4.0)
     assert np.array_equal(without, np.asarray(previews(pipe, ["a cat"], settings)[0].image))
     attached = veneer.load(pipe, found.file, scale=0.8)
@@ -231,7 +231,7 @@ def test_a_job_that_teaches(studio: Studio, base: str, tmp_path: Path) -> None:
     words = [*job.about["words"], "--out", str(job.run), "--resume"]
     assert parser_for(words).parse_args(words).data is None, "the base draws its own pictures"
     assert [each.about["kind"] for each in here.all_jobs()] == ["control", "control"]
-    assert control._result(None)[0].visible is False
+    assert control_page._result(None)[0].visible is False
 
 
 def test_presets_of_a_control_have_their_steps_and_minutes(tmp_path: Path) -> None:
@@ -255,8 +255,8 @@ def test_presets_of_a_control_have_their_steps_and_minutes(tmp_path: Path) -> No
         os.utime(job.folder / name, (at, at))
     assert teaching.expected("controlnet", "shipped", 200, 64, here) == pytest.approx(1000), "as the last run took"
     assert teaching.expected("controlnet", "shipped", 400, 192, here) > 1500
-    assert "about 17 min" in control.estimated(here, "controlnet", "shipped", 200, 64)
-    assert control.estimated(here, "controlnet", "shipped", None, 64) == ""
+    assert "about 17 min" in control_page.estimated(here, "controlnet", "shipped", 200, 64)
+    assert control_page.estimated(here, "controlnet", "shipped", None, 64) == ""
 
 
 def test_what_cannot_be_taught_is_refused_and_leaves_nothing(studio: Studio, base: str, tmp_path: Path) -> None:
@@ -288,5 +288,5 @@ def test_what_cannot_be_taught_is_refused_and_leaves_nothing(studio: Studio, bas
 def test_the_page_builds(tmp_path: Path) -> None:
     """Gradio leaves event loops open, which are collected here."""
     with gr.Blocks():
-        control.PAGE.build(Studio.at(tmp_path))
+        control_page.PAGE.build(Studio.at(tmp_path))
     gc.collect()

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from veneer.apps.pages import generate
-from veneer.apps.pages._tokens import missing
-from veneer.apps.pages._wish import Wish
-from veneer.apps.studio import Studio, escaped
+from veneer.apps.context import Studio, escaped
+from veneer.apps.pages.generate import generate_page
+from veneer.apps.pages.shared.generation_request import Wish
+from veneer.apps.pages.shared.trigger_tokens import missing
 from veneer.apps.workspace import Workspace
 
 import veneer
 from tests.methods.controls import stir
 from veneer.formats import native
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.previews import read_settings
+from veneer.training.report.previews import read_settings
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory, base: str) -> Studio:
     folder.mkdir(parents=True)
     word = {"tokens": "<toy>", "initialize": "cat"}
     for name, method, options in (("style", "lora", {}), ("word", "textual_inversion", word)):
-        attached = veneer.attach(veneer.bases.load(base), method, **options)
+        attached = veneer.attach(veneer.base_models.load(base), method, **options)
         for number, (_, adapter) in enumerate(attached.parts.values()):
             stir(adapter, number, 0.3)
         native.save(attached, folder / f"{name}.safetensors", provenance={"concept": "<toy>", "class_word": "toy"})
@@ -44,7 +44,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory, base: str) -> Studio:
 
 def last(studio: Studio, base: str, prompt: str, way: str) -> tuple[list[tuple[str, str]], str]:
     wish = Wish(base, prompt, steps=2, guidance=4.0)
-    return list(generate.draw(studio, studio.workspace(None), wish, ["word"], [1.0], way))[-1]
+    return list(generate_page.draw(studio, studio.workspace(None), wish, ["word"], [1.0], way))[-1]
 
 
 def pixels(path: str) -> Any:
@@ -54,7 +54,7 @@ def pixels(path: str) -> Any:
 
 def test_a_token_whose_adapter_is_not_selected_is_pointed_out(studio: Studio) -> None:
     here = studio.workspace(None)
-    usable = generate.plain_adapters(here)
+    usable = generate_page.plain_adapters(here)
     absent = missing(here, "a <toy> beside a <dragon>", [], usable)
     assert (absent.known, absent.unknown, absent.adapters) == ({"<toy>": "style"}, ("<dragon>",), ["style"])
     assert all(escaped(token) in absent.words() for token in ("<toy>", "<dragon>"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from veneer.apps.pages._html import MOST, facts, names, note, table
+from veneer.apps.pages.shared.html import MOST, facts, names, note, table
 
 MARK = "<b>&</b>"
 

@@ -18,7 +18,7 @@ from veneer.apps.jobs import LOG_SHOWN, TRIES, Job
 from veneer.apps.worker import work
 
 from veneer import allocator
-from veneer.training.progress import Progress, ProgressFile
+from veneer.training.report.progress import Progress, ProgressFile
 
 WRONG = ["personalize", "--sepia"]
 """A command that ends at once."""

@@ -12,20 +12,19 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 from veneer.apps import jobs
+from veneer.apps.context import Studio, escaped
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
-from veneer.apps.pages._job import NOTHING, Results, go_on, job_view, look, offered, remove
-from veneer.apps.pages._job_words import POINTS, bar, curve, told
-from veneer.apps.pages._verdict import verdict
-from veneer.apps.studio import Studio, escaped
+from veneer.apps.pages.shared.job_text import POINTS, bar, curve, told
+from veneer.apps.pages.shared.job_view import ENDED, NOTHING, Results, go_on, job_view, look, offered, remove
+from veneer.apps.pages.shared.verdict import verdict
 from veneer.apps.workspace import Workspace
 
-from apps.pages._job import ENDED
 from tests.raising import raises
 from veneer.injection import VeneerError
 from veneer.injection.errors import StateError, UnknownName
-from veneer.training.phases import PhaseReport
-from veneer.training.progress import Progress, ProgressFile
+from veneer.training.report.phases import PhaseReport
+from veneer.training.report.progress import Progress, ProgressFile
 
 PARTS = ("choice", "state", "progress", "stop", "on", "delete", "loss", "preview", "said", "log")
 

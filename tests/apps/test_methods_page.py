@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 import gradio as gr
 import pytest
 from torch import nn
-from veneer.apps.pages import methods as page
-from veneer.apps.studio import Studio
+from veneer.apps.context import Studio
+from veneer.apps.pages.methods import methods_page as page
 
 import veneer
 from tests.raising import raises
-from veneer.catalogue import catalogue, counts, for_models
-from veneer.full_size import MODELS, full_size
+from veneer.full_size_models import MODELS, full_size
 from veneer.injection import Adapter, Method, Need
 from veneer.injection.errors import OptionError, UnknownName
 from veneer.injection.sites import WeightSite
+from veneer.method_catalog import catalogue, counts, for_models
 from veneer.method_search import USES
 
 

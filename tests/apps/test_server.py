@@ -19,10 +19,10 @@ import httpx
 import pytest
 from gradio.routes import App
 from PIL import Image
-from veneer.apps.guard import Guard, Refused
+from veneer.apps.context import Studio
 from veneer.apps.limits import LIMITS
+from veneer.apps.request_limits import Guard, Refused
 from veneer.apps.server import AppConfig, _cache, _own, app, build, read_logins
-from veneer.apps.studio import Studio
 from veneer.apps.workspace import Workspace
 
 from tests.apps.browser import Small

@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 from veneer.apps import jobs
+from veneer.apps.context import Studio, escaped
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
-from veneer.apps.pages import teach
-from veneer.apps.pages._estimates import Pace, duration, pace_of
-from veneer.apps.pages._form import USUAL, fields_of, words_of
-from veneer.apps.pages._photos import look_at
-from veneer.apps.pages._result import in_words
-from veneer.apps.pages._teaching import (
+from veneer.apps.pages.personalize import personalize_page
+from veneer.apps.pages.personalize.request import (
     FROM_CONCEPT,
     SETTINGS,
     Asked,
@@ -28,7 +25,10 @@ from veneer.apps.pages._teaching import (
     usual,
     words,
 )
-from veneer.apps.studio import Studio, escaped
+from veneer.apps.pages.shared.config_form import USUAL, fields_of, words_of
+from veneer.apps.pages.shared.photo_upload import look_at
+from veneer.apps.pages.shared.time_estimates import Pace, duration, pace_of
+from veneer.apps.pages.shared.training_result import in_words
 from veneer.apps.workspace import Workspace
 
 from tests.methods.controls import picture
@@ -37,9 +37,9 @@ from veneer import methods
 from veneer.injection import VeneerError
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.config import PRESETS
-from veneer.training.estimates import size
-from veneer.training.progress import Progress, ProgressFile
+from veneer.training.loop.config import PRESETS
+from veneer.training.preflight.estimates import size
+from veneer.training.report.progress import Progress, ProgressFile
 
 
 def asked(**given: str) -> Asked:
@@ -66,11 +66,11 @@ def test_what_is_not_begun_leaves_no_photos(tmp_path: Path) -> None:
     picture(0, 96).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no picture")
     with raises(VeneerError, where="photos", given=0):
-        teach.begin(studio, space, [str(tmp_path / "b.png")], [], asked())
+        personalize_page.begin(studio, space, [str(tmp_path / "b.png")], [], asked())
     for _ in range(LIMITS.jobs):
-        teach.begin(studio, space, [str(tmp_path / "a.png")], [], asked())
+        personalize_page.begin(studio, space, [str(tmp_path / "a.png")], [], asked())
     with raises(VeneerError, where="jobs", expected=LIMITS.jobs):
-        teach.begin(studio, space, [str(tmp_path / "a.png")], [], asked())
+        personalize_page.begin(studio, space, [str(tmp_path / "a.png")], [], asked())
     assert {str(folder) for folder in space.given.iterdir()} == {job.about["words"][1] for job in space.all_jobs()}
 
 

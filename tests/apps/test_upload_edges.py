@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from safetensors.torch import save_file
 from veneer.apps.limits import LIMITS
 from veneer.apps.uploads import take_adapter, take_photos
-from veneer.apps.zips import take_zip
+from veneer.apps.zip_archives import take_zip
 
 import veneer
 from tests.raising import raises

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from veneer.apps.limits import LIMITS, Limits
 from veneer.apps.uploads import PLENTY, picture, take_adapter, take_photos
-from veneer.apps.zips import take_zip
+from veneer.apps.zip_archives import take_zip
 
 import veneer
 from tests.methods.controls import picture as drawn
@@ -28,7 +28,7 @@ from tests.raising import raises
 from veneer.injection import VeneerError
 from veneer.injection.errors import LoadError
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.photos import PhotoError, read_photo
+from veneer.training.data.image_io import PhotoError, read_photo
 
 
 def png(size: tuple[int, int] = (32, 32), colour: tuple[int, int, int] = (200, 30, 60)) -> bytes:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tests.training.pictures import DATA, save
 from veneer.benchmarks.few_photos import grids, judges, report, scores
 from veneer.benchmarks.few_photos.__main__ import few_photos, main
 from veneer.benchmarks.few_photos.config import FewPhotosConfig, Subject, parse_preset
@@ -25,9 +26,7 @@ from veneer.benchmarks.few_photos.storage import cached
 from veneer.benchmarks.shapes import BenchError
 from veneer.injection.errors import VeneerError
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.metrics import t_quantile
-
-from ..training.pictures import DATA, save
+from veneer.training.report.metrics import t_quantile
 
 SUBJECTS = ("cup", "dog6", "hat")
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from veneer.control.pixels import lab
-from veneer.control.region import threshold_otsu
+from veneer.control.maps.color_modes import lab
+from veneer.control.maps.foreground import threshold_otsu
 
 skimage = pytest.importorskip("skimage", reason="needs scikit-image")
 RANDOM = np.random.default_rng(0)

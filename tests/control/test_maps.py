@@ -7,13 +7,13 @@ from scipy import ndimage
 
 from tests.control.pictures import GREEN, PHOTOS, PURPLE, SKY, disc, distances, drawing, scene, white
 from tests.raising import raises
-from veneer.control import edges
-from veneer.control.edges import canny, gradient, scribble, soft_edge
-from veneer.control.maps import CONDITIONS, computed, get
-from veneer.control.measures import agreement, overlap
-from veneer.control.region import mask
-from veneer.control.resizing import resized
-from veneer.control.tones import blur, grey, low_resolution, palette
+from veneer.control.map_agreement import agreement, overlap
+from veneer.control.maps import edges
+from veneer.control.maps.edges import canny, gradient, scribble, soft_edge
+from veneer.control.maps.foreground import mask
+from veneer.control.maps.maps import CONDITIONS, computed, get
+from veneer.control.maps.resize import resized
+from veneer.control.maps.tones import blur, grey, low_resolution, palette
 from veneer.injection.errors import OptionError, UnknownName, VeneerError
 
 GROUNDS = [SKY, GREEN, (250, 250, 250), (22, 22, 26), (150, 152, 156)]

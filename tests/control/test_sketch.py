@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tests.raising import raises
-from veneer.control.maps import get
-from veneer.control.sketch import sketch_map
+from veneer.control.maps.maps import get
+from veneer.control.maps.sketch import sketch_map
 from veneer.injection.errors import OptionError, VeneerError
 
 SIZE = (64, 64)

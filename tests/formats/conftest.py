@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.injection.toy import ToyHost
 from veneer.injection.registry import hosts
-
-from ..injection.toy import ToyHost
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
+from tests.formats.test_ip_adapter import nested
 from veneer.formats import formats
-
-from .test_ip_adapter import nested
 
 SD15 = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}
 WEIGHTS = "diffusion_pytorch_model.safetensors"

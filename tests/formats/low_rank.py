@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import veneer
+from tests.formats.cases import fill
 from veneer.injection import attach
 from veneer.testing.pipelines import tiny_pipeline
-
-from .cases import fill
 
 peft = pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
-from veneer.formats._kohya_names import Place, places
-from veneer.injection.forms import base_tensor
+from veneer.formats._names.kohya import Place, places
+from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.towers import towers_of
 
 lycoris = pytest.importorskip("lycoris.modules", reason="LyCORIS is not installed")

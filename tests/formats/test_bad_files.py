@@ -18,15 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
+from tests.formats.cases import fill, header, rewrite
+from tests.injection.toy import Net, net
+from tests.raising import raises
 from veneer.formats import diffusers, embeddings, native, read
 from veneer.injection import LoadError, SaveError, attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.testing.snapshot import assert_same, snapshot
-
-from ..injection.toy import Net, net
-from ..raising import raises
-from .cases import fill, header, rewrite
 
 
 @pytest.fixture

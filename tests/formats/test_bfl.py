@@ -14,14 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import veneer
+from tests.formats.cases import deltas
+from tests.raising import raises
 from veneer.formats import bfl, format_of, look, read
-from veneer.formats._modules import modules
+from veneer.formats._names.modules import modules
 from veneer.injection import LoadError, SaveError, attach
 from veneer.injection.towers import towers_of
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
-from .cases import deltas
 
 RANK = 2
 

@@ -13,14 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
+from tests.formats.cases import deltas
+from tests.hosts import published
+from tests.raising import raises
 from veneer.formats import cloneofsimo, read
 from veneer.injection import LoadError, SaveError, attach
 from veneer.injection.towers import towers_of
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..hosts import published
-from ..raising import raises
-from .cases import deltas
 
 FIXTURE = Path(__file__).resolve().parents[3] / "shared" / "data" / "fixtures" / "lora_disney.safetensors"
 DEFAULT = ["CrossAttention", "Attention", "GEGLU"]

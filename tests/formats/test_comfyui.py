@@ -9,13 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
+from tests.formats.cases import deltas, header
+from tests.formats.low_rank import assert_same, expected, in_peft, tuned
+from tests.raising import raises
 from veneer.formats import comfyui, format_of, read
 from veneer.injection import LoadError, SaveError, attach
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
-from .cases import deltas, header
-from .low_rank import assert_same, expected, in_peft, tuned
 
 UNET = ["attn", "xattn", "mlp", "proj", "conv", "time"]
 WHERE = {

@@ -15,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
+from tests.formats.guides import REAL, assert_close, form, guided, inputs, output, paper, picture, real, tiny, trained
+from tests.raising import raises
 from veneer.formats import Options, controlnet, convert, look, read
-from veneer.formats._ldm_names import ldm_names
+from veneer.formats._names.ldm import ldm_names
 from veneer.injection import LoadError, SaveError
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
-from .guides import REAL, assert_close, form, guided, inputs, output, paper, picture, real, tiny, trained
 
 NAME = "diffusion_pytorch_model.safetensors"
 PASSED = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")

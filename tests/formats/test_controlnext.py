@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
+from tests.formats.cases import rewrite
+from tests.formats.guides import form, guided, output, paper, picture, real, tiny, trained
+from tests.raising import raises
 from veneer.formats import Options, controlnext, convert, look, read
 from veneer.injection import LoadError
-
-from ..raising import raises
-from .cases import rewrite
-from .guides import form, guided, output, paper, picture, real, tiny, trained
 
 
 def sizes(width: int) -> dict[str, tuple[int, ...]]:

@@ -11,14 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
+from tests.formats.guides import guided, picture, tiny, trained
+from tests.formats.test_controlnext import state
+from tests.raising import raises
 from veneer.formats import controlnext, convert, look, native, read
-from veneer.formats._modules import first_release
+from veneer.formats._names.modules import first_release
 from veneer.injection import Attachment, LoadError, SaveError
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
-from .guides import guided, picture, tiny, trained
-from .test_controlnext import state
 
 WHOLE, ADDED = "unet.safetensors", "unet_weight_increasements.safetensors"
 OUT = ("attn.out", "xattn.out")

@@ -13,16 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
+from tests.formats import low_rank
+from tests.formats.cases import deltas, fill, header, rewrite
+from tests.formats.low_rank import expected, in_peft
+from tests.injection.toy import net
+from tests.raising import raises
 from veneer.formats import diffusers as lora_format
 from veneer.formats import load_all, look
 from veneer.injection import LoadError, SaveError, attach
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..injection.toy import net
-from ..raising import raises
-from . import low_rank
-from .cases import deltas, fill, header, rewrite
-from .low_rank import expected, in_peft
 
 peft = pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
 

@@ -12,15 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
+from tests.formats.cases import deltas
+from tests.formats.low_rank import assert_same, in_peft
+from tests.raising import raises
 from veneer.formats import diffusers_old, format_of, read
 from veneer.injection import LoadError, SaveError, attach
 from veneer.injection.sites import WeightSite
 from veneer.injection.towers import towers_of
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
-from .cases import deltas
-from .low_rank import assert_same, in_peft
 
 Spelling = Callable[[str], str]
 

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
+from tests.formats.cases import fill, header
+from tests.raising import raises
 from veneer.formats import embeddings
 from veneer.injection import LoadError, SaveError, attach, hosts
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
-from .cases import fill, header
 
 FIXTURE = Path(__file__).resolve().parents[3] / "shared" / "data" / "fixtures" / "embedding_emb_params.safetensors"
 PROMPT = "a photo of <toy> on the beach"

@@ -13,16 +13,15 @@ import torch
 from safetensors.torch import save_file
 
 import veneer
+from tests.hosts import published
+from tests.raising import raises
 from veneer.formats import formats, read
-from veneer.formats._families import family_of
-from veneer.formats._kohya_names import places
-from veneer.formats._modules import paths
+from veneer.formats._core.families import family_of
+from veneer.formats._names.kohya import places
+from veneer.formats._names.modules import paths
 from veneer.injection import LoadError
 from veneer.injection.towers import towers_of
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..hosts import published
-from ..raising import raises
 
 BASES = {
     "sd15": "Stable Diffusion 1", "sd21": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL", "sd3_medium": "Stable Diffusion 3",

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import veneer
 from veneer.formats import formats, known_format, native, read
-from veneer.formats._format import Format
-from veneer.formats._reading import File
+from veneer.formats._core.format import Format
+from veneer.formats._io.reader import File
 from veneer.injection import attach
 from veneer.injection.select import select
 from veneer.injection.sites import WeightSite

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
+from tests.formats.guides import assert_close, form, guided, inputs, output, paper, real, tiny, trained
+from tests.raising import raises
 from veneer.formats import Options, convert, ip_adapter, look, read
 from veneer.injection import LoadError, SaveError
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
-from .guides import assert_close, form, guided, inputs, output, paper, real, tiny, trained
 
 WIDTH, DIM = 12, 64  # of an embedding, of the resampler
 

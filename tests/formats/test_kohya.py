@@ -13,17 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
+from tests.formats import low_rank
+from tests.formats.cases import deltas, fill, header
+from tests.formats.low_rank import OPTIONS, assert_same, expected, in_peft
+from tests.injection.toy import net
+from tests.raising import raises
 from veneer.formats import kohya
-from veneer.formats._kohya_names import places
+from veneer.formats._names.kohya import places
 from veneer.injection import LoadError, SaveError, attach
 from veneer.injection.towers import towers_of
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..injection.toy import net
-from ..raising import raises
-from . import low_rank
-from .cases import deltas, fill, header
-from .low_rank import OPTIONS, assert_same, expected, in_peft
 
 peft = pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
 

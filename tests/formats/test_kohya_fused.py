@@ -8,11 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
+from tests.formats.cases import deltas
+from tests.formats.low_rank import assert_same, tuned
 from veneer.formats import kohya
 from veneer.testing.pipelines import tiny_pipeline
-
-from .cases import deltas
-from .low_rank import assert_same, tuned
 
 SLICES = "transformer.single_transformer_blocks.0.attn.to_"
 

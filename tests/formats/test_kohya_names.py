@@ -10,12 +10,11 @@ import torch
 from diffusers.loaders import lora_conversion_utils as converters
 from torch import Tensor, nn
 
-from veneer.formats._kohya_fused import Pair, split
-from veneer.formats._kohya_names import Place, places
+from tests.hosts import published
+from veneer.formats._names.kohya import Place, places
+from veneer.formats._names.kohya_fused import Pair, split
 from veneer.injection.sites import WeightSite
 from veneer.injection.towers import towers_of
-
-from ..hosts import published
 
 
 def tower_of(name: str) -> Any:

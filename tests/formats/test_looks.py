@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
+from tests.formats.low_rank import tuned
 from veneer.formats import formats, look
 from veneer.testing.pipelines import tiny_pipeline
-
-from .low_rank import tuned
 
 # what a file holds of FLUX's attention: 8 projections in the double block, of which 2 × 3 are fused, and 3 in each single one
 LAYERS = {

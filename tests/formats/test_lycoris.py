@@ -12,12 +12,11 @@ from lycoris import create_lycoris, create_lycoris_from_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.formats.cases import fill, header
+from tests.formats.lycoris_cases import SITES, assert_same, by_site, change, changes, chosen, made, read, write
 from veneer.formats import load_all, lycoris
 from veneer.injection import attach
 from veneer.testing.pipelines import tiny_pipeline
-
-from .cases import fill, header
-from .lycoris_cases import SITES, assert_same, by_site, change, changes, chosen, made, read, write
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # to LyCORIS' algorithm, veneer's method and LyCORIS' options
     "locon": ("locon", "lora", {"lora_dim": 3, "alpha": 2.0}),

@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.formats.cases import fill
+from tests.formats.lycoris_cases import assert_same, by_site, changes, chosen, layer, read
+from tests.raising import raises
 from veneer.formats import convert, load_all, lycoris
 from veneer.injection import LoadError, SaveError, attach
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
-from .cases import fill
-from .lycoris_cases import assert_same, by_site, changes, chosen, layer, read
 
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 LAST = "lora_unet_final_layer_adaLN_modulation_1"

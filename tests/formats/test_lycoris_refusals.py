@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import veneer
+from tests.raising import raises
 from veneer.formats import lycoris
 from veneer.injection import LoadError, SaveError, attach
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
 
 Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"  # 32 × 32
 LORA = {"lora_down.weight": (2, 32), "lora_up.weight": (32, 2)}

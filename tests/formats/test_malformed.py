@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
-from veneer.formats import _lycoris_loha, _pairs, _reading, ip_adapter, load_all, t2i_adapter
+from tests.formats.malformed import verdict
+from tests.formats.malformed.draft import MUTATIONS
+from tests.formats.malformed.guide_meanings import OPTIONS
+from tests.formats.malformed.models import model
+from tests.formats.malformed.verdict import Case, Pair, Verdict, judge, ready
+from veneer.formats import ip_adapter, load_all, t2i_adapter
+from veneer.formats._core import lora_reader
+from veneer.formats._io import reader
+from veneer.formats._lycoris import loha
 from veneer.injection import LoadError, attach, attachments
-
-from .malformed import verdict
-from .malformed.draft import MUTATIONS
-from .malformed.guide_meanings import OPTIONS
-from .malformed.models import model
-from .malformed.verdict import Case, Pair, Verdict, judge, ready
 
 NUMBERS = range(12)
 SLOWER = 20.0  # times the limit of the command: other work on the machine is no fault of the files
@@ -80,10 +82,17 @@ def fails(model: Any, path: Path) -> Any:
 @pytest.mark.parametrize(
     ("good", "mutation", "where", "name", "instead", "why"),
     [
-        ("kohya", "a_special_value", _reading, "is_finite", lambda tensor: True, "its bytes say nothing"),
-        ("native-lora", "json_that_is_none", _reading, "unique", dict, "its bytes say nothing"),
-        ("lycoris-loha", "turned_shape", _lycoris_loha, "straight", lambda *_: True, "its bytes say nothing"),
-        ("lycoris-lora", "one_more_remark", _pairs, "alpha_of", lambda f, n, t, rank: float(rank), "something else than it says"),
+        ("kohya", "a_special_value", reader, "is_finite", lambda tensor: True, "its bytes say nothing"),
+        ("native-lora", "json_that_is_none", reader, "unique", dict, "its bytes say nothing"),
+        ("lycoris-loha", "turned_shape", loha, "straight", lambda *_: True, "its bytes say nothing"),
+        (
+            "lycoris-lora",
+            "one_more_remark",
+            lora_reader,
+            "alpha_of",
+            lambda f, n, t, rank: float(rank),
+            "something else than it says",
+        ),
         ("ip-base", "one_more_remark", ip_adapter, "_key", turned_keys, "something else than it says"),
         ("t2i-full_adapter", "the_same_in_other_words", t2i_adapter, "_compare", lambda *_: None, "its bytes say nothing"),
         ("peft-lora", "one_more_remark", verdict, "SECONDS", 0.0, "s of the processor"),

@@ -9,10 +9,9 @@ import torch
 from diffusers.loaders import single_file_utils as converters
 from torch import Tensor
 
-from veneer.formats._modules import first_release, modules, paths
+from tests.hosts import published
+from veneer.formats._names.modules import first_release, modules, paths
 from veneer.injection.towers import towers_of
-
-from ..hosts import published
 
 
 def tower_of(name: str) -> Any:

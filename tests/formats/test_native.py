@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 import veneer
+from tests.formats.cases import fill, header, rewrite
+from tests.injection.toy import ToyHost, net, run
+from tests.raising import raises
 from veneer.formats import load_all, native
 from veneer.injection import LoadError, SaveError, attach, attachments
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.testing.snapshot import assert_same, snapshot
-
-from ..injection.toy import ToyHost, net, run
-from ..raising import raises
-from .cases import fill, header, rewrite
 
 PROMPT = "a photo of <toy> in the snow"
 

@@ -12,15 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
+from tests.formats.cases import deltas, fill
+from tests.formats.low_rank import assert_same, expected, in_peft, tuned
+from tests.raising import raises
 from veneer.formats import convert, format_of, kohya, look, native, onetrainer, read
-from veneer.formats._modules import modules
+from veneer.formats._names.modules import modules
 from veneer.injection import LoadError, attach
 from veneer.injection.towers import towers_of
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
-from .cases import deltas, fill
-from .low_rank import assert_same, expected, in_peft, tuned
 
 WHERE = {
     "flux": ["attn", "mlp", "single", "adaln", "text/attn", "text_2/attn"],

@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import veneer
+from tests.raising import raises
 from veneer.formats import format_of, load_all, look, onetrainer, read
 from veneer.injection import LoadError
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
 
 ATTENTION = "transformer_blocks.0.attn.to_q"
 # component, its prefix in OneTrainer's files, path in the file, path in the model

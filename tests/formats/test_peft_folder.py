@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
+from tests.formats.cases import fill
+from tests.raising import raises
 from veneer.formats import format_of, look, peft_folder, read
 from veneer.injection import LoadError, SaveError, attach, hosts
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
-from .cases import fill
 
 TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-6}
 

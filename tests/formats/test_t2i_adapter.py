@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
+from tests.formats.guides import assert_close, form, guided, output, paper, picture, real, tiny, trained
+from tests.raising import raises
 from veneer.formats import Options, convert, look, read, t2i_adapter
 from veneer.injection import LoadError, SaveError
 from veneer.injection.sites import ResidualSite
-
-from ..raising import raises
-from .guides import assert_close, form, guided, output, paper, picture, real, tiny, trained
 
 NAME = "diffusion_pytorch_model.safetensors"
 TYPES = {"full_adapter": ("sd1", (8, 16, 16)), "light_adapter": ("sd1", (8, 16)), "full_adapter_xl": ("sdxl", (8, 16, 16, 16))}

@@ -8,13 +8,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import veneer
+from tests.formats.cases import deltas
+from tests.formats.low_rank import assert_same, expected, in_peft, tuned
+from tests.raising import raises
 from veneer.formats import format_of, read, xlabs
 from veneer.injection import SaveError
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
-from .cases import deltas
-from .low_rank import assert_same, expected, in_peft, tuned
 
 WHERE = ["attn", "single.out"]
 

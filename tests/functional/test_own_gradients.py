@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from veneer.functional.cayley import cayley_change, skew, turn_features
+from veneer.functional.channel_scale import PIECE, scale_features
 from veneer.functional.kronecker import add_kron, mix
-from veneer.functional.scaled import PIECE, scale_features
 
 
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:

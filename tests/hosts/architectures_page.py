@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from .every_architecture import Outcome
+from tests.hosts.every_architecture import Outcome
 
 HEAD = """# Every architecture of timm and open_clip
 

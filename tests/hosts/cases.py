@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.hosts import clips, nets
 from veneer.injection.host import Host
 from veneer.injection.registry import hosts
 from veneer.injection.sites import Site
-
-from . import clips, nets
 
 HOSTS = (
     "diffusers_unet", "diffusers_dit", "clip_text", "timm_vit", "timm_swin", "timm_convnext", "timm_conv", "open_clip",

@@ -26,8 +26,8 @@ from torch import nn
 import veneer
 from veneer.hosts import timm_conv, timm_swin, timm_vit
 from veneer.injection import towers
+from veneer.injection.attachment.plan import fits
 from veneer.injection.errors import VeneerError
-from veneer.injection.plan import fits
 from veneer.injection.registry import host_of
 from veneer.injection.sites import PixelSite, Site
 from veneer.injection.towers import Tower, towers_of
@@ -122,7 +122,7 @@ def _timm(name: str) -> Iterator[tuple[nn.Module | None, str]]:
 def _open_clip(name: str) -> Iterator[tuple[nn.Module | None, str]]:
     import open_clip
 
-    from veneer.classifying.clip import CLIPClassifier
+    from veneer.classification.models.clip_classifier import CLIPClassifier
 
     text = open_clip.get_model_config(name)["text_cfg"]
     if "hf_model_name" in text:
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     os.environ["HF_HUB_OFFLINE"] = "1"
     found = run(given.records, given.families.split(","), given.methods.split(","), partial(print, flush=True))
-    from .architectures_page import page
+    from tests.hosts.architectures_page import page
 
     given.out.write_text(page(found))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.full_size import CLIP_BIGG, CLIP_L, DIT_XL_2, SD15, SDXL
+from veneer.full_size_models import CLIP_BIGG, CLIP_L, DIT_XL_2, SD15, SDXL
 
 SD21: dict[str, Any] = {
     "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "sample_size": 96, "use_linear_projection": True,

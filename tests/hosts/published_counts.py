@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 import veneer
-
-from . import published
+from tests.hosts import published
 
 PAGE = Path("docs/results/counts.md")
 HEAD = """# Trained numbers, against published ones
@@ -197,7 +196,7 @@ def _timm(architecture: str) -> nn.Module:
 def _clip(model: str) -> nn.Module:
     import open_clip
 
-    from veneer.classifying.clip import CLIPClassifier
+    from veneer.classification.models.clip_classifier import CLIPClassifier
 
     name = model.removeprefix("CLIP ").replace("/", "-")
     with torch.device("meta"):

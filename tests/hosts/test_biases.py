@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.hosts.cases import build, case, outputs
 from veneer.injection.sites import WeightSite
-
-from .cases import build, case, outputs
 
 # host, model, the norm whose first output is made 1, the attention of the first block
 ATTENTION = [

@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 import pytest
 from torch import nn
 
+from tests.hosts import every_architecture
+from tests.hosts.architectures_page import page, pattern
+from tests.hosts.every_architecture import HUGGING, LIBRARIES, Outcome, knows_a_family, names, outcomes, run
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.registry import methods
 from veneer.injection.sites import WeightSite
-
-from . import every_architecture
-from .architectures_page import page, pattern
-from .every_architecture import HUGGING, LIBRARIES, Outcome, knows_a_family, names, outcomes, run
 
 EVERY = [host for hosts in LIBRARIES.values() for host in hosts]
 SAMPLE = {

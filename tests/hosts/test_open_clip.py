@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from veneer.bases import load_clip, path, quick_gelu_mismatch
+from tests.hosts import clips
+from veneer.base_models import load_clip, path, quick_gelu_mismatch
 from veneer.injection import attach
-from veneer.injection.attachment import Attachment
+from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.registry import host_of, hosts, methods
 from veneer.injection.sites import NormSite, ParamSite, TokenSite, WeightSite
 from veneer.injection.towers import sites
 from veneer.testing.case import stir
-
-from . import clips
 
 WHERE = "attn.{q,k,v,out}"
 METHODS = [name for name in ("lora", "dora", "loha", "lokr", "ia3", "ssf") if name in methods.names()]

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.hosts.published import build
 from veneer.injection import attach
-from veneer.injection.attachment import Attachment
+from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.sites import WeightSite
 from veneer.injection.towers import sites
-
-from .published import build
 
 PARAMETERS = {
     "sd15": 859_520_964,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .published_counts import COUNTS, PAGE, Count, page, trained
+from tests.hosts.published_counts import COUNTS, PAGE, Count, page, trained
 
 
 @pytest.mark.parametrize("count", COUNTS, ids=lambda c: f"{c.method}-{c.model}-{c.published}".replace(" ", "_"))

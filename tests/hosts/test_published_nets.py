@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.hosts.published import build
+from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import UnsupportedSite
 from veneer.injection.sites import ParamSite, WeightSite
 from veneer.injection.towers import sites
-
-from ..raising import raises
-from .published import build
 
 # torchvision publishes the same numbers; its SwinV2 has a bias of the keys as well, which is always zero
 PARAMETERS = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.hosts.cases import ALL, TINY, build, case, outputs
 from veneer.injection.registry import host_of
 from veneer.injection.sites import (
     AttentionSite,
@@ -24,8 +25,6 @@ from veneer.injection.sites import (
     WeightSite,
 )
 from veneer.testing.roles import ROLES
-
-from .cases import ALL, TINY, build, case, outputs
 
 every = pytest.mark.parametrize(("host", "key"), ALL, ids=[f"{h}-{k}" for h, k in ALL])
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.injection.toy import Add, Net, ToyHost, net, run, stir
+from tests.raising import raises
 from veneer.injection import DeadSite, HostChanged, StateError, UnsupportedSite, attach, attachments, hosts
 from veneer.injection.errors import SelectionError, UnknownName
 from veneer.testing.snapshot import assert_same, snapshot
-
-from ..raising import raises
-from .toy import Add, Net, ToyHost, net, run, stir
 
 WHERE = "embed.token conv attn.{q,v,out} head"
 

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import veneer
+from tests.raising import raises
 from veneer.injection.conditions import Given, place
 from veneer.injection.errors import ConditionError
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
 
 
 class Pipeline:

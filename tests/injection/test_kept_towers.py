@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from tests.injection.toy import net
 from veneer.injection import attach
 from veneer.injection.errors import UnsupportedSite
 from veneer.injection.towers import kept, towers_of
-
-from .toy import net
 
 
 def test_towers_are_kept_until_something_is_attached() -> None:

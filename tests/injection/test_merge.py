@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.injection.toy import Add, Net, net, run, stir
+from tests.raising import raises
 from veneer.injection import StateError, UnsupportedSite, attach, merges
-from veneer.injection.folded import folded
-from veneer.injection.forms import base_tensor
+from veneer.injection.composition.merge_kernels import folded
+from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.lora import LoRA
-
-from ..raising import raises
-from .toy import Add, Net, net, run, stir
 
 WHERE = "embed.token conv attn.{q,v,out} head"
 METHODS: dict[str, dict[str, Any]] = {

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.injection.toy import Net, net, run, stir
+from tests.raising import raises
 from veneer.injection import StateError, attach, merges
-
-from ..raising import raises
-from .toy import Net, net, run, stir
 
 
 def pair(model: Net, *names: str) -> list[Any]:

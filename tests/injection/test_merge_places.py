@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from tests.injection.toy import Net, net, run, stir
+from tests.raising import raises
 from veneer.injection import Adapter, Method, Need, UnsupportedSite, attach
 from veneer.injection.sites import WeightSite
-
-from ..raising import raises
-from .toy import Net, net, run, stir
 
 WHERE = "conv attn.{q,v,out} head"
 

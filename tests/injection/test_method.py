@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import veneer
+from tests.formats.cases import fill, rewrite
+from tests.injection.toy import net
+from tests.raising import raises
 from veneer.injection import SelectionError, UnsupportedSite, hosts, methods
 from veneer.injection.errors import UnknownOption
 from veneer.methods.reparameterized.lora import LoRA
-
-from ..formats.cases import fill, rewrite
-from ..raising import raises
-from .toy import net
 
 
 @pytest.mark.parametrize("name", methods.names())

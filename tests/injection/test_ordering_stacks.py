@@ -10,14 +10,13 @@ import random
 import pytest
 import torch
 
+from tests.injection.test_layer_order import DECOMPOSED, PLACES, able, dense, output, put
+from tests.injection.toy import net
 from veneer.injection import Attachment, UnsupportedSite, attach
+from veneer.injection.composition.activation import switch
+from veneer.injection.composition.mixed_batch import mixed
 from veneer.injection.method import Method
-from veneer.injection.mixing import mixed
-from veneer.injection.switching import switch
 from veneer.testing.snapshot import assert_same, snapshot
-
-from .test_ordering import DECOMPOSED, PLACES, able, dense, output, put
-from .toy import net
 
 
 @functools.cache

@@ -2,15 +2,14 @@
 
 import torch
 
+from tests.injection.toy import Add, net
+from tests.raising import raises
 from veneer.injection import SelectionError, attach
+from veneer.injection.attachment.plan import fits, hosts_for
 from veneer.injection.method import Need
-from veneer.injection.plan import fits, hosts_for
 from veneer.injection.sites import TokenSite, WeightSite
 from veneer.methods.prompt.vpt import VPT
 from veneer.methods.reparameterized.lora import LoRA
-
-from ..raising import raises
-from .toy import Add, net
 
 
 def test_a_need_looks_at_type_role_and_fields() -> None:

@@ -2,11 +2,10 @@
 
 import torch
 
+from tests.injection.toy import ToyHost, net
+from tests.raising import raises
 from veneer.injection import DeadSite, StateError, attach, hosts
 from veneer.testing.snapshot import assert_same, snapshot
-
-from ..raising import raises
-from .toy import ToyHost, net
 
 
 def test_a_site_that_the_host_never_uses_is_named() -> None:

@@ -7,12 +7,11 @@ import pytest
 from torch import nn
 
 import veneer
+from tests.injection.toy import Add, Net, ToyHost
+from tests.raising import raises
 from veneer.injection.errors import UnknownName, VeneerError
 from veneer.injection.method import Method
 from veneer.injection.registry import Registry, host_of, hosts, methods
-
-from ..raising import raises
-from .toy import Add, Net, ToyHost
 
 
 class Distribution:

@@ -2,9 +2,8 @@
 
 import dataclasses
 
+from tests.injection.toy import ToyHost, net
 from veneer.injection import attach, hosts
-
-from .toy import ToyHost, net
 
 
 def test_blocks_that_lack_a_role_are_shown() -> None:

@@ -1,10 +1,9 @@
 import pytest
 
+from tests.raising import raises
 from veneer.injection.errors import SelectionError
 from veneer.injection.select import expand, parse, patterns, select
 from veneer.injection.sites import ParamSite, WeightSite
-
-from ..raising import raises
 
 
 def weight(name: str, role: str, tower: str = "unet", depth: int | None = None, **fields: object) -> WeightSite:

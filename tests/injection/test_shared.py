@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tests.injection.toy import Net, ToyHost, net, run, stir
 from veneer.injection import attach, attachments
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import Site, WeightSite
-
-from .toy import Net, ToyHost, net, run, stir
 
 
 class ScaledAdapter(Adapter):

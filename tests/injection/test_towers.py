@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.injection.toy import ToyHost, net, run, stir
+from tests.raising import raises
 from veneer.injection import UnsupportedSite, VeneerError, attach, attachments, hosts, sites
 from veneer.injection.towers import towers_of
-
-from ..raising import raises
-from .toy import ToyHost, net, run, stir
 
 
 class SideHost(ToyHost):

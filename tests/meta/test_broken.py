@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.meta.adapters import BAD, Good
+from tests.meta.host import LayersHost
 from veneer.injection.registry import hosts
 from veneer.testing import check_method
 from veneer.testing.records import Skip
 from veneer.testing.suite import METHOD_CHECKS, method_checks
-
-from .adapters import BAD, Good
-from .host import LayersHost
 
 FRAMEWORK = {
     "merge_is_refused_without_a_weight_form",

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.meta.adapters import Good
+from tests.meta.host import Layers, LayersHost
 from veneer.injection.errors import VeneerError
 from veneer.injection.registry import hosts
 from veneer.injection.sites import BranchSite, NormSite, ParamSite, Port, Site, WeightSite
 from veneer.testing import check_host
 from veneer.testing.suite import HOST_CHECKS, host_checks, method_checks
-
-from .adapters import Good
-from .host import Layers, LayersHost
 
 
 def _changing(at: str, **fields: Any) -> type[LayersHost]:

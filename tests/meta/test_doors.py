@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.meta.adapters import Good
+from tests.meta.host import LayersHost
+from tests.raising import raises
 from veneer.injection.errors import UnknownName, UnsupportedSite
 from veneer.injection.registry import hosts, methods
 from veneer.testing import Check, check_host, parametrize_with_checks
 from veneer.testing.records import Skip
 from veneer.testing.suite import HOST_CHECKS, METHOD_CHECKS, host_checks, method_checks
-
-from ..raising import raises
-from .adapters import Good
-from .host import LayersHost
 
 pytest_plugins = ["pytester"]
 

@@ -9,7 +9,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from veneer.classifying.clip import CLIPClassifier
+from veneer.classification.models.clip_classifier import CLIPClassifier
 from veneer.hosts.clip_classifier import small_tokenizer
 from veneer.injection.registry import hosts
 from veneer.injection.sites import PromptSite

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 import veneer
 from tests.hosts.published import build
 from tests.methods.layers import site_of, trained
+from tests.raising import raises
 from veneer.functional.importance import cubic, largest
 from veneer.injection import attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.adalora import TRAINED, AdaLoRA, AdaLoRAAdapter
-
-from ..raising import raises
 
 LAYERS = [
     nn.Linear(7, 6),

@@ -23,11 +23,10 @@ from tests.methods.bottlenecks import (
     tiny,
     trained,
 )
+from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.methods.additive.adapter_plus import AdapterPlus
-
-from ..raising import raises
 
 
 def test_the_equation_in_every_layout() -> None:

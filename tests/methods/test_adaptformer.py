@@ -22,11 +22,10 @@ from tests.methods.bottlenecks import (
     tiny,
     trained,
 )
+from tests.raising import raises
 from veneer.injection import SelectionError, attach
 from veneer.injection.errors import OptionError
 from veneer.methods.additive.adaptformer import AdaptFormer
-
-from ..raising import raises
 
 
 def slow(adapter: Any, x: Tensor, y: Tensor) -> Tensor:

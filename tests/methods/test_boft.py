@@ -8,14 +8,13 @@ from torch.nn import functional as F
 
 from tests.hosts.published import build
 from tests.methods.layers import conv_site, trained
+from tests.raising import raises
 from veneer.functional.cayley import skew
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.boft import BOFT
 from veneer.methods.reparameterized.oft import OFT
-
-from ..raising import raises
 
 
 def linear_site(d_out: int, d_in: int) -> WeightSite:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.raising import raises
 from veneer.injection import Attachment, HostChanged, attach, attachments
-from veneer.injection.mixing import mixed
+from veneer.injection.composition.mixed_batch import mixed
 from veneer.testing.case import stir
-
-from ..raising import raises
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 2, "num_classes": 10}
 OPTIONS: dict[str, dict[str, Any]] = {"dtl": {"conv": 3, "write_from": 2}, "lst": {"reduction": 2}}

@@ -4,12 +4,11 @@ import pytest
 import timm
 import torch
 
+from tests.methods.classifiers import large, pictures, tiny
+from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.methods.additive.clip_adapter import CLIPAdapter
-
-from ..raising import raises
-from .classifiers import large, pictures, tiny
 
 
 def changed(f: torch.Tensor, down: torch.Tensor, up: torch.Tensor, r: float) -> torch.Tensor:

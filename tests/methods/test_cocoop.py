@@ -3,12 +3,11 @@
 import pytest
 import torch
 
+from tests.methods.classifiers import encode, large, pictures, row, tiny, token
+from tests.methods.test_coop import END, NAMES, SIDES, START
+from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach
 from veneer.methods.prompt.cocoop import CoCoOp
-
-from ..raising import raises
-from .classifiers import encode, large, pictures, row, tiny, token
-from .test_coop import END, NAMES, SIDES, START
 
 
 @pytest.mark.parametrize("key", list(SIDES))

@@ -25,9 +25,8 @@ from PIL import Image
 
 import veneer
 from tests.methods.controls import PROMPTS, drawn, picture, pipeline, stir
+from tests.raising import raises
 from veneer.injection.errors import ConditionError
-
-from ..raising import raises
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' schedulers
 

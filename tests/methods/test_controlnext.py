@@ -11,12 +11,11 @@ from diffusers import UNet2DConditionModel
 
 import veneer
 from tests.methods.controls import drawn, picture, pipeline
+from tests.raising import raises
 from veneer.hosts.diffusers_unet import DiffusersUNet
 from veneer.injection.errors import ConditionError
 from veneer.methods.additive.controlnext import crossed
 from veneer.testing.case import stir
-
-from ..raising import raises
 
 
 def test_cross_normalisation_number_by_number() -> None:

@@ -24,12 +24,11 @@ from tests.methods.bottlenecks import (
     tiny,
     trained,
 )
+from tests.raising import raises
 from veneer.injection import HostChanged, UnsupportedSite, attach
+from veneer.injection.attachment.plan import fits
 from veneer.injection.errors import OptionError
-from veneer.injection.plan import fits
 from veneer.methods.additive.convpass import Convpass
-
-from ..raising import raises
 
 
 def act(z: Tensor) -> Tensor:

@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.classifying.words import TextError
+from tests.methods.classifiers import cosines, encode, large, pictures, prompt_site, row, tiny, token
+from tests.raising import raises
+from veneer.classification.models.tokenizer import TextError
 from veneer.injection import LoadError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.methods.prompt.coop import CoOp
-
-from ..raising import raises
-from .classifiers import cosines, encode, large, pictures, prompt_site, row, tiny, token
 
 START, END = 62, 63
 NAMES = {"toy cat": ("toy", "cat"), "dog": ("dog",), "red car": ("red", "car")}
@@ -104,7 +103,7 @@ def test_two_at_half_strength_are_the_mean_of_both() -> None:
 
 
 def test_a_common_context_is_loaded_onto_other_classes(tmp_path) -> None:
-    from veneer.classifying.clip import CLIPClassifier
+    from veneer.classification.models.clip_classifier import CLIPClassifier
     from veneer.formats import load
     from veneer.hosts.clip_classifier import small_tokenizer
 

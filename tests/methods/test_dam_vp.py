@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import veneer
+from tests.methods.pixels import frame, normal, raw, seen, stirred, tiny
+from tests.raising import raises
 from veneer.injection import StateError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import PixelSite, Port
 from veneer.methods.prompt._clusters import Clusters, grouped
 from veneer.methods.prompt.dam_vp import DAMVP
-
-from ..raising import raises
-from .pixels import frame, normal, raw, seen, stirred, tiny
 
 STEM = "patch_embed.proj"
 INNER = (24, 36)

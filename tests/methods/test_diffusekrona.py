@@ -7,13 +7,12 @@ from torch.nn import functional as F
 
 from tests.hosts.published import build
 from tests.methods.layers import conv_site
+from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.diffusekrona import DiffuseKronA, DiffuseKronAAdapter
 from veneer.methods.reparameterized.lokr import LoKr
-
-from ..raising import raises
 
 LINEAR = WeightSite(name="l", role="attn.q", path="l", d_out=12, d_in=10)
 GEOMETRIES = [

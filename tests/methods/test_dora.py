@@ -15,14 +15,13 @@ from torch.nn import functional as F
 
 from tests.injection import toy
 from tests.methods.layers import site_of, trained
+from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.dora import DoRA, DoRAAdapter
 from veneer.methods.reparameterized.loha import LoHa
 from veneer.methods.reparameterized.lokr import LoKr
-
-from ..raising import raises
 
 LINEAR = WeightSite(name="l", role="mlp.in", path="0", d_out=5, d_in=7)
 

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import veneer
+from tests.methods.pixels import frame, normal, raw, seen, shrunk, stirred, tiny
+from tests.raising import raises
 from veneer.injection import HostChanged, StateError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import FeatureSite, PixelSite, Port
 from veneer.methods.prompt._label_map import most_frequent
 from veneer.methods.prompt.evp import EVP
-
-from ..raising import raises
-from .pixels import frame, normal, raw, seen, shrunk, stirred, tiny
 
 STEM = "patch_embed.proj"
 INNER = (24, 36)  # 30 of 224 are 4 of 32 and 6 of 48

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.methods.layers import site_of
+from tests.raising import raises
 from veneer.injection import attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.fact import FacT, FacTAdapter, tiles
-
-from ..raising import raises
 
 LAYERS = [
     nn.Linear(4, 4),

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import veneer
+from tests.raising import raises
 from veneer.injection import attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.methods.selective.full import Full
 from veneer.testing.snapshot import assert_same, snapshot
-
-from ..raising import raises
 
 HOSTS = ("timm_vit", "timm_swin", "timm_convnext", "timm_conv", "open_clip")
 

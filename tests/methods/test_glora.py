@@ -13,12 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.methods.layers import conv_site
+from tests.raising import raises
 from veneer.injection import attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import ParamSite, WeightSite
 from veneer.methods.reparameterized.glora import GLoRA, GLoRAAdapter, Term
-
-from ..raising import raises
 
 FORMS = ("low_rank", "vector", "scalar", "none")
 LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=5, d_in=7)

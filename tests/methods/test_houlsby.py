@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.methods.bottlenecks import blocks_written_out, branch, change, check_layouts, everywhere, picture, stirred, tiny
+from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.methods.additive.houlsby import Houlsby
-
-from ..raising import raises
 
 
 def gelu(z: Tensor) -> Tensor:

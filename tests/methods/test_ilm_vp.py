@@ -9,14 +9,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import veneer
+from tests.methods.pixels import frame, normal, raw, seen, shrunk, stirred, tiny
+from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import PixelSite, Port
 from veneer.methods.prompt._label_map import one_to_one
 from veneer.methods.prompt.ilm_vp import ILMVP
-
-from ..raising import raises
-from .pixels import frame, normal, raw, seen, shrunk, stirred, tiny
 
 STEM = "patch_embed.proj"
 

@@ -13,10 +13,9 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 import veneer
 from tests.methods.controls import PROMPTS, drawn, picture, pipeline
+from tests.raising import raises
 from veneer.injection.errors import ConditionError
 from veneer.testing.case import stir
-
-from ..raising import raises
 
 WIDTH = 40
 

@@ -11,9 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import veneer
+from tests.raising import raises
 from veneer.injection import LoadError, UnsupportedSite, attach, hosts
-
-from ..raising import raises
 
 
 def tiny(head: int = 0) -> nn.Module:

@@ -10,13 +10,12 @@ from torch.nn import functional as F
 
 from tests.hosts.published import build
 from tests.methods.layers import conv_site, trained
+from tests.raising import raises
 from veneer.functional.hadamard import hadamard, hadamard_pair
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.loha import LoHa, LoHaAdapter
-
-from ..raising import raises
 
 SMALL = WeightSite(name="s", role="mlp.in", path="s", d_out=5, d_in=7)
 WIDE = WeightSite(name="w", role="mlp.in", path="w", d_out=24, d_in=20)

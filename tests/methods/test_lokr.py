@@ -10,13 +10,12 @@ from torch.nn import functional as F
 
 from tests.hosts.published import build
 from tests.methods.layers import conv_site, trained
+from tests.raising import raises
 from veneer.functional.kronecker import kron_apply, kron_factors, kron_weight
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.lokr import LoKr, LoKrAdapter
-
-from ..raising import raises
 
 LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=24, d_in=12)
 GEOMETRIES = [

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.lora_fa import LoRAFA
-
-from ..raising import raises
 
 LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=5, d_in=7)
 GROUPED = WeightSite(

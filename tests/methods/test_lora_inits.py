@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import veneer
 from tests.hosts.published import build
 from tests.methods.layers import site_of
+from tests.raising import raises
 from veneer.functional.convolve import convolve
 from veneer.injection import LoadError, UnsupportedSite, attach, hosts
 from veneer.injection.errors import OptionError
@@ -22,8 +23,6 @@ from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._low_rank import PartAdapter, TuckerAdapter
 from veneer.methods.reparameterized.lora import LoRA
 from veneer.testing import parametrize_with_checks
-
-from ..raising import raises
 
 TABLE = WeightSite(name="t", role="embed.token", path="0", kind="embedding", d_out=6, d_in=9)
 LAYERS = [nn.Linear(7, 6), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(4, 8, (3, 1), groups=2, dilation=2)]

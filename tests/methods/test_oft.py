@@ -10,13 +10,12 @@ from torch.nn import functional as F
 
 from tests.hosts.published import build
 from tests.methods.layers import conv_site, trained
+from tests.raising import raises
 from veneer.functional.cayley import blocks_apply, cayley_change, neumann_change, skew, within
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.oft import OFT
-
-from ..raising import raises
 
 LINEAR = WeightSite(name="l", role="attn.q", path="l", d_out=5, d_in=12)
 

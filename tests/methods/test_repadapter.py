@@ -10,12 +10,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.repadapter import BiasedBottleneck, Bottleneck, RepAdapter
-
-from ..raising import raises
 
 
 @torch.no_grad()

@@ -10,11 +10,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.injection.sites import NormSite, WeightSite
 from veneer.methods.reparameterized.ssf import SSF, Scaled, ScaledAndShifted
-
-from ..raising import raises
 
 TINY = [
     ("timm_vit", "vit"),

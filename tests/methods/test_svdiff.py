@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from tests.hosts.published import build
 from tests.methods.layers import site_of
+from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.methods.reparameterized.svdiff import SVDiff, SVDiffAdapter
-
-from ..raising import raises
 
 LAYERS = [
     nn.Linear(6, 4),

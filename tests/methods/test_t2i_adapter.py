@@ -12,10 +12,9 @@ from diffusers import T2IAdapter as Peer
 
 import veneer
 from tests.methods.controls import PROMPTS, THREE, drawn, picture, pipeline, stir
+from tests.raising import raises
 from veneer.injection.errors import ConditionError
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..raising import raises
 
 pytestmark = pytest.mark.filterwarnings("ignore:The decode_latents method:FutureWarning")  # within diffusers
 KINDS = {"full": "full_adapter", "light": "light_adapter"}

@@ -9,12 +9,11 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
+from tests.raising import raises
 from veneer.injection import SelectionError, UnsupportedSite, attach, hosts, methods
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.testing.snapshot import assert_same, snapshot
-
-from ..raising import raises
 
 PROMPT = "a photo of <toy> on the beach"
 SITE = "text_encoder.embeddings.token_embedding.vocabulary"

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
+from tests.methods.classifiers import large, pictures, tiny
+from tests.raising import raises
 from veneer.formats import load
 from veneer.injection import LoadError, StateError, UnsupportedSite, attach
 from veneer.methods.additive.tip_adapter import TipAdapter, TipAdapterError, grid, search
-
-from ..raising import raises
-from .classifiers import large, pictures, tiny
 
 LABELS = torch.tensor([2, 0, 2, 1, 0, 2])
 

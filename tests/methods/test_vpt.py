@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 import veneer
 from tests.formats.cases import rewrite
+from tests.raising import raises
 from veneer.injection import LoadError, StateError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.registry import hosts
 from veneer.methods.prompt.vpt import VPT
-
-from ..raising import raises
 
 
 def tiny(key: str = "vit") -> nn.Module:

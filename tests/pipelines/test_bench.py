@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from veneer.pipelines.bench import ROWS, BenchConfig, BenchResult, bench
 
 from tests.raising import raises
-from veneer.bases.folders import BaseError
+from veneer.base_models.folders import BaseError
 from veneer.benchmarks import caching, denoiser, peers
 from veneer.benchmarks.shapes import SHAPES, BenchError, sharing, unet
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.cache import Cache
-from veneer.training.photos import DataError
+from veneer.training.data.image_io import DataError
+from veneer.training.data.latent_cache import Cache
 
 TINY = SHAPES["tiny"]
 ROUNDS = 2

@@ -16,16 +16,15 @@ from veneer.pipelines.merge import MergeConfig, merge
 from veneer.pipelines.resize import ResizeConfig, resize
 
 import veneer
+from tests.formats.cases import deltas, fill, header
 from tests.raising import raises
 from veneer import formats
+from veneer.adapter_merging import CombineError, is_mergeable
 from veneer.cli import main
-from veneer.combining import CombineError, is_mergeable
 from veneer.formats import native
 from veneer.injection import LoadError, SaveError, VeneerError, attach
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..formats.cases import deltas, fill, header
 
 WHERE = ["attn", "conv.io", "text/attn.q"]
 

@@ -19,11 +19,11 @@ from veneer.pipelines.control import ControlConfig, DrawConfig, control, draw
 import veneer
 from tests.methods.controls import drawn, picture
 from tests.raising import raises
-from veneer.control.pictures import open_pictures
+from veneer.control.training_images import open_pictures
 from veneer.injection.errors import OptionError, UnknownName, VeneerError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.families import family
-from veneer.training.preflight import PreflightError
+from veneer.training.preflight.preflight import PreflightError
 
 QUICK: Mapping[str, Any] = {
     "steps": 2, "batch": 2, "tracker": "none", "template": "a thing", "held": 0.34, "shown": 2, "preview_every": 0,
@@ -69,11 +69,11 @@ def test_every_method_leaves_its_files_and_figures(base: str, photos: Path, tmp_
     assert figures["over_free"][0] == pytest.approx(figures["followed"] - figures["free"])
     assert (figures["measure"] == "likeness (shipped)") == (method == "ip_adapter")
     assert record["verdict"].keys() == {"outcome", "summary", "reasons", "advice"}
-    pipe = veneer.bases.load(base)
+    pipe = veneer.base_models.load(base)
     loaded = veneer.load(pipe, out)
     assert loaded.provenance["condition"] == record["config"]["condition"]
     if authors:
-        ours, theirs = (a.state_dict() for a in (loaded, veneer.load(veneer.bases.load(base), out / "controlnext")))
+        ours, theirs = (a.state_dict() for a in (loaded, veneer.load(veneer.base_models.load(base), out / "controlnext")))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(t, theirs[key]) for key, t in ours.items())
         assert loaded.extras, "weights of the base as well"
@@ -82,7 +82,7 @@ def test_every_method_leaves_its_files_and_figures(base: str, photos: Path, tmp_
 def test_what_was_trained_moves_and_diffusers_draws_the_same(base: str, photos: Path, tmp_path: Path) -> None:
     out = run(base, photos, tmp_path / "out", learning_rate=0.05, condition="grey", eval_seeds=0)
     assert not (out / "sheet.png").exists()
-    pipe = veneer.bases.load(base)
+    pipe = veneer.base_models.load(base)
     loaded = veneer.load(pipe, out)
     with loaded.given(image=picture(1)):
         ours = drawn(pipe)
@@ -106,7 +106,7 @@ def test_a_stopped_run_keeps_its_weights_and_goes_on_to_the_same_bits(
     assert not (parts / "result.json").exists()
     assert f"stopped after step 3 of 4; what was learnt so far is in {parts}/adapter.safetensors" in capsys.readouterr().out
     kept = load_file(parts / "adapter.safetensors")
-    assert veneer.load(veneer.bases.load(base), parts).loaded.clean
+    assert veneer.load(veneer.base_models.load(base), parts).loaded.clean
     run(base, photos, parts, resume=True, **options)
     a, b = (load_file(out / "adapter.safetensors") for out in (whole, parts))
     assert a.keys() == b.keys() == kept.keys()
@@ -116,7 +116,7 @@ def test_a_stopped_run_keeps_its_weights_and_goes_on_to_the_same_bits(
 
 def test_the_base_draws_what_nobody_gives(base: str, tmp_path: Path) -> None:
     config = ControlConfig(base=base, drawn=6, out=tmp_path, **QUICK).completed()
-    kind = family(veneer.bases.load(base))
+    kind = family(veneer.base_models.load(base))
     found = open_pictures(config, kind, tmp_path)
     assert {p.caption for p in (*found.train, *found.held)} <= {"a photo of cat", "a photo of dog"}, "the thing and no place"
     assert len(found.held) == 2
@@ -213,7 +213,7 @@ def test_recomputed_activations_give_the_same_weights(base: str, photos: Path, t
 def test_no_disk_space_is_an_error_before_training(
     base: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("veneer.training.preflight.free_bytes", lambda folder: 2**16)
+    monkeypatch.setattr("veneer.training.preflight.preflight.free_bytes", lambda folder: 2**16)
     with pytest.raises(PreflightError) as caught:
         run(base, photos, tmp_path / "out")
     assert [concern.about for concern in caught.value.given] == ["disk"]

@@ -12,16 +12,16 @@ from torch import Tensor
 from veneer.pipelines.convert import ConvertConfig, convert
 
 import veneer
+from tests.formats.cases import deltas, fill, header
+from tests.formats.test_cloneofsimo import made
 from tests.raising import raises
 from veneer import formats
 from veneer.cli import main
-from veneer.formats import _placed, lycoris, native
+from veneer.formats import lycoris, native
+from veneer.formats._core import lora_writer
 from veneer.injection import LoadError, SaveError, attach
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..formats.cases import deltas, fill, header
-from ..formats.test_cloneofsimo import made
 
 WHERE = ["attn", "xattn.k", "conv", "text/attn"]
 FORMS = ("kohya", "diffusers", "native")
@@ -143,13 +143,13 @@ def test_methods_that_the_format_has_no_place_for(base: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("slip", [1.001, -1.0, 0.0])
 def test_another_change_is_not_kept(files: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slip: float) -> None:
     """A writer that is wrong about the scale of one weight."""
-    true = _placed.joined
+    true = lora_writer.joined
 
     def wrong(place: Any, adapters: Any) -> Any:
         pair = true(place, adapters)
         return pair._replace(up=pair.up * slip) if "conv_in" in place.names[0] else pair
 
-    monkeypatch.setattr(_placed, "joined", wrong)
+    monkeypatch.setattr(lora_writer, "joined", wrong)
     with raises(SaveError, where="unet.conv_in"):
         convert(ConvertConfig(files[0]["native"], "kohya", str(base), tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ import veneer
 from tests.raising import raises
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.previews import read_settings
+from veneer.training.report.previews import read_settings
 
 
 @pytest.fixture(scope="module")

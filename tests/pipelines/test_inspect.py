@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from veneer.pipelines.inspect_file import InspectConfig, inspect_file
 
 import veneer
+from tests.formats.cases import fill
 from veneer.cli import main
 from veneer.formats import diffusers, embeddings, kohya, look
 from veneer.injection import LoadError, attach
 from veneer.testing.pipelines import tiny_pipeline
-
-from ..formats.cases import fill
 
 FIXTURE = Path(__file__).resolve().parents[3] / "shared" / "data" / "fixtures" / "lora_disney.safetensors"
 

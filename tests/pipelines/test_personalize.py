@@ -15,18 +15,17 @@ from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
 import veneer
 from tests.raising import raises
-from veneer import bases
+from tests.training.pictures import save
+from veneer import base_models
 from veneer.formats import load_all
 from veneer.injection import SaveError
 from veneer.injection.errors import OptionError, SelectionError, UnknownName, UnsupportedSite, VeneerError
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.config import TrainError
-from veneer.training.disk import DiskFull
-from veneer.training.divergence import Diverged
-from veneer.training.photos import DataError
-from veneer.training.preflight import PreflightError
-
-from ..training.pictures import save
+from veneer.training.data.image_io import DataError
+from veneer.training.loop.config import TrainError
+from veneer.training.loop.disk_space import DiskFull
+from veneer.training.loop.divergence import Diverged
+from veneer.training.preflight.preflight import PreflightError
 
 QUICK: Mapping[str, Any] = {
     "steps": 2, "eval_seeds": 0, "tracker": "none", "prompts": ("a {concept}",),
@@ -99,7 +98,7 @@ def test_dit_learns_a_class_label(base: Any, photos: Path, tmp_path: Path) -> No
 def test_the_saved_adapter_draws_what_was_trained(base: Any, photos: Path, tmp_path: Path) -> None:
     """Trained adapter in a fresh pipeline: weights moved, and every tensor of the file is in place."""
     out = run(base("sd"), photos, tmp_path / "out", text_encoder=True, learning_rate=1e-2)
-    pipe = veneer.bases.load(base("sd"))
+    pipe = veneer.base_models.load(base("sd"))
     loaded = veneer.load(pipe, out)
     state = load_file(out / "adapter.safetensors")
     attachment = loaded[0] if isinstance(loaded, list) else loaded
@@ -189,7 +188,7 @@ def test_an_ordinary_concept_gets_a_token_of_its_own(
     if method == "lora":
         return
     assert token in load_file(out / "learned_embeds.safetensors") or kind != "sd"
-    pipe = bases.load(base(kind))
+    pipe = base_models.load(base(kind))
     tuned = load_all(pipe, out / "adapter.safetensors")
     assert any(a.method.config().get("tokens") == token for a in tuned)
     ids = pipe.tokenizer.encode(f"a {token} {word}", add_special_tokens=False)
@@ -236,7 +235,7 @@ def test_without_evaluation_the_verdict_is_unknown(base: Any, photos: Path, tmp_
 def test_no_space_for_the_run_is_an_error_before_training(
     base: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("veneer.training.preflight.free_bytes", lambda folder: 2**16)
+    monkeypatch.setattr("veneer.training.preflight.preflight.free_bytes", lambda folder: 2**16)
     with pytest.raises(PreflightError) as caught:
         run(base("sd"), photos, tmp_path / "out")
     assert [concern.about for concern in caught.value.given] == ["disk"]

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from veneer.pipelines.predict import PredictConfig, predict
 from veneer.pipelines.transfer import transfer
 
-from tests.classifying.small import CLASSES, model_folder, picture_folder
+from tests.classification.small import CLASSES, model_folder, picture_folder
 from tests.raising import raises
-from veneer.classifying.config import TransferConfig
-from veneer.classifying.predicting import Predictor, open_predictor
-from veneer.classifying.selection import read_epochs
+from veneer.classification.config import TransferConfig
+from veneer.classification.predict import Predictor, open_predictor
+from veneer.classification.train.epoch_selection import read_epochs
 from veneer.injection import VeneerError
 from veneer.injection.errors import OptionError, SelectionError, UnknownName, UnknownOption, UnsupportedSite
-from veneer.training.photos import DataError
-from veneer.training.preflight import PreflightError
+from veneer.training.data.image_io import DataError
+from veneer.training.preflight.preflight import PreflightError
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +128,16 @@ def test_saved_equals_loaded_on_a_fresh_head(
     tmp_path: Path, pictures: Path, models: dict[str, Path], kind: str, method: str, options: dict[str, Any], monkeypatch: Any
 ) -> None:
     """The same test logits from a model built anew with another random head: bitwise, or to rounding after cached features."""
-    from veneer.classifying import outcome
+    from veneer.classification.report import artifacts
 
     kept: dict[str, torch.Tensor] = {}
-    drawn = outcome.write_mistakes
+    drawn = artifacts.write_mistakes
 
     def keep(logits: torch.Tensor, *rest: Any) -> None:
         kept["logits"] = logits
         drawn(logits, *rest)
 
-    monkeypatch.setattr(outcome, "write_mistakes", keep)
+    monkeypatch.setattr(artifacts, "write_mistakes", keep)
     model = models.get(kind, Path(kind))
     out = transfer(config(pictures, model, tmp_path / "run", method=method, epochs=2, learning_rate=1e-2, **options))
     record = json.loads((out / "model.json").read_text())
@@ -164,7 +164,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, pictures: Path, 
     transfer(whole)
     half = dataclasses.replace(whole, out=tmp_path / "half")
 
-    from veneer.training.loop import Trainer
+    from veneer.training.loop.trainer import Trainer
 
     told = Trainer._tell
 
@@ -319,7 +319,7 @@ def test_other_weights_under_a_taught_adapter_are_refused(tmp_path: Path, pictur
 def test_no_disk_space_is_an_error_before_training(
     tmp_path: Path, pictures: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("veneer.training.preflight.free_bytes", lambda folder: 2**16)
+    monkeypatch.setattr("veneer.training.preflight.preflight.free_bytes", lambda folder: 2**16)
     with pytest.raises(PreflightError) as caught:
         transfer(config(pictures, models["vit"], tmp_path / "out"))
     assert [concern.about for concern in caught.value.given] == ["disk"]

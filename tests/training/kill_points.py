@@ -27,15 +27,14 @@ import torch
 from torch import Tensor
 
 import veneer
+from tests.training.pictures import save
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.captions import Captions
-from veneer.training.dataset import PhotoDataset
-from veneer.training.denoising import DenoisingLoss
+from veneer.training.data.captions import Captions
+from veneer.training.data.dataset import PhotoDataset
+from veneer.training.data.photo_folder import find_photos
 from veneer.training.families import family
-from veneer.training.folder import find_photos
-from veneer.training.loop import TrainConfig, Trainer
-
-from .pictures import save
+from veneer.training.loop.trainer import TrainConfig, Trainer
+from veneer.training.objective.denoising_loss import DenoisingLoss
 
 CONFIG = {"steps": 10, "batch": 2, "accumulation": 1, "learning_rate": 0.01, "checkpoint_every": 3}
 
@@ -109,8 +108,8 @@ def traced(folder: Path) -> set[str]:
 
 def main(points: int, seed: int, steps: int) -> int:
     """Kill `points` runs on one process and as many on two. Gives the number that differ from a whole run."""
-    from .resume_worker import Job
-    from .test_resume import Worker, final
+    from tests.training.resume_worker import Job
+    from tests.training.test_resume import Worker, final
 
     wrong, ends = 0, {}
     config = {**CONFIG, "steps": steps}
@@ -155,7 +154,7 @@ def main(points: int, seed: int, steps: int) -> int:
 
 def _weights(worker: Any, folder: Path, processes: int, config: dict[str, Any]) -> dict[str, Tensor]:
     """The end of a run without dropout, which draws its masks per process."""
-    from .resume_worker import Job
+    from tests.training.resume_worker import Job
 
     job = Job(str(folder), processes, model="pipeline", config=config, dropout=0.0)
     assert worker.run(job) == [0] * processes

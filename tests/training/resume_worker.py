@@ -22,8 +22,8 @@ import torch
 import torch._dynamo  # optimisers import it at their first step: once here, not in every job
 from torch import Tensor, nn
 
-from veneer.training.loop import TrainConfig, Trainer
-from veneer.training.seeds import generator
+from veneer.training.loop.seeds import generator
+from veneer.training.loop.trainer import TrainConfig, Trainer
 
 CONFIG: dict[str, Any] = {
     "steps": 40,
@@ -141,11 +141,11 @@ def maker(model: str) -> Callable[..., Trainer]:
     if model == "tiny":
         return trainer_of
     if model == "scheduled":
-        from .scheduled import scheduled_trainer, tuned
+        from tests.training.scheduled import scheduled_trainer, tuned
 
         tuned()
         return scheduled_trainer
-    from .kill_points import pipeline_trainer, warm_up
+    from tests.training.kill_points import pipeline_trainer, warm_up
 
     warm_up()
     return pipeline_trainer

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from veneer.injection import Attachment, attach, hosts
 from veneer.methods.reparameterized.adalora import AdaLoRA
-from veneer.training import targets
-from veneer.training.loop import TrainConfig, Trainer
-from veneer.training.seeds import generator
+from veneer.training import param_groups
+from veneer.training.loop.seeds import generator
+from veneer.training.loop.trainer import TrainConfig, Trainer
 
 METHOD = AdaLoRA(rank=4, target_rank=2, warmup=0.2, final=0.3, every=2)
 STEPS = 12  # pruned after steps 4, 6 and 8
@@ -42,7 +42,7 @@ def scheduled_trainer(
         wanted = torch.stack([torch.randn(10, generator=draw) for draw in draws])
         return nn.functional.mse_loss(model(pictures), wanted)
 
-    named = targets.named_state(attached)
-    groups = targets.parameter_groups(attached, {"adalora": 1.0, "lora": 0.5}, 0.0, 1.0)
-    loss = targets.with_penalties(loss_step, attached)
-    return Trainer(config, groups, loss, named, folder, after_step=targets.after_step(attached))
+    named = param_groups.named_state(attached)
+    groups = param_groups.parameter_groups(attached, {"adalora": 1.0, "lora": 0.5}, 0.0, 1.0)
+    loss = param_groups.with_penalties(loss_step, attached)
+    return Trainer(config, groups, loss, named, folder, after_step=param_groups.after_step(attached))

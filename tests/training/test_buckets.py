@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.raising import raises
-from veneer.training.buckets import BucketPlan, count, cover, kept, place
-from veneer.training.photos import DataError
-from veneer.training.seeds import generator
+from veneer.training.data.buckets import BucketPlan, count, cover, kept, place
+from veneer.training.data.image_io import DataError
+from veneer.training.loop.seeds import generator
 
 
 @pytest.mark.parametrize(("resolution", "multiple"), [(512, 64), (1024, 64), (1024, 32), (128, 8), (64, 16), (8, 8)])

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from tests.raising import raises, warns
-from veneer.training import checkpoints as module
-from veneer.training.checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, put, write_atomically
-from veneer.training.loop import TrainConfig
-
-from .resume_worker import trainer_of
+from tests.training.resume_worker import trainer_of
+from veneer.training.loop import checkpoints as module
+from veneer.training.loop.checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, put, write_atomically
+from veneer.training.loop.trainer import TrainConfig
 
 
 def state(step):

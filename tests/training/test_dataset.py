@@ -13,10 +13,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from tests.raising import carries, raises, warns
 from tests.training.pictures import DATA, gradient, save
-from veneer.training.buckets import cover
-from veneer.training.captions import Captions
-from veneer.training.dataset import Example, PhotoDataset, concerns, find_photos
-from veneer.training.photos import DataError, DataWarning, PhotoLimits
+from veneer.training.data.buckets import cover
+from veneer.training.data.captions import Captions
+from veneer.training.data.dataset import Example, PhotoDataset, concerns, find_photos
+from veneer.training.data.image_io import DataError, DataWarning, PhotoLimits
 
 TOY = Captions("<toy>", prior="a photo of a toy")
 

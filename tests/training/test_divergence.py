@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tests.raising import carries, raises
-from veneer.training.divergence import Diverged
-from veneer.training.loop import TrainConfig, Trainer
+from veneer.training.loop.divergence import Diverged
+from veneer.training.loop.trainer import TrainConfig, Trainer
 
 SETTINGS = {"steps": 10, "learning_rate": 0.1, "optimizer": "sgd", "weight_decay": 0.0, "clip": 0.0, "tracker": "none"}
 

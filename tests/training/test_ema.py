@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from veneer.training.ema import EMA
+from veneer.training.loop.ema import EMA
 
 
 def test_average_follows_the_recurrence():

@@ -17,7 +17,7 @@ from veneer.training import families as package
 from veneer.training.families import BaseModelError, PromptError, check_folder, families, family
 from veneer.training.families.errors import PromptWarning
 from veneer.training.families.flux import pack, positions, unpack
-from veneer.training.objectives import Epsilon, Flow, ObjectiveOptions, VPrediction
+from veneer.training.objective.objectives import Epsilon, Flow, ObjectiveOptions, VPrediction
 
 NAMES = list(FAMILIES)
 PROMPTS = ["a photo of a dog", "a red toy car on the beach, xyz"]

@@ -7,7 +7,7 @@ import torch
 
 from tests.raising import raises
 from veneer.injection.errors import OptionError
-from veneer.training.losses import huber_threshold, loss, preserved, sample_losses
+from veneer.training.objective.losses import huber_threshold, loss, preserved, sample_losses
 
 G = torch.Generator().manual_seed(0)
 P, Y = torch.randn(4, 3, 2, 6, generator=G), torch.randn(4, 3, 2, 6, generator=G)

@@ -10,9 +10,9 @@ from PIL import Image
 from tests.raising import raises
 from tests.training.clips import Shipped, picture
 from veneer.injection.errors import VeneerError
-from veneer.training import metrics
-from veneer.training.features import Features, of_clip
-from veneer.training.metrics import (
+from veneer.training.report import metrics
+from veneer.training.report.feature_models import Features, of_clip
+from veneer.training.report.metrics import (  # fmt: skip
     Figure,
     compared,
     difference,
@@ -22,8 +22,8 @@ from veneer.training.metrics import (
     pixel_distance,
     prompt_distance,
     t_quantile,
-)  # fmt: skip
-from veneer.training.previews import Pair
+)
+from veneer.training.report.previews import Pair
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 from tests.raising import raises
 from veneer.injection.errors import OptionError
-from veneer.training.noise import NoiseOptions, draw_noise
+from veneer.training.objective.noise import NoiseOptions, draw_noise
 
 LATENTS = torch.randn(3, 9, 14, generator=torch.Generator().manual_seed(5)) + torch.tensor([0.0, 2.0, -3.0]).view(3, 1, 1)
 

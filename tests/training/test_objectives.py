@@ -10,9 +10,9 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 
 from tests.raising import raises
 from veneer.injection.errors import OptionError
-from veneer.training import densities
-from veneer.training.objectives import Epsilon, Flow, ObjectiveOptions, Sample, VPrediction, from_scheduler
-from veneer.training.weights import SNR_CEILING, SNR_FLOOR, snr_weight
+from veneer.training.objective import timestep_sampling
+from veneer.training.objective.loss_weighting import SNR_CEILING, SNR_FLOOR, snr_weight
+from veneer.training.objective.objectives import Epsilon, Flow, ObjectiveOptions, Sample, VPrediction, from_scheduler
 
 T = torch.tensor([0, 17, 500, 999])
 
@@ -194,15 +194,15 @@ def test_flow_weights(weighting):
 
 def test_shifts_agree_with_the_scheduler():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    by_formula = [densities.shifted(i / 1000, 3.0) for i in range(1000, 0, -1)]
+    by_formula = [timestep_sampling.shifted(i / 1000, 3.0) for i in range(1000, 0, -1)]
     torch.testing.assert_close(scheduler.sigmas, torch.tensor(by_formula))
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     for tokens in (256, 1024, 4096):
-        mu = densities.flux_mu(tokens)
+        mu = timestep_sampling.flux_mu(tokens)
         assert mu == pytest.approx(calculate_shift(tokens))
-        assert densities.exponentially_shifted(0.3, mu) == pytest.approx(dynamic.time_shift(mu, 1.0, 0.3))
-    assert [densities.flux_mu(n) for n in (256, 4096)] == pytest.approx([0.5, 1.15])
-    assert densities.exponentially_shifted(0.0, 1.0) == 0.0
+        assert timestep_sampling.exponentially_shifted(0.3, mu) == pytest.approx(dynamic.time_shift(mu, 1.0, 0.3))
+    assert [timestep_sampling.flux_mu(n) for n in (256, 4096)] == pytest.approx([0.5, 1.15])
+    assert timestep_sampling.exponentially_shifted(0.0, 1.0) == 0.0
 
 
 # -- densities --------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_indices_of_the_discrete_objectives(density):
     objective = from_scheduler(DDPMScheduler(), ObjectiveOptions(density=density))
     draws = [objective.draw(torch.Generator().manual_seed(s)) for s in range(300)]
     assert all(type(t) is int and 0 <= t <= 999 for t in draws)
-    u = [densities.draw(density, objective.options, torch.Generator().manual_seed(s)) for s in range(300)]
+    u = [timestep_sampling.draw(density, objective.options, torch.Generator().manual_seed(s)) for s in range(300)]
     assert draws == [min(999, math.floor(x * 1000)) for x in u]
     if density == "cubic":
         assert sum(t > 875 for t in draws) / 300 == pytest.approx(0.5, abs=0.1)  # 1 − u³ > 0.875 for u < 0.5
@@ -279,7 +279,7 @@ def test_uniform_reaches_both_ends():
     assert {objective.draw(g) for _ in range(200)} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("density", densities.DENSITIES)
+@pytest.mark.parametrize("density", timestep_sampling.DENSITIES)
 def test_one_draw_takes_one_number(density):
     objective = Flow(ObjectiveOptions(density=density))
     g, reference = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)

@@ -4,8 +4,8 @@ import io
 import json
 from pathlib import Path
 
-from veneer.training.phases import PHASES, Phase, PhaseReport, read_phase
-from veneer.training.progress import Progress, ProgressFile, read_progress
+from veneer.training.report.phases import PHASES, Phase, PhaseReport, read_phase
+from veneer.training.report.progress import Progress, ProgressFile, read_progress
 
 
 def test_every_line_has_phase_done_and_total(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import torch
 
 import veneer
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training import concerns as look
-from veneer.training.config import TrainConfig
+from veneer.training.data.photo_folder import Photo
 from veneer.training.families import family
-from veneer.training.folder import Photo
-from veneer.training.preflight import PreflightError, preflight
-from veneer.training.previews import PreviewSettings
+from veneer.training.loop.config import TrainConfig
+from veneer.training.preflight import checks as look
+from veneer.training.preflight.preflight import PreflightError, preflight
+from veneer.training.report.previews import PreviewSettings
 
 RUN = TrainConfig(steps=200, learning_rate=1e-3, batch=2, tracker="none")
 

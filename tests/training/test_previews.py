@@ -9,7 +9,7 @@ import veneer
 from tests.raising import raises
 from veneer.injection.errors import OptionError, VeneerError
 from veneer.testing.pipelines import FAMILIES, tiny_pipeline
-from veneer.training.previews import PreviewSettings, pairs, previews, read_settings, replaced, save_png
+from veneer.training.report.previews import PreviewSettings, pairs, previews, read_settings, replaced, save_png
 
 QUICK = PreviewSettings(seeds=(0, 1), steps=2, guidance=3.0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from veneer.training.progress import WINDOW, Pace, Progress, ProgressFile, ProgressLine, clock, peak_memory, read_progress
+from veneer.training.report.progress import WINDOW, Pace, Progress, ProgressFile, ProgressLine, clock, peak_memory, read_progress
 
 
 def event(step, steps=100, left=75.0):

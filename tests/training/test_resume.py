@@ -17,9 +17,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from .kill_points import CONFIG as PIPELINE
-from .kill_points import traced
-from .resume_worker import CONFIG, Job
+from tests.training.kill_points import CONFIG as PIPELINE
+from tests.training.kill_points import traced
+from tests.training.resume_worker import CONFIG, Job
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="the worker forks its processes, which this system cannot")
 pytestmark = FORKS

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from tests.raising import raises
+from tests.training.resume_worker import CONFIG, Job
+from tests.training.scheduled import METHOD, STEPS, scheduled_trainer
+from tests.training.test_resume import Worker, final, worker  # noqa: F401  the worker is a fixture
 from veneer.injection import attach, hosts
-from veneer.training import targets
-from veneer.training.checkpoints import CheckpointError
-from veneer.training.loop import TrainConfig, Trainer
-
-from .resume_worker import CONFIG, Job
-from .scheduled import METHOD, STEPS, scheduled_trainer
-from .test_resume import Worker, final, worker  # noqa: F401  the worker is a fixture
+from veneer.training import param_groups
+from veneer.training.loop.checkpoints import CheckpointError
+from veneer.training.loop.trainer import TrainConfig, Trainer
 
 SETTINGS: dict[str, Any] = {"steps": STEPS, "checkpoint_every": 5}
 
@@ -82,16 +81,16 @@ def test_the_loss_has_the_methods_terms_once_a_step_and_others_have_none() -> No
     plain = attach(model, "lora", where="attn.k")
     loss = lambda step, rows: sum((p * 0).sum() for a in ranks for p in a.parameters()) + 0.25  # noqa: E731
     expected = 0.25 + sum(a.penalty().item() for a in ranks)
-    named = targets.named_state(ranks)
+    named = param_groups.named_state(ranks)
     trainer = Trainer(
-        config, targets.parameter_groups(ranks, {"adalora": 1.0}, 0, 1.0), targets.with_penalties(loss, ranks), named
+        config, param_groups.parameter_groups(ranks, {"adalora": 1.0}, 0, 1.0), param_groups.with_penalties(loss, ranks), named
     )
     assert config.accumulation == 2
     assert trainer.fit().losses == [pytest.approx(expected, rel=1e-6)]
-    assert targets.with_penalties(loss, [plain]) is loss
-    assert targets.after_step([plain]) is None
+    assert param_groups.with_penalties(loss, [plain]) is loss
+    assert param_groups.after_step([plain]) is None
     assert plain.penalty() is None
-    assert targets.named_state([plain]).keys() == targets.named_parameters([plain]).keys()
+    assert param_groups.named_state([plain]).keys() == param_groups.named_parameters([plain]).keys()
 
 
 def test_the_step_is_told_while_its_gradients_are_there() -> None:

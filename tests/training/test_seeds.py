@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from veneer.training.seeds import generator, mix
+from veneer.training.loop.seeds import generator, mix
 
 
 def test_values_are_pinned():

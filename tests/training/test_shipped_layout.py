@@ -9,14 +9,14 @@ import veneer
 from tests.raising import raises
 from tests.training.pictures import save
 from tests.training.shipped import LENGTH, shipped_like
-from veneer.training.captions import Captions
-from veneer.training.dataset import PhotoDataset, find_photos
-from veneer.training.denoising import DenoisingLoss
+from veneer.training.data.captions import Captions
+from veneer.training.data.class_images import prior_pictures
+from veneer.training.data.dataset import PhotoDataset, find_photos
 from veneer.training.families import PromptError, check_folder, family
-from veneer.training.objectives import ObjectiveOptions, VPrediction
-from veneer.training.previews import PreviewSettings, pairs, previews
-from veneer.training.prior import prior_pictures
-from veneer.training.seeds import generator
+from veneer.training.loop.seeds import generator
+from veneer.training.objective.denoising_loss import DenoisingLoss
+from veneer.training.objective.objectives import ObjectiveOptions, VPrediction
+from veneer.training.report.previews import PreviewSettings, pairs, previews
 
 QUICK = PreviewSettings(seeds=(0, 1), steps=3, guidance=3.0, batch=2)
 

@@ -6,11 +6,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.raising import raises
-from veneer.training import tracking as module
-from veneer.training.config import TrainConfig, TrainError
-from veneer.training.tracking import choose, tracking
-
-from .resume_worker import trainer_of
+from tests.training.resume_worker import trainer_of
+from veneer.training.loop.config import TrainConfig, TrainError
+from veneer.training.report import tracking as module
+from veneer.training.report.tracking import choose, tracking
 
 
 def scalars(folder, tag):

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from tests.raising import raises
-from veneer.classifying.config import TransferConfig
-from veneer.classifying.figures import figures_of
-from veneer.classifying.verdict import Evidence
-from veneer.classifying.verdict import verdict as transfer_verdict
+from veneer.classification.config import TransferConfig
+from veneer.classification.report.metrics import figures_of
+from veneer.classification.report.verdict import Evidence
+from veneer.classification.report.verdict import verdict as transfer_verdict
 from veneer.control.config import ControlConfig
-from veneer.control.figures import Figures
+from veneer.control.evaluation import Figures
 from veneer.control.verdict import loss_trend
 from veneer.control.verdict import verdict as control_verdict
 from veneer.injection.errors import OptionError
-from veneer.training.metrics import Compared, Figure, Metrics
-from veneer.training.personal import PersonalizeConfig
-from veneer.training.personal_verdict import covered, personal_verdict
-from veneer.training.verdict import WORDS, Verdict
+from veneer.training.personalization_config import PersonalizeConfig
+from veneer.training.report.metrics import Compared, Figure, Metrics
+from veneer.training.report.personalization_verdict import covered, personal_verdict
+from veneer.training.report.verdict import WORDS, Verdict
 
 CONFIG = PersonalizeConfig(photos=Path("photos"), concept="<x>", steps=100, out=Path("out"))
 

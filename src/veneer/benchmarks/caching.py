@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
-from ..bases.door import find
-from ..training import targets
-from ..training.cache import Cache
-from ..training.captions import Captions
-from ..training.config import TrainConfig
-from ..training.dataset import PhotoDataset, find_photos
-from ..training.denoising import DenoisingLoss
-from ..training.families import family
-from ..training.loop import Trainer
+from veneer.base_models.loading import find
+from veneer.training import param_groups
+from veneer.training.data.captions import Captions
+from veneer.training.data.dataset import PhotoDataset, find_photos
+from veneer.training.data.latent_cache import Cache
+from veneer.training.families import family
+from veneer.training.loop.config import TrainConfig
+from veneer.training.loop.trainer import Trainer
+from veneer.training.objective.denoising_loss import DenoisingLoss
+
 from .contest import Contender, Contest
 from .shapes import BenchError, Shape
 
@@ -36,7 +37,7 @@ def contests(pipe: Any, photos: Path | None, shape: Shape, rank: int, seed: int,
         photos: folder of pictures; None draws `shape.photos` of them into `scratch`.
         scratch: folder for pictures and caches.
     """
-    targets.freeze(pipe)
+    param_groups.freeze(pipe)
     folder = photos if photos is not None else draw_pictures(scratch / "photos", shape.photos, seed)
     warm = scratch / "warm"
 
@@ -59,7 +60,8 @@ def check(base: str, photos: Path | None) -> None:
     """Check that the base and the photos exist, before the rows ahead of this one take minutes.
 
     Args:
-        base: `tiny`, or what `veneer.bases.load` takes; names on the hub are not looked up. `photos`: None if they are generated.
+        base: `tiny`, or what `veneer.base_models.load` takes; names on the hub are not looked up.
+        photos: a folder; None if they are generated.
     Raises:
         VeneerError: neither a folder nor a hub name, or no photos.
     """
@@ -70,14 +72,14 @@ def check(base: str, photos: Path | None) -> None:
 
 
 def load(base: str) -> Any:
-    """The pipeline: `tiny`, or what `veneer.bases.load` takes."""
+    """The pipeline: `tiny`, or what `veneer.base_models.load` takes."""
     if base == "tiny":
-        from ..testing.pipelines import tiny_pipeline
+        from veneer.testing.pipelines import tiny_pipeline
 
         return tiny_pipeline("sd")
-    from .. import bases
+    from veneer import base_models
 
-    return bases.load(base)
+    return base_models.load(base)
 
 
 def train(pipe: Any, photos: Path, cache: Cache | None, shape: Shape, rank: int, seed: int) -> float:
@@ -87,14 +89,14 @@ def train(pipe: Any, photos: Path, cache: Cache | None, shape: Shape, rank: int,
         BenchError: nothing was read from or written to a cache that was given.
     """
     kind = family(pipe)
-    methods = targets.build_methods("lora", {"lora": {"rank": rank}}, "", "")
-    attached = targets.attach_all(pipe, methods, {}, text_encoder=False, seed=seed)
+    methods = param_groups.build_methods("lora", {"lora": {"rank": rank}}, "", "")
+    attached = param_groups.attach_all(pipe, methods, {}, text_encoder=False, seed=seed)
     try:
         data = PhotoDataset(
             find_photos(photos), shape.resolution or kind.resolution, kind.multiple, seed, captions=Captions(concept="<thing>")
         )
         loss = DenoisingLoss(kind, data, seed, samples=1, cache=cache)
-        named = targets.named_parameters(attached)
+        named = param_groups.named_parameters(attached)
         config = TrainConfig(steps=shape.steps, seed=seed, tracker="none")
         result = Trainer(config, [{"params": list(named.values())}], loss, named).fit()
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from veneer.training.metrics import Figure, figure
+from veneer.training.report.metrics import Figure, figure
 
 METHODS = ("controlnet", "t2i_adapter", "controlnext", "ip_adapter")
 KINDS = ("followed", "free", "misled")

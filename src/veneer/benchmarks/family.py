@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..injection import attach
+from veneer.injection import attach
+
 from . import peers
 from .contest import Contender, Contest
 from .denoiser import Floor, inputs, step

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from veneer.formats import load
-from veneer.formats._kohya_names import places
-from veneer.formats._modules import paths
+from veneer.formats._names.kohya import places
+from veneer.formats._names.modules import paths
 from veneer.injection.towers import towers_of
 
 from . import peers

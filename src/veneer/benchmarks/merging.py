@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..injection import attachments
+from veneer.injection import attachments
+
 from . import peers
 from .contest import Contender, Contest
 from .shapes import Shape, unet

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..injection import attach
+from veneer.injection import attach
+
 from .shapes import BenchError
 
 WHERE = ("attn", "xattn")

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..injection import attach
+from veneer.injection import attach
+
 from .contest import Contender, Contest
 from .shapes import Shape, place, sharing, vit
 

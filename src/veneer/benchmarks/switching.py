@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..injection import activate, attach, attachments, mixed
+from veneer.injection import activate, attach, attachments, mixed
+
 from . import peers
 from .contest import Contender, Contest
 from .shapes import Shape, place, sharing, unet

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veneer import bases
+from veneer import base_models
 from veneer.injection import methods
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
-from veneer.training.config import TrainConfig
-from veneer.training.features import check_features
-from veneer.training.objectives import ObjectiveOptions
-from veneer.training.run_folder import new_folder
+from veneer.training.loop.config import TrainConfig
+from veneer.training.objective.objectives import ObjectiveOptions
+from veneer.training.report.feature_models import check_features
+from veneer.training.report.run_folder import new_folder
 
-from . import maps
+from .maps import maps
 
 WITHOUT_EFFECT = (
     "data", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "eval_seeds", "features", "check", "out",
@@ -33,7 +33,7 @@ class ControlConfig:
 
     Args:
         data: a folder of photos with captions, and with maps for `pairs`; none for pictures that the base draws itself.
-        condition: what is followed: see `veneer.control.maps`; `pairs` for maps that lie beside the photos, `image` for the
+        condition: what is followed: see `veneer.control.maps.maps`; `pairs` for maps that lie beside the photos, `image` for the
             pictures themselves (IP-Adapter).
         method: `controlnet`, `t2i_adapter`, `controlnext` or `ip_adapter`.
         base: `shipped`, a folder, or a hub name, of SD 1.x, SD 2 or SDXL.
@@ -145,7 +145,7 @@ class ControlConfig:
     def completed(self) -> ControlConfig:
         """The same with every open choice made: what is usual on the base, and a new folder."""
         check_features(self.features)
-        known = bases.preset(self.base).training.get(self.method, {})
+        known = base_models.preset(self.base).training.get(self.method, {})
         condition = self.condition or ("image" if self.reads_pictures else "canny")
         usual: dict[str, Any] = {
             "condition": condition,
@@ -174,7 +174,7 @@ class ControlConfig:
 
     def usual_steps(self) -> int:
         """The default number of optimizer steps on the base."""
-        return int(bases.preset(self.base).training.get(self.method, {}).get("steps", 20_000))
+        return int(base_models.preset(self.base).training.get(self.method, {}).get("steps", 20_000))
 
     def built(self) -> Method:
         """The method's config."""

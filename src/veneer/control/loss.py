@@ -11,13 +11,13 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from veneer.injection import Attachment
-from veneer.training.cache import Memory
-from veneer.training.dataset import Example
-from veneer.training.denoising import DenoisingLoss
-from veneer.training.seeds import generator
+from veneer.training.data.dataset import Example
+from veneer.training.data.latent_cache import Memory
+from veneer.training.loop.seeds import generator
+from veneer.training.objective.denoising_loss import DenoisingLoss
 
-from .embedding import Embedder
-from .maps import Condition
+from .image_embedding import Embedder
+from .maps.maps import Condition
 
 
 class Follow(Protocol):

@@ -19,12 +19,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from veneer.training.metrics import Figure, difference
-from veneer.training.verdict import Verdict
+from veneer.training.report.metrics import Figure, difference
+from veneer.training.report.verdict import Verdict
 
 if TYPE_CHECKING:
     from .config import ControlConfig
-    from .figures import Figures
+    from .evaluation import Figures
 
 SHARE = 0.15
 """Of the distance from no map to full agreement, for `learned`."""

@@ -6,13 +6,14 @@ import logging
 from os import PathLike
 from typing import Any, Literal
 
-from ..injection import Attachment
-from ..injection.errors import OptionError
-from ..injection.towers import kept
-from ._converting import Converted, convert
-from ._format import Format, Layer, Options, format_of, formats, known_format
-from ._looking import Look, look
-from ._reading import File, read
+from veneer.injection import Attachment
+from veneer.injection.errors import OptionError
+from veneer.injection.towers import kept
+
+from ._core.conversion import Converted, convert
+from ._core.format import Format, Layer, Options, format_of, formats, known_format
+from ._core.inspection import Look, look
+from ._io.reader import File, read
 
 _log = logging.getLogger(__name__)
 

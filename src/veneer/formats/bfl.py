@@ -12,18 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..injection import Attachment, LoadError, SaveError
-from ..injection.sites import ParamSite
-from ..injection.towers import Tower, towers_of
-from ._attaching import Wanted, attach_all
-from ._format import Layer, Options, values
-from ._kohya_names import Place
-from ._layered import Layered
-from ._modules import modules
-from ._pairs import layers_of, wanted
-from ._peft_config import NAME, read_config, refuse, scaled_alpha
-from ._reading import File
-from ._writing import destination
+from veneer.injection import Attachment, LoadError, SaveError
+from veneer.injection.sites import ParamSite
+from veneer.injection.towers import Tower, towers_of
+
+from ._core.attach import Wanted, attach_all
+from ._core.format import Layer, Options, values
+from ._core.layer_keys import Layered
+from ._core.lora_reader import layers_of, wanted
+from ._io.reader import File
+from ._io.writer import destination
+from ._names.kohya import Place
+from ._names.modules import modules
+from ._peft.config import NAME, read_config, refuse, scaled_alpha
 from .comfyui import ComfyUI
 
 PEFT = "base_model.model."

@@ -12,14 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..injection import Attachment, LoadError, SaveError
-from ..injection.sites import VocabularySite, WeightSite
-from ..injection.towers import Tower, towers_of
-from ._attaching import Wanted, attach_all
-from ._format import Format, Layer, Options, values
-from ._lora import Found, component_of, config_of, shaped
-from ._reading import File
-from ._writing import destination
+from veneer.injection import Attachment, LoadError, SaveError
+from veneer.injection.sites import VocabularySite, WeightSite
+from veneer.injection.towers import Tower, towers_of
+
+from ._core.attach import Wanted, attach_all
+from ._core.format import Format, Layer, Options, values
+from ._core.lora_config import Found, component_of, config_of, shaped
+from ._io.reader import File
+from ._io.writer import destination
 
 COMPONENTS: tuple[str, ...] = ("unet", "text_encoder")
 KEY = re.compile(r"(unet|text_encoder):([0-9]{1,6}):(up|down)")

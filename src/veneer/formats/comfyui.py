@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ..injection.towers import Tower
-from ._kohya_names import Place
-from ._layered import Layered
-from ._lora import ENCODERS
-from ._modules import T5, modules
-from ._pairs import DOWN, KOHYA, UP
-from ._reading import File
+from veneer.injection.towers import Tower
+
+from ._core.layer_keys import Layered
+from ._core.lora_config import ENCODERS
+from ._core.lora_reader import DOWN, KOHYA, UP
+from ._io.reader import File
+from ._names.kohya import Place
+from ._names.modules import T5, modules
 
 PREFIXES = ("diffusion_model.", "text_encoders.")
 

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..injection import Attachment, LoadError
-from ._attaching import Wanted, attach_all, method_of
-from ._format import Format, Layer, Options
-from ._guiding import drafted, fit, network, parts, shapes, side, single, unet_of
-from ._ldm_names import ldm_names
-from ._model_folder import WEIGHTS, config_beside, folder_of, write_folder
-from ._reading import File
+from veneer.injection import Attachment, LoadError
+
+from ._control.model_folder import WEIGHTS, config_beside, folder_of, write_folder
+from ._control.networks import drafted, fit, network, parts, shapes, side, single, unet_of
+from ._core.attach import Wanted, attach_all, method_of
+from ._core.format import Format, Layer, Options
+from ._io.reader import File
+from ._names.ldm import ldm_names
 
 KIND = "ControlNetModel"
 HINT, LDM_HINT = "controlnet_cond_embedding", "input_hint_block"

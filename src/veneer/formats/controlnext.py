@@ -8,15 +8,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..injection import Attachment, LoadError, SaveError
-from ..injection.towers import Tower
-from ._attaching import Wanted, attach_all, method_of, migrated, refuse_merged
-from ._base_weights import ADDED, OF, load_beside, replaced
-from ._format import Format, Layer, Options
-from ._guiding import drafted, fit, only, parts, shapes, side, unet_of
-from ._lora import refuse_trained
-from ._reading import File
-from ._writing import destination, refuse_unusable, write
+from veneer.injection import Attachment, LoadError, SaveError
+from veneer.injection.towers import Tower
+
+from ._control.base_weights import ADDED, OF, load_beside, replaced
+from ._control.networks import drafted, fit, only, parts, shapes, side, unet_of
+from ._core.attach import Wanted, attach_all, method_of, migrated, refuse_merged
+from ._core.format import Format, Layer, Options
+from ._core.lora_config import refuse_trained
+from ._io.reader import File
+from ._io.writer import destination, refuse_unusable, write
 
 PLACE, REVISION = "place", "revision"  # in the header, where the place is not the family's own
 WEIGHTS = "unet.safetensors"  # of the two names that the authors have, the one for tensors that replace the base's

@@ -11,16 +11,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..injection import Attachment, SaveError
-from ..injection.sites import WeightSite
-from ._attaching import attach_all
-from ._format import Format, Layer, Options, listed
-from ._lora import ENCODERS, component_of, refuse, refuse_trained
-from ._peft import DORA, LORA, layers, wanted
-from ._peft_codec import Part
-from ._peft_low_rank import MAGNITUDE
-from ._reading import File
-from ._writing import destination, write
+from veneer.injection import Attachment, SaveError
+from veneer.injection.sites import WeightSite
+
+from ._core.attach import attach_all
+from ._core.format import Format, Layer, Options, listed
+from ._core.lora_config import ENCODERS, component_of, refuse, refuse_trained
+from ._io.reader import File
+from ._io.writer import destination, write
+from ._peft.codec import Part
+from ._peft.low_rank import MAGNITUDE
+from ._peft.tensors import DORA, LORA, layers, wanted
 
 METADATA = "lora_adapter_metadata"
 

@@ -8,15 +8,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..injection import Attachment, SaveError
-from ..injection.towers import Tower
-from ._kohya_names import Place
-from ._layered import Layered
-from ._lora import component_of
-from ._modules import paths
-from ._pairs import DOWN, UP
-from ._reading import File
-from ._writing import destination
+from veneer.injection import Attachment, SaveError
+from veneer.injection.towers import Tower
+
+from ._core.layer_keys import Layered
+from ._core.lora_config import component_of
+from ._core.lora_reader import DOWN, UP
+from ._io.reader import File
+from ._io.writer import destination
+from ._names.kohya import Place
+from ._names.modules import paths
 
 ENDS = tuple(f"{lora}.{half}.weight" for lora in ("_lora", ".lora", ".lora_linear_layer") for half in ("down", "up"))
 PROCESSED = re.compile(r"(?P<attn>.+)\.(?P<projection>to_[qkv]|to_out)(?:\.0)?")

@@ -12,14 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..injection import Attachment, LoadError, SaveError
-from ..injection.sites import VocabularySite
-from ..injection.towers import towers_of
-from ._attaching import Wanted, attach_all
-from ._format import Format, Layer, Options, listed
-from ._reading import File
-from ._vocabulary import ANY, ENCODERS, Rows, by_encoder, by_width, encoders, fit
-from ._writing import destination, write
+from veneer.injection import Attachment, LoadError, SaveError
+from veneer.injection.sites import VocabularySite
+from veneer.injection.towers import towers_of
+
+from ._core.attach import Wanted, attach_all
+from ._core.format import Format, Layer, Options, listed
+from ._core.token_embeddings import ANY, ENCODERS, Rows, by_encoder, by_width, encoders, fit
+from ._io.reader import File
+from ._io.writer import destination, write
 
 TOKENS = "tokens"
 

@@ -10,15 +10,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..injection import Attachment, LoadError, SaveError
-from ..injection.sites import AttentionSite
-from ..injection.towers import Tower, towers_of
-from ._attaching import Wanted, attach_all, method_of
-from ._format import Format, Layer, Options
-from ._guiding import drafted, few, fit, network, parts, shapes, side, single
-from ._lora import NATIVE
-from ._reading import File
-from ._writing import destination, write
+from veneer.injection import Attachment, LoadError, SaveError
+from veneer.injection.sites import AttentionSite
+from veneer.injection.towers import Tower, towers_of
+
+from ._control.networks import drafted, few, fit, network, parts, shapes, side, single
+from ._core.attach import Wanted, attach_all, method_of
+from ._core.format import Format, Layer, Options
+from ._core.lora_config import NATIVE
+from ._io.reader import File
+from ._io.writer import destination, write
 
 IMAGE, LAYERS = "image_proj.", "ip_adapter."
 TOKENS, DEPTH, WIDEST = 4, 4, 1280  # of base; layers and width of the resampler, where nothing else is said

@@ -13,15 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..injection import Attachment
-from ..injection.towers import towers_of
-from ._attaching import attach_all
-from ._format import Format, Layer, Options, listed
-from ._kohya_names import places, version
-from ._pairs import PARTS, layers_of, wanted
-from ._placed import pairs
-from ._reading import File
-from ._writing import destination, write
+from veneer.injection import Attachment
+from veneer.injection.towers import towers_of
+
+from ._core.attach import attach_all
+from ._core.format import Format, Layer, Options, listed
+from ._core.lora_reader import PARTS, layers_of, wanted
+from ._core.lora_writer import pairs
+from ._io.reader import File
+from ._io.writer import destination, write
+from ._names.kohya import places, version
 
 PREFIXES = ("lora_unet_", "lora_te")
 

@@ -12,25 +12,26 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..injection import Attachment, LoadError, SaveError, VeneerError
-from ..injection.towers import towers_of
-from ._attaching import Wanted, attach_all
-from ._format import Format, Layer, Options, listed, values
-from ._kohya_names import Place, version
-from ._lora import refuse_trained
-from ._lycoris_codec import Codec, Group, Module, Piece
-from ._lycoris_glora import GLoRACodec
-from ._lycoris_ia3 import IA3Codec
-from ._lycoris_loha import LoHaCodec
-from ._lycoris_lokr import LoKrCodec
-from ._lycoris_lora import DoRACodec, LoRACodec
-from ._lycoris_names import PREFIXES, dotted, readable, written
-from ._lycoris_oft import BOFTCodec, OFTCodec
-from ._onetrainer_oft import InputOFTCodec
-from ._pairs import DOWN, UP
-from ._placed import Places, by_place
-from ._reading import File
-from ._writing import destination, write
+from veneer.injection import Attachment, LoadError, SaveError, VeneerError
+from veneer.injection.towers import towers_of
+
+from ._core.attach import Wanted, attach_all
+from ._core.format import Format, Layer, Options, listed, values
+from ._core.lora_config import refuse_trained
+from ._core.lora_reader import DOWN, UP
+from ._core.lora_writer import Places, by_place
+from ._io.reader import File
+from ._io.writer import destination, write
+from ._lycoris.codec import Codec, Group, Module, Piece
+from ._lycoris.glora import GLoRACodec
+from ._lycoris.ia3 import IA3Codec
+from ._lycoris.loha import LoHaCodec
+from ._lycoris.lokr import LoKrCodec
+from ._lycoris.lora import DoRACodec, LoRACodec
+from ._lycoris.names import PREFIXES, dotted, readable, written
+from ._lycoris.oft import BOFTCodec, OFTCodec
+from ._lycoris.onetrainer_oft import InputOFTCodec
+from ._names.kohya import Place, version
 from .kohya import base_metadata, numbered
 
 # in the order in which a module is offered to them: dora before lora, whose tensors it has, too; of two of one method the

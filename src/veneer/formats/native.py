@@ -11,17 +11,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .. import __version__
-from ..injection import Attachment, LoadError, SaveError
-from ..injection.identity import identity
-from ..injection.state import held_whole
-from ..injection.towers import towers_of
-from ._attaching import Wanted, attach_all, migrated, refuse_merged
-from ._format import Format, Layer, Options, listed, sizes
-from ._header import twice
-from ._moving import Move, other_base
-from ._reading import File
-from ._writing import destination, write
+from veneer import __version__
+from veneer.injection import Attachment, LoadError, SaveError
+from veneer.injection.attachment.fingerprint import identity
+from veneer.injection.attachment.state_dict import held_whole
+from veneer.injection.towers import towers_of
+
+from ._core.attach import Wanted, attach_all, migrated, refuse_merged
+from ._core.component_map import Move, other_base
+from ._core.format import Format, Layer, Options, listed, sizes
+from ._io.header import twice
+from ._io.reader import File
+from ._io.writer import destination, write
 
 VERSION = 1
 KEY = "veneer"

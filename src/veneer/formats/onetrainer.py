@@ -9,23 +9,24 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..injection import Attachment, LoadError
-from ..injection.sites import VocabularySite
-from ..injection.towers import Tower, towers_of
-from ._attaching import Wanted, attach_all
-from ._format import Layer, Options, listed
-from ._kohya_names import Place
-from ._kohya_names import places as kohya_places
-from ._layered import Layered, header
-from ._lora import ENCODERS, component_of
-from ._modules import T5, modules, paths
-from ._pairs import wanted
-from ._peft import wanted as peft_wanted
-from ._peft_low_rank import MAGNITUDE
-from ._placed import pairs
-from ._reading import File
-from ._vocabulary import ANY, by_encoder, encoders, fit
-from ._writing import destination, write
+from veneer.injection import Attachment, LoadError
+from veneer.injection.sites import VocabularySite
+from veneer.injection.towers import Tower, towers_of
+
+from ._core.attach import Wanted, attach_all
+from ._core.format import Layer, Options, listed
+from ._core.layer_keys import Layered, header
+from ._core.lora_config import ENCODERS, component_of
+from ._core.lora_reader import wanted
+from ._core.lora_writer import pairs
+from ._core.token_embeddings import ANY, by_encoder, encoders, fit
+from ._io.reader import File
+from ._io.writer import destination, write
+from ._names.kohya import Place
+from ._names.kohya import places as kohya_places
+from ._names.modules import T5, modules, paths
+from ._peft.low_rank import MAGNITUDE
+from ._peft.tensors import wanted as peft_wanted
 from .comfyui import ComfyUI
 from .diffusers import METADATA, Diffusers
 from .lycoris import Lycoris, marked

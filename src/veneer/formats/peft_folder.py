@@ -10,21 +10,22 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..injection import Attachment, LoadError, SaveError, VeneerError
-from ..injection.sites import ParamSite, Site, WeightSite
-from ..injection.towers import Tower, towers_of
-from ._attaching import Wanted, attach_all
-from ._format import Format, Options, listed, values
-from ._format import Layer as Told
-from ._lora import refuse_trained
-from ._lycoris_codec import Piece
-from ._peft_codec import Layer, Part, PeftCodec, Settings
-from ._peft_config import NAME, read_config, refuse
-from ._peft_low_rank import AdaLoRAPeft, DoRAPeft, LoHaPeft, LoKrPeft, LoRAPeft
-from ._peft_other import GLoRAPeft, IA3Peft, VeRAPeft
-from ._peft_turns import BOFTPeft, OFTPeft
-from ._reading import SUFFIX, File
-from ._writing import write, write_text
+from veneer.injection import Attachment, LoadError, SaveError, VeneerError
+from veneer.injection.sites import ParamSite, Site, WeightSite
+from veneer.injection.towers import Tower, towers_of
+
+from ._core.attach import Wanted, attach_all
+from ._core.format import Format, Options, listed, values
+from ._core.format import Layer as Told
+from ._core.lora_config import refuse_trained
+from ._io.reader import SUFFIX, File
+from ._io.writer import write, write_text
+from ._lycoris.codec import Piece
+from ._peft.codec import Layer, Part, PeftCodec, Settings
+from ._peft.config import NAME, read_config, refuse
+from ._peft.ia3_vera_glora import GLoRAPeft, IA3Peft, VeRAPeft
+from ._peft.low_rank import AdaLoRAPeft, DoRAPeft, LoHaPeft, LoKrPeft, LoRAPeft
+from ._peft.oft import BOFTPeft, OFTPeft
 
 CODECS: tuple[PeftCodec, ...] = (
     LoRAPeft(), DoRAPeft(), LoHaPeft(), LoKrPeft(), OFTPeft(), BOFTPeft(), IA3Peft(), VeRAPeft(), GLoRAPeft(),

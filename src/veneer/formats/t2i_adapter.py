@@ -9,14 +9,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..injection import Attachment, LoadError, SaveError
-from ..injection.sites import ResidualSite
-from ._attaching import Wanted, attach_all, method_of
-from ._format import Format, Layer, Options
-from ._guiding import drafted, few, fit, parts, shapes, side, single, unet_of
-from ._lora import NATIVE
-from ._model_folder import WEIGHTS, config_beside, folder_of, write_folder
-from ._reading import File
+from veneer.injection import Attachment, LoadError, SaveError
+from veneer.injection.sites import ResidualSite
+
+from ._control.model_folder import WEIGHTS, config_beside, folder_of, write_folder
+from ._control.networks import drafted, few, fit, parts, shapes, side, single, unet_of
+from ._core.attach import Wanted, attach_all, method_of
+from ._core.format import Format, Layer, Options
+from ._core.lora_config import NATIVE
+from ._io.reader import File
 
 KIND, PREFIX = "T2IAdapter", "adapter."
 MARK = re.compile(r"(?:adapter\.)?body\.\d+\.(?:resnets\.\d+\.|body\.\d+\.)?block1\.weight")

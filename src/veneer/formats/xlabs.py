@@ -9,13 +9,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..injection.towers import Tower
-from ._kohya_fused import Pair
-from ._kohya_names import Place
-from ._layered import Layered
-from ._modules import modules
-from ._pairs import DOWN, UP
-from ._reading import File
+from veneer.injection.towers import Tower
+
+from ._core.layer_keys import Layered
+from ._core.lora_reader import DOWN, UP
+from ._io.reader import File
+from ._names.kohya import Place
+from ._names.kohya_fused import Pair
+from ._names.modules import modules
 
 PARTS = {"img_attn.qkv": "qkv_lora1", "img_attn.proj": "proj_lora1", "txt_attn.qkv": "qkv_lora2", "txt_attn.proj": "proj_lora2"}
 KEY = re.compile(r"(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora[12]?\.(?:down|up)\.weight")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .added import plain
+from .low_rank_product import plain
 
 
 class _Turned(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.functional.added import add_product, plain, project
+from .low_rank_product import add_product, plain, project
 
 Layout = Literal["NLC", "NHWC", "NCHW"]
 

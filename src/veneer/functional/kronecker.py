@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .added import onto, plain
+from .low_rank_product import onto, plain
 
 
 class _Mixed(torch.autograd.Function):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..injection.seams import Seam
-from ..injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, Port, Site, StreamSite, WeightSite
+from veneer.injection.seams.call_seam import Seam
+from veneer.injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, Port, Site, StreamSite, WeightSite
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVS)

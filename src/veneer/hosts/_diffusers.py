@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..injection.sites import AttentionSite, Port, Site
+from veneer.injection.sites import AttentionSite, Port, Site
+
 from ._describe import LAYERS, Part, is_norm, own_parameters
 
 EMBEDDERS = ("timestep_embedder", "text_embedder", "guidance_embedder", "resolution_embedder", "aspect_ratio_embedder")

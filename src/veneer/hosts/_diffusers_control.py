@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..injection.sites import ResidualSite
+from veneer.injection.sites import ResidualSite
+
 from ._describe import Part
 
 NOT_COPIED = ("conditioning_channels", "conditioning_embedding_out_channels", "controlnet_conditioning_channel_order")

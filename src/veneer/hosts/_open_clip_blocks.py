@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..injection.sites import ParamSite, Port, Site, TokenSite, WeightSite
+from veneer.injection.sites import ParamSite, Port, Site, TokenSite, WeightSite
+
 from ._describe import Part
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..injection.sites import FeatureSite, PixelSite, Port, Site, VocabularySite
+from veneer.injection.sites import FeatureSite, PixelSite, Port, Site, VocabularySite
+
 from ._describe import LAYERS, Part, is_norm, own_parameters
 from ._open_clip_blocks import blocks, pooler
 from ._within import within

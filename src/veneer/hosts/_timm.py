@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..injection.sites import PixelSite, Port, Site
+from veneer.injection.sites import PixelSite, Port, Site
+
 from ._describe import LAYERS, Part, is_norm, own_parameters
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..injection.registry import host_of
-from ..injection.sites import Port, Site
+from veneer.injection.registry import host_of
+from veneer.injection.sites import Port, Site
 
 NAMES = ("name", "bias", "guard")
 

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..injection.host import Host, module_names
-from ..injection.registry import host_of
-from ..injection.sites import FeatureSite, PromptSite, Site, VocabularySite
+from veneer.injection.host import Host, module_names
+from veneer.injection.registry import host_of
+from veneer.injection.sites import FeatureSite, PromptSite, Site, VocabularySite
+
 from ._describe import Part
 from ._within import within
 
-FAMILY = "veneer.classifying.clip.CLIPClassifier"
+FAMILY = "veneer.classification.models.clip_classifier.CLIPClassifier"
 LENGTH, LAST = 20, 63
 
 
@@ -70,7 +71,7 @@ class ClipClassifier(Host):
 def _build(cls: str, vision: Mapping[str, Any] | None = None, head: Any = "text") -> nn.Module:
     import open_clip
 
-    from veneer.classifying.clip import CLIPClassifier
+    from veneer.classification.models.clip_classifier import CLIPClassifier
 
     config = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "head_width": 12, **(vision or {})}
     text = {"context_length": LENGTH, "vocab_size": LAST + 1, "width": 20, "heads": 2, "layers": 2}

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..injection.host import Host, module_names
-from ..injection.sites import Site
+from veneer.injection.host import Host, module_names
+from veneer.injection.sites import Site
+
 from ._describe import Draw, Part
 from ._diffusers import attention, basic_block, is_attention, processor_order, rest
 from ._diffusers_control import residual_site, skips

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..injection.host import Host, module_names
-from ..injection.sites import Site
+from veneer.injection.host import Host, module_names
+from veneer.injection.sites import Site
+
 from ._describe import Draw, Part
 from ._open_clip_blocks import block
 from ._open_clip_towers import text, visual

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..injection.host import Host, module_names
-from ..injection.seams import Seam
-from ..injection.sites import Port, Site
+from veneer.injection.host import Host, module_names
+from veneer.injection.seams.call_seam import Seam
+from veneer.injection.sites import Port, Site
+
 from ._describe import Draw, Part, ends_with_norm, own_modules
 from ._timm import head, pixels, walk
 

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..injection.host import Host, module_names
-from ..injection.sites import Port, Site, TokenSite
+from veneer.injection.host import Host, module_names
+from veneer.injection.sites import Port, Site, TokenSite
+
 from ._describe import Draw, Part
 from ._timm import head, pixels, walk
 

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..injection.host import Host, module_names
-from ..injection.sites import PixelSite, Port, Site, TokenSite
+from veneer.injection.host import Host, module_names
+from veneer.injection.sites import PixelSite, Port, Site, TokenSite
+
 from ._describe import LAYERS, Draw, Part, is_norm, own_parameters
 from ._timm import pixels
 

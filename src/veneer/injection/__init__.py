@@ -1,7 +1,9 @@
 """The shared injection registry: sites, methods, hosts, seams and attachments. Knows torch, nothing else."""
 
-from .attaching import attach, attachments, merges
-from .attachment import Attachment
+from .attachment.attach import attach, attachments, merges
+from .attachment.attachment import Attachment
+from .composition.activation import activate
+from .composition.mixed_batch import mixed
 from .errors import (
     ConditionError,
     DeadSite,
@@ -18,9 +20,7 @@ from .errors import (
 )
 from .host import Host
 from .method import Adapter, Method, Need
-from .mixing import mixed
 from .registry import hosts, methods
-from .switching import activate
 from .towers import sites
 
 __all__ = [

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConditionError
-from .forms import first
+from .seams.adapter_calls import first
 
 if TYPE_CHECKING:
-    from .attachment import Attachment
+    from .attachment.attachment import Attachment
 
 GUIDANCE = "_guidance_scale"  # what a pipeline of diffusers sets when it is called
 

@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from ..discovery import Entry, find_entries
+from veneer.discovery import Entry, find_entries
+
 from .errors import UnknownName, VeneerError
 from .host import Host
 from .method import Method

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..injection import Attachment, attach
-from ..injection.conditions import example
-from ..injection.host import Host
-from ..injection.method import Method
-from ..injection.plan import fits
-from ..injection.probe import tensors
-from ..injection.sites import Site, TokenSite
-from ..injection.towers import Tower
+from veneer.injection import Attachment, attach
+from veneer.injection.attachment.plan import fits
+from veneer.injection.attachment.probe import tensors
+from veneer.injection.conditions import example
+from veneer.injection.host import Host
+from veneer.injection.method import Method
+from veneer.injection.sites import Site, TokenSite
+from veneer.injection.towers import Tower
+
 from .copies import copied
 from .records import Skip
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..injection import Attachment, attachments
-from ..injection.errors import DeadSite
-from ..injection.ledger import statistics
-from ..injection.method import Adapter, Method
-from ..injection.sites import Site
+from veneer.injection import Attachment, attachments
+from veneer.injection.attachment.model_state import statistics
+from veneer.injection.errors import DeadSite
+from veneer.injection.method import Adapter, Method
+from veneer.injection.sites import Site
+
 from .case import Case, different, equal, loss, run, same, stir
 from .snapshot import assert_same, snapshot
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.convolve import convolve
-from ..injection.probe import tensors
-from ..injection.registry import hosts
-from ..injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, PixelSite, Site, VocabularySite, WeightSite
+from veneer.functional.convolve import convolve
+from veneer.injection.attachment.probe import tensors
+from veneer.injection.registry import hosts
+from veneer.injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, PixelSite, Site, VocabularySite, WeightSite
+
 from .case import run, same
 from .copies import copied
 from .roles import ROLES

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..injection.attachment import Attachment
-from ..injection.sites import Site
+from veneer.injection.attachment.attachment import Attachment
+from veneer.injection.sites import Site
+
 from .case import Case, close, different, loss, run, same
 from .records import Skip
 

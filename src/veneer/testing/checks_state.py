@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..injection.attaching import attachments
-from ..injection.errors import LoadError, SelectionError, UnsupportedSite
-from ..injection.method import Method
-from ..injection.registry import methods
+from veneer.injection.attachment.attach import attachments
+from veneer.injection.errors import LoadError, SelectionError, UnsupportedSite
+from veneer.injection.method import Method
+from veneer.injection.registry import methods
+
 from .case import Case, conditioned, run, same, stir
 from .checks_attach import provoking
 from .snapshot import assert_same, snapshot
@@ -60,7 +61,7 @@ def seeded_build_is_reproducible(case: Case) -> None:
 
 def save_load_save_is_byte_equal(case: Case) -> None:
     """A saved file puts the same outputs on another copy of the base, and saves again as the same bytes."""
-    from ..formats import load
+    from veneer.formats import load
 
     model, attachment = case.attached()
     inputs = case.inputs(model, attachment)

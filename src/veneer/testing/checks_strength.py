@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..injection.attachment import Attachment
-from ..injection.errors import StateError, UnsupportedSite
-from ..injection.forms import base_tensor
-from ..injection.shifted import Shift, fixed, shift_site
-from ..injection.sites import NormSite, ParamSite, Site, WeightSite
+from veneer.injection.attachment.attachment import Attachment
+from veneer.injection.errors import StateError, UnsupportedSite
+from veneer.injection.seams.adapter_calls import base_tensor
+from veneer.injection.seams.effective_bias import Shift, fixed, shift_site
+from veneer.injection.sites import NormSite, ParamSite, Site, WeightSite
+
 from .case import Case, close, different, merges_at, run, same
 from .records import Skip
 from .snapshot import assert_same, snapshot

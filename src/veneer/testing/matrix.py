@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..injection.host import Host
-from ..injection.method import Method
-from ..injection.registry import Registry, hosts, methods
+from veneer.injection.host import Host
+from veneer.injection.method import Method
+from veneer.injection.registry import Registry, hosts, methods
+
 from .case import usable_sites
 
 

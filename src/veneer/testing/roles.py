@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..injection.sites import (
+from veneer.injection.sites import (
     AttentionSite,
     BranchSite,
     FeatureSite,

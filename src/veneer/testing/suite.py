@@ -7,11 +7,12 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..injection.errors import UnsupportedSite
-from ..injection.host import Host
-from ..injection.method import Method
-from ..injection.plan import hosts_for
-from ..injection.registry import hosts, methods
+from veneer.injection.attachment.plan import hosts_for
+from veneer.injection.errors import UnsupportedSite
+from veneer.injection.host import Host
+from veneer.injection.method import Method
+from veneer.injection.registry import hosts, methods
+
 from . import checks_attach, checks_host, checks_run, checks_state, checks_strength
 from .case import Case, fresh_model, usable_sites
 from .records import Check, Records, Skip

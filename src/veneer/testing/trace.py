@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..injection.host import Host
-from ..injection.sites import BranchSite, Port, Site, StreamSite, TokenSite
+from veneer.injection.host import Host
+from veneer.injection.sites import BranchSite, Port, Site, StreamSite, TokenSite
+
 from .case import fresh_model, sites_of
 
 Place = tuple[str, str]

@@ -14,7 +14,7 @@ def split_methods(words: str) -> list[str]:
     """
     names = SHORTHANDS.get(words, words).split("+")
     if len(set(names)) != len(names) or not all(names):
-        from ..injection.errors import OptionError
+        from veneer.injection.errors import OptionError
 
         message = f"method {words!r}: expected different names joined by '+', such as 'textual_inversion+lora'."
         raise OptionError(message, option="method", given=words)

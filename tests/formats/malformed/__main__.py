@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
+from tests.formats.malformed import __doc__ as told
+from tests.formats.malformed.verdict import Case, Verdict, judge, memory, ready
 from veneer.formats import formats
-
-from . import __doc__ as told
-from .verdict import Case, Verdict, judge, memory, ready
 
 ROOM = 800  # megabytes of addresses above the start, so that what is allocated from a claim fails
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeVar
 
-from .good_files import Good
+from tests.formats.malformed.good_files import Good
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

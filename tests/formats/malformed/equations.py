@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .bytes_read import Array, require
+from tests.formats.malformed.bytes_read import Array, require
 
 NONE = np.zeros(())
 # its parts by name, alpha / r (None: to be told by `alpha`), the weight; W' − W

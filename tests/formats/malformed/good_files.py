@@ -14,13 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.formats.cases import fill
+from tests.formats.malformed import meanings, peft_meanings
+from tests.formats.malformed.meanings import Base, Files, Meaning
+from tests.formats.malformed.models import base, flux, model
 from veneer.formats import formats
 from veneer.injection import attach
-
-from ..cases import fill
-from . import meanings, peft_meanings
-from .meanings import Base, Files, Meaning
-from .models import base, flux, model
 
 Shapes = Mapping[str, tuple[int, ...]]
 

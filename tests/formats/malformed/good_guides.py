@@ -10,13 +10,12 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
-from veneer.formats._ldm_names import ldm_names
-
-from .. import test_controlnext, test_ip_adapter, test_t2i_adapter
-from . import guide_meanings
-from .good_files import Good, files_in, written
-from .guide_meanings import HINT, NET, Shape, by_authors, counted, of_pictures
-from .models import base, model
+from tests.formats import test_controlnext, test_ip_adapter, test_t2i_adapter
+from tests.formats.malformed import guide_meanings
+from tests.formats.malformed.good_files import Good, files_in, written
+from tests.formats.malformed.guide_meanings import HINT, NET, Shape, by_authors, counted, of_pictures
+from tests.formats.malformed.models import base, model
+from veneer.formats._names.ldm import ldm_names
 
 ENDS = ("weight", "bias")
 STAGES: dict[str, Shape] = {  # sides of a hint encoder's convolutions; a to d: widths of its stages

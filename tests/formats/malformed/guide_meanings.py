@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .bytes_read import Array, Bytes, parsed, require
-from .meanings import Base, Files, Meaning, told
+from tests.formats.malformed.bytes_read import Array, Bytes, parsed, require
+from tests.formats.malformed.meanings import Base, Files, Meaning, told
 
 Places = Mapping[str, Sequence[str]]  # name of a tensor to the attachment's own names for it
 Shape = tuple[int | str, ...]  # a text: a side that the file tells, everywhere the same

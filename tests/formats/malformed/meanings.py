@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .bytes_read import Array, Bytes, Malformed, parsed, require
-from .equations import changed, loha, lora
+from tests.formats.malformed.bytes_read import Array, Bytes, Malformed, parsed, require
+from tests.formats.malformed.equations import changed, loha, lora
 
 Files = Mapping[str, bytes]
 Meaning = dict[str, Array]  # `component/path.param` to W' − W, or a name of something else to its new value

@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from veneer.formats._modules import modules
+from tests.formats.guides import KINDS, tiny
+from tests.formats.malformed.meanings import Base
+from veneer.formats._names.modules import modules
 from veneer.injection.host import Host
 from veneer.injection.registry import hosts
 from veneer.injection.sites import ParamSite, Site, WeightSite
 from veneer.injection.towers import towers_of
-
-from ..guides import KINDS, tiny
-from .meanings import Base
 
 
 class Small(nn.Module):

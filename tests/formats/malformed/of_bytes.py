@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from random import Random
 
-from .draft import mutation
+from tests.formats.malformed.draft import mutation
 
 
 @mutation("bytes")

@@ -7,7 +7,7 @@ import re
 import struct
 from random import Random
 
-from .draft import Draft, mutation
+from tests.formats.malformed.draft import Draft, mutation
 
 
 def wordings(name: str) -> str:

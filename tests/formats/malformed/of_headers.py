@@ -8,7 +8,7 @@ import struct
 from random import Random
 from typing import Any
 
-from .draft import Draft, mutation
+from tests.formats.malformed.draft import Draft, mutation
 
 
 @mutation("tensors")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
-from .draft import Draft, mutation
-from .of_tensors import NAMES
+from tests.formats.malformed.draft import Draft, mutation
+from tests.formats.malformed.of_tensors import NAMES
 
 KEYS = ("veneer", "lora_adapter_metadata", "tokens", "text_encoder")  # of metadata, whose values are JSON
 HOSTILE: list[Any] = [

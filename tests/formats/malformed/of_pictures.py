@@ -10,7 +10,7 @@ import zlib
 from random import Random
 from typing import Any
 
-from .draft import mutation
+from tests.formats.malformed.draft import mutation
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

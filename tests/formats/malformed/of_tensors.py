@@ -7,7 +7,7 @@ import math
 import struct
 from random import Random
 
-from .draft import Draft, mutation
+from tests.formats.malformed.draft import Draft, mutation
 
 NAMES = [
     "", " ", ".", "..", ":", "a\x00b", "\ud800", "x" * 10**5, "é" * 300, "__metadata__ ", "\n", "🦆", "../../x", "name:*", "*",

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .bytes_read import Array, Bytes, Malformed, parsed, require
-from .equations import blocks, cayley, dora, loha, lokr, lora, neumann, skew
-from .meanings import ENDS, Base, Files, Meaning, grouped
+from tests.formats.malformed.bytes_read import Array, Bytes, Malformed, parsed, require
+from tests.formats.malformed.equations import blocks, cayley, dora, loha, lokr, lora, neumann, skew
+from tests.formats.malformed.meanings import ENDS, Base, Files, Meaning, grouped
 
 
 def of(config: Mapping[str, Any], path: str, key: str, patterns: str, default: Any) -> float:

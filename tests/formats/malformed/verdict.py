@@ -17,18 +17,17 @@ from typing import Any
 
 import numpy as np
 
+from tests.formats.malformed import of_bytes, of_claims, of_headers, of_json, of_pictures, of_tensors
+from tests.formats.malformed.draft import MUTATIONS, Draft, Mutation
+from tests.formats.malformed.good_files import Good, good_files
+from tests.formats.malformed.good_guides import good_guides
+from tests.formats.malformed.guide_meanings import OPTIONS
+from tests.formats.malformed.meanings import Meaning, told
+from tests.formats.malformed.models import model, small_host, towers
 from veneer.formats import load_all, look
-from veneer.formats._converting import _base, _changed, _weights
+from veneer.formats._core.conversion import _base, _changed, _weights
 from veneer.injection import Attachment, LoadError, attachments
 from veneer.testing.snapshot import assert_same, snapshot
-
-from . import of_bytes, of_claims, of_headers, of_json, of_pictures, of_tensors
-from .draft import MUTATIONS, Draft, Mutation
-from .good_files import Good, good_files
-from .good_guides import good_guides
-from .guide_meanings import OPTIONS
-from .meanings import Meaning, told
-from .models import model, small_host, towers
 
 MADE_BY = (of_bytes, of_headers, of_tensors, of_claims, of_json, of_pictures)  # importing them fills MUTATIONS
 SECONDS, MEGABYTES = 1.0, 200.0  # of the processor, for each load and each look; more than at its start, for all of them

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from veneer.flags import add_flags, values
 from veneer.injection.errors import VeneerError
-from veneer.training.checkpoints import write_atomically, write_json
-from veneer.training.metrics import cosine
-from veneer.training.outcome import reduced, write_image
-from veneer.training.photos import read_photo
-from veneer.training.previews import replaced
+from veneer.training.data.image_io import read_photo
+from veneer.training.loop.checkpoints import write_atomically, write_json
+from veneer.training.report.artifacts import reduced, write_image
+from veneer.training.report.metrics import cosine
+from veneer.training.report.previews import replaced
 
 from ..environment import environment
 from . import grids, report, scores

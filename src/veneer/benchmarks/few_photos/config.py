@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from PIL import Image
 from torch import Tensor
 
-from veneer import bases
-from veneer.training.config import PRESETS
-from veneer.training.folder import Photo, find_photos
-from veneer.training.personal import PersonalizeConfig
+from veneer import base_models
+from veneer.training.data.photo_folder import Photo, find_photos
+from veneer.training.loop.config import PRESETS
+from veneer.training.personalization_config import PersonalizeConfig
 
 from ..shapes import BenchError
 from .scores import asked
@@ -175,7 +175,7 @@ class FewPhotosConfig:
         if len(folders) != 1:
             known = sorted({p.name for data in self.data if data.is_dir() for p in data.iterdir() if p.is_dir()})
             raise BenchError(f"few_photos: {len(folders)} folders of subject {name!r}; there are: {', '.join(known) or 'none'}.")
-        word = {**CLASS_WORDS, **self.class_words}.get(name) or bases.preset(self.base).class_word
+        word = {**CLASS_WORDS, **self.class_words}.get(name) or base_models.preset(self.base).class_word
         return Subject(name, folders[0], word, tuple(find_photos(folders[0])))
 
     def prompt_set(self) -> Prompts:
@@ -184,7 +184,7 @@ class FewPhotosConfig:
         Raises:
             BenchError: a prompt without {concept}, or one of `placed_prompts` without a ground color.
         """
-        preset = bases.preset(self.base)
+        preset = base_models.preset(self.base)
         placed = self.placed_prompts or tuple(prompt for prompt in preset.previews if asked(prompt)[0])
         found = Prompts(self.prompts or preset.templates, placed, preset.unrelated, self.images)
         for prompt in (*found.alone, *found.placed):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from PIL import Image
 
-from veneer.training.seeds import generator
-from veneer.training.sheets import Row, sheet
+from veneer.training.loop.seeds import generator
+from veneer.training.report.image_grid import Row, sheet
 
 CELL, SHOWN = 160, 4
 HEADS = ("the concept alone", "ground and place asked for")

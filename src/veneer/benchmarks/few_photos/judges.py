@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from veneer import bases
-from veneer.training.features import Features, features
+from veneer import base_models
+from veneer.training.report.feature_models import Features, features
 
 from ..shapes import BenchError
 from .runs import ImageSet
@@ -54,14 +54,14 @@ def judges(clip: str, efficientnet: bool = True) -> list[Judge]:
     """The CLIP, and EfficientNet-Lite0 where it is wanted and installed.
 
     Args:
-        clip: as `veneer.training.features.features` takes it.
+        clip: as `veneer.training.report.feature_models.features` takes it.
     Raises:
         BenchError: a feature model without a text tower.
     """
     first = features(clip)
     if first.of_texts is None:
         raise BenchError(f"few_photos: {clip!r} has no text tower, which prompt similarity needs; expected a CLIP.")
-    found = [Judge("clip", first, digest(bases.path("shipped_clip") if clip == "shipped" else clip))]
+    found = [Judge("clip", first, digest(base_models.path("shipped_clip") if clip == "shipped" else clip))]
     if efficientnet and (weights := efficientnet_weights()) is not None:
         found.append(Judge("effnet", load_efficientnet(weights), digest(weights)))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from veneer.training.metrics import Figure, figure
+from veneer.training.report.metrics import Figure, figure
 
 from .scores import kept
 

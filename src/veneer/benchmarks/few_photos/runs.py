@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from veneer import bases
-from veneer.bases.devices import resolve_device
+from veneer import base_models
+from veneer.base_models.devices import resolve_device
 from veneer.formats import load_all
-from veneer.training import targets
-from veneer.training.checkpoints import write_json
-from veneer.training.config import preset_steps
+from veneer.training import param_groups
+from veneer.training.data.class_images import base_digest
 from veneer.training.families import family
-from veneer.training.personal import PersonalizeConfig
-from veneer.training.previews import PreviewSettings, previews
-from veneer.training.prior import base_digest
+from veneer.training.loop.checkpoints import write_json
+from veneer.training.loop.config import preset_steps
+from veneer.training.personalization_config import PersonalizeConfig
+from veneer.training.report.previews import PreviewSettings, previews
 
 from ..shapes import BenchError
 from .config import FewPhotosConfig, Subject, TrainingPreset
@@ -55,7 +55,7 @@ class Runs:
     @functools.cached_property
     def digest(self) -> str:
         """Of the base's weights."""
-        return base_digest(family(bases.load(self.config.base)))
+        return base_digest(family(base_models.load(self.config.base)))
 
     def settings(self, subject: Subject, preset: TrainingPreset, seed: int) -> PersonalizeConfig:
         """The training run, completed with the defaults of the base."""
@@ -149,7 +149,7 @@ class Runs:
         self, file: Path, texts: Sequence[str], seed: int, word: str = "", run: Any = None, adapter: Path | None = None
     ) -> ImageSet:
         """Images by the base, with the adapter in a folder if there is one, `word` in place of `{concept}`."""
-        preset = bases.preset(self.config.base)
+        preset = base_models.preset(self.config.base)
         settings = PreviewSettings(
             self.prompts.seeds(seed), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=self.config.batch
         )
@@ -163,8 +163,8 @@ class Runs:
         }
 
         def make() -> np.ndarray:
-            pipe = bases.load(self.config.base).to(resolve_device())
-            targets.freeze(pipe)
+            pipe = base_models.load(self.config.base).to(resolve_device())
+            param_groups.freeze(pipe)
             if adapter is not None:
                 load_all(pipe, adapter)
             made = previews(pipe, texts, settings, {"{concept}": word})

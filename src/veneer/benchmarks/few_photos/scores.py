@@ -16,7 +16,7 @@ image of the same prompt with the class word, from the same noise:
 The share kept of a score is that with the adapter over that of the base.
 
 Source: similarity, prompt similarity: Ruiz et al., DreamBooth, CVPR 2023, section 4.1 (CLIP-I, CLIP-T); pixels:
-`veneer.bases.recipe.judge`.
+`veneer.base_models.pretraining.scene_judge`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from veneer.bases.recipe import judge
-from veneer.bases.recipe.compose import COLOURS, PLACES, SIDE
-from veneer.training.metrics import ceiling, cosine, likeness
+from veneer.base_models.pretraining import scene_judge
+from veneer.base_models.pretraining.data.scenes import COLOURS, PLACES, SIDE
+from veneer.training.report.metrics import ceiling, cosine, likeness
 
 GROUND = re.compile(rf"\b({'|'.join(sorted(COLOURS, key=len, reverse=True))}) background\b")
 
@@ -57,7 +57,7 @@ def obeyed(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[float
     """
     grounds, places = list[bool](), list[bool]()
     for image, prompt in zip(images, prompts, strict=True):
-        seen = judge.look(np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)))
+        seen = scene_judge.look(np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)))
         ground, place = asked(prompt)
         grounds.append(seen.background == ground)
         if place is not None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.functional.channels import add_channels_product, channels_product, kept_samples
+from veneer.injection.attachment.deferred_init import zeros
 from veneer.injection.errors import OptionError
-from veneer.injection.filling import zeros
 from veneer.injection.method import Adapter
 from veneer.injection.sites import BranchSite, StreamSite
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import StreamSite
-from veneer.methods.additive._bottleneck import OutputBottleneck, check_options, count_bottleneck, truncated_
+
+from ._bottleneck import OutputBottleneck, check_options, count_bottleneck, truncated_
 
 
 class AdapterPlusAdapter(OutputBottleneck):

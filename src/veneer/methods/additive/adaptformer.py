@@ -10,7 +10,8 @@ from torch import nn
 
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import BranchSite
-from veneer.methods.additive._bottleneck import Bottleneck, check_options, count_bottleneck
+
+from ._bottleneck import Bottleneck, check_options, count_bottleneck
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.attachment.deferred_init import values_follow
+from veneer.injection.composition.merge import host_tensors
 from veneer.injection.errors import OptionError
-from veneer.injection.filling import values_follow
-from veneer.injection.merge import host_tensors
 from veneer.injection.method import Adapter
-from veneer.injection.residuals import Residuals, image_for
+from veneer.injection.seams.residual_seam import Residuals, image_for
 from veneer.injection.sites import ResidualSite
-from veneer.methods.additive._control import Controlled
+
+from ._control import Controlled
 
 WIDTHS = (16, 32, 96, 256)
 PASSED = ("class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs")

@@ -12,9 +12,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
-from veneer.injection.residuals import Residuals, image_for
+from veneer.injection.seams.residual_seam import Residuals, image_for
 from veneer.injection.sites import Port, ResidualSite, Site
-from veneer.methods.additive._control import Controlled
+
+from ._control import Controlled
 
 TIME, STEM, WIDTHS, GROUPS = 128, 64, (128, 256), (4, 8)
 OLD_STEM = (

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.functional.grids import grid_of
+from veneer.injection.attachment.deferred_init import zeros
 from veneer.injection.errors import HostChanged, OptionError
-from veneer.injection.filling import zeros
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import BranchSite
-from veneer.methods.additive._bottleneck import Bottleneck, activate, check_options, count_bottleneck
+
+from ._bottleneck import Bottleneck, activate, check_options, count_bottleneck
 
 Init = Literal["identity", "xavier"]
 

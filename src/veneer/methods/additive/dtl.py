@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from veneer.functional.grids import grid_of
 from veneer.injection.errors import HostChanged, OptionError
-from veneer.injection.forms import cast
 from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.seams.adapter_calls import cast
 from veneer.injection.sites import StreamSite
-from veneer.methods.additive._chain import Chain, State
+
+from ._chain import Chain, State
 
 
 class Side(Chain):

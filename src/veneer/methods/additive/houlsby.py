@@ -8,7 +8,8 @@ from typing import ClassVar
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import BranchSite
-from veneer.methods.additive._bottleneck import OutputBottleneck, check_options, count_bottleneck, truncated_
+
+from ._bottleneck import OutputBottleneck, check_options, count_bottleneck, truncated_
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from veneer.injection.attachment.deferred_init import values_follow
 from veneer.injection.errors import ConditionError, OptionError
-from veneer.injection.filling import values_follow
-from veneer.injection.forms import base_tensor
 from veneer.injection.method import Adapter, Method, Need, Taken
+from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import AttentionSite, Site
-from veneer.methods.additive._image_prompt import ImageTokens, Resampler, embeddings, fitted, masks
+
+from ._image_prompt import ImageTokens, Resampler, embeddings, fitted, masks
 
 TOKENS = {"base": 4, "plus": 16}
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.injection.errors import OptionError
-from veneer.injection.forms import cast
 from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.seams.adapter_calls import cast
 from veneer.injection.sites import StreamSite
-from veneer.methods.additive._chain import Chain, State
+
+from ._chain import Chain, State
 
 HEAD = 64
 """Usual channels of a head of the backbone."""

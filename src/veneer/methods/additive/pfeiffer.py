@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import BranchSite
-from veneer.methods.additive._bottleneck import Bottleneck, OutputBottleneck, count_bottleneck
+
+from ._bottleneck import Bottleneck, OutputBottleneck, count_bottleneck
 
 Reads = Literal["branch", "sum"]
 

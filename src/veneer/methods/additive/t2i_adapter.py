@@ -13,9 +13,10 @@ from torch.nn.functional import relu
 
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
-from veneer.injection.residuals import Residuals, image_for
+from veneer.injection.seams.residual_seam import Residuals, image_for
 from veneer.injection.sites import ResidualSite
-from veneer.methods.additive._control import Controlled
+
+from ._control import Controlled
 
 
 @dataclass(frozen=True)

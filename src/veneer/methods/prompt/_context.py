@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.attachment.deferred_init import values_follow
 from veneer.injection.errors import OptionError
-from veneer.injection.filling import values_follow
 from veneer.injection.method import Adapter
 from veneer.injection.sites import PromptSite
 

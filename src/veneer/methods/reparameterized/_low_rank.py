@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.functional.added import add_product, project
 from veneer.functional.convolve import convolve
 from veneer.functional.low_rank_init import orthonormal, principal
+from veneer.functional.low_rank_product import add_product, project
+from veneer.injection.attachment.deferred_init import values_follow, zeros
 from veneer.injection.errors import UnsupportedSite
-from veneer.injection.filling import values_follow, zeros
-from veneer.injection.forms import base_tensor
 from veneer.injection.method import Adapter
+from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized._swapping import lora_state, lora_together
+
+from ._swapping import lora_state, lora_together
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 

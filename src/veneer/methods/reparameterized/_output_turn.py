@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
-from veneer.injection.below import tensor_below
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
+from veneer.injection.seams.effective_weight import tensor_below
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized._swapping import turn_state
+
+from ._swapping import turn_state
 
 
 class OutputTurn(Adapter):

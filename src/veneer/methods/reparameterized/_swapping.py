@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.functional.batched_low_rank import add_products
 from veneer.functional.cayley import skew, within
-from veneer.functional.room import joined_blocks, padded
-from veneer.functional.together import add_products
+from veneer.functional.padding import joined_blocks, padded
 from veneer.injection.errors import OptionError
 
 State = dict[str, Tensor]

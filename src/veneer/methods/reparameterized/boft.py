@@ -13,7 +13,8 @@ from veneer.functional.cayley import blocks_apply, cayley_change, skew
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized._output_turn import OutputTurn, refuse_straddling
+
+from ._output_turn import OutputTurn, refuse_straddling
 
 
 class BOFTAdapter(Adapter):

@@ -9,18 +9,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.added import add_product, project
+from veneer.functional.channel_scale import scale_features
 from veneer.functional.convolve import convolve
-from veneer.functional.scaled import scale_features
-from veneer.injection.below import tensor_below
+from veneer.functional.low_rank_product import add_product, project
+from veneer.injection.attachment.deferred_init import zeros
 from veneer.injection.errors import OptionError, UnsupportedSite
-from veneer.injection.filling import zeros
-from veneer.injection.forms import module_at
 from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.seams.adapter_calls import module_at
+from veneer.injection.seams.effective_weight import tensor_below
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized._low_rank import pairs_in
-from veneer.methods.reparameterized._swapping import lora_state
-from veneer.methods.reparameterized._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
+
+from ._low_rank import pairs_in
+from ._swapping import lora_state
+from ._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 
 class DoRAAdapter(Adapter):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.functional.convolve import convolve
+from veneer.injection.attachment.deferred_init import values_follow
 from veneer.injection.errors import OptionError
-from veneer.injection.filling import values_follow
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.scaled import scale_features
-from veneer.injection.below import tensor_below
+from veneer.functional.channel_scale import scale_features
 from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.seams.effective_weight import tensor_below
 from veneer.injection.sites import WeightSite
 
 

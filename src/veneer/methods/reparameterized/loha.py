@@ -9,14 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.added import add_product, project
 from veneer.functional.convolve import convolve
 from veneer.functional.hadamard import hadamard, hadamard_pair
+from veneer.functional.low_rank_product import add_product, project
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized._swapping import loha_state
-from veneer.methods.reparameterized._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
+
+from ._swapping import loha_state
+from ._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 
 class LoHaFactors(Adapter):

@@ -10,14 +10,15 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.added import add_product, project
 from veneer.functional.convolve import convolve, laid_as
 from veneer.functional.kronecker import add_kron, kron_apply, kron_factors, kron_weight, mix
+from veneer.functional.low_rank_product import add_product, project
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized._swapping import lokr_state
-from veneer.methods.reparameterized._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
+
+from ._swapping import lokr_state
+from ._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 Low = Literal["left", "right", "both", "none"]
 

@@ -13,7 +13,8 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.select import has_role
 from veneer.injection.sites import Site, WeightSite
-from veneer.methods.reparameterized._low_rank import Init, LoRAAdapter, PartAdapter, TuckerAdapter, pairs_in
+
+from ._low_rank import Init, LoRAAdapter, PartAdapter, TuckerAdapter, pairs_in
 
 N = TypeVar("N", int, float)
 PARTS = ("pissa", "olora")  # begin as a part of the weight

@@ -13,8 +13,9 @@ from veneer.functional.cayley import blocks_apply, cayley_change, neumann_change
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized._output_turn import OutputTurn, refuse_straddling
-from veneer.methods.reparameterized._swapping import turn_state
+
+from ._output_turn import OutputTurn, refuse_straddling
+from ._swapping import turn_state
 
 
 class OFTAdapter(Adapter):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.scaled import scale_features
+from veneer.functional.channel_scale import scale_features
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import NormSite, WeightSite
 

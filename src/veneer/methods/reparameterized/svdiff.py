@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from veneer.functional.convolve import convolve
 from veneer.injection.errors import UnsupportedSite
-from veneer.injection.forms import base_tensor
 from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import WeightSite
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.injection.filling import values_follow
-from veneer.injection.forms import base_tensor
+from veneer.injection.attachment.deferred_init import values_follow
 from veneer.injection.method import Adapter
+from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import ParamSite, WeightSite
 
 

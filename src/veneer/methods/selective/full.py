@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import ParamSite, Site, WeightSite
-from veneer.methods.selective._replacing import Replacing, size_of
+
+from ._replacing import Replacing, size_of
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import ParamSite, WeightSite
-from veneer.methods.selective._replacing import Replacing, size_of
+
+from ._replacing import Replacing, size_of
 
 
 @dataclass(frozen=True)

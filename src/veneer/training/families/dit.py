@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...injection.errors import OptionError
+from veneer.injection.errors import OptionError
+
 from .family import Family, Sizes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...injection.errors import VeneerError, VeneerWarning
+from veneer.injection.errors import VeneerError, VeneerWarning
 
 
 class BaseModelError(VeneerError):

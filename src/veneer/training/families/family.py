@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from veneer.injection.errors import OptionError
 
-from ..captions import longest_start
-from ..objectives import Objective, ObjectiveOptions, from_scheduler
+from ..data.captions import longest_start
+from ..objective.objectives import Objective, ObjectiveOptions, from_scheduler
 from .errors import BaseModelError, PromptError, PromptWarning
 
 Sizes = Tensor | Sequence[Sequence[int]]

@@ -1,0 +1,83 @@
+"""The catalogue of methods as HTML: each folded up to a line, with its options and its whole docstring inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from veneer.method_catalog import Count, Described
+from veneer.method_search import START, Use
+
+from ..shared.html import facts, table
+
+NOTHING = '<div class="empty"><p><strong>No method matches.</strong> Remove a filter, or search for another word.</p></div>'
+CONDITIONS = {"image": "a control image", "embeds": "embeddings of a reference image", "text": "a text"}
+OPEN = (
+    "const method = document.getElementById('method-{}'); method.open = true; method.scrollIntoView(); "
+    "method.firstElementChild.focus()"
+)
+"""What a link to a method does; an address with `#` would lead Gradio to its first page."""
+Groups = Sequence[tuple[Use | None, Sequence[Described]]]
+
+
+def listed(groups: Groups, counts: Mapping[str, Count | None] | None, model: str, start: bool = False) -> str:
+    """Methods in groups with headings, or one group without; each can be opened, and has its trainable parameters on a model.
+
+    Args:
+        start: begin with what to try first for which task.
+    """
+    count = sum(len(found) for _, found in groups)
+    if not count:
+        return NOTHING
+    parts = [f'<p role="status">{count} method{"s" if count > 1 else ""}. Open one to read all of it.</p>']
+    parts += [_start({method.name for _, found in groups for method in found})] if start else []
+    for use, found in groups:
+        parts += [f'<h2 class="use">{escape(use.title)}</h2><p class="about">{escape(use.about)}</p>'] if use else []
+        parts += [_method(method, _counted(counts, method.name), model) for method in found]
+    return "".join(parts)
+
+
+def _start(known: set[str]) -> str:
+    """The tasks that people come with, and buttons that open the methods to try first."""
+    rows = []
+    for task, names in START:
+        links = ", ".join(
+            f'<button type="button" class="link" onclick="{OPEN.format(name)}"><code>{name}</code></button>'
+            for name in names
+            if name in known
+        )
+        rows += [f"<dt>{escape(task)}</dt><dd>{links}</dd>"] if links else []
+    return f'<section class="start" aria-label="Start here"><h2>Start here</h2><dl class="facts">{"".join(rows)}</dl></section>'
+
+
+def _counted(counts: Mapping[str, Count | None] | None, name: str) -> str:
+    if counts is None:
+        return ""
+    count = counts.get(name)
+    return "not supported" if count is None else f"{short(count.trained)} trainable"
+
+
+def _method(method: Described, counted: str, model: str) -> str:
+    small = f'<span class="counted">{escape(counted)}</span>' if counted else ""
+    told = [
+        ("Formula", method.formula),
+        ("Attaches to", method.needs),
+        ("Kind", method.kind),
+        ("Conditioning for each image", ", ".join(CONDITIONS.get(c, c) for c in method.conditions) or "nothing"),
+        ("Paper", method.paper),
+        ("From", method.source),
+        *([(f"On {model}", counted)] if counted else []),
+    ]
+    rows = [(o.name, o.type, o.default, o.about) for o in method.options]
+    options = table(f"Options of {method.name}", ("Option", "Type", "Default", "What it does"), rows) if rows else ""
+    line = f"<code>{escape(method.name)}</code> <span>{escape(method.about)}</span>{small}"
+    inside = facts([(k, v) for k, v in told if v]) + options + f'<h3>In full</h3><pre tabindex="0">{escape(method.text)}</pre>'
+    return f'<details class="method" id="method-{escape(method.name)}"><summary>{line}</summary>{inside}</details>'
+
+
+def short(count: int) -> str:
+    """A number for people: 12,345 or 1.23 million."""
+    for unit, word in ((10**9, "billion"), (10**6, "million")):
+        if count >= unit:
+            return f"{count / unit:.3g} {word}"
+    return f"{count:,}"

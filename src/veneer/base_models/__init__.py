@@ -1,0 +1,16 @@
+"""The base models that ship with the package, and the one door through which any base is loaded.
+
+pipe = veneer.base_models.load("shipped")             # or a diffusers folder, or a name on the hub
+clip = veneer.base_models.load_clip()                 # (model, preprocess, tokenizer)
+preset = veneer.base_models.preset("shipped")         # prompts, resolution, guidance scale and steps that suit it
+"""
+
+from .clip_features import BaseClip, load_clip
+from .folders import SHIPPED, BaseError, examples, path
+from .loading import load
+from .presets import Preset, preset
+from .quick_gelu import quick_gelu_mismatch
+
+__all__ = [
+    "SHIPPED", "BaseClip", "BaseError", "Preset", "examples", "load", "load_clip", "path", "preset", "quick_gelu_mismatch",
+]  # fmt: skip

@@ -1,0 +1,117 @@
+"""Where the shipped bases and the example pictures lie, and whether a folder is a base that can be loaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from veneer.injection.errors import VeneerError
+
+SHIPPED = ("shipped", "shipped_clip")
+"""Names of the shipped bases: a Stable Diffusion pipeline, and the CLIP that judges its pictures."""
+
+PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5"})
+
+
+class BaseError(VeneerError):
+    """A base that is not there, is incomplete, or holds weights that are not safetensors."""
+
+
+def path(name: str = "shipped") -> Path:
+    """The folder of a shipped base: an ordinary diffusers or open_clip folder.
+
+    Args:
+        name: `shipped` or `shipped_clip`.
+    Raises:
+        BaseError: another name, or the package was installed without its weights.
+    """
+    if name not in SHIPPED:
+        message = f"bases.path: {name!r} does not ship with veneer; there are: {', '.join(SHIPPED)}."
+        raise BaseError(message, where="shipped", given=name, expected=tuple(SHIPPED))
+    folder = Path(__file__).parent / name
+    if not any(folder.rglob("*.safetensors")):
+        message = f"bases.path: {folder} has no weights; install the whole package, or run pipelines/pretrain_base.py."
+        raise BaseError(message, file=folder, where="weights", given="missing")
+    return folder
+
+
+def examples() -> Path:
+    """The folder of example pictures: five of an octopus, which the shipped base never saw, with captions."""
+    return Path(__file__).parent / "examples"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        BaseError: the file is broken or holds something else.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f"{file}: cannot be read as JSON ({error}); copy the base again."
+        raise BaseError(message, file=file, given="unreadable", expected="JSON") from error
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise BaseError(f"{file}: {kind}; expected a JSON object. Copy the base again.", file=file, given=kind, expected="object")
+    return value
+
+
+def check_pipeline_folder(folder: Path, given: Collection[str] = ()) -> None:
+    """See that a folder is a whole diffusers pipeline in safetensors.
+
+    Args:
+        given: parts that the caller brings along, which the folder may lack.
+    Raises:
+        BaseError: no `model_index.json`, an unknown pipeline class, a missing part, or a part that has pickles only.
+    """
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        message = f"{folder}: no model_index.json; expected a diffusers pipeline folder, as save_pretrained writes it."
+        raise BaseError(message, file=folder, where="model_index.json", given="missing")
+    index = read_json(index_file)
+    for part in _required(index, index_file):
+        listed = index.get(part)
+        present = isinstance(listed, list) and listed and listed[0] is not None and (folder / part).is_dir()
+        if not present and part not in given:
+            raise BaseError(
+                f"{folder}: its {part} is missing ({index['_class_name']} needs {', '.join(_required(index, index_file))}). "
+                f"Copy the folder {part} into the base, or pass {part}=... to load.",
+                file=folder,
+                where=part,
+                given="missing",
+                expected=tuple(_required(index, index_file)),
+            )
+    for inside in sorted(p for p in folder.iterdir() if p.is_dir() and p.name in index and p.name not in given):
+        _check_weights(inside)
+
+
+def _required(index: dict[str, Any], file: Path) -> list[str]:
+    """Parts that the pipeline's class cannot do without, in its own order."""
+    import diffusers
+
+    name = index.get("_class_name")
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if cls is None:
+        message = f"{file}: _class_name is {name!r}, which diffusers {diffusers.__version__} does not have."
+        raise BaseError(message, file=file, where="_class_name", given=name)
+    parameters = inspect.signature(cls.__init__).parameters
+    optional = {"self", *cls._optional_components}
+    return [n for n, p in parameters.items() if n not in optional and p.default is p.empty]
+
+
+def _check_weights(part: Path) -> None:
+    names = [file.name for file in part.iterdir()]
+    pickles = sorted(name for name in names if Path(name).suffix in PICKLES)
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise BaseError(
+            f"{part}: holds only pickles ({', '.join(pickles)}), which can run code when they are opened, so they are not read. "
+            "Convert a base that you trust: diffusers' DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder).",
+            file=part,
+            where="weights",
+            given=tuple(pickles),
+            expected=".safetensors",
+        )

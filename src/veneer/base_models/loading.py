@@ -1,0 +1,82 @@
+"""One door for every base: the shipped one, a folder, or a name on the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from .folders import SHIPPED, BaseError, check_pipeline_folder, path
+from .hub import hub
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def load(base: str | Path = "shipped", **kwargs: Any) -> Any:
+    """Load a diffusers pipeline of whichever class the base is: Stable Diffusion 1.x, 2, XL, 3, FLUX, PixArt, DiT, ...
+
+    Args:
+        base: `shipped`, a folder as `save_pretrained` writes it, or a hub name such as `owner/model`; a folder wins.
+        kwargs: to `DiffusionPipeline.from_pretrained`; `dtype` is float32 unless given, and only safetensors are
+            read.
+    Returns:
+        the pipeline, on the CPU.
+    Raises:
+        BaseError: the base is not there, lacks a part, holds only pickles, or the hub cannot be reached.
+    """
+    import diffusers
+    import torch
+    from diffusers import DiffusionPipeline
+
+    source = find(base)
+    word = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+    older = kwargs.pop("torch_dtype", torch.float32)
+    kwargs = {word: kwargs.pop("dtype", older), **kwargs, "use_safetensors": True}
+    if isinstance(source, Path):
+        check_pipeline_folder(source, given=kwargs.keys())
+        return DiffusionPipeline.from_pretrained(str(source), **kwargs)
+    with hub() as why:
+        try:
+            return DiffusionPipeline.from_pretrained(source, **({"local_files_only": True} if why else {}) | kwargs)
+        except Exception as error:  # the hub's clients raise a dozen kinds, of several libraries
+            raise BaseError(
+                f"bases.load: {source!r} is no folder here, and the hub did not give it "
+                f"({why or f'{type(error).__name__}: {_first(error)}'}). "
+                "Check the name and the connection, or give a diffusers folder, or 'shipped'.",
+                where="hub",
+                given=source,
+            ) from error
+
+
+def find(base: str | Path) -> Path | str:
+    """The folder of a base that is here, or its hub name.
+
+    Raises:
+        BaseError: neither a folder nor a possible hub name.
+    """
+    if base == "shipped":
+        return path("shipped")
+    if base in SHIPPED:
+        message = f"bases.load: {base!r} is a CLIP and no pipeline; use veneer.base_models.load_clip({base!r})."
+        raise BaseError(message, where="kind", given=base, expected="pipeline")
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise BaseError(
+            f"bases.load: {folder} is a single file; expected a diffusers folder. "
+            "Convert it with diffusers' from_single_file(file).save_pretrained(folder).",
+            file=folder,
+            where="kind",
+            given="file",
+            expected="folder",
+        )
+    if isinstance(base, str) and HUB_NAME.fullmatch(base):
+        return base
+    message = f"bases.load: no {str(base)!r} here; expected 'shipped', a diffusers folder, or a hub name like owner/model."
+    raise BaseError(message, where="base", given=str(base))
+
+
+def _first(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else "no reason given"

@@ -1,0 +1,77 @@
+"""What suits a base: how its prompts are worded, at which size it draws, and how strongly it is guided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .folders import BaseError, read_json
+from .loading import find
+
+FILE = "veneer.json"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Defaults for a base; a `veneer.json` in its folder replaces any of them.
+
+    Args:
+        templates: captions of training pictures that have none; `{concept}` stands for the word.
+        previews: prompts that show the concept.
+        unrelated: prompts without the concept, on which drift is measured.
+        class_word: what a concept is compared to when nothing else is said.
+        resolution: pixels a side; None is the base's own (its latent size times the autoencoder's stride).
+        guidance_scale, steps, negative_prompt: for sampling.
+        things, scenes: what the base draws well, and prompts with {thing} in them: pictures to learn control from.
+        training: method name to what is usual for it on this base: `options`, `where`, `learning_rate`, `steps`, `batch`,
+            `schedule`, `caption_dropout`.
+    """
+
+    templates: tuple[str, ...] = ("a photo of {concept}",)
+    previews: tuple[str, ...] = ("a photo of {concept}", "a photo of {concept} on the beach", "a painting of {concept}")
+    unrelated: tuple[str, ...] = ("a photo of a house", "a photo of a dog", "a photo of an apple", "a photo of a car")
+    class_word: str = "toy"
+    resolution: int | None = None
+    guidance_scale: float = 7.5
+    steps: int = 30
+    negative_prompt: str = ""
+    things: tuple[str, ...] = ()
+    scenes: tuple[str, ...] = ()
+    training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def preset(base: str | Path = "shipped") -> Preset:
+    """The preset of a base: from `veneer.json` in its folder, else the defaults.
+
+    Raises:
+        BaseError: no such base, or an entry of `veneer.json` that is unknown or of another type.
+    """
+    source = find(base)
+    file = source / FILE if isinstance(source, Path) else None
+    return parse(read_json(file), file) if file is not None and file.is_file() else Preset()
+
+
+def parse(entries: dict[str, Any], file: Path) -> Preset:
+    """A preset from the entries of a `veneer.json`."""
+    known: dict[str, Any] = {f.name: {} if f.name == "training" else f.default for f in fields(Preset)}
+    given: dict[str, Any] = {}
+    for name, value in entries.items():
+        if name not in known:
+            message = f"{file}: unknown entry {name!r}; there are: {', '.join(known)}."
+            raise BaseError(message, file=file, where=name, expected=tuple(known))
+        value = tuple(value) if isinstance(value, list) else value
+        if not _alike(value, 0 if name == "resolution" else known[name]):
+            message = f"{file}: {name} is {value!r}; expected something like {known[name]!r}."
+            raise BaseError(message, file=file, where=name, given=value, expected=known[name])
+        given[name] = value
+    return Preset(**given)
+
+
+def _alike(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and bool(value) and all(isinstance(each, str) for each in value)
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is type(default)

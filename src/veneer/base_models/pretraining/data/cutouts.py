@@ -1,0 +1,67 @@
+"""Cut the thing out of a photo, so that it can stand on any background."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .icon_sets import PIXELS, Pixels
+from .photo_dataset import Photograph
+
+BORDER = 0.03
+"""Share of the shorter side, along every edge of the photo, that is taken for background."""
+LEAST, MOST = 0.06, 0.7
+"""Share of the photo that a thing may cover."""
+WHOLE = 0.85
+"""Share of what was found that must hang together."""
+
+
+def mask(pixels: Pixels) -> npt.NDArray[np.uint8] | None:
+    """Where the thing is (height, width), 0 or 1, by GrabCut with the border as background; None where that is doubtful.
+
+    Source: Rother et al., "GrabCut: interactive foreground extraction using iterated graph cuts" (2004).
+    """
+    import cv2
+
+    height, width = pixels.shape[:2]
+    labels = np.full((height, width), cv2.GC_BGD, np.uint8)
+    edge = max(2, round(BORDER * min(height, width)))
+    labels[edge:-edge, edge:-edge] = cv2.GC_PR_FGD
+    bgr = np.ascontiguousarray(pixels[..., ::-1])
+    cv2.setRNGSeed(0)
+    cv2.grabCut(bgr, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)  # type: ignore[call-overload]
+    found = ((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.uint8)
+    count, parts, areas, _ = cv2.connectedComponentsWithStats(found)
+    if count < 2:
+        return None
+    largest = 1 + int(areas[1:, cv2.CC_STAT_AREA].argmax())
+    if areas[largest, cv2.CC_STAT_AREA] < WHOLE * found.sum():
+        return None
+    thing = cv2.morphologyEx((parts == largest).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    return np.asarray(thing, np.uint8) if LEAST < thing.mean() < MOST else None
+
+
+def icon(pixels: Pixels, thing: npt.NDArray[np.uint8], side: int = PIXELS) -> Pixels:
+    """The thing alone, RGBA (side, side, 4), centered in a square as rendered icons are."""
+    rows, columns = np.flatnonzero(thing.any(1)), np.flatnonzero(thing.any(0))
+    image = Image.fromarray(pixels).convert("RGBA")
+    image.putalpha(Image.fromarray(255 * thing))
+    image = image.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    square = Image.new("RGBA", (max(image.size),) * 2)
+    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
+    return np.asarray(square.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA"))
+
+
+def load(photos: Sequence[Photograph], which: Sequence[int], cache: Path) -> tuple[Pixels, list[int]]:
+    """Cut-outs (n, 128, 128, 4) of the photos `which` and the number of each one's photo; kept in `cache` (an .npz)."""
+    if not cache.is_file():
+        masks = {i: mask(photos[i].pixels) for i in which}
+        found = {i: icon(photos[i].pixels, thing) for i, thing in masks.items() if thing is not None}
+        rgba = np.stack(list(found.values())) if found else np.zeros((0, PIXELS, PIXELS, 4), np.uint8)
+        np.savez(cache, rgba=rgba, photo=np.array(list(found), np.int64))
+    saved = np.load(cache)
+    return saved["rgba"], [int(i) for i in saved["photo"]]

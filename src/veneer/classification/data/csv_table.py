@@ -1,0 +1,204 @@
+"""Pictures listed in a table: a CSV of paths and labels, or the `metadata.csv` and `metadata.jsonl` of an image folder."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from veneer.training.data.image_io import DataError
+
+from .image_folder import is_picture, reader, visible
+from .labeled_images import SPLITS, Row, Source, Split, assemble, some
+
+_PATHS = ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path", "img")
+_LABELS = ("label", "class", "category", "target", "class_name", "labels")
+_SPLITS = ("split", "subset", "set", "partition")
+_FORM = "path,label or path,label,split"
+
+
+class _Line(NamedTuple):
+    where: str
+    path: str
+    label: str
+    split: str
+
+    def error(self, text: str, given: str, expected: object) -> DataError:
+        return DataError(f"{self.where}: {text}", where=self.where, given=given, expected=expected)
+
+
+class _Listed(NamedTuple):
+    rows: list[Row]
+    paths: dict[str, Path]
+    notes: list[str]
+
+
+def read_csv(path: Path) -> Source:
+    """The pictures that a CSV lists: path, label and perhaps split, in this order or under such headings.
+
+    The separator (comma, semicolon, tab or bar) is the one that the first line has most of. Paths are relative to the table's
+    folder and stay in it; absolute ones may lie anywhere. A split is a word such as train, val or test. The same line twice
+    counts once.
+
+    Raises:
+        DataError: not such a table; and, with line numbers: missing files, empty fields, unknown splits, one picture with two
+            labels or two splits.
+    """
+    listed = _listed(path, _csv_lines(path), path.parent, None)
+    return assemble(str(path), listed.rows, reader(listed.paths), listed.notes)
+
+
+def metadata_files(root: Path) -> dict[Path, Split | None]:
+    """The `metadata.csv` or `metadata.jsonl` of a folder, or of its train, validation and test folders, if any has a label."""
+    folders: list[tuple[Path, Split | None]] = [(root, None)]
+    folders += [(each, SPLITS[each.name.lower()]) for each in visible(root) if each.is_dir() and each.name.lower() in SPLITS]
+    places = [(folder / name, split) for folder, split in folders for name in ("metadata.csv", "metadata.jsonl")]
+    return {path: split for path, split in places if path.is_file() and _has_labels(path)}
+
+
+def read_metadata(root: Path, tables: Mapping[Path, Split | None]) -> Source:
+    """The pictures that metadata tables list, of an image folder in the form of the `datasets` library. Raises as `read_csv`."""
+    rows: list[Row] = []
+    paths: dict[str, Path] = {}
+    notes: list[str] = []
+    for table, split in tables.items():
+        listed = _listed(table, _jsonl_lines(table) if table.suffix == ".jsonl" else _csv_lines(table), root, split)
+        rows += listed.rows
+        paths.update(listed.paths)
+        notes += listed.notes
+    return assemble(str(root), rows, reader(paths), notes)
+
+
+def _listed(table: Path, lines: Iterator[_Line], root: Path, split: Split | None) -> _Listed:
+    rows: dict[str, Row] = {}
+    paths: dict[str, Path] = {}
+    first: dict[str, str] = {}
+    problems: list[DataError] = []
+    again = 0
+    parted = None
+    for line in lines:
+        problem, path, name = _place(line, table.parent, root)
+        word = SPLITS.get(line.split.lower()) if line.split else split
+        if not line.label:
+            problem = problem or line.error("no label", "", "label")
+        elif line.split and word is None:
+            text = f"unknown split {line.split!r}; expected one of {', '.join(SPLITS)}"
+            problem = problem or line.error(text, line.split, tuple(SPLITS))
+        elif parted is not None and parted != (word is not None):
+            problem = problem or line.error("a split in some lines and none in others", line.split, "split")
+        row = Row(name, line.label, word)
+        if not problem and rows.get(name, row) != row:
+            text = f"{name} is in {first[name]} with label {rows[name].label!r} and split {rows[name].split}"
+            problem = line.error(text, name, first[name])
+        if problem:
+            problems.append(problem)
+            continue
+        parted = word is not None
+        again += name in rows
+        rows[name], paths[name] = row, path
+        first.setdefault(name, line.where)
+    if problems:
+        more = f"\n  and {len(problems) - 8:,} more" if len(problems) > 8 else ""
+        listing = "".join(f"\n  {each}" for each in problems[:8])
+        message = f"{table}: {len(problems):,} lines cannot be used; mend or remove them:{listing}{more}"
+        raise DataError(message, file=table, where="lines", given=tuple(problems))
+    notes = [f"{table}: {again:,} lines say again what an earlier one says; counted once."] if again else []
+    return _Listed(list(rows.values()), paths, notes)
+
+
+def _place(line: _Line, folder: Path, root: Path) -> tuple[DataError | None, Path, str]:
+    """What is wrong with a line's path, where it leads, and its name in the source."""
+    if not line.path:
+        return line.error("no path", "", "path"), folder, ""
+    text = line.path.replace("\\", "/")
+    path = Path(text)
+    if not path.is_absolute():
+        path = Path(os.path.normpath(folder / text))
+        if not path.is_relative_to(os.path.normpath(folder)):
+            message = f"{line.path} leaves the table's folder; expected a path in it, or an absolute one"
+            return line.error(message, line.path, "folder"), path, text
+    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+    return (None if path.is_file() else line.error(f"no such file: {path}", line.path, "file")), path, name
+
+
+def _csv_lines(path: Path) -> Iterator[_Line]:
+    text = _text(path)
+    separator = _separator(text)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    columns: tuple[int, int, int | None] | None = None
+    try:
+        for cells in table:
+            cells = [cell.strip() for cell in cells]
+            if not any(cells):
+                continue
+            if columns is None:
+                heading, columns = _columns(path, cells, separator)
+                if heading:
+                    continue
+            held = [cells[place] if place is not None and place < len(cells) else "" for place in columns]
+            yield _Line(f"line {table.line_num}", *held)
+    except csv.Error as error:
+        message = f"{path}: line {table.line_num}: not a table ({error}); expected {_FORM}."
+        raise DataError(message, file=path, where=f"line {table.line_num}") from error
+
+
+def _columns(path: Path, cells: list[str], separator: str) -> tuple[bool, tuple[int, int, int | None]]:
+    """Whether the first line is a heading, and where path, label and split stand."""
+    words = [cell.lower() for cell in cells]
+    file, label, split = (next((words.index(w) for w in known if w in words), None) for known in (_PATHS, _LABELS, _SPLITS))
+    if file is not None and label is not None:
+        return True, (file, label, split)
+    like_a_file = is_picture(Path(cells[0])) or (path.parent / cells[0]).is_file()
+    if like_a_file and 2 <= len(cells) <= 3:
+        return False, (0, 1, 2 if len(cells) == 3 else None)
+    found = f"a first line of {len(cells)} fields separated by {separator!r}: {some(cells)}"
+    message = f"{path}: {found}; expected the headings path, label and perhaps split, or lines of {_FORM}."
+    raise DataError(message, file=path, where="heading", given=tuple(cells), expected=("path", "label", "split"))
+
+
+def _separator(text: str) -> str:
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    return max(",;\t|", key=first.count)  # the earlier one where none is more frequent
+
+
+def _jsonl_lines(path: Path) -> Iterator[_Line]:
+    for number, text in enumerate(_text(path).splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            held = json.loads(text)
+        except json.JSONDecodeError as error:
+            message = f"{path}: line {number}: not JSON ({error.msg}); expected one object a line."
+            raise DataError(message, file=path, where=f"line {number}", expected="JSON") from error
+        if not isinstance(held, dict):
+            message = f"{path}: line {number}: {text[:30]!r}; expected an object with file_name and label."
+            raise DataError(message, file=path, where=f"line {number}", given=held, expected=("file_name", "label"))
+        words = {str(key).lower(): "" if value is None else str(value).strip() for key, value in held.items()}
+        cells = (next((words[word] for word in known if word in words), "") for known in (_PATHS, _LABELS, _SPLITS))
+        yield _Line(f"line {number}", *cells)
+
+
+def _has_labels(path: Path) -> bool:
+    """Whether a metadata table says classes; one of captions does not."""
+    first = next((line for line in _text(path).splitlines() if line.strip()), "")
+    if path.suffix == ".csv":
+        words = [word.strip().strip('"').lower() for word in first.split(_separator(first))]
+    else:
+        try:
+            words = [str(key).lower() for key in json.loads(first)]
+        except (json.JSONDecodeError, TypeError):
+            return True  # reading it says what is wrong
+    return any(word in _LABELS for word in words)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"{path}: not UTF-8 text (byte {error.start}); expected {_FORM}. Save it as UTF-8."
+        raise DataError(message, file=path, where=f"byte {error.start}", expected="UTF-8") from error
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror}). Check the name and permissions."
+        raise DataError(message, file=path, given="unreadable") from error

@@ -1,0 +1,221 @@
+"""CLIP as a classifier of named classes: its texts are the head, or a linear layer on its features is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from veneer import base_models
+from veneer.base_models.hub import hub
+from veneer.training.loop.seeds import mix
+
+from .class_embeddings import ClassTexts
+from .loading import Classifier, ModelError, check_weights, digest_of
+from .tokenizer import TextError, Tokenizer, Words
+
+TEMPLATES = ("a photo of a {}.",)
+CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
+"""open_clip's ways to resize, in timm's words."""
+
+
+class TextHead(nn.Module):
+    """logits = exp(logit_scale)·norm(f) norm(W)ᵀ for features f (batch, width), W = `texts(f)`; plus CLIP's own bias, if any."""
+
+    clip: Any
+
+    def __init__(self, clip: nn.Module, texts: ClassTexts) -> None:
+        super().__init__()
+        self.__dict__["clip"] = clip
+        self.texts = texts
+        self.in_features, self.out_features = features_of(clip), len(texts.names)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, width) to (batch, classes)."""
+        weights = normalize(self.texts(features), dim=-1)
+        features = normalize(features, dim=-1)
+        each = weights.dim() == 3
+        cosines = (weights @ features.unsqueeze(-1)).squeeze(-1) if each else features @ weights.T
+        logits = self.clip.logit_scale.exp() * cosines
+        bias = getattr(self.clip, "logit_bias", None)
+        return logits if bias is None else logits + bias
+
+
+class CLIPClassifier(nn.Module):
+    """Logits (batch, classes) of pictures, from an open_clip model.
+
+    With `head="text"`: exp(logit_scale)·norm(f) norm(W)ᵀ, f the picture's features, W for each class the mean over templates of
+    its normalised text features. With `head="linear"`: a new linear layer on f.
+
+    Args:
+        clip: an open_clip model with an image and a text tower.
+        tokenizer: as `open_clip.get_tokenizer` gives it.
+        classes: their names; `_` stands for a blank in prompts.
+        templates: of the prompts, with `{}` for the name.
+    Raises:
+        TextError: prompts that are too long for the text tower, with their classes; or a template without `{}`.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: Tokenizer,
+        classes: Sequence[str],
+        templates: Sequence[str] = TEMPLATES,
+        head: Literal["text", "linear"] = "text",
+    ) -> None:
+        super().__init__()
+        if head not in ("text", "linear"):
+            raise ValueError(f"CLIPClassifier: head is {head!r}; expected 'text' or 'linear'.")
+        self.clip = clip
+        self.head: nn.Module
+        if head == "linear":
+            self.head = nn.Linear(features_of(clip), len(classes))
+        else:
+            tower: Any = getattr(clip, "text", clip)
+            words = Words(tokenizer, tower.context_length)
+            self.head = TextHead(clip, ClassTexts(clip, classes, templates, words))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Pictures (batch, 3, height, width), as the model's own transform makes them, to logits (batch, classes)."""
+        logits: Tensor = self.head(self.encode_image(image))
+        return logits
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Features (batch, width), as they are before they are normalised."""
+        encode: Any = self.clip.encode_image
+        features: Tensor = encode(image, normalize=False)
+        return features
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute activations anew in the backward pass, in both towers."""
+        clip: Any = self.clip
+        clip.set_grad_checkpointing(enable)
+
+
+def features_of(clip: Any) -> int:
+    """Width of the features that both towers share."""
+    projection = getattr(getattr(clip, "text", clip), "text_projection", None)
+    if isinstance(projection, nn.Linear):
+        return projection.out_features
+    if projection is not None:
+        return int(projection.shape[1])
+    return int(getattr(clip.text, "output_dim", 0) or clip.visual.output_dim)
+
+
+def open_clip_classifier(
+    name: str,
+    classes: Sequence[str],
+    *,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    templates: Sequence[str] = TEMPLATES,
+    head: Literal["text", "linear"] = "text",
+) -> Classifier:
+    """A CLIP for some classes.
+
+    Args:
+        name: `shipped_clip`, or `open_clip:NAME/TAG` with open_clip's names of an architecture and its weights. The tag may be
+            left out where `weights` is given.
+        weights: a safetensors file, `none` for random ones, or None for the published ones.
+        seed: of random weights and of a linear head. `templates`, `head`: as for `CLIPClassifier`.
+    Raises:
+        ModelError: no such model, no such weights, weights of another architecture or activation, or classes whose prompts are
+            too long.
+    """
+    import open_clip
+
+    architecture, tag = source_of(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(seed, "model"))
+        clip, origin = _build(name, architecture, tag, weights)
+        try:
+            model = CLIPClassifier(clip, open_clip.get_tokenizer(architecture), classes, templates, head)
+        except TextError as error:
+            raise ModelError.from_error(error, f"{name}: {error}") from error
+    return Classifier(model.eval().requires_grad_(False), name, _data(clip), tuple(classes), origin, head == "linear")
+
+
+def source_of(name: str) -> tuple[str, str]:
+    """Architecture and tag, as open_clip has them."""
+    import open_clip
+
+    if name == "shipped_clip":
+        return f"local-dir:{base_models.path('shipped_clip')}", ""
+    architecture, _, tag = name.removeprefix("open_clip:").partition("/")
+    if open_clip.get_model_config(architecture) is None:
+        near = difflib.get_close_matches(architecture, open_clip.list_models(), 3)
+        message = f"open_clip has no model {architecture!r}. Close: {', '.join(near or ['see open_clip.list_models()'])}."
+        raise ModelError(message, where="open_clip", given=architecture, expected=tuple(near))
+    if tag and tag not in (tags := open_clip.list_pretrained_tags_by_model(architecture)):
+        message = f"{name}: open_clip has no weights {tag!r} for {architecture}. It has: {_listed(tags)}."
+        raise ModelError(message, where=architecture, given=tag, expected=tuple(tags))
+    return architecture, tag
+
+
+def _listed(tags: Sequence[str]) -> str:
+    more = f" and {len(tags) - 6} more" if len(tags) > 6 else ""
+    return (", ".join(tags[:6]) or "none") + more
+
+
+def _build(name: str, architecture: str, tag: str, weights: str | Path | None) -> tuple[nn.Module, str]:
+    import open_clip
+
+    bare: dict[str, Any] = {"load_weights": False, "pretrained_image": False, "pretrained_text": False}
+    if weights == "none":
+        return open_clip.create_model(architecture, **bare), "random"
+    file = None if weights is None else check_weights(weights)
+    source = tag if file is None else file
+    if not source and name != "shipped_clip":
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        message = f"{name}: which weights? Say {name}/TAG, --weights FILE or --weights none. Tags: {_listed(tags)}."
+        raise ModelError(message, where=architecture, given="", expected=tuple(tags))
+    if name != "shipped_clip":
+        with torch.device("meta"):
+            outline = open_clip.create_model(architecture, device="meta", **bare)
+        wrong = base_models.quick_gelu_mismatch(outline, architecture, source)
+        if wrong:
+            raise ModelError(wrong, where="quick_gelu", given=architecture)
+    if file is not None:
+        return _filled(open_clip.create_model(architecture, **bare), name, file), digest_of(file)
+    with hub(name != "shipped_clip") as why:
+        try:
+            return open_clip.create_model(architecture, pretrained=tag or None), "published"
+        except Exception as error:  # the hub's clients raise a dozen kinds
+            raise ModelError(
+                f"{name}: its published weights could not be had ({why or type(error).__name__}). Check the connection, give the "
+                "weights with --weights FILE.safetensors, or begin with random ones: --weights none.",
+                where="hub",
+                given=name,
+            ) from error
+
+
+def _filled(clip: nn.Module, name: str, file: Path) -> nn.Module:
+    import open_clip
+
+    try:
+        open_clip.load_checkpoint(clip, str(file))
+    except (RuntimeError, KeyError, ValueError) as error:
+        told = " ".join(line.strip() for line in str(error).splitlines()[1:3])[:400] or str(error)[:400]
+        message = f"--weights {file}: not the weights of {name}: {told} Give this architecture's file."
+        raise ModelError(message, file=file, given="mismatch", expected=name) from error
+    return clip
+
+
+def _data(clip: Any) -> dict[str, Any]:
+    """How pictures enter, as timm says it, from the model's own configuration."""
+    config = clip.visual.preprocess_cfg
+    size = config["size"]
+    return {
+        "input_size": (3, *((size, size) if isinstance(size, int) else size)),
+        "mean": tuple(config["mean"]),
+        "std": tuple(config["std"]),
+        "interpolation": "bilinear" if config["interpolation"] == "bilinear" else "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": CROPS[config["resize_mode"]],
+    }

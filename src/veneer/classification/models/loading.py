@@ -1,0 +1,243 @@
+"""Opening a model that classifies: a timm model with a head for the classes, or a CLIP with texts for them."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from veneer import base_models
+from veneer.base_models.hub import hub
+from veneer.injection import VeneerError, sites
+from veneer.injection.sites import FeatureSite
+from veneer.training.loop.seeds import mix
+
+
+class ModelError(VeneerError):
+    """A model or its weights that cannot be had."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model that gives logits for pictures.
+
+    Args:
+        model: in `eval` mode, frozen. `name`: as it was asked for.
+        data: how pictures enter it, as timm says it: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        classes: names of the classes.
+        weights: where its weights are from: `published`, `random`, or a digest of the file.
+        fresh: True where its head is new and must be trained.
+    """
+
+    model: nn.Module
+    name: str
+    data: Mapping[str, Any]
+    classes: tuple[str, ...]
+    weights: str
+    fresh: bool
+
+    @property
+    def features(self) -> FeatureSite | None:
+        """Where the features enter the head; None for a model with several heads."""
+        found = [s for s in sites(self.model) if isinstance(s, FeatureSite) and s.role == "features"]
+        return found[0] if len(found) == 1 else None
+
+
+def reads_texts(name: str) -> bool:
+    """Whether a model of this name is a CLIP with both towers, whose head are texts."""
+    return name == "shipped_clip" or name.startswith("open_clip:")
+
+
+def check_name(name: str) -> None:
+    """Look whether a model of this name is known, be it shipped, timm's or open_clip's; no folder is looked into.
+
+    Raises:
+        ModelError: there is none, with those that are called alike.
+    """
+    if name in ("shipped", "shipped_clip"):
+        return
+    if reads_texts(name):
+        from .clip_classifier import source_of
+
+        source_of(name)
+        return
+    import timm
+
+    architecture = name.removeprefix("timm:").partition(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        asked = name.removeprefix("timm:")
+        message = f"timm has no model {asked!r}. Close: {', '.join(near or ['see timm.list_models()'])}."
+        raise ModelError(message, where="timm", given=asked, expected=tuple(near))
+
+
+def untrained(name: str) -> nn.Module | None:
+    """A timm or open_clip model without its weights, for a look at its structure; None for any other name.
+
+    Raises:
+        ModelError: `timm:` or `open_clip:` and no such model.
+    """
+    import timm
+
+    if name == "shipped_clip":
+        return base_models.load_clip().model
+    if reads_texts(name):
+        import open_clip
+
+        from .clip_classifier import source_of
+
+        model: nn.Module = open_clip.create_model(source_of(name)[0], load_weights=False)
+        return model
+    if name.startswith("timm:") or ("/" not in name and timm.is_model(name.partition(".")[0])):
+        check_name(name)
+        model = timm.create_model(name.removeprefix("timm:"))
+        return model
+    return None
+
+
+def open_classifier(
+    name: str,
+    classes: Sequence[str],
+    *,
+    weights: str | Path | None = None,
+    keep_head: bool = False,
+    size: int | None = None,
+    seed: int = 0,
+    templates: Sequence[str] = ("a photo of a {}.",),
+) -> Classifier:
+    """A model for some classes.
+
+    Args:
+        name: `shipped`, `shipped_clip`, `open_clip:NAME/TAG`, or a timm name (`timm:` in front is allowed).
+        weights: a safetensors file, `none` for random ones, or None for the published ones.
+        keep_head: leave the head as it is, for methods that map its labels. A CLIP's texts are its head.
+        size: side of the pictures; None for the model's own.
+        seed: of a new head, and of random weights.
+    Raises:
+        ModelError: no such model, no such weights, weights of another architecture, or a size that it cannot take.
+    """
+    if reads_texts(name):
+        from .clip_classifier import open_clip_classifier
+
+        return open_clip_classifier(name, classes, weights=weights, seed=seed, templates=templates)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(seed, "model"))
+        found = str(base_models.path("shipped_clip")) if name == "shipped" else name.removeprefix("timm:")
+        model: Any
+        model, origin = _timm(found, weights, size)
+        if not keep_head:
+            new_head(model, name, len(classes), seed)
+    from timm.data.config import resolve_model_data_config
+
+    data = dict(resolve_model_data_config(model))
+    channels, *own = data["input_size"]
+    data["input_size"] = (channels, *((size, size) if size is not None else own))
+    model.to(memory_format=torch.channels_last)  # convolutions take two thirds of the time
+    return Classifier(model.eval().requires_grad_(False), name, data, tuple(classes), origin, not keep_head)
+
+
+def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.Module, str]:
+    import timm
+
+    folder = Path(name).is_dir()
+    if not folder:
+        check_name(name)
+    options: dict[str, Any] = {}
+    name = f"local-dir:{name}" if folder else name
+    if size is not None and _takes_size(name):
+        options["img_size"] = size
+    if weights == "none":
+        return timm.create_model(name, pretrained=False, **options), "random"
+    if weights is not None:
+        file = check_weights(weights)
+        try:
+            if not folder:
+                options["pretrained_cfg_overlay"] = {"file": str(file)}
+            model = timm.create_model(name, pretrained=not folder, **options)
+            if folder:
+                timm.models.load_checkpoint(model, str(file), strict=True)
+            return model, digest_of(file)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ModelError(_misfit(name, file, error), file=file, given="mismatch", expected=name) from error
+    with hub(not folder) as why:
+        try:
+            return timm.create_model(name, pretrained=True, **options), "published"
+        except Exception as error:  # the hub's clients raise a dozen kinds
+            raise ModelError(
+                f"{name}: its published weights could not be had ({why or type(error).__name__}). Check the connection, give the "
+                "weights with --weights FILE.safetensors, or begin with random ones: --weights none.",
+                where="hub",
+                given=name,
+            ) from error
+
+
+def _takes_size(name: str) -> bool:
+    """True for models whose parts depend on the size of the pictures."""
+    import inspect
+
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+    return "img_size" in inspect.signature(type(model).__init__).parameters
+
+
+def check_weights(weights: str | Path) -> Path:
+    """The file of weights.
+
+    Raises:
+        ModelError: it is not there, or is none of safetensors.
+    """
+    file = Path(weights).expanduser()
+    if not file.is_file():
+        message = f"--weights {weights}: there is no such file; expected a safetensors file, or the word none."
+        raise ModelError(message, file=file, given="missing")
+    if file.suffix != ".safetensors":
+        raise ModelError(
+            f"--weights {file}: only safetensors are read, because other files can run code. Convert it where you trust it: "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors').",
+            file=file,
+            where="suffix",
+            given=file.suffix,
+            expected=".safetensors",
+        )
+    try:
+        with safe_open(file, "pt"):  # the header alone
+            pass
+    except (SafetensorError, OSError) as error:
+        message = f"--weights {file}: no readable safetensors file ({error}). Download it again."
+        raise ModelError(message, file=file, given="damaged") from error
+    return file
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _misfit(name: str, file: Path, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = " ".join(lines[1:3] if len(lines) > 1 else lines)[:400]
+    return f"--weights {file}: not the weights of {name}: {told} Give this architecture's file, or another --model."
+
+
+def new_head(model: Any, name: str, classes: int, seed: int) -> None:
+    """Put a fresh head in the place of the model's own, drawn by the seed."""
+    if not hasattr(model, "reset_classifier"):
+        kind = type(model).__name__
+        message = f"{name}: a {kind} has no head that could be made anew; expected a timm classifier."
+        raise ModelError(message, where="head", given=kind)
+    torch.manual_seed(mix(seed, "head"))
+    model.reset_classifier(classes)
+    model.requires_grad_(False)

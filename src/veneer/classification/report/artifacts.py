@@ -1,0 +1,151 @@
+"""What a run of `veneer transfer` leaves: the adapter, the figures, and pictures of them."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.formats import native
+from veneer.injection import Attachment
+from veneer.training.loop.checkpoints import write_json
+from veneer.training.loop.disk_space import writing
+
+from ..config import TransferConfig
+from ..data.run_data import Data
+from ..models.loading import Classifier
+from ..train.train import Taught, Teacher
+from .metrics import Figures, figures_of
+from .plots import write_confusion, write_curves, write_mistakes
+from .verdict import evidence_of, verdict
+
+FORM = 1
+
+
+def write_outcome(
+    config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], teacher: Teacher, taught: Taught
+) -> dict[str, Any]:
+    """Write `adapter.safetensors`, `model.json`, the pictures and `result.json`; the test pictures are looked at here, once.
+
+    Returns:
+        What `result.json` holds.
+    """
+    out = teacher.folder
+    assert taught.best is not None
+    stored = write_files(config, data, classifier, attached, out)
+    logits, labels = teacher.answers("test")
+    figures = figures_of(logits, labels)
+    tested = data.splits.test
+    write_confusion(figures, classifier.classes, out / "confusion.png")
+    write_curves(taught.result.losses, taught.epochs, taught.best, out / "curves.png")
+    write_mistakes(
+        logits, labels, classifier.classes, lambda i: data.source.read(data.source.examples[tested[i]]), out / "mistakes.png"
+    )
+    record = _record(config, data, classifier, attached, taught, figures) | {"stored_bytes": stored}
+    assert taught.validation is not None
+    record["verdict"] = verdict(evidence_of(teacher, (logits, labels), taught.validation), config).as_dict()
+    with writing(out, "result.json"):
+        write_json(out / "result.json", record)
+    return record
+
+
+def write_files(config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], out: Path) -> int:
+    """Write `adapter.safetensors`, with the weights as they are, and `model.json`: what `veneer predict` needs.
+
+    Returns:
+        Bytes of the adapter; 0 where nothing is attached.
+    """
+    stored = 0
+    if attached:
+        with writing(out, "adapter.safetensors"):
+            file = native.save(
+                attached, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where}
+            )
+        stored = file.stat().st_size
+    write_json(out / "model.json", model_record(config, classifier))
+    return stored
+
+
+def _record(
+    config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], taught: Taught, figures: Figures
+) -> dict[str, Any]:
+    """The figures of a run, and all that they depend on."""
+    best, validation = taught.best, taught.validation
+    assert best is not None
+    assert validation is not None
+    return {
+        "test_accuracy": figures.accuracy,
+        "test_interval_95": list(figures.interval),
+        "val_accuracy": validation.accuracy,
+        "trainable_parameters": taught.trainable,
+        "test": figures.as_dict(classifier.classes),
+        "validation": {"accuracy": validation.accuracy, "interval_95": list(validation.interval)},
+        "chosen": asdict(best),
+        "epochs": [asdict(epoch) for epoch in taught.epochs],
+        "training": {
+            "steps": taught.result.steps,
+            "resumed_from": taught.result.resumed_from,
+            "seconds": taught.result.seconds,
+            "peak_memory_bytes": taught.result.peak_memory_bytes,
+            "cached_features": taught.cached,
+            "warnings": taught.result.warnings,
+        },
+        "methods": [_method(a) for a in attached],
+        "data": {
+            "where": data.source.where,
+            "classes": list(classifier.classes),
+            "pictures": {name: len(getattr(data.splits, name)) for name in ("train", "validation", "test")},
+            "split_digest": data.splits.digest,
+            "split_seed": data.splits.seed,
+            "splits_made": list(data.splits.made),
+            "shots": data.splits.shots,
+            "notes": list(data.notes),
+        },
+        "model": {"name": classifier.name, "weights": classifier.weights, "input": dict(classifier.data)},
+        "seed": config.seed,
+        "config": asdict(config),
+        "versions": {name: version(name) for name in ("veneer", "torch", "timm", "open_clip_torch")},
+        "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},
+    }
+
+
+def tidy(out: Path) -> None:
+    """Remove what only an unfinished run needs: checkpoints, the best epoch's tensors, and the curve, which `result.json` has."""
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    for name in ("best.safetensors", "curve.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def model_record(config: TransferConfig, classifier: Classifier) -> dict[str, Any]:
+    """What `veneer predict` needs to open the model again."""
+    return {
+        "form": FORM,
+        "model": classifier.name,
+        "weights": str(Path(config.weights).resolve()) if config.weights not in (None, "none") else config.weights,
+        "weights_digest": classifier.weights,
+        "classes": list(classifier.classes),
+        "fresh_head": classifier.fresh,
+        "size": config.size,
+        "seed": config.seed,
+        "squash": config.squash,
+        "precision": config.precision,
+        "templates": list(config.templates),
+        "adapted": bool(config.names()) or classifier.fresh,
+    }
+
+
+def _method(attachment: Attachment) -> dict[str, Any]:
+    return {
+        "name": attachment.method.name,
+        "config": attachment.method.config(),
+        "where": list(attachment.where),
+        "sites": len(attachment.parts),
+        "parameters": sum(p.numel() for p in attachment.parameters()),
+    }

@@ -1,0 +1,151 @@
+"""The verdict of a classification run: test accuracy against what costs nothing, and training against validation.
+
+The baselines are chance (1 / classes), the share of the most frequent class, and a linear probe on the frozen features, on
+the same test images. An accuracy is better than a share if its whole Wilson interval is above it; the run is better or worse than
+the probe if the whole 95 % interval of the paired difference says so.
+
+| outcome | when |
+|---|---|
+| `not_learned` | the interval of the test accuracy is not above the most frequent class and chance |
+| `overfitted` | it is worse than the probe, and training accuracy is above validation accuracy, interval above interval |
+| `partly` | it is worse than the probe without that gap |
+| `learned` | everything else |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from veneer.training.report.metrics import figure
+from veneer.training.report.verdict import Verdict
+
+from ..train.batches import logits_of
+from .metrics import Figures, figures_of
+
+if TYPE_CHECKING:
+    from ..config import TransferConfig
+    from ..train.train import Teacher
+
+TRAIN_IMAGES = 200
+"""Training images that are evaluated, or as many as there are validation images."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the verdict is computed from.
+
+    Args:
+        test, validation: figures of the run. `train`: of training images without augmentation, or None.
+        probe: for each test image 1 if the linear probe is right, else 0; None where there is no probe, or the run is one.
+        right: the same of the run.
+    """
+
+    test: Figures
+    validation: Figures
+    train: Figures | None = None
+    probe: Sequence[int] | None = None
+    right: Sequence[int] | None = None
+
+
+def evidence_of(teacher: Teacher, test: tuple[Tensor, Tensor], validation: Figures) -> Evidence:
+    """Evaluate what the verdict needs beyond the run's own scores: some training images, and the linear probe on the test images.
+
+    Args:
+        test: logits (N, K) and labels (N,) of the test images.
+    """
+    logits, labels = test
+    right = (logits.argmax(1) == labels).int().tolist()
+    return Evidence(figures_of(logits, labels), validation, _train_figures(teacher), _probe_answers(teacher), right)
+
+
+def _train_figures(teacher: Teacher) -> Figures:
+    splits, device = teacher.views.data.splits, teacher.accelerator.device
+    every = max(1, len(splits.train) // max(TRAIN_IMAGES, len(splits.validation)))
+    indices = splits.train[::every]
+    if teacher.features is not None:
+        batch = teacher.features([(0, index) for index in indices])
+        return figures_of(*logits_of(teacher.features.head, [batch], device, teacher.dtype))
+    batches = teacher.views.plain.batches(indices, teacher.config.batch)
+    return figures_of(*logits_of(teacher.model, batches, device, teacher.dtype))
+
+
+def _probe_answers(teacher: Teacher) -> list[int] | None:
+    """For each test image whether a logistic regression on the frozen features is right; None where the run trains no more than a
+    head, or the model has no features or no pretrained weights."""
+    classifier, site = teacher.classifier, teacher.classifier.features
+    if teacher.features is not None or site is None or not site.head or not classifier.fresh or classifier.weights == "random":
+        return None
+    weight, bias = teacher.solved_head()
+    x, y = teacher.frozen("test")
+    return (linear(x, weight, bias).argmax(1) == y).int().tolist()
+
+
+def verdict(evidence: Evidence, config: TransferConfig) -> Verdict:
+    """The verdict of a finished run; `config` for the advice."""
+    test = evidence.test
+    counts = [sum(row) for row in test.confusion]
+    frequent, chance = max(counts) / test.pictures, 1 / len(counts)
+    low, high = test.interval
+    reasons = [
+        f"Test accuracy is {test.accuracy:.1%} [{low:.1%}, {high:.1%}]; the most frequent class gives {frequent:.1%}, "
+        f"chance {chance:.1%}."
+    ]
+    against, gap = _against_probe(evidence), _gap(evidence)
+    reasons += [line for line in (against[1], gap[1]) if line]
+    if low <= max(frequent, chance):
+        summary = "The test accuracy is not clearly above answering the most frequent class."
+        return Verdict("not_learned", summary, tuple(reasons), _advice(config, gap[0]))
+    if against[0] < 0 and gap[0]:
+        summary = "It fits the training images and is worse than a linear probe on new ones."
+        return Verdict("overfitted", summary, tuple(reasons), (*_less(config), "train less: --method linear_probe"))
+    if against[0] < 0:
+        summary = "It tells the classes apart, but a linear probe does better."
+        more = (_longer(config), "start the head at the probe: --head-first")
+        return Verdict("partly", summary, tuple(reasons), (*more, "train the head only: --method linear_probe"))
+    beyond = ", and better than a linear probe" if against[0] > 0 else ""
+    advice = _less(config) if gap[0] else ()
+    return Verdict("learned", f"It tells the classes apart{beyond}.", tuple(reasons), advice)
+
+
+def _against_probe(evidence: Evidence) -> tuple[int, str]:
+    """1 if better than the probe, −1 if worse, 0 if that may be chance or is unknown; and the sentence."""
+    if evidence.probe is None or evidence.right is None:
+        return 0, ""
+    gain = figure([a - b for a, b in zip(evidence.right, evidence.probe, strict=True)])
+    share = sum(evidence.probe) / len(evidence.probe)
+    sign = 0 if gain.low is None or gain.high is None else 1 if gain.low > 0 else -1 if gain.high < 0 else 0
+    return sign, f"A linear probe on the frozen model gives {share:.1%}: difference {gain}."
+
+
+def _gap(evidence: Evidence) -> tuple[bool, str]:
+    """Whether training is clearly above validation, and the sentence."""
+    train, validation = evidence.train, evidence.validation
+    if train is None:
+        return False, ""
+    apart = train.interval[0] > validation.interval[1]
+    return apart, f"Training accuracy is {train.accuracy:.1%}, validation accuracy {validation.accuracy:.1%}."
+
+
+def _advice(config: TransferConfig, gap: bool) -> tuple[str, ...]:
+    if gap:
+        return (*_less(config), "give more images of each class")
+    return (
+        _longer(config),
+        f"a lower learning rate: --learning-rate {config.rate() / 3:g}",
+        "a pretrained model: --model vit_small_patch16_224.augreg_in21k_ft_in1k, or --model shipped_clip without network access",
+    )
+
+
+def _longer(config: TransferConfig) -> str:
+    """At least the default number of epochs."""
+    return f"train longer: --epochs {max(type(config).epochs, 2 * config.epochs)}"
+
+
+def _less(config: TransferConfig) -> tuple[str, ...]:
+    found = ["augment more: --augment strong"] if config.augment != "strong" else []
+    return (*found, f"a lower learning rate: --learning-rate {config.rate() / 3:g}")

@@ -1,0 +1,104 @@
+"""Writing safetensors: the whole file or nothing, and the same bytes for the same tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from veneer.injection import SaveError
+
+from .reader import SUFFIX, is_finite
+
+
+def destination(path: str | PathLike[str], usual: str) -> Path:
+    """The file that a path means: `usual` inside a folder that is there, else the path with `.safetensors`."""
+    path = Path(path)
+    if path.is_dir():
+        return path / usual
+    return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write under a temporary name beside `path`, wait for the disk, rename.
+
+    Raises:
+        SaveError: a tensor is not finite or on `meta`, or the disk refuses; a file that was at `path` is as it was.
+    """
+    refuse_unusable(path, tensors)
+    return _replace(path, to_bytes(tensors, metadata))
+
+
+def refuse_unusable(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `SaveError` if a tensor is not finite or on `meta`."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            message = f"{path}: '{name}' is on the meta device and has no values. Load the base for real first."
+            raise SaveError(message, file=path, where=name, given="meta")
+        if not is_finite(tensor):
+            message = f"{path}: '{name}' holds NaN or infinity: the training diverged. Nothing was written."
+            raise SaveError(message, file=path, where=name, expected="finite")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text as `write` writes tensors: the whole of it or nothing.
+
+    Raises:
+        SaveError: the disk refuses; a file that was at `path` is as it was.
+    """
+    return _replace(path, text.encode())
+
+
+def _replace(path: Path, data: bytes) -> Path:
+    temporary = path.with_name(f".saving-{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(temporary, data)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise SaveError(
+            f"{path}: {len(data):,} bytes could not be written ({error.strerror or error}). What was there is as it was. "
+            "Free some space, or save to another place.",
+            file=path,
+            given=error.errno,
+            expected=len(data),
+        ) from error
+    return path
+
+
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose metadata keep their order; the library shuffles them, so that no two files are alike."""
+    data = safetensors.torch.save({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = json.dumps({"__metadata__": dict(metadata), **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the new name is on the disk, where the system can; the file is whole under one name or the other anyway."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,85 @@
+"""What a base model is, so that an adapter is not put on another: class, sizes and a fingerprint of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..composition.merge import host_tensors
+from .model_state import peek, statistics
+
+SAMPLES = 4096
+
+
+def identity(tower: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
+    """Class, whole-number entries of the config, and fingerprint, as JSON values."""
+    return {"class": _class(tower), "config": _sizes(tower), "fingerprint": fingerprint(tower, without)}
+
+
+def _class(tower: nn.Module) -> str:
+    """The name of its class, not of the one that torch makes for it while a parameter of its own is parametrised."""
+    made: type = type(tower)
+    return (made.__bases__[0] if parametrize.is_parametrized(tower) else made).__name__
+
+
+def fingerprint(tower: nn.Module, without: Collection[str] = ()) -> str | None:
+    """SHA-256 of the names, shapes and sign bits of up to 4,096 evenly spaced values of every floating-point tensor.
+
+    Of the bare host: without adapters, and where base parameters are trained by an attachment, as they were before. Norm
+    statistics and whole numbers are left out. A cast to half precision keeps every sign bit, also of what it rounds to zero
+    (to −0 where it was negative), so that the fingerprint stays; two zeros of different sign count as different.
+
+    Args:
+        without: names of tensors to leave out: those that a file carries itself.
+    Returns:
+        64 hexadecimal digits, or None for a model on `meta` or with quantised parameters, which cannot be compared.
+    """
+    passed_over = {*without, *(name for name, _ in statistics(tower.named_modules()))}
+    before = _before_training(tower)
+    found = [(n, before.get(n, t)) for n, t in host_tensors(tower) if n not in passed_over]
+    parameters = {name for name, _ in tower.named_parameters()}
+    if any(t.is_meta or (n in parameters and not t.is_floating_point()) for n, t in found):
+        return None
+    digest = hashlib.sha256()
+    floats = [(n, t) for n, t in found if t.is_floating_point() and t.numel()]
+    signs = [_signs(t) for _, t in floats]
+    bits = torch.cat(signs).cpu().numpy().tobytes() if signs else b""  # one transfer from an accelerator
+    end = 0
+    for (name, tensor), sign in zip(floats, signs, strict=True):
+        start, end = end, end + len(sign)
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + bits[start:end])
+    return digest.hexdigest()
+
+
+def _signs(tensor: Tensor) -> Tensor:
+    """Sign bits of evenly spaced values, one byte each."""
+    step = -(-tensor.numel() // SAMPLES)
+    return torch.signbit(tensor.reshape(-1)[::step].float())
+
+
+def _before_training(tower: nn.Module) -> dict[str, Tensor]:
+    ledger, before = peek(tower), dict[str, Tensor]()
+    for attachment in ledger.attachments if ledger else ():
+        for key, (component, path) in attachment.extras.items():
+            if attachment.towers[component] is tower:
+                before.setdefault(path, attachment.trained.before[key])
+    return before
+
+
+def _sizes(tower: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(tower, "config", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    return dict(_numbers(config)) if isinstance(config, Mapping) else {}
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Entries that are whole numbers or lists of them, by name."""
+    for key in sorted(k for k in config if not k.startswith("_")):
+        value = list(config[key]) if isinstance(config[key], (list, tuple)) else config[key]
+        if all(type(v) is int for v in (value if isinstance(value, list) else [value])) and value != []:
+            yield key, value

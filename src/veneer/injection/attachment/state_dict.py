@@ -1,0 +1,140 @@
+"""Reading and writing an attachment's tensors: adapters, trained base parameters, norm statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LoadError
+from ..seams.adapter_calls import base_tensor
+from ..sites import NormSite, ParamSite, WeightSite
+from .model_state import changed_statistics, lookup, peek
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_state_dict` did with each tensor, and remarks of a file's reader, such as where a scale came from."""
+
+    used: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    misshapen: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        """True if nothing is missing, unused or misshapen."""
+        return not (self.missing or self.unused or self.misshapen)
+
+    def __str__(self) -> str:
+        def listed(names: tuple[str, ...]) -> str:
+            return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+        lines = [f"used {len(self.used)} tensors"]
+        for word in ("missing", "unused", "misshapen"):
+            names = getattr(self, word)
+            if names:
+                lines.append(f"{word} {len(names)}: {listed(names)}")
+        return "; ".join([*lines, *self.notes])
+
+
+def state_of(attachment: Attachment) -> dict[str, Tensor]:
+    """Everything that training changed, under `site-name:parameter`."""
+    state = {f"{n}:{k}": t.detach() for n, (_, a) in attachment.parts.items() for k, t in a.state_dict().items()}
+    state.update({key: p.detach() for key, p in attachment.trained.items()})
+    for component, tower in attachment.towers.items():
+        state.update({_name(component, key): buffer for key, buffer in changed_statistics(tower).items()})
+    return state
+
+
+def load_state(attachment: Attachment, state: Mapping[str, Tensor], strict: bool) -> LoadReport:
+    """Copy tensors in, or raise before anything is changed."""
+    targets = dict(_targets(attachment, state))
+    report = _compared(targets, state)
+    if strict and not report.clean:
+        told = f"'{attachment.name}' ({attachment.method.name}): {report}. Pass strict=False to load what fits."
+        raise unfit(told, attachment, state, report)
+    _copy(targets, state, report)
+    return report
+
+
+def unfit(message: str, attachment: Attachment, state: Mapping[str, Tensor], report: LoadReport) -> LoadError:
+    """The error that `state` does not fit, with what is missing, unused and misshapen."""
+    wrong = {k: _differ(state[k], t) for k, t in _targets(attachment, state) if k in state and not _fits(state[k], t)}
+    return LoadError(message, where=attachment.name, missing=report.missing, unused=report.unused, misshapen=wrong)
+
+
+def compare(attachment: Attachment, state: Mapping[str, Tensor]) -> LoadReport:
+    """What of `state` fits."""
+    return _compared(dict(_targets(attachment, state)), state)
+
+
+def _compared(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> LoadReport:
+    used = [k for k, t in targets.items() if k in state and _fits(state[k], t)]
+    return LoadReport(
+        tuple(used),
+        tuple(k for k in targets if k not in state),
+        tuple(k for k in state if k not in targets),
+        tuple(
+            "{} {} for {}".format(k, *_differ(state[k], t)) for k, t in targets.items() if k in state and not _fits(state[k], t)
+        ),
+    )
+
+
+def _fits(given: Tensor, target: Tensor) -> bool:
+    """Of one shape, and both whole numbers or neither."""
+    return given.shape == target.shape and given.is_floating_point() == target.is_floating_point()
+
+
+def _differ(given: Tensor, target: Tensor) -> tuple[Any, Any]:
+    """The shapes of both, or their dtypes where the shapes are equal."""
+    if given.shape == target.shape:
+        return given.dtype, target.dtype
+    return tuple(given.shape), tuple(target.shape)
+
+
+def fill(attachment: Attachment, state: Mapping[str, Tensor], report: LoadReport) -> None:
+    """Copy in what fits."""
+    _copy(dict(_targets(attachment, state)), state, report)
+
+
+def _copy(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], report: LoadReport) -> None:
+    with torch.no_grad():
+        for key in report.used:
+            targets[key].copy_(state[key])
+
+
+def held_whole(attachment: Attachment) -> Iterator[tuple[str, str]]:
+    """(component, path) of the tensors whose every row has its whole value in an adapter."""
+    held: dict[tuple[str, str], list[Any]] = {}
+    for site, adapter in attachment.parts.values():
+        if adapter.replaces and isinstance(site, (WeightSite, ParamSite, NormSite)):
+            held.setdefault((site.component, f"{site.path}.{site.param}".lstrip(".")), []).append(site.rows)
+    for (component, path), rows in held.items():
+        owner, _, param = path.rpartition(".")
+        tensor = base_tensor(attachment.towers[component], owner, param)
+        if None in rows or sum(stop - start for start, stop in rows) == len(tensor):
+            yield component, path
+
+
+def _targets(attachment: Attachment, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, (_, adapter) in attachment.parts.items():
+        yield from ((f"{name}:{key}", tensor) for key, tensor in adapter.state_dict().items())
+    yield from attachment.trained.items()
+    for component, tower in attachment.towers.items():
+        ledger = peek(tower)
+        for key in ledger.statistics if ledger else ():
+            if _name(component, key) in state:
+                yield _name(component, key), lookup(tower, key)
+
+
+def _name(component: str, key: str) -> str:
+    owner, _, param = key.rpartition(".")
+    return f"{component}.{owner}:{param}" if component else f"{owner}:{param}"

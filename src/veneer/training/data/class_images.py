@@ -1,0 +1,105 @@
+"""Class pictures for prior preservation: what the frozen base makes of the class word, kept on disk.
+
+The loss that uses them is `losses.loss`. Source: Ruiz et al., CVPR 2023 (DreamBooth), section 3.2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from veneer.injection.errors import OptionError
+
+from ..families import Family
+from ..loop.checkpoints import write_atomically
+from ..loop.seeds import generator
+
+KEY = "veneer.prior"
+"""Name of the PNG text chunk that says how a picture was made."""
+
+
+def prior_pictures(
+    family: Family,
+    folder: Path,
+    prompt: str | Sequence[str],
+    count: int,
+    seed: int = 0,
+    *,
+    batch: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> list[Path]:
+    """`prior-00000.png` … in `folder`: `count` pictures of `prompt`, made where they are missing.
+
+    Picture i starts from noise of `generator(seed, "prior", i)`, whatever the batch. A picture is kept if it can be read and was
+    made by the same base, scheduler, prompt, seed and settings; it is written under another name and renamed, so that a stopped
+    run goes on where it was. Call it before anything is attached: it draws from the pipeline as it is.
+
+    Args:
+        prompt: the class, such as `a photo of a dog`; for DiT the class label. Or one for each picture.
+        count: at least 1; the paper's 1,000 or diffusers' 100. Files beyond it are left alone and not returned.
+        batch: pictures made at once.
+        progress: called with (pictures there, count) after each batch.
+        settings: of the pipeline, such as `num_inference_steps`, `guidance_scale`, `height`, `width`; JSON values.
+    Raises:
+        OptionError: for a count or batch below 1.
+        OSError: if a picture cannot be written; those before it are kept.
+    """
+    if count < 1 or batch < 1:
+        option, given = ("count", count) if count < 1 else ("batch", batch)
+        raise OptionError(f"{option} must be at least 1, got {given}", option=option, given=given, expected=1)
+    base = base_digest(family)
+    paths = [folder / f"prior-{i:05d}.png" for i in range(count)]
+    prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+    recipes = [_recipe(family, base, prompts[i], seed, i, settings) for i in range(count)]
+    missing = [i for i in range(count) if not _made_by(paths[i], recipes[i])]
+    for start in range(0, len(missing), batch):
+        chunk = missing[start : start + batch]
+        pictures = family.generate([prompts[i] for i in chunk], [generator(seed, "prior", i) for i in chunk], **settings)
+        for i, picture in zip(chunk, pictures, strict=True):
+            write_atomically(paths[i], _png(picture, recipes[i]))
+        if progress is not None:
+            progress(count - len(missing) + start + len(chunk), count)
+    return paths
+
+
+def base_digest(family: Family) -> str:
+    """16 hex digits that change with the base: names, shapes and 64 evenly spaced values of every tensor that generates."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (family.tower, family.pipe.vae, *family.text_towers.values()):
+        for name, tensor in sorted(part.state_dict().items()):
+            flat = tensor.detach().flatten()
+            values = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+def _recipe(family: Family, base: str, prompt: str, seed: int, index: int, settings: dict[str, Any]) -> str:
+    scheduler = family.pipe.scheduler
+    config = {key: value for key, value in sorted(scheduler.config.items()) if not key.startswith("_")}
+    facts = {"base": base, "prompt": prompt, "seed": seed, "index": index, "settings": settings}
+    return json.dumps({**facts, "scheduler": [type(scheduler).__name__, config]}, sort_keys=True, default=str)
+
+
+def _made_by(path: Path, recipe: str) -> bool:
+    """True for a whole PNG whose text chunk is `recipe`."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return bool(picture.info.get(KEY) == recipe)
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def _png(picture: Image.Image, recipe: str) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text(KEY, recipe)
+    data = io.BytesIO()
+    picture.save(data, "PNG", pnginfo=info)
+    return data.getvalue()

@@ -1,0 +1,132 @@
+"""Settings of a training run, and the learning-rate schedule as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from veneer.injection.errors import VeneerError
+
+
+class TrainError(VeneerError):
+    """A training setting, parameter or loss that cannot work."""
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+}
+"""Schedule name to factor; `progress` runs from 0 (after warm-up) to 1 (after the last step)."""
+
+PRECISIONS = ("no", "bf16", "fp16")
+EMA_WARMUPS = ("ramp", "power")
+LEAST = {"steps": 1, "batch": 1, "accumulation": 1, "log_every": 1} | dict.fromkeys(
+    ("warmup", "clip", "weight_decay", "checkpoint_every", "keep_checkpoints", "preview_every"), 0
+)
+PRESETS: Mapping[str, float] = {"quick": 1 / 3, "balanced": 1.0, "thorough": 2.0}
+"""Preset to its share of the default number of steps."""
+WITHOUT_EFFECT = ("checkpoint_every", "keep_checkpoints", "preview_every", "log_every", "tracker")
+"""Fields that change nothing in the trained weights; a resumed run may change them."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the loop needs to know. A run is a pure function of it, of the loss and of the starting weights.
+
+    Args:
+        steps: optimiser steps in the whole run.
+        batch: samples in one micro-batch, over all processes together.
+        accumulation: micro-batches in one optimiser step; a step sees `batch * accumulation` samples.
+        learning_rate: peak rate, multiplied by a group's `lr_scale` and the schedule. Prodigy finds its own and takes 1.0.
+        schedule: `constant`, `cosine` or `linear` (both fall to 0 after the last step).
+        warmup: steps in which the rate rises linearly to its peak.
+        optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
+        weight_decay: decoupled weight decay (for `sgd` the L2 term).
+        precision: `no` (float32), `bf16` or `fp16` autocast. Trainable tensors stay in float32.
+        clip: largest L2 norm of the whole gradient; 0 for no clipping.
+        ema: decay of the averaged weights, such as 0.9999; 0 for none.
+        ema_warmup: how the decay rises, `ramp` or `power` (see `ema.EMA`).
+        seed: every random draw is a function of it, the step and the sample.
+        checkpoint_every: steps between checkpoints; 0 for none but the one of a stopped run.
+        keep_checkpoints: newest checkpoints kept; 0 for all.
+        preview_every: steps between previews; 0 for none.
+        log_every: steps between records sent to the tracker.
+        tracker: names that accelerate knows, separated by commas, or `none`.
+
+    Raises:
+        TrainError: for a value out of range or an unknown name.
+    """
+
+    steps: int = 500
+    batch: int = 1
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup: int = 0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    precision: str = "no"
+    clip: float = 1.0
+    ema: float = 0.0
+    ema_warmup: str = "ramp"
+    seed: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    preview_every: int = 0
+    log_every: int = 10
+    tracker: str = "tensorboard"
+
+    def __post_init__(self) -> None:
+        from .optimizers import OPTIMIZERS  # which imports this module
+
+        for name, least in LEAST.items():
+            self._check(name, getattr(self, name) >= least, f"at least {least}")
+        self._check("learning_rate", 0 < self.learning_rate < math.inf, "finite and above 0")
+        self._check("ema", 0 <= self.ema < 1, "0 for none, or a decay below 1")
+        for name, allowed in (
+            ("schedule", tuple(SCHEDULES)),
+            ("precision", PRECISIONS),
+            ("ema_warmup", EMA_WARMUPS),
+            ("optimizer", tuple(OPTIMIZERS)),
+        ):
+            self._check(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+
+    def _check(self, name: str, fits: bool, expected: str) -> None:
+        if not fits:
+            given = getattr(self, name)
+            raise TrainError(f"{name} is {given!r}; expected {expected}", where=name, given=given, expected=expected)
+
+    @property
+    def samples(self) -> int:
+        """Samples in one optimiser step, over all processes: `batch * accumulation`."""
+        return self.batch * self.accumulation
+
+    def rate(self, step: int) -> float:
+        """Factor on the learning rate of step `step` (0-based): linear warm-up, then the schedule."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return SCHEDULES[self.schedule](min(1.0, progress))
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that a resumed run must share. `steps` is one only if the schedule depends on it."""
+        fields = {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT}
+        if self.schedule == "constant":
+            del fields["steps"]
+        return fields
+
+
+def preset_steps(preset: str, default: int) -> int:
+    """Optimizer steps of a preset, at least 10.
+
+    Args:
+        preset: name in `PRESETS`. `default`: number of steps of `balanced`.
+    Raises:
+        TrainError: an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise TrainError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
+    return max(10, round(default * PRESETS[preset]))

@@ -1,0 +1,220 @@
+"""Optimisers by name, and their state as named tensors and plain values, so that checkpoints need no pickle."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from veneer.injection.errors import VeneerError
+
+from .config import TrainError
+
+
+class Group(TypedDict, total=False):
+    """A group of parameters with its own learning rate, `learning_rate * lr_scale`, and if given its own weight decay."""
+
+    params: Iterable[Tensor]
+    lr_scale: float
+    name: str
+    weight_decay: float
+
+
+FROM_CONFIG = ("params", "lr", "lr_scale", "name", "weight_decay")
+"""Entries of a parameter group that the run's settings give; a checkpoint does not bring them back."""
+
+
+_PLAIN = (type(None), bool, int, float, str)
+
+
+class MissingExtra(VeneerError):
+    """An optimiser whose package is not installed; the message names the extra."""
+
+
+def _extra(module: str, name: str, extra: str, optimizer: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise MissingExtra(
+            f"optimizer {optimizer!r} needs {module}, which does not import here ({error}): pip install 'veneer[{extra}]'",
+            where=optimizer,
+            given=module.partition(".")[0],
+            expected=extra,
+        ) from error
+
+
+def _adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
+
+
+def _adamw8bit(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    kind = _extra("bitsandbytes.optim", "AdamW8bit", "8bit", "adamw8bit")
+    return kind(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
+
+
+def _prodigy(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    kind = _extra("prodigyopt", "Prodigy", "prodigy", "prodigy")
+    return kind(groups, lr=lr, betas=(0.9, 0.99), use_bias_correction=True, safeguard_warmup=True)  # beta3 = sqrt(beta2)
+
+
+def _sgd(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+
+
+def _adafactor(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, lr=lr)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "prodigy": _prodigy,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+}
+
+
+def base_rate(name: str, learning_rate: float) -> float:
+    """The rate that schedules and group scales multiply: `learning_rate`, but 1.0 for Prodigy, which finds its own."""
+    return 1.0 if name == "prodigy" else learning_rate
+
+
+def build(name: str, groups: Sequence[Group], learning_rate: float, weight_decay: float = 0.01) -> torch.optim.Optimizer:
+    """Build an optimiser whose groups carry `lr_scale` and `name`; set their rates per step with `set_rates`.
+
+    Prodigy takes the same rate in all groups, so `lr_scale` is 1 there whatever was asked.
+
+    Raises:
+        TrainError: unknown name, or a group without parameters.
+        MissingExtra: the optimiser's package is not installed.
+    """
+    if name not in OPTIMIZERS:
+        raise TrainError(
+            f"optimizer is {name!r}; expected one of {', '.join(OPTIMIZERS)}",
+            where="optimizer",
+            given=name,
+            expected=tuple(OPTIMIZERS),
+        )
+    base = base_rate(name, learning_rate)
+    prepared: list[dict[str, Any]] = []
+    for index, group in enumerate(groups):
+        params = list(group["params"])
+        label = group.get("name", f"group {index}")
+        if not params:
+            raise TrainError(f"parameter group {label!r} is empty", where=label, given=0)
+        scale = 1.0 if name == "prodigy" else group.get("lr_scale", 1.0)
+        decay = group.get("weight_decay", weight_decay)
+        prepared.append({"params": params, "lr": base * scale, "weight_decay": decay, "lr_scale": scale, "name": label})
+    return OPTIMIZERS[name](prepared, base)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set every group's learning rate to `rate * lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def pack(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimiser's state as tensors (key `parameter:entry`) and JSON values, by parameter name.
+
+    Args:
+        optimizer: any whose state holds tensors and plain values, per parameter and per group.
+        named: the parameters by name.
+
+    Raises:
+        TrainError: the state holds something that is neither a tensor nor a plain value.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {"kind": type(optimizer).__name__, "groups": [], "state": {}}
+    for index, group in enumerate(optimizer.param_groups):
+        entries = {key: value for key, value in group.items() if key not in FROM_CONFIG}
+        values["groups"].append(_split(f"group {index}", entries, None, tensors))
+    for name, parameter in named.items():
+        if parameter in optimizer.state:
+            values["state"][name] = _split(name, optimizer.state[parameter], parameter.device, tensors)
+    return tensors, values
+
+
+def _split(owner: str, entries: Mapping[str, Any], device: torch.device | None, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Move tensors to `tensors`; what stays says where each lives: beside its parameter, or on the CPU."""
+    values: dict[str, Any] = {}
+    for key, value in entries.items():
+        if isinstance(value, Tensor):
+            tensors[f"{owner}:{key}"] = value
+            values[key] = {"tensor": "parameter" if value.device == device else "cpu"}
+        elif isinstance(value, _PLAIN):
+            values[key] = value
+        elif isinstance(value, (list, tuple)) and all(isinstance(part, _PLAIN) for part in value):
+            values[key] = list(value)
+        else:
+            raise TrainError(
+                f"the optimizer keeps {key!r} of {owner} as {type(value).__name__}, which cannot be saved",
+                where=f"{owner}:{key}",
+                given=type(value).__name__,
+            )
+    return values
+
+
+def unpack(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    """Put back what `pack` gave: same dtypes, same values, each tensor on its parameter's device or the CPU.
+
+    The state of an optimiser of another kind is left where it is: this one starts afresh.
+
+    Raises:
+        TrainError: another number of groups, or state of a parameter that is not here.
+    """
+    if values["kind"] != type(optimizer).__name__:
+        return
+    if len(values["groups"]) != len(optimizer.param_groups):
+        raise TrainError(
+            f"the saved optimiser has {len(values['groups'])} parameter groups, this one {len(optimizer.param_groups)}",
+            where="groups",
+            given=len(values["groups"]),
+            expected=len(optimizer.param_groups),
+        )
+    unknown = sorted(set(values["state"]) - set(named))
+    if unknown:
+        message = f"the saved optimizer has state for unknown parameters: {', '.join(unknown[:5])}"
+        raise TrainError(message, where="parameters", given=tuple(unknown))
+    for index, (group, saved) in enumerate(zip(optimizer.param_groups, values["groups"], strict=True)):
+        for key, value in _join(f"group {index}", saved, torch.device("cpu"), tensors).items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+    optimizer.state.clear()
+    for name, saved in values["state"].items():
+        parameter = named[name]
+        optimizer.state[parameter] = _join(name, saved, parameter.device, tensors)
+
+
+def _join(owner: str, values: Mapping[str, Any], device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    entries = dict(values)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            entries[key] = tensors[f"{owner}:{key}"].to(device if value["tensor"] == "parameter" else "cpu", copy=True)
+    return entries
+
+
+def names_of(parameters: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters by name, in the order of `named`; the first name of each counts."""
+    names: dict[int, str] = {}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), name)
+    for index, parameter in enumerate(parameters):
+        name = names.get(id(parameter), "")
+        if not name:
+            message = f"parameter {index} of shape {tuple(parameter.shape)} has no name; give it one in `named`"
+            raise TrainError(message, where=f"parameter {index}", given=tuple(parameter.shape))
+        if parameter.dtype != torch.float32 or not parameter.requires_grad:
+            raise TrainError(
+                f"{name} is {parameter.dtype} with requires_grad={parameter.requires_grad}; trainable tensors must be float32 "
+                "and require a gradient, whatever the precision of the rest",
+                where=name,
+                given=(parameter.dtype, parameter.requires_grad),
+                expected=(torch.float32, True),
+            )
+    wanted = {id(parameter) for parameter in parameters}
+    return {name: named[name] for key, name in names.items() if key in wanted}

@@ -1,0 +1,295 @@
+"""The training loop: any loss over numbered samples, exact when stopped and resumed, on one process or several.
+
+Every random draw is a function of (seed, step, sample), so the state of a run is its weights, the optimiser, the averaged
+weights, the gradient scale of fp16 and the number of steps done; nothing else is saved because nothing else exists.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..report.progress import WINDOW, Pace, Progress, ProgressFile, peak_memory, reset_peak_memory
+from ..report.result import TrainResult
+from ..report.tracking import tracking
+from . import optimizers
+from .checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, put
+from .config import TrainConfig, TrainError
+from .disk_space import Reserve, is_full
+from .distributed import on_main, share_start
+from .divergence import Diverged, LastGood, write_last_good
+from .ema import EMA
+from .optimizer_step import Gradients, LossStep
+from .stop_signals import StopFlag
+
+__all__ = ["Diverged", "LossStep", "TrainConfig", "TrainError", "TrainResult", "Trainer"]
+
+
+LAST_FILES = 5
+"""Times the weights' bytes that a run may write last: a checkpoint with Adam's two moments, and the adapter in two formats."""
+
+
+class Trainer:
+    """Trains some tensors by a loss over numbered samples.
+
+    Args:
+        config: the settings.
+        groups: parameter groups, `{"params": [...], "lr_scale": 1.0, "name": "unet"}`.
+        loss_step: `loss_step(step, rows)` gives the mean loss over the samples `rows` of step `step`, a scalar with a graph.
+            `rows` are positions in the step's batch, 0 … `config.samples - 1`; (step, row) names a sample in the run, whatever
+            the number of processes. It must draw random numbers from (seed, step, row) only; torch's global generator is
+            seeded with (seed, step, first row) before each call, for dropout. It runs under autocast.
+        named: every trainable tensor by name, and other tensors that training changes (batch statistics). What checkpoints
+            hold; the parameters among them are averaged.
+        folder: where checkpoints, records and `progress.jsonl` go; None for none of them.
+        identity: further settings that a resumed run must share (method, digests of the pictures), as JSON values.
+        accelerator: device, processes; one is made if none is given. The tensors must be on its device.
+        after_step: `after_step(step, steps)` is called on every process after each update, before the gradients are cleared,
+            with the steps done and those of the whole run. What it changes must be in `named`.
+        on_step: called after each step with a `Progress`, on the main process.
+        on_preview: called with the steps done, every `config.preview_every`, on the main process with the averaged weights
+            in place if there are any.
+
+    Raises:
+        TrainError: a parameter that `named` lacks, that needs no gradient or is not float32.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        groups: Sequence[optimizers.Group],
+        loss_step: LossStep,
+        named: Mapping[str, Tensor],
+        folder: Path | None = None,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        accelerator: Accelerator | None = None,
+        after_step: Callable[[int, int], None] | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+        on_preview: Callable[[int], None] | None = None,
+    ) -> None:
+        self.config, self.after_step, self.on_step, self.on_preview = config, after_step, on_step, on_preview
+        self.accelerator = accelerator or Accelerator()
+        lists = [list(group["params"]) for group in groups]
+        groups = [{**group, "params": params} for group, params in zip(groups, lists, strict=True)]
+        self.parameters = [parameter for params in lists for parameter in params]
+        self.named = dict(named)
+        self.trained = optimizers.names_of(self.parameters, self.named)
+        self.optimizer = optimizers.build(config.optimizer, groups, config.learning_rate, config.weight_decay)
+        self.gradients = Gradients(config, self.accelerator, loss_step, self.parameters, self.optimizer)
+        self.ema = EMA(self.trained, config.ema, config.ema_warmup) if config.ema else None
+        self.folder = None if folder is None else Path(folder)
+        self._file = None if self.folder is None else ProgressFile(self.folder / "progress.jsonl")
+        shares = [
+            [g.get("name"), g.get("lr_scale", 1.0), g.get("weight_decay"), len(p)] for g, p in zip(groups, lists, strict=True)
+        ]
+        settings = {**config.identity(), "groups": shares, **(identity or {})}
+        if after_step is not None:
+            settings["steps"] = config.steps
+        self.checkpoints = None if folder is None else Checkpoints(Path(folder), settings, config.keep_checkpoints)
+        self.step, self.losses, self.seconds = 0, list[float](), 0.0
+        self._resumed_from, self._saved, self._warnings = 0, -1, list[str]()
+        self._stop = StopFlag()
+        self._good = LastGood(self._tensors())
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.named.values())
+        self._reserve = None if self.folder is None else Reserve(self.folder, LAST_FILES * weights + 2**21)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.accelerator.device
+
+    def stop(self) -> None:
+        """Ask the run to end after the current step, with a checkpoint; safe from any thread and from callbacks."""
+        self._stop.requested = True
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Context with the averaged weights in place; without EMA it changes nothing."""
+        return self.ema.swapped() if self.ema else nullcontext()
+
+    def fit(self, resume: bool = False, accept: Collection[str] = ()) -> TrainResult:
+        """Train to the last step, or until SIGINT, SIGTERM or `stop`: then the step is finished and a checkpoint written.
+
+        A second SIGINT ends at once. A checkpoint that cannot be written is a `CheckpointWarning`, not the end of the run.
+        Disk space for the last files is reserved while it trains.
+
+        Args:
+            resume: go on from the newest intact checkpoint in `folder`, bitwise as if never stopped; from the start if none.
+            accept: settings that may differ from the checkpoint's, such as `learning_rate`; an optimiser of another kind
+                starts afresh.
+
+        Raises:
+            CheckpointError: the checkpoints are another run's, or all damaged; or there are some and `resume` is False.
+            Diverged: a loss or gradient is not finite. The weights of the last finite loss are put back first.
+        """
+        self._start(resume, accept)
+        try:
+            return self._steps()
+        finally:
+            if self._reserve is not None and self.accelerator.is_main_process:
+                self._reserve.release()
+
+    def _steps(self) -> TrainResult:
+        reset_peak_memory(self.device)
+        pace = Pace()
+        with tracking(self.config.tracker, self.folder, asdict(self.config), self.step) as record, self._stop:
+            stopping = False
+            if self._reserve is not None and self.accelerator.is_main_process:
+                self._reserve.take()
+            while self.step < self.config.steps and not stopping:
+                began = time.monotonic()
+                stopping, norm = self._advance()
+                self.seconds += time.monotonic() - began
+                self._tell(norm, pace, record)
+                self._keep(stopping)
+        return self._result(stopped=self.step < self.config.steps)
+
+    def _start(self, resume: bool, accept: Collection[str]) -> None:
+        if self.checkpoints is not None:
+            state = on_main(self.accelerator, lambda: self._find(resume, accept))
+            if state is not None:
+                self._restore(state)
+        share_start(self.accelerator, self._tensors())
+
+    def _find(self, resume: bool, accept: Collection[str]) -> State | None:
+        assert self.checkpoints is not None
+        self.checkpoints.clean()
+        if resume:
+            return self.checkpoints.newest(accept)
+        if steps := self.checkpoints.steps():
+            raise CheckpointError(
+                f"{self.checkpoints.folder} holds a run of {steps[-1]} steps: resume it, delete its checkpoints, or choose "
+                "another folder",
+                file=self.checkpoints.folder,
+                where="steps",
+                given=steps[-1],
+            )
+        return None
+
+    def _advance(self) -> tuple[bool, float]:
+        """One optimiser step: (is a stop asked for, gradient norm)."""
+        step = self.step
+        rate = optimizers.base_rate(self.config.optimizer, self.config.learning_rate) * self.config.rate(step)
+        optimizers.set_rates(self.optimizer, rate)
+        loss, stop, norm = self.gradients.compute(step, self._stop.requested)
+        if not math.isfinite(loss):
+            raise self._diverged("loss", loss, rate, self._good.restore(step))
+        if self.gradients.fatal(norm):
+            raise self._diverged("gradient", norm, rate, step)
+        self._good.take(step)
+        then = self.after_step
+        self.gradients.apply(norm, None if then is None else lambda: then(step + 1, self.config.steps))
+        if self.ema:
+            self.ema.update(step)
+        self.losses.append(loss)
+        self.step += 1
+        return stop, norm
+
+    def _diverged(self, where: str, given: float, rate: float, kept: int) -> Diverged:
+        self.gradients.clear()
+        file, newest = None, None
+        if self._reserve is not None and self.accelerator.is_main_process:
+            self._reserve.release()
+        if self.folder is not None and self.accelerator.is_main_process:
+            file = write_last_good(self.folder, self.named)
+        if self.checkpoints is not None and (steps := self.checkpoints.steps()):
+            newest = self.checkpoints.path(steps[-1])
+        return Diverged(self.step, where, given, rate, kept, file, newest)
+
+    def _tell(self, norm: float, pace: Pace, record: Callable[[Mapping[str, float], int], None]) -> None:
+        config, recent = self.config, self.losses[-WINDOW:]
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        left, memory = pace.left(config.steps - self.step), peak_memory(self.device)
+        smoothed = sum(recent) / len(recent)
+        event = Progress(self.step, config.steps, recent[-1], smoothed, rate, norm, self.seconds, left, memory)
+        if not self.accelerator.is_main_process:
+            return
+        if self.step % config.log_every == 0 or self.step == config.steps:
+            record({"loss": event.loss, "loss_smoothed": smoothed, "learning_rate": rate, "gradient_norm": norm}, self.step)
+        for told in (self._file, self.on_step):
+            if told is not None:
+                told(event)
+        if self.on_preview and config.preview_every and self.step % config.preview_every == 0:
+            self._preview(self.on_preview)
+
+    def _preview(self, preview: Callable[[int], None]) -> None:
+        """Call it with the averaged weights in place; without disk space for its files the run goes on."""
+        try:
+            with self.averaged(), torch.no_grad():
+                preview(self.step)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self._warnings.append(f"the preview of step {self.step} was not written: the disk is full")
+            warning = CheckpointWarning(self._warnings[-1], where="preview", given=error.errno)
+            warnings.warn(warning, stacklevel=2)
+
+    def _keep(self, stopping: bool) -> None:
+        """Write a checkpoint if one is due: at its interval, at the end if there is an interval, and when stopping."""
+        every = self.config.checkpoint_every
+        due = every and (self.step % every == 0 or self.step == self.config.steps)
+        checkpoints = self.checkpoints
+        if checkpoints is None or not (due or stopping):
+            return
+        try:
+            on_main(self.accelerator, lambda: self._save(checkpoints, stopping or self.step == self.config.steps))
+            self._saved = self.step
+        except CheckpointError as error:
+            self._warnings.append(str(error))
+            warning = CheckpointWarning(str(error), where=error.where, given=error.given, file=error.file)
+            warnings.warn(warning, stacklevel=3)
+
+    def _save(self, checkpoints: Checkpoints, last: bool) -> None:
+        """Write a checkpoint; the last of a run may use the reserved disk space."""
+        try:
+            checkpoints.save(self._state())
+        except CheckpointError as error:
+            if not last or self._reserve is None or not is_full(error):
+                raise
+            self._reserve.release()
+            checkpoints.save(self._state())
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.named.values(), *(self.ema.averages.values() if self.ema else ())]
+
+    def _state(self) -> State:
+        state, values = optimizers.pack(self.optimizer, self.trained)
+        tensors = {
+            "weights": self.named,
+            "optimizer": state,
+            "history": {"losses": torch.tensor(self.losses, dtype=torch.float64)},
+        }
+        if self.ema:
+            tensors["ema"] = self.ema.averages
+        scaler = self.gradients.scaler.state_dict()
+        processes = self.accelerator.num_processes
+        return State(self.step, tensors, {"optimizer": values, "scaler": scaler, "seconds": self.seconds, "processes": processes})
+
+    def _restore(self, state: State) -> None:
+        put(self.named, state.tensors["weights"], "weights")
+        optimizers.unpack(self.optimizer, self.trained, state.tensors["optimizer"], state.values["optimizer"])
+        if self.ema:
+            weights = {name: state.tensors["weights"][name] for name in self.ema.averages}
+            put(self.ema.averages, state.tensors.get("ema", weights), "averaged weights")
+        if state.values["scaler"] and self.gradients.scaler.is_enabled():
+            self.gradients.scaler.load_state_dict(state.values["scaler"])
+        self.losses = state.tensors["history"]["losses"].tolist()
+        self.seconds = state.values["seconds"]
+        self.step = self._resumed_from = self._saved = state.step
+
+    def _result(self, stopped: bool) -> TrainResult:
+        newest = None if self.checkpoints is None or self._saved < 0 else self.checkpoints.path(self._saved)
+        memory = peak_memory(self.device)
+        return TrainResult(
+            self.step, list(self.losses), self.seconds, memory, stopped, self._resumed_from, newest, list(self._warnings)
+        )

@@ -1,0 +1,139 @@
+"""The loss of a denoiser on a folder of photos: every draw a function of (seed, step, sample)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..data.dataset import Example, PhotoDataset
+from ..data.latent_cache import Cache, cache_key, encoder_digest, why_not_cached
+from ..families import Family
+from ..loop.seeds import generator
+from .losses import Kind, MaskMean, huber_threshold, preserved, sample_losses
+from .noise import NoiseOptions, draw_noise
+from .objectives import ObjectiveOptions
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How a prediction is compared with its target.
+
+    Args:
+        kind: `l2`, `huber` or `smooth_l1`; see `losses.sample_losses`. `huber_schedule`: c falls with the noise, else it is 0.1.
+        mask_mean, mask_floor: of masked losses.
+        prior_weight: λ of the class pictures.
+    """
+
+    kind: Kind = "l2"
+    huber_schedule: bool = True
+    mask_mean: MaskMean = "plain"
+    mask_floor: float = 0.0
+    prior_weight: float = 1.0
+
+
+@dataclass
+class DenoisingLoss:
+    """`loss_step` for a `Trainer`: mean over photos of w(t)·d(model(x_t, t, caption), target) + λ · mean over class pictures.
+
+    Args:
+        family: the pipeline's family. `dataset`: pictures and captions. `seed`: of every draw.
+        samples: photos in one optimiser step, over all processes and micro-batches.
+        objective_options, noise, options: see their classes.
+        cache: where latents and text embeddings are kept; None recomputes both at each step.
+    Text embeddings are cached only while no text encoder trains; latents (mean and deviation; the draw is fresh) always.
+    """
+
+    family: Family
+    dataset: PhotoDataset
+    seed: int
+    samples: int
+    objective_options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    options: LossOptions = field(default_factory=LossOptions)
+    cache: Cache | None = None
+
+    def __post_init__(self) -> None:
+        self.objective = self.family.objective(self.objective_options)
+        towers = self.family.text_towers
+        self.text_trains = any(why_not_cached(tower) is not None for tower in towers.values())
+        keep = self.cache is not None
+        self._text_key = cache_key(*map(encoder_digest, towers.values())) if keep and towers and not self.text_trains else None
+        self._vae_key = encoder_digest(self.family.pipe.vae) if keep else ""
+
+    def __call__(self, step: int, rows: Sequence[int]) -> Tensor:
+        """The mean loss over samples `rows` of the step, and their class pictures."""
+        batch = self.dataset.examples(step, self.samples)
+        chosen = [batch[r] for r in rows]
+        if len(batch) > self.samples:
+            chosen += [batch[self.samples + r] for r in rows]
+        losses = self.losses(step, chosen)
+        return preserved(losses, torch.tensor([e.is_prior for e in chosen]), self.options.prior_weight)
+
+    def losses(self, step: int, examples: Sequence[Example]) -> Tensor:
+        """Loss of each example, (batch,)."""
+        family, objective = self.family, self.objective
+        latents = torch.cat([self._latents(step, e) for e in examples])
+        draws = [draw_noise(x, self.noise, self._random(step, e, "noise")) for x, e in zip(latents, examples, strict=True)]
+        noise, seen = torch.stack([d[0] for d in draws]), torch.stack([d[1] for d in draws])
+        height, width = examples[0].pixels.shape[-2:]
+        moments = [self._random(step, e, "timestep") for e in examples]
+        t = objective.draws(moments, family.tokens(height, width)).to(latents.device)
+        prediction = family.denoise(
+            objective.noised(latents, seen, t),
+            objective.model_input(t),
+            self._text([e.caption for e in examples]),
+            [e.size for e in examples],
+        )
+        return sample_losses(
+            prediction,
+            objective.target(latents, noise, t),
+            objective.weight(t),
+            _masks(examples),
+            kind=self.options.kind,
+            huber_c=huber_threshold(objective.snr(t)) if self.options.huber_schedule else 0.1,
+            mask_mean=self.options.mask_mean,
+            mask_floor=self.options.mask_floor,
+        )
+
+    def _random(self, step: int, example: Example, what: str) -> torch.Generator:
+        return generator(self.seed, what, step, example.index)
+
+    def _latents(self, step: int, example: Example) -> Tensor:
+        """(1, channels, height, width): one draw from the cached posterior."""
+
+        def encode() -> dict[str, Tensor]:
+            with torch.autocast(self.family.pipe.vae.device.type, enabled=False):
+                mean, std = self.family.encode_pictures(example.pixels[None])
+            return {"mean": mean, "std": std}
+
+        if self.cache is None or not self.dataset.cacheable:
+            found = encode()
+        else:
+            found = self.cache.get(cache_key("latents", example.key, self._vae_key, "float32"), encode)
+        device = self.family.pipe.vae.device
+        return self.family.latents(found["mean"].to(device), found["std"].to(device), self._random(step, example, "latents"))
+
+    def _text(self, captions: list[str]) -> dict[str, Tensor]:
+        if self.text_trains or not self.family.text_towers:
+            return self.family.encode_text(captions)
+        if self._text_key is None or self.cache is None:
+            return self._encode(captions)
+        key, device = self._text_key, self.family.text_device
+        keys = [cache_key("text", self.family.text_identity(caption), key) for caption in captions]
+        rows = [self.cache.get(k, partial(self._encode, [c])) for k, c in zip(keys, captions, strict=True)]
+        return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
+
+    def _encode(self, captions: list[str]) -> dict[str, Tensor]:
+        """In the encoders' own precision: what is kept must not depend on the precision of the run that kept it."""
+        with torch.no_grad(), torch.autocast(self.family.text_device.type, enabled=False):
+            return self.family.encode_text(captions)
+
+
+def _masks(examples: Sequence[Example]) -> Tensor | None:
+    if all(e.mask is None for e in examples):
+        return None
+    return torch.stack([torch.ones_like(e.pixels[:1]) if e.mask is None else e.mask for e in examples])

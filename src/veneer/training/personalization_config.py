@@ -1,0 +1,299 @@
+"""What `veneer personalize` can be told, and what is usual where it is told nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from veneer import base_models, methods
+from veneer.injection.attachment.plan import hosts_for
+from veneer.injection.errors import OptionError
+
+from . import param_groups
+from .data.captions import rename_concept
+from .loop.config import TrainConfig
+from .objective.losses import Kind
+from .objective.noise import NoiseOptions
+from .objective.objectives import ObjectiveOptions
+from .report.feature_models import check_features
+from .report.run_folder import new_folder
+
+LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
+"""Captions, prompts and unrelated prompts of bases that read ImageNet labels: the last are four of DiT's samples."""
+
+WITHOUT_EFFECT = (
+    "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "unrelated", "eval_seeds",
+    "features", "check", "out", "truncate",
+)  # fmt: skip
+"""Options that a resumed run may change, or that are compared by content."""
+DIFFUSION = ("diffusers_dit", "diffusers_unet")
+"""Hosts of the models that a base may have."""
+
+TEXTS = ("template", "prompts")
+"""Settings with the concept in them."""
+DEMO = {"concept": "<octopus>", "class_word": "fish"}
+"""What is taught when no photos are given: the pictures that the package carries."""
+
+
+@dataclass(frozen=True)
+class PersonalizeConfig:
+    """What is taught to which base, and how.
+
+    Args:
+        photos: folder with the photos of one subject or style, or one photo; none for the pictures that the package carries.
+        concept: the word for it in prompts, such as `<toy>`; for DiT a class label, by name or number.
+        base: `shipped`, a folder, or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
+        method: a method, several joined by `+`, or `pivotal` (textual_inversion+lora).
+        options: method name to its options.
+        where: selection of sites for methods on weights; see `veneer sites`. None: the base's or the method's usual.
+        text_encoder: adapt the text encoders too.
+        class_word: an ordinary word for the kind of thing, such as `toy`. New tokens begin as it, and class pictures show it.
+        prior: number of class pictures to generate with the bare base and train on beside the photos; 0 for none.
+        prior_weight: weight of their loss.
+        template: captions for photos without one of their own, with {concept} in them.
+        caption_dropout: probability of the empty caption, 0 to 1.
+        tag_dropout: probability of leaving out each comma-separated tag of a caption, 0 to 1.
+        keep_tokens: number of tags at the front of a caption that are never left out or moved.
+        shuffle_tags: the other tags change places.
+        resolution: side of the training pictures in pixels (area with buckets); None for the base's own.
+        crop: `center` or `random`.
+        flip: probability of mirroring, 0 to 1.
+        buckets: train at the photos' aspect ratios; if not, square crops.
+        masks: weigh the loss with the photos' masks or alpha channels.
+        steps: optimiser steps; None for what is usual with this base.
+        batch: photos in a micro-batch, over all processes; None for what is usual with this base, else 1.
+        accumulation: micro-batches in a step.
+        learning_rate: of the first method that trains weights (or the only method); None for what is usual.
+        text_learning_rate: of weights in text encoders; None for half the learning rate.
+        token_learning_rate: of new tokens' vectors, when trained beside weights; None for what is usual.
+        schedule: `constant`, `cosine` or `linear`; None for what is usual with this base, else constant.
+        warmup: steps of linear warm-up.
+        optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
+        weight_decay: decoupled weight decay.
+        clip: largest norm of the gradient; 0 for no clipping.
+        ema: decay of averaged weights, which are then what is saved; 0 for none.
+        min_snr: gamma of min-SNR loss weights; 0 for none, usual 5.
+        weighting: another loss weight by name; see `veneer.training.objective.loss_weighting`.
+        density: timestep sampling, a density of the noise level (diffusers' scripts count from the noisy end, so that their
+            `--logit_mean` has the other sign); None for the family's default.
+        prediction: overrides the scheduler's `prediction_type`.
+        loss: `l2`, `huber` or `smooth_l1`.
+        noise_offset: strength of the noise offset; usual 0.05 to 0.1.
+        pyramid_noise: discount of pyramid noise, 0 to 1; usual 0.3.
+        input_perturbation: gamma of input perturbation; usual 0.1.
+        cache: keep latents and text embeddings instead of computing them each step.
+        cache_folder: where to keep them between runs; in memory if not given.
+        precision: `no` (float32), `bf16` or `fp16` autocast.
+        checkpointing: recompute activations in the backward pass, for less memory.
+        seed: of every random draw.
+        checkpoint_every: steps between checkpoints; 0 for none but that of a stopped run.
+        resume: go on from the newest checkpoint in `out`.
+        preview_every: steps between preview pictures; 0 for none.
+        prompts: prompts of previews and of the sheet, with the concept in them.
+        unrelated: prompts without the concept, for the drift.
+        eval_seeds: pictures of each prompt in the figures; 0 for no figures.
+        features: image model of the figures: `shipped`, a folder, or such as `timm:vit_small_patch16_224.dino`.
+        tracker: names that accelerate knows, separated by commas, or `none`.
+        truncate: `error`, or `warn` to cut captions that the encoder cannot take whole.
+        check: only say what would be trained, and stop.
+        out: folder for all results; None for a new one under `runs`.
+    """
+
+    photos: Path | None = None
+    concept: str = ""
+    base: str = "shipped"
+    method: str = "lora"
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    where: tuple[str, ...] | None = None
+    text_encoder: bool = False
+    class_word: str = ""
+    prior: int = 0
+    prior_weight: float = 1.0
+    template: tuple[str, ...] | None = None
+    caption_dropout: float = 0.0
+    tag_dropout: float = 0.0
+    keep_tokens: int = 0
+    shuffle_tags: bool = False
+    resolution: int | None = None
+    crop: str = "center"
+    flip: float = 0.0
+    buckets: bool = True
+    masks: bool = True
+    steps: int | None = None
+    batch: int | None = None
+    accumulation: int = 1
+    learning_rate: float | None = None
+    text_learning_rate: float | None = None
+    token_learning_rate: float | None = None
+    schedule: str | None = None
+    warmup: int = 0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.0
+    min_snr: float = 0.0
+    weighting: str = "none"
+    density: str | None = None
+    prediction: str | None = None
+    loss: str = "l2"
+    noise_offset: float = 0.0
+    pyramid_noise: float = 0.0
+    input_perturbation: float = 0.0
+    cache: bool = True
+    cache_folder: Path | None = None
+    precision: str = "no"
+    checkpointing: bool = False
+    seed: int = 0
+    checkpoint_every: int = 0
+    resume: bool = False
+    preview_every: int = 0
+    prompts: tuple[str, ...] | None = None
+    unrelated: tuple[str, ...] | None = None
+    eval_seeds: int = 3
+    features: str = "shipped"
+    tracker: str = "tensorboard"
+    truncate: str = "error"
+    check: bool = False
+    out: Path | None = None
+
+    def completed(self) -> PersonalizeConfig:
+        """The same with every open choice made: the demo's photos, the base's usual settings, a new folder.
+
+        Raises:
+            VeneerError: photos without a concept, an unknown feature model, or a value of the loop out of range.
+            ValueError: a method's option out of range.
+        """
+        check_features(self.features)
+        usual: dict[str, Any] = {}
+        if self.photos is None:
+            usual = {"photos": base_models.examples(), **{k: getattr(self, k) or v for k, v in DEMO.items()}}
+        elif not self.concept:
+            raise OptionError("no concept: give the word that the photos show, such as --concept '<toy>'.", option="concept")
+        preset = base_models.preset(self.base)
+        names = param_groups.split_methods(self.method)
+        known = {name: dict(preset.training.get(name, {})) for name in names}
+        first = {key: value for m in reversed(known.values()) for key, value in m.items()}
+        usual["where"] = self.where or (tuple(first["where"]) if "where" in first else None)
+        usual["steps"] = self.usual_steps() if self.steps is None else self.steps
+        usual["batch"] = int(first.get("batch", 1)) if self.batch is None else self.batch
+        usual["schedule"] = str(first.get("schedule", "constant")) if self.schedule is None else self.schedule
+        usual["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
+        usual["out"] = self.out or new_folder(Path("runs"), f"{_plain(usual.get('concept', self.concept))}-{self.method}")
+        return dataclasses.replace(self, **usual)._checked()
+
+    def _checked(self) -> PersonalizeConfig:
+        """The same, its values checked before a base is loaded."""
+        self.loop(), self.objective(), self.noise()
+        for name in ("eval_seeds", "prior"):
+            if getattr(self, name) < 0:
+                given = getattr(self, name)
+                raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)
+        if self.loss not in (kinds := get_args(Kind)):
+            message = f"loss is {self.loss!r}; expected one of {', '.join(kinds)}."
+            raise OptionError(message, option="loss", given=self.loss, expected=kinds)
+        for name in param_groups.split_methods(self.method):
+            if not param_groups.learns_words(methods.get(name)):  # those need the token, which is chosen later
+                methods.get(name).from_config(self.options.get(name, {}))
+        return self
+
+    def worded(self, labels: bool) -> PersonalizeConfig:
+        """The same with the captions and prompts that are usual for the base, where none are given.
+
+        Args:
+            labels: the base reads class labels in the place of text.
+        """
+        preset = base_models.Preset(*LABELS) if labels else base_models.preset(self.base)
+        usual = {"template": preset.templates, "prompts": preset.previews, "unrelated": preset.unrelated}
+        worded: dict[str, Any] = {name: getattr(self, name) or theirs for name, theirs in usual.items()}
+        return dataclasses.replace(self, **worded)
+
+    def with_token(self, tokenizers: Sequence[Any]) -> PersonalizeConfig:
+        """The same with the token that is trained as the concept, also in prompts and templates; see `targets.new_token`."""
+        names = param_groups.split_methods(self.method)
+        if any("tokens" in self.options.get(n, {}) for n in names) or not any(
+            param_groups.learns_words(methods.get(n)) for n in names
+        ):
+            return self
+        token = param_groups.new_token(self.concept, self.class_word, tokenizers)
+        texts: dict[str, Any] = {
+            name: tuple(rename_concept(text, self.concept, token) for text in getattr(self, name)) or None
+            for name in TEXTS
+            if getattr(self, name) is not None
+        }
+        return dataclasses.replace(self, concept=token, **texts)
+
+    def rates(self) -> dict[str, float]:
+        """Method name to learning rate: as given, else the base's usual, else the method's own."""
+        rates = self.usual_rates()
+        for name in rates:
+            words = param_groups.learns_words(methods.get(name)) and len(rates) > 1
+            rate = self.token_learning_rate if words else self.learning_rate
+            rates[name] = rates[name] if rate is None else rate
+        return rates
+
+    def usual_steps(self) -> int:
+        """The default number of optimizer steps on the base: of several methods the most."""
+        known = base_models.preset(self.base).training
+        return max(int(known.get(name, {}).get("steps", 500)) for name in param_groups.split_methods(self.method))
+
+    def usual_rates(self) -> dict[str, float]:
+        """Method name to the learning rate that is usual on the base, else the method's own."""
+        known = base_models.preset(self.base).training
+        names = param_groups.split_methods(self.method)
+        return {n: float(known.get(n, {}).get("learning_rate", methods.get(n).learning_rate)) for n in names}
+
+    def text_rate(self) -> float:
+        """Learning rate of weights in text encoders."""
+        return self.text_learning_rate or 0.5 * self.main_rate()
+
+    def main_rate(self) -> float:
+        """The rate that the others are shares of: of the first method on weights, or the only one."""
+        rates = self.rates()
+        return next((r for n, r in rates.items() if not param_groups.learns_words(methods.get(n))), next(iter(rates.values())))
+
+    def loop(self) -> TrainConfig:
+        """The loop's part."""
+        names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
+        shared = {name: getattr(self, name) for name in names if name != "learning_rate"}
+        return TrainConfig(learning_rate=self.main_rate(), **shared)
+
+    def objective(self) -> ObjectiveOptions:
+        """The objective's part."""
+        weighting, gamma = ("min_snr", self.min_snr) if self.min_snr else (self.weighting, 5.0)
+        return ObjectiveOptions(density=self.density, weighting=weighting, gamma=gamma, prediction=self.prediction)
+
+    def prior_prompt(self) -> str:
+        """The prompt of class pictures: the first template with the class word."""
+        return (self.template or ("{concept}",))[0].replace("{concept}", self.class_word) if self.class_word else ""
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share beyond the loop's settings and the pictures' bytes."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in WITHOUT_EFFECT and not hasattr(TrainConfig, k)}
+        return json.loads(json.dumps(fields, default=str, sort_keys=True))
+
+    def noise(self) -> NoiseOptions:
+        """The noise's part."""
+        return NoiseOptions(offset=self.noise_offset, pyramid=self.pyramid_noise, perturbation=self.input_perturbation)
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[^\w-]+", "", word) or "concept"
+
+
+@functools.cache
+def teachable() -> tuple[str, ...]:
+    """Names of the methods that `personalize` can train: on weights of a diffusion model, or new words; those that follow a
+    picture in each call are for `control`."""
+    found = []
+    for name in methods.names():
+        method = methods.get(name)
+        alone = not (method.conditions or method.prepares or method.keeps_head)
+        if alone and (param_groups.learns_words(method) or hosts_for(method, DIFFUSION)):
+            found.append(name)
+    return tuple(found)

@@ -1,0 +1,213 @@
+"""What a run should take: memory, time and disk, from a warm step or from shapes alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..loop.config import TrainConfig
+from ..loop.optimizer_step import AUTOCAST
+from ..report.progress import clock
+from .step_cost import STATES, StepCost, counted, flops_per_second, measured, nbytes
+
+if TYPE_CHECKING:
+    from veneer.injection.attachment.attachment import Attachment
+
+    from ..families import Family
+    from ..report.previews import PreviewSettings
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run should take, per process.
+
+    Args:
+        base: bytes of the pipeline's weights, adapters included.
+        training: bytes of gradients, optimiser state, averaged weights and the copy of the last good ones.
+        activations: peak bytes of what a micro-batch's forward and backward pass makes.
+        checkpoint: bytes of one checkpoint.
+        seconds: of one optimiser step. `steps`: in the run.
+        measured: True if `seconds` and `activations` come from a real warm step, False if counted from shapes.
+        device: where.
+        images: generated for previews and evaluation. `image_seconds`: of one of them.
+        loading: seconds from the start of the run to the estimate.
+        written: bytes of all that the run leaves on the disk.
+    """
+
+    base: int
+    training: int
+    activations: int
+    checkpoint: int
+    seconds: float
+    steps: int
+    measured: bool
+    device: str
+    images: int = 0
+    image_seconds: float = 0.0
+    loading: float = 0.0
+    written: int = 0
+
+    @property
+    def total_seconds(self) -> float:
+        """The whole run: loading, training, previews and evaluation."""
+        return self.loading + self.seconds * self.steps + self.image_seconds * self.images
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all tensors together; the process itself and the libraries come on top."""
+        return self.base + self.training + self.activations
+
+    def __str__(self) -> str:
+        parts = f"base {size(self.base)}, training {size(self.training)}, activations {size(self.activations)}"
+        how = "measured in a warm step" if self.measured else "counted, not measured, so at least that"
+        return (
+            f"time about {clock(self.total_seconds)} on {self.device}: loading {clock(self.loading)}, {self.steps} steps × "
+            f"{self.seconds:.3g} s = {clock(self.seconds * self.steps)}, {self.images} images of previews and evaluation × "
+            f"{self.image_seconds:.3g} s = {clock(self.image_seconds * self.images)}; memory about {size(self.memory)} "
+            f"({parts}); disk about {size(self.written)}, a checkpoint {size(self.checkpoint)}; {how}"
+        )
+
+
+def size(count: int) -> str:
+    """Bytes as `1.25 GiB` or `12.5 MiB`."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def estimate(
+    attachments: Sequence[Attachment],
+    config: TrainConfig,
+    family: Family,
+    resolution: int,
+    rows: int,
+    samples: int,
+    texts: Sequence[str],
+    measure: bool,
+    *,
+    images: int = 0,
+    previews: int = 0,
+    sampling: PreviewSettings | None = None,
+    loading: float = 0.0,
+) -> Estimate:
+    """The cost of a run. Weights, gradients and the random state are as before afterwards.
+
+    Args:
+        resolution: side in pixels. `rows`: pictures in a micro-batch of one process, class pictures included. `samples`: in one
+            optimiser step of it. `texts`: prompts, of which the longest is encoded.
+        measure: run two real passes of a micro-batch; False counts from shapes and the speed of a matrix product.
+        images, previews: generated for the evaluation and for previews. `sampling`: how. `loading`: seconds spent so far.
+    """
+    trainable = [p for a in attachments for p in a.parameters() if p.requires_grad]
+    step = _step(family, resolution, rows, texts, config.precision)
+    device = trainable[0].device
+    if measure:
+        cost = _undisturbed(lambda: measured(step), trainable)
+        seconds = cost.seconds or 0.0
+        forward = cost.forward or seconds / 3
+    else:
+        cost = counted(family.tower, _inputs(family.tower, step), trainable)
+        seconds = cost.flops / flops_per_second(device, AUTOCAST[config.precision] or torch.float32)
+        forward = seconds / 3
+    values = sum(p.numel() for p in trainable)
+    state = STATES.get(config.optimizer, 8)
+    copies = 4 * (2 if config.ema else 1)
+    passes = 0 if sampling is None else sampling.steps * (2 if sampling.guidance > 1 else 1)
+    parts = [part for part in family.pipe.components.values() if isinstance(part, nn.Module)]
+    return Estimate(
+        base=nbytes(t for part in parts for t in (*part.parameters(), *part.buffers())),
+        training=round(values * (4 + state + copies + (4 if config.ema else 0))),
+        activations=cost.activations,
+        checkpoint=checkpoint_bytes(values, config),
+        seconds=seconds * samples / rows,
+        steps=config.steps,
+        measured=measure,
+        device=str(device),
+        images=images + previews,
+        image_seconds=forward / rows * passes,
+        loading=loading,
+        written=written_bytes(values, config, images + previews, resolution),
+    )
+
+
+def checkpoint_bytes(values: int, config: TrainConfig) -> int:
+    """Bytes of a checkpoint of so many trainable parameters: weights, averaged weights and the optimizer's state."""
+    return round(values * (STATES.get(config.optimizer, 8) + 4 * (2 if config.ema else 1)))
+
+
+def written_bytes(values: int, config: TrainConfig, images: int = 0, resolution: int = 0) -> int:
+    """Bytes that a run leaves or needs on the way: the adapter twice (for veneer and for others), checkpoints and the one that is
+    being written, image grids (3 bytes a pixel at 160 pixels or more a side, uncompressed) and logs.
+
+    Args:
+        values: trainable parameters. `images`: generated for previews and evaluation, of `resolution` pixels a side.
+    """
+    every = config.checkpoint_every
+    made = config.steps // every if every else 0
+    kept = min(made, config.keep_checkpoints) if config.keep_checkpoints else made
+    grids = 3 * max(160, resolution) ** 2 * images
+    return 2 * 4 * values + checkpoint_bytes(values, config) * (kept + 1 if every else 0) + grids + 2**20
+
+
+def _step(family: Family, resolution: int, rows: int, texts: Sequence[str], precision: str) -> Callable[[], Tensor]:
+    """A micro-batch's pass as in training, with blank latents: text is encoded in it only if an encoder trains."""
+    text_trains = any(p.requires_grad for tower in family.text_towers.values() for p in tower.parameters())
+    words = [max(texts, key=len)] * rows
+    latent = resolution // family.vae_factor
+    noisy = torch.zeros(rows, family.pipe.vae.config.latent_channels, latent, latent, device=family.pipe.vae.device)
+    objective = family.objective()
+    draws = [torch.Generator().manual_seed(row) for row in range(rows)]
+    times = objective.model_input(objective.draws(draws, family.tokens(resolution, resolution)).to(noisy.device))
+    dtype = AUTOCAST[precision]
+
+    def encode() -> dict[str, Tensor]:
+        with torch.set_grad_enabled(text_trains and torch.is_grad_enabled()):
+            return family.encode_text(words)
+
+    with torch.no_grad():
+        kept = encode()
+
+    def step() -> Tensor:
+        with torch.autocast(noisy.device.type, dtype, enabled=dtype is not None):
+            return family.denoise(noisy, times, encode() if text_trains else kept).float().square().mean()
+
+    return step
+
+
+def _undisturbed(action: Callable[[], StepCost], trainable: Sequence[Tensor]) -> StepCost:
+    """Run `action`, and put gradients and the random state back as they were."""
+    gradients = [p.grad for p in trainable]
+    devices = {p.device for p in trainable if p.device.type == "cuda"}
+    try:
+        for p in trainable:
+            p.grad = None
+        with torch.random.fork_rng(devices=devices):
+            return action()
+    finally:
+        for p, gradient in zip(trainable, gradients, strict=True):
+            p.grad = gradient
+
+
+class _Caught(Exception):
+    pass
+
+
+def _inputs(tower: nn.Module, step: Callable[[], Tensor]) -> Mapping[str, Any]:
+    """The arguments by name that a step calls its tower with; the tower itself does not run."""
+    caught: dict[str, Any] = {}
+
+    def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
+        caught.update(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        raise _Caught
+
+    handle = tower.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        step()
+    except _Caught:
+        pass
+    finally:
+        handle.remove()
+    return caught

@@ -1,0 +1,225 @@
+"""What a run leaves behind: the files that others load, the sheet, and the figures."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from veneer import base_models
+from veneer.formats import diffusers as diffusers_format
+from veneer.formats import embeddings, native
+from veneer.injection.attachment.attachment import Attachment
+
+from .. import param_groups
+from ..data.image_io import read_photo
+from ..data.photo_folder import Photo
+from ..loop.checkpoints import write_atomically
+from ..loop.disk_space import optional, writing
+from ..loop.trainer import TrainResult
+from .feature_models import features
+from .image_grid import Row, before_after, sheet
+from .metrics import Metrics, measure
+from .personalization_verdict import personal_verdict
+from .phases import PhaseReport
+from .previews import Pair, PreviewSettings, pairs, previews
+from .progress import clock
+from .verdict import read_verdict
+
+if TYPE_CHECKING:
+    from ..personalization_config import PersonalizeConfig
+
+ADAPTER, GRID = "adapter.safetensors", "before_after.png"
+SHOWN = 4
+"""Prompts on the sheet; the figures use all."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, what it works on, what says which phase it is in, and warnings of its end."""
+
+    config: PersonalizeConfig
+    pipe: Any
+    attached: Sequence[Attachment]
+    photos: Sequence[Photo]
+    out: Path
+    report: PhaseReport = field(default_factory=PhaseReport)
+    notes: list[str] = field(default_factory=list)
+
+    def settings(self, seeds: int) -> PreviewSettings:
+        """How pictures are made: as the base is usually sampled."""
+        preset = base_models.preset(self.config.base)
+        return PreviewSettings(tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4)
+
+    def previews(self, steps: int) -> int:
+        """Images of all previews in a run of so many steps."""
+        every = self.config.preview_every
+        return steps // every * len(self.prompts[:SHOWN]) if every else 0
+
+    @property
+    def prompts(self) -> list[str]:
+        """Prompts with the concept in them."""
+        return [p.replace("{concept}", self.config.concept) for p in self.config.prompts or ("{concept}",)]
+
+    @property
+    def base_words(self) -> dict[str, str]:
+        """What stands for the concept where the base or a text model reads a prompt that it knows no such word of."""
+        return {self.config.concept: self.config.class_word} if self.config.class_word else {}
+
+
+def write_preview(run: Run, step: int) -> Path:
+    """`previews/step-000100.png`: the sheet's prompts with the weights of now."""
+    settings = run.settings(1)
+    shown = run.prompts[:SHOWN]
+    made = previews(run.pipe, shown, settings, progress=run.report("previews", len(shown)))
+    rows = [Row(f"{p.prompt}, seed {p.seed}", ((p.image,),)) for p in made]
+    path = run.out / "previews" / f"step-{step:06d}.png"
+    write_image(sheet(rows, title=f"step {step}", across=2), path)
+    run.report.close()
+    return path
+
+
+def evaluated(config: PersonalizeConfig) -> int:
+    """Images that a run generates for its scores and its image grid."""
+    unrelated = len(config.unrelated or ()) if config.eval_seeds else 0
+    return 2 * max(1, config.eval_seeds) * (len(config.prompts or ("",)) + unrelated)
+
+
+def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
+    """Write the files, `before_after.png` and `result.json`; gives what the latter holds, with the table of `scores` as text."""
+    run.report("saving")
+    files = write_files(run)
+    config = run.config
+    count = run.report("evaluating", evaluated(config))
+    photos = [read_photo(p.path) for p in run.photos]
+    settings = run.settings(max(1, config.eval_seeds))
+    concept = pairs(run.pipe, run.attached, run.prompts, settings, run.base_words, count)
+    metrics = None
+    if config.eval_seeds:
+        unrelated = pairs(run.pipe, run.attached, list(config.unrelated or ()), settings, progress=count)
+        side = min(concept[0].adapted.size)
+        metrics = measure(features(config.features), [reduced(p, side) for p in photos], concept, unrelated, run.base_words)
+    run.report("saving")
+    grid = _sheet(run, result, photos, concept, metrics)
+    optional(run.out, GRID, lambda: write_image(grid, run.out / GRID), run.notes)
+    run.report.close()
+    record = _record(run, result, files, metrics)
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    with writing(run.out, "result.json"):
+        write_atomically(run.out / "result.json", (text + "\n").encode())
+    return {**record, "scores": str(metrics) if metrics else ""}
+
+
+def ending(run: Run, record: dict[str, Any]) -> str:
+    """What a finished run says last: files, scores, verdict, and the next command."""
+    warnings = [f"warning: {text}" for text in record["training"]["warnings"]]
+    prompt = shlex.quote(run.prompts[0])
+    return "\n".join(
+        [
+            f"finished in {clock(run.report.elapsed)}; in {run.out}: {', '.join([*record['files'], GRID, 'result.json'])}",
+            *warnings,
+            *([str(record["scores"])] if record.get("scores") else []),
+            read_verdict(record).text(),
+            f"generate images with and without it: veneer generate {prompt} --adapter {shlex.quote(str(run.out))} --without",
+        ]
+    )
+
+
+def write_files(run: Run) -> list[str]:
+    """The native file of everything, and beside it what diffusers loads by itself."""
+    provenance = {"base": str(run.config.base), "concept": run.config.concept, "class_word": run.config.class_word}
+    with writing(run.out, ADAPTER):
+        native.save(run.attached, run.out / ADAPTER, provenance=provenance)
+    found = [ADAPTER]
+    for attachment in run.attached:
+        if param_groups.learns_words(attachment.method):
+            name, save = "learned_embeds.safetensors", embeddings.save
+        elif attachment.method.name == "lora":
+            name, save = "pytorch_lora_weights.safetensors", diffusers_format.save
+        else:
+            continue
+        if optional(run.out, name, functools.partial(save, attachment, run.out / name), run.notes) is not None:
+            found.append(name)
+    return found
+
+
+def _sheet(run: Run, result: TrainResult, photos: list[Image.Image], concept: list[Pair], metrics: Metrics | None) -> Image.Image:
+    config = run.config
+    shown = {*run.prompts[:SHOWN]}
+    trained = sum(p.numel() for a in run.attached for p in a.parameters())
+    note = (
+        f"{config.method} on {config.base}: {len(run.photos)} photos, {result.steps} steps, {result.seconds:.0f} s, "
+        f"{trained:,} trained values"
+    )
+    words = run.base_words
+    heads = (f"base ('{next(iter(words.values()))}')" if words else "base", "with the adapter")
+    return before_after(
+        photos,
+        [p for p in concept if p.prompt in shown],
+        title=f"{config.concept}",
+        note=note,
+        footer=str(metrics) if metrics else "",
+        heads=heads,
+    )
+
+
+def _record(run: Run, result: TrainResult, files: list[str], metrics: Metrics | None) -> dict[str, Any]:
+    return {
+        "config": asdict(run.config),
+        "files": files,
+        "photos": [{"name": p.path.name, "digest": p.digest, "size": list(p.size)} for p in run.photos],
+        "methods": [
+            {
+                "name": a.method.name,
+                "config": a.method.config(),
+                "where": list(a.where),
+                "sites": len(a.parts),
+                "parameters": sum(p.numel() for p in a.parameters()),
+            }
+            for a in run.attached
+        ],
+        "training": {**training_record(result), "warnings": [*result.warnings, *run.notes]},
+        "phase_seconds": {**run.report.seconds_in, "training": result.seconds},
+        "figures": metrics.as_dict() if metrics else None,
+        "verdict": personal_verdict(metrics, run.config).as_dict(),
+        "versions": {name: version(name) for name in ("veneer", "torch", "diffusers", "transformers")},
+        "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},
+    }
+
+
+def training_record(result: TrainResult) -> dict[str, Any]:
+    """How a training went, for JSON; the loss is the mean of the last 50 steps."""
+    last = result.losses[-50:]
+    return {
+        "steps": result.steps,
+        "resumed_from": result.resumed_from,
+        "loss": sum(last) / len(last) if last else None,
+        "seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "warnings": result.warnings,
+    }
+
+
+def reduced(photo: Image.Image, side: int) -> Image.Image:
+    """The photo with a short side of at most `side` pixels: likeness is to what a picture of that size can show."""
+    factor = side / min(photo.size)
+    size = round(photo.width * factor), round(photo.height * factor)
+    return photo.resize(size, Image.Resampling.LANCZOS) if factor < 1 else photo
+
+
+def write_image(image: Image.Image, path: Path) -> None:
+    """A PNG, written whole or not at all."""
+    import io
+
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    write_atomically(path, data.getvalue())

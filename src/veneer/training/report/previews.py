@@ -1,0 +1,269 @@
+"""Preview pictures with fixed seeds, and PNG files that remember how they were made."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import nn
+
+from veneer.injection.attachment.attachment import Attachment
+from veneer.injection.errors import OptionError, VeneerError
+
+from ..loop.checkpoints import write_atomically
+from ..loop.seeds import generator
+
+KEY = "veneer"
+"""Name of the PNG text entry that holds the settings as JSON."""
+
+
+def check_counts(count: int, steps: int | None) -> None:
+    """Check how many images are generated, in how many steps.
+
+    Raises:
+        OptionError: less than 1.
+    """
+    for name, value in (("count", count), ("steps", steps)):
+        if value is not None and value < 1:
+            raise OptionError(f"--{name} is {value}; expected at least 1.", option=name, given=value, expected=1)
+
+
+@dataclass(frozen=True)
+class PreviewSettings:
+    """How preview pictures are made.
+
+    Args:
+        seeds: one picture a prompt and seed; the noise of each is a function of (seed, prompt) alone.
+        steps: denoising steps. `guidance`: classifier-free guidance scale.
+        negative: negative prompt, for pipelines that take one.
+        size: (height, width) in pixels, or None for the pipeline's own.
+        batch: pictures made at once. It changes speed and memory, not the pictures (beyond the rounding of batched products).
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 25
+    guidance: float = 7.5
+    negative: str = ""
+    size: tuple[int, int] | None = None
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, given in (("seeds", len(self.seeds)), ("steps", self.steps), ("batch", self.batch)):
+            if given < 1:
+                raise OptionError(f"previews: {name}: {given}; expected at least 1", option=name, given=given, expected=1)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One picture, the prompt and seed it came from, and all its settings as plain JSON values."""
+
+    prompt: str
+    seed: int
+    image: Image.Image
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same prompt and seed on the base and on the adapted pipeline."""
+
+    prompt: str
+    seed: int
+    base: Image.Image
+    adapted: Image.Image
+
+
+class _Job(NamedTuple):
+    prompt: str
+    seed: int
+    noise: tuple[str, int]
+
+
+def previews(
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: PreviewSettings = PreviewSettings(),
+    words: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Preview]:
+    """Pictures for every prompt and seed, prompt by prompt. The pipeline is left as it was.
+
+    The noise of a picture is a function of its seed, its prompt and how often the list had that prompt before.
+
+    Args:
+        pipe: any diffusers text-to-image pipeline, or one with class labels (DiT), whose prompts are label names or numbers.
+        words: replacements in the prompts, as `base_words` of `pairs`. The noise stays that of the prompt as given.
+        progress: called after each batch with the number of images in it.
+    Raises:
+        VeneerError: a pipeline that takes neither, or a label that it does not know.
+    """
+    return _generate(pipe, _jobs(prompts, settings, words or {}), settings, progress)
+
+
+def pairs(
+    pipe: Any,
+    attachments: Attachment | Sequence[Attachment],
+    prompts: Sequence[str],
+    settings: PreviewSettings = PreviewSettings(),
+    base_words: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Pair]:
+    """Base (adapters switched off) and adapted pictures of every prompt and seed, from the same noise.
+
+    Args:
+        base_words: replacements in the prompt for the base alone, such as `{"<toy>": "toy"}` where the concept is a word that
+            only the adapters know. The noise stays that of the prompt as given.
+        progress: called after each batch with the number of images in it.
+    """
+    several = [attachments] if isinstance(attachments, Attachment) else list(attachments)
+    with ExitStack() as off:
+        for attachment in several:
+            off.enter_context(attachment.enabled(False))
+        base = _generate(pipe, _jobs(prompts, settings, base_words or {}), settings, progress)
+    adapted = previews(pipe, prompts, settings, progress=progress)
+    return [Pair(a.prompt, a.seed, b.image, a.image) for a, b in zip(adapted, base, strict=True)]
+
+
+def _jobs(prompts: Sequence[str], settings: PreviewSettings, words: Mapping[str, str]) -> list[_Job]:
+    return [
+        _Job(replaced(prompt, words) if words else prompt, seed, (prompt, list(prompts[:i]).count(prompt)))
+        for i, prompt in enumerate(prompts)
+        for seed in settings.seeds
+    ]
+
+
+def _generate(
+    pipe: Any, jobs: Sequence[_Job], settings: PreviewSettings, progress: Callable[[int], None] | None = None
+) -> list[Preview]:
+    accepts = set(inspect.signature(pipe.__call__).parameters)
+    found: list[Preview] = []
+    with at_rest(pipe), torch.inference_mode():
+        scheduler = pipe.scheduler
+        for start in range(0, len(jobs), settings.batch):
+            part = jobs[start : start + settings.batch]
+            pipe.scheduler = copy.deepcopy(scheduler)
+            images = pipe(**_arguments(pipe, accepts, part, settings)).images
+            found += [
+                Preview(j.prompt, j.seed, image, _described(pipe, j, settings)) for j, image in zip(part, images, strict=True)
+            ]
+            if progress is not None:
+                progress(len(part))
+    return found
+
+
+def replaced(prompt: str, words: Mapping[str, str]) -> str:
+    """`prompt` with every key of `words` replaced by its value, longest keys first, and single spaces."""
+    for word in sorted(words, key=len, reverse=True):
+        prompt = prompt.replace(word, words[word])
+    return " ".join(prompt.split())
+
+
+@contextmanager
+def at_rest(pipe: Any) -> Iterator[None]:
+    """Every module in `eval`, no progress bar; then modes, scheduler, bar and torch's random state as before."""
+    modules = [m for c in pipe.components.values() if isinstance(c, nn.Module) for m in c.modules()]
+    modes = [m.training for m in modules]
+    scheduler, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            for module in modules:
+                module.training = False
+            pipe.set_progress_bar_config(disable=True)
+            yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+            pipe.scheduler = scheduler
+            if bar is None:
+                vars(pipe).pop("_progress_bar_config", None)
+            else:
+                pipe._progress_bar_config = bar
+
+
+def _arguments(pipe: Any, accepts: set[str], part: Sequence[_Job], settings: PreviewSettings) -> dict[str, Any]:
+    prompts = [job.prompt for job in part]
+    wanted: dict[str, Any] = {
+        "generator": [generator("preview", job.seed, *job.noise) for job in part],
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "clean_caption": False,
+    }
+    if "prompt" in accepts:
+        wanted["prompt"] = prompts
+    elif "class_labels" in accepts:
+        wanted["class_labels"] = [_label(pipe, prompt) for prompt in prompts]
+    else:
+        kind = type(pipe).__name__
+        raise VeneerError(f"previews: {kind} takes neither a prompt nor class labels.", given=kind)
+    if settings.negative:
+        wanted["negative_prompt"] = [settings.negative] * len(part)
+    if settings.size:
+        wanted["height"], wanted["width"] = settings.size
+    return {name: value for name, value in wanted.items() if name in accepts}
+
+
+def _label(pipe: Any, prompt: str) -> int:
+    if prompt.isdecimal():
+        return int(prompt)
+    labels: dict[str, int] = getattr(pipe, "labels", {})
+    if prompt not in labels:
+        message = f"previews: {prompt!r} is no class label of this pipeline. It has: {', '.join(list(labels)[:12])} …"
+        raise OptionError(message, option="prompt", given=prompt, expected=tuple(labels))
+    return labels[prompt]
+
+
+def _described(pipe: Any, job: _Job, settings: PreviewSettings) -> dict[str, Any]:
+    facts = {k: v for k, v in asdict(settings).items() if k not in ("seeds", "batch")}
+    names = {"pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__}
+    return {"prompt": job.prompt, "seed": job.seed, **facts, **names}
+
+
+def save_preview(folder: Path, preview: Preview, more: Mapping[str, Any]) -> Path:
+    """The first free `NAME-SEED.png`."""
+    words = "-".join("".join(c if c.isalnum() else " " for c in preview.prompt).split())[:60] or "picture"
+    stem = folder / f"{words}-{preview.seed}"
+    path, number = stem.with_suffix(".png"), 1
+    while path.exists():
+        number += 1
+        path = stem.with_name(f"{stem.name}-{number}.png")
+    return save_png(preview.image, path, {**preview.settings, **more})
+
+
+def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> Path:
+    """Write a PNG with `settings` as JSON in its text metadata, to a temporary name first. Returns the path.
+
+    Raises:
+        TypeError: settings that are no JSON.
+    """
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(KEY, json.dumps(dict(settings), ensure_ascii=False, sort_keys=True))
+    data = io.BytesIO()
+    image.save(data, "PNG", pnginfo=text)
+    write_atomically(Path(path), data.getvalue())
+    return Path(path)
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a PNG that `save_png` wrote.
+
+    Raises:
+        VeneerError: another kind of file, or a PNG without settings.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            found: dict[str, Any] = json.loads(image.info[KEY])
+    except (KeyError, OSError, ValueError, SyntaxError) as error:
+        message = f"{path}: no settings found ({type(error).__name__}); expected a PNG that veneer wrote."
+        raise VeneerError(message, file=path, where="settings") from error
+    return found

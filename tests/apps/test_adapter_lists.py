@@ -1,0 +1,30 @@
+"""Lists of adapters that know of new ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from veneer.apps.context import Studio
+from veneer.apps.pages.shared.adapter_lists import follow
+
+
+def test_a_list_is_sent_when_the_adapters_have_changed_and_only_then(tmp_path: Path) -> None:
+    studio = Studio.at(tmp_path)
+    here = studio.workspace(None)
+    here.adapters.mkdir(parents=True)
+    (here.adapters / "a.safetensors").touch()
+    with gr.Blocks() as page:
+        choice = gr.Dropdown([], label="Adapters", allow_custom_value=True)
+        follow(studio, [choice], lambda workspace, chosen: [f"{chosen} of {len(workspace.all_adapters())}"], choice)
+    first, news = (event.fn for event in page.fns.values())
+    assert first is not None
+    assert news is not None
+    opened: list[Any] = first(None, "a")
+    assert opened == ["a of 1", ["a"]]
+    assert news(None, "a", opened[-1]) == [gr.skip()] * 2, "a list that is open stays as it is"
+    (here.adapters / "b.safetensors").touch()
+    assert news(None, "a", opened[-1]) == ["a of 2", ["a", "b"]]
+    (here.adapters / "a.safetensors").unlink()
+    assert news(None, "a", ["a", "b"]) == ["a of 1", ["b"]]

@@ -1,0 +1,40 @@
+"""Which classifiers stay loaded between questions; none is loaded here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from veneer.apps import classifier_cache as module
+from veneer.apps.classifier_cache import KEPT, Answers
+
+from tests.raising import raises
+from veneer.injection.errors import StateError
+
+
+def test_classifiers_that_were_asked_last_stay_and_new_ones_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def opens(run: Path) -> object:
+        opened.append(run.name)
+        return object()
+
+    monkeypatch.setattr(module, "open_predictor", opens)
+    runs = [tmp_path / str(number) for number in range(KEPT + 1)]
+    for run in runs:
+        run.mkdir()
+        (run / "model.json").touch()
+    answers = Answers()
+    first = answers._opened(runs[0])
+    for run in runs[1:KEPT]:
+        answers._opened(run)
+    assert answers._opened(runs[0]) is first
+    answers._opened(runs[KEPT])
+    assert answers._opened(runs[0]) is first, "it was asked later than others"
+    assert opened == [run.name for run in runs]
+    os.utime(runs[0] / "model.json", (1, 1))
+    assert answers._opened(runs[0]) is not first, "it has learnt more since"
+    assert len(answers._kept) == KEPT
+    with raises(StateError, where=tmp_path.name, given="untrained"):
+        answers._opened(tmp_path)

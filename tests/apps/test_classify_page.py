@@ -1,0 +1,185 @@
+"""The page Classify: what it begins, what it shows while a job learns and at the end, and whom it lets look where."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from veneer.apps import jobs
+from veneer.apps.classifier_cache import KEPT, Answers
+from veneer.apps.context import Studio
+from veneer.apps.limits import LIMITS
+from veneer.apps.pages.classify import classify_page
+from veneer.apps.pages.classify.request import Wanted, begin
+from veneer.apps.pages.classify.results import accuracies, stamp, told, values
+from veneer.apps.pages.shared.job_view import remove
+from veneer.apps.workspace import Workspace
+
+from tests.classification.small import CLASSES, model_folder, picture_folder
+from tests.raising import raises
+from veneer.classification.train.epoch_selection import read_epochs
+from veneer.cli import main
+from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError, StateError, UnknownName
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zip of three colours below one folder, as file managers make them."""
+    parent = tmp_path_factory.mktemp("given")
+    picture_folder(parent / "pets", count=12)
+    return Path(shutil.make_archive(str(parent / "my pets"), "zip", parent, "pets"))
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(model_folder(tmp_path_factory.mktemp("models"), "vit"))
+
+
+@pytest.fixture
+def wanted(pets: Path, vit: str) -> Wanted:
+    return Wanted(source="zip", file=str(pets), model=vit, methods=["linear_probe", "bitfit"], epochs=3, batch=8, augment="none")
+
+
+def run(job: jobs.Job) -> None:
+    """What the worker does, in this process."""
+    assert main([*job.about["words"], "--out", str(job.run), "--resume"]) in (0, None), job.about
+
+
+def test_each_method_is_a_job_and_the_end_says_how_well_it_does(tmp_path: Path, wanted: Wanted) -> None:
+    studio, workspace = Studio.at(tmp_path), Workspace(tmp_path)
+    begun, left_out = begin(studio, workspace, wanted)
+    assert [job.about["title"] for job in begun] == ["my-pets · linear_probe", "my-pets · bitfit"]
+    assert not left_out
+    data = Path(begun[0].about["words"][1])
+    assert {path.name for path in data.iterdir()} == set(CLASSES), "the folder around them is gone"
+    assert begun[1].about["words"][1] == str(data), "the same pictures, so that the methods can be compared"
+    assert values(begun[0])[0] == ""
+    for job in begun:
+        run(job)
+    words, accuracy, compared, confusion, curves, mistakes, every, files = values(begun[0])
+    assert "interval is **" in words
+    tested = json.loads((begun[0].run / "splits.json").read_text())["test"]
+    assert f"Measured on {len(tested)} test images" in words
+    assert json.loads((begun[0].run / "result.json").read_text())["verdict"]["summary"] in html.unescape(words)
+    assert accuracy.visible
+    assert len(accuracies(read_epochs(begun[0].run))) == 3
+    assert all(isinstance(sheet.value, dict) for sheet in (confusion, curves, mistakes)), "pictures in Gradio's cache"
+    assert compared.count("<tr>") == every.count("<tr>") == 3
+    assert {Path(each["path"]).name for each in files.value} == {"adapter.safetensors", "model.json"}
+
+    answers = Answers()
+    red = data / "red" / "0.png"
+    found = classify_page.ask(workspace, answers, begun[0].name, str(red))
+    assert found is not None
+    assert set(found) == set(CLASSES)
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+    broken = tmp_path / "broken.png"
+    broken.write_text("<b>no picture</b>")
+    with raises(VeneerError, file=broken.name):
+        classify_page.ask(workspace, answers, begun[0].name, str(broken))
+    for number in range(KEPT + 1):
+        answers.ask(shutil.copytree(begun[0].run, tmp_path / f"copy-{number}"), red)
+    assert len(answers._kept) == KEPT
+
+    again, _ = begin(studio, workspace, replace(wanted, source="again", job=begun[0].name, methods=["lora+ssf"]))
+    assert again[0].about["words"][1] == str(data)
+    assert again[0].about["title"] == "my-pets · lora+ssf"
+    remove(workspace, begun[0].name)
+    assert data.is_dir(), "others learn from them"
+
+
+def test_accuracy_is_told_while_it_learns(tmp_path: Path, wanted: Wanted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped after its second epoch of twenty."""
+    from veneer.training.loop.trainer import Trainer
+
+    job = begin(Studio.at(tmp_path), Workspace(tmp_path), replace(wanted, methods=["bitfit"], epochs=20))[0][0]
+    before, tell = stamp(job), Trainer._tell
+
+    def stopping(self: Trainer, *rest: Any) -> None:
+        tell(self, *rest)
+        if len(read_epochs(job.run)) == 2:
+            self.stop()
+
+    monkeypatch.setattr(Trainer, "_tell", stopping)
+    run(job)
+    (job.folder / "stop").touch()
+    epochs = read_epochs(job.run)
+    assert stamp(job) != before
+    assert told(job, epochs).startswith(f"Epoch 2: validation accuracy **{epochs[1].val_accuracy:.1%}**")
+    words, accuracy, _, confusion, *_, files = values(job)
+    assert "at the end" in words
+    assert accuracy.visible
+    assert not confusion.visible
+    assert len(files.value) == 2, "what it had learnt can be kept"
+    assert classify_page.ask(Workspace(tmp_path), Answers(), job.name, str(next(Path(job.about["words"][1]).rglob("*.png"))))
+
+
+def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: Wanted, pets: Path) -> None:
+    studio, alone, named = Studio.at(tmp_path), Workspace(tmp_path), Workspace(tmp_path, "ann")
+    folder = str(picture_folder(tmp_path / "colours", count=2))
+    flat = tmp_path / "flat.zip"
+    with zipfile.ZipFile(flat, "w") as archive:
+        archive.write(next(Path(folder).rglob("*.png")), "only/0.png")
+    many = ["lora", "bitfit", "ssf", "vpt", "full", "oft", "boft", "loha", "lokr", "dora"]
+    changes: tuple[tuple[dict[str, object], dict[str, object]], ...] = (
+        ({"methods": []}, {"option": "methods", "given": ()}),
+        ({"methods": ["lora", "controlnet"]}, {"option": "methods", "given": "controlnet"}),
+        ({"methods": ["--out"]}, {"option": "methods", "given": "--out"}),
+        ({"model": "../secret"}, {"where": "timm", "given": "../secret"}),
+        ({"model": "timm:no_such_net"}, {"where": "timm", "given": "no_such_net"}),
+        ({"model": "open_clip:none"}, {"where": "open_clip", "given": "none"}),
+        ({"epochs": LIMITS.epochs + 1}, {"option": "epochs", "given": LIMITS.epochs + 1}),
+        ({"batch": -1}, {"option": "batch", "given": -1}),
+        ({"epochs": None}, {"option": "epochs", "given": None}),
+        ({"seed": None}, {"option": "seed", "given": None}),
+        ({"rate": None}, {"option": "learning rate", "given": None}),
+        ({"rate": math.nan}, {"option": "learning rate", "given": math.nan}),
+        ({"size": "8"}, {"option": "size", "given": "8"}),
+        ({"augment": "<b>"}, {"option": "augmentation", "given": "<b>"}),
+        ({"file": None}, {"option": "file", "given": None}),
+        ({"file": str(flat)}, {"where": "classes", "given": ("only",), "expected": 2}),
+        ({"source": "folder", "folder": " "}, {"option": "folder", "given": ""}),
+        ({"source": "folder", "folder": str(tmp_path / "gone")}, {"file": str(tmp_path / "gone"), "given": "missing"}),
+        ({"source": "again", "job": "../x"}, {"name": "../x", "kind": "job"}),
+        ({"methods": many}, {"where": "jobs", "given": len(many), "expected": LIMITS.jobs}),
+    )
+    for change, data in changes:
+        with raises(VeneerError, **data):
+            begin(studio, alone, replace(wanted, **change))  # type: ignore[arg-type]
+    with raises(OptionError, option="source", given="folder"):
+        begin(studio, named, replace(wanted, model="shipped", source="folder", folder=folder))
+    with raises(VeneerError, where="timm"):
+        begin(studio, named, wanted)  # a folder of this machine as the model
+    assert not alone.all_jobs()
+    assert not list(alone.given.glob("*")), "nothing stays of a zip that is of no use"
+    assert begin(studio, alone, replace(wanted, source="folder", folder=folder))[0][0].about["words"][1] == folder
+    mine = begin(studio, alone, wanted)[0][0]
+    with raises(UnknownName, name=mine.name, kind="job"):
+        classify_page.ask(named, Answers(), mine.name, str(next(Path(folder).rglob("*.png"))))
+    with raises(UnknownName, name=mine.name, kind="job"):
+        begin(studio, named, replace(wanted, model="shipped", source="again", job=mine.name))
+    with raises(StateError, where=mine.run.name, given="untrained"):
+        classify_page.ask(alone, Answers(), mine.name, str(next(Path(folder).rglob("*.png"))))
+
+
+def test_the_page_is_built_and_offers_what_fits(tmp_path: Path) -> None:
+    with gr.Blocks():
+        classify_page.build(Studio.at(tmp_path))
+    assert "folder" in dict(map(reversed, classify_page.offers(Workspace(tmp_path))))  # type: ignore[arg-type]
+    assert "folder" not in dict(map(reversed, classify_page.offers(Workspace(tmp_path, "ann"))))  # type: ignore[arg-type]
+    assert [part.visible for part in classify_page.places("zip")] == [True, False, False]
+    assert [part.visible for part in classify_page.places("digits")] == [False, False, True]
+    clip = classify_page.fitting("shipped_clip", ["lora", "vpt+ssf"])
+    assert "coop" in dict(clip.choices)
+    assert clip.value == ["lora", "vpt+ssf"]
+    assert classify_page.fitting("shipped", ["coop", "lora"]).value == ["lora"]
+    assert len(values(None)) == len(values(jobs.Job(tmp_path / "gone")))

@@ -1,0 +1,251 @@
+"""The page Teach: photos that are looked at, forms of methods, and a run from the example to its files."""
+
+from __future__ import annotations
+
+import html
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from PIL import Image
+from veneer.apps.context import Studio
+from veneer.apps.jobs import Job
+from veneer.apps.limits import LIMITS
+from veneer.apps.pages.generate import generate_page
+from veneer.apps.pages.personalize import personalize_page
+from veneer.apps.pages.personalize.request import SETTINGS, Asked, estimate, options_of, parameters, usual, words
+from veneer.apps.pages.shared.config_form import Slots, fields_of, words_of
+from veneer.apps.pages.shared.dry_run import checked
+from veneer.apps.pages.shared.photo_upload import lay_down, look_at
+from veneer.apps.pages.shared.training_result import for_others, in_words
+
+from tests.methods.controls import picture
+from tests.raising import raises, warns
+from veneer import formats, methods
+from veneer.base_models.folders import BaseError
+from veneer.cli import parser_for
+from veneer.injection import VeneerError
+from veneer.injection.errors import OptionError
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.data.image_io import DataWarning
+from veneer.training.data.photo_folder import find_photos
+
+PATIENCE = 300
+
+
+def asked(
+    concept: str = "<toy>", base: str = "shipped", method: str = "lora", options: Sequence[Any] | None = None, **more: str
+) -> Asked:
+    settings = [more.get(field.name, field.default if field.kind == "check" else "") for field in SETTINGS]
+    none = [field.default if field.kind == "check" else "" for field in options_of(method)]
+    return Asked(concept, "toy", base, method, settings, none if options is None else options)
+
+
+def option(method: str, **given: Any) -> list[Any]:
+    return [given.get(f.name, f.default if f.kind == "check" else "") for f in options_of(method)]
+
+
+def test_photos_are_looked_at_and_laid_down(tmp_path: Path) -> None:
+    (tmp_path / "brought").mkdir()
+    paths = [str(tmp_path / "brought" / name) for name in ("../brought/a b.png", "copy.png", "text.png", "tiny.png")]
+    picture(0, 96).save(paths[0])
+    picture(0, 96).save(paths[1])
+    Path(paths[2]).write_text("<script>")
+    picture(1, 96).resize((20, 30)).save(paths[3])
+    found = look_at(paths, 64)
+    assert found.names == ["001-a-b.png", "002-copy.png", "004-tiny.png"]
+    assert [crop.size for crop in found.crops] == [(64, 64)] * 3
+    said = "\n".join(found.wrong)
+    assert "text.png" in said
+    assert "the same picture 2 times: 001-a-b.png, 002-copy.png" in said
+    assert "004-tiny.png (20 x 30)" in said
+    assert str(tmp_path) not in said
+
+    workspace = Studio.at(tmp_path / "studio").workspace(None)
+    captions = [["001-a-b.png", " a {concept}\non grass"], ["../../x.png", "elsewhere"], ["004-tiny.png", ""]]
+    folder = lay_down(workspace, paths, captions)
+    assert folder.parent == workspace.given
+    with warns(DataWarning, where="copies", given=("001-a-b.png", "002-copy.png")):
+        photos = find_photos(folder)
+    assert [photo.caption for photo in photos] == ["a {concept} on grass", None, None]
+    with raises(OptionError, option="caption of 001-a-b.png", given=5000, expected=LIMITS.text):
+        lay_down(workspace, paths, [["001-a-b.png", "x" * 5000]])
+    assert list(workspace.given.iterdir()) == [folder], "nothing is left of what was refused"
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_has_a_form_whose_words_the_command_takes(name: str) -> None:
+    """What is shown, unchanged, means the same as nothing said."""
+    method: Any = methods.get(name)
+    fields = fields_of(method, skip=("by_site",))
+    given = [f.default if f.kind == "check" else str(f.default) if f.kind == "choice" and f.default else "" for f in fields]
+    found = words_of(method, fields, given, name)
+    assert all(word.startswith(f"--{name.replace('_', '-')}.") for word in found)
+    assert all(field.help for field in fields), "each option is explained"
+
+
+def test_words_reach_the_command_as_they_were_typed(tmp_path: Path) -> None:
+    options = option("lora", rank="4", ranks="mlp.*=2, conv=3", rslora=True, init="gaussian", alpha="-1.5")
+    found = words(asked("--out /etc <toy>", steps="20", where="attn xattn", buckets=False, options=options), tmp_path)  # type: ignore[arg-type]
+    read = vars(parser_for(found).parse_args(found))
+    assert (read["photos"], read["concept"], read["steps"]) == (tmp_path, "--out /etc <toy>", 20)
+    assert (read["where"], read["buckets"], read["lora.rank"], read["lora.alpha"]) == (["attn", "xattn"], False, 4, -1.5)
+    assert dict(read["lora.ranks"]) == {"mlp.*": 2, "conv": 3}
+    assert (read["lora.rslora"], read["lora.init"]) == (True, "gaussian")
+    assert "out" not in read
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "data"),
+    [
+        ("concept", " ", {"given": ""}),
+        ("steps", "many", {"given": "many"}),
+        ("learning_rate", "fast", {"given": "fast"}),
+        ("batch", "0", {"given": 0, "expected": 1}),
+        ("steps", "-3", {"given": -3, "expected": 1}),
+        ("learning_rate", "0", {"given": 0.0, "expected": 0}),
+        ("eval_seeds", "-1", {"given": -1, "expected": 0}),
+        ("where", "attn --out /etc", {"given": "attn --out /etc"}),
+        ("batch", "65", {"given": 65, "expected": 64}),
+        ("resolution", "4096", {"given": 4096, "expected": 1024}),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    name: str, text: str, data: dict[str, object], tmp_path: Path
+) -> None:
+    studio = Studio.at(tmp_path)
+    with raises(OptionError, option=name, **data):
+        personalize_page.begin(studio, studio.workspace(None), [], [], asked(**{name: text}))
+    assert not studio.workspace(None).folder.exists()
+
+
+def test_other_things_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    studio = Studio.at(tmp_path)
+    with raises(BaseError, where="base", given="../nowhere/at/all"):
+        personalize_page.begin(studio, studio.workspace(None), [], [], asked(base="../nowhere/at/all"))
+    assert not studio.workspace(None).folder.exists()
+    with raises(OptionError, option="lora.init", given="sharp"):
+        words(asked(options=option("lora", init="sharp")), tmp_path)
+    with raises(VeneerError, where="photos", given=0):
+        personalize_page.begin(studio, studio.workspace(None), [], [], asked())
+
+
+def test_presets_and_slots() -> None:
+    quick, balanced = usual("quick", "shipped", "lora"), usual("balanced", "shipped", "lora")
+    assert (balanced["steps"], balanced["batch"], balanced["learning_rate"]) == ("300", "4", "0.002")
+    assert int(quick["steps"]) == 100
+    with gr.Blocks():
+        slots = Slots.build([fields_of(methods.get(name)) for name in ("lora", "glora")])
+    fields = options_of("glora")
+    shown = [part for part in slots.fill(fields, {"rank": 3}) if part.visible]
+    assert sorted(part.label for part in shown) == sorted(field.label for field in fields)
+    assert next(part.value for part in shown if part.label == "rank") == "3"
+    values = [part.value for part in slots.fill(fields, {"rank": 3})]
+    assert dict(zip((f.name for f in fields), slots.given(fields, values), strict=True))["rank"] == "3"
+
+
+def test_settings_are_those_of_what_is_chosen() -> None:
+    personalize_page.agree(["quick", "shipped", "lora"], ["quick", "shipped", "lora"])
+    with raises(VeneerError, where="settings", expected=("balanced", "shipped", "lora")):
+        personalize_page.agree(["quick", "shipped", "lora"], ["balanced", "shipped", "lora"])
+    with raises(VeneerError, where="settings", expected=("quick", "shipped", "sepia")):
+        personalize_page.agree(["quick", "shipped", "lora"], ["quick", "shipped", "sepia"])
+    with raises(BaseError, where="base", given="no/such/folder"):
+        personalize_page.agree(["quick", "shipped", "lora"], ["quick", "no/such/folder", "lora"])
+
+
+def test_the_first_form_is_that_of_the_usual_method() -> None:
+    """As if it had been filled: nothing is sent after the page, which could come later than a visitor's choice."""
+    with gr.Blocks():
+        slots = Slots.build([fields_of(methods.get(name)) for name in ("lora", "glora")], options_of("pivotal"), {"rank": 16})
+    filled = slots.fill(options_of("pivotal"), {"rank": 16})
+    for part, later in zip(slots.components, filled, strict=True):
+        assert part.visible == later.visible
+        assert not later.visible or (part.label, part.value) == (later.label, later.value)
+
+
+def test_the_page_is_built(tmp_path: Path) -> None:
+    with gr.Blocks() as page:
+        personalize_page.build(Studio.at(tmp_path))
+    parts = [block for block in page.blocks.values() if isinstance(block, gr.components.FormComponent | gr.Image | gr.File)]
+    assert all(part.label for part in parts)
+
+
+def until_ended(studio: Studio, job: Job) -> None:
+    end = time.monotonic() + PATIENCE
+    while job.state in ("waiting", "running"):
+        assert time.monotonic() < end, job.log()
+        studio.queue.turn()
+        time.sleep(0.1)
+
+
+def test_from_the_example_to_its_files(tmp_path: Path) -> None:
+    tiny_pipeline("sd").save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    studio = Studio.at(tmp_path / "studio")
+    workspace = studio.workspace(None)
+    paths, concept, word, *_, table = personalize_page.example_taken("shipped")
+    assert len(paths) == 5
+    assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: the time is known after the first steps.")
+    rows = table.value["data"] if isinstance(table.value, dict) else table.value.values.tolist()
+    wish = asked(concept, base, steps="4", batch="2", preview_every="2", eval_seeds="0", options=option("lora", rank="2"))
+    job = personalize_page.begin(studio, workspace, paths, rows, wish)
+    assert word
+    until_ended(studio, job)
+    assert job.state == "done", job.log()
+    assert len(job.previews()) == 2
+    sheet, said, offered, button, _, _, onward = personalize_page.shown_results(job)
+    assert onward.visible, "Generate with it"
+    filled = generate_page.prepared(workspace, job)
+    assert filled[0] == base
+    assert "<octopus>" in filled[1], "a prompt with its token"
+    assert filled[9].value == [next(iter(workspace.all_adapters()))], "its adapter is selected"
+    assert sheet.visible
+    assert button.visible
+    assert "4 steps in" in said.value
+    assert "pytorch_lora_weights.safetensors (for diffusers)" in html.unescape(in_words(job))
+    (kohya,) = for_others(workspace, job.name)
+    assert Path(kohya).name == "octopus-lora-comfyui-a1111.safetensors"
+    assert isinstance(formats.format_of(formats.read(kohya)), formats.formats.get("kohya"))
+    assert "in all, going by your last run" in estimate(workspace, base, "lora", "4", "2")
+    assert offered.visible
+
+
+def test_a_look_before_the_start(tmp_path: Path) -> None:
+    """Memory and time of a step that is tried, and what is of concern; what the run would refuse, with the command's words."""
+    tiny_pipeline("sd").save_pretrained(tmp_path / "base")
+    workspace = Studio.at(tmp_path / "studio").workspace(None)
+    paths, _, _, *_ = personalize_page.example_taken("shipped")
+    wish = asked("<toy>", str(tmp_path / "base"), steps="40", batch="2", learning_rate="0.5", preview_every="0", eval_seeds="0")
+    said = checked(workspace, paths, [], wish)
+    assert said.startswith("photos: 5")
+    assert re.search(r"cost: time about \d+:\d\d on .*, 40 steps × [\d.e-]+ s", said)
+    assert re.search(r"memory about [\d.]+ MiB", said)
+    assert "learning rate" in said, "a thousand times the usual one"
+    assert not [*workspace.given.iterdir()]
+    assert not workspace.all_jobs()
+    with raises(VeneerError, where="check") as caught:
+        checked(workspace, paths, [["001-01.png", "a {concept} " + "and more " * 90]], wish)
+    assert any(line.startswith("- prompt: ") for line in caught.value.given)
+    assert not [*workspace.given.iterdir()]
+
+
+def test_parameters_of_a_base(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    pipe.save_pretrained(tmp_path / "base")
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    assert parameters(str(tmp_path / "base")) == sum(p.numel() for part in parts for p in part.parameters())
+    assert parameters("somebody/something") == 0
+
+
+def test_crops_are_of_the_middle(tmp_path: Path) -> None:
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    image.save(tmp_path / "wide.png")
+    (crop,) = look_at([str(tmp_path / "wide.png")], 64).crops
+    assert crop.getpixel((32, 32)) == (0, 0, 255)
+    assert crop.getpixel((3, 32)) == (0, 0, 255)

@@ -1,0 +1,41 @@
+"""The example pictures show what their captions say."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from veneer import base_models
+from veneer.base_models.pretraining import scene_judge
+from veneer.base_models.pretraining.data import example_images
+from veneer.base_models.pretraining.data.icon_sets import Icons
+from veneer.base_models.pretraining.data.scenes import Compositor
+
+
+def pixels(file):
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def test_captions_are_true_and_open_for_the_concept() -> None:
+    lines = [json.loads(line) for line in (base_models.examples() / "metadata.jsonl").read_text().splitlines()]
+    assert len(lines) == len(list(base_models.examples().glob("*.png"))) == 5
+    for line in lines:
+        seen = scene_judge.look(pixels(base_models.examples() / line["file_name"]))
+        assert "{concept}" in line["text"]
+        size = "" if seen.size == "large" else f"{seen.size} "
+        assert line["text"] == f"a {size}{{concept}}, {seen.place}, {seen.background} background"
+
+
+def test_every_example_is_on_another_background() -> None:
+    pictures = [scene_judge.look(pixels(file)) for file in sorted(base_models.examples().glob("*.png"))]
+    assert len({picture.background for picture in pictures}) == 5
+
+
+def test_examples_are_ordinary_scenes(tmp_path) -> None:
+    rgba = np.zeros((1, 128, 128, 4), np.uint8)
+    rgba[0, np.hypot(*np.mgrid[-63.5:64, -63.5:64]) < 64] = (128, 66, 170, 255)
+    example_images.write(Icons(rgba, [example_images.WORD], [example_images.SET]), tmp_path)
+    for number, scene in enumerate(example_images.SCENES, 1):
+        (plain,) = Compositor(rgba)([scene])
+        difference = np.abs(pixels(tmp_path / f"{number:02}.png").astype(int) - plain)
+        assert difference.max() <= 2

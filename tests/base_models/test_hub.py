@@ -1,0 +1,88 @@
+"""Names on the model hub: at once one sentence if the hub cannot be reached, the local cache if it has the files."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from tests.raising import raises
+from veneer import base_models
+from veneer.base_models.hub import hub, unreachable
+from veneer.testing.pipelines import tiny_pipeline
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """An address at which nothing listens, as the hub's; and an empty cache."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # without listening: connections are refused
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield address
+
+
+def test_a_closed_hub_is_unreachable_and_its_cache_alone_is_read(closed: str) -> None:
+    assert closed in unreachable()
+    with hub() as why:
+        assert closed in why
+        assert constants.is_offline_mode()
+    assert not constants.is_offline_mode()
+    with hub(asked=False) as why:
+        assert not why
+        assert not constants.is_offline_mode()
+
+
+def test_a_hub_that_answers_is_reachable_whatever_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(503)
+            self.end_headers()
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with hub() as why:
+            assert not why
+            assert not constants.is_offline_mode()
+        server.shutdown()
+
+
+def test_a_base_in_the_cache_is_loaded_without_the_hub(closed: str, tmp_path: Path) -> None:
+    commit, folder = "0" * 40, tmp_path / "cache" / "models--owner--tiny"
+    tiny_pipeline("sd").save_pretrained(folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    assert type(base_models.load("owner/tiny")).__name__ == "StableDiffusionPipeline"
+    with raises(base_models.BaseError, where="hub", given="owner/other") as caught:
+        base_models.load("owner/other")
+    assert closed in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [("transfer digits --model resnet18 --out run", "resnet18"), ("generate x --base owner/none", "owner/none")],
+)
+def test_a_model_of_an_unreachable_hub_ends_in_one_line(closed: str, tmp_path: Path, words: str, name: str) -> None:
+    """The hub's own client would announce each of its retries."""
+    start = "import sys; from veneer.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, *words.split()]
+    settings = {**os.environ, "HF_ENDPOINT": closed, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, cwd=tmp_path)
+    assert done.returncode == 1
+    *phases, line = done.stderr.strip().splitlines()
+    assert all(phase.endswith("…") for phase in phases), "only what is being done, and no retries"
+    assert name in line
+    assert closed in line

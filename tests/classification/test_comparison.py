@@ -1,0 +1,153 @@
+"""Rows as they are written, the table against numbers by hand, and runs that are not made twice."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from veneer.pipelines.compare import CompareConfig, compare
+
+from tests.classification.small import model_folder, picture_folder
+from tests.raising import raises
+from veneer.classification.report.comparison_table import lines_of, table, verdict, write_picture
+from veneer.classification.train.comparison import Measured, rows_of
+from veneer.injection import UnknownName
+from veneer.injection.errors import OptionError, UnknownOption
+
+
+def test_rows_are_read_as_they_are_written() -> None:
+    rows = rows_of("lora, adaptformer(bottleneck=8, scale=0.5), lora(rank=2, where=attn mlp.in), vpt+lora, scratch")
+    assert [r.label for r in rows] == [
+        "lora", "adaptformer(bottleneck=8, scale=0.5)", "lora(rank=2, where=attn mlp.in)", "vpt+lora", "scratch",
+    ]  # fmt: skip
+    assert rows[1].options == {"adaptformer": {"bottleneck": 8, "scale": 0.5}}
+    assert rows[2].where == ("attn", "mlp.in")
+    assert (rows[3].method, rows[3].options) == ("vpt+lora", {})
+    assert (rows[4].method, rows[4].scratch) == ("full", True)
+
+
+@pytest.mark.parametrize(
+    ("written", "option", "given"),
+    [
+        ("lora(rank", "methods", "lora(rank"),
+        ("lora(rank)", "methods", "rank"),
+        ("lora, lora", "methods", ("lora", "lora")),
+        ("lora(rank=x)", "rank", "x"),
+        ("lora(rank=2.5)", "rank", 2.5),
+        ("lora(alpha=True)", "alpha", True),
+        ("lora(rslora=1)", "rslora", 1),
+        ("", "methods", ()),
+    ],
+)
+def test_what_cannot_be_read_is_refused(written: str, option: str, given: Any) -> None:
+    with raises(OptionError, option=option, given=given):
+        rows_of(written)
+
+
+def test_unknown_methods_and_options_are_refused() -> None:
+    with raises(UnknownName, name="loro", kind="method"):
+        rows_of("loro")
+    with raises(UnknownOption, name="rnk", where="lora"):
+        rows_of("lora(rnk=2)")
+
+
+def measured(row: str, seed: int, accuracy: float, **more: Any) -> Measured:
+    usual: dict[str, Any] = {
+        "key": f"{row}{seed}", "val_accuracy": accuracy, "chosen_epoch": 1, "learning_rate": 1e-3, "trainable_parameters": 10,
+        "stored_bytes": 2048, "step_over_floor": 2.0, "peak_memory_bytes": 3_000_000, "cached": False, "seconds": 1.0,
+    }  # fmt: skip
+    return Measured(row, seed, test_accuracy=accuracy, **{**usual, **more})
+
+
+RUNS = [
+    *(measured("linear_probe", s, a, cached=True) for s, a in enumerate((0.70, 0.80, 0.75))),
+    *(measured("lora", s, a) for s, a in enumerate((0.80, 0.91, 0.84))),
+    *(measured("vpt", s, a) for s, a in enumerate((0.60, 0.95, 0.75))),
+    *(measured("ia3", s, a) for s, a in enumerate((0.60, 0.71, 0.64))),
+]
+
+
+def test_the_table_has_means_intervals_and_paired_differences(tmp_path: Path) -> None:
+    lines = lines_of(RUNS, ["linear_probe", "lora", "vpt", "ia3"])
+    lora = lines[1]
+    assert lora.accuracy == pytest.approx(0.85)
+    assert lora.over == pytest.approx(0.1)
+    assert lora.over_half == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-5), "differences 0.10, 0.11, 0.09"
+    told = table(lines)
+    assert "| `lora` | 85.0 ± 13.8 | +10.0 ± 2.5 | 85.0 | 10 | 2.05 kB | 2.00 | 3 MB | 0.001 |" in told
+    assert told.index("`lora`") < told.index("`vpt`") < told.index("`ia3`")
+    assert "2.00 (cached)" in told
+    assert verdict(lines) == [
+        "Above the linear probe: lora.",
+        "Not clearly apart from it: vpt.",
+        "Below it: ia3.",
+        "Chosen by validation accuracy: lora, test accuracy 85.0 ± 13.8.",
+    ]
+    write_picture(lines, "toy", tmp_path / "accuracy.png")
+    with Image.open(tmp_path / "accuracy.png") as picture:
+        assert picture.size[0] > 400
+
+
+def test_a_comparison_grows_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from veneer.classification.train import comparison
+
+    data, model = picture_folder(tmp_path / "pictures", count=10), model_folder(tmp_path, "vit")
+    fitted: list[str] = []
+    teach = comparison.Teacher.teach
+
+    def counted(self: Any) -> Any:
+        fitted.append(self.config.method)
+        return teach(self)
+
+    monkeypatch.setattr(comparison.Teacher, "teach", counted)
+    usual: dict[str, Any] = {
+        "data": str(data), "model": str(model), "epochs": 1, "batch": 8, "workers": 1, "out": tmp_path / "out", "augment": "none",
+    }  # fmt: skip
+    compare(CompareConfig(methods="bitfit", seeds=1, **usual))
+    first = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert fitted == ["linear_probe", "bitfit"]
+    fitted.clear()
+    compare(CompareConfig(methods="bitfit, lora(rank=2), scratch", seeds=2, **usual))
+    assert sorted(fitted) == ["bitfit", "full", "full", "linear_probe", "lora", "lora"], "only what was missing"
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert runs[: len(first)] == first
+    assert {(r["row"], r["seed"]) for r in runs} == {
+        (row, seed) for row in ("linear_probe", "bitfit", "lora(rank=2)", "scratch") for seed in (0, 1)
+    }
+    by_row = {(r["row"], r["seed"]): r for r in runs}
+    full = sum(p.numel() for p in _model(model).parameters())
+    assert by_row["scratch", 0]["trainable_parameters"] == full
+    assert by_row["linear_probe", 0]["cached"]
+    assert by_row["lora(rank=2)", 0]["trainable_parameters"] == 2 * 4 * 2 * 48 + 3 * 25
+    assert by_row["scratch", 0]["peak_memory_bytes"] > by_row["linear_probe", 0]["peak_memory_bytes"]
+    assert (tmp_path / "out" / "compare.md").read_text().count("| `") == 4
+    assert not list((tmp_path / "out" / "runs").iterdir())
+    fitted.clear()
+    compare(CompareConfig(methods="bitfit, lora(rank=2), scratch", seeds=2, **{**usual, "epochs": 2}))
+    assert len(fitted) == 8, "another budget is another comparison"
+
+
+def _model(folder: Path) -> Any:
+    import timm
+
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=3)
+
+
+def test_a_clip_is_compared_with_what_it_answers_by_itself(tmp_path: Path) -> None:
+    data = picture_folder(tmp_path / "pictures", count=8)
+    out = compare(
+        CompareConfig(
+            data=str(data), model="shipped_clip", methods="tip_adapter, clip_adapter", seeds=1, epochs=1, batch=8, workers=1,
+            augment="none", out=tmp_path / "out",
+        )
+    )  # fmt: skip
+    runs = {r["row"]: r for r in json.loads((out / "results.json").read_text())["runs"]}
+    assert list(runs) == ["zero_shot", "tip_adapter", "clip_adapter"]
+    assert (runs["zero_shot"]["trainable_parameters"], runs["tip_adapter"]["trainable_parameters"]) == (0, 0)
+    assert runs["tip_adapter"]["stored_bytes"] > 3 * 4 * 128 * 4, "features of the pictures of three classes"
+    assert all(r["cached"] for r in runs.values())
+    assert "over zero-shot" in (out / "compare.md").read_text()

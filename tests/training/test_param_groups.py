@@ -1,0 +1,26 @@
+"""Which sites `--text-encoder` adds to a method's own."""
+
+from __future__ import annotations
+
+import pytest
+
+from veneer.injection import methods
+from veneer.testing.pipelines import tiny_pipeline
+from veneer.training import param_groups
+from veneer.training.personalization_config import teachable
+
+ALONE = {"textual_inversion", "lst", "diffusekrona", "boft"}
+"""Methods that train the text encoder by themselves, have no sites in this UNet, or need options for its widths."""
+
+
+@pytest.mark.parametrize("name", [name for name in teachable() if name not in ALONE])
+def test_the_text_encoder_is_adapted_beside_the_default_sites(name: str) -> None:
+    """What a default names beyond the model is left out, and the text encoder is adapted whatever sites a method uses."""
+    pipe = tiny_pipeline("sd")
+    (alone,) = param_groups.attach_all(pipe, [methods.get(name)()], {}, text_encoder=False, seed=0)
+    sites = {site.name for site, _ in alone.parts.values()}
+    alone.detach()
+    (both,) = param_groups.attach_all(pipe, [methods.get(name)()], {}, text_encoder=True, seed=0)
+    found = {site.name: site.component for site, _ in both.parts.values()}
+    assert {site for site, component in found.items() if component == "unet"} == sites
+    assert "text_encoder" in found.values()
