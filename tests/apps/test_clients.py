@@ -131,21 +131,21 @@ def test_who_finds_the_queue_full_is_told_so_and_who_leaves_makes_room(app: App)
 
 
 def test_memory_returns_to_where_it_was(app: App, names: list[str]) -> None:
-    """Rounds of visitors who come, draw different things and go, and the process is no larger afterwards.
+    """After a warm-up round, further rounds of visitors who come, generate and leave do not make the process larger.
 
-    The server remembers the last `LIMITS.sessions` pages, about 1 MiB each, so these are opened first, the last of them in the
-    first round. What is then left is noise of the allocator: over twelve rounds it was seen to go up and down by 15 MiB. Without
-    a bound on pages three rounds take 60 to 90 MiB, and so do the next three.
+    The server remembers the last `LIMITS.sessions` pages, about 1 MiB each, so these are opened before. Allocators still grow in
+    the first round, by up to 20 MiB; afterwards memory was seen to vary by 15 MiB over twelve rounds. Without a limit on pages each
+    round takes 20 to 30 MiB.
     """
     with Client(app.address) as client:
         for _ in range(LIMITS.sessions - CLIENTS):
             client.session = secrets.token_hex(6)
             client.open()
     seen = []
-    for turn in range(1, 5):
+    for turn in range(1, 6):
         assert all(visit.pictures for visit in round_of(app, wishes(turn, CLIENTS, names)))
         seen.append(memory(app))
-    assert seen[-1] - seen[0] < 30, seen
+    assert seen[-1] - seen[1] < 40, seen
     assert threading.active_count() < CLIENTS
 
 
