@@ -133,9 +133,9 @@ def test_who_finds_the_queue_full_is_told_so_and_who_leaves_makes_room(app: App)
 def test_memory_returns_to_where_it_was(app: App, names: list[str]) -> None:
     """After a warm-up round, further rounds of visitors who come, generate and leave do not make the process larger.
 
-    The server remembers the last `LIMITS.sessions` pages, about 1 MiB each, so these are opened before. Allocators still grow in
-    the first round, by up to 20 MiB; afterwards memory was seen to vary by 15 MiB over twelve rounds. Without a limit on pages each
-    round takes 20 to 30 MiB.
+    The server remembers the last `LIMITS.sessions` pages, about 1 MiB each, so these are opened before. Allocators still grow
+    in the first round, by up to 20 MiB; afterwards memory was seen to vary by 15 MiB over twelve rounds. Without a limit on pages
+    each round takes 20 to 30 MiB.
     """
     with Client(app.address) as client:
         for _ in range(LIMITS.sessions - CLIENTS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -25,19 +26,20 @@ def _case(method: str, host: Host, model: str) -> Case | None:
     return Case(config, host, model, sites, other) if sites else None
 
 
-def _found() -> list[Any]:
-    found = []
+@functools.cache
+def _pairs() -> list[Any]:
+    pairs = []
     for name in hosts.names():
         host = hosts.get(name)()
         for place, second in enumerate(sorted({*methods.names()} - {FOLDED})):
             fitting = [m for m in host.tiny() if _case(FOLDED, host, m) and _case(second, host, m)]
             for model in fitting[place % len(fitting) :][:1] if fitting else ():
                 pair = _case(FOLDED, host, model), _case(second, host, model)
-                found.append(pytest.param(*pair, id=f"{FOLDED}-{second}-{name}-{model}"))
-    return found
+                pairs.append(pytest.param(*pair, id=f"{FOLDED}-{second}-{name}-{model}"))
+    return pairs
 
 
-together = pytest.mark.parametrize(("first", "second"), _found())
+together = pytest.mark.parametrize(("first", "second"), _pairs())
 
 
 def _attach(model: nn.Module, case: Case, seed: int) -> Attachment:
@@ -104,6 +106,6 @@ def _rows(model: nn.Module, path: str, rows: tuple[int, int] | None) -> Tensor:
 
 def test_methods_are_pairs_here_only_where_they_fit() -> None:
     assert issubclass(methods.get(FOLDED), Method)
-    pairs = {p.id.rpartition("-")[0] for p in _found()}
+    pairs = {p.id.rpartition("-")[0] for p in _pairs()}
     assert {"lora-bitfit-timm_vit", "lora-vpt-timm_vit", "lora-textual_inversion-clip_text"} <= pairs
     assert "lora-vpt-timm_swin" not in pairs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,25 +46,35 @@ def sites_of(host: type[Host], model: str) -> tuple[Site, ...]:
     return Tower("", _built(host, model), host(), True).sites
 
 
+_USABLE: dict[tuple[type[Method], str, type[Host], str], tuple[Site, ...]] = {}
+
+
 def usable_sites(method: Method, host: Host, model: str) -> tuple[Site, ...]:
-    """The sites of a small model that the method builds an adapter for, without whole weights that are offered in slices.
+    """The sites of a small model that the method builds an adapter for, without fused weights whose slices are sites. Cached.
 
     Raises:
-        ValueError: the method refuses every site that fits its needs, with its last words.
+        ValueError: the method rejects every site that matches its needs; the error is that of the last site.
     """
-    found, refusal = [], None
+    key = type(method), repr(method), type(host), model
+    if key not in _USABLE:
+        _USABLE[key] = _try_to_build(method, sites_of(type(host), model))
+    return _USABLE[key]
+
+
+def _try_to_build(method: Method, sites: Iterable[Site]) -> tuple[Site, ...]:
+    usable, rejection = [], None
     with torch.random.fork_rng(devices=[]):
-        for site in sites_of(type(host), model):
+        for site in sites:
             if fits(method, site) and not getattr(site, "fused", False):
                 try:
                     method.build(site)
                 except ValueError as error:
-                    refusal = error
+                    rejection = error
                 else:
-                    found.append(site)
-    if refusal and not found:
-        raise refusal
-    return tuple(found)
+                    usable.append(site)
+    if rejection and not usable:
+        raise rejection
+    return tuple(usable)
 
 
 @dataclass(frozen=True)

@@ -200,3 +200,4 @@ CHECKS = (
     errors_name_the_site,
     deepcopy_is_independent,
 )
+METHOD_AXIS = (config_round_trip, seeded_build_is_reproducible, strict_load_names_the_site, errors_name_the_site)

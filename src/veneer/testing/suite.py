@@ -25,6 +25,8 @@ METHOD_CHECKS: tuple[Callable[[Case], None], ...] = (
     *checks_run.CHECKS,
 )
 HOST_CHECKS = checks_host.CHECKS
+METHOD_AXIS = frozenset(body.__name__ for body in checks_state.METHOD_AXIS)
+"""Names of checks whose outcome depends on the method alone: they run on the first small model that fits, not on every one."""
 
 MethodLike = str | type[Method] | Method
 HostLike = str | type[Host] | Host
@@ -89,7 +91,7 @@ def _thinned(checks: Sequence[Check], once: Collection[str]) -> Iterator[Check]:
         found += [check.model] if check.model not in found else []
     for check in checks:
         among = models[check.method, check.host]
-        if check.name not in once or check.model == among[zlib.crc32(check.method.encode()) % len(among)]:
+        if check.name not in {*once} - METHOD_AXIS or check.model == among[zlib.crc32(check.method.encode()) % len(among)]:
             yield check
 
 
@@ -97,7 +99,7 @@ def method_checks(method: MethodLike, host: HostLike | None = None) -> list[Chec
     """The checks of a method, model by model, not yet run."""
     config, other = _configs(method)
     chosen = [_host(host)] if host is not None else [hosts.get(name)() for name in hosts.names()]
-    found = [check for each in chosen for check in _on_host(config, other, each)]
+    found = _without_repeats(check for each in chosen for check in _on_host(config, other, each))
     if not found:
         where = f"host {chosen[0].name} offers nothing that it can use" if host is not None else "no host offers what it needs"
         rejected = [each.name for each in chosen]
@@ -109,6 +111,17 @@ def method_checks(method: MethodLike, host: HostLike | None = None) -> list[Chec
             fits=others,
         )
     return found
+
+
+def _without_repeats(checks: Iterable[Check]) -> list[Check]:
+    """The checks of one method; those of `METHOD_AXIS` only the first time."""
+    seen: set[str] = set()
+    kept = []
+    for check in checks:
+        if check.name not in METHOD_AXIS & seen:
+            kept.append(check)
+        seen.add(check.name)
+    return kept
 
 
 def host_checks(host: HostLike) -> list[Check]:
