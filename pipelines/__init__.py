@@ -1,0 +1,1 @@
+"""The commands: one runnable module each, a config and a function."""

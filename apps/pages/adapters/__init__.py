@@ -1,0 +1,1 @@
+"""The page Adapters: inspect, convert, merge and resize adapter files."""

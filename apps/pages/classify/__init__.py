@@ -1,0 +1,1 @@
+"""The page Classify: train a classifier and classify images."""

@@ -1,0 +1,1 @@
+"""The page Control: generate from a sketch, map or image, and train control adapters."""

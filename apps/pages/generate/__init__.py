@@ -1,0 +1,1 @@
+"""The page Generate: images from a prompt with any number of adapters."""

@@ -1,0 +1,1 @@
+"""The page that trains a subject or style from a few photos."""

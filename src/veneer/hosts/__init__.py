@@ -1,0 +1,1 @@
+"""Hosts: one module per family of models, which lists the sites that methods can adapt."""

@@ -1,0 +1,1 @@
+"""Methods: one module per method, grouped as in the survey."""

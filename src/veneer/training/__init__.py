@@ -1,0 +1,1 @@
+"""Training shared by all commands: data, objective, loop, preflight checks and report."""

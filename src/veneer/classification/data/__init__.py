@@ -1,0 +1,1 @@
+"""Labeled images: sources, checks, splits, transforms and the loader."""

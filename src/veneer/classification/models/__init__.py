@@ -1,0 +1,1 @@
+"""Image classifiers: timm models with a new head, and CLIP with class texts as its head."""

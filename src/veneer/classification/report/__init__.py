@@ -1,0 +1,1 @@
+"""Results of a classification run: metrics, plots, verdict and files."""

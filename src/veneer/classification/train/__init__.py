@@ -1,0 +1,1 @@
+"""Training of classifiers: batches, epoch selection, hyperparameter search and comparisons."""

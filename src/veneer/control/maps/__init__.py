@@ -1,0 +1,1 @@
+"""Control maps computed from an image without a neural network."""

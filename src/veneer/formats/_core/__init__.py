@@ -1,0 +1,1 @@
+"""Shared parts of all formats: the base class, LoRA layouts, attaching, conversion and inspection."""

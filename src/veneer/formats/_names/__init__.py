@@ -1,0 +1,1 @@
+"""Module names in other tools' files, and their paths in diffusers models."""

@@ -1,0 +1,1 @@
+"""Attaching an adapter to a model, its state, and detaching it without a trace."""

@@ -1,0 +1,1 @@
+"""Several attachments on one model: activation, merging, swapping and mixed batches."""

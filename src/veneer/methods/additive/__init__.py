@@ -1,0 +1,1 @@
+"""Methods that add modules beside or between the layers of the base model."""

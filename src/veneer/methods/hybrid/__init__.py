@@ -1,0 +1,1 @@
+"""Methods that combine several of the other groups; none yet."""

@@ -1,0 +1,1 @@
+"""Methods that train input tokens, prompts or pixels."""

@@ -1,0 +1,1 @@
+"""Methods that train a selection of the base parameters."""

@@ -1,0 +1,1 @@
+"""Training images: reading, captions, buckets, class images, and caches of latents and text embeddings."""

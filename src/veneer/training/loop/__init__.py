@@ -1,0 +1,1 @@
+"""The training loop: trainer, optimizers, EMA, checkpoints and distributed training."""

@@ -1,0 +1,1 @@
+"""Checks and estimates of a run before it starts."""

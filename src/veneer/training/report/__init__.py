@@ -1,0 +1,1 @@
+"""What a run writes: progress, previews, metrics, image grids, verdict and files."""
