@@ -8,7 +8,10 @@ import mkdocs_gen_files
 sys.path.insert(0, str(Path(__file__).parent))
 
 from pages import generated_pages
+from source_files import source_files_page
 
-for path, text in generated_pages().items():
+PAGES = {**generated_pages(), "source-files.md": source_files_page(Path(__file__).parents[2])}
+
+for path, text in PAGES.items():
     with mkdocs_gen_files.open(path, "w", encoding="utf-8") as file:
         file.write(text)
