@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from veneer.classification.config import TransferConfig
 from veneer.classification.data.run_data import Data, Views, open_data
 from veneer.classification.models.cached_features import Features
-from veneer.classification.models.loading import Classifier, open_classifier
+from veneer.classification.models.classifier import Classifier
+from veneer.classification.models.loading import open_classifier
 from veneer.classification.report.artifacts import tidy, write_files, write_outcome
 from veneer.classification.train.hyperparameter_search import searched
 from veneer.classification.train.train import Teacher, attach_methods

@@ -83,7 +83,7 @@ def _timm(architecture: str) -> Callable[[], nn.Module]:
 def _clip() -> nn.Module:
     import open_clip
 
-    from veneer.classification.models.clip_classifier import CLIPClassifier
+    from veneer.models.clip_classifier import CLIPClassifier
 
     clip = open_clip.model.CLIP(**open_clip.get_model_config("ViT-B-16"))
     with torch.device("cpu"):

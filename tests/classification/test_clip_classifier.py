@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from tests.methods.classifiers import cosines, encode, pictures, row, tiny, token
 from tests.raising import raises
 from veneer.classification.data.transforms import EvalView
-from veneer.classification.models.clip_classifier import CLIPClassifier, open_clip_classifier
-from veneer.classification.models.loading import ModelError, open_classifier
-from veneer.classification.models.tokenizer import TextError
+from veneer.classification.models.classifier import ModelError
+from veneer.classification.models.loading import open_classifier
+from veneer.classification.models.open_clip_loading import open_clip_classifier
 from veneer.hosts.clip_classifier import small_tokenizer
 from veneer.injection import attach
 from veneer.injection.sites import FeatureSite, PromptSite
 from veneer.injection.towers import sites
+from veneer.models.clip_classifier import CLIPClassifier
+from veneer.models.tokenizer import TextError
 
 NAMES = (("toy", "cat"), ("dog",), ("red", "car"))
 
@@ -69,7 +71,7 @@ def test_it_equals_the_logits_of_the_clip_itself() -> None:
 def test_many_prompts_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, image = tiny(), pictures()
     expected = model(image)
-    monkeypatch.setattr("veneer.classification.models.class_embeddings.PROMPTS", 4)
+    monkeypatch.setattr("veneer.models.class_embeddings.PROMPTS", 4)
     torch.testing.assert_close(tiny()(image), expected)
 
 

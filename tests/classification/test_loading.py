@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.classification.small import CLASSES, SIDE, model_folder
 from tests.raising import raises
-from veneer.classification.models.loading import ModelError, check_weights, digest_of, open_classifier
+from veneer.classification.models.classifier import ModelError, check_weights, digest_of
+from veneer.classification.models.loading import open_classifier
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

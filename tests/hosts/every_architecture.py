@@ -122,7 +122,7 @@ def _timm(name: str) -> Iterator[tuple[nn.Module | None, str]]:
 def _open_clip(name: str) -> Iterator[tuple[nn.Module | None, str]]:
     import open_clip
 
-    from veneer.classification.models.clip_classifier import CLIPClassifier
+    from veneer.models.clip_classifier import CLIPClassifier
 
     text = open_clip.get_model_config(name)["text_cfg"]
     if "hf_model_name" in text:

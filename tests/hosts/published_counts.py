@@ -196,7 +196,7 @@ def _timm(architecture: str) -> nn.Module:
 def _clip(model: str) -> nn.Module:
     import open_clip
 
-    from veneer.classification.models.clip_classifier import CLIPClassifier
+    from veneer.models.clip_classifier import CLIPClassifier
 
     name = model.removeprefix("CLIP ").replace("/", "-")
     with torch.device("meta"):

@@ -9,11 +9,11 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from veneer.classification.models.clip_classifier import CLIPClassifier
 from veneer.hosts.clip_classifier import small_tokenizer
 from veneer.injection.registry import hosts
 from veneer.injection.sites import PromptSite
 from veneer.injection.towers import sites
+from veneer.models.clip_classifier import CLIPClassifier
 
 
 def tiny(key: str = "vit") -> Any:

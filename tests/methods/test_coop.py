@@ -6,10 +6,10 @@ from torch import Tensor
 
 from tests.methods.classifiers import cosines, encode, large, pictures, prompt_site, row, tiny, token
 from tests.raising import raises
-from veneer.classification.models.tokenizer import TextError
 from veneer.injection import LoadError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.methods.prompt.coop import CoOp
+from veneer.models.tokenizer import TextError
 
 START, END = 62, 63
 NAMES = {"toy cat": ("toy", "cat"), "dog": ("dog",), "red car": ("red", "car")}
@@ -103,9 +103,9 @@ def test_two_at_half_strength_are_the_mean_of_both() -> None:
 
 
 def test_a_common_context_is_loaded_onto_other_classes(tmp_path) -> None:
-    from veneer.classification.models.clip_classifier import CLIPClassifier
     from veneer.formats import load
     from veneer.hosts.clip_classifier import small_tokenizer
+    from veneer.models.clip_classifier import CLIPClassifier
 
     model, image = tiny(), pictures()
     tuned, by_class = attach(model, "coop", tokens=4), attach(model, "coop", tokens=4, by_class=True)

@@ -22,9 +22,9 @@ from veneer.injection import SaveError
 from veneer.injection.errors import OptionError, SelectionError, UnknownName, UnsupportedSite, VeneerError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.data.image_io import DataError
-from veneer.training.loop.config import TrainError
 from veneer.training.loop.disk_space import DiskFull
 from veneer.training.loop.divergence import Diverged
+from veneer.training.loop.errors import TrainError
 from veneer.training.preflight.preflight import PreflightError
 
 QUICK: Mapping[str, Any] = {

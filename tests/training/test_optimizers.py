@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.raising import raises
-from veneer.training.loop.config import TrainError
+from veneer.training.loop.errors import TrainError
 from veneer.training.loop.optimizers import OPTIMIZERS, MissingExtra, build, pack, set_rates, unpack
 
 OPTIONAL = [("adamw8bit", "bitsandbytes", "8bit"), ("prodigy", "prodigyopt", "prodigy")]

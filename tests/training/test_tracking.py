@@ -7,7 +7,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.raising import raises
 from tests.training.resume_worker import trainer_of
-from veneer.training.loop.config import TrainConfig, TrainError
+from veneer.training.loop.config import TrainConfig
+from veneer.training.loop.errors import TrainError
 from veneer.training.report import tracking as module
 from veneer.training.report.tracking import choose, tracking
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from tests.raising import raises
-from veneer.training.loop.config import SCHEDULES, TrainConfig, TrainError
+from veneer.training.loop.config import SCHEDULES, TrainConfig
 from veneer.training.loop.distributed import share
+from veneer.training.loop.errors import TrainError
 from veneer.training.loop.seeds import generator
 from veneer.training.loop.trainer import Trainer
 

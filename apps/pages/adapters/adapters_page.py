@@ -13,7 +13,7 @@ from veneer.injection import OptionError, VeneerError
 from ...context import Studio, explained
 from ...limits import LIMITS
 from ...workspace import Workspace, bounded
-from .. import Page
+from ..page import Page
 from ..shared.adapter_lists import SECONDS
 from ..shared.events import FILES, QUIET
 from ..shared.html import note

@@ -15,7 +15,7 @@ from ...jobs import Job
 from ...limits import LIMITS
 from ...uploads import picture
 from ...workspace import Workspace
-from .. import Page
+from ..page import Page
 from ..shared.example_images import digits
 from ..shared.job_view import JobView, Results, job_view, shows
 from .request import AUGMENT, DIGITS, FOLDER, KIND, SOURCES, USUAL, ZIP, Wanted, begin

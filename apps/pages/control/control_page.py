@@ -17,7 +17,7 @@ from ...context import Studio, escaped, explained
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace
-from .. import Page
+from ..page import Page
 from ..shared.adapter_lists import follow
 from ..shared.events import DRAWS, QUIET
 from ..shared.generation_fields import Fields, fields

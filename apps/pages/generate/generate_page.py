@@ -21,7 +21,7 @@ from ...generator import Use
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace, shown
-from .. import Page
+from ..page import Page
 from ..shared.adapter_lists import follow
 from ..shared.events import DRAWS, QUIET
 from ..shared.generation_fields import Fields, fields, values

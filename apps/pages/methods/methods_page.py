@@ -15,7 +15,7 @@ from veneer.method_search import group_by_use, rank_methods
 
 from ...context import Studio, explained
 from ...workspace import bounded
-from .. import Page
+from ..page import Page
 from .details import listed
 
 AREAS = [("All models", ""), ("Diffusion: generates images", "diffusion"), ("Vision: classifies images", "vision")]

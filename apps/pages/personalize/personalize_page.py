@@ -16,7 +16,7 @@ from ...context import Studio, escaped, explained
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace, bounded, shown
-from .. import Page
+from ..page import Page
 from ..shared.config_form import Field, Slots, fields_of, part_of
 from ..shared.dry_run import checked
 from ..shared.events import DRAWS, QUIET

@@ -18,7 +18,8 @@ from veneer.training.loop.optimizer_step import AUTOCAST
 
 from .data.labeled_images import LIMITS
 from .data.transforms import EvalView
-from .models.loading import Classifier, open_classifier
+from .models.classifier import Classifier
+from .models.loading import open_classifier
 from .report.artifacts import FORM
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -17,7 +17,7 @@ from veneer.injection.sites import FeatureSite, PromptSite, Site, VocabularySite
 from ._describe import Part
 from ._within import within
 
-FAMILY = "veneer.classification.models.clip_classifier.CLIPClassifier"
+FAMILY = "veneer.models.clip_classifier.CLIPClassifier"
 LENGTH, LAST = 20, 63
 
 
@@ -71,7 +71,7 @@ class ClipClassifier(Host):
 def _build(cls: str, vision: Mapping[str, Any] | None = None, head: Any = "text") -> nn.Module:
     import open_clip
 
-    from veneer.classification.models.clip_classifier import CLIPClassifier
+    from veneer.models.clip_classifier import CLIPClassifier
 
     config = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "head_width": 12, **(vision or {})}
     text = {"context_length": LENGTH, "vocab_size": LAST + 1, "width": 20, "heads": 2, "layers": 2}

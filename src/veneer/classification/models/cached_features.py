@@ -13,8 +13,8 @@ from veneer.injection.sites import FeatureSite
 
 from ..data.run_data import Views
 from ..train.batches import Batch
+from .classifier import Classifier
 from .linear_probe_init import Head, solve_head
-from .loading import Classifier
 
 SPLITS = ("train", "validation", "test")
 

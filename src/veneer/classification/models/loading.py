@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from veneer import base_models
 from veneer.base_models.hub import hub
-from veneer.injection import VeneerError, sites
-from veneer.injection.sites import FeatureSite
 from veneer.training.loop.seeds import mix
 
-
-class ModelError(VeneerError):
-    """A model or its weights that cannot be had."""
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A model that gives logits for pictures.
-
-    Args:
-        model: in `eval` mode, frozen. `name`: as it was asked for.
-        data: how pictures enter it, as timm says it: input_size, mean, std, interpolation, crop_pct, crop_mode.
-        classes: names of the classes.
-        weights: where its weights are from: `published`, `random`, or a digest of the file.
-        fresh: True where its head is new and must be trained.
-    """
-
-    model: nn.Module
-    name: str
-    data: Mapping[str, Any]
-    classes: tuple[str, ...]
-    weights: str
-    fresh: bool
-
-    @property
-    def features(self) -> FeatureSite | None:
-        """Where the features enter the head; None for a model with several heads."""
-        found = [s for s in sites(self.model) if isinstance(s, FeatureSite) and s.role == "features"]
-        return found[0] if len(found) == 1 else None
+from .classifier import Classifier, ModelError, check_weights, digest_of
+from .open_clip_loading import open_clip_classifier, source_of
 
 
 def reads_texts(name: str) -> bool:
@@ -64,8 +32,6 @@ def check_name(name: str) -> None:
     if name in ("shipped", "shipped_clip"):
         return
     if reads_texts(name):
-        from .clip_classifier import source_of
-
         source_of(name)
         return
     import timm
@@ -90,8 +56,6 @@ def untrained(name: str) -> nn.Module | None:
         return base_models.load_clip().model
     if reads_texts(name):
         import open_clip
-
-        from .clip_classifier import source_of
 
         model: nn.Module = open_clip.create_model(source_of(name)[0], load_weights=False)
         return model
@@ -124,8 +88,6 @@ def open_classifier(
         ModelError: no such model, no such weights, weights of another architecture, or a size that it cannot take.
     """
     if reads_texts(name):
-        from .clip_classifier import open_clip_classifier
-
         return open_clip_classifier(name, classes, weights=weights, seed=seed, templates=templates)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, "model"))
@@ -187,43 +149,6 @@ def _takes_size(name: str) -> bool:
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
     return "img_size" in inspect.signature(type(model).__init__).parameters
-
-
-def check_weights(weights: str | Path) -> Path:
-    """The file of weights.
-
-    Raises:
-        ModelError: it is not there, or is none of safetensors.
-    """
-    file = Path(weights).expanduser()
-    if not file.is_file():
-        message = f"--weights {weights}: there is no such file; expected a safetensors file, or the word none."
-        raise ModelError(message, file=file, given="missing")
-    if file.suffix != ".safetensors":
-        raise ModelError(
-            f"--weights {file}: only safetensors are read, because other files can run code. Convert it where you trust it: "
-            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors').",
-            file=file,
-            where="suffix",
-            given=file.suffix,
-            expected=".safetensors",
-        )
-    try:
-        with safe_open(file, "pt"):  # the header alone
-            pass
-    except (SafetensorError, OSError) as error:
-        message = f"--weights {file}: no readable safetensors file ({error}). Download it again."
-        raise ModelError(message, file=file, given="damaged") from error
-    return file
-
-
-def digest_of(file: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _misfit(name: str, file: Path, error: Exception) -> str:

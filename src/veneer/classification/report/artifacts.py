@@ -19,7 +19,7 @@ from veneer.training.loop.disk_space import writing
 
 from ..config import TransferConfig
 from ..data.run_data import Data
-from ..models.loading import Classifier
+from ..models.classifier import Classifier
 from ..train.train import Taught, Teacher
 from .metrics import Figures, figures_of
 from .plots import write_confusion, write_curves, write_mistakes

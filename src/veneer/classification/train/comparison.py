@@ -27,7 +27,8 @@ from veneer.training.report.progress import ProgressLine
 from ..config import TransferConfig
 from ..data.run_data import Views
 from ..models.cached_features import Features
-from ..models.loading import Classifier, new_head, open_classifier
+from ..models.classifier import Classifier
+from ..models.loading import new_head, open_classifier
 from .hyperparameter_search import searched
 from .train import Teacher, attach_methods, switched_off
 

@@ -18,7 +18,7 @@ from veneer.training.loop.checkpoints import write_json
 from ..config import TransferConfig
 from ..data.run_data import Views
 from ..models.cached_features import Features, reads_features_only
-from ..models.loading import Classifier
+from ..models.classifier import Classifier
 from .train import Teacher, attach_methods
 
 RATES = (1.0, 3.0, 10.0, 0.3, 0.1)

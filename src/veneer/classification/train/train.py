@@ -28,8 +28,8 @@ from veneer.training.report.progress import Progress, peak_memory
 from ..config import TransferConfig
 from ..data.run_data import Data, Views
 from ..models.cached_features import Features, reads_features_only
+from ..models.classifier import Classifier
 from ..models.linear_probe_init import Head, put_first_head, takes_first_head
-from ..models.loading import Classifier
 from ..report.metrics import Figures, figures_of
 from .batches import Batch, ClassifyingLoss, Order, logits_of
 from .epoch_selection import Epoch, Selection

@@ -7,12 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from veneer.injection.errors import VeneerError
-
-
-class TrainError(VeneerError):
-    """A training setting, parameter or loss that cannot work."""
-
+from .errors import TrainError
+from .optimizers import OPTIMIZERS
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -80,8 +76,6 @@ class TrainConfig:
     tracker: str = "tensorboard"
 
     def __post_init__(self) -> None:
-        from .optimizers import OPTIMIZERS  # which imports this module
-
         for name, least in LEAST.items():
             self._check(name, getattr(self, name) >= least, f"at least {least}")
         self._check("learning_rate", 0 < self.learning_rate < math.inf, "finite and above 0")

@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .config import TrainConfig, TrainError
+from .config import TrainConfig
 from .distributed import share, sum_gradients
+from .errors import TrainError
 from .seeds import mix
 
 LossStep = Callable[[int, list[int]], Tensor]

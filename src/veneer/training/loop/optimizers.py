@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.injection.errors import VeneerError
 
-from .config import TrainError
+from .errors import TrainError
 
 
 class Group(TypedDict, total=False):

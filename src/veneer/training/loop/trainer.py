@@ -24,11 +24,12 @@ from ..report.result import TrainResult
 from ..report.tracking import tracking
 from . import optimizers
 from .checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, put
-from .config import TrainConfig, TrainError
+from .config import TrainConfig
 from .disk_space import Reserve, is_full
 from .distributed import on_main, share_start
 from .divergence import Diverged, LastGood, write_last_good
 from .ema import EMA
+from .errors import TrainError
 from .optimizer_step import Gradients, LossStep
 from .stop_signals import StopFlag
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 
-from ..loop.config import TrainError
+from ..loop.errors import TrainError
 
 _log = logging.getLogger(__name__)
 
