@@ -67,7 +67,7 @@ def pipeline_trainer(
     def loss_step(step: int, rows: list[int]) -> Tensor:
         watch()
         if folder is not None:
-            _trace(folder, step, rows, [dataset.examples(step, config.samples)[row] for row in rows])
+            _trace(folder, step, rows, dataset.examples(step, config.samples, rows))
         return loss(step, rows)
 
     named = {f"{a.name}/{name}": p for a in attached for name, p in a.named_parameters()}

@@ -185,6 +185,26 @@ def test_a_batch_depends_on_seed_and_step_alone(photos, prior):
     assert any(not equal(a, b) for step in range(12) for a, b in zip(other.examples(step, 3), expected[step], strict=True))
 
 
+@pytest.mark.parametrize("with_class_images", [False, True])
+def test_selected_rows_equal_those_of_the_whole_batch(photos, prior, with_class_images):
+    options = {"flip": 0.5, "crop": "random", "captions": replace(TOY, dropout=0.5)}
+    options |= {"prior_photos": prior} if with_class_images else {}
+    whole, parts = dataset(photos, **options), dataset(photos, memory=20_000, **options)
+    for step in (0, 5, 13):
+        batch = whole.examples(step, 6)
+        for rows in ([0], [5], [4, 2], range(1, 4), []):
+            expected = [batch[row] for row in rows] + [batch[6 + row] for row in rows if with_class_images]
+            assert all(equal(a, b) for a, b in zip(parts.examples(step, 6, rows), expected, strict=True))
+
+
+def test_only_the_selected_rows_are_loaded(photos, monkeypatch):
+    data = dataset(photos, buckets=False)
+    loaded = []
+    monkeypatch.setattr(data, "_decoded", lambda photo, size, decode=data._decoded: loaded.append(photo) or decode(photo, size))
+    data.examples(0, 7, [2, 3])
+    assert len(loaded) == 2
+
+
 def test_batches_are_full_and_of_one_bucket(photos, prior):
     data = dataset(photos, prior_photos=prior)
     for step in range(20):

@@ -16,6 +16,7 @@ from veneer.training.data.latent_cache import Cache
 from veneer.training.families import family
 from veneer.training.loop.seeds import generator
 from veneer.training.objective.denoising_loss import DenoisingLoss, LossOptions
+from veneer.training.objective.losses import preserved
 from veneer.training.objective.noise import NoiseOptions
 from veneer.training.objective.objectives import ObjectiveOptions
 
@@ -166,6 +167,14 @@ def test_class_pictures_add_lambda_times_their_own_mean(kinds, folder, class_fol
         each.append(float(((said - target) ** 2).mean()))
     assert float(loss(1, [0, 1])) == pytest.approx((each[0] + each[1]) / 2 + 0.3 * (each[2] + each[3]) / 2, rel=1e-4)
     assert float(loss(1, [1])) == pytest.approx(each[1] + 0.3 * each[3], rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_micro_batch_equals_its_rows_of_the_whole_batch(kinds, folder, class_folder):
+    loss = made(kinds["sd2"], folder, 4, prior=class_folder, dataset={"crop": "random", "flip": 0.5})
+    batch = loss.dataset.examples(3, 4)
+    rows = loss.losses(3, [batch[2], batch[3], batch[6], batch[7]])
+    assert torch.equal(loss(3, [2, 3]), preserved(rows, torch.tensor([False, False, True, True])))
 
 
 @torch.no_grad()

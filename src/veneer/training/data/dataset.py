@@ -130,21 +130,32 @@ class PhotoDataset:
         crops."""
         return self.crop == "center"
 
-    def examples(self, step: int, batch: int) -> list[Example]:
-        """The global batch of a step: `batch` photos of one bucket, then, if there are class pictures, `batch` of them.
+    def examples(self, step: int, batch: int, rows: Sequence[int] | None = None) -> list[Example]:
+        """Rows of the global batch of a step: `batch` photos of one bucket and, if there are class images, `batch` of these.
 
-        Several processes each take a slice of this list. `step` counts from 0.
+        An example depends on the seed, the step, the batch size and its row only, so a micro-batch or a process loads its own
+        rows and nothing else.
+
+        Args:
+            step: counted from 0. `batch`: photos in the global batch.
+            rows: positions in the global batch, 0 to `batch - 1`; None for all.
+
+        Returns:
+            The photos of `rows`, then the class images of `rows`.
         """
         if step < 0 or batch < 1:
             message = f"examples: step {step}, batch {batch}; expected a step from 0 and a batch of at least 1."
             raise DataError(message, where="examples", given=(step, batch))
+        rows = range(batch) if rows is None else rows
         bucket, before = self._turn(step)
-        word = f"{bucket[0]}x{bucket[1]}"
-        drawn = _deal(self._decks[bucket], before * batch, batch, self.seed, word)
+        name = f"{bucket[0]}x{bucket[1]}"
+        first = step * (2 * batch if self.prior_photos else batch)
+        photos = [_deal(self._decks[bucket], before * batch + row, self.seed, name) for row in rows]
+        examples = [self._example(photo, bucket, step, first + row) for row, photo in zip(rows, photos, strict=True)]
         if self.prior_photos:
-            drawn += _deal(self.prior_photos, step * batch, batch, self.seed, "prior")
-        first = step * len(drawn)
-        return [self._example(photo, bucket, step, first + place) for place, photo in enumerate(drawn)]
+            images = [_deal(self.prior_photos, step * batch + row, self.seed, "prior") for row in rows]
+            examples += [self._example(image, bucket, step, first + batch + row) for row, image in zip(rows, images, strict=True)]
+        return examples
 
     def _turn(self, step: int) -> tuple[Size, int]:
         """The bucket of a step, and how many earlier steps were that bucket's."""
@@ -197,10 +208,10 @@ def _flat(window: Placement) -> tuple[int, ...]:
     return (*window.resized, *window.bucket, window.top, window.left, int(window.flip))
 
 
-def _deal(items: Sequence[Item], start: int, count: int, seed: int, word: str) -> list[Item]:
-    """Cards `start` to `start + count` of an endless row of shuffled decks."""
-    places = (divmod(card, len(items)) for card in range(start, start + count))
-    return [items[_shuffled(len(items), seed, word, deck)[place]] for deck, place in places]
+def _deal(items: Sequence[Item], number: int, seed: int, name: str) -> Item:
+    """Item `number` of an endless sequence in which every `len(items)` items are a new permutation of `items`."""
+    permutation, position = divmod(number, len(items))
+    return items[_shuffled(len(items), seed, name, permutation)[position]]
 
 
 @lru_cache(maxsize=256)

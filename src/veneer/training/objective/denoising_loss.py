@@ -66,12 +66,9 @@ class DenoisingLoss:
 
     def __call__(self, step: int, rows: Sequence[int]) -> Tensor:
         """The mean loss over samples `rows` of the step, and their class pictures."""
-        batch = self.dataset.examples(step, self.samples)
-        chosen = [batch[r] for r in rows]
-        if len(batch) > self.samples:
-            chosen += [batch[self.samples + r] for r in rows]
-        losses = self.losses(step, chosen)
-        return preserved(losses, torch.tensor([e.is_prior for e in chosen]), self.options.prior_weight)
+        examples = self.dataset.examples(step, self.samples, rows)
+        losses = self.losses(step, examples)
+        return preserved(losses, torch.tensor([e.is_prior for e in examples]), self.options.prior_weight)
 
     def losses(self, step: int, examples: Sequence[Example]) -> Tensor:
         """Loss of each example, (batch,)."""
