@@ -12,7 +12,7 @@ test: export OMP_NUM_THREADS := 1
 
 help:
 	@echo "make app     a page in the browser: teach, draw, control, classify"
-	@echo "make demo    teach the shipped base a subject from the example photos (about two minutes on two cores)"
+	@echo "make demo    teach the bundled base a subject from the example photos (about two minutes on two cores)"
 	@echo "make test    the test suite; WORKERS=$(WORKERS) processes, ARGS='-k lora' for pytest"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation site in build/site"

@@ -55,7 +55,7 @@ class BenchConfig:
         rank: of every LoRA.
         dtype: of the frozen UNet in the denoiser's rows.
         seed: of weights and inputs.
-        base: of the few-photo job: `shipped`, a folder, a hub name or `tiny`; left out, `tiny` at size `tiny`, else `shipped`.
+        base: of the few-photo job: `bundled`, a folder, a hub name or `tiny`; left out, `tiny` at size `tiny`, else `bundled`.
         photos: folder of pictures for the few-photo job; some are drawn if it is left out.
         out: JSON file for the result; the table is written beside it, as `.md`.
 
@@ -141,7 +141,7 @@ def bench(config: BenchConfig) -> BenchResult:
 
 
 def _base(config: BenchConfig) -> str:
-    return config.base or ("tiny" if config.size == "tiny" else "shipped")
+    return config.base or ("tiny" if config.size == "tiny" else "bundled")
 
 
 def _write(out: Path, result: BenchResult) -> None:

@@ -41,7 +41,7 @@ class CompareConfig:
     """
 
     data: str | None = None
-    model: str = "shipped"
+    model: str = "bundled"
     weights: str | None = None
     methods: str = "lora, adaptformer, vpt, ssf, bitfit"
     seeds: int = 3

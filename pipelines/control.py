@@ -133,7 +133,7 @@ def draw(config: DrawConfig) -> list[Path]:
         VeneerError: an adapter that is not there or does not fit the base, or pictures that do not fit the adapters.
     """
     adapters = [parse_adapter(text) for text in config.adapter]
-    base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "shipped")
+    base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
     return draw_under(config, adapters, base)
 
 

@@ -21,7 +21,7 @@ class ConvertConfig:
     Args:
         file: a safetensors file of any format, or a folder with one.
         to: the format to write.
-        base: `shipped`, a folder or a hub name; None for the base that a native file was trained on.
+        base: `bundled`, a folder or a hub name; None for the base that a native file was trained on.
         out: the new file, for peft_folder a folder; None for one beside the old, with the format in its name.
     """
 

@@ -18,7 +18,7 @@ class ExtractConfig:
 
     Args:
         tuned: the fine-tuned pipeline: a folder or a hub name.
-        base: what it was trained from: `shipped`, a folder or a hub name.
+        base: what it was trained from: `bundled`, a folder or a hub name.
         where: selection in the words of `veneer sites`; all linear layers and convolutions if left out.
         rank: of the LoRA.
         energy: share of the squared singular values that stays, up to 1; `rank` is then the upper limit, as with the next three.

@@ -24,7 +24,7 @@ class GenerateConfig:
     Args:
         prompt: one or more prompts; for DiT class labels.
         adapter: folders or files, each with an optional strength: `runs/toy-lora` or `runs/toy-lora:0.8`.
-        base: `shipped`, a folder or a hub name; None for the base that the first adapter was trained on.
+        base: `bundled`, a folder or a hub name; None for the base that the first adapter was trained on.
         negative: negative prompt; None for the base's usual.
         count: pictures of each prompt; their seeds count up from `seed`.
         seed: of the first picture.
@@ -62,7 +62,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         VeneerError: an adapter that is not there or does not fit the base, or a prompt that is no class label.
     """
     adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
-    base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "shipped")
+    base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
     preset = base_models.preset(base)
     pipe = base_models.load(base).to(device)
     param_groups.freeze(pipe)
@@ -105,8 +105,8 @@ def parse_adapter(text: str) -> tuple[Path, float]:
 
 def base_of(path: Path) -> str | None:
     """The base that a native file says it was trained on."""
-    found: str | None = _header(path).get("provenance", {}).get("base")
-    return found
+    found = _header(path).get("provenance", {}).get("base")
+    return base_models.current_name(found) if isinstance(found, str) else None
 
 
 def draws(path: Path) -> bool:

@@ -15,7 +15,7 @@ class InspectConfig:
 
     Args:
         file: a safetensors file of any format, or a folder with one.
-        base: `shipped`, a folder or a hub name, to see what of the file fits it; None to read the file alone.
+        base: `bundled`, a folder or a hub name, to see what of the file fits it; None to read the file alone.
         json: print one JSON object instead of a table.
     """
 

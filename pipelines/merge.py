@@ -32,7 +32,7 @@ class MergeConfig:
         ratio: the largest singular value over the smallest that stays is below it, above 1.
         density: share of the numbers that `ties` keeps (0.2 if left out) or `dare` does (0.1).
         seed: of `dare`.
-        base: `shipped`, a folder or a hub name; None for the base that one of the files says it was trained on.
+        base: `bundled`, a folder or a hub name; None for the base that one of the files says it was trained on.
         to: the format to write; None for that of the first file.
         dtype: of the written numbers.
         out: the new file.

@@ -1,4 +1,4 @@
-"""Train the shipped bases from scratch: fetch, render, caption, then autoencoder, CLIP, and UNet with its text tower.
+"""Train the bundled bases from scratch: fetch, render, caption, then autoencoder, CLIP, and UNet with its text tower.
 
 Then package them and measure what was packaged: figures, a sheet, curves and the model cards.
 
@@ -74,7 +74,7 @@ class PretrainConfig:
 
 def begin_vae(world: World, config: PretrainConfig) -> None:
     """The encoder, which computes a linear code of patches; prints nothing, for its decoder knows nothing yet."""
-    begun = config.begin and AutoencoderKL.from_pretrained(config.begin / "shipped/vae")
+    begun = config.begin and AutoencoderKL.from_pretrained(config.begin / "bundled/vae")
     former = begun if begun and begun.config["latent_channels"] != autoencoder.LATENT else None
     batches = [world.pictures(900 + i, 64) for i in range(FITTED // 64)]
     code = autoencoder.linear_code(autoencoder.to_tensor(np.concatenate(batches)), former)

@@ -24,7 +24,7 @@ class ResizeConfig:
         error: relative error of each change at most, 0 to 1 (Frobenius).
         cumulative: share of the singular values that stays, up to 1.
         ratio: the largest singular value over the smallest that stays is below it, above 1.
-        base: `shipped`, a folder or a hub name; None for the base that a native file was trained on.
+        base: `bundled`, a folder or a hub name; None for the base that a native file was trained on.
         to: the format to write; None for that of the file.
         dtype: of the written numbers.
         out: the new file.

@@ -105,7 +105,7 @@ def test_a_server_shares_and_other_commands_keep(words: list[str], way: str, mon
 def test_openmp_is_told_before_torch_is_loaded(chosen: dict[str, str], told: str) -> None:
     """By the installed command; a setting of the environment has its way."""
     code = (
-        "import os, sys, veneer_command; print('torch' in sys.modules); sys.argv = ['veneer', 'sites', 'shipped_clip']\n"
+        "import os, sys, veneer_command; print('torch' in sys.modules); sys.argv = ['veneer', 'sites', 'bundled_clip']\n"
         "try: veneer_command.console()\nfinally: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     )
     unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}

@@ -185,7 +185,7 @@ def test_sites_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "attn.q" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "timm:vit_tiny_patch16_224", "shipped_clip", "open_clip:RN50"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "timm:vit_tiny_patch16_224", "bundled_clip", "open_clip:RN50"])
 def test_sites_of_the_models_that_transfer_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sites", name]) == 0
     assert "features" in capsys.readouterr().out

@@ -230,7 +230,7 @@ def _several(**commands: tuple[str, Any]) -> Any:
 def _sites(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
     parser.add_argument(
         "base",
-        help="`shipped`, `shipped_clip`, a diffusers folder, a hub name, or a timm or open_clip model as `--model` takes it",
+        help="`bundled`, `bundled_clip`, a diffusers folder, a hub name, or a timm or open_clip model as `--model` takes it",
     )
 
     def run(found: argparse.Namespace) -> None:
@@ -291,5 +291,5 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser, Sequence[str]]
     "examples": ("write example images to a folder", _plain("examples", "examples", "ExamplesConfig", ("folder",), True)),
     "app": ("open the app in the browser", _plain("apps.server", "app", "AppConfig")),
     "bench": ("time veneer against the frozen base and peft", _plain("bench", "bench", "BenchConfig")),
-    "pretrain-base": ("train the shipped bases from scratch", _plain("pretrain_base", "pretrain_base", "PretrainConfig")),
+    "pretrain-base": ("train the bundled bases from scratch", _plain("pretrain_base", "pretrain_base", "PretrainConfig")),
 }

@@ -34,13 +34,13 @@ CLIP_BIGG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _shipped() -> Any:
+def _bundled() -> Any:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from veneer import base_models
 
-    folder = base_models.path("shipped")
+    folder = base_models.path("bundled")
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
     text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
     return _pipeline(unet=unet, text_encoder=text, tokenizer=_tokenizer())
@@ -91,12 +91,12 @@ def _clip() -> nn.Module:
 
 
 def _tokenizer() -> Any:
-    """The shipped base's, for all: a method that learns words asks for one, and counts do not depend on which."""
+    """The bundled base's, for all: a method that learns words asks for one, and counts do not depend on which."""
     from transformers import CLIPTokenizer
 
     from veneer import base_models
 
-    return CLIPTokenizer.from_pretrained(base_models.path("shipped") / "tokenizer")
+    return CLIPTokenizer.from_pretrained(base_models.path("bundled") / "tokenizer")
 
 
 def _pipeline(**components: Any) -> Any:
@@ -105,7 +105,7 @@ def _pipeline(**components: Any) -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "shipped base": _shipped,
+    "bundled base": _bundled,
     "Stable Diffusion 1.5": _stable_diffusion(SD15, CLIP_L),
     "Stable Diffusion XL": _stable_diffusion(SDXL, CLIP_L, CLIP_BIGG),
     "DiT-XL/2": _diffusion_transformer("DiTTransformer2DModel", DIT_XL_2),

@@ -161,7 +161,7 @@ def adapters(app: App) -> list[str]:
     """Give the visitors of an app one adapter of each of some methods."""
     folder = app.workspace / "local" / "adapters"
     folder.mkdir(parents=True)
-    pipe = veneer.base_models.load("shipped")
+    pipe = veneer.base_models.load("bundled")
     for method in METHODS:
         options = {"tokens": "<toy>", "initialize": "cat"} if method == "textual_inversion" else {}
         attached = veneer.attach(pipe, method, **options)
@@ -174,7 +174,7 @@ def adapters(app: App) -> list[str]:
 
 def wishes(turn: int, clients: int, names: Sequence[str]) -> list[tuple[str, int, int, list[str]]]:
     """For each client of a round another prompt, seed, size and choice of adapters."""
-    things = veneer.base_models.preset("shipped").things
+    things = veneer.base_models.preset("bundled").things
     found = []
     for number in range(clients):
         seed = turn * clients + number

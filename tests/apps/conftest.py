@@ -59,12 +59,12 @@ def page(app: App, chromium: Browser) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters of the shipped base with random values: a LoRA that was taught a word, and a ControlNet that follows edges."""
+    """Adapters of the bundled base with random values: a LoRA that was taught a word, and a ControlNet that follows edges."""
     folder = tmp_path_factory.mktemp("brought")
     told = {"lora": {"concept": "<toy>", "class_word": "cat"}, "controlnet": {"condition": "canny"}}
     for method, provenance in told.items():
-        attached = veneer.attach(base_models.load("shipped"), method)
+        attached = veneer.attach(base_models.load("bundled"), method)
         for number, (_, adapter) in enumerate(attached.parts.values()):
             stir(adapter, number, 0.02)
-        native.save(attached, folder / f"my-{method}.safetensors", {"base": "shipped", **provenance})
+        native.save(attached, folder / f"my-{method}.safetensors", {"base": "bundled", **provenance})
     return folder

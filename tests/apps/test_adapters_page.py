@@ -247,10 +247,10 @@ def test_the_list_finds_what_is_new_and_keeps_the_choice(workspace: Workspace) -
 def test_the_example_can_be_looked_at(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert files.example(workspace) == files.example(workspace) == "example-lora"
-    assert files.trained_on(workspace, "example-lora") == "shipped"
-    found = files.seen(workspace, "example-lora", "shipped")
-    assert "It fits shipped" in fitting(found, "shipped")
-    assert "<dd>shipped</dd>" in described(found, "shipped")
+    assert files.trained_on(workspace, "example-lora") == "bundled"
+    found = files.seen(workspace, "example-lora", "bundled")
+    assert "It fits bundled" in fitting(found, "bundled")
+    assert "<dd>bundled</dd>" in described(found, "bundled")
 
 
 def test_every_format_that_can_be_written_is_offered() -> None:

@@ -73,7 +73,7 @@ def test_teach_from_four_photos(app: App, page: Any, chromium: Browser, tmp_path
     page.locator("#generate-state").get_by_text("4 of 4").wait_for()
     told = read_settings(io.BytesIO(pictures(page, "#generate-gallery")[0]))  # type: ignore[arg-type]
     assert [each["file"].split(" ")[0] for each in told["adapters"]] == ["<octopus>,"]
-    attached = load_all(base_models.load("shipped"), tmp_path / "octopus-pivotal.safetensors")
+    attached = load_all(base_models.load("bundled"), tmp_path / "octopus-pivotal.safetensors")
     assert {each.method.name for each in attached} == {"textual_inversion", "lora"}
     assert load_file(tmp_path / "octopus.safetensors")
 
@@ -176,13 +176,13 @@ def test_inspect_and_convert_a_file(page: Any, brought: Path, tmp_path: Path) ->
     page.locator("#adapter-said").get_by_text("Taken as to-convert").wait_for()
     page.locator("#adapter-about td").get_by_text("unet.mid_block").first.wait_for()
     page.locator("#adapter-check").click()
-    page.locator("#adapter-fit").get_by_text("It fits shipped").wait_for()
+    page.locator("#adapter-fit").get_by_text("It fits bundled").wait_for()
     page.get_by_role("button", name="Convert to another format").click()
     page.get_by_role("button", name="Convert", exact=True).click()
     page.locator("#adapter-report textarea").wait_for()
     page.locator("#adapter-new a").first.wait_for()
     assert downloaded(page, "#adapter-new", tmp_path) == ["to-convert-kohya.safetensors"]
-    before, after = (veneer.load(base_models.load("shipped"), path) for path in (file, tmp_path / "to-convert-kohya.safetensors"))
+    before, after = (veneer.load(base_models.load("bundled"), path) for path in (file, tmp_path / "to-convert-kohya.safetensors"))
     sites = {site.path for site, _ in before.parts.values()}
     assert {site.path for site, _ in after.parts.values()} == sites
     assert not findings(page)

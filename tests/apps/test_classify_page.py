@@ -156,7 +156,7 @@ def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: Wanted, pets: P
         with raises(VeneerError, **data):
             begin(studio, alone, replace(wanted, **change))  # type: ignore[arg-type]
     with raises(OptionError, option="source", given="folder"):
-        begin(studio, named, replace(wanted, model="shipped", source="folder", folder=folder))
+        begin(studio, named, replace(wanted, model="bundled", source="folder", folder=folder))
     with raises(VeneerError, where="timm"):
         begin(studio, named, wanted)  # a folder of this machine as the model
     assert not alone.all_jobs()
@@ -166,7 +166,7 @@ def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: Wanted, pets: P
     with raises(UnknownName, name=mine.name, kind="job"):
         classify_page.ask(named, Answers(), mine.name, str(next(Path(folder).rglob("*.png"))))
     with raises(UnknownName, name=mine.name, kind="job"):
-        begin(studio, named, replace(wanted, model="shipped", source="again", job=mine.name))
+        begin(studio, named, replace(wanted, model="bundled", source="again", job=mine.name))
     with raises(StateError, where=mine.run.name, given="untrained"):
         classify_page.ask(alone, Answers(), mine.name, str(next(Path(folder).rglob("*.png"))))
 
@@ -178,8 +178,8 @@ def test_the_page_is_built_and_offers_what_fits(tmp_path: Path) -> None:
     assert "folder" not in dict(map(reversed, classify_page.offers(Workspace(tmp_path, "ann"))))  # type: ignore[arg-type]
     assert [part.visible for part in classify_page.places("zip")] == [True, False, False]
     assert [part.visible for part in classify_page.places("digits")] == [False, False, True]
-    clip = classify_page.fitting("shipped_clip", ["lora", "vpt+ssf"])
+    clip = classify_page.fitting("bundled_clip", ["lora", "vpt+ssf"])
     assert "coop" in dict(clip.choices)
     assert clip.value == ["lora", "vpt+ssf"]
-    assert classify_page.fitting("shipped", ["coop", "lora"]).value == ["lora"]
+    assert classify_page.fitting("bundled", ["coop", "lora"]).value == ["lora"]
     assert len(values(None)) == len(values(jobs.Job(tmp_path / "gone")))

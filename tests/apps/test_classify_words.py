@@ -120,10 +120,10 @@ def test_jobs_that_wait_take_the_places_of_methods(tmp_path: Path) -> None:
     for _ in range(LIMITS.jobs - 1):
         studio.begin(space, "teach", "a toy", ["personalize"])
     with raises(VeneerError, where="jobs", given=2, expected=1):
-        begin(studio, space, Wanted(model="shipped", methods=["lora", "bitfit"]))
+        begin(studio, space, Wanted(model="bundled", methods=["lora", "bitfit"]))
     assert len(space.all_jobs()) == LIMITS.jobs - 1
-    assert len(begin(studio, space, Wanted(model="shipped", methods=["lora", "lora", " lora"]))[0]) == 1
-    assert chosen(["ssf", "lora", "ssf"], "shipped") == ["ssf", "lora"]
+    assert len(begin(studio, space, Wanted(model="bundled", methods=["lora", "lora", " lora"]))[0]) == 1
+    assert chosen(["ssf", "lora", "ssf"], "bundled") == ["ssf", "lora"]
 
 
 def test_only_the_pictures_of_a_classifiers_job_are_taken_again(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_only_the_pictures_of_a_classifiers_job_are_taken_again(tmp_path: Path) 
     (tmp_path / "photos").mkdir()
     taught = jobs.make(space.jobs, "teach", "a toy", ["personalize", str(tmp_path / "photos"), "--concept=<toy>"])
     with raises(OptionError, option="job", given=taught.name):
-        begin(studio, space, Wanted(model="shipped", source="again", job=taught.name))
+        begin(studio, space, Wanted(model="bundled", source="again", job=taught.name))
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_a_job_that_teaches(studio: Studio, base: str, tmp_path: Path) -> None:
     assert (told.method, told.condition, told.base, told.steps, told.template) == ("t2i_adapter", "canny", base, 3, "--a thing")
     assert (told.resume, str(told.out), told.tracker) == (True, str(job.run), "none")
     assert job.about["title"] == "mine"
-    job, _ = teaching.begin(studio, here, Lesson("ip_adapter", "image", "shipped"))
+    job, _ = teaching.begin(studio, here, Lesson("ip_adapter", "image", "bundled"))
     words = [*job.about["words"], "--out", str(job.run), "--resume"]
     assert parser_for(words).parse_args(words).data is None, "the base draws its own pictures"
     assert [each.about["kind"] for each in here.all_jobs()] == ["control", "control"]
@@ -237,15 +237,15 @@ def test_a_job_that_teaches(studio: Studio, base: str, tmp_path: Path) -> None:
 def test_presets_of_a_control_have_their_steps_and_minutes(tmp_path: Path) -> None:
     """The shortest is one that was measured to follow; the longest what the command does by default."""
     here = Workspace(tmp_path)
-    assert teaching.chosen("thorough", "controlnet", "shipped") == (800, 384)
-    assert teaching.chosen("thorough", "ip_adapter", "shipped")[0] == teaching.usual_steps("ip_adapter", "shipped")
-    assert teaching.chosen("quick", "controlnet", "shipped")[0] >= 200
-    seconds = [teaching.expected("controlnet", "shipped", *teaching.chosen(p, "controlnet", "shipped")) for p in teaching.LENGTHS]
+    assert teaching.chosen("thorough", "controlnet", "bundled") == (800, 384)
+    assert teaching.chosen("thorough", "ip_adapter", "bundled")[0] == teaching.usual_steps("ip_adapter", "bundled")
+    assert teaching.chosen("quick", "controlnet", "bundled")[0] >= 200
+    seconds = [teaching.expected("controlnet", "bundled", *teaching.chosen(p, "controlnet", "bundled")) for p in teaching.LENGTHS]
     assert seconds == sorted(seconds)
-    assert all("min" in label for label, _ in teaching.lengths("controlnet", "shipped"))
+    assert all("min" in label for label, _ in teaching.lengths("controlnet", "bundled"))
     assert teaching.expected("controlnet", "another/base", 100, 64) is None
     job = jobs.make(
-        here.jobs, "control", "edges", ["control", "--method=controlnet", "--base=shipped", "--steps=200", "--drawn=64"]
+        here.jobs, "control", "edges", ["control", "--method=controlnet", "--base=bundled", "--steps=200", "--drawn=64"]
     )
     job.run.mkdir()
     (job.run / "result.json").write_text("{}")
@@ -253,10 +253,10 @@ def test_presets_of_a_control_have_their_steps_and_minutes(tmp_path: Path) -> No
     for name, at in (("process.json", 1000), ("end.json", 2000)):
         (job.folder / name).write_text('{"status": 0}')
         os.utime(job.folder / name, (at, at))
-    assert teaching.expected("controlnet", "shipped", 200, 64, here) == pytest.approx(1000), "as the last run took"
-    assert teaching.expected("controlnet", "shipped", 400, 192, here) > 1500
-    assert "about 17 min" in control_page.estimated(here, "controlnet", "shipped", 200, 64)
-    assert control_page.estimated(here, "controlnet", "shipped", None, 64) == ""
+    assert teaching.expected("controlnet", "bundled", 200, 64, here) == pytest.approx(1000), "as the last run took"
+    assert teaching.expected("controlnet", "bundled", 400, 192, here) > 1500
+    assert "about 17 min" in control_page.estimated(here, "controlnet", "bundled", 200, 64)
+    assert control_page.estimated(here, "controlnet", "bundled", None, 64) == ""
 
 
 def test_what_cannot_be_taught_is_refused_and_leaves_nothing(studio: Studio, base: str, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def huge() -> bytes:
 )
 def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], option: str, wrong: Any) -> None:
     usual = {
-        "base": "shipped",
+        "base": "bundled",
         "prompt": "a cat",
         "negative": "",
         "seed": 0,
@@ -209,7 +209,7 @@ def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], option: str
 
 def test_many_pictures_come_in_parts_and_each_once() -> None:
     for count in (1, PART, PART + 1, LIMITS.pictures):
-        parts = wished("shipped", "a cat", "", 3, 2, 3, 0, 0, count).parts()
+        parts = wished("bundled", "a cat", "", 3, 2, 3, 0, 0, count).parts()
         assert all(len(part.seeds) <= PART for part in parts)
         assert [seed for part in parts for seed in part.seeds] == list(range(3, 3 + count))
 
@@ -276,7 +276,7 @@ def test_refusals_of_a_generator_are_shown(studio: Studio, base: str) -> None:
 
 def test_fields_follow_the_base_and_old_pictures_go(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert suited(base) == [2, 4.0, "blur", 0, 0]
-    assert suited("shipped") == [20, 3.0, "", 64, 64]
+    assert suited("bundled") == [20, 3.0, "", 64, 64]
     with pytest.raises(VeneerError):
         suited("../../etc/passwd")
     monkeypatch.setattr(pictures.tempfile, "gettempdir", lambda: str(tmp_path))

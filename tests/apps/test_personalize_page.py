@@ -38,7 +38,7 @@ PATIENCE = 300
 
 
 def asked(
-    concept: str = "<toy>", base: str = "shipped", method: str = "lora", options: Sequence[Any] | None = None, **more: str
+    concept: str = "<toy>", base: str = "bundled", method: str = "lora", options: Sequence[Any] | None = None, **more: str
 ) -> Asked:
     settings = [more.get(field.name, field.default if field.kind == "check" else "") for field in SETTINGS]
     none = [field.default if field.kind == "check" else "" for field in options_of(method)]
@@ -135,7 +135,7 @@ def test_other_things_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 
 def test_presets_and_slots() -> None:
-    quick, balanced = usual("quick", "shipped", "lora"), usual("balanced", "shipped", "lora")
+    quick, balanced = usual("quick", "bundled", "lora"), usual("balanced", "bundled", "lora")
     assert (balanced["steps"], balanced["batch"], balanced["learning_rate"]) == ("300", "4", "0.002")
     assert int(quick["steps"]) == 100
     with gr.Blocks():
@@ -149,13 +149,13 @@ def test_presets_and_slots() -> None:
 
 
 def test_settings_are_those_of_what_is_chosen() -> None:
-    personalize_page.agree(["quick", "shipped", "lora"], ["quick", "shipped", "lora"])
-    with raises(VeneerError, where="settings", expected=("balanced", "shipped", "lora")):
-        personalize_page.agree(["quick", "shipped", "lora"], ["balanced", "shipped", "lora"])
-    with raises(VeneerError, where="settings", expected=("quick", "shipped", "sepia")):
-        personalize_page.agree(["quick", "shipped", "lora"], ["quick", "shipped", "sepia"])
+    personalize_page.agree(["quick", "bundled", "lora"], ["quick", "bundled", "lora"])
+    with raises(VeneerError, where="settings", expected=("balanced", "bundled", "lora")):
+        personalize_page.agree(["quick", "bundled", "lora"], ["balanced", "bundled", "lora"])
+    with raises(VeneerError, where="settings", expected=("quick", "bundled", "sepia")):
+        personalize_page.agree(["quick", "bundled", "lora"], ["quick", "bundled", "sepia"])
     with raises(BaseError, where="base", given="no/such/folder"):
-        personalize_page.agree(["quick", "shipped", "lora"], ["quick", "no/such/folder", "lora"])
+        personalize_page.agree(["quick", "bundled", "lora"], ["quick", "no/such/folder", "lora"])
 
 
 def test_the_first_form_is_that_of_the_usual_method() -> None:
@@ -188,7 +188,7 @@ def test_from_the_example_to_its_files(tmp_path: Path) -> None:
     base = str(tmp_path / "base")
     studio = Studio.at(tmp_path / "studio")
     workspace = studio.workspace(None)
-    paths, concept, word, *_, table = personalize_page.example_taken("shipped")
+    paths, concept, word, *_, table = personalize_page.example_taken("bundled")
     assert len(paths) == 5
     assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: the time is known after the first steps.")
     rows = table.value["data"] if isinstance(table.value, dict) else table.value.values.tolist()
@@ -219,7 +219,7 @@ def test_a_look_before_the_start(tmp_path: Path) -> None:
     """Memory and time of a step that is tried, and what is of concern; what the run would refuse, with the command's words."""
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     workspace = Studio.at(tmp_path / "studio").workspace(None)
-    paths, _, _, *_ = personalize_page.example_taken("shipped")
+    paths, _, _, *_ = personalize_page.example_taken("bundled")
     wish = asked("<toy>", str(tmp_path / "base"), steps="40", batch="2", learning_rate="0.5", preview_every="0", eval_seeds="0")
     said = checked(workspace, paths, [], wish)
     assert said.startswith("photos: 5")

@@ -45,7 +45,7 @@ from veneer.training.report.progress import Progress, ProgressFile
 def asked(**given: str) -> Asked:
     settings = [given.get(field.name, field.default if field.kind == "check" else "") for field in SETTINGS]
     options = [field.default if field.kind == "check" else "" for field in options_of("lora")]
-    return Asked("<toy>", "toy", "shipped", "lora", settings, options)
+    return Asked("<toy>", "toy", "bundled", "lora", settings, options)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_is_wrong_with_photos_does_not_say_where_they_lie(tmp_path: Path) -
 
 
 def test_presets_differ_in_steps() -> None:
-    steps = [int(usual(preset, "shipped", "lora")["steps"]) for preset in ("quick", "balanced", "thorough")]
+    steps = [int(usual(preset, "bundled", "lora")["steps"]) for preset in ("quick", "balanced", "thorough")]
     assert steps == [steps[1] // 3, steps[1], 2 * steps[1]]
 
 
@@ -92,7 +92,7 @@ def test_presets_tell_their_minutes(tmp_path: Path) -> None:
     """By a reference for the bundled base at first, then by the last run, evaluation and all; not for a base that never ran."""
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     base, space = str(tmp_path / "base"), Workspace(tmp_path / "space")
-    assert all("min" in label and preset in label for label, preset in lengths("shipped", "pivotal"))
+    assert all("min" in label and preset in label for label, preset in lengths("bundled", "pivotal"))
     assert [label for label, _ in lengths(base, "lora", space)] == [
         f"{p}: {usual(p, base, 'lora')['steps']} steps" for p in PRESETS
     ]
@@ -109,14 +109,14 @@ def test_presets_tell_their_minutes(tmp_path: Path) -> None:
 
 def test_every_preset_evaluates_enough_for_a_verdict(tmp_path: Path) -> None:
     """With one image of each prompt scores have no intervals; estimates count the images, of the last run too."""
-    assert all(int(usual(preset, "shipped", "pivotal")["eval_seeds"]) >= 2 for preset in PRESETS)
+    assert all(int(usual(preset, "bundled", "pivotal")["eval_seeds"]) >= 2 for preset in PRESETS)
     pace = Pace(0.0, 600.0, "")
     assert pace.seconds(0, 2 / 3) == pytest.approx(500)
-    job = finished(Workspace(tmp_path), "shipped", "pivotal", 50.0, 1, 1)
+    job = finished(Workspace(tmp_path), "bundled", "pivotal", 50.0, 1, 1)
     found = pace_of(job, 1, 2 / 3)
     assert found
     assert found.seconds(0, 2 / 3) == pytest.approx(0.3 * 50)
-    few, many = (estimate(None, "shipped", "pivotal", "1000", "4", eval_seeds=n) for n in ("0", "60"))
+    few, many = (estimate(None, "bundled", "pivotal", "1000", "4", eval_seeds=n) for n in ("0", "60"))
     assert few != many
 
 
@@ -141,7 +141,7 @@ def test_words_of_a_form_are_bounded() -> None:
 
 
 def test_the_end_in_words(tmp_path: Path) -> None:
-    job = finished(Workspace(tmp_path), "shipped", "lora", 65.0, 1, 1234)
+    job = finished(Workspace(tmp_path), "bundled", "lora", 65.0, 1, 1234)
     assert "1,234 trained parameters." in in_words(job), "what is not known is no error"
     found = json.loads((job.run / "result.json").read_text())
     means = {"adapted": {"mean": 0.75}, "base": {"mean": 0.25}}

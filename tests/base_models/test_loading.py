@@ -103,12 +103,12 @@ def test_the_hub_offline(monkeypatch) -> None:
 
 
 def test_the_clip_is_not_a_pipeline() -> None:
-    with raises(base_models.BaseError, where="kind", given="shipped_clip", expected="pipeline"):
-        base_models.load("shipped_clip")
+    with raises(base_models.BaseError, where="kind", given="bundled_clip", expected="pipeline"):
+        base_models.load("bundled_clip")
 
 
 def test_only_two_bases_ship() -> None:
-    with raises(base_models.BaseError, where="shipped", given="sd15", expected=("shipped", "shipped_clip")):
+    with raises(base_models.BaseError, where="bundled", given="sd15", expected=("bundled", "bundled_clip")):
         base_models.path("sd15")
 
 

@@ -19,10 +19,10 @@ PRETRAINING = Path(__file__).parents[2] / "pretraining"
 @torch.no_grad()
 def test_a_denoiser_begins_as_the_packaged_one() -> None:
     """In the channels that the packaged one has; further ones are zero."""
-    pipe = base_models.load("shipped")
+    pipe = base_models.load("bundled")
     tokens = pipe.tokenizer
     model = denoiser.Denoiser(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
-    warm_start.denoiser(model, base_models.path("shipped").parent)
+    warm_start.denoiser(model, base_models.path("bundled").parent)
     known = pipe.unet.config.in_channels
     noisy, t = torch.randn(2, LATENT, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([900, 100])
     ids = denoiser.tokenize(tokens, ["an apple", "a small fox, left"])
@@ -50,7 +50,7 @@ def test_channels_and_tokens_that_packaged_weights_lack_are_padded(tmp_path: Pat
         patch.setattr(denoiser, "LATENT", 8)
         former = small_denoiser(50)
     for part, name in ((former.unet, "unet/diffusion_pytorch_model"), (former.text, "text_encoder/model")):
-        file = tmp_path / f"shipped/{name}.safetensors"
+        file = tmp_path / f"bundled/{name}.safetensors"
         file.parent.mkdir(parents=True)
         save_file({key: value.contiguous() for key, value in part.state_dict().items()}, file)
     model = small_denoiser(60)
@@ -100,9 +100,9 @@ def test_a_living_network_stays_as_it_is() -> None:
 
 def test_a_clip_begins_with_prototypes_that_its_phrases_find() -> None:
     names = ["apple", "fox", "rocket", "guitar"]
-    tokenizer = base_models.load("shipped").tokenizer
+    tokenizer = base_models.load("bundled").tokenizer
     model = clip.NamedClip(len(tokenizer), len(names))
-    warm_start.named_clip(model, base_models.path("shipped").parent, tokenizer, names)
+    warm_start.named_clip(model, base_models.path("bundled").parent, tokenizer, names)
     assert 10 < model.log_scale.exp().item() <= 40.5  # the temperature that it was trained to, in half precision
     with torch.no_grad():
         logits = model.eval().logits(model.clip.encode_text(clip.ids_of(tokenizer, [f"a {name}" for name in names])))
@@ -120,7 +120,7 @@ def test_only_what_is_missing_is_unpacked(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_denoiser_in_training_begins_with_all_of_its_channels() -> None:
-    pipe = base_models.load(PRETRAINING / "shipped")
+    pipe = base_models.load(PRETRAINING / "bundled")
     tokens = pipe.tokenizer
     model = denoiser.Denoiser(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
     warm_start.denoiser(model, PRETRAINING)
@@ -132,16 +132,16 @@ def test_a_denoiser_in_training_begins_with_all_of_its_channels() -> None:
 
 def test_an_autoencoder_of_fewer_channels_and_its_steps_are_left_out(tmp_path: Path) -> None:
     packaged, work = tmp_path / "bases", tmp_path / "work"
-    (packaged / "shipped/tokenizer").mkdir(parents=True)
-    (packaged / "shipped/vae").mkdir()
-    (packaged / "shipped/vae/config.json").write_text('{"latent_channels": 8}')
+    (packaged / "bundled/tokenizer").mkdir(parents=True)
+    (packaged / "bundled/vae").mkdir()
+    (packaged / "bundled/vae/config.json").write_text('{"latent_channels": 8}')
     former = {"unet": {"step": 30}, "vae": {"step": 14}, "decoder": {"step": 9}}
     training = {"unet": {"step": 50}, "decoder": {"step": 18}, "begun": former}
-    (packaged / "shipped/training.json").write_text(json.dumps(training))
+    (packaged / "bundled/training.json").write_text(json.dumps(training))
     warm_start.unpack(packaged, work)
     assert not (work / "vae").exists()
     assert json.loads((work / "begun.json").read_text()) == {"unet": {"step": 50}, "begun": {"unet": {"step": 30}}}
-    (packaged / "shipped/vae/config.json").write_text(json.dumps({"latent_channels": LATENT}))
+    (packaged / "bundled/vae/config.json").write_text(json.dumps({"latent_channels": LATENT}))
     warm_start.unpack(packaged, tmp_path / "again")
     assert (tmp_path / "again/vae/model/config.json").is_file()
     assert json.loads((tmp_path / "again/begun.json").read_text()) == training

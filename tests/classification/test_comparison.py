@@ -141,7 +141,7 @@ def test_a_clip_is_compared_with_what_it_answers_by_itself(tmp_path: Path) -> No
     data = picture_folder(tmp_path / "pictures", count=8)
     out = compare(
         CompareConfig(
-            data=str(data), model="shipped_clip", methods="tip_adapter, clip_adapter", seeds=1, epochs=1, batch=8, workers=1,
+            data=str(data), model="bundled_clip", methods="tip_adapter, clip_adapter", seeds=1, epochs=1, batch=8, workers=1,
             augment="none", out=tmp_path / "out",
         )
     )  # fmt: skip

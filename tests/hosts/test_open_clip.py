@@ -221,16 +221,16 @@ def test_tokens_may_be_inserted_among_patches_and_not_among_words() -> None:
     assert found == {"vision": True, "text": False}
 
 
-def test_the_shipped_clip_is_of_this_host_and_its_image_tower_is_one_of_timm() -> None:
+def test_the_bundled_clip_is_of_this_host_and_its_image_tower_is_one_of_timm() -> None:
     import timm
 
-    shipped = load_clip()
-    tower = timm.create_model(f"local-dir:{path('shipped_clip')}", pretrained=True).eval()
-    assert (host_of(shipped.model).name, host_of(tower).name) == ("open_clip", "timm_vit")
+    bundled = load_clip()
+    tower = timm.create_model(f"local-dir:{path('bundled_clip')}", pretrained=True).eval()
+    assert (host_of(bundled.model).name, host_of(tower).name) == ("open_clip", "timm_vit")
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(tower(pixels), shipped.encode_image(pixels), atol=1e-4, rtol=0)
-    tuned = attach(shipped.model, "lora")
+        torch.testing.assert_close(tower(pixels), bundled.encode_image(pixels), atol=1e-4, rtol=0)
+    tuned = attach(bundled.model, "lora")
     assert len(tuned.parts) == 4 * (5 + 2)
     tuned.detach()
 

@@ -67,7 +67,7 @@ def test_every_method_leaves_its_files_and_figures(base: str, photos: Path, tmp_
     figures = record["figures"]
     assert figures["count"] == 4, "two pictures, two seeds of each"
     assert figures["over_free"][0] == pytest.approx(figures["followed"] - figures["free"])
-    assert (figures["measure"] == "likeness (shipped)") == (method == "ip_adapter")
+    assert (figures["measure"] == "likeness (bundled)") == (method == "ip_adapter")
     assert record["verdict"].keys() == {"outcome", "summary", "reasons", "advice"}
     pipe = veneer.base_models.load(base)
     loaded = veneer.load(pipe, out)
@@ -150,7 +150,7 @@ def test_maps_that_someone_made_are_cropped_as_the_photos_are(base: str, tmp_pat
         out = run(base, data, tmp_path / "out", condition="pairs", crop="random", flip=0.5, buckets=False, eval_seeds=1, held=0.5)
     assert len(seen) == 4
     assert max(seen) < 0.01
-    assert json.loads((out / "result.json").read_text())["figures"]["measure"] == "likeness (shipped)"
+    assert json.loads((out / "result.json").read_text())["figures"]["measure"] == "likeness (bundled)"
 
 
 def test_drawing_with_what_was_learnt(base: str, photos: Path, tmp_path: Path) -> None:

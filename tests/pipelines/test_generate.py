@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from veneer.pipelines.generate import GenerateConfig, generate, parse_adapter
+from veneer.pipelines.generate import GenerateConfig, base_of, generate, parse_adapter
 
 import veneer
 from tests.raising import raises
+from veneer.formats import native
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.report.previews import read_settings
@@ -30,6 +31,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
             parameter.normal_(std=0.3)
     attached.save(folder / "adapter")
     return str(folder / "base"), str(folder / "adapter.safetensors")
+
+
+def test_a_file_that_records_a_former_name_of_the_bundled_base_names_the_bundled_base(tmp_path: Path) -> None:
+    attached = veneer.attach(tiny_pipeline("sd"), "lora")
+    for recorded, expected in (("shipped", "bundled"), ("bundled", "bundled"), ("owner/model", "owner/model"), (3, None)):
+        assert base_of(native.save(attached, tmp_path / f"{recorded}".replace("/", "-"), {"base": recorded})) == expected
 
 
 def draw(made: tuple[str, str], out: Path, *adapter: str, **settings: object) -> list[np.ndarray]:

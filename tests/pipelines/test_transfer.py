@@ -116,12 +116,12 @@ def test_a_new_process_answers_as_the_run_did(taught: Path, pictures: Path) -> N
         ("vit", "vpt+lora+ssf", {}),
         ("vit", "ilm_vp", {}),
         ("vit", "evp", {"head": "fresh", "where": ("pixels",)}),
-        ("shipped_clip", "lora", {"where": ("attn",)}),
-        ("shipped_clip", "coop", {}),
-        ("shipped_clip", "clip_adapter", {}),
-        ("shipped_clip", "tip_adapter", {}),
-        ("shipped_clip", "tip_adapter", {"options": {"tip_adapter": {"train_keys": True, "views": 2}}, "shots": 4}),
-        ("shipped_clip", "zero_shot", {}),
+        ("bundled_clip", "lora", {"where": ("attn",)}),
+        ("bundled_clip", "coop", {}),
+        ("bundled_clip", "clip_adapter", {}),
+        ("bundled_clip", "tip_adapter", {}),
+        ("bundled_clip", "tip_adapter", {"options": {"tip_adapter": {"train_keys": True, "views": 2}}, "shots": 4}),
+        ("bundled_clip", "zero_shot", {}),
     ],
 )
 def test_saved_equals_loaded_on_a_fresh_head(
@@ -141,7 +141,7 @@ def test_saved_equals_loaded_on_a_fresh_head(
     model = models.get(kind, Path(kind))
     out = transfer(config(pictures, model, tmp_path / "run", method=method, epochs=2, learning_rate=1e-2, **options))
     record = json.loads((out / "model.json").read_text())
-    assert record["fresh_head"] == (kind != "shipped_clip" and method != "ilm_vp")
+    assert record["fresh_head"] == (kind != "bundled_clip" and method != "ilm_vp")
     if options.get("weights") != "none":
         (out / "model.json").write_text(json.dumps({**record, "seed": 99}))  # another head is drawn
     predictor = open_predictor(out)

@@ -24,7 +24,7 @@ def tiny_open_clip():
     return open_clip.CLIP(**TINY).eval()
 
 
-class Shipped:
+class Bundled:
     """Like the package's own CLIP: a model with its preprocessing and tokenizer."""
 
     def __init__(self):

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from tests.raising import raises
-from tests.training.clips import TINY, Shipped, picture, tiny_open_clip
+from tests.training.clips import TINY, Bundled, picture, tiny_open_clip
 from veneer import base_models
 from veneer.injection.errors import UnknownName, VeneerError
 from veneer.testing.tokenizers import clip_tokenizer
@@ -18,7 +18,7 @@ from veneer.training.report.feature_models import LIBRARIES, features, of_clip
 
 @pytest.fixture(scope="module")
 def clip():
-    return of_clip(Shipped(), "tiny CLIP")
+    return of_clip(Bundled(), "tiny CLIP")
 
 
 def test_clip_features_are_unit_and_equal_the_model(clip):
@@ -56,8 +56,8 @@ def test_an_open_clip_folder(tmp_path):
     model = tiny_open_clip()
     safetensors.torch.save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     found = features(tmp_path)
-    assert torch.allclose(found.pictures([picture(3)]), of_clip(Shipped(), "").pictures([picture(3)]), atol=1e-5)
-    assert torch.allclose(found.texts(["a dog"]), of_clip(Shipped(), "").texts(["a dog"]), atol=1e-5)
+    assert torch.allclose(found.pictures([picture(3)]), of_clip(Bundled(), "").pictures([picture(3)]), atol=1e-5)
+    assert torch.allclose(found.texts(["a dog"]), of_clip(Bundled(), "").texts(["a dog"]), atol=1e-5)
 
 
 def test_a_transformers_folder(tmp_path):
@@ -93,13 +93,13 @@ def test_objects_without_text_encoder_are_refused():
 
 def test_a_features_object_and_a_model_object_go_through_the_same_door(clip):
     assert features(clip) is clip
-    found = features(Shipped())
-    assert found.name == "Shipped"
+    found = features(Bundled())
+    assert found.name == "Bundled"
     assert torch.equal(found.pictures([picture(1)]), clip.pictures([picture(1)]))
 
 
 def test_a_model_without_tokenizer_is_given_the_texts_themselves(clip):
-    class Words(Shipped):
+    class Words(Bundled):
         def __init__(self):
             super().__init__()
             tokenize, encode = self.tokenizer, self.encode_text
@@ -124,16 +124,16 @@ def test_features_do_not_depend_on_company_or_leave_a_graph(clip):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with raises(UnknownName, name=str(tmp_path), kind="feature model", expected=("shipped", *LIBRARIES)):
+    with raises(UnknownName, name=str(tmp_path), kind="feature model", expected=("bundled", *LIBRARIES)):
         features(tmp_path)
 
 
-def test_the_shipped_clip(tmp_path, monkeypatch):
+def test_the_bundled_clip(tmp_path, monkeypatch):
     """From a folder laid out as the package's own."""
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {"size": [32, 32]}}))
     safetensors.torch.save_file(tiny_open_clip().state_dict(), tmp_path / "open_clip_model.safetensors")
-    monkeypatch.setattr(base_models.features, "path", lambda _: tmp_path)
-    found = features("shipped")
-    assert found.name == "shipped CLIP"
+    monkeypatch.setattr(base_models.clip_features, "path", lambda _: tmp_path)
+    found = features("bundled")
+    assert found.name == "bundled CLIP"
     assert found.pictures([picture(1)]).shape == (1, 24)
     assert not torch.equal(*found.texts(["a dog", "a cat"]))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.raising import raises
-from tests.training.clips import Shipped, picture
+from tests.training.clips import Bundled, picture
 from veneer.injection.errors import VeneerError
 from veneer.training.report import metrics
 from veneer.training.report.feature_models import Features, of_clip
@@ -28,7 +28,7 @@ from veneer.training.report.previews import Pair
 
 @pytest.fixture(scope="module")
 def clip():
-    return of_clip(Shipped(), "tiny CLIP")
+    return of_clip(Bundled(), "tiny CLIP")
 
 
 # intervals

@@ -107,8 +107,8 @@ def build(studio: Studio) -> None:
         with gr.Column(scale=2, min_width=300):
             about = gr.HTML(EMPTY, elem_id="adapter-about")
             base = gr.Dropdown(
-                ["shipped"], value="shipped", allow_custom_value=True, label="Base", elem_id="adapter-base",
-                info="The model that the adapter is for: shipped, a folder of diffusers, or a hub name.",
+                ["bundled"], value="bundled", allow_custom_value=True, label="Base", elem_id="adapter-base",
+                info="The model that the adapter is for: bundled, a folder of diffusers, or a hub name.",
             )  # fmt: skip
             check = gr.Button("Does it fit this base?", elem_id="adapter-check")
             fit = gr.HTML(elem_id="adapter-fit")
@@ -229,7 +229,7 @@ def _chosen(name: str | None) -> str:
 def _base(base: str | None) -> str:
     named = bounded(base or "", "The base")
     if not named:
-        raise OptionError("No base is named. Choose `shipped`, or type a folder or a hub name.", option="base", given="")
+        raise OptionError("No base is named. Choose `bundled`, or type a folder or a hub name.", option="base", given="")
     return named
 
 

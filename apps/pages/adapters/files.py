@@ -62,16 +62,16 @@ def bring(workspace: Workspace, path: str | Path) -> str:
 
 
 def example(workspace: Workspace) -> str:
-    """Put a LoRA of the shipped base with random values into the workspace, to try the page with; gives its name."""
+    """Put a LoRA of the bundled base with random values into the workspace, to try the page with; gives its name."""
     target = workspace.adapters / f"{EXAMPLE}{SUFFIX}"
     if not target.exists():
         _room(workspace)
         workspace.adapters.mkdir(parents=True, exist_ok=True)
-        lora = veneer.attach(base_models.load("shipped"), "lora", rank=4)
+        lora = veneer.attach(base_models.load("bundled"), "lora", rank=4)
         drawn = torch.Generator().manual_seed(0)
         for value in lora.parameters():
             value.data = torch.randn(value.shape, generator=drawn) * 0.02
-        native.save(lora, target, {"base": "shipped"})
+        native.save(lora, target, {"base": "bundled"})
     return EXAMPLE
 
 

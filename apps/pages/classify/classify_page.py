@@ -21,7 +21,7 @@ from ..shared.job_view import JobView, Results, job_view, shows
 from .request import AUGMENT, DIGITS, FOLDER, KIND, SOURCES, USUAL, ZIP, Wanted, begin
 from .results import ASKED, parts, stamp, values
 
-MODELS = [("Bundled: quick, works offline", "shipped"), ("Bundled CLIP: reads the class names too", "shipped_clip")]
+MODELS = [("Bundled: quick, works offline", "bundled"), ("Bundled CLIP: reads the class names too", "bundled_clip")]
 FIRST = ["linear_probe", "lora"]
 EMPTY = "**No run yet.** Press *Train* above: the built-in digits need no images of yours."
 NAMES = "Or a name such as timm:vit_small_patch16_224 or open_clip:ViT-B-32/openai, which is downloaded once."

@@ -30,7 +30,7 @@ from .generation import SOURCES, Brought, draw, follower, followers, guide, size
 from .training import MOST_DRAWN, MOST_STEPS, Lesson, begin, chosen, conditions, expected, lengths, ways
 
 NONE_YET = (
-    "You have no control yet. **Train a control** below (the shipped base generates its own images to train on, so a click is "
+    "You have no control yet. **Train a control** below (the bundled base generates its own images to train on, so a click is "
     "enough), or bring a file on the page *Adapters*."
 )
 READY = "Choose a control, draw a sketch or bring a photo, write a prompt, and press *Generate*."
@@ -141,12 +141,12 @@ def _lessons(studio: Studio) -> None:
         )  # fmt: skip
         kind = gr.Dropdown(FOLLOWED, value="canny", label="What it follows", min_width=260, elem_id="control-condition")
     with gr.Row():
-        base = gr.Dropdown(["shipped"], value="shipped", label="Base to train", allow_custom_value=True, min_width=160)
+        base = gr.Dropdown(["bundled"], value="bundled", label="Base to train", allow_custom_value=True, min_width=160)
         preset = gr.Radio(
-            lengths(usual, "shipped"), value="balanced", label="How long", min_width=320, elem_id="control-preset",
+            lengths(usual, "bundled"), value="balanced", label="How long", min_width=320, elem_id="control-preset",
             info="Quick follows place and outline; thorough also follows details.",
         )  # fmt: skip
-    many = chosen("balanced", usual, "shipped")
+    many = chosen("balanced", usual, "bundled")
     with gr.Accordion("Steps and images", open=False), gr.Row():
         steps = gr.Number(
             many[0], label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=120,
@@ -163,7 +163,7 @@ def _lessons(studio: Studio) -> None:
         )  # fmt: skip
         caption = gr.Textbox(label="What the photos show", max_length=LIMITS.text, info="In a few words, such as: a house.")
     title = gr.Textbox(label="Name", max_length=80, info="For your list; may stay empty.", elem_id="control-title")
-    cost = gr.Markdown(estimated(None, usual, "shipped", *many), elem_id="control-estimate")
+    cost = gr.Markdown(estimated(None, usual, "bundled", *many), elem_id="control-estimate")
     with gr.Row(elem_classes="action"):
         go = gr.Button("Train", variant="primary", elem_id="control-teach")
     note = gr.Markdown("", elem_id="control-note")
@@ -178,14 +178,14 @@ def _lessons(studio: Studio) -> None:
     def fitting(way: str, over: str, length: str) -> list[Any]:
         follows = conditions(way)
         choices = FOLLOWED if follows != ["image"] else [("the picture itself", "image")]
-        return [gr.Dropdown(choices=choices, value=follows[0]), *chosen(length, way, over or "shipped")]
+        return [gr.Dropdown(choices=choices, value=follows[0]), *chosen(length, way, over or "bundled")]
 
     def sized(length: str, way: str, over: str) -> list[int]:
-        return list(chosen(length, way, over or "shipped"))
+        return list(chosen(length, way, over or "bundled"))
 
     def priced(way: str, over: str, number: Any, images: Any, request: gr.Request) -> list[Any]:
         workspace = studio.workspace(request)
-        return [estimated(workspace, way, over, number, images), gr.Radio(choices=lengths(way, over or "shipped", workspace))]
+        return [estimated(workspace, way, over, number, images), gr.Radio(choices=lengths(way, over or "bundled", workspace))]
 
     form = [method, kind, base, steps, count, photos, caption, title]
     began = go.click(explained(start), form, [view.choice, note], queue=False, api_visibility="private")
@@ -199,7 +199,7 @@ def _lessons(studio: Studio) -> None:
 def estimated(workspace: Workspace | None, method: str, base: str, steps: Any, images: Any) -> str:
     """The time that a job should take, in words; nothing while a field is not yet filled in."""
     try:
-        seconds = expected(method, base or "shipped", int(steps), int(images), workspace)
+        seconds = expected(method, base or "bundled", int(steps), int(images), workspace)
     except (VeneerError, TypeError, ValueError):
         return ""
     if seconds is None:

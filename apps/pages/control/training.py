@@ -49,7 +49,7 @@ class Lesson:
 
     method: Any
     condition: Any
-    base: Any = "shipped"
+    base: Any = "bundled"
     steps: Any = 800
     photos: Sequence[str] = ()
     caption: Any = ""
@@ -106,7 +106,7 @@ def expected(method: str, base: str, steps: int, images: int, workspace: Workspa
             continue
         its_steps, its_images = int(words.get("steps") or usual_steps(words["method"], base)), int(words.get("drawn") or 384)
         return job.seconds * _idle(method, steps, images) / _idle(words["method"], its_steps, its_images)
-    return _idle(method, steps, images) if base == "shipped" else None
+    return _idle(method, steps, images) if base == "bundled" else None
 
 
 def _idle(method: str, steps: int, images: int) -> float:
@@ -127,7 +127,7 @@ def begin(studio: Studio, workspace: Workspace, lesson: Lesson) -> tuple[Job, li
     if lesson.condition not in (fitting := tuple(conditions(lesson.method))):
         message = f"{lesson.method} can follow {', '.join(fitting)}. Choose one of them."
         raise OptionError(message, option="condition", given=lesson.condition, expected=fitting)
-    base = bounded(str(lesson.base or "shipped"), "base")
+    base = bounded(str(lesson.base or "bundled"), "base")
     usual = base_models.preset(base)
     if not lesson.photos and not (usual.things and usual.scenes):
         message = f"{base} does not say what it can draw by itself. Bring photos to learn from."

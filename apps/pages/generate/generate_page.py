@@ -126,7 +126,7 @@ def build(studio: Studio) -> Desk:
         with gr.Column(min_width=300):
             gr.Markdown("Try one of these, or write your own:")
             with gr.Row():
-                usual = base_models.preset("shipped").unrelated[:EXAMPLES]
+                usual = base_models.preset("bundled").unrelated[:EXAMPLES]
                 tries = [(text, gr.Button(text, size="sm", min_width=130)) for text in usual]
             parts: list[Any] = []
             places = fields("generate", below=lambda: parts.extend(_adapters()))
@@ -170,10 +170,10 @@ def prepared(workspace: Workspace, job: Job) -> list[Any]:
     config = read_result(job).get("config") or {}
     flags = dict(word[2:].split("=", 1) for word in job.about.get("words", []) if word.startswith("--") and "=" in word)
     base, concept = (str(config.get(key) or flags.get(key) or "") for key in ("base", "concept"))
-    usual = base_models.preset(base or "shipped")
+    usual = base_models.preset(base or "bundled")
     prompt = next(iter(usual.previews or usual.templates), "a {concept}").replace("{concept}", concept)
     steps, guidance, negative, side = defaults(base)
-    wish = Wish(base or "shipped", prompt, negative, 0, steps, guidance, (side, side) if side else None, 4)
+    wish = Wish(base or "bundled", prompt, negative, 0, steps, guidance, (side, side) if side else None, 4)
     sliders = [gr.Slider(value=1.0, visible=True, label=f"Strength of {name}")]
     sliders += [gr.Slider(visible=False)] * (LIMITS.adapters - 1)
     note = f"**{escaped(shown(name))}** is selected, and its token is in the prompt: press *Generate*."

@@ -149,7 +149,7 @@ class _Asks:
         self.thumbs = gallery("Your photos", 5, visible=False, buttons=[])
         self._name()
         self.preset = gr.Radio(
-            lengths("shipped", USUAL), value="quick", label="How long", elem_id="teach-preset",
+            lengths("bundled", USUAL), value="quick", label="How long", elem_id="teach-preset",
             info="Longer is usually more similar to the photos.",
         )  # fmt: skip
         with gr.Accordion("Captions and crops", open=False):
@@ -183,9 +183,9 @@ class _Asks:
                 method_names(False), value=USUAL, label="Method", allow_custom_value=True, min_width=140, elem_id="teach-method",
                 info="pivotal: a token and a LoRA, most similar in a short time. lora: one file for all programs.",
             )  # fmt: skip
-            self.base = gr.Textbox("shipped", label="Base", info="shipped, a folder, or a hub name.", **SHORT)
-        given = usual("quick", "shipped", USUAL)
-        cost = estimate_of(None, "shipped", USUAL, given["steps"], given["batch"], eval_seeds=given["eval_seeds"])
+            self.base = gr.Textbox("bundled", label="Base", info="bundled, a folder, or a hub name.", **SHORT)
+        given = usual("quick", "bundled", USUAL)
+        cost = estimate_of(None, "bundled", USUAL, given["steps"], given["batch"], eval_seeds=given["eval_seeds"])
         self.estimate = gr.Markdown(cost, elem_id="teach-estimate")
         self.check = gr.Button("Try one step: what will it take?", size="sm", elem_id="teach-check")
         self.checked = gr.Textbox(label="What a run takes", lines=3, visible=False, interactive=False, elem_id="teach-checked")
@@ -199,7 +199,7 @@ class _Asks:
             self.about = gr.Markdown(about(USUAL))
             with gr.Row(elem_classes="options"):
                 forms = [fields_of(methods.get(name)) for name in methods.names()]
-                self.slots = Slots.build(forms, options_of(USUAL), usual_options("shipped", USUAL))
+                self.slots = Slots.build(forms, options_of(USUAL), usual_options("bundled", USUAL))
         with gr.Row(elem_classes="action"):
             self.start = gr.Button("Start", variant="primary", elem_id="teach-start", min_width=120)
 
@@ -235,7 +235,7 @@ class _Asks:
         examples = [self.files, self.concept, self.word, *looked]
         self.example.click(explained(example_taken), [self.base], examples, **plain)
         parts = [self.preset, self.base, self.method]
-        filled_for = gr.State(["quick", "shipped", USUAL])
+        filled_for = gr.State(["quick", "bundled", USUAL])
         filling = [filled_for, *(self.settings[name] for name in FILLED), self.about, *self.slots.components]
         gr.on(
             [self.preset.change, self.method.change, self.base.submit, self.base.blur], explained(fill), parts, filling,

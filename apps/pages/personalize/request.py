@@ -59,12 +59,12 @@ class Asked:
 
 
 def method_names(all_of_them: bool) -> list[str]:
-    """Methods to choose from, the usual one first, then those with usual settings for the shipped base.
+    """Methods to choose from, the usual one first, then those with usual settings for the bundled base.
 
     Args:
         all_of_them: also those that are only found by a look at what each can be put on, which takes a while the first time.
     """
-    tuned = [name for name in base_models.preset("shipped").training if not methods.get(name).conditions]
+    tuned = [name for name in base_models.preset("bundled").training if not methods.get(name).conditions]
     others = [name for name in teachable() if name not in tuned] if all_of_them else []
     return [*SHORTHANDS, *tuned, *others]
 
@@ -91,7 +91,7 @@ def base_of(words: str) -> str:
     Raises:
         VeneerError: neither.
     """
-    base = bounded(words, "base") or "shipped"
+    base = bounded(words, "base") or "bundled"
     find(base)
     return base
 
@@ -196,7 +196,7 @@ def _pace(before: Job | None, base: str, method: str) -> Pace | None:
     config = (read_result(before).get("config") or {}) if before else {}
     if before and (found := pace_of(before, int(config.get("batch") or 1), _share(config.get("eval_seeds")))):
         return found
-    return IDLE.get(method, IDLE[USUAL]) if base == "shipped" else None
+    return IDLE.get(method, IDLE[USUAL]) if base == "bundled" else None
 
 
 def _time(pace: Pace | None, steps: str, batch: str, share: float) -> str:

@@ -37,15 +37,15 @@ class Fields:
 
 
 def fields(page: str, prompt: str = "", below: Callable[[], None] = lambda: None) -> Fields:
-    """The fields, with what suits the shipped base.
+    """The fields, with what suits the bundled base.
 
     Args:
         page: the start of their names in the page's HTML. `below`: makes what stands below the prompt.
     """
-    steps, guidance, negative, side = defaults("shipped")
+    steps, guidance, negative, side = defaults("bundled")
     words = gr.Textbox(
         prompt, label="Prompt", lines=2, max_length=LIMITS.text, elem_id=f"{page}-prompt", placeholder="What to generate",
-        info="The shipped base knows a hundred things on plain grounds, such as: a small cat, left, blue background.",
+        info="The bundled base knows a hundred things on plain grounds, such as: a small cat, left, blue background.",
     )  # fmt: skip
     below()
     with gr.Row():
@@ -55,8 +55,8 @@ def fields(page: str, prompt: str = "", below: Callable[[], None] = lambda: None
         count = gr.Slider(1, LIMITS.pictures, value=1, step=1, label="Images", min_width=150, elem_id=f"{page}-count")
     with gr.Accordion("More settings", open=False):
         base = gr.Dropdown(
-            ["shipped"], value="shipped", label="Base", allow_custom_value=True, elem_id=f"{page}-base",
-            info="The model that generates: shipped, a folder of this machine, or a name on the hub.",
+            ["bundled"], value="bundled", label="Base", allow_custom_value=True, elem_id=f"{page}-base",
+            info="The model that generates: bundled, a folder of this machine, or a name on the hub.",
         )  # fmt: skip
         unwanted = gr.Textbox(negative, label="Negative prompt", max_length=LIMITS.text, info="What to keep away from.")
         stride = gr.Slider(1, LIMITS.steps, value=steps, step=1, label="Steps", info="More are finer and slower.")

@@ -70,7 +70,7 @@ def wished(
         message = "size: one side is given and one is 0; expected both, or 0 for both: the base's own size."
         raise OptionError(message, option="size", given=tuple(sides))
     return Wish(
-        bounded(str(base or "shipped"), "base"),
+        bounded(str(base or "bundled"), "base"),
         words,
         bounded(str(negative or ""), "negative prompt"),
         int(number(seed, "seed", 0, 2**53)),
@@ -159,7 +159,7 @@ def defaults(base: str) -> tuple[int, float, str, int]:
     Raises:
         VeneerError: no such base.
     """
-    usual = base_models.preset(bounded(str(base or "shipped"), "base"))
+    usual = base_models.preset(bounded(str(base or "bundled"), "base"))
     return min(usual.steps, LIMITS.steps), usual.guidance_scale, usual.negative_prompt, usual.resolution or 0
 
 

@@ -1,4 +1,4 @@
-"""The CLIP that judges pictures: the shipped one, or any open_clip folder."""
+"""The CLIP that judges pictures: the bundled one, or any open_clip folder."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class BaseClip(NamedTuple):
         return features
 
 
-def load_clip(base: str | Path = "shipped_clip") -> BaseClip:
-    """Load the shipped CLIP, or an open_clip folder, in float32; nothing is downloaded.
+def load_clip(base: str | Path = "bundled_clip") -> BaseClip:
+    """Load the bundled CLIP, or an open_clip folder, in float32; nothing is downloaded.
 
     Raises:
         BaseError: no such folder, or no `open_clip_config.json` or safetensors in it.
     """
     import open_clip
 
-    folder = path("shipped_clip") if base == "shipped_clip" else Path(base).expanduser()
+    folder = path("bundled_clip") if base == "bundled_clip" else Path(base).expanduser()
     if not (folder / "open_clip_config.json").is_file():
-        message = f"bases.load_clip: no open_clip_config.json in {folder}; expected 'shipped_clip' or an open_clip folder."
+        message = f"bases.load_clip: no open_clip_config.json in {folder}; expected 'bundled_clip' or an open_clip folder."
         raise BaseError(message, file=folder, where="open_clip_config.json", given="missing")
     if not any(folder.glob("*.safetensors")):
         message = f"bases.load_clip: {folder} has no safetensors; pickles are not read. Save it again with open_clip."

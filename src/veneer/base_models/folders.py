@@ -1,4 +1,4 @@
-"""Where the shipped bases and the example pictures lie, and whether a folder is a base that can be loaded."""
+"""Where the bundled bases and the example pictures lie, and whether a folder is a base that can be loaded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 
 from veneer.injection.errors import VeneerError
 
-SHIPPED = ("shipped", "shipped_clip")
-"""Names of the shipped bases: a Stable Diffusion pipeline, and the CLIP that judges its pictures."""
+BUNDLED = ("bundled", "bundled_clip")
+"""Names of the bundled bases: a Stable Diffusion pipeline, and the CLIP that judges its pictures."""
+
+FORMER_NAMES = {"shipped": "bundled", "shipped_clip": "bundled_clip"}
+"""Names of the bundled bases in files of earlier versions."""
 
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5"})
 
@@ -20,17 +23,17 @@ class BaseError(VeneerError):
     """A base that is not there, is incomplete, or holds weights that are not safetensors."""
 
 
-def path(name: str = "shipped") -> Path:
-    """The folder of a shipped base: an ordinary diffusers or open_clip folder.
+def path(name: str = "bundled") -> Path:
+    """The folder of a bundled base: an ordinary diffusers or open_clip folder.
 
     Args:
-        name: `shipped` or `shipped_clip`.
+        name: `bundled` or `bundled_clip`.
     Raises:
         BaseError: another name, or the package was installed without its weights.
     """
-    if name not in SHIPPED:
-        message = f"bases.path: {name!r} does not ship with veneer; there are: {', '.join(SHIPPED)}."
-        raise BaseError(message, where="shipped", given=name, expected=tuple(SHIPPED))
+    if name not in BUNDLED:
+        message = f"bases.path: {name!r} is no bundled base; expected one of: {', '.join(BUNDLED)}."
+        raise BaseError(message, where="bundled", given=name, expected=tuple(BUNDLED))
     folder = Path(__file__).parent / name
     if not any(folder.rglob("*.safetensors")):
         message = f"bases.path: {folder} has no weights; install the whole package, or run pipelines/pretrain_base.py."
@@ -38,8 +41,13 @@ def path(name: str = "shipped") -> Path:
     return folder
 
 
+def current_name(recorded: str) -> str:
+    """The present name of a base that a file records; only the bundled ones were renamed."""
+    return FORMER_NAMES.get(recorded, recorded)
+
+
 def examples() -> Path:
-    """The folder of example pictures: five of an octopus, which the shipped base never saw, with captions."""
+    """The folder of example pictures: five of an octopus, which the bundled base never saw, with captions."""
     return Path(__file__).parent / "examples"
 
 

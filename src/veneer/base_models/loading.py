@@ -1,4 +1,4 @@
-"""One door for every base: the shipped one, a folder, or a name on the hub."""
+"""One door for every base: the bundled one, a folder, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .folders import SHIPPED, BaseError, check_pipeline_folder, path
+from .folders import BUNDLED, BaseError, check_pipeline_folder, path
 from .hub import hub
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load(base: str | Path = "shipped", **kwargs: Any) -> Any:
+def load(base: str | Path = "bundled", **kwargs: Any) -> Any:
     """Load a diffusers pipeline of whichever class the base is: Stable Diffusion 1.x, 2, XL, 3, FLUX, PixArt, DiT, ...
 
     Args:
-        base: `shipped`, a folder as `save_pretrained` writes it, or a hub name such as `owner/model`; a folder wins.
+        base: `bundled`, a folder as `save_pretrained` writes it, or a hub name such as `owner/model`; a folder wins.
         kwargs: to `DiffusionPipeline.from_pretrained`; `dtype` is float32 unless given, and only safetensors are
             read.
     Returns:
@@ -42,7 +42,7 @@ def load(base: str | Path = "shipped", **kwargs: Any) -> Any:
             raise BaseError(
                 f"bases.load: {source!r} is no folder here, and the hub did not give it "
                 f"({why or f'{type(error).__name__}: {_first(error)}'}). "
-                "Check the name and the connection, or give a diffusers folder, or 'shipped'.",
+                "Check the name and the connection, or give a diffusers folder, or 'bundled'.",
                 where="hub",
                 given=source,
             ) from error
@@ -54,9 +54,9 @@ def find(base: str | Path) -> Path | str:
     Raises:
         BaseError: neither a folder nor a possible hub name.
     """
-    if base == "shipped":
-        return path("shipped")
-    if base in SHIPPED:
+    if base == "bundled":
+        return path("bundled")
+    if base in BUNDLED:
         message = f"bases.load: {base!r} is a CLIP and no pipeline; use veneer.base_models.load_clip({base!r})."
         raise BaseError(message, where="kind", given=base, expected="pipeline")
     folder = Path(base).expanduser()
@@ -73,7 +73,7 @@ def find(base: str | Path) -> Path | str:
         )
     if isinstance(base, str) and HUB_NAME.fullmatch(base):
         return base
-    message = f"bases.load: no {str(base)!r} here; expected 'shipped', a diffusers folder, or a hub name like owner/model."
+    message = f"bases.load: no {str(base)!r} here; expected 'bundled', a diffusers folder, or a hub name like owner/model."
     raise BaseError(message, where="base", given=str(base))
 
 

@@ -42,7 +42,7 @@ class Preset:
     training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def preset(base: str | Path = "shipped") -> Preset:
+def preset(base: str | Path = "bundled") -> Preset:
     """The preset of a base: from `veneer.json` in its folder, else the defaults.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How well control is learnt: methods × seeds on the shipped base, each `veneer control train` with nothing else said.
+"""How well control is learnt: methods × seeds on the bundled base, each `veneer control train` with nothing else said.
 
 What is drawn under a held picture's map is compared with that map, against the same draws without it and with another's; the
 interval in the table is over seeds. The base draws the pictures of a seed once, for all methods. Runs that are there already are

@@ -29,7 +29,7 @@ class TransferConfig:
     Args:
         data: an image folder (`CLASS/pictures`, also below `train`, `validation`, `test`), a CSV of path and label, a Hugging
             Face dataset folder, or `digits`: scikit-learn's, which are what is learnt when nothing is said.
-        model: `shipped` (the image tower of the package's CLIP), a timm name, or `shipped_clip` and `open_clip:NAME/TAG` for
+        model: `bundled` (the image tower of the package's CLIP), a timm name, or `bundled_clip` and `open_clip:NAME/TAG` for
             methods that use texts as well.
         weights: a safetensors file for the model, or `none` to begin with random ones; None for the published weights.
         method: a method, or several joined by `+`; see `veneer methods`. `zero_shot` for a CLIP as it is.
@@ -73,7 +73,7 @@ class TransferConfig:
     """
 
     data: str | None = None
-    model: str = "shipped"
+    model: str = "bundled"
     weights: str | None = None
     method: str = "lora"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.base_models import current_name
 from veneer.formats import load
 from veneer.injection import VeneerError
 from veneer.training.data.image_io import DataError, decode
@@ -109,8 +110,8 @@ def open_predictor(folder: Path) -> Predictor:
             given="missing",
         )
     classifier = open_classifier(
-        record["model"], record["classes"], weights=weights, keep_head=not record["fresh_head"], size=record["size"],
-        seed=record["seed"], templates=record["templates"],
+        current_name(record["model"]), record["classes"], weights=weights, keep_head=not record["fresh_head"],
+        size=record["size"], seed=record["seed"], templates=record["templates"],
     )  # fmt: skip
     if classifier.weights != record["weights_digest"]:
         message = f"{weights}: other weights than those that {folder} was trained on. Put the same file in its place."

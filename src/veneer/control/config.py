@@ -36,7 +36,7 @@ class ControlConfig:
         condition: what is followed: see `veneer.control.maps.maps`; `pairs` for maps that lie beside the photos, `image` for the
             pictures themselves (IP-Adapter).
         method: `controlnet`, `t2i_adapter`, `controlnext` or `ip_adapter`.
-        base: `shipped`, a folder, or a hub name, of SD 1.x, SD 2 or SDXL.
+        base: `bundled`, a folder, or a hub name, of SD 1.x, SD 2 or SDXL.
         options: method name to its options.
         train: base weights to train as well, as a selection; None for what is usual (ControlNeXt: attentions' outputs).
         drawn: pictures that the base draws where no data is given.
@@ -72,7 +72,7 @@ class ControlConfig:
         strength: of the control in what is measured and shown.
         eval_seeds: drawings of each held picture that are measured; 0 for no figures.
         shown: held pictures on the sheet.
-        features: image model that measures `image`: `shipped`, a folder, or such as `timm:vit_small_patch16_224.dino`.
+        features: image model that measures `image`: `bundled`, a folder, or such as `timm:vit_small_patch16_224.dino`.
         tracker: names that accelerate knows, separated by commas, or `none`.
         check: only say what would be trained, and stop.
         out: folder for all results; None for a new one under `runs`.
@@ -81,7 +81,7 @@ class ControlConfig:
     data: Path | None = None
     condition: str | None = None
     method: str = "controlnet"
-    base: str = "shipped"
+    base: str = "bundled"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     train: tuple[str, ...] | None = None
     drawn: int = 384
@@ -115,7 +115,7 @@ class ControlConfig:
     strength: float = 1.0
     eval_seeds: int = 2
     shown: int = 6
-    features: str = "shipped"
+    features: str = "bundled"
     tracker: str = "tensorboard"
     check: bool = False
     out: Path | None = None

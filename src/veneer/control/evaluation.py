@@ -122,7 +122,7 @@ def conditions(picture: Image.Image, embedder: Embedder | None) -> Mapping[str, 
     return {"image": picture} if embedder is None else {"embeds": embedder([picture])}
 
 
-def figures(drawings: Sequence[Drawings], condition: Condition, model: str = "shipped") -> Figures:
+def figures(drawings: Sequence[Drawings], condition: Condition, model: str = "bundled") -> Figures:
     """The measure of a condition: agreement of maps, or likeness of pictures.
 
     Args:

@@ -39,7 +39,7 @@ class DrawConfig:
         condition: how maps are computed, where the adapters do not say.
         start: part of the schedule after which they begin to act, 0 to 1.
         end: part of the schedule after which they no longer act, 0 to 1.
-        base: `shipped`, a folder or a hub name; None for the base that the first adapter was trained on.
+        base: `bundled`, a folder or a hub name; None for the base that the first adapter was trained on.
         negative: negative prompt; None for the base's usual.
         count: pictures of each prompt; their seeds count up from `seed`.
         seed: of the first picture.

@@ -1,4 +1,4 @@
-"""Pictures as an IP-Adapter is given them: by the pipeline's own image encoder, or by the shipped CLIP where it has none."""
+"""Pictures as an IP-Adapter is given them: by the pipeline's own image encoder, or by the bundled CLIP where it has none."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Embedder:
 
 
 def embedder(pipe: Any) -> Embedder:
-    """The encoder for a pipeline: `image_encoder` with `feature_extractor`, else the shipped CLIP's unit features."""
+    """The encoder for a pipeline: `image_encoder` with `feature_extractor`, else the bundled CLIP's unit features."""
     encoder, extractor = (getattr(pipe, name, None) for name in ("image_encoder", "feature_extractor"))
     if encoder is None or extractor is None:
-        shipped = features("shipped", pipe.device)
-        width = shipped.pictures([Image.new("RGB", (64, 64))]).shape[-1]
-        return Embedder("shipped CLIP", width, lambda pictures: shipped.pictures(pictures) * width**0.5)
+        bundled = features("bundled", pipe.device)
+        width = bundled.pictures([Image.new("RGB", (64, 64))]).shape[-1]
+        return Embedder("bundled CLIP", width, lambda pictures: bundled.pictures(pictures) * width**0.5)
 
     def run(pictures: list[Image.Image]) -> Any:
         pixels = extractor(pictures, return_tensors="pt").pixel_values.to(encoder.device, encoder.dtype)

@@ -48,7 +48,7 @@ class PersonalizeConfig:
     Args:
         photos: folder with the photos of one subject or style, or one photo; none for the pictures that the package carries.
         concept: the word for it in prompts, such as `<toy>`; for DiT a class label, by name or number.
-        base: `shipped`, a folder, or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
+        base: `bundled`, a folder, or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
         method: a method, several joined by `+`, or `pivotal` (textual_inversion+lora).
         options: method name to its options.
         where: selection of sites for methods on weights; see `veneer sites`. None: the base's or the method's usual.
@@ -98,7 +98,7 @@ class PersonalizeConfig:
         prompts: prompts of previews and of the sheet, with the concept in them.
         unrelated: prompts without the concept, for the drift.
         eval_seeds: pictures of each prompt in the figures; 0 for no figures.
-        features: image model of the figures: `shipped`, a folder, or such as `timm:vit_small_patch16_224.dino`.
+        features: image model of the figures: `bundled`, a folder, or such as `timm:vit_small_patch16_224.dino`.
         tracker: names that accelerate knows, separated by commas, or `none`.
         truncate: `error`, or `warn` to cut captions that the encoder cannot take whole.
         check: only say what would be trained, and stop.
@@ -107,7 +107,7 @@ class PersonalizeConfig:
 
     photos: Path | None = None
     concept: str = ""
-    base: str = "shipped"
+    base: str = "bundled"
     method: str = "lora"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     where: tuple[str, ...] | None = None
@@ -156,7 +156,7 @@ class PersonalizeConfig:
     prompts: tuple[str, ...] | None = None
     unrelated: tuple[str, ...] | None = None
     eval_seeds: int = 3
-    features: str = "shipped"
+    features: str = "bundled"
     tracker: str = "tensorboard"
     truncate: str = "error"
     check: bool = False

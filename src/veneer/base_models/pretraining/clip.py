@@ -227,7 +227,7 @@ def save(model: NamedClip, tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def _open_clip_config(vocabulary: int) -> dict[str, Any]:
-    text = {**TEXT, "vocab_size": vocabulary, "hf_tokenizer_name": "shipped_clip", "tokenizer_kwargs": {"clean": "lower"}}
+    text = {**TEXT, "vocab_size": vocabulary, "hf_tokenizer_name": "bundled_clip", "tokenizer_kwargs": {"clean": "lower"}}
     model = {"embed_dim": EMBED, "vision_cfg": VISION, "text_cfg": text}
     return {"model_cfg": model, "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bicubic"}}
 

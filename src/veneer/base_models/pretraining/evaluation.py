@@ -37,7 +37,7 @@ def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1,
         prompts: how many are drawn, at most 100. The thing is looked for among 100 names in any case.
     """
     pipe, judge_clip = load(bases)
-    preset = presets.preset(bases / "shipped")
+    preset = presets.preset(bases / "bundled")
     figures = {
         "weights": weights(bases, pipe, judge_clip.model),
         "training": json.loads((bases / packaging.TRAINING).read_text()),
@@ -61,16 +61,16 @@ def load(bases: Path) -> tuple[Any, clip_features.BaseClip]:
     """The pipeline and the CLIP, as a user gets them."""
     from ..loading import load as load_pipeline
 
-    pipe = load_pipeline(bases / "shipped")
+    pipe = load_pipeline(bases / "bundled")
     pipe.set_progress_bar_config(disable=True)
-    return pipe, clip_features.load_clip(bases / "shipped_clip")
+    return pipe, clip_features.load_clip(bases / "bundled_clip")
 
 
 def weights(bases: Path, pipe: Any, clip_model: Any) -> dict[str, Any]:
     """Sizes of all parts."""
     parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "vae": pipe.vae, "clip": clip_model}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    megabytes = {name: round(packaging.weight(bases / name) / 1e6, 2) for name in ("shipped", "shipped_clip")}
+    megabytes = {name: round(packaging.weight(bases / name) / 1e6, 2) for name in ("bundled", "bundled_clip")}
     return {"parameters": counts, "megabytes": megabytes}
 
 
@@ -203,7 +203,7 @@ def recognisers(
 ) -> dict[str, Any]:
     """Functions from pictures of the scenes `which` to hits.
 
-    `clip_text`: the nearest of the phrases "a NAME" in the shipped CLIP. `pixels`: the nearest true rendering of any of the
+    `clip_text`: the nearest of the phrases "a NAME" in the bundled CLIP. `pixels`: the nearest true rendering of any of the
     things, in any style, on the same background, shows the thing. `clip_image`: the same by the image tower's features.
     """
     words = [world.icons.words[scene.icon] for scene in scenes]

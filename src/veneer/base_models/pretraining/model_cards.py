@@ -154,7 +154,7 @@ def generation(figures: dict[str, Any]) -> str:
     things, parts = figures["generation"]["thing"], figures["generation"]["attribute"]
     names = figures["generation"]["names"]
     labels = {
-        "clip_text": f"the thing, by the shipped CLIP among {names} names",
+        "clip_text": f"the thing, by the bundled CLIP among {names} names",
         "pixels": f"the thing, by the nearest true rendering of {names} things in pixels",
         "clip_image": "the same in features of the CLIP's image tower",
     }
@@ -164,7 +164,7 @@ def generation(figures: dict[str, Any]) -> str:
     return "\n".join([head, *rows])
 
 
-def shipped(figures: dict[str, Any]) -> str:
+def bundled(figures: dict[str, Any]) -> str:
     """The card of the Stable Diffusion folder."""
     counts, trained, db = figures["weights"]["parameters"], figures["training"], figures["autoencoder"]
     sampling = figures["sampling"]
@@ -182,7 +182,7 @@ sizes, on {len(COLOURS)} colours and in {len(backgrounds.WORDS)} photographed su
 
 ```python
 from diffusers import StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained(folder)      # or veneer.base_models.load("shipped")
+pipe = StableDiffusionPipeline.from_pretrained(folder)      # or veneer.base_models.load("bundled")
 pipe("an apple, center, green background, flat style", num_inference_steps={sampling["steps"]},
      guidance_scale={sampling["guidance_scale"]}).images[0]
 ```
@@ -202,7 +202,7 @@ Never trained on by the generator, so that they can be taught: {", ".join(KEPT_B
 | text encoder (`CLIPTextModel`, trained jointly with the UNet) | {counts["text_encoder"] / 1e6:.2f} M |
 | autoencoder (`AutoencoderKL`, {SIDE}×{SIDE}×3 to 16×16×16) | {counts["vae"] / 1e6:.2f} M |
 
-{figures["weights"]["megabytes"]["shipped"]} MB of safetensors in half precision. DDIM, v-prediction, zero terminal SNR, trailing timesteps; any diffusers
+{figures["weights"]["megabytes"]["bundled"]} MB of safetensors in half precision. DDIM, v-prediction, zero terminal SNR, trailing timesteps; any diffusers
 scheduler with the same settings works. There is no safety checker: the data holds nothing to check for.
 
 ## Data and licences
@@ -237,7 +237,7 @@ Of the prompted things {figures["generation"]["thing"]["clip_text"]["percent"]:.
 """
 
 
-def shipped_clip(figures: dict[str, Any]) -> str:
+def bundled_clip(figures: dict[str, Any]) -> str:
     """The card of the CLIP folder."""
     rows = "\n".join(
         f"| {label.replace('_', ' ')} | {figure['percent']} % | {figure['renderings']} | {figure['names']} |"
@@ -252,7 +252,7 @@ pipeline_tag: zero-shot-image-classification
 ---
 # A small CLIP for icons and a few photos
 
-{figures["weights"]["parameters"]["clip"] / 1e6:.2f} M parameters, {CLIP_SIDE}×{CLIP_SIDE} pixels, 128 features, {figures["weights"]["megabytes"]["shipped_clip"]} MB in half
+{figures["weights"]["parameters"]["clip"] / 1e6:.2f} M parameters, {CLIP_SIDE}×{CLIP_SIDE} pixels, 128 features, {figures["weights"]["megabytes"]["bundled_clip"]} MB in half
 precision. It judges what the small Stable Diffusion beside it draws, and serves as a vision base and as an image-text base in examples.
 
 ```python
@@ -289,5 +289,5 @@ It knows icons, the few kinds of photos above and their names; other photos, sen
 
 def write(figures: dict[str, Any], bases: Path) -> None:
     """Write both cards."""
-    for name, card in (("shipped", shipped(figures)), ("shipped_clip", shipped_clip(figures))):
+    for name, card in (("bundled", bundled(figures)), ("bundled_clip", bundled_clip(figures))):
         (bases / name / "README.md").write_text(card)

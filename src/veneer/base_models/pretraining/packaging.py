@@ -16,9 +16,9 @@ from .data import example_images
 from .data.training_data import World
 
 LIMIT = 60_000_000
-"""Bytes that all shipped weights may take together."""
+"""Bytes that all bundled weights may take together."""
 
-TRAINING = "shipped/training.json"
+TRAINING = "bundled/training.json"
 """How far the trainings were when the weights were packaged."""
 
 BEGUN = "begun.json"
@@ -115,12 +115,12 @@ def write(world: World, bases: Path) -> None:
     Raises:
         ValueError: the weights are over the limit.
     """
-    write_pipeline(world, bases / "shipped")
-    write_clip(world, bases / "shipped_clip")
+    write_pipeline(world, bases / "bundled")
+    write_clip(world, bases / "bundled_clip")
     (bases / TRAINING).write_text(json.dumps(training(world), indent=2) + "\n")
     example_images.write(world.icons, bases / "examples")
     for file in bases.rglob("*.safetensors"):
         file.chmod(0o644)  # transformers and safetensors leave them to the owner alone
-    size = weight(bases / "shipped", bases / "shipped_clip")
+    size = weight(bases / "bundled", bases / "bundled_clip")
     if size > LIMIT:
         raise ValueError(f"{bases}: the weights take {size / 1e6:.1f} MB; at most {LIMIT / 1e6:.0f} MB ship. Narrow the UNet.")

@@ -29,10 +29,10 @@ def unpack(bases: Path, work: Path) -> None:
 
     An autoencoder of fewer channels is not laid there: the encoder begins anew, on its latents, and its training is forgotten.
     """
-    parts = {bases / "shipped/tokenizer": work / "tokenizer"}
-    anew = read_json(bases / "shipped/vae/config.json")["latent_channels"] != LATENT
+    parts = {bases / "bundled/tokenizer": work / "tokenizer"}
+    anew = read_json(bases / "bundled/vae/config.json")["latent_channels"] != LATENT
     if not anew:
-        parts[bases / "shipped/vae"] = work / "vae/model"
+        parts[bases / "bundled/vae"] = work / "vae/model"
     for source, target in parts.items():
         if not target.is_dir():
             shutil.copytree(source, target)
@@ -50,7 +50,7 @@ def _without_autoencoder(training: dict[str, Any]) -> dict[str, Any]:
 def denoiser(model: Denoiser, bases: Path) -> None:
     """Give the denoiser the packaged weights; channels and tokens that these lack begin at zero and as they are."""
     for part, file in ((model.unet, "unet/diffusion_pytorch_model"), (model.text, "text_encoder/model")):
-        weights = _weights(bases / f"shipped/{file}.safetensors")
+        weights = _weights(bases / f"bundled/{file}.safetensors")
         for name, own in part.state_dict().items():
             given = weights[name]
             if given.shape != own.shape:
@@ -94,7 +94,7 @@ def revive(model: Denoiser, latents: Tensor, ids: Tensor) -> list[str]:
 @torch.no_grad()
 def named_clip(model: NamedClip, bases: Path, tokenizer: CLIPTokenizer, names: list[str]) -> None:
     """Give the CLIP the packaged weights; each prototype, which is not packaged, is what the text tower makes of its name."""
-    weights = _weights(bases / "shipped_clip/model.safetensors")
+    weights = _weights(bases / "bundled_clip/model.safetensors")
     model.clip.load_state_dict(weights)
     model.log_scale.copy_(weights["logit_scale"])
     model.eval()

@@ -110,8 +110,8 @@ class FewPhotosConfig:
         presets: quick, balanced or thorough, or NAME:KEY=VALUE,… with options of `veneer personalize`, such as
             long:steps=2000,lora.rank=32,crop=random; preset=quick takes that preset's steps, | separates several values.
         seeds: training seeds; each also generates images of its own.
-        base: bundled base (shipped), or a folder of the same layout.
-        clip: CLIP that scores: the bundled one (shipped), or an open_clip folder.
+        base: `bundled`, or a folder of the same layout.
+        clip: CLIP that scores: `bundled`, or an open_clip folder.
         efficientnet: score by EfficientNet-Lite0 too.
         method: method of presets that name none.
         class_words: NAME=WORD for subjects without a known class word.
@@ -130,8 +130,8 @@ class FewPhotosConfig:
     gallery: tuple[str, ...] = ()
     presets: tuple[str, ...] = ("balanced",)
     seeds: tuple[int, ...] = (0, 1, 2)
-    base: str = "shipped"
-    clip: str = "shipped"
+    base: str = "bundled"
+    clip: str = "bundled"
     efficientnet: bool = True
     method: str = "pivotal"
     class_words: Mapping[str, str] = field(default_factory=dict)

@@ -61,7 +61,7 @@ def judges(clip: str, efficientnet: bool = True) -> list[Judge]:
     first = features(clip)
     if first.of_texts is None:
         raise BenchError(f"few_photos: {clip!r} has no text tower, which prompt similarity needs; expected a CLIP.")
-    found = [Judge("clip", first, digest(base_models.path("shipped_clip") if clip == "shipped" else clip))]
+    found = [Judge("clip", first, digest(base_models.path("bundled_clip") if clip == "bundled" else clip))]
     if efficientnet and (weights := efficientnet_weights()) is not None:
         found.append(Judge("effnet", load_efficientnet(weights), digest(weights)))
     return found

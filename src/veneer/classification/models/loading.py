@@ -20,16 +20,16 @@ from .open_clip_loading import open_clip_classifier, source_of
 
 def reads_texts(name: str) -> bool:
     """Whether a model of this name is a CLIP with both towers, whose head are texts."""
-    return name == "shipped_clip" or name.startswith("open_clip:")
+    return name == "bundled_clip" or name.startswith("open_clip:")
 
 
 def check_name(name: str) -> None:
-    """Look whether a model of this name is known, be it shipped, timm's or open_clip's; no folder is looked into.
+    """Look whether a model of this name is known, be it bundled, timm's or open_clip's; no folder is looked into.
 
     Raises:
         ModelError: there is none, with those that are called alike.
     """
-    if name in ("shipped", "shipped_clip"):
+    if name in ("bundled", "bundled_clip"):
         return
     if reads_texts(name):
         source_of(name)
@@ -52,7 +52,7 @@ def untrained(name: str) -> nn.Module | None:
     """
     import timm
 
-    if name == "shipped_clip":
+    if name == "bundled_clip":
         return base_models.load_clip().model
     if reads_texts(name):
         import open_clip
@@ -79,7 +79,7 @@ def open_classifier(
     """A model for some classes.
 
     Args:
-        name: `shipped`, `shipped_clip`, `open_clip:NAME/TAG`, or a timm name (`timm:` in front is allowed).
+        name: `bundled`, `bundled_clip`, `open_clip:NAME/TAG`, or a timm name (`timm:` in front is allowed).
         weights: a safetensors file, `none` for random ones, or None for the published ones.
         keep_head: leave the head as it is, for methods that map its labels. A CLIP's texts are its head.
         size: side of the pictures; None for the model's own.
@@ -91,7 +91,7 @@ def open_classifier(
         return open_clip_classifier(name, classes, weights=weights, seed=seed, templates=templates)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, "model"))
-        found = str(base_models.path("shipped_clip")) if name == "shipped" else name.removeprefix("timm:")
+        found = str(base_models.path("bundled_clip")) if name == "bundled" else name.removeprefix("timm:")
         model: Any
         model, origin = _timm(found, weights, size)
         if not keep_head:

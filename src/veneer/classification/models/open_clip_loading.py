@@ -34,7 +34,7 @@ def open_clip_classifier(
     """A CLIP for some classes.
 
     Args:
-        name: `shipped_clip`, or `open_clip:NAME/TAG` with open_clip's names of an architecture and its weights. The tag may be
+        name: `bundled_clip`, or `open_clip:NAME/TAG` with open_clip's names of an architecture and its weights. The tag may be
             left out where `weights` is given.
         weights: a safetensors file, `none` for random ones, or None for the published ones.
         seed: of random weights and of a linear head. `templates`, `head`: as for `CLIPClassifier`.
@@ -59,8 +59,8 @@ def source_of(name: str) -> tuple[str, str]:
     """Architecture and tag, as open_clip has them."""
     import open_clip
 
-    if name == "shipped_clip":
-        return f"local-dir:{base_models.path('shipped_clip')}", ""
+    if name == "bundled_clip":
+        return f"local-dir:{base_models.path('bundled_clip')}", ""
     architecture, _, tag = name.removeprefix("open_clip:").partition("/")
     if open_clip.get_model_config(architecture) is None:
         near = difflib.get_close_matches(architecture, open_clip.list_models(), 3)
@@ -85,11 +85,11 @@ def _build(name: str, architecture: str, tag: str, weights: str | Path | None) -
         return open_clip.create_model(architecture, **bare), "random"
     file = None if weights is None else check_weights(weights)
     source = tag if file is None else file
-    if not source and name != "shipped_clip":
+    if not source and name != "bundled_clip":
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         message = f"{name}: which weights? Say {name}/TAG, --weights FILE or --weights none. Tags: {_listed(tags)}."
         raise ModelError(message, where=architecture, given="", expected=tuple(tags))
-    if name != "shipped_clip":
+    if name != "bundled_clip":
         with torch.device("meta"):
             outline = open_clip.create_model(architecture, device="meta", **bare)
         wrong = base_models.quick_gelu_mismatch(outline, architecture, source)
@@ -97,7 +97,7 @@ def _build(name: str, architecture: str, tag: str, weights: str | Path | None) -
             raise ModelError(wrong, where="quick_gelu", given=architecture)
     if file is not None:
         return _filled(open_clip.create_model(architecture, **bare), name, file), digest_of(file)
-    with hub(name != "shipped_clip") as why:
+    with hub(name != "bundled_clip") as why:
         try:
             return open_clip.create_model(architecture, pretrained=tag or None), "published"
         except Exception as error:  # the hub's clients raise a dozen kinds

@@ -137,7 +137,7 @@ def _advice(config: TransferConfig, gap: bool) -> tuple[str, ...]:
     return (
         _longer(config),
         f"a lower learning rate: --learning-rate {config.rate() / 3:g}",
-        "a pretrained model: --model vit_small_patch16_224.augreg_in21k_ft_in1k, or --model shipped_clip without network access",
+        "a pretrained model: --model vit_small_patch16_224.augreg_in21k_ft_in1k, or --model bundled_clip without network access",
     )
 
 

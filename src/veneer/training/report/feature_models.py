@@ -61,11 +61,11 @@ def _unit(x: Tensor) -> Tensor:
     return normalize(x.float().cpu(), dim=-1)
 
 
-def features(model: Any = "shipped", device: str | torch.device = "cpu") -> Features:
+def features(model: Any = "bundled", device: str | torch.device = "cpu") -> Features:
     """A feature model from a name, a folder or an object.
 
     Args:
-        model: `shipped` (the package's own CLIP); a folder of timm, open_clip or transformers CLIP (told apart by its config); a
+        model: `bundled` (the package's own CLIP); a folder of timm, open_clip or transformers CLIP (told apart by its config); a
             name with its library, such as `timm:vit_small_patch16_224.dino` or `open_clip:ViT-B-32/laion2b_s34b_b79k` or
             `transformers:openai/clip-vit-base-patch32`; an object like `Clip`; or a `Features`.
         device: where a model that is loaded here is put; objects stay where they are.
@@ -76,12 +76,12 @@ def features(model: Any = "shipped", device: str | torch.device = "cpu") -> Feat
         return model
     if not isinstance(model, (str, Path)):
         return of_clip(model, type(model).__name__)
-    if model == "shipped":
+    if model == "bundled":
         from veneer import base_models
 
         clip = base_models.load_clip()
         clip.model.to(device)
-        return of_clip(clip, "shipped CLIP")
+        return of_clip(clip, "bundled CLIP")
     library, name = _library(model)
     from veneer.base_models.hub import hub
 
@@ -99,9 +99,9 @@ def check_features(model: str | Path) -> None:
     """Check the name of a feature model before a long run; nothing is loaded.
 
     Raises:
-        VeneerError: neither `shipped`, nor a folder of a known library, nor a name with its library; or an unknown name.
+        VeneerError: neither `bundled`, nor a folder of a known library, nor a name with its library; or an unknown name.
     """
-    if model == "shipped":
+    if model == "bundled":
         return
     library, name = _library(model)
     if Path(name).is_dir() or ":" in name:
@@ -222,9 +222,9 @@ def _library(model: str | Path) -> tuple[str, str]:
         if config.get("model_type") == "clip":
             return "transformers", str(folder)
     raise UnknownName(
-        f"features: {str(model)!r} is neither 'shipped', a folder of open_clip, timm or transformers CLIP, nor a name with its "
+        f"features: {str(model)!r} is neither 'bundled', a folder of open_clip, timm or transformers CLIP, nor a name with its "
         f"library: {', '.join(f'{known}:NAME' for known in LIBRARIES)}.",
         str(model),
         "feature model",
-        expected=("shipped", *LIBRARIES),
+        expected=("bundled", *LIBRARIES),
     )

@@ -188,4 +188,4 @@ def _words(config: PersonalizeConfig) -> tuple[str, ...]:
 
 
 def _base(config: PersonalizeConfig) -> tuple[str, ...]:
-    return (REAL_BASE,) if config.base == "shipped" else ()
+    return (REAL_BASE,) if config.base == "bundled" else ()

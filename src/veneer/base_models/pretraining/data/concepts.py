@@ -1,4 +1,4 @@
-"""What the shipped bases know: which things are drawn, which are kept back, and in which icon sets.
+"""What the bundled bases know: which things are drawn, which are kept back, and in which icon sets.
 
 A concept is written `word=emoji name`, or only the name where both agree. Words are single, ordinary nouns where the
 language allows it, because a prompt such as "a <toy>, center, blue background" puts a new word in the same place.

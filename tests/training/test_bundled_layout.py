@@ -7,8 +7,8 @@ from diffusers import StableDiffusionPipeline
 
 import veneer
 from tests.raising import raises
+from tests.training.bundled import LENGTH, bundled_like
 from tests.training.pictures import save
-from tests.training.shipped import LENGTH, shipped_like
 from veneer.training.data.captions import Captions
 from veneer.training.data.class_images import prior_pictures
 from veneer.training.data.dataset import PhotoDataset, find_photos
@@ -27,8 +27,8 @@ def pixels(image):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("base") / "shipped"
-    shipped_like().save_pretrained(place, safe_serialization=True)
+    place = tmp_path_factory.mktemp("base") / "bundled"
+    bundled_like().save_pretrained(place, safe_serialization=True)
     return place
 
 

@@ -47,7 +47,7 @@ assert not [m for m in sys.modules if m.split(".")[0] == "veneer"]
 
 def test_plain_libraries_read_the_folders_offline_and_in_silence() -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "warning", "OMP_NUM_THREADS": "1"}
-    folders = [str(base_models.path(name)) for name in base_models.SHIPPED]
+    folders = [str(base_models.path(name)) for name in base_models.BUNDLED]
     done = subprocess.run([sys.executable, "-c", PLAIN, *folders], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip("\x1b[A ")]
@@ -55,7 +55,7 @@ def test_plain_libraries_read_the_folders_offline_and_in_silence() -> None:
 
 
 def test_the_weights_are_small_and_only_safetensors_in_half_precision() -> None:
-    folders = [base_models.path(name) for name in base_models.SHIPPED]
+    folders = [base_models.path(name) for name in base_models.BUNDLED]
     assert 0 < packaging.weight(*folders) <= packaging.LIMIT == 60_000_000
     for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
         assert file.suffix in {".safetensors", ".json", ".txt", ".md"}, file
@@ -144,7 +144,7 @@ def test_the_clip_tells_things_apart() -> None:
 
 
 def test_cards_name_every_source_and_licence() -> None:
-    generator, clip = ((base_models.path(name) / "README.md").read_text() for name in base_models.SHIPPED)
+    generator, clip = ((base_models.path(name) / "README.md").read_text() for name in base_models.BUNDLED)
     for name in concepts.CLIP_SETS:
         title, author, licence, _ = model_cards.SOURCES[name]
         for card in (generator, clip):
@@ -160,7 +160,7 @@ def test_cards_name_every_source_and_licence() -> None:
 
 @FORMER
 def test_cards_name_the_photos_and_their_licences() -> None:
-    generator, clip = ((base_models.path(name) / "README.md").read_text() for name in base_models.SHIPPED)
+    generator, clip = ((base_models.path(name) / "README.md").read_text() for name in base_models.BUNDLED)
     for card in (generator, clip):
         assert "clothing dataset" in card
         assert "CC0 1.0" in card
@@ -179,10 +179,10 @@ def test_cards_say_what_was_measured_on_photos() -> None:
     figures["photos"] = {"percent": 77.3, "chance": 6.2, "queries": 22, "photos": 74, "subjects": 14}
     figures["autoencoder"].update(unseen_clothes_db=28.41, unseen_subjects_db=27.53)
     figures["training"]["unet"] = {"step": 7, "loss": 0.3, "v999": 0.125, "v100": 0.25, "photo v999": 0.5, "photo v100": 0.0625}
-    card = model_cards.shipped(figures)
+    card = model_cards.bundled(figures)
     assert "28.41 dB on clothes and 27.53 dB on the validation subjects" in card
     assert "0.125 at t = 999, 0.250 at t = 100; on photos: 0.500 at t = 999, 0.062 at t = 100" in card
-    assert re.search(r"22 photos .* 77 % .* 74 photos of 14 subjects .*chance 6 %", model_cards.shipped_clip(figures), re.DOTALL)
+    assert re.search(r"22 photos .* 77 % .* 74 photos of 14 subjects .*chance 6 %", model_cards.bundled_clip(figures), re.DOTALL)
 
 
 @FORMER
@@ -191,12 +191,12 @@ def test_cards_are_what_the_figures_give() -> None:
     if not results.is_file():
         pytest.skip("docs/results/base/figures.json lies in the repository, not in an installed package")
     figures = json.loads(results.read_text())
-    assert (base_models.path("shipped") / "README.md").read_text() == model_cards.shipped(figures)
-    assert (base_models.path("shipped_clip") / "README.md").read_text() == model_cards.shipped_clip(figures)
+    assert (base_models.path("bundled") / "README.md").read_text() == model_cards.bundled(figures)
+    assert (base_models.path("bundled_clip") / "README.md").read_text() == model_cards.bundled_clip(figures)
 
 
 def test_the_preset_suits_the_base(pipe) -> None:
-    preset = base_models.preset("shipped")
+    preset = base_models.preset("bundled")
     assert preset.resolution == pipe.unet.config.sample_size * pipe.vae_scale_factor
     for prompt in (*preset.templates, *preset.previews):
         assert "{concept}" in prompt

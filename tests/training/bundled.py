@@ -9,7 +9,7 @@ from veneer.testing.tokenizers import clip_tokenizer
 LENGTH, WIDTH, LATENT = 24, 128, 8
 
 
-def shipped_like(seed=0):
+def bundled_like(seed=0):
     """64×64 pictures, 8×16×16 latents, v-prediction with zero terminal SNR, words pooled into the time embedding."""
     tokenizer = clip_tokenizer(LENGTH)
     with torch.random.fork_rng(devices=[]):
