@@ -192,4 +192,4 @@ def _given(pipe: Any, use: Use, attachment: Attachment) -> contextlib.AbstractCo
     if use.given is None:
         message = f"{attachment.name!r} ({attachment.method.name}) follows a picture; draw with it on the page Control."
         raise ConditionError(message, where=attachment.name)
-    return attachment.given(**use.given(pipe, attachment), start=use.start, end=use.end, pipeline=pipe)
+    return attachment.condition(**use.given(pipe, attachment), start=use.start, end=use.end, pipeline=pipe)

@@ -177,7 +177,7 @@ def test_the_picture_with_without_and_the_map(studio: Studio, base: str) -> None
     settings = PreviewSettings((4,), 2, 4.0)
     assert np.array_equal(without, np.asarray(previews(pipe, ["a cat"], settings)[0].image))
     attached = veneer.load(pipe, found.file, scale=0.8)
-    with attached.given(image=sketch_map(sketched(sketch()), "canny", (SIDE, SIDE)), end=0.5, pipeline=pipe):
+    with attached.condition(image=sketch_map(sketched(sketch()), "canny", (SIDE, SIDE)), end=0.5, pipeline=pipe):
         assert np.array_equal(followed, np.asarray(previews(pipe, ["a cat"], settings)[0].image))
     assert not np.array_equal(followed, without)
     assert guide.shape == (SIDE, SIDE, 3)

@@ -218,6 +218,6 @@ def test_what_follows_a_picture_is_given_one(base: str, make: Make) -> None:
     pipe = veneer.base_models.load(base)
     load_all(pipe, style)
     [attached] = load_all(pipe, control, scale=0.8)
-    with attached.given(image=seen, end=0.5, pipeline=pipe):
+    with attached.condition(image=seen, end=0.5, pipeline=pipe):
         assert np.array_equal(drawn, pixels(previews(pipe, WORDS, SETTINGS)))
     assert same(painter, base)

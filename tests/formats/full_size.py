@@ -139,7 +139,7 @@ def check(name: str, model: Any, scratch: Path) -> bool:
     bare = model(**inputs()).sample
     attachment = veneer.load(model, scratch / "a")
     clean = attachment.loaded.clean
-    with attachment.given(**given):
+    with attachment.condition(**given):
         ours = model(**inputs()).sample
     form: Any = formats.get(method)()
     form.save(attachment, scratch / "b" if form.folder else scratch / "b" / form.file)

@@ -74,7 +74,7 @@ def output(unet: Any, **more: Any) -> Tensor:
 @torch.no_grad()
 def guided(unet: Any, attachment: Attachment, **conditions: Any) -> Tensor:
     """What it gives with an attachment."""
-    with attachment.given(**conditions):
+    with attachment.condition(**conditions):
         return output(unet)
 
 

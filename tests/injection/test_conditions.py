@@ -12,7 +12,7 @@ import torch
 
 import veneer
 from tests.raising import raises
-from veneer.injection.conditions import Given, place
+from veneer.injection.conditions import Conditions, place
 from veneer.injection.errors import ConditionError
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -32,7 +32,7 @@ class Pipeline:
 
 def rows(pictures: int, batch: int, guidance: float | None) -> list[int]:
     pipe = None if guidance is None else Pipeline(guidance)
-    given = Given("it", {"image": torch.arange(pictures)}, {}, pipeline=pipe)
+    given = Conditions("it", {"image": torch.arange(pictures)}, {}, pipeline=pipe)
     return given.at(batch, 0, torch.device("cpu")).values["image"].tolist()
 
 
@@ -58,15 +58,15 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(pictures: int, batch: int,
 
 
 def test_the_half_without_a_prompt_is_told() -> None:
-    given = Given("it", {"image": torch.zeros(1)}, {}, pipeline=Pipeline(3.0))
+    given = Conditions("it", {"image": torch.zeros(1)}, {}, pipeline=Pipeline(3.0))
     now = given.at(4, 0, torch.device("cpu"))
     assert now.conditioned is not None
     assert now.conditioned.tolist() == [False, False, True, True]
-    assert now.half() == slice(2, None)
+    assert now.conditioned_rows() == slice(2, None)
 
 
 def acting(start: float, end: float, calls: list[int], timesteps: list[int]) -> list[bool]:
-    given = Given("it", {"image": torch.zeros(1)}, {}, start=start, end=end, pipeline=Pipeline(1.0, timesteps))
+    given = Conditions("it", {"image": torch.zeros(1)}, {}, start=start, end=end, pipeline=Pipeline(1.0, timesteps))
     return [given.at(1, torch.tensor(t), torch.device("cpu")).strength == 1 for t in calls]
 
 
@@ -88,12 +88,12 @@ def test_a_scheduler_that_counts_is_believed() -> None:
 @pytest.mark.parametrize(("start", "end"), [(-0.1, 1.0), (0.5, 0.4), (0.0, 1.1)])
 def test_no_part_of_the_schedule_is_refused(start: float, end: float) -> None:
     with raises(ConditionError, where="it", given=(start, end)):
-        Given("it", {}, {}, start=start, end=end)
+        Conditions("it", {}, {}, start=start, end=end)
 
 
 def test_what_an_earlier_run_said_is_not_believed() -> None:
     pipe = Pipeline(4.0)
-    given = Given("it", {"image": torch.zeros(1)}, {}, pipeline=pipe)
+    given = Conditions("it", {"image": torch.zeros(1)}, {}, pipeline=pipe)
     given.open()
     with raises(ConditionError, where="it", expected="Pipeline"):
         given.at(2, 0, torch.device("cpu"))
@@ -106,7 +106,7 @@ def test_what_an_earlier_run_said_is_not_believed() -> None:
 
 
 def test_part_of_the_schedule_needs_a_schedule() -> None:
-    given = Given("it", {"image": torch.zeros(1)}, {}, end=0.5)
+    given = Conditions("it", {"image": torch.zeros(1)}, {}, end=0.5)
     with raises(ConditionError, where="it", given=(0.0, 0.5), expected="schedule"):
         given.at(1, 0, torch.device("cpu"))
 
@@ -117,8 +117,8 @@ def test_a_pipeline_that_is_no_more_is_said() -> None:
     del pipe
     gc.collect()
     with raises(ConditionError, where="controlnet", expected="pipeline"):
-        control.given(image=torch.rand(1, 3, 32, 32))
-    with control.given(image=torch.rand(1, 3, 32, 32), pipeline=unet):
+        control.condition(image=torch.rand(1, 3, 32, 32))
+    with control.condition(image=torch.rand(1, 3, 32, 32), pipeline=unet):
         unet(torch.randn(1, 4, 8, 8), torch.tensor(5), torch.randn(1, 5, 24))
 
 
@@ -134,14 +134,14 @@ def test_scopes_nest_and_leave_nothing_behind() -> None:
         with torch.no_grad():
             return unet(*call).sample
 
-    with control.given(image=a):
+    with control.condition(image=a):
         outer = out()
-        with control.given(image=b):
+        with control.condition(image=b):
             assert not torch.equal(out(), outer)
         assert torch.equal(out(), outer)
     with raises(ConditionError, where="controlnet", given=(), expected=("image", "guess")):
         out()
-    with pytest.raises(RuntimeError, match="stop"), control.given(image=a):
+    with pytest.raises(RuntimeError, match="stop"), control.condition(image=a):
         raise RuntimeError("stop")
     assert control.conditions is None
 
@@ -149,8 +149,8 @@ def test_scopes_nest_and_leave_nothing_behind() -> None:
 def test_a_copy_of_what_has_run_has_no_conditions_of_its_own() -> None:
     unet = tiny_pipeline("sd").unet
     control = veneer.attach(unet, "t2i_adapter")
-    with control.given(image=torch.rand(1, 3, 64, 64)):
+    with control.condition(image=torch.rand(1, 3, 64, 64)):
         unet(torch.randn(1, 4, 8, 8), torch.tensor(5), torch.randn(1, 5, 24)).sample.mean().backward()
         copied = copy.deepcopy(unet)
     seam = next(m for name, m in copied.named_modules() if name == "veneer_t2i_adapter")
-    assert seam.adapters[0].call.now is None
+    assert seam.adapters[0].call.conditions is None

@@ -54,7 +54,7 @@ def pipe() -> Any:
 def test_a_new_one_changes_nothing(pipe: Any) -> None:
     before = drawn(pipe)
     control = veneer.attach(pipe, "controlnet")
-    with control.given(image=picture(1)):
+    with control.condition(image=picture(1)):
         assert np.array_equal(drawn(pipe), before)
     control.detach()
     assert np.array_equal(drawn(pipe), before)
@@ -70,7 +70,7 @@ def test_pictures_are_those_of_diffusers(pipe: Any, scheduler: Any, part: tuple[
     if scheduler:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     start, end = part
-    with control.given(image=picture(1), strength=0.7, start=start, end=end):
+    with control.condition(image=picture(1), strength=0.7, start=start, end=end):
         ours = drawn(pipe)
     bare = drawn_off(pipe, control)
     control.detach()
@@ -93,7 +93,7 @@ def test_batches_of_different_pictures(pipe: Any, guidance: float, guess: bool) 
     net, control = taught(pipe)
     images = [picture(1), picture(2)]
     options = {"prompts": PROMPTS, "guidance_scale": guidance, "num_images_per_prompt": 2}
-    with control.given(image=images, guess=guess):
+    with control.condition(image=images, guess=guess):
         ours = drawn(pipe, **options)
     control.detach()
     other = others(pipe, StableDiffusionControlNetPipeline, controlnet=net)
@@ -105,7 +105,7 @@ def test_pictures_are_drawn_over(pipe: Any) -> None:
     net, control = taught(pipe)
     redraw = others(pipe, StableDiffusionImg2ImgPipeline)
     options = {"image": picture(5), "strength": 0.6, "steps": 8, "side": 0}
-    with control.given(image=picture(1), start=0.2, pipeline=redraw):
+    with control.condition(image=picture(1), start=0.2, pipeline=redraw):
         ours = drawn(redraw, **options)
     control.detach()
     theirs = drawn(
@@ -120,7 +120,7 @@ def test_pictures_are_mended(pipe: Any) -> None:
     mend = others(pipe, StableDiffusionInpaintPipeline)
     mask = Image.fromarray(np.tri(32, dtype=np.uint8) * 255)
     options = {"image": picture(5), "mask_image": mask, "height": 32, "width": 32, "strength": 0.9}
-    with control.given(image=picture(1), pipeline=mend):
+    with control.condition(image=picture(1), pipeline=mend):
         ours = drawn(mend, **options)
     control.detach()
     theirs = drawn(
@@ -133,7 +133,7 @@ def test_pictures_are_mended(pipe: Any) -> None:
 def test_sdxl() -> None:
     pipe = pipeline("sdxl")
     net, control = taught(pipe)
-    with control.given(image=picture(1)):
+    with control.condition(image=picture(1)):
         ours = drawn(pipe)
     control.detach()
     parts = {k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor")}
@@ -177,7 +177,7 @@ def test_names_shapes_and_counts_of_real_models(options: dict[str, Any], publish
 )
 def test_what_cannot_be_used_is_refused(pipe: Any, given: dict[str, Any], data: dict[str, Any]) -> None:
     control = veneer.attach(pipe, "controlnet")
-    with raises(ConditionError, where="controlnet", **data), control.given(**given):
+    with raises(ConditionError, where="controlnet", **data), control.condition(**given):
         drawn(pipe)
 
 
@@ -187,7 +187,7 @@ def test_outside_of_a_scope_and_by_another_pipeline(pipe: Any) -> None:
         drawn(pipe)
     drawn_off(pipe, control)
     other = others(pipe, StableDiffusionImg2ImgPipeline)
-    with control.given(image=picture(1)), raises(ConditionError, where="controlnet", expected=type(pipe).__name__):
+    with control.condition(image=picture(1)), raises(ConditionError, where="controlnet", expected=type(pipe).__name__):
         drawn(other, image=picture(5), side=0)
     with raises(ConditionError, where="lora", given=("image",), expected=()):
-        veneer.attach(pipe, "lora").given(image=picture(1))
+        veneer.attach(pipe, "lora").condition(image=picture(1))

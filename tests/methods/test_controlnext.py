@@ -52,7 +52,7 @@ def test_it_is_added_behind_the_first_block_and_to_no_skip(place: str) -> None:
     ]
     image = torch.rand(2, 3, 32, 32)
     latent, timestep, context = torch.randn(2, 4, 8, 8), torch.tensor([7, 500]), torch.randn(2, 5, 24)
-    with torch.no_grad(), control.given(image=image, strength=0.35, pipeline=unet):
+    with torch.no_grad(), control.condition(image=image, strength=0.35, pipeline=unet):
         unet(latent, timestep, context)
     feature = adapter.feature(image, timestep)
     skips = [x for i in reversed(range(len(unet.up_blocks))) for x in seen[f"skips{i}"]["res_hidden_states_tuple"]]
@@ -117,7 +117,7 @@ def test_it_is_the_function_of_the_authors_order(model: str, place: str, checkpo
     out = torch.randn(inputs["sample"].shape, dtype=torch.float64)
     feature = adapter.feature(image, inputs["timestep"])
     asked = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"], inputs.get("added_cond_kwargs"))
-    with torch.no_grad(), control.given(image=image, strength=0, pipeline=unet):
+    with torch.no_grad(), control.condition(image=image, strength=0, pipeline=unet):
         bare = unet(**inputs).sample
     with torch.enable_grad():
         expected = reference(unet, *asked, feature, 0.7, place)
@@ -125,7 +125,7 @@ def test_it_is_the_function_of_the_authors_order(model: str, place: str, checkpo
         if checkpointing:
             unet.train()
             unet.enable_gradient_checkpointing()
-        with control.given(image=image, strength=0.7, pipeline=unet):
+        with control.condition(image=image, strength=0.7, pipeline=unet):
             got = unet(**inputs).sample
             found = torch.autograd.grad((got * out).sum(), trained)
     assert (expected - bare).abs().max() > 0.05 * bare.abs().max(), "the control does something"
@@ -155,13 +155,13 @@ def test_it_acts_in_a_pipeline_and_not_beyond_its_part() -> None:
     pipe = pipeline()
     bare = drawn(pipe)
     control = veneer.attach(pipe, "controlnext")
-    with control.given(image=picture(1)):
+    with control.condition(image=picture(1)):
         whole = drawn(pipe)
-    with control.given(image=picture(1), end=0.5):
+    with control.condition(image=picture(1), end=0.5):
         half = drawn(pipe)
-    with control.given(image=picture(1), strength=0):
+    with control.condition(image=picture(1), strength=0):
         none = drawn(pipe)
     assert (none == bare).all()
     assert len({a.tobytes() for a in (bare, whole, half)}) == 3
-    with raises(ConditionError, where="controlnext", given=(48, 48), expected=(32, 32)), control.given(image=picture(1, 48)):
+    with raises(ConditionError, where="controlnext", given=(48, 48), expected=(32, 32)), control.condition(image=picture(1, 48)):
         drawn(pipe)

@@ -92,7 +92,7 @@ def test_alone_and_with_a_lora(method: str, family: str, tmp_path: Path) -> None
         stir(attachment, seed=n, size=0.3)
     files = written(control, tmp_path / "control"), written(lora, tmp_path / "lora")
     for use_control, use_lora in ((True, False), (False, True), (True, True)):
-        with lora.enabled(use_lora), control.given(**given(method), strength=STRENGTH * use_control):
+        with lora.enabled(use_lora), control.condition(**given(method), strength=STRENGTH * use_control):
             ours = drawn(pipe)
         plain, options = by_diffusers(family, method if use_control else None, files[0], files[1] if use_lora else None)
         np.testing.assert_allclose(ours, drawn(plain, **options), atol=1e-4)

@@ -33,7 +33,7 @@ def attached(pipe: Any) -> list[veneer.Attachment]:
 def test_two_controls_a_lora_and_a_word(tmp_path: Path) -> None:
     pipe = pipeline()
     first, lora, second, word = attached(pipe)
-    with first.given(image=picture(1), strength=0.7, end=0.6), second.given(image=picture(2), strength=0.4, start=0.2):
+    with first.condition(image=picture(1), strength=0.7, end=0.6), second.condition(image=picture(2), strength=0.4, start=0.2):
         ours = drawn(pipe, prompts=PROMPT)
     plain = tiny_pipeline("sd")
     nets = [ControlNetModel.from_unet(plain.unet, conditioning_embedding_out_channels=(16, 32, 96)) for _ in range(2)]
@@ -55,7 +55,7 @@ def test_detached_in_any_order_the_base_is_back(order: tuple[int, ...]) -> None:
     pipe = pipeline()
     before = drawn(pipe)
     found = attached(pipe)
-    with found[0].given(image=picture(1)), found[2].given(image=picture(2)):
+    with found[0].condition(image=picture(1)), found[2].condition(image=picture(2)):
         assert not np.array_equal(drawn(pipe), before)
     for place in order:
         found[place].detach()
@@ -74,8 +74,8 @@ def test_every_kind_of_control_at_once_in_any_order() -> None:
         stirred(found[name], seed=n, size=0.2)
     image, embeds = picture(1), torch.ones(1, 8)
     with (
-        found["controlnet"].given(image=image), found["t2i_adapter"].given(image=image),
-        found["controlnext"].given(image=image), found["ip_adapter"].given(embeds=embeds),
+        found["controlnet"].condition(image=image), found["t2i_adapter"].condition(image=image),
+        found["controlnext"].condition(image=image), found["ip_adapter"].condition(embeds=embeds),
     ):  # fmt: skip
         together = drawn(pipe)
         for name in names:

@@ -65,7 +65,7 @@ def test_pictures_are_those_of_diffusers(kind: str, family: str) -> None:
     pipe = pipeline(family)
     control = taught(pipe, kind=kind)
     given = embeds((1, 2, *SHAPES[kind]))
-    with control.given(embeds=given, strength=0.6):
+    with control.condition(embeds=given, strength=0.6):
         ours = drawn(pipe)
     with control.enabled(False):
         bare = drawn(pipe)
@@ -83,7 +83,7 @@ def test_two_adapters_and_masks() -> None:
     left = np.zeros((32, 32), dtype=np.uint8)
     left[:, :16] = 255
     masks = [Image.fromarray(left), Image.fromarray(255 - left)]
-    with first.given(embeds=a, mask=masks, strength=0.8), second.given(embeds=b, strength=0.5):
+    with first.condition(embeds=a, mask=masks, strength=0.8), second.condition(embeds=b, strength=0.5):
         ours = drawn(pipe)
     states = [layout(first), layout(second)]
     second.detach()
@@ -100,11 +100,11 @@ def test_one_picture_for_each_prompt() -> None:
     pipe = pipeline()
     control = taught(pipe)
     several = embeds((2, WIDTH))
-    with control.given(embeds=several):
+    with control.condition(embeds=several):
         together = drawn(pipe, prompts=PROMPTS, num_images_per_prompt=2)
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for n, prompt in enumerate(PROMPTS):
-        with control.given(embeds=several[n : n + 1]):
+        with control.condition(embeds=several[n : n + 1]):
             alone = drawn(pipe, prompts=prompt, num_images_per_prompt=2, latents=latents[2 * n : 2 * n + 2])
         np.testing.assert_allclose(together[2 * n : 2 * n + 2], alone, atol=1e-5)
 
@@ -129,7 +129,7 @@ def test_pictures_are_embedded_by_the_pipelines_own_encoder(kind: str) -> None:
     torch.manual_seed(1)
     control = veneer.attach(pipe, "ip_adapter", kind=kind, width=WIDTH if kind == "base" else 16)
     stir(control, size=0.3)
-    with control.given(image=picture(1)):
+    with control.condition(image=picture(1)):
         ours = drawn(pipe)
     state = layout(control)
     control.detach()
@@ -142,7 +142,7 @@ def test_strengths_of_blocks() -> None:
     given = embeds((1, WIDTH))
     stages = {site.stage for site, _ in control.parts.values()}
     assert stages == {"down.0", "mid", "up.1"}
-    with control.given(embeds=given, layers={"*": 0.0, "up.1": 0.7}):
+    with control.condition(embeds=given, layers={"*": 0.0, "up.1": 0.7}):
         ours = drawn(pipe)
     state = layout(control)
     control.detach()
@@ -159,7 +159,7 @@ def test_a_new_one_begins_as_the_hosts_own(zero_start: bool) -> None:
         host = pipe.unet.get_submodule(site.path)
         assert torch.equal(adapter.to_k_ip.weight, host.to_k.weight)
         assert torch.equal(adapter.to_v_ip.weight, torch.zeros_like(host.to_v.weight) if zero_start else host.to_v.weight)
-    with control.given(embeds=embeds((1, WIDTH))):
+    with control.condition(embeds=embeds((1, WIDTH))):
         assert np.array_equal(drawn(pipe), before) is zero_start
 
 
@@ -190,5 +190,5 @@ def test_published_counts(options: dict[str, Any], published: int) -> None:
 def test_what_cannot_be_used_is_refused(given: dict[str, Any], data: dict[str, Any]) -> None:
     pipe = pipeline()
     control = veneer.attach(pipe, "ip_adapter", width=WIDTH)
-    with raises(ConditionError, **data), control.given(**given):
+    with raises(ConditionError, **data), control.condition(**given):
         drawn(pipe)

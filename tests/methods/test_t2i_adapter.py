@@ -42,11 +42,11 @@ def test_a_new_one_changes_nothing_and_learns(options: dict[str, Any]) -> None:
     pipe = pipeline()
     before = drawn(pipe)
     control = veneer.attach(pipe, "t2i_adapter", **options)
-    with control.given(image=picture(1)):
+    with control.condition(image=picture(1)):
         assert np.array_equal(drawn(pipe), before)
     control.probe()
     moved = veneer.attach(pipe, "t2i_adapter", zero_start=False, **options)
-    with control.enabled(False), moved.given(image=picture(1)):
+    with control.enabled(False), moved.condition(image=picture(1)):
         assert not np.array_equal(drawn(pipe), before), "as torch draws it, it does change the picture"
 
 
@@ -60,7 +60,7 @@ def test_pictures_are_those_of_diffusers(kind: str, end: float) -> None:
     peer, control = taught(pipe, kind, KINDS[kind], channels, 4)
     options = {"prompts": PROMPTS}  # one picture each: of several, diffusers gives the second prompt's the first one's features
     images = [picture(1), picture(2)]
-    with control.given(image=images, strength=0.7, end=end):
+    with control.condition(image=images, strength=0.7, end=end):
         ours = drawn(pipe, **options)
     with control.enabled(False):
         bare = drawn(pipe, **options)
@@ -90,7 +90,7 @@ def _for_a_part(pipe: Any, end: float) -> Any:
 def test_sdxl() -> None:
     pipe = tiny_pipeline("sdxl", **THREE)
     peer, control = taught(pipe, "full", "full_adapter_xl", [16, 32, 48, 48], 8)
-    with control.given(image=picture(1)):
+    with control.condition(image=picture(1)):
         ours = drawn(pipe)
     control.detach()
     theirs = others(pipe, StableDiffusionXLAdapterPipeline, peer)
@@ -134,7 +134,7 @@ def test_features_are_made_once_for_a_drawing(monkeypatch: pytest.MonkeyPatch) -
     made: list[int] = []
     own = type(adapter).features
     monkeypatch.setattr(type(adapter), "features", lambda self, image: made.append(1) or own(self, image))
-    with control.given(image=picture(1)):
+    with control.condition(image=picture(1)):
         drawn(pipe)
         assert len(made) == 1
         with torch.no_grad():
@@ -146,5 +146,5 @@ def test_features_are_made_once_for_a_drawing(monkeypatch: pytest.MonkeyPatch) -
 def test_another_size_is_refused() -> None:
     pipe = pipeline()
     control = veneer.attach(pipe, "t2i_adapter")
-    with raises(ConditionError, where="t2i_adapter", given=(48, 48), expected=(32, 32)), control.given(image=picture(1, 48)):
+    with raises(ConditionError, where="t2i_adapter", given=(48, 48), expected=(32, 32)), control.condition(image=picture(1, 48)):
         drawn(pipe)

@@ -84,7 +84,7 @@ def test_what_was_trained_moves_and_diffusers_draws_the_same(base: str, photos: 
     assert not (out / "sheet.png").exists()
     pipe = veneer.base_models.load(base)
     loaded = veneer.load(pipe, out)
-    with loaded.given(image=picture(1)):
+    with loaded.condition(image=picture(1)):
         ours = drawn(pipe)
     with loaded.enabled(False):
         assert not np.array_equal(ours, drawn(pipe))

@@ -106,7 +106,7 @@ def _drawn(
     for place, subject in enumerate(subjects):
         scope: contextlib.AbstractContextManager[Any] = control.enabled(False)
         if given is not None:
-            scope = control.given(**conditions(given[place].map, embedder), strength=strength, pipeline=pipe)
+            scope = control.condition(**conditions(given[place].map, embedder), strength=strength, pipeline=pipe)
         size = settings.size or subject.picture.size[::-1]
         with scope:
             found += [p.image for p in previews(pipe, [subject.caption], _sized(settings, size), progress=progress)]

@@ -104,7 +104,7 @@ def draw_under(config: DrawConfig, adapters: list[tuple[Path, float]], base: str
     with contextlib.ExitStack() as scopes:
         for number, ((control, path), file) in enumerate(zip(following, files, strict=True), 1):
             picture, given = _given(config, kind, control, path, file, size)
-            scopes.enter_context(control.given(**given, start=config.start, end=config.end, pipeline=pipe))
+            scopes.enter_context(control.condition(**given, start=config.start, end=config.end, pipeline=pipe))
             written.append(save_png(picture, config.out / f"map-{number}.png", {"of": str(file)}))
         made = previews(pipe, config.prompt, settings)
     facts = {"base": base, "adapters": list(config.adapter), "given": [str(f) for f in files]}

@@ -41,7 +41,7 @@ class ControlLoss(DenoisingLoss):
         """Loss of each example, (batch,)."""
         assert self.control is not None
         assert self.follow is not None
-        with self.control.given(**self.follow(step, examples), pipeline=self.family.tower):
+        with self.control.condition(**self.follow(step, examples), pipeline=self.family.tower):
             return super().losses(step, examples)
 
 

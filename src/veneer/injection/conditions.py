@@ -1,8 +1,8 @@
-"""What is given to an attachment for a scope: pictures, their strength, and the part of the schedule in which they act.
+"""Conditions of an attachment: images or embeddings, their strength, and the part of the schedule in which they are active.
 
-`Given` holds it as it was given; `Now` is what counts in one call of a tower, row by row of the batch. Pipelines stay ordinary: a
-batch is told apart into prompts, pictures a prompt and the two halves of classifier-free guidance by its size and by what the
-pipeline says of itself while it runs.
+`Conditions` holds those of one `Attachment.condition` scope, `CallConditions` those per batch row of one forward pass. Pipelines
+are called as usual: the batch is divided into prompts, images per prompt and the two halves of classifier-free guidance by its
+size and by the guidance state that the pipeline sets while it runs.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ GUIDANCE = "_guidance_scale"  # what a pipeline of diffusers sets when it is cal
 
 
 @dataclass(frozen=True)
-class Now:
-    """What counts in one call.
+class CallConditions:
+    """Conditions per batch row for one forward pass.
 
     Args:
-        values: each with a row for every row of the batch. `strength`: of this call, 0 outside of start … end.
-        conditioned: (batch,), False in the half that guidance computes without conditions; None where all rows are conditioned.
-        options: what else the method takes. `memo`: of `kept`.
+        values: each with one row per batch row. `strength`: of this call, 0 outside of start … end.
+        conditioned: (batch,), False in the half that guidance computes without conditions; None if all rows are conditioned.
+        options: the method's other conditions, unchanged. `memo`: the cache of `cached`.
     """
 
     values: Mapping[str, Tensor]
@@ -40,8 +40,8 @@ class Now:
     options: Mapping[str, Any]
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def kept(self, module: nn.Module, make: Callable[[], Any]) -> Any:
-        """What `make` gives; from an earlier call of the scope where no graph is built and the module is the same."""
+    def cached(self, module: nn.Module, make: Callable[[], Any]) -> Any:
+        """The result of `make`, cached within the scope while autograd is off and the module's parameters are unchanged."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
         versions = () if torch.is_inference_mode_enabled() else tuple(p._version for p in module.parameters())
@@ -51,13 +51,13 @@ class Now:
             self.memo[key] = make()
         return self.memo[key]
 
-    def half(self) -> slice:
+    def conditioned_rows(self) -> slice:
         """The conditioned rows."""
         return slice(0, None) if self.conditioned is None else slice(len(self.conditioned) // 2, None)
 
 
-class Given:
-    """Conditions of one scope.
+class Conditions:
+    """Conditions of one `Attachment.condition` scope.
 
     Args:
         name: of the attachment, for errors.
@@ -105,7 +105,7 @@ class Given:
             pipe.__dict__.setdefault(GUIDANCE, self._guidance)
         self._memo.clear()
 
-    def at(self, batch: int, timestep: Any, device: torch.device) -> Now:
+    def at(self, batch: int, timestep: Any, device: torch.device) -> CallConditions:
         """What counts in a call with `batch` rows.
 
         Raises:
@@ -115,7 +115,7 @@ class Given:
         rows = self._rows(batch, guided, device)
         values = {key: value.to(device)[rows] for key, value in self.values.items()}
         conditioned = torch.arange(batch, device=device) >= batch // 2 if guided else None
-        return Now(values, self.strength if self._acts(timestep) else 0.0, conditioned, self.options, self._memo)
+        return CallConditions(values, self.strength if self._acts(timestep) else 0.0, conditioned, self.options, self._memo)
 
     def _guided(self, batch: int) -> bool:
         """True if the first half of the batch is guidance's, without conditions."""
@@ -125,7 +125,7 @@ class Given:
         if GUIDANCE not in pipe.__dict__:
             raise ConditionError(
                 f"'{self.name}': it was attached to a {type(pipe).__name__}, and something else runs. Say what: "
-                "given(…, pipeline=PIPE), another pipeline or the bare model.",
+                "condition(…, pipeline=PIPE), another pipeline or the bare model.",
                 where=self.name,
                 expected=type(pipe).__name__,
             )
@@ -174,10 +174,10 @@ def place(scheduler: Any, timestep: Any) -> int:
 
 
 @contextlib.contextmanager
-def scope(attachment: Attachment, given: Given) -> Iterator[None]:
-    """Inside it the attachment has these conditions; the earlier ones come back after it.
+def condition_scope(attachment: Attachment, given: Conditions) -> Iterator[None]:
+    """Sets the attachment's conditions for a `with` block and restores the previous ones after it.
 
-    What the last call was told stays with the adapters: a backward pass that runs parts of it again asks for it.
+    The adapters keep the conditions of the last call, because a backward pass with gradient checkpointing runs parts of it again.
     """
     before = attachment.conditions
     given.open()
@@ -189,52 +189,52 @@ def scope(attachment: Attachment, given: Given) -> Iterator[None]:
         given.close()
 
 
-def receive(attachment: Attachment, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell the adapters of a tower what counts in the call that begins.
+def set_call_conditions(attachment: Attachment, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Set the conditions of the forward pass that begins on the adapters of a tower.
 
     Raises:
-        ConditionError: nothing was given.
+        ConditionError: the call is outside a `condition` scope.
     """
     given = attachment.conditions
     if given is None:
         takes = ", ".join(f"{name}=…" for name in attachment.method.conditions)
         raise ConditionError(
-            f"'{attachment.name}' ({attachment.method.name}) was given nothing. Call the model inside "
-            f"`with attachment.given({takes}):`, or inside `with attachment.enabled(False):` for the bare model.",
+            f"'{attachment.name}' ({attachment.method.name}) has no conditions. Call the model inside "
+            f"`with attachment.condition({takes}):`, or inside `with attachment.enabled(False):` for the bare model.",
             where=attachment.name,
             given=(),
             expected=attachment.method.conditions,
         )
     sample = first(args, kwargs)
     timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-    now = given.at(len(sample), timestep, sample.device)
+    conditions = given.at(len(sample), timestep, sample.device)
     adapters = [(site, a) for site, a in attachment.parts.values() if attachment.towers[site.component] is tower]
     for _, adapter in adapters:
-        adapter.call.now = now
-    if now.strength:
-        attachment.method.begin(adapters)
+        adapter.call.conditions = conditions
+    if conditions.strength:
+        attachment.method.prepare_call(adapters)
 
 
-def example(attachment: Attachment, inputs: Mapping[str, Any]) -> Given:
-    """Conditions that fit some inputs of a tower, for a probe and for the conformance suite."""
+def example(attachment: Attachment, inputs: Mapping[str, Any]) -> Conditions:
+    """Conditions for sample inputs of a tower, for the probe and the conformance suite."""
     values = attachment.method.example(list(attachment.parts.values()), inputs)
-    return Given(attachment.name, values, {})
+    return Conditions(attachment.name, values, {})
 
 
-def take(
+def parse_conditions(
     attachment: Attachment, conditions: Mapping[str, Any], strength: float, start: float, end: float, pipeline: Any
-) -> Given:
-    """Conditions as the method takes them.
+) -> Conditions:
+    """Conditions, checked and converted by the method.
 
     Raises:
-        ConditionError: the method takes none or others, one cannot be used, or what was attached to is no more.
+        ConditionError: the method takes none or others, one cannot be used, or the attached pipeline was garbage-collected.
     """
     method, name = attachment.method, attachment.name
     if pipeline is None and attachment.pipeline is not None:
         pipeline = attachment.pipeline()
         if pipeline is None:
             raise ConditionError(
-                f"'{name}': the pipeline that it was attached to is no more. Say what runs: given(…, pipeline=PIPE).",
+                f"'{name}': the pipeline it was attached to was garbage-collected; pass condition(…, pipeline=PIPE).",
                 where=name,
                 expected="pipeline",
             )
@@ -244,5 +244,5 @@ def take(
         message = f"'{name}' ({method.name}) takes {takes}; got {', '.join(conditions) or 'nothing'}."
         raise ConditionError(message, where=name, given=tuple(conditions), expected=method.conditions)
     sites = [site for site, _ in attachment.parts.values()]
-    values, options = method.take(sites, pipeline, **conditions)
-    return Given(name, values, options, strength, start, end, pipeline)
+    values, options = method.parse_conditions(sites, pipeline, **conditions)
+    return Conditions(name, values, options, strength, start, end, pipeline)

@@ -16,24 +16,24 @@ from .select import has_role
 from .sites import Site
 
 if TYPE_CHECKING:
-    from .conditions import Now
+    from .conditions import CallConditions
 
-Taken = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+ParsedConditions = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
 
-class Call:
-    """What an adapter knows of the call that runs; it is no part of the model's state, and copies begin without it.
+class CallState:
+    """State of an adapter during one forward pass. Not part of the model's state; copies start empty.
 
     Attributes:
-        now: what was given. `made`: what was made of it.
+        conditions: the conditions of this call, or None. `prepared`: what `Method.prepare_call` computed from them.
     """
 
     def __init__(self) -> None:
-        self.now: Now | None = None
-        self.made: Any = None
+        self.conditions: CallConditions | None = None
+        self.prepared: Any = None
 
-    def __deepcopy__(self, memo: Any) -> Call:
-        return Call()
+    def __deepcopy__(self, memo: Any) -> CallState:
+        return CallState()
 
 
 class Adapter(nn.Module):
@@ -69,8 +69,9 @@ class Adapter(nn.Module):
 
     `switches = True` says that `output` gives another shape than y's, so that strengths are 0 or 1; it blends nothing itself.
 
-    `now` is what was given for the call that runs, for methods with `conditions`. One on a `ResidualSite` offers
-    `residuals(call)`, see `injection.residuals`.
+    `conditions` holds the `CallConditions` of the current forward pass, for methods with `Method.conditions`.
+
+    One on a `ResidualSite` offers `residuals(call)`, see `injection.residuals`.
 
     `remembered` names buffers that only training needs (not persistent): a checkpoint of a run keeps them, a file does not.
 
@@ -92,12 +93,12 @@ class Adapter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("strength", torch.ones(()), persistent=False)
-        self.call = Call()
+        self.call = CallState()
 
     @property
-    def now(self) -> Any:
-        """What was given for the call that runs, a `conditions.Now`; None where nothing was."""
-        return self.call.now
+    def conditions(self) -> Any:
+        """The `CallConditions` of the current forward pass, or None."""
+        return self.call.conditions
 
     def enter(self, tower: nn.Module) -> None:
         """Called when it is attached: start from the host's own values, or change something beside the model (a tokenizer)."""
@@ -135,7 +136,7 @@ class Method(ABC):
         identity_at_start: True if a fresh adapter leaves the output bitwise unchanged.
         learning_rate: what to train it with by default; `training` warns when a rate is far from it.
         keeps_head: True if a classifier keeps its own head under it, because the method maps the head's labels to new ones.
-        conditions: what `Attachment.given` takes for it, such as `("image",)`; empty for a method that needs nothing in a call.
+        conditions: names of the conditions that `Attachment.condition` takes, such as `("image",)`; empty for none.
         prepares: `once` if it must see the training data before it is trained, `epoch` if before every epoch; see `prepare`.
         revision: of what saved options and tensors compute; raised when the same ones compute another function. See `migrate`.
         shared_options: options that `build_shared` reads, which `by_site` cannot change.
@@ -222,16 +223,16 @@ class Method(ABC):
         """
         return None
 
-    def take(self, sites: Sequence[Site], pipeline: Any, **conditions: Any) -> Taken:
-        """What was given to `Attachment.given`, as tensors with a row a picture; and what else counts, as it is.
+    def parse_conditions(self, sites: Sequence[Site], pipeline: Any, **conditions: Any) -> ParsedConditions:
+        """Conditions passed to `Attachment.condition`, as tensors with one row per image, and the other conditions unchanged.
 
         Raises:
-            ConditionError: it cannot be used.
+            ConditionError: a condition cannot be used.
         """
-        raise NotImplementedError(f"{self.name} has conditions and does not take them")
+        raise NotImplementedError(f"{self.name} has conditions and does not implement parse_conditions")
 
-    def begin(self, adapters: Sequence[tuple[Site, Adapter]]) -> None:
-        """Called when a tower is called, after its adapters' `now` was set: what they need together is made here."""
+    def prepare_call(self, adapters: Sequence[tuple[Site, Adapter]]) -> None:
+        """Called before a tower runs, after the `conditions` of its adapters are set: computes what they share."""
         return None
 
     def example(self, adapters: Sequence[tuple[Site, Adapter]], inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..composition import merge as merging
-from ..conditions import Given, scope, take
+from ..conditions import Conditions, condition_scope, parse_conditions
 from ..errors import OptionError, StateError
 from ..method import Adapter
 from ..sites import Site
@@ -32,7 +32,8 @@ class Attachment:
         name: unique among the model's attachments. `method`: the config. `where`: the selection as given.
         parts: site name to (site, adapter).
         merged: True while folded into the weights.
-        conditions: what was given for now. `pipeline`: a reference to the pipeline that was attached to, or None.
+        conditions: those of the current `condition` scope, or None.
+        pipeline: a weak reference to the pipeline that was attached to, or None.
         loaded: what was read, if it came from a file. `provenance`: where it came from, saved with it.
     """
 
@@ -50,7 +51,7 @@ class Attachment:
         self.provenance: dict[str, Any] = {}
         self._joined = Joined(self, planned)
         self.trained = self._joined.trained
-        self.conditions: Given | None = None
+        self.conditions: Conditions | None = None
         self.pipeline: Any = None
         self._scale, self._on = 1.0, True
         self._pristine: merging.Pristine | None = None
@@ -174,7 +175,7 @@ class Attachment:
 
     # conditions and strength
 
-    def given(
+    def condition(
         self, *, strength: float = 1.0, start: float = 0.0, end: float = 1.0, pipeline: Any = None, **conditions: Any
     ) -> AbstractContextManager[None]:
         """A `with` block in which the model is called with these conditions; the earlier ones come back after it.
@@ -189,7 +190,7 @@ class Attachment:
         Raises:
             ConditionError: the method takes no conditions or others, or one cannot be used.
         """
-        return scope(self, take(self, conditions, strength, start, end, pipeline))
+        return condition_scope(self, parse_conditions(self, conditions, strength, start, end, pipeline))
 
     @property
     def scale(self) -> float:

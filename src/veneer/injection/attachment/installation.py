@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..composition.batch_routing import Batch
-from ..conditions import receive
+from ..conditions import set_call_conditions
 from ..errors import HostChanged, StateError, UnsupportedSite
 from ..seams.adapter_calls import recorded
 from ..seams.call_seam import Seam
@@ -140,7 +140,7 @@ class Joined:
             acts = acts or on
             self.attachment.check() if on else self.trained.check()  # adapters that are off cannot be bypassed
         if acts and self.attachment.method.conditions:
-            receive(self.attachment, module, args, kwargs)
+            set_call_conditions(self.attachment, module, args, kwargs)
         batch = self.batches.get(id(module))
         if batch is not None:
             batch.enter(args, kwargs)

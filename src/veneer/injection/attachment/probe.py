@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..conditions import example, scope
+from ..conditions import condition_scope, example
 from ..errors import DeadSite, StateError
 from ..registry import host_of
 
@@ -57,7 +57,9 @@ def _dead(attachment: Attachment, component: str, tower: nn.Module, sample: Any)
     for adapter in adapters.values():
         amend = getattr(adapter, "sample", None)
         inputs = amend(inputs) if amend else inputs
-    conditions = scope(attachment, example(attachment, inputs)) if attachment.method.conditions else contextlib.nullcontext()
+    conditions = (
+        condition_scope(attachment, example(attachment, inputs)) if attachment.method.conditions else contextlib.nullcontext()
+    )
     parameters = [p for _, p in named]
     before = [p.detach().clone() for p in parameters]
     modes = {m: m.training for m in tower.modules()}

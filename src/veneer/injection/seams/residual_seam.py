@@ -55,7 +55,7 @@ class ResidualSeam(HookSeam):
 
     def passes(self) -> bool:
         adapter: Any = self.adapters[0]
-        return self.asleep() or adapter.now is None or adapter.now.strength == 0
+        return self.asleep() or adapter.conditions is None or adapter.conditions.strength == 0
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.passes():
@@ -95,7 +95,7 @@ class ResidualSeam(HookSeam):
     def _strong(self, value: Tensor, like: Tensor) -> Tensor:
         """At its strength, in the host's dtype."""
         adapter: Any = self.adapters[0]
-        return (value * (adapter.strength * adapter.now.strength).to(value.dtype)).to(like.dtype)
+        return (value * (adapter.strength * adapter.conditions.strength).to(value.dtype)).to(like.dtype)
 
 
 def image_for(call: Mapping[str, Any], site: Any, now: Any, name: str) -> Tensor:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from veneer.injection.errors import ConditionError
-from veneer.injection.method import Adapter, Method, Need, Taken
+from veneer.injection.method import Adapter, Method, Need, ParsedConditions
 from veneer.injection.sites import ResidualSite, Site
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -25,10 +25,10 @@ class Controlled(Method):
     conditions: ClassVar[tuple[str, ...]] = ("image",)
     channels: int
 
-    def take(self, sites: Sequence[Site], pipeline: Any, **conditions: Any) -> Taken:
+    def parse_conditions(self, sites: Sequence[Site], pipeline: Any, **conditions: Any) -> ParsedConditions:
         """The pictures as (pictures, channels, height, width) in 0 … 1, and what else was given."""
         if conditions.get("image") is None:
-            message = f"{self.name}: no image was given; expected given(image=…), a picture or a list of them."
+            message = f"{self.name}: no image was given; expected condition(image=…), a picture or a list of them."
             raise ConditionError(message, where=self.name, expected=("image",))
         options = {key: value for key, value in conditions.items() if key != "image"}
         return {"image": pictures(conditions["image"], self.channels, self.name)}, options

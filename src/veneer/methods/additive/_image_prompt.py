@@ -88,7 +88,7 @@ def embeddings(conditions: Mapping[str, Any], pipeline: Any, patches: bool) -> t
     """
     image, given, negative = (conditions.get(name) for name in ("image", "embeds", "negative"))
     if (image is None) == (given is None):
-        message = "ip_adapter: expected given(image=…) or given(embeds=…), one of both."
+        message = "ip_adapter: expected condition(image=…) or condition(embeds=…), one of both."
         both = tuple(name for name in ("image", "embeds") if conditions.get(name) is not None)
         raise ConditionError(message, where="ip_adapter", given=both, expected=("image", "embeds"))
     if image is not None:
@@ -118,7 +118,7 @@ def _encoded(image: Any, pipeline: Any, patches: bool) -> tuple[Tensor, Tensor]:
     if encoder is None or extractor is None:
         raise ConditionError(
             "ip_adapter: the pipeline has no image_encoder and feature_extractor, which embed pictures. Load it with both, or "
-            "embed them yourself: given(embeds=…).",
+            "embed them yourself: condition(embeds=…).",
             where="pipeline",
             expected=("image_encoder", "feature_extractor"),
         )

@@ -28,7 +28,7 @@ class ControlNet(Controlled):
     """y = F(x; Θ) with skips h_i + Z_i(h_i'), where h' are the features of a copy Θ' of the way down that reads x + H(c).
 
     The hint encoder H reduces the picture c to the latent's size by convolutions; its last one and all Z_i, of 1×1, begin as
-    zeros, so that a new one changes nothing. Given with `given(image=…, strength=…, start=…, end=…, guess=…)`.
+    zeros, so that a new one changes nothing. Given with `condition(image=…, strength=…, start=…, end=…, guess=…)`.
 
     Args:
         channels: of the picture, at least 1.
@@ -89,9 +89,9 @@ class ControlNetAdapter(Adapter):
 
     def residuals(self, call: Mapping[str, Any]) -> Residuals:
         """Z_i(h_i') for every skip, and for the middle."""
-        image = image_for(call, self.site, self.now, "controlnet")
-        guess = bool(self.now.options.get("guess"))
-        rows = self.now.half() if guess else slice(0, None)
+        image = image_for(call, self.site, self.conditions, "controlnet")
+        guess = bool(self.conditions.options.get("guess"))
+        rows = self.conditions.conditioned_rows() if guess else slice(0, None)
         sample, timestep, context = (call[name] for name in self.site.arguments[:3])
         dtype = next(self.net.parameters()).dtype
         net: Any = self.net

@@ -29,8 +29,8 @@ class ControlNeXt(Controlled):
     """x' = x + s·CN(f(c, t)) with CN(f) = (f − mean f) / std f · std x + mean x, over channels and pixels of each sample.
 
     f is a stem of three convolutions, two residual blocks with the time, each halving, and a convolution to the width of x, which
-    is what the UNet's first block gives. Given with `given(image=…, strength=…, start=…, end=…)`. The authors train the output
-    projections of all attentions as well, at a tenth of the rate: `train=("attn.out", "xattn.out")`.
+    is what the UNet's first block gives. Given with `condition(image=…, strength=…, start=…, end=…)`. The authors train the
+    output projections of all attentions as well, at a tenth of the rate: `train=("attn.out", "xattn.out")`.
 
     Args:
         channels: of the picture.
@@ -118,15 +118,15 @@ class ControlNeXtAdapter(Adapter):
 
     def residuals(self, call: Mapping[str, Any]) -> Residuals:
         """None: f is kept until the first block runs."""
-        image = image_for(call, self.site, self.now, "controlnext")
+        image = image_for(call, self.site, self.conditions, "controlnext")
         dtype = next(self.parameters()).dtype
         timestep = torch.as_tensor(call[self.site.arguments[1]], device=image.device)
-        self.call.made = self.feature(image.to(dtype), timestep)
+        self.call.prepared = self.feature(image.to(dtype), timestep)
         return Residuals()
 
     def change(self, features: Tensor) -> Tensor:
         """CN(f) for x."""
-        control: Tensor = self.call.made
+        control: Tensor = self.call.prepared
         x = features.to(control.dtype)
         height, width = x.shape[-2:]
         if self.first_pooled:

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from veneer.injection.attachment.deferred_init import values_follow
 from veneer.injection.errors import ConditionError, OptionError
-from veneer.injection.method import Adapter, Method, Need, Taken
+from veneer.injection.method import Adapter, Method, Need, ParsedConditions
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import AttentionSite, Site
 
@@ -27,7 +27,7 @@ class IPAdapter(Method):
     """y = Attn(q, K, V) + s·Attn(q, c W_k', c W_v') with the picture's tokens c; q and the output projection are the host's.
 
     Tokens: `base` makes them of the picture's embedding e by LayerNorm(W e), `plus` of all patches by a resampler with queries of
-    its own. W_k', W_v' begin as the host's own for the text. Given with `given(image=…)` or `given(embeds=…)`.
+    its own. W_k', W_v' begin as the host's own for the text. Given with `condition(image=…)` or `condition(embeds=…)`.
 
     Args:
         kind: `base` or `plus`. `width`: of the embeddings of a picture (ViT-H 1024) or of its patches (1280).
@@ -88,7 +88,7 @@ class IPAdapter(Method):
         """2·D·context a layer."""
         return 2 * site.width * site.context_width
 
-    def take(self, sites: Sequence[Site], pipeline: Any, **conditions: Any) -> Taken:
+    def parse_conditions(self, sites: Sequence[Site], pipeline: Any, **conditions: Any) -> ParsedConditions:
         """Embeddings (pictures, several, …), those of the half without a prompt, and masks (pictures, several, height, width)."""
         given, negative = embeddings(conditions, pipeline, self.kind == "plus")
         for name, value in (("embeds", given), ("negative", negative)):
@@ -104,22 +104,22 @@ class IPAdapter(Method):
             values["mask"] = masks(conditions["mask"], *given.shape[:2])
         return values, {"layers": _layers(conditions.get("layers") or {}, sites)}
 
-    def begin(self, adapters: Sequence[tuple[Site, Adapter]]) -> None:
+    def prepare_call(self, adapters: Sequence[tuple[Site, Adapter]]) -> None:
         """Make the tokens of this call's pictures, once for all layers."""
         shared: Any = adapters[0][1].get_submodule("shared")
-        now = adapters[0][1].now
+        conditions = adapters[0][1].conditions
 
         def tokens() -> Tensor:
-            embeds = now.values["embeds"]
-            if now.conditioned is not None:
-                rows = now.conditioned.view(-1, *[1] * (embeds.dim() - 1))
-                embeds = torch.where(rows, embeds, now.values["negative"])
+            embeds = conditions.values["embeds"]
+            if conditions.conditioned is not None:
+                rows = conditions.conditioned.view(-1, *[1] * (embeds.dim() - 1))
+                embeds = torch.where(rows, embeds, conditions.values["negative"])
             made: Tensor = shared(embeds.to(next(shared.parameters()).dtype))
             return made
 
-        made = now.kept(shared, tokens)
+        made = conditions.cached(shared, tokens)
         for _, adapter in adapters:
-            adapter.call.made = made
+            adapter.call.prepared = made
 
     def example(self, adapters: Sequence[tuple[Site, Adapter]], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """An embedding of noise."""
@@ -153,7 +153,7 @@ class IPAdapterLayer(Adapter):
     def attend(self, inner: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's attention, and beside it that to the picture: `to_out` is linear, and may be applied to both apart."""
         y: Tensor = inner(attn, hidden_states, *args, **kwargs)
-        strength = self.now.strength * self.now.options.get("layers", {}).get(self.site.name, 1.0)
+        strength = self.conditions.strength * self.conditions.options.get("layers", {}).get(self.site.name, 1.0)
         if strength == 0:
             return y
         seen = self.see(attn, hidden_states)
@@ -165,9 +165,9 @@ class IPAdapterLayer(Adapter):
         """Attn(q, c W_k', c W_v'), (batch, length, width); with masks, picture by picture."""
         q = attn.to_q(hidden_states)
         q = self._heads(q if attn.norm_q is None else attn.norm_q(q))
-        tokens = self.call.made.to(self.to_k_ip.weight.dtype)
+        tokens = self.call.prepared.to(self.to_k_ip.weight.dtype)
         k, v = (project(tokens).to(q.dtype) for project in (self.to_k_ip, self.to_v_ip))
-        mask = self.now.values.get("mask")
+        mask = self.conditions.values.get("mask")
         if mask is None:
             return self._attention(q, k.flatten(1, 2), v.flatten(1, 2))
         fit = fitted(mask, hidden_states.shape[1]).to(q.dtype)

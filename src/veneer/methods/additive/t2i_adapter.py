@@ -25,7 +25,7 @@ class T2IAdapter(Controlled):
 
     c is unshuffled to the first resolution; each level halves where the UNet does, changes the width by a 1×1 convolution, and
     has `blocks` residual blocks h + W2·relu(W1 * h). `light` levels do that at a quarter of the width. The UNet's time and text
-    have no part in it. Given with `given(image=…, strength=…, start=…, end=…)`.
+    have no part in it. Given with `condition(image=…, strength=…, start=…, end=…)`.
 
     Args:
         kind: `full` or `light`. `channels`: of the picture.
@@ -117,9 +117,9 @@ class T2IAdapterModule(Adapter):
 
     def residuals(self, call: Mapping[str, Any]) -> Residuals:
         """The features, which no step of a drawing changes."""
-        image = image_for(call, self.site, self.now, "t2i_adapter")
+        image = image_for(call, self.site, self.conditions, "t2i_adapter")
         dtype = next(self.parameters()).dtype
-        return Residuals(inner=self.now.kept(self, lambda: self.features(image.to(dtype))))
+        return Residuals(inner=self.conditions.cached(self, lambda: self.features(image.to(dtype))))
 
 
 class Block(nn.Module):
