@@ -1,6 +1,6 @@
-"""Thin trained layers on frozen vision and diffusion models.
+"""Parameter-efficient fine-tuning of vision and diffusion models: small trained adapters on a frozen base model.
 
-tuned = veneer.attach(model, "lora", rank=8)    # any timm, transformers or diffusers model, or a whole pipeline
+tuned = veneer.attach(model, "lora", rank=8)    # a timm, open_clip, transformers or diffusers model, or a whole pipeline
 ...                                             # any training loop
 tuned.save("my-adapter")
 veneer.load(model, "my-adapter.safetensors")
@@ -8,41 +8,108 @@ veneer.load(model, "my-adapter.safetensors")
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from veneer.formats import load
-    from veneer.injection import Attachment, activate, attach, attachments, hosts, merges, methods, mixed
-    from veneer.injection.towers import sites  # `injection.sites` is a module as well
+    from veneer import (
+        adapter_merging,
+        base_models,
+        classification,
+        control,
+        formats,
+        functional,
+        hosts,
+        injection,
+        methods,
+        models,
+        testing,
+        training,
+    )
+    from veneer.adapter_merging.delta_weights import CombineError
+    from veneer.base_models.folders import BaseError
+    from veneer.benchmarks.shapes import BenchError
+    from veneer.classification.data.transforms import ViewError
+    from veneer.classification.models.classifier import ModelError
+    from veneer.formats import load, load_all
+    from veneer.injection import Attachment, activate, attach, attachments, merges, mixed
+    from veneer.injection.errors import (
+        ConditionError,
+        DeadSite,
+        HostChanged,
+        LoadError,
+        OptionError,
+        SaveError,
+        SelectionError,
+        StateError,
+        UnknownName,
+        UnknownOption,
+        UnsupportedSite,
+        VeneerError,
+        VeneerWarning,
+    )
+    from veneer.injection.towers import sites
+    from veneer.methods.additive.tip_adapter import TipAdapterError
+    from veneer.models.tokenizer import TextError
+    from veneer.training.data.image_io import DataError, DataWarning, PhotoError
+    from veneer.training.data.latent_cache import CacheWarning
+    from veneer.training.families.errors import BaseModelError, PromptError, PromptWarning
+    from veneer.training.loop.checkpoints import CheckpointError, CheckpointWarning
+    from veneer.training.loop.disk_space import DiskFull
+    from veneer.training.loop.divergence import Diverged
+    from veneer.training.loop.errors import TrainError
+    from veneer.training.loop.optimizers import MissingExtra
+    from veneer.training.preflight.preflight import PreflightError
 
 __version__ = "0.1.0"
-__all__ = ["Attachment", "activate", "attach", "attachments", "hosts", "load", "merges", "methods", "mixed", "sites"]
+__all__ = [
+    "Attachment", "BaseError", "BaseModelError", "BenchError", "CacheWarning", "CheckpointError", "CheckpointWarning",
+    "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "HostChanged", "LoadError",
+    "MissingExtra", "ModelError", "OptionError", "PhotoError", "PreflightError", "PromptError", "PromptWarning", "SaveError",
+    "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError", "UnknownName", "UnknownOption",
+    "UnsupportedSite", "VeneerError", "VeneerWarning", "ViewError", "activate", "adapter_merging", "attach", "attachments",
+    "base_models", "classification", "control", "formats", "functional", "hosts", "injection", "load", "load_all", "merges",
+    "methods", "mixed", "models", "sites", "testing", "training",
+]  # fmt: skip
 
+_MODULES = {
+    "adapter_merging.delta_weights": ("CombineError",),
+    "base_models.folders": ("BaseError",),
+    "benchmarks.shapes": ("BenchError",),
+    "classification.data.transforms": ("ViewError",),
+    "classification.models.classifier": ("ModelError",),
+    "formats": ("load", "load_all"),
+    "injection": ("Attachment", "activate", "attach", "attachments", "merges", "mixed"),
+    "injection.errors": (
+        "ConditionError", "DeadSite", "HostChanged", "LoadError", "OptionError", "SaveError", "SelectionError", "StateError",
+        "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning",
+    ),
+    "injection.towers": ("sites",),
+    "methods.additive.tip_adapter": ("TipAdapterError",),
+    "models.tokenizer": ("TextError",),
+    "training.data.image_io": ("DataError", "DataWarning", "PhotoError"),
+    "training.data.latent_cache": ("CacheWarning",),
+    "training.families.errors": ("BaseModelError", "PromptError", "PromptWarning"),
+    "training.loop.checkpoints": ("CheckpointError", "CheckpointWarning"),
+    "training.loop.disk_space": ("DiskFull",),
+    "training.loop.divergence": ("Diverged",),
+    "training.loop.errors": ("TrainError",),
+    "training.loop.optimizers": ("MissingExtra",),
+    "training.preflight.preflight": ("PreflightError",),
+}  # fmt: skip
+"""Modules that define public names; the other public names are submodules."""
 
-class _Module(ModuleType):
-    """The package, in which `methods` and `hosts` stay the registries when the packages of these names are imported."""
+if not TYPE_CHECKING:  # so that type checkers report unknown names
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in ("hosts", "methods") and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Module
-
-
-def __getattr__(name: str) -> object:
-    """Imports public names and submodules when they are first used: `import veneer` alone does not import torch."""
-    import importlib.util
-
-    if name in __all__:
-        module = importlib.import_module(".formats" if name == "load" else ".injection", __name__)
-        return globals().setdefault(name, getattr(module, name))
-    if not name.startswith("_") and importlib.util.find_spec(f".{name}", __name__):
+    def __getattr__(name: str) -> object:
+        """Imports public names and submodules on first use: `import veneer` alone does not import torch."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        for module, names in _MODULES.items():
+            if name in names:
+                return globals().setdefault(name, getattr(importlib.import_module(f".{module}", __name__), name))
         return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])

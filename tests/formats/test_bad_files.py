@@ -267,7 +267,7 @@ def test_the_second_of_two_attachments_fails(tmp_path: Path) -> None:
     assert [key.partition(".")[0] for key in caught.value.missing] == ["unet"]
     assert veneer.attachments(fresh) == []
     assert "<toy>" not in fresh.tokenizer.get_vocab()
-    assert [a.name for a in veneer.load(fresh, path)] == ["textual_inversion", "lora"]
+    assert [a.name for a in veneer.load_all(fresh, path)] == ["textual_inversion", "lora"]
     with raises(LoadError, option="tokens", given="<toy>"):
         veneer.load(fresh, path)
     assert len(veneer.attachments(fresh)) == 2

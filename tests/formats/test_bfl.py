@@ -77,7 +77,7 @@ def test_a_control_lora_is_what_diffusers_makes_of_it(made: Any, tmp_path: Path)
     want = theirs(state, model)
     want = {key.removeprefix("transformer."): tensor for key, tensor in want.items()}
     before = {n: p.clone() for n, p in model.named_parameters()}
-    lora, shift = veneer.load(model, tmp_path / "x")
+    lora, shift = veneer.load_all(model, tmp_path / "x")
     try:
         got = deltas(lora)
         assert {f"{name}.lora_B.weight" for name in got} == {k for k in want if k.endswith("lora_B.weight")}
@@ -102,7 +102,7 @@ def test_one_for_a_control_picture_needs_a_widened_base(made: Any, tmp_path: Pat
     with raises(LoadError, where="img_in", given=48, expected=24):
         veneer.load(made[0], tmp_path / "x")
     wide = small(in_channels=48, out_channels=24)
-    assert len(veneer.load(wide, tmp_path / "x")) == 2
+    assert len(veneer.load_all(wide, tmp_path / "x")) == 2
 
 
 def test_without_biases_and_norms_it_is_a_lora(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_peft_puts_a_prefix_before_the_names(tmp_path: Path) -> None:
     assert format_of(read(tmp_path / "y")).name == "bfl"
     found = []
     for name in ("x", "y"):
-        lora, shift = veneer.load(pipe, tmp_path / name)
+        lora, shift = veneer.load_all(pipe, tmp_path / name)
         found.append((deltas(lora), {k: t.clone() for k, t in (lora.state_dict() | shift.state_dict()).items()}))
         shift.detach()
         lora.detach()

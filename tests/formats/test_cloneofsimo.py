@@ -41,7 +41,7 @@ def test_a_published_file_on_the_shapes_of_sd_1_5() -> None:
     tokenizer = tiny_pipeline("sd").tokenizer
     config = {**published.CLIP_L, "vocab_size": len(tokenizer), "intermediate_size": 8}
     pipe = Parts(unet=published.build("sd15"), text_encoder=CLIPTextModel(CLIPTextConfig(**config)), tokenizer=tokenizer)
-    words, lora = veneer.load(pipe, FIXTURE)
+    words, lora = veneer.load_all(pipe, FIXTURE)
     assert words.method.each == ("<s1>", "<s2>")
     assert [site.component for site, _ in lora.parts.values()].count("unet") == 144
     assert len(lora.parts) == 192
@@ -122,7 +122,7 @@ def test_every_layer_gets_its_own_change(tmp_path: Path, classes: list[str], cha
 def test_tokens_come_with_it(tmp_path: Path) -> None:
     made(tmp_path / "x.safetensors", tiny_pipeline("sd"), DEFAULT, tokens=1)
     pipe = tiny_pipeline("sd")
-    words, lora = veneer.load(pipe, tmp_path / "x", token="<toy>", name="toy")
+    words, lora = veneer.load_all(pipe, tmp_path / "x", token="<toy>", name="toy")
     assert words.method.each == ("<toy>",)
     assert (words.name, lora.name) == ("toy-textual_inversion", "toy-lora")
     assert torch.equal(next(iter(words.state_dict().values()))[0], load_file(tmp_path / "x.safetensors")["<s0>"])

@@ -55,12 +55,23 @@ def test_a_fresh_pipeline_draws_the_same_bitwise(saved: tuple[Path, torch.Tensor
     path, image = saved
     pipe = tiny_pipeline("sd")
     bare = picture(pipe)
-    loaded = veneer.load(pipe, path)
+    loaded = veneer.load_all(pipe, path)
     assert [a.name for a in loaded] == ["textual_inversion", "lora"]
     assert torch.equal(picture(pipe), image)
     assert not torch.equal(bare, image)
     for attachment in loaded:
         attachment.detach()
+    assert torch.equal(picture(pipe), bare)
+
+
+def test_load_of_a_file_with_several_attachments_names_load_all_and_attaches_nothing(
+    saved: tuple[Path, torch.Tensor],
+) -> None:
+    pipe = tiny_pipeline("sd")
+    bare = picture(pipe)
+    with raises(LoadError, file=saved[0], where="attachments", given=("textual_inversion", "lora"), expected=1):
+        veneer.load(pipe, saved[0])
+    assert veneer.attachments(pipe) == []
     assert torch.equal(picture(pipe), bare)
 
 

@@ -107,7 +107,7 @@ def test_words_are_in_it(tmp_path: Path) -> None:
     assert {k for k in load_file(path) if k.startswith("bundle")} == {
         f"bundle_emb.{word}.{clip}" for word in ("<a.b>", "<c>") for clip in ("clip_l", "clip_g")
     }
-    loaded = veneer.load(tiny_pipeline("sdxl"), path)
+    loaded = veneer.load_all(tiny_pipeline("sdxl"), path)
     assert [a.method.name for a in loaded] == ["textual_inversion", "textual_inversion", "lora"]
     assert [(a.method.each, a.method.vectors) for a in loaded[:2]] == [(("<a.b>",), 2), (("<c>",), 1)]
     for was, now in zip(words, loaded, strict=False):
@@ -121,7 +121,7 @@ def test_converted_words_stay_in_the_file(tmp_path: Path) -> None:
     lora = fill(attach(pipe, "lora", rank=2, where="attn.q"), std=0.2)
     done = convert(tiny_pipeline("sd"), native.save([words, lora], tmp_path / "a"), "onetrainer", tmp_path / "b")
     assert done.files == (tmp_path / "b.safetensors",)
-    first, second = veneer.load(tiny_pipeline("sd"), tmp_path / "b")
+    first, second = veneer.load_all(tiny_pipeline("sd"), tmp_path / "b")
     assert all(torch.equal(first.state_dict()[k], t) for k, t in words.state_dict().items())
     assert_same(deltas(second), deltas(lora))
 
@@ -130,7 +130,7 @@ def test_words_beside_kohyas_names_and_as_a1111_bundles_them(tmp_path: Path) -> 
     lora = tuned("sdxl", ["attn", "text/attn"], rank=2)
     words = {"bundle_emb.toy-a.string_to_param.*": torch.ones(2, 28), "bundle_emb.toy-b.clip_l": torch.ones(24)}
     save_file({**load_file(kohya.save(lora, tmp_path / "x")), **words}, tmp_path / "y.safetensors")
-    first, second, loaded = veneer.load(tiny_pipeline("sdxl"), tmp_path / "y")
+    first, second, loaded = veneer.load_all(tiny_pipeline("sdxl"), tmp_path / "y")
     assert [site.component for site, _ in (*first.parts.values(), *second.parts.values())] == ["text_encoder_2", "text_encoder"]
     assert_same(deltas(loaded), deltas(lora))
     (told,) = [b for b in look(tmp_path / "y").blocks if b.name.startswith("bundle_emb.toy-a")]

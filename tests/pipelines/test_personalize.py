@@ -99,9 +99,8 @@ def test_the_saved_adapter_draws_what_was_trained(base: Any, photos: Path, tmp_p
     """Trained adapter in a fresh pipeline: weights moved, and every tensor of the file is in place."""
     out = run(base("sd"), photos, tmp_path / "out", text_encoder=True, learning_rate=1e-2)
     pipe = veneer.base_models.load(base("sd"))
-    loaded = veneer.load(pipe, out)
+    attachment = veneer.load(pipe, out)
     state = load_file(out / "adapter.safetensors")
-    attachment = loaded[0] if isinstance(loaded, list) else loaded
     assert attachment.state_dict().keys() == state.keys()
     assert all(torch.equal(attachment.state_dict()[k], t) for k, t in state.items())
     assert {site.component for site, _ in attachment.parts.values()} == {"unet", "text_encoder"}

@@ -1,4 +1,4 @@
-"""File formats: one file each, found by its name. `load` is the one door; it recognises a format by what is in the file."""
+"""Adapter file formats, one module each. `load` and `load_all` recognize a format by the content of a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Any, Literal
 
 from veneer.injection import Attachment
-from veneer.injection.errors import OptionError
+from veneer.injection.errors import LoadError, OptionError
 from veneer.injection.towers import kept
 
 from ._core.conversion import Converted, convert
@@ -43,26 +43,33 @@ def load(
     strict: bool = True,
     base: Literal["same", "any"] = "same",
     token: str | None = None,
-) -> Any:
-    """Put a saved adapter on a model or a pipeline: the same outputs as when it was saved, or an error. All or nothing.
+) -> Attachment:
+    """Attaches a saved adapter to a model or a pipeline. Its outputs equal those at the time of saving, or an error is raised.
 
     Args:
-        model: as for `attach`: the base that the adapter was trained on.
-        path: a safetensors file of any known format, without its suffix if you like, a folder with `adapter.safetensors` or as
-            peft or diffusers writes it, or a picture with a learned word in it.
-        name: of the attachment; the saved one by default. Of several in one file, the first part of their names.
-        scale: strength, 1 as trained.
-        strict: False loads what fits of a file with missing, unused or misshapen tensors; `Attachment.loaded` says what did, and
-            a logged warning what did not.
-        base: `same` refuses another base than the adapter was trained on, where the file says which; `any` does not look.
-        token: for embeddings, the word in prompts, in the place of the one in the file.
+        model: a module or a pipeline, as for `attach`: the base model that the adapter was trained on.
+        path: a safetensors file of any supported format, with or without its suffix; a folder with `adapter.safetensors` or as
+            peft or diffusers writes it; or an image that contains a token embedding.
+        name: name of the attachment (default: the saved name).
+        scale: strength; 1 is the strength of training.
+        strict: False loads the matching tensors of a file with missing, unused or misshapen tensors. `Attachment.loaded` lists
+            what was loaded, and a logged warning lists the rest.
+        base: `same` rejects a base model other than the recorded one, if the file records it; `any` skips the comparison.
+        token: for embeddings, the trigger token in prompts, which replaces the token in the file.
     Returns:
-        The attachment, or a list of them where the file holds several (`load_all` always gives a list).
+        The attachment. Use `load_all` for a file with several, such as a LoRA and a token embedding.
     Raises:
-        LoadError: with a report of what does not fit; nothing is attached then.
+        LoadError: the file does not match the model or has several attachments; nothing is attached then.
     """
-    found = load_all(model, path, name=name, scale=scale, strict=strict, base=base, token=token)
-    return found[0] if len(found) == 1 else found
+    loaded = load_all(model, path, name=name, scale=scale, strict=strict, base=base, token=token)
+    if len(loaded) == 1:
+        return loaded[0]
+    names = tuple(attachment.name for attachment in loaded)
+    for attachment in reversed(loaded):
+        attachment.detach()
+    held = f"{len(names)} attachments ({', '.join(names)})" if names else "no attachment for this model"
+    message = f"load: {path} has {held}; expected one. Use veneer.load_all, which returns a list of all attachments of a file."
+    raise LoadError(message, file=path, where="attachments", given=names, expected=1)
 
 
 def load_all(
@@ -75,7 +82,16 @@ def load_all(
     base: Literal["same", "any"] = "same",
     token: str | None = None,
 ) -> list[Attachment]:
-    """`load`, with a list also where the file holds one attachment."""
+    """Attaches everything in a saved file to a model or a pipeline. All or nothing.
+
+    Args:
+        model, path, scale, strict, base, token: as for `load`.
+        name: name of the attachment; of several, the first part of their names (default: the saved names).
+    Returns:
+        The attachments, in the order of the file.
+    Raises:
+        LoadError: the file does not match the model; nothing is attached then.
+    """
     if base not in ("same", "any"):
         raise OptionError.of("load", "base", base, "'same' or 'any'")
     file = read(path)
@@ -94,7 +110,7 @@ def load_all(
 
 
 def _log_left_out(path: str | PathLike[str], attachments: list[Attachment]) -> None:
-    """Log a warning that names what `strict=False` did not load of a file."""
+    """Logs a warning that lists what `strict=False` did not load of a file."""
     reports = [a.loaded for a in attachments]
     for word in ("unused", "missing", "misshapen"):
         names = [name for report in reports for name in getattr(report, word)]
