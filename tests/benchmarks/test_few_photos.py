@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
+from veneer.pipelines.few_photos import main
+from veneer.pipelines.personalize import personalize
 
 from tests.training.pictures import DATA, save
 from veneer.benchmarks.few_photos import grids, judges, report, scores
-from veneer.benchmarks.few_photos.__main__ import few_photos, main
+from veneer.benchmarks.few_photos.benchmark import few_photos
 from veneer.benchmarks.few_photos.config import FewPhotosConfig, Subject, parse_preset
 from veneer.benchmarks.few_photos.runs import Runs
 from veneer.benchmarks.few_photos.storage import cached
@@ -280,7 +282,7 @@ def config(base: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def result(config: FewPhotosConfig) -> dict[str, Any]:
-    return json.loads((few_photos(config) / "result.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((few_photos(config, personalize) / "result.json").read_text())  # type: ignore[no-any-return]
 
 
 def test_every_run_is_trained_and_scored(config: FewPhotosConfig, result: dict[str, Any]) -> None:
@@ -302,7 +304,7 @@ def test_every_run_is_trained_and_scored(config: FewPhotosConfig, result: dict[s
 def test_without_training_the_images_are_those_of_the_base(config: FewPhotosConfig, tmp_path: Path) -> None:
     """Both sides have the same prompts and noise; where the concept is the class word, only the adapter differs."""
     untrained = dataclasses.replace(config, presets=("none:steps=1,learning_rate=1e-12",), out=tmp_path)
-    runs, (preset,) = Runs(untrained), untrained.training_presets()
+    runs, (preset,) = Runs(untrained, personalize), untrained.training_presets()
     subject = NamedDog(**vars(config.find_subjects(["dog6"])[0]))
     runs.train(subject, preset, 0)
     images = runs.trained_images(subject, preset, 0).images
@@ -314,7 +316,7 @@ def test_without_training_the_images_are_those_of_the_base(config: FewPhotosConf
 
 
 def test_the_scores_of_a_run_follow_from_its_images(config: FewPhotosConfig, result: dict[str, Any]) -> None:
-    runs, (judge,) = Runs(config), judges.judges("bundled", efficientnet=False)
+    runs, (judge,) = Runs(config, personalize), judges.judges("bundled", efficientnet=False)
     subjects = {s.name: s for s in config.find_subjects(SUBJECTS)}
     reduced = {
         name: [Image.open(photo.path).convert("RGB").resize((38, 32), Image.Resampling.LANCZOS) for photo in subject.photos]
@@ -341,13 +343,13 @@ def test_what_exists_is_not_computed_again(config: FewPhotosConfig, result: dict
         return {p: p.stat().st_mtime_ns for p in kept}
 
     before = times()
-    again = json.loads((few_photos(config) / "result.json").read_text())
+    again = json.loads((few_photos(config, personalize) / "result.json").read_text())
     assert times() == before
     assert again["runs"] == result["runs"]
     images = config.out / "dog6" / "short-1" / "images.npz"
     pixels = np.load(images)["values"]
     images.unlink()
-    few_photos(config)
+    few_photos(config, personalize)
     assert np.array_equal(np.load(images)["values"], pixels)
     assert {p for p, t in times().items() if before[p] != t} == {images}
 
@@ -362,12 +364,12 @@ def test_a_run_with_other_settings_or_photos_is_not_taken_for_this_one(
         ("steps", dataclasses.replace(alone, presets=("short:steps=3,lora.rank=2",))),
     ):
         with pytest.raises(BenchError, match=name):
-            few_photos(changed)
+            few_photos(changed, personalize)
     other = tmp_path / "photos"
     shutil.copytree(config.data[0], other)
     save(other / "cup" / "0.png", 48, 40, seed=99)
     with pytest.raises(BenchError, match="photos"):
-        few_photos(dataclasses.replace(alone, data=(other,), presets=config.presets[:1]))
+        few_photos(dataclasses.replace(alone, data=(other,), presets=config.presets[:1]), personalize)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +383,7 @@ def test_a_run_with_other_settings_or_photos_is_not_taken_for_this_one(
 )
 def test_what_is_not_there_is_rejected_before_training(config: FewPhotosConfig, wrong: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(VeneerError):
-        few_photos(dataclasses.replace(config, out=tmp_path / "out", **wrong))
+        few_photos(dataclasses.replace(config, out=tmp_path / "out", **wrong), personalize)
     assert not (tmp_path / "out").exists()
 
 

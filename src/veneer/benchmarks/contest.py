@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from veneer.injection.errors import OptionError
-
-from .memory import peak
+from veneer.training.report.memory_profile import peak
 
 Unit = Literal["s", "MB"]
 

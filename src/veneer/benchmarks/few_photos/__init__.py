@@ -1,6 +1,6 @@
 """How well a base is personalized from a few photos: subjects × presets × seeds, judged by two image models.
 
-`python -m veneer.benchmarks.few_photos PHOTOS --subjects NAME … --presets quick balanced --seeds 0 1 2` trains each combination
+`python -m veneer.pipelines.few_photos PHOTOS --subjects NAME … --presets quick balanced --seeds 0 1 2` trains each combination
 with the pipeline of `veneer personalize`, generates the same prompts with the adapter and with the bare base, and scores both.
 What exists in the output folder is not computed again.
 

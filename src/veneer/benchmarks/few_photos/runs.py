@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,14 @@ class Runs:
     """The benchmark's runs: each is made once and found again.
 
     Args:
-        config: of the benchmark.
+        config: of the benchmark. `train`: runs one training, as `veneer personalize` does.
 
     Attributes:
         prompts: of the images.
     """
 
-    def __init__(self, config: FewPhotosConfig) -> None:
-        self.config, self.prompts = config, config.prompt_set()
+    def __init__(self, config: FewPhotosConfig, train: Callable[[PersonalizeConfig], object]) -> None:
+        self.config, self.prompts, self._train = config, config.prompt_set(), train
 
     @functools.cached_property
     def digest(self) -> str:
@@ -88,8 +88,6 @@ class Runs:
         Raises:
             BenchError: the folder holds a run with other settings. KeyboardInterrupt: training was stopped; it resumes next time.
         """
-        from veneer.pipelines.personalize import personalize
-
         settings = self.settings(subject, preset, seed)
         out = self.folder(subject, preset, seed)
         file, identity = out / "run.json", self._identity(settings, subject)
@@ -102,7 +100,7 @@ class Runs:
                 )
             return found
         started = time.perf_counter()
-        personalize(settings)
+        self._train(settings)
         wall = time.perf_counter() - started
         if not (out / "result.json").is_file():
             raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from veneer.injection import Attachment
-from veneer.methods.selective._replacing import Replacing
+from veneer.injection.sites import ParamSite, WeightSite
 
 from ..train.batches import Batch
 
@@ -25,23 +25,27 @@ PENALTIES = tuple(10.0 ** (-step / 2) for step in range(2, 15))
 Head = tuple[Tensor, Tensor]
 
 
-def head_parts(attached: Sequence[Attachment], path: str) -> dict[str, Replacing]:
-    """What is trained in the place of a head's `weight` and `bias`, by these names."""
+def head_parameters(attached: Sequence[Attachment], path: str) -> dict[str, nn.Parameter]:
+    """Parameters that are trained in place of the head's `weight` and `bias`, by these names."""
     parts = (part for a in attached for part in a.parts.values())
-    return {adapter.site.param: adapter for _, adapter in parts if isinstance(adapter, Replacing) and adapter.site.path == path}
+    return {
+        site.param: adapter.get_parameter("value")
+        for site, adapter in parts
+        if adapter.replaces and isinstance(site, (WeightSite, ParamSite)) and site.path == path
+    }
 
 
 def takes_first_head(head: nn.Module, attached: Sequence[Attachment], path: str) -> bool:
     """True for a linear head with a bias that is trained whole."""
-    return isinstance(head, nn.Linear) and set(head_parts(attached, path)) == {"weight", "bias"}
+    return isinstance(head, nn.Linear) and set(head_parameters(attached, path)) == {"weight", "bias"}
 
 
 @torch.no_grad()
 def put_first_head(solved: Head, attached: Sequence[Attachment], path: str) -> None:
     """Start the head there."""
-    parts = head_parts(attached, path)
+    parameters = head_parameters(attached, path)
     for name, value in zip(("weight", "bias"), solved, strict=True):
-        parts[name].value.copy_(value)
+        parameters[name].copy_(value)
 
 
 def solve_head(train: Batch, validation: Batch, classes: int) -> Head:

@@ -18,10 +18,10 @@ from typing import Any, get_args, get_type_hints
 import torch
 from accelerate import Accelerator
 
-from veneer.benchmarks.memory import peak
 from veneer.formats import native
 from veneer.injection import methods
 from veneer.injection.errors import OptionError
+from veneer.training.report.memory_profile import peak
 from veneer.training.report.progress import ProgressLine
 
 from ..config import TransferConfig

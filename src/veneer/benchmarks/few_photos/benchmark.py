@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from veneer.flags import add_flags, values
-from veneer.injection.errors import VeneerError
 from veneer.training.data.image_io import read_photo
 from veneer.training.loop.checkpoints import write_atomically, write_json
+from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.report.artifacts import reduced, write_image
 from veneer.training.report.metrics import cosine
 from veneer.training.report.previews import replaced
@@ -27,16 +25,18 @@ from .judges import MISSING, judges
 from .runs import Runs
 
 
-def few_photos(config: FewPhotosConfig) -> Path:
+def few_photos(config: FewPhotosConfig, train: Callable[[PersonalizeConfig], object]) -> Path:
     """Run what is missing and write the results.
 
+    Args:
+        train: runs one training, as `veneer personalize` does.
     Returns:
         The folder with the results.
     Raises:
         VeneerError: subjects, presets, prompts or the base do not exist, or the folder holds runs with other settings; nothing is
             trained then. KeyboardInterrupt: training was stopped; the same command goes on.
     """
-    runs = Runs(config)
+    runs = Runs(config, train)
     subjects = config.find_subjects(config.subjects)
     gallery = config.find_subjects(config.gallery or config.subjects)
     presets = config.training_presets()
@@ -164,23 +164,3 @@ class Scoring:
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for key, value in row.items()}  # type: ignore[arg-type]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m veneer.benchmarks.few_photos", description=__doc__)
-    add_flags(parser, FewPhotosConfig, positional=("data",))
-    given = vars(parser.parse_args(arguments))
-    try:
-        few_photos(FewPhotosConfig(**values(FewPhotosConfig, given)))
-    except (VeneerError, ValueError, OSError) as error:
-        print(f"few_photos: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("few_photos: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

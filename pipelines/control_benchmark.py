@@ -18,14 +18,14 @@ from PIL import Image
 
 from veneer.training.report.metrics import Figure, figure
 
+from .control import ControlConfig, control
+
 METHODS = ("controlnet", "t2i_adapter", "controlnext", "ip_adapter")
 KINDS = ("followed", "free", "misled")
 
 
 def run_all(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> None:
     """Make the runs that are missing."""
-    from veneer.pipelines.control import ControlConfig, control
-
     for seed in seeds:
         for method in methods:
             out = work / f"{method}-{seed}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from veneer.benchmarks.memory import peak, peak_of
+from veneer.training.report.memory_profile import peak, peak_of
 
 KIB = 1024
 
