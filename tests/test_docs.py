@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,13 +28,34 @@ RUN = [
     "coming-from",
 ]
 OWN = [name for name in methods.names() if methods.source(name) == "veneer"]
-GENERATED = {"cli.md", "support-matrix.md", "methods/index.md", *(f"methods/{name}.md" for name in OWN)}
+GENERATED = {"cli.md", "support-matrix.md", "source-files.md", "methods/index.md", *(f"methods/{name}.md" for name in OWN)}
+FOREIGN = {
+    "train_dreambooth_lora.py": "diffusers",
+    "textual_inversion.py": "diffusers",
+    "train_controlnet.py": "diffusers",
+    "train_t2i_adapter_sdxl.py": "diffusers",
+    "networks/merge_lora.py": "sd-scripts",
+    "resize_lora.py": "sd-scripts",
+    "extract_lora_from_models.py": "sd-scripts",
+}
+"""Files that pages mention and that belong to other projects."""
+PLACEHOLDER = re.compile(r"NAME|GROUP|<|\*|…")
 
 
 @pytest.fixture(scope="module")
 def scripts() -> ModuleType:
     """`docs/scripts/pages.py`."""
-    spec = importlib.util.spec_from_file_location("pages", DOCS / "scripts" / "pages.py")
+    return _script("pages")
+
+
+@pytest.fixture(scope="module")
+def sources() -> ModuleType:
+    """`docs/scripts/source_files.py`."""
+    return _script("source_files")
+
+
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -54,7 +76,7 @@ def test_the_navigation_names_every_page() -> None:
     named = list(_named(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
     assert len(named) == len(set(named))
     on_disk = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
-    assert set(named) - {"methods/", "cli.md", "support-matrix.md"} == on_disk
+    assert set(named) - {"methods/", "cli.md", "support-matrix.md", "source-files.md"} == on_disk
 
 
 def _anchors(text: str) -> set[str]:
@@ -85,6 +107,48 @@ def test_links_stay_inside_the_site(page: str) -> None:
     text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     links = [link for link in re.findall(r"\]\(([^)\s#]+)", text) if "://" not in link]
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).resolve().is_relative_to(DOCS)] == []
+
+
+def _code(page: str) -> list[str]:
+    """Inline code of a page, without its blocks."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [code for code in re.findall(r"`([^`\n]+)`", text) if not PLACEHOLDER.search(code)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_source_files_named_in_pages_exist(page: str) -> None:
+    """A file is named by the end of its path, or by a path from the root of the repository."""
+    files = [
+        f"/{path.relative_to(ROOT)}"
+        for part in ("src", "pipelines", "apps", "tests", "docs")
+        for path in (ROOT / part).rglob("*")
+    ]
+    words = [word.strip("(),") for code in _code(page) for word in code.split()]
+    named = [word for word in words if word.endswith(".py") or re.match(r"(src|pipelines|apps|tests|docs)/", word)]
+    missing = [word for word in named if not any(file.endswith(f"/{word.rstrip('/')}") for file in files)]
+    assert [word for word in missing if word not in FOREIGN] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_python_names_in_pages_resolve(page: str) -> None:
+    named = {name for code in _code(page) for name in re.findall(r"(?:^|[ (=])(veneer(?:\.\w+)+)(?!/)", code)}
+    named |= set(re.findall(r"^::: (\S+)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE))
+    assert [name for name in sorted(named) if not name.endswith(".json") and not _resolves(name)] == []
+
+
+def _resolves(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_identifiers_in_the_design_exist() -> None:
+    sources = [path for part in ("src", "pipelines", "apps", "tests") for path in (ROOT / part).rglob("*.py")]
+    known = {word for path in sources for word in re.findall(r"\w+", f"{path.as_posix()} {path.read_text(encoding='utf-8')}")}
+    named = [word for code in _code("docs/design.md") for word in re.findall(r"[A-Za-z_]\w*", code, re.ASCII)]
+    assert sorted({word for word in named if len(word) > 1} - known) == []
 
 
 @pytest.mark.parametrize("page", RUN)
@@ -133,6 +197,25 @@ def test_every_method_has_its_page(scripts: ModuleType) -> None:
         assert f"({name}.md)" in pages["methods/index.md"], name
         assert f"({name}.md)" in pages["methods/SUMMARY.md"], name
     assert "| `rank` | `int` | `8` |" in pages["methods/lora.md"]
+
+
+def test_the_page_of_source_files_has_every_module(sources: ModuleType) -> None:
+    page = sources.source_files_page(ROOT)
+    for folder, package in sources.FOLDERS.items():
+        for path in sources.packages(ROOT / folder):
+            assert sources.first_sentence(path / "__init__.py"), path
+            assert ".".join([package, *path.relative_to(ROOT / folder).parts]) in page
+            for module in sources.modules(path):
+                assert sources.first_sentence(module), module
+                assert f"| `{module.name}` |" in page
+
+
+def test_the_first_sentence_of_a_docstring_ends_at_a_full_stop(sources: ModuleType, tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text('"""Loads v1.5 files, e.g. LoRA (see `a.b`). More.\n\nRest."""')
+    assert sources.first_sentence(module) == "Loads v1.5 files, e.g. LoRA (see `a.b`)."
+    module.write_text("x = 1")
+    assert sources.first_sentence(module) == ""
 
 
 def test_the_command_line_page_has_every_command_and_flag(scripts: ModuleType) -> None:

@@ -53,7 +53,7 @@ def first_sentence(module: Path) -> str:
     """First sentence of the docstring of a module, empty without one."""
     docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
-    return re.split(r"(?<=[\w`)\]*]\.) (?=[A-Z`])", paragraph, maxsplit=1)[0]
+    return re.split(r"(?<=[\w`)\]*]\.)(?<!e\.g\.)(?<!i\.e\.) (?=[A-Z`])", paragraph, maxsplit=1)[0]
 
 
 def _table(package: Path) -> Iterator[str]:
