@@ -39,13 +39,13 @@ docs: export DISABLE_MKDOCS_2_WARNING := true
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict $(ARGS)
 
-bench: $(VENV)/.installed-peft
+bench: $(VENV)/.installed-bench
 	$(BIN)/veneer bench $(ARGS)
 
 # Editable, so that only a change of pyproject.toml asks for a new installation.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[all]'
 	touch $@
 
 $(VENV)/.installed-%: pyproject.toml

@@ -93,7 +93,7 @@ def test_continuous_integration_calls_make_test(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "installs", "runs"),
     [
-        ("demo", "--editable .", "veneer personalize"),
+        ("demo", "'.[all]'", "veneer personalize"),
         ("test", "'.[test]'", "-m pytest"),
         ("lint", "'.[dev]'", "ruff check"),
         ("docs", "'.[docs]'", "mkdocs build --strict"),

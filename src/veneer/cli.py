@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from veneer.allocator import keep_freed_memory, share_freed_memory
 from veneer.discovery import find_entries
+from veneer.extras import advice
 from veneer.flags import add_flags, values
 from veneer.static_source import class_named, class_of
 from veneer.training.method_names import split_methods
@@ -44,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in given:
             raise
         print(f"veneer: {_told(error)}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if "--debug" in given or not advice(error.name):
+            raise
+        print(f"veneer: {advice(error.name)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("veneer: interrupted", file=sys.stderr)

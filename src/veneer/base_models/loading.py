@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from veneer.extras import require
+
 from .folders import BUNDLED, BaseError, check_pipeline_folder, path
 from .hub import hub
 
@@ -23,7 +25,9 @@ def load(base: str | Path = "bundled", **kwargs: Any) -> Any:
         the pipeline, on the CPU.
     Raises:
         BaseError: the base is not there, lacks a part, holds only pickles, or the hub cannot be reached.
+        MissingExtra: diffusers is not installed.
     """
+    require("diffusers", "transformers")
     import diffusers
     import torch
     from diffusers import DiffusionPipeline

@@ -56,6 +56,18 @@ class OptionError(VeneerError, ValueError):
         return cls(message, option=option, method=method, given=given, expected=expected)
 
 
+class MissingExtra(VeneerError, ImportError):
+    """A library that is not installed, which an extra of the package installs.
+
+    Attributes, beside those of `VeneerError`:
+        library: name of its module. extra: for `pip install "veneer[EXTRA]"`.
+    """
+
+    def __init__(self, message: str = "", *, library: str = "", extra: str = "", **data: Any) -> None:
+        super().__init__(message, **data)
+        self.library, self.extra = library, extra
+
+
 class UnknownName(VeneerError):
     """A method or host name that no file and no installed package provides.
 

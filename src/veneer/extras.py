@@ -1,0 +1,49 @@
+"""Optional dependencies: which extra of the package installs which library."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+
+EXTRAS: Mapping[str, str] = {
+    "timm": "timm",
+    "open_clip": "open-clip",
+    "diffusers": "diffusers",
+    "transformers": "diffusers",
+    "tokenizers": "diffusers",
+    "accelerate": "train",
+    "torchvision": "train",
+    "scipy": "train",
+    "sklearn": "train",
+    "skimage": "train",
+    "matplotlib": "train",
+    "tensorboard": "train",
+    "gradio": "app",
+    "starlette": "app",
+    "pandas": "app",
+    "argcomplete": "completion",
+    "cv2": "base",
+    "OpenEXR": "base",
+    "resvg_py": "base",
+    "vtkmodules": "base",
+}
+"""Module name -> the extra that installs its library."""
+
+
+def require(*modules: str) -> None:
+    """Check that libraries are installed, without importing them.
+
+    Raises:
+        MissingExtra: the first one that is not installed; names the extra that installs it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            from .injection.errors import MissingExtra
+
+            raise MissingExtra(advice(module), library=module, extra=EXTRAS[module])
+
+
+def advice(module: str | None) -> str:
+    """How to install the library of a module; empty if no extra has it."""
+    extra = EXTRAS.get((module or "").partition(".")[0])
+    return f'{module} is not installed; install it with: pip install "veneer[{extra}]"' if extra else ""
