@@ -38,15 +38,15 @@ STYLE, HEAD = (Path(__file__).with_name(name) for name in ("style.css", "head.ht
 
 @dataclass(frozen=True)
 class AppConfig:
-    """Where the app listens, for whom, and where it keeps files.
+    """Configuration of `veneer app` and its defaults.
 
     Args:
-        host: address to listen on. Other addresses than this machine's own need `auth`.
-        port: to listen on; 0 for any free one.
-        auth: who may come in, as NAME:PASSWORD, or a file with one such line for each. Each has a workspace of their own.
-        share: a public address by Gradio's service, which needs the network and `auth`.
-        workspace: folder for everybody's jobs and files.
-        device: such as `cuda`, to draw with; None for a GPU if there is one.
+        host: address to listen on. Addresses other than this machine's need `auth`.
+        port: port to listen on; 0 selects a free one.
+        auth: accounts as NAME:PASSWORD, or a file with one per line. Each account has its own workspace.
+        share: create a public address through Gradio's service, which needs the network and `auth`.
+        workspace: folder for the jobs and files of all accounts.
+        device: device for generation, such as `cuda` (default: a GPU if there is one).
         browser: open a browser window.
     """
 

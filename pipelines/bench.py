@@ -42,21 +42,22 @@ PLACES = ("photos", "out", "base")
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is timed, and how often.
+    """Configuration of `veneer bench` and its defaults.
 
     Args:
-        size: `tiny` (seconds; only shows that it runs), `small` (a UNet of SD's real widths, cut to two levels) or `sd15` (the
-            whole UNet of SD 1.5 at 32×32 latents).
-        latent: side of the UNet's input in latents, divisible by 8; the size's own if it is left out.
-        rows: what to time: `denoiser`, `family`, `side-networks`, `attach`, `start`, `load`, `merge`, `switch`,
-            `few-photos`; see the modules of `veneer.benchmarks`.
-        rounds: timings of each contender.
-        clock: `wall` time, or `cpu` time of this process over all its threads: for one thread on a machine that is shared.
-        rank: of every LoRA.
-        dtype: of the frozen UNet in the denoiser's rows.
-        seed: of weights and inputs.
-        base: of the few-photo job: `bundled`, a folder, a hub name or `tiny`; left out, `tiny` at size `tiny`, else `bundled`.
-        photos: folder of pictures for the few-photo job; some are drawn if it is left out.
+        size: `tiny` (seconds, only a smoke test), `small` (a UNet of SD's widths, cut to two levels) or `sd15` (the whole UNet of
+            SD 1.5 at 32×32 latents).
+        latent: side of the UNet's input in latents, divisible by 8 (default: that of `size`).
+        rows: benchmarks to run, `denoiser`, `family`, `side-networks`, `attach`, `start`, `load`, `merge`, `switch` or
+            `few-photos`.
+        rounds: timings of each contestant.
+        clock: `wall` time, or `cpu` time of this process over all its threads, for one thread on a shared machine.
+        rank: rank of every LoRA.
+        dtype: dtype of the frozen UNet in the rows of `denoiser`.
+        seed: seed of weights and inputs.
+        base: base model of the few-photo job: `bundled`, a folder, a hub name or `tiny` (default: `tiny` with size `tiny`, else
+            `bundled`).
+        photos: folder of images for the few-photo job (default: generated images).
         out: JSON file for the result; the table is written beside it, as `.md`.
 
     Raises:

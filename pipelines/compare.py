@@ -24,20 +24,40 @@ __all__ = ["CompareConfig", "compare"]
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What is compared, on what, and for how long.
+    """Configuration of `veneer compare` and its defaults.
 
     Args:
-        data, model, weights: as for `veneer transfer`.
+        data: an image folder (`CLASS/images`, also below `train`, `validation`, `test`), a CSV of path and label, a Hugging Face
+            dataset folder, or `digits` of scikit-learn (default: digits).
+        model: `bundled` (the image encoder of the bundled CLIP), a timm name, or `bundled_clip` or `open_clip:NAME/TAG` for
+            methods that use texts.
+        weights: a safetensors file for the model, or `none` for random weights (default: the published weights).
         methods: rows, separated by commas, such as `lora, adaptformer(bottleneck=8), vpt+lora`. `linear_probe`, `full` (all
-            weights) and `scratch` (all, from random ones) are rows like any other.
-        seeds: how many runs of each row; each draws its own start, order and augmentation, on the same splits.
-        baseline: run `linear_probe` as well, or `zero_shot` for a CLIP, which the table compares with.
-        learning_rate: peak rate of all rows (default: each method's own).
-        head_first, shots, validation, test, split_seed, epochs, batch, weight_decay, augment, squash, size,
-            precision, search_epochs, warmup, label_smoothing, workers: as for `veneer transfer`, the same for all rows.
-        search: trials of learning rate and scale for each row, on the validation images, with the first seed; 0 for none.
+            weights) and `scratch` (all weights, randomly initialized) are rows like any other.
+        seeds: runs per row, on the same splits, each with its own initialization, order and augmentation.
+        baseline: also run `linear_probe`, or `zero_shot` for a CLIP, with which the table compares.
+        lp_ft: LP-FT: initialize a fresh head with a logistic regression on the frozen features, then fine-tune.
+        shots: training images per class (default: all).
+        validation: share of the images in the validation split, which selects the epoch, if the data has no such split; 0 to 1.
+        test: share of the images in the test split, which is evaluated at the end, if the data has no such split; 0 to 1.
+        split_seed: seed of these splits.
+        epochs: passes over the training images.
+        batch: images per micro-batch.
+        learning_rate: peak learning rate of all rows (default: each method's).
+        weight_decay: decoupled weight decay.
+        warmup: share of the steps with linear warmup, 0 to 1.
+        label_smoothing: share of the target that is spread over all classes, 0 to 1.
+        augment: `none`, `light` (random crop), `flip` (also horizontal flips, if the data allows them) or `strong` (also
+            RandAugment and random erasing).
+        squash: resize to the exact side without a crop, as VTAB does.
+        size: side of the images in pixels (default: the model's).
+        mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
+        search: trials of the search for learning rate and adapter scale per row, on the validation split with the first seed; 0
+            disables it.
+        search_epochs: passes over the training images in each trial.
         first_seed: the first of the seeds.
-        out: folder for all results; a second run with the same folder adds what is missing. None for a new one under `runs`.
+        workers: threads that read images; 0 uses one per core.
+        out: folder for all results (default: a new one under `runs`). A second run with the same folder adds the missing runs.
     """
 
     data: str | None = None
@@ -46,7 +66,7 @@ class CompareConfig:
     methods: str = "lora, adaptformer, vpt, ssf, bitfit"
     seeds: int = 3
     baseline: bool = True
-    head_first: bool = False
+    lp_ft: bool = False
     shots: int | None = None
     validation: float = 0.1
     test: float = 0.15
@@ -60,7 +80,7 @@ class CompareConfig:
     augment: str = "flip"
     squash: bool = False
     size: int | None = None
-    precision: str = "no"
+    mixed_precision: str = "no"
     search: int = 0
     search_epochs: int = 3
     first_seed: int = 0

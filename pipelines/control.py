@@ -65,7 +65,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     config.built()
     out = run_folder(config.out, config.resume, config.data)
     report = (
-        PhaseReport(None if config.check else out / "progress.jsonl", sys.stderr)
+        PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr)
         if accelerator.is_main_process
         else PhaseReport()
     )
@@ -81,7 +81,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     reads = embedder(pipe) if config.reads_pictures else None
     attached = _attach(config, pipe, reads)
     resolution = config.resolution or kind.resolution
-    if config.checkpointing:
+    if config.gradient_checkpointing:
         param_groups.checkpoint(kind.tower)
     run = Run(config, pipe, attached, _subjects(config, pictures, resolution), reads, out, report=report)
     dataset = PhotoDataset(
@@ -97,7 +97,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         write_maps(run)
         print(_plan(run, pictures, loop.steps), flush=True)
-    if config.check:
+    if config.dry_run:
         return out
     values = sum(parameter.numel() for parameter in attached.parameters())
     images = 3 * len(run.subjects) * (config.eval_seeds + loop.steps // max(1, loop.preview_every))
@@ -184,7 +184,7 @@ def _square(picture: Image.Image, side: int) -> Image.Image:
 
 def _counted(config: ControlConfig, report: PhaseReport) -> Callable[[int, int], None] | None:
     """Counts the images that the base generates where no data is given."""
-    return None if config.data is not None else report("class_images", config.drawn).reach
+    return None if config.data is not None else report("class_images", config.generated_images).reach
 
 
 def _plan(run: Run, pictures: Pictures, steps: int) -> str:

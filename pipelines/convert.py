@@ -16,13 +16,13 @@ To = Literal["kohya", "lycoris", "diffusers", "peft_folder", "comfyui", "onetrai
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Which file becomes which.
+    """Configuration of `veneer convert` and its defaults.
 
     Args:
         file: a safetensors file of any format, or a folder with one.
-        to: the format to write.
-        base: `bundled`, a folder or a hub name; None for the base that a native file was trained on.
-        out: the new file, for peft_folder a folder; None for one beside the old, with the format in its name.
+        to: format to write.
+        base: base model: `bundled`, a folder or a hub name (default: the base model that a native file was trained on).
+        out: the new file, for peft_folder a folder (default: beside the old file, with the format in its name).
     """
 
     file: Path

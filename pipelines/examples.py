@@ -17,7 +17,7 @@ NEW = 6
 
 @dataclass(frozen=True)
 class ExamplesConfig:
-    """Where the examples go.
+    """Configuration of `veneer examples`.
 
     Args:
         folder: a new or empty folder.

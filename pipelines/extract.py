@@ -14,19 +14,20 @@ from .convert import To
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """Which models, and how much of the difference.
+    """Configuration of `veneer extract` and its defaults.
 
     Args:
         tuned: the fine-tuned pipeline: a folder or a hub name.
-        base: what it was trained from: `bundled`, a folder or a hub name.
-        where: selection in the words of `veneer sites`; all linear layers and convolutions if left out.
-        rank: of the LoRA.
-        energy: share of the squared singular values that stays, up to 1; `rank` is then the upper limit, as with the next three.
-        error: relative error of each change at most, 0 to 1 (Frobenius).
-        cumulative: share of the singular values that stays, up to 1.
-        ratio: the largest singular value over the smallest that stays is below it, above 1.
-        to: the format to write.
-        dtype: of the written numbers.
+        base: the base model that it was fine-tuned from: `bundled`, a folder or a hub name.
+        where: sites, as listed by `veneer sites` (default: all linear layers and convolutions).
+        rank: rank of the LoRA.
+        energy: smallest rank that keeps this share of the squared singular values, up to 1. `rank` is then the upper limit, as
+            with the next three.
+        error: smallest rank with at most this relative error of each delta weight, 0 to 1 (Frobenius norm).
+        cumulative: smallest rank that keeps this share of the sum of singular values, up to 1.
+        ratio: keep singular values above the largest one divided by this number, above 1.
+        to: format to write.
+        dtype: dtype of the saved tensors.
         out: the new file.
     """
 

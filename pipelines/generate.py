@@ -19,38 +19,38 @@ from veneer.training.report.previews import PreviewSettings, check_counts, pairs
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What is drawn, by which base, with which adapters.
+    """Configuration of `veneer generate` and its defaults.
 
     Args:
         prompt: one or more prompts; for DiT class labels.
-        adapter: folders or files, each with an optional strength: `runs/toy-lora` or `runs/toy-lora:0.8`.
-        base: `bundled`, a folder or a hub name; None for the base that the first adapter was trained on.
-        negative: negative prompt; None for the base's usual.
-        count: pictures of each prompt; their seeds count up from `seed`.
-        seed: of the first picture.
-        steps: denoising steps; None for the base's usual.
-        guidance: scale of classifier-free guidance; None for the base's usual.
-        size: height and width in pixels; None for the base's own.
-        without: put the bare base's picture beside each, from the same noise.
-        device: such as `cuda`; None for a GPU if there is one.
-        out: folder for the pictures.
+        adapter: files or folders, each with an optional strength: `runs/toy-lora` or `runs/toy-lora:0.8`.
+        base: base model: `bundled`, a folder or a hub name (default: the base model that the first adapter was trained on).
+        negative_prompt: negative prompt (default: the base model's).
+        images_per_prompt: images to generate per prompt; their seeds count up from `seed`.
+        seed: seed of the first image.
+        steps: denoising steps (default: the base model's).
+        guidance_scale: scale of classifier-free guidance (default: the base model's).
+        size: height and width in pixels (default: the base model's).
+        side_by_side: also write an image grid with the base model's image beside each, from the same noise.
+        device: device such as `cuda` (default: a GPU if there is one).
+        out: folder for the images.
     """
 
     prompt: tuple[str, ...]
     adapter: tuple[str, ...] = ()
     base: str | None = None
-    negative: str | None = None
-    count: int = 1
+    negative_prompt: str | None = None
+    images_per_prompt: int = 1
     seed: int = 0
     steps: int | None = None
-    guidance: float | None = None
+    guidance_scale: float | None = None
     size: tuple[int, int] | None = None
-    without: bool = False
+    side_by_side: bool = False
     device: str | None = None
     out: Path = Path("pictures")
 
     def __post_init__(self) -> None:
-        check_counts(self.count, self.steps)
+        check_counts(self.images_per_prompt, self.steps)
 
 
 def generate(config: GenerateConfig) -> list[Path]:
@@ -70,10 +70,10 @@ def generate(config: GenerateConfig) -> list[Path]:
     prompts = [_whole(family(pipe), prompt) for prompt in config.prompt]
 
     settings = PreviewSettings(
-        seeds=tuple(range(config.seed, config.seed + config.count)),
+        seeds=tuple(range(config.seed, config.seed + config.images_per_prompt)),
         steps=config.steps or preset.steps,
-        guidance=preset.guidance_scale if config.guidance is None else config.guidance,
-        negative=preset.negative_prompt if config.negative is None else config.negative,
+        guidance=preset.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+        negative=preset.negative_prompt if config.negative_prompt is None else config.negative_prompt,
         size=config.size,
         batch=4,
     )
@@ -81,7 +81,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     used = [{"file": str(path), "scale": scale} for path, scale in adapters]
     config.out.mkdir(parents=True, exist_ok=True)
     files = [save_preview(config.out, preview, {"base": base, "adapters": used}) for preview in made]
-    if config.without:
+    if config.side_by_side:
         files.append(_beside(replace(config, prompt=tuple(prompts)), pipe, attached, settings))
     return files
 
@@ -145,6 +145,6 @@ def _beside(config: GenerateConfig, pipe: Any, attached: list[Attachment], setti
     words = {word: usual for text in config.adapter for word, usual in taught_words(parse_adapter(text)[0]).items()}
     found = pairs(pipe, attached, config.prompt, settings, words)
     rows = [Row(f"{pair.prompt}, seed {pair.seed}", ((pair.base,), (pair.adapted,))) for pair in found]
-    picture = sheet(rows, columns=("without", "with"))
+    picture = sheet(rows, columns=("side_by_side", "with"))
     facts = {"prompts": list(config.prompt), "adapters": list(config.adapter), "seed": config.seed}
     return save_png(picture, config.out / "sheet.png", facts)

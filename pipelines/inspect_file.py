@@ -11,11 +11,11 @@ from veneer.formats import look
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Which file is looked at.
+    """Configuration of `veneer inspect` and its defaults.
 
     Args:
         file: a safetensors file of any format, or a folder with one.
-        base: `bundled`, a folder or a hub name, to see what of the file fits it; None to read the file alone.
+        base: base model to compare the file with: `bundled`, a folder or a hub name (default: none).
         json: print one JSON object instead of a table.
     """
 

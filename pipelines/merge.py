@@ -16,31 +16,31 @@ from .generate import base_of
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Which files are merged, and how.
+    """Configuration of `veneer merge` and its defaults.
 
     Args:
-        files: safetensors files of any formats, of adapters of any methods that change weights. Trained tokens, as those of
-            pivotal tuning, go along: into the same file, or into one for each where the format cannot hold them.
-        weights: one for each file, 1 if left out; negative ones too. Tokens are taken as they are. In the place of a number
-            PATTERN=NUMBER;… in the words of `veneer sites`, such as "attn=0.5;text/attn=0", for other weights in parts of the
-            model; the rest has 1.
-        how: `sum` (exact, ranks add up; LoRA only), `svd` (the sum, cut to a rank), `ties`, `dare` or `dare_ties`.
-        rank: of the result, for all but `sum`; the largest of the files' ranks if nothing is said.
-        energy: share of the squared singular values that stays, up to 1; `rank` is then the upper limit, as with the next three.
-        error: relative error of each change at most, 0 to 1 (Frobenius).
-        cumulative: share of the singular values that stays, up to 1.
-        ratio: the largest singular value over the smallest that stays is below it, above 1.
-        density: share of the numbers that `ties` keeps (0.2 if left out) or `dare` does (0.1).
-        seed: of `dare`.
-        base: `bundled`, a folder or a hub name; None for the base that one of the files says it was trained on.
-        to: the format to write; None for that of the first file.
-        dtype: of the written numbers.
+        files: safetensors files of any format, of adapters of any methods that change weights. Trained token embeddings, such as
+            those of pivotal tuning, are kept: in the same file, or in one file each if the format cannot contain them.
+        weights: one weight per file, also negative ones (default: 1). Token embeddings are not scaled. `PATTERN=NUMBER;...` sets
+            other weights for parts of the model, in the terms of `veneer sites`, such as "attn=0.5;text/attn=0"; the rest has 1.
+        method: `sum` (exact, ranks add up; LoRA only), `svd` (the sum, truncated to a rank), `ties`, `dare` or `dare_ties`.
+        rank: rank of the result, except with `sum` (default: the largest rank of the files).
+        energy: smallest rank that keeps this share of the squared singular values, up to 1. `rank` is then the upper limit, as
+            with the next three.
+        error: smallest rank with at most this relative error of each delta weight, 0 to 1 (Frobenius norm).
+        cumulative: smallest rank that keeps this share of the sum of singular values, up to 1.
+        ratio: keep singular values above the largest one divided by this number, above 1.
+        density: share of the parameters that `ties` (default: 0.2) or `dare` (default: 0.1) keeps, up to 1.
+        seed: seed of `dare`.
+        base: base model: `bundled`, a folder or a hub name (default: the base model that is recorded in one of the files).
+        to: format to write (default: the format of the first file).
+        dtype: dtype of the saved tensors.
         out: the new file.
     """
 
     files: tuple[Path, ...]
     weights: tuple[str, ...] = ()
-    how: Literal["sum", "svd", "ties", "dare", "dare_ties"] = "sum"
+    method: Literal["sum", "svd", "ties", "dare", "dare_ties"] = "sum"
     rank: int | None = None
     energy: float | None = None
     error: float | None = None
@@ -83,9 +83,9 @@ def merge(config: MergeConfig) -> list[str]:
     made = None
     if sources:
         made = adapter_merging.combine(
-            model, sources, weights, how=config.how, keep=keep, density=config.density, seed=config.seed, dtype=dtype
+            model, sources, weights, how=config.method, keep=keep, density=config.density, seed=config.seed, dtype=dtype
         )
-    told = {"base": base, "merged": [file.name for file in config.files], "weights": list(config.weights), "how": config.how}
+    told = {"base": base, "merged": [file.name for file in config.files], "weights": list(config.weights), "how": config.method}
     written = adapter_merging.write_all(model, made, tokens, config.out, form, dtype, told)
     return [*map(str, written), *(str(made).splitlines() if made else []), *(f"token {each.token}" for each in tokens)]
 

@@ -54,7 +54,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     out = run_folder(config.out, config.resume, config.photos)
     photos = find_photos(config.photos or "", concept=config.concept)
     main = accelerator.is_main_process
-    report = PhaseReport(None if config.check else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
+    report = PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
     report("loading")
     pipe = base_models.load(config.base).to(accelerator.device)
     param_groups.freeze(pipe)
@@ -66,7 +66,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     report.close()
 
     attached = _attach(config, pipe)
-    if config.checkpointing:
+    if config.gradient_checkpointing:
         for component in {c for a in attached for c in a.towers}:
             param_groups.checkpoint(pipe.components[component])
     captions = _captions(config)
@@ -79,7 +79,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         loop.samples,
         config.objective(),
         config.noise(),
-        LossOptions(kind=config.loss, prior_weight=config.prior_weight),
+        LossOptions(kind=config.loss, prior_weight=config.prior_loss_weight),
         Cache(config.cache_folder) if config.cache else None,
     )
     named = param_groups.named_state(attached)
@@ -93,7 +93,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         kind,
         config.concept,
         resolution=resolution,
-        prompts=[*texts, *run.prompts, *(config.unrelated or ())],
+        prompts=[*texts, *run.prompts, *(config.drift_prompts or ())],
         groups=groups,
         usual_rates=config.usual_rates(),
         processes=accelerator.num_processes,
@@ -106,7 +106,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     if main:
         print(checked.text(), flush=True)
     checked.check()
-    if config.check:
+    if config.dry_run:
         with contextlib.suppress(OSError):  # only an empty folder goes
             out.rmdir()
         return out
@@ -152,18 +152,18 @@ def _named(
 
 def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Accelerator, report: PhaseReport) -> list[Photo]:
     """Class pictures, made by the main process with the bare base."""
-    if not config.prior:
+    if not config.class_images:
         return []
     if not config.class_word:
-        message = "--prior needs --class-word: the ordinary word for the kind of thing, such as 'toy'."
+        message = "--class-images needs --class-word: the ordinary word for the kind of thing, such as 'toy'."
         raise OptionError(message, option="class_word", given="")
     preset = base_models.preset(config.base)
     settings = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
     prompt = config.prior_prompt()
 
     def make() -> list[Path]:
-        count = report("class_images", config.prior)
-        return prior_pictures(kind, out / "prior", prompt, config.prior, config.seed, progress=count.reach, **settings)
+        count = report("class_images", config.class_images)
+        return prior_pictures(kind, out / "prior", prompt, config.class_images, config.seed, progress=count.reach, **settings)
 
     paths = on_main(accelerator, make)
     return [find_photos(path, is_prior=True)[0] for path in paths]

@@ -17,26 +17,26 @@ __all__ = ["PredictConfig", "predict"]
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """What is asked.
+    """Configuration of `veneer predict` and its defaults.
 
     Args:
-        folder: what `veneer transfer --out` has written.
-        images: pictures, and folders of pictures.
-        top: classes told of each picture.
-        form: `text`, `json` (a line for each picture) or `csv`.
-        batch: pictures a pass.
+        folder: folder that `veneer transfer --out` has written.
+        images: images, and folders of images.
+        top: classes to list per image.
+        format: `text`, `json` (one line per image) or `csv`.
+        batch: images per forward pass.
     """
 
     folder: Path
     images: tuple[Path, ...] = ()
     top: int = 3
-    form: str = "text"
+    format: str = "text"
     batch: int = 32
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            message = f"form is {self.form!r}; expected one of {', '.join(FORMS)}."
-            raise OptionError(message, option="form", given=self.form, expected=tuple(FORMS))
+        if self.format not in FORMS:
+            message = f"format is {self.format!r}; expected one of {', '.join(FORMS)}."
+            raise OptionError(message, option="format", given=self.format, expected=tuple(FORMS))
         for name, given in (("top", self.top), ("batch", self.batch)):
             if given < 1:
                 raise OptionError(f"{name} is {given}; expected at least 1.", option=name, given=given, expected=1)
@@ -52,12 +52,12 @@ def predict(config: PredictConfig) -> Iterator[str]:
     if not pictures:
         message = "no images: give some, or a folder of them, after the run's folder."
         raise OptionError(message, option="images", given=())
-    if config.form == "csv":
+    if config.format == "csv":
         yield _row(["picture", "label", "probability", "problem"])
     read = False
     for answer in open_predictor(config.folder).answers(pictures, config.top, config.batch):
         read = read or not answer.problem
-        yield FORMS[config.form](answer)
+        yield FORMS[config.format](answer)
     if not read:
         message = f"none of the {len(pictures)} images could be read."
         raise VeneerError(message, where="images", given=tuple(map(str, pictures)))

@@ -15,18 +15,20 @@ from .generate import base_of
 
 @dataclass(frozen=True)
 class ResizeConfig:
-    """Which file, and how much of it stays.
+    """Configuration of `veneer resize` and its defaults.
 
     Args:
-        file: a safetensors file of any format, of an adapter of any method that changes weights. Trained tokens in it go along.
-        rank: the largest rank; weights of a lower one keep theirs.
-        energy: share of the squared singular values that stays, up to 1; `rank` is then the upper limit, as with the next three.
-        error: relative error of each change at most, 0 to 1 (Frobenius).
-        cumulative: share of the singular values that stays, up to 1.
-        ratio: the largest singular value over the smallest that stays is below it, above 1.
-        base: `bundled`, a folder or a hub name; None for the base that a native file was trained on.
-        to: the format to write; None for that of the file.
-        dtype: of the written numbers.
+        file: a safetensors file of any format, of an adapter of any method that changes weights. Trained token embeddings in it
+            are kept.
+        rank: the largest rank; weights of a lower rank keep theirs.
+        energy: smallest rank that keeps this share of the squared singular values, up to 1. `rank` is then the upper limit, as
+            with the next three.
+        error: smallest rank with at most this relative error of each delta weight, 0 to 1 (Frobenius norm).
+        cumulative: smallest rank that keeps this share of the sum of singular values, up to 1.
+        ratio: keep singular values above the largest one divided by this number, above 1.
+        base: base model: `bundled`, a folder or a hub name (default: the base model that a native file was trained on).
+        to: format to write (default: the format of the file).
+        dtype: dtype of the saved tensors.
         out: the new file.
     """
 

@@ -63,7 +63,7 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     for note in data.notes if accelerator.is_main_process else ():
         print(f"note: {note}", flush=True)
     report = (
-        PhaseReport(None if config.check else out / "progress.jsonl", sys.stderr)
+        PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr)
         if accelerator.is_main_process
         else PhaseReport()
     )
@@ -74,14 +74,14 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     )  # fmt: skip
     report.close()
     with Views(data, classifier.data, config.augment, squash=config.squash, seed=config.seed, workers=config.workers) as views:
-        features = Features(classifier, views, config.batch, AUTOCAST[config.precision])
+        features = Features(classifier, views, config.batch, AUTOCAST[config.mixed_precision])
         config = searched(config, classifier, views, out, accelerator, features)
         attached = attach_methods(classifier, config, data)
         identity = {**config.identity(), "splits": data.splits.digest, "weights": classifier.weights}
         teacher = Teacher(classifier, attached, views, config, out, accelerator, identity, ProgressLine(), features)
         if accelerator.is_main_process:
             print(_plan(config, data, classifier, attached, teacher), flush=True)
-        if config.check:
+        if config.dry_run:
             return out
         best = 4 * teacher.trainable
         require_disk(out, best + written_bytes(teacher.trainable, config.loop(teacher.per_epoch, teacher.steps)))

@@ -20,7 +20,7 @@ FIRST_USE = ("clone", "make", "app", "git", "pip")
 TINY_TRAINING = ["--steps", "2", "--eval-seeds", "0", "--tracker", "none"]
 SHORTER = {
     "personalize": TINY_TRAINING,
-    "control train": [*TINY_TRAINING, "--drawn", "12", "--shown", "1"],
+    "control train": [*TINY_TRAINING, "--generated-images", "12", "--grid-images", "1"],
     "transfer": ["--epochs", "1", "--shots", "6"],
     "compare": ["--epochs", "1", "--shots", "6"],
 }

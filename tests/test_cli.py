@@ -199,12 +199,12 @@ def test_sites_of_the_models_that_transfer_takes(name: str, capsys: pytest.Captu
         ("generate x --device nonsense", "nonsense"),
         ("control generate x --device nonsense", "nonsense"),
         ("generate x --steps 0", "--steps"),
-        ("generate x --count 0", "--count"),
+        ("generate x --images-per-prompt 0", "--images-per-prompt"),
         ("control generate x --steps -1", "--steps"),
         ("generate x --size 64", "--size"),
         ("app --device nonsense", "nonsense"),
         ("transfer digits --batch 0", "batch"),
-        ("transfer digits --precision fp13", "fp13"),
+        ("transfer digits --mixed-precision fp13", "fp13"),
         ("transfer digits --learning-rate 0", "learning_rate"),
         ("compare digits --batch 0", "batch"),
         ("compare digits --methods lora(rank=x)", "'x'"),
@@ -291,7 +291,7 @@ def test_a_checked_run_leaves_no_empty_folder(tmp_path: Path, monkeypatch: pytes
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     (tmp_path / "photos").mkdir()
     picture(0).save(tmp_path / "photos" / "a.png")
-    words = ["personalize", "photos", "--concept", "<toy>", "--base", "base", "--check", "--no-cache"]
+    words = ["personalize", "photos", "--concept", "<toy>", "--base", "base", "--dry-run", "--no-cache"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert main(words) == 0

@@ -222,7 +222,7 @@ def test_the_command_line_page_has_every_command_and_flag(scripts: ModuleType) -
     page = scripts.command_page()
     for name in [*COMMANDS, "control train", "control generate"]:
         assert f"\n## veneer {name}\n" in page, name
-    for flag in ("`--concept`", "`--no-cache`", "`--lora.rank`", "`--form`", "`--port`"):
+    for flag in ("`--concept`", "`--no-cache`", "`--lora.rank`", "`--format`", "`--port`"):
         assert flag in page, flag
 
 

@@ -93,7 +93,7 @@ def test_help_is_the_docstring() -> None:
 @pytest.mark.parametrize("config", [PersonalizeConfig, ControlConfig])
 def test_help_of_density_names_the_sign_of_the_mean(config: type) -> None:
     """Scripts of diffusers have the other one."""
-    assert "`--logit_mean` has the other sign" in help_of(config)["density"]
+    assert "`--logit_mean` has the other sign" in help_of(config)["timestep_sampling"]
 
 
 def test_help_prints_percent_signs() -> None:

@@ -127,7 +127,7 @@ def test_importing_veneer_is_lazy_and_complete() -> None:
         ("veneer personalize --where --rsl", ["--rslora"]),
         ("veneer personalize --method ssf --ssf.", []),
         ("veneer control gen", ["generate"]),
-        ("veneer merge a b --how dare", ["dare", "dare_ties"]),
+        ("veneer merge a b --method dare", ["dare", "dare_ties"]),
     ],
 )
 def test_a_shell_completes_commands_flags_and_values(line: str, expected: list[str], tmp_path: Path) -> None:

@@ -245,8 +245,9 @@ def test_presets_of_a_control_have_their_steps_and_minutes(tmp_path: Path) -> No
     assert all("min" in label for label, _ in teaching.lengths("controlnet", "bundled"))
     assert teaching.expected("controlnet", "another/base", 100, 64) is None
     job = jobs.make(
-        here.jobs, "control", "edges", ["control", "--method=controlnet", "--base=bundled", "--steps=200", "--drawn=64"]
-    )
+        here.jobs, "control", "edges",
+        ["control", "--method=controlnet", "--base=bundled", "--steps=200", "--generated-images=64"],
+    )  # fmt: skip
     job.run.mkdir()
     (job.run / "result.json").write_text("{}")
     (job.folder / "begun.json").write_text('{"steps": [0]}')

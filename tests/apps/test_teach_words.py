@@ -51,7 +51,8 @@ def asked(**given: str) -> Asked:
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        ("resolution", LIMITS.side), ("prior", LIMITS.pictures * 16), ("batch", LIMITS.photos), ("eval_seeds", LIMITS.pictures),
+        ("resolution", LIMITS.side), ("class_images", LIMITS.pictures * 16), ("batch", LIMITS.photos),
+        ("eval_seeds", LIMITS.pictures),
     ],
 )  # fmt: skip
 def test_what_no_visitor_may_ask_for_more_of(name: str, most: int, tmp_path: Path) -> None:

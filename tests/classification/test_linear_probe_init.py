@@ -65,7 +65,7 @@ def test_training_begins_where_a_probe_ends(folders: tuple[Path, Path], tmp_path
     assert all(torch.equal(value, teacher.model.state_dict()[name]) for name, value in base.items()), "the base's own head"
 
 
-@pytest.mark.parametrize("options", [{"head_first": False}, {"weights": "none"}])
+@pytest.mark.parametrize("options", [{"lp_ft": False}, {"weights": "none"}])
 def test_a_head_starts_anew_where_that_is_wanted_or_features_say_nothing(
     folders: tuple[Path, Path], tmp_path: Path, options: dict[str, object]
 ) -> None:
@@ -78,7 +78,7 @@ def test_a_head_starts_anew_where_that_is_wanted_or_features_say_nothing(
 
 def begun(folders: tuple[Path, Path], out: Path, method: str, **options: object) -> Teacher:
     pictures, model = folders
-    options = {"head_first": True, **options}
+    options = {"lp_ft": True, **options}
     config = TransferConfig(data=str(pictures), model=str(model), method=method, validation=0.25, batch=8, out=out, **options)  # type: ignore[arg-type]
     data = open_data(config, out)
     classifier = open_classifier(config.model, data.classes, weights=config.weights)

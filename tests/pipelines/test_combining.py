@@ -80,7 +80,7 @@ def test_the_command_merges_by_parts_of_the_model(files: Any, tmp_path: Path, ca
     """The base is told by the native file, which is not the first."""
     paths, (first, second) = files
     words = ["merge", str(paths["diffusers"]), str(paths["native"]), "--weights", "-0.5", "attn=0.25;text/attn=0"]
-    words += ["--how", "svd", "--rank", "5", "--out", str(tmp_path / "x.safetensors"), "--to", "native"]
+    words += ["--method", "svd", "--rank", "5", "--out", str(tmp_path / "x.safetensors"), "--to", "native"]
     assert main(words) == 0
     printed = capsys.readouterr().out.splitlines()
     got = loaded(tmp_path / "x")

@@ -26,7 +26,7 @@ from veneer.training.families import family
 from veneer.training.preflight.preflight import PreflightError
 
 QUICK: Mapping[str, Any] = {
-    "steps": 2, "batch": 2, "tracker": "none", "template": "a thing", "held": 0.34, "shown": 2, "preview_every": 0,
+    "steps": 2, "batch": 2, "tracker": "none", "template": "a thing", "validation": 0.34, "grid_images": 2, "preview_every": 0,
 }  # fmt: skip
 SIDE = 32
 OPTIONS: dict[str, dict[str, Any]] = {"controlnet": {}, "t2i_adapter": {}, "controlnext": {}, "ip_adapter": {}}
@@ -115,7 +115,7 @@ def test_a_stopped_run_keeps_its_weights_and_goes_on_to_the_same_bits(
 
 
 def test_the_base_draws_what_nobody_gives(base: str, tmp_path: Path) -> None:
-    config = ControlConfig(base=base, drawn=6, out=tmp_path, **QUICK).completed()
+    config = ControlConfig(base=base, generated_images=6, out=tmp_path, **QUICK).completed()
     kind = family(veneer.base_models.load(base))
     found = open_pictures(config, kind, tmp_path)
     assert {p.caption for p in (*found.train, *found.held)} <= {"a photo of cat", "a photo of dog"}, "the thing and no place"
@@ -147,7 +147,9 @@ def test_maps_that_someone_made_are_cropped_as_the_photos_are(base: str, tmp_pat
             return found
 
         patch.setattr(module.FollowMaps, "map", kept)
-        out = run(base, data, tmp_path / "out", condition="pairs", crop="random", flip=0.5, buckets=False, eval_seeds=1, held=0.5)
+        out = run(
+            base, data, tmp_path / "out", condition="pairs", crop="random", flip=0.5, buckets=False, eval_seeds=1, validation=0.5
+        )
     assert len(seen) == 4
     assert max(seen) < 0.01
     assert json.loads((out / "result.json").read_text())["figures"]["measure"] == "likeness (bundled)"
@@ -156,9 +158,9 @@ def test_maps_that_someone_made_are_cropped_as_the_photos_are(base: str, tmp_pat
 def test_drawing_with_what_was_learnt(base: str, photos: Path, tmp_path: Path) -> None:
     out = run(base, photos, tmp_path / "out", learning_rate=0.05, eval_seeds=0)
     photo, size = photos / "0.png", (SIDE, SIDE)
-    files = draw(DrawConfig(("a cat",), (str(out),), image=(photo,), size=size, count=2, out=tmp_path / "a"))
+    files = draw(DrawConfig(("a cat",), (str(out),), image=(photo,), size=size, images_per_prompt=2, out=tmp_path / "a"))
     assert [f.name for f in files] == ["map-1.png", "a-cat-0.png", "a-cat-1.png"]
-    given = draw(DrawConfig(("a cat",), (str(out),), map=(files[0],), size=size, count=2, out=tmp_path / "b"))
+    given = draw(DrawConfig(("a cat",), (str(out),), map=(files[0],), size=size, images_per_prompt=2, out=tmp_path / "b"))
     assert all(np.array_equal(Image.open(a), Image.open(b)) for a, b in zip(files, given, strict=True)), "its map, or the photo"
     part = draw(DrawConfig(("a cat",), (f"{out}:0.5",), image=(photo,), size=size, end=0.5, out=tmp_path / "c"))
     assert not np.array_equal(Image.open(part[1]), Image.open(files[1]))
@@ -176,7 +178,7 @@ def test_drawing_with_what_was_learnt(base: str, photos: Path, tmp_path: Path) -
         ({"method": "lora"}, "method", "lora"),
         ({"method": "ip_adapter", "condition": "canny"}, "condition", "canny"),
         ({"condition": "image"}, "condition", "image"),
-        ({"held": 1.0}, "held", 1.0),
+        ({"validation": 1.0}, "validation", 1.0),
         ({"options": {"lora": {"rank": 2}}}, "options", ("lora",)),
     ],
 )
@@ -196,7 +198,7 @@ def test_the_methods_that_follow_something_are_named() -> None:
 
 
 def test_only_looking(base: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = run(base, photos, tmp_path / "out", check=True)
+    out = run(base, photos, tmp_path / "out", dry_run=True)
     assert {p.name for p in out.iterdir()} == {"maps.png"}
     assert "follows canny" in capsys.readouterr().out
 
@@ -205,7 +207,7 @@ def test_only_looking(base: str, photos: Path, tmp_path: Path, capsys: pytest.Ca
 def test_recomputed_activations_give_the_same_weights(base: str, photos: Path, tmp_path: Path, method: str) -> None:
     options = {"method": method, "learning_rate": 0.01, "eval_seeds": 0}
     plain = run(base, photos, tmp_path / "plain", **options)
-    less = run(base, photos, tmp_path / "less", checkpointing=True, **options)
+    less = run(base, photos, tmp_path / "less", gradient_checkpointing=True, **options)
     a, b = (load_file(out / "adapter.safetensors") for out in (plain, less))
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 

@@ -56,7 +56,9 @@ def test_two_adapters_work_together(made: tuple[str, str], tmp_path: Path) -> No
 
 
 def test_settings_are_in_the_picture(made: tuple[str, str], tmp_path: Path) -> None:
-    config = GenerateConfig(("a cat", "a dog"), (f"{made[1]}:0.5",), base=made[0], steps=2, count=2, seed=7, out=tmp_path)
+    config = GenerateConfig(
+        ("a cat", "a dog"), (f"{made[1]}:0.5",), base=made[0], steps=2, images_per_prompt=2, seed=7, out=tmp_path
+    )
     files = generate(config)
     assert len(files) == 4
     found = read_settings(files[1])
@@ -70,7 +72,7 @@ def test_files_are_never_overwritten(made: tuple[str, str], tmp_path: Path) -> N
 
 
 def test_without_puts_the_base_beside(made: tuple[str, str], tmp_path: Path) -> None:
-    files = generate(GenerateConfig(("a cat",), (made[1],), base=made[0], steps=1, without=True, out=tmp_path))
+    files = generate(GenerateConfig(("a cat",), (made[1],), base=made[0], steps=1, side_by_side=True, out=tmp_path))
     assert files[-1].name == "sheet.png"
     with Image.open(files[-1]) as sheet:
         assert sheet.width > sheet.height / 2

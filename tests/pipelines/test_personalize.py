@@ -108,7 +108,7 @@ def test_the_saved_adapter_draws_what_was_trained(base: Any, photos: Path, tmp_p
 
 
 def test_prior_pictures_are_made_once_and_used(base: Any, photos: Path, tmp_path: Path) -> None:
-    out = run(base("sd"), photos, tmp_path / "out", prior=2)
+    out = run(base("sd"), photos, tmp_path / "out", class_images=2)
     assert len(list((out / "prior").glob("*.png"))) == 2
 
 
@@ -130,7 +130,7 @@ def test_stop_and_resume_through_the_job(base: Any, photos: Path, tmp_path: Path
         ({"method": "lroa"}, UnknownName, {"name": "lroa", "kind": "method"}),
         ({"options": {"bitfit": {}}}, OptionError, {"option": "options", "given": ("bitfit",)}),
         ({"where": ("xattn.nothing",)}, SelectionError, {"pattern": "xattn.nothing"}),
-        ({"prior": 2, "class_word": ""}, OptionError, {"option": "class_word"}),
+        ({"class_images": 2, "class_word": ""}, OptionError, {"option": "class_word"}),
         ({"optimizer": "adam5"}, TrainError, {"where": "optimizer", "given": "adam5"}),
         ({"resolution": 13}, DataError, {"where": "resolution", "given": 13}),
     ],
@@ -205,14 +205,14 @@ def test_a_finished_run_is_not_overwritten(base: Any, photos: Path, tmp_path: Pa
 
 def test_divergence_keeps_the_last_good_weights(base: Any, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(Diverged):
-        run(base("sd"), photos, tmp_path / "out", learning_rate=1e30, clip=0.0, steps=6, optimizer="sgd")
+        run(base("sd"), photos, tmp_path / "out", learning_rate=1e30, max_grad_norm=0.0, steps=6, optimizer="sgd")
     assert all(t.isfinite().all() for t in load_file(tmp_path / "out" / "last_good.safetensors").values())
 
 
 def test_a_run_says_what_it_does_and_what_came_of_it(
     base: Any, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = run(base("sd"), photos, tmp_path / "out", eval_seeds=2, unrelated=("a dog", "a car"), preview_every=1)
+    out = run(base("sd"), photos, tmp_path / "out", eval_seeds=2, drift_prompts=("a dog", "a car"), preview_every=1)
     shown = capsys.readouterr()
     lines = [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines() if line]
     last = {line["phase"]: (line["done"], line["total"]) for line in lines}
@@ -221,7 +221,7 @@ def test_a_run_says_what_it_does_and_what_came_of_it(
     record = json.loads((out / "result.json").read_text())
     assert record["phase_seconds"].keys() == {"loading", "training", "previews", "evaluating", "saving"}
     assert record["verdict"]["outcome"] in ("learned", "partly", "not_learned", "overfitted", "unknown")
-    for part in (str(out), "adapter.safetensors", record["verdict"]["summary"], "veneer generate 'a <toy>'", "--without"):
+    for part in (str(out), "adapter.safetensors", record["verdict"]["summary"], "veneer generate 'a <toy>'", "--side-by-side"):
         assert part in shown.out
     assert "14 images of previews and evaluation" in shown.out, "2 previews, 12 images of the evaluation"
 

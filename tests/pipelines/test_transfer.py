@@ -95,7 +95,7 @@ def test_a_new_process_answers_as_the_run_did(taught: Path, pictures: Path) -> N
     table = json.loads((taught / "splits.json").read_text())
     tested = [pictures / name for name, _, _ in table["test"]]
     start = "import sys; from veneer.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", start, "predict", str(taught), *map(str, tested), "--form", "json", "--top", "1"]
+    command = [sys.executable, "-c", start, "predict", str(taught), *map(str, tested), "--format", "json", "--top", "1"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     answers = [json.loads(line) for line in lines]
     right = sum(a["label"] == label for a, (_, label, _) in zip(answers, table["test"], strict=True))
@@ -111,7 +111,7 @@ def test_a_new_process_answers_as_the_run_did(taught: Path, pictures: Path) -> N
         ("vit", "linear_probe", {}),
         ("vit", "full", {}),
         ("resnet", "bitfit", {}),
-        ("resnet", "full", {"statistics": "moving"}),
+        ("resnet", "full", {"batch_norm": "moving"}),
         ("resnet", "full", {"weights": "none"}),
         ("vit", "vpt+lora+ssf", {}),
         ("vit", "ilm_vp", {}),
@@ -153,7 +153,7 @@ def test_saved_equals_loaded_on_a_fresh_head(
         torch.testing.assert_close(got, kept["logits"], rtol=0, atol=close)
     else:
         assert torch.equal(got, kept["logits"])
-    if kind == "resnet" and (options.get("statistics") == "moving" or options.get("weights") == "none"):
+    if kind == "resnet" and (options.get("batch_norm") == "moving" or options.get("weights") == "none"):
         assert any(key.endswith("running_mean") for key in load_file(out / "adapter.safetensors")), (
             "the statistics are in the file"
         )
@@ -287,7 +287,7 @@ def test_a_prediction_tells_what_it_cannot_read(taught: Path, pictures: Path, tm
     assert lines[0].count("%") == 2
     assert "broken.png" in lines[1]
     assert "remove or replace" in lines[1]
-    rows = list(predict(PredictConfig(taught, (pictures / "red",), form="csv")))
+    rows = list(predict(PredictConfig(taught, (pictures / "red",), format="csv")))
     assert rows[0] == "picture,label,probability,problem"
     assert len(rows) == 17
     with raises(VeneerError, where="images", given=(str(tmp_path / "broken.png"),)):
@@ -297,7 +297,7 @@ def test_a_prediction_tells_what_it_cannot_read(taught: Path, pictures: Path, tm
     with raises(VeneerError, file=tmp_path, where="model.json", given="missing"):
         list(predict(PredictConfig(tmp_path, (good,))))
     with raises(OptionError, option="form", given="xml"):
-        PredictConfig(taught, (good,), form="xml")
+        PredictConfig(taught, (good,), format="xml")
 
 
 def test_other_weights_under_a_taught_adapter_are_refused(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:

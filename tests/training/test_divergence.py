@@ -11,7 +11,7 @@ from tests.raising import carries, raises
 from veneer.training.loop.divergence import Diverged
 from veneer.training.loop.trainer import TrainConfig, Trainer
 
-SETTINGS = {"steps": 10, "learning_rate": 0.1, "optimizer": "sgd", "weight_decay": 0.0, "clip": 0.0, "tracker": "none"}
+SETTINGS = {"steps": 10, "learning_rate": 0.1, "optimizer": "sgd", "weight_decay": 0.0, "max_grad_norm": 0.0, "tracker": "none"}
 
 
 def trained(loss_of, folder=None, **changes):

@@ -103,7 +103,7 @@ def test_the_step_is_told_while_its_gradients_are_there() -> None:
     def loss(step: int, rows: list[int]) -> torch.Tensor:
         return (layer.weight * (step + 1)).sum()
 
-    config = TrainConfig(steps=3, optimizer="sgd", learning_rate=0.1, weight_decay=0.0, clip=0.0, tracker="none")
+    config = TrainConfig(steps=3, optimizer="sgd", learning_rate=0.1, weight_decay=0.0, max_grad_norm=0.0, tracker="none")
     before = layer.weight.detach().clone()
     Trainer(config, [{"params": [layer.weight]}], loss, {"weight": layer.weight}, after_step=done).fit()
     assert [s[:2] for s in seen] == [(1, 3), (2, 3), (3, 3)]
@@ -120,7 +120,7 @@ def test_an_overflow_of_fp16_tells_the_step_without_gradients() -> None:
     def loss(step: int, rows: list[int]) -> torch.Tensor:
         return (layer.weight * (1e35 if step == 1 else 1.0)).sum()  # times the scale of 65,536 it is no number any more
 
-    config = TrainConfig(steps=3, precision="fp16", tracker="none")
+    config = TrainConfig(steps=3, mixed_precision="fp16", tracker="none")
     tell = lambda step, steps: seen.append(layer.weight.grad is not None)  # noqa: E731
     Trainer(config, [{"params": [layer.weight]}], loss, {"weight": layer.weight}, after_step=tell).fit()
     assert seen == [True, False, True]

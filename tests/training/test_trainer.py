@@ -13,7 +13,7 @@ from veneer.training.loop.errors import TrainError
 from veneer.training.loop.seeds import generator
 from veneer.training.loop.trainer import Trainer
 
-BASE = {"steps": 6, "learning_rate": 0.05, "clip": 0.0, "tracker": "none", "weight_decay": 0.0}
+BASE = {"steps": 6, "learning_rate": 0.05, "max_grad_norm": 0.0, "tracker": "none", "weight_decay": 0.0}
 
 
 def example(step, row):
@@ -43,13 +43,13 @@ def weights_after(**changes):
 
 
 def by_hand(config, samples):
-    """The same run in plain torch: one batch, gradient clipped to `config.clip`, SGD with momentum 0.9, the schedule."""
+    """The same run in plain torch: one batch, gradient clipped to `config.max_grad_norm`, SGD with momentum 0.9, the schedule."""
     layer = layer_of()
     velocity = [torch.zeros_like(p) for p in layer.parameters()]
     for step in range(config.steps):
         gradients = torch.autograd.grad(loss_of(layer, step, list(range(samples))), list(layer.parameters()))
         norm = torch.cat([g.flatten() for g in gradients]).norm()
-        factor = min(1.0, config.clip / norm.item()) if config.clip else 1.0
+        factor = min(1.0, config.max_grad_norm / norm.item()) if config.max_grad_norm else 1.0
         with torch.no_grad():
             for p, v, g in zip(layer.parameters(), velocity, gradients, strict=True):
                 v.mul_(0.9).add_(g * factor)
@@ -57,7 +57,7 @@ def by_hand(config, samples):
     return torch.cat([p.detach().flatten() for p in layer.parameters()])
 
 
-@pytest.mark.parametrize("changes", [{}, {"clip": 0.3}, {"schedule": "cosine", "warmup": 2}, {"schedule": "linear"}])
+@pytest.mark.parametrize("changes", [{}, {"max_grad_norm": 0.3}, {"schedule": "cosine", "warmup": 2}, {"schedule": "linear"}])
 def test_a_run_equals_plain_torch(changes):
     config = TrainConfig(**{**BASE, "optimizer": "sgd", "batch": 4, **changes})
     weights, _ = weights_after(optimizer="sgd", batch=4, **changes)
@@ -128,7 +128,7 @@ def test_average_is_in_place_in_previews_and_after():
 
 def test_events_tell_step_rate_and_norm():
     layer, events = layer_of(), []
-    config = TrainConfig(**{**BASE, "warmup": 3, "clip": 1e-6})
+    config = TrainConfig(**{**BASE, "warmup": 3, "max_grad_norm": 1e-6})
     gradients = torch.autograd.grad(loss_of(layer, 0, [0]), list(layer.parameters()))
     norm = torch.cat([g.flatten() for g in gradients]).norm().item()
     result = trainer_of(layer, config, on_step=events.append).fit()
@@ -158,7 +158,7 @@ def test_stop_from_a_callback_saves_and_goes_on(tmp_path):
 
 
 def test_bf16_keeps_float32_weights():
-    weights, result = weights_after(precision="bf16", batch=4)
+    weights, result = weights_after(mixed_precision="bf16", batch=4)
     exact, _ = weights_after(batch=4)
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights, exact, rtol=0.1, atol=0.05)

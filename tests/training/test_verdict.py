@@ -137,7 +137,8 @@ def test_advice_names_flags_of_the_command():
     assert any("--steps 300" in line for line in few)
     assert any("--class-word" in line for line in few)
     assert not any(
-        "--class-word" in line for line in personal_verdict(CAR, dataclasses.replace(CONFIG, class_word="car", prior=9)).advice
+        "--class-word" in line
+        for line in personal_verdict(CAR, dataclasses.replace(CONFIG, class_word="car", class_images=9)).advice
     )
     long = personal_verdict(
         changed(OCTOPUS, likeness=pair(0.25, 0.04, 0.1), prompt_likeness=None), dataclasses.replace(CONFIG, steps=400)
@@ -147,7 +148,7 @@ def test_advice_names_flags_of_the_command():
 
 # control
 
-CONTROL = ControlConfig(steps=100, drawn=64).completed()
+CONTROL = ControlConfig(steps=100, generated_images=64).completed()
 FALLING, RISING = [1.0 - 0.005 * i for i in range(100)], [0.3 + 0.005 * i for i in range(100)]
 
 
@@ -177,9 +178,9 @@ def test_control(figures, losses, outcome):
 
 def test_control_advice():
     worse = control_verdict(control_figures((-0.1, 0.05)), RISING, CONTROL).advice
-    assert [any(flag in line for line in worse) for flag in ("--learning-rate 0.0005", "--steps 800", "--drawn 384")] == [
-        True
-    ] * 3
+    assert [
+        any(flag in line for line in worse) for flag in ("--learning-rate 0.0005", "--steps 800", "--generated-images 384")
+    ] == [True] * 3
 
 
 def test_loss_trend_is_the_welch_interval():

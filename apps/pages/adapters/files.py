@@ -145,7 +145,7 @@ def merged(
     if len(weights) != len(names) or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
         message = "A weight is missing; expected a number for each adapter, such as 1 or 0.5."
         raise OptionError(message, option="weights", given=tuple(weights), expected=len(names))
-    given: dict[str, Any] = {"how": how, "base": base, "to": to or None, "rank": None if how == "sum" else _whole(rank)}
+    given: dict[str, Any] = {"method": how, "base": base, "to": to or None, "rank": None if how == "sum" else _whole(rank)}
     files, words = tuple(map(workspace.adapter, names)), tuple(f"{w:g}" for w in weights)
     stem = "-and-".join(_plain(name)[:30] for name in names[:2])
     return _kept(workspace, f"{stem}-merged", to, lambda out: merge(MergeConfig(files, words, out=out, **given)))

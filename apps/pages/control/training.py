@@ -104,7 +104,8 @@ def expected(method: str, base: str, steps: int, images: int, workspace: Workspa
         words = dict(w[2:].split("=", 1) for w in job.about.get("words", []) if w.startswith("--") and "=" in w)
         if job.about.get("kind") != "control" or words.get("base") != base or job.state != "done" or not job.seconds:
             continue
-        its_steps, its_images = int(words.get("steps") or usual_steps(words["method"], base)), int(words.get("drawn") or 384)
+        its_steps = int(words.get("steps") or usual_steps(words["method"], base))
+        its_images = int(words.get("generated-images") or 384)
         return job.seconds * _idle(method, steps, images) / _idle(words["method"], its_steps, its_images)
     return _idle(method, steps, images) if base == "bundled" else None
 
@@ -134,7 +135,11 @@ def begin(studio: Studio, workspace: Workspace, lesson: Lesson) -> tuple[Job, li
         raise OptionError(message, option="photos", where=base, given=0)
     caption, title = bounded(str(lesson.caption or ""), "caption"), bounded(str(lesson.title or ""), "title")
     words = ["control", "train", f"--method={lesson.method}", f"--condition={lesson.condition}", f"--base={base}"]
-    words += [f"--drawn={int(number(lesson.drawn, 'pictures drawn', 8, MOST_DRAWN))}", "--tracker=none", "--checkpoint-every=100"]
+    words += [
+        f"--generated-images={int(number(lesson.drawn, 'pictures drawn', 8, MOST_DRAWN))}",
+        "--tracker=none",
+        "--checkpoint-every=100",
+    ]
     words += [f"--steps={int(number(lesson.steps, 'steps', 1, MOST_STEPS))}"]
     words += [f"--template={caption}"] if caption else []
     refused: list[str] = []

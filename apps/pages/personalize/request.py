@@ -36,11 +36,11 @@ IDLE = {"pivotal": Pace(0.09, 35.0, REFERENCE), "lora": Pace(0.09, 35.0, REFEREN
 """Of the bundled base, before there is a run."""
 MAIN = ("steps", "batch", "learning_rate", "resolution", "schedule", "seed")
 MORE = (
-    "where", "text_encoder", "prior", "caption_dropout", "crop", "flip", "buckets", "optimizer", "weight_decay", "ema",
-    "min_snr", "precision", "checkpointing", "preview_every", "checkpoint_every", "eval_seeds",
+    "where", "text_encoder", "class_images", "caption_dropout", "crop", "flip", "buckets", "optimizer", "weight_decay", "ema",
+    "min_snr_gamma", "mixed_precision", "gradient_checkpointing", "preview_every", "checkpoint_every", "eval_seeds",
 )  # fmt: skip
 SETTINGS = fields_of(PersonalizeConfig, [*MAIN, *MORE])
-LEAST = {"steps": 1, "batch": 1, "resolution": 8, "prior": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}
+LEAST = {"steps": 1, "batch": 1, "resolution": 8, "class_images": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}
 """Of a setting; the command takes 0 steps and 0 images for the default."""
 FROM_CONCEPT = ("by_site", "tokens", "initialize", "ids")
 """Options that a form leaves out: of single sites, and what follows from the concept."""
@@ -142,7 +142,12 @@ def words(asked: Asked, photos: Path) -> list[str]:
 def _bounds(settings: Sequence[str]) -> None:
     """What no visitor may ask for more of, or less, by the words of the settings."""
     given = dict(word.removeprefix("--").split("=", 1) for word in settings if word.startswith("--") and "=" in word)
-    most = {"resolution": LIMITS.side, "prior": LIMITS.pictures * 16, "batch": LIMITS.photos, "eval_seeds": LIMITS.pictures}
+    most = {
+        "resolution": LIMITS.side,
+        "class_images": LIMITS.pictures * 16,
+        "batch": LIMITS.photos,
+        "eval_seeds": LIMITS.pictures,
+    }
     for name, limit in most.items():
         value = given.get(name.replace("_", "-"), "0")
         if int(value) > limit:

@@ -20,7 +20,7 @@ COMMAND = (sys.executable, "-c", "from veneer_command import console; console()"
 
 
 def checked(workspace: Workspace, paths: Sequence[str] | None, captions: Rows, asked: Asked) -> str:
-    """What `veneer personalize --check` says of the photos, of memory and time by a step that it tries, and its concerns.
+    """What `veneer personalize --dry-run` says of the photos, of memory and time by a step that it tries, and its concerns.
 
     Raises:
         VeneerError: what the run would refuse, or the check takes longer than `LIMITS.check_seconds`.
@@ -28,7 +28,7 @@ def checked(workspace: Workspace, paths: Sequence[str] | None, captions: Rows, a
     words(asked, workspace.given)  # refuse before anything is written
     folder = lay_down(workspace, paths or [], captions)
     with tempfile.TemporaryDirectory() as out:
-        told = [*COMMAND, *words(asked, folder), "--check", f"--out={Path(out) / 'run'}"]
+        told = [*COMMAND, *words(asked, folder), "--dry-run", f"--out={Path(out) / 'run'}"]
         try:
             done = subprocess.run(told, capture_output=True, text=True, timeout=LIMITS.check_seconds, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired as error:

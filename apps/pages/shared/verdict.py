@@ -38,7 +38,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     return f'<section class="verdict {kind}" role="status">{"".join(parts)}</section>'
 
 
-NAMES = {"drawn": "images that the base generates"}
+NAMES = {"generated-images": "images that the base generates"}
 """Flag to its field on a page, where that is called otherwise."""
 
 

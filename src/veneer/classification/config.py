@@ -18,58 +18,59 @@ from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.method_names import split_methods
 from veneer.training.report.run_folder import new_folder
 
-WITHOUT_EFFECT = ("data", "model", "weights", "cache", "resume", "check", "out", "workers", "search")
+WITHOUT_EFFECT = ("data", "model", "weights", "cache", "resume", "dry_run", "out", "workers", "search")
 """Options that a resumed run may change, or that are compared by content."""
 
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """What is learnt, from which pictures, by which method on which model.
+    """Configuration of `veneer transfer` and its defaults.
 
     Args:
-        data: an image folder (`CLASS/pictures`, also below `train`, `validation`, `test`), a CSV of path and label, a Hugging
-            Face dataset folder, or `digits`: scikit-learn's, which are what is learnt when nothing is said.
-        model: `bundled` (the image tower of the package's CLIP), a timm name, or `bundled_clip` and `open_clip:NAME/TAG` for
-            methods that use texts as well.
-        weights: a safetensors file for the model, or `none` to begin with random ones; None for the published weights.
-        method: a method, or several joined by `+`; see `veneer methods`. `zero_shot` for a CLIP as it is.
+        data: an image folder (`CLASS/images`, also below `train`, `validation`, `test`), a CSV of path and label, a Hugging Face
+            dataset folder, or `digits` of scikit-learn (default: digits).
+        model: `bundled` (the image encoder of the bundled CLIP), a timm name, or `bundled_clip` or `open_clip:NAME/TAG` for
+            methods that use texts.
+        weights: a safetensors file for the model, or `none` for random weights (default: the published weights).
+        method: a method, or several joined by `+`, as listed by `veneer methods`. `zero_shot` evaluates a CLIP without training.
         options: method name to its options.
-        where: selection of sites; see `veneer sites`. None: each method's usual.
-        head: `fresh` for a new linear head that is trained, `kept` for the model's own; None for what the method wants.
-        head_first: start a fresh head at the logistic regression on the frozen features, which run once for it. For a few epochs;
-            in longer runs a head that learns with the adapters ended better.
-        templates: texts for the classes of a CLIP, with {} for the name.
-        statistics: of BatchNorms: `frozen` as they are, or `moving` with the pictures; None: moving where the weights are random.
-        shots: pictures of each class to train on; None for all.
-        validation: share of the pictures that chooses the epoch, where the data brings no such split.
-        test: share of the pictures for the last figure, where the data brings no such split.
-        split_seed: of the splits that are made here.
-        steps: optimiser steps; None to count in epochs.
-        epochs: passes over the training pictures.
-        batch: pictures in a micro-batch, over all processes.
-        accumulation: micro-batches in a step.
-        learning_rate: peak rate of the first method, and of a new head beside it; None for its usual. Others keep their ratio.
-        schedule: `cosine`, `constant` or `linear`.
-        warmup: share of the steps in which the rate rises.
+        where: sites of the adapters, as listed by `veneer sites` (default: each method's).
+        head: `fresh` for a new linear head that is trained, `kept` for the model's own head (default: what the method needs).
+        lp_ft: LP-FT: initialize a fresh head with a logistic regression on the frozen features, then fine-tune. It helps in short
+            runs; in longer runs a head that is trained with the adapters ended better.
+        templates: prompt templates of a CLIP, with {} for the class name.
+        batch_norm: BatchNorm statistics: `frozen`, or `moving` to update them (default: moving with random weights, else frozen).
+        shots: training images per class (default: all).
+        validation: share of the images in the validation split, which selects the epoch, if the data has no such split; 0 to 1.
+        test: share of the images in the test split, which is evaluated at the end, if the data has no such split; 0 to 1.
+        split_seed: seed of these splits.
+        steps: optimizer steps, in place of epochs.
+        epochs: passes over the training images.
+        batch: images per micro-batch, over all processes.
+        accumulation: micro-batches per optimizer step (gradient accumulation).
+        learning_rate: peak learning rate of the first method, and of a new head beside it (default: the method's). Other methods
+            keep their ratio to it.
+        schedule: learning-rate schedule, `cosine`, `constant` or `linear`.
+        warmup: share of the steps with linear warmup, 0 to 1.
         optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
         weight_decay: decoupled weight decay.
-        clip: largest norm of the gradient; 0 for no clipping.
+        max_grad_norm: gradient clipping: largest L2 norm of the gradient; 0 disables clipping.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
-        augment: `none`, `light` (random crop), `flip` (mirrored too, where the data allows it) or `strong` (RandAugment and
-            erasing as well).
+        augment: `none`, `light` (random crop), `flip` (also horizontal flips, if the data allows them) or `strong` (also
+            RandAugment and random erasing).
         squash: resize to the exact side without a crop, as VTAB does.
-        size: side of the pictures in pixels; None for the model's own.
-        precision: `no` (float32), `bf16` or `fp16` autocast.
-        patience: epochs without a better validation accuracy before the run ends; 0 for never.
-        search: trials of learning rate and scale on the validation pictures before the run; 0 for none.
-        search_epochs: passes over the training pictures in each trial.
-        cache: run the backbone once for each picture where only the head and features are trained.
-        seed: of every random draw.
-        resume: go on from the newest checkpoint in `out`.
-        check: only say what would be trained, and stop.
-        workers: threads that read pictures; 0 for as many as there are cores.
-        tracker: names that accelerate knows, separated by commas, or `none`.
-        out: folder for all results; None for a new one under `runs`.
+        size: side of the images in pixels (default: the model's).
+        mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
+        patience: early stopping: epochs without a better validation accuracy before the run ends; 0 disables it.
+        search: trials of the search for learning rate and adapter scale on the validation split; 0 disables it.
+        search_epochs: passes over the training images in each trial.
+        cache: compute the features once per image if only the head and methods on features are trained.
+        seed: seed of all random numbers.
+        resume: continue from the newest checkpoint in `out`.
+        dry_run: print what would be trained, and stop.
+        workers: threads that read images; 0 uses one per core.
+        tracker: tracker names as in accelerate, separated by commas, or `none`.
+        out: folder for all results (default: a new one under `runs`).
     """
 
     data: str | None = None
@@ -79,9 +80,9 @@ class TransferConfig:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     where: tuple[str, ...] | None = None
     head: str | None = None
-    head_first: bool = False
+    lp_ft: bool = False
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    statistics: str | None = None
+    batch_norm: str | None = None
     shots: int | None = None
     validation: float = 0.1
     test: float = 0.15
@@ -95,19 +96,19 @@ class TransferConfig:
     warmup: float = 0.1
     optimizer: str = "adamw"
     weight_decay: float = 1e-4
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
     augment: str = "flip"
     squash: bool = False
     size: int | None = None
-    precision: str = "no"
+    mixed_precision: str = "no"
     patience: int = 0
     search: int = 0
     search_epochs: int = 3
     cache: bool = True
     seed: int = 0
     resume: bool = False
-    check: bool = False
+    dry_run: bool = False
     workers: int = 0
     tracker: str = "none"
     out: Path | None = None
@@ -129,9 +130,9 @@ class TransferConfig:
         self._check("steps", self.steps is None or self.steps >= 1, "at least 1")
         self._check("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "finite and above 0")
         self._check("head", self.head in (None, "fresh", "kept"), "fresh or kept")
-        self._check("statistics", self.statistics in (None, "frozen", "moving"), "frozen or moving")
+        self._check("batch_norm", self.batch_norm in (None, "frozen", "moving"), "frozen or moving")
         self._check("size", self.size is None or self.size >= 8, "at least 8")
-        self._check("precision", self.precision in AUTOCAST, f"one of {', '.join(AUTOCAST)}")
+        self._check("mixed_precision", self.mixed_precision in AUTOCAST, f"one of {', '.join(AUTOCAST)}")
         self._check("augment", self.augment in ("none", "light", "flip", "strong"), "none, light, flip or strong")
         self._check("templates", all("{}" in t for t in self.templates), "texts with {} in them")
 

@@ -65,7 +65,7 @@ class Run:
 
 def write_maps(run: Run) -> Path:
     """`maps.png`: held pictures and what will be followed, to look at before training."""
-    rows = [Row(s.caption, ((s.picture, s.map),)) for s in run.subjects[: run.config.shown]]
+    rows = [Row(s.caption, ((s.picture, s.map),)) for s in run.subjects[: run.config.grid_images]]
     path = run.out / "maps.png"
     write_image(sheet(rows, title=f"pictures and their maps: {run.config.condition}"), path)
     return path
@@ -85,7 +85,7 @@ def write_for_others(run: Run) -> None:
 
 def look(run: Run, step: int) -> None:
     """A few held pictures with the weights of now: `previews/step-000100.png`, and a point of the curve in `curve.json`."""
-    drawings = run.drawings(run.subjects[: max(2, run.config.shown)], 1, "previews")
+    drawings = run.drawings(run.subjects[: max(2, run.config.grid_images)], 1, "previews")
     point = {"step": step, **run.measured(drawings).as_dict()}
     run.curve[:] = [known for known in run.curve if known["step"] < step] + [point]
     write_json(run.out / "curve.json", run.curve)
@@ -113,7 +113,7 @@ def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
     if run.subjects and config.eval_seeds:
         drawings = run.drawings(run.subjects, config.eval_seeds, "evaluating")
         measured = run.measured(drawings)
-        shown = [d for d in drawings if d.seed < 2][: 2 * config.shown]
+        shown = [d for d in drawings if d.seed < 2][: 2 * config.grid_images]
         grid = _sheet(run, shown, str(measured))
         optional(run.out, "sheet.png", lambda: write_image(grid, run.out / "sheet.png"), run.notes)
     record = _record(run, result, measured)

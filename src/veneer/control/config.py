@@ -21,61 +21,64 @@ from veneer.training.report.run_folder import new_folder
 from .maps import maps
 
 WITHOUT_EFFECT = (
-    "data", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "eval_seeds", "features", "check", "out",
-    "drawn", "shown",
+    "data", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "eval_seeds", "features", "dry_run", "out",
+    "generated_images", "grid_images",
 )  # fmt: skip
 """Options that a resumed run may change, or that are compared by content."""
 
 
 @dataclass(frozen=True)
 class ControlConfig:
-    """What is learnt to follow, by which method on which base.
+    """Configuration of `veneer control train` and its defaults.
 
     Args:
-        data: a folder of photos with captions, and with maps for `pairs`; none for pictures that the base draws itself.
-        condition: what is followed: see `veneer.control.maps.maps`; `pairs` for maps that lie beside the photos, `image` for the
-            pictures themselves (IP-Adapter).
+        data: folder of photos with captions, and with maps for `pairs` (default: images that the base model generates).
+        condition: what the images are conditioned on: a map that is computed from each photo: `canny`, `soft_edge`, `scribble`,
+            `grey`, `blur`, `low_resolution`, `palette` or `mask`; `pairs` for maps stored beside the photos; `image` for the
+            images themselves (default: canny, but image for ip_adapter).
         method: `controlnet`, `t2i_adapter`, `controlnext` or `ip_adapter`.
-        base: `bundled`, a folder, or a hub name, of SD 1.x, SD 2 or SDXL.
+        base: base model: `bundled`, a folder or a hub name, of SD 1.x, SD 2 or SDXL.
         options: method name to its options.
-        train: base weights to train as well, as a selection; None for what is usual (ControlNeXt: attentions' outputs).
-        drawn: pictures that the base draws where no data is given.
-        held: share of the pictures that measures whether the map is followed; they are not trained on.
-        template: caption of a photo without one of its own.
-        caption_dropout: probability of the empty caption, so that the map alone counts; None for what is usual.
-        image_dropout: probability of no picture, for `image`; guidance needs it.
-        resolution: side of the pictures in pixels; None for the base's own.
+        train: base weights to train as well, a selection of sites (default: attn.out xattn.out for controlnext, else none).
+        generated_images: number of training images to generate with the base model if no data is given.
+        validation: share of the images in the held-out split, on which the metrics are measured, 0 to 1.
+        template: caption of photos without a caption.
+        caption_dropout: probability of an empty caption, 0 to 1 (default: the preset of the base model, else 0.5; 0.1 for
+            ip_adapter).
+        image_dropout: probability of no image for ip_adapter, 0 to 1; classifier-free guidance needs it.
+        resolution: side of the images in pixels (default: the base model's).
         crop: `center` or `random`.
-        flip: probability of mirroring, 0 to 1.
-        buckets: train at the photos' aspect ratios; if not, square crops.
-        steps: optimiser steps; None for what is usual on this base.
-        batch: pictures in a micro-batch, over all processes; None for what is usual on this base.
-        accumulation: micro-batches in a step.
-        learning_rate: peak rate; None for what is usual.
-        schedule: `constant`, `cosine` or `linear`; None for what is usual.
-        warmup: steps of linear warm-up.
+        flip: probability of a horizontal flip, 0 to 1.
+        buckets: train at the photos' aspect ratios; otherwise on square crops.
+        steps: optimizer steps (default: the preset of the base model, else 20,000).
+        batch: images per micro-batch, over all processes (default: the preset of the base model, else 4).
+        accumulation: micro-batches per optimizer step (gradient accumulation).
+        learning_rate: peak learning rate (default: the preset of the base model, else the method's).
+        schedule: learning-rate schedule, `constant`, `cosine` or `linear` (default: the preset of the base model, else constant).
+        warmup: optimizer steps of linear warmup.
         optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
         weight_decay: decoupled weight decay.
-        clip: largest norm of the gradient; 0 for no clipping.
-        ema: decay of averaged weights, which are then what is saved; 0 for none.
-        density: timestep sampling, a density of the noise level (diffusers' scripts count from the noisy end, so that their
-            `--logit_mean` has the other sign); None for the default (T2I-Adapter: `cubic`).
-        precision: `no` (float32), `bf16` or `fp16` autocast.
-        checkpointing: recompute activations in the backward pass, for less memory.
-        cache: keep latents and text embeddings instead of computing them each step.
-        cache_folder: where to keep them between runs; in memory if not given.
-        seed: of every random draw.
-        checkpoint_every: steps between checkpoints; 0 for none but that of a stopped run.
-        resume: go on from the newest checkpoint in `out`.
-        preview_every: steps between previews and measurements of a few held pictures, which `curve.json` collects; 0 for none,
-            None for four in the run.
-        strength: of the control in what is measured and shown.
-        eval_seeds: drawings of each held picture that are measured; 0 for no figures.
-        shown: held pictures on the sheet.
-        features: image model that measures `image`: `bundled`, a folder, or such as `timm:vit_small_patch16_224.dino`.
-        tracker: names that accelerate knows, separated by commas, or `none`.
-        check: only say what would be trained, and stop.
-        out: folder for all results; None for a new one under `runs`.
+        max_grad_norm: gradient clipping: largest L2 norm of the gradient; 0 disables clipping.
+        ema: decay of an exponential moving average of the weights, which is what is saved; 0 disables it.
+        timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid` or
+            `shift` (default: cubic for t2i_adapter, else uniform). diffusers' scripts count from the noisy end, so that their
+            `--logit_mean` has the other sign.
+        mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
+        gradient_checkpointing: recompute activations in the backward pass, which saves memory.
+        cache: cache latents and text embeddings instead of computing them in each step.
+        cache_folder: folder for the cache, which later runs reuse (default: in memory).
+        seed: seed of all random numbers.
+        checkpoint_every: optimizer steps between checkpoints; 0 saves one only when a run is stopped.
+        resume: continue from the newest checkpoint in `out`.
+        preview_every: optimizer steps between previews and metrics on a few validation images, which `curve.json` lists; 0
+            disables them (default: a quarter of the steps).
+        strength: strength of the control in metrics and previews.
+        eval_seeds: images to generate per validation image for the metrics; 0 disables them.
+        grid_images: validation images in the image grid.
+        features: image model that measures `image`: `bundled`, a folder, or a name such as `timm:vit_small_patch16_224.dino`.
+        tracker: tracker names as in accelerate, separated by commas, or `none`.
+        dry_run: print what would be trained, and stop.
+        out: folder for all results (default: a new one under `runs`).
     """
 
     data: Path | None = None
@@ -84,8 +87,8 @@ class ControlConfig:
     base: str = "bundled"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     train: tuple[str, ...] | None = None
-    drawn: int = 384
-    held: float = 0.1
+    generated_images: int = 384
+    validation: float = 0.1
     template: str = ""
     caption_dropout: float | None = None
     image_dropout: float = 0.1
@@ -101,11 +104,11 @@ class ControlConfig:
     warmup: int = 0
     optimizer: str = "adamw"
     weight_decay: float = 0.01
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     ema: float = 0.0
-    density: str | None = None
-    precision: str = "no"
-    checkpointing: bool = False
+    timestep_sampling: str | None = None
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
     cache: bool = True
     cache_folder: Path | None = None
     seed: int = 0
@@ -114,14 +117,14 @@ class ControlConfig:
     preview_every: int | None = None
     strength: float = 1.0
     eval_seeds: int = 2
-    shown: int = 6
+    grid_images: int = 6
     features: str = "bundled"
     tracker: str = "tensorboard"
-    check: bool = False
+    dry_run: bool = False
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("held", "image_dropout"):
+        for name in ("validation", "image_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 given = getattr(self, name)
                 raise OptionError(f"{name} is {given!r}; expected a share in [0, 1).", option=name, given=given)
@@ -162,8 +165,8 @@ class ControlConfig:
             usual["train"] = ("attn.out", "xattn.out") if self.method == "controlnext" else ()
         if self.caption_dropout is None:
             usual["caption_dropout"] = float(known.get("caption_dropout", 0.1 if self.reads_pictures else 0.5))
-        if self.density is None and self.method == "t2i_adapter":
-            usual["density"] = "cubic"
+        if self.timestep_sampling is None and self.method == "t2i_adapter":
+            usual["timestep_sampling"] = "cubic"
         found = dataclasses.replace(self, **usual)
         found.loop(), found.objective(), found.built()
         return found
@@ -187,7 +190,7 @@ class ControlConfig:
 
     def objective(self) -> ObjectiveOptions:
         """The objective's part."""
-        return ObjectiveOptions(density=self.density)
+        return ObjectiveOptions(density=self.timestep_sampling)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share beyond the loop's settings and the pictures' bytes."""

@@ -28,26 +28,26 @@ from .maps.resize import resized
 
 @dataclass(frozen=True)
 class DrawConfig:
-    """What is drawn under what, by which base.
+    """Configuration of `veneer control generate` and its defaults.
 
     Args:
         prompt: one or more prompts.
-        adapter: folders or files, each with an optional strength, such as `runs/canny-controlnet:0.8`. Those that follow nothing
-            (LoRA, words) act as well.
-        image: a photo for each adapter that follows something, in order; its map is computed, as it was in training.
-        map: the maps themselves, in the place of photos.
-        condition: how maps are computed, where the adapters do not say.
-        start: part of the schedule after which they begin to act, 0 to 1.
-        end: part of the schedule after which they no longer act, 0 to 1.
-        base: `bundled`, a folder or a hub name; None for the base that the first adapter was trained on.
-        negative: negative prompt; None for the base's usual.
-        count: pictures of each prompt; their seeds count up from `seed`.
-        seed: of the first picture.
-        steps: denoising steps; None for the base's usual.
-        guidance: scale of classifier-free guidance; None for the base's usual.
-        size: height and width in pixels; None for the base's own.
-        device: such as `cuda`; None for a GPU if there is one.
-        out: folder for the pictures.
+        adapter: files or folders, each with an optional strength, such as `runs/canny-controlnet:0.8`. Adapters without a
+            condition (LoRA, token embeddings) are applied as well.
+        image: a photo per adapter with a condition, in order; its map is computed as in training.
+        map: the maps themselves, instead of photos.
+        condition: how maps are computed (default: as recorded in the file).
+        start: share of the noise schedule after which the control starts, 0 to 1.
+        end: share of the noise schedule after which the control ends, 0 to 1.
+        base: base model: `bundled`, a folder or a hub name (default: the base model that the first adapter was trained on).
+        negative_prompt: negative prompt (default: the base model's).
+        images_per_prompt: images to generate per prompt; their seeds count up from `seed`.
+        seed: seed of the first image.
+        steps: denoising steps (default: the base model's).
+        guidance_scale: scale of classifier-free guidance (default: the base model's).
+        size: height and width in pixels (default: the base model's).
+        device: device such as `cuda` (default: a GPU if there is one).
+        out: folder for the images.
     """
 
     prompt: tuple[str, ...]
@@ -58,17 +58,17 @@ class DrawConfig:
     start: float = 0.0
     end: float = 1.0
     base: str | None = None
-    negative: str | None = None
-    count: int = 1
+    negative_prompt: str | None = None
+    images_per_prompt: int = 1
     seed: int = 0
     steps: int | None = None
-    guidance: float | None = None
+    guidance_scale: float | None = None
     size: tuple[int, int] | None = None
     device: str | None = None
     out: Path = Path("pictures")
 
     def __post_init__(self) -> None:
-        check_counts(self.count, self.steps)
+        check_counts(self.images_per_prompt, self.steps)
 
 
 def draw_under(config: DrawConfig, adapters: list[tuple[Path, float]], base: str) -> list[Path]:
@@ -95,9 +95,9 @@ def draw_under(config: DrawConfig, adapters: list[tuple[Path, float]], base: str
     side = kind.resolution
     size = config.size or (side, side)
     settings = PreviewSettings(
-        tuple(range(config.seed, config.seed + config.count)), config.steps or preset.steps,
-        preset.guidance_scale if config.guidance is None else config.guidance,
-        preset.negative_prompt if config.negative is None else config.negative, size, 4,
+        tuple(range(config.seed, config.seed + config.images_per_prompt)), config.steps or preset.steps,
+        preset.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+        preset.negative_prompt if config.negative_prompt is None else config.negative_prompt, size, 4,
     )  # fmt: skip
     config.out.mkdir(parents=True, exist_ok=True)
     written = []

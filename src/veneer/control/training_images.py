@@ -55,7 +55,7 @@ def open_pictures(config: ControlConfig, kind: Family, out: Path, told: Callable
         photos = find_photos(config.data)
     if config.template:
         photos = [photo if photo.caption else replace(photo, caption=config.template) for photo in photos]
-    count = max(1, round(config.held * len(photos))) if config.held else 0
+    count = max(1, round(config.validation * len(photos))) if config.validation else 0
     if len(photos) - count < 1:
         message = f"{len(photos)} pictures, of which {count} would be held back; at least 2 are needed."
         raise VeneerError(message, where="photos", given=len(photos), expected=2)
@@ -80,11 +80,11 @@ def drawn(config: ControlConfig, kind: Family, folder: Path, told: Callable[[int
             option="data",
             given=None,
         )
-    things = [_one(preset.things, config.seed, "thing", i) for i in range(config.drawn)]
+    things = [_one(preset.things, config.seed, "thing", i) for i in range(config.generated_images)]
     prompts = [_one(preset.scenes, config.seed, "scene", i).replace("{thing}", thing) for i, thing in enumerate(things)]
     settings = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
     kind.pipe.set_progress_bar_config(disable=True)
-    paths = prior_pictures(kind, folder, prompts, config.drawn, config.seed, batch=16, progress=told, **settings)
+    paths = prior_pictures(kind, folder, prompts, config.generated_images, config.seed, batch=16, progress=told, **settings)
     captions = [preset.templates[0].replace("{concept}", thing) for thing in things]
     return [replace(find_photos(path)[0], caption=caption) for path, caption in zip(paths, captions, strict=True)]
 

@@ -30,7 +30,7 @@ SHARE = 0.15
 """Of the distance from no map to full agreement, for `learned`."""
 LEAST = 8
 """Losses on either side that make a trend."""
-EVALUATE = "evaluate: --held 0.1 --eval-seeds 2"
+EVALUATE = "evaluate: --validation 0.1 --eval-seeds 2"
 
 
 def verdict(figures: Figures | None, losses: Sequence[float], config: ControlConfig) -> Verdict:
@@ -81,8 +81,8 @@ def _advice(config: ControlConfig, harmed: bool) -> tuple[str, ...]:
     found = [f"lower the learning rate: --learning-rate {(config.learning_rate or 0) / 2:g}"] if harmed else []
     if steps < usual or not harmed:
         found.append(f"train longer: --steps {usual if steps < usual else 2 * steps}")
-    if config.data is None and config.drawn < 384:
-        found.append("train on more images: --drawn 384")
+    if config.data is None and config.generated_images < 384:
+        found.append("train on more images: --generated-images 384")
     elif config.data is not None:
         found.append("train on more images")
     return tuple(found)

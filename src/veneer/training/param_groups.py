@@ -99,8 +99,8 @@ def checkpoint(tower: Any) -> None:
     enable = getattr(tower, "enable_gradient_checkpointing", None) or getattr(tower, "gradient_checkpointing_enable", None)
     if enable is None:
         kind = type(tower).__name__
-        message = f"{kind} has no gradient checkpointing. Leave --checkpointing out."
-        raise OptionError(message, option="checkpointing", given=kind)
+        message = f"{kind} has no gradient checkpointing. Leave out --gradient-checkpointing."
+        raise OptionError(message, option="gradient_checkpointing", given=kind)
     enable()
     tower.training = True  # the flag that the towers look at; their parts stay in eval, so no dropout
 

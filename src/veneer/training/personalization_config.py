@@ -28,8 +28,8 @@ LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 """Captions, prompts and unrelated prompts of bases that read ImageNet labels: the last are four of DiT's samples."""
 
 WITHOUT_EFFECT = (
-    "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "unrelated", "eval_seeds",
-    "features", "check", "out", "truncate",
+    "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts", "eval_seeds",
+    "features", "dry_run", "out", "truncate",
 )  # fmt: skip
 """Options that a resumed run may change, or that are compared by content."""
 DIFFUSION = ("diffusers_dit", "diffusers_unet")
@@ -43,66 +43,73 @@ DEMO = {"concept": "<octopus>", "class_word": "fish"}
 
 @dataclass(frozen=True)
 class PersonalizeConfig:
-    """What is taught to which base, and how.
+    """Configuration of `veneer personalize` and its defaults.
 
     Args:
-        photos: folder with the photos of one subject or style, or one photo; none for the pictures that the package carries.
-        concept: the word for it in prompts, such as `<toy>`; for DiT a class label, by name or number.
-        base: `bundled`, a folder, or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
+        photos: folder with photos of one subject or style, or one photo (default: the bundled example photos).
+        concept: the trigger token in prompts, such as `<toy>`; for DiT a class label, by name or number.
+        base: base model: `bundled`, a folder or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
         method: a method, several joined by `+`, or `pivotal` (textual_inversion+lora).
         options: method name to its options.
-        where: selection of sites for methods on weights; see `veneer sites`. None: the base's or the method's usual.
-        text_encoder: adapt the text encoders too.
-        class_word: an ordinary word for the kind of thing, such as `toy`. New tokens begin as it, and class pictures show it.
-        prior: number of class pictures to generate with the bare base and train on beside the photos; 0 for none.
-        prior_weight: weight of their loss.
-        template: captions for photos without one of their own, with {concept} in them.
-        caption_dropout: probability of the empty caption, 0 to 1.
-        tag_dropout: probability of leaving out each comma-separated tag of a caption, 0 to 1.
-        keep_tokens: number of tags at the front of a caption that are never left out or moved.
-        shuffle_tags: the other tags change places.
-        resolution: side of the training pictures in pixels (area with buckets); None for the base's own.
+        where: sites for methods on weights, as listed by `veneer sites` (default: the preset of the base model, else the
+            method's).
+        text_encoder: train adapters on the text encoders too.
+        class_word: ordinary word for the kind of subject, such as `toy`. It initializes new tokens and is the prompt of class
+            images.
+        class_images: number of class images to generate with the base model for prior preservation; 0 disables it.
+        prior_loss_weight: weight of the loss on class images.
+        template: captions for photos without a caption, with {concept} in them (default: those of the base model).
+        caption_dropout: probability of an empty caption, 0 to 1.
+        tag_dropout: probability of dropping each comma-separated tag of a caption, 0 to 1.
+        keep_tokens: number of tags at the start of a caption that are neither dropped nor shuffled.
+        shuffle_tags: shuffle the other tags.
+        resolution: side of the training images in pixels; with buckets the square root of their area (default: the base model's).
         crop: `center` or `random`.
-        flip: probability of mirroring, 0 to 1.
-        buckets: train at the photos' aspect ratios; if not, square crops.
-        masks: weigh the loss with the photos' masks or alpha channels.
-        steps: optimiser steps; None for what is usual with this base.
-        batch: photos in a micro-batch, over all processes; None for what is usual with this base, else 1.
-        accumulation: micro-batches in a step.
-        learning_rate: of the first method that trains weights (or the only method); None for what is usual.
-        text_learning_rate: of weights in text encoders; None for half the learning rate.
-        token_learning_rate: of new tokens' vectors, when trained beside weights; None for what is usual.
-        schedule: `constant`, `cosine` or `linear`; None for what is usual with this base, else constant.
-        warmup: steps of linear warm-up.
+        flip: probability of a horizontal flip, 0 to 1.
+        buckets: train at the photos' aspect ratios; otherwise on square crops.
+        masks: weight the loss with the photos' masks or alpha channels.
+        steps: optimizer steps (default: the preset of the base model, such as 300 with the bundled model, else 500).
+        batch: images per micro-batch, over all processes (default: the preset of the base model, else 1).
+        accumulation: micro-batches per optimizer step (gradient accumulation).
+        learning_rate: peak learning rate of the first method on weights, or of the only method (default: the preset of the base
+            model, else the method's). Other methods keep their ratio to it.
+        text_learning_rate: learning rate of weights in text encoders (default: half the learning rate).
+        token_learning_rate: learning rate of token embeddings that are trained beside weights (default: the preset, else the
+            method's).
+        schedule: learning-rate schedule, `constant`, `cosine` or `linear` (default: the preset of the base model, else constant).
+        warmup: optimizer steps of linear warmup.
         optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
         weight_decay: decoupled weight decay.
-        clip: largest norm of the gradient; 0 for no clipping.
-        ema: decay of averaged weights, which are then what is saved; 0 for none.
-        min_snr: gamma of min-SNR loss weights; 0 for none, usual 5.
-        weighting: another loss weight by name; see `veneer.training.objective.loss_weighting`.
-        density: timestep sampling, a density of the noise level (diffusers' scripts count from the noisy end, so that their
-            `--logit_mean` has the other sign); None for the family's default.
-        prediction: overrides the scheduler's `prediction_type`.
+        max_grad_norm: gradient clipping: largest L2 norm of the gradient; 0 disables clipping.
+        ema: decay of an exponential moving average of the weights, which is what is saved; 0 disables it.
+        min_snr_gamma: gamma of min-SNR loss weighting, usually 5; 0 disables it.
+        loss_weighting: `none`, `min_snr`, `min_snr_plus_one`, `debiased` or `snr_scaled_v`; for flow matching `none`,
+            `sigma_sqrt` or `cosmap`.
+        timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`,
+            `shift` or `flux_shift` (default: logit_normal for SD3, else uniform). diffusers' scripts count from the noisy end, so
+            that their `--logit_mean` has the other sign.
+        prediction: prediction type, in place of the scheduler's `prediction_type`.
         loss: `l2`, `huber` or `smooth_l1`.
-        noise_offset: strength of the noise offset; usual 0.05 to 0.1.
-        pyramid_noise: discount of pyramid noise, 0 to 1; usual 0.3.
-        input_perturbation: gamma of input perturbation; usual 0.1.
-        cache: keep latents and text embeddings instead of computing them each step.
-        cache_folder: where to keep them between runs; in memory if not given.
-        precision: `no` (float32), `bf16` or `fp16` autocast.
-        checkpointing: recompute activations in the backward pass, for less memory.
-        seed: of every random draw.
-        checkpoint_every: steps between checkpoints; 0 for none but that of a stopped run.
-        resume: go on from the newest checkpoint in `out`.
-        preview_every: steps between preview pictures; 0 for none.
-        prompts: prompts of previews and of the sheet, with the concept in them.
-        unrelated: prompts without the concept, for the drift.
-        eval_seeds: pictures of each prompt in the figures; 0 for no figures.
-        features: image model of the figures: `bundled`, a folder, or such as `timm:vit_small_patch16_224.dino`.
-        tracker: names that accelerate knows, separated by commas, or `none`.
-        truncate: `error`, or `warn` to cut captions that the encoder cannot take whole.
-        check: only say what would be trained, and stop.
-        out: folder for all results; None for a new one under `runs`.
+        noise_offset: strength of the noise offset, usually 0.05 to 0.1; 0 disables it.
+        pyramid_noise: discount of pyramid noise, 0 to 1, usually 0.3; 0 disables it.
+        input_perturbation: gamma of input perturbation, usually 0.1; 0 disables it.
+        cache: cache latents and text embeddings instead of computing them in each step.
+        cache_folder: folder for the cache, which later runs reuse (default: in memory).
+        mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
+        gradient_checkpointing: recompute activations in the backward pass, which saves memory.
+        seed: seed of all random numbers.
+        checkpoint_every: optimizer steps between checkpoints; 0 saves one only when a run is stopped.
+        resume: continue from the newest checkpoint in `out`.
+        preview_every: optimizer steps between preview images; 0 disables them.
+        prompts: prompts of previews and of the image grid, with the concept in them (default: those of the base model).
+        drift_prompts: prompts without the concept, on which drift from the base model is measured (default: those of the base
+            model).
+        eval_seeds: images per prompt for the metrics; 0 disables them.
+        features: image model of the metrics: `bundled`, a folder, or a name such as `timm:vit_small_patch16_224.dino`.
+        tracker: tracker names as in accelerate, separated by commas, or `none`.
+        truncate: captions longer than the text encoder accepts: `error` rejects them, `warn` truncates them.
+        dry_run: print what would be trained, with memory and time, and stop.
+        out: folder for all results (default: a new one under `runs`).
     """
 
     photos: Path | None = None
@@ -113,8 +120,8 @@ class PersonalizeConfig:
     where: tuple[str, ...] | None = None
     text_encoder: bool = False
     class_word: str = ""
-    prior: int = 0
-    prior_weight: float = 1.0
+    class_images: int = 0
+    prior_loss_weight: float = 1.0
     template: tuple[str, ...] | None = None
     caption_dropout: float = 0.0
     tag_dropout: float = 0.0
@@ -135,11 +142,11 @@ class PersonalizeConfig:
     warmup: int = 0
     optimizer: str = "adamw"
     weight_decay: float = 0.01
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     ema: float = 0.0
-    min_snr: float = 0.0
-    weighting: str = "none"
-    density: str | None = None
+    min_snr_gamma: float = 0.0
+    loss_weighting: str = "none"
+    timestep_sampling: str | None = None
     prediction: str | None = None
     loss: str = "l2"
     noise_offset: float = 0.0
@@ -147,19 +154,19 @@ class PersonalizeConfig:
     input_perturbation: float = 0.0
     cache: bool = True
     cache_folder: Path | None = None
-    precision: str = "no"
-    checkpointing: bool = False
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
     seed: int = 0
     checkpoint_every: int = 0
     resume: bool = False
     preview_every: int = 0
     prompts: tuple[str, ...] | None = None
-    unrelated: tuple[str, ...] | None = None
+    drift_prompts: tuple[str, ...] | None = None
     eval_seeds: int = 3
     features: str = "bundled"
     tracker: str = "tensorboard"
     truncate: str = "error"
-    check: bool = False
+    dry_run: bool = False
     out: Path | None = None
 
     def completed(self) -> PersonalizeConfig:
@@ -190,7 +197,7 @@ class PersonalizeConfig:
     def _checked(self) -> PersonalizeConfig:
         """The same, its values checked before a base is loaded."""
         self.loop(), self.objective(), self.noise()
-        for name in ("eval_seeds", "prior"):
+        for name in ("eval_seeds", "class_images"):
             if getattr(self, name) < 0:
                 given = getattr(self, name)
                 raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)
@@ -209,7 +216,7 @@ class PersonalizeConfig:
             labels: the base reads class labels in the place of text.
         """
         preset = base_models.Preset(*LABELS) if labels else base_models.preset(self.base)
-        usual = {"template": preset.templates, "prompts": preset.previews, "unrelated": preset.unrelated}
+        usual = {"template": preset.templates, "prompts": preset.previews, "drift_prompts": preset.unrelated}
         worded: dict[str, Any] = {name: getattr(self, name) or theirs for name, theirs in usual.items()}
         return dataclasses.replace(self, **worded)
 
@@ -265,8 +272,8 @@ class PersonalizeConfig:
 
     def objective(self) -> ObjectiveOptions:
         """The objective's part."""
-        weighting, gamma = ("min_snr", self.min_snr) if self.min_snr else (self.weighting, 5.0)
-        return ObjectiveOptions(density=self.density, weighting=weighting, gamma=gamma, prediction=self.prediction)
+        weighting, gamma = ("min_snr", self.min_snr_gamma) if self.min_snr_gamma else (self.loss_weighting, 5.0)
+        return ObjectiveOptions(density=self.timestep_sampling, weighting=weighting, gamma=gamma, prediction=self.prediction)
 
     def prior_prompt(self) -> str:
         """The prompt of class pictures: the first template with the class word."""

@@ -34,8 +34,8 @@ CLASS_WORDS: Mapping[str, str] = {
 """Subject of the DreamBooth dataset to its class in a word that the bundled base may know."""
 
 BY_BENCHMARK = (
-    "photos", "concept", "class_word", "base", "seed", "out", "resume", "check", "prompts", "unrelated", "eval_seeds", "tracker",
-    "features", "options",
+    "photos", "concept", "class_word", "base", "seed", "out", "resume", "dry_run", "prompts", "drift_prompts", "eval_seeds",
+    "tracker", "features", "options",
 )  # fmt: skip
 """Options of `veneer personalize` that the benchmark sets."""
 

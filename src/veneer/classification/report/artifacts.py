@@ -135,7 +135,7 @@ def model_record(config: TransferConfig, classifier: Classifier) -> dict[str, An
         "size": config.size,
         "seed": config.seed,
         "squash": config.squash,
-        "precision": config.precision,
+        "precision": config.mixed_precision,
         "templates": list(config.templates),
         "adapted": bool(config.names()) or classifier.fresh,
     }

@@ -167,7 +167,7 @@ class Comparison:
         """A digest of what the figures of a run depend on."""
         config = self.config(row, seed)
         known = {**config.identity(), **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}}
-        for name in ("data", "weights", "resume", "check", "out", "workers", "tracker", "cache"):
+        for name in ("data", "weights", "resume", "dry_run", "out", "workers", "tracker", "cache"):
             known.pop(name)
         known |= {"splits": self.views.data.splits.digest, "base": self.classifier.weights, "scratch": row.scratch}
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]

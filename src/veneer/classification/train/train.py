@@ -104,7 +104,7 @@ class Teacher:
     ) -> None:
         self.classifier, self.attached, self.views, self.config, self.folder = classifier, attached, views, config, folder
         self.accelerator = accelerator
-        self.dtype = AUTOCAST[config.precision]
+        self.dtype = AUTOCAST[config.mixed_precision]
         classifier.model.to(accelerator.device)
         self.model: Any = classifier.model
         cached = config.cache and reads_features_only(classifier, attached)
@@ -161,7 +161,7 @@ class Teacher:
     @property
     def starts_head(self) -> bool:
         """True if a fresh head starts where a probe of the frozen features ends."""
-        wanted = self.config.head_first and self.classifier.fresh and self.classifier.weights != "random"
+        wanted = self.config.lp_ft and self.classifier.fresh and self.classifier.weights != "random"
         return (
             wanted and self.classifier.features is not None and takes_first_head(self._seen.head, self.attached, self._seen.path)
         )
@@ -221,7 +221,7 @@ class Teacher:
     @property
     def _moving(self) -> bool:
         """True if norms take their statistics from the batches: of random weights there are none worth keeping."""
-        return self.config.statistics == "moving" or (self.config.statistics is None and self.classifier.weights == "random")
+        return self.config.batch_norm == "moving" or (self.config.batch_norm is None and self.classifier.weights == "random")
 
     def _modes(self) -> None:
         """The base in `eval`, so that it neither drops features nor moves its statistics; the adapters in training mode."""

@@ -20,7 +20,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 PRECISIONS = ("no", "bf16", "fp16")
 EMA_WARMUPS = ("ramp", "power")
 LEAST = {"steps": 1, "batch": 1, "accumulation": 1, "log_every": 1} | dict.fromkeys(
-    ("warmup", "clip", "weight_decay", "checkpoint_every", "keep_checkpoints", "preview_every"), 0
+    ("warmup", "max_grad_norm", "weight_decay", "checkpoint_every", "keep_checkpoints", "preview_every"), 0
 )
 PRESETS: Mapping[str, float] = {"quick": 1 / 3, "balanced": 1.0, "thorough": 2.0}
 """Preset to its share of the default number of steps."""
@@ -41,8 +41,8 @@ class TrainConfig:
         warmup: steps in which the rate rises linearly to its peak.
         optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
         weight_decay: decoupled weight decay (for `sgd` the L2 term).
-        precision: `no` (float32), `bf16` or `fp16` autocast. Trainable tensors stay in float32.
-        clip: largest L2 norm of the whole gradient; 0 for no clipping.
+        mixed_precision: `no` (float32), `bf16` or `fp16` autocast. Trainable tensors stay in float32.
+        max_grad_norm: largest L2 norm of the whole gradient; 0 for no clipping.
         ema: decay of the averaged weights, such as 0.9999; 0 for none.
         ema_warmup: how the decay rises, `ramp` or `power` (see `ema.EMA`).
         seed: every random draw is a function of it, the step and the sample.
@@ -64,8 +64,8 @@ class TrainConfig:
     warmup: int = 0
     optimizer: str = "adamw"
     weight_decay: float = 0.01
-    precision: str = "no"
-    clip: float = 1.0
+    mixed_precision: str = "no"
+    max_grad_norm: float = 1.0
     ema: float = 0.0
     ema_warmup: str = "ramp"
     seed: int = 0
@@ -82,7 +82,7 @@ class TrainConfig:
         self._check("ema", 0 <= self.ema < 1, "0 for none, or a decay below 1")
         for name, allowed in (
             ("schedule", tuple(SCHEDULES)),
-            ("precision", PRECISIONS),
+            ("mixed_precision", PRECISIONS),
             ("ema_warmup", EMA_WARMUPS),
             ("optimizer", tuple(OPTIMIZERS)),
         ):

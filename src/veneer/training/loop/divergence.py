@@ -67,7 +67,8 @@ class Diverged(VeneerError):
         super().__init__(
             f"training diverged in step {step}: the {where} is {given}, with learning rate {learning_rate:.3g}. "
             f"The weights after {kept} updates, the last with a finite loss, are kept {places}.{earlier} "
-            f"Try a learning rate of {learning_rate / 10:.1g}, a longer warmup, clip=1.0, and precision bf16 in place of fp16.",
+            f"Try a learning rate of {learning_rate / 10:.1g}, a longer warmup, max_grad_norm=1.0, and "
+            "mixed_precision=bf16 instead of fp16.",
             where=where,
             given=given,
             file=file,

@@ -34,7 +34,7 @@ class Gradients:
     ) -> None:
         self.config, self.accelerator, self.loss_step = config, accelerator, loss_step
         self.parameters, self.optimizer = list(parameters), optimizer
-        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
 
     def compute(self, step: int, stop: bool) -> tuple[float, bool, float]:
         """Gradients of step `step`'s mean loss over all its samples, on all processes.
@@ -59,7 +59,7 @@ class Gradients:
 
     def _backward(self, step: int, rows: list[int]) -> Tensor:
         """Add the gradient of a micro-batch's share of the mean loss; gives that share."""
-        dtype = AUTOCAST[self.config.precision]
+        dtype = AUTOCAST[self.config.mixed_precision]
         torch.manual_seed(mix(self.config.seed, step, "torch", rows[0]))
         with torch.autocast(self.accelerator.device.type, dtype, enabled=dtype is not None):
             loss = self.loss_step(step, rows)
@@ -85,9 +85,9 @@ class Gradients:
         Args:
             then: called after the update, while the gradients are there; after an overflow there are none.
         """
-        if self.config.clip and math.isfinite(norm):
+        if self.config.max_grad_norm and math.isfinite(norm):
             total = torch.tensor(norm, device=self.accelerator.device)
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, total)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, total)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if then is not None:

@@ -102,7 +102,7 @@ def estimate(
         images, previews: generated for the evaluation and for previews. `sampling`: how. `loading`: seconds spent so far.
     """
     trainable = [p for a in attachments for p in a.parameters() if p.requires_grad]
-    step = _step(family, resolution, rows, texts, config.precision)
+    step = _step(family, resolution, rows, texts, config.mixed_precision)
     device = trainable[0].device
     if measure:
         cost = _undisturbed(lambda: measured(step), trainable)
@@ -110,7 +110,7 @@ def estimate(
         forward = cost.forward or seconds / 3
     else:
         cost = counted(family.tower, _inputs(family.tower, step), trainable)
-        seconds = cost.flops / flops_per_second(device, AUTOCAST[config.precision] or torch.float32)
+        seconds = cost.flops / flops_per_second(device, AUTOCAST[config.mixed_precision] or torch.float32)
         forward = seconds / 3
     values = sum(p.numel() for p in trainable)
     state = STATES.get(config.optimizer, 8)

@@ -90,7 +90,7 @@ def write_preview(run: Run, step: int) -> Path:
 
 def evaluated(config: PersonalizeConfig) -> int:
     """Images that a run generates for its scores and its image grid."""
-    unrelated = len(config.unrelated or ()) if config.eval_seeds else 0
+    unrelated = len(config.drift_prompts or ()) if config.eval_seeds else 0
     return 2 * max(1, config.eval_seeds) * (len(config.prompts or ("",)) + unrelated)
 
 
@@ -105,7 +105,7 @@ def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
     concept = pairs(run.pipe, run.attached, run.prompts, settings, run.base_words, count)
     metrics = None
     if config.eval_seeds:
-        unrelated = pairs(run.pipe, run.attached, list(config.unrelated or ()), settings, progress=count)
+        unrelated = pairs(run.pipe, run.attached, list(config.drift_prompts or ()), settings, progress=count)
         side = min(concept[0].adapted.size)
         metrics = measure(features(config.features), [reduced(p, side) for p in photos], concept, unrelated, run.base_words)
     run.report("saving")
@@ -129,7 +129,7 @@ def ending(run: Run, record: dict[str, Any]) -> str:
             *warnings,
             *([str(record["scores"])] if record.get("scores") else []),
             read_verdict(record).text(),
-            f"generate images with and without it: veneer generate {prompt} --adapter {shlex.quote(str(run.out))} --without",
+            f"generate images with and without it: veneer generate {prompt} --adapter {shlex.quote(str(run.out))} --side-by-side",
         ]
     )
 

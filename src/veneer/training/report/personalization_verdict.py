@@ -175,9 +175,9 @@ def _gentler(config: PersonalizeConfig) -> tuple[str, ...]:
     usual = config.usual_steps()
     found = [f"train for the default number of steps: --steps {usual}"] if (config.steps or 0) < usual else []
     found.append(f"lower the learning rate: --learning-rate {config.main_rate() / 2:g}")
-    if not config.prior:
+    if not config.class_images:
         word = "" if config.class_word else " --class-word WORD"
-        found.append(f"keep the class with class images: --prior 32{word}")
+        found.append(f"keep the class with class images: --class-images 32{word}")
     return (*found, *_words(config), *_base(config))
 
 

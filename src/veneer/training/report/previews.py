@@ -32,9 +32,10 @@ def check_counts(count: int, steps: int | None) -> None:
     Raises:
         OptionError: less than 1.
     """
-    for name, value in (("count", count), ("steps", steps)):
+    for name, value in (("images_per_prompt", count), ("steps", steps)):
         if value is not None and value < 1:
-            raise OptionError(f"--{name} is {value}; expected at least 1.", option=name, given=value, expected=1)
+            flag = f"--{name.replace('_', '-')}"
+            raise OptionError(f"{flag} is {value}; expected at least 1.", option=name, given=value, expected=1)
 
 
 @dataclass(frozen=True)
