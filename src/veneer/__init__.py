@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         DeadSite,
         HostChanged,
         LoadError,
+        MissingExtra,
         OptionError,
         SaveError,
         SelectionError,
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     from veneer.training.loop.disk_space import DiskFull
     from veneer.training.loop.divergence import Diverged
     from veneer.training.loop.errors import TrainError
-    from veneer.training.loop.optimizers import MissingExtra
     from veneer.training.preflight.preflight import PreflightError
 
 __version__ = "0.1.0"
@@ -81,8 +81,8 @@ _MODULES = {
     "formats": ("load", "load_all"),
     "injection": ("Attachment", "activate", "attach", "attachments", "merges", "mixed"),
     "injection.errors": (
-        "ConditionError", "DeadSite", "HostChanged", "LoadError", "OptionError", "SaveError", "SelectionError", "StateError",
-        "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning",
+        "ConditionError", "DeadSite", "HostChanged", "LoadError", "MissingExtra", "OptionError", "SaveError", "SelectionError",
+        "StateError", "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning",
     ),
     "injection.towers": ("sites",),
     "methods.additive.tip_adapter": ("TipAdapterError",),
@@ -94,7 +94,6 @@ _MODULES = {
     "training.loop.disk_space": ("DiskFull",),
     "training.loop.divergence": ("Diverged",),
     "training.loop.errors": ("TrainError",),
-    "training.loop.optimizers": ("MissingExtra",),
     "training.preflight.preflight": ("PreflightError",),
 }  # fmt: skip
 """Modules that define public names; the other public names are submodules."""

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from tests.raising import raises
+from veneer.injection.errors import MissingExtra
 from veneer.training.loop.errors import TrainError
-from veneer.training.loop.optimizers import OPTIMIZERS, MissingExtra, build, pack, set_rates, unpack
+from veneer.training.loop.optimizers import OPTIMIZERS, build, pack, set_rates, unpack
 
 OPTIONAL = [("adamw8bit", "bitsandbytes", "8bit"), ("prodigy", "prodigyopt", "prodigy")]
 HERE = ("adamw", "sgd", "adafactor")

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import MissingExtra
 
 from .errors import TrainError
 
@@ -30,10 +30,6 @@ FROM_CONFIG = ("params", "lr", "lr_scale", "name", "weight_decay")
 _PLAIN = (type(None), bool, int, float, str)
 
 
-class MissingExtra(VeneerError):
-    """An optimiser whose package is not installed; the message names the extra."""
-
-
 def _extra(module: str, name: str, extra: str, optimizer: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
@@ -43,6 +39,8 @@ def _extra(module: str, name: str, extra: str, optimizer: str) -> Any:
             where=optimizer,
             given=module.partition(".")[0],
             expected=extra,
+            library=module.partition(".")[0],
+            extra=extra,
         ) from error
 
 
