@@ -17,6 +17,8 @@ hide: [navigation]
 
 Every package with its modules and the first sentence of their docstrings. Packages and modules that begin with `_` are
 shared parts of the modules beside them. [Design](design.md) explains the decisions.
+
+<div class="source-files" markdown>
 """
 
 
@@ -33,7 +35,7 @@ def source_files_page(root: Path) -> str:
             about = first_sentence(path / "__init__.py")
             lines += [f"## {name}" if name.count(".") < 2 else f"### {name}", "", *([escaped(about), ""] if about else [])]
             lines += _table(path)
-    return "\n".join(lines)
+    return "\n".join([*lines, "</div>", ""])
 
 
 def packages(folder: Path) -> Iterator[Path]:
