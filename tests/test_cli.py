@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 
 import veneer
 from tests.methods.controls import picture
-from veneer.cli import BROKEN_PIPE, COMMANDS, main, parser_for
+from veneer.cli import BROKEN_PIPE, main, parser_for
+from veneer.commands import COMMANDS
 from veneer.testing.pipelines import tiny_pipeline
 
 
@@ -296,3 +298,11 @@ def test_a_checked_run_leaves_no_empty_folder(tmp_path: Path, monkeypatch: pytes
         warnings.simplefilter("ignore")
         assert main(words) == 0
     assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_commands_print_what_the_library_logs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("veneer"), "handlers", [])
+    main([])
+    logging.getLogger("veneer.somewhere").info("%d of %d", 1, 3)
+    logging.getLogger("veneer.somewhere").debug("detail")
+    assert capsys.readouterr().err == "1 of 3\n"

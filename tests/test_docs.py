@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.doc_blocks import blocks_of, commands_of, run_page
-from veneer.cli import COMMANDS, parser_for
+from veneer.cli import parser_for
+from veneer.commands import COMMANDS
 from veneer.injection import methods
 
 ROOT = Path(__file__).parents[1]

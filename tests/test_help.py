@@ -14,7 +14,7 @@ import pytest
 
 import veneer
 from veneer import listing, static_source
-from veneer.cli import COMMANDS
+from veneer.commands import COMMANDS
 from veneer.discovery import find_entries
 from veneer.flags import add_flags
 

@@ -27,7 +27,7 @@ FORBIDDEN = {
     "base_models": {"hosts", "methods", "testing"},
 }
 """Part of the project -> parts that it must not import, beside `TOP`."""
-TOP = {"cli", "pipelines", "apps"}
+TOP = {"cli", "commands", "pipelines", "apps"}
 LAZY = ("diffusers", "transformers", "timm", "open_clip", "gradio", "accelerate", "peft", "PIL")
 
 
@@ -107,3 +107,13 @@ def test_importing_veneer_imports_torch_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] False"
+
+
+def test_the_library_logs_instead_of_printing() -> None:
+    command_line = {"cli.py", "commands.py", "testing/matrix.py"}
+    printing = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        if any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls):
+            printing.append(str(path.relative_to(SOURCE)))
+    assert sorted(printing) == sorted(command_line)

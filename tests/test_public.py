@@ -19,7 +19,7 @@ MODULES = [
 ]  # fmt: skip
 REGISTRY = ["get", "names", "register", "source", "table", "unregister"]
 ATTACHMENT = [
-    "after_step", "check", "detach", "enabled", "given", "groups", "host_state_dict", "load_state_dict", "merge",
+    "after_step", "check", "condition", "detach", "enabled", "groups", "host_state_dict", "load_state_dict", "merge",
     "named_parameters", "parameters", "penalty", "prepare", "probe", "report", "save", "scale", "state_dict", "swap", "unmerge",
 ]  # fmt: skip
 ROOT = Path(veneer.__file__).parent.parent.parent

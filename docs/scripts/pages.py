@@ -7,7 +7,8 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-from veneer.cli import COMMANDS, parser_for
+from veneer.cli import parser_for
+from veneer.commands import COMMANDS
 from veneer.listing import support_matrix
 from veneer.method_catalog import Described, Option, catalogue
 

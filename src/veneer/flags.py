@@ -1,4 +1,4 @@
-"""Command-line flags from a config dataclass: names, types, defaults and help come from the class itself."""
+"""Command-line flags of a config dataclass: names, types, defaults and help texts come from the class."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
+METAVARS = {int: "N", float: "X", Path: "PATH"}
+"""Type to the placeholder of its values in help texts."""
+
 
 def add_flags(
     parser: argparse._ActionsContainer,
@@ -22,26 +25,28 @@ def add_flags(
     prefix: str = "",
     taken: Collection[str] = (),
 ) -> set[str]:
-    """One flag for each field of `config`; only those given end up in the parsed namespace.
+    """Adds one flag per field of `config`. The parsed namespace has only the fields that were passed.
 
-    `bool` fields become `--name` and `--no-name`; tuples take several words; mappings take `key=value` words.
+    `bool` fields become `--name` and `--no-name`; tuples accept several values; mappings accept `key=value`.
 
     Args:
-        positional: fields that are given without a flag; required unless the field has a default.
+        positional: fields that are positional arguments; required unless the field has a default.
         skip: fields without a flag.
-        prefix: such as `lora`: the flags are `--lora.rank`, and also `--rank` if that is not among those `taken`.
+        prefix: prefix such as `lora`: the flags are `--lora.rank`, and also `--rank` if it is not in `taken`.
+        taken: flags that the parser already has.
     Returns:
-        The flags added.
+        The added flags.
     """
-    hints, words, added = typing.get_type_hints(config), help_of(config), set[str]()
+    hints, texts, added = typing.get_type_hints(config), help_of(config), set[str]()
     for field in dataclasses.fields(config):
         if field.name in skip:
             continue
         name = f"{prefix}.{field.name}" if prefix else field.name
-        described = _help(words.get(field.name, ""), field)
-        settings: dict[str, Any] = {"help": described, "default": argparse.SUPPRESS, **_reader(hints[field.name])}
+        text = _help(texts.get(field.name, ""), field)
+        settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, **_value_settings(hints[field.name])}
         if field.name in positional:
-            parser.add_argument(field.name, **{**settings, **_count(field, settings)})
+            settings.pop("metavar", None)
+            parser.add_argument(field.name, **{**settings, **_optional_positional(field, settings)})
             continue
         flags = [f"--{name.replace('_', '-')}"]
         if prefix and (plain := f"--{field.name.replace('_', '-')}") not in taken:
@@ -51,59 +56,66 @@ def add_flags(
     return added
 
 
-def _count(field: dataclasses.Field[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How many words a positional takes: it may be left out if its field has a default."""
+def _optional_positional(field: dataclasses.Field[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The `nargs` that makes a positional argument optional if its field has a default."""
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         return {}
     return {"nargs": "*" if "nargs" in settings else "?", "default": None}
 
 
 def _help(text: str, field: dataclasses.Field[Any]) -> str:
-    shown = "" if field.default in (dataclasses.MISSING, None, "", ()) else f" (default: {field.default})"
-    return (text + shown).replace("%", "%%")
+    """The help text with the field's default, if it has one."""
+    default = field.default
+    if default in (dataclasses.MISSING, None, "", ()) or default is False:
+        return text.replace("%", "%%")
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{text} (default: {shown})".replace("%", "%%")
 
 
-def _reader(hint: Any) -> dict[str, Any]:
-    """How argparse reads a value of an annotated type."""
+def _value_settings(hint: Any) -> dict[str, Any]:
+    """Arguments of `add_argument` for values of an annotated type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         options = [a for a in args if a is not type(None)]
         several = [a for a in options if typing.get_origin(a) is tuple]
-        return _reader(several[0] if several else options[0])
+        return _value_settings(several[0] if several else options[0])
     if origin is Literal:
         return {"choices": args}
     if origin is tuple:
-        return {"nargs": "+" if Ellipsis in args else len(args), "type": _number_or(args[0])}
+        return {"nargs": "+" if Ellipsis in args else len(args), **_scalar_settings(args[0])}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if origin is not None and issubclass(origin, Mapping):
-        return {"nargs": "+", "type": _pair(args[1] if args else str), "metavar": "KEY=VALUE"}
-    return {"type": hint if hint in (int, float, str, Path) else str}
+        return {"nargs": "+", "type": _pair_parser(args[1] if args else str), "metavar": "KEY=VALUE"}
+    return _scalar_settings(hint)
 
 
-def _number_or(kind: Any) -> Any:
-    return kind if kind in (int, float, Path) else str
+def _scalar_settings(hint: Any) -> dict[str, Any]:
+    if hint not in METAVARS:
+        return {"type": str}
+    return {"type": hint, "metavar": METAVARS[hint]}
 
 
-def _pair(kind: Any) -> Any:
-    def read(text: str) -> tuple[str, Any]:
+def _pair_parser(kind: Any) -> Any:
+    def parse(text: str) -> tuple[str, Any]:
         key, sign, value = text.partition("=")
         if not sign or not key:
             raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
         return key, kind(value) if kind in (int, float) else value
 
-    return read
+    return parse
 
 
-def values(config: type, found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of `config` that were given, in the types it wants."""
+def values(config: type, namespace: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of `config` in a parsed namespace, converted to the annotated types."""
     start = f"{prefix}." if prefix else ""
     hints = typing.get_type_hints(config)
-    given = {f.name: found[start + f.name] for f in dataclasses.fields(config) if found.get(start + f.name) is not None}
-    return {name: _shaped(value, hints[name]) for name, value in given.items()}
+    names = [f.name for f in dataclasses.fields(config) if namespace.get(start + f.name) is not None]
+    return {name: _convert(namespace[start + name], hints[name]) for name in names}
 
 
-def _shaped(value: Any, hint: Any) -> Any:
+def _convert(value: Any, hint: Any) -> Any:
+    """A list of parsed values as the mapping, tuple or single string of the annotated type."""
     if not isinstance(value, list):
         return value
     origins = {typing.get_origin(h) for h in (hint, *typing.get_args(hint))}
@@ -114,16 +126,15 @@ def _shaped(value: Any, hint: Any) -> Any:
 
 
 def help_of(config: type) -> dict[str, str]:
-    """Field name to its sentence in the class's docstring: `Args:` entries, `name, other: text` for several at once."""
-    text = inspect.getdoc(config) or ""
-    body = text.partition("Args:\n")[2]
+    """Field name to its text in the `Args:` section of the class's docstring, where `name, other: text` describes two fields."""
+    body = (inspect.getdoc(config) or "").partition("Args:\n")[2]
     names = [f.name for f in dataclasses.fields(config)]
     start = re.compile(rf"(?<!\S)`?((?:{'|'.join(names)})(?:`?,\s+`?(?:{'|'.join(names)}))*)`?:\s", re.MULTILINE)
     block = "\n".join(itertools.takewhile(lambda line: not line or line.startswith(" "), body.splitlines()))
     entries = list(start.finditer(block))
-    found: dict[str, str] = {}
-    for entry, after in itertools.zip_longest(entries, entries[1:]):
-        sentence = " ".join(block[entry.end() : after.start() if after else len(block)].split()).rstrip(".")
+    texts: dict[str, str] = {}
+    for entry, following in itertools.zip_longest(entries, entries[1:]):
+        text = " ".join(block[entry.end() : following.start() if following else len(block)].split()).rstrip(".")
         for name in re.split(r"`?,\s+`?", entry.group(1)):
-            found.setdefault(name, sentence)
-    return found
+            texts.setdefault(name, text)
+    return texts

@@ -1,4 +1,4 @@
-"""What `veneer transfer` can be told, and what is usual where it is told nothing."""
+"""Configuration of `veneer transfer`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `veneer control train` can be told, and what is usual where it is told nothing."""
+"""Configuration of `veneer control train`."""
 
 from __future__ import annotations
 

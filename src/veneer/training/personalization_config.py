@@ -1,4 +1,4 @@
-"""What `veneer personalize` can be told, and what is usual where it is told nothing."""
+"""Configuration of `veneer personalize`."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ from .report.feature_models import check_features
 from .report.run_folder import new_folder
 
 LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
-"""Captions, prompts and unrelated prompts of bases that read ImageNet labels: the last are four of DiT's samples."""
+"""Captions, prompts and drift prompts of base models with ImageNet labels: the last are four of DiT's samples."""
 
 WITHOUT_EFFECT = (
     "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts", "eval_seeds",
     "features", "dry_run", "out", "truncate",
 )  # fmt: skip
-"""Options that a resumed run may change, or that are compared by content."""
+"""Options that may change when a run is resumed, or that are compared by content."""
 DIFFUSION = ("diffusers_dit", "diffusers_unet")
-"""Hosts of the models that a base may have."""
-
+"""Hosts of the models in a pipeline."""
 TEXTS = ("template", "prompts")
-"""Settings with the concept in them."""
+"""Fields that contain the concept."""
 DEMO = {"concept": "<octopus>", "class_word": "fish"}
-"""What is taught when no photos are given: the pictures that the package carries."""
+"""Default subject: the bundled example photos."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,9 @@ class PersonalizeConfig:
         base: base model: `bundled`, a folder or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
         method: a method, several joined by `+`, or `pivotal` (textual_inversion+lora).
         options: method name to its options.
-        where: sites for methods on weights, as listed by `veneer sites` (default: the preset of the base model, else the
-            method's).
+        where: sites of methods on weights, as listed by `veneer sites` (default: the preset's, else the method's).
         text_encoder: train adapters on the text encoders too.
-        class_word: ordinary word for the kind of subject, such as `toy`. It initializes new tokens and is the prompt of class
-            images.
+        class_word: ordinary word for the subject, such as `toy`: initial value of new tokens, and prompt of class images.
         class_images: number of class images to generate with the base model for prior preservation; 0 disables it.
         prior_loss_weight: weight of the loss on class images.
         template: captions for photos without a caption, with {concept} in them (default: those of the base model).
@@ -71,11 +68,10 @@ class PersonalizeConfig:
         steps: optimizer steps (default: the preset of the base model, such as 300 with the bundled model, else 500).
         batch: images per micro-batch, over all processes (default: the preset of the base model, else 1).
         accumulation: micro-batches per optimizer step (gradient accumulation).
-        learning_rate: peak learning rate of the first method on weights, or of the only method (default: the preset of the base
-            model, else the method's). Other methods keep their ratio to it.
-        text_learning_rate: learning rate of weights in text encoders (default: half the learning rate).
-        token_learning_rate: learning rate of token embeddings that are trained beside weights (default: the preset, else the
+        learning_rate: peak learning rate of the first method on weights; others keep their ratio (default: the preset's or
             method's).
+        text_learning_rate: learning rate of weights in text encoders (default: half the learning rate).
+        token_learning_rate: learning rate of token embeddings beside weights (default: the preset, else the method's).
         schedule: learning-rate schedule, `constant`, `cosine` or `linear` (default: the preset of the base model, else constant).
         warmup: optimizer steps of linear warmup.
         optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
@@ -83,11 +79,10 @@ class PersonalizeConfig:
         max_grad_norm: gradient clipping: largest L2 norm of the gradient; 0 disables clipping.
         ema: decay of an exponential moving average of the weights, which is what is saved; 0 disables it.
         min_snr_gamma: gamma of min-SNR loss weighting, usually 5; 0 disables it.
-        loss_weighting: `none`, `min_snr`, `min_snr_plus_one`, `debiased` or `snr_scaled_v`; for flow matching `none`,
-            `sigma_sqrt` or `cosmap`.
-        timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`,
-            `shift` or `flux_shift` (default: logit_normal for SD3, else uniform). diffusers' scripts count from the noisy end, so
-            that their `--logit_mean` has the other sign.
+        loss_weighting: `none`, `min_snr`, `min_snr_plus_one`, `debiased`, `snr_scaled_v`, for flow matching `sigma_sqrt` or
+            `cosmap`.
+        timestep_sampling: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`, `shift` or `flux_shift` (default: logit_normal
+            for SD3, else uniform), as a distribution of the noise level: diffusers' `--logit_mean` has the other sign.
         prediction: prediction type, in place of the scheduler's `prediction_type`.
         loss: `l2`, `huber` or `smooth_l1`.
         noise_offset: strength of the noise offset, usually 0.05 to 0.1; 0 disables it.
@@ -101,9 +96,8 @@ class PersonalizeConfig:
         checkpoint_every: optimizer steps between checkpoints; 0 saves one only when a run is stopped.
         resume: continue from the newest checkpoint in `out`.
         preview_every: optimizer steps between preview images; 0 disables them.
-        prompts: prompts of previews and of the image grid, with the concept in them (default: those of the base model).
-        drift_prompts: prompts without the concept, on which drift from the base model is measured (default: those of the base
-            model).
+        prompts: prompts of previews and of the image grid, with the concept in them (default: the preset's).
+        drift_prompts: prompts without the concept, on which drift from the base model is measured (default: the preset's).
         eval_seeds: images per prompt for the metrics; 0 disables them.
         features: image model of the metrics: `bundled`, a folder, or a name such as `timm:vit_small_patch16_224.dino`.
         tracker: tracker names as in accelerate, separated by commas, or `none`.
@@ -198,8 +192,7 @@ class PersonalizeConfig:
         """The same, its values checked before a base is loaded."""
         self.loop(), self.objective(), self.noise()
         for name in ("eval_seeds", "class_images"):
-            if getattr(self, name) < 0:
-                given = getattr(self, name)
+            if (given := getattr(self, name)) < 0:
                 raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)
         if self.loss not in (kinds := get_args(Kind)):
             message = f"loss is {self.loss!r}; expected one of {', '.join(kinds)}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ from . import grids, report, scores
 from .config import FewPhotosConfig, Subject, TrainingPreset
 from .judges import MISSING, judges
 from .runs import Runs
+
+PAGE = "few-photos.md"
+"""File of the report in the folder of results."""
+
+_log = logging.getLogger(__name__)
 
 
 def few_photos(config: FewPhotosConfig, train: Callable[[PersonalizeConfig], object]) -> Path:
@@ -49,9 +54,8 @@ def few_photos(config: FewPhotosConfig, train: Callable[[PersonalizeConfig], obj
                 record = runs.train(subject, preset, seed)
                 done[subject.name, preset.name, seed] = record
                 runs.trained_images(subject, preset, seed)
-                print(
-                    f"{subject.name}, {preset.name}, seed {seed}: {record['steps']} steps, {record['seconds']:.0f} s", flush=True
-                )
+                steps, seconds = record["steps"], record["seconds"]
+                _log.info("%s, %s, seed %d: %d steps, %.0f s", subject.name, preset.name, seed, steps, seconds)
     return Scoring(runs, subjects, gallery, presets).write(done)
 
 
@@ -103,12 +107,10 @@ class Scoring:
             f"{len(self.subjects)} subjects, seeds {', '.join(map(str, config.seeds))}, base {Path(config.base).name}. "
             f"An image is identified among {len(among)} subjects (chance {1 / len(among):.0%}) by its nearest photo."
         ]
-        text = report.page(summary, names, facts)
-        write_atomically(out / "few-photos.md", text.encode())
+        write_atomically(out / PAGE, report.page(summary, names, facts).encode())
         self.write_grids()
-        print(text)
         if config.efficientnet and len(self.judges) < 2:
-            print(f"note: {MISSING}", file=sys.stderr)
+            _log.warning("note: %s", MISSING)
         return out
 
     def scores(self, subject: Subject, preset: TrainingPreset, seed: int, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from ..data.run_data import Views
 from ..models.cached_features import Features, reads_features_only
 from ..models.classifier import Classifier
 from .train import Teacher, attach_methods
+
+_log = logging.getLogger(__name__)
 
 RATES = (1.0, 3.0, 10.0, 0.3, 0.1)
 STRENGTHS = ("scale", "alpha", "beta")
@@ -81,7 +84,8 @@ def searched(
         done.append({"learning_rate": trial.rate(), "options": trial.options, "val_accuracy": accuracy, "val_loss": loss})
         if accelerator.is_main_process:
             write_json(file, done)
-            print(f"trial {number + 1} of {len(tried)}: rate {trial.rate():g}, {dict(trial.options)}: {accuracy:.1%}", flush=True)
+            rate, options = trial.rate(), dict(trial.options)
+            _log.info("trial %d of %d: learning rate %g, %s: %.1f%%", number + 1, len(tried), rate, options, 100 * accuracy)
     shutil.rmtree(folder, ignore_errors=True)
     best = min(range(len(done)), key=lambda i: (-done[i]["val_accuracy"], done[i]["val_loss"], i))
     return dataclasses.replace(tried[best], search=config.search)

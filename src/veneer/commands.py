@@ -1,0 +1,204 @@
+"""The commands: for each its name, its help and a function that adds its flags to a parser."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from veneer.discovery import find_entries
+from veneer.flags import add_flags, values
+from veneer.static_source import class_named, class_of
+from veneer.training.method_names import split_methods
+
+AddFlags = Callable[[argparse.ArgumentParser, Sequence[str]], None]
+"""Adds the flags of a command to its parser; the second argument is the whole command line."""
+
+
+def check_command(parser: argparse.ArgumentParser, name: str, commands: Mapping[str, object]) -> None:
+    """Rejects an unknown command, and names the most similar one."""
+    if name and name not in commands:
+        close = difflib.get_close_matches(name, commands, 1)
+        parser.error(f"no command {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
+
+
+def _training_command(function: str, config_name: str, positional: str) -> AddFlags:
+    """A command that trains methods, with the methods' options as flags."""
+
+    def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+        module = f"veneer.pipelines.{function}"
+        config_class = class_of(module, config_name)
+        names = _method_names(arguments, config_class.method)
+        taken = add_flags(parser, config_class, positional=(positional,), skip=("options",))
+        for name in names:
+            group = parser.add_argument_group(f"options of {name}")
+            taken |= add_flags(group, _method_class(name), skip=("by_site",), prefix=name, taken=taken)
+
+        def run(namespace: argparse.Namespace) -> object:
+            pipeline = importlib.import_module(module)
+            from veneer import methods
+
+            config, flags = getattr(pipeline, config_name), vars(namespace)
+            options = {name: values(methods.get(name), flags, name) for name in names}
+            return getattr(pipeline, function)(config(**values(config, flags), options={n: o for n, o in options.items() if o}))
+
+        parser.set_defaults(run=run)
+
+    return add
+
+
+def _method_names(arguments: Sequence[str], default: str) -> list[str]:
+    """The methods named by `--method`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--method", default=default)
+    try:
+        method = parser.parse_known_args(arguments)[0].method
+    except argparse.ArgumentError:  # no value: the command's own parser reports it
+        method = default
+    return [] if method == "zero_shot" else split_methods(method)
+
+
+def _method_class(method: str) -> Any:
+    """The class of a method, or what `class_of` returns for it."""
+    entry = next((entry for entry in find_entries("veneer.methods", "veneer.methods") if entry.name == method), None)
+    found = class_named(entry) if entry else None
+    if found is None:
+        from veneer import methods
+
+        return methods.get(method)
+    return found
+
+
+def _config_command(
+    module: str, function: str, config_name: str, positional: Sequence[str] = (), prints_lines: bool = False
+) -> AddFlags:
+    """A command that calls a function with its config.
+
+    Args:
+        module: of `veneer.pipelines`, or with a dot of `veneer`.
+        prints_lines: the function returns lines to print.
+    """
+
+    def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+        path = f"veneer.{module}" if "." in module else f"veneer.pipelines.{module}"
+        add_flags(parser, class_of(path, config_name), positional=positional)
+
+        def run(namespace: argparse.Namespace) -> None:
+            pipeline = importlib.import_module(path)
+            config = getattr(pipeline, config_name)
+            result = getattr(pipeline, function)(config(**values(config, vars(namespace))))
+            for line in result if prints_lines else ():
+                print(line)
+
+        parser.set_defaults(run=run)
+
+    return add
+
+
+def _command_group(**commands: tuple[str, AddFlags]) -> AddFlags:
+    """A command with subcommands: for each its name, its help and a function that adds its flags."""
+
+    def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+        subparsers = parser.add_subparsers(metavar="command", required=True)
+        subcommand = "".join([word for word in arguments if not word.startswith("-")][1:2])
+        check_command(parser, subcommand, commands)
+        for name, (text, add_flags_of) in commands.items():
+            command = subparsers.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+            if name == subcommand:
+                add_flags_of(command, arguments)
+
+    return add
+
+
+def _sites(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    parser.add_argument(
+        "base",
+        help="`bundled`, `bundled_clip`, a diffusers folder, a hub name, or a timm or open_clip model as for `transfer --model`",
+    )
+
+    def run(namespace: argparse.Namespace) -> None:
+        from veneer import base_models
+        from veneer.classification.models.loading import untrained
+        from veneer.injection import sites
+
+        print(sites(untrained(namespace.base) or base_models.load(namespace.base)))
+
+    parser.set_defaults(run=run)
+
+
+def _registry_command(kind: str) -> AddFlags:
+    def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+        def run(namespace: argparse.Namespace) -> None:
+            from veneer.listing import rows, support_matrix
+
+            for name, source, about in rows(kind):
+                print(f"{name:22}{source:12}{about}")
+            if kind == "methods":
+                print(f"\nSupported hosts:\n\n{support_matrix()}")
+
+        parser.set_defaults(run=run)
+
+    return add
+
+
+COMMANDS: dict[str, tuple[str, AddFlags]] = {
+    "personalize": (
+        "fine-tune a diffusion model on a subject or style from a few photos",
+        _training_command("personalize", "PersonalizeConfig", "photos"),
+    ),
+    "transfer": (
+        "fine-tune a timm or open_clip model for image classification",
+        _training_command("transfer", "TransferConfig", "data"),
+    ),
+    "compare": (
+        "compare methods on a classification dataset, over several seeds",
+        _config_command("compare", "compare", "CompareConfig", ("data",)),
+    ),
+    "predict": (
+        "classify images with a fine-tuned model",
+        _config_command("predict", "predict", "PredictConfig", ("folder", "images"), True),
+    ),
+    "control": (
+        "condition a diffusion model on maps or images",
+        _command_group(
+            train=("train a control adapter", _training_command("control", "ControlConfig", "data")),
+            generate=(
+                "generate images with control adapters",
+                _config_command("control", "draw", "DrawConfig", ("prompt",), True),
+            ),
+        ),
+    ),
+    "generate": (
+        "generate images with trained adapters",
+        _config_command("generate", "generate", "GenerateConfig", ("prompt",), True),
+    ),
+    "inspect": (
+        "show the contents of an adapter file",
+        _config_command("inspect_file", "inspect_file", "InspectConfig", ("file",), True),
+    ),
+    "convert": (
+        "convert an adapter file to another format",
+        _config_command("convert", "convert", "ConvertConfig", ("file",), True),
+    ),
+    "merge": ("merge several adapter files into one LoRA", _config_command("merge", "merge", "MergeConfig", ("files",), True)),
+    "extract": (
+        "extract a LoRA from a fine-tuned model",
+        _config_command("extract", "extract", "ExtractConfig", ("tuned",), True),
+    ),
+    "resize": ("change the rank of an adapter file", _config_command("resize", "resize", "ResizeConfig", ("file",), True)),
+    "sites": ("list the sites of a model that methods can adapt", _sites),
+    "methods": ("list the methods and the hosts that they support", _registry_command("methods")),
+    "hosts": ("list the hosts: the supported model families", _registry_command("hosts")),
+    "examples": (
+        "write the example photos to a folder",
+        _config_command("examples", "examples", "ExamplesConfig", ("folder",), True),
+    ),
+    "app": ("open the app in the browser", _config_command("apps.server", "app", "AppConfig")),
+    "bench": ("measure speed and memory against the base model and peft", _config_command("bench", "bench", "BenchConfig")),
+    "pretrain-base": (
+        "train the bundled base models from scratch",
+        _config_command("pretrain_base", "pretrain_base", "PretrainConfig"),
+    ),
+}
