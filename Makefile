@@ -1,23 +1,23 @@
-# Every target is enough by itself on a machine with python3 (with venv), pip and make.
+# Every target works on a machine with python3 (with venv), pip and make.
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# One thread a process: test workers and small models only get in each other's way with more.
+# One thread per process: more slow down test workers and small models.
 test: export OMP_NUM_THREADS := 1
 
 .PHONY: help app demo test lint docs bench clean
 
 help:
-	@echo "make app     a page in the browser: teach, draw, control, classify"
-	@echo "make demo    teach the bundled base a subject from the example photos (about two minutes on two cores)"
+	@echo "make app     a page in the browser: train, generate, control, classify"
+	@echo "make demo    fine-tune the bundled base model on the example photos (about two minutes on two cores)"
 	@echo "make test    the test suite; WORKERS=$(WORKERS) processes, ARGS='-k lora' for pytest"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation site in build/site"
-	@echo "make bench   time veneer against the frozen base and peft; ARGS='--size tiny'"
-	@echo "make clean   remove the virtual environment and what tools left behind"
+	@echo "make bench   time veneer against the frozen base model and peft; ARGS='--size tiny'"
+	@echo "make clean   remove the virtual environment and files of tools"
 
 app: $(VENV)/.installed
 	$(BIN)/veneer app $(ARGS)
@@ -42,7 +42,7 @@ docs: $(VENV)/.installed-docs
 bench: $(VENV)/.installed-bench
 	$(BIN)/veneer bench $(ARGS)
 
-# Editable, so that only a change of pyproject.toml asks for a new installation.
+# Editable: only a change of pyproject.toml needs a new installation.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[all]'

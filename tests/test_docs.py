@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import veneer
 from tests.doc_blocks import blocks_of, commands_of, run_page
 from veneer.cli import parser_for
 from veneer.commands import COMMANDS
@@ -143,6 +144,13 @@ def _resolves(name: str) -> bool:
     except (ImportError, AttributeError):
         return False
     return True
+
+
+def test_the_python_reference_has_every_public_name() -> None:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    public = [getattr(veneer, name) for name in veneer.__all__ if not isinstance(getattr(veneer, name), ModuleType)]
+    named = set(re.findall(r"^::: (\S+)", text, re.MULTILINE))
+    assert [o.__name__ for o in public if not named & {o.__module__, f"{o.__module__}.{o.__name__}"}] == []
 
 
 def test_identifiers_in_the_design_exist() -> None:
