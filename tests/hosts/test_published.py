@@ -95,7 +95,7 @@ def uneven(name: str, where: str | None = None) -> dict[str, tuple[str, ...]]:
     report = tuned.report()
     tuned.detach()
     assert ("uneven" in str(report)) == bool(report.uneven)
-    return {f"{r.stage}:{r.block}": r.lacking for r in report.uneven}
+    return {f"{r.stage}:{r.block}": r.missing_roles for r in report.uneven}
 
 
 def test_even_coverage_is_not_called_uneven() -> None:

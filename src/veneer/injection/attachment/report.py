@@ -1,4 +1,4 @@
-"""What an attachment covers: per block the roles, trainable parameters, and where coverage is uneven."""
+"""Report of an attachment: adapted roles and trainable parameters per block, and roles that blocks miss."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ Block = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Row:
-    """One block, or one level outside its blocks (`block` is empty): what is adapted, which of the selected roles it lacks.
+    """Adapted roles of one block, or of one level outside its blocks (`block` is empty).
 
-    `trainable` is without what all sites share.
+    Attributes:
+        missing_roles: roles that are adapted in other blocks of the tower, but not in this one.
+        trainable: trainable parameters, without those that all sites share.
     """
 
     tower: str
     stage: str
     block: str
     roles: tuple[str, ...]
-    lacking: tuple[str, ...]
+    missing_roles: tuple[str, ...]
     trainable: int
 
 
@@ -34,11 +36,11 @@ class Report:
     """Coverage and cost of an attachment.
 
     Attributes:
-        inert: names of adapted sites whose effect the architecture cancels or drops; trained for nothing.
-        rows: one a block, in the model's order; blocks and levels that offer the method a site and got none are listed too.
-        summary: the method's own line about its adapters as they are now, such as the ranks that are left.
-        sites, trainable, stored: counts; `stored` is the number of saved values.
-        base: parameters of the touched towers without adapters.
+        rows: one per block, in the model's order, also of blocks and levels with supported sites but no adapter.
+        sites, trainable, stored: number of adapted sites, of trainable parameters and of saved parameters.
+        base: parameters of the adapted towers without adapters.
+        inert: names of adapted sites whose output the architecture cancels or drops, so that training them has no effect.
+        summary: the method's line about its adapters at present, such as their remaining ranks.
     """
 
     name: str
@@ -53,12 +55,12 @@ class Report:
 
     @property
     def uneven(self) -> tuple[Row, ...]:
-        """Blocks that lack a role which other blocks of their tower have."""
-        return tuple(r for r in self.rows if r.lacking)
+        """Blocks that miss a role which other blocks of their tower have."""
+        return tuple(r for r in self.rows if r.missing_roles)
 
     @classmethod
     def of(cls, attachment: Attachment) -> Report:
-        """Look at an attachment."""
+        """The report of an attachment."""
         blocks: dict[Block, list[tuple[Site, int]]] = {}
         for site in attachment.offered:
             if site.depth is not None or site.stage:
@@ -71,8 +73,8 @@ class Report:
             if site.depth is not None:
                 roles.setdefault(site.tower, set()).add(site.role)
         covered = {block[:2] for block, found in blocks.items() if found}
-        shown = {b: found for b, found in blocks.items() if found or (b[0] in roles and (b[2] or b[:2] not in covered))}
-        rows = tuple(_row(block, found, roles) for block, found in shown.items())
+        listed = {b: found for b, found in blocks.items() if found or (b[0] in roles and (b[2] or b[:2] not in covered))}
+        rows = tuple(_row(block, found, roles) for block, found in listed.items())
         return cls(
             name=attachment.name,
             method=attachment.method.name,
@@ -86,19 +88,25 @@ class Report:
         )
 
     def __str__(self) -> str:
-        table = [("tower", "stage", "block", "roles", "trainable", "lacking")]
-        table += [(r.tower, r.stage, r.block, " ".join(r.roles), f"{r.trainable:,}", " ".join(r.lacking)) for r in self.rows]
+        table = [("tower", "stage", "block", "roles", "trainable", "missing roles")]
+        table += [
+            (r.tower, r.stage, r.block, " ".join(r.roles), f"{r.trainable:,}", " ".join(r.missing_roles)) for r in self.rows
+        ]
         widths = [max(len(row[i]) for row in table) for i in range(6)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
         share = 100 * self.trainable / self.base if self.base else 0.0
         lines.append(
-            f"{self.name} ({self.method}): {self.sites} sites, {self.trainable:,} trainable = {share:.3f} % of {self.base:,}, "
-            f"{self.stored:,} values stored"
+            f"{self.name} ({self.method}): {self.sites} sites, {self.trainable:,} trainable parameters = {share:.3f} % of "
+            f"{self.base:,}, {self.stored:,} saved"
         )
         if self.uneven:
-            lines.append(f"uneven: {len(self.uneven)} of {len(self.rows)} blocks lack a role that others have (column 'lacking')")
+            lines.append(f"uneven: {len(self.uneven)} of {len(self.rows)} blocks miss a role that others have")
         if self.inert:
-            lines.append(f"inert: {len(self.inert)} sites have no effect by the host's design: {', '.join(self.inert[:3])}"[:160])
+            lines.append(
+                f"inert: {len(self.inert)} sites have no effect on the output of this architecture: {', '.join(self.inert[:3])}"[
+                    :160
+                ]
+            )
         return "\n".join([*lines, self.summary] if self.summary else lines)
 
 
@@ -109,5 +117,5 @@ def _block(site: Site) -> Block:
 def _row(block: Block, found: list[tuple[Site, int]], roles: dict[str, set[str]]) -> Row:
     tower, stage, depth = block
     here = {site.role for site, _ in found}
-    lacking = sorted(roles.get(tower, set()) - here) if depth or not found else []
-    return Row(tower, stage, depth, tuple(sorted(here)), tuple(lacking), sum(n for _, n in found))
+    missing = sorted(roles.get(tower, set()) - here) if depth or not found else []
+    return Row(tower, stage, depth, tuple(sorted(here)), tuple(missing), sum(n for _, n in found))
