@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from veneer.injection import methods
-from veneer.method_catalog import Described, catalogue
-from veneer.method_search import START, USES, group_by_use, rank_methods
+from veneer.method_catalog import MethodEntry, catalog
+from veneer.method_search import SUGGESTIONS, USES, group_by_use, rank_methods
 
 
 def found(query: str) -> list[str]:
-    return [method.name for method in rank_methods(catalogue(), query)]
+    return [method.name for method in rank_methods(catalog(), query)]
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,10 @@ def test_each_method_has_one_use() -> None:
     listed = [name for use in USES for name in use.methods]
     assert len(listed) == len(set(listed))
     assert set(listed) == {name for name in methods.names() if methods.source(name) == "veneer"}
-    assert {name for _, names in START for name in names} <= set(listed)
+    assert {name for _, names in SUGGESTIONS for name in names} <= set(listed)
 
 
 def test_a_method_of_another_package_has_a_group() -> None:
-    foreign = Described("mine", "my-package", "my-package", "Mine.", "", "", "", "", (), ())
-    *_, (use, last) = group_by_use([*catalogue(), foreign])
+    foreign = MethodEntry("mine", "my-package", "my-package", "Mine.", "", "", "", "", (), ())
+    *_, (use, last) = group_by_use([*catalog(), foreign])
     assert (use.title, last) == ("From other packages", [foreign])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from veneer.cli import parser_for
 from veneer.commands import COMMANDS
 from veneer.listing import support_matrix
-from veneer.method_catalog import Described, Option, catalogue
+from veneer.method_catalog import MethodEntry, Option, catalog
 
 KINDS = {
     "reparameterized": "Reparameterized",
@@ -25,7 +25,7 @@ SECTION = re.compile(r"^(?P<title>[A-Z][A-Za-z ]{2,30}):(?: (?P<rest>.*))?$")
 
 def generated_pages() -> dict[str, str]:
     """Path below `docs` to the page's text."""
-    methods = [method for method in catalogue() if method.source == "veneer"]
+    methods = [method for method in catalog() if method.source == "veneer"]
     pages = {f"methods/{method.name}.md": method_page(method) for method in methods}
     pages |= {"methods/index.md": index_page(methods), "methods/SUMMARY.md": navigation(methods)}
     return {**pages, "support-matrix.md": matrix_page(), "cli.md": command_page()}
@@ -47,7 +47,7 @@ need and hosts offer, on the small models of each host: ✓ where all of them ar
 """
 
 
-def method_page(method: Described) -> str:
+def method_page(method: MethodEntry) -> str:
     """The page of one method: docstring, options, supported hosts."""
     title, _, about = method.about.partition(": ")
     lines = [f"# {escaped(title)}", "", f"`{method.name}` – {escaped(about or title)}", "", escaped(method.formula), ""]
@@ -100,7 +100,7 @@ def _cells(row: str) -> list[str]:
     return [text.strip() for text in row.strip("|").split("|")]
 
 
-def index_page(methods: Sequence[Described]) -> str:
+def index_page(methods: Sequence[MethodEntry]) -> str:
     """All methods, in groups."""
     lines = [
         "# Methods",
@@ -115,7 +115,7 @@ def index_page(methods: Sequence[Described]) -> str:
     return "\n".join(lines)
 
 
-def navigation(methods: Sequence[Described]) -> str:
+def navigation(methods: Sequence[MethodEntry]) -> str:
     """The navigation of the methods (plugin mkdocs-literate-nav)."""
     lines = ["- [All methods](index.md)"]
     for kind, group in grouped(methods):
@@ -123,7 +123,7 @@ def navigation(methods: Sequence[Described]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def grouped(methods: Sequence[Described]) -> Iterator[tuple[str, list[Described]]]:
+def grouped(methods: Sequence[MethodEntry]) -> Iterator[tuple[str, list[MethodEntry]]]:
     """Heading and methods of each group that has any."""
     for kind in dict.fromkeys([*KINDS, *(method.kind for method in methods)]):
         if group := [method for method in methods if method.kind == kind]:

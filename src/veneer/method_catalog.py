@@ -1,4 +1,4 @@
-"""What there is to choose from: every method of the registry in words, and what it trains on well-known models."""
+"""Catalog of the methods in the registry: descriptions, options, and trainable parameters on well-known models."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from veneer.injection.method import Need
 from veneer.injection.towers import Tower, towers_of
 
 PACKAGE = "veneer.methods."
-PLACES = {
+SITES = {
     "WeightSite": "weights of layers",
-    "NormSite": "norms",
+    "NormSite": "normalization layers",
     "BranchSite": "branches of blocks, such as attention and MLP",
     "StreamSite": "whole blocks",
-    "TokenSite": "a row of tokens that others can join",
+    "TokenSite": "token sequences that accept more tokens",
     "AttentionSite": "attention",
     "ParamSite": "single parameters",
-    "VocabularySite": "words of a text encoder",
-    "PixelSite": "the picture before the model sees it",
-    "FeatureSite": "features of a picture, or scores of classes",
+    "VocabularySite": "token embeddings of a text encoder",
+    "PixelSite": "the input image",
+    "FeatureSite": "image features, or logits",
     "PromptSite": "class prompts of a CLIP",
-    "ResidualSite": "what a UNet adds between its blocks",
+    "ResidualSite": "skip connections of a UNet",
 }
-"""Kinds of site in words."""
+"""Types of sites as phrases."""
 AREAS = {
     "diffusion": ("Stable Diffusion 1.5", "DiT-XL/2"),
     "vision": ("ViT-B/16", "ResNet-50", "CLIP ViT-B/16, 1,000 classes"),
 }
-"""Models of `full_size.MODELS` that have between them every kind of site of their area."""
+"""Area to models of `full_size_models.MODELS` that together have every type of site of the area."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A field of a method: its name, type and default as text, and its sentence of the docstring."""
+    """A field of a method: its name, its type and default as text, and its text in the docstring."""
 
     name: str
     type: str
@@ -52,13 +52,20 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Described:
-    """A method in words.
+class MethodEntry:
+    """Description of a method.
 
     Args:
-        name: in the registry. `source`: the distribution. `kind`: the package that it lies in, or another distribution.
-        about: first line of its file. `formula`: of its class. `text`: the whole docstring.
-        needs: where it fits. `conditions`: what it is given for each picture. `options`: its fields.
+        name: name in the registry.
+        source: the distribution that provides it.
+        kind: sub-package of `veneer.methods`, or the distribution.
+        about: first line of the module's docstring.
+        formula: first line of the class's docstring.
+        text: the whole docstring of the class.
+        paper: title of the paper.
+        needs: sites that it needs, as a phrase.
+        conditions: inputs that it is conditioned on.
+        options: its fields.
     """
 
     name: str
@@ -74,61 +81,61 @@ class Described:
 
 
 @dataclass(frozen=True)
-class Count:
-    """What a method trains on a model with its defaults: sites, numbers, and their share of the model's."""
+class ParameterCount:
+    """What a method trains on a model with its defaults: sites, trainable parameters, and their share of the model."""
 
     sites: int
-    trained: int
+    trainable: int
     share: float
 
 
-def catalogue() -> list[Described]:
-    """Every method by name, those of other distributions too; one that cannot be imported tells so in its place."""
-    return [_described(name) for name in methods.names()]
+def catalog() -> list[MethodEntry]:
+    """Every method by name, also of other distributions. The entry of a method that cannot be imported has the error."""
+    return [_entry(name) for name in methods.names()]
 
 
-def _described(name: str) -> Described:
+def _entry(name: str) -> MethodEntry:
     source = methods.source(name)
     try:
         method = methods.get(name)
     except (ImportError, VeneerError, AttributeError) as error:
-        why = f"It cannot be used: {error}"
-        return Described(name, source, source, why, "", why, "", "", (), ())
+        why = f"It cannot be imported: {error}"
+        return MethodEntry(name, source, source, why, "", why, "", "", (), ())
     text = inspect.getdoc(method) or ""
     title = (inspect.getdoc(sys.modules[method.__module__]) or text).split("\n")[0]
-    own = method.__module__.startswith(PACKAGE)
-    return Described(
+    in_package = method.__module__.startswith(PACKAGE)
+    return MethodEntry(
         name=name,
         source=source,
-        kind=method.__module__.removeprefix(PACKAGE).partition(".")[0] if own else source,
+        kind=method.__module__.removeprefix(PACKAGE).partition(".")[0] if in_package else source,
         about=title,
         formula=text.split("\n")[0],
         text=text,
         paper=getattr(method, "paper", ""),
-        needs=" or ".join(dict.fromkeys(map(_need, method.needs))),
+        needs=" or ".join(dict.fromkeys(map(_needed_site, method.needs))),
         conditions=tuple(method.conditions),
         options=tuple(_options(method)),
     )
 
 
-def _need(need: Need) -> str:
-    words = PLACES.get(need.site.__name__, need.site.__name__)
+def _needed_site(need: Need) -> str:
+    phrase = SITES.get(need.site.__name__, need.site.__name__)
     if need.where.get("cross"):
-        words = "attention to the prompt"
+        phrase = "cross-attention"
     if need.where.get("grid") is ...:
-        words += ", where patches stand in a grid"
-    return f"{words} ({', '.join(need.roles)})" if need.roles else words
+        phrase += " with patches in a grid"
+    return f"{phrase} ({', '.join(need.roles)})" if need.roles else phrase
 
 
 def _options(method: type[Method]) -> Iterator[Option]:
-    hints, words = typing.get_type_hints(method), help_of(method)
+    hints, texts = typing.get_type_hints(method), help_of(method)
     for field in dataclasses.fields(method):
         if field.name != "by_site":
-            yield Option(field.name, _type(hints[field.name]), _default(field), words.get(field.name, ""))
+            yield Option(field.name, _type(hints[field.name]), _default(field), texts.get(field.name, ""))
 
 
 def _type(hint: Any) -> str:
-    """A type as people write it."""
+    """A type as it is written in code."""
     if typing.get_origin(hint) is typing.Literal:
         return " | ".join(map(repr, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
@@ -137,46 +144,48 @@ def _type(hint: Any) -> str:
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
         return repr(field.default)
-    return repr(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "must be given"
+    return repr(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "required"
 
 
-def counts(model: str, told: Callable[[int, int], None] | None = None) -> dict[str, Count | None]:
-    """What each method trains on a model of `full_size.MODELS`, by name; None where it does not fit with its defaults.
+def count_parameters(model: str, progress: Callable[[int, int], None] | None = None) -> dict[str, ParameterCount | None]:
+    """Method name to what it trains on a model with its defaults; None if the model does not support it.
 
-    Counted once a process: seconds for most models.
+    Results are cached per process. The first call takes seconds for most models.
 
     Args:
-        told: called with how many methods are done, and of how many.
+        model: name of one of `full_size_models.MODELS`.
+        progress: called with the number of counted methods and the number of all methods.
     Raises:
-        VeneerError: there is no such model.
+        VeneerError: no model has this name.
     """
     full_size(model)
-    names, found = methods.names(), {}
+    names, counts = methods.names(), {}
     for number, name in enumerate(names, 1):
-        found[name] = _count(name, model)
-        if told is not None:
-            told(number, len(names))
-    return found
+        counts[name] = _count(name, model)
+        if progress is not None:
+            progress(number, len(names))
+    return counts
 
 
 @functools.cache
-def _count(name: str, model: str) -> Count | None:
+def _count(name: str, model: str) -> ParameterCount | None:
     towers = _towers(model)
     try:
         method = methods.get(name)
         if not any(fits(method, site) for tower in towers for site in tower.sites):
             return None
-        made = plan(towers, method(), None, ())
+        attachment_plan = plan(towers, method(), None, ())
     except (VeneerError, ImportError, AttributeError, TypeError, ValueError):
         return None
-    numbers = {id(p): p.numel() for _, adapter in made.parts for p in adapter.parameters() if p.requires_grad}
-    trained, whole = sum(numbers.values()), sum(p.numel() for tower in made.towers.values() for p in tower.parameters())
-    return Count(len(made.parts), trained, trained / whole)
+    sizes = {id(p): p.numel() for _, adapter in attachment_plan.parts for p in adapter.parameters() if p.requires_grad}
+    trainable = sum(sizes.values())
+    total = sum(p.numel() for tower in attachment_plan.towers.values() for p in tower.parameters())
+    return ParameterCount(len(attachment_plan.parts), trainable, trainable / total)
 
 
 @functools.cache
-def for_models(area: str) -> frozenset[str]:
-    """Names of the methods that fit some model of an area, by what the models offer and the methods need.
+def methods_for(area: str) -> frozenset[str]:
+    """Names of the methods that a model of an area supports, by the method's needs and the model's sites.
 
     Args:
         area: `diffusion` or `vision`.
@@ -194,5 +203,4 @@ def _method(name: str) -> type[Method] | None:
 
 @functools.cache
 def _towers(model: str) -> list[Tower]:
-    """Of a model, whose sites are looked for once."""
     return towers_of(full_size(model))

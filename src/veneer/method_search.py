@@ -1,4 +1,4 @@
-"""Finding a method: groups by use, and a search that ranks names before titles before docstrings."""
+"""Search for methods, which ranks matches of names before those of titles and docstrings, and groups of methods by use."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from veneer.method_catalog import Described
+from veneer.method_catalog import MethodEntry
 
 
 @dataclass(frozen=True)
 class Use:
-    """What a group of methods is for.
+    """A group of methods with the same use.
 
     Args:
-        title: a heading. `about`: how to choose among them. `methods`: the first to try first.
-        words: that people search for and docstrings lack.
+        title: heading of the group.
+        about: how to choose among the methods.
+        methods: method names, recommended ones first.
+        words: search terms that the docstrings do not have.
     """
 
     title: str
@@ -90,82 +92,78 @@ USES = (
     ),
 )
 OTHERS = Use("From other packages", "", (), "")
-START = (
+SUGGESTIONS = (
     ("A subject or a style from your photos", ("lora", "textual_inversion")),
     ("Images that follow a sketch, edges or depth", ("controlnet",)),
-    ("Images in the manner of a reference image", ("ip_adapter",)),
+    ("Images in the style of a reference image", ("ip_adapter",)),
     ("Classes of images, with a labeled folder", ("linear_probe", "lora", "vpt")),
     ("Classes of images, with a few images each", ("tip_adapter", "coop")),
 )
-"""What people come with, and the methods to try first."""
+"""Task to the methods that are recommended first."""
 ANYWHERE = 20
-"""Score of a method that has the words somewhere in its docstring."""
+"""Score of a method with the search terms anywhere in its docstring."""
 
 
-def rank_methods(found: Sequence[Described], query: str) -> list[Described]:
-    """The methods that match a search, the best match first; without a match those of the nearest name.
+def rank_methods(methods: Sequence[MethodEntry], query: str) -> list[MethodEntry]:
+    """The methods that match a query, best match first. Without a match, the methods with similar names.
 
-    In this order: the name or the short name of its title is the query; begins with it; has all its words; the paper's title has
-    the query as whole words; title or paper have all words; its use is known by them; its docstring has all of them.
+    Ranking, from best to worst: the name or the short name of the title equals the query; starts with it; has all its terms; the
+    paper's title has the query as whole words; title or paper have all terms; the terms are known for the method's use; the
+    docstring has all terms.
 
-    >>> from veneer.method_catalog import catalogue
-    >>> [method.name for method in rank_methods(catalogue(), "VPT")][0]
+    >>> from veneer.method_catalog import catalog
+    >>> [method.name for method in rank_methods(catalog(), "VPT")][0]
     'vpt'
     """
-    words = _words(query)
-    if not words:
-        return list(found)
-    scored = [(_score(method, words), method) for method in found]
+    terms = _terms(query)
+    if not terms:
+        return list(methods)
+    scored = [(_score(method, terms), method) for method in methods]
     order = {name: i for i, name in enumerate(name for use in USES for name in use.methods)}
     matching = [(score, method) for score, method in scored if score]
-    matching.sort(key=lambda each: (-each[0], order.get(each[1].name, len(order)), each[1].name))
-    return [method for _, method in matching] or _nearest(found, "".join(words))
+    matching.sort(key=lambda pair: (-pair[0], order.get(pair[1].name, len(order)), pair[1].name))
+    return [method for _, method in matching] or _similar(methods, "".join(terms))
 
 
-def group_by_use(found: Iterable[Described]) -> list[tuple[Use, list[Described]]]:
-    """The groups that have any of these methods, each with its methods, the first to try first."""
-    by_name = {method.name: method for method in found}
+def group_by_use(methods: Iterable[MethodEntry]) -> list[tuple[Use, list[MethodEntry]]]:
+    """The methods by use, recommended ones first; uses without a method are left out."""
+    by_name = {method.name: method for method in methods}
     groups = [(use, [by_name.pop(name) for name in use.methods if name in by_name]) for use in USES]
     groups.append((OTHERS, [*by_name.values()]))
-    return [(use, methods) for use, methods in groups if methods]
+    return [(use, members) for use, members in groups if members]
 
 
-def _score(method: Described, words: list[str]) -> int:
+def _score(method: MethodEntry, terms: list[str]) -> int:
     title = method.about.partition(":")[0]
-    names, joined = ["".join(_words(name)) for name in (method.name, title)], "".join(words)
+    names, joined = ["".join(_terms(name)) for name in (method.name, title)], "".join(terms)
     if joined in names:
         return 100
     if any(name.startswith(joined) for name in names):
         return 90
-    if _has(f"{method.name} {title}", words):
+    if _has_all(f"{method.name} {title}", terms):
         return 80
-    if f" {' '.join(words)} " in f" {' '.join(_words(method.paper))} ":
+    if f" {' '.join(terms)} " in f" {' '.join(_terms(method.paper))} ":
         return 60
-    if _has(f"{method.about} {method.paper}", words):
+    if _has_all(f"{method.about} {method.paper}", terms):
         return 50
-    if _used_for(method.name, words):
+    if set(terms) <= set(_terms(_uses(method.name))):
         return 40
-    return ANYWHERE if _has(f"{method.name} {method.about} {method.paper} {method.text} {_uses(method.name)}", words) else 0
+    return ANYWHERE if _has_all(f"{method.name} {method.about} {method.paper} {method.text} {_uses(method.name)}", terms) else 0
 
 
-def _has(text: str, words: list[str]) -> bool:
-    text = " ".join(_words(text))
-    return all(word in text for word in words)
-
-
-def _used_for(name: str, words: list[str]) -> bool:
-    known = set(_words(_uses(name)))
-    return all(word in known for word in words)
+def _has_all(text: str, terms: list[str]) -> bool:
+    text = " ".join(_terms(text))
+    return all(term in text for term in terms)
 
 
 def _uses(name: str) -> str:
     return " ".join(f"{use.title} {use.words}" for use in USES if name in use.methods)
 
 
-def _nearest(found: Sequence[Described], word: str) -> list[Described]:
-    by_name = {"".join(_words(method.name)): method for method in found}
-    return [by_name[name] for name in difflib.get_close_matches(word, by_name, n=3, cutoff=0.7)]
+def _similar(methods: Sequence[MethodEntry], name: str) -> list[MethodEntry]:
+    by_name = {"".join(_terms(method.name)): method for method in methods}
+    return [by_name[match] for match in difflib.get_close_matches(name, by_name, n=3, cutoff=0.7)]
 
 
-def _words(text: str) -> list[str]:
+def _terms(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower().replace("_", " "))

@@ -1,4 +1,4 @@
-"""The catalogue of methods: all of the registry, found by words, area and kind, with what they train on well-known models."""
+"""The catalog of methods: all of the registry, found by words, area and kind, with what they train on well-known models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.full_size_models import MODELS, full_size
 from veneer.injection import Adapter, Method, Need
 from veneer.injection.errors import OptionError, UnknownName
 from veneer.injection.sites import WeightSite
-from veneer.method_catalog import catalogue, counts, for_models
+from veneer.method_catalog import catalog, count_parameters, methods_for
 from veneer.method_search import USES
 
 
@@ -30,7 +30,7 @@ def names(html: str) -> list[str]:
 def test_every_method_is_there_with_its_whole_text() -> None:
     html = page.shown("", "", "", "name", "")
     assert names(html) == veneer.methods.names()
-    lora = next(m for m in catalogue() if m.name == "lora")
+    lora = next(m for m in catalog() if m.name == "lora")
     assert (lora.kind, lora.source, lora.needs) == ("reparameterized", "veneer", "weights of layers")
     assert lora.about.startswith("LoRA: a low-rank change")
     assert lora.formula.startswith("W' = W + s·B A")
@@ -39,7 +39,7 @@ def test_every_method_is_there_with_its_whole_text() -> None:
     assert (rank.type, rank.default) == ("int", "8")
     assert "at least 1" in rank.about
     assert (init.type, init.default) == ("'kaiming' | 'gaussian' | 'pissa' | 'olora'", "'kaiming'")
-    assert all(m.about and m.paper and m.needs for m in catalogue())
+    assert all(m.about and m.paper and m.needs for m in catalog())
 
 
 def test_search_and_filters() -> None:
@@ -65,13 +65,13 @@ def test_grouped_by_use_with_a_start() -> None:
     assert [*re.findall(r'<h2 class="use">([^<]*)<', html)] == [use.title for use in USES]
     assert set(re.findall(r"getElementById\('([^']*)'\)", html)) <= set(re.findall(r'id="([^"]*)"', html))
     vision = page.shown("", "vision", "", "use", "")
-    assert set(names(vision)) == for_models("vision")
+    assert set(names(vision)) == methods_for("vision")
     assert "controlnet" not in vision.partition("Start here")[2].partition("</section>")[0]
     assert names(page.shown("ip adapter", "", "", "use", ""))[0] == "ip_adapter"
 
 
 def test_for_vision_and_for_diffusion() -> None:
-    vision, diffusion = for_models("vision"), for_models("diffusion")
+    vision, diffusion = methods_for("vision"), methods_for("diffusion")
     assert {"lora", "bitfit"} <= vision & diffusion
     assert {"vpt", "coop", "linear_probe", "tip_adapter"} <= vision - diffusion
     assert {"controlnet", "ip_adapter", "textual_inversion"} <= diffusion - vision
@@ -90,8 +90,8 @@ def test_for_vision_and_for_diffusion() -> None:
 )
 def test_counts(model: str, method: str, trained: int | None) -> None:
     """From the papers' formulas, and the model's own number of parameters."""
-    count = counts(model)[method]
-    assert (count.trained if count else None) == trained
+    count = count_parameters(model)[method]
+    assert (count.trainable if count else None) == trained
 
 
 def test_counts_are_told_and_sorted() -> None:

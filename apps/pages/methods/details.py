@@ -1,12 +1,12 @@
-"""The catalogue of methods as HTML: each folded up to a line, with its options and its whole docstring inside."""
+"""The catalog of methods as HTML: each folded up to a line, with its options and its whole docstring inside."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from veneer.method_catalog import Count, Described
-from veneer.method_search import START, Use
+from veneer.method_catalog import MethodEntry, ParameterCount
+from veneer.method_search import SUGGESTIONS, Use
 
 from ..shared.html import facts, table
 
@@ -17,10 +17,10 @@ OPEN = (
     "method.firstElementChild.focus()"
 )
 """What a link to a method does; an address with `#` would lead Gradio to its first page."""
-Groups = Sequence[tuple[Use | None, Sequence[Described]]]
+Groups = Sequence[tuple[Use | None, Sequence[MethodEntry]]]
 
 
-def listed(groups: Groups, counts: Mapping[str, Count | None] | None, model: str, start: bool = False) -> str:
+def listed(groups: Groups, counts: Mapping[str, ParameterCount | None] | None, model: str, start: bool = False) -> str:
     """Methods in groups with headings, or one group without; each can be opened, and has its trainable parameters on a model.
 
     Args:
@@ -40,7 +40,7 @@ def listed(groups: Groups, counts: Mapping[str, Count | None] | None, model: str
 def _start(known: set[str]) -> str:
     """The tasks that people come with, and buttons that open the methods to try first."""
     rows = []
-    for task, names in START:
+    for task, names in SUGGESTIONS:
         links = ", ".join(
             f'<button type="button" class="link" onclick="{OPEN.format(name)}"><code>{name}</code></button>'
             for name in names
@@ -50,14 +50,14 @@ def _start(known: set[str]) -> str:
     return f'<section class="start" aria-label="Start here"><h2>Start here</h2><dl class="facts">{"".join(rows)}</dl></section>'
 
 
-def _counted(counts: Mapping[str, Count | None] | None, name: str) -> str:
+def _counted(counts: Mapping[str, ParameterCount | None] | None, name: str) -> str:
     if counts is None:
         return ""
     count = counts.get(name)
-    return "not supported" if count is None else f"{short(count.trained)} trainable"
+    return "not supported" if count is None else f"{short(count.trainable)} trainable"
 
 
-def _method(method: Described, counted: str, model: str) -> str:
+def _method(method: MethodEntry, counted: str, model: str) -> str:
     small = f'<span class="counted">{escape(counted)}</span>' if counted else ""
     told = [
         ("Formula", method.formula),

@@ -1,4 +1,4 @@
-"""The catalogue of methods: what each does, where it fits, and what it costs."""
+"""The catalog of methods: what each does, where it fits, and what it costs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gradio as gr
 
 from veneer.full_size_models import MODELS
 from veneer.injection import OptionError, methods
-from veneer.method_catalog import Count, Described, catalogue, counts, for_models
+from veneer.method_catalog import MethodEntry, ParameterCount, catalog, count_parameters, methods_for
 from veneer.method_search import group_by_use, rank_methods
 
 from ...context import Studio, explained
@@ -29,14 +29,14 @@ KINDS = {
 SORTS = [("By use, or by match with the search", "use"), ("By name", "name"), ("Fewest trainable parameters first", "trained")]
 
 
-def known() -> list[Described]:
+def known() -> list[MethodEntry]:
     """Every method, those of other distributions too; read anew when one is registered."""
     return _known(tuple(methods.names()))
 
 
 @functools.lru_cache(maxsize=1)
-def _known(names: tuple[str, ...]) -> list[Described]:
-    return catalogue()
+def _known(names: tuple[str, ...]) -> list[MethodEntry]:
+    return catalog()
 
 
 def kinds() -> list[tuple[str, str]]:
@@ -69,10 +69,10 @@ def shown(words: str, area: str, kind: str, sort: str, model: str, told: Callabl
     sought = bounded(words or "", "The search").strip()
     found = [m for m in known() if not kind or m.kind == kind]
     if area:
-        fitting = for_models(area)
+        fitting = methods_for(area)
         found = [m for m in found if m.name in fitting]
     found = rank_methods(found, sought)
-    trained = counts(model, told) if model else None
+    trained = count_parameters(model, told) if model else None
     if sort == "use" and not sought:
         return listed(group_by_use(found), trained, model, start=not kind)
     if sort == "name":
@@ -82,11 +82,11 @@ def shown(words: str, area: str, kind: str, sort: str, model: str, told: Callabl
     return listed([(None, found)], trained, model)
 
 
-def _fewest_first(found: Sequence[Described], trained: Mapping[str, Count | None] | None) -> list[Described]:
+def _fewest_first(found: Sequence[MethodEntry], trained: Mapping[str, ParameterCount | None] | None) -> list[MethodEntry]:
     if trained is None:
         message = "Choose a model first: the number of trainable parameters depends on it."
         raise OptionError(message, option="model", given="")
-    numbers = {name: count.trained for name, count in trained.items() if count is not None}
+    numbers = {name: count.trainable for name, count in trained.items() if count is not None}
     return sorted(found, key=lambda m: (numbers.get(m.name, float("inf")), m.name))
 
 
