@@ -74,16 +74,16 @@ def _options(options: Sequence[Option]) -> Iterator[str]:
 
 def sections(docstring: str) -> Iterator[tuple[str, str]]:
     """Heading and text of each part of a docstring after its first line, without `Args:`; the first heading may be empty."""
-    heading, text, found = "", list[str](), list[tuple[str, str]]()
+    heading, text, parts = "", list[str](), list[tuple[str, str]]()
     for line in docstring.split("\n")[1:]:
         match = SECTION.match(line)
         if match is None:
             text.append(line.strip())
             continue
-        found.append((heading, "\n".join(text).strip()))
+        parts.append((heading, "\n".join(text).strip()))
         heading, text = match["title"], [match["rest"] or ""]
-    found.append((heading, "\n".join(text).strip()))
-    return ((heading, text) for heading, text in found if text and heading != "Args")
+    parts.append((heading, "\n".join(text).strip()))
+    return ((heading, text) for heading, text in parts if text and heading != "Args")
 
 
 def supported_hosts(name: str) -> Iterator[str]:
@@ -165,8 +165,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(found[0].choices) if found else {}
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions[0].choices) if actions else {}
 
 
 def _row(action: argparse.Action) -> str:

@@ -59,9 +59,9 @@ def first_sentence(module: Path) -> str:
 
 
 def _table(package: Path) -> Iterator[str]:
-    if found := modules(package):
+    if paths := modules(package):
         yield from ("| module | content |", "|---|---|")
-        yield from (f"| `{path.name}` | {escaped(first_sentence(path))} |" for path in found)
+        yield from (f"| `{path.name}` | {escaped(first_sentence(path))} |" for path in paths)
         yield ""
 
 
