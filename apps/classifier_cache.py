@@ -29,10 +29,10 @@ class Answers:
             VeneerError: nothing was taught there yet, or the picture cannot be read.
         """
         with self._one:
-            answer = next(self._opened(run).answers([picture], most))
-        if answer.problem:
-            raise VeneerError(answer.problem, file=answer.picture)
-        return {answer.label: answer.probability, **dict(answer.others)}
+            prediction = next(self._opened(run).predict([picture], most))
+        if prediction.problem:
+            raise VeneerError(prediction.problem, file=prediction.image)
+        return {prediction.label: prediction.probability, **dict(prediction.others)}
 
     def _opened(self, run: Path) -> Predictor:
         file = run / "model.json"

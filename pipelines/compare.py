@@ -1,4 +1,4 @@
-"""Compare methods on one dataset: the same pictures, splits, budget and schedule for all, over several seeds."""
+"""Compare methods on one dataset, with the same images, splits, budget and schedule, over several seeds."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from accelerate import Accelerator
 
 from veneer.classification.config import TransferConfig
 from veneer.classification.data.run_data import Views, open_data
-from veneer.classification.models.loading import open_classifier, reads_texts
-from veneer.classification.report.comparison_table import lines_of, table, verdict, write_picture
-from veneer.classification.train.comparison import Comparison, Row, rows_of
+from veneer.classification.models.loading import is_clip_name, open_classifier
+from veneer.classification.report.comparison_table import summarize_runs, table, verdict, write_accuracy_plot
+from veneer.classification.train.comparison import Comparison, MethodRow, parse_rows
 from veneer.injection import OptionError
 from veneer.training.loop.checkpoints import write_atomically, write_json
 from veneer.training.report.run_folder import discard_unused, new_folder
@@ -88,32 +88,32 @@ class CompareConfig:
     out: Path | None = None
 
     def shared(self) -> TransferConfig:
-        """The options that all rows share."""
+        """The options that all methods share."""
         names = {f.name for f in dataclasses.fields(TransferConfig)} & {f.name for f in dataclasses.fields(self)}
         shared: dict[str, Any] = {name: getattr(self, name) for name in names - {"out"}}
         return TransferConfig(method="linear_probe", seed=self.first_seed, resume=True, **shared)
 
 
 def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Path:
-    """Run what is not in the folder yet, and write `results.json`, `compare.md` and `accuracy.png`.
+    """Runs the methods and seeds without results in the folder, and writes `results.json`, `compare.md` and `accuracy.png`.
 
     Returns:
         The folder with the results.
     Raises:
-        VeneerError: what was given cannot work. KeyboardInterrupt: stopped; what was done is kept, and the run that was stopped
-            goes on from its checkpoint.
+        VeneerError: invalid configuration or data. KeyboardInterrupt: stopped; finished runs are kept, and a second call resumes
+            the interrupted run from its checkpoint.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available())
     if config.seeds < 1:
         raise OptionError(f"seeds is {config.seeds}; expected at least 1.", option="seeds", given=config.seeds, expected=1)
-    rows = rows_of(_with_baseline(config))
+    rows = parse_rows(_with_baseline(config))
     out = config.out or new_folder(Path("runs"), f"compare-{Path(config.data).name if config.data else 'digits'}")
     base = config.shared()
     with discard_unused(out):
         return _run(config, base, rows, out, accelerator)
 
 
-def _run(config: CompareConfig, base: TransferConfig, rows: list[Row], out: Path, accelerator: Accelerator) -> Path:
+def _run(config: CompareConfig, base: TransferConfig, rows: list[MethodRow], out: Path, accelerator: Accelerator) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     data = open_data(base, out)
     for note in data.notes:
@@ -125,7 +125,8 @@ def _run(config: CompareConfig, base: TransferConfig, rows: list[Row], out: Path
             for row in rows:
                 measured = comparison.run(row, seed)
                 print(
-                    f"{row.label}, seed {seed}: test {measured.test_accuracy:.1%}, validation {measured.val_accuracy:.1%}",
+                    f"{row.label}, seed {seed}: test accuracy {measured.test_accuracy:.1%}, validation accuracy "
+                    f"{measured.val_accuracy:.1%}",
                     flush=True,
                 )
                 _write(config, comparison, out)
@@ -134,17 +135,17 @@ def _run(config: CompareConfig, base: TransferConfig, rows: list[Row], out: Path
 
 
 def _with_baseline(config: CompareConfig) -> str:
-    """The rows as written, the baseline in front where it is wanted and lacking."""
-    baseline = "zero_shot" if reads_texts(config.model) else "linear_probe"
-    lacking = config.baseline and baseline not in [row.label for row in rows_of(config.methods)]
-    return f"{baseline}, {config.methods}" if lacking else config.methods
+    """The methods, with the baseline prepended if it is enabled and missing."""
+    baseline = "zero_shot" if is_clip_name(config.model) else "linear_probe"
+    missing = config.baseline and baseline not in [row.label for row in parse_rows(config.methods)]
+    return f"{baseline}, {config.methods}" if missing else config.methods
 
 
 def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
-    """The results as they are now."""
+    """Writes the results so far."""
     runs, data = comparison.done, comparison.views.data
     known = list(dict.fromkeys(m.row for m in runs))
-    lines = lines_of(runs, known)
+    lines = summarize_runs(runs, known)
     splits = data.splits
     write_json(
         out / "results.json",
@@ -156,13 +157,11 @@ def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
         },
     )
     title = f"{config.model} on {Path(data.source.where).name}"
-    counts = (
-        f"{len(splits.train):,} pictures to train, {len(splits.validation):,} to choose the epoch, {len(splits.test):,} to test"
-    )
+    counts = f"{len(splits.train):,} training, {len(splits.validation):,} validation and {len(splits.test):,} test images"
     page = [
         f"# {title}",
         "",
-        f"{len(data.classes)} classes; {counts}. {config.epochs} epochs of batches of {config.batch}, augmentation "
+        f"{len(data.classes)} classes; {counts}. {config.epochs} epochs, batch size {config.batch}, augmentation "
         f"{config.augment}. ± is half a 95 % interval over seeds (Student's t); differences are paired by seed.",
         "",
         table(lines),
@@ -171,4 +170,4 @@ def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
         "",
     ]
     write_atomically(out / "compare.md", "\n".join(page).encode())
-    write_picture(lines, title, out / "accuracy.png")
+    write_accuracy_plot(lines, title, out / "accuracy.png")

@@ -1,4 +1,4 @@
-"""Example images that the package carries, written to a folder: what the README's commands are typed with."""
+"""Write the bundled example images, which the README's commands use, to a folder."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class ExamplesConfig:
 
 
 def examples(config: ExamplesConfig) -> list[str]:
-    """Write `octopus/`, five images of one subject with captions; `digits/CLASS/`, 40 images of each of ten classes; and `new/`,
+    """Writes `octopus/`, five images of one subject with captions; `digits/CLASS/`, 40 images of each of ten classes; and `new/`,
     six more digits, without labels.
 
     Returns:
-        One line a folder.
+        One line per folder.
     Raises:
-        VeneerError: the folder holds files already.
+        VeneerError: the folder is not empty.
     """
     folder = config.folder.expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        message = f"{folder}: exists and is not an empty folder; nothing was written. Choose another folder."
+        message = f"{folder}: exists and is not an empty folder; expected a new or empty folder. Nothing was written."
         raise SaveError(message, file=folder, given="exists")
     octopus = folder / "octopus"
     shutil.copytree(base_models.examples(), octopus, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
@@ -50,7 +50,7 @@ def examples(config: ExamplesConfig) -> list[str]:
 
 
 def _write_digits(labeled: Path, new: Path) -> tuple[int, int]:
-    """The first `PER_CLASS` of each class as `CLASS/NAME.png`, and the last `NEW` of all; returns how many of each."""
+    """Writes the first `PER_CLASS` of each class as `CLASS/NAME.png`, and the last `NEW` of all; returns both counts."""
     source = digits()
     by_class = defaultdict(list)
     for example in source.examples:

@@ -1,4 +1,4 @@
-"""Ask a taught classifier about pictures."""
+"""Classify images with a trained classifier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from veneer.classification.predict import Answer, find, open_predictor
+from veneer.classification.predict import Prediction, find_images, open_predictor
 from veneer.injection import OptionError, VeneerError
 
 __all__ = ["PredictConfig", "predict"]
@@ -43,39 +43,41 @@ class PredictConfig:
 
 
 def predict(config: PredictConfig) -> Iterator[str]:
-    """A line for each picture: its first classes and their probabilities. A picture that cannot be read gets the reason.
+    """Yields one line per image: its most probable classes with probabilities, or why the image cannot be read.
 
     Raises:
-        VeneerError: no finished run in the folder, no pictures, or none that can be read.
+        VeneerError: no finished run in the folder, no images, or no readable image.
     """
-    pictures = find(config.images)
-    if not pictures:
-        message = "no images: give some, or a folder of them, after the run's folder."
+    images = find_images(config.images)
+    if not images:
+        message = "no images; pass image files or a folder of images after the run folder."
         raise OptionError(message, option="images", given=())
     if config.format == "csv":
-        yield _row(["picture", "label", "probability", "problem"])
+        yield _row(["image", "label", "probability", "problem"])
     read = False
-    for answer in open_predictor(config.folder).answers(pictures, config.top, config.batch):
-        read = read or not answer.problem
-        yield FORMS[config.format](answer)
+    for prediction in open_predictor(config.folder).predict(images, config.top, config.batch):
+        read = read or not prediction.problem
+        yield FORMS[config.format](prediction)
     if not read:
-        message = f"none of the {len(pictures)} images could be read."
-        raise VeneerError(message, where="images", given=tuple(map(str, pictures)))
+        message = f"none of the {len(images)} images could be read; see the reasons above."
+        raise VeneerError(message, where="images", given=tuple(map(str, images)))
 
 
-def _text(answer: Answer) -> str:
-    if answer.problem:
-        return f"{answer.picture}: {answer.problem}"
-    told = [f"{label} {share:.1%}" for label, share in ((answer.label, answer.probability), *answer.others)]
-    return f"{answer.picture}: {', '.join(told)}"
+def _text(prediction: Prediction) -> str:
+    if prediction.problem:
+        return f"{prediction.image}: {prediction.problem}"
+    classes = ((prediction.label, prediction.probability), *prediction.others)
+    return f"{prediction.image}: {', '.join(f'{label} {probability:.1%}' for label, probability in classes)}"
 
 
-def _json(answer: Answer) -> str:
-    return json.dumps(asdict(answer), ensure_ascii=False)
+def _json(prediction: Prediction) -> str:
+    return json.dumps(asdict(prediction), ensure_ascii=False)
 
 
-def _csv(answer: Answer) -> str:
-    return _row([answer.picture, answer.label, "" if answer.problem else repr(answer.probability), answer.problem])
+def _csv(prediction: Prediction) -> str:
+    return _row(
+        [prediction.image, prediction.label, "" if prediction.problem else repr(prediction.probability), prediction.problem]
+    )
 
 
 def _row(cells: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Teach a pre-trained model to tell classes of pictures apart."""
+"""Fine-tune a pretrained model for image classification."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from accelerate import Accelerator
 
 from veneer.classification.config import TransferConfig
 from veneer.classification.data.run_data import Data, Views, open_data
-from veneer.classification.models.cached_features import Features
+from veneer.classification.models.cached_features import CachedFeatures
 from veneer.classification.models.classifier import Classifier
 from veneer.classification.models.loading import open_classifier
 from veneer.classification.report.artifacts import tidy, write_files, write_outcome
-from veneer.classification.train.hyperparameter_search import searched
-from veneer.classification.train.train import Teacher, attach_methods
+from veneer.classification.train.hyperparameter_search import search_hyperparameters
+from veneer.classification.train.train import ClassifierTrainer, attach_methods
 from veneer.injection import Attachment
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizer_step import AUTOCAST
@@ -33,17 +33,16 @@ __all__ = ["TransferConfig", "transfer"]
 
 
 def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> Path:
-    """Train, choose the epoch on the validation pictures, look at the test pictures once, and write what was found.
+    """Trains, selects the epoch on the validation split, evaluates the test split once, and writes the results.
 
-    A run that is stopped leaves the best epoch so far, which `veneer predict` opens, and goes on with `resume`.
-
-    The folder then has `adapter.safetensors`, `result.json`, `confusion.png`, `curves.png`, `mistakes.png`, and `model.json` and
-    `splits.json`, which say how to go on from there.
+    The folder then has `adapter.safetensors`, `result.json`, `confusion.png`, `curves.png` and `mistakes.png`; `veneer predict`
+    also reads its `model.json`, and a resumed run its `splits.json`. A stopped run leaves the best epoch so far, which `veneer
+    predict` can open, and continues with `resume`.
 
     Returns:
         The folder with the results.
     Raises:
-        VeneerError: what was given cannot work; nothing has been trained then.
+        VeneerError: invalid configuration or data; nothing has been trained.
         Diverged: the loss is no longer finite; the last good weights are in the folder.
     """
     cpu = not torch.accelerator.is_available()
@@ -54,12 +53,12 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
 
 
 def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
-    config.built()
+    config.build_methods()
     out = run_folder(config.out, config.resume, None if config.data == "digits" else config.data)
     if (out / "result.json").exists():
-        print(f"{out} is finished already.")
+        print(f"{out}: this run is already finished.")
         return out
-    data = on_main(accelerator, lambda: open_data(config, out, _progress("pictures checked")))
+    data = on_main(accelerator, lambda: open_data(config, out, _progress("images checked")))
     for note in data.notes if accelerator.is_main_process else ():
         print(f"note: {note}", flush=True)
     report = (
@@ -74,64 +73,68 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     )  # fmt: skip
     report.close()
     with Views(data, classifier.data, config.augment, squash=config.squash, seed=config.seed, workers=config.workers) as views:
-        features = Features(classifier, views, config.batch, AUTOCAST[config.mixed_precision])
-        config = searched(config, classifier, views, out, accelerator, features)
+        features = CachedFeatures(classifier, views, config.batch, AUTOCAST[config.mixed_precision])
+        config = search_hyperparameters(config, classifier, views, out, accelerator, features)
         attached = attach_methods(classifier, config, data)
         identity = {**config.identity(), "splits": data.splits.digest, "weights": classifier.weights}
-        teacher = Teacher(classifier, attached, views, config, out, accelerator, identity, ProgressLine(), features)
+        trainer = ClassifierTrainer(classifier, attached, views, config, out, accelerator, identity, ProgressLine(), features)
         if accelerator.is_main_process:
-            print(_plan(config, data, classifier, attached, teacher), flush=True)
+            print(_plan(config, data, classifier, attached, trainer), flush=True)
         if config.dry_run:
             return out
-        best = 4 * teacher.trainable
-        require_disk(out, best + written_bytes(teacher.trainable, config.loop(teacher.per_epoch, teacher.steps)))
-        taught = teacher.teach()
+        best = 4 * trainer.trainable
+        require_disk(out, best + written_bytes(trainer.trainable, config.loop(trainer.per_epoch, trainer.steps)))
+        result = trainer.train()
         if accelerator.is_main_process:
-            if taught.best is None:
+            if result.best is None:
                 write_files(config, data, classifier, attached, out)
-                print(stopped(taught.result, teacher.steps, out))
+                print(stopped(result.loop, trainer.steps, out))
             else:
                 report("evaluating")
-                record = write_outcome(config, data, classifier, attached, teacher, taught)
+                record = write_outcome(config, data, classifier, attached, trainer, result)
                 tidy(out)
-                print(_told(record, out))
+                print(_summary(record, out))
     accelerator.wait_for_everyone()
     return out
 
 
-def _progress(what: str) -> Callable[[int, int], None]:
-    """A line on a terminal that counts."""
+def _progress(label: str) -> Callable[[int, int], None]:
+    """Callback that prints a counter on a terminal."""
 
-    def told(done: int, count: int) -> None:
+    def update(done: int, count: int) -> None:
         if sys.stderr.isatty():
-            print(f"\r{what}: {done:,}/{count:,}", end="\n" if done == count else "", file=sys.stderr, flush=True)
+            print(f"\r{label}: {done:,}/{count:,}", end="\n" if done == count else "", file=sys.stderr, flush=True)
 
-    return told
+    return update
 
 
-def _told(record: dict[str, Any], out: Path) -> str:
-    """The figures in a line."""
+def _summary(record: dict[str, Any], out: Path) -> str:
+    """Metrics, verdict and next command."""
     low, high = record["test_interval_95"]
     return (
-        f"test accuracy {record['test_accuracy']:.1%} ({low:.1%} to {high:.1%}), validation {record['val_accuracy']:.1%}, epoch "
-        f"{record['chosen']['epoch']}; {record['trainable_parameters']:,} numbers trained, "
-        f"{record['stored_bytes']:,} bytes in {out}\n{read_verdict(record).text()}\n"
+        f"test accuracy {record['test_accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), validation accuracy "
+        f"{record['val_accuracy']:.1%}, epoch {record['chosen']['epoch']}; {record['trainable_parameters']:,} trainable "
+        f"parameters, adapter of {record['stored_bytes']:,} bytes in {out}\n{read_verdict(record).text()}\n"
         f"classify images: veneer predict {shlex.quote(str(out))} IMAGE …"
     )
 
 
-def _plan(config: TransferConfig, data: Data, classifier: Classifier, attached: list[Attachment], teacher: Teacher) -> str:
-    """What will be trained, on what."""
+def _plan(
+    config: TransferConfig, data: Data, classifier: Classifier, attached: list[Attachment], trainer: ClassifierTrainer
+) -> str:
+    """Summary of the data, the model and the training before it starts."""
     splits = data.splits
     lines = [
-        f"{data.source.where}: {len(data.classes)} classes; {len(splits.train):,} pictures to train, "
-        f"{len(splits.validation):,} to choose the epoch, {len(splits.test):,} to test",
-        f"{classifier.name}: pictures of {classifier.data['input_size'][1]} pixels, weights {classifier.weights[:16]}",
+        f"{data.source.where}: {len(data.classes)} classes; {len(splits.train):,} training, {len(splits.validation):,} "
+        f"validation and {len(splits.test):,} test images",
+        f"{classifier.name}: input size {classifier.data['input_size'][1]} pixels, weights {classifier.weights[:16]}",
     ]
     for a in attached:
-        lines.append(f"{a.method.name}: {len(a.parts)} sites, {sum(p.numel() for p in a.parameters()):,} numbers")
-    how = "on features that are computed once" if teacher.features is not None else f"augmented: {config.augment}"
-    if teacher.starts_head:
-        lines.append("the head starts at the logistic regression on the frozen features")
-    lines.append(f"{teacher.steps:,} steps of {config.batch * config.accumulation}, rate {config.rate():g}, {how}")
+        lines.append(f"{a.method.name}: {len(a.parts)} sites, {sum(p.numel() for p in a.parameters()):,} trainable parameters")
+    inputs = "cached features" if trainer.features is not None else f"augmentation {config.augment}"
+    if trainer.uses_probe_init:
+        lines.append("head: initialized with the logistic regression on the frozen features")
+    lines.append(
+        f"{trainer.steps:,} steps, batch size {config.batch * config.accumulation}, learning rate {config.rate():g}, {inputs}"
+    )
     return "\n".join(lines)

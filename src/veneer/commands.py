@@ -120,10 +120,10 @@ def _sites(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
 
     def run(namespace: argparse.Namespace) -> None:
         from veneer import base_models
-        from veneer.classification.models.loading import untrained
+        from veneer.classification.models.loading import build_without_weights
         from veneer.injection import sites
 
-        print(sites(untrained(namespace.base) or base_models.load(namespace.base)))
+        print(sites(build_without_weights(namespace.base) or base_models.load(namespace.base)))
 
     parser.set_defaults(run=run)
 

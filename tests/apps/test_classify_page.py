@@ -23,7 +23,7 @@ from veneer.apps.pages.classify.results import accuracies, stamp, told, values
 from veneer.apps.pages.shared.job_view import remove
 from veneer.apps.workspace import Workspace
 
-from tests.classification.small import CLASSES, model_folder, picture_folder
+from tests.classification.small import CLASSES, image_folder, model_folder
 from tests.raising import raises
 from veneer.classification.train.epoch_selection import read_epochs
 from veneer.cli import main
@@ -35,7 +35,7 @@ from veneer.injection.errors import OptionError, StateError, UnknownName
 def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A zip of three colours below one folder, as file managers make them."""
     parent = tmp_path_factory.mktemp("given")
-    picture_folder(parent / "pets", count=12)
+    image_folder(parent / "pets", count=12)
     return Path(shutil.make_archive(str(parent / "my pets"), "zip", parent, "pets"))
 
 
@@ -125,7 +125,7 @@ def test_accuracy_is_told_while_it_learns(tmp_path: Path, wanted: Wanted, monkey
 
 def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: Wanted, pets: Path) -> None:
     studio, alone, named = Studio.at(tmp_path), Workspace(tmp_path), Workspace(tmp_path, "ann")
-    folder = str(picture_folder(tmp_path / "colours", count=2))
+    folder = str(image_folder(tmp_path / "colours", count=2))
     flat = tmp_path / "flat.zip"
     with zipfile.ZipFile(flat, "w") as archive:
         archive.write(next(Path(folder).rglob("*.png")), "only/0.png")

@@ -1,4 +1,4 @@
-"""Small real models in folders, and small pictures with something to be learnt in them."""
+"""Small real models in folders, and a small separable image dataset."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def model_folder(parent: Path, kind: str) -> Path:
     model = timm.create_model(name, num_classes=7, **options)
     with torch.no_grad():
         for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-            norm.running_mean.normal_(std=0.1)  # statistics that show whether they were kept
-            norm.weight.uniform_(0.5, 1.5)  # timm begins the last ones of the blocks as zeros, which nothing passes
+            norm.running_mean.normal_(std=0.1)  # detectable if they change
+            norm.weight.uniform_(0.5, 1.5)  # timm initializes the last norms of the blocks to zero, which blocks gradients
     folder = parent / kind
     folder.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
@@ -41,8 +41,8 @@ def model_folder(parent: Path, kind: str) -> Path:
     return folder
 
 
-def picture_folder(parent: Path, count: int = 12, seed: int = 0) -> Path:
-    """`count` noisy pictures of each of three colours, in a folder a class."""
+def image_folder(parent: Path, count: int = 12, seed: int = 0) -> Path:
+    """`count` noisy images of each of three colors, one folder per class."""
     generator = torch.Generator().manual_seed(seed)
     for channel, name in enumerate(reversed(CLASSES)):
         (parent / name).mkdir(parents=True)

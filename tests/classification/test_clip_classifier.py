@@ -1,4 +1,4 @@
-"""CLIP as a classifier: the equation, and class weights that are never those of another moment."""
+"""CLIP as a classifier: the logits against the equation, and the cache of class embeddings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = (("toy", "cat"), ("dog",), ("red", "car"))
 
 
 def runs(model: nn.Module) -> list[int]:
-    """Filled with the number of prompts of each pass through the text tower. It is no hook, which would stop the keeping."""
+    """A list that receives the number of prompts of each text tower pass. No hook is used, because hooks disable the cache."""
     seen: list[int] = []
     texts: Any = model.head.texts
     inner = texts.encode
@@ -54,7 +54,7 @@ def test_zero_shot(key: str, side: int) -> None:
     torch.testing.assert_close(model(image), cosines(model, image, weights))
 
 
-def test_it_equals_the_logits_of_the_clip_itself() -> None:
+def test_logits_equal_open_clips() -> None:
     torch.manual_seed(0)
     clip = open_clip.model.CLIP(
         16,
@@ -68,14 +68,14 @@ def test_it_equals_the_logits_of_the_clip_itself() -> None:
     torch.testing.assert_close(model(image), expected)
 
 
-def test_many_prompts_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_encoded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, image = tiny(), pictures()
     expected = model(image)
     monkeypatch.setattr("veneer.models.class_embeddings.PROMPTS", 4)
     torch.testing.assert_close(tiny()(image), expected)
 
 
-def test_the_text_tower_runs_once_while_it_is_bare_and_frozen() -> None:
+def test_frozen_text_tower_runs_once() -> None:
     model, image = tiny().requires_grad_(False), pictures()
     seen = runs(model)
     expected = model(image)
@@ -91,9 +91,9 @@ def test_the_text_tower_runs_once_while_it_is_bare_and_frozen() -> None:
 
 
 def fresh(model: Any, image: Tensor) -> Tensor:
-    """What a model gives that has nothing kept."""
+    """Logits of a copy of the model with an empty cache."""
     again = copy.deepcopy(model)
-    again.head.texts.forget()
+    again.head.texts.clear_cache()
     with torch.no_grad():
         return again(image)
 
@@ -106,31 +106,31 @@ def check(model: Any, image: Tensor, before: Tensor, changed: bool = True) -> No
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "a step": lambda m: m.clip.ln_final.bias.add_(0.5),
-    "another tensor": lambda m: setattr(m.clip.ln_final.bias, "data", m.clip.ln_final.bias.data + 0.5),
-    "another parameter": lambda m: setattr(m.clip, "text_projection", nn.Parameter(m.clip.text_projection + 0.5)),
-    "a load": lambda m: m.load_state_dict({k: v + 0.1 * v.norm() if v.dim() else v for k, v in m.state_dict().items()}),
-    "an assigned load": lambda m: m.load_state_dict({k: v + 0.1 for k, v in m.state_dict().items()}, assign=True),
-    "another dtype": lambda m: m.float().double(),
-    "another module": lambda m: setattr(m.clip, "ln_final", nn.LayerNorm(20, bias=False).double()),
-    "a hook": lambda m: m.clip.ln_final.register_forward_hook(lambda module, args, output: output * 1.5 + 0.1),
-    "other ids": lambda m: m.head.texts.ids.copy_(m.head.texts.ids.roll(1, 0)),
-    "the scale of the logits": lambda m: m.clip.logit_scale.mul_(0.5),
+    "optimizer step": lambda m: m.clip.ln_final.bias.add_(0.5),
+    "new data": lambda m: setattr(m.clip.ln_final.bias, "data", m.clip.ln_final.bias.data + 0.5),
+    "new parameter": lambda m: setattr(m.clip, "text_projection", nn.Parameter(m.clip.text_projection + 0.5)),
+    "load": lambda m: m.load_state_dict({k: v + 0.1 * v.norm() if v.dim() else v for k, v in m.state_dict().items()}),
+    "load with assign": lambda m: m.load_state_dict({k: v + 0.1 for k, v in m.state_dict().items()}, assign=True),
+    "dtype": lambda m: m.float().double(),
+    "new module": lambda m: setattr(m.clip, "ln_final", nn.LayerNorm(20, bias=False).double()),
+    "hook": lambda m: m.clip.ln_final.register_forward_hook(lambda module, args, output: output * 1.5 + 0.1),
+    "ids": lambda m: m.head.texts.ids.copy_(m.head.texts.ids.roll(1, 0)),
+    "logit scale": lambda m: m.clip.logit_scale.mul_(0.5),
 }
 
 
-@pytest.mark.parametrize("what", list(CHANGES))
-def test_class_weights_follow_every_change(what: str) -> None:
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_cache_is_invalidated_by_every_change(change: str) -> None:
     model, image = tiny().requires_grad_(False), pictures()
     with torch.no_grad():
         before = model(image)
-        CHANGES[what](model)
+        CHANGES[change](model)
     check(model, image, before)
 
 
 @pytest.mark.parametrize(("method", "where"), [("lora", "text/attn.v"), ("bitfit", "text/bias.*"), ("coop", "prompts")])
-def test_class_weights_follow_an_attachment(method: str, where: str) -> None:
-    """Bitwise right after every step, load, switch, merge and detach."""
+def test_cache_is_invalidated_by_attachments(method: str, where: str) -> None:
+    """Logits are bitwise equal to uncached ones after every step, load, switch, merge and detach."""
     model, image = tiny().requires_grad_(False), pictures()
     options = {"tokens": 4} if method == "coop" else {}
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_class_weights_follow_an_attachment(method: str, where: str) -> None:
     with torch.no_grad():
         on = model(image)
         for p in tuned.parameters():
-            p.data.mul_(0.5)  # past the version of the tensor
+            p.data.mul_(0.5)  # does not change the tensor's version
     check(model, image, on)
     with torch.no_grad():
         half = model(image)
@@ -162,7 +162,7 @@ def test_class_weights_follow_an_attachment(method: str, where: str) -> None:
     check(model, image, before, changed=False)
 
 
-def test_the_text_tower_is_trained_through() -> None:
+def test_gradients_reach_the_text_tower() -> None:
     model, image = tiny(), pictures()
     model(image).sum().backward()
     assert model.clip.token_embedding.weight.grad.abs().sum() > 0
@@ -171,7 +171,7 @@ def test_the_text_tower_is_trained_through() -> None:
     tuned.probe()
 
 
-def test_what_is_kept_in_inference_mode_can_be_trained_with() -> None:
+def test_cache_from_inference_mode_can_be_used_in_training() -> None:
     model, image = tiny().requires_grad_(False), pictures()
     with torch.inference_mode():
         expected = model(image).clone()
@@ -187,7 +187,7 @@ def test_what_is_kept_in_inference_mode_can_be_trained_with() -> None:
     assert factor.grad is not None
 
 
-def test_autocast_has_weights_of_its_own() -> None:
+def test_cache_depends_on_autocast() -> None:
     model, image = tiny().float().requires_grad_(False), pictures().float()
     plain = model(image)
     with torch.autocast("cpu", torch.bfloat16):
@@ -205,7 +205,7 @@ def test_linear_head() -> None:
     assert {"head:weight", "head:bias"} <= set(dict(tuned.named_parameters()))
 
 
-def test_one_feature_site_before_the_head() -> None:
+def test_feature_sites() -> None:
     for key in ("vit", "timm", "linear"):
         found = {s.role: s for s in sites(tiny(key)) if isinstance(s, FeatureSite)}
         assert found.keys() == {"features", "logits"}
@@ -213,7 +213,7 @@ def test_one_feature_site_before_the_head() -> None:
         assert {(s.width, s.classes, s.head) for s in found.values()} == {(16, 3, "head")}
 
 
-def test_prompts_of_towers_that_do_not_end_at_a_token_are_no_site() -> None:
+def test_no_prompt_site_without_end_token_pooling() -> None:
     text = {"context_length": 20, "vocab_size": 64, "width": 20, "heads": 2, "layers": 1, "pool_type": "last"}
     vision = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 1, "head_width": 12}
     model = CLIPClassifier(open_clip.model.CustomTextCLIP(16, vision, text), small_tokenizer, ["cat"])
@@ -221,14 +221,14 @@ def test_prompts_of_towers_that_do_not_end_at_a_token_are_no_site() -> None:
     assert not [s for s in sites(model) if isinstance(s, PromptSite)]
 
 
-def test_texts_that_do_not_fit_are_named() -> None:
+def test_error_lists_texts_that_are_too_long() -> None:
     clip = tiny().clip
     with raises(TextError, where="tokens", expected=20) as caught:
         CLIPClassifier(clip, small_tokenizer, ["cat", "very_long_" * 8])
     ((text, count),) = caught.value.given
     assert text.startswith("a photo of a very long ")
     assert count > 20
-    CLIPClassifier(clip, small_tokenizer, ["long " * 18], ["{}"])  # and what fits just so does
+    CLIPClassifier(clip, small_tokenizer, ["long " * 18], ["{}"])  # exactly the context length
     with raises(TextError, where="tokens", expected=20):
         CLIPClassifier(clip, small_tokenizer, ["long " * 19], ["{}"])
     with raises(TextError, where="templates", given=("a photo",)):
@@ -237,7 +237,7 @@ def test_texts_that_do_not_fit_are_named() -> None:
 
 @pytest.mark.parametrize("key", ["vit", "timm"])
 @pytest.mark.parametrize("method", ["lora", "bitfit", "ia3", "vpt", "adaptformer", "norm_tuning"])
-def test_ordinary_methods_reach_both_towers(key: str, method: str) -> None:
+def test_methods_adapt_both_towers(key: str, method: str) -> None:
     tuned = attach(tiny(key), method, sample=True)
     towers = {site.tower for site, _ in tuned.parts.values()}
     assert towers == ({"vision"} if method == "vpt" else {"vision", "text"})
@@ -258,13 +258,13 @@ def test_bundled_clip() -> None:
     assert found.features.width == 128
 
 
-def test_data_is_that_of_the_models_own_transform() -> None:
+def test_data_config_matches_the_models_transform() -> None:
     from PIL import Image
 
     found = open_clip_classifier("bundled_clip", ["cat"])
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{_bundled()}")
-    picture = Image.effect_noise((90, 70), 80).convert("RGB")
-    assert torch.equal(EvalView(found.data)(picture), transform(picture))
+    image = Image.effect_noise((90, 70), 80).convert("RGB")
+    assert torch.equal(EvalView(found.data)(image), transform(image))
 
 
 def _bundled() -> Any:
@@ -301,7 +301,7 @@ def test_weights(tmp_path: Any) -> None:
         ("open_clip:ViT-B-32", "/no/such.safetensors", {"file": "/no/such.safetensors", "given": "missing"}),
     ],
 )
-def test_models_that_cannot_be_had(name: str, weights: str | None, data: dict[str, Any]) -> None:
+def test_errors_of_unknown_models_and_weights(name: str, weights: str | None, data: dict[str, Any]) -> None:
     with raises(ModelError, **data):
         open_clip_classifier(name, ["cat"], weights=weights)
     with raises(ModelError, where="tokens"):

@@ -1,4 +1,4 @@
-"""Rows as they are written, the table against numbers by hand, and runs that are not made twice."""
+"""Method comparison: parsing of rows, the table against hand-computed values, and reuse of results."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 from veneer.pipelines.compare import CompareConfig, compare
 
-from tests.classification.small import model_folder, picture_folder
+from tests.classification.small import image_folder, model_folder
 from tests.raising import raises
-from veneer.classification.report.comparison_table import lines_of, table, verdict, write_picture
-from veneer.classification.train.comparison import Measured, rows_of
+from veneer.classification.report.comparison_table import summarize_runs, table, verdict, write_accuracy_plot
+from veneer.classification.train.comparison import RunMetrics, parse_rows
 from veneer.injection import UnknownName
 from veneer.injection.errors import OptionError, UnknownOption
 
 
-def test_rows_are_read_as_they_are_written() -> None:
-    rows = rows_of("lora, adaptformer(bottleneck=8, scale=0.5), lora(rank=2, where=attn mlp.in), vpt+lora, scratch")
+def test_parse_rows() -> None:
+    rows = parse_rows("lora, adaptformer(bottleneck=8, scale=0.5), lora(rank=2, where=attn mlp.in), vpt+lora, scratch")
     assert [r.label for r in rows] == [
         "lora", "adaptformer(bottleneck=8, scale=0.5)", "lora(rank=2, where=attn mlp.in)", "vpt+lora", "scratch",
     ]  # fmt: skip
@@ -43,24 +43,24 @@ def test_rows_are_read_as_they_are_written() -> None:
         ("", "methods", ()),
     ],
 )
-def test_what_cannot_be_read_is_refused(written: str, option: str, given: Any) -> None:
+def test_parse_rows_rejects_invalid_text(written: str, option: str, given: Any) -> None:
     with raises(OptionError, option=option, given=given):
-        rows_of(written)
+        parse_rows(written)
 
 
-def test_unknown_methods_and_options_are_refused() -> None:
+def test_parse_rows_rejects_unknown_methods_and_options() -> None:
     with raises(UnknownName, name="loro", kind="method"):
-        rows_of("loro")
+        parse_rows("loro")
     with raises(UnknownOption, name="rnk", where="lora"):
-        rows_of("lora(rnk=2)")
+        parse_rows("lora(rnk=2)")
 
 
-def measured(row: str, seed: int, accuracy: float, **more: Any) -> Measured:
-    usual: dict[str, Any] = {
+def measured(row: str, seed: int, accuracy: float, **more: Any) -> RunMetrics:
+    defaults: dict[str, Any] = {
         "key": f"{row}{seed}", "val_accuracy": accuracy, "chosen_epoch": 1, "learning_rate": 1e-3, "trainable_parameters": 10,
         "stored_bytes": 2048, "step_over_floor": 2.0, "peak_memory_bytes": 3_000_000, "cached": False, "seconds": 1.0,
     }  # fmt: skip
-    return Measured(row, seed, test_accuracy=accuracy, **{**usual, **more})
+    return RunMetrics(row, seed, test_accuracy=accuracy, **{**defaults, **more})
 
 
 RUNS = [
@@ -71,48 +71,48 @@ RUNS = [
 ]
 
 
-def test_the_table_has_means_intervals_and_paired_differences(tmp_path: Path) -> None:
-    lines = lines_of(RUNS, ["linear_probe", "lora", "vpt", "ia3"])
+def test_table_means_intervals_and_paired_differences(tmp_path: Path) -> None:
+    lines = summarize_runs(RUNS, ["linear_probe", "lora", "vpt", "ia3"])
     lora = lines[1]
     assert lora.accuracy == pytest.approx(0.85)
     assert lora.over == pytest.approx(0.1)
     assert lora.over_half == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-5), "differences 0.10, 0.11, 0.09"
-    told = table(lines)
-    assert "| `lora` | 85.0 ± 13.8 | +10.0 ± 2.5 | 85.0 | 10 | 2.05 kB | 2.00 | 3 MB | 0.001 |" in told
-    assert told.index("`lora`") < told.index("`vpt`") < told.index("`ia3`")
-    assert "2.00 (cached)" in told
+    text = table(lines)
+    assert "| `lora` | 85.0 ± 13.8 | +10.0 ± 2.5 | 85.0 | 10 | 2.05 kB | 2.00 | 3 MB | 0.001 |" in text
+    assert text.index("`lora`") < text.index("`vpt`") < text.index("`ia3`")
+    assert "2.00 (cached)" in text
     assert verdict(lines) == [
-        "Above the linear probe: lora.",
-        "Not clearly apart from it: vpt.",
-        "Below it: ia3.",
-        "Chosen by validation accuracy: lora, test accuracy 85.0 ± 13.8.",
+        "Better than the linear probe: lora.",
+        "Not clearly different from the linear probe: vpt.",
+        "Worse than the linear probe: ia3.",
+        "Best validation accuracy: lora, with test accuracy 85.0 ± 13.8.",
     ]
-    write_picture(lines, "toy", tmp_path / "accuracy.png")
-    with Image.open(tmp_path / "accuracy.png") as picture:
-        assert picture.size[0] > 400
+    write_accuracy_plot(lines, "toy", tmp_path / "accuracy.png")
+    with Image.open(tmp_path / "accuracy.png") as image:
+        assert image.size[0] > 400
 
 
-def test_a_comparison_grows_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_results_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from veneer.classification.train import comparison
 
-    data, model = picture_folder(tmp_path / "pictures", count=10), model_folder(tmp_path, "vit")
+    data, model = image_folder(tmp_path / "pictures", count=10), model_folder(tmp_path, "vit")
     fitted: list[str] = []
-    teach = comparison.Teacher.teach
+    train = comparison.ClassifierTrainer.train
 
     def counted(self: Any) -> Any:
         fitted.append(self.config.method)
-        return teach(self)
+        return train(self)
 
-    monkeypatch.setattr(comparison.Teacher, "teach", counted)
-    usual: dict[str, Any] = {
+    monkeypatch.setattr(comparison.ClassifierTrainer, "train", counted)
+    defaults: dict[str, Any] = {
         "data": str(data), "model": str(model), "epochs": 1, "batch": 8, "workers": 1, "out": tmp_path / "out", "augment": "none",
     }  # fmt: skip
-    compare(CompareConfig(methods="bitfit", seeds=1, **usual))
+    compare(CompareConfig(methods="bitfit", seeds=1, **defaults))
     first = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert fitted == ["linear_probe", "bitfit"]
     fitted.clear()
-    compare(CompareConfig(methods="bitfit, lora(rank=2), scratch", seeds=2, **usual))
-    assert sorted(fitted) == ["bitfit", "full", "full", "linear_probe", "lora", "lora"], "only what was missing"
+    compare(CompareConfig(methods="bitfit, lora(rank=2), scratch", seeds=2, **defaults))
+    assert sorted(fitted) == ["bitfit", "full", "full", "linear_probe", "lora", "lora"], "only missing runs"
     runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert runs[: len(first)] == first
     assert {(r["row"], r["seed"]) for r in runs} == {
@@ -127,8 +127,8 @@ def test_a_comparison_grows_and_repeats_nothing(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "out" / "compare.md").read_text().count("| `") == 4
     assert not list((tmp_path / "out" / "runs").iterdir())
     fitted.clear()
-    compare(CompareConfig(methods="bitfit, lora(rank=2), scratch", seeds=2, **{**usual, "epochs": 2}))
-    assert len(fitted) == 8, "another budget is another comparison"
+    compare(CompareConfig(methods="bitfit, lora(rank=2), scratch", seeds=2, **{**defaults, "epochs": 2}))
+    assert len(fitted) == 8, "results of another number of epochs are not reused"
 
 
 def _model(folder: Path) -> Any:
@@ -137,8 +137,8 @@ def _model(folder: Path) -> Any:
     return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=3)
 
 
-def test_a_clip_is_compared_with_what_it_answers_by_itself(tmp_path: Path) -> None:
-    data = picture_folder(tmp_path / "pictures", count=8)
+def test_clip_baseline_is_zero_shot(tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "pictures", count=8)
     out = compare(
         CompareConfig(
             data=str(data), model="bundled_clip", methods="tip_adapter, clip_adapter", seeds=1, epochs=1, batch=8, workers=1,
@@ -148,6 +148,6 @@ def test_a_clip_is_compared_with_what_it_answers_by_itself(tmp_path: Path) -> No
     runs = {r["row"]: r for r in json.loads((out / "results.json").read_text())["runs"]}
     assert list(runs) == ["zero_shot", "tip_adapter", "clip_adapter"]
     assert (runs["zero_shot"]["trainable_parameters"], runs["tip_adapter"]["trainable_parameters"]) == (0, 0)
-    assert runs["tip_adapter"]["stored_bytes"] > 3 * 4 * 128 * 4, "features of the pictures of three classes"
+    assert runs["tip_adapter"]["stored_bytes"] > 3 * 4 * 128 * 4, "cached features of the training images of three classes"
     assert all(r["cached"] for r in runs.values())
     assert "over zero-shot" in (out / "compare.md").read_text()

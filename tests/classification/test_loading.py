@@ -1,4 +1,4 @@
-"""Opening models: heads, weights, and the messages where there are none."""
+"""Opening of classifiers: heads, weights, and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.classification.models.loading import open_classifier
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_a_folder_is_opened_with_its_weights_and_a_new_head(tmp_path: Path, kind: str) -> None:
+def test_open_classifier_from_folder_with_new_head(tmp_path: Path, kind: str) -> None:
     folder = model_folder(tmp_path, kind)
     found = open_classifier(str(folder), CLASSES, seed=1)
     assert found.fresh
@@ -30,17 +30,17 @@ def test_a_folder_is_opened_with_its_weights_and_a_new_head(tmp_path: Path, kind
     assert not found.model.training
     again, other = (open_classifier(str(folder), CLASSES, seed=s).model.state_dict()[f"{site.head}.weight"] for s in (1, 2))
     assert torch.equal(again, state[f"{site.head}.weight"])
-    assert not torch.equal(other, again), "another seed draws another head"
+    assert not torch.equal(other, again), "another seed, another head"
 
 
-def test_a_kept_head_is_the_models_own(tmp_path: Path) -> None:
+def test_keep_head(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, "vit")
     found = open_classifier(str(folder), CLASSES, keep_head=True)
     assert not found.fresh
     assert torch.equal(found.model.state_dict()["head.weight"], load_file(folder / "model.safetensors")["head.weight"])
 
 
-def test_other_weights_and_random_ones(tmp_path: Path) -> None:
+def test_weights_from_file_and_random_weights(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, "vit")
     other = {name: tensor + 1 for name, tensor in load_file(folder / "model.safetensors").items()}
     file = tmp_path / "other.safetensors"
@@ -55,7 +55,7 @@ def test_other_weights_and_random_ones(tmp_path: Path) -> None:
     assert not torch.equal(a, c)
 
 
-def test_what_cannot_be_opened_says_what_to_do(tmp_path: Path) -> None:
+def test_errors_of_unknown_models_and_invalid_weights(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, "vit")
     with raises(ModelError, where="timm", given="vit_tiny_patch16_22") as caught:
         open_classifier("vit_tiny_patch16_22", CLASSES)
@@ -71,14 +71,14 @@ def test_what_cannot_be_opened_says_what_to_do(tmp_path: Path) -> None:
         open_classifier(str(folder), CLASSES, weights=resnet)
 
 
-def test_another_size_is_taken(tmp_path: Path) -> None:
+def test_input_size_option(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, "vit")
     found = open_classifier(str(folder), CLASSES, size=48)
     assert found.data["input_size"] == (3, 48, 48)
     assert found.model(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
 
 
-def test_weights_that_are_no_safetensors_file(tmp_path: Path) -> None:
+def test_invalid_safetensors_file(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     file.write_text("nonsense")
     with raises(ModelError, file=file, given="damaged"):

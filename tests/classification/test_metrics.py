@@ -1,4 +1,4 @@
-"""Figures against numbers worked out by hand or by scikit-learn and scipy."""
+"""Classification metrics against hand-computed values, scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ import math
 import pytest
 import torch
 
-from veneer.classification.report.metrics import calibration_error, figures_of, mean_interval, wilson
+from veneer.classification.report.metrics import calibration_error, compute_metrics, mean_interval, wilson
 
 
-def test_accuracy_recall_and_confusion_are_scikit_learns() -> None:
+def test_accuracy_recall_and_confusion_match_scikit_learn() -> None:
     from sklearn.metrics import confusion_matrix, log_loss, recall_score
 
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(200, 4, generator=generator), torch.randint(0, 3, (200,), generator=generator)
-    figures = figures_of(logits, labels)
+    metrics = compute_metrics(logits, labels)
     answers = logits.argmax(1)
-    assert figures.accuracy == float((answers == labels).double().mean())
-    assert [list(row) for row in figures.confusion] == confusion_matrix(labels, answers, labels=range(4)).tolist()
-    assert figures.recall[:3] == pytest.approx(recall_score(labels, answers, labels=range(3), average=None))
-    assert figures.recall[3] is None, "a class without pictures has no recall"
-    assert figures.loss == pytest.approx(log_loss(labels, logits.double().softmax(1), labels=range(4)))
-    assert figures.as_dict("abcd")["recall"]["d"] is None
+    assert metrics.accuracy == float((answers == labels).double().mean())
+    assert [list(row) for row in metrics.confusion] == confusion_matrix(labels, answers, labels=range(4)).tolist()
+    assert metrics.recall[:3] == pytest.approx(recall_score(labels, answers, labels=range(3), average=None))
+    assert metrics.recall[3] is None, "a class without images has no recall"
+    assert metrics.loss == pytest.approx(log_loss(labels, logits.double().softmax(1), labels=range(4)))
+    assert metrics.as_dict("abcd")["recall"]["d"] is None
 
 
 @pytest.mark.parametrize(("right", "of"), [(0, 10), (10, 10), (3, 7), (311, 372), (1, 1)])
-def test_the_interval_is_wilsons(right: int, of: int) -> None:
+def test_wilson_interval_matches_scipy(right: int, of: int) -> None:
     from scipy.stats import binomtest
 
     expected = binomtest(right, of).proportion_ci(method="wilson")
     assert wilson(right, of) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_calibration_error_by_hand() -> None:
+def test_calibration_error() -> None:
     # two bins: confidence 0.75 four times with three right, confidence 0.55 twice with none right
     shares = torch.tensor([[0.75, 0.25]] * 4 + [[0.55, 0.45]] * 2, dtype=torch.float64)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     assert calibration_error(shares, labels) == pytest.approx((4 * abs(0.75 - 0.75) + 2 * abs(0 - 0.55)) / 6)
 
 
-def test_a_confidence_at_a_bins_edge_is_in_the_bin_below() -> None:
+def test_calibration_bins_include_their_upper_edge() -> None:
     # 1/3 = 5/15 ends the fifth bin; 0.34 begins in the sixth. In one bin their errors would cancel.
     third = 1 / 3
     shares = torch.tensor([[third, third, third], [0.34, 0.33, 0.33]], dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_a_confidence_at_a_bins_edge_is_in_the_bin_below() -> None:
     assert apart == pytest.approx((abs(1 - third) + abs(0 - 0.34)) / 2, abs=1e-6)
 
 
-def test_the_interval_of_a_mean_is_students() -> None:
+def test_mean_interval_matches_scipy() -> None:
     from scipy import stats
 
     values = [0.8, 0.83, 0.78]

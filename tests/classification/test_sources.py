@@ -1,4 +1,4 @@
-"""Finding labelled pictures: every form of data, made here as real files, gives the same examples."""
+"""Sources of labeled images, each written as real files."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from tests.raising import carries, raises
 from tests.training.pictures import DATA, gradient, save
 from veneer.classification.data.image_folder import SPLITS
-from veneer.classification.data.sources import Example, find_pictures
+from veneer.classification.data.sources import Example, open_source
 from veneer.training.data.image_io import DataError
 
 CLOTHING = DATA / "clothing-160"
@@ -28,8 +28,8 @@ def seen(source):
     return {(each.name, source.classes[each.label], each.split) for each in source.examples}
 
 
-def test_a_folder_of_classes(tmp_path):
-    source = find_pictures(classes(tmp_path))
+def test_class_folders(tmp_path):
+    source = open_source(classes(tmp_path))
     assert source.classes == ("cat", "dog")
     assert seen(source) == {(f"{name}/{n}.png", name, None) for name in ("cat", "dog") for n in range(2)}
     assert not source.has_splits
@@ -38,22 +38,22 @@ def test_a_folder_of_classes(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "dev", "TEST"), ("train", "valid", "test")])
-def test_folders_of_splits(tmp_path, names):
+def test_split_folders(tmp_path, names):
     for name in names:
         classes(tmp_path / name, each=1)
-    source = find_pictures(tmp_path)
+    source = open_source(tmp_path)
     words = ("train", "validation", "test")
     assert seen(source) == {(f"{n}/{c}/0.png", c, w) for n, w in zip(names, words, strict=True) for c in ("cat", "dog")}
     assert source.counts("test") == {"cat": 1, "dog": 1}
 
 
-def test_a_class_may_be_called_train(tmp_path):
-    source = find_pictures(classes(tmp_path, ("plane", "train", "test")))
+def test_class_named_train(tmp_path):
+    source = open_source(classes(tmp_path, ("plane", "train", "test")))
     assert source.classes == ("plane", "test", "train")
     assert not source.has_splits
 
 
-def test_what_is_passed_over_and_what_is_said(tmp_path):
+def test_ignored_files_are_noted(tmp_path):
     classes(tmp_path / "train")
     for name in (".hidden.png", "Thumbs.db", "desktop.ini", ".DS_Store"):
         (tmp_path / "train" / "cat" / name).write_bytes(b"x")
@@ -64,37 +64,37 @@ def test_what_is_passed_over_and_what_is_said(tmp_path):
     save(tmp_path / "train" / "dog" / "old" / "deep" / "a.png")
     (tmp_path / "train" / "dog" / "list.txt").write_text("x")
     (tmp_path / "train" / "fish").mkdir()
-    source = find_pictures(tmp_path)
+    source = open_source(tmp_path)
     names = {each.name for each in source.examples}
     assert names == {f"train/{c}/{n}.png" for c in ("cat", "dog") for n in range(2)} | {"train/dog/old/deep/a.png"}
     assert source.classes == ("cat", "dog")
-    told = "\n".join(source.notes)
-    assert "extra/" in told
-    assert "1 pictures outside the class folders, passed over: train/loose.png" in told
-    assert "1 files that are no pictures by their ending, passed over: train/dog/list.txt" in told
-    assert "no pictures in train/fish; left out" in told
+    notes = "\n".join(source.notes)
+    assert "extra/" in notes
+    assert "1 images outside the class folders ignored: train/loose.png" in notes
+    assert "1 files without an image suffix ignored: train/dog/list.txt" in notes
+    assert "no images in train/fish; skipped" in notes
     assert len(source.notes) == 4
 
 
-def test_a_link_in_a_circle_is_not_followed_for_ever(tmp_path):
+def test_circular_links_are_not_followed(tmp_path):
     classes(tmp_path)
     (tmp_path / "cat" / "again").symlink_to(tmp_path, target_is_directory=True)
-    names = {each.name for each in find_pictures(tmp_path).examples}
+    names = {each.name for each in open_source(tmp_path).examples}
     assert names >= {"cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"}
     assert max(name.count("again") for name in names) == 1
 
 
-def test_the_order_is_not_the_file_systems(tmp_path, monkeypatch):
-    source = find_pictures(classes(tmp_path, each=5))
+def test_order_is_independent_of_the_file_system(tmp_path, monkeypatch):
+    source = open_source(classes(tmp_path, each=5))
     listed = type(tmp_path).iterdir
     monkeypatch.setattr(type(tmp_path), "iterdir", lambda self: sorted(listed(self), reverse=True))
-    again = find_pictures(tmp_path)
+    again = open_source(tmp_path)
     assert again.examples == source.examples
     assert again.digest == source.digest
 
 
-def test_the_digest_hears_of_names_labels_and_splits(tmp_path):
-    source = find_pictures(classes(tmp_path))
+def test_digest_covers_names_labels_and_splits(tmp_path):
+    source = open_source(classes(tmp_path))
     first = source.examples[0]
     changed = [replace(first, name="x"), replace(first, label=1), replace(first, split="test")]
     digests = {replace(source, examples=(each, *source.examples[1:])).digest for each in (first, *changed)}
@@ -112,20 +112,20 @@ def test_the_digest_hears_of_names_labels_and_splits(tmp_path):
         (lambda p: classes(classes(p / "val").parent / "dev").parent, "validation", ("dev", "val")),
     ],
 )
-def test_what_is_no_source(tmp_path, make, where, given):
+def test_errors_of_invalid_sources(tmp_path, make, where, given):
     path = make(tmp_path)
     with raises(DataError, file=path, where=where, given=given):
-        find_pictures(path)
+        open_source(path)
 
 
-def test_a_folder_that_may_not_be_read(tmp_path):
+def test_folder_without_read_permission(tmp_path):
     classes(tmp_path)
     (tmp_path / "dog").chmod(0)
     try:
         if os.access(tmp_path / "dog", os.R_OK):
             pytest.skip("the superuser may read everything")
         with raises(DataError, file=tmp_path / "dog", given="unreadable"):
-            find_pictures(tmp_path)
+            open_source(tmp_path)
     finally:
         (tmp_path / "dog").chmod(0o755)
 
@@ -133,7 +133,7 @@ def test_a_folder_that_may_not_be_read(tmp_path):
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("heading", ["", "path,label,split\n", "Split,FileName,Class\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_a_table(tmp_path, separator, heading, mark):
+def test_csv(tmp_path, separator, heading, mark):
     classes(tmp_path)
     rows = [
         ("cat/0.png", "a cat", "train"),
@@ -144,21 +144,21 @@ def test_a_table(tmp_path, separator, heading, mark):
     order = (2, 0, 1) if heading.startswith("Split") else (0, 1, 2)
     text = heading + "".join(",".join(row[at] for at in order) + "\r\n" for row in rows) + "\n"
     (tmp_path / "list.csv").write_text(mark + text.replace(",", separator), encoding="utf-8")
-    source = find_pictures(tmp_path / "list.csv")
+    source = open_source(tmp_path / "list.csv")
     assert source.classes == ("a cat", "dog")
     assert seen(source) == {(path, label, "validation" if split == "val" else split) for path, label, split in rows}
     assert source.read(source.examples[0]).size == (20, 16)
 
 
-def test_a_table_of_quoted_and_absolute_paths_without_splits(tmp_path):
+def test_csv_with_quoted_and_absolute_paths(tmp_path):
     save(tmp_path / "a, b.png")
     save(tmp_path / "far" / "c.png")
     (tmp_path / "near").mkdir()
     table = tmp_path / "list.csv"
     table.write_text(f'"a, b.png",one\n{tmp_path / "far" / "c.png"},two\n"a, b.png",one\n')
-    source = find_pictures(table)
+    source = open_source(table)
     assert {each.name for each in source.examples} == {"a, b.png", "far/c.png"}
-    assert source.notes == (f"{table}: 1 lines say again what an earlier one says; counted once.",)
+    assert source.notes == (f"{table}: 1 duplicate lines ignored.",)
 
 
 @pytest.mark.parametrize(
@@ -174,19 +174,19 @@ def test_a_table_of_quoted_and_absolute_paths_without_splits(tmp_path):
         ("cat/0.png,cat\n../x.png,cat\n", "line 2", "../x.png", "folder"),
     ],
 )
-def test_a_table_that_is_wrong_names_the_line(tmp_path, text, where, given, expected):
+def test_csv_errors_name_the_line(tmp_path, text, where, given, expected):
     classes(tmp_path)
     (tmp_path / "list.csv").write_text(text)
     with raises(DataError, file=tmp_path / "list.csv", where="lines") as caught:
-        find_pictures(tmp_path / "list.csv")
+        open_source(tmp_path / "list.csv")
     carries(*caught.value.given, where=where, given=given, expected=expected)
     assert where in str(caught.value)
 
 
-def test_of_many_wrong_lines_the_first_are_named(tmp_path):
+def test_csv_errors_list_the_first_lines(tmp_path):
     (tmp_path / "list.csv").write_text("".join(f"none/{n}.png,cat\n" for n in range(20)))
     with raises(DataError, file=tmp_path / "list.csv", where="lines") as caught:
-        find_pictures(tmp_path / "list.csv")
+        open_source(tmp_path / "list.csv")
     assert [each.where for each in caught.value.given] == [f"line {n}" for n in range(1, 21)]
     assert "line 8" in str(caught.value)
     assert "line 9" not in str(caught.value)
@@ -195,27 +195,27 @@ def test_of_many_wrong_lines_the_first_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "where", "given"),
     [
-        ("colour,size\nred,3\n", "heading", ("colour", "size")),
+        ("color,size\nred,3\n", "heading", ("color", "size")),
         ("cat/0.png\n", "heading", ("cat/0.png",)),
         ("path,label\n", "classes", 0),
         ("", "classes", 0),
     ],
 )
-def test_a_table_without_rows_or_headings(tmp_path, text, where, given):
+def test_csv_without_rows_or_header(tmp_path, text, where, given):
     classes(tmp_path)
     (tmp_path / "list.csv").write_text(text)
     with raises(DataError, file=tmp_path / "list.csv", where=where, given=given):
-        find_pictures(tmp_path / "list.csv")
+        open_source(tmp_path / "list.csv")
 
 
-def test_a_table_that_is_not_utf8(tmp_path):
+def test_csv_that_is_not_utf8(tmp_path):
     (tmp_path / "list.csv").write_bytes("a.png,Bär\n".encode("latin-1"))
     with raises(DataError, file=tmp_path / "list.csv", where="byte 7", expected="UTF-8"):
-        find_pictures(tmp_path / "list.csv")
+        open_source(tmp_path / "list.csv")
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_an_image_folder_with_metadata(tmp_path, kind):
+def test_image_folder_with_metadata(tmp_path, kind):
     for split in ("train", "test"):
         for number in range(2):
             save(tmp_path / split / f"{number}.png", 20, 16, seed=number)
@@ -225,22 +225,22 @@ def test_an_image_folder_with_metadata(tmp_path, kind):
         else:
             text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / split / f"metadata.{kind}").write_text(text)
-    source = find_pictures(tmp_path)
+    source = open_source(tmp_path)
     assert seen(source) == {(f"{split}/{n}.png", str(n), split) for split in ("train", "test") for n in range(2)}
 
 
-def test_metadata_of_captions_leaves_the_classes_to_the_folders(tmp_path):
+def test_metadata_without_labels_is_ignored(tmp_path):
     classes(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat/0.png", "text": "a cat"}\n')
-    assert find_pictures(tmp_path).classes == ("cat", "dog")
+    assert open_source(tmp_path).classes == ("cat", "dog")
 
 
 @pytest.mark.parametrize(("line", "given", "expected"), [("{", None, "JSON"), ("[1]", [1], ("file_name", "label"))])
-def test_broken_metadata_names_the_line(tmp_path, line, given, expected):
+def test_metadata_errors_name_the_line(tmp_path, line, given, expected):
     save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": "x"}\n' + line)
     with raises(DataError, file=tmp_path / "metadata.jsonl", where="line 2", given=given, expected=expected):
-        find_pictures(tmp_path)
+        open_source(tmp_path)
 
 
 def dataset(datasets, root):
@@ -252,7 +252,7 @@ def dataset(datasets, root):
 
 
 @pytest.mark.parametrize("form", ["parquet", "disk", "dict"])
-def test_a_folder_of_the_datasets_library(tmp_path, form):
+def test_hugging_face_dataset_folder(tmp_path, form):
     datasets = pytest.importorskip("datasets", reason="writes the folders that are read")
     data, out = dataset(datasets, tmp_path / "pictures"), tmp_path / "out"
     both = datasets.DatasetDict({"train": data, "test": data})
@@ -262,7 +262,7 @@ def test_a_folder_of_the_datasets_library(tmp_path, form):
             part.to_parquet(out / "data" / f"{split}-00000-of-00001.parquet")
     else:
         (both if form == "dict" else data).save_to_disk(out)
-    source = find_pictures(out)
+    source = open_source(out)
     assert source.classes == ("cat", "dog")
     train = [each for each in source.examples if each.split in ("train", None)]
     assert [source.classes[each.label] for each in train] == ["dog", "cat", "dog", "cat"]
@@ -271,7 +271,7 @@ def test_a_folder_of_the_datasets_library(tmp_path, form):
         assert np.array_equal(source.read(each), gradient(20, 16, seed=number))
 
 
-def test_parquet_without_the_librarys_header(tmp_path):
+def test_parquet_without_hugging_face_metadata(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="writes the file that is read")
     parquet = pytest.importorskip("pyarrow.parquet", reason="as well")
 
@@ -279,20 +279,20 @@ def test_parquet_without_the_librarys_header(tmp_path):
     table = pyarrow.table({"image": [{"bytes": each, "path": None} for each in data], "label": ["b", "a"]})
     (tmp_path / "q").mkdir()
     parquet.write_table(table, tmp_path / "q" / "some.parquet")
-    source = find_pictures(tmp_path / "q")
+    source = open_source(tmp_path / "q")
     assert seen(source) == {("row/0000000", "b", None), ("row/0000001", "a", None)}
     assert np.array_equal(source.read(source.examples[1]), gradient(80, 64, seed=1))
     parquet.write_table(pyarrow.table({"picture_of": [1], "label": [1]}), tmp_path / "q" / "some.parquet")
     file = tmp_path / "q" / "some.parquet"
     with raises(DataError, file=file, where="columns", given=("picture_of", "label"), expected="image"):
-        find_pictures(tmp_path / "q")
+        open_source(tmp_path / "q")
     (tmp_path / "q" / "some.parquet").write_bytes(b"PAR1")
     with raises(DataError, file=file, given="damaged"):
-        find_pictures(tmp_path / "q")
+        open_source(tmp_path / "q")
 
 
-def test_rows_without_a_label_are_left_out(tmp_path):
-    """The library writes -1 for the labels that a public test split hides."""
+def test_rows_without_label_are_skipped(tmp_path):
+    """The datasets library stores -1 for the hidden labels of public test splits."""
     pyarrow = pytest.importorskip("pyarrow", reason="writes the file that is read")
     parquet = pytest.importorskip("pyarrow.parquet", reason="as well")
     features = {"photo": {"_type": "Image"}, "kind": {"_type": "ClassLabel", "names": ["x", "y"]}}
@@ -302,27 +302,27 @@ def test_rows_without_a_label_are_left_out(tmp_path):
         table = pyarrow.table({"photo": [{"bytes": b"0", "path": None}] * len(labels), "kind": list(labels)})
         parquet.write_table(table.replace_schema_metadata(head), tmp_path / "validation.parquet")
         parquet.write_table(table.replace_schema_metadata(head), tmp_path / "train_2.parquet")
-        return find_pictures(tmp_path)
+        return open_source(tmp_path)
 
     source = write(1, -1, 0)
     assert seen(source) == {(f"{s}/{n:07d}", "yx"[n // 2], s) for s in ("train", "validation") for n in (0, 2)}
-    assert source.notes == (f"{tmp_path}: 2 rows without a label; left out.",)
+    assert source.notes == (f"{tmp_path}: 2 rows without a label skipped.",)
     with raises(DataError, where="label", given=2, expected=2):
         write(1, 2)
 
 
-def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
     with raises(DataError, file=tmp_path / "train.parquet", expected="pyarrow"):
-        find_pictures(tmp_path)
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize("data", [None, "digits"])
-def test_the_digits(data):
+def test_digits(data):
     from sklearn.datasets import load_digits
 
-    source, table = find_pictures(data), load_digits()
+    source, table = open_source(data), load_digits()
     assert (len(source), source.classes, source.mirror) == (1797, tuple("0123456789"), False)
     for place in (0, 5, 1796):
         pixels = np.asarray(source.read(source.examples[place]))
@@ -332,8 +332,8 @@ def test_the_digits(data):
 
 
 @pytest.mark.skipif(not CLOTHING.is_dir(), reason="../shared/data/clothing-160 is not there")
-def test_the_clothing_photos():
-    source = find_pictures(CLOTHING)
+def test_clothing_photos():
+    source = open_source(CLOTHING)
     assert len(source.classes) == 10
     assert [sum(source.counts(split).values()) for split in ("train", "validation", "test")] == [3068, 341, 372]
     folder = CLOTHING / "train" / "t-shirt"

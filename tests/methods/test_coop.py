@@ -126,7 +126,7 @@ def test_prompts_have_the_ids_that_the_tokenizer_gives_them() -> None:
     for tokens in (4, 16):
         adapter = CoOp(tokens=tokens).build(prompt_site(model))
         texts = [" ".join(["X"] * tokens) + f" {name}." for name in names]
-        assert torch.equal(adapter.ids, model.head.texts.words.tokenizer(texts))
+        assert torch.equal(adapter.ids, model.head.texts.tokenizer.tokenizer(texts))
 
 
 def test_counts_of_the_paper() -> None:

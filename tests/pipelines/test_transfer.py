@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from veneer.pipelines.predict import PredictConfig, predict
 from veneer.pipelines.transfer import transfer
 
-from tests.classification.small import CLASSES, model_folder, picture_folder
+from tests.classification.small import CLASSES, image_folder, model_folder
 from tests.raising import raises
 from veneer.classification.config import TransferConfig
 from veneer.classification.predict import Predictor, open_predictor
@@ -30,7 +30,7 @@ from veneer.training.preflight.preflight import PreflightError
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return picture_folder(tmp_path_factory.mktemp("pictures"), count=16)
+    return image_folder(tmp_path_factory.mktemp("pictures"), count=16)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_new_process_answers_as_the_run_did(taught: Path, pictures: Path) -> N
     answers = [json.loads(line) for line in lines]
     right = sum(a["label"] == label for a, (_, label, _) in zip(answers, table["test"], strict=True))
     assert right / len(tested) == result(taught)["test_accuracy"]
-    here = list(open_predictor(taught).answers(tested, most=1))
+    here = list(open_predictor(taught).predict(tested, top=1))
     assert [(a["label"], a["probability"]) for a in answers] == [(h.label, h.probability) for h in here]
 
 
@@ -182,7 +182,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, pictures: Path, 
     kept, best = (load_file(tmp_path / "half" / name) for name in ("adapter.safetensors", "best.safetensors"))
     assert len(read_epochs(tmp_path / "half")) == 1
     assert all(any(torch.equal(tensor, other) for other in kept.values()) for tensor in best.values()), "the first epoch's, whole"
-    assert next(open_predictor(tmp_path / "half").answers([pictures / "red" / "0.png"])).label
+    assert next(open_predictor(tmp_path / "half").predict([pictures / "red" / "0.png"])).label
     transfer(dataclasses.replace(half, resume=True))
     a, b = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "half"))
     assert a.keys() == b.keys()
@@ -267,7 +267,7 @@ def test_what_cannot_work_is_said_before_training(tmp_path: Path, pictures: Path
 
 
 def test_bad_pictures_are_named_and_left_out(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    data = picture_folder(tmp_path / "data", count=10)
+    data = image_folder(tmp_path / "data", count=10)
     (data / "red" / "0.png").write_bytes(b"")
     (data / "blue" / "1.png").write_bytes((data / "blue" / "1.png").read_bytes()[:100])
     (data / "empty").mkdir()

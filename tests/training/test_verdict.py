@@ -10,7 +10,7 @@ import torch
 
 from tests.raising import raises
 from veneer.classification.config import TransferConfig
-from veneer.classification.report.metrics import figures_of
+from veneer.classification.report.metrics import compute_metrics
 from veneer.classification.report.verdict import Evidence
 from veneer.classification.report.verdict import verdict as transfer_verdict
 from veneer.control.config import ControlConfig
@@ -197,7 +197,7 @@ def test_loss_trend_is_the_welch_interval():
 def scores(right: int, of: int, classes: int = 2):
     labels = torch.arange(of) % classes
     answers = torch.where(torch.arange(of) < right, labels, (labels + 1) % classes)
-    return figures_of(torch.nn.functional.one_hot(answers, classes).double(), labels)
+    return compute_metrics(torch.nn.functional.one_hot(answers, classes).double(), labels)
 
 
 def answers(right: int, of: int) -> list[int]:

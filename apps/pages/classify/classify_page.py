@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from veneer.classification.models.compatibility import taught_by
+from veneer.classification.models.compatibility import compatible_methods
 
 from ...classifier_cache import Answers
 from ...context import Studio, escaped, explained
@@ -40,8 +40,8 @@ def build(studio: Studio) -> None:
         with gr.Column(min_width=300):
             model = gr.Dropdown(MODELS, value=USUAL.model, label="Model", info=NAMES, allow_custom_value=True)
             methods = gr.Dropdown(
-                taught_by(USUAL.model), value=FIRST, multiselect=True, allow_custom_value=True, label="Methods", info=HINTS,
-                elem_id="classify-methods",
+                compatible_methods(USUAL.model), value=FIRST, multiselect=True, allow_custom_value=True, label="Methods",
+                info=HINTS, elem_id="classify-methods",
             )  # fmt: skip
             epochs = gr.Slider(1, 100, USUAL.epochs, step=1, label="Epochs", info="Passes over the training images.")
     more = _settings()
@@ -166,7 +166,7 @@ def places(source: str) -> tuple[Any, Any, Any]:
 
 def fitting(model: str, methods: list[str]) -> Any:
     """The methods for a model, and of the chosen ones those that it can be taught by."""
-    known = taught_by(model or USUAL.model)
+    known = compatible_methods(model or USUAL.model)
     kept = [name for name in methods or [] if all(part in known for part in name.split("+"))]
     return gr.Dropdown(choices=known, value=kept, allow_custom_value=True)
 

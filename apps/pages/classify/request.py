@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.classification.config import TransferConfig
-from veneer.classification.data.sources import find_pictures
-from veneer.classification.models.compatibility import taught_by
+from veneer.classification.data.sources import open_source
+from veneer.classification.models.compatibility import compatible_methods
 from veneer.classification.models.loading import check_name
 from veneer.injection import OptionError, VeneerError
 from veneer.training.data.image_io import DataError
@@ -149,7 +149,7 @@ def chosen(methods: Sequence[str], model: str) -> list[str]:
     Raises:
         VeneerError: none, or one that this model cannot be taught by.
     """
-    known = taught_by(model)
+    known = compatible_methods(model)
     found = list(dict.fromkeys(re.sub(r"\s", "", str(method)) for method in methods or ()))
     if not found:
         message = "no method is chosen; choose one or more, such as linear_probe and lora."
@@ -234,7 +234,7 @@ def checked(data: str, name: str) -> None:
         VeneerError: none, or one only.
     """
     try:
-        found = find_pictures(data)
+        found = open_source(data)
     except DataError as error:
         raise VeneerError.from_error(error, str(error).replace(data, shown(name)), file=name) from error
     if len(found.classes) < 2:

@@ -1,4 +1,4 @@
-"""Image classification on frozen models: pictures, splits, views, models and the loop that trains what is thin."""
+"""Image classification with adapters on frozen models: data, models, training and reports."""
 
 from veneer.extras import require
 

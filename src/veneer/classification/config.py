@@ -136,22 +136,22 @@ class TransferConfig:
         self._check("augment", self.augment in ("none", "light", "flip", "strong"), "none, light, flip or strong")
         self._check("templates", all("{}" in t for t in self.templates), "texts with {} in them")
 
-    def _check(self, name: str, fits: bool, expected: str) -> None:
-        if not fits:
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
             given = getattr(self, name)
             raise OptionError(f"{name} is {given!r}; expected {expected}.", option=name, given=given, expected=expected)
 
     def completed(self) -> TransferConfig:
-        """The same with a folder for the results."""
-        word = Path(self.data).name if self.data else "digits"
-        return self if self.out else dataclasses.replace(self, out=new_folder(Path("runs"), f"{word}-{self.method}"))
+        """The config with a results folder, a new one if none is set."""
+        dataset = Path(self.data).name if self.data else "digits"
+        return self if self.out else dataclasses.replace(self, out=new_folder(Path("runs"), f"{dataset}-{self.method}"))
 
-    def built(self, classes: int = 0, shots: int = 0) -> list[Method]:
-        """The configs of the methods.
+    def build_methods(self, classes: int = 0, shots: int = 0) -> list[Method]:
+        """Configs of the methods, in order.
 
         Args:
-            classes, shots: how many classes there are, and most training pictures of one, for methods that have such options and
-                were not told.
+            classes, shots: number of classes, and the most training images of one class: values for method options of these names
+                that are not set.
         Raises:
             VeneerError: options for a method that is not trained. UnknownName: no such method.
         """
@@ -160,29 +160,29 @@ class TransferConfig:
         if stray:
             message = f"options for {', '.join(stray)}, but the run trains {', '.join(names)}."
             raise OptionError(message, option="options", given=tuple(stray), expected=tuple(names))
-        return [methods.get(name).from_config(self._told(name, classes=classes, shots=shots)) for name in names]
+        return [methods.get(name).from_config(self._method_options(name, classes=classes, shots=shots)) for name in names]
 
-    def _told(self, name: str, **seen: int) -> dict[str, Any]:
-        """A method's options, and of what was seen in the data those that it has."""
+    def _method_options(self, name: str, **data: int) -> dict[str, Any]:
+        """A method's options, completed with the properties of the data that it has options for."""
         known = {f.name for f in dataclasses.fields(methods.get(name))}
-        return {**{k: v for k, v in seen.items() if v and k in known}, **self.options.get(name, {})}
+        return {**{k: v for k, v in data.items() if v and k in known}, **self.options.get(name, {})}
 
     def keeps_head(self) -> bool:
-        """True where the model's own head stays as it is."""
-        wanted = [methods.get(name).keeps_head for name in self.names()]
-        return self.head == "kept" if self.head else any(wanted)
+        """True if the model's own head is kept."""
+        by_method = [methods.get(name).keeps_head for name in self.names()]
+        return self.head == "kept" if self.head else any(by_method)
 
     def rate(self) -> float:
         """The peak learning rate."""
-        usual = next((methods.get(name).learning_rate for name in self.names()), 1e-3)
-        return usual if self.learning_rate is None else self.learning_rate
+        default = next((methods.get(name).learning_rate for name in self.names()), 1e-3)
+        return default if self.learning_rate is None else self.learning_rate
 
     def names(self) -> list[str]:
-        """Names of the methods; none for `zero_shot`, a CLIP as it is."""
+        """Names of the methods; empty for `zero_shot`, which trains nothing."""
         return [] if self.method == "zero_shot" else split_methods(self.method)
 
     def loop(self, per_epoch: int, steps: int) -> TrainConfig:
-        """The loop's part: a checkpoint and a look at the validation pictures after every epoch."""
+        """Configuration of the training loop: a checkpoint and a validation pass after every epoch."""
         names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
         shared = {name: getattr(self, name) for name in names - {"learning_rate", "warmup", "steps"}}
         return TrainConfig(
@@ -195,6 +195,6 @@ class TransferConfig:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share beyond the loop's settings and the pictures' bytes."""
+        """Options that a resumed run must share, beyond those of the training loop and the hashes of the images."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in WITHOUT_EFFECT and not hasattr(TrainConfig, k)}
         return dict(json.loads(json.dumps(fields, default=str, sort_keys=True)))

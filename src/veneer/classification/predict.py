@@ -1,4 +1,4 @@
-"""Opening what `veneer transfer` left, and asking it about pictures."""
+"""Loading of a classifier that `veneer transfer` trained, and prediction on image files."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What was answered about a picture.
+class Prediction:
+    """Prediction for one image file.
 
     Args:
-        picture: its path. `label`, `probability`: of the first class.
-        others: the classes after it, with their probabilities.
-        problem: why there is no answer, or "".
+        image: path of the image. `label`, `probability`: of the most probable class.
+        others: the next classes, with their probabilities.
+        problem: why the image could not be read, or "".
     """
 
-    picture: str
+    image: str
     label: str = ""
     probability: float = 0.0
     others: tuple[tuple[str, float], ...] = ()
@@ -45,7 +45,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A taught classifier. `view`: pictures as it takes them. `dtype`: of autocast, or None."""
+    """A trained classifier. `view`: its evaluation transform. `dtype`: of autocast, or None."""
 
     classifier: Classifier
     view: EvalView
@@ -53,26 +53,26 @@ class Predictor:
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
-        """(n, classes) for (n, 3, height, width), float32."""
+        """Logits (n, classes) of pixels (n, 3, height, width), float32."""
         with torch.autocast(pixels.device.type, self.dtype, enabled=self.dtype is not None):
-            found: Tensor = self.classifier.model(pixels)
-        return found.float()
+            logits: Tensor = self.classifier.model(pixels)
+        return logits.float()
 
-    def answers(self, pictures: Sequence[Path], most: int = 3, batch: int = 32) -> Iterator[Answer]:
-        """An answer for each picture, in order; one that cannot be read gets its problem.
+    def predict(self, images: Sequence[Path], top: int = 3, batch: int = 32) -> Iterator[Prediction]:
+        """Predictions for image files, in order; an unreadable image gets `problem` instead of a label.
 
         Args:
-            most: classes told of each picture. `batch`: pictures a pass.
+            top: classes reported for each image. `batch`: images per forward pass.
         """
-        for start in range(0, len(pictures), batch):
-            some = [self._read(path) for path in pictures[start : start + batch]]
-            pixels = [found for found in some if isinstance(found, Tensor)]
-            shares = iter(self.logits(torch.stack(pixels)).softmax(1) if pixels else ())
-            for path, found in zip(pictures[start : start + batch], some, strict=True):
-                if isinstance(found, str):
-                    yield Answer(str(path), problem=found)
+        for start in range(0, len(images), batch):
+            inputs = [self._read(path) for path in images[start : start + batch]]
+            pixels = [each for each in inputs if isinstance(each, Tensor)]
+            probabilities = iter(self.logits(torch.stack(pixels)).softmax(1) if pixels else ())
+            for path, each in zip(images[start : start + batch], inputs, strict=True):
+                if isinstance(each, str):
+                    yield Prediction(str(path), problem=each)
                 else:
-                    yield self._answer(path, next(shares), most)
+                    yield self._prediction(path, next(probabilities), top)
 
     def _read(self, path: Path) -> Tensor | str:
         try:
@@ -80,31 +80,33 @@ class Predictor:
         except (DataError, OSError) as error:
             return str(error)
 
-    def _answer(self, path: Path, shares: Tensor, most: int) -> Answer:
-        top = shares.topk(min(most, len(shares)))
-        named = [(self.classifier.classes[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
-        return Answer(str(path), *named[0], others=tuple(named[1:]))
+    def _prediction(self, path: Path, probabilities: Tensor, top: int) -> Prediction:
+        best = probabilities.topk(min(top, len(probabilities)))
+        classes = [(self.classifier.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        return Prediction(str(path), *classes[0], others=tuple(classes[1:]))
 
 
 def open_predictor(folder: Path) -> Predictor:
-    """The classifier in a folder of `veneer transfer`.
+    """Loads the classifier in a folder of `veneer transfer`.
 
     Raises:
-        VeneerError: no finished run there, or the model's weights are gone or others.
+        VeneerError: no finished run in the folder, or the model's weights are missing or have changed.
     """
     file = folder / "model.json"
     if not file.is_file():
-        more = "its run was stopped; finish it with `veneer transfer --resume`" if (folder / "splits.json").is_file() else ""
-        message = f"{folder}: no model.json: {more or 'expected a folder that `veneer transfer --out` has written'}."
+        stopped = (
+            "the run is not finished; finish it with `veneer transfer --resume`" if (folder / "splits.json").is_file() else ""
+        )
+        message = f"{folder}: no model.json: {stopped or 'expected a folder that `veneer transfer --out` has written'}."
         raise VeneerError(message, file=folder, where="model.json", given="missing")
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if record.get("form") != FORM:
-        message = f"{file}: form {record.get('form')!r}; this version reads {FORM}. Use the version that wrote it."
+        message = f"{file}: format version {record.get('form')!r}; expected {FORM}. Use the veneer version that wrote it."
         raise VeneerError(message, file=file, where="form", given=record.get("form"), expected=FORM)
     weights = record["weights"]
     if weights not in (None, "none") and not Path(weights).is_file():
         raise VeneerError(
-            f"{file}: the model's weights were {weights}, which is gone. Put the file back, or write its place there.",
+            f"{file}: the file of the model's weights, {weights}, is missing. Restore it, or enter its new path under `weights`.",
             file=weights,
             where="weights",
             given="missing",
@@ -114,7 +116,7 @@ def open_predictor(folder: Path) -> Predictor:
         size=record["size"], seed=record["seed"], templates=record["templates"],
     )  # fmt: skip
     if classifier.weights != record["weights_digest"]:
-        message = f"{weights}: other weights than those that {folder} was trained on. Put the same file in its place."
+        message = f"{weights}: not the weights that {folder} was trained on: the SHA-256 differs. Restore the original file."
         digests = {"given": classifier.weights, "expected": record["weights_digest"]}
         raise VeneerError(message, file=weights, where="weights", **digests)
     if record["adapted"]:
@@ -123,11 +125,11 @@ def open_predictor(folder: Path) -> Predictor:
     return Predictor(classifier, EvalView(classifier.data, squash=record["squash"]), AUTOCAST[record["precision"]])
 
 
-def find(images: Sequence[Path]) -> list[Path]:
-    """Pictures, and those in folders, in order of their names.
+def find_images(images: Sequence[Path]) -> list[Path]:
+    """Image files, with folders expanded recursively and sorted by name.
 
     Raises:
-        VeneerError: nothing at a path, or a folder without pictures.
+        VeneerError: a path does not exist, or a folder has no images.
     """
     found: list[Path] = []
     for image in images:

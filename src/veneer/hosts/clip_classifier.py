@@ -43,10 +43,10 @@ class ClipClassifier(Host):
                 yield site
         texts = head.module("head.texts")
         width = head.module("head").in_features
-        if texts is not None and texts.takes_rows:
+        if texts is not None and texts.accepts_embeddings:
             yield PromptSite(
                 name="head.prompts", role="prompts", path="head.texts", width=texts.width, features=width, classes=texts.names,
-                tokenizer=texts.words, **head.at(tower="text").labels,
+                tokenizer=texts.tokenizer, **head.at(tower="text").labels,
             )  # fmt: skip
         yield from head.features("head", width)
         yield from head.layer("head", "head")

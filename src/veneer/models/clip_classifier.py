@@ -1,4 +1,4 @@
-"""CLIP as a classifier of named classes: its text features, or a linear layer on its image features, are the head."""
+"""CLIP as an image classifier, with class embeddings of its text tower or a linear layer as the head."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from .class_embeddings import ClassTexts
-from .tokenizer import Tokenizer, Words
+from .class_embeddings import ClassEmbeddings
+from .tokenizer import PromptTokenizer, Tokenizer
 
 TEMPLATES = ("a photo of a {}.",)
 
 
 class TextHead(nn.Module):
-    """logits = exp(logit_scale)·norm(f) norm(W)ᵀ for features f (batch, width), W = `texts(f)`; plus CLIP's own bias, if any."""
+    """logits = exp(logit_scale)·norm(f) norm(W)ᵀ for features f (batch, width), W = `texts(f)`; plus `logit_bias`, if any."""
 
     clip: Any
 
-    def __init__(self, clip: nn.Module, texts: ClassTexts) -> None:
+    def __init__(self, clip: nn.Module, texts: ClassEmbeddings) -> None:
         super().__init__()
         self.__dict__["clip"] = clip
         self.texts = texts
         self.in_features, self.out_features = features_of(clip), len(texts.names)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(batch, width) to (batch, classes)."""
+        """Logits (batch, classes) of features (batch, width)."""
         weights = normalize(self.texts(features), dim=-1)
         features = normalize(features, dim=-1)
-        each = weights.dim() == 3
-        cosines = (weights @ features.unsqueeze(-1)).squeeze(-1) if each else features @ weights.T
+        per_image = weights.dim() == 3
+        cosines = (weights @ features.unsqueeze(-1)).squeeze(-1) if per_image else features @ weights.T
         logits = self.clip.logit_scale.exp() * cosines
         bias = getattr(self.clip, "logit_bias", None)
         return logits if bias is None else logits + bias
 
 
 class CLIPClassifier(nn.Module):
-    """Logits (batch, classes) of pictures, from an open_clip model.
+    """Logits (batch, classes) of images, from an open_clip model.
 
-    With `head="text"`: exp(logit_scale)·norm(f) norm(W)ᵀ, f the picture's features, W for each class the mean over templates of
-    its normalised text features. With `head="linear"`: a new linear layer on f.
+    With `head="text"`: exp(logit_scale)·norm(f) norm(W)ᵀ, f the image's features, W for each class the mean over templates of
+    its normalized text features. With `head="linear"`: a new linear layer on f.
 
     Args:
         clip: an open_clip model with an image and a text tower.
-        tokenizer: as `open_clip.get_tokenizer` gives it.
-        classes: their names; `_` stands for a blank in prompts.
-        templates: of the prompts, with `{}` for the name.
+        tokenizer: as returned by `open_clip.get_tokenizer`.
+        classes: names of the classes; `_` becomes a space in prompts.
+        templates: prompt templates, with `{}` for the class name.
     Raises:
-        TextError: prompts that are too long for the text tower, with their classes; or a template without `{}`.
+        TextError: prompts that are too long for the text tower; or a template without `{}`.
     """
 
     def __init__(
@@ -68,28 +68,28 @@ class CLIPClassifier(nn.Module):
             self.head = nn.Linear(features_of(clip), len(classes))
         else:
             tower: Any = getattr(clip, "text", clip)
-            words = Words(tokenizer, tower.context_length)
-            self.head = TextHead(clip, ClassTexts(clip, classes, templates, words))
+            words = PromptTokenizer(tokenizer, tower.context_length)
+            self.head = TextHead(clip, ClassEmbeddings(clip, classes, templates, words))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Pictures (batch, 3, height, width), as the model's own transform makes them, to logits (batch, classes)."""
+        """Logits (batch, classes) of images (batch, 3, height, width), preprocessed with the model's own transform."""
         logits: Tensor = self.head(self.encode_image(image))
         return logits
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Features (batch, width), as they are before they are normalised."""
+        """Image features (batch, width), not normalized."""
         encode: Any = self.clip.encode_image
         features: Tensor = encode(image, normalize=False)
         return features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute activations anew in the backward pass, in both towers."""
+        """Enables gradient checkpointing in both towers."""
         clip: Any = self.clip
         clip.set_grad_checkpointing(enable)
 
 
 def features_of(clip: Any) -> int:
-    """Width of the features that both towers share."""
+    """Width of the shared image and text features."""
     projection = getattr(getattr(clip, "text", clip), "text_projection", None)
     if isinstance(projection, nn.Linear):
         return projection.out_features

@@ -1,4 +1,4 @@
-"""Texts to the ids of a text tower, whatever tokenizer it has, and without a text cut short in silence."""
+"""Tokenizer of a CLIP's text tower that raises an error instead of truncating texts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Tokenizer = Callable[..., Tensor]
 
 
 class TextError(VeneerError, ValueError):
-    """Texts that a text tower cannot read whole."""
+    """Texts that are too long for a text tower, or invalid prompt templates."""
 
 
-class Words:
-    """A tokenizer of open_clip: `tokenizer(texts, context_length=n)` gives ids (len(texts), n), padded or cut.
+class PromptTokenizer:
+    """Wraps an open_clip tokenizer, whose `tokenizer(texts, context_length=n)` returns ids (len(texts), n), padded or truncated.
 
     Args:
-        tokenizer: as `open_clip.get_tokenizer` gives it. `length`: tokens of a prompt, start and end included.
+        tokenizer: as returned by `open_clip.get_tokenizer`. `length`: context length in tokens, with start and end token.
 
     Attributes:
-        start, end, pad: ids around a text: start, its tokens, end, and pad up to the length.
-        brackets: True if the tokenizer does put texts between `start` and `end`.
+        start, end, pad: special token ids: start, the text's tokens, end, and pad up to the length.
+        brackets: True if the tokenizer encloses texts in `start` and `end`.
     """
 
     def __init__(self, tokenizer: Tokenizer, length: int) -> None:
@@ -34,45 +34,45 @@ class Words:
         self.start, self.end, self.pad = empty[0], empty[1], empty[-1]
         self.brackets = self.start != self.end and full[0] == self.start and full[2] == self.end and full[-1] == self.pad
 
-    def __deepcopy__(self, memo: Any) -> Words:
-        """Itself: nothing of it changes."""
+    def __deepcopy__(self, memo: Any) -> PromptTokenizer:
+        """The same object, because it is immutable."""
         return self
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Ids (len(texts), length).
 
         Raises:
-            TextError: texts that do not fit, with the tokens that they have.
+            TextError: texts that are too long, with their token counts.
         """
         long, ids = self._rows(texts, 8 * self.length), self._rows(texts, self.length)
         past = long[:, self.length :]
-        fits = (long[:, : self.length] == ids).all(1) & (past == long[:, -1:]).all(1)
-        if not fits.all():
-            bad = [(texts[i], int((long[i] != long[i, -1]).sum())) for i in (~fits).nonzero().flatten().tolist()]
-            self.refuse(bad)
+        complete = (long[:, : self.length] == ids).all(1) & (past == long[:, -1:]).all(1)
+        if not complete.all():
+            bad = [(texts[i], int((long[i] != long[i, -1]).sum())) for i in (~complete).nonzero().flatten().tolist()]
+            self.raise_too_long(bad)
         return ids
 
     def tokens(self, text: str) -> list[int]:
-        """Ids of a text's own tokens, without start and end; of any number."""
+        """Ids of a text without start and end token, of any length."""
         long: list[int] = self._rows([text], 4 * len(text) + 8)[0].tolist()
         return long[1 : long.index(self.end, 1)]
 
     def row(self, tokens: Sequence[int]) -> Tensor:
-        """Ids (length,) of a prompt with these tokens, which fit."""
+        """Ids (length,) of a prompt with these tokens, which must not exceed the length."""
         ids = [self.start, *tokens, self.end]
         return torch.tensor(ids + [self.pad] * (self.length - len(ids)), device="cpu")
 
     def _rows(self, texts: Sequence[str], length: int) -> Tensor:
-        with torch.device("cpu"):  # ids are read here, also while a model is built elsewhere
+        with torch.device("cpu"):  # also under another default device, because ids are read here
             return self.tokenizer(list(texts), context_length=length)
 
-    def refuse(self, texts: Sequence[tuple[str, int]]) -> None:
-        """Raise `TextError` for texts with as many tokens, start and end included or about so."""
-        told = ", ".join(f"{text if len(text) < 90 else text[:80] + '…'!r} ({count} tokens)" for text, count in texts[:3])
+    def raise_too_long(self, texts: Sequence[tuple[str, int]]) -> None:
+        """Raises `TextError` for texts with approximate token counts, start and end token included."""
+        listing = ", ".join(f"{text if len(text) < 90 else text[:80] + '…'!r} ({count} tokens)" for text, count in texts[:3])
         more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
         raise TextError(
-            f"the text tower reads {self.length} tokens, start and end included, and {told}{more} do not fit. "
-            "Shorten the names of these classes, the template, or the learned context.",
+            f"text too long: {listing}{more}; expected at most {self.length} tokens with start and end token. "
+            "Shorten the class names, the template, or the learned context.",
             where="tokens",
             given=tuple(texts),
             expected=self.length,

@@ -1,6 +1,6 @@
-"""RandAugment and random erasing with draws from a given generator, for pictures in threads.
+"""RandAugment and random erasing that sample from an explicit generator, for use in threads.
 
-torchvision's and timm's own draw from the generators of the process: two threads, or dropout beside them, would share the draws.
+torchvision's and timm's versions sample from the global generators, which concurrent threads and dropout would share.
 """
 
 import math
@@ -16,59 +16,59 @@ _Fill = Sequence[float]
 _Operation = Callable[[Image.Image, float, list[float]], Image.Image]
 
 
-def uniform(draws: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
-    """One number in [low, high)."""
-    return low + (high - low) * float(torch.rand((), generator=draws, dtype=torch.float64))
+def uniform(rng: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
+    """A uniform sample from [low, high)."""
+    return low + (high - low) * float(torch.rand((), generator=rng, dtype=torch.float64))
 
 
 def rand_augment(
-    picture: Image.Image, draws: torch.Generator, *, operations: int = 2, strength: float = 0.3, fill: Sequence[float] = (0, 0, 0)
+    image: Image.Image, rng: torch.Generator, *, operations: int = 2, strength: float = 0.3, fill: Sequence[float] = (0, 0, 0)
 ) -> Image.Image:
-    """`operations` operations one after the other, each drawn evenly from `OPERATIONS`, all of one strength.
+    """Applies `operations` operations in sequence, each sampled uniformly from `OPERATIONS`, all of the same strength.
 
     Args:
-        strength: 0 (nothing) to 1; the paper's magnitude over 30.
-        fill: RGB, 0 to 255, of what comes in from outside.
+        strength: 0 (no change) to 1; the paper's magnitude divided by 30.
+        fill: RGB, 0 to 255, of areas outside the image.
 
     Source: E. Cubuk et al., RandAugment, 2020; the operations and ranges are torchvision's.
     """
     names = list(OPERATIONS)
     for _ in range(operations):
-        name = names[int(uniform(draws, 0, len(names)))]
-        sign = 1 if uniform(draws) < 0.5 else -1
-        picture = OPERATIONS[name](picture, sign * strength, list(fill))
-    return picture
+        name = names[int(uniform(rng, 0, len(names)))]
+        sign = 1 if uniform(rng) < 0.5 else -1
+        image = OPERATIONS[name](image, sign * strength, list(fill))
+    return image
 
 
-def erase(pixels: Tensor, draws: torch.Generator) -> Tensor:
-    """Normalised `pixels` `(3, height, width)` with a rectangle set to 0, the mean: 2 to 33 % of the area, 3:10 to 10:3
-    in shape.
+def erase(pixels: Tensor, rng: torch.Generator) -> Tensor:
+    """Normalized `pixels` `(3, height, width)` with a rectangle set to 0, the mean: 2 to 33 % of the area, aspect ratio 3:10 to
+    10:3.
 
     Source: Z. Zhong et al., Random Erasing Data Augmentation, AAAI 2020.
     """
     height, width = pixels.shape[-2:]
     for _ in range(10):
-        area = height * width * uniform(draws, 0.02, 0.33)
-        shape = math.exp(uniform(draws, math.log(0.3), math.log(10 / 3)))
+        area = height * width * uniform(rng, 0.02, 0.33)
+        shape = math.exp(uniform(rng, math.log(0.3), math.log(10 / 3)))
         high, wide = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < high < height and 0 < wide < width:
-            top, left = int(uniform(draws, 0, height - high + 1)), int(uniform(draws, 0, width - wide + 1))
+            top, left = int(uniform(rng, 0, height - high + 1)), int(uniform(rng, 0, width - wide + 1))
             erased = pixels.clone()
             erased[:, top : top + high, left : left + wide] = 0
             return erased
     return pixels
 
 
-def _shear(picture: Image.Image, x: float, y: float, fill: list[float]) -> Image.Image:
+def _shear(image: Image.Image, x: float, y: float, fill: list[float]) -> Image.Image:
     degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
-    return F.affine(picture, 0.0, [0, 0], 1.0, degrees, InterpolationMode.BILINEAR, fill, center=[0, 0])
+    return F.affine(image, 0.0, [0, 0], 1.0, degrees, InterpolationMode.BILINEAR, fill, center=[0, 0])
 
 
-def _shift(picture: Image.Image, x: float, y: float, fill: list[float]) -> Image.Image:
-    return F.affine(picture, 0.0, [int(x), int(y)], 1.0, [0.0, 0.0], InterpolationMode.BILINEAR, fill)
+def _shift(image: Image.Image, x: float, y: float, fill: list[float]) -> Image.Image:
+    return F.affine(image, 0.0, [int(x), int(y)], 1.0, [0.0, 0.0], InterpolationMode.BILINEAR, fill)
 
 
-# name: operation of a picture, a strength in [-1, 1] (those without a direction take its absolute value) and a fill
+# name: function of an image, a strength in [-1, 1] (operations without a direction use its absolute value) and a fill
 OPERATIONS: dict[str, _Operation] = {
     "Identity": lambda p, s, fill: p,
     "ShearX": lambda p, s, fill: _shear(p, 0.3 * s, 0.0, fill),

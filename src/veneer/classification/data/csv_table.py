@@ -1,4 +1,4 @@
-"""Pictures listed in a table: a CSV of paths and labels, or the `metadata.csv` and `metadata.jsonl` of an image folder."""
+"""Labeled images from a table: a CSV of paths and labels, or the `metadata.csv` and `metadata.jsonl` of an image folder."""
 
 import csv
 import io
@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from veneer.training.data.image_io import DataError
 
-from .image_folder import is_picture, reader, visible
-from .labeled_images import SPLITS, Row, Source, Split, assemble, some
+from .image_folder import is_image, reader, visible
+from .labeled_images import SPLITS, LabeledRow, Source, Split, assemble, some
 
 _PATHS = ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path", "img")
 _LABELS = ("label", "class", "category", "target", "class_name", "labels")
 _SPLITS = ("split", "subset", "set", "partition")
-_FORM = "path,label or path,label,split"
+_COLUMNS = "path,label or path,label,split"
 
 
 class _Line(NamedTuple):
@@ -29,29 +29,29 @@ class _Line(NamedTuple):
         return DataError(f"{self.where}: {text}", where=self.where, given=given, expected=expected)
 
 
-class _Listed(NamedTuple):
-    rows: list[Row]
+class _TableRows(NamedTuple):
+    rows: list[LabeledRow]
     paths: dict[str, Path]
     notes: list[str]
 
 
 def read_csv(path: Path) -> Source:
-    """The pictures that a CSV lists: path, label and perhaps split, in this order or under such headings.
+    """Reads a CSV of path, label and optionally split, with a header or in this order.
 
-    The separator (comma, semicolon, tab or bar) is the one that the first line has most of. Paths are relative to the table's
-    folder and stay in it; absolute ones may lie anywhere. A split is a word such as train, val or test. The same line twice
-    counts once.
+    The separator (comma, semicolon, tab or bar) is the most frequent one in the first line. Relative paths start at the table's
+    folder and must stay inside it; absolute paths are allowed. A split is a word such as train, val or test. Duplicate lines
+    count once.
 
     Raises:
-        DataError: not such a table; and, with line numbers: missing files, empty fields, unknown splits, one picture with two
-            labels or two splits.
+        DataError: invalid table; or, with line numbers: missing files, empty fields, unknown splits, one image with two labels or
+            two splits.
     """
-    listed = _listed(path, _csv_lines(path), path.parent, None)
-    return assemble(str(path), listed.rows, reader(listed.paths), listed.notes)
+    contents = _read_table(path, _csv_lines(path), path.parent, None)
+    return assemble(str(path), contents.rows, reader(contents.paths), contents.notes)
 
 
 def metadata_files(root: Path) -> dict[Path, Split | None]:
-    """The `metadata.csv` or `metadata.jsonl` of a folder, or of its train, validation and test folders, if any has a label."""
+    """The `metadata.csv` or `metadata.jsonl` of a folder, or of its train, validation and test folders, that have labels."""
     folders: list[tuple[Path, Split | None]] = [(root, None)]
     folders += [(each, SPLITS[each.name.lower()]) for each in visible(root) if each.is_dir() and each.name.lower() in SPLITS]
     places = [(folder / name, split) for folder, split in folders for name in ("metadata.csv", "metadata.jsonl")]
@@ -59,57 +59,59 @@ def metadata_files(root: Path) -> dict[Path, Split | None]:
 
 
 def read_metadata(root: Path, tables: Mapping[Path, Split | None]) -> Source:
-    """The pictures that metadata tables list, of an image folder in the form of the `datasets` library. Raises as `read_csv`."""
-    rows: list[Row] = []
+    """Reads the metadata tables of an image folder of the `datasets` library. Raises the errors of `read_csv`."""
+    rows: list[LabeledRow] = []
     paths: dict[str, Path] = {}
     notes: list[str] = []
     for table, split in tables.items():
-        listed = _listed(table, _jsonl_lines(table) if table.suffix == ".jsonl" else _csv_lines(table), root, split)
-        rows += listed.rows
-        paths.update(listed.paths)
-        notes += listed.notes
+        contents = _read_table(table, _jsonl_lines(table) if table.suffix == ".jsonl" else _csv_lines(table), root, split)
+        rows += contents.rows
+        paths.update(contents.paths)
+        notes += contents.notes
     return assemble(str(root), rows, reader(paths), notes)
 
 
-def _listed(table: Path, lines: Iterator[_Line], root: Path, split: Split | None) -> _Listed:
-    rows: dict[str, Row] = {}
+def _read_table(table: Path, lines: Iterator[_Line], root: Path, split: Split | None) -> _TableRows:
+    rows: dict[str, LabeledRow] = {}
     paths: dict[str, Path] = {}
     first: dict[str, str] = {}
     problems: list[DataError] = []
-    again = 0
-    parted = None
+    duplicates = 0
+    with_splits = None
     for line in lines:
-        problem, path, name = _place(line, table.parent, root)
+        problem, path, name = _resolve_path(line, table.parent, root)
         word = SPLITS.get(line.split.lower()) if line.split else split
         if not line.label:
             problem = problem or line.error("no label", "", "label")
         elif line.split and word is None:
-            text = f"unknown split {line.split!r}; expected one of {', '.join(SPLITS)}"
+            text = f"split {line.split!r}; expected one of {', '.join(SPLITS)}"
             problem = problem or line.error(text, line.split, tuple(SPLITS))
-        elif parted is not None and parted != (word is not None):
-            problem = problem or line.error("a split in some lines and none in others", line.split, "split")
-        row = Row(name, line.label, word)
+        elif with_splits is not None and with_splits != (word is not None):
+            problem = problem or line.error(
+                "some lines have a split and others do not; expected all or none", line.split, "split"
+            )
+        row = LabeledRow(name, line.label, word)
         if not problem and rows.get(name, row) != row:
-            text = f"{name} is in {first[name]} with label {rows[name].label!r} and split {rows[name].split}"
+            text = f"{name} is also in {first[name]}, with label {rows[name].label!r} and split {rows[name].split}"
             problem = line.error(text, name, first[name])
         if problem:
             problems.append(problem)
             continue
-        parted = word is not None
-        again += name in rows
+        with_splits = word is not None
+        duplicates += name in rows
         rows[name], paths[name] = row, path
         first.setdefault(name, line.where)
     if problems:
         more = f"\n  and {len(problems) - 8:,} more" if len(problems) > 8 else ""
         listing = "".join(f"\n  {each}" for each in problems[:8])
-        message = f"{table}: {len(problems):,} lines cannot be used; mend or remove them:{listing}{more}"
+        message = f"{table}: {len(problems):,} invalid lines; correct or remove them:{listing}{more}"
         raise DataError(message, file=table, where="lines", given=tuple(problems))
-    notes = [f"{table}: {again:,} lines say again what an earlier one says; counted once."] if again else []
-    return _Listed(list(rows.values()), paths, notes)
+    notes = [f"{table}: {duplicates:,} duplicate lines ignored."] if duplicates else []
+    return _TableRows(list(rows.values()), paths, notes)
 
 
-def _place(line: _Line, folder: Path, root: Path) -> tuple[DataError | None, Path, str]:
-    """What is wrong with a line's path, where it leads, and its name in the source."""
+def _resolve_path(line: _Line, folder: Path, root: Path) -> tuple[DataError | None, Path, str]:
+    """Error of a line's path or None, the absolute path, and the image's name in the source."""
     if not line.path:
         return line.error("no path", "", "path"), folder, ""
     text = line.path.replace("\\", "/")
@@ -117,7 +119,7 @@ def _place(line: _Line, folder: Path, root: Path) -> tuple[DataError | None, Pat
     if not path.is_absolute():
         path = Path(os.path.normpath(folder / text))
         if not path.is_relative_to(os.path.normpath(folder)):
-            message = f"{line.path} leaves the table's folder; expected a path in it, or an absolute one"
+            message = f"{line.path} is outside the table's folder; expected a path inside it, or an absolute path"
             return line.error(message, line.path, "folder"), path, text
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
     return (None if path.is_file() else line.error(f"no such file: {path}", line.path, "file")), path, name
@@ -134,33 +136,33 @@ def _csv_lines(path: Path) -> Iterator[_Line]:
             if not any(cells):
                 continue
             if columns is None:
-                heading, columns = _columns(path, cells, separator)
-                if heading:
+                is_header, columns = _columns(path, cells, separator)
+                if is_header:
                     continue
-            held = [cells[place] if place is not None and place < len(cells) else "" for place in columns]
-            yield _Line(f"line {table.line_num}", *held)
+            fields = [cells[column] if column is not None and column < len(cells) else "" for column in columns]
+            yield _Line(f"line {table.line_num}", *fields)
     except csv.Error as error:
-        message = f"{path}: line {table.line_num}: not a table ({error}); expected {_FORM}."
+        message = f"{path}: line {table.line_num}: not CSV ({error}); expected {_COLUMNS}."
         raise DataError(message, file=path, where=f"line {table.line_num}") from error
 
 
 def _columns(path: Path, cells: list[str], separator: str) -> tuple[bool, tuple[int, int, int | None]]:
-    """Whether the first line is a heading, and where path, label and split stand."""
+    """Whether the first line is a header, and the columns of path, label and split."""
     words = [cell.lower() for cell in cells]
     file, label, split = (next((words.index(w) for w in known if w in words), None) for known in (_PATHS, _LABELS, _SPLITS))
     if file is not None and label is not None:
         return True, (file, label, split)
-    like_a_file = is_picture(Path(cells[0])) or (path.parent / cells[0]).is_file()
-    if like_a_file and 2 <= len(cells) <= 3:
+    starts_with_file = is_image(Path(cells[0])) or (path.parent / cells[0]).is_file()
+    if starts_with_file and 2 <= len(cells) <= 3:
         return False, (0, 1, 2 if len(cells) == 3 else None)
-    found = f"a first line of {len(cells)} fields separated by {separator!r}: {some(cells)}"
-    message = f"{path}: {found}; expected the headings path, label and perhaps split, or lines of {_FORM}."
+    first = f"the first line has {len(cells)} fields separated by {separator!r}: {some(cells)}"
+    message = f"{path}: {first}; expected a header with path, label and optionally split, or lines of {_COLUMNS}."
     raise DataError(message, file=path, where="heading", given=tuple(cells), expected=("path", "label", "split"))
 
 
 def _separator(text: str) -> str:
     first = next((line for line in text.splitlines() if line.strip()), "")
-    return max(",;\t|", key=first.count)  # the earlier one where none is more frequent
+    return max(",;\t|", key=first.count)  # the first of equally frequent ones
 
 
 def _jsonl_lines(path: Path) -> Iterator[_Line]:
@@ -168,20 +170,20 @@ def _jsonl_lines(path: Path) -> Iterator[_Line]:
         if not text.strip():
             continue
         try:
-            held = json.loads(text)
+            record = json.loads(text)
         except json.JSONDecodeError as error:
-            message = f"{path}: line {number}: not JSON ({error.msg}); expected one object a line."
+            message = f"{path}: line {number}: not JSON ({error.msg}); expected one object per line."
             raise DataError(message, file=path, where=f"line {number}", expected="JSON") from error
-        if not isinstance(held, dict):
+        if not isinstance(record, dict):
             message = f"{path}: line {number}: {text[:30]!r}; expected an object with file_name and label."
-            raise DataError(message, file=path, where=f"line {number}", given=held, expected=("file_name", "label"))
-        words = {str(key).lower(): "" if value is None else str(value).strip() for key, value in held.items()}
+            raise DataError(message, file=path, where=f"line {number}", given=record, expected=("file_name", "label"))
+        words = {str(key).lower(): "" if value is None else str(value).strip() for key, value in record.items()}
         cells = (next((words[word] for word in known if word in words), "") for known in (_PATHS, _LABELS, _SPLITS))
         yield _Line(f"line {number}", *cells)
 
 
 def _has_labels(path: Path) -> bool:
-    """Whether a metadata table says classes; one of captions does not."""
+    """Whether a metadata table has a label column; a table of captions has none."""
     first = next((line for line in _text(path).splitlines() if line.strip()), "")
     if path.suffix == ".csv":
         words = [word.strip().strip('"').lower() for word in first.split(_separator(first))]
@@ -189,7 +191,7 @@ def _has_labels(path: Path) -> bool:
         try:
             words = [str(key).lower() for key in json.loads(first)]
         except (json.JSONDecodeError, TypeError):
-            return True  # reading it says what is wrong
+            return True  # the reader raises the error
     return any(word in _LABELS for word in words)
 
 
@@ -197,8 +199,8 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        message = f"{path}: not UTF-8 text (byte {error.start}); expected {_FORM}. Save it as UTF-8."
+        message = f"{path}: not UTF-8 text (byte {error.start}); expected {_COLUMNS}. Save it as UTF-8."
         raise DataError(message, file=path, where=f"byte {error.start}", expected="UTF-8") from error
     except OSError as error:
-        message = f"{path}: cannot be read ({error.strerror}). Check the name and permissions."
+        message = f"{path}: cannot be read ({error.strerror}). Check the path and permissions."
         raise DataError(message, file=path, given="unreadable") from error

@@ -1,4 +1,4 @@
-"""Handwritten digits: 1,797 grey pictures of 8 x 8 pixels in ten classes, carried by scikit-learn, so always at hand."""
+"""scikit-learn's handwritten digits: 1,797 gray images of 8 x 8 pixels in ten classes."""
 
 import io
 from dataclasses import replace
@@ -8,11 +8,11 @@ from PIL import Image
 
 from veneer.training.data.image_io import DataError
 
-from .labeled_images import Example, Row, Source, assemble
+from .labeled_images import Example, LabeledRow, Source, assemble
 
 
 def digits() -> Source:
-    """The digits as a source of grey PNG files in memory; a view enlarges them. A mirrored digit is none, so `mirror` is False.
+    """The digits as gray PNG files in memory. `mirror` is False, because a mirrored digit is no digit.
 
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (the test part).
 
@@ -22,10 +22,10 @@ def digits() -> Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        message = "digits: scikit-learn is not installed and carries these pictures. pip install scikit-learn"
+        message = "digits: scikit-learn, which contains these images, is not installed. pip install scikit-learn"
         raise DataError(message, where="digits", expected="scikit-learn") from error
     table = load_digits()
-    rows = [Row(f"digits/{place:04d}", str(label), None) for place, label in enumerate(table.target)]
+    rows = [LabeledRow(f"digits/{number:04d}", str(label), None) for number, label in enumerate(table.target)]
     files = {row.name: _png(image) for row, image in zip(rows, table.images, strict=True)}
 
     def content(example: Example) -> bytes:
@@ -35,7 +35,7 @@ def digits() -> Source:
 
 
 def _png(image: np.ndarray) -> bytes:
-    """8 bits for scikit-learn's values 0 to 16."""
+    """PNG of scikit-learn's values 0 to 16, scaled to 8 bits."""
     file = io.BytesIO()
     Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(file, "PNG")
     return file.getvalue()

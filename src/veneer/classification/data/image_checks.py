@@ -1,4 +1,4 @@
-"""Every picture is opened before training: what cannot be used is named and left out, and what looks wrong is said."""
+"""Check of all images before training: unusable ones are skipped and reported, and suspicious data is noted."""
 
 import os
 import threading
@@ -15,135 +15,134 @@ from veneer.training.data.image_io import DataError, decode
 
 from .labeled_images import Example, Source, hash_of, some
 
-_SHOWN = 12
+_LISTED = 12
 _CHUNK = 1024
 
 
-class Checked(NamedTuple):
-    """What can be used, with the hashes of its bytes, and a line for everything that was found and done."""
+class CheckedSource(NamedTuple):
+    """The usable images, with hashes of their bytes, and notes on what was found and skipped."""
 
     source: Source
     notes: tuple[str, ...]
 
 
-class _Opened(NamedTuple):
+class _ImageCheck(NamedTuple):
     hash: str
     problem: str | None
     remarks: tuple[str, ...]
 
 
-def check_pictures(
+def check_images(
     source: Source,
     *,
     strict: bool = False,
     folder: Path | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Checked:
-    """Decode every picture once, side by side, and leave out what training could not use.
+) -> CheckedSource:
+    """Decodes every image once, in parallel, and skips images that cannot be used for training.
 
-    - Unreadable pictures (empty, cut off, no picture, beyond the limits) are left out, each with its reason.
-    - A class that has pictures for validation or test only cannot be learnt: it is left out, with its pictures.
-    - A class with one picture for training is kept; where splits are made, that picture is in train, so the class is not tested.
-    - A class without pictures in the data's own test split is kept and named: it is not tested.
+    - Unreadable images (empty, truncated, no image, outside the limits) are skipped, with the reason.
+    - A class with images in validation or test only is skipped.
+    - A class with one training image is kept; if splits are created, the image goes to train, so that the class is not tested.
+    - A class without images in the data's own test split is kept and noted, because it is not tested.
 
     Args:
-        strict: an error, with everything that would be left out, in place of leaving out.
-        folder: where `skipped.txt` is written if anything is left out: all of it, a line each; made if missing.
-        threads: that decode side by side; None takes as many as there are cores, at most 16.
-        progress: called in this thread with pictures done and pictures in all.
+        strict: raise an error with all unusable images instead of skipping them.
+        folder: where `skipped.txt` is written if images are skipped, one line per image; created if missing.
+        threads: decoder threads; None for one per core, at most 16.
+        progress: called in this thread with the number of checked images and of all images.
 
     Raises:
-        DataError: fewer than two classes; a class of which no picture can be read; `strict` and something to leave out.
+        DataError: fewer than two classes; a class without a readable image; with `strict`, an unusable image.
     """
     _check_classes(source)
     opened = _open_all(source, threads or min(16, os.cpu_count() or 1), progress)
-    reasons = {each.name: seen.problem for each, seen in zip(source.examples, opened, strict=True) if seen.problem is not None}
-    readable = source.keeping(lambda each: each.name not in reasons)
-    emptied = sorted(set(source.classes) - set(readable.classes))
-    if emptied:
-        first = next(each for each in source.examples if source.classes[each.label] == emptied[0])
+    reasons = {each.name: check.problem for each, check in zip(source.examples, opened, strict=True) if check.problem is not None}
+    readable = source.filter(lambda each: each.name not in reasons)
+    unreadable = sorted(set(source.classes) - set(readable.classes))
+    if unreadable:
+        first = next(each for each in source.examples if source.classes[each.label] == unreadable[0])
         raise DataError(
-            f"{source.where}: no picture can be read of {some(emptied)}; expected at least one of each class. "
-            f"The first: {reasons[first.name]} Replace them, or remove the class.",
+            f"{source.where}: no readable image of {some(unreadable)}; expected at least one image of each class. "
+            f"First error: {reasons[first.name]} Replace the images, or remove the class.",
             file=source.where,
             where="unreadable",
-            given=tuple(emptied),
+            given=tuple(unreadable),
         )
-    lost = _untrained(readable)
+    untrained = _classes_without_training(readable)
     for each in readable.examples:
-        if each.label in lost:
-            reasons[each.name] = f"{each.name}: {readable.classes[each.label]} has no picture for training"
+        if each.label in untrained:
+            reasons[each.name] = f"{each.name}: {readable.classes[each.label]} has no training image"
     if reasons and strict:
-        message = f"{source.where}: {len(reasons):,} of {len(source):,} pictures cannot be used:{_listing(reasons, None)}"
+        message = f"{source.where}: {len(reasons):,} of {len(source):,} images cannot be used:{_listing(reasons, None)}"
         raise DataError(message, file=source.where, where="pictures", given=tuple(reasons))
-    usable = readable.keeping(lambda each: each.label not in lost)
+    usable = readable.filter(lambda each: each.label not in untrained)
     _check_classes(usable)
-    hashes = {each.name: seen.hash for each, seen in zip(source.examples, opened, strict=True) if each.name not in reasons}
-    notes = [*source.notes, *_left_out(source, reasons, folder)]
-    notes += (f"{source.where}: {name}: pictures for validation or test only; left out." for name in _named(readable, lost))
-    notes += [*_remarks(source, opened), *_thin_classes(usable)]
-    return Checked(replace(usable, hashes=hashes), tuple(notes))
+    hashes = {each.name: check.hash for each, check in zip(source.examples, opened, strict=True) if each.name not in reasons}
+    notes = [*source.notes, *_skipped(source, reasons, folder)]
+    notes += (
+        f"{source.where}: {readable.classes[label]}: images in validation or test only; class skipped."
+        for label in sorted(untrained)
+    )
+    notes += [*_remarks(source, opened), *_small_classes(usable)]
+    return CheckedSource(replace(usable, hashes=hashes), tuple(notes))
 
 
-def _open_all(source: Source, threads: int, progress: Callable[[int, int], None] | None) -> list[_Opened]:
-    found: list[_Opened] = []
-    waiting = iter(source.examples)
-    with _gathering() as heard, ThreadPoolExecutor(threads) as pool:
-        while chunk := list(islice(waiting, _CHUNK)):
-            for seen in pool.map(lambda each: _open(source, each, heard), chunk):
-                found.append(seen)
+def _open_all(source: Source, threads: int, progress: Callable[[int, int], None] | None) -> list[_ImageCheck]:
+    checks: list[_ImageCheck] = []
+    remaining = iter(source.examples)
+    with _collected_warnings() as collected, ThreadPoolExecutor(threads) as pool:
+        while chunk := list(islice(remaining, _CHUNK)):
+            for check in pool.map(lambda each: _open(source, each, collected), chunk):
+                checks.append(check)
                 if progress is not None:
-                    progress(len(found), len(source))
-    return found
+                    progress(len(checks), len(source))
+    return checks
 
 
-def _open(source: Source, example: Example, heard: threading.local) -> _Opened:
-    heard.remarks = []
+def _open(source: Source, example: Example, collected: threading.local) -> _ImageCheck:
+    collected.remarks = []
     try:
         data = source.content(example)
-        picture = decode(data, example.name, source.limits, remarks=False)
+        image = decode(data, example.name, source.limits, remarks=False)
     except DataError as error:
-        return _Opened("", str(error), ())
-    return _Opened(hash_of(data), None, (*picture.notes, *heard.remarks))
+        return _ImageCheck("", str(error), ())
+    return _ImageCheck(hash_of(data), None, (*image.notes, *collected.remarks))
 
 
 @contextmanager
-def _gathering() -> Iterator[threading.local]:
-    """Pillow's warnings in threads go to the thread's own list: filters belong to the process, so they are set here, once."""
-    heard = threading.local()
+def _collected_warnings() -> Iterator[threading.local]:
+    """Collects Pillow's warnings per thread; filters are global, so that they are set here, once."""
+    collected = threading.local()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        shown = warnings.showwarning
+        original = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: object) -> None:
-            remarks = getattr(heard, "remarks", None)
+            remarks = getattr(collected, "remarks", None)
             if remarks is None:
-                shown(message, category, filename, lineno)
+                original(message, category, filename, lineno)
             elif not issubclass(category, DeprecationWarning):
                 remarks.append(str(message))
 
         warnings.showwarning = show  # type: ignore[assignment]
-        yield heard
+        yield collected
 
 
-def _untrained(source: Source) -> set[int]:
-    """Classes of which the data's own splits have none to train on."""
+def _classes_without_training(source: Source) -> set[int]:
+    """Labels of the classes that have no image in the data's own training split."""
     if not source.has_splits:
         return set()
     return set(range(len(source.classes))) - {each.label for each in source.examples if each.split == "train"}
 
 
-def _named(source: Source, labels: set[int]) -> list[str]:
-    return [source.classes[label] for label in sorted(labels)]
-
-
 def _check_classes(source: Source) -> None:
     if len(source.classes) < 2:
-        held = f"one class ({source.classes[0]})" if source.classes else "no class"
+        count = f"one class ({source.classes[0]})" if source.classes else "no class"
         raise DataError(
-            f"{source.where}: {held} with pictures; expected at least two. If classes are folders one level further down, give "
-            "the folder that holds them.",
+            f"{source.where}: {count} with images; expected at least two. If the class folders are one level deeper, pass their "
+            "parent folder.",
             file=source.where,
             where="classes",
             given=source.classes,
@@ -151,43 +150,43 @@ def _check_classes(source: Source) -> None:
         )
 
 
-def _listing(reasons: dict[str, str], everything: Path | None) -> str:
+def _listing(reasons: dict[str, str], skipped: Path | None) -> str:
     lines = list(reasons.values())
-    more = len(lines) - _SHOWN
-    where = f"; all in {everything}" if everything else ""
-    return "".join(f"\n  {line}" for line in lines[:_SHOWN]) + (f"\n  and {more:,} more{where}" if more > 0 else "")
+    more = len(lines) - _LISTED
+    where = f"; all in {skipped}" if skipped else ""
+    return "".join(f"\n  {line}" for line in lines[:_LISTED]) + (f"\n  and {more:,} more{where}" if more > 0 else "")
 
 
-def _left_out(source: Source, reasons: dict[str, str], folder: Path | None) -> Iterator[str]:
+def _skipped(source: Source, reasons: dict[str, str], folder: Path | None) -> Iterator[str]:
     if not reasons:
         return
-    everything = None
+    skipped = None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        everything = folder / "skipped.txt"
-        everything.write_text("".join(f"{line}\n" for line in reasons.values()), encoding="utf-8")
-    listing = _listing(reasons, everything)
-    yield f"{source.where}: {len(reasons):,} of {len(source):,} pictures cannot be used; left out:{listing}"
+        skipped = folder / "skipped.txt"
+        skipped.write_text("".join(f"{line}\n" for line in reasons.values()), encoding="utf-8")
+    listing = _listing(reasons, skipped)
+    yield f"{source.where}: {len(reasons):,} of {len(source):,} images cannot be used and are skipped:{listing}"
 
 
-def _remarks(source: Source, opened: Sequence[_Opened]) -> Iterator[str]:
-    """What was done to pictures on the way, those alike in one line."""
-    alike: dict[str, list[str]] = {}
-    for example, seen in zip(source.examples, opened, strict=True):
-        for remark in dict.fromkeys(seen.remarks):
-            alike.setdefault(remark, []).append(example.name)
-    for remark, names in alike.items():
-        yield f"{source.where}: {len(names):,} used all the same: {remark}: {some(names)}."
+def _remarks(source: Source, opened: Sequence[_ImageCheck]) -> Iterator[str]:
+    """Remarks on usable images, one line per remark."""
+    names_by_remark: dict[str, list[str]] = {}
+    for example, check in zip(source.examples, opened, strict=True):
+        for remark in dict.fromkeys(check.remarks):
+            names_by_remark.setdefault(remark, []).append(example.name)
+    for remark, names in names_by_remark.items():
+        yield f"{source.where}: {len(names):,} images used with a remark: {remark}: {some(names)}."
 
 
-def _thin_classes(source: Source) -> Iterator[str]:
+def _small_classes(source: Source) -> Iterator[str]:
     train = source.counts("train" if source.has_splits else None)
-    single = [name for name, held in train.items() if held == 1]
+    single = [name for name, count in train.items() if count == 1]
     tested = {each.split for each in source.examples} >= {"test"}
     if single:
-        untested = "" if tested else "; it trains, so the class is not tested"
-        yield f"{source.where}: one picture only for training in {some(single)}{untested}. Add pictures."
+        untested = "" if tested else "; the class is therefore not tested"
+        yield f"{source.where}: only one training image in {some(single)}{untested}. Add images."
     if tested:
-        never = [name for name, held in source.counts("test").items() if not held]
-        if never:
-            yield f"{source.where}: no picture for testing in {some(never)}; accuracy says nothing of them."
+        untested_classes = [name for name, count in source.counts("test").items() if not count]
+        if untested_classes:
+            yield f"{source.where}: no test image in {some(untested_classes)}; the test accuracy does not cover these classes."

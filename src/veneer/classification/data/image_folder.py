@@ -1,4 +1,4 @@
-"""A folder whose subfolders are classes, once or under train, validation and test."""
+"""Image folders: one subfolder per class, at the top level or below train, validation and test."""
 
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
@@ -7,56 +7,56 @@ from pathlib import Path
 from veneer.training.data.image_io import DataError, read_bytes
 from veneer.training.data.photo_folder import READ, REFUSED
 
-from .labeled_images import LIMITS, SPLITS, Example, Row, Source, Split, assemble, some
+from .labeled_images import LIMITS, SPLITS, Example, LabeledRow, Source, Split, assemble, some
 
-_JUNK = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+_SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 
 
 def read_folder(root: Path) -> Source:
-    """The pictures of `root/CLASS/…` or of `root/{train,validation,test}/CLASS/…`.
+    """Reads the images of `root/CLASS/…` or of `root/{train,validation,test}/CLASS/…`.
 
-    - A folder called train, training, val, valid, validation, dev or test (in any case) is a split if it holds folders, and a
-      class if it holds pictures only. Beside splits, other folders are passed over.
-    - A picture at any depth under a class folder is of that class.
-    - Hidden files, Thumbs.db, desktop.ini, __MACOSX and files with another ending than a picture's are passed over, and so are
-      pictures outside the class folders and class folders without any. `Source.notes` names all but hidden and system files.
+    - A folder named train, training, val, valid, validation, dev or test (case-insensitive) is a split if it contains folders,
+      and a class if it contains images only. Next to splits, other folders are ignored.
+    - Images at any depth below a class folder belong to that class.
+    - Ignored are: hidden files, Thumbs.db, desktop.ini, __MACOSX, files without an image suffix, images outside the class
+      folders, and empty class folders. `Source.notes` lists them, except hidden and system files.
 
     Raises:
         DataError: no class folders, a folder that cannot be listed, two folders for one split, splits without train.
     """
     splits = _splits(root)
-    passed, empty, rows, paths = [], [], [], {}
+    ignored, empty, rows, paths = [], [], [], {}
     for folder, split in splits.items() or ((root, None),):
         for child in visible(folder):
             if not child.is_dir():
-                passed.append(child)
+                ignored.append(child)
                 continue
-            found = 0
+            count = 0
             for path in files(child):
-                if not is_picture(path):
-                    passed.append(path)
+                if not is_image(path):
+                    ignored.append(path)
                     continue
-                row = Row(_name(path, root), _nfc(child.name), split)
+                row = LabeledRow(_name(path, root), _nfc(child.name), split)
                 rows.append(row)
                 paths[row.name] = path
-                found += 1
-            if not found:
+                count += 1
+            if not count:
                 empty.append(child)
     notes: list[str] = []
     if splits:
-        notes += _beside(root, [each for each in visible(root) if each not in splits])
-    notes += _outside(root, passed)
+        notes += _ignored_folders(root, [each for each in visible(root) if each not in splits])
+    notes += _ignored_files(root, ignored)
     if empty:
         names = some([_name(each, root) for each in empty])
-        notes.append(f"{root}: no pictures in {names}; left out.")
+        notes.append(f"{root}: no images in {names}; skipped.")
     if not rows:
-        message = f"{root}: {_held(root)}; expected folders named after the classes, with pictures in them."
+        message = f"{root}: {_contents(root)}; expected one folder per class, with images."
         raise DataError(message, file=root, where="classes", given=tuple(path.name for path in visible(root)))
     return assemble(str(root), rows, reader(paths), notes)
 
 
 def reader(paths: Mapping[str, Path]) -> Callable[[Example], bytes]:
-    """Bytes by name; see `Source.content`."""
+    """A reader of image bytes by name; see `Source.content`."""
 
     def content(example: Example) -> bytes:
         return read_bytes(paths[example.name], LIMITS)
@@ -65,17 +65,17 @@ def reader(paths: Mapping[str, Path]) -> Callable[[Example], bytes]:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted by name, without hidden and system files."""
+    """Entries of a folder, sorted by name, without hidden and system files."""
     try:
-        held = [path for path in folder.iterdir() if not path.name.startswith(".") and path.name.lower() not in _JUNK]
+        entries = [path for path in folder.iterdir() if not path.name.startswith(".") and path.name.lower() not in _SYSTEM_FILES]
     except OSError as error:
         message = f"{folder}: cannot be listed ({error.strerror}). Check permissions."
         raise DataError(message, file=folder, given="unreadable") from error
-    return sorted(held, key=lambda path: path.name)
+    return sorted(entries, key=lambda path: path.name)
 
 
 def files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """The files under a folder at any depth; a link back to a folder above is not followed."""
+    """Files below a folder at any depth; links to a parent folder are not followed."""
     here = folder.resolve()
     if here in above:
         return
@@ -86,8 +86,8 @@ def files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
             yield path
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a file is called like a picture, readable or not."""
+def is_image(path: Path) -> bool:
+    """Whether a file name has an image suffix, of a supported or unsupported format."""
     return path.suffix.lower() in READ | REFUSED
 
 
@@ -99,34 +99,34 @@ def _splits(root: Path) -> dict[Path, Split]:
             continue
         if split in found.values():
             other = next(path for path, each in found.items() if each == split)
-            message = f"{root}: {other.name} and {folder.name} are both for {split}; expected one. Join them."
+            message = f"{root}: {other.name} and {folder.name} are both the {split} split; expected one folder. Merge them."
             raise DataError(message, file=root, where=split, given=(other.name, folder.name))
         found[folder] = split
     return found
 
 
-def _beside(root: Path, others: list[Path]) -> Iterator[str]:
+def _ignored_folders(root: Path, others: list[Path]) -> Iterator[str]:
     if others:
         names = some([each.name + "/" * each.is_dir() for each in others])
-        yield f"{root}: has its own splits; passed over beside them: {names}."
+        yield f"{root}: has its own splits; ignored next to them: {names}."
 
 
-def _outside(root: Path, passed: list[Path]) -> Iterator[str]:
-    for word, held in (
-        ("pictures outside the class folders", [each for each in passed if is_picture(each)]),
-        ("files that are no pictures by their ending", [each for each in passed if not is_picture(each)]),
+def _ignored_files(root: Path, ignored: list[Path]) -> Iterator[str]:
+    for kind, paths in (
+        ("images outside the class folders", [each for each in ignored if is_image(each)]),
+        ("files without an image suffix", [each for each in ignored if not is_image(each)]),
     ):
-        if held:
-            yield f"{root}: {len(held):,} {word}, passed over: {some([_name(each, root) for each in held])}."
+        if paths:
+            yield f"{root}: {len(paths):,} {kind} ignored: {some([_name(each, root) for each in paths])}."
 
 
-def _held(root: Path) -> str:
+def _contents(root: Path) -> str:
     names = [each.name + "/" * each.is_dir() for each in visible(root)]
-    return f"no class folders with pictures; it holds {some(names)}" if names else "it is empty"
+    return f"no class folders with images; it contains {some(names)}" if names else "the folder is empty"
 
 
 def _nfc(text: str) -> str:
-    return unicodedata.normalize("NFC", text)  # macOS may give the letters of a name taken apart
+    return unicodedata.normalize("NFC", text)  # macOS returns decomposed names
 
 
 def _name(path: Path, root: Path) -> str:

@@ -1,4 +1,4 @@
-"""Labelled pictures, wherever they come from: names, labels and splits, and one door to each picture's bytes."""
+"""Labeled images of any source: names, labels and splits, and access to each image's bytes."""
 
 import hashlib
 from collections import Counter
@@ -23,12 +23,12 @@ LIMITS = PhotoLimits(min_side=2, max_aspect=100)
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled picture.
+    """One labeled image.
 
     Args:
-        name: unique in its source and the same on every machine: a path with forward slashes, or a row's number.
-        label: place of its class in `Source.classes`.
-        split: the split it has in the data, or None where the data has none.
+        name: unique in its source and independent of the machine: a path with forward slashes, or a row number.
+        label: index of its class in `Source.classes`.
+        split: its split in the data, or None if the data has no splits.
     """
 
     name: str
@@ -38,17 +38,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled pictures in one order: by name, whatever the order of files or rows.
+    """Labeled images, sorted by name.
 
     Args:
-        where: where they were found, for messages.
+        where: path or name of the source, for messages.
         classes: names of the classes, sorted.
-        examples: the pictures, sorted by name.
-        content: the bytes of a picture's file. Raises DataError.
-        notes: what was passed over while looking, a sentence each.
-        hashes: name to BLAKE2b of the bytes, as far as they have been read; see `check_pictures`.
-        mirror: whether a mirrored picture is still one of its class; not so for digits.
-        limits: how pictures are decoded.
+        examples: the images, sorted by name.
+        content: reads the bytes of an image's file. Raises DataError.
+        notes: sentences on what was ignored while reading.
+        hashes: BLAKE2b of the bytes by name, as far as they have been read; see `check_images`.
+        mirror: whether a mirrored image still belongs to its class; False for digits.
+        limits: limits of the decoder.
     """
 
     where: str
@@ -64,16 +64,16 @@ class Source:
         return len(self.examples)
 
     def read(self, example: Example) -> Image.Image:
-        """The upright RGB picture. Safe in threads.
+        """Decodes an image to RGB, with its EXIF orientation applied. Thread-safe.
 
         Raises:
-            DataError: it cannot be read, or its bytes are not those that were checked.
+            DataError: the image cannot be read, or its bytes have changed since the check.
         """
         data = self.content(example)
         known = self.hashes.get(example.name)
         if known is not None and known != hash_of(data):
             raise DataError(
-                f"{self.where}: {example.name} has changed since it was checked. Keep pictures as they are during a run.",
+                f"{self.where}: {example.name} has changed since it was checked. Do not change images during a run.",
                 file=example.name,
                 given="changed",
             )
@@ -81,31 +81,31 @@ class Source:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of classes, names, labels and splits; of the bytes nothing."""
+        """Hash of classes, names, labels and splits, without the image bytes."""
         rows = (f"{each.name}\n{each.label}\n{each.split}" for each in self.examples)
         return cache_key(len(self.classes), *self.classes, *rows)
 
     @property
     def has_splits(self) -> bool:
-        """Whether the data says which pictures are for training."""
+        """Whether the data has splits."""
         return any(each.split is not None for each in self.examples)
 
     def counts(self, split: Split | None = None) -> dict[str, int]:
-        """Pictures of each class, in one split or in all."""
-        held = Counter(each.label for each in self.examples if split is None or each.split == split)
-        return {name: held[label] for label, name in enumerate(self.classes)}
+        """Number of images of each class, in one split or in all."""
+        counts = Counter(each.label for each in self.examples if split is None or each.split == split)
+        return {name: counts[label] for label, name in enumerate(self.classes)}
 
-    def keeping(self, kept: Callable[[Example], bool]) -> "Source":
-        """The examples that `kept` says yes to; classes left without any are dropped, and labels counted anew."""
-        held = [each for each in self.examples if kept(each)]
-        old = sorted({each.label for each in held})
-        new = {label: place for place, label in enumerate(old)}
-        examples = tuple(replace(each, label=new[each.label]) for each in held)
+    def filter(self, predicate: Callable[[Example], bool]) -> "Source":
+        """The examples that satisfy `predicate`, without empty classes; labels are renumbered."""
+        remaining = [each for each in self.examples if predicate(each)]
+        old = sorted({each.label for each in remaining})
+        new = {label: index for index, label in enumerate(old)}
+        examples = tuple(replace(each, label=new[each.label]) for each in remaining)
         return replace(self, classes=tuple(self.classes[label] for label in old), examples=examples)
 
 
-class Row(NamedTuple):
-    """What a reader found: a picture's name, the name of its class, and its split."""
+class LabeledRow(NamedTuple):
+    """An image as found by a reader: its name, the name of its class, and its split."""
 
     name: str
     label: str
@@ -113,35 +113,35 @@ class Row(NamedTuple):
 
 
 def hash_of(data: bytes) -> str:
-    """BLAKE2b of a file's bytes, 40 hex letters."""
+    """BLAKE2b of a file's bytes, 40 hex digits."""
     return hashlib.blake2b(data, digest_size=20).hexdigest()
 
 
-def assemble(where: str, rows: Iterable[Row], content: Callable[[Example], bytes], notes: Sequence[str] = ()) -> Source:
-    """The source of some rows, in any order.
+def assemble(where: str, rows: Iterable[LabeledRow], content: Callable[[Example], bytes], notes: Sequence[str] = ()) -> Source:
+    """Builds a source from rows in any order.
 
     Raises:
-        DataError: no rows; one name twice; splits of which none is for training.
+        DataError: no rows; duplicate names; splits without train.
     """
-    found = sorted(rows, key=lambda row: row.name)
-    if not found:
-        message = f"{where}: no pictures with a class; expected at least two classes of pictures. See find_pictures."
+    ordered = sorted(rows, key=lambda row: row.name)
+    if not ordered:
+        message = f"{where}: no labeled images; expected images of at least two classes."
         raise DataError(message, file=where, where="classes", given=0)
-    twice = [name for name, times in Counter(row.name for row in found).items() if times > 1]
-    if twice:
-        message = f"{where}: {some(twice)} listed more than once; expected each picture once. Remove the other lines."
-        raise DataError(message, file=where, where="copies", given=tuple(twice))
-    held = {row.split for row in found}
-    if held != {None} and "train" not in held:
-        splits = sorted(map(str, held))
-        message = f"{where}: splits {some(splits)} and none for training; expected one called train."
-        raise DataError(message, file=where, where="splits", given=tuple(splits), expected="train")
-    classes = tuple(sorted({row.label for row in found}))
-    place = {name: label for label, name in enumerate(classes)}
-    return Source(where, classes, tuple(Example(r.name, place[r.label], r.split) for r in found), content, tuple(notes))
+    duplicates = [name for name, count in Counter(row.name for row in ordered).items() if count > 1]
+    if duplicates:
+        message = f"{where}: {some(duplicates)} listed more than once; expected each image once. Remove the duplicates."
+        raise DataError(message, file=where, where="copies", given=tuple(duplicates))
+    splits = {row.split for row in ordered}
+    if splits != {None} and "train" not in splits:
+        names = sorted(map(str, splits))
+        message = f"{where}: splits {some(names)}; expected one named train."
+        raise DataError(message, file=where, where="splits", given=tuple(names), expected="train")
+    classes = tuple(sorted({row.label for row in ordered}))
+    label_of = {name: label for label, name in enumerate(classes)}
+    return Source(where, classes, tuple(Example(r.name, label_of[r.label], r.split) for r in ordered), content, tuple(notes))
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
-    """Names in a sentence; of many the first, and how many more there are."""
+    """The first names as a list in a sentence, and the number of the others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")

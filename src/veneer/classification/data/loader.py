@@ -1,4 +1,4 @@
-"""Pixels and labels, decoded and viewed side by side, in the order that was asked for."""
+"""Multithreaded loader of pixels and labels, with a cache of decoded images."""
 
 import os
 import threading
@@ -15,117 +15,117 @@ from veneer.training.data.image_io import DataError
 
 from .labeled_images import Source
 
-Drawn = tuple[int, int]
+SampleKey = tuple[int, int]
+"""Epoch, and index in `Source.examples`."""
 
 
 class View(Protocol):
-    """What `EvalView` and `TrainView` are."""
+    """A transform of images to pixels: `EvalView` or `TrainView`."""
 
     side: int | None
 
-    def __call__(self, picture: Image.Image, epoch: int, index: int) -> Tensor: ...
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor: ...
 
 
-class Shelf:
-    """A source's decoded pictures, kept as far as `limit` bytes go; what is on it stays. Safe in threads.
+class DecodedImages:
+    """Cache of a source's decoded images up to `limit` bytes, without eviction. Thread-safe.
 
     Args:
-        source: the pictures.
-        limit: bytes, three a pixel. 0 keeps none.
-        side: pictures with a longer short side are shrunk to it; None keeps them as they are, which an exact eval view needs.
+        source: the images.
+        limit: size in bytes, three per pixel. 0 caches nothing.
+        side: images are downscaled to this short side; None keeps the original size, which an exact evaluation view needs.
     """
 
     def __init__(self, source: Source, limit: int = 2**30, side: int | None = None) -> None:
-        self.source, self.limit, self.side, self.held = source, limit, side, 0
-        self._kept: dict[int, tuple[tuple[int, int], bytes]] = {}
+        self.source, self.limit, self.side, self.size = source, limit, side, 0
+        self._cache: dict[int, tuple[tuple[int, int], bytes]] = {}
         self._lock = threading.Lock()
 
-    def picture(self, index: int) -> Image.Image:
-        """The upright RGB picture at a place of `source.examples`. Raises DataError as `Source.read`."""
-        found = self._kept.get(index)
-        if found is not None:
-            return Image.frombytes("RGB", *found)
-        picture = _shrunk(self.source.read(self.source.examples[index]), self.side)
-        weight = 3 * picture.width * picture.height
+    def image(self, index: int) -> Image.Image:
+        """The RGB image of an index in `source.examples`. Raises DataError as `Source.read`."""
+        cached = self._cache.get(index)
+        if cached is not None:
+            return Image.frombytes("RGB", *cached)
+        image = _downscale(self.source.read(self.source.examples[index]), self.side)
+        size = 3 * image.width * image.height
         with self._lock:
-            fits = index not in self._kept and self.held + weight <= self.limit
-            self.held += weight * fits
+            fits = index not in self._cache and self.size + size <= self.limit
+            self.size += size * fits
             if fits:
-                self._kept[index] = (picture.size, picture.tobytes())
-        return picture
+                self._cache[index] = (image.size, image.tobytes())
+        return image
 
 
-class Pixels:
-    """Pictures to pixels and labels, side by side in threads: `pixels([(epoch, index), …])`. The same for any number of threads.
+class ImageLoader:
+    """Loads pixels and labels in threads: `loader([(epoch, index), …])`. The result does not depend on the number of threads.
 
-    Pillow's warnings are silenced for the process, for filters cannot be set in threads; `check_pictures` has told of them.
+    Silences Pillow's warnings in the process, because filters cannot be set per thread; `check_images` has reported them.
 
     Args:
-        shelf: where pictures come from: a shelf to keep them decoded, or a source to decode them each time.
-        view: what makes pixels of a picture.
-        threads: that decode; 0 takes as many as there are cores, at most 16.
+        images: a cache of decoded images, or a source, whose images are decoded each time.
+        view: the transform.
+        threads: decoder threads; 0 for one per core, at most 16.
 
     Raises:
-        DataError: a shelf whose pictures are smaller than the view needs.
+        DataError: the cached images are smaller than the view needs.
     """
 
-    def __init__(self, shelf: Shelf | Source, view: View, threads: int = 0) -> None:
-        self.shelf = Shelf(shelf, 0) if isinstance(shelf, Source) else shelf
+    def __init__(self, images: DecodedImages | Source, view: View, threads: int = 0) -> None:
+        self.images = DecodedImages(images, 0) if isinstance(images, Source) else images
         self.view = view
-        side = self.shelf.side
+        side = self.images.side
         if side is not None and (view.side is None or side < view.side):
-            message = f"pixels: a shelf of side {side} for a view of side {view.side}. Make it with side=view.side."
+            message = f"ImageLoader: images of side {side}; expected at least {view.side} for this view. Pass side=view.side."
             raise DataError(message, where="side", given=side, expected=view.side)
         self._pool = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1))
-        self._coming: dict[Drawn, Future[Tensor]] = {}
+        self._pending: dict[SampleKey, Future[Tensor]] = {}
         warnings.filterwarnings("ignore", module=r"PIL\.")
 
-    def expect(self, drawn: Sequence[Drawn]) -> None:
-        """Begin to make what will be asked for next, without waiting. What is never asked for stays in memory until `close`."""
-        for each in drawn:
-            if each not in self._coming:
-                self._coming[each] = self._pool.submit(self._made, each)
+    def prefetch(self, samples: Sequence[SampleKey]) -> None:
+        """Starts loading samples without waiting. Samples that are never requested stay in memory until `close`."""
+        for each in samples:
+            if each not in self._pending:
+                self._pending[each] = self._pool.submit(self._load, each)
 
-    def __call__(self, drawn: Sequence[Drawn]) -> tuple[Tensor, Tensor]:
-        """Pixels `(n, 3, height, width)` float32 and labels `(n,)` int64 of n pairs of epoch and place in `source.examples`, in
-        their order.
+    def __call__(self, samples: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
+        """Pixels `(n, 3, height, width)` float32 and labels `(n,)` int64 of n samples, in their order.
 
         Raises:
-            DataError: a picture that cannot be read any more, or has changed.
+            DataError: an image that can no longer be read, or has changed.
         """
-        self.expect(drawn)
-        found = {each: self._coming.pop(each) for each in dict.fromkeys(drawn)}
-        examples = self.shelf.source.examples
-        return torch.stack([found[each].result() for each in drawn]), torch.tensor([examples[index].label for _, index in drawn])
+        self.prefetch(samples)
+        pending = {each: self._pending.pop(each) for each in dict.fromkeys(samples)}
+        examples = self.images.source.examples
+        return torch.stack([pending[each].result() for each in samples]), torch.tensor([examples[i].label for _, i in samples])
 
     def batches(self, indices: Sequence[int], size: int, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """All of `indices` in their order, `size` at a time and the last perhaps fewer; one batch is made ahead."""
+        """Batches of all `indices` in order, the last possibly smaller; the next batch is prefetched."""
         if size < 1:
-            raise DataError(f"pixels: batches of {size}; expected at least 1.", where="size", given=size, expected=1)
-        drawn = [[(epoch, index) for index in indices[start : start + size]] for start in range(0, len(indices), size)]
-        for now, following in zip(drawn, [*drawn[1:], []], strict=False):
-            self.expect(now + following)
-            yield self(now)
+            raise DataError(f"ImageLoader: batch size {size}; expected at least 1.", where="size", given=size, expected=1)
+        batches = [[(epoch, index) for index in indices[start : start + size]] for start in range(0, len(indices), size)]
+        for current, following in zip(batches, [*batches[1:], []], strict=False):
+            self.prefetch(current + following)
+            yield self(current)
 
     def close(self) -> None:
-        """End the threads; what they have not begun is dropped."""
+        """Stops the threads and cancels pending samples."""
         self._pool.shutdown(cancel_futures=True)
-        self._coming.clear()
+        self._pending.clear()
 
-    def __enter__(self) -> "Pixels":
+    def __enter__(self) -> "ImageLoader":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _made(self, drawn: Drawn) -> Tensor:
-        epoch, index = drawn
-        return self.view(self.shelf.picture(index), epoch, index)
+    def _load(self, sample: SampleKey) -> Tensor:
+        epoch, index = sample
+        return self.view(self.images.image(index), epoch, index)
 
 
-def _shrunk(picture: Image.Image, side: int | None) -> Image.Image:
-    short = min(picture.size)
+def _downscale(image: Image.Image, side: int | None) -> Image.Image:
+    short = min(image.size)
     if side is None or short <= side:
-        return picture
-    width, height = (max(1, round(length * side / short)) for length in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+        return image
+    width, height = (max(1, round(length * side / short)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""The pictures of a run: checked, split, and as the model wants them."""
+"""Data of a run: checked images, their splits, and loaders with the model's transforms."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from veneer.training.data.image_io import DataError
 
 from ..config import TransferConfig
 from ..train.batches import Batch
-from .image_checks import check_pictures
+from .image_checks import check_images
 from .labeled_images import Source
-from .loader import Pixels, Shelf
-from .sources import find_pictures
+from .loader import DecodedImages, ImageLoader
+from .sources import open_source
 from .split_files import load_splits, save_splits
 from .splits import Splits, split
 from .transforms import Augmentation, EvalView, TrainView
@@ -23,7 +23,7 @@ from .transforms import Augmentation, EvalView, TrainView
 
 @dataclass(frozen=True)
 class Data:
-    """Checked pictures and their splits, with all that was found on the way."""
+    """Checked images and their splits, with notes for the user."""
 
     source: Source
     splits: Splits
@@ -36,12 +36,12 @@ class Data:
 
 
 def open_data(config: TransferConfig, out: Path, progress: Callable[[int, int], None] | None = None) -> Data:
-    """Find, check and split the pictures. The splits are in `out/splits.json`; a resumed run keeps those.
+    """Reads, checks and splits the images. The splits are saved in `out/splits.json`; a resumed run reuses them.
 
     Raises:
-        DataError: no pictures, fewer than two classes, or splits without a picture for training, validation or test.
+        DataError: no images, fewer than two classes, or an empty training, validation or test split.
     """
-    checked = check_pictures(find_pictures(config.data), folder=out, threads=config.workers or None, progress=progress)
+    checked = check_images(open_source(config.data), folder=out, threads=config.workers or None, progress=progress)
     file = out / "splits.json"
     if config.resume and file.is_file():
         splits = load_splits(file, checked.source)
@@ -51,7 +51,7 @@ def open_data(config: TransferConfig, out: Path, progress: Callable[[int, int], 
     for name in ("train", "validation", "test"):
         if not getattr(splits, name):
             raise DataError(
-                f"{checked.source.where}: no picture for {name}. Give it some, or a share of the others: --validation, --test.",
+                f"{checked.source.where}: the {name} split is empty. Add images, or set fractions with --validation and --test.",
                 file=checked.source.where,
                 where=name,
                 given=0,
@@ -60,10 +60,10 @@ def open_data(config: TransferConfig, out: Path, progress: Callable[[int, int], 
 
 
 class Views:
-    """A run's pictures as the model wants them, for training and for looking.
+    """Loaders of a run's images, with the training and the evaluation transform.
 
     Args:
-        data: the pictures. `entry`: how pictures enter the model (`Classifier.data`).
+        data: the images. `entry`: the model's data config (`Classifier.data`).
         augment, squash, seed, workers: as in `TransferConfig`.
     """
 
@@ -71,23 +71,23 @@ class Views:
         self, data: Data, entry: Mapping[str, Any], augment: str, *, squash: bool = False, seed: int = 0, workers: int = 0
     ) -> None:
         self.data, self.workers = data, workers
-        self.plain = Pixels(Shelf(data.source, 2**28), EvalView(entry, squash=squash), workers)
+        self.plain = ImageLoader(DecodedImages(data.source, 2**28), EvalView(entry, squash=squash), workers)
         self._view = partial(TrainView, entry, cast(Augmentation, augment), mirror=data.source.mirror, squash=squash)
         view = self._view(seed)
-        self._shelf = Shelf(data.source, side=view.side)
-        self.train = Pixels(self._shelf, view, workers)
+        self._images = DecodedImages(data.source, side=view.side)
+        self.train = ImageLoader(self._images, view, workers)
 
     def reseed(self, seed: int) -> None:
-        """Draw the augmentation by another seed from here on; what was made ahead is dropped."""
+        """Changes the seed of the augmentation; prefetched images are dropped."""
         self.train.close()
-        self.train = Pixels(self._shelf, self._view(seed), self.workers)
+        self.train = ImageLoader(self._images, self._view(seed), self.workers)
 
     def batches(self, split: str, size: int) -> Iterator[Batch]:
-        """All pictures of a split, in order, as they are looked at."""
+        """Batches of a split, in order, with the evaluation transform."""
         return self.plain.batches(getattr(self.data.splits, split), size)
 
     def close(self) -> None:
-        """End the threads."""
+        """Stops the loader threads."""
         self.train.close()
         self.plain.close()
 

@@ -1,4 +1,4 @@
-"""The one door to labelled pictures: a folder, a table, a folder of the `datasets` library, or the digits at hand."""
+"""Readers of labeled images: a folder, a table, a dataset folder of Hugging Face `datasets`, or scikit-learn's digits."""
 
 from pathlib import Path
 
@@ -10,34 +10,34 @@ from .hf_dataset import read_rows, row_files
 from .image_folder import read_folder
 from .labeled_images import SPLITS, Example, Source, Split
 
-__all__ = ["SPLITS", "Example", "Source", "Split", "find_pictures"]
-_EXPECTED = "a folder of CLASS/pictures or train/CLASS/pictures, a CSV of path,label[,split], or the word digits"
+__all__ = ["SPLITS", "Example", "Source", "Split", "open_source"]
+_EXPECTED = "a folder of CLASS/IMAGE or train/CLASS/IMAGE, a CSV of path,label[,split], or the word digits"
 
 
-def find_pictures(data: str | Path | None = None) -> Source:
-    """The labelled pictures of `data`; none is decoded yet, see `check_pictures`.
+def open_source(data: str | Path | None = None) -> Source:
+    """Opens labeled images without decoding them; see `check_images`.
 
     Args:
         data: one of
-            - a folder of `CLASS/pictures`, or with train, validation and test folders of them: see `read_folder`;
-            - a CSV, TSV or text table of path, label and perhaps split: see `read_csv`;
-            - a folder as the `datasets` library writes it: pictures with `metadata.csv` or `metadata.jsonl` (`read_metadata`),
-              Parquet files or `save_to_disk` (`read_rows`; needs pyarrow);
+            - a folder of `CLASS/IMAGE`, or of train, validation and test folders with these: see `read_folder`;
+            - a CSV, TSV or text table of path, label and optionally split: see `read_csv`;
+            - a folder of the `datasets` library: images with `metadata.csv` or `metadata.jsonl` (`read_metadata`), Parquet files
+              or `save_to_disk` (`read_rows`; needs pyarrow);
             - `digits`, or None: scikit-learn's 1,797 handwritten digits. A folder or file of that name is `./digits`.
 
     Raises:
-        DataError: nothing of the kind, or something in it cannot be used.
+        DataError: the path does not exist, is of another kind, or has invalid contents.
     """
     if data is None or str(data) == "digits":
         return digits()
     path = Path(data).expanduser()
     if path.is_file():
         if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
-            message = f"{path}: a file ending in {path.suffix or 'nothing'}; expected {_EXPECTED}."
+            message = f"{path}: a file {f'with suffix {path.suffix}' if path.suffix else 'without suffix'}; expected {_EXPECTED}."
             raise DataError(message, file=path, where="suffix", given=path.suffix)
         return read_csv(path)
     if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder; expected {_EXPECTED}. Check the name.", file=path, given="missing")
+        raise DataError(f"{path}: no such file or folder; expected {_EXPECTED}. Check the path.", file=path, given="missing")
     tables = metadata_files(path)
     if tables:
         return read_metadata(path, tables)

@@ -1,4 +1,4 @@
-"""Splits on disk: `splits.json` names every picture of every split, so that another run uses the same ones or says why not."""
+"""`splits.json`: the images of every split with their hashes, so that another run uses the same splits or raises an error."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,90 +12,93 @@ from .labeled_images import Source, some
 from .splits import Splits, digest_of, hashes_of
 
 _FORM = 1
-_PARTS = ("train", "validation", "test")
+_SPLIT_NAMES = ("train", "validation", "test")
 
 
 def save_splits(splits: Splits, source: Source, path: Path) -> None:
-    """Write the splits: seed, shots, classes, and a line for each picture: name, class, hash of its bytes."""
+    """Writes splits: seed, shots, classes, and one line per image with name, class and hash."""
     hashes = hashes_of(source)
 
-    def lines(places: Sequence[int]) -> list[list[str]]:
-        return [[source.examples[i].name, source.classes[source.examples[i].label], hashes[i]] for i in places]
+    def lines(indices: Sequence[int]) -> list[list[str]]:
+        return [[source.examples[i].name, source.classes[source.examples[i].label], hashes[i]] for i in indices]
 
     table: dict[str, Any] = {"form": _FORM, "seed": splits.seed, "shots": splits.shots, "made": list(splits.made)}
     table |= {"classes": list(source.classes), "pictures": len(source), "digest": splits.digest, "notes": list(splits.notes)}
     text = json.dumps(table, indent=1, ensure_ascii=False)[:-2]
-    for part in _PARTS:
-        rows = ",\n  ".join(json.dumps(line, ensure_ascii=False) for line in lines(getattr(splits, part)))
-        text += f',\n "{part}": [\n  {rows}\n ]'
+    for name in _SPLIT_NAMES:
+        rows = ",\n  ".join(json.dumps(line, ensure_ascii=False) for line in lines(getattr(splits, name)))
+        text += f',\n "{name}": [\n  {rows}\n ]'
     write_atomically(path, (text + "\n}\n").encode())
 
 
 def load_splits(path: Path, source: Source) -> Splits:
-    """The splits of a file, as places in `source`. Pictures that came later are left out, with a note.
+    """Reads splits, as indices in `source`. Images that were added since are not used, with a note.
 
     Raises:
-        DataError: no such file or another one; other classes; pictures that are gone, or have another label or other bytes.
+        DataError: missing or invalid file; other classes; images that are missing, or have another label or other bytes.
     """
     table = _read(path)
     if table["classes"] != list(source.classes):
         raise DataError(
-            f"{path}: made for the classes {some(table['classes'])}; {source.where} has {some(source.classes)}. "
-            "Use the data it was made for, or split anew.",
+            f"{path}: splits of the classes {some(table['classes'])}, but {source.where} has {some(source.classes)}. "
+            "Use the original data, or start a new run.",
             file=path,
             where="classes",
             given=source.classes,
             expected=tuple(table["classes"]),
         )
     hashes = hashes_of(source)
-    places = {each.name: place for place, each in enumerate(source.examples)}
+    index_of = {each.name: index for index, each in enumerate(source.examples)}
     problems: list[DataError] = []
-    held = [tuple(sorted(_found(table[part], source, hashes, places, problems))) for part in _PARTS]
+    splits = [tuple(sorted(_indices(table[name], source, hashes, index_of, problems))) for name in _SPLIT_NAMES]
     if problems:
         listing = "".join(f"\n  {each}" for each in problems[:8]) + (f"\n  and {len(problems) - 8:,} more" * (len(problems) > 8))
-        message = f"{path}: {source.where} has changed since; restore it, or split anew:{listing}"
+        message = f"{path}: {source.where} has changed; restore it, or start a new run:{listing}"
         raise DataError(message, file=path, where="pictures", given=tuple(problems))
-    if digest_of(source, hashes, held) != table["digest"]:
-        message = f"{path}: its lines do not match its digest; it was edited or cut. Split anew."
+    if digest_of(source, hashes, splits) != table["digest"]:
+        message = f"{path}: the digest does not match, so that the file was edited or truncated. Start a new run."
         raise DataError(message, file=path, where="digest")
     notes = list(table["notes"])
     new = len(source) - table["pictures"]
     if new > 0:
-        notes.append(f"{path}: made when {source.where} had {new:,} pictures fewer; those are not used. Split anew to use them.")
+        notes.append(f"{path}: {new:,} images were added to {source.where} since and are not used. Start a new run to use them.")
     made = tuple(table["made"])
-    return Splits(held[0], held[1], held[2], table["seed"], table["shots"], made, tuple(notes), table["digest"])
+    return Splits(splits[0], splits[1], splits[2], table["seed"], table["shots"], made, tuple(notes), table["digest"])
 
 
-def _found(
-    lines: list[list[str]], source: Source, hashes: Sequence[str], places: dict[str, int], problems: list[DataError]
+def _indices(
+    lines: list[list[str]], source: Source, hashes: Sequence[str], index_of: dict[str, int], problems: list[DataError]
 ) -> Iterator[int]:
+    """Indices of the images of a split; images that are missing or have changed are added to `problems`."""
     for name, label, value in lines:
-        place = places.get(name)
-        if place is None:
-            problems.append(DataError(f"{name}: gone, or no longer readable", where=name, given="missing"))
+        index = index_of.get(name)
+        if index is None:
+            problems.append(DataError(f"{name}: missing or unreadable", where=name, given="missing"))
             continue
-        now = source.classes[source.examples[place].label]
-        if now != label:
-            problems.append(DataError(f"{name}: was {label}, is {now}", where=name, given=now, expected=label))
-        elif hashes[place] != value:
-            problems.append(DataError(f"{name}: other bytes than then", where=name, given="changed"))
-        yield place
+        current = source.classes[source.examples[index].label]
+        if current != label:
+            problems.append(DataError(f"{name}: class {current}; expected {label}", where=name, given=current, expected=label))
+        elif hashes[index] != value:
+            problems.append(DataError(f"{name}: the file has changed", where=name, given="changed"))
+        yield index
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        if table["form"] == _FORM and all(len(line) == 3 for part in _PARTS for line in table[part]):
+        if table["form"] == _FORM and all(len(line) == 3 for name in _SPLIT_NAMES for line in table[name]):
             [table[word] for word in ("seed", "shots", "made", "classes", "pictures", "digest", "notes")]
             return table
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); expected the splits.json of a run. Check the name.",
+            f"{path}: cannot be read ({error.strerror}); expected the splits.json of a run. Check the path.",
             file=path,
             given="unreadable",
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        message = f"{path}: not the splits.json of a run ({error!r}). Split anew."
+        message = f"{path}: not a valid splits.json ({error!r}). Start a new run."
         raise DataError(message, file=path, given="damaged") from error
-    message = f"{path}: of form {table['form']!r}; expected {_FORM}. Split anew, or use the version that wrote it."
+    message = (
+        f"{path}: format version {table['form']!r}; expected {_FORM}. Start a new run, or use the veneer version that wrote it."
+    )
     raise DataError(message, file=path, where="form", given=table["form"], expected=_FORM)

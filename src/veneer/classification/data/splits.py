@@ -1,8 +1,8 @@
-"""Which pictures train, which choose the epoch, which are kept for the test: drawn from names, labels and a seed alone.
+"""Training, validation and test splits, determined by names, labels and a seed only.
 
-A picture's rank in its class is `mix(seed, name)`: no order of files and no other class has a part in it. The test is dealt
-first, then the validation, then shots. Runs with fewer shots therefore have the same test, and their training pictures are among
-those of runs with more.
+Images of a class are ordered by `mix(seed, name)`, independent of the order of files and of other classes. The test split is
+taken first, then validation, then shots. Runs with fewer shots therefore have the same test split, and their training images are
+a subset of those of runs with more shots.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from veneer.training.loop.seeds import mix
 
 from .labeled_images import Source, Split, hash_of, some
 
-_Copies = list[int]  # pictures with the same bytes, as places in source.examples
+_Copies = list[int]  # indices in source.examples of images with the same bytes
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Places in `source.examples`, in order, of each split.
+    """Indices in `source.examples`, in order, of each split.
 
     Args:
-        train, validation, test: disjoint; validation and test may be empty if shares of 0 were asked for.
-        seed: that dealt them.
-        shots: pictures of each class in train, or None for all.
-        made: the splits that the data did not have.
-        notes: what looks wrong, a sentence each: the same picture in two splits, classes with too few pictures.
-        digest: of the pictures' names, labels and bytes in each split.
+        train, validation, test: disjoint; validation and test may be empty if their fraction is 0.
+        seed: of the split.
+        shots: training images per class, or None for all.
+        made: the splits that were not part of the data.
+        notes: sentences on problems: the same image in two splits, classes with too few images.
+        digest: hash of the images' names, labels and bytes in each split.
     """
 
     train: tuple[int, ...]
@@ -43,133 +43,134 @@ class Splits:
 
 
 def split(source: Source, seed: int, *, validation: float = 0.1, test: float = 0.15, shots: int | None = None) -> Splits:
-    """Deal a source's pictures to train, validation and test, class by class.
+    """Splits a source into train, validation and test, stratified by class.
 
-    Splits that the data has are kept as they are; a missing one is taken from train. Copies of one picture go to one split
-    together. A class of n pictures gives `round(n * share)` of them, at least one, to each split that is made, as long as one is
-    left to train: of two pictures one trains and one tests, a single one trains.
+    The data's own splits are kept; a missing split is taken from train. Copies of an image go to the same split. A class of n
+    images contributes `round(n * fraction)` images, at least one, to each created split, as long as one training image remains:
+    of two images one goes to train and one to test, a single image goes to train.
 
     Args:
-        seed: of the deal.
-        validation, test: shares of the pictures that may train, 0 up to less than 1 together. 0 makes no such split.
-        shots: N pictures of each class train, no two of them copies, and `min(N, 4)` choose the epoch (CoOp's convention), also
-            of the data's own validation: who has few labels for training has few for choosing. The test stays whole.
+        seed: of the split.
+        validation, test: fractions of the images outside the data's own splits, together less than 1. 0 creates no split.
+        shots: N training images per class, without copies, and `min(N, 4)` validation images per class (CoOp's convention), also
+            from the data's own validation split, because few-shot data has few validation labels too. The test split stays whole.
 
     Raises:
-        DataError: a share or a number out of range; a picture that cannot be read, where hashes are missing.
+        DataError: a fraction or a number out of range; an unreadable image, if hashes are missing.
 
     Source: K. Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022, section 4.1, for shots.
     """
     _check_options(validation, test, shots)
     hashes = hashes_of(source)
-    held: dict[Split, set[int]] = {"train": set(), "validation": set(), "test": set()}
-    for place, example in enumerate(source.examples):
-        held[example.split or "train"].add(place)
-    notes = list(_leaks(source, hashes, held))
-    shares: dict[Split, float] = {"test": test, "validation": validation}
-    made: tuple[Split, ...] = tuple(name for name, share in shares.items() if share and not held[name])
-    for label, groups in _groups(source, hashes, held["train"], seed).items():
-        notes += _deal(source.classes[label], groups, held, {name: shares[name] for name in made})
+    members: dict[Split, set[int]] = {"train": set(), "validation": set(), "test": set()}
+    for index, example in enumerate(source.examples):
+        members[example.split or "train"].add(index)
+    notes = list(_leaks(source, hashes, members))
+    fractions: dict[Split, float] = {"test": test, "validation": validation}
+    made: tuple[Split, ...] = tuple(name for name, fraction in fractions.items() if fraction and not members[name])
+    for label, groups in _groups(source, hashes, members["train"], seed).items():
+        notes += _split_class(source.classes[label], groups, members, {name: fractions[name] for name in made})
     if shots is not None:
-        notes += _few(source, hashes, held, seed, shots)
-    train, chosen, kept = (tuple(sorted(held[name])) for name in ("train", "validation", "test"))
-    return Splits(train, chosen, kept, seed, shots, made, tuple(notes), digest_of(source, hashes, (train, chosen, kept)))
+        notes += _limit_shots(source, hashes, members, seed, shots)
+    train, val, tested = (tuple(sorted(members[name])) for name in ("train", "validation", "test"))
+    return Splits(train, val, tested, seed, shots, made, tuple(notes), digest_of(source, hashes, (train, val, tested)))
 
 
 def hashes_of(source: Source) -> list[str]:
-    """BLAKE2b of each picture's bytes, in the order of the examples; read where the check has not."""
+    """BLAKE2b of each image's bytes, in the order of the examples; computed if `check_images` has not."""
     return [source.hashes.get(each.name) or hash_of(source.content(each)) for each in source.examples]
 
 
 def digest_of(source: Source, hashes: Sequence[str], splits: Sequence[Sequence[int]]) -> str:
-    """See `Splits.digest`."""
-    rows = ((source.examples[i].name, source.classes[source.examples[i].label], hashes[i]) for held in splits for i in held)
-    return cache_key(*map(len, splits), *(word for row in rows for word in row))
+    """Hash of splits; see `Splits.digest`."""
+    rows = ((source.examples[i].name, source.classes[source.examples[i].label], hashes[i]) for indices in splits for i in indices)
+    return cache_key(*map(len, splits), *(field for row in rows for field in row))
 
 
-def _groups(source: Source, hashes: Sequence[str], places: set[int], seed: int) -> dict[int, list[_Copies]]:
-    """The pictures of each class, copies together, in the order in which they are dealt. Copies under several labels are dealt
-    with the class of the first."""
+def _groups(source: Source, hashes: Sequence[str], indices: set[int], seed: int) -> dict[int, list[_Copies]]:
+    """The images of each class, grouped into copies, in seeded order. Copies with several labels count for the first label."""
     copies: dict[str, _Copies] = {}
-    for place in sorted(places):
-        copies.setdefault(hashes[place], []).append(place)
+    for index in sorted(indices):
+        copies.setdefault(hashes[index], []).append(index)
     groups: dict[int, list[_Copies]] = {}
     for group in copies.values():
         groups.setdefault(source.examples[group[0]].label, []).append(group)
-    for held in groups.values():
-        held.sort(key=lambda group: mix(seed, source.examples[group[0]].name))
+    for of_class in groups.values():
+        of_class.sort(key=lambda group: mix(seed, source.examples[group[0]].name))
     return dict(sorted(groups.items()))
 
 
-def _deal(name: str, groups: list[_Copies], held: dict[Split, set[int]], shares: dict[Split, float]) -> Iterator[str]:
-    """Take from train, in order, what each split of `shares` is due; the last group always trains."""
+def _split_class(
+    name: str, groups: list[_Copies], members: dict[Split, set[int]], fractions: dict[Split, float]
+) -> Iterator[str]:
+    """Moves the fraction of each split from train, in order; at least one group stays in train. Yields notes."""
     total = sum(map(len, groups))
-    left = list(groups)
-    for word, share in shares.items():
-        due = max(1, round(total * share))
-        taken = 0
-        for group in list(left):
-            if len(left) > 1 and taken + len(group) <= due:
-                taken += _move(group, left, held, word)
-        if not taken and len(left) > 1:  # nothing but copies in larger heaps
-            taken = _move(min(left, key=len), left, held, word)
-        if not taken:
-            yield f"{name}: too few pictures for {word} ({total} in all); the class is not in it."
+    remaining = list(groups)
+    for split_name, fraction in fractions.items():
+        target = max(1, round(total * fraction))
+        moved = 0
+        for group in list(remaining):
+            if len(remaining) > 1 and moved + len(group) <= target:
+                moved += _move(group, remaining, members, split_name)
+        if not moved and len(remaining) > 1:  # all groups of copies are larger than the target
+            moved = _move(min(remaining, key=len), remaining, members, split_name)
+        if not moved:
+            yield f"{name}: too few images ({total}) for the {split_name} split; the class is missing there."
 
 
-def _move(group: _Copies, left: list[_Copies], held: dict[Split, set[int]], word: Split) -> int:
-    left.remove(group)
-    held["train"].difference_update(group)
-    held[word].update(group)
+def _move(group: _Copies, remaining: list[_Copies], members: dict[Split, set[int]], split_name: Split) -> int:
+    remaining.remove(group)
+    members["train"].difference_update(group)
+    members[split_name].update(group)
     return len(group)
 
 
-def _few(source: Source, hashes: Sequence[str], held: dict[Split, set[int]], seed: int, shots: int) -> Iterator[str]:
-    words: tuple[tuple[Split, int], ...] = (("train", shots), ("validation", min(shots, 4)))
-    for word, most in words:
-        groups = _groups(source, hashes, held[word], seed)
-        if word == "train":
-            short = [
-                f"{name} ({len(groups.get(at, ()))})" for at, name in enumerate(source.classes) if len(groups.get(at, ())) < most
-            ]
-            if short:
-                yield f"fewer than {most} different pictures to train on in {some(short)}; all of them are used."
-        held[word] = {group[0] for each in groups.values() for group in each[:most]}
+def _limit_shots(source: Source, hashes: Sequence[str], members: dict[Split, set[int]], seed: int, shots: int) -> Iterator[str]:
+    """Reduces train to `shots` and validation to `min(shots, 4)` images per class. Yields notes."""
+    limits: tuple[tuple[Split, int], ...] = (("train", shots), ("validation", min(shots, 4)))
+    for split_name, limit in limits:
+        groups = _groups(source, hashes, members[split_name], seed)
+        if split_name == "train":
+            counts = {name: len(groups.get(label, ())) for label, name in enumerate(source.classes)}
+            small = [f"{name} ({count})" for name, count in counts.items() if count < limit]
+            if small:
+                yield f"fewer than {limit} different training images in {some(small)}; all of them are used."
+        members[split_name] = {group[0] for each in groups.values() for group in each[:limit]}
 
 
-def _leaks(source: Source, hashes: Sequence[str], held: dict[Split, set[int]]) -> Iterator[str]:
-    """Copies across the data's own splits, and copies under two labels."""
-    where = {place: word for word, places in held.items() for place in places}
+def _leaks(source: Source, hashes: Sequence[str], members: dict[Split, set[int]]) -> Iterator[str]:
+    """Notes on copies across the data's own splits, and on copies with two labels."""
+    split_of = {index: name for name, indices in members.items() for index in indices}
     copies: dict[str, _Copies] = {}
-    for place, value in enumerate(hashes):
-        copies.setdefault(value, []).append(place)
-    several = [group for group in copies.values() if len(group) > 1]
+    for index, value in enumerate(hashes):
+        copies.setdefault(value, []).append(index)
+    duplicates = [group for group in copies.values() if len(group) > 1]
     pairs: tuple[tuple[Split, Split, str], ...] = (
-        ("train", "test", "the test result will be too good"),
-        ("validation", "test", "the test is not quite unseen"),
-        ("train", "validation", "the choice of the epoch will be too sure"),
+        ("train", "test", "the test accuracy will be too high"),
+        ("validation", "test", "the test images are not entirely unseen"),
+        ("train", "validation", "the validation accuracy, which selects the epoch, will be too high"),
     )
-    for one, other, harm in pairs:
-        both = [group for group in several if {one, other} <= {where[place] for place in group}]
-        if both:
-            yield f"{len(both):,} pictures are in {one} and in {other}, so {harm}; remove a copy: {_spelt(source, both)}."
-    torn = [group for group in several if len({source.examples[place].label for place in group}) > 1]
-    if torn:
-        yield f"{len(torn):,} pictures are there under two classes; remove the wrong copy: {_spelt(source, torn)}."
+    for one, other, effect in pairs:
+        shared = [group for group in duplicates if {one, other} <= {split_of[index] for index in group}]
+        if shared:
+            yield f"{len(shared):,} images are in both {one} and {other}: {effect}. Remove the copies: {_names(source, shared)}."
+    conflicting = [group for group in duplicates if len({source.examples[index].label for index in group}) > 1]
+    if conflicting:
+        yield f"{len(conflicting):,} images have two classes. Remove the wrong copies: {_names(source, conflicting)}."
 
 
-def _spelt(source: Source, groups: Sequence[_Copies]) -> str:
-    return some([" = ".join(source.examples[place].name for place in group) for group in groups], 4)
+def _names(source: Source, groups: Sequence[_Copies]) -> str:
+    return some([" = ".join(source.examples[index].name for index in group) for group in groups], 4)
 
 
 def _check_options(validation: float, test: float, shots: int | None) -> None:
-    for word, share in (("validation", validation), ("test", test)):
-        if not 0 <= share < 1:
-            message = f"split: {word} is {share}; expected a share from 0 to less than 1, such as 0.1."
-            raise DataError(message, where=word, given=share)
+    for name, fraction in (("validation", validation), ("test", test)):
+        if not 0 <= fraction < 1:
+            message = f"split: {name} is {fraction}; expected a fraction from 0 to less than 1, such as 0.1."
+            raise DataError(message, where=name, given=fraction)
     if validation + test >= 1:
         raise DataError(
-            f"split: validation {validation} and test {test} leave nothing to train on; expected less than 1 together.",
+            f"split: validation {validation} and test {test} leave no training images; expected a sum below 1.",
             where="train",
             given=(validation, test),
         )

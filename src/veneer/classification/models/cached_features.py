@@ -1,4 +1,4 @@
-"""Features that are computed once: where only the head and what stands on features are trained, the backbone never runs again."""
+"""Feature cache: if only the head and adapters on features are trained, the backbone runs once per image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def reads_features_only(classifier: Classifier, attached: Sequence[Attachment]) -> bool:
-    """True if nothing that is trained stands before the head."""
+    """True if all adapters and trained parameters act on the features or the head, not on the backbone."""
     site = classifier.features
     if site is None or not site.head:
         return False
@@ -35,76 +35,76 @@ def _within(path: str | None, head: str) -> bool:
     return path is not None and (path == head or path.startswith(f"{head}."))
 
 
-class Features:
-    """What enters the head, for every picture of a run, in the eval view; and the head as a model of its own.
+class CachedFeatures:
+    """Head inputs of every image of a run, under the evaluation transform, and the head as a separate module.
 
     Args:
-        classifier: with the adapters on it, on their features only. `views`: of the run.
-        batch: pictures a pass. `dtype`: of autocast, or None.
+        classifier: with adapters on its features only. `views`: of the run.
+        batch: images per forward pass. `dtype`: of autocast, or None.
     """
 
     def __init__(self, classifier: Classifier, views: Views, batch: int, dtype: torch.dtype | None = None) -> None:
         self.views, self.classifier, self.batch, self.dtype = views, classifier, batch, dtype
-        self._at: dict[int, int] = {}
-        self._rows: list[Tensor] = []
+        self._row_of: dict[int, int] = {}
+        self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
-        self._first: Head | None = None
+        self._probe: Head | None = None
 
     @property
     def path(self) -> str:
-        """Of the head in the model."""
+        """Path of the head in the model."""
         site = self.classifier.features
         assert site is not None
         return site.head
 
     @property
     def head(self) -> nn.Module:
-        """The head as it is now."""
+        """The head."""
         return self.classifier.model.get_submodule(self.path)
 
-    def first_head(self, classes: int) -> Head:
-        """The logistic regression on them; the backbone runs with the adapters as they are now."""
-        if self._first is None:
-            self.see(("train", "validation"))
+    def linear_probe(self, classes: int) -> Head:
+        """The logistic regression on the features, computed once, with the adapters in their current state."""
+        if self._probe is None:
+            self.compute(("train", "validation"))
             splits = self.views.data.splits
             train, validation = (self([(0, index) for index in indices]) for indices in (splits.train, splits.validation))
-            self._first = solve_head(train, validation, classes)
-        return self._first
+            self._probe = solve_head(train, validation, classes)
+        return self._probe
 
-    def see(self, splits: Sequence[str] = SPLITS) -> None:
-        """Run the backbone once over the pictures of some splits."""
+    def compute(self, splits: Sequence[str] = SPLITS) -> None:
+        """Computes the features of splits that are not cached yet."""
         for split in splits:
-            indices = [i for i in getattr(self.views.data.splits, split) if i not in self._at]
+            indices = [i for i in getattr(self.views.data.splits, split) if i not in self._row_of]
             for inputs, labels in self.views.plain.batches(indices, self.batch):
-                self._rows.append(self._features(inputs))
+                self._features.append(self._compute_batch(inputs))
                 self._labels.append(labels)
-            self._at |= {index: len(self._at) + place for place, index in enumerate(indices)}
-        if self._rows:
-            self._rows, self._labels = [torch.cat(self._rows)], [torch.cat(self._labels)]
+            self._row_of |= {index: len(self._row_of) + position for position, index in enumerate(indices)}
+        if self._features:
+            self._features, self._labels = [torch.cat(self._features)], [torch.cat(self._labels)]
 
     @torch.no_grad()
-    def _features(self, inputs: Tensor) -> Tensor:
-        found: list[Tensor] = []
+    def _compute_batch(self, inputs: Tensor) -> Tensor:
+        features: list[Tensor] = []
 
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(args[0].detach().float().cpu())
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            features.append(args[0].detach().float().cpu())
 
         device = next(self.classifier.model.parameters()).device
-        handle = self.head.register_forward_pre_hook(keep, prepend=True)
+        handle = self.head.register_forward_pre_hook(record, prepend=True)
         try:
             with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
                 self.classifier.model(inputs.to(device))
         finally:
             handle.remove()
-        return found[0]
+        return features[0]
 
-    def __call__(self, drawn: Sequence[tuple[int, int]]) -> Batch:
-        """Features and labels of (epoch, picture) pairs."""
-        places = torch.tensor([self._at[index] for _, index in drawn])
-        return self._rows[0][places], self._labels[0][places]
+    def __call__(self, samples: Sequence[tuple[int, int]]) -> Batch:
+        """Features and labels of (epoch, index) pairs."""
+        rows = torch.tensor([self._row_of[index] for _, index in samples])
+        return self._features[0][rows], self._labels[0][rows]
 
     def batches(self, split: str, size: int) -> Iterator[Batch]:
-        """All pictures of a split, in order."""
+        """Features and labels of a split, in order."""
         indices = getattr(self.views.data.splits, split)
         for start in range(0, len(indices), size):
             yield self([(0, index) for index in indices[start : start + size]])

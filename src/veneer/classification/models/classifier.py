@@ -1,4 +1,4 @@
-"""A model that classifies images, and checks of the file that its weights come from."""
+"""A classifier with its metadata, and checks of weights files."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from veneer.injection.sites import FeatureSite
 
 
 class ModelError(VeneerError):
-    """A model or its weights that cannot be had."""
+    """A model or its weights cannot be loaded."""
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model that gives logits for pictures.
+    """A frozen image classifier with its metadata.
 
     Args:
-        model: in `eval` mode, frozen. `name`: as it was asked for.
-        data: how pictures enter it, as timm says it: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        model: in `eval` mode, frozen. `name`: the name it was opened by.
+        data: timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode.
         classes: names of the classes.
-        weights: where its weights are from: `published`, `random`, or a digest of the file.
-        fresh: True where its head is new and must be trained.
+        weights: origin of the weights: `published`, `random`, or the SHA-256 of the file.
+        fresh: True if its head is new and must be trained.
     """
 
     model: nn.Module
@@ -40,24 +40,24 @@ class Classifier:
 
     @property
     def features(self) -> FeatureSite | None:
-        """Where the features enter the head; None for a model with several heads."""
+        """The site of the head's input features; None for a model with several heads."""
         found = [s for s in sites(self.model) if isinstance(s, FeatureSite) and s.role == "features"]
         return found[0] if len(found) == 1 else None
 
 
 def check_weights(weights: str | Path) -> Path:
-    """The file of weights.
+    """Path of a weights file, checked.
 
     Raises:
-        ModelError: it is not there, or is none of safetensors.
+        ModelError: the file does not exist, or is no valid safetensors file.
     """
     file = Path(weights).expanduser()
     if not file.is_file():
-        message = f"--weights {weights}: there is no such file; expected a safetensors file, or the word none."
+        message = f"--weights {weights}: no such file; expected a safetensors file, or none for random initialization."
         raise ModelError(message, file=file, given="missing")
     if file.suffix != ".safetensors":
         raise ModelError(
-            f"--weights {file}: only safetensors are read, because other files can run code. Convert it where you trust it: "
+            f"--weights {file}: expected a safetensors file, because pickles can run code. If you trust the file, convert it: "
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors').",
             file=file,
             where="suffix",
@@ -65,10 +65,10 @@ def check_weights(weights: str | Path) -> Path:
             expected=".safetensors",
         )
     try:
-        with safe_open(file, "pt"):  # the header alone
+        with safe_open(file, "pt"):  # reads the header only
             pass
     except (SafetensorError, OSError) as error:
-        message = f"--weights {file}: no readable safetensors file ({error}). Download it again."
+        message = f"--weights {file}: not a valid safetensors file ({error}). Download it again."
         raise ModelError(message, file=file, given="damaged") from error
     return file
 

@@ -1,4 +1,4 @@
-"""Which methods a classifier can be taught by."""
+"""Methods that are compatible with a classifier."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from veneer.injection.sites import (
     WeightSite,
 )
 
-from .loading import reads_texts
+from .loading import is_clip_name
 
-OF_PICTURES: tuple[type[Site], ...] = (
+IMAGE_SITES: tuple[type[Site], ...] = (
     WeightSite, NormSite, BranchSite, StreamSite, TokenSite, ParamSite, PixelSite, FeatureSite,
 )  # fmt: skip
-"""Kinds of site that a tower of pictures has."""
+"""Types of sites of an image tower."""
 
 
-def taught_by(model: str) -> list[str]:
-    """Names of the methods that classifiers such as this one can be taught by, sorted.
+def compatible_methods(model: str) -> list[str]:
+    """Names of the methods that are compatible with a classifier, sorted.
 
-    No model is built for it, so that one of an unusual architecture may still refuse some.
+    The list depends on the kind of model only: no model is built, so that attaching may still fail for an unusual architecture.
 
     Args:
-        model: as in `TransferConfig`. A CLIP with texts has `zero_shot` as well: as it is.
+        model: as in `TransferConfig`. For a CLIP the list includes `zero_shot`.
     """
-    kinds = (*OF_PICTURES, PromptSite) if reads_texts(model) else OF_PICTURES
+    kinds = (*IMAGE_SITES, PromptSite) if is_clip_name(model) else IMAGE_SITES
     found = [name for name in methods.names() if _fits(methods.get(name), kinds)]
-    return sorted([*found, "zero_shot"]) if reads_texts(model) else found
+    return sorted([*found, "zero_shot"]) if is_clip_name(model) else found
 
 
 def _fits(method: type[Method], kinds: tuple[type[Site], ...]) -> bool:

@@ -1,6 +1,6 @@
-"""Where a fresh head starts: at the logistic regression on the frozen features, so that adapters begin where a probe ends.
+"""Initialization of a fresh head with the linear probe: the logistic regression on the frozen features.
 
-From a random head the first gradients that reach the adapters say little, and a short run spends itself on the head.
+With a random head the first gradients of the adapters are uninformative, and a short run mostly trains the head.
 Source: Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022 (linear probing,
 then tuning). Deviation: the probe is solved, not trained by gradient steps, as in Radford et al., Learning Transferable Visual
 Models From Natural Language Supervision, ICML 2021, A.3.
@@ -20,7 +20,7 @@ from veneer.injection.sites import ParamSite, WeightSite
 from ..train.batches import Batch
 
 PENALTIES = tuple(10.0 ** (-step / 2) for step in range(2, 15))
-"""On the squared weights, of features with a mean squared length of 1: 0.1 to 1e-7, the strong ones first."""
+"""L2 penalties for features with a mean squared norm of 1: 0.1 to 1e-7, strongest first."""
 
 Head = tuple[Tensor, Tensor]
 
@@ -35,14 +35,14 @@ def head_parameters(attached: Sequence[Attachment], path: str) -> dict[str, nn.P
     }
 
 
-def takes_first_head(head: nn.Module, attached: Sequence[Attachment], path: str) -> bool:
-    """True for a linear head with a bias that is trained whole."""
+def accepts_probe_init(head: nn.Module, attached: Sequence[Attachment], path: str) -> bool:
+    """True for a linear head whose weight and bias are both trained."""
     return isinstance(head, nn.Linear) and set(head_parameters(attached, path)) == {"weight", "bias"}
 
 
 @torch.no_grad()
-def put_first_head(solved: Head, attached: Sequence[Attachment], path: str) -> None:
-    """Start the head there."""
+def init_head(solved: Head, attached: Sequence[Attachment], path: str) -> None:
+    """Copies a solved weight and bias into the trained head."""
     parameters = head_parameters(attached, path)
     for name, value in zip(("weight", "bias"), solved, strict=True):
         parameters[name].copy_(value)
@@ -51,37 +51,37 @@ def put_first_head(solved: Head, attached: Sequence[Attachment], path: str) -> N
 def solve_head(train: Batch, validation: Batch, classes: int) -> Head:
     """Weight (classes, D) and bias of the multinomial logistic regression min_V,c mean CE(V x + c, y) + λ/2 |V|².
 
-    λ goes from strong to weak, each from the solution before, for as long as the cross-entropy of the validation pictures falls.
+    λ decreases along `PENALTIES`, each solution initialized with the previous one, while the validation cross-entropy falls.
 
     Args:
         train, validation: features (N, D) and labels.
     """
-    (x, y), (held_x, held_y) = train, validation
-    centre = x.mean(dim=0)
-    x, held_x = x - centre, held_x - centre
+    (x, y), (x_val, y_val) = train, validation
+    center = x.mean(dim=0)
+    x, x_val = x - center, x_val - center
     length = x.square().sum(dim=1).mean().sqrt().clamp_min(1e-12)
-    x, held_x = x / length, held_x / length
+    x, x_val = x / length, x_val / length
     weight, bias = x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
     best, least = (weight, bias), float("inf")
     for penalty in PENALTIES:
-        weight, bias = _solved(x, y, weight, bias, penalty)
-        loss = cross_entropy(linear(held_x, weight, bias), held_y).item()
+        weight, bias = _fit(x, y, weight, bias, penalty)
+        loss = cross_entropy(linear(x_val, weight, bias), y_val).item()
         if loss >= least:
             break
         best, least = (weight, bias), loss
     weight = best[0] / length
-    return weight, best[1] - weight @ centre
+    return weight, best[1] - weight @ center
 
 
-def _solved(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> Head:
+def _fit(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> Head:
     weight, bias = (t.clone().requires_grad_(True) for t in (weight, bias))
-    steps = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        steps.zero_grad()
+        optimizer.zero_grad()
         value = cross_entropy(linear(x, weight, bias), y) + penalty / 2 * weight.square().sum()
         value.backward()
         return value
 
-    steps.step(loss)
+    optimizer.step(loss)
     return weight.detach(), bias.detach()

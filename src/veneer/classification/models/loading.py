@@ -1,4 +1,4 @@
-"""Opening a model that classifies: a timm model with a head for the classes, or a CLIP with texts for them."""
+"""Building of classifiers: a timm model with a head for the classes, or a CLIP with prompts for them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .classifier import Classifier, ModelError, check_weights, digest_of
 from .open_clip_loading import open_clip_classifier, source_of
 
 
-def reads_texts(name: str) -> bool:
-    """Whether a model of this name is a CLIP with both towers, whose head are texts."""
+def is_clip_name(name: str) -> bool:
+    """True for names of CLIP models with both towers, whose head are class embeddings."""
     return name == "bundled_clip" or name.startswith("open_clip:")
 
 
 def check_name(name: str) -> None:
-    """Look whether a model of this name is known, be it bundled, timm's or open_clip's; no folder is looked into.
+    """Checks that a model name is known: a bundled model, or one of timm or open_clip. Folders are not read.
 
     Raises:
-        ModelError: there is none, with those that are called alike.
+        ModelError: unknown name; the error lists similar ones.
     """
     if name in ("bundled", "bundled_clip"):
         return
-    if reads_texts(name):
+    if is_clip_name(name):
         source_of(name)
         return
     import timm
@@ -39,22 +39,22 @@ def check_name(name: str) -> None:
     architecture = name.removeprefix("timm:").partition(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), 3)
-        asked = name.removeprefix("timm:")
-        message = f"timm has no model {asked!r}. Close: {', '.join(near or ['see timm.list_models()'])}."
-        raise ModelError(message, where="timm", given=asked, expected=tuple(near))
+        unknown = name.removeprefix("timm:")
+        message = f"timm has no model {unknown!r}. Similar names: {', '.join(near or ['see timm.list_models()'])}."
+        raise ModelError(message, where="timm", given=unknown, expected=tuple(near))
 
 
-def untrained(name: str) -> nn.Module | None:
-    """A timm or open_clip model without its weights, for a look at its structure; None for any other name.
+def build_without_weights(name: str) -> nn.Module | None:
+    """Builds a timm or open_clip model without its pretrained weights, to inspect its structure; None for any other name.
 
     Raises:
-        ModelError: `timm:` or `open_clip:` and no such model.
+        ModelError: unknown `timm:` or `open_clip:` model.
     """
     import timm
 
     if name == "bundled_clip":
         return base_models.load_clip().model
-    if reads_texts(name):
+    if is_clip_name(name):
         import open_clip
 
         model: nn.Module = open_clip.create_model(source_of(name)[0], load_weights=False)
@@ -76,24 +76,24 @@ def open_classifier(
     seed: int = 0,
     templates: Sequence[str] = ("a photo of a {}.",),
 ) -> Classifier:
-    """A model for some classes.
+    """Builds a classifier.
 
     Args:
-        name: `bundled`, `bundled_clip`, `open_clip:NAME/TAG`, or a timm name (`timm:` in front is allowed).
-        weights: a safetensors file, `none` for random ones, or None for the published ones.
-        keep_head: leave the head as it is, for methods that map its labels. A CLIP's texts are its head.
-        size: side of the pictures; None for the model's own.
+        name: `bundled`, `bundled_clip`, `open_clip:NAME/TAG`, or a timm name, optionally with the prefix `timm:`.
+        weights: a safetensors file, `none` for random initialization, or None for the pretrained weights.
+        keep_head: keep the model's head, for methods that map its labels. The head of a CLIP are its class embeddings.
+        size: side of the input images; None for the model's own.
         seed: of a new head, and of random weights.
     Raises:
-        ModelError: no such model, no such weights, weights of another architecture, or a size that it cannot take.
+        ModelError: no such model or weights, weights of another architecture, or an unsupported size.
     """
-    if reads_texts(name):
+    if is_clip_name(name):
         return open_clip_classifier(name, classes, weights=weights, seed=seed, templates=templates)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, "model"))
-        found = str(base_models.path("bundled_clip")) if name == "bundled" else name.removeprefix("timm:")
+        source = str(base_models.path("bundled_clip")) if name == "bundled" else name.removeprefix("timm:")
         model: Any
-        model, origin = _timm(found, weights, size)
+        model, origin = _timm(source, weights, size)
         if not keep_head:
             new_head(model, name, len(classes), seed)
     from timm.data.config import resolve_model_data_config
@@ -113,7 +113,7 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.M
         check_name(name)
     options: dict[str, Any] = {}
     name = f"local-dir:{name}" if folder else name
-    if size is not None and _takes_size(name):
+    if size is not None and _has_img_size(name):
         options["img_size"] = size
     if weights == "none":
         return timm.create_model(name, pretrained=False, **options), "random"
@@ -127,21 +127,21 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.M
                 timm.models.load_checkpoint(model, str(file), strict=True)
             return model, digest_of(file)
         except (RuntimeError, KeyError, ValueError) as error:
-            raise ModelError(_misfit(name, file, error), file=file, given="mismatch", expected=name) from error
+            raise ModelError(_mismatch_message(name, file, error), file=file, given="mismatch", expected=name) from error
     with hub(not folder) as why:
         try:
             return timm.create_model(name, pretrained=True, **options), "published"
         except Exception as error:  # the hub's clients raise a dozen kinds
             raise ModelError(
-                f"{name}: its published weights could not be had ({why or type(error).__name__}). Check the connection, give the "
-                "weights with --weights FILE.safetensors, or begin with random ones: --weights none.",
+                f"{name}: the pretrained weights could not be downloaded ({why or type(error).__name__}). Check the connection, "
+                "or pass --weights FILE.safetensors, or --weights none for random initialization.",
                 where="hub",
                 given=name,
             ) from error
 
 
-def _takes_size(name: str) -> bool:
-    """True for models whose parts depend on the size of the pictures."""
+def _has_img_size(name: str) -> bool:
+    """True for models that take `img_size`, because their architecture depends on the input size."""
     import inspect
 
     import timm
@@ -151,17 +151,17 @@ def _takes_size(name: str) -> bool:
     return "img_size" in inspect.signature(type(model).__init__).parameters
 
 
-def _misfit(name: str, file: Path, error: Exception) -> str:
+def _mismatch_message(name: str, file: Path, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = " ".join(lines[1:3] if len(lines) > 1 else lines)[:400]
-    return f"--weights {file}: not the weights of {name}: {told} Give this architecture's file, or another --model."
+    detail = " ".join(lines[1:3] if len(lines) > 1 else lines)[:400]
+    return f"--weights {file}: not the weights of {name}: {detail} Pass a file of this architecture, or another --model."
 
 
 def new_head(model: Any, name: str, classes: int, seed: int) -> None:
-    """Put a fresh head in the place of the model's own, drawn by the seed."""
+    """Replaces the model's head with a fresh one, initialized by the seed."""
     if not hasattr(model, "reset_classifier"):
         kind = type(model).__name__
-        message = f"{name}: a {kind} has no head that could be made anew; expected a timm classifier."
+        message = f"{name}: the head of {kind} cannot be replaced; expected a timm classifier."
         raise ModelError(message, where="head", given=kind)
     torch.manual_seed(mix(seed, "head"))
     model.reset_classifier(classes)

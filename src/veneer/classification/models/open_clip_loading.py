@@ -19,7 +19,7 @@ from veneer.training.loop.seeds import mix
 from .classifier import Classifier, ModelError, check_weights, digest_of
 
 CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
-"""open_clip's ways to resize, in timm's words."""
+"""timm's crop mode of each open_clip resize mode."""
 
 
 def open_clip_classifier(
@@ -31,16 +31,15 @@ def open_clip_classifier(
     templates: Sequence[str] = TEMPLATES,
     head: Literal["text", "linear"] = "text",
 ) -> Classifier:
-    """A CLIP for some classes.
+    """Builds a CLIP classifier.
 
     Args:
         name: `bundled_clip`, or `open_clip:NAME/TAG` with open_clip's names of an architecture and its weights. The tag may be
-            left out where `weights` is given.
-        weights: a safetensors file, `none` for random ones, or None for the published ones.
+            omitted if `weights` is set.
+        weights: a safetensors file, `none` for random initialization, or None for the pretrained weights.
         seed: of random weights and of a linear head. `templates`, `head`: as for `CLIPClassifier`.
     Raises:
-        ModelError: no such model, no such weights, weights of another architecture or activation, or classes whose prompts are
-            too long.
+        ModelError: no such model or weights, weights of another architecture or activation, or prompts that are too long.
     """
     import open_clip
 
@@ -56,7 +55,7 @@ def open_clip_classifier(
 
 
 def source_of(name: str) -> tuple[str, str]:
-    """Architecture and tag, as open_clip has them."""
+    """open_clip's architecture and tag of a model name."""
     import open_clip
 
     if name == "bundled_clip":
@@ -64,15 +63,15 @@ def source_of(name: str) -> tuple[str, str]:
     architecture, _, tag = name.removeprefix("open_clip:").partition("/")
     if open_clip.get_model_config(architecture) is None:
         near = difflib.get_close_matches(architecture, open_clip.list_models(), 3)
-        message = f"open_clip has no model {architecture!r}. Close: {', '.join(near or ['see open_clip.list_models()'])}."
+        message = f"open_clip has no model {architecture!r}. Similar names: {', '.join(near or ['see open_clip.list_models()'])}."
         raise ModelError(message, where="open_clip", given=architecture, expected=tuple(near))
     if tag and tag not in (tags := open_clip.list_pretrained_tags_by_model(architecture)):
-        message = f"{name}: open_clip has no weights {tag!r} for {architecture}. It has: {_listed(tags)}."
+        message = f"{name}: open_clip has no weights {tag!r} for {architecture}. Available tags: {_shorten(tags)}."
         raise ModelError(message, where=architecture, given=tag, expected=tuple(tags))
     return architecture, tag
 
 
-def _listed(tags: Sequence[str]) -> str:
+def _shorten(tags: Sequence[str]) -> str:
     more = f" and {len(tags) - 6} more" if len(tags) > 6 else ""
     return (", ".join(tags[:6]) or "none") + more
 
@@ -87,7 +86,7 @@ def _build(name: str, architecture: str, tag: str, weights: str | Path | None) -
     source = tag if file is None else file
     if not source and name != "bundled_clip":
         tags = open_clip.list_pretrained_tags_by_model(architecture)
-        message = f"{name}: which weights? Say {name}/TAG, --weights FILE or --weights none. Tags: {_listed(tags)}."
+        message = f"{name}: no weights given; expected {name}/TAG, --weights FILE or --weights none. Tags: {_shorten(tags)}."
         raise ModelError(message, where=architecture, given="", expected=tuple(tags))
     if name != "bundled_clip":
         with torch.device("meta"):
@@ -96,33 +95,33 @@ def _build(name: str, architecture: str, tag: str, weights: str | Path | None) -
         if wrong:
             raise ModelError(wrong, where="quick_gelu", given=architecture)
     if file is not None:
-        return _filled(open_clip.create_model(architecture, **bare), name, file), digest_of(file)
+        return _load_weights(open_clip.create_model(architecture, **bare), name, file), digest_of(file)
     with hub(name != "bundled_clip") as why:
         try:
             return open_clip.create_model(architecture, pretrained=tag or None), "published"
         except Exception as error:  # the hub's clients raise a dozen kinds
             raise ModelError(
-                f"{name}: its published weights could not be had ({why or type(error).__name__}). Check the connection, give the "
-                "weights with --weights FILE.safetensors, or begin with random ones: --weights none.",
+                f"{name}: the pretrained weights could not be downloaded ({why or type(error).__name__}). Check the connection, "
+                "or pass --weights FILE.safetensors, or --weights none for random initialization.",
                 where="hub",
                 given=name,
             ) from error
 
 
-def _filled(clip: nn.Module, name: str, file: Path) -> nn.Module:
+def _load_weights(clip: nn.Module, name: str, file: Path) -> nn.Module:
     import open_clip
 
     try:
         open_clip.load_checkpoint(clip, str(file))
     except (RuntimeError, KeyError, ValueError) as error:
-        told = " ".join(line.strip() for line in str(error).splitlines()[1:3])[:400] or str(error)[:400]
-        message = f"--weights {file}: not the weights of {name}: {told} Give this architecture's file."
+        detail = " ".join(line.strip() for line in str(error).splitlines()[1:3])[:400] or str(error)[:400]
+        message = f"--weights {file}: not the weights of {name}: {detail} Pass a file of this architecture."
         raise ModelError(message, file=file, given="mismatch", expected=name) from error
     return clip
 
 
 def _data(clip: Any) -> dict[str, Any]:
-    """How pictures enter, as timm says it, from the model's own configuration."""
+    """Preprocessing in timm's data config format, from the model's own configuration."""
     config = clip.visual.preprocess_cfg
     size = config["size"]
     return {

@@ -1,4 +1,4 @@
-"""What a run of `veneer transfer` leaves: the adapter, the figures, and pictures of them."""
+"""Result files of `veneer transfer`: the adapter, the metrics and their plots."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from veneer.training.loop.disk_space import writing
 from ..config import TransferConfig
 from ..data.run_data import Data
 from ..models.classifier import Classifier
-from ..train.train import Taught, Teacher
-from .metrics import Figures, figures_of
+from ..train.train import ClassifierTrainer, TransferResult
+from .metrics import ClassificationMetrics, compute_metrics
 from .plots import write_confusion, write_curves, write_mistakes
 from .verdict import evidence_of, verdict
 
@@ -29,37 +29,46 @@ FORM = 1
 
 
 def write_outcome(
-    config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], teacher: Teacher, taught: Taught
+    config: TransferConfig,
+    data: Data,
+    classifier: Classifier,
+    attached: Sequence[Attachment],
+    trainer: ClassifierTrainer,
+    result: TransferResult,
 ) -> dict[str, Any]:
-    """Write `adapter.safetensors`, `model.json`, the pictures and `result.json`; the test pictures are looked at here, once.
+    """Evaluates the test split, once, and writes `adapter.safetensors`, `model.json`, the plots and `result.json`.
 
     Returns:
-        What `result.json` holds.
+        The content of `result.json`.
     """
-    out = teacher.folder
-    assert taught.best is not None
+    out = trainer.folder
+    assert result.best is not None
     stored = write_files(config, data, classifier, attached, out)
-    logits, labels = teacher.answers("test")
-    figures = figures_of(logits, labels)
-    tested = data.splits.test
-    write_confusion(figures, classifier.classes, out / "confusion.png")
-    write_curves(taught.result.losses, taught.epochs, taught.best, out / "curves.png")
+    logits, labels = trainer.predict("test")
+    metrics = compute_metrics(logits, labels)
+    test_indices = data.splits.test
+    write_confusion(metrics, classifier.classes, out / "confusion.png")
+    write_curves(result.loop.losses, result.epochs, result.best, out / "curves.png")
     write_mistakes(
-        logits, labels, classifier.classes, lambda i: data.source.read(data.source.examples[tested[i]]), out / "mistakes.png"
+        logits,
+        labels,
+        classifier.classes,
+        lambda i: data.source.read(data.source.examples[test_indices[i]]),
+        out / "mistakes.png",
     )
-    record = _record(config, data, classifier, attached, taught, figures) | {"stored_bytes": stored}
-    assert taught.validation is not None
-    record["verdict"] = verdict(evidence_of(teacher, (logits, labels), taught.validation), config).as_dict()
+    record = _record(config, data, classifier, attached, result, metrics) | {"stored_bytes": stored}
+    assert result.validation is not None
+    record["verdict"] = verdict(evidence_of(trainer, (logits, labels), result.validation), config).as_dict()
     with writing(out, "result.json"):
         write_json(out / "result.json", record)
     return record
 
 
 def write_files(config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], out: Path) -> int:
-    """Write `adapter.safetensors`, with the weights as they are, and `model.json`: what `veneer predict` needs.
+    """Writes the files that `veneer predict` needs: `adapter.safetensors` with the current weights, and `model.json`.
 
     Returns:
-        Bytes of the adapter; 0 where nothing is attached.
+        Size of the adapter file in bytes; 0 if nothing is attached.
     """
     stored = 0
     if attached:
@@ -73,28 +82,33 @@ def write_files(config: TransferConfig, data: Data, classifier: Classifier, atta
 
 
 def _record(
-    config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], taught: Taught, figures: Figures
+    config: TransferConfig,
+    data: Data,
+    classifier: Classifier,
+    attached: Sequence[Attachment],
+    result: TransferResult,
+    metrics: ClassificationMetrics,
 ) -> dict[str, Any]:
-    """The figures of a run, and all that they depend on."""
-    best, validation = taught.best, taught.validation
+    """Metrics of a run, and everything they depend on."""
+    best, validation = result.best, result.validation
     assert best is not None
     assert validation is not None
     return {
-        "test_accuracy": figures.accuracy,
-        "test_interval_95": list(figures.interval),
+        "test_accuracy": metrics.accuracy,
+        "test_interval_95": list(metrics.interval),
         "val_accuracy": validation.accuracy,
-        "trainable_parameters": taught.trainable,
-        "test": figures.as_dict(classifier.classes),
+        "trainable_parameters": result.trainable,
+        "test": metrics.as_dict(classifier.classes),
         "validation": {"accuracy": validation.accuracy, "interval_95": list(validation.interval)},
         "chosen": asdict(best),
-        "epochs": [asdict(epoch) for epoch in taught.epochs],
+        "epochs": [asdict(epoch) for epoch in result.epochs],
         "training": {
-            "steps": taught.result.steps,
-            "resumed_from": taught.result.resumed_from,
-            "seconds": taught.result.seconds,
-            "peak_memory_bytes": taught.result.peak_memory_bytes,
-            "cached_features": taught.cached,
-            "warnings": taught.result.warnings,
+            "steps": result.loop.steps,
+            "resumed_from": result.loop.resumed_from,
+            "seconds": result.loop.seconds,
+            "peak_memory_bytes": result.loop.peak_memory_bytes,
+            "cached_features": result.cached,
+            "warnings": result.loop.warnings,
         },
         "methods": [_method(a) for a in attached],
         "data": {
@@ -116,7 +130,7 @@ def _record(
 
 
 def tidy(out: Path) -> None:
-    """Remove what only an unfinished run needs: checkpoints, the best epoch's tensors, and the curve, which `result.json` has."""
+    """Removes the files that only an unfinished run needs: checkpoints, the best epoch's tensors, and `curve.json`."""
     for folder in out.glob("checkpoint-*"):
         shutil.rmtree(folder)
     for name in ("best.safetensors", "curve.json"):
@@ -124,7 +138,7 @@ def tidy(out: Path) -> None:
 
 
 def model_record(config: TransferConfig, classifier: Classifier) -> dict[str, Any]:
-    """What `veneer predict` needs to open the model again."""
+    """The content of `model.json`: what `veneer predict` needs to open the model."""
     return {
         "form": FORM,
         "model": classifier.name,

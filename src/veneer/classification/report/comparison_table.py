@@ -1,4 +1,4 @@
-"""The table and the picture of a comparison."""
+"""Table and plot of a method comparison."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..train.comparison import Measured, by_row
+from ..train.comparison import RunMetrics, by_row
 from .metrics import mean_interval
 from .plots import BLUE, GREY, ORANGE, panels, write_figure
 
 BASELINES = {"linear_probe": "the linear probe", "zero_shot": "zero-shot"}
-"""Rows that the others are compared with, the first of them that is there, and how they are called."""
+"""Baseline methods in order of preference, with their names in texts."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """A row over its seeds.
+class SummaryRow:
+    """Metrics of one method row over its seeds.
 
     Args:
-        row: its label. `seeds`: how many. `accuracy`, `half`: mean test accuracy and half its 95 % interval over seeds.
-        over, over_half: mean of the differences to the baseline, seed by seed, and half its interval; None for the baseline.
-        validation: mean accuracy that chose the epoch.
+        row: label of the row. `seeds`: their number. `accuracy`, `half`: mean test accuracy and half its 95 % interval.
+        over, over_half: mean of the differences to the baseline, paired by seed, and half its interval; None for the baseline.
+        validation: mean validation accuracy of the selected epochs.
     """
 
     row: str
@@ -34,45 +34,45 @@ class Line:
     over: float | None
     over_half: float | None
     validation: float
-    runs: tuple[Measured, ...]
+    runs: tuple[RunMetrics, ...]
 
 
-def lines_of(runs: Sequence[Measured], rows: Sequence[str]) -> list[Line]:
-    """A line for each row, in order."""
+def summarize_runs(runs: Sequence[RunMetrics], rows: Sequence[str]) -> list[SummaryRow]:
+    """A summary of each row, in order."""
     baseline = baseline_of(rows)
-    below = {m.seed: m.test_accuracy for m in by_row(runs, baseline)}
-    found = []
+    baselines = {m.seed: m.test_accuracy for m in by_row(runs, baseline)}
+    summaries = []
     for row in rows:
-        mine = by_row(runs, row)
-        accuracy, half = mean_interval([m.test_accuracy for m in mine])
-        paired = [m.test_accuracy - below[m.seed] for m in mine if m.seed in below]
-        over, over_half = mean_interval(paired) if paired and row != baseline else (None, None)
-        validation = sum(m.val_accuracy for m in mine) / len(mine)
-        found.append(Line(row, len(mine), accuracy, half, over, over_half, validation, tuple(mine)))
-    return found
+        of_row = by_row(runs, row)
+        accuracy, half = mean_interval([m.test_accuracy for m in of_row])
+        differences = [m.test_accuracy - baselines[m.seed] for m in of_row if m.seed in baselines]
+        over, over_half = mean_interval(differences) if differences and row != baseline else (None, None)
+        validation = sum(m.val_accuracy for m in of_row) / len(of_row)
+        summaries.append(SummaryRow(row, len(of_row), accuracy, half, over, over_half, validation, tuple(of_row)))
+    return summaries
 
 
 def baseline_of(rows: Sequence[str]) -> str:
-    """The row that the others are compared with; "" if there is none."""
+    """The row that serves as the baseline; "" if there is none."""
     return next((row for row in BASELINES if row in rows), "")
 
 
-def called(lines: Sequence[Line]) -> str:
-    """How the baseline is called."""
+def baseline_name(lines: Sequence[SummaryRow]) -> str:
+    """Name of the baseline in texts."""
     return BASELINES.get(baseline_of([line.row for line in lines]), "a baseline")
 
 
-def table(lines: Sequence[Line]) -> str:
-    """Markdown, the best validation accuracy first."""
+def table(lines: Sequence[SummaryRow]) -> str:
+    """Markdown table, sorted by validation accuracy."""
     head = (
-        f"| method | test accuracy | over {called(lines)} | validation | trained | stored | step / frozen pass | step's memory "
-        "| rate |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+        f"| method | test accuracy, % | over {baseline_name(lines)} | validation, % | trainable parameters | adapter file "
+        "| step time / frozen forward | peak memory per step | learning rate |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     ordered = sorted(lines, key=lambda line: -line.validation)
     return "\n".join([head, *(_line(line) for line in ordered)])
 
 
-def _line(line: Line) -> str:
+def _line(line: SummaryRow) -> str:
     first = line.runs[0]
     over = "" if line.over is None or line.over_half is None else f"{100 * line.over:+.1f} ± {_half(line.over_half)}"
     cost = statistics.median(m.step_over_floor for m in line.runs)
@@ -84,24 +84,24 @@ def _line(line: Line) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def verdict(lines: Sequence[Line]) -> list[str]:
-    """Sentences on who beats the baseline, by the interval of the paired differences."""
+def verdict(lines: Sequence[SummaryRow]) -> list[str]:
+    """Sentences on which methods beat the baseline, by the 95 % interval of the paired differences."""
     others = [(x.row, x.over, x.over_half) for x in lines if x.over is not None and x.over_half is not None]
     better = [row for row, over, half in others if over - half > 0]
     worse = [row for row, over, half in others if over + half < 0]
     unclear = [row for row, _, _ in others if row not in (*better, *worse)]
-    found = []
-    for names, word in ((better, f"above {called(lines)}"), (unclear, "not clearly apart from it"), (worse, "below it")):
-        if names:
-            found.append(f"{word[0].upper()}{word[1:]}: {', '.join(names)}.")
+    baseline = baseline_name(lines)
+    groups = ((better, "Better than"), (unclear, "Not clearly different from"), (worse, "Worse than"))
+    sentences = [f"{word} {baseline}: {', '.join(names)}." for names, word in groups if names]
     best = max(lines, key=lambda line: line.validation, default=None)
     if best is not None:
-        found.append(f"Chosen by validation accuracy: {best.row}, test accuracy {100 * best.accuracy:.1f} ± {_half(best.half)}.")
-    return found
+        accuracy = f"{100 * best.accuracy:.1f} ± {_half(best.half)}"
+        sentences.append(f"Best validation accuracy: {best.row}, with test accuracy {accuracy}.")
+    return sentences
 
 
-def write_picture(lines: Sequence[Line], title: str, path: Path) -> None:
-    """Test accuracy against trained numbers; bars are 95 % intervals over seeds."""
+def write_accuracy_plot(lines: Sequence[SummaryRow], title: str, path: Path) -> None:
+    """Plots test accuracy over trainable parameters; bars are 95 % intervals over seeds."""
     figure, axes = panels(8.6, 5.2)
     for line in lines:
         half = 0.0 if math.isinf(line.half) else 100 * line.half
@@ -113,13 +113,13 @@ def write_picture(lines: Sequence[Line], title: str, path: Path) -> None:
     if baseline is not None:
         axes.axhline(100 * baseline.accuracy, color=ORANGE, linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
-    axes.set(xlabel="trained numbers", ylabel="test accuracy, %", title=title)
+    axes.set(xlabel="trainable parameters", ylabel="test accuracy, %", title=title)
     axes.grid(alpha=0.25)
     write_figure(figure, path)
 
 
-def _labels(axes: Any, lines: Sequence[Line]) -> None:
-    """Names beside the points, pushed apart where they would cover each other."""
+def _labels(axes: Any, lines: Sequence[SummaryRow]) -> None:
+    """Labels the points, moved down where labels would overlap."""
     placed: list[tuple[float, float]] = []
     for line in sorted(lines, key=lambda each: -each.accuracy):
         x, y = math.log10(max(1, line.runs[0].trainable_parameters)), 100 * line.accuracy

@@ -1,4 +1,4 @@
-"""Figures of a classifier: accuracy with its interval, recall of each class, calibration."""
+"""Classification metrics: accuracy with its confidence interval, recall of each class, calibration error."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Z = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a classifier does on some pictures.
+class ClassificationMetrics:
+    """Metrics of a classifier on a set of images.
 
     Args:
-        accuracy: share of right answers. `interval`: Wilson's 95 % interval of it, which holds for few pictures and near 1.
+        accuracy: top-1 accuracy. `interval`: its Wilson score interval at 95 %, valid for few images and near 1 too.
         calibration_error: expected calibration error, 15 bins of equal width.
         loss: mean cross-entropy.
-        recall: of each class; None for a class without pictures.
-        confusion: (true, answered) counts.
-        pictures: how many there were.
+        recall: of each class; None for a class without images.
+        confusion: counts by (true, predicted) class.
+        images: number of images.
     """
 
     accuracy: float
@@ -33,10 +33,10 @@ class Figures:
     loss: float
     recall: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
-    pictures: int
+    images: int
 
     def as_dict(self, classes: Sequence[str]) -> dict[str, Any]:
-        """As JSON values, with recalls by class."""
+        """The metrics as JSON values, with recall by class name."""
         return {
             "accuracy": self.accuracy,
             "interval_95": list(self.interval),
@@ -44,55 +44,55 @@ class Figures:
             "loss": self.loss,
             "recall": dict(zip(classes, self.recall, strict=True)),
             "confusion": [list(row) for row in self.confusion],
-            "pictures": self.pictures,
+            "pictures": self.images,
         }
 
 
-def figures_of(logits: Tensor, labels: Tensor) -> Figures:
-    """Figures from logits (N, K) and labels (N,)."""
+def compute_metrics(logits: Tensor, labels: Tensor) -> ClassificationMetrics:
+    """Metrics of logits (N, K) and labels (N,)."""
     classes, logits = logits.shape[1], logits.double()
-    answers = logits.argmax(1)
-    right = int((answers == labels).sum())
+    predictions = logits.argmax(1)
+    correct = int((predictions == labels).sum())
     confusion = torch.zeros(classes, classes, dtype=torch.long).index_put_(
-        (labels, answers), torch.ones(len(labels), dtype=torch.long), accumulate=True
+        (labels, predictions), torch.ones(len(labels), dtype=torch.long), accumulate=True
     )
-    held, hits = confusion.sum(1).tolist(), confusion.diagonal().tolist()
-    return Figures(
-        right / len(labels),
-        wilson(right, len(labels)),
+    totals, hits = confusion.sum(1).tolist(), confusion.diagonal().tolist()
+    return ClassificationMetrics(
+        correct / len(labels),
+        wilson(correct, len(labels)),
         calibration_error(logits.softmax(1), labels),
         float(torch.nn.functional.cross_entropy(logits, labels)),
-        tuple(h / n if n else None for h, n in zip(hits, held, strict=True)),
+        tuple(h / n if n else None for h, n in zip(hits, totals, strict=True)),
         tuple(tuple(row) for row in confusion.tolist()),
         len(labels),
     )
 
 
-def wilson(right: int, of: int) -> tuple[float, float]:
+def wilson(correct: int, n: int) -> tuple[float, float]:
     """Wilson's score interval at 95 %: (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)."""
-    share, square = right / of, Z * Z / of
-    middle, half = share + square / 2, Z * math.sqrt(share * (1 - share) / of + square / (4 * of))
-    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
+    p, square = correct / n, Z * Z / n
+    center, half = p + square / 2, Z * math.sqrt(p * (1 - p) / n + square / (4 * n))
+    return max(0.0, (center - half) / (1 + square)), min(1.0, (center + half) / (1 + square))
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Σ over bins of confidence: share of pictures · |accuracy − mean confidence|.
+    """Expected calibration error: Σ over bins of confidence: fraction of images · |accuracy − mean confidence|.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equation 3; 15 bins as there.
     """
-    confidence, answers = probabilities.max(1)
-    right = (answers == labels).to(confidence.dtype)
-    place = (confidence * bins).ceil().long().clamp(1, bins)  # bins are open below: (0, 1/15], …
+    confidence, predictions = probabilities.max(1)
+    correct = (predictions == labels).to(confidence.dtype)
+    bin_index = (confidence * bins).ceil().long().clamp(1, bins)  # bins are open below: (0, 1/15], …
     total = 0.0
     for number in range(1, bins + 1):
-        inside = place == number
+        inside = bin_index == number
         if inside.any():
-            total += float((right[inside].mean() - confidence[inside].mean()).abs() * inside.sum())
+            total += float((correct[inside].mean() - confidence[inside].mean()).abs() * inside.sum())
     return total / len(labels)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the 95 % interval of it by Student's t; infinite for one value."""
+    """Mean and half its 95 % interval by Student's t; infinite for one value."""
     from scipy.stats import t
 
     n = len(values)

@@ -1,4 +1,4 @@
-"""The verdict of a classification run: test accuracy against what costs nothing, and training against validation.
+"""The verdict of a classification run: test accuracy against trivial baselines, and training against validation accuracy.
 
 The baselines are chance (1 / classes), the share of the most frequent class, and a linear probe on the frozen features, on
 the same test images. An accuracy is better than a share if its whole Wilson interval is above it; the run is better or worse than
@@ -25,11 +25,11 @@ from veneer.training.report.metrics import figure
 from veneer.training.report.verdict import Verdict
 
 from ..train.batches import logits_of
-from .metrics import Figures, figures_of
+from .metrics import ClassificationMetrics, compute_metrics
 
 if TYPE_CHECKING:
     from ..config import TransferConfig
-    from ..train.train import Teacher
+    from ..train.train import ClassifierTrainer
 
 TRAIN_IMAGES = 200
 """Training images that are evaluated, or as many as there are validation images."""
@@ -37,51 +37,53 @@ TRAIN_IMAGES = 200
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the verdict is computed from.
+    """The metrics that the verdict is computed from.
 
     Args:
-        test, validation: figures of the run. `train`: of training images without augmentation, or None.
-        probe: for each test image 1 if the linear probe is right, else 0; None where there is no probe, or the run is one.
-        right: the same of the run.
+        test, validation: metrics of the run. `train`: of training images without augmentation, or None.
+        probe: for each test image 1 if the linear probe is right, else 0; None if there is no probe, or the run is one.
+        right: the same for the run.
     """
 
-    test: Figures
-    validation: Figures
-    train: Figures | None = None
+    test: ClassificationMetrics
+    validation: ClassificationMetrics
+    train: ClassificationMetrics | None = None
     probe: Sequence[int] | None = None
     right: Sequence[int] | None = None
 
 
-def evidence_of(teacher: Teacher, test: tuple[Tensor, Tensor], validation: Figures) -> Evidence:
-    """Evaluate what the verdict needs beyond the run's own scores: some training images, and the linear probe on the test images.
+def evidence_of(trainer: ClassifierTrainer, test: tuple[Tensor, Tensor], validation: ClassificationMetrics) -> Evidence:
+    """Evaluates what the verdict needs beyond the run's metrics: some training images, and the linear probe on the test images.
 
     Args:
         test: logits (N, K) and labels (N,) of the test images.
     """
     logits, labels = test
     right = (logits.argmax(1) == labels).int().tolist()
-    return Evidence(figures_of(logits, labels), validation, _train_figures(teacher), _probe_answers(teacher), right)
+    return Evidence(compute_metrics(logits, labels), validation, _train_metrics(trainer), _probe_predictions(trainer), right)
 
 
-def _train_figures(teacher: Teacher) -> Figures:
-    splits, device = teacher.views.data.splits, teacher.accelerator.device
+def _train_metrics(trainer: ClassifierTrainer) -> ClassificationMetrics:
+    splits, device = trainer.views.data.splits, trainer.accelerator.device
     every = max(1, len(splits.train) // max(TRAIN_IMAGES, len(splits.validation)))
     indices = splits.train[::every]
-    if teacher.features is not None:
-        batch = teacher.features([(0, index) for index in indices])
-        return figures_of(*logits_of(teacher.features.head, [batch], device, teacher.dtype))
-    batches = teacher.views.plain.batches(indices, teacher.config.batch)
-    return figures_of(*logits_of(teacher.model, batches, device, teacher.dtype))
+    if trainer.features is not None:
+        batch = trainer.features([(0, index) for index in indices])
+        return compute_metrics(*logits_of(trainer.features.head, [batch], device, trainer.dtype))
+    batches = trainer.views.plain.batches(indices, trainer.config.batch)
+    return compute_metrics(*logits_of(trainer.model, batches, device, trainer.dtype))
 
 
-def _probe_answers(teacher: Teacher) -> list[int] | None:
-    """For each test image whether a logistic regression on the frozen features is right; None where the run trains no more than a
-    head, or the model has no features or no pretrained weights."""
-    classifier, site = teacher.classifier, teacher.classifier.features
-    if teacher.features is not None or site is None or not site.head or not classifier.fresh or classifier.weights == "random":
+def _probe_predictions(trainer: ClassifierTrainer) -> list[int] | None:
+    """For each test image whether a logistic regression on the frozen features is right.
+
+    None if the run trains only a head, or the model has no features or no pretrained weights.
+    """
+    classifier, site = trainer.classifier, trainer.classifier.features
+    if trainer.features is not None or site is None or not site.head or not classifier.fresh or classifier.weights == "random":
         return None
-    weight, bias = teacher.solved_head()
-    x, y = teacher.frozen("test")
+    weight, bias = trainer.probe_head()
+    x, y = trainer.frozen_features("test")
     return (linear(x, weight, bias).argmax(1) == y).int().tolist()
 
 
@@ -89,7 +91,7 @@ def verdict(evidence: Evidence, config: TransferConfig) -> Verdict:
     """The verdict of a finished run; `config` for the advice."""
     test = evidence.test
     counts = [sum(row) for row in test.confusion]
-    frequent, chance = max(counts) / test.pictures, 1 / len(counts)
+    frequent, chance = max(counts) / test.images, 1 / len(counts)
     low, high = test.interval
     reasons = [
         f"Test accuracy is {test.accuracy:.1%} [{low:.1%}, {high:.1%}]; the most frequent class gives {frequent:.1%}, "
@@ -98,7 +100,7 @@ def verdict(evidence: Evidence, config: TransferConfig) -> Verdict:
     against, gap = _against_probe(evidence), _gap(evidence)
     reasons += [line for line in (against[1], gap[1]) if line]
     if low <= max(frequent, chance):
-        summary = "The test accuracy is not clearly above answering the most frequent class."
+        summary = "The test accuracy is not clearly above always predicting the most frequent class."
         return Verdict("not_learned", summary, tuple(reasons), _advice(config, gap[0]))
     if against[0] < 0 and gap[0]:
         summary = "It fits the training images and is worse than a linear probe on new ones."

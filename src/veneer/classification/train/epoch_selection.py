@@ -1,4 +1,4 @@
-"""Which epoch is kept: the one with the best validation accuracy. The test pictures have no part in it."""
+"""Selection of the epoch with the best validation accuracy. The test split is not used."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from veneer.training.loop.checkpoints import CheckpointWarning, write_atomically
 
 @dataclass(frozen=True)
 class Epoch:
-    """The figures after an epoch.
+    """Metrics after an epoch.
 
     Args:
-        epoch: counted from 1. `step`: steps done.
-        train_loss: mean over its steps. `val_loss`, `val_accuracy`: of the validation pictures.
+        epoch: counted from 1. `step`: optimizer steps so far.
+        train_loss: mean over the epoch's steps. `val_loss`, `val_accuracy`: on the validation split.
     """
 
     epoch: int
@@ -32,70 +32,70 @@ class Epoch:
 
 
 def read_epochs(folder: Path) -> list[Epoch]:
-    """The epochs of a run so far, while it runs and when it has ended; none where nothing can be read."""
+    """Epochs of a running or finished run, from its result files; empty if there are none yet."""
     for name in ("result.json", "curve.json"):
         try:
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-            return [Epoch(**row) for row in (found["epochs"] if name == "result.json" else found)]
+            record = json.loads((folder / name).read_text(encoding="utf-8"))
+            return [Epoch(**row) for row in (record["epochs"] if name == "result.json" else record)]
         except (OSError, ValueError, TypeError, KeyError):
             continue
     return []
 
 
-class Selection:
-    """Keeps the figures of every epoch and the tensors of the best: the highest accuracy, then the lower loss, then the earlier.
+class EpochSelection:
+    """Records the metrics of every epoch and the tensors of the best: highest accuracy, then lowest loss, then earliest.
 
-    Both are written at once, so that a stopped run loses neither; where the disk has no room, the best is kept in memory, with a
-    warning. A resumed run forgets what came after its checkpoint; it will come again, the same to the bit.
+    Both are written after every epoch, so that an interrupted run loses neither. If the disk is full, the best tensors stay in
+    memory and a warning is issued. A resumed run drops the epochs after its checkpoint and repeats them bit for bit.
 
     Args:
         named: every tensor that training changes, by name.
-        folder: where `curve.json` and `best.safetensors` are kept.
-        patience: epochs without a better one before `exhausted`; 0 for never.
+        folder: of `curve.json` and `best.safetensors`.
+        patience: epochs without improvement until `exhausted`; 0 disables early stopping.
     """
 
     def __init__(self, named: Mapping[str, Tensor], folder: Path, patience: int = 0) -> None:
         self.named, self.folder, self.patience = dict(named), folder, patience
         self.epochs: list[Epoch] = []
-        self._kept: dict[str, Tensor] | None = None
+        self._best_tensors: dict[str, Tensor] | None = None
 
     def resume(self, step: int) -> None:
-        """Read what a run of `step` steps has left."""
+        """Restores the epochs of a run that is resumed at `step`."""
         file = self.folder / "curve.json"
         if file.is_file() and (self.folder / "best.safetensors").is_file():
             read = [Epoch(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
             self.epochs = [epoch for epoch in read if epoch.step <= step]
 
     def add(self, epoch: Epoch) -> None:
-        """Note an epoch, and its tensors if it is the best."""
+        """Records an epoch, and its tensors if it is the best."""
         self.epochs = [known for known in self.epochs if known.step < epoch.step] + [epoch]
         if self.best is epoch:
-            self._kept = {name: t.detach().cpu().contiguous().clone() for name, t in self.named.items()}
-            self._write("best.safetensors", save(self._kept))
+            self._best_tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.named.items()}
+            self._write("best.safetensors", save(self._best_tensors))
         self._write("curve.json", json.dumps([asdict(e) for e in self.epochs], indent=1).encode())
 
     def _write(self, name: str, data: bytes) -> None:
         try:
             write_atomically(self.folder / name, data)
         except OSError as error:
-            message = f"{name} could not be written ({error.strerror}). The run goes on with it in memory; make room."
+            message = f"{name} could not be written ({error.strerror}). The run continues with it in memory; free disk space."
             warnings.warn(CheckpointWarning(message, where=name, given=error.errno, file=self.folder / name), stacklevel=3)
 
     @property
     def best(self) -> Epoch:
-        """The epoch to keep."""
+        """The best epoch."""
         return min(self.epochs, key=lambda e: (-e.val_accuracy, e.val_loss, e.step))
 
     @property
     def exhausted(self) -> bool:
-        """True if `patience` epochs have passed since the best."""
+        """True if there was no improvement for `patience` epochs."""
         if not self.patience or not self.epochs:
             return False
         return len(self.epochs) - 1 - self.epochs.index(self.best) >= self.patience
 
     def restore(self) -> None:
-        """Put the best epoch's tensors in place."""
-        kept = self._kept or load_file(self.folder / "best.safetensors")
+        """Copies the best epoch's tensors into the model."""
+        best = self._best_tensors or load_file(self.folder / "best.safetensors")
         with torch.no_grad():
             for name, tensor in self.named.items():
-                tensor.copy_(kept[name])
+                tensor.copy_(best[name])

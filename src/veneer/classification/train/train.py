@@ -1,4 +1,4 @@
-"""Training of a classifier: the picture loss in the shared loop, with the epoch chosen on validation pictures only."""
+"""Training of a classifier in the shared loop, with the epoch selected on the validation split only."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ from veneer.training.report.progress import Progress, peak_memory
 
 from ..config import TransferConfig
 from ..data.run_data import Data, Views
-from ..models.cached_features import Features, reads_features_only
+from ..models.cached_features import CachedFeatures, reads_features_only
 from ..models.classifier import Classifier
-from ..models.linear_probe_init import Head, put_first_head, takes_first_head
-from ..report.metrics import Figures, figures_of
+from ..models.linear_probe_init import Head, accepts_probe_init, init_head
+from ..report.metrics import ClassificationMetrics, compute_metrics
 from .batches import Batch, ClassifyingLoss, Order, logits_of
-from .epoch_selection import Epoch, Selection
+from .epoch_selection import Epoch, EpochSelection
 
 
 def attach_methods(classifier: Classifier, config: TransferConfig, data: Data) -> list[Attachment]:
-    """Attach the methods, seeded; and a `linear_probe` beside them, where nobody else holds a fresh head."""
+    """Attaches the methods, seeded, and a `linear_probe` if no method trains the fresh head."""
     attached: list[Attachment] = []
     labels = Counter(data.source.examples[i].label for i in data.splits.train)
-    for method in config.built(len(data.classes), max(labels.values())):
+    for method in config.build_methods(len(data.classes), max(labels.values())):
         torch.manual_seed(mix(config.seed, "adapters", method.name))
         attached.append(attach(classifier.model, method, where=config.where))
-    if classifier.fresh and not any(_holds_head(a) for a in attached):
+    if classifier.fresh and not any(_trains_head(a) for a in attached):
         attached.append(attach(classifier.model, "linear_probe"))
     return attached
 
 
-def _holds_head(attachment: Attachment) -> bool:
+def _trains_head(attachment: Attachment) -> bool:
     return any(adapter.replaces and site.role == "head" for site, adapter in attachment.parts.values())
 
 
 @contextlib.contextmanager
-def switched_off(attached: Iterable[Attachment]) -> Iterator[None]:
-    """A context with nothing attached acting."""
+def adapters_disabled(attached: Iterable[Attachment]) -> Iterator[None]:
+    """Context manager: disables the attachments."""
     with contextlib.ExitStack() as stack:
         for attachment in attached:
             stack.enter_context(attachment.enabled(False))
@@ -61,33 +61,34 @@ def switched_off(attached: Iterable[Attachment]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Taught:
-    """How a run ended.
+class TransferResult:
+    """Result of a training run.
 
     Args:
-        result: of the loop. `epochs`: figures of each. `best`: the epoch whose weights are in place; None for a run that was
-            stopped: then those of the best so far are, or those of the last step where no epoch has ended.
-        validation: figures of the validation pictures at `best`.
-        cached: True if the backbone ran once for each picture.
-        trainable: numbers that were trained.
+        loop: result of the training loop. `epochs`: metrics of each.
+        best: the epoch whose weights the model has. None for a stopped run, which has the weights of the best epoch so far, or of
+            the last step if no epoch was completed.
+        validation: metrics of the validation split at `best`.
+        cached: True if the features were computed once per image.
+        trainable: number of trainable parameters.
     """
 
-    result: TrainResult
+    loop: TrainResult
     epochs: tuple[Epoch, ...]
     best: Epoch | None
-    validation: Figures | None
+    validation: ClassificationMetrics | None
     cached: bool
     trainable: int
 
 
-class Teacher:
-    """A classifier with adapters on it, and the pictures that it learns from.
+class ClassifierTrainer:
+    """Trains the adapters of a classifier, and evaluates it.
 
     Args:
-        classifier, attached: as from `open_classifier` and `attach_methods`.
-        views: of the run's pictures. `config`: the options.
-        folder: for checkpoints and records. `identity`: what a resumed run must share.
-        features: of the same model and views, from another run; used where the backbone need not run again.
+        classifier, attached: from `open_classifier` and `attach_methods`.
+        views: of the run's images. `config`: the options.
+        folder: for checkpoints and records. `identity`: values that a resumed run must share.
+        features: feature cache of the same model and views from another run, to reuse.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Teacher:
         accelerator: Accelerator,
         identity: dict[str, Any] | None = None,
         on_step: Callable[[Progress], None] | None = None,
-        features: Features | None = None,
+        features: CachedFeatures | None = None,
     ) -> None:
         self.classifier, self.attached, self.views, self.config, self.folder = classifier, attached, views, config, folder
         self.accelerator = accelerator
@@ -108,73 +109,75 @@ class Teacher:
         classifier.model.to(accelerator.device)
         self.model: Any = classifier.model
         cached = config.cache and reads_features_only(classifier, attached)
-        self._seen = features or Features(classifier, views, config.batch, self.dtype)
-        self.features = self._seen if cached else None
+        self._frozen = features or CachedFeatures(classifier, views, config.batch, self.dtype)
+        self.features = self._frozen if cached else None
         self.per_epoch = max(1, len(views.data.splits.train) // (config.batch * config.accumulation))
         self.steps = config.steps or config.epochs * self.per_epoch
         self.named = param_groups.named_state(attached)
-        if self._moving:
+        if self._updates_statistics:
             self.named |= {f"statistics/{name}": buffer for name, buffer in statistics(self.model.named_modules())}
-        self.selection = Selection(self.named, folder, config.patience)
+        self.selection = EpochSelection(self.named, folder, config.patience)
         self.trainable = sum(p.numel() for a in attached for p in a.parameters())
         self.identity, self.on_step = identity or {}, on_step
 
-    def teach(self) -> Taught:
-        """Prepare, train, and put the best epoch's weights in place.
+    def train(self) -> TransferResult:
+        """Prepares the methods, trains, and restores the best epoch's weights.
 
         Raises:
             Diverged, CheckpointError: as the loop does.
         """
-        self._refuse_several()
-        self._see()
-        self._modes()
+        self._check_processes()
+        self._init_inputs()
+        self._set_modes()
         self._prepare(0)
         result = self._fit() if self.trainable else TrainResult(0, [], 0.0, peak_memory(self.accelerator.device), False)
         best = None
         if self.accelerator.is_main_process and (not result.stopped or self.selection.exhausted):
             if not self.selection.epochs:
-                self._look(0, [])
+                self._evaluate(0, [])
             best = self.selection.best
         if self.accelerator.is_main_process and self.selection.epochs:
             self.selection.restore()
-        validation = self.figures("validation") if best else None
-        return Taught(result, tuple(self.selection.epochs), best, validation, self.features is not None, self.trainable)
+        validation = self.metrics("validation") if best else None
+        return TransferResult(result, tuple(self.selection.epochs), best, validation, self.features is not None, self.trainable)
 
-    def _see(self) -> None:
-        """Run the backbone once, where its features are all that is needed, or tell the head where to start."""
+    def _init_inputs(self) -> None:
+        """Computes the cached features, if the run uses them, and initializes the head, if it starts at the linear probe."""
         if self.features is not None:
-            self.features.see()
-        if self.starts_head and not (self.config.resume and Checkpoints(self.folder, {}).steps()):
-            put_first_head(self.solved_head(), self.attached, self._seen.path)
+            self.features.compute()
+        if self.uses_probe_init and not (self.config.resume and Checkpoints(self.folder, {}).steps()):
+            init_head(self.probe_head(), self.attached, self._frozen.path)
 
-    def solved_head(self) -> Head:
-        """Weight and bias of the logistic regression on the features of the frozen model."""
-        with switched_off(self.attached):
-            return self._seen.first_head(len(self.views.data.classes))
+    def probe_head(self) -> Head:
+        """Weight and bias of the logistic regression on the frozen model's features."""
+        with adapters_disabled(self.attached):
+            return self._frozen.linear_probe(len(self.views.data.classes))
 
-    def frozen(self, split: str) -> Batch:
-        """Features of the frozen model and labels of a split."""
-        with switched_off(self.attached):
-            self._seen.see((split,))
-        return self._seen([(0, index) for index in getattr(self.views.data.splits, split)])
+    def frozen_features(self, split: str) -> Batch:
+        """The frozen model's features, and the labels, of a split."""
+        with adapters_disabled(self.attached):
+            self._frozen.compute((split,))
+        return self._frozen([(0, index) for index in getattr(self.views.data.splits, split)])
 
     @property
-    def starts_head(self) -> bool:
-        """True if a fresh head starts where a probe of the frozen features ends."""
-        wanted = self.config.lp_ft and self.classifier.fresh and self.classifier.weights != "random"
+    def uses_probe_init(self) -> bool:
+        """True if the fresh head is initialized with the linear probe of the frozen features."""
+        enabled = self.config.lp_ft and self.classifier.fresh and self.classifier.weights != "random"
         return (
-            wanted and self.classifier.features is not None and takes_first_head(self._seen.head, self.attached, self._seen.path)
+            enabled
+            and self.classifier.features is not None
+            and accepts_probe_init(self._frozen.head, self.attached, self._frozen.path)
         )
 
     def loss(self) -> ClassifyingLoss:
-        """The loss of the training pictures, or of their features."""
+        """Training loss, on images or on cached features."""
         cached = self.features
         return ClassifyingLoss(
             self.model if cached is None else cached.head,
             self.views.train if cached is None else cached,
             Order(self.views.data.splits.train, self.config.seed),
             self.config.batch * self.config.accumulation,
-            self.views.train.expect if cached is None else None,
+            self.views.train.prefetch if cached is None else None,
             self.config.label_smoothing,
             self.accelerator.device,
         )
@@ -182,8 +185,8 @@ class Teacher:
     def _fit(self) -> TrainResult:
         loop, loss = self.config.loop(self.per_epoch, self.steps), self.loss()
 
-        def look(step: int) -> None:
-            self._look(step, trainer.losses[-self.per_epoch :])
+        def evaluate(step: int) -> None:
+            self._evaluate(step, trainer.losses[-self.per_epoch :])
             if self.selection.exhausted:
                 trainer.stop()
 
@@ -197,21 +200,21 @@ class Teacher:
             accelerator=self.accelerator,
             after_step=param_groups.after_step(self.attached),
             on_step=self.on_step,
-            on_preview=look,
+            on_preview=evaluate,
         )
         steps = trainer.checkpoints.steps() if trainer.checkpoints else []
         if self.config.resume and steps:
             self.selection.resume(steps[-1])
         result = trainer.fit(self.config.resume)
         if not result.stopped and self.steps % self.per_epoch and self.accelerator.is_main_process:
-            self._look(self.steps, trainer.losses[-(self.steps % self.per_epoch) :])
+            self._evaluate(self.steps, trainer.losses[-(self.steps % self.per_epoch) :])
         return result
 
-    def figures(self, split: str) -> Figures:
-        """Figures of a split with the weights as they are."""
-        return figures_of(*self.answers(split))
+    def metrics(self, split: str) -> ClassificationMetrics:
+        """Metrics of a split with the current weights."""
+        return compute_metrics(*self.predict(split))
 
-    def answers(self, split: str) -> Batch:
+    def predict(self, split: str) -> Batch:
         """Logits and labels of a split."""
         device = self.accelerator.device
         if self.features is not None:
@@ -219,22 +222,22 @@ class Teacher:
         return logits_of(self.model, self.views.batches(split, self.config.batch), device, self.dtype)
 
     @property
-    def _moving(self) -> bool:
-        """True if norms take their statistics from the batches: of random weights there are none worth keeping."""
+    def _updates_statistics(self) -> bool:
+        """True if BatchNorm statistics are updated: by default only those of random weights."""
         return self.config.batch_norm == "moving" or (self.config.batch_norm is None and self.classifier.weights == "random")
 
-    def _modes(self) -> None:
-        """The base in `eval`, so that it neither drops features nor moves its statistics; the adapters in training mode."""
-        self.model.train(self._moving)
+    def _set_modes(self) -> None:
+        """Sets the base to `eval`, so that dropout and BatchNorm statistics are frozen, and the adapters to training mode."""
+        self.model.train(self._updates_statistics)
         for module in self.model.modules():
             if isinstance(module, Seam):
                 module.train()
 
-    def _refuse_several(self) -> None:
-        """Methods that see the data first do so in one process."""
-        wanting = [a.method.name for a in self.attached if a.method.prepares]
-        if wanting and self.accelerator.num_processes > 1:
-            message = f"{', '.join(wanting)}: sees the data before it is trained, in one process. Start one only."
+    def _check_processes(self) -> None:
+        """Raises an error if a method with a preparation pass over the data would run in several processes."""
+        preparing = [a.method.name for a in self.attached if a.method.prepares]
+        if preparing and self.accelerator.num_processes > 1:
+            message = f"{', '.join(preparing)}: the preparation pass over the data needs a single process; start only one."
             raise VeneerError(message, where="processes", given=self.accelerator.num_processes, expected=1)
 
     def _prepare(self, epoch: int) -> None:
@@ -248,7 +251,7 @@ class Teacher:
                     attachment.prepare(self._on_device(self._passes(passes)))
 
     def _passes(self, count: int) -> Iterator[Batch]:
-        """The training pictures as they are looked at, or several times as they are trained on."""
+        """Batches of the training images: without augmentation for one pass, else augmented, one pass after the other."""
         indices, size = self.views.data.splits.train, self.config.batch
         if count == 1:
             return self.views.batches("train", size)
@@ -259,22 +262,22 @@ class Teacher:
         return ((inputs.to(device), labels.to(device)) for inputs, labels in batches)
 
     def _groups(self) -> list[Group]:
-        """The first method and a head beside it at the run's rate, other methods as much faster or slower as they usually are."""
-        found: list[Group] = []
+        """Parameter groups: the first method and a head beside it at the run's learning rate, other methods in ratio to it."""
+        groups: list[Group] = []
         for attachment in self.attached:
-            named = attachment.method.name in self.config.names()
-            share = attachment.method.learning_rate / self.attached[0].method.learning_rate if named else 1.0
+            in_config = attachment.method.name in self.config.names()
+            ratio = attachment.method.learning_rate / self.attached[0].method.learning_rate if in_config else 1.0
             for number, group in enumerate(attachment.groups()):
-                scale = group.get("lr_scale", 1.0) * share
+                scale = group.get("lr_scale", 1.0) * ratio
                 if group["params"]:
-                    found.append({"params": group["params"], "lr_scale": scale, "name": f"{attachment.name}.{number}"})
-        return found
+                    groups.append({"params": group["params"], "lr_scale": scale, "name": f"{attachment.name}.{number}"})
+        return groups
 
-    def _look(self, step: int, losses: Sequence[float]) -> None:
-        """After an epoch: how well the validation pictures are answered."""
-        figures = self.figures("validation")
+    def _evaluate(self, step: int, losses: Sequence[float]) -> None:
+        """Evaluates the validation split after an epoch."""
+        metrics = self.metrics("validation")
         mean = sum(losses) / len(losses) if losses else math.nan
         number = math.ceil(step / self.per_epoch)
-        self.selection.add(Epoch(number, step, mean, figures.loss, figures.accuracy))
+        self.selection.add(Epoch(number, step, mean, metrics.loss, metrics.accuracy))
         if number:
             self._prepare(number)

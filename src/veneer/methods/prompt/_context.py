@@ -84,7 +84,7 @@ def prompts(site: PromptSite, tokens: int, position: Position) -> list[tuple[Ten
     long = [(name, len(end) + tokens + 2) for name, end in zip(site.classes, ends, strict=True)]
     long = [(name, length) for name, length in long if length > words.length]
     if long:
-        words.refuse([(f"{tokens} context vectors and {name}.", length) for name, length in long])
+        words.raise_too_long([(f"{tokens} context vectors and {name}.", length) for name, length in long])
     found, before = [], {"end": tokens, "middle": tokens // 2, "front": 0}[position]
     for name, end in zip(site.classes, ends, strict=True):
         named = len(words.tokens(name)) if position != "end" else len(end)
