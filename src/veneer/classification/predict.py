@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.base_models import current_name
-from veneer.formats import load
+from veneer.formats import load_all
 from veneer.injection import VeneerError
 from veneer.training.data.image_io import DataError, decode
 from veneer.training.loop.optimizer_step import AUTOCAST
@@ -120,7 +120,7 @@ def open_predictor(folder: Path) -> Predictor:
         digests = {"given": classifier.weights, "expected": record["weights_digest"]}
         raise VeneerError(message, file=weights, where="weights", **digests)
     if record["adapted"]:
-        load(classifier.model, folder / "adapter.safetensors")
+        load_all(classifier.model, folder / "adapter.safetensors")
     classifier.model.eval()
     return Predictor(classifier, EvalView(classifier.data, squash=record["squash"]), AUTOCAST[record["precision"]])
 
