@@ -47,7 +47,7 @@ class GenerateConfig:
     size: tuple[int, int] | None = None
     side_by_side: bool = False
     device: str | None = None
-    out: Path = Path("pictures")
+    out: Path = Path("images")
 
     def __post_init__(self) -> None:
         check_counts(self.images_per_prompt, self.steps)

@@ -18,8 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from veneer import base_models
-from veneer.base_models.pretraining import autoencoder, clip, denoiser, evaluation, image_grid, model_cards, packaging
-from veneer.base_models.pretraining import warm_start as begin
+from veneer.base_models.pretraining import autoencoder, clip, denoiser, evaluation, image_grid, model_cards, packaging, warm_start
 from veneer.base_models.pretraining.data import captions, photo_dataset
 from veneer.base_models.pretraining.data.concepts import CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, UNSEEN_SET
 from veneer.base_models.pretraining.data.mixture import Mixture
@@ -36,30 +35,30 @@ WATCHED = 192
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """How long each stage trains.
+    """Configuration of `veneer pretrain-base` and its defaults.
 
     Args:
-        work: folder for everything that is fetched, rendered and trained.
+        work: folder for everything that is downloaded, rendered and trained.
         stage: one of the stages, or `all`.
-        photos: folder with the real photos, laid out as `recipe.photographs` says; none for icons alone.
-        begin: folder of packaged bases to begin from; none for random weights. `all` then leaves the encoder as it is, for the
-            rest has learnt its latents, unless these have fewer channels than are now trained.
+        photos: folder with the real photos, in the layout of `recipe.photographs` (default: none, icons only).
+        init_from: folder of packaged base models to initialize from (default: random weights). `all` then keeps the encoder,
+            because the other models were trained on its latents, unless these have fewer channels than the new ones.
         clip_steps: optimizer steps of the CLIP.
         unet_steps: optimizer steps of the UNet.
         decoder_steps: optimizer steps of the decoder.
-        unet_decay: steps at the end over which the UNet's rate falls to zero; 0 leaves it constant.
+        unet_decay: optimizer steps at the end over which the UNet's learning rate falls to zero; 0 keeps it constant.
         muon_lr: learning rate of the UNet's matrices.
         adam_lr: learning rate of the UNet's other parameters.
-        bases: folder that gets the packaged bases; the package's own unless given.
-        results: folder that gets figures, sheet and curves.
-        seeds: how many pictures of each prompt are judged.
-        prompts: how many prompts are judged, at most 100.
+        bases: folder for the packaged base models.
+        results: folder for metrics, image grids and curves.
+        seeds: images per prompt in the evaluation.
+        prompts: prompts in the evaluation, at most 100.
     """
 
     work: Path = Path("runs/base")
     stage: str = "all"
     photos: Path | None = None
-    begin: Path | None = None
+    init_from: Path | None = None
     clip_steps: int = 12000
     unet_steps: int = 8000
     decoder_steps: int = 1800
@@ -74,7 +73,7 @@ class PretrainConfig:
 
 def begin_vae(world: World, config: PretrainConfig) -> None:
     """The encoder, which computes a linear code of patches; prints nothing, for its decoder knows nothing yet."""
-    begun = config.begin and AutoencoderKL.from_pretrained(config.begin / "bundled/vae")
+    begun = config.init_from and AutoencoderKL.from_pretrained(config.init_from / "bundled/vae")
     former = begun if begun and begun.config["latent_channels"] != autoencoder.LATENT else None
     batches = [world.pictures(900 + i, 64) for i in range(FITTED // 64)]
     code = autoencoder.linear_code(autoencoder.to_tensor(np.concatenate(batches)), former)
@@ -100,8 +99,8 @@ def train_clip(world: World, config: PretrainConfig) -> None:
     views = clip.Views(world.photographs, world.cutouts, world.photos) if world.photographs else None
     torch.manual_seed(2)
     model = clip.NamedClip(len(world.tokenizer), len(world.names), len(views.instances) if views else 0)
-    if config.begin:
-        begin.named_clip(model, config.begin, world.tokenizer, world.names)
+    if config.init_from:
+        warm_start.named_clip(model, config.init_from, world.tokenizer, world.names)
     model = clip.train(
         folder, model, world.icons, world.names, parts.seen, world.photos, world.tokenizer, config.clip_steps,
         favoured=favoured, views=views,
@@ -126,9 +125,9 @@ def train_unet(world: World, config: PretrainConfig) -> None:
     tokens.add_tokens(mixture.tokens)
     torch.manual_seed(1)
     model = denoiser.Denoiser(len(tokens), *marks)
-    if config.begin:
-        begin.denoiser(model, config.begin)
-        print("unet: revived", ", ".join(begin.revive(model, *watched[""])) or "nothing")
+    if config.init_from:
+        warm_start.denoiser(model, config.init_from)
+        print("unet: revived", ", ".join(warm_start.revive(model, *watched[""])) or "nothing")
     plan = denoiser.Plan(config.unet_steps, config.unet_decay, muon_lr=config.muon_lr, adam_lr=config.adam_lr)
     denoiser.train(world.folder / "unet", model, latents, mixture, tokens, watched, plan)
 
@@ -185,8 +184,8 @@ def pretrain_base(config: PretrainConfig) -> None:
         message = f"stage is {config.stage!r}; there are: all, {', '.join(STAGES)}."
         raise OptionError(message, option="stage", given=config.stage, expected=("all", *STAGES))
     world = World(config.work, config.photos)
-    if config.begin:
-        begin.unpack(config.begin, config.work)
+    if config.init_from:
+        warm_start.unpack(config.init_from, config.work)
     every = [name for name in STAGES if not (name == "vae" and (config.work / "vae/model").is_dir())]
     for name in every if config.stage == "all" else [config.stage]:
         STAGES[name](world, config)

@@ -152,7 +152,7 @@ def test_all_stages_leave_a_packaged_autoencoder_as_it_is(tmp_path: Path, monkey
     for name in pretrain_base.STAGES:
         monkeypatch.setitem(pretrain_base.STAGES, name, lambda world, config, name=name: made.append(name))
     begun, anew = tmp_path / "begun", tmp_path / "anew"
-    pretrain_base.pretrain_base(pretrain_base.PretrainConfig(work=begun, begin=PRETRAINING))
+    pretrain_base.pretrain_base(pretrain_base.PretrainConfig(work=begun, init_from=PRETRAINING))
     assert made == ["clip", "unet", "decoder", "package", "evaluate"]
     made.clear()
     pretrain_base.pretrain_base(pretrain_base.PretrainConfig(work=anew))

@@ -65,7 +65,7 @@ class DrawConfig:
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
     device: str | None = None
-    out: Path = Path("pictures")
+    out: Path = Path("images")
 
     def __post_init__(self) -> None:
         check_counts(self.images_per_prompt, self.steps)

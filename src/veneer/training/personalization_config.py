@@ -78,16 +78,16 @@ class PersonalizeConfig:
         weight_decay: decoupled weight decay.
         max_grad_norm: gradient clipping: largest L2 norm of the gradient; 0 disables clipping.
         ema: decay of an exponential moving average of the weights, which is what is saved; 0 disables it.
-        min_snr_gamma: gamma of min-SNR loss weighting, usually 5; 0 disables it.
+        min_snr_gamma: gamma of min-SNR loss weighting, typically 5; 0 disables it.
         loss_weighting: `none`, `min_snr`, `min_snr_plus_one`, `debiased`, `snr_scaled_v`, for flow matching `sigma_sqrt` or
             `cosmap`.
         timestep_sampling: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`, `shift` or `flux_shift` (default: logit_normal
             for SD3, else uniform), as a distribution of the noise level: diffusers' `--logit_mean` has the other sign.
         prediction: prediction type, in place of the scheduler's `prediction_type`.
         loss: `l2`, `huber` or `smooth_l1`.
-        noise_offset: strength of the noise offset, usually 0.05 to 0.1; 0 disables it.
-        pyramid_noise: discount of pyramid noise, 0 to 1, usually 0.3; 0 disables it.
-        input_perturbation: gamma of input perturbation, usually 0.1; 0 disables it.
+        noise_offset: strength of the noise offset, typically 0.05 to 0.1; 0 disables it.
+        pyramid_noise: discount of pyramid noise, 0 to 1, typically 0.3; 0 disables it.
+        input_perturbation: gamma of input perturbation, typically 0.1; 0 disables it.
         cache: cache latents and text embeddings instead of computing them in each step.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
