@@ -146,6 +146,13 @@ def _resolves(name: str) -> bool:
     return True
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_names_of_a_file_are_in_it(page: str) -> None:
+    """Pages name them as `name` of `file.py`."""
+    named = re.findall(r"`(\w+)` of `([\w/]+\.py)`", (ROOT / page).read_text(encoding="utf-8"))
+    assert [(name, file) for name, file in named if name not in (ROOT / file).read_text(encoding="utf-8")] == []
+
+
 def test_the_python_reference_has_every_public_name() -> None:
     text = (DOCS / "api.md").read_text(encoding="utf-8")
     public = [getattr(veneer, name) for name in veneer.__all__ if not isinstance(getattr(veneer, name), ModuleType)]

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from veneer.cli import COMMANDS, parser_for
+from veneer.cli import parser_for
+from veneer.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 TERMS = {
