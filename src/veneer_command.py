@@ -1,9 +1,9 @@
-"""The installed `veneer` command: what OpenMP reads once, when torch is loaded, is said before anything of veneer is imported.
+"""The installed `veneer` command. It sets OpenMP's environment variables, which are read when torch is imported.
 
-A thread of a parallel region that has done its share waits for the others, by default by asking again and again. Where other
-processes want the cores, the one that is waited for does not get one: beside them a step of training on two cores took 8 to 13
-seconds. With a short wait before they sleep it took 0.5 beside two busy processes, and 0.17 in place of 0.14 alone; with none,
-0.29 alone. `GOMP_SPINCOUNT` or `OMP_WAIT_POLICY` of the environment have their way. Jobs of `veneer app` inherit it.
+By default a thread that has finished its share of a parallel region waits for the others by spinning. If other processes use the
+cores, spinning takes time from the threads that still work: a training step on two cores took 8 to 13 seconds beside two busy
+processes. With short spinning it took 0.5 seconds beside them and 0.17 alone, compared with 0.14 for long spinning; with none,
+0.29 alone. `GOMP_SPINCOUNT` and `OMP_WAIT_POLICY` in the environment take precedence. Jobs of `veneer app` inherit the setting.
 """
 
 import os
@@ -11,11 +11,11 @@ import sys
 from importlib.metadata import version
 
 SPINS = "1000"
-"""Times that a thread asks before it sleeps."""
+"""Number of spins before a thread sleeps."""
 
 
 def console() -> None:
-    """Run the command that this process was given."""
+    """Runs the command in `sys.argv`."""
     if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "app" and not {"-h", "--help"} & {*sys.argv}:
         print(f"veneer {version('veneer')} is starting. Its address follows in some seconds.", flush=True)
     if "OMP_WAIT_POLICY" not in os.environ:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from veneer import cli
-from veneer.allocator import CHOSEN
+from veneer.allocator import USER_SETTINGS
 
 SCRIPT = """
 import resource, sys
@@ -58,7 +58,7 @@ def resident(way: str, **environment: str) -> tuple[bool, int]:
 
 def faults(way: str, **environment: str) -> tuple[bool, int]:
     """(was it kept, pages that eight more blocks of 80 MiB fetched)."""
-    clean = {key: value for key, value in os.environ.items() if key not in CHOSEN}
+    clean = {key: value for key, value in os.environ.items() if key not in USER_SETTINGS}
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, way], env={**clean, **environment}, capture_output=True, text=True, check=True
     )

@@ -1,13 +1,13 @@
-"""The C library's allocator, told to keep what is freed: steps on a CPU then do not fetch the same pages from the system again.
+"""Settings of glibc's allocator: the command line keeps freed memory, so that CPU steps do not request the same pages again.
 
-glibc gives each large block back as soon as it is freed. Every step asks for blocks of the same sizes, and each page of them is
-cleared anew by the system: on two cores 8 % of a step of a ViT-S/16 at a batch of eight. Kept, they make the process no larger
-at its peak (measured: 1 %), but it stays that large until it ends. So the `veneer` command does this, in its own process; who
-uses the library decides for theirs.
+By default glibc returns each large block to the system as soon as it is freed. Every training step allocates blocks of the same
+sizes, and the system clears each of their pages again: 8 % of the time of a step of a ViT-S/16 at batch size 8 on two cores.
+Keeping the blocks leaves the peak memory of the process unchanged (measured: 1 %), but the process stays at its peak until it
+ends. The `veneer` command does this in its own process; users of the library decide for theirs.
 
-A server is another matter: it lives long, and its threads come and go. glibc gives many of them a heap of their own, and what
-is free in one is no use to another, so with each round of pictures the process gets larger, and never smaller. `veneer app`
-gives back what is freed, and lets all threads share two heaps.
+A server runs for a long time, and its threads come and go. glibc gives many of them a separate heap, and memory that is free in
+one heap is not available to the others, so the process grows with each round of images and never shrinks. `veneer app` returns
+freed memory, and lets all threads share two heaps.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
 """Numbers of `mallopt`'s parameters in glibc: `M_TRIM_THRESHOLD`, `M_TOP_PAD`, `M_MMAP_MAX`, `M_ARENA_MAX`."""
 
 SETTINGS = ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (TOP_PAD, 64 << 20))
-"""No block of its own from the system, nothing given back, and 64 MiB more each time that the heap grows."""
+"""No separate mapping for large blocks, no memory returned to the system, and a heap that grows by 64 MiB at a time."""
 
-CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
-"""Variables of the environment by which a user sets the same; they are left to have their way."""
+USER_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+"""Environment variables for the same settings, which take precedence."""
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in this process, from now on.
+    """Keeps freed memory in this process, from now on.
 
     Returns:
-        True if it is kept; False where there is no glibc or the environment has settings of its own (`CHOSEN`).
+        True on success; False without glibc, or if the environment has such settings (`USER_SETTINGS`).
     """
-    return _set(SETTINGS, CHOSEN)
+    return _set(SETTINGS, USER_SETTINGS)
 
 
 def share_freed_memory() -> bool:
-    """Let all threads of this process use what one of them has freed: no more than two heaps, from now on.
+    """Limits this process to two heaps, so that all threads reuse memory that one of them has freed.
 
     Returns:
-        True if it is shared; False where there is no glibc or the environment has settings of its own.
+        True on success; False without glibc, or if the environment has such settings.
     """
     return _set(((ARENA_MAX, 2),), ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"))
 
 
-def _set(settings: tuple[tuple[int, int], ...], chosen: tuple[str, ...]) -> bool:
-    if not sys.platform.startswith("linux") or any(name in os.environ for name in chosen):
+def _set(settings: tuple[tuple[int, int], ...], variables: tuple[str, ...]) -> bool:
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in variables):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):

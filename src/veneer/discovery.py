@@ -1,4 +1,4 @@
-"""Finds what provides each name: files of a package and entry points of other distributions. Imports neither them nor torch."""
+"""Discovery of registry entries: modules of a package and entry points of other distributions, without importing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from importlib.metadata import EntryPoint, entry_points
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a name comes from: a module of this package, another distribution, or a call of `register`."""
+    """Origin of a name: a module of this package, or an entry point of another distribution.
+
+    Args:
+        source: name of the distribution.
+    """
 
     name: str
     source: str
@@ -20,10 +24,11 @@ class Entry:
 
 
 def find_entries(package: str, group: str) -> Iterator[Entry]:
-    """Every file of a package and every entry point of a group.
+    """Every module of a package, and every entry point of a group.
 
     Args:
-        package: searched with its sub-packages; files and sub-packages that start with `_` are skipped.
+        package: searched recursively; modules and sub-packages that start with `_` are skipped.
+        group: name of the entry-point group.
     """
     for info in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
         path = info.name.removeprefix(f"{package}.").split(".")

@@ -1,4 +1,4 @@
-"""Well-known models at their full size without their weights: names and shapes on the meta device, built at once, no download."""
+"""Well-known models at full size on the meta device: names and shapes without weights or downloads."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def _stable_diffusion(unet: Mapping[str, Any], *encoders: Mapping[str, Any]) -> 
 
         kinds = (CLIPTextModel, CLIPTextModelWithProjection)
         texts = [kind(CLIPTextConfig(**config)) for kind, config in zip(kinds, encoders, strict=False)]
-        named = {f"text_encoder{f'_{n}' if n > 1 else ''}": text for n, text in enumerate(texts, 1)}
-        words = {name.replace("text_encoder", "tokenizer"): _tokenizer() for name in named}
-        return _pipeline(unet=UNet2DConditionModel(**unet), **named, **words)
+        components = {f"text_encoder{f'_{n}' if n > 1 else ''}": text for n, text in enumerate(texts, 1)}
+        tokenizers = {name.replace("text_encoder", "tokenizer"): _tokenizer() for name in components}
+        return _pipeline(unet=UNet2DConditionModel(**unet), **components, **tokenizers)
 
     return build
 
@@ -91,7 +91,7 @@ def _clip() -> nn.Module:
 
 
 def _tokenizer() -> Any:
-    """The bundled base's, for all: a method that learns words asks for one, and counts do not depend on which."""
+    """The bundled base model's tokenizer. Methods that train token embeddings need one, but counts do not depend on it."""
     from transformers import CLIPTokenizer
 
     from veneer import base_models
@@ -100,7 +100,7 @@ def _tokenizer() -> Any:
 
 
 def _pipeline(**components: Any) -> Any:
-    """What `attach` takes for a pipeline."""
+    """An object that `attach` accepts as a pipeline."""
     return SimpleNamespace(components=components)
 
 
@@ -120,10 +120,10 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @functools.lru_cache(maxsize=len(MODELS))
 def full_size(name: str) -> Any:
-    """A model of `MODELS`, or for diffusion the denoiser and its text encoders as a pipeline; the same one for every call.
+    """A model of `MODELS`, or for diffusion models the denoiser and its text encoders as a pipeline. Cached.
 
     Raises:
-        VeneerError: there is none of that name.
+        UnknownName: no model has this name.
     """
     if name not in MODELS:
         raise UnknownName(f"full_size: no {name!r}; there are: {', '.join(MODELS)}.", name, "model", expected=tuple(MODELS))

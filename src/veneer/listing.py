@@ -1,4 +1,4 @@
-"""Methods and hosts with a line each, and which fit each other. Neither the files nor torch are imported where none is needed."""
+"""Tables of methods and hosts, and the support matrix. Methods, hosts and torch are imported only if they are needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MATRIX = Path(__file__).parent / "support_matrix.md"
 
 
 def rows(kind: str) -> Iterator[tuple[str, str, str]]:
-    """Name, distribution and first line of the docstring of each method or host.
+    """Name, distribution and first docstring line of each method or host.
 
     Args:
         kind: `methods` or `hosts`.
@@ -31,10 +31,10 @@ def rows(kind: str) -> Iterator[tuple[str, str, str]]:
 
 
 def support_matrix() -> str:
-    """The support matrix as a Markdown table: of the package's file, or computed if the file lacks a method or a host."""
+    """The support matrix as a Markdown table: from the package's file, or computed if the file misses a method or a host."""
     text = MATRIX.read_text("utf-8").strip()
-    found = re.findall(r"`(\w+)` \|", text.split("\n")[0]), re.findall(r"^\| `(\w+)`", text, re.MULTILINE)
-    if found == tuple([e.name for e in _entries(kind) if e.source == "veneer"] for kind in ("hosts", "methods")):
+    listed = re.findall(r"`(\w+)` \|", text.split("\n")[0]), re.findall(r"^\| `(\w+)`", text, re.MULTILINE)
+    if listed == tuple([e.name for e in _entries(kind) if e.source == "veneer"] for kind in ("hosts", "methods")):
         return text
     from veneer.testing import matrix
 

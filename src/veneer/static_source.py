@@ -1,6 +1,6 @@
-"""Reads classes from source files: fields, defaults and docstrings, without importing what the files import.
+"""Static reading of classes: fields, defaults and docstrings from source files, without importing their dependencies.
 
-Help, completion and lists of names need only these; importing torch for them takes seconds.
+Help, completion and lists of names need only these, and importing torch takes seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class UnreadableError(Exception):
 
 
 def class_of(module: str, name: str) -> Any:
-    """What `read_class` gives; the class itself if its module is imported already or has to be."""
+    """The result of `read_class`, or the class itself if its module is already imported or cannot be read statically."""
     if module not in sys.modules:
         with contextlib.suppress(UnreadableError):
             return read_class(module, name)
@@ -35,10 +35,10 @@ def class_of(module: str, name: str) -> Any:
 
 
 def read_class(module: str, name: str) -> Any:
-    """A class with the fields, defaults and docstring of a class of a module that is not imported, without its methods.
+    """A class with the fields, defaults and docstring of a class in a module that is not imported, without its methods.
 
     Raises:
-        UnreadableError: a base class, a default or a type needs an import beside veneer and the standard library.
+        UnreadableError: a base class, a default or a type needs an import other than veneer and the standard library.
     """
     try:
         return _source(module).get(name)
@@ -47,7 +47,7 @@ def read_class(module: str, name: str) -> Any:
 
 
 def class_named(entry: Entry) -> Any:
-    """The class behind a name of a registry, by `class_of`; None if only the registry can tell."""
+    """The class of a registry entry, by `class_of`; None if only the registry can find it."""
     if entry.module is None:
         return None
     node = _class_node(entry)
@@ -55,7 +55,7 @@ def class_named(entry: Entry) -> Any:
 
 
 def first_line(entry: Entry) -> str | None:
-    """First line of the docstring of the class behind a name of a registry; None if only the registry can tell."""
+    """First line of the docstring of a registry entry's class; None if only the registry can find it."""
     node = _class_node(entry)
     text = node and ast.get_docstring(node)
     return text.split("\n")[0] if text else None
@@ -67,7 +67,7 @@ def _class_node(entry: Entry) -> ast.ClassDef | None:
 
 
 def _has_name(node: ast.ClassDef, name: str) -> bool:
-    """True if a class sets `name` to this value."""
+    """True if the class body assigns this value to `name`."""
     for line in node.body:
         if isinstance(line, ast.Assign | ast.AnnAssign) and isinstance(line.value, ast.Constant) and line.value.value == name:
             targets = line.targets if isinstance(line, ast.Assign) else [line.target]
@@ -82,7 +82,7 @@ def _source(module: str) -> _Source:
 
 
 class _Source:
-    """One module, whose top-level names are evaluated one by one, each with the names that it needs."""
+    """A module whose top-level names are evaluated on demand, each together with the names that it uses."""
 
     def __init__(self, module: str) -> None:
         self.module, self.path = module, _path(module)
@@ -91,10 +91,10 @@ class _Source:
 
     @cached_property
     def statements(self) -> dict[str, ast.stmt]:
-        return {name: statement for statement in self.tree.body for name in _bound(statement)}
+        return {name: statement for statement in self.tree.body for name in _assigned_names(statement)}
 
     def get(self, name: str) -> Any:
-        """The value of a top-level name, or a submodule."""
+        """Evaluates a top-level name, or returns a submodule."""
         if name not in self.names:
             statement = self.statements.get(name)
             if statement is None:
@@ -118,7 +118,7 @@ class _Source:
     def _run(self, statement: ast.stmt) -> None:
         local = {n.arg for n in ast.walk(statement) if isinstance(n, ast.arg)}
         for name in {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - local:
-            if name in self.statements and name not in _bound(statement):
+            if name in self.statements and name not in _assigned_names(statement):
                 self.get(name)
             elif not hasattr(builtins, name) and name not in self.names:
                 raise UnreadableError(f"{self.module}.{name}")
@@ -127,7 +127,7 @@ class _Source:
 
 
 class _Module(SimpleNamespace):
-    """A module whose names are evaluated when they are used."""
+    """A module whose names are evaluated on first use."""
 
     def __init__(self, module: str) -> None:
         super().__init__(__file__=str(_path(module)), _module=module)
@@ -137,7 +137,7 @@ class _Module(SimpleNamespace):
 
 
 def _path(module: str) -> Path:
-    """The file of a module of this package, found without importing the packages between."""
+    """The file of a module of this package, without importing its parent packages."""
     package, _, rest = module.partition(".")
     first, *inner = rest.split(".")
     spec = importlib.util.find_spec(f"{package}.{first}".rstrip(".")) if package == PACKAGE else None
@@ -158,8 +158,8 @@ def _standard(module: str) -> str:
     return module
 
 
-def _bound(statement: ast.stmt) -> Iterator[str]:
-    """Names that a top-level statement binds."""
+def _assigned_names(statement: ast.stmt) -> Iterator[str]:
+    """Names that a top-level statement assigns."""
     if isinstance(statement, ast.ClassDef | ast.FunctionDef):
         yield statement.name
     elif isinstance(statement, ast.Import | ast.ImportFrom):
@@ -169,15 +169,15 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
 
 
 def _without_methods(node: ast.ClassDef) -> ast.ClassDef:
-    """A class with its docstring and fields alone."""
-    kept: list[ast.stmt] = [
+    """The class definition with only its docstring and fields."""
+    body: list[ast.stmt] = [
         line
         for line in node.body
         if (isinstance(line, ast.AnnAssign) and not ast.unparse(line.annotation).startswith("ClassVar"))
         or (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
     ]
     return ast.ClassDef(
-        name=node.name, bases=node.bases, keywords=node.keywords, decorator_list=node.decorator_list, body=kept or [ast.Pass()],
+        name=node.name, bases=node.bases, keywords=node.keywords, decorator_list=node.decorator_list, body=body or [ast.Pass()],
         **({"type_params": []} if sys.version_info >= (3, 12) else {}),
         lineno=node.lineno, col_offset=node.col_offset, end_lineno=node.end_lineno, end_col_offset=node.end_col_offset,
     )  # fmt: skip
