@@ -41,6 +41,7 @@ FOREIGN = {
     "extract_lora_from_models.py": "sd-scripts",
 }
 """Files that pages mention and that belong to other projects."""
+FOREIGN_FLAGS = {"--shell": "argcomplete", "--gallery": "veneer.pipelines.few_photos", "--clip": "veneer.pipelines.few_photos"}
 PLACEHOLDER = re.compile(r"NAME|GROUP|<|\*|…")
 
 
@@ -242,17 +243,13 @@ def test_the_command_line_page_has_every_command_and_flag(scripts: ModuleType) -
         assert flag in page, flag
 
 
-def test_flags_named_as_equivalents_exist(scripts: ModuleType) -> None:
-    """Those of the last column of the tables of coming-from.md."""
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_flags_in_pages_exist(scripts: ModuleType, page: str) -> None:
+    """Flags with an underscore are of other tools; those of `python -m` commands are not checked."""
     known = set(re.findall(r"`(--[\w.-]+)`", scripts.command_page())) | _flags_of("personalize photos --method lokr")
-    rows = [
-        line.rstrip("| ").rpartition(" | ")[2]
-        for line in (DOCS / "coming-from.md").read_text("utf-8").splitlines()
-        if line[:1] == "|"
-    ]
-    named = {flag for cell in rows for flag in re.findall(r"--[a-z][\w-]*", cell)}
-    assert len(named) > 30
-    assert named - known == set()
+    code = [code for code in _code(page) if not code.startswith("python -m")]
+    named = {flag for text in code for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text) if "_" not in flag}
+    assert named - known - set(FOREIGN_FLAGS) == set()
 
 
 def _flags_of(line: str) -> set[str]:
