@@ -133,7 +133,7 @@ def test_one_statistic_of_two_attachments_is_written_once(tmp_path: Path) -> Non
     path = native.save(both, tmp_path / "toy")
     assert [k for k in header(path) if "running_mean" in k] == ["a/norm:running_mean"]
     fresh = net()
-    veneer.load(fresh, path)
+    veneer.load_all(fresh, path)
     assert torch.equal(run(fresh), run(model))
 
 
