@@ -27,13 +27,13 @@ if TYPE_CHECKING:
         training,
     )
     from veneer.adapter_merging.delta_weights import CombineError
-    from veneer.base_models.folders import BaseError
     from veneer.benchmarks.shapes import BenchError
     from veneer.classification.data.transforms import ViewError
     from veneer.classification.models.classifier import ModelError
     from veneer.formats import load, load_all
     from veneer.injection import Attachment, activate, attach, attachments, merges, mixed
     from veneer.injection.errors import (
+        BaseModelError,
         ConditionError,
         DeadSite,
         HostChanged,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from veneer.models.tokenizer import TextError
     from veneer.training.data.image_io import DataError, DataWarning, PhotoError
     from veneer.training.data.latent_cache import CacheWarning
-    from veneer.training.families.errors import BaseModelError, PromptError, PromptWarning
+    from veneer.training.families.errors import PromptError, PromptWarning
     from veneer.training.loop.checkpoints import CheckpointError, CheckpointWarning
     from veneer.training.loop.disk_space import DiskFull
     from veneer.training.loop.divergence import Diverged
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Attachment", "BaseError", "BaseModelError", "BenchError", "CacheWarning", "CheckpointError", "CheckpointWarning",
+    "Attachment", "BaseModelError", "BenchError", "CacheWarning", "CheckpointError", "CheckpointWarning",
     "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "HostChanged", "LoadError",
     "MissingExtra", "ModelError", "OptionError", "PhotoError", "PreflightError", "PromptError", "PromptWarning", "SaveError",
     "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError", "UnknownName", "UnknownOption",
@@ -74,22 +74,21 @@ __all__ = [
 
 _MODULES = {
     "adapter_merging.delta_weights": ("CombineError",),
-    "base_models.folders": ("BaseError",),
     "benchmarks.shapes": ("BenchError",),
     "classification.data.transforms": ("ViewError",),
     "classification.models.classifier": ("ModelError",),
     "formats": ("load", "load_all"),
     "injection": ("Attachment", "activate", "attach", "attachments", "merges", "mixed"),
     "injection.errors": (
-        "ConditionError", "DeadSite", "HostChanged", "LoadError", "MissingExtra", "OptionError", "SaveError", "SelectionError",
-        "StateError", "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning",
+        "BaseModelError", "ConditionError", "DeadSite", "HostChanged", "LoadError", "MissingExtra", "OptionError", "SaveError",
+        "SelectionError", "StateError", "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning",
     ),
     "injection.towers": ("sites",),
     "methods.additive.tip_adapter": ("TipAdapterError",),
     "models.tokenizer": ("TextError",),
     "training.data.image_io": ("DataError", "DataWarning", "PhotoError"),
     "training.data.latent_cache": ("CacheWarning",),
-    "training.families.errors": ("BaseModelError", "PromptError", "PromptWarning"),
+    "training.families.errors": ("PromptError", "PromptWarning"),
     "training.loop.checkpoints": ("CheckpointError", "CheckpointWarning"),
     "training.loop.disk_space": ("DiskFull",),
     "training.loop.divergence": ("Diverged",),

@@ -26,7 +26,7 @@ from veneer.apps.pages.shared.training_result import for_others, in_words
 from tests.methods.controls import picture
 from tests.raising import raises, warns
 from veneer import formats, methods
-from veneer.base_models.folders import BaseError
+from veneer.base_models.folders import BaseModelError
 from veneer.cli import parser_for
 from veneer.injection import VeneerError
 from veneer.injection.errors import OptionError
@@ -125,7 +125,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 
 def test_other_things_that_cannot_be_are_refused(tmp_path: Path) -> None:
     studio = Studio.at(tmp_path)
-    with raises(BaseError, where="base", given="../nowhere/at/all"):
+    with raises(BaseModelError, where="base", given="../nowhere/at/all"):
         personalize_page.begin(studio, studio.workspace(None), [], [], asked(base="../nowhere/at/all"))
     assert not studio.workspace(None).folder.exists()
     with raises(OptionError, option="lora.init", given="sharp"):
@@ -154,7 +154,7 @@ def test_settings_are_those_of_what_is_chosen() -> None:
         personalize_page.agree(["quick", "bundled", "lora"], ["balanced", "bundled", "lora"])
     with raises(VeneerError, where="settings", expected=("quick", "bundled", "sepia")):
         personalize_page.agree(["quick", "bundled", "lora"], ["quick", "bundled", "sepia"])
-    with raises(BaseError, where="base", given="no/such/folder"):
+    with raises(BaseModelError, where="base", given="no/such/folder"):
         personalize_page.agree(["quick", "bundled", "lora"], ["quick", "no/such/folder", "lora"])
 
 

@@ -66,7 +66,7 @@ def test_a_base_in_the_cache_is_loaded_without_the_hub(closed: str, tmp_path: Pa
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
     assert type(base_models.load("owner/tiny")).__name__ == "StableDiffusionPipeline"
-    with raises(base_models.BaseError, where="hub", given="owner/other") as caught:
+    with raises(base_models.BaseModelError, where="hub", given="owner/other") as caught:
         base_models.load("owner/other")
     assert closed in str(caught.value)
 

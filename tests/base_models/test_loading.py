@@ -38,14 +38,14 @@ def test_arguments_reach_the_pipeline(folder) -> None:
 
 def test_a_missing_autoencoder_is_named(folder) -> None:
     shutil.rmtree(folder / "vae")
-    with raises(base_models.BaseError, file=folder, where="vae", given="missing"):
+    with raises(base_models.BaseModelError, file=folder, where="vae", given="missing"):
         base_models.load(folder)
 
 
 def test_an_autoencoder_left_out_of_the_index_is_named(folder) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "vae": [None, None]}))
-    with raises(base_models.BaseError, file=folder, where="vae", given="missing"):
+    with raises(base_models.BaseModelError, file=folder, where="vae", given="missing"):
         base_models.load(folder)
 
 
@@ -58,12 +58,12 @@ def test_a_missing_part_can_be_brought_along(folder) -> None:
 def test_pickles_are_refused(folder) -> None:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with raises(base_models.BaseError, file=folder / "unet", where="weights", given=("diffusion_pytorch_model.bin",)):
+    with raises(base_models.BaseModelError, file=folder / "unet", where="weights", given=("diffusion_pytorch_model.bin",)):
         base_models.load(folder)
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path) -> None:
-    with raises(base_models.BaseError, file=tmp_path, where="model_index.json", given="missing"):
+    with raises(base_models.BaseModelError, file=tmp_path, where="model_index.json", given="missing"):
         base_models.load(tmp_path)
 
 
@@ -78,19 +78,19 @@ def test_a_folder_that_is_no_pipeline(tmp_path) -> None:
 )
 def test_a_broken_index(folder, text, where, given) -> None:
     (folder / "model_index.json").write_text(text)
-    with raises(base_models.BaseError, file=folder / "model_index.json", where=where, given=given):
+    with raises(base_models.BaseModelError, file=folder / "model_index.json", where=where, given=given):
         base_models.load(folder)
 
 
 def test_a_single_file_is_no_base(tmp_path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"x")
-    with raises(base_models.BaseError, file=tmp_path / "model.ckpt", where="kind", given="file", expected="folder"):
+    with raises(base_models.BaseModelError, file=tmp_path / "model.ckpt", where="kind", given="file", expected="folder"):
         base_models.load(tmp_path / "model.ckpt")
 
 
 @pytest.mark.parametrize("name", ["no such base", "shiped", "/no/such/folder", "a/b/c"])
 def test_what_is_neither_folder_nor_hub_name(name) -> None:
-    with raises(base_models.BaseError, where="base", given=name):
+    with raises(base_models.BaseModelError, where="base", given=name):
         base_models.load(name)
 
 
@@ -98,26 +98,26 @@ def test_the_hub_offline(monkeypatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with raises(base_models.BaseError, where="hub", given="owner/model"):
+    with raises(base_models.BaseModelError, where="hub", given="owner/model"):
         base_models.load("owner/model")
 
 
 def test_the_clip_is_not_a_pipeline() -> None:
-    with raises(base_models.BaseError, where="kind", given="bundled_clip", expected="pipeline"):
+    with raises(base_models.BaseModelError, where="kind", given="bundled_clip", expected="pipeline"):
         base_models.load("bundled_clip")
 
 
 def test_only_two_bases_ship() -> None:
-    with raises(base_models.BaseError, where="bundled", given="sd15", expected=("bundled", "bundled_clip")):
+    with raises(base_models.BaseModelError, where="bundled", given="sd15", expected=("bundled", "bundled_clip")):
         base_models.path("sd15")
 
 
 def test_a_folder_that_is_no_clip(tmp_path) -> None:
-    with raises(base_models.BaseError, file=tmp_path, where="open_clip_config.json", given="missing"):
+    with raises(base_models.BaseModelError, file=tmp_path, where="open_clip_config.json", given="missing"):
         base_models.load_clip(tmp_path)
     (tmp_path / "open_clip_config.json").write_text("{}")
     (tmp_path / "open_clip_pytorch_model.bin").write_bytes(b"x")
-    with raises(base_models.BaseError, file=tmp_path, where="weights", expected=".safetensors"):
+    with raises(base_models.BaseModelError, file=tmp_path, where="weights", expected=".safetensors"):
         base_models.load_clip(tmp_path)
 
 
@@ -144,5 +144,5 @@ MISTAKES = {
 @pytest.mark.parametrize(("text", "entry"), MISTAKES.items())
 def test_a_preset_with_a_mistake(folder, text, entry) -> None:
     (folder / "veneer.json").write_text(text)
-    with raises(base_models.BaseError, file=folder / "veneer.json", where=entry[0], given=entry[1]):
+    with raises(base_models.BaseModelError, file=folder / "veneer.json", where=entry[0], given=entry[1]):
         base_models.preset(folder)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from veneer.pipelines.bench import ROWS, BenchConfig, BenchResult, bench
 
 from tests.raising import raises
-from veneer.base_models.folders import BaseError
+from veneer.base_models.folders import BaseModelError
 from veneer.benchmarks import caching, denoiser, peers
 from veneer.benchmarks.shapes import SHAPES, BenchError, sharing, unet
 from veneer.testing.pipelines import tiny_pipeline
@@ -59,7 +59,7 @@ def test_all_rows_come_out(result: BenchResult) -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "data"),
     [
-        ({"base": "nowhere"}, BaseError, {"where": "base", "given": "nowhere"}),
+        ({"base": "nowhere"}, BaseModelError, {"where": "base", "given": "nowhere"}),
         ({"photos": Path("nowhere")}, DataError, {"file": "nowhere", "given": "missing"}),
     ],
     ids=["base", "photos"],

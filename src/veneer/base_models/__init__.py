@@ -5,13 +5,15 @@ clip = veneer.base_models.load_clip()                 # (model, preprocess, toke
 preset = veneer.base_models.preset("bundled")         # prompts, resolution, guidance scale and steps that suit it
 """
 
+from veneer.injection.errors import BaseModelError
+
 from .clip_features import BaseClip, load_clip
-from .folders import BUNDLED, BaseError, current_name, examples, path
+from .folders import BUNDLED, current_name, examples, path
 from .loading import load
 from .presets import Preset, preset
 from .quick_gelu import quick_gelu_mismatch
 
 __all__ = [
-    "BUNDLED", "BaseClip", "BaseError", "Preset", "current_name", "examples", "load", "load_clip", "path", "preset",
+    "BUNDLED", "BaseClip", "BaseModelError", "Preset", "current_name", "examples", "load", "load_clip", "path", "preset",
     "quick_gelu_mismatch",
 ]  # fmt: skip

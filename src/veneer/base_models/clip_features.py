@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from .folders import BaseError, path
+from veneer.injection.errors import BaseModelError
+
+from .folders import path
 
 
 class BaseClip(NamedTuple):
@@ -40,17 +42,17 @@ def load_clip(base: str | Path = "bundled_clip") -> BaseClip:
     """Load the bundled CLIP, or an open_clip folder, in float32; nothing is downloaded.
 
     Raises:
-        BaseError: no such folder, or no `open_clip_config.json` or safetensors in it.
+        BaseModelError: no such folder, or no `open_clip_config.json` or safetensors in it.
     """
     import open_clip
 
     folder = path("bundled_clip") if base == "bundled_clip" else Path(base).expanduser()
     if not (folder / "open_clip_config.json").is_file():
         message = f"bases.load_clip: no open_clip_config.json in {folder}; expected 'bundled_clip' or an open_clip folder."
-        raise BaseError(message, file=folder, where="open_clip_config.json", given="missing")
+        raise BaseModelError(message, file=folder, where="open_clip_config.json", given="missing")
     if not any(folder.glob("*.safetensors")):
         message = f"bases.load_clip: {folder} has no safetensors; pickles are not read. Save it again with open_clip."
-        raise BaseError(message, file=folder, where="weights", expected=".safetensors")
+        raise BaseModelError(message, file=folder, where="weights", expected=".safetensors")
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     return BaseClip(model.eval(), preprocess, open_clip.get_tokenizer(name))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .folders import BaseError
+from veneer.injection.errors import BaseModelError
 
 
 def resolve_device(name: str | None = None) -> str:
     """The device of a name; without one, a GPU if there is one.
 
     Raises:
-        BaseError: no such device on this machine, or none that this torch supports.
+        BaseModelError: no such device on this machine, or none that this torch supports.
     """
     import torch
 
@@ -21,5 +21,5 @@ def resolve_device(name: str | None = None) -> str:
         gpu = torch.accelerator.current_accelerator(check_available=True)
         known = ("cpu", *([gpu.type] if gpu is not None else []))
         message = f"--device {name} is not available here; expected one of {', '.join(known)}."
-        raise BaseError(message, where="device", given=name, expected=known) from error
+        raise BaseModelError(message, where="device", given=name, expected=known) from error
     return name

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import BaseModelError
 
 BUNDLED = ("bundled", "bundled_clip")
 """Names of the bundled bases: a Stable Diffusion pipeline, and the CLIP that judges its pictures."""
@@ -19,25 +19,21 @@ FORMER_NAMES = {"shipped": "bundled", "shipped_clip": "bundled_clip"}
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5"})
 
 
-class BaseError(VeneerError):
-    """A base that is not there, is incomplete, or holds weights that are not safetensors."""
-
-
 def path(name: str = "bundled") -> Path:
     """The folder of a bundled base: an ordinary diffusers or open_clip folder.
 
     Args:
         name: `bundled` or `bundled_clip`.
     Raises:
-        BaseError: another name, or the package was installed without its weights.
+        BaseModelError: another name, or the package was installed without its weights.
     """
     if name not in BUNDLED:
         message = f"bases.path: {name!r} is no bundled base; expected one of: {', '.join(BUNDLED)}."
-        raise BaseError(message, where="bundled", given=name, expected=tuple(BUNDLED))
+        raise BaseModelError(message, where="bundled", given=name, expected=tuple(BUNDLED))
     folder = Path(__file__).parent / name
     if not any(folder.rglob("*.safetensors")):
         message = f"bases.path: {folder} has no weights; install the whole package, or run pipelines/pretrain_base.py."
-        raise BaseError(message, file=folder, where="weights", given="missing")
+        raise BaseModelError(message, file=folder, where="weights", given="missing")
     return folder
 
 
@@ -55,16 +51,18 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        BaseError: the file is broken or holds something else.
+        BaseModelError: the file is broken or holds something else.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         message = f"{file}: cannot be read as JSON ({error}); copy the base again."
-        raise BaseError(message, file=file, given="unreadable", expected="JSON") from error
+        raise BaseModelError(message, file=file, given="unreadable", expected="JSON") from error
     if not isinstance(value, dict):
         kind = type(value).__name__
-        raise BaseError(f"{file}: {kind}; expected a JSON object. Copy the base again.", file=file, given=kind, expected="object")
+        raise BaseModelError(
+            f"{file}: {kind}; expected a JSON object. Copy the base again.", file=file, given=kind, expected="object"
+        )
     return value
 
 
@@ -74,18 +72,18 @@ def check_pipeline_folder(folder: Path, given: Collection[str] = ()) -> None:
     Args:
         given: parts that the caller brings along, which the folder may lack.
     Raises:
-        BaseError: no `model_index.json`, an unknown pipeline class, a missing part, or a part that has pickles only.
+        BaseModelError: no `model_index.json`, an unknown pipeline class, a missing part, or a part that has pickles only.
     """
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         message = f"{folder}: no model_index.json; expected a diffusers pipeline folder, as save_pretrained writes it."
-        raise BaseError(message, file=folder, where="model_index.json", given="missing")
+        raise BaseModelError(message, file=folder, where="model_index.json", given="missing")
     index = read_json(index_file)
     for part in _required(index, index_file):
         listed = index.get(part)
         present = isinstance(listed, list) and listed and listed[0] is not None and (folder / part).is_dir()
         if not present and part not in given:
-            raise BaseError(
+            raise BaseModelError(
                 f"{folder}: its {part} is missing ({index['_class_name']} needs {', '.join(_required(index, index_file))}). "
                 f"Copy the folder {part} into the base, or pass {part}=... to load.",
                 file=folder,
@@ -105,7 +103,7 @@ def _required(index: dict[str, Any], file: Path) -> list[str]:
     cls = getattr(diffusers, name, None) if isinstance(name, str) else None
     if cls is None:
         message = f"{file}: _class_name is {name!r}, which diffusers {diffusers.__version__} does not have."
-        raise BaseError(message, file=file, where="_class_name", given=name)
+        raise BaseModelError(message, file=file, where="_class_name", given=name)
     parameters = inspect.signature(cls.__init__).parameters
     optional = {"self", *cls._optional_components}
     return [n for n, p in parameters.items() if n not in optional and p.default is p.empty]
@@ -115,7 +113,7 @@ def _check_weights(part: Path) -> None:
     names = [file.name for file in part.iterdir()]
     pickles = sorted(name for name in names if Path(name).suffix in PICKLES)
     if pickles and not any(name.endswith(".safetensors") for name in names):
-        raise BaseError(
+        raise BaseModelError(
             f"{part}: holds only pickles ({', '.join(pickles)}), which can run code when they are opened, so they are not read. "
             "Convert a base that you trust: diffusers' DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder).",
             file=part,

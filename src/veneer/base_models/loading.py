@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer.extras import require
+from veneer.injection.errors import BaseModelError
 
-from .folders import BUNDLED, BaseError, check_pipeline_folder, path
+from .folders import BUNDLED, check_pipeline_folder, path
 from .hub import hub
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -24,7 +25,7 @@ def load(base: str | Path = "bundled", **kwargs: Any) -> Any:
     Returns:
         the pipeline, on the CPU.
     Raises:
-        BaseError: the base is not there, lacks a part, holds only pickles, or the hub cannot be reached.
+        BaseModelError: the base is not there, lacks a part, holds only pickles, or the hub cannot be reached.
         MissingExtra: diffusers is not installed.
     """
     require("diffusers", "transformers")
@@ -43,7 +44,7 @@ def load(base: str | Path = "bundled", **kwargs: Any) -> Any:
         try:
             return DiffusionPipeline.from_pretrained(source, **({"local_files_only": True} if why else {}) | kwargs)
         except Exception as error:  # the hub's clients raise a dozen kinds, of several libraries
-            raise BaseError(
+            raise BaseModelError(
                 f"bases.load: {source!r} is no folder here, and the hub did not give it "
                 f"({why or f'{type(error).__name__}: {_first(error)}'}). "
                 "Check the name and the connection, or give a diffusers folder, or 'bundled'.",
@@ -56,18 +57,18 @@ def find(base: str | Path) -> Path | str:
     """The folder of a base that is here, or its hub name.
 
     Raises:
-        BaseError: neither a folder nor a possible hub name.
+        BaseModelError: neither a folder nor a possible hub name.
     """
     if base == "bundled":
         return path("bundled")
     if base in BUNDLED:
         message = f"bases.load: {base!r} is a CLIP and no pipeline; use veneer.base_models.load_clip({base!r})."
-        raise BaseError(message, where="kind", given=base, expected="pipeline")
+        raise BaseModelError(message, where="kind", given=base, expected="pipeline")
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise BaseError(
+        raise BaseModelError(
             f"bases.load: {folder} is a single file; expected a diffusers folder. "
             "Convert it with diffusers' from_single_file(file).save_pretrained(folder).",
             file=folder,
@@ -78,7 +79,7 @@ def find(base: str | Path) -> Path | str:
     if isinstance(base, str) and HUB_NAME.fullmatch(base):
         return base
     message = f"bases.load: no {str(base)!r} here; expected 'bundled', a diffusers folder, or a hub name like owner/model."
-    raise BaseError(message, where="base", given=str(base))
+    raise BaseModelError(message, where="base", given=str(base))
 
 
 def _first(error: Exception) -> str:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .folders import BaseError, read_json
+from veneer.injection.errors import BaseModelError
+
+from .folders import read_json
 from .loading import find
 
 FILE = "veneer.json"
@@ -46,7 +48,7 @@ def preset(base: str | Path = "bundled") -> Preset:
     """The preset of a base: from `veneer.json` in its folder, else the defaults.
 
     Raises:
-        BaseError: no such base, or an entry of `veneer.json` that is unknown or of another type.
+        BaseModelError: no such base, or an entry of `veneer.json` that is unknown or of another type.
     """
     source = find(base)
     file = source / FILE if isinstance(source, Path) else None
@@ -60,11 +62,11 @@ def parse(entries: dict[str, Any], file: Path) -> Preset:
     for name, value in entries.items():
         if name not in known:
             message = f"{file}: unknown entry {name!r}; there are: {', '.join(known)}."
-            raise BaseError(message, file=file, where=name, expected=tuple(known))
+            raise BaseModelError(message, file=file, where=name, expected=tuple(known))
         value = tuple(value) if isinstance(value, list) else value
         if not _alike(value, 0 if name == "resolution" else known[name]):
             message = f"{file}: {name} is {value!r}; expected something like {known[name]!r}."
-            raise BaseError(message, file=file, where=name, given=value, expected=known[name])
+            raise BaseModelError(message, file=file, where=name, given=value, expected=known[name])
         given[name] = value
     return Preset(**given)
 

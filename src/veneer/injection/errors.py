@@ -167,6 +167,10 @@ class ConditionError(VeneerError):
     """A condition that is missing, of the wrong size, or given to the wrong model; `where` names attachment or condition."""
 
 
+class BaseModelError(VeneerError):
+    """A base model that is missing, incomplete, not in safetensors or of an unsupported class."""
+
+
 class VeneerWarning(UserWarning):
     """Base of the warnings of veneer; the attributes are those of `VeneerError`."""
 

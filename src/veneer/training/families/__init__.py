@@ -8,7 +8,9 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
-from .errors import BaseModelError, PromptError, PromptWarning
+from veneer.injection.errors import BaseModelError
+
+from .errors import PromptError, PromptWarning
 from .family import Family, Sizes
 
 __all__ = ["BaseModelError", "Family", "PromptError", "PromptWarning", "Sizes", "check_folder", "families", "family"]

@@ -1,12 +1,8 @@
-"""Errors and warnings about base models and prompts."""
+"""Errors and warnings about prompts."""
 
 from __future__ import annotations
 
 from veneer.injection.errors import VeneerError, VeneerWarning
-
-
-class BaseModelError(VeneerError):
-    """A pipeline that no family takes, or one that lacks a part."""
 
 
 class PromptError(VeneerError):

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from veneer.injection.errors import OptionError
+from veneer.injection.errors import BaseModelError, OptionError
 
 from ..data.captions import longest_start
 from ..objective.objectives import Objective, ObjectiveOptions, from_scheduler
-from .errors import BaseModelError, PromptError, PromptWarning
+from .errors import PromptError, PromptWarning
 
 Sizes = Tensor | Sequence[Sequence[int]]
 """(original height, width, crop top, left, target height, width) of each sample, in pixels."""
