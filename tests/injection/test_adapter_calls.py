@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from veneer.injection.method import Adapter
-from veneer.injection.seams.adapter_calls import base_tensor, blend, by_rows, cast, first, main_output
+from veneer.injection.seams.adapter_calls import apply_by_rows, base_tensor, blend, cast, first_argument, main_output
 from veneer.injection.sites import WeightSite
 
 
@@ -27,10 +27,10 @@ def test_a_blend_is_the_host_at_zero_and_the_adapter_at_one_bitwise() -> None:
 def test_rows_that_no_adapter_wants_stay() -> None:
     sites = [WeightSite(name=str(i), role="attn.q", path="qkv", d_out=2, d_in=1, rows=(i, i + 2)) for i in (1, 5)]
     y = torch.arange(16.0).reshape(2, 8)
-    got = by_rows(sites, [10, 100], y, -1, lambda factor, part: factor * part)
+    got = apply_by_rows(sites, [10, 100], y, -1, lambda factor, part: factor * part)
     expected = y * torch.tensor([1, 10, 10, 1, 1, 100, 100, 1])
     assert torch.equal(got, expected)
-    assert torch.equal(by_rows(sites, [10, 100], y.T, 0, lambda factor, part: factor * part), expected.T)
+    assert torch.equal(apply_by_rows(sites, [10, 100], y.T, 0, lambda factor, part: factor * part), expected.T)
 
 
 def test_inputs_take_the_adapters_dtype_but_ids_and_autocast_do_not() -> None:
@@ -43,7 +43,13 @@ def test_inputs_take_the_adapters_dtype_but_ids_and_autocast_do_not() -> None:
 
 def test_the_tensor_is_found_in_arguments_and_outputs() -> None:
     x = torch.ones(1)
-    assert first((x, 2), {}) is first((), {"hidden_states": x, "mask": 2}) is main_output((x, None)) is main_output(x) is x
+    assert (
+        first_argument((x, 2), {})
+        is first_argument((), {"hidden_states": x, "mask": 2})
+        is main_output((x, None))
+        is main_output(x)
+        is x
+    )
 
 
 def test_the_base_tensor_is_the_hosts_own_also_under_a_parametrisation() -> None:

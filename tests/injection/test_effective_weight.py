@@ -4,7 +4,7 @@ import torch
 
 from tests.injection.toy import net, stir
 from veneer.injection import attach
-from veneer.injection.seams.effective_weight import tensor_below
+from veneer.injection.seams.effective_weight import effective_tensor
 
 
 def test_what_acts_before_is_in_and_what_acts_after_is_not() -> None:
@@ -13,14 +13,16 @@ def test_what_acts_before_is_in_and_what_acts_after_is_not() -> None:
     for tuned in (first, second, third):
         stir(tuned)
     head, (_, own), (_, last) = model.head, second.parts["head"], third.parts["head"]
-    assert tensor_below(own, head, "weight", None) is head.weight
-    torch.testing.assert_close(tensor_below(last, head, "weight", None), own.weight(head.weight))
+    assert effective_tensor(own, head, "weight", None) is head.weight
+    torch.testing.assert_close(effective_tensor(last, head, "weight", None), own.weight(head.weight))
     second.scale = 0.5
-    torch.testing.assert_close(tensor_below(last, head, "weight", None), torch.lerp(head.weight, head.weight + own.delta(), 0.5))
+    torch.testing.assert_close(
+        effective_tensor(last, head, "weight", None), torch.lerp(head.weight, head.weight + own.delta(), 0.5)
+    )
     (_, q), (site, top) = first.parts["qkv.q"], third.parts["qkv.q"]
-    torch.testing.assert_close(tensor_below(top, model.qkv, "weight", site.rows), q.weight(model.qkv.weight[:6]))
+    torch.testing.assert_close(effective_tensor(top, model.qkv, "weight", site.rows), q.weight(model.qkv.weight[:6]))
     k_site, k = third.parts["qkv.k"]
-    assert torch.equal(tensor_below(k, model.qkv, "weight", k_site.rows), model.qkv.weight[6:12])
+    assert torch.equal(effective_tensor(k, model.qkv, "weight", k_site.rows), model.qkv.weight[6:12])
 
 
 def test_only_changes_of_that_tensor_count() -> None:
@@ -28,9 +30,11 @@ def test_only_changes_of_that_tensor_count() -> None:
     bias = attach(model, "bitfit", where="bias.head")
     stir(bias)
     _, own = attach(model, "lora", where="head", rank=2).parts["head"]
-    assert tensor_below(own, model.head, "weight", None) is model.head.weight
-    torch.testing.assert_close(tensor_below(own, model.head, "bias", None), model.head.bias + bias.parts["head.bias"][1].delta)
-    assert tensor_below(own, model.tail[1], "bias", None) is None
+    assert effective_tensor(own, model.head, "weight", None) is model.head.weight
+    torch.testing.assert_close(
+        effective_tensor(own, model.head, "bias", None), model.head.bias + bias.parts["head.bias"][1].delta
+    )
+    assert effective_tensor(own, model.tail[1], "bias", None) is None
 
 
 def test_scaled_inputs_count_where_they_were_attached_before() -> None:
@@ -40,9 +44,9 @@ def test_scaled_inputs_count_where_they_were_attached_before() -> None:
     scaled = attach(model, "ia3", where="head", inputs="head")
     stir(scaled)
     _, last = attach(model, "lora", where="head", rank=2).parts["head"]
-    assert tensor_below(first, model.head, "weight", None) is model.head.weight
+    assert effective_tensor(first, model.head, "weight", None) is model.head.weight
     factor = 1 + scaled.parts["head"][1].delta
-    torch.testing.assert_close(tensor_below(last, model.head, "weight", None), model.head.weight * factor)
+    torch.testing.assert_close(effective_tensor(last, model.head, "weight", None), model.head.weight * factor)
 
 
 def test_a_bias_that_follows_a_changed_weight_is_changed() -> None:
@@ -56,13 +60,13 @@ def test_a_bias_that_follows_a_changed_weight_is_changed() -> None:
     weight = model.head.weight + lora.delta()
     up = torch.block_diag(*rep.up.chunk(2))
     bias = (model.head.bias + weight @ (up @ rep.down_bias + rep.up_bias)) * (1 + ssf.gain) + ssf.shift
-    torch.testing.assert_close(tensor_below(own, model.head, "bias", None), bias)
+    torch.testing.assert_close(effective_tensor(own, model.head, "bias", None), bias)
     second.scale = third.scale = 0.0
-    assert tensor_below(own, model.head, "bias", None) is model.head.bias
+    assert effective_tensor(own, model.head, "bias", None) is model.head.bias
 
 
 def test_a_parametrised_weight_is_below_every_hook() -> None:
     model = net()
     _, own = attach(model, "lora", where="head", rank=2).parts["head"]
     torch.nn.utils.parametrize.register_parametrization(model.head, "weight", torch.nn.Softmax(-1))
-    assert torch.equal(tensor_below(own, model.head, "weight", None), model.head.weight)
+    assert torch.equal(effective_tensor(own, model.head, "weight", None), model.head.weight)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veneer.functional.low_rank import oblong_svd, product_norm, product_svd
 from veneer.injection import Attachment, StateError, VeneerError
+from veneer.injection.adapter_forms import BiasAdapter, LowRankAdapter, PairAdapter, WeightAdapter
 from veneer.injection.composition.merge_kernels import widened
 from veneer.injection.seams.adapter_calls import base_tensor, blend
 from veneer.injection.sites import WeightSite
@@ -71,7 +72,7 @@ def change_of(attachment: Attachment, name: str) -> Change:
     """
     site: Any = attachment.parts[name][0]
     adapter: Any = attachment.parts[name][1]
-    if not isinstance(site, WeightSite) or not hasattr(adapter, "weight") or hasattr(adapter, "bias"):
+    if not isinstance(site, WeightSite) or not isinstance(adapter, WeightAdapter) or isinstance(adapter, BiasAdapter):
         raise CombineError(
             f"'{attachment.name}' ({attachment.method.name}) at {name} is no change of a weight, which a LoRA could hold. "
             "Leave it out, or keep it beside in its own file.",
@@ -79,8 +80,8 @@ def change_of(attachment: Attachment, name: str) -> Change:
             given=attachment.name,
             expected="weight",
         )
-    with widened(adapter, torch.float64):
-        if hasattr(adapter, "factors"):
+    with widened(attachment.parts[name][1], torch.float64):
+        if isinstance(adapter, LowRankAdapter):
             left, right = adapter.factors()
             return Change(factors=(left.detach().clone(), right.detach().clone()))
         weight = base_tensor(attachment.towers[site.component], site.path, site.param)
@@ -116,7 +117,7 @@ def refuse(attachment: Attachment) -> None:
 
 def pair_as_it_is(adapter: Any) -> tuple[Tensor, Tensor, float] | None:
     """(down, up, scaling) of an adapter that is a LoRA at strength 1, bitwise; None for another."""
-    if not hasattr(adapter, "factors") or float(adapter.strength) != 1:
+    if not isinstance(adapter, PairAdapter) or float(adapter.strength) != 1:
         return None
     down, up = adapter.pair()
     return down.detach().clone(), up.detach().clone(), float(adapter.scaling)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.injection.seams.call_seam import Seam
+from veneer.injection.seams.seam import Seam
 from veneer.injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, Port, Site, StreamSite, WeightSite
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

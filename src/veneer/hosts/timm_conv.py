@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from veneer.injection.host import Host, module_names
-from veneer.injection.seams.call_seam import Seam
+from veneer.injection.seams.seam import Seam
 from veneer.injection.sites import Port, Site
 
 from ._describe import Draw, Part, ends_with_norm, own_modules

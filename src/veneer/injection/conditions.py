@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConditionError
-from .seams.adapter_calls import first
+from .seams.adapter_calls import first_argument
 
 if TYPE_CHECKING:
     from .attachment.attachment import Attachment
@@ -205,7 +205,7 @@ def set_call_conditions(attachment: Attachment, tower: nn.Module, args: tuple[An
             given=(),
             expected=attachment.method.conditions,
         )
-    sample = first(args, kwargs)
+    sample = first_argument(args, kwargs)
     timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
     conditions = given.at(len(sample), timestep, sample.device)
     adapters = [(site, a) for site, a in attachment.parts.values() if attachment.towers[site.component] is tower]

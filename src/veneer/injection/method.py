@@ -1,4 +1,4 @@
-"""What a method is: a frozen config that builds an adapter for a site."""
+"""Base classes of methods: a frozen config that builds an adapter for a site."""
 
 from __future__ import annotations
 
@@ -37,57 +37,41 @@ class CallState:
 
 
 class Adapter(nn.Module):
-    """Base of the small module that a method builds for one site.
+    """Base class of the module that a method builds for one site.
 
-    A subclass offers one or both of
+    A subclass implements the forms that its sites need, such as `output(x, y)` or `weight(W)`: see `injection.adapter_forms`.
 
-    - `output(x, y) -> y'`: call form. `x` is what the site reads, `y` the host's own output there; shapes equal `y`'s.
-    - `weight(W) -> W'`: weight form, for tensors that are read and for merging,
-    - `output_(x, y) -> y'`: beside `output`, the same written over y, where nobody else can have kept y,
-    - `input(x) -> x'`: what a called module reads, in the place of `output`, where that is the cheaper way to the same change.
-    - `bias(b, W) -> b'`: beside `weight`, where the bias after the weight changes too; `W()` gives the weight from before.
+    The seam computes `y + strength * (output(x, y) - y)`: at `strength` 0 exactly the host, at 1 exactly the adapter. A new
+    adapter is in the training mode of its host.
 
-    Beside `weight`, a sum of low rank may offer `factors() -> (C, D)` at its strength, with W' = W + C D for W as (groups, rows /
-    groups, width): merging it then costs about a copy of W, and combining it needs no matrix of W's size.
+    | flag | type | default | meaning |
+    | --- | --- | --- | --- |
+    | `adds` | bool | False | every form is a sum, W' = W + ΔW, with ΔW independent of W: the order of attaching is irrelevant |
+    | `blends` | bool | False | the forms multiply by `self.strength` themselves, which is cheaper for a sum |
+    | `casts` | bool | True | x is cast to the adapter's dtype; if False, x (and, with `blends`, y) has the host's dtype |
+    | `overwrites` | bool | False | `output` takes a third argument; if it is True, y may be modified in place |
+    | `prefers_weight` | bool | False | `weight` is cheaper than `output` here: W is parametrized, unless quantized |
+    | `reads` | str | `"read"` | x on a `BranchSite`: the stream; `"normed"` after the norm; `"write"` y (`StreamSite` too) |
+    | `remembered` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
+    | `replaces` | bool | False | the adapter holds the whole value of its tensor, whatever the base model has |
+    | `switches` | bool | False | `output` has another shape than y: strength is 0 or 1, and nothing is blended |
 
-    A method on a `TokenSite` offers `insert(tokens)` and `remove(tokens)` instead, one on an `AttentionSite`
-    `attend(inner, attn, hidden_states, **kwargs)`, one on a `VocabularySite` `ids(ids)` and `output(ids, rows)`.
-
-    The seam blends `y + strength * (output(x, y) - y)`, so that `strength` 0 is the host, exactly, and 1 the adapter,
-    exactly. An adapter that already multiplies by `self.strength` (cheaper where the change is a sum) says so with
-    `blends = True`.
-
-    On a `BranchSite`, `reads = "normed"` says that x is the stream after the branch's norm; there and on a `StreamSite`,
-    `reads = "write"` that x is y itself. `replaces = True` says that the adapter holds the whole value of its tensor, whatever
-    the base has there.
-
-    `adds = True` says that every form is a sum, such as W' = W + ΔW with a ΔW that does not depend on W: then the order of
-    several on one layer makes no difference.
-
-    `casts = False` says that x comes as the host has it, not in the adapter's dtype; beside `blends`, y does too. `group` tells
-    one that keeps something from block to block which part of a mixed batch it is given.
-
-    `switches = True` says that `output` gives another shape than y's, so that strengths are 0 or 1; it blends nothing itself.
-
-    `conditions` holds the `CallConditions` of the current forward pass, for methods with `Method.conditions`.
-
-    One on a `ResidualSite` offers `residuals(call)`, see `injection.residuals`.
-
-    `remembered` names buffers that only training needs (not persistent): a checkpoint of a run keeps them, a file does not.
-
-    One with both forms, of which `weight` is the cheaper at its site, says `prefers_weight = True`; then the host's tensor is
-    changed in each pass, where it is no quantised one. A fresh adapter is in the training mode of its host.
+    Attributes:
+        strength: buffer (), 0 to 1.
+        group: in a mixed batch, index of the current group of samples; for adapters with state across blocks.
+        conditions: the `CallConditions` of the current forward pass, for methods with `Method.conditions`, else None.
     """
 
     adds: ClassVar[bool] = False
     blends: ClassVar[bool] = False
     casts: ClassVar[bool] = True
-    group: int = 0
+    overwrites: ClassVar[bool] = False
     prefers_weight: bool = False
     reads: ClassVar[Literal["read", "normed", "write"]] = "read"
+    remembered: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
     switches: bool = False
-    remembered: ClassVar[tuple[str, ...]] = ()
+    group: int = 0
     strength: Tensor
 
     def __init__(self) -> None:
@@ -101,10 +85,10 @@ class Adapter(nn.Module):
         return self.call.conditions
 
     def enter(self, tower: nn.Module) -> None:
-        """Called when it is attached: start from the host's own values, or change something beside the model (a tokenizer)."""
+        """Called on attach: initializes from the host's weights, or changes something beside the model (a tokenizer)."""
 
     def leave(self) -> None:
-        """Undo `enter`. Called on detach and when an attach fails, also if it never entered."""
+        """Undoes `enter`. Called on detach and when an attach fails, also if `enter` was not called."""
 
 
 @dataclass(frozen=True)
@@ -125,25 +109,25 @@ class Need:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A method: a frozen dataclass whose fields are its options (CLI flags and saved JSON), and `build`.
+    """A method: a frozen dataclass with `build`. Its fields are the options: CLI flags and saved JSON.
 
     Class attributes:
         name: the file's stem, the paper's short name.
         paper: authors, title or venue and year, for the catalogue.
         needs: the kinds of site it can use; one match is enough.
-        default: selection used when the caller gives no `where`; patterns of it that match nothing are passed over.
-        elsewhere: selection where a model has nothing of `default`, as convolutional networks have no attention.
+        default: selection used without a `where`; patterns of it that match nothing are ignored.
+        elsewhere: selection for a model without any site of `default`, as convolutional networks have no attention.
         identity_at_start: True if a fresh adapter leaves the output bitwise unchanged.
-        learning_rate: what to train it with by default; `training` warns when a rate is far from it.
-        keeps_head: True if a classifier keeps its own head under it, because the method maps the head's labels to new ones.
+        learning_rate: default learning rate; `training` warns if a rate is far from it.
+        keeps_head: True if a classifier keeps its head, because the method maps the head's labels to new ones.
         conditions: names of the conditions that `Attachment.condition` takes, such as `("image",)`; empty for none.
-        prepares: `once` if it must see the training data before it is trained, `epoch` if before every epoch; see `prepare`.
-        revision: of what saved options and tensors compute; raised when the same ones compute another function. See `migrate`.
-        shared_options: options that `build_shared` reads, which `by_site` cannot change.
+        prepares: `once` if `prepare` runs before training, `epoch` if before every epoch.
+        revision: raised when saved options and tensors compute another function than before. See `migrate`.
+        shared_options: options that `build_shared` reads; `by_site` cannot change them.
     Args:
-        by_site: other options at some sites, for a file whose layers differ: role pattern, or `name:` and a site's name, to
-            options, such as `{"mlp.*": {"rank": 4}}` or `{"attn.{q,v}": {"rank": 4}}`. A site's own name counts before its
-            role, and of role patterns the later.
+        by_site: overrides of options, for files whose layers differ: a role pattern, or `name:` and the name of a site, to
+            options, such as `{"mlp.*": {"rank": 4}}` or `{"attn.{q,v}": {"rank": 4}}`. Names take precedence over role patterns,
+            and later role patterns over earlier ones.
     """
 
     name: ClassVar[str]
@@ -162,14 +146,14 @@ class Method(ABC):
     by_site: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True, hash=False)
 
     def at(self, site: Site) -> Method:
-        """The config that counts at one site: this one, with the options that `by_site` has for it.
+        """The config of one site: this one, with the overrides of `by_site`.
 
         Raises:
-            ValueError: `by_site` has an option that the method does not have, or another value of a shared one.
+            ValueError: `by_site` has an option that the method does not have, or overrides a shared option.
         """
         if not self.by_site:
             return self
-        own = {k: v for pattern, options in self.by_site.items() if means(pattern, site) for k, v in options.items()}
+        own = {k: v for pattern, options in self.by_site.items() if matches(pattern, site) for k, v in options.items()}
         own |= self.by_site.get(f"name:{site.name}", {})
         if not own:
             return self
@@ -190,24 +174,24 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, site: Any) -> Adapter:
-        """Build the adapter for one site. Must draw random numbers from torch's global generator only."""
+        """Builds the adapter of one site. Random numbers come from torch's global generator only."""
 
     def build_shared(self, sites: Sequence[Any]) -> nn.Module | None:
-        """What all adapters of one tower use together: each of them gets it as its child `shared`. None for nothing.
+        """Builds a module that all adapters of one tower share, as their child `shared`; None for nothing.
 
-        Called before `build`, with the tower's chosen sites. Draws as `build` does. Trained once, and saved once.
+        Called before `build`, with the selected sites of the tower. Random numbers as in `build`. Saved once.
         """
         return None
 
     def count(self, site: Any) -> int:
-        """Number of trainable parameters at one site, from the paper's formula (the suite compares it with the built one).
+        """Number of trainable parameters at one site by the paper's formula, without those of `build_shared`.
 
-        Without those of `build_shared`.
+        The conformance suite compares it with the built adapter.
         """
         return sum(p.numel() for p in self.build(site).parameters())
 
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
-        """Parameter groups for an optimiser. `lr_scale` multiplies the learning rate; one group by default."""
+        """Parameter groups for an optimizer. `lr_scale` multiplies the learning rate; one group by default."""
         return [{"params": list({id(p): p for _, a in adapters for p in a.parameters()}.values()), "lr_scale": 1.0}]
 
     def prepare(
@@ -216,10 +200,10 @@ class Method(ABC):
         run: Callable[[Tensor], Any],
         batches: Iterable[tuple[Tensor, Tensor]],
     ) -> None:
-        """A pass over the training data. Fills adapters' buffers, which are saved. See `Attachment.prepare`.
+        """Runs over the training data and fills buffers of the adapters, which are saved. See `Attachment.prepare`.
 
         Args:
-            run: one pass of the model with the adapters on it, without a graph. `batches`: pictures (B, C, H, W) and labels (B,).
+            run: a forward pass of the adapted model without autograd. `batches`: images (B, C, H, W) and labels (B,).
         """
         return None
 
@@ -236,43 +220,43 @@ class Method(ABC):
         return None
 
     def example(self, adapters: Sequence[tuple[Site, Adapter]], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Conditions of one picture that fit some inputs of a tower, the same every time."""
+        """Deterministic conditions of one image for sample inputs of a tower."""
         return {}
 
     def penalty(self, adapters: Iterable[tuple[Site, Adapter]]) -> Tensor | None:
-        """A term of its own that is added to the loss, with a graph; None for nothing. See `Attachment.penalty`."""
+        """A differentiable penalty that is added to the loss; None for nothing. See `Attachment.penalty`."""
         return None
 
     def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
-        """What a method does once an optimiser step: a schedule, pruning. See `Attachment.after_step`.
+        """Runs after each optimizer step: a schedule, pruning. See `Attachment.after_step`.
 
-        A pure function of the adapters' tensors, their gradients and both numbers, so that a resumed run does the same: what it
-        remembers is in buffers that are saved, or that `Adapter.remembered` names. Draws no random numbers.
+        A pure function of the adapters' tensors, their gradients, `step` and `steps`, so that a resumed run is the same: state is
+        kept in buffers that are saved, or that `Adapter.remembered` names. Uses no random numbers.
         """
         return None
 
     def summary(self, adapters: Iterable[tuple[Site, Adapter]]) -> str:
-        """A line for `Attachment.report` about the adapters as they are now; empty for nothing."""
+        """A line for `Attachment.report` about the current state of the adapters; empty for nothing."""
         return ""
 
     @classmethod
     def examples(cls) -> tuple[Method, Method]:
-        """Two configs for the conformance suite, which may be attached to one bare model together; the defaults, twice."""
+        """Two configs for the conformance suite, which can be attached to one model together; by default the same."""
         return cls(), cls()
 
     def config(self) -> dict[str, Any]:
-        """The options as plain JSON values; `by_site` only where it says something."""
+        """The options as JSON values; `by_site` only if it is not empty."""
         options = dataclasses.asdict(self)
         return options if self.by_site else {k: v for k, v in options.items() if k != "by_site"}
 
     @classmethod
     def migrate(cls, config: Mapping[str, Any], revision: int, tensors: Collection[str]) -> dict[str, Any]:
-        """The options that mean now what a file's `config` meant in an earlier `revision`.
+        """The options with which this revision computes what a file's `config` computed in an earlier one.
 
         Args:
             tensors: names of the file's tensors, `site:parameter`.
         Raises:
-            ValueError: no options do.
+            ValueError: there are no such options.
         """
         return dict(config)
 
@@ -290,7 +274,7 @@ class Method(ABC):
         return cls(**_tuples(config))
 
 
-def means(pattern: str, site: Site) -> bool:
+def matches(pattern: str, site: Site) -> bool:
     """True if a key of `by_site` matches a site, by its name or its role."""
     return pattern[5:] == site.name if pattern.startswith("name:") else has_role(pattern, site.role)
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.adapter_forms import BiasAdapter
 from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.errors import StateError, UnsupportedSite
 from veneer.injection.seams.adapter_calls import base_tensor
-from veneer.injection.seams.effective_bias import Shift, fixed, shift_site
+from veneer.injection.seams.effective_weight import BiasForm, bias_site, constant_weight
 from veneer.injection.sites import NormSite, ParamSite, Site, WeightSite
 
 from .case import Case, close, different, merges_at, run, same
@@ -64,10 +65,10 @@ def weight_form_equals_output_form(case: Case) -> None:
         dim = (1 if site.kind == "conv" else -1) if isinstance(site, WeightSite) else site.channel_dim
         with torch.no_grad():
             changed = {site.param: _changed(base_tensor(model, site.path, site.param), site, adapter)}
-            if hasattr(adapter, "bias"):
-                shift, below = shift_site(site, adapter), fixed(base_tensor(model, site.path, site.param), site.rows)
+            if isinstance(adapter, BiasAdapter):
+                shift, below = bias_site(site, adapter), constant_weight(base_tensor(model, site.path, site.param), site.rows)
                 bias = base_tensor(model, shift.path, shift.param)
-                changed[site.bias.removeprefix(f"{site.path}.")] = _changed(bias, shift, Shift(adapter, below))
+                changed[site.bias.removeprefix(f"{site.path}.")] = _changed(bias, shift, BiasForm(adapter, below))
             expected = torch.func.functional_call(module, changed, args, kwargs)
             got = adapter.output(x, _rows(y, site, dim))
         close([got], [_rows(expected, site, dim)], 1e-9, f"{name}: output(x, y) against the module with weight(W)")
@@ -174,11 +175,11 @@ def _explicit(model: nn.Module, attachment: Attachment, scale: float) -> dict[tu
             assert isinstance(site, (WeightSite, ParamSite, NormSite))
             weight = found.get((site.path, site.param), base_tensor(model, site.path, site.param))
             found[site.path, site.param] = _changed(weight, site, adapter, scale)
-            if hasattr(adapter, "bias"):
-                shift = shift_site(site, adapter)
+            if isinstance(adapter, BiasAdapter):
+                shift = bias_site(site, adapter)
                 bias = found.get((shift.path, shift.param), base_tensor(model, shift.path, shift.param))
-                below = fixed(base_tensor(model, site.path, site.param).detach(), site.rows)
-                found[shift.path, shift.param] = _changed(bias, shift, Shift(adapter, below), scale)
+                below = constant_weight(base_tensor(model, site.path, site.param).detach(), site.rows)
+                found[shift.path, shift.param] = _changed(bias, shift, BiasForm(adapter, below), scale)
     attachment.scale = scale
     return found
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from veneer.injection import Attachment, VeneerError, attach
 from veneer.injection.attachment.model_state import statistics
-from veneer.injection.seams.call_seam import Seam
+from veneer.injection.seams.seam import Seam
 from veneer.training import param_groups
 from veneer.training.loop.checkpoints import Checkpoints
 from veneer.training.loop.optimizer_step import AUTOCAST

@@ -10,8 +10,8 @@ from torch import nn
 from ..composition.batch_routing import Batch
 from ..conditions import set_call_conditions
 from ..errors import HostChanged, StateError, UnsupportedSite
-from ..seams.adapter_calls import recorded
-from ..seams.call_seam import Seam
+from ..seams.adapter_calls import is_tracing
+from ..seams.seam import Seam
 from ..seams.seam_choice import seams_for
 from ..seams.weight_seam import Carrier
 from .extra_parameters import Trained
@@ -132,7 +132,7 @@ class Joined:
         return [a.trained for ledger in ledgers for a in ledger.attachments if a is not self.attachment]
 
     def _at_door(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        acts = recorded() and self.attachment.conditions is not None  # what is run again may be on then
+        acts = is_tracing() and self.attachment.conditions is not None  # what is run again may be on then
         if torch.compiler.is_compiling():  # a guard on the strength would compile anew
             acts = True
         else:

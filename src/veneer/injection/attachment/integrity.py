@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..seams.adapter_calls import module_at
-from ..seams.call_seam import HookSeam, Seam
+from ..seams.seam import HookSeam, Seam
 
 Edge = tuple[nn.Module, str, nn.Module]
 

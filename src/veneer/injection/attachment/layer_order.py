@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ..adapter_forms import BiasAdapter, WeightAdapter
 from ..errors import UnsupportedSite
-from ..seams.call_seam import CallSeam, Seam
+from ..seams.call_seam import CallSeam
 from ..seams.effective_weight import change_of, tensors_of
+from ..seams.seam import Seam
 from ..seams.weight_seam import WeightSeam
 from ..sites import NormSite, ParamSite, WeightSite
 
@@ -36,9 +38,9 @@ class Beneath:
 
     def acting(self) -> list[CallSeam]:
         """The call seams that act in the weights now: up to the last enabled one that does not commute."""
-        if all(seam.asleep() for seam in self.weights.values()):
+        if all(seam.is_disabled() for seam in self.weights.values()):
             return []
-        free = [call for call in self.calls if not call.asleep() and not self._taken_before(call)]
+        free = [call for call in self.calls if not call.is_disabled() and not self._taken_before(call)]
         return [call for call in self._ordered(free) if tensors_of(call) <= self.weights.keys()]
 
     def takes(self, call: CallSeam) -> bool:
@@ -107,7 +109,7 @@ def apart(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
 def refuse_without_form(call: CallSeam, later: WeightSeam) -> None:
     """Raise `UnsupportedSite` if a call seam has no form in the module's own tensors."""
     site, adapter = call.sites[0], type(call.adapters[0]).__name__
-    if not hasattr(call.adapters[0], "weight"):
+    if not isinstance(call.adapters[0], WeightAdapter):
         why = f"{adapter} has no weight form"
     elif _reach(call):
         why = f"{adapter} shifts the output, and the layer has no bias of its own that could take the shift"
@@ -124,7 +126,7 @@ def refuse_without_form(call: CallSeam, later: WeightSeam) -> None:
 def _reach(call: CallSeam) -> bool:
     """True if adapters change a bias that is not a parameter of the module itself."""
     site = call.sites[0]
-    return hasattr(call.adapters[0], "bias") and (not site.bias or site.bias.rpartition(".")[0] != site.path)
+    return isinstance(call.adapters[0], BiasAdapter) and (not site.bias or site.bias.rpartition(".")[0] != site.path)
 
 
 def link(tower: nn.Module, attached: Iterable[Attachment]) -> list[tuple[Attachment, list[Beneath]]]:

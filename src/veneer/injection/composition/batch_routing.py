@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..adapter_forms import BatchedAdapter
 from ..errors import StateError, UnsupportedSite
 from ..seams.adapter_calls import cast
 
@@ -99,7 +100,8 @@ class Place:
         self.one_port = self.leader.read == self.leader.write  # then each reads what those before it wrote
         first = self.leader.adapters[0]
         alike = all(len(s.adapters) == 1 and s.whole and type(s.adapters[0]) is type(first) for s in self.seams.values())
-        self.together: Any = None if self.one_port or not alike else getattr(first, "together", None)
+        batched = not self.one_port and alike and isinstance(first, BatchedAdapter)
+        self.together: Any = first.together if batched else None
 
     def run(self, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
         """Every sample through its own adapters; the others' rows as they are. `fresh`: y may be written over."""
@@ -112,7 +114,9 @@ class Place:
         acting: list[list[tuple[Any, float]]] = [[] for _, numbers in self.batch.groups for _ in numbers]
         for strengths, numbers in self.batch.groups:
             for i in numbers:
-                acting[i] = [(s.adapters[0], strengths[n]) for n, s in self.seams.items() if n in strengths and not s.asleep()]
+                acting[i] = [
+                    (s.adapters[0], strengths[n]) for n, s in self.seams.items() if n in strengths and not s.is_disabled()
+                ]
         total, dtype, turns = y, y.dtype, max(len(each) for each in acting)
         for turn in range(turns):
             every = [each[turn] if turn < len(each) else None for each in acting]
@@ -139,11 +143,11 @@ class Place:
         self.batch.current = strengths
         for name, seam in self.seams.items():
             strength = strengths.get(name, 0.0)
-            if strength and not seam.asleep():
+            if strength and not seam.is_disabled():
                 adapter: Any
                 for adapter in seam.adapters:
                     adapter.group = index
-                after = seam.slices(y if self.one_port else x, y)
+                after = seam.apply_slices(y if self.one_port else x, y)
                 y = after if strength == 1 else torch.lerp(y, after, strength)
         self.batch.current = None
         return y

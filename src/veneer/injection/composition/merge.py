@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
+from ..adapter_forms import BiasAdapter, WeightAdapter
 from ..errors import UnsupportedSite
 from ..method import Adapter
 from ..seams.adapter_calls import base_tensor
-from ..seams.call_seam import Seam
-from ..seams.effective_bias import Shift, fixed, shift_site
+from ..seams.effective_weight import BiasForm, bias_site, constant_weight
+from ..seams.seam import Seam
 from ..sites import NormSite, ParamSite, Site, WeightSite
 from .merge_kernels import folded
 
@@ -116,7 +117,7 @@ def _grouped(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapte
     """
     groups: Groups = {}
     for site, adapter in parts:
-        if not isinstance(site, (WeightSite, ParamSite, NormSite)) or not hasattr(adapter, "weight"):
+        if not isinstance(site, (WeightSite, ParamSite, NormSite)) or not isinstance(adapter, WeightAdapter):
             raise UnsupportedSite(
                 f"{site.name}: {type(adapter).__name__} has no weight form and cannot be merged.",
                 site=site.name,
@@ -135,14 +136,14 @@ def _shifts(
 ) -> Iterator[tuple[Place, tuple[Any, Adapter]]]:
     """The biases that follow changed weights, for adapters that change them as well."""
     for site, adapter in parts:
-        if hasattr(adapter, "bias"):
+        if isinstance(adapter, BiasAdapter):
             found: Any = site
-            shift = shift_site(found, adapter)
+            shift = bias_site(found, adapter)
             why = _obstacle(towers[site.component].get_submodule(shift.path), shift.param)
             if why:
                 raise UnsupportedSite(f"{site.name}: {why[1]}", site=site.name, given=why[0])
             weight = before[site.component, found.path, found.param]
-            yield (site.component, shift.path, shift.param), (shift, Shift(adapter, fixed(weight, found.rows)))
+            yield (site.component, shift.path, shift.param), (shift, BiasForm(adapter, constant_weight(weight, found.rows)))
 
 
 def _chain(module: Any, param: str) -> Sequence[nn.Module]:

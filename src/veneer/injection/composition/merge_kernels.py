@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter_forms import LowRankAdapter
 from ..seams.adapter_calls import blend
 
 CACHE = 1 << 16  # numbers a thread works on at a time: 256 KiB in single precision, which second-level caches hold; 16 times
@@ -40,7 +41,7 @@ def folded(weight: Tensor, group: Sequence[tuple[Any, Any]]) -> Tensor:
 
 def _fold(adapter: Any, weight: Tensor, after: Tensor) -> None:
     with widened(adapter, torch.float32):
-        if hasattr(adapter, "factors"):
+        if isinstance(adapter, LowRankAdapter):
             left, right = adapter.factors()
             _add(weight, left, right, after)
         else:

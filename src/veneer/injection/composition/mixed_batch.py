@@ -11,8 +11,8 @@ from torch import nn
 from ..attachment.attach import attachments
 from ..attachment.attachment import Attachment
 from ..errors import OptionError, StateError, UnsupportedSite
-from ..seams.call_seam import CallSeam, Seam
-from ..seams.shape_seam import SwitchSeam
+from ..seams.call_seam import CallSeam, SwitchSeam
+from ..seams.seam import Seam
 from .activation import Switch, named, switch
 from .batch_routing import Batch, Place, Strengths
 
@@ -158,14 +158,14 @@ def _unmixable(name: str, attachment: Attachment, seam: Seam) -> UnsupportedSite
 def _join(several: Mapping[str, Attachment], places: Sequence[Place]) -> None:
     for place in places:
         for name, seam in place.seams.items():
-            seam.place = place
+            seam.choose_path(place)
             several[name]._joined.batches[id(seam.__dict__["tower"])] = place.batch
 
 
 def _part(several: Mapping[str, Attachment], places: Sequence[Place]) -> None:
     for place in places:
         for seam in place.seams.values():
-            seam.place = None
+            seam.choose_path(None)
             adapter: Any
             for adapter in seam.adapters:
                 adapter.group = 0

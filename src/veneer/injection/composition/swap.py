@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..adapter_forms import SwappableAdapter
 from ..attachment.state_dict import LoadReport, compare, fill, unfit
 from ..errors import LoadError, OptionError, StateError
 from ..method import Adapter, Method
@@ -41,7 +42,7 @@ def swap(attachment: Attachment, method: Method, sites: Sequence[str], state: Ma
             option="where",
             given=tuple(away),
         )
-    if all(hasattr(adapter, "taking") for _, adapter in attachment.parts.values()):
+    if all(isinstance(adapter, SwappableAdapter) for _, adapter in attachment.parts.values()):
         state = _taken(attachment, method, set(sites), state)
     else:
         _require_alike(attachment, method, sites)

@@ -1,4 +1,4 @@
-"""How a seam applies an adapter's forms: blending with strength, casting, row slices."""
+"""How a seam calls an adapter's forms: blending with strength, casting, row slices."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..method import Adapter
+from ..adapter_forms import Blended, InPlaceOutputAdapter, InputAdapter, OutputAdapter
+
+Call = Callable[[Any, Tensor, Tensor, bool], Tensor]  # (adapter, x, y, may y be overwritten) -> y'
 
 
-def blend(adapter: Adapter, form: Callable[..., Tensor], before: Tensor, *inputs: Tensor) -> Tensor:
+def blend(adapter: Blended, form: Callable[..., Tensor], before: Tensor, *inputs: Tensor) -> Tensor:
     """`before + strength * (form(*inputs, before) - before)`; exactly `before` at strength 0 and `form(…)` at strength 1."""
     after = form(*inputs, before)
     if adapter.blends:
@@ -21,28 +23,57 @@ def blend(adapter: Adapter, form: Callable[..., Tensor], before: Tensor, *inputs
     return torch.lerp(before, after.to(before.dtype), adapter.strength.to(before.dtype))
 
 
-def recorded() -> bool:
-    """True while what runs is written down to be run again: by `torch.compile` or export, a trace, a CUDA graph."""
+def call_of(adapter: Any) -> Call:
+    """The function by which a call seam applies an adapter. Chosen when the seam is built, so that no call checks for forms."""
+    if isinstance(adapter, InputAdapter):
+        return call_input
+    if not adapter.blends:
+        return call_blended
+    return call_in_place if adapter.overwrites else call_output
+
+
+def call_output(adapter: OutputAdapter, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
+    """y' of an adapter that multiplies by its strength itself."""
+    return adapter.output(cast(x, adapter) if adapter.casts else x, y).to(y.dtype)
+
+
+def call_in_place(adapter: InPlaceOutputAdapter, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
+    """The same, with y modified in place if `overwrite`."""
+    return adapter.output(cast(x, adapter) if adapter.casts else x, y, overwrite).to(y.dtype)
+
+
+def call_blended(adapter: OutputAdapter, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
+    """y' blended with y."""
+    return blend(adapter, adapter.output, cast(y, adapter), cast(x, adapter) if adapter.casts else x).to(y.dtype)
+
+
+def call_input(adapter: InputAdapter, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
+    """x' of a layer, which the seam reads as y, because it writes there."""
+    return blend(adapter, adapter.input, y if adapter.blends else cast(y, adapter)).to(y.dtype)
+
+
+def is_tracing() -> bool:
+    """True while compiling, exporting, tracing or capturing a CUDA graph."""
     captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state()) or captured
 
 
-def dtype_of(adapter: nn.Module) -> torch.dtype | None:
+def adapter_dtype(adapter: Any) -> torch.dtype | None:
     """The dtype of an adapter's first parameter, or None if it has none."""
-    own = next((p.dtype for p in adapter._parameters.values() if p is not None), None)  # quicker, and asked in every call
+    own = next((p.dtype for p in adapter._parameters.values() if p is not None), None)  # faster than `parameters()`
     return next((p.dtype for p in adapter.parameters()), None) if own is None else own
 
 
-def cast(x: Tensor, adapter: nn.Module) -> Tensor:
+def cast(x: Tensor, adapter: Any) -> Tensor:
     """`x` in the adapter's dtype, unless autocast chooses dtypes or `x` holds ids."""
-    dtype = dtype_of(adapter)
+    dtype = adapter_dtype(adapter)
     if dtype in (None, x.dtype) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(dtype)
 
 
-def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The first tensor argument of a module call."""
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first argument of a module call, a tensor."""
     value: Tensor = args[0] if args else next(iter(kwargs.values()))
     return value
 
@@ -53,34 +84,34 @@ def main_output(output: Any) -> Tensor:
     return value
 
 
-def by_rows(sites: Sequence[Any], adapters: Any, y: Tensor, dim: int, apply: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """Apply each adapter to its rows of `y` along `dim` and put the pieces together again."""
+def apply_by_rows(sites: Sequence[Any], adapters: Any, y: Tensor, dim: int, apply: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """Applies each adapter to its rows of `y` along `dim` and concatenates the result."""
     if len(sites) == 1 and getattr(sites[0], "rows", None) is None:
         return apply(adapters[0], y)
     ends = sorted({0, y.shape[dim], *(end for site in sites for end in site.rows)})
-    whose = {site.rows[0]: adapter for site, adapter in zip(sites, adapters, strict=True)}
-    pieces = y.split([b - a for a, b in itertools.pairwise(ends)], dim)  # one pass backward; narrow takes one a piece
-    changed = (apply(whose[a], part) if a in whose else part for a, part in zip(ends, pieces, strict=False))
+    starts = {site.rows[0]: adapter for site, adapter in zip(sites, adapters, strict=True)}
+    pieces = y.split([b - a for a, b in itertools.pairwise(ends)], dim)  # one backward node; narrow makes one per piece
+    changed = (apply(starts[a], piece) if a in starts else piece for a, piece in zip(ends, pieces, strict=False))
     return torch.cat(list(changed), dim)
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:
-    """`root.get_submodule(path)`, in a tenth of its time.
+    """`root.get_submodule(path)`, ten times as fast.
 
     Raises:
-        AttributeError: there is none.
+        AttributeError: there is no such module.
     """
-    found = root
+    module = root
     for key in path.split(".") if path else ():
-        child = found._modules.get(key)
+        child = module._modules.get(key)
         if child is None:
-            return root.get_submodule(path)  # which says what lacks
-        found = child
-    return found
+            return root.get_submodule(path)  # raises, and names the missing part
+        module = child
+    return module
 
 
 def base_tensor(tower: nn.Module, path: str, param: str) -> Tensor:
-    """The host's own tensor, also where it is parametrised."""
+    """The host's own tensor, also if it is parametrized."""
     module: Any = module_at(tower, path)
     if parametrize.is_parametrized(module, param):
         tensor: Tensor = module.parametrizations[param].original

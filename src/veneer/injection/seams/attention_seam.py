@@ -1,4 +1,4 @@
-"""The seam of attention whose inputs change: around its processor."""
+"""The seam of attention whose inputs change: a wrapper of its processor."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter_forms import AttentionAdapter
 from ..method import Adapter
-from .call_seam import Seam
+from .seam import Seam
 
 
 class ProcessorSeam(Seam):
-    """Wraps the attention processor that is in place; puts it back on detach.
+    """Wraps the current attention processor; restores it on detach.
 
-    The adapter's `attend(inner, attn, hidden_states, **kwargs)` calls `inner` (the wrapped processor) as it likes. With
+    The adapter's `attend(inner, attn, hidden_states, **kwargs)` calls `inner` (the wrapped processor) as it needs. With
     `blends = False` the wrapped processor runs once more for the blend.
     """
+
+    adapters: Sequence[AttentionAdapter]
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
         super().__init__(tower, parts)
         self.path = parts[0][0].path
 
     def forward(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the host calls in the place of its processor."""
+        """Attention with the adapter; called by the host instead of its processor."""
         inner = self.__dict__["_inner"]
-        if self.passes():
+        if self.is_bypassed():
             return inner(attn, hidden_states, *args, **kwargs)
-        adapter: Any = self.adapters[0]
+        adapter = self.adapters[0]
         after = adapter.attend(inner, attn, hidden_states, *args, **kwargs)
         if adapter.blends:
             return after
@@ -40,7 +43,7 @@ class ProcessorSeam(Seam):
     def join(self, name: str) -> None:
         attn: Any = self.module(self.path)
         self.__dict__.update(_inner=attn.processor, _attn=attn, joined=True)
-        self._put(attn, self.train(attn.training))
+        self._set_processor(attn, self.train(attn.training))
 
     def part(self) -> None:
         if not self.__dict__["joined"]:
@@ -50,13 +53,13 @@ class ProcessorSeam(Seam):
         while outer is not self and isinstance(outer, ProcessorSeam) and outer.__dict__["_inner"] is not self:
             outer = outer.__dict__["_inner"]
         if outer is self:
-            self._put(attn, inner)
+            self._set_processor(attn, inner)
         elif isinstance(outer, ProcessorSeam):
             outer.__dict__["_inner"] = inner
         self.__dict__["joined"] = False
 
     @staticmethod
-    def _put(attn: nn.Module, processor: Any) -> None:
+    def _set_processor(attn: nn.Module, processor: Any) -> None:
         attn._modules.pop("processor", None)
         attn.__dict__.pop("processor", None)
         if isinstance(processor, nn.Module):

@@ -1,228 +1,158 @@
-"""Seams: how adapters join a host module. The only code that touches one.
-
-`CallSeam` for sites that the host calls (hooks), `WeightSeam` (in `parametrized.py`) for tensors that it reads,
-`ProcessorSeam` (in `processors.py`) for attention whose inputs change. `TokenSeam` and `VocabularySeam` (in `sequences.py`)
-are call seams with two places to act. No module is replaced, no `forward` patched; hooks are bound methods of the seam, which
-is a child of the host module, so that copies, moves and casts of the host take the adapters along.
-"""
+"""Call seams: hooks on modules that the host calls."""
 
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 
-from ..composition.batch_routing import Place
-from ..errors import HostChanged, UnsupportedSite
+from ..adapter_forms import InputAdapter
+from ..errors import HostChanged, StateError
 from ..method import Adapter
 from ..sites import Port, Site
-from .adapter_calls import blend, by_rows, cast, first, main_output, module_at, recorded
+from .adapter_calls import Call, apply_by_rows, call_in_place, call_of, first_argument, main_output
+from .seam import HookSeam, Seam
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that make their output anew, and do not keep it
-
-
-def _forget_missing(seam: nn.Module, keys: Any) -> None:
-    keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith(seam.__dict__["_prefix"])]
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # allocate their output and keep no reference to it
 
 
-class Seam(nn.Module, ABC):
-    """Holds the adapters of one attachment at one host module, and hides them from the host's `state_dict`.
+class BatchRoute(Protocol):
+    """The call seams of several attachments at one place of the host, in a mixed batch; the first of them acts for all."""
 
-    Args:
-        tower: root module of the host.
-        parts: sites and their adapters; all at one place, with disjoint rows.
+    leader: CallSeam
 
-    Attributes:
-        idle: True while the strength is 0.
-    """
+    def run(self, x: Tensor, y: Tensor, overwrite: bool = False, /) -> Tensor:
+        """y', each sample through its own adapters."""
 
-    sites: list[Any]
-    idle: bool
-
-    def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
-        super().__init__()
-        if len(parts) > 1:
-            parts = sorted(parts, key=lambda part: getattr(part[0], "rows", None) or (0, 0))
-        self.adapters = nn.ModuleList(adapter for _, adapter in parts)
-        # written past torch's own way, which takes ten times as long and would make the tower a child
-        self.__dict__.update(tower=tower, _prefix="", _handles=[], joined=False, sites=[site for site, _ in parts], idle=False)
-        self.register_load_state_dict_post_hook(_forget_missing)
-
-    @abstractmethod
-    def join(self, name: str) -> None:
-        """Install at the host module, under the attachment's name."""
-
-    @abstractmethod
-    def part(self) -> None:
-        """Undo `join`, bitwise."""
-
-    @abstractmethod
-    def intact(self) -> bool:
-        """True if the host still holds this seam where it was joined."""
-
-    def check_strength(self, strength: float) -> None:
-        """Raise `StateError` for a strength that the adapters cannot have."""
-
-    def write_strength(self, strength: float) -> None:
-        """Fill the adapters' buffers."""
-        for adapter in self.adapters:
-            adapter.get_buffer("strength").fill_(strength)
-        self.idle = strength == 0
-
-    def asleep(self) -> bool:
-        """True where the adapters need not run: at strength 0 they change nothing. What is recorded, to run again, has them."""
-        return not torch.compiler.is_compiling() and self.idle and not recorded()
-
-    def passes(self) -> bool:
-        """True where this seam leaves everything as it is: its adapters sleep, or another one acts for it."""
-        return self.asleep()
-
-    def module(self, path: str) -> nn.Module:
-        """The host module at `path`."""
-        return module_at(self.__dict__["tower"], path)
-
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Nothing: adapters are saved by their attachment, and base checkpoints keep their keys."""
-        return OrderedDict() if destination is None else destination
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.__dict__["_prefix"] = prefix
+    def share(self, seam: CallSeam, /) -> float:
+        """Strength of one of the seams in the batch rows that run at present."""
 
 
-class HookSeam(Seam):
-    """A seam that is a child of one host module and acts through hooks."""
+class LayerOrder(Protocol):
+    """Call seams on one layer, and the weight seams of a later attachment that change its tensors."""
 
-    home: str = ""
+    @property
+    def weights(self) -> Mapping[str, Seam]:
+        """Parameter name to the later attachment's seam."""
 
-    def join(self, name: str) -> None:
-        owner = self.owner()
-        if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            raise UnsupportedSite(
-                f"{self.sites[0].name}: '{self.home}' is a container, which would run or list the adapter as its own.",
-                site=self.sites[0].name,
-                given=type(owner).__name__,
-            )
-        names = (f"veneer_{name}" + (f"_{i}" if i else "") for i in range(len(owner._modules) + 1))
-        child = next(n for n in names if n not in owner._modules)
-        owner.add_module(child, self.train(owner.training))
-        self.__dict__.update(_owner=owner, _child=child, joined=True)
-        self.__dict__["_handles"] = list(self.hooks())
+    def takes(self, call: CallSeam, /) -> bool:
+        """True if a call seam acts in the weights at present."""
 
-    def owner(self) -> nn.Module:
-        """The host module that it is a child of."""
-        return self.module(self.home)
+    def concerns(self, call: CallSeam, /) -> bool:
+        """True if a call seam acts in the weights while everything is enabled."""
 
-    @abstractmethod
-    def hooks(self) -> Sequence[RemovableHandle]:
-        """Register the hooks."""
+    def acting(self) -> Sequence[CallSeam]:
+        """The call seams that act in the weights at present."""
 
-    def part(self) -> None:
-        for handle in self.__dict__["_handles"]:
-            handle.remove()
-        if self.__dict__["joined"]:
-            del self.__dict__["_owner"]._modules[self.__dict__["_child"]]
-        self.__dict__.update(_handles=[], joined=False)
-
-    def in_place(self) -> bool:
-        """True if the module that it was joined to still holds it."""
-        return self.__dict__["joined"] and self.__dict__["_owner"]._modules.get(self.__dict__["_child"]) is self
-
-    def intact(self) -> bool:
-        try:
-            return getattr(self.module(self.home), self.__dict__["_child"], None) is self
-        except AttributeError:
-            return False
+    def apply(self, param: str, tensor: Tensor, /) -> Tensor:
+        """The tensor with their changes."""
 
 
 class CallSeam(HookSeam):
     """Hooks on modules that the host calls: one read port, one write port.
 
-    The read port's tensor is taken from the call itself where both ports are of one module, else a hook keeps it until
-    the write port's hook has used it.
+    The input is taken from the call itself if both ports belong to one module; else a hook stores it for the write port's hook.
+
+    Which function applies the adapters is chosen by `choose_path`: when the seam joins the host, and when a mixed batch begins or
+    ends. A single adapter without row slices is called directly, so that a stack trace reads: hook, `call_…`, adapter.
 
     Attributes:
-        place: its place in a mixed batch, while samples of a batch differ.
-        behind: of the seams that change what the module reads, those that were joined before.
-        above: weights of this module that later attachments change, in order. While one of them needs this seam's change in the
+        place: its place in a mixed batch, or None.
+        direct: applies the only adapter, or None if there are row slices or a mixed batch.
+        behind: number of seams joined before that change the input of the module that this seam reads.
+        above: changes of this module's weights by later attachments, in order. While one of them needs this seam's change in the
             weights first, this seam does nothing in the call.
 
-    Of several that act on one layer, the later joined change what the earlier ones made of it: y = W x + b, changed in turn.
-    So the later joined change x first, and each reads x as it was before the changes of those joined earlier.
+    Of several seams on one layer, later ones change the output of earlier ones: y = W x + b, changed in turn. So the latest
+    changes x first, and each reads x as it was before the changes of seams joined earlier.
     """
 
     read: Port
     write: Port
     dim: int
-    place: Place | None
+    place: BatchRoute | None
+    direct: Call | None
     behind: int
-    above: Sequence[Any] = ()
+    above: Sequence[LayerOrder] = ()
+    _calls: tuple[Call, ...]
+    _may_overwrite: bool
     _x: Tensor | None
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Site, Adapter]], read: Port, write: Port, dim: int = -1) -> None:
         super().__init__(tower, parts)
-        self.__dict__.update(read=read, write=write, dim=dim, home=write.path, _x=None, place=None, behind=0)
+        calls = tuple(call_of(adapter) for adapter in self.adapters)
+        self.__dict__.update(read=read, write=write, dim=dim, home=write.path, _calls=calls, _x=None, behind=0)
+        self.choose_path(None)
+
+    def choose_path(self, place: BatchRoute | None) -> None:
+        """Selects how calls reach the adapters. `place`: in a mixed batch, or None."""
+        direct = self._calls[0] if self.whole and place is None else None
+        sliced = getattr(self.sites[0], "rows", None) is not None
+        may_overwrite = not sliced and (place is not None or direct is call_in_place)
+        self.__dict__.update(place=place, direct=direct, _may_overwrite=may_overwrite)
 
     def hooks(self) -> list[RemovableHandle]:
         reader, writer = self.module(self.read.path), self.module(self.write.path)
         self.behind = self._changed_inputs(writer)
         handles = []
-        if not self._direct:
-            keep = self._keep_input if self.read.side == "in" else self._keep_output
-            handles.append(self._register(reader, self.read.side, keep, self.behind > 0))
+        if not self._reads_call:
+            store = self._store_input if self.read.side == "in" else self._store_output
+            handles.append(self._register(reader, self.read.side, store, self.behind > 0))
         write = self._write_output if self.write.side == "out" else self._write_input
         return [*handles, self._register(writer, self.write.side, write, self.inward)]
 
     @property
     def inward(self) -> bool:
-        """True where a layer's x is changed, in the place of its y."""
-        return self.write.side == "in" and hasattr(self.adapters[0], "input")
+        """True if the adapters change the input of a layer instead of its output."""
+        return self.write.side == "in" and isinstance(self.adapters[0], InputAdapter)
 
     def _changed_inputs(self, module: nn.Module) -> int:
-        """How many seams there are before this one that change the x of the layer that it acts on."""
+        """Number of seams before this one that change the input of the layer that it acts on."""
         if self.inward or self.read.path != self.write.path or self.read.side == self.write.side:
             return 0
         return sum(isinstance(s, CallSeam) and s.inward for s in itertools.takewhile(lambda s: s is not self, module.children()))
 
     @property
-    def _direct(self) -> bool:
+    def _reads_call(self) -> bool:
+        """True if x is an argument or the output of the call that the write port's hook sees."""
         return self.read.path == self.write.path and not self.behind
 
     @staticmethod
     def _register(module: nn.Module, side: str, hook: Any, first: bool = False) -> RemovableHandle:
-        """`first`: before the hooks that are there."""
+        """`first`: before the hooks that are registered already."""
         if side == "in":
             return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
         return module.register_forward_hook(hook, with_kwargs=True)
 
-    def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._x = None if self.passes() else first(args, kwargs)
+    def _store_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._x = None if self.is_bypassed() else first_argument(args, kwargs)
 
-    def _keep_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._x = None if self.passes() else main_output(output)
+    def _store_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._x = None if self.is_bypassed() else main_output(output)
 
     def _write_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self.passes():
+        if self.is_bypassed():
             return None
         y = main_output(output)
-        x = self._take() if not self._direct else first(args, kwargs) if self.read.side == "in" else y
-        after = self.adapt(x, y, x is not y and self._fresh(module))
+        x = self._stored() if not self._reads_call else first_argument(args, kwargs) if self.read.side == "in" else y
+        overwrite = x is not y and self._is_overwritable(module)
+        after = self.apply_adapters(x, y, overwrite) if self.direct is None else self.direct(self.adapters[0], x, y, overwrite)
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
     def _write_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.passes():
+        if self.is_bypassed():
             return None
-        y = first(args, kwargs)
-        after = self.adapt(y if self._direct else self._take(), y)
+        y = first_argument(args, kwargs)
+        x = y if self._reads_call else self._stored()
+        after = self.apply_adapters(x, y) if self.direct is None else self.direct(self.adapters[0], x, y, False)
         return ((after, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): after})
 
-    def _take(self) -> Tensor:
+    def _stored(self) -> Tensor:
         x, self._x = self._x, None
         if x is None:
             raise HostChanged(
@@ -235,37 +165,49 @@ class CallSeam(HookSeam):
 
     @property
     def whole(self) -> bool:
-        """True for one site that is no slice."""
+        """True for one site without row slices."""
         return len(self.sites) == 1 and getattr(self.sites[0], "rows", None) is None
 
-    def passes(self) -> bool:
+    def is_bypassed(self) -> bool:
         if self.place is not None:
             return self.place.leader is not self
-        return self.asleep() or (self.above != () and self.in_weights())
+        return self.is_disabled() or (self.above != () and self.in_weights())
 
     def in_weights(self) -> bool:
         """True while its adapters act in the weights, because a later attachment changes these in another way than by a sum."""
-        return any(beneath.takes(self) for beneath in self.above)
+        return any(order.takes(self) for order in self.above)
 
-    def _fresh(self, module: nn.Module) -> bool:
-        """True where nobody else can have kept what the module gave: a layer of torch's own whose first hook is this seam's."""
-        sliced = getattr(self.sites[0], "rows", None) is not None
-        if torch.compiler.is_compiling() or sliced or type(module) not in LAYERS or torch_modules._global_forward_hooks:
+    def _is_overwritable(self, module: nn.Module) -> bool:
+        """True if the output may be modified in place: a layer of torch whose first hook is this seam's."""
+        if torch.compiler.is_compiling() or not self._may_overwrite:
+            return False
+        if type(module) not in LAYERS or torch_modules._global_forward_hooks:
             return False
         return next(iter(module._forward_hooks.values())) == self._write_output
 
-    def adapt(self, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
-        """The adapters' output; in a mixed batch that of every attachment, on its own rows."""
-        return self.slices(x, y, fresh) if self.place is None else self.place.run(x, y, fresh)
+    def apply_adapters(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
+        """y' of all adapters: in a mixed batch those of every attachment, each in its own batch rows."""
+        return self.apply_slices(x, y, overwrite) if self.place is None else self.place.run(x, y, overwrite)
 
-    def slices(self, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
-        """The adapters' output, slice by slice where sites have rows. `fresh`: y may be written over."""
-        return by_rows(self.sites, self.adapters, y, self.dim, lambda a, part: self._one(a, x, part, fresh))
+    def apply_slices(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
+        """y' of this seam's adapters, each in its own slice of y. `overwrite`: y may be modified in place."""
+        pairs = list(zip(self._calls, self.adapters, strict=True))
+        return apply_by_rows(self.sites, pairs, y, self.dim, lambda pair, part: pair[0](pair[1], x, part, overwrite))
 
-    @staticmethod
-    def _one(adapter: Any, x: Tensor, y: Tensor, fresh: bool) -> Tensor:
-        before = y if adapter.blends else cast(y, adapter)
-        if hasattr(adapter, "input"):
-            return blend(adapter, adapter.input, before).to(y.dtype)
-        form = adapter.output_ if fresh and hasattr(adapter, "output_") else adapter.output
-        return blend(adapter, form, before, cast(x, adapter) if adapter.casts else x).to(y.dtype)
+
+class SwitchSeam(CallSeam):
+    """For adapters whose output has another shape than the host's (`Adapter.switches`), so that the strength is 0 or 1.
+
+    A compiled graph has a guard on the strength here, no buffer.
+    """
+
+    def check_strength(self, strength: float) -> None:
+        """Raises `StateError` for a strength that is neither 0 nor 1."""
+        if strength not in (0, 1):
+            site = self.sites[0].name
+            message = f"{site}: the adapter's output has another shape than the host's; strength must be 0 or 1, got {strength}."
+            raise StateError(message, where=site, given=strength, expected=(0, 1))
+
+    def is_disabled(self) -> bool:
+        """True at strength 0, also in a traced graph."""
+        return self.idle

@@ -1,26 +1,29 @@
-"""Effective weight seen by an adapter: the host's own tensor with the changes of earlier attachments."""
+"""Effective weight and bias seen by an adapter: the host's own tensors with the changes of earlier attachments."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..adapter_forms import BiasAdapter, WeightAdapter
+from ..errors import UnsupportedSite
 from ..method import Adapter
-from .adapter_calls import base_tensor, blend, by_rows, cast
+from ..sites import ParamSite
+from .adapter_calls import apply_by_rows, base_tensor, blend, cast, module_at
 from .call_seam import CallSeam
 from .weight_seam import WeightSeam
 
 
-def tensor_below(adapter: Adapter, module: nn.Module, param: str, rows: tuple[int, int] | None) -> Tensor | None:
-    """The tensor that made the `y` which `adapter.output(x, y)` is given: W or b of `y = W x + b`.
+def effective_tensor(adapter: nn.Module, module: nn.Module, param: str, rows: tuple[int, int] | None) -> Tensor | None:
+    """The W or b that computed the y = W x + b which `adapter.output(x, y)` receives.
 
-    The host's own, with the weight forms of the adapters whose hooks ran before; so a method that scales W x, or divides by its
-    norm, means the same beside others as in its weight form. Costs nothing where it is alone.
+    The host's own tensor with the weight forms of the adapters whose hooks ran before. So a method that scales W x, or divides by
+    the norm of W, computes the same beside other attachments as in its weight form. No cost without other attachments.
 
     Args:
         module: the site's module, as found in `enter`. `rows`: the site's.
@@ -38,22 +41,22 @@ def tensor_below(adapter: Adapter, module: nn.Module, param: str, rows: tuple[in
     return tensor if rows is None else tensor[rows[0] : rows[1]]
 
 
-def tensor_in_chain(adapter: Adapter, module: nn.Module, param: str, rows: tuple[int, int] | None) -> Tensor:
-    """Effective tensor seen by an adapter that acts in the weights: the base tensor with the changes of those before it."""
+def effective_parametrized(adapter: nn.Module, module: nn.Module, param: str, rows: tuple[int, int] | None) -> Tensor:
+    """The tensor that an adapter in the weights receives: the base tensor with the changes of the adapters before it."""
     tensor = base_tensor(module, "", param)
-    for adapters, change in _chain(module, param):
+    for adapters, change in _parametrizations(module, param):
         if any(other is adapter for other in adapters):
             break
         tensor = change(tensor)
     return tensor if rows is None else tensor[slice(*rows)]
 
 
-def _chain(module: Any, param: str) -> Iterator[tuple[Iterable[nn.Module], Callable[[Tensor], Tensor]]]:
+def _parametrizations(module: Any, param: str) -> Iterator[tuple[Iterable[nn.Module], Callable[[Tensor], Tensor]]]:
     """Yields the adapters and the change of each step in a tensor, in order."""
     for seam in module.parametrizations[param] if parametrize.is_parametrized(module, param) else ():
         if not isinstance(seam, WeightSeam):
             yield (), seam
-        elif not seam.passes():
+        elif not seam.is_bypassed():
             for call in () if seam.beneath is None else seam.beneath.acting():
                 if param in tensors_of(call):
                     yield call.adapters, functools.partial(change_of, call, module, param)
@@ -63,48 +66,120 @@ def _chain(module: Any, param: str) -> Iterator[tuple[Iterable[nn.Module], Calla
 def tensors_of(seam: CallSeam) -> set[str]:
     """Names of the module's tensors that a call seam changes, in its adapters' weight and bias forms."""
     site = seam.sites[0]
-    owner, _, bias = site.bias.rpartition(".") if hasattr(seam.adapters[0], "bias") else ("", "", "")
+    owner, _, bias = site.bias.rpartition(".") if isinstance(seam.adapters[0], BiasAdapter) else ("", "", "")
     return {site.param, bias} if bias and owner == site.path else {site.param}
 
 
 def _changed(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> Tensor:
     """The tensor with one seam's changes of it."""
-    shifts, site = _shifts(seam, param), seam.sites[0]
-    if seam.asleep() or seam.in_weights() or not (shifts or getattr(site, "param", None) == param):
+    changes_bias, site = _changes_bias(seam, param), seam.sites[0]
+    if seam.is_disabled() or seam.in_weights() or not (changes_bias or getattr(site, "param", None) == param):
         return tensor
     return change_of(seam, module, param, tensor)
 
 
 def change_of(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> Tensor:
     """The tensor with one call seam's change, in its adapters' weight or bias form."""
-    shifts = _shifts(seam, param)
     share = 1.0 if seam.place is None else seam.place.share(seam)
     if not share:
         return tensor
-    changed = by_rows(seam.sites, seam.adapters, tensor, 0, functools.partial(_shift, seam, module) if shifts else _change)
+    change = functools.partial(_change_bias, seam, module) if _changes_bias(seam, param) else _change_weight
+    changed = apply_by_rows(seam.sites, seam.adapters, tensor, 0, change)
     return changed if share == 1 else torch.lerp(tensor, changed, share)
 
 
-def _shifts(seam: CallSeam, param: str) -> bool:
-    """True if the tensor is the bias after a seam's weight, which its adapters change too."""
+def _changes_bias(seam: CallSeam, param: str) -> bool:
+    """True if the tensor is the bias that follows a seam's weight, and the seam's adapters change it."""
     site = seam.sites[0]
-    return hasattr(seam.adapters[0], "bias") and getattr(site, "bias", "") == f"{site.path}.{param}"
+    return isinstance(seam.adapters[0], BiasAdapter) and getattr(site, "bias", "") == f"{site.path}.{param}"
 
 
-def _change(adapter: Any, part: Tensor) -> Tensor:
-    return WeightSeam.change(adapter, part) if hasattr(adapter, "weight") else part
+def _change_weight(adapter: Any, part: Tensor) -> Tensor:
+    return WeightSeam.change(adapter, part) if isinstance(adapter, WeightAdapter) else part
 
 
-def _shift(seam: CallSeam, module: nn.Module, adapter: Any, part: Tensor) -> Tensor:
-    """b' of one adapter, from W as that one finds it."""
+def _change_bias(seam: CallSeam, module: nn.Module, adapter: Any, part: Tensor) -> Tensor:
+    """b' of one adapter, from the effective W of that adapter."""
     site = next(site for site, other in zip(seam.sites, seam.adapters, strict=True) if other is adapter)
 
     def weight() -> Tensor:
         if seam.in_weights():
-            return tensor_in_chain(adapter, module, site.param, site.rows)
-        found = tensor_below(adapter, module, site.param, site.rows)
+            return effective_parametrized(adapter, module, site.param, site.rows)
+        found = effective_tensor(adapter, module, site.param, site.rows)
         assert found is not None
         return found
 
     before = part if adapter.blends else cast(part, adapter)
     return blend(adapter, lambda bias: adapter.bias(bias, weight), before).to(part.dtype)
+
+
+class BiasForm(Adapter):
+    """The `bias` form of an adapter, as a weight form of the bias that follows its weight: y = W' x + b'.
+
+    Args:
+        adapter: the trained adapter; not a child, because it belongs to the seam of its weight.
+        weight: returns W as the adapter receives it.
+    """
+
+    def __init__(self, adapter: BiasAdapter, weight: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.__dict__.update(adapter=adapter, effective_weight=weight)
+        self._buffers["strength"] = adapter.strength
+
+    @property
+    def blends(self) -> bool:  # type: ignore[override]
+        """As the adapter does."""
+        return bool(self.__dict__["adapter"].blends)
+
+    def weight(self, bias: Tensor) -> Tensor:
+        """b'."""
+        changed: Tensor = self.__dict__["adapter"].bias(bias, self.__dict__["effective_weight"])
+        return changed
+
+
+class EffectiveWeight:
+    """Returns W as an adapter in the weights receives it: with the changes of the adapters that act before."""
+
+    def __init__(self, tower: nn.Module, site: Any, adapter: nn.Module) -> None:
+        self.tower, self.site, self.adapter = tower, site, adapter
+
+    def __call__(self) -> Tensor:
+        """The rows of the site."""
+        return effective_parametrized(self.adapter, module_at(self.tower, self.site.path), self.site.param, self.site.rows)
+
+
+def constant_weight(weight: Tensor, rows: Sequence[int] | None) -> Callable[[], Tensor]:
+    """Returns the rows of W as it is before a merge, in single precision or wider."""
+
+    def find() -> Tensor:
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return wide if rows is None else wide[slice(*rows)]
+
+    return find
+
+
+def bias_site(site: Any, adapter: object) -> ParamSite:
+    """The site of the bias that follows a site's weight.
+
+    Raises:
+        UnsupportedSite: the layer has no bias.
+    """
+    if not site.bias:
+        raise UnsupportedSite(
+            f"{site.name}: {type(adapter).__name__} shifts the output, and the layer has no bias that could take the shift. "
+            "Keep it unmerged, or select layers with a bias.",
+            site=site.name,
+            given=type(adapter).__name__,
+            expected="bias",
+        )
+    owner, _, param = site.bias.rpartition(".")
+    rows = getattr(site, "bias_rows", None)
+    return ParamSite(
+        name=f"{site.name}.shift",
+        role=f"bias.{site.role}",
+        component=site.component,
+        path=owner,
+        param=param,
+        shape=(),
+        rows=rows,
+    )

@@ -1,4 +1,4 @@
-"""The seam of tensors that the host reads: a parametrisation."""
+"""The seam of tensors that the host reads: a parametrization."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..adapter_forms import WeightAdapter
 from ..errors import UnsupportedSite
 from ..method import Adapter
 from ..sites import ParamSite
-from .adapter_calls import base_tensor, blend, by_rows, cast
-from .call_seam import Seam
+from .adapter_calls import apply_by_rows, base_tensor, blend, cast
+from .call_seam import LayerOrder
+from .seam import Seam
 
 
 def changeable(tensor: Tensor) -> bool:
-    """True for an ordinary floating-point tensor: no quantised one."""
+    """True for a floating-point tensor that is not quantized."""
     return tensor.is_floating_point() and type(tensor.data) in (Tensor, nn.Parameter)
 
 
@@ -25,10 +27,10 @@ class WeightSeam(Seam):
     """A parametrization of a tensor that the host reads. Moves the key; `Attachment.host_state_dict` moves it back.
 
     Attributes:
-        beneath: the call seams of earlier attachments on the same module, which may have to act first; None for none.
+        beneath: call seams of earlier attachments on the same module, which may have to act first, or None.
     """
 
-    beneath: Any = None
+    beneath: LayerOrder | None = None
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
         super().__init__(tower, parts)
@@ -39,24 +41,24 @@ class WeightSeam(Seam):
         tensor = getattr(self.module(self.path), self.param)
         if not changeable(tensor):
             raise UnsupportedSite(
-                f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantised and {why}, so "
-                "its change cannot be applied. Select called sites only, or load the base unquantised.",
+                f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantized and {why}, so "
+                "its change cannot be applied. Select called sites only, or load the base model without quantization.",
                 site=self.sites[0].name,
                 given=tensor.dtype,
             )
 
     def forward(self, weight: Tensor) -> Tensor:
         """The changed weight."""
-        if self.passes():
+        if self.is_bypassed():
             return weight
         return self.own(weight if self.beneath is None else self.beneath.apply(self.param, weight))
 
     def own(self, weight: Tensor) -> Tensor:
         """The change of this seam's adapters, slice by slice."""
-        return by_rows(self.sites, self.adapters, weight, 0, lambda a, part: self.change(a, part))
+        return apply_by_rows(self.sites, self.adapters, weight, 0, self.change)
 
     @staticmethod
-    def change(adapter: Any, part: Tensor) -> Tensor:
+    def change(adapter: WeightAdapter, part: Tensor) -> Tensor:
         """One adapter's weight form at its strength."""
         return blend(adapter, adapter.weight, part if adapter.blends else cast(part, adapter)).to(part.dtype)
 
@@ -104,7 +106,7 @@ class WeightSeam(Seam):
 
 
 class Carrier(WeightSeam):
-    """A parametrization without adapters, for earlier call seams that must act in this tensor as well as in its partner."""
+    """A parametrization without adapters, for earlier call seams that change this tensor together with the weight."""
 
     def __init__(self, tower: nn.Module, site: ParamSite) -> None:
         Seam.__init__(self, tower, ())
@@ -113,12 +115,12 @@ class Carrier(WeightSeam):
         self._refuse_quantized("holds the change of an adapter that is attached already")
 
     def own(self, weight: Tensor) -> Tensor:
-        """The tensor as it is."""
+        """The tensor, unchanged."""
         return weight
 
 
 def _own_class(module: nn.Module) -> None:
-    """Give a parametrised module a class of its own: copies share torch's, which registering and removing change."""
+    """Gives a parametrized module its own class: copies share the class that torch makes, and registering changes it."""
     if parametrize.is_parametrized(module) and not _owns(module):
         cls = type(module)
         own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}

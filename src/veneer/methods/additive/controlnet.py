@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.adapter_forms import Residuals
 from veneer.injection.attachment.deferred_init import values_follow
 from veneer.injection.composition.merge import host_tensors
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
-from veneer.injection.seams.residual_seam import Residuals, image_for
+from veneer.injection.seams.residual_seam import image_for
 from veneer.injection.sites import ResidualSite
 
 from ._control import Controlled

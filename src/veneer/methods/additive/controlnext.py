@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from veneer.injection.adapter_forms import Residuals
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
-from veneer.injection.seams.residual_seam import Residuals, image_for
+from veneer.injection.seams.residual_seam import image_for
 from veneer.injection.sites import Port, ResidualSite, Site
 
 from ._control import Controlled

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from veneer.injection.adapter_forms import Residuals
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
-from veneer.injection.seams.residual_seam import Residuals, image_for
+from veneer.injection.seams.residual_seam import image_for
 from veneer.injection.sites import ResidualSite
 
 from ._control import Controlled

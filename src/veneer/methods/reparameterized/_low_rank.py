@@ -38,6 +38,7 @@ class LoRAAdapter(Adapter):
 
     adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
+    overwrites: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite, rank: int, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -51,23 +52,19 @@ class LoRAAdapter(Adapter):
             self.down = nn.Parameter(torch.empty(rank, site.d_in // site.groups, *site.kernel))
             self.up = nn.Parameter(zeros(site.d_out, rank // self.pairs, *ones))
 
-    def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: what the module read; y: what it gave."""
-        return self._added(x, y, over=False)
+    def output(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
+        """y + B (s·A x): scaled between the two, where there are only `rank` features.
 
-    def output_(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same, written over y."""
-        return self._added(x, y, over=True)
-
-    def _added(self, x: Tensor, y: Tensor, over: bool) -> Tensor:
-        """y + B (s·A x): scaled between the two, where there are only `rank` features."""
+        Args:
+            x: input of the module. `y`: its output. `overwrite`: y is modified in place.
+        """
         if self.dropout and self.site.kind != "embedding":
             x = F.dropout(x, self.dropout, self.training)
         if self.pairs != self.site.groups:
             return y + self._dense(x, self.delta() * (self.strength * self.scaling))
         low = self._low(x, self.down) * (self.strength * self.scaling)
         if self.site.groups == 1:
-            return add_product(y, low, self.up, over)
+            return add_product(y, low, self.up, overwrite)
         return y + convolve(low, self.up, groups=self.site.groups)
 
     def _low(self, x: Tensor, down: Tensor) -> Tensor:
@@ -178,7 +175,7 @@ class PartAdapter(LoRAAdapter):
         self.down0.copy_(self.down)
         self.up0.copy_(self.up)
 
-    def _added(self, x: Tensor, y: Tensor, over: bool) -> Tensor:
+    def output(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
         """Bitwise y where A and B are as they began. Dropout is before A only, as A0 belongs to the weight."""
         start = self._change(x, self.down0, self.up0)
         if self.dropout and self.site.kind != "embedding":

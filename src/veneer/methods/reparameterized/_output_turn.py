@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
-from veneer.injection.seams.effective_weight import tensor_below
+from veneer.injection.seams.effective_weight import effective_tensor
 from veneer.injection.sites import WeightSite
 
 from ._swapping import turn_state
@@ -39,7 +39,7 @@ class OutputTurn(Adapter):
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """y: W x + b, (…, d_out) or (batch, d_out, *size). Gives D R (y − b) + b."""
-        bias, dim = tensor_below(self, self.host, "bias", self.site.rows), y.ndim - 1 - len(self.site.kernel)
+        bias, dim = effective_tensor(self, self.host, "bias", self.site.rows), y.ndim - 1 - len(self.site.kernel)
         channels = y.movedim(dim, -1)
         if bias is not None:
             channels = channels - bias

@@ -16,7 +16,7 @@ from veneer.injection.attachment.deferred_init import zeros
 from veneer.injection.errors import OptionError, UnsupportedSite
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.seams.adapter_calls import module_at
-from veneer.injection.seams.effective_weight import tensor_below
+from veneer.injection.seams.effective_weight import effective_tensor
 from veneer.injection.sites import WeightSite
 
 from ._low_rank import pairs_in
@@ -57,7 +57,7 @@ class DoRAAdapter(Adapter):
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: what the module read; y: what it gave, W x + b. Gives g·(y − b + s·B A x) + b, at strength t blended with y."""
-        weight, bias = (tensor_below(self, self.host, p, self.site.rows) for p in (self.site.param, "bias"))
+        weight, bias = (effective_tensor(self, self.host, p, self.site.rows) for p in (self.site.param, "bias"))
         assert weight is not None
         gain = self.gain(weight)
         more = self.strength * (gain - 1)

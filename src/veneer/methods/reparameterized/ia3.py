@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.functional.channel_scale import scale_features
 from veneer.injection.method import Adapter, Method, Need
-from veneer.injection.seams.effective_weight import tensor_below
+from veneer.injection.seams.effective_weight import effective_tensor
 from veneer.injection.sites import WeightSite
 
 
@@ -32,7 +32,7 @@ class ScaledOutput(Adapter):
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """y: W x + b. Gives l ∘ (y − b) + b."""
-        bias, more = tensor_below(self, self.host, "bias", self.site.rows), self.delta * self.strength
+        bias, more = effective_tensor(self, self.host, "bias", self.site.rows), self.delta * self.strength
         return scale_features(y, 1 + more, None if bias is None else -more * bias, self.site.kind == "conv")
 
     def weight(self, weight: Tensor) -> Tensor:

@@ -64,17 +64,15 @@ class LoHaAdapter(LoHaFactors):
     """y' = y + s·ΔW x, W' = W + s·ΔW."""
 
     adds: ClassVar[bool] = True
+    overwrites: ClassVar[bool] = True
     norm_axis: ClassVar[None] = None
 
-    def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: what the module read; y: what it gave. Through the rank r² where that takes fewer multiplications than ΔW."""
-        return self._added(x, y, over=False)
+    def output(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
+        """y + s·ΔW x. Through the rank r² where that takes fewer multiplications than ΔW.
 
-    def output_(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same, written over y."""
-        return self._added(x, y, over=True)
-
-    def _added(self, x: Tensor, y: Tensor, over: bool) -> Tensor:
+        Args:
+            x: input of the module. `y`: its output. `overwrite`: y is modified in place.
+        """
         site, scale = self.site, self.strength * self.scaling
         geometry = (site.stride, site.padding, site.dilation, site.groups)
         if not self.factored:
@@ -82,9 +80,9 @@ class LoHaAdapter(LoHaFactors):
         up, down = hadamard_pair(self.up1, self._down(self.down1, self.core1), self.up2, self._down(self.down2, self.core2))
         up = up.reshape(*up.shape, *(1,) * len(site.kernel))
         if site.kind == "linear":
-            return add_product(y, project(x, down) * scale, up, over)
+            return add_product(y, project(x, down) * scale, up, overwrite)
         low = convolve(x, down.repeat(site.groups, *(1,) * (down.ndim - 1)), *geometry) * scale
-        return add_product(y, low, up, over) if site.groups == 1 else y + convolve(low, up, groups=site.groups)
+        return add_product(y, low, up, overwrite) if site.groups == 1 else y + convolve(low, up, groups=site.groups)
 
     def weight(self, weight: Tensor) -> Tensor:
         """W + s·ΔW."""

@@ -86,17 +86,15 @@ class LoKrAdapter(LoKrFactors):
     """y' = y + s·(C ⊗ D) x, W' = W + s·(C ⊗ D)."""
 
     adds: ClassVar[bool] = True
+    overwrites: ClassVar[bool] = True
     norm_axis: ClassVar[None] = None
 
-    def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: what the module read; y: what it gave. C and D one after the other; ΔW itself only where channels are grouped."""
-        return self._added(x, y, over=False)
+    def output(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
+        """y + s·ΔW x. C and D one after the other; ΔW itself only where channels are grouped.
 
-    def output_(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same, written over y."""
-        return self._added(x, y, over=True)
-
-    def _added(self, x: Tensor, y: Tensor, over: bool) -> Tensor:
+        Args:
+            x: input of the module. `y`: its output. `overwrite`: y is modified in place.
+        """
         site, split, scale = self.site, self.split, self.strength * self.scaling
         if site.groups > 1:
             return y + convolve(x, self.delta() * scale, site.stride, site.padding, site.dilation, site.groups)
@@ -106,11 +104,11 @@ class LoKrAdapter(LoKrFactors):
         rows = x.reshape(-1, split.vq, *(x.shape[2:] if site.kernel else ()))
         blocks = y.reshape(-1, split.vp, *(y.shape[2:] if site.kernel else ()))
         if self.right is None:  # A, C, B: nothing but what A leaves is mixed, and B's products lie as y does
-            added = add_product(blocks, self._mixed(self._right_low(rows), left), self._right_up, over)
+            added = add_product(blocks, self._mixed(self._right_low(rows), left), self._right_up, overwrite)
         elif site.kernel:  # C first: it does not make x larger
             added = blocks + self._right(self.right, self._mixed(rows, left))
         else:
-            added = add_kron(blocks, rows, left, self.right, over)
+            added = add_kron(blocks, rows, left, self.right, overwrite)
         return laid_as(added.reshape(y.shape), y)
 
     def _mixed(self, x: Tensor, left: Tensor) -> Tensor:
