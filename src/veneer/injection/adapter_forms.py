@@ -138,7 +138,7 @@ class AttentionAdapter(Blended, Protocol):
 
 @dataclass(frozen=True)
 class Residuals:
-    """Residuals that an adapter adds in one forward pass; None for nothing.
+    """Residuals that an adapter adds in one forward pass, each optional.
 
     Args:
         skips: one per skip feature. `middle`: for the middle block.

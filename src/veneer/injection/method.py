@@ -177,7 +177,7 @@ class Method(ABC):
         """Builds the adapter of one site. Random numbers come from torch's global generator only."""
 
     def build_shared(self, sites: Sequence[Any]) -> nn.Module | None:
-        """Builds a module that all adapters of one tower share, as their child `shared`; None for nothing.
+        """Builds a module that all adapters of one tower share, as their child `shared`, or None.
 
         Called before `build`, with the selected sites of the tower. Random numbers as in `build`. Saved once.
         """
@@ -224,7 +224,7 @@ class Method(ABC):
         return {}
 
     def penalty(self, adapters: Iterable[tuple[Site, Adapter]]) -> Tensor | None:
-        """A differentiable penalty that is added to the loss; None for nothing. See `Attachment.penalty`."""
+        """A differentiable penalty that is added to the loss, or None. See `Attachment.penalty`."""
         return None
 
     def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
