@@ -1,7 +1,7 @@
 """Conditions of an attachment: images or embeddings, their strength, and the part of the schedule in which they are active.
 
 `Conditions` holds those of one `Attachment.condition` scope, `CallConditions` those per batch row of one forward pass. Pipelines
-are called as usual: the batch is divided into prompts, images per prompt and the two halves of classifier-free guidance by its
+need no further arguments: the batch is divided into prompts, images per prompt and the halves of guidance by its
 size and by the guidance state that the pipeline sets while it runs.
 """
 
@@ -21,7 +21,7 @@ from .seams.adapter_calls import first_argument
 if TYPE_CHECKING:
     from .attachment.attachment import Attachment
 
-GUIDANCE = "_guidance_scale"  # what a pipeline of diffusers sets when it is called
+GUIDANCE = "_guidance_scale"  # attribute that a diffusers pipeline sets when it is called
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Conditions:
 
     Args:
         name: of the attachment, for errors.
-        values: what is the same for all rows of one picture: tensors (pictures, …).
-        options: what the method takes besides.
+        values: tensors (images, …), each with one row per image.
+        options: the method's other conditions.
         strength: multiplies the attachment's scale. `start`, `end`: part of the schedule in which it acts, 0 to 1.
-        pipeline: what runs; None for a bare model, whose batches have no guidance.
+        pipeline: the pipeline that runs, or None if a bare model does, whose batches have no guidance.
     Raises:
-        ConditionError: start and end are no part of 0 … 1, or values have different numbers of pictures.
+        ConditionError: start and end are not within 0 … 1, or values have different numbers of images.
     """
 
     def __init__(
@@ -80,36 +80,36 @@ class Conditions:
         pipeline: Any = None,
     ) -> None:
         if not 0 <= start <= end <= 1:
-            message = f"'{name}': start={start}, end={end}; expected 0 <= start <= end <= 1, shares of the schedule."
+            message = f"'{name}': start={start}, end={end}; expected 0 <= start <= end <= 1, fractions of the schedule."
             raise ConditionError(message, where=name, given=(start, end), expected=(0, 1))
         sizes = {key: len(value) for key, value in values.items()}
         if len(set(sizes.values())) > 1:
-            raise ConditionError(f"'{name}': {sizes} pictures; expected as many of each.", where=name, given=sizes)
+            raise ConditionError(f"'{name}': {sizes} images; expected the same number of each.", where=name, given=sizes)
         self.name, self.values, self.options = name, dict(values), dict(options)
         self.strength, self.start, self.end = strength, start, end
-        self.pictures = next(iter(sizes.values()), 1)
+        self.images = next(iter(sizes.values()), 1)
         self.pipeline = pipeline
         self._memo: dict[Any, Any] = {}
         self._guidance: Any = None
         self._run: tuple[int, int] | None = None
 
     def open(self) -> None:
-        """Forget what the pipeline said of an earlier run, so that only what runs in this scope is believed."""
+        """Clears the guidance state of an earlier run of the pipeline, so that only runs in this scope count."""
         if (pipe := self.pipeline) is not None:
             self._guidance = pipe.__dict__.pop(GUIDANCE, None)
 
     def close(self) -> None:
-        """Undo `open`, where the pipeline has not run since."""
+        """Undoes `open`, if the pipeline has not run since."""
         pipe = self.pipeline
         if pipe is not None and self._guidance is not None:
             pipe.__dict__.setdefault(GUIDANCE, self._guidance)
         self._memo.clear()
 
     def at(self, batch: int, timestep: Any, device: torch.device) -> CallConditions:
-        """What counts in a call with `batch` rows.
+        """Conditions of a call with `batch` rows.
 
         Raises:
-            ConditionError: the batch cannot be shared out among the pictures, or nothing tells where in the schedule it is.
+            ConditionError: the batch is not divisible by the number of images, or the position in the schedule is unknown.
         """
         guided = self._guided(batch)
         rows = self._rows(batch, guided, device)
@@ -118,13 +118,13 @@ class Conditions:
         return CallConditions(values, self.strength if self._acts(timestep) else 0.0, conditioned, self.options, self._memo)
 
     def _guided(self, batch: int) -> bool:
-        """True if the first half of the batch is guidance's, without conditions."""
+        """True if the first half of the batch is the unconditional half of classifier-free guidance."""
         pipe = self.pipeline
         if pipe is None or not hasattr(type(pipe), "do_classifier_free_guidance"):
             return False
         if GUIDANCE not in pipe.__dict__:
             raise ConditionError(
-                f"'{self.name}': it was attached to a {type(pipe).__name__}, and something else runs. Say what: "
+                f"'{self.name}': it was attached to a {type(pipe).__name__}, but something else runs. Pass it: "
                 "condition(…, pipeline=PIPE), another pipeline or the bare model.",
                 where=self.name,
                 expected=type(pipe).__name__,
@@ -132,14 +132,14 @@ class Conditions:
         return bool(pipe.do_classifier_free_guidance)
 
     def _rows(self, batch: int, guided: bool, device: torch.device) -> Tensor:
-        """Which picture each row of the batch has."""
+        """Index of the image of each batch row."""
         prompts = batch // 2 if guided else batch
-        each, left = divmod(prompts, self.pictures)
+        each, left = divmod(prompts, self.images)
         if left or (guided and batch % 2):
             raise ConditionError(
-                f"'{self.name}': {self.pictures} pictures for {prompts} samples; expected one, or one for each prompt.",
+                f"'{self.name}': {self.images} images for {prompts} samples; expected one, or one for each prompt.",
                 where=self.name,
-                given=self.pictures,
+                given=self.images,
                 expected=prompts,
             )
         rows = torch.arange(prompts, device=device) // each
@@ -158,14 +158,14 @@ class Conditions:
             )
         step = place(scheduler, timestep)
         if self._run is None or step < self._run[1]:
-            self._run = (step, step)  # a run begins, which need not be at the top of the list
+            self._run = (step, step)  # a run begins, not necessarily at the first timestep
         self._run = (self._run[0], step)
         step, steps = step - self._run[0], len(scheduler.timesteps) - self._run[0]
         return not (step / steps < self.start or (step + 1) / steps > self.end)
 
 
 def place(scheduler: Any, timestep: Any) -> int:
-    """Where in the scheduler's list of timesteps a call is."""
+    """Index of a call in the scheduler's list of timesteps."""
     step = getattr(scheduler, "step_index", None)
     if step is None:
         found = (scheduler.timesteps == torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)).nonzero()

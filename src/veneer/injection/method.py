@@ -113,7 +113,7 @@ class Method(ABC):
 
     Class attributes:
         name: the file's stem, the paper's short name.
-        paper: authors, title or venue and year, for the catalogue.
+        paper: authors, title or venue and year, for the catalog.
         needs: the kinds of site it can use; one match is enough.
         default: selection used without a `where`; patterns of it that match nothing are ignored.
         elsewhere: selection for a model without any site of `default`, as convolutional networks have no attention.

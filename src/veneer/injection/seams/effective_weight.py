@@ -28,7 +28,7 @@ def effective_tensor(adapter: nn.Module, module: nn.Module, param: str, rows: tu
     Args:
         module: the site's module, as found in `enter`. `rows`: the site's.
     Returns:
-        The rows, or None for a parameter that the module does not have.
+        The rows; None if the module does not have the parameter.
     """
     tensor: Tensor | None = getattr(module, param, None)
     if tensor is None:
