@@ -203,7 +203,7 @@ def test_text_of_docstrings_is_no_markup(scripts: ModuleType) -> None:
 
 def test_every_method_has_its_page(scripts: ModuleType) -> None:
     pages = scripts.generated_pages()
-    assert {path for path in pages if path != "methods/SUMMARY.md"} == GENERATED
+    assert {path for path in pages if path != "methods/SUMMARY.md"} == GENERATED - {"source-files.md"}
     for name in OWN:
         page, method = pages[f"methods/{name}.md"], methods.get(name)
         fields = [field.name for field in dataclasses.fields(method) if field.name != "by_site"]
