@@ -193,7 +193,7 @@ def _plan(run: Run, pictures: Pictures, steps: int) -> str:
     lines = [
         f"{config.method}, {numbers:,} numbers, follows {config.condition} on {config.base}; look at {run.out / 'maps.png'}",
         f"{len(pictures.train)} pictures to train, {len(pictures.held)} to measure; {steps:,} steps of "
-        f"{(config.batch or 1) * config.accumulation}, rate {config.learning_rate:g}",
+        f"{(config.batch or 1) * config.gradient_accumulation_steps}, rate {config.learning_rate:g}",
     ]
     return "\n".join(lines)
 

@@ -134,7 +134,6 @@ def _plan(
     inputs = "cached features" if trainer.features is not None else f"augmentation {config.augment}"
     if trainer.uses_probe_init:
         lines.append("head: initialized with the logistic regression on the frozen features")
-    lines.append(
-        f"{trainer.steps:,} steps, batch size {config.batch * config.accumulation}, learning rate {config.rate():g}, {inputs}"
-    )
+    size = config.batch * config.gradient_accumulation_steps
+    lines.append(f"{trainer.steps:,} steps, batch size {size}, learning rate {config.rate():g}, {inputs}")
     return "\n".join(lines)

@@ -36,7 +36,7 @@ from veneer.training.families import family
 from veneer.training.loop.trainer import TrainConfig, Trainer
 from veneer.training.objective.denoising_loss import DenoisingLoss
 
-CONFIG = {"steps": 10, "batch": 2, "accumulation": 1, "learning_rate": 0.01, "checkpoint_every": 3}
+CONFIG = {"steps": 10, "batch": 2, "gradient_accumulation_steps": 1, "learning_rate": 0.01, "checkpoint_every": 3}
 
 
 @cache

@@ -28,7 +28,7 @@ from veneer.training.loop.trainer import TrainConfig, Trainer
 CONFIG: dict[str, Any] = {
     "steps": 40,
     "batch": 2,
-    "accumulation": 2,
+    "gradient_accumulation_steps": 2,
     "learning_rate": 0.02,
     "schedule": "cosine",
     "warmup": 5,

@@ -139,7 +139,7 @@ def test_two_processes_equal_one(worker: Worker, tmp_path: Path) -> None:
     """Without dropout; in a step of 5 samples the shares of two processes are 2 and 3."""
     weights = {}
     for processes in (1, 2):
-        job = Job(str(tmp_path / str(processes)), processes, config={"batch": 5, "accumulation": 1}, dropout=0.0)
+        job = Job(str(tmp_path / str(processes)), processes, config={"batch": 5, "gradient_accumulation_steps": 1}, dropout=0.0)
         assert worker.run(job) == [0] * processes
         weights[processes] = safetensors.torch.load_file(tmp_path / str(processes) / LAST / "weights.safetensors")
     for name, tensor in weights[1].items():

@@ -85,7 +85,7 @@ def test_the_loss_has_the_methods_terms_once_a_step_and_others_have_none() -> No
     trainer = Trainer(
         config, param_groups.parameter_groups(ranks, {"adalora": 1.0}, 0, 1.0), param_groups.with_penalties(loss, ranks), named
     )
-    assert config.accumulation == 2
+    assert config.gradient_accumulation_steps == 2
     assert trainer.fit().losses == [pytest.approx(expected, rel=1e-6)]
     assert param_groups.with_penalties(loss, [plain]) is loss
     assert param_groups.after_step([plain]) is None

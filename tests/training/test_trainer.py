@@ -67,7 +67,7 @@ def test_a_run_equals_plain_torch(changes):
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 3), (1, 12), (6, 2)])
 def test_accumulation_equals_a_big_batch(batch, accumulation):
     big, whole = weights_after(batch=12)
-    small, parts = weights_after(batch=batch, accumulation=accumulation)
+    small, parts = weights_after(batch=batch, gradient_accumulation_steps=accumulation)
     torch.testing.assert_close(small, big)
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
 

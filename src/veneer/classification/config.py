@@ -47,7 +47,7 @@ class TransferConfig:
         steps: optimizer steps, in place of epochs.
         epochs: passes over the training images.
         batch: images per micro-batch, over all processes.
-        accumulation: micro-batches per optimizer step (gradient accumulation).
+        gradient_accumulation_steps: micro-batches per optimizer step.
         learning_rate: peak learning rate of the first method, and of a new head beside it (default: the method's). Other methods
             keep their ratio to it.
         schedule: learning-rate schedule, `cosine`, `constant` or `linear`.
@@ -90,7 +90,7 @@ class TransferConfig:
     steps: int | None = None
     epochs: int = 20
     batch: int = 32
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
     schedule: str = "cosine"
     warmup: float = 0.1
@@ -117,7 +117,7 @@ class TransferConfig:
         for name, least in (
             ("epochs", 1),
             ("batch", 1),
-            ("accumulation", 1),
+            ("gradient_accumulation_steps", 1),
             ("patience", 0),
             ("search", 0),
             ("search_epochs", 1),

@@ -52,7 +52,7 @@ class ControlConfig:
         buckets: train at the photos' aspect ratios; otherwise on square crops.
         steps: optimizer steps (default: the preset of the base model, else 20,000).
         batch: images per micro-batch, over all processes (default: the preset of the base model, else 4).
-        accumulation: micro-batches per optimizer step (gradient accumulation).
+        gradient_accumulation_steps: micro-batches per optimizer step.
         learning_rate: peak learning rate (default: the preset of the base model, else the method's).
         schedule: learning-rate schedule, `constant`, `cosine` or `linear` (default: the preset of the base model, else constant).
         warmup: optimizer steps of linear warmup.
@@ -98,7 +98,7 @@ class ControlConfig:
     buckets: bool = True
     steps: int | None = None
     batch: int | None = None
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
     schedule: str | None = None
     warmup: int = 0

@@ -67,7 +67,7 @@ class PersonalizeConfig:
         masks: weight the loss with the photos' masks or alpha channels.
         steps: optimizer steps (default: the preset of the base model, such as 300 with the bundled model, else 500).
         batch: images per micro-batch, over all processes (default: the preset of the base model, else 1).
-        accumulation: micro-batches per optimizer step (gradient accumulation).
+        gradient_accumulation_steps: micro-batches per optimizer step.
         learning_rate: peak learning rate of the first method on weights; others keep their ratio (default: the preset's or
             method's).
         text_learning_rate: learning rate of weights in text encoders (default: half the learning rate).
@@ -128,7 +128,7 @@ class PersonalizeConfig:
     masks: bool = True
     steps: int | None = None
     batch: int | None = None
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
     text_learning_rate: float | None = None
     token_learning_rate: float | None = None

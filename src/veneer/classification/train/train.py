@@ -111,7 +111,7 @@ class ClassifierTrainer:
         cached = config.cache and reads_features_only(classifier, attached)
         self._frozen = features or CachedFeatures(classifier, views, config.batch, self.dtype)
         self.features = self._frozen if cached else None
-        self.per_epoch = max(1, len(views.data.splits.train) // (config.batch * config.accumulation))
+        self.per_epoch = max(1, len(views.data.splits.train) // (config.batch * config.gradient_accumulation_steps))
         self.steps = config.steps or config.epochs * self.per_epoch
         self.named = param_groups.named_state(attached)
         if self._updates_statistics:
@@ -176,7 +176,7 @@ class ClassifierTrainer:
             self.model if cached is None else cached.head,
             self.views.train if cached is None else cached,
             Order(self.views.data.splits.train, self.config.seed),
-            self.config.batch * self.config.accumulation,
+            self.config.batch * self.config.gradient_accumulation_steps,
             self.views.train.prefetch if cached is None else None,
             self.config.label_smoothing,
             self.accelerator.device,

@@ -19,7 +19,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 PRECISIONS = ("no", "bf16", "fp16")
 EMA_WARMUPS = ("ramp", "power")
-LEAST = {"steps": 1, "batch": 1, "accumulation": 1, "log_every": 1} | dict.fromkeys(
+LEAST = {"steps": 1, "batch": 1, "gradient_accumulation_steps": 1, "log_every": 1} | dict.fromkeys(
     ("warmup", "max_grad_norm", "weight_decay", "checkpoint_every", "keep_checkpoints", "preview_every"), 0
 )
 PRESETS: Mapping[str, float] = {"quick": 1 / 3, "balanced": 1.0, "thorough": 2.0}
@@ -35,7 +35,7 @@ class TrainConfig:
     Args:
         steps: optimiser steps in the whole run.
         batch: samples in one micro-batch, over all processes together.
-        accumulation: micro-batches in one optimiser step; a step sees `batch * accumulation` samples.
+        gradient_accumulation_steps: micro-batches per optimizer step, which sees `batch * gradient_accumulation_steps` samples.
         learning_rate: peak rate, multiplied by a group's `lr_scale` and the schedule. Prodigy finds its own and takes 1.0.
         schedule: `constant`, `cosine` or `linear` (both fall to 0 after the last step).
         warmup: steps in which the rate rises linearly to its peak.
@@ -58,7 +58,7 @@ class TrainConfig:
 
     steps: int = 500
     batch: int = 1
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
     schedule: str = "constant"
     warmup: int = 0
@@ -95,8 +95,8 @@ class TrainConfig:
 
     @property
     def samples(self) -> int:
-        """Samples in one optimiser step, over all processes: `batch * accumulation`."""
-        return self.batch * self.accumulation
+        """Samples in one optimiser step, over all processes: `batch * gradient_accumulation_steps`."""
+        return self.batch * self.gradient_accumulation_steps
 
     def rate(self, step: int) -> float:
         """Factor on the learning rate of step `step` (0-based): linear warm-up, then the schedule."""
