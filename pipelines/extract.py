@@ -1,4 +1,4 @@
-"""A LoRA out of a fine-tuned model: its weights minus its base's, cut to a rank."""
+"""Extract a LoRA from a fine-tuned model: the difference to its base, reduced to a rank."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ class ExtractConfig:
 
 
 def extract(config: ExtractConfig) -> list[str]:
-    """Load both, subtract, cut, write.
+    """Loads both models, computes the differences, reduces their rank and writes the LoRA.
 
     Returns:
-        The file, ranks and error, the weights where it is largest, and what differs and is not in the file.
+        Lines with the file, the ranks and the error, the weights with the largest errors, and differences not included.
     Raises:
-        VeneerError: no base, rank or `out` was named, the models do not fit, or the format cannot hold it.
+        VeneerError: base, rank or `out` is missing, the models are incompatible, or the format does not support the LoRA.
     """
-    keep = adapter_merging.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
+    keep = adapter_merging.rank_selection_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
     if config.base is None or config.out is None or keep is None:
         missing = "base" if config.base is None else "out" if config.out is None else "rank"
-        message = "extract: --base, --out and --rank, --energy, --error, --cumulative or --ratio must be given."
+        message = f"extract: no --{missing}; expected --base, --out, and --rank, --energy, --error, --cumulative or --ratio."
         raise OptionError(message, option=missing, method="extract")
-    adapter_merging.free(config.out, config.to)
+    adapter_merging.new_file(config.out, config.to)
     base, tuned, dtype = base_models.load(config.base), base_models.load(config.tuned), adapter_merging.DTYPES[config.dtype]
-    made = adapter_merging.extract(base, tuned, keep, where=config.where or None, dtype=dtype)
-    told = {"base": config.base, "extracted": config.tuned}
-    return [str(adapter_merging.write(made, config.out, config.to, dtype, told)), *str(made).splitlines()]
+    result = adapter_merging.extract(base, tuned, keep, where=config.where or None, dtype=dtype)
+    provenance = {"base": config.base, "extracted": config.tuned}
+    return [str(adapter_merging.write(result, config.out, config.to, dtype, provenance)), *str(result).splitlines()]

@@ -1,4 +1,4 @@
-"""Several adapters' files as one LoRA in one file."""
+"""Merge several adapter files into one LoRA file."""
 
 from __future__ import annotations
 
@@ -55,39 +55,46 @@ class MergeConfig:
 
 
 def merge(config: MergeConfig) -> list[str]:
-    """Load all on the base, combine, write.
+    """Loads all adapters on the base, merges them and writes the LoRA.
 
     Returns:
-        The files, ranks and the error against the exact combination, the weights where it is largest, the tokens.
+        Lines with the files, the ranks and the error relative to the exact result, the weights with the largest errors, and the
+        tokens.
     Raises:
-        VeneerError: no base or `out` was named, a file does not fit the base, two files have the same token with other vectors,
-            or what is wanted cannot be combined or written.
+        VeneerError: base or `out` is missing, a file is incompatible with the base, two files have different embeddings of a
+            token, or the adapters cannot be merged or saved in the format.
     """
     if not config.files or config.out is None:
-        message = "merge: give the files to be merged, and --out for the new one."
-        raise OptionError(message, option="files" if not config.files else "out", method="merge")
+        missing = "files" if not config.files else "out"
+        message = f"merge: {missing} is missing; expected the files to merge, and --out for the new file."
+        raise OptionError(message, option=missing, method="merge")
     base = config.base or next((b for file in config.files if (b := base_of(file))), None)
     if base is None:
-        message = "merge: --base is missing: no file says which base it is for, and their weights have names there."
+        message = "merge: --base is missing; none of the files names its base."
         raise OptionError(message, option="base", method="merge")
-    form = config.to or adapter_merging.form_of(config.files)
-    adapter_merging.free(config.out, form)
+    form = config.to or adapter_merging.common_format(config.files)
+    adapter_merging.new_file(config.out, form)
     weights = [_weight(text) for text in config.weights] or None
-    keep = adapter_merging.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
+    keep = adapter_merging.rank_selection_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
     model, dtype = base_models.load(base), adapter_merging.DTYPES[config.dtype]
     contents = [(file, adapter_merging.read_content(model, file)) for file in config.files]
     tokens = adapter_merging.unite_tokens(contents)
     sources = [content.adapter for _, content in contents if content.adapter is not None]
     if weights is not None and len(weights) == len(contents):
         weights = [w for w, (_, content) in zip(weights, contents, strict=True) if content.adapter is not None]
-    made = None
+    result = None
     if sources:
-        made = adapter_merging.combine(
+        result = adapter_merging.combine(
             model, sources, weights, how=config.method, keep=keep, density=config.density, seed=config.seed, dtype=dtype
         )
-    told = {"base": base, "merged": [file.name for file in config.files], "weights": list(config.weights), "how": config.method}
-    written = adapter_merging.write_all(model, made, tokens, config.out, form, dtype, told)
-    return [*map(str, written), *(str(made).splitlines() if made else []), *(f"token {each.token}" for each in tokens)]
+    provenance = {
+        "base": base,
+        "merged": [file.name for file in config.files],
+        "weights": list(config.weights),
+        "how": config.method,
+    }
+    written = adapter_merging.write_all(model, result, tokens, config.out, form, dtype, provenance)
+    return [*map(str, written), *(str(result).splitlines() if result else []), *(f"token {each.token}" for each in tokens)]
 
 
 def _weight(text: str) -> float | Mapping[str, float]:
@@ -97,5 +104,5 @@ def _weight(text: str) -> float | Mapping[str, float]:
             return float(text)
         return {pattern: float(number) for pattern, _, number in (part.rpartition("=") for part in text.split(";"))}
     except ValueError as error:
-        message = f"merge: weight {text!r} is neither a number nor PATTERN=NUMBER;PATTERN=NUMBER."
+        message = f"merge: weight {text!r}; expected a number, or PATTERN=NUMBER;PATTERN=NUMBER."
         raise OptionError(message, option="weights", method="merge", given=text) from error

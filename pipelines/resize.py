@@ -1,4 +1,4 @@
-"""An adapter's file as a LoRA of another rank."""
+"""Reduce the rank of an adapter file."""
 
 from __future__ import annotations
 
@@ -45,29 +45,30 @@ class ResizeConfig:
 
 
 def resize(config: ResizeConfig) -> list[str]:
-    """Load on the base, cut each change to its largest singular values, write.
+    """Loads the adapter on the base, reduces each weight update to its largest singular values, and writes the LoRA.
 
     Returns:
-        The files, ranks and error, the weights where it is largest, the tokens.
+        Lines with the files, the ranks and the error, the weights with the largest errors, and the tokens.
     Raises:
-        VeneerError: no base, rank or `out` was named, the file does not fit the base, or the format cannot hold it.
+        VeneerError: base, rank or `out` is missing, the file is incompatible with the base, or the format does not support it.
     """
-    keep = adapter_merging.keep_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
+    keep = adapter_merging.rank_selection_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
     if config.out is None or keep is None:
-        message = "resize: --out and --rank, --energy, --error, --cumulative or --ratio must be given."
-        raise OptionError(message, option="out" if config.out is None else "rank", method="resize")
+        missing = "out" if config.out is None else "rank"
+        message = f"resize: --{missing} is missing; expected --out, and one of --rank, --energy, --error, --cumulative, --ratio."
+        raise OptionError(message, option=missing, method="resize")
     base = config.base or base_of(config.file)
     if base is None:
-        message = "resize: --base is missing: the file does not say which base it is for."
+        message = "resize: --base is missing; the file does not name its base."
         raise OptionError(message, option="base", method="resize", file=config.file)
-    form = config.to or adapter_merging.form_of([config.file])
-    adapter_merging.free(config.out, form)
+    form = config.to or adapter_merging.common_format([config.file])
+    adapter_merging.new_file(config.out, form)
     model, dtype = base_models.load(base), adapter_merging.DTYPES[config.dtype]
     content = adapter_merging.read_content(model, config.file)
     if content.adapter is None:
         message = f"{config.file}: only token embeddings, which have no rank; expected a LoRA."
         raise VeneerError(message, file=config.file, where="rank", given="embeddings", expected="lora")
-    made = adapter_merging.resize(model, content.adapter, keep, dtype=dtype)
-    told = {"base": base, "resized": config.file.name}
-    written = adapter_merging.write_all(model, made, content.tokens, config.out, form, dtype, told)
-    return [*map(str, written), *str(made).splitlines(), *(f"token {each.token}" for each in content.tokens)]
+    result = adapter_merging.resize(model, content.adapter, keep, dtype=dtype)
+    provenance = {"base": base, "resized": config.file.name}
+    written = adapter_merging.write_all(model, result, content.tokens, config.out, form, dtype, provenance)
+    return [*map(str, written), *str(result).splitlines(), *(f"token {each.token}" for each in content.tokens)]

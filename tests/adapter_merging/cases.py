@@ -1,4 +1,4 @@
-"""A small model with adapters on it, and their changes written out."""
+"""A small pipeline with adapters, and their ΔW as dense matrices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pipeline() -> Any:
 
 
 def put(model: Any, method: str, seed: int, where: Any = WHERE, **config: Any) -> Attachment:
-    """An adapter with every tensor away from its start, all of another size, so that singular values differ."""
+    """Attaches an adapter and randomizes all its parameters, at different scales so that singular values differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tuned = attach(model, method, where=where, name=f"{method}_{seed}", **config)
@@ -31,7 +31,7 @@ def put(model: Any, method: str, seed: int, where: Any = WHERE, **config: Any) -
 
 
 def change(tuned: Attachment, name: str) -> Tensor:
-    """ΔW as a matrix in double precision: s·B A of LoRA from its definition, weight(W) − W of others."""
+    """ΔW as a matrix in double precision: s·B A of a LoRA, weight(W) − W of other methods."""
     site: Any = tuned.parts[name][0]
     adapter: Any = tuned.parts[name][1]
     with torch.no_grad():
@@ -43,6 +43,6 @@ def change(tuned: Attachment, name: str) -> Tensor:
         return (found * 1.0).double().flatten(1)
 
 
-def lost(wanted: Tensor, got: Tensor) -> float:
-    """‖wanted − got‖ / ‖wanted‖."""
-    return float((wanted - got).pow(2).sum().sqrt() / wanted.pow(2).sum().sqrt())
+def lost(expected: Tensor, got: Tensor) -> float:
+    """Relative error ‖expected − got‖ / ‖expected‖."""
+    return float((expected - got).pow(2).sum().sqrt() / expected.pow(2).sum().sqrt())

@@ -1,4 +1,4 @@
-"""A LoRA out of a model minus its base."""
+"""Extraction of a LoRA from a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import veneer
 from tests.adapter_merging.cases import change, lost, pipeline, put
 from tests.injection.toy import ToyHost, net
 from tests.raising import raises
-from veneer.adapter_merging import CombineError, Keep, extract
+from veneer.adapter_merging import CombineError, RankSelection, extract
 from veneer.injection import StateError, attach
 from veneer.testing.pipelines import tiny_pipeline
 
 
 def tuned_of(**config: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A pipeline with a LoRA of rank 3 folded in by hand, and its changes."""
+    """A pipeline with a LoRA of rank 3 merged by hand, and its ΔW."""
     pipe = pipeline()
     lora = put(pipe, "lora", 1, ("attn", "conv.io", "text/attn.q"), rank=3, **config)
     changes = {n: change(lora, n) for n in lora.parts}
@@ -30,44 +30,44 @@ def tuned_of(**config: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     return pipe, changes
 
 
-def test_what_was_folded_in_comes_out_again() -> None:
-    """At the true rank, to the rounding of W in single precision."""
+def test_extract_recovers_a_merged_lora() -> None:
+    """Exact at the true rank, up to the float32 rounding of W."""
     (tuned, changes), base = tuned_of(), pipeline()
-    made = extract(base, tuned, 3)
-    assert veneer.attachments(base) == [made.attachment]
-    assert made.attachment.parts.keys() == changes.keys()
-    assert all(lost(changes[n], change(made.attachment, n)) < 1e-5 for n in changes)
-    assert made.error < 1e-5
-    assert made.notes == ()
+    result = extract(base, tuned, 3)
+    assert veneer.attachments(base) == [result.attachment]
+    assert result.attachment.parts.keys() == changes.keys()
+    assert all(lost(changes[n], change(result.attachment, n)) < 1e-5 for n in changes)
+    assert result.error < 1e-5
+    assert result.notes == ()
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 4, 24))
     with torch.no_grad():
         torch.testing.assert_close(base.unet(*inputs).sample, tuned.unet(*inputs).sample, rtol=1e-4, atol=1e-4)
 
 
-def test_every_weight_has_the_rank_that_its_error_needs() -> None:
+def test_extract_selects_ranks_by_error() -> None:
     (tuned, changes), base = tuned_of(), pipeline()
-    made = extract(base, tuned, Keep(error=0.3))
-    for m in made.made:
+    result = extract(base, tuned, RankSelection(error=0.3))
+    for m in result.factors:
         s = torch.linalg.svdvals(changes[m.site.name])
         rest = [math.sqrt(float(s[k:].pow(2).sum() / s.pow(2).sum())) for k in range(1, 4)]
         assert m.rank == 1 + next(k for k, error in enumerate(rest) if error <= 0.3)
         assert m.error <= 0.3
-    assert len({m.rank for m in made.made}) > 1
+    assert len({m.rank for m in result.factors}) > 1
 
 
-def test_a_selection_and_what_is_left_out() -> None:
+def test_extract_with_where_notes_other_differences() -> None:
     (tuned, _), base = tuned_of(), pipeline()
     with torch.no_grad():
         tuned.unet.conv_in.bias.add_(1.0)
-    made = extract(base, tuned, 3, where="attn.q")
-    assert {m.site.role for m in made.made} == {"attn.q"}
-    assert {m.site.component for m in made.made} == {"unet"}
-    (note,) = made.notes
-    assert note.startswith("not carried: ")
+    result = extract(base, tuned, 3, where="attn.q")
+    assert {m.site.role for m in result.factors} == {"attn.q"}
+    assert {m.site.component for m in result.factors} == {"unet"}
+    (note,) = result.notes
+    assert note.startswith("not included: ")
     assert "unet.conv_in.bias" in note
 
 
-def test_slices_of_a_fused_weight() -> None:
+def test_extract_slices_of_a_fused_weight() -> None:
     """q and v of the fused weight differ, k does not."""
     veneer.hosts.register(ToyHost)
     try:
@@ -75,17 +75,17 @@ def test_slices_of_a_fused_weight() -> None:
         with torch.no_grad():
             tuned.qkv.weight[:6] += torch.eye(6)
             tuned.qkv.weight[12:] -= torch.outer(torch.arange(6.0), torch.ones(6))
-        made = extract(base, tuned, Keep(error=1e-3))
-        assert {m.site.name: m.rank for m in made.made} == {"qkv.q": 6, "qkv.v": 1}
-        torch.testing.assert_close(change(made.attachment, "qkv.q").float(), torch.eye(6), rtol=0, atol=1e-6)
-        assert made.notes == ()
+        result = extract(base, tuned, RankSelection(error=1e-3))
+        assert {m.site.name: m.rank for m in result.factors} == {"qkv.q": 6, "qkv.v": 1}
+        torch.testing.assert_close(change(result.attachment, "qkv.q").float(), torch.eye(6), rtol=0, atol=1e-6)
+        assert result.notes == ()
         (note,) = extract(net(), tuned, 3, where="attn.q").notes
-        assert note.startswith("not carried: 1 other tensors differ (relative to their norm: qkv.weight by ")
+        assert note.startswith("not included: 1 other tensors differ (relative to their norm: qkv.weight by ")
     finally:
         veneer.hosts.unregister("toy")
 
 
-def test_what_cannot_be_extracted() -> None:
+def test_extract_errors() -> None:
     (tuned, _), base = tuned_of(), pipeline()
     with raises(CombineError, given=0, expected=1):
         extract(base, pipeline(), 3)

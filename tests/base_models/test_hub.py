@@ -37,7 +37,7 @@ def test_a_closed_hub_is_unreachable_and_its_cache_alone_is_read(closed: str) ->
         assert closed in why
         assert constants.is_offline_mode()
     assert not constants.is_offline_mode()
-    with hub(asked=False) as why:
+    with hub(required=False) as why:
         assert not why
         assert not constants.is_offline_mode()
 

@@ -56,7 +56,7 @@ def loaded(path: Path) -> dict[str, Tensor]:
 
 def told(lines: list[str]) -> float:
     """The total error in the printed text."""
-    found = re.search(r"error (\S+) of the change", lines[1])
+    found = re.search(r"relative error (\S+)", lines[1])
     assert found is not None
     return float(found[1])
 
@@ -106,7 +106,7 @@ def test_dtype_of_the_file(files: Any, base: Path, tmp_path: Path) -> None:
 def test_resize_from_a_native_file_knows_its_base(files: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["resize", str(files[0]["native"]), "--error", "0.4", "--rank", "3", "--out", str(tmp_path / "r"), "--to", "kohya"]
     assert main(words) == 0
-    assert "21 weights, ranks 2 to 3, error " in capsys.readouterr().out
+    assert "21 weights, ranks 2 to 3, relative error " in capsys.readouterr().out
     ranks = {k: t.shape[0] for k, t in load_file(tmp_path / "r.safetensors").items() if "lora_down" in k}
     wanted = {}
     for name, delta in files[1][0].items():
@@ -126,7 +126,7 @@ def test_extract_from_folders(base: Path, files: Any, tmp_path: Path, capsys: py
     words = ["extract", str(tmp_path / "tuned"), "--base", str(base), "--rank", "4", "--to", "kohya"]
     assert main([*words, "--out", str(tmp_path / "x")]) == 0
     printed = capsys.readouterr().out
-    assert "not carried: 1 other tensors differ (relative to their norm: unet.conv_out.bias" in printed
+    assert "not included: 1 other tensors differ (relative to their norm: unet.conv_out.bias" in printed
     first, got = files[1][0], loaded(tmp_path / "x")
     assert got.keys() == first.keys()
     assert all(torch.allclose(got[n], delta, rtol=0, atol=1e-5) for n, delta in first.items())

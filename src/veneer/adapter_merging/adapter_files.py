@@ -1,4 +1,4 @@
-"""Adapters of files, and a LoRA into a new file."""
+"""Reading of adapter files to merge, and writing of the resulting LoRA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veneer.formats.native import KEY
 from veneer.injection import Attachment, LoadError, SaveError, VeneerError
 
 from .delta_weights import CombineError
-from .lora_from_deltas import Outcome
+from .lora_from_deltas import MergeResult
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBEDDINGS = "textual_inversion"
@@ -32,18 +32,18 @@ MERGEABLE = frozenset(
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds: an adapter on the model, or None, and token embeddings, which are on no model."""
+    """Contents of a file: an adapter, attached to the model, or None, and token embeddings, not attached."""
 
     adapter: Attachment | None
     tokens: tuple[TokenEmbedding, ...]
 
 
 def read_content(model: Any, path: str | PathLike[str]) -> Content:
-    """The adapter and the token embeddings of a file; the adapter stays on the model.
+    """Reads the adapter and the token embeddings of a file; the adapter stays attached to the model.
 
     Raises:
-        LoadError: it does not fit. CombineError: the file holds several adapters. SaveError: base parameters were trained with
-            a token.
+        LoadError: incompatible with the model. CombineError: the file has several adapters. SaveError: base parameters were
+            trained with a token.
     """
     found = load_all(model, path)
     try:
@@ -51,8 +51,8 @@ def read_content(model: Any, path: str | PathLike[str]) -> Content:
         others = [a for a in found if a not in learned]
         tokens = tuple(each for a in learned for each in token_embeddings(a))
         if len(others) > 1:
-            told = ", ".join(f"{a.name} ({a.method.name})" for a in others)
-            message = f"{path}: holds {told}; expected one adapter, with or without token embeddings."
+            names = ", ".join(f"{a.name} ({a.method.name})" for a in others)
+            message = f"{path}: contains {names}; expected one adapter, with or without token embeddings."
             raise CombineError(message, file=path, given=tuple(a.name for a in others), expected=1)
     except BaseException:
         for attachment in reversed(found):
@@ -64,10 +64,10 @@ def read_content(model: Any, path: str | PathLike[str]) -> Content:
 
 
 def unite_tokens(contents: Iterable[tuple[Path, Content]]) -> list[TokenEmbedding]:
-    """The token embeddings of all files, each token once.
+    """Collects the token embeddings of all files, each token once.
 
     Raises:
-        CombineError: two files have the same token with other vectors.
+        CombineError: two files have different embeddings of the same token.
     """
     united: dict[str, tuple[Path, TokenEmbedding]] = {}
     for path, content in contents:
@@ -75,9 +75,8 @@ def unite_tokens(contents: Iterable[tuple[Path, Content]]) -> list[TokenEmbeddin
             before, same = united.setdefault(each.token, (path, each))
             if not same.equals(each):
                 raise CombineError(
-                    f"{before.name} and {path.name}: both have trained the token '{each.token}', each its own vectors, and a "
-                    "prompt can mean only one. Convert one of them to kohya's format and merge that LoRA, which comes without "
-                    "the token.",
+                    f"{before.name} and {path.name}: different embeddings of the token '{each.token}'; expected one embedding "
+                    "per token. Convert one file to kohya's format, which drops the token, and merge the converted LoRA.",
                     file=path,
                     where=each.token,
                     given=(before.name, path.name),
@@ -86,7 +85,7 @@ def unite_tokens(contents: Iterable[tuple[Path, Content]]) -> list[TokenEmbeddin
 
 
 def is_mergeable(path: str | PathLike[str]) -> bool:
-    """True if a file holds weight updates of a pipeline or token embeddings, and nothing else, by its header alone.
+    """True if a file contains only weight updates of a pipeline or token embeddings. Reads the header only.
 
     False for classifiers, control networks, image prompts, trained base parameters and unreadable files.
     """
@@ -100,64 +99,64 @@ def is_mergeable(path: str | PathLike[str]) -> bool:
     return bool(found.blocks) and all(block.method in MERGEABLE for block in found.blocks)
 
 
-def free(path: str | PathLike[str], form: str) -> Path:
-    """Where a file of a format will be.
+def new_file(path: str | PathLike[str], form: str) -> Path:
+    """Path of a new file of a format.
 
     Raises:
-        SaveError: something is there already.
+        SaveError: the path exists.
     """
     target = formats.get(form)().place(path)
     if target.exists():
-        raise SaveError(f"{target}: it is there already. Give another --out.", file=target, given="exists")
+        raise SaveError(f"{target}: already exists. Choose another --out.", file=target, given="exists")
     return target
 
 
-def form_of(paths: Iterable[str | PathLike[str]]) -> str:
-    """The format of the first file that is not of token embeddings alone; `embeddings` if all are.
+def common_format(paths: Iterable[str | PathLike[str]]) -> str:
+    """The format of the first file that has more than token embeddings; `embeddings` if none has.
 
     Raises:
-        LoadError: a file of no known format.
+        LoadError: a file of an unknown format.
     """
     for path in paths:
         found = look(path).format
         if found is None:
-            raise LoadError(f"{path}: no known format. Give --to.", file=path, option="to")
+            raise LoadError(f"{path}: unknown format. Set the output format with --to.", file=path, option="to")
         if found != "embeddings":
             return found
     return "embeddings"
 
 
 def write(
-    outcome: Outcome, path: str | PathLike[str], form: str, dtype: torch.dtype, provenance: Mapping[str, Any] | None = None
+    result: MergeResult, path: str | PathLike[str], form: str, dtype: torch.dtype, provenance: Mapping[str, Any] | None = None
 ) -> Path:
-    """The LoRA of an outcome as a new file in `dtype`, to which its matrices are rounded already.
+    """Writes the LoRA of a result to a new file in `dtype`, to which its matrices are already rounded.
 
     Raises:
-        SaveError: the format cannot hold it, or the file is there.
+        SaveError: the format does not support it, or the file exists.
     """
-    target = free(path, form)
-    _narrow(outcome, dtype)
-    return formats.get(form)().save(outcome.attachment, target, provenance)
+    target = new_file(path, form)
+    _narrow(result, dtype)
+    return formats.get(form)().save(result.attachment, target, provenance)
 
 
 def write_all(
     model: Any,
-    outcome: Outcome | None,
+    result: MergeResult | None,
     tokens: Sequence[TokenEmbedding],
     path: str | PathLike[str],
     form: str,
     dtype: torch.dtype,
     provenance: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """A LoRA and token embeddings: one file where the format holds both, else each token in its own file beside the LoRA.
+    """Writes a LoRA and token embeddings, to one file if the format supports both, else each token to a file beside the LoRA.
 
     Raises:
-        SaveError: the format cannot hold them, or a file is there.
+        SaveError: the format does not support them, or a file exists.
     """
-    target = free(path, form)
-    lora = [] if outcome is None else [outcome.attachment]
-    if outcome is not None:
-        _narrow(outcome, dtype)
+    target = new_file(path, form)
+    lora = [] if result is None else [result.attachment]
+    if result is not None:
+        _narrow(result, dtype)
     if form in HOLDING:
         several = attach_tokens(model, [unite(tokens, target)] if form == "embeddings" and tokens else tokens)
         try:
@@ -167,7 +166,7 @@ def write_all(
                 attachment.detach()
     if not lora:
         raise CombineError(
-            f"{target}: there are only token embeddings, which {form} cannot hold. Give --to native or embeddings.",
+            f"{target}: only token embeddings, which the format {form} does not support. Use --to native or embeddings.",
             file=target,
             given=form,
             expected=("native", "embeddings"),
@@ -183,7 +182,7 @@ def write_all(
     return written
 
 
-def _narrow(outcome: Outcome, dtype: torch.dtype) -> None:
-    for parameter in outcome.attachment.parameters():
+def _narrow(result: MergeResult, dtype: torch.dtype) -> None:
+    for parameter in result.attachment.parameters():
         narrow = parameter.data.to(dtype)
         parameter.data = narrow if torch.equal(narrow.to(parameter.dtype), parameter) else parameter.data

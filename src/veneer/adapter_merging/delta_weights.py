@@ -1,4 +1,4 @@
-"""The change that an adapter makes to a weight, as a product of low rank where it is one, else as a matrix."""
+"""ΔW of an adapter at a weight, as low-rank factors if the adapter has any, else as a matrix."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from veneer.injection.sites import WeightSite
 
 
 class CombineError(VeneerError):
-    """Adapters or models that cannot be combined as asked."""
+    """Adapters or models that cannot be merged."""
 
 
 @dataclass(frozen=True)
-class Change:
-    """ΔW in double precision, group by group.
+class DeltaWeight:
+    """ΔW in double precision, by convolution group.
 
     Args:
         factors: C (groups, rows, rank) and D (groups, rank, width) with ΔW = C D; or None.
-        matrix: ΔW (groups, rows, width); or None where there are factors.
+        matrix: ΔW (groups, rows, width); or None if there are factors.
     """
 
     factors: tuple[Tensor, Tensor] | None = None
     matrix: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """(groups, rows, width)."""
+        """ΔW as a matrix (groups, rows, width)."""
         if self.matrix is not None:
             return self.matrix
         assert self.factors is not None
         return self.factors[0] @ self.factors[1]
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U, σ and Vᵀ; by way of the factors, where there are any."""
+        """U, σ and Vᵀ, computed from the factors if there are any."""
         return product_svd(*self.factors) if self.factors else oblong_svd(self.dense())
 
     def norm(self) -> float:
@@ -54,28 +54,28 @@ class Change:
         return product_norm(torch.cat([self.factors[0], -left], 2), torch.cat([self.factors[1], right], 1))
 
 
-def added(changes: list[Change], weights: list[float]) -> Change:
-    """Σ w·ΔW; as factors side by side, where all are factors."""
+def weighted_sum(changes: list[DeltaWeight], weights: list[float]) -> DeltaWeight:
+    """Σ w·ΔW, as concatenated factors if all changes have factors."""
     pairs = [c.factors for c in changes if c.factors is not None]
     if len(pairs) < len(changes):
-        return Change(matrix=sum((w * c.dense() for c, w in zip(changes, weights, strict=True)), torch.zeros(())))
+        return DeltaWeight(matrix=sum((w * c.dense() for c, w in zip(changes, weights, strict=True)), torch.zeros(())))
     left = torch.cat([w * c for (c, _), w in zip(pairs, weights, strict=True)], 2)
-    return Change(factors=(left, torch.cat([d for _, d in pairs], 1)))
+    return DeltaWeight(factors=(left, torch.cat([d for _, d in pairs], 1)))
 
 
 @torch.no_grad()
-def change_of(attachment: Attachment, name: str) -> Change:
-    """What an attachment does to one weight at its strength: weight(W) − W, or the factors of the sum that it is.
+def delta_weight_of(attachment: Attachment, name: str) -> DeltaWeight:
+    """ΔW of an attachment at one weight, at its current strength: its factors, or weight(W) − W.
 
     Raises:
-        CombineError: the adapter is none of a weight, has no weight form, or the base's weight is not there to be read.
+        CombineError: the adapter does not act on a weight, has no weight form, or the base weight cannot be read.
     """
     site: Any = attachment.parts[name][0]
     adapter: Any = attachment.parts[name][1]
     if not isinstance(site, WeightSite) or not isinstance(adapter, WeightAdapter) or isinstance(adapter, BiasAdapter):
         raise CombineError(
-            f"'{attachment.name}' ({attachment.method.name}) at {name} is no change of a weight, which a LoRA could hold. "
-            "Leave it out, or keep it beside in its own file.",
+            f"'{attachment.name}' ({attachment.method.name}) at {name} is not a weight update, so that it cannot be merged into "
+            "a LoRA. Keep it in its own file.",
             where=name,
             given=attachment.name,
             expected="weight",
@@ -83,40 +83,40 @@ def change_of(attachment: Attachment, name: str) -> Change:
     with widened(attachment.parts[name][1], torch.float64):
         if isinstance(adapter, LowRankAdapter):
             left, right = adapter.factors()
-            return Change(factors=(left.detach().clone(), right.detach().clone()))
+            return DeltaWeight(factors=(left.detach().clone(), right.detach().clone()))
         weight = base_tensor(attachment.towers[site.component], site.path, site.param)
         if not weight.is_floating_point() or weight.is_meta:
-            message = f"'{attachment.name}' at {name}: its change depends on W, which is quantised or not there."
+            message = f"'{attachment.name}' at {name}: ΔW depends on W, which is quantized or on meta. Load the base unquantized."
             raise CombineError(message, where=name, given=attachment.name, expected="W")
         rows = (weight if site.rows is None else weight[slice(*site.rows)]).double()
-        return Change(matrix=grouped(blend(adapter, adapter.weight, rows) - rows, site))
+        return DeltaWeight(matrix=grouped(blend(adapter, adapter.weight, rows) - rows, site))
 
 
 def grouped(weight: Tensor, site: WeightSite) -> Tensor:
-    """(groups, rows, width) of a weight."""
+    """A weight as (groups, rows, width)."""
     return weight.flatten(1).unflatten(0, (site.groups, -1))
 
 
-def refuse(attachment: Attachment) -> None:
-    """Raise for what has no change of its own, or more than changes of weights.
+def check_mergeable(attachment: Attachment) -> None:
+    """Raises an error for attachments that are merged, or that contain more than weight updates.
 
     Raises:
-        StateError: it is merged. CombineError: it has trained base parameters as well.
+        StateError: it is merged. CombineError: it has trained base parameters too.
     """
     if attachment.merged:
-        message = f"'{attachment.name}' is merged. Call unmerge() before combining it."
+        message = f"'{attachment.name}' is merged. Call unmerge() first."
         raise StateError(message, where=attachment.name, given="merged")
     if attachment.extras:
         raise CombineError(
-            f"'{attachment.name}' has trained {', '.join(list(attachment.extras)[:4])} of the base as well, which a LoRA has no "
-            "place for.",
+            f"'{attachment.name}' has trained base parameters too ({', '.join(list(attachment.extras)[:4])}), which a LoRA "
+            "cannot contain.",
             where=attachment.name,
             given=tuple(attachment.extras),
         )
 
 
-def pair_as_it_is(adapter: Any) -> tuple[Tensor, Tensor, float] | None:
-    """(down, up, scaling) of an adapter that is a LoRA at strength 1, bitwise; None for another."""
+def unscaled_factors(adapter: Any) -> tuple[Tensor, Tensor, float] | None:
+    """(down, up, scaling) of a LoRA at strength 1, bitwise; None for other adapters."""
     if not isinstance(adapter, PairAdapter) or float(adapter.strength) != 1:
         return None
     down, up = adapter.pair()

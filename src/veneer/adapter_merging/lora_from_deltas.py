@@ -1,4 +1,4 @@
-"""From changes of weights to a LoRA on a model, and what was lost on the way."""
+"""A LoRA from weight updates ΔW, with its approximation errors."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from veneer.formats._core.lora_config import Found, config_of
 from veneer.injection import Attachment, attach, attachments, methods
 from veneer.injection.sites import WeightSite
 
-from .delta_weights import Change, CombineError
+from .delta_weights import CombineError, DeltaWeight
 
 
 @dataclass(frozen=True)
-class Made:
-    """A LoRA for one weight.
+class LoRAFactors:
+    """LoRA factors of one weight.
 
     Args:
-        down, up: as LoRA keeps them. alpha: of it, with ΔW = (alpha / rank)·up down.
-        norm: ‖ΔW‖ of what was wanted. distance: ‖ΔW − made‖, rounding included.
+        down, up: in LoRA's layout. alpha: with (alpha / rank)·up down ≈ ΔW.
+        norm: ‖ΔW‖. distance: ‖ΔW − (alpha / rank)·up down‖, with rounding to the dtype.
     """
 
     site: WeightSite
@@ -35,81 +35,85 @@ class Made:
 
     @property
     def rank(self) -> int:
-        """Of all groups together."""
+        """Rank of all groups together."""
         return self.down.shape[1 if self.site.kind == "embedding" else 0]
 
     @property
     def error(self) -> float:
-        """distance / norm; 0 where both are 0."""
+        """Relative error: distance / norm; 0 if both are 0."""
         return self.distance / self.norm if self.norm else float(self.distance > 0)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A LoRA that was made of others or of weights.
+class MergeResult:
+    """A LoRA that was merged, extracted or resized.
 
     Args:
-        attachment: it, on its model. made: each weight's pair with its error. notes: what it does not have.
+        attachment: the LoRA, on its model. factors: of each weight, with errors. notes: on what it does not cover.
     """
 
     attachment: Attachment
-    made: tuple[Made, ...]
+    factors: tuple[LoRAFactors, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
-        """‖ΔW − made‖ / ‖ΔW‖ over all weights together (Frobenius)."""
-        norm = math.hypot(*(m.norm for m in self.made))
-        return math.hypot(*(m.distance for m in self.made)) / norm if norm else 0.0
+        """Relative error ‖ΔW − LoRA‖ / ‖ΔW‖ over all weights together (Frobenius)."""
+        norm = math.hypot(*(m.norm for m in self.factors))
+        return math.hypot(*(m.distance for m in self.factors)) / norm if norm else 0.0
 
     def errors(self) -> dict[str, float]:
-        """The same for each weight."""
-        return {m.site.name: m.error for m in self.made}
+        """Relative error of each weight."""
+        return {m.site.name: m.error for m in self.factors}
 
     def __str__(self) -> str:
-        ranks = sorted({m.rank for m in self.made})
-        told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        lines = [f"{len(self.made)} weights, {told}, error {self.error:.2e} of the change (Frobenius)"]
-        worst = sorted(self.made, key=lambda m: -m.error)[:5]
-        lines += [f"  {m.site.name}: rank {m.rank}, error {m.error:.2e}" for m in worst if self.error > 1e-5]
+        ranks = sorted({m.rank for m in self.factors})
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        lines = [f"{len(self.factors)} weights, {rank}, relative error {self.error:.2e} (Frobenius)"]
+        worst = sorted(self.factors, key=lambda m: -m.error)[:5]
+        lines += [f"  {m.site.name}: rank {m.rank}, relative error {m.error:.2e}" for m in worst if self.error > 1e-5]
         return "\n".join([*lines, *self.notes])
 
 
-def as_it_is(site: WeightSite, pair: tuple[Tensor, Tensor, float], change: Change) -> Made:
-    """The very tensors of a LoRA."""
+def from_factors(site: WeightSite, pair: tuple[Tensor, Tensor, float], change: DeltaWeight) -> LoRAFactors:
+    """Factors of a LoRA, without a copy."""
     down, up, scaling = pair
     rank = down.shape[1 if site.kind == "embedding" else 0]
-    return Made(site, down, up, scaling * rank, change.norm(), 0.0)
+    return LoRAFactors(site, down, up, scaling * rank, change.norm(), 0.0)
 
 
-def made(site: WeightSite, change: Change, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> Made:
-    """C (groups, rows, rank) and D (groups, rank, width) as LoRA's matrices in `dtype`, and how far they are from the change."""
+def lora_factors(site: WeightSite, change: DeltaWeight, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> LoRAFactors:
+    """C (groups, rows, rank) and D (groups, rank, width) as LoRA matrices in `dtype`, with their distance to ΔW."""
     left, right = (t.to(dtype) for t in factors)
     rank = left.shape[0] * left.shape[2]
     distance = change.distance(left.double(), right.double())
     if site.kind == "embedding":
-        return Made(site, left[0], right[0].T.contiguous(), float(rank), change.norm(), distance)
+        return LoRAFactors(site, left[0], right[0].T.contiguous(), float(rank), change.norm(), distance)
     down = right.flatten(0, 1).reshape(rank, *site.weight_shape[1:])
     up = left.flatten(0, 1).reshape(site.d_out, -1, *(1 for _ in site.kernel))
-    return Made(site, down, up, float(rank), change.norm(), distance)
+    return LoRAFactors(site, down, up, float(rank), change.norm(), distance)
 
 
-def place(model: Any, found: Sequence[Made], word: str, name: str | None, instead: Sequence[Attachment] = ()) -> Attachment:
-    """Attach a LoRA with these matrices; it takes the place of others that are on the model. All or nothing.
+def attach_lora(
+    model: Any, factors: Sequence[LoRAFactors], default_name: str, name: str | None, replaced: Sequence[Attachment] = ()
+) -> Attachment:
+    """Attaches a LoRA with these factors, and detaches the attachments that it replaces. Atomic.
 
     Args:
-        word: its name, numbered if it is taken, where `name` is None.
+        default_name: used if `name` is None, with a number if an attachment has this name.
     """
-    if not found:
-        raise CombineError("nothing changes any weight, so there is nothing to make a LoRA of.", given=0, expected=1)
+    if not factors:
+        raise CombineError("no weight changes; expected adapters or models with a ΔW other than 0.", given=0, expected=1)
     here = attachments(model)
-    config = config_of({m.site.name: Found(m.site, m.rank, m.alpha) for m in found})
-    where = [f"name:{m.site.name}" for m in found]
+    config = config_of({m.site.name: Found(m.site, m.rank, m.alpha) for m in factors})
+    where = [f"name:{m.site.name}" for m in factors]
     with torch.random.fork_rng(devices=[]):
-        lora = attach(model, methods.get("lora")(**config), where=where, name=name or _free(word, [a.name for a in here]))
+        lora = attach(
+            model, methods.get("lora")(**config), where=where, name=name or _unused_name(default_name, [a.name for a in here])
+        )
     try:
-        lora.load_state_dict(_state(found))
-        for other in reversed([a for a in here if a in instead]):
+        lora.load_state_dict(_state(factors))
+        for other in reversed([a for a in here if a in replaced]):
             other.detach()
     except BaseException:
         lora.detach()
@@ -117,10 +121,10 @@ def place(model: Any, found: Sequence[Made], word: str, name: str | None, instea
     return lora
 
 
-def _state(found: Sequence[Made]) -> Mapping[str, Tensor]:
-    return {f"{m.site.name}:{key}": tensor for m in found for key, tensor in (("down", m.down), ("up", m.up))}
+def _state(factors: Sequence[LoRAFactors]) -> Mapping[str, Tensor]:
+    return {f"{m.site.name}:{key}": tensor for m in factors for key, tensor in (("down", m.down), ("up", m.up))}
 
 
-def _free(word: str, taken: Sequence[str]) -> str:
-    names = (word if i == 1 else f"{word}_{i}" for i in range(1, len(taken) + 2))
+def _unused_name(name: str, taken: Sequence[str]) -> str:
+    names = (name if i == 1 else f"{name}_{i}" for i in range(1, len(taken) + 2))
     return next(n for n in names if n not in taken)

@@ -1,4 +1,4 @@
-"""How much of a change stays when its rank is cut."""
+"""Selection of the rank of ΔW by its singular values."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ KINDS = tuple(RANGES)
 
 
 @dataclass(frozen=True)
-class Keep:
-    """The rank of each weight's change: a number, or the least that fulfils one condition on the singular values σ.
+class RankSelection:
+    """The rank of each weight's ΔW: a number, or the least rank that meets one condition on the singular values σ.
 
     Args:
-        rank: the largest rank, at least 1; with a condition its upper limit.
-        energy: share of Σσ², that is of ‖ΔW‖², above 0, up to 1.
-        error: ‖ΔW − ΔW'‖ / ‖ΔW‖ at most, 0 to 1; the same as energy = 1 − error².
-        cumulative: share of Σσ, above 0, up to 1.
-        ratio: σ1 / σ of what stays is below it, above 1.
-    A grouped convolution has a pair for each group; all its groups keep equally many, judged by √Σσ² over the groups.
+        rank: the rank, at least 1; with a condition the upper limit.
+        energy: fraction of Σσ² = ‖ΔW‖² to keep, above 0, up to 1.
+        error: upper limit of ‖ΔW − ΔW'‖ / ‖ΔW‖, 0 to 1; equivalent to energy = 1 − error².
+        cumulative: fraction of Σσ to keep, above 0, up to 1.
+        ratio: singular values above σ1 / ratio are kept; above 1.
+    A grouped convolution has factors for each group; all groups have the same rank, selected by √Σσ² over the groups.
     Source: sd-scripts `networks/resize_lora.py`: sv_ratio is `ratio`, sv_cumulative is `cumulative`, sv_fro f is energy = f².
     Raises:
-        ValueError: nothing, or two conditions, or one out of its range.
+        ValueError: no condition, two conditions, or one out of range.
     """
 
     rank: int | None = None
@@ -44,24 +44,26 @@ class Keep:
     def __post_init__(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) > 1 or (not given and self.rank is None):
-            message = f"keep: {' and '.join(given) or 'nothing'} given; give rank, one of {', '.join(KINDS)}, or both"
+            message = (
+                f"rank selection: {' and '.join(given) or 'nothing'} given; expected rank, one of {', '.join(KINDS)}, or both"
+            )
             raise OptionError(message, option="keep", method="keep", given=tuple(given), expected=("rank", *KINDS))
         if self.rank is not None and self.rank < 1:
             raise OptionError.of("keep", "rank", self.rank, "at least 1")
         for kind in given:
-            value, told, fits = getattr(self, kind), *RANGES[kind]
-            if not fits(value):
-                raise OptionError.of("keep", kind, value, told)
+            value, expected, is_valid = getattr(self, kind), *RANGES[kind]
+            if not is_valid(value):
+                raise OptionError.of("keep", kind, value, expected)
 
     def holds(self, rank: int) -> bool:
-        """True if a change of this rank stays whole, whatever its singular values."""
+        """True if ΔW of this rank is kept unchanged, whatever its singular values."""
         return self.rank is not None and rank <= self.rank and all(getattr(self, kind) is None for kind in KINDS)
 
     def count(self, sigma: Tensor) -> int:
-        """How many singular values of each group stay, at least one, and no zeros.
+        """Number of singular values of each group to keep, at least one, without zeros.
 
         Args:
-            sigma: (groups, n), falling.
+            sigma: (groups, n), descending.
         """
         size = torch.linalg.vector_norm(sigma.double(), dim=0)
         found = int((size > size[0] * len(size) * torch.finfo(torch.float64).eps).sum())
@@ -78,19 +80,19 @@ class Keep:
 
 
 def _least(parts: Tensor, share: float) -> int:
-    """The least k for which parts[k:] are together at most `share` of all; summed from the small ones."""
+    """The least k for which the sum of parts[k:] is at most `share` of the total; summed from the smallest."""
     rest = parts.flip(0).cumsum(0).flip(0)
-    return int((rest > (share + 1e-12) * rest[0]).sum())  # 1 − 0.8 is a little less than 0.2
+    return int((rest > (share + 1e-12) * rest[0]).sum())  # 1 − 0.8 is slightly less than 0.2 in floating point
 
 
-def as_keep(keep: Keep | int) -> Keep:
-    """A rank alone as a `Keep`."""
-    return Keep(rank=keep) if isinstance(keep, int) else keep
+def to_rank_selection(keep: RankSelection | int) -> RankSelection:
+    """Converts a rank to a `RankSelection`."""
+    return RankSelection(rank=keep) if isinstance(keep, int) else keep
 
 
-def keep_of(
+def rank_selection_of(
     rank: int | None, energy: float | None, error: float | None, cumulative: float | None, ratio: float | None
-) -> Keep | None:
-    """A `Keep` of what is given, or None where nothing is."""
+) -> RankSelection | None:
+    """A `RankSelection` of the given options, or None if all are None."""
     given = (rank, energy, error, cumulative, ratio)
-    return None if given == (None,) * len(given) else Keep(*given)
+    return None if given == (None,) * len(given) else RankSelection(*given)

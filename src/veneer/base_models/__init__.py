@@ -1,8 +1,8 @@
-"""The base models that ship with the package, and the one door through which any base is loaded.
+"""The bundled base models, and loading of any other base model.
 
 pipe = veneer.base_models.load("bundled")             # or a diffusers folder, or a name on the hub
-clip = veneer.base_models.load_clip()                 # (model, preprocess, tokenizer)
-preset = veneer.base_models.preset("bundled")         # prompts, resolution, guidance scale and steps that suit it
+clip = veneer.base_models.load_clip()                 # the bundled CLIP: (model, preprocess, tokenizer)
+preset = veneer.base_models.preset("bundled")         # its prompts, resolution, guidance scale and steps
 """
 
 from veneer.injection.errors import BaseModelError

@@ -1,4 +1,4 @@
-"""The CLIP that judges pictures: the bundled one, or any open_clip folder."""
+"""The CLIP for similarity metrics: the bundled one, or any open_clip folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .folders import path
 
 
 class BaseClip(NamedTuple):
-    """An open_clip model with what it needs to read pictures and texts; unpacks as `model, preprocess, tokenizer`.
+    """An open_clip model with its image transform and tokenizer; unpacks as `model, preprocess, tokenizer`.
 
     Args:
         model: the open_clip model, in `eval` mode.
-        preprocess: a picture to (3, height, width).
-        tokenizer: texts to ids (n, length).
+        preprocess: converts an image to pixels (3, height, width).
+        tokenizer: converts texts to ids (n, length).
     """
 
     model: Any
@@ -28,7 +28,7 @@ class BaseClip(NamedTuple):
     tokenizer: Callable[[Sequence[str]], Tensor]
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Features (n, width) of preprocessed pictures."""
+        """Features (n, width) of preprocessed images."""
         features: Tensor = self.model.encode_image(pixels)
         return features
 
@@ -39,19 +39,21 @@ class BaseClip(NamedTuple):
 
 
 def load_clip(base: str | Path = "bundled_clip") -> BaseClip:
-    """Load the bundled CLIP, or an open_clip folder, in float32; nothing is downloaded.
+    """Loads the bundled CLIP or an open_clip folder in float32, without downloads.
 
     Raises:
-        BaseModelError: no such folder, or no `open_clip_config.json` or safetensors in it.
+        BaseModelError: no such folder, or it has no `open_clip_config.json` or no safetensors file.
     """
     import open_clip
 
     folder = path("bundled_clip") if base == "bundled_clip" else Path(base).expanduser()
     if not (folder / "open_clip_config.json").is_file():
-        message = f"bases.load_clip: no open_clip_config.json in {folder}; expected 'bundled_clip' or an open_clip folder."
+        message = f"load_clip: no open_clip_config.json in {folder}; expected 'bundled_clip' or an open_clip folder."
         raise BaseModelError(message, file=folder, where="open_clip_config.json", given="missing")
     if not any(folder.glob("*.safetensors")):
-        message = f"bases.load_clip: {folder} has no safetensors; pickles are not read. Save it again with open_clip."
+        message = (
+            f"load_clip: {folder} has no safetensors file, and pickles are not supported. Save the model again with open_clip."
+        )
         raise BaseModelError(message, file=folder, where="weights", expected=".safetensors")
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)

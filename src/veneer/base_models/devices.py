@@ -1,4 +1,4 @@
-"""The device that a base is moved to."""
+"""Device selection for base models."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from veneer.injection.errors import BaseModelError
 
 
 def resolve_device(name: str | None = None) -> str:
-    """The device of a name; without one, a GPU if there is one.
+    """The device of a name; by default a GPU if there is one, else the CPU.
 
     Raises:
-        BaseModelError: no such device on this machine, or none that this torch supports.
+        BaseModelError: the device does not exist, or this build of torch does not support it.
     """
     import torch
 
@@ -20,6 +20,6 @@ def resolve_device(name: str | None = None) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         gpu = torch.accelerator.current_accelerator(check_available=True)
         known = ("cpu", *([gpu.type] if gpu is not None else []))
-        message = f"--device {name} is not available here; expected one of {', '.join(known)}."
+        message = f"--device {name} is not available; expected one of {', '.join(known)}."
         raise BaseModelError(message, where="device", given=name, expected=known) from error
     return name

@@ -1,4 +1,4 @@
-"""Where the bundled bases and the example pictures lie, and whether a folder is a base that can be loaded."""
+"""Folders of the bundled base models and example images, and checks of diffusers pipeline folders."""
 
 from __future__ import annotations
 
@@ -11,81 +11,81 @@ from typing import Any
 from veneer.injection.errors import BaseModelError
 
 BUNDLED = ("bundled", "bundled_clip")
-"""Names of the bundled bases: a Stable Diffusion pipeline, and the CLIP that judges its pictures."""
+"""Names of the bundled base models: a Stable Diffusion pipeline, and the CLIP for its similarity metrics."""
 
 FORMER_NAMES = {"shipped": "bundled", "shipped_clip": "bundled_clip"}
-"""Names of the bundled bases in files of earlier versions."""
+"""Earlier names of the bundled base models, which files may contain."""
 
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5"})
 
 
 def path(name: str = "bundled") -> Path:
-    """The folder of a bundled base: an ordinary diffusers or open_clip folder.
+    """Folder of a bundled base model, in the ordinary diffusers or open_clip layout.
 
     Args:
         name: `bundled` or `bundled_clip`.
     Raises:
-        BaseModelError: another name, or the package was installed without its weights.
+        BaseModelError: unknown name, or the package was installed without the weights.
     """
     if name not in BUNDLED:
-        message = f"bases.path: {name!r} is no bundled base; expected one of: {', '.join(BUNDLED)}."
+        message = f"path: {name!r} is not a bundled base model; expected one of {', '.join(BUNDLED)}."
         raise BaseModelError(message, where="bundled", given=name, expected=tuple(BUNDLED))
     folder = Path(__file__).parent / name
     if not any(folder.rglob("*.safetensors")):
-        message = f"bases.path: {folder} has no weights; install the whole package, or run pipelines/pretrain_base.py."
+        message = f"path: {folder} has no weights; install the complete package, or run pipelines/pretrain_base.py."
         raise BaseModelError(message, file=folder, where="weights", given="missing")
     return folder
 
 
 def current_name(recorded: str) -> str:
-    """The present name of a base that a file records; only the bundled ones were renamed."""
+    """The current name of a base model that a file records; only the bundled ones were renamed."""
     return FORMER_NAMES.get(recorded, recorded)
 
 
 def examples() -> Path:
-    """The folder of example pictures: five of an octopus, which the bundled base never saw, with captions."""
+    """Folder of five example images of an octopus, with captions; the bundled base was not trained on this concept."""
     return Path(__file__).parent / "examples"
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Reads a JSON object.
 
     Raises:
-        BaseModelError: the file is broken or holds something else.
+        BaseModelError: the file is not valid JSON, or not an object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        message = f"{file}: cannot be read as JSON ({error}); copy the base again."
+        message = f"{file}: not readable as JSON ({error}); copy the base model again."
         raise BaseModelError(message, file=file, given="unreadable", expected="JSON") from error
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise BaseModelError(
-            f"{file}: {kind}; expected a JSON object. Copy the base again.", file=file, given=kind, expected="object"
+            f"{file}: {kind}; expected a JSON object. Copy the base model again.", file=file, given=kind, expected="object"
         )
     return value
 
 
 def check_pipeline_folder(folder: Path, given: Collection[str] = ()) -> None:
-    """See that a folder is a whole diffusers pipeline in safetensors.
+    """Checks that a folder is a complete diffusers pipeline in safetensors format.
 
     Args:
-        given: parts that the caller brings along, which the folder may lack.
+        given: components that the caller passes separately, which may be missing in the folder.
     Raises:
-        BaseModelError: no `model_index.json`, an unknown pipeline class, a missing part, or a part that has pickles only.
+        BaseModelError: no `model_index.json`, an unknown pipeline class, a missing component, or a component with pickles only.
     """
     index_file = folder / "model_index.json"
     if not index_file.is_file():
-        message = f"{folder}: no model_index.json; expected a diffusers pipeline folder, as save_pretrained writes it."
+        message = f"{folder}: no model_index.json; expected a diffusers pipeline folder, as written by save_pretrained."
         raise BaseModelError(message, file=folder, where="model_index.json", given="missing")
     index = read_json(index_file)
     for part in _required(index, index_file):
-        listed = index.get(part)
-        present = isinstance(listed, list) and listed and listed[0] is not None and (folder / part).is_dir()
+        entry = index.get(part)
+        present = isinstance(entry, list) and entry and entry[0] is not None and (folder / part).is_dir()
         if not present and part not in given:
             raise BaseModelError(
-                f"{folder}: its {part} is missing ({index['_class_name']} needs {', '.join(_required(index, index_file))}). "
-                f"Copy the folder {part} into the base, or pass {part}=... to load.",
+                f"{folder}: no component {part} ({index['_class_name']} needs {', '.join(_required(index, index_file))}). "
+                f"Copy the folder {part} into the base model, or pass {part}=... to load.",
                 file=folder,
                 where=part,
                 given="missing",
@@ -96,7 +96,7 @@ def check_pipeline_folder(folder: Path, given: Collection[str] = ()) -> None:
 
 
 def _required(index: dict[str, Any], file: Path) -> list[str]:
-    """Parts that the pipeline's class cannot do without, in its own order."""
+    """Required components of the pipeline class, in its order."""
     import diffusers
 
     name = index.get("_class_name")
@@ -114,8 +114,8 @@ def _check_weights(part: Path) -> None:
     pickles = sorted(name for name in names if Path(name).suffix in PICKLES)
     if pickles and not any(name.endswith(".safetensors") for name in names):
         raise BaseModelError(
-            f"{part}: holds only pickles ({', '.join(pickles)}), which can run code when they are opened, so they are not read. "
-            "Convert a base that you trust: diffusers' DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder).",
+            f"{part}: only pickles ({', '.join(pickles)}), which can run code when loaded; expected safetensors. "
+            "If you trust the base model, convert it: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder).",
             file=part,
             where="weights",
             given=tuple(pickles),

@@ -1,4 +1,4 @@
-"""Downloads from the model hub that fail at once where the hub cannot be reached."""
+"""Downloads from the model hub, which fail fast if the hub is unreachable."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator
 
 TRIES, TIMEOUT, WAIT = 2, 5.0, 0.5
-"""Requests before the hub counts as unreachable; seconds for each, and between them."""
+"""Attempts before the hub counts as unreachable; timeout of each and delay between them, in seconds."""
 
 
 def unreachable() -> str:
-    """Why the model hub cannot be reached; empty if it answers, whatever it answers."""
+    """Why the model hub is unreachable; empty if it responds, with any status."""
     from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
@@ -20,23 +20,23 @@ def unreachable() -> str:
         try:
             get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
             return ""
-        except Exception as error:  # of whichever HTTP library the hub's client uses
-            why = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+        except Exception as error:  # depends on the HTTP library of the hub's client
+            why = f"{constants.ENDPOINT} is unreachable ({type(error).__name__})"
         if left:
             time.sleep(WAIT)
     return why
 
 
 @contextlib.contextmanager
-def hub(asked: bool = True) -> Iterator[str]:
-    """Load from the hub, or from its local cache alone if it cannot be reached. Its client would retry each file for 23 s.
+def hub(required: bool = True) -> Iterator[str]:
+    """Context manager for downloads: limits them to the local cache if the hub is unreachable, without 23 s of retries per file.
 
     Args:
-        asked: False for a local folder; nothing is looked at or changed then.
+        required: False for a local folder, which disables the check.
     Yields:
-        Why the hub cannot be reached; empty if it answers, and then nothing is changed either.
+        Why the hub is unreachable; empty if it responds.
     """
-    if not asked:
+    if not required:
         yield ""
         return
     from huggingface_hub import constants

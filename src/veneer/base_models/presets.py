@@ -1,4 +1,4 @@
-"""What suits a base: how its prompts are worded, at which size it draws, and how strongly it is guided."""
+"""Presets of base models: prompts, resolution, sampling settings and training defaults."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ FILE = "veneer.json"
 
 @dataclass(frozen=True)
 class Preset:
-    """Defaults for a base; a `veneer.json` in its folder replaces any of them.
+    """Defaults for a base model; the `veneer.json` in its folder overrides any of them.
 
     Args:
-        templates: captions of training pictures that have none; `{concept}` stands for the word.
-        previews: prompts that show the concept.
-        unrelated: prompts without the concept, on which drift is measured.
-        class_word: what a concept is compared to when nothing else is said.
-        resolution: pixels a side; None is the base's own (its latent size times the autoencoder's stride).
-        guidance_scale, steps, negative_prompt: for sampling.
-        things, scenes: what the base draws well, and prompts with {thing} in them: pictures to learn control from.
-        training: method name to what is usual for it on this base: `options`, `where`, `learning_rate`, `steps`, `batch`,
-            `schedule`, `caption_dropout`.
+        templates: caption templates for training images without captions; `{concept}` is replaced by the concept.
+        previews: preview prompts with the concept.
+        unrelated: prompts without the concept, to measure drift.
+        class_word: default class noun of a concept.
+        resolution: side of the images in pixels; None for the base's own (its latent size times the autoencoder's stride).
+        guidance_scale, steps, negative_prompt: sampling settings.
+        things, scenes: objects that the base generates well, and prompts with {thing}: for generated control training images.
+        training: defaults of training methods on this base, by method name: `options`, `where`, `learning_rate`, `steps`,
+            `batch`, `schedule`, `caption_dropout`.
     """
 
     templates: tuple[str, ...] = ("a photo of {concept}",)
@@ -45,10 +45,10 @@ class Preset:
 
 
 def preset(base: str | Path = "bundled") -> Preset:
-    """The preset of a base: from `veneer.json` in its folder, else the defaults.
+    """The preset of a base model: from `veneer.json` in its folder, else the defaults.
 
     Raises:
-        BaseModelError: no such base, or an entry of `veneer.json` that is unknown or of another type.
+        BaseModelError: no such base model, or an unknown entry or wrong type in `veneer.json`.
     """
     source = find(base)
     file = source / FILE if isinstance(source, Path) else None
@@ -56,22 +56,22 @@ def preset(base: str | Path = "bundled") -> Preset:
 
 
 def parse(entries: dict[str, Any], file: Path) -> Preset:
-    """A preset from the entries of a `veneer.json`."""
+    """Parses the entries of a `veneer.json`."""
     known: dict[str, Any] = {f.name: {} if f.name == "training" else f.default for f in fields(Preset)}
     given: dict[str, Any] = {}
     for name, value in entries.items():
         if name not in known:
-            message = f"{file}: unknown entry {name!r}; there are: {', '.join(known)}."
+            message = f"{file}: unknown entry {name!r}; expected one of {', '.join(known)}."
             raise BaseModelError(message, file=file, where=name, expected=tuple(known))
         value = tuple(value) if isinstance(value, list) else value
-        if not _alike(value, 0 if name == "resolution" else known[name]):
-            message = f"{file}: {name} is {value!r}; expected something like {known[name]!r}."
+        if not _has_type_of(value, 0 if name == "resolution" else known[name]):
+            message = f"{file}: {name} is {value!r}; expected a value such as {known[name]!r}."
             raise BaseModelError(message, file=file, where=name, given=value, expected=known[name])
         given[name] = value
     return Preset(**given)
 
 
-def _alike(value: Any, default: Any) -> bool:
+def _has_type_of(value: Any, default: Any) -> bool:
     if isinstance(default, tuple):
         return isinstance(value, tuple) and bool(value) and all(isinstance(each, str) for each in value)
     if isinstance(default, float):
