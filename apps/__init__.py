@@ -1,5 +1,1 @@
-"""The app: a page in the browser over the commands, with no logic of its own."""
-
-from veneer.extras import require
-
-require("gradio")
+"""The web app: a Gradio interface over the commands of the package."""

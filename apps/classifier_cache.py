@@ -1,4 +1,4 @@
-"""Questions to taught classifiers, which stay loaded from one question to the next."""
+"""Cache of loaded classifiers for predictions on the page Classify."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from pathlib import Path
 from veneer.classification.predict import Predictor, open_predictor
 from veneer.injection import StateError, VeneerError
 
-KEPT = 2
+MAX_CLASSIFIERS = 2
 """Classifiers that stay loaded."""
 
 
-class Answers:
-    """Answers one question after the other; of the classifiers the `KEPT` that were asked last stay in memory."""
+class ClassifierCache:
+    """Classifies one image at a time; keeps the `MAX_CLASSIFIERS` most recently used classifiers in memory."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, int], Predictor] = OrderedDict()
-        self._one = threading.Lock()
+        self._predictors: OrderedDict[tuple[str, int], Predictor] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def ask(self, run: Path, picture: Path, most: int = 5) -> dict[str, float]:
-        """The likeliest classes of a picture, with their probabilities.
+    def classify(self, run: Path, image: Path, top: int = 5) -> dict[str, float]:
+        """Most probable classes of an image, with their probabilities.
 
         Args:
-            run: folder of `veneer transfer`. `most`: classes that are told.
+            run: folder of `veneer transfer`. `top`: number of classes.
         Raises:
-            VeneerError: nothing was taught there yet, or the picture cannot be read.
+            VeneerError: the run has no trained weights yet, or the image cannot be read.
         """
-        with self._one:
-            prediction = next(self._opened(run).predict([picture], most))
-        if prediction.problem:
-            raise VeneerError(prediction.problem, file=prediction.image)
-        return {prediction.label: prediction.probability, **dict(prediction.others)}
+        with self._lock:
+            answer = next(self._predictor(run).answers([image], top))
+        if answer.problem:
+            raise VeneerError(answer.problem, file=answer.picture)
+        return {answer.label: answer.probability, **dict(answer.others)}
 
-    def _opened(self, run: Path) -> Predictor:
+    def _predictor(self, run: Path) -> Predictor:
         file = run / "model.json"
         if not file.is_file():
-            message = "there are no trained weights yet that could be asked: wait for the end, or stop it."
+            message = "this run has no trained weights yet. Wait for its end, or stop it."
             raise StateError(message, where=run.name, given="untrained")
         key = (str(run), file.stat().st_mtime_ns)
-        if key not in self._kept:
-            for old in [old for old in self._kept if old[0] == key[0]]:
-                del self._kept[old]  # it went on after a stop
-            self._kept[key] = open_predictor(run)
-        self._kept.move_to_end(key)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+        if key not in self._predictors:
+            for old in [old for old in self._predictors if old[0] == key[0]]:
+                del self._predictors[old]  # the run was resumed after a stop
+            self._predictors[key] = open_predictor(run)
+        self._predictors.move_to_end(key)
+        while len(self._predictors) > MAX_CLASSIFIERS:
+            self._predictors.popitem(last=False)
+        return self._predictors[key]

@@ -1,4 +1,4 @@
-"""Gradio's own components bounded: they decode whatever came before a handler sees it, and keep drawings without end."""
+"""Size limits for Gradio components, which decode any input before a handler runs and never discard drawings."""
 
 from __future__ import annotations
 
@@ -15,79 +15,81 @@ from PIL import Image
 
 from veneer.injection import VeneerError
 
-from .context import refusal
+from .context import page_error
 from .limits import LIMITS
-from .request_limits import PLACE
-from .uploads import picture
-from .workspace import shown
+from .request_limits import UPLOAD_FOLDER
+from .uploads import load_image
+from .workspace import printable
 
-_keep = gr.ImageEditor.accept_blobs
+_accept_blobs = gr.ImageEditor.accept_blobs
 
 
-class Page(gr.Blocks):
-    """Blocks that say which field has an unusable value, and log it in one line."""
+class AppBlocks(gr.Blocks):
+    """Blocks whose error names the field that has an invalid value; the log gets one line."""
 
-    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any, **named: Any) -> Any:
-        """Values of the components, as a handler gets them.
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any, **kwargs: Any) -> Any:
+        """Preprocesses the values of the components for a handler.
 
         Raises:
-            gr.Error: a value that no browser sends from this page, such as text in a number field or a file of elsewhere.
+            gr.Error: a value that this page cannot send, such as text in a number field or a file uploaded elsewhere.
         """
         try:
-            return await super().preprocess_data(block_fn, inputs, *rest, **named)
+            return await super().preprocess_data(block_fn, inputs, *rest, **kwargs)
         except gr.Error as error:
             if error.print_exception:  # Gradio's own
-                raise refusal(str(error.message)) from error
+                raise page_error(str(error.message)) from error
             raise
         except Exception as error:
-            raise refusal(await self._reason(error, block_fn, inputs, *rest, **named)) from error
+            raise page_error(await self._reason(error, block_fn, inputs, *rest, **kwargs)) from error
 
-    async def _reason(self, error: Exception, block_fn: Any, inputs: list[Any], *rest: Any, **named: Any) -> str:
+    async def _reason(self, error: Exception, block_fn: Any, inputs: list[Any], *rest: Any, **kwargs: Any) -> str:
         for block, value in zip(block_fn.inputs, inputs, strict=False):
             alone = copy.copy(block_fn)
             alone.inputs, alone.component_prop_inputs = [block], []
             try:
-                await super().preprocess_data(alone, [value], *rest, **named)
+                await super().preprocess_data(alone, [value], *rest, **kwargs)
             except Exception:
                 label = getattr(block, "label", None) or "A field"
                 if isinstance(value, (dict, list)):
                     return f"{label}: this file was not uploaded to this page. Choose it again."
-                return f"{label} is {shown(repr(value))}, which this field cannot have. Reload the page, and fill it in again."
-        return f"{len(inputs)} values came; expected {len(block_fn.inputs)}. Reload the page." if inputs else str(error)
+                return (
+                    f"{label} is {printable(repr(value))}, which is invalid for this field. Reload the page and fill it in again."
+                )
+        return f"received {len(inputs)} values; expected {len(block_fn.inputs)}. Reload the page." if inputs else str(error)
 
 
-def bound() -> None:
-    """Let every `gr.Image`, number field and canvas of this process keep to the limits. A second call changes nothing.
+def install_limits() -> None:
+    """Applies the limits to every `gr.Image`, number field and canvas of this process. Idempotent.
 
-    Uploads of each login go into a folder of their own, see `guard`.
+    Uploads of each login go into a separate folder, see `request_limits`.
 
-    A `gr.Image` gives the picture upright and RGB; one that cannot be read is refused with a readable message. With
-    `type="filepath"` it gives the file unread, for `uploads`.
+    `gr.Image` returns the image upright and RGB, and rejects unreadable files with a clear message. With `type="filepath"` it
+    returns the path without reading the file, for `uploads`.
     """
-    gr.Image.preprocess = _given  # type: ignore[method-assign]
+    gr.Image.preprocess = _load_image  # type: ignore[method-assign]
     gr.Number.preprocess = gr.Slider.preprocess = _number  # type: ignore[method-assign, assignment]
-    gr.ImageEditor.accept_blobs = _drawn  # type: ignore[method-assign]
-    App.uploaded_file_dir = property(_uploads, _set_cache)  # type: ignore[assignment]
-    Image.MAX_IMAGE_PIXELS = LIMITS.photo_pixels  # Pillow refuses what is twice as large
+    gr.ImageEditor.accept_blobs = _accept_drawing  # type: ignore[method-assign]
+    App.uploaded_file_dir = property(_upload_folder, _set_cache)  # type: ignore[assignment]
+    Image.MAX_IMAGE_PIXELS = LIMITS.photo_pixels  # Pillow rejects images of twice this size
 
 
-def _given(self: gr.Image, payload: Any) -> Any:
+def _load_image(self: gr.Image, payload: Any) -> Any:
     if payload is None:
         return None
     try:
         if not payload.path:
-            raise VeneerError("no picture came; expected a file. Bring it again.", where="file", given=None)
+            raise VeneerError("the upload has no file. Upload the image again.", where="file", given=None)
         if self.type == "filepath":
             return str(payload.path)
-        found = picture(payload.path).rgb
+        found = load_image(payload.path).rgb
     except VeneerError as error:
-        raise refusal(str(error)) from error
+        raise page_error(str(error)) from error
     return np.asarray(found) if self.type == "numpy" else found
 
 
-def _uploads(self: App) -> str:
-    """Where uploads go and from where files are served: the visitor's own folder for an upload, else the whole cache."""
-    return str(Path(vars(self)["cache"]) / PLACE.get())
+def _upload_folder(self: App) -> str:
+    """Folder for uploads and served files: the user's upload folder during an upload, else the whole cache."""
+    return str(Path(vars(self)["cache"]) / UPLOAD_FOLDER.get())
 
 
 def _set_cache(self: App, folder: str) -> None:
@@ -95,7 +97,7 @@ def _set_cache(self: App, folder: str) -> None:
 
 
 def _number(self: gr.Number | gr.Slider, payload: Any) -> float | int | None:
-    """The number of a field, whole where the field's step is whole; None for an empty one."""
+    """Value of a number field: an int if the step of the field is an integer, None if it is empty."""
     if payload is None:
         return None
     low, high, whole = self.minimum, self.maximum, _is_whole(self)
@@ -104,7 +106,7 @@ def _number(self: gr.Number | gr.Slider, payload: Any) -> float | int | None:
     fits = isinstance(payload, (int, float)) and not isinstance(payload, bool) and math.isfinite(payload)
     fits = fits and (low is None or payload >= low) and (high is None or payload <= high)
     if not fits or (whole and payload != int(payload)):
-        raise refusal(f"{self.label or 'A field'} is {shown(str(payload))}; expected {kind}{bounds}.")
+        raise page_error(f"{self.label or 'A field'} is {printable(str(payload))}; expected {kind}{bounds}.")
     return int(payload) if whole else gr.Number.round_to_precision(payload, self.precision)
 
 
@@ -115,12 +117,12 @@ def _is_whole(field: gr.Number | gr.Slider) -> bool:
 
 
 @server  # type: ignore[untyped-decorator]
-def _drawn(self: gr.ImageEditor, data: Any) -> None:
-    """One part of a drawing. Of drawings that are sent and never used, the oldest go."""
+def _accept_drawing(self: gr.ImageEditor, data: Any) -> None:
+    """Stores one part of a drawing; drops the oldest unused drawings beyond the limit."""
     index, name = str(data.data.get("index") or "null"), str(data.data["id"])
     index = "0" if index == "null" else index
     if not (index.isascii() and index.isdecimal() and len(index) < 5 and int(index) < LIMITS.layers and len(name) < 100):
         raise gr.Error(f"a drawing has at most {LIMITS.layers} layers.", print_exception=False)
     while len(self.blob_storage) >= LIMITS.drawings and name not in self.blob_storage:
         self.blob_storage.pop(next(iter(self.blob_storage)), None)
-    _keep(self, data)
+    _accept_blobs(self, data)

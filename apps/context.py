@@ -1,4 +1,4 @@
-"""What all pages share: the workspace of a visitor, the queue of jobs, and the painter."""
+"""Services that all pages share: workspaces, the job queue, the image generator, and errors shown on the page."""
 
 from __future__ import annotations
 
@@ -16,87 +16,87 @@ import gradio as gr
 
 from veneer.injection import VeneerError
 
-from .generator import Painter
+from .generator import Generator
 from .job_queue import JobQueue
-from .jobs import Job, make
-from .workspace import Workspace, shown
+from .jobs import Job, create_job
+from .workspace import Workspace, printable
 
 LOG = logging.getLogger("veneer.app")
-NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
+HTML_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Studio:
-    """The app's parts.
+class Context:
+    """Services of one running app.
 
     Args:
-        root: of the workspaces of all users.
+        root: folder that contains the workspaces of all users.
     """
 
     root: Path
     queue: JobQueue
-    painter: Painter
+    generator: Generator
 
     @staticmethod
-    def at(root: Path, device: str | None = None) -> Studio:
-        """A studio over a folder, which is made."""
+    def create(root: Path, device: str | None = None) -> Context:
+        """Creates the root folder, readable by its owner only, and the services over it."""
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Studio(root, JobQueue(root), Painter(device))
+        return Context(root, JobQueue(root), Generator(device))
 
     def workspace(self, request: gr.Request | None) -> Workspace:
-        """The files of who asks: by login, or everybody's where there is none."""
+        """Workspace of the logged-in user, or the shared one if the app runs without logins."""
         return Workspace(self.root, getattr(request, "username", None))
 
-    def begin(self, workspace: Workspace, kind: str, title: str, words: list[str]) -> Job:
-        """A new job of a visitor, which waits for its turn.
+    def submit(self, workspace: Workspace, kind: str, title: str, command: list[str]) -> Job:
+        """Creates a job and puts it into the queue.
 
         Raises:
-            VeneerError: too many of them wait already.
+            VeneerError: the user already has the maximum number of unfinished jobs.
         """
-        workspace.check_room()
-        return make(workspace.jobs, kind, title, words)
+        workspace.check_queue()
+        return create_job(workspace.jobs, kind, title, command)
 
 
-def explained(function: F) -> F:
-    """A handler, or a generator, whose refusals are shown on the page, as plain text, and not as a stack of calls."""
-
-    @functools.wraps(function)
-    def run(*given: Any, **named: Any) -> Any:
-        with _refusals():
-            return function(*given, **named)
+def show_errors(function: F) -> F:
+    """Wraps an event handler or generator so that expected errors appear on the page as plain text, without a traceback."""
 
     @functools.wraps(function)
-    def run_on(*given: Any, **named: Any) -> Any:
-        with _refusals():
-            yield from function(*given, **named)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _as_page_errors():
+            return function(*args, **kwargs)
 
-    return run_on if inspect.isgeneratorfunction(function) else run  # type: ignore[return-value]
+    @functools.wraps(function)
+    def run_generator(*args: Any, **kwargs: Any) -> Any:
+        with _as_page_errors():
+            yield from function(*args, **kwargs)
+
+    return run_generator if inspect.isgeneratorfunction(function) else run  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
+def _as_page_errors() -> Iterator[None]:
     try:
         yield
     except (VeneerError, ValueError, OSError) as error:
-        raise refusal(str(error)) from error
+        raise page_error(str(error)) from error
 
 
-def refusal(why: str) -> gr.Error:
-    """An error to raise: plain text on the page, one line in the server's log."""
-    LOG.warning("refused: %s", shown(why, 300))
-    return gr.Error(escaped(why), duration=None, print_exception=False)
+def page_error(reason: str) -> gr.Error:
+    """Error to raise in a handler: plain text on the page, one line in the server log."""
+    LOG.warning("refused: %s", printable(reason, 300))
+    return gr.Error(escape_markup(reason), duration=None, print_exception=False)
 
 
-def escaped(text: str) -> str:
-    """Text that shows as itself where a page reads HTML or Markdown: all that either may read as a mark is an entity.
+def escape_markup(text: str) -> str:
+    """Escapes text for HTML and Markdown: every ASCII punctuation character and leading whitespace becomes an entity.
 
     >>> escaped("<b>*a*</b>")
     '&lt;b&gt;&#42;a&#42;&lt;&#47;b&gt;'
     """
-    marked = re.sub(r"(?m)^[ \t]+|[!-/:-@\[-`{-~]", lambda found: "".join(map(_entity, found.group())), text)
-    return marked.replace("\0", "\ufffd")
+    escaped = re.sub(r"(?m)^[ \t]+|[!-/:-@\[-`{-~]", lambda match: "".join(map(_entity, match.group())), text)
+    return escaped.replace("\0", "\ufffd")
 
 
-def _entity(mark: str) -> str:
-    return NAMED.get(mark) or f"&#{ord(mark)};"
+def _entity(character: str) -> str:
+    return HTML_ENTITIES.get(character) or f"&#{ord(character)};"

@@ -1,4 +1,4 @@
-"""Pictures for the pages: bases stay loaded, and adapters stay attached and are switched."""
+"""Image generation for the pages: base models stay loaded; adapters stay attached and are activated per request."""
 
 from __future__ import annotations
 
@@ -21,175 +21,178 @@ from veneer.training.report.previews import Preview, PreviewSettings, previews
 
 from .limits import LIMITS
 
-KEPT = 2
-"""Bases that stay loaded."""
-Given = Callable[[Any, Attachment], Mapping[str, Any]]
-"""What an adapter that follows something is given, by the pipeline and the adapter."""
+MAX_BASES = 2
+"""Base models that stay loaded."""
+Conditioning = Callable[[Any, Attachment], Mapping[str, Any]]
+"""Computes the conditioning of a control adapter from the pipeline and the attachment."""
 
 
 @dataclass(frozen=True)
-class Use:
-    """An adapter in a picture.
+class AdapterUse:
+    """An adapter file to generate with.
 
     Args:
-        file: of the adapter. `strength`: 0 the base, 1 as trained.
-        given: for one that follows something. `start`, `end`: part of the schedule in which it acts.
+        file: of the adapter. `strength`: 0 disables it, 1 is as trained.
+        conditioning: for control adapters. `start`, `end`: fraction of the sampling steps in which it is active.
     """
 
     file: Path
     strength: float = 1.0
-    given: Given | None = None
+    conditioning: Conditioning | None = None
     start: float = 0.0
     end: float = 1.0
 
 
-class _Key(NamedTuple):
-    """A file as it is now."""
+class _FileKey(NamedTuple):
+    """Identifies one version of a file."""
 
     file: str
     size: int
     inode: int
-    changed: int
+    modified: int
 
 
 @dataclass
-class _Base:
-    """A loaded base, and what is attached to it by file, the last used at the end."""
+class _LoadedBase:
+    """A loaded base model and its attachments by file, in least-recently-used order."""
 
     pipe: Any
-    attached: OrderedDict[_Key, list[Attachment]] = field(default_factory=OrderedDict)
+    attached: OrderedDict[_FileKey, list[Attachment]] = field(default_factory=OrderedDict)
 
 
-class Painter:
-    """Draws one request after the other.
+class Generator:
+    """Generates images for one request at a time.
 
-    All that it keeps is bounded: `KEPT` bases, and on each `LIMITS.adapters` files of `LIMITS.file_bytes` together.
+    Memory is bounded: at most `MAX_BASES` base models, each with at most `LIMITS.adapters` adapter files of
+    `LIMITS.file_bytes` in total.
     """
 
     def __init__(self, device: str | None = None) -> None:
         self.device = resolve_device(device)
-        self._bases: OrderedDict[str, _Base] = OrderedDict()
-        self._one = threading.Lock()
+        self._bases: OrderedDict[str, _LoadedBase] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def draw(
+    def generate(
         self,
         base: str,
         prompts: Sequence[str],
         settings: PreviewSettings,
-        uses: Sequence[Use] = (),
+        uses: Sequence[AdapterUse] = (),
         words: Mapping[str, str] | None = None,
     ) -> list[Preview]:
-        """Pictures of every prompt and seed with these adapters, in their order; those of other requests do not act.
+        """Generates one image for each prompt and seed with these adapters active, applied in the given order.
 
-        What is used at strength 0 is left out: it is the base, also where a file brings words or weights of the base.
+        Adapters of strength 0 are not attached, so their token embeddings and base weights have no effect either.
 
         Args:
-            words: replacements in the prompts, for words that the base does not know; the noise stays that of the prompt.
+            words: replacements in the prompts for tokens that the base model does not know; the initial noise is unchanged.
         Raises:
-            VeneerError: a base or an adapter that cannot be loaded or does not fit, or a prompt that is too long: see `shorten`.
+            VeneerError: a base model or adapter cannot be loaded or is incompatible, or a prompt is too long (see `shorten`).
         """
-        with self._one:
-            kept = self._base(base)
-            with self._using(kept, [use for use in uses if use.strength]):
-                if not words:  # else it was counted with the tokens of adapters that are not attached now
-                    family(kept.pipe).check_length(list(prompts))
-                return previews(kept.pipe, prompts, settings, words)
+        with self._lock:
+            base_model = self._base(base)
+            with self._activate(base_model, [use for use in uses if use.strength]):
+                if not words:  # replaced tokens belong to adapters that are not attached here
+                    family(base_model.pipe).check_length(list(prompts))
+                return previews(base_model.pipe, prompts, settings, words)
 
-    def shorten(self, base: str, prompt: str, uses: Sequence[Use] = ()) -> str:
-        """As much of a prompt, from its start, as the text encoders take, with the tokens of these adapters.
-
-        Raises:
-            VeneerError: a base or an adapter that cannot be loaded or does not fit.
-        """
-        with self._one:
-            kept = self._base(base)
-            with self._using(kept, [use for use in uses if use.strength and use.given is None]):
-                return family(kept.pipe).shorten(prompt)
-
-    def side(self, base: str) -> tuple[int, int]:
-        """The side in pixels that a base was trained for, and what sides must be a multiple of.
+    def shorten(self, base: str, prompt: str, uses: Sequence[AdapterUse] = ()) -> str:
+        """Truncates a prompt to the length that the text encoders accept, counting the tokens of these adapters.
 
         Raises:
-            VeneerError: a base that cannot be loaded.
+            VeneerError: a base model or adapter cannot be loaded or is incompatible.
         """
-        with self._one:
+        with self._lock:
+            base_model = self._base(base)
+            with self._activate(base_model, [use for use in uses if use.strength and use.conditioning is None]):
+                return family(base_model.pipe).shorten(prompt)
+
+    def resolution(self, base: str) -> tuple[int, int]:
+        """Native resolution of a base model in pixels, and the multiple that image sides must be divisible by.
+
+        Raises:
+            VeneerError: the base model cannot be loaded.
+        """
+        with self._lock:
             kind = family(self._base(base).pipe)
             return kind.resolution, kind.multiple
 
-    def _base(self, name: str) -> _Base:
+    def _base(self, name: str) -> _LoadedBase:
         if name not in self._bases:
-            while len(self._bases) >= KEPT:
+            while len(self._bases) >= MAX_BASES:
                 self._bases.popitem(last=False)
-                gc.collect()  # adapters and the layers that they sit on refer to one another
+                gc.collect()  # adapters and their host layers form reference cycles
             pipe = base_models.load(name).to(self.device)
             param_groups.freeze(pipe)
-            self._bases[name] = _Base(pipe)
+            self._bases[name] = _LoadedBase(pipe)
         self._bases.move_to_end(name)
         return self._bases[name]
 
     @contextlib.contextmanager
-    def _using(self, kept: _Base, uses: Sequence[Use]) -> Iterator[None]:
-        """Only these act; words and weights of the base that an adapter brings are gone afterwards."""
+    def _activate(self, base_model: _LoadedBase, uses: Sequence[AdapterUse]) -> Iterator[None]:
+        """Activates only these adapters; token embeddings and base weights that a file replaces are restored afterwards."""
         try:
-            found = _in_order(kept, uses)
+            found = _attach_in_order(base_model, uses)
             strengths = {a.name: use.strength for use, attached in found for a in attached}
             with contextlib.ExitStack() as scopes:
-                scopes.enter_context(activate(kept.pipe, strengths))
+                scopes.enter_context(activate(base_model.pipe, strengths))
                 for use, attached in found:
                     for a in attached:
                         if a.method.conditions:
-                            scopes.enter_context(_given(kept.pipe, use, a))
+                            scopes.enter_context(_condition(base_model.pipe, use, a))
                 yield
         finally:
-            _let_go(kept)
+            _evict(base_model)
 
 
-def _in_order(kept: _Base, uses: Sequence[Use]) -> list[tuple[Use, list[Attachment]]]:
-    """What is used, attached in the order of the request: some changes of weights are no sums, and depend on it."""
-    found = [(use, _attached(kept, use.file)) for use in uses]
-    wanted = [a for _, attached in found for a in attached]
-    if wanted != [a for a in attachments(kept.pipe) if a in wanted]:
+def _attach_in_order(base_model: _LoadedBase, uses: Sequence[AdapterUse]) -> list[tuple[AdapterUse, list[Attachment]]]:
+    """Attaches the adapters in the order of the request, which matters for weight updates that are not additive."""
+    found = [(use, _attachments_of(base_model, use.file)) for use in uses]
+    requested = [a for _, attached in found for a in attached]
+    if requested != [a for a in attachments(base_model.pipe) if a in requested]:
         for use in uses:
-            _detach(kept, _key(use.file))
-        found = [(use, _attached(kept, use.file)) for use in uses]
+            _detach(base_model, _key(use.file))
+        found = [(use, _attachments_of(base_model, use.file)) for use in uses]
     return found
 
 
-def _attached(kept: _Base, file: Path) -> list[Attachment]:
-    """A file's attachments; those of its earlier content are taken off."""
+def _attachments_of(base_model: _LoadedBase, file: Path) -> list[Attachment]:
+    """Attachments of a file; those of an earlier version of the file are detached."""
     key = _key(file)
-    if key not in kept.attached:
-        for old in [each for each in kept.attached if each.file == key.file]:
-            _detach(kept, old)
-        kept.attached[key] = load_all(kept.pipe, file)
-    kept.attached.move_to_end(key)
-    return kept.attached[key]
+    if key not in base_model.attached:
+        for old in [each for each in base_model.attached if each.file == key.file]:
+            _detach(base_model, old)
+        base_model.attached[key] = load_all(base_model.pipe, file)
+    base_model.attached.move_to_end(key)
+    return base_model.attached[key]
 
 
-def _let_go(kept: _Base) -> None:
-    """Detach what cannot sleep, and the files that were used longest ago."""
-    for key, attached in list(kept.attached.items()):
-        many = len(kept.attached) > LIMITS.adapters or sum(each.size for each in kept.attached) > LIMITS.file_bytes
-        if many or any(a.extras or param_groups.learns_words(a.method) for a in attached):
-            _detach(kept, key)
+def _evict(base_model: _LoadedBase) -> None:
+    """Detaches what cannot be disabled, and the least recently used files beyond the limits."""
+    for key, attached in list(base_model.attached.items()):
+        over_limit = (
+            len(base_model.attached) > LIMITS.adapters or sum(each.size for each in base_model.attached) > LIMITS.file_bytes
+        )
+        if over_limit or any(a.extras or param_groups.learns_words(a.method) for a in attached):
+            _detach(base_model, key)
 
 
-def _detach(kept: _Base, key: _Key) -> None:
-    for attachment in reversed(kept.attached.pop(key, [])):
+def _detach(base_model: _LoadedBase, key: _FileKey) -> None:
+    for attachment in reversed(base_model.attached.pop(key, [])):
         attachment.detach()
 
 
-def _key(file: Path) -> _Key:
+def _key(file: Path) -> _FileKey:
     try:
         found = file.stat()
     except OSError as error:
-        message = f"the file of adapter {file.stem!r} is gone. Choose another of the list."
+        message = f"the file of adapter {file.stem!r} no longer exists. Choose another adapter from the list."
         raise VeneerError(message, where=file.stem, given="missing") from error
-    return _Key(str(file), found.st_size, found.st_ino, found.st_mtime_ns)
+    return _FileKey(str(file), found.st_size, found.st_ino, found.st_mtime_ns)
 
 
-def _given(pipe: Any, use: Use, attachment: Attachment) -> contextlib.AbstractContextManager[None]:
-    if use.given is None:
-        message = f"{attachment.name!r} ({attachment.method.name}) follows a picture; draw with it on the page Control."
+def _condition(pipe: Any, use: AdapterUse, attachment: Attachment) -> contextlib.AbstractContextManager[None]:
+    if use.conditioning is None:
+        message = f"{attachment.name!r} ({attachment.method.name}) needs a conditioning image; use it on the page Control."
         raise ConditionError(message, where=attachment.name)
-    return attachment.condition(**use.given(pipe, attachment), start=use.start, end=use.end, pipeline=pipe)
+    return attachment.given(**use.conditioning(pipe, attachment), start=use.start, end=use.end, pipeline=pipe)

@@ -1,61 +1,62 @@
-"""One training job at a time, over all users: the next begins when none runs. A restart loses nothing, as all is in files."""
+"""Queue of training jobs: one runs at a time over all users. Its state is in files, so it survives a restart of the server."""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
 
-from .jobs import Job, beginning, find
+from .jobs import Job, find_jobs, has_live_process
 
 
 class JobQueue:
-    """A thread that starts what waits.
+    """Thread that starts waiting jobs, oldest first.
+
+    After a crash of the server, a job that still runs is waited for, and an interrupted job is resumed.
 
     Args:
-        root: the workspace: jobs are in `root/*/jobs/*`. `seconds`: between two looks.
-    A job that a server left behind when it was killed either still runs, and is waited for, or waits, and is resumed.
+        root: folder of all workspaces; jobs are in `root/*/jobs/*`. `seconds`: polling interval.
     """
 
     def __init__(self, root: Path, seconds: float = 0.5) -> None:
         self.root, self.seconds = root, seconds
-        self._ended = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="veneer-jobs", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Starts the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """No more jobs are started; one that runs goes on."""
-        self._ended.set()
+        """Stops the thread; a running job continues."""
+        self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def jobs(self) -> list[Job]:
-        """All jobs of all users, the oldest first."""
-        return [job for folder in self.root.glob("*/jobs") for job in find(folder)][::-1]
+        """Jobs of all users, oldest first."""
+        return [job for folder in self.root.glob("*/jobs") for job in find_jobs(folder)][::-1]
 
-    def place(self, job: Job) -> int:
-        """How many jobs begin before it."""
-        waiting = sorted((j for j in self.jobs() if j.state == "waiting"), key=_made)
+    def position(self, job: Job) -> int:
+        """Number of waiting jobs ahead of this one."""
+        waiting = sorted((j for j in self.jobs() if j.state == "waiting"), key=_creation_time)
         names = [j.folder for j in waiting]
         return names.index(job.folder) if job.folder in names else 0
 
-    def turn(self) -> Job | None:
-        """Start the job that has waited longest if none runs; gives it."""
-        if beginning():
+    def start_next(self) -> Job | None:
+        """Starts the oldest waiting job if none runs, and returns it."""
+        if has_live_process():
             return None
         jobs = [(job, job.state) for job in self.jobs()]
-        waiting = sorted((job for job, state in jobs if state == "waiting"), key=_made)
+        waiting = sorted((job for job, state in jobs if state == "waiting"), key=_creation_time)
         if not waiting or any(state == "running" for _, state in jobs):
             return None
         waiting[0].start()
         return waiting[0]
 
     def _loop(self) -> None:
-        while not self._ended.wait(self.seconds):
-            self.turn()
+        while not self._stopped.wait(self.seconds):
+            self.start_next()
 
 
-def _made(job: Job) -> float:
-    return float(job.about.get("made", 0))
+def _creation_time(job: Job) -> float:
+    return float(job.metadata.get("made", 0))

@@ -1,17 +1,17 @@
-"""Training jobs as folders: what was asked for, whether it waits, runs or has ended, and how it goes.
+"""Training jobs as folders: command, state and progress.
 
-Everything is in files, so a page that is loaded again, a second tab and a server that is started anew all find the same.
+All state is in files, so a reloaded page, a second tab and a restarted server see the same jobs.
 
-| file | says |
+| file | content |
 |---|---|
-| `job.json` | the command's words, a title, and when it was asked for |
-| `run/` | the command's own folder: `progress.jsonl`, `previews/`, checkpoints, `adapter.safetensors`, `result.json` |
-| `log.txt` | what the command printed |
-| `lock` | held by the process that works on it, so it is let go when that dies, whatever it dies of |
-| `process.json` | who works on it |
-| `begun.json` | at which step each process began |
-| `end.json` | exit status of the last process that ended by itself, or that nobody tries any more |
-| `stop` | somebody asked to stop |
+| `job.json` | command, title and creation time |
+| `run/` | output folder of the command: `progress.jsonl`, `previews/`, checkpoints, `adapter.safetensors`, `result.json` |
+| `log.txt` | output of the command |
+| `lock` | file lock held by the job's process; the system releases it when the process dies |
+| `process.json` | process ID |
+| `begun.json` | step at which each process started |
+| `end.json` | exit status of the last process that returned, or why the job is not restarted |
+| `stop` | present if the user stopped the job |
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from veneer.training.report.phases import Phase, read_phase
 from veneer.training.report.progress import Progress, read_progress
 
 State = Literal["waiting", "running", "stopped", "done", "failed"]
-LOG_SHOWN = 4000
-"""Characters of the log's end that are read."""
-LOOK = 0.02
-"""Seconds of asking for a lock: longer than another asks."""
-DIED = "perhaps the machine has too little memory for it. Choose a smaller base, batch or picture size, and start again."
-TRIES = 3
-"""Processes that may die at the same step before nobody tries any more."""
+LOG_LIMIT = 4000
+"""Characters read from the end of the log."""
+LOCK_TIMEOUT = 0.02
+"""Seconds to wait for a lock; another reader holds it for less."""
+OUT_OF_MEMORY = "the machine may be out of memory. Choose a smaller base model, batch size or resolution, and start again."
+MAX_ATTEMPTS = 3
+"""Processes that may die at the same step before the job counts as failed."""
 
-_started: list[subprocess.Popen[bytes]] = []
+_processes: list[subprocess.Popen[bytes]] = []
 
 
-def beginning() -> bool:
-    """Whether a process that this one has begun still lives, be it that it has not got as far as its lock."""
-    _started[:] = [process for process in _started if process.poll() is None]
-    return bool(_started)
+def has_live_process() -> bool:
+    """Whether a job process started by this server is alive, even if it does not hold its lock yet."""
+    _processes[:] = [process for process in _processes if process.poll() is None]
+    return bool(_processes)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job by its folder.
+    """A training job, identified by its folder.
 
     >>> Job(Path("jobs/20260101-120000-ab12cd34")).name
     '20260101-120000-ab12cd34'
@@ -66,34 +66,45 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of the folder: when it was asked for, and letters that nobody guesses."""
+        """Name of the folder: creation time and a random suffix."""
         return self.folder.name
 
     @property
     def run(self) -> Path:
-        """The command's own folder."""
+        """Output folder of the command."""
         return self.folder / "run"
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What `job.json` says: `kind`, `title`, `words`, `made` (seconds)."""
+    def metadata(self) -> dict[str, Any]:
+        """Content of `job.json`: `kind`, `title`, `words` (the command) and `made` (creation time in seconds)."""
         return _json(self.folder / "job.json")
 
     @property
-    def title(self) -> str:
-        """For people."""
-        return str(self.about.get("title") or self.name)
+    def kind(self) -> str:
+        """Slug of the page that created the job."""
+        kind = str(self.metadata.get("kind", ""))
+        return "train" if kind == "teach" else kind  # the earlier name of that page
 
     @property
-    def when(self) -> str:
-        """Day and time at which it was asked for, such as `27 Nov 12:46`."""
-        made = self.about.get("made")
+    def command(self) -> list[str]:
+        """Command line without `--out` and `--resume`."""
+        return list(self.command)
+
+    @property
+    def title(self) -> str:
+        """Title shown to users."""
+        return str(self.metadata.get("title") or self.name)
+
+    @property
+    def created(self) -> str:
+        """Creation time for people, such as `27 Nov 12:46`."""
+        made = self.metadata.get("made")
         return time.strftime("%d %b %H:%M", time.localtime(made)) if isinstance(made, int | float) else self.name
 
     @property
     def state(self) -> State:
-        """Where it stands, by what lies in the folder."""
-        if held(self.folder / "lock"):
+        """State of the job, derived from the files in its folder."""
+        if is_locked(self.folder / "lock"):
             return "running"
         if (self.run / "result.json").exists():
             return "done"
@@ -103,83 +114,86 @@ class Job:
         return "stopped" if (self.folder / "stop").exists() else "waiting"
 
     @property
-    def begun(self) -> bool:
-        """A process has worked on it: while it waits, a server that was killed left it so."""
+    def was_started(self) -> bool:
+        """Whether a process has run the job before; a waiting job with a log was interrupted."""
         return (self.folder / "log.txt").exists()
 
     @property
     def seconds(self) -> float:
-        """From the start of its process to its end; 0 if it has not ended, or more than one process worked on it."""
+        """Wall-clock seconds of the run; 0 if it has not ended, or if more than one process ran it."""
         try:
-            begun, ended = ((self.folder / name).stat().st_mtime for name in ("process.json", "end.json"))
+            start, end = ((self.folder / name).stat().st_mtime for name in ("process.json", "end.json"))
         except OSError:
             return 0.0
-        return max(0.0, ended - begun) if len(_json(self.folder / "begun.json").get("steps", [])) == 1 else 0.0
+        return max(0.0, end - start) if len(_json(self.folder / "begun.json").get("steps", [])) == 1 else 0.0
 
     def progress(self) -> list[Progress]:
-        """Its steps so far."""
+        """Logged training steps so far."""
         return read_progress(self.run / "progress.jsonl")
 
     def phase(self) -> Phase | None:
-        """What it does beside training steps now; None while it trains, and before it tells anything."""
+        """Current phase other than training, such as evaluation; None during training and before the first report."""
         phase = read_phase(self.run / "progress.jsonl")
         return None if phase is None or phase.phase == "training" else phase
 
     def previews(self) -> list[Path]:
-        """Sheets that were drawn on the way, the oldest first."""
+        """Preview image grids, oldest first."""
         return sorted((self.run / "previews").glob("step-*.png"))
 
     def log(self) -> str:
-        """The end of what the command printed."""
+        """End of the command's output."""
         path = self.folder / "log.txt"
-        return path.read_text(errors="replace")[-LOG_SHOWN:] if path.exists() else ""
+        return path.read_text(errors="replace")[-LOG_LIMIT:] if path.exists() else ""
 
-    def why(self) -> str:
-        """The command's own words on why it failed; nothing for other states."""
+    def failure(self) -> str:
+        """Error message of a failed job; empty for other states."""
         if self.state != "failed":
             return ""
-        told: str = _json(self.folder / "end.json").get("why", "")
+        reason: str = _json(self.folder / "end.json").get("why", "")
         lines = self.log().strip().splitlines()
-        explained = [line.removeprefix("veneer: ") for line in lines if line.startswith("veneer: ")]
-        return told or (explained or lines or ["It ended without a word."])[-1]
+        messages = [line.removeprefix("veneer: ") for line in lines if line.startswith("veneer: ")]
+        return reason or (messages or lines or ["The process ended without a message."])[-1]
 
     def start(self) -> bool:
-        """Begin a process, which lives on when the server ends. False if `TRIES` of them died where this one would begin."""
+        """Starts a process that outlives the server. Returns False if `MAX_ATTEMPTS` processes died at the same step."""
         steps = self.progress()
-        begun = [*_json(self.folder / "begun.json").get("steps", []), steps[-1].step if steps else 0]
+        started_at = [*_json(self.folder / "begun.json").get("steps", []), steps[-1].step if steps else 0]
         (self.folder / "process.json").unlink(missing_ok=True)
-        if len(begun) > TRIES and len(set(begun[-TRIES - 1 :])) == 1:
-            write_json(self.folder / "end.json", {"status": 1, "why": f"It died {TRIES} times at step {begun[-1]}: {DIED}"})
+        if len(started_at) > MAX_ATTEMPTS and len(set(started_at[-MAX_ATTEMPTS - 1 :])) == 1:
+            write_json(
+                self.folder / "end.json",
+                {"status": 1, "why": f"It died {MAX_ATTEMPTS} times at step {started_at[-1]}: {OUT_OF_MEMORY}"},
+            )
             return False
-        write_json(self.folder / "begun.json", {"steps": begun})
+        write_json(self.folder / "begun.json", {"steps": started_at})
         quiet = subprocess.DEVNULL
         command = [sys.executable, "-m", "veneer.apps.worker", str(self.folder)]
         process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
-        _started.append(process)
-        # Reaps the process as soon as it ends, and keeps a reference to it if it outlives this one.
+        _processes.append(process)
+        # Reaps the process as soon as it ends.
         threading.Thread(target=process.wait, name=f"veneer-{self.name}", daemon=True).start()
         return True
 
     def stop(self) -> None:
-        """Ask it to end after its current step, and to keep what it has learnt."""
-        (self.folder / "stop").touch()  # before anything else: the process looks for it once it has said who it is
+        """Requests a stop after the current step; the trained weights are saved."""
+        (self.folder / "stop").touch()  # first: the process checks for this file right after it has written its ID
         process = _json(self.folder / "process.json").get("pid")
-        if process and held(self.folder / "lock"):
-            with contextlib.suppress(ProcessLookupError):  # it has ended since
+        if process and is_locked(self.folder / "lock"):
+            with contextlib.suppress(ProcessLookupError):  # it has ended in the meantime
                 os.kill(process, signal.SIGTERM)
 
-    def go_on(self) -> None:
-        """Let it wait for its turn again: after a stop or a failure."""
+    def resume(self) -> None:
+        """Puts a stopped or failed job back into the queue."""
         for name in ("stop", "end.json", "begun.json"):
             (self.folder / name).unlink(missing_ok=True)
 
 
-def make(jobs: Path, kind: str, title: str, words: Sequence[str]) -> Job:
-    """A new job that waits.
+def create_job(jobs: Path, kind: str, title: str, words: Sequence[str]) -> Job:
+    """Creates a job in the waiting state.
 
     Args:
-        jobs: folder of all jobs of a user. `kind`: of the page that shows it. `title`: for people.
-        words: the command, without `--out` and `--resume`, which are added: its folder is the job's `run`.
+        jobs: folder of all jobs of a user. `kind`: slug of the page. `title`: shown to users.
+        words: the command, without `--out` and `--resume`, which the worker adds: the output folder is the job's `run`.
     """
     folder = jobs / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
     folder.mkdir(parents=True)
@@ -187,18 +201,18 @@ def make(jobs: Path, kind: str, title: str, words: Sequence[str]) -> Job:
     return Job(folder)
 
 
-def find(jobs: Path) -> list[Job]:
-    """All jobs of a folder, the newest first."""
+def find_jobs(jobs: Path) -> list[Job]:
+    """All jobs of a folder, newest first."""
     found = [Job(path.parent) for path in jobs.glob("*/job.json")]
-    return sorted(found, key=lambda job: (job.about.get("made", 0), job.name), reverse=True)
+    return sorted(found, key=lambda job: (job.metadata.get("made", 0), job.name), reverse=True)
 
 
-def held(path: Path) -> bool:
-    """Whether some process holds a lock; one that only looks, as here, does not count."""
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock; readers hold it too briefly to count."""
     if not path.exists():
         return False
     try:
-        with FileLock(path, timeout=LOOK, poll_interval=LOOK / 4):
+        with FileLock(path, timeout=LOCK_TIMEOUT, poll_interval=LOCK_TIMEOUT / 4):
             return False
     except Timeout:
         return True

@@ -1,4 +1,4 @@
-"""Everything that bounds what a visitor may send and ask for, in one place."""
+"""Limits on uploads and requests of users."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the app; what goes beyond is refused with a message that names the limit.
+    """Limits of the app; a request beyond them is rejected with a message that names the limit.
 
     Args:
-        photos: pictures of one training job. `photo_bytes`: of one picture's file. `photo_pixels`: width × height of one picture.
-        file_bytes: of one uploaded file: an adapter, or a zip of a dataset; and of all files that are uploaded at once.
-        request_bytes: of any other request. `logins`: tries to log in, of all visitors, in a minute.
-        disk_free: bytes that uploads leave free on the disk.
-        adapter_files: adapters that one user keeps.
-        zip_files: pictures in a zip. `zip_bytes`: of all of them unpacked. `zip_depth`: folders above a picture.
-        drawings: sketches that are sent but not yet used, of all visitors. `drawing_bytes`: of one. `layers`: of one.
+        photos: images of one training job. `photo_bytes`: size of one image file. `photo_pixels`: width × height of one image.
+        file_bytes: size of one uploaded file (an adapter, or a zip of a dataset), and of all files of one upload.
+        request_bytes: size of any other request. `logins`: login attempts per minute over all users.
+        disk_free: bytes that uploads must leave free on the disk.
+        adapter_files: adapters stored per user.
+        zip_files: images in a zip. `zip_bytes`: their total size unpacked. `zip_depth`: maximum path depth of an image.
+        drawings: sketches uploaded but not yet used, over all users. `drawing_bytes`, `layers`: of one sketch.
         text: characters of a prompt, a caption or a name.
-        adapters: at once on one picture.
-        pictures: of one request. `side`: of a picture, in pixels. `steps`: of drawing one.
-        epochs: of teaching a classifier. `batch`: pictures in one of its steps.
-        check_seconds: of a look at a run before it starts.
-        waiting: requests for pictures that wait for their turn. `jobs`: training jobs of one user that wait for theirs.
-        sessions: open pages whose values are remembered, of all visitors; each takes about 1 MiB. Those used longest ago go.
+        adapters: active at once.
+        images: generated per request. `side`: of an image, in pixels. `steps`: sampling steps.
+        epochs: of classifier training. `batch`: its batch size.
+        check_seconds: timeout of the check before a run.
+        waiting: queued generation requests. `jobs`: unfinished training jobs per user.
+        sessions: open pages whose state is kept, over all users; each takes about 1 MiB, and the least recently used are dropped.
     """
 
     photos: int = 64
@@ -44,7 +44,7 @@ class Limits:
     layers: int = 8
     text: int = 1000
     adapters: int = 8
-    pictures: int = 16
+    images: int = 16
     side: int = 1024
     steps: int = 100
     epochs: int = 1000

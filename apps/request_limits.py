@@ -1,4 +1,4 @@
-"""What stands before Gradio and bounds what it does not: the size of requests, who may ask, and what leaves for elsewhere."""
+"""Middleware before Gradio: limits on request sizes and logins, origin checks, file ownership and security headers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .limits import LIMITS, Limits
-from .workspace import ALONE, Workspace
+from .workspace import LOCAL_USER, Workspace
 
 API = "/gradio_api/"
 UPLOAD = API + "upload"
-CLOSED = (
+DISABLED_ENDPOINTS = (
     API + "proxy=",
     API + "process_recording",
     API + "vibe",
@@ -33,40 +33,39 @@ CLOSED = (
     API + "runs",
     API + "run-history",
 )
-"""Gradio's ways that this app has no use for, which ask other hosts or run other programs."""
+"""Gradio endpoints that this app does not use; they contact other hosts or run other programs."""
 HEADERS = {
     "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; "
     "base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-"""Of every answer: whatever a page shows, the browser asks no other host for it."""
+"""Added to every response: the browser loads nothing from other hosts."""
 MARGIN = 2**16
-"""Bytes around the content of an upload."""
+"""Bytes of multipart overhead allowed in an upload."""
 UPLOADS = "uploads"
-"""Folder in the cache with a folder of uploads for each login."""
-OWNER: ContextVar[str] = ContextVar("owner", default=ALONE)
-"""Name of the folder of the visitor who asks."""
-PLACE: ContextVar[str] = ContextVar("place", default="")
-"""Folder in the cache into which this request uploads; empty for the cache itself, from which Gradio serves."""
+"""Folder in the cache that has a folder of uploads for each login."""
+OWNER: ContextVar[str] = ContextVar("owner", default=LOCAL_USER)
+"""Workspace folder name of the user of the current request."""
+UPLOAD_FOLDER: ContextVar[str] = ContextVar("place", default="")
+"""Folder in the cache for uploads of the current request; empty for other requests."""
 
 
-class Refused(Exception):
-    """An answer instead of Gradio's."""
+class RequestError(Exception):
+    """Rejects a request with an HTTP status and a message."""
 
-    def __init__(self, status: int, why: str) -> None:
-        super().__init__(why)
-        self.status, self.why = status, why
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.why = status, reason
 
 
-class Guard:
-    """Middleware.
+class LimitsMiddleware:
+    """ASGI middleware that checks requests before Gradio handles them.
 
     Args:
-        hosts: names by which this machine may be called, where there is no login; None for any. A page of another origin, or a
-            name that leads here though it is another's, is refused: its owner could otherwise use the browser of who runs this.
-        files: the cache, in which the uploads of a login are served to that login only; its disk is left with
-            `limits.disk_free` bytes.
+        hosts: accepted values of the Host header for an app without logins; None accepts any. Rejecting other hosts and
+            origins prevents DNS rebinding and cross-site requests.
+        files: the cache; uploads are served to the login that made them only, and must leave `limits.disk_free` bytes free.
     """
 
     def __init__(
@@ -80,28 +79,30 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            marked = _marked(send)
+            send_with_headers = _marked(send)
             OWNER.set(Workspace(Path(), _user(scope)).folder.name)
-            PLACE.set(f"{UPLOADS}/{OWNER.get()}" if scope["path"].startswith(UPLOAD) else "")
+            UPLOAD_FOLDER.set(f"{UPLOADS}/{OWNER.get()}" if scope["path"].startswith(UPLOAD) else "")
             try:
-                given = await self._passed(scope, receive)
-            except Refused as refused:
-                await PlainTextResponse(refused.why, refused.status, headers={"connection": "close"})(scope, receive, marked)
+                given = await self._check(scope, receive)
+            except RequestError as error:
+                await PlainTextResponse(error.why, error.status, headers={"connection": "close"})(
+                    scope, receive, send_with_headers
+                )
             else:
-                await self.app(scope, given, marked)
+                await self.app(scope, given, send_with_headers)
         else:
             await send({"type": "websocket.close"})
 
-    async def _passed(self, scope: Scope, receive: Receive) -> Receive:
-        """What the app receives.
+    async def _check(self, scope: Scope, receive: Receive) -> Receive:
+        """Checks a request and returns the `receive` callable for the app.
 
         Raises:
-            Refused: it receives nothing.
+            RequestError: the request is rejected.
         """
         headers, path = Headers(scope=scope), scope["path"]
         self._check_origin(headers)
-        if path.startswith(CLOSED) or path.lower().startswith((API + "file=http", API + "file/http")):
-            raise Refused(403, "This app has no such way.")
+        if path.startswith(DISABLED_ENDPOINTS) or path.lower().startswith((API + "file=http", API + "file/http")):
+            raise RequestError(403, "This endpoint is disabled.")
         for kind in ("file=", "file/"):
             if path.startswith(API + kind):
                 self._check_owner(path.removeprefix(API + kind))
@@ -112,45 +113,45 @@ class Guard:
         claimed = int(headers.get("content-length", "0")) if headers.get("content-length", "0").isdecimal() else 0
         if path.startswith(UPLOAD):
             self._check_disk(claimed)
-            return _counted(receive, claimed, self.limits.file_bytes + MARGIN)
+            return _limit_upload(receive, claimed, self.limits.file_bytes + MARGIN)
         drawing = path.startswith(API + "component_server")
         body = await _read(receive, claimed, self.limits.drawing_bytes + MARGIN if drawing else self.limits.request_bytes)
         for file in _files_of(body, headers.get("content-type")):
             self._check_owner(file)
-        return _again(body, receive)
+        return _replay(body, receive)
 
     def _check_origin(self, headers: Headers) -> None:
         if self.hosts is None:
             return
         host, origin = headers.get("host", ""), headers.get("origin")
-        if _name(host) not in self.hosts:
-            raise Refused(403, f"This app is called by {', '.join(sorted(self.hosts))} only, unless it is started with --auth.")
+        if _hostname(host) not in self.hosts:
+            raise RequestError(403, f"Without --auth, this app accepts requests to {', '.join(sorted(self.hosts))} only.")
         if origin is not None and urlsplit(origin).netloc != host:
-            raise Refused(403, "A page from elsewhere may not use this app.")
+            raise RequestError(403, "Requests from pages of other origins are rejected.")
 
     def _check_owner(self, file: str) -> None:
-        """Uploads of another login are neither served nor used."""
+        """Rejects access to uploads of another login."""
         if self.files is None or not file:
             return
         try:
             parts = Path(os.path.realpath(file)).relative_to(os.path.realpath(self.files / UPLOADS)).parts
-        except ValueError:  # no upload, or no path
+        except ValueError:  # not an upload, or not a path
             return
         if parts[:1] != (OWNER.get(),):
-            raise Refused(403, "This file was uploaded by another user. Upload your own copy.")
+            raise RequestError(403, "This file was uploaded by another user. Upload your own copy.")
 
     def _check_logins(self) -> None:
         now = time.monotonic()
         if len(self._logins) == self._logins.maxlen and now - self._logins[0] < 60:
-            raise Refused(429, "Too many tries to log in. Wait a minute.")
+            raise RequestError(429, "Too many login attempts. Wait a minute.")
         self._logins.append(now)
 
     def _check_disk(self, claimed: int) -> None:
         if self.files is not None and shutil.disk_usage(self.files).free - claimed < self.limits.disk_free:
-            raise Refused(507, "The disk of this app is nearly full. Delete jobs, or ask who runs it.")
+            raise RequestError(507, "The disk of the server is nearly full. Delete jobs, or ask the administrator.")
 
 
-def _name(host: str) -> str:
+def _hostname(host: str) -> str:
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -158,48 +159,48 @@ def _name(host: str) -> str:
 
 
 def _marked(send: Send) -> Send:
-    async def sent(message: Message) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             MutableHeaders(scope=message).update(HEADERS)
         await send(message)
 
-    return sent
+    return send_with_headers
 
 
-def _counted(receive: Receive, claimed: int, most: int) -> Receive:
-    """An upload of which no more than so many bytes come; what has come of another is deleted by the parser."""
-    why = f"Files of more than the maximum allowed size of {most - MARGIN:,} bytes at once. Send fewer or smaller ones."
-    if claimed > most:
-        raise Refused(413, why)
-    came = 0
+def _limit_upload(receive: Receive, claimed: int, limit: int) -> Receive:
+    """Limits the size of an upload; the multipart parser deletes a partial upload."""
+    reason = f"The upload exceeds the maximum allowed size of {limit - MARGIN:,} bytes. Send fewer or smaller files."
+    if claimed > limit:
+        raise RequestError(413, reason)
+    received_bytes = 0
 
     async def received() -> Message:
-        nonlocal came
+        nonlocal received_bytes
         message = await receive()
-        came += len(message.get("body", b""))
-        if came > most:
-            raise MultiPartException(why)
+        received_bytes += len(message.get("body", b""))
+        if received_bytes > limit:
+            raise MultiPartException(reason)
         if message["type"] == "http.disconnect":
-            raise MultiPartException("The upload was broken off.")
+            raise MultiPartException("The upload was interrupted.")
         return message
 
     return received
 
 
-async def _read(receive: Receive, claimed: int, most: int) -> bytes:
+async def _read(receive: Receive, claimed: int, limit: int) -> bytes:
     body = bytearray()
-    more = claimed <= most
-    while more and len(body) <= most:
+    more = claimed <= limit
+    while more and len(body) <= limit:
         message = await receive()
         body += message.get("body", b"")
         more = message.get("more_body", False)
-    if claimed > most or len(body) > most:
-        raise Refused(413, f"A request of more than {most:,} bytes. Send less at once.")
+    if claimed > limit or len(body) > limit:
+        raise RequestError(413, f"The request exceeds {limit:,} bytes. Send less at once.")
     return bytes(body)
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """The body once, and then whatever comes, such as that the visitor has left."""
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Replays the body once, then passes on later messages such as a disconnect."""
     given = False
 
     async def received() -> Message:
@@ -213,7 +214,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 def _user(scope: Scope) -> str | None:
-    """The login of a request, as Gradio finds it; None for nobody."""
+    """Login of a request, found as Gradio does; None without a login."""
     app = scope.get("app")
     names = [f"access-token-{kind}{getattr(app, 'cookie_id', '')}" for kind in ("", "unsecure-")]
     cookies = cookie_parser(Headers(scope=scope).get("cookie", ""))
@@ -223,28 +224,28 @@ def _user(scope: Scope) -> str | None:
 
 
 def _files_of(body: bytes, kind: str | None) -> list[str]:
-    """Paths of files in a request of JSON. A body without a type is tried, since frameworks read it as JSON.
+    """File paths in a JSON request. A body without a content type is parsed as well, since frameworks accept it as JSON.
 
     Raises:
-        Refused: not the JSON that its type says, or a file that the server would fetch from elsewhere itself.
+        RequestError: invalid JSON, or a URL that the server would download.
     """
     if not body or (kind is not None and "json" not in kind.lower()):
         return []
     try:
-        rest: list[Any] = [json.loads(body)]
+        pending: list[Any] = [json.loads(body)]
     except (ValueError, RecursionError):
         if kind is None:
             return []
-        raise Refused(400, "The request is no JSON.") from None
+        raise RequestError(400, "The request is not valid JSON.") from None
     found = []
-    while rest:
-        value = rest.pop()
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict):
             path = str(value.get("path", ""))
             if path.lower().startswith(("http:", "https:")):
-                raise Refused(403, "This app fetches no files from elsewhere. Save the file, and bring it.")
+                raise RequestError(403, "This app does not download files from URLs. Save the file and upload it.")
             found.append(path)
-            rest += value.values()
+            pending += value.values()
         elif isinstance(value, list):
-            rest += value
+            pending += value
     return found

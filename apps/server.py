@@ -1,4 +1,4 @@
-"""The app: `veneer app` opens a page in the browser that does what the commands do."""
+"""Server of `veneer app`."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from starlette.middleware import Middleware
 from veneer.injection import OptionError
 
 from . import components
-from .context import Studio
+from .context import Context
 from .limits import LIMITS
 from .pages import pages
-from .pages.generate.generate_page import connect
-from .request_limits import Guard
+from .pages.generate.generate_page import connect_runs
+from .request_limits import LimitsMiddleware
 
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
     body_text_color_subdued="*neutral_600",
     button_primary_background_fill="*primary_600",
     button_primary_background_fill_hover="*primary_700",
 )
-"""Fonts that every machine has: nothing is fetched from elsewhere. Colours that can be told apart by eyes that see little."""
-KEPT = 24 * 3600
-"""Seconds for which files are kept that visitors have brought or were shown."""
-OWN = ("localhost", "127.0.0.1", "::1")
-"""Names of this machine for itself."""
+"""System fonts, so that nothing is downloaded, and colors with sufficient contrast."""
+FILE_LIFETIME = 24 * 3600
+"""Seconds for which uploaded and displayed files are kept."""
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+"""Names of the loopback address."""
 STYLE, HEAD = (Path(__file__).with_name(name) for name in ("style.css", "head.html"))
 
 
 @dataclass(frozen=True)
 class AppConfig:
-    """Configuration of `veneer app` and its defaults.
+    """Configuration of `veneer app`.
 
     Args:
-        host: address to listen on. Addresses other than this machine's need `auth`.
-        port: port to listen on; 0 selects a free one.
-        auth: accounts as NAME:PASSWORD, or a file with one per line. Each account has its own workspace.
-        share: create a public address through Gradio's service, which needs the network and `auth`.
-        workspace: folder for the jobs and files of all accounts.
-        device: device for generation, such as `cuda` (default: a GPU if there is one).
-        browser: open a browser window.
+        host: address to listen on; addresses other than loopback need `auth`.
+        port: port to listen on; 0 selects a free port.
+        auth: logins as NAME:PASSWORD, or a file with one such line per user; each user has a separate workspace.
+        share: create a public address through Gradio's service; needs network access and `auth`.
+        workspace: folder for the jobs and files of all users.
+        device: device for image generation, such as `cuda` (default: a GPU if available).
+        browser: open a browser window on start.
     """
 
     host: str = "127.0.0.1"
@@ -65,25 +65,29 @@ class AppConfig:
 
 
 def app(config: AppConfig) -> None:
-    """Open the app, and serve it until it is interrupted. A training job that runs then goes on, and is found again.
+    """Serves the app until it is interrupted. A running training job continues and is found again on the next start.
 
     Raises:
-        VeneerError: another address than this machine's own, or sharing, without a login; a login that is none; or an address
-            or port that cannot be listened on.
+        VeneerError: a non-loopback address or sharing without logins, an invalid login, or an address or port that is
+            unavailable.
     """
     logins = read_logins(config.auth)
-    if (config.share or not _own(config.host)) and not logins:
-        what = "--share" if config.share else f"--host {config.host}"
-        message = f"{what} lets others in, who could train and read files here. Say who may, with --auth NAME:PASSWORD."
+    if (config.share or not _is_loopback(config.host)) and not logins:
+        option = "--share" if config.share else f"--host {config.host}"
+        message = (
+            f"{option} makes the app reachable for others, who could train and read files. Add logins with --auth NAME:PASSWORD."
+        )
         raise OptionError(message, option="auth", where="share" if config.share else "host", given=())
     check_address(config.host, config.port)
-    studio = Studio.at(config.workspace.expanduser().resolve(), config.device)
-    files = _cache(studio.root)
+    context = Context.create(config.workspace.expanduser().resolve(), config.device)
+    files = _cache(context.root)
     _import_early()
-    studio.queue.start()
-    page = build(studio)
+    context.queue.start()
+    page = build(context)
     _, address, _ = page.launch(
-        app_kwargs={"middleware": [Middleware(Guard, hosts=None if logins else {*OWN, config.host}, files=files)]},
+        app_kwargs={
+            "middleware": [Middleware(LimitsMiddleware, hosts=None if logins else {*LOOPBACK_NAMES, config.host}, files=files)]
+        },
         allowed_paths=[],
         mcp_server=False,
         run_history=False,
@@ -103,17 +107,17 @@ def app(config: AppConfig) -> None:
         quiet=True,
         prevent_thread_lock=True,
     )
-    print(f"veneer is at {page.share_url or address}; files are in {studio.root}. End it with Ctrl-C.", flush=True)
+    print(f"veneer is at {page.share_url or address}; files are in {context.root}. Press Ctrl-C to stop.", flush=True)
     page.block_thread()
 
 
 def check_address(host: str, port: int) -> None:
-    """Look whether this process may listen there, before anything is loaded.
+    """Checks that the process can listen on an address, before anything is loaded.
 
     Raises:
-        VeneerError: the port is taken or reserved, or the address is not one of this machine.
+        VeneerError: the port is in use or reserved, or the address does not belong to this machine.
     """
-    other = "give another with --port N, or --port 0 for any free one"
+    other = "choose another with --port N, or a free one with --port 0"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as found:
@@ -132,68 +136,71 @@ def check_address(host: str, port: int) -> None:
 
 
 def _cache(root: Path) -> Path:
-    """The folder from which Gradio serves files, in the workspace and not where all of a machine look; old files go."""
+    """Gradio's cache folder, inside the workspace rather than the shared temporary folder; deletes expired files."""
     folder = root / "cache"
     folder.mkdir(exist_ok=True)
     for file in folder.rglob("*"):
-        if file.is_file() and time.time() - file.stat().st_mtime > KEPT:
+        if file.is_file() and time.time() - file.stat().st_mtime > FILE_LIFETIME:
             file.unlink(missing_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     return folder
 
 
 def _import_early() -> None:
-    """diffusers imports its parts when they are first asked for, and fails where two visitors' threads ask at once."""
+    """Imports diffusers classes now: its lazy imports fail if two threads trigger them at once."""
     from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: F401
 
 
-def build(studio: Studio) -> gr.Blocks:
-    """The page with all tabs."""
-    components.bound()
-    with components.Page(title="veneer", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
-        gr.Markdown("# veneer\nThin trained layers on frozen models: train, generate, control, classify.", elem_id="head")
+def build(context: Context) -> gr.Blocks:
+    """Builds the interface with all tabs."""
+    components.install_limits()
+    with components.AppBlocks(title="veneer", analytics_enabled=False, delete_cache=(3600, FILE_LIFETIME)) as page:
+        gr.Markdown(
+            "# veneer\nParameter-efficient fine-tuning for vision and diffusion models: train, generate, control, classify.",
+            elem_id="head",
+        )
         with gr.Tabs() as tabs:
             built: dict[str, Any] = {}
             for each in pages():
                 with gr.Tab(each.name, id=each.slug):
                     gr.Markdown(each.about, elem_classes="about")
-                    built[each.slug] = each.build(studio)
-        connect(studio, tabs, built)
+                    built[each.slug] = each.build(context)
+        connect_runs(context, tabs, built)
     page.queue(max_size=LIMITS.waiting, api_open=False)
     return page
 
 
-def read_logins(given: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Names and passwords.
+def read_logins(entries: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Parses logins into names and passwords.
 
     Raises:
-        VeneerError: neither NAME:PASSWORD nor a file of such lines, or a name twice.
+        VeneerError: an entry is neither NAME:PASSWORD nor a file of such lines, or a name occurs twice.
     """
     found: dict[str, str] = {}
-    for line in filter(None, (line.strip() for word in given for line in _lines(word))):
+    for line in filter(None, (line.strip() for entry in entries for line in _lines(entry))):
         name, colon, password = line.partition(":")
         name = name.strip()
         if not (name and colon and len(password) >= 8):
-            whose = f"the login of {name!r}" if colon and name else "a login"  # without a colon, all may be a password
+            login = f"the login of {name!r}" if colon and name else "a login"  # without a colon, the whole text may be a password
             raise OptionError(
-                f"--auth: {whose} is not NAME:PASSWORD with at least 8 characters after ':', nor a file of such lines.",
+                f"--auth: {login} is not NAME:PASSWORD with at least 8 characters after ':', nor a file of such lines.",
                 option="auth",
                 expected="NAME:PASSWORD",
             )
         if name in found:
-            raise OptionError(f"--auth: {name!r} is there twice; expected each name once.", option="auth", given=name)
+            raise OptionError(f"--auth: {name!r} occurs twice; expected each name once.", option="auth", given=name)
         found[name] = password
     return list(found.items())
 
 
-def _lines(word: str) -> list[str]:
-    """Of a file, or the word itself if there is none of that name."""
+def _lines(entry: str) -> list[str]:
+    """Lines of a file, or the entry itself if no such file exists."""
     try:
-        path = Path(word).expanduser()
+        path = Path(entry).expanduser()
         if not path.is_file():
-            return [word]
-    except (OSError, RuntimeError, ValueError):  # too long for a name, or of a user that there is not
-        return [word]
+            return [entry]
+    except (OSError, RuntimeError, ValueError):  # too long for a file name, or the home folder of an unknown user
+        return [entry]
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -201,8 +208,8 @@ def _lines(word: str) -> list[str]:
         raise OptionError(message, option="auth", file=path, given="unreadable") from error
 
 
-def _own(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+def _is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine only."""
     if host == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""What visitors bring, looked at before anything else is done with it: pictures and adapters. Zips: see `zips`."""
+"""Validation and storage of uploaded images and adapters. For zips, see `zip_archives`."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from veneer.injection import LoadError, VeneerError
 from veneer.training.data.image_io import PhotoError, PhotoLimits, Picture, decode, read_bytes
 
 from .limits import LIMITS, MIB, Limits
-from .workspace import safe, shown
+from .workspace import printable, safe_name
 
-PLENTY = 1024
-"""Shortest side of a kept picture, in pixels: no base draws larger ones, and what is larger is made smaller."""
+MAX_SHORT_SIDE = 1024
+"""Maximum length in pixels of the shorter side of a stored image; larger images are downscaled."""
 
 
 def photo_limits(limits: Limits = LIMITS) -> PhotoLimits:
-    """How pictures of visitors are read."""
+    """Limits for decoding uploaded images."""
     return PhotoLimits(max_bytes=limits.photo_bytes, max_pixels=limits.photo_pixels)
 
 
-def picture(path: str | Path, limits: Limits = LIMITS) -> Picture:
-    """A visitor's picture, upright and RGB, its transparent parts on white; the first frame of an animation.
+def load_image(path: str | Path, limits: Limits = LIMITS) -> Picture:
+    """Decodes an uploaded image: upright, RGB, transparency on white, the first frame of an animation.
 
     Raises:
-        PhotoError: no picture within the limits. The message has the file's name without its folder.
+        PhotoError: not an image within the limits. The message has the file name without its folder.
     """
     path = Path(path)
-    name = shown(path.name)
+    name = printable(path.name)
     if path.is_file() and path.stat().st_size > limits.photo_bytes:
         size = path.stat().st_size
         raise PhotoError(
             f"{name}: {size / MIB:.1f} MiB; expected at most {limits.photo_bytes / MIB:g} MiB. Save it with fewer "
-            "pixels, or as a JPEG, and upload it again.",
+            "pixels or as a JPEG, and upload it again.",
             file=name,
             where="photo_bytes",
             given=size,
@@ -50,77 +50,77 @@ def picture(path: str | Path, limits: Limits = LIMITS) -> Picture:
     return decode(data, name, photo_limits(limits), remarks=False)
 
 
-def take_photos(paths: Sequence[str | Path], folder: Path, limits: Limits = LIMITS) -> tuple[list[Path], list[str]]:
-    """Copy pictures into a job's folder under plain names, and say what was left out, and why.
+def store_photos(paths: Sequence[str | Path], folder: Path, limits: Limits = LIMITS) -> tuple[list[Path], list[str]]:
+    """Copies images into a job's folder under safe names; returns their paths, and why others were rejected.
 
-    Each is decoded once within the limits, and written anew as a PNG: nothing else that the file holds comes along, such as
-    the place where it was taken. What is much larger than is drawn is made smaller: its shorter side `PLENTY` pixels.
+    Each image is decoded within the limits and saved as a PNG without its metadata, such as the GPS position. Images whose
+    shorter side exceeds `MAX_SHORT_SIDE` are downscaled.
 
     Raises:
-        VeneerError: more pictures than are allowed, or none that can be used.
+        VeneerError: too many images, or no usable one.
     """
     if len(paths) > limits.photos:
-        message = f"{len(paths)} pictures; expected at most {limits.photos}. Choose the best of them."
+        message = f"{len(paths)} images; expected at most {limits.photos}. Choose fewer."
         raise VeneerError(message, where="photos", given=len(paths), expected=limits.photos)
-    taken, refused = [], []
+    stored, rejected = [], []
     for number, path in enumerate(map(Path, paths), 1):
         try:
-            rgb = picture(path, limits).rgb
+            rgb = load_image(path, limits).rgb
         except PhotoError as error:
-            refused.append(str(error))
+            rejected.append(str(error))
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"{number:03d}-{safe(path.stem, 'photo')}.png"
-        _no_larger(rgb).save(target)
-        taken.append(target)
-    if not taken:
-        message = "no picture that can be used. " + " ".join(refused or ["Add some first."])
+        target = folder / f"{number:03d}-{safe_name(path.stem, 'photo')}.png"
+        _downscale(rgb).save(target)
+        stored.append(target)
+    if not stored:
+        message = "no usable image. " + " ".join(rejected or ["Add some first."])
         raise VeneerError(message, where="photos", given=0)
-    return taken, refused
+    return stored, rejected
 
 
-def _no_larger(image: Image.Image) -> Image.Image:
-    """The picture in sRGB, without remarks, its shorter side at most `PLENTY`."""
+def _downscale(image: Image.Image) -> Image.Image:
+    """Removes metadata, and downscales the image so that its shorter side is at most `MAX_SHORT_SIDE`."""
     image.info.clear()
     short = min(image.size)
-    if short <= PLENTY:
+    if short <= MAX_SHORT_SIDE:
         return image
-    width, height = (max(1, round(side * PLENTY / short)) for side in image.size)
+    width, height = (max(1, round(side * MAX_SHORT_SIDE / short)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
-def take_adapter(path: str | Path, folder: Path, name: str, limits: Limits = LIMITS) -> Path:
-    """Copy an adapter's file into the workspace, if it is a safetensors file of a known format.
+def store_adapter(path: str | Path, folder: Path, name: str, limits: Limits = LIMITS) -> Path:
+    """Copies an adapter file into the workspace if it is a safetensors file of a known format.
 
-    A file of the same name that is there already stays: the new one gets a number.
+    If the name is taken by a different file, the new file gets a numbered name.
 
     Raises:
-        VeneerError: too large, no safetensors file, of no format that is known, or one more than a user may keep.
+        VeneerError: the file is too large, not safetensors or of an unknown format, or the user has too many adapters.
     """
     path = Path(path)
     size = path.stat().st_size
     if size > limits.file_bytes:
         raise VeneerError(
-            f"{shown(name)}: {size:,} bytes; expected at most {limits.file_bytes:,}. Load it from a folder instead.",
-            file=shown(name),
+            f"{printable(name)}: {size:,} bytes; expected at most {limits.file_bytes:,}. Use the command line instead.",
+            file=printable(name),
             where="file_bytes",
             given=size,
             expected=limits.file_bytes,
         )
     _check_adapter(path, name)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = safe(name, "adapter").removesuffix(".safetensors") or "adapter"
-    kept = {file.name.casefold(): file for file in folder.glob("*.safetensors")}
+    stem = safe_name(name, "adapter").removesuffix(".safetensors") or "adapter"
+    existing = {file.name.casefold(): file for file in folder.glob("*.safetensors")}
     for number in range(1, limits.adapter_files + 2):
         target = folder / (f"{stem}.safetensors" if number == 1 else f"{stem}-{number}.safetensors")
-        same = kept.get(target.name.casefold())
+        same = existing.get(target.name.casefold())
         if same is None:
             break
         if filecmp.cmp(path, same, shallow=False):
             return same
-    if len(kept) >= limits.adapter_files:
-        message = f"you keep {len(kept)} adapters; expected at most {limits.adapter_files}. Delete one first."
-        raise VeneerError(message, where="adapters", given=len(kept), expected=limits.adapter_files)
+    if len(existing) >= limits.adapter_files:
+        message = f"you have {len(existing)} adapters; expected at most {limits.adapter_files}. Delete one first."
+        raise VeneerError(message, where="adapters", given=len(existing), expected=limits.adapter_files)
     shutil.copyfile(path, target)
     return target
 
@@ -129,15 +129,15 @@ def _check_adapter(path: Path, name: str) -> None:
     try:
         file = read(path)
     except LoadError as error:
-        raise LoadError.from_error(error, str(error).replace(str(path), shown(name)), file=shown(name)) from error
+        raise LoadError.from_error(error, str(error).replace(str(path), printable(name)), file=printable(name)) from error
     if file.held is not None:
-        message = f"{shown(name)}: an image with a token embedding in it; expected a .safetensors file."
-        raise VeneerError(message, file=shown(name), given="image", expected=".safetensors")
+        message = f"{printable(name)}: an image with a token embedding in it; expected a .safetensors file."
+        raise VeneerError(message, file=printable(name), given="image", expected=".safetensors")
     if format_of(file) is None:
         raise VeneerError(
-            f"{shown(name)}: a safetensors file, but its {len(file.shapes)} tensors are of no adapter that is known here. "
-            "If it is a whole model, put its folder in the place of the base.",
-            file=shown(name),
+            f"{printable(name)}: a safetensors file of {len(file.shapes)} tensors in no known adapter format. "
+            "If it is a whole model, enter its folder as the base model.",
+            file=printable(name),
             where="format",
             given=tuple(file.shapes),
         )

@@ -1,4 +1,4 @@
-"""The process that works on one job: `python -m veneer.apps.worker FOLDER` runs the job's command, and says how it ended."""
+"""Process of one job: `python -m veneer.apps.worker FOLDER` runs the job's command and records its exit status."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .jobs import Job
 
 
 def work(folder: Path) -> int:
-    """Run the job's command to its end, resuming what is there. Gives its exit status.
+    """Runs the job's command to its end, resuming from its last checkpoint. Returns the exit status.
 
-    Its lock is held all the time, so that no second process works on it, and everyone sees whether this one lives.
+    The process holds the job's lock while it runs, so that no second process runs the job and others can tell that it is alive.
     """
     from veneer.cli import main
 
@@ -28,16 +28,16 @@ def work(folder: Path) -> int:
     try:
         lock.acquire()
     except Timeout:
-        return 75  # somebody works on it
+        return 75  # another process runs this job
     with lock, (folder / "log.txt").open("a", buffering=1) as log:
         write_json(folder / "process.json", {"pid": os.getpid()})
         if (folder / "stop").exists():
             return 0
-        words = [*job.about["words"], "--out", str(job.run), "--resume"]
+        command = [*job.command, "--out", str(job.run), "--resume"]
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                status = main(words)
-            except SystemExit as end:  # flags that argparse refuses
+                status = main(command)
+            except SystemExit as end:  # flags that argparse rejects
                 status = end.code if isinstance(end.code, int) else 1
             except BaseException:
                 traceback.print_exc()

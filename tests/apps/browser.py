@@ -228,7 +228,7 @@ def bring(page: Any, file: Path) -> None:
     """Take an adapter's file along on the page Adapters."""
     go(page, "Adapters")
     page.locator("#adapter-file input[type=file]").set_input_files(file)
-    page.locator("#adapter-said").get_by_text(f"Taken as {file.stem}").wait_for()
+    page.locator("#adapter-said").get_by_text(f"Uploaded as {file.stem}").wait_for()
 
 
 def tabs(page: Any) -> list[str]:

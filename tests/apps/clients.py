@@ -153,8 +153,8 @@ class Client:
 
     def draw(self, prompt: str, seed: int, side: int, names: Sequence[str] = (), steps: int = 2) -> Visit:
         """A picture of the page Generate."""
-        wish = {"generate-prompt": prompt, "generate-seed": seed, STEPS: steps, WIDTH: side, HEIGHT: side}
-        return self.press("generate-draw", **wish, **{"generate-adapters": list(names)})
+        generation = {"generate-prompt": prompt, "generate-seed": seed, STEPS: steps, WIDTH: side, HEIGHT: side}
+        return self.press("generate-draw", **generation, **{"generate-adapters": list(names)})
 
 
 def adapters(app: App) -> list[str]:
@@ -190,7 +190,7 @@ def round_of(app: App, asked: Sequence[tuple[str, int, int, list[str]]]) -> list
         for client in opened:
             client.open()
             pages.enter_context(client.alive())
-        return list(threads.map(lambda client, wish: client.draw(*wish), opened, asked))
+        return list(threads.map(lambda client, generation: client.draw(*generation), opened, asked))
 
 
 def memory(app: App) -> float:

@@ -11,10 +11,10 @@ from pathlib import Path
 import gradio as gr
 from starlette.middleware import Middleware
 from veneer.apps import components
-from veneer.apps.context import escaped, explained
+from veneer.apps.context import escape_markup, show_errors
 from veneer.apps.limits import LIMITS
-from veneer.apps.request_limits import Guard
-from veneer.apps.server import OWN, _cache
+from veneer.apps.request_limits import LimitsMiddleware
+from veneer.apps.server import LOOPBACK_NAMES, _cache
 
 from veneer.injection import VeneerError
 
@@ -35,22 +35,22 @@ def page(root: Path) -> gr.Blocks:
     def refuse() -> None:
         raise VeneerError("\n\n".join(words))
 
-    with components.Page(analytics_enabled=False, delete_cache=(3600, 3600)) as found:
+    with components.AppBlocks(analytics_enabled=False, delete_cache=(3600, 3600)) as found:
         text, picture, told = gr.Textbox(label="Text"), gr.Image(type="pil", label="Picture"), gr.Textbox(label="Told")
         gr.Button("Slow").click(slow, text, told, api_name="slow", concurrency_limit=1)
         picture.upload(lambda image: str(image.size), picture, told, api_name="look")
-        gr.Button("Refuse").click(explained(refuse), None, None)
+        gr.Button("Refuse").click(show_errors(refuse), None, None)
         number = gr.Number(label="Steps", precision=0, minimum=1, maximum=9)
         gr.Button("Count").click(lambda n: str(n), number, told, api_name="count")
-        gr.Markdown("\n\n".join(map(escaped, words)), elem_id="markdown")
-        gr.HTML("".join(f'<p title="{escaped(each)}">{escaped(each)}</p>' for each in words), elem_id="html")
+        gr.Markdown("\n\n".join(map(escape_markup, words)), elem_id="markdown")
+        gr.HTML("".join(f'<p title="{escape_markup(each)}">{escape_markup(each)}</p>' for each in words), elem_id="html")
     return found.queue(max_size=3, api_open=False)
 
 
 def serve(root: Path, login: str | None) -> None:
     """Until somebody ends it."""
     files = _cache(root)
-    components.bound()
+    components.install_limits()
     found = page(root)
     _, address, _ = found.launch(
         server_name="127.0.0.1",
@@ -63,7 +63,9 @@ def serve(root: Path, login: str | None) -> None:
         mcp_server=False,
         run_history=False,
         footer_links=[],
-        app_kwargs={"middleware": [Middleware(Guard, hosts=None if login else OWN, files=files, limits=SMALL)]},
+        app_kwargs={
+            "middleware": [Middleware(LimitsMiddleware, hosts=None if login else LOOPBACK_NAMES, files=files, limits=SMALL)]
+        },
     )
     (root / "address.tmp").write_text(address)
     (root / "address.tmp").rename(root / "address")

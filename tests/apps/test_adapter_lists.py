@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from veneer.apps.context import Studio
-from veneer.apps.pages.shared.adapter_lists import follow
+from veneer.apps.context import Context
+from veneer.apps.pages.shared.adapter_lists import refresh_on_change
 
 
 def test_a_list_is_sent_when_the_adapters_have_changed_and_only_then(tmp_path: Path) -> None:
-    studio = Studio.at(tmp_path)
-    here = studio.workspace(None)
+    context = Context.create(tmp_path)
+    here = context.workspace(None)
     here.adapters.mkdir(parents=True)
     (here.adapters / "a.safetensors").touch()
     with gr.Blocks() as page:
         choice = gr.Dropdown([], label="Adapters", allow_custom_value=True)
-        follow(studio, [choice], lambda workspace, chosen: [f"{chosen} of {len(workspace.all_adapters())}"], choice)
+        refresh_on_change(context, [choice], lambda workspace, chosen: [f"{chosen} of {len(workspace.all_adapters())}"], choice)
     first, news = (event.fn for event in page.fns.values())
     assert first is not None
     assert news is not None

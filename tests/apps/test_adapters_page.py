@@ -10,10 +10,10 @@ import gradio as gr
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from veneer.apps.context import Studio
+from veneer.apps.context import Context
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages.adapters import adapters_page, files
-from veneer.apps.pages.adapters.details import FORMATS, described, fitting
+from veneer.apps.pages.adapters.details import FORMATS, describe_file, describe_fit
 from veneer.apps.workspace import Workspace
 from veneer.pipelines.convert import To
 
@@ -48,49 +48,49 @@ def workspace(tmp_path: Path, given: Path) -> Workspace:
     """With `toy` and `other` in it."""
     found = Workspace(tmp_path)
     for name in ("toy", "other"):
-        files.bring(found, given / f"{name}.safetensors")
+        files.store_upload(found, given / f"{name}.safetensors")
     return found
 
 
 def test_what_is_in_a_file(workspace: Workspace, given: Path) -> None:
-    page = adapters_page.shown(workspace, "toy")
+    page = adapters_page.describe_adapter(workspace, "toy")
     for told in ("<dd>lora</dd>", "<dd>native</dd>", "<dd>4</dd>", "the file does not say", "<td>lora</td>"):
         assert told in page, told
     assert f"{sum(t.numel() for t in load_file(given / 'toy.safetensors').values()):,} in" in page
-    files.bring(workspace, given / "word.safetensors")
-    assert "<dd>&lt;one&gt;, &lt;two&gt;</dd>" in adapters_page.shown(workspace, "word")
-    assert "Choose an adapter" in adapters_page.shown(workspace, None)
-    assert "No adapter yet" in adapters_page.shown(Workspace(workspace.root, "someone"), None)
+    files.store_upload(workspace, given / "word.safetensors")
+    assert "<dd>&lt;one&gt;, &lt;two&gt;</dd>" in adapters_page.describe_adapter(workspace, "word")
+    assert "Choose an adapter" in adapters_page.describe_adapter(workspace, None)
+    assert "No adapter yet" in adapters_page.describe_adapter(Workspace(workspace.root, "someone"), None)
 
 
 def test_nothing_of_a_file_is_read_as_html(workspace: Workspace, tmp_path: Path) -> None:
     bad = "<img src=x onerror=alert(1)>"
     save_file({bad: torch.ones(2, 768)}, tmp_path / "evil.safetensors", {"format": "pt", bad: "x"})
-    name = files.bring(workspace, tmp_path / "evil.safetensors")
-    page = adapters_page.shown(workspace, name)
+    name = files.store_upload(workspace, tmp_path / "evil.safetensors")
+    page = adapters_page.describe_adapter(workspace, name)
     assert "&lt;img src=x" in page
     assert "<img" not in page
 
 
 def test_how_a_file_fits_a_base(workspace: Workspace, given: Path, tmp_path: Path) -> None:
     base = str(given / "base")
-    assert "It fits" in adapters_page.fits(workspace, "toy", base)
+    assert "Compatible with" in adapters_page.check_fit(workspace, "toy", base)
     tensors = load_file(given / "toy-kohya.safetensors")
     gone = next(key for key in tensors if key.endswith("lora_up.weight"))
     kept = {key: t for key, t in tensors.items() if key != gone} | {"lora_unet_elsewhere.lora_up.weight": torch.ones(2, 2)}
     save_file(kept, tmp_path / "part.safetensors", {"format": "pt"})
-    page = adapters_page.fits(workspace, files.bring(workspace, tmp_path / "part.safetensors"), base)
-    assert "It fits" not in page or "in part" in page
+    page = adapters_page.check_fit(workspace, files.store_upload(workspace, tmp_path / "part.safetensors"), base)
+    assert "Compatible with" not in page
     assert "lora_unet_elsewhere" in page
     with raises(VeneerError, where="base", given="/no/such"):
-        adapters_page.fits(workspace, "toy", "/no/such")
+        adapters_page.check_fit(workspace, "toy", "/no/such")
     with raises(OptionError, option="base", given=""):
-        adapters_page.fits(workspace, "toy", " ")
+        adapters_page.check_fit(workspace, "toy", " ")
 
 
 def refused(workspace: Workspace, path: Path) -> str:
     before = sorted(workspace.adapters.iterdir())
-    name, words = adapters_page.brought(workspace, path)
+    name, words = adapters_page.upload(workspace, path)
     assert name is None
     assert sorted(workspace.adapters.iterdir()) == before
     assert str(path.parent) not in words, "nothing of where it was uploaded to"
@@ -133,52 +133,52 @@ def test_a_jobs_own_file_stays_with_its_job(workspace: Workspace, given: Path) -
     (run.parent / "job.json").write_text('{"title": "taught"}')
     (run / "adapter.safetensors").write_bytes((given / "toy.safetensors").read_bytes())
     (name,) = (n for n in workspace.all_adapters() if n.startswith("taught"))
-    assert "<dd>lora</dd>" in adapters_page.shown(workspace, name)
+    assert "<dd>lora</dd>" in adapters_page.describe_adapter(workspace, name)
     for action in (lambda: files.rename(workspace, name, "y"), lambda: files.delete(workspace, name)):
         with raises(StateError, where=name, given="of a job"):
             action()
-    assert files.resized(workspace, name, str(given / "base"), 1, None, None).name == "taught-x-rank-1"
+    assert files.resize_adapter(workspace, name, str(given / "base"), 1, None, None).name == "taught-x-rank-1"
 
 
 def test_words_go_along_where_a_format_has_no_place_for_them(workspace: Workspace, given: Path) -> None:
     pipe = veneer.base_models.load(str(given / "base"))
     both = [veneer.attach(pipe, "textual_inversion", tokens="<toy>", initialize="cat"), veneer.attach(pipe, "lora", rank=2)]
     native.save(both, workspace.adapters / "both.safetensors", {"base": str(given / "base")})
-    made = files.converted(workspace, "both", "kohya", str(given / "base"))
-    assert [path.name for path in made.words] == ["toy.safetensors"], "its name is the trigger"
-    assert look(made.words[0]).words == look(workspace.adapter("toy-2")).words == ("<toy>",), "there is another toy"
-    *_, offered = adapters_page.made(workspace, made)
+    made = files.convert_adapter(workspace, "both", "kohya", str(given / "base"))
+    assert [path.name for path in made.embeddings] == ["toy.safetensors"], "its name is the trigger"
+    assert look(made.embeddings[0]).words == look(workspace.adapter("toy-2")).words == ("<toy>",), "there is another toy"
+    *_, offered = adapters_page.show_new_file(workspace, made)
     assert [Path(each["path"]).name for each in offered.value] == ["both-kohya.safetensors", "toy.safetensors"]
     assert str(workspace.root) not in made.report
-    again = files.converted(workspace, "both", "kohya", str(given / "base"))
+    again = files.convert_adapter(workspace, "both", "kohya", str(given / "base"))
     assert [path.name for path in again.words] == ["toy.safetensors"]
     assert "toy-3" not in workspace.all_adapters(), "it is the same token"
-    assert not files.converted(workspace, "toy", "kohya", str(given / "base")).words
-    resized = files.resized(workspace, "both", str(given / "base"), 1, None, None)
+    assert not files.convert_adapter(workspace, "toy", "kohya", str(given / "base")).words
+    resized = files.resize_adapter(workspace, "both", str(given / "base"), 1, None, None)
     assert look(resized.file).words == ("<toy>",)
     assert not list(workspace.folder.glob(".making-*"))
 
 
 def test_converted(workspace: Workspace, given: Path) -> None:
     base = str(given / "base")
-    made = files.converted(workspace, "toy", "kohya", base)
+    made = files.convert_adapter(workspace, "toy", "kohya", base)
     assert made.name == "toy-kohya"
     assert look(workspace.adapter("toy-kohya"), tiny_pipeline("sd")).fits
     assert "weights change as before" in made.report
     assert str(workspace.root) not in made.report
-    assert files.converted(workspace, "toy", "kohya", base).name == "toy-kohya-2", "the first one stays"
-    folder = files.converted(workspace, "toy", "peft_folder", base)
+    assert files.convert_adapter(workspace, "toy", "kohya", base).name == "toy-kohya-2", "the first one stays"
+    folder = files.convert_adapter(workspace, "toy", "peft_folder", base)
     assert folder.name is None
     assert folder.file.suffix == ".zip"
     with pytest.raises(VeneerError) as error:
-        files.converted(workspace, "toy", "xlabs", base)
+        files.convert_adapter(workspace, "toy", "xlabs", base)
     assert str(workspace.root) not in str(error.value)
     assert not [path for path in workspace.adapters.iterdir() if path.suffix != ".safetensors"], "no leftovers"
 
 
 def test_merged_is_the_weighted_sum(workspace: Workspace, given: Path) -> None:
     base = str(given / "base")
-    made = files.merged(workspace, ["toy", "other"], [0.5, -2], base, "sum", None, None)
+    made = files.merge_adapters(workspace, ["toy", "other"], [0.5, -2], base, "sum", None, None)
     assert (made.name, made.file.exists()) == ("toy-and-other-merged", True)
 
     def changes(name: str, model: Any) -> dict[str, torch.Tensor]:
@@ -194,28 +194,28 @@ def test_merged_is_the_weighted_sum(workspace: Workspace, given: Path) -> None:
         (["toy", "other"], [1.0, float("nan")], "weights"),
     ):
         with raises(OptionError, option=option):
-            files.merged(workspace, names, weights, base, "sum", None, None)  # type: ignore[arg-type]
+            files.merge_adapters(workspace, names, weights, base, "sum", None, None)  # type: ignore[arg-type]
 
 
 def test_the_merge_list_offers_only_what_can_be_merged(workspace: Workspace, given: Path) -> None:
     control = attach(tiny_pipeline("sd"), "controlnet")
     native.save(control, workspace.adapters / "control.safetensors")
-    files.bring(workspace, given / "word.safetensors")
-    chosen, several, known = adapters_page.listed(workspace, None, None)
+    files.store_upload(workspace, given / "word.safetensors")
+    chosen, several, known = adapters_page.refresh_list(workspace, None, None)
     assert known == ["control", "other", "toy", "word"]
     assert [value for _, value in chosen.choices] == known
     assert [value for _, value in several.choices] == ["other", "toy", "word"]
 
 
 def test_resized(workspace: Workspace, given: Path) -> None:
-    made = files.resized(workspace, "toy", str(given / "base"), 2, 1.0, "kohya")
+    made = files.resize_adapter(workspace, "toy", str(given / "base"), 2, 1.0, "kohya")
     assert {rank for block in look(made.file).blocks for rank in block.ranks} == {2}
     assert "rank 2, error" in made.report
-    less = files.resized(workspace, "toy", str(given / "base"), 4, 0.5, None)
+    less = files.resize_adapter(workspace, "toy", str(given / "base"), 4, 0.5, None)
     assert max(rank for block in look(less.file).blocks for rank in block.ranks) < 4, "half of the energy needs a lower rank"
     for rank in (None, 0, 1.5):
         with raises(OptionError, option="rank", given=rank):
-            files.resized(workspace, "toy", str(given / "base"), rank, None, None)
+            files.resize_adapter(workspace, "toy", str(given / "base"), rank, None, None)
 
 
 def test_no_more_files_than_are_kept(workspace: Workspace, given: Path) -> None:
@@ -223,7 +223,7 @@ def test_no_more_files_than_are_kept(workspace: Workspace, given: Path) -> None:
     for i in range(LIMITS.adapter_files - 2):
         (workspace.adapters / f"{i}.safetensors").write_bytes(one)
     with raises(VeneerError, where="adapters", given=LIMITS.adapter_files, expected=LIMITS.adapter_files):
-        files.converted(workspace, "toy", "kohya", str(given / "base"))
+        files.convert_adapter(workspace, "toy", "kohya", str(given / "base"))
     with raises(VeneerError, where="adapters", given=LIMITS.adapter_files, expected=LIMITS.adapter_files):
         files.example(workspace)
 
@@ -231,26 +231,26 @@ def test_no_more_files_than_are_kept(workspace: Workspace, given: Path) -> None:
 def test_a_free_name(workspace: Workspace) -> None:
     (workspace.adapters / "Made.safetensors").touch()
     (workspace.adapters / "made-2.safetensors").touch()
-    assert files._free(workspace, "made") == "made-3"
-    assert files._free(workspace, "other-thing") == "other-thing"
+    assert files._free_stem(workspace, "made") == "made-3"
+    assert files._free_stem(workspace, "other-thing") == "other-thing"
 
 
 def test_the_list_finds_what_is_new_and_keeps_the_choice(workspace: Workspace) -> None:
-    chosen, several, known = adapters_page.listed(workspace, "toy", None)
+    chosen, several, known = adapters_page.refresh_list(workspace, "toy", None)
     assert (chosen.value, known) == ("toy", ["other", "toy"])
     assert [value for _, value in several.choices] == known
-    assert all(part == gr.skip() for part in adapters_page.listed(workspace, "toy", known))
+    assert all(part == gr.skip() for part in adapters_page.refresh_list(workspace, "toy", known))
     files.delete(workspace, "toy")
-    assert adapters_page.listed(workspace, "toy", known)[0].value == "other"
+    assert adapters_page.refresh_list(workspace, "toy", known)[0].value == "other"
 
 
 def test_the_example_can_be_looked_at(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert files.example(workspace) == files.example(workspace) == "example-lora"
-    assert files.trained_on(workspace, "example-lora") == "bundled"
-    found = files.seen(workspace, "example-lora", "bundled")
-    assert "It fits bundled" in fitting(found, "bundled")
-    assert "<dd>bundled</dd>" in described(found, "bundled")
+    assert files.base_of_adapter(workspace, "example-lora") == "shipped"
+    found = files.inspect(workspace, "example-lora", "shipped")
+    assert "Compatible with shipped" in describe_fit(found, "shipped")
+    assert "<dd>shipped</dd>" in describe_file(found, "shipped")
 
 
 def test_every_format_that_can_be_written_is_offered() -> None:
@@ -259,6 +259,6 @@ def test_every_format_that_can_be_written_is_offered() -> None:
 
 def test_the_page_is_built(tmp_path: Path) -> None:
     with gr.Blocks() as page:
-        adapters_page.build(Studio.at(tmp_path))
+        adapters_page.build(Context.create(tmp_path))
     unnamed = [c for c in page.blocks.values() if isinstance(c, (gr.Dropdown, gr.Textbox, gr.File)) and not c.label]
     assert not unnamed

@@ -42,37 +42,37 @@ def test_placeholders_can_be_read_and_main_buttons_are_in_view(
         go(page, name)
         page.wait_for_timeout(500)
         found += [(name, *each) for each in page.evaluate(CONTRAST)]
-        if button := {"Teach": "#teach-start", "Generate": "#generate-draw"}.get(name):
+        if button := {"Train": "#train-start", "Generate": "#generate-draw"}.get(name):
             box = page.locator(button).bounding_box()
             assert box["y"] + box["height"] <= size[1], f"{button} is below the fold"
     page.context.close()
     chromium.check()
-    assert {name for name, *_ in found} >= {"Teach", "Generate"}
+    assert {name for name, *_ in found} >= {"Train", "Generate"}
     assert not [each for each in found if each[2] < 4.5]
 
 
 def test_a_start_on_a_phone_shows_its_run(app: App, chromium: Browser) -> None:
     """And the options of a method have their whole names."""
     page = chromium.open(app, PHONE)
-    page.locator("#teach-example").click()
-    page.locator("#teach-notes").get_by_text("5 photos").wait_for()
-    page.get_by_role("button", name="Options of the method").click()
+    page.locator("#train-example").click()
+    page.locator("#train-notes").get_by_text("5 photos").wait_for()
+    page.get_by_role("button", name="Method options").click()
     label = page.locator("label", has_text="rslora").first
     label.wait_for()
     for node in page.locator(".options label.checkbox-container").all():
         if node.is_visible():
             assert node.evaluate("each => each.scrollWidth <= each.clientWidth + 1"), node.inner_text()
             assert node.evaluate("each => each.closest('.block').offsetWidth >= 200"), node.inner_text()
-    page.get_by_role("button", name="Options of the method").click()
-    page.locator("#teach-start").click()
-    page.locator("#teach-state").get_by_text("pivotal").wait_for()
+    page.get_by_role("button", name="Method options").click()
+    page.locator("#train-start").click()
+    page.locator("#train-state").get_by_text("pivotal").wait_for()
     page.wait_for_function(
-        "() => { const y = document.getElementById('teach-state').getBoundingClientRect().top; return y >= 0 && y < innerHeight }"
+        "() => { const y = document.getElementById('train-state').getBoundingClientRect().top; return y >= 0 && y < innerHeight }"
     )
-    look = page.locator("#teach-job input").evaluate("e => [getComputedStyle(e).textOverflow, getComputedStyle(e).paddingRight]")
+    look = page.locator("#train-job input").evaluate("e => [getComputedStyle(e).textOverflow, getComputedStyle(e).paddingRight]")
     assert look == ["ellipsis", "28px"], "a long title ends before the arrow"
-    page.locator("#teach-stop").click()
-    page.locator("#teach-state").get_by_text("was stopped").wait_for()
+    page.locator("#train-stop").click()
+    page.locator("#train-state").get_by_text("was stopped").wait_for()
     page.context.close()
     chromium.check()
 

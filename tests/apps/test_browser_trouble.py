@@ -23,19 +23,19 @@ from veneer import base_models
 
 def teach(page: Any, concept: str, how_long: str) -> None:
     """Start a run on the example's photos."""
-    page.locator("#teach-example").click()
-    page.locator("#teach-notes").get_by_text("5 photos").wait_for()
-    page.locator("#teach-concept input, #teach-concept textarea").fill(concept)
-    page.locator("#teach-preset").get_by_label(how_long).check()
+    page.locator("#train-example").click()
+    page.locator("#train-notes").get_by_text("5 photos").wait_for()
+    page.locator("#train-concept input, #train-concept textarea").fill(concept)
+    page.locator("#train-preset").get_by_label(how_long).check()
     steps = {"quick": "100", "balanced": "300"}[how_long]
     page.get_by_role("button", name=re.compile("^Settings")).click()
-    page.wait_for_function("n => document.querySelector('#teach-steps :is(input, textarea)')?.value === n", arg=steps)
-    page.locator("#teach-start").click()
+    page.wait_for_function("n => document.querySelector('#train-steps :is(input, textarea)')?.value === n", arg=steps)
+    page.locator("#train-start").click()
 
 
 def step(page: Any) -> int:
     """At which step the shown job is, once it has learnt some."""
-    words = page.locator("#teach-state").get_by_text(re.compile(r"trains: step \d+ of"))
+    words = page.locator("#train-state").get_by_text(re.compile(r"trains: step \d+ of"))
     words.wait_for()
     return int(re.search(r"step (\d+) of", words.inner_text()).group(1))
 
@@ -47,7 +47,7 @@ def test_a_stop_in_another_tab_keeps_the_weights_and_a_dead_server_loses_nothing
     teach(first, "<beast>", "balanced")
     (folder,) = wait_for(first, lambda: list(app.workspace.glob("*/jobs/*")))
     job = Job(folder)
-    second.locator("#teach-state").get_by_text("<beast>, pivotal trains").wait_for()
+    second.locator("#train-state").get_by_text("<beast>, pivotal trains").wait_for()
     reached = step(first)
 
     app.kill()
@@ -69,12 +69,12 @@ def test_a_stop_in_another_tab_keeps_the_weights_and_a_dead_server_loses_nothing
     assert step(fresh) > begun[1]
     fresh.context.close()
 
-    second.locator("#teach-stop").click()
+    second.locator("#train-stop").click()
     for tab in (second, first):
-        tab.locator("#teach-state").get_by_text("What it has trained by then is saved; it can go on.").wait_for()
+        tab.locator("#train-state").get_by_text("The trained weights are saved; it can be resumed.").wait_for()
     with safe_open(job.run / "adapter.safetensors", "pt") as file:
         assert list(file.keys())
-    first.locator("#teach-files a").first.wait_for()
+    first.locator("#train-files a").first.wait_for()
     go(first, "Generate")
     first.locator("#generate-adapters input").click()
     first.get_by_role("option", name="<beast>, pivotal").click()
@@ -83,12 +83,12 @@ def test_a_stop_in_another_tab_keeps_the_weights_and_a_dead_server_loses_nothing
     first.locator("#generate-state").get_by_text("1 of 1").wait_for()
 
     stopped = job.progress()[-1].step
-    second.locator("#teach-on").click()
+    second.locator("#train-on").click()
     wait_for(second, lambda: job.state == "running" and job.progress()[-1].step > stopped)
-    second.locator("#teach-stop").click()
+    second.locator("#train-stop").click()
     second.on("dialog", lambda dialog: dialog.accept())
-    second.locator("#teach-delete").click()
-    second.locator("#teach-state").get_by_text("No run yet.").wait_for()
+    second.locator("#train-delete").click()
+    second.locator("#train-state").get_by_text("No run yet.").wait_for()
     assert not folder.exists()
     for tab in (first, second):
         tab.context.close()
@@ -141,13 +141,13 @@ def test_photos_that_are_none(page: Any, tmp_path: Path) -> None:
     (tmp_path / "huge.png").write_bytes(huge(20_000, 15_000))
     (tmp_path / "page.png").write_text("<html><script>alert(1)</script></html>")
     good = sorted(base_models.examples().glob("*.png"))[:3]
-    photos = page.locator("#teach-photos input[type=file]")
+    photos = page.locator("#train-photos input[type=file]")
     photos.set_input_files([*good, tmp_path / "letter.png", tmp_path / "huge.png", tmp_path / "page.png"])
-    notes = page.locator("#teach-notes")
+    notes = page.locator("#train-notes")
     notes.get_by_text("3 photos.").wait_for()
     for name, why in (("letter.png", "Dear Sir"), ("huge.png", "300,000,000"), ("page.png", "web page")):
         assert re.search(rf"{name}[^\n]*{why}", notes.inner_text()), notes.inner_text()
-    page.locator("#teach-photos").get_by_label("Clear").click()
+    page.locator("#train-photos").get_by_label("Clear").click()
     photos.set_input_files([tmp_path / "letter.png"])
     told(page, "letter.png")
     draws(page)
@@ -190,7 +190,7 @@ def test_a_pickle_that_calls_itself_safetensors(app: App, page: Any, tmp_path: P
     go(page, "Adapters")
     page.locator("#adapter-file input[type=file]").set_input_files(tmp_path / "style.safetensors")
     said = page.locator("#adapter-said")
-    said.get_by_text("Not taken. style.safetensors").wait_for()
+    said.get_by_text("Rejected: style.safetensors").wait_for()
     assert "/tmp/" not in said.inner_text()
     assert not (tmp_path / "run by a pickle").exists()
     assert not list(app.workspace.glob("*/adapters/*"))
@@ -210,12 +210,12 @@ def test_html_in_words(page: Any, app: App) -> None:
     page.locator("#generate-draw").click()
     page.locator("#generate-state").get_by_text("**bold** <b>cat</b>”").wait_for()
     assert page.locator("img[src=x]").count() == 0
-    go(page, "Teach")
+    go(page, "Train")
     teach(page, evil, "quick")
-    state = page.locator("#teach-state")
+    state = page.locator("#train-state")
     state.get_by_text(evil[:50]).first.wait_for()
     assert state.locator("img").count() == 0
-    page.locator("#teach-stop").click()
+    page.locator("#train-stop").click()
     state.get_by_text("was stopped").wait_for()
     assert page.title() == "veneer"
     assert not [path for path in app.workspace.rglob("*") if "<" in path.name and "cache" not in path.parts]

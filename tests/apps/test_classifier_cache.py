@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from veneer.apps import classifier_cache as module
-from veneer.apps.classifier_cache import KEPT, Answers
+from veneer.apps.classifier_cache import MAX_CLASSIFIERS, ClassifierCache
 
 from tests.raising import raises
 from veneer.injection.errors import StateError
@@ -21,20 +21,20 @@ def test_classifiers_that_were_asked_last_stay_and_new_ones_are_seen(tmp_path: P
         return object()
 
     monkeypatch.setattr(module, "open_predictor", opens)
-    runs = [tmp_path / str(number) for number in range(KEPT + 1)]
+    runs = [tmp_path / str(number) for number in range(MAX_CLASSIFIERS + 1)]
     for run in runs:
         run.mkdir()
         (run / "model.json").touch()
-    answers = Answers()
+    answers = ClassifierCache()
     first = answers._opened(runs[0])
-    for run in runs[1:KEPT]:
+    for run in runs[1:MAX_CLASSIFIERS]:
         answers._opened(run)
     assert answers._opened(runs[0]) is first
-    answers._opened(runs[KEPT])
+    answers._opened(runs[MAX_CLASSIFIERS])
     assert answers._opened(runs[0]) is first, "it was asked later than others"
     assert opened == [run.name for run in runs]
     os.utime(runs[0] / "model.json", (1, 1))
     assert answers._opened(runs[0]) is not first, "it has learnt more since"
-    assert len(answers._kept) == KEPT
+    assert len(answers._kept) == MAX_CLASSIFIERS
     with raises(StateError, where=tmp_path.name, given="untrained"):
         answers._opened(tmp_path)

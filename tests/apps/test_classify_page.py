@@ -14,13 +14,13 @@ from typing import Any
 import gradio as gr
 import pytest
 from veneer.apps import jobs
-from veneer.apps.classifier_cache import KEPT, Answers
-from veneer.apps.context import Studio
+from veneer.apps.classifier_cache import MAX_CLASSIFIERS, ClassifierCache
+from veneer.apps.context import Context
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages.classify import classify_page
-from veneer.apps.pages.classify.request import Wanted, begin
-from veneer.apps.pages.classify.results import accuracies, stamp, told, values
-from veneer.apps.pages.shared.job_view import remove
+from veneer.apps.pages.classify.request import ClassifyRequest, submit_jobs
+from veneer.apps.pages.classify.results import accuracy_curve, describe, result_values, stamp
+from veneer.apps.pages.shared.job_view import delete_job
 from veneer.apps.workspace import Workspace
 
 from tests.classification.small import CLASSES, image_folder, model_folder
@@ -45,63 +45,65 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def wanted(pets: Path, vit: str) -> Wanted:
-    return Wanted(source="zip", file=str(pets), model=vit, methods=["linear_probe", "bitfit"], epochs=3, batch=8, augment="none")
+def wanted(pets: Path, vit: str) -> ClassifyRequest:
+    return ClassifyRequest(
+        source="zip", file=str(pets), model=vit, methods=["linear_probe", "bitfit"], epochs=3, batch=8, augment="none"
+    )
 
 
 def run(job: jobs.Job) -> None:
     """What the worker does, in this process."""
-    assert main([*job.about["words"], "--out", str(job.run), "--resume"]) in (0, None), job.about
+    assert main([*job.command, "--out", str(job.run), "--resume"]) in (0, None), job.metadata
 
 
-def test_each_method_is_a_job_and_the_end_says_how_well_it_does(tmp_path: Path, wanted: Wanted) -> None:
-    studio, workspace = Studio.at(tmp_path), Workspace(tmp_path)
-    begun, left_out = begin(studio, workspace, wanted)
-    assert [job.about["title"] for job in begun] == ["my-pets · linear_probe", "my-pets · bitfit"]
+def test_each_method_is_a_job_and_the_end_says_how_well_it_does(tmp_path: Path, wanted: ClassifyRequest) -> None:
+    context, workspace = Context.create(tmp_path), Workspace(tmp_path)
+    begun, left_out = submit_jobs(context, workspace, wanted)
+    assert [job.metadata["title"] for job in begun] == ["my-pets · linear_probe", "my-pets · bitfit"]
     assert not left_out
-    data = Path(begun[0].about["words"][1])
+    data = Path(begun[0].command[1])
     assert {path.name for path in data.iterdir()} == set(CLASSES), "the folder around them is gone"
-    assert begun[1].about["words"][1] == str(data), "the same pictures, so that the methods can be compared"
-    assert values(begun[0])[0] == ""
+    assert begun[1].command[1] == str(data), "the same pictures, so that the methods can be compared"
+    assert result_values(begun[0])[0] == ""
     for job in begun:
         run(job)
-    words, accuracy, compared, confusion, curves, mistakes, every, files = values(begun[0])
+    words, accuracy, compared, confusion, curves, mistakes, every, files = result_values(begun[0])
     assert "interval is **" in words
     tested = json.loads((begun[0].run / "splits.json").read_text())["test"]
     assert f"Measured on {len(tested)} test images" in words
     assert json.loads((begun[0].run / "result.json").read_text())["verdict"]["summary"] in html.unescape(words)
     assert accuracy.visible
-    assert len(accuracies(read_epochs(begun[0].run))) == 3
+    assert len(accuracy_curve(read_epochs(begun[0].run))) == 3
     assert all(isinstance(sheet.value, dict) for sheet in (confusion, curves, mistakes)), "pictures in Gradio's cache"
     assert compared.count("<tr>") == every.count("<tr>") == 3
     assert {Path(each["path"]).name for each in files.value} == {"adapter.safetensors", "model.json"}
 
-    answers = Answers()
+    answers = ClassifierCache()
     red = data / "red" / "0.png"
-    found = classify_page.ask(workspace, answers, begun[0].name, str(red))
+    found = classify_page.classify(workspace, answers, begun[0].name, str(red))
     assert found is not None
     assert set(found) == set(CLASSES)
     assert sum(found.values()) == pytest.approx(1, abs=1e-5)
     broken = tmp_path / "broken.png"
     broken.write_text("<b>no picture</b>")
     with raises(VeneerError, file=broken.name):
-        classify_page.ask(workspace, answers, begun[0].name, str(broken))
-    for number in range(KEPT + 1):
+        classify_page.classify(workspace, answers, begun[0].name, str(broken))
+    for number in range(MAX_CLASSIFIERS + 1):
         answers.ask(shutil.copytree(begun[0].run, tmp_path / f"copy-{number}"), red)
-    assert len(answers._kept) == KEPT
+    assert len(answers._kept) == MAX_CLASSIFIERS
 
-    again, _ = begin(studio, workspace, replace(wanted, source="again", job=begun[0].name, methods=["lora+ssf"]))
-    assert again[0].about["words"][1] == str(data)
-    assert again[0].about["title"] == "my-pets · lora+ssf"
-    remove(workspace, begun[0].name)
+    again, _ = submit_jobs(context, workspace, replace(wanted, source="again", job=begun[0].name, methods=["lora+ssf"]))
+    assert again[0].command[1] == str(data)
+    assert again[0].metadata["title"] == "my-pets · lora+ssf"
+    delete_job(workspace, begun[0].name)
     assert data.is_dir(), "others learn from them"
 
 
-def test_accuracy_is_told_while_it_learns(tmp_path: Path, wanted: Wanted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accuracy_is_told_while_it_learns(tmp_path: Path, wanted: ClassifyRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is stopped after its second epoch of twenty."""
     from veneer.training.loop.trainer import Trainer
 
-    job = begin(Studio.at(tmp_path), Workspace(tmp_path), replace(wanted, methods=["bitfit"], epochs=20))[0][0]
+    job = submit_jobs(Context.create(tmp_path), Workspace(tmp_path), replace(wanted, methods=["bitfit"], epochs=20))[0][0]
     before, tell = stamp(job), Trainer._tell
 
     def stopping(self: Trainer, *rest: Any) -> None:
@@ -114,18 +116,20 @@ def test_accuracy_is_told_while_it_learns(tmp_path: Path, wanted: Wanted, monkey
     (job.folder / "stop").touch()
     epochs = read_epochs(job.run)
     assert stamp(job) != before
-    assert told(job, epochs).startswith(f"Epoch 2: validation accuracy **{epochs[1].val_accuracy:.1%}**")
-    words, accuracy, _, confusion, *_, files = values(job)
+    assert describe(job, epochs).startswith(f"Epoch 2: validation accuracy **{epochs[1].val_accuracy:.1%}**")
+    words, accuracy, _, confusion, *_, files = result_values(job)
     assert "at the end" in words
     assert accuracy.visible
     assert not confusion.visible
     assert len(files.value) == 2, "what it had learnt can be kept"
-    assert classify_page.ask(Workspace(tmp_path), Answers(), job.name, str(next(Path(job.about["words"][1]).rglob("*.png"))))
+    assert classify_page.classify(
+        Workspace(tmp_path), ClassifierCache(), job.name, str(next(Path(job.command[1]).rglob("*.png")))
+    )
 
 
-def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: Wanted, pets: Path) -> None:
-    studio, alone, named = Studio.at(tmp_path), Workspace(tmp_path), Workspace(tmp_path, "ann")
-    folder = str(image_folder(tmp_path / "colours", count=2))
+def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: ClassifyRequest, pets: Path) -> None:
+    context, alone, named = Context.create(tmp_path), Workspace(tmp_path), Workspace(tmp_path, "ann")
+    folder = str(picture_folder(tmp_path / "colours", count=2))
     flat = tmp_path / "flat.zip"
     with zipfile.ZipFile(flat, "w") as archive:
         archive.write(next(Path(folder).rglob("*.png")), "only/0.png")
@@ -154,32 +158,32 @@ def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: Wanted, pets: P
     )
     for change, data in changes:
         with raises(VeneerError, **data):
-            begin(studio, alone, replace(wanted, **change))  # type: ignore[arg-type]
+            submit_jobs(context, alone, replace(wanted, **change))  # type: ignore[arg-type]
     with raises(OptionError, option="source", given="folder"):
-        begin(studio, named, replace(wanted, model="bundled", source="folder", folder=folder))
+        submit_jobs(context, named, replace(wanted, model="shipped", source="folder", folder=folder))
     with raises(VeneerError, where="timm"):
-        begin(studio, named, wanted)  # a folder of this machine as the model
+        submit_jobs(context, named, wanted)  # a folder of this machine as the model
     assert not alone.all_jobs()
     assert not list(alone.given.glob("*")), "nothing stays of a zip that is of no use"
-    assert begin(studio, alone, replace(wanted, source="folder", folder=folder))[0][0].about["words"][1] == folder
-    mine = begin(studio, alone, wanted)[0][0]
+    assert submit_jobs(context, alone, replace(wanted, source="folder", folder=folder))[0][0].command[1] == folder
+    mine = submit_jobs(context, alone, wanted)[0][0]
     with raises(UnknownName, name=mine.name, kind="job"):
-        classify_page.ask(named, Answers(), mine.name, str(next(Path(folder).rglob("*.png"))))
+        classify_page.classify(named, ClassifierCache(), mine.name, str(next(Path(folder).rglob("*.png"))))
     with raises(UnknownName, name=mine.name, kind="job"):
-        begin(studio, named, replace(wanted, model="bundled", source="again", job=mine.name))
+        submit_jobs(context, named, replace(wanted, model="shipped", source="again", job=mine.name))
     with raises(StateError, where=mine.run.name, given="untrained"):
-        classify_page.ask(alone, Answers(), mine.name, str(next(Path(folder).rglob("*.png"))))
+        classify_page.classify(alone, ClassifierCache(), mine.name, str(next(Path(folder).rglob("*.png"))))
 
 
 def test_the_page_is_built_and_offers_what_fits(tmp_path: Path) -> None:
     with gr.Blocks():
-        classify_page.build(Studio.at(tmp_path))
-    assert "folder" in dict(map(reversed, classify_page.offers(Workspace(tmp_path))))  # type: ignore[arg-type]
-    assert "folder" not in dict(map(reversed, classify_page.offers(Workspace(tmp_path, "ann"))))  # type: ignore[arg-type]
-    assert [part.visible for part in classify_page.places("zip")] == [True, False, False]
-    assert [part.visible for part in classify_page.places("digits")] == [False, False, True]
-    clip = classify_page.fitting("bundled_clip", ["lora", "vpt+ssf"])
+        classify_page.build(Context.create(tmp_path))
+    assert "folder" in dict(map(reversed, classify_page.source_choices(Workspace(tmp_path))))  # type: ignore[arg-type]
+    assert "folder" not in dict(map(reversed, classify_page.source_choices(Workspace(tmp_path, "ann"))))  # type: ignore[arg-type]
+    assert [part.visible for part in classify_page.source_fields("zip")] == [True, False, False]
+    assert [part.visible for part in classify_page.source_fields("digits")] == [False, False, True]
+    clip = classify_page.supported_methods("shipped_clip", ["lora", "vpt+ssf"])
     assert "coop" in dict(clip.choices)
     assert clip.value == ["lora", "vpt+ssf"]
-    assert classify_page.fitting("bundled", ["coop", "lora"]).value == ["lora"]
-    assert len(values(None)) == len(values(jobs.Job(tmp_path / "gone")))
+    assert classify_page.supported_methods("shipped", ["coop", "lora"]).value == ["lora"]
+    assert len(result_values(None)) == len(result_values(jobs.Job(tmp_path / "gone")))

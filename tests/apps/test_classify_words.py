@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 from veneer.apps import jobs
-from veneer.apps.context import Studio
+from veneer.apps.context import Context
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
-from veneer.apps.pages.classify.request import Wanted, begin, chosen, inside
-from veneer.apps.pages.classify.results import FEW, accuracies, comparison, outcome, result, runs, stamp, told
+from veneer.apps.pages.classify.request import ClassifyRequest, check_methods, class_root, submit_jobs
+from veneer.apps.pages.classify.results import (
+    FEW_EPOCHS,
+    accuracy_curve,
+    comparison,
+    describe,
+    read_result,
+    run_table,
+    stamp,
+    summarize,
+)
 from veneer.apps.workspace import Workspace
 
 from tests.raising import raises
@@ -32,7 +41,7 @@ def figures(method: str, val: float, test: float) -> dict[str, Any]:
 
 
 def begun(space: Workspace, data: str, method: str) -> Job:
-    job = jobs.make(space.jobs, "classify", f"{data} · {method}", ["transfer", data, f"--method={method}"])
+    job = jobs.create_job(space.jobs, "classify", f"{data} · {method}", ["transfer", data, f"--method={method}"])
     job.run.mkdir()
     return job
 
@@ -74,33 +83,33 @@ def test_earlier_runs_are_listed(tmp_path: Path) -> None:
     """Also those on other images and those without an end, the newest first."""
     space = Workspace(tmp_path)
     first = ended(space, "pets", "first", 0.5, 0.5)
-    assert runs(first) == runs(None) == ""
+    assert run_table(first) == run_table(None) == ""
     begun(space, "cars", "<b>second")
-    table = runs(first)
+    table = run_table(first)
     assert table.index("&lt;b&gt;second") < table.index("pets · first (above)")
     assert "50.0%" in table
 
 
 def test_every_epoch_has_its_mark() -> None:
     """Few epochs are names on the axis, since an axis of numbers would be marked at half epochs."""
-    few, many = ([Epoch(n, n * 10, 1.0, 1.0, 0.5) for n in range(1, count + 1)] for count in (FEW, FEW + 1))
-    assert list(accuracies(few)["epoch"]) == [str(n) for n in range(1, FEW + 1)]
-    assert list(accuracies(many)["epoch"]) == [*range(1, FEW + 2)]
+    few, many = ([Epoch(n, n * 10, 1.0, 1.0, 0.5) for n in range(1, count + 1)] for count in (FEW_EPOCHS, FEW_EPOCHS + 1))
+    assert list(accuracy_curve(few)["epoch"]) == [str(n) for n in range(1, FEW_EPOCHS + 1)]
+    assert list(accuracy_curve(many)["epoch"]) == [*range(1, FEW_EPOCHS + 2)]
 
 
 def test_the_verdict_is_first_and_escaped(tmp_path: Path) -> None:
-    found = result(ended(Workspace(tmp_path), "pets", "lora", 0.5, 0.75))
+    found = read_result(ended(Workspace(tmp_path), "pets", "lora", 0.5, 0.75))
     found["verdict"] = {"outcome": "partly", "summary": "<b>Worse</b> than the probe.", "reasons": ["a"], "advice": ["b"]}
-    words = outcome(found)
+    words = summarize(found)
     assert words.index("Partly learned") < words.index("Accuracy 75.0%")
     assert "&lt;b&gt;Worse&lt;/b&gt;" in words
 
 
 def test_the_end_in_words(tmp_path: Path) -> None:
-    words = outcome(result(ended(Workspace(tmp_path), "pets", "lora", 0.5, 0.75)))
+    words = summarize(read_result(ended(Workspace(tmp_path), "pets", "lora", 0.5, 0.75)))
     assert words.startswith("### Accuracy 75.0%")
     assert "interval is **62.5% to 87.5%**" in words
-    assert "the most frequent class has 75.0%" in words, "3 of the 4 pictures are of one class"
+    assert "the most frequent class gives 75.0%" in words, "3 of the 4 pictures are of one class"
     assert "Epoch 2 was kept, the best on 4 validation images (50.0%)" in words
     assert "1,234 trainable parameters; the file has 5,678 bytes" in words
 
@@ -111,27 +120,29 @@ def test_the_end_in_words(tmp_path: Path) -> None:
 )
 def test_the_best_epoch_so_far(tmp_path: Path, rows: list[tuple[float, float]], best: int) -> None:
     epochs = [Epoch(n, n * 10, 1.0, loss, accuracy) for n, (accuracy, loss) in enumerate(rows, 1)]
-    assert f"The best so far is epoch {best}, {rows[best - 1][0]:.1%}" in told(begun(Workspace(tmp_path), "pets", "lora"), epochs)
-    assert "best so far" not in told(begun(Workspace(tmp_path), "pets", "lora"), epochs[:1])
+    assert f"The best so far is epoch {best}, {rows[best - 1][0]:.1%}" in describe(
+        begun(Workspace(tmp_path), "pets", "lora"), epochs
+    )
+    assert "best so far" not in describe(begun(Workspace(tmp_path), "pets", "lora"), epochs[:1])
 
 
 def test_jobs_that_wait_take_the_places_of_methods(tmp_path: Path) -> None:
-    studio, space = Studio.at(tmp_path), Workspace(tmp_path)
+    context, space = Context.create(tmp_path), Workspace(tmp_path)
     for _ in range(LIMITS.jobs - 1):
-        studio.begin(space, "teach", "a toy", ["personalize"])
+        context.submit(space, "train", "a toy", ["personalize"])
     with raises(VeneerError, where="jobs", given=2, expected=1):
-        begin(studio, space, Wanted(model="bundled", methods=["lora", "bitfit"]))
+        submit_jobs(context, space, ClassifyRequest(model="shipped", methods=["lora", "bitfit"]))
     assert len(space.all_jobs()) == LIMITS.jobs - 1
-    assert len(begin(studio, space, Wanted(model="bundled", methods=["lora", "lora", " lora"]))[0]) == 1
-    assert chosen(["ssf", "lora", "ssf"], "bundled") == ["ssf", "lora"]
+    assert len(submit_jobs(context, space, ClassifyRequest(model="shipped", methods=["lora", "lora", " lora"]))[0]) == 1
+    assert check_methods(["ssf", "lora", "ssf"], "shipped") == ["ssf", "lora"]
 
 
 def test_only_the_pictures_of_a_classifiers_job_are_taken_again(tmp_path: Path) -> None:
-    studio, space = Studio.at(tmp_path), Workspace(tmp_path)
+    context, space = Context.create(tmp_path), Workspace(tmp_path)
     (tmp_path / "photos").mkdir()
-    taught = jobs.make(space.jobs, "teach", "a toy", ["personalize", str(tmp_path / "photos"), "--concept=<toy>"])
+    taught = jobs.create_job(space.jobs, "train", "a toy", ["personalize", str(tmp_path / "photos"), "--concept=<toy>"])
     with raises(OptionError, option="job", given=taught.name):
-        begin(studio, space, Wanted(model="bundled", source="again", job=taught.name))
+        submit_jobs(context, space, ClassifyRequest(model="shipped", source="again", job=taught.name))
 
 
 @pytest.mark.parametrize(
@@ -148,4 +159,4 @@ def test_the_folder_of_the_classes(tmp_path: Path, held: list[str], found: str) 
     for name in held:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "0.png").touch()
-    assert inside(tmp_path) == tmp_path / found
+    assert class_root(tmp_path) == tmp_path / found

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from veneer.apps import jobs
 from veneer.apps.limits import LIMITS
-from veneer.apps.server import KEPT, _cache
+from veneer.apps.server import FILE_LIFETIME, _cache
 
 from tests.apps.browser import PATIENCE, App, served
 from tests.apps.clients import STEPS, Client, Visit, adapters, memory, round_of, wishes
@@ -84,7 +84,7 @@ def test_a_picture_comes_while_a_job_trains(app: App, tmp_path: Path) -> None:
         picture(seed).save(tmp_path / "photos" / f"{seed}.png")
     words = ["personalize", str(tmp_path / "photos"), "--base", str(tmp_path / "base"), "--concept", "<toy>"]
     words += ["--method", "lora", "--eval-seeds", "0", "--tracker", "none", "--steps", "100000"]
-    job = jobs.make(app.workspace / "local" / "jobs", "teach", "a toy", words)
+    job = jobs.create_job(app.workspace / "local" / "jobs", "train", "a toy", words)
     until(lambda: job.progress(), job)
     reached = job.progress()[-1].step
     with Client(app.address) as client:
@@ -108,7 +108,7 @@ def until(true: Callable[[], object], job: jobs.Job) -> None:
 
 def test_who_finds_the_queue_full_is_told_so_and_who_leaves_makes_room(app: App) -> None:
     with Client(app.address) as long, Client(app.address) as many, Client(app.address) as late:
-        slow = {"generate-prompt": PROMPT, STEPS: 60, "generate-count": LIMITS.pictures}
+        slow = {"generate-prompt": PROMPT, STEPS: 60, "generate-count": LIMITS.images}
         assert long.join("generate-draw", **slow) is None
         drawing = long.told()
         assert any(message["msg"] == "process_generating" for message in drawing), "its turn has come"
@@ -133,9 +133,9 @@ def test_who_finds_the_queue_full_is_told_so_and_who_leaves_makes_room(app: App)
 def test_memory_returns_to_where_it_was(app: App, names: list[str]) -> None:
     """After a warm-up round, further rounds of visitors who come, generate and leave do not make the process larger.
 
-    The server remembers the last `LIMITS.sessions` pages, about 1 MiB each, so these are opened before. Allocators still grow
-    in the first round, by up to 20 MiB; afterwards memory was seen to vary by 15 MiB over twelve rounds. Without a limit on pages
-    each round takes 20 to 30 MiB.
+    The server remembers the last `LIMITS.sessions` pages, about 1 MiB each, so these are opened before. Allocators still grow in
+    the first round, by up to 20 MiB; afterwards memory varied by 15 MiB over twelve rounds. Without a limit on pages each round
+    takes 20 to 30 MiB.
     """
     with Client(app.address) as client:
         for _ in range(LIMITS.sessions - CLIENTS):
@@ -151,7 +151,7 @@ def test_memory_returns_to_where_it_was(app: App, names: list[str]) -> None:
 
 def test_old_files_of_the_cache_go_when_the_app_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    for name, age in (("old", KEPT + 60), ("young", KEPT - 60)):
+    for name, age in (("old", FILE_LIFETIME + 60), ("young", FILE_LIFETIME - 60)):
         file = tmp_path / "cache" / name / "a.png"
         file.parent.mkdir(parents=True)
         file.write_bytes(b"a")

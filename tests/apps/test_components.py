@@ -20,7 +20,7 @@ class Canvas:
 
     def send(self, name: str, index: object = "0") -> None:
         data = {"id": name, "type": "layer", "index": index}
-        components._drawn(self, SimpleNamespace(data=data, files=[("x", b"x")]))
+        components._accept_drawing(self, SimpleNamespace(data=data, files=[("x", b"x")]))
 
 
 def test_drawings_are_bounded() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from veneer.apps.context import Studio, escaped, explained
+from veneer.apps.context import Context, escape_markup, show_errors
 from veneer.apps.limits import LIMITS
 
 from tests.raising import raises
@@ -18,32 +18,32 @@ from veneer.injection import VeneerError
 
 
 def test_each_login_has_its_own_workspace(tmp_path: Path) -> None:
-    studio = Studio.at(tmp_path)
+    context = Context.create(tmp_path)
     asks: list[Any] = [None, SimpleNamespace(username=None), SimpleNamespace(username="anna"), SimpleNamespace(username="bob")]
-    alone, open_page, anna, bob = (studio.workspace(request).folder for request in asks)
+    alone, open_page, anna, bob = (context.workspace(request).folder for request in asks)
     assert alone == open_page
     assert len({alone, anna, bob}) == 3
 
 
 def test_no_more_jobs_wait_than_is_allowed(tmp_path: Path) -> None:
-    studio = Studio.at(tmp_path)
-    mine = studio.workspace(None)
-    begun = [studio.begin(mine, "teach", "a toy", ["personalize"]) for _ in range(LIMITS.jobs)]
+    context = Context.create(tmp_path)
+    mine = context.workspace(None)
+    begun = [context.submit(mine, "train", "a toy", ["personalize"]) for _ in range(LIMITS.jobs)]
     with raises(VeneerError, where="jobs", given=LIMITS.jobs, expected=LIMITS.jobs):
-        studio.begin(mine, "teach", "a toy", ["personalize"])
+        context.submit(mine, "train", "a toy", ["personalize"])
     assert len(mine.all_jobs()) == LIMITS.jobs
     begun[0].stop()
-    assert studio.begin(mine, "teach", "a toy", ["personalize"]).state == "waiting"
+    assert context.submit(mine, "train", "a toy", ["personalize"]).state == "waiting"
 
 
 def test_every_mark_is_shown_as_itself() -> None:
     for mark in string.punctuation:
-        assert escaped(mark).startswith("&"), mark
-        assert html.unescape(escaped(mark)) == mark
+        assert escape_markup(mark).startswith("&"), mark
+        assert html.unescape(escape_markup(mark)) == mark
     code = "a\n    code\n\tand more"
-    assert not any(line.startswith((" ", "\t")) for line in escaped(code).splitlines()), "lines set in are code in Markdown"
-    assert html.unescape(escaped(code)) == code
-    assert escaped("猫 and é") == "猫 and é"
+    assert not any(line.startswith((" ", "\t")) for line in escape_markup(code).splitlines()), "lines set in are code in Markdown"
+    assert html.unescape(escape_markup(code)) == code
+    assert escape_markup("猫 and é") == "猫 and é"
 
 
 @pytest.mark.parametrize("kind", [VeneerError, ValueError, OSError])
@@ -52,5 +52,5 @@ def test_refusals_are_shown_as_plain_text(kind: type[Exception]) -> None:
         raise kind("<b>no</b>")
 
     with pytest.raises(gr.Error) as caught:
-        explained(refuse)()
-    assert caught.value.message == escaped("<b>no</b>")
+        show_errors(refuse)()
+    assert caught.value.message == escape_markup("<b>no</b>")

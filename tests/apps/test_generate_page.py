@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 import timm
 from PIL import Image, PngImagePlugin
-from veneer.apps.context import Studio, explained
+from veneer.apps.context import Context, show_errors
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages.generate import generate_page
+from veneer.apps.pages.generate.generation import generate, read_image_settings, text_adapters
 from veneer.apps.pages.shared import images as pictures
-from veneer.apps.pages.shared.generation_fields import suited, values
-from veneer.apps.pages.shared.generation_request import PART, STRONGEST, Wish, used, wished
+from veneer.apps.pages.shared.generation_fields import base_defaults, values
+from veneer.apps.pages.shared.generation_request import (
+    BATCH_SIZE,
+    MAX_STRENGTH,
+    GenerationRequest,
+    parse_request,
+    select_adapters,
+)
 from veneer.apps.workspace import Workspace
 from veneer.pipelines.generate import draws
 
@@ -42,10 +49,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory, base: str) -> Studio:
+def context(tmp_path_factory: pytest.TempPathFactory, base: str) -> Context:
     """A studio whose visitor has a LoRA, a word and something that follows maps."""
-    studio = Studio.at(tmp_path_factory.mktemp("workspaces"), "cpu")
-    folder = studio.workspace(None).adapters
+    context = Context.create(tmp_path_factory.mktemp("workspaces"), "cpu")
+    folder = context.workspace(None).adapters
     folder.mkdir(parents=True)
     word = {"tokens": "<toy>", "initialize": "cat"}
     for name, method, options in (("style", "lora", {}), ("word", "textual_inversion", word), ("maps", "t2i_adapter", {})):
@@ -53,15 +60,17 @@ def studio(tmp_path_factory: pytest.TempPathFactory, base: str) -> Studio:
         for number, (_, adapter) in enumerate(attached.parts.values()):
             stir(adapter, number, 2.0 if name == "word" else 0.3)
         native.save(attached, folder / f"{name}.safetensors", provenance={"concept": "<toy>", "class_word": "toy"})
-    return studio
+    return context
 
 
-def wish(base: str, **changed: Any) -> Wish:
-    return Wish(**{"base": base, "prompt": PROMPT, "steps": 2, "guidance": 4.0, **changed})
+def generation(base: str, **changed: Any) -> GenerationRequest:
+    return GenerationRequest(**{"base": base, "prompt": PROMPT, "steps": 2, "guidance": 4.0, **changed})
 
 
-def last(studio: Studio, wanted: Wish, names: list[str], strengths: list[float], way: str) -> tuple[list[tuple[str, str]], str]:
-    return list(generate_page.draw(studio, studio.workspace(None), wanted, names, strengths, way))[-1]
+def last(
+    context: Context, wanted: GenerationRequest, names: list[str], strengths: list[float], way: str
+) -> tuple[list[tuple[str, str]], str]:
+    return list(generate(context, context.workspace(None), wanted, names, strengths, way))[-1]
 
 
 def pixels(path: str) -> np.ndarray:
@@ -69,7 +78,7 @@ def pixels(path: str) -> np.ndarray:
         return np.asarray(image)
 
 
-def expected(wanted: Wish, seed: int, scale: float, word: str | None = None) -> np.ndarray:
+def expected(wanted: GenerationRequest, seed: int, scale: float, word: str | None = None) -> np.ndarray:
     pipe = veneer.base_models.load(wanted.base)
     if scale:
         veneer.load(pipe, expected.file, scale=scale)  # type: ignore[attr-defined]
@@ -78,10 +87,10 @@ def expected(wanted: Wish, seed: int, scale: float, word: str | None = None) -> 
     return np.asarray(made.image)
 
 
-def test_with_and_without_side_by_side(studio: Studio, base: str) -> None:
-    expected.file = studio.workspace(None).adapter("style")  # type: ignore[attr-defined]
-    wanted = wish(base, seed=5, count=2, size=(32, 64))
-    found, told = last(studio, wanted, ["style"], [0.5], "both")
+def test_with_and_without_side_by_side(context: Context, base: str) -> None:
+    expected.file = context.workspace(None).adapter("style")  # type: ignore[attr-defined]
+    wanted = generation(base, seed=5, count=2, size=(32, 64))
+    found, told = last(context, wanted, ["style"], [0.5], "both")
     assert [caption for _, caption in found] == ["without, seed 5", "with, seed 5", "without, seed 6", "with, seed 6"]
     assert told == "4 of 4"
     for (path, _), (seed, scale) in zip(found, ((5, 0), (5, 0.5), (6, 0), (6, 0.5)), strict=True):
@@ -94,19 +103,19 @@ def test_with_and_without_side_by_side(studio: Studio, base: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["word", "style"])
-def test_without_a_taught_word_the_base_is_told_what_it_is_like(studio: Studio, base: str, name: str) -> None:
+def test_without_a_taught_word_the_base_is_told_what_it_is_like(context: Context, base: str, name: str) -> None:
     """Be it that the file brings the word, or that it only changes what the base makes of one."""
-    wanted = wish(base)
-    found, _ = last(studio, wanted, [name], [1.0], "both")
+    wanted = generation(base)
+    found, _ = last(context, wanted, [name], [1.0], "both")
     assert np.array_equal(pixels(found[0][0]), expected(wanted, 0, 0, "toy"))
     assert not np.array_equal(pixels(found[0][0]), pixels(found[1][0]))
     assert read_settings(found[0][0])["prompt"] == PROMPT
 
 
-def test_a_row_of_strengths(studio: Studio, base: str) -> None:
-    expected.file = studio.workspace(None).adapter("style")  # type: ignore[attr-defined]
-    wanted = wish(base, count=2)
-    steps = list(generate_page.draw(studio, studio.workspace(None), wanted, ["style"], [0.8], "sweep"))
+def test_a_row_of_strengths(context: Context, base: str) -> None:
+    expected.file = context.workspace(None).adapter("style")  # type: ignore[attr-defined]
+    wanted = generation(base, count=2)
+    steps = list(generate(context, context.workspace(None), wanted, ["style"], [0.8], "sweep"))
     assert [len(found) for found, _ in steps] == [0, 2, 4, 6, 8, 10, 12, 13], "shown as they come"
     (grid, what), *found = steps[-1][0]
     assert what == "all strengths"
@@ -119,20 +128,20 @@ def test_a_row_of_strengths(studio: Studio, base: str) -> None:
     assert found[10][1] == "strength × 1.25, seed 0"
 
 
-def test_settings_come_back_out_of_a_picture(studio: Studio, base: str, tmp_path: Path) -> None:
-    wanted = wish(base, seed=7, negative="blur", size=(32, 64))
-    [(path, _)], _ = last(studio, wanted, ["style", "word"], [0.5, 1.0], "with")
-    found, there, note = generate_page.settings_of(studio.workspace(None), path)
+def test_settings_come_back_out_of_a_picture(context: Context, base: str, tmp_path: Path) -> None:
+    wanted = generation(base, seed=7, negative="blur", size=(32, 64))
+    [(path, _)], _ = last(context, wanted, ["style", "word"], [0.5, 1.0], "with")
+    found, there, note = read_image_settings(context.workspace(None), path)
     assert (found, there) == (wanted, {"style": 0.5, "word": 1.0})
     assert values(found) == [base, PROMPT, "blur", 7, 2, 4.0, 64, 32, 1]
     assert note == "The settings are in their places: draw."
-    stranger = Workspace(studio.root, "somebody else")
-    assert generate_page.settings_of(stranger, path)[1] == {}, "another's adapters are not theirs"
-    assert "that you do not have: style, word" in generate_page.settings_of(stranger, path)[2]
+    stranger = Workspace(context.root, "somebody else")
+    assert read_image_settings(stranger, path)[1] == {}, "another's adapters are not theirs"
+    assert "that you do not have: style, word" in read_image_settings(stranger, path)[2]
 
 
-def test_what_is_no_settings_is_refused(studio: Studio, tmp_path: Path) -> None:
-    here = studio.workspace(None)
+def test_what_is_no_settings_is_refused(context: Context, tmp_path: Path) -> None:
+    here = context.workspace(None)
     picture = Image.new("RGB", (32, 32))
     picture.save(tmp_path / "bare.png")
     (tmp_path / "text.png").write_text("<svg onload=alert(1)>")
@@ -157,13 +166,13 @@ def test_what_is_no_settings_is_refused(studio: Studio, tmp_path: Path) -> None:
     }
     for name, data in cases.items():
         with raises(VeneerError, **data) as error:
-            generate_page.settings_of(here, tmp_path / f"{name}.png")
+            read_image_settings(here, tmp_path / f"{name}.png")
         assert str(tmp_path) not in str(error.value)
     with raises(OptionError, option="picture", given=None):
-        generate_page.settings_of(here, None)
+        read_image_settings(here, None)
     html = "<b>x</b>"
     save_png(picture, tmp_path / "html.png", {**base, "adapters": [{"file": html, "scale": 1}]})
-    assert "<" not in generate_page.settings_of(here, tmp_path / "html.png")[2]
+    assert "<" not in read_image_settings(here, tmp_path / "html.png")[2]
 
 
 def huge() -> bytes:
@@ -187,7 +196,7 @@ def huge() -> bytes:
         ({"guidance": "nan"}, "guidance", "nan"),
         ({"width": LIMITS.side + 8}, "width", LIMITS.side + 8),
         ({"width": 64, "height": 0}, "size", (0, 64)),
-        ({"count": LIMITS.pictures + 1}, "number of pictures", LIMITS.pictures + 1),
+        ({"count": LIMITS.images + 1}, "number of images", LIMITS.images + 1),
         ({"seed": -1}, "seed", -1),
     ],
 )
@@ -202,22 +211,22 @@ def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], option: str
         "width": 64,
         "height": 64,
     }
-    assert wished(**usual, count=1).size == (64, 64)
+    assert parse_request(**usual, count=1).size == (64, 64)
     with raises(OptionError, option=option, given=wrong):
-        wished(**{**usual, "count": 1, **given})
+        parse_request(**{**usual, "count": 1, **given})
 
 
 def test_many_pictures_come_in_parts_and_each_once() -> None:
-    for count in (1, PART, PART + 1, LIMITS.pictures):
-        parts = wished("bundled", "a cat", "", 3, 2, 3, 0, 0, count).parts()
-        assert all(len(part.seeds) <= PART for part in parts)
+    for count in (1, BATCH_SIZE, BATCH_SIZE + 1, LIMITS.images):
+        parts = parse_request("shipped", "a cat", "", 3, 2, 3, 0, 0, count).parts()
+        assert all(len(part.seeds) <= BATCH_SIZE for part in parts)
         assert [seed for part in parts for seed in part.seeds] == list(range(3, 3 + count))
 
 
 def test_a_base_fills_in_no_more_than_is_allowed(tmp_path: Path) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path)
     (tmp_path / "veneer.json").write_text(json.dumps({"steps": LIMITS.steps + 50}))
-    assert suited(str(tmp_path))[0] == LIMITS.steps
+    assert base_defaults(str(tmp_path))[0] == LIMITS.steps
 
 
 def test_no_more_adapters_come_out_of_a_picture_than_have_sliders(tmp_path: Path) -> None:
@@ -229,9 +238,9 @@ def test_no_more_adapters_come_out_of_a_picture_than_have_sliders(tmp_path: Path
     facts = {"prompt": "a cat", "seed": 0, "steps": 2, "guidance": 3}
     adapters = [{"file": name, "scale": -1.0} for name in names]
     save_png(Image.new("RGB", (32, 32)), tmp_path / "a.png", {**facts, "adapters": adapters})
-    assert generate_page.settings_of(here, tmp_path / "a.png")[1] == dict.fromkeys(names[:-1], -1.0)
-    assert len(generate_page.labelled(names)) == LIMITS.adapters
-    assert used(here, ["a1"], [-STRONGEST])["a1"].strength == -STRONGEST
+    assert read_image_settings(here, tmp_path / "a.png")[1] == dict.fromkeys(names[:-1], -1.0)
+    assert len(generate_page.strength_sliders(names)) == LIMITS.adapters
+    assert select_adapters(here, ["a1"], [-MAX_STRENGTH])["a1"].strength == -MAX_STRENGTH
 
 
 def test_a_classifier_is_not_drawn_with(tmp_path: Path) -> None:
@@ -240,13 +249,13 @@ def test_a_classifier_is_not_drawn_with(tmp_path: Path) -> None:
     probe = veneer.attach(timm.create_model("vit_tiny_patch16_224", depth=1), "bitfit")
     native.save(probe, workspace.adapters / "digits.safetensors")
     assert [*workspace.all_adapters()] == ["digits"]
-    assert generate_page.plain_adapters(workspace) == []
+    assert text_adapters(workspace) == []
     assert not draws(workspace.adapter("digits"))
 
 
-def test_adapters_are_bounded_looked_up_and_own(studio: Studio, base: str) -> None:
-    here = studio.workspace(None)
-    assert generate_page.plain_adapters(here) == ["style", "word"], "what follows maps is drawn with elsewhere"
+def test_adapters_are_bounded_looked_up_and_own(context: Context, base: str) -> None:
+    here = context.workspace(None)
+    assert text_adapters(here) == ["style", "word"], "what follows maps is drawn with elsewhere"
     too_many = {"option": "pictures", "given": 18, "expected": 16}
     cases: tuple[tuple[list[str], list[int], str, int, dict[str, Any]], ...] = (
         (["../style"], [1], "with", 1, {"name": "../style", "kind": "adapter"}),
@@ -260,29 +269,29 @@ def test_adapters_are_bounded_looked_up_and_own(studio: Studio, base: str) -> No
     )
     for names, strengths, way, count, data in cases:
         with raises(VeneerError, **data):
-            last(studio, wish(base, count=count), names, strengths, way)
+            last(context, generation(base, count=count), names, strengths, way)
     with pytest.raises(ConditionError):
-        last(studio, wish(base, count=1), ["maps"], [1], "with")
+        last(context, generation(base, count=1), ["maps"], [1], "with")
     with raises(UnknownName, name="style", kind="adapter"):
-        list(generate_page.draw(studio, Workspace(studio.root, "eve"), wish(base), ["style"], [1], "with"))
+        list(generate(context, Workspace(context.root, "eve"), generation(base), ["style"], [1], "with"))
 
 
-def test_refusals_of_a_generator_are_shown(studio: Studio, base: str) -> None:
+def test_refusals_of_a_generator_are_shown(context: Context, base: str) -> None:
     with pytest.raises(gr.Error) as caught:
-        list(explained(generate_page.draw)(studio, studio.workspace(None), wish(base), ["x"], [1], "with"))
+        list(show_errors(generate)(context, context.workspace(None), generation(base), ["x"], [1], "with"))
     assert caught.value.__cause__ is not None
     carries(caught.value.__cause__, name="x", kind="adapter")
 
 
 def test_fields_follow_the_base_and_old_pictures_go(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert suited(base) == [2, 4.0, "blur", 0, 0]
-    assert suited("bundled") == [20, 3.0, "", 64, 64]
+    assert base_defaults(base) == [2, 4.0, "blur", 0, 0]
+    assert base_defaults("shipped") == [20, 3.0, "", 64, 64]
     with pytest.raises(VeneerError):
-        suited("../../etc/passwd")
+        base_defaults("../../etc/passwd")
     monkeypatch.setattr(pictures.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(pictures.tempfile, "tempdir", str(tmp_path))
     old, young = pictures.new_folder(), pictures.new_folder()
-    later = young.stat().st_mtime + pictures.KEPT_SECONDS + 1000
+    later = young.stat().st_mtime + pictures.LIFETIME_SECONDS + 1000
     monkeypatch.setattr(pictures.time, "time", lambda: later)
     assert pictures.new_folder().exists()
     assert not old.exists()
@@ -293,6 +302,6 @@ def test_fields_follow_the_base_and_old_pictures_go(base: str, monkeypatch: pyte
 def test_the_page_builds(tmp_path: Path) -> None:
     """Gradio leaves event loops open, which are collected here."""
     with gr.Blocks():
-        generate_page.PAGE.build(Studio.at(tmp_path))
-    assert [part["visible"] for part in (each.get_config() for each in generate_page.labelled(["a"]))].count(True) == 1
+        generate_page.PAGE.build(Context.create(tmp_path))
+    assert [part["visible"] for part in (each.get_config() for each in generate_page.strength_sliders(["a"]))].count(True) == 1
     gc.collect()

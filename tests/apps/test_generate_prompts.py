@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from veneer.apps.context import Studio, escaped
-from veneer.apps.pages.generate import generate_page
-from veneer.apps.pages.shared.generation_request import Wish
-from veneer.apps.pages.shared.trigger_tokens import missing
+from veneer.apps.context import Context, escape_markup
+from veneer.apps.pages.generate.generation import generate, text_adapters
+from veneer.apps.pages.shared.generation_request import GenerationRequest
+from veneer.apps.pages.shared.trigger_tokens import find_missing
 from veneer.apps.workspace import Workspace
 
 import veneer
@@ -28,10 +28,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory, base: str) -> Studio:
+def context(tmp_path_factory: pytest.TempPathFactory, base: str) -> Context:
     """A studio whose visitor has a LoRA and a token embedding of one concept."""
-    studio = Studio.at(tmp_path_factory.mktemp("workspaces"), "cpu")
-    folder = studio.workspace(None).adapters
+    context = Context.create(tmp_path_factory.mktemp("workspaces"), "cpu")
+    folder = context.workspace(None).adapters
     folder.mkdir(parents=True)
     word = {"tokens": "<toy>", "initialize": "cat"}
     for name, method, options in (("style", "lora", {}), ("word", "textual_inversion", word)):
@@ -39,12 +39,12 @@ def studio(tmp_path_factory: pytest.TempPathFactory, base: str) -> Studio:
         for number, (_, adapter) in enumerate(attached.parts.values()):
             stir(adapter, number, 0.3)
         native.save(attached, folder / f"{name}.safetensors", provenance={"concept": "<toy>", "class_word": "toy"})
-    return studio
+    return context
 
 
-def last(studio: Studio, base: str, prompt: str, way: str) -> tuple[list[tuple[str, str]], str]:
-    wish = Wish(base, prompt, steps=2, guidance=4.0)
-    return list(generate_page.draw(studio, studio.workspace(None), wish, ["word"], [1.0], way))[-1]
+def last(context: Context, base: str, prompt: str, way: str) -> tuple[list[tuple[str, str]], str]:
+    generation = GenerationRequest(base, prompt, steps=2, guidance=4.0)
+    return list(generate(context, context.workspace(None), generation, ["word"], [1.0], way))[-1]
 
 
 def pixels(path: str) -> Any:
@@ -52,26 +52,26 @@ def pixels(path: str) -> Any:
         return np.asarray(image)
 
 
-def test_a_token_whose_adapter_is_not_selected_is_pointed_out(studio: Studio) -> None:
-    here = studio.workspace(None)
-    usable = generate_page.plain_adapters(here)
-    absent = missing(here, "a <toy> beside a <dragon>", [], usable)
+def test_a_token_whose_adapter_is_not_selected_is_pointed_out(context: Context) -> None:
+    here = context.workspace(None)
+    usable = text_adapters(here)
+    absent = find_missing(here, "a <toy> beside a <dragon>", [], usable)
     assert (absent.known, absent.unknown, absent.adapters) == ({"<toy>": "style"}, ("<dragon>",), ["style"])
-    assert all(escaped(token) in absent.words() for token in ("<toy>", "<dragon>"))
-    assert missing(here, "a <toy>", ["word"], usable).words() == "", "any adapter with it is enough"
-    assert missing(here, "a toy, 3 < 4 > 2", [], usable).words() == ""
-    assert missing(Workspace(studio.root, "eve"), "a <toy>", [], []).known == {}, "another's adapters are not named"
+    assert all(escape_markup(token) in absent.words() for token in ("<toy>", "<dragon>"))
+    assert find_missing(here, "a <toy>", ["word"], usable).words() == "", "any adapter with it is enough"
+    assert find_missing(here, "a toy, 3 < 4 > 2", [], usable).words() == ""
+    assert find_missing(Workspace(context.root, "eve"), "a <toy>", [], []).known == {}, "another's adapters are not named"
 
 
 @pytest.mark.parametrize("way", ["with", "both", "sweep"])
-def test_a_prompt_that_is_too_long_is_shortened_with_a_note(studio: Studio, base: str, way: str) -> None:
+def test_a_prompt_that_is_too_long_is_shortened_with_a_note(context: Context, base: str, way: str) -> None:
     long = "a red <toy> " + "on grass " * 60 + "beside <water>"
-    found, told = last(studio, base, long, way)
+    found, told = last(context, base, long, way)
     kept = read_settings(found[-1][0])["prompt"]
     assert long.startswith(kept)
     assert 20 < len(kept.split()) < 100
-    assert told.endswith(f"“{escaped(long[len(kept) :].strip())}”.")
+    assert told.endswith(f"“{escape_markup(long[len(kept) :].strip())}”.")
     assert "truncate" not in told
-    short, told = last(studio, base, kept, way)
+    short, told = last(context, base, kept, way)
     assert "“" not in told
     assert np.array_equal(pixels(found[-1][0]), pixels(short[-1][0])), "the same as if the short prompt had been typed"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from veneer.apps import generator as module
-from veneer.apps.generator import KEPT, Painter, Use
+from veneer.apps.generator import MAX_BASES, AdapterUse, Generator
 from veneer.apps.limits import LIMITS, Limits
 
 import veneer
@@ -62,7 +62,7 @@ def pixels(found: Any) -> np.ndarray:
     return np.stack([np.asarray(each.image) for each in found])
 
 
-def fresh(base: str, *uses: Use, words: list[str] = WORDS) -> np.ndarray:
+def fresh(base: str, *uses: AdapterUse, words: list[str] = WORDS) -> np.ndarray:
     """What a base that nothing happened to gives."""
     pipe = veneer.base_models.load(base)
     for use in uses:
@@ -70,30 +70,38 @@ def fresh(base: str, *uses: Use, words: list[str] = WORDS) -> np.ndarray:
     return pixels(previews(pipe, words, SETTINGS))
 
 
-def same(painter: Painter, base: str, *uses: Use, words: list[str] = WORDS) -> bool:
-    return np.array_equal(pixels(painter.draw(base, words, SETTINGS, uses)), fresh(base, *uses, words=words))
+def same(generator: Generator, base: str, *uses: AdapterUse, words: list[str] = WORDS) -> bool:
+    return np.array_equal(pixels(generator.generate(base, words, SETTINGS, uses)), fresh(base, *uses, words=words))
 
 
 def test_two_adapters_on_and_off_and_their_strengths(base: str, make: Make) -> None:
     one, two = make("one"), make("two", seed=50)
-    painter = Painter("cpu")
-    for uses in ([Use(one)], [Use(two, 0.5)], [Use(one, 0.7), Use(two, 1.3)], [], [Use(two, -1)], [Use(one, 0)], [Use(one)]):
-        assert same(painter, base, *(use for use in uses if use.strength)), uses
-    [kept] = painter._bases.values()
+    generator = Generator("cpu")
+    for uses in (
+        [AdapterUse(one)],
+        [AdapterUse(two, 0.5)],
+        [AdapterUse(one, 0.7), AdapterUse(two, 1.3)],
+        [],
+        [AdapterUse(two, -1)],
+        [AdapterUse(one, 0)],
+        [AdapterUse(one)],
+    ):
+        assert same(generator, base, *(use for use in uses if use.strength)), uses
+    [kept] = generator._bases.values()
     assert [key.file for key in kept.attached] == [str(two), str(one)], "each was read once, the last used at the end"
     plain = fresh(base)
-    assert not np.array_equal(fresh(base, Use(one)), plain)
-    assert np.array_equal(pixels(painter.draw(base, WORDS, SETTINGS, [Use(one, 0)])), plain)
+    assert not np.array_equal(fresh(base, AdapterUse(one)), plain)
+    assert np.array_equal(pixels(generator.generate(base, WORDS, SETTINGS, [AdapterUse(one, 0)])), plain)
 
 
 def test_their_order_counts_where_their_changes_are_no_sums(base: str, make: Make) -> None:
     turn, add = make("turn", "oft", size=0.5), make("add", size=0.5)
-    painter = Painter("cpu")
-    there, back = [Use(turn), Use(add)], [Use(add), Use(turn)]
+    generator = Generator("cpu")
+    there, back = [AdapterUse(turn), AdapterUse(add)], [AdapterUse(add), AdapterUse(turn)]
     assert not np.array_equal(fresh(base, *there), fresh(base, *back))
-    assert same(painter, base, *there)
-    assert same(painter, base, *back)
-    assert same(painter, base, *there)
+    assert same(generator, base, *there)
+    assert same(generator, base, *back)
+    assert same(generator, base, *there)
 
 
 @pytest.mark.parametrize("brings", ["words", "weights"])
@@ -104,23 +112,25 @@ def test_words_and_weights_are_gone_after_a_request(base: str, make: Make, bring
         else make("weights", train=("time.embed",))
     )
     another = make("another", seed=9)
-    painter = Painter("cpu")
+    generator = Generator("cpu")
     plain = fresh(base)
-    state = {name: t.clone() for name, t in tensors(painter, base).items()}
-    for uses in ([Use(file)], [], [Use(another)], [Use(another), Use(file, 0.5)], []):
-        assert same(painter, base, *uses), uses
-    assert not np.array_equal(fresh(base, Use(file)), plain)
-    painter.draw(base, WORDS, SETTINGS, [Use(file)])
-    assert [Path(key.file).stem for key in painter._bases[base].attached] == ["another"]
-    after = tensors(painter, base)
+    state = {name: t.clone() for name, t in tensors(generator, base).items()}
+    for uses in ([AdapterUse(file)], [], [AdapterUse(another)], [AdapterUse(another), AdapterUse(file, 0.5)], []):
+        assert same(generator, base, *uses), uses
+    assert not np.array_equal(fresh(base, AdapterUse(file)), plain)
+    generator.generate(base, WORDS, SETTINGS, [AdapterUse(file)])
+    assert [Path(key.file).stem for key in generator._bases[base].attached] == ["another"]
+    after = tensors(generator, base)
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name], t) for name, t in state.items() if "another" not in name)
-    assert np.array_equal(pixels(painter.draw(base, WORDS, SETTINGS, [Use(file, 0)])), plain), "without, also of what it brings"
+    assert np.array_equal(pixels(generator.generate(base, WORDS, SETTINGS, [AdapterUse(file, 0)])), plain), (
+        "without, also of what it brings"
+    )
 
 
-def tensors(painter: Painter, base: str) -> dict[str, torch.Tensor]:
+def tensors(generator: Generator, base: str) -> dict[str, torch.Tensor]:
     """Parameters of the painter's base and the size of its vocabulary."""
-    pipe = painter._base(base).pipe
+    pipe = generator._base(base).pipe
     found = {f"{part}.{n}": p for part in ("unet", "text_encoder") for n, p in getattr(pipe, part).named_parameters()}
     found = {name: p for name, p in found.items() if "veneer" not in name and "adapter" not in name}
     return {**found, "words": torch.tensor(len(pipe.tokenizer))}
@@ -130,63 +140,63 @@ def test_the_prompts_of_one_user_never_use_the_adapters_of_another(base: str, ma
     """A word that somebody has taught is no word for those who did not ask for it."""
     hers = make("hers", "textual_inversion", size=2.0, tokens="<toy>", initialize="cat")
     his = make("his")
-    painter, plain = Painter("cpu"), fresh(base)
-    assert not np.array_equal(pixels(painter.draw(base, WORDS, SETTINGS, [Use(hers)]))[1], plain[1])
-    assert np.array_equal(pixels(painter.draw(base, WORDS, SETTINGS)), plain)
-    assert same(painter, base, Use(his))
+    generator, plain = Generator("cpu"), fresh(base)
+    assert not np.array_equal(pixels(generator.generate(base, WORDS, SETTINGS, [AdapterUse(hers)]))[1], plain[1])
+    assert np.array_equal(pixels(generator.generate(base, WORDS, SETTINGS)), plain)
+    assert same(generator, base, AdapterUse(his))
 
 
 def test_no_more_files_are_kept_than_is_allowed(base: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [make(f"a{i}", seed=10 * i, rank=1) for i in range(LIMITS.adapters + 2)]
-    painter = Painter("cpu")
+    generator = Generator("cpu")
     for file in files:
-        painter.draw(base, WORDS[:1], SETTINGS, [Use(file)])
-    kept = painter._bases[base]
+        generator.generate(base, WORDS[:1], SETTINGS, [AdapterUse(file)])
+    kept = generator._bases[base]
     assert [key.file for key in kept.attached] == [str(file) for file in files[2:]]
     assert len(veneer.attachments(kept.pipe)) == LIMITS.adapters
-    assert same(painter, base, Use(files[0]), words=WORDS[:1]), "it is read again"
+    assert same(generator, base, AdapterUse(files[0]), words=WORDS[:1]), "it is read again"
 
     monkeypatch.setattr(module, "LIMITS", Limits(file_bytes=2 * files[0].stat().st_size))
-    painter.draw(base, WORDS[:1], SETTINGS)
+    generator.generate(base, WORDS[:1], SETTINGS)
     assert [key.file for key in kept.attached] == [str(files[-1]), str(files[0])], "nor more bytes"
-    assert same(painter, base, words=WORDS[:1])
+    assert same(generator, base, words=WORDS[:1])
 
 
 def test_a_file_that_changed_or_is_gone(base: str, make: Make) -> None:
     file, other = make("mine"), make("other", seed=70)
-    painter = Painter("cpu")
-    assert same(painter, base, Use(file))
+    generator = Generator("cpu")
+    assert same(generator, base, AdapterUse(file))
     before = file.stat()
     shutil.copyfile(other, file)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert same(painter, base, Use(file))
-    assert len(painter._bases[base].attached) == 1, "what it was before is not kept"
+    assert same(generator, base, AdapterUse(file))
+    assert len(generator._bases[base].attached) == 1, "what it was before is not kept"
     times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
     another = make("another", seed=90)
     assert another.stat().st_size == file.stat().st_size
     os.utime(another, ns=times)
     another.replace(file)
-    assert same(painter, base, Use(file)), "another file of the same size and time in its place"
+    assert same(generator, base, AdapterUse(file)), "another file of the same size and time in its place"
     file.unlink()
     with raises(VeneerError, where="mine", given="missing"):
-        painter.draw(base, WORDS, SETTINGS, [Use(other), Use(file)])
-    assert same(painter, base)
+        generator.generate(base, WORDS, SETTINGS, [AdapterUse(other), AdapterUse(file)])
+    assert same(generator, base)
 
 
 def test_no_more_bases_are_kept_than_is_allowed(base: str, make: Make, tmp_path: Path) -> None:
-    painter, file = Painter("cpu"), make("one")
-    painter.draw(base, WORDS[:1], SETTINGS, [Use(file)])
-    first = weakref.ref(painter._bases[base].pipe.unet)
-    for number in range(KEPT):
+    generator, file = Generator("cpu"), make("one")
+    generator.generate(base, WORDS[:1], SETTINGS, [AdapterUse(file)])
+    first = weakref.ref(generator._bases[base].pipe.unet)
+    for number in range(MAX_BASES):
         tiny_pipeline("sd", seed=number + 1).save_pretrained(tmp_path / str(number))
-        painter.draw(str(tmp_path / str(number)), WORDS[:1], SETTINGS)
-    assert list(painter._bases) == [str(tmp_path / str(number)) for number in range(KEPT)]
+        generator.generate(str(tmp_path / str(number)), WORDS[:1], SETTINGS)
+    assert list(generator._bases) == [str(tmp_path / str(number)) for number in range(MAX_BASES)]
     gc.collect()
     assert first() is None, "its memory is free"
-    painter.side(str(tmp_path / "0"))
-    assert painter._base(base) is painter._bases[base]
-    assert list(painter._bases) == [str(tmp_path / "0"), base], "the one used longest ago goes"
-    assert same(painter, base, Use(file))
+    generator.resolution(str(tmp_path / "0"))
+    assert generator._base(base) is generator._bases[base]
+    assert list(generator._bases) == [str(tmp_path / "0"), base], "the one used longest ago goes"
+    assert same(generator, base, AdapterUse(file))
 
 
 def test_what_is_refused_leaves_the_base_as_it_was(base: str, make: Make, tmp_path: Path) -> None:
@@ -194,30 +204,30 @@ def test_what_is_refused_leaves_the_base_as_it_was(base: str, make: Make, tmp_pa
     word = make("word", "textual_inversion", size=2.0, tokens="<toy>", initialize="cat")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no tensors")
-    painter = Painter("cpu")
+    generator = Generator("cpu")
     for uses, error in (
-        ([Use(good), Use(broken)], LoadError),
-        ([Use(word), Use(broken)], LoadError),
-        ([Use(good), Use(control)], ConditionError),
+        ([AdapterUse(good), AdapterUse(broken)], LoadError),
+        ([AdapterUse(word), AdapterUse(broken)], LoadError),
+        ([AdapterUse(good), AdapterUse(control)], ConditionError),
     ):
         with pytest.raises(error):
-            painter.draw(base, WORDS, SETTINGS, uses)
-        assert same(painter, base)
+            generator.generate(base, WORDS, SETTINGS, uses)
+        assert same(generator, base)
     with pytest.raises(PromptError):
-        painter.draw(base, ["red " * 200], SETTINGS, [Use(good)])
-    assert same(painter, base, Use(good))
-    assert painter.side(base) == (32, painter.side(base)[1])
+        generator.generate(base, ["red " * 200], SETTINGS, [AdapterUse(good)])
+    assert same(generator, base, AdapterUse(good))
+    assert generator.resolution(base) == (32, generator.resolution(base)[1])
 
 
 def test_what_follows_a_picture_is_given_one(base: str, make: Make) -> None:
     control, style = make("control", "t2i_adapter"), make("style")
-    painter = Painter("cpu")
+    generator = Generator("cpu")
     seen = picture(5)
-    uses = [Use(style), Use(control, 0.8, lambda pipe, a: {"image": seen}, 0.0, 0.5)]
-    drawn = pixels(painter.draw(base, WORDS, SETTINGS, uses))
+    uses = [AdapterUse(style), AdapterUse(control, 0.8, lambda pipe, a: {"image": seen}, 0.0, 0.5)]
+    drawn = pixels(generator.generate(base, WORDS, SETTINGS, uses))
     pipe = veneer.base_models.load(base)
     load_all(pipe, style)
     [attached] = load_all(pipe, control, scale=0.8)
     with attached.condition(image=seen, end=0.5, pipeline=pipe):
         assert np.array_equal(drawn, pixels(previews(pipe, WORDS, SETTINGS)))
-    assert same(painter, base)
+    assert same(generator, base)

@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 from veneer.apps import jobs, worker
 from veneer.apps.job_queue import JobQueue
-from veneer.apps.jobs import LOG_SHOWN, TRIES, Job
+from veneer.apps.jobs import LOG_LIMIT, MAX_ATTEMPTS, Job
 from veneer.apps.worker import work
 
 from veneer import allocator
@@ -26,7 +26,7 @@ WRONG = ["personalize", "--sepia"]
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    return jobs.make(tmp_path / "local" / "jobs", "teach", "a toy", WRONG)
+    return jobs.create_job(tmp_path / "local" / "jobs", "train", "a toy", WRONG)
 
 
 @pytest.fixture
@@ -44,30 +44,30 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         wait = poll
 
     monkeypatch.setattr(jobs.subprocess, "Popen", Process)
-    monkeypatch.setattr(jobs, "_started", [])
+    monkeypatch.setattr(jobs, "_processes", [])
     return found
 
 
 def test_who_has_waited_longest_is_next_over_all_users(tmp_path: Path, begun: list[str]) -> None:
-    made = {user: jobs.make(tmp_path / user / "jobs", "teach", user, WRONG) for user in ("b", "d", "a", "c")}
+    made = {user: jobs.create_job(tmp_path / user / "jobs", "train", user, WRONG) for user in ("b", "d", "a", "c")}
     for number, job in enumerate(made.values()):
-        jobs.write_json(job.folder / "job.json", {**job.about, "made": 1000.0 + number})
+        jobs.write_json(job.folder / "job.json", {**job.metadata, "made": 1000.0 + number})
     queue = JobQueue(tmp_path)
-    assert [queue.place(job) for job in made.values()] == [0, 1, 2, 3]
+    assert [queue.position(job) for job in made.values()] == [0, 1, 2, 3]
     for job in made.values():
-        assert queue.turn() == job
+        assert queue.start_next() == job
         (job.folder / "end.json").write_text('{"status": 1}')
-    assert queue.turn() is None
+    assert queue.start_next() is None
     assert begun == [str(job.folder) for job in made.values()]
 
 
 def test_none_begins_while_one_of_another_server_runs(tmp_path: Path, begun: list[str]) -> None:
-    runs, waits = (jobs.make(tmp_path / user / "jobs", "teach", "a toy", WRONG) for user in ("a", "b"))
+    runs, waits = (jobs.create_job(tmp_path / user / "jobs", "train", "a toy", WRONG) for user in ("a", "b"))
     queue = JobQueue(tmp_path)
     with FileLock(runs.folder / "lock"):
-        assert queue.turn() is None
+        assert queue.start_next() is None
     runs.stop()
-    assert queue.turn() == waits
+    assert queue.start_next() == waits
 
 
 def test_a_stop_is_there_before_its_process_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_a_process_that_is_no_longer_the_jobs_is_not_told(job: Job, begun: list[
     (job.folder / "process.json").write_text('{"pid": 1234567}')
     job.stop()
     assert told == [], "nobody holds its lock"
-    job.go_on()
+    job.resume()
     assert job.start()
     with FileLock(job.folder / "lock"):  # the next process, which has not said yet who it is
         job.stop()
@@ -103,24 +103,24 @@ def test_a_process_that_ends_while_it_is_stopped_is_no_error(job: Job) -> None:
 
 
 def test_tries_are_counted_where_it_dies_and_anew_when_somebody_asks(job: Job, begun: list[str]) -> None:
-    assert all(job.start() for _ in range(TRIES - 1)), "it dies before its first step"
+    assert all(job.start() for _ in range(MAX_ATTEMPTS - 1)), "it dies before its first step"
     ProgressFile(job.run / "progress.jsonl", seconds=0)(Progress(5, 40, 1.0, 1.0, 1e-3, 1.0, 1.0, None, 0))
-    assert all(job.start() for _ in range(TRIES)), "it has come further since"
+    assert all(job.start() for _ in range(MAX_ATTEMPTS)), "it has come further since"
     assert not job.start()
-    assert job.why().startswith(f"It died {TRIES} times at step 5")
-    job.go_on()
-    assert all(job.start() for _ in range(TRIES))
+    assert job.failure().startswith(f"It died {MAX_ATTEMPTS} times at step 5")
+    job.resume()
+    assert all(job.start() for _ in range(MAX_ATTEMPTS))
     assert not job.start()
-    assert len(begun) == 3 * TRIES - 1
+    assert len(begun) == 3 * MAX_ATTEMPTS - 1
 
 
 def test_the_end_of_a_long_log_says_why(job: Job) -> None:
-    lines = ["veneer: the first trouble", "x" * LOG_SHOWN, "veneer: the second trouble", "veneer: the last trouble", "bye"]
+    lines = ["veneer: the first trouble", "x" * LOG_LIMIT, "veneer: the second trouble", "veneer: the last trouble", "bye"]
     (job.folder / "log.txt").write_text("\n".join(lines))
     (job.folder / "end.json").write_text('{"status": 1}')
-    assert len(job.log()) == LOG_SHOWN
+    assert len(job.log()) == LOG_LIMIT
     assert job.log().endswith("bye")
-    assert job.why() == "the last trouble"
+    assert job.failure() == "the last trouble"
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_the_worker_says_how_it_ended_and_keeps_what_was_said_before(job: Job) -
     assert work(job.folder) == 2, "as argparse ends"
     assert json.loads((job.folder / "process.json").read_text()) == {"pid": os.getpid()}
     assert (job.state, job.log().startswith("before\n")) == ("failed", True)
-    assert "unrecognized arguments: --sepia" in job.why()
+    assert "unrecognized arguments: --sepia" in job.failure()
 
 
 @pytest.mark.usefixtures("here")
@@ -198,16 +198,16 @@ from pathlib import Path
 from veneer.apps import jobs
 first, second = map(Path, sys.argv[1:])
 assert jobs.Job(first).start()
-jobs._started[0].kill()
+jobs._processes[0].kill()
 end = time.monotonic() + 60
-while jobs._started[0].returncode is None and time.monotonic() < end:
+while jobs._processes[0].returncode is None and time.monotonic() < end:
     time.sleep(0.05)  # nobody polls or waits here
-print(jobs._started[0].returncode)
+print(jobs._processes[0].returncode)
 assert jobs.Job(second).start()
-jobs._started.clear()
+jobs._processes.clear()
 gc.collect()
 """
-    other = jobs.make(job.folder.parent, "teach", "another", WRONG)
+    other = jobs.create_job(job.folder.parent, "train", "another", WRONG)
     with FileLock(other.folder / "lock"):  # its process waits for the lock, so it outlives the server
         command = [sys.executable, "-W", "error::ResourceWarning", "-c", start, str(job.folder), str(other.folder)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)

@@ -12,12 +12,21 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 from veneer.apps import jobs
-from veneer.apps.context import Studio, escaped
+from veneer.apps.context import Context, escape_markup
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
-from veneer.apps.pages.shared.job_text import POINTS, bar, curve, told
-from veneer.apps.pages.shared.job_view import ENDED, NOTHING, Results, go_on, job_view, look, offered, remove
-from veneer.apps.pages.shared.verdict import verdict
+from veneer.apps.pages.shared.job_text import POINTS, describe, loss_curve, progress_bar
+from veneer.apps.pages.shared.job_view import (
+    ENDED,
+    NO_RESULTS,
+    Results,
+    copy_for_download,
+    delete_job,
+    job_view,
+    refresh,
+    resume_job,
+)
+from veneer.apps.pages.shared.verdict import verdict_html
 from veneer.apps.workspace import Workspace
 
 from tests.raising import raises
@@ -37,8 +46,10 @@ def teller(job: Job) -> ProgressFile:
     return ProgressFile(job.run / "progress.jsonl", seconds=0)
 
 
-def seen(studio: Studio, name: str | None = None, before: dict[str, Any] | None = None, results: Results = NOTHING) -> list[Any]:
-    return look(studio, studio.workspace(None), "teach", name, before or {}, results, "Nothing yet.")
+def seen(
+    context: Context, name: str | None = None, before: dict[str, Any] | None = None, results: Results = NO_RESULTS
+) -> list[Any]:
+    return refresh(context, context.workspace(None), "train", name, before or {}, results, "Nothing yet.")
 
 
 def is_skip(value: Any) -> bool:
@@ -46,150 +57,158 @@ def is_skip(value: Any) -> bool:
 
 
 def test_newest_is_found_and_only_changes_are_sent(tmp_path: Path) -> None:
-    studio = Studio.at(tmp_path)
-    folder = studio.workspace(None).jobs
-    empty = seen(studio)
+    context = Context.create(tmp_path)
+    folder = context.workspace(None).jobs
+    empty = seen(context)
     assert empty[1] == "Nothing yet."
     assert not empty[0].visible
-    jobs.make(folder, "classify", "of another page", ["transfer"])
-    old = jobs.make(folder, "teach", "an old one", ["personalize"])
-    new = jobs.make(folder, "teach", "<b>new</b>", ["personalize"])
-    first = seen(studio, None, empty[-1])
+    jobs.create_job(folder, "classify", "of another page", ["transfer"])
+    old = jobs.create_job(folder, "train", "an old one", ["personalize"])
+    new = jobs.create_job(folder, "train", "<b>new</b>", ["personalize"])
+    first = seen(context, None, empty[-1])
     assert (first[0].value, [name for _, name in first[0].choices]) == (new.name, [new.name, old.name])
-    assert first[1].startswith(f"**{escaped('<b>new</b>')}** waits for its turn: 2 jobs are ahead of it.")
-    assert all(map(is_skip, seen(studio, new.name, first[-1]))), "nothing has changed"
+    assert first[1].startswith(f"**{escape_markup('<b>new</b>')}** is queued: 2 jobs are ahead of it.")
+    assert all(map(is_skip, seen(context, new.name, first[-1]))), "nothing has changed"
 
     teller(new)(event(1))
-    changed = dict(zip(PARTS, seen(studio, new.name, first[-1]), strict=False))
+    changed = dict(zip(PARTS, seen(context, new.name, first[-1]), strict=False))
     assert {name for name, value in changed.items() if not is_skip(value)} == {"progress", "loss"}
     assert 'value="1"' in changed["progress"].value
-    assert seen(studio, old.name)[0].value == old.name, "an older one may be chosen"
-    assert seen(studio, "../../etc")[0].value == new.name, "a name that is none of the list's is not looked for"
+    assert seen(context, old.name)[0].value == old.name, "an older one may be chosen"
+    assert seen(context, "../../etc")[0].value == new.name, "a name that is none of the list's is not looked for"
 
 
 def test_words_of_every_state(tmp_path: Path) -> None:
-    studio = Studio.at(tmp_path)
-    job = jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"])
-    assert told(studio, job, []) == "**a toy** begins in a moment."
+    context = Context.create(tmp_path)
+    job = jobs.create_job(context.workspace(None).jobs, "train", "a toy", ["personalize"])
+    assert describe(context, job, []) == "**a toy** starts in a moment."
     (job.folder / "log.txt").touch()
-    assert told(studio, job, []).startswith("**a toy** begins in a moment. It was interrupted, and goes on")
-    another = jobs.make(Workspace(tmp_path, "anna").jobs, "control", "hers", ["control"])
+    assert describe(context, job, []).startswith("**a toy** starts in a moment. It was interrupted and resumes")
+    another = jobs.create_job(Workspace(tmp_path, "anna").jobs, "control", "hers", ["control"])
     with FileLock(another.folder / "lock"):
-        assert told(studio, job, []).startswith("**a toy** waits for its turn: 1 job is ahead of it.")
+        assert describe(context, job, []).startswith("**a toy** is queued: 1 job is ahead of it.")
     another.stop()
     job.run.mkdir()
     with FileLock(job.folder / "lock"):
-        assert "gets ready" in told(studio, job, [])
-        assert told(studio, job, [event(10)]) == "**a toy** trains: step 10 of 40, about 0:08 left."
-        assert "generates and evaluates" in told(studio, job, [event(40)])
+        assert "loads the base model and the data" in describe(context, job, [])
+        assert describe(context, job, [event(10)]) == "**a toy** trains: step 10 of 40, about 0:08 left."
+        assert "generates images and evaluates" in describe(context, job, [event(40)])
         (job.folder / "stop").touch()
-        assert "ends after this step" in told(studio, job, [event(10)])
-    assert told(studio, job, [event(10)]) == "**a toy** was stopped after step 10 of 40. Nothing is lost; it can go on."
+        assert "stops after this step" in describe(context, job, [event(10)])
+    assert describe(context, job, [event(10)]) == "**a toy** was stopped after step 10 of 40. Nothing is lost; it can be resumed."
     (job.run / "adapter.safetensors").touch()
-    assert "What it has trained by then is saved" in told(studio, job, [event(10)])
+    assert "The trained weights are saved" in describe(context, job, [event(10)])
     (job.folder / "end.json").write_text(json.dumps({"status": 1, "why": "no <i>room</i>"}))
-    assert told(studio, job, []) == f"**a toy** failed before its first step. {escaped('no <i>room</i>')}"
+    assert describe(context, job, []) == f"**a toy** failed before its first step. {escape_markup('no <i>room</i>')}"
     (job.run / "result.json").write_text("{}")
-    assert told(studio, job, [event(40)]) == "**a toy** is done: 40 steps in 0:40."
+    assert describe(context, job, [event(40)]) == "**a toy** is done: 40 steps in 0:40."
 
 
 def test_what_is_no_training_step_is_told_with_numbers(tmp_path: Path) -> None:
     """Images that the base generates to train on, previews, evaluation; steps are told as before."""
-    studio = Studio.at(tmp_path)
-    job = jobs.make(studio.workspace(None).jobs, "teach", "a control", ["control"])
+    context = Context.create(tmp_path)
+    job = jobs.create_job(context.workspace(None).jobs, "train", "a control", ["control"])
     report = PhaseReport(job.run / "progress.jsonl", seconds=0)
     job.run.mkdir()
     with FileLock(job.folder / "lock"):
         report("class_images", 384)(176)
-        words, bar_now = seen(studio)[1:3]
+        words, bar_now = seen(context)[1:3]
         assert "176 of 384, about " in words
         assert 'max="384" value="176"' in bar_now.value
         teller(job)(event(10))
-        assert "step 10 of 40" in seen(studio)[1]
-        assert 'max="40" value="10"' in seen(studio)[2].value
+        assert "step 10 of 40" in seen(context)[1]
+        assert 'max="40" value="10"' in seen(context)[2].value
         report("evaluating", 12)(3)
-        words, bar_now = seen(studio)[1:3]
+        words, bar_now = seen(context)[1:3]
         assert "3 of 12" in words
         assert 'max="12" value="3"' in bar_now.value
         report("saving")
-        assert "saves" in seen(studio)[1]
+        assert "saves" in seen(context)[1]
 
 
 @pytest.mark.parametrize("outcome", ["learned", "partly", "not_learned", "overfitted", "unknown"])
 def test_a_failed_result_does_not_look_done(outcome: str, tmp_path: Path) -> None:
-    studio = Studio.at(tmp_path)
-    job = jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"])
+    context = Context.create(tmp_path)
+    job = jobs.create_job(context.workspace(None).jobs, "train", "a toy", ["personalize"])
     job.run.mkdir()
     result = {
         "verdict": {"outcome": outcome, "summary": "<b>so</b>", "reasons": ["it is"], "advice": ["train longer: --eval-seeds 3"]}
     }
     (job.run / "result.json").write_text(json.dumps(result))
-    choice, words = seen(studio)[:2]
+    choice, words = seen(context)[:2]
     assert ("is done" in words) == (outcome in ("learned", "unknown"))
     assert choice.choices[0][0].endswith("done") == (outcome in ("learned", "unknown"))
-    told = verdict(result)
-    assert escape("<b>so</b>") in told
-    assert "train longer: eval seeds = 3" in told, "by the names of fields, not of flags"
-    assert verdict({}) == verdict({"verdict": "x"}) == ""
+    html = verdict_html(result)
+    assert escape("<b>so</b>") in html
+    assert "train longer: eval seeds = 3" in html, "by the names of fields, not of flags"
+    assert verdict_html({}) == verdict_html({"verdict": "x"}) == ""
 
 
 def test_buttons_follow_the_state(tmp_path: Path) -> None:
-    studio = Studio.at(tmp_path)
-    job = jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"])
+    context = Context.create(tmp_path)
+    job = jobs.create_job(context.workspace(None).jobs, "train", "a toy", ["personalize"])
 
     def visible() -> dict[str, bool]:
-        return {name: seen(studio)[PARTS.index(name)].visible for name in ("stop", "on", "delete")}
+        return {name: seen(context)[PARTS.index(name)].visible for name in ("stop", "on", "delete")}
 
     assert visible() == {"stop": True, "on": False, "delete": False}
     with raises(StateError, where=job.name, given="waiting", expected=ENDED):
-        remove(studio.workspace(None), job.name)
+        delete_job(context.workspace(None), job.name)
     with raises(StateError, where=job.name, given="waiting", expected=("stopped", "failed")):
-        go_on(studio.workspace(None), job.name)
-    before = seen(studio)[-1]
+        resume_job(context.workspace(None), job.name)
+    before = seen(context)[-1]
     job.stop()
-    sent = dict(zip(PARTS, seen(studio, job.name, before), strict=False))
+    sent = dict(zip(PARTS, seen(context, job.name, before), strict=False))
     assert {name for name, value in sent.items() if not is_skip(value)} == {"choice", "state", "stop", "on", "delete"}
     assert visible() == {"stop": False, "on": True, "delete": True}
-    go_on(studio.workspace(None), job.name)
+    resume_job(context.workspace(None), job.name)
     assert visible() == {"stop": True, "on": False, "delete": False}
 
 
 def test_a_deleted_job_takes_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:
-    studio = Studio.at(tmp_path / "studio")
-    workspace = studio.workspace(None)
-    given, another, outside = workspace.new_given(), workspace.new_given(), tmp_path / "outside"
+    context = Context.create(tmp_path / "studio")
+    workspace = context.workspace(None)
+    given, another, outside = workspace.new_dataset(), workspace.new_dataset(), tmp_path / "outside"
     outside.mkdir()
-    words = ["personalize", str(given), "--base", str(outside), "--where", str(workspace.given), str(workspace.given / "..")]
-    job = jobs.make(workspace.jobs, "teach", "a toy", words)
+    words = [
+        "personalize",
+        str(given),
+        "--base",
+        str(outside),
+        "--where",
+        str(workspace.datasets),
+        str(workspace.datasets / ".."),
+    ]
+    job = jobs.create_job(workspace.jobs, "train", "a toy", words)
     job.stop()
-    remove(workspace, job.name)
+    delete_job(workspace, job.name)
     assert (given.exists(), another.exists(), outside.exists(), job.folder.exists()) == (False, True, True, False)
     with raises(UnknownName, name="..", kind="job"):
-        remove(workspace, "..")
+        delete_job(workspace, "..")
 
 
 def test_what_a_page_adds_is_shown_when_its_stamp_changes(tmp_path: Path) -> None:
-    studio = Studio.at(tmp_path)
+    context = Context.create(tmp_path)
     results = Results(lambda: [gr.Markdown(), gr.Markdown()], lambda job: [job and job.name, "two"], lambda job: job.previews())
-    job = jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"])
-    first = seen(studio, None, None, results)
+    job = jobs.create_job(context.workspace(None).jobs, "train", "a toy", ["personalize"])
+    first = seen(context, None, None, results)
     assert first[-3:-1] == [job.name, "two"]
-    again = seen(studio, job.name, first[-1], results)
+    again = seen(context, job.name, first[-1], results)
     assert all(map(is_skip, again))
     assert len(again) == len(first)
     (job.run / "previews").mkdir(parents=True)
     (job.run / "previews" / "step-000001.png").touch()
-    assert seen(studio, job.name, first[-1], results)[-2] == "two"
+    assert seen(context, job.name, first[-1], results)[-2] == "two"
     with gr.Blocks() as page:
-        job_view(studio, "teach", results)
+        job_view(context, "train", results)
     assert {len(event.outputs) for event in page.fns.values()} == {len(first)}
 
 
 def test_another_job_shows_its_own_curve_and_preview(tmp_path: Path) -> None:
     """Both have come as far, so only their names differ."""
-    studio = Studio.at(tmp_path)
+    context = Context.create(tmp_path)
     results = Results(lambda: [gr.Markdown()], lambda job: [job and job.name])
-    made = [jobs.make(studio.workspace(None).jobs, "teach", "a toy", ["personalize"]) for _ in range(2)]
+    made = [jobs.create_job(context.workspace(None).jobs, "train", "a toy", ["personalize"]) for _ in range(2)]
     for job, colours in zip(made, (("red", "blue"), ("green", "white")), strict=True):
         tell = teller(job)
         tell(event(1))
@@ -197,44 +216,44 @@ def test_another_job_shows_its_own_curve_and_preview(tmp_path: Path) -> None:
         (job.run / "previews").mkdir()
         for number, colour in enumerate(colours):
             Image.new("RGB", (8, 8), colour).save(job.run / "previews" / f"step-{number:06d}.png")
-    first = seen(studio, made[0].name, None, results)
+    first = seen(context, made[0].name, None, results)
     with Image.open(first[PARTS.index("preview")].value["path"]) as shown:
         assert shown.convert("HSV").getchannel("H").getpixel((4, 4)) in range(168, 173), "the newest one is blue"
-    second = seen(studio, made[1].name, first[-1], results)
+    second = seen(context, made[1].name, first[-1], results)
     for part in ("loss", "preview"):
         assert not is_skip(second[PARTS.index(part)]), part
     assert second[-2] == made[1].name
 
 
 def test_no_more_go_on_than_may_wait(tmp_path: Path) -> None:
-    studio = Studio.at(tmp_path)
-    here = studio.workspace(None)
-    stopped = studio.begin(here, "teach", "a toy", ["personalize"])
+    context = Context.create(tmp_path)
+    here = context.workspace(None)
+    stopped = context.submit(here, "train", "a toy", ["personalize"])
     stopped.stop()
     for _ in range(LIMITS.jobs):
-        studio.begin(here, "teach", "a toy", ["personalize"])
+        context.submit(here, "train", "a toy", ["personalize"])
     with raises(VeneerError, where="jobs", expected=LIMITS.jobs):
-        go_on(here, stopped.name)
+        resume_job(here, stopped.name)
     assert stopped.state == "stopped"
 
 
 def test_curve_and_bar() -> None:
-    assert curve([event(1)]) is None
+    assert loss_curve([event(1)]) is None
     steps = [event(step, 1000) for step in range(1, 1001)]
-    table = curve(steps)
+    table = loss_curve(steps)
     assert len(table) <= POINTS + 1
     assert table["step"].iloc[-1] == 1000
     assert table["loss"].iloc[-1] == pytest.approx(0.001)
-    assert bar([]) == ""
-    assert 'max="1000" value="7" aria-label="7 of 1000 steps, 0:08 left"' in bar(steps[:7])
+    assert progress_bar([]) == ""
+    assert 'max="1000" value="7" aria-label="7 of 1000 steps, 0:08 left"' in progress_bar(steps[:7])
 
 
 def test_files_are_offered_as_copies(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    (copy,) = offered([tmp_path / "a.txt", tmp_path / "none.txt"])
+    (copy,) = copy_for_download([tmp_path / "a.txt", tmp_path / "none.txt"])
     assert Path(copy).parent != tmp_path
     assert Path(copy).read_text() == "a"
-    assert offered([]) == []
+    assert copy_for_download([]) == []
     (tmp_path / "adapter.safetensors").write_text("b")
-    named = offered([tmp_path / "adapter.safetensors", tmp_path / "a.txt"], "my <toy>")
+    named = copy_for_download([tmp_path / "adapter.safetensors", tmp_path / "a.txt"], "my <toy>")
     assert [Path(path).name for path in named] == ["my-toy.safetensors", "a.txt"], "all jobs have a file of that name"

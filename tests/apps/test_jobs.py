@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from veneer.apps import jobs
 from veneer.apps.job_queue import JobQueue
-from veneer.apps.jobs import TRIES, Job
+from veneer.apps.jobs import MAX_ATTEMPTS, Job
 
 import veneer
 from tests.methods.controls import picture
@@ -43,43 +43,43 @@ def until(true: Callable[[], object], what: str) -> None:
 
 def test_one_at_a_time_to_its_end(tmp_path: Path, words: list[str]) -> None:
     folder = tmp_path / "local" / "jobs"
-    first = jobs.make(folder, "teach", "a toy", [*words, "2"])
-    wrong = jobs.make(tmp_path / "another" / "jobs", "teach", "no such flag", ["personalize", "--sepia"])
+    first = jobs.create_job(folder, "train", "a toy", [*words, "2"])
+    wrong = jobs.create_job(tmp_path / "another" / "jobs", "train", "no such flag", ["personalize", "--sepia"])
     queue = JobQueue(tmp_path)
     assert [job.state for job in (first, wrong)] == ["waiting", "waiting"]
-    assert (queue.place(first), queue.place(wrong)) == (0, 1)
-    until(lambda: queue.turn() == first, "no other process is on its way")
-    assert queue.turn() is None, "one runs"
+    assert (queue.position(first), queue.position(wrong)) == (0, 1)
+    until(lambda: queue.start_next() == first, "no other process is on its way")
+    assert queue.start_next() is None, "one runs"
     until(lambda: first.state == "running", first.log())
     assert JobQueue(tmp_path).turn() is None, "for another server too"
     until(lambda: first.state == "done", first.log())
     assert first.progress()[-1].step == 2
     assert (first.run / "adapter.safetensors").exists()
-    until(lambda: queue.turn() == wrong, "the next one begins")
+    until(lambda: queue.start_next() == wrong, "the next one begins")
     until(lambda: wrong.state == "failed", wrong.log())
     assert "unrecognized arguments: --sepia" in wrong.why()
-    assert queue.turn() is None, "what failed is not tried again"
-    assert [job.name for job in jobs.find(folder)] == [first.name]
+    assert queue.start_next() is None, "what failed is not tried again"
+    assert [job.name for job in jobs.find_jobs(folder)] == [first.name]
 
 
 def test_stopped_killed_and_resumed(tmp_path: Path, words: list[str]) -> None:
-    job = jobs.make(tmp_path / "local" / "jobs", "teach", "a toy", [*words, "100000"])
+    job = jobs.create_job(tmp_path / "local" / "jobs", "train", "a toy", [*words, "100000"])
     queue = JobQueue(tmp_path)
-    until(lambda: queue.turn() == job, "no other process is on its way")
+    until(lambda: queue.start_next() == job, "no other process is on its way")
     until(lambda: job.progress(), job.log())
     job.stop()
     until(lambda: job.state == "stopped", job.log())
     kept = job.run / "adapter.safetensors"
     assert veneer.formats.read(kept).shapes, "what was learnt so far"
-    assert queue.turn() is None, "what was stopped does not begin by itself"
+    assert queue.start_next() is None, "what was stopped does not begin by itself"
     reached = job.progress()[-1].step
 
-    job.go_on()
-    until(lambda: queue.turn() == job, "it waits again")
+    job.resume()
+    until(lambda: queue.start_next() == job, "it waits again")
     until(lambda: job.progress()[-1].step > reached + 5, job.log())
     os.kill(json.loads((job.folder / "process.json").read_text())["pid"], signal.SIGKILL)
     until(lambda: job.state == "waiting", "its lock is let go")
-    assert job.begun
+    assert job.was_started
     killed = job.progress()[-1].step
     until(lambda: JobQueue(tmp_path).turn() == job, "a server that is started anew resumes it")
     until(lambda: job.progress()[-1].step > killed, job.log())
@@ -90,17 +90,17 @@ def test_stopped_killed_and_resumed(tmp_path: Path, words: list[str]) -> None:
 
 def test_a_job_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
     """Its process is killed before a step, as by a machine without memory."""
-    job = jobs.make(tmp_path / "local" / "jobs", "teach", "too large", ["personalize"])
-    for _ in range(TRIES):
+    job = jobs.create_job(tmp_path / "local" / "jobs", "train", "too large", ["personalize"])
+    for _ in range(MAX_ATTEMPTS):
         assert job.start()
-        process = jobs._started[-1]
+        process = jobs._processes[-1]
         process.kill()
         process.wait()
         assert job.state == "waiting"
     assert not job.start()
     assert job.state == "failed"
-    assert job.why().startswith(f"It died {TRIES} times at step 0: perhaps the machine has too little memory")
-    job.go_on()
+    assert job.failure().startswith(f"It died {MAX_ATTEMPTS} times at step 0: the machine may be out of memory")
+    job.resume()
     assert job.state == "waiting", "somebody asked for another try"
 
 
@@ -108,5 +108,5 @@ def test_damaged_files_of_a_job_are_no_end_of_the_page(tmp_path: Path) -> None:
     job = Job(tmp_path / "x")
     job.folder.mkdir()
     (job.folder / "job.json").write_text("{")
-    assert (job.about, job.state, job.progress(), job.log(), job.why()) == ({}, "waiting", [], "", "")
-    assert jobs.find(tmp_path) == [job]
+    assert (job.metadata, job.state, job.progress(), job.log(), job.failure()) == ({}, "waiting", [], "", "")
+    assert jobs.find_jobs(tmp_path) == [job]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import gradio as gr
 import pytest
 from torch import nn
-from veneer.apps.context import Studio
+from veneer.apps.context import Context
 from veneer.apps.pages.methods import methods_page as page
 
 import veneer
@@ -28,7 +28,7 @@ def names(html: str) -> list[str]:
 
 
 def test_every_method_is_there_with_its_whole_text() -> None:
-    html = page.shown("", "", "", "name", "")
+    html = page.render_methods("", "", "", "name", "")
     assert names(html) == veneer.methods.names()
     lora = next(m for m in catalog() if m.name == "lora")
     assert (lora.kind, lora.source, lora.needs) == ("reparameterized", "veneer", "weights of layers")
@@ -43,31 +43,31 @@ def test_every_method_is_there_with_its_whole_text() -> None:
 
 
 def test_search_and_filters() -> None:
-    assert {"lora", "dora", "adalora"} <= set(names(page.shown("LOW-rank weight", "", "", "name", "")))
-    assert "No method matches" in page.shown("nothingofthiskind", "", "", "name", "")
-    assert names(page.shown("", "", "selective", "name", "")) == ["bitfit", "full", "linear_probe", "norm_tuning"]
-    assert names(page.shown("bias", "", "selective", "name", ""))[0] == "bitfit"
+    assert {"lora", "dora", "adalora"} <= set(names(page.render_methods("LOW-rank weight", "", "", "name", "")))
+    assert "No method matches" in page.render_methods("nothingofthiskind", "", "", "name", "")
+    assert names(page.render_methods("", "", "selective", "name", "")) == ["bitfit", "full", "linear_probe", "norm_tuning"]
+    assert names(page.render_methods("bias", "", "selective", "name", ""))[0] == "bitfit"
     for wrong, option, given in (
         (("", "sculpture", "", "name", ""), "area", "sculpture"),
         (("", "", "../x", "name", ""), "kind", "../x"),
         (("", "", "", "name", "GPT"), "model", "GPT"),
     ):
         with raises(OptionError, option=option, given=given):
-            page.shown(*wrong)
+            page.render_methods(*wrong)
     with raises(OptionError, option="model", given=""):
-        page.shown("", "", "", "trained", "")
+        page.render_methods("", "", "", "trained", "")
 
 
 def test_grouped_by_use_with_a_start() -> None:
-    html = page.shown("", "", "", "use", "")
+    html = page.render_methods("", "", "", "use", "")
     assert sorted(names(html)) == veneer.methods.names(), "each once"
     assert "Start here" in html
     assert [*re.findall(r'<h2 class="use">([^<]*)<', html)] == [use.title for use in USES]
     assert set(re.findall(r"getElementById\('([^']*)'\)", html)) <= set(re.findall(r'id="([^"]*)"', html))
-    vision = page.shown("", "vision", "", "use", "")
+    vision = page.render_methods("", "vision", "", "use", "")
     assert set(names(vision)) == methods_for("vision")
     assert "controlnet" not in vision.partition("Start here")[2].partition("</section>")[0]
-    assert names(page.shown("ip adapter", "", "", "use", ""))[0] == "ip_adapter"
+    assert names(page.render_methods("ip adapter", "", "", "use", ""))[0] == "ip_adapter"
 
 
 def test_for_vision_and_for_diffusion() -> None:
@@ -75,7 +75,7 @@ def test_for_vision_and_for_diffusion() -> None:
     assert {"lora", "bitfit"} <= vision & diffusion
     assert {"vpt", "coop", "linear_probe", "tip_adapter"} <= vision - diffusion
     assert {"controlnet", "ip_adapter", "textual_inversion"} <= diffusion - vision
-    assert set(names(page.shown("", "vision", "prompt", "name", ""))) <= vision
+    assert set(names(page.render_methods("", "vision", "prompt", "name", ""))) <= vision
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_counts(model: str, method: str, trained: int | None) -> None:
 
 def test_counts_are_told_and_sorted() -> None:
     told: list[tuple[int, int]] = []
-    html = page.shown("", "", "", "trained", "ViT-B/16", lambda done, of: told.append((done, of)))
+    html = page.render_methods("", "", "", "trained", "ViT-B/16", lambda done, of: told.append((done, of)))
     assert told[-1] == (len(veneer.methods.names()),) * 2
     assert "589,824 trainable" in html
     found = names(html)
@@ -137,16 +137,16 @@ def foreign() -> Iterator[type[Method]]:
 
 
 def test_a_method_from_elsewhere_appears_by_itself_and_escaped(foreign: type[Method]) -> None:
-    html = page.shown("doubles", "", "", "name", "")
+    html = page.render_methods("doubles", "", "", "name", "")
     assert names(html) == ["foreign"]
     assert "<script>" not in html
     assert "<b>" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt; doubles." in html
     assert ("From register()", "register()") in page.kinds()
-    assert names(page.shown("", "", "register()", "name", "")) == ["foreign"]
+    assert names(page.render_methods("", "", "register()", "name", "")) == ["foreign"]
 
 
 def test_the_page_is_built(tmp_path: Path) -> None:
     with gr.Blocks() as blocks:
-        page.build(Studio.at(tmp_path))
+        page.build(Context.create(tmp_path))
     assert all(c.label for c in blocks.blocks.values() if isinstance(c, (gr.Dropdown, gr.Textbox)))

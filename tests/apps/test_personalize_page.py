@@ -1,4 +1,4 @@
-"""The page Teach: photos that are looked at, forms of methods, and a run from the example to its files."""
+"""The page Train: photos that are looked at, forms of methods, and a run from the example to its files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ from typing import Any
 import gradio as gr
 import pytest
 from PIL import Image
-from veneer.apps.context import Studio
+from veneer.apps.context import Context
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages.generate import generate_page
 from veneer.apps.pages.personalize import personalize_page
-from veneer.apps.pages.personalize.request import SETTINGS, Asked, estimate, options_of, parameters, usual, words
-from veneer.apps.pages.shared.config_form import Slots, fields_of, words_of
-from veneer.apps.pages.shared.dry_run import checked
-from veneer.apps.pages.shared.photo_upload import lay_down, look_at
-from veneer.apps.pages.shared.training_result import for_others, in_words
+from veneer.apps.pages.personalize.request import (
+    SETTINGS,
+    PersonalizeRequest,
+    command,
+    estimate,
+    options_of,
+    parameters,
+    preset_settings,
+)
+from veneer.apps.pages.shared.config_form import Slots, fields_of, flags_of
+from veneer.apps.pages.shared.dry_run import dry_run
+from veneer.apps.pages.shared.photo_upload import inspect_photos, save_photos
+from veneer.apps.pages.shared.training_result import export_kohya, summarize
 
 from tests.methods.controls import picture
 from tests.raising import raises, warns
@@ -38,11 +46,11 @@ PATIENCE = 300
 
 
 def asked(
-    concept: str = "<toy>", base: str = "bundled", method: str = "lora", options: Sequence[Any] | None = None, **more: str
-) -> Asked:
+    concept: str = "<toy>", base: str = "shipped", method: str = "lora", options: Sequence[Any] | None = None, **more: str
+) -> PersonalizeRequest:
     settings = [more.get(field.name, field.default if field.kind == "check" else "") for field in SETTINGS]
     none = [field.default if field.kind == "check" else "" for field in options_of(method)]
-    return Asked(concept, "toy", base, method, settings, none if options is None else options)
+    return PersonalizeRequest(concept, "toy", base, method, settings, none if options is None else options)
 
 
 def option(method: str, **given: Any) -> list[Any]:
@@ -56,25 +64,25 @@ def test_photos_are_looked_at_and_laid_down(tmp_path: Path) -> None:
     picture(0, 96).save(paths[1])
     Path(paths[2]).write_text("<script>")
     picture(1, 96).resize((20, 30)).save(paths[3])
-    found = look_at(paths, 64)
+    found = inspect_photos(paths, 64)
     assert found.names == ["001-a-b.png", "002-copy.png", "004-tiny.png"]
     assert [crop.size for crop in found.crops] == [(64, 64)] * 3
-    said = "\n".join(found.wrong)
+    said = "\n".join(found.problems)
     assert "text.png" in said
     assert "the same picture 2 times: 001-a-b.png, 002-copy.png" in said
     assert "004-tiny.png (20 x 30)" in said
     assert str(tmp_path) not in said
 
-    workspace = Studio.at(tmp_path / "studio").workspace(None)
+    workspace = Context.create(tmp_path / "studio").workspace(None)
     captions = [["001-a-b.png", " a {concept}\non grass"], ["../../x.png", "elsewhere"], ["004-tiny.png", ""]]
-    folder = lay_down(workspace, paths, captions)
-    assert folder.parent == workspace.given
+    folder = save_photos(workspace, paths, captions)
+    assert folder.parent == workspace.datasets
     with warns(DataWarning, where="copies", given=("001-a-b.png", "002-copy.png")):
         photos = find_photos(folder)
     assert [photo.caption for photo in photos] == ["a {concept} on grass", None, None]
     with raises(OptionError, option="caption of 001-a-b.png", given=5000, expected=LIMITS.text):
-        lay_down(workspace, paths, [["001-a-b.png", "x" * 5000]])
-    assert list(workspace.given.iterdir()) == [folder], "nothing is left of what was refused"
+        save_photos(workspace, paths, [["001-a-b.png", "x" * 5000]])
+    assert list(workspace.datasets.iterdir()) == [folder], "nothing is left of what was refused"
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -83,14 +91,14 @@ def test_every_method_has_a_form_whose_words_the_command_takes(name: str) -> Non
     method: Any = methods.get(name)
     fields = fields_of(method, skip=("by_site",))
     given = [f.default if f.kind == "check" else str(f.default) if f.kind == "choice" and f.default else "" for f in fields]
-    found = words_of(method, fields, given, name)
+    found = flags_of(method, fields, given, name)
     assert all(word.startswith(f"--{name.replace('_', '-')}.") for word in found)
     assert all(field.help for field in fields), "each option is explained"
 
 
 def test_words_reach_the_command_as_they_were_typed(tmp_path: Path) -> None:
     options = option("lora", rank="4", ranks="mlp.*=2, conv=3", rslora=True, init="gaussian", alpha="-1.5")
-    found = words(asked("--out /etc <toy>", steps="20", where="attn xattn", buckets=False, options=options), tmp_path)  # type: ignore[arg-type]
+    found = command(asked("--out /etc <toy>", steps="20", where="attn xattn", buckets=False, options=options), tmp_path)  # type: ignore[arg-type]
     read = vars(parser_for(found).parse_args(found))
     assert (read["photos"], read["concept"], read["steps"]) == (tmp_path, "--out /etc <toy>", 20)
     assert (read["where"], read["buckets"], read["lora.rank"], read["lora.alpha"]) == (["attn", "xattn"], False, 4, -1.5)
@@ -117,25 +125,25 @@ def test_words_reach_the_command_as_they_were_typed(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_before_anything_is_written(
     name: str, text: str, data: dict[str, object], tmp_path: Path
 ) -> None:
-    studio = Studio.at(tmp_path)
+    context = Context.create(tmp_path)
     with raises(OptionError, option=name, **data):
-        personalize_page.begin(studio, studio.workspace(None), [], [], asked(**{name: text}))
-    assert not studio.workspace(None).folder.exists()
+        personalize_page.start_job(context, context.workspace(None), [], [], asked(**{name: text}))
+    assert not context.workspace(None).folder.exists()
 
 
 def test_other_things_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    studio = Studio.at(tmp_path)
-    with raises(BaseModelError, where="base", given="../nowhere/at/all"):
-        personalize_page.begin(studio, studio.workspace(None), [], [], asked(base="../nowhere/at/all"))
-    assert not studio.workspace(None).folder.exists()
+    context = Context.create(tmp_path)
+    with raises(BaseError, where="base", given="../nowhere/at/all"):
+        personalize_page.start_job(context, context.workspace(None), [], [], asked(base="../nowhere/at/all"))
+    assert not context.workspace(None).folder.exists()
     with raises(OptionError, option="lora.init", given="sharp"):
-        words(asked(options=option("lora", init="sharp")), tmp_path)
+        command(asked(options=option("lora", init="sharp")), tmp_path)
     with raises(VeneerError, where="photos", given=0):
-        personalize_page.begin(studio, studio.workspace(None), [], [], asked())
+        personalize_page.start_job(context, context.workspace(None), [], [], asked())
 
 
 def test_presets_and_slots() -> None:
-    quick, balanced = usual("quick", "bundled", "lora"), usual("balanced", "bundled", "lora")
+    quick, balanced = preset_settings("quick", "shipped", "lora"), preset_settings("balanced", "shipped", "lora")
     assert (balanced["steps"], balanced["batch"], balanced["learning_rate"]) == ("300", "4", "0.002")
     assert int(quick["steps"]) == 100
     with gr.Blocks():
@@ -145,17 +153,17 @@ def test_presets_and_slots() -> None:
     assert sorted(part.label for part in shown) == sorted(field.label for field in fields)
     assert next(part.value for part in shown if part.label == "rank") == "3"
     values = [part.value for part in slots.fill(fields, {"rank": 3})]
-    assert dict(zip((f.name for f in fields), slots.given(fields, values), strict=True))["rank"] == "3"
+    assert dict(zip((f.name for f in fields), slots.entries(fields, values), strict=True))["rank"] == "3"
 
 
 def test_settings_are_those_of_what_is_chosen() -> None:
-    personalize_page.agree(["quick", "bundled", "lora"], ["quick", "bundled", "lora"])
-    with raises(VeneerError, where="settings", expected=("balanced", "bundled", "lora")):
-        personalize_page.agree(["quick", "bundled", "lora"], ["balanced", "bundled", "lora"])
-    with raises(VeneerError, where="settings", expected=("quick", "bundled", "sepia")):
-        personalize_page.agree(["quick", "bundled", "lora"], ["quick", "bundled", "sepia"])
-    with raises(BaseModelError, where="base", given="no/such/folder"):
-        personalize_page.agree(["quick", "bundled", "lora"], ["quick", "no/such/folder", "lora"])
+    personalize_page.check_form_is_current(["quick", "shipped", "lora"], ["quick", "shipped", "lora"])
+    with raises(VeneerError, where="settings", expected=("balanced", "shipped", "lora")):
+        personalize_page.check_form_is_current(["quick", "shipped", "lora"], ["balanced", "shipped", "lora"])
+    with raises(VeneerError, where="settings", expected=("quick", "shipped", "sepia")):
+        personalize_page.check_form_is_current(["quick", "shipped", "lora"], ["quick", "shipped", "sepia"])
+    with raises(BaseError, where="base", given="no/such/folder"):
+        personalize_page.check_form_is_current(["quick", "shipped", "lora"], ["quick", "no/such/folder", "lora"])
 
 
 def test_the_first_form_is_that_of_the_usual_method() -> None:
@@ -170,68 +178,70 @@ def test_the_first_form_is_that_of_the_usual_method() -> None:
 
 def test_the_page_is_built(tmp_path: Path) -> None:
     with gr.Blocks() as page:
-        personalize_page.build(Studio.at(tmp_path))
+        personalize_page.build(Context.create(tmp_path))
     parts = [block for block in page.blocks.values() if isinstance(block, gr.components.FormComponent | gr.Image | gr.File)]
     assert all(part.label for part in parts)
 
 
-def until_ended(studio: Studio, job: Job) -> None:
+def until_ended(context: Context, job: Job) -> None:
     end = time.monotonic() + PATIENCE
     while job.state in ("waiting", "running"):
         assert time.monotonic() < end, job.log()
-        studio.queue.turn()
+        context.queue.start_next()
         time.sleep(0.1)
 
 
 def test_from_the_example_to_its_files(tmp_path: Path) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
-    studio = Studio.at(tmp_path / "studio")
-    workspace = studio.workspace(None)
-    paths, concept, word, *_, table = personalize_page.example_taken("bundled")
+    context = Context.create(tmp_path / "studio")
+    workspace = context.workspace(None)
+    paths, concept, word, *_, table = personalize_page.show_example("shipped")
     assert len(paths) == 5
     assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: the time is known after the first steps.")
     rows = table.value["data"] if isinstance(table.value, dict) else table.value.values.tolist()
-    wish = asked(concept, base, steps="4", batch="2", preview_every="2", eval_seeds="0", options=option("lora", rank="2"))
-    job = personalize_page.begin(studio, workspace, paths, rows, wish)
+    generation = asked(concept, base, steps="4", batch="2", preview_every="2", eval_seeds="0", options=option("lora", rank="2"))
+    job = personalize_page.start_job(context, workspace, paths, rows, generation)
     assert word
-    until_ended(studio, job)
+    until_ended(context, job)
     assert job.state == "done", job.log()
     assert len(job.previews()) == 2
-    sheet, said, offered, button, _, _, onward = personalize_page.shown_results(job)
+    sheet, said, offered, button, _, _, onward = personalize_page.result_values(job)
     assert onward.visible, "Generate with it"
-    filled = generate_page.prepared(workspace, job)
+    filled = generate_page.form_for_job(workspace, job)
     assert filled[0] == base
     assert "<octopus>" in filled[1], "a prompt with its token"
     assert filled[9].value == [next(iter(workspace.all_adapters()))], "its adapter is selected"
     assert sheet.visible
     assert button.visible
     assert "4 steps in" in said.value
-    assert "pytorch_lora_weights.safetensors (for diffusers)" in html.unescape(in_words(job))
-    (kohya,) = for_others(workspace, job.name)
+    assert "pytorch_lora_weights.safetensors (for diffusers)" in html.unescape(summarize(job))
+    (kohya,) = export_kohya(workspace, job.name)
     assert Path(kohya).name == "octopus-lora-comfyui-a1111.safetensors"
     assert isinstance(formats.format_of(formats.read(kohya)), formats.formats.get("kohya"))
-    assert "in all, going by your last run" in estimate(workspace, base, "lora", "4", "2")
+    assert "in all, based on your last run" in estimate(workspace, base, "lora", "4", "2")
     assert offered.visible
 
 
 def test_a_look_before_the_start(tmp_path: Path) -> None:
     """Memory and time of a step that is tried, and what is of concern; what the run would refuse, with the command's words."""
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
-    workspace = Studio.at(tmp_path / "studio").workspace(None)
-    paths, _, _, *_ = personalize_page.example_taken("bundled")
-    wish = asked("<toy>", str(tmp_path / "base"), steps="40", batch="2", learning_rate="0.5", preview_every="0", eval_seeds="0")
-    said = checked(workspace, paths, [], wish)
+    workspace = Context.create(tmp_path / "studio").workspace(None)
+    paths, _, _, *_ = personalize_page.show_example("shipped")
+    generation = asked(
+        "<toy>", str(tmp_path / "base"), steps="40", batch="2", learning_rate="0.5", preview_every="0", eval_seeds="0"
+    )
+    said = dry_run(workspace, paths, [], generation)
     assert said.startswith("photos: 5")
     assert re.search(r"cost: time about \d+:\d\d on .*, 40 steps × [\d.e-]+ s", said)
     assert re.search(r"memory about [\d.]+ MiB", said)
     assert "learning rate" in said, "a thousand times the usual one"
-    assert not [*workspace.given.iterdir()]
+    assert not [*workspace.datasets.iterdir()]
     assert not workspace.all_jobs()
     with raises(VeneerError, where="check") as caught:
-        checked(workspace, paths, [["001-01.png", "a {concept} " + "and more " * 90]], wish)
+        dry_run(workspace, paths, [["001-01.png", "a {concept} " + "and more " * 90]], generation)
     assert any(line.startswith("- prompt: ") for line in caught.value.given)
-    assert not [*workspace.given.iterdir()]
+    assert not [*workspace.datasets.iterdir()]
 
 
 def test_parameters_of_a_base(tmp_path: Path) -> None:
@@ -246,6 +256,6 @@ def test_crops_are_of_the_middle(tmp_path: Path) -> None:
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
     image.save(tmp_path / "wide.png")
-    (crop,) = look_at([str(tmp_path / "wide.png")], 64).crops
+    (crop,) = inspect_photos([str(tmp_path / "wide.png")], 64).crops
     assert crop.getpixel((32, 32)) == (0, 0, 255)
     assert crop.getpixel((3, 32)) == (0, 0, 255)

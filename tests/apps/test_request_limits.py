@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from veneer.apps import request_limits as module
 from veneer.apps.limits import LIMITS
-from veneer.apps.request_limits import MARGIN, Guard, Refused
+from veneer.apps.request_limits import MARGIN, LimitsMiddleware, RequestError
 
 from tests.raising import raises
 
@@ -32,7 +32,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 def ask(method: str, path: str, files: Path | None = None, **more: Any) -> httpx.Response:
     async def asked() -> httpx.Response:
-        transport = httpx.ASGITransport(Guard(app, {"localhost"}, files, SMALL))
+        transport = httpx.ASGITransport(LimitsMiddleware(app, {"localhost"}, files, SMALL))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **more)
 
@@ -82,13 +82,13 @@ def test_an_upload_that_would_fill_the_disk_is_refused_before_it_comes(tmp_path:
 def test_after_a_minute_one_may_try_to_log_in_again(monkeypatch: pytest.MonkeyPatch) -> None:
     clock: list[float] = []
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
-    guard = Guard(app, limits=replace(SMALL, logins=2))
+    guard = LimitsMiddleware(app, limits=replace(SMALL, logins=2))
     for now, let_in in ((0, True), (10, True), (20, False), (59, False), (61, True), (71, True), (120, False), (122, True)):
         clock.append(now)
         if let_in:
             guard._check_logins()
         else:
-            with raises(Refused, status=429):
+            with raises(RequestError, status=429):
                 guard._check_logins()
 
 

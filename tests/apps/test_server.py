@@ -19,10 +19,10 @@ import httpx
 import pytest
 from gradio.routes import App
 from PIL import Image
-from veneer.apps.context import Studio
+from veneer.apps.context import Context
 from veneer.apps.limits import LIMITS
-from veneer.apps.request_limits import Guard, Refused
-from veneer.apps.server import AppConfig, _cache, _own, app, build, read_logins
+from veneer.apps.request_limits import LimitsMiddleware, RequestError
+from veneer.apps.server import AppConfig, _cache, _is_loopback, app, build, read_logins
 from veneer.apps.workspace import Workspace
 
 from tests.apps.browser import Small
@@ -109,7 +109,7 @@ def test_uploads_are_bounded_and_what_is_refused_leaves_nothing(served: Served) 
     assert served.upload(**{"a.png": b"x" * 200_001}).status_code == 413, "one file"
     many = served.upload(**{f"{n}.png": bytes([n]) * 60_000 for n in range(5)})
     assert many.status_code == 413, "several at once"
-    assert "200,000 bytes at once" in many.text
+    assert "200,000 bytes" in many.text
     assert served.upload(**{f"{n}.png": b"x" for n in range(1001)}).status_code == 400, "in number"
     body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + b"y" * 500_000
     unclaimed = served.client.post(
@@ -131,8 +131,8 @@ def test_uploads_are_bounded_and_what_is_refused_leaves_nothing(served: Served) 
 
 
 def test_uploads_leave_some_of_the_disk(served: Served) -> None:
-    guard = Guard(lambda *given: None, files=served.files, limits=replace(SMALL, disk_free=2**60))  # type: ignore[arg-type, return-value]
-    with raises(Refused, status=507):
+    guard = LimitsMiddleware(lambda *given: None, files=served.files, limits=replace(SMALL, disk_free=2**60))  # type: ignore[arg-type, return-value]
+    with raises(RequestError, status=507):
         guard._check_disk(0)
 
 
@@ -149,7 +149,7 @@ def test_requests_are_bounded(served: Served) -> None:
         [[{"a": {"path": "HTTPS://a.b/c"}}]],
     ):
         answer = served.join(1, data, "elsewhere")
-        assert (answer.status_code, "fetches no files" in answer.text) == (403, True)
+        assert (answer.status_code, "does not download files" in answer.text) == (403, True)
     assert served.client.post("/gradio_api/process_recording", files={"video": b"x"}).status_code == 403
 
 
@@ -261,7 +261,7 @@ def test_hosts_that_need_a_login(tmp_path: Path) -> None:
         "[::1]x",
     ]
     for host, mine in {**own, **dict.fromkeys(other, False)}.items():
-        assert _own(host) is mine, host
+        assert _is_loopback(host) is mine, host
         if not mine:
             with raises(OptionError, option="auth", where="host"):
                 app(AppConfig(host=host, workspace=tmp_path / "none"))
@@ -272,7 +272,7 @@ def test_hosts_that_need_a_login(tmp_path: Path) -> None:
 
 def test_old_files_go_when_the_app_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    root = Studio.at(tmp_path / "root").root
+    root = Context.create(tmp_path / "root").root
     assert root.stat().st_mode & 0o077 == 0
     folder = _cache(root)
     for name, age in (("old", 25), ("new", 23)):
@@ -284,7 +284,7 @@ def test_old_files_go_when_the_app_starts(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_page_is_built_bounded(environment: None, tmp_path: Path) -> None:
-    page = build(Studio.at(tmp_path))
+    page = build(Context.create(tmp_path))
     assert page._queue.max_size == LIMITS.waiting
     assert not page.api_open
     assert LIMITS.photo_pixels == Image.MAX_IMAGE_PIXELS

@@ -10,25 +10,25 @@ from typing import Any
 
 import pytest
 from veneer.apps import jobs
-from veneer.apps.context import Studio, escaped
+from veneer.apps.context import Context, escape_markup
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages.personalize import personalize_page
 from veneer.apps.pages.personalize.request import (
     FROM_CONCEPT,
     SETTINGS,
-    Asked,
+    PersonalizeRequest,
+    command,
     estimate,
-    lengths,
     options_of,
     parameters,
-    usual,
-    words,
+    preset_choices,
+    preset_settings,
 )
-from veneer.apps.pages.shared.config_form import USUAL, fields_of, words_of
-from veneer.apps.pages.shared.photo_upload import look_at
-from veneer.apps.pages.shared.time_estimates import Pace, duration, pace_of
-from veneer.apps.pages.shared.training_result import in_words
+from veneer.apps.pages.shared.config_form import DEFAULT, fields_of, flags_of
+from veneer.apps.pages.shared.photo_upload import inspect_photos
+from veneer.apps.pages.shared.time_estimates import Timing, duration, measure_timing
+from veneer.apps.pages.shared.training_result import summarize
 from veneer.apps.workspace import Workspace
 
 from tests.methods.controls import picture
@@ -42,50 +42,49 @@ from veneer.training.preflight.estimates import size
 from veneer.training.report.progress import Progress, ProgressFile
 
 
-def asked(**given: str) -> Asked:
+def asked(**given: str) -> PersonalizeRequest:
     settings = [given.get(field.name, field.default if field.kind == "check" else "") for field in SETTINGS]
     options = [field.default if field.kind == "check" else "" for field in options_of("lora")]
-    return Asked("<toy>", "toy", "bundled", "lora", settings, options)
+    return PersonalizeRequest("<toy>", "toy", "shipped", "lora", settings, options)
 
 
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        ("resolution", LIMITS.side), ("class_images", LIMITS.pictures * 16), ("batch", LIMITS.photos),
-        ("eval_seeds", LIMITS.pictures),
+        ("resolution", LIMITS.side), ("prior", LIMITS.images * 16), ("batch", LIMITS.photos), ("eval_seeds", LIMITS.images),
     ],
 )  # fmt: skip
 def test_what_no_visitor_may_ask_for_more_of(name: str, most: int, tmp_path: Path) -> None:
-    assert f"--{name.replace('_', '-')}={most}" in words(asked(**{name: str(most)}), tmp_path)
+    assert f"--{name.replace('_', '-')}={most}" in command(asked(**{name: str(most)}), tmp_path)
     for more in ({}, {"where": f"{name.replace('_', '-')}=1"}):
         with raises(OptionError, option=name, given=most + 1, expected=most):
-            words(asked(**{name: str(most + 1), **more}), tmp_path)
+            command(asked(**{name: str(most + 1), **more}), tmp_path)
 
 
 def test_what_is_not_begun_leaves_no_photos(tmp_path: Path) -> None:
-    studio, space = Studio.at(tmp_path / "root"), Workspace(tmp_path / "root")
+    context, space = Context.create(tmp_path / "root"), Workspace(tmp_path / "root")
     picture(0, 96).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no picture")
     with raises(VeneerError, where="photos", given=0):
-        personalize_page.begin(studio, space, [str(tmp_path / "b.png")], [], asked())
+        personalize_page.start_job(context, space, [str(tmp_path / "b.png")], [], asked())
     for _ in range(LIMITS.jobs):
-        personalize_page.begin(studio, space, [str(tmp_path / "a.png")], [], asked())
+        personalize_page.start_job(context, space, [str(tmp_path / "a.png")], [], asked())
     with raises(VeneerError, where="jobs", expected=LIMITS.jobs):
-        personalize_page.begin(studio, space, [str(tmp_path / "a.png")], [], asked())
-    assert {str(folder) for folder in space.given.iterdir()} == {job.about["words"][1] for job in space.all_jobs()}
+        personalize_page.start_job(context, space, [str(tmp_path / "a.png")], [], asked())
+    assert {str(folder) for folder in space.datasets.iterdir()} == {job.command[1] for job in space.all_jobs()}
 
 
 def test_what_is_wrong_with_photos_does_not_say_where_they_lie(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{n}.png") for n in range(2)]
     for path in paths:
         picture(0, 40).save(path)
-    said = look_at(paths, 64).wrong
+    said = inspect_photos(paths, 64).wrong
     assert any("001-0.png" in each for each in said)
     assert not any("/" in each for each in said), said
 
 
 def test_presets_differ_in_steps() -> None:
-    steps = [int(usual(preset, "bundled", "lora")["steps"]) for preset in ("quick", "balanced", "thorough")]
+    steps = [int(preset_settings(preset, "shipped", "lora")["steps"]) for preset in ("quick", "balanced", "thorough")]
     assert steps == [steps[1] // 3, steps[1], 2 * steps[1]]
 
 
@@ -93,9 +92,9 @@ def test_presets_tell_their_minutes(tmp_path: Path) -> None:
     """By a reference for the bundled base at first, then by the last run, evaluation and all; not for a base that never ran."""
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     base, space = str(tmp_path / "base"), Workspace(tmp_path / "space")
-    assert all("min" in label and preset in label for label, preset in lengths("bundled", "pivotal"))
-    assert [label for label, _ in lengths(base, "lora", space)] == [
-        f"{p}: {usual(p, base, 'lora')['steps']} steps" for p in PRESETS
+    assert all("min" in label and preset in label for label, preset in preset_choices("shipped", "pivotal"))
+    assert [label for label, _ in preset_choices(base, "lora", space)] == [
+        f"{p}: {preset_settings(p, base, 'lora')['steps']} steps" for p in PRESETS
     ]
     job = finished(space, base, "lora", 40.0, 1, 1000)
     (job.folder / "begun.json").write_text('{"steps": [0]}')
@@ -103,18 +102,18 @@ def test_presets_tell_their_minutes(tmp_path: Path) -> None:
         (job.folder / name).write_text('{"status": 0}')
         os.utime(job.folder / name, (seconds, seconds))
     assert job.seconds == 640
-    steps = int(usual("balanced", base, "lora")["steps"]) * int(usual("balanced", base, "lora")["batch"])
-    labels = {preset: label for label, preset in lengths(base, "lora", space)}
+    steps = int(preset_settings("balanced", base, "lora")["steps"]) * int(preset_settings("balanced", base, "lora")["batch"])
+    labels = {preset: label for label, preset in preset_choices(base, "lora", space)}
     assert labels["balanced"].endswith(duration(4.0 * steps + 600))
 
 
 def test_every_preset_evaluates_enough_for_a_verdict(tmp_path: Path) -> None:
     """With one image of each prompt scores have no intervals; estimates count the images, of the last run too."""
-    assert all(int(usual(preset, "bundled", "pivotal")["eval_seeds"]) >= 2 for preset in PRESETS)
-    pace = Pace(0.0, 600.0, "")
-    assert pace.seconds(0, 2 / 3) == pytest.approx(500)
-    job = finished(Workspace(tmp_path), "bundled", "pivotal", 50.0, 1, 1)
-    found = pace_of(job, 1, 2 / 3)
+    assert all(int(preset_settings(preset, "shipped", "pivotal")["eval_seeds"]) >= 2 for preset in PRESETS)
+    timing = Timing(0.0, 600.0, "")
+    assert timing.seconds(0, 2 / 3) == pytest.approx(500)
+    job = finished(Workspace(tmp_path), "shipped", "pivotal", 50.0, 1, 1)
+    found = measure_timing(job, 1, 2 / 3)
     assert found
     assert found.seconds(0, 2 / 3) == pytest.approx(0.3 * 50)
     few, many = (estimate(None, "bundled", "pivotal", "1000", "4", eval_seeds=n) for n in ("0", "60"))
@@ -129,32 +128,34 @@ def test_what_follows_from_the_concept_is_not_asked_for() -> None:
 def test_what_is_usual_says_nothing(tmp_path: Path) -> None:
     for name in ("lora", "oft"):
         fields = options_of(name)
-        given = [field.default if field.kind == "check" else USUAL for field in fields]
-        assert words_of(methods.get(name), fields, given, name) == []
-    assert words(asked(batch=USUAL, resolution=USUAL), tmp_path) == words(asked(), tmp_path), "as the field's own hint says it"
+        given = [field.default if field.kind == "check" else DEFAULT for field in fields]
+        assert flags_of(methods.get(name), fields, given, name) == []
+    assert command(asked(batch=DEFAULT, resolution=DEFAULT), tmp_path) == command(asked(), tmp_path), (
+        "as the field's own hint says it"
+    )
 
 
 def test_words_of_a_form_are_bounded() -> None:
     fields = [field for field in options_of("lora") if field.name == "init" or field.kind == "text"]
     for wrong, expected in (("x" * (LIMITS.text + 1), LIMITS.text), ("4\0", "plain text")):
         with raises(OptionError, expected=expected):
-            words_of(methods.get("lora"), fields, [wrong] + [""] * (len(fields) - 1), "lora")
+            flags_of(methods.get("lora"), fields, [wrong] + [""] * (len(fields) - 1), "lora")
 
 
 def test_the_end_in_words(tmp_path: Path) -> None:
-    job = finished(Workspace(tmp_path), "bundled", "lora", 65.0, 1, 1234)
-    assert "1,234 trained parameters." in in_words(job), "what is not known is no error"
+    job = finished(Workspace(tmp_path), "shipped", "lora", 65.0, 1, 1234)
+    assert "1,234 trainable parameters." in summarize(job), "what is not known is no error"
     found = json.loads((job.run / "result.json").read_text())
     means = {"adapted": {"mean": 0.75}, "base": {"mean": 0.25}}
     found["figures"] = {"likeness": means, "ceiling": {"mean": 0.875}, "prompt_likeness": means, "drift": {"mean": 0.125}}
     found["training"] = {"steps": 10, "seconds": 65, "warnings": ["<b>*loud*</b>"]}
     (job.run / "result.json").write_text(json.dumps(found))
-    told = in_words(job)
+    told = summarize(job)
     assert "10 steps in 1:05" in told
-    assert "**0.75** with what was learnt, 0.25 without (1 is the same; your photos to one another 0.88)" in told
-    assert "Likeness to the prompt: 0.75 with, 0.25 without" in told
-    assert "other things: 0.12 (0 is none)" in told
-    assert escaped("<b>*loud*</b>") in told
+    assert "**0.75** with the adapter, 0.25 without (1 means identical; between your photos 0.88)" in told
+    assert "Similarity to the prompt: 0.75 with the adapter, 0.25 without" in told
+    assert "other subjects: 0.12 (0 means none)" in told
+    assert escape_markup("<b>*loud*</b>") in told
     assert "<b>" not in told
 
 
@@ -171,15 +172,15 @@ class Config:
 
 def test_several_numbers_may_be_below_zero_but_none_is_a_flag() -> None:
     fields = fields_of(Config)
-    assert words_of(Config, fields, ["-1, 2.5 -0.5"]) == ["--shifts", "-1", "2.5", "-0.5"]
+    assert flags_of(Config, fields, ["-1, 2.5 -0.5"]) == ["--shifts", "-1", "2.5", "-0.5"]
     for flag in ("--shifts", "1 -x", "1 --out=/etc"):
         with raises(OptionError, option="shifts", given=flag):
-            words_of(Config, fields, [flag])
+            flags_of(Config, fields, [flag])
 
 
 def finished(space: Workspace, base: str, method: str, seconds: float, batch: int, trained: int) -> Job:
     """A job of 10 steps."""
-    job = jobs.make(space.jobs, "teach", "a toy", ["personalize", f"--base={base}", f"--method={method}"])
+    job = jobs.create_job(space.jobs, "train", "a toy", ["personalize", f"--base={base}", f"--method={method}"])
     ProgressFile(job.run / "progress.jsonl", seconds=0)(Progress(10, 10, 1.0, 1.0, 1e-3, 1.0, seconds, None, 0))
     told: dict[str, Any] = {"config": {"batch": batch}, "methods": [{"parameters": trained}]}
     (job.run / "result.json").write_text(json.dumps(told))
@@ -198,6 +199,6 @@ def test_estimates_go_by_the_last_run_like_it(tmp_path: Path) -> None:
     told = estimate(space, base, "lora", "20", "6")
     assert "about 4 min in all" in told, "twice the steps, three times the images of each: 40 s × 2 × 3, and the rest"
     assert f"{memory}" in told
-    assert f"and {size(16 * 1000)} for what is trained" in told, "value, gradient and two states, each 4 bytes"
+    assert f"and {size(16 * 1000)} for the trained parameters" in told, "value, gradient and two states, each 4 bytes"
     assert "is known after the first steps" in estimate(space, base, "lora", "²", "1"), "no number that can be read"
     assert "about 22 min in all" in estimate(space, base, "dora", "10", "1"), "of the base's runs the newest"

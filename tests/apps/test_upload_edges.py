@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 from safetensors.torch import save_file
 from veneer.apps.limits import LIMITS
-from veneer.apps.uploads import take_adapter, take_photos
-from veneer.apps.zip_archives import take_zip
+from veneer.apps.uploads import store_adapter, store_photos
+from veneer.apps.zip_archives import unpack_zip
 
 import veneer
 from tests.raising import raises
@@ -44,22 +44,22 @@ def test_as_many_pictures_as_are_allowed(tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.png" for n in range(3)]
     for path in paths:
         path.write_bytes(png())
-    taken, _ = take_photos(paths, tmp_path / "job", replace(LIMITS, photos=3))
+    taken, _ = store_photos(paths, tmp_path / "job", replace(LIMITS, photos=3))
     assert len(taken) == 3
-    count, _ = take_zip(zipped(tmp_path / "a.zip", ["a/1.png", "a/2.png"]), tmp_path / "out", replace(LIMITS, zip_files=2))
+    count, _ = unpack_zip(zipped(tmp_path / "a.zip", ["a/1.png", "a/2.png"]), tmp_path / "out", replace(LIMITS, zip_files=2))
     assert count == 2
 
 
 def test_as_many_folders_as_are_allowed(tmp_path: Path) -> None:
     deep = "/".join("abcdefgh"[: LIMITS.zip_depth - 1]) + "/x.png"
-    count, refused = take_zip(zipped(tmp_path / "a.zip", [deep, f"z/{deep}"]), tmp_path / "out")
+    count, refused = unpack_zip(zipped(tmp_path / "a.zip", [deep, f"z/{deep}"]), tmp_path / "out")
     assert (count, files(tmp_path / "out")) == (1, [deep])
     assert f"in {LIMITS.zip_depth} folders; expected at most {LIMITS.zip_depth - 1}" in refused[0]
 
 
 def test_pictures_that_systems_hide_are_not_taken(tmp_path: Path) -> None:
     path = zipped(tmp_path / "a.zip", ["cat/a.png", "__MACOSX/cat/a.png", "cat/.a.png", ".trash/a.png"])
-    assert take_zip(path, tmp_path / "out") == (1, [])
+    assert unpack_zip(path, tmp_path / "out") == (1, [])
     assert files(tmp_path / "out") == ["cat/a.png"]
 
 
@@ -68,7 +68,7 @@ def test_a_refused_zip_leaves_what_was_there(tmp_path: Path) -> None:
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     with raises(VeneerError, where="name", given="../a.png"):
-        take_zip(zipped(tmp_path / "a.zip", ["../a.png"]), out)
+        unpack_zip(zipped(tmp_path / "a.zip", ["../a.png"]), out)
     assert files(out) == ["mine.txt"]
 
 
@@ -77,7 +77,7 @@ def test_nothing_but_the_picture_is_kept(tmp_path: Path, kind: str) -> None:
     """Not even the profile of its colours, whose words may name a camera or a person."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a", kind, icc_profile=profile, comment=b"home", dpi=(72, 72))
-    [taken], _ = take_photos([tmp_path / "a"], tmp_path / "job")
+    [taken], _ = store_photos([tmp_path / "a"], tmp_path / "job")
     with Image.open(taken) as found:
         found.load()
         assert found.info == {}
@@ -91,7 +91,7 @@ def test_a_learned_word_in_a_picture_is_no_safetensors_file(tmp_path: Path) -> N
     Image.new("RGB", (32, 32)).save(path, "PNG", pnginfo=info)
     assert veneer.formats.format_of(veneer.formats.read(path)) is not None, "it could be loaded, but not by that name"
     with raises(VeneerError, file="toy.safetensors", given="image", expected=".safetensors"):
-        take_adapter(path, tmp_path / "kept", "toy.safetensors")
+        store_adapter(path, tmp_path / "kept", "toy.safetensors")
     assert not (tmp_path / "kept").exists()
 
 
@@ -101,6 +101,6 @@ def test_names_that_differ_in_case_alone_stay_apart(tmp_path: Path) -> None:
     read = veneer.formats.read(first)
     save_file({k: v + 1 for k, v in read.tensors().items()}, tmp_path / "second.safetensors", dict(read.metadata))
     kept = [
-        take_adapter(tmp_path / f"{n}.safetensors", tmp_path / "kept", name) for n, name in (("first", "Toy"), ("second", "toy"))
+        store_adapter(tmp_path / f"{n}.safetensors", tmp_path / "kept", name) for n, name in (("first", "Toy"), ("second", "toy"))
     ]
     assert [path.name for path in kept] == ["Toy.safetensors", "toy-2.safetensors"]

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from veneer.apps.limits import LIMITS, Limits
-from veneer.apps.uploads import PLENTY, picture, take_adapter, take_photos
-from veneer.apps.zip_archives import take_zip
+from veneer.apps.uploads import MAX_SHORT_SIDE, load_image, store_adapter, store_photos
+from veneer.apps.zip_archives import unpack_zip
 
 import veneer
 from tests.methods.controls import picture as drawn
@@ -81,18 +81,18 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, name: str, data: 
     path = tmp_path / "cache" / name
     path.write_bytes(data)
     with raises(PhotoError, file=name, given=given) as caught:
-        picture(path)
+        load_image(path)
     assert str(caught.value).startswith(name), "without the folder, which is the server's"
     assert str(tmp_path) not in str(caught.value)
     with raises(VeneerError, where="photos", given=0):
-        take_photos([path], tmp_path / "job")
+        store_photos([path], tmp_path / "job")
     assert not (tmp_path / "job").exists()
 
 
 def test_a_large_file_is_rejected_with_its_size(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x" * (3 * 2**20))
     with raises(PhotoError, file="a.png", where="photo_bytes", given=3 * 2**20, expected=2 * 2**20) as caught:
-        picture(tmp_path / "a.png", replace(LIMITS, photo_bytes=2 * 2**20))
+        load_image(tmp_path / "a.png", replace(LIMITS, photo_bytes=2 * 2**20))
     assert "max_bytes" not in str(caught.value), "nothing that only code can do"
 
 
@@ -108,19 +108,19 @@ def test_pictures_are_taken_under_plain_names_and_written_anew(tmp_path: Path) -
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (40, 20), "red").save(folder / "..;rm -rf $HOME.jpg", exif=exif)
     (folder / "b.gif").write_bytes(ANIMATED.getvalue())
-    Image.new("RGB", (3 * PLENTY, 2 * PLENTY), "green").save(folder / "large.png", comment="x")
+    Image.new("RGB", (3 * MAX_SHORT_SIDE, 2 * MAX_SHORT_SIDE), "green").save(folder / "large.png", comment="x")
     (folder / "猫.png").write_bytes(png())
     (folder / "no.png").write_text("text")
-    taken, refused = take_photos(sorted(folder.iterdir()), tmp_path / "job")
+    taken, refused = store_photos(sorted(folder.iterdir()), tmp_path / "job")
     assert sorted(p.name for p in taken) == ["001-rm--rf-HOME.png", "002-b.png", "003-large.png", "005-猫.png"]
     assert len(refused) == 1
     assert refused[0].startswith("no.png: text")
     first = Image.open(taken[0])
     assert (first.size, first.getexif(), b"home" in taken[0].read_bytes()) == ((20, 40), {}, False)
     assert read_photo(taken[1]).getpixel((0, 0)) == (255, 0, 0), "the first frame"
-    assert read_photo(taken[2]).size == (PLENTY * 3 // 2, PLENTY)
+    assert read_photo(taken[2]).size == (MAX_SHORT_SIDE * 3 // 2, MAX_SHORT_SIDE)
     with raises(VeneerError, where="photos", given=5, expected=2):
-        take_photos(sorted(folder.iterdir()), tmp_path / "more", Limits(photos=2))
+        store_photos(sorted(folder.iterdir()), tmp_path / "more", Limits(photos=2))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_pictures_are_taken_under_plain_names_and_written_anew(tmp_path: Path) -
 def test_names_that_lead_out_are_refused_whole(tmp_path: Path, name: str) -> None:
     path = zipped(tmp_path / "a.zip", {"cat/a.png": png(), name: png()})
     with raises(VeneerError, where="name", given=name.replace("\\", "/")):
-        take_zip(path, tmp_path / "in" / "here")
+        unpack_zip(path, tmp_path / "in" / "here")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.zip", "in"][: 1 + (tmp_path / "in").exists()]
 
 
@@ -142,7 +142,7 @@ def test_what_else_a_zip_may_hold_is_left_out_and_told(tmp_path: Path) -> None:
         "cat/svg.png": SVG, "cat/inner.zip": inner, "cat/huge.png": huge_png(20_000, 15_000), "cat/nul\0.exe.png": png(),
         "a/b/c/d/e/f/g.png": png(), f"cat/{'n' * 3000}.png": png(), "cat/notes.txt": b"x",
     }  # fmt: skip
-    count, refused = take_zip(zipped(tmp_path / "a.zip", given), tmp_path / "out")
+    count, refused = unpack_zip(zipped(tmp_path / "a.zip", given), tmp_path / "out")
     kept = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png"))
     assert kept == ["cat/a.png", f"cat/{'n' * 76}.png"]
     assert count == 2
@@ -166,7 +166,7 @@ def test_classes_stay_apart_and_are_the_same_in_every_split(tmp_path: Path) -> N
     for split, order in (("train", names), ("val", names[::-1])):
         for name in order:
             given[f"{split}/{name}/1.png"] = png(colour=(names.index(name), 0, 0))
-    count, _ = take_zip(zipped(tmp_path / "a.zip", given), tmp_path / "out")
+    count, _ = unpack_zip(zipped(tmp_path / "a.zip", given), tmp_path / "out")
     assert count == 2 * len(names)
     found = {
         s: {p.name: read_photo(p / "1.png").getpixel((0, 0)) for p in (tmp_path / "out" / s).iterdir()} for s in ("train", "val")
@@ -180,7 +180,7 @@ def test_classes_stay_apart_and_are_the_same_in_every_split(tmp_path: Path) -> N
 def test_equal_names_are_numbered_in_little_time(tmp_path: Path) -> None:
     given: dict[str | zipfile.ZipInfo, bytes] = {"x/a b.png": png(), "x/a-b.png": png(), "x/A-B.PNG": png(), "x/a--b.png": png()}
     given |= {f"y/{'?' * n}a.png": png() for n in range(1, 500)}
-    count, _ = take_zip(zipped(tmp_path / "a.zip", given), tmp_path / "out")
+    count, _ = unpack_zip(zipped(tmp_path / "a.zip", given), tmp_path / "out")
     assert count == len(list((tmp_path / "out").rglob("*.*"))) == 503
     assert {"a-b.png", "a-b-2.png", "A-B-2.PNG"} & {p.name for p in (tmp_path / "out" / "x").iterdir()}
 
@@ -193,10 +193,10 @@ def test_bombs_cost_no_more_than_the_limits(tmp_path: Path) -> None:
     path = bombs(tmp_path / "a.zip")
     assert path.stat().st_size < 50_000
     with raises(VeneerError, where="zip_bytes", expected=10_000_000):
-        take_zip(path, tmp_path / "out", replace(LIMITS, zip_bytes=10_000_000))
+        unpack_zip(path, tmp_path / "out", replace(LIMITS, zip_bytes=10_000_000))
     tracemalloc.start()
     with raises(VeneerError, where="zip_files", given=0) as caught:
-        take_zip(path, tmp_path / "out", replace(LIMITS, photo_bytes=1_000_000))
+        unpack_zip(path, tmp_path / "out", replace(LIMITS, photo_bytes=1_000_000))
     assert "1,000,000" in str(caught.value)
     assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     tracemalloc.stop()
@@ -208,7 +208,7 @@ def test_bombs_cost_no_more_than_the_limits(tmp_path: Path) -> None:
         at = lies.find(b"PK\x01\x02", at + 4)
     (tmp_path / "lies.zip").write_bytes(lies)
     with raises(VeneerError, where="zip", given="unreadable"):
-        take_zip(tmp_path / "lies.zip", tmp_path / "out")
+        unpack_zip(tmp_path / "lies.zip", tmp_path / "out")
     assert not (tmp_path / "out").exists(), "nothing stays of what was refused"
 
 
@@ -220,13 +220,13 @@ def test_very_many_entries_are_refused_before_they_are_read(tmp_path: Path) -> N
     start = time.monotonic()
     tracemalloc.start()
     with raises(VeneerError, where="entries"):
-        take_zip(path, tmp_path / "out")
+        unpack_zip(path, tmp_path / "out")
     assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
     tracemalloc.stop()
     assert time.monotonic() - start < 5
     few = zipped(tmp_path / "few.zip", {f"x/{n}.png": png() for n in range(11)})
     with raises(VeneerError, where="zip_files", given=11, expected=10):
-        take_zip(few, tmp_path / "out", replace(LIMITS, zip_files=10))
+        unpack_zip(few, tmp_path / "out", replace(LIMITS, zip_files=10))
 
 
 def test_zips_that_are_none(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_zips_that_are_none(tmp_path: Path) -> None:
     ]:
         path.write_bytes(data)
         with raises(VeneerError, where=where, given=given):
-            take_zip(path, tmp_path / "out")
+            unpack_zip(path, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
@@ -265,19 +265,19 @@ class _Evil:
 
 def test_adapters(tmp_path: Path, adapter: Path) -> None:
     kept = tmp_path / "kept"
-    first = take_adapter(adapter, kept, "../../my file.safetensors")
+    first = store_adapter(adapter, kept, "../../my file.safetensors")
     assert first == kept / "my-file.safetensors"
     assert first.read_bytes() == adapter.read_bytes()
-    assert take_adapter(adapter, kept, "my file.safetensors") == first, "the same again"
+    assert store_adapter(adapter, kept, "my file.safetensors") == first, "the same again"
     other = tmp_path / "other.safetensors"
     tensors = veneer.formats.read(adapter).tensors()
     save_file({k: v + 1 for k, v in tensors.items()}, other, dict(veneer.formats.read(adapter).metadata))
-    second = take_adapter(other, kept, "MY FILE.safetensors")
+    second = store_adapter(other, kept, "MY FILE.safetensors")
     assert second.name == "MY-FILE-2.safetensors", "what is there stays"
     with raises(VeneerError, where="adapters", given=2, expected=2):
-        take_adapter(other, kept, "third", replace(LIMITS, adapter_files=2))
+        store_adapter(other, kept, "third", replace(LIMITS, adapter_files=2))
     with raises(VeneerError, file="third", where="file_bytes", expected=10):
-        take_adapter(other, kept, "third", replace(LIMITS, file_bytes=10))
+        store_adapter(other, kept, "third", replace(LIMITS, file_bytes=10))
     assert len(list(kept.iterdir())) == 2
 
 
@@ -297,14 +297,14 @@ def test_what_is_no_adapter_is_refused_unopened(tmp_path: Path) -> None:
     for data, wrong in cases:
         path.write_bytes(data)
         with raises(LoadError, file="x.safetensors", **wrong) as caught:
-            take_adapter(path, kept, "x.safetensors")
+            store_adapter(path, kept, "x.safetensors")
         assert str(path) not in str(caught.value)
         assert "x.safetensors" in str(caught.value)
     drawn(0).save(path, "PNG")
     with raises(VeneerError, file="x.safetensors"):
-        take_adapter(path, kept, "x.safetensors")
+        store_adapter(path, kept, "x.safetensors")
     save_file({"model.weight": torch.zeros(3, 3)}, path)
     with raises(VeneerError, file="x.safetensors", where="format", given=("model.weight",)):
-        take_adapter(path, kept, "x.safetensors")
+        store_adapter(path, kept, "x.safetensors")
     assert not kept.exists()
     assert not Path("/tmp/veneer-was-here").exists()

@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 from veneer.apps import jobs
 from veneer.apps.limits import LIMITS
-from veneer.apps.workspace import Workspace, bounded, safe, shown
+from veneer.apps.workspace import Workspace, check_text, printable, safe_name
 
 from tests.raising import raises
 from veneer.injection.errors import OptionError, UnknownName
@@ -28,7 +28,7 @@ DEVICE = re.compile(r"(?i)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]
 
 @pytest.mark.parametrize("name", EVIL)
 def test_a_safe_name_is_a_file_in_its_folder(tmp_path: Path, name: str) -> None:
-    found = safe(name)
+    found = safe_name(name)
     assert (tmp_path / found).parent == tmp_path
     assert (tmp_path / found).resolve() == tmp_path / found
     assert len(found) <= 82
@@ -39,16 +39,16 @@ def test_a_safe_name_is_a_file_in_its_folder(tmp_path: Path, name: str) -> None:
     assert not DEVICE.fullmatch(found)
     (tmp_path / found).write_text("x")
     assert [p.name for p in tmp_path.iterdir()] == [unicodedata.normalize("NFC", found)]
-    assert safe(found) == found, "it is at rest"
+    assert safe_name(found) == found, "it is at rest"
 
 
 def test_names_of_any_script_stay_apart() -> None:
     names = ["猫", "犬", "กิน", "กัน", "кот", "קוט", "ñ", "n", "😀", "😁", "+", "++"]
-    assert len({safe(name) for name in names}) == len(names)
-    assert safe("e\u0301") == safe("é"), "however a system writes it"
-    assert safe("my photo.JPG") == "my-photo.JPG"
-    assert safe("x" * 500 + ".safetensors").endswith("x.safetensors")
-    assert (safe("", "adapter"), safe("..", "adapter")) == ("adapter", "adapter")
+    assert len({safe_name(name) for name in names}) == len(names)
+    assert safe_name("e\u0301") == safe_name("é"), "however a system writes it"
+    assert safe_name("my photo.JPG") == "my-photo.JPG"
+    assert safe_name("x" * 500 + ".safetensors").endswith("x.safetensors")
+    assert (safe_name("", "adapter"), safe_name("..", "adapter")) == ("adapter", "adapter")
 
 
 def test_users_never_meet(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_users_never_meet(tmp_path: Path) -> None:
     for space in spaces:
         assert space.folder.parent == tmp_path
         assert space.folder.resolve() == space.folder
-    made = {space: jobs.make(space.jobs, "teach", "<b>mine</b>", ["personalize"]) for space in spaces}
+    made = {space: jobs.create_job(space.jobs, "train", "<b>mine</b>", ["personalize"]) for space in spaces}
     for space in spaces:
         space.adapters.mkdir()
         (space.adapters / "a.safetensors").write_bytes(b"x")
@@ -85,11 +85,11 @@ def test_adapters_of_jobs_have_names_that_stay(tmp_path: Path) -> None:
     space = Workspace(tmp_path)
     taught = []
     for title in ("<toy>, lora", "<toy>, lora", "<cat>, lora"):
-        taught.append(jobs.make(space.jobs, "teach", title, ["personalize"]))
+        taught.append(jobs.create_job(space.jobs, "train", title, ["personalize"]))
         taught[-1].run.mkdir()
-    when, made = taught[0].when, taught[0].about
+    when, made = taught[0].when, taught[0].metadata
     for number, job in enumerate(taught):  # in one minute, whenever the test runs
-        jobs.write_json(job.folder / "job.json", {**job.about, "made": made["made"] + number / 1000})
+        jobs.write_json(job.folder / "job.json", {**job.metadata, "made": made["made"] + number / 1000})
     files = [job.run / "adapter.safetensors" for job in taught]
     later = f"<toy>, lora · {when} ({taught[1].name[-8:]})"
     files[1].write_bytes(b"x")
@@ -103,7 +103,7 @@ def test_adapters_of_jobs_have_names_that_stay(tmp_path: Path) -> None:
 
 def test_jobs_that_are_not_at_an_end(tmp_path: Path) -> None:
     space = Workspace(tmp_path)
-    runs, _, stopped = (jobs.make(space.jobs, "teach", "a toy", ["personalize"]) for _ in range(3))
+    runs, _, stopped = (jobs.create_job(space.jobs, "train", "a toy", ["personalize"]) for _ in range(3))
     stopped.stop()
     with FileLock(runs.folder / "lock"):
         assert runs.state == "running"
@@ -111,12 +111,12 @@ def test_jobs_that_are_not_at_an_end(tmp_path: Path) -> None:
 
 
 def test_words_are_bounded() -> None:
-    assert bounded("x" * LIMITS.text, "prompt") == "x" * LIMITS.text
-    assert bounded(" two\r\nlines\tof 猫 ", "prompt") == "two\nlines\tof 猫"
+    assert check_text("x" * LIMITS.text, "prompt") == "x" * LIMITS.text
+    assert check_text(" two\r\nlines\tof 猫 ", "prompt") == "two\nlines\tof 猫"
     with raises(OptionError, option="prompt", given=LIMITS.text + 1, expected=LIMITS.text):
-        bounded("x" * (LIMITS.text + 1), "prompt")
+        check_text("x" * (LIMITS.text + 1), "prompt")
     for wrong in ("a\0b", "a\x1b[31m", "a\x7f", "a\x85", "\ud800"):
         with raises(OptionError, option="prompt", expected="plain text"):
-            bounded(wrong, "prompt")
-    assert shown("a\nb\u202e" + "x" * 100) == "a?b?" + "x" * 53 + "…"
-    assert len(shown("x" * 10_000)) <= 60
+            check_text(wrong, "prompt")
+    assert printable("a\nb\u202e" + "x" * 100) == "a?b?" + "x" * 53 + "…"
+    assert len(printable("x" * 10_000)) <= 60

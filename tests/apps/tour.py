@@ -32,33 +32,33 @@ def prepare(page: Any, control: Path) -> None:
     page.get_by_label("number input for Epochs").fill("10")
     page.locator("#classify-start").click()
     go(page, "Teach")
-    page.locator("#teach-example").click()
-    page.locator("#teach-notes").get_by_text("5 photos").wait_for()
-    page.locator("#teach-preset").get_by_label("balanced").check()
+    page.locator("#train-example").click()
+    page.locator("#train-notes").get_by_text("5 photos").wait_for()
+    page.locator("#train-preset").get_by_label("balanced").check()
     page.get_by_role("button", name=re.compile("^Settings")).click()
-    page.wait_for_function("() => document.querySelector('#teach-steps :is(input, textarea)')?.value === '300'")
-    page.locator("#teach-start").click()
+    page.wait_for_function("() => document.querySelector('#train-steps :is(input, textarea)')?.value === '300'")
+    page.locator("#train-start").click()
     go(page, "Adapters")
     with tempfile.TemporaryDirectory() as folder:
         page.locator("#adapter-file input[type=file]").set_input_files(
             shutil.copyfile(control, Path(folder) / f"{CONTROL}.safetensors")
         )
-        page.locator("#adapter-said").get_by_text("Taken as").wait_for()
+        page.locator("#adapter-said").get_by_text("Uploaded as").wait_for()
     go(page, "Teach")
-    page.locator("#teach-state").get_by_text("steps in").wait_for(timeout=LONG)
+    page.locator("#train-state").get_by_text("steps in").wait_for(timeout=LONG)
 
 
 def teach(page: Any) -> None:
-    page.locator("#teach-example").click()
-    page.locator("#teach-notes").get_by_text("5 photos").wait_for()
-    page.locator("#teach-sheet img").wait_for()
+    page.locator("#train-example").click()
+    page.locator("#train-notes").get_by_text("5 photos").wait_for()
+    page.locator("#train-sheet img").wait_for()
 
 
 def generate(page: Any) -> None:
     page.locator("#generate-adapters input").click()
     page.get_by_role("option", name="<octopus>").click()
     page.locator("#generate-prompt textarea").fill("an <octopus>, left, yellow background")
-    page.get_by_label("Side by side: without and with").check()
+    page.get_by_label("Without and with the adapters").check()
     page.locator("#generate-count input[type=number]").fill("2")
     page.locator("#generate-draw").click()
     page.locator("#generate-state").get_by_text("4 of 4").wait_for()
@@ -86,7 +86,7 @@ def adapters(page: Any) -> None:
     page.get_by_role("option", name="<octopus>").click()
     page.locator("#adapter-about td").get_by_text("unet.mid_block").first.wait_for()
     page.locator("#adapter-check").click()
-    page.locator("#adapter-fit").get_by_text("It fits bundled").wait_for()
+    page.locator("#adapter-fit").get_by_text("Compatible with shipped").wait_for()
     page.get_by_role("button", name="Convert to another format").click()
     page.get_by_role("button", name="Convert", exact=True).click()
     page.locator("#adapter-new a").first.wait_for()

@@ -1,4 +1,4 @@
-"""What is in an adapter's file, and other files made of it."""
+"""Page Adapters: inspect, convert, resize and merge adapter files."""
 
 from __future__ import annotations
 
@@ -10,95 +10,95 @@ import gradio as gr
 
 from veneer.injection import OptionError, VeneerError
 
-from ...context import Studio, explained
+from ...context import Context, show_errors
 from ...limits import LIMITS
-from ...workspace import Workspace, bounded
-from ..page import Page
-from ..shared.adapter_lists import SECONDS
+from ...workspace import Workspace, check_text
+from .. import Page
+from ..shared.adapter_lists import INTERVAL
 from ..shared.events import FILES, QUIET
 from ..shared.html import note
-from ..shared.job_view import offered
+from ..shared.job_view import copy_for_download
 from . import files
-from .details import EMPTY, FORMATS, NONE_CHOSEN, described, fitting
+from .details import EMPTY, FORMATS, NONE_CHOSEN, describe_file, describe_fit
 
-WAYS = [
-    ("Add them up exactly (LoRA only)", "sum"),
-    ("Add them up, then cut to a rank", "svd"),
-    ("Keep what is large and agrees in sign (TIES)", "ties"),
-    ("Drop most at random, make the rest larger (DARE)", "dare"),
-    ("Both (DARE, then TIES)", "dare_ties"),
+MERGE_METHODS = [
+    ("Exact sum (LoRA only)", "sum"),
+    ("Sum, then reduce the rank (SVD)", "svd"),
+    ("Trim small values, resolve sign conflicts (TIES)", "ties"),
+    ("Drop values at random and rescale (DARE)", "dare"),
+    ("DARE, then TIES", "dare_ties"),
 ]
-SURE = """(name) => { if (!name || !confirm(`Delete ${name} for good?`)) throw new Error("kept"); return [name] }"""
+CONFIRM_DELETE = """(name) => { if (!name || !confirm(`Delete ${name} for good?`)) throw new Error("kept"); return [name] }"""
 
 
-def listed(workspace: Workspace, name: str | None, known: list[str] | None) -> list[Any]:
-    """The list of adapters with `name` chosen if there is one, and the names; nothing new if they are those that are `known`."""
+def refresh_list(workspace: Workspace, name: str | None, known_names: list[str] | None) -> list[Any]:
+    """Updates of the lists with `name` selected, and the names; no update if the names equal `known_names`."""
     found = [*workspace.all_adapters()]
-    if found == known:
+    if found == known_names:
         return [gr.skip(), gr.skip(), gr.skip()]
     chosen = name if name in found else (found[0] if found else None)
-    return [gr.Dropdown(choices=found, value=chosen), gr.Dropdown(choices=files.mergeable(workspace)), found]
+    return [gr.Dropdown(choices=found, value=chosen), gr.Dropdown(choices=files.mergeable_adapters(workspace)), found]
 
 
-def shown(workspace: Workspace, name: str | None) -> str:
-    """What the page says of a file; of one that cannot be read any more, why."""
+def describe_adapter(workspace: Workspace, name: str | None) -> str:
+    """Description of a file, or why it cannot be read."""
     if not name:
         return NONE_CHOSEN if workspace.all_adapters() else EMPTY
     try:
-        return described(files.seen(workspace, name), files.trained_on(workspace, name))
+        return describe_file(files.inspect(workspace, name), files.base_of_adapter(workspace, name))
     except VeneerError as error:
         return note(str(error), "bad")
 
 
-def brought(workspace: Workspace, path: str | Path | None) -> tuple[str | None, str]:
-    """The name of an uploaded file in the workspace, and what to say: why it was refused, in which case there is no name."""
+def upload(workspace: Workspace, path: str | Path | None) -> tuple[str | None, str]:
+    """Stores an uploaded file; returns its name (None if it was rejected) and a note for the user."""
     if path is None:
         return None, ""
     try:
-        name = files.bring(workspace, path)
+        name = files.store_upload(workspace, path)
     except (VeneerError, ValueError, OSError) as error:
-        return None, note(f"Not taken. {error}", "bad")
-    return name, note(f"Taken as {name}.", "good")
+        return None, note(f"Rejected: {error}", "bad")
+    return name, note(f"Uploaded as {name}.", "good")
 
 
-def fits(workspace: Workspace, name: str | None, base: str | None) -> str:
-    """How a file fits a base."""
-    base = _base(base)
-    return fitting(files.seen(workspace, _chosen(name), base), base)
+def check_fit(workspace: Workspace, name: str | None, base: str | None) -> str:
+    """Compatibility of a file with a base model."""
+    base = _check_base(base)
+    return describe_fit(files.inspect(workspace, _check_chosen(name), base), base)
 
 
-def weights_for(names: Sequence[str]) -> list[Any]:
-    """A field for the weight of each chosen adapter."""
+def weight_fields(names: Sequence[str]) -> list[Any]:
+    """A weight field for each selected adapter."""
     return [
         gr.Number(visible=i < len(names), label=f"Weight of {names[i]}" if i < len(names) else "") for i in range(LIMITS.adapters)
     ]
 
 
-def made(workspace: Workspace, outcome: files.Outcome) -> list[Any]:
-    """The list with the new file in it, its report, and the file to download. What was chosen stays so."""
+def show_new_file(workspace: Workspace, result: files.ConversionResult) -> list[Any]:
+    """Updates of the lists, the report and the download after a file was created; the selection stays."""
     found = [*workspace.all_adapters()]
     return [
         gr.Dropdown(choices=found),
-        gr.Dropdown(choices=files.mergeable(workspace)),
+        gr.Dropdown(choices=files.mergeable_adapters(workspace)),
         found,
-        gr.Textbox(outcome.report, visible=True),
-        _given(outcome.file, *outcome.words),
+        gr.Textbox(result.report, visible=True),
+        _download(result.file, *result.embeddings),
     ]
 
 
-def build(studio: Studio) -> None:
-    """The page."""
-    known = gr.State([])
+def build(context: Context) -> None:
+    """Builds the page."""
+    known_names = gr.State([])
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            chosen = gr.Dropdown(
-                [], value=None, label="Adapter", info="Uploaded, made here, and trained by jobs.", elem_id="adapter"
-            )
+            chosen = gr.Dropdown([], value=None, label="Adapter", info="Uploaded, created here, or trained.", elem_id="adapter")
             file = gr.File(label="Upload a .safetensors file", height=130, elem_id="adapter-file")
-            example = gr.Button("Use the example", size="sm", elem_id="adapter-example")
-            said = gr.HTML(elem_id="adapter-said")
-            give = gr.Button("Download it", size="sm")
-            got = gr.File(label="Download", file_count="multiple", visible=False, interactive=False, elem_id="adapter-download")
+            example = gr.Button("Use an example", size="sm", elem_id="adapter-example")
+            upload_note = gr.HTML(elem_id="adapter-said")
+            download = gr.Button("Download", size="sm")
+            download_file = gr.File(
+                label="Download", file_count="multiple", visible=False, interactive=False, elem_id="adapter-download"
+            )
             with gr.Accordion("Rename or delete", open=False):
                 name = gr.Textbox(label="New name", max_length=LIMITS.text)
                 with gr.Row():
@@ -107,54 +107,65 @@ def build(studio: Studio) -> None:
         with gr.Column(scale=2, min_width=300):
             about = gr.HTML(EMPTY, elem_id="adapter-about")
             base = gr.Dropdown(
-                ["bundled"], value="bundled", allow_custom_value=True, label="Base", elem_id="adapter-base",
-                info="The model that the adapter is for: bundled, a folder of diffusers, or a hub name.",
+                ["shipped"], value="shipped", allow_custom_value=True, label="Base model", elem_id="adapter-base",
+                info="The model of the adapter: shipped, a diffusers folder, or a Hub name.",
             )  # fmt: skip
-            check = gr.Button("Does it fit this base?", elem_id="adapter-check")
-            fit = gr.HTML(elem_id="adapter-fit")
+            check = gr.Button("Check compatibility", elem_id="adapter-check")
+            fit_report = gr.HTML(elem_id="adapter-fit")
             to, convert = _convert_form()
             rank, energy, resize_to, resize = _resize_form()
             several, weights, how, merge_rank, merge_to, merge = _merge_form()
-            report = gr.Textbox(label="What was made", lines=4, interactive=False, visible=False, elem_id="adapter-report")
+            report = gr.Textbox(label="Report", lines=4, interactive=False, visible=False, elem_id="adapter-report")
             new = gr.File(
-                label="Download what was made", file_count="multiple", visible=False, interactive=False, elem_id="adapter-new"
+                label="Download the new file", file_count="multiple", visible=False, interactive=False, elem_id="adapter-new"
             )
 
-    lists, results = [chosen, several, known], [chosen, several, known, report, new]
+    lists, results = [chosen, several, known_names], [chosen, several, known_names, report, new]
 
-    def at(function: Callable[..., Any]) -> Any:
-        """A handler that is given the visitor's workspace, and then the event's values."""
+    def handler(function: Callable[..., Any]) -> Any:
+        """Event handler that passes the user's workspace as the first argument."""
 
-        def asked(request: gr.Request, *given: Any) -> Any:
-            return function(studio.workspace(request), *given)
+        def run(request: gr.Request, *given: Any) -> Any:
+            return function(context.workspace(request), *given)
 
-        return explained(asked)
+        return show_errors(run)
 
-    gr.on(None, at(lambda w: listed(w, None, None)), None, lists, **QUIET)
-    gr.Timer(SECONDS).tick(at(listed), [chosen, known], lists, **QUIET)
-    chosen.change(at(lambda w, n: (shown(w, n), "", gr.File(visible=False))), chosen, [about, fit, got], api_visibility="private")
-    file.upload(at(_taken), file, [*lists, said, file], api_visibility="private")
-    example.click(at(lambda w: listed(w, files.example(w), None)), None, lists, **FILES)
-    give.click(at(lambda w, n: _given(w.adapter(_chosen(n)))), chosen, got, api_visibility="private")
-    rename.click(
-        at(lambda w, n, new: [*listed(w, files.rename(w, _chosen(n), new), None), ""]), [chosen, name], [*lists, name], **QUIET
+    gr.on(None, handler(lambda w: refresh_list(w, None, None)), None, lists, **QUIET)
+    gr.Timer(INTERVAL).tick(handler(refresh_list), [chosen, known_names], lists, **QUIET)
+    chosen.change(
+        handler(lambda w, n: (describe_adapter(w, n), "", gr.File(visible=False))),
+        chosen,
+        [about, fit_report, download_file],
+        api_visibility="private",
     )
-    delete.click(at(_deleted), chosen, lists, **QUIET, js=SURE)
-    check.click(at(fits), [chosen, base], fit, **FILES)
+    file.upload(handler(_handle_upload), file, [*lists, upload_note, file], api_visibility="private")
+    example.click(handler(lambda w: refresh_list(w, files.example(w), None)), None, lists, **FILES)
+    download.click(handler(lambda w, n: _download(w.adapter(_check_chosen(n)))), chosen, download_file, api_visibility="private")
+    rename.click(
+        handler(lambda w, n, new: [*refresh_list(w, files.rename(w, _check_chosen(n), new), None), ""]),
+        [chosen, name],
+        [*lists, name],
+        **QUIET,
+    )
+    delete.click(handler(_handle_delete), chosen, lists, **QUIET, js=CONFIRM_DELETE)
+    check.click(handler(check_fit), [chosen, base], fit_report, **FILES)
     convert.click(
-        at(lambda w, n, b, f: made(w, files.converted(w, _chosen(n), f, _base(b)))), [chosen, base, to], results, **FILES
+        handler(lambda w, n, b, f: show_new_file(w, files.convert_adapter(w, _check_chosen(n), f, _check_base(b)))),
+        [chosen, base, to],
+        results,
+        **FILES,
     )
     resize.click(
-        at(lambda w, n, b, r, e, f: made(w, files.resized(w, _chosen(n), _base(b), r, e, f))),
+        handler(lambda w, n, b, r, e, f: show_new_file(w, files.resize_adapter(w, _check_chosen(n), _check_base(b), r, e, f))),
         [chosen, base, rank, energy, resize_to], results, **FILES,
     )  # fmt: skip
-    several.change(weights_for, several, weights, **QUIET)
-    merge.click(at(_merged), [several, base, how, merge_rank, merge_to, *weights], results, **FILES)
+    several.change(weight_fields, several, weights, **QUIET)
+    merge.click(handler(_handle_merge), [several, base, how, merge_rank, merge_to, *weights], results, **FILES)
 
 
 def _convert_form() -> tuple[gr.Dropdown, gr.Button]:
     with gr.Accordion("Convert to another format", open=False, elem_id="adapter-convert"):
-        to = _format("kohya", "Format", "Who should read it.")
+        to = _format("kohya", "Format", "Formats and the tools that read them.")
         return to, gr.Button("Convert", variant="primary")
 
 
@@ -166,30 +177,35 @@ def _resize_form() -> tuple[gr.Number, gr.Slider, gr.Dropdown, gr.Button]:
             1,
             value=1,
             step=0.01,
-            label="Share of the weight update to keep",
-            info="Below 1, layers that need less get a lower rank.",
+            label="Energy to keep",
+            info="Share of the squared singular values; below 1, some layers get a lower rank.",
         )
-        to = _format("", "Format", "", "as the file")
+        to = _format("", "Format", "", "same as the file")
         return rank, energy, to, gr.Button("Resize", variant="primary")
 
 
 def _merge_form() -> tuple[gr.Dropdown, list[gr.Number], gr.Dropdown, gr.Number, gr.Dropdown, gr.Button]:
-    with gr.Accordion("Merge: several adapters as one LoRA", open=False, elem_id="adapter-merge"):
+    with gr.Accordion("Merge several adapters into one LoRA", open=False, elem_id="adapter-merge"):
         several = gr.Dropdown(
             [],
             multiselect=True,
             max_choices=LIMITS.adapters,
             label="Adapters",
-            info="Two or more; classifiers and controls cannot be merged. Trained tokens go along.",
+            info="Two or more; classifiers and control adapters cannot be merged. Token embeddings are included.",
         )
         with gr.Row():
             weights = [gr.Number(1, label="", visible=False, min_width=160, step=0.1) for _ in range(LIMITS.adapters)]
-        how = gr.Dropdown(WAYS, value="sum", label="How")
+        how = gr.Dropdown(MERGE_METHODS, value="sum", label="Merge method")
         rank = gr.Number(
-            None, label="Rank of the result", precision=0, minimum=1, info="Empty: the largest of theirs.", visible=False
+            None,
+            label="Rank of the result",
+            precision=0,
+            minimum=1,
+            info="Empty: the largest rank of the adapters.",
+            visible=False,
         )
         how.change(lambda way: gr.Number(visible=way != "sum"), how, rank, **QUIET)
-        to = _format("", "Format", "", "as the first file")
+        to = _format("", "Format", "", "same as the first file")
         return several, weights, how, rank, to, gr.Button("Merge", variant="primary")
 
 
@@ -198,39 +214,41 @@ def _format(value: str, label: str, info: str, otherwise: str = "") -> gr.Dropdo
     return gr.Dropdown([(otherwise, ""), *choices] if otherwise else choices, value=value, label=label, info=info or None)
 
 
-def _taken(workspace: Workspace, path: str | None) -> list[Any]:
-    name, words = brought(workspace, path)
-    return [*listed(workspace, name, None if name else [*workspace.all_adapters()]), words, None]
+def _handle_upload(workspace: Workspace, path: str | None) -> list[Any]:
+    name, words = upload(workspace, path)
+    return [*refresh_list(workspace, name, None if name else [*workspace.all_adapters()]), words, None]
 
 
-def _deleted(workspace: Workspace, name: str | None) -> list[Any]:
-    files.delete(workspace, _chosen(name))
-    return listed(workspace, None, None)
+def _handle_delete(workspace: Workspace, name: str | None) -> list[Any]:
+    files.delete(workspace, _check_chosen(name))
+    return refresh_list(workspace, None, None)
 
 
-def _merged(
+def _handle_merge(
     workspace: Workspace, names: list[str], base: str, how: str, rank: float | None, to: str, *weights: float
 ) -> list[Any]:
-    return made(workspace, files.merged(workspace, names, weights[: len(names)], _base(base), how, rank, to))
+    return show_new_file(
+        workspace, files.merge_adapters(workspace, names, weights[: len(names)], _check_base(base), how, rank, to)
+    )
 
 
-def _given(*files: Path) -> gr.File:
-    """Files to download."""
-    return gr.File(offered(files), visible=True)
+def _download(*files: Path) -> gr.File:
+    """Download component with copies of the files."""
+    return gr.File(copy_for_download(files), visible=True)
 
 
-def _chosen(name: str | None) -> str:
+def _check_chosen(name: str | None) -> str:
     if not name:
-        message = "No adapter is chosen. Choose one of the list, or bring a file first."
+        message = "no adapter is selected. Select one, or upload a file first."
         raise OptionError(message, option="adapter", given=None)
     return name
 
 
-def _base(base: str | None) -> str:
-    named = bounded(base or "", "The base")
+def _check_base(base: str | None) -> str:
+    named = check_text(base or "", "base model")
     if not named:
-        raise OptionError("No base is named. Choose `bundled`, or type a folder or a hub name.", option="base", given="")
+        raise OptionError("the base model is empty. Enter `shipped`, a folder or a Hub name.", option="base", given="")
     return named
 
 
-PAGE = Page("Adapters", "adapters", "See what is in an adapter's file, and convert, merge or resize it.", build)
+PAGE = Page("Adapters", "adapters", "Inspect, convert, merge or resize adapter files.", build)

@@ -1,4 +1,4 @@
-"""Train a classifier of images, evaluate it, and try it on an image."""
+"""Page Classify: train an image classifier, evaluate it, and try it on an image."""
 
 from __future__ import annotations
 
@@ -9,62 +9,62 @@ import gradio as gr
 
 from veneer.classification.models.compatibility import compatible_methods
 
-from ...classifier_cache import Answers
-from ...context import Studio, escaped, explained
+from ...classifier_cache import ClassifierCache
+from ...context import Context, escape_markup, show_errors
 from ...jobs import Job
 from ...limits import LIMITS
-from ...uploads import picture
+from ...uploads import load_image
 from ...workspace import Workspace
 from ..page import Page
 from ..shared.example_images import digits
-from ..shared.job_view import JobView, Results, job_view, shows
-from .request import AUGMENT, DIGITS, FOLDER, KIND, SOURCES, USUAL, ZIP, Wanted, begin
-from .results import ASKED, parts, stamp, values
+from ..shared.job_view import JobView, Results, job_view, select_job
+from .request import AUGMENT, DEFAULTS, DIGITS, FOLDER, KIND, SOURCES, ZIP, ClassifyRequest, submit_jobs
+from .results import CLASSIFIER_FILES, result_components, result_values, stamp
 
-MODELS = [("Bundled: quick, works offline", "bundled"), ("Bundled CLIP: reads the class names too", "bundled_clip")]
-FIRST = ["linear_probe", "lora"]
-EMPTY = "**No run yet.** Press *Train* above: the built-in digits need no images of yours."
-NAMES = "Or a name such as timm:vit_small_patch16_224 or open_clip:ViT-B-32/openai, which is downloaded once."
-HINTS = (
-    "linear_probe trains a new last layer only: quickest. lora adds small weight updates: usually better. full trains "
-    "everything: slow, a large file. Each method is a run; two joined by + are trained together."
+MODELS = [("Bundled classifier: fast, works offline", "shipped"), ("Bundled CLIP: also uses the class names", "shipped_clip")]
+DEFAULT_METHODS = ["linear_probe", "lora"]
+EMPTY = "**No run yet.** Press *Train* above; the built-in digits need no upload."
+MODEL_HELP = "Or a name such as timm:vit_small_patch16_224 or open_clip:ViT-B-32/openai (downloaded once)."
+METHOD_HELP = (
+    "linear_probe trains only a new last layer (fastest); lora adds low-rank weight updates (usually better); full trains all "
+    "parameters (slow, large file). Each method is a separate run; methods joined by + are trained together."
 )
 
 
-def build(studio: Studio) -> None:
-    """The page."""
-    answers = Answers()
+def build(context: Context) -> None:
+    """Builds the page."""
+    classifiers = ClassifierCache()
     with gr.Row():
         with gr.Column(min_width=300):
-            source, file, folder, sample = _pictures()
+            source, file, folder, sample = _data_fields()
         with gr.Column(min_width=300):
-            model = gr.Dropdown(MODELS, value=USUAL.model, label="Model", info=NAMES, allow_custom_value=True)
+            model = gr.Dropdown(MODELS, value=DEFAULTS.model, label="Model", info=MODEL_HELP, allow_custom_value=True)
             methods = gr.Dropdown(
-                compatible_methods(USUAL.model), value=FIRST, multiselect=True, allow_custom_value=True, label="Methods",
-                info=HINTS, elem_id="classify-methods",
+                taught_by(DEFAULTS.model), value=DEFAULT_METHODS, multiselect=True, allow_custom_value=True, label="Methods",
+                info=METHOD_HELP, elem_id="classify-methods",
             )  # fmt: skip
-            epochs = gr.Slider(1, 100, USUAL.epochs, step=1, label="Epochs", info="Passes over the training images.")
+            epochs = gr.Slider(1, 100, DEFAULTS.epochs, step=1, label="Epochs", info="Passes over the training images.")
     more = _settings()
     start = gr.Button("Train", variant="primary", elem_id="classify-start")
-    view = job_view(studio, KIND, Results(lambda: parts(_trial), _values, stamp), EMPTY)
-    _wire_trial(studio, answers, view)
+    view = job_view(context, KIND, Results(lambda: result_components(_trial), _view_values, stamp), EMPTY)
+    _wire_trial(context, classifiers, view)
 
-    def to_begin(request: gr.Request, *given: Any) -> Any:
-        return start_jobs(studio, studio.workspace(request), Wanted(*given))
+    def handle_start(request: gr.Request, *given: Any) -> Any:
+        return start_jobs(context, context.workspace(request), ClassifyRequest(*given))
 
     def sources(request: gr.Request) -> Any:
-        return gr.Radio(choices=offers(studio.workspace(request)))
+        return gr.Radio(choices=source_choices(context.workspace(request)))
 
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    gr.on(None, explained(sources), None, source, queue=False, **private)
-    source.change(places, source, [file, folder, sample], queue=False, **private)
-    model.change(explained(fitting), [model, methods], methods, queue=False, **private)
+    gr.on(None, show_errors(sources), None, source, queue=False, **private)
+    source.change(source_fields, source, [file, folder, sample], queue=False, **private)
+    model.change(show_errors(supported_methods), [model, methods], methods, queue=False, **private)
     given = [source, file, folder, view.choice, model, methods, epochs, *more]
-    start.click(explained(to_begin), given, view.choice, api_visibility="private")
+    start.click(show_errors(handle_start), given, view.choice, api_visibility="private")
 
 
-def _pictures() -> tuple[gr.Radio, gr.File, gr.Textbox, gr.HTML]:
-    """Where the images come from, and a sample of the built-in ones."""
+def _data_fields() -> tuple[gr.Radio, gr.File, gr.Textbox, gr.HTML]:
+    """Fields for the source of the images, and a sample of the built-in digits."""
     source = gr.Radio([(label, name) for name, label in SOURCES.items()], value=DIGITS, label="Images", elem_id="classify-source")
     file = gr.File(
         label="Zip with a folder of images for each class",
@@ -81,94 +81,98 @@ def _pictures() -> tuple[gr.Radio, gr.File, gr.Textbox, gr.HTML]:
 
 
 def _settings() -> list[Any]:
-    """Settings that have defaults, in the order of `Wanted`."""
+    """Optional settings, in the order of `ClassifyRequest`."""
     with gr.Accordion("More settings", open=False):
         with gr.Row():
-            shots = gr.Number(0, precision=0, minimum=0, label="Images per class", info="For training; 0: all.", min_width=140)
-            size = gr.Number(0, precision=0, minimum=0, label="Size in pixels", info="0: the model's default.", min_width=140)
-            batch = gr.Number(USUAL.batch, precision=0, minimum=1, label="Batch size", info="Images per step.", min_width=140)
+            shots = gr.Number(
+                0, precision=0, minimum=0, label="Images per class", info="For training; 0 uses all.", min_width=140
+            )
+            size = gr.Number(
+                0, precision=0, minimum=0, label="Size in pixels", info="0 uses the default of the model.", min_width=140
+            )
+            batch = gr.Number(DEFAULTS.batch, precision=0, minimum=1, label="Batch size", info="Images per step.", min_width=140)
         with gr.Row():
-            rate = gr.Number(0, minimum=0, label="Learning rate", info="0: the method's default.", min_width=140)
+            rate = gr.Number(0, minimum=0, label="Learning rate", info="0 uses the default of the method.", min_width=140)
             augment = gr.Dropdown(
-                [(label, name) for name, label in AUGMENT.items()], value=USUAL.augment, label="Augmentation", min_width=140,
+                [(label, name) for name, label in AUGMENT.items()], value=DEFAULTS.augment, label="Augmentation", min_width=140,
                 info="Digits are never flipped.",
             )  # fmt: skip
             patience = gr.Number(
-                0, precision=0, minimum=0, label="Patience", info="Epochs without improvement before it ends; 0: never.",
-                min_width=140,
+                0, precision=0, minimum=0, label="Patience",
+                info="Epochs without improvement before early stopping; 0 disables it.", min_width=140,
             )  # fmt: skip
             seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Of the split and the training.", min_width=140)
     return [shots, size, batch, rate, augment, patience, seed]
 
 
 def _trial() -> list[Any]:
-    """Where an image is tried on a classifier."""
+    """Components for classifying an uploaded image."""
     with gr.Accordion("Try it on an image", open=True, visible=False, elem_id="classify-trial") as trial, gr.Row():
         with gr.Column(min_width=280):
             image = gr.Image(
-                label="An image to classify", type="filepath", sources=["upload", "webcam", "clipboard"], height=280, buttons=[],
+                label="Image to classify", type="filepath", sources=["upload", "webcam", "clipboard"], height=280, buttons=[],
                 elem_id="classify-image",
             )  # fmt: skip
-            again = gr.Button("Classify it", variant="primary", min_width=120, elem_id="classify-ask")
-        label = gr.Label(label="Classes with probabilities", min_width=280, elem_id="classify-answer")
-    return [trial, image, again, label]
+            button = gr.Button("Classify", variant="primary", min_width=120, elem_id="classify-ask")
+        label = gr.Label(label="Predicted classes", min_width=280, elem_id="classify-answer")
+    return [trial, image, button, label]
 
 
-def _values(job: Job | None) -> list[Any]:
-    ready = job is not None and all((job.run / name).exists() for name in ASKED)
-    words, *rest = values(job)
-    return [words, gr.Accordion(visible=ready), gr.skip(), gr.skip(), gr.skip(), *rest]
+def _view_values(job: Job | None) -> list[Any]:
+    ready = job is not None and all((job.run / name).exists() for name in CLASSIFIER_FILES)
+    accuracy_text, *rest = result_values(job)
+    return [accuracy_text, gr.Accordion(visible=ready), gr.skip(), gr.skip(), gr.skip(), *rest]
 
 
-def _wire_trial(studio: Studio, answers: Answers, view: JobView) -> None:
-    """Answers of the chosen run's classifier to the visitor's image."""
-    _, _, image, again, label, *_ = view.extra
+def _wire_trial(context: Context, classifiers: ClassifierCache, view: JobView) -> None:
+    """Connects classification of an uploaded image by the selected run."""
+    _, _, image, button, label, *_ = view.extra
 
-    def asked(name: str | None, path: str | None, request: gr.Request) -> Any:
-        return ask(studio.workspace(request), answers, name, path)
+    def handle_classify(name: str | None, path: str | None, request: gr.Request) -> Any:
+        return classify(context.workspace(request), classifiers, name, path)
 
     one: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "ask", "concurrency_limit": 1}
-    gr.on([image.change, again.click], explained(asked), [view.choice, image], label, **one)
+    gr.on([image.change, button.click], show_errors(handle_classify), [view.choice, image], label, **one)
     view.choice.change(lambda: None, None, label, queue=False, api_visibility="private", show_progress="hidden")
 
 
-def start_jobs(studio: Studio, workspace: Workspace, wanted: Wanted) -> Any:
-    """Begin what is wanted; the list of jobs with the first of them chosen."""
-    jobs, left_out = begin(studio, workspace, wanted)
+def start_jobs(context: Context, workspace: Workspace, request: ClassifyRequest) -> Any:
+    """Submits the jobs; returns the update that selects the first one."""
+    jobs, left_out = submit_jobs(context, workspace, request)
     if left_out:
-        gr.Warning("Left out of the zip: " + escaped("; ".join(left_out)), duration=None)
+        gr.Warning("Left out of the zip: " + escape_markup("; ".join(left_out)), duration=None)
     if len(jobs) > 1:
-        gr.Info(f"{len(jobs)} runs, one after the other: choose one in the list “Job”.")
-    return shows(workspace, KIND, jobs[0])
+        gr.Info(f"{len(jobs)} runs were queued. Choose one in the list “Run”.")
+    return select_job(workspace, KIND, jobs[0])
 
 
-def ask(workspace: Workspace, answers: Answers, name: str | None, path: str | None) -> dict[str, float] | None:
-    """The classes that the job's classifier gives a visitor's picture; None where there is none.
+def classify(workspace: Workspace, classifiers: ClassifierCache, name: str | None, path: str | None) -> dict[str, float] | None:
+    """Predicted classes of an uploaded image; None without an image.
 
     Raises:
-        VeneerError: no such job, one that has learnt nothing yet, or no picture that can be read.
+        VeneerError: unknown job, a job without trained weights, or an unreadable image.
     """
     if not path:
         return None
-    picture(path)
-    return answers.ask(workspace.job(str(name)).run, Path(path))
+    load_image(path)
+    return classifiers.classify(workspace.job(str(name)).run, Path(path))
 
 
-def offers(workspace: Workspace) -> list[tuple[str, str]]:
-    """Where this visitor's pictures can come from."""
+def source_choices(workspace: Workspace) -> list[tuple[str, str]]:
+    """Image sources available to this user."""
     return [(label, name) for name, label in SOURCES.items() if name != FOLDER or workspace.user is None]
 
 
-def places(source: str) -> tuple[Any, Any, Any]:
-    """The fields for a zip and a folder and the sample of the digits, of which one is visible."""
+def source_fields(source: str) -> tuple[Any, Any, Any]:
+    """Updates that show the zip field, the folder field or the sample of digits."""
     return gr.File(visible=source == ZIP), gr.Textbox(visible=source == FOLDER), gr.HTML(visible=source == DIGITS)
 
 
-def fitting(model: str, methods: list[str]) -> Any:
-    """The methods for a model, and of the chosen ones those that it can be taught by."""
-    known = compatible_methods(model or USUAL.model)
+def supported_methods(model: str, methods: list[str]) -> Any:
+    """Update of the method field: the methods that the model supports; unsupported selections are removed."""
+    known = taught_by(model or DEFAULTS.model)
     kept = [name for name in methods or [] if all(part in known for part in name.split("+"))]
     return gr.Dropdown(choices=known, value=kept, allow_custom_value=True)
 
 
-PAGE = Page("Classify", "classify", "Train a classifier of images, evaluate it, and try it on an image.", build)
+PAGE = Page("Classify", "classify", "Train an image classifier, evaluate it, and try it on an image.", build)

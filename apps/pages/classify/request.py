@@ -1,4 +1,4 @@
-"""What the page Classify asks for, looked at, as words of `veneer transfer`."""
+"""Training requests of the page Classify, validated and converted to `veneer transfer` commands."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from veneer.injection import OptionError, VeneerError
 from veneer.training.data.image_io import DataError
 from veneer.training.param_groups import split_methods
 
-from ...context import Studio
+from ...context import Context
 from ...jobs import Job
 from ...limits import LIMITS
-from ...workspace import Workspace, bounded, safe, shown
-from ...zip_archives import take_zip
+from ...workspace import Workspace, check_text, printable, safe_name
+from ...zip_archives import unpack_zip
 
 KIND = "classify"
-DIGITS, ZIP, FOLDER, AGAIN = "digits", "zip", "folder", "again"
+DIGITS, ZIP, FOLDER, PREVIOUS = "digits", "zip", "folder", "again"
 SOURCES = {
     DIGITS: "Handwritten digits (built in)",
     ZIP: "My images, in a zip",
     FOLDER: "A folder on this machine",
-    AGAIN: "The images of the run below",
+    PREVIOUS: "The images of the run below",
 }
 AUGMENT = {
     "flip": "crops and flips",
@@ -39,38 +39,38 @@ AUGMENT = {
     "strong": "crops, flips and color changes",
     "none": "none",
 }
-USUAL = TransferConfig()
+DEFAULTS = TransferConfig()
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The page's values, as they come; the number 0 means the default."""
+class ClassifyRequest:
+    """Unchecked values of the form; 0 means the default."""
 
     source: str = DIGITS
     file: str | None = None
     folder: str = ""
     job: str | None = None
-    model: str = USUAL.model
+    model: str = DEFAULTS.model
     methods: Sequence[str] = ("linear_probe",)
-    epochs: float | None = USUAL.epochs
+    epochs: float | None = DEFAULTS.epochs
     shots: float | None = 0
     size: float | None = 0
-    batch: float | None = USUAL.batch
+    batch: float | None = DEFAULTS.batch
     rate: float | None = 0
-    augment: str = USUAL.augment
+    augment: str = DEFAULTS.augment
     patience: float | None = 0
     seed: float | None = 0
 
 
-def begin(studio: Studio, workspace: Workspace, wanted: Wanted) -> tuple[list[Job], list[str]]:
-    """A job for each method, on the same pictures and splits; gives them, and what was left out of a zip.
+def submit_jobs(context: Context, workspace: Workspace, request: ClassifyRequest) -> tuple[list[Job], list[str]]:
+    """Submits one job per method on the same images and splits; returns them, and why images of a zip were rejected.
 
     Raises:
-        VeneerError: something that was asked for cannot work, or too many jobs wait. Nothing has been begun then.
+        VeneerError: an invalid request or too many queued jobs; no job is submitted in that case.
     """
-    options = settings(workspace, wanted)
-    methods = chosen(wanted.methods, wanted.model)
-    free = LIMITS.jobs - workspace.waiting()
+    options = settings(workspace, request)
+    methods = check_methods(request.methods, request.model)
+    free = LIMITS.jobs - workspace.count_active()
     if len(methods) > free:
         raise VeneerError(
             f"{len(methods)} methods need {len(methods)} jobs, but the queue has room for {max(free, 0)}. Choose fewer, or wait "
@@ -79,63 +79,63 @@ def begin(studio: Studio, workspace: Workspace, wanted: Wanted) -> tuple[list[Jo
             given=len(methods),
             expected=max(free, 0),
         )
-    data, name, left_out = pictures(workspace, wanted)
+    data, name, left_out = resolve_data(workspace, request)
     found = []
     for method in methods:
-        found.append(studio.begin(workspace, KIND, f"{name} · {method}", ["transfer", data, f"--method={method}", *options]))
+        found.append(context.submit(workspace, KIND, f"{name} · {method}", ["transfer", data, f"--method={method}", *options]))
     return found, left_out
 
 
-def settings(workspace: Workspace, wanted: Wanted) -> list[str]:
-    """Model and settings as words.
+def settings(workspace: Workspace, request: ClassifyRequest) -> list[str]:
+    """Flags of the model and the settings.
 
     Raises:
-        VeneerError: no such model, or a number outside of its range.
+        VeneerError: unknown model, or a number out of range.
     """
-    words = [f"--model={model(workspace, wanted.model)}"]
+    flags = [f"--model={resolve_model(workspace, request.model)}"]
     whole = (
-        ("epochs", wanted.epochs, 1, LIMITS.epochs),
-        ("batch", wanted.batch, 1, LIMITS.batch),
-        ("size", wanted.size, 8, LIMITS.side),
-        ("shots", wanted.shots, 1, LIMITS.zip_files),
-        ("patience", wanted.patience, 1, LIMITS.epochs),
-        ("seed", wanted.seed, 0, 2**31 - 1),
+        ("epochs", request.epochs, 1, LIMITS.epochs),
+        ("batch", request.batch, 1, LIMITS.batch),
+        ("size", request.size, 8, LIMITS.side),
+        ("shots", request.shots, 1, LIMITS.zip_files),
+        ("patience", request.patience, 1, LIMITS.epochs),
+        ("seed", request.seed, 0, 2**31 - 1),
     )
     for name, value, least, most in whole:
         if value is None:
             message = f"{name} is empty; expected {least:g} to {most:g}, or 0 for the default."
             raise OptionError(message, option=name, given=None, expected=(least, most))
         if value:
-            words.append(f"--{name}={int(within(name, value, least, most))}")
-    if wanted.rate is None:
+            flags.append(f"--{name}={int(check_number(name, value, least, most))}")
+    if request.rate is None:
         raise OptionError("learning rate is empty; expected a number, or 0 for the default.", option="learning rate", given=None)
-    if wanted.rate:
-        words.append(f"--learning-rate={within('learning rate', wanted.rate, 1e-7, 10.0):g}")
-    if wanted.augment not in AUGMENT:
-        message = f"augmentation is {shown(str(wanted.augment))!r}; expected one of {', '.join(AUGMENT)}."
-        raise OptionError(message, option="augmentation", given=wanted.augment, expected=tuple(AUGMENT))
-    return [*words, f"--augment={wanted.augment}"]
+    if request.rate:
+        flags.append(f"--learning-rate={check_number('learning rate', request.rate, 1e-7, 10.0):g}")
+    if request.augment not in AUGMENT:
+        message = f"augmentation is {printable(str(request.augment))!r}; expected one of {', '.join(AUGMENT)}."
+        raise OptionError(message, option="augmentation", given=request.augment, expected=tuple(AUGMENT))
+    return [*flags, f"--augment={request.augment}"]
 
 
-def within(name: str, value: Any, least: float, most: float) -> float:
-    """A number of the page.
+def check_number(name: str, value: Any, least: float, most: float) -> float:
+    """Checks that a value is a number in a range.
 
     Raises:
-        VeneerError: it is none, or out of its range.
+        VeneerError: it is not.
     """
     if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
-        message = f"{name} is {shown(str(value))}; expected {least:g} to {most:g}."
+        message = f"{name} is {printable(str(value))}; expected {least:g} to {most:g}."
         raise OptionError(message, option=name, given=value, expected=(least, most))
     return value
 
 
-def model(workspace: Workspace, name: str) -> str:
-    """The name of a model, or a folder of one where nobody logs in.
+def resolve_model(workspace: Workspace, name: str) -> str:
+    """Checks the name of a model; a folder is accepted if the app has no logins.
 
     Raises:
-        VeneerError: there is none of that name.
+        VeneerError: unknown model.
     """
-    name = bounded(name or "", "model")
+    name = check_text(name or "", "model")
     folder = Path(name).expanduser()
     if workspace.user is None and folder.is_dir() and ("/" in name or "\\" in name):
         return str(folder.resolve())
@@ -143,11 +143,11 @@ def model(workspace: Workspace, name: str) -> str:
     return name
 
 
-def chosen(methods: Sequence[str], model: str) -> list[str]:
-    """The methods, each once; several at once are joined by `+`.
+def check_methods(methods: Sequence[str], model: str) -> list[str]:
+    """Checks the methods and removes duplicates; combined methods are joined by `+`.
 
     Raises:
-        VeneerError: none, or one that this model cannot be taught by.
+        VeneerError: no method, or one that the model does not support.
     """
     known = compatible_methods(model)
     found = list(dict.fromkeys(re.sub(r"\s", "", str(method)) for method in methods or ()))
@@ -157,90 +157,89 @@ def chosen(methods: Sequence[str], model: str) -> list[str]:
     for method in found:
         for name in [method] if method == "zero_shot" else split_methods(method):
             if name not in known:
-                message = f"{shown(name)!r} is no method that this model can be taught by. Choose one of the list."
+                message = f"{printable(name)!r} is not supported by this model. Choose a method from the list."
                 raise OptionError(message, option="methods", given=name, expected=tuple(known))
     return found
 
 
-def pictures(workspace: Workspace, wanted: Wanted) -> tuple[str, str, list[str]]:
-    """The word for `veneer transfer`, a name for people, and what was left out.
+def resolve_data(workspace: Workspace, request: ClassifyRequest) -> tuple[str, str, list[str]]:
+    """Resolves the image source to the argument of `veneer transfer`, a display name, and why images were rejected.
 
     Raises:
-        VeneerError: no pictures of at least two classes there, or a place that this visitor may not look into.
+        VeneerError: fewer than two classes of images, or a source that this user may not access.
     """
-    if wanted.source == DIGITS:
+    if request.source == DIGITS:
         return DIGITS, DIGITS, []
-    if wanted.source == AGAIN:
-        return of_job(workspace, str(wanted.job or ""))
-    if wanted.source == ZIP:
-        return unpacked(workspace, wanted.file)
-    if wanted.source != FOLDER or workspace.user is not None:
-        message = "a folder of this machine can be read only where nobody logs in. Bring your pictures in a zip."
-        raise OptionError(message, option="source", given=wanted.source)
-    place = bounded(wanted.folder or "", "folder")
-    if not place:
-        message = "no folder is given; write its path, such as /home/me/pets, with a folder for each class in it."
+    if request.source == PREVIOUS:
+        return data_of_job(workspace, str(request.job or ""))
+    if request.source == ZIP:
+        return unpack(workspace, request.file)
+    if request.source != FOLDER or workspace.user is not None:
+        message = "folders of the server are available only without logins. Upload your images as a zip."
+        raise OptionError(message, option="source", given=request.source)
+    target = check_text(request.folder or "", "folder")
+    if not target:
+        message = "the folder is empty; expected a path such as /home/me/pets that has a folder for each class."
         raise OptionError(message, option="folder", given="")
-    path = Path(place).expanduser().resolve()
-    checked(str(path), place)
-    return str(path), safe(path.name, "folder"), []
+    path = Path(target).expanduser().resolve()
+    check_classes(str(path), target)
+    return str(path), safe_name(path.name, "folder"), []
 
 
-def of_job(workspace: Workspace, name: str) -> tuple[str, str, list[str]]:
-    """The pictures of an earlier job."""
-    about = workspace.job(name).about
-    words, title = about.get("words", []), str(about.get("title"))
-    if about.get("kind") != KIND or len(words) < 2:
+def data_of_job(workspace: Workspace, name: str) -> tuple[str, str, list[str]]:
+    """Images of an earlier job."""
+    job = workspace.job(name)
+    if job.kind != KIND or len(job.command) < 2:
         message = "the run below has no labeled images. Choose other images."
         raise OptionError(message, option="job", given=name)
-    checked(words[1], title)
-    return words[1], title.rpartition(" · ")[0] or title, []
+    check_classes(job.command[1], job.title)
+    return job.command[1], job.title.rpartition(" · ")[0] or job.title, []
 
 
-def unpacked(workspace: Workspace, file: str | None) -> tuple[str, str, list[str]]:
-    """Pictures of a zip, unpacked where the same zip always goes, so that later jobs on it can be compared."""
+def unpack(workspace: Workspace, file: str | None) -> tuple[str, str, list[str]]:
+    """Unpacks a zip into a folder named by its digest, so that later jobs on the same zip are comparable."""
     if not file:
-        message = "no zip is chosen. Put pictures into a folder for each class, zip these folders, and drop the zip here."
+        message = "no zip is chosen. Put the images of each class into a folder, zip the folders, and upload the zip."
         raise OptionError(message, option="file", given=None)
     path, left_out = Path(file), list[str]()
-    name = safe(path.stem, "pictures")
+    name = safe_name(path.stem, "images")
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]
-    place = workspace.given / f"{name}-{digest}"
-    if not place.is_dir():
-        fresh = workspace.new_given()
+    target = workspace.datasets / f"{name}-{digest}"
+    if not target.is_dir():
+        scratch = workspace.new_dataset()
         try:
-            _, left_out = take_zip(path, fresh)
-            inner = inside(fresh)
-            checked(str(inner), "the zip")
-            inner.rename(place)
+            _, left_out = unpack_zip(path, scratch)
+            inner = class_root(scratch)
+            check_classes(str(inner), "the zip")
+            inner.rename(target)
         finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-    return str(place), name, left_out
+            shutil.rmtree(scratch, ignore_errors=True)
+    return str(target), name, left_out
 
 
-def inside(folder: Path) -> Path:
-    """The folder that holds the classes: where it holds nothing but one folder of folders, that one."""
-    held = list(folder.iterdir())
-    if len(held) == 1 and held[0].is_dir() and all(each.is_dir() for each in held[0].iterdir()):
-        return held[0] if held[0].name.lower() not in ("train", "training") else folder
+def class_root(folder: Path) -> Path:
+    """Folder that contains the class folders; skips a single outer folder."""
+    entries = list(folder.iterdir())
+    if len(entries) == 1 and entries[0].is_dir() and all(each.is_dir() for each in entries[0].iterdir()):
+        return entries[0] if entries[0].name.lower() not in ("train", "training") else folder
     return folder
 
 
-def checked(data: str, name: str) -> None:
-    """Look for classes of pictures, by names only.
+def check_classes(data: str, name: str) -> None:
+    """Checks that a data source has at least two classes, by file names only.
 
     Raises:
-        VeneerError: none, or one only.
+        VeneerError: it has fewer.
     """
     try:
         found = open_source(data)
     except DataError as error:
-        raise VeneerError.from_error(error, str(error).replace(data, shown(name)), file=name) from error
+        raise VeneerError.from_error(error, str(error).replace(data, printable(name)), file=name) from error
     if len(found.classes) < 2:
         raise VeneerError(
-            f"{shown(name)}: one class, {shown(found.classes[0])}; expected at least two: a folder for each, with its pictures.",
-            file=shown(name),
+            f"{printable(name)}: one class, {printable(found.classes[0])}; expected at least two, each a folder of images.",
+            file=printable(name),
             where="classes",
             given=found.classes,
             expected=2,

@@ -1,4 +1,4 @@
-"""The catalog of methods as HTML: each folded up to a line, with its options and its whole docstring inside."""
+"""Catalog of methods as HTML: collapsible entries with properties, options and docstring."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from veneer.method_search import SUGGESTIONS, Use
 
 from ..shared.html import facts, table
 
-NOTHING = '<div class="empty"><p><strong>No method matches.</strong> Remove a filter, or search for another word.</p></div>'
+NO_MATCH = '<div class="empty"><p><strong>No method matches.</strong> Remove a filter, or search for another word.</p></div>'
 CONDITIONS = {"image": "a control image", "embeds": "embeddings of a reference image", "text": "a text"}
-OPEN = (
+OPEN_METHOD = (
     "const method = document.getElementById('method-{}'); method.open = true; method.scrollIntoView(); "
     "method.firstElementChild.focus()"
 )
-"""What a link to a method does; an address with `#` would lead Gradio to its first page."""
+"""Script of a link to a method; a URL fragment would switch Gradio to its first tab."""
 Groups = Sequence[tuple[Use | None, Sequence[MethodEntry]]]
 
 
-def listed(groups: Groups, counts: Mapping[str, ParameterCount | None] | None, model: str, start: bool = False) -> str:
-    """Methods in groups with headings, or one group without; each can be opened, and has its trainable parameters on a model.
+def method_list(groups: Groups, counts: Mapping[str, ParameterCount | None] | None, model: str, start: bool = False) -> str:
+    """Collapsible list of methods, optionally grouped under headings and with parameter counts for a model.
 
     Args:
-        start: begin with what to try first for which task.
+        start: prepend recommended methods by task.
     """
     count = sum(len(found) for _, found in groups)
     if not count:
-        return NOTHING
-    parts = [f'<p role="status">{count} method{"s" if count > 1 else ""}. Open one to read all of it.</p>']
+        return NO_MATCH
+    parts = [f'<p role="status">{count} method{"s" if count > 1 else ""}. Open one for details.</p>']
     parts += [_start({method.name for _, found in groups for method in found})] if start else []
     for use, found in groups:
         parts += [f'<h2 class="use">{escape(use.title)}</h2><p class="about">{escape(use.about)}</p>'] if use else []
@@ -38,11 +38,11 @@ def listed(groups: Groups, counts: Mapping[str, ParameterCount | None] | None, m
 
 
 def _start(known: set[str]) -> str:
-    """The tasks that people come with, and buttons that open the methods to try first."""
+    """Recommended methods by task, as buttons that open their entries."""
     rows = []
     for task, names in SUGGESTIONS:
         links = ", ".join(
-            f'<button type="button" class="link" onclick="{OPEN.format(name)}"><code>{name}</code></button>'
+            f'<button type="button" class="link" onclick="{OPEN_METHOD.format(name)}"><code>{name}</code></button>'
             for name in names
             if name in known
         )
@@ -54,16 +54,16 @@ def _counted(counts: Mapping[str, ParameterCount | None] | None, name: str) -> s
     if counts is None:
         return ""
     count = counts.get(name)
-    return "not supported" if count is None else f"{short(count.trainable)} trainable"
+    return "not supported" if count is None else f"{short_count(count.trainable)} trainable"
 
 
 def _method(method: MethodEntry, counted: str, model: str) -> str:
     small = f'<span class="counted">{escape(counted)}</span>' if counted else ""
-    told = [
+    pairs = [
         ("Formula", method.formula),
         ("Attaches to", method.needs),
         ("Kind", method.kind),
-        ("Conditioning for each image", ", ".join(CONDITIONS.get(c, c) for c in method.conditions) or "nothing"),
+        ("Conditioning", ", ".join(CONDITIONS.get(c, c) for c in method.conditions) or "nothing"),
         ("Paper", method.paper),
         ("From", method.source),
         *([(f"On {model}", counted)] if counted else []),
@@ -71,12 +71,14 @@ def _method(method: MethodEntry, counted: str, model: str) -> str:
     rows = [(o.name, o.type, o.default, o.about) for o in method.options]
     options = table(f"Options of {method.name}", ("Option", "Type", "Default", "What it does"), rows) if rows else ""
     line = f"<code>{escape(method.name)}</code> <span>{escape(method.about)}</span>{small}"
-    inside = facts([(k, v) for k, v in told if v]) + options + f'<h3>In full</h3><pre tabindex="0">{escape(method.text)}</pre>'
+    inside = (
+        facts([(k, v) for k, v in pairs if v]) + options + f'<h3>Documentation</h3><pre tabindex="0">{escape(method.text)}</pre>'
+    )
     return f'<details class="method" id="method-{escape(method.name)}"><summary>{line}</summary>{inside}</details>'
 
 
-def short(count: int) -> str:
-    """A number for people: 12,345 or 1.23 million."""
+def short_count(count: int) -> str:
+    """Formats a count: 12,345 or 1.23 million."""
     for unit, word in ((10**9, "billion"), (10**6, "million")):
         if count >= unit:
             return f"{count / unit:.3g} {word}"

@@ -1,4 +1,4 @@
-"""The catalog of methods: what each does, where it fits, and what it costs."""
+"""Page Methods: searchable catalog with supported models and parameter counts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from veneer.injection import OptionError, methods
 from veneer.method_catalog import MethodEntry, ParameterCount, catalog, count_parameters, methods_for
 from veneer.method_search import group_by_use, rank_methods
 
-from ...context import Studio, explained
-from ...workspace import bounded
-from ..page import Page
-from .details import listed
+from ...context import Context, show_errors
+from ...workspace import check_text
+from .. import Page
+from .details import method_list
 
 AREAS = [("All models", ""), ("Diffusion: generates images", "diffusion"), ("Vision: classifies images", "vision")]
 KINDS = {
@@ -26,11 +26,11 @@ KINDS = {
     "reparameterized": "Reparameterized: trains a small weight update",
     "hybrid": "Hybrid: several of these",
 }
-SORTS = [("By use, or by match with the search", "use"), ("By name", "name"), ("Fewest trainable parameters first", "trained")]
+SORTS = [("By use, or by relevance to the search", "use"), ("By name", "name"), ("Fewest trainable parameters first", "trained")]
 
 
-def known() -> list[MethodEntry]:
-    """Every method, those of other distributions too; read anew when one is registered."""
+def all_methods() -> list[MethodEntry]:
+    """All registered methods, including those of other packages."""
     return _known(tuple(methods.names()))
 
 
@@ -40,20 +40,22 @@ def _known(names: tuple[str, ...]) -> list[MethodEntry]:
 
 
 def kinds() -> list[tuple[str, str]]:
-    """Kinds that some method is of; methods of another distribution are a kind of their own."""
-    found = sorted({method.kind for method in known()}, key=lambda kind: [*KINDS, kind].index(kind))
+    """Choices of the field Kind; methods of each other package form a separate kind."""
+    found = sorted({method.kind for method in all_methods()}, key=lambda kind: [*KINDS, kind].index(kind))
     return [("All kinds", ""), *((KINDS.get(kind, f"From {kind}"), kind) for kind in found)]
 
 
-def shown(words: str, area: str, kind: str, sort: str, model: str, told: Callable[[int, int], None] | None = None) -> str:
-    """The methods that match, as HTML.
+def render_methods(
+    query_text: str, area: str, kind: str, sort: str, model: str, progress: Callable[[int, int], None] | None = None
+) -> str:
+    """Renders the matching methods as HTML.
 
     Args:
-        words: a search; the best match is first with `sort="use"`, see `rank_methods`.
-        area: `diffusion`, `vision` or "" for both. `kind`: or "" for all. `sort`: `use`, `name` or `trained`.
-        model: on which parameters are counted, or "" for none. `told`: progress.
+        words: search text; with `sort="use"` the best match is first, see `rank_methods`.
+        area: `diffusion`, `vision` or "" for both. `kind`: of method, or "" for all. `sort`: `use`, `name` or `trained`.
+        model: for parameter counts, or "" for none. `progress`: callback of done and total.
     Raises:
-        VeneerError: a filter that there is not, or more words than are allowed.
+        VeneerError: an unknown filter, or a search text that is too long.
     """
     models = [("", ""), *((m, m) for m in MODELS)]
     for name, value, choices in (
@@ -64,22 +66,22 @@ def shown(words: str, area: str, kind: str, sort: str, model: str, told: Callabl
     ):
         allowed = tuple(each for _, each in choices)
         if value not in allowed:
-            message = "There is no such choice. Choose one of the list."
+            message = "this choice does not exist. Choose one from the list."
             raise OptionError(message, option=name, given=value, expected=allowed)
-    sought = bounded(words or "", "The search").strip()
-    found = [m for m in known() if not kind or m.kind == kind]
+    query = check_text(query_text or "", "search").strip()
+    found = [m for m in all_methods() if not kind or m.kind == kind]
     if area:
-        fitting = methods_for(area)
-        found = [m for m in found if m.name in fitting]
-    found = rank_methods(found, sought)
-    trained = count_parameters(model, told) if model else None
-    if sort == "use" and not sought:
-        return listed(group_by_use(found), trained, model, start=not kind)
+        supported = methods_for(area)
+        found = [m for m in found if m.name in supported]
+    found = rank_methods(found, query)
+    trained = count_parameters(model, progress) if model else None
+    if sort == "use" and not query:
+        return method_list(group_by_use(found), trained, model, start=not kind)
     if sort == "name":
         found = sorted(found, key=lambda m: m.name)
     if sort == "trained":
         found = _fewest_first(found, trained)
-    return listed([(None, found)], trained, model)
+    return method_list([(None, found)], trained, model)
 
 
 def _fewest_first(found: Sequence[MethodEntry], trained: Mapping[str, ParameterCount | None] | None) -> list[MethodEntry]:
@@ -90,34 +92,36 @@ def _fewest_first(found: Sequence[MethodEntry], trained: Mapping[str, ParameterC
     return sorted(found, key=lambda m: (numbers.get(m.name, float("inf")), m.name))
 
 
-def build(studio: Studio) -> None:
-    """The page."""
+def build(context: Context) -> None:
+    """Builds the page."""
     with gr.Row():
-        words = gr.Textbox(
+        query_text = gr.Textbox(
             label="Search", placeholder="such as: faces, few images, rank, vpt", elem_id="methods-search", min_width=240
         )
         area = gr.Dropdown(AREAS, value="", label="For", elem_id="methods-area", min_width=240)
         kind = gr.Dropdown(kinds(), value="", label="Kind", elem_id="methods-kind", min_width=240)
     with gr.Row():
         choices = [("No model", ""), *((name, name) for name in MODELS)]
-        about = "Attaches each method to the model and counts; takes some seconds the first time."
+        about = "Counted by attaching each method to the model; takes some seconds the first time."
         model = gr.Dropdown(
             choices, value="", label="Trainable parameters on", info=about, elem_id="methods-model", min_width=240
         )
-        sort = gr.Dropdown(SORTS, value="use", label="Order", info="By parameters only with a model.", min_width=240)
-    page = gr.HTML(shown("", "", "", "use", ""), elem_id="methods-list", label="Methods")
-    filters: list[Any] = [words, area, kind, sort, model]
+        sort = gr.Dropdown(SORTS, value="use", label="Order", info="Sorting by parameters needs a model.", min_width=240)
+    page = gr.HTML(render_methods("", "", "", "use", ""), elem_id="methods-list", label="Methods")
+    filters: list[Any] = [query_text, area, kind, sort, model]
     settings: dict[str, Any] = {"concurrency_id": "methods", "concurrency_limit": 1, "api_visibility": "private"}
-    gr.on([each.change for each in filters], explained(_seen), filters, page, **settings, trigger_mode="always_last")
+    gr.on([each.change for each in filters], show_errors(_handle_change), filters, page, **settings, trigger_mode="always_last")
 
 
-def _seen(words: str, area: str, kind: str, sort: str, model: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-    return shown(words, area, kind, sort, model, lambda done, all_: progress((done, all_), desc=f"Counting on {model}"))
+def _handle_change(query_text: str, area: str, kind: str, sort: str, model: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+    return render_methods(
+        query_text, area, kind, sort, model, lambda done, all_: progress((done, all_), desc=f"Counting on {model}")
+    )
 
 
 PAGE = Page(
     "Methods",
     "methods",
-    "Every method: its use, the models that it supports, and how many parameters it trains.",
+    "All methods, with their uses, supported models and numbers of trainable parameters.",
     build,
 )

@@ -1,4 +1,4 @@
-"""Teach a subject or a style from a few photos."""
+"""Page Train: train a subject or style from a few photos."""
 
 from __future__ import annotations
 
@@ -12,152 +12,162 @@ from veneer.injection import VeneerError
 from veneer.training.data.photo_folder import READ
 from veneer.training.personalization_config import DEMO
 
-from ...context import Studio, escaped, explained
+from ...context import Context, escape_markup, show_errors
 from ...jobs import Job
 from ...limits import LIMITS
-from ...workspace import Workspace, bounded, shown
-from ..page import Page
-from ..shared.config_form import Field, Slots, fields_of, part_of
-from ..shared.dry_run import checked
-from ..shared.events import DRAWS, QUIET
+from ...workspace import Workspace, check_text, printable
+from .. import Page
+from ..shared.config_form import Field, Slots, component_of, fields_of
+from ..shared.dry_run import dry_run
+from ..shared.events import GENERATION, QUIET
 from ..shared.example_images import photos
 from ..shared.images import gallery
-from ..shared.job_view import JobView, Results, job_view, shows
-from ..shared.photo_upload import Rows, example, lay_down, look_at
-from ..shared.training_result import for_others
+from ..shared.job_view import JobView, Results, job_view, select_job
+from ..shared.photo_upload import Rows, example_photos, inspect_photos, save_photos
+from ..shared.training_result import export_kohya
 from .request import (
+    DEFAULT_METHOD,
     MAIN,
     SETTINGS,
-    USUAL,
-    Asked,
-    base_of,
+    PersonalizeRequest,
+    check_base,
+    command,
+    default_options,
     estimate,
-    lengths,
     main_method,
     method_names,
     options_of,
-    usual,
-    usual_options,
-    words,
+    preset_choices,
+    preset_settings,
 )
-from .results import KOHYA, parts, shown_results, stamp
+from .results import KOHYA, result_components, result_values, stamp
 
-KIND = "teach"
+KIND = "train"
 SHORT: dict[str, Any] = {"max_length": LIMITS.text, "min_width": 140}
-"""Of a field for a word."""
+"""Layout of a short text field."""
 EMPTY = """<div class="empty"><p><strong>No run yet.</strong></p><ol>
-<li>Press <em>Example photos</em>, or drop a few photos of one thing and give it a name.</li>
-<li>Press <em>Start</em>. Previews come here while it trains; at the end its scores, a verdict and its files.</li>
-<li>Press <em>Generate with it</em>, and write prompts with its name.</li></ol></div>"""
-NO_PHOTOS = f"Drop 3 to 20 photos of one thing or one style, at most {LIMITS.photos}; or take the example."
-FILLED = ("steps", "batch", "learning_rate", "schedule", "seed", "preview_every", "checkpoint_every", "eval_seeds")
-"""Settings that a preset fills in."""
-UNKNOWN = 512
-"""Pixels that photos are looked at with where a base does not say its size."""
+<li>Press <em>Example photos</em>, or drop a few photos of one subject and name it.</li>
+<li>Press <em>Train</em>. Previews appear here during training; then metrics, a verdict and the files.</li>
+<li>Press <em>Generate with it</em>, and write prompts with its trigger token.</li></ol></div>"""
+NO_PHOTOS = f"Drop 3 to 20 photos of one subject or style (at most {LIMITS.photos}), or use the example photos."
+PRESET_FIELDS = ("steps", "batch", "learning_rate", "schedule", "seed", "preview_every", "checkpoint_every", "eval_seeds")
+"""Settings that depend on the preset."""
+FALLBACK_SIDE = 512
+"""Resolution in pixels for crops if the base model does not state one."""
 
 
-def photos_taken(paths: Sequence[str] | None, base: str, captions: Sequence[str] = ()) -> list[Any]:
-    """Thumbnails, crops, what is wrong in Markdown, and the table of captions, of photos that were dropped."""
+def show_photos(paths: Sequence[str] | None, base: str, captions: Sequence[str] = ()) -> list[Any]:
+    """Updates of thumbnails, crops, problems in Markdown, and the caption table for uploaded photos."""
     if not paths:
         return [gr.Gallery([], visible=False), gr.Gallery([], visible=False), NO_PHOTOS, gr.Dataframe([], visible=False)]
-    side = base_models.preset(base_of(base)).resolution or UNKNOWN
-    found = look_at(paths, side)
+    side = base_models.preset(check_base(base)).resolution or FALLBACK_SIDE
+    found = inspect_photos(paths, side)
     rows = [[name, caption] for name, caption in zip(found.names, [*captions, *[""] * len(found.names)], strict=False)]
     number = f"{len(found.names)} photo{'s' * (len(found.names) != 1)}"
-    wrong = "\n".join(f"- ⚠ {escaped(text)}" for text in found.wrong)
-    crops = gr.Gallery(found.crops, label=f"As square crops of {side} × {side} pixels, as this base sees them", visible=True)
-    thumbs = gr.Gallery(list(zip(found.thumbs, found.names, strict=True)), visible=True)
-    said = f"{number}.\n\n{wrong}" if wrong else f"{number}, nothing wrong with them."
-    return [thumbs, crops, said, gr.Dataframe(rows, visible=True)]
+    problems = "\n".join(f"- ⚠ {escape_markup(text)}" for text in found.problems)
+    crops = gr.Gallery(
+        found.crops, label=f"As square crops of {side} × {side} pixels, as the base model is trained on them", visible=True
+    )
+    thumbs = gr.Gallery(list(zip(found.thumbnails, found.names, strict=True)), visible=True)
+    note = f"{number}.\n\n{problems}" if problems else f"{number}, no problems found."
+    return [thumbs, crops, note, gr.Dataframe(rows, visible=True)]
 
 
-def example_taken(base: str) -> list[Any]:
-    """The example's photos, concept and class word, and what `photos_taken` gives for them."""
-    paths, captions = example()
-    return [paths, DEMO["concept"], DEMO["class_word"], *photos_taken(paths, base, captions)]
+def show_example(base: str) -> list[Any]:
+    """Example photos, concept and class word, and the updates of `show_photos`."""
+    paths, captions = example_photos()
+    return [paths, DEMO["concept"], DEMO["class_word"], *show_photos(paths, base, captions)]
 
 
-def filled(slots: Slots, preset: str, base: str, method: str) -> list[Any]:
-    """Settings by a preset, the chosen method's line, and the form of its options."""
-    given = usual(preset, base, method)
-    return [*(given[name] for name in FILLED), about(method), *slots.fill(options_of(method), usual_options(base, method))]
+def fill_form(slots: Slots, preset: str, base: str, method: str) -> list[Any]:
+    """Settings of a preset, the summary of the selected method, and the form of its options."""
+    given = preset_settings(preset, base, method)
+    return [
+        *(given[name] for name in PRESET_FIELDS),
+        method_summary(method),
+        *slots.fill(options_of(method), default_options(base, method)),
+    ]
 
 
-def about(method: str) -> str:
-    """The line of the method whose options are asked for, in Markdown."""
+def method_summary(method: str) -> str:
+    """Summary of the method whose options are shown, in Markdown."""
     line = (methods.get(main_method(method)).__doc__ or "").strip().splitlines()[0]
-    return f"**{escaped(main_method(method))}**: {escaped(line)}" + ("" if options_of(method) else " It has no options.")
+    return f"**{escape_markup(main_method(method))}**: {escape_markup(line)}" + (
+        "" if options_of(method) else " It has no options."
+    )
 
 
-def agree(filled_for: Sequence[str], now: Sequence[str]) -> None:
-    """Settings and options in the form are those of the preset, the base and the method that are chosen now.
+def check_form_is_current(filled_for: Sequence[str], now: Sequence[str]) -> None:
+    """Checks that the form has been filled for the selected preset, base model and method.
 
     Raises:
-        VeneerError: they are still on their way, or there is no such base or method.
+        VeneerError: the form is still loading, or the base model or method is unknown.
     """
     if list(filled_for) != list(now):
         preset, base, method = now
-        base_of(base)
+        check_base(base)
         main_method(method)
         raise VeneerError(
-            f"the settings for {preset}, {shown(method)} and {shown(base)} are on their way. Press again in a moment.",
+            f"the settings for {preset}, {printable(method)} and {printable(base)} are still loading. Press again in a moment.",
             where="settings",
             given=tuple(filled_for),
             expected=tuple(now),
         )
 
 
-def begin(studio: Studio, workspace: Workspace, paths: Sequence[str] | None, captions: Rows, asked: Asked) -> Job:
-    """A job that teaches from these photos.
+def start_job(
+    context: Context, workspace: Workspace, paths: Sequence[str] | None, captions: Rows, request: PersonalizeRequest
+) -> Job:
+    """Submits a training job on these photos.
 
     Raises:
-        VeneerError: no usable photos, no concept, a setting that cannot be, or too many jobs that wait.
+        VeneerError: no usable photos, no concept, an invalid setting, or too many queued jobs.
     """
-    title = f"{shown(bounded(asked.concept, 'concept'))}, {asked.method}"
-    words(asked, workspace.given)  # refuse before anything is written
-    folder = lay_down(workspace, paths or [], captions)
-    return studio.begin(workspace, KIND, title, words(asked, folder))
+    title = f"{printable(check_text(request.concept, 'concept'))}, {request.method}"
+    command(request, workspace.datasets)  # validates before anything is written
+    folder = save_photos(workspace, paths or [], captions)
+    return context.submit(workspace, KIND, title, command(request, folder))
 
 
-def build(studio: Studio) -> tuple[JobView, gr.Button]:
-    """The page. Gives its jobs, and the button that generates with the chosen one."""
+def build(context: Context) -> tuple[JobView, gr.Button]:
+    """Builds the page; returns its job view and the button that opens the page Generate."""
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
-            asks = _Asks(studio)
+            form = _Form(context)
         with gr.Column(scale=1, min_width=320):
-            gr.Markdown("### Runs", elem_id="teach-runs")
-            view = job_view(studio, KIND, Results(parts, shown_results, stamp), f"{EMPTY}\n\n{photos()}")
-    asks.connect(view.choice)
+            gr.Markdown("### Runs", elem_id="train-runs")
+            view = job_view(context, KIND, Results(result_components, result_values, stamp), f"{EMPTY}\n\n{photos()}")
+    form.connect(view.choice)
 
     def kohya(name: str, request: gr.Request) -> Any:
-        return gr.File(for_others(studio.workspace(request), name), visible=True)
+        return gr.File(export_kohya(context.workspace(request), name), visible=True)
 
-    view.extra[KOHYA].click(explained(kohya), [view.choice], view.extra[KOHYA + 1], **DRAWS)
+    view.extra[KOHYA].click(show_errors(kohya), [view.choice], view.extra[KOHYA + 1], **GENERATION)
     return view, view.extra[-1]
 
 
-class _Asks:
-    """What the page asks for."""
+class _Form:
+    """Form of the page."""
 
-    def __init__(self, studio: Studio) -> None:
-        self.studio = studio
+    def __init__(self, context: Context) -> None:
+        self.context = context
         self.files = gr.File(
-            label="Photos", file_count="multiple", file_types=sorted(READ), height=140, elem_id="teach-photos", interactive=True
+            label="Photos", file_count="multiple", file_types=sorted(READ), height=140, elem_id="train-photos", interactive=True
         )
-        self.notes = gr.Markdown(NO_PHOTOS, elem_id="teach-notes")
-        self.example = gr.Button("Example photos", size="sm", elem_id="teach-example")
+        self.notes = gr.Markdown(NO_PHOTOS, elem_id="train-notes")
+        self.example_photos = gr.Button("Example photos", size="sm", elem_id="train-example")
         self.thumbs = gallery("Your photos", 5, visible=False, buttons=[])
         self._name()
         self.preset = gr.Radio(
-            lengths("bundled", USUAL), value="quick", label="How long", elem_id="teach-preset",
-            info="Longer is usually more similar to the photos.",
+            preset_choices("shipped", DEFAULT_METHOD), value="quick", label="Preset", elem_id="train-preset",
+            info="Longer training usually makes the images more similar to the photos.",
         )  # fmt: skip
         with gr.Accordion("Captions and crops", open=False):
             self.captions = gr.Dataframe(
                 headers=["photo", "caption"],
                 datatype="str",
                 type="array",
-                label="Captions, if you like: what else is in a photo, with {concept} for its subject",
+                label="Optional captions: what a photo shows, with {concept} for the subject",
                 static_columns=[0],
                 interactive=True,
                 visible=False,
@@ -167,111 +177,117 @@ class _Asks:
         self._how()
 
     def _name(self) -> None:
-        """What the subject is called."""
+        """Name and class of the subject."""
         with gr.Row():
             self.concept = gr.Textbox(
-                label="Concept", placeholder="<toy>", info="Its trigger token: a new word.", elem_id="teach-concept", **SHORT
+                label="Concept",
+                placeholder="<toy>",
+                info="Trigger token for prompts: a new name.",
+                elem_id="train-concept",
+                **SHORT,
             )
             self.word = gr.Textbox(
-                label="Class word", placeholder="toy", info="The kind of thing it is.", elem_id="teach-word", **SHORT
+                label="Class word", placeholder="toy", info="What kind of subject it is.", elem_id="train-word", **SHORT
             )
 
     def _how(self) -> None:
-        """The method, its settings and options, what they should cost, and the start."""
+        """Method, its settings and options, the cost estimate, and the start button."""
         with gr.Row():
             self.method = gr.Dropdown(
-                method_names(False), value=USUAL, label="Method", allow_custom_value=True, min_width=140, elem_id="teach-method",
-                info="pivotal: a token and a LoRA, most similar in a short time. lora: one file for all programs.",
+                method_names(False), value=DEFAULT_METHOD, label="Method", allow_custom_value=True, min_width=140,
+                elem_id="train-method", info="pivotal: token embedding and LoRA, most similar. lora: one file for all tools.",
             )  # fmt: skip
-            self.base = gr.Textbox("bundled", label="Base", info="bundled, a folder, or a hub name.", **SHORT)
-        given = usual("quick", "bundled", USUAL)
-        cost = estimate_of(None, "bundled", USUAL, given["steps"], given["batch"], eval_seeds=given["eval_seeds"])
-        self.estimate = gr.Markdown(cost, elem_id="teach-estimate")
-        self.check = gr.Button("Try one step: what will it take?", size="sm", elem_id="teach-check")
-        self.checked = gr.Textbox(label="What a run takes", lines=3, visible=False, interactive=False, elem_id="teach-checked")
+            self.base = gr.Textbox("shipped", label="Base model", info="shipped, a folder, or a Hub name.", **SHORT)
+        given = preset_settings("quick", "shipped", DEFAULT_METHOD)
+        cost = estimate_text(None, "shipped", DEFAULT_METHOD, given["steps"], given["batch"], eval_seeds=given["eval_seeds"])
+        self.estimate = gr.Markdown(cost, elem_id="train-estimate")
+        self.check = gr.Button("Check memory and time with one step", size="sm", elem_id="train-check")
+        self.dry_run = gr.Textbox(label="Check of this run", lines=3, visible=False, interactive=False, elem_id="train-checked")
         with gr.Accordion("Settings", open=False):
             with gr.Row(elem_classes="options"):
-                main = {f.name: part_of(f, given.get(f.name), **_named(f)) for f in SETTINGS if f.name in MAIN}
-            with gr.Accordion("More", open=False), gr.Row(elem_classes="options"):
-                more = {f.name: part_of(f, given.get(f.name), **_named(f)) for f in SETTINGS if f.name not in MAIN}
+                main = {f.name: component_of(f, given.get(f.name), **_layout(f)) for f in SETTINGS if f.name in MAIN}
+            with gr.Accordion("More settings", open=False), gr.Row(elem_classes="options"):
+                more = {f.name: component_of(f, given.get(f.name), **_layout(f)) for f in SETTINGS if f.name not in MAIN}
             self.settings = {**main, **more}
-        with gr.Accordion("Options of the method", open=False):
-            self.about = gr.Markdown(about(USUAL))
+        with gr.Accordion("Method options", open=False):
+            self.about = gr.Markdown(method_summary(DEFAULT_METHOD))
             with gr.Row(elem_classes="options"):
                 forms = [fields_of(methods.get(name)) for name in methods.names()]
-                self.slots = Slots.build(forms, options_of(USUAL), usual_options("bundled", USUAL))
+                self.slots = Slots.build(forms, options_of(DEFAULT_METHOD), default_options("shipped", DEFAULT_METHOD))
         with gr.Row(elem_classes="action"):
-            self.start = gr.Button("Start", variant="primary", elem_id="teach-start", min_width=120)
+            self.start = gr.Button("Train", variant="primary", elem_id="train-start", min_width=120)
 
     def connect(self, choice: Any) -> None:
-        """Let the parts act; a started job is chosen in `choice`."""
-        studio, looked = self.studio, [self.thumbs, self.crops, self.notes, self.captions]
+        """Connects the events; a started job is selected in `choice`."""
+        context, photo_outputs = self.context, [self.thumbs, self.crops, self.notes, self.captions]
         named = [self.settings[field.name] for field in SETTINGS]
 
-        def wanted(concept: str, word: str, preset: str, base: str, method: str, filled_for: list[str], *rest: Any) -> Asked:
-            agree(filled_for, [preset, base, method])
+        def read_form(
+            concept: str, word: str, preset: str, base: str, method: str, filled_for: list[str], *rest: Any
+        ) -> PersonalizeRequest:
+            check_form_is_current(filled_for, [preset, base, method])
             settings, parts = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
-            return Asked(concept, word, base, method, settings, self.slots.given(options_of(method), parts))
+            return PersonalizeRequest(concept, word, base, method, settings, self.slots.entries(options_of(method), parts))
 
         def start(request: gr.Request, paths: Any, rows: Any, *rest: Any) -> Any:
-            workspace = studio.workspace(request)
-            return shows(workspace, KIND, begin(studio, workspace, paths, rows or [], wanted(*rest)))
+            workspace = context.workspace(request)
+            return select_job(workspace, KIND, start_job(context, workspace, paths, rows or [], read_form(*rest)))
 
-        def look_before(request: gr.Request, paths: Any, rows: Any, *rest: Any) -> Any:
-            return gr.Textbox(checked(studio.workspace(request), paths, rows or [], wanted(*rest)), visible=True)
+        def try_step(request: gr.Request, paths: Any, rows: Any, *rest: Any) -> Any:
+            return gr.Textbox(dry_run(context.workspace(request), paths, rows or [], read_form(*rest)), visible=True)
 
         def cost(base: str, method: str, steps: str, batch: str, optimizer: str, images: str, request: gr.Request) -> str:
-            return estimate_of(studio.workspace(request), base, method, steps, batch, optimizer, images)
+            return estimate_text(context.workspace(request), base, method, steps, batch, optimizer, images)
 
-        def durations(base: str, method: str, request: gr.Request) -> Any:
-            return lengths_of(studio.workspace(request), base, method)
+        def preset_labels(base: str, method: str, request: gr.Request) -> Any:
+            return preset_radio(context.workspace(request), base, method)
 
         def fill(preset: str, base: str, method: str) -> list[Any]:
-            return [[preset, base, method], *filled(self.slots, preset, base, method)]
+            return [[preset, base, method], *fill_form(self.slots, preset, base, method)]
 
         plain: dict[str, Any] = {"api_visibility": "private"}
         dropped = [self.files.upload, self.files.clear, self.files.delete]
-        gr.on(dropped, explained(photos_taken), [self.files, self.base], looked, **plain)
-        examples = [self.files, self.concept, self.word, *looked]
-        self.example.click(explained(example_taken), [self.base], examples, **plain)
+        gr.on(dropped, show_errors(show_photos), [self.files, self.base], photo_outputs, **plain)
+        examples = [self.files, self.concept, self.word, *photo_outputs]
+        self.example_photos.click(show_errors(show_example), [self.base], examples, **plain)
         parts = [self.preset, self.base, self.method]
-        filled_for = gr.State(["quick", "bundled", USUAL])
-        filling = [filled_for, *(self.settings[name] for name in FILLED), self.about, *self.slots.components]
+        filled_for = gr.State(["quick", "shipped", DEFAULT_METHOD])
+        filling = [filled_for, *(self.settings[name] for name in PRESET_FIELDS), self.about, *self.slots.components]
         gr.on(
-            [self.preset.change, self.method.change, self.base.submit, self.base.blur], explained(fill), parts, filling,
+            [self.preset.change, self.method.change, self.base.submit, self.base.blur], show_errors(fill), parts, filling,
             show_progress="hidden", **plain,
         )  # fmt: skip
         gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **plain)
         costs = [self.base, self.method, *(self.settings[name] for name in ("steps", "batch", "optimizer", "eval_seeds"))]
-        gr.on([part.change for part in costs], explained(cost), costs, self.estimate, show_progress="hidden", **plain)
-        gr.on(None, explained(cost), costs, self.estimate, **QUIET)
-        kinds = [self.base.blur, self.base.submit, self.method.change]
-        for when in (None, kinds):
-            gr.on(when, explained(durations), [self.base, self.method], self.preset, **QUIET)
+        gr.on([part.change for part in costs], show_errors(cost), costs, self.estimate, show_progress="hidden", **plain)
+        gr.on(None, show_errors(cost), costs, self.estimate, **QUIET)
+        changes = [self.base.blur, self.base.submit, self.method.change]
+        for when in (None, changes):
+            gr.on(when, show_errors(preset_labels), [self.base, self.method], self.preset, **QUIET)
         inputs = [self.files, self.captions, self.concept, self.word, *parts, filled_for, *named, *self.slots.components]
-        self.start.click(explained(start), inputs, choice, **plain).success(None, js="() => reveal('teach-runs')", **QUIET)
+        self.start.click(show_errors(start), inputs, choice, **plain).success(None, js="() => reveal('train-runs')", **QUIET)
         one: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **plain}
-        self.check.click(explained(look_before), inputs, self.checked, **one)
+        self.check.click(show_errors(try_step), inputs, self.dry_run, **one)
 
 
-def _named(field: Field) -> dict[str, Any]:
-    return {"min_width": 200, "elem_id": f"teach-{field.name.replace('_', '-')}"}
+def _layout(field: Field) -> dict[str, Any]:
+    return {"min_width": 200, "elem_id": f"train-{field.name.replace('_', '-')}"}
 
 
-def estimate_of(workspace: Workspace | None, *given: str, **more: str) -> str:
-    """The estimate in Markdown, see `estimate`, or nothing while the base is not yet one."""
+def estimate_text(workspace: Workspace | None, *given: str, **more: str) -> str:
+    """Estimate in Markdown (see `estimate`); empty while the base model is incomplete or unknown."""
     try:
-        return escaped(estimate(workspace, *given, **more))
+        return escape_markup(estimate(workspace, *given, **more))
     except VeneerError:
         return ""
 
 
-def lengths_of(workspace: Workspace, base: str, method: str) -> Any:
-    """The presets with the minutes that they take here; as they are while the base or the method is not yet one."""
+def preset_radio(workspace: Workspace, base: str, method: str) -> Any:
+    """Presets with time estimates; unchanged while the base model or method is incomplete or unknown."""
     try:
-        return gr.Radio(choices=lengths(base, method, workspace))
+        return gr.Radio(choices=preset_choices(base, method, workspace))
     except VeneerError:
         return gr.skip()
 
 
-PAGE = Page("Teach", "teach", "Teach a base a subject or a style from a few photos.", build)
+PAGE = Page("Train", "train", "Train a subject or a style from a few photos.", build)

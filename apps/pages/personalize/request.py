@@ -1,4 +1,4 @@
-"""What the page Teach asks a job for: presets, the command's words, and what it should cost."""
+"""Training requests of the page Train: presets, the command, and estimates of time and memory."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from veneer.training.preflight.step_cost import STATES
 
 from ...jobs import Job
 from ...limits import LIMITS
-from ...workspace import Workspace, bounded
-from ..shared.config_form import Field, fields_of, words_of
-from ..shared.time_estimates import REFERENCE, Pace, duration, pace_of
+from ...workspace import Workspace, check_text
+from ..shared.config_form import Field, fields_of, flags_of
+from ..shared.time_estimates import REFERENCE, Timing, duration, measure_timing
 from ..shared.verdict import read_result
 
-USUAL = "pivotal"
-"""The method that is chosen at first: in a short time it comes closest."""
-FIGURES = {"quick": "2", "balanced": "3", "thorough": "3"}
-"""Name to images of each prompt that are evaluated; from 2 on, scores have intervals, without which no verdict is `learned`."""
+DEFAULT_METHOD = "pivotal"
+"""Method selected by default; it reaches the highest similarity in a short time."""
+EVAL_SEEDS = {"quick": "2", "balanced": "3", "thorough": "3"}
+"""Preset to evaluation seeds per prompt; intervals need at least 2, and the verdict `learned` needs intervals."""
 PREVIEWS, CHECKPOINTS = 6, 4
-"""In a run."""
-IDLE = {"pivotal": Pace(0.09, 35.0, REFERENCE), "lora": Pace(0.09, 35.0, REFERENCE)}
-"""Of the bundled base, before there is a run."""
+"""Number of previews and checkpoints per run."""
+REFERENCE_TIMINGS = {"pivotal": Timing(0.09, 35.0, REFERENCE), "lora": Timing(0.09, 35.0, REFERENCE)}
+"""Timings of the bundled base model, used before the first run."""
 MAIN = ("steps", "batch", "learning_rate", "resolution", "schedule", "seed")
 MORE = (
     "where", "text_encoder", "class_images", "caption_dropout", "crop", "flip", "buckets", "optimizer", "weight_decay", "ema",
     "min_snr_gamma", "mixed_precision", "gradient_checkpointing", "preview_every", "checkpoint_every", "eval_seeds",
 )  # fmt: skip
 SETTINGS = fields_of(PersonalizeConfig, [*MAIN, *MORE])
-LEAST = {"steps": 1, "batch": 1, "resolution": 8, "class_images": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}
-"""Of a setting; the command takes 0 steps and 0 images for the default."""
+MINIMUM = {"steps": 1, "batch": 1, "resolution": 8, "prior": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}
+"""Minimum of each setting; for the command, 0 steps and 0 images mean the default."""
 FROM_CONCEPT = ("by_site", "tokens", "initialize", "ids")
-"""Options that a form leaves out: of single sites, and what follows from the concept."""
+"""Options hidden from the form: per-site options, and those derived from the concept."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a visitor asks to be taught; all of it is checked when words are made of it."""
+class PersonalizeRequest:
+    """Unchecked values of the form; `command` validates them."""
 
     concept: str
     class_word: str
@@ -58,47 +58,47 @@ class Asked:
     options: Sequence[Any]
 
 
-def method_names(all_of_them: bool) -> list[str]:
-    """Methods to choose from, the usual one first, then those with usual settings for the bundled base.
+def method_names(include_untuned: bool) -> list[str]:
+    """Methods to choose from: the default first, then those with presets for the bundled base model.
 
     Args:
-        all_of_them: also those that are only found by a look at what each can be put on, which takes a while the first time.
+        include_untuned: also list every other compatible method, which is slow the first time.
     """
-    tuned = [name for name in base_models.preset("bundled").training if not methods.get(name).conditions]
-    others = [name for name in teachable() if name not in tuned] if all_of_them else []
+    tuned = [name for name in base_models.preset("shipped").training if not methods.get(name).conditions]
+    others = [name for name in teachable() if name not in tuned] if include_untuned else []
     return [*SHORTHANDS, *tuned, *others]
 
 
 def main_method(method: str) -> str:
-    """Of several that are joined, the one whose options are asked for.
+    """Of combined methods, the one whose options the form shows.
 
     Raises:
-        VeneerError: there is no such method.
+        VeneerError: unknown method.
     """
-    return split_methods(bounded(method, "method"))[-1]
+    return split_methods(check_text(method, "method"))[-1]
 
 
 def options_of(method: str) -> list[Field]:
-    """The fields of a method's form."""
+    """Form fields of a method's options."""
     kind: Any = methods.get(main_method(method))
     skip = FROM_CONCEPT if param_groups.learns_words(kind) else FROM_CONCEPT[:1]
     return fields_of(kind, skip=skip)
 
 
-def base_of(words: str) -> str:
-    """A base that is there, or may be on the hub.
+def check_base(name: str) -> str:
+    """Checks the name of a base model: bundled, a folder, or a name on the Hub.
 
     Raises:
-        VeneerError: neither.
+        VeneerError: no such base model.
     """
-    base = bounded(words, "base") or "bundled"
+    base = check_text(name, "base") or "shipped"
     find(base)
     return base
 
 
-def usual(preset: str, base: str, method: str) -> dict[str, str]:
-    """Settings that a preset fills in, by name; the rest is left as usual."""
-    named: dict[str, Any] = {"base": base_of(base), "method": bounded(method, "method")}
+def preset_settings(preset: str, base: str, method: str) -> dict[str, str]:
+    """Settings of a preset by name; the others keep their defaults."""
+    named: dict[str, Any] = {"base": check_base(base), "method": check_text(method, "method")}
     config = PersonalizeConfig(photos=Path(), concept="x", out=Path(), **named).completed()
     steps = preset_steps(preset, config.steps or 500)
     return {
@@ -109,55 +109,50 @@ def usual(preset: str, base: str, method: str) -> dict[str, str]:
         "seed": "0",
         "preview_every": str(max(1, steps // PREVIEWS)),
         "checkpoint_every": str(max(1, steps // CHECKPOINTS)),
-        "eval_seeds": FIGURES.get(preset, "3"),
+        "eval_seeds": EVAL_SEEDS.get(preset, "3"),
     }
 
 
-def usual_options(base: str, method: str) -> Mapping[str, Any]:
-    """Options of a method that are usual on a base."""
-    found: Mapping[str, Any] = base_models.preset(base_of(base)).training.get(main_method(method), {}).get("options", {})
+def default_options(base: str, method: str) -> Mapping[str, Any]:
+    """Preset options of a method for a base model."""
+    found: Mapping[str, Any] = base_models.preset(check_base(base)).training.get(main_method(method), {}).get("options", {})
     return found
 
 
-def words(asked: Asked, photos: Path) -> list[str]:
-    """The command for what was asked.
+def command(request: PersonalizeRequest, photos: Path) -> list[str]:
+    """Command line of a training request.
 
     Raises:
-        VeneerError: something that the command would not take, or too much of it.
+        VeneerError: a value that the command would reject, or one beyond the limits.
     """
-    concept, method = bounded(asked.concept, "concept"), bounded(asked.method, "method")
+    concept, method = check_text(request.concept, "concept"), check_text(request.method, "method")
     if not concept:
-        message = "the concept has no name: give it one that no other thing has, such as <toy>."
+        message = "the concept is empty; expected a new, unique name such as <toy>."
         raise OptionError(message, option="concept", given="")
     name = main_method(method)
-    settings = words_of(PersonalizeConfig, SETTINGS, asked.settings)
-    options = words_of(methods.get(name), options_of(method), asked.options, name)
-    word = bounded(asked.class_word, "class word")
-    given = {"concept": concept, "class-word": word, "base": base_of(asked.base), "method": method}
-    _bounds(settings)
+    settings = flags_of(PersonalizeConfig, SETTINGS, request.settings)
+    options = flags_of(methods.get(name), options_of(method), request.options, name)
+    word = check_text(request.class_word, "class word")
+    given = {"concept": concept, "class-word": word, "base": check_base(request.base), "method": method}
+    _check_bounds(settings)
     flags = [f"--{key}={value}" for key, value in given.items() if value]
     return ["personalize", str(photos), *flags, *settings, *options, "--tracker=none"]
 
 
-def _bounds(settings: Sequence[str]) -> None:
-    """What no visitor may ask for more of, or less, by the words of the settings."""
+def _check_bounds(settings: Sequence[str]) -> None:
+    """Checks settings against the limits of the app."""
     given = dict(word.removeprefix("--").split("=", 1) for word in settings if word.startswith("--") and "=" in word)
-    most = {
-        "resolution": LIMITS.side,
-        "class_images": LIMITS.pictures * 16,
-        "batch": LIMITS.photos,
-        "eval_seeds": LIMITS.pictures,
-    }
+    most = {"resolution": LIMITS.side, "prior": LIMITS.images * 16, "batch": LIMITS.photos, "eval_seeds": LIMITS.images}
     for name, limit in most.items():
         value = given.get(name.replace("_", "-"), "0")
         if int(value) > limit:
             message = f"{name.replace('_', ' ')}: {value}; expected at most {limit}."
             raise OptionError(message, option=name, given=int(value), expected=limit)
-    for name, least in LEAST.items():
-        value = given.get(name.replace("_", "-"), str(least))
-        if int(value) < least:
-            message = f"{name.replace('_', ' ')}: {value}; expected at least {least}."
-            raise OptionError(message, option=name, given=int(value), expected=least)
+    for name, low in MINIMUM.items():
+        value = given.get(name.replace("_", "-"), str(low))
+        if int(value) < low:
+            message = f"{name.replace('_', ' ')}: {value}; expected at least {low}."
+            raise OptionError(message, option=name, given=int(value), expected=low)
     if float(given.get("learning-rate", "1")) <= 0:
         rate = given["learning-rate"]
         raise OptionError(f"learning rate: {rate}; expected more than 0.", option="learning_rate", given=float(rate), expected=0)
@@ -166,71 +161,72 @@ def _bounds(settings: Sequence[str]) -> None:
 def estimate(
     workspace: Workspace | None, base: str, method: str, steps: str, batch: str, optimizer: str = "adamw", eval_seeds: str = ""
 ) -> str:
-    """Time and memory of a run in words: by the last one like it, else by a reference, and by the size of the base's files."""
-    before = _alike(workspace, base_of(base), method) if workspace else None
-    pace = _pace(before, base_of(base), method)
-    return f"Estimate: {_time(pace, steps, batch, _share(eval_seeds))} {_memory(base_of(base), before, optimizer or 'adamw')}"
+    """Estimated time and memory of a run, from the last similar run or reference timings and the size of the base model."""
+    previous = _similar_run(workspace, check_base(base), method) if workspace else None
+    timing = _timing(previous, check_base(base), method)
+    memory = _memory(check_base(base), previous, optimizer or "adamw")
+    return f"Estimate: {_time(timing, steps, batch, _eval_share(eval_seeds))} {memory}"
 
 
-def lengths(base: str, method: str, workspace: Workspace | None = None) -> list[tuple[str, str]]:
-    """Choices of the presets: steps and minutes, and the preset's name."""
-    pace = _pace(_alike(workspace, base_of(base), method) if workspace else None, base_of(base), method)
+def preset_choices(base: str, method: str, workspace: Workspace | None = None) -> list[tuple[str, str]]:
+    """Choices of the preset field: label with steps and minutes, and name."""
+    timing = _timing(_similar_run(workspace, check_base(base), method) if workspace else None, check_base(base), method)
     found = []
     for preset in PRESETS:
-        given = usual(preset, base, method)
+        given = preset_settings(preset, base, method)
         images = int(given["steps"]) * int(given["batch"])
-        minutes = f", {duration(pace.seconds(images, _share(given['eval_seeds'])))}" if pace else ""
+        minutes = f", {duration(timing.seconds(images, _eval_share(given['eval_seeds'])))}" if timing else ""
         found.append((f"{preset}: {given['steps']} steps{minutes}", preset))
     return found
 
 
-def _alike(workspace: Workspace, base: str, method: str) -> Job | None:
-    """The newest finished job with this base and method, else with this base."""
-    done = [job for job in workspace.all_jobs() if f"--base={base}" in job.about.get("words", []) and job.state == "done"]
-    same = [job for job in done if f"--method={method}" in job.about["words"]]
+def _similar_run(workspace: Workspace, base: str, method: str) -> Job | None:
+    """Newest finished job with this base model and method, else with this base model."""
+    done = [job for job in workspace.all_jobs() if f"--base={base}" in job.command and job.state == "done"]
+    same = [job for job in done if f"--method={method}" in job.command]
     return next(iter([*same, *done]), None)
 
 
-def _share(eval_seeds: Any) -> float:
-    """Of the evaluation that the reference holds, by images of each prompt."""
+def _eval_share(eval_seeds: Any) -> float:
+    """Size of the evaluation relative to the reference timing."""
     given = str(eval_seeds)
-    return int(given) / int(FIGURES["balanced"]) if given.isdecimal() else 1.0
+    return int(given) / int(EVAL_SEEDS["balanced"]) if given.isdecimal() else 1.0
 
 
-def _pace(before: Job | None, base: str, method: str) -> Pace | None:
-    config = (read_result(before).get("config") or {}) if before else {}
-    if before and (found := pace_of(before, int(config.get("batch") or 1), _share(config.get("eval_seeds")))):
+def _timing(previous: Job | None, base: str, method: str) -> Timing | None:
+    config = (read_result(previous).get("config") or {}) if previous else {}
+    if previous and (found := measure_timing(previous, int(config.get("batch") or 1), _eval_share(config.get("eval_seeds")))):
         return found
-    return IDLE.get(method, IDLE[USUAL]) if base == "bundled" else None
+    return REFERENCE_TIMINGS.get(method, REFERENCE_TIMINGS[DEFAULT_METHOD]) if base == "shipped" else None
 
 
-def _time(pace: Pace | None, steps: str, batch: str, share: float) -> str:
-    if pace is None or not (steps.isdecimal() and batch.isdecimal()):
+def _time(timing: Timing | None, steps: str, batch: str, share: float) -> str:
+    if timing is None or not (steps.isdecimal() and batch.isdecimal()):
         return "the time is known after the first steps."
-    return f"{duration(pace.seconds(int(steps) * int(batch), share))} in all, {pace.by}."
+    return f"{duration(timing.seconds(int(steps) * int(batch), share))} in all, {timing.source}."
 
 
-def _memory(base: str, before: Job | None, optimizer: str) -> str:
+def _memory(base: str, previous: Job | None, optimizer: str) -> str:
     values = parameters(base)
     if not values:
         return "Memory is known once the base model has been downloaded."
-    trained = sum(int(m.get("parameters", 0)) for m in read_result(before).get("methods", [])) if before else 0
+    trained = sum(int(m.get("parameters", 0)) for m in read_result(previous).get("methods", [])) if previous else 0
     more = trained * (8 + STATES.get(optimizer, 8))
-    with_them = f" and {size(round(more))} for what is trained" if more else ", more for what is trained"
+    with_them = f" and {size(round(more))} for the trained parameters" if more else ", plus the trained parameters"
     base_has = f"{size(4 * values)} for the base model ({values / 1e6:,.1f} million parameters)"
     return f"Memory: about {base_has}{with_them}, plus activations."
 
 
 def parameters(base: str) -> int:
-    """Values in the files of a base that is a folder here; 0 for one on the hub."""
+    """Number of parameters of a base model in a local folder; 0 for one on the Hub."""
     folder = find(base)
     if not isinstance(folder, Path):
         return 0
     files = [path for path in folder.glob("*/*.safetensors") if ".fp16." not in path.name]
-    return sum(map(_values, files))
+    return sum(map(_count_parameters, files))
 
 
-def _values(path: Path) -> int:
+def _count_parameters(path: Path) -> int:
     total = 0
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (no mapping)

@@ -1,4 +1,4 @@
-"""What the page Teach shows of a run: its verdict, the way to Generate, the image grid, metrics and files."""
+"""Results on the page Train: verdict, link to Generate, image grid, metrics and files."""
 
 from __future__ import annotations
 
@@ -7,56 +7,56 @@ from typing import Any
 import gradio as gr
 
 from ...jobs import Job
-from ..shared.job_view import offered, picture, sheet_picture
-from ..shared.training_result import files, in_words
-from ..shared.verdict import read_result, verdict
+from ..shared.job_view import copy_for_download, grid_image, open_image
+from ..shared.training_result import result_files, summarize
+from ..shared.verdict import read_result, verdict_html
 
 KOHYA = 3
-"""Place of the button for other tools in what `parts` gives."""
+"""Index of the export button in `result_components`."""
 
 
-def shown_results(job: Job | None) -> list[Any]:
-    """The image grid, the metrics, the files, the button for other tools, the verdict and the way to Generate, of a job."""
-    there = files(job) if job else []
+def result_values(job: Job | None) -> list[Any]:
+    """Values of `result_components`: image grid, metrics, files, export button and file, verdict, and link to Generate."""
+    existing = result_files(job) if job else []
     result = read_result(job) if job else {}
-    sheet = picture(job.run / "before_after.png") if job else None
-    said = in_words(job) if job else ""
+    grid = open_image(job.run / "before_after.png") if job else None
+    summary = summarize(job) if job else ""
     return [
-        gr.Image(value=sheet, visible=sheet is not None),
-        gr.Markdown(said, visible=bool(said)),
-        gr.File(offered(there, job.title if job else "") or None, visible=bool(there)),
-        gr.Button(visible=bool(there)),
+        gr.Image(value=grid, visible=grid is not None),
+        gr.Markdown(summary, visible=bool(summary)),
+        gr.File(copy_for_download(existing, job.title if job else "") or None, visible=bool(existing)),
+        gr.Button(visible=bool(existing)),
         gr.File(None, visible=False),
-        gr.HTML(verdict(result), visible=bool(verdict(result))),
-        gr.Button(visible=bool(there)),
+        gr.HTML(verdict_html(result), visible=bool(verdict_html(result))),
+        gr.Button(visible=bool(existing)),
     ]
 
 
 def stamp(job: Job) -> Any:
-    """What the shown results depend on."""
-    return job.state, [path.stat().st_mtime_ns for path in files(job)]
+    """Cache key of the results."""
+    return job.state, [path.stat().st_mtime_ns for path in result_files(job)]
 
 
-def parts() -> list[Any]:
-    """Components in the order of `shown_results`; the verdict stands first."""
+def result_components() -> list[Any]:
+    """Components in the order of `result_values`; verdict and link are placed first."""
     first = [
-        gr.HTML(visible=False, elem_id="teach-verdict"),
-        gr.Button("Generate with it", variant="primary", visible=False, elem_id="teach-generate"),
+        gr.HTML(visible=False, elem_id="train-verdict"),
+        gr.Button("Generate with it", variant="primary", visible=False, elem_id="train-generate"),
     ]
     return [*_files(), *first]
 
 
 def _files() -> list[Any]:
     return [
-        sheet_picture("Before and after", elem_id="teach-sheet"),
-        gr.Markdown(visible=False, elem_id="teach-figures"),
-        gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="teach-files"),
-        gr.Button("Make a file for ComfyUI and A1111", visible=False, elem_id="teach-kohya"),
+        grid_image("Before and after", elem_id="train-sheet"),
+        gr.Markdown(visible=False, elem_id="train-figures"),
+        gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="train-files"),
+        gr.Button("Export for ComfyUI and A1111", visible=False, elem_id="train-kohya"),
         gr.File(
-            label="For ComfyUI and A1111: LoRA to models/loras, embedding to embeddings; its trigger is the file name",
+            label="For ComfyUI and A1111: copy the LoRA to models/loras, the embedding to embeddings (trigger: its file name)",
             file_count="multiple",
             interactive=False,
             visible=False,
-            elem_id="teach-kohya-file",
+            elem_id="train-kohya-file",
         ),
     ]

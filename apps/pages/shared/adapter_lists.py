@@ -1,4 +1,4 @@
-"""Lists of a visitor's adapters that know of a new one by themselves."""
+"""Lists of adapters that update automatically."""
 
 from __future__ import annotations
 
@@ -7,32 +7,37 @@ from typing import Any
 
 import gradio as gr
 
-from ...context import Studio, explained
+from ...context import Context, show_errors
 from ...workspace import Workspace
 from .events import QUIET
 
-SECONDS = 5.0
-"""Between two looks whether a job, another page or another tab has made an adapter."""
+INTERVAL = 5.0
+"""Seconds between checks for new adapters from jobs, other pages and other tabs."""
 
 
-def follow(
-    studio: Studio, parts: Sequence[Any], values: Callable[[Workspace, Any], Sequence[Any]], chosen: Any, every: float = SECONDS
+def refresh_on_change(
+    context: Context,
+    parts: Sequence[Any],
+    values: Callable[[Workspace, Any], Sequence[Any]],
+    chosen: Any,
+    interval: float = INTERVAL,
 ) -> None:
-    """Give `parts` new values when the page is opened and whenever the visitor's adapters have changed. Between
-    changes nothing is sent, so that a list that somebody has open stays as it is.
+    """Updates `parts` when the page is opened and whenever the user's adapters change.
+
+    Without a change nothing is sent, so that an open dropdown stays open.
 
     Args:
-        values: of the parts, for a workspace and the value of `chosen`, such as the list itself.
+        values: new values of the parts for a workspace and the value of `chosen`, such as the list itself.
     """
-    known = gr.State(list[str]())
+    known_names = gr.State(list[str]())
 
-    def news(request: gr.Request, name: Any, before: list[str] | None) -> list[Any]:
-        workspace = studio.workspace(request)
+    def refresh(request: gr.Request, name: Any, previous: list[str] | None) -> list[Any]:
+        workspace = context.workspace(request)
         names = [*workspace.all_adapters()]
-        return [gr.skip()] * (len(parts) + 1) if names == before else [*values(workspace, name), names]
+        return [gr.skip()] * (len(parts) + 1) if names == previous else [*values(workspace, name), names]
 
-    def first(request: gr.Request, name: Any) -> list[Any]:
-        return news(request, name, None)
+    def load(request: gr.Request, name: Any) -> list[Any]:
+        return refresh(request, name, None)
 
-    gr.on(None, explained(first), [chosen], [*parts, known], **QUIET)
-    gr.Timer(every).tick(explained(news), [chosen, known], [*parts, known], **QUIET)
+    gr.on(None, show_errors(load), [chosen], [*parts, known_names], **QUIET)
+    gr.Timer(interval).tick(show_errors(refresh), [chosen, known_names], [*parts, known_names], **QUIET)

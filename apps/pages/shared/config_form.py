@@ -1,4 +1,4 @@
-"""Forms made from the fields of a config class, as the command line's flags are, so that new methods appear by themselves."""
+"""Forms generated from config classes, as command-line flags are, so that new methods need no interface code."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ import gradio as gr
 from veneer.flags import add_flags, help_of, values
 from veneer.injection import OptionError
 
-from ...workspace import bounded, shown
+from ...workspace import check_text, printable
 
 Kind = Literal["choice", "check", "text"]
-USUAL = "usual"
-"""The choice of what is usual."""
+DEFAULT = "default"
+"""Dropdown choice that keeps the default."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a config class, as a form asks for it.
+    """A form field for a field of a config class.
 
     Args:
-        name: of the field. `help`: its sentence. `kind`: a list of `choices`, a box to check, or words to type.
-        several: it takes more than one word, or `key=value` words. `default`: what is taken if nothing is given.
+        name: of the field. `help`: from its docstring. `kind`: dropdown of `choices`, checkbox or text box.
+        multiple: accepts several values, or `key=value` pairs. `default`: of the config class.
     """
 
     name: str
     help: str
     kind: Kind
     choices: tuple[str, ...]
-    several: bool
+    multiple: bool
     default: Any
 
     @property
     def label(self) -> str:
-        """Its name for people."""
+        """Name shown on the page."""
         return self.name.replace("_", " ")
 
 
-def fields_of(config: Any, only: Sequence[str] | None = None, skip: Sequence[str] = ()) -> list[Field]:
-    """The fields of a config class.
+def fields_of(config: Any, include: Sequence[str] | None = None, skip: Sequence[str] = ()) -> list[Field]:
+    """Form fields of a config class.
 
     Args:
-        config: a dataclass. `only`: these, in this order; None for all but `skip`.
+        config: a dataclass. `include`: names in order; None for all except `skip`.
     """
-    hints, said = typing.get_type_hints(config), help_of(config)
-    found = {f.name: _field(f, hints[f.name], said.get(f.name, "")) for f in dataclasses.fields(config)}
-    names = [name for name in found if name not in skip] if only is None else only
+    hints, texts = typing.get_type_hints(config), help_of(config)
+    found = {f.name: _field(f, hints[f.name], texts.get(f.name, "")) for f in dataclasses.fields(config)}
+    names = [name for name in found if name not in skip] if include is None else include
     return [found[name] for name in names]
 
 
-def _field(field: dataclasses.Field[Any], hint: Any, said: str) -> Field:
+def _field(field: dataclasses.Field[Any], hint: Any, texts: str) -> Field:
     options = list(_options(hint))
     literal = next((o for o in options if typing.get_origin(o) is Literal), None)
-    several = any(_holds(o) for o in options)
+    multiple = any(_is_collection(o) for o in options)
     kind: Kind = "choice" if literal else "check" if bool in options else "text"
     default = None if field.default is dataclasses.MISSING else field.default
-    said = re.sub(r"\bNone\b", "empty", said)  # as it is typed here
-    return Field(field.name, said, kind, tuple(map(str, typing.get_args(literal))) if literal else (), several, default)
+    texts = re.sub(r"\bNone\b", "empty", texts)  # an empty field means None
+    return Field(field.name, texts, kind, tuple(map(str, typing.get_args(literal))) if literal else (), multiple, default)
 
 
 def _options(hint: Any) -> Iterator[Any]:
@@ -74,36 +74,36 @@ def _options(hint: Any) -> Iterator[Any]:
             yield option
 
 
-def _holds(option: Any) -> bool:
+def _is_collection(option: Any) -> bool:
     origin = typing.get_origin(option)
     return origin is tuple or (isinstance(origin, type) and issubclass(origin, Mapping))
 
 
-def words_of(config: Any, fields: Sequence[Field], given: Sequence[Any], prefix: str = "") -> list[str]:
-    """The flags of a command for what a form's parts hold; nothing for what was left as usual.
+def flags_of(config: Any, fields: Sequence[Field], entries: Sequence[Any], prefix: str = "") -> list[str]:
+    """Command-line flags for the values of a form; defaults are left out.
 
     Args:
-        given: one value a field: a text, a choice or a truth. `prefix`: such as `lora`, for flags of a method.
+        entries: one value per field: a text, a choice or a bool. `prefix`: such as `lora`, for options of a method.
     Raises:
-        VeneerError: a value that the command would not take.
+        VeneerError: a value that the command would reject.
     """
-    found = [word for field, value in zip(fields, given, strict=True) for word in _words(field, value, prefix)]
+    found = [word for field, value in zip(fields, entries, strict=True) for word in _flags(field, value, prefix)]
     _read(config, found, prefix)
     return found
 
 
-def _words(field: Field, value: Any, prefix: str) -> list[str]:
+def _flags(field: Field, value: Any, prefix: str) -> list[str]:
     name = ((f"{prefix}." if prefix else "") + field.name).replace("_", "-")
     if field.kind == "check":
         return [] if value is None or bool(value) == bool(field.default) else [f"--{'' if value else 'no-'}{name}"]
-    text = bounded("" if value is None else str(value), field.label)
-    if text in ("", USUAL):
+    text = check_text("" if value is None else str(value), field.label)
+    if text in ("", DEFAULT):
         return []
-    if not field.several:
+    if not field.multiple:
         return [f"--{name}={text}"]
     parts = text.replace(",", " ").split()
     if any(part.startswith("-") and not _number(part) for part in parts):
-        message = f"{field.label}: {shown(text)!r} begins with '-'; expected words or numbers."
+        message = f"{field.label}: {printable(text)!r} begins with '-'; expected names or numbers."
         raise OptionError(message, option=field.name, given=text)
     return [f"--{name}", *parts]
 
@@ -126,32 +126,32 @@ class _Reader(argparse.ArgumentParser):
         raise OptionError(message, option=name.replace("-", "_"), given=value.strip("'"))
 
 
-def _read(config: Any, words: Sequence[str], prefix: str) -> dict[str, Any]:
-    """What a command makes of its words."""
+def _read(config: Any, flags: Sequence[str], prefix: str) -> dict[str, Any]:
+    """Parses flags as the command does."""
     reader = _Reader(add_help=False, allow_abbrev=False)
     add_flags(reader, config, prefix=prefix)
-    return values(config, vars(reader.parse_args(list(words))), prefix)
+    return values(config, vars(reader.parse_args(list(flags))), prefix)
 
 
-def part_of(field: Field, value: Any = None, **more: Any) -> Any:
-    """A component that asks for a field; `value` is what is usual here, if that is not the default."""
-    return _makes(field.kind)(**_told(field, value), **more)
+def component_of(field: Field, value: Any = None, **more: Any) -> Any:
+    """Component for a field; `value` replaces the default of the config class."""
+    return _component(field.kind)(**_properties(field, value), **more)
 
 
-def _makes(kind: Kind) -> Any:
+def _component(kind: Kind) -> Any:
     return {"choice": gr.Dropdown, "check": gr.Checkbox, "text": gr.Textbox}[kind]
 
 
-def _told(field: Field, value: Any = None) -> dict[str, Any]:
-    """What a component shows of a field."""
-    usual = field.default if value is None else value
-    told: dict[str, Any] = {"label": field.label, "info": field.help, "visible": True}
+def _properties(field: Field, value: Any = None) -> dict[str, Any]:
+    """Properties of the component for a field."""
+    default = field.default if value is None else value
+    properties: dict[str, Any] = {"label": field.label, "info": field.help, "visible": True}
     if field.kind == "check":
-        return {**told, "value": bool(usual)}
+        return {**properties, "value": bool(default)}
     if field.kind == "choice":
-        choices = {"choices": [USUAL, *field.choices], "value": USUAL if usual is None else str(usual)}
-        return {**told, **choices, "allow_custom_value": True}
-    return {**told, "value": _text(value), "placeholder": _text(field.default) or USUAL}
+        choices = {"choices": [DEFAULT, *field.choices], "value": DEFAULT if default is None else str(default)}
+        return {**properties, **choices, "allow_custom_value": True}
+    return {**properties, "value": _text(value), "placeholder": _text(field.default) or DEFAULT}
 
 
 def _text(value: Any) -> str:
@@ -164,42 +164,46 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Slots:
-    """Parts of a form that are there before it is known of which class: enough of each kind for any of them."""
+    """Preallocated form components, enough of each kind for any of several config classes."""
 
     parts: tuple[tuple[Kind, Any], ...]
 
     @staticmethod
-    def build(forms: Sequence[Sequence[Field]], first: Sequence[Field] = (), usual: Mapping[str, Any] = {}) -> Slots:
-        """Parts, inside the page: as many of each kind as one of `forms` has; filled for `first` as by `fill`, or hidden."""
+    def build(forms: Sequence[Sequence[Field]], first: Sequence[Field] = (), defaults: Mapping[str, Any] = {}) -> Slots:
+        """Creates the components: the maximum per kind over `forms`, filled for `first` as by `fill`, the others hidden."""
         kinds: tuple[Kind, ...] = ("text", "choice", "check")
         counts = {kind: max((sum(f.kind == kind for f in form) for form in forms), default=0) for kind in kinds}
-        waiting = {kind: iter([field for field in first if field.kind == kind]) for kind in kinds}
-        fields = [(kind, next(waiting[kind], None)) for kind in kinds for _ in range(counts[kind])]
-        return Slots(tuple((kind, part_of(f, usual.get(f.name), min_width=220) if f else _hidden(kind)) for kind, f in fields))
+        unassigned = {kind: iter([field for field in first if field.kind == kind]) for kind in kinds}
+        fields = [(kind, next(unassigned[kind], None)) for kind in kinds for _ in range(counts[kind])]
+        return Slots(
+            tuple((kind, component_of(f, defaults.get(f.name), min_width=220) if f else _hidden(kind)) for kind, f in fields)
+        )
 
     @property
     def components(self) -> list[Any]:
-        """In the order of what `fill` gives and `given` takes."""
+        """Components in the order of `fill` and `entries`."""
         return [part for _, part in self.parts]
 
-    def fill(self, fields: Sequence[Field], usual: Mapping[str, Any]) -> list[Any]:
-        """The parts as a form for these fields; what is left over is hidden. `usual`: by name, where it is not the default."""
-        placed = self._placed(fields)
+    def fill(self, fields: Sequence[Field], defaults: Mapping[str, Any]) -> list[Any]:
+        """Updates that show these fields and hide the rest. `defaults`: by name, override those of the config class."""
+        assigned = self._assign(fields)
         return [
-            _makes(kind)(**_told(placed[i], usual.get(placed[i].name))) if i in placed else _makes(kind)(visible=False)
+            _component(kind)(**_properties(assigned[i], defaults.get(assigned[i].name)))
+            if i in assigned
+            else _component(kind)(visible=False)
             for i, (kind, _) in enumerate(self.parts)
         ]
 
-    def given(self, fields: Sequence[Field], values: Sequence[Any]) -> list[Any]:
-        """The values of the parts, one a field."""
-        place = {field.name: i for i, field in self._placed(fields).items()}
-        return [values[place[field.name]] for field in fields]
+    def entries(self, fields: Sequence[Field], values: Sequence[Any]) -> list[Any]:
+        """Values of the components, one per field."""
+        index = {field.name: i for i, field in self._assign(fields).items()}
+        return [values[index[field.name]] for field in fields]
 
-    def _placed(self, fields: Sequence[Field]) -> dict[int, Field]:
-        free = {kind: iter([i for i, (k, _) in enumerate(self.parts) if k == kind]) for kind in ("text", "choice", "check")}
-        return {next(free[field.kind]): field for field in fields}
+    def _assign(self, fields: Sequence[Field]) -> dict[int, Field]:
+        unused = {kind: iter([i for i, (k, _) in enumerate(self.parts) if k == kind]) for kind in ("text", "choice", "check")}
+        return {next(unused[field.kind]): field for field in fields}
 
 
 def _hidden(kind: Kind) -> Any:
     more: dict[str, Any] = {"choices": [], "allow_custom_value": True} if kind == "choice" else {}
-    return _makes(kind)(label="option", visible=False, min_width=220, **more)
+    return _component(kind)(label="option", visible=False, min_width=220, **more)

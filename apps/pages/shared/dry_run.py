@@ -1,4 +1,4 @@
-"""A look at a run before it starts, by the command's own check in a process of its own."""
+"""Check of a run before it starts: `veneer personalize --check` in a subprocess."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ from veneer.injection import VeneerError
 
 from ...limits import LIMITS
 from ...workspace import Workspace
-from ..personalize.request import Asked, words
-from .photo_upload import Rows, lay_down
+from ..personalize.request import PersonalizeRequest, command
+from .photo_upload import Rows, save_photos
 
 COMMAND = (sys.executable, "-c", "from veneer_command import console; console()")
 
 
-def checked(workspace: Workspace, paths: Sequence[str] | None, captions: Rows, asked: Asked) -> str:
-    """What `veneer personalize --dry-run` says of the photos, of memory and time by a step that it tries, and its concerns.
+def dry_run(workspace: Workspace, paths: Sequence[str] | None, captions: Rows, request: PersonalizeRequest) -> str:
+    """Report of `veneer personalize --check`: photos, memory and time measured in one training step, and warnings.
 
     Raises:
-        VeneerError: what the run would refuse, or the check takes longer than `LIMITS.check_seconds`.
+        VeneerError: the run would fail, or the check takes longer than `LIMITS.check_seconds`.
     """
-    words(asked, workspace.given)  # refuse before anything is written
-    folder = lay_down(workspace, paths or [], captions)
+    command(request, workspace.datasets)  # validates before anything is written
+    folder = save_photos(workspace, paths or [], captions)
     with tempfile.TemporaryDirectory() as out:
-        told = [*COMMAND, *words(asked, folder), "--dry-run", f"--out={Path(out) / 'run'}"]
+        command_line = [*COMMAND, *command(request, folder), "--check", f"--out={Path(out) / 'run'}"]
         try:
-            done = subprocess.run(told, capture_output=True, text=True, timeout=LIMITS.check_seconds, stdin=subprocess.DEVNULL)
+            done = subprocess.run(
+                command_line, capture_output=True, text=True, timeout=LIMITS.check_seconds, stdin=subprocess.DEVNULL
+            )
         except subprocess.TimeoutExpired as error:
             raise VeneerError(
-                f"the check took more than {LIMITS.check_seconds} seconds; start the run to see how it goes.",
+                f"the check took more than {LIMITS.check_seconds} seconds; start the run instead.",
                 where="check_seconds",
                 expected=LIMITS.check_seconds,
             ) from error
         finally:
             shutil.rmtree(folder)
-    said = done.stdout[done.stdout.find("\nphotos:") + 1 :].strip()
+    report = done.stdout[done.stdout.find("\nphotos:") + 1 :].strip()
     if done.returncode:
-        why = [line for line in done.stderr.splitlines() if line.startswith(("veneer: ", "- "))]
-        message = "\n".join(why).removeprefix("veneer: ").replace(f"{folder}/", "")
-        raise VeneerError(message or "the check failed without a word.", where="check", given=tuple(message.splitlines()))
-    return said
+        lines = [line for line in done.stderr.splitlines() if line.startswith(("veneer: ", "- "))]
+        message = "\n".join(lines).removeprefix("veneer: ").replace(f"{folder}/", "")
+        raise VeneerError(message or "the check failed without a message.", where="check", given=tuple(message.splitlines()))
+    return report

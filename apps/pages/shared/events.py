@@ -1,12 +1,12 @@
-"""How events of pages run."""
+"""Options of Gradio events."""
 
 from __future__ import annotations
 
 from typing import Any
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""Of events that only change fields."""
-DRAWS: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1, "api_visibility": "private"}
-"""Of events that draw: one after the other, over all visitors."""
+"""For events that only update fields."""
+GENERATION: dict[str, Any] = {"concurrency_id": "generate", "concurrency_limit": 1, "api_visibility": "private"}
+"""For events that generate images: one at a time over all users."""
 FILES: dict[str, Any] = {"concurrency_id": "files", "concurrency_limit": 1, "api_visibility": "private"}
-"""Of events that load a base for files: one at a time, and not in the way of pictures."""
+"""For events that load a base model to process files: one at a time, independent of image generation."""

@@ -1,4 +1,4 @@
-"""What is asked of the painter: checked, drawn part by part, written with its settings, and read back from a picture."""
+"""Image generation requests: validation, generation in batches, saving with settings, and reading settings back."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from veneer import base_models
 from veneer.injection import OptionError, VeneerError
 from veneer.training.report.previews import Preview, PreviewSettings, read_settings, save_preview
 
-from ...context import escaped
-from ...generator import Painter, Use
+from ...context import escape_markup
+from ...generator import AdapterUse, Generator
 from ...limits import LIMITS
-from ...uploads import picture
-from ...workspace import Workspace, bounded, shown
+from ...uploads import load_image
+from ...workspace import Workspace, check_text, printable
 
-PART = 4
-"""Pictures that are drawn at once, and then shown."""
-STRONGEST = 2.0
-Shown = tuple[str, str]
-"""A picture's file and what stands below it."""
+BATCH_SIZE = 4
+"""Images generated per batch; each batch is shown when it is done."""
+MAX_STRENGTH = 2.0
+GalleryItem = tuple[str, str]
+"""Image file and caption."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is to be drawn, within the limits.
+class GenerationRequest:
+    """A validated generation request.
 
     Args:
-        size: (height, width) in pixels; None for the base's own. `count`: pictures; seeds count up from `seed`.
+        size: (height, width) in pixels; None for the native resolution. `count`: images; seeds count up from `seed`.
     """
 
     base: str
@@ -45,47 +45,47 @@ class Wish:
     count: int = 1
 
     def settings(self, seeds: Sequence[int]) -> PreviewSettings:
-        """For some of its pictures."""
-        return PreviewSettings(tuple(seeds), self.steps, self.guidance, self.negative, self.size, PART)
+        """Sampling settings for some of the seeds."""
+        return PreviewSettings(tuple(seeds), self.steps, self.guidance, self.negative, self.size, BATCH_SIZE)
 
-    def parts(self) -> list[PreviewSettings]:
-        """All its pictures, a few at a time."""
+    def batches(self) -> list[PreviewSettings]:
+        """Sampling settings of all images, in batches."""
         seeds = range(self.seed, self.seed + self.count)
-        return [self.settings(seeds[i : i + PART]) for i in range(0, len(seeds), PART)]
+        return [self.settings(seeds[i : i + BATCH_SIZE]) for i in range(0, len(seeds), BATCH_SIZE)]
 
 
-def wished(
+def parse_request(
     base: Any, prompt: Any, negative: Any, seed: Any, steps: Any, guidance: Any, width: Any, height: Any, count: Any
-) -> Wish:
-    """What a page was told, checked.
+) -> GenerationRequest:
+    """Validates the values of the form fields.
 
     Raises:
-        VeneerError: a value that is none, or beyond the limits.
+        VeneerError: a value is invalid or beyond the limits.
     """
-    words = bounded(str(prompt or ""), "prompt")
+    words = check_text(str(prompt or ""), "prompt")
     if not words:
-        raise OptionError("the prompt is empty. Write what to draw, or take an example.", option="prompt", given="")
+        raise OptionError("the prompt is empty. Write a prompt, or use an example.", option="prompt", given="")
     sides = [int(number(side or 0, name, 0, LIMITS.side)) for side, name in ((height, "height"), (width, "width"))]
     if (sides[0] == 0) != (sides[1] == 0):
-        message = "size: one side is given and one is 0; expected both, or 0 for both: the base's own size."
+        message = "size: one side is 0; expected two sides, or 0 for both (the native resolution)."
         raise OptionError(message, option="size", given=tuple(sides))
-    return Wish(
-        bounded(str(base or "bundled"), "base"),
+    return GenerationRequest(
+        check_text(str(base or "shipped"), "base"),
         words,
-        bounded(str(negative or ""), "negative prompt"),
+        check_text(str(negative or ""), "negative prompt"),
         int(number(seed, "seed", 0, 2**53)),
         int(number(steps, "steps", 1, LIMITS.steps)),
         number(guidance, "guidance", 0, 30),
         (sides[0], sides[1]) if sides[0] else None,
-        int(number(count, "number of pictures", 1, LIMITS.pictures)),
+        int(number(count, "number of images", 1, LIMITS.images)),
     )
 
 
 def number(value: Any, name: str, least: float, most: float) -> float:
-    """A number within bounds.
+    """Parses a number within bounds.
 
     Raises:
-        VeneerError: none, or beyond them.
+        VeneerError: not a number, or out of bounds.
     """
     if value is None or value == "":
         message = f"{name} is empty; expected a number from {_plain(least)} to {_plain(most)}."
@@ -95,104 +95,120 @@ def number(value: Any, name: str, least: float, most: float) -> float:
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not least <= found <= most:
-        message = f"{name} is {shown(str(value))}; expected a number from {_plain(least)} to {_plain(most)}."
+        message = f"{name} is {printable(str(value))}; expected a number from {_plain(least)} to {_plain(most)}."
         raise OptionError(message, option=name, given=value, expected=(least, most))
     return found
 
 
 def _plain(value: float) -> str:
-    """A bound without an exponent."""
+    """Formats a bound without an exponent."""
     return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
-def used(workspace: Workspace, names: Sequence[str], strengths: Sequence[Any]) -> dict[str, Use]:
-    """Adapters of a visitor by name, with strengths.
+def select_adapters(workspace: Workspace, names: Sequence[str], strengths: Sequence[Any]) -> dict[str, AdapterUse]:
+    """Adapters of a user by name, with strengths.
 
     Raises:
-        VeneerError: too many, one twice, one that this visitor does not have, or a strength beyond ±2.
+        VeneerError: too many, duplicate or unknown adapters, or a strength beyond ±2.
     """
     if len(names) > LIMITS.adapters:
-        message = f"{len(names)} adapters; expected at most {LIMITS.adapters}. Leave some out."
+        message = f"{len(names)} adapters; expected at most {LIMITS.adapters}. Remove some."
         raise OptionError(message, option="adapters", given=len(names), expected=LIMITS.adapters)
     if len(set(names)) != len(names):
-        message = "an adapter is there twice. Choose each once, and give it more strength."
+        message = "an adapter is selected twice. Select each once, and increase its strength instead."
         raise OptionError(message, option="adapters", given=tuple(names))
     found = {}
     for name, strength in zip(names, strengths, strict=False):
         file = workspace.adapter(str(name))
-        found[str(name)] = Use(file, number(strength, f"strength of {shown(str(name))}", -STRONGEST, STRONGEST))
+        found[str(name)] = AdapterUse(file, number(strength, f"strength of {printable(str(name))}", -MAX_STRENGTH, MAX_STRENGTH))
     return found
 
 
-def drawn(painter: Painter, wish: Wish, uses: Mapping[str, Use], bare: bool = False) -> Iterator[list[Preview]]:
-    """Pictures with these adapters, some at a time. `bare`: without them, and their own words replaced, from the same noise."""
+def generate_batches(
+    generator: Generator, generation: GenerationRequest, uses: Mapping[str, AdapterUse], without_adapters: bool = False
+) -> Iterator[list[Preview]]:
+    """Generates images in batches.
+
+    Args:
+        without_adapters: generate with the base model alone from the same noise; trained tokens are replaced in the prompt.
+    """
     words: dict[str, str] = {}
-    for use in uses.values() if bare else ():
+    for use in uses.values() if without_adapters else ():
         words |= taught_words(use.file)
-    for part in wish.parts():
-        yield painter.draw(wish.base, [wish.prompt], part, [] if bare else list(uses.values()), words)
+    for batch in generation.batches():
+        yield generator.generate(
+            generation.base, [generation.prompt], batch, [] if without_adapters else list(uses.values()), words
+        )
 
 
-def shortened(painter: Painter, wish: Wish, uses: Mapping[str, Use]) -> tuple[Wish, str]:
-    """A wish whose prompt the base's text encoders take whole, and a note in Markdown on the words that were left out."""
-    given, notes = {"prompt": wish.prompt, "negative": wish.negative}, []
+def truncate_prompts(
+    generator: Generator, generation: GenerationRequest, uses: Mapping[str, AdapterUse]
+) -> tuple[GenerationRequest, str]:
+    """Request with prompts truncated to the text encoders' limit, and a note in Markdown on the removed text."""
+    given, notes = {"prompt": generation.prompt, "negative": generation.negative}, []
     for name, text in given.items():
-        kept = painter.shorten(wish.base, text, list(uses.values())) if text else text
-        if kept != text:
+        truncated = generator.shorten(generation.base, text, list(uses.values())) if text else text
+        if truncated != text:
             what = "negative prompt" if name == "negative" else name
-            lost = escaped(text[len(kept) :].strip(" ,;:\n\t"))
-            notes.append(f"⚠ The {what} is longer than the text encoder of this base takes. Left out: “{lost}”.")
-            given[name] = kept
-    return replace(wish, prompt=given["prompt"], negative=given["negative"]), "\n\n".join(notes)
+            left_out = escape_markup(text[len(truncated) :].strip(" ,;:\n\t"))
+            notes.append(f"⚠ The {what} is longer than the text encoder of this base model supports. Left out: “{left_out}”.")
+            given[name] = truncated
+    return replace(generation, prompt=given["prompt"], negative=given["negative"]), "\n\n".join(notes)
 
 
-def written(folder: Path, preview: Preview, wish: Wish, uses: Mapping[str, Use], label: str, **more: Any) -> Shown:
-    """A picture as a file with its settings, and its caption."""
+def save_image(
+    folder: Path, preview: Preview, generation: GenerationRequest, uses: Mapping[str, AdapterUse], label: str, **more: Any
+) -> GalleryItem:
+    """Saves an image with its settings; returns the file and a caption."""
     adapters = [{"file": name, "scale": use.strength} for name, use in uses.items()]
-    facts = {"prompt": wish.prompt, "base": wish.base, "adapters": adapters, **more}
+    facts = {"prompt": generation.prompt, "base": generation.base, "adapters": adapters, **more}
     return str(save_preview(folder, preview, facts)), f"{label}, seed {preview.seed}" if label else f"seed {preview.seed}"
 
 
 def defaults(base: str) -> tuple[int, float, str, int]:
-    """Steps, guidance, negative prompt and side that suit a base; side 0 is its own.
+    """Default steps, guidance scale, negative prompt and side of a base model; side 0 is the native resolution.
 
     Raises:
-        VeneerError: no such base.
+        VeneerError: unknown base model.
     """
-    usual = base_models.preset(bounded(str(base or "bundled"), "base"))
-    return min(usual.steps, LIMITS.steps), usual.guidance_scale, usual.negative_prompt, usual.resolution or 0
+    preset = base_models.preset(check_text(str(base or "shipped"), "base"))
+    return min(preset.steps, LIMITS.steps), preset.guidance_scale, preset.negative_prompt, preset.resolution or 0
 
 
-def recalled(workspace: Workspace, path: str | Path | None) -> tuple[Wish, dict[str, float], list[str]]:
-    """The settings in a picture: what was asked, the adapters' strengths, and adapters that this visitor does not have.
+def read_request(workspace: Workspace, path: str | Path | None) -> tuple[GenerationRequest, dict[str, float], list[str]]:
+    """Reads the settings saved in an image: the request, adapter strengths, and adapters that the user does not have.
 
     Raises:
-        VeneerError: no picture within the limits, one without settings, or with settings that are none.
+        VeneerError: not an image within the limits, or one without valid settings.
     """
     if not path:
-        message = "no picture is chosen. Click on one, or drop a PNG that was drawn here."
+        message = "no image is selected. Click on one, or upload a PNG that was generated here."
         raise OptionError(message, option="picture", given=None)
-    picture(path)  # within the limits
+    load_image(path)  # checks the limits
     try:
-        told: Any = read_settings(path)
+        settings: Any = read_settings(path)
     except VeneerError as error:
-        name = shown(Path(path).name)
-        message = f"{name}: no settings found; expected a PNG that was drawn here, as it was downloaded."
+        name = printable(Path(path).name)
+        message = f"{name}: no settings found; expected an unmodified PNG that was generated here."
         raise VeneerError(message, file=name, where="settings", given=None) from error
-    if not isinstance(told, dict):
-        name = shown(Path(path).name)
-        raise VeneerError(f"{name}: its settings are not those of a picture.", file=name, where="settings", given=told)
-    size = told.get("size")
+    if not isinstance(settings, dict):
+        name = printable(Path(path).name)
+        raise VeneerError(
+            f"{name}: its settings are not those of a generated image.", file=name, where="settings", given=settings
+        )
+    size = settings.get("size")
     height, width = size if isinstance(size, list) and len(size) == 2 else (0, 0)
-    texts = (told.get(name) for name in ("base", "prompt", "negative"))
+    texts = (settings.get(name) for name in ("base", "prompt", "negative"))
     base, prompt, negative = (text if isinstance(text, str) else "" for text in texts)
-    wish = wished(base, prompt, negative, told.get("seed"), told.get("steps"), told.get("guidance"), width, height, 1)
-    known, there, missing = workspace.all_adapters(), dict[str, float](), list[str]()
-    listed = told.get("adapters")
+    generation = parse_request(
+        base, prompt, negative, settings.get("seed"), settings.get("steps"), settings.get("guidance"), width, height, 1
+    )
+    known, strengths, missing = workspace.all_adapters(), dict[str, float](), list[str]()
+    listed = settings.get("adapters")
     for each in listed[: LIMITS.adapters] if isinstance(listed, list) else ():
         file = each.get("file") if isinstance(each, dict) else None
         if isinstance(file, str) and file in known:
-            there[file] = number(each.get("scale"), "strength", -STRONGEST, STRONGEST)
+            strengths[file] = number(each.get("scale"), "strength", -MAX_STRENGTH, MAX_STRENGTH)
         else:
-            missing.append(shown(str(file)))
-    return wish, there, missing
+            missing.append(printable(str(file)))
+    return generation, strengths, missing

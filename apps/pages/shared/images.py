@@ -1,4 +1,4 @@
-"""Pictures that visitors bring or draw, and files of pictures that they get."""
+"""Image components: uploads, sketches, galleries, and temporary folders of generated images."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from veneer.injection import OptionError, VeneerError
 from veneer.training.data.image_io import decode
 
 from ...limits import LIMITS
-from ...uploads import photo_limits, picture
+from ...uploads import load_image, photo_limits
 
-PREFIX = "veneer-pictures-"
-KEPT_SECONDS = 3600
-"""How long a folder of pictures is kept here; what is shown lies in Gradio's cache by then."""
+PREFIX = "veneer-images-"
+LIFETIME_SECONDS = 3600
+"""How long a folder of images is kept; Gradio's cache has its own copies of displayed images."""
 CANVAS = 384
-"""Side of the sheet that is drawn on, in pixels; it fits a phone."""
+"""Side of the sketch canvas in pixels; it fits a phone."""
 
 
-def photo(label: str, **options: Any) -> gr.Image:
-    """A place for a photo, which nobody opens before `seen`. Its handlers get a path; send it values, never a new component."""
+def photo_input(label: str, **options: Any) -> gr.Image:
+    """Photo upload whose handlers get a path, decoded by `load_photo` only. Update it with values, never with a new component."""
     part = gr.Image(label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], **options)
     part.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
     return part
 
 
 def gallery(label: str, columns: int, **options: Any) -> gr.Gallery:
-    """Pictures that are seen whole, as many as there are."""
+    """Gallery that shows all images uncropped."""
     kept: dict[str, Any] = {"format": "png", "object_fit": "contain", "height": "auto", "elem_classes": "gallery"}
     return gr.Gallery(label=label, columns=columns, interactive=False, **kept, **options)
 
 
 def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
-    """A sheet to draw on. Its handlers get bytes or a path for `sketched`; send it values, never a new component."""
+    """Sketch canvas whose handlers get bytes or a path for `load_sketch`. Update it with values, never with a new component."""
     pens: list[Any] = ["#000000", "#e53935", "#fdd835", "#43a047", "#1e88e5", "#8e24aa", "#6d4c41", "#ffffff"]
     part = gr.ImageEditor(
         label=label, type="filepath", sources=(), transforms=(), layers=False, canvas_size=(CANVAS, CANVAS), fixed_canvas=True,
@@ -48,7 +48,7 @@ def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
     )  # fmt: skip
 
     def whole(payload: Any) -> bytes | str | None:
-        """What was drawn, all layers together, as it was sent."""
+        """Composite of all layers, as uploaded."""
         if payload is None:
             return None
         sent = part.blob_storage.pop(payload.id, None) if payload.id is not None else payload
@@ -60,26 +60,26 @@ def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
     return part
 
 
-def seen(path: str | Path | None) -> Image.Image:
-    """A photo of a visitor, upright and RGB.
+def load_photo(path: str | Path | None) -> Image.Image:
+    """Decodes an uploaded photo, upright and RGB.
 
     Raises:
-        VeneerError: none was given. PhotoError: it is no picture within the limits.
+        VeneerError: no photo was uploaded. PhotoError: not an image within the limits.
     """
     if not path:
-        raise OptionError("there is no picture yet. Drop one, or choose a file.", option="picture", given=None)
-    return picture(path).rgb
+        raise OptionError("no image was uploaded. Drop one, or choose a file.", option="picture", given=None)
+    return load_image(path).rgb
 
 
-def sketched(given: bytes | str | None) -> Image.Image:
-    """A sketch of a visitor on white.
+def load_sketch(sketch: bytes | str | None) -> Image.Image:
+    """Decodes a sketch on a white background.
 
     Raises:
-        VeneerError: none was given. PhotoError: it is no picture, or larger than a sheet can be.
+        VeneerError: the sketch is empty. PhotoError: not an image, or larger than the canvas can be.
     """
-    if not given:
+    if not sketch:
         raise VeneerError("the sketch is empty. Draw some lines first.", where="sketch", given="empty")
-    data = given if isinstance(given, (bytes, bytearray)) else _short(Path(given))
+    data = sketch if isinstance(sketch, (bytes, bytearray)) else _read_bounded(Path(sketch))
     bounds = replace(photo_limits(), max_pixels=LIMITS.side**2 * 4, max_bytes=LIMITS.photo_bytes)
     try:
         return decode(bytes(data), "the sketch", bounds, remarks=False).rgb
@@ -89,20 +89,20 @@ def sketched(given: bytes | str | None) -> Image.Image:
         raise
 
 
-def _short(path: Path) -> bytes:
+def _read_bounded(path: Path) -> bytes:
     with path.open("rb") as file:
         data = file.read(LIMITS.photo_bytes + 1)
     if len(data) > LIMITS.photo_bytes:
-        message = f"the sketch has more than {LIMITS.photo_bytes:,} bytes. Draw it anew."
+        message = f"the sketch has more than {LIMITS.photo_bytes:,} bytes. Draw it again."
         raise VeneerError(message, where="photo_bytes", expected=LIMITS.photo_bytes)
     return data
 
 
 def new_folder() -> Path:
-    """A folder for pictures of one request. Those of an hour ago are deleted."""
+    """Creates a folder for the images of one request, and deletes expired ones."""
     for old in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
-            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+            if time.time() - old.stat().st_mtime > LIFETIME_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
         except OSError:
             continue  # another request has deleted it

@@ -1,7 +1,7 @@
-"""A job on a page: which one, how it goes, and what can be done with it. Every page that starts jobs shows them by this.
+"""View of jobs: selection, state, progress and actions. Every page that starts jobs uses it.
 
-view = job_view(studio, "teach", Results(build, show))       # inside the page
-start.click(begin, inputs, view.choice)                      # `begin` returns shows(workspace, "teach", job)
+view = job_view(context, "train", Results(build, show))      # inside the page
+start.click(begin, inputs, view.choice)                      # `begin` returns select_job(workspace, "train", job)
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from PIL import Image
 
 from veneer.injection import StateError
 
-from ...context import Studio, explained
+from ...context import Context, show_errors
 from ...jobs import Job
-from ...workspace import Workspace, safe
-from .job_text import bar, curve, listed, told
+from ...workspace import Workspace, safe_name
+from .job_text import describe, job_choices, loss_curve, progress_bar
 
-SECONDS = 2.0
-"""Between two looks at a job."""
-SURE = """(name) => { if (!confirm("Delete this run and its files?")) throw new Error("kept"); return [name] }"""
+INTERVAL = 2.0
+"""Seconds between updates."""
+CONFIRM_DELETE = """(name) => { if (!confirm("Delete this run and its files?")) throw new Error("kept"); return [name] }"""
 ADAPTER = "adapter.safetensors"
 ENDED = ("stopped", "done", "failed")
 
@@ -36,12 +36,12 @@ def _state(job: Job) -> Any:
 
 @dataclass(frozen=True)
 class Results:
-    """What a page adds below a job of its kind.
+    """Result components of one kind of job.
 
     Args:
-        build: makes its components in their place, and gives those that `show` fills, in that order.
-        show: their new values for a job, or for None where none is chosen; as many as `build` gave. Values may be `gr.skip()`.
-        stamp: `show` is called anew only when this changes, such as the state (usual) or what lies in `run/`. Must be cheap.
+        build: creates the components and returns them in the order of `show`.
+        show: returns their new values for a job, or for None without a job. Values may be `gr.skip()`.
+        stamp: cheap cache key; `show` is called only when it changes (default: the state of the job).
     """
 
     build: Callable[[], Sequence[Any]]
@@ -49,16 +49,16 @@ class Results:
     stamp: Callable[[Job], Any] = _state
 
 
-NOTHING = Results(list, lambda job: [])
+NO_RESULTS = Results(list, lambda job: [])
 
 
 @dataclass(frozen=True)
 class JobView:
-    """The parts that a page may need.
+    """Components of the view that a page may need.
 
     Args:
-        choice: the list of jobs; its value is a job's name. A handler that starts a job returns `shows(...)` for it.
-        timer: ticks every `SECONDS`. `extra`: what `Results.build` gave.
+        choice: dropdown of jobs; its value is a job's name. A handler that starts a job returns `select_job(...)` for it.
+        timer: ticks every `INTERVAL` seconds. `extra`: the components of `Results.build`.
     """
 
     choice: gr.Dropdown
@@ -66,172 +66,174 @@ class JobView:
     extra: list[Any]
 
 
-def job_view(studio: Studio, kind: str, results: Results = NOTHING, empty: str = "Nothing here yet.") -> JobView:
-    """Jobs of a kind: a list that begins with the newest, so that a reload and a second tab find it, and the chosen one.
+def job_view(context: Context, kind: str, results: Results = NO_RESULTS, empty: str = "Nothing here yet.") -> JobView:
+    """Creates the view: a dropdown of all jobs of a kind, newest first, and the state of the selected one.
 
     Args:
-        kind: as given to `studio.begin`. `results`: what the page adds. `empty`: what to do while there are none.
+        kind: as passed to `Context.submit`. `results`: result components. `empty`: text shown without jobs.
     """
-    seen = gr.State(dict[str, Any]())
+    known = gr.State(dict[str, Any]())
     choice = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, visible=False, elem_id=f"{kind}-job")
     state = gr.Markdown(empty, elem_id=f"{kind}-state")
     progress = gr.HTML("", label="Progress", visible=False, elem_id=f"{kind}-progress")
     with gr.Row(elem_classes="acts"):
         small: dict[str, Any] = {"visible": False, "size": "sm", "scale": 0, "min_width": 140}
-        stop = gr.Button("Stop and keep", variant="stop", elem_id=f"{kind}-stop", **small)
-        on = gr.Button("Resume", variant="primary", elem_id=f"{kind}-on", **small)
+        stop = gr.Button("Stop and save", variant="stop", elem_id=f"{kind}-stop", **small)
+        resume = gr.Button("Resume", variant="primary", elem_id=f"{kind}-on", **small)
         delete = gr.Button("Delete", elem_id=f"{kind}-delete", **small)
     extra = list(results.build())
     with gr.Row():
-        preview = sheet_picture("Newest preview", elem_id=f"{kind}-preview")
+        preview = grid_image("Newest preview", elem_id=f"{kind}-preview")
         loss = gr.LinePlot(
             None, "step", "loss", label="Training loss, mean of 50 steps", visible=False, height=240, min_width=280, buttons=[],
             elem_id=f"{kind}-loss",
         )  # fmt: skip
-    with gr.Accordion("Log", open=False, visible=False) as said:
+    with gr.Accordion("Log", open=False, visible=False) as log_accordion:
         log = gr.Textbox(label="End of the log", lines=10, max_lines=20, interactive=False, elem_id=f"{kind}-log")
-    shown = [choice, state, progress, stop, on, delete, loss, preview, said, log, *extra, seen]
+    outputs = [choice, state, progress, stop, resume, delete, loss, preview, log_accordion, log, *extra, known]
 
     def newest(request: gr.Request) -> list[Any]:
-        return look(studio, studio.workspace(request), kind, None, {}, results, empty)
+        return refresh(context, context.workspace(request), kind, None, {}, results, empty)
 
-    def news(name: str | None, before: dict[str, Any], request: gr.Request) -> list[Any]:
-        return look(studio, studio.workspace(request), kind, name, before, results, empty)
+    def update(name: str | None, previous: dict[str, Any], request: gr.Request) -> list[Any]:
+        return refresh(context, context.workspace(request), kind, name, previous, results, empty)
 
-    def to_stop(name: str, before: dict[str, Any], request: gr.Request) -> list[Any]:
-        studio.workspace(request).job(name).stop()
-        return news(name, before, request)
+    def handle_stop(name: str, previous: dict[str, Any], request: gr.Request) -> list[Any]:
+        context.workspace(request).job(name).stop()
+        return update(name, previous, request)
 
-    def to_go_on(name: str, before: dict[str, Any], request: gr.Request) -> list[Any]:
-        go_on(studio.workspace(request), name)
-        return news(name, before, request)
+    def handle_resume(name: str, previous: dict[str, Any], request: gr.Request) -> list[Any]:
+        resume_job(context.workspace(request), name)
+        return update(name, previous, request)
 
-    def to_delete(name: str, request: gr.Request) -> list[Any]:
-        remove(studio.workspace(request), name)
+    def handle_delete(name: str, request: gr.Request) -> list[Any]:
+        delete_job(context.workspace(request), name)
         return newest(request)
 
-    quiet: dict[str, Any] = {"outputs": shown, "show_progress": "hidden", "queue": False, "api_visibility": "private"}
-    timer = gr.Timer(SECONDS)
-    gr.on(None, explained(newest), None, **quiet)
-    choice.change(explained(news), [choice, seen], **quiet)
-    timer.tick(explained(news), [choice, seen], **quiet)
-    stop.click(explained(to_stop), [choice, seen], **quiet)
-    on.click(explained(to_go_on), [choice, seen], **quiet)
-    delete.click(explained(to_delete), [choice], **quiet, js=SURE)
+    quiet: dict[str, Any] = {"outputs": outputs, "show_progress": "hidden", "queue": False, "api_visibility": "private"}
+    timer = gr.Timer(INTERVAL)
+    gr.on(None, show_errors(newest), None, **quiet)
+    choice.change(show_errors(update), [choice, known], **quiet)
+    timer.tick(show_errors(update), [choice, known], **quiet)
+    stop.click(show_errors(handle_stop), [choice, known], **quiet)
+    resume.click(show_errors(handle_resume), [choice, known], **quiet)
+    delete.click(show_errors(handle_delete), [choice], **quiet, js=CONFIRM_DELETE)
     return JobView(choice, timer, extra)
 
 
-def shows(workspace: Workspace, kind: str, job: Job) -> Any:
-    """The list with this job chosen: what a handler that started it returns for `JobView.choice`."""
-    return gr.Dropdown(choices=listed(of_kind(workspace, kind)), value=job.name, visible=True)
+def select_job(workspace: Workspace, kind: str, job: Job) -> Any:
+    """Update of `JobView.choice` that selects this job, for the handler that started it."""
+    return gr.Dropdown(choices=job_choices(of_kind(workspace, kind)), value=job.name, visible=True)
 
 
 def of_kind(workspace: Workspace, kind: str) -> list[Job]:
-    """Jobs of a page, the newest first."""
-    return [job for job in workspace.all_jobs() if job.about.get("kind") == kind]
+    """Jobs of a page, newest first."""
+    return [job for job in workspace.all_jobs() if job.kind == kind]
 
 
-def look(
-    studio: Studio, workspace: Workspace, kind: str, name: str | None, before: dict[str, Any], results: Results, empty: str
+def refresh(
+    context: Context, workspace: Workspace, kind: str, name: str | None, previous: dict[str, Any], results: Results, empty: str
 ) -> list[Any]:
-    """New values of the view's components, `gr.skip()` for what is as `before`; the last is what to compare with next time."""
+    """New values of the components, `gr.skip()` for unchanged ones; the last value is the state to compare with next time."""
     jobs = of_kind(workspace, kind)
     job = next((job for job in jobs if job.name == name), jobs[0] if jobs else None)
     now: dict[str, tuple[Any, Callable[[], Any]]] = {"choice": _choice(jobs, job)}
-    now |= _parts(studio, job, empty)
-    values = [make() if key not in before or before[key] != stamp else gr.skip() for key, (stamp, make) in now.items()]
+    now |= _parts(context, job, empty)
+    values = [create() if key not in previous or previous[key] != stamp else gr.skip() for key, (stamp, create) in now.items()]
     stamps = {key: stamp for key, (stamp, _) in now.items()}
     stamps["results"] = (job and job.name, job and results.stamp(job))
-    if before.get("results") != stamps["results"]:
+    if previous.get("results") != stamps["results"]:
         values += results.show(job)
     else:
-        values += [gr.skip()] * before.get("count", 0)
+        values += [gr.skip()] * previous.get("count", 0)
     stamps["count"] = len(values) - len(now)
-    return [*values, stamps if stamps != before else gr.skip()]
+    return [*values, stamps if stamps != previous else gr.skip()]
 
 
 def _choice(jobs: Sequence[Job], job: Job | None) -> tuple[Any, Callable[[], Any]]:
-    choices, name = listed(jobs), job.name if job else None
+    choices, name = job_choices(jobs), job.name if job else None
     return (choices, name), lambda: gr.Dropdown(choices=choices, value=name, visible=bool(jobs))
 
 
-def _parts(studio: Studio, job: Job | None, empty: str) -> dict[str, tuple[Any, Callable[[], Any]]]:
-    """Component to what it depends on, and how its new value is made; in the order of the view."""
+def _parts(context: Context, job: Job | None, empty: str) -> dict[str, tuple[Any, Callable[[], Any]]]:
+    """Component name to cache key and factory of its new value, in the order of the view."""
     steps = job.progress() if job else []
     state = job.state if job else ""
-    words = told(studio, job, steps) if job else empty
-    drawn = next(reversed(job.previews()), None) if job and state != "done" else None  # then there are results
+    words = describe(context, job, steps) if job else empty
+    preview_file = (
+        next(reversed(job.previews()), None) if job and state != "done" else None
+    )  # a finished job shows its results instead
     log = job.log() if job else ""
-    ends = state in ("waiting", "running") and job is not None and not (job.folder / "stop").exists()
+    stoppable = state in ("waiting", "running") and job is not None and not (job.folder / "stop").exists()
     last = (job and job.name, steps[-1].step if steps else 0)
-    line = bar(steps, job.phase() if job and state == "running" else None) if state != "done" else ""
+    line = progress_bar(steps, job.phase() if job and state == "running" else None) if state != "done" else ""
     return {
         "state": (words, lambda: words),
         "progress": (line, lambda: gr.HTML(line, visible=bool(line))),
-        "stop": (ends, lambda: gr.Button(visible=ends)),
+        "stop": (stoppable, lambda: gr.Button(visible=stoppable)),
         "on": (state in ("stopped", "failed"), lambda: gr.Button(visible=state in ("stopped", "failed"))),
         "delete": (state in ENDED, lambda: gr.Button(visible=state in ENDED)),
-        "loss": (last, lambda: gr.LinePlot(curve(steps), visible=len(steps) > 1)),
-        "preview": (str(drawn), lambda: gr.Image(value=picture(drawn), visible=drawn is not None)),
+        "loss": (last, lambda: gr.LinePlot(loss_curve(steps), visible=len(steps) > 1)),
+        "preview": (str(preview_file), lambda: gr.Image(value=open_image(preview_file), visible=preview_file is not None)),
         "said": (bool(log), lambda: gr.Accordion(visible=bool(log))),
         "log": (log, lambda: log),
     }
 
 
-def sheet_picture(label: str, **options: Any) -> gr.Image:
-    """A place for a sheet that a job has written, hidden while there is none."""
+def grid_image(label: str, **options: Any) -> gr.Image:
+    """Hidden image component for an image grid of a job."""
     return gr.Image(
         label=label, visible=False, interactive=False, format="png", buttons=["download", "fullscreen"], min_width=280,
         elem_classes="sheet", **options,
     )  # fmt: skip
 
 
-def picture(path: Path | None) -> Image.Image | None:
-    """A picture of the workspace, to be shown."""
+def open_image(path: Path | None) -> Image.Image | None:
+    """Opens an image of the workspace; None if it does not exist."""
     try:
         with Image.open(path or "") as image:
             return image.convert("RGB")
-    except OSError:  # not there, or not yet
+    except OSError:  # missing, or not written completely yet
         return None
 
 
-def offered(paths: Sequence[Path], title: str = "") -> list[str]:
-    """Copies of files of the workspace in a fresh folder, from where a page may give them.
+def copy_for_download(paths: Sequence[Path], title: str = "") -> list[str]:
+    """Copies files of the workspace to a new temporary folder that Gradio may serve.
 
     Args:
-        title: what `adapter.safetensors` is called then, as all jobs have a file of that name.
+        title: file name for `adapter.safetensors`, which has the same name in all jobs.
     """
-    there = [path for path in paths if path.exists()]
-    folder = Path(tempfile.mkdtemp(prefix="veneer-")) if there else Path()
-    names = [f"{safe(title)}.safetensors" if title and path.name == ADAPTER else path.name for path in there]
-    return [shutil.copyfile(path, folder / name).as_posix() for path, name in zip(there, names, strict=True)]
+    existing = [path for path in paths if path.exists()]
+    folder = Path(tempfile.mkdtemp(prefix="veneer-")) if existing else Path()
+    names = [f"{safe_name(title)}.safetensors" if title and path.name == ADAPTER else path.name for path in existing]
+    return [shutil.copyfile(path, folder / name).as_posix() for path, name in zip(existing, names, strict=True)]
 
 
-def go_on(workspace: Workspace, name: str) -> None:
-    """A job that was stopped or failed waits for its turn again.
+def resume_job(workspace: Workspace, name: str) -> None:
+    """Puts a stopped or failed job back into the queue.
 
     Raises:
-        VeneerError: there is no such job, it has not ended so, or too many wait.
+        VeneerError: unknown job, a job in another state, or too many queued jobs.
     """
     job = workspace.job(name)
     if job.state not in ("stopped", "failed"):
-        message = "only a job that was stopped or failed can go on."
+        message = "only a stopped or failed job can be resumed."
         raise StateError(message, where=name, given=job.state, expected=("stopped", "failed"))
-    workspace.check_room()
-    job.go_on()
+    workspace.check_queue()
+    job.resume()
 
 
-def remove(workspace: Workspace, name: str) -> None:
-    """Delete a job that has ended, and what it was given, if no other job was given the same.
+def delete_job(workspace: Workspace, name: str) -> None:
+    """Deletes a job that has ended, and its training data unless another job uses it.
 
     Raises:
-        VeneerError: there is no such job, or it waits or runs.
+        VeneerError: unknown job, or one that waits or runs.
     """
     job = workspace.job(name)
     if job.state not in ENDED:
-        raise StateError("it has not ended: stop it first.", where=name, given=job.state, expected=tuple(ENDED))
-    shared = {word for other in workspace.all_jobs() if other != job for word in other.about.get("words", [])}
-    for word in job.about.get("words", []):
-        if Path(word).resolve().parent == workspace.given.resolve() and word not in shared:
+        raise StateError("the job has not ended. Stop it first.", where=name, given=job.state, expected=tuple(ENDED))
+    shared = {word for other in workspace.all_jobs() if other != job for word in other.command}
+    for word in job.command:
+        if Path(word).resolve().parent == workspace.datasets.resolve() and word not in shared:
             shutil.rmtree(word, ignore_errors=True)
     shutil.rmtree(job.folder)

@@ -1,4 +1,4 @@
-"""Photos that a visitor brings to teach from: looked at, and laid down with their captions where a job finds them."""
+"""Uploaded training photos: inspection, and saving with captions for a job."""
 
 from __future__ import annotations
 
@@ -16,69 +16,69 @@ from veneer.training.data.captions import read_captions
 from veneer.training.data.image_io import DataWarning
 from veneer.training.data.photo_folder import find_photos
 
-from ...uploads import photo_limits, take_photos
-from ...workspace import Workspace, bounded
+from ...uploads import photo_limits, store_photos
+from ...workspace import Workspace, check_text
 
-THUMB = 256
+THUMBNAIL_SIDE = 256
 """Side of a thumbnail."""
 Rows = Sequence[Sequence[str]]
-"""A photo's name and its caption."""
+"""Rows of photo name and caption."""
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What was found in photos: names as they will be called, thumbnails, square crops, and what is wrong, in sentences."""
+class PhotoReport:
+    """Inspection of uploaded photos: final file names, thumbnails, square crops, and problems in sentences."""
 
     names: list[str]
-    thumbs: list[Image.Image]
+    thumbnails: list[Image.Image]
     crops: list[Image.Image]
-    wrong: list[str]
+    problems: list[str]
 
 
-def look_at(paths: Sequence[str], resolution: int) -> Looked:
-    """Decode photos in a guarded way, and say what is wrong with them: unreadable, the same twice, too small.
+def inspect_photos(paths: Sequence[str], resolution: int) -> PhotoReport:
+    """Decodes photos within the limits and reports problems: unreadable, duplicate or too small.
 
     Args:
-        resolution: side in pixels at which the base learns.
+        resolution: training resolution in pixels.
     Raises:
-        VeneerError: too many, or none that can be used.
+        VeneerError: too many photos, or no usable one.
     """
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "photos"
-        taken, refused = take_photos(paths, folder)
-        wrong = [*refused, *_concerns(folder, resolution)]
-        pictures = [_opened(path) for path in taken]
-    thumbs = [ImageOps.contain(picture, (THUMB, THUMB)) for picture in pictures]
-    crops = [ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS) for picture in pictures]
-    return Looked([path.name for path in taken], thumbs, crops, wrong)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "photos"
+        stored, rejected = store_photos(paths, folder)
+        problems = [*rejected, *_concerns(folder, resolution)]
+        images = [_open(path) for path in stored]
+    thumbnails = [ImageOps.contain(image, (THUMBNAIL_SIDE, THUMBNAIL_SIDE)) for image in images]
+    crops = [ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS) for image in images]
+    return PhotoReport([path.name for path in stored], thumbnails, crops, problems)
 
 
 def _concerns(folder: Path, resolution: int) -> list[str]:
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DataWarning)
         find_photos(folder, limits=photo_limits(), resolution=resolution)
-    return [str(each.message).replace(f"{folder}/", "").replace(str(folder), "the photos") for each in said]
+    return [str(each.message).replace(f"{folder}/", "").replace(str(folder), "the photos") for each in caught]
 
 
-def _opened(path: Path) -> Image.Image:
+def _open(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
-def lay_down(workspace: Workspace, paths: Sequence[str], captions: Rows) -> Path:
-    """Photos in a new folder of the workspace, each with its caption in a `.txt` beside it. Gives the folder.
+def save_photos(workspace: Workspace, paths: Sequence[str], captions: Rows) -> Path:
+    """Saves photos to a new folder of the workspace, each with its caption in a `.txt` file; returns the folder.
 
     Args:
-        captions: rows of a name, as in `Looked.names`, and words; others are passed over.
+        captions: rows of a name, as in `PhotoReport.names`, and a caption; rows of other names are ignored.
     Raises:
-        VeneerError: no usable photos, too many, a caption that is too long, or too many jobs that wait.
+        VeneerError: no usable photos, too many photos, a caption that is too long, or too many queued jobs.
     """
-    workspace.check_room()
-    words = {str(row[0]): bounded(str(row[1] or ""), f"caption of {row[0]}") for row in captions if len(row) > 1}
-    folder = workspace.new_given()
+    workspace.check_queue()
+    words = {str(row[0]): check_text(str(row[1] or ""), f"caption of {row[0]}") for row in captions if len(row) > 1}
+    folder = workspace.new_dataset()
     try:
-        taken, _ = take_photos(paths, folder)
-        for path in taken:
+        stored, _ = store_photos(paths, folder)
+        for path in stored:
             if caption := " ".join(words.get(path.name, "").split()):
                 path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     except BaseException:
@@ -87,8 +87,8 @@ def lay_down(workspace: Workspace, paths: Sequence[str], captions: Rows) -> Path
     return folder
 
 
-def example() -> tuple[list[str], list[str]]:
-    """The photos that the package carries, copied to where a page may show them, and their captions."""
+def example_photos() -> tuple[list[str], list[str]]:
+    """Copies of the bundled example photos that Gradio may serve, and their captions."""
     source = base_models.examples()
     paths = sorted(source.glob("*.png"))
     found = read_captions(source, paths)

@@ -1,4 +1,4 @@
-"""How long a job takes from its start to its files: by the visitor's last job like it, else by a reference machine."""
+"""Time estimates of jobs, from the user's last similar job or from a reference machine."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from dataclasses import dataclass
 from ...jobs import Job
 
 REFERENCE = "on two idle CPU cores"
-"""The machine of the numbers that hold before there is a job of one's own."""
+"""Reference machine of the estimates before the first job."""
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Seconds of the parts of a job.
+class Timing:
+    """Measured seconds of the parts of a job.
 
     Args:
-        step: of one image in one step. `rest`: of all that is no step: loading, previews and evaluation.
-        by: where the numbers come from, for people.
+        step: per image and training step. `rest`: everything else: loading, previews and evaluation.
+        source: origin of the measurement, shown to users.
     """
 
     step: float
     rest: float
-    by: str
+    source: str
 
-    def seconds(self, images: float, share: float = 1.0) -> float:
-        """Of a job that sees `images` (steps × batch), with `share` of the evaluation that `rest` holds."""
-        return self.step * images + self.rest * (1 + share) / 2  # about half of the rest grows with the evaluation
+    def seconds(self, images: float, eval_share: float = 1.0) -> float:
+        """Total seconds of a job that trains on `images` (steps × batch), with `eval_share` of the evaluation in `rest`."""
+        return self.step * images + self.rest * (1 + eval_share) / 2  # about half of the rest scales with the evaluation
 
 
-def pace_of(job: Job, batch: int, share: float = 1.0) -> Pace | None:
-    """Of a finished job whose steps had `batch` images, and that made `share` of an evaluation; None if it tells nothing."""
+def measure_timing(job: Job, batch: int, eval_share: float = 1.0) -> Timing | None:
+    """Timing of a finished job with `batch` images per step and `eval_share` of a full evaluation; None without data."""
     steps = job.progress()
     if not steps or not steps[-1].seconds:
         return None
-    whole = job.seconds
-    rest = max(0.0, whole - steps[-1].seconds) if whole else 0.3 * steps[-1].seconds
-    rest = rest * 2 / (1 + share)  # of a whole evaluation, see `Pace.seconds`
-    return Pace(steps[-1].seconds / steps[-1].steps / max(1, batch), rest, "going by your last run on this base")
+    total = job.seconds
+    rest = max(0.0, total - steps[-1].seconds) if total else 0.3 * steps[-1].seconds
+    rest = rest * 2 / (1 + eval_share)  # for a full evaluation, see `Timing.seconds`
+    return Timing(steps[-1].seconds / steps[-1].steps / max(1, batch), rest, "based on your last run with this base model")
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people, as coarse as an estimate is.
+    """Formats seconds with the precision of an estimate.
 
     >>> duration(20), duration(80), duration(1000), duration(8000)
     ('under a minute', 'about 1 min', 'about 17 min', 'about 2.2 h')

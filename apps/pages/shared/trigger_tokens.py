@@ -1,4 +1,4 @@
-"""Trigger tokens in a prompt, such as `<toy>`, whose adapter is not selected: without it the base reads letters."""
+"""Detection of trigger tokens in a prompt, such as `<toy>`, whose adapter is not selected."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from veneer.pipelines.generate import concept_of
 
 from veneer.injection import VeneerError
 
-from ...context import escaped
-from ...workspace import Workspace, shown
+from ...context import escape_markup
+from ...workspace import Workspace, printable
 
 TOKEN = re.compile(r"<[^<>\s]{1,60}>")
 
 
 @dataclass(frozen=True)
-class Missing:
-    """Tokens of a prompt that no selected adapter brings.
+class MissingTokens:
+    """Trigger tokens of a prompt that no selected adapter provides.
 
     Args:
-        known: token to the visitor's newest adapter that was trained on it. `unknown`: tokens that none was trained on.
+        known: token to the user's newest adapter trained on it. `unknown`: tokens without an adapter.
     """
 
     known: dict[str, str] = field(default_factory=dict)
@@ -30,35 +30,38 @@ class Missing:
 
     @property
     def adapters(self) -> list[str]:
-        """To be selected, each once."""
+        """Adapters to select, without duplicates."""
         return list(dict.fromkeys(self.known.values()))
 
-    def words(self) -> str:
-        """What is wrong, in Markdown; nothing if nothing is."""
+    def describe(self) -> str:
+        """Warnings in Markdown; empty without missing tokens."""
         found = [
-            f"**{escaped(t)}** belongs to the adapter **{escaped(shown(n))}**, which is not selected."
+            f"**{escape_markup(t)}** belongs to the adapter **{escape_markup(printable(n))}**, which is not selected."
             for t, n in self.known.items()
         ]
-        found += [f"None of your adapters was trained on **{escaped(t)}**: the base reads it as letters." for t in self.unknown]
+        found += [
+            f"None of your adapters was trained on **{escape_markup(t)}**: the base model does not know this token."
+            for t in self.unknown
+        ]
         return "\n\n".join(f"⚠ {line}" for line in found)
 
 
-def missing(workspace: Workspace, prompt: str, selected: Sequence[str], usable: Sequence[str]) -> Missing:
-    """What a prompt needs beside the selected adapters.
+def find_missing(workspace: Workspace, prompt: str, selected: Sequence[str], usable: Sequence[str]) -> MissingTokens:
+    """Finds trigger tokens of a prompt that the selected adapters do not provide.
 
     Args:
-        usable: names of the visitor's adapters to look among, the newest first.
+        usable: names of the user's adapters to search, newest first.
     """
     tokens = list(dict.fromkeys(TOKEN.findall(prompt)))
     if not tokens:
-        return Missing()
+        return MissingTokens()
     files = workspace.all_adapters()
     concepts = {name: _concept(files[name]) for name in dict.fromkeys([*selected, *usable]) if name in files}
-    here = {concepts.get(name) for name in selected}
-    absent = [token for token in tokens if token not in here]
+    selected_concepts = {concepts.get(name) for name in selected}
+    absent = [token for token in tokens if token not in selected_concepts]
     known = {t: next(name for name in usable if concepts.get(name) == t) for t in absent if t in concepts.values()}
-    says_nothing = None in here  # a file of another program may bring any token
-    return Missing(known, () if says_nothing else tuple(t for t in absent if t not in known))
+    says_nothing = None in selected_concepts  # a file from another program may provide any token
+    return MissingTokens(known, () if says_nothing else tuple(t for t in absent if t not in known))
 
 
 def _concept(file: Any) -> str | None:

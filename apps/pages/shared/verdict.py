@@ -1,4 +1,4 @@
-"""What a run came to: its verdict in words, from `result.json`."""
+"""Verdict of a run from `result.json`, as text and HTML."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from ...jobs import Job
 
 OUTCOMES = {
     "learned": ("Learned", "good"), "partly": ("Partly learned", "fair"), "not_learned": ("Not learned", "bad"),
-    "overfitted": ("Overfitted", "bad"), "unknown": ("Not judged", ""),
+    "overfitted": ("Overfitted", "bad"), "unknown": ("No verdict", ""),
 }  # fmt: skip
-"""Outcome of a verdict to its words, and how it looks."""
+"""Outcome of a verdict to its label and CSS class."""
 
 
-def failed(result: Mapping[str, Any]) -> str:
-    """In words, that a run which came to its end did not learn all that it should; nothing if it did, or nobody judged."""
-    told = result.get("verdict")
-    outcome = told.get("outcome") if isinstance(told, dict) else None
+def shortfall(result: Mapping[str, Any]) -> str:
+    """Label of an unsuccessful verdict; empty if the run succeeded or has no verdict."""
+    found = result.get("verdict")
+    outcome = found.get("outcome") if isinstance(found, dict) else None
     return OUTCOMES[outcome][0].lower() if outcome in ("partly", "not_learned", "overfitted") else ""
 
 
-def verdict(result: Mapping[str, Any]) -> str:
-    """What a run came to, in HTML: the verdict first, then its reasons and what to change; nothing if there is none."""
-    told = result.get("verdict")
-    if not isinstance(told, dict):
+def verdict_html(result: Mapping[str, Any]) -> str:
+    """Verdict in HTML: outcome, reasons and advice; empty without a verdict."""
+    found = result.get("verdict")
+    if not isinstance(found, dict):
         return ""
-    words, kind = OUTCOMES.get(str(told.get("outcome")), OUTCOMES["unknown"])
-    parts = [f"<h3>{words}</h3>", f"<p>{escape(str(told.get('summary') or ''))}</p>"]
+    words, kind = OUTCOMES.get(str(found.get("outcome")), OUTCOMES["unknown"])
+    parts = [f"<h3>{words}</h3>", f"<p>{escape(str(found.get('summary') or ''))}</p>"]
     for name, title in (("reasons", "Why"), ("advice", "What to change")):
-        lines = told.get(name)
-        items = "".join(f"<li>{escape(_fields(str(line)))}</li>" for line in lines) if isinstance(lines, list) else ""
+        lines = found.get(name)
+        items = "".join(f"<li>{escape(_replace_flags(str(line)))}</li>" for line in lines) if isinstance(lines, list) else ""
         parts.append(f"<h4>{title}</h4><ul>{items}</ul>" if items else "")
     return f'<section class="verdict {kind}" role="status">{"".join(parts)}</section>'
 
 
-NAMES = {"generated-images": "images that the base generates"}
-"""Flag to its field on a page, where that is called otherwise."""
+FIELD_NAMES = {"drawn": "images that the base generates"}
+"""Flag to the label of its field on a page, if different."""
 
 
-def _fields(line: str) -> str:
-    """A sentence with the names of fields in the place of the command's flags: `--eval-seeds 3` is `eval seeds = 3`."""
+def _replace_flags(line: str) -> str:
+    """Replaces flags in a sentence by labels of form fields: `--eval-seeds 3` becomes `eval seeds = 3`."""
 
-    def named(found: re.Match[str]) -> str:
-        return NAMES.get(found[1], found[1].replace("-", " ")) + (" = " if found[2] else "")
+    def field_name(found: re.Match[str]) -> str:
+        return FIELD_NAMES.get(found[1], found[1].replace("-", " ")) + (" = " if found[2] else "")
 
-    return re.sub(r"--([a-z][a-z-]*)( (?=[^\s-]))?", named, line)
+    return re.sub(r"--([a-z][a-z-]*)( (?=[^\s-]))?", field_name, line)
 
 
 def read_result(job: Job) -> dict[str, Any]:
-    """What `result.json` says; nothing while there is none."""
+    """Content of `result.json`; empty if missing or invalid."""
     try:
         found = json.loads((job.run / "result.json").read_text())
     except (OSError, ValueError):
