@@ -1,1 +1,5 @@
 """The web app: a Gradio interface over the commands of the package."""
+
+from veneer.extras import require
+
+require("gradio")

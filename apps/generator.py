@@ -195,4 +195,4 @@ def _condition(pipe: Any, use: AdapterUse, attachment: Attachment) -> contextlib
     if use.conditioning is None:
         message = f"{attachment.name!r} ({attachment.method.name}) needs a conditioning image; use it on the page Control."
         raise ConditionError(message, where=attachment.name)
-    return attachment.given(**use.conditioning(pipe, attachment), start=use.start, end=use.end, pipeline=pipe)
+    return attachment.condition(**use.conditioning(pipe, attachment), start=use.start, end=use.end, pipeline=pipe)

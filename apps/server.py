@@ -38,16 +38,16 @@ STYLE, HEAD = (Path(__file__).with_name(name) for name in ("style.css", "head.ht
 
 @dataclass(frozen=True)
 class AppConfig:
-    """Configuration of `veneer app`.
+    """Configuration of `veneer app` and its defaults.
 
     Args:
-        host: address to listen on; addresses other than loopback need `auth`.
-        port: port to listen on; 0 selects a free port.
-        auth: logins as NAME:PASSWORD, or a file with one such line per user; each user has a separate workspace.
-        share: create a public address through Gradio's service; needs network access and `auth`.
-        workspace: folder for the jobs and files of all users.
-        device: device for image generation, such as `cuda` (default: a GPU if available).
-        browser: open a browser window on start.
+        host: address to listen on. Addresses other than this machine's need `auth`.
+        port: port to listen on; 0 selects a free one.
+        auth: accounts as NAME:PASSWORD, or a file with one per line. Each account has its own workspace.
+        share: create a public address through Gradio's service, which needs the network and `auth`.
+        workspace: folder for the jobs and files of all accounts.
+        device: device for generation, such as `cuda` (default: a GPU if there is one).
+        browser: open a browser window.
     """
 
     host: str = "127.0.0.1"

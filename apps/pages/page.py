@@ -1,4 +1,4 @@
-"""A page of the app: its name, address, one-line description and builder."""
+"""Description of a page of the app."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..context import Studio
+from ..context import Context
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,11 @@ class Page:
     """A page of the app.
 
     Args:
-        name: on its tab. `slug`: in its address. `about`: what one does there, in a sentence.
-        build: makes its parts; called inside the tab. What it gives is for pages that lead to one another.
+        name: label of its tab. `slug`: identifier in the interface. `about`: one sentence shown below the tab.
+        build: creates the components inside the tab; the return value lets pages link to one another.
     """
 
     name: str
     slug: str
     about: str
-    build: Callable[[Studio], Any]
+    build: Callable[[Context], Any]

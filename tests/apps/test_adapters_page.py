@@ -247,10 +247,10 @@ def test_the_list_finds_what_is_new_and_keeps_the_choice(workspace: Workspace) -
 def test_the_example_can_be_looked_at(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert files.example(workspace) == files.example(workspace) == "example-lora"
-    assert files.base_of_adapter(workspace, "example-lora") == "shipped"
-    found = files.inspect(workspace, "example-lora", "shipped")
-    assert "Compatible with shipped" in describe_fit(found, "shipped")
-    assert "<dd>shipped</dd>" in describe_file(found, "shipped")
+    assert files.base_of_adapter(workspace, "example-lora") == "bundled"
+    found = files.inspect(workspace, "example-lora", "bundled")
+    assert "Compatible with bundled" in describe_fit(found, "bundled")
+    assert "<dd>bundled</dd>" in describe_file(found, "bundled")
 
 
 def test_every_format_that_can_be_written_is_offered() -> None:

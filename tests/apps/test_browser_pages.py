@@ -176,7 +176,7 @@ def test_inspect_and_convert_a_file(page: Any, brought: Path, tmp_path: Path) ->
     page.locator("#adapter-said").get_by_text("Uploaded as to-convert").wait_for()
     page.locator("#adapter-about td").get_by_text("unet.mid_block").first.wait_for()
     page.locator("#adapter-check").click()
-    page.locator("#adapter-fit").get_by_text("Compatible with shipped").wait_for()
+    page.locator("#adapter-fit").get_by_text("Compatible with bundled").wait_for()
     page.get_by_role("button", name="Convert to another format").click()
     page.get_by_role("button", name="Convert", exact=True).click()
     page.locator("#adapter-report textarea").wait_for()

@@ -160,7 +160,7 @@ def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: ClassifyRequest
         with raises(VeneerError, **data):
             submit_jobs(context, alone, replace(wanted, **change))  # type: ignore[arg-type]
     with raises(OptionError, option="source", given="folder"):
-        submit_jobs(context, named, replace(wanted, model="shipped", source="folder", folder=folder))
+        submit_jobs(context, named, replace(wanted, model="bundled", source="folder", folder=folder))
     with raises(VeneerError, where="timm"):
         submit_jobs(context, named, wanted)  # a folder of this machine as the model
     assert not alone.all_jobs()
@@ -170,7 +170,7 @@ def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: ClassifyRequest
     with raises(UnknownName, name=mine.name, kind="job"):
         classify_page.classify(named, ClassifierCache(), mine.name, str(next(Path(folder).rglob("*.png"))))
     with raises(UnknownName, name=mine.name, kind="job"):
-        submit_jobs(context, named, replace(wanted, model="shipped", source="again", job=mine.name))
+        submit_jobs(context, named, replace(wanted, model="bundled", source="again", job=mine.name))
     with raises(StateError, where=mine.run.name, given="untrained"):
         classify_page.classify(alone, ClassifierCache(), mine.name, str(next(Path(folder).rglob("*.png"))))
 
@@ -182,8 +182,8 @@ def test_the_page_is_built_and_offers_what_fits(tmp_path: Path) -> None:
     assert "folder" not in dict(map(reversed, classify_page.source_choices(Workspace(tmp_path, "ann"))))  # type: ignore[arg-type]
     assert [part.visible for part in classify_page.source_fields("zip")] == [True, False, False]
     assert [part.visible for part in classify_page.source_fields("digits")] == [False, False, True]
-    clip = classify_page.supported_methods("shipped_clip", ["lora", "vpt+ssf"])
+    clip = classify_page.supported_methods("bundled_clip", ["lora", "vpt+ssf"])
     assert "coop" in dict(clip.choices)
     assert clip.value == ["lora", "vpt+ssf"]
-    assert classify_page.supported_methods("shipped", ["coop", "lora"]).value == ["lora"]
+    assert classify_page.supported_methods("bundled", ["coop", "lora"]).value == ["lora"]
     assert len(result_values(None)) == len(result_values(jobs.Job(tmp_path / "gone")))

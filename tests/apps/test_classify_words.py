@@ -131,10 +131,10 @@ def test_jobs_that_wait_take_the_places_of_methods(tmp_path: Path) -> None:
     for _ in range(LIMITS.jobs - 1):
         context.submit(space, "train", "a toy", ["personalize"])
     with raises(VeneerError, where="jobs", given=2, expected=1):
-        submit_jobs(context, space, ClassifyRequest(model="shipped", methods=["lora", "bitfit"]))
+        submit_jobs(context, space, ClassifyRequest(model="bundled", methods=["lora", "bitfit"]))
     assert len(space.all_jobs()) == LIMITS.jobs - 1
-    assert len(submit_jobs(context, space, ClassifyRequest(model="shipped", methods=["lora", "lora", " lora"]))[0]) == 1
-    assert check_methods(["ssf", "lora", "ssf"], "shipped") == ["ssf", "lora"]
+    assert len(submit_jobs(context, space, ClassifyRequest(model="bundled", methods=["lora", "lora", " lora"]))[0]) == 1
+    assert check_methods(["ssf", "lora", "ssf"], "bundled") == ["ssf", "lora"]
 
 
 def test_only_the_pictures_of_a_classifiers_job_are_taken_again(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_only_the_pictures_of_a_classifiers_job_are_taken_again(tmp_path: Path) 
     (tmp_path / "photos").mkdir()
     taught = jobs.create_job(space.jobs, "train", "a toy", ["personalize", str(tmp_path / "photos"), "--concept=<toy>"])
     with raises(OptionError, option="job", given=taught.name):
-        submit_jobs(context, space, ClassifyRequest(model="shipped", source="again", job=taught.name))
+        submit_jobs(context, space, ClassifyRequest(model="bundled", source="again", job=taught.name))
 
 
 @pytest.mark.parametrize(

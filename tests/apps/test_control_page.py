@@ -177,7 +177,7 @@ def test_the_picture_with_without_and_the_map(context: Context, base: str) -> No
     settings = PreviewSettings((4,), 2, 4.0)
     assert np.array_equal(without, np.asarray(previews(pipe, ["a cat"], settings)[0].image))
     attached = veneer.load(pipe, found.file, scale=0.8)
-    with attached.given(image=sketch_map(load_sketch(sketch()), "canny", (SIDE, SIDE)), end=0.5, pipeline=pipe):
+    with attached.condition(image=sketch_map(load_sketch(sketch()), "canny", (SIDE, SIDE)), end=0.5, pipeline=pipe):
         assert np.array_equal(followed, np.asarray(previews(pipe, ["a cat"], settings)[0].image))
     assert not np.array_equal(followed, without)
     assert guide.shape == (SIDE, SIDE, 3)
@@ -235,7 +235,7 @@ def test_a_job_that_teaches(context: Context, base: str, tmp_path: Path) -> None
     assert (told.method, told.condition, told.base, told.steps, told.template) == ("t2i_adapter", "canny", base, 3, "--a thing")
     assert (told.resume, str(told.out), told.tracker) == (True, str(job.run), "none")
     assert job.metadata["title"] == "mine"
-    job, _ = teaching.start_job(context, here, ControlTrainingRequest("ip_adapter", "image", "shipped"))
+    job, _ = teaching.start_job(context, here, ControlTrainingRequest("ip_adapter", "image", "bundled"))
     words = [*job.command, "--out", str(job.run), "--resume"]
     assert parser_for(words).parse_args(words).data is None, "the base draws its own pictures"
     assert [each.metadata["kind"] for each in here.all_jobs()] == ["control", "control"]
@@ -245,18 +245,21 @@ def test_a_job_that_teaches(context: Context, base: str, tmp_path: Path) -> None
 def test_presets_of_a_control_have_their_steps_and_minutes(tmp_path: Path) -> None:
     """The shortest is one that was measured to follow; the longest what the command does by default."""
     here = Workspace(tmp_path)
-    assert teaching.preset_lengths("thorough", "controlnet", "shipped") == (800, 384)
-    assert teaching.preset_lengths("thorough", "ip_adapter", "shipped")[0] == teaching.default_steps("ip_adapter", "shipped")
-    assert teaching.preset_lengths("quick", "controlnet", "shipped")[0] >= 200
+    assert teaching.preset_lengths("thorough", "controlnet", "bundled") == (800, 384)
+    assert teaching.preset_lengths("thorough", "ip_adapter", "bundled")[0] == teaching.default_steps("ip_adapter", "bundled")
+    assert teaching.preset_lengths("quick", "controlnet", "bundled")[0] >= 200
     seconds = [
-        teaching.expected_seconds("controlnet", "shipped", *teaching.preset_lengths(p, "controlnet", "shipped"))
+        teaching.expected_seconds("controlnet", "bundled", *teaching.preset_lengths(p, "controlnet", "bundled"))
         for p in teaching.PRESETS
     ]
     assert seconds == sorted(seconds)
-    assert all("min" in label for label, _ in teaching.preset_choices("controlnet", "shipped"))
+    assert all("min" in label for label, _ in teaching.preset_choices("controlnet", "bundled"))
     assert teaching.expected_seconds("controlnet", "another/base", 100, 64) is None
     job = jobs.create_job(
-        here.jobs, "control", "edges", ["control", "--method=controlnet", "--base=shipped", "--steps=200", "--drawn=64"]
+        here.jobs,
+        "control",
+        "edges",
+        ["control", "--method=controlnet", "--base=bundled", "--steps=200", "--generated-images=64"],
     )
     job.run.mkdir()
     (job.run / "result.json").write_text("{}")
@@ -264,10 +267,10 @@ def test_presets_of_a_control_have_their_steps_and_minutes(tmp_path: Path) -> No
     for name, at in (("process.json", 1000), ("end.json", 2000)):
         (job.folder / name).write_text('{"status": 0}')
         os.utime(job.folder / name, (at, at))
-    assert teaching.expected_seconds("controlnet", "shipped", 200, 64, here) == pytest.approx(1000), "as the last run took"
-    assert teaching.expected_seconds("controlnet", "shipped", 400, 192, here) > 1500
-    assert "about 17 min" in control_page.estimate_text(here, "controlnet", "shipped", 200, 64)
-    assert control_page.estimate_text(here, "controlnet", "shipped", None, 64) == ""
+    assert teaching.expected_seconds("controlnet", "bundled", 200, 64, here) == pytest.approx(1000), "as the last run took"
+    assert teaching.expected_seconds("controlnet", "bundled", 400, 192, here) > 1500
+    assert "about 17 min" in control_page.estimate_text(here, "controlnet", "bundled", 200, 64)
+    assert control_page.estimate_text(here, "controlnet", "bundled", None, 64) == ""
 
 
 def test_what_cannot_be_taught_is_refused_and_leaves_nothing(context: Context, base: str, tmp_path: Path) -> None:

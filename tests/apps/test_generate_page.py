@@ -218,7 +218,7 @@ def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], option: str
 
 def test_many_pictures_come_in_parts_and_each_once() -> None:
     for count in (1, BATCH_SIZE, BATCH_SIZE + 1, LIMITS.images):
-        parts = parse_request("shipped", "a cat", "", 3, 2, 3, 0, 0, count).parts()
+        parts = parse_request("bundled", "a cat", "", 3, 2, 3, 0, 0, count).parts()
         assert all(len(part.seeds) <= BATCH_SIZE for part in parts)
         assert [seed for part in parts for seed in part.seeds] == list(range(3, 3 + count))
 
@@ -285,7 +285,7 @@ def test_refusals_of_a_generator_are_shown(context: Context, base: str) -> None:
 
 def test_fields_follow_the_base_and_old_pictures_go(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert base_defaults(base) == [2, 4.0, "blur", 0, 0]
-    assert base_defaults("shipped") == [20, 3.0, "", 64, 64]
+    assert base_defaults("bundled") == [20, 3.0, "", 64, 64]
     with pytest.raises(VeneerError):
         base_defaults("../../etc/passwd")
     monkeypatch.setattr(pictures.tempfile, "gettempdir", lambda: str(tmp_path))

@@ -46,7 +46,7 @@ PATIENCE = 300
 
 
 def asked(
-    concept: str = "<toy>", base: str = "shipped", method: str = "lora", options: Sequence[Any] | None = None, **more: str
+    concept: str = "<toy>", base: str = "bundled", method: str = "lora", options: Sequence[Any] | None = None, **more: str
 ) -> PersonalizeRequest:
     settings = [more.get(field.name, field.default if field.kind == "check" else "") for field in SETTINGS]
     none = [field.default if field.kind == "check" else "" for field in options_of(method)]
@@ -143,7 +143,7 @@ def test_other_things_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 
 def test_presets_and_slots() -> None:
-    quick, balanced = preset_settings("quick", "shipped", "lora"), preset_settings("balanced", "shipped", "lora")
+    quick, balanced = preset_settings("quick", "bundled", "lora"), preset_settings("balanced", "bundled", "lora")
     assert (balanced["steps"], balanced["batch"], balanced["learning_rate"]) == ("300", "4", "0.002")
     assert int(quick["steps"]) == 100
     with gr.Blocks():
@@ -157,13 +157,13 @@ def test_presets_and_slots() -> None:
 
 
 def test_settings_are_those_of_what_is_chosen() -> None:
-    personalize_page.check_form_is_current(["quick", "shipped", "lora"], ["quick", "shipped", "lora"])
-    with raises(VeneerError, where="settings", expected=("balanced", "shipped", "lora")):
-        personalize_page.check_form_is_current(["quick", "shipped", "lora"], ["balanced", "shipped", "lora"])
-    with raises(VeneerError, where="settings", expected=("quick", "shipped", "sepia")):
-        personalize_page.check_form_is_current(["quick", "shipped", "lora"], ["quick", "shipped", "sepia"])
+    personalize_page.check_form_is_current(["quick", "bundled", "lora"], ["quick", "bundled", "lora"])
+    with raises(VeneerError, where="settings", expected=("balanced", "bundled", "lora")):
+        personalize_page.check_form_is_current(["quick", "bundled", "lora"], ["balanced", "bundled", "lora"])
+    with raises(VeneerError, where="settings", expected=("quick", "bundled", "sepia")):
+        personalize_page.check_form_is_current(["quick", "bundled", "lora"], ["quick", "bundled", "sepia"])
     with raises(BaseError, where="base", given="no/such/folder"):
-        personalize_page.check_form_is_current(["quick", "shipped", "lora"], ["quick", "no/such/folder", "lora"])
+        personalize_page.check_form_is_current(["quick", "bundled", "lora"], ["quick", "no/such/folder", "lora"])
 
 
 def test_the_first_form_is_that_of_the_usual_method() -> None:
@@ -196,7 +196,7 @@ def test_from_the_example_to_its_files(tmp_path: Path) -> None:
     base = str(tmp_path / "base")
     context = Context.create(tmp_path / "studio")
     workspace = context.workspace(None)
-    paths, concept, word, *_, table = personalize_page.show_example("shipped")
+    paths, concept, word, *_, table = personalize_page.show_example("bundled")
     assert len(paths) == 5
     assert estimate(workspace, base, "lora", "4", "2").startswith("Estimate: the time is known after the first steps.")
     rows = table.value["data"] if isinstance(table.value, dict) else table.value.values.tolist()
@@ -227,7 +227,7 @@ def test_a_look_before_the_start(tmp_path: Path) -> None:
     """Memory and time of a step that is tried, and what is of concern; what the run would refuse, with the command's words."""
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     workspace = Context.create(tmp_path / "studio").workspace(None)
-    paths, _, _, *_ = personalize_page.show_example("shipped")
+    paths, _, _, *_ = personalize_page.show_example("bundled")
     generation = asked(
         "<toy>", str(tmp_path / "base"), steps="40", batch="2", learning_rate="0.5", preview_every="0", eval_seeds="0"
     )

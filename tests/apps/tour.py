@@ -86,7 +86,7 @@ def adapters(page: Any) -> None:
     page.get_by_role("option", name="<octopus>").click()
     page.locator("#adapter-about td").get_by_text("unet.mid_block").first.wait_for()
     page.locator("#adapter-check").click()
-    page.locator("#adapter-fit").get_by_text("Compatible with shipped").wait_for()
+    page.locator("#adapter-fit").get_by_text("Compatible with bundled").wait_for()
     page.get_by_role("button", name="Convert to another format").click()
     page.get_by_role("button", name="Convert", exact=True).click()
     page.locator("#adapter-new a").first.wait_for()

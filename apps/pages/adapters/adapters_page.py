@@ -13,7 +13,7 @@ from veneer.injection import OptionError, VeneerError
 from ...context import Context, show_errors
 from ...limits import LIMITS
 from ...workspace import Workspace, check_text
-from .. import Page
+from ..page import Page
 from ..shared.adapter_lists import INTERVAL
 from ..shared.events import FILES, QUIET
 from ..shared.html import note
@@ -107,8 +107,8 @@ def build(context: Context) -> None:
         with gr.Column(scale=2, min_width=300):
             about = gr.HTML(EMPTY, elem_id="adapter-about")
             base = gr.Dropdown(
-                ["shipped"], value="shipped", allow_custom_value=True, label="Base model", elem_id="adapter-base",
-                info="The model of the adapter: shipped, a diffusers folder, or a Hub name.",
+                ["bundled"], value="bundled", allow_custom_value=True, label="Base model", elem_id="adapter-base",
+                info="The model of the adapter: bundled, a diffusers folder, or a Hub name.",
             )  # fmt: skip
             check = gr.Button("Check compatibility", elem_id="adapter-check")
             fit_report = gr.HTML(elem_id="adapter-fit")
@@ -247,7 +247,7 @@ def _check_chosen(name: str | None) -> str:
 def _check_base(base: str | None) -> str:
     named = check_text(base or "", "base model")
     if not named:
-        raise OptionError("the base model is empty. Enter `shipped`, a folder or a Hub name.", option="base", given="")
+        raise OptionError("the base model is empty. Enter `bundled`, a folder or a Hub name.", option="base", given="")
     return named
 
 

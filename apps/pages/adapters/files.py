@@ -67,11 +67,11 @@ def example(workspace: Workspace) -> str:
     if not target.exists():
         _check_count(workspace)
         workspace.adapters.mkdir(parents=True, exist_ok=True)
-        lora = veneer.attach(base_models.load("shipped"), "lora", rank=4)
+        lora = veneer.attach(base_models.load("bundled"), "lora", rank=4)
         generator = torch.Generator().manual_seed(0)
         for value in lora.parameters():
             value.data = torch.randn(value.shape, generator=generator) * 0.02
-        native.save(lora, target, {"base": "shipped"})
+        native.save(lora, target, {"base": "bundled"})
     return EXAMPLE
 
 
@@ -145,7 +145,7 @@ def merge_adapters(
     if len(weights) != len(names) or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
         message = "a weight is missing; expected a number for each adapter, such as 1 or 0.5."
         raise OptionError(message, option="weights", given=tuple(weights), expected=len(names))
-    options: dict[str, Any] = {"how": how, "base": base, "to": to or None, "rank": None if how == "sum" else _parse_rank(rank)}
+    options: dict[str, Any] = {"method": how, "base": base, "to": to or None, "rank": None if how == "sum" else _parse_rank(rank)}
     files, words = tuple(map(workspace.adapter, names)), tuple(f"{w:g}" for w in weights)
     stem = "-and-".join(_plain_stem(name)[:30] for name in names[:2])
     return _store_result(workspace, f"{stem}-merged", to, lambda out: merge(MergeConfig(files, words, out=out, **options)))

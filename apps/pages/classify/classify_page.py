@@ -21,7 +21,7 @@ from ..shared.job_view import JobView, Results, job_view, select_job
 from .request import AUGMENT, DEFAULTS, DIGITS, FOLDER, KIND, SOURCES, ZIP, ClassifyRequest, submit_jobs
 from .results import CLASSIFIER_FILES, result_components, result_values, stamp
 
-MODELS = [("Bundled classifier: fast, works offline", "shipped"), ("Bundled CLIP: also uses the class names", "shipped_clip")]
+MODELS = [("Bundled classifier: fast, works offline", "bundled"), ("Bundled CLIP: also uses the class names", "bundled_clip")]
 DEFAULT_METHODS = ["linear_probe", "lora"]
 EMPTY = "**No run yet.** Press *Train* above; the built-in digits need no upload."
 MODEL_HELP = "Or a name such as timm:vit_small_patch16_224 or open_clip:ViT-B-32/openai (downloaded once)."

@@ -17,7 +17,7 @@ from ...context import Context, escape_markup, show_errors
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace
-from .. import Page
+from ..page import Page
 from ..shared.adapter_lists import refresh_on_change
 from ..shared.events import GENERATION, QUIET
 from ..shared.generation_fields import Fields, fields
@@ -151,12 +151,12 @@ def _training_form(context: Context) -> None:
         )  # fmt: skip
         kind = gr.Dropdown(FOLLOWED, value="canny", label="Map type", min_width=260, elem_id="control-condition")
     with gr.Row():
-        base = gr.Dropdown(["shipped"], value="shipped", label="Base model", allow_custom_value=True, min_width=160)
+        base = gr.Dropdown(["bundled"], value="bundled", label="Base model", allow_custom_value=True, min_width=160)
         preset = gr.Radio(
-            preset_choices(default, "shipped"), value="balanced", label="Preset", min_width=320, elem_id="control-preset",
+            preset_choices(default, "bundled"), value="balanced", label="Preset", min_width=320, elem_id="control-preset",
             info="Quick follows position and outline; thorough also follows details.",
         )  # fmt: skip
-    preset_counts = preset_lengths("balanced", default, "shipped")
+    preset_counts = preset_lengths("balanced", default, "bundled")
     with gr.Accordion("Steps and images", open=False), gr.Row():
         steps = gr.Number(
             preset_counts[0], label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, min_width=120,
@@ -173,7 +173,7 @@ def _training_form(context: Context) -> None:
         )  # fmt: skip
         caption = gr.Textbox(label="Caption of the photos", max_length=LIMITS.text, info="A few words, such as: a house.")
     title = gr.Textbox(label="Name", max_length=80, info="Optional, for the list of adapters.", elem_id="control-title")
-    estimate = gr.Markdown(estimate_text(None, default, "shipped", *preset_counts), elem_id="control-estimate")
+    estimate = gr.Markdown(estimate_text(None, default, "bundled", *preset_counts), elem_id="control-estimate")
     with gr.Row(elem_classes="action"):
         go = gr.Button("Train", variant="primary", elem_id="control-teach")
     note = gr.Markdown("", elem_id="control-note")
@@ -195,16 +195,16 @@ def _training_form(context: Context) -> None:
     def fit_condition(way: str, over: str, length: str) -> list[Any]:
         follows = conditions(way)
         choices = FOLLOWED if follows != ["image"] else [("the image itself", "image")]
-        return [gr.Dropdown(choices=choices, value=follows[0]), *preset_lengths(length, way, over or "shipped")]
+        return [gr.Dropdown(choices=choices, value=follows[0]), *preset_lengths(length, way, over or "bundled")]
 
     def fill_preset(length: str, way: str, over: str) -> list[int]:
-        return list(preset_lengths(length, way, over or "shipped"))
+        return list(preset_lengths(length, way, over or "bundled"))
 
     def update_estimate(way: str, over: str, number: Any, images: Any, request: gr.Request) -> list[Any]:
         workspace = context.workspace(request)
         return [
             estimate_text(workspace, way, over, number, images),
-            gr.Radio(choices=preset_choices(way, over or "shipped", workspace)),
+            gr.Radio(choices=preset_choices(way, over or "bundled", workspace)),
         ]
 
     form = [method, kind, base, steps, count, photos, caption, title]
@@ -219,7 +219,7 @@ def _training_form(context: Context) -> None:
 def estimate_text(workspace: Workspace | None, method: str, base: str, steps: Any, images: Any) -> str:
     """Estimated time of a job; empty while a field is incomplete."""
     try:
-        seconds = expected_seconds(method, base or "shipped", int(steps), int(images), workspace)
+        seconds = expected_seconds(method, base or "bundled", int(steps), int(images), workspace)
     except (VeneerError, TypeError, ValueError):
         return ""
     if seconds is None:

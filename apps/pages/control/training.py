@@ -106,12 +106,12 @@ def expected_seconds(method: str, base: str, steps: int, images: int, workspace:
             continue
         its_steps, its_images = (
             int(command.get("steps") or default_steps(command["method"], base)),
-            int(command.get("drawn") or 384),
+            int(command.get("generated-images") or 384),
         )
         return (
             job.seconds * _reference_seconds(method, steps, images) / _reference_seconds(command["method"], its_steps, its_images)
         )
-    return _reference_seconds(method, steps, images) if base == "shipped" else None
+    return _reference_seconds(method, steps, images) if base == "bundled" else None
 
 
 def _reference_seconds(method: str, steps: int, images: int) -> float:
@@ -136,7 +136,7 @@ def start_job(context: Context, workspace: Workspace, request: ControlTrainingRe
     if request.condition not in (supported := tuple(conditions(request.method))):
         message = f"{request.method} supports {', '.join(supported)}. Choose one of them."
         raise OptionError(message, option="condition", given=request.condition, expected=supported)
-    base = check_text(str(request.base or "shipped"), "base")
+    base = check_text(str(request.base or "bundled"), "base")
     preset = base_models.preset(base)
     if not request.photos and not (preset.things and preset.scenes):
         message = f"{base} does not state prompts for generated training images. Upload photos to train on."
@@ -144,7 +144,7 @@ def start_job(context: Context, workspace: Workspace, request: ControlTrainingRe
     caption, title = check_text(str(request.caption or ""), "caption"), check_text(str(request.title or ""), "title")
     command = ["control", "train", f"--method={request.method}", f"--condition={request.condition}", f"--base={base}"]
     command += [
-        f"--drawn={int(number(request.drawn, 'generated images', 8, MAX_IMAGES))}",
+        f"--generated-images={int(number(request.drawn, 'generated images', 8, MAX_IMAGES))}",
         "--tracker=none",
         "--checkpoint-every=100",
     ]

@@ -15,7 +15,7 @@ from ...context import Context, escape_markup, show_errors
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace, printable
-from .. import Page
+from ..page import Page
 from ..shared.adapter_lists import refresh_on_change
 from ..shared.events import GENERATION, QUIET
 from ..shared.generation_fields import Fields, fields, values
@@ -35,7 +35,7 @@ def build(context: Context) -> GenerateForm:
         with gr.Column(min_width=300):
             gr.Markdown("Try an example, or write a prompt:")
             with gr.Row():
-                preset = base_models.preset("shipped").unrelated[:EXAMPLES]
+                preset = base_models.preset("bundled").unrelated[:EXAMPLES]
                 examples = [(text, gr.Button(text, size="sm", min_width=130)) for text in preset]
             parts: list[Any] = []
             fields_ = fields("generate", below=lambda: parts.extend(_adapters()))
@@ -77,10 +77,10 @@ def form_for_job(workspace: Workspace, job: Job) -> list[Any]:
     config = read_result(job).get("config") or {}
     flags = dict(word[2:].split("=", 1) for word in job.command if word.startswith("--") and "=" in word)
     base, concept = (str(config.get(key) or flags.get(key) or "") for key in ("base", "concept"))
-    preset = base_models.preset(base or "shipped")
+    preset = base_models.preset(base or "bundled")
     prompt = next(iter(preset.previews or preset.templates), "a {concept}").replace("{concept}", concept)
     steps, guidance, negative, side = defaults(base)
-    generation = GenerationRequest(base or "shipped", prompt, negative, 0, steps, guidance, (side, side) if side else None, 4)
+    generation = GenerationRequest(base or "bundled", prompt, negative, 0, steps, guidance, (side, side) if side else None, 4)
     sliders = [gr.Slider(value=1.0, visible=True, label=f"Strength of {name}")]
     sliders += [gr.Slider(visible=False)] * (LIMITS.adapters - 1)
     note = f"**{escape_markup(printable(name))}** is selected, and its token is in the prompt: press *Generate*."

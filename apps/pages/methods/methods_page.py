@@ -15,7 +15,7 @@ from veneer.method_search import group_by_use, rank_methods
 
 from ...context import Context, show_errors
 from ...workspace import check_text
-from .. import Page
+from ..page import Page
 from .details import method_list
 
 AREAS = [("All models", ""), ("Diffusion: generates images", "diffusion"), ("Vision: classifies images", "vision")]

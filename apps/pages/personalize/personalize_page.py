@@ -16,7 +16,7 @@ from ...context import Context, escape_markup, show_errors
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace, check_text, printable
-from .. import Page
+from ..page import Page
 from ..shared.config_form import Field, Slots, component_of, fields_of
 from ..shared.dry_run import dry_run
 from ..shared.events import GENERATION, QUIET
@@ -159,7 +159,7 @@ class _Form:
         self.thumbs = gallery("Your photos", 5, visible=False, buttons=[])
         self._name()
         self.preset = gr.Radio(
-            preset_choices("shipped", DEFAULT_METHOD), value="quick", label="Preset", elem_id="train-preset",
+            preset_choices("bundled", DEFAULT_METHOD), value="quick", label="Preset", elem_id="train-preset",
             info="Longer training usually makes the images more similar to the photos.",
         )  # fmt: skip
         with gr.Accordion("Captions and crops", open=False):
@@ -197,9 +197,9 @@ class _Form:
                 method_names(False), value=DEFAULT_METHOD, label="Method", allow_custom_value=True, min_width=140,
                 elem_id="train-method", info="pivotal: token embedding and LoRA, most similar. lora: one file for all tools.",
             )  # fmt: skip
-            self.base = gr.Textbox("shipped", label="Base model", info="shipped, a folder, or a Hub name.", **SHORT)
-        given = preset_settings("quick", "shipped", DEFAULT_METHOD)
-        cost = estimate_text(None, "shipped", DEFAULT_METHOD, given["steps"], given["batch"], eval_seeds=given["eval_seeds"])
+            self.base = gr.Textbox("bundled", label="Base model", info="bundled, a folder, or a Hub name.", **SHORT)
+        given = preset_settings("quick", "bundled", DEFAULT_METHOD)
+        cost = estimate_text(None, "bundled", DEFAULT_METHOD, given["steps"], given["batch"], eval_seeds=given["eval_seeds"])
         self.estimate = gr.Markdown(cost, elem_id="train-estimate")
         self.check = gr.Button("Check memory and time with one step", size="sm", elem_id="train-check")
         self.dry_run = gr.Textbox(label="Check of this run", lines=3, visible=False, interactive=False, elem_id="train-checked")
@@ -213,7 +213,7 @@ class _Form:
             self.about = gr.Markdown(method_summary(DEFAULT_METHOD))
             with gr.Row(elem_classes="options"):
                 forms = [fields_of(methods.get(name)) for name in methods.names()]
-                self.slots = Slots.build(forms, options_of(DEFAULT_METHOD), default_options("shipped", DEFAULT_METHOD))
+                self.slots = Slots.build(forms, options_of(DEFAULT_METHOD), default_options("bundled", DEFAULT_METHOD))
         with gr.Row(elem_classes="action"):
             self.start = gr.Button("Train", variant="primary", elem_id="train-start", min_width=120)
 
@@ -251,7 +251,7 @@ class _Form:
         examples = [self.files, self.concept, self.word, *photo_outputs]
         self.example_photos.click(show_errors(show_example), [self.base], examples, **plain)
         parts = [self.preset, self.base, self.method]
-        filled_for = gr.State(["quick", "shipped", DEFAULT_METHOD])
+        filled_for = gr.State(["quick", "bundled", DEFAULT_METHOD])
         filling = [filled_for, *(self.settings[name] for name in PRESET_FIELDS), self.about, *self.slots.components]
         gr.on(
             [self.preset.change, self.method.change, self.base.submit, self.base.blur], show_errors(fill), parts, filling,

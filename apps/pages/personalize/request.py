@@ -40,7 +40,7 @@ MORE = (
     "min_snr_gamma", "mixed_precision", "gradient_checkpointing", "preview_every", "checkpoint_every", "eval_seeds",
 )  # fmt: skip
 SETTINGS = fields_of(PersonalizeConfig, [*MAIN, *MORE])
-MINIMUM = {"steps": 1, "batch": 1, "resolution": 8, "prior": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}
+MINIMUM = {"steps": 1, "batch": 1, "resolution": 8, "class_images": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}
 """Minimum of each setting; for the command, 0 steps and 0 images mean the default."""
 FROM_CONCEPT = ("by_site", "tokens", "initialize", "ids")
 """Options hidden from the form: per-site options, and those derived from the concept."""
@@ -64,7 +64,7 @@ def method_names(include_untuned: bool) -> list[str]:
     Args:
         include_untuned: also list every other compatible method, which is slow the first time.
     """
-    tuned = [name for name in base_models.preset("shipped").training if not methods.get(name).conditions]
+    tuned = [name for name in base_models.preset("bundled").training if not methods.get(name).conditions]
     others = [name for name in teachable() if name not in tuned] if include_untuned else []
     return [*SHORTHANDS, *tuned, *others]
 
@@ -91,7 +91,7 @@ def check_base(name: str) -> str:
     Raises:
         VeneerError: no such base model.
     """
-    base = check_text(name, "base") or "shipped"
+    base = check_text(name, "base") or "bundled"
     find(base)
     return base
 
@@ -142,7 +142,12 @@ def command(request: PersonalizeRequest, photos: Path) -> list[str]:
 def _check_bounds(settings: Sequence[str]) -> None:
     """Checks settings against the limits of the app."""
     given = dict(word.removeprefix("--").split("=", 1) for word in settings if word.startswith("--") and "=" in word)
-    most = {"resolution": LIMITS.side, "prior": LIMITS.images * 16, "batch": LIMITS.photos, "eval_seeds": LIMITS.images}
+    most = {
+        "resolution": LIMITS.side,
+        "class_images": LIMITS.images * 16,
+        "batch": LIMITS.photos,
+        "eval_seeds": LIMITS.images,
+    }
     for name, limit in most.items():
         value = given.get(name.replace("_", "-"), "0")
         if int(value) > limit:
@@ -197,7 +202,7 @@ def _timing(previous: Job | None, base: str, method: str) -> Timing | None:
     config = (read_result(previous).get("config") or {}) if previous else {}
     if previous and (found := measure_timing(previous, int(config.get("batch") or 1), _eval_share(config.get("eval_seeds")))):
         return found
-    return REFERENCE_TIMINGS.get(method, REFERENCE_TIMINGS[DEFAULT_METHOD]) if base == "shipped" else None
+    return REFERENCE_TIMINGS.get(method, REFERENCE_TIMINGS[DEFAULT_METHOD]) if base == "bundled" else None
 
 
 def _time(timing: Timing | None, steps: str, batch: str, share: float) -> str:

@@ -1,4 +1,4 @@
-"""Check of a run before it starts: `veneer personalize --check` in a subprocess."""
+"""Check of a run before it starts: `veneer personalize --dry-run` in a subprocess."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMAND = (sys.executable, "-c", "from veneer_command import console; console()"
 
 
 def dry_run(workspace: Workspace, paths: Sequence[str] | None, captions: Rows, request: PersonalizeRequest) -> str:
-    """Report of `veneer personalize --check`: photos, memory and time measured in one training step, and warnings.
+    """Report of `veneer personalize --dry-run`: photos, memory and time measured in one training step, and warnings.
 
     Raises:
         VeneerError: the run would fail, or the check takes longer than `LIMITS.check_seconds`.
@@ -28,7 +28,7 @@ def dry_run(workspace: Workspace, paths: Sequence[str] | None, captions: Rows, r
     command(request, workspace.datasets)  # validates before anything is written
     folder = save_photos(workspace, paths or [], captions)
     with tempfile.TemporaryDirectory() as out:
-        command_line = [*COMMAND, *command(request, folder), "--check", f"--out={Path(out) / 'run'}"]
+        command_line = [*COMMAND, *command(request, folder), "--dry-run", f"--out={Path(out) / 'run'}"]
         try:
             done = subprocess.run(
                 command_line, capture_output=True, text=True, timeout=LIMITS.check_seconds, stdin=subprocess.DEVNULL

@@ -42,7 +42,7 @@ def fields(page: str, prompt: str = "", below: Callable[[], None] = lambda: None
     Args:
         page: prefix of the element IDs. `below`: creates the components below the prompt.
     """
-    steps, guidance, negative, side = defaults("shipped")
+    steps, guidance, negative, side = defaults("bundled")
     prompt_box = gr.Textbox(
         prompt, label="Prompt", lines=2, max_length=LIMITS.text, elem_id=f"{page}-prompt", placeholder="What to generate",
         info="The bundled model knows about a hundred objects on plain backgrounds, such as: a small cat, left, blue background.",
@@ -57,8 +57,8 @@ def fields(page: str, prompt: str = "", below: Callable[[], None] = lambda: None
         count = gr.Slider(1, LIMITS.images, value=1, step=1, label="Images", min_width=150, elem_id=f"{page}-count")
     with gr.Accordion("More settings", open=False):
         base = gr.Dropdown(
-            ["shipped"], value="shipped", label="Base model", allow_custom_value=True, elem_id=f"{page}-base",
-            info="shipped (the bundled model), a folder on this machine, or a name on the Hugging Face Hub.",
+            ["bundled"], value="bundled", label="Base model", allow_custom_value=True, elem_id=f"{page}-base",
+            info="bundled (the bundled model), a folder on this machine, or a name on the Hugging Face Hub.",
         )  # fmt: skip
         negative_box = gr.Textbox(
             negative, label="Negative prompt", max_length=LIMITS.text, info="What the images should not show."

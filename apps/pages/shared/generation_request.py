@@ -70,7 +70,7 @@ def parse_request(
         message = "size: one side is 0; expected two sides, or 0 for both (the native resolution)."
         raise OptionError(message, option="size", given=tuple(sides))
     return GenerationRequest(
-        check_text(str(base or "shipped"), "base"),
+        check_text(str(base or "bundled"), "base"),
         words,
         check_text(str(negative or ""), "negative prompt"),
         int(number(seed, "seed", 0, 2**53)),
@@ -171,7 +171,7 @@ def defaults(base: str) -> tuple[int, float, str, int]:
     Raises:
         VeneerError: unknown base model.
     """
-    preset = base_models.preset(check_text(str(base or "shipped"), "base"))
+    preset = base_models.preset(check_text(str(base or "bundled"), "base"))
     return min(preset.steps, LIMITS.steps), preset.guidance_scale, preset.negative_prompt, preset.resolution or 0
 
 

@@ -38,7 +38,7 @@ def verdict_html(result: Mapping[str, Any]) -> str:
     return f'<section class="verdict {kind}" role="status">{"".join(parts)}</section>'
 
 
-FIELD_NAMES = {"drawn": "images that the base generates"}
+FIELD_NAMES = {"generated-images": "generated training images"}
 """Flag to the label of its field on a page, if different."""
 
 

@@ -45,13 +45,14 @@ from veneer.training.report.progress import Progress, ProgressFile
 def asked(**given: str) -> PersonalizeRequest:
     settings = [given.get(field.name, field.default if field.kind == "check" else "") for field in SETTINGS]
     options = [field.default if field.kind == "check" else "" for field in options_of("lora")]
-    return PersonalizeRequest("<toy>", "toy", "shipped", "lora", settings, options)
+    return PersonalizeRequest("<toy>", "toy", "bundled", "lora", settings, options)
 
 
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        ("resolution", LIMITS.side), ("prior", LIMITS.images * 16), ("batch", LIMITS.photos), ("eval_seeds", LIMITS.images),
+        ("resolution", LIMITS.side), ("class_images", LIMITS.images * 16), ("batch", LIMITS.photos),
+        ("eval_seeds", LIMITS.images),
     ],
 )  # fmt: skip
 def test_what_no_visitor_may_ask_for_more_of(name: str, most: int, tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_what_is_wrong_with_photos_does_not_say_where_they_lie(tmp_path: Path) -
 
 
 def test_presets_differ_in_steps() -> None:
-    steps = [int(preset_settings(preset, "shipped", "lora")["steps"]) for preset in ("quick", "balanced", "thorough")]
+    steps = [int(preset_settings(preset, "bundled", "lora")["steps"]) for preset in ("quick", "balanced", "thorough")]
     assert steps == [steps[1] // 3, steps[1], 2 * steps[1]]
 
 
@@ -92,7 +93,7 @@ def test_presets_tell_their_minutes(tmp_path: Path) -> None:
     """By a reference for the bundled base at first, then by the last run, evaluation and all; not for a base that never ran."""
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     base, space = str(tmp_path / "base"), Workspace(tmp_path / "space")
-    assert all("min" in label and preset in label for label, preset in preset_choices("shipped", "pivotal"))
+    assert all("min" in label and preset in label for label, preset in preset_choices("bundled", "pivotal"))
     assert [label for label, _ in preset_choices(base, "lora", space)] == [
         f"{p}: {preset_settings(p, base, 'lora')['steps']} steps" for p in PRESETS
     ]
@@ -109,10 +110,10 @@ def test_presets_tell_their_minutes(tmp_path: Path) -> None:
 
 def test_every_preset_evaluates_enough_for_a_verdict(tmp_path: Path) -> None:
     """With one image of each prompt scores have no intervals; estimates count the images, of the last run too."""
-    assert all(int(preset_settings(preset, "shipped", "pivotal")["eval_seeds"]) >= 2 for preset in PRESETS)
+    assert all(int(preset_settings(preset, "bundled", "pivotal")["eval_seeds"]) >= 2 for preset in PRESETS)
     timing = Timing(0.0, 600.0, "")
     assert timing.seconds(0, 2 / 3) == pytest.approx(500)
-    job = finished(Workspace(tmp_path), "shipped", "pivotal", 50.0, 1, 1)
+    job = finished(Workspace(tmp_path), "bundled", "pivotal", 50.0, 1, 1)
     found = measure_timing(job, 1, 2 / 3)
     assert found
     assert found.seconds(0, 2 / 3) == pytest.approx(0.3 * 50)
@@ -143,7 +144,7 @@ def test_words_of_a_form_are_bounded() -> None:
 
 
 def test_the_end_in_words(tmp_path: Path) -> None:
-    job = finished(Workspace(tmp_path), "shipped", "lora", 65.0, 1, 1234)
+    job = finished(Workspace(tmp_path), "bundled", "lora", 65.0, 1, 1234)
     assert "1,234 trainable parameters." in summarize(job), "what is not known is no error"
     found = json.loads((job.run / "result.json").read_text())
     means = {"adapted": {"mean": 0.75}, "base": {"mean": 0.25}}
