@@ -88,7 +88,7 @@ class Job:
     @property
     def command(self) -> list[str]:
         """Command line without `--out` and `--resume`."""
-        return list(self.command)
+        return list(self.metadata.get("words", []))
 
     @property
     def title(self) -> str:

@@ -10,7 +10,7 @@ from veneer.apps.context import Context
 from veneer.apps.pages.shared.adapter_lists import refresh_on_change
 
 
-def test_a_list_is_sent_when_the_adapters_have_changed_and_only_then(tmp_path: Path) -> None:
+def test_list_updates_only_when_adapters_change(tmp_path: Path) -> None:
     context = Context.create(tmp_path)
     here = context.workspace(None)
     here.adapters.mkdir(parents=True)

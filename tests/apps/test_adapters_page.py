@@ -52,9 +52,9 @@ def workspace(tmp_path: Path, given: Path) -> Workspace:
     return found
 
 
-def test_what_is_in_a_file(workspace: Workspace, given: Path) -> None:
+def test_describe_file(workspace: Workspace, given: Path) -> None:
     page = adapters_page.describe_adapter(workspace, "toy")
-    for told in ("<dd>lora</dd>", "<dd>native</dd>", "<dd>4</dd>", "the file does not say", "<td>lora</td>"):
+    for told in ("<dd>lora</dd>", "<dd>native</dd>", "<dd>4</dd>", "not stated in the file", "<td>lora</td>"):
         assert told in page, told
     assert f"{sum(t.numel() for t in load_file(given / 'toy.safetensors').values()):,} in" in page
     files.store_upload(workspace, given / "word.safetensors")
@@ -63,7 +63,7 @@ def test_what_is_in_a_file(workspace: Workspace, given: Path) -> None:
     assert "No adapter yet" in adapters_page.describe_adapter(Workspace(workspace.root, "someone"), None)
 
 
-def test_nothing_of_a_file_is_read_as_html(workspace: Workspace, tmp_path: Path) -> None:
+def test_file_content_is_escaped(workspace: Workspace, tmp_path: Path) -> None:
     bad = "<img src=x onerror=alert(1)>"
     save_file({bad: torch.ones(2, 768)}, tmp_path / "evil.safetensors", {"format": "pt", bad: "x"})
     name = files.store_upload(workspace, tmp_path / "evil.safetensors")
@@ -72,7 +72,7 @@ def test_nothing_of_a_file_is_read_as_html(workspace: Workspace, tmp_path: Path)
     assert "<img" not in page
 
 
-def test_how_a_file_fits_a_base(workspace: Workspace, given: Path, tmp_path: Path) -> None:
+def test_compatibility_report(workspace: Workspace, given: Path, tmp_path: Path) -> None:
     base = str(given / "base")
     assert "Compatible with" in adapters_page.check_fit(workspace, "toy", base)
     tensors = load_file(given / "toy-kohya.safetensors")
@@ -97,7 +97,7 @@ def refused(workspace: Workspace, path: Path) -> str:
     return words
 
 
-def test_refused_files_say_why(workspace: Workspace, given: Path, tmp_path: Path) -> None:
+def test_rejected_files_give_a_reason(workspace: Workspace, given: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(pickle.dumps({"a": 1}) + b" " * 100)
     assert "x.safetensors: a pickle under the name of a safetensors file" in refused(workspace, path)
@@ -113,7 +113,7 @@ def test_refused_files_say_why(workspace: Workspace, given: Path, tmp_path: Path
     assert "whole model" in refused(workspace, path)
 
 
-def test_renamed_and_deleted(workspace: Workspace) -> None:
+def test_rename_and_delete(workspace: Workspace) -> None:
     assert files.rename(workspace, "toy", "toy") == "toy", "no other file is in the way"
     assert files.rename(workspace, "toy", "../../my <toy>.safetensors") == "my-toy"
     assert sorted(workspace.all_adapters()) == ["my-toy", "other"]
@@ -127,7 +127,7 @@ def test_renamed_and_deleted(workspace: Workspace) -> None:
     assert sorted(workspace.all_adapters()) == ["other"]
 
 
-def test_a_jobs_own_file_stays_with_its_job(workspace: Workspace, given: Path) -> None:
+def test_file_of_a_job_cannot_be_renamed_or_deleted(workspace: Workspace, given: Path) -> None:
     run = workspace.jobs / "x" / "run"
     run.mkdir(parents=True)
     (run.parent / "job.json").write_text('{"title": "taught"}')
@@ -140,7 +140,7 @@ def test_a_jobs_own_file_stays_with_its_job(workspace: Workspace, given: Path) -
     assert files.resize_adapter(workspace, name, str(given / "base"), 1, None, None).name == "taught-x-rank-1"
 
 
-def test_words_go_along_where_a_format_has_no_place_for_them(workspace: Workspace, given: Path) -> None:
+def test_embeddings_are_saved_beside_formats_without_them(workspace: Workspace, given: Path) -> None:
     pipe = veneer.base_models.load(str(given / "base"))
     both = [veneer.attach(pipe, "textual_inversion", tokens="<toy>", initialize="cat"), veneer.attach(pipe, "lora", rank=2)]
     native.save(both, workspace.adapters / "both.safetensors", {"base": str(given / "base")})
@@ -151,15 +151,15 @@ def test_words_go_along_where_a_format_has_no_place_for_them(workspace: Workspac
     assert [Path(each["path"]).name for each in offered.value] == ["both-kohya.safetensors", "toy.safetensors"]
     assert str(workspace.root) not in made.report
     again = files.convert_adapter(workspace, "both", "kohya", str(given / "base"))
-    assert [path.name for path in again.words] == ["toy.safetensors"]
+    assert [path.name for path in again.embeddings] == ["toy.safetensors"]
     assert "toy-3" not in workspace.all_adapters(), "it is the same token"
-    assert not files.convert_adapter(workspace, "toy", "kohya", str(given / "base")).words
+    assert not files.convert_adapter(workspace, "toy", "kohya", str(given / "base")).embeddings
     resized = files.resize_adapter(workspace, "both", str(given / "base"), 1, None, None)
     assert look(resized.file).words == ("<toy>",)
     assert not list(workspace.folder.glob(".making-*"))
 
 
-def test_converted(workspace: Workspace, given: Path) -> None:
+def test_convert(workspace: Workspace, given: Path) -> None:
     base = str(given / "base")
     made = files.convert_adapter(workspace, "toy", "kohya", base)
     assert made.name == "toy-kohya"
@@ -176,7 +176,7 @@ def test_converted(workspace: Workspace, given: Path) -> None:
     assert not [path for path in workspace.adapters.iterdir() if path.suffix != ".safetensors"], "no leftovers"
 
 
-def test_merged_is_the_weighted_sum(workspace: Workspace, given: Path) -> None:
+def test_merge_is_the_weighted_sum(workspace: Workspace, given: Path) -> None:
     base = str(given / "base")
     made = files.merge_adapters(workspace, ["toy", "other"], [0.5, -2], base, "sum", None, None)
     assert (made.name, made.file.exists()) == ("toy-and-other-merged", True)
@@ -197,7 +197,7 @@ def test_merged_is_the_weighted_sum(workspace: Workspace, given: Path) -> None:
             files.merge_adapters(workspace, names, weights, base, "sum", None, None)  # type: ignore[arg-type]
 
 
-def test_the_merge_list_offers_only_what_can_be_merged(workspace: Workspace, given: Path) -> None:
+def test_merge_list_has_only_mergeable_adapters(workspace: Workspace, given: Path) -> None:
     control = attach(tiny_pipeline("sd"), "controlnet")
     native.save(control, workspace.adapters / "control.safetensors")
     files.store_upload(workspace, given / "word.safetensors")
@@ -207,7 +207,7 @@ def test_the_merge_list_offers_only_what_can_be_merged(workspace: Workspace, giv
     assert [value for _, value in several.choices] == ["other", "toy", "word"]
 
 
-def test_resized(workspace: Workspace, given: Path) -> None:
+def test_resize(workspace: Workspace, given: Path) -> None:
     made = files.resize_adapter(workspace, "toy", str(given / "base"), 2, 1.0, "kohya")
     assert {rank for block in look(made.file).blocks for rank in block.ranks} == {2}
     assert "rank 2, error" in made.report
@@ -218,7 +218,7 @@ def test_resized(workspace: Workspace, given: Path) -> None:
             files.resize_adapter(workspace, "toy", str(given / "base"), rank, None, None)
 
 
-def test_no_more_files_than_are_kept(workspace: Workspace, given: Path) -> None:
+def test_adapter_limit(workspace: Workspace, given: Path) -> None:
     one = (given / "toy.safetensors").read_bytes()
     for i in range(LIMITS.adapter_files - 2):
         (workspace.adapters / f"{i}.safetensors").write_bytes(one)
@@ -228,14 +228,14 @@ def test_no_more_files_than_are_kept(workspace: Workspace, given: Path) -> None:
         files.example(workspace)
 
 
-def test_a_free_name(workspace: Workspace) -> None:
+def test_unused_file_stem(workspace: Workspace) -> None:
     (workspace.adapters / "Made.safetensors").touch()
     (workspace.adapters / "made-2.safetensors").touch()
     assert files._free_stem(workspace, "made") == "made-3"
     assert files._free_stem(workspace, "other-thing") == "other-thing"
 
 
-def test_the_list_finds_what_is_new_and_keeps_the_choice(workspace: Workspace) -> None:
+def test_list_finds_new_adapters_and_keeps_the_selection(workspace: Workspace) -> None:
     chosen, several, known = adapters_page.refresh_list(workspace, "toy", None)
     assert (chosen.value, known) == ("toy", ["other", "toy"])
     assert [value for _, value in several.choices] == known
@@ -244,7 +244,7 @@ def test_the_list_finds_what_is_new_and_keeps_the_choice(workspace: Workspace) -
     assert adapters_page.refresh_list(workspace, "toy", known)[0].value == "other"
 
 
-def test_the_example_can_be_looked_at(tmp_path: Path) -> None:
+def test_example_adapter(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert files.example(workspace) == files.example(workspace) == "example-lora"
     assert files.base_of_adapter(workspace, "example-lora") == "bundled"
@@ -253,11 +253,11 @@ def test_the_example_can_be_looked_at(tmp_path: Path) -> None:
     assert "<dd>bundled</dd>" in describe_file(found, "bundled")
 
 
-def test_every_format_that_can_be_written_is_offered() -> None:
+def test_every_writable_format_is_listed() -> None:
     assert set(FORMATS) == set(To.__args__)  # type: ignore[attr-defined]
 
 
-def test_the_page_is_built(tmp_path: Path) -> None:
+def test_page_builds(tmp_path: Path) -> None:
     with gr.Blocks() as page:
         adapters_page.build(Context.create(tmp_path))
     unnamed = [c for c in page.blocks.values() if isinstance(c, (gr.Dropdown, gr.Textbox, gr.File)) and not c.label]

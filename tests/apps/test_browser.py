@@ -27,7 +27,7 @@ def test_every_page_opens(app: App, chromium: Browser, size: tuple[int, int], da
     assert not grave, "\n".join(grave)
 
 
-def test_the_workspace_is_made_where_it_is_said(app: App) -> None:
+def test_workspace_is_created_with_private_permissions(app: App) -> None:
     assert app.workspace.is_dir()
     assert app.workspace.stat().st_mode & 0o077 == 0, "for nobody else on this machine"
     assert Path(app.workspace, "cache").is_dir()
@@ -43,7 +43,7 @@ EVIL = [
 ]  # fmt: skip
 
 
-def test_a_visitors_words_show_as_themselves(chromium: Browser, tmp_path: Path) -> None:
+def test_user_text_is_shown_literally(chromium: Browser, tmp_path: Path) -> None:
     """In Markdown, in HTML and in an error, as Gradio draws them."""
     server = Small(tmp_path, words=EVIL)
     try:

@@ -33,9 +33,7 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize(("size", "dark"), [(WIDE, False), (PHONE, True)], ids=["wide-light", "phone-dark"])
-def test_placeholders_can_be_read_and_main_buttons_are_in_view(
-    app: App, chromium: Browser, size: tuple[int, int], dark: bool
-) -> None:
+def test_placeholder_contrast_and_visible_main_buttons(app: App, chromium: Browser, size: tuple[int, int], dark: bool) -> None:
     page = chromium.open(app, size, dark)
     found: list[Any] = []
     for name in tabs(page):
@@ -51,7 +49,7 @@ def test_placeholders_can_be_read_and_main_buttons_are_in_view(
     assert not [each for each in found if each[2] < 4.5]
 
 
-def test_a_start_on_a_phone_shows_its_run(app: App, chromium: Browser) -> None:
+def test_start_on_a_phone_scrolls_to_the_run(app: App, chromium: Browser) -> None:
     """And the options of a method have their whole names."""
     page = chromium.open(app, PHONE)
     page.locator("#train-example").click()
@@ -77,7 +75,7 @@ def test_a_start_on_a_phone_shows_its_run(app: App, chromium: Browser) -> None:
     chromium.check()
 
 
-def test_a_token_without_its_adapter_is_offered_it(page: Any, brought: Path) -> None:
+def test_missing_adapter_of_a_token_is_offered(page: Any, brought: Path) -> None:
     """Nothing is generated until one has chosen: with the adapter, or without it after all."""
     bring(page, brought / "my-lora.safetensors")
     go(page, "Generate")

@@ -30,7 +30,7 @@ def pictures(page: Any, where: str) -> list[Any]:
     return found
 
 
-def test_teach_from_four_photos(app: App, page: Any, chromium: Browser, tmp_path: Path) -> None:
+def test_train_on_four_photos(app: App, page: Any, chromium: Browser, tmp_path: Path) -> None:
     """Quick: progress, a curve and previews while it learns, found again after a reload and by a second tab, in the middle of
     which pictures are drawn; then the sheet, figures, and files for every program."""
     photos = sorted(base_models.examples().glob("*.png"))[:4]
@@ -119,7 +119,7 @@ def test_generate_with_and_without(app: App, page: Any, brought: Path, tmp_path:
     assert [each == with_it for each in pictures(page, "#generate-gallery")] == [True], "the same picture again"
 
 
-def test_draw_a_sketch_and_a_picture_that_follows_it(app: App, page: Any, brought: Path, tmp_path: Path) -> None:
+def test_generate_from_a_sketch(app: App, page: Any, brought: Path, tmp_path: Path) -> None:
     """The first stroke of the mouse draws: nothing needs to be chosen before."""
     bring(page, brought / "my-controlnet.safetensors")
     go(page, "Control")
@@ -140,7 +140,7 @@ def test_draw_a_sketch_and_a_picture_that_follows_it(app: App, page: Any, brough
     assert not findings(page)
 
 
-def test_classify_the_digits_and_ask(app: App, page: Any) -> None:
+def test_train_on_digits_and_classify(app: App, page: Any) -> None:
     """Live accuracy, the confusion matrix, the worst mistakes, an answer to a picture, and what to keep."""
     go(page, "Classify")
     page.locator("#classify-methods .token-remove").nth(1).click()  # of LoRA, which takes longer
@@ -188,7 +188,7 @@ def test_inspect_and_convert_a_file(page: Any, brought: Path, tmp_path: Path) ->
     assert not findings(page)
 
 
-def test_by_keyboard_alone(page: Any) -> None:
+def test_keyboard_navigation(page: Any) -> None:
     """From the first page's top to another page, a prompt there, and its picture."""
 
     def tab_to(found: str) -> None:
@@ -211,7 +211,7 @@ def test_by_keyboard_alone(page: Any) -> None:
     page.locator("#generate-state").get_by_text("1 of 1").wait_for()
 
 
-def test_look_up_a_method(page: Any) -> None:
+def test_search_methods(page: Any) -> None:
     go(page, "Methods")
     page.get_by_label("Search").fill("butterfly")
     page.locator("details.method summary code").get_by_text("boft").wait_for()

@@ -40,7 +40,7 @@ def step(page: Any) -> int:
     return int(re.search(r"step (\d+) of", words.inner_text()).group(1))
 
 
-def test_a_stop_in_another_tab_keeps_the_weights_and_a_dead_server_loses_nothing(app: App, chromium: Browser) -> None:
+def test_stop_resume_and_crash_recovery_in_two_tabs(app: App, chromium: Browser) -> None:
     """Two tabs see one job. The server dies: the job goes on, and both tabs find it again. Server and job die: it is resumed
     from its checkpoint. A stop in one tab shows in the other, leaves a file that can be drawn with, and it can go on and go."""
     first, second = chromium.open(app), chromium.open(app)
@@ -135,7 +135,7 @@ def draws(page: Any) -> None:
     page.locator("#generate-state").get_by_text("1 of 1").wait_for()
 
 
-def test_photos_that_are_none(page: Any, tmp_path: Path) -> None:
+def test_invalid_photos(page: Any, tmp_path: Path) -> None:
     """A text file named `.png` and a PNG of 300 megapixels are named with what is wrong, beside good photos; alone, refused."""
     (tmp_path / "letter.png").write_text("Dear Sir, this is no picture.")
     (tmp_path / "huge.png").write_bytes(huge(20_000, 15_000))
@@ -165,7 +165,7 @@ def huge(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def test_a_zip_that_leaves_its_folder(app: App, page: Any, tmp_path: Path) -> None:
+def test_zip_with_paths_outside_its_folder(app: App, page: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
         for number, photo in enumerate(sorted(base_models.examples().glob("*.png"))):
             archive.write(photo, f"../../../{'cat' if number % 2 else 'dog'}/{number}.png")
@@ -181,7 +181,7 @@ def test_a_zip_that_leaves_its_folder(app: App, page: Any, tmp_path: Path) -> No
     draws(page)
 
 
-def test_a_pickle_that_calls_itself_safetensors(app: App, page: Any, tmp_path: Path) -> None:
+def test_pickle_named_safetensors(app: App, page: Any, tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "run by a pickle"),)
@@ -199,7 +199,7 @@ def test_a_pickle_that_calls_itself_safetensors(app: App, page: Any, tmp_path: P
     draws(page)
 
 
-def test_html_in_words(page: Any, app: App) -> None:
+def test_html_in_user_text(page: Any, app: App) -> None:
     """A prompt is text, and so are its words that are left out, and a concept in a title: shown as they were written."""
     evil = "<img src=x onerror=\"document.title='owned'\"> **bold** <b>cat</b>"
     go(page, "Generate")

@@ -13,7 +13,7 @@ from tests.raising import raises
 from veneer.injection.errors import StateError
 
 
-def test_classifiers_that_were_asked_last_stay_and_new_ones_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_least_recently_used_classifiers_are_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
     def opens(run: Path) -> object:
@@ -26,15 +26,15 @@ def test_classifiers_that_were_asked_last_stay_and_new_ones_are_seen(tmp_path: P
         run.mkdir()
         (run / "model.json").touch()
     answers = ClassifierCache()
-    first = answers._opened(runs[0])
+    first = answers._predictor(runs[0])
     for run in runs[1:MAX_CLASSIFIERS]:
-        answers._opened(run)
-    assert answers._opened(runs[0]) is first
-    answers._opened(runs[MAX_CLASSIFIERS])
-    assert answers._opened(runs[0]) is first, "it was asked later than others"
+        answers._predictor(run)
+    assert answers._predictor(runs[0]) is first
+    answers._predictor(runs[MAX_CLASSIFIERS])
+    assert answers._predictor(runs[0]) is first, "it was asked later than others"
     assert opened == [run.name for run in runs]
     os.utime(runs[0] / "model.json", (1, 1))
-    assert answers._opened(runs[0]) is not first, "it has learnt more since"
+    assert answers._predictor(runs[0]) is not first, "it has learnt more since"
     assert len(answers._kept) == MAX_CLASSIFIERS
     with raises(StateError, where=tmp_path.name, given="untrained"):
-        answers._opened(tmp_path)
+        answers._predictor(tmp_path)

@@ -56,7 +56,7 @@ def run(job: jobs.Job) -> None:
     assert main([*job.command, "--out", str(job.run), "--resume"]) in (0, None), job.metadata
 
 
-def test_each_method_is_a_job_and_the_end_says_how_well_it_does(tmp_path: Path, wanted: ClassifyRequest) -> None:
+def test_each_method_is_a_job_with_results(tmp_path: Path, wanted: ClassifyRequest) -> None:
     context, workspace = Context.create(tmp_path), Workspace(tmp_path)
     begun, left_out = submit_jobs(context, workspace, wanted)
     assert [job.metadata["title"] for job in begun] == ["my-pets · linear_probe", "my-pets · bitfit"]
@@ -99,7 +99,7 @@ def test_each_method_is_a_job_and_the_end_says_how_well_it_does(tmp_path: Path, 
     assert data.is_dir(), "others learn from them"
 
 
-def test_accuracy_is_told_while_it_learns(tmp_path: Path, wanted: ClassifyRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accuracy_is_shown_during_training(tmp_path: Path, wanted: ClassifyRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is stopped after its second epoch of twenty."""
     from veneer.training.loop.trainer import Trainer
 
@@ -127,7 +127,7 @@ def test_accuracy_is_told_while_it_learns(tmp_path: Path, wanted: ClassifyReques
     )
 
 
-def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: ClassifyRequest, pets: Path) -> None:
+def test_invalid_requests_submit_no_job(tmp_path: Path, wanted: ClassifyRequest, pets: Path) -> None:
     context, alone, named = Context.create(tmp_path), Workspace(tmp_path), Workspace(tmp_path, "ann")
     folder = str(picture_folder(tmp_path / "colours", count=2))
     flat = tmp_path / "flat.zip"
@@ -175,7 +175,7 @@ def test_what_cannot_work_begins_nothing(tmp_path: Path, wanted: ClassifyRequest
         classify_page.classify(alone, ClassifierCache(), mine.name, str(next(Path(folder).rglob("*.png"))))
 
 
-def test_the_page_is_built_and_offers_what_fits(tmp_path: Path) -> None:
+def test_page_builds_and_lists_supported_methods(tmp_path: Path) -> None:
     with gr.Blocks():
         classify_page.build(Context.create(tmp_path))
     assert "folder" in dict(map(reversed, classify_page.source_choices(Workspace(tmp_path))))  # type: ignore[arg-type]

@@ -52,7 +52,7 @@ def ended(space: Workspace, data: str, method: str, val: float, test: float) -> 
     return job
 
 
-def test_methods_are_ranked_by_validation_on_the_same_pictures(tmp_path: Path) -> None:
+def test_methods_are_ranked_by_validation_accuracy(tmp_path: Path) -> None:
     """Not by the pictures that they are tested on, or the best of many would be the luckiest."""
     space = Workspace(tmp_path)
     ended(space, "pets", "second", 0.75, 0.875)
@@ -70,7 +70,7 @@ def test_methods_are_ranked_by_validation_on_the_same_pictures(tmp_path: Path) -
     assert comparison(ended(space, "cars", "alone", 1.0, 1.0)) == ""
 
 
-def test_the_table_is_made_anew_when_another_job_ends(tmp_path: Path) -> None:
+def test_table_updates_when_another_job_ends(tmp_path: Path) -> None:
     space = Workspace(tmp_path)
     job = ended(space, "pets", "first", 0.5, 0.5)
     other, before = begun(space, "pets", "second"), stamp(job)
@@ -90,14 +90,14 @@ def test_earlier_runs_are_listed(tmp_path: Path) -> None:
     assert "50.0%" in table
 
 
-def test_every_epoch_has_its_mark() -> None:
+def test_every_epoch_has_a_tick() -> None:
     """Few epochs are names on the axis, since an axis of numbers would be marked at half epochs."""
     few, many = ([Epoch(n, n * 10, 1.0, 1.0, 0.5) for n in range(1, count + 1)] for count in (FEW_EPOCHS, FEW_EPOCHS + 1))
     assert list(accuracy_curve(few)["epoch"]) == [str(n) for n in range(1, FEW_EPOCHS + 1)]
     assert list(accuracy_curve(many)["epoch"]) == [*range(1, FEW_EPOCHS + 2)]
 
 
-def test_the_verdict_is_first_and_escaped(tmp_path: Path) -> None:
+def test_verdict_is_first_and_escaped(tmp_path: Path) -> None:
     found = read_result(ended(Workspace(tmp_path), "pets", "lora", 0.5, 0.75))
     found["verdict"] = {"outcome": "partly", "summary": "<b>Worse</b> than the probe.", "reasons": ["a"], "advice": ["b"]}
     words = summarize(found)
@@ -105,12 +105,12 @@ def test_the_verdict_is_first_and_escaped(tmp_path: Path) -> None:
     assert "&lt;b&gt;Worse&lt;/b&gt;" in words
 
 
-def test_the_end_in_words(tmp_path: Path) -> None:
+def test_summary_of_a_finished_run(tmp_path: Path) -> None:
     words = summarize(read_result(ended(Workspace(tmp_path), "pets", "lora", 0.5, 0.75)))
     assert words.startswith("### Accuracy 75.0%")
     assert "interval is **62.5% to 87.5%**" in words
     assert "the most frequent class gives 75.0%" in words, "3 of the 4 pictures are of one class"
-    assert "Epoch 2 was kept, the best on 4 validation images (50.0%)" in words
+    assert "Epoch 2 was selected as the best on 4 validation images (50.0%)" in words
     assert "1,234 trainable parameters; the file has 5,678 bytes" in words
 
 
@@ -118,7 +118,7 @@ def test_the_end_in_words(tmp_path: Path) -> None:
     ("rows", "best"),
     [([(0.9, 0.5), (0.8, 0.5)], 1), ([(0.8, 0.5), (0.8, 0.3), (0.8, 0.4)], 2), ([(0.8, 0.5), (0.8, 0.5)], 1)],
 )
-def test_the_best_epoch_so_far(tmp_path: Path, rows: list[tuple[float, float]], best: int) -> None:
+def test_best_epoch_so_far(tmp_path: Path, rows: list[tuple[float, float]], best: int) -> None:
     epochs = [Epoch(n, n * 10, 1.0, loss, accuracy) for n, (accuracy, loss) in enumerate(rows, 1)]
     assert f"The best so far is epoch {best}, {rows[best - 1][0]:.1%}" in describe(
         begun(Workspace(tmp_path), "pets", "lora"), epochs
@@ -126,7 +126,7 @@ def test_the_best_epoch_so_far(tmp_path: Path, rows: list[tuple[float, float]], 
     assert "best so far" not in describe(begun(Workspace(tmp_path), "pets", "lora"), epochs[:1])
 
 
-def test_jobs_that_wait_take_the_places_of_methods(tmp_path: Path) -> None:
+def test_waiting_jobs_count_against_the_limit(tmp_path: Path) -> None:
     context, space = Context.create(tmp_path), Workspace(tmp_path)
     for _ in range(LIMITS.jobs - 1):
         context.submit(space, "train", "a toy", ["personalize"])
@@ -137,7 +137,7 @@ def test_jobs_that_wait_take_the_places_of_methods(tmp_path: Path) -> None:
     assert check_methods(["ssf", "lora", "ssf"], "bundled") == ["ssf", "lora"]
 
 
-def test_only_the_pictures_of_a_classifiers_job_are_taken_again(tmp_path: Path) -> None:
+def test_only_data_of_classify_jobs_is_reused(tmp_path: Path) -> None:
     context, space = Context.create(tmp_path), Workspace(tmp_path)
     (tmp_path / "photos").mkdir()
     taught = jobs.create_job(space.jobs, "train", "a toy", ["personalize", str(tmp_path / "photos"), "--concept=<toy>"])
@@ -155,7 +155,7 @@ def test_only_the_pictures_of_a_classifiers_job_are_taken_again(tmp_path: Path) 
         (["train/cat", "val/cat"], "."),
     ],
 )
-def test_the_folder_of_the_classes(tmp_path: Path, held: list[str], found: str) -> None:
+def test_class_root(tmp_path: Path, held: list[str], found: str) -> None:
     for name in held:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "0.png").touch()

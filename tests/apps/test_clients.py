@@ -52,7 +52,7 @@ def image(visit: Visit) -> Image.Image:
     return Image.open(io.BytesIO(content))
 
 
-def test_all_who_draw_at_once_get_their_own_picture(app: App, names: list[str], tmp_path: Path) -> None:
+def test_concurrent_clients_get_their_own_images(app: App, names: list[str], tmp_path: Path) -> None:
     """And everybody is told how many are before them, until it is their turn."""
     asked = wishes(0, CLIENTS, names)
     visits = round_of(app, asked)
@@ -77,7 +77,7 @@ def test_all_who_draw_at_once_get_their_own_picture(app: App, names: list[str], 
     assert len(files) <= len(seen) + 1, "one file for each picture, and the page's own icon"
 
 
-def test_a_picture_comes_while_a_job_trains(app: App, tmp_path: Path) -> None:
+def test_generation_during_training(app: App, tmp_path: Path) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     (tmp_path / "photos").mkdir()
     for seed in range(2):
@@ -106,7 +106,7 @@ def until(true: Callable[[], object], job: jobs.Job) -> None:
         time.sleep(0.1)
 
 
-def test_who_finds_the_queue_full_is_told_so_and_who_leaves_makes_room(app: App) -> None:
+def test_full_queue_rejects_and_disconnect_frees_a_place(app: App) -> None:
     with Client(app.address) as long, Client(app.address) as many, Client(app.address) as late:
         slow = {"generate-prompt": PROMPT, STEPS: 60, "generate-count": LIMITS.images}
         assert long.join("generate-draw", **slow) is None
@@ -130,7 +130,7 @@ def test_who_finds_the_queue_full_is_told_so_and_who_leaves_makes_room(app: App)
     assert visit.places[0] == 0, "of all who were before, nobody waits"
 
 
-def test_memory_returns_to_where_it_was(app: App, names: list[str]) -> None:
+def test_memory_does_not_grow(app: App, names: list[str]) -> None:
     """After a warm-up round, further rounds of visitors who come, generate and leave do not make the process larger.
 
     The server remembers the last `LIMITS.sessions` pages, about 1 MiB each, so these are opened before. Allocators still grow in
@@ -149,7 +149,7 @@ def test_memory_returns_to_where_it_was(app: App, names: list[str]) -> None:
     assert threading.active_count() < CLIENTS
 
 
-def test_old_files_of_the_cache_go_when_the_app_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expired_cache_files_are_deleted_on_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     for name, age in (("old", FILE_LIFETIME + 60), ("young", FILE_LIFETIME - 60)):
         file = tmp_path / "cache" / name / "a.png"

@@ -23,7 +23,7 @@ class Canvas:
         components._accept_drawing(self, SimpleNamespace(data=data, files=[("x", b"x")]))
 
 
-def test_drawings_are_bounded() -> None:
+def test_drawings_are_limited() -> None:
     canvas = Canvas()
     for wrong in ("1000000000000", "-1", "8", "x", "²"):
         with pytest.raises(gr.Error, match=str(LIMITS.layers)):
@@ -39,7 +39,7 @@ def test_drawings_are_bounded() -> None:
     assert list(canvas.blob_storage) == names[10:], "another layer of one that is there takes no place"
 
 
-def test_a_drawing_that_was_used_takes_no_place() -> None:
+def test_used_drawing_frees_its_storage() -> None:
     pad = sketchpad("Sketch")
     pad.blob_storage["a"] = EditorDataBlobs(background=None, layers=[], composite=b"drawn")
     sent = EditorData(id="a")

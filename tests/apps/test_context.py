@@ -25,7 +25,7 @@ def test_each_login_has_its_own_workspace(tmp_path: Path) -> None:
     assert len({alone, anna, bob}) == 3
 
 
-def test_no_more_jobs_wait_than_is_allowed(tmp_path: Path) -> None:
+def test_job_limit_per_user(tmp_path: Path) -> None:
     context = Context.create(tmp_path)
     mine = context.workspace(None)
     begun = [context.submit(mine, "train", "a toy", ["personalize"]) for _ in range(LIMITS.jobs)]
@@ -36,7 +36,7 @@ def test_no_more_jobs_wait_than_is_allowed(tmp_path: Path) -> None:
     assert context.submit(mine, "train", "a toy", ["personalize"]).state == "waiting"
 
 
-def test_every_mark_is_shown_as_itself() -> None:
+def test_every_punctuation_character_is_escaped() -> None:
     for mark in string.punctuation:
         assert escape_markup(mark).startswith("&"), mark
         assert html.unescape(escape_markup(mark)) == mark
@@ -47,7 +47,7 @@ def test_every_mark_is_shown_as_itself() -> None:
 
 
 @pytest.mark.parametrize("kind", [VeneerError, ValueError, OSError])
-def test_refusals_are_shown_as_plain_text(kind: type[Exception]) -> None:
+def test_errors_are_shown_as_plain_text(kind: type[Exception]) -> None:
     def refuse() -> None:
         raise kind("<b>no</b>")
 

@@ -92,7 +92,7 @@ def generation(base: str, **changed: Any) -> GenerationRequest:
     return GenerationRequest(**{"base": base, "prompt": "a cat", "steps": 2, "guidance": 4.0, **changed})
 
 
-def test_who_follows_what(context: Context) -> None:
+def test_condition_types_of_adapters(context: Context) -> None:
     here = context.workspace(None)
     assert {name: f.condition for name, f in page.control_adapters(here).items()} == {
         "lines": "canny",
@@ -113,7 +113,7 @@ def test_who_follows_what(context: Context) -> None:
         page.control_adapter(Workspace(context.root, "eve"), "lines")
 
 
-def test_a_sketch_a_photo_and_a_map(tmp_path: Path) -> None:
+def test_condition_images_from_sketch_photo_and_map(tmp_path: Path) -> None:
     size = (64, 32)
     photo = Image.new("RGB", (200, 160), "white")
     ImageDraw.Draw(photo).ellipse([60, 40, 140, 120], fill="red")
@@ -137,12 +137,12 @@ def test_a_sketch_a_photo_and_a_map(tmp_path: Path) -> None:
     assert middle.getcolors() == [(32 * 32, (0, 0, 255))], "the middle of a map of another shape"
 
 
-def test_the_map_has_the_size_of_the_picture(context: Context, base: str) -> None:
+def test_map_has_the_size_of_the_image(context: Context, base: str) -> None:
     assert page.output_size(context, generation(base, size=(32, 64))) == (64, 32), "width first"
     assert page.output_size(context, generation(base)) == (SIDE, SIDE)
 
 
-def test_what_cannot_be_followed_is_refused(tmp_path: Path) -> None:
+def test_invalid_conditions_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("<html><script>alert(1)</script>")
     empty = png(Image.new("RGBA", (384, 384)))
     no_lines: dict[str, object] = {"where": "sketch", "given": "empty"}
@@ -165,7 +165,7 @@ def test_what_cannot_be_followed_is_refused(tmp_path: Path) -> None:
         page.condition_image("image", ConditionInput("sketch", sketch()), (64, 64))
 
 
-def test_the_picture_with_without_and_the_map(context: Context, base: str) -> None:
+def test_generate_without_and_with_control(context: Context, base: str) -> None:
     found = page.control_adapter(context.workspace(None), "lines")
     wanted = generation(base, seed=4)
     given = ConditionInput("sketch", sketch())
@@ -185,7 +185,7 @@ def test_the_picture_with_without_and_the_map(context: Context, base: str) -> No
     assert (facts["adapters"], facts["end"], facts["condition"]) == ([{"file": "lines", "scale": 0.8}], 0.5, "canny")
 
 
-def test_a_picture_as_a_prompt(context: Context, base: str, tmp_path: Path) -> None:
+def test_image_prompt(context: Context, base: str, tmp_path: Path) -> None:
     picture(1, 64).save(tmp_path / "p.png")
     found = page.control_adapter(context.workspace(None), "prompt")
     steps = page.generate(
@@ -207,7 +207,7 @@ def test_a_picture_as_a_prompt(context: Context, base: str, tmp_path: Path) -> N
         ((1, 0, 1), LIMITS.images, "pictures", 2 * LIMITS.images),
     ],
 )
-def test_what_is_beyond_the_limits_is_refused(given: Sequence[Any], count: int, option: str, wrong: Any) -> None:
+def test_requests_beyond_the_limits_are_rejected(given: Sequence[Any], count: int, option: str, wrong: Any) -> None:
     with raises(OptionError, option=option, given=wrong):
         list(
             page.generate(
@@ -216,7 +216,7 @@ def test_what_is_beyond_the_limits_is_refused(given: Sequence[Any], count: int, 
         )  # type: ignore[arg-type]
 
 
-def test_a_job_that_teaches(context: Context, base: str, tmp_path: Path) -> None:
+def test_training_job(context: Context, base: str, tmp_path: Path) -> None:
     assert set(teaching.control_methods()) >= {"controlnet", "t2i_adapter", "controlnext", "ip_adapter"}
     photos = [tmp_path / f"{i}.png" for i in range(2)]
     for number, path in enumerate(photos):
@@ -242,7 +242,7 @@ def test_a_job_that_teaches(context: Context, base: str, tmp_path: Path) -> None
     assert control_page._result_values(None)[0].visible is False
 
 
-def test_presets_of_a_control_have_their_steps_and_minutes(tmp_path: Path) -> None:
+def test_presets_have_steps_and_minutes(tmp_path: Path) -> None:
     """The shortest is one that was measured to follow; the longest what the command does by default."""
     here = Workspace(tmp_path)
     assert teaching.preset_lengths("thorough", "controlnet", "bundled") == (800, 384)
@@ -273,7 +273,7 @@ def test_presets_of_a_control_have_their_steps_and_minutes(tmp_path: Path) -> No
     assert control_page.estimate_text(here, "controlnet", "bundled", None, 64) == ""
 
 
-def test_what_cannot_be_taught_is_refused_and_leaves_nothing(context: Context, base: str, tmp_path: Path) -> None:
+def test_invalid_training_requests_leave_no_files(context: Context, base: str, tmp_path: Path) -> None:
     picture(0, 64).save(tmp_path / "one.png")
     stranger = Workspace(context.root, "stranger")
     one, many = [str(tmp_path / "one.png")], ["x"] * (LIMITS.photos + 1)
@@ -302,7 +302,7 @@ def test_what_cannot_be_taught_is_refused_and_leaves_nothing(context: Context, b
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_page_builds(tmp_path: Path) -> None:
+def test_page_builds(tmp_path: Path) -> None:
     """Gradio leaves event loops open, which are collected here."""
     with gr.Blocks():
         control_page.PAGE.build(Context.create(tmp_path))

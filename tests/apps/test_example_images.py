@@ -12,7 +12,7 @@ from veneer.apps.pages.shared import example_images
 
 
 @pytest.mark.parametrize(("name", "rows"), [("photos", 1), ("digits", 2)])
-def test_a_strip_is_an_image_with_a_description(name: str, rows: int) -> None:
+def test_image_strip_has_an_alt_text(name: str, rows: int) -> None:
     html = getattr(example_images, name)()
     found = re.search(r'src="data:image/webp;base64,([^"]+)" alt="([^"]+)" width="(\d+)" height="(\d+)"', html)
     assert found is not None

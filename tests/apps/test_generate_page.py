@@ -103,7 +103,7 @@ def test_with_and_without_side_by_side(context: Context, base: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["word", "style"])
-def test_without_a_taught_word_the_base_is_told_what_it_is_like(context: Context, base: str, name: str) -> None:
+def test_base_model_gets_the_class_word_for_a_trained_token(context: Context, base: str, name: str) -> None:
     """Be it that the file brings the word, or that it only changes what the base makes of one."""
     wanted = generation(base)
     found, _ = last(context, wanted, [name], [1.0], "both")
@@ -112,7 +112,7 @@ def test_without_a_taught_word_the_base_is_told_what_it_is_like(context: Context
     assert read_settings(found[0][0])["prompt"] == PROMPT
 
 
-def test_a_row_of_strengths(context: Context, base: str) -> None:
+def test_strength_sweep(context: Context, base: str) -> None:
     expected.file = context.workspace(None).adapter("style")  # type: ignore[attr-defined]
     wanted = generation(base, count=2)
     steps = list(generate(context, context.workspace(None), wanted, ["style"], [0.8], "sweep"))
@@ -128,7 +128,7 @@ def test_a_row_of_strengths(context: Context, base: str) -> None:
     assert found[10][1] == "strength × 1.25, seed 0"
 
 
-def test_settings_come_back_out_of_a_picture(context: Context, base: str, tmp_path: Path) -> None:
+def test_settings_are_read_from_an_image(context: Context, base: str, tmp_path: Path) -> None:
     wanted = generation(base, seed=7, negative="blur", size=(32, 64))
     [(path, _)], _ = last(context, wanted, ["style", "word"], [0.5, 1.0], "with")
     found, there, note = read_image_settings(context.workspace(None), path)
@@ -140,7 +140,7 @@ def test_settings_come_back_out_of_a_picture(context: Context, base: str, tmp_pa
     assert "that you do not have: style, word" in read_image_settings(stranger, path)[2]
 
 
-def test_what_is_no_settings_is_refused(context: Context, tmp_path: Path) -> None:
+def test_invalid_settings_are_rejected(context: Context, tmp_path: Path) -> None:
     here = context.workspace(None)
     picture = Image.new("RGB", (32, 32))
     picture.save(tmp_path / "bare.png")
@@ -200,7 +200,7 @@ def huge() -> bytes:
         ({"seed": -1}, "seed", -1),
     ],
 )
-def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], option: str, wrong: Any) -> None:
+def test_requests_beyond_the_limits_are_rejected(given: dict[str, Any], option: str, wrong: Any) -> None:
     usual = {
         "base": "bundled",
         "prompt": "a cat",
@@ -216,20 +216,20 @@ def test_what_is_beyond_the_limits_is_refused(given: dict[str, Any], option: str
         parse_request(**{**usual, "count": 1, **given})
 
 
-def test_many_pictures_come_in_parts_and_each_once() -> None:
+def test_images_are_generated_in_batches() -> None:
     for count in (1, BATCH_SIZE, BATCH_SIZE + 1, LIMITS.images):
         parts = parse_request("bundled", "a cat", "", 3, 2, 3, 0, 0, count).parts()
         assert all(len(part.seeds) <= BATCH_SIZE for part in parts)
         assert [seed for part in parts for seed in part.seeds] == list(range(3, 3 + count))
 
 
-def test_a_base_fills_in_no_more_than_is_allowed(tmp_path: Path) -> None:
+def test_defaults_of_a_base_model_respect_the_limits(tmp_path: Path) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path)
     (tmp_path / "veneer.json").write_text(json.dumps({"steps": LIMITS.steps + 50}))
     assert base_defaults(str(tmp_path))[0] == LIMITS.steps
 
 
-def test_no_more_adapters_come_out_of_a_picture_than_have_sliders(tmp_path: Path) -> None:
+def test_adapters_read_from_an_image_are_limited(tmp_path: Path) -> None:
     here = Workspace(tmp_path / "space")
     here.adapters.mkdir(parents=True)
     names = [f"a{n}" for n in range(LIMITS.adapters + 1)]
@@ -243,7 +243,7 @@ def test_no_more_adapters_come_out_of_a_picture_than_have_sliders(tmp_path: Path
     assert select_adapters(here, ["a1"], [-MAX_STRENGTH])["a1"].strength == -MAX_STRENGTH
 
 
-def test_a_classifier_is_not_drawn_with(tmp_path: Path) -> None:
+def test_classifier_is_not_a_text_adapter(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     workspace.adapters.mkdir(parents=True)
     probe = veneer.attach(timm.create_model("vit_tiny_patch16_224", depth=1), "bitfit")
@@ -253,7 +253,7 @@ def test_a_classifier_is_not_drawn_with(tmp_path: Path) -> None:
     assert not draws(workspace.adapter("digits"))
 
 
-def test_adapters_are_bounded_looked_up_and_own(context: Context, base: str) -> None:
+def test_adapter_selection_is_validated(context: Context, base: str) -> None:
     here = context.workspace(None)
     assert text_adapters(here) == ["style", "word"], "what follows maps is drawn with elsewhere"
     too_many = {"option": "pictures", "given": 18, "expected": 16}
@@ -276,14 +276,16 @@ def test_adapters_are_bounded_looked_up_and_own(context: Context, base: str) -> 
         list(generate(context, Workspace(context.root, "eve"), generation(base), ["style"], [1], "with"))
 
 
-def test_refusals_of_a_generator_are_shown(context: Context, base: str) -> None:
+def test_errors_of_a_generator_handler_are_shown(context: Context, base: str) -> None:
     with pytest.raises(gr.Error) as caught:
         list(show_errors(generate)(context, context.workspace(None), generation(base), ["x"], [1], "with"))
     assert caught.value.__cause__ is not None
     carries(caught.value.__cause__, name="x", kind="adapter")
 
 
-def test_fields_follow_the_base_and_old_pictures_go(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_fields_follow_the_base_model_and_old_images_are_deleted(
+    base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert base_defaults(base) == [2, 4.0, "blur", 0, 0]
     assert base_defaults("bundled") == [20, 3.0, "", 64, 64]
     with pytest.raises(VeneerError):
@@ -299,7 +301,7 @@ def test_fields_follow_the_base_and_old_pictures_go(base: str, monkeypatch: pyte
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_page_builds(tmp_path: Path) -> None:
+def test_page_builds(tmp_path: Path) -> None:
     """Gradio leaves event loops open, which are collected here."""
     with gr.Blocks():
         generate_page.PAGE.build(Context.create(tmp_path))

@@ -52,19 +52,19 @@ def pixels(path: str) -> Any:
         return np.asarray(image)
 
 
-def test_a_token_whose_adapter_is_not_selected_is_pointed_out(context: Context) -> None:
+def test_token_without_selected_adapter_is_reported(context: Context) -> None:
     here = context.workspace(None)
     usable = text_adapters(here)
     absent = find_missing(here, "a <toy> beside a <dragon>", [], usable)
     assert (absent.known, absent.unknown, absent.adapters) == ({"<toy>": "style"}, ("<dragon>",), ["style"])
-    assert all(escape_markup(token) in absent.words() for token in ("<toy>", "<dragon>"))
-    assert find_missing(here, "a <toy>", ["word"], usable).words() == "", "any adapter with it is enough"
-    assert find_missing(here, "a toy, 3 < 4 > 2", [], usable).words() == ""
+    assert all(escape_markup(token) in absent.describe() for token in ("<toy>", "<dragon>"))
+    assert find_missing(here, "a <toy>", ["word"], usable).describe() == "", "any adapter with it is enough"
+    assert find_missing(here, "a toy, 3 < 4 > 2", [], usable).describe() == ""
     assert find_missing(Workspace(context.root, "eve"), "a <toy>", [], []).known == {}, "another's adapters are not named"
 
 
 @pytest.mark.parametrize("way", ["with", "both", "sweep"])
-def test_a_prompt_that_is_too_long_is_shortened_with_a_note(context: Context, base: str, way: str) -> None:
+def test_long_prompt_is_truncated_with_a_note(context: Context, base: str, way: str) -> None:
     long = "a red <toy> " + "on grass " * 60 + "beside <water>"
     found, told = last(context, base, long, way)
     kept = read_settings(found[-1][0])["prompt"]

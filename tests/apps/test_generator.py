@@ -74,7 +74,7 @@ def same(generator: Generator, base: str, *uses: AdapterUse, words: list[str] = 
     return np.array_equal(pixels(generator.generate(base, words, SETTINGS, uses)), fresh(base, *uses, words=words))
 
 
-def test_two_adapters_on_and_off_and_their_strengths(base: str, make: Make) -> None:
+def test_strengths_of_two_adapters(base: str, make: Make) -> None:
     one, two = make("one"), make("two", seed=50)
     generator = Generator("cpu")
     for uses in (
@@ -94,7 +94,7 @@ def test_two_adapters_on_and_off_and_their_strengths(base: str, make: Make) -> N
     assert np.array_equal(pixels(generator.generate(base, WORDS, SETTINGS, [AdapterUse(one, 0)])), plain)
 
 
-def test_their_order_counts_where_their_changes_are_no_sums(base: str, make: Make) -> None:
+def test_order_matters_for_non_additive_updates(base: str, make: Make) -> None:
     turn, add = make("turn", "oft", size=0.5), make("add", size=0.5)
     generator = Generator("cpu")
     there, back = [AdapterUse(turn), AdapterUse(add)], [AdapterUse(add), AdapterUse(turn)]
@@ -105,7 +105,7 @@ def test_their_order_counts_where_their_changes_are_no_sums(base: str, make: Mak
 
 
 @pytest.mark.parametrize("brings", ["words", "weights"])
-def test_words_and_weights_are_gone_after_a_request(base: str, make: Make, brings: str) -> None:
+def test_embeddings_and_weights_are_restored_after_a_request(base: str, make: Make, brings: str) -> None:
     file = (
         make("word", "textual_inversion", size=2.0, tokens="<toy>", initialize="cat", vectors=2)
         if brings == "words"
@@ -146,7 +146,7 @@ def test_the_prompts_of_one_user_never_use_the_adapters_of_another(base: str, ma
     assert same(generator, base, AdapterUse(his))
 
 
-def test_no_more_files_are_kept_than_is_allowed(base: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attached_files_are_limited(base: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [make(f"a{i}", seed=10 * i, rank=1) for i in range(LIMITS.adapters + 2)]
     generator = Generator("cpu")
     for file in files:
@@ -162,7 +162,7 @@ def test_no_more_files_are_kept_than_is_allowed(base: str, make: Make, monkeypat
     assert same(generator, base, words=WORDS[:1])
 
 
-def test_a_file_that_changed_or_is_gone(base: str, make: Make) -> None:
+def test_changed_or_deleted_file(base: str, make: Make) -> None:
     file, other = make("mine"), make("other", seed=70)
     generator = Generator("cpu")
     assert same(generator, base, AdapterUse(file))
@@ -183,7 +183,7 @@ def test_a_file_that_changed_or_is_gone(base: str, make: Make) -> None:
     assert same(generator, base)
 
 
-def test_no_more_bases_are_kept_than_is_allowed(base: str, make: Make, tmp_path: Path) -> None:
+def test_loaded_base_models_are_limited(base: str, make: Make, tmp_path: Path) -> None:
     generator, file = Generator("cpu"), make("one")
     generator.generate(base, WORDS[:1], SETTINGS, [AdapterUse(file)])
     first = weakref.ref(generator._bases[base].pipe.unet)
@@ -199,7 +199,7 @@ def test_no_more_bases_are_kept_than_is_allowed(base: str, make: Make, tmp_path:
     assert same(generator, base, AdapterUse(file))
 
 
-def test_what_is_refused_leaves_the_base_as_it_was(base: str, make: Make, tmp_path: Path) -> None:
+def test_rejected_request_leaves_the_base_model_unchanged(base: str, make: Make, tmp_path: Path) -> None:
     good, control = make("good"), make("control", "t2i_adapter")
     word = make("word", "textual_inversion", size=2.0, tokens="<toy>", initialize="cat")
     broken = tmp_path / "broken.safetensors"
@@ -219,7 +219,7 @@ def test_what_is_refused_leaves_the_base_as_it_was(base: str, make: Make, tmp_pa
     assert generator.resolution(base) == (32, generator.resolution(base)[1])
 
 
-def test_what_follows_a_picture_is_given_one(base: str, make: Make) -> None:
+def test_control_adapter_gets_its_image(base: str, make: Make) -> None:
     control, style = make("control", "t2i_adapter"), make("style")
     generator = Generator("cpu")
     seen = picture(5)

@@ -8,7 +8,7 @@ from veneer.apps.pages.shared.html import MAX_ROWS, facts, name_list, note, tabl
 MARK = "<b>&</b>"
 
 
-def test_long_tables_and_lists_are_cut_and_say_so() -> None:
+def test_long_tables_and_lists_are_truncated_with_a_note() -> None:
     rows = [[f"row {n}", n] for n in range(MAX_ROWS + 1234)]
     told = table("Rows", ["name", "number"], rows)
     assert (told.count("<tr>"), f"row {MAX_ROWS - 1}<" in told, f"row {MAX_ROWS}<" in told) == (MAX_ROWS + 1, True, False)
@@ -23,6 +23,6 @@ def test_long_tables_and_lists_are_cut_and_say_so() -> None:
     "told", [table(MARK, [MARK], [[MARK]]), facts([(MARK, MARK)]), name_list(MARK, [MARK]), note(MARK, "good")],
     ids=["table", "facts", "names", "note"],
 )  # fmt: skip
-def test_words_are_no_html(told: str) -> None:
+def test_text_is_escaped(told: str) -> None:
     assert "<b>" not in told
     assert "&lt;b&gt;&amp;&lt;/b&gt;" in told

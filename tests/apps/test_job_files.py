@@ -48,7 +48,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_who_has_waited_longest_is_next_over_all_users(tmp_path: Path, begun: list[str]) -> None:
+def test_oldest_job_of_all_users_is_next(tmp_path: Path, begun: list[str]) -> None:
     made = {user: jobs.create_job(tmp_path / user / "jobs", "train", user, WRONG) for user in ("b", "d", "a", "c")}
     for number, job in enumerate(made.values()):
         jobs.write_json(job.folder / "job.json", {**job.metadata, "made": 1000.0 + number})
@@ -61,7 +61,7 @@ def test_who_has_waited_longest_is_next_over_all_users(tmp_path: Path, begun: li
     assert begun == [str(job.folder) for job in made.values()]
 
 
-def test_none_begins_while_one_of_another_server_runs(tmp_path: Path, begun: list[str]) -> None:
+def test_no_job_starts_while_another_server_runs_one(tmp_path: Path, begun: list[str]) -> None:
     runs, waits = (jobs.create_job(tmp_path / user / "jobs", "train", "a toy", WRONG) for user in ("a", "b"))
     queue = JobQueue(tmp_path)
     with FileLock(runs.folder / "lock"):
@@ -70,7 +70,7 @@ def test_none_begins_while_one_of_another_server_runs(tmp_path: Path, begun: lis
     assert queue.start_next() == waits
 
 
-def test_a_stop_is_there_before_its_process_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_file_exists_before_the_signal(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int, bool]] = []
     monkeypatch.setattr(os, "kill", lambda pid, number: told.append((pid, number, (job.folder / "stop").exists())))
     (job.folder / "process.json").write_text('{"pid": 1234567}')
@@ -79,7 +79,7 @@ def test_a_stop_is_there_before_its_process_is_told(job: Job, monkeypatch: pytes
     assert told == [(1234567, signal.SIGTERM, True)]
 
 
-def test_a_process_that_is_no_longer_the_jobs_is_not_told(job: Job, begun: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_does_not_signal_an_unrelated_process(job: Job, begun: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its number may be another's by now."""
     told: list[int] = []
     monkeypatch.setattr(os, "kill", lambda pid, number: told.append(pid))
@@ -93,7 +93,7 @@ def test_a_process_that_is_no_longer_the_jobs_is_not_told(job: Job, begun: list[
     assert told == []
 
 
-def test_a_process_that_ends_while_it_is_stopped_is_no_error(job: Job) -> None:
+def test_stop_of_an_ending_process_is_no_error(job: Job) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     (job.folder / "process.json").write_text(json.dumps({"pid": ended.pid}))
@@ -102,7 +102,7 @@ def test_a_process_that_ends_while_it_is_stopped_is_no_error(job: Job) -> None:
     assert job.state == "stopped"
 
 
-def test_tries_are_counted_where_it_dies_and_anew_when_somebody_asks(job: Job, begun: list[str]) -> None:
+def test_attempts_are_counted_per_step_and_reset_on_resume(job: Job, begun: list[str]) -> None:
     assert all(job.start() for _ in range(MAX_ATTEMPTS - 1)), "it dies before its first step"
     ProgressFile(job.run / "progress.jsonl", seconds=0)(Progress(5, 40, 1.0, 1.0, 1e-3, 1.0, 1.0, None, 0))
     assert all(job.start() for _ in range(MAX_ATTEMPTS)), "it has come further since"
@@ -114,7 +114,7 @@ def test_tries_are_counted_where_it_dies_and_anew_when_somebody_asks(job: Job, b
     assert len(begun) == 3 * MAX_ATTEMPTS - 1
 
 
-def test_the_end_of_a_long_log_says_why(job: Job) -> None:
+def test_failure_is_read_from_the_end_of_the_log(job: Job) -> None:
     lines = ["veneer: the first trouble", "x" * LOG_LIMIT, "veneer: the second trouble", "veneer: the last trouble", "bye"]
     (job.folder / "log.txt").write_text("\n".join(lines))
     (job.folder / "end.json").write_text('{"status": 1}')
@@ -130,7 +130,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_the_worker_says_how_it_ended_and_keeps_what_was_said_before(job: Job) -> None:
+def test_worker_records_its_status_and_appends_to_the_log(job: Job) -> None:
     (job.folder / "log.txt").write_text("before\n")
     assert work(job.folder) == 2, "as argparse ends"
     assert json.loads((job.folder / "process.json").read_text()) == {"pid": os.getpid()}
@@ -139,7 +139,7 @@ def test_the_worker_says_how_it_ended_and_keeps_what_was_said_before(job: Job) -
 
 
 @pytest.mark.usefixtures("here")
-def test_two_workers_of_a_job_do_not_meet(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_worker_runs_a_job(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "FileLock", lambda path, timeout: FileLock(path, timeout=0))
     with FileLock(job.folder / "lock"):
         assert work(job.folder) == 75
@@ -148,7 +148,7 @@ def test_two_workers_of_a_job_do_not_meet(job: Job, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("here")
-def test_an_end_with_words_is_a_failure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_with_a_message_is_a_failure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def main(words: list[str]) -> int:
         raise SystemExit("no such thing")
 
@@ -158,7 +158,7 @@ def test_an_end_with_words_is_a_failure(job: Job, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("here")
-def test_the_command_goes_on_in_the_jobs_folder_and_a_stop_is_no_failure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_resumes_in_the_job_folder_and_stop_is_no_failure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
 
     def main(words: list[str]) -> int:
@@ -177,7 +177,7 @@ def test_the_command_goes_on_in_the_jobs_folder_and_a_stop_is_no_failure(job: Jo
 
 
 @pytest.mark.usefixtures("here")
-def test_the_worker_sees_a_stop_that_comes_when_it_has_said_who_it_is(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_sees_a_stop_after_writing_its_process_id(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who stops it then tells the process, which does not listen yet."""
     write = worker.write_json
 
@@ -190,7 +190,7 @@ def test_the_worker_sees_a_stop_that_comes_when_it_has_said_who_it_is(job: Job, 
     assert (job.state, job.log(), (job.folder / "end.json").exists()) == ("stopped", "", False)
 
 
-def test_a_job_that_outlives_its_server_leaves_no_resource_warning(job: Job) -> None:
+def test_outliving_job_leaves_no_resource_warning(job: Job) -> None:
     """The process of a job is waited for as soon as it ends; one that still runs when the server exits is not reported."""
     start = """
 import gc, sys, time

@@ -56,7 +56,7 @@ def is_skip(value: Any) -> bool:
     return isinstance(value, dict) and value == gr.skip()
 
 
-def test_newest_is_found_and_only_changes_are_sent(tmp_path: Path) -> None:
+def test_newest_job_is_selected_and_only_changes_are_sent(tmp_path: Path) -> None:
     context = Context.create(tmp_path)
     folder = context.workspace(None).jobs
     empty = seen(context)
@@ -78,7 +78,7 @@ def test_newest_is_found_and_only_changes_are_sent(tmp_path: Path) -> None:
     assert seen(context, "../../etc")[0].value == new.name, "a name that is none of the list's is not looked for"
 
 
-def test_words_of_every_state(tmp_path: Path) -> None:
+def test_description_of_every_state(tmp_path: Path) -> None:
     context = Context.create(tmp_path)
     job = jobs.create_job(context.workspace(None).jobs, "train", "a toy", ["personalize"])
     assert describe(context, job, []) == "**a toy** starts in a moment."
@@ -104,7 +104,7 @@ def test_words_of_every_state(tmp_path: Path) -> None:
     assert describe(context, job, [event(40)]) == "**a toy** is done: 40 steps in 0:40."
 
 
-def test_what_is_no_training_step_is_told_with_numbers(tmp_path: Path) -> None:
+def test_phases_are_described_with_progress(tmp_path: Path) -> None:
     """Images that the base generates to train on, previews, evaluation; steps are told as before."""
     context = Context.create(tmp_path)
     job = jobs.create_job(context.workspace(None).jobs, "train", "a control", ["control"])
@@ -127,7 +127,7 @@ def test_what_is_no_training_step_is_told_with_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["learned", "partly", "not_learned", "overfitted", "unknown"])
-def test_a_failed_result_does_not_look_done(outcome: str, tmp_path: Path) -> None:
+def test_unsuccessful_verdict_is_not_shown_as_done(outcome: str, tmp_path: Path) -> None:
     context = Context.create(tmp_path)
     job = jobs.create_job(context.workspace(None).jobs, "train", "a toy", ["personalize"])
     job.run.mkdir()
@@ -165,7 +165,7 @@ def test_buttons_follow_the_state(tmp_path: Path) -> None:
     assert visible() == {"stop": True, "on": False, "delete": False}
 
 
-def test_a_deleted_job_takes_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:
+def test_deleting_a_job_deletes_its_data_only(tmp_path: Path) -> None:
     context = Context.create(tmp_path / "studio")
     workspace = context.workspace(None)
     given, another, outside = workspace.new_dataset(), workspace.new_dataset(), tmp_path / "outside"
@@ -187,7 +187,7 @@ def test_a_deleted_job_takes_what_it_was_given_and_nothing_else(tmp_path: Path) 
         delete_job(workspace, "..")
 
 
-def test_what_a_page_adds_is_shown_when_its_stamp_changes(tmp_path: Path) -> None:
+def test_results_update_when_the_stamp_changes(tmp_path: Path) -> None:
     context = Context.create(tmp_path)
     results = Results(lambda: [gr.Markdown(), gr.Markdown()], lambda job: [job and job.name, "two"], lambda job: job.previews())
     job = jobs.create_job(context.workspace(None).jobs, "train", "a toy", ["personalize"])
@@ -204,7 +204,7 @@ def test_what_a_page_adds_is_shown_when_its_stamp_changes(tmp_path: Path) -> Non
     assert {len(event.outputs) for event in page.fns.values()} == {len(first)}
 
 
-def test_another_job_shows_its_own_curve_and_preview(tmp_path: Path) -> None:
+def test_selecting_another_job_updates_curve_and_preview(tmp_path: Path) -> None:
     """Both have come as far, so only their names differ."""
     context = Context.create(tmp_path)
     results = Results(lambda: [gr.Markdown()], lambda job: [job and job.name])
@@ -225,7 +225,7 @@ def test_another_job_shows_its_own_curve_and_preview(tmp_path: Path) -> None:
     assert second[-2] == made[1].name
 
 
-def test_no_more_go_on_than_may_wait(tmp_path: Path) -> None:
+def test_resume_respects_the_job_limit(tmp_path: Path) -> None:
     context = Context.create(tmp_path)
     here = context.workspace(None)
     stopped = context.submit(here, "train", "a toy", ["personalize"])
@@ -237,7 +237,7 @@ def test_no_more_go_on_than_may_wait(tmp_path: Path) -> None:
     assert stopped.state == "stopped"
 
 
-def test_curve_and_bar() -> None:
+def test_loss_curve_and_progress_bar() -> None:
     assert loss_curve([event(1)]) is None
     steps = [event(step, 1000) for step in range(1, 1001)]
     table = loss_curve(steps)
@@ -248,7 +248,7 @@ def test_curve_and_bar() -> None:
     assert 'max="1000" value="7" aria-label="7 of 1000 steps, 0:08 left"' in progress_bar(steps[:7])
 
 
-def test_files_are_offered_as_copies(tmp_path: Path) -> None:
+def test_downloads_are_copies(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (copy,) = copy_for_download([tmp_path / "a.txt", tmp_path / "none.txt"])
     assert Path(copy).parent != tmp_path

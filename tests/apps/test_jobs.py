@@ -41,7 +41,7 @@ def until(true: Callable[[], object], what: str) -> None:
         time.sleep(0.1)
 
 
-def test_one_at_a_time_to_its_end(tmp_path: Path, words: list[str]) -> None:
+def test_jobs_run_one_at_a_time(tmp_path: Path, words: list[str]) -> None:
     folder = tmp_path / "local" / "jobs"
     first = jobs.create_job(folder, "train", "a toy", [*words, "2"])
     wrong = jobs.create_job(tmp_path / "another" / "jobs", "train", "no such flag", ["personalize", "--sepia"])
@@ -62,7 +62,7 @@ def test_one_at_a_time_to_its_end(tmp_path: Path, words: list[str]) -> None:
     assert [job.name for job in jobs.find_jobs(folder)] == [first.name]
 
 
-def test_stopped_killed_and_resumed(tmp_path: Path, words: list[str]) -> None:
+def test_stop_kill_and_resume(tmp_path: Path, words: list[str]) -> None:
     job = jobs.create_job(tmp_path / "local" / "jobs", "train", "a toy", [*words, "100000"])
     queue = JobQueue(tmp_path)
     until(lambda: queue.start_next() == job, "no other process is on its way")
@@ -88,7 +88,7 @@ def test_stopped_killed_and_resumed(tmp_path: Path, words: list[str]) -> None:
     assert "resum" in job.log() or job.progress()[0].step == 1
 
 
-def test_a_job_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
+def test_job_that_dies_repeatedly_fails(tmp_path: Path) -> None:
     """Its process is killed before a step, as by a machine without memory."""
     job = jobs.create_job(tmp_path / "local" / "jobs", "train", "too large", ["personalize"])
     for _ in range(MAX_ATTEMPTS):
@@ -104,7 +104,7 @@ def test_a_job_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
     assert job.state == "waiting", "somebody asked for another try"
 
 
-def test_damaged_files_of_a_job_are_no_end_of_the_page(tmp_path: Path) -> None:
+def test_corrupt_job_files_are_tolerated(tmp_path: Path) -> None:
     job = Job(tmp_path / "x")
     job.folder.mkdir()
     (job.folder / "job.json").write_text("{")

@@ -27,7 +27,7 @@ def names(html: str) -> list[str]:
     return re.findall(r"<summary><code>([^<]*)</code>", html)
 
 
-def test_every_method_is_there_with_its_whole_text() -> None:
+def test_every_method_is_listed_with_its_docstring() -> None:
     html = page.render_methods("", "", "", "name", "")
     assert names(html) == veneer.methods.names()
     lora = next(m for m in catalog() if m.name == "lora")
@@ -58,7 +58,7 @@ def test_search_and_filters() -> None:
         page.render_methods("", "", "", "trained", "")
 
 
-def test_grouped_by_use_with_a_start() -> None:
+def test_grouping_by_use_with_recommendations() -> None:
     html = page.render_methods("", "", "", "use", "")
     assert sorted(names(html)) == veneer.methods.names(), "each once"
     assert "Start here" in html
@@ -70,7 +70,7 @@ def test_grouped_by_use_with_a_start() -> None:
     assert names(page.render_methods("ip adapter", "", "", "use", ""))[0] == "ip_adapter"
 
 
-def test_for_vision_and_for_diffusion() -> None:
+def test_filter_by_area() -> None:
     vision, diffusion = methods_for("vision"), methods_for("diffusion")
     assert {"lora", "bitfit"} <= vision & diffusion
     assert {"vpt", "coop", "linear_probe", "tip_adapter"} <= vision - diffusion
@@ -94,7 +94,7 @@ def test_counts(model: str, method: str, trained: int | None) -> None:
     assert (count.trainable if count else None) == trained
 
 
-def test_counts_are_told_and_sorted() -> None:
+def test_counts_are_shown_and_sorted() -> None:
     told: list[tuple[int, int]] = []
     html = page.render_methods("", "", "", "trained", "ViT-B/16", lambda done, of: told.append((done, of)))
     assert told[-1] == (len(veneer.methods.names()),) * 2
@@ -103,7 +103,7 @@ def test_counts_are_told_and_sorted() -> None:
     assert found.index("vpt") < found.index("lora") < found.index("full") < found.index("controlnet")
 
 
-def test_full_size_models_are_the_published_ones() -> None:
+def test_full_size_models_match_the_published_ones() -> None:
     unet = full_size("Stable Diffusion 1.5").components["unet"]
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     assert all(p.is_meta for p in unet.parameters())
@@ -136,7 +136,7 @@ def foreign() -> Iterator[type[Method]]:
     veneer.methods.unregister("foreign")
 
 
-def test_a_method_from_elsewhere_appears_by_itself_and_escaped(foreign: type[Method]) -> None:
+def test_registered_method_appears_escaped(foreign: type[Method]) -> None:
     html = page.render_methods("doubles", "", "", "name", "")
     assert names(html) == ["foreign"]
     assert "<script>" not in html
@@ -146,7 +146,7 @@ def test_a_method_from_elsewhere_appears_by_itself_and_escaped(foreign: type[Met
     assert names(page.render_methods("", "", "register()", "name", "")) == ["foreign"]
 
 
-def test_the_page_is_built(tmp_path: Path) -> None:
+def test_page_builds(tmp_path: Path) -> None:
     with gr.Blocks() as blocks:
         page.build(Context.create(tmp_path))
     assert all(c.label for c in blocks.blocks.values() if isinstance(c, (gr.Dropdown, gr.Textbox)))

@@ -57,7 +57,7 @@ def option(method: str, **given: Any) -> list[Any]:
     return [given.get(f.name, f.default if f.kind == "check" else "") for f in options_of(method)]
 
 
-def test_photos_are_looked_at_and_laid_down(tmp_path: Path) -> None:
+def test_photos_are_inspected_and_saved(tmp_path: Path) -> None:
     (tmp_path / "brought").mkdir()
     paths = [str(tmp_path / "brought" / name) for name in ("../brought/a b.png", "copy.png", "text.png", "tiny.png")]
     picture(0, 96).save(paths[0])
@@ -86,7 +86,7 @@ def test_photos_are_looked_at_and_laid_down(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", methods.names())
-def test_every_method_has_a_form_whose_words_the_command_takes(name: str) -> None:
+def test_form_defaults_of_every_method_are_valid_flags(name: str) -> None:
     """What is shown, unchanged, means the same as nothing said."""
     method: Any = methods.get(name)
     fields = fields_of(method, skip=("by_site",))
@@ -96,7 +96,7 @@ def test_every_method_has_a_form_whose_words_the_command_takes(name: str) -> Non
     assert all(field.help for field in fields), "each option is explained"
 
 
-def test_words_reach_the_command_as_they_were_typed(tmp_path: Path) -> None:
+def test_form_values_reach_the_command_unchanged(tmp_path: Path) -> None:
     options = option("lora", rank="4", ranks="mlp.*=2, conv=3", rslora=True, init="gaussian", alpha="-1.5")
     found = command(asked("--out /etc <toy>", steps="20", where="attn xattn", buckets=False, options=options), tmp_path)  # type: ignore[arg-type]
     read = vars(parser_for(found).parse_args(found))
@@ -122,7 +122,7 @@ def test_words_reach_the_command_as_they_were_typed(tmp_path: Path) -> None:
         ("resolution", "4096", {"given": 4096, "expected": 1024}),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(
+def test_invalid_settings_are_rejected_before_anything_is_written(
     name: str, text: str, data: dict[str, object], tmp_path: Path
 ) -> None:
     context = Context.create(tmp_path)
@@ -131,7 +131,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not context.workspace(None).folder.exists()
 
 
-def test_other_things_that_cannot_be_are_refused(tmp_path: Path) -> None:
+def test_invalid_base_options_and_photos_are_rejected(tmp_path: Path) -> None:
     context = Context.create(tmp_path)
     with raises(BaseError, where="base", given="../nowhere/at/all"):
         personalize_page.start_job(context, context.workspace(None), [], [], asked(base="../nowhere/at/all"))
@@ -156,7 +156,7 @@ def test_presets_and_slots() -> None:
     assert dict(zip((f.name for f in fields), slots.entries(fields, values), strict=True))["rank"] == "3"
 
 
-def test_settings_are_those_of_what_is_chosen() -> None:
+def test_form_must_match_the_selection() -> None:
     personalize_page.check_form_is_current(["quick", "bundled", "lora"], ["quick", "bundled", "lora"])
     with raises(VeneerError, where="settings", expected=("balanced", "bundled", "lora")):
         personalize_page.check_form_is_current(["quick", "bundled", "lora"], ["balanced", "bundled", "lora"])
@@ -166,7 +166,7 @@ def test_settings_are_those_of_what_is_chosen() -> None:
         personalize_page.check_form_is_current(["quick", "bundled", "lora"], ["quick", "no/such/folder", "lora"])
 
 
-def test_the_first_form_is_that_of_the_usual_method() -> None:
+def test_initial_form_shows_the_default_method() -> None:
     """As if it had been filled: nothing is sent after the page, which could come later than a visitor's choice."""
     with gr.Blocks():
         slots = Slots.build([fields_of(methods.get(name)) for name in ("lora", "glora")], options_of("pivotal"), {"rank": 16})
@@ -176,7 +176,7 @@ def test_the_first_form_is_that_of_the_usual_method() -> None:
         assert not later.visible or (part.label, part.value) == (later.label, later.value)
 
 
-def test_the_page_is_built(tmp_path: Path) -> None:
+def test_page_builds(tmp_path: Path) -> None:
     with gr.Blocks() as page:
         personalize_page.build(Context.create(tmp_path))
     parts = [block for block in page.blocks.values() if isinstance(block, gr.components.FormComponent | gr.Image | gr.File)]
@@ -191,7 +191,7 @@ def until_ended(context: Context, job: Job) -> None:
         time.sleep(0.1)
 
 
-def test_from_the_example_to_its_files(tmp_path: Path) -> None:
+def test_train_on_the_example_photos(tmp_path: Path) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
     context = Context.create(tmp_path / "studio")
@@ -223,7 +223,7 @@ def test_from_the_example_to_its_files(tmp_path: Path) -> None:
     assert offered.visible
 
 
-def test_a_look_before_the_start(tmp_path: Path) -> None:
+def test_dry_run(tmp_path: Path) -> None:
     """Memory and time of a step that is tried, and what is of concern; what the run would refuse, with the command's words."""
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     workspace = Context.create(tmp_path / "studio").workspace(None)
@@ -252,7 +252,7 @@ def test_parameters_of_a_base(tmp_path: Path) -> None:
     assert parameters("somebody/something") == 0
 
 
-def test_crops_are_of_the_middle(tmp_path: Path) -> None:
+def test_crops_are_centered(tmp_path: Path) -> None:
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
     image.save(tmp_path / "wide.png")

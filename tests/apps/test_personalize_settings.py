@@ -55,14 +55,14 @@ def asked(**given: str) -> PersonalizeRequest:
         ("eval_seeds", LIMITS.images),
     ],
 )  # fmt: skip
-def test_what_no_visitor_may_ask_for_more_of(name: str, most: int, tmp_path: Path) -> None:
+def test_settings_are_limited(name: str, most: int, tmp_path: Path) -> None:
     assert f"--{name.replace('_', '-')}={most}" in command(asked(**{name: str(most)}), tmp_path)
     for more in ({}, {"where": f"{name.replace('_', '-')}=1"}):
         with raises(OptionError, option=name, given=most + 1, expected=most):
             command(asked(**{name: str(most + 1), **more}), tmp_path)
 
 
-def test_what_is_not_begun_leaves_no_photos(tmp_path: Path) -> None:
+def test_rejected_requests_leave_no_photos(tmp_path: Path) -> None:
     context, space = Context.create(tmp_path / "root"), Workspace(tmp_path / "root")
     picture(0, 96).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no picture")
@@ -75,11 +75,11 @@ def test_what_is_not_begun_leaves_no_photos(tmp_path: Path) -> None:
     assert {str(folder) for folder in space.datasets.iterdir()} == {job.command[1] for job in space.all_jobs()}
 
 
-def test_what_is_wrong_with_photos_does_not_say_where_they_lie(tmp_path: Path) -> None:
+def test_photo_problems_omit_folders(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{n}.png") for n in range(2)]
     for path in paths:
         picture(0, 40).save(path)
-    said = inspect_photos(paths, 64).wrong
+    said = inspect_photos(paths, 64).problems
     assert any("001-0.png" in each for each in said)
     assert not any("/" in each for each in said), said
 
@@ -89,7 +89,7 @@ def test_presets_differ_in_steps() -> None:
     assert steps == [steps[1] // 3, steps[1], 2 * steps[1]]
 
 
-def test_presets_tell_their_minutes(tmp_path: Path) -> None:
+def test_presets_have_time_estimates(tmp_path: Path) -> None:
     """By a reference for the bundled base at first, then by the last run, evaluation and all; not for a base that never ran."""
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     base, space = str(tmp_path / "base"), Workspace(tmp_path / "space")
@@ -121,12 +121,12 @@ def test_every_preset_evaluates_enough_for_a_verdict(tmp_path: Path) -> None:
     assert few != many
 
 
-def test_what_follows_from_the_concept_is_not_asked_for() -> None:
+def test_options_derived_from_the_concept_are_hidden() -> None:
     for method in ("textual_inversion", "lora"):
         assert not {field.name for field in options_of(method)} & set(FROM_CONCEPT)
 
 
-def test_what_is_usual_says_nothing(tmp_path: Path) -> None:
+def test_default_values_give_no_flags(tmp_path: Path) -> None:
     for name in ("lora", "oft"):
         fields = options_of(name)
         given = [field.default if field.kind == "check" else DEFAULT for field in fields]
@@ -136,14 +136,14 @@ def test_what_is_usual_says_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_words_of_a_form_are_bounded() -> None:
+def test_form_text_is_limited() -> None:
     fields = [field for field in options_of("lora") if field.name == "init" or field.kind == "text"]
     for wrong, expected in (("x" * (LIMITS.text + 1), LIMITS.text), ("4\0", "plain text")):
         with raises(OptionError, expected=expected):
             flags_of(methods.get("lora"), fields, [wrong] + [""] * (len(fields) - 1), "lora")
 
 
-def test_the_end_in_words(tmp_path: Path) -> None:
+def test_summary_of_a_finished_run(tmp_path: Path) -> None:
     job = finished(Workspace(tmp_path), "bundled", "lora", 65.0, 1, 1234)
     assert "1,234 trainable parameters." in summarize(job), "what is not known is no error"
     found = json.loads((job.run / "result.json").read_text())
@@ -171,7 +171,7 @@ class Config:
     shifts: tuple[float, ...] = ()
 
 
-def test_several_numbers_may_be_below_zero_but_none_is_a_flag() -> None:
+def test_negative_numbers_are_not_flags() -> None:
     fields = fields_of(Config)
     assert flags_of(Config, fields, ["-1, 2.5 -0.5"]) == ["--shifts", "-1", "2.5", "-0.5"]
     for flag in ("--shifts", "1 -x", "1 --out=/etc"):
@@ -188,7 +188,7 @@ def finished(space: Workspace, base: str, method: str, seconds: float, batch: in
     return job
 
 
-def test_estimates_go_by_the_last_run_like_it(tmp_path: Path) -> None:
+def test_estimates_use_the_last_similar_run(tmp_path: Path) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     base, space = str(tmp_path / "base"), Workspace(tmp_path / "space")
     memory = f"about {size(4 * parameters(base))} for the base"

@@ -52,13 +52,13 @@ async def pieces(count: int) -> AsyncIterator[bytes]:
         "file=http://a.example/x.png", "file=HTTPS://a.example/x.png", "file/http://a.example/x.png",
     ],
 )  # fmt: skip
-def test_ways_without_a_use_are_closed(way: str) -> None:
+def test_unused_endpoints_are_disabled(way: str) -> None:
     for method in ("GET", "POST"):
         assert ask(method, f"/gradio_api/{way}").status_code == 403
     assert ask("GET", "/gradio_api/file=/tmp/http.png").status_code == 200
 
 
-def test_bodies_are_bounded_whatever_length_they_claim() -> None:
+def test_bodies_are_limited_regardless_of_content_length() -> None:
     assert ask("POST", JOIN, content=b"x" * 1000).content == b"x" * 1000
     assert ask("POST", JOIN, content=b"x" * 1001).status_code == 413
     assert ask("POST", JOIN, content=pieces(10)).content == b"x" * 1000
@@ -67,19 +67,19 @@ def test_bodies_are_bounded_whatever_length_they_claim() -> None:
     assert ask("POST", DRAWN, content=b"x" * (5001 + MARGIN)).status_code == 413
 
 
-def test_uploads_are_counted_as_they_come(tmp_path: Path) -> None:
+def test_uploads_are_counted_while_streaming(tmp_path: Path) -> None:
     assert ask("POST", UPLOAD, tmp_path, content=pieces(100)).status_code == 200
     assert ask("POST", UPLOAD, tmp_path, content=b"x" * (10_001 + MARGIN)).status_code == 413
     with pytest.raises(MultiPartException, match="10,000"):
         ask("POST", UPLOAD, tmp_path, content=pieces(101 + MARGIN // 100))
 
 
-def test_an_upload_that_would_fill_the_disk_is_refused_before_it_comes(tmp_path: Path) -> None:
+def test_upload_that_would_fill_the_disk_is_rejected_first(tmp_path: Path) -> None:
     claimed = {"content-length": str(2**60)}
     assert ask("POST", UPLOAD, tmp_path, headers=claimed, content=pieces(1)).status_code == 507
 
 
-def test_after_a_minute_one_may_try_to_log_in_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_login_attempts_reset_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     clock: list[float] = []
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
     guard = LimitsMiddleware(app, limits=replace(SMALL, logins=2))
@@ -93,7 +93,7 @@ def test_after_a_minute_one_may_try_to_log_in_again(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("way", "status"), [("/", 200), ("/gradio_api/runs", 403)])
-def test_every_answer_keeps_the_browser_here(way: str, status: int) -> None:
+def test_every_response_has_security_headers(way: str, status: int) -> None:
     answer = ask("GET", way)
     assert answer.status_code == status
     assert answer.headers["referrer-policy"] == "no-referrer"

@@ -94,7 +94,7 @@ def test_only_the_cache_is_served(served: Served) -> None:
             assert "root:" not in answer.text
 
 
-def test_web_pages_among_uploads_are_not_shown_as_such(served: Served) -> None:
+def test_uploaded_html_is_served_as_a_download(served: Served) -> None:
     for name in ("a.html", "a.svg", "a.xhtml", "a.js"):
         there = served.upload(**{name: b"<script>alert(1)</script>"}).json()[0]
         headers = served.client.get(f"/gradio_api/file={there}").headers
@@ -104,7 +104,7 @@ def test_web_pages_among_uploads_are_not_shown_as_such(served: Served) -> None:
         assert "default-src 'self'" in headers["content-security-policy"]
 
 
-def test_uploads_are_bounded_and_what_is_refused_leaves_nothing(served: Served) -> None:
+def test_uploads_are_limited_and_leave_no_partial_files(served: Served) -> None:
     before = served.left()
     assert served.upload(**{"a.png": b"x" * 200_001}).status_code == 413, "one file"
     many = served.upload(**{f"{n}.png": bytes([n]) * 60_000 for n in range(5)})
@@ -130,13 +130,13 @@ def test_uploads_are_bounded_and_what_is_refused_leaves_nothing(served: Served) 
     assert served.upload(**{"../../x/../out.png": b"x" * 1000}).json()[0].startswith(str(served.files))
 
 
-def test_uploads_leave_some_of_the_disk(served: Served) -> None:
+def test_uploads_leave_disk_space_free(served: Served) -> None:
     guard = LimitsMiddleware(lambda *given: None, files=served.files, limits=replace(SMALL, disk_free=2**60))  # type: ignore[arg-type, return-value]
     with raises(RequestError, status=507):
         guard._check_disk(0)
 
 
-def test_requests_are_bounded(served: Served) -> None:
+def test_requests_are_limited(served: Served) -> None:
     assert served.join(0, ["x" * 30_000], "big").status_code == 413
     assert (
         served.client.post(
@@ -153,13 +153,13 @@ def test_requests_are_bounded(served: Served) -> None:
     assert served.client.post("/gradio_api/process_recording", files={"video": b"x"}).status_code == 403
 
 
-def test_nothing_but_the_queue_is_open(served: Served) -> None:
+def test_only_the_queue_endpoint_is_open(served: Served) -> None:
     for way in ("/gradio_api/run/slow", "/gradio_api/api/slow", "/gradio_api/run/look"):
         assert served.client.post(way, json={"data": ["x"]}).status_code == 404
     assert served.client.post("/gradio_api/run/predict", json={"data": ["x"], "fn_index": 0}).status_code == 404
 
 
-def test_the_queue_has_an_end(served: Served) -> None:
+def test_queue_is_limited(served: Served) -> None:
     (served.root / "turn").unlink(missing_ok=True)
     answers = [served.join(0, [str(n)], f"s{n}") for n in range(12)]
     full = [answer for answer in answers if answer.status_code == 503]
@@ -171,7 +171,7 @@ def test_the_queue_has_an_end(served: Served) -> None:
             assert served.answer(f"s{n}")["output"]["data"] == [str(n)]
 
 
-def test_a_picture_that_is_none_is_refused_with_words(served: Served) -> None:
+def test_invalid_image_gives_a_clear_error(served: Served) -> None:
     whole = io.BytesIO()
     Image.new("RGB", (30, 20)).save(whole, "PNG")
     given = {"a.png": b"<b>text</b>", "b.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "c.png": whole.getvalue()}
@@ -189,7 +189,7 @@ def test_a_picture_that_is_none_is_refused_with_words(served: Served) -> None:
     assert served.answer("outside")["success"] is False
 
 
-def test_other_pages_and_names_are_refused(served: Served) -> None:
+def test_other_origins_and_hosts_are_rejected(served: Served) -> None:
     """A page of another host that is open in the same browser, and a host that leads here by its name."""
     port = served.address.rsplit(":", 1)[1]
     assert served.client.get("/", headers={"host": "evil.example"}).status_code == 403
@@ -214,7 +214,7 @@ def environment() -> Iterator[None]:
         del App.uploaded_file_dir
 
 
-def test_behind_a_login(tmp_path: Path) -> None:
+def test_login_protects_the_app(tmp_path: Path) -> None:
     found = Served(tmp_path, LOGIN)
     try:
         for way in ("/config", "/gradio_api/info", "/gradio_api/file=/etc/passwd"):
@@ -229,7 +229,7 @@ def test_behind_a_login(tmp_path: Path) -> None:
         found.close()
 
 
-def test_who_may_come_in(tmp_path: Path) -> None:
+def test_logins_are_parsed(tmp_path: Path) -> None:
     file = tmp_path / "logins"
     file.write_text("\ufeffanna:12345678\r\n\n bob : with:colon:s \n", encoding="utf-8")
     assert read_logins((str(file), "c:87654321")) == [("anna", "12345678"), ("bob", " with:colon:s"), ("c", "87654321")]
@@ -270,7 +270,7 @@ def test_hosts_that_need_a_login(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_old_files_go_when_the_app_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expired_files_are_deleted_on_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     root = Context.create(tmp_path / "root").root
     assert root.stat().st_mode & 0o077 == 0
@@ -283,7 +283,7 @@ def test_old_files_go_when_the_app_starts(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.parent.name for path in folder.rglob("*.png")] == ["new"]
 
 
-def test_the_page_is_built_bounded(environment: None, tmp_path: Path) -> None:
+def test_app_builds_with_limits(environment: None, tmp_path: Path) -> None:
     page = build(Context.create(tmp_path))
     assert page._queue.max_size == LIMITS.waiting
     assert not page.api_open

@@ -40,7 +40,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_as_many_pictures_as_are_allowed(tmp_path: Path) -> None:
+def test_image_count_limit_of_a_zip(tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.png" for n in range(3)]
     for path in paths:
         path.write_bytes(png())
@@ -50,20 +50,20 @@ def test_as_many_pictures_as_are_allowed(tmp_path: Path) -> None:
     assert count == 2
 
 
-def test_as_many_folders_as_are_allowed(tmp_path: Path) -> None:
+def test_folder_depth_limit_of_a_zip(tmp_path: Path) -> None:
     deep = "/".join("abcdefgh"[: LIMITS.zip_depth - 1]) + "/x.png"
     count, refused = unpack_zip(zipped(tmp_path / "a.zip", [deep, f"z/{deep}"]), tmp_path / "out")
     assert (count, files(tmp_path / "out")) == (1, [deep])
     assert f"in {LIMITS.zip_depth} folders; expected at most {LIMITS.zip_depth - 1}" in refused[0]
 
 
-def test_pictures_that_systems_hide_are_not_taken(tmp_path: Path) -> None:
+def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     path = zipped(tmp_path / "a.zip", ["cat/a.png", "__MACOSX/cat/a.png", "cat/.a.png", ".trash/a.png"])
     assert unpack_zip(path, tmp_path / "out") == (1, [])
     assert files(tmp_path / "out") == ["cat/a.png"]
 
 
-def test_a_refused_zip_leaves_what_was_there(tmp_path: Path) -> None:
+def test_rejected_zip_leaves_existing_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
@@ -73,7 +73,7 @@ def test_a_refused_zip_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_nothing_but_the_picture_is_kept(tmp_path: Path, kind: str) -> None:
+def test_metadata_is_removed(tmp_path: Path, kind: str) -> None:
     """Not even the profile of its colours, whose words may name a camera or a person."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a", kind, icc_profile=profile, comment=b"home", dpi=(72, 72))
@@ -83,7 +83,7 @@ def test_nothing_but_the_picture_is_kept(tmp_path: Path, kind: str) -> None:
         assert found.info == {}
 
 
-def test_a_learned_word_in_a_picture_is_no_safetensors_file(tmp_path: Path) -> None:
+def test_embedding_in_an_image_is_rejected(tmp_path: Path) -> None:
     told = {"name": "toy", "string_to_param": {"*": {"TORCHTENSOR": torch.ones(1, 768).tolist()}}}
     info = PngImagePlugin.PngInfo()
     info.add_text("sd-ti-embedding", base64.b64encode(json.dumps(told).encode()).decode())
@@ -95,7 +95,7 @@ def test_a_learned_word_in_a_picture_is_no_safetensors_file(tmp_path: Path) -> N
     assert not (tmp_path / "kept").exists()
 
 
-def test_names_that_differ_in_case_alone_stay_apart(tmp_path: Path) -> None:
+def test_names_differing_in_case_stay_distinct(tmp_path: Path) -> None:
     """As some file systems know no case."""
     first = veneer.attach(tiny_pipeline("sd"), "lora").save(tmp_path / "first.safetensors")
     read = veneer.formats.read(first)

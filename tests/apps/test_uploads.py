@@ -76,7 +76,7 @@ Image.new("RGB", (32, 32), "red").save(ANIMATED, "GIF", save_all=True, append_im
         ("<img src=x onerror=alert(1)>.png", b"x", "text"),
     ],
 )
-def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, name: str, data: bytes, given: object) -> None:
+def test_invalid_images_are_rejected_by_name(tmp_path: Path, name: str, data: bytes, given: object) -> None:
     (tmp_path / "cache").mkdir()
     path = tmp_path / "cache" / name
     path.write_bytes(data)
@@ -96,11 +96,11 @@ def test_a_large_file_is_rejected_with_its_size(tmp_path: Path) -> None:
     assert "max_bytes" not in str(caught.value), "nothing that only code can do"
 
 
-def test_the_huge_picture_is_small_in_bytes() -> None:
+def test_huge_image_has_few_bytes() -> None:
     assert len(huge_png(20_000, 15_000)) < 100_000
 
 
-def test_pictures_are_taken_under_plain_names_and_written_anew(tmp_path: Path) -> None:
+def test_images_are_stored_under_safe_names_and_reencoded(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     exif = Image.Exif()
@@ -126,14 +126,14 @@ def test_pictures_are_taken_under_plain_names_and_written_anew(tmp_path: Path) -
 @pytest.mark.parametrize(
     "name", ["../out.png", "a/../../out.png", "/etc/out.png", "C:\\out.png", "c:/a/out.png", "..\\..\\out.png"]
 )
-def test_names_that_lead_out_are_refused_whole(tmp_path: Path, name: str) -> None:
+def test_zips_with_paths_outside_are_rejected(tmp_path: Path, name: str) -> None:
     path = zipped(tmp_path / "a.zip", {"cat/a.png": png(), name: png()})
     with raises(VeneerError, where="name", given=name.replace("\\", "/")):
         unpack_zip(path, tmp_path / "in" / "here")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.zip", "in"][: 1 + (tmp_path / "in").exists()]
 
 
-def test_what_else_a_zip_may_hold_is_left_out_and_told(tmp_path: Path) -> None:
+def test_other_entries_are_rejected_with_reasons(tmp_path: Path) -> None:
     link = zipfile.ZipInfo("cat/link.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     inner = zipped(tmp_path / "inner.zip", {"cat/a.png": png()}).read_bytes()
@@ -149,7 +149,7 @@ def test_what_else_a_zip_may_hold_is_left_out_and_told(tmp_path: Path) -> None:
     told = " ".join(refused)
     for why in (
         "text.png: text",
-        "a link",
+        "a symbolic link",
         "an SVG drawing",
         "inner.zip: no picture",
         "300,000,000 pixels",
@@ -160,7 +160,7 @@ def test_what_else_a_zip_may_hold_is_left_out_and_told(tmp_path: Path) -> None:
     assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
 
 
-def test_classes_stay_apart_and_are_the_same_in_every_split(tmp_path: Path) -> None:
+def test_classes_stay_distinct_and_equal_in_every_split(tmp_path: Path) -> None:
     names = ["猫", "犬", "Cat", "cat", "a b", "a-b", "😀", "😁", "con", "กิน", "กัน", "é", "n" * 300, "n" * 299]
     given: dict[str | zipfile.ZipInfo, bytes] = {}
     for split, order in (("train", names), ("val", names[::-1])):
@@ -177,7 +177,7 @@ def test_classes_stay_apart_and_are_the_same_in_every_split(tmp_path: Path) -> N
     assert {"猫", "犬"} <= found["train"].keys()
 
 
-def test_equal_names_are_numbered_in_little_time(tmp_path: Path) -> None:
+def test_many_equal_names_are_numbered_fast(tmp_path: Path) -> None:
     given: dict[str | zipfile.ZipInfo, bytes] = {"x/a b.png": png(), "x/a-b.png": png(), "x/A-B.PNG": png(), "x/a--b.png": png()}
     given |= {f"y/{'?' * n}a.png": png() for n in range(1, 500)}
     count, _ = unpack_zip(zipped(tmp_path / "a.zip", given), tmp_path / "out")
@@ -189,7 +189,7 @@ def bombs(path: Path) -> Path:
     return zipped(path, {f"x/{n}.png": b"\0" * 2**22 for n in range(4)})
 
 
-def test_bombs_cost_no_more_than_the_limits(tmp_path: Path) -> None:
+def test_zip_bombs_stay_within_the_limits(tmp_path: Path) -> None:
     path = bombs(tmp_path / "a.zip")
     assert path.stat().st_size < 50_000
     with raises(VeneerError, where="zip_bytes", expected=10_000_000):
@@ -212,7 +212,7 @@ def test_bombs_cost_no_more_than_the_limits(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists(), "nothing stays of what was refused"
 
 
-def test_very_many_entries_are_refused_before_they_are_read(tmp_path: Path) -> None:
+def test_too_many_entries_are_rejected_before_reading(tmp_path: Path) -> None:
     one = struct.pack("<4s4B4HL2L5H2L", b"PK\x01\x02", 20, 3, 20, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0) + b"a.png"
     table = one * 200_000
     path = tmp_path / "many.zip"
@@ -229,7 +229,7 @@ def test_very_many_entries_are_refused_before_they_are_read(tmp_path: Path) -> N
         unpack_zip(few, tmp_path / "out", replace(LIMITS, zip_files=10))
 
 
-def test_zips_that_are_none(tmp_path: Path) -> None:
+def test_invalid_zips(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     whole = zipped(path, {"x/a.png": png(), "x/b.png": png()}).read_bytes()
     encrypted = bytearray(whole)
@@ -281,7 +281,7 @@ def test_adapters(tmp_path: Path, adapter: Path) -> None:
     assert len(list(kept.iterdir())) == 2
 
 
-def test_what_is_no_adapter_is_refused_unopened(tmp_path: Path) -> None:
+def test_invalid_adapters_are_rejected_without_unpickling(tmp_path: Path) -> None:
     path, kept = tmp_path / "0123abcd" / "x.safetensors", tmp_path / "kept"
     path.parent.mkdir()
     huge = struct.pack("<Q", 2**62) + b"{" * 100

@@ -27,7 +27,7 @@ DEVICE = re.compile(r"(?i)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_a_safe_name_is_a_file_in_its_folder(tmp_path: Path, name: str) -> None:
+def test_safe_name_is_a_file_in_its_folder(tmp_path: Path, name: str) -> None:
     found = safe_name(name)
     assert (tmp_path / found).parent == tmp_path
     assert (tmp_path / found).resolve() == tmp_path / found
@@ -42,7 +42,7 @@ def test_a_safe_name_is_a_file_in_its_folder(tmp_path: Path, name: str) -> None:
     assert safe_name(found) == found, "it is at rest"
 
 
-def test_names_of_any_script_stay_apart() -> None:
+def test_names_of_any_script_stay_distinct() -> None:
     names = ["猫", "犬", "กิน", "กัน", "кот", "קוט", "ñ", "n", "😀", "😁", "+", "++"]
     assert len({safe_name(name) for name in names}) == len(names)
     assert safe_name("e\u0301") == safe_name("é"), "however a system writes it"
@@ -51,7 +51,7 @@ def test_names_of_any_script_stay_apart() -> None:
     assert (safe_name("", "adapter"), safe_name("..", "adapter")) == ("adapter", "adapter")
 
 
-def test_users_never_meet(tmp_path: Path) -> None:
+def test_users_are_isolated(tmp_path: Path) -> None:
     names = [None, "local", "anna", "Anna", "../anna", "anna/../bob", "bob", "user-", "", "x" * 1000, "jobs", "*"]
     spaces = [Workspace(tmp_path, name) for name in names]
     assert len({space.folder for space in spaces}) == len(names)
@@ -66,7 +66,7 @@ def test_users_never_meet(tmp_path: Path) -> None:
         (made[space].run / "adapter.safetensors").write_bytes(b"x")
     for space in spaces:
         assert space.all_jobs() == [made[space]]
-        assert space.waiting() == 1
+        assert space.count_active() == 1
         assert all(path.is_relative_to(space.folder) for path in space.all_adapters().values())
         for other in spaces:
             if other is not space:
@@ -80,14 +80,14 @@ def test_users_never_meet(tmp_path: Path) -> None:
                 space.job(name)
 
 
-def test_adapters_of_jobs_have_names_that_stay(tmp_path: Path) -> None:
+def test_adapter_names_of_jobs_are_stable(tmp_path: Path) -> None:
     """By title and time; of two that were begun in the same minute, the later one has letters of its own."""
     space = Workspace(tmp_path)
     taught = []
     for title in ("<toy>, lora", "<toy>, lora", "<cat>, lora"):
         taught.append(jobs.create_job(space.jobs, "train", title, ["personalize"]))
         taught[-1].run.mkdir()
-    when, made = taught[0].when, taught[0].metadata
+    when, made = taught[0].created, taught[0].metadata
     for number, job in enumerate(taught):  # in one minute, whenever the test runs
         jobs.write_json(job.folder / "job.json", {**job.metadata, "made": made["made"] + number / 1000})
     files = [job.run / "adapter.safetensors" for job in taught]
@@ -101,16 +101,16 @@ def test_adapters_of_jobs_have_names_that_stay(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_jobs_that_are_not_at_an_end(tmp_path: Path) -> None:
+def test_count_of_unfinished_jobs(tmp_path: Path) -> None:
     space = Workspace(tmp_path)
     runs, _, stopped = (jobs.create_job(space.jobs, "train", "a toy", ["personalize"]) for _ in range(3))
     stopped.stop()
     with FileLock(runs.folder / "lock"):
         assert runs.state == "running"
-        assert space.waiting() == 2
+        assert space.count_active() == 2
 
 
-def test_words_are_bounded() -> None:
+def test_text_is_limited() -> None:
     assert check_text("x" * LIMITS.text, "prompt") == "x" * LIMITS.text
     assert check_text(" two\r\nlines\tof 猫 ", "prompt") == "two\nlines\tof 猫"
     with raises(OptionError, option="prompt", given=LIMITS.text + 1, expected=LIMITS.text):

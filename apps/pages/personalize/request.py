@@ -217,9 +217,9 @@ def _memory(base: str, previous: Job | None, optimizer: str) -> str:
         return "Memory is known once the base model has been downloaded."
     trained = sum(int(m.get("parameters", 0)) for m in read_result(previous).get("methods", [])) if previous else 0
     more = trained * (8 + STATES.get(optimizer, 8))
-    with_them = f" and {size(round(more))} for the trained parameters" if more else ", plus the trained parameters"
+    rest = f" and {size(round(more))} for the trained parameters, plus" if more else ", plus trained parameters and"
     base_has = f"{size(4 * values)} for the base model ({values / 1e6:,.1f} million parameters)"
-    return f"Memory: about {base_has}{with_them}, plus activations."
+    return f"Memory: about {base_has}{rest} activations."
 
 
 def parameters(base: str) -> int:
