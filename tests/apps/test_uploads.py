@@ -151,7 +151,7 @@ def test_other_entries_are_rejected_with_reasons(tmp_path: Path) -> None:
         "text.png: text",
         "a symbolic link",
         "an SVG drawing",
-        "inner.zip: no picture",
+        "inner.zip: not an image",
         "300,000,000 pixels",
         "folders",
         "notes.txt",
