@@ -1,4 +1,4 @@
-"""Size limits for Gradio components, which decode any input before a handler runs and never discard drawings."""
+"""Size limits for Gradio components, which decode any input before a handler runs and never discard sketches."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _accept_drawing(self: gr.ImageEditor, data: Any) -> None:
     index, name = str(data.data.get("index") or "null"), str(data.data["id"])
     index = "0" if index == "null" else index
     if not (index.isascii() and index.isdecimal() and len(index) < 5 and int(index) < LIMITS.layers and len(name) < 100):
-        raise gr.Error(f"a drawing has at most {LIMITS.layers} layers.", print_exception=False)
-    while len(self.blob_storage) >= LIMITS.drawings and name not in self.blob_storage:
+        raise gr.Error(f"a sketch has at most {LIMITS.layers} layers.", print_exception=False)
+    while len(self.blob_storage) >= LIMITS.sketches and name not in self.blob_storage:
         self.blob_storage.pop(next(iter(self.blob_storage)), None)
     _accept_blobs(self, data)

@@ -18,7 +18,7 @@ class Limits:
         disk_free: bytes that uploads must leave free on the disk.
         adapter_files: adapters stored per user.
         zip_files: images in a zip. `zip_bytes`: their total size unpacked. `zip_depth`: maximum path depth of an image.
-        drawings: sketches uploaded but not yet used, over all users. `drawing_bytes`, `layers`: of one sketch.
+        sketches: uploaded but not yet used, over all users. `sketch_bytes`, `layers`: of one sketch.
         text: characters of a prompt, a caption or a name.
         adapters: active at once.
         images: generated per request. `side`: of an image, in pixels. `steps`: sampling steps.
@@ -39,8 +39,8 @@ class Limits:
     zip_files: int = 10_000
     zip_bytes: int = 2048 * MIB
     zip_depth: int = 6
-    drawings: int = 64
-    drawing_bytes: int = 8 * MIB
+    sketches: int = 64
+    sketch_bytes: int = 8 * MIB
     layers: int = 8
     text: int = 1000
     adapters: int = 8

@@ -115,7 +115,7 @@ class LimitsMiddleware:
             self._check_disk(claimed)
             return _limit_upload(receive, claimed, self.limits.file_bytes + MARGIN)
         drawing = path.startswith(API + "component_server")
-        body = await _read(receive, claimed, self.limits.drawing_bytes + MARGIN if drawing else self.limits.request_bytes)
+        body = await _read(receive, claimed, self.limits.sketch_bytes + MARGIN if drawing else self.limits.request_bytes)
         for file in _files_of(body, headers.get("content-type")):
             self._check_owner(file)
         return _replay(body, receive)

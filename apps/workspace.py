@@ -25,7 +25,7 @@ class Workspace:
     """Files of one user: jobs, adapters and datasets, in a folder that other users cannot access.
 
     Args:
-        root: folder of all workspaces. `user`: login name; None for an app without logins.
+        root: folder of all workspaces. `user`: login name, or None in an app without logins.
     """
 
     root: Path

@@ -31,7 +31,7 @@ def test_drawings_are_limited() -> None:
     with pytest.raises(gr.Error):
         canvas.send("x" * 100)
     assert not canvas.blob_storage
-    names = [str(n) for n in range(LIMITS.drawings + 10)]
+    names = [str(n) for n in range(LIMITS.sketches + 10)]
     for name in names:
         canvas.send(name)
     assert list(canvas.blob_storage) == names[10:], "the oldest go"

@@ -283,8 +283,11 @@ def test_invalid_training_requests_leave_no_files(context: Context, base: str, t
         (ControlTrainingRequest("controlnet", "--out=/", base), {"option": "condition", "given": "--out=/"}),
         (ControlTrainingRequest("controlnet", "canny", "--debug"), {"where": "base", "given": "--debug"}),
         (ControlTrainingRequest("controlnet", "canny", base, steps=10**9), {"option": "steps", "given": 10**9}),
-        (ControlTrainingRequest("controlnet", "canny", base, drawn="x"), {"option": "generated images", "given": "x"}),
-        (ControlTrainingRequest("controlnet", "canny", base, drawn=10**9), {"option": "generated images", "given": 10**9}),
+        (ControlTrainingRequest("controlnet", "canny", base, generated_images="x"), {"option": "generated images", "given": "x"}),
+        (
+            ControlTrainingRequest("controlnet", "canny", base, generated_images=10**9),
+            {"option": "generated images", "given": 10**9},
+        ),
         (
             ControlTrainingRequest("controlnet", "canny", base, photos=one),
             {"option": "photos", "given": 1, "expected": 2},

@@ -21,7 +21,7 @@ from veneer.apps.request_limits import MARGIN, LimitsMiddleware, RequestError
 
 from tests.raising import raises
 
-SMALL = replace(LIMITS, request_bytes=1000, drawing_bytes=5000, file_bytes=10_000, disk_free=1)
+SMALL = replace(LIMITS, request_bytes=1000, sketch_bytes=5000, file_bytes=10_000, disk_free=1)
 JOIN, DRAWN, UPLOAD = (f"/gradio_api/{way}" for way in ("queue/join", "component_server", "upload"))
 
 

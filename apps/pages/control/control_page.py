@@ -43,7 +43,7 @@ NONE_YET = (
     "You have no control adapter yet. **Train one** below (the bundled model generates its own training images, so one click is "
     "enough), or upload a file on the page *Adapters*."
 )
-READY = "Choose a control adapter, draw a sketch or upload a photo, write a prompt, and press *Generate*."
+READY = "Choose a control adapter, make a sketch or upload a photo, write a prompt, and press *Generate*."
 ABOUT = {
     "controlnet": "a copy of the encoder that reads the map; most accurate",
     "t2i_adapter": "a small network beside the base model; fast",

@@ -44,7 +44,7 @@ class ControlTrainingRequest:
     """Unchecked values of the form; empty text means the default.
 
     Args:
-        photos: files; if empty, the base model generates `drawn` training images. `caption`: of the photos.
+        photos: files; if empty, the base model generates `generated_images` training images. `caption`: of the photos.
     """
 
     method: Any
@@ -53,7 +53,7 @@ class ControlTrainingRequest:
     steps: Any = 800
     photos: Sequence[str] = ()
     caption: Any = ""
-    drawn: Any = 384
+    generated_images: Any = 384
     title: Any = ""
 
 
@@ -144,7 +144,7 @@ def start_job(context: Context, workspace: Workspace, request: ControlTrainingRe
     caption, title = check_text(str(request.caption or ""), "caption"), check_text(str(request.title or ""), "title")
     command = ["control", "train", f"--method={request.method}", f"--condition={request.condition}", f"--base={base}"]
     command += [
-        f"--generated-images={int(number(request.drawn, 'generated images', 8, MAX_IMAGES))}",
+        f"--generated-images={int(number(request.generated_images, 'generated images', 8, MAX_IMAGES))}",
         "--tracker=none",
         "--checkpoint-every=100",
     ]

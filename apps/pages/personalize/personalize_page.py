@@ -160,7 +160,7 @@ class _Form:
         self._name()
         self.preset = gr.Radio(
             preset_choices("bundled", DEFAULT_METHOD), value="quick", label="Preset", elem_id="train-preset",
-            info="Longer training usually makes the images more similar to the photos.",
+            info="Longer training makes the images more similar to the photos.",
         )  # fmt: skip
         with gr.Accordion("Captions and crops", open=False):
             self.captions = gr.Dataframe(

@@ -49,7 +49,7 @@ def fields_of(config: Any, include: Sequence[str] | None = None, skip: Sequence[
     """Form fields of a config class.
 
     Args:
-        config: a dataclass. `include`: names in order; None for all except `skip`.
+        config: a dataclass. `include`: names in order; by default all except `skip`.
     """
     hints, texts = typing.get_type_hints(config), help_of(config)
     found = {f.name: _field(f, hints[f.name], texts.get(f.name, "")) for f in dataclasses.fields(config)}

@@ -32,7 +32,7 @@ class GenerationRequest:
     """A validated generation request.
 
     Args:
-        size: (height, width) in pixels; None for the native resolution. `count`: images; seeds count up from `seed`.
+        size: (height, width) in pixels (default: the native resolution). `count`: images; seeds count up from `seed`.
     """
 
     base: str

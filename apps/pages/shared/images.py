@@ -44,7 +44,7 @@ def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
     part = gr.ImageEditor(
         label=label, type="filepath", sources=(), transforms=(), layers=False, canvas_size=(CANVAS, CANVAS), fixed_canvas=True,
         brush=gr.Brush(default_size=8, colors=pens, default_color=pens[0], color_mode="fixed"), format="png",
-        placeholder="Draw here", **options,
+        placeholder="Sketch here", **options,
     )  # fmt: skip
 
     def whole(payload: Any) -> bytes | str | None:
@@ -78,14 +78,14 @@ def load_sketch(sketch: bytes | str | None) -> Image.Image:
         VeneerError: the sketch is empty. PhotoError: not an image, or larger than the canvas can be.
     """
     if not sketch:
-        raise VeneerError("the sketch is empty. Draw some lines first.", where="sketch", given="empty")
+        raise VeneerError("the sketch is empty. Add some lines first.", where="sketch", given="empty")
     data = sketch if isinstance(sketch, (bytes, bytearray)) else _read_bounded(Path(sketch))
     bounds = replace(photo_limits(), max_pixels=LIMITS.side**2 * 4, max_bytes=LIMITS.photo_bytes)
     try:
         return decode(bytes(data), "the sketch", bounds, remarks=False).rgb
     except VeneerError as error:
         if error.given == "transparent":
-            raise VeneerError("the sketch is empty. Draw some lines first.", where="sketch", given="empty") from error
+            raise VeneerError("the sketch is empty. Add some lines first.", where="sketch", given="empty") from error
         raise
 
 
@@ -93,7 +93,7 @@ def _read_bounded(path: Path) -> bytes:
     with path.open("rb") as file:
         data = file.read(LIMITS.photo_bytes + 1)
     if len(data) > LIMITS.photo_bytes:
-        message = f"the sketch has more than {LIMITS.photo_bytes:,} bytes. Draw it again."
+        message = f"the sketch has more than {LIMITS.photo_bytes:,} bytes. Sketch it again."
         raise VeneerError(message, where="photo_bytes", expected=LIMITS.photo_bytes)
     return data
 
