@@ -81,10 +81,10 @@ def _load_image(self: gr.Image, payload: Any) -> Any:
             raise VeneerError("the upload has no file. Upload the image again.", where="file", given=None)
         if self.type == "filepath":
             return str(payload.path)
-        found = load_image(payload.path).rgb
+        image = load_image(payload.path).rgb
     except VeneerError as error:
         raise page_error(str(error)) from error
-    return np.asarray(found) if self.type == "numpy" else found
+    return np.asarray(image) if self.type == "numpy" else image
 
 
 def _upload_folder(self: App) -> str:

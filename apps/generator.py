@@ -132,11 +132,11 @@ class Generator:
     def _activate(self, base_model: _LoadedBase, uses: Sequence[AdapterUse]) -> Iterator[None]:
         """Activates only these adapters; token embeddings and base weights that a file replaces are restored afterwards."""
         try:
-            found = _attach_in_order(base_model, uses)
-            strengths = {a.name: use.strength for use, attached in found for a in attached}
+            attached_uses = _attach_in_order(base_model, uses)
+            strengths = {a.name: use.strength for use, attached in attached_uses for a in attached}
             with contextlib.ExitStack() as scopes:
                 scopes.enter_context(activate(base_model.pipe, strengths))
-                for use, attached in found:
+                for use, attached in attached_uses:
                     for a in attached:
                         if a.method.conditions:
                             scopes.enter_context(_condition(base_model.pipe, use, a))
@@ -147,13 +147,13 @@ class Generator:
 
 def _attach_in_order(base_model: _LoadedBase, uses: Sequence[AdapterUse]) -> list[tuple[AdapterUse, list[Attachment]]]:
     """Attaches the adapters in the order of the request, which matters for weight updates that are not additive."""
-    found = [(use, _attachments_of(base_model, use.file)) for use in uses]
-    requested = [a for _, attached in found for a in attached]
+    attached_uses = [(use, _attachments_of(base_model, use.file)) for use in uses]
+    requested = [a for _, attached in attached_uses for a in attached]
     if requested != [a for a in attachments(base_model.pipe) if a in requested]:
         for use in uses:
             _detach(base_model, _key(use.file))
-        found = [(use, _attachments_of(base_model, use.file)) for use in uses]
-    return found
+        attached_uses = [(use, _attachments_of(base_model, use.file)) for use in uses]
+    return attached_uses
 
 
 def _attachments_of(base_model: _LoadedBase, file: Path) -> list[Attachment]:
@@ -184,11 +184,11 @@ def _detach(base_model: _LoadedBase, key: _FileKey) -> None:
 
 def _key(file: Path) -> _FileKey:
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError as error:
         message = f"the file of adapter {file.stem!r} no longer exists. Choose another adapter from the list."
         raise VeneerError(message, where=file.stem, given="missing") from error
-    return _FileKey(str(file), found.st_size, found.st_ino, found.st_mtime_ns)
+    return _FileKey(str(file), status.st_size, status.st_ino, status.st_mtime_ns)
 
 
 def _condition(pipe: Any, use: AdapterUse, attachment: Attachment) -> contextlib.AbstractContextManager[None]:

@@ -203,8 +203,8 @@ def create_job(jobs: Path, kind: str, title: str, words: Sequence[str]) -> Job:
 
 def find_jobs(jobs: Path) -> list[Job]:
     """All jobs of a folder, newest first."""
-    found = [Job(path.parent) for path in jobs.glob("*/job.json")]
-    return sorted(found, key=lambda job: (job.metadata.get("made", 0), job.name), reverse=True)
+    all_jobs = [Job(path.parent) for path in jobs.glob("*/job.json")]
+    return sorted(all_jobs, key=lambda job: (job.metadata.get("made", 0), job.name), reverse=True)
 
 
 def is_locked(path: Path) -> bool:
@@ -220,7 +220,7 @@ def is_locked(path: Path) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -201,13 +201,13 @@ async def _read(receive: Receive, claimed: int, limit: int) -> bytes:
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Replays the body once, then passes on later messages such as a disconnect."""
-    given = False
+    sent = False
 
     async def received() -> Message:
-        nonlocal given
-        if given:
+        nonlocal sent
+        if sent:
             return await receive()
-        given = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return received
@@ -237,15 +237,15 @@ def _files_of(body: bytes, kind: str | None) -> list[str]:
         if kind is None:
             return []
         raise RequestError(400, "The request is not valid JSON.") from None
-    found = []
+    paths = []
     while pending:
         value = pending.pop()
         if isinstance(value, dict):
             path = str(value.get("path", ""))
             if path.lower().startswith(("http:", "https:")):
                 raise RequestError(403, "This app does not download files from URLs. Save the file and upload it.")
-            found.append(path)
+            paths.append(path)
             pending += value.values()
         elif isinstance(value, list):
             pending += value
-    return found
+    return paths

@@ -120,10 +120,10 @@ def check_address(host: str, port: int) -> None:
     other = "choose another with --port N, or a free one with --port 0"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as found:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            found.bind(address)
-            found.listen(1)
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             message = f"port {port} of {host} is in use by another program; {other}."
@@ -176,7 +176,7 @@ def read_logins(entries: tuple[str, ...]) -> list[tuple[str, str]]:
     Raises:
         VeneerError: an entry is neither NAME:PASSWORD nor a file of such lines, or a name occurs twice.
     """
-    found: dict[str, str] = {}
+    logins: dict[str, str] = {}
     for line in filter(None, (line.strip() for entry in entries for line in _lines(entry))):
         name, colon, password = line.partition(":")
         name = name.strip()
@@ -187,10 +187,10 @@ def read_logins(entries: tuple[str, ...]) -> list[tuple[str, str]]:
                 option="auth",
                 expected="NAME:PASSWORD",
             )
-        if name in found:
+        if name in logins:
             raise OptionError(f"--auth: {name!r} occurs twice; expected each name once.", option="auth", given=name)
-        found[name] = password
-    return list(found.items())
+        logins[name] = password
+    return list(logins.items())
 
 
 def _lines(entry: str) -> list[str]:

@@ -68,11 +68,11 @@ class Workspace:
         Raises:
             VeneerError: the user has no job of that name.
         """
-        found = next((job for job in self.all_jobs() if job.name == name), None)
-        if found is None:
+        match = next((job for job in self.all_jobs() if job.name == name), None)
+        if match is None:
             message = f"you have no job {printable(name)!r}; it may have been deleted. Choose one from the list."
             raise UnknownName(message, name, "job")
-        return found
+        return match
 
     def all_adapters(self) -> dict[str, Path]:
         """Display name to file of all adapters: those of jobs, newest first, then uploaded and converted ones."""
@@ -89,11 +89,11 @@ class Workspace:
         Raises:
             VeneerError: the user has no adapter of that name.
         """
-        found = self.all_adapters().get(name)
-        if found is None:
+        file = self.all_adapters().get(name)
+        if file is None:
             message = f"you have no adapter {printable(name)!r}. Choose one from the list, or upload its file."
             raise UnknownName(message, name, "adapter")
-        return found
+        return file
 
     def count_active(self) -> int:
         """Number of waiting and running jobs of the user."""

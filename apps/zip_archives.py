@@ -131,13 +131,13 @@ def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, depth: int, limit
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         message = f"the zip uses compression method {entry.compress_type}; expected stored or deflated. Create it again."
         raise VeneerError(message, where="compression", given=entry.compress_type)
-    found = bytearray()
+    content = bytearray()
     with archive.open(entry) as stream:
-        while data := stream.read(min(CHUNK_BYTES, limit + 1 - len(found))):
-            found += data
-            if len(found) > limit:
+        while data := stream.read(min(CHUNK_BYTES, limit + 1 - len(content))):
+            content += data
+            if len(content) > limit:
                 raise _TooLarge
-    return bytes(found)
+    return bytes(content)
 
 
 def _parts(entry: zipfile.ZipInfo) -> list[str]:
@@ -190,13 +190,13 @@ class _UniqueNames:
     def name(self, name: str) -> str:
         """Returns the name, numbered if it is already used."""
         stem, dot, ending = name.rpartition(".")
-        found = name
-        while found.casefold() in self._used:
+        unique = name
+        while unique.casefold() in self._used:
             self._attempts[name.casefold()] += 1
             number = self._attempts[name.casefold()] + 1
-            found = f"{stem}-{number}.{ending}" if dot else f"{name}-{number}"
-        self._used.add(found.casefold())
-        return found
+            unique = f"{stem}-{number}.{ending}" if dot else f"{name}-{number}"
+        self._used.add(unique.casefold())
+        return unique
 
 
 def _shorten(reasons: list[str]) -> list[str]:

@@ -89,8 +89,8 @@ def test_each_method_is_a_job_with_results(tmp_path: Path, wanted: ClassifyReque
     with raises(VeneerError, file=broken.name):
         classify_page.classify(workspace, answers, begun[0].name, str(broken))
     for number in range(MAX_CLASSIFIERS + 1):
-        answers.ask(shutil.copytree(begun[0].run, tmp_path / f"copy-{number}"), red)
-    assert len(answers._kept) == MAX_CLASSIFIERS
+        answers.classify(shutil.copytree(begun[0].run, tmp_path / f"copy-{number}"), red)
+    assert len(answers._predictors) == MAX_CLASSIFIERS
 
     again, _ = submit_jobs(context, workspace, replace(wanted, source="again", job=begun[0].name, methods=["lora+ssf"]))
     assert again[0].command[1] == str(data)
@@ -164,7 +164,7 @@ def test_invalid_requests_submit_no_job(tmp_path: Path, wanted: ClassifyRequest,
     with raises(VeneerError, where="timm"):
         submit_jobs(context, named, wanted)  # a folder of this machine as the model
     assert not alone.all_jobs()
-    assert not list(alone.given.glob("*")), "nothing stays of a zip that is of no use"
+    assert not list(alone.datasets.glob("*")), "nothing stays of a zip that is of no use"
     assert submit_jobs(context, alone, replace(wanted, source="folder", folder=folder))[0][0].command[1] == folder
     mine = submit_jobs(context, alone, wanted)[0][0]
     with raises(UnknownName, name=mine.name, kind="job"):

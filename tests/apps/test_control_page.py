@@ -170,7 +170,7 @@ def test_generate_without_and_with_control(context: Context, base: str) -> None:
     wanted = generation(base, seed=4)
     given = ConditionInput("sketch", sketch())
     *_, (shown, told) = page.generate(context, found, "lines", wanted, given, 0.8, 0.0, 0.5)
-    assert [caption for _, caption in shown] == ["what is followed", "without, seed 4", "with, seed 4"]
+    assert [caption for _, caption in shown] == ["map", "without, seed 4", "with, seed 4"]
     assert told == "1 of 1"
     guide, without, followed = (pixels(path) for path, _ in shown)
     pipe = veneer.base_models.load(base)
@@ -230,7 +230,7 @@ def test_training_job(context: Context, base: str, tmp_path: Path) -> None:
     assert len(refused) == 1
     words = [*job.command, "--out", str(job.run), "--resume"]
     told = parser_for(words).parse_args(words)
-    assert Path(told.data).parent == here.given
+    assert Path(told.data).parent == here.datasets
     assert len(list(Path(told.data).iterdir())) == 2
     assert (told.method, told.condition, told.base, told.steps, told.template) == ("t2i_adapter", "canny", base, 3, "--a thing")
     assert (told.resume, str(told.out), told.tracker) == (True, str(job.run), "none")
@@ -301,7 +301,7 @@ def test_invalid_training_requests_leave_no_files(context: Context, base: str, t
         with raises(VeneerError, **data):
             teaching.start_job(context, stranger, request)
     assert not stranger.all_jobs()
-    assert not stranger.given.exists() or not list(stranger.given.iterdir())
+    assert not stranger.datasets.exists() or not list(stranger.datasets.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -134,7 +134,7 @@ def test_settings_are_read_from_an_image(context: Context, base: str, tmp_path: 
     found, there, note = read_image_settings(context.workspace(None), path)
     assert (found, there) == (wanted, {"style": 0.5, "word": 1.0})
     assert values(found) == [base, PROMPT, "blur", 7, 2, 4.0, 64, 32, 1]
-    assert note == "The settings are in their places: draw."
+    assert note == "The settings are filled in. Press *Generate*."
     stranger = Workspace(context.root, "somebody else")
     assert read_image_settings(stranger, path)[1] == {}, "another's adapters are not theirs"
     assert "that you do not have: style, word" in read_image_settings(stranger, path)[2]
@@ -218,7 +218,7 @@ def test_requests_beyond_the_limits_are_rejected(given: dict[str, Any], option: 
 
 def test_images_are_generated_in_batches() -> None:
     for count in (1, BATCH_SIZE, BATCH_SIZE + 1, LIMITS.images):
-        parts = parse_request("bundled", "a cat", "", 3, 2, 3, 0, 0, count).parts()
+        parts = parse_request("bundled", "a cat", "", 3, 2, 3, 0, 0, count).batches()
         assert all(len(part.seeds) <= BATCH_SIZE for part in parts)
         assert [seed for part in parts for seed in part.seeds] == list(range(3, 3 + count))
 

@@ -51,13 +51,13 @@ def test_jobs_run_one_at_a_time(tmp_path: Path, words: list[str]) -> None:
     until(lambda: queue.start_next() == first, "no other process is on its way")
     assert queue.start_next() is None, "one runs"
     until(lambda: first.state == "running", first.log())
-    assert JobQueue(tmp_path).turn() is None, "for another server too"
+    assert JobQueue(tmp_path).start_next() is None, "for another server too"
     until(lambda: first.state == "done", first.log())
     assert first.progress()[-1].step == 2
     assert (first.run / "adapter.safetensors").exists()
     until(lambda: queue.start_next() == wrong, "the next one begins")
     until(lambda: wrong.state == "failed", wrong.log())
-    assert "unrecognized arguments: --sepia" in wrong.why()
+    assert "unrecognized arguments: --sepia" in wrong.failure()
     assert queue.start_next() is None, "what failed is not tried again"
     assert [job.name for job in jobs.find_jobs(folder)] == [first.name]
 
@@ -81,7 +81,7 @@ def test_stop_kill_and_resume(tmp_path: Path, words: list[str]) -> None:
     until(lambda: job.state == "waiting", "its lock is let go")
     assert job.was_started
     killed = job.progress()[-1].step
-    until(lambda: JobQueue(tmp_path).turn() == job, "a server that is started anew resumes it")
+    until(lambda: JobQueue(tmp_path).start_next() == job, "a server that is started anew resumes it")
     until(lambda: job.progress()[-1].step > killed, job.log())
     job.stop()
     until(lambda: job.state == "stopped", job.log())

@@ -49,8 +49,8 @@ def build(context: Context) -> None:
     view = job_view(context, KIND, Results(lambda: result_components(_trial), _view_values, stamp), EMPTY)
     _wire_trial(context, classifiers, view)
 
-    def handle_start(request: gr.Request, *given: Any) -> Any:
-        return start_jobs(context, context.workspace(request), ClassifyRequest(*given))
+    def handle_start(request: gr.Request, *inputs: Any) -> Any:
+        return start_jobs(context, context.workspace(request), ClassifyRequest(*inputs))
 
     def sources(request: gr.Request) -> Any:
         return gr.Radio(choices=source_choices(context.workspace(request)))
@@ -59,8 +59,8 @@ def build(context: Context) -> None:
     gr.on(None, show_errors(sources), None, source, queue=False, **private)
     source.change(source_fields, source, [file, folder, sample], queue=False, **private)
     model.change(show_errors(supported_methods), [model, methods], methods, queue=False, **private)
-    given = [source, file, folder, view.choice, model, methods, epochs, *more]
-    start.click(show_errors(handle_start), given, view.choice, api_visibility="private")
+    inputs = [source, file, folder, view.choice, model, methods, epochs, *more]
+    start.click(show_errors(handle_start), inputs, view.choice, api_visibility="private")
 
 
 def _data_fields() -> tuple[gr.Radio, gr.File, gr.Textbox, gr.HTML]:
@@ -171,8 +171,8 @@ def source_fields(source: str) -> tuple[Any, Any, Any]:
 def supported_methods(model: str, methods: list[str]) -> Any:
     """Update of the method field: the methods that the model supports; unsupported selections are removed."""
     known = taught_by(model or DEFAULTS.model)
-    kept = [name for name in methods or [] if all(part in known for part in name.split("+"))]
-    return gr.Dropdown(choices=known, value=kept, allow_custom_value=True)
+    selected = [name for name in methods or [] if all(part in known for part in name.split("+"))]
+    return gr.Dropdown(choices=known, value=selected, allow_custom_value=True)
 
 
 PAGE = Page("Classify", "classify", "Train an image classifier, evaluate it, and try it on an image.", build)

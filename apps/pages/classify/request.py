@@ -80,10 +80,10 @@ def submit_jobs(context: Context, workspace: Workspace, request: ClassifyRequest
             expected=max(free, 0),
         )
     data, name, left_out = resolve_data(workspace, request)
-    found = []
+    jobs = []
     for method in methods:
-        found.append(context.submit(workspace, KIND, f"{name} · {method}", ["transfer", data, f"--method={method}", *options]))
-    return found, left_out
+        jobs.append(context.submit(workspace, KIND, f"{name} · {method}", ["transfer", data, f"--method={method}", *options]))
+    return jobs, left_out
 
 
 def settings(workspace: Workspace, request: ClassifyRequest) -> list[str]:
@@ -149,17 +149,17 @@ def check_methods(methods: Sequence[str], model: str) -> list[str]:
     Raises:
         VeneerError: no method, or one that the model does not support.
     """
-    known = compatible_methods(model)
-    found = list(dict.fromkeys(re.sub(r"\s", "", str(method)) for method in methods or ()))
-    if not found:
+    known = taught_by(model)
+    chosen = list(dict.fromkeys(re.sub(r"\s", "", str(method)) for method in methods or ()))
+    if not chosen:
         message = "no method is chosen; choose one or more, such as linear_probe and lora."
         raise OptionError(message, option="methods", given=())
-    for method in found:
+    for method in chosen:
         for name in [method] if method == "zero_shot" else split_methods(method):
             if name not in known:
                 message = f"{printable(name)!r} is not supported by this model. Choose a method from the list."
                 raise OptionError(message, option="methods", given=name, expected=tuple(known))
-    return found
+    return chosen
 
 
 def resolve_data(workspace: Workspace, request: ClassifyRequest) -> tuple[str, str, list[str]]:
@@ -233,14 +233,14 @@ def check_classes(data: str, name: str) -> None:
         VeneerError: it has fewer.
     """
     try:
-        found = open_source(data)
+        source = find_pictures(data)
     except DataError as error:
         raise VeneerError.from_error(error, str(error).replace(data, printable(name)), file=name) from error
-    if len(found.classes) < 2:
+    if len(source.classes) < 2:
         raise VeneerError(
-            f"{printable(name)}: one class, {printable(found.classes[0])}; expected at least two, each a folder of images.",
+            f"{printable(name)}: one class, {printable(source.classes[0])}; expected at least two, each a folder of images.",
             file=printable(name),
             where="classes",
-            given=found.classes,
+            given=source.classes,
             expected=2,
         )

@@ -52,8 +52,8 @@ def result_values(job: Job | None) -> list[Any]:
     files_ = [job.run / name for name in CLASSIFIER_FILES] if job else []
     done = job is not None and job.state == "done"
     figures = [
-        gr.Image(value=found, visible=done and found is not None)
-        for found in (open_image(job.run / f"{name}.png") if job else None for name in FIGURES)
+        gr.Image(value=image, visible=done and image is not None)
+        for image in (open_image(job.run / f"{name}.png") if job else None for name in FIGURES)
     ]
     return [
         describe(job, epochs),
@@ -95,23 +95,23 @@ def describe(job: Job | None, epochs: Sequence[Epoch]) -> str:
     return f"{so_far}{better} The test images are evaluated once, at the end."
 
 
-def summarize(found: dict[str, Any]) -> str:
+def summarize(result: dict[str, Any]) -> str:
     """Verdict and metrics of a finished run, in Markdown."""
-    if not found:
+    if not result:
         return ""
-    low, high = found["test_interval_95"]
-    confusion, data = found["test"]["confusion"], found["data"]
-    tested, chosen = data["pictures"]["test"], found["chosen"]
+    low, high = result["test_interval_95"]
+    confusion, data = result["test"]["confusion"], result["data"]
+    tested, chosen = data["pictures"]["test"], result["chosen"]
     guess = max(map(sum, confusion)) / max(tested, 1)
     notes = [f"- {escape_markup(str(note))}" for note in data["notes"][:5]]
     lines = [
-        verdict_html(found),
-        f"### Accuracy {found['test_accuracy']:.1%}",
+        verdict_html(result),
+        f"### Accuracy {result['test_accuracy']:.1%}",
         f"Measured on {tested:,} test images that were not used for training. The 95 % interval is **{low:.1%} to {high:.1%}** "
         f"(fewer test images make it wider). Always predicting the most frequent class gives {guess:.1%}.",
         f"Trained on {data['pictures']['train']:,} images of {len(data['classes']):,} classes. Epoch {chosen['epoch']} was "
-        f"selected as the best on {data['pictures']['validation']:,} validation images ({found['val_accuracy']:.1%}). "
-        f"{found['trainable_parameters']:,} trainable parameters; the file has {found['stored_bytes']:,} bytes.",
+        f"selected as the best on {data['pictures']['validation']:,} validation images ({result['val_accuracy']:.1%}). "
+        f"{result['trainable_parameters']:,} trainable parameters; the file has {result['stored_bytes']:,} bytes.",
     ]
     return "\n\n".join([*filter(None, lines), *(["About the images:\n\n" + "\n".join(notes)] if notes else [])])
 
@@ -125,8 +125,8 @@ def run_table(job: Job | None) -> str:
         return ""
     rows = []
     for other in every:
-        found = read_result(other)
-        accuracy = f"{found['test_accuracy']:.1%}" if found else STATES[other.state]
+        result = read_result(other)
+        accuracy = f"{result['test_accuracy']:.1%}" if result else STATES[other.state]
         rows.append((f"{printable(other.title)}{' (above)' if other.name == job.name else ''}", other.created, accuracy))
     return table("All your runs, newest first: choose one in the list “Run” above", ("run", "started", "accuracy"), rows)
 
@@ -136,31 +136,31 @@ def comparison(job: Job | None) -> str:
     if job is None:
         return ""
     same = [other for other in find_jobs(job.folder.parent) if _data(other) == _data(job) and other.state == "done"]
-    found = sorted(((r, other) for other in same if (r := read_result(other))), key=lambda each: -each[0]["val_accuracy"])
-    if len(found) < 2:
+    results = sorted(((r, other) for other in same if (r := read_result(other))), key=lambda each: -each[0]["val_accuracy"])
+    if len(results) < 2:
         return ""
-    rows = table("All methods on these images", COLUMNS, [_row(r) for r, _ in found])
+    rows = table("All methods on these images", COLUMNS, [_row(r) for r, _ in results])
     apart = (
         "<p>Where the intervals of two methods overlap, the difference may be due to chance: try other seeds or more images.</p>"
     )
     return rows + apart
 
 
-def _row(found: dict[str, Any]) -> list[object]:
-    low, high = found["test_interval_95"]
+def _row(result: dict[str, Any]) -> list[object]:
+    low, high = result["test_interval_95"]
     return [
-        found["config"]["method"], f"{found['test_accuracy']:.1%}", f"{low:.1%} to {high:.1%}", found["chosen"]["epoch"],
-        found["trainable_parameters"], found["stored_bytes"], found["model"]["name"],
+        result["config"]["method"], f"{result['test_accuracy']:.1%}", f"{low:.1%} to {high:.1%}", result["chosen"]["epoch"],
+        result["trainable_parameters"], result["stored_bytes"], result["model"]["name"],
     ]  # fmt: skip
 
 
 def read_result(job: Job) -> dict[str, Any]:
     """Content of `result.json`; empty if missing or incomplete."""
     try:
-        found = json.loads((job.run / "result.json").read_text(encoding="utf-8"))
+        content = json.loads((job.run / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and "test_interval_95" in found else {}
+    return content if isinstance(content, dict) and "test_interval_95" in content else {}
 
 
 def _data(job: Job) -> Any:

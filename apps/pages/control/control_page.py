@@ -85,49 +85,60 @@ def build(context: Context) -> None:
                 stop = gr.Button("Stop", min_width=80, elem_id="control-draw-stop")
             state = gr.Markdown(NONE_YET, elem_id="control-said")
             pictures = gallery("Map, without and with control", 3, buttons=["download", "fullscreen"], elem_id="control-gallery")
-    given = [choice, condition, source, sketch, inputs]
-    _wire(context, fields_, given, [strength, start, end], (look, go, stop), (pictures, state), (sketch_column, photo_column))
+    condition_inputs = [choice, condition, source, sketch, inputs]
+    _wire(
+        context,
+        fields_,
+        condition_inputs,
+        [strength, start, end],
+        (look, go, stop),
+        (pictures, state),
+        (sketch_column, photo_column),
+    )
     gr.Markdown("## Train a control adapter", elem_id="control-train")
     with gr.Column():  # keeps the main button in view within the form
         _training_form(context)
 
 
-def _wire(context: Context, fields_: Fields, given: Any, ranges: Any, buttons: Any, shown: Any, sides: Any) -> None:
+def _wire(context: Context, fields_: Fields, condition_inputs: Any, ranges: Any, buttons: Any, outputs_: Any, sides: Any) -> None:
     """Connects map preview and generation."""
-    choice, condition, source, *_ = given
-    pictures, state = shown
+    choice, condition, source, *_ = condition_inputs
+    pictures, state = outputs_
     count = len(fields_.all())
 
-    def run(request: gr.Request, *told: Any) -> Iterator[list[Any]]:
-        name, kind, *inputs = told[count : count + 5]
-        found = control_adapter(context.workspace(request), name, kind)
-        for drawn, words in generate(
-            context, found, name, parse_request(*told[:count]), ConditionInput(*inputs), *told[count + 5 :]
+    def run(request: gr.Request, *form_values: Any) -> Iterator[list[Any]]:
+        name, kind, *inputs = form_values[count : count + 5]
+        adapter = control_adapter(context.workspace(request), name, kind)
+        for items, progress in generate(
+            context, adapter, name, parse_request(*form_values[:count]), ConditionInput(*inputs), *form_values[count + 5 :]
         ):
-            yield [drawn, words]
+            yield [items, progress]
 
-    def show_condition(request: gr.Request, *told: Any) -> list[Any]:
-        name, kind, *inputs = told[count : count + 5]
+    def show_condition(request: gr.Request, *form_values: Any) -> list[Any]:
+        name, kind, *inputs = form_values[count : count + 5]
         followed = control_adapter(context.workspace(request), name, kind).condition if name else maps.get(str(kind)).name
-        values = [told[0], told[1] or "x", *told[2:count]]
+        values = [form_values[0], form_values[1] or "x", *form_values[2:count]]
         image = condition_image(str(followed), ConditionInput(*inputs), output_size(context, parse_request(*values)))
         return [[(_enlarge(image), f"map: {followed}")], "Press *Generate*."]
 
     def refresh_choice(workspace: Workspace, name: str | None) -> list[Any]:
-        found = control_adapters(workspace)
-        now = name if name in found else next(iter(found), None)
-        choices = [(f"{each} · follows {f.condition or '?'}", each) for each, f in found.items()]
+        adapter = control_adapters(workspace)
+        now = name if name in adapter else next(iter(adapter), None)
+        choices = [(f"{each} · follows {f.condition or '?'}", each) for each, f in adapter.items()]
         return [gr.Dropdown(choices=choices, value=now), gr.skip() if now == name else READY]
 
     def toggle_condition(request: gr.Request, name: str | None) -> Any:
-        found = control_adapters(context.workspace(request)).get(str(name))
-        return gr.Dropdown(visible=found is None or found.condition is None)
+        adapter = control_adapters(context.workspace(request)).get(str(name))
+        return gr.Dropdown(visible=adapter is None or adapter.condition is None)
 
     look, go, stop = buttons
     outputs = {"outputs": [pictures, state], **GENERATION}
-    events = [each(show_errors(run), [*fields_.all(), *given, *ranges], **outputs) for each in (go.click, fields_.prompt.submit)]
+    events = [
+        each(show_errors(run), [*fields_.all(), *condition_inputs, *ranges], **outputs)
+        for each in (go.click, fields_.prompt.submit)
+    ]
     stop.click(None, cancels=events, **QUIET)
-    look.click(show_errors(show_condition), [*fields_.all(), *given], **outputs)
+    look.click(show_errors(show_condition), [*fields_.all(), *condition_inputs], **outputs)
     refresh_on_change(context, [choice, state], refresh_choice, choice)
     choice.change(show_errors(toggle_condition), [choice], [condition], **QUIET)
     source.change(
@@ -175,7 +186,7 @@ def _training_form(context: Context) -> None:
     title = gr.Textbox(label="Name", max_length=80, info="Optional, for the list of adapters.", elem_id="control-title")
     estimate = gr.Markdown(estimate_text(None, default, "bundled", *preset_counts), elem_id="control-estimate")
     with gr.Row(elem_classes="action"):
-        go = gr.Button("Train", variant="primary", elem_id="control-teach")
+        go = gr.Button("Train", variant="primary", elem_id="control-train-start")
     note = gr.Markdown("", elem_id="control-note")
     view = job_view(
         context,
@@ -184,27 +195,29 @@ def _training_form(context: Context) -> None:
         "No run yet. Press *Train* to start.",
     )
 
-    def start(request: gr.Request, *told: Any) -> list[Any]:
-        way, what, over, number, drawn, files, words, name = told
+    def start(request: gr.Request, *form_values: Any) -> list[Any]:
+        method_name, condition_name, base_name, number, images, files, caption_text, name = form_values
         workspace = context.workspace(request)
         job, refused = start_job(
-            context, workspace, ControlTrainingRequest(way, what, over, number, files or (), words, drawn, name)
+            context,
+            workspace,
+            ControlTrainingRequest(method_name, condition_name, base_name, number, files or (), caption_text, images, name),
         )
         return [select_job(workspace, "control", job), "Left out: " + " ".join(map(escape_markup, refused)) if refused else ""]
 
-    def fit_condition(way: str, over: str, length: str) -> list[Any]:
-        follows = conditions(way)
+    def fit_condition(method_name: str, base_name: str, length: str) -> list[Any]:
+        follows = conditions(method_name)
         choices = FOLLOWED if follows != ["image"] else [("the image itself", "image")]
-        return [gr.Dropdown(choices=choices, value=follows[0]), *preset_lengths(length, way, over or "bundled")]
+        return [gr.Dropdown(choices=choices, value=follows[0]), *preset_lengths(length, method_name, base_name or "bundled")]
 
-    def fill_preset(length: str, way: str, over: str) -> list[int]:
-        return list(preset_lengths(length, way, over or "bundled"))
+    def fill_preset(length: str, method_name: str, base_name: str) -> list[int]:
+        return list(preset_lengths(length, method_name, base_name or "bundled"))
 
-    def update_estimate(way: str, over: str, number: Any, images: Any, request: gr.Request) -> list[Any]:
+    def update_estimate(method_name: str, base_name: str, number: Any, images: Any, request: gr.Request) -> list[Any]:
         workspace = context.workspace(request)
         return [
-            estimate_text(workspace, way, over, number, images),
-            gr.Radio(choices=preset_choices(way, over or "bundled", workspace)),
+            estimate_text(workspace, method_name, base_name, number, images),
+            gr.Radio(choices=preset_choices(method_name, base_name or "bundled", workspace)),
         ]
 
     form = [method, kind, base, steps, count, photos, caption, title]

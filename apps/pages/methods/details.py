@@ -26,14 +26,14 @@ def method_list(groups: Groups, counts: Mapping[str, ParameterCount | None] | No
     Args:
         start: prepend recommended methods by task.
     """
-    count = sum(len(found) for _, found in groups)
+    count = sum(len(entries) for _, entries in groups)
     if not count:
         return NO_MATCH
     parts = [f'<p role="status">{count} method{"s" if count > 1 else ""}. Open one for details.</p>']
-    parts += [_start({method.name for _, found in groups for method in found})] if start else []
-    for use, found in groups:
+    parts += [_start({method.name for _, entries in groups for method in entries})] if start else []
+    for use, entries in groups:
         parts += [f'<h2 class="use">{escape(use.title)}</h2><p class="about">{escape(use.about)}</p>'] if use else []
-        parts += [_method(method, _counted(counts, method.name), model) for method in found]
+        parts += [_method(method, _counted(counts, method.name), model) for method in entries]
     return "".join(parts)
 
 

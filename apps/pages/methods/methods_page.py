@@ -41,8 +41,8 @@ def _known(names: tuple[str, ...]) -> list[MethodEntry]:
 
 def kinds() -> list[tuple[str, str]]:
     """Choices of the field Kind; methods of each other package form a separate kind."""
-    found = sorted({method.kind for method in all_methods()}, key=lambda kind: [*KINDS, kind].index(kind))
-    return [("All kinds", ""), *((KINDS.get(kind, f"From {kind}"), kind) for kind in found)]
+    all_kinds = sorted({method.kind for method in all_methods()}, key=lambda kind: [*KINDS, kind].index(kind))
+    return [("All kinds", ""), *((KINDS.get(kind, f"From {kind}"), kind) for kind in all_kinds)]
 
 
 def render_methods(
@@ -69,27 +69,27 @@ def render_methods(
             message = "this choice does not exist. Choose one from the list."
             raise OptionError(message, option=name, given=value, expected=allowed)
     query = check_text(query_text or "", "search").strip()
-    found = [m for m in all_methods() if not kind or m.kind == kind]
+    matches = [m for m in all_methods() if not kind or m.kind == kind]
     if area:
         supported = methods_for(area)
-        found = [m for m in found if m.name in supported]
-    found = rank_methods(found, query)
+        matches = [m for m in matches if m.name in supported]
+    matches = rank_methods(matches, query)
     trained = count_parameters(model, progress) if model else None
     if sort == "use" and not query:
-        return method_list(group_by_use(found), trained, model, start=not kind)
+        return method_list(group_by_use(matches), trained, model, start=not kind)
     if sort == "name":
-        found = sorted(found, key=lambda m: m.name)
+        matches = sorted(matches, key=lambda m: m.name)
     if sort == "trained":
-        found = _fewest_first(found, trained)
-    return method_list([(None, found)], trained, model)
+        matches = _fewest_first(matches, trained)
+    return method_list([(None, matches)], trained, model)
 
 
-def _fewest_first(found: Sequence[MethodEntry], trained: Mapping[str, ParameterCount | None] | None) -> list[MethodEntry]:
+def _fewest_first(matches: Sequence[MethodEntry], trained: Mapping[str, ParameterCount | None] | None) -> list[MethodEntry]:
     if trained is None:
         message = "Choose a model first: the number of trainable parameters depends on it."
         raise OptionError(message, option="model", given="")
     numbers = {name: count.trainable for name, count in trained.items() if count is not None}
-    return sorted(found, key=lambda m: (numbers.get(m.name, float("inf")), m.name))
+    return sorted(matches, key=lambda m: (numbers.get(m.name, float("inf")), m.name))
 
 
 def build(context: Context) -> None:

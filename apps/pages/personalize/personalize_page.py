@@ -61,14 +61,14 @@ def show_photos(paths: Sequence[str] | None, base: str, captions: Sequence[str] 
     if not paths:
         return [gr.Gallery([], visible=False), gr.Gallery([], visible=False), NO_PHOTOS, gr.Dataframe([], visible=False)]
     side = base_models.preset(check_base(base)).resolution or FALLBACK_SIDE
-    found = inspect_photos(paths, side)
-    rows = [[name, caption] for name, caption in zip(found.names, [*captions, *[""] * len(found.names)], strict=False)]
-    number = f"{len(found.names)} photo{'s' * (len(found.names) != 1)}"
-    problems = "\n".join(f"- ⚠ {escape_markup(text)}" for text in found.problems)
+    report = inspect_photos(paths, side)
+    rows = [[name, caption] for name, caption in zip(report.names, [*captions, *[""] * len(report.names)], strict=False)]
+    number = f"{len(report.names)} photo{'s' * (len(report.names) != 1)}"
+    problems = "\n".join(f"- ⚠ {escape_markup(text)}" for text in report.problems)
     crops = gr.Gallery(
-        found.crops, label=f"As square crops of {side} × {side} pixels, as the base model is trained on them", visible=True
+        report.crops, label=f"As square crops of {side} × {side} pixels, as the base model is trained on them", visible=True
     )
-    thumbs = gr.Gallery(list(zip(found.thumbnails, found.names, strict=True)), visible=True)
+    thumbs = gr.Gallery(list(zip(report.thumbnails, report.names, strict=True)), visible=True)
     note = f"{number}.\n\n{problems}" if problems else f"{number}, no problems found."
     return [thumbs, crops, note, gr.Dataframe(rows, visible=True)]
 
@@ -81,9 +81,9 @@ def show_example(base: str) -> list[Any]:
 
 def fill_form(slots: Slots, preset: str, base: str, method: str) -> list[Any]:
     """Settings of a preset, the summary of the selected method, and the form of its options."""
-    given = preset_settings(preset, base, method)
+    settings = preset_settings(preset, base, method)
     return [
-        *(given[name] for name in PRESET_FIELDS),
+        *(settings[name] for name in PRESET_FIELDS),
         method_summary(method),
         *slots.fill(options_of(method), default_options(base, method)),
     ]
@@ -198,16 +198,18 @@ class _Form:
                 elem_id="train-method", info="pivotal: token embedding and LoRA, most similar. lora: one file for all tools.",
             )  # fmt: skip
             self.base = gr.Textbox("bundled", label="Base model", info="bundled, a folder, or a Hub name.", **SHORT)
-        given = preset_settings("quick", "bundled", DEFAULT_METHOD)
-        cost = estimate_text(None, "bundled", DEFAULT_METHOD, given["steps"], given["batch"], eval_seeds=given["eval_seeds"])
+        settings = preset_settings("quick", "bundled", DEFAULT_METHOD)
+        cost = estimate_text(
+            None, "bundled", DEFAULT_METHOD, settings["steps"], settings["batch"], eval_seeds=settings["eval_seeds"]
+        )
         self.estimate = gr.Markdown(cost, elem_id="train-estimate")
         self.check = gr.Button("Check memory and time with one step", size="sm", elem_id="train-check")
         self.dry_run = gr.Textbox(label="Check of this run", lines=3, visible=False, interactive=False, elem_id="train-checked")
         with gr.Accordion("Settings", open=False):
             with gr.Row(elem_classes="options"):
-                main = {f.name: component_of(f, given.get(f.name), **_layout(f)) for f in SETTINGS if f.name in MAIN}
+                main = {f.name: component_of(f, settings.get(f.name), **_layout(f)) for f in SETTINGS if f.name in MAIN}
             with gr.Accordion("More settings", open=False), gr.Row(elem_classes="options"):
-                more = {f.name: component_of(f, given.get(f.name), **_layout(f)) for f in SETTINGS if f.name not in MAIN}
+                more = {f.name: component_of(f, settings.get(f.name), **_layout(f)) for f in SETTINGS if f.name not in MAIN}
             self.settings = {**main, **more}
         with gr.Accordion("Method options", open=False):
             self.about = gr.Markdown(method_summary(DEFAULT_METHOD))
@@ -274,10 +276,10 @@ def _layout(field: Field) -> dict[str, Any]:
     return {"min_width": 200, "elem_id": f"train-{field.name.replace('_', '-')}"}
 
 
-def estimate_text(workspace: Workspace | None, *given: str, **more: str) -> str:
+def estimate_text(workspace: Workspace | None, *args: str, **kwargs: str) -> str:
     """Estimate in Markdown (see `estimate`); empty while the base model is incomplete or unknown."""
     try:
-        return escape_markup(estimate(workspace, *given, **more))
+        return escape_markup(estimate(workspace, *args, **kwargs))
     except VeneerError:
         return ""
 

@@ -115,8 +115,8 @@ def preset_settings(preset: str, base: str, method: str) -> dict[str, str]:
 
 def default_options(base: str, method: str) -> Mapping[str, Any]:
     """Preset options of a method for a base model."""
-    found: Mapping[str, Any] = base_models.preset(check_base(base)).training.get(main_method(method), {}).get("options", {})
-    return found
+    options: Mapping[str, Any] = base_models.preset(check_base(base)).training.get(main_method(method), {}).get("options", {})
+    return options
 
 
 def command(request: PersonalizeRequest, photos: Path) -> list[str]:
@@ -133,15 +133,15 @@ def command(request: PersonalizeRequest, photos: Path) -> list[str]:
     settings = flags_of(PersonalizeConfig, SETTINGS, request.settings)
     options = flags_of(methods.get(name), options_of(method), request.options, name)
     word = check_text(request.class_word, "class word")
-    given = {"concept": concept, "class-word": word, "base": check_base(request.base), "method": method}
+    values = {"concept": concept, "class-word": word, "base": check_base(request.base), "method": method}
     _check_bounds(settings)
-    flags = [f"--{key}={value}" for key, value in given.items() if value]
+    flags = [f"--{key}={value}" for key, value in values.items() if value]
     return ["personalize", str(photos), *flags, *settings, *options, "--tracker=none"]
 
 
 def _check_bounds(settings: Sequence[str]) -> None:
     """Checks settings against the limits of the app."""
-    given = dict(word.removeprefix("--").split("=", 1) for word in settings if word.startswith("--") and "=" in word)
+    values = dict(word.removeprefix("--").split("=", 1) for word in settings if word.startswith("--") and "=" in word)
     most = {
         "resolution": LIMITS.side,
         "class_images": LIMITS.images * 16,
@@ -149,17 +149,17 @@ def _check_bounds(settings: Sequence[str]) -> None:
         "eval_seeds": LIMITS.images,
     }
     for name, limit in most.items():
-        value = given.get(name.replace("_", "-"), "0")
-        if int(value) > limit:
-            message = f"{name.replace('_', ' ')}: {value}; expected at most {limit}."
-            raise OptionError(message, option=name, given=int(value), expected=limit)
+        text = values.get(name.replace("_", "-"), "0")
+        if int(text) > limit:
+            message = f"{name.replace('_', ' ')}: {text}; expected at most {limit}."
+            raise OptionError(message, option=name, given=int(text), expected=limit)
     for name, low in MINIMUM.items():
-        value = given.get(name.replace("_", "-"), str(low))
-        if int(value) < low:
-            message = f"{name.replace('_', ' ')}: {value}; expected at least {low}."
-            raise OptionError(message, option=name, given=int(value), expected=low)
-    if float(given.get("learning-rate", "1")) <= 0:
-        rate = given["learning-rate"]
+        text = values.get(name.replace("_", "-"), str(low))
+        if int(text) < low:
+            message = f"{name.replace('_', ' ')}: {text}; expected at least {low}."
+            raise OptionError(message, option=name, given=int(text), expected=low)
+    if float(values.get("learning-rate", "1")) <= 0:
+        rate = values["learning-rate"]
         raise OptionError(f"learning rate: {rate}; expected more than 0.", option="learning_rate", given=float(rate), expected=0)
 
 
@@ -176,13 +176,13 @@ def estimate(
 def preset_choices(base: str, method: str, workspace: Workspace | None = None) -> list[tuple[str, str]]:
     """Choices of the preset field: label with steps and minutes, and name."""
     timing = _timing(_similar_run(workspace, check_base(base), method) if workspace else None, check_base(base), method)
-    found = []
+    choices = []
     for preset in PRESETS:
-        given = preset_settings(preset, base, method)
-        images = int(given["steps"]) * int(given["batch"])
-        minutes = f", {duration(timing.seconds(images, _eval_share(given['eval_seeds'])))}" if timing else ""
-        found.append((f"{preset}: {given['steps']} steps{minutes}", preset))
-    return found
+        settings = preset_settings(preset, base, method)
+        images = int(settings["steps"]) * int(settings["batch"])
+        minutes = f", {duration(timing.seconds(images, _eval_share(settings['eval_seeds'])))}" if timing else ""
+        choices.append((f"{preset}: {settings['steps']} steps{minutes}", preset))
+    return choices
 
 
 def _similar_run(workspace: Workspace, base: str, method: str) -> Job | None:
@@ -194,14 +194,14 @@ def _similar_run(workspace: Workspace, base: str, method: str) -> Job | None:
 
 def _eval_share(eval_seeds: Any) -> float:
     """Size of the evaluation relative to the reference timing."""
-    given = str(eval_seeds)
-    return int(given) / int(EVAL_SEEDS["balanced"]) if given.isdecimal() else 1.0
+    text = str(eval_seeds)
+    return int(text) / int(EVAL_SEEDS["balanced"]) if text.isdecimal() else 1.0
 
 
 def _timing(previous: Job | None, base: str, method: str) -> Timing | None:
     config = (read_result(previous).get("config") or {}) if previous else {}
-    if previous and (found := measure_timing(previous, int(config.get("batch") or 1), _eval_share(config.get("eval_seeds")))):
-        return found
+    if previous and (measured := measure_timing(previous, int(config.get("batch") or 1), _eval_share(config.get("eval_seeds")))):
+        return measured
     return REFERENCE_TIMINGS.get(method, REFERENCE_TIMINGS[DEFAULT_METHOD]) if base == "bundled" else None
 
 

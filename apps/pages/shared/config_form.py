@@ -52,9 +52,9 @@ def fields_of(config: Any, include: Sequence[str] | None = None, skip: Sequence[
         config: a dataclass. `include`: names in order; by default all except `skip`.
     """
     hints, texts = typing.get_type_hints(config), help_of(config)
-    found = {f.name: _field(f, hints[f.name], texts.get(f.name, "")) for f in dataclasses.fields(config)}
-    names = [name for name in found if name not in skip] if include is None else include
-    return [found[name] for name in names]
+    all_fields = {f.name: _field(f, hints[f.name], texts.get(f.name, "")) for f in dataclasses.fields(config)}
+    names = [name for name in all_fields if name not in skip] if include is None else include
+    return [all_fields[name] for name in names]
 
 
 def _field(field: dataclasses.Field[Any], hint: Any, texts: str) -> Field:
@@ -87,9 +87,9 @@ def flags_of(config: Any, fields: Sequence[Field], entries: Sequence[Any], prefi
     Raises:
         VeneerError: a value that the command would reject.
     """
-    found = [word for field, value in zip(fields, entries, strict=True) for word in _flags(field, value, prefix)]
-    _read(config, found, prefix)
-    return found
+    flags = [word for field, value in zip(fields, entries, strict=True) for word in _flags(field, value, prefix)]
+    _read(config, flags, prefix)
+    return flags
 
 
 def _flags(field: Field, value: Any, prefix: str) -> list[str]:

@@ -91,13 +91,13 @@ def number(value: Any, name: str, least: float, most: float) -> float:
         message = f"{name} is empty; expected a number from {_plain(least)} to {_plain(most)}."
         raise OptionError(message, option=name, given=None, expected=(least, most))
     try:
-        found = float(value)
+        parsed = float(value)
     except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    if not least <= found <= most:
+        parsed = math.nan
+    if not least <= parsed <= most:
         message = f"{name} is {printable(str(value))}; expected a number from {_plain(least)} to {_plain(most)}."
         raise OptionError(message, option=name, given=value, expected=(least, most))
-    return found
+    return parsed
 
 
 def _plain(value: float) -> str:
@@ -117,11 +117,11 @@ def select_adapters(workspace: Workspace, names: Sequence[str], strengths: Seque
     if len(set(names)) != len(names):
         message = "an adapter is selected twice. Select each once, and increase its strength instead."
         raise OptionError(message, option="adapters", given=tuple(names))
-    found = {}
+    uses = {}
     for name, strength in zip(names, strengths, strict=False):
         file = workspace.adapter(str(name))
-        found[str(name)] = AdapterUse(file, number(strength, f"strength of {printable(str(name))}", -MAX_STRENGTH, MAX_STRENGTH))
-    return found
+        uses[str(name)] = AdapterUse(file, number(strength, f"strength of {printable(str(name))}", -MAX_STRENGTH, MAX_STRENGTH))
+    return uses
 
 
 def generate_batches(
@@ -145,15 +145,15 @@ def truncate_prompts(
     generator: Generator, generation: GenerationRequest, uses: Mapping[str, AdapterUse]
 ) -> tuple[GenerationRequest, str]:
     """Request with prompts truncated to the text encoders' limit, and a note in Markdown on the removed text."""
-    given, notes = {"prompt": generation.prompt, "negative": generation.negative}, []
-    for name, text in given.items():
+    prompts, notes = {"prompt": generation.prompt, "negative": generation.negative}, []
+    for name, text in prompts.items():
         truncated = generator.shorten(generation.base, text, list(uses.values())) if text else text
         if truncated != text:
-            what = "negative prompt" if name == "negative" else name
+            label = "negative prompt" if name == "negative" else name
             left_out = escape_markup(text[len(truncated) :].strip(" ,;:\n\t"))
-            notes.append(f"⚠ The {what} is longer than the text encoder of this base model supports. Left out: “{left_out}”.")
-            given[name] = truncated
-    return replace(generation, prompt=given["prompt"], negative=given["negative"]), "\n\n".join(notes)
+            notes.append(f"⚠ The {label} is longer than the text encoder of this base model supports. Left out: “{left_out}”.")
+            prompts[name] = truncated
+    return replace(generation, prompt=prompts["prompt"], negative=prompts["negative"]), "\n\n".join(notes)
 
 
 def save_image(

@@ -34,8 +34,8 @@ def photo_input(label: str, **options: Any) -> gr.Image:
 
 def gallery(label: str, columns: int, **options: Any) -> gr.Gallery:
     """Gallery that shows all images uncropped."""
-    kept: dict[str, Any] = {"format": "png", "object_fit": "contain", "height": "auto", "elem_classes": "gallery"}
-    return gr.Gallery(label=label, columns=columns, interactive=False, **kept, **options)
+    layout: dict[str, Any] = {"format": "png", "object_fit": "contain", "height": "auto", "elem_classes": "gallery"}
+    return gr.Gallery(label=label, columns=columns, interactive=False, **layout, **options)
 
 
 def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
@@ -52,9 +52,9 @@ def sketchpad(label: str, **options: Any) -> gr.ImageEditor:
         if payload is None:
             return None
         sent = part.blob_storage.pop(payload.id, None) if payload.id is not None else payload
-        found = sent.composite if sent else None
-        path: str | None = getattr(found, "path", None)
-        return path or found
+        composite = sent.composite if sent else None
+        path: str | None = getattr(composite, "path", None)
+        return path or composite
 
     part.preprocess = whole  # type: ignore[method-assign, assignment]
     return part

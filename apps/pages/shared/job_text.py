@@ -62,8 +62,8 @@ def _describe_running(job: Job, last: Progress | None) -> str:
         return "stops after this step and saves the trained weights."
     phase = job.phase()
     if phase is not None:
-        what = PHASES.get(phase.phase, f"is in the phase {escape_markup(printable(phase.phase))}")
-        return f"{what}: {_count(phase)}." if phase.total else f"{what}."
+        activity = PHASES.get(phase.phase, f"is in the phase {escape_markup(printable(phase.phase))}")
+        return f"{activity}: {_count(phase)}." if phase.total else f"{activity}."
     if last is None:
         return "starts: it loads the base model and the data."
     if last.step >= last.steps:
@@ -73,8 +73,8 @@ def _describe_running(job: Job, last: Progress | None) -> str:
 
 
 def _describe_stopped(job: Job, last: Progress | None) -> str:
-    kept = "The trained weights are saved" if (job.run / "adapter.safetensors").exists() else "Nothing is lost"
-    return f"was stopped{_after_step(last)}. {kept}; it can be resumed."
+    saved = "The trained weights are saved" if (job.run / "adapter.safetensors").exists() else "Nothing is lost"
+    return f"was stopped{_after_step(last)}. {saved}; it can be resumed."
 
 
 def _after_step(last: Progress | None) -> str:
@@ -113,5 +113,5 @@ def loss_curve(steps: Sequence[Progress]) -> Any:
     if len(steps) < 2:
         return None
     every = max(1, -(-len(steps) // POINTS))
-    kept = [*steps[:-1:every], steps[-1]]
-    return pd.DataFrame({"step": [s.step for s in kept], "loss": [s.smoothed for s in kept]})
+    points = [*steps[:-1:every], steps[-1]]
+    return pd.DataFrame({"step": [s.step for s in points], "loss": [s.smoothed for s in points]})

@@ -91,6 +91,6 @@ def example_photos() -> tuple[list[str], list[str]]:
     """Copies of the bundled example photos that Gradio may serve, and their captions."""
     source = base_models.examples()
     paths = sorted(source.glob("*.png"))
-    found = read_captions(source, paths)
+    captions = read_captions(source, paths)
     folder = Path(tempfile.mkdtemp(prefix="veneer-"))
-    return [shutil.copyfile(path, folder / path.name).as_posix() for path in paths], [found.get(path, "") for path in paths]
+    return [shutil.copyfile(path, folder / path.name).as_posix() for path in paths], [captions.get(path, "") for path in paths]

@@ -48,31 +48,31 @@ def _download_name(job: Job, path: Path) -> str:
 
 
 def _similarity(figures: Mapping[str, Any]) -> list[str]:
-    found = figures.get("likeness")
-    if not found:
+    scores = figures.get("likeness")
+    if not scores:
         return []
     ceiling = figures.get("ceiling")
     bound = f"; between your photos {ceiling['mean']:.2f}" if ceiling else ""
     return [
-        f"Similarity to your photos: **{found['adapted']['mean']:.2f}** with the adapter, {found['base']['mean']:.2f} without "
+        f"Similarity to your photos: **{scores['adapted']['mean']:.2f}** with the adapter, {scores['base']['mean']:.2f} without "
         f"(1 means identical{bound})."
     ]
 
 
 def _prompt(figures: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    found = figures.get("prompt_likeness")
-    if not found:
+    scores = figures.get("prompt_likeness")
+    if not scores:
         return []
     concept, word = (escape_markup(str(config.get(name) or "")) for name in ("concept", "class_word"))
     read = f", with “{word}” for {concept}" if word else ""
     return [
-        f"Similarity to the prompt{read}: {found['adapted']['mean']:.2f} with the adapter, {found['base']['mean']:.2f} without."
+        f"Similarity to the prompt{read}: {scores['adapted']['mean']:.2f} with the adapter, {scores['base']['mean']:.2f} without."
     ]
 
 
 def _drift(figures: Mapping[str, Any]) -> list[str]:
-    found = figures.get("drift")
-    return [f"Drift, the change in images of other subjects: {found['mean']:.2f} (0 means none)."] if found else []
+    score = figures.get("drift")
+    return [f"Drift, the change in images of other subjects: {score['mean']:.2f} (0 means none)."] if score else []
 
 
 def export_kohya(workspace: Workspace, name: str) -> list[str]:

@@ -35,15 +35,15 @@ class MissingTokens:
 
     def describe(self) -> str:
         """Warnings in Markdown; empty without missing tokens."""
-        found = [
+        warnings = [
             f"**{escape_markup(t)}** belongs to the adapter **{escape_markup(printable(n))}**, which is not selected."
             for t, n in self.known.items()
         ]
-        found += [
+        warnings += [
             f"None of your adapters was trained on **{escape_markup(t)}**: the base model does not know this token."
             for t in self.unknown
         ]
-        return "\n\n".join(f"⚠ {line}" for line in found)
+        return "\n\n".join(f"⚠ {line}" for line in warnings)
 
 
 def find_missing(workspace: Workspace, prompt: str, selected: Sequence[str], usable: Sequence[str]) -> MissingTokens:

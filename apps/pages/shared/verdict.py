@@ -19,20 +19,20 @@ OUTCOMES = {
 
 def shortfall(result: Mapping[str, Any]) -> str:
     """Label of an unsuccessful verdict; empty if the run succeeded or has no verdict."""
-    found = result.get("verdict")
-    outcome = found.get("outcome") if isinstance(found, dict) else None
+    judgment = result.get("verdict")
+    outcome = judgment.get("outcome") if isinstance(judgment, dict) else None
     return OUTCOMES[outcome][0].lower() if outcome in ("partly", "not_learned", "overfitted") else ""
 
 
 def verdict_html(result: Mapping[str, Any]) -> str:
     """Verdict in HTML: outcome, reasons and advice; empty without a verdict."""
-    found = result.get("verdict")
-    if not isinstance(found, dict):
+    judgment = result.get("verdict")
+    if not isinstance(judgment, dict):
         return ""
-    words, kind = OUTCOMES.get(str(found.get("outcome")), OUTCOMES["unknown"])
-    parts = [f"<h3>{words}</h3>", f"<p>{escape(str(found.get('summary') or ''))}</p>"]
+    words, kind = OUTCOMES.get(str(judgment.get("outcome")), OUTCOMES["unknown"])
+    parts = [f"<h3>{words}</h3>", f"<p>{escape(str(judgment.get('summary') or ''))}</p>"]
     for name, title in (("reasons", "Why"), ("advice", "What to change")):
-        lines = found.get(name)
+        lines = judgment.get(name)
         items = "".join(f"<li>{escape(_replace_flags(str(line)))}</li>" for line in lines) if isinstance(lines, list) else ""
         parts.append(f"<h4>{title}</h4><ul>{items}</ul>" if items else "")
     return f'<section class="verdict {kind}" role="status">{"".join(parts)}</section>'
@@ -45,8 +45,8 @@ FIELD_NAMES = {"generated-images": "generated training images"}
 def _replace_flags(line: str) -> str:
     """Replaces flags in a sentence by labels of form fields: `--eval-seeds 3` becomes `eval seeds = 3`."""
 
-    def field_name(found: re.Match[str]) -> str:
-        return FIELD_NAMES.get(found[1], found[1].replace("-", " ")) + (" = " if found[2] else "")
+    def field_name(match: re.Match[str]) -> str:
+        return FIELD_NAMES.get(match[1], match[1].replace("-", " ")) + (" = " if match[2] else "")
 
     return re.sub(r"--([a-z][a-z-]*)( (?=[^\s-]))?", field_name, line)
 
@@ -54,7 +54,7 @@ def _replace_flags(line: str) -> str:
 def read_result(job: Job) -> dict[str, Any]:
     """Content of `result.json`; empty if missing or invalid."""
     try:
-        found = json.loads((job.run / "result.json").read_text())
+        content = json.loads((job.run / "result.json").read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
