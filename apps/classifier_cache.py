@@ -29,10 +29,10 @@ class ClassifierCache:
             VeneerError: the run has no trained weights yet, or the image cannot be read.
         """
         with self._lock:
-            answer = next(self._predictor(run).answers([image], top))
-        if answer.problem:
-            raise VeneerError(answer.problem, file=answer.picture)
-        return {answer.label: answer.probability, **dict(answer.others)}
+            prediction = next(self._predictor(run).predict([image], top))
+        if prediction.problem:
+            raise VeneerError(prediction.problem, file=prediction.image)
+        return {prediction.label: prediction.probability, **dict(prediction.others)}
 
     def _predictor(self, run: Path) -> Predictor:
         file = run / "model.json"

@@ -40,7 +40,7 @@ def build(context: Context) -> None:
         with gr.Column(min_width=300):
             model = gr.Dropdown(MODELS, value=DEFAULTS.model, label="Model", info=MODEL_HELP, allow_custom_value=True)
             methods = gr.Dropdown(
-                taught_by(DEFAULTS.model), value=DEFAULT_METHODS, multiselect=True, allow_custom_value=True, label="Methods",
+                compatible_methods(DEFAULTS.model), value=DEFAULT_METHODS, multiselect=True, allow_custom_value=True, label="Methods",
                 info=METHOD_HELP, elem_id="classify-methods",
             )  # fmt: skip
             epochs = gr.Slider(1, 100, DEFAULTS.epochs, step=1, label="Epochs", info="Passes over the training images.")
@@ -170,7 +170,7 @@ def source_fields(source: str) -> tuple[Any, Any, Any]:
 
 def supported_methods(model: str, methods: list[str]) -> Any:
     """Update of the method field: the methods that the model supports; unsupported selections are removed."""
-    known = taught_by(model or DEFAULTS.model)
+    known = compatible_methods(model or DEFAULTS.model)
     selected = [name for name in methods or [] if all(part in known for part in name.split("+"))]
     return gr.Dropdown(choices=known, value=selected, allow_custom_value=True)
 

@@ -149,7 +149,7 @@ def check_methods(methods: Sequence[str], model: str) -> list[str]:
     Raises:
         VeneerError: no method, or one that the model does not support.
     """
-    known = taught_by(model)
+    known = compatible_methods(model)
     chosen = list(dict.fromkeys(re.sub(r"\s", "", str(method)) for method in methods or ()))
     if not chosen:
         message = "no method is chosen; choose one or more, such as linear_probe and lora."
@@ -233,7 +233,7 @@ def check_classes(data: str, name: str) -> None:
         VeneerError: it has fewer.
     """
     try:
-        source = find_pictures(data)
+        source = open_source(data)
     except DataError as error:
         raise VeneerError.from_error(error, str(error).replace(data, printable(name)), file=name) from error
     if len(source.classes) < 2:
