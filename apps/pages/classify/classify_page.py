@@ -40,8 +40,8 @@ def build(context: Context) -> None:
         with gr.Column(min_width=300):
             model = gr.Dropdown(MODELS, value=DEFAULTS.model, label="Model", info=MODEL_HELP, allow_custom_value=True)
             methods = gr.Dropdown(
-                compatible_methods(DEFAULTS.model), value=DEFAULT_METHODS, multiselect=True, allow_custom_value=True, label="Methods",
-                info=METHOD_HELP, elem_id="classify-methods",
+                compatible_methods(DEFAULTS.model), value=DEFAULT_METHODS, multiselect=True, allow_custom_value=True,
+                label="Methods", info=METHOD_HELP, elem_id="classify-methods",
             )  # fmt: skip
             epochs = gr.Slider(1, 100, DEFAULTS.epochs, step=1, label="Epochs", info="Passes over the training images.")
     more = _settings()
