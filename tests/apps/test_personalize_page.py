@@ -133,7 +133,7 @@ def test_invalid_settings_are_rejected_before_anything_is_written(
 
 def test_invalid_base_options_and_photos_are_rejected(tmp_path: Path) -> None:
     context = Context.create(tmp_path)
-    with raises(BaseError, where="base", given="../nowhere/at/all"):
+    with raises(BaseModelError, where="base", given="../nowhere/at/all"):
         personalize_page.start_job(context, context.workspace(None), [], [], asked(base="../nowhere/at/all"))
     assert not context.workspace(None).folder.exists()
     with raises(OptionError, option="lora.init", given="sharp"):
@@ -162,7 +162,7 @@ def test_form_must_match_the_selection() -> None:
         personalize_page.check_form_is_current(["quick", "bundled", "lora"], ["balanced", "bundled", "lora"])
     with raises(VeneerError, where="settings", expected=("quick", "bundled", "sepia")):
         personalize_page.check_form_is_current(["quick", "bundled", "lora"], ["quick", "bundled", "sepia"])
-    with raises(BaseError, where="base", given="no/such/folder"):
+    with raises(BaseModelError, where="base", given="no/such/folder"):
         personalize_page.check_form_is_current(["quick", "bundled", "lora"], ["quick", "no/such/folder", "lora"])
 
 
