@@ -173,7 +173,7 @@ def _evict(base_model: _LoadedBase) -> None:
         over_limit = (
             len(base_model.attached) > LIMITS.adapters or sum(each.size for each in base_model.attached) > LIMITS.file_bytes
         )
-        if over_limit or any(a.extras or param_groups.learns_words(a.method) for a in attached):
+        if over_limit or any(a.extras or param_groups.trains_token_embeddings(a.method) for a in attached):
             _detach(base_model, key)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from veneer.formats import format_of, read
 from veneer.injection import LoadError, VeneerError
-from veneer.training.data.image_io import PhotoError, PhotoLimits, Picture, decode, read_bytes
+from veneer.training.data.image_io import DecodedImage, PhotoError, PhotoLimits, decode, read_bytes
 
 from .limits import LIMITS, MIB, Limits
 from .workspace import printable, safe_name
@@ -25,7 +25,7 @@ def photo_limits(limits: Limits = LIMITS) -> PhotoLimits:
     return PhotoLimits(max_bytes=limits.photo_bytes, max_pixels=limits.photo_pixels)
 
 
-def load_image(path: str | Path, limits: Limits = LIMITS) -> Picture:
+def load_image(path: str | Path, limits: Limits = LIMITS) -> DecodedImage:
     """Decodes an uploaded image: upright, RGB, transparency on white, the first frame of an animation.
 
     Raises:

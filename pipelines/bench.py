@@ -1,7 +1,7 @@
-"""Time veneer: training steps of the LoRA family, attach, load, merge and switch, each against the bare base, peft or diffusers.
+"""Benchmarks of veneer: training steps, attach, load, merge and switch against the base model, peft or diffusers.
 
-The contenders of a row run by turns in one process and are read as ratios within a round, which hold on a busy machine where
-seconds do not. `bench` measures; it judges nothing.
+The contenders of a row run interleaved in one process and are reported as ratios within a round, which stay valid on a busy
+machine, unlike seconds. `bench` has no pass or fail.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from veneer.benchmarks.shapes import SHAPES, BenchError, Shape
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PLACES = ("photos", "out", "base")
-"""Settings that may name places on this machine: not in results, which are for others to read."""
+"""Settings with local paths, which are left out of the published results."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was timed, where, and what came out. `str()` is the page with the table."""
+    """Configuration, environment and measurements of a benchmark. `str()` is the page with the table."""
 
     config: BenchConfig
     environment: dict[str, Any]
@@ -104,7 +104,7 @@ class BenchResult:
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, with each timing in the order of running."""
+        """JSON values: environment, configuration, and every measurement in the order of running."""
         settings = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.config).items() if key not in PLACES}
         rows = [outcome.as_json() for outcome in self.outcomes]
         return {"environment": self.environment, "config": settings, "notes": list(self.notes), "rows": rows}
@@ -116,11 +116,11 @@ class BenchResult:
 
 
 def bench(config: BenchConfig) -> BenchResult:
-    """Run the rows one after the other, the contenders of each by turns; print each as it ends, then where it ran.
+    """Runs the rows one after the other with interleaved contenders; prints each row as it ends, then the environment.
 
     Raises:
         BenchError: contenders that would do different work.
-        VeneerError: the base or the photos of the few-photo job do not exist; nothing is timed then.
+        VeneerError: the base model or the photos of the few-photo row do not exist; nothing is measured.
     """
     if "few-photos" in config.rows:
         caching.check(_base(config), config.photos)

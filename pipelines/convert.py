@@ -1,4 +1,4 @@
-"""An adapter's file in another format, with the same change of every weight."""
+"""Convert an adapter file to another format with the same ΔW of every weight."""
 
 from __future__ import annotations
 
@@ -32,19 +32,21 @@ class ConvertConfig:
 
 
 def convert(config: ConvertConfig) -> list[str]:
-    """Load on the base, write, load again, compare; a file that would change a weight otherwise is not kept.
+    """Loads the adapter on the base model, writes it, loads the new file and compares; a file with another ΔW is deleted.
 
     Returns:
-        The files written, how closely they were compared, and what they do not carry.
+        The files written, the precision of the comparison, and what the format does not contain.
     Raises:
-        VeneerError: no format or base was named, the file does not fit the base, or the format cannot hold it.
+        VeneerError: format or base is missing, the file is incompatible with the base model, or the format does not support it.
     """
     if config.to is None:
-        message = f"convert: --to is missing. There are {', '.join(get_args(To))}."
+        message = f"convert: --to is missing; expected one of {', '.join(get_args(To))}."
         raise OptionError(message, option="to", method="convert", expected=get_args(To))
     base = config.base or base_of(config.file)
     if base is None:
-        message = "convert: --base is missing: the file does not say which base it is for, and its weights have names there."
+        message = (
+            "convert: --base is missing, and the file does not name its base model, which is needed to resolve the weight names."
+        )
         raise OptionError(message, option="base", method="convert", file=config.file)
     path = formats.read(config.file).path
     out = config.out or path.with_name(f"{path.stem}-{config.to}.safetensors")

@@ -20,7 +20,7 @@ class ExamplesConfig:
     """Configuration of `veneer examples`.
 
     Args:
-        folder: a new or empty folder.
+        folder: new or empty folder.
     """
 
     folder: Path = Path("photos")

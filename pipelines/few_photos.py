@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"few_photos: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("few_photos: interrupted; the same command goes on", file=sys.stderr)
+        print("few_photos: interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""Pictures from a base with trained adapters."""
+"""Generate images with a base model and trained adapters."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from veneer.formats.native import KEY
 from veneer.injection import Attachment, OptionError
 from veneer.training import param_groups
 from veneer.training.families import Family, family
-from veneer.training.report.image_grid import Row, sheet
-from veneer.training.report.previews import PreviewSettings, check_counts, pairs, previews, save_png, save_preview
+from veneer.training.report.image_grid import GridRow, make_grid
+from veneer.training.report.previews import PreviewSettings, check_counts, generate_pairs, previews, save_png, save_preview
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class GenerateConfig:
 
 
 def generate(config: GenerateConfig) -> list[Path]:
-    """Draw, and write one PNG a picture with its settings in the metadata; with `without` also `sheet.png`.
+    """Generates images and writes one PNG per image with its settings in the metadata; with `side_by_side` also `sheet.png`.
 
     Returns:
         The files written.
     Raises:
-        VeneerError: an adapter that is not there or does not fit the base, or a prompt that is no class label.
+        VeneerError: a missing adapter, one that is incompatible with the base model, or an unknown class label.
     """
     adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
@@ -67,7 +67,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     pipe = base_models.load(base).to(device)
     param_groups.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
-    prompts = [_whole(family(pipe), prompt) for prompt in config.prompt]
+    prompts = [_truncated(family(pipe), prompt) for prompt in config.prompt]
 
     settings = PreviewSettings(
         seeds=tuple(range(config.seed, config.seed + config.images_per_prompt)),
@@ -82,15 +82,15 @@ def generate(config: GenerateConfig) -> list[Path]:
     config.out.mkdir(parents=True, exist_ok=True)
     files = [save_preview(config.out, preview, {"base": base, "adapters": used}) for preview in made]
     if config.side_by_side:
-        files.append(_beside(replace(config, prompt=tuple(prompts)), pipe, attached, settings))
+        files.append(_write_comparison(replace(config, prompt=tuple(prompts)), pipe, attached, settings))
     return files
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
-    """`PATH` or `PATH:strength`.
+    """Path and strength from `PATH` or `PATH:strength`.
 
     Raises:
-        VeneerError: nothing is there.
+        VeneerError: the path does not exist.
     """
     path, _, number = text.rpartition(":")
     try:
@@ -104,47 +104,47 @@ def parse_adapter(text: str) -> tuple[Path, float]:
 
 
 def base_of(path: Path) -> str | None:
-    """The base that a native file says it was trained on."""
+    """The base model in the metadata of a native file, or None."""
     found = _header(path).get("provenance", {}).get("base")
     return base_models.current_name(found) if isinstance(found, str) else None
 
 
-def draws(path: Path) -> bool:
-    """Whether a file is for a model that draws, as far as it says: a classifier's native file is for a model of no parts."""
+def is_diffusion_adapter(path: Path) -> bool:
+    """Whether a file is for a diffusion pipeline, judged by its metadata: a classifier's native file names no components."""
     return "" not in _header(path).get("base", {})
 
 
 def concept_of(path: Path) -> str | None:
-    """The trigger token or word that a native file was trained on, as far as it says."""
+    """The trigger token or word in the metadata of a native file, or None."""
     found = _header(path).get("provenance", {}).get("concept")
     return found if isinstance(found, str) and found else None
 
 
-def taught_words(path: Path) -> dict[str, str]:
-    """What the base may be told in the place of a word that a native file was taught, such as `{"<toy>": "toy"}`."""
-    told = _header(path).get("provenance", {})
-    concept, usual = told.get("concept"), told.get("class_word")
-    return {concept: usual} if isinstance(concept, str) and concept and isinstance(usual, str) and usual else {}
+def words_for_base(path: Path) -> dict[str, str]:
+    """Replacement of a native file's trained token in prompts for the base model, such as `{"<toy>": "toy"}`."""
+    provenance = _header(path).get("provenance", {})
+    concept, word = provenance.get("concept"), provenance.get("class_word")
+    return {concept: word} if isinstance(concept, str) and concept and isinstance(word, str) and word else {}
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """What a native file says of itself; nothing for other formats."""
+    """Metadata of a native file; empty for other formats."""
     file = read(path)
     return file.json(KEY) if KEY in file.metadata else {}
 
 
-def _whole(kind: Family, prompt: str) -> str:
-    """As much of a prompt as the text encoders take; what is left out is printed."""
-    kept = kind.shorten(prompt)
-    if kept != prompt:
-        print(f"note: the prompt is longer than the text encoder takes; left out: {prompt[len(kept) :].strip()!r}", flush=True)
-    return kept
+def _truncated(kind: Family, prompt: str) -> str:
+    """The prompt, truncated at the token limit of the text encoders; prints what is cut off."""
+    short = kind.shorten(prompt)
+    if short != prompt:
+        print(f"note: the prompt exceeds the text encoder's token limit; cut off: {prompt[len(short) :].strip()!r}", flush=True)
+    return short
 
 
-def _beside(config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings) -> Path:
-    words = {word: usual for text in config.adapter for word, usual in taught_words(parse_adapter(text)[0]).items()}
-    found = pairs(pipe, attached, config.prompt, settings, words)
-    rows = [Row(f"{pair.prompt}, seed {pair.seed}", ((pair.base,), (pair.adapted,))) for pair in found]
-    picture = sheet(rows, columns=("side_by_side", "with"))
+def _write_comparison(config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings) -> Path:
+    words = {word: usual for text in config.adapter for word, usual in words_for_base(parse_adapter(text)[0]).items()}
+    found = generate_pairs(pipe, attached, config.prompt, settings, words)
+    rows = [GridRow(f"{pair.prompt}, seed {pair.seed}", ((pair.base,), (pair.adapted,))) for pair in found]
+    image = make_grid(rows, columns=("without", "with"))
     facts = {"prompts": list(config.prompt), "adapters": list(config.adapter), "seed": config.seed}
-    return save_png(picture, config.out / "sheet.png", facts)
+    return save_png(image, config.out / "sheet.png", facts)

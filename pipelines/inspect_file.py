@@ -1,4 +1,4 @@
-"""What is in an adapter's file: its format, its blocks, and how it fits a base."""
+"""Inspect an adapter file: format, method, blocks, and compatibility with a base model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class InspectConfig:
 
 
 def inspect_file(config: InspectConfig) -> list[str]:
-    """The lines to print: format, family, method, rank and alpha of each block, size; with a base what is unused or missing.
+    """The lines to print: format, family, method, rank and alpha of each block, size; with a base also unused and missing
+    tensors.
 
     Raises:
-        VeneerError: it is no whole safetensors file, or the base is not there.
+        VeneerError: an incomplete safetensors file, or a base model that does not exist.
     """
     found = look(config.file, base_models.load(config.base) if config.base else None)
     return [found.to_json()] if config.json else str(found).splitlines()

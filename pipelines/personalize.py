@@ -1,4 +1,4 @@
-"""Teach a diffusion base a subject or style from a few photos."""
+"""Fine-tune a diffusion base model on a subject or style from a few photos."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer import base_models
 from veneer.injection import Attachment, OptionError
 from veneer.training import param_groups
 from veneer.training.data.captions import Captions, rename_concept
-from veneer.training.data.class_images import base_digest, prior_pictures
+from veneer.training.data.class_images import base_digest, generate_class_images
 from veneer.training.data.dataset import PhotoDataset
 from veneer.training.data.latent_cache import Cache
 from veneer.training.data.photo_folder import Photo, find_photos
@@ -25,27 +25,34 @@ from veneer.training.loop.trainer import Trainer
 from veneer.training.objective.denoising_loss import DenoisingLoss, LossOptions
 from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.preflight.preflight import preflight
-from veneer.training.report.artifacts import Run, ending, evaluated, write_files, write_outcome, write_preview
+from veneer.training.report.artifacts import (
+    PersonalizationRun,
+    count_evaluation_images,
+    final_message,
+    write_files,
+    write_preview,
+    write_results,
+)
 from veneer.training.report.phases import PhaseReport
 from veneer.training.report.progress import ProgressLine
-from veneer.training.report.run_folder import discard_unused, run_folder, stopped
+from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 
 __all__ = ["PersonalizeConfig", "personalize"]
 
 
 def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = None) -> Path:
-    """Train, and write `adapter.safetensors`, `pytorch_lora_weights.safetensors`, `learned_embeds.safetensors` (as methods give
-    them), `before_after.png` and `result.json`.
+    """Trains, and writes `adapter.safetensors`, `pytorch_lora_weights.safetensors` and `learned_embeds.safetensors` (if the
+    methods have such weights), `before_after.png` and `result.json`.
 
     Returns:
         The folder with the results.
     Raises:
-        VeneerError: what was given cannot work; nothing has been trained then.
-        Diverged: the loss is no longer finite; the last good weights are in the folder.
+        VeneerError: invalid options or photos; nothing has been trained.
+        Diverged: the loss is no longer finite; the last weights with a finite loss are in the folder.
     """
-    cpu = not torch.accelerator.is_available()  # said, or processes of torchrun would each think that they are alone
+    cpu = not torch.accelerator.is_available()  # without it, accelerate ignores the other torchrun processes on a CPU
     accelerator = accelerator or Accelerator(cpu=cpu)
-    config = on_main(accelerator, config.completed)
+    config = on_main(accelerator, config.with_defaults)
     with discard_unused(config.out):
         return _run(config, accelerator)
 
@@ -59,7 +66,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     pipe = base_models.load(config.base).to(accelerator.device)
     param_groups.freeze(pipe)
     kind = family(pipe, truncate=config.truncate)
-    config, photos = _named(config.worded(labels=not kind.text_towers), kind, photos, accelerator)
+    config, photos = _named(config.with_captions(labels=not kind.text_towers), kind, photos, accelerator)
     digest = base_digest(kind)
     resolution = config.resolution or kind.resolution
     prior = _prior(config, kind, out, accelerator, report)
@@ -68,7 +75,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     attached = _attach(config, pipe)
     if config.gradient_checkpointing:
         for component in {c for a in attached for c in a.towers}:
-            param_groups.checkpoint(pipe.components[component])
+            param_groups.enable_gradient_checkpointing(pipe.components[component])
     captions = _captions(config)
     dataset = _dataset(config, kind, photos, prior, captions, resolution)
     loop = config.loop()
@@ -84,7 +91,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     )
     named = param_groups.named_state(attached)
     groups = param_groups.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
-    run = Run(config, pipe, attached, photos, out, report)
+    run = PersonalizationRun(config, pipe, attached, photos, out, report)
     texts = [template.replace("{concept}", config.concept) for template in captions.templates]
     checked = preflight(
         attached,
@@ -95,10 +102,10 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         resolution=resolution,
         prompts=[*texts, *run.prompts, *(config.drift_prompts or ())],
         groups=groups,
-        usual_rates=config.usual_rates(),
+        default_rates=config.default_rates(),
         processes=accelerator.num_processes,
         folder=out,
-        images=evaluated(config),
+        images=count_evaluation_images(config),
         previews=run.previews(loop.steps),
         sampling=run.settings(1),
         loading=report.elapsed,
@@ -107,14 +114,14 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         print(checked.text(), flush=True)
     checked.check()
     if config.dry_run:
-        with contextlib.suppress(OSError):  # only an empty folder goes
+        with contextlib.suppress(OSError):  # removes only an empty folder
             out.rmdir()
         return out
 
     trainer = Trainer(
         loop,
         groups,
-        param_groups.with_penalties(loss, attached),
+        param_groups.add_penalties(loss, attached),
         named,
         out,
         identity={**config.identity(), "base": digest, "photos": [p.digest for p in [*photos, *prior]]},
@@ -128,9 +135,9 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         with trainer.averaged():
             if result.stopped:
                 write_files(run)
-                print(stopped(result, loop.steps, out))
+                print(stopped_message(result, loop.steps, out))
             else:
-                print(ending(run, write_outcome(run, result)), flush=True)
+                print(final_message(run, write_results(run, result)), flush=True)
     accelerator.wait_for_everyone()
     return out
 
@@ -138,24 +145,26 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
 def _named(
     config: PersonalizeConfig, kind: Family, photos: list[Photo], accelerator: Accelerator
 ) -> tuple[PersonalizeConfig, list[Photo]]:
-    """The config and photos with the trained token as the concept, where the concept itself cannot be a new token."""
+    """The config and photos with a placeholder token as the concept, if the concept itself cannot be a new token."""
     named = config.with_token([tokenizer for tokenizer, _ in kind.limits()] if kind.text_towers else [])
     if named.concept == config.concept:
         return config, photos
     if accelerator.is_main_process:
-        print(f"concept: {config.concept!r} is not a new word to the base; the trained token is {named.concept}", flush=True)
-        print(f"         write {named.concept} in prompts", flush=True)
+        print(
+            f"concept: {config.concept!r} is not a new token for the base model; the trained token is {named.concept}", flush=True
+        )
+        print(f"         use {named.concept} in prompts", flush=True)
     return named, [
         dataclasses.replace(p, caption=p.caption and rename_concept(p.caption, config.concept, named.concept)) for p in photos
     ]
 
 
 def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Accelerator, report: PhaseReport) -> list[Photo]:
-    """Class pictures, made by the main process with the bare base."""
+    """Class images, generated by the base model in the main process."""
     if not config.class_images:
         return []
     if not config.class_word:
-        message = "--class-images needs --class-word: the ordinary word for the kind of thing, such as 'toy'."
+        message = "--class-images needs --class-word: the class of the subject, such as 'toy'."
         raise OptionError(message, option="class_word", given="")
     preset = base_models.preset(config.base)
     settings = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
@@ -163,7 +172,9 @@ def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Acce
 
     def make() -> list[Path]:
         count = report("class_images", config.class_images)
-        return prior_pictures(kind, out / "prior", prompt, config.class_images, config.seed, progress=count.reach, **settings)
+        return generate_class_images(
+            kind, out / "prior", prompt, config.class_images, config.seed, progress=count.reach, **settings
+        )
 
     paths = on_main(accelerator, make)
     return [find_photos(path, is_prior=True)[0] for path in paths]
@@ -171,7 +182,7 @@ def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Acce
 
 def _attach(config: PersonalizeConfig, pipe: Any) -> list[Attachment]:
     found = param_groups.build_methods(config.method, config.options, config.concept, config.class_word)
-    where = {m.name: config.where for m in found if config.where and not param_groups.learns_words(m)}
+    where = {m.name: config.where for m in found if config.where and not param_groups.trains_token_embeddings(m)}
     return param_groups.attach_all(pipe, found, where, config.text_encoder, config.seed)
 
 

@@ -66,7 +66,7 @@ def resize(config: ResizeConfig) -> list[str]:
     model, dtype = base_models.load(base), adapter_merging.DTYPES[config.dtype]
     content = adapter_merging.read_content(model, config.file)
     if content.adapter is None:
-        message = f"{config.file}: only token embeddings, which have no rank; expected a LoRA."
+        message = f"{config.file}: contains only token embeddings, which have no rank; expected a LoRA."
         raise VeneerError(message, file=config.file, where="rank", given="embeddings", expected="lora")
     result = adapter_merging.resize(model, content.adapter, keep, dtype=dtype)
     provenance = {"base": base, "resized": config.file.name}

@@ -16,7 +16,7 @@ from veneer.classification.data.run_data import Data, Views, open_data
 from veneer.classification.models.cached_features import CachedFeatures
 from veneer.classification.models.classifier import Classifier
 from veneer.classification.models.loading import open_classifier
-from veneer.classification.report.artifacts import tidy, write_files, write_outcome
+from veneer.classification.report.artifacts import tidy, write_files, write_results
 from veneer.classification.train.hyperparameter_search import search_hyperparameters
 from veneer.classification.train.train import ClassifierTrainer, attach_methods
 from veneer.injection import Attachment
@@ -26,7 +26,7 @@ from veneer.training.preflight.estimates import written_bytes
 from veneer.training.preflight.preflight import require_disk
 from veneer.training.report.phases import PhaseReport
 from veneer.training.report.progress import ProgressLine
-from veneer.training.report.run_folder import discard_unused, run_folder, stopped
+from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 from veneer.training.report.verdict import read_verdict
 
 __all__ = ["TransferConfig", "transfer"]
@@ -47,7 +47,7 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
     """
     cpu = not torch.accelerator.is_available()
     accelerator = accelerator or Accelerator(cpu=cpu)
-    config = on_main(accelerator, config.completed)
+    config = on_main(accelerator, config.with_defaults)
     with discard_unused(config.out):
         return _run(config, accelerator)
 
@@ -88,10 +88,10 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
         if accelerator.is_main_process:
             if result.best is None:
                 write_files(config, data, classifier, attached, out)
-                print(stopped(result.loop, trainer.steps, out))
+                print(stopped_message(result.loop, trainer.steps, out))
             else:
                 report("evaluating")
-                record = write_outcome(config, data, classifier, attached, trainer, result)
+                record = write_results(config, data, classifier, attached, trainer, result)
                 tidy(out)
                 print(_summary(record, out))
     accelerator.wait_for_everyone()

@@ -118,7 +118,7 @@ SHARED = ("as for ", "shape of A", "`low_rank`", "`vector`")
 def _configs() -> list[type]:
     from veneer.pipelines.bench import BenchConfig
     from veneer.pipelines.compare import CompareConfig
-    from veneer.pipelines.control import ControlConfig, DrawConfig
+    from veneer.pipelines.control import ControlConfig, ControlGenerateConfig
     from veneer.pipelines.generate import GenerateConfig
     from veneer.pipelines.merge import MergeConfig
     from veneer.pipelines.personalize import PersonalizeConfig
@@ -128,8 +128,8 @@ def _configs() -> list[type]:
     from veneer import methods
 
     commands = [
-        BenchConfig, CompareConfig, ControlConfig, DrawConfig, GenerateConfig, MergeConfig, PersonalizeConfig, PretrainConfig,
-        TransferConfig,
+        BenchConfig, CompareConfig, ControlConfig, ControlGenerateConfig, GenerateConfig, MergeConfig, PersonalizeConfig,
+        PretrainConfig, TransferConfig,
     ]  # fmt: skip
     return [*commands, *(methods.get(name) for name in methods.names())]
 

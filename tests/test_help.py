@@ -34,7 +34,7 @@ CONFIGS = [
     ("veneer.pipelines.transfer", "TransferConfig"),
     ("veneer.pipelines.compare", "CompareConfig"),
     ("veneer.pipelines.control", "ControlConfig"),
-    ("veneer.pipelines.control", "DrawConfig"),
+    ("veneer.pipelines.control", "ControlGenerateConfig"),
     ("veneer.pipelines.merge", "MergeConfig"),
     ("veneer.pipelines.pretrain_base", "PretrainConfig"),
     ("veneer.apps.server", "AppConfig"),

@@ -166,7 +166,7 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
             train=("train a control adapter", _training_command("control", "ControlConfig", "data")),
             generate=(
                 "generate images with control adapters",
-                _config_command("control", "draw", "DrawConfig", ("prompt",), True),
+                _config_command("control", "generate_controlled", "ControlGenerateConfig", ("prompt",), True),
             ),
         ),
     ),

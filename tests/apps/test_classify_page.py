@@ -111,7 +111,7 @@ def test_accuracy_is_shown_during_training(tmp_path: Path, wanted: ClassifyReque
         if len(read_epochs(job.run)) == 2:
             self.stop()
 
-    monkeypatch.setattr(Trainer, "_tell", stopping)
+    monkeypatch.setattr(Trainer, "_report", stopping)
     run(job)
     (job.folder / "stop").touch()
     epochs = read_epochs(job.run)

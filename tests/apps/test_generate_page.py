@@ -26,7 +26,7 @@ from veneer.apps.pages.shared.generation_request import (
     select_adapters,
 )
 from veneer.apps.workspace import Workspace
-from veneer.pipelines.generate import draws
+from veneer.pipelines.generate import is_diffusion_adapter
 
 import veneer
 from tests.methods.controls import stir
@@ -250,7 +250,7 @@ def test_classifier_is_not_a_text_adapter(tmp_path: Path) -> None:
     native.save(probe, workspace.adapters / "digits.safetensors")
     assert [*workspace.all_adapters()] == ["digits"]
     assert text_adapters(workspace) == []
-    assert not draws(workspace.adapter("digits"))
+    assert not is_diffusion_adapter(workspace.adapter("digits"))
 
 
 def test_adapter_selection_is_validated(context: Context, base: str) -> None:

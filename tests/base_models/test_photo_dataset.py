@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.pictures import DATA
+from tests.training.images import DATA
 from veneer.base_models.pretraining.data import photo_dataset
 from veneer.base_models.pretraining.data.photo_dataset import CLOTHES, STORED, SUBJECTS, VALIDATION, Photograph
 

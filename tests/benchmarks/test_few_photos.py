@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from veneer.pipelines.few_photos import main
 from veneer.pipelines.personalize import personalize
 
-from tests.training.pictures import DATA, save
+from tests.training.images import DATA, save
 from veneer.benchmarks.few_photos import grids, judges, report, scores
 from veneer.benchmarks.few_photos.benchmark import few_photos
 from veneer.benchmarks.few_photos.config import FewPhotosConfig, Subject, parse_preset
@@ -322,17 +322,17 @@ def test_the_scores_of_a_run_follow_from_its_images(config: FewPhotosConfig, res
         name: [Image.open(photo.path).convert("RGB").resize((38, 32), Image.Resampling.LANCZOS) for photo in subject.photos]
         for name, subject in subjects.items()
     }  # 48 × 40 to the side of the base's images
-    gallery = {name: judge.features.pictures(images) for name, images in reduced.items()}
+    gallery = {name: judge.features.images(images) for name, images in reduced.items()}
     alone, placed, _ = runs.prompts.split(runs.trained_images(subjects["dog6"], config.training_presets()[0], 1).images)
-    features = judge.features.pictures(alone)
+    features = judge.features.images(alone)
     row = next(r for r in result["runs"] if (r["subject"], r["preset"], r["seed"]) == ("dog6", "short", 1))
     assert row["clip.trained"] == pytest.approx(float((features @ gallery["dog6"].T).mean()), abs=1e-4)
     assert row["clip.identified"] == scores.nearest_photo(features, gallery).count("dog6") / 2
     asked = ["a dog, center, white background"] * 2 + ["a dog, left, green background"] * 2
     texts = judge.features.texts(asked)
     assert texts is not None
-    assert row["prompt.trained"] == pytest.approx(float((judge.features.pictures(placed) * texts).sum(1).mean()), abs=1e-4)
-    assert row["contrast.trained"] == pytest.approx(scores.prompt_contrast(judge.features.pictures(placed), texts[::2]), abs=1e-4)
+    assert row["prompt.trained"] == pytest.approx(float((judge.features.images(placed) * texts).sum(1).mean()), abs=1e-4)
+    assert row["contrast.trained"] == pytest.approx(scores.prompt_contrast(judge.features.images(placed), texts[::2]), abs=1e-4)
     assert row["clip.photos_identified"] == scores.photos_identified(gallery)["dog6"]
     assert (row["ground.trained"], row["place.trained"]) == scores.obeyed(placed, asked)
 
@@ -411,7 +411,7 @@ def test_efficientnet_gives_pooled_features_of_its_imagenet_weights() -> None:
     network.eval()
     with torch.no_grad():
         expected = network.forward_features(found.preprocess(image)[None]).mean((2, 3))
-    torch.testing.assert_close(found.pictures([image]), normalize(expected, dim=1))
+    torch.testing.assert_close(found.images([image]), normalize(expected, dim=1))
     assert expected.shape == (1, 1280)
 
 
@@ -425,5 +425,5 @@ def test_efficientnet_tells_photos_of_subjects_apart() -> None:
     assert weights is not None
     network = judges.load_efficientnet(weights)
     photos = {n: [Image.open(p) for p in sorted((DATA / "subjects-more" / n).glob("*.jpg"))] for n in names}
-    found = scores.photos_identified({name: network.pictures(images) for name, images in photos.items()})
+    found = scores.photos_identified({name: network.images(images) for name, images in photos.items()})
     assert min(v for v in found.values() if v is not None) == 1

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.raising import raises
-from tests.training.pictures import DATA, gradient, save
+from tests.training.images import DATA, gradient, save
 from veneer.classification.data.image_checks import check_images
 from veneer.classification.data.labeled_images import hash_of
 from veneer.classification.data.sources import open_source

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.raising import carries, raises
-from tests.training.pictures import DATA, gradient, save
+from tests.training.images import DATA, gradient, save
 from veneer.classification.data.image_folder import SPLITS
 from veneer.classification.data.sources import Example, open_source
 from veneer.training.data.image_io import DataError

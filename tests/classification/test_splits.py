@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.raising import carries, raises
-from tests.training.pictures import DATA, save
+from tests.training.images import DATA, save
 from veneer.classification.data.labeled_images import LabeledRow, assemble
 from veneer.classification.data.sources import open_source
 from veneer.classification.data.split_files import load_splits, save_splits

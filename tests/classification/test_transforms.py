@@ -13,7 +13,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import RandAugment, _apply_op
 
 from tests.raising import raises
-from tests.training.pictures import DATA, gradient, save
+from tests.training.images import DATA, gradient, save
 from veneer.classification.data.augmentation import OPERATIONS, erase, rand_augment
 from veneer.classification.data.loader import DecodedImages, ImageLoader
 from veneer.classification.data.sources import open_source

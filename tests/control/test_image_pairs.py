@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.control.pictures import drawing
+from tests.control.images import drawing
 from tests.raising import carries, raises
-from tests.training.pictures import gradient, save
+from tests.training.images import gradient, save
 from veneer.control.image_pairs import FOLDERS, find_pairs
 from veneer.training.data.image_io import DataError
 
@@ -74,7 +74,7 @@ def test_what_has_no_partner_is_named(tmp_path, layout):
     found = find_pairs(root)
     assert [pair.photo.path.stem for pair in found.pairs] == ["a", "b"]
     lost = "lost.png" if layout is folders else "lost.map.png"
-    wanted = (f"{root}: photos without a map: gone{suffix}; left out.", f"{root}: maps without a photo: {lost}; left out.")
+    wanted = (f"{root}: photos without a map: gone{suffix}; skipped.", f"{root}: maps without a photo: {lost}; skipped.")
     assert found.notes == wanted
     with raises(DataError, file=root, where="pairs", given=wanted, expected=2):
         find_pairs(root, strict=True)
@@ -82,13 +82,13 @@ def test_what_has_no_partner_is_named(tmp_path, layout):
 
 def test_unreadable_files_are_named_and_their_partners_too(tmp_path):
     root = folders(tmp_path, ("a", "b", "c", "d"))
-    (root / "images" / "b.png").write_text("no picture")
+    (root / "images" / "b.png").write_text("no image")
     (root / "conditions" / "c.png").write_bytes(b"")
     found = find_pairs(root)
     assert [pair.photo.path.stem for pair in found.pairs] == ["a", "d"]
     told = "\n".join(found.notes)
     for text in (
-        "b.png: text ('no picture')",
+        "b.png: text ('no image')",
         "c.png: the file is empty",
         "photos without a map: c.png",
         "without a photo: b.png",
@@ -108,7 +108,7 @@ def test_aspect_ratios_must_agree_to_a_percent(tmp_path):
     save(root / "conditions" / "small.png", 32, 21)  # rounded
     found = find_pairs(root)
     assert [pair.photo.path.stem for pair in found.pairs] == ["a", "near", "small"]
-    turned = f"{root / 'conditions' / 'turned.png'}: a map of 500 x 1000 for a photo of 1000 x 500 (upright)"
+    turned = f"{root / 'conditions' / 'turned.png'}: a map of 500 x 1000 for a photo of 1000 x 500"
     assert [note.split(";")[0] for note in found.notes] == [
         turned.replace("turned", "far").replace("500 x 1000", "1012 x 500"),
         turned,
@@ -159,8 +159,8 @@ def test_equal_photos_and_clear_maps_are_told_and_equal_maps_not(tmp_path):
     found = find_pairs(root)
     assert len(found.pairs) == 3
     told, twice = found.notes
-    assert "transparent parts, which are laid on (255, 255, 255): c.png" in told
-    assert twice.startswith("the same picture 2 times: b.png, c.png.")
+    assert "transparent parts, which are composited on (255, 255, 255): c.png" in told
+    assert twice.startswith("2 copies of one image: b.png, c.png.")
 
 
 def test_folders_that_are_no_pairs(tmp_path):

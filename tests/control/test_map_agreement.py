@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from tests.control.pictures import PURPLE, SKY, disc, drawing, scene
+from tests.control.images import PURPLE, SKY, disc, drawing, scene
 from tests.raising import raises
-from veneer.control.map_agreement import agreement, correlation, explained, line_f1, overlap, tolerance, wrong
+from veneer.control.map_agreement import agreement, correlation, explained, line_f1, mismatched, overlap, tolerance
 from veneer.control.maps.maps import computed, get
 from veneer.injection.errors import OptionError, UnknownName
 
@@ -84,7 +84,7 @@ def test_explained_spread_is_the_slow_one():
     assert explained(Image.fromarray(wanted), Image.fromarray(made)) == pytest.approx(wanted_score)
 
 
-def test_a_flat_map_asks_for_its_colour():
+def test_a_flat_map_asks_for_its_color():
     flat = Image.new("RGB", (64, 64), (100, 100, 100))
     assert explained(flat, flat) == 1
     assert explained(flat, Image.new("RGB", (64, 64), (101, 101, 101))) == 0
@@ -92,11 +92,11 @@ def test_a_flat_map_asks_for_its_colour():
 
 
 @pytest.mark.parametrize("name", TONES)
-def test_a_picture_of_one_colour_scores_nothing(name):
+def test_an_image_of_one_color_scores_nothing(name):
     wanted = get(name)(scene())
     mean = tuple(int(v) for v in np.asarray(wanted).mean((0, 1)).round())
-    for colour in (mean, (128, 128, 128), (0, 0, 0)):
-        assert agreement(name, wanted, Image.new("RGB", (64, 64), colour)) < 1e-4
+    for color in (mean, (128, 128, 128), (0, 0, 0)):
+        assert agreement(name, wanted, Image.new("RGB", (64, 64), color)) < 1e-4
 
 
 def test_correlation_is_the_slow_one():
@@ -137,18 +137,18 @@ def test_soft_edges_of_almost_nothing_are_none():
 
 
 @pytest.mark.parametrize("name", computed())
-def test_a_picture_follows_its_own_map_and_not_another(name):
-    pictures = [disc(centre=(0.3, 0.35), radius=0.22), scene(), disc(centre=(0.7, 0.6), colour=SKY, ground=PURPLE)]
-    maps = [get(name)(each) for each in pictures]
-    for picture, given, other in zip(pictures, maps, wrong(maps), strict=True):
-        assert agreement(name, given, picture) == pytest.approx(1)
-        assert agreement(get(name), given, picture) == pytest.approx(1)
-        assert 0 <= agreement(name, other, picture) < 0.5
-        assert 0 <= agreement(name, BLACK, picture) < 0.01
+def test_an_image_follows_its_own_map_and_not_another(name):
+    images = [disc(centre=(0.3, 0.35), radius=0.22), scene(), disc(centre=(0.7, 0.6), color=SKY, ground=PURPLE)]
+    maps = [get(name)(each) for each in images]
+    for image, given, other in zip(images, maps, mismatched(maps), strict=True):
+        assert agreement(name, given, image) == pytest.approx(1)
+        assert agreement(get(name), given, image) == pytest.approx(1)
+        assert 0 <= agreement(name, other, image) < 0.5
+        assert 0 <= agreement(name, BLACK, image) < 0.01
 
 
 @pytest.mark.parametrize("name", computed())
-def test_scores_fall_as_the_picture_moves_away(name):
+def test_scores_fall_as_the_image_moves_away(name):
     """By a pixel, by five, by a quarter of the side; only edges forgive the pixel."""
     still = agreement(name, get(name)(disc()), disc())
     moved = [agreement(name, get(name)(disc()), disc(centre=(0.5 + by / 64, 0.5))) for by in (1, 5, 16)]
@@ -169,13 +169,13 @@ def test_what_cannot_be_measured_is_said():
 @pytest.mark.parametrize("count", range(2, 12))
 def test_wrong_maps_are_all_anothers(count):
     items = list(range(count))
-    others = wrong(items)
+    others = mismatched(items)
     assert sorted(others) == items
     assert all(one != other for one, other in zip(items, others, strict=True))
-    assert wrong(items) == others
+    assert mismatched(items) == others
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_one_map_cannot_be_wrong(count):
     with raises(OptionError, option="maps", given=count, expected=2):
-        wrong([None] * count)
+        mismatched([None] * count)

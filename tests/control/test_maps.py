@@ -1,18 +1,18 @@
-"""Maps of pictures whose outline, colours and region are known."""
+"""Maps of images whose outline, colors and region are known."""
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
 
-from tests.control.pictures import GREEN, PHOTOS, PURPLE, SKY, disc, distances, drawing, scene, white
+from tests.control.images import GREEN, PHOTOS, PURPLE, SKY, disc, distances, drawing, scene, white
 from tests.raising import raises
 from veneer.control.map_agreement import agreement, overlap
 from veneer.control.maps import edges
 from veneer.control.maps.edges import canny, gradient, scribble, soft_edge
 from veneer.control.maps.foreground import mask
 from veneer.control.maps.maps import CONDITIONS, computed, get
-from veneer.control.maps.resize import resized
+from veneer.control.maps.resize import resize_map
 from veneer.control.maps.tones import blur, grey, low_resolution, palette
 from veneer.injection.errors import OptionError, UnknownName, VeneerError
 
@@ -52,16 +52,16 @@ def test_what_is_given_is_not_computed(name):
 @pytest.mark.parametrize("name", computed())
 def test_maps_are_rgb_of_the_same_size_the_same_each_time(name):
     for size in [(64, 64), (90, 50), (33, 70), (16, 16), (1, 1), (3, 2)]:
-        picture = scene(128).resize(size)
-        before = picture.tobytes()
-        made, again = get(name)(picture), get(name)(picture)
+        image = scene(128).resize(size)
+        before = image.tobytes()
+        made, again = get(name)(image), get(name)(image)
         assert (made.mode, made.size) == ("RGB", size)
         assert made.tobytes() == again.tobytes()
-        assert picture.tobytes() == before
+        assert image.tobytes() == before
 
 
 @pytest.mark.parametrize("name", computed())
-def test_every_mode_gives_the_map_of_its_colours(name):
+def test_every_mode_gives_the_map_of_its_colors(name):
     flat = Image.fromarray(np.where(distances()[..., None] < 20, np.uint8(PURPLE), np.uint8((250, 216, 72))))
     tone = flat.convert("L")
     wide = Image.fromarray(np.asarray(tone).astype(np.uint16) * 257)
@@ -82,7 +82,7 @@ def test_every_mode_gives_the_map_of_its_colours(name):
 
 @pytest.mark.parametrize("name", computed())
 def test_transparent_pixels_lie_on_white(name):
-    """Whatever colour they hide; in RGBA and in a palette."""
+    """Whatever color they hide; in RGBA and in a palette."""
     inside = distances() < 20
     shown = Image.fromarray(np.where(inside[..., None], np.uint8(PURPLE), np.uint8((255, 255, 255))))
     hidden = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -90,8 +90,8 @@ def test_transparent_pixels_lie_on_white(name):
     indexed = Image.fromarray(np.uint8(inside))
     indexed.putpalette([9, 9, 9, *PURPLE])
     indexed.info["transparency"] = 0
-    for picture in (Image.fromarray(layer), indexed):
-        assert get(name)(picture).tobytes() == get(name)(shown).tobytes(), picture.mode
+    for image in (Image.fromarray(layer), indexed):
+        assert get(name)(image).tobytes() == get(name)(shown).tobytes(), image.mode
 
 
 def test_values_without_a_range_are_refused():
@@ -112,7 +112,7 @@ def test_canny_of_a_disc_is_a_thin_ring(side, ground):
     assert lines.sum() < 8 * 0.3 * side  # thin: a circle in steps without diagonals has 8 r
 
 
-def test_canny_sees_colours_of_one_brightness():
+def test_canny_sees_colors_of_one_brightness():
     ground = (62, 168, 82)
     tones = np.asarray(disc(64, PURPLE, ground).convert("L"))
     assert np.ptp(tones) < 3
@@ -129,9 +129,9 @@ def test_the_gradient_of_a_step_is_its_height(sigma):
     assert found.down[256, 256] == pytest.approx(0)
 
 
-def slow_canny(picture, sigma, low, high, least):
+def slow_canny(image, sigma, low, high, least):
     """Pixel by pixel from the gradient: ridge, growing from strong pixels, counting each line."""
-    contrast, down, right = gradient(picture, sigma)
+    contrast, down, right = gradient(image, sigma)
     height, width = contrast.shape
 
     def at(y, x):
@@ -167,21 +167,21 @@ def slow_canny(picture, sigma, low, high, least):
 def test_canny_is_the_slow_one():
     for seed in range(3):
         noise = np.random.default_rng(seed).normal(0, 14, (40, 56, 3))
-        picture = Image.fromarray(np.clip(np.asarray(scene(56))[:40] + noise, 0, 255).astype(np.uint8))
-        wanted = slow_canny(picture, 0.7, 0.12, 0.22, 0.06 * 40)
+        image = Image.fromarray(np.clip(np.asarray(scene(56))[:40] + noise, 0, 255).astype(np.uint8))
+        wanted = slow_canny(image, 0.7, 0.12, 0.22, 0.06 * 40)
         assert wanted.any()
-        assert (white(canny(picture)) != wanted).mean() < 2e-3  # ties of float32 aside
+        assert (white(canny(image)) != wanted).mean() < 2e-3  # ties of float32 aside
 
 
 def test_of_two_equal_pixels_one_is_of_the_line():
-    for picture in (step(0.4, 64), step(0.4, 64).transpose(Image.Transpose.FLIP_LEFT_RIGHT)):
-        assert (white(canny(picture)).sum(1) == 1).all()
-        assert (white(canny(picture.transpose(Image.Transpose.ROTATE_90))).sum(0) == 1).all()
+    for image in (step(0.4, 64), step(0.4, 64).transpose(Image.Transpose.FLIP_LEFT_RIGHT)):
+        assert (white(canny(image)).sum(1) == 1).all()
+        assert (white(canny(image.transpose(Image.Transpose.ROTATE_90))).sum(0) == 1).all()
 
 
 def test_the_defaults_of_lines_scale_with_the_side(monkeypatch):
     asked = []
-    monkeypatch.setattr(edges, "gradient", lambda picture, sigma: asked.append(round(sigma, 3)) or gradient(picture, 1.0))
+    monkeypatch.setattr(edges, "gradient", lambda image, sigma: asked.append(round(sigma, 3)) or gradient(image, 1.0))
     for function in (canny, soft_edge, scribble):
         for side in (64, 500):
             function(disc(side))
@@ -204,9 +204,9 @@ def test_soft_edge_lets_fine_texture_fade():
 
 @pytest.mark.parametrize("side", [64, 512])
 def test_scribble_is_a_thick_ring_and_leaves_small_things_out(side):
-    picture = disc(side)
+    image = disc(side)
     dot = disc(side, (0, 0, 0), radius=0.02, centre=(0.08, 0.08))
-    together = Image.fromarray(np.where(distances(side, (0.08, 0.08))[..., None] < 0.05 * side, dot, picture))
+    together = Image.fromarray(np.where(distances(side, (0.08, 0.08))[..., None] < 0.05 * side, dot, image))
     lines = white(scribble(together))
     assert white(scribble(together, least=0))[: side // 6, : side // 6].any()
     assert not lines[: side // 6, : side // 6].any()
@@ -215,29 +215,29 @@ def test_scribble_is_a_thick_ring_and_leaves_small_things_out(side):
     assert lines.sum() == pytest.approx(2 * np.pi * 0.3 * side * pen, rel=0.35)
 
 
-def test_flat_pictures_have_no_lines_and_no_object():
+def test_flat_images_have_no_lines_and_no_object():
     rng = np.random.default_rng(0)
     grainy = Image.fromarray(np.clip(128 + rng.normal(0, 3, (64, 64, 3)), 0, 255).astype(np.uint8))
-    for picture in (Image.new("RGB", (64, 64), SKY), grainy):
+    for image in (Image.new("RGB", (64, 64), SKY), grainy):
         for function in (canny, scribble, mask):
-            assert not white(function(picture)).any(), function
+            assert not white(function(image)).any(), function
     assert not np.asarray(soft_edge(Image.new("RGB", (64, 64), SKY))).any()
 
 
 def test_grey_is_the_weighted_sum():
-    picture = scene()
-    wanted = np.asarray(picture) @ (0.299, 0.587, 0.114)
-    made = np.asarray(grey(picture)).astype(float)
+    image = scene()
+    wanted = np.asarray(image) @ (0.299, 0.587, 0.114)
+    made = np.asarray(grey(image)).astype(float)
     assert np.abs(made - wanted[..., None]).max() <= 1
 
 
 @pytest.mark.parametrize("side", [64, 256])
 def test_blur_is_a_gaussian_of_a_part_of_the_side(side):
-    picture = scene(side)
+    image = scene(side)
     sigma = 0.05 * side
-    wanted = ndimage.gaussian_filter(np.asarray(picture).astype(float), (sigma, sigma, 0), mode="nearest")
-    assert np.abs(np.asarray(blur(picture)) - wanted).max() < 8
-    assert np.abs(np.asarray(blur(picture)) - wanted).mean() < 1
+    wanted = ndimage.gaussian_filter(np.asarray(image).astype(float), (sigma, sigma, 0), mode="nearest")
+    assert np.abs(np.asarray(blur(image)) - wanted).max() < 8
+    assert np.abs(np.asarray(blur(image)) - wanted).mean() < 1
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (96, 64), (64, 160)])
@@ -252,7 +252,7 @@ def test_the_cells_of_the_palette_have_the_mean(width, height):
     assert len(np.unique(made.reshape(-1, 3), axis=0)) > 0.9 * width * height / cells**2
 
 
-def test_palette_of_a_large_picture_has_as_many_cells():
+def test_palette_of_a_large_image_has_as_many_cells():
     made = np.asarray(palette(scene(512)))
     assert (made.reshape(8, 64, 8, 64, 3) == made[::64, ::64].reshape(8, 1, 8, 1, 3)).all()
 
@@ -273,29 +273,29 @@ def test_mask_of_a_disc_is_the_disc(side, radius, centre, ground):
     assert overlap(drawing(wanted), mask(disc(side, PURPLE, ground, radius, centre))) > 0.95
 
 
-def test_mask_fills_holes_and_drops_specks_on_two_colours_of_ground():
-    picture = np.array(disc(128))
-    picture[distances(128) < 12] = SKY  # a hole through which the ground is seen
-    picture[10:12, 10:12] = PURPLE
-    picture[:, :64] = np.where((picture[:, :64] == SKY).all(-1, keepdims=True), np.uint8(GREEN), picture[:, :64])
-    assert overlap(drawing(distances(128) < 0.3 * 128), mask(Image.fromarray(picture))) > 0.95
-    assert not white(mask(Image.fromarray(picture)))[:20, :20].any()
+def test_mask_fills_holes_and_drops_specks_on_two_colors_of_ground():
+    image = np.array(disc(128))
+    image[distances(128) < 12] = SKY  # a hole through which the ground is seen
+    image[10:12, 10:12] = PURPLE
+    image[:, :64] = np.where((image[:, :64] == SKY).all(-1, keepdims=True), np.uint8(GREEN), image[:, :64])
+    assert overlap(drawing(distances(128) < 0.3 * 128), mask(Image.fromarray(image))) > 0.95
+    assert not white(mask(Image.fromarray(image)))[:20, :20].any()
 
 
 def test_mask_takes_a_small_thing_on_the_border_for_the_object():
-    """A disc cut by the border: its colour is on the border, but on a small part of it."""
-    picture = disc(64, radius=0.15, centre=(0.95, 0.5))
-    assert overlap(drawing(distances(64, (0.95, 0.5)) < 0.15 * 64), mask(picture)) > 0.9
+    """A disc cut by the border: its color is on the border, but on a small part of it."""
+    image = disc(64, radius=0.15, centre=(0.95, 0.5))
+    assert overlap(drawing(distances(64, (0.95, 0.5)) < 0.15 * 64), mask(image)) > 0.9
 
 
-def reduced(condition, picture):
+def reduced(condition, image):
     """Its map, reduced to 64 pixels."""
-    made = condition(picture)
-    return resized(made, (64, 64)) if len(made.getcolors(2) or ()) else made.resize((64, 64), Image.Resampling.BOX)
+    made = condition(image)
+    return resize_map(made, (64, 64)) if len(made.getcolors(2) or ()) else made.resize((64, 64), Image.Resampling.BOX)
 
 
 @pytest.mark.parametrize("name", computed())
-def test_large_and_small_pictures_have_like_maps(name):
+def test_large_and_small_images_have_like_maps(name):
     assert agreement(name, reduced(get(name), scene(512)), scene(512).resize((64, 64), Image.Resampling.LANCZOS)) > 0.9
 
 

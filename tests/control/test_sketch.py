@@ -1,4 +1,4 @@
-"""Sketches become maps like those that were learnt from, whatever pen drew them."""
+"""Sketches become maps like those that were learned from, whatever pen drew them."""
 
 from __future__ import annotations
 
@@ -14,37 +14,39 @@ from veneer.injection.errors import OptionError, VeneerError
 SIZE = (64, 64)
 
 
-def ring(pen: int, colour: str = "black", side: int = 512) -> Image.Image:
+def ring(pen: int, color: str = "black", side: int = 512) -> Image.Image:
     """A circle of a quarter of the side, drawn with a pen."""
     page = Image.new("RGB", (side, side), "white")
     radius = side // 4 + pen // 2
-    ImageDraw.Draw(page).ellipse([side // 2 - radius] * 2 + [side // 2 + radius] * 2, outline=colour, width=pen)
+    ImageDraw.Draw(page).ellipse([side // 2 - radius] * 2 + [side // 2 + radius] * 2, outline=color, width=pen)
     return page
 
 
-def white(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.convert("L")) > 127
+def white(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L")) > 127
 
 
-def radii(picture: Image.Image) -> np.ndarray:
+def radii(image: Image.Image) -> np.ndarray:
     """Distances of white pixels from the middle."""
-    rows, columns = np.nonzero(white(picture))
+    rows, columns = np.nonzero(white(image))
     return np.hypot(rows - 31.5, columns - 31.5)
 
 
 @pytest.mark.parametrize("pen", [3, 12, 40])
-@pytest.mark.parametrize("colour", ["black", "yellow"])
-def test_lines_are_as_thick_as_those_that_were_learnt_from(pen: int, colour: str) -> None:
+@pytest.mark.parametrize("color", ["black", "yellow"])
+def test_lines_are_as_thick_as_those_that_were_learned_from(pen: int, color: str) -> None:
     disc = ring(256, side=512)  # its edge is at half of the side: a circle of the same kind of line
     for name in ("canny", "scribble"):
-        found = sketch_map(ring(pen, colour), name, SIZE)
+        found = sketch_map(ring(pen, color), name, SIZE)
         assert found.size == SIZE
         assert found.mode == "RGB"
         assert set(np.unique(np.asarray(found))) == {0, 255}
         around = radii(found)
         assert np.abs(around - 16).max() < 3
-        learnt = get(name)(disc.resize(SIZE, Image.Resampling.LANCZOS))
-        assert around.size / (2 * np.pi * 16) == pytest.approx(white(learnt).sum() / (2 * np.pi * radii(learnt).mean()), rel=0.35)
+        learned = get(name)(disc.resize(SIZE, Image.Resampling.LANCZOS))
+        assert around.size / (2 * np.pi * 16) == pytest.approx(
+            white(learned).sum() / (2 * np.pi * radii(learned).mean()), rel=0.35
+        )
 
 
 def test_a_closed_line_is_a_region() -> None:
@@ -60,7 +62,7 @@ def test_soft_lines_are_bright_in_the_middle() -> None:
     assert len(np.unique(found)) > 10
 
 
-def test_colours_are_a_picture() -> None:
+def test_colors_are_an_image() -> None:
     page = Image.new("RGB", (128, 128), "red")
     assert np.asarray(sketch_map(page, "palette", SIZE)).reshape(-1, 3).tolist() == [[255, 0, 0]] * 64 * 64
 

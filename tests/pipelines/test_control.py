@@ -14,12 +14,12 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from veneer.pipelines.control import ControlConfig, DrawConfig, control, draw
+from veneer.pipelines.control import ControlConfig, ControlGenerateConfig, control, generate_controlled
 
 import veneer
 from tests.methods.controls import drawn, picture
 from tests.raising import raises
-from veneer.control.training_images import open_pictures
+from veneer.control.training_images import open_training_images
 from veneer.injection.errors import OptionError, UnknownName, VeneerError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.families import family
@@ -65,9 +65,9 @@ def test_every_method_leaves_its_files_and_figures(base: str, photos: Path, tmp_
     record = json.loads((out / "result.json").read_text())
     assert [point["step"] for point in record["curve"]] == [1, 2]
     figures = record["figures"]
-    assert figures["count"] == 4, "two pictures, two seeds of each"
+    assert figures["count"] == 4, "two images, two seeds of each"
     assert figures["over_free"][0] == pytest.approx(figures["followed"] - figures["free"])
-    assert (figures["measure"] == "likeness (bundled)") == (method == "ip_adapter")
+    assert (figures["measure"] == "similarity (bundled)") == (method == "ip_adapter")
     assert record["verdict"].keys() == {"outcome", "summary", "reasons", "advice"}
     pipe = veneer.base_models.load(base)
     loaded = veneer.load(pipe, out)
@@ -101,10 +101,12 @@ def test_a_stopped_run_keeps_its_weights_and_goes_on_to_the_same_bits(
     options = {"method": method, "learning_rate": 0.01, "eval_seeds": 0, "crop": "random", "flip": 0.5, "steps": 4}
     whole = run(base, photos, tmp_path / "whole", **options)
     with monkeypatch.context() as patched:
-        patched.setattr("veneer.pipelines.control.look", lambda run, step: step == 2 and signal.raise_signal(signal.SIGTERM))
+        patched.setattr(
+            "veneer.pipelines.control.write_preview", lambda run, step: step == 2 and signal.raise_signal(signal.SIGTERM)
+        )
         parts = run(base, photos, tmp_path / "parts", preview_every=1, **options)
     assert not (parts / "result.json").exists()
-    assert f"stopped after step 3 of 4; what was learnt so far is in {parts}/adapter.safetensors" in capsys.readouterr().out
+    assert f"stopped after step 3 of 4; the weights so far are in {parts}/adapter.safetensors" in capsys.readouterr().out
     kept = load_file(parts / "adapter.safetensors")
     assert veneer.load(veneer.base_models.load(base), parts).loaded.clean
     run(base, photos, parts, resume=True, **options)
@@ -115,16 +117,16 @@ def test_a_stopped_run_keeps_its_weights_and_goes_on_to_the_same_bits(
 
 
 def test_the_base_draws_what_nobody_gives(base: str, tmp_path: Path) -> None:
-    config = ControlConfig(base=base, generated_images=6, out=tmp_path, **QUICK).completed()
+    config = ControlConfig(base=base, generated_images=6, out=tmp_path, **QUICK).with_defaults()
     kind = family(veneer.base_models.load(base))
-    found = open_pictures(config, kind, tmp_path)
+    found = open_training_images(config, kind, tmp_path)
     assert {p.caption for p in (*found.train, *found.held)} <= {"a photo of cat", "a photo of dog"}, "the thing and no place"
     assert len(found.held) == 2
     assert not {p.path for p in found.held} & {p.path for p in found.train}
-    again = open_pictures(config, kind, tmp_path)
+    again = open_training_images(config, kind, tmp_path)
     assert [p.digest for p in again.train] == [p.digest for p in found.train]
     with raises(OptionError, option="data", expected="pairs"):
-        open_pictures(ControlConfig(base=base, condition="pairs", out=tmp_path, **QUICK), kind, tmp_path)
+        open_training_images(ControlConfig(base=base, condition="pairs", out=tmp_path, **QUICK), kind, tmp_path)
 
 
 def test_maps_that_someone_made_are_cropped_as_the_photos_are(base: str, tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_maps_that_someone_made_are_cropped_as_the_photos_are(base: str, tmp_pat
     seen: list[float] = []
     from veneer.control import loss as module
 
-    own = module.FollowMaps.map
+    own = module.MapInput.map
     with pytest.MonkeyPatch.context() as patch:
 
         def kept(self: Any, example: Any) -> Any:
@@ -146,30 +148,36 @@ def test_maps_that_someone_made_are_cropped_as_the_photos_are(base: str, tmp_pat
             seen.append((found - (example.pixels + 1) / 2).abs().max().item())
             return found
 
-        patch.setattr(module.FollowMaps, "map", kept)
+        patch.setattr(module.MapInput, "map", kept)
         out = run(
             base, data, tmp_path / "out", condition="pairs", crop="random", flip=0.5, buckets=False, eval_seeds=1, validation=0.5
         )
     assert len(seen) == 4
     assert max(seen) < 0.01
-    assert json.loads((out / "result.json").read_text())["figures"]["measure"] == "likeness (bundled)"
+    assert json.loads((out / "result.json").read_text())["figures"]["measure"] == "similarity (bundled)"
 
 
-def test_drawing_with_what_was_learnt(base: str, photos: Path, tmp_path: Path) -> None:
+def test_drawing_with_what_was_learned(base: str, photos: Path, tmp_path: Path) -> None:
     out = run(base, photos, tmp_path / "out", learning_rate=0.05, eval_seeds=0)
     photo, size = photos / "0.png", (SIDE, SIDE)
-    files = draw(DrawConfig(("a cat",), (str(out),), image=(photo,), size=size, images_per_prompt=2, out=tmp_path / "a"))
+    files = generate_controlled(
+        ControlGenerateConfig(("a cat",), (str(out),), image=(photo,), size=size, images_per_prompt=2, out=tmp_path / "a")
+    )
     assert [f.name for f in files] == ["map-1.png", "a-cat-0.png", "a-cat-1.png"]
-    given = draw(DrawConfig(("a cat",), (str(out),), map=(files[0],), size=size, images_per_prompt=2, out=tmp_path / "b"))
+    given = generate_controlled(
+        ControlGenerateConfig(("a cat",), (str(out),), map=(files[0],), size=size, images_per_prompt=2, out=tmp_path / "b")
+    )
     assert all(np.array_equal(Image.open(a), Image.open(b)) for a, b in zip(files, given, strict=True)), "its map, or the photo"
-    part = draw(DrawConfig(("a cat",), (f"{out}:0.5",), image=(photo,), size=size, end=0.5, out=tmp_path / "c"))
+    part = generate_controlled(
+        ControlGenerateConfig(("a cat",), (f"{out}:0.5",), image=(photo,), size=size, end=0.5, out=tmp_path / "c")
+    )
     assert not np.array_equal(Image.open(part[1]), Image.open(files[1]))
     with raises(OptionError, option="image", given=0, expected=1):
-        draw(DrawConfig(("a cat",), (str(out),), size=size, out=tmp_path / "d"))
+        generate_controlled(ControlGenerateConfig(("a cat",), (str(out),), size=size, out=tmp_path / "d"))
     with raises(OptionError, option="map", expected="image or map"):
-        draw(DrawConfig(("a cat",), (str(out),), image=(photo,), map=(photo,), out=tmp_path / "d"))
+        generate_controlled(ControlGenerateConfig(("a cat",), (str(out),), image=(photo,), map=(photo,), out=tmp_path / "d"))
     with raises(VeneerError, file=photo, expected=(64, 32)):
-        draw(DrawConfig(("a cat",), (str(out),), image=(photo,), size=(32, 64), out=tmp_path / "d"))
+        generate_controlled(ControlGenerateConfig(("a cat",), (str(out),), image=(photo,), size=(32, 64), out=tmp_path / "d"))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +208,7 @@ def test_the_methods_that_follow_something_are_named() -> None:
 def test_only_looking(base: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(base, photos, tmp_path / "out", dry_run=True)
     assert {p.name for p in out.iterdir()} == {"maps.png"}
-    assert "follows canny" in capsys.readouterr().out
+    assert "condition canny" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["controlnet", "ip_adapter"])

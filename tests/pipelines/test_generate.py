@@ -1,4 +1,4 @@
-"""Pictures with adapters: files, settings in them, strengths, the base beside."""
+"""Images with adapters: files, settings in them, strengths, the base beside."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_two_adapters_work_together(made: tuple[str, str], tmp_path: Path) -> No
     assert np.abs(once[0] - twice[0]).max() <= 1, "two halves of one adapter are the adapter"
 
 
-def test_settings_are_in_the_picture(made: tuple[str, str], tmp_path: Path) -> None:
+def test_settings_are_in_the_image(made: tuple[str, str], tmp_path: Path) -> None:
     config = GenerateConfig(
         ("a cat", "a dog"), (f"{made[1]}:0.5",), base=made[0], steps=2, images_per_prompt=2, seed=7, out=tmp_path
     )

@@ -15,7 +15,7 @@ from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
 import veneer
 from tests.raising import raises
-from tests.training.pictures import save
+from tests.training.images import save
 from veneer import base_models
 from veneer.formats import load_all
 from veneer.injection import SaveError
@@ -107,7 +107,7 @@ def test_the_saved_adapter_draws_what_was_trained(base: Any, photos: Path, tmp_p
     assert any(t.any() for k, t in state.items() if k.endswith(":up"))
 
 
-def test_prior_pictures_are_made_once_and_used(base: Any, photos: Path, tmp_path: Path) -> None:
+def test_prior_images_are_made_once_and_used(base: Any, photos: Path, tmp_path: Path) -> None:
     out = run(base("sd"), photos, tmp_path / "out", class_images=2)
     assert len(list((out / "prior").glob("*.png"))) == 2
 

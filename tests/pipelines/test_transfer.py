@@ -1,4 +1,4 @@
-"""`veneer transfer` and `veneer predict` on small models: what is learnt, written, resumed, and answered in a new process."""
+"""`veneer transfer` and `veneer predict` on small models: what is learned, written, resumed, and answered in a new process."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def result(out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory, pictures: Path, models: dict[str, Path]) -> Path:
-    """A run of LoRA that learns the colours."""
+    """A run of LoRA that learns the colors."""
     out = tmp_path_factory.mktemp("run") / "lora"
     return transfer(config(pictures, models["vit"], out, epochs=12, learning_rate=2e-2))
 
 
-def test_the_colours_are_learnt_and_everything_is_written(taught: Path) -> None:
+def test_the_colors_are_learned_and_everything_is_written(taught: Path) -> None:
     found = result(taught)
     names = {p.name for p in taught.iterdir()}
     assert names >= {
@@ -208,7 +208,7 @@ def test_a_head_is_trained_on_features_that_are_computed_once(
 
     monkeypatch.setattr(timm.models.vision_transformer.VisionTransformer, "forward_features", counted)
     out = transfer(config(pictures, models["vit"], tmp_path / "probe", method="linear_probe", epochs=5))
-    assert sum(passes) == 48, "each picture once, in five epochs, validation and test"
+    assert sum(passes) == 48, "each image once, in five epochs, validation and test"
     assert result(out)["training"]["cached_features"]
 
 
@@ -266,7 +266,7 @@ def test_what_cannot_work_is_said_before_training(tmp_path: Path, pictures: Path
     assert not list(tmp_path.rglob("adapter.safetensors"))
 
 
-def test_bad_pictures_are_named_and_left_out(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_images_are_named_and_left_out(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     data = image_folder(tmp_path / "data", count=10)
     (data / "red" / "0.png").write_bytes(b"")
     (data / "blue" / "1.png").write_bytes((data / "blue" / "1.png").read_bytes()[:100])
@@ -281,7 +281,7 @@ def test_bad_pictures_are_named_and_left_out(tmp_path: Path, models: dict[str, P
 
 def test_a_prediction_tells_what_it_cannot_read(taught: Path, pictures: Path, tmp_path: Path) -> None:
     good = pictures / "red" / "0.png"
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     lines = list(predict(PredictConfig(taught, (good, tmp_path / "broken.png"), top=2)))
     assert lines[0].startswith(f"{good}: ")
     assert lines[0].count("%") == 2

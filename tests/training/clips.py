@@ -1,4 +1,4 @@
-"""Tiny real CLIPs, and pictures for them."""
+"""Tiny real CLIPs, and images for them."""
 
 import numpy as np
 import open_clip
@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageFilter
 
 
-def picture(seed, side=32):
+def random_image(seed, side=32):
     """A soft random pattern."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     return Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(3))

@@ -1,7 +1,7 @@
 """Exact resume on a real pipeline: a tiny Stable Diffusion with LoRA in its UNet and text encoder, killed at random moments.
 
 `python -m tests.training.kill_points` kills 20 runs on one process and 20 on two, resumes each to its end, and compares every
-byte of weights, optimiser and averaged weights, every loss, and for each loss the pictures, captions and state of torch's
+byte of weights, optimizer and averaged weights, every loss, and for each loss the images, captions and state of torch's
 generator with those of a run that was never killed. `--cli personalize` does it with `veneer personalize … --checkpoint-every 2
 --resume` on one process, `--cli control` with `veneer control train …`; further words are given to the command.
 """
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import veneer
-from tests.training.pictures import save
+from tests.training.images import save
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.data.captions import Captions
 from veneer.training.data.dataset import PhotoDataset
@@ -50,7 +50,7 @@ def warm_up() -> None:
 def pipeline_trainer(
     folder: Path | None, config: TrainConfig, dropout: float, watch: Callable[[], None] = lambda: None
 ) -> Trainer:
-    """LoRA with dropout on the tiny pipeline, on three pictures with random crops, flips and dropped captions."""
+    """LoRA with dropout on the tiny pipeline, on three images with random crops, flips and dropped captions."""
     photos = find_photos(_photos(Path(tempfile.gettempdir()) / "veneer-kill-points"))
     pipe = tiny_pipeline("sd")
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def pipeline_trainer(
 
 
 def _photos(folder: Path) -> Path:
-    """Three pictures, the same for all processes; whoever comes first writes them."""
+    """Three images, the same for all processes; whoever comes first writes them."""
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=folder.parent) as made:
             for seed, (width, height) in enumerate([(80, 64), (64, 80), (72, 72)]):

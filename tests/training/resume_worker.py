@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # optimisers import it at their first step: once here, not in every job
+import torch._dynamo  # optimizers import it at their first step: once here, not in every job
 from torch import Tensor, nn
 
 from veneer.training.loop.seeds import generator

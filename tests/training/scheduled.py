@@ -38,11 +38,11 @@ def scheduled_trainer(
     def loss_step(step: int, rows: list[int]) -> Tensor:
         watch()
         draws = [generator(config.seed, step, row) for row in rows]
-        pictures = torch.stack([torch.randn(3, 32, 32, generator=draw) for draw in draws])
+        images = torch.stack([torch.randn(3, 32, 32, generator=draw) for draw in draws])
         wanted = torch.stack([torch.randn(10, generator=draw) for draw in draws])
-        return nn.functional.mse_loss(model(pictures), wanted)
+        return nn.functional.mse_loss(model(images), wanted)
 
     named = param_groups.named_state(attached)
     groups = param_groups.parameter_groups(attached, {"adalora": 1.0, "lora": 0.5}, 0.0, 1.0)
-    loss = param_groups.with_penalties(loss_step, attached)
+    loss = param_groups.add_penalties(loss_step, attached)
     return Trainer(config, groups, loss, named, folder, after_step=param_groups.after_step(attached))

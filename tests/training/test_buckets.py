@@ -1,4 +1,4 @@
-"""Buckets: which sizes there are, which one a picture gets, and where its window lies."""
+"""Buckets: which sizes there are, which one an image gets, and where its window lies."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.raising import raises
-from veneer.training.data.buckets import BucketPlan, count, cover, kept, place
+from veneer.training.data.buckets import BucketPlan, count, covering_size, place_crop, visible_share
 from veneer.training.data.image_io import DataError
 from veneer.training.loop.seeds import generator
 
@@ -71,7 +71,7 @@ def test_square_only():
 def test_without_enlarging(size, bucket):
     plan = BucketPlan(512, 64, upscale=False)
     assert plan.choose(size) == bucket
-    resized = cover(size, bucket)
+    resized = covering_size(size, bucket)
     assert resized[0] <= size[0]
     assert resized[1] <= size[1]
 
@@ -100,7 +100,7 @@ def test_cover_covers_and_hardly_stretches():
     for height in range(20, 900, 53):
         for width in range(20, 900, 59):
             for bucket in ((512, 512), (256, 1024), (576, 448)):
-                resized = cover((height, width), bucket)
+                resized = covering_size((height, width), bucket)
                 assert resized[0] >= bucket[0]
                 assert resized[1] >= bucket[1]
                 assert resized[0] == bucket[0] or resized[1] == bucket[1]
@@ -110,22 +110,22 @@ def test_cover_covers_and_hardly_stretches():
 
 
 def test_center_window():
-    window = place((1000, 500), (512, 512), "center", 0.0, generator(0))
+    window = place_crop((1000, 500), (512, 512), "center", 0.0, generator(0))
     assert window == ((1024, 512), (512, 512), 256, 0, False)
     assert window.micro((1000, 500)) == (1000, 500, 256, 0, 512, 512)
 
 
 def test_random_windows_reach_every_place_and_no_further():
-    tops = [place((516, 512), (512, 512), "random", 0.0, generator("w", i)).top for i in range(500)]
+    tops = [place_crop((516, 512), (512, 512), "random", 0.0, generator("w", i)).top for i in range(500)]
     assert set(tops) == {0, 1, 2, 3, 4}
     assert all(60 < tops.count(top) < 145 for top in set(tops))
 
 
-def test_the_crop_of_a_mirrored_picture_is_told_from_the_other_side():
-    """Mirroring the whole resized picture first and cropping at the told place must show the same pixels."""
+def test_the_crop_of_a_mirrored_image_is_told_from_the_other_side():
+    """Mirroring the whole resized image first and cropping at the told place must show the same pixels."""
     whole = torch.arange(512 * 700).reshape(1, 512, 700)
     for i in range(20):
-        window = place((512, 700), (512, 512), "random", 1.0, generator(i))
+        window = place_crop((512, 700), (512, 512), "random", 1.0, generator(i))
         assert window.flip
         seen = whole[:, :, window.left : window.left + 512].flip(-1)
         top, left = window.micro((512, 700))[2:4]
@@ -133,13 +133,13 @@ def test_the_crop_of_a_mirrored_picture_is_told_from_the_other_side():
 
 
 def test_flip_rate_and_independence_from_the_crop():
-    windows = [place((600, 512), (512, 512), "random", 0.3, generator("f", i)) for i in range(2000)]
+    windows = [place_crop((600, 512), (512, 512), "random", 0.3, generator("f", i)) for i in range(2000)]
     assert 0.26 < sum(w.flip for w in windows) / 2000 < 0.34
-    centered = [place((600, 512), (512, 512), "center", 0.3, generator("f", i)) for i in range(2000)]
+    centered = [place_crop((600, 512), (512, 512), "center", 0.3, generator("f", i)) for i in range(2000)]
     assert [w.flip for w in windows] == [w.flip for w in centered]
 
 
 def test_kept_and_count():
-    assert kept((512, 512), (512, 512)) == 1
-    assert kept((1024, 512), (512, 512)) == 0.5
+    assert visible_share((512, 512), (512, 512)) == 1
+    assert visible_share((1024, 512), (512, 512)) == 0.5
     assert count([(1, 1), (2, 1), (1, 1)]) == {(1, 1): 2, (2, 1): 1}

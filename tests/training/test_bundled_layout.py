@@ -8,15 +8,15 @@ from diffusers import StableDiffusionPipeline
 import veneer
 from tests.raising import raises
 from tests.training.bundled import LENGTH, bundled_like
-from tests.training.pictures import save
+from tests.training.images import save
 from veneer.training.data.captions import Captions
-from veneer.training.data.class_images import prior_pictures
+from veneer.training.data.class_images import generate_class_images
 from veneer.training.data.dataset import PhotoDataset, find_photos
 from veneer.training.families import PromptError, check_folder, family
 from veneer.training.loop.seeds import generator
 from veneer.training.objective.denoising_loss import DenoisingLoss
 from veneer.training.objective.objectives import ObjectiveOptions, VPrediction
-from veneer.training.report.previews import PreviewSettings, pairs, previews
+from veneer.training.report.previews import PreviewSettings, generate_pairs, previews
 
 QUICK = PreviewSettings(seeds=(0, 1), steps=3, guidance=3.0, batch=2)
 
@@ -68,7 +68,7 @@ def test_previews_start_at_the_last_step_and_have_the_bases_size(pipe):
     assert not np.array_equal(pixels(made[0].image), pixels(made[1].image))
 
 
-def test_a_preview_is_the_pipelines_own_picture_of_that_noise(pipe):
+def test_a_preview_is_the_pipelines_own_image_of_that_noise(pipe):
     made = previews(pipe, ["a red duck"], PreviewSettings(seeds=(5,), steps=3, guidance=3.0))[0]
     own = pipe(
         "a red duck", num_inference_steps=3, guidance_scale=3.0, generator=generator("preview", 5, "a red duck", 0)
@@ -76,7 +76,7 @@ def test_a_preview_is_the_pipelines_own_picture_of_that_noise(pipe):
     assert np.array_equal(pixels(made.image), pixels(own))
 
 
-def test_the_words_reach_the_picture_through_the_pooled_text_too(pipe):
+def test_the_words_reach_the_image_through_the_pooled_text_too(pipe):
     one, other = previews(pipe, ["a red duck", "a blue duck"], PreviewSettings(steps=2))
     assert not np.array_equal(pixels(one.image), pixels(other.image))
     with torch.no_grad():
@@ -90,10 +90,10 @@ def test_the_words_reach_the_picture_through_the_pooled_text_too(pipe):
     assert not torch.equal(red, blue)
 
 
-def test_pairs_and_class_pictures(pipe, tmp_path):
+def test_pairs_and_class_images(pipe, tmp_path):
     kind = family(pipe)
     before = previews(pipe, ["a duck"], QUICK)
-    paths = prior_pictures(kind, tmp_path / "prior", "a duck", 2, num_inference_steps=2, guidance_scale=3.0)
+    paths = generate_class_images(kind, tmp_path / "prior", "a duck", 2, num_inference_steps=2, guidance_scale=3.0)
     found = find_photos(tmp_path / "prior", is_prior=True)
     assert [p.path for p in found] == paths
     assert {p.size for p in found} == {(64, 64)}
@@ -102,7 +102,7 @@ def test_pairs_and_class_pictures(pipe, tmp_path):
         for name, p in tuned.named_parameters():
             if name.endswith("up"):
                 p.fill_(0.1)
-    for pair, plain in zip(pairs(pipe, tuned, ["a duck"], QUICK), before, strict=True):
+    for pair, plain in zip(generate_pairs(pipe, tuned, ["a duck"], QUICK), before, strict=True):
         assert np.array_equal(pixels(pair.base), pixels(plain.image))
         assert not np.array_equal(pixels(pair.adapted), pixels(pair.base))
 

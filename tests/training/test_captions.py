@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from tests.raising import raises, warns
-from veneer.training.data.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES, Captions, longest_start, mentions, read_captions
+from veneer.training.data.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES, Captions, longest_prefix, mentions, read_captions
 from veneer.training.data.image_io import DataError, DataWarning
 
 KEYS = ("file_name", "text")
@@ -85,17 +85,17 @@ def test_text_that_is_not_utf8_is_named(tmp_path, photos):
 
 
 def draws(captions, written=None, count=400, **options):
-    return [captions.draw(written, 7, step, step % 4, **options) for step in range(count)]
+    return [captions.sample(written, 7, step, step % 4, **options) for step in range(count)]
 
 
 def test_a_caption_is_a_pure_function():
     captions = Captions("<toy>", dropout=0.3, tag_dropout=0.3, shuffle=True, templates=OBJECT_TEMPLATES)
-    forward = [captions.draw("a, b, c, d, e", 1, step, 0) for step in range(50)]
-    backward = [captions.draw("a, b, c, d, e", 1, step, 0) for step in reversed(range(50))]
+    forward = [captions.sample("a, b, c, d, e", 1, step, 0) for step in range(50)]
+    backward = [captions.sample("a, b, c, d, e", 1, step, 0) for step in reversed(range(50))]
     assert forward == backward[::-1]
     assert len(set(forward)) > 20
-    assert forward != [captions.draw("a, b, c, d, e", 2, step, 0) for step in range(50)]
-    assert forward != [captions.draw("a, b, c, d, e", 1, step, 1) for step in range(50)]
+    assert forward != [captions.sample("a, b, c, d, e", 2, step, 0) for step in range(50)]
+    assert forward != [captions.sample("a, b, c, d, e", 1, step, 1) for step in range(50)]
 
 
 def test_templates_stand_in_for_missing_captions():
@@ -173,5 +173,5 @@ def test_wrong_options(options):
 def test_the_longest_start_that_fits(most: int) -> None:
     """In whole words, without the punctuation that a cut leaves behind; the text itself if it fits."""
     words = ["a", "red,", "small", "house"]
-    found = longest_start("  ".join(words), lambda start: len(start.split()) <= most)
+    found = longest_prefix("  ".join(words), lambda start: len(start.split()) <= most)
     assert found == ("a  red,  small  house" if most >= 4 else "  ".join(words[:most]).rstrip(","))

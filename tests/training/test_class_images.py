@@ -1,4 +1,4 @@
-"""Class pictures: seeded one by one, kept when they fit, made again when they do not, never half-written."""
+"""Class images: seeded one by one, kept when they fit, made again when they do not, never half-written."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from PIL import Image
 from tests.raising import raises
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.data.class_images import base_digest, prior_pictures
+from veneer.training.data.class_images import base_digest, generate_class_images
 from veneer.training.families import family
 from veneer.training.loop import checkpoints
 from veneer.training.loop.seeds import generator
@@ -23,7 +23,7 @@ def kind():
 
 @pytest.fixture
 def made(kind, monkeypatch):
-    """Prompts of every picture that is generated."""
+    """Prompts of every image that is generated."""
     prompts = []
     real = kind.generate
 
@@ -36,12 +36,12 @@ def made(kind, monkeypatch):
 
 
 def pixels(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
 
 
-def test_each_picture_is_what_the_pipeline_makes_from_its_own_seed(kind, tmp_path):
-    paths = prior_pictures(kind, tmp_path, "a photo of a dog", 5, seed=7, batch=2, **STEPS)
+def test_each_image_is_what_the_pipeline_makes_from_its_own_seed(kind, tmp_path):
+    paths = generate_class_images(kind, tmp_path, "a photo of a dog", 5, seed=7, batch=2, **STEPS)
     assert [p.name for p in paths] == [f"prior-0000{i}.png" for i in range(5)]
     for i, path in enumerate(paths):
         alone = kind.pipe("a photo of a dog", generator=generator(7, "prior", i), **STEPS).images[0]
@@ -49,58 +49,58 @@ def test_each_picture_is_what_the_pipeline_makes_from_its_own_seed(kind, tmp_pat
     assert len({pixels(p).tobytes() for p in paths}) == 5
 
 
-def test_fitting_pictures_are_kept_and_the_rest_is_made(kind, made, tmp_path):
-    paths = prior_pictures(kind, tmp_path, "a dog", 3, **STEPS)
+def test_fitting_images_are_kept_and_the_rest_is_made(kind, made, tmp_path):
+    paths = generate_class_images(kind, tmp_path, "a dog", 3, **STEPS)
     before = [p.read_bytes() for p in paths]
-    assert prior_pictures(kind, tmp_path, "a dog", 3, **STEPS) == paths
+    assert generate_class_images(kind, tmp_path, "a dog", 3, **STEPS) == paths
     assert len(made) == 3
     paths[0].unlink()
     paths[1].write_bytes(before[1][: len(before[1]) // 2])
     progress = []
-    assert len(prior_pictures(kind, tmp_path, "a dog", 4, progress=lambda *p: progress.append(p), batch=2, **STEPS)) == 4
+    assert len(generate_class_images(kind, tmp_path, "a dog", 4, progress=lambda *p: progress.append(p), batch=2, **STEPS)) == 4
     assert len(made) == 6
     assert progress == [(3, 4), (4, 4)]
     assert np.abs(pixels(paths[0]) - pixels(paths[1])).max() > 0
     assert paths[2].read_bytes() == before[2]
-    again = prior_pictures(kind, tmp_path, "a dog", 2, **STEPS)
+    again = generate_class_images(kind, tmp_path, "a dog", 2, **STEPS)
     assert len(again) == 2
     assert len(made) == 6
 
 
 @pytest.mark.parametrize("damage", [b"", b"a text file", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_damaged_pictures_are_made_again(kind, made, tmp_path, damage):
-    (path,) = prior_pictures(kind, tmp_path, "a dog", 1, **STEPS)
+def test_damaged_images_are_made_again(kind, made, tmp_path, damage):
+    (path,) = generate_class_images(kind, tmp_path, "a dog", 1, **STEPS)
     good = path.read_bytes()
     path.write_bytes(damage)
-    prior_pictures(kind, tmp_path, "a dog", 1, **STEPS)
+    generate_class_images(kind, tmp_path, "a dog", 1, **STEPS)
     assert len(made) == 2
     assert path.read_bytes() == good
 
 
 def test_another_recipe_makes_them_again(kind, made, tmp_path):
-    prior_pictures(kind, tmp_path, "a dog", 1, **STEPS)
-    prior_pictures(kind, tmp_path, "a cat", 1, **STEPS)
-    prior_pictures(kind, tmp_path, "a cat", 1, seed=1, **STEPS)
-    prior_pictures(kind, tmp_path, "a cat", 1, seed=1, **{**STEPS, "guidance_scale": 2.0})
+    generate_class_images(kind, tmp_path, "a dog", 1, **STEPS)
+    generate_class_images(kind, tmp_path, "a cat", 1, **STEPS)
+    generate_class_images(kind, tmp_path, "a cat", 1, seed=1, **STEPS)
+    generate_class_images(kind, tmp_path, "a cat", 1, seed=1, **{**STEPS, "guidance_scale": 2.0})
     assert len(made) == 4
     with torch.no_grad():
         kind.tower.conv_out.bias[2] += 1
-    prior_pictures(kind, tmp_path, "a cat", 1, seed=1, **{**STEPS, "guidance_scale": 2.0})
+    generate_class_images(kind, tmp_path, "a cat", 1, seed=1, **{**STEPS, "guidance_scale": 2.0})
     assert len(made) == 5
     kind.pipe.scheduler = type(kind.pipe.scheduler).from_config(kind.pipe.scheduler.config, prediction_type="v_prediction")
-    prior_pictures(kind, tmp_path, "a cat", 1, seed=1, **{**STEPS, "guidance_scale": 2.0})
+    generate_class_images(kind, tmp_path, "a cat", 1, seed=1, **{**STEPS, "guidance_scale": 2.0})
     assert len(made) == 6
 
 
-def test_a_picture_that_someone_put_there_is_not_taken_for_ours(kind, made, tmp_path):
+def test_an_image_that_someone_put_there_is_not_taken_for_ours(kind, made, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "prior-00000.png")
-    (path,) = prior_pictures(kind, tmp_path, "a dog", 1, **STEPS)
+    (path,) = generate_class_images(kind, tmp_path, "a dog", 1, **STEPS)
     assert len(made) == 1
     assert pixels(path).std() > 0
 
 
 def test_nothing_is_half_written_on_a_full_disk(kind, monkeypatch, tmp_path):
-    prior_pictures(kind, tmp_path, "a dog", 1, **STEPS)
+    generate_class_images(kind, tmp_path, "a dog", 1, **STEPS)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def full(*_):
@@ -109,14 +109,14 @@ def test_nothing_is_half_written_on_a_full_disk(kind, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.os, "fsync", full)
         with raises(OSError, errno=28):
-            prior_pictures(kind, tmp_path, "a dog", 3, **STEPS)
+            generate_class_images(kind, tmp_path, "a dog", 3, **STEPS)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-    assert len(prior_pictures(kind, tmp_path, "a dog", 3, **STEPS)) == 3
+    assert len(generate_class_images(kind, tmp_path, "a dog", 3, **STEPS)) == 3
 
 
 def test_the_base_and_the_global_generator_are_untouched(kind, tmp_path):
     state, digest = torch.get_rng_state(), base_digest(kind)
-    prior_pictures(kind, tmp_path, "a dog", 1, **STEPS)
+    generate_class_images(kind, tmp_path, "a dog", 1, **STEPS)
     assert torch.equal(torch.get_rng_state(), state)
     assert base_digest(kind) == digest
     assert base_digest(family(tiny_pipeline("sd"))) == digest
@@ -124,7 +124,7 @@ def test_the_base_and_the_global_generator_are_untouched(kind, tmp_path):
 
 
 def test_class_conditional_bases(tmp_path):
-    paths = prior_pictures(family(tiny_pipeline("dit")), tmp_path, "duck", 2, num_inference_steps=2)
+    paths = generate_class_images(family(tiny_pipeline("dit")), tmp_path, "duck", 2, num_inference_steps=2)
     assert [pixels(p).shape for p in paths] == [(32, 32, 3)] * 2
 
 
@@ -132,4 +132,4 @@ def test_class_conditional_bases(tmp_path):
 def test_numbers_are_checked(kind, tmp_path, bad):
     option = "batch" if "batch" in bad else "count"
     with raises(OptionError, option=option, given=0):
-        prior_pictures(kind, tmp_path, "a dog", **bad)
+        generate_class_images(kind, tmp_path, "a dog", **bad)

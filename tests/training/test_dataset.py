@@ -12,11 +12,12 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from tests.raising import carries, raises, warns
-from tests.training.pictures import DATA, gradient, save
-from veneer.training.data.buckets import cover
+from tests.training.images import DATA, gradient, save
+from veneer.training.data.buckets import covering_size
 from veneer.training.data.captions import Captions
-from veneer.training.data.dataset import Example, PhotoDataset, concerns, find_photos
+from veneer.training.data.dataset import Example, PhotoDataset, find_photos
 from veneer.training.data.image_io import DataError, DataWarning, PhotoLimits
+from veneer.training.data.photo_folder import photo_warnings
 
 TOY = Captions("<toy>", prior="a photo of a toy")
 
@@ -73,7 +74,7 @@ def test_two_subjects_in_one_folder(tmp_path):
     assert names(find_photos(tmp_path / "dog")) == ["a.png"]
 
 
-def test_unreadable_pictures_are_all_named_at_once(tmp_path):
+def test_unreadable_images_are_all_named_at_once(tmp_path):
     save(tmp_path / "good.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "page.jpg").write_text("<html>")
@@ -101,13 +102,13 @@ def test_copies_are_named(tmp_path):
         assert len(find_photos(tmp_path)) == 3
 
 
-def test_small_pictures_and_silent_captions_are_named(tmp_path):
+def test_small_images_and_silent_captions_are_named(tmp_path):
     save(tmp_path / "small.png", 90, 90)
     save(tmp_path / "large.png", 200, 130)
     (tmp_path / "large.txt").write_text("a photo of <toy>")
     (tmp_path / "small.txt").write_text("a photo of a toy")
     photos = find_photos(tmp_path)
-    first, second = concerns(photos, 128, "<toy>")
+    first, second = photo_warnings(photos, 128, "<toy>")
     assert (first.where, first.given, first.expected) == ("size", ("small.png",), 128)
     assert (second.where, second.given, second.expected) == ("captions", ("small.png",), "<toy>")
     with pytest.warns(DataWarning) as told:
@@ -200,7 +201,7 @@ def test_selected_rows_equal_those_of_the_whole_batch(photos, prior, with_class_
 def test_only_the_selected_rows_are_loaded(photos, monkeypatch):
     data = dataset(photos, buckets=False)
     loaded = []
-    monkeypatch.setattr(data, "_decoded", lambda photo, size, decode=data._decoded: loaded.append(photo) or decode(photo, size))
+    monkeypatch.setattr(data, "_decode", lambda photo, size, decode=data._decode: loaded.append(photo) or decode(photo, size))
     data.examples(0, 7, [2, 3])
     assert len(loaded) == 2
 
@@ -235,7 +236,7 @@ def test_each_epoch_sees_every_photo_once_in_another_order(photos):
     assert len(set(epochs)) > 4
 
 
-def test_class_pictures_are_dealt_evenly(photos, prior):
+def test_class_images_are_dealt_evenly(photos, prior):
     data = dataset(photos[:4], prior_photos=prior)
     seen = Counter(e.key for step in range(5) for e in data.examples(step, 4) if e.is_prior)
     assert sorted(seen.values()) == [4] * 5
@@ -248,10 +249,10 @@ def test_indices_number_the_samples_of_the_run(photos, prior):
     assert [e.index for step in range(3) for e in with_prior.examples(step, 2)] == list(range(12))
 
 
-def test_pixels_are_the_resized_and_cropped_picture(photos):
+def test_pixels_are_the_resized_and_cropped_image(photos):
     data = dataset(photos[:1])
     example = data.examples(0, 1)[0]
-    size = cover((64, 96), (48, 80))
+    size = covering_size((64, 96), (48, 80))
     assert size == (53, 80)
     with Image.open(photos[0].path) as image:
         resized = pil_to_tensor(image.convert("RGB").resize((80, 53), Image.Resampling.LANCZOS))
@@ -279,7 +280,7 @@ def test_a_flip_mirrors_pixels_mask_and_sizes_together(tmp_path):
     assert dataset(found, masks=False).examples(0, 1)[0].mask is None
 
 
-def test_a_mask_file_is_laid_on_its_picture(tmp_path):
+def test_a_mask_file_is_laid_on_its_image(tmp_path):
     save(tmp_path / "a.png", 80, 80)
     half = Image.new("L", (40, 40), 0)
     half.paste(255, (20, 0, 40, 40))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import veneer
-from tests.training.pictures import save
+from tests.training.images import save
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.data.captions import Captions
 from veneer.training.data.dataset import PhotoDataset, find_photos
@@ -16,7 +16,7 @@ from veneer.training.data.latent_cache import Cache
 from veneer.training.families import family
 from veneer.training.loop.seeds import generator
 from veneer.training.objective.denoising_loss import DenoisingLoss, LossOptions
-from veneer.training.objective.losses import preserved
+from veneer.training.objective.losses import prior_preservation
 from veneer.training.objective.noise import NoiseOptions
 from veneer.training.objective.objectives import ObjectiveOptions
 
@@ -153,11 +153,11 @@ def test_input_perturbation_is_seen_by_the_network_and_not_by_the_target(kinds, 
     assert float(loss(2, [0])) == pytest.approx(float(((said - eps) ** 2).mean()), rel=1e-4)
 
 
-# class pictures
+# class images
 
 
 @torch.no_grad()
-def test_class_pictures_add_lambda_times_their_own_mean(kinds, folder, class_folder):
+def test_class_images_add_lambda_times_their_own_mean(kinds, folder, class_folder):
     loss = made(kinds["sd"], folder, 2, prior=class_folder, options=LossOptions(prior_weight=0.3))
     examples = loss.dataset.examples(1, 2)
     assert [(e.is_prior, e.caption) for e in examples] == [(False, "a photo of a red dog")] * 2 + [(True, "a dog")] * 2
@@ -174,7 +174,7 @@ def test_a_micro_batch_equals_its_rows_of_the_whole_batch(kinds, folder, class_f
     loss = made(kinds["sd2"], folder, 4, prior=class_folder, dataset={"crop": "random", "flip": 0.5})
     batch = loss.dataset.examples(3, 4)
     rows = loss.losses(3, [batch[2], batch[3], batch[6], batch[7]])
-    assert torch.equal(loss(3, [2, 3]), preserved(rows, torch.tensor([False, False, True, True])))
+    assert torch.equal(loss(3, [2, 3]), prior_preservation(rows, torch.tensor([False, False, True, True])))
 
 
 @torch.no_grad()
@@ -191,7 +191,7 @@ def test_parts_of_a_batch_average_to_the_whole(kinds, folder, class_folder):
 
 @pytest.fixture
 def masked_folder(tmp_path):
-    """One picture with a mask whose edge lies inside a latent's 4×4 pixels, one without."""
+    """One image with a mask whose edge lies inside a latent's 4×4 pixels, one without."""
     save(tmp_path / "a.png", 32, 32, 1)
     save(tmp_path / "b.png", 32, 32, 2)
     mask = np.zeros((32, 32), np.uint8)
@@ -201,7 +201,7 @@ def masked_folder(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("mean", "floor"), [("plain", 0.0), ("plain", 0.25), ("normalised", 0.25)])
+@pytest.mark.parametrize(("mean", "floor"), [("plain", 0.0), ("plain", 0.25), ("normalized", 0.25)])
 def test_masked_loss(kinds, masked_folder, mean, floor):
     """Each latent counts by the share of its 4×4 pixels that the mask covers."""
     loss = made(kinds["sd"], masked_folder, 2, options=LossOptions(mask_mean=mean, mask_floor=floor))
@@ -216,7 +216,7 @@ def test_masked_loss(kinds, masked_folder, mean, floor):
                     share = float(example.mask[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].mean())
                 share = floor + (1 - floor) * share
                 total += share * float(((said - target)[0, :, row, column] ** 2).mean())
-                weight += share if mean == "normalised" else 1.0
+                weight += share if mean == "normalized" else 1.0
         expected.append(total / weight)
     assert float(loss(0, [0, 1])) == pytest.approx(sum(expected) / 2, rel=1e-4)
 
@@ -343,7 +343,7 @@ def test_kept_text_is_of_the_tokens_not_of_the_spelling_alone(folder, change):
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         part.requires_grad_(False)
     made(family(pipe, max_tokens=12), folder, 1, cache=cache)(0, [0])
-    assert cache.misses == 2, "the picture and its caption"
+    assert cache.misses == 2, "the image and its caption"
     if change == "padding":
         pipe.tokenizer.pad_token = "red</w>"
     length = 10 if change == "length" else 12

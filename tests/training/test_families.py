@@ -288,15 +288,15 @@ def test_dit_labels(pipes):
     assert kind.text_towers == {}
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_become_scaled_latents(pipes, name):
+def test_images_become_scaled_latents(pipes, name):
     pipe, kind = pipes[name], family(pipes[name])
     side = 2 * kind.multiple
     pixels = torch.rand(2, 3, side, kind.multiple, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, std = kind.encode_pictures(pixels)
+    mean, std = kind.encode_images(pixels)
     with torch.no_grad():
         posterior = pipe.vae.encode(pixels).latent_dist
     config = pipe.vae.config
@@ -317,7 +317,7 @@ def test_latent_means_and_stds_of_the_vae():
     m, s = [0.1, -0.2, 0.3, 0.0], [1.0, 2.0, 0.5, 4.0]
     pipe.vae.register_to_config(latents_mean=m, latents_std=s)
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
-    mean, std = family(pipe).encode_pictures(pixels)
+    mean, std = family(pipe).encode_images(pixels)
     with torch.no_grad():
         posterior = pipe.vae.encode(pixels).latent_dist
     for c in range(4):
@@ -329,7 +329,7 @@ def test_half_precision_vae_that_overflows_is_run_in_float32():
     pipe = tiny_pipeline("sdxl")
     pipe.vae.half()
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
-    mean, _ = family(pipe).encode_pictures(pixels)
+    mean, _ = family(pipe).encode_images(pixels)
     assert {p.dtype for p in pipe.vae.parameters()} == {torch.float16}
     with torch.no_grad():
         exact = pipe.vae.float().encode(pixels).latent_dist.mean * 0.13025
@@ -340,7 +340,7 @@ def test_sides_must_divide(pipes):
     kind = family(pipes["sd"])
     assert kind.multiple == 8
     with raises(OptionError, option="pixels", given=(12, 16), expected=8):
-        kind.encode_pictures(torch.zeros(1, 3, 12, 16))
+        kind.encode_images(torch.zeros(1, 3, 12, 16))
 
 
 def test_sizes_of_the_tiny_and_of_the_full_size_bases(pipes):
@@ -474,17 +474,17 @@ def test_siblings_train_and_generate_like_the_text_to_image_pipeline(pipes, name
     a, b = ours.encode_text(PROMPTS), theirs.encode_text(PROMPTS)
     assert all(torch.equal(a[k], b[k]) for k in b)
     kwargs = {"num_inference_steps": 1, "height": 16, "width": 24}
-    pictures = [k.generate(["a dog"], [torch.Generator().manual_seed(0)], **kwargs)[0] for k in (ours, theirs)]
-    assert pictures[0].size == (24, 16)
-    assert pictures[0].tobytes() == pictures[1].tobytes()
+    images = [k.generate(["a dog"], [torch.Generator().manual_seed(0)], **kwargs)[0] for k in (ours, theirs)]
+    assert images[0].size == (24, 16)
+    assert images[0].tobytes() == images[1].tobytes()
 
 
 def test_generating_leaves_modes_as_they_were(pipes):
     pipe = tiny_pipeline("dit")
     pipe.transformer.train()
     pipe.transformer.transformer_blocks[0].eval()
-    pictures = family(pipe).generate(["duck"] * 2, [torch.Generator().manual_seed(0)] * 2, num_inference_steps=1)
-    assert len(pictures) == 2
+    images = family(pipe).generate(["duck"] * 2, [torch.Generator().manual_seed(0)] * 2, num_inference_steps=1)
+    assert len(images) == 2
     assert pipe.transformer.training
     assert not pipe.transformer.transformer_blocks[0].training
     assert not pipe.vae.training

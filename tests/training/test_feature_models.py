@@ -9,22 +9,22 @@ import timm
 import torch
 
 from tests.raising import raises
-from tests.training.clips import TINY, Bundled, picture, tiny_open_clip
+from tests.training.clips import TINY, Bundled, random_image, tiny_open_clip
 from veneer import base_models
 from veneer.injection.errors import UnknownName, VeneerError
 from veneer.testing.tokenizers import clip_tokenizer
-from veneer.training.report.feature_models import LIBRARIES, features, of_clip
+from veneer.training.report.feature_models import LIBRARIES, features, from_clip
 
 
 @pytest.fixture(scope="module")
 def clip():
-    return of_clip(Bundled(), "tiny CLIP")
+    return from_clip(Bundled(), "tiny CLIP")
 
 
 def test_clip_features_are_unit_and_equal_the_model(clip):
-    pictures = [picture(i) for i in range(5)]
-    found = clip.pictures(pictures, batch=2)
-    pixels = torch.stack([open_clip.image_transform(32, is_train=False)(p) for p in pictures])
+    images = [random_image(i) for i in range(5)]
+    found = clip.images(images, batch=2)
+    pixels = torch.stack([open_clip.image_transform(32, is_train=False)(p) for p in images])
     with torch.no_grad():
         expected = tiny_open_clip().encode_image(pixels)
     assert torch.allclose(found, expected / expected.norm(dim=1, keepdim=True), atol=1e-5)
@@ -32,7 +32,7 @@ def test_clip_features_are_unit_and_equal_the_model(clip):
     assert torch.allclose(texts.norm(dim=1), torch.ones(2), atol=1e-5)
 
 
-def test_a_timm_folder_has_pictures_and_no_text(tmp_path):
+def test_a_timm_folder_has_images_and_no_text(tmp_path):
     config = {
         "architecture": "test_vit",
         "pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0},
@@ -42,10 +42,10 @@ def test_a_timm_folder_has_pictures_and_no_text(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
     found = features(tmp_path)
-    x = picture(0, 64)
+    x = random_image(0, 64)
     with torch.no_grad():
         expected = model(found.preprocess(x)[None])
-    assert torch.allclose(found.pictures([x]), expected / expected.norm(), atol=1e-5)
+    assert torch.allclose(found.images([x]), expected / expected.norm(), atol=1e-5)
     assert found.texts(["a dog"]) is None
 
 
@@ -56,8 +56,8 @@ def test_an_open_clip_folder(tmp_path):
     model = tiny_open_clip()
     safetensors.torch.save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     found = features(tmp_path)
-    assert torch.allclose(found.pictures([picture(3)]), of_clip(Bundled(), "").pictures([picture(3)]), atol=1e-5)
-    assert torch.allclose(found.texts(["a dog"]), of_clip(Bundled(), "").texts(["a dog"]), atol=1e-5)
+    assert torch.allclose(found.images([random_image(3)]), from_clip(Bundled(), "").images([random_image(3)]), atol=1e-5)
+    assert torch.allclose(found.texts(["a dog"]), from_clip(Bundled(), "").texts(["a dog"]), atol=1e-5)
 
 
 def test_a_transformers_folder(tmp_path):
@@ -73,7 +73,7 @@ def test_a_transformers_folder(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     found = features(tmp_path)
-    assert found.pictures([picture(0), picture(1)]).shape == (2, 24)
+    assert found.images([random_image(0), random_image(1)]).shape == (2, 24)
     one, two = found.texts(["a dog", "a red house on the beach"])
     assert not torch.allclose(one, two)
     assert torch.allclose(one, found.texts(["a dog"])[0], atol=1e-5)
@@ -95,7 +95,7 @@ def test_a_features_object_and_a_model_object_go_through_the_same_door(clip):
     assert features(clip) is clip
     found = features(Bundled())
     assert found.name == "Bundled"
-    assert torch.equal(found.pictures([picture(1)]), clip.pictures([picture(1)]))
+    assert torch.equal(found.images([random_image(1)]), clip.images([random_image(1)]))
 
 
 def test_a_model_without_tokenizer_is_given_the_texts_themselves(clip):
@@ -109,15 +109,15 @@ def test_a_model_without_tokenizer_is_given_the_texts_themselves(clip):
     assert torch.equal(features(Words()).texts(["a dog"]), clip.texts(["a dog"]))
 
 
-def test_modes_and_transparency_of_pictures_do_not_matter(clip):
-    grey = picture(2).convert("L")
-    assert torch.equal(clip.pictures([grey]), clip.pictures([grey.convert("RGB")]))
-    assert torch.equal(clip.pictures([picture(2).convert("RGBA")]), clip.pictures([picture(2)]))
+def test_modes_and_transparency_of_images_do_not_matter(clip):
+    grey = random_image(2).convert("L")
+    assert torch.equal(clip.images([grey]), clip.images([grey.convert("RGB")]))
+    assert torch.equal(clip.images([random_image(2).convert("RGBA")]), clip.images([random_image(2)]))
 
 
 def test_features_do_not_depend_on_company_or_leave_a_graph(clip):
-    together = clip.pictures([picture(i) for i in range(3)], batch=3)
-    alone = torch.cat([clip.pictures([picture(i)]) for i in range(3)])
+    together = clip.images([random_image(i) for i in range(3)], batch=3)
+    alone = torch.cat([clip.images([random_image(i)]) for i in range(3)])
     assert torch.allclose(together, alone, atol=1e-6)
     assert not together.requires_grad
 
@@ -135,5 +135,5 @@ def test_the_bundled_clip(tmp_path, monkeypatch):
     monkeypatch.setattr(base_models.clip_features, "path", lambda _: tmp_path)
     found = features("bundled")
     assert found.name == "bundled CLIP"
-    assert found.pictures([picture(1)]).shape == (1, 24)
+    assert found.images([random_image(1)]).shape == (1, 24)
     assert not torch.equal(*found.texts(["a dog", "a cat"]))

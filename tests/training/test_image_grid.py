@@ -1,4 +1,4 @@
-"""Sheets: every picture and every word is found on the page where it belongs."""
+"""Sheets: every image and every word is found on the page where it belongs."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tests.raising import raises
-from tests.training.pictures import gradient
+from tests.training.images import gradient
 from veneer.injection.errors import VeneerError
-from veneer.training.report.image_grid import GREY, INK, Row, before_after, fitted, sheet
+from veneer.training.report.image_grid import GRAY, INK, GridRow, before_after, fit_in_cell, make_grid
 from veneer.training.report.label_fonts import label_font, printable
-from veneer.training.report.previews import Pair, save_png
+from veneer.training.report.previews import PreviewPair, save_png
 
 CELL = 96
 
 
-def colour(*rgb, size=(64, 64)):
+def color(*rgb, size=(64, 64)):
     return Image.new("RGB", size, rgb)
 
 
@@ -57,7 +57,7 @@ PHOTOS = [gradient(64, 64, i) for i in range(3)]
 BASE = [gradient(64, 64, 10 + i) for i in range(4)]
 ADAPTED = [gradient(64, 64, 20 + i) for i in range(4)]
 PROMPTS = ["a photo of <toy>", "<toy> on the beach"]
-PAIRS = [Pair(PROMPTS[i // 2], i % 2, BASE[i], ADAPTED[i]) for i in range(4)]
+PAIRS = [PreviewPair(PROMPTS[i // 2], i % 2, BASE[i], ADAPTED[i]) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +74,15 @@ def page(tmp_path_factory):
     return image
 
 
-def test_every_picture_is_there_once_enlarged_to_its_place(page):
-    spots = [place(page, fitted(picture, CELL)) for picture in (*PHOTOS, *BASE, *ADAPTED)]
+def test_every_image_is_there_once_enlarged_to_its_place(page):
+    spots = [place(page, fit_in_cell(image, CELL)) for image in (*PHOTOS, *BASE, *ADAPTED)]
     assert len(set(spots)) == 11
     assert max(x for x, _ in spots) + CELL <= page.width
     assert max(y for _, y in spots) + CELL <= page.height
 
 
 def test_photos_on_top_then_a_row_for_each_prompt_with_the_base_on_the_left(page):
-    photos, base, adapted = ([place(page, fitted(p, CELL)) for p in group] for group in (PHOTOS, BASE, ADAPTED))
+    photos, base, adapted = ([place(page, fit_in_cell(p, CELL)) for p in group] for group in (PHOTOS, BASE, ADAPTED))
     assert len({y for _, y in photos}) == 1
     for row in (0, 2):
         assert len({y for _, y in base[row : row + 2] + adapted[row : row + 2]}) == 1
@@ -92,8 +92,8 @@ def test_photos_on_top_then_a_row_for_each_prompt_with_the_base_on_the_left(page
     assert adapted[0][0] - base[1][0] > base[1][0] - base[0][0], "the groups are set apart"
 
 
-def test_no_two_pictures_overlap(page):
-    spots = [place(page, fitted(p, CELL)) for p in (*PHOTOS, *BASE, *ADAPTED)]
+def test_no_two_images_overlap(page):
+    spots = [place(page, fit_in_cell(p, CELL)) for p in (*PHOTOS, *BASE, *ADAPTED)]
     for i, (x, y) in enumerate(spots):
         for u, v in spots[i + 1 :]:
             assert abs(x - u) >= CELL or abs(y - v) >= CELL
@@ -101,28 +101,28 @@ def test_no_two_pictures_overlap(page):
 
 def test_words_stand_above_what_they_name(page):
     title = place(page, stamp("duck", 24, INK))
-    note = place(page, stamp("200 steps of lora", 14, GREY))
+    note = place(page, stamp("200 steps of lora", 14, GRAY))
     heads = place(page, stamp("base", 18, INK)), place(page, stamp("with the adapter", 18, INK))
     prompts = [place(page, stamp(prompt, 16, INK)) for prompt in PROMPTS]
-    photos, base, adapted = (place(page, fitted(group[0], CELL)) for group in (PHOTOS, BASE, ADAPTED))
-    second = place(page, fitted(BASE[2], CELL))
+    photos, base, adapted = (place(page, fit_in_cell(group[0], CELL)) for group in (PHOTOS, BASE, ADAPTED))
+    second = place(page, fit_in_cell(BASE[2], CELL))
     assert title[1] < note[1] < place(page, stamp("photos", 16, INK))[1] < photos[1] < heads[0][1]
     assert heads[0][1] < prompts[0][1] < base[1]
     assert base[1] + CELL <= prompts[1][1] < second[1]
     assert abs(heads[0][0] - base[0]) <= 2
     assert abs(heads[1][0] - adapted[0]) <= 2
-    footer = [place(page, stamp(word, 14, GREY)) for word in ("likeness", "0.8", "0.5")]
+    footer = [place(page, stamp(word, 14, GRAY)) for word in ("likeness", "0.8", "0.5")]
     assert second[1] + CELL <= min(y for _, y in footer)
     assert footer[0][0] < footer[1][0] < footer[2][0]
 
 
 def test_narrow_rows_stand_beside_one_another():
-    """Three rows, two across: the third below, each with its label above its own pictures, and a row of another form apart."""
-    pictures = [gradient(64, 64, 30 + i) for i in range(5)]
+    """Three rows, two across: the third below, each with its label above its own images, and a row of another form apart."""
+    images = [gradient(64, 64, 30 + i) for i in range(5)]
     words = ["one two three four five six", "short", "third"]
-    rows = [Row("all", (tuple(pictures[3:]),)), *(Row(w, ((p,),)) for w, p in zip(words, pictures, strict=False))]
-    page = sheet(rows, cell=CELL, across=2)
-    first, second, third, *apart = (place(page, fitted(picture, CELL)) for picture in pictures)
+    rows = [GridRow("all", (tuple(images[3:]),)), *(GridRow(w, ((p,),)) for w, p in zip(words, images, strict=False))]
+    page = make_grid(rows, cell=CELL, across=2)
+    first, second, third, *apart = (place(page, fit_in_cell(image, CELL)) for image in images)
     assert apart[0][1] == apart[1][1] < first[1] == second[1] < third[1]
     assert first[0] + CELL < second[0]
     assert first[0] == third[0]
@@ -131,13 +131,13 @@ def test_narrow_rows_stand_beside_one_another():
         assert abs(label[0] - spot[0]) <= 2
         assert label[1] < spot[1]
     parts = [place(page, stamp(part, 16, INK)) for part in ("one two", "three four")]
-    assert parts[0][1] < parts[1][1] < first[1], "a label is wrapped at its own pictures' width"
+    assert parts[0][1] < parts[1][1] < first[1], "a label is wrapped at its own images' width"
 
 
-def test_pictures_of_one_seed_are_two_prompts_across():
-    pairs = [Pair(f"prompt {i}", 0, BASE[i], ADAPTED[i]) for i in range(4)]
+def test_images_of_one_seed_are_two_prompts_across():
+    pairs = [PreviewPair(f"prompt {i}", 0, BASE[i], ADAPTED[i]) for i in range(4)]
     page = before_after([], pairs, cell=CELL)
-    spots = [(place(page, fitted(p.base, CELL)), place(page, fitted(p.adapted, CELL))) for p in pairs]
+    spots = [(place(page, fit_in_cell(p.base, CELL)), place(page, fit_in_cell(p.adapted, CELL))) for p in pairs]
     assert [b[1] for b, _ in spots] == [a[1] for _, a in spots]
     assert spots[0][0][1] == spots[1][0][1] < spots[2][0][1] == spots[3][0][1]
     assert spots[0][0][0] < spots[0][1][0] < spots[1][0][0] < spots[1][1][0]
@@ -146,11 +146,11 @@ def test_pictures_of_one_seed_are_two_prompts_across():
     assert all(abs(x - spot[0][0]) <= 2 for (x, _), spot in zip(sorted(heads), spots[:2], strict=True))
 
 
-def test_pictures_keep_their_aspect_and_none_leaves_its_place_empty():
-    wide, tall = colour(200, 30, 30, size=(80, 40)), colour(30, 30, 200, size=(20, 40))
-    assert fitted(wide, CELL).size == (96, 48)
-    assert fitted(tall, CELL).size == (48, 96)
-    made = np.asarray(sheet([Row("", ((wide, None, tall),))], cell=CELL))
+def test_images_keep_their_aspect_and_none_leaves_its_place_empty():
+    wide, tall = color(200, 30, 30, size=(80, 40)), color(30, 30, 200, size=(20, 40))
+    assert fit_in_cell(wide, CELL).size == (96, 48)
+    assert fit_in_cell(tall, CELL).size == (48, 96)
+    made = np.asarray(make_grid([GridRow("", ((wide, None, tall),))], cell=CELL))
     red, blue = ((made == c).all(-1) for c in ((200, 30, 30), (30, 30, 200)))
     assert (red.sum(), blue.sum()) == (96 * 48, 48 * 96)
     gap = np.nonzero(blue.any(0))[0].min() - np.nonzero(red.any(0))[0].max()
@@ -161,27 +161,27 @@ def test_many_photos_are_counted_and_only_some_are_shown():
     photos = [gradient(32, 32, i) for i in range(8)]
     page = before_after(photos, PAIRS[:1], cell=CELL, shown=6)
     place(page, stamp("photos (6 of 8)", 16, INK))
-    assert [len(places(page, fitted(p, CELL))) for p in photos] == [1] * 6 + [0] * 2
+    assert [len(places(page, fit_in_cell(p, CELL))) for p in photos] == [1] * 6 + [0] * 2
 
 
 def test_a_sheet_without_photos_has_the_pairs_alone():
     page = before_after([], PAIRS[:1], cell=CELL)
     assert not places(page, stamp("photos", 16, INK))
-    place(page, fitted(BASE[0], CELL))
+    place(page, fit_in_cell(BASE[0], CELL))
 
 
 def test_long_words_are_wrapped_inside_the_page():
-    page = sheet([Row("a very long prompt about <toy> " * 4, ((colour(0, 200, 0),),))], title="Title " * 12, cell=CELL)
+    page = make_grid([GridRow("a very long prompt about <toy> " * 4, ((color(0, 200, 0),),))], title="Title " * 12, cell=CELL)
     ink = np.nonzero((np.asarray(page) != 255).any(-1).any(0))[0]
     assert ink.min() >= 20
     assert ink.max() < page.width - 8
-    unbroken = sheet([Row("x" * 90, ((colour(0, 200, 0),),))], cell=CELL)
+    unbroken = make_grid([GridRow("x" * 90, ((color(0, 200, 0),),))], cell=CELL)
     assert np.nonzero((np.asarray(unbroken) != 255).any(-1).any(0))[0].max() < unbroken.width - 8
 
 
 @pytest.mark.parametrize("words", ["Пёс на пляже", "Ένας σκύλος", "łódź, một con chó", "3 × 2 → 6 – “ø” €"])
 def test_labels_have_latin_greek_and_cyrillic_letters(words):
-    made = sheet([Row(words, ((colour(0, 200, 0),),))], cell=CELL)
+    made = make_grid([GridRow(words, ((color(0, 200, 0),),))], cell=CELL)
     place(made, stamp(words, 16, INK))
     font = label_font(16)
     lacking = bytes(font.getmask("\uffff"))
@@ -191,7 +191,7 @@ def test_labels_have_latin_greek_and_cyrillic_letters(words):
 def test_without_a_font_for_cjk_a_label_says_what_to_install(monkeypatch, caplog):
     monkeypatch.setattr("veneer.training.report.label_fonts.CJK_FONTS", ())
     printable.cache_clear()
-    made = sheet([Row("one 犬 の写真", ((colour(0, 200, 0),),))], cell=CELL)
+    made = make_grid([GridRow("one 犬 の写真", ((color(0, 200, 0),),))], cell=CELL)
     place(made, stamp("one [install Noto Sans CJK]", 16, INK))
     assert "fonts-noto-cjk" in caplog.text
     printable.cache_clear()
@@ -203,13 +203,13 @@ def test_a_label_is_written_in_an_installed_font_that_has_its_characters(monkeyp
     file, letter = str(folder / "fonts" / "ttf" / "STIXGeneral.ttf"), "\u1d81"
     monkeypatch.setattr("veneer.training.report.label_fonts.CJK_FONTS", (file,))
     printable.cache_clear()
-    made = sheet([Row(letter, ((colour(0, 200, 0),),))], cell=CELL)
+    made = make_grid([GridRow(letter, ((color(0, 200, 0),),))], cell=CELL)
     place(made, stamp(letter, 16, INK, label_font(16, file)))
     printable.cache_clear()
 
 
 def test_other_characters_without_a_glyph_are_named():
-    made = sheet([Row("🦆 duck", ((colour(0, 200, 0),),))], cell=3 * CELL)
+    made = make_grid([GridRow("🦆 duck", ((color(0, 200, 0),),))], cell=3 * CELL)
     place(made, stamp("[duck] duck", 16, INK))
 
 
@@ -220,6 +220,6 @@ def test_a_small_sheet_is_wide_enough_for_its_heads():
 
 
 def test_nothing_to_show_is_refused():
-    for rows in ([], [Row("a", ((None,),))]):
+    for rows in ([], [GridRow("a", ((None,),))]):
         with raises(VeneerError, where="rows", given=0):
-            sheet(rows)
+            make_grid(rows)

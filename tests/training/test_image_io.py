@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from tests.raising import raises, warns
-from tests.training.pictures import DATA, gradient, save
+from tests.training.images import DATA, gradient, save
 from veneer.injection.errors import VeneerError
 from veneer.training.data.image_io import (
     FIRST_FRAME,
@@ -52,7 +52,7 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, share):
 
 
 def test_flipped_bytes_never_escape_as_another_error(tmp_path):
-    """Damage anywhere gives a picture or a PhotoError, nothing else."""
+    """Damage anywhere gives an image or a PhotoError, nothing else."""
     draws = np.random.default_rng(1)
     for suffix in SUFFIXES:
         data = bytearray(save(tmp_path / f"a.{suffix}", 40, 40).read_bytes())
@@ -74,7 +74,7 @@ def test_an_empty_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (b"hello, I am no picture", "text"),
+        (b"hello, I am no image", "text"),
         ("überall Text".encode(), "text"),
         (b"<!DOCTYPE html><html>404</html>", "HTML"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
@@ -88,7 +88,7 @@ def test_an_empty_file(tmp_path):
         (bytes(100), "unknown"),
     ],
 )
-def test_what_is_no_picture_is_named(tmp_path, content, kind):
+def test_what_is_no_image_is_named(tmp_path, content, kind):
     path = tmp_path / "photo.png"
     path.write_bytes(content)
     with raises(PhotoError, file=path, given=kind, expected=FORMATS):
@@ -109,7 +109,7 @@ def test_the_suffix_does_not_matter(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
-def test_cmyk_keeps_its_colours(tmp_path, suffix):
+def test_cmyk_keeps_its_colors(tmp_path, suffix):
     flat = Image.new("RGB", (64, 48), (200, 40, 90))
     flat.convert("CMYK").save(tmp_path / f"a.{suffix}")
     with Image.open(tmp_path / f"a.{suffix}") as stored:
@@ -119,7 +119,7 @@ def test_cmyk_keeps_its_colours(tmp_path, suffix):
     assert np.abs(np.asarray(photo, float) - np.asarray(flat, float)).max() < 6
 
 
-def test_a_colour_profile_is_applied(tmp_path):
+def test_a_color_profile_is_applied(tmp_path):
     """A file whose profile swaps nothing but states linear light must come out brighter in sRGB."""
     linear = _linear_profile()
     Image.new("RGB", (32, 32), (55, 55, 55)).save(tmp_path / "a.png", icc_profile=linear)
@@ -129,7 +129,7 @@ def test_a_colour_profile_is_applied(tmp_path):
     assert np.asarray(read_photo(tmp_path / "b.png")).mean() == 55
 
 
-def test_a_broken_colour_profile_is_passed_over_and_told(tmp_path):
+def test_a_broken_color_profile_is_passed_over_and_told(tmp_path):
     save(tmp_path / "a.png", icc_profile=b"no profile at all")
     with warns(DataWarning, file=tmp_path / "a.png", given=PROFILE_UNUSED):
         assert close(read_photo(tmp_path / "a.png"), gradient(80, 64), 1)
@@ -144,7 +144,7 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
     assert photo[0, 32, 0] < 140, "clipped to white"
 
 
-def test_16_bit_colour_is_scaled(tmp_path):
+def test_16_bit_color_is_scaled(tmp_path):
     values = np.zeros((32, 32, 3), dtype=">u2")
     values[..., 0], values[..., 1] = 65535, 0x4000
     (tmp_path / "a.png").write_bytes(_png(32, 32, values.tobytes(), depth=16))
@@ -161,14 +161,14 @@ def test_values_without_a_range_are_refused(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
 def test_of_an_animation_the_first_frame_is_taken_and_told(tmp_path, suffix):
-    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "green")]
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "green")]
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
     with warns(DataWarning, file=tmp_path / f"a.{suffix}", given=FIRST_FRAME):
         photo = read_photo(tmp_path / f"a.{suffix}")
     assert np.abs(np.asarray(photo, float).mean((0, 1)) - (255, 0, 0)).max() < 8
 
 
-def test_a_phone_picture_with_a_preview_inside_is_no_animation(tmp_path):
+def test_a_phone_image_with_a_preview_inside_is_no_animation(tmp_path):
     gradient(64, 64).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[gradient(32, 32)])
     assert read_photo(tmp_path / "a.jpg").size == (64, 64)  # a warning would be an error here
 
@@ -194,7 +194,7 @@ def test_a_bomb_is_refused_by_its_header_alone(tmp_path):
             read_photo(tmp_path / "a.png")
 
 
-def test_a_real_picture_of_30_000_pixels_is_refused_and_its_size_told(tmp_path):
+def test_a_real_image_of_30_000_pixels_is_refused_and_its_size_told(tmp_path):
     Image.new("L", (30_000, 400)).save(tmp_path / "wide.png")
     with raises(PhotoError, file=tmp_path / "wide.png", where="max_side", given=(30_000, 400), expected=20_000):
         read_photo(tmp_path / "wide.png")
@@ -222,7 +222,7 @@ def _cut_out(mode: str) -> Image.Image:
 @pytest.mark.parametrize(
     ("mode", "suffix"), [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "gif"), ("RGBA", "webp"), ("RGBA", "tif")]
 )
-def test_transparent_parts_lie_on_the_stated_colour_and_make_a_mask(tmp_path, mode, suffix):
+def test_transparent_parts_lie_on_the_stated_color_and_make_a_mask(tmp_path, mode, suffix):
     path = tmp_path / f"a.{suffix}"
     _cut_out(mode).save(path, **({"lossless": True} if suffix == "webp" else {}))
     white, green = (np.asarray(read_photo(path, limits)) for limits in (PhotoLimits(), PhotoLimits(background=(0, 255, 0))))

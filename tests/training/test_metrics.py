@@ -8,27 +8,27 @@ import pytest
 from PIL import Image
 
 from tests.raising import raises
-from tests.training.clips import Bundled, picture
+from tests.training.clips import Bundled, random_image
 from veneer.injection.errors import VeneerError
 from veneer.training.report import metrics
-from veneer.training.report.feature_models import Features, of_clip
+from veneer.training.report.feature_models import Features, from_clip
 from veneer.training.report.metrics import (  # fmt: skip
-    Figure,
-    compared,
+    MeanInterval,
+    compare_paired,
     difference,
-    figure,
     layout,
+    mean_interval,
     measure,
     pixel_distance,
     prompt_distance,
     t_quantile,
 )
-from veneer.training.report.previews import Pair
+from veneer.training.report.previews import PreviewPair
 
 
 @pytest.fixture(scope="module")
 def clip():
-    return of_clip(Bundled(), "tiny CLIP")
+    return from_clip(Bundled(), "tiny CLIP")
 
 
 # intervals
@@ -40,7 +40,7 @@ def test_t_quantile_is_the_published_table(freedom, published):
 
 
 def test_figure_is_the_textbook_interval():
-    found = figure([1.0, 2.0, 3.0, 4.0])
+    found = mean_interval([1.0, 2.0, 3.0, 4.0])
     half = 3.182446 * math.sqrt(5 / 3) / 2
     assert (found.mean, found.n) == (2.5, 4)
     assert found.low == pytest.approx(2.5 - half)
@@ -49,59 +49,59 @@ def test_figure_is_the_textbook_interval():
 
 def test_the_interval_covers_the_truth_19_times_in_20():
     draws = np.random.default_rng(0).normal(0.3, 1.0, (2000, 6))
-    inside = np.mean([(f := figure(row)).low <= 0.3 <= f.high for row in draws])
+    inside = np.mean([(f := mean_interval(row)).low <= 0.3 <= f.high for row in draws])
     assert 0.935 < inside < 0.965
 
 
 def test_one_value_has_no_interval_and_none_is_refused():
-    assert figure([0.5]) == Figure(0.5, None, None, 1)
-    assert str(figure([0.5])) == "0.500 (n = 1)"
+    assert mean_interval([0.5]) == MeanInterval(0.5, None, None, 1)
+    assert str(mean_interval([0.5])) == "0.500 (n = 1)"
     for bad in ([], [1.0, float("nan")]):
         with raises(VeneerError, expected="finite"):
-            figure(bad)
+            mean_interval(bad)
 
 
 def test_paired_differences_see_what_the_two_intervals_hide():
     base = [0.1, 0.5, 0.9, 0.3]
-    found = compared([b + 0.05 + 0.001 * i for i, b in enumerate(base)], base)
+    found = compare_paired([b + 0.05 + 0.001 * i for i, b in enumerate(base)], base)
     assert found.clear
     assert found.adapted.low < found.base.high
-    assert not compared(base, base).clear
+    assert not compare_paired(base, base).clear
 
 
 # figures
 
 
 def test_figures_equal_explicit_sums(clip):
-    photos, pictures = [picture(i) for i in range(3)], [picture(10 + i) for i in range(4)]
-    concept = [Pair("a <toy> dog", i, picture(20 + i), p) for i, p in enumerate(pictures)]
-    unrelated = [Pair("a car", i, picture(30 + i), picture(40 + i)) for i in range(2)]
+    photos, images = [random_image(i) for i in range(3)], [random_image(10 + i) for i in range(4)]
+    concept = [PreviewPair("a <toy> dog", i, random_image(20 + i), p) for i, p in enumerate(images)]
+    unrelated = [PreviewPair("a car", i, random_image(30 + i), random_image(40 + i)) for i in range(2)]
     found = measure(clip, photos, concept, unrelated, {"<toy>": "toy"})
 
     def f(x):
-        return clip.pictures([x])[0]
+        return clip.images([x])[0]
 
-    table = [[float(f(g) @ f(p)) for p in photos] for g in pictures]
+    table = [[float(f(g) @ f(p)) for p in photos] for g in images]
     assert found.likeness.adapted.mean == pytest.approx(np.mean(table), abs=1e-6)
     assert found.nearest.adapted.mean == pytest.approx(np.mean([max(row) for row in table]), abs=1e-6)
     text = clip.texts(["a toy dog"])[0]
-    assert found.prompt_likeness.adapted.mean == pytest.approx(np.mean([float(f(g) @ text) for g in pictures]), abs=1e-6)
+    assert found.prompt_likeness.adapted.mean == pytest.approx(np.mean([float(f(g) @ text) for g in images]), abs=1e-6)
     pairs = [float(f(photos[i]) @ f(photos[j])) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert found.ceiling.mean == pytest.approx(np.mean(pairs), abs=1e-6)
     drift = [1 - float(f(u.base) @ f(u.adapted)) for u in unrelated]
     assert found.drift.mean == pytest.approx(np.mean(drift), abs=1e-6)
     assert found.likeness.gain.mean == pytest.approx(found.likeness.adapted.mean - found.likeness.base.mean, abs=1e-6)
     assert json.loads(json.dumps(found.as_dict()))["likeness"]["gain"]["n"] == 4
-    assert "prompt likeness" in str(found)
+    assert "prompt similarity" in str(found)
 
 
 def test_learning_the_photos_is_seen_and_not_learning_is_not(clip):
-    photos = [picture(i) for i in range(3)]
-    other = [picture(50 + i) for i in range(6)]
-    learnt = [Pair("x", i, other[i], photos[i % 3]) for i in range(6)]
-    same = [Pair("x", i, other[i], other[i]) for i in range(6)]
-    assert measure(clip, photos, learnt, same).likeness.clear
-    assert measure(clip, photos, learnt, same).nearest.adapted.mean == pytest.approx(1, abs=1e-5)
+    photos = [random_image(i) for i in range(3)]
+    other = [random_image(50 + i) for i in range(6)]
+    learned = [PreviewPair("x", i, other[i], photos[i % 3]) for i in range(6)]
+    same = [PreviewPair("x", i, other[i], other[i]) for i in range(6)]
+    assert measure(clip, photos, learned, same).likeness.clear
+    assert measure(clip, photos, learned, same).nearest.adapted.mean == pytest.approx(1, abs=1e-5)
     nothing = measure(clip, photos, same, same)
     assert not nothing.likeness.clear
     assert nothing.drift.mean == pytest.approx(0, abs=1e-6)
@@ -116,7 +116,7 @@ def test_pixel_distance_is_rms():
 
 def test_without_text_model_or_unrelated_prompts_those_figures_are_none(clip):
     blind = Features("blind", clip.preprocess, clip.of_pixels)
-    found = measure(blind, [picture(0)], [Pair("x", 0, picture(1), picture(2))])
+    found = measure(blind, [random_image(0)], [PreviewPair("x", 0, random_image(1), random_image(2))])
     assert found.prompt_likeness is found.drift is found.pixel_drift is found.ceiling is None
     assert "drift" not in str(found)
     json.dumps(found.as_dict())
@@ -124,12 +124,12 @@ def test_without_text_model_or_unrelated_prompts_those_figures_are_none(clip):
 
 def test_nothing_to_compare_is_refused(clip):
     with raises(VeneerError, where="photos", given=(0, 1)):
-        metrics.measure(clip, [], [Pair("x", 0, picture(1), picture(2))])
+        metrics.measure(clip, [], [PreviewPair("x", 0, random_image(1), random_image(2))])
 
 
 def colored(color, prompt, seed, adapted=None):
     images = [Image.new("RGB", (16, 16), c) for c in (color, color if adapted is None else adapted)]
-    return Pair(prompt, seed, *images)
+    return PreviewPair(prompt, seed, *images)
 
 
 def test_layout_is_the_distance_to_other_prompts_less_that_to_ones_own():
@@ -146,8 +146,11 @@ def test_layout_needs_two_prompts_and_two_images_of_each():
 
 
 def test_distance_of_unrelated_prompts(clip):
-    pairs = [Pair(prompt, seed, picture(i), picture(i + 9)) for i, (prompt, seed) in enumerate([("a", 0), ("a", 1), ("b", 0)])]
-    base = clip.pictures([pair.base for pair in pairs])
+    pairs = [
+        PreviewPair(prompt, seed, random_image(i), random_image(i + 9))
+        for i, (prompt, seed) in enumerate([("a", 0), ("a", 1), ("b", 0)])
+    ]
+    base = clip.images([pair.base for pair in pairs])
     expected = (2 - float(base[0] @ base[2]) - float(base[1] @ base[2])) / 2
     assert prompt_distance(clip, pairs) == pytest.approx(expected, abs=1e-5)
     assert prompt_distance(clip, pairs[:2]) is None

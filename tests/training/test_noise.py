@@ -7,7 +7,7 @@ import torch
 
 from tests.raising import raises
 from veneer.injection.errors import OptionError
-from veneer.training.objective.noise import NoiseOptions, draw_noise
+from veneer.training.objective.noise import NoiseOptions, sample_noise
 
 LATENTS = torch.randn(3, 9, 14, generator=torch.Generator().manual_seed(5)) + torch.tensor([0.0, 2.0, -3.0]).view(3, 1, 1)
 
@@ -17,7 +17,7 @@ def g(seed=1):
 
 
 def test_plain_noise_is_the_generators_normal_draw():
-    noise, seen = draw_noise(LATENTS, NoiseOptions(), g())
+    noise, seen = sample_noise(LATENTS, NoiseOptions(), g())
     assert torch.equal(noise, torch.randn(3, 9, 14, generator=g()))
     assert torch.equal(seen, noise)
 
@@ -26,7 +26,7 @@ def test_plain_noise_is_the_generators_normal_draw():
 @pytest.mark.parametrize("random", [False, True])
 def test_offset(adaptive, random):
     options = NoiseOptions(offset=0.1, offset_adaptive=adaptive, offset_random=random)
-    noise, seen = draw_noise(LATENTS, options, g())
+    noise, seen = sample_noise(LATENTS, options, g())
     source = g()
     plain = torch.randn(3, 9, 14, generator=source)
     strength = 0.1 * (torch.rand((), generator=source).item() if random else 1)
@@ -56,7 +56,7 @@ def bilinear(coarse, height, width):
 
 @pytest.mark.parametrize("levels", [1, 2, 6])
 def test_pyramid(levels):
-    noise, _ = draw_noise(LATENTS, NoiseOptions(pyramid=0.3, pyramid_levels=levels), g())
+    noise, _ = sample_noise(LATENTS, NoiseOptions(pyramid=0.3, pyramid_levels=levels), g())
     source = g()
     total = torch.randn(3, 9, 14, generator=source)
     sizes = []
@@ -77,7 +77,7 @@ def test_pyramid(levels):
 
 
 def test_perturbation_changes_the_input_and_not_the_target():
-    noise, seen = draw_noise(LATENTS, NoiseOptions(perturbation=0.1), g())
+    noise, seen = sample_noise(LATENTS, NoiseOptions(perturbation=0.1), g())
     source = g()
     plain, extra = (torch.randn(3, 9, 14, generator=source) for _ in range(2))
     assert torch.equal(noise, plain)
@@ -86,7 +86,7 @@ def test_perturbation_changes_the_input_and_not_the_target():
 
 def test_order_is_offset_then_pyramid_then_perturbation():
     both = NoiseOptions(offset=0.5, pyramid=0.3, pyramid_levels=1)
-    noise, _ = draw_noise(LATENTS, both, g())
+    noise, _ = sample_noise(LATENTS, both, g())
     source = g()
     plain = torch.randn(3, 9, 14, generator=source) + 0.5 * torch.randn((3, 1, 1), generator=source)
     torch.rand((), generator=source)
@@ -96,7 +96,7 @@ def test_order_is_offset_then_pyramid_then_perturbation():
 
 def test_offset_makes_brightness_vary():
     def spread(options):
-        return torch.stack([draw_noise(LATENTS, options, g(s))[0].mean((1, 2)) for s in range(400)]).var().item()
+        return torch.stack([sample_noise(LATENTS, options, g(s))[0].mean((1, 2)) for s in range(400)]).var().item()
 
     cells = 9 * 14
     assert spread(NoiseOptions()) == pytest.approx(1 / cells, rel=0.2)
@@ -111,5 +111,5 @@ def test_options_are_checked(bad):
 
 
 def test_half_precision_latents_get_float32_noise():
-    noise, seen = draw_noise(LATENTS.half(), NoiseOptions(offset=0.1, offset_adaptive=0.1), g())
+    noise, seen = sample_noise(LATENTS.half(), NoiseOptions(offset=0.1, offset_adaptive=0.1), g())
     assert noise.dtype == seen.dtype == torch.float32

@@ -35,7 +35,7 @@ def schedulers():
 def test_variance_preserving_formulas(scheduler, prediction):
     objective = from_scheduler(type(scheduler).from_config(scheduler.config, prediction_type=prediction))
     latents, noise = tensors()
-    noisy, target = objective.noised(latents, noise, T), objective.target(latents, noise, T)
+    noisy, target = objective.add_noise(latents, noise, T), objective.target(latents, noise, T)
     for i, t in enumerate(T.tolist()):
         alpha = float(scheduler.alphas_cumprod[t])
         for index in [(0, 0, 0), (2, 1, 4)]:
@@ -50,7 +50,7 @@ def test_agrees_with_diffusers_ddpm():
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     objective = from_scheduler(scheduler)
     latents, noise = tensors()
-    torch.testing.assert_close(objective.noised(latents, noise, T), scheduler.add_noise(latents, noise, T))
+    torch.testing.assert_close(objective.add_noise(latents, noise, T), scheduler.add_noise(latents, noise, T))
     torch.testing.assert_close(objective.target(latents, noise, T), scheduler.get_velocity(latents, noise, T))
     torch.testing.assert_close(objective.snr(T), compute_snr(scheduler, T))
 
@@ -59,10 +59,10 @@ def test_agrees_with_diffusers_ddpm():
 def test_everything_is_float32(kind):
     objective = from_scheduler(kind)
     latents, noise = tensors(dtype=torch.bfloat16)
-    t = objective.draws([torch.Generator().manual_seed(i) for i in range(4)])
-    values = objective.noised(latents, noise, t), objective.target(latents, noise, t), objective.weight(t), objective.snr(t)
+    t = objective.sample_timesteps([torch.Generator().manual_seed(i) for i in range(4)])
+    values = objective.add_noise(latents, noise, t), objective.target(latents, noise, t), objective.weight(t), objective.snr(t)
     assert [v.dtype for v in values] == [torch.float32] * 4
-    exact = objective.noised(latents.float(), noise.float(), t)
+    exact = objective.add_noise(latents.float(), noise.float(), t)
     assert torch.equal(values[0], exact)
 
 
@@ -160,7 +160,7 @@ def test_flow_formulas():
     objective = Flow(ObjectiveOptions())
     latents, noise = tensors()
     sigma = torch.tensor([1.0, 0.25, 0.5, 0.001])
-    noisy, target = objective.noised(latents, noise, sigma), objective.target(latents, noise, sigma)
+    noisy, target = objective.add_noise(latents, noise, sigma), objective.target(latents, noise, sigma)
     for i, s in enumerate(sigma.tolist()):
         for index in [(0, 0, 0), (2, 1, 4)]:
             x, e = float(latents[i][index]), float(noise[i][index])
@@ -176,7 +176,7 @@ def test_flow_agrees_with_the_scheduler():
     latents, noise = tensors()
     sigma, timesteps = scheduler.sigmas[[0, 300, 700, 998]], scheduler.timesteps[[0, 300, 700, 998]]
     torch.testing.assert_close(objective.model_input(sigma), timesteps)
-    torch.testing.assert_close(objective.noised(latents, noise, sigma), scheduler.scale_noise(latents, timesteps, noise))
+    torch.testing.assert_close(objective.add_noise(latents, noise, sigma), scheduler.scale_noise(latents, timesteps, noise))
 
 
 @pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
@@ -194,15 +194,15 @@ def test_flow_weights(weighting):
 
 def test_shifts_agree_with_the_scheduler():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    by_formula = [timestep_sampling.shifted(i / 1000, 3.0) for i in range(1000, 0, -1)]
+    by_formula = [timestep_sampling.shift_sigma(i / 1000, 3.0) for i in range(1000, 0, -1)]
     torch.testing.assert_close(scheduler.sigmas, torch.tensor(by_formula))
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     for tokens in (256, 1024, 4096):
         mu = timestep_sampling.flux_mu(tokens)
         assert mu == pytest.approx(calculate_shift(tokens))
-        assert timestep_sampling.exponentially_shifted(0.3, mu) == pytest.approx(dynamic.time_shift(mu, 1.0, 0.3))
+        assert timestep_sampling.shift_sigma_exponentially(0.3, mu) == pytest.approx(dynamic.time_shift(mu, 1.0, 0.3))
     assert [timestep_sampling.flux_mu(n) for n in (256, 4096)] == pytest.approx([0.5, 1.15])
-    assert timestep_sampling.exponentially_shifted(0.0, 1.0) == 0.0
+    assert timestep_sampling.shift_sigma_exponentially(0.0, 1.0) == 0.0
 
 
 # -- densities --------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_distribution_of_each_density(density):
     objective = from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0), options)
     g = torch.Generator().manual_seed(0)
     n = 4000
-    draws = sorted(objective.draw(g) for _ in range(n))
+    draws = sorted(objective.sample_timestep(g) for _ in range(n))
     distance = max(abs((i + 0.5) / n - CDFS[density](s)) for i, s in enumerate(draws) if 0.001 < s < 1)
     assert distance < 1.63 / math.sqrt(n)  # Kolmogorov-Smirnov at 1 %
 
@@ -250,7 +250,7 @@ def test_the_scripts_of_diffusers_have_the_other_sign_of_the_mean(density, mean)
     g = torch.Generator().manual_seed(1)
     for sign in (-1, 1):
         options = ObjectiveOptions(density=density, logit_mean=sign * mean)
-        ours = sum(from_scheduler(scheduler, options).draw(g) for _ in range(n)) / n
+        ours = sum(from_scheduler(scheduler, options).sample_timestep(g) for _ in range(n)) / n
         assert (abs(ours - theirs) < 0.02) == (sign < 0 or density == "mode")
 
 
@@ -259,15 +259,15 @@ def test_mode_density():
     for seed in range(20):
         u = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).item()
         expected = 1 - u - 1.29 * (math.cos(math.pi * u / 2) ** 2 - 1 + u)
-        assert objective.draw(torch.Generator().manual_seed(seed)) == pytest.approx(max(expected, 0.001))
+        assert objective.sample_timestep(torch.Generator().manual_seed(seed)) == pytest.approx(max(expected, 0.001))
 
 
 @pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode", "cubic", "sigmoid"])
 def test_indices_of_the_discrete_objectives(density):
     objective = from_scheduler(DDPMScheduler(), ObjectiveOptions(density=density))
-    draws = [objective.draw(torch.Generator().manual_seed(s)) for s in range(300)]
+    draws = [objective.sample_timestep(torch.Generator().manual_seed(s)) for s in range(300)]
     assert all(type(t) is int and 0 <= t <= 999 for t in draws)
-    u = [timestep_sampling.draw(density, objective.options, torch.Generator().manual_seed(s)) for s in range(300)]
+    u = [timestep_sampling.sample(density, objective.options, torch.Generator().manual_seed(s)) for s in range(300)]
     assert draws == [min(999, math.floor(x * 1000)) for x in u]
     if density == "cubic":
         assert sum(t > 875 for t in draws) / 300 == pytest.approx(0.5, abs=0.1)  # 1 − u³ > 0.875 for u < 0.5
@@ -276,14 +276,14 @@ def test_indices_of_the_discrete_objectives(density):
 def test_uniform_reaches_both_ends():
     objective = from_scheduler(DDPMScheduler(num_train_timesteps=4))
     g = torch.Generator().manual_seed(0)
-    assert {objective.draw(g) for _ in range(200)} == {0, 1, 2, 3}
+    assert {objective.sample_timestep(g) for _ in range(200)} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("density", timestep_sampling.DENSITIES)
 def test_one_draw_takes_one_number(density):
     objective = Flow(ObjectiveOptions(density=density))
     g, reference = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
-    objective.draw(g)
+    objective.sample_timestep(g)
     normal = density in ("logit_normal", "sigmoid", "shift", "flux_shift")
     (torch.randn if normal else torch.rand)((), generator=reference, dtype=torch.float64)
     assert torch.equal(g.get_state(), reference.get_state())
@@ -291,9 +291,9 @@ def test_one_draw_takes_one_number(density):
 
 def test_flux_shift_sees_the_size_of_the_sample():
     objective = Flow(ObjectiveOptions(density="flux_shift", tokens=256))
-    small, large = (objective.draw(torch.Generator().manual_seed(0), tokens=n) for n in (256, 4096))
+    small, large = (objective.sample_timestep(torch.Generator().manual_seed(0), tokens=n) for n in (256, 4096))
     assert small < large
-    assert small == objective.draw(torch.Generator().manual_seed(0))
+    assert small == objective.sample_timestep(torch.Generator().manual_seed(0))
 
 
 def test_dynamic_schedulers_have_no_shift_of_their_own_and_options_override():
@@ -305,9 +305,9 @@ def test_dynamic_schedulers_have_no_shift_of_their_own_and_options_override():
 def test_draws_makes_one_of_each_generator():
     for scheduler, dtype in [(DDPMScheduler(), torch.int64), (FlowMatchEulerDiscreteScheduler(), torch.float32)]:
         objective = from_scheduler(scheduler)
-        together = objective.draws([torch.Generator().manual_seed(s) for s in (1, 2, 3)])
+        together = objective.sample_timesteps([torch.Generator().manual_seed(s) for s in (1, 2, 3)])
         assert together.dtype == dtype
-        alone = [objective.draw(torch.Generator().manual_seed(s)) for s in (1, 2, 3)]
+        alone = [objective.sample_timestep(torch.Generator().manual_seed(s)) for s in (1, 2, 3)]
         assert together.tolist() == pytest.approx(alone)
 
 

@@ -1,4 +1,4 @@
-"""Optimisers by name, their rates, what a missing package says, and their state through tensors and JSON."""
+"""Optimizers by name, their rates, what a missing package says, and their state through tensors and JSON."""
 
 import json
 import sys
@@ -62,7 +62,7 @@ def test_missing_package_names_the_extra(name, module, extra, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "module", "extra"), OPTIONAL)
-def test_optional_optimisers_step_and_resume(name, module, extra):
+def test_optional_optimizers_step_and_resume(name, module, extra):
     pytest.importorskip(module)
     resumes_bitwise(name)
 
@@ -83,7 +83,7 @@ def test_state_survives_tensors_and_json(name):
 
 
 def resumes_bitwise(name):
-    """Six steps equal three, out through tensors and JSON, into a fresh optimiser, and three more."""
+    """Six steps equal three, out through tensors and JSON, into a fresh optimizer, and three more."""
     whole = parameters()
     steps(build(name, groups(whole), 0.01), whole, 0, 6)
 

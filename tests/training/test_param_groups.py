@@ -7,13 +7,13 @@ import pytest
 from veneer.injection import methods
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training import param_groups
-from veneer.training.personalization_config import teachable
+from veneer.training.personalization_config import trainable_methods
 
 ALONE = {"textual_inversion", "lst", "diffusekrona", "boft"}
 """Methods that train the text encoder by themselves, have no sites in this UNet, or need options for its widths."""
 
 
-@pytest.mark.parametrize("name", [name for name in teachable() if name not in ALONE])
+@pytest.mark.parametrize("name", [name for name in trainable_methods() if name not in ALONE])
 def test_the_text_encoder_is_adapted_beside_the_default_sites(name: str) -> None:
     """What a default names beyond the model is left out, and the text encoder is adapted whatever sites a method uses."""
     pipe = tiny_pipeline("sd")

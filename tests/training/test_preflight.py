@@ -11,7 +11,7 @@ from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.data.photo_folder import Photo
 from veneer.training.families import family
 from veneer.training.loop.config import TrainConfig
-from veneer.training.preflight import checks as look
+from veneer.training.preflight import checks
 from veneer.training.preflight.preflight import PreflightError, preflight
 from veneer.training.report.previews import PreviewSettings
 
@@ -37,10 +37,10 @@ def lora(pipe):
     return veneer.attach(pipe, "lora", rank=4)
 
 
-def concerns(lora, kind, config=RUN, pictures=None, concept="<toy>", **options):
+def concerns(lora, kind, config=RUN, images=None, concept="<toy>", **options):
     """(about, severity) of each concern, and the whole text."""
     options = {"resolution": 32, **options}
-    found = preflight([lora], config, photos() if pictures is None else pictures, kind, concept, **options)
+    found = preflight([lora], config, photos() if images is None else images, kind, concept, **options)
     return [(c.about, c.severity) for c in found.concerns], found.text()
 
 
@@ -53,7 +53,7 @@ def test_nothing_wrong_says_what_is_trained_and_what_it_costs(lora, kind, tmp_pa
     assert not found.warnings
     found.check()
     assert str(lora.report()) in found.text()
-    assert "photos: 4, the smallest 80×64; trained at 32 pixels, each seen about 100 times in 200 steps of 2" in found.text()
+    assert "photos: 4, the smallest 80×64; resolution 32; each is used about 100 times in 200 steps of 2" in found.text()
     values = sum(p.numel() for p in lora.parameters())
     cost = found.estimate
     assert cost.training == values * (4 + 8 + 4 + 8)  # gradient, two moments, average, the last good weights and average
@@ -80,36 +80,36 @@ def test_counted_from_shapes_is_near_the_measured(lora, kind):
 
 @pytest.mark.parametrize(
     ("rate", "optimizer", "said"),
-    [(1e-3, "adamw", ""), (1e-4, "adamw", ""), (0.1, "adamw", "100 times above lora's usual 0.001"),
-     (1e-6, "adamw8bit", "1000 times below lora's usual 0.001"), (0.1, "prodigy", ""), (0.1, "sgd", "")],
+    [(1e-3, "adamw", ""), (1e-4, "adamw", ""), (0.1, "adamw", "100 times above the default of lora, 0.001"),
+     (1e-6, "adamw8bit", "1000 times below the default of lora, 0.001"), (0.1, "prodigy", ""), (0.1, "sgd", "")],
 )  # fmt: skip
 def test_learning_rate_far_off_for_the_method(lora, rate, optimizer, said):
-    found = list(look.learning_rates([lora], replace(RUN, learning_rate=rate, optimizer=optimizer)))
+    found = list(checks.learning_rates([lora], replace(RUN, learning_rate=rate, optimizer=optimizer)))
     assert [said in c.message for c in found] == ([True] if said else [])
 
 
 def test_learning_rate_of_a_group_counts_for_its_method(lora):
     groups = [{"params": list(lora.parameters()), "lr_scale": 0.01}]
-    assert [c.about for c in look.learning_rates([lora], RUN, groups)] == ["learning rate"]
-    assert not list(look.learning_rates([lora], replace(RUN, learning_rate=0.1), groups))
+    assert [c.about for c in checks.learning_rates([lora], RUN, groups)] == ["learning rate"]
+    assert not list(checks.learning_rates([lora], replace(RUN, learning_rate=0.1), groups))
 
 
 def test_what_is_usual_on_a_base_counts_before_the_methods_own_rate(lora):
     far = replace(RUN, learning_rate=0.1)
-    assert not list(look.learning_rates([lora], far, usual_rates={"lora": 0.05}))
-    (told,) = look.learning_rates([lora], replace(RUN, learning_rate=1e-3), usual_rates={"lora": 0.05})
-    assert "50 times below lora's usual 0.05" in told.message
+    assert not list(checks.learning_rates([lora], far, default_rates={"lora": 0.05}))
+    (told,) = checks.learning_rates([lora], replace(RUN, learning_rate=1e-3), default_rates={"lora": 0.05})
+    assert "50 times below the default of lora, 0.05" in told.message
 
 
 def test_three_photos_of_90_pixels(lora, kind):
-    found, text = concerns(lora, kind, pictures=photos(3, (90, 90)), resolution=144)
+    found, text = concerns(lora, kind, images=photos(3, (90, 90)), resolution=144)
     assert ("photos", "warning") in found
     assert "3 of 3 are smaller than the resolution of 144 and will be enlarged up to 1.6 times" in text
     assert "0.jpg (90×90)" in text
 
 
 @pytest.mark.parametrize(
-    ("pictures", "about"),
+    ("images", "about"),
     [
         (photos(2), [("photos", "warning")]),
         ([], [("photos", "error")]),
@@ -117,25 +117,25 @@ def test_three_photos_of_90_pixels(lora, kind):
         (photos(3), []),
     ],
 )
-def test_too_few_photos(pictures, about):
-    assert [(c.about, c.severity) for c in look.pictures(pictures, 32, "<toy>")] == about
+def test_too_few_photos(images, about):
+    assert [(c.about, c.severity) for c in checks.images(images, 32, "<toy>")] == about
 
 
 def test_copies_and_captions_without_the_concept():
-    pictures = [replace(p, digest="same") for p in photos(3, caption="a photo of a dog")]
-    messages = [c.message for c in look.pictures(pictures, 32, "<toy>")]
+    images = [replace(p, digest="same") for p in photos(3, caption="a photo of a dog")]
+    messages = [c.message for c in checks.images(images, 32, "<toy>")]
     assert len(messages) == 2
-    assert "the same picture 3 times" in messages[0]
+    assert "3 copies of one image" in messages[0]
     assert "captions without the concept '<toy>'" in messages[1]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({}, ""), ({"steps": 10}, "5 times, which teaches little"), ({"steps": 10_000}, "learnt by heart"),
-     ({"warmup": 200}, "the warm-up of 200 does not end within 200 steps")],
+    [({}, ""), ({"steps": 10}, "5 times, which is too little training"), ({"steps": 10_000}, "overfits to the photos"),
+     ({"warmup": 200}, "the warm-up of 200 steps does not end within 200 steps")],
 )  # fmt: skip
 def test_too_few_or_too_many_steps(changes, said):
-    found = list(look.steps(replace(RUN, **changes), photos()))
+    found = list(checks.steps(replace(RUN, **changes), photos()))
     assert [said in c.message for c in found] == ([True] if said else [])
 
 
@@ -143,35 +143,35 @@ def test_too_few_or_too_many_steps(changes, said):
     ("concept", "severity", "said"),
     [("<toy>", None, ""), ("zorblax", None, ""), ("zorblax dog", None, ""), ("dog", "warning", "'dog' is a common word"),
      ("red dog", "warning", "'red dog' is a common word"),
-     ("<|endoftext|>", "error", "a mark of the tokenizer's own"), (" ", "error", "name it")],
+     ("<|endoftext|>", "error", "a special token of the tokenizer"), (" ", "error", "set it")],
 )  # fmt: skip
 def test_concept_word(lora, kind, concept, severity, said):
-    found = list(look.concept_word([lora], kind, concept, photos()))
+    found = list(checks.concept_word([lora], kind, concept, photos()))
     assert [c.severity for c in found] == ([severity] if severity else [])
     assert all(said in c.message for c in found)
 
 
 def test_token_that_the_tokenizer_already_has(lora, kind):
     kind.pipe.tokenizer.add_tokens(["<had>"])
-    found = list(look.concept_word([lora], kind, "<had>", photos()))
+    found = list(checks.concept_word([lora], kind, "<had>", photos()))
     assert ["already has the token '<had>'" in c.message for c in found] == [True]
 
 
 def test_new_tokens_must_hold_the_concept():
     pipe = tiny_pipeline("sd")
     words = veneer.attach(pipe, "textual_inversion", tokens="<new>", initialize="dog")
-    assert not list(look.concept_word([words], family(pipe), "<new>", photos()))
-    (concern,) = look.concept_word([words], family(pipe), "<other>", photos())
+    assert not list(checks.concept_word([words], family(pipe), "<new>", photos()))
+    (concern,) = checks.concept_word([words], family(pipe), "<other>", photos())
     assert concern.severity == "error"
-    assert "'<other>' is none of the new tokens, '<new>'" in concern.message
+    assert "'<other>' contains none of the new tokens, '<new>'" in concern.message
 
 
 def test_a_prompt_that_is_too_long(pipe, lora):
     long = "a dog " * 60
-    (concern,) = look.prompts(family(pipe), ["a dog", long, long])
+    (concern,) = checks.prompts(family(pipe), ["a dog", long, long])
     assert concern.severity == "error"
-    assert "has 122 tokens and the text encoder takes 77: shorten it" in concern.message
-    (concern,) = look.prompts(family(pipe, truncate="warn"), [long])
+    assert "has 122 tokens, above the text encoder's limit of 77: shorten it" in concern.message
+    (concern,) = checks.prompts(family(pipe, truncate="warn"), [long])
     assert concern.severity == "warning"
     found = preflight([lora], RUN, photos(caption=long + "<toy>"), family(pipe), "<toy>", resolution=32)
     assert found.estimate is None
@@ -182,27 +182,27 @@ def test_a_prompt_that_is_too_long(pipe, lora):
 
 def test_a_class_that_the_base_does_not_have():
     dit = family(tiny_pipeline("dit"))
-    assert not list(look.prompts(dit, ["duck"]))
-    (concern,) = look.prompts(dit, ["duk"])
+    assert not list(checks.prompts(dit, ["duck"]))
+    (concern,) = checks.prompts(dit, ["duk"])
     assert concern.severity == "error"
-    assert "Near: duck" in concern.message
+    assert "Similar names: duck" in concern.message
 
 
 def test_resolution(lora, kind):
-    assert [c.severity for c in look.side(33, kind)] == ["error"]
-    assert [c.severity for c in look.side(320, kind)] == ["warning"]
-    assert not list(look.side(kind.resolution, kind))
+    assert [c.severity for c in checks.side(33, kind)] == ["error"]
+    assert [c.severity for c in checks.side(320, kind)] == ["warning"]
+    assert not list(checks.side(kind.resolution, kind))
 
 
 def test_memory_and_disk_that_do_not_suffice():
     needs, has = {"memory": 2**31, "disk": 2**20}, {"memory": 2**30, "disk": 2**19}
-    assert [str(c).split(";")[0] for c in look.room(needs, has, certain=True)] == [
+    assert [str(c).split(";")[0] for c in checks.check_capacity(needs, has, certain=True)] == [
         "error: memory: the run needs about 2.00 GiB and 1.00 GiB are free: lower the batch or resolution, or use gradient "
         "checkpointing",
         "error: disk: the run needs about 1.0 MiB and 0.5 MiB are free: free space, choose a folder on another "
         "disk (--out), or write fewer checkpoints (--checkpoint-every)",
     ]
-    assert not list(look.room(needs, {"memory": None, "disk": 2**21}, certain=True))
+    assert not list(checks.check_capacity(needs, {"memory": None, "disk": 2**21}, certain=True))
 
 
 def test_nothing_attached_is_an_error(kind):

@@ -1,4 +1,4 @@
-"""Previews: the same picture every time and in every batch, the pipeline untouched, settings in the file."""
+"""Previews: the same image every time and in every batch, the pipeline untouched, settings in the file."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import veneer
 from tests.raising import raises
 from veneer.injection.errors import OptionError, VeneerError
 from veneer.testing.pipelines import FAMILIES, tiny_pipeline
-from veneer.training.report.previews import PreviewSettings, pairs, previews, read_settings, replaced, save_png
+from veneer.training.report.previews import PreviewSettings, generate_pairs, previews, read_settings, replace_words, save_png
 
 QUICK = PreviewSettings(seeds=(0, 1), steps=2, guidance=3.0)
 
@@ -23,13 +23,13 @@ def pipe():
     return tiny_pipeline("sd")
 
 
-def test_every_prompt_and_seed_has_its_own_picture(pipe):
+def test_every_prompt_and_seed_has_its_own_image(pipe):
     made = previews(pipe, ["a dog", "a cat"], QUICK)
     assert [(p.prompt, p.seed) for p in made] == [("a dog", 0), ("a dog", 1), ("a cat", 0), ("a cat", 1)]
     assert len({pixels(p.image).tobytes() for p in made}) == 4
 
 
-def test_a_picture_does_not_depend_on_batch_company_or_the_global_generator(pipe):
+def test_an_image_does_not_depend_on_batch_company_or_the_global_generator(pipe):
     alone = previews(pipe, ["a cat"], PreviewSettings(seeds=(1,), steps=2, guidance=3.0))[0]
     torch.manual_seed(123)
     torch.rand(7)
@@ -37,7 +37,7 @@ def test_a_picture_does_not_depend_on_batch_company_or_the_global_generator(pipe
     assert np.abs(pixels(alone.image) - pixels(together.image)).max() <= 1
 
 
-def test_stochastic_schedulers_are_seeded_by_picture_too(pipe):
+def test_stochastic_schedulers_are_seeded_by_image_too(pipe):
     from diffusers import DDPMScheduler
 
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
@@ -46,7 +46,7 @@ def test_stochastic_schedulers_are_seeded_by_picture_too(pipe):
     assert max(np.abs(pixels(a.image) - pixels(b.image)).max() for a, b in zip(one, two, strict=True)) <= 1
 
 
-def test_a_prompt_listed_twice_gives_two_pictures(pipe):
+def test_a_prompt_listed_twice_gives_two_images(pipe):
     first, second = previews(pipe, ["a dog", "a dog"], PreviewSettings(steps=2))
     assert pixels(first.image).tobytes() != pixels(second.image).tobytes()
 
@@ -103,7 +103,7 @@ def test_pairs_show_the_base_and_the_adapter(pipe):
         for name, p in tuned.named_parameters():
             if name.endswith("up"):
                 p.fill_(0.5)
-    found = pairs(pipe, tuned, ["a dog"], QUICK)
+    found = generate_pairs(pipe, tuned, ["a dog"], QUICK)
     for pair, before in zip(found, plain, strict=True):
         assert np.array_equal(pixels(pair.base), pixels(before.image))
         assert not np.array_equal(pixels(pair.adapted), pixels(pair.base))
@@ -111,8 +111,8 @@ def test_pairs_show_the_base_and_the_adapter(pipe):
 
 def test_base_words_change_the_words_but_not_the_noise(pipe):
     tuned = veneer.attach(pipe, "lora", rank=4)
-    same = pairs(pipe, [tuned], ["a red dog"], QUICK)
-    other = pairs(pipe, [tuned], ["a red dog"], QUICK, base_words={"red": "blue"})
+    same = generate_pairs(pipe, [tuned], ["a red dog"], QUICK)
+    other = generate_pairs(pipe, [tuned], ["a red dog"], QUICK, base_words={"red": "blue"})
     assert np.array_equal(pixels(same[0].adapted), pixels(other[0].adapted))
     assert not np.array_equal(pixels(same[0].base), pixels(other[0].base))
     noiseless = previews(pipe, ["a blue dog"], QUICK)
@@ -120,7 +120,7 @@ def test_base_words_change_the_words_but_not_the_noise(pipe):
 
 
 def test_replaced_takes_longest_first_and_tidies_spaces():
-    assert replaced("a <toy> and <toy-2>", {"<toy": "X", "<toy-2>": "car", "<toy>": ""}) == "a and car"
+    assert replace_words("a <toy> and <toy-2>", {"<toy": "X", "<toy-2>": "car", "<toy>": ""}) == "a and car"
 
 
 def test_settings_travel_in_the_png(tmp_path, pipe):
@@ -144,7 +144,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", None])
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
 def test_files_without_settings_say_so(tmp_path, content):
     path = tmp_path / "a.png"
     if content is None:

@@ -1,4 +1,4 @@
-"""N steps equal k steps, kill -9 and N - k more: bitwise in weights, optimiser, averaged weights, data and noise."""
+"""N steps equal k steps, kill -9 and N - k more: bitwise in weights, optimizer, averaged weights, data and noise."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_two_processes_equal_one(worker: Worker, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_pipeline_with_lora(processes: int, worker: Worker, tmp_path: Path) -> None:
-    """Real data and noise: the same pictures, captions and random states too. `kill_points` has many more moments."""
+    """Real data and noise: the same images, captions and random states too. `kill_points` has many more moments."""
     config = {**PIPELINE, "steps": 5, "checkpoint_every": 2}
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert worker.run(Job(str(whole), processes, model="pipeline", config=config)) == [0] * processes

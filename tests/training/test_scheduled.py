@@ -83,11 +83,11 @@ def test_the_loss_has_the_methods_terms_once_a_step_and_others_have_none() -> No
     expected = 0.25 + sum(a.penalty().item() for a in ranks)
     named = param_groups.named_state(ranks)
     trainer = Trainer(
-        config, param_groups.parameter_groups(ranks, {"adalora": 1.0}, 0, 1.0), param_groups.with_penalties(loss, ranks), named
+        config, param_groups.parameter_groups(ranks, {"adalora": 1.0}, 0, 1.0), param_groups.add_penalties(loss, ranks), named
     )
     assert config.gradient_accumulation_steps == 2
     assert trainer.fit().losses == [pytest.approx(expected, rel=1e-6)]
-    assert param_groups.with_penalties(loss, [plain]) is loss
+    assert param_groups.add_penalties(loss, [plain]) is loss
     assert param_groups.after_step([plain]) is None
     assert plain.penalty() is None
     assert param_groups.named_state([plain]).keys() == param_groups.named_parameters([plain]).keys()

@@ -10,7 +10,7 @@ from tests.training.resume_worker import trainer_of
 from veneer.training.loop.config import TrainConfig
 from veneer.training.loop.errors import TrainError
 from veneer.training.report import tracking as module
-from veneer.training.report.tracking import choose, tracking
+from veneer.training.report.tracking import select_trackers, tracking
 
 
 def scalars(folder, tag):
@@ -44,7 +44,7 @@ def test_none_writes_nothing(tmp_path):
 
 def test_unknown_tracker_lists_the_known(tmp_path):
     with raises(TrainError, where="tracker", given="tensorbord") as caught:
-        choose("tensorbord")
+        select_trackers("tensorbord")
     assert "tensorboard" in caught.value.expected
 
 
@@ -52,4 +52,4 @@ def test_missing_package_is_told_and_training_goes_on(monkeypatch, caplog, tmp_p
     monkeypatch.setattr(module, "get_available_trackers", lambda: [])
     with caplog.at_level(logging.WARNING), tracking("tensorboard", tmp_path, {}) as record:
         record({"loss": 1.0}, 1)
-    assert "tracker tensorboard is off: its package is not installed" in caplog.text
+    assert "tracker tensorboard is disabled: its package is not installed" in caplog.text

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.raising import raises
 from veneer.training.loop.config import SCHEDULES, TrainConfig
-from veneer.training.loop.distributed import share
+from veneer.training.loop.distributed import split_rows
 from veneer.training.loop.errors import TrainError
 from veneer.training.loop.seeds import generator
 from veneer.training.loop.trainer import Trainer
@@ -74,7 +74,7 @@ def test_accumulation_equals_a_big_batch(batch, accumulation):
 
 def test_shares_of_processes_are_all_rows_once():
     for samples, batch, processes in [(5, 5, 2), (12, 4, 3), (1, 1, 2), (7, 3, 1)]:
-        parts = [share(samples, batch, rank, processes) for rank in range(processes)]
+        parts = [split_rows(samples, batch, rank, processes) for rank in range(processes)]
         assert [row for own in parts for rows in own for row in rows] == list(range(samples))
         assert all(len(rows) <= math.ceil(batch / processes) for own in parts for rows in own)
 

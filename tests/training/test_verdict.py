@@ -14,24 +14,24 @@ from veneer.classification.report.metrics import compute_metrics
 from veneer.classification.report.verdict import Evidence
 from veneer.classification.report.verdict import verdict as transfer_verdict
 from veneer.control.config import ControlConfig
-from veneer.control.evaluation import Figures
+from veneer.control.evaluation import ControlMetrics
 from veneer.control.verdict import loss_trend
 from veneer.control.verdict import verdict as control_verdict
 from veneer.injection.errors import OptionError
 from veneer.training.personalization_config import PersonalizeConfig
-from veneer.training.report.metrics import Compared, Figure, Metrics
-from veneer.training.report.personalization_verdict import covered, personal_verdict
+from veneer.training.report.metrics import MeanInterval, Metrics, PairedMetric
+from veneer.training.report.personalization_verdict import personal_verdict, similarity_share
 from veneer.training.report.verdict import WORDS, Verdict
 
 CONFIG = PersonalizeConfig(photos=Path("photos"), concept="<x>", steps=100, out=Path("out"))
 
 
-def around(mean: float, half: float, n: int = 12) -> Figure:
-    return Figure(mean, mean - half, mean + half, n)
+def around(mean: float, half: float, n: int = 12) -> MeanInterval:
+    return MeanInterval(mean, mean - half, mean + half, n)
 
 
-def pair(adapted: float, base: float, half: float) -> Compared:
-    return Compared(around(adapted, half), around(base, half), around(adapted - base, half))
+def pair(adapted: float, base: float, half: float) -> PairedMetric:
+    return PairedMetric(around(adapted, half), around(base, half), around(adapted - base, half))
 
 
 OCTOPUS = Metrics(
@@ -122,14 +122,14 @@ def test_personalization(metrics, outcome):
 
 
 def test_one_image_is_too_few():
-    one = Figure(0.5, None, None, 1)
-    found = personal_verdict(changed(OCTOPUS, likeness=Compared(one, one, one)), CONFIG)
+    one = MeanInterval(0.5, None, None, 1)
+    found = personal_verdict(changed(OCTOPUS, likeness=PairedMetric(one, one, one)), CONFIG)
     assert (found.outcome, found.advice) == ("unknown", ("evaluate more images: --eval-seeds 3",))
 
 
 def test_share_of_the_distance():
-    assert covered(OCTOPUS) == pytest.approx(0.602 / (0.817 - 0.042))
-    assert covered(changed(OCTOPUS, ceiling=None)) is None
+    assert similarity_share(OCTOPUS) == pytest.approx(0.602 / (0.817 - 0.042))
+    assert similarity_share(changed(OCTOPUS, ceiling=None)) is None
 
 
 def test_advice_names_flags_of_the_command():
@@ -148,12 +148,14 @@ def test_advice_names_flags_of_the_command():
 
 # control
 
-CONTROL = ControlConfig(steps=100, generated_images=64).completed()
+CONTROL = ControlConfig(steps=100, generated_images=64).with_defaults()
 FALLING, RISING = [1.0 - 0.005 * i for i in range(100)], [0.3 + 0.005 * i for i in range(100)]
 
 
-def control_figures(over_free: tuple[float, float], over_misled: tuple[float, float] = (0.3, 0.05), free: float = 0.2) -> Figures:
-    return Figures("agreement (canny)", free + over_free[0], free, 0.1, over_free, over_misled, 38)
+def control_figures(
+    over_free: tuple[float, float], over_misled: tuple[float, float] = (0.3, 0.05), free: float = 0.2
+) -> ControlMetrics:
+    return ControlMetrics("agreement (canny)", free + over_free[0], free, 0.1, over_free, over_misled, 38)
 
 
 @pytest.mark.parametrize(

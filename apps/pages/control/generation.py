@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from veneer.control.generation import condition_of, follows, told
+from veneer.control.generation import condition_argument, condition_inputs, condition_of
 from veneer.control.maps import maps
-from veneer.control.maps.resize import resized
+from veneer.control.maps.resize import resize_map
 from veneer.control.maps.sketch import sketch_map
 from veneer.injection import OptionError, VeneerError
 from veneer.training.report.previews import save_png
@@ -59,7 +59,7 @@ def control_adapters(workspace: Workspace) -> dict[str, ControlAdapter]:
     found = {}
     for name, file in workspace.all_adapters().items():
         try:
-            kind = follows(file)
+            kind = condition_argument(file)
         except (VeneerError, OSError):
             continue
         if kind:
@@ -102,7 +102,7 @@ def condition_image(condition: str, source_input: ConditionInput, size: tuple[in
         return sketch_map(load_sketch(source_input.sketch), condition, size)
     image = load_photo(source_input.photo)
     if source_input.source == "map":
-        return resized(_crop(image, size), size)
+        return resize_map(_crop(image, size), size)
     return maps.get(condition)(ImageOps.fit(image, size, Image.Resampling.LANCZOS))
 
 
@@ -168,4 +168,4 @@ def generate(
 
 
 def _conditions(image: Image.Image, pipe: Any, control: Any) -> Any:
-    return told(pipe, control, image)
+    return condition_inputs(pipe, control, image)

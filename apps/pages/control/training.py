@@ -74,7 +74,7 @@ def conditions(method: str) -> list[str]:
 
 def default_steps(method: str, base: str) -> int:
     """Default training steps for a base model."""
-    return int(ControlConfig(method=method, base=base).completed().steps or 1)
+    return int(ControlConfig(method=method, base=base).with_defaults().steps or 1)
 
 
 def preset_choices(method: str, base: str, workspace: Workspace | None = None) -> list[tuple[str, str]]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.pipelines.generate import draws
+from veneer.pipelines.generate import is_diffusion_adapter
 
-from veneer.control.generation import follows
+from veneer.control.generation import condition_argument
 from veneer.injection import OptionError, VeneerError
-from veneer.training.report.image_grid import Row, sheet
+from veneer.training.report.image_grid import GridRow, make_grid
 from veneer.training.report.previews import save_png
 
 from ...context import Context, escape_markup
@@ -41,7 +41,7 @@ def text_adapters(workspace: Workspace) -> list[str]:
 
 def _is_text_adapter(file: Path) -> bool:
     try:
-        return draws(file) and follows(file) is None
+        return is_diffusion_adapter(file) and condition_argument(file) is None
     except (VeneerError, OSError):
         return False
 
@@ -103,8 +103,8 @@ def _sweep(context: Context, generation: GenerationRequest, uses: dict[str, Adap
         )
         items += [save_image(folder, p, generation, scaled, f"strength × {scale:g}") for p in columns[-1]]
         yield [*items], f"{len(items)} of {generation.count * len(SWEEP_SCALES)}"
-    rows = [Row(f"seed {row[0].seed}", tuple((p.image,) for p in row)) for row in zip(*columns, strict=True)]
-    grid = sheet(rows, title=generation.prompt, note=", ".join(uses), columns=[f"× {scale:g}" for scale in SWEEP_SCALES])
+    rows = [GridRow(f"seed {row[0].seed}", tuple((p.image,) for p in row)) for row in zip(*columns, strict=True)]
+    grid = make_grid(rows, title=generation.prompt, note=", ".join(uses), columns=[f"× {scale:g}" for scale in SWEEP_SCALES])
     facts = {
         **columns[-1][0].settings,
         "base": generation.base,

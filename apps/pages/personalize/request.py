@@ -15,7 +15,7 @@ from veneer.injection import OptionError
 from veneer.training import param_groups
 from veneer.training.loop.config import PRESETS, preset_steps
 from veneer.training.method_names import SHORTHANDS, split_methods
-from veneer.training.personalization_config import PersonalizeConfig, teachable
+from veneer.training.personalization_config import PersonalizeConfig, trainable_methods
 from veneer.training.preflight.estimates import size
 from veneer.training.preflight.step_cost import STATES
 
@@ -65,7 +65,7 @@ def method_names(include_untuned: bool) -> list[str]:
         include_untuned: also list every other compatible method, which is slow the first time.
     """
     tuned = [name for name in base_models.preset("bundled").training if not methods.get(name).conditions]
-    others = [name for name in teachable() if name not in tuned] if include_untuned else []
+    others = [name for name in trainable_methods() if name not in tuned] if include_untuned else []
     return [*SHORTHANDS, *tuned, *others]
 
 
@@ -81,7 +81,7 @@ def main_method(method: str) -> str:
 def options_of(method: str) -> list[Field]:
     """Form fields of a method's options."""
     kind: Any = methods.get(main_method(method))
-    skip = FROM_CONCEPT if param_groups.learns_words(kind) else FROM_CONCEPT[:1]
+    skip = FROM_CONCEPT if param_groups.trains_token_embeddings(kind) else FROM_CONCEPT[:1]
     return fields_of(kind, skip=skip)
 
 
@@ -99,7 +99,7 @@ def check_base(name: str) -> str:
 def preset_settings(preset: str, base: str, method: str) -> dict[str, str]:
     """Settings of a preset by name; the others keep their defaults."""
     named: dict[str, Any] = {"base": check_base(base), "method": check_text(method, "method")}
-    config = PersonalizeConfig(photos=Path(), concept="x", out=Path(), **named).completed()
+    config = PersonalizeConfig(photos=Path(), concept="x", out=Path(), **named).with_defaults()
     steps = preset_steps(preset, config.steps or 500)
     return {
         "steps": str(steps),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from veneer.pipelines.generate import taught_words
+from veneer.pipelines.generate import words_for_base
 
 from veneer import base_models
 from veneer.injection import OptionError, VeneerError
@@ -134,7 +134,7 @@ def generate_batches(
     """
     words: dict[str, str] = {}
     for use in uses.values() if without_adapters else ():
-        words |= taught_words(use.file)
+        words |= words_for_base(use.file)
     for batch in generation.batches():
         yield generator.generate(
             generation.base, [generation.prompt], batch, [] if without_adapters else list(uses.values()), words

@@ -141,7 +141,7 @@ class TransferConfig:
             given = getattr(self, name)
             raise OptionError(f"{name} is {given!r}; expected {expected}.", option=name, given=given, expected=expected)
 
-    def completed(self) -> TransferConfig:
+    def with_defaults(self) -> TransferConfig:
         """The config with a results folder, a new one if none is set."""
         dataset = Path(self.data).name if self.data else "digits"
         return self if self.out else dataclasses.replace(self, out=new_folder(Path("runs"), f"{dataset}-{self.method}"))

@@ -1,4 +1,4 @@
-"""Control by maps: what is computed from a picture or drawn by hand, paired with photos, and measured on generated pictures."""
+"""Control adapters: control maps from images or sketches, training on pairs, and evaluation of generated images."""
 
 from veneer.extras import require
 

@@ -127,32 +127,33 @@ class ControlConfig:
         for name in ("validation", "image_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 given = getattr(self, name)
-                raise OptionError(f"{name} is {given!r}; expected a share in [0, 1).", option=name, given=given)
+                raise OptionError(f"{name} is {given!r}; expected a fraction in [0, 1).", option=name, given=given)
         if not methods.get(self.method).conditions:
-            fitting = tuple(n for n in methods.names() if methods.get(n).conditions)
-            message = f"method {self.method!r} is given nothing to follow; expected one of {', '.join(fitting)}."
-            raise OptionError(message, option="method", given=self.method, expected=fitting)
-        stray = sorted(set(self.options) - {self.method})
-        if stray:
-            message = f"options for {', '.join(stray)}, but the run trains {self.method}."
-            raise OptionError(message, option="options", given=tuple(stray), expected=(self.method,))
-        if self.condition is not None and (maps.get(self.condition).name == "image") != self.reads_pictures:
-            message = f"{self.method} follows {'pictures' if self.reads_pictures else 'maps'}, not {self.condition!r}."
+            supported = tuple(n for n in methods.names() if methods.get(n).conditions)
+            message = f"method {self.method!r} has no condition; expected one of {', '.join(supported)}."
+            raise OptionError(message, option="method", given=self.method, expected=supported)
+        unknown = sorted(set(self.options) - {self.method})
+        if unknown:
+            message = f"options for {', '.join(unknown)}, but the run trains {self.method}."
+            raise OptionError(message, option="options", given=tuple(unknown), expected=(self.method,))
+        if self.condition is not None and (maps.get(self.condition).name == "image") != self.uses_image_embeddings:
+            expected = "image" if self.uses_image_embeddings else "a map"
+            message = f"{self.method} does not support condition {self.condition!r}; expected {expected}."
             raise OptionError(message, option="condition", method=self.method, given=self.condition)
 
     @property
-    def reads_pictures(self) -> bool:
-        """True for a method that follows pictures by their features, not maps of them."""
+    def uses_image_embeddings(self) -> bool:
+        """True for a method conditioned on image embeddings, False for maps."""
         return "embeds" in methods.get(self.method).conditions
 
-    def completed(self) -> ControlConfig:
-        """The same with every open choice made: what is usual on the base, and a new folder."""
+    def with_defaults(self) -> ControlConfig:
+        """The config with all defaults resolved: the base model's preset and a new results folder."""
         check_features(self.features)
         known = base_models.preset(self.base).training.get(self.method, {})
-        condition = self.condition or ("image" if self.reads_pictures else "canny")
-        usual: dict[str, Any] = {
+        condition = self.condition or ("image" if self.uses_image_embeddings else "canny")
+        resolved: dict[str, Any] = {
             "condition": condition,
-            "steps": self.usual_steps() if self.steps is None else self.steps,
+            "steps": self.default_steps() if self.steps is None else self.steps,
             "batch": int(known.get("batch", 4)) if self.batch is None else self.batch,
             "schedule": self.schedule or str(known.get("schedule", "constant")),
             "learning_rate": self._rate(known),
@@ -160,39 +161,39 @@ class ControlConfig:
             "out": self.out or new_folder(Path("runs"), f"{condition}-{self.method}"),
         }
         if self.preview_every is None:
-            usual["preview_every"] = max(1, usual["steps"] // 4)
+            resolved["preview_every"] = max(1, resolved["steps"] // 4)
         if self.train is None:
-            usual["train"] = ("attn.out", "xattn.out") if self.method == "controlnext" else ()
+            resolved["train"] = ("attn.out", "xattn.out") if self.method == "controlnext" else ()
         if self.caption_dropout is None:
-            usual["caption_dropout"] = float(known.get("caption_dropout", 0.1 if self.reads_pictures else 0.5))
+            resolved["caption_dropout"] = float(known.get("caption_dropout", 0.1 if self.uses_image_embeddings else 0.5))
         if self.timestep_sampling is None and self.method == "t2i_adapter":
-            usual["timestep_sampling"] = "cubic"
-        found = dataclasses.replace(self, **usual)
-        found.loop(), found.objective(), found.built()
-        return found
+            resolved["timestep_sampling"] = "cubic"
+        config = dataclasses.replace(self, **resolved)
+        config.loop(), config.objective(), config.build_method()
+        return config
 
     def _rate(self, known: Mapping[str, Any]) -> float:
-        usual = float(known.get("learning_rate", methods.get(self.method).learning_rate))
-        return usual if self.learning_rate is None else self.learning_rate
+        default = float(known.get("learning_rate", methods.get(self.method).learning_rate))
+        return default if self.learning_rate is None else self.learning_rate
 
-    def usual_steps(self) -> int:
-        """The default number of optimizer steps on the base."""
+    def default_steps(self) -> int:
+        """Default number of optimizer steps on the base model."""
         return int(base_models.preset(self.base).training.get(self.method, {}).get("steps", 20_000))
 
-    def built(self) -> Method:
+    def build_method(self) -> Method:
         """The method's config."""
         return methods.get(self.method).from_config(self.options.get(self.method, {}))
 
     def loop(self) -> TrainConfig:
-        """The loop's part."""
+        """Configuration of the training loop."""
         names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
         return TrainConfig(**{name: getattr(self, name) for name in names})
 
     def objective(self) -> ObjectiveOptions:
-        """The objective's part."""
+        """Options of the objective."""
         return ObjectiveOptions(density=self.timestep_sampling)
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share beyond the loop's settings and the pictures' bytes."""
+        """Settings that must match on resume, besides those of the loop and the digests of the images."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in WITHOUT_EFFECT and not hasattr(TrainConfig, k)}
         return dict(json.loads(json.dumps(fields, default=str, sort_keys=True)))

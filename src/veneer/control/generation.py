@@ -1,4 +1,4 @@
-"""Drawing under maps and pictures: what `veneer control generate` does."""
+"""Generation with maps and images as conditions, for `veneer control generate`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from veneer.training.report.previews import PreviewSettings, check_counts, previ
 
 from .image_embedding import embedder
 from .maps import maps
-from .maps.resize import resized
+from .maps.resize import resize_map
 
 
 @dataclass(frozen=True)
-class DrawConfig:
+class ControlGenerateConfig:
     """Configuration of `veneer control generate` and its defaults.
 
     Args:
@@ -71,27 +71,28 @@ class DrawConfig:
         check_counts(self.images_per_prompt, self.steps)
 
 
-def draw_under(config: DrawConfig, adapters: list[tuple[Path, float]], base: str) -> list[Path]:
-    """Draw, and write one PNG a picture, and `map-1.png` and so on.
+def generate_with_control(config: ControlGenerateConfig, adapters: list[tuple[Path, float]], base: str) -> list[Path]:
+    """Generates images and writes one PNG per image, and the maps as `map-1.png` and so on.
 
     Args:
-        adapters: paths and strengths. `base`: of all.
+        adapters: paths and strengths. `base`: their base model.
     Raises:
-        VeneerError: other numbers of photos and of adapters that follow something, or of another shape than is drawn.
+        VeneerError: the number of images differs from that of the control adapters, or an image has another aspect ratio than the
+            output.
     """
     if config.image and config.map:
-        message = "give --image, whose maps are computed, or --map, the maps themselves; not both."
+        message = "expected either --image, whose maps are computed, or --map, the maps themselves, not both."
         raise OptionError(message, option="map", expected="image or map")
     preset, device = base_models.preset(base), resolve_device(config.device)
     pipe = base_models.load(base).to(device)
     param_groups.freeze(pipe)
     kind = family(pipe)
     loaded = [(a, path) for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
-    following = [(a, path) for a, path in loaded if a.method.conditions]
+    controls = [(a, path) for a, path in loaded if a.method.conditions]
     files = config.map or config.image
-    if len(files) != len(following):
-        message = f"{len(files)} pictures for {len(following)} adapters that follow one; expected one for each, in order."
-        raise OptionError(message, option="image", given=len(files), expected=len(following))
+    if len(files) != len(controls):
+        message = f"{len(files)} images for {len(controls)} control adapters; expected one per adapter, in order."
+        raise OptionError(message, option="image", given=len(files), expected=len(controls))
     side = kind.resolution
     size = config.size or (side, side)
     settings = PreviewSettings(
@@ -102,57 +103,57 @@ def draw_under(config: DrawConfig, adapters: list[tuple[Path, float]], base: str
     config.out.mkdir(parents=True, exist_ok=True)
     written = []
     with contextlib.ExitStack() as scopes:
-        for number, ((control, path), file) in enumerate(zip(following, files, strict=True), 1):
-            picture, given = _given(config, kind, control, path, file, size)
+        for number, ((control, path), file) in enumerate(zip(controls, files, strict=True), 1):
+            image, given = _load_condition(config, kind, control, path, file, size)
             scopes.enter_context(control.condition(**given, start=config.start, end=config.end, pipeline=pipe))
-            written.append(save_png(picture, config.out / f"map-{number}.png", {"of": str(file)}))
+            written.append(save_png(image, config.out / f"map-{number}.png", {"of": str(file)}))
         made = previews(pipe, config.prompt, settings)
     facts = {"base": base, "adapters": list(config.adapter), "given": [str(f) for f in files]}
     return [*written, *(save_preview(config.out, preview, facts) for preview in made)]
 
 
-def _given(
-    config: DrawConfig, kind: Family, control: Attachment, path: Path, file: Path, size: tuple[int, int]
+def _load_condition(
+    config: ControlGenerateConfig, kind: Family, control: Attachment, path: Path, file: Path, size: tuple[int, int]
 ) -> tuple[Image.Image, Mapping[str, Any]]:
-    """What an adapter is given, as a picture and by its name."""
-    picture = read_photo(file)
+    """Condition of an adapter: as an image, and as inputs by name."""
+    image = read_photo(file)
     if "embeds" in control.method.conditions:
-        return picture, told(kind.pipe, control, picture)
-    fits = abs(picture.width * size[0] - picture.height * size[1]) <= 0.01 * picture.height * size[1]
+        return image, condition_inputs(kind.pipe, control, image)
+    fits = abs(image.width * size[0] - image.height * size[1]) <= 0.01 * image.height * size[1]
     if not fits:
-        message = f"{file} has {picture.width} × {picture.height} pixels, and {size[1]} × {size[0]} are drawn. Crop it alike."
-        raise VeneerError(message, file=file, given=picture.size, expected=size[::-1])
+        message = f"{file} has {image.width} × {image.height} pixels, the output {size[1]} × {size[0]}. Crop the image."
+        raise VeneerError(message, file=file, given=image.size, expected=size[::-1])
     if config.map:
-        found = resized(picture, size[::-1])
+        found = resize_map(image, size[::-1])
     else:
         name = config.condition or condition_of(path)
         if name is None:
-            message = f"{path} does not say what it follows; say it with --condition, or give the map itself with --map."
+            message = f"{path} does not name its condition; set --condition, or provide the map with --map."
             raise OptionError(message, option="condition", file=path)
-        found = maps.get(name)(picture.resize(size[::-1], Image.Resampling.LANCZOS))
-    return found, told(kind.pipe, control, found)
+        found = maps.get(name)(image.resize(size[::-1], Image.Resampling.LANCZOS))
+    return found, condition_inputs(kind.pipe, control, found)
 
 
-def told(pipe: Any, control: Attachment, picture: Image.Image) -> Mapping[str, Any]:
-    """What an adapter that follows something is given, by name: the embedding of a picture, or a map as it is."""
-    return {"embeds": embedder(pipe)([picture])} if "embeds" in control.method.conditions else {"image": picture}
+def condition_inputs(pipe: Any, control: Attachment, image: Image.Image) -> Mapping[str, Any]:
+    """Condition inputs of a control adapter by name: the image embedding, or the map."""
+    return {"embeds": embedder(pipe)([image])} if "embeds" in control.method.conditions else {"image": image}
 
 
-def follows(path: Path) -> str | None:
-    """What the adapter in a file is given when it draws: `image` (a map) or `embeds` (a picture); None for nothing.
+def condition_argument(path: Path) -> str | None:
+    """Condition argument of the adapter in a file: `image` (a map) or `embeds` (an image embedding); None without conditions.
 
     Raises:
-        LoadError: it is no whole safetensors file.
+        LoadError: an incomplete safetensors file.
     """
     file = read(path)
     known = format_of(file)
-    there = {layer.method for layer in known.layers(file)} if known else set()
-    given = [methods.get(name).conditions for name in methods.names() if name in there]
-    return next((names[0] for names in given if names), None)
+    present = {layer.method for layer in known.layers(file)} if known else set()
+    conditions = [methods.get(name).conditions for name in methods.names() if name in present]
+    return next((names[0] for names in conditions if names), None)
 
 
 def condition_of(path: Path) -> str | None:
-    """What an adapter's file says that it follows; None for files that do not."""
+    """The condition in the metadata of an adapter file, or None."""
     file = read(path)
     header = file.json(KEY) if KEY in file.metadata else {}
     found: str | None = header.get("provenance", {}).get("condition")

@@ -1,4 +1,4 @@
-"""Pictures as an IP-Adapter is given them: by the pipeline's own image encoder, or by the bundled CLIP where it has none."""
+"""Image embeddings for IP-Adapter, from the pipeline's image encoder or the bundled CLIP."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from veneer.training.report.feature_models import features
 
 @dataclass(frozen=True)
 class Embedder:
-    """An encoder of pictures.
+    """An image encoder.
 
     Args:
-        name: of the encoder, which is saved with what learns from it.
-        width: of the embeddings. `run`: pictures to (pictures, width).
+        name: name of the encoder, saved with adapters trained on it.
+        width: width of the embeddings. `run`: images to (images, width).
     """
 
     name: str
@@ -27,22 +27,22 @@ class Embedder:
     run: Any
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """(pictures, width), single precision, on the CPU."""
-        found: Tensor = self.run(list(pictures)).float().cpu()
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embeddings, (images, width), float32 on the CPU."""
+        found: Tensor = self.run(list(images)).float().cpu()
         return found
 
 
 def embedder(pipe: Any) -> Embedder:
-    """The encoder for a pipeline: `image_encoder` with `feature_extractor`, else the bundled CLIP's unit features."""
+    """The image encoder of a pipeline: `image_encoder` with `feature_extractor`, else the features of the bundled CLIP."""
     encoder, extractor = (getattr(pipe, name, None) for name in ("image_encoder", "feature_extractor"))
     if encoder is None or extractor is None:
         bundled = features("bundled", pipe.device)
-        width = bundled.pictures([Image.new("RGB", (64, 64))]).shape[-1]
-        return Embedder("bundled CLIP", width, lambda pictures: bundled.pictures(pictures) * width**0.5)
+        width = bundled.images([Image.new("RGB", (64, 64))]).shape[-1]
+        return Embedder("bundled CLIP", width, lambda images: bundled.images(images) * width**0.5)
 
-    def run(pictures: list[Image.Image]) -> Any:
-        pixels = extractor(pictures, return_tensors="pt").pixel_values.to(encoder.device, encoder.dtype)
+    def run(images: list[Image.Image]) -> Any:
+        pixels = extractor(images, return_tensors="pt").pixel_values.to(encoder.device, encoder.dtype)
         return encoder(pixels).image_embeds
 
     return Embedder(type(encoder).__name__, encoder.config.projection_dim, run)

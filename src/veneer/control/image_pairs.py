@@ -1,11 +1,11 @@
-"""Photos with maps that someone made, as files: which belong together, which have no partner, and reading them.
+"""Photos with map files: matching and reading of pairs.
 
-Two layouts, found by themselves; suffixes of photo and map may differ:
+Two layouts are detected; suffixes of photo and map may differ:
 
 - `DATA/images/NAME.png` and `DATA/conditions/NAME.png`; the second folder may also be `conditioning`, `maps` or `control`;
-- `DATA/NAME.png` and, beside it, `DATA/NAME.map.png` or `DATA/NAME_map.png`.
+- `DATA/NAME.png` and `DATA/NAME.map.png` or `DATA/NAME_map.png`.
 
-Captions and masks of the photos are those of `veneer.training.data.photo_folder`.
+Captions and masks of the photos are read as in `veneer.training.data.photo_folder`.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from veneer.training.data.image_io import DataError, DataWarning, PhotoLimits, decode, read_bytes
-from veneer.training.data.photo_folder import Photo, concerns, find_photos
+from veneer.training.data.photo_folder import Photo, find_photos, photo_warnings
 
-from .maps.resize import resized
+from .maps.resize import resize_map
 
 FOLDERS = ("conditions", "conditioning", "maps", "control")
 ENDINGS = (".map", "_map")
@@ -29,8 +29,8 @@ _EXPECTED = f"images/NAME.png with {FOLDERS[0]}/NAME.png, or NAME.png with NAME.
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A photo and the file of its map."""
+class PhotoMapPair:
+    """A photo and its map file."""
 
     photo: Photo
     map: Photo
@@ -39,16 +39,16 @@ class Pair:
         """The upright RGB photo and its map, RGB at the photo's size; see `veneer.control.maps.resize`.
 
         Raises:
-            DataError: a file that cannot be read, or whose bytes are not those that were found.
+            DataError: a file that cannot be read, or that has changed.
         """
         photo, given = (_read(each, limits) for each in (self.photo, self.map))
-        return photo, resized(given, photo.size)
+        return photo, resize_map(given, photo.size)
 
 
-class Pairs(NamedTuple):
-    """The pairs, sorted by the photo's name, and a line for everything that was left out or looks wrong."""
+class FoundPairs(NamedTuple):
+    """The pairs, sorted by the photo's name, and notes on skipped files and warnings."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[PhotoMapPair, ...]
     notes: tuple[str, ...]
 
 
@@ -57,43 +57,45 @@ def find_pairs(
     *,
     limits: PhotoLimits = PhotoLimits(),  # noqa: B008 (frozen)
     strict: bool = False,
-) -> Pairs:
-    """The photos of a folder that have a map; for layouts see the module. Every file is decoded once, so none fails later.
+) -> FoundPairs:
+    """Finds the photos with maps in a folder; for layouts see the module. Every file is decoded once, to find errors early.
 
-    Left out, each named in a note: unreadable files, photos without a map, maps without a photo, and pairs whose aspect ratios
-    differ by more than 1 % (and by more than a pixel, in small pictures).
+    Skipped with a note: unreadable files, photos without a map, maps without a photo, and pairs whose aspect ratios differ by
+    more than 1 % (and by more than a pixel, in small images).
 
     Args:
-        strict: an error, with everything that would be left out, in place of leaving out.
+        strict: raise an error with all of these instead of skipping them.
 
     Raises:
-        DataError: no such folder, no layout or both, two files of one name, no pair at all, `strict` and something to leave out.
+        DataError: no such folder, no layout or both, two files with the same name, no pairs, or `strict` and skipped files.
     """
     source = Path(source).expanduser()
-    photos, maps, notes = _found(source, limits, strict)
+    photos, maps, notes = _read_layout(source, limits, strict)
     ours, theirs = _by_name(source, "photos", photos), _by_name(source, "maps", maps)
-    both = {name: Pair(ours[name][0], theirs[name][0]) for name in ours if name in theirs}
+    both = {name: PhotoMapPair(ours[name][0], theirs[name][0]) for name in ours if name in theirs}
     fitting = [pair for pair in both.values() if _fits(pair)]
-    problems = [*_alone(source, ours, theirs), *(_misfit(pair) for pair in both.values() if not _fits(pair))]
+    problems = [*_unmatched(source, ours, theirs), *(_misfit(pair) for pair in both.values() if not _fits(pair))]
     if problems and (strict or not fitting):
         listing = "".join(f"\n  {line}" for line in (*notes, *problems))
-        message = f"{source}: {len(fitting)} photos with a map that fits; expected {_EXPECTED}. Found:{listing}"
+        message = f"{source}: {len(fitting)} photos with a matching map; expected {_EXPECTED}. Found:{listing}"
         raise DataError(message, file=source, where="pairs", given=(*notes, *problems), expected=len(fitting))
     clear = [pair.map.path.name for pair in fitting if pair.map.mask == pair.map.path]
     if clear:
-        problems.append(f"{source}: maps with transparent parts, which are laid on {limits.background}: {', '.join(clear)}.")
-    return Pairs(tuple(fitting), (*notes, *problems, *map(str, concerns([pair.photo for pair in fitting]))))
+        problems.append(
+            f"{source}: maps with transparent parts, which are composited on {limits.background}: {', '.join(clear)}."
+        )
+    return FoundPairs(tuple(fitting), (*notes, *problems, *map(str, photo_warnings([pair.photo for pair in fitting]))))
 
 
-def _found(source: Path, limits: PhotoLimits, strict: bool) -> tuple[dict[Photo, str], dict[Photo, str], list[str]]:
-    """Photos and maps, each with the name by which they belong together, and what was said while reading them."""
+def _read_layout(source: Path, limits: PhotoLimits, strict: bool) -> tuple[dict[Photo, str], dict[Photo, str], list[str]]:
+    """Photos and maps, each with the name to match by, and the warnings of reading them."""
     if not source.is_dir():
         raise DataError(f"{source}: no such folder; expected {_EXPECTED}. Check the name.", file=source, given="missing")
     beside = [source / name for name in FOLDERS if (source / name).is_dir()]
     if not (source / "images").is_dir():
         if beside:
             raise DataError(
-                f"{source}: a folder {beside[0].name}/ and no images/; expected {_EXPECTED}. Move the photos to images/.",
+                f"{source}: has {beside[0].name}/ but no images/; expected {_EXPECTED}. Move the photos to images/.",
                 file=source,
                 where="images",
                 given=beside[0].name,
@@ -105,25 +107,25 @@ def _found(source: Path, limits: PhotoLimits, strict: bool) -> tuple[dict[Photo,
         held = " and ".join(f"{each.name}/" for each in beside) or "no folder of maps"
         message = f"{source}: {held} beside images/; expected one of {', '.join(FOLDERS)}."
         raise DataError(message, file=source, where="maps", given=tuple(each.name for each in beside), expected=FOLDERS)
-    (photos, told), (maps, more) = (_photos(each, limits, strict) for each in (source / "images", beside[0]))
-    return {p: p.path.stem for p in photos}, {p: p.path.stem for p in maps}, [*told, *more]
+    (photos, notes), (maps, more) = (_photos(each, limits, strict) for each in (source / "images", beside[0]))
+    return {p: p.path.stem for p in photos}, {p: p.path.stem for p in maps}, [*notes, *more]
 
 
 def _photos(folder: Path, limits: PhotoLimits, strict: bool) -> tuple[list[Photo], list[str]]:
-    """The pictures of a folder, and the warnings about them, but for those that only hold for photos to train on."""
+    """The images of a folder, and the warnings about them, except those that apply only to training photos."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = find_photos(folder, limits=limits, skip_unreadable=not strict)
     for each in caught:
         if not issubclass(each.category, DataWarning):
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    told = [str(each.message) for each in caught if issubclass(each.category, DataWarning)]
-    later = [str(each) for each in concerns(found)]
-    return found, [text for text in told if text not in later]
+    notes = [str(each.message) for each in caught if issubclass(each.category, DataWarning)]
+    later = [str(each) for each in photo_warnings(found)]
+    return found, [text for text in notes if text not in later]
 
 
 def _without_ending(stem: str) -> str | None:
-    """The photo's name in that of a map; None for other names."""
+    """The photo's name in the name of a map; None for other files."""
     return next((stem.removesuffix(ending) for ending in ENDINGS if stem.endswith(ending) and stem != ending), None)
 
 
@@ -134,35 +136,35 @@ def _by_name(source: Path, what: str, names: Mapping[Photo, str]) -> dict[str, l
     twice = [[each.path.name for each in group] for group in found.values() if len(group) > 1]
     if twice:
         listing = "; ".join(" and ".join(group) for group in twice)
-        message = f"{source}: {what} of one name: {listing}; expected one of each name. Rename or remove one."
+        message = f"{source}: {what} with the same name: {listing}; expected unique names. Rename or remove one."
         raise DataError(message, file=source, where=what, given=tuple(chain.from_iterable(twice)))
     return found
 
 
-def _alone(source: Path, ours: Mapping[str, list[Photo]], theirs: Mapping[str, list[Photo]]) -> Iterator[str]:
+def _unmatched(source: Path, ours: Mapping[str, list[Photo]], theirs: Mapping[str, list[Photo]]) -> Iterator[str]:
     for what, some, others in (("photos without a map", ours, theirs), ("maps without a photo", theirs, ours)):
         names = _files(group[0] for name, group in some.items() if name not in others)
         if names:
-            yield f"{source}: {what}: {names}; left out."
+            yield f"{source}: {what}: {names}; skipped."
 
 
 def _files(photos: Iterable[Photo]) -> str:
     return ", ".join(photo.path.name for photo in photos)
 
 
-def _fits(pair: Pair) -> bool:
+def _fits(pair: PhotoMapPair) -> bool:
     (height, width), (tall, wide) = pair.photo.size, pair.map.size
     return abs(wide * height - width * tall) <= max(0.01 * width * tall, height, width, tall, wide)
 
 
-def _misfit(pair: Pair) -> str:
+def _misfit(pair: PhotoMapPair) -> str:
     photo, given = ("{1} x {0}".format(*each.size) for each in (pair.photo, pair.map))
-    return f"{pair.map.path}: a map of {given} for a photo of {photo} (upright); expected the same aspect ratio; left out."
+    return f"{pair.map.path}: a map of {given} for a photo of {photo}; expected the same aspect ratio; skipped."
 
 
 def _read(found: Photo, limits: PhotoLimits) -> Image.Image:
     data = read_bytes(found.path, limits)
     if hashlib.blake2b(data, digest_size=20).hexdigest() != found.digest:
-        message = f"{found.path}: it has changed since it was found. Keep pictures and maps as they are during a run."
+        message = f"{found.path}: the file has changed since it was first read. Do not modify images and maps during a run."
         raise DataError(message, file=found.path, given="changed")
     return decode(data, found.path, limits, remarks=False).rgb

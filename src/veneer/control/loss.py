@@ -1,4 +1,4 @@
-"""The loss of a base that is given, for every training picture, what it is to follow."""
+"""Diffusion loss with a condition for every training image."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .image_embedding import Embedder
 from .maps.maps import Condition
 
 
-class Follow(Protocol):
-    """What is given for some training pictures, by the names that the method takes."""
+class ConditionInput(Protocol):
+    """Condition inputs of training examples, by the argument names of the method."""
 
     def __call__(self, step: int, examples: Sequence[Example]) -> Mapping[str, Any]: ...
 
 
 @dataclass
 class ControlLoss(DenoisingLoss):
-    """`DenoisingLoss` inside the scope of what is given.
+    """`DenoisingLoss` with the conditions of the examples.
 
     Args:
-        control: the attachment that is trained. `follow`: what it is given.
+        control: trained attachment. `follow`: computes its condition inputs.
     """
 
     control: Attachment | None = None
-    follow: Follow | None = None
+    follow: ConditionInput | None = None
 
     def losses(self, step: int, examples: Sequence[Example]) -> Tensor:
         """Loss of each example, (batch,)."""
@@ -45,11 +45,11 @@ class ControlLoss(DenoisingLoss):
             return super().losses(step, examples)
 
 
-class FollowMaps:
-    """`image`: the map of each picture as it is cropped and mirrored, or the one that someone made, cropped alike.
+class MapInput:
+    """`image`: the map computed from each cropped image, or the map file, cropped in the same way.
 
     Args:
-        condition: computes maps where examples bring none. `memory`: bytes of maps to keep.
+        condition: computes maps of examples without map files. `memory`: bytes of maps kept in memory.
     """
 
     def __init__(self, condition: Condition, memory: int = 2**28) -> None:
@@ -66,17 +66,17 @@ class FollowMaps:
             return example.guide
         found = self._memory.get(example.key)
         if found is None:
-            picture = to_pil_image((example.pixels + 1) / 2)
-            found = pil_to_tensor(self.condition(picture))
+            image = to_pil_image((example.pixels + 1) / 2)
+            found = pil_to_tensor(self.condition(image))
             self._memory.put(example.key, found, found.numel())
         return found.float() / 255
 
 
-class FollowPictures:
-    """`embeds`: of each picture by the encoder; zeros for a share of them, which is what guidance goes away from.
+class ImageEmbeddingInput:
+    """`embeds`: image embeddings; replaced by zeros with a probability, for classifier-free guidance.
 
     Args:
-        embedder: of pictures. `dropout`: that share. `seed`: of its draws.
+        embedder: image encoder. `dropout`: that probability. `seed`: random seed of the dropout.
     """
 
     def __init__(self, embedder: Embedder, dropout: float, seed: int, memory: int = 2**28) -> None:

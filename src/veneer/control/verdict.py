@@ -19,49 +19,49 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from veneer.training.report.metrics import Figure, difference
+from veneer.training.report.metrics import MeanInterval, difference
 from veneer.training.report.verdict import Verdict
 
 if TYPE_CHECKING:
     from .config import ControlConfig
-    from .evaluation import Figures
+    from .evaluation import ControlMetrics
 
 SHARE = 0.15
 """Of the distance from no map to full agreement, for `learned`."""
 LEAST = 8
-"""Losses on either side that make a trend."""
+"""Minimum number of losses per quarter for a trend."""
 EVALUATE = "evaluate: --validation 0.1 --eval-seeds 2"
 
 
-def verdict(figures: Figures | None, losses: Sequence[float], config: ControlConfig) -> Verdict:
+def verdict(metrics: ControlMetrics | None, losses: Sequence[float], config: ControlConfig) -> Verdict:
     """The verdict of a finished run.
 
     Args:
-        figures: None if nothing was evaluated. `losses`: mean loss of each step. `config`: completed, for the advice.
+        metrics: None if nothing was evaluated. `losses`: mean loss of each step. `config`: completed, for the advice.
     """
     trend = loss_trend(losses)
     rose = trend is not None and trend.low is not None and trend.low > 0
     loss = () if trend is None else (_loss(trend),)
-    if figures is None:
+    if metrics is None:
         why = "Nothing was evaluated (--eval-seeds 0, or no held-out images), so there are no scores."
         return Verdict("unknown", "It was not evaluated; look at the previews.", (why, *loss), (EVALUATE,))
-    reasons, (over_free, half) = (str(figures), *loss), figures.over_free
+    reasons, (over_free, half) = (str(metrics), *loss), metrics.over_free
     if not math.isfinite(half):
         return Verdict("unknown", "One held-out image is too few to tell.", reasons, (EVALUATE,))
-    free, misled = _clear(figures.over_free), _clear(figures.over_misled)
-    share = over_free / (1 - figures.free) if figures.free < 1 else 0.0
+    free, misled = _clear(metrics.over_free), _clear(metrics.over_misled)
+    share = over_free / (1 - metrics.free) if metrics.free < 1 else 0.0
     reasons = (f"{reasons[0]}; {max(0.0, share):.0%} of the way to full agreement.", *loss)
     if free and misled and share >= SHARE and not rose:
-        return Verdict("learned", "Images follow what is given, and not just any map.", reasons)
-    if (free or misled) and min(over_free, figures.over_misled[0]) > 0:
-        return Verdict("partly", "Images follow what is given a little.", reasons, _advice(config, rose))
+        return Verdict("learned", "Images follow the condition, and not those of other images.", reasons)
+    if (free or misled) and min(over_free, metrics.over_misled[0]) > 0:
+        return Verdict("partly", "Images follow the condition a little.", reasons, _advice(config, rose))
     if over_free + half < 0:
-        return Verdict("not_learned", "Images agree less with what is given than without it.", reasons, _advice(config, True))
-    return Verdict("not_learned", "Images do not clearly follow what is given.", reasons, _advice(config, rose))
+        return Verdict("not_learned", "Images agree less with the condition than without it.", reasons, _advice(config, True))
+    return Verdict("not_learned", "Images do not clearly follow the condition.", reasons, _advice(config, rose))
 
 
-def loss_trend(losses: Sequence[float]) -> Figure | None:
-    """Mean loss of the last quarter minus that of the first, with its 95 % interval (Welch); None for too few steps."""
+def loss_trend(losses: Sequence[float]) -> MeanInterval | None:
+    """Mean loss of the last quarter minus that of the first, with its 95 % interval (Welch); None with too few steps."""
     quarter = len(losses) // 4
     return difference(losses[-quarter:], losses[:quarter]) if quarter >= LEAST else None
 
@@ -71,13 +71,13 @@ def _clear(difference: tuple[float, float]) -> bool:
     return math.isfinite(half) and mean - half > 0
 
 
-def _loss(trend: Figure) -> str:
+def _loss(trend: MeanInterval) -> str:
     word = "rose" if (trend.low or 0) > 0 else "fell" if (trend.high or 0) < 0 else "did not clearly change"
     return f"The training loss {word}: last quarter of the steps minus the first {trend}."
 
 
 def _advice(config: ControlConfig, harmed: bool) -> tuple[str, ...]:
-    usual, steps = config.usual_steps(), config.steps or 0
+    usual, steps = config.default_steps(), config.steps or 0
     found = [f"lower the learning rate: --learning-rate {(config.learning_rate or 0) / 2:g}"] if harmed else []
     if steps < usual or not harmed:
         found.append(f"train longer: --steps {usual if steps < usual else 2 * steps}")

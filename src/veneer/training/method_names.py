@@ -1,9 +1,9 @@
-"""Method names from what `--method` gives. Imports no torch, so that help and completion can use it."""
+"""Method names of `--method`. Imports no torch, for fast help and completion."""
 
 from __future__ import annotations
 
 SHORTHANDS = {"pivotal": "textual_inversion+lora"}
-"""Usual names of several methods trained together."""
+"""Short names of methods that are trained together."""
 
 
 def split_methods(words: str) -> list[str]:

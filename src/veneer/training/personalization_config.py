@@ -18,7 +18,7 @@ from veneer.injection.errors import OptionError
 from . import param_groups
 from .data.captions import rename_concept
 from .loop.config import TrainConfig
-from .objective.losses import Kind
+from .objective.losses import LossKind
 from .objective.noise import NoiseOptions
 from .objective.objectives import ObjectiveOptions
 from .report.feature_models import check_features
@@ -163,61 +163,62 @@ class PersonalizeConfig:
     dry_run: bool = False
     out: Path | None = None
 
-    def completed(self) -> PersonalizeConfig:
-        """The same with every open choice made: the demo's photos, the base's usual settings, a new folder.
+    def with_defaults(self) -> PersonalizeConfig:
+        """The config with all defaults resolved: example photos, the base model's preset, and a new results folder.
 
         Raises:
-            VeneerError: photos without a concept, an unknown feature model, or a value of the loop out of range.
-            ValueError: a method's option out of range.
+            VeneerError: photos without a concept, an unknown feature model, or a value out of range.
+            ValueError: a method option out of range.
         """
         check_features(self.features)
-        usual: dict[str, Any] = {}
+        resolved: dict[str, Any] = {}
         if self.photos is None:
-            usual = {"photos": base_models.examples(), **{k: getattr(self, k) or v for k, v in DEMO.items()}}
+            resolved = {"photos": base_models.examples(), **{k: getattr(self, k) or v for k, v in DEMO.items()}}
         elif not self.concept:
-            raise OptionError("no concept: give the word that the photos show, such as --concept '<toy>'.", option="concept")
+            raise OptionError("no concept: set the trigger token of the subject, such as --concept '<toy>'.", option="concept")
         preset = base_models.preset(self.base)
         names = param_groups.split_methods(self.method)
         known = {name: dict(preset.training.get(name, {})) for name in names}
         first = {key: value for m in reversed(known.values()) for key, value in m.items()}
-        usual["where"] = self.where or (tuple(first["where"]) if "where" in first else None)
-        usual["steps"] = self.usual_steps() if self.steps is None else self.steps
-        usual["batch"] = int(first.get("batch", 1)) if self.batch is None else self.batch
-        usual["schedule"] = str(first.get("schedule", "constant")) if self.schedule is None else self.schedule
-        usual["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
-        usual["out"] = self.out or new_folder(Path("runs"), f"{_plain(usual.get('concept', self.concept))}-{self.method}")
-        return dataclasses.replace(self, **usual)._checked()
+        resolved["where"] = self.where or (tuple(first["where"]) if "where" in first else None)
+        resolved["steps"] = self.default_steps() if self.steps is None else self.steps
+        resolved["batch"] = int(first.get("batch", 1)) if self.batch is None else self.batch
+        resolved["schedule"] = str(first.get("schedule", "constant")) if self.schedule is None else self.schedule
+        resolved["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
+        concept = resolved.get("concept", self.concept)
+        resolved["out"] = self.out or new_folder(Path("runs"), f"{_plain(concept)}-{self.method}")
+        return dataclasses.replace(self, **resolved)._checked()
 
     def _checked(self) -> PersonalizeConfig:
-        """The same, its values checked before a base is loaded."""
+        """The config, after checks of its values before a base model is loaded."""
         self.loop(), self.objective(), self.noise()
         for name in ("eval_seeds", "class_images"):
             if (given := getattr(self, name)) < 0:
                 raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)
-        if self.loss not in (kinds := get_args(Kind)):
+        if self.loss not in (kinds := get_args(LossKind)):
             message = f"loss is {self.loss!r}; expected one of {', '.join(kinds)}."
             raise OptionError(message, option="loss", given=self.loss, expected=kinds)
         for name in param_groups.split_methods(self.method):
-            if not param_groups.learns_words(methods.get(name)):  # those need the token, which is chosen later
+            if not param_groups.trains_token_embeddings(methods.get(name)):  # their token is chosen later
                 methods.get(name).from_config(self.options.get(name, {}))
         return self
 
-    def worded(self, labels: bool) -> PersonalizeConfig:
-        """The same with the captions and prompts that are usual for the base, where none are given.
+    def with_captions(self, labels: bool) -> PersonalizeConfig:
+        """The config with the default captions and prompts of the base model.
 
         Args:
-            labels: the base reads class labels in the place of text.
+            labels: whether the base model is conditioned on class labels instead of text.
         """
         preset = base_models.Preset(*LABELS) if labels else base_models.preset(self.base)
-        usual = {"template": preset.templates, "prompts": preset.previews, "drift_prompts": preset.unrelated}
-        worded: dict[str, Any] = {name: getattr(self, name) or theirs for name, theirs in usual.items()}
-        return dataclasses.replace(self, **worded)
+        defaults = {"template": preset.templates, "prompts": preset.previews, "drift_prompts": preset.unrelated}
+        texts: dict[str, Any] = {name: getattr(self, name) or default for name, default in defaults.items()}
+        return dataclasses.replace(self, **texts)
 
     def with_token(self, tokenizers: Sequence[Any]) -> PersonalizeConfig:
-        """The same with the token that is trained as the concept, also in prompts and templates; see `targets.new_token`."""
+        """The config with the trained token as the concept, also in prompts and templates; see `param_groups.new_token`."""
         names = param_groups.split_methods(self.method)
         if any("tokens" in self.options.get(n, {}) for n in names) or not any(
-            param_groups.learns_words(methods.get(n)) for n in names
+            param_groups.trains_token_embeddings(methods.get(n)) for n in names
         ):
             return self
         token = param_groups.new_token(self.concept, self.class_word, tokenizers)
@@ -229,21 +230,21 @@ class PersonalizeConfig:
         return dataclasses.replace(self, concept=token, **texts)
 
     def rates(self) -> dict[str, float]:
-        """Method name to learning rate: as given, else the base's usual, else the method's own."""
-        rates = self.usual_rates()
+        """Learning rate of each method: the configured one, else that of the preset, else that of the method."""
+        rates = self.default_rates()
         for name in rates:
-            words = param_groups.learns_words(methods.get(name)) and len(rates) > 1
-            rate = self.token_learning_rate if words else self.learning_rate
+            is_token_rate = param_groups.trains_token_embeddings(methods.get(name)) and len(rates) > 1
+            rate = self.token_learning_rate if is_token_rate else self.learning_rate
             rates[name] = rates[name] if rate is None else rate
         return rates
 
-    def usual_steps(self) -> int:
-        """The default number of optimizer steps on the base: of several methods the most."""
+    def default_steps(self) -> int:
+        """Default number of optimizer steps on the base model: the maximum over the methods."""
         known = base_models.preset(self.base).training
         return max(int(known.get(name, {}).get("steps", 500)) for name in param_groups.split_methods(self.method))
 
-    def usual_rates(self) -> dict[str, float]:
-        """Method name to the learning rate that is usual on the base, else the method's own."""
+    def default_rates(self) -> dict[str, float]:
+        """Default learning rate of each method: that of the preset, else that of the method."""
         known = base_models.preset(self.base).training
         names = param_groups.split_methods(self.method)
         return {n: float(known.get(n, {}).get("learning_rate", methods.get(n).learning_rate)) for n in names}
@@ -253,32 +254,34 @@ class PersonalizeConfig:
         return self.text_learning_rate or 0.5 * self.main_rate()
 
     def main_rate(self) -> float:
-        """The rate that the others are shares of: of the first method on weights, or the only one."""
+        """Base learning rate, to which others are relative: that of the first method on weights, or of the only method."""
         rates = self.rates()
-        return next((r for n, r in rates.items() if not param_groups.learns_words(methods.get(n))), next(iter(rates.values())))
+        return next(
+            (r for n, r in rates.items() if not param_groups.trains_token_embeddings(methods.get(n))), next(iter(rates.values()))
+        )
 
     def loop(self) -> TrainConfig:
-        """The loop's part."""
+        """Configuration of the training loop."""
         names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
         shared = {name: getattr(self, name) for name in names if name != "learning_rate"}
         return TrainConfig(learning_rate=self.main_rate(), **shared)
 
     def objective(self) -> ObjectiveOptions:
-        """The objective's part."""
+        """Options of the objective."""
         weighting, gamma = ("min_snr", self.min_snr_gamma) if self.min_snr_gamma else (self.loss_weighting, 5.0)
         return ObjectiveOptions(density=self.timestep_sampling, weighting=weighting, gamma=gamma, prediction=self.prediction)
 
     def prior_prompt(self) -> str:
-        """The prompt of class pictures: the first template with the class word."""
+        """The prompt of class images: the first template with the class word."""
         return (self.template or ("{concept}",))[0].replace("{concept}", self.class_word) if self.class_word else ""
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share beyond the loop's settings and the pictures' bytes."""
+        """Settings that must match on resume, besides those of the loop and the digests of the images."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in WITHOUT_EFFECT and not hasattr(TrainConfig, k)}
         return json.loads(json.dumps(fields, default=str, sort_keys=True))
 
     def noise(self) -> NoiseOptions:
-        """The noise's part."""
+        """Options of the noise."""
         return NoiseOptions(offset=self.noise_offset, pyramid=self.pyramid_noise, perturbation=self.input_perturbation)
 
 
@@ -287,13 +290,12 @@ def _plain(word: str) -> str:
 
 
 @functools.cache
-def teachable() -> tuple[str, ...]:
-    """Names of the methods that `personalize` can train: on weights of a diffusion model, or new words; those that follow a
-    picture in each call are for `control`."""
+def trainable_methods() -> tuple[str, ...]:
+    """Names of the methods that `personalize` supports, on weights of a diffusion model or token embeddings."""
     found = []
     for name in methods.names():
         method = methods.get(name)
         alone = not (method.conditions or method.prepares or method.keeps_head)
-        if alone and (param_groups.learns_words(method) or hosts_for(method, DIFFUSION)):
+        if alone and (param_groups.trains_token_embeddings(method) or hosts_for(method, DIFFUSION)):
             found.append(name)
     return tuple(found)

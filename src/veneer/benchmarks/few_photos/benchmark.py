@@ -14,9 +14,9 @@ from torch import Tensor
 from veneer.training.data.image_io import read_photo
 from veneer.training.loop.checkpoints import write_atomically, write_json
 from veneer.training.personalization_config import PersonalizeConfig
-from veneer.training.report.artifacts import reduced, write_image
+from veneer.training.report.artifacts import shrink_to, write_image
 from veneer.training.report.metrics import cosine
-from veneer.training.report.previews import replaced
+from veneer.training.report.previews import replace_words
 
 from ..environment import environment
 from . import grids, report, scores
@@ -70,7 +70,7 @@ class Scoring:
         self.runs, self.subjects, self.presets, self.config = runs, subjects, presets, runs.config
         self.judges = judges(self.config.clip, self.config.efficientnet)
         side = min(runs.base_images(subjects[0].word, self.config.seeds[0]).images[0].size)
-        small = {s.name: [reduced(read_photo(photo.path), side) for photo in s.photos] for s in gallery}
+        small = {s.name: [shrink_to(read_photo(photo.path), side) for photo in s.photos] for s in gallery}
         self.gallery = {j.key: {name: j.photos(photos) for name, photos in small.items()} for j in self.judges}
         self.photos_identified = {key: scores.photos_identified(found) for key, found in self.gallery.items()}
 
@@ -131,7 +131,7 @@ class Scoring:
             found[f"{judge.key}.ceiling"] = scores.photo_ceiling(of_photos[subject.name])
             features[judge.key] = of_trained[1], of_base[1]
         asked = prompts.repeated(prompts.placed)
-        texts = self._texts([replaced(prompt, {"{concept}": subject.word}) for prompt in prompts.placed])
+        texts = self._texts([replace_words(prompt, {"{concept}": subject.word}) for prompt in prompts.placed])
         images = {"trained": prompts.split(trained.images)[1], "base": prompts.split(base.images)[1]}
         for side, of_images in zip(("trained", "base"), features["clip"], strict=True):
             found[f"prompt.{side}"] = float(cosine(of_images, texts.repeat_interleave(prompts.images, 0)).mean())

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from veneer.training.loop.seeds import generator
-from veneer.training.report.image_grid import Row, sheet
+from veneer.training.report.image_grid import GridRow, make_grid
 
 CELL, SHOWN = 160, 4
 HEADS = ("the concept alone", "ground and place asked for")
@@ -25,9 +25,9 @@ def subject_grid(
         base, trained: images of the concept alone and of placed prompts; a few of each are shown, spread over the prompts.
         trained: by preset.
     """
-    rows = [Row("photos", (tuple(photos),)), Row("base, with the class word", _groups(base))]
-    rows += [Row(f"trained, {preset}", _groups(images)) for preset, images in trained.items()]
-    return sheet(rows, title=title, note=note, columns=HEADS, cell=CELL)
+    rows = [GridRow("photos", (tuple(photos),)), GridRow("base, with the class word", _groups(base))]
+    rows += [GridRow(f"trained, {preset}", _groups(images)) for preset, images in trained.items()]
+    return make_grid(rows, title=title, note=note, columns=HEADS, cell=CELL)
 
 
 def matching_order(names: Sequence[str]) -> list[str]:
@@ -42,11 +42,11 @@ def matching_grid(title: str, photos: Mapping[str, Images], trained: Mapping[str
     Args:
         photos, trained: by subject; the same subjects.
     """
-    rows = list[Row]()
+    rows = list[GridRow]()
     for i, (name, other) in enumerate(zip(photos, matching_order(list(photos)), strict=True)):
         groups = (_padded(photos[name]), _padded(spread(trained[other], SHOWN)))
-        rows.append(Row(f"photos {letter(i)}  |  images {i + 1}", groups))
-    return sheet(rows, title=title, note="Which images show which subject?", columns=("photos", "images"), cell=CELL)
+        rows.append(GridRow(f"photos {letter(i)}  |  images {i + 1}", groups))
+    return make_grid(rows, title=title, note="Which images show which subject?", columns=("photos", "images"), cell=CELL)
 
 
 def matching_answers(names: Sequence[str]) -> dict[str, str]:

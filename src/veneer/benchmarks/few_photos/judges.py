@@ -43,11 +43,11 @@ class Judge:
         """Unit features of a set of images, kept beside its file."""
         file = found.file.with_name(f"{found.file.stem}.{self.key}.npz")
         recipe = {"judge": self.digest, "images": found.recipe}
-        return torch.from_numpy(cached(file, recipe, lambda: self.features.pictures(found.images, 25).numpy()))
+        return torch.from_numpy(cached(file, recipe, lambda: self.features.images(found.images, 25).numpy()))
 
     def photos(self, photos: Sequence[Image.Image]) -> Tensor:
         """Unit features of photos."""
-        return self.features.pictures(photos, 25)
+        return self.features.images(photos, 25)
 
 
 def judges(clip: str, efficientnet: bool = True) -> list[Judge]:

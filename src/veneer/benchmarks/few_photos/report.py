@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from veneer.training.report.metrics import Figure, figure
+from veneer.training.report.metrics import MeanInterval, mean_interval
 
 from .scores import kept
 
@@ -49,7 +49,7 @@ def _row(preset: str, subject: str, seeds: Sequence[Row]) -> Row:
     for name in {**seeds[0], **shares[0]}:
         values = [value for run, share in zip(seeds, shares, strict=True) if (value := {**run, **share}.get(name)) is not None]
         if name not in ("preset", "subject", "seed") and values:
-            row[name] = figure(values)
+            row[name] = mean_interval(values)
     return row
 
 
@@ -123,7 +123,7 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *lines])
 
 
-def cell(value: Figure | None, percent: bool = False) -> str:
+def cell(value: MeanInterval | None, percent: bool = False) -> str:
     """Mean and half interval; `-` for an unknown score."""
     if value is None:
         return "-"

@@ -72,10 +72,10 @@ class Runs:
             tracker="none",
             resume=True,
             out=self.folder(subject, preset, seed),
-        ).completed()
+        ).with_defaults()
         if "steps" in preset.settings:
             return completed
-        return dataclasses.replace(completed, steps=preset_steps(preset.length, completed.usual_steps()))
+        return dataclasses.replace(completed, steps=preset_steps(preset.length, completed.default_steps()))
 
     def folder(self, subject: Subject, preset: TrainingPreset, seed: int) -> Path:
         """Of one run."""

@@ -28,7 +28,7 @@ from .verdict import evidence_of, verdict
 FORM = 1
 
 
-def write_outcome(
+def write_results(
     config: TransferConfig,
     data: Data,
     classifier: Classifier,

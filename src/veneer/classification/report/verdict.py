@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import linear
 
-from veneer.training.report.metrics import figure
+from veneer.training.report.metrics import mean_interval
 from veneer.training.report.verdict import Verdict
 
 from ..train.batches import logits_of
@@ -118,7 +118,7 @@ def _against_probe(evidence: Evidence) -> tuple[int, str]:
     """1 if better than the probe, −1 if worse, 0 if that may be chance or is unknown; and the sentence."""
     if evidence.probe is None or evidence.right is None:
         return 0, ""
-    gain = figure([a - b for a, b in zip(evidence.right, evidence.probe, strict=True)])
+    gain = mean_interval([a - b for a, b in zip(evidence.right, evidence.probe, strict=True)])
     share = sum(evidence.probe) / len(evidence.probe)
     sign = 0 if gain.low is None or gain.high is None else 1 if gain.low > 0 else -1 if gain.high < 0 else 0
     return sign, f"A linear probe on the frozen model gives {share:.1%}: difference {gain}."

@@ -20,7 +20,7 @@ from veneer.injection.seams.seam import Seam
 from veneer.training import param_groups
 from veneer.training.loop.checkpoints import Checkpoints
 from veneer.training.loop.optimizer_step import AUTOCAST
-from veneer.training.loop.optimizers import Group
+from veneer.training.loop.optimizers import ParameterGroup
 from veneer.training.loop.seeds import mix
 from veneer.training.loop.trainer import Trainer, TrainResult
 from veneer.training.report.progress import Progress, peak_memory
@@ -193,7 +193,7 @@ class ClassifierTrainer:
         trainer = Trainer(
             loop,
             self._groups(),
-            param_groups.with_penalties(loss, self.attached),
+            param_groups.add_penalties(loss, self.attached),
             self.named,
             self.folder,
             identity=self.identity,
@@ -261,9 +261,9 @@ class ClassifierTrainer:
         device = self.accelerator.device
         return ((inputs.to(device), labels.to(device)) for inputs, labels in batches)
 
-    def _groups(self) -> list[Group]:
+    def _groups(self) -> list[ParameterGroup]:
         """Parameter groups: the first method and a head beside it at the run's learning rate, other methods in ratio to it."""
-        groups: list[Group] = []
+        groups: list[ParameterGroup] = []
         for attachment in self.attached:
             in_config = attachment.method.name in self.config.names()
             ratio = attachment.method.learning_rate / self.attached[0].method.learning_rate if in_config else 1.0

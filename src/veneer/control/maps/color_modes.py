@@ -1,4 +1,4 @@
-"""Pictures of any mode to colours and back."""
+"""Conversion of images of any mode to arrays and back."""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,40 +9,40 @@ from veneer.injection.errors import VeneerError
 Array = npt.NDArray[np.float32]
 
 
-def upright_rgb(picture: Image.Image) -> Image.Image:
-    """RGB of a picture of any mode; transparent parts lie on white, 16-bit greys are scaled (65535 -> 255).
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of an image of any mode; transparent parts are composited on white, 16-bit grayscale is scaled (65535 -> 255).
 
     Raises:
-        VeneerError: floating-point or 32-bit values, whose range nothing states.
+        VeneerError: floating-point or 32-bit values without a defined range.
     """
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             low, high = int(values.min()), int(values.max())
-            message = f"a picture of mode {picture.mode} with values {low} to {high}; expected 0 to 65535."
+            message = f"an image of mode {image.mode} with values {low} to {high}; expected 0 to 65535."
             raise VeneerError(message, where="values", given=(low, high), expected=(0, 65535))
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        message = "a picture of mode F, whose range nothing states; expected 8 or 16 bits a channel. Scale it first."
+    if image.mode == "F":
+        message = "an image of mode F without a defined range; expected 8 or 16 bits per channel. Scale it first."
         raise VeneerError(message, where="mode", given="F")
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def colours(picture: Image.Image) -> Array:
+def rgb_values(image: Image.Image) -> Array:
     """(height, width, 3) in [0, 1]."""
-    return np.asarray(upright_rgb(picture), np.float32) / np.float32(255)
+    return np.asarray(to_rgb(image), np.float32) / np.float32(255)
 
 
-def luminance(picture: Image.Image) -> Array:
-    """(height, width) in [0, 1]: the brightness of a map that is grey anyway."""
-    return np.asarray(upright_rgb(picture).convert("L"), np.float32) / np.float32(255)
+def luminance(image: Image.Image) -> Array:
+    """(height, width) in [0, 1]: the luminance."""
+    return np.asarray(to_rgb(image).convert("L"), np.float32) / np.float32(255)
 
 
-def drawn(values: npt.NDArray[np.bool_] | Array) -> Image.Image:
-    """A grey RGB picture of values (height, width) in [0, 1]; true is white."""
+def to_image(values: npt.NDArray[np.bool_] | Array) -> Image.Image:
+    """A gray RGB image from values (height, width) in [0, 1]; True is white."""
     levels = np.clip(np.asarray(values, np.float32), 0, 1) * 255
     return Image.fromarray(levels.round().astype(np.uint8)).convert("RGB")
 

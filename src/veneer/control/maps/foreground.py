@@ -1,43 +1,43 @@
-"""Foreground against background, by colour: `mask`."""
+"""Foreground mask by color: `mask`."""
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from .color_modes import Array, colours, drawn, lab, upright_rgb
+from .color_modes import Array, lab, rgb_values, to_image, to_rgb
 
 
-def mask(picture: Image.Image, *, rim: float = 0.03, least: float = 12.0, speck: float = 0.004) -> Image.Image:
-    """The object white, the background black.
+def mask(image: Image.Image, *, rim: float = 0.03, least: float = 12.0, speck: float = 0.004) -> Image.Image:
+    """Mask of the foreground: white object, black background.
 
-    d(p) = min over the border's colours c of |Lab(p) - c|, of the picture lightly smoothed; white where d is over Otsu's
-    threshold and over `least`; holes are filled, specks removed. The border's colours are the means of the larger of six groups.
+    d(p) = min over the border's colors c of |Lab(p) - c|, on the slightly smoothed image; white where d is over Otsu's
+    threshold and over `least`; holes are filled, specks removed. The border's colors are the means of the larger of six groups.
 
-    It can tell an object from a background of few colours: an icon, a product on a table, a figure against a wall or the sky. It
-    knows nothing of things: an object of a colour that the border has too is cut into, a background of many colours (a wood, a
-    street, a kitchen) or a shadow is partly taken for the object, and an object that fills the border is lost. Where masks matter
-    in such photos, draw them or take them from a segmentation model, and give them as pairs.
+    It separates an object from a background of few colors: an icon, a product on a table, a figure against a wall or the sky. It
+    does not segment by content: parts of the object with a color of the border are missing, parts of a background of many colors
+    (a forest, a street, a kitchen) and shadows are included, and an object that covers the border is not found. For such photos
+    use masks from a segmentation model or an image editor, with condition `pairs`.
 
     Args:
-        rim: width of the border that counts as background, as a part of the short side, at least 1 pixel.
-        least: the smallest distance in Lab that can be an object; 2 is barely seen, 100 is black to white.
-        speck: parts of less than this share of the picture are removed.
+        rim: width of the border used as background, as a fraction of the shorter side, at least 1 pixel.
+        least: minimum Lab distance of an object; 2 is barely visible, 100 is black to white.
+        speck: regions below this fraction of the image are removed.
     """
-    values = colours(picture)
-    side = min(picture.size)
+    values = rgb_values(image)
+    side = min(image.size)
     smooth = ndimage.gaussian_filter(values, (max(0.5, 0.005 * side),) * 2 + (0,), mode="nearest")
-    distance = _distance(lab(smooth), _border_colours(upright_rgb(picture), max(1, round(rim * side))))
+    distance = _distance(lab(smooth), _border_colors(to_rgb(image), max(1, round(rim * side))))
     if distance.max() <= least:
-        return drawn(np.zeros_like(distance))
+        return to_image(np.zeros_like(distance))
     region = distance > max(threshold_otsu(distance), least)
     parts, _ = ndimage.label(ndimage.binary_fill_holes(region))
     large = np.bincount(parts.ravel()) >= speck * region.size
-    return drawn(large[parts] & (parts > 0))
+    return to_image(large[parts] & (parts > 0))
 
 
 def threshold_otsu(values: Array, bins: int = 256) -> float:
-    """The value that splits values in two classes with the largest variance between them, to a bin of their histogram.
+    """The threshold with the largest between-class variance, up to a histogram bin.
 
     Source: Otsu, A threshold selection method from gray-level histograms, IEEE SMC 9, 1979.
     """
@@ -49,9 +49,9 @@ def threshold_otsu(values: Array, bins: int = 256) -> float:
     return float(centers[between.argmax()])
 
 
-def _border_colours(picture: Image.Image, rim: int, most: int = 6, share: float = 0.08) -> Array:
-    """Lab colours (n, 3) of the border: those of at most `most` groups that hold at least `share` of it."""
-    values = np.asarray(picture)
+def _border_colors(image: Image.Image, rim: int, most: int = 6, share: float = 0.08) -> Array:
+    """Lab colors (n, 3) of the border: means of up to `most` clusters with at least `share` of its pixels."""
+    values = np.asarray(image)
     inner = np.zeros(values.shape[:2], bool)
     inner[rim:-rim, rim:-rim] = True
     strip = Image.fromarray(values[~inner][None])
@@ -64,4 +64,4 @@ def _border_colours(picture: Image.Image, rim: int, most: int = 6, share: float 
 
 
 def _distance(pixels: npt.NDArray, known: Array) -> Array:
-    return np.min([np.sqrt(((pixels - colour) ** 2).sum(-1)) for colour in known], axis=0)
+    return np.min([np.sqrt(((pixels - color) ** 2).sum(-1)) for color in known], axis=0)

@@ -1,4 +1,4 @@
-"""Conditions by name: what a control adapter can be told about a picture."""
+"""Registry of conditions for control adapters."""
 
 import difflib
 from collections.abc import Callable
@@ -18,12 +18,12 @@ Measures = Literal["edges", "tones", "region"]
 
 @dataclass(frozen=True)
 class Condition:
-    """What a picture can be made to follow.
+    """A condition of generated images.
 
     Args:
-        name: of the condition.
-        function: from a picture of any mode to its map, an RGB picture of the same size; None for what is given, not computed.
-        measures: what a generated picture is measured by, see `veneer.control.map_agreement`; None for what is not computed.
+        name: name of the condition.
+        function: computes the map of an image of any mode, an RGB image of the same size; None if maps are files.
+        measures: metric of generated images, see `veneer.control.map_agreement`; None without `function`.
         description: one line.
     """
 
@@ -34,46 +34,46 @@ class Condition:
 
     @property
     def is_computed(self) -> bool:
-        """Whether the map comes from the picture itself."""
+        """Whether the map is computed from the image."""
         return self.function is not None
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        """The map of a picture.
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The map of an image.
 
         Raises:
-            VeneerError: the condition is given, not computed; a picture without a stated range of values.
+            VeneerError: a condition without computed maps, or an image without a defined range of values.
         """
         if self.function is None:
             raise OptionError(
-                f"condition {self.name!r}: {self.description}, so there is no map to compute. Give the maps yourself, or take "
-                f"one of: {', '.join(computed())}.",
+                f"condition {self.name!r}: {self.description}, so there is no map to compute. Provide map files, or use one of: "
+                f"{', '.join(computed())}.",
                 option="condition",
                 given=self.name,
                 expected=tuple(computed()),
             )
-        return self.function(picture)
+        return self.function(image)
 
 
 CONDITIONS: dict[str, Condition] = {
     each.name: each
     for each in (
-        Condition("canny", canny, "edges", "thin lines at every clear edge"),
-        Condition("soft_edge", soft_edge, "edges", "edges as bright as they are strong"),
-        Condition("scribble", scribble, "edges", "thick lines at the main edges, like a quick drawing"),
-        Condition("grey", grey, "tones", "brightness without colour"),
-        Condition("blur", blur, "tones", "smooth spots of colour"),
-        Condition("palette", palette, "tones", "the mean colours on a coarse grid"),
-        Condition("low_resolution", low_resolution, "tones", "the picture enlarged from a thumbnail"),
-        Condition("mask", mask, "region", "the object white on black, told from a background of few colours"),
-        Condition("pairs", None, None, "maps that lie beside the photos"),
-        Condition("image", None, None, "the picture itself, as its features"),
+        Condition("canny", canny, "edges", "thin lines at edges"),
+        Condition("soft_edge", soft_edge, "edges", "edges with brightness by strength"),
+        Condition("scribble", scribble, "edges", "thick lines at the main edges"),
+        Condition("grey", grey, "tones", "brightness without color"),
+        Condition("blur", blur, "tones", "blurred colors"),
+        Condition("palette", palette, "tones", "the mean colors on a coarse grid"),
+        Condition("low_resolution", low_resolution, "tones", "the image enlarged from a thumbnail"),
+        Condition("mask", mask, "region", "white foreground on black, for backgrounds of few colors"),
+        Condition("pairs", None, None, "map files beside the photos"),
+        Condition("image", None, None, "the image embedding"),
     )
 }
 """Every condition by its name."""
 
 
 def computed() -> list[str]:
-    """Names of the conditions whose maps are computed from the picture."""
+    """Names of the conditions whose maps are computed from the image."""
     return [name for name, each in CONDITIONS.items() if each.is_computed]
 
 
@@ -81,11 +81,11 @@ def get(name: str) -> Condition:
     """The condition of a name.
 
     Raises:
-        UnknownName: there is none; close names are told.
+        UnknownName: an unknown name; the message suggests similar ones.
     """
     if name not in CONDITIONS:
         close = difflib.get_close_matches(name, CONDITIONS, 3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        message = f"condition: no {name!r}.{hint} There are: {', '.join(CONDITIONS)}."
+        message = f"condition: unknown name {name!r}.{hint} Expected one of: {', '.join(CONDITIONS)}."
         raise UnknownName(message, name, "condition", close, expected=tuple(CONDITIONS))
     return CONDITIONS[name]

@@ -1,4 +1,4 @@
-"""Maps at another size, without new colours where they have few."""
+"""Resizing of control maps, without new colors in maps of few colors."""
 
 import numpy as np
 from PIL import Image
@@ -8,12 +8,12 @@ _FEW = 32
 _Sampling = Image.Resampling
 
 
-def resized(given: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A map at `size` (width, height) pixels.
+def resize_map(given: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resizes a map to `size` (width, height) pixels.
 
-    Maps of at most 32 colours keep them: the nearest pixel is taken. But a drawing in thin lines, of two colours and reduced,
-    would lose lines that way: there, a pixel is of the lines if they cover half of what one thin line across it would. Maps of
-    more colours are resized bicubically.
+    Maps of at most 32 colors are resized with nearest neighbor, which adds no colors. When a two-color map of thin lines is
+    reduced, which would lose lines, a pixel is set if the lines cover at least half of what a one-pixel line across it would.
+    Maps of more colors are resized bicubically.
 
     Args:
         given: an RGB map.
@@ -35,5 +35,5 @@ def resized(given: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _is_thin(covered: np.ndarray, scale: float) -> bool:
-    """Whether less than half of a region is further than a new pixel from its rim."""
+    """Whether less than half of a region is farther than one new pixel from its boundary."""
     return bool((ndimage.distance_transform_edt(covered)[covered] > scale).mean() < 0.5)

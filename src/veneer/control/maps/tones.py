@@ -1,31 +1,31 @@
-"""Tones and colours without detail: `grey`, `blur`, `palette`, `low_resolution`."""
+"""Maps of tones and colors without detail: `grey`, `blur`, `palette`, `low_resolution`."""
 
 from PIL import Image, ImageFilter
 
-from .color_modes import upright_rgb
+from .color_modes import to_rgb
 
 _Sampling = Image.Resampling
 
 
-def grey(picture: Image.Image) -> Image.Image:
-    """Brightness alone, 0.299 R + 0.587 G + 0.114 B: what is left to choose are the colours."""
-    return upright_rgb(picture).convert("L").convert("RGB")
+def grey(image: Image.Image) -> Image.Image:
+    """Grayscale, 0.299 R + 0.587 G + 0.114 B."""
+    return to_rgb(image).convert("L").convert("RGB")
 
 
-def blur(picture: Image.Image, *, sigma: float = 0.05) -> Image.Image:
-    """Smooth spots of colour: a Gaussian of `sigma`, a part of the short side."""
-    return upright_rgb(picture).filter(ImageFilter.GaussianBlur(sigma * min(picture.size)))
+def blur(image: Image.Image, *, sigma: float = 0.05) -> Image.Image:
+    """Gaussian blur; `sigma` is a fraction of the shorter side."""
+    return to_rgb(image).filter(ImageFilter.GaussianBlur(sigma * min(image.size)))
 
 
-def palette(picture: Image.Image, *, cells: int = 8) -> Image.Image:
-    """Squares of one colour each, the mean of what they cover: `cells` along the short side, as many as fit along the other."""
-    rgb = upright_rgb(picture)
+def palette(image: Image.Image, *, cells: int = 8) -> Image.Image:
+    """Mean colors on a grid with `cells` square cells along the shorter side."""
+    rgb = to_rgb(image)
     return rgb.resize(_grid(rgb.size, cells / min(rgb.size)), _Sampling.BOX).resize(rgb.size, _Sampling.NEAREST)
 
 
-def low_resolution(picture: Image.Image, *, pixels: int = 24) -> Image.Image:
-    """Reduced to `pixels` along the short side and enlarged again, smoothly: shapes and colours stay, detail is gone."""
-    rgb = upright_rgb(picture)
+def low_resolution(image: Image.Image, *, pixels: int = 24) -> Image.Image:
+    """Downsampled to `pixels` along the shorter side and upsampled bicubically."""
+    rgb = to_rgb(image)
     return rgb.resize(_grid(rgb.size, pixels / min(rgb.size)), _Sampling.BICUBIC).resize(rgb.size, _Sampling.BICUBIC)
 
 

@@ -1,8 +1,7 @@
-"""Aspect-ratio buckets: which size a picture is trained at, and which part of it is seen.
+"""Aspect-ratio buckets: training size and crop of each image.
 
-All sizes are `(height, width)` in pixels. A picture is resized to cover its bucket and the rest is cropped away, so nothing is
-stretched. Source: NovelAI, "Improvements on Stable Diffusion" (2022); SDXL (2307.01952, section 2.2) for the micro-conditioning
-sizes.
+All sizes are `(height, width)` in pixels. An image is resized to cover its bucket and cropped, so its aspect ratio is kept.
+Source: NovelAI, "Improvements on Stable Diffusion" (2022); SDXL (2307.01952, section 2.2) for the micro-conditioning sizes.
 """
 
 import math
@@ -20,18 +19,17 @@ Crop = Literal["center", "random"]
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """The sizes that a run trains at.
+    """Bucket sizes of a run.
 
     Args:
         resolution: every bucket's area is at most `resolution`², pixels².
         multiple: sides are multiples of this (the family's `multiple`).
-        min_side, max_side: bounds of a side, pixels; None means half and twice the resolution.
-        square: one bucket only, `resolution` x `resolution`.
-        upscale: pictures smaller than their bucket are enlarged; if False they are only ever shrunk, and a small picture gets a
-            bucket of its own size.
+        min_side, max_side: bounds of a side, pixels (default: half and twice the resolution).
+        square: a single bucket, `resolution` x `resolution`.
+        upscale: enlarge images that are smaller than their bucket; if False, a small image gets a bucket of the same size.
 
     Raises:
-        DataError: the resolution is not a multiple, or no size fits between the bounds.
+        DataError: the resolution is not a multiple of `multiple`, or not within the bounds.
     """
 
     resolution: int
@@ -45,12 +43,10 @@ class BucketPlan:
         if self.multiple < 1 or self.resolution < self.multiple or self.resolution % self.multiple:
             low = max(self.resolution // max(1, self.multiple), 1) * max(1, self.multiple)
             near = (low, low + max(1, self.multiple))
-            message = (
-                f"resolution: {self.resolution} pixels; expected a multiple of {self.multiple}. Take {near[0]} or {near[1]}."
-            )
+            message = f"resolution: {self.resolution} pixels; expected a multiple of {self.multiple}. Use {near[0]} or {near[1]}."
             raise DataError(message, where="resolution", given=self.resolution, expected=near)
         if not self.bounds[0] <= self.resolution <= self.bounds[1]:
-            message = f"buckets: sides from {self.bounds[0]} to {self.bounds[1]} leave out the resolution {self.resolution}."
+            message = f"buckets: sides from {self.bounds[0]} to {self.bounds[1]} exclude the resolution {self.resolution}."
             raise DataError(message, where="bounds", given=self.bounds, expected=self.resolution)
 
     @property
@@ -61,7 +57,7 @@ class BucketPlan:
         return max(self.multiple, -(-low // self.multiple) * self.multiple), high // self.multiple * self.multiple
 
     def sizes(self) -> list[Size]:
-        """Every bucket, sorted: for each side the longest other side within the area, both ways round, and the square."""
+        """All buckets, sorted: for each side the longest other side within the area, in both orientations, and the square."""
         found = {(self.resolution, self.resolution)}
         low, high = self.bounds
         for side in range(low, high + 1, self.multiple) if not self.square else ():
@@ -71,15 +67,15 @@ class BucketPlan:
         return sorted(found)
 
     def choose(self, size: Size) -> Size:
-        """The bucket for a picture: the nearest aspect ratio by |log ratio| (so that both ways round agree), then the larger
-        area."""
+        """The bucket of an image: the nearest aspect ratio by |log ratio|, which is symmetric in height and width, then the
+        larger area."""
         if not self.upscale:
             return self._own(size)
-        wanted = math.log(size[0] / size[1])
-        return min(self.sizes(), key=lambda b: (round(abs(math.log(b[0] / b[1]) - wanted), 9), -b[0] * b[1], b))
+        log_ratio = math.log(size[0] / size[1])
+        return min(self.sizes(), key=lambda b: (round(abs(math.log(b[0] / b[1]) - log_ratio), 9), -b[0] * b[1], b))
 
     def _own(self, size: Size) -> Size:
-        """The picture's own size, shrunk to the area (but not below one multiple), in whole multiples."""
+        """The image's own size, reduced to the area (at least one multiple) and rounded down to multiples."""
         shrink = min(1.0, max(self.resolution / math.sqrt(size[0] * size[1]), self.multiple / min(size)))
         limit = self.resolution if self.square else min(self.bounds[1], self.resolution**2 // self.multiple)
         sides = [min(limit, int(side * shrink + 1e-6) // self.multiple * self.multiple) for side in size]
@@ -88,15 +84,14 @@ class BucketPlan:
         if min(sides) < self.multiple:
             found = f"{size[0]} x {size[1]} pixels (height x width)"
             message = (
-                f"buckets: a picture of {found} is less than {self.multiple} on a side. Allow enlarging, or use a larger one."
+                f"buckets: an image of {found} has a side below {self.multiple} pixels. Enable upscaling, or use a larger image."
             )
             raise DataError(message, where="upscale", given=size, expected=self.multiple)
         return sides[0], sides[1]
 
 
 class Placement(NamedTuple):
-    """Where a bucket's window lies: on the picture resized to `resized`, at `top`, `left`, of size `bucket`, then mirrored if
-    `flip`."""
+    """Position of a crop: in the image resized to `resized`, at `top`, `left`, of size `bucket`, then flipped if `flip`."""
 
     resized: Size
     bucket: Size
@@ -105,26 +100,26 @@ class Placement(NamedTuple):
     flip: bool
 
     def micro(self, original: Size) -> tuple[int, int, int, int, int, int]:
-        """SDXL's sizes: original h, w; crop top, left; target h, w. In a mirrored picture the crop's left is counted from the
-        other side."""
+        """SDXL's size conditioning: original h, w; crop top, left; target h, w. In a flipped image, left is counted from the
+        right edge."""
         left = self.resized[1] - self.left - self.bucket[1] if self.flip else self.left
         return (*original, self.top, left, *self.bucket)
 
 
-def cover(size: Size, bucket: Size) -> Size:
+def covering_size(size: Size, bucket: Size) -> Size:
     """The smallest size of the same aspect ratio that covers the bucket, rounded to whole pixels."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     return max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale))
 
 
-def place(size: Size, bucket: Size, crop: Crop, flip: float, draws: torch.Generator) -> Placement:
-    """The window for one sample. `draws` is that sample's own generator; the same three numbers are drawn whatever the options.
+def place_crop(size: Size, bucket: Size, crop: Crop, flip: float, draws: torch.Generator) -> Placement:
+    """The crop of one sample. Takes three numbers from the sample's generator `draws`, whatever the options.
 
     Args:
-        flip: probability of mirroring, 0 to 1.
+        flip: probability of horizontal flips, 0 to 1.
     """
     down, across, mirror = torch.rand(3, generator=draws, dtype=torch.float64).tolist()
-    resized = cover(size, bucket)
+    resized = covering_size(size, bucket)
     spare = resized[0] - bucket[0], resized[1] - bucket[1]
     if crop == "center":
         top, left = spare[0] // 2, spare[1] // 2
@@ -133,13 +128,13 @@ def place(size: Size, bucket: Size, crop: Crop, flip: float, draws: torch.Genera
     return Placement(resized, bucket, top, left, mirror < flip)
 
 
-def kept(size: Size, bucket: Size) -> float:
-    """The share of a picture's area that its window shows, 0 to 1."""
-    resized = cover(size, bucket)
+def visible_share(size: Size, bucket: Size) -> float:
+    """Fraction of an image's area that remains after the crop, 0 to 1."""
+    resized = covering_size(size, bucket)
     return bucket[0] * bucket[1] / (resized[0] * resized[1])
 
 
 def count(buckets: Sequence[Size]) -> dict[Size, int]:
-    """How many samples each bucket has, most first."""
+    """Number of samples by bucket, largest first."""
     tally = {bucket: buckets.count(bucket) for bucket in set(buckets)}
     return dict(sorted(tally.items(), key=lambda item: (-item[1], item[0])))

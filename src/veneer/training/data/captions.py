@@ -1,7 +1,6 @@
-"""What a picture is called: from a `.txt` beside it, from `metadata.jsonl`, or from a template; and how that varies while
-training.
+"""Captions from a `.txt` beside an image, from `metadata.jsonl` or from templates, and caption augmentation.
 
-A caption file belongs to the picture with the same stem. `metadata.jsonl` has one object a line: `file_name` and `text` (or
+A caption file belongs to the image with the same stem. `metadata.jsonl` has one object a line: `file_name` and `text` (or
 `caption`).
 """
 
@@ -48,16 +47,17 @@ STYLE_TEMPLATES = (
 
 @dataclass(frozen=True)
 class Captions:
-    """How the caption of a sample is made. Pure: the same photo, seed, step and index give the same words.
+    """Captions of samples. Pure: the same photo, seed, step and index give the same caption.
 
     Args:
-        concept: what `{concept}` stands for in templates and in written captions, such as `"<toy>"`.
-        prior: the prompt of class pictures that have no caption of their own, such as `"a photo of a toy"`.
-        templates: for photos without a caption; one is drawn per sample.
-        dropout: probability of the empty caption, which teaches the unconditional half of guidance. Decided before all else.
-        tag_dropout: probability of leaving out each comma-separated tag after the first `keep_tokens`.
-        shuffle: the tags after the first `keep_tokens` change places.
-        keep_tokens: tags at the front that always stay where they are.
+        concept: replacement of `{concept}` in templates and captions, such as `"<toy>"`.
+        prior: default caption of class images, such as `"a photo of a toy"`.
+        templates: captions for photos without one; one is sampled per example.
+        dropout: probability of the empty caption, which trains the unconditional branch of classifier-free guidance. Applied
+            first.
+        tag_dropout: probability of dropping each comma-separated tag after the first `keep_tokens`.
+        shuffle: shuffle the tags after the first `keep_tokens`.
+        keep_tokens: number of tags at the front that are never dropped or moved.
 
     Raises:
         DataError: a probability outside 0 to 1, a negative `keep_tokens`, no template.
@@ -85,14 +85,13 @@ class Captions:
         return DataError(f"captions: {name} is {given!r}; expected {expected}.", where=name, given=given, expected=expected)
 
     def lacks(self, written: str | None, is_prior: bool = False) -> bool:
-        """Whether there are no words for such a photo: neither its own caption nor the concept (or the prior prompt) to make
-        one."""
+        """Whether a photo would have no caption: it has no caption, and the concept (or the class prompt) is not set."""
         if written is not None:
             return "{concept}" in written and not self.concept
         return not self.prior if is_prior else not self.concept and any("{concept}" in each for each in self.templates)
 
-    def draw(self, written: str | None, seed: int, step: int, index: int, is_prior: bool = False) -> str:
-        """The caption of sample `index` at `step`; `written` is the photo's own caption, if it has one."""
+    def sample(self, written: str | None, seed: int, step: int, index: int, is_prior: bool = False) -> str:
+        """The caption of sample `index` at `step`; `written` is the photo's own caption or None."""
         draws = generator(seed, "caption", step, index)
         dropped, which = torch.rand(2, generator=draws, dtype=torch.float64).tolist()
         if dropped < self.dropout:
@@ -111,26 +110,26 @@ class Captions:
 
 
 def mentions(concept: str, caption: str) -> bool:
-    """Whether a caption holds the concept as whole words, in any case, or stands open for it with `{concept}`."""
+    """Whether a caption contains `{concept}`, or the concept as whole words (case-insensitive)."""
     whole = rf"(?<!\w){re.escape(concept)}(?!\w)"
     return "{concept}" in caption or re.search(whole, caption, re.IGNORECASE) is not None
 
 
 def rename_concept(text: str, concept: str, token: str) -> str:
-    """The text with `token` for the concept wherever it is whole words, in any case, and not a token in brackets already."""
+    """The text with `token` instead of the concept as whole words (case-insensitive), except inside angle brackets."""
     return re.sub(rf"(?<![\w<]){re.escape(concept)}(?![\w>])", lambda _: token, text, flags=re.IGNORECASE)
 
 
 def read_captions(folder: Path, photos: Sequence[Path]) -> dict[Path, str]:
-    """The written captions of `photos`, which lie in `folder`; a `.txt` beside a picture wins over `metadata.jsonl`.
+    """Captions of the `photos` in `folder`; a `.txt` beside an image overrides `metadata.jsonl`.
 
     Lines of a `.txt` are joined by spaces.
 
     Warns:
-        DataWarning: an empty caption (the photo is treated as having none), or two different ones for one photo.
+        DataWarning: an empty caption (treated as none), or two different captions of one photo.
 
     Raises:
-        DataError: a broken line, a caption for a file that is not there, two lines for one file, text that is not UTF-8.
+        DataError: an invalid line, a caption of a missing file, two lines for one file, or text that is not UTF-8.
     """
     table = dict(_metadata(folder))
     captions = {}
@@ -160,11 +159,11 @@ def _metadata(folder: Path) -> Iterator[tuple[str, str]]:
         where = f"line {number}"
         name, text = _entry(line, path, where)
         if name in seen:
-            message = f"{path}, {where}: {name!r} has a caption on line {seen[name]} already; expected one line a picture."
+            message = f"{path}, {where}: {name!r} has a caption on line {seen[name]} already; expected one line per image."
             raise DataError(message, file=path, where=where, given=(name, f"line {seen[name]}"))
         target = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute() or not target.is_file():
-            message = f"{path}, {where}: a caption for {name!r}, which is not in {folder}. Correct file_name, or remove the line."
+            message = f"{path}, {where}: file_name is {name!r}, which is not in {folder}. Correct it, or remove the line."
             raise DataError(message, file=path, where=where, given=name)
         seen[name] = number
         yield name, text
@@ -196,11 +195,11 @@ def _utf8(path: Path) -> str:
         raise DataError(message, file=path, given="unreadable") from error
 
 
-def longest_start(text: str, fits: Callable[[str], bool]) -> str:
-    """The longest start of a text, in whole words, for which `fits` holds; empty if it holds not even for the first word.
+def longest_prefix(text: str, fits: Callable[[str], bool]) -> str:
+    """The longest prefix of whole words for which `fits` is true; empty if it is false for the first word.
 
     Args:
-        fits: holds for every start of a text for which it holds.
+        fits: monotonic: true for every prefix of a text for which it is true.
     """
     ends = [word.end() for word in re.finditer(r"\S+", text)]
     if not ends or fits(text):

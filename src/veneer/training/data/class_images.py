@@ -1,6 +1,6 @@
-"""Class pictures for prior preservation: what the frozen base makes of the class word, kept on disk.
+"""Class images for prior preservation: samples of the base model for the class prompt, saved to disk.
 
-The loss that uses them is `losses.loss`. Source: Ruiz et al., CVPR 2023 (DreamBooth), section 3.2.
+The loss is `losses.prior_preservation`. Source: Ruiz et al., CVPR 2023 (DreamBooth), section 3.2.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ..loop.checkpoints import write_atomically
 from ..loop.seeds import generator
 
 KEY = "veneer.prior"
-"""Name of the PNG text chunk that says how a picture was made."""
+"""Name of the PNG text chunk with the settings of an image."""
 
 
-def prior_pictures(
+def generate_class_images(
     family: Family,
     folder: Path,
     prompt: str | Sequence[str],
@@ -35,21 +35,21 @@ def prior_pictures(
     progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> list[Path]:
-    """`prior-00000.png` … in `folder`: `count` pictures of `prompt`, made where they are missing.
+    """Generates the missing ones of `count` images of `prompt` as `prior-00000.png` … in `folder`.
 
-    Picture i starts from noise of `generator(seed, "prior", i)`, whatever the batch. A picture is kept if it can be read and was
-    made by the same base, scheduler, prompt, seed and settings; it is written under another name and renamed, so that a stopped
-    run goes on where it was. Call it before anything is attached: it draws from the pipeline as it is.
+    The noise of image i comes from `generator(seed, "prior", i)`, whatever the batch. An existing image is reused if it is
+    readable and its base model, scheduler, prompt, seed and settings are the same. Images are renamed into place, so that a
+    stopped run resumes. Call it before attaching adapters: it uses the pipeline as it is.
 
     Args:
-        prompt: the class, such as `a photo of a dog`; for DiT the class label. Or one for each picture.
-        count: at least 1; the paper's 1,000 or diffusers' 100. Files beyond it are left alone and not returned.
-        batch: pictures made at once.
-        progress: called with (pictures there, count) after each batch.
-        settings: of the pipeline, such as `num_inference_steps`, `guidance_scale`, `height`, `width`; JSON values.
+        prompt: class prompt, such as `a photo of a dog`; for DiT the class label. Or one prompt per image.
+        count: at least 1; the paper uses 1,000, diffusers 100. Further files are neither deleted nor returned.
+        batch: batch size of the generation.
+        progress: called with (existing images, count) after each batch.
+        settings: pipeline arguments such as `num_inference_steps`, `guidance_scale`, `height`, `width`; JSON values.
     Raises:
         OptionError: for a count or batch below 1.
-        OSError: if a picture cannot be written; those before it are kept.
+        OSError: if an image cannot be written; those before it are kept.
     """
     if count < 1 or batch < 1:
         option, given = ("count", count) if count < 1 else ("batch", batch)
@@ -61,16 +61,16 @@ def prior_pictures(
     missing = [i for i in range(count) if not _made_by(paths[i], recipes[i])]
     for start in range(0, len(missing), batch):
         chunk = missing[start : start + batch]
-        pictures = family.generate([prompts[i] for i in chunk], [generator(seed, "prior", i) for i in chunk], **settings)
-        for i, picture in zip(chunk, pictures, strict=True):
-            write_atomically(paths[i], _png(picture, recipes[i]))
+        images = family.generate([prompts[i] for i in chunk], [generator(seed, "prior", i) for i in chunk], **settings)
+        for i, image in zip(chunk, images, strict=True):
+            write_atomically(paths[i], _png(image, recipes[i]))
         if progress is not None:
             progress(count - len(missing) + start + len(chunk), count)
     return paths
 
 
 def base_digest(family: Family) -> str:
-    """16 hex digits that change with the base: names, shapes and 64 evenly spaced values of every tensor that generates."""
+    """Digest of a pipeline (16 hex digits): names, shapes and 64 evenly spaced values of every tensor."""
     digest = hashlib.blake2b(digest_size=8)
     for part in (family.tower, family.pipe.vae, *family.text_towers.values()):
         for name, tensor in sorted(part.state_dict().items()):
@@ -88,18 +88,18 @@ def _recipe(family: Family, base: str, prompt: str, seed: int, index: int, setti
 
 
 def _made_by(path: Path, recipe: str) -> bool:
-    """True for a whole PNG whose text chunk is `recipe`."""
+    """True for an intact PNG whose text chunk equals `recipe`."""
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return bool(picture.info.get(KEY) == recipe)
+        with Image.open(path) as image:
+            image.load()
+            return bool(image.info.get(KEY) == recipe)
     except (OSError, SyntaxError, ValueError):
         return False
 
 
-def _png(picture: Image.Image, recipe: str) -> bytes:
+def _png(image: Image.Image, recipe: str) -> bytes:
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, recipe)
     data = io.BytesIO()
-    picture.save(data, "PNG", pnginfo=info)
+    image.save(data, "PNG", pnginfo=info)
     return data.getvalue()

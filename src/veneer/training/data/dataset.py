@@ -1,8 +1,8 @@
-"""Which pictures a step sees, cropped and captioned: a pure function of the seed and the step.
+"""Dataset of cropped and captioned photos; every batch is a pure function of the seed and the step.
 
-Order. Every bucket deals its samples from decks that are shuffled by (seed, bucket, deck number), one deck after the other, so
-each photo is seen once before any is seen twice, and every batch is full and of one size. Which bucket has its turn is dealt the
-same way, from a deck that holds each bucket as often as it has samples, so that photos of rare shapes are not favoured.
+Order: each bucket is a sequence of permutations of its samples, seeded by (seed, bucket, number of the permutation), so every
+photo is used once before any is used twice, and every batch is full and of one size. The bucket of a step comes from a
+permutation that contains each bucket as often as it has samples, so that photos with rare aspect ratios are not oversampled.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..loop.seeds import generator
-from .buckets import BucketPlan, Crop, Placement, Size, cover, place
+from .buckets import BucketPlan, Crop, Placement, Size, covering_size, place_crop
 from .buckets import count as count_buckets
 from .captions import Captions
 from .image_io import DataError, PhotoLimits, decode, mask_of, read_bytes
 from .latent_cache import Memory, cache_key
-from .photo_folder import Photo, concerns, find_photos
+from .photo_folder import Photo, find_photos
 
-__all__ = ["DataError", "Example", "Photo", "PhotoDataset", "concerns", "find_photos"]
+__all__ = ["DataError", "Example", "Photo", "PhotoDataset", "find_photos"]
 Item = TypeVar("Item")
 
 
@@ -35,13 +35,13 @@ class Example:
 
     Args:
         pixels: `(3, height, width)`, float32 in [-1, 1].
-        mask: `(1, height, width)`, float32 in [0, 1], or None where all of the picture counts.
-        caption: the words for this sample; may be empty (dropout).
+        mask: `(1, height, width)`, float32 in [0, 1], or None if the loss is not masked.
+        caption: caption of this sample; empty after caption dropout.
         size: SDXL's micro-conditioning: original height, width; crop top, left; target height, width; pixels.
-        key: digest of the file's bytes and of all that was done to them, for caches; the caption is not part of it.
-        index: number of this sample in the run, counted over steps and batches; seed its noise and timestep with it.
-        is_prior: a class picture.
-        guide: `(3, height, width)`, float32 in [0, 1]: a map that someone made, placed as the picture is.
+        key: digest of the file's bytes and of its preprocessing, for caches; does not depend on the caption.
+        index: number of this sample in the run, counted over steps and batches; seeds its noise and timestep.
+        is_prior: True for a class image.
+        guide: `(3, height, width)`, float32 in [0, 1]: a control map from a file, cropped as the image is.
     """
 
     pixels: Tensor
@@ -64,24 +64,24 @@ class PhotoDataset:
     """Batches of a folder of photos.
 
     Args:
-        photos: the subject's pictures, from `find_photos`.
-        resolution: area of a bucket is at most its square, pixels.
+        photos: photos of the subject, from `find_photos`.
+        resolution: the area of a bucket is at most its square, pixels.
         multiple: sides are multiples of this.
-        seed: of every draw.
-        captions: where words come from where a photo has none, and how they vary.
-        flip: probability of mirroring, 0 to 1. Leave 0 for faces, lettering and whatever has a left and a right.
-        crop: where the window lies on a picture that covers its bucket.
-        repeats: how often a photo lies in one deck; it sets the length of an epoch.
-        buckets: buckets by aspect ratio; if False all is cropped to a square.
-        upscale: enlarge small pictures; see `BucketPlan`.
-        masks: give the photos' masks with the examples.
-        prior_photos: class pictures; every batch is then followed by as many of them, cropped to the same size.
-        guide: a photo's map, as a picture of (height, width); given with the examples.
-        limits: how files are read.
-        memory: bytes of resized pictures to keep.
+        seed: random seed of order, crops, flips and captions.
+        captions: caption templates and augmentation.
+        flip: probability of horizontal flips, 0 to 1. Use 0 for faces, text and other subjects that are not symmetric.
+        crop: position of the crop, `center` or `random`.
+        repeats: how often each photo occurs in an epoch.
+        buckets: aspect-ratio buckets; if False all photos are cropped to squares.
+        upscale: enlarge small images; see `BucketPlan`.
+        masks: return the photos' masks with the examples.
+        prior_photos: class images; every batch is followed by as many of them, cropped to the same size.
+        guide: returns the control map of a photo, resized to (height, width).
+        limits: limits on image files.
+        memory: bytes of resized images kept in memory.
 
     Raises:
-        DataError: no photos, a wrong option, a photo for which there are no words.
+        DataError: no photos, an invalid option, or a photo without a caption or template.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PhotoDataset:
         memory: int = 2**29,
     ) -> None:
         _check_options(photos, flip, crop, repeats)
-        _check_words(captions, [*photos, *prior_photos])
+        _check_captions(captions, [*photos, *prior_photos])
         self.photos, self.prior_photos, self.captions = tuple(photos), tuple(prior_photos), captions
         self.seed, self.flip, self.crop, self.masks, self.limits = seed, flip, crop, masks, limits
         self.guide = guide
@@ -116,18 +116,17 @@ class PhotoDataset:
         self._memory: Memory[_Resized] = Memory(memory)
 
     def __len__(self) -> int:
-        """Samples in one epoch: photos times repeats, without class pictures."""
+        """Samples in one epoch: photos times repeats, without class images."""
         return len(self._turns)
 
     @property
     def counts(self) -> dict[Size, int]:
-        """Samples in each bucket `(height, width)`, most first."""
+        """Number of samples by bucket `(height, width)`, largest first."""
         return count_buckets(self._turns)
 
     @property
     def cacheable(self) -> bool:
-        """Whether a photo yields the same few pixels again and again, so that latents are worth keeping: not with random
-        crops."""
+        """Whether latents are worth caching: True for center crops, False for random crops, which rarely repeat."""
         return self.crop == "center"
 
     def examples(self, step: int, batch: int, rows: Sequence[int] | None = None) -> list[Example]:
@@ -138,7 +137,7 @@ class PhotoDataset:
 
         Args:
             step: counted from 0. `batch`: photos in the global batch.
-            rows: positions in the global batch, 0 to `batch - 1`; None for all.
+            rows: positions in the global batch, 0 to `batch - 1` (default: all).
 
         Returns:
             The photos of `rows`, then the class images of `rows`.
@@ -158,48 +157,47 @@ class PhotoDataset:
         return examples
 
     def _turn(self, step: int) -> tuple[Size, int]:
-        """The bucket of a step, and how many earlier steps were that bucket's."""
-        cycle, now = divmod(step, len(self._turns))
+        """The bucket of a step, and the number of earlier steps with that bucket."""
+        cycle, position = divmod(step, len(self._turns))
         order = _shuffled(len(self._turns), self.seed, "turn", cycle)
-        bucket = self._turns[order[now]]
-        return bucket, cycle * len(self._decks[bucket]) + sum(self._turns[i] == bucket for i in order[:now])
+        bucket = self._turns[order[position]]
+        return bucket, cycle * len(self._decks[bucket]) + sum(self._turns[i] == bucket for i in order[:position])
 
     def _example(self, photo: Photo, bucket: Size, step: int, index: int) -> Example:
-        window = place(photo.size, bucket, self.crop, self.flip, generator(self.seed, "window", step, index))
+        window = place_crop(photo.size, bucket, self.crop, self.flip, generator(self.seed, "window", step, index))
         whole = self._resized(photo, bucket)
-        caption = self.captions.draw(photo.caption, self.seed, step, index, photo.is_prior)
+        caption = self.captions.sample(photo.caption, self.seed, step, index, photo.is_prior)
         key = cache_key("picture", photo.digest, PIL.__version__, *self.limits.background, *_flat(window))
-        pixels = _seen(whole.pixels, window) / 127.5 - 1
-        mask = None if whole.mask is None else _seen(whole.mask, window) / 255
-        guide = None if whole.guide is None else _seen(whole.guide, window) / 255
+        pixels = _crop(whole.pixels, window) / 127.5 - 1
+        mask = None if whole.mask is None else _crop(whole.mask, window) / 255
+        guide = None if whole.guide is None else _crop(whole.guide, window) / 255
         return Example(pixels, mask, caption, window.micro(photo.size), key, index, photo.is_prior, guide)
 
     def _resized(self, photo: Photo, bucket: Size) -> _Resized:
-        """The whole photo, resized to cover the bucket; 8 bits, kept in memory."""
+        """The photo resized to cover the bucket, uint8, cached in memory."""
         name = f"{photo.path}:{bucket}"
-        found = self._memory.get(name)
-        if found is None:
-            found = self._decoded(photo, cover(photo.size, bucket))
-            weight = sum(each.numel() for each in found if each is not None)
-            self._memory.put(name, found, weight)
-        return found
+        resized = self._memory.get(name)
+        if resized is None:
+            resized = self._decode(photo, covering_size(photo.size, bucket))
+            self._memory.put(name, resized, sum(each.numel() for each in resized if each is not None))
+        return resized
 
-    def _decoded(self, photo: Photo, size: Size) -> _Resized:
+    def _decode(self, photo: Photo, size: Size) -> _Resized:
         data = read_bytes(photo.path, self.limits)
         if hashlib.blake2b(data, digest_size=20).hexdigest() != photo.digest:
-            message = f"{photo.path}: the file has changed since it was first read. Keep photos as they are during a run."
+            message = f"{photo.path}: the file has changed since it was first read. Do not modify photos during a run."
             raise DataError(message, file=photo.path, given="changed")
-        picture = decode(data, photo.path, self.limits)
-        pixels = pil_to_tensor(picture.rgb.resize(size[::-1], Image.Resampling.LANCZOS))
+        image = decode(data, photo.path, self.limits)
+        pixels = pil_to_tensor(image.rgb.resize(size[::-1], Image.Resampling.LANCZOS))
         guide = None if self.guide is None else pil_to_tensor(self.guide(photo, size))
         if not self.masks or photo.mask is None:
             return _Resized(pixels, None, guide)
-        own = photo.mask == photo.path
-        mask = mask_of(picture if own else decode(read_bytes(photo.mask, self.limits), photo.mask, self.limits), photo.mask)
+        is_alpha = photo.mask == photo.path
+        mask = mask_of(image if is_alpha else decode(read_bytes(photo.mask, self.limits), photo.mask, self.limits), photo.mask)
         return _Resized(pixels, pil_to_tensor(mask.resize(size[::-1], Image.Resampling.BILINEAR)), guide)
 
 
-def _seen(whole: Tensor, window: Placement) -> Tensor:
+def _crop(whole: Tensor, window: Placement) -> Tensor:
     part = whole[:, window.top : window.top + window.bucket[0], window.left : window.left + window.bucket[1]].float()
     return part.flip(-1) if window.flip else part
 
@@ -221,7 +219,7 @@ def _shuffled(length: int, seed: int, word: str, deck: int) -> tuple[int, ...]:
 
 def _check_options(photos: Sequence[Photo], flip: float, crop: str, repeats: int) -> None:
     if not photos:
-        raise DataError("dataset: no photos. Give at least one; see find_photos.", where="photos", given=0)
+        raise DataError("dataset: no photos; expected at least one, see find_photos.", where="photos", given=0)
     if not 0.0 <= flip <= 1.0:
         raise DataError(f"dataset: flip is {flip}; expected a probability from 0 to 1.", where="flip", given=flip)
     if crop not in ("center", "random"):
@@ -230,11 +228,11 @@ def _check_options(photos: Sequence[Photo], flip: float, crop: str, repeats: int
         raise DataError(f"dataset: repeats is {repeats}; expected at least 1.", where="repeats", given=repeats)
 
 
-def _check_words(captions: Captions, photos: Sequence[Photo]) -> None:
-    silent = [photo for photo in photos if captions.lacks(photo.caption, photo.is_prior)]
-    if silent:
-        names = ", ".join(photo.path.name for photo in silent[:8])
-        remedy = "the class prompt (prior)" if silent[0].is_prior else "a concept"
-        message = f"dataset: no words for {names}. Give {remedy}, or write captions beside the pictures."
-        expected = "prior" if silent[0].is_prior else "concept"
-        raise DataError(message, where="captions", given=tuple(photo.path.name for photo in silent), expected=expected)
+def _check_captions(captions: Captions, photos: Sequence[Photo]) -> None:
+    missing = [photo for photo in photos if captions.lacks(photo.caption, photo.is_prior)]
+    if missing:
+        names = ", ".join(photo.path.name for photo in missing[:8])
+        remedy = "the class prompt (prior)" if missing[0].is_prior else "a concept"
+        message = f"dataset: no caption for {names}. Set {remedy}, or add caption files beside the images."
+        expected = "prior" if missing[0].is_prior else "concept"
+        raise DataError(message, where="captions", given=tuple(photo.path.name for photo in missing), expected=expected)

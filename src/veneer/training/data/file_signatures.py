@@ -1,4 +1,4 @@
-"""What a file is that no image decoder takes, by its first bytes."""
+"""Kind of a file that is not a supported image, from its first bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _EXPORT = "Export it as PNG or JPEG."
 
 
 class FileKind(NamedTuple):
-    """A kind of file: its short name, a description of the file, and what to do about it."""
+    """Kind of a file: short name, description, and remedy."""
 
     name: str
     description: str
@@ -36,7 +36,7 @@ def file_kind(data: bytes) -> FileKind:
     if head.startswith(b"version https://git-lfs"):
         return FileKind("Git LFS pointer", "a Git LFS pointer", "Run `git lfs pull`.")
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(data[:200])  # forgives a letter cut in two
+        text = codecs.getincrementaldecoder("utf-8")().decode(data[:200])  # tolerates a truncated character
         if "\0" not in text:
             return FileKind("text", f"text ({text[:30]!r})", "It is not an image; remove or replace it.")
     except UnicodeDecodeError:

@@ -1,8 +1,7 @@
-"""Guarded reading of pictures: whatever the file holds, either an upright RGB picture or an error that says what to do.
+"""Safe reading of image files: an upright RGB image, or an error that says what is wrong with the file.
 
-Nothing is decoded before the size that the header claims has been checked, only the formats of `FORMATS` are tried, and a file
-is read once and closed. What was done to a picture on the way (first frame taken, profile not readable) is told in
-`Picture.notes`.
+The size in the header is checked before decoding, only the formats of `FORMATS` are tried, and a file is read once and closed.
+Conversions with loss (only the first frame, an unusable color profile) are listed in `DecodedImage.notes`.
 """
 
 import io
@@ -24,10 +23,10 @@ from veneer.injection.errors import VeneerError, VeneerWarning
 from .file_signatures import file_kind
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-FIRST_FRAME = "holds several frames or pages; only the first is used"
-PROFILE_UNUSED = "its color profile cannot be used; colors are taken as sRGB"
-"""The values of `Picture.notes`, beside Pillow's own warnings."""
-_EXPECTED = "a PNG, JPEG, WEBP, BMP, TIFF or GIF picture"
+FIRST_FRAME = "contains several frames or pages; only the first is used"
+PROFILE_UNUSED = "the color profile is unusable; colors are interpreted as sRGB"
+"""Values of `DecodedImage.notes`, besides Pillow's warnings."""
+_EXPECTED = "a PNG, JPEG, WEBP, BMP, TIFF or GIF image"
 _RANGE = "expected 8 or 16 bits a channel. Export it as PNG."
 _DECODER_ERRORS = (
     OSError,
@@ -44,32 +43,32 @@ _DECODER_ERRORS = (
 
 
 class DataError(VeneerError, ValueError):
-    """Training data that cannot be used as it is: which files, what was found, what is expected, what to do."""
+    """Training data that cannot be used: which files, what was found, what was expected, and what to do."""
 
 
 class PhotoError(DataError):
-    """One image file that cannot be used.
+    """An image file that cannot be used.
 
-    `given` is what the file is, such as "missing", "empty", "damaged" or the name of another format, and `expected` the formats
-    that are read; or `where` is the limit that the file exceeds, and `given` and `expected` are sizes.
+    `given` describes the file, such as "missing", "empty", "damaged" or the name of another format, and `expected` has the
+    supported formats; or `where` is the limit that the file exceeds, and `given` and `expected` are sizes.
     """
 
 
 class DataWarning(VeneerWarning):
-    """Training data that can be used, but probably not as meant."""
+    """Training data that can be used but probably contains a mistake."""
 
 
 @dataclass(frozen=True)
 class PhotoLimits:
-    """What is read, and how.
+    """Limits on image files.
 
     Args:
-        max_bytes: largest file, in bytes.
-        max_pixels: largest width x height. Pillow's own bomb limit (89 million unless changed) holds as well.
-        max_side: longest side, in pixels.
-        min_side: shortest side, in pixels.
-        max_aspect: longest side over shortest.
-        background: RGB, 0 to 255, on which transparent parts are laid.
+        max_bytes: maximum file size, bytes.
+        max_pixels: maximum of width x height. Pillow's decompression-bomb limit (89 million unless changed) also applies.
+        max_side: maximum of the longer side, pixels.
+        min_side: minimum of the shorter side, pixels.
+        max_aspect: maximum ratio of the longer to the shorter side.
+        background: RGB, 0 to 255, composited under transparent parts.
     """
 
     max_bytes: int = 128 * 2**20
@@ -80,8 +79,8 @@ class PhotoLimits:
     background: tuple[int, int, int] = (255, 255, 255)
 
 
-class Picture(NamedTuple):
-    """A decoded picture: RGB, its alpha channel (L) unless opaque everywhere, and notes on what was done to it."""
+class DecodedImage(NamedTuple):
+    """A decoded image: RGB, the alpha channel (L) or None if opaque, and notes on conversions."""
 
     rgb: Image.Image
     alpha: Image.Image | None
@@ -89,39 +88,39 @@ class Picture(NamedTuple):
 
 
 def read_photo(path: str | Path, limits: PhotoLimits = PhotoLimits()) -> Image.Image:
-    """The upright RGB picture in a file; transparent parts on `limits.background`; the first frame of an animation.
+    """Reads an image file as upright RGB, composited on `limits.background`; of an animation, the first frame.
 
-    Colours are taken to sRGB by the embedded profile, 16-bit values are divided by 257.
+    Colors are converted to sRGB by the embedded profile; 16-bit values are divided by 257.
 
     Warns:
-        DataWarning: something was done that the file's owner may not expect (a first frame taken).
+        DataWarning: each of `DecodedImage.notes`, such as the use of only the first frame.
 
     Raises:
-        PhotoError: not a readable picture within the limits.
+        PhotoError: not a readable image within the limits.
     """
-    return _told(path, decode(read_bytes(path, limits), path, limits)).rgb
+    return _warn_notes(path, decode(read_bytes(path, limits), path, limits)).rgb
 
 
 def read_mask(path: str | Path, limits: PhotoLimits = PhotoLimits()) -> Image.Image:
-    """A mask (mode L; white or opaque is kept): the file's alpha channel if it has one, else its brightness.
+    """Reads a mask (mode L; white or opaque is trained on): the alpha channel of the file if it has one, else its luminance.
 
     Raises:
-        PhotoError: not a readable picture within the limits, or black everywhere, so that nothing would be learnt.
+        PhotoError: not a readable image within the limits, or black everywhere.
     """
-    return mask_of(_told(path, decode(read_bytes(path, limits), path, limits)), path)
+    return mask_of(_warn_notes(path, decode(read_bytes(path, limits), path, limits)), path)
 
 
-def mask_of(picture: Picture, path: str | Path) -> Image.Image:
-    """The mask that a decoded file means; see `read_mask`."""
-    mask = picture.alpha or picture.rgb.convert("L")
+def mask_of(decoded: DecodedImage, path: str | Path) -> Image.Image:
+    """The mask of a decoded file; see `read_mask`."""
+    mask = decoded.alpha or decoded.rgb.convert("L")
     if mask.getextrema()[1] == 0:
-        message = f"{path}: the mask is black everywhere; expected white where the subject is. Paint it, or remove the file."
+        message = f"{path}: the mask is black everywhere; expected white where the subject is. Edit it, or remove the file."
         raise PhotoError(message, file=path, given="black")
     return mask
 
 
 def read_bytes(path: str | Path, limits: PhotoLimits) -> bytes:
-    """The content of a regular file of at most `limits.max_bytes`, read once; PhotoError otherwise."""
+    """Reads a regular file of at most `limits.max_bytes`; raises PhotoError otherwise."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -140,39 +139,39 @@ def read_bytes(path: str | Path, limits: PhotoLimits) -> bytes:
     return data
 
 
-def decode(data: bytes, path: str | Path, limits: PhotoLimits = PhotoLimits(), *, remarks: bool = True) -> Picture:
-    """The picture in `data`; `path` is only the name in messages. Raises PhotoError as `read_photo` does; never warns.
+def decode(data: bytes, path: str | Path, limits: PhotoLimits = PhotoLimits(), *, remarks: bool = True) -> DecodedImage:
+    """Decodes `data`; `path` is used in messages only. Raises PhotoError as `read_photo` does; never warns.
 
     Args:
-        remarks: turn Pillow's warnings into notes. That swaps the filters of the whole process for a moment: False in threads,
-            where the warnings then stay warnings.
+        remarks: turn Pillow's warnings into notes. This changes the warning filters of the process for a moment; pass False in
+            threads, where the warnings remain warnings.
     """
-    with _explained(data, path, limits), warnings.catch_warnings(record=True) if remarks else nullcontext() as caught:
+    with _decoder_errors(data, path, limits), warnings.catch_warnings(record=True) if remarks else nullcontext() as caught:
         if remarks:
             warnings.simplefilter("always")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, path, limits)
-            picture = _upright(image, path, limits)
-    told = tuple(str(each.message) for each in caught or () if not issubclass(each.category, DeprecationWarning))
-    return picture._replace(notes=picture.notes + told)
+            decoded = _upright(image, path, limits)
+    notes = tuple(str(each.message) for each in caught or () if not issubclass(each.category, DeprecationWarning))
+    return decoded._replace(notes=decoded.notes + notes)
 
 
 def examine(data: bytes, path: str | Path, limits: PhotoLimits = PhotoLimits()) -> tuple[int, int]:
-    """Width and height by the head of a picture, of which no pixel is decoded. Raises PhotoError as `decode` does."""
-    with _explained(data, path, limits), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    """Width and height from the header of an image, without decoding pixels. Raises PhotoError as `decode` does."""
+    with _decoder_errors(data, path, limits), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image, path, limits)
         return image.size
 
 
 @contextmanager
-def _explained(data: bytes, path: str | Path, limits: PhotoLimits) -> Iterator[None]:
-    """Whatever a decoder raises as a PhotoError that says what the data are."""
+def _decoder_errors(data: bytes, path: str | Path, limits: PhotoLimits) -> Iterator[None]:
+    """Converts any decoder error to a PhotoError that describes the data."""
     try:
         yield
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        count = re.search(r"\((\d+) pixels\)", str(error))  # it is raised before the size is told
+        count = re.search(r"\((\d+) pixels\)", str(error))  # raised before the size is known
         found = f"{int(count[1]):,} pixels" if count else str(error)
         message = f"{path}: {found}; expected at most {limits.max_pixels:,} pixels. Save it smaller."
         given = int(count[1]) if count else None
@@ -182,13 +181,13 @@ def _explained(data: bytes, path: str | Path, limits: PhotoLimits) -> Iterator[N
     except _DECODER_ERRORS as error:
         raise _refusal(path, "damaged", f"damaged or cut off ({error})", "Copy, download or export it again.") from error
     except MemoryError as error:
-        raise PhotoError(f"{path}: more pixels than memory holds. Save it smaller.", file=path, where="memory") from error
+        raise PhotoError(f"{path}: not enough memory to decode it. Save it smaller.", file=path, where="memory") from error
 
 
-def _told(path: str | Path, picture: Picture) -> Picture:
-    for note in picture.notes:
+def _warn_notes(path: str | Path, decoded: DecodedImage) -> DecodedImage:
+    for note in decoded.notes:
         warnings.warn(DataWarning(f"{path}: {note}", file=path, given=note), stacklevel=3)
-    return picture
+    return decoded
 
 
 def _refusal(path: str | Path, given: str, found: str, remedy: str) -> PhotoError:
@@ -196,7 +195,7 @@ def _refusal(path: str | Path, given: str, found: str, remedy: str) -> PhotoErro
 
 
 def _check_size(image: Image.Image, path: str | Path, limits: PhotoLimits) -> None:
-    """Refuse by the header alone: no pixel has been decoded yet."""
+    """Checks the limits by the header, before any pixel is decoded."""
     width, height = image.size
     long, short = max(image.size), max(1, min(image.size))
     smaller = "Save it smaller, or raise max_side and max_pixels."
@@ -208,7 +207,7 @@ def _check_size(image: Image.Image, path: str | Path, limits: PhotoLimits) -> No
             long <= limits.max_aspect * short,
             "max_aspect",
             f"at most {limits.max_aspect:g} times as long as wide",
-            "Cut out the part that shows the subject.",
+            "Crop it to the subject.",
         ),
     ):
         if not fits:
@@ -216,7 +215,7 @@ def _check_size(image: Image.Image, path: str | Path, limits: PhotoLimits) -> No
             raise PhotoError(message, file=path, where=where, given=image.size, expected=getattr(limits, where))
 
 
-def _upright(image: Image.Image, path: str | Path, limits: PhotoLimits) -> Picture:
+def _upright(image: Image.Image, path: str | Path, limits: PhotoLimits) -> DecodedImage:
     notes = []
     if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a phone's JPEG with a preview inside
         notes.append(FIRST_FRAME)
@@ -234,16 +233,16 @@ def _upright(image: Image.Image, path: str | Path, limits: PhotoLimits) -> Pictu
         if alpha.getextrema()[0] == 255:
             alpha = None
         elif alpha.getextrema()[1] == 0:
-            message = f"{path}: fully transparent; expected something to see. Export it with its background."
+            message = f"{path}: fully transparent; expected visible pixels. Export it with its background."
             raise PhotoError(message, file=path, given="transparent")
     rgb, note = _srgb(turned, profile)
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, limits.background), alpha)
-    return Picture(rgb, alpha, (*notes, *note))
+    return DecodedImage(rgb, alpha, (*notes, *note))
 
 
 def _eight_bit(image: Image.Image, path: str | Path) -> Image.Image:
-    """16-bit grey to 8 bits by scaling (65535 -> 255): Pillow's own conversion clips everything above 255 to white."""
+    """16-bit grayscale to 8 bits by scaling (65535 -> 255): Pillow's conversion clips values above 255 to white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise PhotoError(f"{path}: 32-bit values without a stated range; {_RANGE}", file=path, where="mode", given="I")
@@ -251,7 +250,7 @@ def _eight_bit(image: Image.Image, path: str | Path) -> Image.Image:
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, tuple[str, ...]]:
-    """RGB in sRGB, through the embedded profile where there is one (CMYK from a printer's file, Display P3 from a phone)."""
+    """RGB in sRGB, converted by the embedded profile if there is one (such as CMYK or Display P3)."""
     if image.mode not in ("RGB", "CMYK", "L"):
         image = image.convert("RGB")
     if profile:

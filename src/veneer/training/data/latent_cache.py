@@ -1,8 +1,8 @@
-"""What encoders made of pictures and words, kept under the content of everything it depends on: a stale entry cannot be read.
+"""Content-addressed cache of latents and text embeddings, in memory and on disk; stale entries are never read.
 
-A key is a digest over the picture's bytes and preprocessing (or the prompt), the encoder's class, configuration and *weights*,
-and the dtype. Files are safetensors that hold their own key and a digest of their tensors, are written under a temporary name,
-synced and renamed; a damaged one is made anew. Any number of processes may use one folder.
+A key is a digest of the image's bytes and preprocessing (or the prompt), the encoder's class, configuration and *weights*, and
+the dtype. Files are safetensors with their key and a digest of their tensors; they are written under a temporary name, synced
+and renamed. Corrupt files are recomputed. Several processes may share a folder.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ _STALE_SECONDS = 3600.0
 
 
 class CacheWarning(VeneerWarning):
-    """A cache that had to make something anew, or that goes on in memory only."""
+    """A cache entry was recomputed, or the cache is in memory only from now on."""
 
 
 def cache_key(*parts: str | int | float | torch.dtype) -> str:
-    """A hex digest of 40 letters over parts of unambiguous spelling: `cache_key(example.key, encoder_digest(vae),
+    """Digest (40 hex digits) of an unambiguous encoding of the parts: `cache_key(example.key, encoder_digest(vae),
     torch.float16)`."""
     spelling = hashlib.blake2b(digest_size=20)
     for part in parts:
@@ -45,7 +45,7 @@ def cache_key(*parts: str | int | float | torch.dtype) -> str:
 
 
 class Memory(Generic[Value]):
-    """The most recently used values, up to `limit` bytes together."""
+    """LRU cache of at most `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
@@ -58,7 +58,7 @@ class Memory(Generic[Value]):
         return self._values[key][0]
 
     def put(self, key: str, value: Value, weight: int) -> None:
-        """Keep a value of `weight` bytes; the longest unused make room. One that is larger than the limit is not kept."""
+        """Stores a value of `weight` bytes and evicts the least recently used; a value above the limit is not stored."""
         self.held -= self._values.pop(key, (None, 0))[1]
         if weight > self.limit:
             return
@@ -72,11 +72,11 @@ class Cache:
     """Named tensors by content key, in memory and, if a folder is given, on disk.
 
     Args:
-        folder: made if missing; None keeps all in memory.
-        memory: bytes of tensors to keep in memory; what does not fit is read from disk, or computed, again.
+        folder: created if missing (default: memory only).
+        memory: bytes of tensors kept in memory; others are read from disk or recomputed.
 
     Attributes:
-        hits, misses: how often `get` found the key, and how often it had to compute.
+        hits, misses: number of `get` calls that found the key, and that computed the value.
     """
 
     def __init__(self, folder: str | Path | None = None, memory: int = 2**30) -> None:
@@ -91,18 +91,18 @@ class Cache:
                 self._without_disk(error)
 
     def get(self, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors of `key`, computed if they are not there yet: copies on the CPU, without gradient, bitwise the same every
+        """Returns the tensors of `key` and computes them if missing: copies on the CPU without gradient, bitwise the same every
         time.
 
         Warns:
-            CacheWarning: a damaged file was made anew; the disk is full or not writable, so that the cache goes on in memory; or
-                the values are not finite and are not kept.
+            CacheWarning: a corrupt file was recomputed; the disk is full or not writable, so the cache continues in memory; or
+                the values are not finite and are not cached.
 
         Raises:
-            OptionError: `key` does not come from `cache_key`.
+            OptionError: `key` is not from `cache_key`.
         """
         if not re.fullmatch("[0-9a-f]{40}", key):
-            message = f"cache: {key!r} is not a key; expected 40 hex digits. Make it with cache_key()."
+            message = f"cache: {key!r} is not a key; expected 40 hex digits. Create it with cache_key()."
             raise OptionError(message, option="key", given=key, expected=40)
         value = self._memory.get(key)
         if value is None:
@@ -119,7 +119,7 @@ class Cache:
     def _keep(self, key: str, value: dict[str, Tensor]) -> None:
         broken = [name for name, each in value.items() if each.is_floating_point() and not each.isfinite().all()]
         if broken:
-            message = f"cache: {', '.join(broken)} of {key} is not finite and is not kept (a VAE in float16?)"
+            message = f"cache: {', '.join(broken)} of {key} is not finite and is not cached (a VAE in float16?)"
             warnings.warn(CacheWarning(message, where=key, given=tuple(broken), expected="finite"), stacklevel=2)
             return
         self._remember(key, value)
@@ -146,14 +146,14 @@ class Cache:
             reason, given = "its content does not match its key", "mismatch"
         except FileNotFoundError:
             return None
-        except Exception as error:  # whatever a damaged file makes a parser say, the answer is the same: make it anew
+        except Exception as error:  # a corrupt file may raise any parser error; recompute
             reason, given = str(error), "damaged"
-        message = f"{path}: unusable cache entry ({reason}); made anew"
+        message = f"{path}: unusable cache entry ({reason}); recomputed"
         warnings.warn(CacheWarning(message, file=path, given=given), stacklevel=3)
         return None
 
     def _without_disk(self, error: OSError) -> None:
-        message = f"{self.folder}: cannot be written ({error.strerror or error}); the cache goes on in memory"
+        message = f"{self.folder}: cannot be written ({error.strerror or error}); the cache continues in memory"
         warnings.warn(CacheWarning(message, file=self.folder, given=error.errno), stacklevel=2)
         self.folder = None
 
@@ -174,7 +174,7 @@ def _write(folder: Path, key: str, value: dict[str, Tensor]) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written, but nothing that another may still be writing."""
+    """Deletes incomplete files of killed processes, but not those that may still be written."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
@@ -182,7 +182,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a dense tensor, without a copy where it lies on the CPU."""
+    """Bytes of a dense tensor, without a copy if it is on the CPU."""
     array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
@@ -196,7 +196,7 @@ def _fold(item: tuple[str, Tensor]) -> str:
 
 
 def _content(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of names, dtypes, shapes and all bytes; many are hashed side by side, for hashing leaves Python's lock."""
+    """Digest of names, dtypes, shapes and all bytes; large tensors are hashed in threads, as hashing releases the GIL."""
     if sum(each.numel() for each in tensors.values()) < 2**20:
         return cache_key(*map(_fold, sorted(tensors.items())))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -207,11 +207,11 @@ _digests: "WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]]" = WeakKeyD
 
 
 def encoder_digest(module: nn.Module) -> str:
-    """A digest of an encoder's class, configuration, dtypes and every byte of its parameters and buffers, attached adapters
-    included.
+    """Digest of an encoder's class, configuration, dtypes and every byte of its parameters and buffers, including attached
+    adapters.
 
-    Remembered per module object as long as nothing hints at a change: the tensors' addresses, versions and a sample of their
-    values. A module with a parameter that trains is hashed anew every time.
+    Cached per module object while the tensors' addresses, versions and a sample of their values are unchanged. A module with
+    trainable parameters is hashed every time.
 
     Raises:
         OptionError: a tensor on the meta device.
@@ -227,11 +227,11 @@ def encoder_digest(module: nn.Module) -> str:
 
 
 def why_not_cached(module: nn.Module) -> str | None:
-    """Why the outputs of an encoder must not be kept, or None if they may: it trains (itself, or tokens or adapters on it), or
-    dropout makes every output different."""
+    """Why the outputs of an encoder must not be cached, or None if they may: it has trainable parameters (its own, tokens or
+    adapters), or active dropout."""
     training = [name for name, each in module.named_parameters() if each.requires_grad]
     if training:
-        return f"{type(module).__name__} trains ({training[0]} and {len(training) - 1} more), so its outputs change every step"
+        return f"{type(module).__name__} has trainable parameters ({training[0]} and {len(training) - 1} more)"
     for name, each in module.named_modules():
         if isinstance(each, nn.modules.dropout._DropoutNd) and each.training and each.p > 0:
             return f"{type(module).__name__} is in training mode with dropout at {name}; call eval()"
@@ -244,7 +244,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _hints(tensor: Tensor) -> tuple[object, ...]:
-    """What changes when a tensor does: place, version, and the sum of up to 64 values for writes that bypass the version
+    """Values that change with a tensor: address, version, and the sum of up to 64 values for writes that bypass the version
     counter."""
     version = 0 if tensor.is_inference() else tensor._version
     flat = tensor.detach().reshape(-1)
@@ -253,7 +253,7 @@ def _hints(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _config(module: nn.Module) -> str:
-    """The configuration that transformers and diffusers models carry, without names of places and versions."""
+    """The configuration of a transformers or diffusers model, without paths and versions."""
     config: Any = getattr(module, "config", None)
     table = config.to_dict() if hasattr(config, "to_dict") else config
     kept = {str(k): v for k, v in table.items() if not str(k).startswith("_")} if isinstance(table, Mapping) else {}

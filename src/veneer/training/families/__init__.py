@@ -1,4 +1,4 @@
-"""Pipeline families: one file each, found by being here."""
+"""Registry of pipeline families, one module each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["BaseModelError", "Family", "PromptError", "PromptWarning", "Sizes", 
 
 
 def families() -> dict[str, type[Family]]:
-    """File stem → family, in alphabetical order: every subclass of `Family` that a file here defines."""
+    """Module name → family, in alphabetical order: every subclass of `Family` defined in a module of this package."""
     found = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "family"):
         for value in vars(importlib.import_module(f"{__name__}.{module}")).values():
@@ -33,40 +33,42 @@ def family(pipe: Any, **options: Any) -> Family:
         pipe: a diffusers pipeline.
         options: of `Family`: `truncate`, `max_tokens`, `guidance`.
     Raises:
-        BaseModelError: if no family takes the pipeline's class, or a component is missing.
+        BaseModelError: an unsupported pipeline class, or a missing component.
     """
     known = families()
     for kind in known.values():
         if kind.matches(pipe):
             return kind(pipe, **options)
     name = type(pipe).__name__
-    raise BaseModelError(f"no family for {name}. {_there(known)}", where="family", given=name, expected=tuple(known))
+    raise BaseModelError(
+        f"{name} is not supported for training. {_supported(known)}", where="family", given=name, expected=tuple(known)
+    )
 
 
 def check_folder(folder: Path) -> None:
-    """Say what a saved pipeline lacks for training, before diffusers tries to load it.
+    """Checks that a saved pipeline is complete and supported, before diffusers loads it.
 
     Args:
-        folder: what `save_pretrained` writes: `model_index.json` and one folder a component.
+        folder: folder written by `save_pretrained`: `model_index.json` and one folder per component.
     Raises:
-        BaseModelError: if there is no readable `model_index.json`, no family for its class, or a component that training needs
-            is not in it or not on disk.
+        BaseModelError: no readable `model_index.json`, an unsupported pipeline class, or a component that is not listed or not on
+            disk.
     """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         name = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"{folder} is no diffusers pipeline: its model_index.json cannot be used ({error})"
+        message = f"{folder} is not a diffusers pipeline: its model_index.json is invalid ({error})"
         raise BaseModelError(message, file=folder, where="model_index.json") from error
     known = families()
     kind = next((kind for kind in known.values() if name in kind.pipelines), None)
     if kind is None:
-        message = f"no family for {name} in {folder}. {_there(known)}"
+        message = f"{folder}: {name} is not supported for training. {_supported(known)}"
         raise BaseModelError(message, file=folder, where="family", given=name, expected=tuple(known))
     missing = [part for part in kind.needs if not (index.get(part) or [None])[0] or not (folder / part).is_dir()]
     if missing:
         raise BaseModelError(
-            f"{folder} ({name}) has no {', '.join(missing)}. Training needs {', '.join(kind.needs)}: get the whole base.",
+            f"{folder} ({name}) has no {', '.join(missing)}. Training needs {', '.join(kind.needs)}: download all components.",
             file=folder,
             where="missing",
             given=tuple(missing),
@@ -74,5 +76,5 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _there(known: dict[str, type[Family]]) -> str:
-    return "There are: " + "; ".join(f"{name} ({', '.join(kind.pipelines)})" for name, kind in known.items()) + "."
+def _supported(known: dict[str, type[Family]]) -> str:
+    return "Supported pipelines: " + "; ".join(f"{name} ({', '.join(kind.pipelines)})" for name, kind in known.items()) + "."

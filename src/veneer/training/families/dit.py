@@ -1,4 +1,4 @@
-"""DiT: a transformer conditioned on a class label, in the place of text."""
+"""DiT: a transformer conditioned on a class label instead of text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .family import Family, Sizes
 class DiT(Family):
     """ε = first half of transformer(x_t, t, class). Source: Peebles & Xie 2023; diffusers `DiTPipeline`.
 
-    A prompt is a class: its name (`pipe.labels`), its number in digits, or "" for the class of no class.
+    A prompt is a class: its name (`pipe.labels`), its number in digits, or "" for the unconditional class.
     """
 
     pipelines = ("DiTPipeline",)
@@ -28,12 +28,12 @@ class DiT(Family):
         """`class_labels` (batch,), int64.
 
         Raises:
-            OptionError: for a name or number that the base has no class for.
+            OptionError: an unknown class name or number.
         """
         return {"class_labels": torch.tensor([self.label(prompt) for prompt in prompts])}
 
     def label(self, prompt: str) -> int:
-        """The number of a class; the one after the last stands for no class."""
+        """The number of a class; the one after the last is the unconditional class."""
         classes = int(self.config.num_embeds_ada_norm)
         word = prompt.strip()
         if not word:
@@ -43,12 +43,12 @@ class DiT(Family):
         if word in self.pipe.labels:
             return int(self.pipe.labels[word])
         near = get_close_matches(word, self.pipe.labels, n=3, cutoff=0.4) or list(self.pipe.labels)[:5]
-        hint = f" Near: {', '.join(near)}." if near else ""
-        message = f"this base has no class {word!r}: give a name it knows, or a number from 0 to {classes - 1}.{hint}"
+        hint = f" Similar names: {', '.join(near)}." if near else ""
+        message = f"the base model has no class {word!r}; expected a class name or a number from 0 to {classes - 1}.{hint}"
         raise OptionError(message, option="prompt", given=word, expected=tuple(near))
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
-        """Raises OptionError for latents that are not square, which the transformer cannot put together again."""
+        """Raises OptionError for latents that are not square, which the transformer does not support."""
         if noisy.shape[-2] != noisy.shape[-1]:
             given = tuple(noisy.shape[-2:])
             raise OptionError(f"DiT takes square images only, got latents of {given[0]}×{given[1]}", option="noisy", given=given)

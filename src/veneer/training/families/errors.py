@@ -6,8 +6,8 @@ from veneer.injection.errors import VeneerError, VeneerWarning
 
 
 class PromptError(VeneerError):
-    """A prompt with more tokens (`given`) than a text encoder takes (`expected`); `where` is the part that is lost."""
+    """A prompt with more tokens (`given`) than the limit (`expected`); `where` is the part beyond it."""
 
 
 class PromptWarning(VeneerWarning):
-    """A prompt that is cut off, with the attributes of `PromptError`."""
+    """A truncated prompt, with the attributes of `PromptError`."""

@@ -1,4 +1,4 @@
-"""What training needs to know of a pipeline family: its parts, how it encodes, and how its denoiser is called."""
+"""Base class of pipeline families: components, encoding of images and text, and the call of the denoiser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veneer.injection.errors import BaseModelError, OptionError
 
-from ..data.captions import longest_start
+from ..data.captions import longest_prefix
 from ..objective.objectives import Objective, ObjectiveOptions, from_scheduler
 from .errors import PromptError, PromptWarning
 
@@ -23,21 +23,21 @@ Sizes = Tensor | Sequence[Sequence[int]]
 
 
 class Family(ABC):
-    """One family of diffusers pipelines. The file is the registration: one subclass a file of `families/`.
+    """A family of diffusers pipelines. Each module of `families/` with a subclass is registered automatically.
 
     Class attributes:
-        pipelines: pipeline classes it takes (subclasses too), the text-to-image one first.
+        pipelines: supported pipeline classes (and their subclasses), the text-to-image one first.
         needs: components that must not be None. `denoiser`: the component that is trained.
-        density: timestep density where the options name none. `packing`: latents that make one channel vector of the denoiser.
-        square: True if it takes square pictures only.
+        density: default timestep density. `packing`: number of latents per channel vector of the denoiser.
+        square: True if only square images are supported.
 
     Attributes:
-        pipe: the pipeline; its components are used as they are at the time of each call.
-        guidance: guidance fed to guidance-distilled transformers (FLUX.1-dev), else unused.
-        max_tokens: tokens given to T5, or None for the pipeline's default; CLIP takes what its tokenizer says.
-        truncate: what to do with a prompt that is too long: `error`, or `warn` and cut it as the pipeline does.
+        pipe: the pipeline; each call uses its current components.
+        guidance: guidance input of guidance-distilled transformers (FLUX.1-dev), else unused.
+        max_tokens: number of T5 tokens (default: that of the pipeline); CLIP uses its tokenizer's maximum.
+        truncate: for prompts above the token limit: `error`, or `warn` and truncate as the pipeline does.
     Raises:
-        BaseModelError: if a needed component is missing, or the denoiser takes more than the VAE's latents.
+        BaseModelError: a missing component, or a denoiser with more input channels than the VAE's latents.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -66,14 +66,14 @@ class Family(ABC):
         if missing:
             message = (
                 f"{type(pipe).__name__} has no {', '.join(missing)}. Training needs {', '.join(self.needs)}: load a complete "
-                f"base, or give the missing part to from_pretrained({missing[0]}=…)."
+                f"base model, or pass the missing component to from_pretrained({missing[0]}=…)."
             )
             raise BaseModelError(message, where="missing", given=tuple(missing), expected=self.needs)
         channels, latent = self.config.in_channels, self.packing * pipe.vae.config.latent_channels
         if channels != latent:
             message = (
-                f"the {self.denoiser} takes {channels} channels and the VAE gives {latent}: this is an inpainting, depth, "
-                "control or editing base, whose extra inputs photos do not have. Use the text-to-image base it comes from."
+                f"the {self.denoiser} has {channels} input channels, the VAE {latent} latent channels: an inpainting, depth, "
+                "control or editing model, whose extra inputs photos do not have. Use its text-to-image base model."
             )
             raise BaseModelError(message, where=self.denoiser, given=channels, expected=latent)
 
@@ -92,7 +92,7 @@ class Family(ABC):
 
     @property
     def text_towers(self) -> dict[str, nn.Module]:
-        """Component name → text encoder, in the pipeline's order; empty for class-conditional bases."""
+        """Component name → text encoder, in the pipeline's order; empty for class-conditional models."""
         names = [name for name in self.pipe.components if name.startswith("text_encoder")]
         return {name: tower for name in sorted(names) if (tower := getattr(self.pipe, name)) is not None}
 
@@ -108,45 +108,45 @@ class Family(ABC):
 
     @property
     def multiple(self) -> int:
-        """Sides of pictures must divide by this many pixels: the VAE's factor times the patch, or the UNet's halvings."""
+        """Image sides must be divisible by this, pixels: the VAE's factor times the patch size or the UNet's downsampling."""
         halvings = len(self.config.get("block_out_channels", ("",))) - 1
         return self.vae_factor * int(self.config.get("patch_size", 2**halvings))
 
     @property
     def resolution(self) -> int:
-        """The side, in pixels, that the base was trained for."""
+        """Native resolution of the base model, pixels per side."""
         return self.vae_factor * int(self.config.sample_size)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device and in the type of the denoiser's first floating-point weight."""
+        """The tensor on the device and in the dtype of the denoiser's first floating-point weight."""
         weight = next(p for p in self.tower.parameters() if p.is_floating_point())
         return tensor.to(weight.device, weight.dtype)
 
     def tokens(self, height: int, width: int) -> int:
-        """Latents in 2×2 patches of a picture of that many pixels."""
+        """Number of 2×2 latent patches of an image of that size in pixels."""
         return (height // self.vae_factor // 2) * (width // self.vae_factor // 2)
 
     def objective(self, options: ObjectiveOptions | None = None) -> Objective:
-        """The objective of the base's scheduler, with this family's density where the options name none."""
+        """The objective of the pipeline's scheduler, with the family's density if the options have none."""
         options = replace(options or ObjectiveOptions(), tokens=self.tokens(self.resolution, self.resolution))
         return from_scheduler(self.pipe.scheduler, options, self.density)
 
-    # -- pictures -----------------------------------------------------------------------------------------------------
+    # -- images -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, std) of the scaled latents: ((μ − shift)·scale, σ·scale), float32, each (batch, channels, height, width).
 
         Args:
             pixels: (batch, 3, H, W) in [−1, 1], sides divisible by `multiple`.
         Raises:
-            OptionError: for sides that do not divide.
-        A VAE that overflows in float16 (`force_upcast`) is run in float32 and put back.
+            OptionError: sides that are not divisible.
+        A float16 VAE with `force_upcast` runs in float32 and is cast back.
         """
         vae = self.pipe.vae
         if any(side % self.multiple for side in pixels.shape[-2:]):
             given = tuple(pixels.shape[-2:])
-            message = f"sides must divide by {self.multiple} pixels, got {given}"
+            message = f"image sides must be divisible by {self.multiple}, got {given}"
             raise OptionError(message, option="pixels", given=given, expected=self.multiple)
         dtype = vae.dtype
         upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
@@ -162,7 +162,7 @@ class Family(ABC):
         return mean, posterior.std.float() * scale
 
     def _latent_affine(self) -> tuple[Tensor | float, Tensor | float]:
-        """(shift, scale) of the VAE's config: numbers, or per channel where it has `latents_mean` and `latents_std`."""
+        """(shift, scale) of the VAE's config: floats, or per channel if it has `latents_mean` and `latents_std`."""
         config = self.pipe.vae.config
         scale = float(config.get("scaling_factor") or 1.0)
         mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -179,68 +179,68 @@ class Family(ABC):
 
     @abstractmethod
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
-        """What the denoiser is told of each prompt: named tensors, batch first, equal to the pipeline's own `encode_prompt`.
+        """Text conditioning of the denoiser: named tensors, batch first, equal to the pipeline's own `encode_prompt`.
 
-        Gradients flow into the text encoders and their token tables.
+        Gradients flow into the text encoders and their token embeddings.
         Raises:
-            PromptError: if a prompt does not fit and `truncate` is `error`.
+            PromptError: a prompt exceeds the token limit and `truncate` is `error`.
         """
 
     @property
     def text_device(self) -> torch.device:
-        """Where the text encoders are; they share one device."""
+        """Device of the text encoders."""
         return next(p.device for tower in self.text_towers.values() for p in tower.parameters())
 
     def limits(self) -> Iterator[tuple[Any, int]]:
-        """(tokenizer, most tokens it may give) for each text encoder in use; every one must be obeyed."""
+        """(tokenizer, token limit) of each text encoder."""
         for name in self.text_towers:
             tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"))
             yield tokenizer, self.t5_tokens if "T5" in type(tokenizer).__name__ else int(tokenizer.model_max_length)
 
     @property
     def t5_tokens(self) -> int:
-        """Tokens that T5 is given: `max_tokens`, or the default of the pipeline's `encode_prompt`."""
+        """Token limit of T5: `max_tokens`, or the default of the pipeline's `encode_prompt`."""
         return self.max_tokens or int(inspect.signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default)
 
     def prepare(self, prompts: list[str], tokenizer: Any) -> list[str]:
-        """The prompts as they reach a tokenizer: tokens of several vectors spelled out, where the pipeline does so."""
+        """The prompts as the pipeline passes them to a tokenizer, with multi-vector tokens expanded."""
         convert = getattr(self.pipe, "maybe_convert_prompt", None)
         return list(convert(prompts, tokenizer)) if convert else prompts
 
     def shorten(self, prompt: str) -> str:
-        """The longest start of a prompt, in whole words, that every text encoder takes; all of it where it fits.
+        """The longest prefix of whole words within the token limit of every text encoder.
 
         Raises:
-            PromptError: its first word alone does not fit.
+            PromptError: the first word exceeds the limit.
         """
-        found = prompt if not prompt.strip() else longest_start(prompt, self._fits)
-        if prompt.strip() and not found:
+        short = prompt if not prompt.strip() else longest_prefix(prompt, self._fits)
+        if prompt.strip() and not short:
             word = prompt.split()[0]
-            raise PromptError(f"the first word of the prompt is longer than the text encoder takes: {word!r}.", where=word)
-        return found
+            raise PromptError(f"the first word of the prompt exceeds the token limit of the text encoder: {word!r}.", where=word)
+        return short
 
     def _fits(self, prompt: str) -> bool:
-        """Whether every encoder takes a prompt whole."""
+        """Whether a prompt is within the token limit of every text encoder."""
         return all(len(self._token_ids([prompt], tokenizer)[0]) <= limit for tokenizer, limit in self.limits())
 
     def _token_ids(self, prompts: list[str], tokenizer: Any) -> list[list[int]]:
         return tokenizer(self.prepare(prompts, tokenizer), truncation=False, padding=False, verbose=False).input_ids
 
     def check_length(self, prompts: list[str]) -> None:
-        """Raise or warn for prompts with more tokens than an encoder takes, saying how many and what would be lost."""
+        """Raises or warns about prompts above the token limit, with the number of tokens and the part cut off."""
         for tokenizer, limit in self.limits():
             for prompt, row in zip(prompts, self._token_ids(prompts, tokenizer), strict=True):
                 if len(row) <= limit:
                     continue
                 lost = tokenizer.decode(row[limit - 1 : -1])
                 data = {"where": lost, "given": len(row), "expected": limit}
-                message = f"the prompt {prompt!r} has {len(row)} tokens and the text encoder takes {limit}; {lost!r} does not fit"
+                message = f"the prompt {prompt!r} has {len(row)} tokens, above the text encoder's limit of {limit}: {lost!r}"
                 if self.truncate == "error":
-                    raise PromptError(f"{message}. Shorten it, or use truncate='warn' to train without that part.", **data)
+                    raise PromptError(f"{message} does not fit. Shorten it, or use truncate='warn' to cut that part off.", **data)
                 warnings.warn(PromptWarning(f"{message} and is cut off", **data), stacklevel=3)
 
     def text_identity(self, prompt: str) -> str:
-        """What `encode_text` depends on beside weights, for caches: pipeline class, token ids, their number and padding."""
+        """Cache identity of `encode_text` besides weights: pipeline class, token ids, token limit and padding."""
         parts: list[Any] = [type(self.pipe).__name__, self.truncate]
         for tokenizer, limit in self.limits():
             ids = self._token_ids([prompt], tokenizer)[0]
@@ -254,32 +254,32 @@ class Family(ABC):
         """The denoiser's raw prediction, in the shape of `noisy`, called exactly as the pipeline's own loop calls it.
 
         Args:
-            noisy: (batch, channels, height, width), cast to the denoiser's type.
+            noisy: (batch, channels, height, width), cast to the denoiser's dtype.
             timesteps: (batch,), from `Objective.model_input`.
             text: from `encode_text`.
-            sizes: for bases that are told them; None for uncropped pictures of the latents' own size.
+            sizes: size conditioning, if the model has it (default: uncropped images of the latents' size).
         """
 
     def sizes(self, noisy: Tensor, sizes: Sizes | None) -> Tensor:
-        """(batch, 6) float32 on the device of `noisy`: the sizes given, or those of uncropped pictures of the latents' size."""
+        """(batch, 6) float32 on the device of `noisy`: `sizes`, or those of uncropped images of the latents' size."""
         if sizes is None:
             height, width = (side * self.vae_factor for side in noisy.shape[-2:])
             sizes = [(height, width, 0, 0, height, width)] * len(noisy)
         return torch.as_tensor(sizes, dtype=torch.float32, device=noisy.device)
 
-    # -- pictures from the base ---------------------------------------------------------------------------------------
+    # -- generation -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, prompts: list[str], generators: list[torch.Generator], **settings: Any) -> list[Any]:
-        """Pictures (PIL) from the pipeline's text-to-image class, one for each prompt and generator, in `eval` mode.
+        """Generates one PIL image per prompt and generator with the pipeline's text-to-image class, in `eval` mode.
 
         Args:
-            settings: passed on: `num_inference_steps`, `guidance_scale`, `height`, `width`, …
+            settings: pipeline arguments: `num_inference_steps`, `guidance_scale`, `height`, `width`, …
         """
         import diffusers
 
         pipe = self.pipe
-        if "image" in inspect.signature(type(pipe).__call__).parameters:  # it wants a picture to start from
+        if "image" in inspect.signature(type(pipe).__call__).parameters:  # an image-to-image pipeline
             pipe = getattr(diffusers, self.pipelines[0]).from_pipe(pipe, torch_dtype=None)  # shares the components
             pipe.set_progress_bar_config(disable=True)
         parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -293,5 +293,5 @@ class Family(ABC):
                 module.training = training
 
     def inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """The pipeline's own arguments for these prompts."""
+        """Pipeline arguments of the prompts."""
         return {"prompt": prompts}

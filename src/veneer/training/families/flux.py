@@ -1,4 +1,4 @@
-"""FLUX.1: a flow transformer over packed 2×2 latents, T5 tokens and a pooled CLIP vector."""
+"""FLUX.1: a flow transformer over packed 2×2 latents, T5 tokens and a pooled CLIP embedding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .family import Family, Sizes
 class Flux(Family):
     """ε − x₀ = unpack(transformer(pack(x_σ), σ, guidance, text, pooled text, positions)).
 
-    `guidance` is an input of the guidance-distilled bases (`guidance_embeds` in the config), 3.5 in diffusers and kohya.
+    `guidance` is an input of the guidance-distilled models (`guidance_embeds` in the config), 3.5 in diffusers and kohya.
     Source: Black Forest Labs, flux; diffusers `FluxPipeline`.
     """
 

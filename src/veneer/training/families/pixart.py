@@ -1,4 +1,4 @@
-"""PixArt-α and PixArt-Σ: a transformer that reads T5 and predicts ε and a variance."""
+"""PixArt-α and PixArt-Σ: a transformer conditioned on T5 that predicts ε and a variance."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .family import Family, Sizes
 
 
 class PixArt(Family):
-    """ε = first half of transformer(x_t, t, text, text mask, resolution and aspect ratio where the base is told them).
+    """ε = first half of transformer(x_t, t, text, text mask, resolution and aspect ratio if the model is conditioned on them).
 
-    Prompts are lower-cased and stripped, as the pipeline does without `clean_caption`. Its cleaner is not used: it reads a
-    concept word such as `<toy>` as an HTML tag and removes it, so generate with `clean_caption=False`.
+    Prompts are lower-cased and stripped, as the pipeline does without `clean_caption`. Its cleaner is not used: it removes a
+    trigger token such as `<toy>` as an HTML tag, so generate with `clean_caption=False`.
     Source: Chen et al. 2023, 2024; diffusers `PixArtAlphaPipeline`, `PixArtSigmaPipeline`.
     """
 
@@ -34,7 +34,7 @@ class PixArt(Family):
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
         conditions: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if self.told_sizes:
+        if self.has_size_conditions:
             target = self.sizes(noisy, sizes)[:, 4:]
             ratio = target[:, :1] / target[:, 1:]
             conditions = {"resolution": self.cast(target), "aspect_ratio": self.cast(ratio)}
@@ -49,10 +49,10 @@ class PixArt(Family):
         return output[:, : noisy.shape[1]]
 
     @property
-    def told_sizes(self) -> bool:
-        """True for the 1024-pixel α bases, which are conditioned on resolution and aspect ratio."""
-        asked = self.config.use_additional_conditions
-        return bool(self.config.sample_size == 128 if asked is None else asked)
+    def has_size_conditions(self) -> bool:
+        """True for the 1024-pixel α models, which are conditioned on resolution and aspect ratio."""
+        declared = self.config.use_additional_conditions
+        return bool(self.config.sample_size == 128 if declared is None else declared)
 
     def inputs(self, prompts: list[str]) -> dict[str, Any]:
         return {"prompt": prompts, "clean_caption": False}

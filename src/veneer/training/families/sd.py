@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2: a UNet that reads one CLIP text encoder."""
+"""Stable Diffusion 1.x and 2: a UNet conditioned on one CLIP text encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3: a flow transformer that reads two CLIP encoders and, where it is loaded, T5."""
+"""Stable Diffusion 3: a flow transformer conditioned on two CLIP text encoders and optionally T5."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StableDiffusion3(Family):
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`prompt_embeds` (batch, CLIP tokens + T5 tokens, width) and `pooled` (batch, both projections).
 
-        T5 may be absent: its tokens are zeros then, as in the pipeline.
+        Without T5 its tokens are zeros, as in the pipeline.
         """
         self.check_length(prompts)
         embeds, _, pooled, _ = self.pipe.encode_prompt(

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a UNet that reads two CLIP text encoders, a pooled text vector and the picture's sizes."""
+"""Stable Diffusion XL: a UNet conditioned on two CLIP text encoders, a pooled text embedding and image sizes."""
 
 from __future__ import annotations
 

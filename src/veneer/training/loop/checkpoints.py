@@ -1,8 +1,8 @@
-"""Checkpoints that survive a kill, a full disk and a flipped bit: safetensors, JSON and a manifest, renamed into place.
+"""Crash-safe checkpoints: safetensors, JSON and a manifest with checksums, renamed into place.
 
-`checkpoint-000120/` holds one safetensors file per kind of tensor, `state.json` for the rest, and `manifest.json` with the
-size and SHA-256 of each. It is written under a temporary name beside its place, synced, and renamed: a folder of that name
-is complete, or its manifest says that it is not and the one before it is used.
+`checkpoint-000120/` has one safetensors file per kind of tensor, `state.json` for other values, and `manifest.json` with the size
+and SHA-256 of each file. It is written under a temporary name, synced and renamed. A folder that does not match its manifest is
+skipped, and the previous checkpoint is used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CheckpointError(VeneerError):
 
 
 class CheckpointWarning(VeneerWarning):
-    """A checkpoint was passed over or could not be written; training goes on."""
+    """A checkpoint was skipped or could not be written; training continues."""
 
 
 class _Damaged(Exception):
@@ -42,7 +42,7 @@ class _Damaged(Exception):
 
 @dataclass
 class State:
-    """What one checkpoint holds: `step` updates done, tensors by file and name, and values that JSON can hold."""
+    """Content of a checkpoint: number of updates, tensors by file and name, and JSON values."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -53,9 +53,9 @@ class Checkpoints:
     """The checkpoints of one run in one folder.
 
     Args:
-        folder: where they lie; made when the first is saved.
-        identity: what makes the run: settings that a resumed run must share, as values that JSON can hold.
-        keep: newest checkpoints kept, the others are deleted after each success; 0 keeps all.
+        folder: folder of the run, created with the first checkpoint.
+        identity: settings that must match on resume, as JSON values.
+        keep: number of newest checkpoints to keep; older ones are deleted after each save; 0 keeps all.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int = 2) -> None:
@@ -67,12 +67,12 @@ class Checkpoints:
         return self.folder / f"checkpoint-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first, intact or not."""
+        """Steps with a checkpoint, oldest first, intact or not."""
         found = (path.name.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*") if path.is_dir())
         return sorted(int(number) for number in found if number.isdecimal())
 
     def clean(self) -> None:
-        """Delete what a killed save or deletion left behind."""
+        """Deletes leftovers of interrupted saves and deletions."""
         for path in [path for prefix in _TEMPORARY for path in self.folder.glob(f"{prefix}*")]:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -80,22 +80,23 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Delete all checkpoints, for a run that starts again in the same folder."""
+        """Deletes all checkpoints, for a run that starts over in the same folder."""
         self.clean()
         for step in self.steps():
             self._delete(self.path(step))
 
     def save(self, state: State) -> Path:
-        """Write one checkpoint, then delete the oldest beyond `keep`.
+        """Writes a checkpoint, then deletes the oldest beyond `keep`.
 
         Raises:
-            CheckpointError: the disk is full or refuses. What was there before is untouched and nothing half-written stays.
+            CheckpointError: writing failed, for example on a full disk. Earlier checkpoints are unchanged, and incomplete files
+                are deleted.
         """
         temporary = self.folder / f".saving-{state.step:06d}-{os.getpid()}"
         try:
             self._write(temporary, state)
             target = self.path(state.step)
-            if target.exists():  # only a damaged one that was passed over, or another run's leftovers
+            if target.exists():  # a corrupt one that was skipped, or a leftover of another run
                 self._delete(target)
             os.rename(temporary, target)
             sync_folder(self.folder)
@@ -110,7 +111,7 @@ class Checkpoints:
 
     def _failed(self, step: int, error: OSError) -> CheckpointError:
         newest = self.steps()
-        kept = f"the newest on disk is {self.path(newest[-1]).name}" if newest else "there is none on disk yet"
+        kept = f"the newest on disk is {self.path(newest[-1]).name}" if newest else "the folder has no checkpoints yet"
         why = error.strerror or error
         message = f"the checkpoint of step {step} could not be written ({why}); {kept}. Free space or choose another folder."
         return CheckpointError(message, file=self.folder, where=f"step {step}", given=error.errno)
@@ -132,7 +133,7 @@ class Checkpoints:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     def _delete(self, path: Path) -> None:
-        """Delete a checkpoint so that a kill midway leaves no folder that looks like one."""
+        """Deletes a checkpoint; an interrupted deletion leaves no folder with the name of a checkpoint."""
         aside = path.with_name(f".deleting-{path.name}-{os.getpid()}")
         try:
             os.rename(path, aside)
@@ -142,15 +143,15 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
 
     def newest(self, accept: Collection[str] = ()) -> State | None:
-        """Read the newest intact checkpoint; None if the folder has none at all.
+        """Reads the newest intact checkpoint; None if the folder has no checkpoints.
 
-        Damaged ones are passed over with a warning and renamed to `damaged-…`.
+        Corrupt ones are skipped with a warning and renamed to `damaged-…`.
 
         Args:
-            accept: fields of `identity` that may differ from the saved run's.
+            accept: fields of `identity` that may differ from the checkpoint's.
 
         Raises:
-            CheckpointError: it belongs to another run, a newer veneer wrote it, or all there are are damaged.
+            CheckpointError: it belongs to another run or a newer version of veneer, or all checkpoints are corrupt.
         """
         reasons: list[str] = []
         for step in reversed(self.steps()):
@@ -158,7 +159,7 @@ class Checkpoints:
                 state = self.read(step, accept)
             except _Damaged as damage:
                 reasons.append(f"{self.path(step)} is damaged ({damage})")
-                message = f"{reasons[-1]}; trying the one before"
+                message = f"{reasons[-1]}; trying the previous one"
                 warnings.warn(CheckpointWarning(message, file=self.path(step), given="damaged"), stacklevel=2)
                 continue
             for later in [other for other in self.steps() if other > step]:
@@ -166,7 +167,7 @@ class Checkpoints:
             return state
         if reasons:
             raise CheckpointError(
-                f"no checkpoint in {self.folder} is usable: {'; '.join(reasons)}. Start again without resuming.",
+                f"no checkpoint in {self.folder} is usable: {'; '.join(reasons)}. Start over without --resume.",
                 file=self.folder,
                 given="damaged",
             )
@@ -178,13 +179,15 @@ class Checkpoints:
         os.rename(path, aside)
 
     def read(self, step: int, accept: Collection[str] = ()) -> State:
-        """Read and verify the checkpoint of one step; see `newest` for the errors."""
+        """Reads and verifies the checkpoint of one step; see `newest` for the errors."""
         folder = self.path(step)
         try:
             manifest = json.loads((folder / "manifest.json").read_bytes())
             written_by = int(manifest["format"])
             if written_by > FORMAT:
-                message = f"{folder} has format {written_by}; this veneer reads up to {FORMAT}: install a newer one"
+                message = (
+                    f"{folder} has format {written_by}; this version of veneer supports up to {FORMAT}: install a newer version"
+                )
                 raise CheckpointError(message, file=folder, where="format", given=written_by, expected=FORMAT)
             contents = {name: _verified(folder / name, facts) for name, facts in manifest["files"].items()}
             document = json.loads(contents.pop("state.json"))
@@ -201,7 +204,8 @@ class Checkpoints:
         differing = [name for name in names if saved.get(name, missing) != self.identity.get(name, missing)]
         if differing:
             lines = [
-                f"{name}: {saved.get(name, 'absent')!r} there, {self.identity.get(name, 'absent')!r} now" for name in differing
+                f"{name}: {saved.get(name, 'absent')!r} in the checkpoint, {self.identity.get(name, 'absent')!r} now"
+                for name in differing
             ]
             raise CheckpointError(
                 f"{folder} was written with other settings: {'; '.join(lines)}. Resume with the same settings, accept the change "
@@ -224,7 +228,7 @@ def _verified(path: Path, facts: Mapping[str, Any]) -> bytes:
 
 @torch.no_grad()
 def put(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor], kind: str) -> None:
-    """Copy `saved` into `tensors`, all or nothing.
+    """Copies `saved` into `tensors`, or raises without any change.
 
     Raises:
         CheckpointError: a name, shape or dtype differs; the message lists them.
@@ -235,7 +239,9 @@ def put(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor], kind: str) -
     faults = [f"{len(each)} {word} ({', '.join(each[:5])})" for word, each in names.items() if each]
     if faults:
         given = {"missing": missing, "unused": unused, "misshapen": wrong}
-        raise CheckpointError(f"the {kind} in the checkpoint do not fit this model: {'; '.join(faults)}", where=kind, given=given)
+        raise CheckpointError(
+            f"the {kind} in the checkpoint do not match this model: {'; '.join(faults)}", where=kind, given=given
+        )
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
 
@@ -245,13 +251,13 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The safetensors file of `tensors`, from copies, so that views and shared storage are no obstacle."""
+    """A safetensors file of `tensors`, from copies, so that views and shared storage are supported."""
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(copies)
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Writes and syncs a file."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -259,7 +265,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """JSON, written whole or not at all."""
+    """Writes JSON atomically."""
     write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n").encode())
 
 
@@ -277,7 +283,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk; Windows has no such call and needs none."""
+    """Syncs a folder, so that renames are durable; not needed on Windows."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

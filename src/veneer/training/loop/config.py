@@ -1,4 +1,4 @@
-"""Settings of a training run, and the learning-rate schedule as a pure function of the step."""
+"""Configuration of the training loop, and the learning-rate schedule as a function of the step."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ LEAST = {"steps": 1, "batch": 1, "gradient_accumulation_steps": 1, "log_every": 
     ("warmup", "max_grad_norm", "weight_decay", "checkpoint_every", "keep_checkpoints", "preview_every"), 0
 )
 PRESETS: Mapping[str, float] = {"quick": 1 / 3, "balanced": 1.0, "thorough": 2.0}
-"""Preset to its share of the default number of steps."""
+"""Preset to its multiple of the default number of steps."""
 WITHOUT_EFFECT = ("checkpoint_every", "keep_checkpoints", "preview_every", "log_every", "tracker")
-"""Fields that change nothing in the trained weights; a resumed run may change them."""
+"""Fields that do not affect the trained weights; they may change on resume."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the loop needs to know. A run is a pure function of it, of the loss and of the starting weights.
+    """Configuration of `Trainer`. A run is a pure function of it, the loss and the initial weights.
 
     Args:
-        steps: optimiser steps in the whole run.
-        batch: samples in one micro-batch, over all processes together.
-        gradient_accumulation_steps: micro-batches per optimizer step, which sees `batch * gradient_accumulation_steps` samples.
-        learning_rate: peak rate, multiplied by a group's `lr_scale` and the schedule. Prodigy finds its own and takes 1.0.
+        steps: optimizer steps of the run.
+        batch: micro-batch size over all processes.
+        gradient_accumulation_steps: micro-batches per optimizer step, of `batch * gradient_accumulation_steps` samples.
+        learning_rate: peak learning rate, multiplied by a group's `lr_scale` and the schedule. Prodigy uses 1.0 instead.
         schedule: `constant`, `cosine` or `linear` (both fall to 0 after the last step).
-        warmup: steps in which the rate rises linearly to its peak.
+        warmup: steps of linear warm-up.
         optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
         weight_decay: decoupled weight decay (for `sgd` the L2 term).
-        mixed_precision: `no` (float32), `bf16` or `fp16` autocast. Trainable tensors stay in float32.
-        max_grad_norm: largest L2 norm of the whole gradient; 0 for no clipping.
-        ema: decay of the averaged weights, such as 0.9999; 0 for none.
-        ema_warmup: how the decay rises, `ramp` or `power` (see `ema.EMA`).
-        seed: every random draw is a function of it, the step and the sample.
-        checkpoint_every: steps between checkpoints; 0 for none but the one of a stopped run.
-        keep_checkpoints: newest checkpoints kept; 0 for all.
-        preview_every: steps between previews; 0 for none.
-        log_every: steps between records sent to the tracker.
-        tracker: names that accelerate knows, separated by commas, or `none`.
+        precision: `no` (float32), `bf16` or `fp16` autocast. Trainable tensors stay in float32.
+        clip: largest L2 norm of the whole gradient; 0 for no clipping.
+        ema: EMA decay, such as 0.9999; 0 disables it.
+        ema_warmup: warm-up of the decay, `ramp` or `power` (see `ema.EMA`).
+        seed: random seed; all randomness is a function of it, the step and the sample.
+        checkpoint_every: steps between checkpoints; 0: only when stopped.
+        keep_checkpoints: number of newest checkpoints to keep; 0 keeps all.
+        preview_every: steps between previews; 0 disables them.
+        log_every: steps between tracker records.
+        tracker: comma-separated tracker names of accelerate, or `none`.
 
     Raises:
-        TrainError: for a value out of range or an unknown name.
+        TrainError: a value out of range or an unknown name.
     """
 
     steps: int = 500
@@ -95,18 +95,18 @@ class TrainConfig:
 
     @property
     def samples(self) -> int:
-        """Samples in one optimiser step, over all processes: `batch * gradient_accumulation_steps`."""
+        """Samples in one optimizer step, over all processes: `batch * gradient_accumulation_steps`."""
         return self.batch * self.gradient_accumulation_steps
 
     def rate(self, step: int) -> float:
-        """Factor on the learning rate of step `step` (0-based): linear warm-up, then the schedule."""
+        """Learning-rate factor of step `step` (0-based): linear warm-up, then the schedule."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         return SCHEDULES[self.schedule](min(1.0, progress))
 
     def identity(self) -> dict[str, Any]:
-        """The fields that a resumed run must share. `steps` is one only if the schedule depends on it."""
+        """The fields that must match on resume. `steps` is one of them only if the schedule depends on it."""
         fields = {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT}
         if self.schedule == "constant":
             del fields["steps"]

@@ -1,4 +1,4 @@
-"""Disk space of a run: how much is free, and a reserve that is given up so that the last files can be written."""
+"""Disk space of a run: free space, and a reserve that is released before the last files are written."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .checkpoints import CheckpointWarning
 T = TypeVar("T")
 CHUNK = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a disk without space: full, over a quota, or a file over its limit."""
+"""Error codes of a disk without space: full, quota exceeded, or file too large."""
 
 
 class DiskFull(VeneerError):
     """A file of a run could not be written.
 
     Attributes:
-        file: its name. `kept`: names of the newest files of the run that are whole.
+        file: its name. `kept`: names of the newest intact files of the run.
     """
 
     def __init__(self, file: str, kept: tuple[str, ...] = ()) -> None:
@@ -36,27 +36,27 @@ class DiskFull(VeneerError):
 
 
 def free_bytes(folder: Path | None) -> int | None:
-    """Bytes that a run may take on the disk that its folder is on, or will be: those that are free, and those of the checkpoints
-    and weights in the folder, which a resumed run replaces. None without a folder."""
+    """Bytes available to a run on the disk of its folder: the free ones, and those of its checkpoints and weights, which a
+    resumed run replaces. None without a folder."""
     if folder is None:
         return None
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    own = [*folder.glob("*.safetensors"), *folder.glob("checkpoint-*/**/*"), *folder.glob(".reserve")]
-    return shutil.disk_usage(there).free + sum(file.stat().st_size for file in own if file.is_file())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    replaced = [*folder.glob("*.safetensors"), *folder.glob("checkpoint-*/**/*"), *folder.glob(".reserve")]
+    return shutil.disk_usage(existing).free + sum(file.stat().st_size for file in replaced if file.is_file())
 
 
 class Reserve:
-    """A file in the folder of a run that keeps disk space for its last files.
+    """A file in the folder of a run that reserves disk space for its last files.
 
     Args:
-        folder: of the run. `size`: bytes, at most half of what is free.
+        folder: folder of the run. `size`: bytes, at most half of the free space.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
         self.path, self.size = folder / ".reserve", size
 
     def take(self) -> bool:
-        """Allocate the file; False, with a warning, if there is no space for it."""
+        """Allocates the file; returns False and warns if there is no space."""
         self.release()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,12 +69,12 @@ class Reserve:
         return True
 
     def release(self) -> None:
-        """Delete the file, if it is there."""
+        """Deletes the file if it exists."""
         self.path.unlink(missing_ok=True)
 
 
 def _allocate(path: Path, size: int) -> None:
-    """A file whose blocks are taken: one with holes would reserve nothing."""
+    """Writes a file with allocated blocks; a sparse file would reserve nothing."""
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate") and size:
             os.posix_fallocate(file.fileno(), 0, size)
@@ -84,7 +84,7 @@ def _allocate(path: Path, size: int) -> None:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or the one that caused it, says that the disk has no space."""
+    """Whether an error or one of its causes is a full disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
@@ -94,10 +94,10 @@ def is_full(error: BaseException | None) -> bool:
 
 @contextmanager
 def writing(folder: Path, file: str) -> Iterator[None]:
-    """Turn the error of a full disk into `DiskFull`, which says what is kept.
+    """Converts full-disk errors to `DiskFull`, which lists the intact files of the run.
 
     Args:
-        folder: of the run. `file`: what is written.
+        folder: folder of the run. `file`: name of the file being written.
     """
     try:
         yield
@@ -110,7 +110,7 @@ def writing(folder: Path, file: str) -> Iterator[None]:
 
 
 def optional(folder: Path, file: str, action: Callable[[], T], notes: list[str]) -> T | None:
-    """Do without a file that does not fit on the disk: a warning in `notes` in its place."""
+    """Writes an optional file; on a full disk a warning is added to `notes` instead."""
     try:
         with writing(folder, file):
             return action()

@@ -1,4 +1,4 @@
-"""Several processes that train as one: who computes what, and sums over all of them."""
+"""Data-parallel training on several processes: rows of each process, and reductions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def share(samples: int, batch: int, rank: int, processes: int) -> list[list[int]]:
+def split_rows(samples: int, batch: int, rank: int, processes: int) -> list[list[int]]:
     """Rows of a step's `samples` that process `rank` computes, in micro-batches of at most `ceil(batch / processes)`.
 
-    The shares are contiguous, disjoint and together all rows; with fewer rows than processes some shares are empty.
+    The rows of the processes are contiguous, disjoint and complete; with fewer rows than processes, some have none.
     """
     first, last = samples * rank // processes, samples * (rank + 1) // processes
     size = math.ceil(batch / processes)
@@ -25,34 +25,34 @@ def share(samples: int, batch: int, rank: int, processes: int) -> list[list[int]
 
 
 @torch.no_grad()
-def sum_gradients(accelerator: Accelerator, parameters: Sequence[Tensor], figures: Tensor) -> Tensor:
-    """Sum the gradients in place, and `figures` (shape `(n,)`), over all processes, in one message.
+def sum_gradients(accelerator: Accelerator, parameters: Sequence[Tensor], scalars: Tensor) -> Tensor:
+    """Sums the gradients in place, and `scalars` (shape `(n,)`), over all processes, in one all-reduce.
 
-    A parameter has a gradient afterwards if any process had one: what a single process would see.
+    A parameter has a gradient afterwards if any process had one, as with a single process.
     """
     if accelerator.num_processes == 1:
-        return figures
-    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=figures.device)
+        return scalars
+    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=scalars.device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients] + [present, figures])
+    flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients] + [present, scalars])
     flat = accelerator.reduce(flat, "sum")
     sizes = [gradient.numel() for gradient in gradients]
-    *sums, present, figures = flat.split([*sizes, len(parameters), len(figures)])
+    *sums, present, scalars = flat.split([*sizes, len(parameters), len(scalars)])
     for parameter, total, count in zip(parameters, sums, present.tolist(), strict=True):
         if count:
             parameter.grad = total.view(parameter.shape).to(parameter.dtype)
-    return figures
+    return scalars
 
 
-def share_start(accelerator: Accelerator, tensors: Sequence[Tensor]) -> None:
-    """Overwrite `tensors` with the main process's, so that all start from the same weights."""
+def broadcast_start(accelerator: Accelerator, tensors: Sequence[Tensor]) -> None:
+    """Broadcasts `tensors` from the main process, so that all processes start from the same weights."""
     if accelerator.num_processes > 1:
         for tensor in tensors:
             tensor.detach().copy_(broadcast(tensor.detach()))
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Run `action` on the main process; all processes wait and get its result, or raise its exception."""
+    """Runs `action` on the main process; all processes wait and return its result, or raise its exception."""
     if accelerator.num_processes == 1:
         return action()
     outcome: list[object] = [None, None]

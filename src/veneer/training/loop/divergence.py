@@ -1,4 +1,4 @@
-"""What happens when a loss or gradient is no longer finite: the last good weights are kept, and the error says where."""
+"""Divergence: the weights of the last finite loss are restored, and the error has the step and learning rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .checkpoints import to_bytes, write_atomically
 
 
 class LastGood:
-    """A copy of some tensors as they were when they last gave a finite loss and gradient."""
+    """A copy of tensors from the last step with a finite loss and gradient."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = [tensor.detach() for tensor in tensors]
@@ -24,7 +24,7 @@ class LastGood:
 
     @torch.no_grad()
     def take(self, step: int) -> None:
-        """Remember the tensors as they are after `step` updates."""
+        """Copies the tensors after `step` updates."""
         self._step = step
         if self._copies:
             torch._foreach_copy_(self._copies, self._tensors)
@@ -33,7 +33,7 @@ class LastGood:
 
     @torch.no_grad()
     def restore(self, step: int) -> int:
-        """Put the copies back; gives how many updates they have had: `step` if nothing was taken, so nothing changed."""
+        """Restores the copies; returns their number of updates, or `step` without copies."""
         if not self._copies:
             return step
         torch._foreach_copy_(self._tensors, self._copies)
@@ -41,14 +41,14 @@ class LastGood:
 
 
 class Diverged(VeneerError):
-    """Training left the finite numbers and stopped.
+    """The loss or gradient is no longer finite.
 
     Attributes:
         step: the step (0-based) whose loss or gradient was not finite. where: "loss" or "gradient". given: its value.
-        learning_rate: the rate of that step.
-        kept: updates that the weights now in the model have had: the last with a finite loss.
-        file: path of these weights as a file, or None if there is no folder or it could not be written.
-        checkpoint: the newest checkpoint, from before, or None.
+        learning_rate: learning rate of that step.
+        kept: number of updates of the restored weights, the last with a finite loss.
+        file: path of these weights, or None without a folder or if it could not be written.
+        checkpoint: the newest checkpoint, or None.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Diverged(VeneerError):
 
 
 def write_last_good(folder: Path, tensors: Mapping[str, Tensor]) -> Path | None:
-    """Write `last_good.safetensors` into a folder; None if the disk refuses."""
+    """Writes `last_good.safetensors` to a folder; None if that fails."""
     path = folder / "last_good.safetensors"
     with contextlib.suppress(OSError):
         write_atomically(path, to_bytes(tensors))

@@ -1,4 +1,4 @@
-"""Averaged weights: `ema <- d * ema + (1 - d) * weights` after every step, with a decay `d` that rises at the start."""
+"""EMA of the weights: `ema <- d * ema + (1 - d) * weights` after every step, with warm-up of the decay `d`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 class EMA:
-    """Exponential moving average of some tensors, kept beside them.
+    """Exponential moving average of tensors.
 
-    With `s` updates done before, the decay of an update is 0 for `s = 0` (the average starts as the weights), then
+    With `s` updates done before, the decay of an update is 0 for `s = 0` (the average is initialized with the weights), then
 
     - `ramp`: `min(decay, (1 + s) / (10 + s))`,
     - `power`: `min(decay, 1 - (1 + s / inv_gamma) ** -power)`, for long runs.
 
     Args:
-        tensors: the trainable tensors by name; the averages start as copies of them.
-        decay: the highest decay, in [0, 1).
+        tensors: the trainable tensors by name; the averages are initialized as copies.
+        decay: maximum decay, in [0, 1).
         warmup: `ramp` or `power`.
-        inv_gamma, power: of the `power` form; 2/3 reaches 0.999 after 31,600 steps, 3/4 after 10,000.
+        inv_gamma, power: parameters of `power`; 2/3 reaches 0.999 after 31,600 steps, 3/4 after 10,000.
 
-    Source: `EMAModel` of diffusers (`get_decay`), whose numbers these are.
+    Source: `EMAModel` of diffusers (`get_decay`), with its constants.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class EMA:
         self._swapped = False
 
     def decay_at(self, step: int) -> float:
-        """Decay of the update that follows `step` earlier ones."""
+        """Decay of the update after `step` earlier ones."""
         if step <= 0:
             return 0.0
         if self.warmup == "power":
@@ -44,7 +44,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the averages towards the weights; `step` counts the updates before this one."""
+        """Updates the averages; `step` is the number of earlier updates."""
         weights = [tensor.detach() for tensor in self.tensors.values()]
         averages = list(self.averages.values())
         decay = self.decay_at(step)
@@ -55,10 +55,7 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Put the averages in place of the weights, for previews and saving; the weights come back bitwise.
-
-        Nested use does nothing more: the averages are in place already.
-        """
+        """Swaps in the averages for previews and saving, and restores the weights bitwise. Nested use has no effect."""
         if self._swapped:
             yield
             return

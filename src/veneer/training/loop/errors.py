@@ -1,4 +1,4 @@
-"""The error of training: a setting, parameter or loss that cannot work."""
+"""Errors of the training loop."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from veneer.injection.errors import VeneerError
 
 
 class TrainError(VeneerError):
-    """A training setting, parameter or loss that cannot work."""
+    """An invalid training setting, parameter or loss."""

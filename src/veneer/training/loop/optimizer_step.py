@@ -1,4 +1,4 @@
-"""One optimiser step: losses of the micro-batches, gradients summed over processes, gradient scale, clipping, update."""
+"""One optimizer step: gradient accumulation, all-reduce, gradient scaling, clipping and update."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .config import TrainConfig
-from .distributed import share, sum_gradients
+from .distributed import split_rows, sum_gradients
 from .errors import TrainError
 from .seeds import mix
 
@@ -19,9 +19,9 @@ AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Gradients:
-    """Computes and applies the gradient of a step's mean loss; see `loop.Trainer` for the arguments.
+    """Computes and applies the gradient of a step's mean loss; see `Trainer` for the arguments.
 
-    `scaler` is the gradient scale of fp16; with other precisions it is off and passes everything through.
+    `scaler` is the gradient scaler of fp16, disabled with other precisions.
     """
 
     def __init__(
@@ -40,33 +40,34 @@ class Gradients:
         """Gradients of step `step`'s mean loss over all its samples, on all processes.
 
         Args:
-            stop: whether this process was asked to stop.
+            stop: whether this process received a stop request.
 
         Returns:
-            the mean loss, whether any process was asked to stop, and the gradient's L2 norm.
+            The mean loss, whether any process received a stop request, and the L2 norm of the gradient.
         """
         self.clear()
         device = self.accelerator.device
         loss = torch.zeros((), device=device)
-        for rows in share(self.config.samples, self.config.batch, self.accelerator.process_index, self.accelerator.num_processes):
+        for rows in split_rows(
+            self.config.samples, self.config.batch, self.accelerator.process_index, self.accelerator.num_processes
+        ):
             loss += self._backward(step, rows)
-        figures = torch.stack([loss, torch.tensor(float(stop), device=device)])
-        figures = sum_gradients(self.accelerator, self.parameters, figures)
+        scalars = torch.stack([loss, torch.tensor(float(stop), device=device)])
+        scalars = sum_gradients(self.accelerator, self.parameters, scalars)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        total, stops, size = torch.cat([figures, norm.to(figures).reshape(1)]).tolist()
+        total, stops, size = torch.cat([scalars, norm.to(scalars).reshape(1)]).tolist()
         return total, bool(stops), size
 
     def _backward(self, step: int, rows: list[int]) -> Tensor:
-        """Add the gradient of a micro-batch's share of the mean loss; gives that share."""
+        """Accumulates the gradient of a micro-batch, weighted by its number of rows; returns its part of the mean loss."""
         dtype = AUTOCAST[self.config.mixed_precision]
         torch.manual_seed(mix(self.config.seed, step, "torch", rows[0]))
         with torch.autocast(self.accelerator.device.type, dtype, enabled=dtype is not None):
             loss = self.loss_step(step, rows)
         if loss.numel() != 1 or not loss.requires_grad:
-            has = "a" if loss.requires_grad else "no"
             raise TrainError(
-                f"loss_step gave shape {tuple(loss.shape)} with {has} graph; expected a scalar that depends on weights",
+                f"loss_step returned shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}; expected a scalar with grad",
                 where="loss_step",
                 given=(tuple(loss.shape), loss.requires_grad),
                 expected=((), True),
@@ -76,26 +77,26 @@ class Gradients:
         return part.detach()
 
     def fatal(self, norm: float) -> bool:
-        """Whether a gradient norm ends the run. With fp16 an overflow only halves the scale, until that falls below 1."""
+        """Whether a gradient norm ends the run. With fp16 an overflow halves the scale, and ends the run at a scale below 1."""
         return not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1)
 
-    def apply(self, norm: float, then: Callable[[], None] | None = None) -> None:
-        """Clip the gradient, whose norm is `norm`, and update the parameters; an overflow of fp16 updates nothing.
+    def apply(self, norm: float, after: Callable[[], None] | None = None) -> None:
+        """Clips the gradient, whose norm is `norm`, and updates the parameters; with an fp16 overflow the update is skipped.
 
         Args:
-            then: called after the update, while the gradients are there; after an overflow there are none.
+            after: called after the update, before the gradients are cleared; an overflow clears them first.
         """
         if self.config.max_grad_norm and math.isfinite(norm):
             total = torch.tensor(norm, device=self.accelerator.device)
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, total)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if then is not None:
+        if after is not None:
             if not math.isfinite(norm):
                 self.clear()
-            then()
+            after()
         self.clear()
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Clears the gradients."""
         self.optimizer.zero_grad(set_to_none=True)

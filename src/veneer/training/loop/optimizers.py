@@ -1,4 +1,4 @@
-"""Optimisers by name, and their state as named tensors and plain values, so that checkpoints need no pickle."""
+"""Optimizers by name, and conversion of their state to named tensors and JSON values, without pickle."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from veneer.injection.errors import MissingExtra
 from .errors import TrainError
 
 
-class Group(TypedDict, total=False):
-    """A group of parameters with its own learning rate, `learning_rate * lr_scale`, and if given its own weight decay."""
+class ParameterGroup(TypedDict, total=False):
+    """A parameter group with learning rate `learning_rate * lr_scale` and optionally its own weight decay."""
 
     params: Iterable[Tensor]
     lr_scale: float
@@ -24,7 +24,7 @@ class Group(TypedDict, total=False):
 
 
 FROM_CONFIG = ("params", "lr", "lr_scale", "name", "weight_decay")
-"""Entries of a parameter group that the run's settings give; a checkpoint does not bring them back."""
+"""Entries of a parameter group that come from the config, not from checkpoints."""
 
 
 _PLAIN = (type(None), bool, int, float, str)
@@ -76,18 +76,18 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimi
 
 
 def base_rate(name: str, learning_rate: float) -> float:
-    """The rate that schedules and group scales multiply: `learning_rate`, but 1.0 for Prodigy, which finds its own."""
+    """Base learning rate: `learning_rate`, but 1.0 for Prodigy, which adapts its own."""
     return 1.0 if name == "prodigy" else learning_rate
 
 
-def build(name: str, groups: Sequence[Group], learning_rate: float, weight_decay: float = 0.01) -> torch.optim.Optimizer:
-    """Build an optimiser whose groups carry `lr_scale` and `name`; set their rates per step with `set_rates`.
+def build(name: str, groups: Sequence[ParameterGroup], learning_rate: float, weight_decay: float = 0.01) -> torch.optim.Optimizer:
+    """Builds an optimizer whose groups have `lr_scale` and `name`; `set_rates` sets their learning rates per step.
 
-    Prodigy takes the same rate in all groups, so `lr_scale` is 1 there whatever was asked.
+    Prodigy requires one learning rate for all groups, so `lr_scale` is set to 1.
 
     Raises:
-        TrainError: unknown name, or a group without parameters.
-        MissingExtra: the optimiser's package is not installed.
+        TrainError: an unknown name, or a group without parameters.
+        MissingExtra: the optimizer's package is not installed.
     """
     if name not in OPTIMIZERS:
         raise TrainError(
@@ -110,20 +110,20 @@ def build(name: str, groups: Sequence[Group], learning_rate: float, weight_decay
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set every group's learning rate to `rate * lr_scale`."""
+    """Sets the learning rate of every group to `rate * lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
 
 
 def pack(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's state as tensors (key `parameter:entry`) and JSON values, by parameter name.
+    """The optimizer state as tensors (key `parameter:entry`) and JSON values, by parameter name.
 
     Args:
-        optimizer: any whose state holds tensors and plain values, per parameter and per group.
+        optimizer: any optimizer whose state has tensors and plain values, per parameter and per group.
         named: the parameters by name.
 
     Raises:
-        TrainError: the state holds something that is neither a tensor nor a plain value.
+        TrainError: the state has an entry that is neither a tensor nor a plain value.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {"kind": type(optimizer).__name__, "groups": [], "state": {}}
@@ -137,7 +137,7 @@ def pack(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> tuple
 
 
 def _split(owner: str, entries: Mapping[str, Any], device: torch.device | None, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Move tensors to `tensors`; what stays says where each lives: beside its parameter, or on the CPU."""
+    """Moves tensors to `tensors`; the returned values have the device of each: that of its parameter, or the CPU."""
     values: dict[str, Any] = {}
     for key, value in entries.items():
         if isinstance(value, Tensor):
@@ -149,7 +149,7 @@ def _split(owner: str, entries: Mapping[str, Any], device: torch.device | None, 
             values[key] = list(value)
         else:
             raise TrainError(
-                f"the optimizer keeps {key!r} of {owner} as {type(value).__name__}, which cannot be saved",
+                f"the optimizer state {key!r} of {owner} is a {type(value).__name__}, which cannot be saved",
                 where=f"{owner}:{key}",
                 given=type(value).__name__,
             )
@@ -159,18 +159,18 @@ def _split(owner: str, entries: Mapping[str, Any], device: torch.device | None, 
 def unpack(
     optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
-    """Put back what `pack` gave: same dtypes, same values, each tensor on its parameter's device or the CPU.
+    """Restores the state from `pack`: same dtypes and values, each tensor on its parameter's device or the CPU.
 
-    The state of an optimiser of another kind is left where it is: this one starts afresh.
+    The state of another optimizer class is ignored; this one starts with a new state.
 
     Raises:
-        TrainError: another number of groups, or state of a parameter that is not here.
+        TrainError: another number of groups, or state of an unknown parameter.
     """
     if values["kind"] != type(optimizer).__name__:
         return
     if len(values["groups"]) != len(optimizer.param_groups):
         raise TrainError(
-            f"the saved optimiser has {len(values['groups'])} parameter groups, this one {len(optimizer.param_groups)}",
+            f"the saved optimizer has {len(values['groups'])} parameter groups; expected {len(optimizer.param_groups)}",
             where="groups",
             given=len(values["groups"]),
             expected=len(optimizer.param_groups),
@@ -197,14 +197,14 @@ def _join(owner: str, values: Mapping[str, Any], device: torch.device, tensors: 
 
 
 def names_of(parameters: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters by name, in the order of `named`; the first name of each counts."""
+    """The parameters by name, in the order of `named`; a tensor with several names gets the first."""
     names: dict[int, str] = {}
     for name, tensor in named.items():
         names.setdefault(id(tensor), name)
     for index, parameter in enumerate(parameters):
         name = names.get(id(parameter), "")
         if not name:
-            message = f"parameter {index} of shape {tuple(parameter.shape)} has no name; give it one in `named`"
+            message = f"parameter {index} of shape {tuple(parameter.shape)} has no name; add it to `named`"
             raise TrainError(message, where=f"parameter {index}", given=tuple(parameter.shape))
         if parameter.dtype != torch.float32 or not parameter.requires_grad:
             raise TrainError(
@@ -214,5 +214,5 @@ def names_of(parameters: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[
                 given=(parameter.dtype, parameter.requires_grad),
                 expected=(torch.float32, True),
             )
-    wanted = {id(parameter) for parameter in parameters}
-    return {name: named[name] for key, name in names.items() if key in wanted}
+    selected = {id(parameter) for parameter in parameters}
+    return {name: named[name] for key, name in names.items() if key in selected}

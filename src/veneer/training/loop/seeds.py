@@ -1,7 +1,7 @@
-"""Random numbers that depend on what they are for, never on how many were drawn before.
+"""Stateless random seeds: each random number depends on its purpose, not on how many were generated before.
 
-Every draw of a training run comes from `generator(seed, purpose, step, index)`. A resumed run, a run on several processes and an
-uninterrupted one therefore see the same numbers, and a checkpoint need not hold any generator's state.
+All randomness of a training run comes from `generator(seed, purpose, step, index)`. A resumed run, a run on several processes and
+an uninterrupted one are therefore equal, and checkpoints contain no generator state.
 """
 
 import hashlib
@@ -10,13 +10,13 @@ import torch
 
 
 def mix(*parts: int | str) -> int:
-    """A seed in [0, 2^63) for a tuple of integers and words: the first 63 bits of BLAKE2b over their unambiguous spelling.
+    """A seed in [0, 2^63) for a tuple of integers and strings: the first 63 bits of BLAKE2b of an unambiguous encoding.
 
     The same on every machine, operating system and Python version. `mix(1, 23)` and `mix(12, 3)` differ, and so do `mix(1)` and
     `mix("1")`.
 
     Raises:
-        TypeError: a part is neither `int` nor `str` (a float has no single spelling; a tensor or numpy number would hide one).
+        TypeError: a part is neither `int` nor `str` (floats, tensors and numpy numbers have no unique encoding).
     """
     spelling = hashlib.blake2b(digest_size=8)
     for part in parts:
@@ -28,5 +28,5 @@ def mix(*parts: int | str) -> int:
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A fresh CPU generator seeded with `mix(*parts)`. Draw on the CPU and move, so that every device sees the same numbers."""
+    """A new CPU generator seeded with `mix(*parts)`. Sample on the CPU and move, for the same numbers on every device."""
     return torch.Generator().manual_seed(mix(*parts))

@@ -1,4 +1,4 @@
-"""Asking a run to stop: SIGINT, SIGTERM, or a word from another thread."""
+"""Stop requests by SIGINT, SIGTERM or another thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 class StopFlag:
     """Context in which SIGINT and SIGTERM set `requested` instead of ending the process; a second SIGINT raises.
 
-    Outside the main thread, where Python allows no signal handlers, it leaves signals as they are.
+    Outside the main thread, where Python allows no signal handlers, signals are not handled.
     """
 
     def __init__(self) -> None:

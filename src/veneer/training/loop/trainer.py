@@ -1,7 +1,8 @@
-"""The training loop: any loss over numbered samples, exact when stopped and resumed, on one process or several.
+"""Training loop with exact resume, for any loss over numbered samples, on one or several processes.
 
-Every random draw is a function of (seed, step, sample), so the state of a run is its weights, the optimiser, the averaged
-weights, the gradient scale of fp16 and the number of steps done; nothing else is saved because nothing else exists.
+There is no data loader: the loss fetches the samples of a step by their rows, and all randomness is a function of (seed, step,
+sample). The state of a run is therefore its weights, the optimizer, the EMA weights, the fp16 gradient scale and the number of
+steps.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from . import optimizers
 from .checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, put
 from .config import TrainConfig
 from .disk_space import Reserve, is_full
-from .distributed import on_main, share_start
+from .distributed import broadcast_start, on_main
 from .divergence import Diverged, LastGood, write_last_good
 from .ema import EMA
 from .errors import TrainError
@@ -37,38 +38,38 @@ __all__ = ["Diverged", "LossStep", "TrainConfig", "TrainError", "TrainResult", "
 
 
 LAST_FILES = 5
-"""Times the weights' bytes that a run may write last: a checkpoint with Adam's two moments, and the adapter in two formats."""
+"""Size of the last files in multiples of the weights: a checkpoint with Adam's two moments, and the adapter in two formats."""
 
 
 class Trainer:
-    """Trains some tensors by a loss over numbered samples.
+    """Trains tensors with a loss over numbered samples.
 
     Args:
-        config: the settings.
+        config: settings of the loop.
         groups: parameter groups, `{"params": [...], "lr_scale": 1.0, "name": "unet"}`.
-        loss_step: `loss_step(step, rows)` gives the mean loss over the samples `rows` of step `step`, a scalar with a graph.
-            `rows` are positions in the step's batch, 0 … `config.samples - 1`; (step, row) names a sample in the run, whatever
-            the number of processes. It must draw random numbers from (seed, step, row) only; torch's global generator is
-            seeded with (seed, step, first row) before each call, for dropout. It runs under autocast.
-        named: every trainable tensor by name, and other tensors that training changes (batch statistics). What checkpoints
-            hold; the parameters among them are averaged.
-        folder: where checkpoints, records and `progress.jsonl` go; None for none of them.
-        identity: further settings that a resumed run must share (method, digests of the pictures), as JSON values.
-        accelerator: device, processes; one is made if none is given. The tensors must be on its device.
+        loss_step: `loss_step(step, rows)` returns the mean loss over the samples `rows` of step `step`, a scalar with a graph.
+            `rows` are positions in the global batch, 0 … `config.samples - 1`; (step, row) identifies a sample of the run,
+            whatever the number of processes. Its randomness must depend on (seed, step, row) only; torch's global generator
+            is seeded with (seed, step, first row) before each call, for dropout. It runs under autocast.
+        named: all trainable tensors by name, and other tensors that change in training (such as batch statistics), as saved in
+            checkpoints; EMA applies to the parameters among them.
+        folder: folder of checkpoints, tracker logs and `progress.jsonl`; without a folder, no files are written.
+        identity: further settings that must match on resume (method, digests of the images), as JSON values.
+        accelerator: device and processes (default: a new one). The tensors must be on its device.
         after_step: `after_step(step, steps)` is called on every process after each update, before the gradients are cleared,
-            with the steps done and those of the whole run. What it changes must be in `named`.
+            with the number of finished steps and of all steps. Tensors that it changes must be in `named`.
         on_step: called after each step with a `Progress`, on the main process.
-        on_preview: called with the steps done, every `config.preview_every`, on the main process with the averaged weights
-            in place if there are any.
+        on_preview: called with the number of finished steps, every `config.preview_every`, on the main process with the EMA
+            weights if enabled.
 
     Raises:
-        TrainError: a parameter that `named` lacks, that needs no gradient or is not float32.
+        TrainError: a parameter that is missing in `named`, does not require a gradient or is not float32.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        groups: Sequence[optimizers.Group],
+        groups: Sequence[optimizers.ParameterGroup],
         loss_step: LossStep,
         named: Mapping[str, Tensor],
         folder: Path | None = None,
@@ -111,27 +112,27 @@ class Trainer:
         return self.accelerator.device
 
     def stop(self) -> None:
-        """Ask the run to end after the current step, with a checkpoint; safe from any thread and from callbacks."""
+        """Stops the run after the current step with a checkpoint; may be called from any thread and from callbacks."""
         self._stop.requested = True
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Context with the averaged weights in place; without EMA it changes nothing."""
+        """Context with the EMA weights swapped in; no effect without EMA."""
         return self.ema.swapped() if self.ema else nullcontext()
 
     def fit(self, resume: bool = False, accept: Collection[str] = ()) -> TrainResult:
-        """Train to the last step, or until SIGINT, SIGTERM or `stop`: then the step is finished and a checkpoint written.
+        """Trains to the last step, or until SIGINT, SIGTERM or `stop`, which finish the step and write a checkpoint.
 
-        A second SIGINT ends at once. A checkpoint that cannot be written is a `CheckpointWarning`, not the end of the run.
-        Disk space for the last files is reserved while it trains.
+        A second SIGINT raises KeyboardInterrupt. If a checkpoint cannot be written, `CheckpointWarning` is issued and the run
+        continues. Disk space for the last files is reserved during training.
 
         Args:
-            resume: go on from the newest intact checkpoint in `folder`, bitwise as if never stopped; from the start if none.
-            accept: settings that may differ from the checkpoint's, such as `learning_rate`; an optimiser of another kind
-                starts afresh.
+            resume: resume bitwise from the newest intact checkpoint in `folder`, or start from scratch.
+            accept: settings that may differ from the checkpoint's, such as `learning_rate`; another type of optimizer starts
+                with a new state.
 
         Raises:
-            CheckpointError: the checkpoints are another run's, or all damaged; or there are some and `resume` is False.
-            Diverged: a loss or gradient is not finite. The weights of the last finite loss are put back first.
+            CheckpointError: the checkpoints belong to another run or are all corrupt, or they exist and `resume` is False.
+            Diverged: a loss or gradient is not finite. The weights of the last finite loss are restored first.
         """
         self._start(resume, accept)
         try:
@@ -151,8 +152,8 @@ class Trainer:
                 began = time.monotonic()
                 stopping, norm = self._advance()
                 self.seconds += time.monotonic() - began
-                self._tell(norm, pace, record)
-                self._keep(stopping)
+                self._report(norm, pace, record)
+                self._checkpoint(stopping)
         return self._result(stopped=self.step < self.config.steps)
 
     def _start(self, resume: bool, accept: Collection[str]) -> None:
@@ -160,7 +161,7 @@ class Trainer:
             state = on_main(self.accelerator, lambda: self._find(resume, accept))
             if state is not None:
                 self._restore(state)
-        share_start(self.accelerator, self._tensors())
+        broadcast_start(self.accelerator, self._tensors())
 
     def _find(self, resume: bool, accept: Collection[str]) -> State | None:
         assert self.checkpoints is not None
@@ -169,7 +170,7 @@ class Trainer:
             return self.checkpoints.newest(accept)
         if steps := self.checkpoints.steps():
             raise CheckpointError(
-                f"{self.checkpoints.folder} holds a run of {steps[-1]} steps: resume it, delete its checkpoints, or choose "
+                f"{self.checkpoints.folder} has checkpoints of a run of {steps[-1]} steps: resume it, delete them, or choose "
                 "another folder",
                 file=self.checkpoints.folder,
                 where="steps",
@@ -178,7 +179,7 @@ class Trainer:
         return None
 
     def _advance(self) -> tuple[bool, float]:
-        """One optimiser step: (is a stop asked for, gradient norm)."""
+        """One optimizer step: (whether a stop was requested, gradient norm)."""
         step = self.step
         rate = optimizers.base_rate(self.config.optimizer, self.config.learning_rate) * self.config.rate(step)
         optimizers.set_rates(self.optimizer, rate)
@@ -188,8 +189,8 @@ class Trainer:
         if self.gradients.fatal(norm):
             raise self._diverged("gradient", norm, rate, step)
         self._good.take(step)
-        then = self.after_step
-        self.gradients.apply(norm, None if then is None else lambda: then(step + 1, self.config.steps))
+        after_step = self.after_step
+        self.gradients.apply(norm, None if after_step is None else lambda: after_step(step + 1, self.config.steps))
         if self.ema:
             self.ema.update(step)
         self.losses.append(loss)
@@ -207,7 +208,7 @@ class Trainer:
             newest = self.checkpoints.path(steps[-1])
         return Diverged(self.step, where, given, rate, kept, file, newest)
 
-    def _tell(self, norm: float, pace: Pace, record: Callable[[Mapping[str, float], int], None]) -> None:
+    def _report(self, norm: float, pace: Pace, record: Callable[[Mapping[str, float], int], None]) -> None:
         config, recent = self.config, self.losses[-WINDOW:]
         rate = float(self.optimizer.param_groups[0]["lr"])
         left, memory = pace.left(config.steps - self.step), peak_memory(self.device)
@@ -217,14 +218,14 @@ class Trainer:
             return
         if self.step % config.log_every == 0 or self.step == config.steps:
             record({"loss": event.loss, "loss_smoothed": smoothed, "learning_rate": rate, "gradient_norm": norm}, self.step)
-        for told in (self._file, self.on_step):
-            if told is not None:
-                told(event)
+        for callback in (self._file, self.on_step):
+            if callback is not None:
+                callback(event)
         if self.on_preview and config.preview_every and self.step % config.preview_every == 0:
             self._preview(self.on_preview)
 
     def _preview(self, preview: Callable[[int], None]) -> None:
-        """Call it with the averaged weights in place; without disk space for its files the run goes on."""
+        """Calls `preview` with the EMA weights; a full disk does not end the run."""
         try:
             with self.averaged(), torch.no_grad():
                 preview(self.step)
@@ -235,8 +236,8 @@ class Trainer:
             warning = CheckpointWarning(self._warnings[-1], where="preview", given=error.errno)
             warnings.warn(warning, stacklevel=2)
 
-    def _keep(self, stopping: bool) -> None:
-        """Write a checkpoint if one is due: at its interval, at the end if there is an interval, and when stopping."""
+    def _checkpoint(self, stopping: bool) -> None:
+        """Writes a checkpoint if one is due: at the interval, at the end if there is an interval, and when stopping."""
         every = self.config.checkpoint_every
         due = every and (self.step % every == 0 or self.step == self.config.steps)
         checkpoints = self.checkpoints
@@ -251,7 +252,7 @@ class Trainer:
             warnings.warn(warning, stacklevel=3)
 
     def _save(self, checkpoints: Checkpoints, last: bool) -> None:
-        """Write a checkpoint; the last of a run may use the reserved disk space."""
+        """Writes a checkpoint; the last of a run may use the reserved disk space."""
         try:
             checkpoints.save(self._state())
         except CheckpointError as error:

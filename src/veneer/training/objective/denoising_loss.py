@@ -1,4 +1,4 @@
-"""The loss of a denoiser on a folder of photos: every draw a function of (seed, step, sample)."""
+"""Loss of a diffusion model on a photo dataset; all randomness is a function of (seed, step, sample)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..data.dataset import Example, PhotoDataset
 from ..data.latent_cache import Cache, cache_key, encoder_digest, why_not_cached
 from ..families import Family
 from ..loop.seeds import generator
-from .losses import Kind, MaskMean, huber_threshold, preserved, sample_losses
-from .noise import NoiseOptions, draw_noise
+from .losses import LossKind, MaskMean, huber_threshold, prior_preservation, sample_losses
+from .noise import NoiseOptions, sample_noise
 from .objectives import ObjectiveOptions
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """How a prediction is compared with its target.
+    """Options of the loss between prediction and target.
 
     Args:
-        kind: `l2`, `huber` or `smooth_l1`; see `losses.sample_losses`. `huber_schedule`: c falls with the noise, else it is 0.1.
-        mask_mean, mask_floor: of masked losses.
-        prior_weight: λ of the class pictures.
+        kind: `l2`, `huber` or `smooth_l1`; see `losses.sample_losses`. `huber_schedule`: c depends on the SNR, else it is 0.1.
+        mask_mean, mask_floor: see `losses.sample_losses`.
+        prior_weight: λ of the class images.
     """
 
-    kind: Kind = "l2"
+    kind: LossKind = "l2"
     huber_schedule: bool = True
     mask_mean: MaskMean = "plain"
     mask_floor: float = 0.0
@@ -37,14 +37,15 @@ class LossOptions:
 
 @dataclass
 class DenoisingLoss:
-    """`loss_step` for a `Trainer`: mean over photos of w(t)·d(model(x_t, t, caption), target) + λ · mean over class pictures.
+    """The `loss_step` of a `Trainer`: mean over photos of w(t)·d(model(x_t, t, caption), target) + λ · mean over class images.
 
     Args:
-        family: the pipeline's family. `dataset`: pictures and captions. `seed`: of every draw.
-        samples: photos in one optimiser step, over all processes and micro-batches.
+        family: the pipeline's family. `dataset`: images and captions. `seed`: seed of noise, timesteps and latents.
+        samples: photos in one optimizer step, over all processes and micro-batches.
         objective_options, noise, options: see their classes.
-        cache: where latents and text embeddings are kept; None recomputes both at each step.
-    Text embeddings are cached only while no text encoder trains; latents (mean and deviation; the draw is fresh) always.
+        cache: cache of latents and text embeddings; None recomputes both at each step.
+    Text embeddings are cached only if no text encoder trains. Of latents, the mean and standard deviation of the posterior are
+    cached, and a new sample is taken at each step.
     """
 
     family: Family
@@ -60,27 +61,29 @@ class DenoisingLoss:
         self.objective = self.family.objective(self.objective_options)
         towers = self.family.text_towers
         self.text_trains = any(why_not_cached(tower) is not None for tower in towers.values())
-        keep = self.cache is not None
-        self._text_key = cache_key(*map(encoder_digest, towers.values())) if keep and towers and not self.text_trains else None
-        self._vae_key = encoder_digest(self.family.pipe.vae) if keep else ""
+        is_cached = self.cache is not None
+        self._text_key = (
+            cache_key(*map(encoder_digest, towers.values())) if is_cached and towers and not self.text_trains else None
+        )
+        self._vae_key = encoder_digest(self.family.pipe.vae) if is_cached else ""
 
     def __call__(self, step: int, rows: Sequence[int]) -> Tensor:
-        """The mean loss over samples `rows` of the step, and their class pictures."""
+        """The loss over the photos `rows` of the step and their class images."""
         examples = self.dataset.examples(step, self.samples, rows)
         losses = self.losses(step, examples)
-        return preserved(losses, torch.tensor([e.is_prior for e in examples]), self.options.prior_weight)
+        return prior_preservation(losses, torch.tensor([e.is_prior for e in examples]), self.options.prior_weight)
 
     def losses(self, step: int, examples: Sequence[Example]) -> Tensor:
         """Loss of each example, (batch,)."""
         family, objective = self.family, self.objective
         latents = torch.cat([self._latents(step, e) for e in examples])
-        draws = [draw_noise(x, self.noise, self._random(step, e, "noise")) for x, e in zip(latents, examples, strict=True)]
-        noise, seen = torch.stack([d[0] for d in draws]), torch.stack([d[1] for d in draws])
+        draws = [sample_noise(x, self.noise, self._random(step, e, "noise")) for x, e in zip(latents, examples, strict=True)]
+        noise, input_noise = torch.stack([d[0] for d in draws]), torch.stack([d[1] for d in draws])
         height, width = examples[0].pixels.shape[-2:]
-        moments = [self._random(step, e, "timestep") for e in examples]
-        t = objective.draws(moments, family.tokens(height, width)).to(latents.device)
+        generators = [self._random(step, e, "timestep") for e in examples]
+        t = objective.sample_timesteps(generators, family.tokens(height, width)).to(latents.device)
         prediction = family.denoise(
-            objective.noised(latents, seen, t),
+            objective.add_noise(latents, input_noise, t),
             objective.model_input(t),
             self._text([e.caption for e in examples]),
             [e.size for e in examples],
@@ -100,19 +103,21 @@ class DenoisingLoss:
         return generator(self.seed, what, step, example.index)
 
     def _latents(self, step: int, example: Example) -> Tensor:
-        """(1, channels, height, width): one draw from the cached posterior."""
+        """(1, channels, height, width): a sample from the cached posterior."""
 
         def encode() -> dict[str, Tensor]:
             with torch.autocast(self.family.pipe.vae.device.type, enabled=False):
-                mean, std = self.family.encode_pictures(example.pixels[None])
+                mean, std = self.family.encode_images(example.pixels[None])
             return {"mean": mean, "std": std}
 
         if self.cache is None or not self.dataset.cacheable:
-            found = encode()
+            posterior = encode()
         else:
-            found = self.cache.get(cache_key("latents", example.key, self._vae_key, "float32"), encode)
+            posterior = self.cache.get(cache_key("latents", example.key, self._vae_key, "float32"), encode)
         device = self.family.pipe.vae.device
-        return self.family.latents(found["mean"].to(device), found["std"].to(device), self._random(step, example, "latents"))
+        return self.family.latents(
+            posterior["mean"].to(device), posterior["std"].to(device), self._random(step, example, "latents")
+        )
 
     def _text(self, captions: list[str]) -> dict[str, Tensor]:
         if self.text_trains or not self.family.text_towers:
@@ -125,7 +130,7 @@ class DenoisingLoss:
         return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
 
     def _encode(self, captions: list[str]) -> dict[str, Tensor]:
-        """In the encoders' own precision: what is kept must not depend on the precision of the run that kept it."""
+        """Encodes without autocast, so that cached embeddings do not depend on the precision of the run."""
         with torch.no_grad(), torch.autocast(self.family.text_device.type, enabled=False):
             return self.family.encode_text(captions)
 

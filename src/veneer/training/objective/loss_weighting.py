@@ -1,6 +1,6 @@
 """Loss weights of the variance-preserving objectives, as functions of the signal-to-noise ratio.
 
-SNR_t = ᾱ_t / (1 − ᾱ_t). A schedule with zero terminal SNR has SNR_T = 0; every weight here stays finite there.
+SNR_t = ᾱ_t / (1 − ᾱ_t). A schedule with zero terminal SNR has SNR_T = 0, where all weights are finite.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from veneer.injection.errors import OptionError
 
 SNR_FLOOR, SNR_CEILING = 1e-5, 1000.0
-"""Range in which debiased estimation sees the SNR: 1,000 is kohya's; the floor, below any
-usual schedule without zero SNR, keeps the weight at most 316."""
+"""Range to which debiased estimation clamps the SNR: the ceiling is kohya's; the floor, below the SNR of common schedules without
+zero terminal SNR, limits the weight to 316."""
 
 SNR_WEIGHTS = ("none", "min_snr", "min_snr_plus_one", "debiased", "snr_scaled_v")
 FLOW_WEIGHTS = ("none", "sigma_sqrt", "cosmap")
@@ -37,7 +37,7 @@ def snr_weight(weighting: str, prediction: str, snr: Tensor, gamma: float) -> Te
         prediction: `epsilon`, `v_prediction` or `sample`.
         snr: (batch,), ≥ 0, float32. `gamma`: γ > 0; 5 in the paper.
     Raises:
-        OptionError: for a pair without an entry (–).
+        OptionError: a combination without an entry (–).
 
     Source: Hang et al., ICCV 2023 (Min-SNR), section 3.4; `min_snr_plus_one` is what diffusers' SDXL DreamBooth script computes;
     `debiased` is Yu et al. 2023, and `snr_scaled_v` the option of kohya sd-scripts that weights v like noise.
@@ -60,7 +60,7 @@ def snr_weight(weighting: str, prediction: str, snr: Tensor, gamma: float) -> Te
     }
     if (weighting, prediction) not in table:
         fits = ["none"] + [w for w, p in table if p == prediction]
-        message = f"no loss weight {weighting!r} for a model that predicts {prediction!r}; there are: {', '.join(fits)}"
+        message = f"no loss weight {weighting!r} for a model that predicts {prediction!r}; expected one of {', '.join(fits)}"
         raise OptionError(message, option="weighting", given=weighting, expected=tuple(fits))
     return table[weighting, prediction]
 
@@ -71,7 +71,7 @@ def flow_weight(weighting: str, sigma: Tensor) -> Tensor:
     Args:
         sigma: (batch,), in (0, 1], float32.
     Raises:
-        OptionError: for another name.
+        OptionError: unknown weighting.
 
     Source: Esser et al. 2024 (SD3), section 3.1; `sigma_sqrt` as diffusers computes it.
     """
@@ -81,5 +81,5 @@ def flow_weight(weighting: str, sigma: Tensor) -> Tensor:
         return sigma**-2
     if weighting == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
-    message = f"no loss weight {weighting!r} for flow matching; there are: {', '.join(FLOW_WEIGHTS)}"
+    message = f"no loss weight {weighting!r} for flow matching; expected one of {', '.join(FLOW_WEIGHTS)}"
     raise OptionError(message, option="weighting", given=weighting, expected=tuple(FLOW_WEIGHTS))

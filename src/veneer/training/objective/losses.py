@@ -1,4 +1,4 @@
-"""Per-sample losses with weights and masks, and their mean over photos and class pictures."""
+"""Weighted and masked per-sample losses, and the prior-preservation mean over photos and class images."""
 
 from __future__ import annotations
 
@@ -10,35 +10,8 @@ from torch.nn import functional as F
 
 from veneer.injection.errors import OptionError
 
-Kind = Literal["l2", "huber", "smooth_l1"]
-MaskMean = Literal["plain", "normalised"]
-
-
-def loss(
-    prediction: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    is_prior: Tensor,
-    prior_weight: float = 1.0,
-    *,
-    kind: Kind = "l2",
-    huber_c: float | Tensor = 0.1,
-    mask_mean: MaskMean = "plain",
-    mask_floor: float = 0.0,
-    totals: tuple[int, int] | None = None,
-) -> Tensor:
-    """L = mean over photos of ℓ + λ · mean over class pictures of ℓ, with ℓ from `sample_losses`: a scalar.
-
-    Args:
-        is_prior: (batch,), bool: True for class pictures. `prior_weight`: λ.
-        others: see `sample_losses` and `preserved`.
-    Source: Ruiz et al., CVPR 2023 (DreamBooth), equation 2.
-    """
-    losses = sample_losses(
-        prediction, target, weight, mask, kind=kind, huber_c=huber_c, mask_mean=mask_mean, mask_floor=mask_floor
-    )
-    return preserved(losses, is_prior, prior_weight, totals)
+LossKind = Literal["l2", "huber", "smooth_l1"]
+MaskMean = Literal["plain", "normalized"]
 
 
 def sample_losses(
@@ -47,7 +20,7 @@ def sample_losses(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
     *,
-    kind: Kind = "l2",
+    kind: LossKind = "l2",
     huber_c: float | Tensor = 0.1,
     mask_mean: MaskMean = "plain",
     mask_floor: float = 0.0,
@@ -56,15 +29,15 @@ def sample_losses(
 
     Args:
         prediction, target: (batch, channels, height, width).
-        weight: (batch,), or None for 1.
-        mask: (batch, 1, H, W) in [0, 1] of any size, shrunk to the latents by area; None for everywhere.
+        weight: (batch,) (default: 1).
+        mask: (batch, 1, H, W) in [0, 1] of any size, resized to the latents by area (default: no mask).
         kind: d: `l2` (p − t)²; `huber` 2c(√((p − t)² + c²) − c); `smooth_l1` 2(√((p − t)² + c²) − c).
-        huber_c: c, a number or (batch,).
-        mask_mean: `plain` divides by the number of elements, so that a small mask makes a small loss (kohya sd-scripts);
-            `normalised` divides by Σm (Mix-of-Show). An empty mask gives 0 in both.
-        mask_floor: f; the mask becomes f + (1 − f)·m, so that what lies outside still counts a little.
+        huber_c: c, a float or (batch,).
+        mask_mean: `plain` divides by the number of elements, so that a small mask gives a small loss (kohya sd-scripts);
+            `normalized` divides by Σm (Mix-of-Show). An empty mask gives 0 in both.
+        mask_floor: f; the mask becomes f + (1 − f)·m, so that pixels outside it keep weight f.
     Raises:
-        OptionError: for another `kind` or `mask_mean`, or shapes that differ.
+        OptionError: unknown `kind` or `mask_mean`, or different shapes.
     """
     if prediction.shape != target.shape:
         given, expected = tuple(prediction.shape), tuple(target.shape)
@@ -78,26 +51,25 @@ def sample_losses(
         area = (mask_floor + (1 - mask_floor) * area).expand_as(distance)
         if mask_mean == "plain":
             losses = (distance * area).flatten(1).mean(1)
-        elif mask_mean == "normalised":
+        elif mask_mean == "normalized":
             total = area.flatten(1).sum(1).clamp(min=torch.finfo(torch.float32).tiny)
             losses = (distance * area).flatten(1).sum(1) / total
         else:
             raise OptionError(
-                f"mask_mean must be 'plain' or 'normalised', got {mask_mean!r}", option="mask_mean", given=mask_mean
+                f"mask_mean must be 'plain' or 'normalized', got {mask_mean!r}", option="mask_mean", given=mask_mean
             )
     return losses if weight is None else losses * weight.to(losses)
 
 
-def preserved(losses: Tensor, is_prior: Tensor, prior_weight: float = 1.0, totals: tuple[int, int] | None = None) -> Tensor:
-    """Σ ℓ over photos / n + λ · Σ ℓ over class pictures / m: a scalar; a group without members adds 0.
+def prior_preservation(losses: Tensor, is_prior: Tensor, prior_weight: float = 1.0) -> Tensor:
+    """Mean of ℓ over photos + λ · mean of ℓ over class images: a scalar; the mean of an empty group is 0.
 
     Args:
-        losses: (batch,). `is_prior`: (batch,), bool.
-        totals: (n, m); None to count this batch. Give the counts of the whole step where it is spread over processes or
-            accumulated: the parts then sum to what one batch would give.
+        losses: ℓ, (batch,). `is_prior`: (batch,), bool: True for class images. `prior_weight`: λ.
+    Source: Ruiz et al., CVPR 2023 (DreamBooth), equation 2.
     """
     prior = is_prior.to(losses.device, torch.bool)
-    n, m = totals if totals is not None else (int((~prior).sum()), int(prior.sum()))
+    n, m = int((~prior).sum()), int(prior.sum())
     photos = torch.where(prior, 0.0, losses).sum() / max(n, 1)
     return photos + prior_weight * torch.where(prior, losses, 0.0).sum() / max(m, 1)
 

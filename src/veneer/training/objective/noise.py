@@ -1,4 +1,4 @@
-"""The noise of one sample: plain, offset, pyramid, and perturbed for the network's eyes only."""
+"""Noise of one sample: plain, offset, pyramid, and input perturbation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from veneer.injection.errors import OptionError
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """What is done to ε ~ N(0, 1). All zero: nothing.
+    """Modifications of ε ~ N(0, 1) (default: none).
 
     Args:
-        offset: o, strength of the noise offset; usual 0.05 to 0.1.
-        offset_adaptive: k, added to o per channel as k·|mean of the latents|, down to a sum of 0; may be negative.
-        offset_random: draw the strength from U(0, o) instead of using o.
-        pyramid: discount d of pyramid noise, in [0, 1); usual 0.3. `pyramid_levels`: how many levels at most; usual 6 to 10.
-        perturbation: γ of input perturbation; usual 0.1.
+        offset: o, strength of the noise offset; typically 0.05 to 0.1.
+        offset_adaptive: k, added to o per channel as k·|mean of the latents|, with the sum clamped at 0; may be negative.
+        offset_random: sample the strength from U(0, o) instead of using o.
+        pyramid: discount d of pyramid noise, in [0, 1); typically 0.3. `pyramid_levels`: maximum number of levels, typically 6
+            to 10.
+        perturbation: γ of input perturbation; typically 0.1.
     Raises:
-        OptionError: for a number out of range.
+        OptionError: a value out of range.
     """
 
     offset: float = 0.0
@@ -46,16 +47,16 @@ class NoiseOptions:
         return OptionError(f"{name} is {given}; expected {expected}", option=name, given=given, expected=expected)
 
 
-def draw_noise(latents: Tensor, options: NoiseOptions, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise for one sample: (what the target is made of, what the noisy input is made of).
+def sample_noise(latents: Tensor, options: NoiseOptions, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Samples the noise of one sample: (noise of the target, noise of the model input).
 
-    The two differ only under input perturbation: the input sees ε + γξ, ξ ~ N(0, 1), the target ε.
+    The two differ only with input perturbation: the input has ε + γξ, ξ ~ N(0, 1), the target ε.
 
     Args:
-        latents: (channels, height, width) of one sample; only its shape is used, and its means where `offset_adaptive` is set.
-        generator: on the CPU; the numbers do not depend on the device of `latents`.
+        latents: (channels, height, width) of one sample; only its shape is used, and its channel means with `offset_adaptive`.
+        generator: on the CPU; the noise does not depend on the device of `latents`.
     Returns:
-        two float32 tensors of that shape, on that device. With all options at zero both are the generator's plain normal draw.
+        Two float32 tensors of that shape, on that device. Without options both are the generator's standard normal sample.
 
     Source: Guttenberg 2023 (noise offset); Whitaker 2023 (multi-resolution noise); Ning et al., ICML 2023 (input perturbation);
     order and adaptive form as in kohya sd-scripts.
@@ -65,10 +66,10 @@ def draw_noise(latents: Tensor, options: NoiseOptions, generator: torch.Generato
         noise = noise + _offset(latents, options, generator)
     if options.pyramid:
         noise = pyramid(noise, options.pyramid, options.pyramid_levels, generator)
-    seen = noise
+    input_noise = noise
     if options.perturbation:
-        seen = noise + options.perturbation * torch.randn(latents.shape, generator=generator)
-    return noise.to(latents.device), seen.to(latents.device)
+        input_noise = noise + options.perturbation * torch.randn(latents.shape, generator=generator)
+    return noise.to(latents.device), input_noise.to(latents.device)
 
 
 def _offset(latents: Tensor, options: NoiseOptions, generator: torch.Generator) -> Tensor:
@@ -83,12 +84,12 @@ def _offset(latents: Tensor, options: NoiseOptions, generator: torch.Generator) 
 
 
 def pyramid(noise: Tensor, discount: float, levels: int, generator: torch.Generator) -> Tensor:
-    """ε + Σ_i dⁱ·upsample(n_i), divided by its standard deviation; n_i has sides ⌊side / rⁱ⌋ with r ~ U(2, 4) anew each level.
+    """ε + Σ_i dⁱ·upsample(n_i), divided by its standard deviation; n_i has sides ⌊side / rⁱ⌋ with a new r ~ U(2, 4) per level.
 
     Args:
-        noise: (channels, height, width). `discount`: d. `levels`: at most so many; the last is the first with a side of 1.
-    Upsampling is bilinear. Deviation: the standard deviation is the sample's, where kohya takes the whole batch's, so that
-    a sample's noise does not depend on its neighbours.
+        noise: (channels, height, width). `discount`: d. `levels`: maximum; the last level is the first with a side of 1.
+    Upsampling is bilinear. Deviation: the standard deviation is that of the sample, in kohya that of the batch, so that a
+    sample's noise does not depend on the rest of the batch.
     """
     height, width = noise.shape[-2:]
     total = noise

@@ -1,7 +1,7 @@
-"""What a denoiser is trained to predict: epsilon, v, the clean sample, or the velocity of a flow.
+"""Training objectives of denoisers: epsilon, v, sample, or flow prediction.
 
-All of it in float32, whatever the latents' type. A timestep `t` is what `draw` returns: a step index for the variance-preserving
-objectives, a noise level σ for `Flow`; batches of them are tensors of shape (batch,).
+Everything is computed in float32, whatever the latents' dtype. A timestep `t` is what `sample_timestep` returns: a step index
+for the variance-preserving objectives, a noise level σ for `Flow`; batches of them are tensors of shape (batch,).
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from .timestep_sampling import unknown
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """How timesteps are drawn and losses weighted.
+    """Timestep sampling, loss weighting and prediction type.
 
     Args:
-        density: one of `densities.DENSITIES`, or None for the family's usual one.
-        logit_mean, logit_std: of `logit_normal`, a density of the noise level (mean above 0: more noise). The scripts of
-            diffusers count timesteps from the noisy end: their `--logit_mean` m is −m here. `mode` is symmetric and the same.
-        mode_scale: of `mode`. `sigmoid_scale`: of `sigmoid`, `shift`, `flux_shift`.
-        shift: k of σ′ = kσ/(1 + (k−1)σ) for flow models; None for the scheduler's own (1 where it shifts by resolution).
-            `sigmoid` and `flux_shift` take no k.
-        tokens: latents in 2×2 patches, for `flux_shift` where `draw` is not told.
-        weighting: one of `weights.SNR_WEIGHTS` or, for flow models, of `weights.FLOW_WEIGHTS`.
+        density: one of `timestep_sampling.DENSITIES` (default: that of the family).
+        logit_mean, logit_std: parameters of `logit_normal`, a density of the noise level (mean above 0: more noise). The scripts
+            of diffusers count timesteps from the noisy end: their `--logit_mean` m is −m here. `mode` is symmetric.
+        mode_scale: scale of `mode`. `sigmoid_scale`: scale of `sigmoid`, `shift` and `flux_shift`.
+        shift: k of σ′ = kσ/(1 + (k−1)σ) for flow models (default: that of the scheduler; 1 if it shifts by resolution).
+            Unused by `sigmoid` and `flux_shift`.
+        tokens: number of 2×2 latent patches for `flux_shift`, if not passed to `sample_timestep`.
+        weighting: one of `loss_weighting.SNR_WEIGHTS` or, for flow models, of `loss_weighting.FLOW_WEIGHTS`.
         gamma: γ of the min-SNR weights.
-        prediction: overrides the scheduler's `prediction_type`, for a base whose config is wrong.
+        prediction: overrides the scheduler's `prediction_type`, for base models with a wrong config.
     Raises:
-        OptionError: for an unknown name or a number out of range.
+        OptionError: an unknown name or a value out of range.
     """
 
     density: str | None = None
@@ -64,11 +64,11 @@ class ObjectiveOptions:
 
 
 class Objective(ABC):
-    """Noising, target, timestep density and loss weight of one way to train a denoiser.
+    """Noising, target, timestep density and loss weight of a prediction type.
 
     Attributes:
         options: the `ObjectiveOptions`. `steps`: T, the number of training timesteps of the scheduler.
-        prediction: the diffusers word for what is predicted.
+        prediction: `prediction_type` of diffusers.
     """
 
     prediction: ClassVar[str]
@@ -78,20 +78,20 @@ class Objective(ABC):
         self.options = options
 
     @abstractmethod
-    def draw(self, generator: torch.Generator, tokens: int | None = None) -> float:
-        """One timestep from the density; takes exactly one number from `generator`.
+    def sample_timestep(self, generator: torch.Generator, tokens: int | None = None) -> float:
+        """Samples one timestep from the density; takes exactly one number from `generator`.
 
         Args:
-            tokens: latents in 2×2 patches of this sample, which `flux_shift` reads; None for the options' number.
+            tokens: number of 2×2 latent patches of this sample, for `flux_shift` (default: that of the options).
         """
 
     @abstractmethod
-    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The noisy latents x_t, shape of `latents`, float32."""
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the denoiser should say for x_t, shape of `latents`, float32."""
+        """The target of the prediction for x_t, shape of `latents`, float32."""
 
     @abstractmethod
     def weight(self, t: Tensor) -> Tensor:
@@ -99,15 +99,15 @@ class Objective(ABC):
 
     @abstractmethod
     def model_input(self, t: Tensor) -> Tensor:
-        """The timestep as the denoiser is given it, (batch,)."""
+        """The timestep input of the denoiser, (batch,)."""
 
     @abstractmethod
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio of each sample, (batch,), float32."""
 
-    def draws(self, generators: Sequence[torch.Generator], tokens: int | None = None) -> Tensor:
-        """One timestep for each generator, (batch,): int64 indices or float32 σ."""
-        return torch.tensor([self.draw(g, tokens) for g in generators])
+    def sample_timesteps(self, generators: Sequence[torch.Generator], tokens: int | None = None) -> Tensor:
+        """Samples one timestep per generator, (batch,): int64 indices or float32 σ."""
+        return torch.tensor([self.sample_timestep(g, tokens) for g in generators])
 
 
 class VariancePreserving(Objective):
@@ -115,9 +115,9 @@ class VariancePreserving(Objective):
 
     Args:
         alphas_cumprod: ᾱ, (T,).
-        options: density any but `shift` and `flux_shift`; a draw u becomes the index ⌊u·T⌋.
+        options: any density but `shift` and `flux_shift`; a sample u becomes the index ⌊u·T⌋.
     Raises:
-        OptionError: for options that do not fit the prediction.
+        OptionError: options that do not support the prediction type.
 
     Source: Ho et al. 2020 (DDPM), equation 4.
     """
@@ -127,12 +127,12 @@ class VariancePreserving(Objective):
         self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float32).clamp(0, 1)
         self.density = options.density or "uniform"
         if self.density in ("shift", "flux_shift"):
-            message = f"density {self.density!r} is for flow models; this base predicts {self.prediction!r}"
+            message = f"density {self.density!r} is for flow models; this base model predicts {self.prediction!r}"
             raise OptionError(message, option="density", given=self.density)
         snr_weight(options.weighting, self.prediction, torch.ones(1), options.gamma)
 
-    def draw(self, generator: torch.Generator, tokens: int | None = None) -> int:
-        u = timestep_sampling.draw(self.density, self.options, generator)
+    def sample_timestep(self, generator: torch.Generator, tokens: int | None = None) -> int:
+        u = timestep_sampling.sample(self.density, self.options, generator)
         return min(max(int(u * self.steps), 0), self.steps - 1)
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ class VariancePreserving(Objective):
         alpha = self.alphas_cumprod[t.to("cpu", torch.int64)].to(like.device).view(-1, *[1] * (like.ndim - 1))
         return alpha.sqrt(), (1 - alpha).sqrt()
 
-    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         signal, spread = self.scales(t, latents)
         return signal * latents.float() + spread * noise.float()
 
@@ -188,15 +188,15 @@ class Flow(Objective):
     """Rectified flow: x_σ = (1 − σ)·x₀ + σ·ε, target ε − x₀, σ in [1/T, 1].
 
     Args:
-        steps: T; the denoiser is given σ·T.
-        shift: the scheduler's own k, used where the options give none.
-        options: density any; `uniform`, `logit_normal`, `mode`, `cubic` and `shift` are shifted by k, `flux_shift` by e^μ.
+        steps: T; the timestep input of the denoiser is σ·T.
+        shift: k of the scheduler, used if the options have none.
+        options: any density; `uniform`, `logit_normal`, `mode`, `cubic` and `shift` are shifted by k, `flux_shift` by e^μ.
         mu: (low, high, low_tokens, high_tokens) of `flux_mu`.
     Raises:
-        OptionError: for a weighting that needs a variance-preserving model.
+        OptionError: a weighting that needs a variance-preserving model.
 
-    Source: Liu et al. 2023 (rectified flow); Esser et al. 2024 (SD3), section 3. Deviation: σ is drawn continuously, where
-    diffusers picks one of T levels, and kept from falling below 1/T, the scheduler's last level.
+    Source: Liu et al. 2023 (rectified flow); Esser et al. 2024 (SD3), section 3. Deviation: σ is continuous, whereas
+    diffusers samples one of T levels, and clamped at 1/T, the scheduler's last level.
     """
 
     prediction = "flow_prediction"
@@ -214,17 +214,17 @@ class Flow(Objective):
         self.mu = mu
         flow_weight(options.weighting, torch.ones(1))
 
-    def draw(self, generator: torch.Generator, tokens: int | None = None) -> float:
-        sigma = timestep_sampling.draw(self.density, self.options, generator)
+    def sample_timestep(self, generator: torch.Generator, tokens: int | None = None) -> float:
+        sigma = timestep_sampling.sample(self.density, self.options, generator)
         if self.density == "flux_shift":
-            sigma = timestep_sampling.exponentially_shifted(
+            sigma = timestep_sampling.shift_sigma_exponentially(
                 sigma, timestep_sampling.flux_mu(tokens or self.options.tokens, *self.mu)
             )
         elif self.density != "sigmoid":
-            sigma = timestep_sampling.shifted(sigma, self.shift)
+            sigma = timestep_sampling.shift_sigma(sigma, self.shift)
         return min(max(sigma, 1 / self.steps), 1.0)
 
-    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         sigma = t.to(latents.device, torch.float32).view(-1, *[1] * (latents.ndim - 1))
         return (1 - sigma) * latents.float() + sigma * noise.float()
 
@@ -243,13 +243,13 @@ class Flow(Objective):
 
 
 def from_scheduler(scheduler: Any, options: ObjectiveOptions | None = None, density: str = "uniform") -> Objective:
-    """The objective that a base was trained with, read from its scheduler.
+    """The objective of a base model, from the config of its scheduler.
 
     Args:
-        scheduler: any diffusers scheduler with `alphas_cumprod` (rescaled to zero terminal SNR or not) or of flow matching.
-        density: used where the options name none.
+        scheduler: any diffusers scheduler with `alphas_cumprod` (with or without zero terminal SNR), or a flow-matching one.
+        density: density if the options have none.
     Raises:
-        OptionError: for a scheduler or prediction type that is neither, or options that do not fit.
+        OptionError: an unsupported scheduler or prediction type, or incompatible options.
     """
     options = replace(options or ObjectiveOptions(), density=(options.density if options else None) or density)
     config = scheduler.config
@@ -263,8 +263,8 @@ def from_scheduler(scheduler: Any, options: ObjectiveOptions | None = None, dens
     kinds: dict[str, type[VariancePreserving]] = {k.prediction: k for k in (Epsilon, VPrediction, Sample)}
     if given not in kinds or not hasattr(scheduler, "alphas_cumprod"):
         raise OptionError(
-            f"cannot train with {type(scheduler).__name__}(prediction_type={given!r}): it needs alphas_cumprod and one of "
-            f"{', '.join(kinds)}, or flow matching. Give the pipeline the scheduler that its base was trained with.",
+            f"cannot train with {type(scheduler).__name__}(prediction_type={given!r}): expected alphas_cumprod and one of "
+            f"{', '.join(kinds)}, or flow matching. Use the scheduler that the base model was trained with.",
             option="prediction",
             method=type(scheduler).__name__,
             given=given,

@@ -1,4 +1,4 @@
-"""Timestep densities: how often training visits each noise level. Each maps one generator to one u in [0, 1]."""
+"""Timestep densities: distribution of noise levels in training. Each maps one generator to one u in [0, 1]."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.injection.errors import OptionError
 
 
 class DensityOptions(Protocol):
-    """The numbers that the densities read; see `ObjectiveOptions`."""
+    """Parameters of the densities; see `ObjectiveOptions`."""
 
     @property
     def density(self) -> str | None: ...
@@ -28,17 +28,18 @@ class DensityOptions(Protocol):
 
 DENSITIES = ("uniform", "logit_normal", "mode", "cubic", "sigmoid", "shift", "flux_shift")
 """`uniform` u ~ U(0, 1) · `logit_normal` sigmoid(N(m, s²)) · `mode` 1 − u − s·(cos²(πu/2) − 1 + u) · `cubic` 1 − u³ ·
-`sigmoid` sigmoid(s·N(0, 1)) · `shift` and `flux_shift`: the same, then shifted (`shifted`, `exponentially_shifted`)."""
+`sigmoid` sigmoid(s·N(0, 1)) · `shift`, `flux_shift`: as `sigmoid`, then `shift_sigma` or
+`shift_sigma_exponentially`."""
 
 
-def draw(density: str, options: DensityOptions, generator: torch.Generator) -> float:
-    """One u from `density`, before any shift; exactly one number is taken from `generator`.
+def sample(density: str, options: DensityOptions, generator: torch.Generator) -> float:
+    """Samples one u from `density`, before any shift; takes exactly one number from `generator`.
 
     Source: Esser et al. 2024 (SD3), section 3.1, for `logit_normal` and `mode`; Mou et al. 2023 (T2I-Adapter), section 3.4, for
     `cubic`; kohya sd-scripts for `sigmoid`, `shift` and `flux_shift`. u is the noise level, as in the papers; the scripts of
     diffusers take a timestep by its place from the noisy end, so that their logit-normal mean m is −m here.
     Raises:
-        OptionError: for a density that is not in `DENSITIES`.
+        OptionError: a density that is not in `DENSITIES`.
     """
     if density in ("logit_normal", "sigmoid", "shift", "flux_shift"):
         z = torch.randn((), generator=generator, dtype=torch.float64).item()
@@ -56,19 +57,21 @@ def draw(density: str, options: DensityOptions, generator: torch.Generator) -> f
 
 
 def unknown(option: str, given: str, expected: Iterable[str], words: str) -> OptionError:
-    """The error for a name that is none of `expected`; `words` say what it names."""
+    """The error for a name that is not in `expected`; `words` describes the kind of name."""
     known = tuple(expected)
-    return OptionError(f"no {words} {given!r}; there are: {', '.join(known)}", option=option, given=given, expected=known)
+    return OptionError(
+        f"unknown {words} {given!r}; expected one of {', '.join(known)}", option=option, given=given, expected=known
+    )
 
 
-def shifted(sigma: float, shift: float) -> float:
-    """σ′ = kσ / (1 + (k − 1)σ): more time at high noise for k > 1. Source: Esser et al. 2024, equation 23."""
+def shift_sigma(sigma: float, shift: float) -> float:
+    """σ′ = kσ / (1 + (k − 1)σ): more weight on high noise for k > 1. Source: Esser et al. 2024, equation 23."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def exponentially_shifted(sigma: float, mu: float) -> float:
-    """σ′ = e^μ / (e^μ + 1/σ − 1), which is `shifted` with k = e^μ. Source: Black Forest Labs, flux sampling; zero stays zero."""
-    return shifted(sigma, math.exp(mu))
+def shift_sigma_exponentially(sigma: float, mu: float) -> float:
+    """σ′ = e^μ / (e^μ + 1/σ − 1), which is `shift_sigma` with k = e^μ. Zero stays zero. Source: Black Forest Labs, flux."""
+    return shift_sigma(sigma, math.exp(mu))
 
 
 def flux_mu(tokens: int, low: float = 0.5, high: float = 1.15, low_tokens: int = 256, high_tokens: int = 4096) -> float:

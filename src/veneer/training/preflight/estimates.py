@@ -1,4 +1,4 @@
-"""What a run should take: memory, time and disk, from a warm step or from shapes alone."""
+"""Estimates of memory, time and disk space of a run, from a measured step or from shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..loop.config import TrainConfig
 from ..loop.optimizer_step import AUTOCAST
 from ..report.progress import clock
-from .step_cost import STATES, StepCost, counted, flops_per_second, measured, nbytes
+from .step_cost import STATES, StepCost, count_step_cost, flops_per_second, measure_step_cost, nbytes
 
 if TYPE_CHECKING:
     from veneer.injection.attachment.attachment import Attachment
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run should take, per process.
+    """Estimated cost of a run, per process.
 
     Args:
-        base: bytes of the pipeline's weights, adapters included.
-        training: bytes of gradients, optimiser state, averaged weights and the copy of the last good ones.
-        activations: peak bytes of what a micro-batch's forward and backward pass makes.
+        base: bytes of the pipeline's weights, including adapters.
+        training: bytes of gradients, optimizer state, EMA weights and the copy of the last good weights.
+        activations: peak bytes of the forward and backward pass of a micro-batch.
         checkpoint: bytes of one checkpoint.
-        seconds: of one optimiser step. `steps`: in the run.
-        measured: True if `seconds` and `activations` come from a real warm step, False if counted from shapes.
-        device: where.
-        images: generated for previews and evaluation. `image_seconds`: of one of them.
+        seconds: seconds of one optimizer step. `steps`: steps of the run.
+        measured: True if `seconds` and `activations` are measured in a warm step, False if estimated from shapes.
+        device: device of the run.
+        images: number of images for previews and evaluation. `image_seconds`: seconds of one image.
         loading: seconds from the start of the run to the estimate.
-        written: bytes of all that the run leaves on the disk.
+        written: bytes that the run writes to the disk.
     """
 
     base: int
@@ -54,17 +54,17 @@ class Estimate:
 
     @property
     def total_seconds(self) -> float:
-        """The whole run: loading, training, previews and evaluation."""
+        """Seconds of the run: loading, training, previews and evaluation."""
         return self.loading + self.seconds * self.steps + self.image_seconds * self.images
 
     @property
     def memory(self) -> int:
-        """Bytes of all tensors together; the process itself and the libraries come on top."""
+        """Bytes of all tensors, without the process and its libraries."""
         return self.base + self.training + self.activations
 
     def __str__(self) -> str:
         parts = f"base {size(self.base)}, training {size(self.training)}, activations {size(self.activations)}"
-        how = "measured in a warm step" if self.measured else "counted, not measured, so at least that"
+        how = "measured in a warm step" if self.measured else "a lower bound, estimated from shapes"
         return (
             f"time about {clock(self.total_seconds)} on {self.device}: loading {clock(self.loading)}, {self.steps} steps × "
             f"{self.seconds:.3g} s = {clock(self.seconds * self.steps)}, {self.images} images of previews and evaluation × "
@@ -93,23 +93,23 @@ def estimate(
     sampling: PreviewSettings | None = None,
     loading: float = 0.0,
 ) -> Estimate:
-    """The cost of a run. Weights, gradients and the random state are as before afterwards.
+    """Estimates the cost of a run. Weights, gradients and the random state are restored.
 
     Args:
-        resolution: side in pixels. `rows`: pictures in a micro-batch of one process, class pictures included. `samples`: in one
-            optimiser step of it. `texts`: prompts, of which the longest is encoded.
-        measure: run two real passes of a micro-batch; False counts from shapes and the speed of a matrix product.
-        images, previews: generated for the evaluation and for previews. `sampling`: how. `loading`: seconds spent so far.
+        resolution: side in pixels. `rows`: images per micro-batch of one process, with class images. `samples`: images per
+            optimizer step of one process. `texts`: prompts, of which the longest is encoded.
+        measure: measure two passes of a micro-batch; if False, estimate from shapes and the speed of a matrix product.
+        images, previews: number of images for evaluation and previews. `sampling`: their settings. `loading`: seconds so far.
     """
     trainable = [p for a in attachments for p in a.parameters() if p.requires_grad]
     step = _step(family, resolution, rows, texts, config.mixed_precision)
     device = trainable[0].device
     if measure:
-        cost = _undisturbed(lambda: measured(step), trainable)
+        cost = _undisturbed(lambda: measure_step_cost(step), trainable)
         seconds = cost.seconds or 0.0
         forward = cost.forward or seconds / 3
     else:
-        cost = counted(family.tower, _inputs(family.tower, step), trainable)
+        cost = count_step_cost(family.tower, _inputs(family.tower, step), trainable)
         seconds = cost.flops / flops_per_second(device, AUTOCAST[config.mixed_precision] or torch.float32)
         forward = seconds / 3
     values = sum(p.numel() for p in trainable)
@@ -134,33 +134,34 @@ def estimate(
 
 
 def checkpoint_bytes(values: int, config: TrainConfig) -> int:
-    """Bytes of a checkpoint of so many trainable parameters: weights, averaged weights and the optimizer's state."""
+    """Bytes of a checkpoint with `values` trainable parameters: weights, EMA weights and optimizer state."""
     return round(values * (STATES.get(config.optimizer, 8) + 4 * (2 if config.ema else 1)))
 
 
 def written_bytes(values: int, config: TrainConfig, images: int = 0, resolution: int = 0) -> int:
-    """Bytes that a run leaves or needs on the way: the adapter twice (for veneer and for others), checkpoints and the one that is
-    being written, image grids (3 bytes a pixel at 160 pixels or more a side, uncompressed) and logs.
+    """Bytes that a run writes: the adapter in two formats, checkpoints and the one being written, image grids (3 bytes per pixel,
+    uncompressed, with at least 160 pixels per side) and logs.
 
     Args:
-        values: trainable parameters. `images`: generated for previews and evaluation, of `resolution` pixels a side.
+        values: number of trainable parameters. `images`: number of images for previews and evaluation, `resolution` pixels per
+            side.
     """
     every = config.checkpoint_every
-    made = config.steps // every if every else 0
-    kept = min(made, config.keep_checkpoints) if config.keep_checkpoints else made
+    count = config.steps // every if every else 0
+    kept = min(count, config.keep_checkpoints) if config.keep_checkpoints else count
     grids = 3 * max(160, resolution) ** 2 * images
     return 2 * 4 * values + checkpoint_bytes(values, config) * (kept + 1 if every else 0) + grids + 2**20
 
 
 def _step(family: Family, resolution: int, rows: int, texts: Sequence[str], precision: str) -> Callable[[], Tensor]:
-    """A micro-batch's pass as in training, with blank latents: text is encoded in it only if an encoder trains."""
+    """The forward pass of a micro-batch with zero latents; text is encoded in it only if a text encoder trains."""
     text_trains = any(p.requires_grad for tower in family.text_towers.values() for p in tower.parameters())
     words = [max(texts, key=len)] * rows
     latent = resolution // family.vae_factor
     noisy = torch.zeros(rows, family.pipe.vae.config.latent_channels, latent, latent, device=family.pipe.vae.device)
     objective = family.objective()
     draws = [torch.Generator().manual_seed(row) for row in range(rows)]
-    times = objective.model_input(objective.draws(draws, family.tokens(resolution, resolution)).to(noisy.device))
+    times = objective.model_input(objective.sample_timesteps(draws, family.tokens(resolution, resolution)).to(noisy.device))
     dtype = AUTOCAST[precision]
 
     def encode() -> dict[str, Tensor]:
@@ -178,7 +179,7 @@ def _step(family: Family, resolution: int, rows: int, texts: Sequence[str], prec
 
 
 def _undisturbed(action: Callable[[], StepCost], trainable: Sequence[Tensor]) -> StepCost:
-    """Run `action`, and put gradients and the random state back as they were."""
+    """Runs `action`, and restores gradients and the random state."""
     gradients = [p.grad for p in trainable]
     devices = {p.device for p in trainable if p.device.type == "cuda"}
     try:
@@ -196,7 +197,7 @@ class _Caught(Exception):
 
 
 def _inputs(tower: nn.Module, step: Callable[[], Tensor]) -> Mapping[str, Any]:
-    """The arguments by name that a step calls its tower with; the tower itself does not run."""
+    """The arguments by name of the denoiser call in a step; the denoiser does not run."""
     caught: dict[str, Any] = {}
 
     def catch(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a training step costs: counted without computing it, or measured."""
+"""Cost of a training step: counted from shapes, or measured."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 STATES: dict[str, float] = {"adamw": 8, "adamw8bit": 2, "sgd": 4, "prodigy": 16, "adafactor": 0.5}
-"""Bytes of optimiser state for each float32 value (Prodigy: two moments, s and the start; Adafactor: factored, so rough)."""
+"""Bytes of optimizer state per float32 parameter (Prodigy: two moments, s and initial value; Adafactor: approximate)."""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """One forward and backward pass of one micro-batch.
+    """Cost of the forward and backward pass of a micro-batch.
 
     Args:
-        activations: peak bytes of tensors that the pass makes, gradients included, on top of what was there before.
-        flops: multiplications and additions. `seconds`: measured, or None; `forward`: the part of the forward pass, or None.
+        activations: peak bytes of tensors created in the pass, including gradients.
+        flops: multiplications and additions. `seconds`: measured, or None; `forward`: that of the forward pass, or None.
     """
 
     activations: int
@@ -36,9 +36,9 @@ class StepCost:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Follows the bytes of every tensor made while it is on; `peak` is the most that lived at one time.
+    """Dispatch mode that tracks the bytes of tensors created within it; `peak` is their maximum.
 
-    Counts tensors, not an allocator's rounding or a library's workspace.
+    Excludes rounding of the allocator and workspaces of libraries.
     """
 
     def __init__(self) -> None:
@@ -51,10 +51,10 @@ class PeakBytes(TorchDispatchMode):
         before = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
-            self._see(tensor.untyped_storage(), before)
+            self._track(tensor.untyped_storage(), before)
         return out
 
-    def _see(self, storage: Any, before: set[int]) -> None:
+    def _track(self, storage: Any, before: set[int]) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in before or key in self._live:
             return
@@ -74,32 +74,32 @@ def _tensors(tree: Any) -> list[Tensor]:
     return found
 
 
-def counted(tower: nn.Module, inputs: Mapping[str, Any], trainable: Iterable[Tensor] = ()) -> StepCost:
-    """The cost of a pass through `tower` from shapes alone: nothing is computed and no memory is taken.
+def count_step_cost(tower: nn.Module, inputs: Mapping[str, Any], trainable: Iterable[Tensor] = ()) -> StepCost:
+    """Cost of a pass through `tower` from shapes with fake tensors, without computation or memory.
 
     Args:
-        tower: with its adapters attached. `inputs`: keyword inputs of the real sizes; values do not matter, and may be on `meta`.
-        trainable: what gets gradients, where it is not marked by `requires_grad`.
+        tower: model with attached adapters. `inputs`: keyword inputs with the real shapes, which may be on `meta`.
+        trainable: parameters with gradients besides those that require them.
     """
-    wanted = {id(p) for p in trainable}
+    extra = {id(p) for p in trainable}
     device = next(tower.parameters()).device
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(t: Tensor) -> Tensor:
         with mode:
             shape = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-        return nn.Parameter(shape, t.requires_grad or id(t) in wanted) if isinstance(t, nn.Parameter) else shape
+        return nn.Parameter(shape, t.requires_grad or id(t) in extra) if isinstance(t, nn.Parameter) else shape
 
     memo: dict[int, Any] = {id(t): fake(t) for t in (*tower.parameters(), *tower.buffers())}
     twin = copy.deepcopy(tower, memo)
-    given = tree_map(lambda v: fake(v) if isinstance(v, Tensor) else v, dict(inputs))
-    return _under_counters(lambda: _loss(twin(**given)), mode)
+    fake_inputs = tree_map(lambda v: fake(v) if isinstance(v, Tensor) else v, dict(inputs))
+    return _under_counters(lambda: _loss(twin(**fake_inputs)), mode)
 
 
-def measured(step: Callable[[], Tensor]) -> StepCost:
-    """The cost of a real pass: `step()` gives the loss, which is then sent backward. Runs twice; the second, warm, is timed.
+def measure_step_cost(step: Callable[[], Tensor]) -> StepCost:
+    """Measures a pass: `step()` returns the loss, followed by its backward pass. Runs twice and times the second, warm pass.
 
-    Gradients are added to as by any backward pass; zero them afterwards.
+    Gradients are accumulated; zero them afterwards.
     """
     cost = _under_counters(step)
     _synchronize()
@@ -136,7 +136,7 @@ def _synchronize() -> None:
 
 
 def flops_per_second(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024) -> float:
-    """What a matrix product reaches on this device, from the best of three short runs."""
+    """FLOP/s of a matrix product on this device, the best of several short runs."""
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
@@ -149,6 +149,6 @@ def flops_per_second(device: str | torch.device = "cpu", dtype: torch.dtype = to
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, each storage once."""
+    """Total bytes of distinct tensors."""
     seen = {id(t): t.numel() * t.element_size() for t in tensors}
     return sum(seen.values())

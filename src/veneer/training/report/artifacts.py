@@ -1,4 +1,4 @@
-"""What a run leaves behind: the files that others load, the sheet, and the figures."""
+"""Result files of a personalization run: adapter files, image grid, metrics and verdict."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from ..loop.checkpoints import write_atomically
 from ..loop.disk_space import optional, writing
 from ..loop.trainer import TrainResult
 from .feature_models import features
-from .image_grid import Row, before_after, sheet
+from .image_grid import GridRow, before_after, make_grid
 from .metrics import Metrics, measure
 from .personalization_verdict import personal_verdict
 from .phases import PhaseReport
-from .previews import Pair, PreviewSettings, pairs, previews
+from .previews import PreviewPair, PreviewSettings, generate_pairs, previews
 from .progress import clock
 from .verdict import read_verdict
 
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from ..personalization_config import PersonalizeConfig
 
 ADAPTER, GRID = "adapter.safetensors", "before_after.png"
-SHOWN = 4
-"""Prompts on the sheet; the figures use all."""
+GRID_PROMPTS = 4
+"""Number of prompts on the image grid; the metrics use all."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run, what it works on, what says which phase it is in, and warnings of its end."""
+class PersonalizationRun:
+    """A personalization run: configuration, pipeline, adapters, photos, folder, phase report and warnings."""
 
     config: PersonalizeConfig
     pipe: Any
@@ -56,60 +56,60 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def settings(self, seeds: int) -> PreviewSettings:
-        """How pictures are made: as the base is usually sampled."""
+        """Sampling settings of the base model's preset."""
         preset = base_models.preset(self.config.base)
         return PreviewSettings(tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4)
 
     def previews(self, steps: int) -> int:
-        """Images of all previews in a run of so many steps."""
+        """Number of preview images in a run of `steps` steps."""
         every = self.config.preview_every
-        return steps // every * len(self.prompts[:SHOWN]) if every else 0
+        return steps // every * len(self.prompts[:GRID_PROMPTS]) if every else 0
 
     @property
     def prompts(self) -> list[str]:
-        """Prompts with the concept in them."""
+        """Evaluation prompts, with the concept inserted."""
         return [p.replace("{concept}", self.config.concept) for p in self.config.prompts or ("{concept}",)]
 
     @property
     def base_words(self) -> dict[str, str]:
-        """What stands for the concept where the base or a text model reads a prompt that it knows no such word of."""
+        """Replacement of the concept in prompts for the base model and text encoders, which do not know it."""
         return {self.config.concept: self.config.class_word} if self.config.class_word else {}
 
 
-def write_preview(run: Run, step: int) -> Path:
-    """`previews/step-000100.png`: the sheet's prompts with the weights of now."""
+def write_preview(run: PersonalizationRun, step: int) -> Path:
+    """Writes `previews/step-000100.png`: the prompts of the image grid with the current weights."""
     settings = run.settings(1)
-    shown = run.prompts[:SHOWN]
-    made = previews(run.pipe, shown, settings, progress=run.report("previews", len(shown)))
-    rows = [Row(f"{p.prompt}, seed {p.seed}", ((p.image,),)) for p in made]
+    prompts = run.prompts[:GRID_PROMPTS]
+    made = previews(run.pipe, prompts, settings, progress=run.report("previews", len(prompts)))
+    rows = [GridRow(f"{p.prompt}, seed {p.seed}", ((p.image,),)) for p in made]
     path = run.out / "previews" / f"step-{step:06d}.png"
-    write_image(sheet(rows, title=f"step {step}", across=2), path)
+    write_image(make_grid(rows, title=f"step {step}", across=2), path)
     run.report.close()
     return path
 
 
-def evaluated(config: PersonalizeConfig) -> int:
-    """Images that a run generates for its scores and its image grid."""
+def count_evaluation_images(config: PersonalizeConfig) -> int:
+    """Number of images that a run generates for its metrics and image grid."""
     unrelated = len(config.drift_prompts or ()) if config.eval_seeds else 0
     return 2 * max(1, config.eval_seeds) * (len(config.prompts or ("",)) + unrelated)
 
 
-def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
-    """Write the files, `before_after.png` and `result.json`; gives what the latter holds, with the table of `scores` as text."""
+def write_results(run: PersonalizationRun, result: TrainResult) -> dict[str, Any]:
+    """Writes the files, `before_after.png` and `result.json`; returns the content of the latter, and the table as `scores`."""
     run.report("saving")
     files = write_files(run)
     config = run.config
-    count = run.report("evaluating", evaluated(config))
+    count = run.report("evaluating", count_evaluation_images(config))
     photos = [read_photo(p.path) for p in run.photos]
     settings = run.settings(max(1, config.eval_seeds))
-    concept = pairs(run.pipe, run.attached, run.prompts, settings, run.base_words, count)
+    concept = generate_pairs(run.pipe, run.attached, run.prompts, settings, run.base_words, count)
     metrics = None
     if config.eval_seeds:
-        unrelated = pairs(run.pipe, run.attached, list(config.drift_prompts or ()), settings, progress=count)
+        unrelated = generate_pairs(run.pipe, run.attached, list(config.drift_prompts or ()), settings, progress=count)
         side = min(concept[0].adapted.size)
-        metrics = measure(features(config.features), [reduced(p, side) for p in photos], concept, unrelated, run.base_words)
+        metrics = measure(features(config.features), [shrink_to(p, side) for p in photos], concept, unrelated, run.base_words)
     run.report("saving")
-    grid = _sheet(run, result, photos, concept, metrics)
+    grid = _image_grid(run, result, photos, concept, metrics)
     optional(run.out, GRID, lambda: write_image(grid, run.out / GRID), run.notes)
     run.report.close()
     record = _record(run, result, files, metrics)
@@ -119,8 +119,8 @@ def write_outcome(run: Run, result: TrainResult) -> dict[str, Any]:
     return {**record, "scores": str(metrics) if metrics else ""}
 
 
-def ending(run: Run, record: dict[str, Any]) -> str:
-    """What a finished run says last: files, scores, verdict, and the next command."""
+def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
+    """Message of a finished run: files, metrics, verdict, and the next command."""
     warnings = [f"warning: {text}" for text in record["training"]["warnings"]]
     prompt = shlex.quote(run.prompts[0])
     return "\n".join(
@@ -129,42 +129,44 @@ def ending(run: Run, record: dict[str, Any]) -> str:
             *warnings,
             *([str(record["scores"])] if record.get("scores") else []),
             read_verdict(record).text(),
-            f"generate images with and without it: veneer generate {prompt} --adapter {shlex.quote(str(run.out))} --side-by-side",
+            f"compare with the base model: veneer generate {prompt} --adapter {shlex.quote(str(run.out))} --side-by-side",
         ]
     )
 
 
-def write_files(run: Run) -> list[str]:
-    """The native file of everything, and beside it what diffusers loads by itself."""
+def write_files(run: PersonalizationRun) -> list[str]:
+    """Writes the native file of all methods, and the files that diffusers loads."""
     provenance = {"base": str(run.config.base), "concept": run.config.concept, "class_word": run.config.class_word}
     with writing(run.out, ADAPTER):
         native.save(run.attached, run.out / ADAPTER, provenance=provenance)
-    found = [ADAPTER]
+    files = [ADAPTER]
     for attachment in run.attached:
-        if param_groups.learns_words(attachment.method):
+        if param_groups.trains_token_embeddings(attachment.method):
             name, save = "learned_embeds.safetensors", embeddings.save
         elif attachment.method.name == "lora":
             name, save = "pytorch_lora_weights.safetensors", diffusers_format.save
         else:
             continue
         if optional(run.out, name, functools.partial(save, attachment, run.out / name), run.notes) is not None:
-            found.append(name)
-    return found
+            files.append(name)
+    return files
 
 
-def _sheet(run: Run, result: TrainResult, photos: list[Image.Image], concept: list[Pair], metrics: Metrics | None) -> Image.Image:
+def _image_grid(
+    run: PersonalizationRun, result: TrainResult, photos: list[Image.Image], concept: list[PreviewPair], metrics: Metrics | None
+) -> Image.Image:
     config = run.config
-    shown = {*run.prompts[:SHOWN]}
+    prompts = {*run.prompts[:GRID_PROMPTS]}
     trained = sum(p.numel() for a in run.attached for p in a.parameters())
     note = (
         f"{config.method} on {config.base}: {len(run.photos)} photos, {result.steps} steps, {result.seconds:.0f} s, "
-        f"{trained:,} trained values"
+        f"{trained:,} trainable parameters"
     )
     words = run.base_words
     heads = (f"base ('{next(iter(words.values()))}')" if words else "base", "with the adapter")
     return before_after(
         photos,
-        [p for p in concept if p.prompt in shown],
+        [p for p in concept if p.prompt in prompts],
         title=f"{config.concept}",
         note=note,
         footer=str(metrics) if metrics else "",
@@ -172,7 +174,7 @@ def _sheet(run: Run, result: TrainResult, photos: list[Image.Image], concept: li
     )
 
 
-def _record(run: Run, result: TrainResult, files: list[str], metrics: Metrics | None) -> dict[str, Any]:
+def _record(run: PersonalizationRun, result: TrainResult, files: list[str], metrics: Metrics | None) -> dict[str, Any]:
     return {
         "config": asdict(run.config),
         "files": files,
@@ -197,7 +199,7 @@ def _record(run: Run, result: TrainResult, files: list[str], metrics: Metrics | 
 
 
 def training_record(result: TrainResult) -> dict[str, Any]:
-    """How a training went, for JSON; the loss is the mean of the last 50 steps."""
+    """JSON record of a training; the loss is the mean of the last 50 steps."""
     last = result.losses[-50:]
     return {
         "steps": result.steps,
@@ -209,15 +211,15 @@ def training_record(result: TrainResult) -> dict[str, Any]:
     }
 
 
-def reduced(photo: Image.Image, side: int) -> Image.Image:
-    """The photo with a short side of at most `side` pixels: likeness is to what a picture of that size can show."""
+def shrink_to(photo: Image.Image, side: int) -> Image.Image:
+    """The photo reduced to a shorter side of at most `side` pixels, so that it is compared at the generated resolution."""
     factor = side / min(photo.size)
     size = round(photo.width * factor), round(photo.height * factor)
     return photo.resize(size, Image.Resampling.LANCZOS) if factor < 1 else photo
 
 
 def write_image(image: Image.Image, path: Path) -> None:
-    """A PNG, written whole or not at all."""
+    """Writes a PNG atomically."""
     import io
 
     data = io.BytesIO()

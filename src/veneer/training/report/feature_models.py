@@ -1,4 +1,4 @@
-"""Feature models for the figures: pictures, and with CLIP also texts, to unit vectors."""
+"""Feature models of the metrics: unit-norm features of images, and with CLIP also of texts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from veneer.injection.errors import UnknownName, VeneerError
 
 
 class Clip(Protocol):
-    """What a CLIP offers: open_clip models and `veneer.base_models.load_clip()`.
+    """Interface of a CLIP: open_clip models and `veneer.base_models.load_clip()`.
 
-    `encode_text` takes what `tokenizer(texts)` gives, or the texts themselves where there is no tokenizer.
+    The input of `encode_text` is `tokenizer(texts)`, or the texts if there is no tokenizer.
     """
 
-    def preprocess(self, picture: Image.Image) -> Tensor: ...
+    def preprocess(self, image: Image.Image) -> Tensor: ...
     def encode_image(self, pixels: Tensor) -> Tensor: ...
     def encode_text(self, text: Any) -> Tensor: ...
 
@@ -32,10 +32,10 @@ class Features:
     """A feature model.
 
     Args:
-        name: shown beside the figures.
-        of_pixels: (n, 3, h, w) to (n, width). `preprocess`: a picture to (3, h, w).
-        of_texts: texts to (n, width), or None for models without text (DINO, timm).
-        device: where the model is.
+        name: label in the results.
+        of_pixels: (n, 3, h, w) to (n, width). `preprocess`: an image to (3, h, w).
+        of_texts: texts to (n, width), or None without a text encoder (DINO, timm).
+        device: device of the model.
     """
 
     name: str
@@ -45,15 +45,15 @@ class Features:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @torch.inference_mode()
-    def pictures(self, pictures: Sequence[Image.Image], batch: int = 16) -> Tensor:
-        """Unit features of pictures, (n, width), float32 on the CPU."""
-        rows = [self.preprocess(picture.convert("RGB")) for picture in pictures]
+    def images(self, images: Sequence[Image.Image], batch: int = 16) -> Tensor:
+        """Unit-norm features of images, (n, width), float32 on the CPU."""
+        rows = [self.preprocess(image.convert("RGB")) for image in images]
         chunks = [torch.stack(rows[i : i + batch]).to(self.device) for i in range(0, len(rows), batch)]
         return torch.cat([_unit(self.of_pixels(chunk)) for chunk in chunks])
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor | None:
-        """Unit features of texts, or None if the model has none."""
+        """Unit-norm features of texts, or None without a text encoder."""
         return None if self.of_texts is None else _unit(self.of_texts(list(texts)))
 
 
@@ -65,23 +65,23 @@ def features(model: Any = "bundled", device: str | torch.device = "cpu") -> Feat
     """A feature model from a name, a folder or an object.
 
     Args:
-        model: `bundled` (the package's own CLIP); a folder of timm, open_clip or transformers CLIP (told apart by its config); a
-            name with its library, such as `timm:vit_small_patch16_224.dino` or `open_clip:ViT-B-32/laion2b_s34b_b79k` or
-            `transformers:openai/clip-vit-base-patch32`; an object like `Clip`; or a `Features`.
-        device: where a model that is loaded here is put; objects stay where they are.
+        model: `bundled` (the bundled CLIP); a folder of timm, open_clip or transformers CLIP (identified by its config); a name
+            with its library, such as `timm:vit_small_patch16_224.dino` or `open_clip:ViT-B-32/laion2b_s34b_b79k` or
+            `transformers:openai/clip-vit-base-patch32`; an object with the interface of `Clip`; or a `Features`.
+        device: device of a loaded model; objects are not moved.
     Raises:
-        VeneerError: a name without library, a name that cannot be loaded, or a folder or object that is none of these.
+        VeneerError: a name without library, a model that cannot be loaded, or an unsupported folder or object.
     """
     if isinstance(model, Features):
         return model
     if not isinstance(model, (str, Path)):
-        return of_clip(model, type(model).__name__)
+        return from_clip(model, type(model).__name__)
     if model == "bundled":
         from veneer import base_models
 
         clip = base_models.load_clip()
         clip.model.to(device)
-        return of_clip(clip, "bundled CLIP")
+        return from_clip(clip, "bundled CLIP")
     library, name = _library(model)
     from veneer.base_models.hub import hub
 
@@ -91,15 +91,15 @@ def features(model: Any = "bundled", device: str | torch.device = "cpu") -> Feat
         except Exception as error:
             if not why:
                 raise
-            message = f"features: {model} could not be loaded ({why}). Check the connection or give a folder."
+            message = f"features: {model} could not be loaded ({why}). Check the connection, or use a folder."
             raise VeneerError(message, where="hub", given=str(model)) from error
 
 
 def check_features(model: str | Path) -> None:
-    """Check the name of a feature model before a long run; nothing is loaded.
+    """Checks the name of a feature model before a long run; nothing is loaded.
 
     Raises:
-        VeneerError: neither `bundled`, nor a folder of a known library, nor a name with its library; or an unknown name.
+        VeneerError: not `bundled`, a folder of a supported library or a name with its library; or an unknown name.
     """
     if model == "bundled":
         return
@@ -120,16 +120,16 @@ def check_features(model: str | Path) -> None:
         raise UnknownName(f"features: {library} has no model {name!r}.", name, f"{library} model")
 
 
-def of_clip(model: Any, name: str) -> Features:
-    """Wrap an object like `Clip`.
+def from_clip(model: Any, name: str) -> Features:
+    """Wraps an object with the interface of `Clip`.
 
     Raises:
-        VeneerError: it lacks a method.
+        VeneerError: a method is missing.
     """
-    lacking = [m for m in ("preprocess", "encode_image", "encode_text") if not hasattr(model, m)]
-    if lacking:
-        message = f"features: {name} has no {', '.join(lacking)}; expected a model like open_clip's with preprocess."
-        raise VeneerError(message, where=name, given=tuple(lacking))
+    missing = [m for m in ("preprocess", "encode_image", "encode_text") if not hasattr(model, m)]
+    if missing:
+        message = f"features: {name} has no {', '.join(missing)}; expected the interface of open_clip models, with preprocess."
+        raise VeneerError(message, where=name, given=tuple(missing))
     tokenize = getattr(model, "tokenizer", None) or getattr(model, "tokenize", None) or (lambda texts: texts)
     module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     device = _device_of(module)
@@ -188,7 +188,7 @@ def _transformers(name: str, device: torch.device) -> Features:
 
     return Features(
         f"transformers {Path(name).name if Path(name).is_dir() else name}",
-        lambda picture: process(picture, return_tensors="pt")["pixel_values"][0],
+        lambda image: process(image, return_tensors="pt")["pixel_values"][0],
         lambda pixels: _pooled(model.get_image_features(pixel_values=pixels)),
         of_texts,
         device,
@@ -196,7 +196,7 @@ def _transformers(name: str, device: torch.device) -> Features:
 
 
 def _pooled(out: Any) -> Tensor:
-    """Up to version 4, transformers gave the projected features themselves."""
+    """Projected features; transformers up to version 4 returns them directly."""
     pooled: Tensor = out if isinstance(out, Tensor) else out.pooler_output
     return pooled
 

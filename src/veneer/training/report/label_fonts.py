@@ -1,4 +1,4 @@
-"""Fonts of the labels on image grids: Latin, Greek and Cyrillic always, CJK if the system has a font for it."""
+"""Fonts for labels of image grids: Latin, Greek and Cyrillic, and CJK if a system font is installed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _log = logging.getLogger(__name__)
 
 FONT = "DejaVuSans.ttf"
 CJK_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc")
-"""Fonts of the system for labels with Chinese, Japanese or Korean characters: Noto, macOS and Windows."""
+"""System fonts for Chinese, Japanese and Korean: Noto, macOS and Windows."""
 INSTALL = "[install Noto Sans CJK]"
 
 
 @cache
 def label_font(size: int, file: str = FONT) -> ImageFont.FreeTypeFont | ImageFont.ImageFont | None:
-    """The font of labels, at a size in pixels: DejaVu Sans as matplotlib contains it, with Latin, Greek and Cyrillic letters.
+    """Loads a label font at a size in pixels: DejaVu Sans from matplotlib, with Latin, Greek and Cyrillic letters.
 
     Args:
-        file: another font, by the name of its file.
+        file: file name of another font.
     Returns:
-        Without matplotlib, Pillow's own font, which has Latin letters only. None if another font is not installed.
+        The font; without matplotlib Pillow's default font, which has only Latin letters. None if `file` is not installed.
     """
     package = importlib.util.find_spec("matplotlib")
     if file == FONT and package and package.origin:
@@ -45,13 +45,13 @@ def _has(file: str, character: str) -> bool:
 
 
 def _file_for(words: str) -> str:
-    """File of the font with the most characters of a text, the first of equal ones."""
+    """File of the font with the most characters of a text."""
     return max((FONT, *CJK_FONTS), key=lambda file: sum(_has(file, c) for c in words))
 
 
 @cache
 def printable(words: str) -> str:
-    """Words in which characters that the font lacks are named in brackets: by Unicode, or what to install for CJK."""
+    """The text with characters that no font has replaced by their Unicode names in brackets, or for CJK by what to install."""
     words = unicodedata.normalize("NFC", words)
     file = _file_for(words)
     shown = "".join(c if c.isspace() or _has(file, c) else _name(c) for c in words)
@@ -68,5 +68,5 @@ def _name(character: str) -> str:
 
 
 def font_for(words: str, size: int) -> Any:
-    """The font that a text is written in."""
+    """The font for a text."""
     return label_font(size, _file_for(words)) or label_font(size)

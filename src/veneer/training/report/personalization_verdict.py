@@ -9,8 +9,8 @@ With the gain of similarity over the base (paired, 95 %), the base's similarity 
 - **other images changed** if the whole interval of the drift is above half the distance between the base's images of two
   different unrelated prompts: an image has then moved halfway to another prompt's;
 - **the class was lost** if less than 2/3 of the base's prompt similarity is left, the whole interval of the paired difference
-  below 0. This counts only where the mean share is below 2/3 and similarity did not rise far: prompts are read with the class
-  word in the place of the concept, and an octopus that was trained with the class word "fish" is rightly less similar to "a fish"
+  below 0. This counts only where the mean share is below 2/3 and similarity did not rise far: prompts are compared with the class
+  word instead of the concept, and an octopus that was trained with the class word "fish" is rightly less similar to "a fish"
   (0.05 against 0.43 in the bundled example).
 
 | similarity | something lost or changed | outcome |
@@ -32,24 +32,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .metrics import Compared, Metrics
+from .metrics import Metrics, PairedMetric
 from .verdict import Verdict
 
 if TYPE_CHECKING:
     from ..personalization_config import PersonalizeConfig
 
 SHARE = 1 / 2
-"""Of the distance from the base's similarity to the photos' own, for `learned`."""
+"""Fraction of the distance from the base model's similarity to that of the photos, for `learned`."""
 LITTLE = 1 / 4
-"""Of that distance; below it images show nothing of the photos but colors, though the gain is certain."""
+"""Fraction of that distance; below it, images share only colors with the photos, even if the gain is significant."""
 KEPT = 2 / 3
-"""Of the base's prompt similarity."""
+"""Fraction of the base model's prompt similarity."""
 FOLLOWED = 1 / 2
-"""Of the base's layout."""
+"""Fraction of the base model's layout."""
 MOVED = 1 / 2
-"""Of the distance between the base's images of two unrelated prompts."""
+"""Fraction of the distance between the base model's images of two unrelated prompts."""
 REAL_BASE = (
-    "the bundled base generates 64-pixel images and knows icons better than photos; for photos train a larger one, such as "
+    "the bundled base model generates 64-pixel images and is better at icons than photos; for photos use a larger one, such as "
     "--base stable-diffusion-v1-5/stable-diffusion-v1-5"
 )
 MORE_IMAGES = "evaluate more images: --eval-seeds 3"
@@ -64,7 +64,7 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
     if metrics is None:
         why = "The run was not evaluated (--eval-seeds 0), so there are no scores."
         return Verdict("unknown", "It was not evaluated; look at before_after.png.", (why,), (MORE_IMAGES,))
-    share, rose, far = covered(metrics), metrics.likeness.clear, _rose_far(metrics)
+    share, rose, far = similarity_share(metrics), metrics.likeness.clear, _rose_far(metrics)
     lost, kept = _changes(metrics, far or (share is not None and share >= KEPT))
     reasons = (_similarity(metrics, share), *lost, *kept)
     if metrics.likeness.gain.low is None:
@@ -101,7 +101,7 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
     return Verdict("not_learned", "Images are not clearly more similar to the photos than without.", reasons, _longer(config))
 
 
-def covered(metrics: Metrics) -> float | None:
+def similarity_share(metrics: Metrics) -> float | None:
     """Share of the distance from the base's similarity to the photos' own that was covered; 1 if the base is not below them, None
     with one photo."""
     if metrics.ceiling is None:
@@ -156,14 +156,14 @@ def _says_place(metrics: Metrics) -> bool:
     return metrics.layout is not None and (metrics.layout.base.low or 0.0) > 0
 
 
-def _fell(found: Compared, share: float) -> bool:
+def _fell(found: PairedMetric, share: float) -> bool:
     """Less than `share` of the base's is left, and the whole interval of the difference is below 0."""
     return found.gain.high is not None and found.gain.high < 0 and found.adapted.mean < share * found.base.mean
 
 
 def _longer(config: PersonalizeConfig) -> tuple[str, ...]:
-    """What to change where little was learned."""
-    usual, steps = config.usual_steps(), config.steps or 0
+    """Advice if too little was learned."""
+    usual, steps = config.default_steps(), config.steps or 0
     found = [f"train longer: --steps {max(usual, 2 * steps)}"]
     if config.method == "textual_inversion":
         found.append("train more parameters: --method lora")
@@ -171,20 +171,20 @@ def _longer(config: PersonalizeConfig) -> tuple[str, ...]:
 
 
 def _gentler(config: PersonalizeConfig) -> tuple[str, ...]:
-    """What to change where something was lost."""
-    usual = config.usual_steps()
+    """Advice if something was lost."""
+    usual = config.default_steps()
     found = [f"train for the default number of steps: --steps {usual}"] if (config.steps or 0) < usual else []
     found.append(f"lower the learning rate: --learning-rate {config.main_rate() / 2:g}")
     if not config.class_images:
         word = "" if config.class_word else " --class-word WORD"
-        found.append(f"keep the class with class images: --class-images 32{word}")
+        found.append(f"preserve the class with class images: --class-images 32{word}")
     return (*found, *_words(config), *_base(config))
 
 
 def _words(config: PersonalizeConfig) -> tuple[str, ...]:
     if config.class_word:
         return ()
-    return ("name the kind of thing with a word that the base generates well: --class-word WORD",)
+    return ("set the class of the subject to a word that the base model generates well: --class-word WORD",)
 
 
 def _base(config: PersonalizeConfig) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Phases of a run beside its steps: lines in `progress.jsonl`, lines on the terminal, and how long each phase took.
+"""Phases of a run: lines in `progress.jsonl` and on the terminal, and the time of each phase.
 
 report = PhaseReport(out / "progress.jsonl", sys.stderr)
 report("loading")
@@ -19,23 +19,23 @@ from .progress import clock
 
 PHASES: Mapping[str, str] = {
     "loading": "loading the model",
-    "class_images": "generating with the base",
+    "class_images": "generating with the base model",
     "training": "training",
     "previews": "generating previews",
     "evaluating": "evaluating",
     "saving": "saving",
 }
-"""Phase to the words that a terminal shows."""
+"""Phase to its label on the terminal."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Where a run is.
+    """Current phase of a run.
 
     Args:
-        phase: of `PHASES`.
-        done, total: images, or steps while it trains; 0 and 0 if nothing is counted.
-        seconds_left: of this phase, or None if unknown.
+        phase: a key of `PHASES`.
+        done, total: images, or training steps; both 0 without a count.
+        seconds_left: remaining seconds of this phase, or None if unknown.
     """
 
     phase: str
@@ -50,14 +50,14 @@ class Phase:
 
 
 class PhaseReport:
-    """Says which phase a run is in.
+    """Reports the phase of a run.
 
     Args:
-        path: `progress.jsonl` of the run, or None. `stream`: for lines that people read, or None.
-        seconds: at least so long between two lines of one phase; its first and last are always written.
+        path: `progress.jsonl` of the run, or None. `stream`: stream for readable lines, or None.
+        seconds: minimum time between two lines of one phase; its first and last are always written.
 
     Attributes:
-        seconds_in: phase to the seconds spent in it so far.
+        seconds_in: seconds spent in each phase so far.
     """
 
     def __init__(
@@ -73,25 +73,25 @@ class PhaseReport:
         self._begun = self._since
 
     def __call__(self, phase: str, total: int = 0, done: int = 0) -> PhaseCounter:
-        """Enter a phase; call what it gives after each part, such as a batch of images."""
+        """Starts a phase; call the returned counter after each part, such as a batch of images."""
         self.close()
         self._phase, self._since = phase, self.now()
         return PhaseCounter(self, phase, total, done)
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it was made, at the start of the run."""
+        """Seconds since the start of the run."""
         return self.now() - self._begun
 
     def close(self) -> None:
-        """End the phase that runs."""
+        """Ends the current phase."""
         if self._phase:
             spent = self.now() - self._since
             self.seconds_in[self._phase] = self.seconds_in.get(self._phase, 0.0) + spent
         self._phase = ""
 
     def write(self, phase: Phase) -> None:
-        """One line to the file and one to the stream; a disk without room is no reason to end a run."""
+        """Writes one line to the file and one to the stream; a full disk does not end a run."""
         if self.stream is not None:
             self.stream.write(f"{phase}\n")
             self.stream.flush()
@@ -115,24 +115,24 @@ class PhaseCounter:
         report.write(Phase(phase, done, total))
 
     def reach(self, done: int, total: int) -> None:
-        """So many of all are done."""
+        """Sets the number of finished parts and of all parts."""
         self.total = total
         self(done - self.done)
 
     def __call__(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Adds finished parts."""
         self.done += count
         now, last = self.report.now(), self.done == self.total
         if now - self._shown < self.report.seconds and not last:
             return
         self._shown = now
-        made = self.done - self._first
-        left = (self.total - self.done) * (now - self._start) / made if made else None
+        finished = self.done - self._first
+        left = (self.total - self.done) * (now - self._start) / finished if finished else None
         self.report.write(Phase(self.phase, self.done, self.total, left))
 
 
 def read_phase(path: Path) -> Phase | None:
-    """Where a run is, by the last whole line of its `progress.jsonl`: a line of a step counts as `training`. None without any."""
+    """The phase in the last complete line of `progress.jsonl`; a training step has phase `training`. None without lines."""
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     for line in reversed(lines):
         try:

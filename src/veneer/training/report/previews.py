@@ -1,4 +1,4 @@
-"""Preview pictures with fixed seeds, and PNG files that remember how they were made."""
+"""Preview images with fixed seeds, and PNG files with their settings in the metadata."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ KEY = "veneer"
 
 
 def check_counts(count: int, steps: int | None) -> None:
-    """Check how many images are generated, in how many steps.
+    """Checks the number of images and of denoising steps.
 
     Raises:
-        OptionError: less than 1.
+        OptionError: a value below 1.
     """
     for name, value in (("images_per_prompt", count), ("steps", steps)):
         if value is not None and value < 1:
@@ -40,14 +40,14 @@ def check_counts(count: int, steps: int | None) -> None:
 
 @dataclass(frozen=True)
 class PreviewSettings:
-    """How preview pictures are made.
+    """Sampling settings of preview images.
 
     Args:
-        seeds: one picture a prompt and seed; the noise of each is a function of (seed, prompt) alone.
+        seeds: one image per prompt and seed; its noise is a function of (seed, prompt) only.
         steps: denoising steps. `guidance`: classifier-free guidance scale.
-        negative: negative prompt, for pipelines that take one.
-        size: (height, width) in pixels, or None for the pipeline's own.
-        batch: pictures made at once. It changes speed and memory, not the pictures (beyond the rounding of batched products).
+        negative: negative prompt, for pipelines that support it.
+        size: (height, width) in pixels (default: that of the pipeline).
+        batch: batch size; affects speed and memory, and images only by rounding.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -65,7 +65,7 @@ class PreviewSettings:
 
 @dataclass(frozen=True)
 class Preview:
-    """One picture, the prompt and seed it came from, and all its settings as plain JSON values."""
+    """An image with its prompt, seed and all settings as JSON values."""
 
     prompt: str
     seed: int
@@ -74,8 +74,8 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The same prompt and seed on the base and on the adapted pipeline."""
+class PreviewPair:
+    """Images of one prompt and seed from the base and the adapted pipeline."""
 
     prompt: str
     seed: int
@@ -96,33 +96,33 @@ def previews(
     words: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Preview]:
-    """Pictures for every prompt and seed, prompt by prompt. The pipeline is left as it was.
+    """Generates images for every prompt and seed, prompt by prompt. The state of the pipeline is restored.
 
-    The noise of a picture is a function of its seed, its prompt and how often the list had that prompt before.
+    The noise of an image is a function of its seed, its prompt and the number of earlier occurrences of that prompt.
 
     Args:
         pipe: any diffusers text-to-image pipeline, or one with class labels (DiT), whose prompts are label names or numbers.
-        words: replacements in the prompts, as `base_words` of `pairs`. The noise stays that of the prompt as given.
+        words: replacements in the prompts, as `base_words` of `generate_pairs`. The noise depends on the original prompt.
         progress: called after each batch with the number of images in it.
     Raises:
-        VeneerError: a pipeline that takes neither, or a label that it does not know.
+        VeneerError: a pipeline without prompts and class labels, or an unknown label.
     """
     return _generate(pipe, _jobs(prompts, settings, words or {}), settings, progress)
 
 
-def pairs(
+def generate_pairs(
     pipe: Any,
     attachments: Attachment | Sequence[Attachment],
     prompts: Sequence[str],
     settings: PreviewSettings = PreviewSettings(),
     base_words: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> list[Pair]:
-    """Base (adapters switched off) and adapted pictures of every prompt and seed, from the same noise.
+) -> list[PreviewPair]:
+    """Generates images of every prompt and seed with the adapters disabled and enabled, from the same noise.
 
     Args:
-        base_words: replacements in the prompt for the base alone, such as `{"<toy>": "toy"}` where the concept is a word that
-            only the adapters know. The noise stays that of the prompt as given.
+        base_words: replacements in prompts for the base model, such as `{"<toy>": "toy"}` for a trigger token that only the
+            adapters know. The noise depends on the original prompt.
         progress: called after each batch with the number of images in it.
     """
     several = [attachments] if isinstance(attachments, Attachment) else list(attachments)
@@ -131,12 +131,12 @@ def pairs(
             off.enter_context(attachment.enabled(False))
         base = _generate(pipe, _jobs(prompts, settings, base_words or {}), settings, progress)
     adapted = previews(pipe, prompts, settings, progress=progress)
-    return [Pair(a.prompt, a.seed, b.image, a.image) for a, b in zip(adapted, base, strict=True)]
+    return [PreviewPair(a.prompt, a.seed, b.image, a.image) for a, b in zip(adapted, base, strict=True)]
 
 
 def _jobs(prompts: Sequence[str], settings: PreviewSettings, words: Mapping[str, str]) -> list[_Job]:
     return [
-        _Job(replaced(prompt, words) if words else prompt, seed, (prompt, list(prompts[:i]).count(prompt)))
+        _Job(replace_words(prompt, words) if words else prompt, seed, (prompt, list(prompts[:i]).count(prompt)))
         for i, prompt in enumerate(prompts)
         for seed in settings.seeds
     ]
@@ -147,21 +147,19 @@ def _generate(
 ) -> list[Preview]:
     accepts = set(inspect.signature(pipe.__call__).parameters)
     found: list[Preview] = []
-    with at_rest(pipe), torch.inference_mode():
+    with evaluation_mode(pipe), torch.inference_mode():
         scheduler = pipe.scheduler
         for start in range(0, len(jobs), settings.batch):
             part = jobs[start : start + settings.batch]
             pipe.scheduler = copy.deepcopy(scheduler)
             images = pipe(**_arguments(pipe, accepts, part, settings)).images
-            found += [
-                Preview(j.prompt, j.seed, image, _described(pipe, j, settings)) for j, image in zip(part, images, strict=True)
-            ]
+            found += [Preview(j.prompt, j.seed, image, _record(pipe, j, settings)) for j, image in zip(part, images, strict=True)]
             if progress is not None:
                 progress(len(part))
     return found
 
 
-def replaced(prompt: str, words: Mapping[str, str]) -> str:
+def replace_words(prompt: str, words: Mapping[str, str]) -> str:
     """`prompt` with every key of `words` replaced by its value, longest keys first, and single spaces."""
     for word in sorted(words, key=len, reverse=True):
         prompt = prompt.replace(word, words[word])
@@ -169,8 +167,8 @@ def replaced(prompt: str, words: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def at_rest(pipe: Any) -> Iterator[None]:
-    """Every module in `eval`, no progress bar; then modes, scheduler, bar and torch's random state as before."""
+def evaluation_mode(pipe: Any) -> Iterator[None]:
+    """Context with all modules in `eval` and without progress bar; restores modes, scheduler, bar and torch's random state."""
     modules = [m for c in pipe.components.values() if isinstance(c, nn.Module) for m in c.modules()]
     modes = [m.training for m in modules]
     scheduler, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
@@ -205,7 +203,7 @@ def _arguments(pipe: Any, accepts: set[str], part: Sequence[_Job], settings: Pre
         wanted["class_labels"] = [_label(pipe, prompt) for prompt in prompts]
     else:
         kind = type(pipe).__name__
-        raise VeneerError(f"previews: {kind} takes neither a prompt nor class labels.", given=kind)
+        raise VeneerError(f"previews: {kind} supports neither prompts nor class labels.", given=kind)
     if settings.negative:
         wanted["negative_prompt"] = [settings.negative] * len(part)
     if settings.size:
@@ -218,19 +216,19 @@ def _label(pipe: Any, prompt: str) -> int:
         return int(prompt)
     labels: dict[str, int] = getattr(pipe, "labels", {})
     if prompt not in labels:
-        message = f"previews: {prompt!r} is no class label of this pipeline. It has: {', '.join(list(labels)[:12])} …"
+        message = f"previews: {prompt!r} is not a class label of this pipeline; expected one of {', '.join(list(labels)[:12])} …"
         raise OptionError(message, option="prompt", given=prompt, expected=tuple(labels))
     return labels[prompt]
 
 
-def _described(pipe: Any, job: _Job, settings: PreviewSettings) -> dict[str, Any]:
+def _record(pipe: Any, job: _Job, settings: PreviewSettings) -> dict[str, Any]:
     facts = {k: v for k, v in asdict(settings).items() if k not in ("seeds", "batch")}
     names = {"pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__}
     return {"prompt": job.prompt, "seed": job.seed, **facts, **names}
 
 
 def save_preview(folder: Path, preview: Preview, more: Mapping[str, Any]) -> Path:
-    """The first free `NAME-SEED.png`."""
+    """Writes the image to the first unused `NAME-SEED.png`."""
     words = "-".join("".join(c if c.isalnum() else " " for c in preview.prompt).split())[:60] or "picture"
     stem = folder / f"{words}-{preview.seed}"
     path, number = stem.with_suffix(".png"), 1
@@ -241,10 +239,10 @@ def save_preview(folder: Path, preview: Preview, more: Mapping[str, Any]) -> Pat
 
 
 def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> Path:
-    """Write a PNG with `settings` as JSON in its text metadata, to a temporary name first. Returns the path.
+    """Writes a PNG with `settings` as JSON in its text metadata, atomically. Returns the path.
 
     Raises:
-        TypeError: settings that are no JSON.
+        TypeError: settings that are not JSON values.
     """
     text = PngImagePlugin.PngInfo()
     text.add_itxt(KEY, json.dumps(dict(settings), ensure_ascii=False, sort_keys=True))
@@ -255,16 +253,16 @@ def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) 
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings in a PNG that `save_png` wrote.
+    """Reads the settings of a PNG written by `save_png`.
 
     Raises:
-        VeneerError: another kind of file, or a PNG without settings.
+        VeneerError: another type of file, or a PNG without settings.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
             found: dict[str, Any] = json.loads(image.info[KEY])
     except (KeyError, OSError, ValueError, SyntaxError) as error:
-        message = f"{path}: no settings found ({type(error).__name__}); expected a PNG that veneer wrote."
+        message = f"{path}: no settings found ({type(error).__name__}); expected a PNG written by veneer."
         raise VeneerError(message, file=path, where="settings") from error
     return found

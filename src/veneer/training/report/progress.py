@@ -1,4 +1,4 @@
-"""What a run tells while it runs: one event a step, and a line that shows it on a terminal or in a log."""
+"""Progress of a run: one event per step, shown on a terminal or in a log, and written to a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TextIO
 import torch
 
 WINDOW = 50
-"""Steps that the smoothed loss and the time left are averaged over."""
+"""Number of steps over which the smoothed loss and the remaining time are averaged."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Progress:
     """The state of a run after a step.
 
     Args:
-        step, steps: steps done, and steps in the whole run.
+        step, steps: finished steps, and steps of the run.
         loss: mean loss of this step, over all processes.
         smoothed: mean loss of the last 50 steps.
-        learning_rate: of the first parameter group, in this step.
-        gradient_norm: L2 norm of the whole gradient before clipping; infinite in a step that fp16 had to skip.
-        seconds: training time so far, resumed parts included.
-        seconds_left: estimate from the last 50 steps of this process; None after the first.
+        learning_rate: learning rate of the first parameter group.
+        gradient_norm: L2 norm of the whole gradient before clipping; infinite in a step skipped by fp16.
+        seconds: training time so far, including that before resuming.
+        seconds_left: estimate from the last 50 steps of this process; None after the first step.
         memory_bytes: peak memory of this process, on its device.
     """
 
@@ -59,11 +59,11 @@ def clock(seconds: float) -> str:
 
 
 class ProgressLine:
-    """Shows events: one line that rewrites itself on a terminal, else a line of its own now and then.
+    """Prints progress: one line that is rewritten on a terminal, else a new line per interval.
 
     Args:
-        stream: where to write; standard error if none is given.
-        seconds: at least so long between two lines in a log (terminals: 0.1 s). The first and last step are always shown.
+        stream: output stream (default: standard error).
+        seconds: minimum time between two lines in a log (terminals: 0.1 s). The first and last step are always printed.
     """
 
     def __init__(self, stream: TextIO | None = None, seconds: float = 10.0) -> None:
@@ -88,26 +88,26 @@ class ProgressLine:
 
 
 class ProgressFile:
-    """Events as lines of JSON in a file, for whoever looks at a run from outside; a resumed run goes on in it.
+    """Writes progress as JSON lines to a file, for monitoring; a resumed run appends to it.
 
     Every line has `phase`, `done` and `total` (see `phases`); a line of a step has the fields of `Progress` as well.
 
     Args:
-        path: usually `progress.jsonl` in the run's folder. `seconds`: at least so long between two lines; the first and the last
-            step are always told.
+        path: `progress.jsonl` in the run's folder. `seconds`: minimum time between two lines; the first and last step are always
+            written.
     """
 
     def __init__(self, path: Path, seconds: float = 1.0) -> None:
         self.path, self.seconds = path, seconds
-        self._told: float | None = None
+        self._written_at: float | None = None
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        if self._told is not None and now - self._told < self.seconds and progress.step < progress.steps:
+        if self._written_at is not None and now - self._written_at < self.seconds and progress.step < progress.steps:
             return
-        start = "\n" if self._told is None and self.path.exists() else ""  # what a kill has cut stays a line of its own
-        self._told = now
-        with contextlib.suppress(OSError):  # a disk without space is no reason to end a run
+        start = "\n" if self._written_at is None and self.path.exists() else ""  # keeps a line that was cut by a kill separate
+        self._written_at = now
+        with contextlib.suppress(OSError):  # a full disk does not end a run
             self._append(start, progress)
 
     def _append(self, start: str, progress: Progress) -> None:
@@ -118,30 +118,30 @@ class ProgressFile:
 
 
 def read_progress(path: Path) -> list[Progress]:
-    """What `ProgressFile` has told, by rising step: of steps that were done again after a resume, the later ones. Cut lines and
-    files that are not there are passed over."""
-    found: list[Progress] = []
+    """Reads the events of a `ProgressFile`, sorted by step; for steps repeated after a resume, the latest. Incomplete lines and a
+    missing file are ignored."""
+    events: list[Progress] = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
-            told = json.loads(line)
-            event = Progress(**{key: value for key, value in told.items() if key not in ("phase", "done", "total")})
+            record = json.loads(line)
+            event = Progress(**{key: value for key, value in record.items() if key not in ("phase", "done", "total")})
         except (ValueError, TypeError, AttributeError):
             continue
-        while found and found[-1].step >= event.step:
-            found.pop()
-        found.append(event)
-    return found
+        while events and events[-1].step >= event.step:
+            events.pop()
+        events.append(event)
+    return events
 
 
 class Pace:
-    """Estimates the time left from the last `WINDOW` steps; `clock` gives seconds."""
+    """Estimates the remaining time from the last `WINDOW` steps; `clock` returns seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._ends: deque[float] = deque(maxlen=WINDOW + 1)
 
     def left(self, steps: int) -> float | None:
-        """Note the end of a step, and give the seconds that `steps` more will take; None after the first step."""
+        """Records the end of a step; returns the estimated seconds of `steps` more steps, or None after the first step."""
         self._ends.append(self._clock())
         if len(self._ends) < 2:
             return None
@@ -149,13 +149,13 @@ class Pace:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start the peak of `peak_memory` anew, where the device can."""
+    """Resets the peak of `peak_memory`, if the device supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on a CUDA device, driver memory on MPS, resident memory of the process on a CPU (0 if unknown)."""
+    """Peak bytes: allocated memory on CUDA, driver memory on MPS, resident memory of the process on a CPU (0 if unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

@@ -1,4 +1,4 @@
-"""How a training run ended."""
+"""Result of a training run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """Result of a training run.
 
     Args:
-        steps: steps done, resumed ones included.
-        losses: mean loss of each of them.
-        seconds: time spent in them, over all parts of the run.
+        steps: finished steps, including those before resuming.
+        losses: mean loss of each step.
+        seconds: training time of all steps.
         peak_memory_bytes: peak memory of this process, on its device.
         stopped: True if a signal or `Trainer.stop` ended the run before its last step.
-        resumed_from: steps that a checkpoint brought; 0 for a fresh run.
+        resumed_from: step of the checkpoint that the run resumed from; 0 for a new run.
         checkpoint: the newest checkpoint written or read, or None.
-        warnings: what went wrong without ending the run, such as a checkpoint that did not fit on the disk.
+        warnings: problems that did not end the run, such as a checkpoint that could not be written.
     """
 
     steps: int

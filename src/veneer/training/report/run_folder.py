@@ -1,4 +1,4 @@
-"""The folder of a run: a new name, its checks, and the words of a run that was stopped."""
+"""The folder of a run, its checks, and the message of a stopped run."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from ..loop.trainer import TrainResult
 from .phases import read_phase
 
 DISPOSABLE = frozenset({"logs", "progress.jsonl", "splits.json"})
-"""Files that a run writes before it trains, and that its next start writes again."""
+"""Files that a run writes before training, and that the next start writes again."""
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """`parent/name`, or `parent/name-2` and so on: the first that is not there."""
+    """The first path that does not exist of `parent/name`, `parent/name-2` and so on."""
     names = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
     return next(parent / n for n in names if not (parent / n).exists())
 
 
 def run_folder(out: Path | None, resume: bool, data: str | Path | None = None) -> Path:
-    """The folder for results, made if it is not there; an earlier, finished run in it is not overwritten.
+    """Creates the folder for results if needed; a finished run in it is not overwritten.
 
     Args:
-        data: file or folder that the run reads. If it is not there, no folder is made.
+        data: input file or folder of the run, which must exist.
     Raises:
-        VeneerError: it holds a finished run, and `resume` is False. DataError: no such data.
+        VeneerError: the folder has a finished run, and `resume` is False. DataError: `data` does not exist.
     """
     assert out is not None
     if data is not None and not Path(data).expanduser().exists():
         raise DataError(f"{data}: no such file or folder. Check the name.", file=data, given="missing")
     if (out / "result.json").exists() and not resume:
-        message = f"{out} holds a finished run. Choose another --out, or delete it."
+        message = f"{out} has a finished run. Choose another --out, or delete the folder."
         raise VeneerError(message, file=out, where="out", given="finished")
     out.mkdir(parents=True, exist_ok=True)
     return out
@@ -44,10 +44,10 @@ def run_folder(out: Path | None, resume: bool, data: str | Path | None = None) -
 
 @contextmanager
 def discard_unused(out: Path | None) -> Iterator[None]:
-    """Delete the folder of a run that fails before its first step, if the run made it and it holds only `DISPOSABLE` files.
+    """Deletes the folder of a run that fails before its first step, if the run created it and it has only `DISPOSABLE` files.
 
     Args:
-        out: of the run, before it is made.
+        out: folder of the run, before it is created.
     """
     assert out is not None
     existed = out.exists()
@@ -61,9 +61,9 @@ def discard_unused(out: Path | None) -> Iterator[None]:
         raise
 
 
-def stopped(result: TrainResult, steps: int, out: Path) -> str:
-    """What is said of a run that was stopped."""
+def stopped_message(result: TrainResult, steps: int, out: Path) -> str:
+    """Message of a stopped run."""
     return (
-        f"stopped after step {result.steps} of {steps}; what was learnt so far is in {out / 'adapter.safetensors'}; "
-        f"go on with --resume --out {out}"
+        f"stopped after step {result.steps} of {steps}; the weights so far are in {out / 'adapter.safetensors'}; "
+        f"resume with --resume --out {out}"
     )

@@ -1,4 +1,4 @@
-"""Records for TensorBoard or any tracker that accelerate knows."""
+"""Logging to TensorBoard or any other tracker of accelerate."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ _log = logging.getLogger(__name__)
 Record = Callable[[Mapping[str, float], int], None]
 
 
-def choose(names: str) -> list[str]:
-    """The trackers asked for, less those whose package is missing, which one line tells.
+def select_trackers(names: str) -> list[str]:
+    """The installed ones of the requested trackers; logs a warning for each missing package.
 
     Args:
-        names: names separated by commas; `none` or nothing for no tracker.
+        names: comma-separated names; `none` or empty for no tracker.
 
     Raises:
-        TrainError: a name that accelerate does not know.
+        TrainError: a tracker that accelerate does not support.
     """
-    wanted = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
+    requested = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
     known, installed = set(LOGGER_TYPE_TO_CLASS), {str(tracker) for tracker in get_available_trackers()}
-    unknown = sorted(set(wanted) - known)
+    unknown = sorted(set(requested) - known)
     if unknown:
         message = f"tracker {unknown[0]!r} is unknown; expected none, or any of {', '.join(sorted(known))}"
         raise TrainError(message, where="tracker", given=unknown[0], expected=tuple(sorted(known)))
-    for name in wanted:
+    for name in requested:
         if name not in installed:
-            _log.warning("tracker %s is off: its package is not installed", name)
-    return [name for name in wanted if name in installed]
+            _log.warning("tracker %s is disabled: its package is not installed", name)
+    return [name for name in requested if name in installed]
 
 
 @contextmanager
 def tracking(names: str, folder: Path | None, settings: Mapping[str, Any], step: int = 0) -> Iterator[Record]:
-    """Open trackers for one run; gives `record(values, step)`, which does nothing where none is on.
+    """Opens the trackers of a run; yields `record(values, step)`, which has no effect without trackers.
 
     Args:
-        names: as in `choose`.
-        folder: trackers that write files write under `folder/logs`; None for no tracking.
+        names: as in `select_trackers`.
+        folder: file-based trackers write to `folder/logs`; None disables tracking.
         settings: the run's settings, recorded once.
-        step: steps done before, when resuming: TensorBoard forgets what a killed run recorded after it.
+        step: finished steps on resume: TensorBoard discards records of later steps.
     """
-    chosen = choose(names) if folder is not None else []
+    chosen = select_trackers(names) if folder is not None else []
     if not chosen or folder is None:
         yield lambda values, step: None
         return
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs"))
-    accelerator = Accelerator(log_with=chosen, project_config=project)  # shares the state of the run's own
+    accelerator = Accelerator(log_with=chosen, project_config=project)  # shares the process state of the run's own
     plain = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in settings.items()}
     options = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("veneer", config=None if step else plain, init_kwargs=options)

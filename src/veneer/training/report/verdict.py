@@ -1,6 +1,7 @@
 """The verdict of a run: one word, one sentence, the scores behind it, and what to change.
 
-Each command has its own rule, a pure function of its metrics: `personal_verdict`, `control.verdict` and `classifying.verdict`.
+Each command has its own rule, a pure function of its metrics: `personal_verdict`, `control.verdict` and
+`classification.report.verdict`.
 All rules read 95 % intervals: a score counts as better or worse only if the whole interval of the difference says so.
 """
 
@@ -21,12 +22,12 @@ WORDS: dict[Outcome, str] = {
     "overfitted": "overfitted",
     "unknown": "unknown",
 }
-"""Outcome to the words that people read."""
+"""Outcome to its label."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a run came out.
+    """Outcome of a run with reasons and advice.
 
     Args:
         outcome: `learned`, `partly`, `not_learned`, `overfitted` (the subject was learned and the rest was damaged) or `unknown`
@@ -36,7 +37,7 @@ class Verdict:
         advice: next steps, with the flags of the command that trained.
 
     Raises:
-        VeneerError: another outcome.
+        VeneerError: an unknown outcome.
 
     >>> Verdict("partly", "Similarity rose a little.", ("0.2 with the adapter, 0.1 without.",)).as_dict()["outcome"]
     'partly'

@@ -1,4 +1,4 @@
-"""Pictures that tests write: real files, small, with content that shows which way up they are."""
+"""Images that tests write: real files, small, with content that shows which way up they are."""
 
 from pathlib import Path
 
