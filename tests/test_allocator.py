@@ -1,4 +1,4 @@
-"""Freed memory that is kept, so that no page of it is fetched a second time; and that is shared by threads."""
+"""Freed memory that is kept in the process, and reused by all threads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ print(shared, resident)
 
 
 def resident(way: str, **environment: str) -> tuple[bool, int]:
-    """(is it shared, bytes that a process holds after eight threads had 20 MB, one after the other)."""
+    """(result of the function, bytes that a process holds after eight threads used 20 MB in turn)."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
     run = subprocess.run(
         [sys.executable, "-c", THREADS, way], env={**clean, **environment}, capture_output=True, text=True, check=True
@@ -57,7 +57,7 @@ def resident(way: str, **environment: str) -> tuple[bool, int]:
 
 
 def faults(way: str, **environment: str) -> tuple[bool, int]:
-    """(was it kept, pages that eight more blocks of 80 MiB fetched)."""
+    """(result of the function, pages that eight more blocks of 80 MiB requested)."""
     clean = {key: value for key, value in os.environ.items() if key not in USER_SETTINGS}
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, way], env={**clean, **environment}, capture_output=True, text=True, check=True
@@ -67,21 +67,21 @@ def faults(way: str, **environment: str) -> tuple[bool, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="an allocator of glibc")
-def test_pages_are_fetched_once() -> None:
+def test_pages_are_requested_once() -> None:
     (plain, each_time), (kept, once) = faults("plain"), faults("keep")
     assert (plain, kept) == (False, True)
     assert once * 4 < each_time
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="an allocator of glibc")
-def test_threads_use_what_others_have_freed() -> None:
+def test_threads_reuse_memory_that_others_freed() -> None:
     (plain, each), (shared, together) = resident("plain"), resident("share")
     assert (plain, shared) == (False, True)
     assert each - together > 60e6, "of 160 MB, no more than two heaps' are held"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="variables of glibc")
-def test_a_setting_of_the_environment_has_its_way() -> None:
+def test_environment_variables_take_precedence() -> None:
     kept, _ = faults("keep", MALLOC_TOP_PAD_="131072")
     assert not kept
     shared, _ = resident("share", MALLOC_ARENA_MAX="8")
@@ -89,7 +89,9 @@ def test_a_setting_of_the_environment_has_its_way() -> None:
 
 
 @pytest.mark.parametrize(("words", "way"), [(["app"], "share"), (["--debug", "app"], "share"), (["methods"], "keep")])
-def test_a_server_shares_and_other_commands_keep(words: list[str], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_app_shares_freed_memory_and_other_commands_keep_it(
+    words: list[str], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen: list[str] = []
     monkeypatch.setattr(sys, "argv", ["veneer", *words, "--help"])
     for name in ("share", "keep"):
@@ -102,8 +104,8 @@ def test_a_server_shares_and_other_commands_keep(words: list[str], way: str, mon
 @pytest.mark.parametrize(
     ("chosen", "told"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
 )
-def test_openmp_is_told_before_torch_is_loaded(chosen: dict[str, str], told: str) -> None:
-    """By the installed command; a setting of the environment has its way."""
+def test_openmp_is_configured_before_torch_is_imported(chosen: dict[str, str], told: str) -> None:
+    """By the installed command; environment variables take precedence."""
     code = (
         "import os, sys, veneer_command; print('torch' in sys.modules); sys.argv = ['veneer', 'sites', 'bundled_clip']\n"
         "try: veneer_command.console()\nfinally: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""The command line: every command answers, errors are one line, methods bring their flags."""
+"""The command line: help of every command, one-line errors, and flags of the methods."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "usage" in capsys.readouterr().out
 
 
-def test_every_flag_of_personalize_says_what_it_does() -> None:
+def test_every_flag_of_personalize_has_help() -> None:
     import dataclasses
 
     from veneer.pipelines.personalize import PersonalizeConfig
@@ -39,20 +39,20 @@ def test_every_flag_of_personalize_says_what_it_does() -> None:
     assert not silent
 
 
-def test_methods_bring_their_flags() -> None:
+def test_flags_of_the_named_methods_are_added() -> None:
     words = ["personalize", "photos", "--method", "pivotal", "--rank", "8", "--vectors", "2"]
     found = vars(parser_for(words).parse_args(words))
     assert found["lora.rank"] == 8
     assert found["textual_inversion.vectors"] == 2
 
 
-def test_flags_of_methods_that_are_not_trained_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_of_other_methods_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["personalize", "photos", "--method", "bitfit", "--rank", "8"])
     assert "--rank" in capsys.readouterr().err
 
 
-def test_an_error_is_one_line_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["personalize", str(tmp_path / "nowhere"), "--concept", "<toy>", "--out", str(tmp_path / "out")])
     assert status == 1
     printed = capsys.readouterr().err.strip().splitlines()[-1]
@@ -73,7 +73,7 @@ def test_an_error_is_one_line_and_a_status(tmp_path: Path, capsys: pytest.Captur
         ("control trian photos", "trian", "train"),
     ],
 )
-def test_a_misspelled_name_is_one_sentence_with_the_nearest(
+def test_a_misspelled_name_is_reported_with_similar_names(
     words: str, given: str, meant: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -103,7 +103,7 @@ def test_a_misspelled_name_is_one_sentence_with_the_nearest(
         ("sites", "base"),
     ],
 )
-def test_a_missing_positional_is_named(command: str, argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_positional_argument_is_named(command: str, argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(command.split())
     assert stop.value.code == 2
@@ -113,16 +113,16 @@ def test_a_missing_positional_is_named(command: str, argument: str, capsys: pyte
 
 
 @pytest.mark.parametrize("command", ["personalize", "transfer", "control train"])
-def test_photos_and_data_may_be_left_out(command: str) -> None:
+def test_photos_and_data_are_optional(command: str) -> None:
     vars(parser_for(command.split()).parse_args(command.split()))
 
 
-def test_predict_without_images_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_without_images_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("veneer: ")
 
 
-def test_the_version_and_the_commands_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_flag_and_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0
@@ -133,7 +133,7 @@ def test_the_version_and_the_commands_without_a_command(capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("port", ["99999", "-1"])
-def test_a_port_out_of_range(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_out_of_range_is_an_error(port: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["app", f"--port={port}", "--no-browser"]) == 1
     assert port in capsys.readouterr().err
 
@@ -152,14 +152,14 @@ def test_a_port_in_use_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not workspace.exists()
 
 
-def test_an_address_of_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_of_another_machine_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["app", "--host", "192.0.2.1", "--auth", "anna:correct horse", "--no-browser", "--workspace", str(tmp_path / "w")]
     assert main(words) == 1
     assert "192.0.2.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["hosts", "methods"])
-def test_a_closed_pipe_ends_a_command_quietly(command: str) -> None:
+def test_a_closed_pipe_ends_a_command_without_a_traceback(command: str) -> None:
     start = "import sys; sys.stdout.reconfigure(line_buffering=True); from veneer_command import console; console()"
     process = subprocess.Popen([sys.executable, "-c", start, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with process:
@@ -188,7 +188,7 @@ def test_sites_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "timm:vit_tiny_patch16_224", "bundled_clip", "open_clip:RN50"])
-def test_sites_of_the_models_that_transfer_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sites_of_models_of_transfer(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sites", name]) == 0
     assert "features" in capsys.readouterr().out
 
@@ -222,10 +222,10 @@ def test_sites_of_the_models_that_transfer_takes(name: str, capsys: pytest.Captu
         ("personalize photos --concept <toy> --features timm:resnet18x", "resnet18x"),
     ],
 )
-def test_a_wrong_value_is_one_line(
+def test_an_invalid_value_is_a_one_line_error(
     words: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None of them reaches a model, and none starts a run with the default instead."""
+    """Raised before a model is loaded or a run is started."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("veneer.base_models.load", None)
     try:
@@ -239,14 +239,13 @@ def test_a_wrong_value_is_one_line(
     assert not (tmp_path / "runs").exists()
 
 
-def test_one_prompt_and_one_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A single word for a field of several is still one word, not its letters."""
+def test_a_single_value_of_a_tuple_field_is_not_split_into_letters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a cat", "--adapter", str(tmp_path / "nowhere")]) == 1
     assert f"'{tmp_path / 'nowhere'}'" in capsys.readouterr().err
 
 
-def test_the_app_says_that_it_starts_before_it_imports_anything_large() -> None:
-    """Its start takes many seconds; the words stand there in the first."""
+def test_the_app_prints_that_it_starts_before_large_imports() -> None:
+    """The start takes many seconds; the message appears in the first."""
     code = (
         "import sys, types, veneer_command; sys.argv = ['veneer', *sys.argv[1:]]\n"
         "console = lambda: print('large' if 'torch' in sys.modules else 'small')\n"
@@ -275,7 +274,7 @@ def test_the_app_says_that_it_starts_before_it_imports_anything_large() -> None:
         "compare classes --model nowhere",
     ],
 )
-def test_a_misspelled_source_leaves_no_run_folder(
+def test_a_misspelled_data_source_leaves_no_run_folder(
     words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -288,7 +287,7 @@ def test_a_misspelled_source_leaves_no_run_folder(
     assert not list((tmp_path / "runs").glob("*"))
 
 
-def test_a_checked_run_leaves_no_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_leaves_no_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     (tmp_path / "photos").mkdir()

@@ -1,4 +1,4 @@
-"""Help, completion and lists are right and import no large package."""
+"""Help, completion and lists are complete and import no large package."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def described(config: type, **settings: object) -> str:
 
 
 @pytest.mark.parametrize(("module", "name"), CONFIGS)
-def test_flags_read_from_the_source_are_those_of_the_config(module: str, name: str) -> None:
+def test_flags_read_statically_equal_those_of_the_imported_config(module: str, name: str) -> None:
     read, config = static_source.read_class(module, name), getattr(__import__(module, fromlist=[name]), name)
     assert read is not config
     assert described(read) == described(config)
 
 
-def test_options_read_from_the_source_are_those_of_each_method() -> None:
+def test_options_read_statically_equal_those_of_each_imported_method() -> None:
     entries = [entry for entry in find_entries("veneer.methods", "veneer.methods") if entry.module]
     assert entries
     for entry in entries:
@@ -99,7 +99,7 @@ def test_options_read_from_the_source_are_those_of_each_method() -> None:
         assert described(read, skip=("by_site",)) == described(method, skip=("by_site",)), entry.name
 
 
-def test_a_class_that_cannot_be_read_is_imported() -> None:
+def test_a_class_that_cannot_be_read_statically_is_imported() -> None:
     with pytest.raises(static_source.UnreadableError):
         static_source.read_class("veneer.injection.method", "Adapter")
     assert static_source.class_of("veneer.injection.method", "Adapter").__module__ == "veneer.injection.method"
@@ -107,11 +107,11 @@ def test_a_class_that_cannot_be_read_is_imported() -> None:
     assert run(code).startswith("torch.nn")
 
 
-def test_the_version_is_that_of_the_installed_package() -> None:
+def test_version_is_the_installed_package_version() -> None:
     assert run("from veneer_command import console; console()", "--version") == f"veneer {version('veneer')}\n"
 
 
-def test_importing_veneer_is_lazy_and_complete() -> None:
+def test_import_of_veneer_is_lazy_and_complete() -> None:
     code = (
         "import sys, veneer; early = 'torch' in sys.modules; import veneer.methods.reparameterized.lora, veneer.hosts.timm_vit\n"
         "print(early, veneer.methods.get('lora').__name__, 'timm_vit' in veneer.hosts.names())\n"
@@ -130,7 +130,7 @@ def test_importing_veneer_is_lazy_and_complete() -> None:
         ("veneer merge a b --method dare", ["dare", "dare_ties"]),
     ],
 )
-def test_a_shell_completes_commands_flags_and_values(line: str, expected: list[str], tmp_path: Path) -> None:
+def test_shell_completion_of_commands_flags_and_values(line: str, expected: list[str], tmp_path: Path) -> None:
     pytest.importorskip("argcomplete", reason="needs argcomplete")
     out = tmp_path / "words"
     settings = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(out)}

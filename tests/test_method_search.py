@@ -1,4 +1,4 @@
-"""The search for methods: which is first, and what is found by its use."""
+"""Search for methods: ranking and groups by use."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def found(query: str) -> list[str]:
         ("butterfly", "boft"), ("adapter", "adapter_plus"),
     ],
 )  # fmt: skip
-def test_the_first_match(query: str, first: str) -> None:
+def test_best_match(query: str, first: str) -> None:
     assert found(query)[0] == first
 
 
-def test_every_method_is_found_first_by_its_name() -> None:
+def test_the_name_of_every_method_is_its_best_match() -> None:
     assert [found(name)[0] for name in methods.names()] == methods.names()
     assert [found(name.replace("_", " "))[0] for name in methods.names()] == methods.names()
 
 
-def test_no_words_and_no_match() -> None:
+def test_empty_query_and_no_match() -> None:
     assert found("  ") == methods.names()
     assert found("nothingofthiskind") == []
     assert found("LOW-rank weight")

@@ -1,4 +1,4 @@
-"""The public surface, and the size of files."""
+"""Public names of the package, and the size of files."""
 
 import ast
 import importlib
@@ -76,13 +76,13 @@ def test_every_public_name_is_documented(name: str) -> None:
     assert len(inspect.getdoc(getattr(veneer, name)) or "") > 40
 
 
-def test_the_attachment_has_these_methods_and_each_says_what_it_does() -> None:
+def test_public_methods_of_the_attachment_are_documented() -> None:
     public = sorted(n for n in vars(veneer.Attachment) if not n.startswith("_"))
     assert public == ATTACHMENT
     assert [n for n in public if not inspect.getdoc(getattr(veneer.Attachment, n))] == []
 
 
-def test_public_functions_say_what_they_take_and_raise() -> None:
+def test_docstrings_of_public_functions_name_arguments_and_errors() -> None:
     for function in (veneer.activate, veneer.attach, veneer.load, veneer.load_all, veneer.mixed):
         doc = inspect.getdoc(function) or ""
         assert "Args:" in doc
@@ -92,13 +92,13 @@ def test_public_functions_say_what_they_take_and_raise() -> None:
                 assert parameter.name in doc, f"{function.__name__}: {parameter.name}"
 
 
-def test_the_registry_speaks_for_every_method() -> None:
+def test_docstrings_of_methods_have_source_and_counts() -> None:
     for name in veneer.methods.names():
         doc = inspect.getdoc(veneer.methods.get(name)) or ""
         assert "Source:" in doc, name
         assert "Counts:" in doc, name
 
 
-def test_files_are_small() -> None:
+def test_files_have_fewer_than_300_lines() -> None:
     sizes = {p: len(p.read_text().splitlines()) for d in ("src", "pipelines", "apps") for p in (ROOT / d).rglob("*.py")}
     assert {str(p.relative_to(ROOT)): n for p, n in sizes.items() if n >= 300} == {}
