@@ -1,7 +1,7 @@
-"""Pictures of every page, empty and filled, wide and narrow, light and dark.
+"""Screenshots of every page, empty and filled, wide and narrow, light and dark.
 
-`python -m tests.apps.tour docs/app --control runs/sketch/adapter.safetensors` starts a server, teaches and draws on it as a
-visitor does, and writes them: about ten minutes on two cores. The control is a file that `veneer control train` has left.
+`python -m tests.apps.tour docs/app --control runs/sketch/adapter.safetensors` starts a server, trains and generates on it as a
+visitor does, and writes them: about ten minutes on two cores. The control is an adapter of `veneer control train`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ CONTROL = "follows-lines"
 
 
 def prepare(page: Any, control: Path) -> None:
-    """What a visitor of some minutes has: two classifiers, a word and its LoRA, and a control."""
+    """Prepares a workspace with two classifiers, a token embedding with its LoRA, and a control adapter."""
     go(page, "Classify")
     page.get_by_label("number input for Epochs").fill("10")
     page.locator("#classify-start").click()
-    go(page, "Teach")
+    go(page, "Train")
     page.locator("#train-example").click()
     page.locator("#train-notes").get_by_text("5 photos").wait_for()
     page.locator("#train-preset").get_by_label("balanced").check()
@@ -44,11 +44,11 @@ def prepare(page: Any, control: Path) -> None:
             shutil.copyfile(control, Path(folder) / f"{CONTROL}.safetensors")
         )
         page.locator("#adapter-said").get_by_text("Uploaded as").wait_for()
-    go(page, "Teach")
+    go(page, "Train")
     page.locator("#train-state").get_by_text("steps in").wait_for(timeout=LONG)
 
 
-def teach(page: Any) -> None:
+def train(page: Any) -> None:
     page.locator("#train-example").click()
     page.locator("#train-notes").get_by_text("5 photos").wait_for()
     page.locator("#train-sheet img").wait_for()
@@ -102,12 +102,12 @@ def methods(page: Any) -> None:
 
 
 FILLED: dict[str, Callable[[Any], None]] = {
-    "Teach": teach, "Generate": generate, "Control": control, "Classify": classify, "Adapters": adapters, "Methods": methods,
+    "Train": train, "Generate": generate, "Control": control, "Classify": classify, "Adapters": adapters, "Methods": methods,
 }  # fmt: skip
 
 
 def shoot(page: Any, path: Path, whole: bool = True) -> None:
-    """What a visitor sees, once nothing moves any more; what a mouse or a cursor would leave is away."""
+    """Saves a screenshot of a page at rest, without the effects of mouse and cursor."""
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement?.blur()")
     page.wait_for_timeout(1500)
@@ -117,7 +117,7 @@ def shoot(page: Any, path: Path, whole: bool = True) -> None:
 
 
 def tour(app: App, chromium: Browser, out: Path, what: str, fill: bool) -> None:
-    """Each page in each way."""
+    """Takes screenshots of every page in every size and color scheme."""
     for (name, size), dark in WAYS:
         page = chromium.open(app, size, dark)
         for tab, filled in FILLED.items():
@@ -135,7 +135,7 @@ def main() -> None:
     asks = argparse.ArgumentParser(description=__doc__)
     asks.add_argument("out", type=Path)
     asks.add_argument("--control", type=Path, required=True)
-    asks.add_argument("--at", type=Path, help="folder that keeps the workspace, so that another tour need not teach anew")
+    asks.add_argument("--at", type=Path, help="folder that keeps the workspace, so that another tour need not train again")
     given = asks.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, browser() as chromium, served(given.at or Path(scratch)) as app:
@@ -144,7 +144,7 @@ def main() -> None:
             tour(app, chromium, given.out, "empty", fill=False)
             prepare(page, given.control)
         page.reload()
-        teach(page)
+        train(page)
         page.set_viewport_size({"width": WIDE[0], "height": 1060})
         shoot(page, given.out / "app.jpg", whole=False)
         page.context.close()
