@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer import base_models
-from veneer.formats import look
+from veneer.formats import inspect
 
 
 @dataclass(frozen=True)
@@ -31,5 +31,5 @@ def inspect_file(config: InspectConfig) -> list[str]:
     Raises:
         VeneerError: an incomplete safetensors file, or a base model that does not exist.
     """
-    found = look(config.file, base_models.load(config.base) if config.base else None)
+    found = inspect(config.file, base_models.load(config.base) if config.base else None)
     return [found.to_json()] if config.json else str(found).splitlines()

@@ -10,7 +10,7 @@ import torch
 from tests.adapter_merging.cases import change, lost, pipeline, put
 from tests.raising import raises
 from veneer.adapter_merging import RankSelection, resize
-from veneer.functional.low_rank import cut, oblong_svd, product_norm, product_svd
+from veneer.functional.low_rank import oblong_svd, product_norm, product_svd, truncate
 from veneer.injection.errors import OptionError
 
 
@@ -19,7 +19,7 @@ def test_svd_uses_the_factors() -> None:
     u, s, vh = product_svd(left, right)
     torch.testing.assert_close(s, torch.linalg.svdvals(left @ right)[:, :3])
     torch.testing.assert_close(u @ torch.diag_embed(s) @ vh, left @ right)
-    c, d = cut(u, s, vh, 2)
+    c, d = truncate(u, s, vh, 2)
     torch.testing.assert_close(c.pow(2).sum(1), s[:, :2])  # √σ in each
     assert float((c @ d - left @ right).pow(2).sum()) == pytest.approx(float(s[:, 2].pow(2).sum()))
     assert product_norm(left, right) == pytest.approx(float((left @ right).norm()))

@@ -20,7 +20,7 @@ from veneer.pipelines.convert import To
 import veneer
 from tests.formats.cases import fill
 from tests.raising import raises
-from veneer.formats import kohya, look, native
+from veneer.formats import inspect, kohya, native
 from veneer.injection import VeneerError, attach
 from veneer.injection.errors import OptionError, StateError, UnknownName
 from veneer.testing.pipelines import tiny_pipeline
@@ -104,7 +104,7 @@ def test_rejected_files_give_a_reason(workspace: Workspace, given: Path, tmp_pat
     torch.save({"a": torch.ones(2)}, path)
     assert "a zip archive, as torch.save writes" in refused(workspace, path)
     path.write_bytes((given / "toy.safetensors").read_bytes()[:-40])
-    assert "It is cut short" in refused(workspace, path)
+    assert "truncated" in refused(workspace, path)
     path.write_text("<!doctype html><html><body>Not found</body></html>")
     told = refused(workspace, path)
     assert "a text file" in told
@@ -146,7 +146,7 @@ def test_embeddings_are_saved_beside_formats_without_them(workspace: Workspace, 
     native.save(both, workspace.adapters / "both.safetensors", {"base": str(given / "base")})
     made = files.convert_adapter(workspace, "both", "kohya", str(given / "base"))
     assert [path.name for path in made.embeddings] == ["toy.safetensors"], "its name is the trigger"
-    assert look(made.embeddings[0]).words == look(workspace.adapter("toy-2")).words == ("<toy>",), "there is another toy"
+    assert inspect(made.embeddings[0]).words == inspect(workspace.adapter("toy-2")).words == ("<toy>",), "there is another toy"
     *_, offered = adapters_page.show_new_file(workspace, made)
     assert [Path(each["path"]).name for each in offered.value] == ["both-kohya.safetensors", "toy.safetensors"]
     assert str(workspace.root) not in made.report
@@ -155,7 +155,7 @@ def test_embeddings_are_saved_beside_formats_without_them(workspace: Workspace, 
     assert "toy-3" not in workspace.all_adapters(), "it is the same token"
     assert not files.convert_adapter(workspace, "toy", "kohya", str(given / "base")).embeddings
     resized = files.resize_adapter(workspace, "both", str(given / "base"), 1, None, None)
-    assert look(resized.file).words == ("<toy>",)
+    assert inspect(resized.file).words == ("<toy>",)
     assert not list(workspace.folder.glob(".making-*"))
 
 
@@ -163,8 +163,8 @@ def test_convert(workspace: Workspace, given: Path) -> None:
     base = str(given / "base")
     made = files.convert_adapter(workspace, "toy", "kohya", base)
     assert made.name == "toy-kohya"
-    assert look(workspace.adapter("toy-kohya"), tiny_pipeline("sd")).fits
-    assert "weights change as before" in made.report
+    assert inspect(workspace.adapter("toy-kohya"), tiny_pipeline("sd")).fits
+    assert "weight updates are equal" in made.report
     assert str(workspace.root) not in made.report
     assert files.convert_adapter(workspace, "toy", "kohya", base).name == "toy-kohya-2", "the first one stays"
     folder = files.convert_adapter(workspace, "toy", "peft_folder", base)
@@ -209,10 +209,10 @@ def test_merge_list_has_only_mergeable_adapters(workspace: Workspace, given: Pat
 
 def test_resize(workspace: Workspace, given: Path) -> None:
     made = files.resize_adapter(workspace, "toy", str(given / "base"), 2, 1.0, "kohya")
-    assert {rank for block in look(made.file).blocks for rank in block.ranks} == {2}
-    assert "rank 2, error" in made.report
+    assert {rank for block in inspect(made.file).blocks for rank in block.ranks} == {2}
+    assert "rank 2, relative error" in made.report
     less = files.resize_adapter(workspace, "toy", str(given / "base"), 4, 0.5, None)
-    assert max(rank for block in look(less.file).blocks for rank in block.ranks) < 4, "half of the energy needs a lower rank"
+    assert max(rank for block in inspect(less.file).blocks for rank in block.ranks) < 4, "half of the energy needs a lower rank"
     for rank in (None, 0, 1.5):
         with raises(OptionError, option="rank", given=rank):
             files.resize_adapter(workspace, "toy", str(given / "base"), rank, None, None)

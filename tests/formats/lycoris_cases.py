@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
-from veneer.formats._names.kohya import Place, places
+from veneer.formats._names.kohya import NamedLayer, named_layers
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.towers import towers_of
 
@@ -44,11 +44,11 @@ SITES = {
 }
 
 
-def tower_of(pipe: Any, place: Place) -> Any:
+def tower_of(pipe: Any, place: NamedLayer) -> Any:
     return getattr(pipe, place.sites[0].component)
 
 
-def layer(pipe: Any, place: Place) -> nn.Module:
+def layer(pipe: Any, place: NamedLayer) -> nn.Module:
     """A layer with the weight of a whole place, as the model of the first release has it."""
     tower, site = tower_of(pipe, place), place.sites[0]
     base = copy.deepcopy(tower.get_submodule(site.path))
@@ -61,16 +61,16 @@ def layer(pipe: Any, place: Place) -> nn.Module:
     return base
 
 
-def chosen(pipe: Any, sites: Sequence[str]) -> list[Place]:
+def chosen(pipe: Any, sites: Sequence[str]) -> list[NamedLayer]:
     """The places of these sites."""
     numbered = hasattr(pipe, "text_encoder_2")
-    every = [place for tower in towers_of(pipe) for place in places(tower, numbered)]
+    every = [place for tower in towers_of(pipe) for place in named_layers(tower, numbered)]
     found = [place for place in every if {site.name for site in place.sites} & set(sites)]
     assert len(found) == len(sites)
     return found
 
 
-def made(pipe: Any, place: Place, algo: str, **options: Any) -> Any:
+def made(pipe: Any, place: NamedLayer, algo: str, **options: Any) -> Any:
     """A module of LyCORIS for a place, with random values."""
     module = ALGOS[algo](place.names[0], layer(pipe, place), 1.0, **options)
     generator = torch.Generator().manual_seed(len(place.names[0]))
@@ -94,7 +94,7 @@ def change(module: Any) -> Tensor:
         return module.get_merged_weight()[0].double() - module.org_weight.double()
 
 
-def by_site(place: Place, delta: Tensor) -> dict[str, Tensor]:
+def by_site(place: NamedLayer, delta: Tensor) -> dict[str, Tensor]:
     """The rows of each site of a place."""
     if place.swapped:
         delta = torch.cat(delta.chunk(2)[::-1])
@@ -116,7 +116,7 @@ def read(pipe: Any, path: Path) -> dict[str, Tensor]:
     tensors, found = load_file(path), {}
     names = dict.fromkeys(key.partition(".")[0] for key in tensors)
     numbered = hasattr(pipe, "text_encoder_2")
-    known = {place.names[0]: place for tower in towers_of(pipe) for place in places(tower, numbered)}
+    known = {place.names[0]: place for tower in towers_of(pipe) for place in named_layers(tower, numbered)}
     for name in names:
         kind, params = lycoris.get_module(tensors, name)
         base = layer(pipe, known[name])

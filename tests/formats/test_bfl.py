@@ -16,8 +16,8 @@ from torch import Tensor
 import veneer
 from tests.formats.cases import deltas
 from tests.raising import raises
-from veneer.formats import bfl, format_of, look, read
-from veneer.formats._names.modules import modules
+from veneer.formats import bfl, format_of, inspect, read
+from veneer.formats._names.modules import original_modules
 from veneer.injection import LoadError, SaveError, attach
 from veneer.injection.towers import towers_of
 from veneer.testing.pipelines import tiny_pipeline
@@ -29,7 +29,7 @@ def control(model: Any) -> dict[str, Tensor]:
     """A control LoRA for a FLUX: pairs and biases of every layer, norms of queries and keys; nothing zero."""
     (tower,) = towers_of(model)
     state = {}
-    for module in modules(tower):
+    for module in original_modules(tower):
         rows = sum(site.d_out for site in module.sites)
         shapes = {"lora_A.weight": (RANK, module.sites[0].d_in), "lora_B.weight": (rows, RANK), "lora_B.bias": (rows,)}
         state |= {f"{module.path}.{end}": torch.randn(shape) for end, shape in shapes.items()}
@@ -140,7 +140,7 @@ def test_peft_puts_a_prefix_before_the_names(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3.0, "alpha_pattern": {"double_blocks.0.img_mlp.0": 1.0}}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     assert format_of(read(folder)).name == "bfl"
-    assert {alpha for block in look(folder).blocks for alpha in block.alphas} == {1.0, 3.0}
+    assert {alpha for block in inspect(folder).blocks for alpha in block.alphas} == {1.0, 3.0}
     got = deltas(veneer.load(pipe, folder))
     for name, want in found[0][0].items():
         alpha = 1.0 if name == "transformer.transformer_blocks.0.ff.net.0.proj" else 3.0
@@ -153,7 +153,7 @@ def test_peft_puts_a_prefix_before_the_names(tmp_path: Path) -> None:
 def test_layers_biases_and_norms_are_listed_as_such(tmp_path: Path) -> None:
     state = control(tiny_pipeline("flux").transformer)
     save_file(state, tmp_path / "x.safetensors")
-    found = look(tmp_path / "x")
+    found = inspect(tmp_path / "x")
     methods = [layer.method for layer in bfl.BFL().layers(read(tmp_path / "x"))]
     counts = {end: sum(key.endswith(end) for key in state) for end in (".lora_A.weight", ".lora_B.bias", "_norm.scale")}
     assert [methods.count(method) for method in ("lora", "bitfit", "norm")] == list(counts.values())

@@ -14,7 +14,7 @@ import veneer
 from tests.formats.cases import rewrite
 from tests.formats.guides import form, guided, output, paper, picture, real, tiny, trained
 from tests.raising import raises
-from veneer.formats import Options, controlnext, convert, look, read
+from veneer.formats import Options, controlnext, convert, inspect, read
 from veneer.injection import LoadError
 
 
@@ -164,7 +164,7 @@ def first_revision(header: dict[str, Any]) -> None:
 def test_a_look_and_a_conversion(tmp_path: Path) -> None:
     save_file(state(8), tmp_path / "x.safetensors")
     unet = tiny("sd1")
-    found = look(tmp_path / "x", unet)
+    found = inspect(tmp_path / "x", unet)
     assert (found.format, found.fits) == ("controlnext", True)
     assert [block.name for block in found.blocks] == ["down_res", "down_sample", "embedding", "mid_convs", "time_embedding"]
     convert(unet, tmp_path / "x", "native", tmp_path / "n.safetensors")

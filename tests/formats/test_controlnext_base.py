@@ -14,8 +14,8 @@ import veneer
 from tests.formats.guides import guided, picture, tiny, trained
 from tests.formats.test_controlnext import state
 from tests.raising import raises
-from veneer.formats import controlnext, convert, look, native, read
-from veneer.formats._names.modules import first_release
+from veneer.formats import controlnext, convert, inspect, native, read
+from veneer.formats._names.modules import original_names
 from veneer.injection import Attachment, LoadError, SaveError
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -62,9 +62,8 @@ def test_either_kind_under_either_name(model: str, name: str, added: bool, tmp_p
         beside = {key: before[key] + tensor for key, tensor in beside.items()}
     attachment = veneer.load(unet, folder(tmp_path / "a", beside, name))
     assert attachment.loaded.clean
-    assert attachment.loaded.notes == (f"{name} beside it: {len(beside)} tensors, {'added to' if added else 'in'} the base's" + (
-        "" if added else " place"
-    ),)  # fmt: skip
+    how = "added to the base weights" if added else "replacing base weights"
+    assert attachment.loaded.notes == (f"{name} beside it: {len(beside)} tensors, {how}",)
     assert {path for _, path in attachment.extras.values()} == set(beside)
     assert attachment.extras == veneer.attach(tiny(model), "controlnext", train=OUT).extras
     assert torch.equal(guided(unet, attachment, image=picture()), by_hand(model, tmp_path / "b", beside, added))
@@ -76,7 +75,7 @@ def test_either_kind_under_either_name(model: str, name: str, added: bool, tmp_p
 def test_names_of_the_first_release(tmp_path: Path) -> None:
     unet = tiny("sdxl")
     beside = increments(unet, "up_blocks.1.")
-    renamed = dict(zip(first_release(unet, beside).values(), beside.values(), strict=True))
+    renamed = dict(zip(original_names(unet, beside).values(), beside.values(), strict=True))
     assert all(key.startswith("output_blocks.") for key in renamed)
     attachment = veneer.load(unet, folder(tmp_path / "a", renamed))
     assert {path for _, path in attachment.extras.values()} == set(beside)
@@ -93,7 +92,7 @@ def test_of_a_whole_unet_what_differs(tmp_path: Path) -> None:
     beside["mid_block.attentions.0.norm.weight"] += 1
     beside["down_blocks.0.attentions.0.proj_in.weight"] += 1
     attachment = veneer.load(unet, folder(tmp_path, beside))
-    assert attachment.loaded.notes == (f"{WHOLE} beside it: 3 tensors, in the base's place",)
+    assert attachment.loaded.notes == (f"{WHOLE} beside it: 3 tensors, replacing base weights",)
     assert {path for _, path in attachment.extras.values()} == {
         "conv_out.bias",
         "mid_block.attentions.0.norm.weight",
@@ -155,7 +154,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     with raises(LoadError, file=str(path.with_name(ADDED)), unused=("elsewhere",), misshapen={key: ((3, 3), (8, 8))}):
         veneer.load(unet, path)
     assert veneer.attachments(unet) == []
-    report = look(path, unet)
+    report = inspect(path, unet)
     assert (report.fits, report.unused) == (False, ("elsewhere",))
     attachment = veneer.load(unet, path, strict=False)
     assert attachment.loaded.misshapen == (f"{key.removesuffix('.weight')}:weight (3, 3) for (8, 8)",)
@@ -225,7 +224,7 @@ def test_a_base_that_is_not_its_own(tmp_path: Path) -> None:
     trained(veneer.attach(unet, "lora", name="m")).merge()
     with raises(LoadError, where="m", given="merged"):
         veneer.load(unet, path)
-    with torch.device("meta"), raises(LoadError, given="quantised, or on the meta device"):
+    with torch.device("meta"), raises(LoadError, given="quantized or on the meta device"):
         veneer.load(tiny("sd1"), path)
 
 

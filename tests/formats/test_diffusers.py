@@ -19,7 +19,7 @@ from tests.formats.low_rank import expected, in_peft
 from tests.injection.toy import net
 from tests.raising import raises
 from veneer.formats import diffusers as lora_format
-from veneer.formats import load_all, look
+from veneer.formats import inspect, load_all
 from veneer.injection import LoadError, SaveError, attach
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -390,7 +390,7 @@ def test_metadata_without_an_entry_of_the_component(tmp_path: Path, text: str) -
     with raises(LoadError, missing=("alpha",)) as caught:
         veneer.load(pipe, path)
     assert caught.value.where.endswith("attn.to_q")
-    assert {alpha for block in look(path).blocks for alpha in block.alphas} <= {None}
+    assert {alpha for block in inspect(path).blocks for alpha in block.alphas} <= {None}
     save_file(
         state | {f"{k.partition('.lora_')[0]}.alpha": torch.tensor(3.0) for k in state}, path, {"lora_adapter_metadata": text}
     )
@@ -404,8 +404,8 @@ def test_a_look_at_magnitudes_and_alphas_of_single_modules(tmp_path: Path) -> No
     save_file(
         {**state, f"{name}.alpha": torch.tensor(3.0), f"{name}.dora_scale": torch.ones(1, width)}, tmp_path / "x.safetensors"
     )
-    (block,) = look(tmp_path / "x").blocks
-    assert (look(tmp_path / "x").format, block.method, set(block.alphas)) == ("diffusers", "dora", {3.0})
+    (block,) = inspect(tmp_path / "x").blocks
+    assert (inspect(tmp_path / "x").format, block.method, set(block.alphas)) == ("diffusers", "dora", {3.0})
     assert veneer.load(tiny_pipeline("flux"), tmp_path / "x").method.name == "dora"
 
 

@@ -96,7 +96,7 @@ def test_a_file_of_another_tool_without_a_token(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
     loaded = veneer.load(pipe, tmp_path / "My-Cat.safetensors")
     assert loaded.method.each == ("<my-cat>",)
-    assert "no token in the file: '<my-cat>'" in str(loaded.loaded)
+    assert "no token in the file: named '<my-cat>'" in str(loaded.loaded)
     assert torch.equal(next(iter(loaded.state_dict().values())), rows)
     plain = tiny_pipeline("sd")
     plain.load_textual_inversion({"emb_params": rows}, token="<my-cat>")

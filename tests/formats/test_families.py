@@ -17,8 +17,8 @@ from tests.hosts import published
 from tests.raising import raises
 from veneer.formats import formats, read
 from veneer.formats._core.families import family_of
-from veneer.formats._names.kohya import places
-from veneer.formats._names.modules import paths
+from veneer.formats._names.kohya import named_layers
+from veneer.formats._names.modules import weight_paths
 from veneer.injection import LoadError
 from veneer.injection.towers import towers_of
 from veneer.testing.pipelines import tiny_pipeline
@@ -70,14 +70,14 @@ def test_of_every_layout(base: str) -> None:
     """Of whole models, and of their attention alone, as most files are."""
     tower = tower_of(base)
     prefix = "unet" if "sd1" in base or base in ("sd21", "sdxl") else "transformer"
-    own = [(f"{prefix}.{path}", site) for path, site in paths(tower).items()]
-    bare = [(f"base_model.model.{path}", site) for path, site in paths(tower).items()]
+    own = [(f"{prefix}.{path}", site) for path, site in weight_paths(tower).items()]
+    bare = [(f"base_model.model.{path}", site) for path, site in weight_paths(tower).items()]
     layouts = {
         "diffusers": pairs(own, (".lora_A.weight", ".lora_B.weight")),
         "peft_folder": pairs(bare, (".lora_A.weight", ".lora_B.weight")),
         "native": pairs(own, (":down", ":up")),
         "onetrainer": pairs([(f"lora_{n.replace('.', '_')}", s) for n, s in own], (".lora_down.weight", ".lora_up.weight")),
-        "kohya": pairs([(p.names[0], p.sites[0]) for p in places(tower)], (".lora_down.weight", ".lora_up.weight")),
+        "kohya": pairs([(p.names[0], p.sites[0]) for p in named_layers(tower)], (".lora_down.weight", ".lora_up.weight")),
     }
     comfy = formats.get("comfyui")()
     layouts["comfyui"] = pairs([(p.names[0], p.sites[0]) for p in comfy.places(tower)], (".lora_down.weight", ".lora_up.weight"))
@@ -152,7 +152,7 @@ def test_of_xlabs_and_old_diffusers_files() -> None:
 
 def test_sdxl_without_its_cross_attention() -> None:
     """By the depth of its transformers; or by its second text encoder."""
-    sites = paths(tower_of("sdxl"))
+    sites = weight_paths(tower_of("sdxl"))
     own = [(f"unet.{path}", site) for path, site in sites.items() if "attn1" in path]
     assert family_of(pairs(own, (".lora_A.weight", ".lora_B.weight"))) == "Stable Diffusion XL"
     few = [(n, s) for n, s in own if "transformer_blocks.0" in n]

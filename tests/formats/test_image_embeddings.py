@@ -21,8 +21,8 @@ from torch import Tensor
 
 import veneer
 from tests.raising import raises
-from veneer.formats import look
-from veneer.formats._io.image_embeddings import series
+from veneer.formats import inspect
+from veneer.formats._io.image_embeddings import mask_series
 from veneer.injection import LoadError
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -76,7 +76,7 @@ def test_a_word_in_a_picture_is_loaded(tmp_path: Path, make: Any) -> None:
     assert (loaded.method.each, loaded.method.vectors) == (("my-cat",), 3)
     assert torch.equal(next(iter(loaded.state_dict().values())), ROWS)
     assert "my-cat" in pipe.tokenizer.get_vocab()
-    assert look(path).format == "embeddings"
+    assert inspect(path).format == "embeddings"
 
 
 def test_packed_chunks_and_webp(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_of_two_text_encoders(tmp_path: Path) -> None:
 
 def test_the_series() -> None:
     """The numbers that the web UI's own module asserts."""
-    assert series(20).tolist() == [253, 242, 127, 44, 157, 27, 239, 133, 38, 79, 167, 4, 177, 95, 130, 79, 78, 14, 52, 215]
-    assert int(series(100_100)[100:].sum(dtype=np.int64)) == 12731374
+    assert mask_series(20).tolist() == [253, 242, 127, 44, 157, 27, 239, 133, 38, 79, 167, 4, 177, 95, 130, 79, 78, 14, 52, 215]
+    assert int(mask_series(100_100)[100:].sum(dtype=np.int64)) == 12731374
 
 
 BOMB = zlib.compress(b" " * 70_000_000)

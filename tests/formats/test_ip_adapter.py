@@ -14,7 +14,7 @@ from torch import Tensor
 import veneer
 from tests.formats.guides import assert_close, form, guided, inputs, output, paper, real, tiny, trained
 from tests.raising import raises
-from veneer.formats import Options, convert, ip_adapter, look, read
+from veneer.formats import Options, convert, inspect, ip_adapter, read
 from veneer.injection import LoadError, SaveError
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -230,7 +230,7 @@ def test_a_look_and_a_conversion(tmp_path: Path) -> None:
     unet = tiny("sd1")
     flat = state(unet, "base")
     save_file(flat, tmp_path / "x.safetensors")
-    found = look(tmp_path / "x", unet)
+    found = inspect(tmp_path / "x", unet)
     assert (found.format, found.fits) == ("ip_adapter", True)
     assert {block.name: block.values for block in found.blocks} == {
         start: sum(t.numel() for k, t in flat.items() if k.startswith(start)) for start in ("image_proj", "ip_adapter")

@@ -19,7 +19,7 @@ from tests.formats.low_rank import OPTIONS, assert_same, expected, in_peft
 from tests.injection.toy import net
 from tests.raising import raises
 from veneer.formats import kohya
-from veneer.formats._names.kohya import places
+from veneer.formats._names.kohya import named_layers
 from veneer.injection import LoadError, SaveError, attach
 from veneer.injection.towers import towers_of
 from veneer.testing.pipelines import tiny_pipeline
@@ -75,7 +75,7 @@ def test_the_tensors_alone_give_the_change(files: Any, family: str) -> None:
     """alpha / r · B A of each module, with another alpha and rank by role, rank-stabilised."""
     path, want = files(family)
     state = load_file(path)
-    written = {p.names[0]: p.sites[0].name for t in towers_of(tiny_pipeline(family)) for p in places(t, family == "sdxl")}
+    written = {p.names[0]: p.sites[0].name for t in towers_of(tiny_pipeline(family)) for p in named_layers(t, family == "sdxl")}
     got = {}
     for name in {k.partition(".")[0] for k in state}:
         down, up, alpha = (state[f"{name}.{part}"].double() for part in ("lora_down.weight", "lora_up.weight", "alpha"))
@@ -140,7 +140,7 @@ def test_without_alpha_it_is_the_rank(files: Any, tmp_path: Path) -> None:
     plain.load_lora_weights(tmp_path / "bare.safetensors")
     loaded = veneer.load(tiny_pipeline("sd"), tmp_path / "bare")
     assert_same(deltas(loaded), in_peft(plain.components))
-    assert "no alpha for" in str(loaded.loaded)
+    assert "no alpha in" in str(loaded.loaded)
 
 
 def test_a_scale_of_zero_is_written_as_no_change(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_scale_of_zero_is_written_as_no_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_both_spellings_are_read(files: Any, family: str, tmp_path: Path) -> None:
     path, want = files(family)
-    other = {n: place.names[-1] for t in towers_of(tiny_pipeline(family)) for place in places(t) for n in place.names}
+    other = {n: place.names[-1] for t in towers_of(tiny_pipeline(family)) for place in named_layers(t) for n in place.names}
     state = {
         f"{other.get(k.partition('.')[0], k.partition('.')[0])}.{k.partition('.')[2]}": t for k, t in load_file(path).items()
     }

@@ -11,8 +11,8 @@ from diffusers.loaders import lora_conversion_utils as converters
 from torch import Tensor, nn
 
 from tests.hosts import published
-from veneer.formats._names.kohya import Place, places
-from veneer.formats._names.kohya_fused import Pair, split
+from veneer.formats._names.kohya import NamedLayer, named_layers
+from veneer.formats._names.kohya_fused import LoRAFactors, split_factors
 from veneer.injection.sites import WeightSite
 from veneer.injection.towers import towers_of
 
@@ -26,7 +26,7 @@ def offered(tower: Any) -> dict[str, WeightSite]:
     return {s.name: s for s in tower.sites if isinstance(s, WeightSite) and s.kind != "embedding"}
 
 
-def by_site(found: list[Place]) -> dict[str, tuple[str, ...]]:
+def by_site(found: list[NamedLayer]) -> dict[str, tuple[str, ...]]:
     return {place.sites[0].name: place.names for place in found}
 
 
@@ -44,7 +44,7 @@ def rule_of_sd_scripts(model: nn.Module, prefix: str, inside: tuple[str, ...], r
 @pytest.mark.parametrize(("base", "count", "with_convs"), [("sd15", 192, 278), ("sd21", 192, 278)])
 def test_names_of_sd_are_those_of_sd_scripts(base: str, count: int, with_convs: int) -> None:
     tower = tower_of(base)
-    written = {site: names[0] for site, names in by_site(places(tower)).items()}
+    written = {site: names[0] for site, names in by_site(named_layers(tower)).items()}
     attention = rule_of_sd_scripts(tower.module, "lora_unet", ("Transformer2DModel",))
     convolutions = rule_of_sd_scripts(tower.module, "lora_unet", ("ResnetBlock2D", "Downsample2D", "Upsample2D"))
     assert (len(attention), len(attention | convolutions)) == (count, with_convs)
@@ -57,7 +57,7 @@ def test_names_of_text_encoders_are_those_of_sd_scripts(base: str, prefix: str, 
     tower = tower_of(base)
     root = "" if hasattr(tower.module, "text_model") else "text_model_"
     rule = rule_of_sd_scripts(tower.module, prefix, ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"), root)
-    written = {site: names[0] for site, names in by_site(places(tower)).items()}
+    written = {site: names[0] for site, names in by_site(named_layers(tower)).items()}
     assert len(rule) == count
     assert rule.items() <= written.items()
 
@@ -65,7 +65,7 @@ def test_names_of_text_encoders_are_those_of_sd_scripts(base: str, prefix: str, 
 def test_names_of_sdxl() -> None:
     """Names that are in published files, and every site's through diffusers' converter back to its own path."""
     tower = tower_of("sdxl")
-    names = by_site(places(tower))
+    names = by_site(named_layers(tower))
     known = {
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
             "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -115,7 +115,7 @@ def through_diffusers(names: dict[str, tuple[str, ...]], spelling: int, layers: 
 
 def test_no_two_weights_have_one_name() -> None:
     for base in ("sd15", "sd21", "sdxl", "flux_dev", "clip_l", "clip_bigg", "t5_xxl"):
-        every = [name for place in places(tower_of(base)) for name in place.names]
+        every = [name for place in named_layers(tower_of(base)) for name in place.names]
         assert len(every) == len(set(every)) > 0, base
 
 
@@ -127,13 +127,13 @@ def test_flux_is_split_as_diffusers_splits_it() -> None:
         model = FluxTransformer2DModel(**{**published.FLUX_DEV, "num_layers": 1, "num_single_layers": 1})
     (tower,) = towers_of(model)
     state: dict[str, Tensor] = {}
-    found = places(tower)
+    found = named_layers(tower)
     assert {s.name for place in found for s in place.sites} == offered(tower).keys()
     generator = torch.Generator().manual_seed(0)
     pairs = {}
     for place in found:
         d_out, d_in = sum(s.d_out for s in place.sites), place.sites[0].d_in
-        pair = Pair(torch.randn(2, d_in, generator=generator), torch.randn(d_out, 2, generator=generator), 0.5)
+        pair = LoRAFactors(torch.randn(2, d_in, generator=generator), torch.randn(d_out, 2, generator=generator), 0.5)
         pairs[place.names[0]] = place, pair
         if "final_layer" in place.names[0]:
             pair = pair._replace(scaling=1.0)  # diffusers drops the alpha of the last layer
@@ -142,7 +142,7 @@ def test_flux_is_split_as_diffusers_splits_it() -> None:
         state[f"{place.names[0]}.alpha"] = torch.tensor(2 * pair.scaling)
     theirs = converters._convert_kohya_flux_lora_to_diffusers(dict(state))
     for name, (place, pair) in pairs.items():
-        for site, part in split(SimpleNamespace(path="x"), name, place, pair):  # type: ignore[arg-type]
+        for site, part in split_factors(SimpleNamespace(path="x"), name, place, pair):  # type: ignore[arg-type]
             key = site.name if f"{site.name}.lora_A.weight" in theirs else f"transformer.{site.name}"
             want = theirs[f"{key}.lora_B.weight"][:64] @ theirs[f"{key}.lora_A.weight"]
             torch.testing.assert_close(part.scaling * part.up[:64] @ part.down, want, msg=site.name)

@@ -1,4 +1,4 @@
-"""`look` tells the layers, ranks and alphas of every format, and whether a file fits a base."""
+"""`inspect` tells the layers, ranks and alphas of every format, and whether a file fits a base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from tests.formats.low_rank import tuned
-from veneer.formats import formats, look
+from veneer.formats import formats, inspect
 from veneer.testing.pipelines import tiny_pipeline
 
 # what a file holds of FLUX's attention: 8 projections in the double block, of which 2 × 3 are fused, and 3 in each single one
@@ -30,7 +30,7 @@ def test_layers_ranks_and_alphas(tmp_path: Path, form: str) -> None:
     attachment = tuned("flux", "attn", rank=2, alpha=3.0)
     path = formats.get(form)().save(attachment, tmp_path / form)
     pipe = tiny_pipeline("flux")
-    found = look(path, pipe)
+    found = inspect(path, pipe)
     assert (found.format, found.family, found.fits) == (form, "FLUX" if form == "xlabs" else None, True)
     assert sum(block.layers for block in found.blocks) == LAYERS[form]
     assert {block.method for block in found.blocks} == {"lora"}
@@ -47,7 +47,7 @@ def test_what_is_too_much_is_told(tmp_path: Path, form: str) -> None:
     away = key.replace("double_blocks.0", "double_blocks.7").replace("transformer_blocks_0", "transformer_blocks_7")
     assert away != key
     save_file({**state, away: torch.ones(2, 2)}, tmp_path / "y.safetensors")
-    found = look(tmp_path / "y", tiny_pipeline("flux"))
+    found = inspect(tmp_path / "y", tiny_pipeline("flux"))
     assert (found.fits, found.unused) == (False, (away,))
 
 
@@ -56,10 +56,10 @@ def test_words_that_came_with_the_training_are_told(tmp_path: Path) -> None:
     words = veneer.attach(pipe, "textual_inversion", tokens=("<one>", "<two>"))
     for form in ("native", "embeddings", "onetrainer"):
         path = formats.get(form)().save(words, tmp_path / form)
-        assert sorted(look(path).words) == ["<one>", "<two>"], form
+        assert sorted(inspect(path).words) == ["<one>", "<two>"], form
     words.detach()
     path = formats.get("kohya")().save(tuned("flux", "attn", rank=2), tmp_path / "kohya")
-    assert look(path).words == ()
+    assert inspect(path).words == ()
     save_file(load_file(path), tmp_path / "named.safetensors", {"modelspec.trigger_phrase": " a toy "})
-    assert look(tmp_path / "named").words == ("a toy",)
-    assert "words: a toy" in str(look(tmp_path / "named"))
+    assert inspect(tmp_path / "named").words == ("a toy",)
+    assert "trigger tokens: a toy" in str(inspect(tmp_path / "named"))

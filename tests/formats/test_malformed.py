@@ -83,8 +83,8 @@ def fails(model: Any, path: Path) -> Any:
     ("good", "mutation", "where", "name", "instead", "why"),
     [
         ("kohya", "a_special_value", reader, "is_finite", lambda tensor: True, "its bytes say nothing"),
-        ("native-lora", "json_that_is_none", reader, "unique", dict, "its bytes say nothing"),
-        ("lycoris-loha", "turned_shape", loha, "straight", lambda *_: True, "its bytes say nothing"),
+        ("native-lora", "json_that_is_none", reader, "unique_keys", dict, "its bytes say nothing"),
+        ("lycoris-loha", "turned_shape", loha, "has_row_order", lambda *_: True, "its bytes say nothing"),
         (
             "lycoris-lora",
             "one_more_remark",

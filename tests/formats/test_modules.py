@@ -10,7 +10,7 @@ from diffusers.loaders import single_file_utils as converters
 from torch import Tensor
 
 from tests.hosts import published
-from veneer.formats._names.modules import first_release, modules, paths
+from veneer.formats._names.modules import original_modules, original_names, weight_paths
 from veneer.injection.towers import towers_of
 
 
@@ -22,7 +22,7 @@ def tower_of(name: str) -> Any:
 def coded(tower: Any) -> dict[str, Tensor]:
     """A checkpoint in the first release's names whose weights have one column, with a number of its own in each row."""
     state, start = {}, 0
-    for module in modules(tower):
+    for module in original_modules(tower):
         rows = sum(site.d_out for site in module.sites)
         state[f"{module.path}.weight"] = torch.arange(start, start + rows, dtype=torch.float64)[:, None]
         state[f"{module.path}.bias"] = torch.zeros(rows)
@@ -33,7 +33,7 @@ def coded(tower: Any) -> dict[str, Tensor]:
 def rows_of(tower: Any) -> dict[str, Tensor]:
     """Own path of each weight to the rows of `coded` that it is."""
     found, state = {}, coded(tower)
-    for module in modules(tower):
+    for module in original_modules(tower):
         weight = state[f"{module.path}.weight"]
         whole = torch.cat(weight.chunk(2)[::-1]) if module.swapped else weight
         parts = whole.split([site.d_out for site in module.sites])
@@ -43,7 +43,7 @@ def rows_of(tower: Any) -> dict[str, Tensor]:
 
 def assert_as(theirs: dict[str, Tensor], tower: Any) -> None:
     want = rows_of(tower)
-    assert want.keys() == paths(tower).keys()
+    assert want.keys() == weight_paths(tower).keys()
     for name, rows in want.items():
         assert torch.equal(theirs[f"{name}.weight"], rows), name
 
@@ -82,7 +82,7 @@ def test_unets(base: str) -> None:
 def test_every_tensor_of_a_unet(base: str) -> None:
     """Norms and biases as well."""
     model = tower_of(base).module
-    names = first_release(model, list(model.state_dict()))
+    names = original_names(model, list(model.state_dict()))
     state = {f"model.diffusion_model.{first}": torch.tensor(i) for i, first in enumerate(names.values())}
     theirs = converters.convert_ldm_unet_checkpoint(state, {**model.config})
     assert {name: int(i) for name, i in theirs.items()} == {name: i for i, name in enumerate(names)}
@@ -91,8 +91,8 @@ def test_every_tensor_of_a_unet(base: str) -> None:
 def test_pixart_has_a_name_for_every_weight() -> None:
     """Names as in PixArt's own checkpoints; shapes tell that nothing is taken for another."""
     tower = tower_of("pixart_alpha")
-    named = {module.path: module for module in modules(tower)}
-    assert {site.name for module in named.values() for site in module.sites} == paths(tower).keys()
+    named = {module.path: module for module in original_modules(tower)}
+    assert {site.name for module in named.values() for site in module.sites} == weight_paths(tower).keys()
     shapes = {
         "blocks.27.attn.qkv": (3456, 1152), "blocks.0.cross_attn.q_linear": (1152, 1152),
         "blocks.0.cross_attn.kv_linear": (2304, 1152), "blocks.3.mlp.fc1": (4608, 1152), "blocks.3.mlp.fc2": (1152, 4608),

@@ -15,8 +15,8 @@ import veneer
 from tests.formats.cases import deltas, fill
 from tests.formats.low_rank import assert_same, expected, in_peft, tuned
 from tests.raising import raises
-from veneer.formats import convert, format_of, kohya, look, native, onetrainer, read
-from veneer.formats._names.modules import modules
+from veneer.formats import convert, format_of, inspect, kohya, native, onetrainer, read
+from veneer.formats._names.modules import original_modules
 from veneer.injection import LoadError, attach
 from veneer.injection.towers import towers_of
 from veneer.testing.pipelines import tiny_pipeline
@@ -80,7 +80,7 @@ def test_omi_names_with_numbered_projections(tmp_path: Path, family: str) -> Non
     generator = torch.Generator().manual_seed(0)
     state: dict[str, Tensor] = {}
     want = {}
-    for module in modules(main):
+    for module in original_modules(main):
         several = len(module.sites) > 1
         for i, site in enumerate(module.sites):
             path = "img_in.proj" if module.path == "img_in" else module.path
@@ -133,7 +133,7 @@ def test_words_beside_kohyas_names_and_as_a1111_bundles_them(tmp_path: Path) -> 
     first, second, loaded = veneer.load_all(tiny_pipeline("sdxl"), tmp_path / "y")
     assert [site.component for site, _ in (*first.parts.values(), *second.parts.values())] == ["text_encoder_2", "text_encoder"]
     assert_same(deltas(loaded), deltas(lora))
-    (told,) = [b for b in look(tmp_path / "y").blocks if b.name.startswith("bundle_emb.toy-a")]
+    (told,) = [b for b in inspect(tmp_path / "y").blocks if b.name.startswith("bundle_emb.toy-a")]
     assert (told.method, told.values) == ("textual_inversion", 56)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import veneer
 from tests.raising import raises
-from veneer.formats import format_of, load_all, look, onetrainer, read
+from veneer.formats import format_of, inspect, load_all, onetrainer, read
 from veneer.injection import LoadError
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -181,7 +181,7 @@ def test_magnitudes_of_ai_toolkit(tmp_path: Path) -> None:
 
     want = written("flux", ab, tmp_path / "x.safetensors", dotted=True)
     assert format_of(read(tmp_path / "x")).name == "diffusers"
-    assert {block.method for block in look(tmp_path / "x").blocks} == {"dora"}
+    assert {block.method for block in inspect(tmp_path / "x").blocks} == {"dora"}
     assert_changes("flux", tmp_path / "x", "dora", want)
     want = written("sd", lambda weight: dora(weight, "magnitude"), tmp_path / "y.safetensors")
     assert format_of(read(tmp_path / "y")).name == "lycoris"
@@ -240,7 +240,7 @@ def assert_fused_changes(
     save_file(state | {f"bundle_emb.<{i}>.clip_l": torch.ones(1, width) for i in range(words)}, path)
     loaded = load_all(pipe, path)
     assert [a.method.name for a in loaded] == ["textual_inversion"] * words + [method]
-    assert {block.method for block in look(path).blocks} == {a.method.name for a in loaded}
+    assert {block.method for block in inspect(path).blocks} == {a.method.name for a in loaded}
     loaded[-1].merge()
     for place, (before, change) in want.items():
         assert change.abs().max() > 1e-3

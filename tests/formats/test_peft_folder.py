@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import veneer
 from tests.formats.cases import fill
 from tests.raising import raises
-from veneer.formats import format_of, look, peft_folder, read
+from veneer.formats import format_of, inspect, peft_folder, read
 from veneer.injection import LoadError, SaveError, attach, hosts
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -184,7 +184,7 @@ def test_pruned_adalora_keeps_the_scale_of_its_initial_rank(tmp_path: Path) -> N
     torch.testing.assert_close(got.pop(name), want, **TOLERANCE)
     whole.pop(name)
     assert_same(got, whole)
-    (block,) = {(b.method, b.ranks) for b in look(folder).blocks if b.name in lowest}
+    (block,) = {(b.method, b.ranks) for b in inspect(folder).blocks if b.name in lowest}
     assert block == ("lora", (2,))
 
 

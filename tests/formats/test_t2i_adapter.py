@@ -15,7 +15,7 @@ from torch import Tensor
 import veneer
 from tests.formats.guides import assert_close, form, guided, output, paper, picture, real, tiny, trained
 from tests.raising import raises
-from veneer.formats import Options, convert, look, read, t2i_adapter
+from veneer.formats import Options, convert, inspect, read, t2i_adapter
 from veneer.injection import LoadError, SaveError
 from veneer.injection.sites import ResidualSite
 
@@ -204,7 +204,7 @@ def test_levels_of_none_of_the_types(model: str, kind: str, shape: tuple[int, ..
 def test_a_look_and_a_conversion(tmp_path: Path) -> None:
     saved(adapter("full_adapter"), tmp_path / "a")
     unet = tiny("sd1")
-    found = look(tmp_path / "a", unet)
+    found = inspect(tmp_path / "a", unet)
     assert (found.format, found.family, found.fits) == ("t2i_adapter", "Stable Diffusion 1 or 2", True)
     assert [block.name for block in found.blocks] == ["body.0", "body.1", "body.2", "conv_in"]
     convert(unet, tmp_path / "a", "native", tmp_path / "n.safetensors")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.functional.channels import Layout, add_channels_product, channels_product, kept_samples
+from veneer.functional.channels import Layout, add_channels_product, channels_product, drop_path_mask
 
 LAYOUTS: dict[Layout, tuple[int, ...]] = {"NLC": (2, 6), "NHWC": (2, 2, 3), "NCHW": (2, 2, 3)}
 every = pytest.mark.parametrize("layout", LAYOUTS)
@@ -82,7 +82,7 @@ def test_pictures_that_are_channels_last_in_memory() -> None:
 
 def test_samples_are_kept_as_often_as_they_should_and_the_mean_stays() -> None:
     torch.manual_seed(0)
-    kept = kept_samples(torch.zeros(20_000, 2, 3), 0.25, True)
+    kept = drop_path_mask(torch.zeros(20_000, 2, 3), 0.25, True)
     assert kept is not None
     assert kept.shape == (20_000, 1, 1)
     assert kept.unique().tolist() == [0.0, pytest.approx(4 / 3)]
@@ -92,5 +92,5 @@ def test_samples_are_kept_as_often_as_they_should_and_the_mean_stays() -> None:
 @pytest.mark.parametrize(("probability", "training"), [(0.0, True), (0.5, False)])
 def test_nothing_is_drawn_where_all_samples_stay(probability: float, training: bool) -> None:
     before = torch.get_rng_state()
-    assert kept_samples(torch.zeros(4, 2), probability, training) is None
+    assert drop_path_mask(torch.zeros(4, 2), probability, training) is None
     assert torch.equal(torch.get_rng_state(), before)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.functional.cayley import cayley_change, skew, turn_features
-from veneer.functional.channel_scale import PIECE, scale_features
+from veneer.functional.cayley import cayley_change, rotate_features, skew
+from veneer.functional.channel_scale import CHUNK, scale_features
 from veneer.functional.kronecker import add_kron, mix
 
 
@@ -47,7 +47,7 @@ def test_scaled_channels(size: tuple[int, ...], shifted: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("rows", [PIECE // 8 - 1, PIECE // 8 + 1, PIECE // 2])
+@pytest.mark.parametrize("rows", [CHUNK // 8 - 1, CHUNK // 8 + 1, CHUNK // 2])
 def test_gradients_of_more_rows_than_are_worked_on_at_a_time(rows: int) -> None:
     y, gain, shift = draw((rows, 8), (8,), (8,))
     weigh = torch.randn(rows, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_turned_features(batch: tuple[int, ...], blocks: int) -> None:
     """Against the block-diagonal matrix; one block is the same in all three places."""
     x, change = draw((*batch, 12), (blocks, 4, 4))
     whole = torch.block_diag(*change.expand(3, -1, -1))
-    check(turn_features, [x, change], x + x @ whole)
+    check(rotate_features, [x, change], x + x @ whole)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 30.0])

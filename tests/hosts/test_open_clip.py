@@ -18,7 +18,7 @@ from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.registry import host_of, hosts, methods
 from veneer.injection.sites import NormSite, ParamSite, TokenSite, WeightSite
 from veneer.injection.towers import sites
-from veneer.testing.case import stir
+from veneer.testing.case import perturb
 
 WHERE = "attn.{q,k,v,out}"
 METHODS = [name for name in ("lora", "dora", "loha", "lokr", "ia3", "ssf") if name in methods.names()]
@@ -69,7 +69,7 @@ def test_full_size_attention_takes_gradients_equals_explicit_weights_and_comes_o
         bare = features(clip, given)
     tuned = attach(clip, method, where=WHERE)
     assert len(tuned.parts) == 2 * 12 * 4
-    stir(tuned, size=0.02)
+    perturb(tuned, size=0.02)
     changed = explicit(clip, tuned)
     got = {}
     for training in (False, True):
@@ -103,7 +103,7 @@ def test_lora_in_packed_attention_is_w_plus_b_a_of_each_slice() -> None:
     model = tiny().double()
     host = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tuned = attach(model, "lora", where="attn.{q,k,v}", rank=2, alpha=3.0)
-    stir(tuned)
+    perturb(tuned)
     state, given, changed = tuned.state_dict(), inputs(model), {}
     got = features(model, given).detach()
     for root, width in (("visual.transformer", 24), ("transformer", 20)):
@@ -123,7 +123,7 @@ def test_attention_in_training_is_one_graph_that_gives_every_gradient(method: st
     torch.manual_seed(0)
     model = clips.build(vision={"layers": 1}, text={"layers": 1})
     tuned = attach(model, method, where=WHERE)
-    stir(tuned)
+    perturb(tuned)
     given = inputs(model)
     torch._dynamo.reset()
     got = features(torch.compile(model.train(), fullgraph=True, backend="aot_eager"), given)
@@ -142,7 +142,7 @@ def test_a_tower_word_means_one_tower(key: str, where: str, moved: tuple[bool, b
     with torch.no_grad():
         before = model(**given)[:2]
         tuned = attach(model, "lora", where=where)
-        stir(tuned)
+        perturb(tuned)
         after = model(**given)[:2]
     assert tuple(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) == moved
     assert {site.tower for site, _ in tuned.parts.values()} == {t for t, m in zip(("vision", "text"), moved, strict=True) if m}

@@ -14,7 +14,7 @@ from veneer.injection.host import Host
 from veneer.injection.method import Method
 from veneer.injection.registry import hosts, methods
 from veneer.injection.sites import NormSite, ParamSite, WeightSite
-from veneer.testing.case import Case, close, merges_at, run, same, stir, usable_sites
+from veneer.testing.case import Case, close, merges_at, perturb, run, same, usable_sites
 from veneer.testing.snapshot import assert_same, snapshot
 
 FOLDED = "lora"
@@ -44,7 +44,7 @@ together = pytest.mark.parametrize(("first", "second"), _pairs())
 
 def _attach(model: nn.Module, case: Case, seed: int) -> Attachment:
     attachment = case.attach(model, seed=seed)
-    stir(attachment, seed)
+    perturb(attachment, seed)
     return attachment
 
 

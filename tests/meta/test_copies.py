@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.injection.registry import hosts
 from veneer.testing.case import fresh_model
-from veneer.testing.copies import copied
+from veneer.testing.copies import copy_module
 
 
 def held(module: nn.Module) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def plain(value: Any) -> bool:
 @pytest.mark.parametrize(("host", "model"), [(n, m) for n in hosts.names() for m in hosts.get(n)().tiny()])
 def test_it_is_what_deepcopy_makes(host: str, model: str) -> None:
     built = fresh_model(hosts.get(host)(), model)
-    quick, slow = copied(built), copy.deepcopy(built)
+    quick, slow = copy_module(built), copy.deepcopy(built)
     assert held(quick) == held(slow)
     for (name, got), (other, expected) in zip(tensors(quick), tensors(slow), strict=True):
         assert (name, got.dtype, got.requires_grad, type(got)) == (other, expected.dtype, expected.requires_grad, type(expected))
@@ -66,7 +66,7 @@ def test_what_is_shared_within_stays_shared() -> None:
             self.notes["called"] = True
 
     net = Net()
-    made: Any = copied(net)
+    made: Any = copy_module(net)
     assert made.again is made.one is made.also[0] is not net.one
     assert made.two.weight is made.one.weight is not net.one.weight
     assert made.same is made.notes is not net.notes
@@ -90,6 +90,6 @@ def test_what_copies_in_its_own_way_does() -> None:
         def __getstate__(self) -> dict[str, Any]:
             return {**vars(self), "cache": []}
 
-    made: Any = copied(nn.Sequential(Own(), Less()))
+    made: Any = copy_module(nn.Sequential(Own(), Less()))
     assert made[0].mark == "copied"
     assert made[1].cache == []

@@ -16,7 +16,7 @@ import veneer
 from tests.hosts.published import build
 from tests.methods.layers import site_of, trained
 from tests.raising import raises
-from veneer.functional.importance import cubic, largest
+from veneer.functional.importance import cubic_budget, largest_mask
 from veneer.injection import attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
@@ -138,16 +138,16 @@ def test_the_penalty_is_in_single_precision_under_autocast() -> None:
 
 def test_the_budget_falls_with_the_third_power() -> None:
     """b = b_T + (b_0 − b_T)(1 − (t − t_0)/(t_1 − t_0))³ from 100 to 20 between steps 10 and 50."""
-    assert [cubic(t, 10, 50, 100, 20) for t in (1, 10, 50, 51, 90)] == [100, 100, 20, 20, 20]
-    assert cubic(30, 10, 50, 100, 20) == 30  # half way: an eighth of 80 above
-    assert cubic(20, 10, 50, 100, 20) == int(20 + 80 * 0.75**3)
-    falling = [cubic(t, 10, 50, 100, 20) for t in range(10, 51)]
+    assert [cubic_budget(t, 10, 50, 100, 20) for t in (1, 10, 50, 51, 90)] == [100, 100, 20, 20, 20]
+    assert cubic_budget(30, 10, 50, 100, 20) == 30  # half way: an eighth of 80 above
+    assert cubic_budget(20, 10, 50, 100, 20) == int(20 + 80 * 0.75**3)
+    falling = [cubic_budget(t, 10, 50, 100, 20) for t in range(10, 51)]
     assert falling == sorted(falling, reverse=True)
 
 
 def test_of_equal_scores_the_earlier_stay() -> None:
-    assert largest(torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0]), 3).tolist() == [True, True, False, True, False]
-    assert largest(torch.zeros(4), 2).tolist() == [True, True, False, False]
+    assert largest_mask(torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0]), 3).tolist() == [True, True, False, True, False]
+    assert largest_mask(torch.zeros(4), 2).tolist() == [True, True, False, False]
 
 
 def scored(method: AdaLoRA, scores: list[list[float]]) -> list[Any]:

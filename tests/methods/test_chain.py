@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.raising import raises
 from veneer.injection import Attachment, HostChanged, attach, attachments
 from veneer.injection.composition.mixed_batch import mixed
-from veneer.testing.case import stir
+from veneer.testing.case import perturb
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 2, "num_classes": 10}
 OPTIONS: dict[str, dict[str, Any]] = {"dtl": {"conv": 3, "write_from": 2}, "lst": {"reduction": 2}}
@@ -32,7 +32,7 @@ def vit(dtype: torch.dtype = torch.float64) -> Any:
 def tuned_vit(method: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Attachment]:
     model = vit(dtype)
     tuned = attach(model, method, **OPTIONS[method])
-    stir(tuned)
+    perturb(tuned)
     return model, tuned
 
 
@@ -223,7 +223,7 @@ def test_each_sample_of_a_mixed_batch_has_its_own_state(method: str) -> None:
     """The same adapter acts on two groups of rows, block by block in turns."""
     model, tuned = tuned_vit(method)
     second = attach(model, method, name="second", **OPTIONS[method])
-    stir(second, seed=5)
+    perturb(second, seed=5)
     x = picture(1, rows=4)
     alone = []
     with torch.no_grad():

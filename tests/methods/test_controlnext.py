@@ -14,14 +14,14 @@ from tests.methods.controls import drawn, picture, pipeline
 from tests.raising import raises
 from veneer.hosts.diffusers_unet import DiffusersUNet
 from veneer.injection.errors import ConditionError
-from veneer.methods.additive.controlnext import crossed
-from veneer.testing.case import stir
+from veneer.methods.additive.controlnext import cross_normalize
+from veneer.testing.case import perturb
 
 
 def test_cross_normalisation_number_by_number() -> None:
     torch.manual_seed(0)
     control, x = torch.randn(2, 3, 4, 4, dtype=torch.float64) * 3 + 1, torch.randn(2, 3, 2, 2, dtype=torch.float64) - 2
-    found = crossed(control, x)
+    found = cross_normalize(control, x)
     for sample in range(2):
         means, stds = [], []
         for values in (control[sample].flatten().tolist(), x[sample].flatten().tolist()):
@@ -36,7 +36,7 @@ def test_cross_normalisation_number_by_number() -> None:
 def test_it_is_added_behind_the_first_block_and_to_no_skip(place: str) -> None:
     pipe = pipeline()
     control = veneer.attach(pipe, "controlnext", place=place)
-    stir(control)
+    perturb(control)
     ((site, adapter),) = control.parts.values()
     unet = pipe.unet
     seen: dict[str, Any] = {}
@@ -61,9 +61,9 @@ def test_it_is_added_behind_the_first_block_and_to_no_skip(place: str) -> None:
     x, changed = (seen["block"][0], seen["next"]) if place == "block" else (seen["stem"], seen["into"])
     size = x.shape[-2:]
     if place == "block":
-        expected = crossed(torch.nn.functional.adaptive_avg_pool2d(feature, size), x)
+        expected = cross_normalize(torch.nn.functional.adaptive_avg_pool2d(feature, size), x)
     else:
-        expected = torch.nn.functional.adaptive_avg_pool2d(crossed(feature, x), size)
+        expected = torch.nn.functional.adaptive_avg_pool2d(cross_normalize(feature, x), size)
     torch.testing.assert_close(changed["hidden_states"], x + 0.35 * expected)
     for handle in handles:
         handle.remove()
@@ -75,7 +75,9 @@ def reference(unet: Any, sample: Any, timestep: Any, context: Any, added: Any, c
     def add(x: Any) -> Any:
         pool = torch.nn.functional.adaptive_avg_pool2d
         size = x.shape[-2:]
-        return x + scale * (crossed(pool(control, size), x) if place == "block" else pool(crossed(control, x), size))
+        return x + scale * (
+            cross_normalize(pool(control, size), x) if place == "block" else pool(cross_normalize(control, x), size)
+        )
 
     emb = unet.time_embedding(unet.get_time_embed(sample, timestep))
     more = unet.get_aug_embed(emb, context, added)
@@ -108,7 +110,7 @@ def test_it_is_the_function_of_the_authors_order(model: str, place: str, checkpo
     unet: Any = host.tiny()[model]().double().requires_grad_(False)
     inputs = {key: _double(value) for key, value in host.sample(unet).items()}
     control = veneer.attach(unet, "controlnext", place=place, train=("attn.out", "xattn.out"))
-    stir(control)
+    perturb(control)
     unet.double()
     ((_, adapter),) = control.parts.values()
     side = 8 * inputs["sample"].shape[-1]

@@ -21,7 +21,7 @@ from diffusers import (
 import veneer
 from tests.methods.controls import THREE, drawn, picture, pipeline
 from veneer.formats import formats
-from veneer.testing.case import stir
+from veneer.testing.case import perturb
 
 WIDTH = 40
 STRENGTH = 0.8
@@ -89,7 +89,7 @@ def test_alone_and_with_a_lora(method: str, family: str, tmp_path: Path) -> None
     control = veneer.attach(pipe, method, **OPTIONS[method])
     lora = veneer.attach(pipe, "lora", rank=2)
     for n, attachment in enumerate((control, lora)):
-        stir(attachment, seed=n, size=0.3)
+        perturb(attachment, seed=n, size=0.3)
     files = written(control, tmp_path / "control"), written(lora, tmp_path / "lora")
     for use_control, use_lora in ((True, False), (False, True), (True, True)):
         with lora.enabled(use_lora), control.condition(**given(method), strength=STRENGTH * use_control):

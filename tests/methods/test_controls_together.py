@@ -15,7 +15,7 @@ import veneer
 from tests.methods.controls import drawn, picture, pipeline, stir
 from veneer.formats import diffusers as lora_format
 from veneer.formats import embeddings
-from veneer.testing.case import stir as stirred
+from veneer.testing.case import perturb as stirred
 from veneer.testing.pipelines import tiny_pipeline
 
 PROMPT = "a <toy> house"

@@ -14,7 +14,7 @@ from tests.raising import raises
 from veneer.injection import StateError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import PixelSite, Port
-from veneer.methods.prompt._clusters import Clusters, grouped
+from veneer.methods.prompt._clusters import Clusters, cluster_labels
 from veneer.methods.prompt.dam_vp import DAMVP
 
 STEM = "patch_embed.proj"
@@ -78,7 +78,7 @@ def agglomerated(rows: Tensor, most: int, threshold: float) -> set[frozenset[int
 @pytest.mark.parametrize(("most", "threshold"), [(4, 0.0), (9, 3.0), (2, 1.0), (50, 0.0), (20, 100.0)])
 def test_clusters(most: int, threshold: float) -> None:
     rows = torch.randn(18, 5, generator=torch.Generator().manual_seed(1)) * 2
-    labels = grouped(rows, most, threshold)
+    labels = cluster_labels(rows, most, threshold)
     got = {frozenset((labels == i).nonzero().flatten().tolist()) for i in labels.unique()}
     assert got == agglomerated(rows, most, threshold)
     clusters = Clusters(most, 5)
@@ -89,7 +89,7 @@ def test_clusters(most: int, threshold: float) -> None:
 
 
 def test_one_picture_is_one_cluster() -> None:
-    assert grouped(torch.randn(1, 5), 4, 0.0).tolist() == [0]
+    assert cluster_labels(torch.randn(1, 5), 4, 0.0).tolist() == [0]
 
 
 def test_prototypes_that_are_not_there_are_never_near() -> None:
@@ -104,12 +104,12 @@ def test_the_first_features_of_a_pass_count() -> None:
     clusters, rows = Clusters(2, 3), torch.randn(4, 3)
 
     def run(pictures: Tensor) -> None:
-        clusters.listen(pictures)
-        clusters.listen(pictures + 1)
+        clusters.capture(pictures)
+        clusters.capture(pictures + 1)
 
     assert torch.equal(clusters.features(run, rows), rows)
-    clusters.listen(rows)
-    assert clusters.heard is None
+    clusters.capture(rows)
+    assert clusters.captured is None
 
 
 def test_prepare_takes_the_first_pictures_of_an_unprompted_model() -> None:
@@ -118,7 +118,7 @@ def test_prepare_takes_the_first_pictures_of_an_unprompted_model() -> None:
     model.train()
     tuned.prepare(zip(pictures.split(7), torch.zeros(30).split(7), strict=True))
     rows = features(bare, pictures)[:10]
-    labels = grouped(rows, 2, 0.0)
+    labels = cluster_labels(rows, 2, 0.0)
     expected = torch.stack([rows[labels == i].mean(0) for i in range(2)])
     torch.testing.assert_close(tuned.parts["pixels"][1].shared.prototypes, expected, atol=1e-5, rtol=1e-4)
 
@@ -225,7 +225,7 @@ def test_clip() -> None:
     tuned.prepare([(pictures, torch.zeros(9))])
     with torch.no_grad():
         rows = bare.visual(pictures)
-        labels = grouped(rows, 2, 0.0)
+        labels = cluster_labels(rows, 2, 0.0)
         expected = torch.stack([rows[labels == i].mean(0) for i in range(2)])
         torch.testing.assert_close(tuned.parts["visual.pixels"][1].shared.prototypes, expected, atol=1e-5, rtol=1e-4)
         assert torch.equal(model(image=pictures, text=ids)[0], model(pictures, ids)[0])
@@ -260,4 +260,4 @@ def test_what_does_not_fit_is_refused_with_words() -> None:
         tuned.prepare([])
     with tuned.enabled(False), raises(StateError, where="dam_vp", given="disabled"):
         tuned.prepare([(normal(raw()), torch.zeros(2))])
-    assert not tuned.parts["pixels"][1].shared.listening
+    assert not tuned.parts["pixels"][1].shared.capturing

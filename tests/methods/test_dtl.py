@@ -14,7 +14,7 @@ from veneer.injection import Attachment, HostChanged, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.registry import hosts
 from veneer.methods.additive.dtl import DTL
-from veneer.testing.case import stir
+from veneer.testing.case import perturb
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "num_classes": 10}
 
@@ -30,7 +30,7 @@ def picture(height: int = 32, width: int = 32) -> Tensor:
 
 def stirred(model: nn.Module, **options: Any) -> Attachment:
     tuned = attach(model, "dtl", **options)
-    stir(tuned)
+    perturb(tuned)
     return tuned
 
 

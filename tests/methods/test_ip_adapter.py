@@ -15,7 +15,7 @@ import veneer
 from tests.methods.controls import PROMPTS, drawn, picture, pipeline
 from tests.raising import raises
 from veneer.injection.errors import ConditionError
-from veneer.testing.case import stir
+from veneer.testing.case import perturb
 
 WIDTH = 40
 
@@ -35,7 +35,7 @@ def layout(control: veneer.Attachment) -> dict[str, dict[str, torch.Tensor]]:
 def taught(pipe: Any, **options: Any) -> veneer.Attachment:
     torch.manual_seed(1)
     control = veneer.attach(pipe, "ip_adapter", width=WIDTH, **options)
-    stir(control, size=0.3)
+    perturb(control, size=0.3)
     return control
 
 
@@ -128,7 +128,7 @@ def test_pictures_are_embedded_by_the_pipelines_own_encoder(kind: str) -> None:
     pipe.register_modules(**encoder())
     torch.manual_seed(1)
     control = veneer.attach(pipe, "ip_adapter", kind=kind, width=WIDTH if kind == "base" else 16)
-    stir(control, size=0.3)
+    perturb(control, size=0.3)
     with control.condition(image=picture(1)):
         ours = drawn(pipe)
     state = layout(control)

@@ -20,7 +20,7 @@ from veneer.functional.convolve import convolve
 from veneer.injection import LoadError, UnsupportedSite, attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized._low_rank import PartAdapter, TuckerAdapter
+from veneer.methods.reparameterized._low_rank import TuckerAdapter, WeightInitAdapter
 from veneer.methods.reparameterized.lora import LoRA
 from veneer.testing import parametrize_with_checks
 
@@ -29,7 +29,7 @@ LAYERS = [nn.Linear(7, 6), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(4,
 INPUTS = [(3, 5, 7), (2, 4, 7, 6), (2, 4, 7, 6)]
 
 
-def entered(base: Any, site: WeightSite, **options: Any) -> PartAdapter:
+def entered(base: Any, site: WeightSite, **options: Any) -> WeightInitAdapter:
     torch.manual_seed(0)
     adapter = LoRA(**options).build(site).to(base.weight.dtype)
     adapter.enter(nn.Sequential(base))

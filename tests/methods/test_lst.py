@@ -15,7 +15,7 @@ from veneer.injection import Attachment, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.registry import hosts
 from veneer.methods.additive.lst import LST
-from veneer.testing.case import stir
+from veneer.testing.case import perturb
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "num_classes": 10}
 TOKENS = 17
@@ -32,7 +32,7 @@ def picture() -> Tensor:
 
 def stirred(model: nn.Module, **options: Any) -> Attachment:
     tuned = attach(model, "lst", **{"reduction": 4, **options})
-    stir(tuned)
+    perturb(tuned)
     return tuned
 
 
@@ -242,7 +242,7 @@ def test_taps_pass_no_gradient_to_what_is_trained_in_front() -> None:
     """LoRA in the blocks: all that the output knows of it comes through the taps, or at half strength through y as well."""
     model = vit()
     lora = attach(model, "lora", where="attn.q")
-    stir(lora)
+    perturb(lora)
     tuned = stirred(model)
     with tuned.enabled(False):
         bare = model(picture())

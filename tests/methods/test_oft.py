@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.hosts.published import build
 from tests.methods.layers import conv_site, trained
 from tests.raising import raises
-from veneer.functional.cayley import blocks_apply, cayley_change, neumann_change, skew, within
+from veneer.functional.cayley import blocks_apply, cayley_change, clip_norm, neumann_change, skew
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
@@ -199,7 +199,7 @@ def test_the_transform_is_exact_also_far_from_the_start_and_right_in_its_gradien
     tiny = skew(torch.full((1, 6), 1e-9), 4)
     torch.testing.assert_close(cayley_change(tiny), 2 * tiny, atol=1e-15, rtol=1e-6)  # in R itself it would be lost beside the 1s
     entries = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda e: cayley_change(within(skew(e, 3), 0.5)), entries)
+    assert torch.autograd.gradcheck(lambda e: cayley_change(clip_norm(skew(e, 3), 0.5)), entries)
 
 
 def test_a_block_diagonal_product() -> None:

@@ -14,7 +14,7 @@ from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.repadapter import BiasedBottleneck, Bottleneck, RepAdapter
+from veneer.methods.reparameterized.repadapter import BiasedRepBottleneck, RepAdapter, RepBottleneck
 
 
 @torch.no_grad()
@@ -152,12 +152,12 @@ def test_read_weights_separate_ones_and_convolutions_merge_to_the_same_outputs(h
 def test_biases_are_where_they_can_be_had() -> None:
     fields = {"name": "l", "role": "attn.qkv", "path": "l", "d_out": 6, "d_in": 8}
     build = RepAdapter().build
-    assert type(build(WeightSite(**fields, bias="l.bias"))) is BiasedBottleneck
-    assert type(build(WeightSite(**fields, bias="l.bias", called=False))) is BiasedBottleneck
-    assert type(build(WeightSite(**fields))) is BiasedBottleneck
-    assert type(build(WeightSite(**fields, called=False))) is Bottleneck
-    assert type(build(WeightSite(**fields, rows=(0, 6)))) is Bottleneck
-    assert type(RepAdapter(bias=False).build(WeightSite(**fields, bias="l.bias"))) is Bottleneck
+    assert type(build(WeightSite(**fields, bias="l.bias"))) is BiasedRepBottleneck
+    assert type(build(WeightSite(**fields, bias="l.bias", called=False))) is BiasedRepBottleneck
+    assert type(build(WeightSite(**fields))) is BiasedRepBottleneck
+    assert type(build(WeightSite(**fields, called=False))) is RepBottleneck
+    assert type(build(WeightSite(**fields, rows=(0, 6)))) is RepBottleneck
+    assert type(RepAdapter(bias=False).build(WeightSite(**fields, bias="l.bias"))) is RepBottleneck
 
 
 @pytest.mark.parametrize(

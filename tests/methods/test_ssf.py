@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.injection.sites import NormSite, WeightSite
-from veneer.methods.reparameterized.ssf import SSF, Scaled, ScaledAndShifted
+from veneer.methods.reparameterized.ssf import SSF, ScaleAdapter, ScaleShiftAdapter
 
 TINY = [
     ("timm_vit", "vit"),
@@ -60,7 +60,7 @@ def test_outputs_are_those_of_weights_and_biases_changed_by_hand(host: str, key:
     with torch.no_grad():
         for p in tuned.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
-        if any(a.__class__ is ScaledAndShifted and not s.bias for s, a in tuned.parts.values()):
+        if any(a.__class__ is ScaleShiftAdapter and not s.bias for s, a in tuned.parts.values()):
             tuned.detach()  # what has no bias cannot be written by hand
             tuned = attach(model, "ssf", where=[f"name:{s.name}" for s, a in tuned.parts.values() if s.bias])
         expected = by_hand(bare, tuned)
@@ -134,9 +134,9 @@ def test_it_starts_near_the_host_as_the_paper_says() -> None:
 
 def test_where_there_is_no_bias() -> None:
     """Called: shifted beside the weight, and no merge. Read: scaled only."""
-    assert type(SSF().build(site_of(nn.Linear(6, 4, bias=False), -1))) is ScaledAndShifted
+    assert type(SSF().build(site_of(nn.Linear(6, 4, bias=False), -1))) is ScaleShiftAdapter
     read = site_of(nn.Linear(6, 4, bias=False), -1, called=False)
-    assert type(SSF().build(read)) is Scaled
+    assert type(SSF().build(read)) is ScaleAdapter
     assert SSF().count(read) == 4
     model = timm.create_model("resnet18", num_classes=3).eval()
     tuned = attach(model, "ssf", where="name:layer1.0.conv1")

@@ -67,7 +67,7 @@ def test_files_of_two_formats_become_one_of_the_first(files: Any, base: Path, tm
     lines = merge(config)
     assert lines[0] == str(tmp_path / "both.safetensors")
     assert told(lines) < 1e-6
-    assert formats.look(tmp_path / "both").format == "kohya"
+    assert formats.inspect(tmp_path / "both").format == "kohya"
     got = loaded(tmp_path / "both")
     assert got.keys() == first.keys()
     for name, delta in first.items():
@@ -218,10 +218,10 @@ def test_tokens_alone_are_merged_into_one_file(base: Path, tmp_path: Path) -> No
         learned = fill(attach(tiny_pipeline("sd"), "textual_inversion", tokens=token), seed)
         paths.append(formats.embeddings.save(learned, tmp_path / token.strip("<>"), {"base": str(base)}))
     merge(MergeConfig(tuple(paths), base=str(base), out=tmp_path / "ab.safetensors"))
-    assert formats.look(tmp_path / "ab.safetensors").words == ("<a>", "<b>")
+    assert formats.inspect(tmp_path / "ab.safetensors").words == ("<a>", "<b>")
     both, _, _ = pivotal(tmp_path / "both.safetensors", base, "<c>", 1)
     merge(MergeConfig((*paths, both), out=tmp_path / "abc.safetensors"))
-    assert formats.look(tmp_path / "abc.safetensors").format == "native"
+    assert formats.inspect(tmp_path / "abc.safetensors").format == "native"
     assert list(tokens_of(tmp_path / "abc.safetensors")) == ["<a>", "<b>", "<c>"]
     with raises(VeneerError, file=paths[0], where="rank", given="embeddings"):
         resize(ResizeConfig(paths[0], rank=2, base=str(base), out=tmp_path / "x"))

@@ -14,7 +14,7 @@ from veneer.pipelines.inspect_file import InspectConfig, inspect_file
 import veneer
 from tests.formats.cases import fill
 from veneer.cli import main
-from veneer.formats import diffusers, embeddings, kohya, look
+from veneer.formats import diffusers, embeddings, inspect, kohya
 from veneer.injection import LoadError, attach
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -80,7 +80,7 @@ def test_what_is_missing_unused_and_misshapen(folder: Path, tmp_path: Path) -> N
     del spoilt[up if up.endswith("lora_B.weight") else down]
     save_file(spoilt, tmp_path / "x.safetensors")
     pipe = tiny_pipeline("sd")
-    found = look(tmp_path / "x", pipe)
+    found = inspect(tmp_path / "x", pipe)
     assert found.fits is False
     assert found.unused == ("unet.elsewhere.lora_A.weight",)
     assert len(found.missing) == 1
@@ -90,7 +90,7 @@ def test_what_is_missing_unused_and_misshapen(folder: Path, tmp_path: Path) -> N
 
 
 def test_a_base_that_it_is_not_for(folder: Path) -> None:
-    found = look(folder / "kohya", tiny_pipeline("dit"))
+    found = inspect(folder / "kohya", tiny_pipeline("dit"))
     assert found.fits is False
     assert "made for" in found.notes[0]
 
@@ -102,19 +102,23 @@ def test_the_family_is_told_by_the_width_of_the_text(tmp_path: Path, width: int,
     pipe = tiny_pipeline("sd", cross_attention_dim=width)
     lora = attach(pipe.unet, "lora", where="xattn", rank=2)
     for path in (kohya.save(lora, tmp_path / "kohya"), diffusers.save(lora, tmp_path / "diffusers")):
-        assert look(path).family == family
-    assert look(attach(pipe, "lora", where="xattn", rank=2).save(tmp_path / "native")).family == family
+        assert inspect(path).family == family
+    assert inspect(attach(pipe, "lora", where="xattn", rank=2).save(tmp_path / "native")).family == family
 
 
 def test_names_alone_are_not_conclusive(tmp_path: Path) -> None:
     """A tiny model has FLUX's names, and none of its widths."""
     lora = attach(tiny_pipeline("flux"), "lora", rank=2)
-    assert look(kohya.save(lora, tmp_path / "kohya")).family is look(diffusers.save(lora, tmp_path / "diffusers")).family is None
+    assert (
+        inspect(kohya.save(lora, tmp_path / "kohya")).family
+        is inspect(diffusers.save(lora, tmp_path / "diffusers")).family
+        is None
+    )
 
 
 @pytest.mark.skipif(not FIXTURE.is_file(), reason="the published LoRA is not on this machine")
 def test_a_published_file() -> None:
-    found = look(FIXTURE)
+    found = inspect(FIXTURE)
     assert (found.format, found.family, found.tensors) == ("cloneofsimo", "Stable Diffusion 1", 386)
     rows = [(b.name, b.method, b.layers, b.ranks) for b in found.blocks]
     assert sorted(rows) == [
@@ -133,7 +137,7 @@ def test_methods_ranks_and_alphas_of_what_is_no_lora(tmp_path: Path) -> None:
     state |= {f"{name.format(2)}.oft_blocks": torch.ones(2, 2, 2), f"{name.format(2)}.alpha": torch.tensor(0.1)}
     state |= {f"{name.format(3)}.diff": torch.ones(2, 2)}
     save_file(state, tmp_path / "x.safetensors")
-    found = look(tmp_path / "x")
+    found = inspect(tmp_path / "x")
     assert found.format == "lycoris"
     assert [(b.name, b.method, b.ranks, b.alphas) for b in found.blocks] == [
         ("lora_unet_down_blocks_0", "loha", (4,), (3.0,)),
@@ -145,10 +149,10 @@ def test_methods_ranks_and_alphas_of_what_is_no_lora(tmp_path: Path) -> None:
 
 def test_words_and_what_no_format_knows(tmp_path: Path) -> None:
     words = fill(attach(tiny_pipeline("sd"), "textual_inversion", tokens="<toy>", vectors=2))
-    (row,) = look(embeddings.save(words, tmp_path / "words")).blocks
+    (row,) = inspect(embeddings.save(words, tmp_path / "words")).blocks
     assert (row.name, row.method, row.values) == ("<toy>", "textual_inversion", 48)
     save_file({"a.weight": torch.ones(2)}, tmp_path / "x.safetensors")
-    found = look(tmp_path / "x", tiny_pipeline("sd"))
+    found = inspect(tmp_path / "x", tiny_pipeline("sd"))
     assert (found.format, found.fits, found.blocks) == (None, None, ())
 
 
@@ -157,10 +161,10 @@ def test_the_command_prints_it(folder: Path, tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert "format: kohya" in printed
     assert "2–4" in printed
-    assert "on this base: fits" in printed
+    assert "on this base: compatible" in printed
     assert main(["inspect", str(folder / "kohya.safetensors"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["format"] == "kohya"
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
     assert "no such file" in capsys.readouterr().err
     with pytest.raises(LoadError):
-        look(tmp_path / "nowhere")
+        inspect(tmp_path / "nowhere")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from veneer.formats import Look
+from veneer.formats import FileSummary
 
 from ..shared.html import facts, name_list, note, table
 
@@ -28,7 +28,7 @@ EMPTY = (
 NONE_CHOSEN = '<div class="empty"><p>Choose an adapter to see what is in it.</p></div>'
 
 
-def describe_file(found: Look, base: str | None) -> str:
+def describe_file(found: FileSummary, base: str | None) -> str:
     """Properties of a file, and a table by block of the model. `base`: the base model that the file states."""
     ranks = sorted({rank for block in found.blocks for rank in block.ranks})
     alphas = sorted({alpha for block in found.blocks for alpha in block.alphas})
@@ -50,7 +50,7 @@ def describe_file(found: Look, base: str | None) -> str:
     return facts(pairs) + blocks + name_list("Header entries", found.header)
 
 
-def describe_fit(found: Look, base: str) -> str:
+def describe_fit(found: FileSummary, base: str) -> str:
     """Compatibility report: used, unused, missing and misshapen tensors."""
     if found.fits:
         verdict_note = note(f"Compatible with {base}: all {len(found.used):,} tensors are used.", "good")

@@ -17,9 +17,9 @@ from veneer.pipelines.merge import MergeConfig, merge
 from veneer.pipelines.resize import ResizeConfig, resize
 
 import veneer
-from veneer import base_models
+from veneer import base_models, formats
 from veneer.adapter_merging import is_mergeable
-from veneer.formats import Look, look, native
+from veneer.formats import FileSummary, native
 from veneer.injection import OptionError, StateError, VeneerError
 
 from ...limits import LIMITS
@@ -75,14 +75,14 @@ def example(workspace: Workspace) -> str:
     return EXAMPLE
 
 
-def inspect(workspace: Workspace, name: str, base: str | None = None) -> Look:
+def inspect(workspace: Workspace, name: str, base: str | None = None) -> FileSummary:
     """Inspects a file, and with a base model its compatibility.
 
     Raises:
         VeneerError: unknown file or base model, or a corrupt file.
     """
     file = workspace.adapter(name)
-    return _hide_folders(workspace, lambda: look(file, base_models.load(base) if base else None))
+    return _hide_folders(workspace, lambda: formats.inspect(file, base_models.load(base) if base else None))
 
 
 def mergeable_adapters(workspace: Workspace) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from veneer.formats import formats, load_all, look, read
-from veneer.formats._core.conversion import HOLDING
-from veneer.formats._core.token_embeddings import TokenEmbedding, attach_tokens, token_embeddings, token_files, unite
+from veneer.formats import formats, inspect, load_all, read
+from veneer.formats._core.conversion import TOKEN_FORMATS
+from veneer.formats._core.token_embeddings import TokenEmbedding, attach_tokens, merge_tokens, token_embeddings, token_files
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, LoadError, SaveError, VeneerError
 
@@ -90,7 +90,7 @@ def is_mergeable(path: str | PathLike[str]) -> bool:
     False for classifiers, control networks, image prompts, trained base parameters and unreadable files.
     """
     try:
-        found = look(path)
+        found = inspect(path)
         header = read(path).json(KEY) if found.format == "native" else None
     except (VeneerError, OSError):
         return False
@@ -118,7 +118,7 @@ def common_format(paths: Iterable[str | PathLike[str]]) -> str:
         LoadError: a file of an unknown format.
     """
     for path in paths:
-        found = look(path).format
+        found = inspect(path).format
         if found is None:
             raise LoadError(f"{path}: unknown format. Set the output format with --to.", file=path, option="to")
         if found != "embeddings":
@@ -157,8 +157,8 @@ def write_all(
     lora = [] if result is None else [result.attachment]
     if result is not None:
         _narrow(result, dtype)
-    if form in HOLDING:
-        several = attach_tokens(model, [unite(tokens, target)] if form == "embeddings" and tokens else tokens)
+    if form in TOKEN_FORMATS:
+        several = attach_tokens(model, [merge_tokens(tokens, target)] if form == "embeddings" and tokens else tokens)
         try:
             return [formats.get(form)().save([*several, *lora], target, provenance)]
         finally:

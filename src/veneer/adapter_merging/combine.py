@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from veneer.functional.low_rank import cut
+from veneer.functional.low_rank import truncate
 from veneer.functional.task_vectors import drop, elected_mean, trim
 from veneer.injection import Attachment
 from veneer.injection.errors import OptionError
@@ -198,7 +198,7 @@ def _merge_site(
             raise CombineError(message, where=site.name, given="sum", expected="svd")
         return lora_factors(site, target, target.factors, dtype)
     u, s, vh = target.svd()
-    return lora_factors(site, target, cut(u, s, vh, keep.count(s)), dtype)
+    return lora_factors(site, target, truncate(u, s, vh, keep.count(s)), dtype)
 
 
 def _exact(pair: tuple[Tensor, Tensor, float], dtype: torch.dtype) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.low_rank import cut
+from veneer.functional.low_rank import truncate
 from veneer.injection import StateError
 from veneer.injection.attachment.model_state import peek
 from veneer.injection.composition.merge import host_tensors
@@ -69,7 +69,7 @@ def extract(
 def _extract_site(site: WeightSite, change: Tensor, keep: RankSelection, dtype: torch.dtype) -> LoRAFactors:
     target = DeltaWeight(matrix=grouped(change, site))
     u, s, vh = target.svd()
-    return lora_factors(site, target, cut(u, s, vh, keep.count(s)), dtype)
+    return lora_factors(site, target, truncate(u, s, vh, keep.count(s)), dtype)
 
 
 def _selected_sites(towers: Sequence[Tower], where: str | Sequence[str] | None) -> list[WeightSite]:

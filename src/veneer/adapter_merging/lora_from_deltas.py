@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.formats._core.lora_config import Found, config_of
+from veneer.formats._core.lora_config import LoRALayer, config_of
 from veneer.injection import Attachment, attach, attachments, methods
 from veneer.injection.sites import WeightSite
 
@@ -105,7 +105,7 @@ def attach_lora(
     if not factors:
         raise CombineError("no weight changes; expected adapters or models with a ΔW other than 0.", given=0, expected=1)
     here = attachments(model)
-    config = config_of({m.site.name: Found(m.site, m.rank, m.alpha) for m in factors})
+    config = config_of({m.site.name: LoRALayer(m.site, m.rank, m.alpha) for m in factors})
     where = [f"name:{m.site.name}" for m in factors]
     with torch.random.fork_rng(devices=[]):
         lora = attach(

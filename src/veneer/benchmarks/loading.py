@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from veneer.formats import load
-from veneer.formats._names.kohya import places
-from veneer.formats._names.modules import paths
+from veneer.formats._names.kohya import named_layers
+from veneer.formats._names.modules import weight_paths
 from veneer.injection.towers import towers_of
 
 from . import peers
@@ -67,7 +67,7 @@ def weightless(config: dict[str, Any]) -> nn.Module:
 def _diffusers(model: nn.Module, rank: int, scratch: Path) -> tuple[Path, int]:
     (tower,) = towers_of(model)
     state: dict[str, Tensor] = {}
-    for path, site in paths(tower).items():
+    for path, site in weight_paths(tower).items():
         state[f"transformer.{path}.lora_A.weight"] = _drawn(rank, site.d_in)
         state[f"transformer.{path}.lora_B.weight"] = _drawn(site.d_out, rank)
     save_file(state, scratch / "diffusers.safetensors")
@@ -78,7 +78,7 @@ def _kohya(model: nn.Module, rank: int, scratch: Path) -> tuple[Path, int]:
     """One pair for each fused projection, as sd-scripts train it."""
     (tower,) = towers_of(model)
     state: dict[str, Tensor] = {}
-    found = places(tower)
+    found = named_layers(tower)
     for place in found:
         name, rows = place.names[0], sum(site.d_out for site in place.sites)
         state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = _drawn(rank, place.sites[0].d_in), _drawn(rows, rank)

@@ -10,26 +10,26 @@ from veneer.injection import Attachment
 from veneer.injection.errors import LoadError, OptionError
 from veneer.injection.towers import kept
 
-from ._core.conversion import Converted, convert
-from ._core.format import Format, Layer, Options, format_of, formats, known_format
-from ._core.inspection import Look, look
+from ._core.conversion import ConversionResult, convert
+from ._core.format import Format, LayerInfo, Options, format_of, formats, known_format
+from ._core.inspection import FileSummary, inspect
 from ._io.reader import File, read
 
 _log = logging.getLogger(__name__)
 
 __all__ = [
-    "Converted",
+    "ConversionResult",
     "File",
+    "FileSummary",
     "Format",
-    "Layer",
-    "Look",
+    "LayerInfo",
     "Options",
     "convert",
     "format_of",
     "formats",
+    "inspect",
     "load",
     "load_all",
-    "look",
     "read",
 ]
 
@@ -67,8 +67,8 @@ def load(
     names = tuple(attachment.name for attachment in loaded)
     for attachment in reversed(loaded):
         attachment.detach()
-    held = f"{len(names)} attachments ({', '.join(names)})" if names else "no attachment for this model"
-    message = f"load: {path} has {held}; expected one. Use veneer.load_all, which returns a list of all attachments of a file."
+    content = f"{len(names)} attachments ({', '.join(names)})" if names else "no attachment for this model"
+    message = f"load: {path} has {content}; expected one. Use veneer.load_all, which returns a list of all attachments of a file."
     raise LoadError(message, file=path, where="attachments", given=names, expected=1)
 
 

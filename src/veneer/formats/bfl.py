@@ -1,11 +1,10 @@
-"""LoRA of FLUX.1 with the names of Black Forest Labs' own release, such as their control LoRAs."""
+"""LoRA of FLUX.1 with the names of Black Forest Labs' original release, such as their control LoRAs."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,15 +15,14 @@ from veneer.injection import Attachment, LoadError, SaveError
 from veneer.injection.sites import ParamSite
 from veneer.injection.towers import Tower, towers_of
 
-from ._core.attach import Wanted, attach_all
-from ._core.format import Layer, Options, values
-from ._core.layer_keys import Layered
-from ._core.lora_reader import layers_of, wanted
+from ._core.attach import AttachmentSpec, attach_all
+from ._core.format import LayerInfo, Options, count_parameters
+from ._core.layer_keys import LayerTableFormat
+from ._core.lora_reader import layers_of, lora_spec
 from ._io.reader import File
-from ._io.writer import destination
-from ._names.kohya import Place
-from ._names.modules import modules
-from ._peft.config import NAME, read_config, refuse, scaled_alpha
+from ._names.kohya import NamedLayer
+from ._names.modules import original_modules
+from ._peft.config import NAME, read_config, reject_unsupported, scaled_alpha
 from .comfyui import ComfyUI
 
 PEFT = "base_model.model."
@@ -37,15 +35,13 @@ NORMS = {(None, "query"): "norm_q", (None, "key"): "norm_k", ("img", "query"): "
          ("txt", "query"): "norm_added_q", ("txt", "key"): "norm_added_k"}  # fmt: skip
 
 
-class BFL(Layered):
+class BFL(LayerTableFormat):
     """`double_blocks.{i}.img_attn.qkv.lora_A.weight` (r, d_in), `….lora_B.weight` (d_out, r), `….lora_B.bias` (d_out).
 
     ΔW = B A; ComfyUI's names without a prefix. The control LoRAs (Canny, Depth) have biases, which become a bitfit attachment,
-    and whole norms of queries and keys, which become trained parameters of the base. Their `img_in` reads the control picture
-    beside the latents, 128 channels, so that they need a FLUX widened to these. `base_model.model.` before the names, as peft
-    puts it there, is read as well: with peft's config beside the file by its alphas, ΔW = (alpha / r)·B A. Read only.
-    Source: black-forest-labs/flux `docs/structural-conditioning.md`, `src/flux/modules/lora.py`; diffusers 0.42
-    `loaders/lora_conversion_utils.py`.
+    and complete query and key norms, which become trained base parameters. Their `img_in` reads the control image concatenated
+    with the latents, 128 channels, so that they need a FLUX widened to this input. peft's prefix `base_model.model.` is also
+    accepted: with peft's config beside the file, ΔW = (alpha / r)·B A with its alphas. Read only.
     """
 
     name: ClassVar[str] = "bfl"
@@ -56,43 +52,40 @@ class BFL(Layered):
     def reads(self, file: File) -> bool:
         return any(key.startswith(STARTS) for key in file.shapes) and not any(".processor." in key for key in file.shapes)
 
-    def places(self, tower: Tower) -> Sequence[Place]:
+    def places(self, tower: Tower) -> Sequence[NamedLayer]:
         flux = type(tower.module).__name__ == "FluxTransformer2DModel"
-        return [Place((m.path, PEFT + m.path), m.sites, m.swapped) for m in modules(tower) if flux]
+        return [NamedLayer((m.path, PEFT + m.path), m.sites, m.swapped) for m in original_modules(tower) if flux]
 
-    def layers(self, file: File) -> list[Layer]:
+    def layers(self, file: File) -> list[LayerInfo]:
         beside = [key for key in file.shapes if key.endswith(BIAS) or NORM.fullmatch(key)]
-        pairs = layers_of(file.only(file.shapes.keys() - set(beside)), self.ends)
+        pairs = layers_of(file.restrict(file.shapes.keys() - set(beside)), self.ends)
         alphas = _alphas(file)
         pairs = [dataclasses.replace(p, alpha=alphas(p.name, p.rank)) if alphas and p.rank else p for p in pairs]
-        return [*pairs, *(Layer(key, "bitfit" if key.endswith(BIAS) else "norm", values=values(file, [key])) for key in beside)]
+        return [
+            *pairs,
+            *(LayerInfo(key, "bitfit" if key.endswith(BIAS) else "norm", values=count_parameters(file, [key])) for key in beside),
+        ]
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         biases = {key for key in file.shapes if key.endswith(BIAS)}
         norms = {key for key in file.shapes if NORM.fullmatch(key)}
         known = self.known(model)
-        _refuse_narrow(file, known)
-        lora = wanted(model, file.only(file.shapes.keys() - biases - norms), options, known, self.ends, _alphas(file))
+        _reject_narrow(file, known)
+        lora = lora_spec(model, file.restrict(file.shapes.keys() - biases - norms), options, known, self.ends, _alphas(file))
         params = {(s.path, s.param): s for t in towers_of(model) for s in t.sites if isinstance(s, ParamSite)}
         replaced = dict(_norms(file, file.tensors(options.strict, norms), params))
         lora = dataclasses.replace(lora, state={**lora.state, **replaced}, train=[key.rpartition(":")[0] for key in replaced])
         shifts = dict(_biases(file, file.tensors(options.strict, biases), known, params))
-        shift = Wanted("bitfit", "bitfit", {}, list(shifts), {f"{name}:delta": t for name, t in shifts.items()})
+        shift = AttachmentSpec("bitfit", "bitfit", {}, list(shifts), {f"{name}:delta": t for name, t in shifts.items()})
         return attach_all(model, file, [lora, shift] if shifts else [lora], options)
 
-    def save(
-        self,
-        attachments: Attachment | Sequence[Attachment],
-        path: str | PathLike[str],
-        provenance: Mapping[str, Any] | None = None,
-    ) -> Path:
-        target = destination(path, self.file)
-        message = f"{target}: these names are read only. Write comfyui, which has a prefix before them."
+    def write_to(self, attachments: Sequence[Attachment], target: Path, provenance: Mapping[str, Any] | None) -> Path:
+        message = f"{target}: this format is read only. Use comfyui, which has the same names with a prefix."
         raise SaveError(message, file=target, given=self.name, expected=("comfyui",))
 
 
 def _alphas(file: File) -> Callable[[str, int], float] | None:
-    """Alpha by a layer's name and rank from peft's config beside a file with peft's prefix; None if there is no config.
+    """Maps a layer's name and rank to alpha, from peft's config beside a file with peft's prefix; None if there is no config.
 
     Raises:
         LoadError: the config is not of plain LoRA.
@@ -101,21 +94,21 @@ def _alphas(file: File) -> Callable[[str, int], float] | None:
     if not any(key.startswith(PEFT) for key in file.shapes) or not where.is_file():
         return None
     config = read_config(file)
-    refuse(where, config)
+    reject_unsupported(where, config)
     if config["peft_type"] != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config["peft_type"][:80]
-        message = f"{where}: {kind} with Black Forest Labs' module names; only plain LoRA is read with them."
+        message = f"{where}: {kind} with Black Forest Labs' module names; only plain LoRA is supported with them."
         raise LoadError(message, file=where, given=kind, expected="LORA")
     return lambda name, rank: scaled_alpha(file, config, name.removeprefix(PEFT), rank)
 
 
-def _refuse_narrow(file: File, known: Mapping[str, Place]) -> None:
-    """Raise for a control LoRA on a model that reads no control picture."""
+def _reject_narrow(file: File, known: Mapping[str, NamedLayer]) -> None:
+    """Raises for a control LoRA on a model without an input for a control image."""
     width = next((s[1:] for start in ("", PEFT) if (s := file.shapes.get(f"{start}img_in.lora_A.weight"))), ())
     if width and "img_in" in known and width != (known["img_in"].sites[0].d_in,):
         raise LoadError(
-            f"{file.path}: it reads {width[0]} channels, the model {known['img_in'].sites[0].d_in}: a control LoRA, for a FLUX "
-            "whose x_embedder is widened to these (in_channels of its config, zeros in the new columns).",
+            f"{file.path}: reads {width[0]} input channels, but the model has {known['img_in'].sites[0].d_in}: a control LoRA "
+            "needs a FLUX with a widened x_embedder (in_channels of its config, zeros in the new columns).",
             file=file.path,
             where="img_in",
             given=width[0],
@@ -133,20 +126,22 @@ def _norms(
         blocks = "transformer_blocks" if match["kind"] == "double" else "single_transformer_blocks"
         site = params.get((f"{blocks}.{match['i']}.attn.{NORMS[match['stream'], match['half']]}", "weight"))
         if site is None:
-            message = f"{file.path}: the model has no norm for '{key}'. It was made for another base."
+            message = f"{file.path}: the model has no norm for '{key}'. It was made for another base model."
             raise LoadError(message, file=file.path, where=key, unused=[key])
         yield f"{site.name}:weight", tensor
 
 
 def _biases(
-    file: File, tensors: Mapping[str, Tensor], known: Mapping[str, Place], params: Mapping[tuple[str, str], ParamSite]
+    file: File, tensors: Mapping[str, Tensor], known: Mapping[str, NamedLayer], params: Mapping[tuple[str, str], ParamSite]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Site of each bias and what is added to it."""
+    """Site of each bias and its update."""
     for key, tensor in tensors.items():
         place = known.get(key.removesuffix(BIAS))
         sites = [params.get((site.path, "bias")) for site in place.sites] if place else []
         if place is None or None in sites or tensor.shape != (sum(s.d_out for s in place.sites),):
-            message = f"{file.path}: '{key}' {tuple(tensor.shape)} fits no bias of the model. It was made for another base."
+            message = (
+                f"{file.path}: '{key}' {tuple(tensor.shape)} matches no bias of the model. It was made for another base model."
+            )
             raise LoadError(message, file=file.path, where=key, given=tuple(tensor.shape), expected="bias")
         whole = torch.cat(tensor.chunk(2)[::-1]) if place.swapped else tensor
         for site, part in zip(sites, whole.split([s.d_out for s in place.sites]), strict=True):

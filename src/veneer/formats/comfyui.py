@@ -1,4 +1,4 @@
-"""LoRA with ComfyUI's own names: the paths of the first release, with dots."""
+"""LoRA with ComfyUI's names: the dotted paths of the original release."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import ClassVar
 
 from veneer.injection.towers import Tower
 
-from ._core.layer_keys import Layered
+from ._core.layer_keys import LayerTableFormat
 from ._core.lora_config import ENCODERS
 from ._core.lora_reader import DOWN, KOHYA, UP
 from ._io.reader import File
-from ._names.kohya import Place
-from ._names.modules import T5, modules
+from ._names.kohya import NamedLayer
+from ._names.modules import T5, original_modules
 
 PREFIXES = ("diffusion_model.", "text_encoders.")
 
 
-class ComfyUI(Layered):
+class ComfyUI(LayerTableFormat):
     """`diffusion_model.{path}.lora_down.weight` (r, d_in[, k, k]), `….lora_up.weight` (d_out, r[, 1, 1]), `….alpha` ().
 
-    `{path}`: that of the first release, such as `double_blocks.0.img_attn.qkv` (FLUX), `joint_blocks.0.x_block.attn.qkv`
+    `{path}`: that of the original release, such as `double_blocks.0.img_attn.qkv` (FLUX), `joint_blocks.0.x_block.attn.qkv`
     (SD 3), `blocks.0.attn.qkv` (PixArt) or `input_blocks.4.1.proj_in` (SD). Text encoders:
-    `text_encoders.{clip_l, clip_h, clip_g, t5xxl}.transformer.{path}`. ΔW = (alpha / r)·B A, alpha = r where it is missing.
-    `lora_A` and `lora_B`, as diffusion-pipe and others write them, are read too.
+    `text_encoders.{clip_l, clip_h, clip_g, t5xxl}.transformer.{path}`. ΔW = (alpha / r)·B A, alpha = r if it is missing.
+    `lora_A` and `lora_B`, as written by diffusion-pipe and others, are also read.
     Source: ComfyUI `comfy/lora.py`, `comfy/weight_adapter/lora.py`.
     """
 
@@ -36,19 +36,19 @@ class ComfyUI(Layered):
     }  # fmt: skip
 
     def reads(self, file: File) -> bool:
-        """Not with `bundle_emb.`: these are OneTrainer's, in the same names."""
+        """True unless the file has `bundle_emb.` keys, which OneTrainer adds to the same names."""
         others = any(".processor." in key or key.startswith("bundle_emb.") for key in file.shapes)
         return any(key.startswith(PREFIXES) for key in file.shapes) and not others
 
-    def places(self, tower: Tower) -> Sequence[Place]:
+    def places(self, tower: Tower) -> Sequence[NamedLayer]:
         prefix = "diffusion_model"
         if type(tower.module).__name__ in (*ENCODERS, T5):
             prefix = f"text_encoders.{encoder(tower)}.transformer"
-        return [Place((f"{prefix}.{m.path}",), m.sites, m.swapped) for m in modules(tower)]
+        return [NamedLayer((f"{prefix}.{m.path}",), m.sites, m.swapped) for m in original_modules(tower)]
 
 
 def encoder(tower: Tower) -> str:
-    """ComfyUI's name of a text encoder: by its kind and place, and CLIP-H, of SD 2, by its width."""
+    """ComfyUI's name of a text encoder: by its class and position; CLIP-H of SD 2 by its width."""
     kind = type(tower.module).__name__
     if kind == T5:
         return "t5xxl"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,13 +14,13 @@ from veneer.injection import Attachment, SaveError
 from veneer.injection.sites import WeightSite
 
 from ._core.attach import attach_all
-from ._core.format import Format, Layer, Options, listed
-from ._core.lora_config import ENCODERS, component_of, refuse, refuse_trained
+from ._core.format import Format, LayerInfo, Options, pt_metadata
+from ._core.lora_config import ENCODERS, component_of, reject_other_methods, reject_trained_base
 from ._io.reader import File
-from ._io.writer import destination, write
-from ._peft.codec import Part
+from ._io.writer import write
+from ._peft.codec import PeftAdapter
 from ._peft.low_rank import MAGNITUDE
-from ._peft.tensors import DORA, LORA, layers, wanted
+from ._peft.tensors import DORA, LORA, layers, peft_specs
 
 METADATA = "lora_adapter_metadata"
 
@@ -29,17 +28,17 @@ METADATA = "lora_adapter_metadata"
 class Diffusers(Format):
     """`{component}.{path}.lora_A.weight` (r, d_in[, k, k]) and `…lora_B.weight` (d_out, r[, 1, 1]); ΔW = (alpha / r)·B A.
 
-    Alpha is in no tensor: the header's `lora_adapter_metadata` holds peft's `LoraConfig` of every component, as JSON, and
-    diffusers takes alpha = r where it is missing. Written here: rsLoRA, ranks and alphas by site as plain alphas and ranks of
-    each module; `text_model.` in the paths of CLIP, which old and new diffusers understand.
+    Alpha is not stored as a tensor: the metadata `lora_adapter_metadata` holds peft's `LoraConfig` of every component, as JSON,
+    and diffusers uses alpha = r if it is missing. rsLoRA, ranks and alphas by site are written as plain alphas and ranks of
+    each module; CLIP paths are written with `text_model.`, which old and new diffusers accept.
 
-    DoRA has `….lora_magnitude_vector` (d_out) or (1, d_out, 1, 1) as well; ai-toolkit calls it `….magnitude`. Read too: LoKr in
-    peft's words (`….lokr_w1`), and an `….alpha` of a module's own, as ai-toolkit and others write them; ΔW as LyCORIS reckons
-    it then.
+    DoRA also has `….lora_magnitude_vector` (d_out) or (1, d_out, 1, 1); ai-toolkit calls it `….magnitude`. LoKr in peft's
+    naming (`….lokr_w1`) and a per-module `….alpha`, as written by ai-toolkit and others, are also read; ΔW then follows the
+    LyCORIS format.
 
     diffusers loads it into `unet`, `transformer` and the CLIP text encoders; its PixArt and DiT classes have no loader, but
-    peft's `inject_adapter_in_model` takes the same tensors. What no part of it can hold (other methods, trained base
-    parameters, T5, embeddings, grouped convolutions, whole fused projections) is refused, never left out.
+    peft's `inject_adapter_in_model` takes the same tensors. Everything that it cannot hold (other methods, trained base
+    parameters, T5, embeddings, grouped convolutions, whole fused projections) is rejected, never dropped.
     Source: diffusers 0.42 `loaders/lora_base.py`, `loaders/peft.py`; peft `LoraConfig`.
     """
 
@@ -49,87 +48,78 @@ class Diffusers(Format):
     def reads(self, file: File) -> bool:
         return any(".lora_A." in name or ".lokr_w" in name for name in file.shapes)
 
-    def layers(self, file: File) -> list[Layer]:
+    def layers(self, file: File) -> list[LayerInfo]:
         return layers(file, file.json(METADATA))
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
-        return attach_all(model, file, wanted(model, file, file.json(METADATA), options), options)
+        return attach_all(model, file, peft_specs(model, file, file.json(METADATA), options), options)
 
-    def save(
-        self,
-        attachments: Attachment | Sequence[Attachment],
-        path: str | PathLike[str],
-        provenance: Mapping[str, Any] | None = None,
-    ) -> Path:
-        target = destination(path, self.file)
+    def write_to(self, attachments: Sequence[Attachment], target: Path, provenance: Mapping[str, Any] | None) -> Path:
         tensors: dict[str, Tensor] = {}
         modules: dict[str, dict[str, tuple[int, float]]] = {}
         kinds: dict[str, str] = {}
-        for attachment in listed(attachments):
+        for attachment in attachments:
             kind = attachment.method.name
             if kind != "dora":
-                refuse(attachment, target, "diffusers' LoRA files")
-            refuse_trained(attachment, target, "diffusers' LoRA files")
+                reject_other_methods(attachment, target, "diffusers' LoRA files")
+            reject_trained_base(attachment, target, "diffusers' LoRA files")
             for component, module, site, adapter in _parts(attachment, target):
-                key = f"{component}.{_written(component, module)}"
+                key = f"{component}.{_written_path(component, module)}"
                 if f"{key}.lora_A.weight" in tensors:
-                    message = f"{target}: two attachments adapt '{key}', and the format holds one. Save them to two files."
+                    message = f"{target}: two attachments adapt '{key}', but the format holds one. Save them to separate files."
                     raise SaveError(message, file=target, where=key, given=2, expected=1)
                 if kinds.setdefault(component, kind) != kind:
-                    message = f"{target}: '{component}' has lora and dora, and the format holds one of them for each model."
+                    message = f"{target}: '{component}' has lora and dora, but the format holds one of them per model."
                     raise SaveError(message, file=target, where=component, given=("lora", "dora"), expected=1)
-                part = Part(module, site, adapter, attachment.towers)
+                part = PeftAdapter(module, site, adapter, attachment.towers)
                 found = (DORA if kind == "dora" else LORA).write(part)
                 tensors |= {f"{key}.{_end(component, end)}": tensor for end, tensor in found.items()}
                 rank = found["lora_A.weight"].shape[0]
                 modules.setdefault(component, {})[module] = (rank, adapter.scaling * rank)
         if not tensors:
-            raise SaveError(f"{target}: there is no attachment to save.", file=target, given=0, expected=1)
-        _recognised(modules, target)
+            raise SaveError(f"{target}: no attachment to save.", file=target, given=0, expected=1)
+        _check_recognizable(modules, target)
         config = {f"{c}.{k}": value for c, found in modules.items() for k, value in _config(c, found, kinds[c]).items()}
-        metadata = {"format": "pt", METADATA: json.dumps(config)}
-        if provenance:
-            metadata["provenance"] = json.dumps(dict(provenance))
-        return write(target, tensors, metadata)
+        return write(target, tensors, pt_metadata(provenance, {METADATA: json.dumps(config)}))
 
 
 def _parts(attachment: Attachment, target: Path) -> Iterator[tuple[str, str, Any, Any]]:
-    """(component, module path, site, adapter) of every site, or an error that names the site that does not fit."""
+    """(component, module path, site, adapter) of every site; raises for a site that the format cannot hold."""
     for site, adapter in attachment.parts.values():
         tower = attachment.towers[site.component]
         component = site.component or component_of(tower)
         path = site.name.removeprefix(site.component + ".") if site.component else site.name
-        wrong = _misfit(site, tower, component, path)
+        wrong = _explain(site, tower, component, path)
         if wrong:
-            message = f"{target}: '{site.name}' {wrong[1]}. Select other sites, or keep to the native file."
+            message = f"{target}: '{site.name}' {wrong[1]}. Select other sites, or use the native format."
             raise SaveError(message, file=target, where=site.name, given=wrong[0])
         yield component, path, site, adapter
 
 
-def _misfit(site: Any, tower: nn.Module, component: str, path: str) -> tuple[str, str] | None:
-    """Why diffusers has no name for a site: what it is, in one word and as a message."""
+def _explain(site: Any, tower: nn.Module, component: str, path: str) -> tuple[str, str] | None:
+    """Why diffusers has no name for a site: one word, and a phrase for the message."""
     name = type(tower).__name__
     if not component:
-        return name, f"is part of a {name}, which is no part of a diffusers pipeline"
+        return name, f"is part of a {name}, which is not part of a diffusers pipeline"
     if type(tower).__module__.startswith("transformers.") and name not in ENCODERS:
-        return name, f"is part of a {name}, into which diffusers loads no LoRA"
+        return name, f"is part of a {name}, into which diffusers cannot load LoRA"
     if not isinstance(site, WeightSite) or site.kind == "embedding":
-        return "embedding", "is an embedding, into which diffusers loads no LoRA"
+        return "embedding", "is an embedding, into which diffusers cannot load LoRA"
     if site.groups != 1:
-        return "groups", f"is a convolution in {site.groups} groups, of which peft has another low-rank form"
+        return "groups", f"is a convolution with {site.groups} groups, for which peft uses another low-rank form"
     if site.fused or not isinstance(_module(tower, path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         why = "is a fused projection, which diffusers has only after fuse_qkv_projections(). Unfuse before attaching"
         return "fused", why
     return None
 
 
-def _recognised(modules: Mapping[str, Mapping[str, Any]], target: Path) -> None:
-    """Raise for a text encoder without an adapted attention projection: by these alone diffusers knows the layout."""
+def _check_recognizable(modules: Mapping[str, Mapping[str, Any]], target: Path) -> None:
+    """Raises for a text encoder without an adapted attention projection, by which diffusers recognizes the format."""
     for component, paths in modules.items():
         if component.startswith("text_encoder") and not any(".self_attn." in path for path in paths):
             raise SaveError(
-                f"{target}: '{component}' is adapted outside its attention only, and diffusers tells LoRA of a text encoder by "
-                "its attention projections. Select attn there as well, or keep to the native file.",
+                f"{target}: '{component}' is adapted only outside its attention, but diffusers recognizes a text encoder's LoRA "
+                "by its attention projections. Select attn as well, or use the native format.",
                 file=target,
                 where=component,
                 given=tuple(paths),
@@ -145,21 +135,21 @@ def _module(tower: nn.Module, path: str) -> nn.Module | None:
 
 
 def _end(component: str, end: str) -> str:
-    """transformers 5, which reads the text encoders' part for diffusers, drops a magnitude that is not called a weight."""
+    """Key suffix. transformers 5, which loads text encoders for diffusers, drops magnitude keys that do not end in `.weight`."""
     return f"{end}.weight" if end == MAGNITUDE and component.startswith("text_encoder") else end
 
 
-def _written(component: str, path: str) -> str:
-    """CLIP's layers under `text_model.`, also where this transformers has no such level."""
+def _written_path(component: str, path: str) -> str:
+    """CLIP's layers under `text_model.`, also if the installed transformers has no such level."""
     inside = component.startswith("text_encoder") and not path.startswith(("text_model.", "text_projection"))
     return f"text_model.{path}" if inside else path
 
 
 def _config(component: str, modules: Mapping[str, tuple[int, float]], kind: str) -> dict[str, Any]:
-    """peft's LoraConfig: the commonest rank and alpha, and patterns for the others.
+    """peft's LoraConfig: the most common rank and alpha, and patterns for the others.
 
-    peft matches a pattern, a regular expression, with the end of a module's path; `^` ties it to the beginning. Paths in CLIP
-    begin with `text_model.` or do not, and their ends are unique.
+    peft matches a pattern, a regular expression, with the end of a module's path; `^` anchors it to the beginning. CLIP paths
+    may begin with `text_model.`, and their suffixes are unique.
     """
     text = component.startswith("text_encoder")
     short = {path: path.removeprefix("text_model.") if text else path for path in modules}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,12 +15,12 @@ from veneer.injection import Attachment
 from veneer.injection.towers import towers_of
 
 from ._core.attach import attach_all
-from ._core.format import Format, Layer, Options, listed
-from ._core.lora_reader import PARTS, layers_of, wanted
-from ._core.lora_writer import pairs
+from ._core.format import Format, LayerInfo, Options, pt_metadata
+from ._core.lora_reader import PARTS, layers_of, lora_spec
+from ._core.lora_writer import layer_factors
 from ._io.reader import File
-from ._io.writer import destination, write
-from ._names.kohya import places, version
+from ._io.writer import write
+from ._names.kohya import base_model_version, named_layers
 
 PREFIXES = ("lora_unet_", "lora_te")
 
@@ -32,18 +30,18 @@ class Kohya(Format):
 
     `{module}`: `lora_unet_`, or `lora_te_` for the text encoder of SD 1 and 2, `lora_te1_` and `lora_te2_` for those of SDXL,
     `lora_te1_` and `lora_te3_` (T5) for those of FLUX, all three for those of SD 3; then the path with underscores. UNets have
-    two spellings, diffusers' and that of the first release; both are read, and the one that sd-scripts write is written: the
-    first release's for SDXL, diffusers' for SD 1 and 2. FLUX.1 and SD 3: first release, with fused projections.
+    two spellings, diffusers' and that of the original release; both are read. Written is the spelling of sd-scripts: the original
+    release's for SDXL, diffusers' for SD 1 and 2. FLUX.1 and SD 3: original release, with fused projections.
 
-    Missing alpha means alpha = r. `.lora_mid.weight` (r, r, k, k) between a `down` and an `up` of 1×1 (Tucker) becomes part of
-    `down`. A fused projection is read as one LoRA a slice, of the components that touch its rows, and written as one LoRA
-    of all its slices, block by block. The alpha of a fused one belongs to its rank as it is in the file, as every reader
-    takes it, although sd-scripts' `split_qkv` trains with the rank of one slice.
+    A missing alpha means alpha = r. `.lora_mid.weight` (r, r, k, k) between 1×1 `down` and `up` (Tucker) is multiplied into
+    `down`. A fused projection is read as one LoRA per slice, restricted to components with nonzero rows there, and written as
+    one LoRA of all its slices, block by block. The alpha of a fused projection refers to its rank in the file, as in every
+    reader, although sd-scripts' `split_qkv` trains with the rank of one slice.
 
-    diffusers 0.42 itself reads one alpha for all attention layers of a UNet from this layout; where they differ, give it
-    its own format.
+    diffusers 0.42 itself reads a single alpha for all attention layers of a UNet from this format; if they differ, use
+    diffusers' own format.
 
-    Other changes in the same layout (DoRA, LoHa, LoKr, OFT, …) are the format `lycoris`.
+    Other adapters in the same layout (DoRA, LoHa, LoKr, OFT, …) have the format `lycoris`.
     Source: kohya-ss/sd-scripts `networks/lora.py`, `lora_flux.py`, `lora_sd3.py`, `library/sdxl_original_unet.py`; diffusers 0.42
     `loaders/lora_conversion_utils.py`.
     """
@@ -54,41 +52,31 @@ class Kohya(Format):
     def reads(self, file: File) -> bool:
         return any(k.startswith(PREFIXES) and "." in k for k in file.shapes) or any(k.endswith(PARTS[:2]) for k in file.shapes)
 
-    def layers(self, file: File) -> list[Layer]:
+    def layers(self, file: File) -> list[LayerInfo]:
         return layers_of(file)
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
-        known = {name: place for tower in towers_of(model) for place in places(tower) for name in place.names}
-        return attach_all(model, file, [wanted(model, file, options, known)], options)
+        known = {name: place for tower in towers_of(model) for place in named_layers(tower) for name in place.names}
+        return attach_all(model, file, [lora_spec(model, file, options, known)], options)
 
-    def save(
-        self,
-        attachments: Attachment | Sequence[Attachment],
-        path: str | PathLike[str],
-        provenance: Mapping[str, Any] | None = None,
-    ) -> Path:
-        target = destination(path, self.file)
+    def write_to(self, attachments: Sequence[Attachment], target: Path, provenance: Mapping[str, Any] | None) -> Path:
         tensors: dict[str, Tensor] = {}
-        several = listed(attachments)
-        versions = {v for a in several for m in a.towers.values() if (v := version(m))}
-        names = partial(places, numbered=numbered(several, versions))
-        for name, (down, up, scaling) in pairs(several, target, names, "kohya's LoRA files"):
+        versions = {v for a in attachments for m in a.towers.values() if (v := base_model_version(m))}
+        names = partial(named_layers, numbered=is_numbered(attachments, versions))
+        for name, (down, up, scaling) in layer_factors(attachments, target, names, "kohya's LoRA files"):
             tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
             tensors[f"{name}.alpha"] = torch.tensor(scaling * down.shape[0])
-        metadata = {"format": "pt", **_metadata(tensors, versions)}
-        if provenance:
-            metadata["provenance"] = json.dumps(dict(provenance))
-        return write(target, tensors, metadata)
+        return write(target, tensors, pt_metadata(provenance, _metadata(tensors, versions)))
 
 
-def numbered(attachments: Sequence[Attachment], versions: Set[str]) -> bool:
-    """True if the first text encoder is one of several, as the pipeline or the base tells, also where it alone is adapted."""
+def is_numbered(attachments: Sequence[Attachment], versions: Set[str]) -> bool:
+    """True if the first text encoder is one of several, by the pipeline or the base model, even if only it is adapted."""
     components = {site.component for a in attachments for site in a.offered}
     return bool(versions & {"sdxl_base_v1-0", "flux1"}) or "text_encoder_2" in components
 
 
 def _metadata(tensors: Mapping[str, Tensor], versions: Set[str]) -> dict[str, str]:
-    """What sd-scripts write and other tools look for: the base's version, rank and alpha."""
+    """Metadata that sd-scripts write and other tools read: base model version, rank and alpha."""
     ranks = [t.shape[0] for key, t in tensors.items() if key.endswith(PARTS[0])]
     alphas = [float(t) for key, t in tensors.items() if key.endswith(".alpha")]
     common = [Counter(values).most_common(1)[0][0] for values in (ranks, alphas)]
@@ -98,7 +86,7 @@ def _metadata(tensors: Mapping[str, Tensor], versions: Set[str]) -> dict[str, st
 
 
 def base_metadata(versions: Set[str]) -> dict[str, str]:
-    """The base's version, where it is one."""
+    """The base model version, if it is unique."""
     return {"ss_base_model_version": v, "ss_v2": str(v == "sd_v2")} if len(versions) == 1 and (v := next(iter(versions))) else {}
 
 

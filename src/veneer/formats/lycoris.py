@@ -1,4 +1,4 @@
-"""What is not plain LoRA, as LyCORIS and kohya's sd-scripts write it, and A1111, Forge and (but for (IA)³) ComfyUI read it."""
+"""Adapters other than plain LoRA, as LyCORIS and sd-scripts write them; A1111, Forge and (except (IA)³) ComfyUI read them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,59 +14,59 @@ from torch import Tensor
 from veneer.injection import Attachment, LoadError, SaveError, VeneerError
 from veneer.injection.towers import towers_of
 
-from ._core.attach import Wanted, attach_all
-from ._core.format import Format, Layer, Options, listed, values
-from ._core.lora_config import refuse_trained
+from ._core.attach import AttachmentSpec, attach_all
+from ._core.format import Format, LayerInfo, Options, count_parameters, pt_metadata
+from ._core.lora_config import reject_trained_base
 from ._core.lora_reader import DOWN, UP
-from ._core.lora_writer import Places, by_place
+from ._core.lora_writer import LayerNames, adapters_by_layer
 from ._io.reader import File
-from ._io.writer import destination, write
-from ._lycoris.codec import Codec, Group, Module, Piece
+from ._io.writer import write
+from ._lycoris.codec import AdapterGroup, Codec, LycorisModule, SiteTensors
 from ._lycoris.glora import GLoRACodec
 from ._lycoris.ia3 import IA3Codec
 from ._lycoris.loha import LoHaCodec
 from ._lycoris.lokr import LoKrCodec
 from ._lycoris.lora import DoRACodec, LoRACodec
-from ._lycoris.names import PREFIXES, dotted, readable, written
+from ._lycoris.names import PREFIXES, dotted_layers, readable_layers, written_layers
 from ._lycoris.oft import BOFTCodec, OFTCodec
 from ._lycoris.onetrainer_oft import InputOFTCodec
-from ._names.kohya import Place, version
-from .kohya import base_metadata, numbered
+from ._names.kohya import NamedLayer, base_model_version
+from .kohya import base_metadata, is_numbered
 
-# in the order in which a module is offered to them: dora before lora, whose tensors it has, too; of two of one method the
-# last writes
+# in order of precedence: dora before lora, whose tensors it also has; if two codecs share a method, the last one
+# writes it
 CODECS: tuple[Codec, ...] = (
     DoRACodec(), LoHaCodec(), LoKrCodec(), InputOFTCodec(), OFTCodec(), BOFTCodec(), GLoRACodec(), IA3Codec(), LoRACodec(),
 )  # fmt: skip
 BY_METHOD = {codec.method: codec for codec in CODECS}
 ENDS = ("alpha", *(end for codec in CODECS for end in codec.ends))
-SPELLINGS = {"lora_A.weight": DOWN, "lora_B.weight": UP, "magnitude": "dora_scale"}  # of OneTrainer for ComfyUI, of ai-toolkit
+SPELLINGS = {"lora_A.weight": DOWN, "lora_B.weight": UP, "magnitude": "dora_scale"}  # OneTrainer for ComfyUI; ai-toolkit
 MARKS = tuple(f".{end}" for end in (*ENDS, "magnitude") if end not in ("alpha", "weight", *LoRACodec.ends))
 OTHERS = {
     "diff": "full weights", "diff_b": "full weights", "w_norm": "norms", "b_norm": "norms", "oft_diag": "OFT of an older LyCORIS",
     "lambda_layer": "T-LoRA", "bm.weight": "GLoRA in a Tucker form", "lokr_t1": "LoKr in a form that no tool writes",
-    "set_weight": "weights of its own", "reshape_weight": "weights of another shape",
+    "set_weight": "a replacement weight", "reshape_weight": "a weight of another shape",
 }  # fmt: skip
 OTHER_MARKS = tuple(f".{end}" for end in OTHERS)
-Written = tuple[Codec, Group, dict[str, Tensor]]  # one module of a saved file and its tensors by the ends of their keys
+WrittenModule = tuple[Codec, AdapterGroup, dict[str, Tensor]]  # one module of a saved file and its tensors by key suffix
 
 
 class Lycoris(Format):
-    """`{module}.{end}`: LoRA, DoRA, LoHa, LoKr, OFT, BOFT, GLoRA and (IA)³, each module by its own method.
+    """`{module}.{end}`: LoRA, DoRA, LoHa, LoKr, OFT, BOFT, GLoRA and (IA)³, each module with its own method.
 
-    `{module}` as in kohya's layout (`lora_unet_…`, `lora_te…`; ComfyUI's dotted names are read as well), or for any other model
-    `lycoris_` and its own path with underscores. LoKr of a fused projection's slices that is no Kronecker product of the whole is
-    written under diffusers' paths, `transformer.{path}.lokr_w1`, as ai-toolkit does; ComfyUI reads it. The ends are in the
-    codecs, one a method. Each method of a file becomes an attachment of its own, all or none; ranks, alphas and splits may
-    differ by module.
+    `{module}` as in kohya's format (`lora_unet_…`, `lora_te…`; ComfyUI's dotted names are also read), or for any other model
+    `lycoris_` and its path with underscores. If LoKr of a fused projection's slices does not form one Kronecker product, it is
+    written under diffusers' paths, `transformer.{path}.lokr_w1`, as in ai-toolkit; ComfyUI reads it. Key suffixes are defined by
+    the codecs, one per method. Each method of a file becomes its own attachment, all or nothing; ranks, alphas and splits may
+    differ between modules.
 
-    Missing alpha means alpha = rank, and an alpha of 0, which is read in two ways, is refused. What no method here holds (full
-    weights, norms, T-LoRA) is refused by name, as is on writing what is another function in this layout: input-side OFT and
-    BOFT, elementwise GLoRA, grouped convolutions but for LoHa and LoKr, slices of a fused projection that are not of that form
-    together.
+    A missing alpha means alpha = rank; an alpha of 0, which tools interpret in two ways, is rejected. Adapters that no method
+    of veneer holds (full weights, norms, T-LoRA) are rejected by name. So are, on writing, functions that the format cannot
+    express: input-side OFT and BOFT, elementwise GLoRA, grouped convolutions except for LoHa and LoKr, and slices of a fused
+    projection that cannot be merged.
     Source: KohakuBlueleaf/LyCORIS 4.1 `lycoris/modules`, `lycoris/kohya.py`; kohya-ss/sd-scripts `networks/oft.py`,
-    `networks/oft_flux.py`, `networks/lokr.py`; ComfyUI `comfy/weight_adapter`. LyCORIS' `get_diff_weight` of LoHa and LoKr has
-    the scale twice; its forward pass, which trains, and other readers have it once, as here.
+    `networks/oft_flux.py`, `networks/lokr.py`; ComfyUI `comfy/weight_adapter`. LyCORIS' `get_diff_weight` of LoHa and LoKr
+    applies the scale twice; its forward pass, used in training, and other readers apply it once, as here.
     """
 
     name: ClassVar[str] = "lycoris"
@@ -75,91 +74,84 @@ class Lycoris(Format):
     order: ClassVar[int] = -1
 
     def reads(self, file: File) -> bool:
-        if any(key.startswith(("lora_transformer_", "bundle_emb.")) for key in file.shapes):  # OneTrainer's, text encoders too
+        if any(key.startswith(("lora_transformer_", "bundle_emb.")) for key in file.shapes):  # OneTrainer
             return False
-        named = [key for key in file.shapes if key.startswith(PREFIXES)]
-        return (bool(named) and marked(file.shapes)) or any(key.startswith(PREFIXES[-2:]) for key in named)
+        prefixed = [key for key in file.shapes if key.startswith(PREFIXES)]
+        return (bool(prefixed) and has_other_methods(file.shapes)) or any(key.startswith(PREFIXES[-2:]) for key in prefixed)
 
-    def layers(self, file: File) -> list[Layer]:
+    def layers(self, file: File) -> list[LayerInfo]:
         alphas = file.tensors(finite=False, names={key for key in file.shapes if key.endswith(".alpha")})
         found = []
-        for name, keys in _named(file).items():
+        for name, keys in _keys_by_module(file).items():
             shapes = {end: file.shapes[key] for end, key in keys.items()}
             codec, other = _codec(shapes), next((OTHERS[end] for end in shapes if end in OTHERS), None)
             rank = codec.rank(shapes) if codec else None
             alpha = alphas.get(f"{name}.alpha")
-            said = float(alpha) if alpha is not None and alpha.numel() == 1 else rank
+            value = float(alpha) if alpha is not None and alpha.numel() == 1 else rank
             method = other or (codec.method if codec else "unknown")
-            found.append(Layer(name, method, rank, None if rank is None else said, values(file, keys.values())))
+            found.append(LayerInfo(name, method, rank, None if rank is None else value, count_parameters(file, keys.values())))
         return found
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
-        return attach_all(model, file, wanted(model, file, options), options)
+        return attach_all(model, file, lycoris_specs(model, file, options), options)
 
-    def save(
-        self,
-        attachments: Attachment | Sequence[Attachment],
-        path: str | PathLike[str],
-        provenance: Mapping[str, Any] | None = None,
-    ) -> Path:
-        target, several = destination(path, self.file), listed(attachments)
-        versions = {v for a in several for m in a.towers.values() if (v := version(m))}
-        names = partial(written, numbered=numbered(several, versions))
+    def write_to(self, attachments: Sequence[Attachment], target: Path, provenance: Mapping[str, Any] | None) -> Path:
+        versions = {v for a in attachments for m in a.towers.values() if (v := base_model_version(m))}
+        names = partial(written_layers, numbered=is_numbered(attachments, versions))
         tensors: dict[str, Tensor] = {}
-        groups: list[Written] = []
+        groups: list[WrittenModule] = []
         names_written: set[str] = set()
-        for attachment in several:
+        for attachment in attachments:
             codec = _writer(attachment, target)
-            for place, adapters in _places(codec, attachment, target, names):
-                name, group = place.names[0], Group(place, adapters, attachment.towers)
+            for place, adapters in _written_modules(codec, attachment, target, names):
+                name, group = place.names[0], AdapterGroup(place, adapters, attachment.towers)
                 if name in names_written:
-                    message = f"{target}: two attachments adapt '{name}', and the format holds one. Save them to two files."
+                    message = f"{target}: two attachments adapt '{name}', but the format holds one. Save them to separate files."
                     raise SaveError(message, file=target, where=name, given=2, expected=1)
                 found = _tensors(codec, group, target)
                 tensors |= {f"{name}.{end}": tensor for end, tensor in found.items()}
                 names_written.add(name)
                 groups.append((codec, group, found))
         if not tensors:
-            raise SaveError(f"{target}: there is no attachment to save.", file=target, given=0, expected=1)
-        metadata = {"format": "pt", **_metadata(groups), **base_metadata(versions)}
-        if provenance:
-            metadata["provenance"] = json.dumps(dict(provenance))
-        return write(target, tensors, metadata)
+            raise SaveError(f"{target}: no attachment to save.", file=target, given=0, expected=1)
+        return write(target, tensors, pt_metadata(provenance, {**_metadata(groups), **base_metadata(versions)}))
 
 
 # reading
 
 
-def marked(keys: Iterable[str]) -> bool:
-    """True if one of the keys is of something that is no plain LoRA."""
+def has_other_methods(keys: Iterable[str]) -> bool:
+    """True if a key belongs to an adapter other than plain LoRA."""
     return any(key.endswith((*MARKS, *OTHER_MARKS)) for key in keys)
 
 
-def wanted(model: Any, file: File, options: Options, known: Mapping[str, Place] | None = None) -> list[Wanted]:
-    """An attachment for each method of the file.
+def lycoris_specs(
+    model: Any, file: File, options: Options, known: Mapping[str, NamedLayer] | None = None
+) -> list[AttachmentSpec]:
+    """Specifications of the attachments, one for each method of the file.
 
     Args:
-        known: the modules that the model has by every name that they go by in the file; None for this layout's own.
+        known: the modules of the model by every name that the file may use; None means the names of this format.
     Raises:
-        LoadError: changes that no method holds, modules that the model does not have, or tensors that do not fit.
+        LoadError: adapters that no method holds, modules that the model does not have, or misshapen tensors.
     """
-    _refuse_others(file)
-    named, tensors = _named(file), file.tensors(finite=options.strict)
-    known = readable(model, file, named) if known is None else known
+    _reject_unsupported(file)
+    by_module, tensors = _keys_by_module(file), file.tensors(finite=options.strict)
+    known = readable_layers(model, file, by_module) if known is None else known
     towers = {tower.component: tower.module for tower in towers_of(model)}
     notes: list[str] = []
-    pieces: dict[str, list[Piece]] = {}
-    taken: dict[str, str] = {}
+    pieces: dict[str, list[SiteTensors]] = {}
+    owners: dict[str, str] = {}
     used: set[str] = set()
-    for name, keys in named.items():
+    for name, keys in by_module.items():
         codec = _codec({end: file.shapes[key] for end, key in keys.items()})
         if codec is None or name not in known:
             continue
-        module = Module(file, name, known[name], {end: tensors[key] for end, key in keys.items()}, towers, notes)
+        module = LycorisModule(file, name, known[name], {end: tensors[key] for end, key in keys.items()}, towers, notes)
         for piece in _read(codec, module):
-            other = taken.setdefault(piece.site.name, name)
+            other = owners.setdefault(piece.site.name, name)
             if other != name:
-                message = f"{file.path}: '{name}' and '{other}' both change '{piece.site.name}'. The file is damaged."
+                message = f"{file.path}: '{name}' and '{other}' both update '{piece.site.name}'. The file is corrupt."
                 raise LoadError(message, file=file.path, where=piece.site.name, given=(name, other))
             pieces.setdefault(codec.method, []).append(piece)
         used |= {key for end, key in keys.items() if end in (*codec.ends, "alpha")}
@@ -169,34 +161,34 @@ def wanted(model: Any, file: File, options: Options, known: Mapping[str, Place] 
     if (unused and options.strict) or not pieces:
         raise LoadError(
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no weights "
-            "of these names, or they are no part of a known change: load it on the model that it was made for, or pass "
+            "of these names, or they belong to no known adapter. Load it on the model it was made for, or pass "
             "strict=False.",
             file=file.path,
             unused=unused,
         )
-    told = [f"{note} ({count} of {len(named)} modules)" for note, count in Counter(notes).items()]
+    remarks = [f"{note} ({count} of {len(by_module)} modules)" for note, count in Counter(notes).items()]
     return [
-        _attachment(BY_METHOD[method], found, told if i == 0 else [], unused if i == 0 else [])
+        _attachment(BY_METHOD[method], found, remarks if i == 0 else [], unused if i == 0 else [])
         for i, (method, found) in enumerate(pieces.items())
     ]
 
 
-def _attachment(codec: Codec, pieces: Sequence[Piece], notes: Sequence[str], unused: Sequence[str]) -> Wanted:
+def _attachment(codec: Codec, pieces: Sequence[SiteTensors], notes: Sequence[str], unused: Sequence[str]) -> AttachmentSpec:
     state = {f"{p.site.name}:{key}": tensor for p in pieces for key, tensor in p.state.items()}
     sites = [p.site.name for p in pieces]
-    return Wanted(codec.method, codec.method, codec.config(pieces), sites, state, notes=notes, unused=unused)
+    return AttachmentSpec(codec.method, codec.method, codec.config(pieces), sites, state, notes=notes, unused=unused)
 
 
-def _read(codec: Codec, module: Module) -> list[Piece]:
+def _read(codec: Codec, module: LycorisModule) -> list[SiteTensors]:
     groups = module.first.groups
     if groups > 1 and not codec.groups:
-        why = f"is {codec.method} of a convolution in {groups} groups, which is another function here"
-        raise module.refuse(why, given=groups, expected=1)
+        why = f"is {codec.method} of a convolution with {groups} groups, which veneer computes differently"
+        raise module.error(why, given=groups, expected=1)
     return codec.read(module)
 
 
-def _named(file: File) -> dict[str, dict[str, str]]:
-    """The keys of each module, by their ends; what ends in no known way is in none."""
+def _keys_by_module(file: File) -> dict[str, dict[str, str]]:
+    """The keys of each module, by suffix; keys with unknown suffixes are omitted."""
     found: dict[str, dict[str, str]] = {}
     for key in file.shapes:
         end = max((e for e in (*ENDS, *SPELLINGS, *OTHERS) if key.endswith(f".{e}")), key=len, default=None)
@@ -206,16 +198,16 @@ def _named(file: File) -> dict[str, dict[str, str]]:
 
 
 def _codec(shapes: Mapping[str, tuple[int, ...]]) -> Codec | None:
-    return next((codec for codec in CODECS if codec.mine(shapes)), None)
+    return next((codec for codec in CODECS if codec.matches(shapes)), None)
 
 
-def _refuse_others(file: File) -> None:
+def _reject_unsupported(file: File) -> None:
     for key in file.shapes:
         what = next((what for end, what in OTHERS.items() if key.endswith(f".{end}")), None)
         if what is not None:
             raise LoadError(
-                f"{file.path}: '{key}' is {what}, which no method here holds: without it the rest would be wrong, so nothing is "
-                "loaded.",
+                f"{file.path}: '{key}' is {what}, which veneer does not support. The other tensors alone would be wrong, so "
+                "nothing was loaded.",
                 file=file.path,
                 where=key,
                 given=what,
@@ -229,42 +221,46 @@ def _writer(attachment: Attachment, target: Path) -> Codec:
     codec = BY_METHOD.get(attachment.method.name)
     if codec is None:
         raise SaveError(
-            f"{target}: '{attachment.name}' is {attachment.method.name}; LyCORIS' files hold {', '.join(sorted(BY_METHOD))}. "
-            "The native file (Attachment.save) holds it.",
+            f"{target}: '{attachment.name}' uses {attachment.method.name}; LyCORIS files hold {', '.join(sorted(BY_METHOD))}. "
+            "Save it with Attachment.save (native format).",
             file=target,
             where=attachment.name,
             given=attachment.method.name,
             expected=tuple(sorted(BY_METHOD)),
         )
-    refuse_trained(attachment, target, "LyCORIS' files")
+    reject_trained_base(attachment, target, "LyCORIS' files")
     return codec
 
 
-def _places(codec: Codec, attachment: Attachment, target: Path, names: Places) -> list[tuple[Place, dict[str, Any]]]:
-    """The modules of an attachment; under diffusers' paths if LoKr of some fused projection's slices is none of the whole."""
-    found = by_place(attachment, target, names)
-    if isinstance(codec, LoKrCodec) and not all(codec.joins(Group(p, adapters, attachment.towers)) for p, adapters in found):
-        return by_place(attachment, target, dotted)
+def _written_modules(
+    codec: Codec, attachment: Attachment, target: Path, names: LayerNames
+) -> list[tuple[NamedLayer, dict[str, Any]]]:
+    """The modules of an attachment; under diffusers' paths if LoKr of fused slices does not form one Kronecker product."""
+    found = adapters_by_layer(attachment, target, names)
+    if isinstance(codec, LoKrCodec) and not all(
+        codec.can_merge(AdapterGroup(p, adapters, attachment.towers)) for p, adapters in found
+    ):
+        return adapters_by_layer(attachment, target, dotted_layers)
     return found
 
 
-def _tensors(codec: Codec, group: Group, target: Path) -> dict[str, Tensor]:
+def _tensors(codec: Codec, group: AdapterGroup, target: Path) -> dict[str, Tensor]:
     """The tensors of one module.
 
     Raises:
-        SaveError: the layout cannot hold it.
+        SaveError: the format cannot hold it.
     """
     try:
         if group.site.groups > 1 and not codec.groups:
-            why = f"is {codec.method} of a convolution in {group.site.groups} groups, which is another function there"
-            raise group.refuse(why, given=group.site.groups, expected=1)
+            why = f"is {codec.method} of a convolution with {group.site.groups} groups, which this format defines differently"
+            raise group.error(why, given=group.site.groups, expected=1)
         return codec.write(group)
     except VeneerError as error:
         raise SaveError.from_error(error, f"{target}: {error}", file=target) from error
 
 
-def _metadata(groups: Sequence[Written]) -> dict[str, str]:
-    """What sd-scripts write where LyCORIS is their network: its name, rank, alpha, and what it was told."""
+def _metadata(groups: Sequence[WrittenModule]) -> dict[str, str]:
+    """Metadata that sd-scripts write for LyCORIS networks: its name, rank, alpha and arguments."""
     codec = Counter(codec for codec, _, _ in groups).most_common(1)[0][0]
     args = {key: value for c, group, _ in groups if c is codec for key, value in c.args(group).items()}
     ranks = [rank for c, _, parts in groups if c is codec and (rank := c.rank(_shapes(parts))) is not None]

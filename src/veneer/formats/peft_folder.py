@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,15 +13,15 @@ from veneer.injection import Attachment, LoadError, SaveError, VeneerError
 from veneer.injection.sites import ParamSite, Site, WeightSite
 from veneer.injection.towers import Tower, towers_of
 
-from ._core.attach import Wanted, attach_all
-from ._core.format import Format, Options, listed, values
-from ._core.format import Layer as Told
-from ._core.lora_config import refuse_trained
-from ._io.reader import SUFFIX, File
+from ._core.attach import AttachmentSpec, attach_all
+from ._core.format import Format, Options, count_parameters
+from ._core.format import LayerInfo as Told
+from ._core.lora_config import reject_trained_base
+from ._io.reader import File
 from ._io.writer import write, write_text
-from ._lycoris.codec import Piece
-from ._peft.codec import Layer, Part, PeftCodec, Settings
-from ._peft.config import NAME, read_config, refuse
+from ._lycoris.codec import SiteTensors
+from ._peft.codec import PeftAdapter, PeftCodec, PeftModule, Settings
+from ._peft.config import NAME, read_config, reject_unsupported
 from ._peft.ia3_vera_glora import GLoRAPeft, IA3Peft, VeRAPeft
 from ._peft.low_rank import AdaLoRAPeft, DoRAPeft, LoHaPeft, LoKrPeft, LoRAPeft
 from ._peft.oft import BOFTPeft, OFTPeft
@@ -37,13 +36,13 @@ ROOT = "base_model.model."
 class PeftFolder(Format):
     """`base_model.model.{path}.{end}`, with peft's config as JSON beside: LoRA, DoRA, LoHa, LoKr, OFT, BOFT, (IA)³, VeRA, GLoRA.
 
-    `{path}`: the module's own, so that any model will do; a folder is for one model, of a pipeline for the one that has its
-    modules. The ends are in the codecs, one a method. Ranks and alphas are in the config, with patterns for single modules.
-    What `modules_to_save` keeps whole becomes a trained part of the base. Refused by name is what the tensors do not hold
-    (an initialisation that changed the base) or what no method here does (trained biases, replicated layers, …).
-    `fan_in_fan_out` counts only for GPT-2's `Conv1D`, which no host has.
+    `{path}`: the module's own, so that any model is supported; a folder is for one model, in a pipeline for the one that has its
+    modules. Key suffixes are defined by the codecs, one per method. Ranks and alphas are in the config, with patterns for
+    individual modules. Modules of `modules_to_save` become trained base parameters. Entries that the tensors do not include
+    (an initialization that changed the base) or that no method of veneer implements (trained biases, replicated layers, …) are
+    rejected by name. `fan_in_fan_out` matters only for GPT-2's `Conv1D`, which no host has.
 
-    Written: a folder; `peft.PeftModel.from_pretrained(model, folder)` makes the same change, or it is refused.
+    Writes a folder; `peft.PeftModel.from_pretrained(model, folder)` computes the same update, or saving is rejected.
     Source: peft 0.21 `utils/save_and_load.py`, `tuners/*/config.py`, `tuners/*/layer.py`.
     """
 
@@ -53,16 +52,16 @@ class PeftFolder(Format):
     folder: ClassVar[bool] = True
 
     def reads(self, file: File) -> bool:
-        named = file.path.name == self.file or file.path.with_name(NAME).is_file()
+        is_peft = file.path.name == self.file or file.path.with_name(NAME).is_file()
         flux = (f"{ROOT}double_blocks.", f"{ROOT}single_blocks.")  # Black Forest Labs' names, of the format bfl
         prefixed = any(key.startswith("base_model.") for key in file.shapes)
-        return named and prefixed and not any(key.startswith(flux) for key in file.shapes)
+        return is_peft and prefixed and not any(key.startswith(flux) for key in file.shapes)
 
     def layers(self, file: File) -> list[Told]:
         config = read_config(file)
         codec = codec_of(file, config)
         found = []
-        for path, parts in _grouped(file, codec)[0].items():
+        for path, parts in _group_keys(file, codec)[0].items():
             shapes = {end: file.shapes[key] for end, key in parts.items()}
             rank = codec.rank(shapes)
             found.append(
@@ -71,69 +70,57 @@ class PeftFolder(Format):
                     codec.method,
                     rank,
                     codec.alpha(file, config, path, rank) if rank else None,
-                    values(file, parts.values()),
+                    count_parameters(file, parts.values()),
                 )
             )
         return found
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
         config = read_config(file)
-        refuse(file.path.with_name(NAME), config)
-        return attach_all(model, file, [_wanted(model, file, config, options)], options)
+        reject_unsupported(file.path.with_name(NAME), config)
+        return attach_all(model, file, [_spec(model, file, config, options)], options)
 
-    def save(
-        self,
-        attachments: Attachment | Sequence[Attachment],
-        path: str | PathLike[str],
-        provenance: Mapping[str, Any] | None = None,
-    ) -> Path:
-        folder = self.place(path)
-        several = listed(attachments)
-        if len(several) != 1:
-            message = f"{folder}: the folder holds one attachment, got {len(several)}. Save each to a folder of its own."
-            raise SaveError(message, file=folder, given=len(several), expected=1)
-        attachment = several[0]
+    def write_to(self, attachments: Sequence[Attachment], target: Path, provenance: Mapping[str, Any] | None) -> Path:
+        if len(attachments) != 1:
+            message = f"{target}: the folder holds one attachment; got {len(attachments)}. Save each to its own folder."
+            raise SaveError(message, file=target, given=len(attachments), expected=1)
+        attachment = attachments[0]
         codec = next((c for c in CODECS if c.method == attachment.method.name), None)
         if codec is None:
             raise SaveError(
-                f"{folder}: '{attachment.name}' is {attachment.method.name}; peft's folders hold "
-                f"{', '.join(c.method for c in CODECS)}. The native file (Attachment.save) holds it.",
-                file=folder,
+                f"{target}: '{attachment.name}' uses {attachment.method.name}; peft folders hold "
+                f"{', '.join(c.method for c in CODECS)}. Save it with Attachment.save (native format).",
+                file=target,
                 where=attachment.name,
                 given=attachment.method.name,
                 expected=tuple(c.method for c in CODECS),
             )
-        refuse_trained(attachment, folder, "peft's folders")
+        reject_trained_base(attachment, target, "peft's folders")
         try:
-            parts = list(_parts(attachment))
+            parts = list(_adapters(attachment))
             tensors = {f"{ROOT}{p.path}.{end}": t for p in parts for end, t in codec.write(p).items()} | codec.whole(attachment)
             settings = codec.settings(attachment, parts)
         except VeneerError as error:
-            raise SaveError.from_error(error, f"{folder}: {error}", file=folder) from error
+            raise SaveError.from_error(error, f"{target}: {error}", file=target) from error
         config: Settings = {"peft_type": codec.kind, "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
-        config |= {"target_modules": _targets(parts), "modules_to_save": None, **settings}
-        written = write(folder / self.file, tensors, {"format": "pt"})
-        write_text(folder / NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        config |= {"target_modules": _target_modules(parts), "modules_to_save": None, **settings}
+        written = write(target / self.file, tensors, {"format": "pt"})
+        write_text(target / NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         return written
-
-    def place(self, path: str | PathLike[str]) -> Path:
-        """The folder that a path means: without the suffix of a file."""
-        path = Path(path)
-        return path.with_suffix("") if path.suffix == SUFFIX else path
 
 
 def codec_of(file: File, config: Mapping[str, Any]) -> PeftCodec:
     """The codec of a config's method.
 
     Raises:
-        LoadError: there is none.
+        LoadError: the method is not supported.
     """
     kind = str(config.get("peft_type"))
     dora = kind == "LORA" and (config.get("use_dora") or any("lora_magnitude_vector" in key for key in file.shapes))
     found = next((c for c in CODECS if c.kind == kind and (c.method == "dora") == bool(dora)), None)
     if found is None:
         raise LoadError(
-            f"{file.path}: peft's {kind} is not known here; known are {', '.join(dict.fromkeys(c.kind for c in CODECS))}.",
+            f"{file.path}: peft's {kind} is not supported; supported: {', '.join(dict.fromkeys(c.kind for c in CODECS))}.",
             file=file.path,
             option="peft_type",
             given=kind,
@@ -145,8 +132,8 @@ def codec_of(file: File, config: Mapping[str, Any]) -> PeftCodec:
 # reading
 
 
-def _grouped(file: File, codec: PeftCodec) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Path of each module to its keys by their ends, and keys of anything else."""
+def _group_keys(file: File, codec: PeftCodec) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Path of each module -> its keys by suffix; and the remaining keys."""
     found: dict[str, dict[str, str]] = {}
     rest = []
     for key in file.shapes:
@@ -160,20 +147,20 @@ def _grouped(file: File, codec: PeftCodec) -> tuple[dict[str, dict[str, str]], l
     return found, rest
 
 
-def _wanted(model: Any, file: File, config: Settings, options: Options) -> Wanted:
-    """The attachment that makes the file's change at every module.
+def _spec(model: Any, file: File, config: Settings, options: Options) -> AttachmentSpec:
+    """Specification of the attachment that has the file's update at every module.
 
     Raises:
-        LoadError: modules that the model does not have, or tensors that do not fit.
+        LoadError: modules that the model does not have, or misshapen tensors.
     """
     codec = codec_of(file, config)
-    grouped, rest = _grouped(file, codec)
+    grouped, rest = _group_keys(file, codec)
     towers = towers_of(model)
-    places = max((_places(t) for t in towers), key=lambda found: sum(path in found for path in grouped))
+    places = max((_weights_by_path(t) for t in towers), key=lambda found: sum(path in found for path in grouped))
     tensors = file.tensors(finite=options.strict)
     modules = {t.component: t.module for t in towers}
     notes: list[str] = []
-    pieces: list[Piece] = []
+    pieces: list[SiteTensors] = []
     unused: list[str] = []
     shared = {key: tensors[key] for key in codec.shared if key in tensors}
     for path, keys in grouped.items():
@@ -181,32 +168,32 @@ def _wanted(model: Any, file: File, config: Settings, options: Options) -> Wante
             unused += keys.values()
             continue
         parts = {end: tensors[key] for end, key in keys.items()}
-        layer = Layer(file, path, *places[path], parts, config, modules, shared, notes)
+        layer = PeftModule(file, path, *places[path], parts, config, modules, shared, notes)
         try:
             pieces += codec.read(layer)
         except VeneerError as error:
             if isinstance(error, LoadError):
                 raise
             raise LoadError.from_error(error, f"{file.path}: {error}", file=file.path) from error
-    state = dict(_saved(towers, rest, tensors))
+    state = dict(_whole_modules(towers, rest, tensors))
     kept = {key for key, _ in state.values()}
     unused += [key for key in rest if key not in kept]
     if (unused and options.strict) or not pieces:
         raise LoadError(
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no modules "
-            "of these names, or they belong to something else: load it on the model that it was made for, or pass strict=False.",
+            "of these names, or they are of another kind. Load it on the model it was made for, or pass strict=False.",
             file=file.path,
             unused=unused,
         )
-    settings = codec.config(pieces)  # may cut what the sites share
+    settings = codec.config(pieces)  # may crop shared tensors
     every = {f"{p.site.name}:{name}": t for p in pieces for name, t in p.state.items()}
     every |= {name: tensors[key] for name, (key, _) in state.items()}
     sites, trained = [p.site.name for p in pieces], list(dict.fromkeys(site for _, site in state.values()))
-    return Wanted(codec.method, codec.method, settings, sites, every, train=trained, notes=notes, unused=unused)
+    return AttachmentSpec(codec.method, codec.method, settings, sites, every, train=trained, notes=notes, unused=unused)
 
 
-def _places(tower: Tower) -> dict[str, tuple[WeightSite, Sequence[ParamSite]]]:
-    """Every whole weight of a tower and its bias, by the path of its module; `text_model.` comes and goes with transformers."""
+def _weights_by_path(tower: Tower) -> dict[str, tuple[WeightSite, Sequence[ParamSite]]]:
+    """Every whole weight of a tower and its bias, by module path, with and without the `text_model.` of some transformers."""
     biases: dict[str, list[ParamSite]] = {}
     for site in tower.sites:
         if isinstance(site, ParamSite) and site.param == "bias":
@@ -219,8 +206,10 @@ def _places(tower: Tower) -> dict[str, tuple[WeightSite, Sequence[ParamSite]]]:
     return found
 
 
-def _saved(towers: Sequence[Tower], keys: Sequence[str], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Of modules that are kept whole: saved name to key and site."""
+def _whole_modules(
+    towers: Sequence[Tower], keys: Sequence[str], tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Saved name -> key and site, of modules that are stored whole."""
     found: dict[tuple[str, str], Site] = {}
     for site in (s for t in towers for s in t.sites):
         if isinstance(site, (WeightSite, ParamSite)) and site.rows is None:
@@ -238,29 +227,29 @@ def _saved(towers: Sequence[Tower], keys: Sequence[str], tensors: Mapping[str, T
 # writing
 
 
-def _parts(attachment: Attachment) -> Iterator[Part]:
+def _adapters(attachment: Attachment) -> Iterator[PeftAdapter]:
     """Every adapter with its module's path.
 
     Raises:
-        SaveError: adapters on several models, or of a part of a weight.
+        SaveError: adapters on several models, or of a slice of a weight.
     """
     if len({site.component for site, _ in attachment.parts.values()}) > 1:
-        message = f"'{attachment.name}' is on {', '.join(attachment.towers)}, and a folder is for one model."
+        message = f"'{attachment.name}' is on {', '.join(attachment.towers)}, but a folder is for one model."
         raise SaveError(message, where=attachment.name, given=tuple(attachment.towers), expected=1)
     for site, adapter in attachment.parts.values():
         path, param = getattr(site, "path", None), getattr(site, "param", None)
         if getattr(site, "rows", None) is not None or param not in ("weight", "bias"):
             raise SaveError(
-                f"'{site.name}' is a part of '{path}', which peft adapts as a whole. Select the whole by its own name, such as "
-                "attn.qkv.",
+                f"'{site.name}' is a slice of '{path}', which peft adapts as a whole. Select the whole weight by its role, such "
+                "as attn.qkv.",
                 where=site.name,
                 expected=path,
             )
-        yield Part(str(path), site, adapter, attachment.towers)
+        yield PeftAdapter(str(path), site, adapter, attachment.towers)
 
 
-def _targets(parts: Sequence[Part]) -> list[str] | str:
-    """Paths of the modules; as a regular expression where one is the end of another's, which peft would adapt as well."""
+def _target_modules(parts: Sequence[PeftAdapter]) -> list[str] | str:
+    """Paths of the modules; a regular expression if peft would match another module by suffix."""
     names = dict.fromkeys(p.path for p in parts)
     tower: nn.Module = parts[0].towers[parts[0].site.component]
     others = (name.split(".") for name, _ in tower.named_modules() if name not in names)

@@ -1,4 +1,4 @@
-"""y_i + B_i A_i x_i: a product of low rank for each sample of a batch, all at once."""
+"""y_i + B_i A_i x_i: a separate low-rank product for each sample of a batch, computed together."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.nn import functional as F
 def add_products(x: Tensor, y: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], over: bool = False) -> Tensor:
     """y + B x' with x' = A x, where the rows i, i + n, i + 2n, … have the i-th A and B.
 
-    Lower ranks are padded to the highest. The work is that of one product of the highest rank on all rows.
+    Lower ranks are zero-padded to the highest, so that the cost is that of one product of the highest rank on all rows.
 
     Args:
         x: (m·n, …, d_in). y: (m·n, …, d_out).
-        downs: n times A, (r, d_in). ups: n times B, (d_out, r), any scale within.
-        over: write over y, which then nobody may need; without gradients only.
+        downs: n matrices A, (r, d_in). ups: n matrices B, (d_out, r), including any scale.
+        over: modifies y in place if gradients are disabled; y must not be used elsewhere.
     Returns:
-        y's shape, in the dtype that the sum has.
+        y's shape, in the dtype of the sum.
     """
     rank, copies = max(len(a) for a in downs), len(x) // len(downs)
     down = torch.stack([F.pad(a, (0, 0, 0, rank - len(a))) for a in downs]).repeat(copies, 1, 1)

@@ -1,4 +1,4 @@
-"""Orthogonal matrices by Cayley's transform of skew-symmetric ones, R = (I + Q)(I − Q)⁻¹, and block-diagonal products."""
+"""Orthogonal matrices as Cayley transforms of skew-symmetric ones, R = (I + Q)(I − Q)⁻¹, and block-diagonal products."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .low_rank_product import plain
+from .low_rank_product import needs_plain_ops
 
 
-class _Turned(torch.autograd.Function):
-    """x + x M, each row of x (n, k·b) in k parts, each with its own block of M (k, b, b); written where it is to lie."""
+class _BlockRotation(torch.autograd.Function):
+    """x + x M, with each row of x (n, k·b) in k parts, each with its block of M (k, b, b); written directly into the result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, change: Tensor) -> Tensor:
         ctx.save_for_backward(x, change)
-        return _turned(x, change)
+        return _rotate_into(x, change)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, change = ctx.saved_tensors
         (g,) = grads
         to_x, to_change = ctx.needs_input_grad
-        blocks = torch.bmm(_parts(x, change).mT, _parts(g, change)) if to_change else None  # first: it takes memory that it frees
+        blocks = torch.bmm(_split(x, change).mT, _split(g, change)) if to_change else None  # first: frees its temporary memory
         if not to_x:
             return None, blocks
-        return _plainly_turned(g, change.mT) if torch.is_grad_enabled() else _turned(g, change.mT), blocks
+        return _rotate(g, change.mT) if torch.is_grad_enabled() else _rotate_into(g, change.mT), blocks
 
 
 class _Cayley(torch.autograd.Function):
-    """M = 2 Q (I − Q)⁻¹. As (I − Q)⁻¹ = I + M / 2 = P, dM = 2 P dQ P: the gradient needs M alone, and no second solution."""
+    """M = 2 Q (I − Q)⁻¹. As (I − Q)⁻¹ = I + M / 2 = P, dM = 2 P dQ P: the gradient needs only M, no second solve."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor) -> Tensor:
-        change = _solved(q)
+        change = _solve(q)
         ctx.save_for_backward(change)
         return change
 
@@ -45,39 +45,39 @@ class _Cayley(torch.autograd.Function):
         return 2 * (transposed @ grads[0] @ transposed)
 
 
-def _solved(q: Tensor) -> Tensor:
+def _solve(q: Tensor) -> Tensor:
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     return torch.linalg.solve(identity - q, 2 * q, left=False)
 
 
-def _parts(x: Tensor, change: Tensor) -> Tensor:
+def _split(x: Tensor, change: Tensor) -> Tensor:
     """(k, n, b), a view of x."""
     return x.unflatten(1, (len(change), -1)).transpose(0, 1)
 
 
-def _turned(x: Tensor, change: Tensor) -> Tensor:
-    parts, turned = _parts(x, change), torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.baddbmm(parts, parts, change, out=_parts(turned, change))
-    return turned
+def _rotate_into(x: Tensor, change: Tensor) -> Tensor:
+    parts, rotated = _split(x, change), torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.baddbmm(parts, parts, change, out=_split(rotated, change))
+    return rotated
 
 
-def _plainly_turned(x: Tensor, change: Tensor) -> Tensor:
-    parts = _parts(x, change)
+def _rotate(x: Tensor, change: Tensor) -> Tensor:
+    parts = _split(x, change)
     return torch.baddbmm(parts, parts, change).transpose(0, 1).reshape(x.shape)
 
 
-def turn_features(x: Tensor, change: Tensor) -> Tensor:
-    """Each part of x turned: x_i R_i = x_i + x_i (R_i − I).
+def rotate_features(x: Tensor, change: Tensor) -> Tensor:
+    """Rotates each part of x: x_i R_i = x_i + x_i (R_i − I).
 
     Args:
-        x: (…, d). change: R_i − I, (d / b, b, b), or (1, b, b) for the same everywhere.
+        x: (…, d). change: R_i − I, (d / b, b, b), or (1, b, b) for the same block everywhere.
     """
     flat = x.reshape(-1, x.shape[-1])
     every = change.expand(flat.shape[1] // change.shape[-1], -1, -1)
-    if plain(x, change):
-        return _plainly_turned(flat, every.to(x.dtype)).view(x.shape)
-    turned: Tensor = _Turned.apply(flat, every)
-    return turned.view(x.shape)
+    if needs_plain_ops(x, change):
+        return _rotate(flat, every.to(x.dtype)).view(x.shape)
+    rotated: Tensor = _BlockRotation.apply(flat, every)
+    return rotated.view(x.shape)
 
 
 def skew(entries: Tensor, size: int) -> Tensor:
@@ -95,9 +95,9 @@ def skew(entries: Tensor, size: int) -> Tensor:
 
 
 def cayley_change(q: Tensor) -> Tensor:
-    """R − I = 2 Q (I − Q)⁻¹: exactly zero where Q is, and without the rounding of a small change against the 1s of R.
+    """R − I = 2 Q (I − Q)⁻¹: exactly zero where Q is, and without the rounding error of subtracting I.
 
-    Solved, not approximated, in single precision or better. I − Q is invertible for every skew-symmetric Q.
+    Solved exactly, in float32 or better. I − Q is invertible for every skew-symmetric Q.
 
     Args:
         q: skew-symmetric, (…, size, size).
@@ -105,8 +105,8 @@ def cayley_change(q: Tensor) -> Tensor:
         The same shape, in `q`'s dtype.
     """
     precise = q.to(torch.promote_types(q.dtype, torch.float32))
-    if plain(precise):
-        return _solved(precise).to(q.dtype)
+    if needs_plain_ops(precise):
+        return _solve(precise).to(q.dtype)
     change: Tensor = _Cayley.apply(precise)
     return change.to(q.dtype)
 
@@ -114,7 +114,7 @@ def cayley_change(q: Tensor) -> Tensor:
 def neumann_change(q: Tensor, terms: int) -> Tensor:
     """R − I of the truncated Neumann series of (I + Q)(I − Q)⁻¹: 2 Q + 2 Q² + … + 2 Qⁿ⁻¹ + Qⁿ with n = terms − 1, as in peft.
 
-    The result is only approximately orthogonal. As in peft, 1 term is no change, 2 terms are 2 Q, and 3 terms count as 4.
+    The result is only approximately orthogonal. As in peft, 1 term gives R = I, 2 terms give 2 Q, and 3 terms count as 4.
 
     Args:
         q: skew-symmetric, (…, size, size). terms: at least 1.
@@ -130,14 +130,14 @@ def neumann_change(q: Tensor, terms: int) -> Tensor:
     return change.to(q.dtype)
 
 
-def within(q: Tensor, radius: float) -> Tensor:
-    """Each matrix of (…, size, size) shortened to the Frobenius norm `radius`, if it is longer."""
+def clip_norm(q: Tensor, radius: float) -> Tensor:
+    """Scales each matrix of (…, size, size) down to the Frobenius norm `radius`, if its norm is larger."""
     norm = torch.linalg.vector_norm(q, dim=(-2, -1), keepdim=True)
     return q * (radius / norm.clamp(min=radius))
 
 
 def blocks_apply(x: Tensor, blocks: Tensor, spread: int = 1) -> Tensor:
-    """x M'ᵀ for each row of x: M' is block-diagonal, with its blocks' halves pulled apart for a `spread` above 1.
+    """x M'ᵀ for each row of x: M' is block-diagonal, with the halves of its blocks `spread` half-blocks apart.
 
     Args:
         x: (n, d).
@@ -150,12 +150,12 @@ def blocks_apply(x: Tensor, blocks: Tensor, spread: int = 1) -> Tensor:
     b = blocks.shape[-1]
     blocks = blocks.to(x.dtype)
     if spread == 1:
-        return _product(x.unflatten(1, (-1, b)), blocks).flatten(1)
+        return _block_product(x.unflatten(1, (-1, b)), blocks).flatten(1)
     halves = x.unflatten(1, (-1, 2, spread, b // 2)).transpose(2, 3)  # (n, groups, spread, 2, b / 2)
-    turned = _product(halves.reshape(len(x), -1, b), blocks)
-    return turned.reshape(halves.shape).transpose(2, 3).flatten(1)
+    rotated = _block_product(halves.reshape(len(x), -1, b), blocks)
+    return rotated.reshape(halves.shape).transpose(2, 3).flatten(1)
 
 
-def _product(x: Tensor, blocks: Tensor) -> Tensor:
+def _block_product(x: Tensor, blocks: Tensor) -> Tensor:
     """(n, k, b) times the transposed blocks (k or 1, b, b)."""
     return torch.einsum("nkb,kcb->nkc", x, blocks.expand(x.shape[1], -1, -1))

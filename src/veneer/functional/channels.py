@@ -1,7 +1,7 @@
-"""A small matrix over the channels of every position, for features in any layout, where they are and without copies.
+"""Multiplies the channels of every position by a small matrix, for features in any layout, without copies.
 
-For features that are channels first this is a batch of products with (d, positions). On a CPU a step through both products and
-the sum took 0.5 to 1.0 of its time with convolutions of one pixel, and 0.4 to 0.9 of that with the channels moved last.
+For channels-first features this is a batch of products with (d, positions). On a CPU, one step of both products and the sum took
+0.5 to 1.0 of the time of 1×1 convolutions, and 0.4 to 0.9 of that with the channels moved last.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .low_rank_product import add_product, plain, project
+from .low_rank_product import add_product, needs_plain_ops, project
 
 Layout = Literal["NLC", "NHWC", "NCHW"]
 
@@ -40,7 +40,7 @@ def add_channels_product(
 
     Args:
         y: (batch, …, d) or, for `NCHW`, (batch, d, height, width). z: the same with r channels.
-        weight: (d, r). bias: (d,) or None. kept: m, a factor of the bias for each sample, (batch, 1, …); None for 1.
+        weight: (d, r). bias: (d,) or None. kept: m, a factor of the bias for each sample, (batch, 1, …); None means 1.
     """
     kernel = layout == "NCHW"
     product = weight[:, :, None, None] if kernel else weight
@@ -49,18 +49,18 @@ def add_channels_product(
     shift = bias.view(-1, 1, 1) if kernel else bias
     if kept is not None:
         shift = shift * kept
-    elif not kernel and plain(y, z, weight):
+    elif not kernel and needs_plain_ops(y, z, weight):
         return y + F.linear(z, weight, bias)
-    return add_product(y + shift, z, product, over=True)  # the sum is new: nobody else has it
+    return add_product(y + shift, z, product, over=True)  # the sum is a new tensor, safe to modify
 
 
-def kept_samples(x: Tensor, probability: float, training: bool) -> Tensor | None:
+def drop_path_mask(x: Tensor, probability: float, training: bool) -> Tensor | None:
     """Stochastic depth: for each sample 0 with the given probability, else 1 / (1 − probability).
 
     Args:
-        x: features (batch, …), of which only shape, dtype and device count.
+        x: features (batch, …); only shape, dtype and device are used.
     Returns:
-        (batch, 1, …), drawn from torch's global generator; None for all of them, where nothing is dropped.
+        (batch, 1, …), sampled with torch's global generator; None if nothing is dropped.
     """
     if not training or probability == 0:
         return None

@@ -1,4 +1,4 @@
-"""W x for a weight of any kind of layer: a matrix product or a convolution, by the weight's dimensions."""
+"""W x for linear and convolutional weights: a matrix product or a convolution, by the weight's dimensions."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def convolve(
     Args:
         x: (…, d_in) for a matrix, (batch, d_in, *size) for a kernel.
         weight: (d_out, d_in) or (d_out, d_in / groups, *kernel) with 1 to 3 kernel dimensions.
-        stride, padding, dilation, groups: geometry of the convolution; empty for strides of 1 and no padding. The padding "same"
-            is TensorFlow's with strides: as many outputs as x has strides, an odd zero last.
+        stride, padding, dilation, groups: geometry of the convolution; empty for stride 1 and no padding. The padding "same"
+            follows TensorFlow for strides: ⌈size / stride⌉ outputs, an odd zero at the end.
     """
     if weight.ndim == 2:
         return F.linear(x, weight)
@@ -35,7 +35,7 @@ def convolve(
 
 
 def same_padding(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int] = ()) -> list[int]:
-    """Zeros before and after, for `F.pad`: last dimension first, which needs ⌈size / stride⌉ outputs.
+    """Padding before and after, for `F.pad`, last dimension first, that gives ⌈size / stride⌉ outputs.
 
     >>> same_padding((8, 7), (3, 3), (2, 2))
     [1, 1, 0, 1]
@@ -47,11 +47,11 @@ def same_padding(size: Sequence[int], kernel: Sequence[int], stride: Sequence[in
     return pads
 
 
-def laid_as(x: Tensor, y: Tensor) -> Tensor:
-    """x with its channels last in memory where y's are: what follows then computes as it does on y, to the bit.
+def match_memory_format(x: Tensor, y: Tensor) -> Tensor:
+    """x in channels-last memory format if y is in it, so that later operations are bitwise those on y.
 
     Args:
-        x, y: of one shape.
+        x, y: of the same shape.
     """
     last = y.ndim == 4 and not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last)
     return x.contiguous(memory_format=torch.channels_last) if last else x

@@ -1,4 +1,4 @@
-"""(B1 A1) ∘ (B2 A2): the elementwise product of two low-rank matrices, as a matrix and as a pair of rank r²."""
+"""(B1 A1) ∘ (B2 A2): the elementwise product of two low-rank matrices, as a matrix and as factors of rank r²."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class _Hadamard(torch.autograd.Function):
-    """Keeps the four factors for the backward pass and multiplies them again there, in place of keeping both products."""
+    """Saves only the four factors for the backward pass and recomputes both products there."""
 
     generate_vmap_rule = True
 
@@ -32,9 +32,9 @@ class _Hadamard(torch.autograd.Function):
 
 
 def hadamard(up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor) -> Tensor:
-    """(B1 A1) ∘ (B2 A2), whose backward pass needs no memory for the two products.
+    """(B1 A1) ∘ (B2 A2), whose backward pass stores neither of the two products.
 
-    A compiler decides by itself what it keeps, so it sees the plain product.
+    When compiling, uses the plain product, because the compiler decides what to store.
 
     Args:
         up1, up2: B, (d_out, r). down1, down2: A, (r, d_in).

@@ -1,4 +1,4 @@
-"""How much trained values matter to a loss, smoothed over steps, and how many of them a schedule leaves."""
+"""Importance of parameters for the loss, smoothed over steps, and budget schedules for pruning."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def observe(weight: Tensor, sensitivity: Tensor, uncertainty: Tensor, beta1: float, beta2: float) -> None:
+def update_importance(weight: Tensor, sensitivity: Tensor, uncertainty: Tensor, beta1: float, beta2: float) -> None:
     """Ī ← β1·Ī + (1 − β1)·I and Ū ← β2·Ū + (1 − β2)·|I − Ī| in place, with I = |w · ∂L/∂w|.
 
-    A weight without a gradient changes nothing.
+    Does nothing for a parameter without a gradient.
 
     Args:
         weight: w, with its gradient. `sensitivity`, `uncertainty`: Ī and Ū, of its shape.
@@ -23,7 +23,7 @@ def observe(weight: Tensor, sensitivity: Tensor, uncertainty: Tensor, beta1: flo
     uncertainty.mul_(beta2).add_((now - sensitivity).abs_(), alpha=1 - beta2)
 
 
-def cubic(step: int, start: int, end: int, first: int, last: int) -> int:
+def cubic_budget(step: int, start: int, end: int, first: int, last: int) -> int:
     """b(t) = b_T + (b_0 − b_T)·(1 − (t − t_0) / (t_1 − t_0))³, rounded down: b_0 until `start`, b_T from `end` on.
 
     Args:
@@ -32,12 +32,12 @@ def cubic(step: int, start: int, end: int, first: int, last: int) -> int:
     """
     if step >= end:
         return last
-    left = 1 - max(0, step - start) / (end - start) if end > start else 1
-    return int(last + (first - last) * left**3)
+    remaining = 1 - max(0, step - start) / (end - start) if end > start else 1
+    return int(last + (first - last) * remaining**3)
 
 
-def largest(scores: Tensor, count: int) -> Tensor:
-    """True at the `count` largest of `scores`, (n,); of equal ones the earlier, so that it is always so many."""
+def largest_mask(scores: Tensor, count: int) -> Tensor:
+    """Mask of the `count` largest of `scores`, (n,); ties go to the earlier ones, so that the count is exact."""
     kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     kept[scores.argsort(descending=True, stable=True)[:count]] = True
     return kept

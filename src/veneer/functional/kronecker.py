@@ -1,4 +1,4 @@
-"""Kronecker products as weights: (C ⊗ D)[u·V + v, …] = C[u, …] D[v, …], applied without being built."""
+"""Kronecker products as weights: (C ⊗ D)[u·V + v, …] = C[u, …] D[v, …], applied without materializing them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .low_rank_product import onto, plain
+from .low_rank_product import needs_plain_ops, output_buffer
 
 
-class _Mixed(torch.autograd.Function):
+class _Mix(torch.autograd.Function):
     """C X_n for X (n, q, m)."""
 
     @staticmethod
@@ -30,25 +30,25 @@ class _Mixed(torch.autograd.Function):
         return mixed, torch.bmm(g, x.mT).sum(0) if to_left else None
 
 
-class _Added(torch.autograd.Function):
-    """y + C X_n Dᵀ, row block after row block. What C gives is computed again for the gradients, at C's small cost."""
+class _AddKron(torch.autograd.Function):
+    """y + C X_n Dᵀ, one block of rows after the other. C X_n is recomputed for the gradients, which is cheap for a small C."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, left: Tensor, right: Tensor, over: bool) -> Tensor:
         ctx.save_for_backward(x, left, right)
-        return onto(y, over).addmm_(_mixed(x, left), right.mT)
+        return output_buffer(y, over).addmm_(_mix_rows(x, left), right.mT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, left, right = ctx.saved_tensors
         (g,) = grads
         _, to_x, to_left, to_right, _ = ctx.needs_input_grad
-        by_right = (_mixed(x, left).mT @ g).mT if to_right else None
+        by_right = (_mix_rows(x, left).mT @ g).mT if to_right else None
         if not (to_x or to_left):
             return g, None, None, by_right, None
         inner = (g @ right).view(-1, len(left), x.shape[-1])
         by_left = torch.bmm(inner, _blocks(x, left).mT).sum(0) if to_left else None
-        return g, _mixed(inner, left.mT) if to_x else None, by_left, by_right, None
+        return g, _mix_rows(inner, left.mT) if to_x else None, by_left, by_right, None
 
 
 def _blocks(x: Tensor, left: Tensor) -> Tensor:
@@ -56,23 +56,23 @@ def _blocks(x: Tensor, left: Tensor) -> Tensor:
     return x.reshape(-1, left.shape[1], x.shape[-1])
 
 
-def _mixed(x: Tensor, left: Tensor) -> Tensor:
+def _mix_rows(x: Tensor, left: Tensor) -> Tensor:
     """C X_n, as rows (n·p, s)."""
     blocks = _blocks(x, left)
     return torch.bmm(left.expand(len(blocks), -1, -1), blocks).view(-1, x.shape[-1])
 
 
 def add_kron(y: Tensor, x: Tensor, left: Tensor, right: Tensor, over: bool = False) -> Tensor:
-    """y + (C ⊗ D) x, both cut into rows: C X Dᵀ for each q rows X of x is added to p rows of y.
+    """y + (C ⊗ D) x, both split into rows: C X Dᵀ for each q rows X of x is added to p rows of y.
 
     Args:
         y: (n·p, r). x: (n·q, s). left: C, (p, q). right: D, (r, s).
-        over: write over y, as in `add_product`.
+        over: modifies y in place, as in `add_product`.
     """
-    if plain(y, x, left, right):
+    if needs_plain_ops(y, x, left, right):
         mixed = mix(_blocks(x, left), left)
         return y + F.linear(mixed.reshape(-1, x.shape[-1]), right)
-    total: Tensor = _Added.apply(y, x, left, right, over)
+    total: Tensor = _AddKron.apply(y, x, left, right, over)
     return total
 
 
@@ -84,19 +84,19 @@ def mix(x: Tensor, left: Tensor) -> Tensor:
     Returns:
         (n, p, m).
     """
-    if plain(x, left):
+    if needs_plain_ops(x, left):
         return torch.bmm(left.to(x.dtype).expand(len(x), -1, -1), x)
-    mixed: Tensor = _Mixed.apply(x, left)
+    mixed: Tensor = _Mix.apply(x, left)
     return mixed
 
 
 def kron_factors(width: int, factor: int = -1) -> tuple[int, int]:
-    """Two numbers, the smaller first, whose product is `width`.
+    """Factors `width` into two integers, the smaller first.
 
     Args:
         width: at least 1.
         factor: one of the two, if it divides `width`; else the smaller is the largest divisor up to `factor` and to the square
-            root of `width`. -1 for the nearest to a square.
+            root of `width`. -1 for the factors closest to each other.
 
     >>> kron_factors(320), kron_factors(320, 8), kron_factors(768, 7)
     ((16, 20), (8, 40), (6, 128))
@@ -122,15 +122,15 @@ def kron_weight(left: Tensor, right: Tensor, swapped: bool = False) -> Tensor:
 
 
 def kron_apply(x: Tensor, left: Tensor, right: Callable[[Tensor], Tensor], kernel_dims: int = 0, swapped: bool = False) -> Tensor:
-    """(C ⊗ D) x = C X Dᵀ, where X (q, s) is x in rows of s; its rows one after the other are the result.
+    """(C ⊗ D) x = C X Dᵀ, where X (q, s) is x in rows of s; the result is its rows concatenated.
 
-    C and D act on different dimensions, so whichever makes the tensor smaller goes first.
+    C and D act on different dimensions, so the one that makes the tensor smaller is applied first.
 
     Args:
         x: (…, q·s), or (batch, q·s, *size) for a convolution.
         left: C, (p, q).
-        right: what D does: (n, s, *size) to (n, r, *size'), a matrix product or a convolution.
-        kernel_dims: how many size dimensions follow the channels.
+        right: applies D: (n, s, *size) to (n, r, *size'), a matrix product or a convolution.
+        kernel_dims: number of size dimensions after the channels.
         swapped: as in `kron_weight`.
     Returns:
         (…, p·r), or (batch, p·r, *size').

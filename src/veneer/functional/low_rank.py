@@ -1,4 +1,4 @@
-"""Products C D of tall and wide matrices: their singular values without the product, the best cut, the norm."""
+"""Products C D of tall and wide matrices: SVD without forming the product, truncation, and norm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def oblong_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ, Vᵀ of a matrix, by way of Aᵀ = Q R where it is wide: A = Rᵀ Qᵀ, and Rᵀ is square. Many times quicker for kernels.
+    """U, σ, Vᵀ of a matrix, by Aᵀ = Q R if it is wide: A = Rᵀ Qᵀ, where Rᵀ is square. Many times faster for kernels.
 
     Args:
         matrix: (…, m, n).
@@ -34,8 +34,8 @@ def oblong_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh @ q.mT
 
 
-def cut(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """C and D of the first `rank` singular values, √σ in each: of all C D of this rank the nearest to U diag(σ) Vᵀ.
+def truncate(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """C and D of the first `rank` singular values, √σ in each: the best approximation of U diag(σ) Vᵀ of this rank.
 
     Returns:
         (…, m, rank) and (…, rank, n).
@@ -45,6 +45,6 @@ def cut(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def product_norm(left: Tensor, right: Tensor) -> float:
-    """‖C D‖ (Frobenius), as ‖R1 R2ᵀ‖: without the product, and without the rounding of ‖C D‖² = Σ (CᵀC)∘(D Dᵀ)."""
+    """‖C D‖ (Frobenius), as ‖R1 R2ᵀ‖: without forming the product or the rounding error of ‖C D‖² = Σ (CᵀC)∘(D Dᵀ)."""
     r1, r2 = (torch.linalg.qr(t, mode="r").R for t in (left, right.mT))
     return float(torch.linalg.vector_norm(r1 @ r2.mT))

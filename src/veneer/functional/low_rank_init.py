@@ -1,4 +1,4 @@
-"""The part of a weight that a low-rank pair can begin as."""
+"""Low-rank factors initialized from a weight."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 8
-"""Columns beyond the rank in the randomised decomposition; Halko et al. advise 5 or 10."""
+"""Columns beyond the rank in the randomized decomposition; Halko et al. recommend 5 or 10."""
 
 
 def principal(weight: Tensor, rank: int, scaling: float, niter: int = 0) -> tuple[Tensor, Tensor]:
@@ -15,8 +15,8 @@ def principal(weight: Tensor, rank: int, scaling: float, niter: int = 0) -> tupl
     Args:
         weight: (…, d_out, d_in). `rank`: at most the smaller of both.
         scaling: s, above 0.
-        niter: 0 for the exact decomposition; else power iterations of the randomised one, which draws from torch's global
-            generator and finds the largest singular values only: nearly as good from 2 on, and much quicker for large weights.
+        niter: 0 for the exact decomposition; else power iterations of the randomized one, which uses torch's global
+            generator and finds only the largest singular values: nearly as accurate from 2 on, much faster for large weights.
     Returns:
         A (…, rank, d_in) and B (…, d_out, rank).
     Source: Meng et al., PiSSA, NeurIPS 2024, divided by s as in peft; Halko et al., SIAM Review 2011.
@@ -31,7 +31,7 @@ def principal(weight: Tensor, rank: int, scaling: float, niter: int = 0) -> tupl
 
 
 def orthonormal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A = R[:r] and B = Q[:, :r] for W = Q R: the columns of B are orthonormal, and B A is W projected on them.
+    """A = R[:r] and B = Q[:, :r] for W = Q R: the columns of B are orthonormal, and B A is the projection of W on them.
 
     Shapes as in `principal`. Source: Büyükakyüz, OLoRA, 2024; peft `olora_init`.
     """

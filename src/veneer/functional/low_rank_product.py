@@ -1,7 +1,7 @@
-"""y + B (A x): the two steps of a change of low rank, with no more memory and passes over it than the products need.
+"""y + B (A x): the two steps of a low-rank update, with minimal memory and passes over features.
 
-torch's own operations would do. These leave out three passes over a layer's features: the product is added to y where it is
-computed, B's gradient is computed in the layout that is quick for a small r, and x's gradients are summed in place.
+Equivalent to torch's operations, but saves three passes over a layer's features: the product is accumulated into y, B's gradient
+is computed in the layout that is fast for a small r, and x's gradients are summed in place.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 
-class _Projected(torch.autograd.Function):
-    """A x. Keeps x for A's gradient only."""
+class _Project(torch.autograd.Function):
+    """A x. Saves x only for A's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor) -> Tensor:
@@ -30,20 +30,20 @@ class _Projected(torch.autograd.Function):
         to_down = None if x is None else g.mT @ x.reshape(-1, x.shape[-1])
         if not ctx.needs_input_grad[0]:
             return None, to_down
-        if torch.is_grad_enabled():  # gradients of gradients
+        if torch.is_grad_enabled():  # double backward
             return (g @ down).view(ctx.shape), to_down
-        to_x = g.new_empty(ctx.shape)  # no view of a product, to which autograd does not add in place
+        to_x = g.new_empty(ctx.shape)  # not a view of a product, into which autograd does not accumulate in place
         torch.mm(g, down, out=to_x.view(-1, ctx.shape[-1]))
         return to_x, to_down
 
 
-class _Added(torch.autograd.Function):
+class _AddProduct(torch.autograd.Function):
     """y + B z: features are last in y (n, d_out) and z (n, r), or second in y (batch, d_out, size) and z (batch, r, size)."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, up: Tensor, over: bool) -> Tensor:
         ctx.save_for_backward(z, up)
-        target = onto(y, over)
+        target = output_buffer(y, over)
         return target.addmm_(z, up.mT) if y.ndim == 2 else target.baddbmm_(up.expand(len(y), -1, -1), z)
 
     @staticmethod
@@ -51,17 +51,17 @@ class _Added(torch.autograd.Function):
         z, up = ctx.saved_tensors
         _, low, factor, _ = ctx.needs_input_grad
         (g,) = grads
-        if g.ndim == 2:  # zᵀ g and not gᵀ z, which is half as quick for a small r
+        if g.ndim == 2:  # zᵀ g instead of gᵀ z, which takes twice as long for a small r
             return g, g @ up if low else None, (z.mT @ g).mT if factor else None, None
         return g, up.mT @ g if low else None, (z @ g.mT).sum(0).mT if factor else None, None
 
 
-def onto(y: Tensor, over: bool) -> Tensor:
-    """What a sum with y is written on: y's own memory, or a copy."""
+def output_buffer(y: Tensor, over: bool) -> Tensor:
+    """The tensor into which a sum with y is written: y's own memory, or a copy."""
     if not over:
         return y.clone()
     if not y.is_inference():
-        increment_version(y)  # whoever kept y for a backward pass is told that it has changed
+        increment_version(y)  # autograd raises an error if y was saved for a backward pass
     return y.data
 
 
@@ -73,9 +73,9 @@ def project(x: Tensor, down: Tensor) -> Tensor:
     Returns:
         (…, r).
     """
-    if plain(x, down):
+    if needs_plain_ops(x, down):
         return F.linear(x, down)
-    low: Tensor = _Projected.apply(x, down)
+    low: Tensor = _Project.apply(x, down)
     return low
 
 
@@ -86,19 +86,19 @@ def add_product(y: Tensor, z: Tensor, up: Tensor, over: bool = False) -> Tensor:
         y: (…, d_out), or (batch, d_out, *size) for a kernel.
         z: (…, r) or (batch, r, *size).
         up: B, (d_out, r) or, for a kernel, (d_out, r, *ones).
-        over: write over y, which then nobody may need. Whoever had kept it for a backward pass is told by an error there.
+        over: modifies y in place; y must not be used elsewhere. If y was saved for a backward pass, that pass raises an error.
     """
     kernel = up.ndim > 2
     product = up.flatten(1)
-    if plain(y, z, up):
+    if needs_plain_ops(y, z, up):
         return y + ((product @ z.flatten(2)).reshape(y.shape) if kernel else F.linear(z, product))
     flat = [t.flatten(2) if kernel else t.reshape(-1, t.shape[-1]) for t in (y, z)]
-    total: Tensor = _Added.apply(*flat, product, over)
+    total: Tensor = _AddProduct.apply(*flat, product, over)
     return total.view(y.shape)
 
 
-def plain(*tensors: Tensor) -> bool:
-    """True where torch's own operations must be seen, by a compiler or a transform of functions, or dtypes are to be mixed."""
+def needs_plain_ops(*tensors: Tensor) -> bool:
+    """True if torch's own operations must be used: when compiling, in function transforms, under autocast, with mixed dtypes."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,4 +1,4 @@
-"""Changes of weights as vectors: trimming, electing signs and disjoint means (TIES), dropping and rescaling (DARE)."""
+"""Weight updates as task vectors: trimming, sign election and disjoint means (TIES), dropping and rescaling (DARE)."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from torch import Tensor
 
 
 def trim(change: Tensor, density: float) -> Tensor:
-    """The share `density` of the numbers that are largest in magnitude, at least one; the others zero."""
+    """Keeps the fraction `density` of elements with the largest magnitude, at least one; the others become zero."""
     flat = change.flatten()
     largest = flat.abs().topk(max(1, int(density * flat.numel()))).indices
     return torch.zeros_like(flat).index_copy(0, largest, flat[largest]).view_as(change)
 
 
 def drop(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """δ ∘ m / density with m ~ Bernoulli(density): a random share stays, and is scaled so that the mean is δ.
+    """δ ∘ m / density with m ~ Bernoulli(density): keeps a random fraction, rescaled so that the expectation is δ.
 
     Args:
-        generator: on the CPU, so that draws do not depend on the device.
+        generator: on the CPU, so that samples do not depend on the device.
     """
     stays = torch.rand(change.shape, generator=generator, dtype=torch.float64) < density
     return change * stays.to(change.device) / density
 
 
 def elected_mean(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Where changes disagree in sign, that of the larger sum is elected; then the mean of |w|·τ over those that have it.
+    """Elects the sign of the sum for each element, then averages |w|·τ over the task vectors with that sign.
 
-    A negative weight turns its change around before the election.
+    A negative weight flips its task vector before the election.
     """
-    turned = torch.stack([change if weight >= 0 else -change for change, weight in zip(changes, weights, strict=True)])
-    elected = torch.where(turned.sum(0) >= 0, 1.0, -1.0)
-    agree = turned.sign() == elected
-    scale = torch.tensor([abs(w) for w in weights], dtype=turned.dtype, device=turned.device)
-    weighted = turned * scale.view(-1, *(1,) * (turned.ndim - 1))
+    signed = torch.stack([change if weight >= 0 else -change for change, weight in zip(changes, weights, strict=True)])
+    elected = torch.where(signed.sum(0) >= 0, 1.0, -1.0)
+    agree = signed.sign() == elected
+    scale = torch.tensor([abs(w) for w in weights], dtype=signed.dtype, device=signed.device)
+    weighted = signed * scale.view(-1, *(1,) * (signed.ndim - 1))
     return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)

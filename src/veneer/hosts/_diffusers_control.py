@@ -1,4 +1,4 @@
-"""What control is added to in diffusers' UNets: their skip and middle features, and the features on their way down."""
+"""Where control residuals are added in diffusers' UNets: skip and middle features, and features inside the encoder."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import nn
 
 from veneer.injection.sites import ResidualSite
 
-from ._describe import Part
+from ._describe import TowerPart
 
-NOT_COPIED = ("conditioning_channels", "conditioning_embedding_out_channels", "controlnet_conditioning_channel_order")
+CONTROL_OPTIONS = ("conditioning_channels", "conditioning_embedding_out_channels", "controlnet_conditioning_channel_order")
 
 
-def residual_site(part: Part, components: Mapping[str, Any] | None) -> ResidualSite:
+def residual_site(part: TowerPart, components: Mapping[str, Any] | None) -> ResidualSite:
     """The site of a whole UNet."""
     from diffusers import ControlNetModel
 
     unet = part.module("")
     widths, strides = skips(unet)
     inner = inner_features(unet)
-    known = set(inspect.signature(ControlNetModel.__init__).parameters) - set(NOT_COPIED)
+    known = set(inspect.signature(ControlNetModel.__init__).parameters) - set(CONTROL_OPTIONS)
     config = {name: value for name, value in unet.config.items() if name in known}
     names = [n for n in inspect.signature(type(unet).forward).parameters if n != "self"]
     return ResidualSite(
@@ -36,7 +36,7 @@ def residual_site(part: Part, components: Mapping[str, Any] | None) -> ResidualS
 
 
 def _encoder(config: Mapping[str, Any], channels: int, widths: tuple[int, ...]) -> nn.Module:
-    """A ControlNet of diffusers for a UNet of that config."""
+    """A diffusers ControlNet for a UNet with the given config."""
     from diffusers import ControlNetModel
 
     net: Any = ControlNetModel(**config, conditioning_channels=channels, conditioning_embedding_out_channels=widths)
@@ -44,12 +44,12 @@ def _encoder(config: Mapping[str, Any], channels: int, widths: tuple[int, ...]) 
 
 
 def _pixels(vae: Any) -> int:
-    """Pixels that a latent stands for; 8 where no autoencoder is told."""
+    """Pixels per latent position; 8 without an autoencoder."""
     return 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def skips(model: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Widths and strides of the skip features in the order in which ControlNets give residuals, then of the middle."""
+    """Widths and strides of the skip features in the order of ControlNet residuals, then of the middle block."""
     unet: Any = model
     widths, strides, stride = [unet.conv_in.out_channels], [1], 1
     for block in unet.down_blocks:
@@ -64,8 +64,8 @@ def skips(model: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def inner_features(model: nn.Module) -> list[tuple[int, int]]:
-    """Widths and strides of the features that T2I-Adapters change: a block with attention before it is reduced, one without
-    after it. Where the first block has none, as in SDXL, the middle's are changed as well."""
+    """Widths and strides of the features that T2I-Adapters change: of blocks with attention before downsampling, of others
+    after it. If the first block has no attention, as in SDXL, the middle block's features are also changed."""
     unet: Any = model
     found, stride = [], 1
     for block in unet.down_blocks:

@@ -9,68 +9,68 @@ from torch import nn
 
 from veneer.injection.sites import ParamSite, Port, Site, TokenSite, WeightSite
 
-from ._describe import Part
+from ._describe import TowerPart
 
 
-def blocks(part: Part, path: str, **tokens: Any) -> Iterator[Site]:
+def blocks(part: TowerPart, path: str, **tokens: Any) -> Iterator[Site]:
     """The residual blocks of the transformer at `path`.
 
     Args:
-        tokens: what is known of the tokens: `prefix_tokens`, `grid`, `patch` and `can_insert`.
+        tokens: fields that describe the tokens: `prefix_tokens`, `grid`, `patch` and `can_insert`.
     """
     transformer = part.module(path)
     count, width = len(transformer.resblocks), transformer.width
     yield _tokens(part, path, width, 0, count - 1, "tokens.tower", tokens)
     for depth in range(count):
         here = part.at(depth=depth)
-        yield from block(here, f"{path}.resblocks.{depth}", width, **_place(tokens))
+        yield from block(here, f"{path}.resblocks.{depth}", width, **_grid_fields(tokens))
         yield _tokens(here, path, width, depth, depth, "tokens.block", tokens)
 
 
-def _place(tokens: dict[str, Any]) -> dict[str, Any]:
+def _grid_fields(tokens: dict[str, Any]) -> dict[str, Any]:
     return {key: tokens[key] for key in ("prefix_tokens", "grid") if key in tokens}
 
 
-def _tokens(part: Part, path: str, width: int, first: int, last: int, role: str, tokens: dict[str, Any]) -> TokenSite:
+def _tokens(part: TowerPart, path: str, width: int, first: int, last: int, role: str, tokens: dict[str, Any]) -> TokenSite:
     name = f"{path}.tokens" if role == "tokens.tower" else f"{path}.resblocks.{first}.tokens"
     enter, leave = Port(f"{path}.resblocks.{first}", "in"), Port(f"{path}.resblocks.{last}", "out")
     facts = {key: value for key, value in tokens.items() if key != "grid"}
     return TokenSite(name=name, role=role, enter=enter, leave=leave, width=width, **facts, **part.labels)
 
 
-def block(part: Part, path: str, width: int, kind: str = "attn", **place: Any) -> Iterator[Site]:
-    """A block: attention (`kind` `xattn` for one that reads pictures) and an MLP, each behind its norm."""
+def block(part: TowerPart, path: str, width: int, kind: str = "attn", **place: Any) -> Iterator[Site]:
+    """A block: attention (`kind` `xattn` if it reads image tokens) and an MLP, each after its norm."""
     attn, mlp = f"{path}.attn", f"{path}.mlp"
     yield from part.norm(f"{path}.ln_1")
     yield from part.norm(f"{path}.ln_1_kv")
     yield from attention(part, attn, kind)
     yield from part.norm(f"{path}.ln_attn")
-    yield from _end(part, path, 1, attn, kind, width, place)
+    yield from _branch_end(part, path, 1, attn, kind, width, place)
     yield from part.norm(f"{path}.ln_2")
     yield from part.layer(f"{mlp}.c_fc", "mlp.in")
     yield from part.norm(f"{mlp}.ln")
     yield from part.layer(f"{mlp}.c_proj", "mlp.out")
-    yield from _end(part, path, 2, mlp, "mlp", width, place)
+    yield from _branch_end(part, path, 2, mlp, "mlp", width, place)
     yield part.stream(path, width, **place)
 
 
-def _end(part: Part, path: str, i: int, inner: str, kind: str, width: int, place: dict[str, Any]) -> Iterator[Site]:
-    """The scale that ends a branch, and the branch."""
+def _branch_end(part: TowerPart, path: str, i: int, inner: str, kind: str, width: int, place: dict[str, Any]) -> Iterator[Site]:
+    """The layer scale at the end of a branch, and the branch."""
     scale, norm = f"{path}.ls_{i}", f"{path}.ln_{i}"
     if part.has(scale, "gamma"):
         yield part.free(scale, "gamma", "scale")
     yield part.branch(inner, kind, Port(norm, "in"), Port(scale, "out"), width, normed=Port(norm, "out"), **place)
 
 
-def attention(part: Part, path: str, kind: str) -> Iterator[Site]:
-    """Queries, keys and values, packed in one tensor or in three, and the output layer.
+def attention(part: TowerPart, path: str, kind: str) -> Iterator[Site]:
+    """Queries, keys and values, packed in one tensor or separate, and the output layer.
 
     torch's `MultiheadAttention` reads all of them and calls none; open_clip's own attention calls its output layer.
     """
     attn = part.module(path)
     own = not isinstance(attn, nn.MultiheadAttention)
     normed = own and not isinstance(attn.ln_k, nn.Identity)
-    # What is added to all keys adds the same to all scores of a query, which a plain softmax cancels.
+    # A constant added to all keys shifts all scores of a query alike, which a plain softmax cancels.
     plain = not (own and attn.scaled_cosine)
     yield from _projections(part, path, kind, inert=plain and not normed)
     for name in ("ln_q", "ln_k"):
@@ -82,7 +82,7 @@ def attention(part: Part, path: str, kind: str) -> Iterator[Site]:
     yield from part.layer(f"{path}.out_proj", f"{kind}.out", called=own)
 
 
-def _projections(part: Part, path: str, kind: str, inert: bool) -> Iterator[Site]:
+def _projections(part: TowerPart, path: str, kind: str, inert: bool) -> Iterator[Site]:
     attn = part.module(path)
     packed, biased = part.has(path, "in_proj_weight"), part.has(path, "in_proj_bias")
     width = attn.out_proj.out_features
@@ -103,8 +103,8 @@ def _projections(part: Part, path: str, kind: str, inert: bool) -> Iterator[Site
             )  # fmt: skip
 
 
-def pooler(part: Part, path: str) -> Iterator[Site]:
-    """Pooling by attention from learned queries; nothing where there is none."""
+def pooler(part: TowerPart, path: str) -> Iterator[Site]:
+    """Attention pooling with learned queries; empty if the tower has no pooling."""
     if part.module(path) is None:
         return
     yield part.free(path, "query", "embed.pool")

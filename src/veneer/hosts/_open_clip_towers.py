@@ -1,4 +1,4 @@
-"""open_clip's image towers (ViT, ResNet, any of timm) and text towers (its own, any of transformers)."""
+"""open_clip's image towers (ViT, ResNet, any timm model) and text towers (its own, any transformers model)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 from veneer.injection.sites import FeatureSite, PixelSite, Port, Site, VocabularySite
 
-from ._describe import LAYERS, Part, is_norm, own_parameters
+from ._describe import LAYERS, TowerPart, is_norm, own_parameters
 from ._open_clip_blocks import blocks, pooler
-from ._within import within
+from ._within import nested_sites
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 POOL = {"q": "pool.q", "k": "pool.k", "v": "pool.v", "kv": "pool.kv", "proj": "pool.out"}
@@ -20,7 +20,7 @@ PROJECTION = {"head": "proj.out", "bias.head": "bias.proj.out"}
 MLP = {"fc1": "proj.in", "fc2": "proj.out", "proj": "proj.out"}
 
 
-def visual(part: Part) -> Iterator[Site]:
+def visual(part: TowerPart) -> Iterator[Site]:
     """The image tower at `visual`."""
     tower = part.module("visual")
     yield _pixels(part)
@@ -33,7 +33,7 @@ def visual(part: Part) -> Iterator[Site]:
     yield _features(part, "visual", _visual_width(tower))
 
 
-def _pixels(part: Part) -> PixelSite:
+def _pixels(part: TowerPart) -> PixelSite:
     tower = part.module("visual")
     side = tower.image_size
     size = (*(tuple(side) if isinstance(side, (tuple, list)) else (side, side)), 3)
@@ -42,8 +42,8 @@ def _pixels(part: Part) -> PixelSite:
     return PixelSite(name="visual.pixels", role="pixels", port=Port("visual", "in"), **fields, **part.labels)
 
 
-def _features(part: Part, path: str, width: int) -> FeatureSite:
-    """Features as a tower gives them: projected, before they are normalised."""
+def _features(part: TowerPart, path: str, width: int) -> FeatureSite:
+    """Features as a tower returns them: projected, before normalization."""
     port = Port(path, "out")
     return FeatureSite(name=f"{path}.features", role="features", port=port, read=port, width=width, head="", **part.labels)
 
@@ -56,7 +56,7 @@ def _visual_width(tower: Any) -> int:
     return int(layers[-1].out_features if layers else tower.trunk.num_classes or tower.trunk.num_features)
 
 
-def _vit(part: Part) -> Iterator[Site]:
+def _vit(part: TowerPart) -> Iterator[Site]:
     vit = part.module("visual")
     yield from part.layer("visual.conv1", "conv.patch")
     yield part.free("visual", "class_embedding", "embed.class")
@@ -72,8 +72,8 @@ def _vit(part: Part) -> Iterator[Site]:
         yield part.free("visual", "proj", "proj.out")
 
 
-def _resnet(part: Part) -> Iterator[Site]:
-    """Convolutions with their norms, block by block, and the pooling by attention, which reads all of its layers."""
+def _resnet(part: TowerPart) -> Iterator[Site]:
+    """Convolutions with their norms, block by block, and the attention pooling, which reads all of its layers."""
     for i in (1, 2, 3):
         yield from part.layer(f"visual.conv{i}", "conv.stem")
         yield from part.norm(f"visual.bn{i}")
@@ -88,7 +88,7 @@ def _resnet(part: Part) -> Iterator[Site]:
     yield from part.layer("visual.attnpool.c_proj", "pool.out", called=False)
 
 
-def _bottleneck(part: Part, path: str) -> Iterator[Site]:
+def _bottleneck(part: TowerPart, path: str) -> Iterator[Site]:
     block = part.module(path)
     for i in (1, 2, 3):
         yield from part.layer(f"{path}.conv{i}", "conv.res")
@@ -99,11 +99,11 @@ def _bottleneck(part: Part, path: str) -> Iterator[Site]:
     yield part.stream(path, block.conv3.out_channels, **shape)
 
 
-def _timm(part: Part) -> Iterator[Site]:
-    """The trunk as its own host sees it, without its pixels and features, which are those of the tower; then the head."""
-    for site in within(part.model, "visual.trunk", part.tower, part.component):
+def _timm(part: TowerPart) -> Iterator[Site]:
+    """The trunk's sites by its own host, except pixels and features, which belong to the tower; then the head."""
+    for site in nested_sites(part.model, "visual.trunk", part.tower, part.component):
         if not isinstance(site, (PixelSite, FeatureSite)):
-            yield replace(site, role=PROJECTION.get(site.role, site.role))  # the trunk's head gives no logits here
+            yield replace(site, role=PROJECTION.get(site.role, site.role))  # the trunk's head does not output logits
     for path, module in part.leaves("visual.head"):
         *_, kind, name = path.split(".")
         if is_norm(module):
@@ -120,8 +120,8 @@ def _timm(part: Part) -> Iterator[Site]:
                 yield part.free(path, param, "embed.position" if param == "pos_embed" else "embed.pool")
 
 
-def text(part: Part, path: str) -> Iterator[Site]:
-    """The text tower: its modules are the model's own (`path` empty) or lie in `text`."""
+def text(part: TowerPart, path: str) -> Iterator[Site]:
+    """The text tower: its modules are the model's own (`path` empty) or are in `text`."""
     tower = part.module(path)
     if not hasattr(tower, "token_embedding"):
         yield from _transformers(part, path)
@@ -144,17 +144,17 @@ def text(part: Part, path: str) -> Iterator[Site]:
         yield _features(part, path, tower.output_dim or tower.width)
 
 
-def _projection(part: Part, path: str) -> Iterator[Site]:
-    """A free matrix for x @ W, or a linear."""
+def _projection(part: TowerPart, path: str) -> Iterator[Site]:
+    """A matrix parameter for x @ W, or a linear layer."""
     if part.has(path, "text_projection"):
         yield part.free(path, "text_projection", "proj.out")
     yield from part.layer(f"{path}.text_projection" if path else "text_projection", "proj.out")
 
 
-def _transformers(part: Part, path: str) -> Iterator[Site]:
-    """A text encoder of transformers, as its own host sees it, and the projection behind it."""
-    for site in within(part.model, f"{path}.transformer", part.tower, part.component):
-        if not isinstance(site, VocabularySite):  # the tower looks at the ids before that door, for padding
+def _transformers(part: TowerPart, path: str) -> Iterator[Site]:
+    """A transformers text encoder, described by its own host, and the projection after it."""
+    for site in nested_sites(part.model, f"{path}.transformer", part.tower, part.component):
+        if not isinstance(site, VocabularySite):  # the tower reads the ids before, for padding
             yield site
     for name, _ in part.leaves(f"{path}.proj"):
         yield from part.layer(name, "proj.in" if name.endswith("proj.0") else "proj.out")

@@ -1,4 +1,4 @@
-"""What the models of timm have in common: the picture they take, and layers and norms that are told apart by their modules."""
+"""Parts shared by the hosts of timm: image input, and layers and norms classified by their modules."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 from veneer.injection.sites import PixelSite, Port, Site
 
-from ._describe import LAYERS, Part, is_norm, own_parameters
+from ._describe import LAYERS, TowerPart, is_norm, own_parameters
 
 
-def pixels(part: Part, side: tuple[int, ...] | None = None) -> PixelSite:
-    """The picture of a model of timm; `side`: (height, width) where it is fixed, else its configuration's."""
+def pixels(part: TowerPart, side: tuple[int, ...] | None = None) -> PixelSite:
+    """The image input of a timm model; `side`: (height, width) if fixed, else from its configuration."""
     model: Any = part.model
     config = getattr(model, "pretrained_cfg", None) or {}
     size = (*(side or config.get("input_size", (3, 224, 224))[1:]), model.in_chans)
@@ -23,28 +23,28 @@ def pixels(part: Part, side: tuple[int, ...] | None = None) -> PixelSite:
     return PixelSite(name="pixels", role="pixels", port=Port("", "in"), size=size, mean=mean, std=std, **part.labels)
 
 
-def head(part: Part, path: str, width: int) -> Iterator[Site]:
-    """Features on their way into the classifier at `path`, logits, and the classifier's layer; nothing where there is none."""
+def head(part: TowerPart, path: str, width: int) -> Iterator[Site]:
+    """Features that enter the classifier at `path`, logits, and the classifier's layer; empty without a classifier."""
     if part.module(path) is not None:
         yield from part.features(path, width)
         yield from part.layer(path, "head")
 
 
 def walk(
-    part: Part, path: str, roles: Mapping[str, str] = MappingProxyType({}), default: str = "", besides: tuple[str, ...] = ()
+    part: TowerPart, path: str, roles: Mapping[str, str] = MappingProxyType({}), default: str = "", besides: tuple[str, ...] = ()
 ) -> Iterator[Site]:
-    """Every layer, norm and free parameter at and below `path`, in the order of registration.
+    """Every layer, norm and free parameter at and below `path`, in registration order.
 
     Args:
-        roles: name of a layer (below `path`) to its role; others get `default`, or what their geometry says.
-        besides: names that are left out.
+        roles: name of a layer (below `path`) -> its role; others get `default`, or a role by geometry.
+        besides: names to skip.
     """
     for at, module in part.leaves(path):
         name = at.removeprefix(path).removeprefix(".")
         if name in besides:
             continue
         if isinstance(module, LAYERS):
-            yield from part.layer(at, roles.get(name) or default or conv_role(module))
+            yield from part.layer(at, roles.get(name) or default or layer_role(module))
             continue
         norm = is_norm(module)
         yield from part.norm(at) if norm else ()
@@ -53,8 +53,8 @@ def walk(
                 yield part.free(at, param, "scale" if param == "gamma" else "other")
 
 
-def conv_role(module: nn.Module) -> str:
-    """`conv.dw`: a kernel a channel; `conv.pw`: one pixel, all channels, as of a linear layer; `conv.res`: all others."""
+def layer_role(module: nn.Module) -> str:
+    """`conv.dw`: depthwise; `conv.pw`: pointwise, 1×1 over all channels; `conv.res`: all others."""
     if not isinstance(module, nn.Conv2d):
         return "conv.pw"
     if module.groups > 1 and module.groups == module.in_channels:

@@ -1,4 +1,4 @@
-"""Sites of a model that is a part of another one."""
+"""Sites of a model that is nested in another one."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from veneer.injection.sites import Port, Site
 NAMES = ("name", "bias", "guard")
 
 
-def within(model: nn.Module, path: str, tower: str = "", component: str = "") -> Iterator[Site]:
-    """The sites that the host of the module at `path` finds in it, named and placed as seen from `model`.
+def nested_sites(model: nn.Module, path: str, tower: str = "", component: str = "") -> Iterator[Site]:
+    """The sites that its host finds in the module at `path`, with names and paths relative to `model`.
 
     Args:
-        tower: the tower word of the sites; empty for those that they have. `component`: of the model in a pipeline.
-    No host for the module gives no sites.
+        tower: tower label of the sites; empty to keep theirs. `component`: of the model in a pipeline.
+    Empty if the module has no host.
     """
     inner = model.get_submodule(path)
     host = host_of(inner)
     for site in host.sites(inner, component) if host is not None else ():
-        yield replace(site, tower=tower or site.tower, component=component, **_moved(site, path))
+        yield replace(site, tower=tower or site.tower, component=component, **_prefixed(site, path))
 
 
-def _moved(site: Site, path: str) -> dict[str, Any]:
-    """The fields that hold names, paths or ports, with `path` in front of them."""
+def _prefixed(site: Site, path: str) -> dict[str, Any]:
+    """The fields that hold names, paths or ports, prefixed with `path`."""
     moved: dict[str, Any] = {}
     for field in fields(site):
         value = getattr(site, field.name)

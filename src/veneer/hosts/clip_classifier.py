@@ -1,4 +1,4 @@
-"""CLIP as a classifier: both towers of the CLIP inside, its features and logits, and the prompts of its classes."""
+"""CLIP classifiers: both towers of the wrapped CLIP, features and logits, and the class prompts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from veneer.injection.host import Host, module_names
 from veneer.injection.registry import host_of
 from veneer.injection.sites import FeatureSite, PromptSite, Site, VocabularySite
 
-from ._describe import Part
-from ._within import within
+from ._describe import TowerPart
+from ._within import nested_sites
 
 FAMILY = "veneer.models.clip_classifier.CLIPClassifier"
 LENGTH, LAST = 20, 63
 
 
 class ClipClassifier(Host):
-    """The sites of the CLIP inside, under `clip.`, and `head.features`, `head.logits` and `head.prompts`.
+    """The sites of the wrapped CLIP, under `clip.`, and `head.features`, `head.logits` and `head.prompts`.
 
-    The texts are the classifier's own, so that its vocabulary takes no new words. Under a linear head there are the image tower's
-    sites only, because no text is read.
+    The texts are the classifier's own, so that its vocabulary accepts no new tokens. With a linear head only the image tower has
+    sites, because no text is encoded.
     """
 
     name: ClassVar[str] = "clip_classifier"
@@ -36,8 +36,8 @@ class ClipClassifier(Host):
         return FAMILY in module_names(model)
 
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
-        head, linear = Part(model, self.tower, component), isinstance(model.get_submodule("head"), nn.Linear)
-        for site in within(model, "clip", component=component):
+        head, linear = TowerPart(model, self.tower, component), isinstance(model.get_submodule("head"), nn.Linear)
+        for site in nested_sites(model, "clip", component=component):
             read = site.tower == self.tower or (not linear and site.tower in ("text", "joint"))
             if read and not isinstance(site, (FeatureSite, VocabularySite)):
                 yield site
@@ -80,7 +80,7 @@ def _build(cls: str, vision: Mapping[str, Any] | None = None, head: Any = "text"
 
 
 def small_tokenizer(texts: Sequence[str], context_length: int = LENGTH) -> Tensor:
-    """Ids of words by their checksums, between a start and the largest id, with zeros behind; what is too long is cut."""
+    """Word ids from checksums, between a start id and the largest id, zero-padded; long texts are truncated."""
     rows = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in zip(rows, texts, strict=True):
         words = [1 + zlib.crc32(word.encode()) % (LAST - 2) for word in re.findall(r"\w+|[^\w\s]", text.lower())]

@@ -10,7 +10,7 @@ from torch import nn
 from veneer.injection.host import Host, module_names
 from veneer.injection.sites import Port, Site, VocabularySite
 
-from ._describe import Draw, Part
+from ._describe import SampleInputs, TowerPart
 
 FAMILIES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 CLIP_MLP = {"fc1": "mlp.in", "fc2": "mlp.out"}
@@ -20,7 +20,7 @@ T5_MLP = {"wi": "mlp.in", "wi_0": "mlp.in", "wi_1": "mlp.gate", "wo": "mlp.out"}
 class ClipText(Host):
     """CLIPTextModel, CLIPTextModelWithProjection (with and without the `text_model` level) and T5EncoderModel.
 
-    Heads of other tasks and decoders are other classes and not of this family.
+    Models with task heads and decoders have other classes and are not supported.
     """
 
     name: ClassVar[str] = "clip_text"
@@ -32,17 +32,17 @@ class ClipText(Host):
         return any(n.startswith("transformers.") and n.rpartition(".")[2] in FAMILIES for n in module_names(model))
 
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
-        part = Part(model, self.tower, component)
+        part = TowerPart(model, self.tower, component)
         tokenizer = (components or {}).get(component.replace("text_encoder", "tokenizer")) if component else None
         return _t5(part, tokenizer) if part.module("encoder.block") is not None else _clip(part, tokenizer)
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
         bare: Any = model
-        config, draw = bare.config, Draw(model)
+        config, draw = bare.config, SampleInputs(model)
         length = min(8, getattr(config, "max_position_embeddings", 8))
         last = config.vocab_size - 1
         ids = draw.ids(3, last, 2, length)
-        # CLIP pools at the end token: the one that the configuration names, or, where that is the historical 2, the largest id.
+        # CLIP pools at the end token: the configured one, or, for the legacy value 2, the largest id.
         ids[:, -1] = config.eos_token_id if config.eos_token_id not in (None, 2) and config.eos_token_id <= last else last
         return {"input_ids": ids}
 
@@ -76,7 +76,7 @@ def _build_t5() -> nn.Module:
     return model.eval()
 
 
-def _clip(part: Part, tokenizer: Any) -> Iterator[Site]:
+def _clip(part: TowerPart, tokenizer: Any) -> Iterator[Site]:
     root = "text_model." if part.module("text_model") is not None else ""
     yield from _vocabulary(part, f"{root}embeddings.token_embedding", tokenizer)
     yield from part.layer(f"{root}embeddings.position_embedding", "embed.position")
@@ -86,7 +86,7 @@ def _clip(part: Part, tokenizer: Any) -> Iterator[Site]:
     yield from part.layer("text_projection", "proj.out")
 
 
-def _clip_block(part: Part, path: str) -> Iterator[Site]:
+def _clip_block(part: TowerPart, path: str) -> Iterator[Site]:
     attn, mlp = f"{path}.self_attn", f"{path}.mlp"
     width = part.module(attn).embed_dim
     yield from part.norm(f"{path}.layer_norm1")
@@ -101,15 +101,15 @@ def _clip_block(part: Part, path: str) -> Iterator[Site]:
     yield part.stream(path, width)
 
 
-def _t5(part: Part, tokenizer: Any) -> Iterator[Site]:
-    """T5 calls `encoder.embed_tokens`; `shared` is the same table under another name and is not offered."""
+def _t5(part: TowerPart, tokenizer: Any) -> Iterator[Site]:
+    """T5 calls `encoder.embed_tokens`; `shared` is an alias of the same table and has no site."""
     yield from _vocabulary(part, "encoder.embed_tokens", tokenizer)
     for depth in range(len(part.module("encoder.block"))):
         yield from _t5_block(part.at(depth=depth), f"encoder.block.{depth}")
     yield from part.norm("encoder.final_layer_norm")
 
 
-def _t5_block(part: Part, path: str) -> Iterator[Site]:
+def _t5_block(part: TowerPart, path: str) -> Iterator[Site]:
     attn, mlp = f"{path}.layer.0", f"{path}.layer.1"
     width = part.module(f"{attn}.SelfAttention").d_model
     yield from part.norm(f"{attn}.layer_norm")
@@ -125,7 +125,7 @@ def _t5_block(part: Part, path: str) -> Iterator[Site]:
     yield part.stream(path, width)
 
 
-def _vocabulary(part: Part, path: str, tokenizer: Any) -> Iterator[Site]:
+def _vocabulary(part: TowerPart, path: str, tokenizer: Any) -> Iterator[Site]:
     table = part.module(path)
     yield VocabularySite(
         name=f"{path}.vocabulary", role="vocabulary", path=path, ids=Port("", "in"), rows=table.num_embeddings,

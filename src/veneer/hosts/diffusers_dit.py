@@ -10,8 +10,8 @@ from torch import nn
 from veneer.injection.host import Host, module_names
 from veneer.injection.sites import Port, Site
 
-from ._describe import Draw, Part
-from ._diffusers import adaptive, attention, basic_block, feed_forward, processor_order, rest
+from ._describe import SampleInputs, TowerPart
+from ._diffusers import adaptive_norm, attention, basic_block, feed_forward, processor_order, remaining
 
 FAMILIES = (
     "DiTTransformer2DModel",
@@ -34,11 +34,11 @@ ROLES = {
 
 
 class DiffusersDiT(Host):
-    """DiT, PixArt, SD3, FLUX and Sana transformers: every site, found by walking the model's own blocks.
+    """DiT, PixArt, SD3, FLUX and Sana transformers: every site, found by walking the model's blocks.
 
-    Depth counts double-stream blocks and then single-stream blocks; where a model has both, `stage` is `double` or `single`.
-    A branch is written where its module's output leaves, which is before the gate that adaptive norms give it.
-    Joint blocks return text before pictures, so they offer no `StreamSite`.
+    Depth counts double-stream blocks and then single-stream blocks; if a model has both, `stage` is `double` or `single`.
+    Branches are written at the output of their module, before the gate of adaptive norms.
+    Joint blocks return text before image tokens, so they have no `StreamSite`.
     """
 
     name: ClassVar[str] = "diffusers_dit"
@@ -49,19 +49,19 @@ class DiffusersDiT(Host):
         return any(n.startswith("diffusers.") and n.rpartition(".")[2] in FAMILIES for n in module_names(model))
 
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
-        part, order = Part(model, self.tower, component), processor_order(model)
+        part, order = TowerPart(model, self.tower, component), processor_order(model)
         for name in BEFORE:
-            yield from rest(part, name, ROLES)
+            yield from remaining(part, name, ROLES)
         for depth, (path, stage) in enumerate(blocks(model)):
             yield from _block(part.at(depth=depth, stage=stage), path, order)
         if part.has("", "scale_shift_table"):
             yield part.free("", "scale_shift_table", "adaln.table")
         for name in AFTER:
-            yield from rest(part, name, ROLES)
+            yield from remaining(part, name, ROLES)
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
         bare: Any = model
-        draw, config = Draw(model), bare.config
+        draw, config = SampleInputs(model), bare.config
         if "num_single_layers" in config:
             return _flux_sample(draw, config)
         side = 4 * config["patch_size"]
@@ -107,7 +107,7 @@ def _build(cls: str, **options: Any) -> nn.Module:
     return model.eval()
 
 
-def _flux_sample(draw: Draw, config: Any) -> dict[str, Any]:
+def _flux_sample(draw: SampleInputs, config: Any) -> dict[str, Any]:
     inputs = {
         "hidden_states": draw.normal(2, 16, config["in_channels"]),
         "encoder_hidden_states": draw.normal(2, 5, config["joint_attention_dim"]),
@@ -128,16 +128,16 @@ def blocks(model: nn.Module) -> list[tuple[str, str | None]]:
     return [(f"{name}.{i}", BLOCKS[name] if several else None) for name in BLOCKS for i in range(counts[name])]
 
 
-def _block(part: Part, path: str, order: dict[str, int]) -> Iterator[Site]:
+def _block(part: TowerPart, path: str, order: dict[str, int]) -> Iterator[Site]:
     block = part.module(path)
     if hasattr(block, "proj_mlp"):
         return _single(part, path, order)
     return _joint(part, path, order) if hasattr(block, "norm1_context") else basic_block(part, path, order)
 
 
-def _single(part: Part, path: str, order: dict[str, int]) -> Iterator[Site]:
-    """FLUX's single-stream block: attention and feed-forward side by side, joined by one output layer."""
-    yield from adaptive(part, f"{path}.norm")
+def _single(part: TowerPart, path: str, order: dict[str, int]) -> Iterator[Site]:
+    """FLUX's single-stream block: parallel attention and feed-forward with one output layer."""
+    yield from adaptive_norm(part, f"{path}.norm")
     yield from part.layer(f"{path}.proj_mlp", "single.in")
     yield from attention(part, f"{path}.attn", order[f"{path}.attn"])
     yield from part.layer(f"{path}.proj_out", "single.out")
@@ -145,12 +145,12 @@ def _single(part: Part, path: str, order: dict[str, int]) -> Iterator[Site]:
     yield part.branch(path, "single", Port(f"{path}.norm", "in"), Port(f"{path}.proj_out", "out"), width)
 
 
-def _joint(part: Part, path: str, order: dict[str, int]) -> Iterator[Site]:
-    """A double-stream block of SD3 or FLUX: text and pictures have weights of their own and one attention."""
+def _joint(part: TowerPart, path: str, order: dict[str, int]) -> Iterator[Site]:
+    """A double-stream block of SD3 or FLUX: text and image tokens have separate weights and a joint attention."""
     block = part.module(path)
     width = block.attn.query_dim
-    yield from adaptive(part, f"{path}.norm1")
-    yield from adaptive(part, f"{path}.norm1_context")
+    yield from adaptive_norm(part, f"{path}.norm1")
+    yield from adaptive_norm(part, f"{path}.norm1_context")
     yield from attention(part, f"{path}.attn", order[f"{path}.attn"])
     yield part.branch(f"{path}.attn", "attn", Port(f"{path}.norm1", "in"), Port(f"{path}.attn", "out"), width)
     if getattr(block.attn, "to_add_out", None) is not None:
@@ -162,6 +162,6 @@ def _joint(part: Part, path: str, order: dict[str, int]) -> Iterator[Site]:
     for suffix, role in (("", "mlp"), ("_context", "mlp.context")):
         if getattr(block, f"ff{suffix}", None) is not None:
             ff, norm = f"{path}.ff{suffix}", f"{path}.norm2{suffix}"
-            yield from adaptive(part, norm)
+            yield from adaptive_norm(part, norm)
             yield from feed_forward(part, ff, role)
             yield part.branch(ff, role, Port(norm, "in"), Port(ff, "out"), width)

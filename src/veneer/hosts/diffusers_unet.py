@@ -11,8 +11,8 @@ from torch import nn
 from veneer.injection.host import Host, module_names
 from veneer.injection.sites import Site
 
-from ._describe import Draw, Part
-from ._diffusers import attention, basic_block, is_attention, processor_order, rest
+from ._describe import SampleInputs, TowerPart
+from ._diffusers import attention, basic_block, is_attention, processor_order, remaining
 from ._diffusers_control import residual_site, skips
 
 RESNET = {"conv1": "conv.res", "conv2": "conv.res", "conv_shortcut": "conv.res", "time_emb_proj": "time.res"}
@@ -26,9 +26,9 @@ AFTER = ("conv_norm_out", "conv_out")
 
 
 class DiffusersUNet(Host):
-    """UNet2DConditionModel: every site, found by walking the model's own blocks, so that any configuration works.
+    """UNet2DConditionModel: every site, found by walking the model's blocks, for any configuration.
 
-    Modules that need inputs of their own (GLIGEN's `position_net` and `fuser`, IP-Adapter's processors) offer nothing.
+    Modules that need additional inputs (GLIGEN's `position_net` and `fuser`, IP-Adapter's processors) have no sites.
     """
 
     name: ClassVar[str] = "diffusers_unet"
@@ -39,18 +39,18 @@ class DiffusersUNet(Host):
         return any(n.startswith("diffusers.") and n.endswith(".UNet2DConditionModel") for n in module_names(model))
 
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
-        part, order, depth = Part(model, self.tower, component), processor_order(model), count()
+        part, order, depth = TowerPart(model, self.tower, component), processor_order(model), count()
         for name in BEFORE:
-            yield from rest(part, name, ROLES)
+            yield from remaining(part, name, ROLES)
         for stage, path in stages(model):
             yield from _block(part.at(stage=stage), path, order, depth)
         for name in AFTER:
-            yield from rest(part, name, ROLES)
+            yield from remaining(part, name, ROLES)
         yield residual_site(part, components)
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
         bare: Any = model
-        draw, unet = Draw(model), bare.config
+        draw, unet = SampleInputs(model), bare.config
         side = 2 * skips(model)[1][-1]
         context = unet["encoder_hid_dim"] if unet["encoder_hid_dim_type"] == "text_proj" else unet["cross_attention_dim"]
         inputs: dict[str, Any] = {
@@ -101,8 +101,8 @@ def stages(model: nn.Module) -> Iterator[tuple[str, str]]:
     yield from ((f"up.{i}", f"up_blocks.{i}") for i in range(len(unet.up_blocks)))
 
 
-def _block(part: Part, path: str, order: dict[str, int], depth: Iterator[int]) -> Iterator[Site]:
-    """A block: resnets and attentions in turn, then its down- or upsampler."""
+def _block(part: TowerPart, path: str, order: dict[str, int], depth: Iterator[int]) -> Iterator[Site]:
+    """A block: resnets and attentions alternating, then its down- or upsampler."""
     block = part.module(path)
     resnets, attentions = (range(len(getattr(block, n, None) or ())) for n in ("resnets", "attentions"))
     for i, j in zip_longest(resnets, attentions):
@@ -111,16 +111,16 @@ def _block(part: Part, path: str, order: dict[str, int], depth: Iterator[int]) -
         if j is not None and part.module(f"{path}.attentions.{j}") is not None:
             yield from _transformer(part, f"{path}.attentions.{j}", order, depth)
     for name in ("downsamplers", "upsamplers"):
-        yield from rest(part, f"{path}.{name}", ROLES)
+        yield from remaining(part, f"{path}.{name}", ROLES)
 
 
-def _resnet(part: Part, path: str) -> Iterator[Site]:
+def _resnet(part: TowerPart, path: str) -> Iterator[Site]:
     for name in ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut"):
-        yield from rest(part, f"{path}.{name}", ROLES)
+        yield from remaining(part, f"{path}.{name}", ROLES)
 
 
-def _transformer(part: Part, path: str, order: dict[str, int], depth: Iterator[int]) -> Iterator[Site]:
-    """A `Transformer2DModel`; in other configurations a bare attention, or a container of these."""
+def _transformer(part: TowerPart, path: str, order: dict[str, int], depth: Iterator[int]) -> Iterator[Site]:
+    """A `Transformer2DModel`; in other configurations a plain attention, or a container of these."""
     module = part.module(path)
     if is_attention(module):
         yield from attention(part.at(depth=next(depth)), path, order[path])
@@ -135,4 +135,4 @@ def _transformer(part: Part, path: str, order: dict[str, int], depth: Iterator[i
         for name, _ in children:
             yield from _transformer(part, f"{path}.{name}", order, depth)
         if not children:
-            yield from rest(part, path, ROLES)
+            yield from remaining(part, path, ROLES)

@@ -10,7 +10,7 @@ from torch import nn
 from veneer.injection.host import Host, module_names
 from veneer.injection.sites import Site
 
-from ._describe import Draw, Part
+from ._describe import SampleInputs, TowerPart
 from ._open_clip_blocks import block
 from ._open_clip_towers import text, visual
 
@@ -18,12 +18,12 @@ FAMILIES = {"open_clip.model.CLIP", "open_clip.model.CustomTextCLIP", "open_clip
 
 
 class OpenClip(Host):
-    """Both towers: `vision/…` the image's, `text/…` the text's, `decoder/…` the captions' of CoCa, `joint/…` the logit scale.
+    """Both towers: `vision/…` the image tower, `text/…` the text tower, `decoder/…` CoCa's decoder, `joint/…` the logit scale.
 
     Attention is packed and read, not called: `attn.{q,k,v}` are rows of `in_proj_weight`, `attn.qkv` is all of it, `attn.out` the
-    output layer. A timm trunk has the sites that its own host finds. The projections to the common space are free matrices for
-    x @ W and no linears, so they are parameters. CLIP's text tower is no module of its own: new words are known where the
-    model itself is called, `model(text=ids)`, and CLIP's `encode_text` alone does not know them; CustomTextCLIP's does.
+    output layer. A timm trunk has the sites of its host. The projections to the joint space are matrix parameters for
+    x @ W instead of linear layers. CLIP's text tower is not a separate module: new tokens are only applied when the
+    model itself is called, `model(text=ids)`, not in CLIP's `encode_text`; CustomTextCLIP supports both.
     """
 
     name: ClassVar[str] = "open_clip"
@@ -34,23 +34,23 @@ class OpenClip(Host):
         return not FAMILIES.isdisjoint(module_names(model))
 
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
-        vision, words, joint = (Part(model, tower, component) for tower in (self.tower, "text", "joint"))
+        vision, words, joint = (TowerPart(model, tower, component) for tower in (self.tower, "text", "joint"))
         yield from visual(vision)
         yield from text(words, "text" if vision.module("text") is not None else "")
-        yield from _decoder(Part(model, "decoder", component))
+        yield from _decoder(TowerPart(model, "decoder", component))
         for param, role in {"logit_scale": "logit.scale", "logit_bias": "logit.bias"}.items():
             if joint.has("", param):
                 yield joint.free("", param, role)
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
         bare: Any = model
-        draw, side = Draw(model), bare.visual.image_size
+        draw, side = SampleInputs(model), bare.visual.image_size
         height, width = side if isinstance(side, (tuple, list)) else (side, side)
         tower = getattr(bare, "text", bare)
         hugging = not hasattr(tower, "token_embedding")
         rows = tower.vocab_size
         ids = draw.ids(3, rows - 1, 2, min(8, tower.context_length) if hugging else tower.context_length)
-        # The text ends at the largest id, or at the end token where the configuration names it.
+        # The text is pooled at the largest id, or at the configured end token.
         pool = getattr(tower, "pool_type", None) or getattr(bare, "text_pool_type", None)
         end: Any = getattr(tower, "eos_id", None) or getattr(bare, "text_eos_id", 2)
         ids[:, -1] = end if pool == "eos" else rows - 1
@@ -79,8 +79,8 @@ def _build(cls: str, vision: Mapping[str, Any] | None = None, **options: Any) ->
     return model.eval()
 
 
-def _decoder(part: Part) -> Iterator[Site]:
-    """CoCa's captions: each block of words is followed by one that reads the picture."""
+def _decoder(part: TowerPart) -> Iterator[Site]:
+    """CoCa's caption decoder: each self-attention block is followed by one with cross-attention to the image."""
     decoder = part.module("text_decoder")
     if decoder is None:
         return

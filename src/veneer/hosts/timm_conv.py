@@ -11,7 +11,7 @@ from veneer.injection.host import Host, module_names
 from veneer.injection.seams.seam import Seam
 from veneer.injection.sites import Port, Site
 
-from ._describe import Draw, Part, ends_with_norm, own_modules
+from ._describe import SampleInputs, TowerPart, ends_with_norm, own_modules
 from ._timm import head, pixels, walk
 
 FAMILIES = {
@@ -21,19 +21,26 @@ FAMILIES = {
 STEMS = ("conv_stem", "conv1", "stem", "bn1", "maxpool")
 LAST = ("conv_head", "final_conv", "bn2", "norm_head")
 ATTENTION = {"query.proj": "attn.q", "key.proj": "attn.k", "value.proj": "attn.v", "output.proj": "attn.out", "proj": "attn.out"}
-GATE_INPUTS = ("conv_reduce", "fc1", "mlp_add.fc1", "mlp_scale.fc1")
-ENDS = ("drop_path", "se", "bn3", "bn2", "conv3", "conv2")  # of a branch, the first that there is
-BESIDE = ("se", "attn", "downsample")  # do not say whether a block keeps its grid
-SIDE = 64  # of the sample: any does
+SE_INPUTS = ("conv_reduce", "fc1", "mlp_add.fc1", "mlp_scale.fc1")
+BRANCH_ENDS = (
+    "drop_path",
+    "se",
+    "bn3",
+    "bn2",
+    "conv3",
+    "conv2",
+)  # end of a branch: the first of these that exists
+GRID_NEUTRAL = ("se", "attn", "downsample")  # do not determine whether a block keeps its grid
+SIDE = 64  # image size of the sample; any size works
 
 
 class TimmConv(Host):
-    """ResNet, EfficientNet, MobileNetV3 and RegNet, with every block that they are built of.
+    """ResNet, EfficientNet, MobileNetV3 and RegNet, with every block type they use.
 
-    These are ResNeXt, SE and wide ResNets; MobileNetV2, MNASNet, MixNet and the `tf_` and `lite` EfficientNets; MobileNetV4,
-    LCNet and FBNetV3. The stream is (batch, channels, height, width). A block is one residual branch where it keeps channels
-    and grid and ends in a sum; others have none. Most norms have their activation inside of the module; they are offered
-    with `called=False`, and their parameters as such that are read.
+    Includes ResNeXt, SE and wide ResNets; MobileNetV2, MNASNet, MixNet and the `tf_` and `lite` EfficientNets; MobileNetV4,
+    LCNet and FBNetV3. The stream is (batch, channels, height, width). A block is one residual branch if it keeps channels
+    and grid and ends in a sum; other blocks have none. Most norm modules include their activation; their sites have
+    `called=False`, and their parameters are read.
     """
 
     name: ClassVar[str] = "timm_conv"
@@ -45,7 +52,7 @@ class TimmConv(Host):
 
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
         net: Any = model
-        part = Part(model, self.tower, component)
+        part = TowerPart(model, self.tower, component)
         yield pixels(part)
         for name in STEMS:
             yield from walk(part, name, default="conv.stem")
@@ -60,8 +67,8 @@ class TimmConv(Host):
         yield from head(part, path, net.head_hidden_size)
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
-        channels = pixels(Part(model, self.tower)).size[2]
-        return {"x": Draw(model).normal(2, channels, SIDE, SIDE)}
+        channels = pixels(TowerPart(model, self.tower)).size[2]
+        return {"x": SampleInputs(model).normal(2, channels, SIDE, SIDE)}
 
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         return {
@@ -88,7 +95,7 @@ def _resnet(architecture: str, **options: Any) -> nn.Module:
 
 
 def _mobile(family: str, blocks: str, **options: Any) -> nn.Module:
-    """EfficientNet or MobileNetV3 of one block definition a stage."""
+    """EfficientNet or MobileNetV3 with one block definition per stage."""
     from importlib import import_module
 
     from timm.models._efficientnet_builder import decode_arch_def
@@ -114,27 +121,27 @@ def _stages(net: Any) -> Iterator[tuple[str, list[str]]]:
         yield name, [child for child, _ in net.get_submodule(name).named_children()]
 
 
-def _block(part: Part, path: str) -> Iterator[Site]:
+def _block(part: TowerPart, path: str) -> Iterator[Site]:
     block = part.module(path)
     children = {name: child for name, child in block.named_children() if not isinstance(child, Seam)}
-    yield from part.layer(f"{path}.routing_fn", "conv.route")  # registered last and called first
+    yield from part.layer(f"{path}.routing_fn", "conv.route")  # registered last but called first
     for name in children:
         yield from _child(part, f"{path}.{name}", name)
     convs = [conv for name, child in children.items() if name not in ("se", "downsample") for conv in _convs(child)]
     width = convs[-1].out_channels
     yield from _branch(part, path, width)
-    resamples = any(_strides(child) for name, child in children.items() if name not in BESIDE)
+    resamples = any(_strides(child) for name, child in children.items() if name not in GRID_NEUTRAL)
     yield part.stream(path, width, d_in=convs[0].in_channels, resamples=resamples, layout="NCHW")
 
 
-def _child(part: Part, path: str, name: str) -> Iterator[Site]:
-    """Layers and norms of one part of a block."""
+def _child(part: TowerPart, path: str, name: str) -> Iterator[Site]:
+    """Layers and norms of one child of a block."""
     if name == "se":
-        # global context weighs pixels by a softmax, which cancels what is added to all of them
+        # global context weights pixels by a softmax, which cancels a constant added to all of them
         yield from part.layer(f"{path}.conv_attn", "se.in", inert_bias=True)
-        yield from walk(part, path, dict.fromkeys(GATE_INPUTS, "se.in"), "se.out", besides=("conv_attn",))
+        yield from walk(part, path, dict.fromkeys(SE_INPUTS, "se.in"), "se.out", besides=("conv_attn",))
     elif name == "attn":
-        # as it cancels what is added to all keys
+        # softmax cancels a constant added to all keys
         yield from part.norm(f"{path}.key.norm", inert_bias=True)
         yield from walk(part, path, ATTENTION, besides=("key.norm",))
     elif name != "routing_fn":
@@ -142,13 +149,13 @@ def _child(part: Part, path: str, name: str) -> Iterator[Site]:
 
 
 def _strides(module: nn.Module) -> bool:
-    """True if a convolution or a pooling at or below a module leaves pixels out."""
+    """True if a convolution or pooling at or below a module is strided."""
     strides = [getattr(m, "stride", 1) for _, m in own_modules(module)]
     return any(max(stride) > 1 if isinstance(stride, (tuple, list)) else stride > 1 for stride in strides)
 
 
 def _convs(module: Any) -> Iterator[Any]:
-    """Convolutions at and below a module, those of several kernels as one."""
+    """Convolutions at and below a module; those with several kernels count as one."""
     if hasattr(module, "in_channels") and not hasattr(module, "conv"):
         yield module
     elif isinstance(module, nn.Module) and not isinstance(module, Seam):
@@ -156,20 +163,20 @@ def _convs(module: Any) -> Iterator[Any]:
             yield from _convs(child)
 
 
-def _branch(part: Part, path: str, width: int) -> Iterator[Site]:
-    """What is added to the stream, where the block adds it to its input itself."""
+def _branch(part: TowerPart, path: str, width: int) -> Iterator[Site]:
+    """The residual branch, if the block itself adds it to its input."""
     block = part.module(path)
     if hasattr(block, "has_skip"):  # blocks of EfficientNet and MobileNet
         adds, read = block.has_skip, Port(path, "in")
-    elif hasattr(block, "norm1"):  # RegNet's with the first norm before the sum
+    elif hasattr(block, "norm1"):  # RegNet's pre-norm block
         adds, read = isinstance(block.downsample, nn.Identity), Port(f"{path}.conv1", "in")
     else:
         adds, read = isinstance(block.downsample, (nn.Identity, type(None))), Port(path, "in")
         regnet = hasattr(block.conv1, "conv") and hasattr(block, "act3")
-        adds = adds and not (block.downsample is None and regnet)  # RegNet's None is no sum at all
+        adds = adds and not (block.downsample is None and regnet)  # in RegNet, None means no sum
     if not adds:
         return
-    ends = ENDS[1:] if hasattr(block, "radix") else ENDS  # ResNeSt's drop_path is in the other way
+    ends = BRANCH_ENDS[1:] if hasattr(block, "radix") else BRANCH_ENDS  # ResNeSt's drop_path is on the other path
     write = next(f"{path}.{name}" for name in ends if getattr(block, name, None) is not None)
     if hasattr(block, "attn"):
         norm = f"{path}.norm"

@@ -1,4 +1,4 @@
-"""ConvNeXt of timm, v1 and v2, with its MLPs as linear layers or as convolutions of one pixel."""
+"""timm's ConvNeXt, v1 and v2, with linear or 1×1 convolutional MLPs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import nn
 from veneer.injection.host import Host, module_names
 from veneer.injection.sites import Port, Site
 
-from ._describe import Draw, Part
+from ._describe import SampleInputs, TowerPart
 from ._timm import head, pixels, walk
 
-SIDE = 64  # of the sample: any does
+SIDE = 64  # image size of the sample; any size works
 
 
 class TimmConvNeXt(Host):
     """ConvNeXt: blocks of a depthwise convolution, a norm and an MLP, on a stream of (batch, channels, height, width).
 
-    A block is one residual branch, read from the stream, since its norm is inside. Its MLP has the roles `mlp.in` and `mlp.out`
-    whether it is linear or convolutional; the response norm of v2 between them is a norm with its input added, of which
-    the parameters are offered and no norm.
+    A block is one residual branch, read from the stream, because its norm is inside. Its MLP has the roles `mlp.in` and `mlp.out`
+    whether linear or convolutional; v2's response norm between them adds its input, so only its parameters have sites, not
+    the norm itself.
     """
 
     name: ClassVar[str] = "timm_convnext"
@@ -33,7 +33,7 @@ class TimmConvNeXt(Host):
 
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
         convnext: Any = model
-        part = Part(model, self.tower, component)
+        part = TowerPart(model, self.tower, component)
         yield pixels(part)
         yield from walk(part, "stem", default="conv.stem")
         depth = 0
@@ -49,8 +49,8 @@ class TimmConvNeXt(Host):
         yield from head(part, "head.fc", convnext.head_hidden_size)
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
-        channels = pixels(Part(model, self.tower)).size[2]
-        return {"x": Draw(model).normal(2, channels, SIDE, SIDE)}
+        channels = pixels(TowerPart(model, self.tower)).size[2]
+        return {"x": SampleInputs(model).normal(2, channels, SIDE, SIDE)}
 
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         return {
@@ -68,7 +68,7 @@ def _build(architecture: str, **options: Any) -> nn.Module:
     return model.eval()
 
 
-def _block(part: Part, path: str) -> Iterator[Site]:
+def _block(part: TowerPart, path: str) -> Iterator[Site]:
     block = part.module(path)
     if part.has(path, "gamma"):
         yield part.free(path, "gamma", "scale")

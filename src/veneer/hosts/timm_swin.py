@@ -1,4 +1,4 @@
-"""Swin transformers of timm: v1, v2 and v2-CR."""
+"""timm's Swin transformers: v1, v2 and v2-CR."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from veneer.injection.host import Host, module_names
 from veneer.injection.sites import Port, Site, TokenSite
 
-from ._describe import Draw, Part
+from ._describe import SampleInputs, TowerPart
 from ._timm import head, pixels, walk
 
 FAMILIES = {
@@ -23,9 +23,9 @@ TABLES = {"relative_position_bias_table": "embed.position", "logit_scale": "scal
 class TimmSwin(Host):
     """SwinTransformer, SwinTransformerV2 and SwinTransformerV2Cr. The stream is (batch, height, width, channels).
 
-    `attn.qkv` is offered as row slices, and whole for those who name the whole. v2 reads its weight, and adds `q_bias` and
-    `v_bias`. The norms of v1 are in front of attention and MLP; those of v2 come after, so that a branch is read from the
-    stream. An MLP sees the patches as a sequence (`NLC`) with a grid. Tokens cannot be inserted: windows fix their number.
+    `attn.qkv` has sites for its row slices, and for the whole weight if selected by name. v2 reads its weight, and adds `q_bias`
+    and `v_bias`. The norms of v1 precede attention and MLP; those of v2 follow, so that a branch is read from the
+    stream. An MLP receives the patches as a sequence (`NLC`) with a grid. Tokens cannot be inserted: windows fix their number.
     """
 
     name: ClassVar[str] = "timm_swin"
@@ -37,7 +37,7 @@ class TimmSwin(Host):
 
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
         swin: Any = model
-        part = Part(model, self.tower, component)
+        part = TowerPart(model, self.tower, component)
         yield pixels(part, swin.patch_embed.img_size)
         yield from walk(part, "patch_embed", {"proj": "conv.patch"})
         depth = 0
@@ -52,8 +52,8 @@ class TimmSwin(Host):
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
         swin: Any = model
-        height, width, channels = pixels(Part(model, self.tower), swin.patch_embed.img_size).size
-        return {"x": Draw(model).normal(2, channels, height, width)}
+        height, width, channels = pixels(TowerPart(model, self.tower), swin.patch_embed.img_size).size
+        return {"x": SampleInputs(model).normal(2, channels, height, width)}
 
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         return {
@@ -76,8 +76,8 @@ def _stages(swin: Any) -> list[tuple[str, Any]]:
     return [(f"{name}.{i}", stage) for i, stage in enumerate(getattr(swin, name))]
 
 
-def _merging(part: Part, path: str) -> Iterator[Site]:
-    """Patch merging at a stage's start: a norm before (v1) or after (v2) the layer that takes four patches to one."""
+def _merging(part: TowerPart, path: str) -> Iterator[Site]:
+    """Patch merging at the start of a stage: a norm before (v1) or after (v2) the layer that merges four patches into one."""
     merging = part.module(path)
     if isinstance(merging, nn.Identity):
         return
@@ -86,7 +86,7 @@ def _merging(part: Part, path: str) -> Iterator[Site]:
     yield part.stream(path, layer.out_features, d_in=layer.in_features // 4, resamples=True, layout="NHWC", role="sample")
 
 
-def _block(part: Part, path: str) -> Iterator[Site]:
+def _block(part: TowerPart, path: str) -> Iterator[Site]:
     block = part.module(path)
     width = block.dim
     grid = tuple(getattr(block, "input_resolution", None) or block.feat_size)
@@ -96,7 +96,7 @@ def _block(part: Part, path: str) -> Iterator[Site]:
         yield from part.norm(norm) if norm_first else ()
         yield from _attention(part, inner) if kind == "attn" else walk(part, inner, {"fc1": "mlp.in", "fc2": "mlp.out"})
         yield from () if norm_first else part.norm(norm)
-        # attention gets its patches in windows, so that the stream itself is seen at the block's door only
+        # attention receives its patches in windows; the stream itself is only visible at the block's input
         read = Port(norm if norm_first else path if kind == "attn" else inner, "in")
         normed, layout = Port(norm, "out") if norm_first else None, "NHWC" if kind == "attn" else "NLC"
         yield part.branch(inner, kind, read, Port(f"{path}.drop_path{i}", "out"), width, normed=normed, layout=layout, grid=grid)
@@ -108,10 +108,10 @@ def _block(part: Part, path: str) -> Iterator[Site]:
     )  # fmt: skip
 
 
-def _attention(part: Part, path: str) -> Iterator[Site]:
+def _attention(part: TowerPart, path: str) -> Iterator[Site]:
     attn: Any = part.module(path)
     biases = {x: f"{path}.{x}_bias" for x in "qv"} if part.has(path, "q_bias") else {}
-    # Cosine attention has a logit scale, and does not see the same number added to all keys as the dot product does not.
+    # Softmax cancels a constant added to all keys, except in cosine attention, which has a logit scale.
     inert = ("attn.k",) if not part.has(path, "logit_scale") else ()
     rows = {f"{path}.{x}": (f"attn.{x}", attn.qkv.out_features // 3) for x in "qkv"}
     read = bool(biases) and not attn.qkv_bias_separate
@@ -123,6 +123,6 @@ def _attention(part: Part, path: str) -> Iterator[Site]:
             yield part.free(path, param, role)
     yield from walk(part, f"{path}.cpb_mlp", default="embed.position")
     yield from part.layer(f"{path}.meta_mlp.fc1", "embed.position")
-    # what is added to all scores of a head, softmax cancels
+    # softmax cancels a constant added to all scores of a head
     yield from part.layer(f"{path}.meta_mlp.fc2", "embed.position", inert_bias=True)
     yield from part.layer(f"{path}.proj", "attn.out")

@@ -1,4 +1,4 @@
-"""Plain vision transformers of timm: ViT, DeiT, AugReg, CLIP and MAE towers, DINOv2, BEiT, EVA."""
+"""timm's plain vision transformers: ViT, DeiT, AugReg, CLIP and MAE towers, DINOv2, BEiT, EVA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from veneer.injection.host import Host, module_names
 from veneer.injection.sites import PixelSite, Port, Site, TokenSite
 
-from ._describe import LAYERS, Draw, Part, is_norm, own_parameters
+from ._describe import LAYERS, SampleInputs, TowerPart, is_norm, own_parameters
 from ._timm import pixels
 
 FAMILIES = {"timm.models.vision_transformer.VisionTransformer", "timm.models.beit.Beit", "timm.models.eva.Eva"}
@@ -21,11 +21,11 @@ SCALES = {"attn": ("ls1.gamma", "gamma_1"), "mlp": ("ls2.gamma", "gamma_2")}
 
 
 class TimmViT(Host):
-    """VisionTransformer (with its distilled subclass), Beit and Eva: every site, read off the model's own blocks.
+    """VisionTransformer (with its distilled subclass), Beit and Eva: every site, found by walking the model's blocks.
 
-    Fused weights (`attn.qkv`, packed gated MLPs, `in_proj` of parallel blocks) are offered as row slices, and whole for
-    those who name the whole. BEiT and EVA read `attn.qkv.weight` where there is a query bias: `called=False`.
-    Tokens cannot be inserted where positions are rotary or relative.
+    Fused weights (`attn.qkv`, packed gated MLPs, `in_proj` of parallel blocks) have sites for row slices, and for the whole
+    weight if selected by name. BEiT and EVA read `attn.qkv.weight` if there is a query bias: `called=False`.
+    Tokens cannot be inserted if positions are rotary or relative.
     """
 
     name: ClassVar[str] = "timm_vit"
@@ -37,7 +37,7 @@ class TimmViT(Host):
 
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
         vit: Any = model
-        part = Part(model, self.tower, component)
+        part = TowerPart(model, self.tower, component)
         yield _pixels(part)
         yield from _stem(part)
         yield from _tokens(part, "", 0, len(vit.blocks) - 1, "tokens.tower")
@@ -47,8 +47,8 @@ class TimmViT(Host):
         yield from _head(part)
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
-        height, width, channels = _pixels(Part(model, self.tower)).size
-        return {"x": Draw(model).normal(2, channels, height, width)}
+        height, width, channels = _pixels(TowerPart(model, self.tower)).size
+        return {"x": SampleInputs(model).normal(2, channels, height, width)}
 
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         registers = {"reg_tokens": 2, "no_embed_class": True, "init_values": 1e-1}
@@ -70,13 +70,13 @@ def _build(architecture: str, **options: Any) -> nn.Module:
     return model.eval()
 
 
-def _pixels(part: Part) -> PixelSite:
+def _pixels(part: TowerPart) -> PixelSite:
     vit: Any = part.model
     return pixels(part, getattr(vit.patch_embed, "img_size", None))
 
 
-def _stem(part: Part) -> Iterator[Site]:
-    """Patches, learned tokens and positions, and the norm before the blocks."""
+def _stem(part: TowerPart) -> Iterator[Site]:
+    """Patch embedding, learned tokens and positions, and the norm before the blocks."""
     for path, module in part.leaves("patch_embed"):
         if is_norm(module):
             yield from part.norm(path)
@@ -92,7 +92,7 @@ def _stem(part: Part) -> Iterator[Site]:
     yield from part.norm("norm_pre")
 
 
-def _tokens(part: Part, prefix: str, first: int, last: int, role: str) -> Iterator[Site]:
+def _tokens(part: TowerPart, prefix: str, first: int, last: int, role: str) -> Iterator[Site]:
     vit: Any = part.model
     relative = any(getattr(getattr(b, "attn", None), "relative_position_bias_table", None) is not None for b in vit.blocks)
     fixed = relative or any(getattr(vit, name, None) is not None for name in ("rope", "rel_pos_bias"))
@@ -104,7 +104,7 @@ def _tokens(part: Part, prefix: str, first: int, last: int, role: str) -> Iterat
     )  # fmt: skip
 
 
-def _block(part: Part, path: str) -> Iterator[Site]:
+def _block(part: TowerPart, path: str) -> Iterator[Site]:
     vit: Any = part.model
     block, width = part.module(path), vit.embed_dim
     if hasattr(block, "in_proj"):
@@ -121,15 +121,15 @@ def _block(part: Part, path: str) -> Iterator[Site]:
     yield part.stream(path, width, **_grid(part))
 
 
-def _grid(part: Part) -> dict[str, Any]:
-    """Where the patches stand, as fields of a site."""
+def _grid(part: TowerPart) -> dict[str, Any]:
+    """Prefix tokens and patch grid, as fields of a site."""
     vit: Any = part.model
     size = getattr(vit.patch_embed, "grid_size", None)
     return {"prefix_tokens": vit.num_prefix_tokens, "grid": tuple(size) if size else None}
 
 
-def _branch(part: Part, at: str, kind: str, norm: str, end: str, scales: tuple[str, ...], width: int) -> Iterator[Site]:
-    """Norm, attention or MLP, layer scale; the norm is before or (residual post-norm blocks) after."""
+def _branch(part: TowerPart, at: str, kind: str, norm: str, end: str, scales: tuple[str, ...], width: int) -> Iterator[Site]:
+    """Norm, attention or MLP, layer scale; the norm comes before or (residual post-norm blocks) after."""
     inner = f"{at}.{kind}"
     children = [name for name, _ in part.module(at).named_children()]
     norm_first = children.index(norm.rpartition(".")[2]) < children.index(kind)
@@ -144,10 +144,10 @@ def _branch(part: Part, at: str, kind: str, norm: str, end: str, scales: tuple[s
     yield part.branch(inner, kind, read, Port(end, "out"), width, normed=Port(norm, "out") if norm_first else None, **_grid(part))
 
 
-def _attention(part: Part, path: str) -> Iterator[Site]:
+def _attention(part: TowerPart, path: str) -> Iterator[Site]:
     attn, vit = part.module(path), part.model
     read = getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate
-    # Without a rotation of keys, what is added to all keys adds the same to all scores of a query, which softmax cancels.
+    # Without a rotation of keys, a constant added to all keys shifts all scores of a query alike, which softmax cancels.
     plain = getattr(vit, "rope", None) is None
     inert = ("attn.k",) if plain and not _norms_keys(attn) else ()
     yield from part.layer(f"{path}.gate", "attn.gate")
@@ -178,13 +178,13 @@ def _norms_keys(attn: Any) -> bool:
     return not isinstance(getattr(attn, "k_norm", None), (nn.Identity, type(None)))
 
 
-def _qk_norms(part: Part, path: str, plain: bool = True) -> Iterator[Site]:
-    """Norms of queries and keys; under a `plain` softmax the bias of the keys' norm has no effect."""
+def _qk_norms(part: TowerPart, path: str, plain: bool = True) -> Iterator[Site]:
+    """Norms of queries and keys; with a `plain` softmax the bias of the key norm has no effect."""
     for name in ("q_norm", "k_norm"):
         yield from part.norm(f"{path}.{name}", "norm.qk", inert_bias=plain and name == "k_norm")
 
 
-def _mlp(part: Part, path: str, role: str = "mlp") -> Iterator[Site]:
+def _mlp(part: TowerPart, path: str, role: str = "mlp") -> Iterator[Site]:
     mlp = part.module(path)
     if hasattr(mlp, "gate_last"):
         half = mlp.fc1.out_features // 2
@@ -198,7 +198,7 @@ def _mlp(part: Part, path: str, role: str = "mlp") -> Iterator[Site]:
     yield from part.layer(f"{path}.fc2", f"{role}.out")
 
 
-def _fused_block(part: Part, path: str, width: int) -> Iterator[Site]:
+def _fused_block(part: TowerPart, path: str, width: int) -> Iterator[Site]:
     """A parallel block: one input layer for MLP, queries, keys and values, and one residual branch."""
     block = part.module(path)
     roles = ("mlp.in", "attn.q", "attn.k", "attn.v")
@@ -223,7 +223,7 @@ def _fused_block(part: Part, path: str, width: int) -> Iterator[Site]:
     yield part.branch(path, "single", read, write, width, normed=normed, **_grid(part))
 
 
-def _head(part: Part) -> Iterator[Site]:
+def _head(part: TowerPart) -> Iterator[Site]:
     """The last norm, attention pooling, pooled features and the heads."""
     vit: Any = part.model
     yield from part.norm("norm")
@@ -239,8 +239,8 @@ def _head(part: Part) -> Iterator[Site]:
             yield from part.layer(name, "head")
 
 
-def _pool(part: Part, path: str) -> Iterator[Site]:
-    """Pooling by attention from a learned query."""
+def _pool(part: TowerPart, path: str) -> Iterator[Site]:
+    """Attention pooling with a learned query."""
     pool = part.module(path)
     inert = ("pool.k",) if isinstance(pool.k_norm, nn.Identity) else ()
     for param, role in {"latent": "embed.pool", "pos_embed": "embed.position"}.items():

@@ -1,9 +1,9 @@
-"""The conformance suite (what a method or a host has to do, for packages to run in their own tests), and tiny pipelines.
+"""The conformance suite, which packages run in their own tests for methods and hosts, and tiny pipelines.
 
-check_method("my_method", "timm_vit").failures     # () when it conforms
+check_method("my_method", "timm_vit").failures     # () if it conforms
 check_host("my_host").failures
 
-@parametrize_with_checks([MyMethod(), MyHost])     # one test a check, for pytest
+@parametrize_with_checks([MyMethod(), MyHost])     # one test per check, for pytest
 def test_conformance(check):
     check()
 """

@@ -19,13 +19,13 @@ from veneer.injection.method import Method
 from veneer.injection.sites import Site, TokenSite
 from veneer.injection.towers import Tower
 
-from .copies import copied
+from .copies import copy_module
 from .records import Skip
 
 
 @functools.cache
-def _built(host: type[Host], model: str) -> nn.Module:
-    """A small model in evaluation mode, seeded, with all parameters moved off their start values (zeros hide mistakes)."""
+def _build_model(host: type[Host], model: str) -> nn.Module:
+    """A small model in evaluation mode, seeded, with all parameters perturbed, because zeros hide mistakes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         built = host().tiny()[model]().eval()
@@ -37,13 +37,13 @@ def _built(host: type[Host], model: str) -> nn.Module:
 
 def fresh_model(host: Host, model: str) -> nn.Module:
     """A new copy of a small model."""
-    return copied(_built(type(host), model))
+    return copy_module(_build_model(type(host), model))
 
 
 @functools.cache
 def sites_of(host: type[Host], model: str) -> tuple[Site, ...]:
-    """The sites of a small model, bare."""
-    return Tower("", _built(host, model), host(), True).sites
+    """The sites of a small model without attachments."""
+    return Tower("", _build_model(host, model), host(), True).sites
 
 
 _USABLE: dict[tuple[type[Method], str, type[Host], str], tuple[Site, ...]] = {}
@@ -79,11 +79,11 @@ def _try_to_build(method: Method, sites: Iterable[Site]) -> tuple[Site, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """A method on a small model, at every site that it can use.
+    """A method on a small model, at every site that it supports.
 
     Args:
-        method: the config. `host`, `model`: which small model. `sites`: those that are adapted.
-        other: another config of the method, for checks that need two attachments.
+        method: the config. `host`, `model`: the small model. `sites`: the adapted sites.
+        other: another config of the method, for checks with two attachments.
     """
 
     method: Method
@@ -95,70 +95,70 @@ class Case:
     def fresh(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A new copy of the bare model."""
         model = fresh_model(self.host, self.model)
-        return nn.Module.to(model, dtype)  # not the library's own `to`, which may keep parts in single precision
+        return nn.Module.to(model, dtype)  # not the library's `to`, which may keep parts in float32
 
     def bare(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A new copy of the bare model, frozen as an attached one is: attention may pick its kernel by `requires_grad`."""
+        """A frozen copy of the bare model, like an attached one: attention may choose its kernel by `requires_grad`."""
         return self.fresh(dtype).requires_grad_(False)
 
     def attach(self, model: nn.Module, method: Method | None = None, seed: int = 0, **options: Any) -> Attachment:
-        """Attach at every usable site, with fixed draws."""
+        """Attaches at every usable site, with a fixed seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return conditioned(attach(model, method or self.method, **{"where": self.where, **options}), self.plain(model))
+            return add_conditions(attach(model, method or self.method, **{"where": self.where, **options}), self.plain(model))
 
     def attached(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Attachment]:
-        """A new copy with adapters that have moved off their start values."""
+        """A new copy with perturbed adapters."""
         model = self.fresh(dtype)
         attachment = self.attach(model)
-        stir(attachment)
+        perturb(attachment)
         return model, attachment
 
     @property
     def where(self) -> tuple[str, ...]:
-        """The selection that means exactly `sites`."""
+        """The selection of exactly `sites`."""
         return tuple(f"name:{site.name}" for site in self.sites)
 
     @property
     def switches(self) -> bool:
-        """True if the adapters can only be on or off: inserted tokens are there or not."""
+        """True if the adapters can only be on or off, such as inserted tokens."""
         return any(isinstance(site, TokenSite) for site in self.sites)
 
     def merging(self) -> None:
-        """Raise `Skip` if the adapters have no weight form."""
+        """Raises `Skip` if the adapters have no weight form."""
         for site in self.sites:
             if not merges_at(site, self.method.build(site)):
                 raise Skip(f"{self.method.name} has no weight form at {site.name}")
 
     def plain(self, model: nn.Module) -> dict[str, Any]:
-        """Inputs that the bare host understands."""
+        """Inputs for the bare host."""
         return self.host.sample(model)
 
     def inputs(self, model: nn.Module, *attachments: Attachment) -> dict[str, Any]:
-        """Inputs that reach the adapters."""
+        """Inputs that exercise the adapters."""
         inputs = self.plain(model)
         for attachment in attachments:
-            conditioned(attachment, inputs)
+            add_conditions(attachment, inputs)
             for _, adapter in attachment.parts.values():
                 amend = getattr(adapter, "sample", None)
                 inputs = amend(inputs) if amend else inputs
         return inputs
 
 
-def conditioned(attachment: Attachment, inputs: dict[str, Any]) -> Attachment:
-    """The same with conditions that fit the inputs, where its method wants some."""
+def add_conditions(attachment: Attachment, inputs: dict[str, Any]) -> Attachment:
+    """The attachment, with example conditions for the inputs if its method needs conditions."""
     if attachment.method.conditions and attachment.conditions is None:
         attachment.conditions = example(attachment, inputs)
     return attachment
 
 
 def merges_at(site: Any, adapter: Any) -> bool:
-    """True if the adapter has a weight form there, and a bias to put its shift into, if it has one."""
+    """True if the adapter has a weight form at the site, and the site has a bias for its shift, if it has one."""
     return hasattr(adapter, "weight") and (not hasattr(adapter, "bias") or bool(site.bias))
 
 
-def stir(attachment: Attachment, seed: int = 1, size: float = 0.05) -> None:
-    """Move every trained parameter off its value, by fixed draws."""
+def perturb(attachment: Attachment, seed: int = 1, size: float = 0.05) -> None:
+    """Perturbs every trainable parameter, with a fixed seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in attachment.parameters():
@@ -172,22 +172,22 @@ def run(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
 
 
 def loss(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """A scalar that every output element moves by its own amount."""
+    """A scalar that depends on every output element, with different weights."""
     outputs = [t.float() for t in tensors(model(**inputs))]
     generator = torch.Generator().manual_seed(2)
     return torch.stack([(t * torch.randn(t.shape, generator=generator)).mean() for t in outputs]).sum()
 
 
 def same(got: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
-    """Bitwise equality, or an `AssertionError` that says how far off it is."""
+    """Asserts bitwise equality; the `AssertionError` states the largest difference."""
     if not equal(got, expected):
         raise AssertionError(f"{what}: expected bitwise equality, largest difference {_distance(got, expected)}")
 
 
 def different(got: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
-    """The opposite of `same`."""
+    """Asserts that tensors are not bitwise equal."""
     if equal(got, expected):
-        raise AssertionError(f"{what}: expected another output, got the same one")
+        raise AssertionError(f"{what}: expected a different output, got the same")
 
 
 def equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
@@ -196,7 +196,7 @@ def equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 
 def close(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, what: str) -> None:
-    """Largest difference at most `tolerance` times the largest value (or 1), or an `AssertionError`."""
+    """Asserts that the largest difference is at most `tolerance` times the largest value (or 1)."""
     scale = max([1.0, *(t.abs().max().item() for t in expected if t.numel())])
     off = _distance(got, expected)
     if not off <= tolerance * scale:

@@ -1,4 +1,4 @@
-"""Checks of a host: its sites are what the model is, by looking at the modules and by tracing a forward pass."""
+"""Checks of a host: compares its sites with the modules and with a traced forward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.injection.registry import hosts
 from veneer.injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, PixelSite, Site, VocabularySite, WeightSite
 
 from .case import run, same
-from .copies import copied
+from .copies import copy_module
 from .roles import ROLES
 from .trace import Trace, ports, width
 
@@ -28,30 +28,30 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 
 def exactly_one_host_matches(traced: Trace) -> None:
-    """The model is this host's and no other's."""
+    """The model matches this host and no other."""
     others = [hosts.get(name) for name in hosts.names() if name != traced.host.name]
     claims = [cls.name for cls in others if cls().matches(traced.model)]
     if claims:
-        raise AssertionError(f"{type(traced.model).__name__} is also claimed by {', '.join(claims)}")
+        raise AssertionError(f"{type(traced.model).__name__} also matches {', '.join(claims)}")
     if not traced.host.matches(traced.model):
-        raise AssertionError(f"{traced.host.name}: matches() denies its own small model, a {type(traced.model).__name__}")
+        raise AssertionError(f"{traced.host.name}: matches() rejects its own small model, a {type(traced.model).__name__}")
     if traced.host.matches(nn.Linear(1, 1)):
-        raise AssertionError(f"{traced.host.name}: matches() claims a plain nn.Linear")
+        raise AssertionError(f"{traced.host.name}: matches() accepts a plain nn.Linear")
 
 
 def sites_resolve(traced: Trace) -> None:
-    """There are sites, and each path, parameter, shape and geometry is the module's. (Equal names are refused before.)"""
+    """There are sites, and each path, parameter, shape and geometry is that of the module. (Duplicate names fail earlier.)"""
     if not traced.sites:
-        raise AssertionError(f"{traced.host.name}: there is no site")
+        raise AssertionError(f"{traced.host.name}: it has no sites")
     for site in traced.sites:
         if isinstance(site, (WeightSite, ParamSite)):
             _resolve(traced.module(site), site)
         for owner, param, rows in _biases(site):
             if not isinstance(getattr(traced.model.get_submodule(owner), param, None), Tensor):
-                raise AssertionError(f"{site.name}: there is no bias '{owner}.{param}'")
+                raise AssertionError(f"{site.name}: no bias '{owner}.{param}'")
             size = len(getattr(traced.model.get_submodule(owner), param)) if rows is None else rows[1] - rows[0]
             if size != (site.d_out if isinstance(site, WeightSite) else getattr(site, "width", size)):
-                raise AssertionError(f"{site.name}: {size} numbers of bias for other than as many outputs")
+                raise AssertionError(f"{site.name}: the bias has {size} elements, which is not the number of outputs")
 
 
 def called_is_true_by_tracing(traced: Trace) -> None:
@@ -59,7 +59,7 @@ def called_is_true_by_tracing(traced: Trace) -> None:
     for site in traced.sites:
         if not isinstance(site, WeightSite):
             continue
-        called = site.param == "weight" and (site.path, "out") in traced.order  # others are read by the module that holds them
+        called = site.param == "weight" and (site.path, "out") in traced.order  # other parameters are read by their module
         if called != site.called:
             raise AssertionError(f"{site.name}: called={site.called}, but the host {'calls' if called else 'does not call'} it")
         if called:
@@ -68,14 +68,14 @@ def called_is_true_by_tracing(traced: Trace) -> None:
             rows = int(getattr(module, site.param).shape[1 if site.kind == "embedding" else 0])
             if y.shape[dim] != rows or (site.kind != "embedding" and x.shape[dim] != site.d_in):
                 raise AssertionError(
-                    f"{site.name}: runs on {tuple(x.shape)} to {tuple(y.shape)}, described as {site.weight_shape}"
+                    f"{site.name}: maps {tuple(x.shape)} to {tuple(y.shape)}, but is described as {site.weight_shape}"
                 )
             if site.kind == "conv":
                 _convolves(module, site, x)
 
 
 def called_bias_is_added_last(traced: Trace) -> None:
-    """Where a parameter site is `called`, a change of it changes the module's output by as much along `channel_dim`."""
+    """If a parameter site is `called`, a change of it changes the module's output equally along `channel_dim`."""
     for site in traced.sites:
         if not isinstance(site, ParamSite) or not site.called:
             continue
@@ -96,7 +96,7 @@ def called_bias_is_added_last(traced: Trace) -> None:
 
 
 def called_norms_end_with_weight_and_bias(traced: Trace) -> None:
-    """Where a norm site is `called`, weight 0 and bias −1 make its module give −1, along `channel_dim`."""
+    """If a norm site is `called`, weight 0 and bias −1 give an output of −1, along `channel_dim`."""
     for site in traced.sites:
         if isinstance(site, NormSite) and site.called:
             module: Any = traced.module(site)
@@ -107,13 +107,13 @@ def called_norms_end_with_weight_and_bias(traced: Trace) -> None:
             with torch.no_grad():
                 got = torch.func.functional_call(module, values, args, kwargs)
             if getattr(module, site.param).shape != (site.width,) or got.shape[site.channel_dim] != site.width:
-                raise AssertionError(f"{site.name}: {site.width} channels are not those of its weight and output")
+                raise AssertionError(f"{site.name}: width {site.width} differs from that of its weight or output")
             if not torch.equal(got, torch.full_like(got, -1.0 if site.bias else 0.0)):
-                raise AssertionError(f"{site.name}: called=True, but more follows its weight and bias inside the module")
+                raise AssertionError(f"{site.name}: called=True, but the module does more after its weight and bias")
 
 
 def ports_in_order(traced: Trace) -> None:
-    """Each site is read before it is written, both happen in a forward pass, and the tensors have the site's width."""
+    """Each site is read before it is written, both occur in a forward pass, and the tensors have the site's width."""
     for site in traced.sites:
         found = ports(site)
         if found is not None:
@@ -122,28 +122,28 @@ def ports_in_order(traced: Trace) -> None:
                 _in_order(traced, site, site.normed, site.write)
         elif isinstance(site, (PixelSite, FeatureSite)):
             if (site.port.path, site.port.side) not in traced.order:
-                raise AssertionError(f"{site.name}: nothing passes '{site.port.path}' ({site.port.side})")
+                raise AssertionError(f"{site.name}: no tensor passes '{site.port.path}' ({site.port.side})")
         elif isinstance(site, VocabularySite) and not _enters(site, *traced.inputs[site.ids.path]):
-            raise AssertionError(f"{site.name}: '{site.ids.path}' is not called with {site.argument}=…, or with ids first")
+            raise AssertionError(f"{site.name}: '{site.ids.path}' is not called with {site.argument}=… or with ids first")
 
 
 def roles_are_canonical(traced: Trace) -> None:
-    """Roles are the words that all hosts use; towers are named; depths count up from 0."""
+    """Roles are those shared by all hosts; towers are named; depths count from 0."""
     for site in traced.sites:
         known = next((roles for kind, roles in ROLES.items() if isinstance(site, kind)), None)
         if known is not None and site.role not in known:
             raise AssertionError(
-                f"{site.name}: the role '{site.role}' is no word for a {type(site).__name__}; say one of {sorted(known)}"
+                f"{site.name}: the role '{site.role}' is not a role of {type(site).__name__}; use one of {sorted(known)}"
             )
     depths = sorted({site.depth for site in traced.sites if site.depth is not None})
     if depths != list(range(len(depths))):
-        raise AssertionError(f"{traced.host.name}: depths are {depths}; they count the blocks from 0")
+        raise AssertionError(f"{traced.host.name}: depths are {depths}; expected consecutive block indices from 0")
     if not traced.host.tower:
         raise AssertionError(f"{traced.host.name}: the class has no tower")
 
 
 def no_container_targets(traced: Trace) -> None:
-    """No site's place is a container, which would run or list an adapter as its own."""
+    """No site targets a container, which would run or list an adapter as one of its modules."""
     for site in traced.sites:
         found = ports(site)
         paths = [p.path for p in found] if found else [getattr(site, "path", "")]
@@ -161,26 +161,28 @@ def inert_is_what_gradients_show(traced: Trace) -> None:
         if isinstance(site, (WeightSite, ParamSite)):
             grad = getattr(model.get_submodule(site.path), site.param).grad
             size = 0.0 if grad is None else grad[slice(*site.rows) if site.rows else ...].abs().max().item()
-            # Some softmaxes are computed in single precision, which leaves noise where the true gradient is zero.
+            # Some softmaxes are computed in float32, which leaves noise where the true gradient is zero.
             if (size > 1e-6) if site.inert else (size < 1e-11):
                 raise AssertionError(f"{site.name}: inert={site.inert}, but its largest gradient is {size}")
 
 
 def sample_is_a_fixed_batch_of_two(traced: Trace) -> None:
-    """`sample()` gives the same inputs every time, two rows, in the model's dtype, and draws nothing from torch's generator."""
+    """`sample()` gives the same inputs every time, two rows, in the model's dtype, independent of torch's global generator."""
     state = torch.random.get_rng_state()
     first, second = traced.host.sample(traced.model), traced.host.sample(traced.model)
     if not torch.equal(torch.random.get_rng_state(), state):
-        raise AssertionError(f"{traced.host.name}: sample() moves torch's global generator")
+        raise AssertionError(f"{traced.host.name}: sample() advances torch's global generator")
     for name, value in first.items():
         if isinstance(value, Tensor):
-            same([second[name]], [value], f"{traced.host.name}: sample()['{name}'] drawn twice")
+            same([second[name]], [value], f"{traced.host.name}: sample()['{name}'] called twice")
     outputs = run(traced.model, first)
     if not any(t.dim() and t.shape[0] == 2 for t in outputs):
-        raise AssertionError(f"{traced.host.name}: sample() gives outputs {[tuple(t.shape) for t in outputs]}; make a batch of 2")
+        raise AssertionError(
+            f"{traced.host.name}: sample() gives outputs {[tuple(t.shape) for t in outputs]}; expected a batch of 2"
+        )
     half = nn.Module.to(_copy(traced), torch.bfloat16)
     if not all(torch.isfinite(t).all() for t in run(half, traced.host.sample(half))):
-        raise AssertionError(f"{traced.host.name}: sample() gives no finite outputs in bfloat16")
+        raise AssertionError(f"{traced.host.name}: sample() gives non-finite outputs in bfloat16")
 
 
 def _resolve(module: nn.Module, site: Any) -> None:
@@ -204,11 +206,11 @@ def _resolve(module: nn.Module, site: Any) -> None:
             if geometry != (site.kernel, site.stride, site.dilation, site.groups):
                 raise AssertionError(f"{site.name}: geometry differs from the module's {geometry}")
     elif math.prod(site.shape) == 0:
-        raise AssertionError(f"{site.name}: an empty parameter")
+        raise AssertionError(f"{site.name}: the parameter is empty")
 
 
 def _biases(site: Site) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
-    """(module, parameter, rows) of the bias that follows a site's weight, if there is one."""
+    """(module, parameter, rows) of the bias of a site's weight, if it has one."""
     if isinstance(site, (WeightSite, NormSite)) and site.bias:
         owner, _, param = site.bias.rpartition(".")
         yield owner, param, getattr(site, "bias_rows", None)
@@ -220,30 +222,30 @@ def _enters(site: VocabularySite, args: Any, kwargs: Any) -> bool:
 
 
 def _convolves(module: Any, site: WeightSite, x: Tensor) -> None:
-    """The module gives what a convolution of the site's geometry gives: some pad in ways of their own."""
+    """Asserts that the module computes a convolution with the site's geometry; some modules pad differently."""
     with torch.no_grad():
         weight, bias = getattr(module, site.param), getattr(module, "bias", None)
         got = convolve(x, weight, site.stride, site.padding, site.dilation, site.groups)
         got = got if bias is None else got + bias.view(-1, *(1 for _ in site.kernel))
         expected = module(x)
     if got.shape != expected.shape or not torch.allclose(got, expected):
-        raise AssertionError(f"{site.name}: a padding of {site.padding!r} gives other than the module")
+        raise AssertionError(f"{site.name}: padding {site.padding!r} gives other outputs than the module")
 
 
 def _in_order(traced: Trace, site: Site, read: Any, write: Any) -> None:
     for port in (read, write):
         if (port.path, port.side) not in traced.order:
-            raise AssertionError(f"{site.name}: nothing passes '{port.path}' ({port.side})")
+            raise AssertionError(f"{site.name}: no tensor passes '{port.path}' ({port.side})")
         got = width(traced.tensors[port.path, port.side], getattr(site, "layout", "NLC"))
-        told = getattr(site, "width", got) if port is not read else getattr(site, "d_in", 0) or getattr(site, "width", got)
-        if got != told:
-            raise AssertionError(f"{site.name}: width {told}, but {got} at '{port.path}' ({port.side})")
+        declared = getattr(site, "width", got) if port is not read else getattr(site, "d_in", 0) or getattr(site, "width", got)
+        if got != declared:
+            raise AssertionError(f"{site.name}: width {declared}, but {got} at '{port.path}' ({port.side})")
     if not traced.order[read.path, read.side] < traced.order[write.path, write.side]:
         raise AssertionError(f"{site.name}: '{write.path}' ({write.side}) comes before '{read.path}' ({read.side})")
 
 
 def _copy(traced: Trace) -> nn.Module:
-    return copied(traced.model).requires_grad_(True)
+    return copy_module(traced.model).requires_grad_(True)
 
 
 CHECKS = (

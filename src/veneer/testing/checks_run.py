@@ -23,41 +23,41 @@ SWITCHES = (
     "gradient_checkpointing_enable",
     "set_grad_checkpointing",
 )
-"""What the libraries call turning gradient checkpointing on: diffusers, transformers (from 5 on, and before), timm."""
+"""Names of the method that enables gradient checkpointing: diffusers, transformers (since 5, and before), timm."""
 
 
 def batch_rows_are_independent(case: Case) -> None:
-    """Another second row of the batch does not move the first row's output."""
+    """Another second batch row does not change the first row's output."""
     model, attachment = case.attached(torch.float64)
     inputs = case.inputs(model, attachment)
     other = {key: _repeat_first(value) for key, value in inputs.items()}
     got, expected = run(model, other), run(model, inputs)
-    different(got, expected, f"{case.method.name}: another second row against the given one")
+    different(got, expected, f"{case.method.name}: with another second row")
     first = [[t[:1] for t in outputs if t.dim() and t.shape[0] == 2] for outputs in (got, expected)]
-    close(first[0], first[1], 1e-9, f"{case.method.name}: the first row's output, when the second row is another")
+    close(first[0], first[1], 1e-9, f"{case.method.name}: the first row's output with another second row")
 
 
 def calls_are_independent(case: Case) -> None:
-    """The same input gives bitwise the same output after a call with another one."""
+    """The same input gives bitwise the same output after a forward pass with another one."""
     model, attachment = case.attached()
     inputs = case.inputs(model, attachment)
     expected = run(model, inputs)
     run(model, {key: _repeat_first(value) for key, value in inputs.items()})
-    same(run(model, inputs), expected, f"{case.method.name}: after a call with another input")
+    same(run(model, inputs), expected, f"{case.method.name}: after a forward pass with another input")
 
 
 def half_precision(case: Case) -> None:
-    """On a bfloat16 host: its dtype outside, single precision and finite gradients inside, and off it is the host."""
+    """On a bfloat16 host: bfloat16 outputs, float32 adapters, finite gradients; disabled, it equals the host."""
     bare, (model, attachment) = case.bare(torch.bfloat16), case.attached(torch.bfloat16)
-    _half(case, bare, model, attachment)
+    _check_half_precision(case, bare, model, attachment)
 
 
 def autocast(case: Case) -> None:
-    """The same under autocast of a single-precision host."""
+    """As `half_precision`, under autocast on a float32 host."""
     bare, (model, attachment) = case.bare(), case.attached()
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # of the host's own norms
-        _half(case, bare, model, attachment)
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # from the host's own norms
+        _check_half_precision(case, bare, model, attachment)
 
 
 def checkpointing_gives_the_same_gradients(case: Case) -> None:
@@ -75,12 +75,12 @@ def checkpointing_gives_the_same_gradients(case: Case) -> None:
 
 
 def compiles_to_one_graph(case: Case) -> None:
-    """Adapted at one site of each kind, the model is one graph with the same outputs; scale and switch compile nothing again."""
+    """Adapted at one site of each kind, the model compiles to one graph, same outputs; scale and switch do not recompile."""
     one_graph(_one_of_each(case))
 
 
 def one_graph(case: Case) -> None:
-    """The same at every site of a case."""
+    """`compiles_to_one_graph` at every site of a case."""
     model, attachment = case.attached()
     inputs = case.inputs(model, attachment)
     expected = run(model, inputs)
@@ -89,7 +89,7 @@ def one_graph(case: Case) -> None:
         try:
             got = run(compiled, inputs)
         except Exception as error:
-            _blame(case, error)
+            _skip_if_host_breaks_graph(case, error)
             raise
         close(got, expected, 1e-5, f"{case.method.name}: compiled against eager")
         if case.switches:
@@ -98,11 +98,11 @@ def one_graph(case: Case) -> None:
             attachment.scale = 0.5
             close(run(compiled, inputs), run(model, inputs), 1e-5, f"{case.method.name}: compiled, at scale 0.5")
             with attachment.enabled(False):
-                close(run(compiled, inputs), run(model, inputs), 1e-5, f"{case.method.name}: compiled, switched off")
+                close(run(compiled, inputs), run(model, inputs), 1e-5, f"{case.method.name}: compiled, disabled")
 
 
 def _one_of_each(case: Case) -> Case:
-    """The same at one site of each kind: what a seam or an adapter can tell apart."""
+    """The case at one site of each kind that seams or adapters may treat differently."""
     kinds: dict[tuple[Any, ...], Site] = {}
     for site in case.sites:
         facts = [getattr(site, name, None) for name in ("called", "kind", "kernel", "stride", "groups", "channel_dim")]
@@ -120,21 +120,21 @@ def _compiler() -> Iterator[None]:
         torch._dynamo.reset()
 
 
-def _blame(case: Case, error: Exception) -> None:
-    """Raise `Skip` if the bare host is no single graph either."""
+def _skip_if_host_breaks_graph(case: Case, error: Exception) -> None:
+    """Raises `Skip` if the bare host does not compile to a single graph either."""
     bare = case.bare()
     torch._dynamo.reset()
     try:
         run(torch.compile(bare, fullgraph=True, backend="eager"), case.plain(bare))
     except Exception:
-        raise Skip(f"{case.host.name} itself is no single graph: {type(error).__name__}") from error
+        raise Skip(f"{case.host.name} itself does not compile to a single graph: {type(error).__name__}") from error
 
 
-def _half(case: Case, bare: nn.Module, model: nn.Module, attachment: Attachment) -> None:
+def _check_half_precision(case: Case, bare: nn.Module, model: nn.Module, attachment: Attachment) -> None:
     inputs, expected = case.inputs(model, attachment), run(bare, case.plain(bare))
     wrong = [name for name, p in attachment.named_parameters() if p.dtype != torch.float32]
     if wrong:
-        raise AssertionError(f"{case.method.name}: not in single precision: {', '.join(wrong[:5])}")
+        raise AssertionError(f"{case.method.name}: not in float32: {', '.join(wrong[:5])}")
     got = run(model, inputs)
     if [t.dtype for t in got] != [t.dtype for t in expected]:
         raise AssertionError(
@@ -145,20 +145,20 @@ def _half(case: Case, bare: nn.Module, model: nn.Module, attachment: Attachment)
     if lost or not all(torch.isfinite(t).all() for t in got):
         raise AssertionError(f"{case.method.name}: outputs or gradients are not finite: {', '.join(lost[:5])}")
     with attachment.enabled(False):
-        different(run(model, inputs), got, f"{case.method.name}: switched off against on")
-        same(run(model, case.plain(model)), expected, f"{case.method.name}: switched off against the host")
+        different(run(model, inputs), got, f"{case.method.name}: disabled against enabled")
+        same(run(model, case.plain(model)), expected, f"{case.method.name}: disabled against the host")
 
 
 def _gradients(case: Case, model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:
     inputs = case.inputs(model, attachment)
-    named = dict(attachment.named_parameters())
+    parameters = dict(attachment.named_parameters())
     torch.manual_seed(11)  # hosts with dropout
-    grads = torch.autograd.grad(loss(model, inputs), list(named.values()), allow_unused=True)
-    return {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
+    grads = torch.autograd.grad(loss(model, inputs), list(parameters.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
 
 
 def _repeat_first(value: Any) -> Any:
-    """The input with its first row in the place of the second; inputs without a batch of two stay as they are."""
+    """The input with its second row replaced by the first; inputs without a batch of two are unchanged."""
     if isinstance(value, Tensor):
         return torch.cat([value[:1], value[:1]]) if value.dim() and value.shape[0] == 2 else value
     return {key: _repeat_first(v) for key, v in value.items()} if isinstance(value, dict) else value

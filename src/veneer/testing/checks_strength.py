@@ -1,4 +1,4 @@
-"""Checks of a method: strength, switching, and folding into weights against explicitly built ones."""
+"""Checks of a method: strength, switching, and merging into weights, against explicitly built weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ EXACT = 1e-5  # in double precision; some hosts compute a softmax in single prec
 
 
 def disabled_equals_host(case: Case) -> None:
-    """Inside `enabled(False)` the output is bitwise the host's, and after it the adapter's again."""
+    """Inside `enabled(False)` the output is bitwise the host's, and afterwards the adapter's again."""
     bare, (model, attachment) = case.bare(), case.attached()
     expected, inputs = run(bare, case.plain(bare)), case.inputs(model, attachment)
     on = run(model, inputs)
     with attachment.enabled(False):
-        same(run(model, case.plain(model)), expected, f"{case.method.name}: switched off")
-        different(run(model, inputs), on, f"{case.method.name}: switched off against on")
-    same(run(model, inputs), on, f"{case.method.name}: switched on again")
+        same(run(model, case.plain(model)), expected, f"{case.method.name}: disabled")
+        different(run(model, inputs), on, f"{case.method.name}: disabled against enabled")
+    same(run(model, inputs), on, f"{case.method.name}: enabled again")
 
 
 def scale_zero_equals_host(case: Case) -> None:
@@ -50,11 +50,11 @@ def scale_zero_equals_host(case: Case) -> None:
 
 
 def weight_form_equals_output_form(case: Case) -> None:
-    """At every called site that has both, the module with W' = weight(W) gives what output(x, y) gives."""
+    """At every called site with both forms, the module with W' = weight(W) gives the same as output(x, y)."""
     model, attachment = case.attached(torch.float64)
     both: dict[str, tuple[Any, Any]] = {n: (s, a) for n, (s, a) in attachment.parts.items() if _has_both(s, a)}
     if not both:
-        raise Skip(f"{case.method.name} has no two forms to compare")
+        raise Skip(f"{case.method.name} does not have both forms")
     inputs = case.inputs(model, attachment)
     attachment.detach()
     calls = _calls(model, {site.path for site, _ in both.values()}, inputs)
@@ -64,11 +64,11 @@ def weight_form_equals_output_form(case: Case) -> None:
         module = model.get_submodule(site.path)
         dim = (1 if site.kind == "conv" else -1) if isinstance(site, WeightSite) else site.channel_dim
         with torch.no_grad():
-            changed = {site.param: _changed(base_tensor(model, site.path, site.param), site, adapter)}
+            changed = {site.param: _apply_weight_form(base_tensor(model, site.path, site.param), site, adapter)}
             if isinstance(adapter, BiasAdapter):
                 shift, below = bias_site(site, adapter), constant_weight(base_tensor(model, site.path, site.param), site.rows)
                 bias = base_tensor(model, shift.path, shift.param)
-                changed[site.bias.removeprefix(f"{site.path}.")] = _changed(bias, shift, BiasForm(adapter, below))
+                changed[site.bias.removeprefix(f"{site.path}.")] = _apply_weight_form(bias, shift, BiasForm(adapter, below))
             expected = torch.func.functional_call(module, changed, args, kwargs)
             got = adapter.output(x, _rows(y, site, dim))
         close([got], [_rows(expected, site, dim)], 1e-9, f"{name}: output(x, y) against the module with weight(W)")
@@ -81,7 +81,7 @@ def merge_equals_explicit_change(case: Case) -> None:
         model, attachment = case.attached(torch.float64)
         attachment.scale = scale
         inputs = case.inputs(model, attachment)
-        expected, attached = _explicit(model, attachment, scale), run(model, inputs)
+        expected, attached = _expected_merge(model, attachment, scale), run(model, inputs)
         report = attachment.merge()
         if report.tensors != len(expected):
             raise AssertionError(f"{case.method.name}: merge() reports {report.tensors} tensors, {len(expected)} are adapted")
@@ -91,7 +91,7 @@ def merge_equals_explicit_change(case: Case) -> None:
 
 
 def unmerge_is_bitwise(case: Case) -> None:
-    """unmerge() puts every weight and output back bitwise, and detach() after it the host."""
+    """unmerge() restores every weight and output bitwise, and a later detach() restores the host."""
     case.merging()
     model = case.fresh()
     before = snapshot(model)
@@ -107,7 +107,7 @@ def unmerge_is_bitwise(case: Case) -> None:
     except StateError:
         pass
     else:
-        raise AssertionError(f"{case.method.name}: detach() of what is merged raises no StateError")
+        raise AssertionError(f"{case.method.name}: detach() of a merged attachment raises no StateError")
     attachment.unmerge()
     same(run(model, inputs), on, f"{case.method.name}: after unmerge()")
     attachment.detach()
@@ -115,7 +115,7 @@ def unmerge_is_bitwise(case: Case) -> None:
 
 
 def merge_is_refused_without_a_weight_form(case: Case) -> None:
-    """Where an adapter has no weight form, merge() raises and changes nothing."""
+    """If an adapter has no weight form, merge() raises and changes nothing."""
     if all(merges_at(site, case.method.build(site)) for site in case.sites):
         raise Skip(f"{case.method.name} has a weight form everywhere")
     model, attachment = case.attached()
@@ -125,11 +125,11 @@ def merge_is_refused_without_a_weight_form(case: Case) -> None:
         attachment.merge()
     except UnsupportedSite as error:
         if not any(site.name in str(error) for site in case.sites):
-            raise AssertionError(f"{case.method.name}: the refusal names no site: {error}") from error
+            raise AssertionError(f"{case.method.name}: the error of merge() names no site: {error}") from error
     else:
         raise AssertionError(f"{case.method.name}: merge() without a weight form raises no UnsupportedSite")
-    same(run(model, inputs), on, f"{case.method.name}: after the refused merge()")
-    assert_same(before, snapshot(model), f"{case.method.name}: the refused merge()")
+    same(run(model, inputs), on, f"{case.method.name}: after the failed merge()")
+    assert_same(before, snapshot(model), f"{case.method.name}: the failed merge()")
 
 
 def _has_both(site: Site, adapter: Any) -> bool:
@@ -144,7 +144,7 @@ def _calls(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[st
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         y = output[0] if isinstance(output, tuple) else output
-        found.setdefault(names[id(module)], (args, kwargs, y.clone()))  # what follows may write into it
+        found.setdefault(names[id(module)], (args, kwargs, y.clone()))  # later operations may modify y in place
 
     handles = [model.get_submodule(path).register_forward_hook(keep, with_kwargs=True) for path in paths]
     run(model, inputs)
@@ -157,29 +157,29 @@ def _rows(y: Tensor, site: Any, dim: int) -> Tensor:
     return y if site.rows is None else y.narrow(dim, site.rows[0], site.rows[1] - site.rows[0])
 
 
-def _changed(weight: Tensor, site: Any, adapter: Any, scale: float = 1.0) -> Tensor:
+def _apply_weight_form(weight: Tensor, site: Any, adapter: Any, scale: float = 1.0) -> Tensor:
     """W with the site's rows replaced by W + s·(weight(W) − W), from the adapter's weight form at strength 1."""
-    rows = slice(*site.rows) if site.rows else ...  # a number has no rows to cut
+    rows = slice(*site.rows) if site.rows else ...  # a scalar has no rows to slice
     changed = weight.detach().clone()
     part = weight.detach()[rows]
     changed[rows] = part + scale * (adapter.weight(part) - part)
     return changed
 
 
-def _explicit(model: nn.Module, attachment: Attachment, scale: float) -> dict[tuple[str, str], Tensor]:
-    """Every adapted tensor as it should be after a merge, by path and parameter."""
+def _expected_merge(model: nn.Module, attachment: Attachment, scale: float) -> dict[tuple[str, str], Tensor]:
+    """Expected value of every adapted tensor after a merge, by path and parameter."""
     found: dict[tuple[str, str], Tensor] = {}
     attachment.scale = 1.0
     with torch.no_grad():
         for site, adapter in attachment.parts.values():
             assert isinstance(site, (WeightSite, ParamSite, NormSite))
             weight = found.get((site.path, site.param), base_tensor(model, site.path, site.param))
-            found[site.path, site.param] = _changed(weight, site, adapter, scale)
+            found[site.path, site.param] = _apply_weight_form(weight, site, adapter, scale)
             if isinstance(adapter, BiasAdapter):
                 shift = bias_site(site, adapter)
                 bias = found.get((shift.path, shift.param), base_tensor(model, shift.path, shift.param))
                 below = constant_weight(base_tensor(model, site.path, site.param).detach(), site.rows)
-                found[shift.path, shift.param] = _changed(bias, shift, BiasForm(adapter, below), scale)
+                found[shift.path, shift.param] = _apply_weight_form(bias, shift, BiasForm(adapter, below), scale)
     attachment.scale = scale
     return found
 

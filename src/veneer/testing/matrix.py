@@ -12,9 +12,9 @@ from .case import usable_sites
 
 
 def support_matrix() -> str:
-    """A markdown table of veneer's own methods and hosts, computed from needs and offers on the hosts' small models.
+    """A markdown table of veneer's methods and hosts, computed from needs and sites on the hosts' small models.
 
-    ✓ where all small models of a host fit, their names where some do, – where none does.
+    ✓ if all small models of a host are supported, their names if some are, – if none is.
     """
     columns = [hosts.get(name)() for name in _own(hosts)]
     lines = ["| method | " + " | ".join(f"`{host.name}`" for host in columns) + " |", "|---" * (len(columns) + 1) + "|"]

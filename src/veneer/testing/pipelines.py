@@ -1,6 +1,6 @@
-"""Tiny real diffusers pipelines of every family: built from configs, no download, milliseconds a step.
+"""Tiny real diffusers pipelines of every family: built from configs, no download, milliseconds per step.
 
-Widths differ wherever they can, so that a swapped axis or a transposed weight fails loudly.
+Widths differ wherever possible, so that a swapped axis or a transposed weight raises an error.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ def tiny_pipeline(family: str, seed: int = 0, **denoiser: Any) -> Any:
 
     Args:
         family: one of `FAMILIES`: `sd`, `sd2` (v-prediction), `sdxl`, `sd3`, `flux`, `pixart`, `dit`.
-        seed: of the weights. The global random state is left as it was.
-        denoiser: entries that replace those of the UNet's or transformer's config, such as `sample_size=128`.
+        seed: of the weights. The global random state is preserved.
+        denoiser: entries that override the UNet's or transformer's config, such as `sample_size=128`.
     Returns:
         the diffusers pipeline; `save_pretrained` and `from_pretrained` work on it.
     Raises:
-        ValueError: for a family that is not there.
+        ValueError: unknown family.
 
     >>> tiny_pipeline("sd").unet.config.cross_attention_dim
     24
     """
     if family not in FAMILIES:
-        raise ValueError(f"tiny_pipeline: no family {family!r}; there are: {', '.join(FAMILIES)}")
+        raise ValueError(f"tiny_pipeline: unknown family {family!r}; expected one of {', '.join(FAMILIES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = FAMILIES[family](denoiser)
@@ -59,7 +59,7 @@ def _vae(channels: int, blocks: tuple[int, ...] = (8, 12, 20), **config: Any) ->
 
 
 def _clip(width: int, tokenizer: Any, projection: int | None = None, heads: int = 2) -> Any:
-    """A CLIP text encoder for a tokenizer; with a projection to `projection` where it is given."""
+    """A CLIP text encoder for a tokenizer, with an optional projection."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -211,7 +211,7 @@ def _flux(denoiser: dict[str, Any]) -> Any:
 
 
 def _pixart(denoiser: dict[str, Any]) -> Any:
-    """PixArt-alpha for 256 pixels: the smallest side that the pipeline accepts with its default settings."""
+    """PixArt-alpha for 256 pixels: the smallest size that the pipeline accepts with its default settings."""
     from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     tokenizer = t5_tokenizer()
@@ -256,7 +256,7 @@ def _dit(denoiser: dict[str, Any]) -> Any:
         scheduler=DDIMScheduler(clip_sample=False),
         id2label=LABELS,
     )
-    pipe.register_to_config(id2label=LABELS)  # the pipeline itself keeps no copy, so that saving would lose the names
+    pipe.register_to_config(id2label=LABELS)  # otherwise saving loses the names
     return pipe
 
 

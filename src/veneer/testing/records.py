@@ -1,4 +1,4 @@
-"""What a check is and what comes out of it."""
+"""Checks and their outcomes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Outcome = Literal["passed", "failed", "expected", "skipped"]
 
 
 class Skip(unittest.SkipTest):
-    """Raised by a check that has nothing to look at, with the reason. pytest reports it as skipped."""
+    """Raised by a check that does not apply, with the reason. pytest reports it as skipped."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Record:
 
     Args:
         check: its name. `method` is empty for checks of a host.
-        outcome: `expected` is a failure that was announced; an announced failure that passes is `failed`.
-        reason: why it was skipped or expected. `error`: what was raised.
+        outcome: `expected` is an expected failure; an expected failure that passes is `failed`.
+        reason: why it was skipped or expected. `error`: the raised exception.
     """
 
     check: str
@@ -46,7 +46,7 @@ class Records(tuple[Record, ...]):
 
     @property
     def failures(self) -> tuple[Record, ...]:
-        """Those that failed, announced failures that passed included."""
+        """Failed checks, including expected failures that passed."""
         return tuple(r for r in self if r.outcome == "failed")
 
     def __str__(self) -> str:
@@ -55,11 +55,11 @@ class Records(tuple[Record, ...]):
 
 @dataclass(frozen=True)
 class Check:
-    """One check, ready to run on one model.
+    """One check of one model.
 
     Args:
         name: of the check. `method`, `host`, `model`: its subject; `method` is empty for checks of a host.
-        body: raises on failure, and `Skip` where there is nothing to check.
+        body: raises on failure, and `Skip` if the check does not apply.
     """
 
     name: str
@@ -74,13 +74,13 @@ class Check:
         return "-".join(filter(None, (self.method, self.host, self.model, self.name)))
 
     def __call__(self) -> None:
-        """Run with a fixed seed; the global random state is put back afterwards."""
+        """Runs with a fixed seed and restores the global random state."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.body()
 
     def record(self, expected: Mapping[str, str]) -> Record:
-        """Run and say what came out. `expected` maps patterns of ids or names of checks to reasons."""
+        """Runs the check and returns its outcome. `expected` maps names of checks or patterns of ids to reasons."""
         reason = self.expected(expected)
         try:
             self()
@@ -89,11 +89,11 @@ class Check:
         except Exception as error:
             return self._record("expected" if reason else "failed", reason, error)
         if reason:
-            return self._record("failed", f"passed, though a failure is expected: {reason}")
+            return self._record("failed", f"passed, but a failure was expected: {reason}")
         return self._record("passed")
 
     def expected(self, expected: Mapping[str, str]) -> str:
-        """The reason for which this check is expected to fail, or nothing."""
+        """The reason why this check is expected to fail, or an empty string."""
         return next((why for pattern, why in expected.items() if pattern == self.name or fnmatchcase(self.id, pattern)), "")
 
     def _record(self, outcome: Outcome, reason: str = "", error: Exception | None = None) -> Record:

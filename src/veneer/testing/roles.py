@@ -1,4 +1,4 @@
-"""The canonical roles: one word for one thing on every host."""
+"""The canonical roles, shared by all hosts."""
 
 from __future__ import annotations
 

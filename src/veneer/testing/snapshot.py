@@ -1,4 +1,4 @@
-"""A picture of everything that an attach could leave behind on a model."""
+"""A snapshot of everything that an attach could leave behind on a model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def snapshot(model: nn.Module) -> Facts:
 
 
 def assert_same(before: Facts, after: Facts, what: str) -> None:
-    """Raise with the first few facts that differ.
+    """Compares two snapshots.
 
     Raises:
-        AssertionError: something was left behind or lost.
+        AssertionError: names the first few differences.
     """
     found = [key for key in before if key not in after or not _equal(before[key], after[key])]
     found += [f"{key} (new)" for key in after if key not in before]
     if found:
-        raise AssertionError(f"{what}: the host is not as before: {'; '.join(found[:5])}")
+        raise AssertionError(f"{what}: the host was not restored: {'; '.join(found[:5])}")
 
 
 def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -41,7 +41,7 @@ def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in module.__dict__.items():
         if key in ("_parameters", "_buffers"):
             for name, tensor in value.items():
-                yield f"tensor {name}", None if tensor is None else _Kept(tensor)
+                yield f"tensor {name}", None if tensor is None else _TensorState(tensor)
             yield f"order of {key}", list(value)
         elif key == "_modules":
             yield "children", list(value.items())
@@ -53,14 +53,14 @@ def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield f"attribute {key}", [value]
 
 
-class _Kept:
-    """A tensor: the object, a copy of its values, and its flag."""
+class _TensorState:
+    """A tensor: the object, a copy of its values, and its requires_grad flag."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.values, self.flag = tensor, tensor.detach().clone(), tensor.requires_grad
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Kept):
+        if not isinstance(other, _TensorState):
             return False
         alike = self.tensor is other.tensor and self.flag == other.flag and self.values.dtype == other.values.dtype
         return alike and torch.equal(self.values, other.values)
@@ -76,7 +76,7 @@ def _equal(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return list(a) == list(b) and all(_equal(a[k], b[k]) for k in a)
-    return isinstance(a, (*PLAIN, _Kept)) and bool(a == b)
+    return isinstance(a, (*PLAIN, _TensorState)) and bool(a == b)
 
 
 def _are_hooks(name: str, value: Any) -> bool:

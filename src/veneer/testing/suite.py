@@ -1,4 +1,4 @@
-"""The conformance suite's two doors: `check_method` and `check_host` return records, `parametrize_with_checks` is for pytest."""
+"""The conformance suite: `check_method` and `check_host` return records, `parametrize_with_checks` generates pytest tests."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ Subject = MethodLike | HostLike | tuple[MethodLike, HostLike]
 
 
 def check_method(method: MethodLike, host: HostLike | None = None, *, expected: Mapping[str, str] | None = None) -> Records:
-    """Run every check of a method on the small models of a host, or of all hosts that fit.
+    """Runs every check of a method on the small models of a host, or of all compatible hosts.
 
     Args:
         method: a name, a class (checked with the first of its `examples()`), or a config instance.
-        host: a name, class or instance; None for every host that offers what the method needs.
+        host: a name, class or instance; None means every host with the sites that the method needs.
         expected: checks that are expected to fail, with the reason: a check's name, or a pattern of ids such as
             `"lora-timm_vit-*-autocast"`. Strict: one that passes is a failure.
     Returns:
-        The records; `.failures` is empty if the method conforms. `print()` them for one line each.
+        The records; `.failures` is empty if the method conforms. `print()` shows one line per check.
     Raises:
-        UnsupportedSite: the host offers nothing that the method needs. UnknownName: no such method or host.
+        UnsupportedSite: the host has no site that the method needs. UnknownName: no such method or host.
 
     >>> check_method("bitfit", "clip_text").failures
     ()
@@ -53,21 +53,21 @@ def check_method(method: MethodLike, host: HostLike | None = None, *, expected: 
 
 
 def check_host(host: HostLike, *, expected: Mapping[str, str] | None = None) -> Records:
-    """Run every check of a host on each of its small models. Arguments and result as for `check_method`."""
+    """Runs every check of a host on each of its small models. Arguments and result as for `check_method`."""
     return Records(check.record(expected or {}) for check in host_checks(host))
 
 
 def parametrize_with_checks(
     subjects: Iterable[Subject], *, expected: Mapping[str, str] | None = None, once: Collection[str] = ()
 ) -> Any:
-    """Decorate a test that takes `check` and calls it: one test a check.
+    """Parametrizes a test that takes `check` and calls it: one test per check.
 
     Args:
-        subjects: methods, hosts, and pairs of a method and a host, as for `check_method` and `check_host`. A name that is
-            both a method's and a host's means the method.
-        expected: as for `check_method`; they become strict `xfail` marks with the reason.
-        once: names of checks that run on one small model of a host only, such as the costly `compiles_to_one_graph`: another one
-            for each method, so that all models see them.
+        subjects: methods, hosts, and pairs of a method and a host, as for `check_method` and `check_host`. A name of
+            both a method and a host refers to the method.
+        expected: as for `check_method`; becomes strict `xfail` marks with the reason.
+        once: names of checks that run on only one small model per host, such as the expensive `compiles_to_one_graph`; the model
+            varies with the method, so that all models are covered.
 
         @parametrize_with_checks([MyMethod(rank=2), "my_host", ("lora", "my_host")])
         def test_conformance(check):
@@ -76,15 +76,15 @@ def parametrize_with_checks(
     import pytest
 
     params = []
-    for check in (c for subject in subjects for c in _thinned(_checks(subject), once)):
+    for check in (c for subject in subjects for c in _run_once(_checks(subject), once)):
         reason = check.expected(expected or {})
         marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
         params.append(pytest.param(check, id=check.id, marks=marks))
     return pytest.mark.parametrize("check", params)
 
 
-def _thinned(checks: Sequence[Check], once: Collection[str]) -> Iterator[Check]:
-    """The checks, those named in `once` on one model of each method and host."""
+def _run_once(checks: Sequence[Check], once: Collection[str]) -> Iterator[Check]:
+    """The checks, those in `once` on one model of each method and host."""
     models: dict[tuple[str, str], list[str]] = {}
     for check in checks:
         found = models.setdefault((check.method, check.host), [])
@@ -101,7 +101,9 @@ def method_checks(method: MethodLike, host: HostLike | None = None) -> list[Chec
     chosen = [_host(host)] if host is not None else [hosts.get(name)() for name in hosts.names()]
     found = _without_repeats(check for each in chosen for check in _on_host(config, other, each))
     if not found:
-        where = f"host {chosen[0].name} offers nothing that it can use" if host is not None else "no host offers what it needs"
+        where = (
+            f"host {chosen[0].name} has no site that it can use" if host is not None else "no host has the sites that it needs"
+        )
         rejected = [each.name for each in chosen]
         others = hosts_for(config, [name for name in hosts.names() if name not in rejected])
         raise UnsupportedSite(

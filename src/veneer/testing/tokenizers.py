@@ -1,4 +1,4 @@
-"""Tiny real tokenizers, built from a word list: no download, the classes that pipelines declare."""
+"""Tiny real tokenizers, built from a word list without downloads, of the classes that pipelines declare."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ WORDS = tuple(_TEXT.split())
 
 
 def byte_alphabet() -> list[str]:
-    """The 256 printable characters that stand for bytes in a byte-level BPE.
+    """The 256 printable characters that represent bytes in a byte-level BPE.
 
-    Source: Radford et al. 2019, byte-level BPE; printable Latin-1 characters stand for themselves, the rest for U+0100 upwards.
+    Source: Radford et al. 2019, byte-level BPE; printable Latin-1 characters represent themselves, the rest U+0100 upwards.
     """
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in shown]
-    return [chr(b) for b in shown] + [chr(256 + i) for i in range(len(hidden))]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(hidden))]
 
 
 def clip_tokenizer(length: int = 77, pad: str = "<|endoftext|>") -> Any:
     """A `CLIPTokenizer` with one token per word of `WORDS`, and bytes for everything else.
 
     Args:
-        length: `model_max_length`, in tokens, start and end included.
-        pad: the padding token; SD 1.x pads with the end of text, SD 2 and SDXL's second tokenizer with `!`.
-    The end of text has the largest id, as CLIP's pooling expects.
+        length: `model_max_length`, in tokens, including start and end.
+        pad: the padding token; SD 1.x pads with the end-of-text token, SD 2 and SDXL's second tokenizer with `!`.
+    The end-of-text token has the largest id, as CLIP's pooling expects.
     """
     from transformers import CLIPTokenizer
 
     alphabet = byte_alphabet()
     pieces: dict[str, None] = dict.fromkeys(alphabet + [c + "</w>" for c in alphabet])
-    merges: dict[Any, None] = {}  # pairs; a dict for its order
+    merges: dict[Any, None] = {}  # pairs; a dict preserves their order
     for word in WORDS:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:

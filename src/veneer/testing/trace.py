@@ -1,4 +1,4 @@
-"""What one forward pass of a host's small model tells: which modules run, in which order, on what."""
+"""Traces one forward pass of a host's small model: which modules run, in which order, with which tensors."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from veneer.injection.sites import BranchSite, Port, Site, StreamSite, TokenSite
 
 from .case import fresh_model, sites_of
 
-Place = tuple[str, str]
+PortKey = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A bare model with its sites and one traced pass.
+    """A bare model with its sites and one traced forward pass.
 
     Args:
-        order: (path, `in` or `out`) to the number of the event, the first time that it happens.
+        order: (path, `in` or `out`) -> index of the event when it first occurs.
         tensors: first argument or output at that event. `inputs`: all arguments.
     """
 
     host: Host
     model: nn.Module
     sites: tuple[Site, ...]
-    order: dict[Place, int]
-    tensors: dict[Place, Any]
+    order: dict[PortKey, int]
+    tensors: dict[PortKey, Any]
     inputs: dict[str, tuple[Any, Any]]
 
     def module(self, site: Any) -> nn.Module:
@@ -41,10 +41,10 @@ class Trace:
 
 @functools.cache
 def trace(host: type[Host], model: str) -> Trace:
-    """Trace one forward pass of a small model, in double precision, on the host's own sample. It is shared: do not change it."""
+    """Traces one forward pass of a small model, in float64, on the host's sample. The result is cached: do not modify it."""
     built = fresh_model(host(), model).double()
-    order: dict[Place, int] = {}
-    tensors: dict[Place, Any] = {}
+    order: dict[PortKey, int] = {}
+    tensors: dict[PortKey, Any] = {}
     inputs: dict[str, tuple[Any, Any]] = {}
 
     def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -68,7 +68,7 @@ def trace(host: type[Host], model: str) -> Trace:
 
 
 def ports(site: Site) -> tuple[Port, Port] | None:
-    """Where a site is read and where it is written, if it lies between two places."""
+    """The ports where a site is read and written, if it lies between two ports."""
     if isinstance(site, BranchSite):
         return site.read, site.write
     if isinstance(site, StreamSite):

@@ -16,7 +16,7 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.injection.select import NOT
 from veneer.injection.sites import VocabularySite
-from veneer.methods.prompt._tokenizer import refuse_taken
+from veneer.methods.prompt._tokenizer import check_new_token
 
 from .loop.optimizer_step import LossStep
 from .loop.optimizers import ParameterGroup
@@ -77,7 +77,7 @@ def new_token(concept: str, class_word: str, tokenizers: Sequence[Any]) -> str:
 def _is_new(token: str, tokenizers: Sequence[Any]) -> bool:
     try:
         for tokenizer in tokenizers:
-            refuse_taken(tokenizer, token, 1)
+            check_new_token(tokenizer, token, 1)
     except ValueError:
         return False
     return True

@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.formats.guides import KINDS, tiny
 from tests.formats.malformed.meanings import Base
-from veneer.formats._names.modules import modules
+from veneer.formats._names.modules import original_modules
 from veneer.injection.host import Host
 from veneer.injection.registry import hosts
 from veneer.injection.sites import ParamSite, Site, WeightSite
@@ -124,7 +124,7 @@ def flux(layout: str) -> Base:
     """FLUX's layers by the names of its first release."""
     (tower,) = towers_of(model("flux"))
     found, swapped = {}, set()
-    for m in modules(tower):
+    for m in original_modules(tower):
         names = {"bfl": m.path, "kohya": f"lora_unet_{m.path.replace('.', '_')}", "comfyui": f"diffusion_model.{m.path}"}
         name = names.get(layout)
         if layout == "xlabs":

@@ -24,8 +24,8 @@ from tests.formats.malformed.good_guides import good_guides
 from tests.formats.malformed.guide_meanings import OPTIONS
 from tests.formats.malformed.meanings import Meaning, told
 from tests.formats.malformed.models import model, small_host, towers
-from veneer.formats import load_all, look
-from veneer.formats._core.conversion import _base, _changed, _weights
+from veneer.formats import inspect, load_all
+from veneer.formats._core.conversion import _apply, _base_weight, _weight_adapters
 from veneer.injection import Attachment, LoadError, attachments
 from veneer.testing.snapshot import assert_same, snapshot
 
@@ -159,7 +159,7 @@ def _look(case: Case) -> None:
     """Looking at it, alone and for a model, says what JSON can say, or is refused as well."""
     for given in (None, model(case.good.model)):
         with contextlib.suppress(LoadError):
-            seen = case.timed(look, case.path, given)
+            seen = case.timed(inspect, case.path, given)
             if "NaN" in seen.to_json() or "Infinity" in seen.to_json() or not str(seen):
                 json.loads(seen.to_json(), parse_constant=_refuse_constant)
 
@@ -180,9 +180,9 @@ def _words(case: Case) -> Any:
 def effects(made: Sequence[Attachment]) -> Meaning:
     """W' − W of every weight, and the values of everything else."""
     found: Meaning = {}
-    for (component, path, param), parts in _weights(made).items():
-        weight = _base(*parts)
-        found[f"{component}/{path}.{param}"] = (_changed(weight, parts) - weight).numpy()
+    for (component, path, param), parts in _weight_adapters(made).items():
+        weight = _base_weight(*parts)
+        found[f"{component}/{path}.{param}"] = (_apply(weight, parts) - weight).numpy()
     for attachment in made:
         plain = {name: adapter for name, (_, adapter) in attachment.parts.items() if not hasattr(adapter, "weight")}
         words = {f"{name}:{key}": t for name, adapter in plain.items() for key, t in adapter.state_dict().items()}

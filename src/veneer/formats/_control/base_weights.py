@@ -1,4 +1,4 @@
-"""Trained weights of a UNet in a file of their own, beside the file of the network that they were trained with."""
+"""Trained UNet weights that ControlNeXt stores in a second file beside the network's file."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from veneer.injection.seams.adapter_calls import base_tensor, module_at
 from veneer.injection.sites import ParamSite, WeightSite
 from veneer.injection.towers import Tower
 
-from .._core.attach import refuse_merged
+from .._core.attach import reject_merged
 from .._core.format import Options
 from .._io.reader import File, is_finite, read
-from .._names.modules import first_release
-from .networks import fit
+from .._names.modules import original_names
+from .networks import match_tensors
 
-ADDED = {"unet.safetensors": False, "unet_weight_increasements.safetensors": True}  # name to whether it should hold increments
-PICKLED = ("unet.bin", "unet_weight_increasements.bin")
-OF = "of"  # in the header of a file that we wrote: the name of the network's file
+FILE_NAMES = {
+    "unet.safetensors": False,
+    "unet_weight_increasements.safetensors": True,
+}  # file name -> True if it names increments
+PICKLE_NAMES = ("unet.bin", "unet_weight_increasements.bin")
+OF = "of"  # metadata key of files written by veneer: the file name of the network
 
 
 @dataclass
-class Beside:
-    """What a file beside says of the base, as `Wanted` takes it.
+class BaseWeights:
+    """Base weights read from the file beside the network, in the form that the attach step expects.
 
     Args:
-        train: names of the sites whose parameters it replaces. `state`: their tensors, under `site-name:parameter`.
-        notes: remarks for the report. `unused`: keys that the UNet has no place for.
+        train: names of the sites whose parameters are replaced. `state`: their tensors, under `site-name:parameter`.
+        notes: remarks for the load report. `unused`: keys that match no UNet parameter.
     """
 
     train: list[str] = field(default_factory=list)
@@ -42,103 +45,105 @@ class Beside:
     unused: list[str] = field(default_factory=list)
 
 
-def load_beside(path: Path, tower: Tower, options: Options, form: str) -> Beside:
-    """Read the base weights that lie beside a network's file; nothing where there are none.
+def load_base_weights(path: Path, tower: Tower, options: Options, form: str) -> BaseWeights:
+    """Reads the base weights stored beside a network's file; returns empty weights if there is no such file.
 
-    A name does not tell whether tensors replace the base's or are added to them, since the authors' code has both under both. So
-    it is told by the values: whole weights are near the base's, increments near zero. Where neither is twice as near, the name
-    counts. W + increment is taken in single precision or wider and rounded to the base's dtype once. Tensors may also be called
-    as in the base's first release (`input_blocks.…`).
+    File names do not tell whether tensors replace the base weights or are added to them: the authors' code writes both under
+    both names. The values decide: full weights are close to the base weights, increments are close to zero. If neither is closer
+    by a factor of two, the file name decides. W + increment is computed in float32 or wider and rounded to the base's dtype
+    once. Keys may also follow the original Stable Diffusion naming (`input_blocks.…`).
 
     Args:
-        path: of the network's file. `form`: name of the format.
+        path: the network's file. `form`: name of the format.
     Raises:
-        LoadError: there are two such files, one is damaged, or it does not fit; or the base is merged, without values,
-            quantised, or trained by another attachment.
+        LoadError: both files exist, one is corrupt, or it does not match the UNet; or the base is merged, on the meta device,
+            quantized, or trained by another attachment.
     """
-    known = [path.with_name(name) for name in ADDED if name != path.name]
+    known = [path.with_name(name) for name in FILE_NAMES if name != path.name]
     files = [read(place) for place in known if place.is_file()]
-    away = [file for file in files if _of_another(file, path)]
+    away = [file for file in files if _belongs_to_another(file, path)]
     notes = [f"{f.path.name} beside it belongs to {f.metadata[OF]} and was not loaded" for f in away]
-    notes += [f"{n} beside it is a pickle and was not loaded" for n in PICKLED if path.with_name(n).is_file()]
+    notes += [f"{n} beside it is a pickle and was not loaded" for n in PICKLE_NAMES if path.with_name(n).is_file()]
     files = [file for file in files if file not in away]
     if len(files) > 1:
-        message = f"{path}: {' and '.join(ADDED)} are both beside it. Keep the one that belongs to it."
-        raise LoadError(message, file=path, given=tuple(ADDED), expected=1)
+        message = (
+            f"{path}: both {' and '.join(FILE_NAMES)} are beside it; expected one. Keep the one that belongs to this network."
+        )
+        raise LoadError(message, file=path, given=tuple(FILE_NAMES), expected=1)
     if not files:
-        return Beside(notes=notes)
+        return BaseWeights(notes=notes)
     found = _read(files[0], tower, options, form)
     found.notes[:0] = notes
     return found
 
 
-def _of_another(file: File, path: Path) -> bool:
-    """True if a file belongs to another network that is here as well."""
+def _belongs_to_another(file: File, path: Path) -> bool:
+    """True if the file belongs to a different network file that exists in the same folder."""
     of = file.metadata.get(OF, path.name)
     return of != path.name and os.path.isfile(path.parent / of)
 
 
-def _read(file: File, tower: Tower, options: Options, form: str) -> Beside:
+def _read(file: File, tower: Tower, options: Options, form: str) -> BaseWeights:
     sites = {f"{s.path}.{s.param}": s for s in _sites(tower)}
-    keys = {own: key for own, first in first_release(tower.module, sites).items() for key in (first, own) if key in file.shapes}
-    before = _before(file, tower, keys if options.into is None else ())
-    base = _base(file, tower, {own: sites[own] for own in keys}, before)
-    fitting = fit(file, {own: tuple(t.shape) for own, t in base.items()}, keys, tower, options, form)
+    keys = {own: key for own, first in original_names(tower.module, sites).items() for key in (first, own) if key in file.shapes}
+    before = _original_values(file, tower, keys if options.into is None else ())
+    base = _base_tensors(file, tower, {own: sites[own] for own in keys}, before)
+    fitting = match_tensors(file, {own: tuple(t.shape) for own, t in base.items()}, keys, tower, options, form)
     tensors = file.tensors(finite=options.strict, names={keys[own] for own in base})
-    given = {own: tensors[keys[own]] for own in base}
-    added = _are_added(file, given, base)
-    values = {key: _value(tensor, base[key], added) for key, tensor in given.items()}
+    stored = {own: tensors[keys[own]] for own in base}
+    added = _are_increments(file, stored, base)
+    values = {key: _new_value(tensor, base[key], added) for key, tensor in stored.items()}
     wide = [key for key, value in values.items() if options.strict and not is_finite(value)]
     if wide:
         dtype = base[wide[0]].dtype
-        message = f"{file.path}: '{wide[0]}' is too large for {dtype}. Load the base in single precision."
+        message = f"{file.path}: '{wide[0]}' overflows {dtype}. Load the base model in float32."
         raise LoadError(message, file=file.path, where=wide[0], expected=dtype)
-    taken = {key: value for key, value in values.items() if OF in file.metadata or not torch.equal(value, base[key].cpu())}
-    how = "added to the base's" if added else "in the base's place"
-    found = Beside(notes=[f"{file.path.name} beside it: {len(taken)} tensors, {how}"], unused=fitting.unused)
-    for site in _chosen({key: sites[key] for key in taken}, tower):
+    changed = {key: value for key, value in values.items() if OF in file.metadata or not torch.equal(value, base[key].cpu())}
+    how = "added to the base weights" if added else "replacing base weights"
+    found = BaseWeights(notes=[f"{file.path.name} beside it: {len(changed)} tensors, {how}"], unused=fitting.unused)
+    for site in _without_covered_biases({key: sites[key] for key in changed}, tower):
         found.train.append(site.name)
         for param, tensor in _params(site, tower):
             path = f"{site.path}.{param}"
-            found.state[f"{site.name}:{param}"] = taken.get(path, before.get(path, tensor.detach()))
+            found.state[f"{site.name}:{param}"] = changed.get(path, before.get(path, tensor.detach()))
     return found
 
 
 def _sites(tower: Tower) -> Iterator[WeightSite | ParamSite]:
-    """One for each whole tensor of a tower that may be trained."""
+    """Sites that cover whole trainable tensors of a tower."""
     return (s for s in tower.sites if isinstance(s, (WeightSite, ParamSite)) and s.rows is None)
 
 
 def _params(site: WeightSite | ParamSite, tower: Tower) -> Iterator[tuple[str, Tensor]]:
-    """What is trained with a site: of a weight, all that its module has."""
+    """Parameters trained together with a site: for a weight, all parameters of its module."""
     module = module_at(tower.module, site.path)
     names = [site.param] if isinstance(site, ParamSite) else [site.param, *(n for n, _ in module.named_parameters(recurse=False))]
     return ((name, base_tensor(tower.module, site.path, name)) for name in dict.fromkeys(names))
 
 
-def _chosen(taken: Mapping[str, WeightSite | ParamSite], tower: Tower) -> list[WeightSite | ParamSite]:
-    """The sites of some tensors, without biases that come with their weight."""
-    weights = [site for site in taken.values() if isinstance(site, WeightSite)]
+def _without_covered_biases(sites: Mapping[str, WeightSite | ParamSite], tower: Tower) -> list[WeightSite | ParamSite]:
+    """The sites of the given tensors, without biases that are trained together with their weight."""
+    weights = [site for site in sites.values() if isinstance(site, WeightSite)]
     covered = {f"{site.path}.{param}" for site in weights for param, _ in _params(site, tower)}
-    return [*weights, *(s for key, s in taken.items() if isinstance(s, ParamSite) and key not in covered)]
+    return [*weights, *(s for key, s in sites.items() if isinstance(s, ParamSite) and key not in covered)]
 
 
-def _before(file: File, tower: Tower, wanted: Collection[str]) -> dict[str, Tensor]:
-    """The base's own values of what attachments train.
+def _original_values(file: File, tower: Tower, paths: Collection[str]) -> dict[str, Tensor]:
+    """The original values of base parameters that existing attachments train.
 
     Raises:
-        LoadError: one of them trains a tensor of `wanted`; or the base is merged.
+        LoadError: an attachment trains one of the `wanted` tensors, or the base is merged.
     """
-    refuse_merged(tower.module, LoadError)
+    reject_merged(tower.module, LoadError)
     ledger, before = peek(tower.module), dict[str, Tensor]()
     for attachment in ledger.attachments if ledger else ():
         for key, (component, path) in attachment.extras.items():
             if attachment.towers[component] is not tower.module:
                 continue
-            if path in wanted:
+            if path in paths:
                 raise LoadError(
-                    f"{file.path}: '{attachment.name}' has trained '{path}' of the base as well, and only one value can be "
-                    "there. Detach it first.",
+                    f"{file.path}: attachment '{attachment.name}' already trains the base parameter '{path}', which this file "
+                    "replaces. Detach it first.",
                     file=file.path,
                     where=path,
                     given=attachment.name,
@@ -147,34 +152,34 @@ def _before(file: File, tower: Tower, wanted: Collection[str]) -> dict[str, Tens
     return before
 
 
-def _base(
+def _base_tensors(
     file: File, tower: Tower, sites: Mapping[str, WeightSite | ParamSite], before: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The base's own tensors at some places."""
+    """The original base tensors of the given sites."""
     found = {own: before.get(own, base_tensor(tower.module, s.path, s.param)).detach() for own, s in sites.items()}
     bad = next((own for own, t in found.items() if t.is_meta or not t.is_floating_point()), None)
     if bad:
-        why = "quantised, or on the meta device"
-        message = f"{file.path}: '{bad}' of the base is {why}. Load the base in half or single precision."
+        why = "quantized or on the meta device"
+        message = f"{file.path}: base parameter '{bad}' is {why}. Load the base model in float16, bfloat16 or float32."
         raise LoadError(message, file=file.path, where=bad, given=why)
     return found
 
 
-def _are_added(file: File, given: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> bool:
+def _are_increments(file: File, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> bool:
     """True if the tensors are increments."""
     if OF in file.metadata:
         return False
     size = away = 0.0
-    for key, tensor in given.items():
+    for key, tensor in tensors.items():
         if tensor.shape == base[key].shape:
             wide = tensor.float()
             size += float(wide.norm()) ** 2
             away += float((wide - base[key].cpu().float()).norm()) ** 2
-    return ADDED[file.path.name] if size <= 4 * away and away <= 4 * size else size < away
+    return FILE_NAMES[file.path.name] if size <= 4 * away and away <= 4 * size else size < away
 
 
-def _value(tensor: Tensor, base: Tensor, added: bool) -> Tensor:
-    """What the base's tensor becomes, on the CPU; one of another shape as it is, for the report."""
+def _new_value(tensor: Tensor, base: Tensor, added: bool) -> Tensor:
+    """New value of the base tensor, on the CPU; a tensor of another shape is returned unchanged, for the report."""
     if tensor.shape != base.shape:
         return tensor
     if added:
@@ -183,26 +188,26 @@ def _value(tensor: Tensor, base: Tensor, added: bool) -> Tensor:
     return tensor.to(base.dtype)
 
 
-def replaced(target: Path, trained: bool) -> list[Path]:
-    """Files beside `target` that were written with it before, and are stale once it is written anew.
+def stale_files(target: Path, trained: bool) -> list[Path]:
+    """Stale files beside `target`, written with an earlier version of it, to be removed when it is overwritten.
 
     Args:
         trained: base weights will be written beside it.
     Raises:
-        SaveError: there is one that was not, which would be loaded with the new file or be overwritten.
+        SaveError: a file beside `target` belongs to another network and would be loaded with the new file or be overwritten.
     """
-    if trained and target.name in ADDED:
-        message = f"{target}: that is the name of the base weights beside it. Choose another."
+    if trained and target.name in FILE_NAMES:
+        message = f"{target}: this name is reserved for the base weights beside the file. Choose another."
         raise SaveError(message, file=target, given=target.name)
     stale = []
-    for there in (target.with_name(name) for name in ADDED if name != target.name):
+    for there in (target.with_name(name) for name in FILE_NAMES if name != target.name):
         of = _owner(there)
         if of == target.name:
             stale.append(there)
         elif there.is_file() and (trained or not of or not os.path.isfile(target.parent / of)):
             whose = of or "a file that veneer did not write"
             raise SaveError(
-                f"{there}: it belongs to {whose}, and would be taken for that of {target.name}. Save to another folder.",
+                f"{there}: belongs to {whose}, but would be loaded together with {target.name}. Save to another folder.",
                 file=there,
                 given=of or None,
                 expected=target.name,
@@ -211,7 +216,7 @@ def replaced(target: Path, trained: bool) -> list[Path]:
 
 
 def _owner(path: Path) -> str:
-    """The network's file that base weights belong to, or nothing."""
+    """File name of the network that base weights belong to, or an empty string."""
     try:
         return read(path).metadata.get(OF, "") if path.is_file() else ""
     except LoadError:

@@ -1,4 +1,4 @@
-"""What the formats of networks that guide a UNet share: one attachment a file, compared with the model before it is built."""
+"""Parts shared by the formats of control networks: one attachment per file, checked against the model before it is built."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from veneer.injection.sites import AttentionSite, ResidualSite
 from veneer.injection.towers import Tower, towers_of
 
 from .._core.families import TEXT_WIDTHS, family_of
-from .._core.format import Layer, Options, listed
-from .._core.lora_config import NATIVE, refuse_trained
+from .._core.format import LayerInfo, Options
+from .._core.lora_config import NATIVE, reject_trained_base
 from .._io.reader import File
 
 Shape = tuple[int, ...]
-ROOM = 2**20  # numbers that a file may lack without being called damaged, beside three times as many as it has
-MOST = 64  # layers or blocks of one kind that are counted in a file
+MISSING_TOLERANCE = 2**20  # parameters; a file with a quarter of the parameters or less, and this many more missing, is rejected
+MAX_LAYERS = 64  # maximum number of layers or blocks of one kind in a file
 
 
-class Fit(NamedTuple):
-    """What of a file has a place: own name to key. `unused`: keys without one."""
+class KeyMatch(NamedTuple):
+    """Match between a file and a network: own parameter name -> key. `unused`: keys that match no parameter."""
 
     keys: dict[str, str]
     unused: list[str]
 
 
 def unet_of(model: Any, file: File, what: str) -> tuple[Tower, ResidualSite]:
-    """The tower that takes control, and its site.
+    """The tower that accepts control residuals, and its site.
 
     Raises:
-        LoadError: there is none.
+        LoadError: the model has none.
     """
     towers = towers_of(model)
     for tower in towers:
@@ -44,42 +44,42 @@ def unet_of(model: Any, file: File, what: str) -> tuple[Tower, ResidualSite]:
             if isinstance(site, ResidualSite):
                 return tower, site
     has = ", ".join(type(t.module).__name__ for t in towers)
-    message = f"{file.path}: {what} is for a UNet2DConditionModel, and there are {has}."
-    given = tuple(type(t.module).__name__ for t in towers)
-    raise LoadError(message, file=file.path, given=given, expected="UNet2DConditionModel")
+    message = f"{file.path}: {what} needs a UNet2DConditionModel; the model has {has}."
+    classes = tuple(type(t.module).__name__ for t in towers)
+    raise LoadError(message, file=file.path, given=classes, expected="UNet2DConditionModel")
 
 
-def side(file: File, key: str, dim: int, dims: int) -> int:
-    """Length of one dimension of a tensor.
+def dimension(file: File, key: str, dim: int, dims: int) -> int:
+    """Size of one dimension of a tensor.
 
     Raises:
-        LoadError: there is no such tensor, or it has another number of dimensions than `dims`.
+        LoadError: there is no such tensor, or it does not have `dims` dimensions.
     """
     shape = file.shapes.get(key)
     if shape is None or len(shape) != dims:
         got = "is missing" if shape is None else f"has the shape {shape}"
-        message = f"{file.path}: '{key}' {got}; expected {dims} dimensions. It is damaged, or holds something else."
+        message = f"{file.path}: '{key}' {got}; expected {dims} dimensions. The file is corrupt or of another kind."
         raise LoadError(message, file=file.path, where=key, given=shape, expected=dims)
     return shape[dim]
 
 
-def few(file: File, count: int, what: str) -> int:
-    """`count`, if a network can have so many.
+def check_count(file: File, count: int, what: str) -> int:
+    """`count`, if it is at most `MAX_LAYERS`.
 
     Raises:
-        LoadError: it is more than `MOST`.
+        LoadError: it is more than `MAX_LAYERS`.
     """
-    if count > MOST:
-        message = f"{file.path}: {count:,} {what}; at most {MOST} are read. It is damaged."
-        raise LoadError(message, file=file.path, where=what, given=count, expected=MOST)
+    if count > MAX_LAYERS:
+        message = f"{file.path}: {count:,} {what}; at most {MAX_LAYERS} are supported. The file is corrupt."
+        raise LoadError(message, file=file.path, where=what, given=count, expected=MAX_LAYERS)
     return count
 
 
-def drafted(file: File, build: Callable[[], nn.Module | None]) -> nn.Module:
-    """What would be built, without values.
+def build_on_meta(file: File, build: Callable[[], nn.Module | None]) -> nn.Module:
+    """Builds a module on the meta device.
 
     Raises:
-        LoadError: it cannot be built for the model, or with such options.
+        LoadError: it cannot be built for the model or with these options.
     """
     try:
         with torch.device("meta"):
@@ -87,7 +87,7 @@ def drafted(file: File, build: Callable[[], nn.Module | None]) -> nn.Module:
     except LoadError as error:
         raise LoadError.from_error(error, f"{file.path}: {error}", file=file.path) from error
     except ValueError as error:
-        raise LoadError.from_error(error, f"{file.path}: it does not fit the model: {error}.", file=file.path) from error
+        raise LoadError.from_error(error, f"{file.path}: incompatible with the model: {error}.", file=file.path) from error
 
 
 def shapes(module: nn.Module) -> dict[str, Shape]:
@@ -95,14 +95,16 @@ def shapes(module: nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def fit(file: File, expected: Mapping[str, Shape], names: Mapping[str, str], tower: Tower, options: Options, form: str) -> Fit:
-    """Compare a file with what the model needs.
+def match_tensors(
+    file: File, expected: Mapping[str, Shape], names: Mapping[str, str], tower: Tower, options: Options, form: str
+) -> KeyMatch:
+    """Compares a file with the parameters of a network.
 
     Args:
-        expected: own name to shape. `names`: own name to the key that the file's layout has for it.
+        expected: own name -> shape. `names`: own name -> key in the file's layout.
         form: name of the format.
     Raises:
-        LoadError: strict, and a tensor is missing, unused or misshapen; or the file holds next to nothing of it.
+        LoadError: a tensor is missing, unused or of another shape and `strict` is set; or most of the parameters are missing.
     """
     keys = {own: key for own, key in names.items() if own in expected and key in file.shapes}
     known = set(keys.values())
@@ -110,76 +112,77 @@ def fit(file: File, expected: Mapping[str, Shape], names: Mapping[str, str], tow
     missing = [names[own] for own in expected if own not in keys]
     misshapen = {key: (file.shapes[key], expected[own]) for own, key in keys.items() if file.shapes[key] != expected[own]}
     wrong = [f"{key} {given} for {right}" for key, (given, right) in misshapen.items()]
-    told = [f"{word} {len(n)}: {_few(n)}" for word, n in (("missing", missing), ("unused", unused), ("misshapen", wrong)) if n]
-    lacks = sum(map(math.prod, expected.values())) > 4 * sum(math.prod(file.shapes[key]) for key in known) + ROOM
-    if told and (options.strict or lacks or len(wrong) == len(keys)):
-        advice = "" if lacks or not options.strict else " Pass strict=False to load what fits."
+    problems = [
+        f"{word} {len(n)}: {_shorten(n)}" for word, n in (("missing", missing), ("unused", unused), ("misshapen", wrong)) if n
+    ]
+    lacks = sum(map(math.prod, expected.values())) > 4 * sum(math.prod(file.shapes[key]) for key in known) + MISSING_TOLERANCE
+    if problems and (options.strict or lacks or len(wrong) == len(keys)):
+        advice = "" if lacks or not options.strict else " Pass strict=False to load the matching tensors only."
         raise LoadError(
-            f"{file.path}: it does not fit the model. {'; '.join(told)}.{_families(file, form, tower)}{advice}",
+            f"{file.path}: incompatible with the model. {'; '.join(problems)}.{_family_sentences(file, form, tower)}{advice}",
             file=file.path,
             missing=missing,
             unused=unused,
             misshapen=misshapen,
             family=family_of(file.shapes, form) or "",
         )
-    return Fit(keys, unused)
+    return KeyMatch(keys, unused)
 
 
-def network(description: str) -> str:
-    """The name of a network, without its article and what is said of it after a comma."""
+def network_name(description: str) -> str:
+    """Name of a network: its description without the article and without anything after a comma."""
     return re.sub("^an? ", "", description.partition(",")[0])
 
 
-def _few(names: Sequence[str]) -> str:
+def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _families(file: File, form: str, tower: Tower) -> str:
-    """Sentences that say what the file is for and what the model is, where widths tell."""
+def _family_sentences(file: File, form: str, tower: Tower) -> str:
+    """Sentences that name the base model family of the file and of the model, where layer widths identify them."""
     family = family_of(file.shapes, form)
     widths = {site.context_width for site in tower.sites if isinstance(site, AttentionSite) and site.cross}
     own = [name for width, name in TEXT_WIDTHS.items() if widths == {width}]
-    told = f" It is for {family}." if family else ""
-    return told + (f" The model reads texts of {widths.pop()} numbers a token, as {own[0]} does." if told and own else "")
+    sentence = f" It is for {family}." if family else ""
+    return sentence + (f" The model's text embeddings have width {widths.pop()}, as in {own[0]}." if sentence and own else "")
 
 
-def single(attachments: Attachment | Sequence[Attachment], target: Path, method: str, files: str) -> Attachment:
-    """The one attachment that a file holds, without trained parameters of the base.
+def single_attachment(attachments: Sequence[Attachment], target: Path, method: str, files: str) -> Attachment:
+    """The single attachment to save, without trained base parameters.
 
     Args:
-        files: what the format is called in errors.
+        files: plural name of the format's files, for error messages.
     Raises:
-        SaveError: there are several or none, of another method, or with trained parameters of the base.
+        SaveError: not exactly one attachment, of another method, or with trained base parameters.
     """
-    attachment = only(attachments, target, method, files)
-    refuse_trained(attachment, target, files)
+    attachment = only_attachment(attachments, target, method, files)
+    reject_trained_base(attachment, target, files)
     return attachment
 
 
-def only(attachments: Attachment | Sequence[Attachment], target: Path, method: str, files: str) -> Attachment:
-    """The one attachment that is to be saved.
+def only_attachment(attachments: Sequence[Attachment], target: Path, method: str, files: str) -> Attachment:
+    """The single attachment to save.
 
     Raises:
-        SaveError: there are several or none, or it is of another method.
+        SaveError: not exactly one attachment, or of another method.
     """
-    several = listed(attachments)
-    if len(several) != 1:
-        message = f"{target}: {files} hold one attachment, got {len(several)}. Save each by itself."
-        raise SaveError(message, file=target, given=len(several), expected=1)
-    attachment = several[0]
+    if len(attachments) != 1:
+        message = f"{target}: {files} hold one attachment; got {len(attachments)}. Save each one separately."
+        raise SaveError(message, file=target, given=len(attachments), expected=1)
+    attachment = attachments[0]
     if attachment.method.name != method:
-        message = f"{target}: '{attachment.name}' is {attachment.method.name}; {files} hold {method}. {NATIVE}"
+        message = f"{target}: '{attachment.name}' uses {attachment.method.name}, but {files} hold {method}. {NATIVE}"
         raise SaveError(message, file=target, where=attachment.name, given=attachment.method.name, expected=method)
     return attachment
 
 
-def parts(file: File, method: str, part: Callable[[str], str]) -> list[Layer]:
-    """A layer for each module of a file, by the part of the network that it is in.
+def layers_by_part(file: File, method: str, part: Callable[[str], str]) -> list[LayerInfo]:
+    """One layer for each module of a file, named by the part of the network that contains it.
 
     Args:
-        part: from a module's name to the part's.
+        part: maps a module name to the name of its part.
     """
     found: dict[str, list[str]] = {}
     for key in file.shapes:
         found.setdefault(key.rpartition(".")[0] or key, []).append(key)
-    return [Layer(part(name), method, values=sum(math.prod(file.shapes[k]) for k in keys)) for name, keys in found.items()]
+    return [LayerInfo(part(name), method, values=sum(math.prod(file.shapes[k]) for k in keys)) for name, keys in found.items()]

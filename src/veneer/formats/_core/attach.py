@@ -1,4 +1,4 @@
-"""From what a file says to attachments on a model: all of them or none."""
+"""Attaches the adapters of a file to a model, all or nothing."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from veneer.injection.attachment.deferred_init import claiming, filling
 from veneer.injection.attachment.model_state import peek
 from veneer.injection.errors import UnknownOption
 
-from .._io.header import twice
+from .._io.header import first_duplicate
 from .._io.reader import File
 from .format import Options
-from .options import refuse_options
+from .options import validate_options
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One attachment to make.
+class AttachmentSpec:
+    """Specification of one attachment to make.
 
     Args:
-        name: of the attachment. `config`: of the method called `method`.
+        name: of the attachment. `config`: options of the method called `method`.
         sites: names of the sites that get an adapter. `train`: names of the sites whose parameters are replaced.
-        state: tensors, as `Attachment.load_state_dict` takes them.
-        where, trained: the selections that were given when it was made, to be saved again; None for the names.
-        notes: remarks for the report. `unused`: keys of the file that the model has no place for, for the report.
-        provenance: to be saved again.
+        state: tensors in the layout of `Attachment.load_state_dict`.
+        where, trained: the selections used when the adapter was created, for saving it again; None means the site names.
+        notes: remarks for the load report. `unused`: keys that match nothing in the model, for the report.
+        provenance: for saving it again.
     """
 
     name: str
@@ -48,22 +48,25 @@ class Wanted:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-def attach_all(model: Any, file: File, wanted: Sequence[Wanted], options: Options) -> list[Attachment]:
-    """Attach and fill each, or only tell what would be attached (`options.into`). torch's random state stays as it is.
+def attach_all(model: Any, file: File, specs: Sequence[AttachmentSpec], options: Options) -> list[Attachment]:
+    """Attaches and loads each specification, or only collects them (`options.into`). The global random state is preserved.
 
     Raises:
-        LoadError: one of them does not fit; nothing stays attached then.
+        LoadError: one of them does not match the model; nothing stays attached then.
     """
     if options.into is not None:
-        options.into.extend(wanted)
+        options.into.extend(specs)
         return []
     made: list[Attachment] = []
     try:
         with torch.random.fork_rng(devices=[]):
-            for each in wanted:
-                _refuse_twice(each)
-                with filling() if options.strict else contextlib.nullcontext(), claiming(_sizes(each), options.strict):
-                    made.append(_attach(model, each, _name(model, each.name, options, len(wanted) > 1)))
+            for each in specs:
+                _reject_duplicate_sites(each)
+                with (
+                    filling() if options.strict else contextlib.nullcontext(),
+                    claiming(_parameters_by_site(each), options.strict),
+                ):
+                    made.append(_attach(model, each, _choose_name(model, each.name, options, len(specs) > 1)))
                 report = made[-1].load_state_dict(each.state, options.strict)
                 unused = (*report.unused, *each.unused)
                 made[-1].loaded = dataclasses.replace(report, unused=unused, notes=tuple(each.notes))
@@ -76,25 +79,25 @@ def attach_all(model: Any, file: File, wanted: Sequence[Wanted], options: Option
     return made
 
 
-def refuse_merged(tower: nn.Module, error: type[SaveError] | type[LoadError]) -> None:
-    """Raise `error` while an attachment is in the weights, so that they are not the base's own."""
+def reject_merged(tower: nn.Module, error: type[SaveError] | type[LoadError]) -> None:
+    """Raises `error` while an attachment is merged, because the weights are then not the base's original ones."""
     ledger = peek(tower)
     if ledger is not None and ledger.merged:
         name = ledger.merged[-1].name
-        message = f"'{name}' is merged into the base, which is another one now. Call its unmerge() first."
+        message = f"'{name}' is merged into the base weights. Call its unmerge() first."
         raise error(message, where=name, given="merged")
 
 
-def _refuse_twice(each: Wanted) -> None:
-    """Raise if a site is there twice: of two layers that are called differently only one would count."""
-    site = twice(each.sites)
+def _reject_duplicate_sites(each: AttachmentSpec) -> None:
+    """Raises if a site occurs twice: two layers with different names refer to it, and only one would be used."""
+    site = first_duplicate(each.sites)
     if site is not None:
-        message = f"two layers of the file change '{site}', by two of its names. Keep the one that is meant."
+        message = f"two layers of the file refer to '{site}' by different names. Remove one of them."
         raise LoadError(message, where=site, given=2, expected=1)
 
 
-def _sizes(each: Wanted) -> dict[str, int]:
-    """How many numbers the file holds for each site; for "" in all."""
+def _parameters_by_site(each: AttachmentSpec) -> dict[str, int]:
+    """Number of parameters in the file for each site; the total under ""."""
     found = {"": sum(tensor.numel() for tensor in each.state.values())}
     for key, tensor in each.state.items():
         site = key.rpartition(":")[0]
@@ -102,41 +105,43 @@ def _sizes(each: Wanted) -> dict[str, int]:
     return found
 
 
-def _attach(model: Any, each: Wanted, name: str) -> Attachment:
+def _attach(model: Any, each: AttachmentSpec, name: str) -> Attachment:
     names = [[f"name:{site}" for site in sites] for sites in (each.sites, each.train)]
-    attachment = attach(model, method_of(each.method, each.config), where=names[0], name=name, train=names[1])
+    attachment = attach(model, build_method(each.method, each.config), where=names[0], name=name, train=names[1])
     attachment.where = tuple(each.where if each.where is not None else names[0])
     attachment.train = tuple(each.trained if each.trained is not None else names[1])
     attachment.provenance = dict(each.provenance)
-    for site, adapter in attachment.parts.values():  # no dropout in a model that is in use
+    for site, adapter in attachment.parts.values():  # no dropout if the model is in evaluation mode
         adapter.train(attachment.towers[site.component].training)
     return attachment
 
 
-def method_of(name: str, config: Mapping[str, Any]) -> Method:
-    """The method of that name and config.
+def build_method(name: str, config: Mapping[str, Any]) -> Method:
+    """The method with the given name and config.
 
     Raises:
-        LoadError: there is none, it has no such options, or an option is none that it can have.
+        LoadError: there is no such method, it has no such option, or an option value is invalid.
     """
     try:
         method = methods.get(name)
-        refuse_options(method, config)
+        validate_options(method, config)
         return method.from_config(config)
     except (VeneerError, TypeError, ValueError) as error:
         message = (
-            f"the method '{name[:80]}' with {_short(config)} cannot be built here: {error} Install the package or the version of "
-            "veneer that the file was made with."
+            f"cannot build method '{name[:80]}' with {_describe_options(config)}: {error} Install the package or the version of "
+            "veneer that wrote the file."
         )
         option = getattr(error, "name", "") if isinstance(error, UnknownOption) else getattr(error, "option", "")
         raise LoadError.from_error(error, message, where=name[:80], option=option) from error
 
 
-def migrated(file: File, entry: Mapping[str, Any], config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
-    """The options of a saved attachment as the installed method has them. An unknown method's stay as they are.
+def migrate_config(
+    file: File, entry: Mapping[str, Any], config: Mapping[str, Any], tensors: Collection[str]
+) -> Mapping[str, Any]:
+    """The options of a saved attachment, converted to the installed revision of the method; unchanged for an unknown method.
 
     Raises:
-        LoadError: the entry is of a later revision of the method, or of an earlier one that cannot be loaded.
+        LoadError: the entry was written by a later revision of the method, or by an earlier one that cannot be converted.
     """
     name, revision = entry["method"], entry.get("revision", 1)
     try:
@@ -148,8 +153,8 @@ def migrated(file: File, entry: Mapping[str, Any], config: Mapping[str, Any], te
         return config
     if revision > method.revision:
         raise LoadError(
-            f"{file.path}: written by revision {revision} of the method '{name}'; this veneer has revision {method.revision}. "
-            "Update veneer.",
+            f"{file.path}: written by revision {revision} of method '{name}'; the installed veneer has revision "
+            f"{method.revision}. Update veneer.",
             file=file.path,
             where=name,
             given=revision,
@@ -158,16 +163,16 @@ def migrated(file: File, entry: Mapping[str, Any], config: Mapping[str, Any], te
     return known
 
 
-def _short(config: Mapping[str, Any]) -> str:
-    """Options as they may stand in an error."""
-    told = [f"{key}={value!r}" for key, value in config.items() if not (isinstance(value, int) and abs(value) > 10**30)]
-    text = ", ".join(one if len(one) <= 80 else f"{one[:80]}…" for one in told[:20])
+def _describe_options(config: Mapping[str, Any]) -> str:
+    """Options, shortened for an error message."""
+    options = [f"{key}={value!r}" for key, value in config.items() if not (isinstance(value, int) and abs(value) > 10**30)]
+    text = ", ".join(one if len(one) <= 80 else f"{one[:80]}…" for one in options[:20])
     return text or "no options"
 
 
-def _name(model: Any, saved: str, options: Options, several: bool) -> str:
-    """The name asked for; else the saved one, numbered if it is taken."""
+def _choose_name(model: Any, saved: str, options: Options, several: bool) -> str:
+    """The requested name, or the saved name with a number appended if it is taken."""
     if options.name is not None:
         return f"{options.name}-{saved}" if several else options.name
-    taken = {a.name for a in attachments(model)}
-    return saved if saved not in taken else next(n for i in range(2, 1000) if (n := f"{saved}_{i}") not in taken)
+    existing = {a.name for a in attachments(model)}
+    return saved if saved not in existing else next(n for i in range(2, 1000) if (n := f"{saved}_{i}") not in existing)

@@ -1,4 +1,4 @@
-"""DoRA's magnitudes: files hold m, veneer holds m − ‖W‖; the base's own weight stands between the two."""
+"""DoRA's magnitudes: files store m, veneer stores m − ‖W‖; converting needs the base weight W."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from veneer.injection.attachment.model_state import peek
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import WeightSite
 
-from .._lycoris.codec import Group, Module, Piece, put, spans, take
+from .._lycoris.codec import AdapterGroup, LycorisModule, SiteTensors, put, spans, take
 
 SCALE = "dora_scale"
 Axis = Literal["output", "input"]
-Change = Callable[[], Tensor]  # s·ΔW in the weight's shape
-NEAR = 1e-6  # relative: how far the gains of a fused projection's slices may be apart to count as one
+Delta = Callable[[], Tensor]  # s·ΔW in the weight's shape
+GAIN_TOLERANCE = 1e-6  # relative: gains of the slices of a fused projection closer than this are equal
 
 
-def magnitude_delta(magnitude: Tensor, weight: Tensor, change: Change, axis: Axis = "output") -> Tensor:
-    """m − ‖W‖ per channel, for a file's m; where a channel of W is zero, m / ‖s·ΔW‖ − 1, as `dora` scales it by 1 + it.
+def magnitude_delta(magnitude: Tensor, weight: Tensor, change: Delta, axis: Axis = "output") -> Tensor:
+    """m − ‖W‖ per channel, for a file's m; for a zero channel of W, m / ‖s·ΔW‖ − 1, which `dora` adds to 1 as a factor.
 
-    Computed in double precision, because m and ‖W‖ are nearly alike.
+    Computed in double precision, because m and ‖W‖ are nearly equal.
 
     Args:
-        magnitude: m, in any shape. `weight`: W, (d_out, …), the base's own. `change`: s·ΔW of the same layer.
+        magnitude: m, in any shape. `weight`: W, (d_out, …), of the base. `delta_weight`: s·ΔW of the same layer.
     Returns:
         (d_out,), or (d_in / groups,) on the input axis.
     """
@@ -38,18 +38,18 @@ def magnitude_delta(magnitude: Tensor, weight: Tensor, change: Change, axis: Axi
     return torch.where(before > 0, m - before, torch.where(after > 0, m / after, 1.0) - 1).to(torch.float32)
 
 
-def magnitude(delta: Tensor, weight: Tensor, change: Change, axis: Axis = "output") -> Tensor:
-    """m per channel, in double precision: what `magnitude_delta` is the inverse of."""
+def magnitude(delta: Tensor, weight: Tensor, change: Delta, axis: Axis = "output") -> Tensor:
+    """m per channel, in double precision: the inverse of `magnitude_delta`."""
     before, after = _norms(weight, change, axis)
-    given = delta.detach().flatten().to(before)
-    return torch.where(before > 0, before + given, (1 + given) * after)
+    stored = delta.detach().flatten().to(before)
+    return torch.where(before > 0, before + stored, (1 + stored) * after)
 
 
-def axis_of(module: Module) -> Axis:
-    """The axis of a file's magnitudes, by their shape: (d_out, 1, …) or (1, d_in / groups, …).
+def axis_of(module: LycorisModule) -> Axis:
+    """Axis of a file's magnitudes, by their shape: (d_out, 1, …) or (1, d_in / groups, …).
 
     Raises:
-        LoadError: they are neither.
+        LoadError: the shape is neither.
     """
     m, width = module.parts[SCALE], module.first.weight_shape[1]
     if m.ndim and m.numel() == m.shape[0] == module.rows:
@@ -60,52 +60,54 @@ def axis_of(module: Module) -> Axis:
     return "input"
 
 
-def decomposed(module: Module, pieces: list[Piece], change: Callable[[Piece], Tensor]) -> list[Piece]:
-    """The pieces of all sites of a module with its magnitudes.
+def add_magnitudes(
+    module: LycorisModule, pieces: list[SiteTensors], change: Callable[[SiteTensors], Tensor]
+) -> list[SiteTensors]:
+    """The pieces of all sites of a module, with their magnitudes added.
 
     Args:
-        pieces: one a site. `change`: s·ΔW of a piece, in the weight's shape.
+        pieces: one per site. `delta_weight`: s·ΔW of a piece, in the weight's shape.
     """
     axis = axis_of(module)
     weights = {p.site.name: base_weight(module.towers[p.site.component], p.site) for p in pieces}
-    changes: dict[str, Change] = {p.site.name: partial(change, p) for p in pieces}
-    given = _by_site(module, axis, weights, changes)
+    changes: dict[str, Delta] = {p.site.name: partial(change, p) for p in pieces}
+    magnitudes = _by_site(module, axis, weights, changes)
     return [
-        Piece(
+        SiteTensors(
             p.site,
             {**p.options, "norm_axis": axis},
-            {**p.state, "magnitude_delta": magnitude_delta(given[name], weights[name], changes[name], axis)},
+            {**p.state, "magnitude_delta": magnitude_delta(magnitudes[name], weights[name], changes[name], axis)},
         )
         for p in pieces
         for name in [p.site.name]
     ]
 
 
-def _by_site(module: Module, axis: Axis, weights: Mapping[str, Tensor], changes: Mapping[str, Change]) -> dict[str, Tensor]:
-    """m of each site. A slice of a fused projection has its own norm of an input in the place of the whole's: same W'."""
+def _by_site(module: LycorisModule, axis: Axis, weights: Mapping[str, Tensor], changes: Mapping[str, Delta]) -> dict[str, Tensor]:
+    """m of each site. On the input axis, a slice of a fused projection gets the norm of its rows: same W'."""
     m = module.parts[SCALE]
     if axis == "output":
         return {name: take(m, rows) for name, rows in spans(module.place).items() if name in weights}
     if len(module.place.sites) == 1:
         return dict.fromkeys(weights, m)
-    squares = {name: _after(weights[name], changes[name]).square() for name in weights}
+    squares = {name: _updated_norms(weights[name], changes[name]).square() for name in weights}
     whole = torch.stack([*squares.values()]).sum(0)
     flat = m.flatten().to(whole)
     return {name: flat * (square / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt() for name, square in squares.items()}
 
 
-def written(group: Group, change: Callable[[Any], Tensor]) -> dict[str, Tensor]:
-    """The magnitudes of a group as one tensor; nothing where its adapters have none.
+def magnitude_tensors(group: AdapterGroup, change: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """The magnitudes of a group as one tensor; empty if its adapters have none.
 
     Args:
         change: s·ΔW of an adapter, in the weight's shape.
     Raises:
-        SaveError: slices of a fused projection have other axes, or gains of inputs, so that they are not of this form together.
+        SaveError: slices of a fused projection differ in axis or in the gains of their inputs, so that no single m fits them.
     """
     axes = {a.norm_axis for a in group.adapters.values()}
     if len(axes) > 1:
-        why = f"is part of '{group.place.names[0]}', one weight in this layout, whose slices have norms of two axes"
-        raise group.refuse(why, given=group.place.names[0], expected="norm_axis")
+        why = f"is a slice of '{group.place.names[0]}', one weight in this format, and the slices differ in norm_axis"
+        raise group.error(why, given=group.place.names[0], expected="norm_axis")
     (axis,) = axes
     if axis is None:
         return {}
@@ -118,82 +120,82 @@ def written(group: Group, change: Callable[[Any], Tensor]) -> dict[str, Tensor]:
             delta, shift = adapter.magnitude_delta, partial(change, adapter)
         ms[site.name] = magnitude(delta, weight, shift, axis)
         if axis == "input" and len(group.place.sites) > 1:
-            afters[site.name] = _after(weight, shift)
+            afters[site.name] = _updated_norms(weight, shift)
     if axis == "output":
         return {SCALE: put(group.place, ms).to(torch.float32).view(-1, 1, *group.ones)}
-    return {SCALE: _joined(group, ms, afters).to(torch.float32).view(1, -1, *group.ones)}
+    return {SCALE: _merge_magnitudes(group, ms, afters).to(torch.float32).view(1, -1, *group.ones)}
 
 
-def _joined(group: Group, ms: Mapping[str, Tensor], afters: Mapping[str, Tensor]) -> Tensor:
-    """m of the inputs of a whole place: its norm times the gain that all slices share."""
+def _merge_magnitudes(group: AdapterGroup, ms: Mapping[str, Tensor], afters: Mapping[str, Tensor]) -> Tensor:
+    """m per input of a fused weight: its norm times the gain common to all slices."""
     if not afters:
         return next(iter(ms.values()))
     whole = torch.stack([a.square() for a in afters.values()]).sum(0).sqrt()
     gains = torch.stack([torch.where(afters[n] > 0, ms[n] / afters[n], torch.nan) for n in ms])
     low, high = (torch.where(gains.isnan(), side * torch.inf, gains) for side in (1, -1))
     low, high = low.amin(0), high.amax(0)
-    if ((high - low) > NEAR * high.abs()).any():
-        raise group.refuse(
-            f"is part of '{group.place.names[0]}', one weight in this layout with one magnitude per input, and its slices have "
-            "other gains",
+    if ((high - low) > GAIN_TOLERANCE * high.abs()).any():
+        raise group.error(
+            f"is a slice of '{group.place.names[0]}', one weight in this format with one magnitude per input, and the slices "
+            "need different gains",
             given=group.place.names[0],
             expected="gains",
         )
     return torch.where(high.isfinite(), high, 0.0) * whole
 
 
-def change(adapter: Any) -> Tensor:
-    """s·ΔW of an adapter that has `delta()`, in double precision."""
+def delta_weight(adapter: Any) -> Tensor:
+    """s·ΔW of an adapter with a `delta()` method, in double precision."""
     with torch.no_grad():
         found: Tensor = copy.deepcopy(adapter).double().delta() * adapter.scaling
     return found
 
 
-def change_of(name: str, piece: Piece, options: Mapping[str, Any]) -> Tensor:
-    """s·ΔW of a piece of a method: that of the adapter which it describes."""
+def piece_delta(name: str, piece: SiteTensors, options: Mapping[str, Any]) -> Tensor:
+    """s·ΔW of a piece, computed by the adapter that it describes."""
     from veneer.injection import methods
 
     adapter: Any = methods.get(name)(**{**options, "norm_axis": None}).build(piece.site)
     adapter.load_state_dict({key: t for key, t in piece.state.items() if key != "magnitude_delta"})
-    return change(adapter)
+    return delta_weight(adapter)
 
 
 def base_weight(tower: nn.Module, site: WeightSite) -> Tensor:
-    """The base's own (slice of a) weight, without any adapter.
+    """The base weight, or its slice, without any adapter.
 
     Raises:
-        VeneerError: it is quantised, or something is merged into it, so that its norm is not the base's.
+        VeneerError: it is quantized, or an attachment is merged into it, so that its norm is not the base's.
     """
     ledger = peek(tower)
     if ledger is not None and ledger.merged:
         raise VeneerError(
-            f"'{site.name}': '{ledger.merged[-1].name}' is merged into the base, whose norms DoRA's magnitudes are told by. Call "
-            "its unmerge() first.",
+            f"'{site.name}': '{ledger.merged[-1].name}' is merged into the base, but DoRA's magnitudes need the original "
+            "weights. Call its unmerge() first.",
             where=ledger.merged[-1].name,
             given="merged",
         )
     weight = base_tensor(tower, site.path, site.param).detach()
     if not weight.is_floating_point():
-        message = f"'{site.name}': the norm of a quantised weight is not known. Load the base unquantised."
+        message = f"'{site.name}': cannot compute the norm of a quantized weight. Load the base model unquantized."
         raise VeneerError(message, where=site.name, given=weight.dtype)
     return weight if site.rows is None else weight[slice(*site.rows)]
 
 
-def _norms(weight: Tensor, change: Change, axis: Axis) -> tuple[Tensor, Tensor]:
-    """‖W‖ per channel, and ‖s·ΔW‖ where that is zero (elsewhere 0)."""
-    before = _channels(weight.detach().double(), axis)
+def _norms(weight: Tensor, change: Delta, axis: Axis) -> tuple[Tensor, Tensor]:
+    """‖W‖ per channel, and ‖s·ΔW‖ where ‖W‖ is zero (0 elsewhere)."""
+    before = _channel_norms(weight.detach().double(), axis)
     after = torch.zeros_like(before)
     empty = before == 0
     if not weight.is_meta and empty.any():
-        after[empty] = _channels(change().detach().to(before), axis)[empty]
+        after[empty] = _channel_norms(change().detach().to(before), axis)[empty]
     return before, after
 
 
-def _after(weight: Tensor, change: Change) -> Tensor:
+def _updated_norms(weight: Tensor, change: Delta) -> Tensor:
     """‖W + s·ΔW‖ per input."""
-    return _channels(weight.detach().double() + change().detach().to(weight.device, torch.float64), "input")
+    return _channel_norms(weight.detach().double() + change().detach().to(weight.device, torch.float64), "input")
 
 
-def _channels(weight: Tensor, axis: Axis) -> Tensor:
+def _channel_norms(weight: Tensor, axis: Axis) -> Tensor:
     channels = 0 if axis == "output" else 1
     return torch.linalg.vector_norm(weight.movedim(channels, 0).flatten(1), dim=1)

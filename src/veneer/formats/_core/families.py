@@ -1,4 +1,4 @@
-"""The family of base models that a file was made for: told only where names and widths leave no other, or few."""
+"""Detects the family of base models that a file was made for, where layer names and widths identify it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .._io.reader import File
 
 Shapes = Mapping[str, tuple[int, ...]]
 SD1, SD2, SDXL, SD3 = "Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL", "Stable Diffusion 3"
-# families that no host here knows, by names that nothing else has: musubi-tuner and others use the same layouts for them
-FOREIGN = {
+# families without a host in veneer, by layer names that occur nowhere else: musubi-tuner and others use the same layouts
+UNSUPPORTED = {
     r"blocks[._]\d+[._](?:self|cross)_attn[._][qkvo]\.": "Wan",
     r"(?:img|txt)_mlp[._]fc[12]|(?:img|txt)_mod[._]linear|single_blocks[._]\d+[._]modulation[._]linear": "HunyuanVideo",
     r"transformer_blocks[._]\d+[._](?:img|txt)_(?:mod|mlp)": "Qwen-Image",
@@ -32,10 +32,10 @@ UNET = re.compile(r"(?:^|[._])(?:down_blocks|up_blocks|mid_block|input_blocks|ou
 DEEP = re.compile(r"(?:attentions|blocks|block)[._]\d+[._](?:\d+[._])?transformer_blocks[._][2-9][._]")
 SECOND = re.compile(r"(?:^|[._])(?:te2|text_encoder_2|clip_g|label_emb|add_embedding)(?:[._]|$)")
 DOWN = ("lora_down.weight", "lora_A.weight", "down.weight", ":down", "hada_w1_b", ":down1")
-TEXT_CHANNELS = {320, 640, 1280}  # of the published UNets' levels
-TEXT_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}  # of the text that a UNet reads
+TEXT_CHANNELS = {320, 640, 1280}  # widths of the published UNets' levels
+TEXT_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}  # width of the text embeddings that a UNet reads
 CROSS = re.compile(r"transformer_blocks[._]\d+[._]attn2[._]|cross_attn[._](?:q|kv)_linear|cross_attn[._]proj")
-CROSS_WIDTHS = {1152: "PixArt or Sana", 2048: "LTX", 2240: "Sana", 2304: "Allegro"}  # of attn2's queries
+CROSS_WIDTHS = {1152: "PixArt or Sana", 2048: "LTX", 2240: "Sana", 2304: "Allegro"}  # query width of attn2
 DOUBLE = re.compile(r"(?:(?<!single_)(?<!joint_)transformer_blocks|double_blocks)[._](\d+)[._]")
 SINGLE = re.compile(r"single_(?:transformer_)?blocks[._](\d+)[._]")
 BLOCKS = re.compile(r"(?<!joint_)transformer_blocks[._]\d|(?:double|single)_blocks[._]\d")
@@ -45,55 +45,55 @@ QUERIES = re.compile(
 )
 MODULATED = re.compile(r"norm1?(?:_context)?[._]linear|(?:img|txt)_mod[._]lin|modulation[._]lin")
 STREAM_WIDTHS = {1536: SD3, 2432: SD3, 2048: "HunyuanVideo 1.5", 3584: "HunyuanImage"}
-# of width 3072: blocks of two streams and of one, and whether each block has a modulation under these names
+# transformers of width 3072: number of double- and single-stream blocks, and whether blocks have modulation layers
 STREAMS = {
     "FLUX": (19, 38, True), "Chroma": (19, 38, False), "Bria": (19, 38, True), "LongCat": (19, 38, True),
     "HunyuanVideo": (20, 40, True), "Qwen-Image": (60, 0, False), "FLUX.2": (5, 20, False),
 }  # fmt: skip
-DIFFUSERS_ONLY = ("Bria", "LongCat", "Qwen-Image")  # whose blocks have no names of Black Forest Labs'
-GUIDES = ("controlnet", "controlnext", "ip_adapter", "t2i_adapter")  # formats of whole networks beside a UNet
+DIFFUSERS_ONLY = ("Bria", "LongCat", "Qwen-Image")  # have no Black Forest Labs layer names
+CONTROL_FORMATS = ("controlnet", "controlnext", "ip_adapter", "t2i_adapter")  # formats of networks beside a UNet
 READ = re.compile(r"attn2\.to_k\.weight$|\.to_k_ip\.weight$")
-UNSHUFFLED = re.compile(r"(?:adapter\.)?(?:conv_in|body\.0\.in_conv)\.weight")
-WORD_WIDTHS = {768: SD1, 1024: SD2, 4096: None}
+UNSHUFFLE = re.compile(r"(?:adapter\.)?(?:conv_in|body\.0\.in_conv)\.weight")
+EMBEDDING_WIDTHS = {768: SD1, 1024: SD2, 4096: None}
 
 
 def family_of(shapes: Shapes, form: str | None = None) -> str | None:
-    """The family, several with "or" between them where names and widths fit each, or None.
+    """The family, alternatives joined by "or" if several match, or None.
 
     Args:
-        form: name of the file's format, if it is known.
+        form: name of the file's format, if known.
     """
     if form == "embeddings":
-        return _of_words(shapes)
-    if form in GUIDES:
-        return _of_guide(shapes)
-    named = family_unknown(shapes) or next((name for mark, name in NAMES.items() if _any(mark, shapes)), None)
-    if named:
-        return named
+        return _embedding_family(shapes)
+    if form in CONTROL_FORMATS:
+        return _control_family(shapes)
+    family = unsupported_family(shapes) or next((name for mark, name in NAMES.items() if _any_match(mark, shapes)), None)
+    if family:
+        return family
     if any(UNET.search(key) for key in shapes):
-        return _of_unet(shapes)
-    return _of_streams(shapes) or _of_one_stream(shapes)
+        return _unet_family(shapes)
+    return _double_stream_family(shapes) or _single_stream_family(shapes)
 
 
-def family_unknown(shapes: Shapes) -> str | None:
-    """The family, if it is one that nothing here knows."""
-    return next((name for mark, name in FOREIGN.items() if _any(mark, shapes)), None)
+def unsupported_family(shapes: Shapes) -> str | None:
+    """The family, if it has no host in veneer."""
+    return next((name for mark, name in UNSUPPORTED.items() if _any_match(mark, shapes)), None)
 
 
-def told(file: File) -> str:
-    """A sentence that says which family a file is for, if that is told."""
+def family_sentence(file: File) -> str:
+    """A sentence that names the family a file is for; empty if it is unknown."""
     family = family_of(file.shapes)
     if family is None:
         return ""
-    return f" It is for {family}" + (", a family that is not known here." if family_unknown(file.shapes) else ".")
+    return f" It is for {family}" + (", which veneer does not support." if unsupported_family(file.shapes) else ".")
 
 
-def _of_unet(shapes: Shapes) -> str | None:
-    widths = {key: width for key, width in _inputs(shapes) if UNET.search(key) or "unet" in key}
+def _unet_family(shapes: Shapes) -> str | None:
+    widths = {key: width for key, width in _input_widths(shapes) if UNET.search(key) or "unet" in key}
     read = {width for key, width in widths.items() if re.search(r"attn2[._]to_[kv][._:]", key)}
-    told = [family for width, family in TEXT_WIDTHS.items() if width in (read or {*widths.values()})]
-    if read or len(told) == 1:
-        return told[0] if len(told) == 1 else None
+    families = [family for width, family in TEXT_WIDTHS.items() if width in (read or {*widths.values()})]
+    if read or len(families) == 1:
+        return families[0] if len(families) == 1 else None
     if not TEXT_CHANNELS & {*widths.values()}:
         return None
     if any(DEEP.search(key) or SECOND.search(key) for key in shapes):
@@ -102,8 +102,8 @@ def _of_unet(shapes: Shapes) -> str | None:
     return SD1 if projected == {4} else None
 
 
-def _inputs(shapes: Shapes) -> Iterator[tuple[str, int]]:
-    """Keys of low-rank layers, one of each, and the widths of their inputs."""
+def _input_widths(shapes: Shapes) -> Iterator[tuple[str, int]]:
+    """One key per low-rank layer, with the layer's input width."""
     for key, shape in shapes.items():
         if key.endswith(DOWN) and len(shape) > 1:
             yield key, shape[1]
@@ -113,31 +113,31 @@ def _inputs(shapes: Shapes) -> Iterator[tuple[str, int]]:
             yield from [(key, shape[1] * right[1])] if len(right) > 1 else []
 
 
-def _of_streams(shapes: Shapes) -> str | None:
-    """Of transformers with blocks of two streams, image and text, by width and number of blocks."""
+def _double_stream_family(shapes: Shapes) -> str | None:
+    """Family of transformers with separate image and text streams, by width and number of blocks."""
     keys = [key for key in shapes if BLOCKS.search(key)]
-    widths = {width for key, width in _inputs(shapes) if BLOCKS.search(key) and QUERIES.search(key)}
+    widths = {width for key, width in _input_widths(shapes) if BLOCKS.search(key) and QUERIES.search(key)}
     if len(widths) != 1 or not any(TWO_STREAMS.search(key) for key in keys):
         return None
     (width,) = widths
     if width == 6144:
-        return "FLUX.2" if _any(r"add_[qkv]_proj|context|double_blocks", shapes) else "FLUX.2 or Krea 2"
-    if width != 3072 or _any("token_refiner", shapes):
+        return "FLUX.2" if _any_match(r"add_[qkv]_proj|context|double_blocks", shapes) else "FLUX.2 or Krea 2"
+    if width != 3072 or _any_match("token_refiner", shapes):
         return STREAM_WIDTHS.get(width, "HunyuanVideo" if width == 3072 else None)
     lasts = [max((int(m[1]) for key in keys if (m := block.search(key))), default=-1) for block in (DOUBLE, SINGLE)]
-    names = _fitting(shapes, lasts, any(MODULATED.search(key) for key in keys))
+    names = _matching_families(shapes, lasts, any(MODULATED.search(key) for key in keys))
     complete = [name for name in names if all(last in (-1, n - 1) for last, n in zip(lasts, STREAMS[name][:2], strict=True))]
-    return _either(complete or names)
+    return _join_alternatives(complete or names)
 
 
-def _fitting(shapes: Shapes, lasts: Sequence[int], modulated: bool) -> list[str]:
-    """The families of `STREAMS` that have blocks of these numbers under these names."""
+def _matching_families(shapes: Shapes, lasts: Sequence[int], modulated: bool) -> list[str]:
+    """The families in `STREAMS` that have these block counts and layer names."""
     away = set[str]()
-    if _any(r"(?:img|txt)_attn\.", shapes):
+    if _any_match(r"(?:img|txt)_attn\.", shapes):
         away.add("HunyuanVideo")
-    if _any("(?:double|single)_blocks", shapes):
+    if _any_match("(?:double|single)_blocks", shapes):
         away.update(DIFFUSERS_ONLY)
-    if _any("time_text_embed", shapes):
+    if _any_match("time_text_embed", shapes):
         away |= {"Bria", "LongCat"}
     return [
         name
@@ -146,45 +146,45 @@ def _fitting(shapes: Shapes, lasts: Sequence[int], modulated: bool) -> list[str]
     ]
 
 
-def _of_one_stream(shapes: Shapes) -> str | None:
-    """Of transformers whose text, if they read one, comes by attention across, by width."""
-    widths = {key: width for key, width in _inputs(shapes) if re.search(r"attn[12]?[._]|(?:q|kv)_linear", key)}
+def _single_stream_family(shapes: Shapes) -> str | None:
+    """Family of transformers with one stream, whose text enters by cross-attention if at all, by width."""
+    widths = {key: width for key, width in _input_widths(shapes) if re.search(r"attn[12]?[._]|(?:q|kv)_linear", key)}
     across = {width for key, width in widths.items() if CROSS.search(key)}
     if across == {4096, 1024}:
         return "Cosmos"
-    if {*widths.values()} == {1152} and _any(r"transformer_blocks[._]\d+[._]ff[._]net|mlp[._]fc1|adaln_single", shapes):
+    if {*widths.values()} == {1152} and _any_match(r"transformer_blocks[._]\d+[._]ff[._]net|mlp[._]fc1|adaln_single", shapes):
         return "PixArt" if across else "DiT or PixArt"
     if across:
         return CROSS_WIDTHS.get(across.pop()) if len({*widths.values()}) == 1 else None
-    alone = _any(r"transformer_blocks[._]\d+[._]attn1[._]", shapes) and {*widths.values()} == {1152}
+    alone = _any_match(r"transformer_blocks[._]\d+[._]attn1[._]", shapes) and {*widths.values()} == {1152}
     return "DiT, PixArt or Sana" if alone else None
 
 
-def _either(names: Sequence[str]) -> str | None:
+def _join_alternatives(names: Sequence[str]) -> str | None:
     return " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or None
 
 
-def _of_guide(shapes: Shapes) -> str | None:
-    """By the text that is read; of a network that reads none by the pixels, 8×8 or 16×16, that are one of its inputs."""
+def _control_family(shapes: Shapes) -> str | None:
+    """Family by text width; without text attention, by the input channels after 8×8 or 16×16 pixel unshuffling."""
     widths = {s[1] for k, s in shapes.items() if READ.search(k) and len(s) == 2}
-    told = [TEXT_WIDTHS[width] for width in TEXT_WIDTHS if width in widths]
+    families = [TEXT_WIDTHS[width] for width in TEXT_WIDTHS if width in widths]
     if widths:
-        return told[0] if len(told) == 1 else None
+        return families[0] if len(families) == 1 else None
     if any(SECOND.search(key) and 2816 in shape for key, shape in shapes.items()):
         return SDXL
-    first = next((s[1] for k, s in shapes.items() if UNSHUFFLED.fullmatch(k) and len(s) == 4), 0)
+    first = next((s[1] for k, s in shapes.items() if UNSHUFFLE.fullmatch(k) and len(s) == 4), 0)
     return {64: f"{SD1} or 2", 192: f"{SD1} or 2", 768: SDXL}.get(first)
 
 
-def _of_words(shapes: Shapes) -> str | None:
+def _embedding_family(shapes: Shapes) -> str | None:
     if "clip_g" in shapes:
         return f"{SDXL} or 3" if "clip_l" in shapes else None
     if shapes.keys() & {"t5", "t5xxl"}:
         return "FLUX" if "clip_l" in shapes else None
     widths = {shape[-1] for shape in shapes.values() if shape}
-    return WORD_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
+    return EMBEDDING_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
 
 
-def _any(mark: str, keys: Iterable[str]) -> bool:
+def _any_match(mark: str, keys: Iterable[str]) -> bool:
     found = re.compile(mark)
     return any(found.search(key) for key in keys)

@@ -1,7 +1,8 @@
-"""What a file format is: a name, which files are its own, and how attachments come out of them and go into them."""
+"""The contract of a file format: its name, the files it recognizes, and how it loads and saves attachments."""
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,20 +14,20 @@ from typing import Any, ClassVar
 from veneer.injection import Attachment, LoadError
 from veneer.injection.registry import Registry
 
-from .._io.reader import File
+from .._io.reader import SUFFIX, File
 from .._io.writer import destination
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a file is loaded.
+    """Options for loading a file.
 
     Args:
-        name: of the attachment; None for the saved one.
-        strict: a tensor that is missing, unused, misshapen or not finite is an error.
-        same_base: another base than the one it was trained on is an error.
-        token: for embeddings, the token in prompts; None for the saved one.
-        into: a list that takes what would be attached, in the place of attaching it.
+        name: of the attachment; None means the saved one.
+        strict: missing, unused, misshapen and non-finite tensors are errors.
+        same_base: a base other than the one the adapter was trained on is an error.
+        token: trigger token of an embedding; None means the saved one.
+        into: a list that collects the specifications of attachments instead of attaching them.
     """
 
     name: str | None = None
@@ -37,13 +38,13 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One change that a file makes, as far as the file itself tells.
+class LayerInfo:
+    """One adapted layer of a file, as far as the file itself describes it.
 
     Args:
-        name: as in the file, without what tells its tensors apart.
-        method: such as `lora`. `rank`, `alpha`: None where it has none, or where the file does not say.
-        values: numbers that are stored for it.
+        name: as in the file, without the suffix of its tensors.
+        method: such as `lora`. `rank`, `alpha`: None if it has none, or if the file does not state it.
+        values: number of stored parameters.
     """
 
     name: str
@@ -57,9 +58,9 @@ class Format(ABC):
     """One file format. The file is the registration: stem == `name`; other packages use the entry point `veneer.formats`.
 
     Class attributes:
-        file: usual file name, used where a folder is given.
-        folder: True if it is written as a folder of files. `beside`: names of files that may be written beside the usual one.
-        order: formats are asked in this order whether a file is theirs; those with a plain mark in the file come first.
+        file: default file name, used if a folder is given.
+        folder: True if it is written as a folder of files. `beside`: names of additional files that may be written next to it.
+        order: formats are tried in this order; those that files identify unambiguously come first.
     """
 
     name: ClassVar[str]
@@ -69,50 +70,59 @@ class Format(ABC):
     beside: ClassVar[tuple[str, ...]] = ()
 
     def place(self, path: str | PathLike[str]) -> Path:
-        """The file, or the folder, that a path means."""
-        return destination(path, self.file)
+        """The file or folder that a path refers to."""
+        if not self.folder:
+            return destination(path, self.file)
+        return Path(path).with_suffix("") if Path(path).suffix == SUFFIX else Path(path)
 
     @abstractmethod
     def reads(self, file: File) -> bool:
         """True if `file` is of this format, by its metadata and the names and shapes of its tensors."""
 
-    def layers(self, file: File) -> list[Layer]:
-        """What is in `file`, without a model; nothing where a format does not tell.
+    def layers(self, file: File) -> list[LayerInfo]:
+        """Layers in `file`, without a model; empty if the format does not describe them.
 
         Raises:
-            LoadError: the header is damaged.
+            LoadError: the header is corrupt.
         """
         return []
 
     def words(self, file: File) -> list[str]:
-        """Words for prompts that came with the training: learned ones, or the phrase that the header names.
+        """Trigger tokens of the adapter: its token embeddings, or the trigger phrase in the metadata.
 
         Raises:
-            LoadError: the header is damaged.
+            LoadError: the header is corrupt.
         """
         phrase = file.metadata.get("modelspec.trigger_phrase", "").strip()
         return [phrase] if phrase else []
 
     @abstractmethod
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
-        """Attach what is in `file` to `model`, all or nothing.
+        """Attaches the adapters in `file` to `model`, all or nothing.
 
         Raises:
-            LoadError: with a report of what does not fit.
+            LoadError: with a report of missing, unused and misshapen tensors.
         """
 
-    @abstractmethod
     def save(
         self,
         attachments: Attachment | Sequence[Attachment],
         path: str | PathLike[str],
         provenance: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write attachments to one file and give its path.
+        """Writes one or several attachments and returns the path of the file.
 
+        Args:
+            path: file or folder; its suffix is optional. `provenance`: stored in the metadata, if the format has a place for it.
         Raises:
-            SaveError: the format cannot hold them, or the file cannot be written; what was there before stays.
+            SaveError: the format cannot hold them, or the file cannot be written; an existing file stays unchanged.
         """
+        several = [attachments] if isinstance(attachments, Attachment) else list(attachments)
+        return self.write_to(several, self.place(path), provenance)
+
+    @abstractmethod
+    def write_to(self, attachments: Sequence[Attachment], target: Path, provenance: Mapping[str, Any] | None) -> Path:
+        """Implements `save` for the file or folder `target`."""
 
 
 formats: Registry[Format] = Registry(Format, "veneer.formats", "veneer.formats")
@@ -128,13 +138,13 @@ def known_format(file: File) -> Format:
     """The format that reads `file`.
 
     Raises:
-        LoadError: there is none.
+        LoadError: no format recognizes it.
     """
     known = format_of(file)
     if known is None:
         raise LoadError(
-            f"{file.path}: no known format; tensors: {len(file.shapes)}, {', '.join(list(file.shapes)[:3])}. "
-            f"It reads: {', '.join(formats.names())}. Weights of a whole model are loaded with their own library.",
+            f"{file.path}: unknown format; {len(file.shapes)} tensors: {', '.join(list(file.shapes)[:3])}. "
+            f"Supported formats: {', '.join(formats.names())}. Load the weights of a whole model with its own library.",
             file=file.path,
             given=tuple(file.shapes),
             expected=tuple(formats.names()),
@@ -142,13 +152,13 @@ def known_format(file: File) -> Format:
     return known
 
 
-def values(file: File, keys: Iterable[str]) -> int:
-    """Number of elements of the tensors under these keys."""
+def count_parameters(file: File, keys: Iterable[str]) -> int:
+    """Number of parameters in the tensors under the given keys."""
     return sum(math.prod(file.shapes[key]) for key in keys)
 
 
-def sizes(file: File, mark: str) -> dict[str, int]:
-    """Number of stored elements by the part of each key before the last `mark`."""
+def parameters_by_prefix(file: File, mark: str) -> dict[str, int]:
+    """Number of stored parameters by the part of each key before the last `mark`."""
     found: dict[str, int] = {}
     for key, shape in file.shapes.items():
         name = key.rpartition(mark)[0]
@@ -156,6 +166,7 @@ def sizes(file: File, mark: str) -> dict[str, int]:
     return found
 
 
-def listed(attachments: Attachment | Sequence[Attachment]) -> list[Attachment]:
-    """One attachment or several as a list."""
-    return [attachments] if isinstance(attachments, Attachment) else list(attachments)
+def pt_metadata(provenance: Mapping[str, Any] | None, entries: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Metadata of a file: the PyTorch marker, further entries, and the provenance as JSON."""
+    found = {"format": "pt", **(entries or {})}
+    return found | ({"provenance": json.dumps(dict(provenance))} if provenance else {})

@@ -1,4 +1,4 @@
-"""What is in a file, told without a model, and how it fits one where there is one."""
+"""Summary of a file without a model, and its compatibility with a model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from veneer.injection import VeneerError
 
 from .._io.reader import File, read
 from .families import family_of
-from .format import Layer, Options, format_of
+from .format import LayerInfo, Options, format_of
 
 BLOCK = re.compile(r".*?(?:blocks|layers|block)(?:[._]\d+)?(?=[._]|$)")
 
 
 @dataclass(frozen=True)
-class Block:
-    """The layers of one block that one method changes: how many, their ranks and alphas, the values stored."""
+class BlockSummary:
+    """The layers of one block adapted by one method: count, ranks, alphas and number of stored parameters."""
 
     name: str
     method: str
@@ -34,14 +34,14 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Look:
-    """A file as it is.
+class FileSummary:
+    """Summary of a file.
 
     Args:
-        path, size: where, and how many bytes. `tensors`: how many.
-        format: its name, or None if no format knows it. `family`: of base models, where widths or names tell it.
-        header: keys of its metadata. `blocks`: what it changes. `words`: for prompts, that came with the training.
-        fits: True if it loads on the model that was given, whole; None without a model.
+        path, size: location and number of bytes. `tensors`: number of tensors.
+        format: its name, or None if unknown. `family`: of base models, if widths or names identify it.
+        header: keys of its metadata. `blocks`: adapted blocks. `words`: trigger tokens from its training.
+        fits: True if it loads completely on the given model; None without a model.
         used, unused, missing, misshapen: tensors, for that model. `notes`: remarks, such as why it does not load.
     """
 
@@ -51,7 +51,7 @@ class Look:
     format: str | None
     family: str | None
     header: tuple[str, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockSummary, ...]
     words: tuple[str, ...] = ()
     fits: bool | None = None
     used: tuple[str, ...] = ()
@@ -61,37 +61,40 @@ class Look:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """All of it as one JSON object."""
+        """The summary as one JSON object."""
         return json.dumps({**dataclasses.asdict(self), "path": str(self.path)}, ensure_ascii=False, indent=1)
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.size:,} bytes, {self.tensors} tensors"]
         lines += [f"format: {self.format or 'unknown'}; family: {self.family or 'unknown'}"]
-        lines += [f"words: {', '.join(self.words)}"] if self.words else []
-        table = [("block", "method", "layers", "rank", "alpha", "values")]
-        table += [(b.name, b.method, str(b.layers), _span(b.ranks), _span(b.alphas), f"{b.values:,}") for b in self.blocks]
+        lines += [f"trigger tokens: {', '.join(self.words)}"] if self.words else []
+        table = [("block", "method", "layers", "rank", "alpha", "parameters")]
+        table += [
+            (b.name, b.method, str(b.layers), _format_range(b.ranks), _format_range(b.alphas), f"{b.values:,}")
+            for b in self.blocks
+        ]
         widths = [max(len(row[i]) for row in table) for i in range(6)]
         lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
         if self.fits is not None:
-            lines.append(f"on this base: {'fits' if self.fits else 'does not fit'}, {len(self.used)} tensors used")
+            lines.append(f"on this base: {'compatible' if self.fits else 'incompatible'}, {len(self.used)} tensors used")
         for word in ("unused", "missing", "misshapen"):
             names: Sequence[str] = getattr(self, word)
             lines += [f"{word}: {len(names)}", *(f"  {name}" for name in names)] if names else []
         return "\n".join([*lines, *self.notes])
 
 
-def look(path: str | PathLike[str], model: Any = None) -> Look:
-    """Look at a file of any format.
+def inspect(path: str | PathLike[str], model: Any = None) -> FileSummary:
+    """Summarizes a file of any format.
 
     Args:
-        model: a pipeline or model to try it on; it is as before afterwards.
+        model: a pipeline or model to try it on; unchanged afterwards.
     Raises:
-        LoadError: it is no whole safetensors file.
+        LoadError: it is not a complete safetensors file.
     """
     file = read(path)
     known = format_of(file)
     layers = known.layers(file) if known else []
-    found = Look(
+    found = FileSummary(
         path=file.path,
         size=file.path.stat().st_size,
         tensors=len(file.shapes),
@@ -101,11 +104,11 @@ def look(path: str | PathLike[str], model: Any = None) -> Look:
         blocks=tuple(blocks(layers)),
         words=tuple(known.words(file)) if known else (),
     )
-    return found if model is None or known is None else dataclasses.replace(found, **_tried(model, file, known))
+    return found if model is None or known is None else dataclasses.replace(found, **_check_model(model, file, known))
 
 
-def _tried(model: Any, file: File, known: Any) -> dict[str, Any]:
-    """How a file fits a model."""
+def _check_model(model: Any, file: File, known: Any) -> dict[str, Any]:
+    """Loads the file on the model, detaches it, and reports the result."""
     try:
         attached = known.load(model, file, Options(strict=False, same_base=False))
     except VeneerError as error:
@@ -114,17 +117,17 @@ def _tried(model: Any, file: File, known: Any) -> dict[str, Any]:
     for attachment in reversed(attached):
         attachment.detach()
     words = ("used", "unused", "missing", "misshapen", "notes")
-    told = {word: tuple(dict.fromkeys(name for r in reports for name in getattr(r, word))) for word in words}
-    return {**told, "fits": all(r.clean for r in reports)}
+    tensors = {word: tuple(dict.fromkeys(name for r in reports for name in getattr(r, word))) for word in words}
+    return {**tensors, "fits": all(r.clean for r in reports)}
 
 
-def blocks(layers: Sequence[Layer]) -> list[Block]:
-    """Layers by block and method, in the order of the file."""
-    found: dict[tuple[str, str], list[Layer]] = {}
+def blocks(layers: Sequence[LayerInfo]) -> list[BlockSummary]:
+    """Groups layers by block and method, in the order of the file."""
+    found: dict[tuple[str, str], list[LayerInfo]] = {}
     for layer in layers:
         found.setdefault((_block(layer.name), layer.method), []).append(layer)
     return [
-        Block(
+        BlockSummary(
             name,
             method,
             len(group),
@@ -132,7 +135,7 @@ def blocks(layers: Sequence[Layer]) -> list[Block]:
             tuple(sorted({float(layer.alpha) for layer in group if layer.alpha is not None and abs(layer.alpha) < math.inf})),
             sum(layer.values for layer in group),
         )
-        for (name, method), group in sorted(found.items(), key=lambda item: _natural(item[0][0]))
+        for (name, method), group in sorted(found.items(), key=lambda item: _natural_key(item[0][0]))
     ]
 
 
@@ -141,10 +144,10 @@ def _block(name: str) -> str:
     return match[0] if match else name.partition(":")[0]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _span(values: Sequence[float]) -> str:
-    told = [f"{value:.4g}" for value in values]
-    return "" if not told else told[0] if len(told) == 1 else f"{told[0]}–{told[-1]}"
+def _format_range(values: Sequence[float]) -> str:
+    texts = [f"{value:.4g}" for value in values]
+    return "" if not texts else texts[0] if len(texts) == 1 else f"{texts[0]}–{texts[-1]}"

@@ -1,11 +1,9 @@
-"""Formats that name layers and the tensors of a layer, and differ in nothing but these names."""
+"""Formats that differ only in the names of layers and tensors."""
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,20 +14,20 @@ from veneer.injection import Attachment
 from veneer.injection.towers import Tower, towers_of
 
 from .._io.reader import File
-from .._io.writer import destination, write
-from .._names.kohya import Place
-from .._names.kohya_fused import Pair
+from .._io.writer import write
+from .._names.kohya import NamedLayer
+from .._names.kohya_fused import LoRAFactors
 from .attach import attach_all
-from .format import Format, Layer, Options, listed
-from .lora_reader import KOHYA, layers_of, wanted
-from .lora_writer import pairs
+from .format import Format, LayerInfo, Options, pt_metadata
+from .lora_reader import KOHYA, layers_of, lora_spec
+from .lora_writer import layer_factors
 
 
-class Layered(Format):
-    """A format of LoRA that a table of places describes.
+class LayerTableFormat(Format):
+    """A LoRA format described by a table of layer names.
 
     Class attributes:
-        ends: how keys end, to what the tensor is (`_pairs.PARTS`). `files`: what it is called in errors.
+        ends: key suffix -> kind of tensor (`lora_reader.PARTS`). `files`: plural name of its files, for error messages.
     """
 
     order: ClassVar[int] = 0
@@ -37,41 +35,30 @@ class Layered(Format):
     files: ClassVar[str]
 
     @abstractmethod
-    def places(self, tower: Tower) -> Sequence[Place]:
-        """The layers of a tower as they are written; none where the format has no names for it."""
+    def places(self, tower: Tower) -> Sequence[NamedLayer]:
+        """The layers of a tower under the names that are written; empty if the format has no names for it."""
 
-    def readable(self, tower: Tower) -> Iterable[Place]:
-        """The layers of a tower by all names that they are read by."""
+    def readable(self, tower: Tower) -> Iterable[NamedLayer]:
+        """The layers of a tower under all names that are recognized when reading."""
         return self.places(tower)
 
-    def layers(self, file: File) -> list[Layer]:
+    def layers(self, file: File) -> list[LayerInfo]:
         return layers_of(file, self.ends)
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
-        return attach_all(model, file, [wanted(model, file, options, self.known(model), self.ends)], options)
+        return attach_all(model, file, [lora_spec(model, file, options, self.known(model), self.ends)], options)
 
-    def known(self, model: Any) -> dict[str, Place]:
-        """The layers of a model or pipeline by every name."""
+    def known(self, model: Any) -> dict[str, NamedLayer]:
+        """The layers of a model or pipeline by every recognized name."""
         return {name: place for tower in towers_of(model) for place in self.readable(tower) for name in place.names}
 
-    def save(
-        self,
-        attachments: Attachment | Sequence[Attachment],
-        path: str | PathLike[str],
-        provenance: Mapping[str, Any] | None = None,
-    ) -> Path:
-        target = destination(path, self.file)
+    def write_to(self, attachments: Sequence[Attachment], target: Path, provenance: Mapping[str, Any] | None) -> Path:
         tensors: dict[str, Tensor] = {}
-        for name, pair in pairs(listed(attachments), target, self.places, self.files):
+        for name, pair in layer_factors(attachments, target, self.places, self.files):
             tensors |= {f"{name}.{end}": tensor for end, tensor in self.tensors(pair).items()}
-        return write(target, tensors, header(provenance))
+        return write(target, tensors, pt_metadata(provenance))
 
-    def tensors(self, pair: Pair) -> dict[str, Tensor]:
-        """The tensors of a layer by the ends of their keys."""
+    def tensors(self, pair: LoRAFactors) -> dict[str, Tensor]:
+        """The tensors of a layer by key suffix."""
         down, up, scaling = pair
         return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(scaling * down.shape[0])}
-
-
-def header(provenance: Mapping[str, Any] | None) -> dict[str, str]:
-    """Metadata of a file: that its tensors are torch's, and where it comes from."""
-    return {"format": "pt", **({"provenance": json.dumps(dict(provenance))} if provenance else {})}

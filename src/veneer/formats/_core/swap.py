@@ -1,4 +1,4 @@
-"""A file into an attachment that is there already."""
+"""Loads a file into an existing attachment."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from veneer.injection.composition.swap import swap as swap_state
 from veneer.injection.errors import OptionError
 
 from .._io.reader import File, read
-from .attach import Wanted, method_of
+from .attach import AttachmentSpec, build_method
 from .format import Options, known_format
 
 
 def swap(attachment: Attachment, path: str | PathLike[str], *, base: Literal["same", "any"] = "same") -> LoadReport:
-    """`Attachment.swap`."""
+    """Implements `Attachment.swap`."""
     if base not in ("same", "any"):
         raise OptionError.of("swap", "base", base, "'same' or 'any'")
     refuse_merged(attachment)
     file = read(path)
-    each = _only(attachment, file, base == "same")
+    each = _single_spec(attachment, file, base == "same")
     try:
-        report = swap_state(attachment, method_of(each.method, each.config), each.sites, each.state)
+        report = swap_state(attachment, build_method(each.method, each.config), each.sites, each.state)
     except LoadError as error:
         raise LoadError.from_error(error, f"{file.path}: {error}", file=file.path) from error
     attachment.loaded = dataclasses.replace(report, notes=tuple(each.notes))
@@ -34,11 +34,11 @@ def swap(attachment: Attachment, path: str | PathLike[str], *, base: Literal["sa
     return attachment.loaded
 
 
-def _only(attachment: Attachment, file: File, same_base: bool) -> Wanted:
-    """The one attachment that is in a file, read for the towers of `attachment`."""
+def _single_spec(attachment: Attachment, file: File, same_base: bool) -> AttachmentSpec:
+    """The single attachment of a file, read for the towers of `attachment`."""
     towers: Any = attachment.towers
     model = towers[""] if "" in towers else SimpleNamespace(components=towers)
-    found: list[Wanted] = []
+    found: list[AttachmentSpec] = []
     try:
         made = known_format(file).load(model, file, Options(same_base=same_base, into=found))
     except VeneerError as error:
@@ -49,9 +49,9 @@ def _only(attachment: Attachment, file: File, same_base: bool) -> Wanted:
     for each in reversed(made):
         each.detach()
     if made or len(found) != 1:
-        what = ", ".join(each.method for each in found) or "a format of its own"
+        what = ", ".join(each.method for each in found) or "of a format that cannot be swapped"
         raise LoadError(
-            f"{file.path}: it holds {len(found)} attachments ({what}), and one goes into '{attachment.name}'. Use veneer.load.",
+            f"{file.path}: holds {len(found)} attachments ({what}); '{attachment.name}' takes one. Use veneer.load.",
             file=file.path,
             where=attachment.name,
             given=tuple(each.method for each in found),

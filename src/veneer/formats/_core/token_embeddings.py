@@ -1,4 +1,4 @@
-"""Learned words and the text encoders that they are for."""
+"""Token embeddings and their text encoders."""
 
 from __future__ import annotations
 
@@ -17,78 +17,82 @@ from veneer.injection.sites import VocabularySite
 from .._io.reader import SUFFIX, File, read
 from .format import format_of
 
-ANY = "emb_params"  # sd-scripts: one tensor, no token
+UNNAMED = "emb_params"  # key used by sd-scripts: one tensor, without a token
 Rows = list[tuple[VocabularySite, Tensor]]
 ENCODERS = {"clip_l": "CLIP", "clip_g": "CLIP", "t5": "T5", "t5xxl": "T5"}
 
 
-def encoders(attachment: Attachment, target: Path) -> dict[str, str]:
-    """Site name to the field's name of its text encoder."""
+def encoder_names(attachment: Attachment, target: Path) -> dict[str, str]:
+    """Site name -> conventional name of its text encoder."""
     free = {"CLIP": ["clip_l", "clip_g"], "T5": ["t5"]}
     names: dict[str, str] = {}
     for site, _ in attachment.parts.values():
         kind = type(attachment.towers[site.component]).__name__
-        left = free["T5" if kind.startswith("T5") else "CLIP"]
-        if not left:
-            message = f"{target}: the format has no name for one more {kind}, '{site.component}'."
+        available = free["T5" if kind.startswith("T5") else "CLIP"]
+        if not available:
+            message = f"{target}: the format has no name for another {kind}, '{site.component}'."
             raise SaveError(message, file=target, where=site.component, given=kind)
-        names[site.name] = left.pop(0)
+        names[site.name] = available.pop(0)
     return names
 
 
-def by_width(file: File, width: int, places: Sequence[VocabularySite]) -> VocabularySite:
-    """The first text encoder of that width."""
+def encoder_of_width(file: File, width: int, places: Sequence[VocabularySite]) -> VocabularySite:
+    """The first text encoder of the given width."""
     found = next((s for s in places if s.width == width), None)
     if found is None:
-        message = f"{file.path}: its vectors are {width} wide; {_offer(places)}. It was trained for another base."
+        message = (
+            f"{file.path}: its vectors have width {width}; {_describe_encoders(places)}. It was trained for another base model."
+        )
         raise LoadError(message, file=file.path, given=width, expected={s.component: s.width for s in places})
     return found
 
 
-def _offer(places: Sequence[VocabularySite]) -> str:
+def _describe_encoders(places: Sequence[VocabularySite]) -> str:
     return (
-        "the model's text encoders are " + ", ".join(f"{s.component or s.name} {s.width}" for s in places)
+        "the model's text encoders have width " + ", ".join(f"{s.width} ({s.component or s.name})" for s in places)
         if places
         else ("the model has no text encoder. Load it on a pipeline")
     )
 
 
-def by_encoder(file: File, tensors: Mapping[str, Tensor], places: Sequence[VocabularySite]) -> Rows:
+def rows_by_encoder(file: File, tensors: Mapping[str, Tensor], places: Sequence[VocabularySite]) -> Rows:
     wrong = next((key for key, t in tensors.items() if t.ndim != 2), None)
     if wrong is not None:
-        given = tuple(tensors[wrong].shape)
-        message = f"{file.path}: '{wrong}' is {given}; expected vectors (n, width). It is damaged."
-        raise LoadError(message, file=file.path, where=wrong, given=given, expected=2)
-    if ANY in tensors:
+        shape = tuple(tensors[wrong].shape)
+        message = f"{file.path}: '{wrong}' has shape {shape}; expected (n, width). The file is corrupt."
+        raise LoadError(message, file=file.path, where=wrong, given=shape, expected=2)
+    if UNNAMED in tensors:
         if len(tensors) > 1:
-            others = tuple(k for k in tensors if k != ANY)
-            message = f"{file.path}: '{ANY}' beside {', '.join(others)}; one of them is too many."
-            raise LoadError(message, file=file.path, where=ANY, given=others)
-        return [(by_width(file, tensors[ANY].shape[1], places), tensors[ANY])]
+            others = tuple(k for k in tensors if k != UNNAMED)
+            message = f"{file.path}: '{UNNAMED}' beside {', '.join(others)}; expected one or the other."
+            raise LoadError(message, file=file.path, where=UNNAMED, given=others)
+        return [(encoder_of_width(file, tensors[UNNAMED].shape[1], places), tensors[UNNAMED])]
     t5 = [s for s in places if s.path.startswith("encoder.")]
     clip = [s for s in places if s not in t5]
     offered = {"clip_l": clip[:1], "clip_g": clip[1:2] or clip[:1] * (len(tensors) == 1), "t5": t5[:1], "t5xxl": t5[:1]}
     away = [key for key in tensors if not offered[key]]
     if away:
-        message = f"{file.path}: it has vectors for {', '.join(away)}; {_offer(places)}. It was made for another pipeline."
+        message = (
+            f"{file.path}: has vectors for {', '.join(away)}; {_describe_encoders(places)}. It was made for another pipeline."
+        )
         raise LoadError(message, file=file.path, given=tuple(away), expected={s.component: s.width for s in places})
     found = [(offered[key][0], t) for key, t in tensors.items()]
     order = {s.name: i for i, s in enumerate(places)}
     return sorted(found, key=lambda part: order[part[0].name])
 
 
-def fit(file: File, site: VocabularySite, vectors: Tensor, tokens: int) -> None:
+def check_vectors(file: File, site: VocabularySite, vectors: Tensor, tokens: int) -> None:
     if vectors.shape[1] != site.width:
         raise LoadError(
-            f"{file.path}: its vectors for '{site.component or site.name}' are {vectors.shape[1]} wide; the text encoder's rows "
-            f"are {site.width}. It was trained for another base.",
+            f"{file.path}: its vectors for '{site.component or site.name}' have width {vectors.shape[1]}; the text encoder's "
+            f"token embeddings have width {site.width}. It was trained for another base model.",
             file=file.path,
             where=site.component or site.name,
             given=vectors.shape[1],
             expected=site.width,
         )
     if not len(vectors) or len(vectors) % tokens:
-        message = f"{file.path}: {len(vectors)} vectors for {tokens} tokens, which does not come out even. It is damaged."
+        message = f"{file.path}: {len(vectors)} vectors for {tokens} tokens; expected a multiple. The file is corrupt."
         raise LoadError(message, file=file.path, given=len(vectors), expected=tokens)
 
 
@@ -97,7 +101,7 @@ class TokenEmbedding:
     """One trained token.
 
     Args:
-        config: of its `textual_inversion` alone. `rows`: site name to vectors (n, width).
+        config: options of a `textual_inversion` for this token only. `rows`: site name -> vectors (n, width).
     """
 
     token: str
@@ -120,7 +124,7 @@ class TokenEmbedding:
 
 
 def token_embeddings(attachment: Attachment) -> list[TokenEmbedding]:
-    """The tokens of a `textual_inversion` attachment, each with its rows.
+    """The tokens of a `textual_inversion` attachment, each with its vectors.
 
     Raises:
         SaveError: base parameters were trained with them.
@@ -128,8 +132,8 @@ def token_embeddings(attachment: Attachment) -> list[TokenEmbedding]:
     method: Any = attachment.method
     if attachment.extras:
         raise SaveError(
-            f"'{attachment.name}' has trained {', '.join(list(attachment.extras)[:4])} of the base as well; only the native file "
-            "holds both.",
+            f"'{attachment.name}' also trained the base parameters {', '.join(list(attachment.extras)[:4])}; only the native "
+            "format holds both.",
             where=attachment.name,
             given=tuple(attachment.extras),
         )
@@ -142,17 +146,17 @@ def token_embeddings(attachment: Attachment) -> list[TokenEmbedding]:
     return found
 
 
-def unite(embeddings: Sequence[TokenEmbedding], target: Path) -> TokenEmbedding:
-    """Several tokens as the rows of one `textual_inversion`, for a file that holds one.
+def merge_tokens(embeddings: Sequence[TokenEmbedding], target: Path) -> TokenEmbedding:
+    """Several tokens as one `textual_inversion`, for a file that holds one.
 
     Raises:
-        SaveError: they have different numbers of vectors, or are of different text encoders.
+        SaveError: they differ in the number of vectors or in their text encoders.
     """
     first = embeddings[0]
     if any(len(r) != first.config["vectors"] for e in embeddings for r in e.rows.values()) or any(
         e.rows.keys() != first.rows.keys() for e in embeddings
     ):
-        message = f"{target}: its tokens have different numbers of vectors or text encoders. Write --to native."
+        message = f"{target}: its tokens differ in the number of vectors or in their text encoders. Use --to native."
         raise SaveError(message, file=target, given={e.token: tuple(e.rows) for e in embeddings})
     config = {"tokens": [e.token for e in embeddings], "initialize": [e.config["initialize"] for e in embeddings]}
     config["ids"] = [i for e in embeddings for i in e.config["ids"]]
@@ -168,9 +172,9 @@ def _rows(attachment: Attachment, part: slice) -> dict[str, Tensor]:
 
 
 def token_files(target: Path, embeddings: Sequence[TokenEmbedding]) -> dict[str, Path]:
-    """Token to its own file beside a LoRA's, for formats that cannot hold embeddings.
+    """Token -> its own file beside a LoRA file, for formats that cannot hold embeddings.
 
-    Where another kind of file has that name, the file is in the folder `embeddings`, as A1111 and ComfyUI call theirs.
+    If a file of another kind has that name, the embedding goes to the folder `embeddings`, the name used by A1111 and ComfyUI.
 
     Raises:
         SaveError: two tokens have the same file name, or the file exists with other vectors.
@@ -183,13 +187,13 @@ def token_files(target: Path, embeddings: Sequence[TokenEmbedding]) -> dict[str,
         other = next((token for token, path in found.items() if path == place), None)
         if other is not None:
             raise SaveError(
-                f"{place}: the tokens '{other}' and '{each.token}' would both be in this file, because its name is the trigger. "
-                "Write --to native, which holds all tokens.",
+                f"{place}: the tokens '{other}' and '{each.token}' map to the same file name, which is their trigger. Use "
+                "--to native, which holds all tokens.",
                 file=place,
                 given=(other, each.token),
             )
         if place.exists() and not _same_vectors(place, each):
-            message = f"{place}: it is there already, with other vectors for '{each.token}'. Write to another folder."
+            message = f"{place}: already exists with other vectors for '{each.token}'. Write to another folder."
             raise SaveError(message, file=place, where=each.token, given="exists")
         found[each.token] = place
     return found
@@ -204,7 +208,7 @@ def _holds_tokens(path: Path) -> bool:
 
 
 def _same_vectors(path: Path, embedding: TokenEmbedding) -> bool:
-    """True if a file has the very rows of a token, in whatever order its tensors are."""
+    """True if a file has exactly the vectors of a token, in any order of its tensors."""
     try:
         saved = list(read(path).tensors().values())
     except LoadError:
@@ -214,10 +218,10 @@ def _same_vectors(path: Path, embedding: TokenEmbedding) -> bool:
 
 
 def attach_tokens(model: Any, embeddings: Sequence[TokenEmbedding]) -> list[Attachment]:
-    """One `textual_inversion` for each token, all or nothing.
+    """Attaches one `textual_inversion` per token, all or nothing.
 
     Raises:
-        UnsupportedSite: a tokenizer has the token already.
+        UnsupportedSite: a tokenizer already has the token.
     """
     made: list[Attachment] = []
     try:

@@ -1,4 +1,4 @@
-"""Writing safetensors: the whole file or nothing, and the same bytes for the same tensors."""
+"""Writes safetensors files atomically and deterministically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .reader import SUFFIX, is_finite
 
 
 def destination(path: str | PathLike[str], usual: str) -> Path:
-    """The file that a path means: `usual` inside a folder that is there, else the path with `.safetensors`."""
+    """The file that a path refers to: `usual` inside an existing folder, else the path with `.safetensors`."""
     path = Path(path)
     if path.is_dir():
         return path / usual
@@ -26,20 +26,20 @@ def destination(path: str | PathLike[str], usual: str) -> Path:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write under a temporary name beside `path`, wait for the disk, rename.
+    """Writes to a temporary file beside `path`, syncs, and renames it.
 
     Raises:
-        SaveError: a tensor is not finite or on `meta`, or the disk refuses; a file that was at `path` is as it was.
+        SaveError: a tensor is not finite or on `meta`, or writing fails; an existing file at `path` stays unchanged.
     """
-    refuse_unusable(path, tensors)
+    reject_unusable(path, tensors)
     return _replace(path, to_bytes(tensors, metadata))
 
 
-def refuse_unusable(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `SaveError` if a tensor is not finite or on `meta`."""
+def reject_unusable(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises `SaveError` if a tensor is not finite or on `meta`."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
-            message = f"{path}: '{name}' is on the meta device and has no values. Load the base for real first."
+            message = f"{path}: '{name}' is on the meta device and has no values. Load the base weights first."
             raise SaveError(message, file=path, where=name, given="meta")
         if not is_finite(tensor):
             message = f"{path}: '{name}' holds NaN or infinity: the training diverged. Nothing was written."
@@ -47,10 +47,10 @@ def refuse_unusable(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text as `write` writes tensors: the whole of it or nothing.
+    """Writes a text file atomically.
 
     Raises:
-        SaveError: the disk refuses; a file that was at `path` is as it was.
+        SaveError: writing fails; an existing file at `path` stays unchanged.
     """
     return _replace(path, text.encode())
 
@@ -68,8 +68,8 @@ def _replace(path: Path, data: bytes) -> Path:
         _sync_folder(path.parent)
     except OSError as error:
         raise SaveError(
-            f"{path}: {len(data):,} bytes could not be written ({error.strerror or error}). What was there is as it was. "
-            "Free some space, or save to another place.",
+            f"{path}: cannot write {len(data):,} bytes ({error.strerror or error}); an existing file is unchanged. "
+            "Free some space, or save to another folder.",
             file=path,
             given=error.errno,
             expected=len(data),
@@ -78,12 +78,12 @@ def _replace(path: Path, data: bytes) -> Path:
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file whose metadata keep their order; the library shuffles them, so that no two files are alike."""
+    """Serializes safetensors with metadata in the given order; the library shuffles it, so its files are not reproducible."""
     data = safetensors.torch.save({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     text = json.dumps({"__metadata__": dict(metadata), **header}, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
@@ -95,7 +95,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Wait until the new name is on the disk, where the system can; the file is whole under one name or the other anyway."""
+    """Syncs a rename to disk where the system supports it; the file is complete under one of its names in any case."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

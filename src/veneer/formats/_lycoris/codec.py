@@ -1,4 +1,4 @@
-"""What a codec of LyCORIS' layout is: the tensors of one module into adapters of one method, and back."""
+"""The contract of a LyCORIS codec: converts the tensors of one module to adapters of one method, and back."""
 
 from __future__ import annotations
 
@@ -15,65 +15,65 @@ from veneer.injection import LoadError, SaveError
 from veneer.injection.sites import WeightSite
 
 from .._io.reader import File
-from .._names.kohya import Place
+from .._names.kohya import NamedLayer
 
 Spans = list[tuple[int, int]]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Module:
+class LycorisModule:
     """One module of a file.
 
     Args:
-        name: in the file. `place`: its rows in the model. `parts`: its tensors by the ends of their keys.
-        towers: component to model. `notes`: remarks on what was read, for the report.
+        name: in the file. `place`: its rows in the model. `parts`: its tensors by key suffix.
+        towers: component -> model. `notes`: remarks for the load report.
     """
 
     file: File
     name: str
-    place: Place
+    place: NamedLayer
     parts: Mapping[str, Tensor]
     towers: Mapping[str, nn.Module]
     notes: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
-        """How many outputs all its sites have."""
+        """Total number of outputs of its sites."""
         return sum(site.d_out for site in self.place.sites)
 
     @property
     def first(self) -> WeightSite:
-        """Its first site: all have the same inputs."""
+        """Its first site; all sites have the same inputs."""
         return self.place.sites[0]
 
-    def expect(self, right: bool, wanted: str) -> None:
-        """Raise with the shapes of all tensors unless they are `right`.
+    def expect(self, right: bool, expected: str) -> None:
+        """Raises with the shapes of all tensors unless `right`.
 
         Raises:
-            LoadError: says what was wanted for this base.
+            LoadError: names the shapes expected for this base.
         """
         if not right:
             shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in self.parts.items())
             weight = (self.rows, *self.first.weight_shape[1:])
             raise LoadError(
-                f"{self.file.path}: misshapen: '{self.name}' has {shapes} for a weight {weight}; expected {wanted}. It was made "
-                "for another base, or it is damaged.",
+                f"{self.file.path}: misshapen: '{self.name}' has {shapes} for a weight {weight}; expected {expected}. It was "
+                "made for another base model, or is corrupt.",
                 file=self.file.path,
                 where=self.name,
                 given={part: tuple(t.shape) for part, t in self.parts.items()},
-                expected=wanted,
+                expected=expected,
             )
 
-    def refuse(self, why: str, **data: Any) -> LoadError:
-        """The error that nothing of the file is loaded, because of this module. `data`: attributes of the error."""
-        message = f"{self.file.path}: '{self.name}' {why}, so nothing is loaded."
+    def error(self, why: str, **data: Any) -> LoadError:
+        """The error that this module makes the file unloadable. `data`: attributes of the error."""
+        message = f"{self.file.path}: '{self.name}' {why}, so nothing was loaded."
         return LoadError(message, file=self.file.path, where=self.name, **data)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What a module means at one site: options of the method there, and the adapter's tensors by name."""
+class SiteTensors:
+    """A module's content at one site: options of the method, and the adapter's tensors by name."""
 
     site: WeightSite
     options: Mapping[str, Any]
@@ -81,40 +81,40 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Group:
-    """The adapters of one place that are written as one module.
+class AdapterGroup:
+    """The adapters of one layer, written as one module.
 
     Args:
-        adapters: by site name, not empty. `towers`: component to model.
+        adapters: by site name, not empty. `towers`: component -> model.
     """
 
-    place: Place
+    place: NamedLayer
     adapters: Mapping[str, Any]
     towers: Mapping[str, nn.Module]
 
     @property
     def site(self) -> WeightSite:
-        """Its first site: all have the same inputs."""
+        """Its first site; all sites have the same inputs."""
         return self.place.sites[0]
 
     @property
     def ones(self) -> tuple[int, ...]:
-        """What follows the channels of a kernel of one pixel."""
+        """Singleton spatial dimensions of a 1×1 kernel."""
         return (1,) * len(self.site.kernel)
 
-    def refuse(self, why: str, **data: Any) -> SaveError:
-        """The error that the layout cannot hold these adapters. `data`: attributes of the error."""
+    def error(self, why: str, **data: Any) -> SaveError:
+        """The error that the format cannot hold these adapters. `data`: attributes of the error."""
         name = next(iter(self.adapters))
-        return SaveError(f"'{name}' {why}. The native file (Attachment.save) holds it.", where=name, **data)
+        return SaveError(f"'{name}' {why}. Save it with Attachment.save (native format).", where=name, **data)
 
 
 class Codec(ABC):
-    """One method in LyCORIS' layout.
+    """One method in the LyCORIS format.
 
     Class attributes:
-        method: veneer's name of it. `algo`: LyCORIS' name of it.
-        ends: how the keys of its tensors end, without the module's name and a dot.
-        groups: True if a grouped convolution is the same function here and there.
+        method: veneer's name. `algo`: LyCORIS' name.
+        ends: key suffixes of its tensors, without the module's name and a dot.
+        groups: True if grouped convolutions have the same semantics in veneer and LyCORIS.
     """
 
     method: ClassVar[str]
@@ -123,61 +123,61 @@ class Codec(ABC):
     groups: ClassVar[bool] = False
 
     @abstractmethod
-    def mine(self, shapes: Shapes) -> bool:
-        """True if tensors of these ends and shapes are of this method."""
+    def matches(self, shapes: Shapes) -> bool:
+        """True if tensors with these suffixes and shapes belong to this method."""
 
     def rank(self, shapes: Shapes) -> int | None:
-        """The rank that alpha belongs to, as far as shapes tell."""
+        """The rank that alpha is divided by, if the shapes determine it."""
         return None
 
     @abstractmethod
-    def read(self, module: Module) -> list[Piece]:
-        """The same change of every site.
+    def read(self, module: LycorisModule) -> list[SiteTensors]:
+        """The same weight update at every site.
 
         Raises:
-            LoadError: tensors do not fit, or the method cannot hold what they mean.
+            LoadError: shapes are wrong, or the method cannot represent the module.
         """
 
     @abstractmethod
-    def write(self, group: Group) -> dict[str, Tensor]:
-        """The tensors of one module, by the ends of their keys.
+    def write(self, group: AdapterGroup) -> dict[str, Tensor]:
+        """The tensors of one module, by key suffix.
 
         Raises:
-            SaveError: the layout cannot hold these adapters.
+            SaveError: the format cannot hold these adapters.
         """
 
-    def config(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """Options of one attachment at all these sites: of each the commonest value, and others by site.
+    def config(self, pieces: Sequence[SiteTensors]) -> dict[str, Any]:
+        """Options of one attachment at all these sites: the most common value of each, and exceptions by site.
 
-        An option that a piece does not name does not count there.
+        An option that a piece does not set is not counted for it.
         """
         names = dict.fromkeys(name for piece in pieces for name in piece.options)
         common = {n: Counter(p.options[n] for p in pieces if n in p.options).most_common(1)[0][0] for n in names}
         own = {p.site.name: {n: v for n, v in p.options.items() if v != common[n]} for p in pieces}
         return {**common, "by_site": {f"name:{name}": options for name, options in own.items() if options}}
 
-    def args(self, group: Group) -> dict[str, str]:
-        """What LyCORIS must be told to build such modules, beside `algo`."""
+    def args(self, group: AdapterGroup) -> dict[str, str]:
+        """Arguments besides `algo` that LyCORIS needs to build such modules."""
         return {}
 
 
-def straight(factor: Tensor, inner: Sequence[int] = ()) -> bool:
-    """True if the rows of a factor are written as one side or as `inner`, such as (channels, *kernel); ones may follow.
+def has_row_order(factor: Tensor, inner: Sequence[int] = ()) -> bool:
+    """True if the rows of a factor are stored flat or as `inner`, such as (channels, *kernel), with optional trailing ones.
 
-    Other sides of as many numbers would hold them in another order.
+    Other dimensions with the same number of elements would imply another order.
     """
-    return len(rest := _stripped(factor.shape[1:])) <= 1 or rest == _stripped(inner)
+    return len(rest := _strip_ones(factor.shape[1:])) <= 1 or rest == _strip_ones(inner)
 
 
-def _stripped(sides: Sequence[int]) -> list[int]:
+def _strip_ones(sides: Sequence[int]) -> list[int]:
     found = list(sides)
     while len(found) > 1 and found[-1] == 1:
         found.pop()
     return found
 
 
-def spans(place: Place) -> dict[str, Spans]:
-    """(start, stop) of the rows of a place's tensor that each site has, in the site's order: one span, or two swapped halves."""
+def spans(place: NamedLayer) -> dict[str, Spans]:
+    """(start, stop) of the rows of a layer's tensor that belong to each site, in order: one span, or two swapped halves."""
     found: dict[str, Spans] = {}
     start = 0
     for site in place.sites:
@@ -188,14 +188,14 @@ def spans(place: Place) -> dict[str, Spans]:
 
 
 def take(tensor: Tensor, rows: Spans, side: int = 1, dim: int = 0) -> Tensor:
-    """These rows, in this order. `side`: how many rows one entry of the tensor stands for; it must divide all of them."""
+    """The given rows, in order. `side`: rows per entry of the tensor; must divide all spans."""
     if len(rows) == 1 and rows[0] == (0, tensor.shape[dim] * side):
         return tensor
     return torch.cat([tensor.narrow(dim, start // side, (stop - start) // side) for start, stop in rows], dim)
 
 
-def put(place: Place, parts: Mapping[str, Tensor], side: int = 1, dim: int = 0) -> Tensor:
-    """The inverse of `take`: each site's rows to where they are in the place's tensor. All sites must be there."""
+def put(place: NamedLayer, parts: Mapping[str, Tensor], side: int = 1, dim: int = 0) -> Tensor:
+    """The inverse of `take`: puts each site's rows at their position in the layer's tensor. All sites must be present."""
     placed: list[Tensor] = []
     for site in place.sites:
         halves = parts[site.name].chunk(2, dim) if place.swapped else (parts[site.name],)
@@ -203,6 +203,6 @@ def put(place: Place, parts: Mapping[str, Tensor], side: int = 1, dim: int = 0) 
     return torch.cat(placed, dim) if len(placed) > 1 else placed[0]
 
 
-def aligned(rows: Spans, side: int) -> bool:
-    """True if all spans are whole blocks of `side` rows."""
+def is_aligned(rows: Spans, side: int) -> bool:
+    """True if all spans are multiples of `side` rows."""
     return all(start % side == 0 and stop % side == 0 for start, stop in rows)

@@ -1,4 +1,4 @@
-"""LoRA, and DoRA with its magnitudes, in LyCORIS' layout."""
+"""LoRA, and DoRA with its magnitudes, in the LyCORIS format."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from veneer.injection.sites import WeightSite
 
-from .._core.dora_magnitudes import SCALE, axis_of, base_weight, decomposed, written
-from .._core.lora_config import Found, config_of, shaped
-from .._core.lora_reader import DOWN, MID, UP, pair, whole
-from .._names.kohya_fused import Pair, alike, joined, split, together
-from .codec import Codec, Group, Module, Piece, Shapes, spans, take
+from .._core.dora_magnitudes import SCALE, add_magnitudes, axis_of, base_weight, magnitude_tensors
+from .._core.lora_config import LoRALayer, config_of, match_shape
+from .._core.lora_reader import DOWN, MID, UP, is_complete, read_factors
+from .._names.kohya_fused import LoRAFactors, merge_adapters, merge_factors, share_down, split_factors
+from .codec import AdapterGroup, Codec, LycorisModule, Shapes, SiteTensors, spans, take
 
 
 class LoRACodec(Codec):
@@ -24,108 +24,113 @@ class LoRACodec(Codec):
     algo: ClassVar[str] = "lora"
     ends: ClassVar[tuple[str, ...]] = (DOWN, UP, MID)
 
-    def mine(self, shapes: Shapes) -> bool:
+    def matches(self, shapes: Shapes) -> bool:
         return DOWN in shapes or UP in shapes
 
     def rank(self, shapes: Shapes) -> int | None:
         return (shapes.get(DOWN) or (None,))[0]
 
-    def read(self, module: Module) -> list[Piece]:
-        module.expect(whole(module.parts), "a lora_down and a lora_up of one rank")
-        found = split(module.file, module.name, module.place, pair(module.file, module.name, module.parts))
+    def read(self, module: LycorisModule) -> list[SiteTensors]:
+        module.expect(is_complete(module.parts), "lora_down and lora_up of the same rank")
+        found = split_factors(module.file, module.name, module.place, read_factors(module.file, module.name, module.parts))
         return [_piece(site, low) for site, low in found]
 
-    def write(self, group: Group) -> dict[str, Tensor]:
-        return tensors(joined(group.place, group.adapters), group)
+    def write(self, group: AdapterGroup) -> dict[str, Tensor]:
+        return tensors(merge_adapters(group.place, group.adapters), group)
 
-    def config(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        return config_of({p.site.name: Found(p.site, p.options["rank"], p.options["alpha"]) for p in pieces})
+    def config(self, pieces: Sequence[SiteTensors]) -> dict[str, Any]:
+        return config_of({p.site.name: LoRALayer(p.site, p.options["rank"], p.options["alpha"]) for p in pieces})
 
 
 class DoRACodec(LoRACodec):
     """LoRA's tensors and `dora_scale` m: W' = m·(W + s·B A) / ‖W + s·B A‖.
 
-    m is (d_out, 1[, 1, 1]) with the norm of an output's row, or (1, d_in[, 1, 1]) with the norm of an input channel's column
-    (LyCORIS' `wd_on_output=False`, OneTrainer's default); in a fused projection that column has the rows of all slices.
-    ComfyUI computes the same weight on the input axis. On the output axis it divides by ‖W‖ and not by ‖W + s·B A‖, so each
+    m is (d_out, 1[, 1, 1]), the norm of each output row, or (1, d_in[, 1, 1]), the norm of each input channel's column
+    (LyCORIS' `wd_on_output=False`, OneTrainer's default); in a fused projection that column spans the rows of all slices.
+    ComfyUI computes the same weight on the input axis. On the output axis it divides by ‖W‖ instead of ‖W + s·B A‖, so each
     row is too long by the factor ‖W + s·B A‖ / ‖W‖: 0.5 % where ‖s·B A‖ is 0.1·‖W‖, 28 % where it is 0.8·‖W‖ (s·B A ⊥ W).
     """
 
     method: ClassVar[str] = "dora"
     ends: ClassVar[tuple[str, ...]] = (*LoRACodec.ends, SCALE)
 
-    def mine(self, shapes: Shapes) -> bool:
+    def matches(self, shapes: Shapes) -> bool:
         return SCALE in shapes and not any(part.startswith(("hada_", "lokr_")) for part in shapes)
 
-    def read(self, module: Module) -> list[Piece]:
+    def read(self, module: LycorisModule) -> list[SiteTensors]:
         if DOWN not in module.parts or UP not in module.parts:
             others = ", ".join(part for part in module.parts if part not in (SCALE, "alpha"))
-            why = f"has dora_scale beside {others}: no method here has magnitudes around such a change"
-            raise module.refuse(why, given=tuple(module.parts))
+            why = f"has dora_scale with {others}: no method in veneer applies magnitudes to such an update"
+            raise module.error(why, given=tuple(module.parts))
         axis = axis_of(module)
-        module.expect(whole(module.parts), "a lora_down and a lora_up of one rank")
-        low = pair(module.file, module.name, module.parts)
-        module.expect(low.up.shape[0] == module.rows and _fits(low.down, module.first), "factors of the weight's sides")
+        module.expect(is_complete(module.parts), "lora_down and lora_up of the same rank")
+        low = read_factors(module.file, module.name, module.parts)
+        module.expect(
+            low.up.shape[0] == module.rows and _has_input_shape(low.down, module.first), "factors of the weight's dimensions"
+        )
         rows, several = spans(module.place), len(module.place.sites) > 1
-        lows = {s.name: _touching(low, take(low.up, rows[s.name]), several) for s in module.place.sites}
+        lows = {s.name: _restrict(low, take(low.up, rows[s.name]), several) for s in module.place.sites}
         pieces = [_piece(site, lows[site.name]) for site in module.place.sites]
-        found = decomposed(module, pieces, lambda piece: _change(lows[piece.site.name], piece.site))
+        found = add_magnitudes(module, pieces, lambda piece: _delta(lows[piece.site.name], piece.site))
         if axis == "input" or not several:
             return found
         return [p for p in found if self._changes(module, p)] or found
 
     @staticmethod
-    def _changes(module: Module, piece: Piece) -> bool:
-        """True if a piece is not the base's own weight, but for rounding."""
+    def _changes(module: LycorisModule, piece: SiteTensors) -> bool:
+        """True if a piece differs from the base weight by more than rounding."""
         weight, delta = base_weight(module.towers[piece.site.component], piece.site), piece.state["magnitude_delta"]
         near = torch.finfo(torch.float32).eps * 4 * weight.flatten(1).norm(dim=1).to(delta)
         return bool(piece.state["up"].any() or (delta.abs() > near).any())
 
-    def write(self, group: Group) -> dict[str, Tensor]:
-        lows = {n: Pair(a.down.detach(), a.up.detach(), a.scaling) for n, a in group.adapters.items()}
-        found = tensors(together(group.place, lows, alike(group.place, {n: p.down for n, p in lows.items()})), group)
-        return {**found, **written(group, lambda a: _change(Pair(a.down.detach(), a.up.detach(), a.scaling), a.site))}
+    def write(self, group: AdapterGroup) -> dict[str, Tensor]:
+        lows = {n: LoRAFactors(a.down.detach(), a.up.detach(), a.scaling) for n, a in group.adapters.items()}
+        found = tensors(merge_factors(group.place, lows, share_down(group.place, {n: p.down for n, p in lows.items()})), group)
+        return {
+            **found,
+            **magnitude_tensors(group, lambda a: _delta(LoRAFactors(a.down.detach(), a.up.detach(), a.scaling), a.site)),
+        }
 
-    def config(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def config(self, pieces: Sequence[SiteTensors]) -> dict[str, Any]:
         return Codec.config(self, pieces)
 
-    def args(self, group: Group) -> dict[str, str]:
+    def args(self, group: AdapterGroup) -> dict[str, str]:
         return decomposition(group)
 
 
-def decomposition(group: Group) -> dict[str, str]:
+def decomposition(group: AdapterGroup) -> dict[str, str]:
     """LyCORIS' options for the magnitudes of a group."""
     axis = next(iter(group.adapters.values())).norm_axis
     return {} if axis is None else {"dora_wd": "True"} | ({"wd_on_output": "False"} if axis == "input" else {})
 
 
-def _touching(low: Pair, up: Tensor, several: bool) -> Pair:
-    """The rows of one site, of the components only that touch them."""
+def _restrict(low: LoRAFactors, up: Tensor, several: bool) -> LoRAFactors:
+    """The rows of one site, restricted to components with nonzero rows."""
     keep = up.flatten(1).any(0)
     if several and keep.any():
-        return Pair(low.down[keep], up[:, keep], low.scaling)
-    return Pair(low.down, up, low.scaling)
+        return LoRAFactors(low.down[keep], up[:, keep], low.scaling)
+    return LoRAFactors(low.down, up, low.scaling)
 
 
-def _change(low: Pair, site: WeightSite) -> Tensor:
+def _delta(low: LoRAFactors, site: WeightSite) -> Tensor:
     """s·B A in the weight's shape, in double precision."""
     return (low.scaling * (low.up.double().flatten(1) @ low.down.double().flatten(1))).reshape(site.weight_shape)
 
 
-def tensors(low: Pair, group: Group) -> dict[str, Tensor]:
-    """A pair's tensors. A scale of 0 is written as B = 0, because an alpha of 0 is read in two ways."""
+def tensors(low: LoRAFactors, group: AdapterGroup) -> dict[str, Tensor]:
+    """The tensors of a pair of factors. A scale of 0 is written as B = 0, because tools interpret an alpha of 0 in two ways."""
     up, scaling = (low.up, low.scaling) if low.scaling else (torch.zeros_like(low.up), 1.0)
     return {DOWN: low.down, UP: up.view(*up.shape[:2], *group.ones), "alpha": torch.tensor(scaling * low.down.shape[0])}
 
 
-def _piece(site: WeightSite, low: Pair) -> Piece:
+def _piece(site: WeightSite, low: LoRAFactors) -> SiteTensors:
     rank = low.down.shape[0]
     state = {
-        "down": shaped(low.down, (rank, *site.weight_shape[1:])),
-        "up": shaped(low.up, (site.d_out, rank, *(1,) * len(site.kernel))),
+        "down": match_shape(low.down, (rank, *site.weight_shape[1:])),
+        "up": match_shape(low.up, (site.d_out, rank, *(1,) * len(site.kernel))),
     }
-    return Piece(site, {"rank": rank, "alpha": low.scaling * rank}, state)
+    return SiteTensors(site, {"rank": rank, "alpha": low.scaling * rank}, state)
 
 
-def _fits(down: Tensor, site: WeightSite) -> bool:
-    return shaped(down, (len(down), *site.weight_shape[1:])).shape[1:] == site.weight_shape[1:]
+def _has_input_shape(down: Tensor, site: WeightSite) -> bool:
+    return match_shape(down, (len(down), *site.weight_shape[1:])).shape[1:] == site.weight_shape[1:]

@@ -1,4 +1,4 @@
-"""OneTrainer's OFT, which rotates inputs, under the module names of LyCORIS' layout."""
+"""OneTrainer's OFT, which rotates inputs, under the module names of the LyCORIS format."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .codec import Codec, Group, Module, Piece, Shapes
+from .codec import AdapterGroup, Codec, LycorisModule, Shapes, SiteTensors
 
 ROTATION, SCALED = "oft_R.weight", "oft_R.scaled_oft"
-TERMS = 5  # of OneTrainer's Neumann series
+TERMS = 5  # number of terms of OneTrainer's Neumann series
 
 
 class InputOFTCodec(Codec):
@@ -25,26 +25,26 @@ class InputOFTCodec(Codec):
     algo: ClassVar[str] = "oft"
     ends: ClassVar[tuple[str, ...]] = (ROTATION, SCALED)
 
-    def mine(self, shapes: Shapes) -> bool:
+    def matches(self, shapes: Shapes) -> bool:
         return ROTATION in shapes
 
-    def read(self, module: Module) -> list[Piece]:
+    def read(self, module: LycorisModule) -> list[SiteTensors]:
         entries, site = module.parts[ROTATION], module.first
         width = math.prod(site.weight_shape[1:])
         size = round((1 + math.sqrt(1 + 8 * entries.shape[1])) / 2) if entries.ndim == 2 else 0
         whole = size > 1 and width % size == 0 and entries.shape[1] == size * (size - 1) // 2
         share = whole and len(entries) == 1 and size != width
         module.expect(whole and (share or len(entries) * size == width), f"{ROTATION} (n, b(b−1)/2) with n·b = {width}")
-        scale = 1 / (2 * math.sqrt(size - 1)) if _is_scaled(module) else 1.0
+        scale = 1 / (2 * math.sqrt(size - 1)) if _has_scaled_mark(module) else 1.0
         skew = entries.float() * (-scale if site.kernel else scale)
         options = {"block_size": size, "share": share, "coft": None, "rescale": False, "neumann_terms": TERMS, "side": "input"}
-        return [Piece(each, options, {"skew": skew}) for each in module.place.sites]
+        return [SiteTensors(each, options, {"skew": skew}) for each in module.place.sites]
 
-    def write(self, group: Group) -> dict[str, Tensor]:
-        raise group.refuse("rotates its inputs, which is only read from this layout")
+    def write(self, group: AdapterGroup) -> dict[str, Tensor]:
+        raise group.error("rotates its inputs, which this format supports for reading only")
 
 
-def _is_scaled(module: Module) -> bool:
+def _has_scaled_mark(module: LycorisModule) -> bool:
     mark = module.parts.get(SCALED)
     module.expect(mark is None or mark.numel() == 1, f"{SCALED} of one element")
     return mark is not None and bool(mark)

@@ -1,4 +1,4 @@
-"""How kohya's layout names weights: dots become underscores, and some models are named as in their first release."""
+"""Weight names in kohya's format: dots become underscores, and some models use the names of their original release."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from veneer.injection.sites import WeightSite
 from veneer.injection.towers import Tower
 
 from .._core.lora_config import ENCODERS
-from .modules import T5, Module, modules
+from .modules import T5, OriginalModule, original_modules
 
-WRITTEN = ("FluxTransformer2DModel", "SD3Transformer2DModel")  # transformers that sd-scripts train
+SUPPORTED = ("FluxTransformer2DModel", "SD3Transformer2DModel")  # transformers supported by sd-scripts
 
 
 @dataclass(frozen=True)
-class Place:
-    """One module of the layout.
+class NamedLayer:
+    """One module of the format.
 
     Args:
-        names: its spellings, without a part such as `.alpha`; the first is the one that is written.
-        sites: the weights that its output rows are, in order; one for most, several for a fused projection.
-        swapped: the halves of the rows are the other way round (scale and shift of an adaptive norm before the last layer).
+        names: its spellings, without a suffix such as `.alpha`; the first one is written.
+        sites: the weights that make up its output rows, in order; one for most modules, several for a fused projection.
+        swapped: the halves of the rows are swapped (scale and shift of an adaptive norm before the last layer).
     """
 
     names: tuple[str, ...]
@@ -31,24 +31,24 @@ class Place:
     swapped: bool = False
 
 
-def places(tower: Tower, numbered: bool = False) -> list[Place]:
-    """Every place that the layout has for a tower; none where no tool writes it for such a model.
+def named_layers(tower: Tower, numbered: bool = False) -> list[NamedLayer]:
+    """Every module of a tower that the format can hold; empty for models that no tool writes in it.
 
     Args:
-        numbered: the first text encoder is written as `lora_te1`, one of several, and not as `lora_te`.
+        numbered: writes the first of several text encoders as `lora_te1` instead of `lora_te`.
     """
     kind, model = type(tower.module).__name__, tower.module
-    found = modules(tower)
+    found = original_modules(tower)
     if hasattr(model, "down_blocks"):
-        first = version(model) == "sdxl_base_v1-0"
-        return [Place(_spelt(("lora_unet",), _both(m, first)), m.sites) for m in found]
+        first = base_model_version(model) == "sdxl_base_v1-0"
+        return [NamedLayer(_kohya_names(("lora_unet",), _unet_spellings(m, first)), m.sites) for m in found]
     if kind in ENCODERS or kind == T5:
-        return [Place(_spelt(_encoder(tower, numbered), (m.path,)), m.sites) for m in found]
-    return [Place(_spelt(("lora_unet",), (m.path,)), m.sites, m.swapped) for m in found if kind in WRITTEN]
+        return [NamedLayer(_kohya_names(_encoder_prefixes(tower, numbered), (m.path,)), m.sites) for m in found]
+    return [NamedLayer(_kohya_names(("lora_unet",), (m.path,)), m.sites, m.swapped) for m in found if kind in SUPPORTED]
 
 
-def version(model: nn.Module) -> str | None:
-    """What sd-scripts call the base of a denoiser: `sd_v1`, `sd_v2`, `sdxl_base_v1-0` or `flux1`; None for other models."""
+def base_model_version(model: nn.Module) -> str | None:
+    """sd-scripts' name of a denoiser's base model: `sd_v1`, `sd_v2`, `sdxl_base_v1-0` or `flux1`; None if unknown."""
     config: Any = getattr(model, "config", {})
     if type(model).__name__ == "FluxTransformer2DModel":
         return "flux1"
@@ -59,18 +59,18 @@ def version(model: nn.Module) -> str | None:
     return "sd_v2" if config.get("use_linear_projection") else "sd_v1"
 
 
-def _both(module: Module, first: bool) -> tuple[str, ...]:
-    """diffusers' spelling and that of the first release, the written one first."""
-    spelt = dict.fromkeys((module.path, module.own or module.path) if first else (module.own or module.path, module.path))
-    return tuple(spelt)
+def _unet_spellings(module: OriginalModule, first: bool) -> tuple[str, ...]:
+    """diffusers' spelling and that of the original release, the written one first."""
+    spellings = dict.fromkeys((module.path, module.own or module.path) if first else (module.own or module.path, module.path))
+    return tuple(spellings)
 
 
-def _spelt(prefixes: tuple[str, ...], paths: tuple[str, ...]) -> tuple[str, ...]:
+def _kohya_names(prefixes: tuple[str, ...], paths: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{prefix}_{path.replace('.', '_')}" for path in paths for prefix in prefixes)
 
 
-def _encoder(tower: Tower, numbered: bool) -> tuple[str, ...]:
-    """`lora_te` of a model with one text encoder, else numbered. FLUX's T5 is the third for sd-scripts, the second for others."""
+def _encoder_prefixes(tower: Tower, numbered: bool) -> tuple[str, ...]:
+    """`lora_te` for a model with one text encoder, else numbered. FLUX's T5 is number 3 in sd-scripts, number 2 elsewhere."""
     component = tower.component or ENCODERS.get(type(tower.module).__name__, "")
     if type(tower.module).__name__ == T5:
         return ("lora_te3", "lora_te2") if component == "text_encoder_2" else ("lora_te3",)

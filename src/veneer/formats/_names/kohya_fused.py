@@ -1,4 +1,4 @@
-"""One low-rank pair for a whole fused projection, or one for each of its slices."""
+"""Splits low-rank factors of a fused projection into those of its slices, and merges them back."""
 
 from __future__ import annotations
 
@@ -12,78 +12,78 @@ from veneer.injection import LoadError
 from veneer.injection.sites import WeightSite
 
 from .._io.reader import File
-from .kohya import Place
+from .kohya import NamedLayer
 
 
-class Pair(NamedTuple):
-    """A low-rank change s·B A of one module's rows: `down` (rank, d_in[, k, k]), `up` (d_out, rank[, 1, 1]), s."""
+class LoRAFactors(NamedTuple):
+    """Low-rank factors of a weight update s·B A: `down` (rank, d_in[, k, k]), `up` (d_out, rank[, 1, 1]), s."""
 
     down: Tensor
     up: Tensor
     scaling: float
 
 
-def split(file: File, name: str, place: Place, pair: Pair) -> list[tuple[WeightSite, Pair]]:
-    """The part of each site: its rows of `up`, and of the components only those that touch them.
+def split_factors(file: File, name: str, place: NamedLayer, pair: LoRAFactors) -> list[tuple[WeightSite, LoRAFactors]]:
+    """Factors of each site: its rows of `up`, restricted to components with nonzero rows.
 
     Raises:
-        LoadError: the rows are not those of the slices.
+        LoadError: the rows do not match the slices.
     """
     down, up, scaling = pair
     if place.swapped:
         up = torch.cat(up.chunk(2)[::-1])
     if len(place.sites) == 1:
-        return [(place.sites[0], Pair(down, up, scaling))]
+        return [(place.sites[0], LoRAFactors(down, up, scaling))]
     rows = [site.d_out for site in place.sites]
     if down.ndim != 2 or up.shape != (sum(rows), down.shape[0]):
         raise LoadError(
-            f"{file.path}: misshapen: {name} is up {tuple(up.shape)} and down {tuple(down.shape)}, for {sum(rows)} rows. It was "
-            "made for another base.",
+            f"{file.path}: misshapen: {name} has up {tuple(up.shape)} and down {tuple(down.shape)}, for {sum(rows)} rows. It was "
+            "made for another base model.",
             file=file.path,
             where=name,
             misshapen={"up": (tuple(up.shape), (sum(rows), down.shape[0]))},
         )
-    slices = [(site, part, _touching(part)) for site, part in zip(place.sites, up.split(rows), strict=True)]
+    slices = [(site, part, _nonzero_components(part)) for site, part in zip(place.sites, up.split(rows), strict=True)]
     if not any(keep.any() for _, _, keep in slices):
-        return [(site, Pair(down, part, scaling)) for site, part, _ in slices]
+        return [(site, LoRAFactors(down, part, scaling)) for site, part, _ in slices]
     return [
-        (site, Pair(down, part, scaling) if keep.all() else Pair(down[keep], part[:, keep], scaling))
+        (site, LoRAFactors(down, part, scaling) if keep.all() else LoRAFactors(down[keep], part[:, keep], scaling))
         for site, part, keep in slices
         if keep.any()
     ]
 
 
-def _touching(up: Tensor) -> Tensor:
-    """Which components have an output that is not 0; a few rows tell it of most files."""
+def _nonzero_components(up: Tensor) -> Tensor:
+    """Mask of components with a nonzero output; the first rows are sufficient for most files."""
     some = up[:16].any(0)
     return some if bool(some.all()) else up.any(0)
 
 
-def joined(place: Place, adapters: Mapping[str, Any]) -> Pair:
-    """The adapters of a place as one pair: block-diagonal, or stacked where all slices read the same components."""
-    pairs = {name: _of(adapter) for name, adapter in adapters.items()}
-    return together(place, pairs, alike(place, {name: p.down for name, p in pairs.items()}))
+def merge_adapters(place: NamedLayer, adapters: Mapping[str, Any]) -> LoRAFactors:
+    """The adapters of a layer as one pair of factors: block-diagonal, or stacked if all slices share `down`."""
+    pairs = {name: _adapter_factors(adapter) for name, adapter in adapters.items()}
+    return merge_factors(place, pairs, share_down(place, {name: p.down for name, p in pairs.items()}))
 
 
-def alike(place: Place, downs: Mapping[str, Tensor]) -> bool:
-    """True if every slice of a place reads the same components."""
+def share_down(place: NamedLayer, downs: Mapping[str, Tensor]) -> bool:
+    """True if every slice of a layer has the same `down`."""
     first = next(iter(downs.values()))
     return len(downs) == len(place.sites) and all(torch.equal(down, first) for down in downs.values())
 
 
-def together(place: Place, pairs: Mapping[str, Pair], stacked: bool) -> Pair:
-    """The pairs of a place's sites, by name, as one of all its rows; those of sites without a pair are zero.
+def merge_factors(place: NamedLayer, pairs: Mapping[str, LoRAFactors], stacked: bool) -> LoRAFactors:
+    """Merges the factors of a layer's sites, by name, into one pair for all rows; sites without factors become zero.
 
     Args:
-        stacked: all have one `down`, which is kept; else the components of one are after those of another.
+        stacked: all share one `down`, which is kept; otherwise the components are concatenated.
     """
     first = next(iter(pairs.values()))
     if len(place.sites) == 1:
         up = torch.cat(first.up.chunk(2)[::-1]) if place.swapped else first.up
-        return Pair(first.down, up, first.scaling)
+        return LoRAFactors(first.down, up, first.scaling)
     ups = {name: p.up if p.scaling == first.scaling else p.up * (p.scaling / first.scaling) for name, p in pairs.items()}
     if stacked:
-        return Pair(first.down, torch.cat([ups[site.name] for site in place.sites]), first.scaling)
+        return LoRAFactors(first.down, torch.cat([ups[site.name] for site in place.sites]), first.scaling)
     order = [site.name for site in place.sites if site.name in pairs]
     wide = dict(zip(order, torch.block_diag(*(torch.ones(1, pairs[n].down.shape[0]) for n in order)), strict=True))
     rows = []
@@ -92,10 +92,10 @@ def together(place: Place, pairs: Mapping[str, Pair], stacked: bool) -> Pair:
         if site.name in pairs:
             up[:, wide[site.name].bool()] = ups[site.name]
         rows.append(up)
-    return Pair(torch.cat([pairs[n].down for n in order]), torch.cat(rows), first.scaling)
+    return LoRAFactors(torch.cat([pairs[n].down for n in order]), torch.cat(rows), first.scaling)
 
 
-def _of(adapter: Any) -> Pair:
-    """An adapter's own pair. A scale of 0 is written as B = 0, because an alpha of 0 is read in two ways."""
+def _adapter_factors(adapter: Any) -> LoRAFactors:
+    """An adapter's factors. A scale of 0 is written as B = 0, because tools interpret an alpha of 0 in two ways."""
     down, up = (t.detach() for t in adapter.pair())
-    return Pair(down, up, adapter.scaling) if adapter.scaling else Pair(down, torch.zeros_like(up), 1.0)
+    return LoRAFactors(down, up, adapter.scaling) if adapter.scaling else LoRAFactors(down, torch.zeros_like(up), 1.0)

@@ -1,4 +1,4 @@
-"""Names of a ControlNet as its authors' code has them, from diffusers' names."""
+"""Maps diffusers' names of a ControlNet to those of the original code."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ HINT = re.compile(r"controlnet_cond_embedding\.(?:blocks\.(\d+)|conv_out)\.(.*)"
 
 
 def ldm_names(names: Iterable[str]) -> dict[str, str]:
-    """diffusers' name to the authors', for all tensors of one network.
+    """diffusers' name -> original name, for all tensors of one network.
 
-    A block of the way down with n resnets is `input_blocks.{first}` to `{first + n}`, in each of which `0` is the resnet and `1`
-    the attention; the last has the reduction alone. The middle's resnets and attentions take turns.
+    A down block with n resnets is `input_blocks.{first}` to `{first + n}`, where `0` is the resnet and `1` the attention; the
+    last holds only the downsampler. The resnets and attentions of the middle block alternate.
     """
-    listed = list(names)
+    ordered = list(names)
     layers: dict[int, int] = {}
     hints = 0
-    for name in listed:
+    for name in ordered:
         if (m := DOWN.fullmatch(name)) and m[2] == "resnets":
             layers[int(m[1])] = max(layers.get(int(m[1]), 0), int(m[3]) + 1)
         if (m := HINT.fullmatch(name)) and m[1]:
             hints = max(hints, int(m[1]) + 1)
     starts = list(accumulate((layers[b] + 1 for b in sorted(layers)), initial=1))
-    return {name: _name(name, starts, layers, hints) for name in listed}
+    return {name: _name(name, starts, layers, hints) for name in ordered}
 
 
 def _name(name: str, starts: list[int], layers: dict[int, int], hints: int) -> str:

@@ -1,4 +1,4 @@
-"""Names of the first releases of diffusion transformers: fused projections, and the picture's stream before the text's."""
+"""Original module names of diffusion transformers: fused projections, and the image stream before the text stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-Names = dict[str, tuple[tuple[str, ...], bool]]  # path to diffusers' paths of its rows, and whether its halves are swapped
+Names = dict[str, tuple[tuple[str, ...], bool]]  # path -> diffusers' paths of its rows, and whether its halves are swapped
 Paths = Mapping[str, tuple[str, ...]]
 
 QKV, ADDED = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -39,12 +39,12 @@ def flux(model: nn.Module) -> Names:
     found = {**_blocks(model, "transformer_blocks", "double_blocks", DOUBLE)}
     found |= _blocks(model, "single_transformer_blocks", "single_blocks", SINGLE)
     for name, embedder in EMBEDDERS.items():
-        found |= _pair(f"time_text_embed.{embedder}", f"{name}.in_layer", f"{name}.out_layer")
-    return found | _alone({"img_in": "x_embedder", "txt_in": "context_embedder"}) | _end()
+        found |= _two_layers(f"time_text_embed.{embedder}", f"{name}.in_layer", f"{name}.out_layer")
+    return found | _direct({"img_in": "x_embedder", "txt_in": "context_embedder"}) | _last_layers()
 
 
 def sd3(model: nn.Module) -> Names:
-    """Stable Diffusion 3. The last block's text stream ends in a norm whose halves are swapped, as the model does.
+    """Stable Diffusion 3. The last block's text stream ends in a norm with swapped halves, as in the model.
 
     Source: Stability-AI/sd3.5 `mmditx.py`; diffusers `loaders/single_file_utils.py`.
     """
@@ -52,8 +52,8 @@ def sd3(model: nn.Module) -> Names:
     for path in list(found)[-len(JOINT) :]:
         found[path] = (found[path][0], path.endswith(CONTEXT))
     for name, embedder in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder")):
-        found |= _pair(f"time_text_embed.{embedder}", f"{name}.mlp.0", f"{name}.mlp.2")
-    return found | _alone({"x_embedder.proj": "pos_embed.proj", "context_embedder": "context_embedder"}) | _end()
+        found |= _two_layers(f"time_text_embed.{embedder}", f"{name}.mlp.0", f"{name}.mlp.2")
+    return found | _direct({"x_embedder.proj": "pos_embed.proj", "context_embedder": "context_embedder"}) | _last_layers()
 
 
 def pixart(model: nn.Module) -> Names:
@@ -61,9 +61,9 @@ def pixart(model: nn.Module) -> Names:
     found = _blocks(model, "transformer_blocks", "blocks", BLOCK)
     emb = "adaln_single.emb"
     for name, own in (("t_embedder", "timestep"), ("csize_embedder", "resolution"), ("ar_embedder", "aspect_ratio")):
-        found |= _pair(f"{emb}.{own}_embedder", f"{name}.mlp.0", f"{name}.mlp.2")
-    found |= _pair("caption_projection", "y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2")
-    return found | _alone(
+        found |= _two_layers(f"{emb}.{own}_embedder", f"{name}.mlp.0", f"{name}.mlp.2")
+    found |= _two_layers("caption_projection", "y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2")
+    return found | _direct(
         {"x_embedder.proj": "pos_embed.proj", "t_block.1": "adaln_single.linear", "final_layer.linear": "proj_out"}
     )
 
@@ -81,13 +81,13 @@ def _length(model: nn.Module, name: str) -> int:
     return sum(1 for _ in blocks)
 
 
-def _pair(own: str, *names: str) -> Names:
+def _two_layers(own: str, *names: str) -> Names:
     return {name: ((f"{own}.linear_{i}",), False) for i, name in enumerate(names, 1)}
 
 
-def _alone(names: Mapping[str, str]) -> Names:
+def _direct(names: Mapping[str, str]) -> Names:
     return {name: ((own,), False) for name, own in names.items()}
 
 
-def _end() -> Names:
+def _last_layers() -> Names:
     return {"final_layer.linear": (("proj_out",), False), LAST: (("norm_out.linear",), True)}

@@ -1,4 +1,4 @@
-"""LoRA, DoRA, LoHa and LoKr in peft's layout."""
+"""LoRA, DoRA, LoHa and LoKr in peft's format."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from veneer.functional.kronecker import kron_factors
 from veneer.injection import Attachment
 
 from .._core.dora_magnitudes import SCALE
-from .._core.lora_config import shaped
+from .._core.lora_config import match_shape
 from .._core.lora_reader import DOWN, UP
 from .._io.reader import File
-from .._lycoris.codec import Piece
+from .._lycoris.codec import SiteTensors
 from .._lycoris.loha import LoHaCodec
 from .._lycoris.lokr import LoKrCodec
 from .._lycoris.lora import DoRACodec, LoRACodec
-from .codec import Layer, Part, PeftCodec, Settings
-from .config import DEFAULT_ALPHA, of, patterns, scaled_alpha
+from .codec import PeftAdapter, PeftCodec, PeftModule, Settings
+from .config import DEFAULT_ALPHA, module_value, patterns, scaled_alpha
 
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 EMBEDDED = ("lora_embedding_A", "lora_embedding_B")
 
 
 class LoRAPeft(PeftCodec):
-    """`lora_A.weight` (r, d_in[, k, k]) and `lora_B.weight` (d_out, r[, 1, 1]); of an embedding `lora_embedding_A` (r, rows) and
+    """`lora_A.weight` (r, d_in[, k, k]) and `lora_B.weight` (d_out, r[, 1, 1]); for embeddings `lora_embedding_A` (r, rows) and
     `lora_embedding_B` (width, r). s = alpha / r, or alpha / √r with `use_rslora`.
     """
 
@@ -40,24 +40,24 @@ class LoRAPeft(PeftCodec):
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         return next((shapes[end][0] for end in (A, EMBEDDED[0]) if shapes.get(end)), None)
 
-    def read(self, layer: Layer) -> list[Piece]:
+    def read(self, layer: PeftModule) -> list[SiteTensors]:
         if layer.site.kind == "embedding":
             return [_embedding(layer)]
         return [_plain(layer)]
 
-    def write(self, part: Part) -> dict[str, Tensor]:
+    def write(self, part: PeftAdapter) -> dict[str, Tensor]:
         if part.site.kind == "embedding":
             down, up = part.adapter.pair()
             return {EMBEDDED[0]: down.detach().T, EMBEDDED[1]: up.detach()}
         if part.site.groups != 1:
-            raise part.refuse(f"is a convolution in {part.site.groups} groups, of which peft has another low-rank form")
+            raise part.error(f"is a convolution with {part.site.groups} groups, for which peft uses another low-rank form")
         found = self.codec.write(part.group())
         return {A: found[DOWN], B: found[UP]}
 
-    def config(self, pieces: Sequence[Piece]) -> Settings:
+    def config(self, pieces: Sequence[SiteTensors]) -> Settings:
         return self.codec.config(pieces)
 
-    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+    def settings(self, attachment: Attachment, parts: Sequence[PeftAdapter]) -> Settings:
         ranks = {p.path: _rank(p) for p in parts}
         rank, others = patterns(ranks)
         alpha, alphas = patterns({p.path: p.adapter.scaling * ranks[p.path] for p in parts})
@@ -72,37 +72,37 @@ class DoRAPeft(LoRAPeft):
     ends: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE, f"{MAGNITUDE}.weight")
     codec: ClassVar[LoRACodec] = DoRACodec()
 
-    def read(self, layer: Layer) -> list[Piece]:
+    def read(self, layer: PeftModule) -> list[SiteTensors]:
         m = layer.parts.get(MAGNITUDE, layer.parts.get(f"{MAGNITUDE}.weight"))
         if m is None or layer.site.kind == "embedding":
-            raise layer.refuse(
-                "has no magnitudes, and the file is DoRA" if m is None else "is an embedding, which dora is not for"
+            raise layer.error(
+                "has no magnitudes, but the file is DoRA" if m is None else "is an embedding, which dora does not support"
             )
         one = (MAGNITUDE in layer.parts) != (f"{MAGNITUDE}.weight" in layer.parts)
         layer.expect(one and m.numel() == layer.site.d_out, f"one {MAGNITUDE} ({layer.site.d_out})")
         return self.codec.read(
-            layer.as_module({**pair(layer), "dora_scale": m.reshape(-1, *(1,) * len(layer.site.weight_shape[1:]))})
+            layer.as_module({**lycoris_tensors(layer), "dora_scale": m.reshape(-1, *(1,) * len(layer.site.weight_shape[1:]))})
         )
 
-    def write(self, part: Part) -> dict[str, Tensor]:
+    def write(self, part: PeftAdapter) -> dict[str, Tensor]:
         if part.site.groups != 1:
-            raise part.refuse(f"is a convolution in {part.site.groups} groups, of which peft has another low-rank form")
+            raise part.error(f"is a convolution with {part.site.groups} groups, for which peft uses another low-rank form")
         if part.adapter.norm_axis != "output":
-            why = "has norm_axis='input', and peft's DoRA takes the norm per output: another function"
-            raise part.refuse(why, given={"norm_axis": "input"}, expected="output")
+            why = "has norm_axis='input', but peft's DoRA takes the norm per output: a different function"
+            raise part.error(why, given={"norm_axis": "input"}, expected="output")
         found = self.codec.write(part.group())
         m = found["dora_scale"].flatten()
         return {A: found[DOWN], B: found[UP], MAGNITUDE: m.view(1, -1, *(1,) * len(part.site.kernel)) if part.site.kernel else m}
 
-    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+    def settings(self, attachment: Attachment, parts: Sequence[PeftAdapter]) -> Settings:
         return {**super().settings(attachment, parts), "use_dora": True}
 
 
 class AdaLoRAPeft(LoRAPeft):
     """`lora_A` (r, d_in), `lora_B` (d_out, r) and the singular values `lora_E` (r, 1); ΔW = alpha / (init_r + 1e-5)·B (A ∘ E).
 
-    r is what is left after pruning, while the scale keeps the config's `init_r`. An alpha of 0 or less means `init_r`.
-    Becomes a lora attachment with A ∘ E as `down`. Read only.
+    r is the rank after pruning, while the scale uses the config's `init_r`. An alpha of 0 or less means `init_r`.
+    Loaded as a lora attachment with A ∘ E as `down`. Read only.
     Source: peft 0.21 `tuners/adalora/layer.py`, `tuners/adalora/model.py`.
     """
 
@@ -113,36 +113,36 @@ class AdaLoRAPeft(LoRAPeft):
         return (shapes.get("lora_A") or (None,))[0]
 
     def alpha(self, file: File, config: Settings, path: str, rank: int) -> float:
-        initial = of(file, config, path, "init_r", "init_r_pattern", 12)
-        alpha = of(file, config, path, "lora_alpha", "lora_alpha_pattern", DEFAULT_ALPHA)
+        initial = module_value(file, config, path, "init_r", "init_r_pattern", 12)
+        alpha = module_value(file, config, path, "lora_alpha", "lora_alpha_pattern", DEFAULT_ALPHA)
         return (alpha if alpha > 0 else initial) / (initial + 1e-5) * rank
 
-    def read(self, layer: Layer) -> list[Piece]:
+    def read(self, layer: PeftModule) -> list[SiteTensors]:
         down, up, values = (layer.parts.get(end) for end in self.ends)
         site = layer.site
         if site.kind == "embedding" or site.groups != 1:
-            raise layer.refuse("is an embedding or a grouped convolution, of which peft has no AdaLoRA")
+            raise layer.error("is an embedding or a grouped convolution, for which peft has no AdaLoRA")
         rank = len(down) if down is not None and down.ndim == 2 else 0
         shapes = [None if t is None else tuple(t.shape) for t in (down, up, values)]
         width = math.prod(site.weight_shape[1:])
         whole = shapes == [(rank, width), (site.d_out, rank), (rank, 1)]
         layer.expect(whole, "lora_A (r, d_in), lora_B (d_out, r) and lora_E (r, 1)")
-        initial = of(layer.file, layer.config, layer.path, "init_r", "init_r_pattern", 12)
+        initial = module_value(layer.file, layer.config, layer.path, "init_r", "init_r_pattern", 12)
         layer.expect(initial >= max(rank, 1), f"an init_r of at least {max(rank, 1)} in the config, not {initial:g}")
         if not rank:
-            layer.notes.append(f"every triplet of '{layer.path}' was pruned")
+            layer.notes.append(f"every singular value of '{layer.path}' was pruned")
             return []
         assert down is not None and up is not None and values is not None  # noqa: PT018
         low = (down.double() * values.double()).reshape(rank, *site.weight_shape[1:])
         state = {"down": low.float(), "up": up.reshape(site.d_out, rank, *(1,) * len(site.kernel))}
-        return [Piece(site, {"rank": rank, "alpha": self.alpha(layer.file, dict(layer.config), layer.path, rank)}, state)]
+        return [SiteTensors(site, {"rank": rank, "alpha": self.alpha(layer.file, dict(layer.config), layer.path, rank)}, state)]
 
-    def write(self, part: Part) -> dict[str, Tensor]:
-        raise part.refuse("is lora, which is written as LORA")
+    def write(self, part: PeftAdapter) -> dict[str, Tensor]:
+        raise part.error("is lora, which is written as LORA")
 
 
 class LoHaPeft(PeftCodec):
-    """The tensors of LyCORIS' layout; s = alpha / r from the config."""
+    """The tensors of the LyCORIS format; s = alpha / r from the config."""
 
     kind: ClassVar[str] = "LOHA"
     method: ClassVar[str] = "loha"
@@ -152,32 +152,32 @@ class LoHaPeft(PeftCodec):
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         return self.codec.rank(shapes)
 
-    def read(self, layer: Layer) -> list[Piece]:
+    def read(self, layer: PeftModule) -> list[SiteTensors]:
         down = layer.parts.get("hada_w1_b")
         layer.expect(down is not None and down.ndim > 1 and len(down) > 0, "all of its factors")
         assert down is not None
-        rank, alpha = len(down), of(layer.file, layer.config, layer.path, "alpha", "alpha_pattern", DEFAULT_ALPHA)
+        rank, alpha = len(down), module_value(layer.file, layer.config, layer.path, "alpha", "alpha_pattern", DEFAULT_ALPHA)
         parts = dict(layer.parts)
         if alpha == 0 and "hada_w1_a" in parts:
             parts["hada_w1_a"], alpha = torch.zeros_like(parts["hada_w1_a"]), float(rank)
         return self.codec.read(layer.as_module({**parts, "alpha": torch.tensor(alpha, dtype=torch.float64)}))
 
-    def write(self, part: Part) -> dict[str, Tensor]:
-        _undecomposed(part, "LoHa")
+    def write(self, part: PeftAdapter) -> dict[str, Tensor]:
+        _reject_magnitudes(part, "LoHa")
         found = self.codec.write(part.group())
         if part.adapter.core1 is None and len(part.site.kernel) == 2 and max(part.site.kernel) > 1:
             found = {k: t.flatten(1) if t.ndim > 2 else t for k, t in found.items()}
         found.pop("alpha")
         return found
 
-    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
+    def settings(self, attachment: Attachment, parts: Sequence[PeftAdapter]) -> Settings:
         ranks = {p.path: p.adapter.up1.shape[1] for p in parts}
         rank, others = patterns(ranks)
         alpha, alphas = patterns({p.path: (p.adapter.scaling or 1.0) * ranks[p.path] for p in parts})
         large = {p.path: p.adapter.core1 is not None for p in parts if max(p.site.kernel, default=1) > 1}
         tucker = len(set(large.values())) == 1 and next(iter(large.values()))
         if len(set(large.values())) > 1:
-            raise parts[0].refuse("and others differ in having a Tucker core, of which peft's config has one choice for all")
+            raise parts[0].error("and others differ in having a Tucker core, but peft's config has a single setting")
         return {
             "r": rank, "alpha": alpha, "rank_pattern": others, "alpha_pattern": alphas, "use_effective_conv2d": tucker,
             "rank_dropout": 0.0, "module_dropout": 0.0,
@@ -185,7 +185,7 @@ class LoHaPeft(PeftCodec):
 
 
 class LoKrPeft(PeftCodec):
-    """The tensors of LyCORIS' layout; s = alpha / r from the config, also where both factors are full."""
+    """The tensors of the LyCORIS format; s = alpha / r from the config, also if both factors are full."""
 
     kind: ClassVar[str] = "LOKR"
     method: ClassVar[str] = "lokr"
@@ -195,31 +195,31 @@ class LoKrPeft(PeftCodec):
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         return self.codec.rank(shapes)
 
-    def read(self, layer: Layer) -> list[Piece]:
-        rank = of(layer.file, layer.config, layer.path, "r", "rank_pattern", 8)
+    def read(self, layer: PeftModule) -> list[SiteTensors]:
+        rank = module_value(layer.file, layer.config, layer.path, "r", "rank_pattern", 8)
         layer.expect(rank >= 1, f"a rank r of 1 or more in the config, not {rank:g}")
-        scale = of(layer.file, layer.config, layer.path, "alpha", "alpha_pattern", DEFAULT_ALPHA) / rank
+        scale = module_value(layer.file, layer.config, layer.path, "alpha", "alpha_pattern", DEFAULT_ALPHA) / rank
         first = ("lokr_w1", "lokr_w1_a")
         parts = {end: t.double() * scale if end in first and scale != 1 else t for end, t in layer.parts.items()}
         return self.codec.read(layer.as_module(parts))
 
-    def write(self, part: Part) -> dict[str, Tensor]:
+    def write(self, part: PeftAdapter) -> dict[str, Tensor]:
         if part.site.groups != 1:
-            raise part.refuse(f"is a convolution in {part.site.groups} groups, which peft's layout is not checked for")
-        _undecomposed(part, "LoKr")
+            raise part.error(f"is a convolution with {part.site.groups} groups, which is not supported in peft's format")
+        _reject_magnitudes(part, "LoKr")
         found = self.codec.write(part.group())
         found.pop("alpha", None)
         return found
 
-    def config(self, pieces: Sequence[Piece]) -> Settings:
+    def config(self, pieces: Sequence[SiteTensors]) -> Settings:
         return self.codec.config(pieces)
 
-    def settings(self, attachment: Attachment, parts: Sequence[Part]) -> Settings:
-        """The factor and ranks by which peft makes factors of the same sides."""
+    def settings(self, attachment: Attachment, parts: Sequence[PeftAdapter]) -> Settings:
+        """The factor and ranks from which peft builds factors of the same shapes."""
         method: Any = attachment.method
         splits = {p.path: p.adapter.split for p in parts}
         low = {path: s.left_rank or s.right_rank for path, s in splits.items()}
-        ranks = {path: r or max(splits[path].vp, splits[path].vq) for path, r in low.items()}  # as large as makes them full
+        ranks = {path: r or max(splits[path].vp, splits[path].vq) for path, r in low.items()}  # large enough for full factors
         both = any(s.left_rank for s in splits.values())
         for part in parts:
             split = splits[part.path]
@@ -231,7 +231,7 @@ class LoKrPeft(PeftCodec):
                 bool(split.left_rank),
                 bool(split.right_rank),
             ):
-                raise part.refuse(f"has factors that peft does not make with factor {method.factor} and rank {rank}")
+                raise part.error(f"has factors that peft does not build with factor {method.factor} and rank {rank}")
         rank, others = patterns(ranks)
         alpha, alphas = patterns({p.path: ranks[p.path] * (p.adapter.scaling if low[p.path] else 1.0) for p in parts})
         return {
@@ -240,18 +240,18 @@ class LoKrPeft(PeftCodec):
         }  # fmt: skip
 
 
-def _undecomposed(part: Part, what: str) -> None:
-    """Raise for magnitudes around a change (DoRA), for which peft's layout has no place."""
+def _reject_magnitudes(part: PeftAdapter, what: str) -> None:
+    """Raises for DoRA magnitudes, which peft's format cannot hold."""
     if part.adapter.norm_axis is not None:
         axis = part.adapter.norm_axis
-        raise part.refuse(f"has magnitudes (norm_axis={axis!r}), which peft's {what} does not have", given={"norm_axis": axis})
+        raise part.error(f"has magnitudes (norm_axis={axis!r}), which peft's {what} does not have", given={"norm_axis": axis})
 
 
-def pair(layer: Layer) -> dict[str, Tensor]:
-    """LoRA's tensors as in LyCORIS' layout. No change, of an alpha of 0, is written as B = 0 there."""
+def lycoris_tensors(layer: PeftModule) -> dict[str, Tensor]:
+    """LoRA's tensors in the LyCORIS format. An alpha of 0 (no update) is written as B = 0."""
     down, up = layer.parts.get(A), layer.parts.get(B)
     if down is None or up is None or down.ndim < 2:
-        raise layer.refuse(f"has no whole pair, only {', '.join(layer.parts)}", given=tuple(layer.parts), expected=(A, B))
+        raise layer.error(f"has no complete factors, only {', '.join(layer.parts)}", given=tuple(layer.parts), expected=(A, B))
     rank = down.shape[0]
     alpha = scaled_alpha(layer.file, layer.config, layer.path, rank)
     if alpha == 0:
@@ -259,18 +259,18 @@ def pair(layer: Layer) -> dict[str, Tensor]:
     return {DOWN: down, UP: up, "alpha": torch.tensor(alpha, dtype=torch.float64)}
 
 
-def _plain(layer: Layer) -> Piece:
-    """LoRA as it is in the file: what is missing or misshapen, `load_state` tells of all modules together."""
+def _plain(layer: PeftModule) -> SiteTensors:
+    """LoRA as stored; `load_state` reports missing and misshapen tensors of all modules together."""
     site, down, up = layer.site, layer.parts.get(A), layer.parts.get(B)
     rank = down.shape[0] if down is not None and down.ndim else up.shape[1] if up is not None and up.ndim > 1 else 0
-    layer.expect(rank > 0, "lora_A and lora_B of one rank")
+    layer.expect(rank > 0, "lora_A and lora_B of the same rank")
     alpha = scaled_alpha(layer.file, layer.config, layer.path, rank)
-    state = {} if down is None else {"down": shaped(down, (rank, *site.weight_shape[1:]))}
-    state |= {} if up is None else {"up": shaped(up, (site.d_out, rank, *(1,) * len(site.kernel)))}
-    return Piece(site, {"rank": rank, "alpha": alpha}, state)
+    state = {} if down is None else {"down": match_shape(down, (rank, *site.weight_shape[1:]))}
+    state |= {} if up is None else {"up": match_shape(up, (site.d_out, rank, *(1,) * len(site.kernel)))}
+    return SiteTensors(site, {"rank": rank, "alpha": alpha}, state)
 
 
-def _embedding(layer: Layer) -> Piece:
+def _embedding(layer: PeftModule) -> SiteTensors:
     down, up = (layer.parts.get(end) for end in EMBEDDED)
     rows, width = layer.site.weight_shape
     rank = len(down) if down is not None and down.ndim == 2 else 0
@@ -278,9 +278,9 @@ def _embedding(layer: Layer) -> Piece:
     layer.expect(right and rank > 0, f"{EMBEDDED[0]} (r, {rows}) and {EMBEDDED[1]} ({width}, r)")
     assert down is not None and up is not None  # noqa: PT018
     alpha = scaled_alpha(layer.file, layer.config, layer.path, rank)
-    return Piece(layer.site, {"rank": rank, "alpha": alpha}, {"down": down.T, "up": up})
+    return SiteTensors(layer.site, {"rank": rank, "alpha": alpha}, {"down": down.T, "up": up})
 
 
-def _rank(part: Part) -> int:
+def _rank(part: PeftAdapter) -> int:
     down, _ = part.adapter.pair() if hasattr(part.adapter, "pair") else (part.adapter.down, part.adapter.up)
     return int(down.shape[1 if part.site.kind == "embedding" else 0])

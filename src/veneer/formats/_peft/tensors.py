@@ -1,4 +1,4 @@
-"""Reading the tensors of diffusers' layout and peft's `LoraConfig` into veneer's own methods."""
+"""Reads the tensors of diffusers' format and peft's `LoraConfig` into veneer's methods."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from veneer.injection import LoadError, VeneerError
 from veneer.injection.sites import WeightSite
 from veneer.injection.towers import Tower, towers_of
 
-from .._core.attach import Wanted
+from .._core.attach import AttachmentSpec
 from .._core.dora_magnitudes import SCALE
-from .._core.families import family_of, told
-from .._core.format import Layer, Options, values
+from .._core.families import family_of, family_sentence
+from .._core.format import LayerInfo, Options, count_parameters
 from .._io.reader import File
-from .._lycoris.codec import Piece
+from .._lycoris.codec import SiteTensors
 from .._lycoris.lokr import LoKrCodec
-from .codec import Layer as Module
 from .codec import PeftCodec
-from .config import refuse, scaled_alpha
-from .low_rank import EMBEDDED, MAGNITUDE, DoRAPeft, LoKrPeft, LoRAPeft, pair
+from .codec import PeftModule as Module
+from .config import reject_unsupported, scaled_alpha
+from .low_rank import EMBEDDED, MAGNITUDE, DoRAPeft, LoKrPeft, LoRAPeft, lycoris_tensors
 
-_NAME = r"(?:\.(?!(?:weight|bias)(?:\.|\Z))[^.]+)?"  # of the adapter in peft, which old files have in the keys
+_NAME = r"(?:\.(?!(?:weight|bias)(?:\.|\Z))[^.]+)?"  # peft's adapter name, which old files have in their keys
 _KEY = re.compile(
     r"(?:(?P<head>unet\.)?base_model\.model\.)?(?P<path>.+)\.(?P<end>"
     rf"lora_[AB](?={_NAME}\.weight\Z)|lora_magnitude_vector(?={_NAME}(?:\.weight)?\Z)|"
@@ -34,27 +34,27 @@ SAFE = "W' = W + B A, as diffusers reads files without alpha"
 LORA, DORA, LOKR = LoRAPeft(), DoRAPeft(), LoKrPeft()
 
 
-def wanted(model: Any, file: File, config: Any, options: Options) -> list[Wanted]:
-    """The attachments, one for each method, that give the file's ΔW at every site.
+def peft_specs(model: Any, file: File, config: Any, options: Options) -> list[AttachmentSpec]:
+    """Specifications of the attachments, one per method, that have the file's ΔW at every site.
 
     Args:
         config: of `lora_adapter_metadata`, or None.
     Raises:
-        LoadError: keys of other things, or modules that the model does not have.
+        LoadError: keys of other kinds, or modules that the model does not have.
     """
     if config is not None and not isinstance(config, dict):
-        message = f"{file.path}: its lora_adapter_metadata is no JSON object. The file is damaged."
+        message = f"{file.path}: lora_adapter_metadata is not a JSON object. The file is corrupt."
         raise LoadError(message, file=file.path, where="lora_adapter_metadata", expected="JSON object")
     towers = towers_of(model)
-    places, modules = _places(towers), {t.component: t.module for t in towers}
+    places, modules = _weights_by_path(towers), {t.component: t.module for t in towers}
     tensors = file.tensors(finite=options.strict)
-    layers, unused = _grouped(file, places)
+    layers, unused = _group_keys(file, places)
     notes: list[str] = (
         [] if config is not None or any(".alpha" in key for key in file.shapes) else [f"no alpha in the file: {SAFE}"]
     )
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[SiteTensors]] = {}
     codecs: dict[str, PeftCodec] = {}
-    configs = {t.component: _own(config, t.component or usual(t), file) for t in towers}
+    configs = {t.component: _component_config(config, t.component or default_component(t), file) for t in towers}
     for path, keys in layers.items():
         tower, site = places[path]
         own = configs[tower.component]
@@ -64,18 +64,18 @@ def wanted(model: Any, file: File, config: Any, options: Options) -> list[Wanted
         codec, found = _read(layer, parts, own)
         pieces.setdefault(codec.method, []).extend(found)
         codecs[codec.method] = codec
-    _refuse(file, unused, pieces, options)
+    _reject_unused(file, unused, pieces, options)
     made = []
     for method, some in pieces.items():
         state = {f"{p.site.name}:{part}": t for p in some for part, t in p.state.items()}
         sites = [p.site.name for p in some]
-        made.append(Wanted(method, method, codecs[method].config(some), sites, state, notes=notes, unused=unused))
+        made.append(AttachmentSpec(method, method, codecs[method].config(some), sites, state, notes=notes, unused=unused))
         notes, unused = [], []
     return made
 
 
-def _grouped(file: File, places: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Path of each module to its keys by their ends in peft's layout, and keys of anything else."""
+def _group_keys(file: File, places: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Path of each module -> its keys by suffix in peft's format; and the remaining keys."""
     layers: dict[str, dict[str, str]] = {}
     unused = []
     for key in file.shapes:
@@ -86,20 +86,20 @@ def _grouped(file: File, places: Mapping[str, Any]) -> tuple[dict[str, dict[str,
             continue
         end = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": MAGNITUDE}.get(match["end"], match["end"])
         parts = layers.setdefault(path, {})
-        if end in parts:  # a second one of what is there already
+        if end in parts:  # duplicate
             unused.append(key)
         parts.setdefault(end, key)
     return layers, unused
 
 
-def _read(layer: Module, parts: dict[str, Tensor], config: Mapping[str, Any] | None) -> tuple[PeftCodec, list[Piece]]:
-    """What a module means. Its own `alpha`, where there is one, counts as in LyCORIS' layout, and before the config."""
+def _read(layer: Module, parts: dict[str, Tensor], config: Mapping[str, Any] | None) -> tuple[PeftCodec, list[SiteTensors]]:
+    """Decodes a module. Its own `alpha`, if stored, takes precedence over the config and is applied as in the LyCORIS format."""
     alpha = parts.pop("alpha", None)
     if config == {} and alpha is None:
         why = "has no alpha: lora_adapter_metadata has no entry of this component, which diffusers rejects as well"
-        raise layer.refuse(why, missing=["alpha"])
+        raise layer.error(why, missing=["alpha"])
     if alpha is not None:
-        layer.expect(alpha.numel() == 1, "an alpha of one number")
+        layer.expect(alpha.numel() == 1, "a scalar alpha")
         rank = float(alpha)
         layer = Module(**{**vars(layer), "config": {"lora_alpha": rank, "alpha_pattern": {}}})
     try:
@@ -110,7 +110,7 @@ def _read(layer: Module, parts: dict[str, Tensor], config: Mapping[str, Any] | N
             return LOKR, LOKR.read(layer)
         if SCALE in parts:
             layer.expect(MAGNITUDE not in parts, f"either {SCALE} or {MAGNITUDE}")
-            return DORA, DORA.codec.read(layer.as_module({**pair(layer), SCALE: parts[SCALE]}))
+            return DORA, DORA.codec.read(layer.as_module({**lycoris_tensors(layer), SCALE: parts[SCALE]}))
         codec = DORA if MAGNITUDE in parts else LORA
         return codec, codec.read(layer)
     except VeneerError as error:
@@ -119,22 +119,22 @@ def _read(layer: Module, parts: dict[str, Tensor], config: Mapping[str, Any] | N
         raise LoadError.from_error(error, f"{layer.file.path}: {error}", file=layer.file.path) from error
 
 
-def layers(file: File, config: Any) -> list[Layer]:
-    """What is in a file, by the names of its modules."""
-    told = config if isinstance(config, dict) else None
+def layers(file: File, config: Any) -> list[LayerInfo]:
+    """Layers of a file, by the names of its modules."""
+    entries = config if isinstance(config, dict) else None
     alphas = file.tensors(finite=False, names={key for key in file.shapes if key.endswith(".alpha")})
-    heads = {str(key).partition(".")[0] for key in told or ()}
+    heads = {str(key).partition(".")[0] for key in entries or ()}
     found: dict[str, dict[str, str]] = {}
     for key in file.shapes:
         if (match := _KEY.fullmatch(key)) is not None:
             found.setdefault(match["path"], {})[match["end"]] = key
-    return [_layer(file, path, keys, told, heads, alphas.get(keys.get("alpha", ""))) for path, keys in found.items()]
+    return [_layer(file, path, keys, entries, heads, alphas.get(keys.get("alpha", ""))) for path, keys in found.items()]
 
 
 def _layer(
-    file: File, path: str, keys: Mapping[str, str], config: dict[str, Any] | None, heads: set[str], given: Tensor | None
-) -> Layer:
-    """A module by its shapes. `given`: its own alpha, which counts before the config's."""
+    file: File, path: str, keys: Mapping[str, str], config: dict[str, Any] | None, heads: set[str], stored_alpha: Tensor | None
+) -> LayerInfo:
+    """Describes a module by its shapes. `given`: its own alpha, which takes precedence over the config's."""
     shapes = {end: file.shapes[key] for end, key in keys.items()}
     dora = keys.keys() & {MAGNITUDE, "magnitude", SCALE}
     method = "lokr" if any(end.startswith("lokr_") for end in keys) else "dora" if dora else "lora"
@@ -142,15 +142,15 @@ def _layer(
     rank = shape[0] if shape else None
     head, _, rest = path.partition(".")
     component, module = (head, rest.removeprefix("text_model.")) if head in heads else ("", path)
-    own = _component(config, component)
+    own = _entries(config, component)
     alpha = None if rank is None or own == {} else scaled_alpha(file, own or {}, module, rank)
-    if rank is not None and given is not None and given.numel() == 1:
-        alpha = float(given)
-    return Layer(path, method, rank, alpha, values(file, keys.values()))
+    if rank is not None and stored_alpha is not None and stored_alpha.numel() == 1:
+        alpha = float(stored_alpha)
+    return LayerInfo(path, method, rank, alpha, count_parameters(file, keys.values()))
 
 
-def _places(towers: list[Tower]) -> dict[str, tuple[Tower, WeightSite]]:
-    """Paths that a file may have, and the weights that they mean: with the component or, for the main tower, without."""
+def _weights_by_path(towers: list[Tower]) -> dict[str, tuple[Tower, WeightSite]]:
+    """Paths that a file may use, and their weights: with the component or, for the main tower, without."""
     places: dict[str, tuple[Tower, WeightSite]] = {}
     for tower in towers:
         for site in (s for s in tower.sites if isinstance(s, WeightSite)):
@@ -160,33 +160,33 @@ def _places(towers: list[Tower]) -> dict[str, tuple[Tower, WeightSite]]:
 
 
 def _paths(tower: Tower, name: str) -> Iterator[str]:
-    """`text_model.` comes and goes with the version of transformers."""
+    """Paths with and without `text_model.`, which depends on the version of transformers."""
     path = name.removeprefix(tower.component + ".") if tower.component else name
     paths = dict.fromkeys((path, path.removeprefix("text_model."), f"text_model.{path}"))
-    yield from (f"{tower.component or usual(tower)}.{p}" for p in paths)
+    yield from (f"{tower.component or default_component(tower)}.{p}" for p in paths)
     if tower.main or not tower.component:
         yield from paths
 
 
-def usual(tower: Tower) -> str:
-    """What a bare model is called in a pipeline."""
+def default_component(tower: Tower) -> str:
+    """Conventional name of a bare model's component in a pipeline."""
     return {"unet": "unet", "dit": "transformer", "text": "text_encoder"}.get(tower.host.tower, "")
 
 
-def _own(config: Mapping[str, Any] | None, component: str, file: File) -> dict[str, Any] | None:
+def _component_config(config: Mapping[str, Any] | None, component: str, file: File) -> dict[str, Any] | None:
     """A component's config.
 
     Raises:
-        LoadError: it says that the tensors are not the whole change.
+        LoadError: it says that the tensors are not the complete adapter.
     """
-    own = _component(config, component)
+    own = _entries(config, component)
     if own is not None:
-        refuse(file.path, own)
+        reject_unsupported(file.path, own)
     return own
 
 
-def _component(config: Mapping[str, Any] | None, component: str) -> dict[str, Any] | None:
-    """peft's config of a component: entries with its name before them, or with no name before them; {} if there are none."""
+def _entries(config: Mapping[str, Any] | None, component: str) -> dict[str, Any] | None:
+    """peft's config of a component: entries prefixed with its name, else unprefixed entries; {} without either."""
     if config is None:
         return None
     start = component + "."
@@ -195,12 +195,12 @@ def _component(config: Mapping[str, Any] | None, component: str) -> dict[str, An
     }
 
 
-def _refuse(file: File, unused: list[str], found: Mapping[str, Any], options: Options) -> None:
+def _reject_unused(file: File, unused: list[str], found: Mapping[str, Any], options: Options) -> None:
     if unused and (options.strict or not found):
         raise LoadError(
             f"{file.path}: unused {len(unused)} of {len(file.shapes)} tensors: {', '.join(unused[:8])}. The model has no weights "
-            "of these names, or they are no LoRA: load it on the pipeline that it was made for, or pass strict=False."
-            f"{told(file)}",
+            "of these names, or they are not LoRA. Load it on the pipeline it was made for, or pass strict=False."
+            f"{family_sentence(file)}",
             file=file.path,
             unused=unused,
             family=family_of(file.shapes) or "",

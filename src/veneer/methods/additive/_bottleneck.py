@@ -1,4 +1,4 @@
-"""What the bottleneck adapters have in common: Down, something between, Up, and a sum with what the host has."""
+"""Parts shared by the bottleneck adapters: down-projection, nonlinearity, up-projection, residual sum."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.functional.channels import add_channels_product, channels_product, kept_samples
+from veneer.functional.channels import add_channels_product, channels_product, drop_path_mask
 from veneer.injection.attachment.deferred_init import zeros
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
@@ -18,7 +18,7 @@ Activation = Literal["relu", "gelu", "quick_gelu"]
 
 
 def activate(z: Tensor, act: Activation) -> Tensor:
-    """The activation of that name; `quick_gelu` is z ∘ sigmoid(1.702 z)."""
+    """The activation with the given name; `quick_gelu` is z ∘ sigmoid(1.702 z)."""
     if act == "quick_gelu":
         return z * torch.sigmoid(1.702 * z)
     return F.relu(z) if act == "relu" else F.gelu(z)
@@ -27,8 +27,8 @@ def activate(z: Tensor, act: Activation) -> Tensor:
 class Bottleneck(Adapter):
     """y' = y + s·Up(Drop(act(Down(x)))). Shapes: `down` (h, width), `up` (width, h), `down_bias` (h,), `up_bias` (width,).
 
-    All begin as zeros but `down`, which the method draws. Everything that scales the change scales the small `up`, so that
-    features are passed over as often as the products and the bias need.
+    All parameters are initialized to zero except `down`, which the method initializes. Scales are folded into the small `up`
+    matrix, which saves passes over the features.
     """
 
     blends: ClassVar[bool] = True
@@ -53,36 +53,36 @@ class Bottleneck(Adapter):
         self.up_bias = nn.Parameter(zeros(site.width)) if bias else None
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y: what the adapter reads and what it is added to, both in the site's layout."""
+        """x, y: the adapter's input and the tensor it is added to, both in the site's layout."""
         layout = self.site.layout
         z = self.between(channels_product(x, self.down, self.down_bias, layout))
-        kept = kept_samples(z, self.drop_path, self.training)
+        kept = drop_path_mask(z, self.drop_path, self.training)
         up, bias = self.last()
         return add_channels_product(y, z if kept is None else z * kept, up, bias, layout, kept)
 
     def between(self, z: Tensor) -> Tensor:
-        """What is done to the h features."""
+        """Maps the h bottleneck features."""
         return F.dropout(activate(z, self.act), self.dropout, self.training)
 
     def last(self) -> tuple[Tensor, Tensor | None]:
-        """The matrix and the bias of Up, with all scales and the strength in them."""
+        """The matrix and the bias of Up, with all scales and the strength folded in."""
         factor = self.strength * self.scale
         return self.up * factor, None if self.up_bias is None else self.up_bias * factor
 
 
 class OutputBottleneck(Bottleneck):
-    """y' = y + A(y): reads what it changes."""
+    """y' = y + A(y): reads the tensor that it changes."""
 
     reads: ClassVar[Literal["write"]] = "write"
 
 
 def count_bottleneck(width: int, bottleneck: int, bias: bool = True) -> int:
-    """Numbers in Down and Up."""
+    """Number of parameters in Down and Up."""
     return 2 * width * bottleneck + (bottleneck + width if bias else 0)
 
 
-def check_options(name: str, bottleneck: int, **probabilities: float) -> None:
-    """Raise `ValueError` for a width below 1 or a probability outside of [0, 1)."""
+def check_bottleneck_options(name: str, bottleneck: int, **probabilities: float) -> None:
+    """Raises `ValueError` for a width below 1 or a probability outside [0, 1)."""
     if bottleneck < 1:
         raise OptionError.of(name, "bottleneck", bottleneck, "at least 1")
     for option, value in probabilities.items():
@@ -90,6 +90,6 @@ def check_options(name: str, bottleneck: int, **probabilities: float) -> None:
             raise OptionError.of(name, option, value, "in [0, 1)")
 
 
-def truncated_(weight: Tensor, std: float) -> Tensor:
-    """Normal with that standard deviation, without what is more than two of them off zero, written into `weight`."""
+def truncated_normal_(weight: Tensor, std: float) -> Tensor:
+    """Fills `weight` in place from a normal distribution with the given standard deviation, truncated at two of them."""
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

@@ -12,7 +12,7 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import StreamSite
 
-from ._bottleneck import OutputBottleneck, check_options, count_bottleneck, truncated_
+from ._bottleneck import OutputBottleneck, check_bottleneck_options, count_bottleneck, truncated_normal_
 
 
 class AdapterPlusAdapter(OutputBottleneck):
@@ -23,7 +23,7 @@ class AdapterPlusAdapter(OutputBottleneck):
         self.channel_scale = nn.Parameter(torch.ones(site.width))
 
     def last(self) -> tuple[Tensor, Tensor | None]:
-        """Rows of Up times c."""
+        """Up, its rows scaled by c."""
         assert self.up_bias is not None
         factor = self.channel_scale * self.strength
         return self.up * factor[:, None], self.up_bias * factor
@@ -31,16 +31,16 @@ class AdapterPlusAdapter(OutputBottleneck):
 
 @dataclass(frozen=True)
 class AdapterPlus(Method):
-    """x' = x + c ∘ DropPath(Up(GELU(Down(x)))): x the stream after a block, c a learned scale for each channel, ones at first.
+    """x' = x + c ∘ DropPath(Up(GELU(Down(x)))): x the stream after a block, c a learned scale per channel, initialized to ones.
 
     Args:
         bottleneck: h, width between Down and Up, at least 1.
-        drop_path: probability of leaving out the adapter for a sample in training, 0 to 1.
-        std: standard deviation that both matrices begin with, cut at two of them; biases begin as zero.
+        drop_path: probability of dropping the adapter for a sample in training, 0 to 1.
+        std: standard deviation of the initial matrices, truncated at two of them; biases are initialized to zero.
     Counts: 2·width·h + h + 2·width per block; ViT-B/16 with h = 1, 2, 4, 8, 16, 32: 36,876, 55,320, 92,208, 165,984, 313,536,
     608,640.
-    Source: Steitz, Roth, Adapters Strike Back, CVPR 2024 (post position, channel scale, Houlsby's start), and
-    the authors' code, which also has a stochastic depth of 0.1 in the host itself.
+    Source: Steitz, Roth, Adapters Strike Back, CVPR 2024 (post position, channel scale, Houlsby initialization), and
+    the authors' code, which also uses stochastic depth of 0.1 in the host itself.
     """
 
     name: ClassVar[str] = "adapter_plus"
@@ -55,7 +55,7 @@ class AdapterPlus(Method):
     std: float = 0.01
 
     def __post_init__(self) -> None:
-        check_options(self.name, self.bottleneck, drop_path=self.drop_path)
+        check_bottleneck_options(self.name, self.bottleneck, drop_path=self.drop_path)
         if self.std <= 0:
             raise OptionError.of(self.name, "std", self.std, "above 0")
 
@@ -63,7 +63,7 @@ class AdapterPlus(Method):
         """Down, Up and c for one block."""
         adapter = AdapterPlusAdapter(site, self.bottleneck, self.drop_path)
         for weight in (adapter.down, adapter.up):
-            truncated_(weight, self.std)
+            truncated_normal_(weight, self.std)
         return adapter
 
     def count(self, site: StreamSite) -> int:

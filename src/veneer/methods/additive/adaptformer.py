@@ -11,12 +11,12 @@ from torch import nn
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import BranchSite
 
-from ._bottleneck import Bottleneck, check_options, count_bottleneck
+from ._bottleneck import Bottleneck, check_bottleneck_options, count_bottleneck
 
 
 @dataclass(frozen=True)
 class AdaptFormer(Method):
-    """y' = y + s·Up(Drop(ReLU(Down(x)))): y the MLP branch, x the stream before the branch's norm; Up begins as zero.
+    """y' = y + s·Up(Drop(ReLU(Down(x)))): y the MLP branch, x the stream before the branch's norm; Up is initialized to zero.
 
     Args:
         bottleneck: h, width between Down and Up, at least 1.
@@ -24,9 +24,9 @@ class AdaptFormer(Method):
         dropout: probability of dropping one of the h features in training, 0 to 1.
         bias: Down and Up have biases.
     Counts: 2·width·h + h + width per branch, without biases 2·width·h; ViT-B/16 1,189,632 with h = 64 and 156,768 with h = 8.
-    Source: Chen et al., AdaptFormer, NeurIPS 2022, section 3.2, and the authors' code: x before the norm, no norm of its own,
-    Down Kaiming-uniform with a = sqrt 5, biases zero, outside of the host's stochastic depth. Deviation: any branch may be
-    chosen, and features of convolutions, where Down and Up are convolutions of one pixel.
+    Source: Chen et al., AdaptFormer, NeurIPS 2022, section 3.2, and the authors' code: x before the norm, no additional norm,
+    Down Kaiming-uniform with a = sqrt 5, biases zero, outside the host's stochastic depth. Deviation: any branch may be
+    selected, and convolutional features, where Down and Up are 1×1 convolutions.
     """
 
     name: ClassVar[str] = "adaptformer"
@@ -41,7 +41,7 @@ class AdaptFormer(Method):
     bias: bool = True
 
     def __post_init__(self) -> None:
-        check_options(self.name, self.bottleneck, dropout=self.dropout)
+        check_bottleneck_options(self.name, self.bottleneck, dropout=self.dropout)
 
     def build(self, site: BranchSite) -> Bottleneck:
         """Down and Up for one branch."""

@@ -1,4 +1,4 @@
-"""CLIP-Adapter: a small network on the features, mixed with them."""
+"""CLIP-Adapter: a small network on the features, blended with them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CLIPAdapterAdapter(Adapter):
         self.up = nn.Linear(hidden, width, bias=False)
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y: the features (batch, width), before they are normalised."""
+        """x, y: the features (batch, width), before normalization."""
         return self.ratio * relu(self.up(relu(self.down(x)))) + (1 - self.ratio) * y
 
 
@@ -32,11 +32,11 @@ class CLIPAdapter(Method):
     """f' = r·A(f) + (1 − r)·f on the features that enter the head, A = ReLU(W2 ReLU(W1 f)), without biases.
 
     Args:
-        ratio: r, share of the new features, 0 to 1; the authors search it for each data set.
-        reduction: of the hidden width against the features'.
+        ratio: r, weight of the adapted features, 0 to 1; the authors search it per dataset.
+        reduction: ratio of the features' width to the hidden width.
     Counts: 2·width·(width / reduction); CLIP ViT-B/16 131,072, RN50 524,288.
-    Source: Gao et al., CLIP-Adapter, IJCV 2024, section 3; the ReLU behind W2 and r = 0.2 are those of the authors' code. Start:
-    as linear layers begin. Deviation: the adapter of pictures only, as in that code; the paper has one of texts too.
+    Source: Gao et al., CLIP-Adapter, IJCV 2024, section 3; the ReLU after W2 and r = 0.2 follow the authors' code. Initialized
+    as torch's linear layers. Deviation: image adapter only, as in that code; the paper also has a text adapter.
     """
 
     name: ClassVar[str] = "clip_adapter"
@@ -57,12 +57,12 @@ class CLIPAdapter(Method):
 
     @classmethod
     def examples(cls) -> tuple[Method, Method]:
-        """Small models have few features, and of few hidden ones all may be dead."""
+        """Small models have few features, and if few hidden units remain, all of them may be dead."""
         return cls(reduction=1), cls(reduction=1, ratio=0.5)
 
     def _hidden(self, site: FeatureSite) -> int:
         if site.width < self.reduction:
-            message = f"reduction {self.reduction} leaves nothing of {site.width} features"
+            message = f"reduction {self.reduction} leaves no hidden unit for {site.width} features"
             raise OptionError(message, option="reduction", method=self.name, given=self.reduction, expected=site.width)
         return site.width // self.reduction
 
@@ -70,7 +70,7 @@ class CLIPAdapter(Method):
         """W1 and W2.
 
         Raises:
-            ValueError: no hidden channel would be left.
+            ValueError: no hidden unit would be left.
         """
         return CLIPAdapterAdapter(site.width, self._hidden(site), self.ratio)
 

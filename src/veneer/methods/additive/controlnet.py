@@ -1,4 +1,4 @@
-"""ControlNet: a trainable copy of a UNet's way down, whose features are added to the skips through zero convolutions."""
+"""ControlNet: a trainable copy of a UNet's encoder, whose features are added to the skips through zero convolutions."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from veneer.injection.sites import ResidualSite
 from ._control import Controlled
 
 WIDTHS = (16, 32, 96, 256)
-PASSED = ("class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs")
+PASSED_ARGUMENTS = ("class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs")
 
 
 @dataclass(frozen=True)
 class ControlNet(Controlled):
-    """y = F(x; Θ) with skips h_i + Z_i(h_i'), where h' are the features of a copy Θ' of the way down that reads x + H(c).
+    """y = F(x; Θ) with skips h_i + Z_i(h_i'), where h' are the features of a copy Θ' of the encoder that reads x + H(c).
 
-    The hint encoder H reduces the picture c to the latent's size by convolutions; its last one and all Z_i, of 1×1, begin as
-    zeros, so that a new one changes nothing. Given with `condition(image=…, strength=…, start=…, end=…, guess=…)`.
+    The hint encoder H reduces the control image c to the latent's size by convolutions; its last one and all Z_i, of 1×1, are
+    initialized to zero, so that a new ControlNet is the identity. Used with `condition(image=…, strength=…, start=…, end=…,
+    guess=…)`.
 
     Args:
-        channels: of the picture, at least 1.
-        hint: widths of the hint encoder's stages, at least 1, one more than the halvings from pixels to latents; empty for the
-            usual.
-    `guess=True` when given: no control in the half of the batch that guidance computes without a prompt, and the skips weighed
-    from 0.1 at the top to 1 in the middle, evenly in the logarithm.
+        channels: of the image, at least 1.
+        hint: widths of the hint encoder's stages, at least 1, one more than the number of halvings from pixels to latents; empty
+            for the default.
+    `guess=True` as a condition: no control in the unconditional half of the batch, and the skips are weighted
+    from 0.1 at the top to 1 in the middle, logarithmically spaced.
     Counts: 361,279,120 for SD 1.5, 1,251,014,160 for SDXL.
-    Source: Zhang, Rao, Agrawala, ICCV 2023, equation 2 and figure 3. Guess mode as diffusers weighs it (the paper's code: 0.825
-    to the power of the distance from the middle).
+    Source: Zhang, Rao, Agrawala, ICCV 2023, equation 2 and figure 3. Guess mode is weighted as in diffusers (the paper's code:
+    0.825 to the power of the distance from the middle).
     """
 
     name: ClassVar[str] = "controlnet"
@@ -57,16 +58,16 @@ class ControlNet(Controlled):
             raise OptionError(message, option=option, method=self.name, given=getattr(self, option))
 
     def build(self, site: ResidualSite) -> ControlNetAdapter:
-        """The copy, untrained; it gets the host's weights when it is attached."""
+        """The copy; it receives the host's weights when it is attached."""
         halvings = round(math.log2(site.pixels))
         hint = self.hint or WIDTHS[: halvings + 1]
         if len(hint) != halvings + 1 or site.encoder is None:
-            message = f"hint has {len(hint)} widths; {site.pixels} pixels for each latent need {halvings + 1}"
+            message = f"hint has {len(hint)} widths; {site.pixels} pixels per latent need {halvings + 1}"
             raise OptionError(message, option="hint", method=self.name, given=len(hint), expected=halvings + 1)
         return ControlNetAdapter(site, site.encoder(self.channels, hint))
 
     def count(self, site: ResidualSite) -> int:
-        """Numbers of the copy, counted without making it."""
+        """Number of parameters of the copy, counted on the meta device."""
         with torch.device("meta"):
             return sum(p.numel() for p in self.build(site).parameters())
 
@@ -80,7 +81,7 @@ class ControlNetAdapter(Adapter):
 
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
-        """Begin as the host's way down."""
+        """Copies the weights of the host's encoder."""
         if values_follow():
             return
         host = dict(host_tensors(tower))
@@ -98,19 +99,19 @@ class ControlNetAdapter(Adapter):
         net: Any = self.net
         down, middle = net(
             sample[rows].to(dtype), _rows(timestep, rows), context[rows].to(dtype), image[rows].to(dtype), guess_mode=guess,
-            return_dict=False, **{name: _rows(call[name], rows) for name in PASSED if call.get(name) is not None},
+            return_dict=False, **{name: _rows(call[name], rows) for name in PASSED_ARGUMENTS if call.get(name) is not None},
         )  # fmt: skip
         before = len(sample) - len(middle)
-        return Residuals(skips=[_after(before, each) for each in down], middle=_after(before, middle))
+        return Residuals(skips=[_prepend_zeros(before, each) for each in down], middle=_prepend_zeros(before, middle))
 
 
 def _rows(value: Any, rows: slice) -> Any:
-    """The same of some rows of the batch; what has no rows as it is."""
+    """The given rows of tensors with a batch dimension; other values unchanged."""
     if isinstance(value, Mapping):
         return {key: _rows(each, rows) for key, each in value.items()}
     return value[rows] if isinstance(value, Tensor) and value.dim() else value
 
 
-def _after(count: int, features: Tensor) -> Tensor:
+def _prepend_zeros(count: int, features: Tensor) -> Tensor:
     """Zeros for `count` rows, then the features."""
     return torch.cat([features.new_zeros(count, *features.shape[1:]), features]) if count else features

@@ -1,4 +1,4 @@
-"""ControlNeXt: a small convolutional network whose feature is added, as large as the UNet's own, around its first block."""
+"""ControlNeXt: a small convolutional network whose normalized feature is added near the UNet's first block."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ OLD_STEM = (
 class ControlNeXt(Controlled):
     """x' = x + s·CN(f(c, t)) with CN(f) = (f − mean f) / std f · std x + mean x, over channels and pixels of each sample.
 
-    f is a stem of three convolutions, two residual blocks with the time, each halving, and a convolution to the width of x, which
-    is what the UNet's first block gives. Given with `condition(image=…, strength=…, start=…, end=…)`. The authors train the
-    output projections of all attentions as well, at a tenth of the rate: `train=("attn.out", "xattn.out")`.
+    f is a stem of three convolutions, two residual blocks with time embedding, each followed by downsampling, and a convolution
+    to the width of x, the output of the UNet's first block. Used with `condition(image=…, strength=…, start=…, end=…)`. The
+    authors also train the output projections of all attentions, at a tenth of the learning rate: `train=("attn.out",
+    "xattn.out")`.
 
     Args:
-        channels: of the picture.
+        channels: of the image.
         place: `block`, the first block's output, f resized to x before CN, as for SD 1.5; or `stem`, the first block's input, f
             resized after CN, as the authors do for SDXL. Neither changes a skip feature: the first one, the output of the first
             convolution, is stored before f is added.
-    Cross normalisation makes f as large as x from the first step on, so that a new one does change the output.
+    Cross normalization gives f the statistics of x from the first step on, so that a new ControlNeXt does change the output.
     Counts: 3,526,400 for SD 1.5; with the output projections 28.3 M.
-    Saved files: those of revision 1 with `place="stem"` had f in the first skip feature too. They are rejected: train again.
+    Saved files: revision 1 with `place="stem"` also added f to the first skip feature; such files are rejected: train again.
     Source: Peng et al., arXiv 2408.06070, equation 5 and the sizes of its code. std divides by n − 1, as there.
     """
 
@@ -60,12 +61,12 @@ class ControlNeXt(Controlled):
             raise OptionError(message, option=option, method=self.name, given=getattr(self, option))
 
     def build(self, site: ResidualSite) -> ControlNeXtAdapter:
-        """The network, as wide at its end as what it is added to."""
+        """The network, with the output width of the tensor it is added to."""
         return ControlNeXtAdapter(site, self.channels, self.place)
 
     @classmethod
     def migrate(cls, config: Mapping[str, Any], revision: int, tensors: Collection[str]) -> dict[str, Any]:
-        """The options as they are, except `place="stem"` of revision 1.
+        """The options unchanged, except `place="stem"` of revision 1.
 
         Raises:
             ValueError: a file of revision 1 with `place="stem"`.
@@ -75,12 +76,12 @@ class ControlNeXt(Controlled):
         return dict(config)
 
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
-        """Ten times the run's rate, which is that of the base's own weights."""
+        """Ten times the run's learning rate, which applies to the base weights."""
         return [{**group, "lr_scale": 10.0} for group in super().groups(adapters)]
 
 
 class ControlNeXtAdapter(Adapter):
-    """f, under the names that its authors gave it."""
+    """f, under its authors' names."""
 
     def __init__(self, site: ResidualSite, channels: int, place: str) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class ControlNeXtAdapter(Adapter):
         self.time_proj = Timesteps(TIME, True, 0)
         self.time_embedding = TimestepEmbedding(TIME, 2 * TIME)
         stem = zip((channels, STEM, STEM), (STEM, STEM, 2 * STEM), (2, 1, 1), strict=True)
-        self.embedding = nn.Sequential(*(layer for sizes in stem for layer in _normed(*sizes)))
+        self.embedding = nn.Sequential(*(layer for sizes in stem for layer in _conv_norm_relu(*sizes)))
         ins = (2 * STEM, *WIDTHS[:-1])
         self.down_res = nn.ModuleList(
             ResnetBlock2D(in_channels=a, out_channels=b, temb_channels=2 * TIME, groups=g)
@@ -118,7 +119,7 @@ class ControlNeXtAdapter(Adapter):
         return found
 
     def residuals(self, call: Mapping[str, Any]) -> Residuals:
-        """None: f is kept until the first block runs."""
+        """None: f is stored until the first block runs."""
         image = image_for(call, self.site, self.conditions, "controlnext")
         dtype = next(self.parameters()).dtype
         timestep = torch.as_tensor(call[self.site.arguments[1]], device=image.device)
@@ -131,16 +132,16 @@ class ControlNeXtAdapter(Adapter):
         x = features.to(control.dtype)
         height, width = x.shape[-2:]
         if self.first_pooled:
-            return crossed(adaptive_avg_pool2d(control, (height, width)), x)
-        return adaptive_avg_pool2d(crossed(control, x), (height, width))
+            return cross_normalize(adaptive_avg_pool2d(control, (height, width)), x)
+        return adaptive_avg_pool2d(cross_normalize(control, x), (height, width))
 
 
-def crossed(control: Tensor, x: Tensor) -> Tensor:
-    """Cross normalisation: control with the mean and the standard deviation of x, sample by sample."""
+def cross_normalize(control: Tensor, x: Tensor) -> Tensor:
+    """Cross normalization: control with the mean and the standard deviation of x, per sample."""
     over = (1, 2, 3)
     scale = x.std(over, keepdim=True) / (control.std(over, keepdim=True) + 1e-12)
     return (control - control.mean(over, keepdim=True)) * scale + x.mean(over, keepdim=True)
 
 
-def _normed(before: int, width: int, stride: int) -> list[nn.Module]:
+def _conv_norm_relu(before: int, width: int, stride: int) -> list[nn.Module]:
     return [nn.Conv2d(before, width, 3, stride, padding=1), nn.GroupNorm(2, width), nn.ReLU()]

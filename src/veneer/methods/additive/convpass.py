@@ -15,7 +15,7 @@ from veneer.injection.errors import HostChanged, OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import BranchSite
 
-from ._bottleneck import Bottleneck, activate, check_options, count_bottleneck
+from ._bottleneck import Bottleneck, activate, check_bottleneck_options, count_bottleneck
 
 Init = Literal["identity", "xavier"]
 
@@ -44,7 +44,7 @@ class ConvpassAdapter(Bottleneck):
         patches = self._last(patches.unflatten(1, self._grid(patches.shape[1]))).flatten(1, 2)
         if not self.site.prefix_tokens:
             return patches
-        alone = F.linear(head, self.conv[:, :, 1, 1], self.conv_bias)  # a picture of one pixel meets the centre only
+        alone = F.linear(head, self.conv[:, :, 1, 1], self.conv_bias)  # a 1×1 image only meets the kernel's center
         return torch.cat([alone, patches], 1)
 
     def _last(self, z: Tensor) -> Tensor:
@@ -62,24 +62,24 @@ class ConvpassAdapter(Bottleneck):
 
 @dataclass(frozen=True)
 class Convpass(Method):
-    """y' = y + s·Up(Drop(act(conv(act(Down(x)))))): y the attention or the MLP, x its input after the norm; Up begins as zero.
+    """y' = y + s·Up(Drop(act(conv(act(Down(x)))))): y attention or MLP branch, x its input after the norm; Up is zero initially.
 
-    act is QuickGELU, conv a convolution of 3×3 pixels over the patches on their grid, with zeros around. Each class or register
-    token is a picture of one pixel for it. Pictures of another size have a grid of the same aspect.
+    act is QuickGELU, conv a 3×3 convolution over the patch grid, zero-padded. Each class or register token is treated as a 1×1
+    image. Images of another size have a grid of the same aspect ratio.
 
     Args:
         bottleneck: h, width between Down and Up, at least 1.
-        scale: s, fixed; the authors choose it for each data set, of 0.01, 0.1, 1, 10, 100.
+        scale: s, fixed; the authors select it per dataset from 0.01, 0.1, 1, 10, 100.
         dropout: probability of dropping one of the h features in training, 0 to 1.
-        drop_path: probability of leaving out the adapter for a sample in training, 0 to 1.
-        init: what conv begins as: `identity` (the centre passes each feature on) or `xavier`.
+        drop_path: probability of dropping the adapter for a sample in training, 0 to 1.
+        init: initialization of conv: `identity` (the center passes each feature on) or `xavier`.
     Counts: 2·width·h + h + width + 9·h² + h per branch; ViT-B/16 327,552 with h = 8, and 163,776 with `where="attn"`.
     Source: Jie, Deng, Convolutional Bypasses Are Better Vision Transformer Adapters, 2022 (arXiv 2207.07039), and the
-    authors' code; Down Xavier-uniform, biases zero. Deviations: the authors' bypass is under the host's stochastic depth, here
-    under one of its own, 0 by default; the grid is that of the input, not 14 × 14; branches without a norm in front are
-    not offered.
+    authors' code; Down Xavier-uniform, biases zero. Deviations: the authors' bypass is inside the host's stochastic depth, here
+    it has its own, 0 by default; the grid is that of the input, not 14 × 14; branches without a preceding norm are not
+    supported.
     Raises:
-        HostChanged: at a call, with patches in no grid of the model's own aspect.
+        HostChanged: in a forward pass, if the patches form no grid of the model's aspect ratio.
     """
 
     name: ClassVar[str] = "convpass"
@@ -98,7 +98,7 @@ class Convpass(Method):
     init: Init = "identity"
 
     def __post_init__(self) -> None:
-        check_options(self.name, self.bottleneck, dropout=self.dropout, drop_path=self.drop_path)
+        check_bottleneck_options(self.name, self.bottleneck, dropout=self.dropout, drop_path=self.drop_path)
         if self.init not in get_args(Init):
             raise OptionError.of("convpass", "init", self.init, f"one of {', '.join(get_args(Init))}")
 

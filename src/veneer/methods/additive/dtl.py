@@ -1,4 +1,4 @@
-"""DTL: a low-rank side network beside all blocks that is written back into the late ones."""
+"""DTL: a low-rank side network across all blocks that is added back to the late ones."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from veneer.injection.sites import StreamSite
 from ._chain import Chain, State
 
 
-class Side(Chain):
-    """The chains of a tower, which of their blocks are written to, and for DTL+ the convolution of each chain.
+class SideNetwork(Chain):
+    """The chains of a tower, the blocks that they are added to, and for DTL+ the convolution of each chain.
 
     Shapes: `convs`, by the chain's number (width, 1, k, k).
     """
@@ -33,7 +33,7 @@ class Side(Chain):
         for site in sites:
             chain = self.links[site.name].chain
             if not any(self.links[name].chain == chain for name in self.written):
-                message = f"dtl: write_from={write_from} writes to no block at or after {site.name}; select with where=…"
+                message = f"dtl: write_from={write_from} leaves no block at or after {site.name} to add to; select with where=…"
                 raise OptionError(message, option="write_from", method="dtl", given=write_from, where=site.name)
             if conv and str(chain) not in self.convs:
                 weight = torch.empty(site.width, 1, conv, conv)
@@ -47,14 +47,15 @@ class Side(Chain):
 
 
 class DTLAdapter(Adapter):
-    """h_i = h_{i−1} + x_i Aᵀ Bᵀ; y' = y + s·swish_β(h_i) where the block is written to. Shapes: `A` (r, width), `B` (width, r).
+    """h_i = h_{i−1} + x_i Aᵀ Bᵀ; y' = y + s·swish_β(h_i) at blocks that are written to. Shapes: `A` (r, width), `B` (width, r).
 
-    What goes from block to block is x_j Aⱼᵀ and B_j of all blocks so far, r numbers a token each, of which h_i is one product.
+    The state passed between blocks is x_j Aⱼᵀ and B_j of all blocks so far, r values per token each, from which h_i is one
+    product.
     """
 
     blends: ClassVar[bool] = True
     casts: ClassVar[bool] = False
-    shared: Side
+    shared: SideNetwork
 
     def __init__(self, site: StreamSite, rank: int, beta: float) -> None:
         super().__init__()
@@ -63,12 +64,14 @@ class DTLAdapter(Adapter):
         self.B = nn.Parameter(torch.zeros(site.width, rank))
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y: what the block read and gave."""
+        """x, y: input and output of the block."""
         lows, ups = _halves(self.shared.carry(self.site.name, x, lambda before: self._step(before, x), self.group))
         if self.site.name not in self.shared.written:
             return y
         h = F.linear(torch.cat(lows, -1), torch.cat(ups, 1))
-        written = F.silu(h * self.beta) / self.beta  # swish_β(h) = h ∘ sigmoid(β h), with one tensor kept for the backward pass
+        written = (
+            F.silu(h * self.beta) / self.beta
+        )  # swish_β(h) = h ∘ sigmoid(β h), storing a single tensor for the backward pass
         if self.shared.convs:
             written = self._convolved(written)
         if self.site.layout == "NCHW":
@@ -81,7 +84,7 @@ class DTLAdapter(Adapter):
         return (*lows, F.linear(last, self.A), *ups, self.B)
 
     def _convolved(self, h: Tensor) -> Tensor:
-        """The convolution over the patches; prefix tokens pass it by."""
+        """The convolution over the patches; prefix tokens are not convolved."""
         weight = self.shared.convs[str(self.shared.links[self.site.name].chain)]
         if self.site.layout != "NLC":
             return _depthwise(h, weight)
@@ -90,8 +93,8 @@ class DTLAdapter(Adapter):
         try:
             grid = grid_of(patches.shape[1], self.site.grid)
         except ValueError as error:
-            given, where = patches.shape[1], self.site.name
-            raise HostChanged(f"{where}: {error}", where=where, given=given, expected=self.site.grid) from error
+            count, where = patches.shape[1], self.site.name
+            raise HostChanged(f"{where}: {error}", where=where, given=count, expected=self.site.grid) from error
         return torch.cat([head.to(h.dtype), _depthwise(patches.unflatten(1, grid), weight).flatten(1, 2).to(h.dtype)], 1)
 
 
@@ -100,7 +103,7 @@ def _halves(state: State) -> tuple[State, State]:
 
 
 def _depthwise(h: Tensor, weight: Tensor) -> Tensor:
-    """A convolution of each channel of (batch, height, width, channels); an even kernel has its odd zero right and below."""
+    """Depthwise convolution of (batch, height, width, channels); even kernels get one more zero on the right and bottom."""
     side = weight.shape[-1]
     before, after = (side - 1) // 2, side // 2
     padded = F.pad(h.permute(0, 3, 1, 2), (before, after, before, after))
@@ -109,30 +112,30 @@ def _depthwise(h: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DTL(Method):
-    """h_i = h_{i−1} + x_i A_iᵀ B_iᵀ beside block i, h_{−1} = 0; from block M on y' = y + swish_β(h_i). B = 0 at the start.
+    """h_i = h_{i−1} + x_i A_iᵀ B_iᵀ beside block i, h_{−1} = 0; from block M on y' = y + swish_β(h_i). B is initialized to zero.
 
     swish_β(u) = u·sigmoid(β u). DTL+ (`conv`): y' = y + conv(swish_β(h_i)), one depthwise convolution without bias for all blocks
-    that are written to, over the patches on their grid; class and register tokens pass it by.
+    that are written to, over the patch grid; class and register tokens are not convolved.
 
-    Gradients reach the blocks after the first that is written to, and no earlier one: with M = 6 of 12 blocks, blocks 7 to 11 of
-    the backbone keep their activations for the backward pass as with other methods, and blocks 0 to 6 keep only x_i, for A_i.
+    Gradients only reach the blocks after the first that is written to: with M = 6 of 12 blocks, blocks 7 to 11 of the backbone
+    store their activations for the backward pass as with other methods, and blocks 0 to 6 store only x_i, for A_i.
 
     Args:
         rank: r, at least 1; the authors use 2 for ViT-B/16 and 4 for Swin-B.
         beta: β, above 0; at 100 swish is nearly ReLU.
-        write_from: M, the first block that is written to, by its number in the tower; None for the upper half of each chain.
-        conv: side of the kernel of DTL+: 3, 4 or 5 by data set in the paper; 0 for DTL.
-    A chain is the selected blocks of one stage, width and layout: in Swin and convolutional networks h begins anew in each stage,
-    and each has a convolution of its own, as in the authors' code. There the default writes to every stage, which takes gradients
-    to the first; the authors' Swin-B is `where="block@4:24", write_from=14`. Blocks that change width or grid are not offered.
-    `by_site` may give other ranks and β; `write_from` and `conv` are one for the tower.
+        write_from: M, index of the first block in the tower that is written to; None means the second half of each chain.
+        conv: kernel size of DTL+: 3, 4 or 5 by dataset in the paper; 0 for DTL.
+    A chain is the selected blocks of one stage, width and layout: in Swin and convolutional networks h starts anew in each stage,
+    with a separate convolution, as in the authors' code. There the default writes to every stage, so that gradients reach the
+    first; the authors' Swin-B is `where="block@4:24", write_from=14`. Blocks that change width or grid are not supported.
+    `by_site` may set other ranks and β; `write_from` and `conv` apply to the whole tower.
     Counts: 2·width·r per block, and width·k² for a chain's convolution. ViT-B/16: 36,864; DTL+ 43,776 with k = 3, 56,064 with 5.
-    Source: Fu, Zhu, Wu, DTL: Disentangled Transfer Learning for Visual Recognition, AAAI 2024, and the authors' code. Draws as
-    there: A Kaiming-uniform, the convolution as torch's own. Deviation: the authors' model pools the mean of the patches in front
-    of its last norm; here the host's own pooling stays. Their code has no DTL+* of the paper's tables, which is not offered.
+    Source: Fu, Zhu, Wu, DTL: Disentangled Transfer Learning for Visual Recognition, AAAI 2024, and the authors' code. Initialized
+    as there: A Kaiming-uniform, the convolution as torch's default. Deviation: the authors' model averages the patches before its
+    last norm; here the host's own pooling is kept. Their code has no DTL+* of the paper's tables, which is not implemented.
     Raises:
-        ValueError: a chain without a block that is written to; `conv` where tokens stand in no grid.
-        HostChanged: at a call, blocks that run out of order, or patches in no grid of the model's own aspect.
+        ValueError: a chain without a block that is written to; `conv` if tokens form no grid.
+        HostChanged: in a forward pass, if blocks run out of order, or patches form no grid of the model's aspect ratio.
     """
 
     name: ClassVar[str] = "dtl"
@@ -153,20 +156,20 @@ class DTL(Method):
         if not self.beta > 0:
             raise OptionError.of("dtl", "beta", self.beta, "above 0")
         if self.conv < 0 or self.conv in (1, 2):
-            raise OptionError.of("dtl", "conv", self.conv, "0 for none or a kernel's side of 3 or more")
+            raise OptionError.of("dtl", "conv", self.conv, "0 for none, or a kernel size of 3 or more")
 
-    def build_shared(self, sites: Sequence[StreamSite]) -> Side:
-        """The chains, and their convolutions."""
-        return Side(sites, self.write_from, self.conv)
+    def build_shared(self, sites: Sequence[StreamSite]) -> SideNetwork:
+        """The chains and their convolutions."""
+        return SideNetwork(sites, self.write_from, self.conv)
 
     def build(self, site: StreamSite) -> DTLAdapter:
         """A and B of one block.
 
         Raises:
-            ValueError: `conv` has no grid there.
+            ValueError: `conv` has no grid at this site.
         """
         if self.conv and site.layout == "NLC" and site.grid is None:
-            message = "conv needs patches that stand in a grid; use conv=0 or select other sites"
+            message = "conv needs tokens that form a grid; use conv=0 or select other sites"
             raise OptionError(message, option="conv", method=self.name, given=self.conv, expected=0)
         return DTLAdapter(site, self.rank, self.beta)
 

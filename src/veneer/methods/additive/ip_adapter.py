@@ -1,4 +1,4 @@
-"""IP-Adapter: cross-attention to tokens of a picture, beside that to the text."""
+"""IP-Adapter: cross-attention to image tokens, in addition to the text."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ from veneer.injection.method import Adapter, Method, Need, ParsedConditions
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import AttentionSite, Site
 
-from ._image_prompt import ImageTokens, Resampler, embeddings, fitted, masks
+from ._image_prompt import ImageTokens, Resampler, image_embeddings, read_masks, resize_masks
 
 TOKENS = {"base": 4, "plus": 16}
 
 
 @dataclass(frozen=True)
 class IPAdapter(Method):
-    """y = Attn(q, K, V) + s·Attn(q, c W_k', c W_v') with the picture's tokens c; q and the output projection are the host's.
+    """y = Attn(q, K, V) + s·Attn(q, c W_k', c W_v') with the image tokens c; q and the output projection are the host's.
 
-    Tokens: `base` makes them of the picture's embedding e by LayerNorm(W e), `plus` of all patches by a resampler with queries of
-    its own. W_k', W_v' begin as the host's own for the text. Given with `condition(image=…)` or `condition(embeds=…)`.
+    Tokens: `base` computes them from the image embedding e as LayerNorm(W e), `plus` from all patches by a resampler with learned
+    queries. W_k', W_v' are initialized from the host's text projections. Used with `condition(image=…)` or `condition(embeds=…)`.
 
     Args:
-        kind: `base` or `plus`. `width`: of the embeddings of a picture (ViT-H 1024) or of its patches (1280).
-        tokens: for each picture; 0 for the usual 4 or 16.
+        kind: `base` or `plus`. `width`: of the image embeddings (ViT-H 1024) or patch embeddings (1280).
+        tokens: per image; 0 for the default, 4 or 16.
         depth: blocks of the resampler.
-        dim: width of the resampler, whose heads have 64; 0 for the text's width, at most 1280.
-        zero_start: W_v' begins as zeros, so that a new one changes nothing. False: as the host's, as the paper has it.
-    Given are pictures, which the pipeline's `image_encoder` embeds, or `embeds` of (pictures, width), for `plus` (pictures,
-    patches, width); one for all samples or one for each prompt; several for one prompt as a list in the list, or (pictures,
-    several, …).
-    `negative` are those of the half without a prompt, else zeros. `mask`: where each of the several acts. `layers`: stage or name
-    pattern of a block to its strength, such as `{"*": 0.0, "up.0": 1.0}`; the last that matches counts.
+        dim: width of the resampler, whose heads have 64 channels; 0 for the text's width, at most 1280.
+        zero_start: initializes W_v' to zero, so that a new adapter is the identity. False: from the host, as in the paper.
+    Conditions are images, embedded by the pipeline's `image_encoder`, or `embeds` of (images, width), for `plus` (images,
+    patches, width); one for all samples or one per prompt; several per prompt as nested lists, or (images, several, …).
+    `negative` are the embeddings of the unconditional half, zeros by default. `mask`: where each of the several images applies.
+    `layers`: maps stages or name patterns of blocks to strengths, such as `{"*": 0.0, "up.0": 1.0}`; the last match applies.
     Counts: SD 1.5 22,319,616, with embeddings of 1024; plus 49,087,488, with patches of 1280.
     Source: Ye et al., arXiv 2308.06721, equations 4 and 5. Deviation: `zero_start`.
     """
@@ -69,10 +68,10 @@ class IPAdapter(Method):
             raise OptionError(message, option=option, method=self.name, given=getattr(self, option), expected=least[option])
 
     def build_shared(self, sites: Sequence[AttentionSite]) -> nn.Module:
-        """What makes the tokens of a picture."""
+        """The image projection."""
         widths = {site.context_width for site in sites}
         if len(widths) > 1:
-            message = f"ip_adapter: the layers' contexts are {sorted(widths)} wide; choose those of one width with where=…"
+            message = f"ip_adapter: the layers' contexts have widths {sorted(widths)}; select layers of one width with where=…"
             raise OptionError(message, option="where", method=self.name, given=tuple(sorted(widths)))
         (context,) = widths
         tokens = self.tokens or TOKENS[self.kind]
@@ -85,27 +84,27 @@ class IPAdapter(Method):
         return IPAdapterLayer(site, self.zero_start)
 
     def count(self, site: AttentionSite) -> int:
-        """2·D·context a layer."""
+        """2·D·context per layer."""
         return 2 * site.width * site.context_width
 
     def parse_conditions(self, sites: Sequence[Site], pipeline: Any, **conditions: Any) -> ParsedConditions:
-        """Embeddings (pictures, several, …), those of the half without a prompt, and masks (pictures, several, height, width)."""
-        given, negative = embeddings(conditions, pipeline, self.kind == "plus")
-        for name, value in (("embeds", given), ("negative", negative)):
+        """Embeddings (images, several, …), those of the unconditional half, and masks (images, several, height, width)."""
+        embeds, negative = image_embeddings(conditions, pipeline, self.kind == "plus")
+        for name, value in (("embeds", embeds), ("negative", negative)):
             if value.shape[-1] != self.width:
                 raise ConditionError(
-                    f"ip_adapter: {name} are {value.shape[-1]} wide; it was made for {self.width}, those of one encoder.",
+                    f"ip_adapter: {name} have width {value.shape[-1]}; expected {self.width}, that of its image encoder.",
                     where=name,
                     given=value.shape[-1],
                     expected=self.width,
                 )
-        values = {"embeds": given, "negative": negative.expand_as(given)}
+        values = {"embeds": embeds, "negative": negative.expand_as(embeds)}
         if conditions.get("mask") is not None:
-            values["mask"] = masks(conditions["mask"], *given.shape[:2])
+            values["mask"] = read_masks(conditions["mask"], *embeds.shape[:2])
         return values, {"layers": _layers(conditions.get("layers") or {}, sites)}
 
     def prepare_call(self, adapters: Sequence[tuple[Site, Adapter]]) -> None:
-        """Make the tokens of this call's pictures, once for all layers."""
+        """Computes the image tokens of this call, once for all layers."""
         shared: Any = adapters[0][1].get_submodule("shared")
         conditions = adapters[0][1].conditions
 
@@ -122,15 +121,15 @@ class IPAdapter(Method):
             adapter.call.prepared = made
 
     def example(self, adapters: Sequence[tuple[Site, Adapter]], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """An embedding of noise."""
+        """A noise embedding."""
         like = next(p for _, a in adapters for p in a.parameters())
         shape = (1, 1, 3, self.width) if self.kind == "plus" else (1, 1, self.width)
-        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(like.device)
-        return {"embeds": drawn, "negative": torch.zeros_like(drawn)}
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(like.device)
+        return {"embeds": noise, "negative": torch.zeros_like(noise)}
 
 
 class IPAdapterLayer(Adapter):
-    """W_k' and W_v' of one layer, and the attention to the picture's tokens (batch, several, tokens, context)."""
+    """W_k' and W_v' of one layer, and the attention to the image tokens (batch, several, tokens, context)."""
 
     blends: ClassVar[bool] = True
 
@@ -142,7 +141,7 @@ class IPAdapterLayer(Adapter):
 
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
-        """Begin as the layer's own projections of the text."""
+        """Copies the layer's text projections."""
         if values_follow():
             return
         for own, name in ((self.to_k_ip, "to_k"), (self.to_v_ip, "to_v")):
@@ -151,18 +150,18 @@ class IPAdapterLayer(Adapter):
             self.to_v_ip.weight.zero_()
 
     def attend(self, inner: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The host's attention, and beside it that to the picture: `to_out` is linear, and may be applied to both apart."""
+        """The host's attention plus that to the image: `to_out` is linear, so that it may be applied to both separately."""
         y: Tensor = inner(attn, hidden_states, *args, **kwargs)
         strength = self.conditions.strength * self.conditions.options.get("layers", {}).get(self.site.name, 1.0)
         if strength == 0:
             return y
-        seen = self.see(attn, hidden_states)
+        attended = self.see(attn, hidden_states)
         out = attn.to_out[0]
-        change = out(seen) - out(seen.new_zeros(1, 1, seen.shape[-1]))
+        change = out(attended) - out(attended.new_zeros(1, 1, attended.shape[-1]))
         return y + (self.strength * strength).to(y.dtype) * (change / attn.rescale_output_factor).to(y.dtype)
 
     def see(self, attn: Any, hidden_states: Tensor) -> Tensor:
-        """Attn(q, c W_k', c W_v'), (batch, length, width); with masks, picture by picture."""
+        """Attn(q, c W_k', c W_v'), (batch, length, width); with masks, image by image."""
         q = attn.to_q(hidden_states)
         q = self._heads(q if attn.norm_q is None else attn.norm_q(q))
         tokens = self.call.prepared.to(self.to_k_ip.weight.dtype)
@@ -170,7 +169,7 @@ class IPAdapterLayer(Adapter):
         mask = self.conditions.values.get("mask")
         if mask is None:
             return self._attention(q, k.flatten(1, 2), v.flatten(1, 2))
-        fit = fitted(mask, hidden_states.shape[1]).to(q.dtype)
+        fit = resize_masks(mask, hidden_states.shape[1]).to(q.dtype)
         parts = [self._attention(q, k[:, i], v[:, i]) * fit[:, i, :, None] for i in range(k.shape[1])]
         return torch.stack(parts).sum(0)
 
@@ -181,19 +180,19 @@ class IPAdapterLayer(Adapter):
         return x.unflatten(-1, (self.site.heads, -1)).transpose(1, 2)
 
 
-def _layers(given: Mapping[str, float], sites: Sequence[Site]) -> dict[str, float]:
-    """Strength of each layer by its name.
+def _layers(strengths: Mapping[str, float], sites: Sequence[Site]) -> dict[str, float]:
+    """Strength of each layer by name.
 
     Raises:
-        ConditionError: a pattern is of no layer.
+        ConditionError: a pattern matches no layer.
     """
     found: dict[str, float] = {}
-    for pattern, strength in given.items():
+    for pattern, strength in strengths.items():
         meant = [s.name for s in sites if fnmatchcase(s.stage or "", pattern) or fnmatchcase(s.name, pattern)]
         if not meant:
             stages = ", ".join(dict.fromkeys(s.stage or s.name for s in sites))
             raise ConditionError(
-                f"ip_adapter: layers has {pattern!r}, which is no block; there are {stages}, or names of layers.",
+                f"ip_adapter: layers has {pattern!r}, which matches no block; expected one of {stages}, or names of layers.",
                 where="layers",
                 given=pattern,
                 expected=tuple(dict.fromkeys(s.stage or s.name for s in sites)),

@@ -1,4 +1,4 @@
-"""LST: a small transformer beside the backbone that reads every block, and takes the place of the last one's output."""
+"""LST: a small transformer beside the backbone that reads every block and replaces the last block's output."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from veneer.injection.sites import StreamSite
 
 from ._chain import Chain, State
 
-HEAD = 64
-"""Usual channels of a head of the backbone."""
+HEAD_CHANNELS = 64
+"""Default number of channels per head of the backbone."""
 
 
 class SideBlock(nn.Module):
@@ -32,15 +32,15 @@ class SideBlock(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, s: Tensor) -> Tensor:
-        """(B, N, width) to the same."""
+        """(B, N, width) to (B, N, width)."""
         q, k, v = self.qkv(self.norm1(s)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         s = s + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         fed: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(s))))
         return s + fed
 
 
-class Ends(nn.Module):
-    """Where the ladder of one tower begins and ends: `down` (width to side), `norm`, `up` (side to width)."""
+class LadderProjections(nn.Module):
+    """Input and output projections of one tower's ladder: `down` (width to side), `norm`, `up` (side to width)."""
 
     def __init__(self, width: int, side: int) -> None:
         super().__init__()
@@ -48,18 +48,18 @@ class Ends(nn.Module):
 
 
 class Ladder(Chain):
-    """The chain of each tower and its ends."""
+    """The chain of each tower and its input and output projections."""
 
     def __init__(self, sites: Sequence[StreamSite], reduction: int) -> None:
         super().__init__(sites)
         widths = {self.links[site.name].chain: site.width for site in sites}
-        self.ends = nn.ModuleDict({str(chain): Ends(width, width // reduction) for chain, width in widths.items()})
+        self.ends = nn.ModuleDict({str(chain): LadderProjections(width, width // reduction) for chain, width in widths.items()})
 
 
 class LSTAdapter(Adapter):
-    """s' = Block(g·s + (1 − g)·Down(y)), g = sigmoid(α / T); at the last block y' = Up(LN(s')). y is read without its graph.
+    """s' = Block(g·s + (1 − g)·Down(y)), g = sigmoid(α / T); at the last block y' = Up(LN(s')). y is detached.
 
-    Shapes: `alpha` (1,), `down` width to side, `block` of side. Without any where the side layer is dropped: s' = s.
+    Shapes: `alpha` (1,), `down` width to side, `block` of side. No parameters if the side layer is dropped: s' = s.
     """
 
     blends: ClassVar[bool] = True
@@ -72,10 +72,10 @@ class LSTAdapter(Adapter):
         if not dropped:
             self.alpha = nn.Parameter(torch.zeros(1))
             self.down = nn.Linear(site.width, side)
-            self.block = SideBlock(side, heads or side // _head(side, HEAD * side // site.width))
+            self.block = SideBlock(side, heads or side // _head(side, HEAD_CHANNELS * side // site.width))
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y: what the block read and gave."""
+        """x, y: input and output of the block."""
         link = self.shared.links[self.site.name]
         ends: Any = self.shared.ends[str(link.chain)]
         (s,) = self.shared.carry(self.site.name, x, lambda before: self._step(before, x, y, ends), self.group)
@@ -93,7 +93,7 @@ class LSTAdapter(Adapter):
 
 
 def _head(side: int, most: int) -> int:
-    """Channels of a side head: the most, up to `most`, that divide the side width."""
+    """Channels per side head: the largest divisor of the side width up to `most`."""
     return next(n for n in range(max(1, most), 0, -1) if side % n == 0)
 
 
@@ -101,33 +101,33 @@ def _head(side: int, most: int) -> int:
 class LST(Method):
     """s_0 = Down_0(x_0), s_{i+1} = Block_i(g_i·s_i + (1 − g_i)·Down_i(y_i)); at the last block y' = Up(LN(s)).
 
-    x_0 is what enters the first block and y_i what block i gives, both read without their graph; Block_i is a transformer block
-    of width/r channels, g_i = sigmoid(α_i / T), α_i = 0 at the start. The backbone is left as it is until its last block, whose
-    output is replaced: no gradient goes through any block, and of the backbone only x_0 and the y_i are kept, which the gradients
-    of Down need.
+    x_0 is the input of the first block and y_i the output of block i, both detached; Block_i is a transformer block of width/r
+    channels, g_i = sigmoid(α_i / T), α_i initialized to 0. The backbone is unchanged up to its last block, whose output is
+    replaced: no gradient flows through any block, and of the backbone only x_0 and the y_i are stored, for the gradients of
+    Down.
 
     Args:
         reduction: r, at least 1; the side width is width / r, rounded down.
         temperature: T of the gates, above 0.
-        skip: numbers of blocks in the tower whose side layer is dropped: s passes them unchanged. The authors drop every fourth,
+        skip: indices of blocks in the tower whose side layer is dropped: s passes them unchanged. The authors drop every fourth,
             `(0, 4, 8)` of 12.
-        heads: of Block's attention, a divisor of the side width; the authors have as many as the backbone. 0: heads of 64/r
-            channels, or the next smaller divisor, which is the backbone's number where its heads have 64 channels.
-    The ladder goes over the selected blocks and replaces the output of the last of them: leave out none at the end. What is
-    trained in front of it gets no gradient through it. At a strength between 0 and 1 the output is y + s·(y' − y), of which only
-    y' has a gradient. Side attention sees all tokens both ways: a text model's masks do not reach it.
-    Needs sequences of one width throughout: the stages of Swin, convolutional networks and UNets would need a ladder each, that
-    replaces a stage's output and takes gradients through all stages after it.
+        heads: of Block's attention, a divisor of the side width; the authors use as many as the backbone. 0: heads of 64/r
+            channels, or the next smaller divisor, which is the backbone's number if its heads have 64 channels.
+    The ladder spans the selected blocks and replaces the output of the last of them: the selection must include the final blocks.
+    Parameters trained before it receive no gradient through it. At a strength between 0 and 1 the output is y + s·(y' − y), of
+    which only y' has a gradient. Side attention is bidirectional over all tokens: a text model's masks are not applied.
+    Needs sequences of one width throughout: the stages of Swin, convolutional networks and UNets would each need a ladder that
+    replaces the stage's output, with gradients through all later stages.
     Counts: with side width w, per block 12·w² + 13·w of Block, (width + 1)·w of Down and 1; once (width + 1)·w of Down_0, 2·w of
-    the norm and (w + 1)·width of Up. ViT-B/16 2,376,492, which are the 2.38 M that V-PETL Bench states.
+    the norm and (w + 1)·width of Up. ViT-B/16 2,376,492, the 2.38 M stated by V-PETL Bench.
     Source: Sung, Cho, Bansal, LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning, NeurIPS 2022, and the
-    authors' code (T5, BART, CLIP-ViL), which has no plain vision transformer. As there: the mean of both at the start, biases in
-    Down and Up, Up in the place of the backbone's output. Deviations: the number of heads is not read from the backbone
-    (`heads`); Block is a pre-norm block as in ViT, with GELU, four times the width between, and biases; layers are initialized as
-    torch's own, not as pruned backbone weights, which need a table of names for each model.
+    authors' code (T5, BART, CLIP-ViL), which has no plain vision transformer. As there: equal gates at initialization, biases in
+    Down and Up, Up replaces the backbone's output. Deviations: the number of heads is not read from the backbone
+    (`heads`); Block is a pre-norm block as in ViT, with GELU, a four times wider MLP, and biases; layers use torch's default
+    initialization, not pruned backbone weights, which would need a table of names for each model.
     Raises:
-        ValueError: the side width would be 0, or is no multiple of `heads`.
-        HostChanged: at a call, blocks that run out of order.
+        ValueError: the side width would be 0, or is not a multiple of `heads`.
+        HostChanged: in a forward pass, if blocks run out of order.
     """
 
     name: ClassVar[str] = "lst"
@@ -179,16 +179,16 @@ class LST(Method):
 
     def _check(self, site: StreamSite) -> None:
         if site.width < self.reduction:
-            message = f"lst: {site.name}: a width of {site.width} leaves nothing at reduction {self.reduction}; lower it"
+            message = f"lst: {site.name}: width {site.width} with reduction {self.reduction} gives a side width of 0; lower it"
             raise OptionError(
                 message, option="reduction", method=self.name, where=site.name, given=self.reduction, expected=site.width
             )
         if self.heads and site.width // self.reduction % self.heads:
             width = site.width // self.reduction
-            message = f"lst: {site.name}: a side width of {width} is no multiple of heads={self.heads}"
+            message = f"lst: {site.name}: side width {width} is not a multiple of heads={self.heads}"
             raise OptionError(message, option="heads", method=self.name, where=site.name, given=self.heads, expected=width)
 
     def count(self, site: StreamSite) -> int:
-        """Block, Down and the gate; nothing where the side layer is dropped."""
+        """Block, Down and the gate; 0 if the side layer is dropped."""
         side = site.width // self.reduction
         return 0 if site.depth in self.skip else 12 * side**2 + 13 * side + (site.width + 1) * side + 1

@@ -1,4 +1,4 @@
-"""Pfeiffer's adapter: one bottleneck a block, after the MLP."""
+"""Pfeiffer's adapter: one bottleneck per block, after the MLP."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from veneer.injection.sites import BranchSite
 
 from ._bottleneck import Bottleneck, OutputBottleneck, count_bottleneck
 
-Reads = Literal["branch", "sum"]
+AdapterInput = Literal["branch", "sum"]
 
 
 class SumBottleneck(Bottleneck):
-    """y' = y + A(x + y): reads the stream as it is after the branch, and is added to the branch."""
+    """y' = y + A(x + y): reads the stream after the branch, and is added to the branch."""
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: the stream before the branch; y: the branch."""
@@ -29,17 +29,17 @@ class Pfeiffer(Method):
     """y' = y + Up(ReLU(Down(y))): y the output of the MLP, before it is added to the stream x.
 
     Args:
-        reduction: the width between is width // reduction, and at least 1.
-        input: what Down reads: the `branch` y, or the `sum` x + y.
+        reduction: h = width // reduction, at least 1.
+        input: the input of Down: the `branch` y, or the `sum` x + y.
     Counts: 2·width·h + h + width per block, h = width // reduction; ViT-B/16 894,528 with h = 48.
     Source: Pfeiffer et al., AdapterFusion, EACL 2021, and MAD-X, EMNLP 2020, equation of the language adapter; ReLU,
-    reduction 16 and the start (normal with 0.02, biases zero) as in AdapterHub. In their BERT the adapter reads the norm of
-    x + y and is added to y, before another norm. A vision transformer has no norm there: `branch` is the form of Jia et al.
-    (VPT), ECCV 2022; `sum` that of AdapterHub and of Steitz, Roth, CVPR 2024. Deviations: Steitz and Roth give the adapter
-    a norm of its own; the VPT code uses GELU and initializes all matrices to zero, of which only the last bias learns; it has the
-    adapter before stochastic depth, here it is after layer scale and stochastic depth, as in Adapter+: in training with a drop
-    rate above 0 a dropped branch still gets A(0).
-    Where a host has a gate behind the branch, `sum` is taken before the gate.
+    reduction 16 and the initialization (normal with 0.02, biases zero) as in AdapterHub. In their BERT the adapter reads the norm
+    of x + y and is added to y, before another norm. A vision transformer has no norm there: `branch` is the form of Jia et al.
+    (VPT), ECCV 2022; `sum` that of AdapterHub and of Steitz, Roth, CVPR 2024. Deviations: Steitz and Roth add a norm inside the
+    adapter; the VPT code uses GELU and initializes all matrices to zero, of which only the last bias receives a gradient; it
+    applies the adapter before stochastic depth, here after layer scale and stochastic depth, as in Adapter+: in training with a
+    drop rate above 0 a dropped branch still gets A(0).
+    If a host has a gate after the branch, `sum` is taken before the gate.
     """
 
     name: ClassVar[str] = "pfeiffer"
@@ -50,17 +50,17 @@ class Pfeiffer(Method):
     learning_rate: ClassVar[float] = 1e-3
 
     reduction: int = 16
-    input: Reads = "branch"
+    input: AdapterInput = "branch"
 
     def __post_init__(self) -> None:
         if self.reduction < 1:
             raise OptionError.of("pfeiffer", "reduction", self.reduction, "at least 1")
-        if self.input not in get_args(Reads):
-            raise OptionError.of("pfeiffer", "input", self.input, f"one of {', '.join(get_args(Reads))}")
+        if self.input not in get_args(AdapterInput):
+            raise OptionError.of("pfeiffer", "input", self.input, f"one of {', '.join(get_args(AdapterInput))}")
 
     @classmethod
     def examples(cls) -> tuple[Method, Method]:
-        """Both inputs, with enough features for small models: a single one may be below zero, and dead, everywhere."""
+        """Both inputs, with enough features for small models: a single one may be negative, thus dead, for all inputs."""
         return cls(reduction=2), cls(reduction=2, input="sum")
 
     def width_at(self, site: BranchSite) -> int:

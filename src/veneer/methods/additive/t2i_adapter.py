@@ -1,4 +1,4 @@
-"""T2I-Adapter: features of a picture, made once for a whole drawing, that are added inside a UNet's way down."""
+"""T2I-Adapter: image features, computed once per generated image, that are added inside a UNet's encoder."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from ._control import Controlled
 
 @dataclass(frozen=True)
 class T2IAdapter(Controlled):
-    """F_i' = F_i + A_i(c): the features A_i of the picture c are added to the UNet's at every resolution of its way down.
+    """F_i' = F_i + A_i(c): the features A_i of the image c are added to the UNet's at every resolution of its encoder.
 
-    c is unshuffled to the first resolution; each level halves where the UNet does, changes the width by a 1×1 convolution, and
-    has `blocks` residual blocks h + W2·relu(W1 * h). `light` levels do that at a quarter of the width. The UNet's time and text
-    have no part in it. Given with `condition(image=…, strength=…, start=…, end=…)`.
+    c is pixel-unshuffled to the first resolution; each level downsamples where the UNet does, changes the width by a 1×1
+    convolution, and has `blocks` residual blocks h + W2·relu(W1 * h). `light` levels do this at a quarter of the width. The
+    UNet's time and text embeddings are not used. Used with `condition(image=…, strength=…, start=…, end=…)`.
 
     Args:
-        kind: `full` or `light`. `channels`: of the picture.
-        blocks: residual blocks in each level; 0 for the usual 2 (full) or 4 (light).
-        zero_start: begin as no change: zeros in the first convolution (full) or the last of each level (light), and in the last
-            of every residual block. False: as torch draws them, as the paper has it.
+        kind: `full` or `light`. `channels`: of the image.
+        blocks: residual blocks per level; 0 for the default, 2 (full) or 4 (light).
+        zero_start: initialize as the identity: zeros in the first convolution (full) or the last of each level (light), and in
+            the last of every residual block. False: torch's default initialization, as in the paper.
     Counts: full 77,369,280 (SD 1.5) and 79,028,160 (SDXL); light 18,689,200, for SD 1.5.
     Source: Mou et al., AAAI 2024, section 3.2, and the sizes of its code. Deviation: `zero_start`.
     """
@@ -59,9 +59,9 @@ class T2IAdapter(Controlled):
         return T2IAdapterModule(self, site)
 
     def count(self, site: ResidualSite) -> int:
-        """Full: first convolution, changes of width, 10·C² + 2·C numbers a block. Light: two 1×1, 18·(C/4)² + C/2 a block."""
+        """Full: first convolution, width changes, 10·C² + 2·C per block. Light: two 1×1 layers, 18·(C/4)² + C/2 per block."""
         widths, first = site.inner_widths, site.pixels * site.inner_strides[0]
-        blocks, before, total = self.blocks or _USUAL[self.kind], self.channels * first * first, 0
+        blocks, before, total = self.blocks or DEFAULT_BLOCKS[self.kind], self.channels * first * first, 0
         if self.kind == "full":
             total, before = 9 * before * widths[0] + widths[0], widths[0]
         for width in widths:
@@ -74,23 +74,23 @@ class T2IAdapter(Controlled):
         return total
 
 
-_USUAL = {"full": 2, "light": 4}
+DEFAULT_BLOCKS = {"full": 2, "light": 4}
 
 
 class T2IAdapterModule(Adapter):
-    """The levels, under the names that their authors gave them."""
+    """The levels, under their authors' names."""
 
     def __init__(self, method: T2IAdapter, site: ResidualSite) -> None:
         super().__init__()
         self.site = site
         widths, strides = site.inner_widths, site.inner_strides
-        light, blocks = method.kind == "light", method.blocks or _USUAL[method.kind]
+        light, blocks = method.kind == "light", method.blocks or DEFAULT_BLOCKS[method.kind]
         self.unshuffle = nn.PixelUnshuffle(site.pixels * strides[0])
         before = method.channels * (site.pixels * strides[0]) ** 2
         if not light:
             self.conv_in = nn.Conv2d(before, widths[0], 3, padding=1)
             before = widths[0]
-        level = LightLevel if light else Level
+        level = LightLevel if light else FullLevel
         ins, halves = (before, *widths[:-1]), (False, *(a != b for a, b in itertools.pairwise(strides)))
         self.body = nn.ModuleList(level(*sizes, blocks) for sizes in zip(ins, widths, halves, strict=True))
         if method.zero_start:
@@ -98,7 +98,7 @@ class T2IAdapterModule(Adapter):
 
     @torch.no_grad()
     def _zero(self) -> None:
-        """Zeros in what the features begin or end with; nothing else of a picture comes through then."""
+        """Zeros the convolutions at the start or end of the features, so that the image has no effect."""
         for name, p in self.named_parameters():
             light = not hasattr(self, "conv_in")
             ends = (".out_conv.",) if light else ("conv_in.", "block2.", "in_conv.bias")
@@ -117,13 +117,13 @@ class T2IAdapterModule(Adapter):
         return found
 
     def residuals(self, call: Mapping[str, Any]) -> Residuals:
-        """The features, which no step of a drawing changes."""
+        """The features, which are the same for all sampling steps."""
         image = image_for(call, self.site, self.conditions, "t2i_adapter")
         dtype = next(self.parameters()).dtype
         return Residuals(inner=self.conditions.cached(self, lambda: self.features(image.to(dtype))))
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """h + W2·relu(W1 * h), W1 of 3×3 and W2 of `kernel`."""
 
     def __init__(self, width: int, kernel: int) -> None:
@@ -137,17 +137,17 @@ class Block(nn.Module):
         return x + update
 
 
-class Level(nn.Module):
+class FullLevel(nn.Module):
     """A level of the full adapter."""
 
     def __init__(self, before: int, width: int, halves: bool, blocks: int) -> None:
         super().__init__()
         self.reduce = nn.AvgPool2d(2, ceil_mode=True) if halves else nn.Identity()
         self.in_conv = nn.Conv2d(before, width, 1) if before != width else None
-        self.resnets = nn.Sequential(*(Block(width, 1) for _ in range(blocks)))
+        self.resnets = nn.Sequential(*(ResidualBlock(width, 1) for _ in range(blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reduce, change the width, refine."""
+        """Downsamples, changes the width, refines."""
         x = self.reduce(x)
         found: Tensor = self.resnets(x if self.in_conv is None else self.in_conv(x))
         return found
@@ -160,10 +160,10 @@ class LightLevel(nn.Module):
         super().__init__()
         self.reduce = nn.AvgPool2d(2, ceil_mode=True) if halves else nn.Identity()
         self.in_conv = nn.Conv2d(before, width // 4, 1)
-        self.resnets = nn.Sequential(*(Block(width // 4, 3) for _ in range(blocks)))
+        self.resnets = nn.Sequential(*(ResidualBlock(width // 4, 3) for _ in range(blocks)))
         self.out_conv = nn.Conv2d(width // 4, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reduce, refine at a quarter of the width, widen."""
+        """Downsamples, refines at a quarter of the width, restores the width."""
         found: Tensor = self.out_conv(self.resnets(self.in_conv(self.reduce(x))))
         return found

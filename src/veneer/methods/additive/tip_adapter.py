@@ -1,4 +1,4 @@
-"""Tip-Adapter: the few pictures that there are vote for their labels, by how near their features are."""
+"""Tip-Adapter: few-shot images vote for their labels, weighted by feature similarity."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from veneer.injection.sites import FeatureSite, Site
 
 
 class TipAdapterError(VeneerError, ValueError):
-    """Pictures that do not make a cache."""
+    """Images that cannot form a cache."""
 
 
 class TipAdapterAdapter(Adapter):
-    """logits + α·exp(−β(1 − f Fᵀ)) V, f = norm(x). The one-hot V is where an entry lies: `keys` F (classes, shots, width).
+    """logits + α·exp(−β(1 − f Fᵀ)) V, f = norm(x). V is one-hot by position: `keys` F (classes, shots, width).
 
-    The first `counts[k]` entries of class k count, the others are empty.
+    The first `counts[k]` entries of class k are valid, the others are empty.
     """
 
     blends = True
@@ -44,9 +44,9 @@ class TipAdapterAdapter(Adapter):
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: features (batch, width); y: logits (batch, classes)."""
-        seen: list[Tensor] | None = self.__dict__["seen"]
-        if seen is not None:
-            seen.append(x.detach().clone())
+        captured: list[Tensor] | None = self.__dict__["seen"]
+        if captured is not None:
+            captured.append(x.detach().clone())
         return y + self.votes(normalize(x, dim=-1) @ self.keys.flatten(0, 1).T, self.beta) * (self.strength * self.alpha)
 
     def votes(self, affinities: Tensor, beta: float) -> Tensor:
@@ -54,34 +54,34 @@ class TipAdapterAdapter(Adapter):
         here = torch.arange(self.keys.shape[1], device=self.counts.device) < self.counts.unsqueeze(-1)
         return (torch.exp(beta * (affinities - 1)).unflatten(-1, self.keys.shape[:2]) * here).sum(-1)
 
-    def watch(self, run: Callable[[Tensor], Any], pixels: Tensor) -> Tensor:
-        """The features (batch, width) of pictures, in one pass of the model.
+    def capture_features(self, run: Callable[[Tensor], Any], pixels: Tensor) -> Tensor:
+        """The features (batch, width) of images, in one forward pass of the model.
 
         Raises:
-            StateError: the adapter is off, so that nothing reaches it.
+            StateError: the adapter is disabled, so that it sees no features.
         """
-        seen: list[Tensor] = []
-        self.__dict__["seen"] = seen
+        captured: list[Tensor] = []
+        self.__dict__["seen"] = captured
         try:
             run(pixels)
         finally:
             self.__dict__["seen"] = None
-        if not seen:
-            message = f"{self.place}: tip_adapter cannot be prepared while it is off or at scale 0."
+        if not captured:
+            message = f"{self.place}: cannot prepare tip_adapter while it is disabled or at scale 0."
             raise StateError(message, where=self.place, given="disabled")
-        return torch.cat(seen)
+        return torch.cat(captured)
 
-    def fill(self, features: Tensor, labels: Tensor) -> None:
-        """Make the cache of features (n, width) with their labels (n,), class by class in their order.
+    def fill_cache(self, features: Tensor, labels: Tensor) -> None:
+        """Fills the cache with features (n, width) and their labels (n,), class by class in order.
 
         Raises:
-            TipAdapterError: a label that is none of the head's, or more pictures of a class than `shots`.
+            TipAdapterError: a label outside the head's classes, or more images of a class than `shots`.
         """
         classes, shots, _ = self.keys.shape
         found = labels.unique(return_counts=True)
         if not len(labels) or labels.min() < 0 or labels.max() >= classes:
             raise TipAdapterError(
-                f"{self.place}: labels must be 0 to {classes - 1}, and there must be some; got {found[0].tolist()}.",
+                f"{self.place}: expected at least one label, in 0 to {classes - 1}; got {found[0].tolist()}.",
                 where="labels",
                 given=found[0].tolist(),
                 expected=classes,
@@ -89,16 +89,16 @@ class TipAdapterAdapter(Adapter):
         counts = torch.bincount(labels, minlength=classes)
         if counts.max() > shots:
             raise TipAdapterError(
-                f"{self.place}: class {int(counts.argmax())} has {int(counts.max())} pictures, and tip_adapter has room for "
-                f"{shots} of each. Attach it with shots={int(counts.max())}, or give fewer pictures.",
+                f"{self.place}: class {int(counts.argmax())} has {int(counts.max())} images, but tip_adapter holds "
+                f"{shots} per class. Attach it with shots={int(counts.max())}, or pass fewer images.",
                 where="shots",
                 given=int(counts.max()),
                 expected=shots,
             )
         keys = torch.zeros_like(self.keys)
         for label in found[0].tolist():
-            mine = features[labels == label]
-            keys[label, : len(mine)] = normalize(mine.to(keys), dim=-1)
+            rows = features[labels == label]
+            keys[label, : len(rows)] = normalize(rows.to(keys), dim=-1)
         with torch.no_grad():
             self.keys.copy_(keys)
             self.counts.copy_(counts)
@@ -106,23 +106,23 @@ class TipAdapterAdapter(Adapter):
 
 @dataclass(frozen=True)
 class TipAdapter(Method):
-    """logits' = logits + α·exp(−β(1 − f Fᵀ)) V: F the normalised features of the training pictures, V their one-hot labels.
+    """logits' = logits + α·exp(−β(1 − f Fᵀ)) V: F the normalized features of the training images, V their one-hot labels.
 
-    Nothing is trained: `prepare` fills the cache, and until then it is empty and adds nothing. With `train_keys` (Tip-Adapter-F)
-    F is trained from there. For another α or β, attach with them and load the state; `search` finds them.
+    Training-free: `prepare` fills the cache; until then it is empty and adds nothing. With `train_keys` (Tip-Adapter-F)
+    F is trained from there. For another α or β, attach with them and load the state; `search` finds good values.
 
     Args:
-        shots: room for so many pictures of each class; classes may have fewer.
-        alpha: α, weight of the votes, against logits that a CLIP multiplies by about 100.
-        beta: β, how fast votes fall with distance.
-        views: passes over the pictures in what `prepare` is given, one after the other in one order, each with an augmentation
-            of its own; a picture's key is the normalised mean over them.
+        shots: maximum number of images per class; classes may have fewer.
+        alpha: α, weight of the votes, relative to logits that CLIP multiplies by about 100.
+        beta: β, how fast votes decay with distance.
+        views: passes over the images in the batches of `prepare`, one after the other in the same order, each with its own
+            augmentation; an image's key is the normalized mean over them.
         train_keys: train F.
-        start: `empty`, or `random` unit vectors with every place taken: a cache to try a model with, without pictures.
+        start: `empty`, or `random` unit vectors at every position: a cache for testing without images.
     Counts: 0, or shots·classes·width with `train_keys`; ImageNet with 16 shots on CLIP RN50 16,384,000.
     Source: Zhang et al., Tip-Adapter, ECCV 2022, section 3, and its code. Deviations: the code averages 10 augmented views
-    (`views=10`); before the search its α is 1.17 for ImageNet, Food101, SUN397 and Pets, 2 to 10 for other data sets; it trains F
-    by AdamW with an epsilon of 1e-4, at rate 1e-3.
+    (`views=10`); before the search its α is 1.17 for ImageNet, Food101, SUN397 and Pets, 2 to 10 for other datasets; it trains F
+    with AdamW, epsilon 1e-4, learning rate 1e-3.
     """
 
     name: ClassVar[str] = "tip_adapter"
@@ -153,17 +153,17 @@ class TipAdapter(Method):
 
     @classmethod
     def examples(cls) -> tuple[TipAdapter, TipAdapter]:
-        """With a cache that is there and is trained."""
+        """With a random cache that is trained."""
         return cls(shots=2, train_keys=True, start="random"), cls(shots=3, beta=2.0, train_keys=True, start="random")
 
     def build(self, site: FeatureSite) -> TipAdapterAdapter:
         """An empty cache.
 
         Raises:
-            ValueError: the head has no classes of its own.
+            ValueError: the head has no classes.
         """
         if not site.classes:
-            message = "the head has no classes of its own, so that there are no logits to add votes to"
+            message = "the head has no classes, so there are no logits to add votes to"
             raise OptionError(message, method=self.name, given=0, expected="classes")
         return TipAdapterAdapter(site, self)
 
@@ -177,32 +177,34 @@ class TipAdapter(Method):
         run: Callable[[Tensor], Any],
         batches: Iterable[tuple[Tensor, Tensor]],
     ) -> None:
-        """Fill the caches.
+        """Fills the caches.
 
         Raises:
-            TipAdapterError: the pictures are no multiple of `views`, come in another order the next time, or do not fit.
+            TipAdapterError: the number of images is not a multiple of `views`, their order changes, or they exceed the cache.
         """
-        mine = [adapter for _, adapter in adapters if isinstance(adapter, TipAdapterAdapter)]
-        seen = [([a.watch(run, pixels) for a in mine], labels) for pixels, labels in batches]
-        every = torch.cat([labels for _, labels in seen]) if seen else torch.zeros(0, dtype=torch.long)
+        own = [adapter for _, adapter in adapters if isinstance(adapter, TipAdapterAdapter)]
+        captured = [([a.capture_features(run, pixels) for a in own], labels) for pixels, labels in batches]
+        every = torch.cat([labels for _, labels in captured]) if captured else torch.zeros(0, dtype=torch.long)
         if len(every) % self.views:
-            message = f"tip_adapter: {len(every)} pictures are no {self.views} views of each; repeat all of them."
+            message = (
+                f"tip_adapter: {len(every)} images are not a multiple of views={self.views}. Repeat all images once per view."
+            )
             raise TipAdapterError(message, where="views", given=len(every), expected=self.views)
         labels = every.unflatten(0, (self.views, -1))
         if (labels != labels[0]).any():
             raise TipAdapterError(
-                f"tip_adapter: the {self.views} views have other labels; give the pictures in one order each time.",
+                f"tip_adapter: labels differ between the {self.views} views. Pass the images in the same order for each view.",
                 where="labels",
                 given="other labels",
                 expected=self.views,
             )
-        for i, adapter in enumerate(mine):
-            features = torch.cat([found[i] for found, _ in seen]) if seen else torch.zeros(0, adapter.keys.shape[-1])
-            adapter.fill(features.unflatten(0, (self.views, -1)).mean(0), labels[0].to(features.device))
+        for i, adapter in enumerate(own):
+            features = torch.cat([found[i] for found, _ in captured]) if captured else torch.zeros(0, adapter.keys.shape[-1])
+            adapter.fill_cache(features.unflatten(0, (self.views, -1)).mean(0), labels[0].to(features.device))
 
 
-class Found(NamedTuple):
-    """What `search` found: α, β and the share of pictures that they get right."""
+class SearchResult(NamedTuple):
+    """Result of `search`: α, β and the accuracy on the given images."""
 
     alpha: float
     beta: float
@@ -223,19 +225,19 @@ def search(
     *,
     betas: Sequence[float] = tuple(grid(7, 200)),
     alphas: Sequence[float] = tuple(grid(3, 20)),
-) -> Found:
-    """The α and β that are best on pictures that were held back; of equals the first, β before α. Changes nothing.
+) -> SearchResult:
+    """The α and β with the best accuracy on held-out images; the first of equals, β before α. Changes nothing.
 
     Args:
-        features: of the held-back pictures (n, width). `logits`: of the model without the adapter (n, classes). `labels`: (n,).
-        betas, alphas: to be tried; as the authors' for ImageNet, if not given.
+        features: of the held-out images (n, width). `logits`: of the model without the adapter (n, classes). `labels`: (n,).
+        betas, alphas: candidate values; by default the authors' for ImageNet.
     """
     affinities = normalize(features.to(adapter.keys), dim=-1) @ adapter.keys.flatten(0, 1).T
-    best = Found(adapter.alpha, adapter.beta, -1.0)
+    best = SearchResult(adapter.alpha, adapter.beta, -1.0)
     for beta in betas:
         votes = adapter.votes(affinities, beta)
         for alpha in alphas:
             accuracy = ((logits + alpha * votes).argmax(-1) == labels).float().mean().item()
             if accuracy > best.accuracy:
-                best = Found(alpha, beta, accuracy)
+                best = SearchResult(alpha, beta, accuracy)
     return best

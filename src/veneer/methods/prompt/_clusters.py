@@ -1,4 +1,4 @@
-"""Groups of pictures by what the frozen model makes of them: features that are overheard, and prototypes."""
+"""Clusters of images by the frozen model's features, which are captured in a forward pass, and their prototypes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from veneer.injection.errors import StateError
 
 
 class Clusters(nn.Module):
-    """`prototypes` (M, width), of which the first `found` count. Begins with one, so that all pictures are of one cluster.
+    """`prototypes` (M, width), of which the first `found` are valid. Initially one, so that all images are in one cluster.
 
     Attributes:
         place: path of the module that features enter or leave.
-        listening: True while a picture runs through the model for its features alone; `heard` are they.
+        capturing: True while the model runs only to capture an image's features; `captured` holds them.
     """
 
     prototypes: Tensor
@@ -28,45 +28,45 @@ class Clusters(nn.Module):
         self.place = place
         self.register_buffer("prototypes", torch.zeros(most, width))
         self.register_buffer("found", torch.ones((), dtype=torch.long))
-        self.listening = False
-        self.heard: Tensor | None = None
+        self.capturing = False
+        self.captured: Tensor | None = None
 
     def features(self, run: Callable[[Tensor], Any], pictures: Tensor) -> Tensor:
-        """(B, width) of pictures as they are, without a graph; in the prototypes' dtype.
+        """(B, width) features of unmodified images, without a graph, in the prototypes' dtype.
 
         Raises:
-            StateError: no features came by, because the adapters are off.
+            StateError: no features were captured, because the adapters are disabled.
         """
-        self.listening = True
+        self.capturing = True
         try:
             with torch.no_grad():
                 run(pictures)
-            heard = self.heard
+            captured = self.captured
         finally:
-            self.listening, self.heard = False, None
-        if heard is None:
-            message = "dam_vp: no features came by. Switch the attachment on before prepare()."
+            self.capturing, self.captured = False, None
+        if captured is None:
+            message = "dam_vp: no features were captured. Enable the attachment before prepare()."
             raise StateError(message, where="dam_vp", given="disabled")
-        return heard.flatten(1).to(self.prototypes.dtype)
+        return captured.flatten(1).to(self.prototypes.dtype)
 
-    def listen(self, features: Tensor) -> None:
-        """Keep features that come by while `listening`, the first of a pass: other heads get the same."""
-        if self.listening and self.heard is None:
-            self.heard = features.detach()
+    def capture(self, features: Tensor) -> None:
+        """Captures the first features of a pass while `capturing`: other heads receive the same ones."""
+        if self.capturing and self.captured is None:
+            self.captured = features.detach()
 
     def nearest(self, features: Tensor) -> Tensor:
-        """(B, width) to the number of the nearest prototype (B,), by Euclidean distance."""
+        """(B, width) to the index of the nearest prototype (B,), by Euclidean distance."""
         far = (features.unsqueeze(1) - self.prototypes).square().sum(-1)
         unused = torch.arange(len(self.prototypes), device=far.device) >= self.found
         return far.masked_fill(unused, torch.inf).argmin(1)
 
     def gather(self, features: Tensor, threshold: float) -> None:
-        """Write prototypes: the means of agglomerative clusters, by average distance.
+        """Sets the prototypes to the means of agglomerative clusters with average linkage.
 
         Args:
-            threshold: clusters farther apart than that stay apart; 0 for M clusters. Never more than M.
+            threshold: distance above which clusters are not merged; 0 for M clusters. Never more than M.
         """
-        labels = grouped(features, len(self.prototypes), threshold)
+        labels = cluster_labels(features, len(self.prototypes), threshold)
         count = int(labels.max()) + 1
         self.prototypes.zero_()
         for i in range(count):
@@ -74,8 +74,8 @@ class Clusters(nn.Module):
         self.found.fill_(count)
 
 
-def grouped(features: Tensor, most: int, threshold: float) -> Tensor:
-    """The cluster of each row (n,), numbered from 0."""
+def cluster_labels(features: Tensor, most: int, threshold: float) -> Tensor:
+    """The cluster index of each row (n,), from 0."""
     from sklearn.cluster import AgglomerativeClustering
 
     rows = features.float().cpu().numpy()
@@ -90,8 +90,8 @@ def grouped(features: Tensor, most: int, threshold: float) -> Tensor:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside it, a model drops nothing out and moves no statistics."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switches a model to evaluation mode: no dropout, no updates of running statistics."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

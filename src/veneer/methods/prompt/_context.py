@@ -1,4 +1,4 @@
-"""Learned context vectors between the words of class prompts."""
+"""Learned context vectors in class prompts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PLACEHOLDER = "X"
 class ContextAdapter(Adapter):
     """Class weights from prompts [start] v_1 … v_M name . [end], encoded in each pass. v is `context`: ([classes,] M, width).
 
-    `ids` (classes, length) are the prompts with placeholders, `which` (classes, length) the number of the context vector that
-    stands at each place, −1 for none.
+    `ids` (classes, length) are the prompts with placeholders, `which` (classes, length) the index of the context vector at each
+    position, −1 for none.
     """
 
     ids: Tensor
@@ -42,18 +42,18 @@ class ContextAdapter(Adapter):
         nn.init.normal_(self.context, std=0.02)
 
     def enter(self, tower: nn.Module) -> None:
-        """Know the text tower, and begin with the rows of the words, where there are words."""
-        self.__dict__["texts"] = tower.get_submodule(self.path)  # past torch's own way, which would make it a child
+        """Finds the text tower, and initializes the context from the token embeddings of `words`, if given."""
+        self.__dict__["texts"] = tower.get_submodule(self.path)  # a plain attribute, not a submodule
         if self.words and not values_follow() and not self.context.is_meta:
             with torch.no_grad():
                 self.context.copy_(self.texts.bare(torch.tensor(self.words, device=self.context.device)))
 
     def leave(self) -> None:
-        """Forget the text tower."""
+        """Drops the reference to the text tower."""
         self.__dict__.pop("texts", None)
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: the pictures' features; y: the class weights so far, which keep what others have changed of the classifier's own."""
+        """x: the image features; y: the class weights so far, including changes by other attachments."""
         weights = self.weights(x)
         return weights if self.texts.alone else weights + (y - self.texts.forward(x).to(y.dtype))
 
@@ -62,7 +62,7 @@ class ContextAdapter(Adapter):
         """Class weights ([batch,] classes, features)."""
 
     def encode(self, context: Tensor) -> Tensor:
-        """Normalised text features (…, classes, features) with the context ([…,] classes, M, width) in the prompts."""
+        """Normalized text features (…, classes, features) with the context ([…,] classes, M, width) in the prompts."""
         rows = self.texts.embed(self.ids)
         place = self.which.clamp(min=0).unsqueeze(-1)
         learned = context.gather(-2, place.expand(*context.shape[:-2], -1, context.shape[-1]))
@@ -73,10 +73,10 @@ class ContextAdapter(Adapter):
 
 
 def prompts(site: PromptSite, tokens: int, position: Position) -> list[tuple[Tensor, Tensor]]:
-    """For each class the ids (length,) of its prompt with placeholders, and where which context vector stands.
+    """For each class the ids (length,) of its prompt with placeholders, and the index of the context vector at each position.
 
     Raises:
-        ValueError: prompts that are too long.
+        ValueError: a prompt is too long.
     """
     words = site.tokenizer
     hold: Sequence[int] = words.tokens(PLACEHOLDER)[:1] * tokens
@@ -87,22 +87,22 @@ def prompts(site: PromptSite, tokens: int, position: Position) -> list[tuple[Ten
         words.raise_too_long([(f"{tokens} context vectors and {name}.", length) for name, length in long])
     found, before = [], {"end": tokens, "middle": tokens // 2, "front": 0}[position]
     for name, end in zip(site.classes, ends, strict=True):
-        named = len(words.tokens(name)) if position != "end" else len(end)
-        ids = words.row([*hold[:before], *end[:named], *hold[before:], *end[named:]])
+        name_length = len(words.tokens(name)) if position != "end" else len(end)
+        ids = words.row([*hold[:before], *end[:name_length], *hold[before:], *end[name_length:]])
         which = torch.full_like(ids, -1)
         which[1 : 1 + before] = torch.arange(before)
-        which[1 + before + named : 1 + named + tokens] = torch.arange(before, tokens)
+        which[1 + before + name_length : 1 + name_length + tokens] = torch.arange(before, tokens)
         found.append((ids, which))
     return found
 
 
-def length(words: str, tokens: int, site: PromptSite) -> int:
-    """M: the number of tokens of the words, or `tokens` where there are no words."""
+def context_length(words: str, tokens: int, site: PromptSite) -> int:
+    """M: the number of tokens of `words`, or `tokens` without words."""
     return len(site.tokenizer.tokens(words)) if words else tokens
 
 
-def check(name: str, tokens: int, position: str) -> None:
-    """Raise `ValueError` for options that make no prompt."""
+def check_prompt_options(name: str, tokens: int, position: str) -> None:
+    """Raises `ValueError` for invalid prompt options."""
     if tokens < 1:
         raise OptionError.of(name, "tokens", tokens, "at least 1")
     if position not in POSITIONS:

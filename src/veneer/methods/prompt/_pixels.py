@@ -1,4 +1,4 @@
-"""What pixel prompts have in common: the border around a picture, and pictures as the model's normalisation leaves them."""
+"""Parts shared by pixel prompts: the border around an image, and normalized images."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
 from veneer.injection.sites import PixelSite
 
-SIDE = 224  # of the pictures that options are told for
+SIDE = 224  # image size that options refer to
 
 
-def scaled(length: int, part: int) -> int:
-    """`part` pixels of 224, in a side of `length` pixels; at least one."""
+def scale_pixels(length: int, part: int) -> int:
+    """Scales `part` pixels of 224 to a side of `length` pixels; at least one."""
     return max(1, round(length * part / SIDE))
 
 
 @dataclass(frozen=True)
 class Border:
-    """The pixels of a field `outer` (H, W) around a field `inner` (h, w) in its middle.
+    """The pixels of a field `outer` (H, W) around a centered field `inner` (h, w).
 
-    Where H − h is odd, the row more is above; where W − w is, the column more is on the left.
+    If H − h is odd, the extra row is at the top; if W − w is odd, the extra column is on the left.
     """
 
     outer: tuple[int, int]
@@ -34,7 +34,7 @@ class Border:
 
     def __post_init__(self) -> None:
         if self.inner == self.outer or any(not 0 < i <= o for i, o in zip(self.inner, self.outer, strict=True)):
-            message = f"a field of {self.inner} pixels in one of {self.outer} leaves no border around it"
+            message = f"a field of {self.inner} pixels in one of {self.outer} leaves no border"
             raise OptionError(message, option="border", given=self.inner, expected=self.outer)
 
     @property
@@ -44,7 +44,7 @@ class Border:
         return height * width - h * w
 
     def around(self, border: Tensor, middle: Tensor) -> Tensor:
-        """border (…, `pixels`): above, left, right, below, each row by row; middle (…, h, w). Gives (…, H, W)."""
+        """border (…, `pixels`): top, left, right, bottom, each row by row; middle (…, h, w). Returns (…, H, W)."""
         (height, width), (h, w) = self.outer, self.inner
         up, left = (height - h + 1) // 2, (width - w + 1) // 2
         down, right = height - h - up, width - w - left
@@ -53,15 +53,15 @@ class Border:
         return torch.cat([above.unflatten(-1, (up, width)), row, below.unflatten(-1, (down, width))], -2)
 
 
-def resized(pictures: Tensor, size: Sequence[int], mode: Literal["bilinear", "bicubic"] = "bilinear") -> Tensor:
-    """(B, C, …) at another size, antialiased; as they are where they have it. A mean does not see an affine normalisation."""
+def resize(pictures: Tensor, size: Sequence[int], mode: Literal["bilinear", "bicubic"] = "bilinear") -> Tensor:
+    """(B, C, …) resized with antialiasing; unchanged if the size is equal. Linear, so independent of normalization."""
     if tuple(pictures.shape[-2:]) == tuple(size):
         return pictures
     return F.interpolate(pictures, tuple(size), mode=mode, antialias=True)
 
 
 class PixelAdapter(Adapter):
-    """Changes pictures in front of the model. `mean`, `std`: (C, 1), of the model's normalisation."""
+    """Changes images before the model. `mean`, `std`: (C, 1), of the model's normalization."""
 
     mean: Tensor
     std: Tensor
@@ -71,8 +71,8 @@ class PixelAdapter(Adapter):
         channels = site.size[2]
         if not len(site.mean) == len(site.std) == channels:
             raise OptionError(
-                f"mean {site.mean} and std {site.std} of the model's pictures are not for its {channels} channels; expected one "
-                "number a channel in pretrained_cfg",
+                f"mean {site.mean} and std {site.std} of the model do not match its {channels} channels; expected one "
+                "value per channel in pretrained_cfg",
                 option="mean",
                 where=site.name,
                 given=(len(site.mean), len(site.std)),
@@ -82,6 +82,6 @@ class PixelAdapter(Adapter):
         self.register_buffer("mean", torch.tensor(site.mean).unsqueeze(1), persistent=False)
         self.register_buffer("std", torch.tensor(site.std).unsqueeze(1), persistent=False)
 
-    def normal(self, values: Tensor) -> Tensor:
-        """Pixels (C, n) in [0, 1] as the model gets them."""
+    def normalize_pixels(self, values: Tensor) -> Tensor:
+        """Pixels (C, n) in [0, 1], normalized as the model expects."""
         return (values - self.mean) / self.std

@@ -1,4 +1,4 @@
-"""New tokens in a tokenizer of transformers, and out of it again."""
+"""Adds new tokens to a transformers tokenizer, and removes them again."""
 
 from __future__ import annotations
 
@@ -8,70 +8,72 @@ from typing import Any
 
 from veneer.injection.errors import OptionError
 
-_CLAIMS = "_veneer_claims"
-_FREED = "\ue000freed {}\ue000"  # private-use characters: no prompt holds them
+_USES = "_veneer_claims"
+_PLACEHOLDER = "\ue000freed {}\ue000"  # private-use characters, which do not occur in prompts
 
 
 def spellings(token: str, vectors: int) -> list[str]:
-    """`<toy>`, `<toy>_1`, …: one token a vector. diffusers' `maybe_convert_prompt` expands the first to all of them."""
+    """`<toy>`, `<toy>_1`, …: one token per vector. diffusers' `maybe_convert_prompt` expands the first to all of them."""
     return [token, *(f"{token}_{i}" for i in range(1, vectors))]
 
 
-def refuse_taken(tokenizer: Any, token: str, vectors: int) -> None:
-    """Check that a token can be added.
+def check_new_token(tokenizer: Any, token: str, vectors: int) -> None:
+    """Checks that a token can be added.
 
     Raises:
-        ValueError: the tokenizer has it, or has a token that would run into its vectors when prompts are expanded.
+        ValueError: the tokenizer has it, or has a token that would conflict with its vectors when prompts are expanded.
     """
     if not token or token.split() != [token]:
-        raise OptionError(f"token {token!r} is empty or holds white space; choose one like '<toy>'", option="tokens", given=token)
+        raise OptionError(
+            f"token {token!r} is empty or contains white space; choose one like '<toy>'", option="tokens", given=token
+        )
     known = tokenizer.get_vocab()
     ids = tokenizer.encode(token, add_special_tokens=False)
-    taken = [t for t in spellings(token, vectors + 1) if t in known]
-    if not taken and len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
-        taken = [tokenizer.convert_ids_to_tokens(ids)[0]]
+    existing = [t for t in spellings(token, vectors + 1) if t in known]
+    if not existing and len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+        existing = [tokenizer.convert_ids_to_tokens(ids)[0]]
     stem, _, number = token.rpartition("_")
     if number.isdecimal() and stem in tokenizer.added_tokens_encoder:
-        taken = [*taken, stem]
-    if taken:
-        message = f"the tokenizer already has {taken[0]!r}, so {token!r} cannot be a new token; choose another"
-        raise OptionError(message, option="tokens", where=taken[0], given=token)
+        existing = [*existing, stem]
+    if existing:
+        message = f"the tokenizer already has {existing[0]!r}, so {token!r} cannot be a new token; choose another"
+        raise OptionError(message, option="tokens", where=existing[0], given=token)
 
 
-def claim(tokenizer: Any, names: Sequence[str]) -> list[int]:
-    """Add tokens and give their ids. Towers that share a tokenizer share the tokens; the last `release` removes them.
+def add_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
+    """Adds tokens and returns their ids. Towers that share a tokenizer share the tokens; the last `remove_tokens` removes them.
 
     Raises:
-        ValueError: the tokenizer turns a token into something else; nothing has been added then.
+        ValueError: the tokenizer does not keep a token whole; nothing has been added then.
     """
-    claims: dict[tuple[str, ...], int] = tokenizer.__dict__.get(_CLAIMS, {})
+    claims: dict[tuple[str, ...], int] = tokenizer.__dict__.get(_USES, {})
     key = tuple(names)
     if key not in claims:
         tokenizer.add_tokens(list(names))
-        bad = [n for n in names if not _survives(tokenizer, n, alone=len(names) == 1)]
+        bad = [n for n in names if not _is_kept_whole(tokenizer, n, alone=len(names) == 1)]
         if bad:
             _remove(tokenizer, names)
-            message = f"the tokenizer does not keep {bad[0]!r} whole; choose a token in lower case, like '<toy>'"
+            message = f"the tokenizer does not keep {bad[0]!r} whole; choose a lowercase token, like '<toy>'"
             raise OptionError(message, option="tokens", given=bad[0], expected="lower case")
-    tokenizer.__dict__[_CLAIMS] = {**claims, key: claims.get(key, 0) + 1}
+    tokenizer.__dict__[_USES] = {**claims, key: claims.get(key, 0) + 1}
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(names))
     return ids
 
 
-def release(tokenizer: Any, names: Sequence[str]) -> None:
-    """Undo one `claim`. Ids of tokens that others added later stay as they are."""
-    claims: dict[tuple[str, ...], int] = tokenizer.__dict__[_CLAIMS]
+def remove_tokens(tokenizer: Any, names: Sequence[str]) -> None:
+    """Undoes one `add_tokens`. Ids of tokens that were added later are unchanged."""
+    claims: dict[tuple[str, ...], int] = tokenizer.__dict__[_USES]
     key = tuple(names)
     claims[key] -= 1
     if not claims[key]:
         del claims[key]
         _remove(tokenizer, names)
     if not claims:
-        del tokenizer.__dict__[_CLAIMS]
+        del tokenizer.__dict__[_USES]
 
 
-def _survives(tokenizer: Any, name: str, alone: bool) -> bool:
-    """True if a prompt with the token gives its id and, where prompts are expanded by name, the name itself."""
+def _is_kept_whole(tokenizer: Any, name: str, alone: bool) -> bool:
+    """True if encoding the token gives its id and, where prompts are expanded by name, tokenizing gives the name itself."""
     whole = tokenizer.encode(name, add_special_tokens=False) == [tokenizer.convert_tokens_to_ids(name)]
     return whole and (alone or tokenizer.tokenize(name) == [name])
 
@@ -104,8 +106,8 @@ def _remove_slow(tokenizer: Any, names: Sequence[str]) -> None:
 
 
 def _without(added: dict[int, str], names: Sequence[str]) -> dict[int, str]:
-    """Added tokens by id without `names`. Below a token that stays, a placeholder keeps the place: ids count up without gaps."""
-    left = {i: (_FREED.format(i) if t in names else t) for i, t in sorted(added.items())}
-    while left and left[max(left)] == _FREED.format(max(left)):
-        del left[max(left)]
-    return left
+    """Added tokens by id without `names`. Below a remaining token a placeholder keeps the position, as ids have no gaps."""
+    remaining = {i: (_PLACEHOLDER.format(i) if t in names else t) for i, t in sorted(added.items())}
+    while remaining and remaining[max(remaining)] == _PLACEHOLDER.format(max(remaining)):
+        del remaining[max(remaining)]
+    return remaining

@@ -1,4 +1,4 @@
-"""CoOp: the words around a class's name in a CLIP's prompt are learned."""
+"""CoOp: learned context vectors around the class name in a CLIP prompt."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch import Tensor
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import PromptSite
 
-from ._context import ContextAdapter, Position, check, length
+from ._context import ContextAdapter, Position, check_prompt_options, context_length
 
 
 class CoOpAdapter(ContextAdapter):
-    """W' = the normalised text features of the prompts with the learned context: (classes, features)."""
+    """W' = the normalized text features of the prompts with the learned context: (classes, features)."""
 
     def weights(self, features: Tensor) -> Tensor:
-        """The same for all pictures."""
+        """The same for all images."""
         return self.encode(self.context if self.context.dim() == 3 else self.context.expand(len(self.ids), -1, -1))
 
 
 @dataclass(frozen=True)
 class CoOp(Method):
-    """Prompt of class k: [start] v_1 … v_M name_k . [end]; v are learned rows of the text tower's input, all else is frozen.
+    """Prompt of class k: [start] v_1 … v_M name_k . [end]; v are learned input embeddings of the text tower, all else is frozen.
 
-    The prompts take the place of the classifier's own templates. At strength s the class weights are W + s·(W' − W), with W' of
-    the learned prompts and W of the templates; several add up, so that two at strength ½ are the mean of both. They are encoded
-    in each pass.
+    The prompts replace the classifier's own templates. At strength s the class weights are W + s·(W' − W), with W' of
+    the learned prompts and W of the templates; several add up, so that two at strength ½ give their mean. They are encoded
+    in each forward pass.
 
     Args:
         tokens: M, context vectors.
-        by_class: a context for each class ("CSC"); such a file is for these classes, one with a common context for any.
-        position: of the name: after the context, in its middle (behind M // 2 vectors) or in front of it.
+        by_class: a separate context per class ("CSC"); such a file is for these classes only, one with a common context for any.
+        position: of the name: after the context, in its middle (after M // 2 vectors) or before it.
         words: initial words of the context, such as `a photo of a`; M is then their number of tokens. Empty: N(0, 0.02²).
     Counts: M·width, times the classes with `by_class`; CLIP RN50 and ViT-B/16 8,192.
-    Source: Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022, section 3; initialization and the full stop are
-    those of the authors' code. Deviations: with `words` and `by_class` each class has a context of its own, which starts from the
+    Source: Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022, section 3; initialization and the full stop
+    follow the authors' code. Deviations: with `words` and `by_class` each class has its own context, initialized from the
     words, where the code ignores "CSC" and trains one common context (leave `by_class` out); M is the number of tokens of the
     words, where the code counts words.
     """
@@ -54,21 +54,21 @@ class CoOp(Method):
     words: str = ""
 
     def __post_init__(self) -> None:
-        check(self.name, self.tokens, self.position)
+        check_prompt_options(self.name, self.tokens, self.position)
 
     @classmethod
     def examples(cls) -> tuple[CoOp, CoOp]:
-        """For text towers of few tokens."""
+        """For text towers with short prompts."""
         return cls(tokens=4, position="middle"), cls(by_class=True, words="a photo of")
 
     def build(self, site: PromptSite) -> CoOpAdapter:
-        """M vectors, or M for each class.
+        """M vectors, or M per class.
 
         Raises:
-            ValueError: a prompt is longer than the text tower reads.
+            ValueError: a prompt is too long for the text tower.
         """
-        return CoOpAdapter(site, length(self.words, self.tokens, site), self.words, self.position, self.by_class)
+        return CoOpAdapter(site, context_length(self.words, self.tokens, site), self.words, self.position, self.by_class)
 
     def count(self, site: PromptSite) -> int:
         """M·width, times the classes with `by_class`."""
-        return length(self.words, self.tokens, site) * site.width * (len(site.classes) if self.by_class else 1)
+        return context_length(self.words, self.tokens, site) * site.width * (len(site.classes) if self.by_class else 1)

@@ -1,4 +1,4 @@
-"""DAM-VP: several prompts that are added to the picture's border; each picture takes that of the cluster it is nearest to."""
+"""DAM-VP: several prompts that are added to the image border; each image uses the prompt of its nearest cluster."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from veneer.injection.errors import OptionError, UnsupportedSite
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import FeatureSite, PixelSite, Site
 
-from ._clusters import Clusters, evaluating
-from ._label_map import Chosen
-from ._pixels import SIDE, Border, PixelAdapter, resized
+from ._clusters import Clusters, evaluation_mode
+from ._label_map import SelectedColumns
+from ._pixels import SIDE, Border, PixelAdapter, resize
 from .evp import border_of
 
-NOISE = 512  # pictures that tell which features are active
+NOISE = 512  # noise images for selecting the active features
 
 
 class DAMVPAdapter(PixelAdapter):
-    """x' = x + δ_c on the border, c the picture's cluster. `prompt`: (M, C, H·W − h·w). The model runs once more, for c."""
+    """x' = x + δ_c on the border, c the image's cluster. `prompt`: (M, C, H·W − h·w). The model runs an extra time, for c."""
 
     blends: ClassVar[bool] = True
     shared: Clusters
@@ -35,73 +35,73 @@ class DAMVPAdapter(PixelAdapter):
         self.__dict__["inner"] = None
 
     def enter(self, tower: nn.Module) -> None:
-        """Know the module from the pictures to their features, which is no child: it holds this."""
+        """Keeps a reference to the module that maps images to features; not a submodule, because it contains this adapter."""
         inside = f"{self.shared.place}.".startswith(f"{self.path}.")
         self.__dict__["inner"] = tower.get_submodule(self.path) if inside else tower
 
     def leave(self) -> None:
-        """Forget the model."""
+        """Drops the reference to the model."""
         self.__dict__["inner"] = None
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """y: normalised pictures (B, C, H, W)."""
-        if self.shared.listening:
+        """y: normalized images (B, C, H, W)."""
+        if self.shared.capturing:
             return y
         inner = self.__dict__["inner"]
-        with evaluating(inner):
+        with evaluation_mode(inner):
             features = self.shared.features(inner, y)
         prompt = self.prompt[self.shared.nearest(features)] * self.strength
         added = self.border.around(prompt, prompt.new_zeros(*prompt.shape[:2], *self.border.inner))
-        return y + resized(added, y.shape[-2:])
+        return y + resize(added, y.shape[-2:])
 
 
-class Listener(Adapter):
-    """Hears the features, and leaves them as they are."""
+class FeatureCapture(Adapter):
+    """Captures the features and returns the input unchanged."""
 
     blends: ClassVar[bool] = True
     shared: Clusters
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: features."""
-        self.shared.listen(x)
+        self.shared.capture(x)
         return y
 
 
-class ActiveFeatures(Chosen):
-    """y'[:, j] = x[:, index[j]]: features x in the place of the logits y."""
+class ActiveFeatures(SelectedColumns):
+    """y'[:, j] = x[:, index[j]]: features x replace the logits y."""
 
     shared: Clusters
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: features (B, width); y: logits."""
-        self.shared.listen(x)
-        return self.chosen(x.flatten(1), y)
+        self.shared.capture(x)
+        return self.select(x.flatten(1), y)
 
 
 @dataclass(frozen=True)
 class DAMVP(Method):
     """x' = x + δ_c, δ_c on the border, c the prototype nearest to the features of x itself; prototypes are means of clusters.
 
-    `prepare` clusters the features of training pictures, with which the model answers them bare of prompts; before it there is
-    one cluster. Each pass runs the model twice, first for the features, without a graph and in `eval`; other attachments act in
-    both. The model's hooks run twice, too. In a mixed batch it acts on all samples or on none.
+    `prepare` clusters the features that the model without prompts gives for training images; before it there is one cluster.
+    Each forward pass runs the model twice, first for the features, without a graph and in `eval` mode; other attachments apply in
+    both. The model's hooks also run twice. In a mixed batch it applies to all samples or to none.
 
     Args:
-        clusters: M, prompts; the most clusters there are.
-        threshold: distance of clusters that stay apart, of the features' scale (the authors: 10 for ViT-B of ImageNet-21k, 31 for
-            ViT-B of ImageNet-1k, 20 for Swin-B, 18 for MoCo v3, 21 for ResNet-50); 0 for M clusters.
-        samples: pictures that are clustered, the first ones.
-        border: width of the border in a picture of 224; of each side of other sizes the same share. 1 to 111.
-        std: of the start N(0, std²), one draw for all prompts, in normalised pixels; 0 for no change at the start.
-        head_free: the most active features are the logits, those that vary most over noise pictures; no head is needed.
+        clusters: M, number of prompts; maximum number of clusters.
+        threshold: distance above which clusters are not merged, on the features' scale (the authors: 10 for ViT-B of
+            ImageNet-21k, 31 for ViT-B of ImageNet-1k, 20 for Swin-B, 18 for MoCo v3, 21 for ResNet-50); 0 for M clusters.
+        samples: number of images that are clustered, the first ones.
+        border: width of the border in a 224-pixel image; scaled proportionally for other sizes. 1 to 111.
+        std: of the initialization N(0, std²), the same sample for all prompts, in normalized pixels; 0 for the identity.
+        head_free: the most active features replace the logits, those that vary most over noise images; no head is needed.
         classes: n, of `head_free`; 0 for as many as the head has.
-    Where: `pixels`, and `features` or `logits` (for `head_free`), where the features are heard.
-    Pictures of another size than the model's own get the prompt scaled to theirs.
+    Where: `pixels`, and `features` or `logits` (for `head_free`), where the features are captured.
+    For images of another size than the model's, the prompt is resized.
     Counts: M·C·(H·W − h·w), with border 30 of 224: 69,840·M.
     Source: Huang et al., Diversity-Aware Meta Visual Prompting, CVPR 2023, sections 3.2 and 3.3, and the authors' code. They
-        train with SGD, momentum 0.9, a head at 0.1. Deviations: no meta-training on other data sets (load the prompts of another
+        train with SGD, momentum 0.9, a head at 0.1. Deviations: no meta-training on other datasets (load the prompts of another
         run to initialize from them); M bounds the clusters, so that sizes are known before the data is; the default threshold of
-        0 always makes M clusters, where the code always has a threshold.
+        0 always gives M clusters, where the code always has a threshold.
     """
 
     name: ClassVar[str] = "dam_vp"
@@ -131,14 +131,14 @@ class DAMVP(Method):
         if not 1 <= self.border < SIDE / 2:
             raise OptionError.of("dam_vp", "border", self.border, f"1 to {SIDE // 2 - 1} pixels of {SIDE}")
         if self.classes and not self.head_free:
-            message = f"dam_vp: classes={self.classes} without head_free: a head has its own; leave it 0"
+            message = f"dam_vp: classes={self.classes} without head_free; expected 0, because the head defines the classes"
             raise OptionError(message, option="classes", method=self.name, given=self.classes, expected=0)
 
     def build_shared(self, sites: Sequence[Site]) -> Clusters:
         """The prototypes of a tower.
 
         Raises:
-            UnsupportedSite: the pictures or their features are not among the sites, or no logits for `head_free`.
+            UnsupportedSite: pixels or features are not among the sites, or logits for `head_free`.
         """
         heads = [site for site in sites if isinstance(site, FeatureSite)]
         missing = {
@@ -150,7 +150,7 @@ class DAMVP(Method):
         if lacks:
             names = ", ".join(site.name for site in sites)
             raise UnsupportedSite(
-                f"dam_vp: {names}: {' and '.join(lacks)} must be among the sites; select them, or another model.",
+                f"dam_vp: {names}: {' and '.join(lacks)} must be among the sites. Select them, or use another model.",
                 method="dam_vp",
                 given=tuple(site.name for site in sites),
                 expected=tuple(lacks),
@@ -158,14 +158,14 @@ class DAMVP(Method):
         return Clusters(self.clusters, heads[0].width, heads[0].port.path)
 
     def build(self, site: PixelSite | FeatureSite) -> Adapter:
-        """The prompts, or what hears the features.
+        """The prompts, or the adapter that captures the features.
 
         Raises:
-            ValueError: the picture is too small for a border, or there are fewer features than classes.
+            ValueError: the image is too small for a border, or there are fewer features than classes.
         """
         if isinstance(site, PixelSite):
             return DAMVPAdapter(site, border_of(site, self.border), self.clusters, self.std)
-        return ActiveFeatures(site, site.width, self.classes) if self.head_free and _is_logits(site) else Listener()
+        return ActiveFeatures(site, site.width, self.classes) if self.head_free and _is_logits(site) else FeatureCapture()
 
     def count(self, site: PixelSite | FeatureSite) -> int:
         """M·C·(H·W − h·w); 0 for features."""
@@ -179,10 +179,10 @@ class DAMVP(Method):
         run: Callable[[Tensor], Any],
         batches: Iterable[tuple[Tensor, Tensor]],
     ) -> None:
-        """Cluster the first `samples` pictures by their features; find the active features, where they are the logits.
+        """Clusters the first `samples` images by their features; selects the active features if they replace the logits.
 
         Raises:
-            ValueError: no pictures. StateError: the adapters are off.
+            ValueError: no images. StateError: the adapters are disabled.
         """
         parts = [adapter for _, adapter in adapters]
         prompts = next(adapter for adapter in parts if isinstance(adapter, DAMVPAdapter))
@@ -193,7 +193,7 @@ class DAMVP(Method):
             if count >= self.samples:
                 break
         if not rows:
-            raise OptionError("dam_vp: no pictures came to be clustered", option="batches", method="prepare", given=0)
+            raise OptionError("dam_vp: no images to cluster", option="batches", method="prepare", given=0)
         clusters.gather(torch.cat(rows)[: self.samples], self.threshold)
         active = [adapter for adapter in parts if isinstance(adapter, ActiveFeatures)]
         if active:
@@ -203,7 +203,7 @@ class DAMVP(Method):
 
 
 def most_active(features: Callable[[Tensor], Tensor], size: tuple[int, int, int], like: Tensor) -> Tensor:
-    """Features by how much they vary over pictures of noise N(0, 1), those that vary most first; drawn from a seed of its own."""
+    """Features sorted by descending variation over noise images N(0, 1), sampled with a fixed seed."""
     height, width, channels = size
     generator = torch.Generator().manual_seed(0)
     pieces = [torch.randn(n, channels, height, width, generator=generator) for n in (32,) * (NOISE // 32)]

@@ -1,4 +1,4 @@
-"""EVP: the picture, shrunk, in a trained border that is added to black."""
+"""EVP: a shrunken image inside a trained border, which is added to black padding."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import FeatureSite, PixelSite, Site
 
-from ._label_map import LabelMap, fill, most_frequent, one_to_one
-from ._pixels import SIDE, Border, PixelAdapter, resized, scaled
+from ._label_map import LabelMap, fit_label_maps, most_frequent, one_to_one
+from ._pixels import SIDE, Border, PixelAdapter, resize, scale_pixels
 
 
-class _Spread(torch.autograd.Function):
-    """δ (C, H, W) for each of B pictures. Backward: ḡ / (‖ḡ‖ + 1e-10), ḡ the mean of the pictures' gradients."""
+class _NormalizedGradient(torch.autograd.Function):
+    """δ (C, H, W) for each of B images. Backward: ḡ / (‖ḡ‖ + 1e-10), ḡ the mean of the images' gradients."""
 
     @staticmethod
     def forward(delta: Tensor, batch: int) -> Tensor:
@@ -26,7 +26,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Nothing is kept."""
+        """Saves nothing."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -35,7 +35,7 @@ class _Spread(torch.autograd.Function):
 
 
 class EVPAdapter(PixelAdapter):
-    """x' = normalise(pad(shrunk x) + δ), δ zero in the middle. `prompt`: (C, H·W − h·w), its border row by row."""
+    """x' = normalize(pad(shrink(x)) + δ), δ zero in the middle. `prompt`: (C, H·W − h·w), its border row by row."""
 
     def __init__(self, site: PixelSite, border: Border, normalize: bool) -> None:
         super().__init__(site, border)
@@ -43,36 +43,36 @@ class EVPAdapter(PixelAdapter):
         self.prompt = nn.Parameter(torch.zeros(site.size[2], border.pixels))
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """y: normalised pictures (B, C, H, W)."""
+        """y: normalized images (B, C, H, W)."""
         border, (count, channels) = self.border, y.shape[:2]
-        black = self.normal(torch.zeros_like(self.prompt)).expand(count, -1, -1)
-        canvas = border.around(black, resized(y, border.inner, "bicubic").to(black.dtype))
+        black = self.normalize_pixels(torch.zeros_like(self.prompt)).expand(count, -1, -1)
+        canvas = border.around(black, resize(y, border.inner, "bicubic").to(black.dtype))
         delta = border.around(self.prompt, self.prompt.new_zeros(channels, *border.inner))
         trained = self.normalize and torch.is_grad_enabled() and delta.requires_grad
-        spread = _Spread.apply(delta, count) if trained else delta
-        return resized(canvas + spread / self.std.unsqueeze(2), y.shape[-2:])
+        spread = _NormalizedGradient.apply(delta, count) if trained else delta
+        return resize(canvas + spread / self.std.unsqueeze(2), y.shape[-2:])
 
 
 @dataclass(frozen=True)
 class EVP(Method):
-    """x' = normalise(pad(shrink(x)) + δ), δ on the border alone, zero at the start; labels y' = y[:, index].
+    """x' = normalize(pad(shrink(x)) + δ), δ on the border only, initialized to zero; labels y' = y[:, index].
 
-    The update of the paper, δ ← δ − lr·mask ∘ ḡ / ‖ḡ‖₂, is that of plain SGD here: the gradient that arrives at δ is divided by
-    its norm over the whole picture, middle included, before the border is taken out of it. Losses that are means over the
-    batch are meant, and whole batches: parts of one that are added up are each of length 1. It leaves nothing of a loss scaler.
+    The update of the paper, δ ← δ − lr·mask ∘ ḡ / ‖ḡ‖₂, corresponds to plain SGD here: the gradient of δ is divided by
+    its norm over the whole image, middle included, before the border is taken from it. This assumes losses that are means over
+    the batch, and whole batches: accumulated gradients each have norm 1. It also cancels the factor of a loss scaler.
 
     Args:
-        border: width of the border in a picture of 224; of each side of other sizes the same share. 1 to 111.
+        border: width of the border in a 224-pixel image; scaled proportionally for other sizes. 1 to 111.
         normalize_gradient: the paper's update; False for the plain gradient.
         classes: n, new classes that labels of the head are mapped to; 0 for as many as the head has. See `prepare`.
-        one_to_one: no label of the head for two classes, as ILM-VP has it.
-    Where: `pixels` and `logits`, of a model without a head `pixels`. With `where="pixels"` the head is trained as usual.
-    Pictures of another size than the model's own are framed at that size and brought back to theirs.
+        one_to_one: assign each class a distinct label of the head, as ILM-VP does.
+    Where: `pixels` and `logits`; on a model without a head, `pixels`. With `where="pixels"` the head is trained normally.
+    Images of another size than the model's are padded at that size and resized back.
     Counts: C·(H·W − h·w) with border 30 of 224: 69,840; nothing for labels.
     Source: Wu et al., Unleashing the Power of Visual Prompting at the Pixel Level, TMLR 2024, section 3, and the authors' code.
-        They train with SGD without momentum at rate 70, cosine, 1,000 epochs, flips and crops. Deviations: images come at the
-        model's size and are resized here, where the code reads them at 164; labels are chosen on normalized images with the
-        initial border, where the code chooses them on images of 164 pixels that are not normalized and have no border. With
+        They train with SGD without momentum at learning rate 70, cosine, 1,000 epochs, flips and crops. Deviations: images come
+        at the model's size and are resized here, where the code reads them at 164; labels are chosen on normalized images with
+        the initial border, where the code chooses them on images of 164 pixels that are not normalized and have no border. With
         AdamW, the default optimizer here, dividing a gradient by its norm has almost no effect.
     """
 
@@ -100,7 +100,7 @@ class EVP(Method):
         """A black border, or a map to the first labels of the head.
 
         Raises:
-            ValueError: the picture is too small for a border, or the head has fewer labels than there are classes.
+            ValueError: the image is too small for a border, or the head has fewer labels than there are classes.
         """
         if isinstance(site, FeatureSite):
             return LabelMap(site, self.classes)
@@ -116,12 +116,12 @@ class EVP(Method):
         run: Callable[[Tensor], Any],
         batches: Iterable[tuple[Tensor, Tensor]],
     ) -> None:
-        """For each class the label that the head answers most for its pictures; with `one_to_one` as ILM-VP chooses them."""
-        fill(adapters, run, batches, one_to_one if self.one_to_one else most_frequent)
+        """For each class the label that the head predicts most often for its images; with `one_to_one` as in ILM-VP."""
+        fit_label_maps(adapters, run, batches, one_to_one if self.one_to_one else most_frequent)
 
 
 def border_of(site: PixelSite, width: int) -> Border:
-    """A border of `width` of 224 on all sides of a site's pictures."""
+    """A border of `width` of 224 pixels on all sides of a site's images."""
     outer = site.size[:2]
-    height, across = (side - 2 * scaled(side, width) for side in outer)
+    height, across = (side - 2 * scale_pixels(side, width) for side in outer)
     return Border(outer, (height, across))

@@ -1,4 +1,4 @@
-"""ILM-VP: the picture, shrunk, in a trained frame, and labels of the head that are chosen anew every epoch."""
+"""ILM-VP: a shrunken image inside a trained frame, with head labels reassigned every epoch."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import FeatureSite, PixelSite, Site
 
-from ._label_map import LabelMap, fill, one_to_one
-from ._pixels import SIDE, Border, PixelAdapter, resized, scaled
+from ._label_map import LabelMap, fit_label_maps, one_to_one
+from ._pixels import SIDE, Border, PixelAdapter, resize, scale_pixels
 
 
 class ILMVPAdapter(PixelAdapter):
-    """x' = normalise(shrunk x inside σ(δ)). `prompt`: δ (C, H·W − h·w), the frame row by row."""
+    """x' = normalize(shrink(x) inside σ(δ)). `prompt`: δ (C, H·W − h·w), the frame row by row."""
 
     def __init__(self, site: PixelSite, border: Border) -> None:
         super().__init__(site, border)
         self.prompt = nn.Parameter(torch.zeros(site.size[2], border.pixels))
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """y: normalised pictures (B, C, H, W)."""
-        frame = self.normal(self.prompt.sigmoid()).expand(len(y), -1, -1)
-        framed = self.border.around(frame, resized(y, self.border.inner).to(frame.dtype))
-        return resized(framed, y.shape[-2:])
+        """y: normalized images (B, C, H, W)."""
+        frame = self.normalize_pixels(self.prompt.sigmoid()).expand(len(y), -1, -1)
+        framed = self.border.around(frame, resize(y, self.border.inner).to(frame.dtype))
+        return resize(framed, y.shape[-2:])
 
 
 @dataclass(frozen=True)
 class ILMVP(Method):
-    """x' = normalise(pad(shrink(x)) + M ∘ σ(δ)), M one on the frame, δ = 0 (grey) at the start; labels y' = y[:, index].
+    """x' = normalize(pad(shrink(x)) + M ∘ σ(δ)), M one on the frame, δ initialized to 0 (gray); labels y' = y[:, index].
 
-    Before every epoch `prepare` counts which labels the head answers for which class, with the frame as it is, and gives each
-    class a label of its own: the pair that is counted most first.
+    Before every epoch `prepare` counts which labels the head predicts for each class, with the current frame, and assigns each
+    class a distinct label: the most frequent pair first.
 
     Args:
-        picture: side of the shrunk picture in one of 224, in its middle; of each side of other sizes the same share. 1 to 223.
+        picture: side of the shrunken image in a 224-pixel one, centered; scaled proportionally for other sizes. 1 to 223.
         classes: n, new classes that labels of the head are mapped to; 0 for as many as the head has.
-    Where: `pixels` and `logits`, of a model without a head `pixels`. With `where="pixels"` the head is trained as usual.
-    Pictures of another size than the model's own are framed at that size and brought back to theirs.
-    Counts: C·(H·W − h·w), the frame alone, with picture 128 of 224: 101,376; nothing for labels.
+    Where: `pixels` and `logits`; on a model without a head, `pixels`. With `where="pixels"` the head is trained normally.
+    Images of another size than the model's are framed at that size and resized back.
+    Counts: C·(H·W − h·w), the frame only, with size 128 of 224: 101,376; nothing for labels.
     Source: Chen et al., Understanding and Improving Visual Prompting: A Label-Mapping Perspective, CVPR 2023, section 4, and the
         authors' code (128; 32 for CIFAR, SVHN and GTSRB). They train with Adam at 0.01, 200 epochs, a tenth of it after 50 % and
-        72 %. Deviations: the authors hold δ in the middle as well, C·H·W numbers, where it has no effect and is not trained;
-        pictures come at the model's size and are shrunk here; their variant for CLIP, which adds a border, is not here.
+        72 %. Deviations: the authors also store δ in the middle, C·H·W parameters, where it has no effect and is not trained;
+        images come at the model's size and are shrunk here; their variant for CLIP, which adds a border, is not implemented.
     """
 
     name: ClassVar[str] = "ilm_vp"
@@ -69,10 +69,10 @@ class ILMVP(Method):
             raise OptionError.of("ilm_vp", "classes", self.classes, "0 or more")
 
     def build(self, site: PixelSite | FeatureSite) -> Adapter:
-        """A grey frame, or a map to the first labels of the head.
+        """A gray frame, or a map to the first labels of the head.
 
         Raises:
-            ValueError: the picture is too small for a frame, or the head has fewer labels than there are classes.
+            ValueError: the image is too small for a frame, or the head has fewer labels than there are classes.
         """
         return LabelMap(site, self.classes) if isinstance(site, FeatureSite) else ILMVPAdapter(site, self._frame(site))
 
@@ -86,9 +86,9 @@ class ILMVP(Method):
         run: Callable[[Tensor], Any],
         batches: Iterable[tuple[Tensor, Tensor]],
     ) -> None:
-        """For each class a label of its own; of pairs that are counted as often, the smaller label and then the smaller class."""
-        fill(adapters, run, batches, one_to_one)
+        """For each class a distinct label; ties go to the smaller label, then the smaller class."""
+        fit_label_maps(adapters, run, batches, one_to_one)
 
     def _frame(self, site: PixelSite) -> Border:
         height, width, _ = site.size
-        return Border((height, width), (scaled(height, self.picture), scaled(width, self.picture)))
+        return Border((height, width), (scale_pixels(height, self.picture), scale_pixels(width, self.picture)))

@@ -1,4 +1,4 @@
-"""Textual Inversion: new words, learned as rows of the text encoder's embedding table."""
+"""Textual Inversion: new tokens, trained as rows of the text encoder's embedding table."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from veneer.injection.errors import OptionError, UnsupportedSite
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import VocabularySite
 
-from ._tokenizer import claim, refuse_taken, release, spellings
+from ._tokenizer import add_tokens, check_new_token, remove_tokens, spellings
 
 
 class TextualInversionAdapter(Adapter):
     """rows[i] = vectors[k] where ids[i] is the k-th new id, else the host's row. `vectors`: (tokens·n, width).
 
-    `new_ids` are the ids of the new tokens, `known_ids` those that stand in for them at the model's door.
+    `new_ids` are the ids of the new tokens, `known_ids` the ids that replace them in the model's input.
     """
 
     new_ids: Tensor
@@ -41,12 +41,12 @@ class TextualInversionAdapter(Adapter):
         return torch.where(hits.any(-1, keepdim=True), learned, y)
 
     def ids(self, ids: Tensor) -> Tensor:
-        """New ids replaced by known ones: that of the word a vector began as, else the first ordinary one."""
+        """Replaces new ids by known ones: that of the initializer token, else the first ordinary id."""
         hits = ids.unsqueeze(-1) == self.new_ids
         return torch.where(hits.any(-1), self.known_ids[hits.to(torch.uint8).argmax(-1)].to(ids.dtype), ids)
 
     def sample(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The host's sample with every new id in it, between the first and the last place of its rows."""
+        """The host's sample with every new id inserted, between the first and the last position of its rows."""
         ids: Tensor = inputs[self.argument]
         count, inner = len(self.new_ids), ids.shape[1] - 2
         rows = ids[:1].repeat(max(len(ids), -(-count // inner)), 1)
@@ -56,11 +56,11 @@ class TextualInversionAdapter(Adapter):
         return {**inputs, self.argument: rows}
 
     def enter(self, tower: nn.Module) -> None:
-        """Add the tokens to the tokenizer, and start the vectors from the host's table."""
+        """Adds the tokens to the tokenizer, and initializes the vectors from the host's table."""
         table: Any = tower.get_submodule(self.path)
         if self.tokenizer is not None:
             try:
-                ids = claim(self.tokenizer, self.method.names)
+                ids = add_tokens(self.tokenizer, self.method.names)
             except ValueError as error:
                 message = f"textual_inversion: {self.place}: {error}."
                 raise UnsupportedSite.from_error(error, message, site=self.place, method="textual_inversion") from error
@@ -71,7 +71,7 @@ class TextualInversionAdapter(Adapter):
                 self._start(table.weight)
 
     def _start(self, table: Tensor) -> None:
-        """Rows of words where there are words, N(0, std of the table) elsewhere."""
+        """Rows of the initializer words, if given, else N(0, standard deviation of the table)."""
         n, special = self.method.vectors, set(getattr(self.tokenizer, "all_special_ids", ()))
         self.known_ids.fill_(next(i for i in range(len(table)) if i not in special))
         if not all(self.method.words):
@@ -87,7 +87,7 @@ class TextualInversionAdapter(Adapter):
         """Ids of an initializer word.
 
         Raises:
-            UnsupportedSite: one of them has no row in the base's table, as that of the new token itself.
+            UnsupportedSite: one of them has no row in the base's table, such as that of the new token itself.
         """
         ids: list[int] = self.tokenizer.encode(word, add_special_tokens=False)
         beyond = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i >= rows]
@@ -105,30 +105,30 @@ class TextualInversionAdapter(Adapter):
         return ids
 
     def leave(self) -> None:
-        """Take the tokens out of the tokenizer."""
+        """Removes the tokens from the tokenizer."""
         if self.entered:
-            release(self.tokenizer, self.method.names)
+            remove_tokens(self.tokenizer, self.method.names)
             self.entered = False
 
 
 @dataclass(frozen=True)
 class TextualInversion(Method):
-    """v* = argmin_v E ‖ε − ε_θ(z_t, t, c(v))‖²: only the rows v of new tokens are trained, the table stays as it is.
+    """v* = argmin_v E ‖ε − ε_θ(z_t, t, c(v))‖²: only the rows v of new tokens are trained, the table is frozen.
 
-    The tokens are added to the tokenizer of each text encoder while attached, `<toy>`, `<toy>_1`, … for several vectors, as
+    While attached, the tokens are in the tokenizer of each text encoder: `<toy>`, `<toy>_1`, … for several vectors, as
     diffusers' `maybe_convert_prompt` expands them. At strength s a token's row is (1 − s)·known + s·v, where `known` is the
-    row of the word it began as: switched off, a prompt with the token is the prompt with that word.
+    row of its initializer token: when disabled, a prompt with the token equals the prompt with that word.
 
     Args:
-        tokens: a token or several; lower case where there are several vectors.
+        tokens: one or several tokens; lowercase if there are several vectors.
         vectors: n, rows per token.
-        initialize: word or words that a token begins as, one text for all tokens or one per token; all n vectors begin alike.
+        initialize: initializer word or words, one text for all tokens or one per token; all n vectors are initialized alike.
             Empty: N(0, standard deviation of the table).
-        subtokens: a word of several sub-tokens gives the `mean` of their rows, or the `first`.
-        ids: ids of the vectors, in order, for a bare model that comes without a tokenizer.
+        subtokens: for a word of several sub-tokens, use the `mean` of their rows, or the `first`.
+        ids: ids of the vectors, in order, for a bare model without a tokenizer.
     Counts: tokens·n·width per text encoder; SD 1.5 768, SDXL 768 + 1,280 for one vector.
     Source: Gal et al., An Image is Worth One Word, ICLR 2023, equation 2; several vectors: section 5. Deviation: learned rows
-    beside the table in the place of rows in it, so that nothing of the table has to be restored after each step.
+    are stored beside the table, so that the table need not be restored after each step.
     """
 
     name: ClassVar[str] = "textual_inversion"
@@ -149,51 +149,49 @@ class TextualInversion(Method):
         if not self.each or len(set(self.names)) != len(self.names):
             raise OptionError.of("textual_inversion", "tokens", self.tokens, "one or more and differ")
         if not isinstance(self.initialize, str) and len(self.initialize) != len(self.each):
-            given, expected = len(self.initialize), len(self.each)
-            message = f"textual_inversion: {expected} tokens and {given} words in initialize"
-            raise OptionError(message, option="initialize", method=self.name, given=given, expected=expected)
+            count, expected = len(self.initialize), len(self.each)
+            message = f"textual_inversion: {expected} tokens, but {count} words in initialize"
+            raise OptionError(message, option="initialize", method=self.name, given=count, expected=expected)
         if self.subtokens not in ("mean", "first"):
             raise OptionError.of("textual_inversion", "subtokens", self.subtokens, "'mean' or 'first'")
         if self.ids and (len(set(self.ids)) != len(self.names) or min(self.ids) < 0):
-            message = f"textual_inversion: {len(self.names)} different ids are needed, got {self.ids}"
+            message = f"textual_inversion: {len(self.names)} distinct ids are needed, got {self.ids}"
             raise OptionError(message, option="ids", method=self.name, given=self.ids, expected=len(self.names))
 
     @property
     def each(self) -> tuple[str, ...]:
-        """The tokens, also where there is one."""
+        """The tokens as a tuple."""
         return (self.tokens,) if isinstance(self.tokens, str) else tuple(self.tokens)
 
     @property
     def names(self) -> list[str]:
-        """One name a vector: `<toy>`, `<toy>_1`, …"""
+        """One name per vector: `<toy>`, `<toy>_1`, …"""
         return [name for token in self.each for name in spellings(token, self.vectors)]
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What each token begins as."""
+        """The initializer word of each token."""
         return (self.initialize,) * len(self.each) if isinstance(self.initialize, str) else tuple(self.initialize)
 
     @classmethod
     def examples(cls) -> tuple[TextualInversion, TextualInversion]:
-        """For bare models, which come without a tokenizer: ids beyond any small table."""
+        """For bare models without a tokenizer: ids beyond any small table."""
         return cls(tokens=("<one>", "<two>"), ids=(90_000, 90_001)), cls(tokens="<three>", ids=(90_002,))
 
     def build(self, site: VocabularySite) -> TextualInversionAdapter:
-        """Zero rows; they get their start values when attached.
+        """Zero rows; they are initialized when attached.
 
         Raises:
-            ValueError: the tokenizer has a token already, there is no tokenizer and no ids, or both.
+            ValueError: the tokenizer already has a token, neither a tokenizer nor ids are available, or both are.
         """
         if site.tokenizer is None and (not self.ids or any(self.words)):
-            message = (
-                "the model comes without a tokenizer: attach to the pipeline, or give ids=(…) for the tokens and no initialize"
-            )
+            message = "the model has no tokenizer: attach to the pipeline, or pass ids=(…) for the tokens and no initialize"
             raise OptionError(message, option="ids", method=self.name, given=self.ids, expected="tokenizer")
         if site.tokenizer is not None:
             if self.ids:
-                raise OptionError("the tokenizer gives the ids; leave ids out", option="ids", method=self.name, given=self.ids)
+                raise OptionError("the tokenizer defines the ids; leave ids out", option="ids", method=self.name, given=self.ids)
             for token in self.each:
-                refuse_taken(site.tokenizer, token, self.vectors)
+                check_new_token(site.tokenizer, token, self.vectors)
         return TextualInversionAdapter(site, self)
 
     def count(self, site: VocabularySite) -> int:

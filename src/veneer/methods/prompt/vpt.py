@@ -1,4 +1,4 @@
-"""VPT: learned tokens beside the patches."""
+"""VPT: learned prompt tokens beside the patches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from veneer.injection.sites import TokenSite
 
 OLD_PROJECT = (
     "vpt with project of revision 1 had a projection for each block; since revision 2 all blocks share one, as in the authors' "
-    "code. Train it again, or load it with the veneer that wrote it."
+    "code. Train it again, or load it with the veneer version that wrote it."
 )
 
 
 class Projections(nn.ModuleDict):
-    """The linear projection of all prompts, `project` to the model's width; one for each width of sites."""
+    """The linear projection of all prompts, `project` to the model's width; one for each width among the sites."""
 
     def __init__(self, project: int, widths: Sequence[int]) -> None:
         layers = {str(width): nn.Linear(project, width) for width in sorted(set(widths))}
@@ -32,7 +32,7 @@ class Projections(nn.ModuleDict):
 
 
 class VPTAdapter(Adapter):
-    """Inserts p tokens after the prefix tokens and takes them out where the site ends. Tokens: (B, N, width)."""
+    """Inserts p tokens after the prefix tokens and removes them at the end of the site. Tokens: (B, N, width)."""
 
     shared: Projections
 
@@ -43,7 +43,7 @@ class VPTAdapter(Adapter):
 
     @property
     def project(self) -> nn.Module | None:
-        """The shared projection; None without."""
+        """The shared projection, or None."""
         return self.shared[str(self.width)] if self.projected else None
 
     def insert(self, tokens: Tensor) -> Tensor:
@@ -61,10 +61,10 @@ class VPTAdapter(Adapter):
 
 @dataclass(frozen=True)
 class VPT(Method):
-    """Deep: [x_i, _, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}]); a fresh set of p prompts P before every block.
+    """Deep: [x_i, _, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}]); a separate set of p prompts P before every block.
 
-    Shallow (`where="tokens.tower"`): [x_1, Z_1, E_1] = L_1([x_0, P, E_0]), later blocks carry Z on. Prompts stand between the
-    prefix tokens (class, registers) and the patches, after the position embedding, and are removed before pooling and head.
+    Shallow (`where="tokens.tower"`): [x_1, Z_1, E_1] = L_1([x_0, P, E_0]), later blocks pass Z on. Prompts are inserted between
+    the prefix tokens (class, registers) and the patches, after the position embedding, and are removed before pooling and head.
 
     Args:
         tokens: p, prompts per site.
@@ -75,8 +75,8 @@ class VPT(Method):
     Saved files: those of revision 1 with a projection for each block are rejected.
     Source: Jia et al., Visual Prompt Tuning, ECCV 2022, equations 4 to 8, and its code. Initial prompts U(-v, v),
         v = sqrt(6 / (channels·patch² + width)); projection: weight N(0, 2 / width), bias as torch's Linear.
-    Deviation: on hosts that pool by mean (MAE, `global_pool="avg"`) the mean is over the patches, the `img_pool` of the authors'
-        code; its default, `VIT_POOL_TYPE = "original"`, averages the last block's prompts in with them.
+    Deviation: on hosts with mean pooling (MAE, `global_pool="avg"`) the mean is over the patches, the `img_pool` of the authors'
+    code; its default, `VIT_POOL_TYPE = "original"`, also averages the last block's prompts.
     """
 
     name: ClassVar[str] = "vpt"
@@ -101,7 +101,7 @@ class VPT(Method):
             raise OptionError.of("vpt", "project", self.project, "at least 0")
 
     def build_shared(self, sites: Sequence[TokenSite]) -> Projections | None:
-        """The projection, if there is one."""
+        """The projection, if enabled."""
         return Projections(self.project, [site.width for site in sites]) if self.project else None
 
     def build(self, site: TokenSite) -> VPTAdapter:
@@ -118,7 +118,7 @@ class VPT(Method):
 
     @classmethod
     def migrate(cls, config: Mapping[str, Any], revision: int, tensors: Collection[str]) -> dict[str, Any]:
-        """The options as they are; in revision 1 `project` as wide as the model made no projection.
+        """The options unchanged; in revision 1, `project` equal to the model's width meant no projection.
 
         Raises:
             ValueError: a file of revision 1 with a projection for each block.

@@ -1,4 +1,4 @@
-"""LoRA's adapters: the plain pair, the pair that begins as a part of the weight, and the pair with a core between."""
+"""LoRA adapters: plain factors, factors initialized from the weight, and factors with a Tucker core."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from veneer.injection.method import Adapter
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import WeightSite
 
-from ._swapping import lora_state, lora_together
+from ._state_transfer import lora_batched, lora_state
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 
 
-def pairs_in(site: WeightSite, rank: int) -> int:
-    """How many pairs a convolution has: one a group where the groups divide the rank, else one on its flattened kernels."""
+def factor_pairs(site: WeightSite, rank: int) -> int:
+    """Number of factor pairs of a convolution: one per group if the groups divide the rank, else one on the flattened kernels."""
     return 1 if rank % site.groups else site.groups
 
 
 class LoRAAdapter(Adapter):
     """y' = y + s·B(A x), W' = W + s·B A. Shapes: `down` (rank, d_in / groups[, k, k]), `up` (d_out, rank / pairs[, 1, 1]).
 
-    `pairs` is the number of groups, each with its part of A and B, or 1 where they do not divide the rank: then all groups have
-    the same A, and B A is a product of (d_out, rank) and (rank, d_in·k·k / groups) as a linear layer's is.
-    An embedding keeps `down` as (d_in, rank), rows looked up by id, and `up` as (d_out, rank).
+    `pairs` is the number of groups, each with its part of A and B, or 1 if they do not divide the rank: then all groups share A,
+    and B A is the product of (d_out, rank) and (rank, d_in·k·k / groups), as for a linear layer.
+    An embedding stores `down` as (d_in, rank), rows looked up by id, and `up` as (d_out, rank).
     """
 
     adds: ClassVar[bool] = True
@@ -43,7 +43,7 @@ class LoRAAdapter(Adapter):
     def __init__(self, site: WeightSite, rank: int, scaling: float, dropout: float) -> None:
         super().__init__()
         self.site, self.scaling, self.dropout = site, scaling, dropout
-        self.pairs = pairs_in(site, rank)
+        self.pairs = factor_pairs(site, rank)
         if site.kind == "embedding":
             self.down = nn.Parameter(torch.empty(site.d_in, rank))
             self.up = nn.Parameter(zeros(site.d_out, rank))
@@ -53,7 +53,7 @@ class LoRAAdapter(Adapter):
             self.up = nn.Parameter(zeros(site.d_out, rank // self.pairs, *ones))
 
     def output(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
-        """y + B (s·A x): scaled between the two, where there are only `rank` features.
+        """y + B (s·A x): the scale is applied to the `rank` intermediate features.
 
         Args:
             x: input of the module. `y`: its output. `overwrite`: y is modified in place.
@@ -77,7 +77,7 @@ class LoRAAdapter(Adapter):
         return convolve(x, down, site.stride, site.padding, site.dilation, site.groups)
 
     def _dense(self, x: Tensor, change: Tensor) -> Tensor:
-        """ΔW x: A x for all groups would be groups·rank features, of which there are often more than of y."""
+        """ΔW x: A x for all groups would have groups·rank features, often more than y has."""
         site = self.site
         return convolve(x, change, site.stride, site.padding, site.dilation, site.groups)
 
@@ -86,19 +86,19 @@ class LoRAAdapter(Adapter):
         return weight + self.delta() * (self.strength * self.scaling)
 
     def taking(self, other: LoRAAdapter | None) -> dict[str, Tensor]:
-        """State with which this makes the change of `other`, or none. `ValueError` where its pair finds no room in this one's."""
+        """State with which this makes the update of `other`, or none. `ValueError` if its factors exceed this rank."""
         return lora_state(self, other)
 
     @staticmethod
     def together(each: Sequence[tuple[LoRAAdapter, float] | None], x: Tensor, y: Tensor, over: bool) -> Tensor | None:
-        """`output` for a batch whose n samples have an adapter and a strength each, or None; rows i, i + n, … are sample i's.
+        """`output` for a batch of n samples, each with an adapter and a strength, or None; rows i, i + n, … belong to sample i.
 
-        None for other layers than linear ones, and while dropout acts. `over`: y may be written over.
+        None unless the layer is linear and dropout is inactive. `over`: y may be modified in place.
         """
-        return lora_together(each, x, y, over)
+        return lora_batched(each, x, y, over)
 
     def delta(self) -> Tensor:
-        """B A in the weight's shape, without any scale."""
+        """B A in the weight's shape, without scales."""
         return self._product(*self.own_pair())
 
     def _product(self, down: Tensor, up: Tensor) -> Tensor:
@@ -111,13 +111,13 @@ class LoRAAdapter(Adapter):
         return torch.bmm(*pairs).reshape(site.weight_shape)
 
     def own_pair(self) -> tuple[Tensor, Tensor]:
-        """(down, up) of the same change as an ordinary LoRA with this scale and as many `pairs`."""
+        """(down, up) of the same update as an ordinary LoRA with this scale and the same number of `pairs`."""
         return self.down, self.up
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """(down, up) of the same change as an ordinary LoRA with this scale and a pair a group, for what can hold nothing else.
+        """(down, up) of the same update as an ordinary LoRA with this scale and one pair per group, for formats that need this.
 
-        Where groups have one A, each gets a copy: rank groups·rank.
+        If groups share A, each gets a copy: rank groups·rank.
         """
         down, up = self.own_pair()
         return (down if self.pairs == self.site.groups else torch.cat([down] * self.site.groups)), up
@@ -135,11 +135,11 @@ class LoRAAdapter(Adapter):
         return left * (self.strength * self.scaling), right
 
 
-class PartAdapter(LoRAAdapter):
-    """y' = y + s·(B A x − B0 A0 x), W' = W + s·(B A − B0 A0), where A and B begin as A0 and B0, a part of W.
+class WeightInitAdapter(LoRAAdapter):
+    """y' = y + s·(B A x − B0 A0 x), W' = W + s·(B A − B0 A0), where A and B are initialized to A0 and B0, a part of W.
 
-    This is W0 = W − s·B0 A0 with an ordinary LoRA on it, and the same training, on a base that never changes. `down0`, `up0`
-    are A0 and B0; they are saved, since a decomposition is not unique. Until `enter` they and B are zero.
+    This equals an ordinary LoRA on W0 = W − s·B0 A0, with the same training, without modifying the base. `down0`, `up0`
+    are A0 and B0; they are saved, because a decomposition is not unique. Until `enter` they and B are zero.
     """
 
     down0: Tensor
@@ -153,12 +153,12 @@ class PartAdapter(LoRAAdapter):
 
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
-        """Begin as a part of the host's own weight, in single precision or better; of each group's, where there are groups."""
+        """Initializes from the host's weight, in float32 or better; per group for grouped convolutions."""
         site, weight = self.site, base_tensor(tower, self.site.path, self.site.param)
         if not weight.is_floating_point():
             raise UnsupportedSite(
-                f"lora: {site.name}: init={self.init!r} decomposes the weight, and this one is quantised. Load the base "
-                "unquantised, or use init='kaiming'.",
+                f"lora: {site.name}: init={self.init!r} decomposes the weight, but this one is quantized. Load the base "
+                "unquantized, or use init='kaiming'.",
                 site=site.name,
                 method="lora",
                 option="init",
@@ -176,7 +176,7 @@ class PartAdapter(LoRAAdapter):
         self.up0.copy_(self.up)
 
     def output(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
-        """Bitwise y where A and B are as they began. Dropout is before A only, as A0 belongs to the weight."""
+        """Bitwise y while A and B have their initial values. Dropout applies to A only, because A0 belongs to the weight."""
         start = self._change(x, self.down0, self.up0)
         if self.dropout and self.site.kind != "embedding":
             x = F.dropout(x, self.dropout, self.training)
@@ -188,11 +188,11 @@ class PartAdapter(LoRAAdapter):
         return convolve(self._low(x, down) * (self.strength * self.scaling), up, groups=self.site.groups)
 
     def delta(self) -> Tensor:
-        """B A − B0 A0 in the weight's shape, without any scale."""
+        """B A − B0 A0 in the weight's shape, without scales."""
         return self._product(self.down, self.up) - self._product(self.down0, self.up0)
 
     def own_pair(self) -> tuple[Tensor, Tensor]:
-        """A over A0, and B beside −B0: rank 2r; with groups, group by group."""
+        """A stacked on A0, and B beside −B0: rank 2r; with groups, per group."""
         if self.site.kind == "embedding":
             return torch.cat([self.down, self.down0], 1), torch.cat([self.up, -self.up0], 1)
         down = torch.cat([t.unflatten(0, (self.pairs, -1)) for t in (self.down, self.down0)], 1).flatten(0, 1)

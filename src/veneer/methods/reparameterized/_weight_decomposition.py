@@ -20,7 +20,7 @@ def magnitude_count(site: WeightSite, axis: NormAxis) -> int:
 
 
 def channel_norms(weight: Tensor, axis: NormAxis) -> Tensor:
-    """‖W‖ per output, (d_out,), or per input channel, (d_in / groups,), over all other sides of W."""
+    """‖W‖ per output, (d_out,), or per input channel, (d_in / groups,), over all other dimensions of W."""
     channels = 0 if axis == "output" else 1
     return torch.linalg.vector_norm(weight.movedim(channels, 0).flatten(1), dim=1)
 
@@ -28,8 +28,8 @@ def channel_norms(weight: Tensor, axis: NormAxis) -> Tensor:
 class DecomposedAdapter(Adapter):
     """W' = m·(W + s·ΔW) / ‖W + s·ΔW‖, the norm per output or per input channel; weight form only.
 
-    Shapes: `magnitude_delta` (d_out,) or (d_in / groups,), which is m − ‖W‖. The norm is a constant for the gradient. A subclass
-    sets `site` and `scaling`, has `delta()` and calls `decompose`.
+    Shapes: `magnitude_delta` (d_out,) or (d_in / groups,), which is m − ‖W‖. The norm is treated as constant in the backward
+    pass. A subclass sets `site` and `scaling`, defines `delta()` and calls `decompose`.
     """
 
     blends: ClassVar[bool] = True
@@ -39,7 +39,7 @@ class DecomposedAdapter(Adapter):
     magnitude_delta: nn.Parameter
 
     def decompose(self, axis: NormAxis) -> None:
-        """Add the magnitudes."""
+        """Adds the magnitudes."""
         self.norm_axis = axis
         self.magnitude_delta = nn.Parameter(torch.zeros(magnitude_count(self.site, axis)))
 
@@ -54,7 +54,7 @@ class DecomposedAdapter(Adapter):
         return weight * (1 + self.strength * (gain - 1)) + change * (self.strength * gain)
 
     def _gain(self, weight: Tensor, change: Tensor) -> Tensor:
-        """m / ‖W + s·ΔW‖, broadcastable to W. A channel of W that is zero has no direction and is scaled by 1 + m."""
+        """m / ‖W + s·ΔW‖, broadcastable to W. A zero channel of W has no direction and is scaled by 1 + m."""
         with torch.no_grad(), torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):
             base = weight.to(change.dtype)
             before, after = channel_norms(base, self.norm_axis), channel_norms(base + change, self.norm_axis)

@@ -1,4 +1,4 @@
-"""AdaLoRA: a low-rank change as singular triplets, of which the important ones of the whole model are left."""
+"""AdaLoRA: a low-rank update as singular triplets, pruned by importance across the whole model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.functional.convolve import convolve
-from veneer.functional.importance import cubic, largest, observe
-from veneer.functional.orthogonality import from_orthonormal
+from veneer.functional.importance import cubic_budget, largest_mask, update_importance
+from veneer.functional.orthogonality import orthonormality_error
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import Site, WeightSite
@@ -24,7 +24,7 @@ class AdaLoRAAdapter(Adapter):
     """y' = y + s·P Λ Q x, W' = W + s·P Λ Q. Triplet i is column i of P, λ_i and row i of Q.
 
     Shapes: `up` is P, (d_out, rank / groups[, 1, 1]), `values` is Λ, (rank,), `down` is Q, (rank, d_in / groups[, k, k]).
-    Remembered while training: Ī and Ū of each (`up_sensitivity`, `up_uncertainty`, …), and `kept`, (rank,), 0 where pruned last.
+    Training state: Ī and Ū of each (`up_sensitivity`, `up_uncertainty`, …), and `kept`, (rank,), 0 if pruned last time.
     """
 
     adds: ClassVar[bool] = True
@@ -45,7 +45,7 @@ class AdaLoRAAdapter(Adapter):
         self.register_buffer("kept", torch.ones(rank), persistent=False)
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: what the module read; y: what it gave."""
+        """x: the module's input; y: its output."""
         site = self.site
         low = convolve(x, self.down, site.stride, site.padding, site.dilation, site.groups)
         scale = (self.strength * self.scaling) * self.values.view(-1, *(1 for _ in site.kernel))
@@ -56,7 +56,7 @@ class AdaLoRAAdapter(Adapter):
         return weight + self.delta() * (self.strength * self.scaling)
 
     def delta(self) -> Tensor:
-        """P Λ Q in the weight's shape, without any scale."""
+        """P Λ Q in the weight's shape, without scales."""
         columns, rows = self._blocks(self.up, self.down)
         values = self.values.unflatten(0, (self.site.groups, 1, -1))
         return ((columns.mT * values) @ rows).reshape(self.site.weight_shape)
@@ -69,13 +69,13 @@ class AdaLoRAAdapter(Adapter):
     def unorthogonality(self) -> Tensor:
         """‖PᵀP − I‖_F + ‖QQᵀ − I‖_F, within groups."""
         columns, rows = self._blocks(self.up, self.down)
-        return from_orthonormal(columns) + from_orthonormal(rows)
+        return orthonormality_error(columns) + orthonormality_error(rows)
 
     def observe(self, beta1: float, beta2: float) -> None:
-        """Take the gradients into the smoothed sensitivity and its uncertainty."""
+        """Updates the smoothed sensitivity and its uncertainty with the gradients."""
         for name in TRAINED:
             sensitivity, uncertainty = self.get_buffer(f"{name}_sensitivity"), self.get_buffer(f"{name}_uncertainty")
-            observe(self.get_parameter(name), sensitivity, uncertainty, beta1, beta2)
+            update_importance(self.get_parameter(name), sensitivity, uncertainty, beta1, beta2)
 
     def scores(self) -> Tensor:
         """S_i = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij) with s = Ī·Ū, (rank,)."""
@@ -85,20 +85,20 @@ class AdaLoRAAdapter(Adapter):
 
     @torch.no_grad()
     def prune(self) -> None:
-        """λ = 0 where `kept` is 0."""
+        """Sets λ = 0 where `kept` is 0."""
         self.values.mul_(self.kept)
 
 
 @dataclass(frozen=True)
 class AdaLoRA(Method):
-    """W' = W + s·P Λ Q with s = alpha / rank and Λ diagonal, zero at the start; ranks are pruned where they matter least.
+    """W' = W + s·P Λ Q with s = alpha / rank and Λ diagonal, initialized to zero; ranks are pruned by importance.
 
-    All sites have `rank` triplets at first and `target_rank` on average in the end: after the first steps the budget of the whole
-    model falls by a cubic schedule, and λ of the triplets with the lowest importance is set to 0. Their P and Q stay, so
-    that a triplet may come back, until the last part of the run, in which the choice is fixed. P and Q are kept orthonormal
-    by a term of the loss.
+    All sites start with `rank` triplets and end with `target_rank` on average: after the warm-up the budget of the whole
+    model decreases by a cubic schedule, and λ of the triplets with the lowest importance is set to 0. Their P and Q remain, so
+    that a triplet may return, until the last part of the run, in which the selection is fixed. P and Q are kept orthonormal
+    by a regularization term.
 
-    `veneer personalize` does all of that. A training loop of your own adds two calls:
+    `veneer personalize` does all of this. A custom training loop adds two calls:
 
         loss = loss + tuned.penalty()
         loss.backward()
@@ -106,26 +106,26 @@ class AdaLoRA(Method):
         tuned.after_step(step, steps)  # step from 1 to steps, before zero_grad(); gradients already summed over processes
         optimizer.zero_grad()
 
-    Without them it is a LoRA of `rank` with a diagonal between.
+    Without them it is a LoRA of `rank` with a diagonal matrix between the factors.
 
     Args:
-        rank: triplets of each site at first, at least 1.
-        target_rank: average of those that are left, 1 to `rank`; by site (`by_site`) the site's share of the budget.
+        rank: initial number of triplets per site, at least 1.
+        target_rank: final average, 1 to `rank`; by site (`by_site`) the site's share of the budget.
         alpha: numerator of the scale; None means the rank, so that s = 1.
-        warmup: share of the steps before pruning begins, 0 to 1. `final`: share of the steps after it has ended.
-        every: steps between two prunings; between them pruned λ learn again.
+        warmup: fraction of the steps before pruning starts, 0 to 1. `final`: fraction of the steps after it has ended.
+        every: steps between two prunings; between them pruned λ are trained again.
         orthogonality: weight of the orthogonality term.
         beta1: smoothing of the sensitivity, 0 to 1.
         beta2: smoothing of the sensitivity's uncertainty, 0 to 1.
     Convolutions: as in `lora`, the rank split over groups.
-    Counts: rank·(d_in·k·k / groups + 1) + d_out·rank / groups per site. Pruned triplets are stored too, with λ = 0. With averaged
-    weights λ of pruned triplets is averaged as well, and fades.
+    Counts: rank·(d_in·k·k / groups + 1) + d_out·rank / groups per site. Pruned triplets are also stored, with λ = 0. With
+    averaged weights (EMA), λ of pruned triplets is averaged as well, and decays.
     Source: Zhang et al., AdaLoRA, ICLR 2023, equations 3, 4, 6 to 11, section 3.3 and algorithm 1; QingruZhang/AdaLoRA
     `loralib/adalora.py`; peft `tuners/adalora`. Where paper and code differ, the authors' code and peft are followed, which
     agree: the term is the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all matrices, where the paper sums the squares; the
-    sensitivity is that of the weight after its step with the gradient from before; the first draws have standard deviation 0.02.
-    Deviations: of equal scores the earlier triplet stays, so that the budget is met exactly; s = alpha / rank, without the
-    code's 1e-5 in the denominator; warm-up and final part are shares of the run, not steps.
+    sensitivity is that of the weight after its step with the gradient from before; the initial standard deviation is 0.02.
+    Deviations: of equal scores the earlier triplet is kept, so that the budget is met exactly; s = alpha / rank, without the
+    code's 1e-5 in the denominator; warm-up and final part are fractions of the run, not numbers of steps.
     """
 
     name: ClassVar[str] = "adalora"
@@ -164,13 +164,15 @@ class AdaLoRA(Method):
             )
 
     def build(self, site: WeightSite) -> AdaLoRAAdapter:
-        """P and Q drawn, Λ = 0, for one weight.
+        """P and Q with random values, Λ = 0, for one weight.
 
         Raises:
             ValueError: a grouped convolution whose groups do not divide the rank.
         """
         if self.rank % site.groups:
-            message = f"rank {self.rank} must divide by the convolution's {site.groups} groups; choose another there"
+            message = (
+                f"rank {self.rank} must be a multiple of the convolution's {site.groups} groups; set another rank at this site"
+            )
             raise OptionError(message, option="rank", method=self.name, given=self.rank, expected=site.groups)
         adapter = AdaLoRAAdapter(site, self.rank, (self.alpha or self.rank) / self.rank)
         nn.init.normal_(adapter.up, std=0.02)
@@ -189,7 +191,7 @@ class AdaLoRA(Method):
             return self.orthogonality * torch.stack([a.unorthogonality().to(device) for a in parts]).sum() / (2 * len(parts))
 
     def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
-        """Observe the gradients, and prune to the budget where that is due."""
+        """Records the gradients, and prunes to the budget when due."""
         parts = list(_own(adapters))
         start, end = round(self.warmup * steps), max(1, steps - round(self.final * steps))
         if step <= max(1, end - 1):
@@ -198,7 +200,7 @@ class AdaLoRA(Method):
         if step == end or (start < step < end and step % self.every == 0):
             first = sum(a.values.numel() for _, a in parts)
             last = sum(self._target(site) for site, _ in parts)
-            self._allocate([a for _, a in parts], cubic(step, start, end, first, last))
+            self._allocate([a for _, a in parts], cubic_budget(step, start, end, first, last))
         elif step < end:
             return
         for _, adapter in parts:
@@ -206,9 +208,9 @@ class AdaLoRA(Method):
 
     @staticmethod
     def _allocate(adapters: list[AdaLoRAAdapter], budget: int) -> None:
-        """Keep the `budget` triplets of all adapters that have the highest scores."""
+        """Keeps the `budget` triplets with the highest scores across all adapters."""
         device = adapters[0].values.device
-        kept = largest(torch.cat([a.scores().to(device) for a in adapters]), budget)
+        kept = largest_mask(torch.cat([a.scores().to(device) for a in adapters]), budget)
         for adapter, part in zip(adapters, kept.split([a.kept.numel() for a in adapters]), strict=True):
             adapter.kept.copy_(part)
 
@@ -217,14 +219,14 @@ class AdaLoRA(Method):
         return here.target_rank
 
     def summary(self, adapters: Iterable[tuple[Site, Adapter]]) -> str:
-        """Triplets with λ ≠ 0, in all and on average by role; nothing before training, and on `meta`."""
+        """Number of triplets with λ ≠ 0, in total and on average by role; empty before training and on `meta`."""
         parts = [(site, adapter) for site, adapter in _own(adapters) if not adapter.values.is_meta]
         counts: dict[str, list[int]] = {}
         for site, adapter in parts:
             counts.setdefault(site.role, []).append(int(torch.count_nonzero(adapter.values.detach())))
-        left, total = sum(map(sum, counts.values())), sum(a.values.numel() for _, a in parts)
+        nonzero, total = sum(map(sum, counts.values())), sum(a.values.numel() for _, a in parts)
         means = ", ".join(f"{role} {sum(n) / len(n):.1f}" for role, n in counts.items())
-        return f"rank: {left} of {total} triplets are not zero; on average {means}" if left else ""
+        return f"rank: {nonzero} of {total} triplets are not zero; on average {means}" if nonzero else ""
 
 
 def _own(adapters: Iterable[tuple[Site, Adapter]]) -> Iterator[tuple[Site, AdaLoRAAdapter]]:

@@ -1,4 +1,4 @@
-"""BOFT: a frozen weight whose neurons are turned by a product of sparse orthogonal matrices, a butterfly."""
+"""BOFT: rotates the neurons of a frozen weight by a product of sparse orthogonal matrices, a butterfly."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 
-from ._output_turn import OutputTurn, refuse_straddling
+from ._output_rotation import OutputRotation, reject_straddling_blocks
 
 
 class BOFTAdapter(Adapter):
     """W' = W Rᵀ. Shapes: `skew` (m, d / b, b·(b − 1) / 2), the entries of each Q above its diagonal, the component with the
-    nearest halves first; `magnitude` (d_out) or None.
+    smallest stride first; `magnitude` (d_out) or None.
 
     There is no output form: W (Rᵀ − I) x needs W.
     """
@@ -33,11 +33,11 @@ class BOFTAdapter(Adapter):
         self.magnitude = nn.Parameter(torch.ones(d_out)) if rescale else None
 
     def weight(self, weight: Tensor) -> Tensor:
-        """W + s·(D W Rᵀ − W): each component adds its own change, which is exactly zero at the start."""
+        """W + s·(D W Rᵀ − W): each component adds its change, which is exactly zero initially."""
         flat = weight.flatten(1)
         change = torch.zeros_like(flat)
-        for step, turn in enumerate(cayley_change(skew(self.skew, self.size))):
-            change = change + blocks_apply(flat + change, turn, spread=2**step)
+        for step, rotation in enumerate(cayley_change(skew(self.skew, self.size))):
+            change = change + blocks_apply(flat + change, rotation, spread=2**step)
         if self.magnitude is not None:
             change = (flat + change) * self.magnitude.unsqueeze(1) - flat
         return weight + (change * self.strength).reshape(weight.shape)
@@ -45,25 +45,25 @@ class BOFTAdapter(Adapter):
 
 @dataclass(frozen=True)
 class BOFT(Method):
-    """W' = W Rᵀ, R = B_1 B_2 ⋯ B_m: all neurons (rows of W) turn alike, by m sparse orthogonal matrices that reach far together.
+    """W' = W Rᵀ, R = B_1 B_2 ⋯ B_m: all neurons (rows of W) are rotated alike, by m sparse orthogonal matrices.
 
-    B_m is block-diagonal with orthogonal b × b blocks (I + Q)(I − Q)⁻¹, Q = −Qᵀ. In B_(m−i) the two halves of a block lie
+    B_m is block-diagonal with orthogonal b × b blocks (I + Q)(I − Q)⁻¹, Q = −Qᵀ. In B_(m−i) the two halves of a block are
     2^i half-blocks apart, as the wings of a butterfly. m = 1 is OFT with blocks of b; from m = log2(2d/b) on, R is dense.
 
     Args:
-        m: how many components, at least 1.
-        b: side of the blocks, at least 2, even for m above 1. d = d_in must be a multiple of 2^(m−1)·b.
-        rescale: also learn D, a factor for each neuron's length: W' = D W Rᵀ, D = 1 at the start (peft always does).
-        side: `output` turns what the layer gives, W' = D R W and d = d_out, as LyCORIS does. A convolution turns its channels,
-            and a bias stays.
-    Q is zero at the start. The equation is solved, in single precision at least, not approximated by a series.
-    Convolutions: a neuron is its kernel, d = d_in·k·k / groups. Grouped and depthwise: one R for all neurons too.
-    On the input side it has only the weight form, so a quantised base is refused.
+        m: number of components, at least 1.
+        b: block size, at least 2, even for m above 1. d = d_in must be a multiple of 2^(m−1)·b.
+        rescale: also train D, a scale for each neuron: W' = D W Rᵀ, D initialized to 1 (peft always does).
+        side: `output` rotates the layer's output, W' = D R W and d = d_out, as LyCORIS does. A convolution's channels are
+            rotated, and the bias is unchanged.
+    Q is initialized to zero. The Cayley transform is computed exactly, in float32 or better, not by a truncated series.
+    Convolutions: a neuron is its kernel, d = d_in·k·k / groups. Grouped and depthwise: also one R for all neurons.
+    On the input side it has only the weight form, so a quantized base is rejected.
     Counts: m·d·(b − 1)/2, d_out more with `rescale`.
     Raises:
-        ValueError: at attach, d is no multiple of 2^(m−1)·b.
+        ValueError: on attaching, d is not a multiple of 2^(m−1)·b.
     Source: Liu et al., ICLR 2024, section 4 (BOFT(m, b) is built from R(m, b/2)); m = 2, b = 8 and the learning rate from its
-    Llama-2 experiments. Deviations: Q has only its free entries, as the paper counts them; no multiplicative dropout.
+    Llama-2 experiments. Deviations: Q is parametrized by its free entries, as the paper counts them; no multiplicative dropout.
     """
 
     name: ClassVar[str] = "boft"
@@ -84,25 +84,26 @@ class BOFT(Method):
         if self.m < 1:
             raise OptionError.of("boft", "m", self.m, "at least 1")
         if self.b < 2 or (self.m > 1 and self.b % 2):
-            message = f"boft: b must be at least 2, and even where m is above 1; got b={self.b} with m={self.m}"
+            message = f"boft: b must be at least 2, and even if m is above 1; got b={self.b} with m={self.m}"
             raise OptionError(message, option="b", method=self.name, given=self.b)
 
     @classmethod
     def examples(cls) -> tuple[BOFT, BOFT]:
-        """Blocks that fit small models; and rescaled ones that reach farther."""
+        """Block sizes for small models, without and with rescaling."""
         return cls(b=4), cls(m=3, b=2, rescale=True)
 
     def blocks(self, site: WeightSite) -> int:
         """d / b at one weight.
 
         Raises:
-            ValueError: the neurons' length is no multiple of 2^(m−1)·b.
+            ValueError: the neurons' dimension is not a multiple of 2^(m−1)·b.
         """
         width = site.d_out if self.side == "output" else site.d_in // site.groups * math.prod(site.kernel)
         if width % (2 ** (self.m - 1) * self.b):
             span = 2 ** (self.m - 1) * self.b
             raise OptionError(
-                f"neurons of {width} numbers are no multiple of 2^(m−1)·b = {span}; give a smaller m or b, or leave the site out",
+                f"neurons of dimension {width} are not a multiple of 2^(m−1)·b = {span}; set a smaller m or b, or exclude the "
+                "site",
                 option="m",
                 method=self.name,
                 given=span,
@@ -113,10 +114,10 @@ class BOFT(Method):
     def build(self, site: WeightSite) -> Adapter:
         """Q of zeros for one weight."""
         if self.side == "output":
-            refuse_straddling(site, 2 ** (self.m - 1) * self.b)
-            return OutputTurn(site, [self.m, self.blocks(site)], self.b, None, self.rescale)
+            reject_straddling_blocks(site, 2 ** (self.m - 1) * self.b)
+            return OutputRotation(site, [self.m, self.blocks(site)], self.b, None, self.rescale)
         return BOFTAdapter(site.d_out, self.m, self.blocks(site), self.b, self.rescale)
 
     def count(self, site: WeightSite) -> int:
-        """m·d·(b − 1)/2, and the lengths."""
+        """m·d·(b − 1)/2, and the scales of the neurons."""
         return self.m * self.blocks(site) * self.b * (self.b - 1) // 2 + (site.d_out if self.rescale else 0)

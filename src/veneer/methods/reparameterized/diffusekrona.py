@@ -1,4 +1,4 @@
-"""DiffuseKronA: a Kronecker product of two matrices of chosen shape beside a frozen weight."""
+"""DiffuseKronA: a Kronecker product of two matrices of configurable shape, added to a frozen weight."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DiffuseKronAAdapter(Adapter):
         self.right = nn.Parameter(torch.zeros(site.d_out // a1, site.d_in // site.groups // a2, *site.kernel))
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: what the module read; y: what it gave. A and B one after the other; ΔW itself only where channels are grouped."""
+        """x: the module's input; y: its output. Applies A and B in sequence; materializes ΔW only for grouped convolutions."""
         site = self.site
         if site.groups == 1:
             return y + kron_apply(x, self.left * self.strength, self._right_apply, len(site.kernel), self.permuted)
@@ -53,18 +53,18 @@ class DiffuseKronA(Method):
 
     Args:
         a1, a2: shape of A, each at least 1; a1 must divide d_out, a2 must divide d_in.
-        permuted: P as in the authors' code, where row j·a1 + i of the change is A[i] ⊗ B[j]. False for the paper's plain A ⊗ B,
-            whose row i·b1 + j that is. Adapters of the two kinds can be turned into each other by permuting outputs only.
-    B is zero at the start, A is drawn with standard deviation 1 / a1.
-    Against `lokr`: a1 and a2 are chosen one by one and A may be the larger factor, where LoKr's C takes the smaller part of both
-    widths; no factor is of low rank and there is no alpha / rank; A is normal with 1 / a1, not Kaiming-uniform; and the rows are
-    permuted. With permuted=False and the same shapes both compute C ⊗ D.
-    Convolutions (not in the paper): B has the kernel, and d_in means d_in / groups; a2 must divide that.
+        permuted: P as in the authors' code, where row j·a1 + i of the update is A[i] ⊗ B[j]. False for the paper's plain A ⊗ B,
+            where it is row i·b1 + j. Adapters of the two kinds differ only by a permutation of outputs.
+    B is initialized to zero, A with standard deviation 1 / a1.
+    Compared with `lokr`: a1 and a2 are set independently and A may be the larger factor, where LoKr's C takes the smaller part of
+    both widths; no factor is of low rank and there is no alpha / rank; A is normal with 1 / a1, not Kaiming-uniform; and the rows
+    are permuted. With permuted=False and the same shapes both compute C ⊗ D.
+    Convolutions (not in the paper): B has the kernel, and d_in means d_in / groups, which a2 must divide.
     Counts: a1·a2 + (d_out / a1)·(d_in·k·k / groups / a2).
     Raises:
-        ValueError: at attach, a1 or a2 does not divide a width.
-    Source: Marjit et al., WACV 2025 (arXiv 2402.17412, 2024), section 3; a1 = 64, a2 = 8, draws, learning rate and P from the
-    authors' code (`krona.py`, three-dimensional branch; its two-dimensional branch multiplies unfitting shapes).
+        ValueError: on attaching, a1 or a2 does not divide a width.
+    Source: Marjit et al., WACV 2025 (arXiv 2402.17412, 2024), section 3; a1 = 64, a2 = 8, initialization, learning rate and P
+    from the authors' code (`krona.py`, three-dimensional branch; its two-dimensional branch multiplies incompatible shapes).
     """
 
     name: ClassVar[str] = "diffusekrona"
@@ -88,7 +88,7 @@ class DiffuseKronA(Method):
 
     @classmethod
     def examples(cls) -> tuple[DiffuseKronA, DiffuseKronA]:
-        """Factors that fit small models, in the order of the code and of the paper."""
+        """Factor shapes for small models, permuted as in the code and plain as in the paper."""
         return cls(a1=4, a2=2), cls(a1=2, a2=4, permuted=False)
 
     def build(self, site: WeightSite) -> DiffuseKronAAdapter:
@@ -101,7 +101,7 @@ class DiffuseKronA(Method):
             if width % side:
                 fitting = tuple(n for n in range(1, min(width, 128) + 1) if width % n == 0)
                 offer = ", ".join(map(str, fitting))
-                message = f"{name}={side} does not divide {width}; give one of {offer}, or leave the site out"
+                message = f"{name}={side} does not divide {width}; use one of {offer}, or exclude the site"
                 raise OptionError(message, option=name, method=self.name, given=side, expected=fitting)
         return DiffuseKronAAdapter(site, self.a1, self.a2, self.permuted)
 

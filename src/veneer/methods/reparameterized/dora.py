@@ -1,4 +1,4 @@
-"""DoRA: a weight's direction learns as in LoRA, its magnitude by itself."""
+"""DoRA: trains a weight's direction as in LoRA, and its magnitude separately."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from veneer.injection.seams.adapter_calls import module_at
 from veneer.injection.seams.effective_weight import effective_tensor
 from veneer.injection.sites import WeightSite
 
-from ._low_rank import pairs_in
-from ._swapping import lora_state
+from ._low_rank import factor_pairs
+from ._state_transfer import lora_state
 from ._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 
@@ -28,7 +28,7 @@ class DoRAAdapter(Adapter):
     """W' = g·(W + s·B A), g = m / ‖W + s·B A‖ per output. Shapes: `down` (rank, d_in / groups[, k, k]), `up`
     (d_out, rank / pairs[, 1, 1]), `magnitude_delta` (d_out,), which is m − ‖W‖. `pairs`: as LoRA's.
 
-    Only the norm, d_out numbers, is computed of W + s·B A; with `output` the sum itself is never there.
+    Only the norm, d_out values, is computed from W + s·B A; with `output` the sum itself is never materialized.
     """
 
     blends: ClassVar[bool] = True
@@ -37,26 +37,26 @@ class DoRAAdapter(Adapter):
 
     def __init__(self, site: WeightSite, rank: int, scaling: float) -> None:
         super().__init__()
-        self.site, self.scaling, self.pairs = site, scaling, pairs_in(site, rank)
+        self.site, self.scaling, self.pairs = site, scaling, factor_pairs(site, rank)
         ones = (1,) * len(site.kernel)
         self.down = nn.Parameter(torch.empty(rank, site.d_in // site.groups, *site.kernel))
         self.up = nn.Parameter(zeros(site.d_out, rank // self.pairs, *ones))
         self.magnitude_delta = nn.Parameter(torch.zeros(site.d_out))
 
     def enter(self, tower: nn.Module) -> None:
-        """Remember the module, whose weight and bias `output` reads."""
+        """Keeps a reference to the module, whose weight and bias `output` reads."""
         host = module_at(tower, self.site.path)
         if not getattr(host, self.site.param).is_floating_point():
             raise UnsupportedSite(
-                f"dora: {self.site.name}: the norm of a quantised weight is not known. Load the base unquantised.",
+                f"dora: {self.site.name}: cannot compute the norm of a quantized weight. Load the base unquantized.",
                 site=self.site.name,
                 method="dora",
                 given=getattr(host, self.site.param).dtype,
             )
-        self.__dict__["host"] = host  # no child: the host holds the adapter
+        self.__dict__["host"] = host  # not a submodule: the host contains the adapter
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: what the module read; y: what it gave, W x + b. Gives g·(y − b + s·B A x) + b, at strength t blended with y."""
+        """x: the module's input; y: its output, W x + b. Returns g·(y − b + s·B A x) + b, at strength t blended with y."""
         weight, bias = (effective_tensor(self, self.host, p, self.site.rows) for p in (self.site.param, "bias"))
         assert weight is not None
         gain = self.gain(weight)
@@ -64,15 +64,15 @@ class DoRAAdapter(Adapter):
         up = self.up * self._by_output(self.strength * self.scaling * gain, self.up)
         site, conv = self.site, self.site.kind == "conv"
         turned = scale_features(y, 1 + more, None if bias is None else -more * bias, conv)
-        if self.pairs != site.groups:  # one A for all groups, whose features would be many
+        if self.pairs != site.groups:  # all groups share A, so A x would have many features
             change = (up.flatten(1) @ self.down.flatten(1)).reshape(site.weight_shape)
             return turned + convolve(x, change, site.stride, site.padding, site.dilation, site.groups)
         low = convolve(x, self.down, site.stride, site.padding, site.dilation, site.groups) if conv else project(x, self.down)
-        # what was just scaled is nobody else's
+        # `turned` was just computed, so it may be modified in place
         return add_product(turned, low, up, over=True) if site.groups == 1 else turned + convolve(low, up, groups=site.groups)
 
     def taking(self, other: DoRAAdapter | None) -> dict[str, Tensor]:
-        """State with which this makes the change of `other`, or none. `ValueError` where its pair finds no room in this one's."""
+        """State with which this makes the update of `other`, or none. `ValueError` if its factors exceed this rank."""
         return lora_state(self, other)
 
     def weight(self, weight: Tensor) -> Tensor:
@@ -84,14 +84,14 @@ class DoRAAdapter(Adapter):
         return weight * self._by_output(1 + self.strength * (gain - 1), weight) + change * scale
 
     def gain(self, weight: Tensor) -> Tensor:
-        """m / ‖W + s·B A‖, (d_out,). An output whose row of W is zero has no direction and keeps 1 + m: it learns as in LoRA."""
+        """m / ‖W + s·B A‖, (d_out,). An output whose row of W is zero has no direction and keeps 1 + m: trained as in LoRA."""
         before, after = self._norms(weight)
         some = before > 0
         return (torch.where(some, before, 1.0) + self.magnitude_delta) / torch.where(some, after, 1.0)
 
     @torch.no_grad()
     def _norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """‖W‖ and ‖W + s·B A‖ = √(‖W‖² + 2s·Σ (W Aᵀ)∘B + s²·Σ (B A Aᵀ)∘B) per output; constants for the gradient."""
+        """‖W‖ and ‖W + s·B A‖ = √(‖W‖² + 2s·Σ (W Aᵀ)∘B + s²·Σ (B A Aᵀ)∘B) per output; constant in the backward pass."""
         s = self.scaling
         with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):
             base = weight.to(self.up.dtype).flatten(1).unflatten(0, (self.pairs, -1))
@@ -108,11 +108,11 @@ class DoRAAdapter(Adapter):
 
 
 class InputDoRAAdapter(DecomposedAdapter):
-    """W' = (W + s·B A)·diag(g), g = m / ‖W + s·B A‖ per input channel; weight form only. Shapes of `down` and `up` as DoRA's."""
+    """W' = (W + s·B A)·diag(g), g = m / ‖W + s·B A‖ per input channel; weight form only. `down` and `up` as in DoRA."""
 
     def __init__(self, site: WeightSite, rank: int, scaling: float) -> None:
         super().__init__()
-        self.site, self.scaling, self.pairs = site, scaling, pairs_in(site, rank)
+        self.site, self.scaling, self.pairs = site, scaling, factor_pairs(site, rank)
         self.down = nn.Parameter(torch.empty(rank, site.d_in // site.groups, *site.kernel))
         self.up = nn.Parameter(zeros(site.d_out, rank // self.pairs, *(1,) * len(site.kernel)))
         self.decompose("input")
@@ -123,26 +123,26 @@ class InputDoRAAdapter(DecomposedAdapter):
         return (up @ down).reshape(self.site.weight_shape)
 
     def taking(self, other: DoRAAdapter | InputDoRAAdapter | None) -> dict[str, Tensor]:
-        """State with which this makes the change of `other`, or none. `ValueError` if its rank or norm axis does not fit."""
+        """State with which this makes the update of `other`, or none. `ValueError` if its rank or norm axis differs."""
         return lora_state(self, other)
 
 
 @dataclass(frozen=True)
 class DoRA(Method):
-    """W' = m·(W + s·B A) / ‖W + s·B A‖ per output, with s = alpha / rank; m, A and B are trained, m starts as ‖W‖ and B as 0.
+    """W' = m·(W + s·B A) / ‖W + s·B A‖ per output, s = alpha / rank; trains m, A and B, m initialized to ‖W‖ and B to 0.
 
     Args:
         rank: columns of B and rows of A, at least 1.
         alpha: numerator of the scale; None means the rank, so that s = 1.
-        norm_axis: `output` takes the norm of each output's row, as the authors, peft and LyCORIS do by default. `input` takes it
-            of each input channel's column, over all outputs and the kernel, as OneTrainer does by default and LyCORIS with
+        norm_axis: `output` takes the norm of each output's row, the default of the authors, peft and LyCORIS. `input` takes it
+            of each input channel's column, over all outputs and the kernel, the default of OneTrainer and LyCORIS with
             `wd_on_output=False`; W is then recomputed in each forward pass, so a quantized base is rejected.
-    Convolutions: one norm an output channel, over its inputs and kernel; grouped ones have A and B as in `lora`.
+    Convolutions: one norm per output channel, over its inputs and kernel; grouped ones have A and B as in `lora`.
     Counts: d_out (`input`: d_in / groups) per site more than `lora`; ViT-B/16's q, k and v as one weight, rank 8: 26,880.
-    Source: Liu et al., DoRA, ICML 2024, equation 5; the norm is a constant for the gradient, section 4.3. The paper writes W as
+    Source: Liu et al., DoRA, ICML 2024, equation 5; the norm is constant in the backward pass, section 4.3. The paper writes W as
     (inputs, outputs), so that its norm of a column is that of an output here, as in its code and in peft. Deviations: the
-    trained tensor is m − ‖W‖, which is the same function and gradient, and begins as nothing on any base; a bias is added
-    after, as in peft. A row of W that is zero has no direction: it is scaled by 1 + m in the place of m / ‖·‖. No dropout.
+    trained tensor is m − ‖W‖, with the same function and gradient, zero-initialized on any base; a bias is added
+    after, as in peft. A zero row of W has no direction: it is scaled by 1 + m instead of m / ‖·‖. No dropout.
     """
 
     name: ClassVar[str] = "dora"
@@ -169,9 +169,9 @@ class DoRA(Method):
         return adapter
 
     def count(self, site: WeightSite) -> int:
-        """rank·(d_in·k·k + d_out) / groups + d_out; rank·(d_in·k·k / groups + d_out) + d_out with one A for all groups.
+        """rank·(d_in·k·k + d_out) / groups + d_out; rank·(d_in·k·k / groups + d_out) + d_out if all groups share A.
 
-        With `norm_axis="input"` d_in / groups in the place of the last d_out.
+        With `norm_axis="input"` the last d_out becomes d_in / groups.
         """
-        low = self.rank * math.prod(site.weight_shape[1:]) + site.d_out * self.rank // pairs_in(site, self.rank)
+        low = self.rank * math.prod(site.weight_shape[1:]) + site.d_out * self.rank // factor_pairs(site, self.rank)
         return low + magnitude_count(site, self.norm_axis)

@@ -1,4 +1,4 @@
-"""FacT: the changes of all layers as one tensor, in few factors."""
+"""FacT: the weight updates of all layers as one tensor, decomposed into few factors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from veneer.injection.sites import WeightSite
 
 
 def tiles(site: WeightSite) -> tuple[int, int, int, int]:
-    """How a weight is cut: (tiles along the output, along the input, a tile's outputs, its inputs).
+    """Tiling of a weight: (tiles along the output, along the input, outputs of a tile, inputs of a tile).
 
-    Squares of the shorter side where it divides the longer, as (4d, d) is four of (d, d); else one tile.
+    Squares of the shorter side if it divides the longer, so that (4d, d) is four of (d, d); else one tile.
     """
     if site.d_out % site.d_in == 0:
         return site.d_out // site.d_in, 1, site.d_in, site.d_in
@@ -31,15 +31,15 @@ def tiles(site: WeightSite) -> tuple[int, int, int, int]:
 
 
 def matrices(site: WeightSite) -> int:
-    """How many matrices a weight is cut into: its tiles, for each place of a kernel."""
+    """Number of matrices that a weight is divided into: its tiles, for each position of a kernel."""
     n_out, n_in, _, _ = tiles(site)
     return n_out * n_in * math.prod(site.kernel)
 
 
-class Factors(nn.Module):
+class SharedFactors(nn.Module):
     """`U` (rank, d) for every width d of a tile's inputs, `V` (d, rank) of its outputs; for the Tucker form `C`, rank³.
 
-    `matrices`: of all sites.
+    `matrices`: total over all sites.
     """
 
     def __init__(self, sites: Sequence[WeightSite], rank: int, tucker: bool) -> None:
@@ -52,15 +52,15 @@ class Factors(nn.Module):
 
 
 class FacTAdapter(Adapter):
-    """ΔW_j = s·V Σ_j U for each tile j of the weight, and each place of a kernel.
+    """ΔW_j = s·V Σ_j U for each tile j of the weight, and each position of a kernel.
 
-    Shapes: `sigma` (tiles out·rank, tiles in·rank, *kernel), or in the Tucker form `P` (rank, tiles·k·k), of which Σ_j =
+    Shapes: `sigma` (tiles out·rank, tiles in·rank, *kernel), or in the Tucker form `P` (rank, tiles·k·k), with Σ_j =
     Σ_n P[n, j] C[:, :, n].
     """
 
     adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
-    shared: Factors
+    shared: SharedFactors
 
     def __init__(self, site: WeightSite, rank: int, tucker: bool, scale: float, dropout: float) -> None:
         super().__init__()
@@ -74,13 +74,13 @@ class FacTAdapter(Adapter):
 
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
-        """Scale the initial P to the bound of one (rank, matrices of all sites) matrix, of which it is a part."""
+        """Rescales the initial P to the Xavier bound of a (rank, matrices of all sites) matrix, of which it is a part."""
         if self.shared.C is not None and not values_follow():
             rank, own = self.P.shape
             self.P.mul_(math.sqrt((rank + own) / (rank + self.shared.matrices)))
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: what the module read; y: what it gave. Dropout, in training, is between Σ and V."""
+        """x: the module's input; y: its output. Dropout, in training, is between Σ and V."""
         site, U, V = self.site, self.U, self.V
         core = self.core() * (self.strength * self.scale)
         if site.kind == "linear":
@@ -107,34 +107,34 @@ class FacTAdapter(Adapter):
 
     @property
     def U(self) -> Tensor:  # noqa: N802
-        """The shared factor of this width of inputs."""
+        """The shared factor for this input width."""
         found: Tensor = self.shared.U[str(self.width_in)]
         return found
 
     @property
     def V(self) -> Tensor:  # noqa: N802
-        """The shared factor of this width of outputs."""
+        """The shared factor for this output width."""
         found: Tensor = self.shared.V[str(self.width_out)]
         return found
 
 
 @dataclass(frozen=True)
 class FacT(Method):
-    """ΔW_j = s·V Σ_j U for the j-th d × d matrix of the model: U and V shared by all layers; V = 0 at the start.
+    """ΔW_j = s·V Σ_j U for the j-th d × d matrix of the model: U and V shared by all layers; V initialized to zero.
 
     Args:
         form: `tt` (tensor train, every Σ_j trained) or `tk` (Tucker, Σ_j = Σ_n P[n, j] C[:, :, n], C shared).
         rank: r, at least 1; the paper uses up to 16 for `tt`, up to 32 for `tk`.
-        scale: s; the paper chooses it per task from 0.01 to 100.
+        scale: s; the paper selects it per task from 0.01 to 100.
         dropout: probability of dropping a feature between Σ and V in training, 0 to 1.
     A (4d, d) or (d, 4d) weight is four matrices. Beyond the paper: widths may differ, and each gets its own U and V (d_in × d_out
-    that do not divide are one matrix of U of d_in and V of d_out); each place of a convolution's kernel is a matrix.
+    without a common divisor is one matrix with U of d_in and V of d_out); each position of a convolution's kernel is a matrix.
     Counts: per site rank² (`tt`) or rank (`tk`) for each d × d matrix; shared 2·d·rank for each width, and rank³ (`tk`).
     ViT-B/16: `tt` of rank 16 61,440, `tk` of rank 32 86,528.
     Source: Jie and Deng, FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023 (FacT-TT and FacT-TK);
     initialization and dropout as in their code: P of all sites is one Xavier-uniform (rank, matrices) matrix.
     Deviation: `tk` is the paper's form. Their code reshapes the four cores of an MLP weight without a permutation, so that each
-    of its tiles mixes entries of all four, and contracts C the other way round in fc2: their published TK results have another
+    of its tiles mixes entries of all four, and contracts C the other way round in fc2: their published TK results use another
     parametrization of the MLP, with the same number of parameters.
     """
 
@@ -164,18 +164,18 @@ class FacT(Method):
         """Both forms."""
         return cls(), cls(form="tk", rank=8)
 
-    def build_shared(self, sites: Sequence[WeightSite]) -> Factors:
+    def build_shared(self, sites: Sequence[WeightSite]) -> SharedFactors:
         """U, V and C."""
-        return Factors(sites, self.rank, self.form == "tk")
+        return SharedFactors(sites, self.rank, self.form == "tk")
 
     def build(self, site: WeightSite) -> FacTAdapter:
         """The Σ of one weight.
 
         Raises:
-            ValueError: a grouped convolution, whose groups have no common input.
+            ValueError: a grouped convolution, whose groups share no input.
         """
         if site.groups > 1:
-            message = f"a convolution of {site.groups} groups has no common input to factor; select other sites"
+            message = f"a convolution with {site.groups} groups has no common input to factorize; select other sites"
             raise OptionError(message, option="where", method=self.name, given=site.groups, expected=1)
         return FacTAdapter(site, self.rank, self.form == "tk", self.scale, self.dropout)
 

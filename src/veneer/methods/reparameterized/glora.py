@@ -1,4 +1,4 @@
-"""GLoRA: a weight and its bias, each scaled and shifted, by as much structure as is wanted."""
+"""GLoRA: scales and shifts a weight and its bias by terms of configurable structure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Product = Literal["elements", "matrices"]
 
 
 class Term(nn.Module):
-    """A term, zero at the start: `up` (d_out, rank) times `down` (rank, width), one number an output, one number, or none."""
+    """A zero-initialized term: `up` (d_out, rank) times `down` (rank, width), one value per output, a scalar, or none."""
 
     def __init__(self, form: Form, d_out: int, width: int, rank: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Term(nn.Module):
         self.form = form
 
     def forward(self) -> Tensor:
-        """(d_out, width), or what is broadcast to it."""
+        """(d_out, width), or a tensor broadcastable to it."""
         return self.up if self.down is None else self.up @ self.down
 
 
@@ -49,7 +49,7 @@ class GLoRAAdapter(Adapter):
         self.scale, self.shift, self.matrices = scale, shift, matrices
 
     def weight(self, weight: Tensor) -> Tensor:
-        """The tensor scaled and shifted."""
+        """The scaled and shifted tensor."""
         after = weight.reshape(len(weight), -1)
         if self.scale.form != "none":
             after = after + self._scaled(weight) * self.strength
@@ -69,20 +69,20 @@ class GLoRAAdapter(Adapter):
 
 @dataclass(frozen=True)
 class GLoRA(Method):
-    """W' = W + W ∘ A + B and b' = b + b ∘ D + E: weight and bias of a layer scaled and shifted; all terms 0 at the start.
+    """W' = W + W ∘ A + B and b' = b + b ∘ D + E: scales and shifts weight and bias of a layer; all terms initialized to zero.
 
     Args:
-        A, B: `low_rank` (d_out, rank) times (rank, width), `vector` one number an output, `scalar` one number, or `none`.
+        A, B: `low_rank` (d_out, rank) times (rank, width), `vector` one value per output, `scalar`, or `none`.
         D, E: `vector`, `scalar` or `none`; for the biases among the sites, roles `bias.*`.
-        rank: of what is `low_rank`, at least 1.
-        product: of W with a low-rank A: `elements` W ∘ A, or `matrices` W A, as LyCORIS has it, A mixing the inputs of a weight.
-    Convolutions: the kernel is flattened, width = d_in·k·k / groups, so that grouped and depthwise ones need nothing special.
-    Has only the weight form, so a quantised base is refused.
+        rank: of `low_rank` terms, at least 1.
+        product: of W with a low-rank A: `elements` W ∘ A, or `matrices` W A, as in LyCORIS, where A mixes the inputs of a weight.
+    Convolutions: the kernel is flattened, width = d_in·k·k / groups, which includes grouped and depthwise ones.
+    Has only the weight form, so a quantized base is rejected.
     Counts: per term rank·(d_out + width), d_out, 1 or 0; for the A of W A 2·rank·d_in / groups. ViT-B/16, rank 4, all low-rank
     and vectors: 1,492,992.
     Source: Chavan et al., One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, 2023. A multiplies
-    elementwise, as in the authors' code and in peft; the paper writes a product of matrices, as LyCORIS computes. Deviations:
-    no C (W C is a vector that is added to the bias, so E has it already), no new biases, and one form for all layers where the
+    elementwise, as in the authors' code and in peft; the paper writes a matrix product, as LyCORIS computes. Deviations:
+    no C (W C is a vector added to the bias, which E covers), no new biases, and one form for all layers where the
     paper searches one for each.
     """
 
@@ -117,14 +117,14 @@ class GLoRA(Method):
         return GLoRAAdapter(scale, Term(second, *size, self.rank), inputs is not None)
 
     def count(self, site: WeightSite | ParamSite) -> int:
-        """Both terms' sizes."""
+        """Parameters of both terms."""
         d_out, width = self._size(site)
         sizes = {"low_rank": self.rank * (d_out + width), "vector": d_out, "scalar": 1, "none": 0}
         (first, second), inputs = self._forms(site), self._inputs(site)
         return sizes[second] + (sizes[first] if inputs is None else 2 * self.rank * inputs)
 
     def _inputs(self, site: WeightSite | ParamSite) -> int | None:
-        """The side of an A that is multiplied with W as a matrix; None elsewhere."""
+        """Size of an A that is multiplied with W as a matrix; None for other forms."""
         if isinstance(site, WeightSite) and self.product == "matrices" and self.A == "low_rank":
             return site.weight_shape[1]
         return None

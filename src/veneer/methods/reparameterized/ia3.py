@@ -27,11 +27,11 @@ class ScaledOutput(Adapter):
         self.delta = nn.Parameter(torch.zeros(site.d_out))
 
     def enter(self, tower: nn.Module) -> None:
-        """Remember the module, whose bias `output` reads."""
-        self.__dict__["host"] = tower.get_submodule(self.site.path)  # no child: the host holds the adapter
+        """Keeps a reference to the module, whose bias `output` reads."""
+        self.__dict__["host"] = tower.get_submodule(self.site.path)  # not a submodule: the host contains the adapter
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """y: W x + b. Gives l ∘ (y − b) + b."""
+        """y: W x + b. Returns l ∘ (y − b) + b."""
         bias, more = effective_tensor(self, self.host, "bias", self.site.rows), self.delta * self.strength
         return scale_features(y, 1 + more, None if bias is None else -more * bias, self.site.kind == "conv")
 
@@ -55,23 +55,24 @@ class ScaledInput(Adapter):
         return scale_features(x, 1 + self.delta * self.strength, channels=self.site.kind == "conv")
 
     def weight(self, weight: Tensor) -> Tensor:
-        """Columns of W times l; of a grouped convolution each group's with its part of l."""
+        """Columns of W times l; for grouped convolutions, each group with its part of l."""
         scale = (1 + self.delta * self.strength).view(self.site.groups, 1, -1, *(1,) * len(self.site.kernel))
         return (weight.unflatten(0, (self.site.groups, -1)) * scale).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class IA3(Method):
-    """k' = l_k ∘ k, v' = l_v ∘ v and h' = l_ff ∘ h of the MLP's inner activations h; every l begins as ones.
+    """k' = l_k ∘ k, v' = l_v ∘ v and h' = l_ff ∘ h of the MLP's inner activations h; every l is initialized to ones.
 
     Args:
-        inputs: a role pattern or several, of layers whose inputs are rescaled, as h is the input of `mlp.out`; elsewhere the
-            outputs are.
+        inputs: role patterns of layers whose inputs are rescaled, as h is the input of `mlp.out`; for other layers the
+            outputs are rescaled.
     Counts: d_out per site, d_in at those of `inputs`; ViT-B/16 55,296, UNets of SD 1.5 99,840 and SDXL 665,600.
     Source: Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, NeurIPS 2022,
-    section 3.3; learning rate from its section 3.5. Deviations: l = 1 + delta, so that weight decay draws to the base; a bias
-    of k or v stays as it is, so that (IA)³ is a change of one weight and reaches read ones. The paper's T5 has no biases; peft
-    scales them too, which for keys is the same under a softmax and for values adds the constant (l − 1) ∘ b.
+    section 3.3; learning rate from its section 3.5. Deviations: l = 1 + delta, so that weight decay pulls towards the base; a
+    bias of k or v is unchanged, so that (IA)³ is an update of one weight and supports weights that are read, not called. The
+    paper's T5 has no biases; peft also scales them, which for keys is equivalent under a softmax and for values adds the constant
+    (l − 1) ∘ b.
     """
 
     name: ClassVar[str] = "ia3"
@@ -83,7 +84,7 @@ class IA3(Method):
     inputs: str | tuple[str, ...] = ("mlp.out", "mlp.context.out")
 
     def scales_input(self, site: WeightSite) -> bool:
-        """True where the input is rescaled."""
+        """True if the input is rescaled."""
         patterns = (self.inputs,) if isinstance(self.inputs, str) else self.inputs
         return any(fnmatchcase(site.role, pattern) for pattern in patterns)
 
@@ -92,5 +93,5 @@ class IA3(Method):
         return ScaledInput(site) if self.scales_input(site) else ScaledOutput(site)
 
     def count(self, site: WeightSite) -> int:
-        """d_in where the input is rescaled, else d_out."""
+        """d_in if the input is rescaled, else d_out."""
         return site.d_in if self.scales_input(site) else site.d_out

@@ -1,4 +1,4 @@
-"""LoHa: the elementwise product of two low-rank changes beside a frozen weight."""
+"""LoHa: the elementwise product of two low-rank matrices, added to a frozen weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 
-from ._swapping import loha_state
+from ._state_transfer import loha_state
 from ._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 
@@ -24,7 +24,7 @@ class LoHaFactors(Adapter):
     """ΔW = (B1 A1) ∘ (B2 A2).
 
     Shapes: `up1`, `up2` are B, (d_out, rank); `down1`, `down2` are A, (rank, d_in / groups, *kernel). In the Tucker form A is
-    (rank, d_in / groups), and `core1`, `core2` (rank, rank, *kernel) stand between: A[p, i, …] = Σ_q core[p, q, …] down[q, i].
+    (rank, d_in / groups), with cores `core1`, `core2` (rank, rank, *kernel): A[p, i, …] = Σ_q core[p, q, …] down[q, i].
     """
 
     blends: ClassVar[bool] = True
@@ -42,15 +42,15 @@ class LoHaFactors(Adapter):
         self.core1, self.core2 = cores
         one_pass = rank * rank * (site.groups * width * size + site.d_out)
         self.factored = one_pass < site.d_out * width * size
-        # a training step takes three such passes; with W changed it takes one of W's size, for ΔW's gradient
+        # a training step takes three such passes; the weight form takes one of W's size, for ΔW's gradient
         self.prefers_weight = 3 * one_pass > site.d_out * width * size
 
     def taking(self, other: LoHaFactors | None) -> dict[str, Tensor]:
-        """State with which this makes the change of `other`, or none. `ValueError` where its rank finds no room in this one's."""
+        """State with which this makes the update of `other`, or none. `ValueError` if its rank exceeds this one's."""
         return loha_state(self, other)
 
     def delta(self) -> Tensor:
-        """ΔW in the weight's shape, without any scale."""
+        """ΔW in the weight's shape, without scales."""
         first, second = self._down(self.down1, self.core1), self._down(self.down2, self.core2)
         return hadamard(self.up1, first.flatten(1), self.up2, second.flatten(1)).reshape(self.site.weight_shape)
 
@@ -68,7 +68,7 @@ class LoHaAdapter(LoHaFactors):
     norm_axis: ClassVar[None] = None
 
     def output(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
-        """y + s·ΔW x. Through the rank r² where that takes fewer multiplications than ΔW.
+        """y + s·ΔW x. Uses factors of rank r² if that takes fewer multiplications than ΔW.
 
         Args:
             x: input of the module. `y`: its output. `overwrite`: y is modified in place.
@@ -99,22 +99,22 @@ class DecomposedLoHa(LoHaFactors, DecomposedAdapter):
 
 @dataclass(frozen=True)
 class LoHa(Method):
-    """W' = W + s·(B1 A1) ∘ (B2 A2) with s = alpha / rank: a change of rank up to rank² for twice LoRA's parameters at that rank.
+    """W' = W + s·(B1 A1) ∘ (B2 A2) with s = alpha / rank: an update of rank up to rank² for twice LoRA's parameters at that rank.
 
     Args:
-        rank: columns of each B and rows of each A, at least 1. Low ones do: the change has rank up to its square.
+        rank: columns of each B and rows of each A, at least 1. Low values suffice: the update has rank up to its square.
         alpha: numerator of the scale; None means the rank, so that s = 1.
-        tucker: convolutions of more than one pixel get a Tucker core: A = core ×₂ down, with `core` (rank, rank, *kernel).
+        tucker: convolutions with kernels larger than 1×1 get a Tucker core: A = core ×₂ down, with `core` (rank, rank, *kernel).
         norm_axis: weight-decomposed form (DoRA around LoHa), W' = m·(W + s·ΔW) / ‖W + s·ΔW‖ with trained m: the norm per `output`
-            or per `input` channel, as in `dora`. None for the plain form. W is then recomputed in each forward pass.
-    B2 is zero at the start; B1 and the cores are drawn with standard deviation 0.1, A1 and A2 with 1.
-    Convolutions: the kernel is flattened into the rows, ΔW (d_out, d_in·k·k / groups); so grouped and depthwise ones need nothing
-    special.
+            or per `input` channel, as in `dora`. None means the plain form. W is then recomputed in each forward pass.
+    B2 is initialized to zero; B1 and the cores with standard deviation 0.1, A1 and A2 with 1.
+    Convolutions: the kernel is flattened into the rows, ΔW (d_out, d_in·k·k / groups), which includes grouped and depthwise
+    ones.
     Counts: 2·rank·(d_out + d_in·k·k / groups) per site, with `tucker` 2·rank·(d_out + d_in / groups + rank·k·k);
     with `norm_axis` d_out or d_in / groups more.
     Source: Yeh et al. (LyCORIS), ICLR 2024, its appendix for `tucker`; the product is FedPara's (Hyeon-Woo et al.,
-    ICLR 2022, proposition 1). Draws follow the LyCORIS library (peft draws all uniformly and zeroes A2 instead). Where that is
-    cheaper, `output` uses the same change as one pair of rank rank²; elsewhere W is changed, if it is not quantised.
+    ICLR 2022, proposition 1). Initialization follows the LyCORIS library (peft initializes all uniformly and zeroes A2 instead).
+    Where that is cheaper, `output` applies the same update as factors of rank rank²; elsewhere W is modified, unless quantized.
     """
 
     name: ClassVar[str] = "loha"
@@ -138,14 +138,14 @@ class LoHa(Method):
             raise OptionError.of("loha", "norm_axis", self.norm_axis, f"one of {', '.join(AXES)}, or None")
 
     def build(self, site: WeightSite) -> LoHaFactors:
-        """Both pairs for one weight."""
+        """Both pairs of factors for one weight."""
         alpha = self.rank if self.alpha is None else self.alpha
         if self.norm_axis is not None:
             return DecomposedLoHa(site, self.rank, alpha / self.rank, self._tucker_at(site), self.norm_axis)
         return LoHaAdapter(site, self.rank, alpha / self.rank, self._tucker_at(site))
 
     def count(self, site: WeightSite) -> int:
-        """2·rank·(d_out + d_in·k·k / groups), or the Tucker form's."""
+        """2·rank·(d_out + d_in·k·k / groups), or that of the Tucker form."""
         width, size = site.d_in // site.groups, math.prod(site.kernel)
         inner = width + self.rank * size if self._tucker_at(site) else width * size
         magnitudes = 0 if self.norm_axis is None else magnitude_count(site, self.norm_axis)

@@ -1,4 +1,4 @@
-"""LoKr: a Kronecker product of a small and a large factor beside a frozen weight."""
+"""LoKr: a Kronecker product of a small and a large factor, added to a frozen weight."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.convolve import convolve, laid_as
+from veneer.functional.convolve import convolve, match_memory_format
 from veneer.functional.kronecker import add_kron, kron_apply, kron_factors, kron_weight, mix
 from veneer.functional.low_rank_product import add_product, project
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 
-from ._swapping import lokr_state
+from ._state_transfer import lokr_state
 from ._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 Low = Literal["left", "right", "both", "none"]
@@ -25,7 +25,7 @@ Low = Literal["left", "right", "both", "none"]
 
 @dataclass(frozen=True)
 class Split:
-    """How a weight splits: C is (up, uq), D (vp, vq, *kernel); their ranks, or None for a full factor."""
+    """Factorization of a weight: C is (up, uq), D (vp, vq, *kernel); the rank of a full factor is None."""
 
     up: int
     vp: int
@@ -59,7 +59,7 @@ class LoKrFactors(Adapter):
         nn.init.zeros_(self.right_down if self.right is None else self.right)
 
     def _put(self, name: str, rows: int, inner: tuple[int, ...], rank: int | None) -> None:
-        """A full factor, or its two; each drawn uniformly as Kaiming's with a = √5."""
+        """Registers a full factor, or its two low-rank factors, initialized Kaiming-uniformly with a = √5."""
         shapes = {name: (rows, *inner)} if rank is None else {f"{name}_up": (rows, rank), f"{name}_down": (rank, *inner)}
         self.register_parameter(name, None)
         for key, shape in shapes.items():
@@ -68,11 +68,11 @@ class LoKrFactors(Adapter):
             self.register_parameter(key, parameter)
 
     def taking(self, other: LoKrFactors | None) -> dict[str, Tensor]:
-        """State with which this makes the change of `other`, or none: its C and D. `ValueError` where there is no room."""
+        """State with which this makes the update of `other`, or none: its C and D. `ValueError` if they exceed these."""
         return lokr_state(self, other)
 
     def delta(self) -> Tensor:
-        """C ⊗ D in the weight's shape, without any scale."""
+        """C ⊗ D in the weight's shape, without scales."""
         right = self.right
         if right is None:
             right = (self.right_up @ self.right_down.flatten(1)).unflatten(1, self.right_down.shape[1:])
@@ -90,7 +90,7 @@ class LoKrAdapter(LoKrFactors):
     norm_axis: ClassVar[None] = None
 
     def output(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
-        """y + s·ΔW x. C and D one after the other; ΔW itself only where channels are grouped.
+        """y + s·ΔW x. Applies C and D in sequence; materializes ΔW only for grouped convolutions.
 
         Args:
             x: input of the module. `y`: its output. `overwrite`: y is modified in place.
@@ -103,13 +103,13 @@ class LoKrAdapter(LoKrFactors):
             return y + kron_apply(x, left, partial(self._right, self.right), len(site.kernel))
         rows = x.reshape(-1, split.vq, *(x.shape[2:] if site.kernel else ()))
         blocks = y.reshape(-1, split.vp, *(y.shape[2:] if site.kernel else ()))
-        if self.right is None:  # A, C, B: nothing but what A leaves is mixed, and B's products lie as y does
+        if self.right is None:  # A, C, B: mixes only the output of A, and B's products have y's memory layout
             added = add_product(blocks, self._mixed(self._right_low(rows), left), self._right_up, overwrite)
-        elif site.kernel:  # C first: it does not make x larger
+        elif site.kernel:  # C first: it does not enlarge x
             added = blocks + self._right(self.right, self._mixed(rows, left))
         else:
             added = add_kron(blocks, rows, left, self.right, overwrite)
-        return laid_as(added.reshape(y.shape), y)
+        return match_memory_format(added.reshape(y.shape), y)
 
     def _mixed(self, x: Tensor, left: Tensor) -> Tensor:
         """C on the blocks of x (n·uq, …): (n·up, …)."""
@@ -120,7 +120,7 @@ class LoKrAdapter(LoKrFactors):
         return weight + self.delta() * (self.strength * self.scaling)
 
     def _right(self, right: Tensor, x: Tensor) -> Tensor:
-        """D x, of a full D."""
+        """D x, for a full D."""
         return convolve(x, right, self.site.stride, self.site.padding, self.site.dilation)
 
     def _right_low(self, x: Tensor) -> Tensor:
@@ -143,26 +143,27 @@ class DecomposedLoKr(LoKrFactors, DecomposedAdapter):
 
 @dataclass(frozen=True)
 class LoKr(Method):
-    """W' = W + s·(C ⊗ D), with D full or D = B A of rank `rank`; s = alpha / rank where a factor is of low rank, else 1.
+    """W' = W + s·(C ⊗ D), with D full or D = B A of rank `rank`; s = alpha / rank if a factor is of low rank, else 1.
 
     Args:
-        factor: sides of C: d_out and d_in each split into `factor` and the rest if it divides them, else at the largest divisor
-            up to it; the smaller part is C's. At least 1; low ones train more numbers. -1 splits as near to a square as can be.
-        rank: of D; None for a full D, as is a rank of at least half of D's larger side (without the kernel). At least 1.
-        alpha: numerator of the scale; None means the rank, so that s = 1. Where both factors are full it does not count.
-        decompose_both: C is a product of that rank too, where the rank is under half of C's larger side.
-        sides: C's sides (rows, columns) outright, in the place of `factor`; they must divide d_out and d_in / groups.
-        low: which factors are of rank `rank` outright, `left` (C), `right` (D), `both` or `none`, however large they are; None
-            for the rules above. For files, whose splits follow rules of their own.
+        factor: size of C: d_out and d_in are each split into `factor` and the rest if it divides them, else at the largest
+            divisor up to it; the smaller part is C's. At least 1; low values train more parameters. -1: as square as possible.
+        rank: of D; None means a full D, as is a rank of at least half of D's larger dimension (without the kernel). At least 1.
+        alpha: numerator of the scale; None means the rank, so that s = 1. Ignored if both factors are full.
+        decompose_both: C is also of that rank, if the rank is less than half of C's larger dimension.
+        sides: C's dimensions (rows, columns), instead of `factor`; they must divide d_out and d_in / groups.
+        low: which factors are of rank `rank`, `left` (C), `right` (D), `both` or `none`, regardless of their size; None
+            means the rules above. For files, whose splits may follow other rules.
         norm_axis: weight-decomposed form (DoRA around LoKr), W' = m·(W + s·(C ⊗ D)) / ‖W + s·(C ⊗ D)‖ with trained m: the norm
-            per `output` or per `input` channel, as in `dora`. None for the plain form. W is then recomputed in each forward pass.
-    D (or A) is zero at the start; the others are drawn Kaiming-uniformly (a = sqrt 5).
-    Convolutions: D has the kernel, and d_in means d_in / groups. Where channels are grouped `output` builds C ⊗ D; elsewhere
-    nothing larger than C and D is built: (C ⊗ D) x = C X Dᵀ.
-    Counts: up·uq + vp·vq·k·k, with a factor of low rank rank·(up + uq) or rank·(vp + vq·k·k) in its place, where d_out = up·vp,
+            per `output` or per `input` channel, as in `dora`. None means the plain form. W is then recomputed in each forward
+            pass.
+    D (or A) is initialized to zero; the others Kaiming-uniformly (a = sqrt 5).
+    Convolutions: D has the kernel, and d_in means d_in / groups. For grouped convolutions `output` computes C ⊗ D; otherwise
+    nothing larger than C and D is materialized: (C ⊗ D) x = C X Dᵀ.
+    Counts: up·uq + vp·vq·k·k, a low-rank factor replacing its term by rank·(up + uq) or rank·(vp + vq·k·k), where d_out = up·vp,
     d_in / groups = uq·vq; with `norm_axis` d_out or d_in / groups more.
     Source: Yeh et al. (LyCORIS), ICLR 2024; defaults from its experiments. Where paper and library differ
-    this follows the library: a `factor` above the square root that divides a width counts (128 by 64 is 2·64). Deviation: no
+    this follows the library: a `factor` above the square root that divides a width is used (128 by 64 is 2·64). Deviation: no
     Tucker form of D.
     """
 
@@ -184,13 +185,13 @@ class LoKr(Method):
 
     def __post_init__(self) -> None:
         if self.sides is not None and (len(self.sides) != 2 or min(self.sides) < 1):
-            raise OptionError.of("lokr", "sides", self.sides, "two numbers of at least 1, or None for a factor")
+            raise OptionError.of("lokr", "sides", self.sides, "two integers of at least 1, or None for a factor")
         if self.low is not None and self.low not in get_args(Low):
             raise OptionError.of("lokr", "low", self.low, f"one of {', '.join(get_args(Low))}, or None for the rules")
         if self.norm_axis not in (None, *AXES):
             raise OptionError.of("lokr", "norm_axis", self.norm_axis, f"one of {', '.join(AXES)}, or None")
         if self.rank is None and self.low not in (None, "none"):
-            message = f"lokr: low={self.low!r} needs a rank; give rank=…, or leave low out"
+            message = f"lokr: low={self.low!r} needs a rank; set rank=…, or leave low out"
             raise OptionError(message, option="low", method=self.name, given=self.low, expected="rank")
         if self.factor < 1 and self.factor != -1:
             raise OptionError.of("lokr", "factor", self.factor, "-1 or at least 1")
@@ -198,7 +199,7 @@ class LoKr(Method):
             raise OptionError.of("lokr", "rank", self.rank, "at least 1, or None for a full factor")
         if self.rank is None and (self.alpha is not None or self.decompose_both):
             option = "decompose_both" if self.alpha is None else "alpha"
-            message = "lokr: alpha and decompose_both need a rank; give rank=…, or leave both out"
+            message = "lokr: alpha and decompose_both need a rank; set rank=…, or leave both out"
             raise OptionError(message, option=option, method=self.name, given=getattr(self, option), expected="rank")
 
     @classmethod
@@ -207,10 +208,10 @@ class LoKr(Method):
         return cls(), cls(factor=-1, rank=1, alpha=2.0, decompose_both=True)
 
     def split(self, site: WeightSite) -> Split:
-        """The factors' sides and ranks at one weight.
+        """The factors' dimensions and ranks at one weight.
 
         Raises:
-            ValueError: `sides` do not divide the weight's.
+            ValueError: `sides` do not divide the weight's dimensions.
         """
         (up, vp), (uq, vq) = self._sides(site)
         left = self.rank if self.decompose_both and self.rank is not None and self.rank < max(up, uq) / 2 else None
@@ -240,7 +241,7 @@ class LoKr(Method):
         return LoKrAdapter(site, split, scaling)
 
     def count(self, site: WeightSite) -> int:
-        """The numbers in C and D."""
+        """Number of parameters in C and D."""
         s = self.split(site)
         left = s.up * s.uq if s.left_rank is None else s.left_rank * (s.up + s.uq)
         right = s.vp * s.vq * s.size if s.right_rank is None else s.right_rank * (s.vp + s.vq * s.size)

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank change beside a frozen weight, begun at random or as a part of the weight, and its Tucker form."""
+"""LoRA: a low-rank update of a frozen weight, initialized randomly or from the weight, and its Tucker form."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.select import has_role
 from veneer.injection.sites import Site, WeightSite
 
-from ._low_rank import Init, LoRAAdapter, PartAdapter, TuckerAdapter, pairs_in
+from ._low_rank import Init, LoRAAdapter, TuckerAdapter, WeightInitAdapter, factor_pairs
 
 N = TypeVar("N", int, float)
-PARTS = ("pissa", "olora")  # begin as a part of the weight
+DECOMPOSING_INITS = ("pissa", "olora")  # initialized from the weight
 
 
 @dataclass(frozen=True)
 class LoRA(Method):
-    """W' = W + s·B A with s = alpha / rank, A random and B zero; only A and B are trained.
+    """W' = W + s·B A with s = alpha / rank, A random and B zero initially; only A and B are trained.
 
     Args:
         rank: columns of B and rows of A, at least 1.
         alpha: numerator of the scale; None means the rank, so that s = 1.
         ranks: other ranks by role pattern or by name of a site, such as `mlp.*=4` or `name:unet.conv_in=4` as a flag,
-            `{"mlp.*": 4}` in Python. A site's own name counts before its role, and of role patterns the last that matches.
+            `{"mlp.*": 4}` in Python. A site's name takes precedence over its role, and the last matching role pattern applies.
         alphas: other alphas, in the same way.
-        rslora: s = alpha / sqrt(rank) instead (rank-stabilised).
+        rslora: s = alpha / sqrt(rank) instead (rank-stabilized).
         dropout: probability of dropping an input feature of A in training, 0 to 1.
-        init: how A is drawn: `kaiming` (uniform, a = sqrt 5) or `gaussian` (standard deviation 1 / rank), with B zero. Or what
-            both begin as: `pissa`, W's largest singular values with their vectors, or `olora`, the first columns of Q and
-            rows of R for W = Q R; W' = W + s·(B A − B0 A0) then, with the start B0, A0 saved beside.
-        pissa_niter: power iterations of a quicker, randomised decomposition for `pissa`; 0 for the exact one.
-        up_ratio: learning rate of B over that of A (LoRA+ uses 16); 1 for one rate.
-        tucker: convolutions of more than one pixel get a core C of (rank, rank, *kernel) between A and B of 1×1.
-    Convolutions: A has the base's kernel, stride and padding, B is 1×1. Grouped ones: a low-rank pair per group, `rank`
-    split over the groups; where they do not divide it, as in most depthwise ones, one pair on the flattened kernels, B of
-    (d_out, rank) and A of (rank, d_in·k·k / groups), so that all groups have the same A. Both merge exactly.
-    Counts: rank·(d_in·k·k + d_out) / groups per site, with `tucker` rank·(d_in + rank·k·k + d_out) / groups; with one A for all
-    groups rank·(d_in·k·k / groups + d_out), with `tucker` rank·(d_in / groups + rank·k·k + d_out).
+        init: initialization of A: `kaiming` (uniform, a = sqrt 5) or `gaussian` (standard deviation 1 / rank), with B zero. Or
+            of both: `pissa`, W's largest singular values with their vectors, or `olora`, the first columns of Q and
+            rows of R for W = Q R; then W' = W + s·(B A − B0 A0), with the initial B0, A0 also saved.
+        pissa_niter: power iterations of a faster, randomized decomposition for `pissa`; 0 for the exact one.
+        up_ratio: ratio of B's learning rate to A's (LoRA+ uses 16); 1 for equal rates.
+        tucker: convolutions with kernels larger than 1×1 get a core C of (rank, rank, *kernel) between 1×1 A and B.
+    Convolutions: A has the base's kernel, stride and padding, B is 1×1. Grouped ones: one pair of factors per group, `rank`
+    split over the groups; if they do not divide it, as in most depthwise ones, one pair on the flattened kernels, B of
+    (d_out, rank) and A of (rank, d_in·k·k / groups), so that all groups share A. Both merge exactly.
+    Counts: rank·(d_in·k·k + d_out) / groups per site, with `tucker` rank·(d_in + rank·k·k + d_out) / groups; if all groups
+    share A, rank·(d_in·k·k / groups + d_out), with `tucker` rank·(d_in / groups + rank·k·k + d_out).
     Source: Hu et al., LoRA, ICLR 2022, equation 3; Kalajdzievski 2023 (rsLoRA); Hayou et al., ICML 2024 (LoRA+); Meng et al.,
     NeurIPS 2024 (PiSSA); Büyükakyüz 2024 (OLoRA); Yeh et al., ICLR 2024 (LyCORIS) for `tucker`. `gaussian` with 1/rank follows
-    peft; the paper says only "random Gaussian". Deviations: PiSSA and OLoRA put W − s·B0 A0 in W's place, which is the same
-    function and gradient; convolutions are flattened to (d_out, d_in·k·k), pair by pair, where peft takes linear layers only. A
-    rank that groups do not divide is refused by peft.
+    peft; the paper says only "random Gaussian". Deviations: PiSSA and OLoRA replace W by W − s·B0 A0, which is the same
+    function and gradient; convolutions are flattened to (d_out, d_in·k·k), group by group, where peft supports linear layers
+    only. peft rejects a rank that groups do not divide.
     """
 
     name: ClassVar[str] = "lora"
@@ -79,24 +79,24 @@ class LoRA(Method):
         if self.pissa_niter < 0 or (self.pissa_niter and self.init != "pissa"):
             message = f"lora: pissa_niter is for init='pissa' and at least 0, got {self.pissa_niter}, {self.init!r}"
             raise OptionError(message, option="pissa_niter", method=self.name, given=self.pissa_niter)
-        if self.tucker and self.init in PARTS:
-            message = f"lora: init={self.init!r} splits a weight in two factors; tucker has three. Choose one of both"
+        if self.tucker and self.init in DECOMPOSING_INITS:
+            message = f"lora: init={self.init!r} has two factors, but tucker has three. Use one of the options"
             raise OptionError(message, option="tucker", method=self.name, given=self.init)
 
     def keys_by_site(self) -> dict[str, list[str]]:
-        """Those of `ranks` and `alphas` as well."""
+        """The base class' keys, and those of `ranks` and `alphas`."""
         return {**super().keys_by_site(), "ranks": [*self.ranks], "alphas": [*self.alphas]}
 
     def rank_at(self, role: str, name: str = "") -> int:
-        """The rank at a role, or at the site of that role and name."""
-        return _meant(self.ranks, role, name, self.rank)
+        """The rank for a role, or for the site with that role and name."""
+        return _value_at(self.ranks, role, name, self.rank)
 
     def alpha_at(self, role: str, name: str = "") -> float:
-        """The alpha at a role, or at the site of that role and name."""
-        return float(_meant(self.alphas, role, name, self.alpha or self.rank_at(role, name)))
+        """The alpha for a role, or for the site with that role and name."""
+        return float(_value_at(self.alphas, role, name, self.alpha or self.rank_at(role, name)))
 
     def scaling_at(self, role: str, name: str = "") -> float:
-        """s at a role, or at the site of that role and name."""
+        """s for a role, or for the site with that role and name."""
         rank = self.rank_at(role, name)
         return self.alpha_at(role, name) / (math.sqrt(rank) if self.rslora else rank)
 
@@ -104,53 +104,53 @@ class LoRA(Method):
         """A and B for one weight.
 
         Raises:
-            ValueError: an init that is a part of the weight, which has no part of that rank or scale.
+            ValueError: `init` decomposes the weight, which has no part of that rank or scale.
         """
         rank = self.rank_at(site.role, site.name)
         scaling = self.scaling_at(site.role, site.name)
-        if self.init in PARTS:
+        if self.init in DECOMPOSING_INITS:
             self._refuse_part(site, rank, scaling)
-            adapter: LoRAAdapter = PartAdapter(site, rank, scaling, self.dropout, self.init, self.pissa_niter)
+            adapter: LoRAAdapter = WeightInitAdapter(site, rank, scaling, self.dropout, self.init, self.pissa_niter)
         else:
             adapter = (TuckerAdapter if self._tucker_at(site) else LoRAAdapter)(site, rank, scaling, self.dropout)
-        for name, drawn in adapter.named_parameters():
+        for name, parameter in adapter.named_parameters():
             if name != "up" and (self.init == "gaussian" or site.kind == "embedding"):
-                nn.init.normal_(drawn, std=1 / rank if self.init == "gaussian" else 1.0)
+                nn.init.normal_(parameter, std=1 / rank if self.init == "gaussian" else 1.0)
             elif name != "up":
-                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         return adapter
 
     def _refuse_part(self, site: WeightSite, rank: int, scaling: float) -> None:
-        most = min(math.prod(site.weight_shape[1:]) * pairs_in(site, rank), site.weight_shape[0])
+        most = min(math.prod(site.weight_shape[1:]) * factor_pairs(site, rank), site.weight_shape[0])
         if rank > most:
-            message = f"init={self.init!r}: the weight has rank {most} at most, less than {rank}; give a lower rank there"
+            message = f"init={self.init!r}: the weight has rank {most} at most, less than {rank}; set a lower rank at this site"
             raise OptionError(message, option="rank", method=self.name, given=rank, expected=most)
         if self.init == "pissa" and scaling <= 0:
-            message = f"init='pissa' divides by the scale, so alpha must be above 0; it gives {scaling}"
+            message = f"init='pissa' divides by the scale, which must be above 0; alpha gives {scaling}"
             raise OptionError(message, option="alpha", method=self.name, given=scaling)
 
     def _tucker_at(self, site: WeightSite) -> bool:
         return self.tucker and math.prod(site.kernel) > 1
 
     def count(self, site: WeightSite) -> int:
-        """rank·(d_in·k·k + d_out) / groups, or that of the Tucker form, or of one A for all groups."""
+        """rank·(d_in·k·k + d_out) / groups, or that of the Tucker form, or if all groups share A."""
         rank, kernel = self.rank_at(site.role, site.name), math.prod(site.kernel)
-        width, each = site.d_in // site.groups, rank // pairs_in(site, rank)
+        width, each = site.d_in // site.groups, rank // factor_pairs(site, rank)
         inner = width + each * kernel if self._tucker_at(site) else width * kernel
         return rank * inner + site.d_out * each
 
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
-        """A (and C) at the learning rate, B at `up_ratio` times it."""
+        """A (and C) with the learning rate, B with `up_ratio` times it."""
         if self.up_ratio == 1:
             return super().groups(adapters)
-        named = [(k, p) for _, a in adapters for k, p in a.named_parameters()]
+        parameters = [(k, p) for _, a in adapters for k, p in a.named_parameters()]
         return [
-            {"params": [p for k, p in named if k != "up"], "lr_scale": 1.0},
-            {"params": [p for k, p in named if k == "up"], "lr_scale": self.up_ratio},
+            {"params": [p for k, p in parameters if k != "up"], "lr_scale": 1.0},
+            {"params": [p for k, p in parameters if k == "up"], "lr_scale": self.up_ratio},
         ]
 
 
-def _meant(values: Mapping[str, N], role: str, name: str, default: N) -> N:
+def _value_at(values: Mapping[str, N], role: str, name: str, default: N) -> N:
     if not values:
         return default
     own = values.get(f"name:{name}")

@@ -1,4 +1,4 @@
-"""LoRA-FA: LoRA whose A is drawn once and frozen."""
+"""LoRA-FA: LoRA with a random, frozen A."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import WeightSite
 
-from ._low_rank import LoRAAdapter, pairs_in
+from ._low_rank import LoRAAdapter, factor_pairs
 from .lora import LoRA
 
 
 @dataclass(frozen=True)
 class LoRAFA(Method):
-    """W' = W + s·B A with s = alpha / rank, A drawn once and frozen, B zero; only B is trained.
+    """W' = W + s·B A with s = alpha / rank, A random and frozen, B initialized to zero; only B is trained.
 
-    Half of LoRA's trained parameters, and for a layer's backward only A x, of `rank` features, is kept and not x.
+    Half of LoRA's trainable parameters, and the backward pass of a layer stores only A x, of `rank` features, instead of x.
 
     Args:
         rank: columns of B and rows of A, at least 1.
         alpha: numerator of the scale; None means the rank, so that s = 1.
     Convolutions and embeddings: as `lora`.
-    A is a buffer and saved with B: a draw that is repeated from a seed would depend on the version of torch.
-    Counts: d_out·rank / groups per site, or d_out·rank where groups do not divide the rank; ViT-B/16's q and v, rank 8: 147,456.
+    A is a buffer and saved with B, because regenerating it from a seed would depend on the version of torch.
+    Counts: d_out·rank / groups per site, or d_out·rank if groups do not divide the rank; ViT-B/16's q and v, rank 8: 147,456.
     Source: Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning, 2023, section 3.
-    Deviation: A uniform as LoRA's code draws it, of the variance 1 / (3·d_in), where the paper draws from a normal distribution.
-    peft's optimiser, which multiplies B's gradient by (A Aᵀ)⁻¹, is none of the paper's first version and not here.
+    Deviation: A is uniform as in LoRA's code, with variance 1 / (3·d_in), where the paper uses a normal distribution.
+    peft's optimizer, which multiplies B's gradient by (A Aᵀ)⁻¹, is not in the paper's first version and not implemented.
     """
 
     name: ClassVar[str] = "lora_fa"
@@ -52,5 +52,5 @@ class LoRAFA(Method):
         return adapter
 
     def count(self, site: WeightSite) -> int:
-        """B's size."""
-        return site.d_out * (self.rank // pairs_in(site, self.rank))
+        """Number of parameters in B."""
+        return site.d_out * (self.rank // factor_pairs(site, self.rank))

@@ -1,4 +1,4 @@
-"""OFT: a frozen weight whose neurons are turned by an orthogonal matrix."""
+"""OFT: rotates the neurons of a frozen weight by an orthogonal matrix."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.cayley import blocks_apply, cayley_change, neumann_change, skew, turn_features, within
+from veneer.functional.cayley import blocks_apply, cayley_change, clip_norm, neumann_change, rotate_features, skew
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 
-from ._output_turn import OutputTurn, refuse_straddling
-from ._swapping import turn_state
+from ._output_rotation import OutputRotation, reject_straddling_blocks
+from ._state_transfer import rotation_state
 
 
 class OFTAdapter(Adapter):
@@ -30,62 +30,62 @@ class OFTAdapter(Adapter):
         self.magnitude = nn.Parameter(torch.ones(d_out)) if rescale else None
 
     def weight(self, weight: Tensor) -> Tensor:
-        """W + s·(D W Rᵀ − W), by way of R − I, which is exactly zero at the start."""
+        """W + s·(D W Rᵀ − W), computed from R − I, which is exactly zero initially."""
         flat = weight.flatten(1)
-        change = blocks_apply(flat, self.turn())
+        change = blocks_apply(flat, self.rotation())
         if self.magnitude is not None:
             change = (flat + change) * self.magnitude.unsqueeze(1) - flat
         return weight + (change * self.strength).reshape(weight.shape)
 
     def taking(self, other: OFTAdapter | None) -> dict[str, Tensor]:
-        """State with which this turns as `other` does, or not at all. `ValueError` where its blocks do not fit into these."""
-        return turn_state(self, other)
+        """State with which this rotates as `other` does, or not at all. `ValueError` if its blocks do not match these."""
+        return rotation_state(self, other)
 
-    def turn(self) -> Tensor:
+    def rotation(self) -> Tensor:
         """R_i − I, (blocks, b, b)."""
         q = skew(self.skew, self.size)
-        q = q if self.radius is None else within(q, self.radius)
+        q = q if self.radius is None else clip_norm(q, self.radius)
         return cayley_change(q) if self.terms is None else neumann_change(q, self.terms)
 
 
-class InputTurn(OFTAdapter):
-    """W' x = W (Rᵀ x) at a linear layer that is called: what it reads is turned, at a block's cost and not W's."""
+class InputRotation(OFTAdapter):
+    """W' x = W (Rᵀ x) at a linear layer that is called: rotates its input, at the cost of the blocks instead of W."""
 
     def input(self, x: Tensor) -> Tensor:
         """x + s·(Rᵀ x − x), x (…, d_in)."""
-        return turn_features(x, self.turn() * self.strength)
+        return rotate_features(x, self.rotation() * self.strength)
 
 
 @dataclass(frozen=True)
 class OFT(Method):
-    """W' = W Rᵀ with R = diag(R_1, …, R_r) orthogonal: all neurons (rows of W) turn alike, and their angles and lengths stay.
+    """W' = W Rᵀ with R = diag(R_1, …, R_r) orthogonal: all neurons (rows of W) are rotated alike, keeping their angles and norms.
 
-    R_i = (I + Q_i)(I − Q_i)⁻¹ with Q_i = −Q_iᵀ. R acts on the d = d_in numbers of a neuron, on the input side: W' x = W (Rᵀ x).
+    R_i = (I + Q_i)(I − Q_i)⁻¹ with Q_i = −Q_iᵀ. R acts on the d = d_in weights of a neuron, on the input side: W' x = W (Rᵀ x).
 
     Args:
-        blocks: r, how many blocks R has; must divide d. Fewer train more: d²/(2r). At least 1.
-        block_size: b, the blocks' side; given, it counts instead of `blocks` and must divide d. At least 2.
-        share: one block in all r places.
+        blocks: r, number of blocks of R; must divide d. Fewer blocks train more parameters: d²/(2r). At least 1.
+        block_size: b, size of the blocks, instead of `blocks`; must divide d. At least 2.
+        share: one block in all r positions.
         coft: ε of the constrained form: each Q_i is kept within the Frobenius norm ε·b²/√r, with `share` ε·b² (the authors'
-            scaling; they use 6e-5). Above 0; None for no constraint.
-        rescale: also learn D, a factor for each neuron's length: W' = D W Rᵀ, D = 1 at the start.
-        side: `output` turns what the layer gives, W' = D R W and d = d_out, as LyCORIS and kohya's tools do; such blocks may be
-            of 1 with `rescale`. A convolution turns its channels, and a bias stays. LyCORIS itself loads a file only if the side
-            of the blocks is at most their number.
+            scaling; they use 6e-5). Above 0; None means no constraint.
+        rescale: also train D, a scale for each neuron: W' = D W Rᵀ, D initialized to 1.
+        side: `output` rotates the layer's output, W' = D R W and d = d_out, as LyCORIS and kohya's tools do; such blocks may
+            have size 1 with `rescale`. A convolution's channels are rotated, and the bias is unchanged. LyCORIS itself loads a
+            file only if the block size is at most the number of blocks.
         neumann_terms: number of terms of the Neumann series that approximates R_i, as in peft, whose default is 5:
             I + 2 Q + 2 Q² + … + Qⁿ with n = neumann_terms − 1. R is then only approximately orthogonal: the error grows with ‖Q‖.
-            None solves the equation. At least 1; only with side='input'.
-    Q is zero at the start. Without `neumann_terms` the equation is solved, in single precision at least.
-    Convolutions: a neuron is its kernel, d = d_in·k·k / groups, channel by channel; as many blocks as input channels turn each
-    channel's window by itself. Grouped and depthwise: one R for all neurons too.
-    On the input side linear layers without `rescale` turn what they read. Elsewhere, and at slices of a fused weight, W itself is
-    turned in each pass, so a quantised base is refused.
+            None computes the inverse exactly. At least 1; only with side='input'.
+    Q is initialized to zero. Without `neumann_terms` the Cayley transform is exact, in float32 or better.
+    Convolutions: a neuron is its kernel, d = d_in·k·k / groups, channel by channel; with as many blocks as input channels, each
+    channel's window is rotated separately. Grouped and depthwise: also one R for all neurons.
+    On the input side, linear layers without `rescale` rotate their input. Otherwise, and at slices of a fused weight, W itself is
+    rotated in each forward pass, so a quantized base is rejected.
     Counts: r·b·(b − 1)/2 with b = d/r; b·(b − 1)/2 with `share`; d_out more with `rescale`. 128 × 128 in 8 blocks: 960.
     Raises:
-        ValueError: at attach, d is no multiple of the number or the side of the blocks.
+        ValueError: on attaching, d is not a multiple of the number or the size of the blocks.
     Source: Qiu et al., NeurIPS 2023, section 3 (D as in its erratum). Deviations: Q
-    has only its free entries, where the authors' code trains a full matrix and takes its skew part; COFT scales Q where it is
-    used, seen by the gradient, where theirs projects the parameter at each step: the reachable R are the same.
+    is parametrized by its free entries, where the authors' code trains a full matrix and takes its skew-symmetric part; COFT
+    scales Q in the forward pass, with gradient, where theirs projects the parameter at each step: the reachable R are the same.
     """
 
     name: ClassVar[str] = "oft"
@@ -109,12 +109,12 @@ class OFT(Method):
         if self.blocks < 1:
             raise OptionError.of("oft", "blocks", self.blocks, "at least 1")
         if self.block_size is not None and self.block_size < self._least:
-            raise OptionError.of("oft", "block_size", self.block_size, "at least 2, for a block of 1 cannot turn")
+            raise OptionError.of("oft", "block_size", self.block_size, "at least 2, because a block of 1 cannot rotate")
         if self.coft is not None and self.coft <= 0:
             raise OptionError.of("oft", "coft", self.coft, "above 0, or None for no constraint")
         if self.neumann_terms is not None and (self.neumann_terms < 1 or self.side == "output"):
             raise OptionError(
-                "oft: neumann_terms must be at least 1 and needs side='input', or None to solve the equation; got "
+                "oft: neumann_terms must be at least 1 and needs side='input', or None for the exact transform; got "
                 f"{self.neumann_terms} with side={self.side!r}",
                 option="neumann_terms",
                 method=self.name,
@@ -123,23 +123,23 @@ class OFT(Method):
 
     @classmethod
     def examples(cls) -> tuple[OFT, OFT]:
-        """The plain form; and shared, constrained and rescaled."""
+        """The plain form; and the shared, constrained and rescaled one."""
         return cls(), cls(block_size=2, share=True, coft=0.1, rescale=True)
 
     def shape(self, site: WeightSite) -> tuple[int, int]:
         """(r, b) at one weight.
 
         Raises:
-            ValueError: they do not fit the neurons' length.
+            ValueError: they do not divide the neurons' dimension.
         """
         width = site.d_out if self.side == "output" else site.d_in // site.groups * math.prod(site.kernel)
         r = self.blocks if self.block_size is None else width // self.block_size
         if r == 0 or width % r or width // r < self._least or (self.block_size is not None and width % self.block_size):
-            asked = f"{self.blocks} blocks" if self.block_size is None else f"blocks of {self.block_size}"
+            request = f"{self.blocks} blocks" if self.block_size is None else f"blocks of {self.block_size}"
             fitting = tuple(b for b in range(2, min(width, 128) + 1) if width % b == 0)
             raise OptionError(
-                f"neurons of {width} numbers do not split into {asked} of at least 2; "
-                f"give block_size as one of {', '.join(map(str, fitting)) or 'none'}, or leave the site out",
+                f"neurons of dimension {width} cannot be split into {request} of at least 2; "
+                f"set block_size to one of {', '.join(map(str, fitting)) or 'none'}, or exclude the site",
                 option="blocks" if self.block_size is None else "block_size",
                 method=self.name,
                 where=f"{width}",
@@ -150,7 +150,7 @@ class OFT(Method):
 
     @property
     def _least(self) -> int:
-        """The smallest block: one of 1 cannot turn, but on the output side it can rescale."""
+        """The smallest block size: a block of 1 cannot rotate, but on the output side it can rescale."""
         return 1 if self.side == "output" and self.rescale else 2
 
     def build(self, site: WeightSite) -> Adapter:
@@ -158,12 +158,12 @@ class OFT(Method):
         r, b = self.shape(site)
         radius = None if self.coft is None else self.coft * b * b / math.sqrt(1 if self.share else r)
         if self.side == "output":
-            refuse_straddling(site, b)
-            return OutputTurn(site, [1 if self.share else r], b, radius, self.rescale)
-        kind = InputTurn if site.kind == "linear" and not self.rescale else OFTAdapter
+            reject_straddling_blocks(site, b)
+            return OutputRotation(site, [1 if self.share else r], b, radius, self.rescale)
+        kind = InputRotation if site.kind == "linear" and not self.rescale else OFTAdapter
         return kind(site.d_out, 1 if self.share else r, b, radius, self.rescale, self.neumann_terms)
 
     def count(self, site: WeightSite) -> int:
-        """r·b·(b − 1)/2, or one block's, and the lengths."""
+        """r·b·(b − 1)/2, or one block's, and the scales of the neurons."""
         r, b = self.shape(site)
         return (1 if self.share else r) * b * (b - 1) // 2 + (site.d_out if self.rescale else 0)

@@ -1,4 +1,4 @@
-"""RepAdapter: a linear bottleneck in front of a layer, which goes into the layer's weight and bias."""
+"""RepAdapter: a linear bottleneck before a layer, which merges into the layer's weight and bias."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from veneer.injection.seams.adapter_calls import cast
 from veneer.injection.sites import WeightSite
 
 
-class Bottleneck(Adapter):
-    """x' = x + s·B (A x), W' = W (I + s·B A). `down`: A (h, d_in). `up`: B (d_in, h / groups), each group of inputs from its
-    own part of the bottleneck.
+class RepBottleneck(Adapter):
+    """x' = x + s·B (A x), W' = W (I + s·B A). `down`: A (h, d_in). `up`: B (d_in, h / groups), each group of inputs with its
+    part of the bottleneck.
     """
 
     blends: ClassVar[bool] = True
@@ -34,7 +34,7 @@ class Bottleneck(Adapter):
         self.up = nn.Parameter(torch.zeros(site.d_in, bottleneck // groups))
 
     def input(self, x: Tensor) -> Tensor:
-        """x': one product to h numbers, dropout on them in training, and one that is added where it is computed."""
+        """x': a product with h features, dropout on them in training, and a second product added in place."""
         low = self._low(cast(x, self))
         return self._add(x, F.dropout(low, self.dropout, self.training), self._dense() * self._factor)
 
@@ -57,11 +57,11 @@ class Bottleneck(Adapter):
         return add_product(x, low, up if self.site.kind == "linear" else up.view(*up.shape, *self._ones))
 
     def _dense(self) -> Tensor:
-        """B as (d_in, h), zeros between the groups."""
+        """B as (d_in, h), zero outside the diagonal blocks."""
         return self.up if self.groups == 1 else torch.block_diag(*self.up.chunk(self.groups))
 
     def _wide(self, weight: Tensor) -> Tensor:
-        """W as (d_out, d_in), in a dtype that A and B can be multiplied with."""
+        """W as (d_out, d_in), in the dtype of A and B."""
         return weight.flatten(1).to(self.down.dtype)
 
     @property
@@ -69,8 +69,8 @@ class Bottleneck(Adapter):
         return (1,) * len(self.site.kernel)
 
 
-class BiasedBottleneck(Bottleneck):
-    """x' = x + s·(B (A x + a) + c), which has b' = b + s·W (B a + c) beside. `down_bias`: a (h,). `up_bias`: c (d_in,)."""
+class BiasedRepBottleneck(RepBottleneck):
+    """x' = x + s·(B (A x + a) + c), with b' = b + s·W (B a + c). `down_bias`: a (h,). `up_bias`: c (d_in,)."""
 
     def __init__(self, site: WeightSite, bottleneck: int, groups: int, dropout: float, scale: float) -> None:
         super().__init__(site, bottleneck, groups, dropout, scale)
@@ -78,7 +78,7 @@ class BiasedBottleneck(Bottleneck):
         self.up_bias = nn.Parameter(torch.zeros(site.d_in))
 
     def input(self, x: Tensor) -> Tensor:
-        """As without biases; c is one more column of B, so that it is added in the same pass."""
+        """As without biases; c is appended as a column of B, so that it is added in the same pass."""
         along, ones = (-1, ()) if self.site.kind == "linear" else (1, self._ones)
         low = self._low(cast(x, self)) + self.down_bias.view(-1, *ones)
         low = F.dropout(low, self.dropout, self.training)
@@ -94,24 +94,24 @@ class BiasedBottleneck(Bottleneck):
 
 @dataclass(frozen=True)
 class RepAdapter(Method):
-    """x' = x + s·(B Drop(A x + a) + c) for the x that a layer reads, with no activation, so that it goes into W and b.
+    """x' = x + s·(B Drop(A x + a) + c) for the input x of a layer, without activation, so that it merges into W and b.
 
-    A (h, d_in) is Xavier's, B (d_in, h / up_groups) is block-diagonal and zero at the start, as both biases are. Merged:
+    A (h, d_in) is initialized Xavier-uniformly, B (d_in, h / up_groups) is block-diagonal and zero, as are both biases. Merged:
     W' = W (I + s·B A) and b' = b + s·W (B a + c).
 
     Args:
         bottleneck: h, a multiple of `up_groups`.
-        up_groups: of B, dividing d_in too. `dropout`: of the h numbers, in training. `scale`: s, by task 0.1 to 10 in the paper.
-        bias: have a and c.
-    Linear layers and 1x1 convolutions without groups and padding. Others are refused: a mixing of inputs does not go into a
-    depthwise weight, and what zero padding adds has no shift c. So on ConvNeXt `mlp.in` is adapted, not `conv.dw`.
-    Where a weight is read and not called (open_clip's attention), or is a slice, it is changed itself in each pass; then there
-    is no dropout, and no a and c where no bias follows, as in BEiT.
-    By default before attention and MLP: one for a fused q, k and v, and one each where they are layers of their own.
-    Counts: d_in·h + d_in·h / up_groups per place, and h + d_in with biases; ViT-B/16 239,808, without biases the paper's 221,184.
+        up_groups: of B, dividing d_in too. `dropout`: on the h features, in training. `scale`: s, 0.1 to 10 by task in the paper.
+        bias: use a and c.
+    Supports linear layers and 1x1 convolutions without groups and padding. Others are rejected: an input mixing cannot be merged
+    into a depthwise weight, and the shift c does not apply to zero padding. So on ConvNeXt `mlp.in` is adapted, not `conv.dw`.
+    If a weight is read and not called (open_clip's attention), or is a slice, W is modified in each forward pass; then there
+    is no dropout, and no a and c if no bias follows, as in BEiT.
+    By default before attention and MLP: one for a fused q, k and v, and one each if they are separate layers.
+    Counts: d_in·h + d_in·h / up_groups per site, and h + d_in with biases; ViT-B/16 239,808, without biases the paper's 221,184.
     Source: Luo et al., Towards Efficient Visual Adaption via Structural Re-parameterization, 2023, sections 3.2 and 3.3; sizes,
-    start and biases as in its code, which also adapts ConvNeXt's depthwise convolutions and does not merge there. Deviation:
-    three adapters in place of one where q, k and v are separate layers.
+    initialization and biases as in its code, which also adapts ConvNeXt's depthwise convolutions and does not merge there.
+    Deviation: three adapters instead of one if q, k and v are separate layers.
     """
 
     name: ClassVar[str] = "repadapter"
@@ -134,16 +134,16 @@ class RepAdapter(Method):
         if not 0 <= self.dropout < 1:
             raise OptionError.of("repadapter", "dropout", self.dropout, "in [0, 1)")
 
-    def build(self, site: WeightSite) -> Bottleneck:
-        """A and B, and their biases where they can be had.
+    def build(self, site: WeightSite) -> RepBottleneck:
+        """A and B, and their biases where possible.
 
         Raises:
-            ValueError: groups do not divide the inputs, or the convolution does not commute with a bottleneck before it.
+            ValueError: `up_groups` does not divide the inputs, or the convolution cannot merge a preceding bottleneck.
         """
-        if site.kind == "conv" and (site.groups > 1 or math.prod(site.kernel) > 1 or padded(site)):
+        if site.kind == "conv" and (site.groups > 1 or math.prod(site.kernel) > 1 or is_padded(site)):
             raise OptionError(
-                f"a convolution of kernel {site.kernel}, {site.groups} groups and padding {site.padding} cannot take in what is "
-                "before it; linear layers and 1x1 convolutions without groups and padding can. Select those",
+                f"a convolution of kernel {site.kernel}, {site.groups} groups and padding {site.padding} cannot merge a "
+                "preceding bottleneck. Select linear layers and 1x1 convolutions without groups and padding",
                 option="where",
                 method=self.name,
                 given=(site.kernel, site.groups, site.padding),
@@ -151,7 +151,7 @@ class RepAdapter(Method):
         if site.d_in % self.up_groups:
             message = f"up_groups = {self.up_groups} does not divide its {site.d_in} inputs; choose another"
             raise OptionError(message, option="up_groups", method=self.name, given=self.up_groups, expected=site.d_in)
-        kind = BiasedBottleneck if self._biased(site) else Bottleneck
+        kind = BiasedRepBottleneck if self._biased(site) else RepBottleneck
         return kind(site, self.bottleneck, self.up_groups, self.dropout, self.scale)
 
     def count(self, site: WeightSite) -> int:
@@ -160,10 +160,10 @@ class RepAdapter(Method):
         return weights + (self.bottleneck + site.d_in if self._biased(site) else 0)
 
     def _biased(self, site: WeightSite) -> bool:
-        """True with biases that have somewhere to go: an input before a called layer, or a bias after a weight."""
+        """True if biases can be applied: to the input of a called layer, or to a bias after a weight."""
         return self.bias and bool(site.bias or (site.called and site.rows is None))
 
 
-def padded(site: WeightSite) -> bool:
-    """True for a convolution that may put zeros around."""
+def is_padded(site: WeightSite) -> bool:
+    """True for a convolution that may use zero padding."""
     return site.padding not in ("valid", "same") if isinstance(site.padding, str) else any(site.padding)

@@ -1,4 +1,4 @@
-"""SVDiff: a weight's singular vectors stay, its singular values learn."""
+"""SVDiff: trains the singular values of a weight and keeps its singular vectors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.injection.sites import WeightSite
 class SVDiffAdapter(Adapter):
     """W' = W + U diag(relu(σ + δ) − σ) Vᵀ for W = U diag(σ) Vᵀ. `delta`: δ, (n,) with n = min(d_out, d_in·k·k / groups).
 
-    U (d_out, n), σ and Vᵀ (n, d_in·k·k / groups) are found once, on attach, from the host's weight. They are not saved.
+    U (d_out, n), σ and Vᵀ (n, d_in·k·k / groups) are computed from the host's weight on attaching. They are not saved.
     """
 
     blends: ClassVar[bool] = True
@@ -38,11 +38,11 @@ class SVDiffAdapter(Adapter):
 
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
-        """The singular value decomposition of the host's weight, in single precision or better."""
+        """Computes the singular value decomposition of the host's weight, in float32 or better."""
         weight = base_tensor(tower, self.site.path, self.site.param)
         if not weight.is_floating_point():
             raise UnsupportedSite(
-                f"svdiff: {self.site.name}: a quantised weight has no decomposition here. Load the base unquantised.",
+                f"svdiff: {self.site.name}: cannot decompose a quantized weight. Load the base unquantized.",
                 site=self.site.name,
                 method="svdiff",
                 given=weight.dtype,
@@ -56,7 +56,7 @@ class SVDiffAdapter(Adapter):
             getattr(self, name).copy_(found)
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: what the module read; y: what it gave. As one more product with W' − W: half the work of U and Vᵀ one by one."""
+        """x: the module's input; y: its output. One product with W' − W: half the work of applying U and Vᵀ separately."""
         site = self.site
         return y + convolve(x, self.change(), site.stride, site.padding, site.dilation, site.groups)
 
@@ -72,14 +72,14 @@ class SVDiffAdapter(Adapter):
 
 @dataclass(frozen=True)
 class SVDiff(Method):
-    """W' = U diag(relu(σ + δ)) Vᵀ for W = U diag(σ) Vᵀ: only δ, one number a singular value, is trained; δ = 0 at the start.
+    """W' = U diag(relu(σ + δ)) Vᵀ for W = U diag(σ) Vᵀ: only δ, one value per singular value, is trained; initialized to zero.
 
-    Convolutions: the kernel is flattened, (d_out, d_in·k·k / groups), so that grouped and depthwise ones need nothing special.
-    Memory: U and Vᵀ of every weight are kept while attached, as much again as the weights or more, and found again on loading.
-    Vectors of singular values that are equal, zeros too, are not unique: there another machine's may differ.
+    Convolutions: the kernel is flattened, (d_out, d_in·k·k / groups), which includes grouped and depthwise ones.
+    Memory: U and Vᵀ of every weight are kept while attached, as large as the weights or larger, and recomputed on loading.
+    Singular vectors of equal singular values, including zeros, are not unique and may differ between machines.
     Counts: min(d_out, d_in·k·k / groups) per site; SD 1.5's UNet 222,696.
     Source: Han et al., SVDiff, ICCV 2023, section 3.2. Deviation: the paper tunes the one-dimensional weights,
-    norms and biases, as well; put `bitfit` or `norm_tuning` beside for those.
+    norms and biases, as well; attach `bitfit` or `norm_tuning` in addition for those.
     """
 
     name: ClassVar[str] = "svdiff"

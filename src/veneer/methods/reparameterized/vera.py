@@ -1,4 +1,4 @@
-"""VeRA: one random low-rank pair for all layers, and two trained vectors in each."""
+"""VeRA: one pair of random low-rank factors for all layers, and two trained vectors per layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
 
 
-class RandomPair(nn.Module):
+class RandomFactors(nn.Module):
     """A (rank, widest input) and B (widest output, rank), frozen; a layer uses the first columns of A and rows of B."""
 
     A: Tensor
@@ -33,7 +33,7 @@ class VeRAAdapter(Adapter):
 
     adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
-    shared: RandomPair
+    shared: RandomFactors
 
     def __init__(self, site: WeightSite, rank: int, d_initial: float) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class VeRAAdapter(Adapter):
         self.d = nn.Parameter(torch.full((rank,), d_initial))
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: what the module read; y: what it gave. A grouped convolution has A in every group."""
+        """x: the module's input; y: its output. A grouped convolution applies A in every group."""
         site, (A, B) = self.site, self._pair()
         ones = (1,) * len(site.kernel)
         low = convolve(x, A.repeat(site.groups, *(1,) * (A.ndim - 1)), site.stride, site.padding, site.dilation, site.groups)
@@ -64,16 +64,17 @@ class VeRAAdapter(Adapter):
 
 @dataclass(frozen=True)
 class VeRA(Method):
-    """W' = W + diag(b) B diag(d) A: A and B random, frozen and the same in all layers; b and d are trained, b = 0 at the start.
+    """W' = W + diag(b) B diag(d) A: A and B random, frozen and shared by all layers; trains b and d, b initialized to zero.
 
     Args:
-        rank: columns of B and rows of A, at least 1; large, since a unit of it costs one number a layer.
-        d_initial: start value of d, not 0.
-    A and B are as large as the largest layer of the tower needs; others use their first columns and rows. They are saved with
-    the adapter, once. Convolutions: kernels are flattened, A has d_in·k·k / groups columns.
+        rank: columns of B and rows of A, at least 1; large, because each unit costs one parameter per layer.
+        d_initial: initial value of d, not 0.
+    A and B are as large as the largest layer of the tower needs; others use their first columns and rows. They are saved once
+    with the adapter. Convolutions: kernels are flattened, A has d_in·k·k / groups columns.
     Counts: d_out + rank per site; ViT-B/16's q, k and v as one weight, rank 256: 30,720.
-    Source: Kopiczko et al., VeRA: Vector-based Random Matrix Adaptation, ICLR 2024, equation 2 and section 3.3. Draws
-    (Kaiming-uniform) and slicing as in peft. Saved in the place of the paper's seed, since draws depend on the version of torch.
+    Source: Kopiczko et al., VeRA: Vector-based Random Matrix Adaptation, ICLR 2024, equation 2 and section 3.3. Initialization
+    (Kaiming-uniform) and slicing as in peft. A and B are saved instead of the paper's seed, because random numbers depend on
+    the version of torch.
     """
 
     name: ClassVar[str] = "vera"
@@ -90,13 +91,13 @@ class VeRA(Method):
         if self.rank < 1:
             raise OptionError.of("vera", "rank", self.rank, "at least 1")
         if not self.d_initial:
-            message = "vera: d_initial must not be 0: with b = 0 as well nothing would ever get a gradient"
+            message = "vera: d_initial must not be 0: b is initialized to 0 as well, so all gradients would stay 0"
             raise OptionError(message, option="d_initial", method=self.name, given=self.d_initial)
 
-    def build_shared(self, sites: Sequence[WeightSite]) -> RandomPair:
+    def build_shared(self, sites: Sequence[WeightSite]) -> RandomFactors:
         """A and B for the largest of the sites."""
         widest = max(math.prod(site.weight_shape[1:]) for site in sites)
-        return RandomPair(max(site.d_out for site in sites), widest, self.rank)
+        return RandomFactors(max(site.d_out for site in sites), widest, self.rank)
 
     def build(self, site: WeightSite) -> VeRAAdapter:
         """b and d for one weight."""

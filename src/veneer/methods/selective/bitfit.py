@@ -1,4 +1,4 @@
-"""BitFit: train the biases only."""
+"""BitFit: trains only the biases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.injection.sites import ParamSite
 
 
 class BitFitAdapter(Adapter):
-    """b' = b + db. A bias that its module adds last may as well be changed in the output."""
+    """b' = b + db. A bias that its module adds last may also be changed at the output."""
 
     adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
@@ -38,14 +38,14 @@ class BitFitAdapter(Adapter):
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """y = W x + (b + db): every existing bias gets a trained delta; db = 0 at the start.
+    """y = W x + (b + db): every existing bias gets a trained delta, initialized to zero.
 
-    Layers without a bias are passed over (a new bias would be another method). By default heads are left out: train them as base
-    parameters (`train=("head",)`), by `linear_probe` beside, or select `where="bias"`. A key bias shifts all logits of a query
-    alike, so attention ignores it: it is counted, as in the paper, and does nothing.
+    Layers without a bias are skipped (adding biases would be another method). By default heads are excluded: train them as base
+    parameters (`train=("head",)`), with `linear_probe` in addition, or select `where="bias"`. A key bias shifts all logits of a
+    query alike, so attention ignores it: it is counted, as in the paper, but has no effect.
     Counts: the number of biases; ViT-B/16 102,912 (without the head), SD 1.5 UNet 343,684.
-    Source: Ben Zaken, Ravfogel, Goldberg, BitFit, ACL 2022, section 3. Deviation: a delta on frozen biases in place of
-    unfrozen ones, so that it detaches, scales and combines; the function class is the same.
+    Source: Ben Zaken, Ravfogel, Goldberg, BitFit, ACL 2022, section 3. Deviation: a delta on frozen biases instead of
+    unfrozen ones, so that it can be detached, scaled and combined; the function class is the same.
     """
 
     name: ClassVar[str] = "bitfit"
@@ -59,5 +59,5 @@ class BitFit(Method):
         return BitFitAdapter(site.shape, site.channel_dim)
 
     def count(self, site: ParamSite) -> int:
-        """The bias's size."""
+        """Number of elements of the bias."""
         return math.prod(site.shape)

@@ -1,4 +1,4 @@
-"""LayerNorm tuning: scales and shifts of the norms are trained."""
+"""LayerNorm tuning: trains scales and shifts of the norms."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import ParamSite
 
 
-class Delta(Adapter):
-    """t' = t + `delta` for a norm's scale or shift t. In the tensor alone: that costs no pass over features."""
+class DeltaAdapter(Adapter):
+    """t' = t + `delta` for a norm's scale or shift t. Only in weight form, which takes no pass over features."""
 
     adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
@@ -31,15 +31,15 @@ class Delta(Adapter):
 
 @dataclass(frozen=True)
 class NormTuning(Method):
-    """y = norm(x) ∘ (g + dg) + (b + db) for the norms in the blocks; dg = db = 0 at the start.
+    """y = norm(x) ∘ (g + dg) + (b + db) for the norms in the blocks; dg and db are initialized to zero.
 
-    Norms of every kind that have a scale or a shift: LayerNorm, RMSNorm, GroupNorm, BatchNorm, whose running statistics are
-    updated in training as ever, and saved. The default leaves out norms outside of blocks, such as the last one, and those of
-    queries and keys; `where=("norm", "bias.norm")` takes all.
+    Norms of every kind with a scale or a shift: LayerNorm, RMSNorm, GroupNorm, BatchNorm, whose running statistics are
+    updated in training, and saved. The default excludes norms outside of blocks, such as the last one, and those of
+    queries and keys; `where=("norm", "bias.norm")` selects all.
     Counts: scales and shifts; ViT-B/16 36,864, with the last norm 38,400.
     Source: Zhao et al., Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning, ICLR 2024, its "simple"
-    form, which trains norms only. Deviations: deltas on a frozen base, so that it detaches, scales and combines; the last norm is
-    not in the default, though the paper's LLaMA count has it; learning rate as of `bitfit`, the paper's is not known to us.
+    form, which trains norms only. Deviations: deltas on a frozen base, so that it can be detached, scaled and combined; the last
+    norm is not in the default, though the paper's LLaMA count has it; learning rate as for `bitfit`, the paper does not state it.
     """
 
     name: ClassVar[str] = "norm_tuning"
@@ -48,10 +48,10 @@ class NormTuning(Method):
     default: ClassVar[tuple[str, ...]] = ("norm@0:", "bias.norm@0:", "not:norm.qk", "not:bias.norm.qk")
     learning_rate: ClassVar[float] = 1e-3
 
-    def build(self, site: ParamSite) -> Delta:
+    def build(self, site: ParamSite) -> DeltaAdapter:
         """A zero delta of the tensor's shape."""
-        return Delta(site.shape)
+        return DeltaAdapter(site.shape)
 
     def count(self, site: ParamSite) -> int:
-        """The tensor's size."""
+        """Number of elements of the tensor."""
         return math.prod(site.shape)

@@ -1,4 +1,4 @@
-"""Tensors of the host that are trained themselves, on a base that stays as it was."""
+"""Adapters that replace tensors of the host by trainable ones, without modifying the base."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import ParamSite, WeightSite
 
 
-class Replacing(Adapter):
-    """W' = W + s·(V − W) with `value` V, as large as W; V starts as W. At strength 1 W' is V, bitwise, at 0 it is W.
+class ReplacementAdapter(Adapter):
+    """W' = W + s·(V − W) with `value` V of W's shape, initialized to W. At strength 1 W' is V, bitwise, at 0 it is W.
 
-    V is in single precision, or wider where W is. It is saved whole, so that a file says the same on a host with another W.
+    V is in float32, or wider if W is. It is saved whole, so that a file gives the same V on a host with another W.
     """
 
     replaces: ClassVar[bool] = True
@@ -29,7 +29,7 @@ class Replacing(Adapter):
 
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
-        """Start from the host's own values."""
+        """Copies the host's values."""
         if values_follow():
             return
         weight = base_tensor(tower, self.site.path, self.site.param)
@@ -41,10 +41,10 @@ class Replacing(Adapter):
 
 
 def shape_of(site: WeightSite | ParamSite) -> tuple[int, ...]:
-    """Of the tensor, or of the rows of it that the site means."""
+    """Shape of the tensor, or of the site's rows of it."""
     return site.weight_shape if isinstance(site, WeightSite) else site.shape
 
 
 def size_of(site: WeightSite | ParamSite) -> int:
-    """How many numbers that are."""
+    """Number of parameters."""
     return math.prod(shape_of(site))

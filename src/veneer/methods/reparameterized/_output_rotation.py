@@ -1,4 +1,4 @@
-"""Turning what a layer gives: the output side of OFT and BOFT, as kohya's tools and LyCORIS have it."""
+"""Rotates the output of a layer: the output side of OFT and BOFT, as in kohya's tools and LyCORIS."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.cayley import blocks_apply, cayley_change, skew, within
+from veneer.functional.cayley import blocks_apply, cayley_change, clip_norm, skew
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
 from veneer.injection.seams.effective_weight import effective_tensor
 from veneer.injection.sites import WeightSite
 
-from ._swapping import turn_state
+from ._state_transfer import rotation_state
 
 
-class OutputTurn(Adapter):
-    """W' = D R W, y' = D R (y − b) + b with R orthogonal: block-diagonal, or a butterfly of such.
+class OutputRotation(Adapter):
+    """W' = D R W, y' = D R (y − b) + b with R orthogonal: block-diagonal, or a butterfly of such matrices.
 
     Shapes: `skew` ([m,] blocks, b·(b − 1) / 2), the entries of each Q above its diagonal, R_i = (I + Q_i)(I − Q_i)⁻¹; of m
-    components the one with the nearest halves comes first; `magnitude` D (d_out) or None.
+    components the one with the smallest stride comes first; `magnitude` D (d_out) or None.
     """
 
     blends: ClassVar[bool] = True
@@ -34,11 +34,11 @@ class OutputTurn(Adapter):
         self.magnitude = nn.Parameter(torch.ones(site.d_out)) if rescale else None
 
     def enter(self, tower: nn.Module) -> None:
-        """Remember the module, whose bias `output` reads."""
-        self.__dict__["host"] = tower.get_submodule(self.site.path)  # no child: the host holds the adapter
+        """Keeps a reference to the module, whose bias `output` reads."""
+        self.__dict__["host"] = tower.get_submodule(self.site.path)  # not a submodule: the host contains the adapter
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """y: W x + b, (…, d_out) or (batch, d_out, *size). Gives D R (y − b) + b."""
+        """y: W x + b, (…, d_out) or (batch, d_out, *size). Returns D R (y − b) + b."""
         bias, dim = effective_tensor(self, self.host, "bias", self.site.rows), y.ndim - 1 - len(self.site.kernel)
         channels = y.movedim(dim, -1)
         if bias is not None:
@@ -47,37 +47,37 @@ class OutputTurn(Adapter):
         return y + change * self.strength
 
     def weight(self, weight: Tensor) -> Tensor:
-        """W + s·(D R W − W), by way of R − I, which is exactly zero at the start."""
+        """W + s·(D R W − W), computed from R − I, which is exactly zero initially."""
         change = self.change(weight.flatten(1).mT).mT
         return weight + (change * self.strength).reshape(weight.shape)
 
-    def taking(self, other: OutputTurn | None) -> dict[str, Tensor]:
-        """State with which this turns as `other` does, or not at all. `ValueError` where its blocks do not fit into these."""
-        return turn_state(self, other)
+    def taking(self, other: OutputRotation | None) -> dict[str, Tensor]:
+        """State with which this rotates as `other` does, or not at all. `ValueError` if its blocks do not match these."""
+        return rotation_state(self, other)
 
     def change(self, rows: Tensor) -> Tensor:
         """D R v − v of each row v of (n, d_out)."""
         change = torch.zeros_like(rows)
-        for step, turn in enumerate(self.turns()):
-            change = change + blocks_apply(rows + change, turn, spread=2**step)
+        for step, rotation in enumerate(self.rotations()):
+            change = change + blocks_apply(rows + change, rotation, spread=2**step)
         return change if self.magnitude is None else (rows + change) * self.magnitude - rows
 
-    def turns(self) -> Tensor:
+    def rotations(self) -> Tensor:
         """R_i − I of each component, (m, blocks, b, b)."""
         q = skew(self.skew, self.size)
-        turn = cayley_change(q if self.radius is None else within(q, self.radius))
-        return turn if turn.ndim == 4 else turn.unsqueeze(0)
+        rotation = cayley_change(q if self.radius is None else clip_norm(q, self.radius))
+        return rotation if rotation.ndim == 4 else rotation.unsqueeze(0)
 
 
-def refuse_straddling(site: WeightSite, side: int) -> None:
-    """Raise if a turn would mix the outputs of two groups of a convolution, which read other inputs.
+def reject_straddling_blocks(site: WeightSite, side: int) -> None:
+    """Raises if a rotation would mix the outputs of two groups of a convolution, which read different inputs.
 
     Args:
-        side: how many neighbouring outputs are turned together.
+        side: number of neighboring outputs that are rotated together.
     Raises:
-        ValueError: it is no divisor of a group's outputs.
+        ValueError: it does not divide a group's outputs.
     """
     if site.groups > 1 and site.d_out // site.groups % side:
         group = site.d_out // site.groups
-        message = f"{side} outputs turn together, across groups of {group}; choose smaller blocks, or side='input'"
+        message = f"blocks of {side} outputs straddle groups of {group}; choose smaller blocks, or side='input'"
         raise OptionError(message, option="side", given=side, expected=group)

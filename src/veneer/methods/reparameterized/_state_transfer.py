@@ -1,7 +1,7 @@
-"""What an adapter must hold to make the change of another of its method, of other ranks, scales or blocks, at the same site.
+"""State with which an adapter reproduces another one of its method, of other ranks, scales or blocks, at the same site.
 
-All are exact: smaller factors lie in larger ones with zeros around them, and the ratio of the scales goes into one factor, so
-that no shape and no number of the adapter's own changes. None in the other's place means no change at all.
+All are exact: smaller factors are zero-padded into larger ones, and the ratio of the scales is folded into one factor, so
+that the adapter keeps its shapes and hyperparameters. None instead of an adapter means no update.
 """
 
 from __future__ import annotations
@@ -13,51 +13,51 @@ import torch
 from torch import Tensor
 
 from veneer.functional.batched_low_rank import add_products
-from veneer.functional.cayley import skew, within
-from veneer.functional.padding import joined_blocks, padded
+from veneer.functional.cayley import clip_norm, skew
+from veneer.functional.padding import merge_blocks, pad_zeros
 from veneer.injection.errors import OptionError
 
 State = dict[str, Tensor]
 
 
 def lora_state(arena: Any, other: Any | None) -> State:
-    """[A; 0] and (s_other / s)·[B, 0], group by group; a learned magnitude as it is.
+    """[A; 0] and (s_other / s)·[B, 0], group by group; a learned magnitude unchanged.
 
     Raises:
-        ValueError: no room.
+        ValueError: the rank is too small, or the form differs.
     """
     state = {key: torch.zeros_like(tensor) for key, tensor in arena.state_dict().items()}
     if other is None:
         return state
     tucker = "core" in state
     if tucker and not hasattr(other, "core"):
-        message = "it has no core, and the attachment has room for one; attach with tucker=False, which holds both"
+        message = "it has no core, but the attachment does; attach with tucker=False, which can load both"
         raise OptionError(message, option="tucker", given=True, expected=False)
     embedding, groups = arena.site.kind == "embedding", arena.pairs
     rank = arena.down.shape[1 if embedding else 0]
     if other.pairs != groups and (tucker or groups == 1 or not hasattr(other, "pair")):
-        kinds = ("a pair a group", "one pair for all groups")
-        message = f"it has {kinds[other.pairs == 1]} and not {kinds[groups == 1]}; attach with its own rank"
+        kinds = ("one pair of factors per group", "one pair of factors for all groups")
+        message = f"it has {kinds[other.pairs == 1]}, not {kinds[groups == 1]}; attach with its rank"
         raise OptionError(message, option="rank", given=groups, expected=other.pairs)
-    down, up = (other.down, other.up) if tucker or not hasattr(other, "pair") else _pair(other, groups)
+    down, up = (other.down, other.up) if tucker or not hasattr(other, "pair") else _matching_pair(other, groups)
     try:
-        state["down"] = padded(down, rank, 1 if embedding else 0, groups)
-        state["up"] = padded(_scaled(up, other.scaling, arena.scaling), arena.up.shape[1], 1)
+        state["down"] = pad_zeros(down, rank, 1 if embedding else 0, groups)
+        state["up"] = pad_zeros(_rescale(up, other.scaling, arena.scaling), arena.up.shape[1], 1)
         if tucker:
-            state["core"] = padded(padded(other.core, rank, 0, groups), rank // groups, 1)
+            state["core"] = pad_zeros(pad_zeros(other.core, rank, 0, groups), rank // groups, 1)
     except ValueError as error:
         expected = down.shape[1 if embedding else 0]
         raise OptionError(
             f"{error}; attach with rank={expected} or more", option="rank", given=rank, expected=expected
         ) from error
-    return _with_magnitudes(state, arena, other)
+    return _add_magnitudes(state, arena, other)
 
 
-def _with_magnitudes(state: State, arena: Any, other: Any) -> State:
+def _add_magnitudes(state: State, arena: Any, other: Any) -> State:
     """The state with the other's learned magnitudes.
 
     Raises:
-        ValueError: one has magnitudes of another axis, or none.
+        ValueError: the norm axes differ, or only one has magnitudes.
     """
     here, there = (getattr(adapter, "norm_axis", None) for adapter in (arena, other))
     if here != there:
@@ -66,32 +66,32 @@ def _with_magnitudes(state: State, arena: Any, other: Any) -> State:
     return {**state, "magnitude_delta": other.magnitude_delta} if "magnitude_delta" in state else state
 
 
-def _pair(other: Any, groups: int) -> tuple[Tensor, Tensor]:
+def _matching_pair(other: Any, groups: int) -> tuple[Tensor, Tensor]:
     pair: tuple[Tensor, Tensor] = other.own_pair() if other.pairs == groups else other.pair()
     return pair
 
 
 def loha_state(arena: Any, other: Any | None) -> State:
-    """Both pairs as in `lora_state`, the scale in the second.
+    """Both pairs of factors as in `lora_state`, the scale in the second.
 
     Raises:
-        ValueError: no room.
+        ValueError: the rank is too small, or the form differs.
     """
     state = {key: torch.zeros_like(tensor) for key, tensor in arena.state_dict().items()}
     if other is None:
         return state
-    found, state = other.state_dict(), _with_magnitudes(state, arena, other)
+    found, state = other.state_dict(), _add_magnitudes(state, arena, other)
     found.pop("magnitude_delta", None)
     if found.keys() != state.keys() - {"magnitude_delta"}:
-        message = "it has cores or none, the other way than the attachment; attach with its own tucker="
+        message = "only one of the two has cores; attach with its value of tucker"
         raise OptionError(message, option="tucker", given="core1" in state, expected="core1" in found)
     rank = arena.up1.shape[1]
-    found["up2"] = _scaled(other.up2, other.scaling, arena.scaling)
+    found["up2"] = _rescale(other.up2, other.scaling, arena.scaling)
     try:
         for key, tensor in found.items():
-            state[key] = padded(tensor, rank, 1 if key.startswith("up") else 0)
+            state[key] = pad_zeros(tensor, rank, 1 if key.startswith("up") else 0)
             if key.startswith("core"):
-                state[key] = padded(state[key], rank, 1)
+                state[key] = pad_zeros(state[key], rank, 1)
     except ValueError as error:
         expected = other.up1.shape[1]
         raise OptionError(
@@ -100,8 +100,8 @@ def loha_state(arena: Any, other: Any | None) -> State:
     return state
 
 
-def lora_together(each: Sequence[tuple[Any, float] | None], x: Tensor, y: Tensor, over: bool) -> Tensor | None:
-    """Every sample's own B A x at once, with its scale and strength in B; zeros where a sample has none."""
+def lora_batched(each: Sequence[tuple[Any, float] | None], x: Tensor, y: Tensor, over: bool) -> Tensor | None:
+    """Each sample's B A x in one batched product, with its scale and strength in B; zeros for samples without an adapter."""
     acting = [one[0] for one in each if one is not None]
     if any(a.site.kind != "linear" or hasattr(a, "core") or (a.dropout and a.training) for a in acting):
         return None
@@ -113,10 +113,10 @@ def lora_together(each: Sequence[tuple[Any, float] | None], x: Tensor, y: Tensor
 
 
 def lokr_state(arena: Any, other: Any | None) -> State:
-    """The same C and D: factors of low rank padded, or multiplied out where there is room for a full one; scales into D.
+    """The same C and D: low-rank factors padded, or multiplied out into full ones; scales in D.
 
     Raises:
-        ValueError: other sides, or no room.
+        ValueError: other shapes, or the rank is too small.
     """
     if other is None:
         return {key: torch.zeros_like(tensor) for key, tensor in arena.state_dict().items()}
@@ -130,67 +130,67 @@ def lokr_state(arena: Any, other: Any | None) -> State:
         ratio = 1.0 if side == "left" else arena.scaling
         full = getattr(other, side)
         if getattr(arena, side) is not None:
-            state[side] = _scaled(_product(other, side) if full is None else full, scale, ratio)
+            state[side] = _rescale(_product(other, side) if full is None else full, scale, ratio)
         elif full is not None:
-            message = f"its {side} factor is full, and there is room for one of low rank; attach with rank=None"
+            message = f"its {side} factor is full, but the attachment's is of low rank; attach with rank=None"
             raise OptionError(message, option="rank", given=side, expected=None)
         else:
             rank = getattr(arena, f"{side}_down").shape[0]
-            state[f"{side}_up"] = padded(_scaled(getattr(other, f"{side}_up"), scale, ratio), rank, 1)
-            state[f"{side}_down"] = padded(getattr(other, f"{side}_down"), rank, 0)
+            state[f"{side}_up"] = pad_zeros(_rescale(getattr(other, f"{side}_up"), scale, ratio), rank, 1)
+            state[f"{side}_down"] = pad_zeros(getattr(other, f"{side}_down"), rank, 0)
     if "magnitude_delta" in arena.state_dict():
         state["magnitude_delta"] = torch.zeros_like(arena.magnitude_delta)
-    return _with_magnitudes(state, arena, other)
+    return _add_magnitudes(state, arena, other)
 
 
-def turn_state(arena: Any, other: Any | None) -> State:
-    """Blocks of Q on the diagonals of larger ones, already within the other's radius; lengths of 1 where it learned none.
+def rotation_state(arena: Any, other: Any | None) -> State:
+    """Blocks of Q on the diagonals of larger ones, already constrained to the other's radius; magnitudes of 1 if it has none.
 
     Raises:
-        ValueError: blocks that do not fit, lengths without room, or a Q outside of the radius here.
+        ValueError: incompatible blocks, magnitudes that this adapter does not have, or a Q outside its radius.
     """
     state = {key: torch.zeros_like(tensor) for key, tensor in arena.state_dict().items()}
     if arena.magnitude is not None:
         state["magnitude"] += 1
     if other is None:
         return state
-    if hasattr(other, "turns") is not hasattr(arena, "turns"):
+    if hasattr(other, "rotations") is not hasattr(arena, "rotations"):
         raise OptionError(
-            "it turns the other side of the weight; attach with its own side=", option="side", given=hasattr(arena, "turns")
+            "it rotates the other side of the weight; attach with its side", option="side", given=hasattr(arena, "rotations")
         )
     terms = getattr(other, "terms", None)
     if terms != getattr(arena, "terms", None):
-        message = f"it has neumann_terms={terms}, and the attachment has another value; attach with neumann_terms={terms}"
+        message = f"it has neumann_terms={terms}, but the attachment has another value; attach with neumann_terms={terms}"
         raise OptionError(message, option="neumann_terms", given=getattr(arena, "terms", None), expected=terms)
     if other.magnitude is not None:
         if arena.magnitude is None:
-            message = "it has learned lengths, and the attachment has no room for them; attach with rescale=True"
+            message = "it has learned magnitudes, but the attachment has none; attach with rescale=True"
             raise OptionError(message, option="rescale", given=False, expected=True)
         state["magnitude"] = other.magnitude
-    entries = other.skew if other.radius is None else _within(other)
+    entries = other.skew if other.radius is None else _constrained_entries(other)
     if entries.ndim == 2:
         try:
-            entries = joined_blocks(entries, other.size, arena.size, len(arena.skew))
+            entries = merge_blocks(entries, other.size, arena.size, len(arena.skew))
         except ValueError as error:
             raise OptionError(str(error), option="block_size", given=arena.size, expected=other.size) from error
     if entries.shape != arena.skew.shape:
         given, expected = tuple(arena.skew.shape), tuple(entries.shape)
-        message = f"its blocks are {expected}, not {given}; attach with its own options"
+        message = f"its blocks are {expected}, not {given}; attach with its options"
         raise OptionError(message, option="block_size", given=given, expected=expected)
     norm = skew(entries, arena.size).flatten(-2).norm(dim=-1)
     if arena.radius is not None and norm.numel() and norm.max() > arena.radius * (1 + 1e-6):
-        message = f"its Q is {norm.max():.3g} long, outside of the radius {arena.radius:.3g}; attach with coft=None"
+        message = f"its Q has norm {norm.max():.3g}, more than the radius {arena.radius:.3g}; attach with coft=None"
         raise OptionError(message, option="coft", given=arena.radius, expected=None)
     state["skew"] = entries
     return state
 
 
-def _scaled(factor: Tensor, there: float, here: float) -> Tensor:
-    """The factor times the ratio of the scales; as it is where they are equal."""
+def _rescale(factor: Tensor, there: float, here: float) -> Tensor:
+    """The factor times the ratio of the scales; unchanged if they are equal."""
     if there == here:
         return factor
     if here == 0:
-        message = "the attachment's own scale is 0, so that nothing in it acts; attach with another alpha"
+        message = "the attachment's own scale is 0, so it has no effect; attach with another alpha"
         raise OptionError(message, option="alpha", given=here)
     return (factor.double() * (there / here)).to(factor.dtype)
 
@@ -201,8 +201,8 @@ def _product(adapter: Any, side: str) -> Tensor:
     return product
 
 
-def _within(adapter: Any) -> Tensor:
+def _constrained_entries(adapter: Any) -> Tensor:
     """The entries of Q after its constraint."""
-    q = within(skew(adapter.skew, adapter.size), adapter.radius)
+    q = clip_norm(skew(adapter.skew, adapter.size), adapter.radius)
     rows, columns = torch.triu_indices(adapter.size, adapter.size, 1)
     return q[..., rows, columns]
