@@ -38,7 +38,7 @@ def verdict_html(result: Mapping[str, Any]) -> str:
     return f'<section class="verdict {kind}" role="status">{"".join(parts)}</section>'
 
 
-FIELD_NAMES = {"generated-images": "generated training images"}
+FIELD_NAMES = {"generated-images": "generated training images", "lp-ft": "LP-FT"}
 """Flag to the label of its field on a page, if different."""
 
 

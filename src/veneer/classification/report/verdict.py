@@ -107,7 +107,7 @@ def verdict(evidence: Evidence, config: TransferConfig) -> Verdict:
         return Verdict("overfitted", summary, tuple(reasons), (*_less(config), "train less: --method linear_probe"))
     if against[0] < 0:
         summary = "It tells the classes apart, but a linear probe does better."
-        more = (_longer(config), "start the head at the probe: --lp-ft")
+        more = (_longer(config), "initialize the head with a linear probe: --lp-ft")
         return Verdict("partly", summary, tuple(reasons), (*more, "train the head only: --method linear_probe"))
     beyond = ", and better than a linear probe" if against[0] > 0 else ""
     advice = _less(config) if gap[0] else ()
