@@ -168,6 +168,12 @@ def test_identifiers_in_the_design_exist() -> None:
     assert sorted({word for word in named if len(word) > 1} - known) == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_blocks_in_lists_are_indented_by_four(page: str) -> None:
+    """With fewer spaces MkDocs ends the list at the block."""
+    assert re.findall(r"^ {1,3}```.*", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE) == []
+
+
 @pytest.mark.parametrize("page", RUN)
 def test_blocks_run_in_order(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
