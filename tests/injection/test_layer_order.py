@@ -226,7 +226,7 @@ def test_sums_and_other_rows_stay_in_the_call() -> None:
         attach(model, other, where=where)
         assert not any(seam.in_weights() for seam in lora._joined.seams)
     model = net()
-    assert attach(model, "lora", where="attn.q")._joined.seams[0].above == ()
+    assert attach(model, "lora", where="attn.q")._joined.seams[0].layer_orders == ()
 
 
 @pytest.mark.parametrize("place", PLACES)

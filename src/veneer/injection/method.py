@@ -52,9 +52,9 @@ class Adapter(nn.Module):
     | `overwrites` | bool | False | `output` takes a third argument; if it is True, y may be modified in place |
     | `prefers_weight` | bool | False | `weight` is cheaper than `output` here: W is parametrized, unless quantized |
     | `reads` | str | `"read"` | x on a `BranchSite`: the stream; `"normed"` after the norm; `"write"` y (`StreamSite` too) |
-    | `remembered` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
+    | `training_buffers` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
     | `replaces` | bool | False | the adapter holds the whole value of its tensor, whatever the base model has |
-    | `switches` | bool | False | `output` has another shape than y: strength is 0 or 1, and nothing is blended |
+    | `changes_shape` | bool | False | `output` has another shape than y: strength is 0 or 1, and nothing is blended |
 
     Attributes:
         strength: buffer (), 0 to 1.
@@ -68,9 +68,9 @@ class Adapter(nn.Module):
     overwrites: ClassVar[bool] = False
     prefers_weight: bool = False
     reads: ClassVar[Literal["read", "normed", "write"]] = "read"
-    remembered: ClassVar[tuple[str, ...]] = ()
+    training_buffers: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
-    switches: bool = False
+    changes_shape: bool = False
     group: int = 0
     strength: Tensor
 
@@ -231,7 +231,7 @@ class Method(ABC):
         """Runs after each optimizer step: a schedule, pruning. See `Attachment.after_step`.
 
         A pure function of the adapters' tensors, their gradients, `step` and `steps`, so that a resumed run is the same: state is
-        kept in buffers that are saved, or that `Adapter.remembered` names. Uses no random numbers.
+        kept in buffers that are saved, or that `Adapter.training_buffers` names. Uses no random numbers.
         """
         return None
 

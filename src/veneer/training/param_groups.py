@@ -140,12 +140,15 @@ def named_parameters(attached: Sequence[Attachment]) -> dict[str, Tensor]:
 
 
 def named_state(attached: Sequence[Attachment]) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: `named_parameters`, and the adapters' buffers that are saved or `remembered`."""
+    """All tensors of a checkpoint: `named_parameters`, and the adapters' buffers: persistent ones and `training_buffers`."""
     state = named_parameters(attached)
     known = {id(t) for t in state.values()}
     for a in attached:
         for site, (_, adapter) in a.parts.items():
-            tensors = {**adapter.state_dict(keep_vars=True), **{name: adapter.get_buffer(name) for name in adapter.remembered}}
+            tensors = {
+                **adapter.state_dict(keep_vars=True),
+                **{name: adapter.get_buffer(name) for name in adapter.training_buffers},
+            }
             for key, tensor in tensors.items():
                 if id(tensor) not in known:
                     known.add(id(tensor))

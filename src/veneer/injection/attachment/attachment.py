@@ -246,7 +246,7 @@ class Attachment:
         pristine, report = merging.fold(self.towers, list(self.parts.values()))
         try:
             for seam in self._joined.seams:
-                seam.part()
+                seam.uninstall()
         except BaseException:
             merging.unfold(self.towers, pristine)
             self._joined.join_again()

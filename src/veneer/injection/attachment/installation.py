@@ -75,7 +75,7 @@ class Joined:
         for handle in self._doors:
             handle.remove()
         for seam in reversed(self.seams):
-            seam.part()
+            seam.uninstall()
         self.trained.stop(self._others())
         for tower in self.towers.values():
             ledger = peek(tower)
@@ -93,7 +93,7 @@ class Joined:
         later = dict.fromkeys(a for known in ledgers for a in known[known.index(self.attachment) :] if not a.merged)
         for attachment in later:
             for seam in attachment._joined.seams:
-                seam.part()
+                seam.uninstall()
                 seam.join(attachment.name)
         for attachment in later:
             attachment._joined._order(strict=False)
@@ -161,7 +161,7 @@ class Joined:
         if self._watch.unchanged(merged):
             return
         for seam in () if merged else self.seams:
-            if not seam.intact():
+            if not seam.is_intact():
                 raise HostChanged(
                     f"{seam.sites[0].name}: the host replaced the module after attach, so '{self.attachment.name}' no longer "
                     "runs there. Detach, change the host, then attach.",

@@ -39,7 +39,7 @@ class Watch:
             return False
         if not all(getattr(owner, name) == value for owner, name, value in self.values):
             return False
-        return merged or (all(seam.in_place() for seam in self.hooked) and all(seam.intact() for seam in self.others))
+        return merged or (all(seam.is_in_place() for seam in self.hooked) and all(seam.is_intact() for seam in self.others))
 
 
 def _edges(tower: nn.Module, path: str) -> Iterator[Edge]:

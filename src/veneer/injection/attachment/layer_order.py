@@ -76,7 +76,7 @@ class Beneath:
             )
 
     def _taken_before(self, call: CallSeam) -> bool:
-        for beneath in call.above:
+        for beneath in call.layer_orders:
             if beneath is self:
                 return False
             if beneath.takes(call):
@@ -144,7 +144,7 @@ def link(tower: nn.Module, attached: Iterable[Attachment]) -> list[tuple[Attachm
         found.append((attachment, [_connect(each) for each in below]))
         for seam in seams:
             if isinstance(seam, CallSeam) and isinstance(seam.sites[0], TENSORS) and seam.__dict__["joined"]:
-                seam.above = ()
+                seam.layer_orders = ()
                 calls.setdefault(id(seam.__dict__["_owner"]), []).append(seam)
     return found
 
@@ -154,7 +154,7 @@ def _weights(seams: Iterable[Seam]) -> list[tuple[nn.Module, dict[str, WeightSea
     found: dict[int, tuple[nn.Module, dict[str, WeightSeam]]] = {}
     for seam in seams:
         if isinstance(seam, WeightSeam) and seam.__dict__["joined"]:
-            seam.beneath = None
+            seam.layer_order = None
             target = seam.__dict__["_target"]
             found.setdefault(id(target), (target, {}))[1][seam.param] = seam
     return [*found.values()]
@@ -162,7 +162,7 @@ def _weights(seams: Iterable[Seam]) -> list[tuple[nn.Module, dict[str, WeightSea
 
 def _connect(beneath: Beneath) -> Beneath:
     for seam in beneath.weights.values():
-        seam.beneath = beneath
+        seam.layer_order = beneath
     for call in beneath.calls:
-        call.above = (*call.above, beneath)
+        call.layer_orders = (*call.layer_orders, beneath)
     return beneath

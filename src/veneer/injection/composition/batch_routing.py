@@ -99,14 +99,14 @@ class Place:
         self.leader = next(iter(self.seams.values()))
         self.one_port = self.leader.read == self.leader.write  # then each reads what those before it wrote
         first = self.leader.adapters[0]
-        alike = all(len(s.adapters) == 1 and s.whole and type(s.adapters[0]) is type(first) for s in self.seams.values())
+        alike = all(len(s.adapters) == 1 and s.is_whole and type(s.adapters[0]) is type(first) for s in self.seams.values())
         batched = not self.one_port and alike and isinstance(first, BatchedAdapter)
-        self.together: Any = first.together if batched else None
+        self.batched_output: Any = first.batched_output if batched else None
 
     def run(self, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
         """Every sample through its own adapters; the others' rows as they are. `fresh`: y may be written over."""
         self._check(x, y)
-        found = None if self.together is None else self._at_once(x, y, fresh)
+        found = None if self.batched_output is None else self._at_once(x, y, fresh)
         return self._in_parts(x, y) if found is None else found
 
     def _at_once(self, x: Tensor, y: Tensor, fresh: bool) -> Tensor | None:
@@ -121,7 +121,7 @@ class Place:
         for turn in range(turns):
             every = [each[turn] if turn < len(each) else None for each in acting]
             one = next(each[0] for each in every if each is not None)
-            after = self.together(every, cast(x, one), total, fresh if turns == 1 else turn > 0)  # y stays for the parts
+            after = self.batched_output(every, cast(x, one), total, fresh if turns == 1 else turn > 0)  # y stays for the parts
             if after is None:
                 return None
             total = after.to(dtype)

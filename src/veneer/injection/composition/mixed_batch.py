@@ -115,13 +115,13 @@ def _places(several: Mapping[str, Attachment], wanted: Sequence[Strengths], alik
                 if name not in alike:
                     raise _unmixable(name, attachment, seam)
                 continue
-            if any(b.concerns(seam) and any(id(w) in acting for w in b.weights.values()) for b in seam.above):
+            if any(b.concerns(seam) and any(id(w) in acting for w in b.weights.values()) for b in seam.layer_orders):
                 if name not in alike:  # it acts in weights, beneath those of another one
                     raise _unmixable(name, attachment, seam)
                 continue
             if id(tower) not in batches:
                 batches[id(tower)] = _batch(seam, several, wanted)
-            seams.setdefault((id(tower), seam.read, seam.write, seam.dim, seam.behind), {})[name] = seam
+            seams.setdefault((id(tower), seam.read, seam.write, seam.dim, seam.inputs_before), {})[name] = seam
     return [Place(batches[key[0]], _in_order(found)) for key, found in seams.items() if not found.keys() <= alike]
 
 

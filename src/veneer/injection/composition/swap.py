@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def swap(attachment: Attachment, method: Method, sites: Sequence[str], state: Mapping[str, Tensor]) -> LoadReport:
     """Fill an attachment so that it makes the change that `method` with `state` would make at `sites`. All or nothing.
 
-    Where the adapters offer `taking(other)`, the other may be smaller (a lower rank, another scale), and sites that it does not
-    have become no change; else its options and sites must be those here.
+    If the adapters implement `state_to_match(other)`, the other may be smaller (a lower rank, another scale), and sites that it
+    lacks are set to no change; else its options and sites must be the same.
 
     Args:
         method: of what comes in. `sites`: names of its sites. `state`: its tensors, as `load_state_dict` takes them.
@@ -92,7 +92,7 @@ def _taken(attachment: Attachment, method: Method, sites: set[str], state: Mappi
         arena: Any = adapter
         try:
             with torch.no_grad():
-                taken = arena.taking(_built(method, site, own[name], adapter) if name in sites else None)
+                taken = arena.state_to_match(_built(method, site, own[name], adapter) if name in sites else None)
         except ValueError as error:
             raise LoadError.from_error(error, f"{name}: {error}.", where=name) from error
         found.update({f"{name}:{param}": tensor for param, tensor in taken.items()})

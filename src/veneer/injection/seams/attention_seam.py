@@ -45,7 +45,7 @@ class ProcessorSeam(Seam):
         self.__dict__.update(_inner=attn.processor, _attn=attn, joined=True)
         self._set_processor(attn, self.train(attn.training))
 
-    def part(self) -> None:
+    def uninstall(self) -> None:
         if not self.__dict__["joined"]:
             return
         attn, inner = self.__dict__["_attn"], self.__dict__["_inner"]
@@ -67,7 +67,7 @@ class ProcessorSeam(Seam):
         else:
             attn.__dict__["processor"] = processor
 
-    def intact(self) -> bool:
+    def is_intact(self) -> bool:
         outer = getattr(self.module(self.path), "processor", None)
         while isinstance(outer, ProcessorSeam):
             if outer is self:

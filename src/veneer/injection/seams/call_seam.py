@@ -64,9 +64,9 @@ class CallSeam(HookSeam):
     Attributes:
         place: its place in a mixed batch, or None.
         direct: applies the only adapter, or None if there are row slices or a mixed batch.
-        behind: number of seams joined before that change the input of the module that this seam reads.
-        above: changes of this module's weights by later attachments, in order. While one of them needs this seam's change in the
-            weights first, this seam does nothing in the call.
+        inputs_before: number of seams joined before that change the input of the module that this seam reads.
+        layer_orders: changes of this module's weights by later attachments, in order. While one of them needs this seam's change
+            in the weights first, this seam does nothing in the call.
 
     Of several seams on one layer, later ones change the output of earlier ones: y = W x + b, changed in turn. So the latest
     changes x first, and each reads x as it was before the changes of seams joined earlier.
@@ -77,8 +77,8 @@ class CallSeam(HookSeam):
     dim: int
     place: BatchRoute | None
     direct: Call | None
-    behind: int
-    above: Sequence[LayerOrder] = ()
+    inputs_before: int
+    layer_orders: Sequence[LayerOrder] = ()
     _calls: tuple[Call, ...]
     _may_overwrite: bool
     _x: Tensor | None
@@ -86,23 +86,23 @@ class CallSeam(HookSeam):
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Site, Adapter]], read: Port, write: Port, dim: int = -1) -> None:
         super().__init__(tower, parts)
         calls = tuple(call_of(adapter) for adapter in self.adapters)
-        self.__dict__.update(read=read, write=write, dim=dim, home=write.path, _calls=calls, _x=None, behind=0)
+        self.__dict__.update(read=read, write=write, dim=dim, home=write.path, _calls=calls, _x=None, inputs_before=0)
         self.choose_path(None)
 
     def choose_path(self, place: BatchRoute | None) -> None:
         """Selects how calls reach the adapters. `place`: in a mixed batch, or None."""
-        direct = self._calls[0] if self.whole and place is None else None
+        direct = self._calls[0] if self.is_whole and place is None else None
         sliced = getattr(self.sites[0], "rows", None) is not None
         may_overwrite = not sliced and (place is not None or direct is call_in_place)
         self.__dict__.update(place=place, direct=direct, _may_overwrite=may_overwrite)
 
     def hooks(self) -> list[RemovableHandle]:
         reader, writer = self.module(self.read.path), self.module(self.write.path)
-        self.behind = self._changed_inputs(writer)
+        self.inputs_before = self._changed_inputs(writer)
         handles = []
         if not self._reads_call:
             store = self._store_input if self.read.side == "in" else self._store_output
-            handles.append(self._register(reader, self.read.side, store, self.behind > 0))
+            handles.append(self._register(reader, self.read.side, store, self.inputs_before > 0))
         write = self._write_output if self.write.side == "out" else self._write_input
         return [*handles, self._register(writer, self.write.side, write, self.inward)]
 
@@ -120,7 +120,7 @@ class CallSeam(HookSeam):
     @property
     def _reads_call(self) -> bool:
         """True if x is an argument or the output of the call that the write port's hook sees."""
-        return self.read.path == self.write.path and not self.behind
+        return self.read.path == self.write.path and not self.inputs_before
 
     @staticmethod
     def _register(module: nn.Module, side: str, hook: Any, first: bool = False) -> RemovableHandle:
@@ -164,18 +164,18 @@ class CallSeam(HookSeam):
         return x
 
     @property
-    def whole(self) -> bool:
+    def is_whole(self) -> bool:
         """True for one site without row slices."""
         return len(self.sites) == 1 and getattr(self.sites[0], "rows", None) is None
 
     def is_bypassed(self) -> bool:
         if self.place is not None:
             return self.place.leader is not self
-        return self.is_disabled() or (self.above != () and self.in_weights())
+        return self.is_disabled() or (self.layer_orders != () and self.in_weights())
 
     def in_weights(self) -> bool:
         """True while its adapters act in the weights, because a later attachment changes these in another way than by a sum."""
-        return any(order.takes(self) for order in self.above)
+        return any(order.takes(self) for order in self.layer_orders)
 
     def _is_overwritable(self, module: nn.Module) -> bool:
         """True if the output may be modified in place: a layer of torch whose first hook is this seam's."""
@@ -196,7 +196,7 @@ class CallSeam(HookSeam):
 
 
 class SwitchSeam(CallSeam):
-    """For adapters whose output has another shape than the host's (`Adapter.switches`), so that the strength is 0 or 1.
+    """For adapters whose output has another shape than the host's (`Adapter.changes_shape`), so that the strength is 0 or 1.
 
     A compiled graph has a guard on the strength here, no buffer.
     """

@@ -57,7 +57,7 @@ def _parametrizations(module: Any, param: str) -> Iterator[tuple[Iterable[nn.Mod
         if not isinstance(seam, WeightSeam):
             yield (), seam
         elif not seam.is_bypassed():
-            for call in () if seam.beneath is None else seam.beneath.acting():
+            for call in () if seam.layer_order is None else seam.layer_order.acting():
                 if param in tensors_of(call):
                     yield call.adapters, functools.partial(change_of, call, module, param)
             yield seam.adapters, seam.own

@@ -55,11 +55,11 @@ class Seam(nn.Module, ABC):
         """Installs the seam at the host module, under the attachment's name."""
 
     @abstractmethod
-    def part(self) -> None:
+    def uninstall(self) -> None:
         """Undoes `join`, bitwise."""
 
     @abstractmethod
-    def intact(self) -> bool:
+    def is_intact(self) -> bool:
         """True if the host still holds this seam where it was joined."""
 
     def check_strength(self, strength: float) -> None:
@@ -119,18 +119,18 @@ class HookSeam(Seam):
     def hooks(self) -> Sequence[RemovableHandle]:
         """Registers the hooks."""
 
-    def part(self) -> None:
+    def uninstall(self) -> None:
         for handle in self.__dict__["_handles"]:
             handle.remove()
         if self.__dict__["joined"]:
             del self.__dict__["_owner"]._modules[self.__dict__["_child"]]
         self.__dict__.update(_handles=[], joined=False)
 
-    def in_place(self) -> bool:
-        """True if the module that it was joined to still holds it."""
+    def is_in_place(self) -> bool:
+        """True if the module that it was joined to still has it as a child."""
         return self.__dict__["joined"] and self.__dict__["_owner"]._modules.get(self.__dict__["_child"]) is self
 
-    def intact(self) -> bool:
+    def is_intact(self) -> bool:
         try:
             return getattr(self.module(self.home), self.__dict__["_child"], None) is self
         except AttributeError:

@@ -95,7 +95,7 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
         _require(site, adapter, VocabularyAdapter, "ids")
         return (VocabularySeam, site.name)
     _require(site, adapter, OutputAdapter, "output")
-    return (SwitchSeam if adapter.switches else CallSeam, *_ports(site, adapter), -1)
+    return (SwitchSeam if adapter.changes_shape else CallSeam, *_ports(site, adapter), -1)
 
 
 def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:

@@ -27,10 +27,10 @@ class WeightSeam(Seam):
     """A parametrization of a tensor that the host reads. Moves the key; `Attachment.host_state_dict` moves it back.
 
     Attributes:
-        beneath: call seams of earlier attachments on the same module, which may have to act first, or None.
+        layer_order: call seams of earlier attachments on the same module, which may have to act first, or None.
     """
 
-    beneath: LayerOrder | None = None
+    layer_order: LayerOrder | None = None
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
         super().__init__(tower, parts)
@@ -51,7 +51,7 @@ class WeightSeam(Seam):
         """The changed weight."""
         if self.is_bypassed():
             return weight
-        return self.own(weight if self.beneath is None else self.beneath.apply(self.param, weight))
+        return self.own(weight if self.layer_order is None else self.layer_order.apply(self.param, weight))
 
     def own(self, weight: Tensor) -> Tensor:
         """The change of this seam's adapters, slice by slice."""
@@ -70,7 +70,7 @@ class WeightSeam(Seam):
         _claim(target)
         self.__dict__.update(_target=target, joined=True)
 
-    def part(self) -> None:
+    def uninstall(self) -> None:
         if not self.__dict__["joined"]:
             return
         target = self.__dict__["_target"]
@@ -96,7 +96,7 @@ class WeightSeam(Seam):
         if not parametrize.is_parametrized(target):
             del target.__dict__["_veneer_order"]
 
-    def intact(self) -> bool:
+    def is_intact(self) -> bool:
         try:
             target = self.module(self.path)
         except AttributeError:

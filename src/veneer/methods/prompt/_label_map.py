@@ -30,7 +30,7 @@ class SelectedColumns(Adapter):
             message = f"{count} classes need as many distinct columns, but there are {options}; set classes lower"
             raise OptionError(message, option="classes", given=count, expected=options)
         self.place, self.options = site.name, options
-        self.switches = count != site.classes
+        self.changes_shape = count != site.classes
         self.register_buffer("index", torch.arange(count))
 
     def select(self, columns: Tensor, y: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class SelectedColumns(Adapter):
                 expected=self.options,
             )
         after = columns.index_select(1, self.index).to(y.dtype)
-        return after if self.switches else torch.lerp(y, after.view_as(y), self.strength.to(y.dtype))
+        return after if self.changes_shape else torch.lerp(y, after.view_as(y), self.strength.to(y.dtype))
 
 
 class LabelMap(SelectedColumns):

@@ -85,12 +85,12 @@ class LoRAAdapter(Adapter):
         """W + s·B A, in W's shape."""
         return weight + self.delta() * (self.strength * self.scaling)
 
-    def taking(self, other: LoRAAdapter | None) -> dict[str, Tensor]:
+    def state_to_match(self, other: LoRAAdapter | None) -> dict[str, Tensor]:
         """State with which this makes the update of `other`, or none. `ValueError` if its factors exceed this rank."""
         return lora_state(self, other)
 
     @staticmethod
-    def together(each: Sequence[tuple[LoRAAdapter, float] | None], x: Tensor, y: Tensor, over: bool) -> Tensor | None:
+    def batched_output(each: Sequence[tuple[LoRAAdapter, float] | None], x: Tensor, y: Tensor, over: bool) -> Tensor | None:
         """`output` for a batch of n samples, each with an adapter and a strength, or None; rows i, i + n, … belong to sample i.
 
         None unless the layer is linear and dropout is inactive. `over`: y may be modified in place.

@@ -29,7 +29,10 @@ class AdaLoRAAdapter(Adapter):
 
     adds: ClassVar[bool] = True
     blends: ClassVar[bool] = True
-    remembered: ClassVar[tuple[str, ...]] = (*(f"{n}_{what}" for n in TRAINED for what in ("sensitivity", "uncertainty")), "kept")
+    training_buffers: ClassVar[tuple[str, ...]] = (
+        *(f"{n}_{what}" for n in TRAINED for what in ("sensitivity", "uncertainty")),
+        "kept",
+    )
     kept: Tensor
 
     def __init__(self, site: WeightSite, rank: int, scaling: float) -> None:
