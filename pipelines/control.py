@@ -24,6 +24,7 @@ from veneer.control.maps.resize import resize_map
 from veneer.control.training_images import TrainingImages, open_training_images
 from veneer.injection import Attachment, attach
 from veneer.training import param_groups
+from veneer.training.adapter_trainer import adapter_trainer
 from veneer.training.data.captions import Captions
 from veneer.training.data.class_images import base_digest
 from veneer.training.data.dataset import PhotoDataset
@@ -33,11 +34,9 @@ from veneer.training.data.photo_folder import Photo
 from veneer.training.families import family
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.seeds import mix
-from veneer.training.loop.trainer import Trainer
 from veneer.training.preflight.estimates import written_bytes
 from veneer.training.preflight.preflight import require_disk
 from veneer.training.report.phases import PhaseReport
-from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 from veneer.training.report.verdict import read_verdict
 
@@ -103,16 +102,14 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     values = sum(parameter.numel() for parameter in attached.parameters())
     images = 3 * len(run.subjects) * (config.eval_seeds + loop.steps // max(1, loop.preview_every))
     require_disk(out, written_bytes(values, loop, images, resolution))
-    trainer = Trainer(
+    trainer = adapter_trainer(
+        [attached],
+        loss,
         loop,
         [{**group, "name": f"{attached.name}.{n}"} for n, group in enumerate(attached.groups()) if group["params"]],
-        param_groups.add_penalties(loss, [attached]),
-        param_groups.named_state([attached]),
         out,
         identity={**config.identity(), "base": digest, "pictures": [p.digest for p in (*data.train, *data.held)]},
         accelerator=accelerator,
-        after_step=param_groups.after_step([attached]),
-        on_step=ProgressLine(),
         on_preview=lambda step: write_preview(run, step),
     )
     result = trainer.fit(config.resume)

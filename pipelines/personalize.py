@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from veneer import base_models
 from veneer.injection import Attachment, OptionError
 from veneer.training import param_groups
+from veneer.training.adapter_trainer import adapter_trainer
 from veneer.training.data.captions import Captions, rename_concept
 from veneer.training.data.class_images import base_digest, generate_class_images
 from veneer.training.data.dataset import PhotoDataset
@@ -21,7 +22,6 @@ from veneer.training.data.latent_cache import Cache
 from veneer.training.data.photo_folder import Photo, find_photos
 from veneer.training.families import Family, family
 from veneer.training.loop.distributed import on_main
-from veneer.training.loop.trainer import Trainer
 from veneer.training.objective.denoising_loss import DenoisingLoss, LossOptions
 from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.preflight.preflight import preflight
@@ -34,7 +34,6 @@ from veneer.training.report.artifacts import (
     write_results,
 )
 from veneer.training.report.phases import PhaseReport
-from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 
 __all__ = ["PersonalizeConfig", "personalize"]
@@ -89,7 +88,6 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         LossOptions(kind=config.loss, prior_weight=config.prior_loss_weight),
         Cache(config.cache_folder) if config.cache else None,
     )
-    named = param_groups.named_state(attached)
     groups = param_groups.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
     run = PersonalizationRun(config, pipe, attached, photos, out, report)
     texts = [template.replace("{concept}", config.concept) for template in captions.templates]
@@ -118,16 +116,14 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
             out.rmdir()
         return out
 
-    trainer = Trainer(
+    trainer = adapter_trainer(
+        attached,
+        loss,
         loop,
         groups,
-        param_groups.add_penalties(loss, attached),
-        named,
         out,
         identity={**config.identity(), "base": digest, "photos": [p.digest for p in [*photos, *prior]]},
         accelerator=accelerator,
-        after_step=param_groups.after_step(attached),
-        on_step=ProgressLine(),
         on_preview=lambda step: write_preview(run, step),
     )
     result = trainer.fit(config.resume)
