@@ -1,4 +1,4 @@
-"""Images with a known outline, drawn finely and reduced, so that rims are smooth as in a photo."""
+"""Images with a known outline, drawn at high resolution and reduced, so that edges are smooth as in a photo."""
 
 import numpy as np
 from PIL import Image, ImageDraw

@@ -1,4 +1,4 @@
-"""What is made of the agreements: means, and intervals over subjects, whose seeds are no subjects of their own."""
+"""Means of agreements, and intervals over subjects, whose seeds are averaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photos and maps as files: real ones, with everything wrong that folders have."""
+"""Photos and maps as files, with all mistakes that folders have."""
 
 import warnings
 
@@ -65,7 +65,7 @@ def test_captions_and_masks_are_the_photos(tmp_path):
 
 
 @pytest.mark.parametrize("layout", [folders, beside])
-def test_what_has_no_partner_is_named(tmp_path, layout):
+def test_files_without_a_partner_are_listed(tmp_path, layout):
     root = layout(tmp_path, ("a", "lost", "b", "gone"))
     suffix = ".png" if layout is folders else ".jpg"
     photos, maps = (root / "images", root / "conditions") if layout is folders else (root, root)
@@ -80,7 +80,7 @@ def test_what_has_no_partner_is_named(tmp_path, layout):
         find_pairs(root, strict=True)
 
 
-def test_unreadable_files_are_named_and_their_partners_too(tmp_path):
+def test_unreadable_files_and_their_partners_are_listed(tmp_path):
     root = folders(tmp_path, ("a", "b", "c", "d"))
     (root / "images" / "b.png").write_text("no image")
     (root / "conditions" / "c.png").write_bytes(b"")
@@ -138,7 +138,7 @@ def test_maps_are_read_at_the_size_of_the_photo(tmp_path):
     assert (np.asarray(lines[1])[..., 0] == np.where(np.arange(80) == 16, 255, 0)).all()
 
 
-def test_a_file_that_changes_is_noticed(tmp_path):
+def test_a_changed_file_is_an_error(tmp_path):
     root = folders(tmp_path)
     pair = find_pairs(root).pairs[0]
     pair.read()
@@ -147,7 +147,7 @@ def test_a_file_that_changes_is_noticed(tmp_path):
         pair.read()
 
 
-def test_equal_photos_and_clear_maps_are_told_and_equal_maps_not(tmp_path):
+def test_notes_list_copied_photos_and_transparent_maps_but_not_copied_maps(tmp_path):
     root = folders(tmp_path, ("a", "b", "c"))
     for name in ("a", "b"):
         save(root / "conditions" / f"{name}.png", seed=1)

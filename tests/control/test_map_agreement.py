@@ -1,4 +1,4 @@
-"""Scores against loops over pixels, and what they must not be moved by."""
+"""Scores against loops over pixels, and their invariances."""
 
 import math
 
@@ -157,7 +157,7 @@ def test_scores_fall_as_the_image_moves_away(name):
     assert (moved[0] > 0.97) == (name in ("canny", "scribble"))
 
 
-def test_what_cannot_be_measured_is_said():
+def test_conditions_without_metric_are_errors():
     with raises(UnknownName, name="cany", kind="condition", close=("canny",)):
         agreement("cany", BLACK, BLACK)
     with raises(OptionError, option="condition", given="pairs", expected=tuple(computed())):

@@ -27,7 +27,7 @@ def step(height, side=512):
     return Image.fromarray((255 * (1.055 * linear ** (1 / 2.4) - 0.055)).round().astype(np.uint8)).convert("RGB")
 
 
-def test_the_conditions_are_these_and_say_what_they_are():
+def test_names_and_descriptions_of_conditions():
     assert computed() == ["canny", "soft_edge", "scribble", "grey", "blur", "palette", "low_resolution", "mask"]
     assert [name for name, each in CONDITIONS.items() if not each.is_computed] == ["pairs", "image"]
     for name, each in CONDITIONS.items():
@@ -37,14 +37,14 @@ def test_the_conditions_are_these_and_say_what_they_are():
         assert 10 < len(each.description) < 80
 
 
-def test_an_unknown_name_tells_the_close_ones():
+def test_an_unknown_name_suggests_similar_ones():
     with raises(UnknownName, name="softedge", kind="condition", expected=tuple(CONDITIONS)) as caught:
         get("softedge")
     assert caught.value.close[0] == "soft_edge"
 
 
 @pytest.mark.parametrize("name", ["pairs", "image"])
-def test_what_is_given_is_not_computed(name):
+def test_conditions_with_map_files_are_not_computed(name):
     with raises(OptionError, option="condition", given=name, expected=tuple(computed())):
         get(name)(disc())
 
@@ -258,7 +258,7 @@ def test_palette_of_a_large_image_has_as_many_cells():
 
 
 @pytest.mark.parametrize("side", [64, 480])
-def test_low_resolution_keeps_what_a_thumbnail_keeps(side):
+def test_low_resolution_equals_a_thumbnail(side):
     checks = Image.fromarray(np.uint8(np.indices((side, side)).sum(0) % 2 * 255))
     assert np.ptp(np.asarray(low_resolution(checks))[side // 8 : -side // 8, side // 8 : -side // 8]) < 16
     small = scene(side).resize((24, 24), Image.Resampling.BICUBIC)

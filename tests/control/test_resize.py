@@ -1,4 +1,4 @@
-"""Maps at another size: colors stay, thin lines stay, areas stay."""
+"""Resized maps: colors, thin lines and areas are preserved."""
 
 import numpy as np
 import pytest

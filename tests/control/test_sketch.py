@@ -1,4 +1,4 @@
-"""Sketches become maps like those that were learned from, whatever pen drew them."""
+"""Sketches become maps like computed ones, whatever the line width."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def radii(image: Image.Image) -> np.ndarray:
 
 @pytest.mark.parametrize("pen", [3, 12, 40])
 @pytest.mark.parametrize("color", ["black", "yellow"])
-def test_lines_are_as_thick_as_those_that_were_learned_from(pen: int, color: str) -> None:
+def test_lines_are_as_thick_as_in_computed_maps(pen: int, color: str) -> None:
     disc = ring(256, side=512)  # its edge is at half of the side: a circle of the same kind of line
     for name in ("canny", "scribble"):
         found = sketch_map(ring(pen, color), name, SIZE)
@@ -67,7 +67,7 @@ def test_colors_are_an_image() -> None:
     assert np.asarray(sketch_map(page, "palette", SIZE)).reshape(-1, 3).tolist() == [[255, 0, 0]] * 64 * 64
 
 
-def test_an_empty_page_and_what_cannot_be_drawn_are_refused() -> None:
+def test_an_empty_sketch_and_unsupported_conditions_are_errors() -> None:
     with raises(VeneerError, where="sketch", given="empty"):
         sketch_map(Image.new("RGB", (512, 512), "white"), "canny", SIZE)
     with raises(OptionError, option="condition", given="image"):

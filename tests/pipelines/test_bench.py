@@ -1,4 +1,4 @@
-"""`veneer bench` at tiny sizes: rows come out, by turns, and compare like with like. Nothing here is timed."""
+"""`veneer bench` at tiny sizes: rows are complete, interleaved, and compare equal work. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_without_peft_the_rest_is_timed_and_it_says_so(
         ("clock", "sun", {"wall", "cpu"}),
     ],
 )
-def test_a_wrong_setting_is_refused_with_what_there_is(name: str, value: Any, expected: Any) -> None:
+def test_an_invalid_setting_is_an_error_with_the_choices(name: str, value: Any, expected: Any) -> None:
     with raises(BenchError, where=name, given=value) as caught:
         BenchConfig(**{name: value})
     assert expected <= set(caught.value.expected) if isinstance(expected, set) else caught.value.expected == expected

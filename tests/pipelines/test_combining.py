@@ -1,4 +1,4 @@
-"""`veneer merge`, `veneer extract` and `veneer resize`: files in, one file out, errors in the text."""
+"""`veneer merge`, `veneer extract` and `veneer resize`: files and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole job of control on a tiny pipeline: files, figures, resuming, maps that someone made, and drawing afterwards."""
+"""`veneer control` on a tiny pipeline: files, metrics, resume, map files, and generation."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_every_method_leaves_its_files_and_figures(base: str, photos: Path, tmp_
         assert loaded.extras, "weights of the base as well"
 
 
-def test_what_was_trained_moves_and_diffusers_draws_the_same(base: str, photos: Path, tmp_path: Path) -> None:
+def test_weights_change_and_diffusers_generates_the_same(base: str, photos: Path, tmp_path: Path) -> None:
     out = run(base, photos, tmp_path / "out", learning_rate=0.05, condition="grey", eval_seeds=0)
     assert not (out / "sheet.png").exists()
     pipe = veneer.base_models.load(base)
@@ -95,7 +95,7 @@ def test_what_was_trained_moves_and_diffusers_draws_the_same(base: str, photos: 
 
 
 @pytest.mark.parametrize("method", ["controlnet", "ip_adapter"])
-def test_a_stopped_run_keeps_its_weights_and_goes_on_to_the_same_bits(
+def test_a_stopped_run_saves_its_weights_and_resumes_bitwise(
     base: str, photos: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"method": method, "learning_rate": 0.01, "eval_seeds": 0, "crop": "random", "flip": 0.5, "steps": 4}
@@ -116,7 +116,7 @@ def test_a_stopped_run_keeps_its_weights_and_goes_on_to_the_same_bits(
     assert not all(torch.equal(a[name], kept[name]) for name in a)
 
 
-def test_the_base_draws_what_nobody_gives(base: str, tmp_path: Path) -> None:
+def test_the_base_model_generates_missing_training_images(base: str, tmp_path: Path) -> None:
     config = ControlConfig(base=base, generated_images=6, out=tmp_path, **QUICK).with_defaults()
     kind = family(veneer.base_models.load(base))
     found = open_training_images(config, kind, tmp_path)
@@ -129,7 +129,7 @@ def test_the_base_draws_what_nobody_gives(base: str, tmp_path: Path) -> None:
         open_training_images(ControlConfig(base=base, condition="pairs", out=tmp_path, **QUICK), kind, tmp_path)
 
 
-def test_maps_that_someone_made_are_cropped_as_the_photos_are(base: str, tmp_path: Path) -> None:
+def test_map_files_are_cropped_as_the_photos(base: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for part in ("images", "conditions"):
         (data / part).mkdir(parents=True)
@@ -157,7 +157,7 @@ def test_maps_that_someone_made_are_cropped_as_the_photos_are(base: str, tmp_pat
     assert json.loads((out / "result.json").read_text())["figures"]["measure"] == "similarity (bundled)"
 
 
-def test_drawing_with_what_was_learned(base: str, photos: Path, tmp_path: Path) -> None:
+def test_generation_with_a_trained_adapter(base: str, photos: Path, tmp_path: Path) -> None:
     out = run(base, photos, tmp_path / "out", learning_rate=0.05, eval_seeds=0)
     photo, size = photos / "0.png", (SIDE, SIDE)
     files = generate_controlled(
@@ -190,17 +190,17 @@ def test_drawing_with_what_was_learned(base: str, photos: Path, tmp_path: Path) 
         ({"options": {"lora": {"rank": 2}}}, "options", ("lora",)),
     ],
 )
-def test_what_cannot_work_is_said_at_once(options: dict[str, Any], option: str, given: Any) -> None:
+def test_invalid_settings_are_errors_before_training(options: dict[str, Any], option: str, given: Any) -> None:
     with raises(OptionError, option=option, given=given):
         ControlConfig(**options)
 
 
-def test_an_unknown_condition_names_the_close_ones() -> None:
+def test_an_unknown_condition_suggests_similar_ones() -> None:
     with raises(UnknownName, name="cany", close=("canny",)):
         ControlConfig(condition="cany")
 
 
-def test_the_methods_that_follow_something_are_named() -> None:
+def test_a_method_without_condition_lists_the_supported_ones() -> None:
     with raises(OptionError, option="method", expected=("controlnet", "controlnext", "ip_adapter", "t2i_adapter")):
         ControlConfig(method="lora")
 

@@ -1,4 +1,4 @@
-"""`veneer convert`: the same change of every weight, or no file."""
+"""`veneer convert`: the same ΔW of every weight, or no file."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_from_every_format_to_every_other(files: Any, base: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == [tmp_path / "out.safetensors"]
 
 
-def test_of_a_native_file_the_base_is_known(base: Path, tmp_path: Path) -> None:
+def test_the_base_model_of_a_native_file_is_known(base: Path, tmp_path: Path) -> None:
     lora = fill(attach(tiny_pipeline("sd"), "lora", rank=2))
     path = native.save(lora, tmp_path / "a", {"base": str(base)})
     assert convert(ConvertConfig(path, "kohya"))[0] == str(tmp_path / "a-kohya.safetensors")
@@ -77,7 +77,7 @@ def test_each_token_goes_into_a_file_beside(base: Path, tmp_path: Path) -> None:
     assert all(torch.allclose(got[name], delta, rtol=1e-6, atol=1e-9) for name, delta in want.items())
 
 
-def test_words_stay_in_a_native_file(base: Path, tmp_path: Path) -> None:
+def test_token_embeddings_stay_in_a_native_file(base: Path, tmp_path: Path) -> None:
     made(tmp_path / "old.safetensors", tiny_pipeline("sd"), ["Attention", "GEGLU"], tokens=2)
     convert(ConvertConfig(tmp_path / "old.safetensors", "native", str(base), tmp_path / "new"))
     assert [a.method.name for a in formats.load_all(tiny_pipeline("sd"), tmp_path / "new")] == ["textual_inversion", "lora"]
@@ -90,7 +90,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_compared_by_what_it_does_to_the_base(base: Path, tmp_path: Path, method: str) -> None:
+def test_every_method_is_compared_by_its_effect_on_the_base_model(base: Path, tmp_path: Path, method: str) -> None:
     where = ["attn.{q,v}", "conv.res"]
     path = fill(attach(tiny_pipeline("sd"), method, where=where, **METHODS[method])).save(tmp_path / "a")
     lines = convert(ConvertConfig(path, "lycoris", str(base)))
@@ -101,7 +101,7 @@ def test_every_method_is_compared_by_what_it_does_to_the_base(base: Path, tmp_pa
 
 
 @pytest.mark.parametrize("slip", [1.001, 0.0])
-def test_another_change_is_not_kept_where_it_depends_on_the_base(
+def test_a_conversion_with_another_effect_is_deleted_if_it_depends_on_the_base(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slip: float
 ) -> None:
     """A writer that is wrong about the magnitudes of DoRA, where only they differ."""
@@ -124,7 +124,7 @@ def test_half_precision_stays_half(files: Any, base: Path, tmp_path: Path, dtype
     assert {t.dtype for t in load_file(tmp_path / "out.safetensors").values()} == {dtype}
 
 
-def test_what_is_not_carried_is_said(files: Any, base: Path, tmp_path: Path) -> None:
+def test_unsupported_parts_are_listed(files: Any, base: Path, tmp_path: Path) -> None:
     lines = convert(ConvertConfig(files[0]["kohya"], "diffusers", str(base), tmp_path / "out"))
     count = len([key for key in header(files[0]["kohya"])["__metadata__"] if key != "format"])
     assert any(line.startswith(f"not copied: {count} metadata entries (ss_") for line in lines)
@@ -141,7 +141,9 @@ def test_methods_that_the_format_has_no_place_for(base: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("slip", [1.001, -1.0, 0.0])
-def test_another_change_is_not_kept(files: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slip: float) -> None:
+def test_a_conversion_with_another_effect_is_deleted(
+    files: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slip: float
+) -> None:
     """A writer that is wrong about the scale of one weight."""
     true = lora_writer.merge_adapters
 

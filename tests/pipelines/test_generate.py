@@ -1,4 +1,4 @@
-"""Images with adapters: files, settings in them, strengths, the base beside."""
+"""Generation with adapters: files, settings in them, strengths, and comparison with the base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`veneer inspect`: what a file of each format holds, and how it fits a base."""
+"""`veneer inspect`: content of files of each format, and compatibility with a base model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_file_that_fits_its_base(folder: Path, form: str) -> None:
     assert len(found["used"]) == len(load_file(folder / "diffusers.safetensors"))
 
 
-def test_what_is_missing_unused_and_misshapen(folder: Path, tmp_path: Path) -> None:
+def test_missing_unused_and_misshapen_tensors(folder: Path, tmp_path: Path) -> None:
     state = load_file(folder / "diffusers.safetensors")
     down, up, other, *_ = state
     spoilt = {**state, other: torch.ones(7, 7), "unet.elsewhere.lora_A.weight": torch.ones(1, 1)}
@@ -98,7 +98,7 @@ def test_a_base_that_it_is_not_for(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("width", "family"), [(768, "Stable Diffusion 1"), (1024, "Stable Diffusion 2"), (2048, "Stable Diffusion XL")]
 )
-def test_the_family_is_told_by_the_width_of_the_text(tmp_path: Path, width: int, family: str) -> None:
+def test_the_family_is_identified_by_the_text_width(tmp_path: Path, width: int, family: str) -> None:
     pipe = tiny_pipeline("sd", cross_attention_dim=width)
     lora = attach(pipe.unet, "lora", where="xattn", rank=2)
     for path in (kohya.save(lora, tmp_path / "kohya"), diffusers.save(lora, tmp_path / "diffusers")):
@@ -129,7 +129,7 @@ def test_a_published_file() -> None:
     ]
 
 
-def test_methods_ranks_and_alphas_of_what_is_no_lora(tmp_path: Path) -> None:
+def test_methods_ranks_and_alphas_of_other_adapters(tmp_path: Path) -> None:
     name = "lora_unet_down_blocks_{}_attentions_0_proj_in"
     state = {f"{name.format(0)}.hada_w1_a": torch.ones(2, 4), f"{name.format(0)}.hada_w1_b": torch.ones(4, 2)}
     state |= {f"{name.format(0)}.alpha": torch.tensor(3.0), f"{name.format(1)}.lokr_w1": torch.ones(2, 2)}
@@ -147,7 +147,7 @@ def test_methods_ranks_and_alphas_of_what_is_no_lora(tmp_path: Path) -> None:
     ]
 
 
-def test_words_and_what_no_format_knows(tmp_path: Path) -> None:
+def test_token_embeddings_and_unknown_formats(tmp_path: Path) -> None:
     words = fill(attach(tiny_pipeline("sd"), "textual_inversion", tokens="<toy>", vectors=2))
     (row,) = inspect(embeddings.save(words, tmp_path / "words")).blocks
     assert (row.name, row.method, row.values) == ("<toy>", "textual_inversion", 48)

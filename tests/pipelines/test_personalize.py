@@ -1,4 +1,4 @@
-"""The whole job on tiny pipelines of every family: files, figures, refusals."""
+"""`veneer personalize` on tiny pipelines of every family: files, metrics, errors."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_every_family_gives_its_files(base: Any, photos: Path, tmp_path: Path, k
     assert record["training"]["loss"] > 0
 
 
-def test_dit_learns_a_class_label(base: Any, photos: Path, tmp_path: Path) -> None:
+def test_dit_trains_on_a_class_label(base: Any, photos: Path, tmp_path: Path) -> None:
     out = personalize(
         PersonalizeConfig(
             photos=photos, base=base("dit"), out=tmp_path / "out", concept="3", steps=2, eval_seeds=0, tracker="none",
@@ -95,7 +95,7 @@ def test_dit_learns_a_class_label(base: Any, photos: Path, tmp_path: Path) -> No
     assert (out / "adapter.safetensors").is_file()
 
 
-def test_the_saved_adapter_draws_what_was_trained(base: Any, photos: Path, tmp_path: Path) -> None:
+def test_the_saved_adapter_generates_what_was_trained(base: Any, photos: Path, tmp_path: Path) -> None:
     """Trained adapter in a fresh pipeline: weights moved, and every tensor of the file is in place."""
     out = run(base("sd"), photos, tmp_path / "out", text_encoder=True, learning_rate=1e-2)
     pipe = veneer.base_models.load(base("sd"))
@@ -107,7 +107,7 @@ def test_the_saved_adapter_draws_what_was_trained(base: Any, photos: Path, tmp_p
     assert any(t.any() for k, t in state.items() if k.endswith(":up"))
 
 
-def test_prior_images_are_made_once_and_used(base: Any, photos: Path, tmp_path: Path) -> None:
+def test_class_images_are_generated_once_and_used(base: Any, photos: Path, tmp_path: Path) -> None:
     out = run(base("sd"), photos, tmp_path / "out", class_images=2)
     assert len(list((out / "prior").glob("*.png"))) == 2
 
@@ -135,7 +135,7 @@ def test_stop_and_resume_through_the_job(base: Any, photos: Path, tmp_path: Path
         ({"resolution": 13}, DataError, {"where": "resolution", "given": 13}),
     ],
 )
-def test_what_cannot_work_is_refused_before_training(
+def test_invalid_settings_are_errors_before_training(
     base: Any, photos: Path, tmp_path: Path, settings: dict[str, Any], error: type[Exception], data: dict[str, Any]
 ) -> None:
     with raises(error, **data):
@@ -170,7 +170,7 @@ def test_a_token_that_the_base_has_is_refused(base: Any, photos: Path, tmp_path:
         ("sd3", "textual_inversion", "my dog", "dog", "<my-dog>"),
     ],
 )
-def test_an_ordinary_concept_gets_a_token_of_its_own(
+def test_an_ordinary_concept_gets_a_placeholder_token(
     base: Any, photos: Path, tmp_path: Path, capsys: Any, kind: str, method: str, concept: str, word: str, token: str
 ) -> None:
     """In prompts, captions, files and the record; a method without learned embeddings keeps the words."""
@@ -209,9 +209,7 @@ def test_divergence_keeps_the_last_good_weights(base: Any, photos: Path, tmp_pat
     assert all(t.isfinite().all() for t in load_file(tmp_path / "out" / "last_good.safetensors").values())
 
 
-def test_a_run_says_what_it_does_and_what_came_of_it(
-    base: Any, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_prints_its_phases_and_result(base: Any, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(base("sd"), photos, tmp_path / "out", eval_seeds=2, drift_prompts=("a dog", "a car"), preview_every=1)
     shown = capsys.readouterr()
     lines = [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines() if line]

@@ -1,4 +1,4 @@
-"""`veneer transfer` and `veneer predict` on small models: what is learned, written, resumed, and answered in a new process."""
+"""`veneer transfer` and `veneer predict` on small models: learning, files, resume, and predictions in a new process."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, pictures: Path, models: dic
     return transfer(config(pictures, models["vit"], out, epochs=12, learning_rate=2e-2))
 
 
-def test_the_colors_are_learned_and_everything_is_written(taught: Path) -> None:
+def test_colors_are_learned_and_all_files_are_written(taught: Path) -> None:
     found = result(taught)
     names = {p.name for p in taught.iterdir()}
     assert names >= {
@@ -159,7 +159,7 @@ def test_saved_equals_loaded_on_a_fresh_head(
         )
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
+def test_a_stopped_run_resumes_bitwise(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
     whole = config(pictures, models["vit"], tmp_path / "whole", method="adaptformer", epochs=4, augment="flip", patience=3)
     transfer(whole)
     half = dataclasses.replace(whole, out=tmp_path / "half")
@@ -245,7 +245,7 @@ def test_shots_and_a_search_on_validation(tmp_path: Path, pictures: Path, models
     assert not (out / "search").exists()
 
 
-def test_what_cannot_work_is_said_before_training(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
+def test_invalid_settings_are_errors_before_training(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
     for options, error, data in (
         ({"method": "loro"}, UnknownName, {"name": "loro", "kind": "method"}),
         ({"method": "lora", "options": {"vpt": {}}}, OptionError, {"option": "options", "given": ("vpt",)}),
@@ -266,7 +266,9 @@ def test_what_cannot_work_is_said_before_training(tmp_path: Path, pictures: Path
     assert not list(tmp_path.rglob("adapter.safetensors"))
 
 
-def test_bad_images_are_named_and_left_out(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_are_listed_and_skipped(
+    tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     data = image_folder(tmp_path / "data", count=10)
     (data / "red" / "0.png").write_bytes(b"")
     (data / "blue" / "1.png").write_bytes((data / "blue" / "1.png").read_bytes()[:100])
@@ -279,7 +281,7 @@ def test_bad_images_are_named_and_left_out(tmp_path: Path, models: dict[str, Pat
     assert sum(result(out)["data"]["pictures"].values()) == 28
 
 
-def test_a_prediction_tells_what_it_cannot_read(taught: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_prediction_reports_unreadable_images(taught: Path, pictures: Path, tmp_path: Path) -> None:
     good = pictures / "red" / "0.png"
     (tmp_path / "broken.png").write_bytes(b"no image")
     lines = list(predict(PredictConfig(taught, (good, tmp_path / "broken.png"), top=2)))

@@ -1,4 +1,4 @@
-"""A small pipeline laid out as the package's own base: its components, scheduler and folder, with random narrow weights."""
+"""A small pipeline with the components, scheduler and folder layout of the bundled base model, and random narrow weights."""
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel

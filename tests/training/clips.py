@@ -1,4 +1,4 @@
-"""Tiny real CLIPs, and images for them."""
+"""Tiny real CLIPs, and random images."""
 
 import numpy as np
 import open_clip

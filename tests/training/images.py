@@ -1,4 +1,4 @@
-"""Images that tests write: real files, small, with content that shows which way up they are."""
+"""Image files for tests: small, with content that shows their orientation."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run whose methods have a term of the loss, a schedule and something to remember, for the tests of exact resume."""
+"""A run whose methods have a penalty, an `after_step` and remembered buffers, for the tests of exact resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Buckets: which sizes there are, which one an image gets, and where its window lies."""
+"""Bucket sizes, the bucket of an image, and the position of its crop."""
 
 import math
 
@@ -121,7 +121,7 @@ def test_random_windows_reach_every_place_and_no_further():
     assert all(60 < tops.count(top) < 145 for top in set(tops))
 
 
-def test_the_crop_of_a_mirrored_image_is_told_from_the_other_side():
+def test_crop_left_of_a_flipped_image_counts_from_the_right_edge():
     """Mirroring the whole resized image first and cropping at the told place must show the same pixels."""
     whole = torch.arange(512 * 700).reshape(1, 512, 700)
     for i in range(20):
@@ -139,7 +139,7 @@ def test_flip_rate_and_independence_from_the_crop():
     assert [w.flip for w in windows] == [w.flip for w in centered]
 
 
-def test_kept_and_count():
+def test_visible_share_and_count():
     assert visible_share((512, 512), (512, 512)) == 1
     assert visible_share((1024, 512), (512, 512)) == 0.5
     assert count([(1, 1), (2, 1), (1, 1)]) == {(1, 1): 2, (2, 1): 1}

@@ -1,4 +1,4 @@
-"""Everything that trains or generates, on a pipeline laid out as the package's own base and loaded from its folder."""
+"""Training and generation on a pipeline with the layout of the bundled base model, loaded from its folder."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_a_preview_is_the_pipelines_own_image_of_that_noise(pipe):
     assert np.array_equal(pixels(made.image), pixels(own))
 
 
-def test_the_words_reach_the_image_through_the_pooled_text_too(pipe):
+def test_the_pooled_text_embedding_affects_the_image(pipe):
     one, other = previews(pipe, ["a red duck", "a blue duck"], PreviewSettings(steps=2))
     assert not np.array_equal(pixels(one.image), pixels(other.image))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Captions: where they come from, how they vary, and what is said when they are wrong."""
+"""Captions: sources, augmentation, and errors."""
 
 import json
 from collections import Counter
@@ -32,7 +32,7 @@ def test_text_files_and_metadata_together(tmp_path, photos):
     assert found == {photos[0]: "a photo of <toy> in Zürich", photos[1]: "second line", photos[2]: "third"}
 
 
-def test_a_file_without_words_has_no_caption(tmp_path, photos):
+def test_an_empty_caption_file_gives_no_caption(tmp_path, photos):
     (tmp_path / "a.txt").write_text(" \n")
     lines(tmp_path, {"file_name": "b.png", "text": ""})
     with warns(DataWarning, given="") as told:
@@ -40,7 +40,7 @@ def test_a_file_without_words_has_no_caption(tmp_path, photos):
     assert [each.message.file for each in told] == [str(photos[0]), str(photos[1])]
 
 
-def test_two_captions_that_differ_are_told(tmp_path, photos):
+def test_two_different_captions_warn(tmp_path, photos):
     (tmp_path / "a.txt").write_text("one")
     lines(tmp_path, {"file_name": "a.png", "text": "two"})
     with warns(DataWarning, file=photos[0], given=("one", "two")):
@@ -62,7 +62,7 @@ def test_two_captions_that_differ_are_told(tmp_path, photos):
         ('{"file_name": "a.png", "text": "again"}', {"given": ("a.png", "line 1")}),
     ],
 )
-def test_a_broken_line_is_named(tmp_path, photos, line, data):
+def test_an_invalid_line_is_an_error_with_its_number(tmp_path, photos, line, data):
     lines(tmp_path, {"file_name": "a.png", "text": "fine"}, line)
     with raises(DataError, file=tmp_path / "metadata.jsonl", where="line 2", **data) as caught:
         read_captions(tmp_path, photos)
@@ -78,7 +78,7 @@ def test_captions_do_not_reach_out_of_the_folder(tmp_path):
         read_captions(inner, [])
 
 
-def test_text_that_is_not_utf8_is_named(tmp_path, photos):
+def test_text_that_is_not_utf8_is_an_error(tmp_path, photos):
     (tmp_path / "b.txt").write_bytes("Zürich".encode("latin-1"))
     with raises(DataError, file=tmp_path / "b.txt", where="byte 1", expected="UTF-8"):
         read_captions(tmp_path, photos)
@@ -150,7 +150,7 @@ def test_mentions(concept, caption, there):
     assert mentions(concept, caption) is there
 
 
-def test_lacks_says_when_there_are_no_words():
+def test_lacks_is_true_without_caption_and_concept():
     assert Captions().lacks(None)
     assert Captions().lacks("a {concept}")
     assert not Captions().lacks("a dog")

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, kept or deleted, verified, and refused by another run. Kills: see `test_resume`."""
+"""Checkpoints are atomic, verified, pruned, and rejected by another run. Kills: see `test_resume`."""
 
 import errno
 import json
@@ -134,7 +134,7 @@ def test_all_damaged_is_an_error(store):
         store.newest()
 
 
-def test_another_configuration_is_named(store):
+def test_different_settings_are_listed(store):
     store.save(state(1))
     other = Checkpoints(store.folder, {"learning_rate": 0.2, "method": {"name": "lora", "ranks": [4]}, "photos": ["ab"]})
     expected = {"learning_rate": 0.2, "photos": ["ab"]}
@@ -162,7 +162,7 @@ def test_a_newer_format_asks_for_a_newer_veneer(store):
         store.newest()
 
 
-def test_put_names_what_does_not_fit_and_changes_nothing():
+def test_put_lists_mismatched_tensors_and_changes_nothing():
     there = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
     given = {"missing": ["c"], "unused": ["d"], "misshapen": ["b"]}
     with raises(CheckpointError, where="weights", given=given):

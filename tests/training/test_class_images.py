@@ -1,4 +1,4 @@
-"""Class images: seeded one by one, kept when they fit, made again when they do not, never half-written."""
+"""Class images are seeded one by one, reused if they match, generated again otherwise, and written atomically."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_each_image_is_what_the_pipeline_makes_from_its_own_seed(kind, tmp_path)
     assert len({pixels(p).tobytes() for p in paths}) == 5
 
 
-def test_fitting_images_are_kept_and_the_rest_is_made(kind, made, tmp_path):
+def test_matching_images_are_reused_and_others_generated(kind, made, tmp_path):
     paths = generate_class_images(kind, tmp_path, "a dog", 3, **STEPS)
     before = [p.read_bytes() for p in paths]
     assert generate_class_images(kind, tmp_path, "a dog", 3, **STEPS) == paths
@@ -68,7 +68,7 @@ def test_fitting_images_are_kept_and_the_rest_is_made(kind, made, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"a text file", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_damaged_images_are_made_again(kind, made, tmp_path, damage):
+def test_corrupt_images_are_generated_again(kind, made, tmp_path, damage):
     (path,) = generate_class_images(kind, tmp_path, "a dog", 1, **STEPS)
     good = path.read_bytes()
     path.write_bytes(damage)
@@ -92,7 +92,7 @@ def test_another_recipe_makes_them_again(kind, made, tmp_path):
     assert len(made) == 6
 
 
-def test_an_image_that_someone_put_there_is_not_taken_for_ours(kind, made, tmp_path):
+def test_an_image_from_another_source_is_replaced(kind, made, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "prior-00000.png")
     (path,) = generate_class_images(kind, tmp_path, "a dog", 1, **STEPS)
     assert len(made) == 1

@@ -1,4 +1,4 @@
-"""Folders and batches: what is found, what is said of it, and that a batch depends on nothing but seed and step."""
+"""Photo folders and datasets: files, warnings, and batches that depend on seed and step only."""
 
 from collections import Counter
 from dataclasses import replace
@@ -26,7 +26,7 @@ def names(photos):
     return [photo.path.name for photo in photos]
 
 
-def test_what_lies_in_a_folder(tmp_path):
+def test_files_of_a_folder(tmp_path):
     save(tmp_path / "b.JPG")
     save(tmp_path / "a.png", 100, 60, 1)
     save(tmp_path / ".hidden.png")
@@ -74,7 +74,7 @@ def test_two_subjects_in_one_folder(tmp_path):
     assert names(find_photos(tmp_path / "dog")) == ["a.png"]
 
 
-def test_unreadable_images_are_all_named_at_once(tmp_path):
+def test_all_unreadable_images_are_listed(tmp_path):
     save(tmp_path / "good.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "page.jpg").write_text("<html>")
@@ -94,7 +94,7 @@ def test_unreadable_images_are_all_named_at_once(tmp_path):
     assert len(caught.value.given) == 4
 
 
-def test_copies_are_named(tmp_path):
+def test_copies_warn(tmp_path):
     save(tmp_path / "a.png")
     (tmp_path / "z.png").write_bytes((tmp_path / "a.png").read_bytes())
     save(tmp_path / "b.png", seed=1)
@@ -102,7 +102,7 @@ def test_copies_are_named(tmp_path):
         assert len(find_photos(tmp_path)) == 3
 
 
-def test_small_images_and_silent_captions_are_named(tmp_path):
+def test_small_images_and_captions_without_concept_warn(tmp_path):
     save(tmp_path / "small.png", 90, 90)
     save(tmp_path / "large.png", 200, 130)
     (tmp_path / "large.txt").write_text("a photo of <toy>")
@@ -218,7 +218,7 @@ def test_batches_are_full_and_of_one_bucket(photos, prior):
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_every_photo_is_seen_equally_often(photos, batch, repeats):
+def test_every_photo_is_used_equally_often(photos, batch, repeats):
     """Also those of rare shapes: over `len(data)` steps each comes exactly `batch` times `repeats`."""
     data = dataset(photos, repeats=repeats)
     assert len(data) == 7 * repeats
@@ -280,7 +280,7 @@ def test_a_flip_mirrors_pixels_mask_and_sizes_together(tmp_path):
     assert dataset(found, masks=False).examples(0, 1)[0].mask is None
 
 
-def test_a_mask_file_is_laid_on_its_image(tmp_path):
+def test_a_mask_file_is_aligned_with_its_image(tmp_path):
     save(tmp_path / "a.png", 80, 80)
     half = Image.new("L", (40, 40), 0)
     half.paste(255, (20, 0, 40, 40))
@@ -319,7 +319,7 @@ def test_the_same_example_is_not_shared(photos):
     assert data.examples(0, 1)[0].pixels.abs().max() > 0
 
 
-def test_a_file_that_changes_during_a_run_is_noticed(tmp_path):
+def test_a_file_that_changes_during_a_run_is_an_error(tmp_path):
     save(tmp_path / "a.png")
     data = dataset(find_photos(tmp_path))
     save(tmp_path / "a.png", seed=5)
@@ -327,7 +327,7 @@ def test_a_file_that_changes_during_a_run_is_noticed(tmp_path):
         data.examples(0, 1)
 
 
-def test_a_photo_without_words_is_named(photos, prior):
+def test_a_photo_without_caption_is_an_error(photos, prior):
     with raises(DataError, where="captions", given=tuple(names(photos)), expected="concept"):
         dataset(photos, captions=Captions())
     with raises(DataError, where="captions", given=tuple(names(prior)), expected="prior"):

@@ -1,4 +1,4 @@
-"""The loss of a batch against an explicit loop over its samples, in the papers' words and with the pipeline's own parts."""
+"""The loss of a batch against an explicit loop over its samples, by the papers' formulas with the pipeline's components."""
 
 from dataclasses import replace
 
@@ -138,7 +138,7 @@ def test_the_loss_is_the_mean_of_an_explicit_loop(kinds, folder, name, weighting
 
 
 @torch.no_grad()
-def test_input_perturbation_is_seen_by_the_network_and_not_by_the_target(kinds, folder):
+def test_input_perturbation_affects_the_model_input_and_not_the_target(kinds, folder):
     kind = kinds["sd"]
     loss = made(kind, folder, 1, noise=NoiseOptions(perturbation=0.3))
     (example,) = loss.dataset.examples(2, 1)
@@ -298,7 +298,7 @@ def test_nothing_encodes_twice(kinds, folder):
 
 
 @torch.no_grad()
-def test_latents_of_random_crops_are_not_kept(kinds, folder):
+def test_latents_of_random_crops_are_not_cached(kinds, folder):
     loss = made(kinds["sd"], folder, 2, cache=Cache(), dataset={"crop": "random"})
     loss(0, [0, 1])
     assert loss.cache.misses == 1, "the caption alone"
@@ -324,7 +324,7 @@ def test_a_text_encoder_that_trains_is_run_every_time(folder):
 
 
 @torch.no_grad()
-def test_what_a_run_in_bfloat16_keeps_is_what_one_in_float32_would(kinds, folder, tmp_path):
+def test_cached_latents_of_a_bfloat16_run_equal_those_of_float32(kinds, folder, tmp_path):
     """Or a folder of caches would give a run the rounding of another."""
     kind = kinds["sd"]
     with torch.autocast("cpu", torch.bfloat16):
@@ -336,7 +336,7 @@ def test_what_a_run_in_bfloat16_keeps_is_what_one_in_float32_would(kinds, folder
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["length", "padding"])
-def test_kept_text_is_of_the_tokens_not_of_the_spelling_alone(folder, change):
+def test_cached_text_depends_on_token_limit_and_padding(folder, change):
     """Pipelines that share an encoder's weights may differ in what they feed it: PixArt-α 120 tokens, PixArt-Σ 300."""
     cache = Cache()
     pipe = tiny_pipeline("sd3")
@@ -353,7 +353,7 @@ def test_kept_text_is_of_the_tokens_not_of_the_spelling_alone(folder, change):
     assert cache.misses == 3, "the caption once more"
 
 
-def test_draws_depend_on_seed_step_and_sample_alone(kinds, folder):
+def test_randomness_depends_on_seed_step_and_sample_only(kinds, folder):
     loss = made(kinds["sd"], folder, 3)
     with torch.no_grad():
         torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Disks without space: what is reserved, what is kept, and what is said."""
+"""Full disks: the reserve, intact files, and error messages."""
 
 import errno
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_only_a_full_disk_is_one(tmp_path: Path) -> None:
         raise PermissionError(errno.EACCES, "")
 
 
-def test_the_error_says_what_is_kept_and_no_path(tmp_path: Path) -> None:
+def test_the_error_lists_intact_files_without_paths(tmp_path: Path) -> None:
     for name in ("checkpoint-000002", "checkpoint-000004"):
         (tmp_path / name).mkdir()
     with pytest.raises(DiskFull) as caught, writing(tmp_path, "adapter.safetensors"):

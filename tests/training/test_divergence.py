@@ -1,4 +1,4 @@
-"""The first loss or gradient that is not finite ends a run; the last good weights stay, and the message says where."""
+"""The first loss or gradient that is not finite ends a run; the last good weights are restored, and the error has the step."""
 
 import math
 
@@ -55,7 +55,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing():
     assert torch.equal(weight, seen[2])
 
 
-def test_a_rate_that_diverges_by_itself_ends_with_finite_weights(tmp_path):
+def test_a_diverging_learning_rate_ends_with_finite_weights(tmp_path):
     trainer, weight, _ = trained(bad_at(-1, 1.0), tmp_path, steps=2000, learning_rate=50.0)
     with raises(Diverged, learning_rate=50.0):
         trainer.fit()

@@ -1,4 +1,4 @@
-"""Averaged weights against the recurrence written out, and swapping them in and out."""
+"""EMA weights against the explicit recurrence, and swapping them in and out."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Each family against its real pipeline: what the pipeline's own loop feeds its denoiser, and what it gets back."""
+"""Each family against its real pipeline: inputs and outputs of the denoiser in the pipeline's own loop."""
 
 import inspect
 import json
@@ -110,7 +110,7 @@ def test_denoise_is_what_the_pipeline_does(pipes, name):
     check(pipes[name], name)  # sizes default to those of the latents
 
 
-def test_sdxl_is_told_the_sizes(pipes):
+def test_sdxl_is_conditioned_on_sizes(pipes):
     sizes = torch.tensor([(50, 60, 3, 5, 24, 40)] * 2)
     check(pipes["sdxl"], "sdxl", sizes, original_size=(50, 60), crops_coords_top_left=(3, 5), target_size=(24, 40))
 
@@ -379,7 +379,7 @@ def test_objectives(pipes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_missing_parts_are_named(name):
+def test_missing_components_are_listed(name):
     pipe = tiny_pipeline(name)
     for part in family(pipe).needs:
         kept = getattr(pipe, part)

@@ -98,7 +98,7 @@ def test_a_features_object_and_a_model_object_go_through_the_same_door(clip):
     assert torch.equal(found.images([random_image(1)]), clip.images([random_image(1)]))
 
 
-def test_a_model_without_tokenizer_is_given_the_texts_themselves(clip):
+def test_a_model_without_tokenizer_gets_the_texts(clip):
     class Words(Bundled):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Sheets: every image and every word is found on the page where it belongs."""
+"""Image grids: every image and label is at its position."""
 
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def test_no_two_images_overlap(page):
             assert abs(x - u) >= CELL or abs(y - v) >= CELL
 
 
-def test_words_stand_above_what_they_name(page):
+def test_labels_are_above_their_images(page):
     title = place(page, stamp("duck", 24, INK))
     note = place(page, stamp("200 steps of lora", 14, GRAY))
     heads = place(page, stamp("base", 18, INK)), place(page, stamp("with the adapter", 18, INK))
@@ -170,7 +170,7 @@ def test_a_sheet_without_photos_has_the_pairs_alone():
     place(page, fit_in_cell(BASE[0], CELL))
 
 
-def test_long_words_are_wrapped_inside_the_page():
+def test_long_labels_are_wrapped_within_the_page():
     page = make_grid([GridRow("a very long prompt about <toy> " * 4, ((color(0, 200, 0),),))], title="Title " * 12, cell=CELL)
     ink = np.nonzero((np.asarray(page) != 255).any(-1).any(0))[0]
     assert ink.min() >= 20
@@ -188,7 +188,7 @@ def test_labels_have_latin_greek_and_cyrillic_letters(words):
     assert [c for c in words if not c.isspace() and bytes(font.getmask(c)) == lacking] == []
 
 
-def test_without_a_font_for_cjk_a_label_says_what_to_install(monkeypatch, caplog):
+def test_without_a_cjk_font_a_label_names_the_package_to_install(monkeypatch, caplog):
     monkeypatch.setattr("veneer.training.report.label_fonts.CJK_FONTS", ())
     printable.cache_clear()
     made = make_grid([GridRow("one 犬 の写真", ((color(0, 200, 0),),))], cell=CELL)

@@ -1,4 +1,4 @@
-"""Guarded reading: every case is a file that was really written in that format."""
+"""Safe reading of images: every case is a file written in that format."""
 
 import struct
 import zlib
@@ -88,7 +88,7 @@ def test_an_empty_file(tmp_path):
         (bytes(100), "unknown"),
     ],
 )
-def test_what_is_no_image_is_named(tmp_path, content, kind):
+def test_files_that_are_not_images_are_identified(tmp_path, content, kind):
     path = tmp_path / "photo.png"
     path.write_bytes(content)
     with raises(PhotoError, file=path, given=kind, expected=FORMATS):
@@ -129,7 +129,7 @@ def test_a_color_profile_is_applied(tmp_path):
     assert np.asarray(read_photo(tmp_path / "b.png")).mean() == 55
 
 
-def test_a_broken_color_profile_is_passed_over_and_told(tmp_path):
+def test_an_invalid_color_profile_is_ignored_with_a_warning(tmp_path):
     save(tmp_path / "a.png", icc_profile=b"no profile at all")
     with warns(DataWarning, file=tmp_path / "a.png", given=PROFILE_UNUSED):
         assert close(read_photo(tmp_path / "a.png"), gradient(80, 64), 1)
@@ -160,7 +160,7 @@ def test_values_without_a_range_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
-def test_of_an_animation_the_first_frame_is_taken_and_told(tmp_path, suffix):
+def test_the_first_frame_of_an_animation_is_used_with_a_warning(tmp_path, suffix):
     frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "green")]
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
     with warns(DataWarning, file=tmp_path / f"a.{suffix}", given=FIRST_FRAME):
@@ -194,7 +194,7 @@ def test_a_bomb_is_refused_by_its_header_alone(tmp_path):
             read_photo(tmp_path / "a.png")
 
 
-def test_a_real_image_of_30_000_pixels_is_refused_and_its_size_told(tmp_path):
+def test_an_image_above_max_side_is_an_error_with_its_size(tmp_path):
     Image.new("L", (30_000, 400)).save(tmp_path / "wide.png")
     with raises(PhotoError, file=tmp_path / "wide.png", where="max_side", given=(30_000, 400), expected=20_000):
         read_photo(tmp_path / "wide.png")
@@ -257,7 +257,7 @@ def test_nothing_to_see_or_to_keep_is_refused(tmp_path):
         read_mask(tmp_path / "black.png")
 
 
-def test_what_is_no_file(tmp_path):
+def test_paths_that_are_not_regular_files(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
     for name, found in (("none.png", "missing"), ("folder.png", "not a regular file"), ("link.png", "broken link")):

@@ -1,4 +1,4 @@
-"""The cache: nothing stale, nothing damaged, nothing half-written, whatever the disk or another process does."""
+"""The latent cache never returns stale, corrupt or incomplete entries, whatever the disk or another process does."""
 
 import errno
 import os
@@ -51,7 +51,7 @@ def test_computed_once(cache):
     assert not same(other, first)
 
 
-def test_what_a_caller_does_to_a_value_stays_with_the_caller(cache):
+def test_changes_of_a_returned_value_do_not_affect_the_cache(cache):
     given = value()
     cache.get(KEY, lambda: given)["mean"].zero_()
     given["mean"].fill_(7)
@@ -84,7 +84,7 @@ def test_small_memory_still_gives_right_values(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["empty", "short", "header", "bit", "text", "other"])
-def test_a_damaged_entry_is_made_anew(tmp_path, damage):
+def test_a_corrupt_entry_is_recomputed(tmp_path, damage):
     Cache(tmp_path).get(KEY, value)
     path = tmp_path / f"{KEY}.safetensors"
     data = bytearray(path.read_bytes())
@@ -103,7 +103,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path, damage):
     assert same(Cache(tmp_path).get(KEY, never), value())
 
 
-def test_a_file_that_someone_else_wrote_is_not_believed(tmp_path):
+def test_a_file_with_another_key_is_recomputed(tmp_path):
     save_file({"mean": torch.zeros(2)}, tmp_path / f"{KEY}.safetensors")
     with warns(CacheWarning, file=tmp_path / f"{KEY}.safetensors", given="mismatch"):
         assert same(Cache(tmp_path).get(KEY, value), value())
@@ -146,7 +146,7 @@ def test_a_really_full_disk(tmp_path):
     assert same(cache.get(KEY, never), value())
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with warns(CacheWarning, file=tmp_path / "file" / "cache"):
         cache = Cache(tmp_path / "file" / "cache")
@@ -163,7 +163,7 @@ def test_leftovers_of_killed_writers_go_but_not_those_of_living_ones(tmp_path):
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_values_that_are_not_finite_are_given_but_not_kept(tmp_path):
+def test_values_that_are_not_finite_are_returned_but_not_cached(tmp_path):
     cache = Cache(tmp_path)
     with warns(CacheWarning, where=KEY, given=("mean",)):
         assert cache.get(KEY, lambda: {"mean": torch.tensor([1.0, float("nan")])})["mean"].isnan().any()

@@ -1,4 +1,4 @@
-"""Losses against loops over single numbers."""
+"""Losses against explicit loops over elements."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Peaks of memory, against tensors of known sizes."""
+"""Peak memory, against tensors of known sizes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def held_at_once() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory is weighed on the device, where blocks are rounded")
-def test_the_peak_is_what_is_held_at_once_and_not_what_is_taken_in_all() -> None:
+def test_the_peak_is_of_simultaneous_tensors_not_their_sum() -> None:
     assert peak(held_at_once) == pytest.approx(400 * KIB, rel=0.01)
 
 
-def test_what_was_held_before_does_not_count() -> None:
+def test_earlier_tensors_do_not_count() -> None:
     kept = torch.ones(500 * KIB, dtype=torch.uint8)
     assert peak(lambda: kept[:10]) < 10 * KIB
 

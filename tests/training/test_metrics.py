@@ -1,4 +1,4 @@
-"""Figures against explicit sums, on a real tiny CLIP."""
+"""Metrics against explicit sums, on a real tiny CLIP."""
 
 import json
 import math
@@ -95,7 +95,7 @@ def test_figures_equal_explicit_sums(clip):
     assert "prompt similarity" in str(found)
 
 
-def test_learning_the_photos_is_seen_and_not_learning_is_not(clip):
+def test_similarity_rises_for_learned_photos_only(clip):
     photos = [random_image(i) for i in range(3)]
     other = [random_image(50 + i) for i in range(6)]
     learned = [PreviewPair("x", i, other[i], photos[i % 3]) for i in range(6)]

@@ -1,4 +1,4 @@
-"""The kinds of noise, each against a slow explicit reference that takes the same numbers."""
+"""Each type of noise against a slow explicit reference with the same random numbers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Objectives against the papers' formulas, written out number by number, and against diffusers' schedulers."""
+"""Objectives against the papers' formulas, element by element, and against diffusers' schedulers."""
 
 import math
 
@@ -302,7 +302,7 @@ def test_dynamic_schedulers_have_no_shift_of_their_own_and_options_override():
     assert from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0), ObjectiveOptions(shift=2.0)).shift == 2.0
 
 
-def test_draws_makes_one_of_each_generator():
+def test_sample_timesteps_takes_one_from_each_generator():
     for scheduler, dtype in [(DDPMScheduler(), torch.int64), (FlowMatchEulerDiscreteScheduler(), torch.float32)]:
         objective = from_scheduler(scheduler)
         together = objective.sample_timesteps([torch.Generator().manual_seed(s) for s in (1, 2, 3)])

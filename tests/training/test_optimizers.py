@@ -1,4 +1,4 @@
-"""Optimizers by name, their rates, what a missing package says, and their state through tensors and JSON."""
+"""Optimizers by name, their learning rates, missing packages, and their state as tensors and JSON."""
 
 import json
 import sys
@@ -72,7 +72,7 @@ def test_unknown_name_lists_the_known():
         build("adam", groups(parameters()), 1e-3)
 
 
-def test_empty_group_is_named():
+def test_an_empty_group_is_an_error():
     with raises(TrainError, where="text", given=0):
         build("adamw", [{"params": [], "name": "text"}], 1e-3)
 
@@ -108,7 +108,7 @@ def test_state_of_another_kind_starts_afresh():
     assert not other.state
 
 
-def test_state_for_unknown_parameters_is_refused():
+def test_state_of_unknown_parameters_is_an_error():
     params = parameters()
     optimizer = build("adamw", groups(params), 0.01)
     steps(optimizer, params, 0, 1)

@@ -1,4 +1,4 @@
-"""Which sites `--text-encoder` adds to a method's own."""
+"""Sites that `--text-encoder` adds to those of a method."""
 
 from __future__ import annotations
 

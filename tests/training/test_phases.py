@@ -1,4 +1,4 @@
-"""Phases of a run: lines of JSON, lines for people, and seconds."""
+"""Phases of a run: JSON lines, terminal lines, and seconds."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def test_the_last_whole_line_says_where_a_run_is(tmp_path: Path) -> None:
     assert read_phase(path) == Phase("training", 2, 5, 1.5), "files of older versions"
 
 
-def test_lines_for_people_are_few_and_the_last_is_shown() -> None:
+def test_terminal_lines_are_rate_limited_and_the_last_is_printed() -> None:
     stream = io.StringIO()
     count = PhaseReport(None, stream, seconds=3600)("class_images", 100)
     for _ in range(25):
@@ -61,7 +61,7 @@ def test_seconds_left_and_seconds_of_each_phase(tmp_path: Path) -> None:
     assert set(report.seconds_in) == {"evaluating", "saving"}
 
 
-def test_a_counter_that_is_told_the_sum() -> None:
+def test_a_counter_with_absolute_progress() -> None:
     count = PhaseReport()("class_images", 384)
     count.reach(176, 384)
     assert (count.done, count.total) == (176, 384)

@@ -1,4 +1,4 @@
-"""What the preflight says: a real tiny pipeline, and one thing wrong at a time."""
+"""Preflight checks on a real tiny pipeline, with one mistake at a time."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,7 @@ def concerns(lora, kind, config=RUN, images=None, concept="<toy>", **options):
     return [(c.about, c.severity) for c in found.concerns], found.text()
 
 
-def test_nothing_wrong_says_what_is_trained_and_what_it_costs(lora, kind, tmp_path):
+def test_a_correct_run_reports_parameters_and_cost(lora, kind, tmp_path):
     state, before = torch.get_rng_state(), [p.detach().clone() for p in lora.parameters()]
     found = preflight(
         [lora], replace(RUN, ema=0.9, checkpoint_every=5), photos(), kind, "<toy>", resolution=32, folder=tmp_path / "new"
@@ -94,7 +94,7 @@ def test_learning_rate_of_a_group_counts_for_its_method(lora):
     assert not list(checks.learning_rates([lora], replace(RUN, learning_rate=0.1), groups))
 
 
-def test_what_is_usual_on_a_base_counts_before_the_methods_own_rate(lora):
+def test_the_default_rate_of_a_preset_overrides_that_of_the_method(lora):
     far = replace(RUN, learning_rate=0.1)
     assert not list(checks.learning_rates([lora], far, default_rates={"lora": 0.05}))
     (told,) = checks.learning_rates([lora], replace(RUN, learning_rate=1e-3), default_rates={"lora": 0.05})

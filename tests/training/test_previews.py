@@ -1,4 +1,4 @@
-"""Previews: the same image every time and in every batch, the pipeline untouched, settings in the file."""
+"""Previews are reproducible and independent of the batch, restore the pipeline, and have settings in the file."""
 
 import numpy as np
 import pytest
@@ -109,7 +109,7 @@ def test_pairs_show_the_base_and_the_adapter(pipe):
         assert not np.array_equal(pixels(pair.adapted), pixels(pair.base))
 
 
-def test_base_words_change_the_words_but_not_the_noise(pipe):
+def test_base_words_change_the_prompt_but_not_the_noise(pipe):
     tuned = veneer.attach(pipe, "lora", rank=4)
     same = generate_pairs(pipe, [tuned], ["a red dog"], QUICK)
     other = generate_pairs(pipe, [tuned], ["a red dog"], QUICK, base_words={"red": "blue"})

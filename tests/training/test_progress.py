@@ -1,4 +1,4 @@
-"""The event of a step, the line that shows it, and the time left."""
+"""Progress events, terminal lines, and the remaining time."""
 
 import io
 from pathlib import Path

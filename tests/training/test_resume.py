@@ -1,4 +1,4 @@
-"""N steps equal k steps, kill -9 and N - k more: bitwise in weights, optimizer, averaged weights, data and noise."""
+"""N steps equal k steps, kill -9 and N - k more: bitwise in weights, optimizer, EMA weights, data and noise."""
 
 from __future__ import annotations
 

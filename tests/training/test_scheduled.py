@@ -1,4 +1,4 @@
-"""Methods that have a term of the loss and something to do after each step: exact when killed and resumed, on two processes."""
+"""Methods with a penalty and an `after_step`: exact resume after a kill, on two processes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_loss_has_the_methods_terms_once_a_step_and_others_have_none() -> No
     assert param_groups.named_state([plain]).keys() == param_groups.named_parameters([plain]).keys()
 
 
-def test_the_step_is_told_while_its_gradients_are_there() -> None:
+def test_after_step_is_called_before_gradients_are_cleared() -> None:
     layer = nn.Linear(2, 1)
     seen: list[Any] = []
 
@@ -113,7 +113,7 @@ def test_the_step_is_told_while_its_gradients_are_there() -> None:
     assert layer.weight.grad is None
 
 
-def test_an_overflow_of_fp16_tells_the_step_without_gradients() -> None:
+def test_after_step_has_no_gradients_after_an_fp16_overflow() -> None:
     layer = nn.Linear(2, 1)
     seen: list[bool] = []
 

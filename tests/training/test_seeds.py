@@ -1,4 +1,4 @@
-"""Seeds: pinned values, unambiguous spelling, independence of the order of use."""
+"""Seeds: pinned values, unambiguous encoding, independence of the order of use."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Records of a run in TensorBoard's own files, and trackers that are unknown or missing."""
+"""Records in TensorBoard's files, and trackers that are unknown or missing."""
 
 import logging
 
@@ -48,7 +48,7 @@ def test_unknown_tracker_lists_the_known(tmp_path):
     assert "tensorboard" in caught.value.expected
 
 
-def test_missing_package_is_told_and_training_goes_on(monkeypatch, caplog, tmp_path):
+def test_a_missing_package_warns_and_training_continues(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(module, "get_available_trackers", lambda: [])
     with caplog.at_level(logging.WARNING), tracking("tensorboard", tmp_path, {}) as record:
         record({"loss": 1.0}, 1)

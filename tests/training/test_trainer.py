@@ -1,4 +1,4 @@
-"""The loop against the same steps written out, and what it tells on the way."""
+"""The training loop against the same explicit steps, and its events."""
 
 import math
 
@@ -126,7 +126,7 @@ def test_average_is_in_place_in_previews_and_after():
         torch.testing.assert_close(layer.weight.detach(), average)
 
 
-def test_events_tell_step_rate_and_norm():
+def test_events_have_step_rate_and_norm():
     layer, events = layer_of(), []
     config = TrainConfig(**{**BASE, "warmup": 3, "max_grad_norm": 1e-6})
     gradients = torch.autograd.grad(loss_of(layer, 0, [0]), list(layer.parameters()))
@@ -142,7 +142,7 @@ def test_events_tell_step_rate_and_norm():
     assert result.peak_memory_bytes > 2**20
 
 
-def test_stop_from_a_callback_saves_and_goes_on(tmp_path):
+def test_stop_from_a_callback_saves_and_resumes(tmp_path):
     config, whole, part, rest = TrainConfig(**BASE), layer_of(), layer_of(), layer_of()
     trainer_of(whole, config).fit()
     trainer = trainer_of(part, config, folder=tmp_path)
@@ -166,7 +166,7 @@ def test_bf16_keeps_float32_weights():
     assert all(map(math.isfinite, result.losses))
 
 
-def test_what_cannot_be_trained_is_named():
+def test_tensors_that_cannot_be_trained_are_errors():
     layer = layer_of()
     loss = lambda s, r: loss_of(layer, s, r)  # noqa: E731
     groups = [{"params": list(layer.parameters())}]
