@@ -1,4 +1,4 @@
-"""The real app in a real browser: a server as a process of its own on a free port, and a page of Debian's Chromium."""
+"""The app in a browser: a server process on a free port, and Chromium."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 PATIENCE = 180
-"""Seconds that a server or a page gets to answer."""
+"""Timeout of a server or page in seconds."""
 CHROMIUM = os.environ.get("VENEER_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 AXE = Path(os.environ.get("VENEER_AXE") or Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js")
 """The accessibility checker: `npm install --no-save axe-core`, or a path of its script."""
@@ -42,16 +42,16 @@ class App:
 
     @property
     def address(self) -> str:
-        """Of its page."""
+        """Address of the page."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def workspace(self) -> Path:
-        """Of all users."""
+        """Workspace folder of all users."""
         return self.folder / "veneer-workspace"
 
     def start(self) -> App:
-        """Start it, at the port that it had before if it is started again, and wait until it answers."""
+        """Starts the server, on its previous port after a restart, and waits until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = self.port or free_port()
         command = [
@@ -74,17 +74,17 @@ class App:
         return self
 
     def log(self) -> str:
-        """What it printed."""
+        """Output of the server."""
         return (self.folder / "server.txt").read_text(errors="replace")
 
     def kill(self, how: int = signal.SIGKILL) -> None:
-        """End the server alone: its jobs go on."""
+        """Kills the server; its jobs continue."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(how)
             self.process.wait(PATIENCE)
 
     def end(self) -> None:
-        """End the server, and then its jobs, which are sessions of their own."""
+        """Kills the server and its jobs, which are separate sessions."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -104,7 +104,7 @@ class App:
 
 @contextlib.contextmanager
 def served(folder: Path, *words: str) -> Iterator[App]:
-    """A running app with a fresh workspace, which is gone afterwards with all that it has started."""
+    """A running app with a new workspace; it and its jobs are killed at the end."""
     app = App(folder, words)
     try:
         yield app.start()
@@ -134,14 +134,14 @@ class Small:
         self.address = (root / "address").read_text().rstrip("/")
 
     def close(self) -> None:
-        """End it."""
+        """Ends the server."""
         self.process.kill()
         self.process.wait(PATIENCE)
 
 
 @dataclass
 class Browser:
-    """Chromium, and what went wrong on its pages.
+    """Chromium, and the errors of its pages.
 
     Args:
         errors: of the console and of scripts, and answers of 400 and more. `elsewhere`: addresses that are no app's.
@@ -152,7 +152,7 @@ class Browser:
     elsewhere: list[str] = field(default_factory=list)
 
     def open(self, app: App, size: tuple[int, int] = WIDE, dark: bool = False, **named: Any) -> Any:
-        """A page of the app in a context of its own: as another visitor. Slow machines get time for everything."""
+        """Opens the app in a new browser context, as another user, with long timeouts."""
         theme = "dark" if dark else "light"
         context = self.chromium.new_context(
             viewport=dict(zip(("width", "height"), size, strict=True)), color_scheme=theme, **named
@@ -165,20 +165,20 @@ class Browser:
         return page
 
     def reload(self, page: Any) -> None:
-        """Load a page again. What the old one said of connections that were cut is forgotten."""
+        """Reloads a page, and drops its errors about closed connections."""
         before = self.errors[:]
         page.reload()
         page.get_by_role("tab").first.wait_for()
         self.errors[:] = before
 
     def watch(self, page: Any) -> None:
-        """Note what goes wrong on a page."""
+        """Records the errors and external requests of a page."""
         page.on("console", lambda told: self.errors.append(f"{told.type}: {told.text}") if told.type == "error" else None)
         page.on("pageerror", lambda error: self.errors.append(f"script: {error}"))
         page.on("request", lambda asked: self.elsewhere.append(asked.url) if _elsewhere(asked.url) else None)
 
     def check(self) -> None:
-        """Nothing went wrong, and nobody else was asked. What there was is forgotten."""
+        """Asserts that there were no errors and no external requests, and clears them."""
         errors, elsewhere = self.errors[:], self.elsewhere[:]
         self.errors.clear()
         self.elsewhere.clear()
@@ -188,7 +188,7 @@ class Browser:
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
-    """Chromium without a window. The test is skipped where there is none."""
+    """Headless Chromium; skips the test if it is not installed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'veneer[test]'")
     if CHROMIUM is None:
         pytest.skip("no chromium: install Debian's package `chromium`, or name its program in VENEER_CHROMIUM")
@@ -202,7 +202,7 @@ def browser() -> Iterator[Browser]:
 
 
 def findings(page: Any) -> list[str]:
-    """What axe-core finds serious or critical on a page as it is now. The test is skipped where axe-core is not installed."""
+    """Serious and critical findings of axe-core; skips the test if it is not installed."""
     if not AXE.is_file():
         pytest.skip("no axe-core: npm install --no-save axe-core, or name its axe.min.js in VENEER_AXE")
     if not page.evaluate("() => 'axe' in window"):
@@ -213,7 +213,7 @@ def findings(page: Any) -> list[str]:
 
 
 def circle(page: Any, where: str) -> None:
-    """Draw a circle of half the height of a sheet, in its middle, with the mouse."""
+    """Draws a circle of half the canvas height in its center, with the mouse."""
     box = page.locator(where).first.bounding_box()
     x, y, radius = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, min(box["width"], box["height"]) / 4
     page.mouse.move(x + radius, y)
@@ -225,24 +225,24 @@ def circle(page: Any, where: str) -> None:
 
 
 def bring(page: Any, file: Path) -> None:
-    """Take an adapter's file along on the page Adapters."""
+    """Uploads an adapter file on the page Adapters."""
     go(page, "Adapters")
     page.locator("#adapter-file input[type=file]").set_input_files(file)
     page.locator("#adapter-said").get_by_text(f"Uploaded as {file.stem}").wait_for()
 
 
 def tabs(page: Any) -> list[str]:
-    """Names of the app's pages."""
+    """Names of the pages of the app."""
     return [name.strip() for name in page.get_by_role("tablist").first.get_by_role("tab").all_inner_texts()]
 
 
 def go(page: Any, name: str) -> None:
-    """Turn to a page by its tab."""
+    """Opens a page by its tab."""
     page.get_by_role("tablist").first.get_by_role("tab", name=name, exact=True).click()
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A free port."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         return int(held.getsockname()[1])

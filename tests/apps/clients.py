@@ -1,4 +1,4 @@
-"""Clients of the app's queue, as its page uses it over HTTP; and what many of them cost.
+"""HTTP clients of the app's queue, and a load test.
 
 `python -m tests.apps.clients --clients 20 --rounds 10` starts a server and prints a table of rounds.
 """
@@ -28,15 +28,15 @@ from veneer.formats import native
 
 API = "/gradio_api"
 SIDES = (32, 64, 96)
-"""Of pictures in `wishes`, in pixels."""
+"""Image sizes in `wishes`, in pixels."""
 METHODS = ("lora", "ia3", "dora", "textual_inversion")
-"""Of adapters in `adapters`."""
+"""Methods of the adapters created by `adapters`."""
 STEPS, WIDTH, HEIGHT = "Steps", "Width in pixels", "Height in pixels"
 
 
 @dataclass
 class Visit:
-    """What became of one press of a button.
+    """Result of one press of a button.
 
     Args:
         messages: of the queue, in their order. `refused`: why it was not let in.
@@ -50,12 +50,12 @@ class Visit:
 
     @property
     def places(self) -> list[int]:
-        """How many were before it, each time that it was told so."""
+        """Reported queue positions, in order."""
         return [told["rank"] for told in self.messages if told["msg"] == "estimation"]
 
     @property
     def error(self) -> str | None:
-        """Why nothing was made."""
+        """Error of the event, if any."""
         ends = [told for told in self.messages if told["msg"] in ("process_completed", "unexpected_error")]
         if ends and ends[-1].get("success"):
             return None
@@ -63,7 +63,7 @@ class Visit:
 
 
 class Client:
-    """A page of the app without a browser: its components, a session, and the two streams that a page keeps open.
+    """A client of the app without a browser: components, a session, and the two streams of a page.
 
     Args:
         address: of the app, such as `http://127.0.0.1:7860`.
@@ -85,19 +85,19 @@ class Client:
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[Client]:
-        """Keep the connection open by which the server knows that the page is there."""
+        """Keeps the heartbeat connection of the page open."""
         with self.http.stream("GET", f"{API}/heartbeat/{self.session}") as beat:
             assert beat.is_success
             yield self
 
     def event(self, name: str, target: str = "click") -> dict[str, Any]:
-        """What begins when a component is used."""
+        """Event that a component triggers."""
         [part] = [number for number, props in self.parts.items() if props.get("elem_id") == name]
         [found] = [event for event in self.config["dependencies"] if [part, target] in event["targets"]]
         return dict(found)
 
     def data(self, event: Mapping[str, Any], changed: Mapping[str, Any]) -> list[Any]:
-        """An event's inputs as they are on the page, but for some, by their name in HTML or by their label."""
+        """Inputs of an event as on the page, except for changed ones, by element ID or label."""
         rest, data = dict(changed), []
         for number in event["inputs"]:
             props = self.parts[number]
@@ -107,7 +107,7 @@ class Client:
         return data
 
     def open(self) -> None:
-        """Do what a page does when it is opened, as far as it is not in the queue: lists get what the visitor has."""
+        """Runs the load events of the page that bypass the queue, such as filling lists."""
         for event in self.config["dependencies"]:
             if [0, "load"] in event["targets"] and not event["queue"]:
                 sent = {"fn_index": event["id"], "data": self.data(event, {}), "session_hash": self.session}
@@ -118,7 +118,7 @@ class Client:
                         self.changed[number] = value["value"] if updated else value
 
     def join(self, name: str, **changed: Any) -> str | None:
-        """Press a button; says why if the queue lets nobody in."""
+        """Presses a button; returns the reason if the queue rejects it."""
         event = self.event(name)
         sent = {"fn_index": event["id"], "data": self.data(event, changed), "session_hash": self.session}
         answer = self.http.post(f"{API}/queue/join", json=sent | {"trigger_id": event["targets"][0][0], "event_data": None})
@@ -128,7 +128,7 @@ class Client:
         return None
 
     def told(self) -> Iterator[dict[str, Any]]:
-        """The queue's messages until it says that there are no more. The connection is closed when nobody reads on."""
+        """Messages of the queue until the end of the stream."""
         with self.http.stream("GET", f"{API}/queue/data", params={"session_hash": self.session}) as answer:
             assert answer.is_success, answer.status_code
             for line in answer.iter_lines():
@@ -139,7 +139,7 @@ class Client:
                     yield message
 
     def press(self, name: str, **changed: Any) -> Visit:
-        """Press a button, wait for its end, and get the pictures."""
+        """Presses a button, waits for the end, and downloads the images."""
         begun, visit = time.monotonic(), Visit()
         visit.refused = self.join(name, **changed)
         if visit.refused is None:
@@ -152,13 +152,13 @@ class Client:
         return visit
 
     def draw(self, prompt: str, seed: int, side: int, names: Sequence[str] = (), steps: int = 2) -> Visit:
-        """A picture of the page Generate."""
+        """Generates an image on the page Generate."""
         generation = {"generate-prompt": prompt, "generate-seed": seed, STEPS: steps, WIDTH: side, HEIGHT: side}
         return self.press("generate-draw", **generation, **{"generate-adapters": list(names)})
 
 
 def adapters(app: App) -> list[str]:
-    """Give the visitors of an app one adapter of each of some methods."""
+    """Creates one adapter of each of several methods."""
     folder = app.workspace / "local" / "adapters"
     folder.mkdir(parents=True)
     pipe = veneer.base_models.load("bundled")
@@ -173,7 +173,7 @@ def adapters(app: App) -> list[str]:
 
 
 def wishes(turn: int, clients: int, names: Sequence[str]) -> list[tuple[str, int, int, list[str]]]:
-    """For each client of a round another prompt, seed, size and choice of adapters."""
+    """A different prompt, seed, size and selection of adapters for each client of a round."""
     things = veneer.base_models.preset("bundled").things
     found = []
     for number in range(clients):
@@ -184,7 +184,7 @@ def wishes(turn: int, clients: int, names: Sequence[str]) -> list[tuple[str, int
 
 
 def round_of(app: App, asked: Sequence[tuple[str, int, int, list[str]]]) -> list[Visit]:
-    """Everybody opens a page, then everybody draws at once; then all pages are closed."""
+    """All clients open a page and generate at once; then all pages are closed."""
     with contextlib.ExitStack() as pages, ThreadPoolExecutor(len(asked)) as threads:
         opened = [pages.enter_context(Client(app.address)) for _ in asked]
         for client in opened:
@@ -194,13 +194,13 @@ def round_of(app: App, asked: Sequence[tuple[str, int, int, list[str]]]) -> list
 
 
 def memory(app: App) -> float:
-    """MiB that the server's process holds, its jobs not counted."""
+    """Memory of the server process in MiB, without its jobs."""
     assert app.process is not None
     return float(psutil.Process(app.process.pid).memory_info().rss / 2**20)
 
 
 def measure(clients: int, rounds: int) -> None:
-    """Print a line for each round."""
+    """Prints a line for each round."""
     with tempfile.TemporaryDirectory() as folder, served(Path(folder) / "app") as app:
         names = adapters(app)
         print(f"{'round':>5} {'seconds':>8} {'pictures':>8} {'median wait':>12} {'longest wait':>12} {'RSS in MiB':>10}")

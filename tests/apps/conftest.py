@@ -1,4 +1,4 @@
-"""What tests of pages share."""
+"""Fixtures of the tests of the app."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer.formats import native
 
 @pytest.fixture(autouse=True)
 def loops_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Gradio opens an event loop for each page that is built outside of one, and leaves it open."""
+    """Closes the event loops that Gradio opens when a page is built outside of one."""
     opened: list[asyncio.AbstractEventLoop] = []
     new = asyncio.new_event_loop
 
@@ -43,14 +43,14 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def app(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    """After `chromium`, so that no server is started where there is no browser."""
+    """Depends on `chromium`, so that no server is started without a browser."""
     with served(tmp_path_factory.mktemp("app")) as found:
         yield found
 
 
 @pytest.fixture
 def page(app: App, chromium: Browser) -> Iterator[Any]:
-    """A visitor's, on which nothing has gone wrong at the end."""
+    """A page of the app; it must have no errors at the end."""
     found = chromium.open(app)
     yield found
     found.context.close()
@@ -59,7 +59,7 @@ def page(app: App, chromium: Browser) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters of the bundled base with random values: a LoRA that was taught a word, and a ControlNet that follows edges."""
+    """Adapters of the bundled model with random weights: a LoRA with a trigger token, and a ControlNet for canny maps."""
     folder = tmp_path_factory.mktemp("brought")
     told = {"lora": {"concept": "<toy>", "class_word": "cat"}, "controlnet": {"condition": "canny"}}
     for method, provenance in told.items():

@@ -1,4 +1,4 @@
-"""A page like the app's behind the same guard, as a process: `python -m tests.apps.small_server ROOT [NAME:PASSWORD]`."""
+"""A small page behind the same middleware as the app: `python -m tests.apps.small_server ROOT [NAME:PASSWORD]`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = replace(LIMITS, file_bytes=200_000, request_bytes=20_000, logins=5)
 
 
 def page(root: Path) -> gr.Blocks:
-    """Of the words in `words.json`; its first event waits until there is a file `turn`."""
+    """Builds the page from the texts in `words.json`; its first event waits for a file `turn`."""
     words = json.loads((root / "words.json").read_text())
 
     def slow(text: str) -> str:
@@ -48,7 +48,7 @@ def page(root: Path) -> gr.Blocks:
 
 
 def serve(root: Path, login: str | None) -> None:
-    """Until somebody ends it."""
+    """Serves until it is killed."""
     files = _cache(root)
     components.install_limits()
     found = page(root)

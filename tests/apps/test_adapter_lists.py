@@ -1,4 +1,4 @@
-"""Lists of adapters that know of new ones."""
+"""Lists of adapters update automatically."""
 
 from __future__ import annotations
 

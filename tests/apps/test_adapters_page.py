@@ -28,7 +28,7 @@ from veneer.testing.pipelines import tiny_pipeline
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, a LoRA of rank 4 in two formats, another, and a learned word."""
+    """A base model, a LoRA of rank 4 in two formats, another LoRA, and a token embedding."""
     folder = tmp_path_factory.mktemp("given")
     pipe = tiny_pipeline("sd")
     pipe.save_pretrained(folder / "base")
@@ -130,14 +130,14 @@ def test_rename_and_delete(workspace: Workspace) -> None:
 def test_file_of_a_job_cannot_be_renamed_or_deleted(workspace: Workspace, given: Path) -> None:
     run = workspace.jobs / "x" / "run"
     run.mkdir(parents=True)
-    (run.parent / "job.json").write_text('{"title": "taught"}')
+    (run.parent / "job.json").write_text('{"title": "trained"}')
     (run / "adapter.safetensors").write_bytes((given / "toy.safetensors").read_bytes())
-    (name,) = (n for n in workspace.all_adapters() if n.startswith("taught"))
+    (name,) = (n for n in workspace.all_adapters() if n.startswith("trained"))
     assert "<dd>lora</dd>" in adapters_page.describe_adapter(workspace, name)
     for action in (lambda: files.rename(workspace, name, "y"), lambda: files.delete(workspace, name)):
         with raises(StateError, where=name, given="of a job"):
             action()
-    assert files.resize_adapter(workspace, name, str(given / "base"), 1, None, None).name == "taught-x-rank-1"
+    assert files.resize_adapter(workspace, name, str(given / "base"), 1, None, None).name == "trained-x-rank-1"
 
 
 def test_embeddings_are_saved_beside_formats_without_them(workspace: Workspace, given: Path) -> None:

@@ -1,4 +1,4 @@
-"""The app as a visitor sees it: in Chromium, from a server that runs."""
+"""The running app in Chromium."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.apps.browser import PATIENCE, PHONE, WIDE, App, Browser, Small, findi
 
 @pytest.mark.parametrize(("size", "dark"), [(WIDE, False), (PHONE, True)], ids=["wide-light", "phone-dark"])
 def test_every_page_opens(app: App, chromium: Browser, size: tuple[int, int], dark: bool) -> None:
-    """Without an error, without another host, within the window's width, and as a screen reader needs it."""
+    """Without errors, external requests, horizontal scrolling or accessibility violations."""
     page = chromium.open(app, size, dark)
     names = tabs(page)
     assert names == [each.name for each in pages()], "all are seen, on a phone too"
@@ -44,7 +44,7 @@ EVIL = [
 
 
 def test_user_text_is_shown_literally(chromium: Browser, tmp_path: Path) -> None:
-    """In Markdown, in HTML and in an error, as Gradio draws them."""
+    """In Markdown, HTML and an error, as rendered by Gradio."""
     server = Small(tmp_path, words=EVIL)
     try:
         page = chromium.chromium.new_page()

@@ -1,4 +1,4 @@
-"""Where things stand on the pages, and that they can be read: in Chromium, wide and on a phone, light and dark."""
+"""Layout and contrast in Chromium, wide and on a phone, light and dark."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONTRAST = """() => {
       return [each.placeholder, (one + 0.05) / (other + 0.05)];
     });
 }"""
-"""Placeholders that are seen, and their contrast."""
+"""Visible placeholders and their contrast."""
 
 
 @pytest.mark.parametrize(("size", "dark"), [(WIDE, False), (PHONE, True)], ids=["wide-light", "phone-dark"])
@@ -50,7 +50,7 @@ def test_placeholder_contrast_and_visible_main_buttons(app: App, chromium: Brows
 
 
 def test_start_on_a_phone_scrolls_to_the_run(app: App, chromium: Browser) -> None:
-    """And the options of a method have their whole names."""
+    """Labels of method options are not truncated."""
     page = chromium.open(app, PHONE)
     page.locator("#train-example").click()
     page.locator("#train-notes").get_by_text("5 photos").wait_for()
@@ -76,7 +76,7 @@ def test_start_on_a_phone_scrolls_to_the_run(app: App, chromium: Browser) -> Non
 
 
 def test_missing_adapter_of_a_token_is_offered(page: Any, brought: Path) -> None:
-    """Nothing is generated until one has chosen: with the adapter, or without it after all."""
+    """Generation waits until the user chooses to continue with or without the adapter."""
     bring(page, brought / "my-lora.safetensors")
     go(page, "Generate")
     page.locator("#generate-prompt textarea").fill("a <toy>, left, blue background")

@@ -1,4 +1,4 @@
-"""Each page of the app does in Chromium what it is there for, from the first click to the file, without an error."""
+"""Main workflow of each page in Chromium, from the first click to the file, without errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.training.report.previews import read_settings
 
 
 def pictures(page: Any, where: str) -> list[Any]:
-    """Images of a gallery as arrays, as the browser got them."""
+    """Images of a gallery, as received by the browser."""
     found = []
     for source in page.locator(f"{where} .gallery-item img").evaluate_all("all => all.map(each => each.src)"):
         answer = page.request.get(source)
@@ -31,8 +31,8 @@ def pictures(page: Any, where: str) -> list[Any]:
 
 
 def test_train_on_four_photos(app: App, page: Any, chromium: Browser, tmp_path: Path) -> None:
-    """Quick: progress, a curve and previews while it learns, found again after a reload and by a second tab, in the middle of
-    which pictures are drawn; then the sheet, figures, and files for every program."""
+    """Preset quick: progress, loss curve and previews, seen again after a reload and in a second tab that generates an image
+    meanwhile; then the image grid, metrics, and files for all programs."""
     photos = sorted(base_models.examples().glob("*.png"))[:4]
     page.locator("#train-photos input[type=file]").set_input_files(photos)
     page.locator("#train-notes").get_by_text("4 photos, no problems found.").wait_for()
@@ -79,7 +79,7 @@ def test_train_on_four_photos(app: App, page: Any, chromium: Browser, tmp_path: 
 
 
 def downloaded(page: Any, part: str, folder: Path) -> list[str]:
-    """Names of all files of a part, saved to a folder."""
+    """Downloads all files of a component to a folder; returns their names."""
     names = []
     for link in page.locator(f"{part} a").all():
         with page.expect_download() as told:
@@ -90,7 +90,7 @@ def downloaded(page: Any, part: str, folder: Path) -> list[str]:
 
 
 def test_generate_with_and_without(app: App, page: Any, brought: Path, tmp_path: Path) -> None:
-    """With an adapter that was brought, beside the base alone; then its settings out of the downloaded picture."""
+    """With an uploaded adapter and the base model; then its settings are read from the downloaded image."""
     bring(page, brought / "my-lora.safetensors")
     go(page, "Generate")
     page.locator("#generate-prompt textarea").fill("a <toy>, left, blue background")
@@ -116,11 +116,11 @@ def test_generate_with_and_without(app: App, page: Any, brought: Path, tmp_path:
     page.get_by_label("With the adapters", exact=True).check()
     page.locator("#generate-draw").click()
     page.locator("#generate-state").get_by_text("1 of 1").wait_for()
-    assert [each == with_it for each in pictures(page, "#generate-gallery")] == [True], "the same picture again"
+    assert [each == with_it for each in pictures(page, "#generate-gallery")] == [True], "the same image again"
 
 
 def test_generate_from_a_sketch(app: App, page: Any, brought: Path, tmp_path: Path) -> None:
-    """The first stroke of the mouse draws: nothing needs to be chosen before."""
+    """The brush is selected initially, so the first stroke draws."""
     bring(page, brought / "my-controlnet.safetensors")
     go(page, "Control")
     page.locator("#control-choice input").click()
@@ -141,7 +141,7 @@ def test_generate_from_a_sketch(app: App, page: Any, brought: Path, tmp_path: Pa
 
 
 def test_train_on_digits_and_classify(app: App, page: Any) -> None:
-    """Live accuracy, the confusion matrix, the worst mistakes, an answer to a picture, and what to keep."""
+    """Live accuracy, confusion matrix, worst mistakes, a prediction, and downloads."""
     go(page, "Classify")
     page.locator("#classify-methods .token-remove").nth(1).click()  # of LoRA, which takes longer
     page.get_by_label("number input for Epochs").fill("5")
@@ -161,7 +161,7 @@ def test_train_on_digits_and_classify(app: App, page: Any) -> None:
 
 
 def digit_of(run: Path) -> Path:
-    """The first digit of the built-in set as a picture on the disk."""
+    """The first digit of the built-in set as an image file."""
     from sklearn.datasets import load_digits
 
     path = run.parent / "digit.png"
@@ -189,7 +189,7 @@ def test_inspect_and_convert_a_file(page: Any, brought: Path, tmp_path: Path) ->
 
 
 def test_keyboard_navigation(page: Any) -> None:
-    """From the first page's top to another page, a prompt there, and its picture."""
+    """From the top of the first page to another page, a prompt and its image."""
 
     def tab_to(found: str) -> None:
         for _ in range(80):

@@ -1,4 +1,4 @@
-"""What goes wrong: reloads, stops, servers and machines that die, and files that are not what they seem. Seen in Chromium."""
+"""Failures in Chromium: reloads, stops, crashes and invalid files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.apps.browser import App, Browser, go
 from veneer import base_models
 
 
-def teach(page: Any, concept: str, how_long: str) -> None:
-    """Start a run on the example's photos."""
+def train(page: Any, concept: str, how_long: str) -> None:
+    """Starts a run on the example photos."""
     page.locator("#train-example").click()
     page.locator("#train-notes").get_by_text("5 photos").wait_for()
     page.locator("#train-concept input, #train-concept textarea").fill(concept)
@@ -34,17 +34,17 @@ def teach(page: Any, concept: str, how_long: str) -> None:
 
 
 def step(page: Any) -> int:
-    """At which step the shown job is, once it has learnt some."""
+    """Step of the selected job, once training has started."""
     words = page.locator("#train-state").get_by_text(re.compile(r"trains: step \d+ of"))
     words.wait_for()
     return int(re.search(r"step (\d+) of", words.inner_text()).group(1))
 
 
 def test_stop_resume_and_crash_recovery_in_two_tabs(app: App, chromium: Browser) -> None:
-    """Two tabs see one job. The server dies: the job goes on, and both tabs find it again. Server and job die: it is resumed
-    from its checkpoint. A stop in one tab shows in the other, leaves a file that can be drawn with, and it can go on and go."""
+    """Two tabs show one job. After a crash of the server the job continues; after a crash of both it resumes from a checkpoint.
+    A stop in one tab shows in the other, saves a usable adapter, and the job can be resumed and deleted."""
     first, second = chromium.open(app), chromium.open(app)
-    teach(first, "<beast>", "balanced")
+    train(first, "<beast>", "balanced")
     (folder,) = wait_for(first, lambda: list(app.workspace.glob("*/jobs/*")))
     job = Job(folder)
     second.locator("#train-state").get_by_text("<beast>, pivotal trains").wait_for()
@@ -97,7 +97,7 @@ def test_stop_resume_and_crash_recovery_in_two_tabs(app: App, chromium: Browser)
 
 
 def lost(error: str) -> bool:
-    """What a browser and Gradio's page say of a server that is gone."""
+    """Whether an error is one of a lost connection."""
     gone = (
         "net::ERR_CONNECTION",
         "net::ERR_INCOMPLETE_CHUNKED",
@@ -110,7 +110,7 @@ def lost(error: str) -> bool:
 
 
 def wait_for(page: Any, happens: Any) -> Any:
-    """Something on the disk, while the page lives on."""
+    """Polls a condition on the disk while the page stays open."""
     for _ in range(1800):
         with contextlib.suppress(OSError, IndexError):
             if found := happens():
@@ -120,7 +120,7 @@ def wait_for(page: Any, happens: Any) -> Any:
 
 
 def told(page: Any, words: str) -> None:
-    """An error is shown that says so, in words; it is closed again."""
+    """Checks that an error appears, and closes it."""
     error = page.get_by_test_id("toast-text").filter(has_text=words).first
     error.wait_for()
     assert "Traceback" not in error.inner_text()
@@ -129,14 +129,14 @@ def told(page: Any, words: str) -> None:
 
 
 def draws(page: Any) -> None:
-    """Nothing is broken: a picture is drawn."""
+    """The app still works: an image is generated."""
     go(page, "Generate")
     page.get_by_role("button", name="an apple, center").click()
     page.locator("#generate-state").get_by_text("1 of 1").wait_for()
 
 
 def test_invalid_photos(page: Any, tmp_path: Path) -> None:
-    """A text file named `.png` and a PNG of 300 megapixels are named with what is wrong, beside good photos; alone, refused."""
+    """Invalid files are reported with their problems beside valid photos, and rejected alone."""
     (tmp_path / "letter.png").write_text("Dear Sir, this is no picture.")
     (tmp_path / "huge.png").write_bytes(huge(20_000, 15_000))
     (tmp_path / "page.png").write_text("<html><script>alert(1)</script></html>")
@@ -154,7 +154,7 @@ def test_invalid_photos(page: Any, tmp_path: Path) -> None:
 
 
 def huge(width: int, height: int) -> bytes:
-    """A PNG of one colour, all pixels there, in some kilobytes."""
+    """A complete single-color PNG of a few kilobytes."""
     packer = zlib.compressobj()
     rows = b"".join(packer.compress(bytes(1 + (width + 7) // 8) * 1000) for _ in range(height // 1000)) + packer.flush()
 
@@ -200,7 +200,7 @@ def test_pickle_named_safetensors(app: App, page: Any, tmp_path: Path) -> None:
 
 
 def test_html_in_user_text(page: Any, app: App) -> None:
-    """A prompt is text, and so are its words that are left out, and a concept in a title: shown as they were written."""
+    """Prompts, their truncated text, and concepts in titles are shown literally."""
     evil = "<img src=x onerror=\"document.title='owned'\"> **bold** <b>cat</b>"
     go(page, "Generate")
     page.locator("#generate-prompt textarea").fill("<b>*cat*</b>")
@@ -211,7 +211,7 @@ def test_html_in_user_text(page: Any, app: App) -> None:
     page.locator("#generate-state").get_by_text("**bold** <b>cat</b>”").wait_for()
     assert page.locator("img[src=x]").count() == 0
     go(page, "Train")
-    teach(page, evil, "quick")
+    train(page, evil, "quick")
     state = page.locator("#train-state")
     state.get_by_text(evil[:50]).first.wait_for()
     assert state.locator("img").count() == 0

@@ -34,7 +34,7 @@ def test_least_recently_used_classifiers_are_evicted(tmp_path: Path, monkeypatch
     assert answers._predictor(runs[0]) is first, "it was asked later than others"
     assert opened == [run.name for run in runs]
     os.utime(runs[0] / "model.json", (1, 1))
-    assert answers._predictor(runs[0]) is not first, "it has learnt more since"
+    assert answers._predictor(runs[0]) is not first, "it has been trained further"
     assert len(answers._predictors) == MAX_CLASSIFIERS
     with raises(StateError, where=tmp_path.name, given="untrained"):
         answers._predictor(tmp_path)

@@ -33,7 +33,7 @@ from veneer.injection.errors import OptionError, StateError, UnknownName
 
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A zip of three colours below one folder, as file managers make them."""
+    """A zip of three color classes in one outer folder, as file managers create it."""
     parent = tmp_path_factory.mktemp("given")
     image_folder(parent / "pets", count=12)
     return Path(shutil.make_archive(str(parent / "my pets"), "zip", parent, "pets"))
@@ -52,7 +52,7 @@ def wanted(pets: Path, vit: str) -> ClassifyRequest:
 
 
 def run(job: jobs.Job) -> None:
-    """What the worker does, in this process."""
+    """Runs the worker in this process."""
     assert main([*job.command, "--out", str(job.run), "--resume"]) in (0, None), job.metadata
 
 
@@ -121,7 +121,7 @@ def test_accuracy_is_shown_during_training(tmp_path: Path, wanted: ClassifyReque
     assert "at the end" in words
     assert accuracy.visible
     assert not confusion.visible
-    assert len(files.value) == 2, "what it had learnt can be kept"
+    assert len(files.value) == 2, "the trained weights can be downloaded"
     assert classify_page.classify(
         Workspace(tmp_path), ClassifierCache(), job.name, str(next(Path(job.command[1]).rglob("*.png")))
     )

@@ -53,7 +53,7 @@ def ended(space: Workspace, data: str, method: str, val: float, test: float) -> 
 
 
 def test_methods_are_ranked_by_validation_accuracy(tmp_path: Path) -> None:
-    """Not by the pictures that they are tested on, or the best of many would be the luckiest."""
+    """Ranking by test accuracy would favor the luckiest of many methods."""
     space = Workspace(tmp_path)
     ended(space, "pets", "second", 0.75, 0.875)
     first = ended(space, "pets", "first", 0.875, 0.5)
@@ -80,7 +80,7 @@ def test_table_updates_when_another_job_ends(tmp_path: Path) -> None:
 
 
 def test_earlier_runs_are_listed(tmp_path: Path) -> None:
-    """Also those on other images and those without an end, the newest first."""
+    """Runs on other images and unfinished runs are included, newest first."""
     space = Workspace(tmp_path)
     first = ended(space, "pets", "first", 0.5, 0.5)
     assert run_table(first) == run_table(None) == ""
@@ -140,9 +140,9 @@ def test_waiting_jobs_count_against_the_limit(tmp_path: Path) -> None:
 def test_only_data_of_classify_jobs_is_reused(tmp_path: Path) -> None:
     context, space = Context.create(tmp_path), Workspace(tmp_path)
     (tmp_path / "photos").mkdir()
-    taught = jobs.create_job(space.jobs, "train", "a toy", ["personalize", str(tmp_path / "photos"), "--concept=<toy>"])
-    with raises(OptionError, option="job", given=taught.name):
-        submit_jobs(context, space, ClassifyRequest(model="bundled", source="again", job=taught.name))
+    trained = jobs.create_job(space.jobs, "train", "a toy", ["personalize", str(tmp_path / "photos"), "--concept=<toy>"])
+    with raises(OptionError, option="job", given=trained.name):
+        submit_jobs(context, space, ClassifyRequest(model="bundled", source="again", job=trained.name))
 
 
 @pytest.mark.parametrize(

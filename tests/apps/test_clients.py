@@ -1,4 +1,4 @@
-"""Many visitors at once, over HTTP as the page asks: while a job trains, twenty together, more than may wait, and gone ones."""
+"""Concurrent clients over HTTP: during training, twenty at once, beyond the queue limit, and disconnected ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPT = "a dog, center, white background"
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    """A server with folders of its own for everything that it writes."""
+    """A server with separate folders for its files."""
     folder = tmp_path_factory.mktemp("app")
     (folder / "tmp").mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -46,14 +46,14 @@ def names(app: App) -> list[str]:
 
 
 def image(visit: Visit) -> Image.Image:
-    """Of somebody who asked for one."""
+    """A request of a user."""
     assert (visit.refused, visit.error) == (None, None)
     [content] = visit.pictures.values()
     return Image.open(io.BytesIO(content))
 
 
 def test_concurrent_clients_get_their_own_images(app: App, names: list[str], tmp_path: Path) -> None:
-    """And everybody is told how many are before them, until it is their turn."""
+    """Each client is told its queue position."""
     asked = wishes(0, CLIENTS, names)
     visits = round_of(app, asked)
     seen = set()
@@ -98,7 +98,7 @@ def test_generation_during_training(app: App, tmp_path: Path) -> None:
 
 
 def until(true: Callable[[], object], job: jobs.Job) -> None:
-    """Wait for a job, which may get there and end between two looks at it."""
+    """Waits for a job state, which may be passed between two checks."""
     end = time.monotonic() + PATIENCE
     while not true():
         assert job.state in ("waiting", "running") or true(), job.log()
@@ -131,7 +131,7 @@ def test_full_queue_rejects_and_disconnect_frees_a_place(app: App) -> None:
 
 
 def test_memory_does_not_grow(app: App, names: list[str]) -> None:
-    """After a warm-up round, further rounds of visitors who come, generate and leave do not make the process larger.
+    """After a warm-up round, further rounds of users who open a page, generate and leave do not increase memory.
 
     The server remembers the last `LIMITS.sessions` pages, about 1 MiB each, so these are opened before. Allocators still grow in
     the first round, by up to 20 MiB; afterwards memory varied by 15 MiB over twelve rounds. Without a limit on pages each round

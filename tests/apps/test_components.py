@@ -1,4 +1,4 @@
-"""Gradio's components within the limits."""
+"""Limits of Gradio components."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.apps.pages.shared.images import sketchpad
 
 
 class Canvas:
-    """Somewhere to draw."""
+    """A sketch component."""
 
     def __init__(self) -> None:
         self.blob_storage: dict[str, dict[str, object]] = {}

@@ -1,4 +1,4 @@
-"""What all pages share: who has which workspace, how many jobs, and how refusals and words of visitors are shown."""
+"""The context: workspaces, job limit, and display of errors and user text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page Control: what is followed, pictures with and without, what is refused, and jobs that teach."""
+"""The page Control: condition images, generation, invalid requests and training jobs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory, base: str) -> Context:
-    """A studio whose visitor has what follows lines, one that does not say what, one that follows pictures, and a LoRA."""
+    """A context whose user has a canny adapter, one without a condition type, an image-prompt adapter and a LoRA."""
     context = Context.create(tmp_path_factory.mktemp("workspaces"), "cpu")
     folder = context.workspace(None).adapters
     folder.mkdir(parents=True)
@@ -71,7 +71,7 @@ def context(tmp_path_factory: pytest.TempPathFactory, base: str) -> Context:
 
 
 def sketch(mode: str = "RGBA") -> bytes:
-    """A square drawn on a transparent sheet."""
+    """A square on a transparent canvas."""
     sheet = Image.new(mode, (384, 384), (0, 0, 0, 0) if mode == "RGBA" else "white")
     ImageDraw.Draw(sheet).rectangle([100, 100, 280, 280], outline="black", width=8)
     return png(sheet)
@@ -243,7 +243,7 @@ def test_training_job(context: Context, base: str, tmp_path: Path) -> None:
 
 
 def test_presets_have_steps_and_minutes(tmp_path: Path) -> None:
-    """The shortest is one that was measured to follow; the longest what the command does by default."""
+    """The shortest preset was measured to work; the longest equals the default of the command."""
     here = Workspace(tmp_path)
     assert teaching.preset_lengths("thorough", "controlnet", "bundled") == (800, 384)
     assert teaching.preset_lengths("thorough", "ip_adapter", "bundled")[0] == teaching.default_steps("ip_adapter", "bundled")
@@ -306,7 +306,7 @@ def test_invalid_training_requests_leave_no_files(context: Context, base: str, t
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_page_builds(tmp_path: Path) -> None:
-    """Gradio leaves event loops open, which are collected here."""
+    """Closes event loops that Gradio leaves open."""
     with gr.Blocks():
         control_page.PAGE.build(Context.create(tmp_path))
     gc.collect()

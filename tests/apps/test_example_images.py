@@ -1,4 +1,4 @@
-"""Images of the package on pages on which nothing has happened yet."""
+"""Bundled example images."""
 
 from __future__ import annotations
 

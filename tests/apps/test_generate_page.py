@@ -1,4 +1,4 @@
-"""The page Generate: what is drawn, what is refused, and settings that come back out of a picture."""
+"""The page Generate: generation, invalid requests, and settings read from an image."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory, base: str) -> Context:
-    """A studio whose visitor has a LoRA, a word and something that follows maps."""
+    """A context whose user has a LoRA, a token embedding and a control adapter."""
     context = Context.create(tmp_path_factory.mktemp("workspaces"), "cpu")
     folder = context.workspace(None).adapters
     folder.mkdir(parents=True)
@@ -104,7 +104,7 @@ def test_with_and_without_side_by_side(context: Context, base: str) -> None:
 
 @pytest.mark.parametrize("name", ["word", "style"])
 def test_base_model_gets_the_class_word_for_a_trained_token(context: Context, base: str, name: str) -> None:
-    """Be it that the file brings the word, or that it only changes what the base makes of one."""
+    """Both for a trained token and for changed base embeddings."""
     wanted = generation(base)
     found, _ = last(context, wanted, [name], [1.0], "both")
     assert np.array_equal(pixels(found[0][0]), expected(wanted, 0, 0, "toy"))
@@ -176,7 +176,7 @@ def test_invalid_settings_are_rejected(context: Context, tmp_path: Path) -> None
 
 
 def huge() -> bytes:
-    """The start of a PNG that claims 300 megapixels."""
+    """The header of a PNG of 300 megapixels."""
     import struct
     import zlib
 
@@ -201,7 +201,7 @@ def huge() -> bytes:
     ],
 )
 def test_requests_beyond_the_limits_are_rejected(given: dict[str, Any], option: str, wrong: Any) -> None:
-    usual = {
+    defaults = {
         "base": "bundled",
         "prompt": "a cat",
         "negative": "",
@@ -211,9 +211,9 @@ def test_requests_beyond_the_limits_are_rejected(given: dict[str, Any], option: 
         "width": 64,
         "height": 64,
     }
-    assert parse_request(**usual, count=1).size == (64, 64)
+    assert parse_request(**defaults, count=1).size == (64, 64)
     with raises(OptionError, option=option, given=wrong):
-        parse_request(**{**usual, "count": 1, **given})
+        parse_request(**{**defaults, "count": 1, **given})
 
 
 def test_images_are_generated_in_batches() -> None:
@@ -255,7 +255,7 @@ def test_classifier_is_not_a_text_adapter(tmp_path: Path) -> None:
 
 def test_adapter_selection_is_validated(context: Context, base: str) -> None:
     here = context.workspace(None)
-    assert text_adapters(here) == ["style", "word"], "what follows maps is drawn with elsewhere"
+    assert text_adapters(here) == ["style", "word"], "control adapters are used on the page Control"
     too_many = {"option": "pictures", "given": 18, "expected": 16}
     cases: tuple[tuple[list[str], list[int], str, int, dict[str, Any]], ...] = (
         (["../style"], [1], "with", 1, {"name": "../style", "kind": "adapter"}),
@@ -302,7 +302,7 @@ def test_fields_follow_the_base_model_and_old_images_are_deleted(
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_page_builds(tmp_path: Path) -> None:
-    """Gradio leaves event loops open, which are collected here."""
+    """Closes event loops that Gradio leaves open."""
     with gr.Blocks():
         generate_page.PAGE.build(Context.create(tmp_path))
     assert [part["visible"] for part in (each.get_config() for each in generate_page.strength_sliders(["a"]))].count(True) == 1

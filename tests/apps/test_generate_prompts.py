@@ -1,4 +1,4 @@
-"""Prompts on the page Generate: tokens whose adapter is not selected, and those longer than the text encoder takes."""
+"""Prompts on the page Generate: missing trigger tokens, and truncation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory, base: str) -> Context:
-    """A studio whose visitor has a LoRA and a token embedding of one concept."""
+    """A context whose user has a LoRA and a token embedding of one concept."""
     context = Context.create(tmp_path_factory.mktemp("workspaces"), "cpu")
     folder = context.workspace(None).adapters
     folder.mkdir(parents=True)

@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def make(base: str, tmp_path: Path) -> Make:
-    """A file of an adapter whose parameters are off their start."""
+    """An adapter file with changed parameters."""
 
     def made(
         name: str, method: str = "lora", seed: int = 1, size: float = 0.3, train: tuple[str, ...] = (), **config: Any
@@ -63,7 +63,7 @@ def pixels(found: Any) -> np.ndarray:
 
 
 def fresh(base: str, *uses: AdapterUse, words: list[str] = WORDS) -> np.ndarray:
-    """What a base that nothing happened to gives."""
+    """Output of an unmodified base model."""
     pipe = veneer.base_models.load(base)
     for use in uses:
         load_all(pipe, use.file, scale=use.strength)
@@ -129,7 +129,7 @@ def test_embeddings_and_weights_are_restored_after_a_request(base: str, make: Ma
 
 
 def tensors(generator: Generator, base: str) -> dict[str, torch.Tensor]:
-    """Parameters of the painter's base and the size of its vocabulary."""
+    """Parameters of the generator's base model and the size of its vocabulary."""
     pipe = generator._base(base).pipe
     found = {f"{part}.{n}": p for part in ("unet", "text_encoder") for n, p in getattr(pipe, part).named_parameters()}
     found = {name: p for name, p in found.items() if "veneer" not in name and "adapter" not in name}
@@ -137,7 +137,7 @@ def tensors(generator: Generator, base: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_prompts_of_one_user_never_use_the_adapters_of_another(base: str, make: Make) -> None:
-    """A word that somebody has taught is no word for those who did not ask for it."""
+    """A token of one user's adapter stays unknown to requests without it."""
     hers = make("hers", "textual_inversion", size=2.0, tokens="<toy>", initialize="cat")
     his = make("his")
     generator, plain = Generator("cpu"), fresh(base)

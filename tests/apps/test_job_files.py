@@ -1,4 +1,4 @@
-"""Jobs by their files: who is next, what a stop reaches, and what the process of a job writes; no model is loaded."""
+"""Job files: queue order, stop, and output of the worker; no model is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer import allocator
 from veneer.training.report.progress import Progress, ProgressFile
 
 WRONG = ["personalize", "--sepia"]
-"""A command that ends at once."""
+"""Command that fails at once."""
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def job(tmp_path: Path) -> Job:
 
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Folders of jobs that would have been begun, in place of their processes."""
+    """Folders of started jobs, recorded instead of starting processes."""
     found: list[str] = []
 
     class Process:
@@ -80,7 +80,7 @@ def test_stop_file_exists_before_the_signal(job: Job, monkeypatch: pytest.Monkey
 
 
 def test_stop_does_not_signal_an_unrelated_process(job: Job, begun: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its number may be another's by now."""
+    """Its process ID may belong to another process by now."""
     told: list[int] = []
     monkeypatch.setattr(os, "kill", lambda pid, number: told.append(pid))
     (job.folder / "process.json").write_text('{"pid": 1234567}')
@@ -125,7 +125,7 @@ def test_failure_is_read_from_the_end_of_the_log(job: Job) -> None:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker in this process leaves its memory as it is."""
+    """Prevents the worker from changing the allocator of the test process."""
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: True)
 
 
@@ -178,7 +178,7 @@ def test_worker_resumes_in_the_job_folder_and_stop_is_no_failure(job: Job, monke
 
 @pytest.mark.usefixtures("here")
 def test_worker_sees_a_stop_after_writing_its_process_id(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who stops it then tells the process, which does not listen yet."""
+    """The signal of a stop arrives before the process handles it."""
     write = worker.write_json
 
     def written(path: Path, value: Any) -> None:
@@ -191,7 +191,7 @@ def test_worker_sees_a_stop_after_writing_its_process_id(job: Job, monkeypatch: 
 
 
 def test_outliving_job_leaves_no_resource_warning(job: Job) -> None:
-    """The process of a job is waited for as soon as it ends; one that still runs when the server exits is not reported."""
+    """The process of a job is reaped when it ends; one that outlives the server causes no warning."""
     start = """
 import gc, sys, time
 from pathlib import Path
@@ -213,3 +213,8 @@ gc.collect()
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert done.stderr == ""
     assert int(done.stdout) == -signal.SIGKILL
+
+
+def test_jobs_of_the_earlier_page_name_are_found(tmp_path: Path) -> None:
+    assert jobs.create_job(tmp_path, "teach", "a toy", WRONG).kind == "train"
+    assert jobs.create_job(tmp_path, "control", "edges", WRONG).kind == "control"

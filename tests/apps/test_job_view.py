@@ -1,4 +1,4 @@
-"""A job on a page: found again, told in words, and only what has changed is sent."""
+"""The job view: selection, descriptions, and updates of changed components only."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_description_of_every_state(tmp_path: Path) -> None:
 
 
 def test_phases_are_described_with_progress(tmp_path: Path) -> None:
-    """Images that the base generates to train on, previews, evaluation; steps are told as before."""
+    """Class images, previews and evaluation; training steps are described as before."""
     context = Context.create(tmp_path)
     job = jobs.create_job(context.workspace(None).jobs, "train", "a control", ["control"])
     report = PhaseReport(job.run / "progress.jsonl", seconds=0)
@@ -205,7 +205,7 @@ def test_results_update_when_the_stamp_changes(tmp_path: Path) -> None:
 
 
 def test_selecting_another_job_updates_curve_and_preview(tmp_path: Path) -> None:
-    """Both have come as far, so only their names differ."""
+    """Both have the same progress, so only their names differ."""
     context = Context.create(tmp_path)
     results = Results(lambda: [gr.Markdown()], lambda job: [job and job.name])
     made = [jobs.create_job(context.workspace(None).jobs, "train", "a toy", ["personalize"]) for _ in range(2)]

@@ -19,12 +19,12 @@ from tests.methods.controls import picture
 from veneer.testing.pipelines import tiny_pipeline
 
 PATIENCE = 300
-"""Seconds that a test waits for a process at most."""
+"""Timeout of a process in seconds."""
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A job on a tiny base, but for its steps."""
+    """Command of a job on a tiny base model, without its steps."""
     folder = tmp_path_factory.mktemp("given")
     tiny_pipeline("sd").save_pretrained(folder / "base")
     (folder / "photos").mkdir()
@@ -89,7 +89,7 @@ def test_stop_kill_and_resume(tmp_path: Path, words: list[str]) -> None:
 
 
 def test_job_that_dies_repeatedly_fails(tmp_path: Path) -> None:
-    """Its process is killed before a step, as by a machine without memory."""
+    """Its process is killed before a step, as when out of memory."""
     job = jobs.create_job(tmp_path / "local" / "jobs", "train", "too large", ["personalize"])
     for _ in range(MAX_ATTEMPTS):
         assert job.start()

@@ -89,7 +89,7 @@ def test_filter_by_area() -> None:
     ],
 )
 def test_counts(model: str, method: str, trained: int | None) -> None:
-    """From the papers' formulas, and the model's own number of parameters."""
+    """From the formulas of the papers and the parameter count of the model."""
     count = count_parameters(model)[method]
     assert (count.trainable if count else None) == trained
 
@@ -114,7 +114,7 @@ def test_full_size_models_match_the_published_ones() -> None:
 
 @pytest.fixture
 def foreign() -> Iterator[type[Method]]:
-    """A method from elsewhere, with HTML in its docstring."""
+    """A method of another package, with HTML in its docstring."""
 
     class Foreign(Method):
         """<script>alert(1)</script> doubles.

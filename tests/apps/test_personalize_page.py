@@ -87,7 +87,7 @@ def test_photos_are_inspected_and_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", methods.names())
 def test_form_defaults_of_every_method_are_valid_flags(name: str) -> None:
-    """What is shown, unchanged, means the same as nothing said."""
+    """The initial values of a form are equivalent to the defaults."""
     method: Any = methods.get(name)
     fields = fields_of(method, skip=("by_site",))
     given = [f.default if f.kind == "check" else str(f.default) if f.kind == "choice" and f.default else "" for f in fields]
@@ -167,7 +167,7 @@ def test_form_must_match_the_selection() -> None:
 
 
 def test_initial_form_shows_the_default_method() -> None:
-    """As if it had been filled: nothing is sent after the page, which could come later than a visitor's choice."""
+    """No update is sent after loading, which could overwrite the user's selection."""
     with gr.Blocks():
         slots = Slots.build([fields_of(methods.get(name)) for name in ("lora", "glora")], options_of("pivotal"), {"rank": 16})
     filled = slots.fill(options_of("pivotal"), {"rank": 16})
@@ -224,7 +224,7 @@ def test_train_on_the_example_photos(tmp_path: Path) -> None:
 
 
 def test_dry_run(tmp_path: Path) -> None:
-    """Memory and time of a step that is tried, and what is of concern; what the run would refuse, with the command's words."""
+    """Measured memory and time, warnings, and errors of the command."""
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     workspace = Context.create(tmp_path / "studio").workspace(None)
     paths, _, _, *_ = personalize_page.show_example("bundled")
@@ -235,7 +235,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert said.startswith("photos: 5")
     assert re.search(r"cost: time about \d+:\d\d on .*, 40 steps × [\d.e-]+ s", said)
     assert re.search(r"memory about [\d.]+ MiB", said)
-    assert "learning rate" in said, "a thousand times the usual one"
+    assert "learning rate" in said, "a thousand times the default"
     assert not [*workspace.datasets.iterdir()]
     assert not workspace.all_jobs()
     with raises(VeneerError, where="check") as caught:

@@ -1,4 +1,4 @@
-"""What the page Teach says and asks for, by its plain functions: limits, presets, estimates, and forms."""
+"""Requests of the page Train: limits, presets, estimates and forms."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_presets_differ_in_steps() -> None:
 
 
 def test_presets_have_time_estimates(tmp_path: Path) -> None:
-    """By a reference for the bundled base at first, then by the last run, evaluation and all; not for a base that never ran."""
+    """From the reference for the bundled model, then from the last run; none for an unknown base model without a run."""
     tiny_pipeline("sd").save_pretrained(tmp_path / "base")
     base, space = str(tmp_path / "base"), Workspace(tmp_path / "space")
     assert all("min" in label and preset in label for label, preset in preset_choices("bundled", "pivotal"))
@@ -109,7 +109,7 @@ def test_presets_have_time_estimates(tmp_path: Path) -> None:
 
 
 def test_every_preset_evaluates_enough_for_a_verdict(tmp_path: Path) -> None:
-    """With one image of each prompt scores have no intervals; estimates count the images, of the last run too."""
+    """One image per prompt gives no intervals; estimates include the evaluation images of the last run."""
     assert all(int(preset_settings(preset, "bundled", "pivotal")["eval_seeds"]) >= 2 for preset in PRESETS)
     timing = Timing(0.0, 600.0, "")
     assert timing.seconds(0, 2 / 3) == pytest.approx(500)

@@ -26,7 +26,7 @@ JOIN, DRAWN, UPLOAD = (f"/gradio_api/{way}" for way in ("queue/join", "component
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with what it was sent."""
+    """An app that echoes the request body."""
     await Response(await Request(scope, receive).body())(scope, receive, send)
 
 
@@ -40,7 +40,7 @@ def ask(method: str, path: str, files: Path | None = None, **more: Any) -> httpx
 
 
 async def pieces(count: int) -> AsyncIterator[bytes]:
-    """A body whose length is not claimed."""
+    """A request body without a content length."""
     for _ in range(count):
         yield b"x" * 100
 

@@ -190,7 +190,7 @@ def test_invalid_image_gives_a_clear_error(served: Served) -> None:
 
 
 def test_other_origins_and_hosts_are_rejected(served: Served) -> None:
-    """A page of another host that is open in the same browser, and a host that leads here by its name."""
+    """Cross-site requests and DNS rebinding."""
     port = served.address.rsplit(":", 1)[1]
     assert served.client.get("/", headers={"host": "evil.example"}).status_code == 403
     assert served.client.get("/", headers={"host": f"127.0.0.1.evil.example:{port}"}).status_code == 403
@@ -203,7 +203,7 @@ def test_other_origins_and_hosts_are_rejected(served: Served) -> None:
 
 @pytest.fixture
 def environment() -> Iterator[None]:
-    """What `components.bound` changes for the whole process is put back."""
+    """Restores what `install_limits` changes for the process."""
     pixels, given, drawn = Image.MAX_IMAGE_PIXELS, gr.Image.preprocess, gr.ImageEditor.accept_blobs
     numbers = gr.Number.preprocess, gr.Slider.preprocess
     yield

@@ -54,7 +54,7 @@ def test_uploads_belong_to_a_login(tmp_path: Path) -> None:
 
 
 def test_a_wrong_value_names_its_field_in_one_line(served: Served) -> None:
-    """Also in the server's log, which has no traceback."""
+    """The server's log has the message and no traceback."""
     before = len((served.root / "server.txt").read_text())
     wrong: list[tuple[int, Any, str]] = [
         (3, "abc", "Steps is abc; expected a whole number from 1 to 9"), (3, 2.5, "Steps is 2.5"), (3, 10, "Steps is 10"),

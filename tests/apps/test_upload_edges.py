@@ -74,7 +74,7 @@ def test_rejected_zip_leaves_existing_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_metadata_is_removed(tmp_path: Path, kind: str) -> None:
-    """Not even the profile of its colours, whose words may name a camera or a person."""
+    """Color profiles are removed as well, since their text may name a camera or a person."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a", kind, icc_profile=profile, comment=b"home", dpi=(72, 72))
     [taken], _ = store_photos([tmp_path / "a"], tmp_path / "job")
@@ -96,7 +96,7 @@ def test_embedding_in_an_image_is_rejected(tmp_path: Path) -> None:
 
 
 def test_names_differing_in_case_stay_distinct(tmp_path: Path) -> None:
-    """As some file systems know no case."""
+    """Some file systems ignore case."""
     first = veneer.attach(tiny_pipeline("sd"), "lora").save(tmp_path / "first.safetensors")
     read = veneer.formats.read(first)
     save_file({k: v + 1 for k, v in read.tensors().items()}, tmp_path / "second.safetensors", dict(read.metadata))

@@ -38,7 +38,7 @@ def png(size: tuple[int, int] = (32, 32), colour: tuple[int, int, int] = (200, 3
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A whole PNG of one colour in few bytes: rows of zeros compress a thousand times."""
+    """A complete single-color PNG of few bytes, since rows of zeros compress well."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,4 +1,4 @@
-"""Names that lead nowhere else, and users that do not meet."""
+"""Safe names and isolated users."""
 
 from __future__ import annotations
 
@@ -81,17 +81,17 @@ def test_users_are_isolated(tmp_path: Path) -> None:
 
 
 def test_adapter_names_of_jobs_are_stable(tmp_path: Path) -> None:
-    """By title and time; of two that were begun in the same minute, the later one has letters of its own."""
+    """By title and time; a later job of the same minute gets a suffix."""
     space = Workspace(tmp_path)
-    taught = []
+    trained = []
     for title in ("<toy>, lora", "<toy>, lora", "<cat>, lora"):
-        taught.append(jobs.create_job(space.jobs, "train", title, ["personalize"]))
-        taught[-1].run.mkdir()
-    when, made = taught[0].created, taught[0].metadata
-    for number, job in enumerate(taught):  # in one minute, whenever the test runs
+        trained.append(jobs.create_job(space.jobs, "train", title, ["personalize"]))
+        trained[-1].run.mkdir()
+    when, made = trained[0].created, trained[0].metadata
+    for number, job in enumerate(trained):  # in one minute, whenever the test runs
         jobs.write_json(job.folder / "job.json", {**job.metadata, "made": made["made"] + number / 1000})
-    files = [job.run / "adapter.safetensors" for job in taught]
-    later = f"<toy>, lora · {when} ({taught[1].name[-8:]})"
+    files = [job.run / "adapter.safetensors" for job in trained]
+    later = f"<toy>, lora · {when} ({trained[1].name[-8:]})"
     files[1].write_bytes(b"x")
     assert space.all_adapters() == {later: files[1]}
     files[2].write_bytes(b"x")
