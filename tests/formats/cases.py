@@ -1,4 +1,4 @@
-"""What the tests of every format share: filled adapters, and the change of each weight that they make."""
+"""Shared by the tests of formats: adapters with nonzero values, and their weight updates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.injection import Attachment
 
 
 def fill(attachment: Attachment, seed: int = 1, std: float = 0.3) -> Attachment:
-    """Values as after training, so that nothing is zero."""
+    """Set values as after training, so that nothing is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in attachment.parameters():
@@ -43,7 +43,7 @@ def header(path: Path) -> dict[str, Any]:
 
 
 def rewrite(path: Path, change: Any, to: Path | None = None) -> Path:
-    """A file whose header has been through `change`; the tensors' bytes stay."""
+    """Rewrite the header of a file with `change`; the tensors' bytes stay."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     parsed = json.loads(data[8 : 8 + length])

@@ -1,8 +1,8 @@
-"""Files that diffusers' classes write at the shapes of Stable Diffusion 1.5: loaded, compared, written again.
+"""Files that diffusers' classes write at the shapes of Stable Diffusion 1.5: loaded, compared, saved again.
 
 `python -m tests.formats.full_size` makes each with random values, as the class itself saves it, loads it as an attachment of a
-UNet of SD 1.5 (random values), compares the outputs with what diffusers gives with the same weights, and the tensors of what is
-written again byte by byte. It needs about 10 GiB of memory and of disk, and some minutes.
+UNet of SD 1.5 (random values), compares the outputs with those of diffusers with the same weights, and the tensors of the file
+saved again byte by byte. It needs about 10 GiB of memory and of disk, and some minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Made = tuple[dict[str, Any], Callable[[Any], dict[str, Any]]]
 
 
 def filled(module: nn.Module, seed: int) -> nn.Module:
-    """Random values in a module that was built without any: uniform, of standard deviation 1 / √(inputs)."""
+    """Set random values in a module that was built without any: uniform, of standard deviation 1 / √(inputs)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.to_empty(device="cpu").named_parameters():
@@ -82,7 +82,7 @@ def t2i_adapter(kind: str, channels: list[int], blocks: int) -> Callable[[Path],
 
 
 def ip_adapter(kind: str) -> Callable[[Path], Made]:
-    """Its authors' names and sizes; diffusers' loader puts them into the UNet, which stays changed."""
+    """The original names and sizes; diffusers' loader puts them into the UNet, which stays changed."""
     width, context, generator = {"base": 1024, "plus": 1280}[kind], 768, torch.Generator().manual_seed(5)
 
     def make(folder: Path) -> Made:
@@ -132,7 +132,7 @@ CASES: dict[str, tuple[str, Callable[[Path], Made]]] = {
 
 @torch.no_grad()
 def check(name: str, model: Any, scratch: Path) -> bool:
-    """One there and back."""
+    """Check one round trip."""
     began = time.monotonic()
     method, make = CASES[name]
     given, more = make(scratch / "a")

@@ -1,4 +1,4 @@
-"""Tiny UNets with three levels, what they are called with, and whole networks beside them on paper: shapes without values."""
+"""Tiny UNets with three levels, their inputs, and whole control networks as shapes without values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REAL: dict[str, dict[str, Any]] = {
 
 
 def mirrored(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A UNet's options with the way up that belongs to the way down."""
+    """Options of a UNet with the up blocks that correspond to the down blocks."""
     down = options.get("down_block_types", (CROSS, CROSS, CROSS, PLAIN))
     return {**options, "down_block_types": down, "up_block_types": tuple(d.replace("Down", "Up") for d in reversed(down))}
 
@@ -56,7 +56,7 @@ def real(kind: str) -> Any:
 
 
 def picture(channels: int = 3) -> Tensor:
-    """Pictures for the two samples of `inputs`."""
+    """Images for the two samples of `inputs`."""
     return torch.rand(2, channels, 64, 64, generator=torch.Generator().manual_seed(11))
 
 
@@ -66,25 +66,25 @@ def inputs(unet: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def output(unet: Any, **more: Any) -> Tensor:
-    """What the UNet gives by itself, with residuals that another class has made."""
+    """Output of the bare UNet, with residuals computed by another class."""
     found: Tensor = unet(**inputs(unet), **more).sample
     return found
 
 
 @torch.no_grad()
 def guided(unet: Any, attachment: Attachment, **conditions: Any) -> Tensor:
-    """What it gives with an attachment."""
+    """Output with an attachment."""
     with attachment.condition(**conditions):
         return output(unet)
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
-    """The same but for what single precision loses."""
+    """Assert equality up to float32 rounding."""
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def trained(module: Any, seed: int = 3) -> Any:
-    """Values as after training, so that nothing is zero."""
+    """Set values as after training, so that nothing is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():

@@ -1,4 +1,4 @@
-"""LoRA with ranks and alphas by role, its change of every weight written out, and what peft makes of a file."""
+"""LoRA with ranks and alphas by role, its weight updates written out, and those of peft for a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LyCORIS' own modules as the judge: files that they write, the change of every weight that they make, and what they read."""
+"""LyCORIS' own modules as the reference: files that they save, their weight updates, and files that they load."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tower_of(pipe: Any, place: NamedLayer) -> Any:
 
 
 def layer(pipe: Any, place: NamedLayer) -> nn.Module:
-    """A layer with the weight of a whole place, as the model of the first release has it."""
+    """A layer with the weight of a named layer, as the original model has it."""
     tower, site = tower_of(pipe, place), place.sites[0]
     base = copy.deepcopy(tower.get_submodule(site.path))
     weight = torch.cat([base_tensor(tower, s.path, s.param).detach() for s in place.sites])
@@ -62,7 +62,7 @@ def layer(pipe: Any, place: NamedLayer) -> nn.Module:
 
 
 def chosen(pipe: Any, sites: Sequence[str]) -> list[NamedLayer]:
-    """The places of these sites."""
+    """The named layers of these sites."""
     numbered = hasattr(pipe, "text_encoder_2")
     every = [place for tower in towers_of(pipe) for place in named_layers(tower, numbered)]
     found = [place for place in every if {site.name for site in place.sites} & set(sites)]
@@ -71,7 +71,7 @@ def chosen(pipe: Any, sites: Sequence[str]) -> list[NamedLayer]:
 
 
 def made(pipe: Any, place: NamedLayer, algo: str, **options: Any) -> Any:
-    """A module of LyCORIS for a place, with random values."""
+    """A module of LyCORIS for a named layer, with random values."""
     module = ALGOS[algo](place.names[0], layer(pipe, place), 1.0, **options)
     generator = torch.Generator().manual_seed(len(place.names[0]))
     with torch.no_grad():
@@ -84,7 +84,7 @@ def made(pipe: Any, place: NamedLayer, algo: str, **options: Any) -> Any:
 
 
 def change(module: Any) -> Tensor:
-    """W' − W as a module's forward pass has it. `get_diff_weight` of LoHa and LoKr has the scale twice."""
+    """W' − W as a module's forward pass has it. `get_diff_weight` of LoHa and LoKr applies the scale twice."""
     with torch.no_grad():
         if hasattr(module, "get_weight"):
             delta = module.get_weight(module.shape)
@@ -95,7 +95,7 @@ def change(module: Any) -> Tensor:
 
 
 def by_site(place: NamedLayer, delta: Tensor) -> dict[str, Tensor]:
-    """The rows of each site of a place."""
+    """The rows of each site of a named layer."""
     if place.swapped:
         delta = torch.cat(delta.chunk(2)[::-1])
     rows = delta.split([site.d_out for site in place.sites])
@@ -112,7 +112,7 @@ def write(path: Path, modules: Sequence[Any]) -> Path:
 
 
 def read(pipe: Any, path: Path) -> dict[str, Tensor]:
-    """The change of every weight that LyCORIS makes of a file, by site."""
+    """Weight updates of LyCORIS for a file, by site."""
     tensors, found = load_file(path), {}
     names = dict.fromkeys(key.partition(".")[0] for key in tensors)
     numbered = hasattr(pipe, "text_encoder_2")
@@ -133,7 +133,7 @@ def read(pipe: Any, path: Path) -> dict[str, Tensor]:
 
 
 def changes(attached: veneer.Attachment | Sequence[veneer.Attachment]) -> dict[str, Tensor]:
-    """W' − W of every site, in double precision, by the adapters' weight form on the base's weights."""
+    """W' − W of every site, in float64, by the adapters' weight form on the base's weights."""
     found: dict[str, Tensor] = {}
     for attachment in [attached] if isinstance(attached, veneer.Attachment) else attached:
         for name, (site, adapter) in attachment.parts.items():
@@ -147,7 +147,7 @@ def changes(attached: veneer.Attachment | Sequence[veneer.Attachment]) -> dict[s
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Equal but for the rounding of single precision; sites without a change may be missing."""
+    """Assert equality up to float32 rounding; sites without a change may be missing."""
     want = {name: delta for name, delta in want.items() if delta.abs().max() > 0}
     assert want.keys() <= got.keys()
     for name, delta in got.items():

@@ -1,4 +1,4 @@
-"""Files that are damaged, hostile or of something else, disks that refuse: a clear error, nothing half-loaded or half-written."""
+"""Damaged, hostile and foreign files, failing disks: a clear error, nothing partially loaded or saved."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_offsets_beyond_the_file(good: Path) -> None:
     assert error.given < 10**5 < 4 * 10**9 <= error.expected
 
 
-def test_every_truncation_is_noticed(good: Path) -> None:
+def test_every_truncation_is_detected(good: Path) -> None:
     data = good.read_bytes()
     for size in [*range(0, len(data), 97), len(data) - 1]:
         good.write_bytes(data[:size])
@@ -158,7 +158,7 @@ def test_missing_unused_and_misshapen_tensors_are_named(good: Path) -> None:
     refused(bad, missing=("qkv.q:down",), unused=("qkv.q:spare",), misshapen=wrong, file=str(bad))
 
 
-def test_not_strict_loads_what_fits_and_says_what_did_not(good: Path) -> None:
+def test_not_strict_loads_compatible_tensors_and_reports_the_rest(good: Path) -> None:
     bad = with_tensors(good, lambda t: (t.pop("qkv.q:down"), t.update({"head:bias": torch.ones(9)})))
     tuned = veneer.load(net(), bad, strict=False)
     report = tuned.loaded
@@ -174,7 +174,7 @@ NAN, INF = float("nan"), float("inf")
     ("value", "dtype"),
     [(NAN, torch.float32), (INF, torch.float32), (NAN, torch.float16), (-INF, torch.bfloat16), (NAN, torch.float8_e4m3fn)],
 )
-def test_values_that_are_not_finite(good: Path, value: float, dtype: torch.dtype) -> None:
+def test_nonfinite_values(good: Path, value: float, dtype: torch.dtype) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         up = tensors["qkv.v:up"].clone()
         up[1, 1] = value
@@ -241,7 +241,7 @@ def test_another_architecture(good: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_headers_that_do_not_fit(good: Path, change: Any, data: dict[str, Any]) -> None:
+def test_inconsistent_headers(good: Path, change: Any, data: dict[str, Any]) -> None:
     refused(with_veneer(good, change), **data)
 
 
@@ -256,7 +256,7 @@ def test_a_header_that_is_not_json(good: Path) -> None:
 
 
 def test_the_second_of_two_attachments_fails(tmp_path: Path) -> None:
-    """Nothing of the first stays: no hook, no token in the tokenizer."""
+    """Nothing of the first remains: no hook, no token in the tokenizer."""
     pipe = tiny_pipeline("sd")
     both = [fill(attach(pipe, "textual_inversion", tokens="<toy>")), fill(attach(pipe, "lora", where="attn.q", rank=2))]
     path = native.save(both, tmp_path / "toy")
@@ -278,7 +278,7 @@ def test_the_second_of_two_attachments_fails(tmp_path: Path) -> None:
 
 @pytest.fixture
 def writers(tmp_path: Path) -> Iterator[list[Callable[[], Path]]]:
-    """Each format's `save` onto a file that is there already."""
+    """Each format's `save` onto an existing file."""
     pipe = tiny_pipeline("sd")
     words = fill(attach(pipe, "textual_inversion", tokens="<toy>"))
     lora = fill(attach(pipe, "lora", rank=8))
@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_the_old_file(writers: list[Callable[[], Path]], monk
 
 
 def test_a_write_that_ends_midway_leaves_the_old_file(writers: list[Callable[[], Path]]) -> None:
-    """The system itself refuses every byte after the two-hundredth."""
+    """The system rejects every byte after the two-hundredth."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))

@@ -1,4 +1,4 @@
-"""Black Forest Labs' own names: their control LoRAs against diffusers' converter."""
+"""Black Forest Labs' original names: their control LoRAs against diffusers' converter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def control(model: Any) -> dict[str, Tensor]:
 
 
 def small(**config: Any) -> Any:
-    """FLUX.1's numbers of blocks, which the converter takes for granted, and little else."""
+    """FLUX.1's numbers of blocks, which the converter assumes, with small widths."""
     sizes = {
         "num_attention_heads": 1, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4), "joint_attention_dim": 12,
         "num_layers": 19, "num_single_layers": 38, "in_channels": 24, "pooled_projection_dim": 6, "guidance_embeds": True,
@@ -57,7 +57,7 @@ def made() -> tuple[Any, dict[str, Tensor]]:
 
 
 def theirs(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """diffusers' conversion. It splits `linear1` at FLUX.1's widths, so each row stands for as many as that takes."""
+    """diffusers' conversion. It splits `linear1` at FLUX.1's widths, so each row is repeated to these widths."""
     width = model.config.attention_head_dim
     wide = {k: t.repeat_interleave(3072 // width, 0) if ".linear1.lora_B" in k else t for k, t in state.items()}
     found = converters._convert_bfl_flux_control_lora_to_diffusers(dict(wide))
@@ -96,7 +96,7 @@ def test_a_control_lora_is_what_diffusers_makes_of_it(made: Any, tmp_path: Path)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_one_for_a_control_picture_needs_a_widened_base(made: Any, tmp_path: Path) -> None:
+def test_one_for_a_control_image_needs_a_widened_base(made: Any, tmp_path: Path) -> None:
     _, state = made
     save_file({**state, "img_in.lora_A.weight": torch.ones(RANK, 48)}, tmp_path / "x.safetensors")
     with raises(LoadError, where="img_in", given=48, expected=24):
@@ -116,7 +116,7 @@ def test_without_biases_and_norms_it_is_a_lora(tmp_path: Path) -> None:
 
 
 def test_peft_puts_a_prefix_before_the_names(tmp_path: Path) -> None:
-    """`base_model.model.double_blocks…`: in a file of its own ΔW = B A, in peft's folder by the config's alpha."""
+    """`base_model.model.double_blocks…`: in a single file ΔW = B A, in peft's folder scaled by the config's alpha."""
     pipe = tiny_pipeline("flux")
     state = control(pipe.transformer)
     save_file(state, tmp_path / "x.safetensors")
@@ -173,7 +173,7 @@ def test_layers_biases_and_norms_are_listed_as_such(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_fit(tmp_path: Path, key: str, shape: tuple[int, ...], data: dict[str, Any]) -> None:
+def test_incompatible_files_are_rejected(tmp_path: Path, key: str, shape: tuple[int, ...], data: dict[str, Any]) -> None:
     pipe = tiny_pipeline("flux")
     save_file({**control(pipe.transformer), key: torch.ones(shape)}, tmp_path / "x.safetensors")
     before = pipe.transformer.single_transformer_blocks[0].attn.norm_q.weight.clone()

@@ -1,4 +1,4 @@
-"""LoRA with ComfyUI's names: the first release's paths with dots."""
+"""LoRA with ComfyUI's names: original paths with dots."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_diffusers_reads_it_under_kohyas_spelling(tmp_path: Path) -> None:
 
 
 def test_diffusers_reads_that_of_flux(tmp_path: Path) -> None:
-    """Without `linear1`, of which diffusers takes the real model's widths for granted."""
+    """Without `linear1`, for which diffusers assumes the real model's widths."""
     where = ["attn@0", "mlp@0", "adaln@0", "single.out", "text/attn"]
     attachment = tuned("flux", where, rank=4)
     plain = tiny_pipeline("flux")
@@ -61,7 +61,7 @@ def test_diffusers_reads_that_of_flux(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ends", [("lora_A.weight", "lora_B.weight"), ("lora_A.default.weight", "lora_B.default.weight")])
-def test_peft_words_for_the_pair(tmp_path: Path, ends: tuple[str, str]) -> None:
+def test_pefts_names_of_the_factors(tmp_path: Path, ends: tuple[str, str]) -> None:
     attachment = tuned("flux", ["attn", "single"], rank=3)
     state = load_file(comfyui.save(attachment, tmp_path / "x"))
     words = dict(zip(("lora_down.weight", "lora_up.weight"), ends, strict=True))
@@ -96,14 +96,14 @@ TEXTS = {
 }
 
 
-def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_what_it_cannot_hold_is_rejected(tmp_path: Path) -> None:
     with raises(SaveError, given="DiTTransformer2DModel"):
         comfyui.save(attach(tiny_pipeline("dit"), "lora"), tmp_path / "x")
     with raises(SaveError, where="bitfit", given="bitfit", expected="lora"):
         comfyui.save(attach(tiny_pipeline("sd"), "bitfit"), tmp_path / "x")
 
 
-def test_changes_that_are_no_lora_are_refused(tmp_path: Path) -> None:
+def test_changes_that_are_no_lora_are_rejected(tmp_path: Path) -> None:
     state = load_file(comfyui.save(tuned("flux", "attn", rank=2), tmp_path / "x"))
     name = "diffusion_model.double_blocks.0.img_attn.qkv"
     assert f"{name}.alpha" in state

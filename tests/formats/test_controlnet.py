@@ -1,4 +1,4 @@
-"""ControlNets of diffusers' class and of its authors' names: the same outputs, and the same tensors when they are saved again."""
+"""ControlNets of diffusers' class and with the original names: equal outputs, and equal tensors when saved again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def saved(made: Any, folder: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_a_folder_of_diffusers_there_and_back(kind: str, tmp_path: Path) -> None:
+def test_a_folder_of_diffusers_round_trip(kind: str, tmp_path: Path) -> None:
     unet, made = tiny(kind), net(kind)
     attachment = veneer.load(unet, saved(made, tmp_path / "a"))
     assert attachment.loaded.clean
@@ -82,7 +82,7 @@ def test_on_a_pipeline_of_fewer_pixels_a_latent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["control_model.", ""])
-def test_the_authors_names(prefix: str, tmp_path: Path) -> None:
+def test_original_names(prefix: str, tmp_path: Path) -> None:
     made, unet = net("sd1"), tiny("sd1")
     state = made.state_dict()
     ldm = {prefix + theirs: state[name] for name, theirs in ldm_names(state).items()}
@@ -96,7 +96,7 @@ def test_the_authors_names(prefix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_the_authors_names_at_real_widths(kind: str) -> None:
+def test_original_names_at_real_widths(kind: str) -> None:
     with torch.device("meta"):
         unet = real(kind)
         known: Any = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
@@ -272,7 +272,7 @@ def test_what_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_a_look_and_a_conversion(tmp_path: Path) -> None:
+def test_inspection_and_conversion(tmp_path: Path) -> None:
     saved(net("sdxl"), tmp_path / "a")
     unet = tiny("sdxl")
     found = inspect(tmp_path / "a", unet)

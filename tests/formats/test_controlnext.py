@@ -1,4 +1,4 @@
-"""ControlNeXt: the tensors that its authors' code saves, by name and shape, and what a file of them means."""
+"""ControlNeXt: the tensors that the authors' code saves, by name and shape, and their meaning."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_names_and_shapes_at_real_widths(model: str) -> None:
 
 
 @pytest.mark.parametrize(("model", "place"), [("sd1", "block"), ("sdxl", "stem")])
-def test_a_file_there_and_back(model: str, place: str, tmp_path: Path) -> None:
+def test_a_file_round_trip(model: str, place: str, tmp_path: Path) -> None:
     unet, flat = tiny(model), state(8)
     save_file({name: t.half() for name, t in flat.items()}, tmp_path / "x.safetensors")
     attachment = veneer.load(unet, tmp_path / "x")
@@ -115,7 +115,7 @@ def test_missing_unused_and_misshapen(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_refused(without: str, more: dict[str, Any], data: dict[str, Any]) -> None:
+def test_what_is_rejected(without: str, more: dict[str, Any], data: dict[str, Any]) -> None:
     file = paper({**{name: s for name, s in sizes(8).items() if not name.startswith(without)}, **more})
     assert form(file) == "controlnext"
     with raises(LoadError, **data):
@@ -129,7 +129,7 @@ def test_another_place_in_the_header(tmp_path: Path) -> None:
 
 
 def test_a_stem_of_revision_1_is_rejected(tmp_path: Path) -> None:
-    """It changed the first skip feature as well. `block` is what it was, bitwise."""
+    """It changed the first skip feature as well. `block` is unchanged, bitwise."""
     unet = tiny("sd1")
     for place, meta in (("stem", {"place": "stem"}), ("block", {"place": "block"})):
         save_file(state(8), tmp_path / f"{place}.safetensors", meta)
@@ -146,7 +146,7 @@ def test_a_stem_of_revision_1_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("revision", ["0", "x", "3"])
-def test_a_revision_in_the_header_that_is_none(revision: str, tmp_path: Path) -> None:
+def test_an_unknown_revision_in_the_header(revision: str, tmp_path: Path) -> None:
     save_file(state(8), tmp_path / "x.safetensors", {"place": "stem", "revision": revision})
     data = {"where": "controlnext", "given": 3} if revision == "3" else {"where": "revision", "given": revision}
     with raises(LoadError, **data):
@@ -161,7 +161,7 @@ def first_revision(header: dict[str, Any]) -> None:
     header["__metadata__"]["veneer"] = json.dumps(own)
 
 
-def test_a_look_and_a_conversion(tmp_path: Path) -> None:
+def test_inspection_and_conversion(tmp_path: Path) -> None:
     save_file(state(8), tmp_path / "x.safetensors")
     unet = tiny("sd1")
     found = inspect(tmp_path / "x", unet)

@@ -1,4 +1,4 @@
-"""The weights of the base beside a ControlNeXt: as its authors' scripts put them into a UNet, there and back, and out again."""
+"""The weights of the base beside a ControlNeXt: as the authors' scripts load them into a UNet, in a round trip, and detached."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def folder(path: Path, beside: dict[str, Tensor], name: str = WHOLE, file: str =
 
 
 def by_hand(model: str, path: Path, beside: dict[str, Tensor], added: bool) -> Tensor:
-    """What a UNet gives whose state dict was changed as the authors' loaders do, with the network alone."""
+    """Output of a UNet whose state dict was changed as the authors' loaders do, with the network alone."""
     unet = tiny(model)
     own = unet.state_dict()
     values = {key: tensor + own[key] for key, tensor in beside.items()} if added else beside
@@ -72,7 +72,7 @@ def test_either_kind_under_either_name(model: str, name: str, added: bool, tmp_p
     assert all(torch.equal(t, before[key]) for key, t in unet.state_dict().items())
 
 
-def test_names_of_the_first_release(tmp_path: Path) -> None:
+def test_original_names(tmp_path: Path) -> None:
     unet = tiny("sdxl")
     beside = increments(unet, "up_blocks.1.")
     renamed = dict(zip(original_names(unet, beside).values(), beside.values(), strict=True))
@@ -108,7 +108,7 @@ def ours(unet: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_ours_there_and_back_bitwise(kind: torch.dtype, tmp_path: Path) -> None:
+def test_ours_round_trip_bitwise(kind: torch.dtype, tmp_path: Path) -> None:
     first, second, theirs = (tiny("sd1").to(kind) for _ in range(3))
     attachment = ours(first, train=(*OUT, "conv"))
     assert controlnext.save(attachment, tmp_path / "x") == tmp_path / "x.safetensors"
@@ -146,7 +146,7 @@ def test_increments_on_half_precision_are_rounded_once(kind: torch.dtype, tmp_pa
     assert all(torch.equal(t, before[key]) for key, t in unet.state_dict().items())
 
 
-def test_what_does_not_fit(tmp_path: Path) -> None:
+def test_incompatible_files_are_rejected(tmp_path: Path) -> None:
     unet = tiny("sd1")
     before, beside = copied(unet), increments(unet)
     key = next(iter(beside))
@@ -228,7 +228,7 @@ def test_a_base_that_is_not_its_own(tmp_path: Path) -> None:
         veneer.load(tiny("sd1"), path)
 
 
-def test_a_pickle_beside_is_told(tmp_path: Path) -> None:
+def test_a_pickle_beside_is_reported(tmp_path: Path) -> None:
     save_file(state(8), tmp_path / "x.safetensors")
     pickle(tmp_path / "unet.bin")
     assert veneer.load(tiny("sd1"), tmp_path / "x").loaded.notes == ("unet.bin beside it is a pickle and was not loaded",)

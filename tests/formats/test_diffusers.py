@@ -1,4 +1,4 @@
-"""LoRA for diffusers and peft: they load it without veneer, and the change of every weight is the same."""
+"""LoRA for diffusers and peft: they load it without veneer, with equal weight updates."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def picture(pipe: Any) -> Tensor:
 
 
 def inject(pipe: Any, path: Path) -> None:
-    """What diffusers does, for the classes that it gives no loader."""
+    """Steps of diffusers, for classes without a loader."""
     config = peft.LoraConfig(
         **{
             k.removeprefix("transformer."): v
@@ -81,7 +81,7 @@ def inject(pipe: Any, path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_diffusers_alone_draws_the_same_pictures(files: Any, family: str) -> None:
+def test_diffusers_alone_generates_the_same_images(files: Any, family: str) -> None:
     """`load_lora_weights` on a pipeline that veneer has never seen: pixels in 0 to 1, float32."""
     pipe = tiny_pipeline(family)
     bare = picture(pipe)
@@ -138,7 +138,7 @@ def test_text_model_is_written_and_may_be_missing(files: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_what_diffusers_itself_has_saved(tmp_path: Path, rslora: bool) -> None:
-    """`save_lora_adapter`: no component in the names, peft's own config in the header, a rank of its own for one module."""
+    """`save_lora_adapter`: no component in the names, peft's own config in the header, a separate rank for one module."""
     pipe = tiny_pipeline("sd")
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=["to_q", "to_v"], use_rslora=rslora, init_lora_weights=False,
@@ -220,13 +220,13 @@ def test_rows_of_a_fused_projection_are_written_under_the_layers_they_were(tmp_p
     ],
     ids=["nothing", "method", "trained", "embedding", "t5", "mlp", "toy"],
 )
-def test_what_the_format_cannot_hold_is_refused(tmp_path: Path, make: Any, data: dict[str, Any]) -> None:
+def test_what_the_format_cannot_hold_is_rejected(tmp_path: Path, make: Any, data: dict[str, Any]) -> None:
     with raises(SaveError, **data):
         lora_format.save(make(), tmp_path / "toy")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_weight_adapted_twice_is_refused(tmp_path: Path) -> None:
+def test_one_weight_adapted_twice_is_rejected(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
     both = [attach(pipe, "lora", where="attn.q", rank=2) for _ in range(2)]
     with raises(SaveError, where=next(iter(both[0].parts)), given=2, expected=1):
@@ -250,7 +250,7 @@ def test_another_base_is_named(files: Any) -> None:
 
 
 def merged(pipe: Any) -> dict[str, dict[str, Tensor]]:
-    """Weights of every part, with what was attached folded in."""
+    """Weights of every part, with attachments merged."""
     return {
         c: {k: t.clone() for k, t in m.state_dict().items()} for c, m in pipe.components.items() if isinstance(m, torch.nn.Module)
     }
@@ -317,7 +317,7 @@ def test_dora_that_diffusers_itself_has_saved(tmp_path: Path) -> None:
     assert sum(not torch.equal(t, got[k]) for k, t in tiny_pipeline("sd").unet.state_dict().items()) > 10
 
 
-def test_lora_and_dora_in_one_model_are_refused(tmp_path: Path) -> None:
+def test_lora_and_dora_in_one_model_are_rejected(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
     both = [attach(pipe, "lora", where="attn.q", rank=2), attach(pipe, "dora", where="attn.v", rank=2)]
     with raises(SaveError, where="unet", given=("lora", "dora")):
@@ -362,7 +362,7 @@ def test_a_dora_scale_beside_a_pair(tmp_path: Path) -> None:
 
 
 def test_alphas_of_single_modules(tmp_path: Path) -> None:
-    """`….alpha` beside the pair counts before the rank; diffusers does the same."""
+    """`….alpha` beside the pair takes precedence over the rank; diffusers does the same."""
     attachment = low_rank.tuned("flux", ["attn.q", "text/attn.q"], rank=2)
     state = load_file(lora_format.save(attachment, tmp_path / "x"))
     names = {key.partition(".lora_")[0] for key in state}
@@ -397,7 +397,7 @@ def test_metadata_without_an_entry_of_the_component(tmp_path: Path, text: str) -
     assert_same(deltas(veneer.load(pipe, path)), {name: 1.5 * delta for name, delta in deltas(attachment).items()})
 
 
-def test_a_look_at_magnitudes_and_alphas_of_single_modules(tmp_path: Path) -> None:
+def test_inspection_of_magnitudes_and_alphas_of_single_modules(tmp_path: Path) -> None:
     name = "single_transformer_blocks.0.proj_mlp"
     out, width = tiny_pipeline("flux").transformer.get_submodule(name).weight.shape
     state = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(out, 2)}
@@ -409,7 +409,7 @@ def test_a_look_at_magnitudes_and_alphas_of_single_modules(tmp_path: Path) -> No
     assert veneer.load(tiny_pipeline("flux"), tmp_path / "x").method.name == "dora"
 
 
-def test_an_initialisation_that_changed_the_base_is_refused(tmp_path: Path) -> None:
+def test_an_initialization_that_changed_the_base_is_rejected(tmp_path: Path) -> None:
     path = lora_format.save(fill(attach(tiny_pipeline("sd"), "lora", where="attn.q", rank=2)), tmp_path / "x")
     text = json.loads(header(path)["__metadata__"]["lora_adapter_metadata"]) | {"unet.init_lora_weights": "pissa"}
 

@@ -75,7 +75,7 @@ def test_diffusers_makes_the_same_change(
 
 
 def test_the_unet_alone_without_its_name(tmp_path: Path) -> None:
-    """`save_attn_procs`: keys of the first release."""
+    """`save_attn_procs`: original keys."""
     made(tmp_path / "x.safetensors", "sd", ("attn.", "xattn."), in_processors)
     state = {k.removeprefix("unet."): t for k, t in load_file(tmp_path / "x.safetensors").items() if k.startswith("unet.")}
     save_file(state, tmp_path / "y.safetensors")

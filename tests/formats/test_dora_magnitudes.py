@@ -21,7 +21,7 @@ from veneer.testing.pipelines import tiny_pipeline
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 9), nn.Conv2d(4, 9, 3)], ids=["linear", "conv"])
 def test_the_weight_is_that_of_the_paper(layer: Any) -> None:
-    """Also of rows that are zero in the base, which have no direction of their own."""
+    """Also for rows that are zero in the base, which have no direction."""
     torch.manual_seed(0)
     layer.weight.data[2:4] = 0
     weight = layer.weight.detach()
@@ -59,7 +59,7 @@ def test_only_the_bases_own_norms() -> None:
 
 
 def test_a_change_of_nearly_nothing_is_no_large_difference(tmp_path: Path) -> None:
-    """A file holds m itself, in single precision: beside it a change of 1e-9 is lost, which is little of the whole."""
+    """A file holds m itself, in float32: a change of 1e-9 beside it is lost, which is small relative to m."""
     unet = tiny_pipeline("sd").unet
     dora = attach(unet, "dora", where="attn.{q,k}", rank=2)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Learned tokens for diffusers and other tools: they load them without veneer, and draw the same pictures."""
+"""Token embeddings for diffusers and other tools: they load them without veneer, and generate the same images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def words(pipe: Any, **config: Any) -> veneer.Attachment:
 
 
 def by_diffusers(pipe: Any, path: Path, token: str) -> None:
-    """SD: the file itself. SDXL: each tensor to its encoder, as the documentation of diffusers does."""
+    """SD: the file itself. SDXL: each tensor to its encoder, as in the documentation of diffusers."""
     tensors = load_file(path)
     if not hasattr(pipe, "text_encoder_2"):
         pipe.load_textual_inversion(path)
@@ -43,7 +43,7 @@ def by_diffusers(pipe: Any, path: Path, token: str) -> None:
 
 @pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_diffusers_alone_draws_the_same_pictures(tmp_path: Path, family: str, vectors: int) -> None:
+def test_diffusers_alone_generates_the_same_images(tmp_path: Path, family: str, vectors: int) -> None:
     """`load_textual_inversion` on a pipeline that veneer has never seen: pixels in 0 to 1, float32."""
     pipe = tiny_pipeline(family)
     tuned = words(pipe, vectors=vectors)

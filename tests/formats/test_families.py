@@ -58,7 +58,7 @@ def tower_of(base: str) -> Any:
 
 
 def pairs(names: Iterable[tuple[str, Any]], ends: tuple[str, str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of pairs of rank 1 under these names."""
+    """Shapes of LoRA factors of rank 1 under these names."""
     found: dict[str, tuple[int, ...]] = {}
     for name, site in names:
         found |= {f"{name}{ends[0]}": (1, *site.weight_shape[1:]), f"{name}{ends[1]}": (site.d_out, 1)}
@@ -121,7 +121,7 @@ def test_names_of_hunyuan_video_and_flux_are_alike_but_for_their_number() -> Non
 
 
 @pytest.mark.parametrize("method", ["lora", "loha"])
-def test_of_small_models_nothing_is_told(method: str, tmp_path: Path) -> None:
+def test_small_models_have_no_family(method: str, tmp_path: Path) -> None:
     """The names of SDXL, FLUX and PixArt at widths that these do not have."""
     for family in ("sdxl", "flux", "pixart", "dit", "sd"):
         for form in ("native", "diffusers" if method == "lora" else "lycoris"):
@@ -171,7 +171,7 @@ def test_sdxl_without_its_cross_attention() -> None:
         ({"<toy>": (1, 24)}, None),
     ],
 )
-def test_of_words(shapes: dict[str, tuple[int, ...]], family: str | None) -> None:
+def test_token_embeddings(shapes: dict[str, tuple[int, ...]], family: str | None) -> None:
     assert family_of(shapes, "embeddings") == family
 
 

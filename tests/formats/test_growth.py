@@ -1,4 +1,4 @@
-"""The work of reading and writing a file grows with its number of layers, not with the square of it."""
+"""Loading and saving a file takes time linear in its number of layers."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def assert_linear(work: Callable[[int], Callable[[], Any]]) -> None:
-    """The shorter of two measurements: other work on the machine only makes one longer."""
+    """The shorter of two measurements: other work on the machine can only make one longer."""
     few, many = work(FEW), work(MANY)
     ratio = min(seconds(many) for _ in range(2)) / min(seconds(few) for _ in range(2))
     assert ratio < MOST
 
 
 def large(form: str, layers: int, folder: Path) -> tuple[File, Format]:
-    """A file with two layers that the tiny FLUX has, and thousands that it does not."""
+    """A file with two layers that the tiny FLUX has, and thousands that it does not have."""
     pipe = tiny_pipeline("flux")
     method = "loha" if form == "lycoris" else "lora"
     path = formats.get(form)().save(attach(pipe, method, where="single.out", rank=1), folder / str(layers))

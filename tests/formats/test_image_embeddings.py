@@ -1,4 +1,4 @@
-"""Learned words in pictures, as A1111's web UI makes them, and pickles, which are refused with what converts them."""
+"""Token embeddings in images, as A1111's web UI saves them, and pickles, which are rejected with a conversion command."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def with_chunk(path: Path, data: Any, packed: bool = False) -> Path:
 
 
 def hidden(values: np.ndarray) -> np.ndarray:
-    """Exclusive or with the low bits of the series, one number after the other."""
+    """Exclusive or with the low bits of the series, element by element."""
     seed, found = 0, []
     for value in values.reshape(-1).tolist():
         seed = (1664525 * seed + 1013904223) % 2**32
@@ -57,7 +57,7 @@ def hidden(values: np.ndarray) -> np.ndarray:
 
 
 def with_edges(path: Path, data: Any, style: int = 0x50, **options: Any) -> Path:
-    """The older form: the text in the low bits of two edges beside a picture, and something to look at in the high bits."""
+    """The older form: the text in the low bits of two edges beside an image, and visible content in the high bits."""
     height = 64
     raw = np.frombuffer(zlib.compress(json.dumps(data).encode(), 9), np.uint8)
     width = -(-len(raw) // (3 * height)) + 1
@@ -69,7 +69,7 @@ def with_edges(path: Path, data: Any, style: int = 0x50, **options: Any) -> Path
 
 
 @pytest.mark.parametrize("make", [with_chunk, with_edges])
-def test_a_word_in_a_picture_is_loaded(tmp_path: Path, make: Any) -> None:
+def test_a_token_embedding_in_an_image_is_loaded(tmp_path: Path, make: Any) -> None:
     path = make(tmp_path / "cat.png", told())
     pipe = tiny_pipeline("sd")
     loaded = veneer.load(pipe, path)
@@ -137,7 +137,7 @@ BOMB = zlib.compress(b" " * 70_000_000)
     ],
     ids=["none", "black", "empty", "list", "ragged", "text", "number", "width", "edges", "short", "bomb", "ends"],
 )
-def test_pictures_that_are_no_good(tmp_path: Path, make: Any, data: dict[str, Any]) -> None:
+def test_malformed_images(tmp_path: Path, make: Any, data: dict[str, Any]) -> None:
     make(tmp_path / "x.png")
     pipe = tiny_pipeline("sd")
     with raises(LoadError, file=str(tmp_path / "x.png"), **data):
@@ -146,7 +146,7 @@ def test_pictures_that_are_no_good(tmp_path: Path, make: Any, data: dict[str, An
 
 
 def packed(path: Path, data: bytes) -> None:
-    """A picture with these bytes as its packed chunk."""
+    """An image with these bytes as its packed chunk."""
     Image.new("RGB", (8, 8), (9, 9, 9)).save(path)
     raw = path.read_bytes()
     chunk = b"zTXt" + b"sd-ti-embedding\0\0" + data
@@ -158,7 +158,7 @@ def packed(path: Path, data: bytes) -> None:
 
 
 def command(error: str, number: int) -> list[str]:
-    """The command that an error gives, as a shell takes it."""
+    """The command in an error, as a shell reads it."""
     commands = re.findall(r'python -c "[^"]*"', error.replace("\\\n", ""))
     return [sys.executable, *shlex.split(commands[number])[1:]]
 

@@ -1,4 +1,4 @@
-"""IP-Adapters: diffusers' own loader makes the same outputs of the same file, and reads what is written."""
+"""IP-Adapters: diffusers' own loader gives the same outputs for the same file, and loads saved ones."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def called(unet: Any, kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["base", "plus"])
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])
-def test_a_file_there_and_back(model: str, kind: str, tmp_path: Path) -> None:
+def test_a_file_round_trip(model: str, kind: str, tmp_path: Path) -> None:
     unet = tiny(model)
     flat = state(unet, kind)
     save_file(flat, tmp_path / "x.safetensors")
@@ -226,7 +226,7 @@ def test_some_layers_are_no_file(tmp_path: Path) -> None:
         ip_adapter.save(attachment, tmp_path / "x")
 
 
-def test_a_look_and_a_conversion(tmp_path: Path) -> None:
+def test_inspection_and_conversion(tmp_path: Path) -> None:
     unet = tiny("sd1")
     flat = state(unet, "base")
     save_file(flat, tmp_path / "x.safetensors")

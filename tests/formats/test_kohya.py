@@ -1,4 +1,4 @@
-"""LoRA in kohya's layout: diffusers, peft and LyCORIS agree about the change of every weight."""
+"""LoRA in kohya's layout: diffusers, peft and LyCORIS have equal weight updates."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_diffusers_makes_the_same_change_of_every_weight(tmp_path: Path, family:
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_the_tensors_alone_give_the_change(files: Any, family: str) -> None:
-    """alpha / r · B A of each module, with another alpha and rank by role, rank-stabilised."""
+    """alpha / r · B A of each module, with another alpha and rank by role, rank-stabilized."""
     path, want = files(family)
     state = load_file(path)
     written = {p.names[0]: p.sites[0].name for t in towers_of(tiny_pipeline(family)) for p in named_layers(t, family == "sdxl")}
@@ -113,8 +113,8 @@ def test_what_diffusers_writes_in_this_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_tucker_as_lycoris_reckons_it(tmp_path: Path, kernel: int) -> None:
-    """`lora_mid` between 1×1 convolutions; LyCORIS gives the change of the weight."""
+def test_tucker_as_lycoris_computes_it(tmp_path: Path, kernel: int) -> None:
+    """`lora_mid` between 1×1 convolutions; LyCORIS gives the weight update."""
     locon = pytest.importorskip("lycoris.modules.locon", reason="LyCORIS is not installed")
     pipe = tiny_pipeline("sd")
     path = "down_blocks.0.resnets.0.conv1" if kernel == 3 else "mid_block.attentions.0.proj_in"
@@ -218,7 +218,7 @@ def test_what_other_tools_look_for_in_the_header(files: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("strict", [True, False])
-def test_other_changes_in_this_layout_are_refused(files: Any, tmp_path: Path, part: str, given: str, strict: bool) -> None:
+def test_other_changes_in_this_layout_are_rejected(files: Any, tmp_path: Path, part: str, given: str, strict: bool) -> None:
     state = load_file(files("sd")[0])
     name = next(iter(state)).partition(".")[0]
     save_file({**state, f"{name}.{part}": torch.ones(2, 2)}, tmp_path / "x.safetensors")
@@ -256,7 +256,7 @@ GOOD = {f"{Q}.lora_down.weight": torch.ones(2, 16), f"{Q}.lora_up.weight": torch
     ],
     ids=["alpha-0", "alphas", "alpha-nan", "half", "ranks", "rank-0", "scalar", "width", "mid", "elsewhere", "other"],
 )
-def test_files_that_are_not_whole(tmp_path: Path, changed: dict[str, Tensor | None], data: dict[str, Any]) -> None:
+def test_incomplete_files(tmp_path: Path, changed: dict[str, Tensor | None], data: dict[str, Any]) -> None:
     save_file({k: t for k, t in {**GOOD, **changed}.items() if t is not None}, tmp_path / "x.safetensors")
     pipe = tiny_pipeline("sd")
     with raises(LoadError, **data):
@@ -264,7 +264,7 @@ def test_files_that_are_not_whole(tmp_path: Path, changed: dict[str, Tensor | No
     assert veneer.attachments(pipe) == []
 
 
-def test_not_strict_loads_what_fits_and_says_what_did_not(tmp_path: Path) -> None:
+def test_not_strict_loads_compatible_tensors_and_reports_the_rest(tmp_path: Path) -> None:
     save_file({**GOOD, "lora_unet_elsewhere.lora_down.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
     report = veneer.load(tiny_pipeline("sd"), tmp_path / "x", strict=False).loaded
     assert (len(report.used), report.unused) == (2, ("lora_unet_elsewhere.lora_down.weight",))
@@ -298,7 +298,7 @@ def test_another_base_is_named(files: Any) -> None:
     ],
     ids=["nothing", "method", "trained", "embedding", "pixart", "toy", "whole"],
 )
-def test_what_the_layout_cannot_hold_is_refused(tmp_path: Path, make: Callable[[], Any], data: dict[str, Any]) -> None:
+def test_what_the_layout_cannot_hold_is_rejected(tmp_path: Path, make: Callable[[], Any], data: dict[str, Any]) -> None:
     with raises(SaveError, **data):
         kohya.save(make(), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
@@ -310,7 +310,7 @@ def whole() -> veneer.Attachment:
     return attach(pipe, "lora", where="attn.qkv", rank=2)
 
 
-def test_one_weight_adapted_twice_is_refused(tmp_path: Path) -> None:
+def test_one_weight_adapted_twice_is_rejected(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
     both = [attach(pipe, "lora", where="attn.q", rank=2) for _ in range(2)]
     with raises(SaveError, given=2, expected=1) as caught:

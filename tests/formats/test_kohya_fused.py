@@ -1,4 +1,4 @@
-"""Fused projections of FLUX in kohya's layout: one pair for all slices, or one a slice."""
+"""Fused projections of FLUX in kohya's layout: one pair of factors for all slices, or one per slice."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_component_that_touches_one_late_row_is_kept(tmp_path: Path) -> None:
     assert [a.down.shape[0] for _, a in loaded.parts.values()] == [4, 2, 4]
 
 
-def test_a_fused_pair_of_nothing_is_loaded(tmp_path: Path) -> None:
+def test_a_fused_pair_of_zeros_is_loaded(tmp_path: Path) -> None:
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     state = {f"{name}.lora_down.weight": torch.randn(4, 32), f"{name}.lora_up.weight": torch.zeros(96, 4)}
     save_file(state, tmp_path / "x.safetensors")

@@ -41,7 +41,7 @@ def test_layers_ranks_and_alphas(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["comfyui", "onetrainer", "xlabs"])
-def test_what_is_too_much_is_told(tmp_path: Path, form: str) -> None:
+def test_unused_tensors_are_reported(tmp_path: Path, form: str) -> None:
     state = load_file(formats.get(form)().save(tuned("flux", "attn", rank=2), tmp_path / "x"))
     key = next(k for k in state if "down" in k)
     away = key.replace("double_blocks.0", "double_blocks.7").replace("transformer_blocks_0", "transformer_blocks_7")
@@ -51,7 +51,7 @@ def test_what_is_too_much_is_told(tmp_path: Path, form: str) -> None:
     assert (found.fits, found.unused) == (False, (away,))
 
 
-def test_words_that_came_with_the_training_are_told(tmp_path: Path) -> None:
+def test_bundled_tokens_are_reported(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
     words = veneer.attach(pipe, "textual_inversion", tokens=("<one>", "<two>"))
     for form in ("native", "embeddings", "onetrainer"):

@@ -1,4 +1,4 @@
-"""From every format to every other that can hold it: the same change of each weight."""
+"""Conversions from every format to every other that can hold it keep the weight updates."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OTHER_PAIRS = [(method, *pair) for method, (_, some) in OTHERS.items() for pair 
 
 
 def changes(before: dict[str, torch.Tensor], attached: list[Attachment]) -> dict[str, torch.Tensor]:
-    """What folding the adapters in changes each weight by; nothing stays attached."""
+    """Weight updates by merging the adapters; nothing stays attached."""
     for attachment in attached:
         attachment.merge()
     after = {f"{c}.{k}": t.clone() for a in attached for c in a.towers for k, t in a.host_state_dict(c).items()}
@@ -75,7 +75,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def wanted() -> Any:
-    """A pipeline, its weights, and what the attachment of a family (or a method) changes them by; nothing is attached."""
+    """A pipeline, its weights, and the weight updates of the attachment of a family (or a method); nothing is attached."""
 
     @functools.cache
     def get(key: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -121,7 +121,7 @@ def test_converted_it_changes_every_weight_as_before(
         ("lokr-dora", "peft_folder", {"norm_axis": "output"}),
     ],
 )
-def test_what_the_other_cannot_hold_is_no_file(files: Any, tmp_path: Path, family: str, to: str, given: Any) -> None:
+def test_what_the_other_format_cannot_hold_is_not_saved(files: Any, tmp_path: Path, family: str, to: str, given: Any) -> None:
     with raises(SaveError, given=given):
         convert(tiny_pipeline(case(family)[0]), files(family, "native"), to, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""LyCORIS' layout: its own modules and veneer agree about the change of every weight, both ways."""
+"""LyCORIS' layout: its own modules and veneer have equal weight updates, in both directions."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def sites_of(family: str, case: str) -> list[str]:
     ],
 )
 def test_both_ways(tmp_path: Path, family: str, case: str) -> None:
-    """LyCORIS' file makes its change here; what is written of it makes the same change in LyCORIS, and here again."""
+    """LyCORIS' file has its weight updates here; the file saved of it has the same in LyCORIS, and here again."""
     algo, method, options = CASES[case]
     pipe = tiny_pipeline(family)
     places = chosen(pipe, sites_of(family, case))
@@ -90,7 +90,7 @@ def fill_all(network: torch.nn.Module) -> None:
 
 
 def test_one_file_of_several_methods(tmp_path: Path) -> None:
-    """Each method is an attachment, with ranks, alphas and splits of its own by site; all of them go into one file again."""
+    """Each method is an attachment, with its ranks, alphas and splits by site; all of them are saved in one file again."""
     pipe = tiny_pipeline("sd")
     places = chosen(pipe, SITES["sd"])
     how: list[tuple[str, dict[str, Any]]] = [
@@ -210,8 +210,8 @@ def test_what_other_tools_look_for_in_the_header(tmp_path: Path) -> None:
         ("oft", {"block_size": 4, "coft": 1e-3, "share": True}),
     ],
 )
-def test_lycoris_itself_loads_trained_turns(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
-    """A butterfly of fewer components than LyCORIS builds is filled up with zeros, and has its own number when it is read."""
+def test_lycoris_itself_loads_trained_rotations(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+    """A butterfly of fewer components than LyCORIS builds is padded with zeros, and has its original number when it is read."""
     pipe = tiny_pipeline("sd")
     tuned = fill(attach(pipe, method, where=["attn.{q,k}", "conv.res"], side="output", **options), std=0.2)
     want, path = changes(tuned), lycoris.save(tuned, tmp_path / "x")

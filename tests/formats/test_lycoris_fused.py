@@ -1,4 +1,4 @@
-"""Fused projections of FLUX in LyCORIS' layout: split and joined where that is exact, else refused."""
+"""Fused projections of FLUX in LyCORIS' layout: split and merged where that is exact, else rejected."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_halves_that_are_swapped(tmp_path: Path) -> None:
     ],
 )
 def test_slices_that_are_not_all_adapted(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
-    """The others do not change, in LyCORIS neither."""
+    """The others do not change, neither here nor in LyCORIS."""
     attachment = fill(attach(tiny_pipeline("flux"), method, where=[SLICES[0], SLICES[2]], **options), std=0.2)
     want = changes(attachment)
     path = lycoris.save(attachment, tmp_path / "x")
@@ -169,7 +169,7 @@ def test_ranks_that_differ_by_slice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["oft_unet_", "lora_unet_"])
 def test_sd_scripts_own_oft_of_flux(tmp_path: Path, prefix: str) -> None:
-    """Blocks of each slice by themselves, each within alpha times the slice's outputs; written out as the trainer has it."""
+    """Separate blocks for each slice, each limited to alpha times the slice's outputs; written out as in the trainer."""
     torch.manual_seed(0)
     blocks = {f"oft_blocks__{i}": torch.randn(4, 8, 8) * 0.1 for i in range(3)}
     name = QKV.replace("lora_unet_", prefix)

@@ -1,4 +1,4 @@
-"""What LyCORIS' layout or veneer's methods cannot hold is refused with the reason, and nothing is left behind."""
+"""What LyCORIS' layout or veneer's methods cannot hold is rejected with the reason, and the model is unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GLORA = {"a1.weight": (32, 2), "a2.weight": (2, 32), "b1.weight": (32, 2), "b2.w
 
 
 def file(path: Path, parts: dict[str, Any], name: str = Q) -> Path:
-    """A file of one module; shapes become ones."""
+    """A file of one module; shapes become tensors of ones."""
     tensors = {f"{name}.{end}": t if isinstance(t, Tensor) else torch.ones(t) for end, t in parts.items()}
     save_file(tensors, path / "x.safetensors")
     return path / "x.safetensors"
@@ -87,7 +87,7 @@ def test_what_is_unused_is_named(tmp_path: Path) -> None:
         veneer.load(tiny_pipeline("sd"), file(tmp_path, LOHA, "lora_unet_elsewhere"))
 
 
-def test_sd_scripts_constraint_of_nothing(tmp_path: Path) -> None:
+def test_sd_scripts_constraint_of_zero(tmp_path: Path) -> None:
     path = file(tmp_path, {"oft_blocks": (4, 8, 8), "alpha": torch.tensor(0.0)}, Q.replace("lora_", "oft_"))
     with raises(LoadError, where=Q.replace("lora_", "oft_"), given=0):
         veneer.load(tiny_pipeline("sd"), path)

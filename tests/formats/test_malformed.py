@@ -1,4 +1,4 @@
-"""A few of the files of `tests.formats.malformed`: every mutation of every format; and that wrong loaders are noticed."""
+"""A few of the files of `tests.formats.malformed`: every mutation of every format; and wrong loaders are detected."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ SLOWER = 20.0  # times the limit of the command: other work on the machine is no
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Pair]]:
-    """Every good file with each mutation that fits it."""
+    """Every good file with each applicable mutation."""
     with ready(tmp_path_factory.mktemp("good")) as found:
         yield found
 
 
 def first_wrong(pair: Pair, folder: Path) -> Verdict | None:
-    """The first of a few files that is refused or loaded wrongly."""
+    """The first of a few files that is rejected or loaded wrongly."""
     found = (judge(Case.of(pair, number, 0, folder / "x"), SLOWER) for number in NUMBERS)
     return next((one for one in found if one.what == "wrong"), None)
 
 
 @pytest.mark.parametrize("mutation", [m.name for m in MUTATIONS])
-def test_malformed_files_are_refused_or_mean_what_they_say(mutation: str, pairs: list[Pair], tmp_path: Path) -> None:
-    """One file of each format, of those for control one of all; which of several is another for each mutation."""
+def test_malformed_files_are_rejected_or_mean_what_they_say(mutation: str, pairs: list[Pair], tmp_path: Path) -> None:
+    """One file of each format, and one of all control formats; another of several for each mutation."""
     index = next(i for i, m in enumerate(MUTATIONS) if m.name == mutation)
     by_format: dict[str, list[Pair]] = {}
     for pair in pairs:
@@ -55,12 +55,12 @@ def test_malformed_files_are_refused_or_mean_what_they_say(mutation: str, pairs:
 
 
 def spends(*args: Any) -> Any:
-    """A load in memory that no file of this size needs."""
+    """A load that allocates far more memory than the file needs."""
     return len(b"x" * 600_000_000) and load_all(*args)
 
 
 def keeps(model: Any, path: Path) -> Any:
-    """A refusal after which something stays attached."""
+    """A rejection after which something stays attached."""
     attach(model, "lora", where="mlp.in", rank=1)
     raise LoadError(f"{path}: it is refused, and what was attached stays attached.")
 
@@ -97,13 +97,13 @@ def fails(model: Any, path: Path) -> Any:
         ("t2i-full_adapter", "the_same_in_other_words", t2i_adapter, "_compare", lambda *_: None, "its bytes say nothing"),
         ("peft-lora", "one_more_remark", verdict, "SECONDS", 0.0, "s of the processor"),
         ("peft-lora", "cut_short", verdict, "load_all", spends, " MB"),
-        ("peft-lora", "cut_short", verdict, "load_all", keeps, "not as before"),
+        ("peft-lora", "cut_short", verdict, "load_all", keeps, "not restored"),
         ("peft-lora", "cut_short", verdict, "load_all", mumbles, "does not say enough"),
         ("peft-lora", "cut_short", verdict, "load_all", fails, "KeyError"),
         ("peft-lora", "one_more_remark", verdict, "load_all", mumbles, "must load"),
     ],
 )
-def test_a_wrong_loader_is_noticed(
+def test_a_wrong_loader_is_detected(
     good: str, mutation: str, where: Any, name: str, instead: Callable[..., Any], why: str,
     pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

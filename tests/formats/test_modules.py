@@ -1,4 +1,4 @@
-"""Names of first releases against the converters that diffusers loads whole checkpoints of these releases with."""
+"""Original names against diffusers' converters of whole original checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tower_of(name: str) -> Any:
 
 
 def coded(tower: Any) -> dict[str, Tensor]:
-    """A checkpoint in the first release's names whose weights have one column, with a number of its own in each row."""
+    """A checkpoint with original names whose weights have one column, with a different value in each row."""
     state, start = {}, 0
     for module in original_modules(tower):
         rows = sum(site.d_out for site in module.sites)
@@ -31,7 +31,7 @@ def coded(tower: Any) -> dict[str, Tensor]:
 
 
 def rows_of(tower: Any) -> dict[str, Tensor]:
-    """Own path of each weight to the rows of `coded` that it is."""
+    """Path of each weight to its rows of `coded`."""
     found, state = {}, coded(tower)
     for module in original_modules(tower):
         weight = state[f"{module.path}.weight"]
@@ -89,7 +89,7 @@ def test_every_tensor_of_a_unet(base: str) -> None:
 
 
 def test_pixart_has_a_name_for_every_weight() -> None:
-    """Names as in PixArt's own checkpoints; shapes tell that nothing is taken for another."""
+    """Names as in PixArt's own checkpoints; shapes show that no weight is confused with another."""
     tower = tower_of("pixart_alpha")
     named = {module.path: module for module in original_modules(tower)}
     assert {site.name for module in named.values() for site in module.sites} == weight_paths(tower).keys()

@@ -1,4 +1,4 @@
-"""The native file: everything that training changed, exactly once, and back to the same outputs."""
+"""The native file: everything that training changed, exactly once, and the same outputs after loading."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def picture(pipe: Any, prompt: str = PROMPT) -> torch.Tensor:
 
 
 def pivotal(pipe: Any) -> list[veneer.Attachment]:
-    """New words and LoRA together."""
+    """New tokens and LoRA together."""
     return [
         fill(attach(pipe, "textual_inversion", tokens="<toy>", vectors=2, initialize="toy"), 1),
         fill(attach(pipe, "lora", where=["attn.{q,v}", "text/attn"], rank=3, alpha=2, ranks={"attn.v": 5}), 2),
@@ -45,13 +45,13 @@ def pivotal(pipe: Any) -> list[veneer.Attachment]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """A file with two attachments, and what the pipeline drew with them."""
+    """A file with two attachments, and the pipeline's output with them."""
     pipe = tiny_pipeline("sd")
     path = native.save(pivotal(pipe), tmp_path_factory.mktemp("pivotal") / "toy", provenance={"photos": 5})
     return path, picture(pipe)
 
 
-def test_a_fresh_pipeline_draws_the_same_bitwise(saved: tuple[Path, torch.Tensor]) -> None:
+def test_a_new_pipeline_generates_the_same_images_bitwise(saved: tuple[Path, torch.Tensor]) -> None:
     path, image = saved
     pipe = tiny_pipeline("sd")
     bare = picture(pipe)
@@ -84,7 +84,7 @@ def test_save_load_save_gives_the_same_bytes(saved: tuple[Path, torch.Tensor], t
 
 
 def test_what_is_in_the_file(tmp_path: Path) -> None:
-    """Names of tensors, and a header that says what they are."""
+    """Names of tensors, and a header that describes them."""
     tuned = fill(attach(net(), "lora", where="attn.q", rank=2, name="mine", train="head"))
     written = header(tuned.save(tmp_path / "toy"))
     meta = json.loads(written.pop("__metadata__")["veneer"])
@@ -174,11 +174,11 @@ def test_a_part_of_a_pipeline_takes_what_was_made_on_the_pipeline(tmp_path: Path
     assert all(torch.equal(back.state_dict()[k], t) for k, t in tuned.state_dict().items())
 
 
-def test_a_base_in_half_precision_is_the_same_base(saved: tuple[Path, torch.Tensor]) -> None:
+def test_a_base_in_half_precision_matches(saved: tuple[Path, torch.Tensor]) -> None:
     assert load_all(tiny_pipeline("sd").to(torch.float16), saved[0])[1].loaded.clean
 
 
-def test_loading_draws_no_random_numbers_and_drops_nothing(tmp_path: Path) -> None:
+def test_loading_leaves_the_random_state_and_keeps_every_tensor(tmp_path: Path) -> None:
     path = fill(attach(net(), "lora", where="head", rank=2, dropout=0.5)).save(tmp_path / "toy")
     model = net()
     before = torch.get_rng_state()
@@ -195,7 +195,7 @@ def test_a_trained_base_is_compared_as_it_was_before(tmp_path: Path) -> None:
     assert veneer.load(net(), path).loaded.clean
 
 
-def test_a_merged_base_is_no_base(tmp_path: Path) -> None:
+def test_a_merged_base_is_rejected(tmp_path: Path) -> None:
     model = net()
     tuned = fill(attach(model, "lora", where="head", rank=2))
     path = tuned.save(tmp_path / "toy")
@@ -217,14 +217,14 @@ def test_a_merged_base_is_no_base(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_lists_that_make_no_file(tmp_path: Path, make: Any, data: dict[str, Any]) -> None:
+def test_lists_that_cannot_be_saved(tmp_path: Path, make: Any, data: dict[str, Any]) -> None:
     with raises(SaveError, **data):
         native.save(make(), tmp_path / "toy")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("revision", [0, -1, "1", 1.0, True, 99])
-def test_a_revision_of_the_method_that_is_none(revision: Any, tmp_path: Path) -> None:
+def test_an_unknown_revision_of_the_method(revision: Any, tmp_path: Path) -> None:
     path = fill(attach(net(), "bitfit")).save(tmp_path / "toy")
 
     def change(header: dict[str, Any]) -> None:

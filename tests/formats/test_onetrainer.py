@@ -1,4 +1,4 @@
-"""LoRA as OneTrainer writes it: diffusers reads its FLUX files; words come with them."""
+"""LoRA as OneTrainer writes it: diffusers reads its FLUX files; token embeddings are bundled."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_prefixes_count_the_pipelines_text_encoders(tmp_path: Path, family: str)
 
 
 def test_diffusers_makes_the_same_change(tmp_path: Path) -> None:
-    """Of attention, the only layers whose names its converter knows whole."""
+    """Of attention, the only layers whose names its converter supports completely."""
     attachment = tuned("flux", ["attn", "text/attn", "text/mlp"], rank=4)
     path = onetrainer.save(attachment, tmp_path / "x")
     plain = tiny_pipeline("flux")
@@ -62,7 +62,7 @@ def test_diffusers_makes_the_same_change(tmp_path: Path) -> None:
 
 
 def test_unets_are_named_as_kohyas_readers_take_them(tmp_path: Path) -> None:
-    """diffusers' paths with underscores, for SDXL too, without words."""
+    """diffusers' paths with underscores, for SDXL too, without token embeddings."""
     attachment = tuned("sdxl", ["attn", "mlp", "text/attn", "text_2/attn"], rank=3)
     path = onetrainer.save(attachment, tmp_path / "x")
     assert format_of(read(path)).name == "kohya"
@@ -97,7 +97,7 @@ def test_omi_names_with_numbered_projections(tmp_path: Path, family: str) -> Non
     assert_same(deltas(loaded), want)
 
 
-def test_words_are_in_it(tmp_path: Path) -> None:
+def test_token_embeddings_are_included(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sdxl")
     words = [
         fill(attach(pipe, "textual_inversion", tokens=t, vectors=n, name=f"w{n}"), seed=n) for t, n in (("<a.b>", 2), ("<c>", 1))
@@ -115,7 +115,7 @@ def test_words_are_in_it(tmp_path: Path) -> None:
     assert_same(deltas(loaded[2]), deltas(lora))
 
 
-def test_converted_words_stay_in_the_file(tmp_path: Path) -> None:
+def test_conversion_keeps_token_embeddings(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
     words = fill(attach(pipe, "textual_inversion", tokens="<toy>", vectors=2))
     lora = fill(attach(pipe, "lora", rank=2, where="attn.q"), std=0.2)
@@ -126,7 +126,7 @@ def test_converted_words_stay_in_the_file(tmp_path: Path) -> None:
     assert_same(deltas(second), deltas(lora))
 
 
-def test_words_beside_kohyas_names_and_as_a1111_bundles_them(tmp_path: Path) -> None:
+def test_token_embeddings_beside_kohyas_names_and_as_a1111_bundles_them(tmp_path: Path) -> None:
     lora = tuned("sdxl", ["attn", "text/attn"], rank=2)
     words = {"bundle_emb.toy-a.string_to_param.*": torch.ones(2, 28), "bundle_emb.toy-b.clip_l": torch.ones(24)}
     save_file({**load_file(kohya.save(lora, tmp_path / "x")), **words}, tmp_path / "y.safetensors")
@@ -162,7 +162,7 @@ def test_other_methods_have_the_ends_of_lycoris(tmp_path: Path) -> None:
         ({"bundle_emb.<a>.t5": torch.ones(1, 24)}, {"given": ("t5",), "expected": {"text_encoder": 24}}),
     ],
 )
-def test_words_that_do_not_fit(tmp_path: Path, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+def test_incompatible_token_embeddings(tmp_path: Path, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     pipe = tiny_pipeline("sd")
     with raises(LoadError, **data):
@@ -170,7 +170,7 @@ def test_words_that_do_not_fit(tmp_path: Path, tensors: dict[str, Tensor], data:
     assert veneer.attachments(pipe) == []
 
 
-def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
+def test_a_weight_under_two_names_is_rejected(tmp_path: Path) -> None:
     pair = {"lora_down.weight": torch.ones(1, 32), "lora_up.weight": torch.ones(32, 1)}
     names = ("lora_transformer_transformer_blocks_0_attn_to_q", "transformer.double_blocks.0.img_attn.qkv.0")
     save_file({f"{n}.{k}": t.clone() for n in names for k, t in pair.items()}, tmp_path / "x.safetensors")

@@ -1,4 +1,4 @@
-"""Methods other than LoRA in OneTrainer's and ai-toolkit's files: the change of every weight, written out."""
+"""Methods other than LoRA in OneTrainer's and ai-toolkit's files: weight updates, written out."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def weight_of(pipe: Any, component: str, path: str) -> Tensor:
 
 
 def written(family: str, make: Callable[[Tensor], Made], path: Path, dotted: bool = False) -> dict[tuple[str, str], Tensor]:
-    """A file with a change of every layer of `LAYERS`, and these changes by component and path."""
+    """A file with an update of every layer of `LAYERS`, and these updates by component and path."""
     torch.manual_seed(0)
     pipe, state, want = tiny_pipeline(family), {}, {}
     for component, prefix, name, own in LAYERS[family]:

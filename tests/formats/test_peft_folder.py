@@ -1,4 +1,4 @@
-"""peft's folders: what peft writes changes the weights as in peft, and peft reads what is written."""
+"""peft's folders: a folder saved by peft has its weight updates, and peft reads saved folders."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def unet() -> nn.Module:
 
 
 def changed(base: nn.Module, after: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What every parameter has been changed by, where it has."""
+    """Changes of parameters, without zeros."""
     before = base.state_dict()
     return {name: after[name].double() - t.double() for name, t in before.items() if not torch.equal(after[name], t)}
 
@@ -216,7 +216,7 @@ def test_modules_to_save_become_trained_parameters(tmp_path: Path) -> None:
     assert torch.equal(model.head.weight, base.head.weight)
 
 
-def test_a_converted_pissa_is_read_and_one_that_is_not_is_refused(tmp_path: Path) -> None:
+def test_a_converted_pissa_is_read_and_one_that_is_not_is_rejected(tmp_path: Path) -> None:
     base = vit()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -290,7 +290,7 @@ def test_a_series_of_an_impossible_number_of_terms(tmp_path: Path, terms: Any) -
     ],
     ids=lambda v: next(iter(v)),
 )
-def test_what_the_tensors_do_not_hold_is_refused(tmp_path: Path, config: dict[str, Any], data: dict[str, Any]) -> None:
+def test_what_the_tensors_do_not_hold_is_rejected(tmp_path: Path, config: dict[str, Any], data: dict[str, Any]) -> None:
     saved(vit(), peft.LoraConfig(r=2, target_modules=["qkv"]), tmp_path / "x")
     path = tmp_path / "x" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -328,7 +328,7 @@ def test_other_terms_of_other_methods(tmp_path: Path) -> None:
         veneer.load(unet(), tmp_path / "conv")
 
 
-def test_another_model_and_half_a_file(tmp_path: Path) -> None:
+def test_another_model_and_an_incomplete_file(tmp_path: Path) -> None:
     saved(vit(), peft.LoraConfig(r=2, target_modules=["qkv"]), tmp_path / "x")
     path = tmp_path / "x" / "adapter_model.safetensors"
     state = load_file(path)

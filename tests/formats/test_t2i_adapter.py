@@ -1,4 +1,4 @@
-"""T2I-Adapters of diffusers' class and of its authors' names: the same outputs, and the same tensors when saved again."""
+"""T2I-Adapters of diffusers' class and with the original names: equal outputs, and equal tensors when saved again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_a_folder_of_diffusers_there_and_back(kind: str, tmp_path: Path) -> None:
+def test_a_folder_of_diffusers_round_trip(kind: str, tmp_path: Path) -> None:
     unet, made = tiny(TYPES[kind][0]), adapter(kind)
     attachment = veneer.load(unet, saved(made, tmp_path / "a"))
     assert attachment.loaded.clean
@@ -73,7 +73,7 @@ def test_ours_is_a_folder_for_diffusers(kind: str, tmp_path: Path) -> None:
 
 
 def by_the_authors(made: Any, kind: str, blocks: int) -> dict[str, Tensor]:
-    """Tensors as the authors' class has them: blocks counted through all levels, or a level's own in its `body`."""
+    """Tensors as in the authors' class: blocks numbered across all levels, or per level in its `body`."""
     found, net = {}, made.adapter
     if kind == "full_adapter":
         found = {f"conv_in.{n}": p for n, p in net.conv_in.named_parameters()}
@@ -90,7 +90,7 @@ def by_the_authors(made: Any, kind: str, blocks: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("blocks", [2, 3])
 @pytest.mark.parametrize("kind", ["full_adapter", "light_adapter"])
-def test_the_authors_names(kind: str, blocks: int, tmp_path: Path) -> None:
+def test_original_names(kind: str, blocks: int, tmp_path: Path) -> None:
     made, unet = adapter(kind, num_res_blocks=blocks), tiny("sd1")
     save_file(by_the_authors(made, kind, blocks), tmp_path / "x.safetensors")
     attachment = veneer.load(unet, tmp_path / "x")
@@ -201,7 +201,7 @@ def test_levels_of_none_of_the_types(model: str, kind: str, shape: tuple[int, ..
         assert not (tmp_path / "x").exists()
 
 
-def test_a_look_and_a_conversion(tmp_path: Path) -> None:
+def test_inspection_and_conversion(tmp_path: Path) -> None:
     saved(adapter("full_adapter"), tmp_path / "a")
     unet = tiny("sd1")
     found = inspect(tmp_path / "a", unet)

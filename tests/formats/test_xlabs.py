@@ -1,4 +1,4 @@
-"""LoRA of FLUX.1 as x-flux writes it: diffusers reads it on its own."""
+"""LoRA of FLUX.1 as x-flux writes it: diffusers reads it without veneer."""
 
 from __future__ import annotations
 
@@ -55,6 +55,6 @@ def test_read_as_diffusers_reads_it(tmp_path: Path, prefix: str) -> None:
         ("sd", "attn", "UNet2DConditionModel"),
     ],
 )
-def test_what_has_no_name_is_refused(tmp_path: Path, family: str, where: str, given: str) -> None:
+def test_what_has_no_name_is_rejected(tmp_path: Path, family: str, where: str, given: str) -> None:
     with raises(SaveError, given=given):
         xlabs.save(tuned(family, where, rank=1), tmp_path / "x")

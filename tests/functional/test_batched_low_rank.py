@@ -8,7 +8,7 @@ from veneer.functional.batched_low_rank import add_products
 
 @pytest.mark.parametrize("over", [False, True])
 def test_products_of_each_sample_at_once(over: bool) -> None:
-    """Against row by row, with two copies, with tokens and without; `over` writes where it is told."""
+    """Against row by row, with two copies, with tokens and without; `over` writes into the given tensor."""
     draws = torch.Generator().manual_seed(0)
     ranks = (3, 1, 2)
     downs = [torch.randn(r, 5, generator=draws, dtype=torch.float64) for r in ranks]

@@ -1,4 +1,4 @@
-"""Products over channels in every layout, against a loop over positions, in double precision."""
+"""Products over channels in every layout, against a loop over positions, in float64."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_other_dtypes_and_autocast_give_the_same_up_to_rounding(layout: Layout) 
     torch.testing.assert_close(low.double(), looped(y, weight.T, None, layout), rtol=3e-2, atol=5e-2)
 
 
-def test_pictures_that_are_channels_last_in_memory() -> None:
+def test_images_that_are_channels_last_in_memory() -> None:
     x, weight = features("NCHW", 5, 1).to(memory_format=torch.channels_last), draw(3, 5, seed=2)
     torch.testing.assert_close(channels_product(x, weight, None, "NCHW"), looped(x, weight, None, "NCHW"))
     torch.testing.assert_close(
@@ -80,7 +80,7 @@ def test_pictures_that_are_channels_last_in_memory() -> None:
     )
 
 
-def test_samples_are_kept_as_often_as_they_should_and_the_mean_stays() -> None:
+def test_drop_path_keeps_its_rate_and_the_mean() -> None:
     torch.manual_seed(0)
     kept = drop_path_mask(torch.zeros(20_000, 2, 3), 0.25, True)
     assert kept is not None
@@ -90,7 +90,7 @@ def test_samples_are_kept_as_often_as_they_should_and_the_mean_stays() -> None:
 
 
 @pytest.mark.parametrize(("probability", "training"), [(0.0, True), (0.5, False)])
-def test_nothing_is_drawn_where_all_samples_stay(probability: float, training: bool) -> None:
+def test_nothing_is_sampled_without_drop_path(probability: float, training: bool) -> None:
     before = torch.get_rng_state()
     assert drop_path_mask(torch.zeros(4, 2), probability, training) is None
     assert torch.equal(torch.get_rng_state(), before)

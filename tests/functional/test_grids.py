@@ -1,4 +1,4 @@
-"""The grid that a number of patches stands in."""
+"""The grid of a number of patches."""
 
 import math
 

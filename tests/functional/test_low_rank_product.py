@@ -1,4 +1,4 @@
-"""y + B (A x), against the plain products, in double precision."""
+"""y + B (A x), against plain products, in float64."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_over_y_nothing_is_allocated_and_the_gradients_are_the_same() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_whoever_kept_y_for_a_backward_pass_is_told() -> None:
+def test_overwriting_a_tensor_kept_for_a_backward_pass_is_an_error() -> None:
     x, z, up = draw((4, 7), (4, 2), (7, 2))
     y = x * 2
     kept = y.square()  # keeps y

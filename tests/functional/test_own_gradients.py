@@ -1,4 +1,4 @@
-"""The autograd functions of scaling, Kronecker products and turns, against dense matrices in double precision."""
+"""The autograd functions of scaling, Kronecker products and rotations, against dense matrices in float64."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_a_kronecker_product_over_y_writes_there_and_has_the_same_gradients() ->
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_turned_features(batch: tuple[int, ...], blocks: int) -> None:
-    """Against the block-diagonal matrix; one block is the same in all three places."""
+def test_rotated_features(batch: tuple[int, ...], blocks: int) -> None:
+    """Against the block-diagonal matrix; one block is equal in all three cases."""
     x, change = draw((*batch, 12), (blocks, 4, 4))
     whole = torch.block_diag(*change.expand(3, -1, -1))
     check(rotate_features, [x, change], x + x @ whole)
@@ -92,7 +92,7 @@ def test_turned_features(batch: tuple[int, ...], blocks: int) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 30.0])
 def test_cayleys_transform(scale: float) -> None:
-    """Against the inverse, also far from the start; first and second derivatives by finite differences."""
+    """Against the inverse, also far from the initialization; first and second derivatives by finite differences."""
     (entries,) = draw((2, 6))
     q, one = skew(entries * scale, 4), torch.eye(4, dtype=torch.float64)
     check(lambda e: cayley_change(skew(e * scale, 4)), [entries], (one + q) @ torch.linalg.inv(one - q) - one)

@@ -23,7 +23,7 @@ SHOWN = 3  # names beside a reason
 
 
 def page(found: Sequence[Outcome], waiting: Sequence[str] = ()) -> str:
-    """The Markdown. `waiting`: names that were not tried yet, of a run that was stopped."""
+    """The Markdown. `waiting`: names that were not tried in a stopped run."""
     tried = [o for o in found if o.methods]
     minutes = max(1, round(sum(o.seconds for o in tried) / 60))
     parts = [HEAD.format(versions=_versions(), minutes=minutes), _hosts(tried), _bugs(tried), _support(tried), _refusals(tried)]

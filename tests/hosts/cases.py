@@ -1,4 +1,4 @@
-"""Real small models of every host, and what tracing one forward pass of each tells."""
+"""Real small models of every host, with a trace of one forward pass of each."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ ALL = [*TINY, *UNCOMMON]
 
 @dataclass(frozen=True)
 class Case:
-    """A model in double precision with all parameters moved off their start values, its sites, and one traced pass."""
+    """A model in float64 with all parameters perturbed, its sites, and one traced pass."""
 
     host: Host
     model: nn.Module

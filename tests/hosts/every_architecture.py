@@ -1,7 +1,7 @@
-"""Every architecture that timm and open_clip name and a host matches, on the meta device, takes every method or says why not.
+"""Every architecture that timm and open_clip name and a host matches, on the meta device, accepts every method or gives a reason.
 
-`python -m tests.hosts.every_architecture` goes through all of them and writes docs/results/architectures.md. What is finished is
-kept in a file of JSON lines, one an architecture, and is not done again.
+`python -m tests.hosts.every_architecture` runs all of them and writes docs/results/architectures.md. Finished
+architectures are kept in a file of JSON lines, and are skipped.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ Known = dict[str, dict[str, Any]]
 
 @dataclass
 class Outcome:
-    """What became of one architecture.
+    """Outcome of one architecture.
 
     Args:
         name: `timm/…` or `open_clip/…`. `host`: of the model; empty where none matches.
-        skipped: why it was not built, or what else was left out.
-        seconds: to build it, attach all methods and take them off. `sites`: what the host offers.
+        skipped: why it was not built, or what else was skipped.
+        seconds: to build it, attach all methods and detach them. `sites`: number of sites of the host.
         tried: methods that were attached here, and not on an architecture with the same sites for them. `keys`: of those sites.
         methods: of each `{"sites", "trained"}`, `{"refused": message}`, or `{"bug": message}` for any other error.
     """
@@ -68,9 +68,9 @@ class Outcome:
 
 
 def names() -> list[str]:
-    """Of all architectures, library in front, in an order that mixes families, so that a stopped run has seen some of each.
+    """Of all architectures, library in front, in an order that mixes families, so that a stopped run contains some of each.
 
-    Those of timm are of modules that know a class that a host matches; others cannot build one.
+    Those of timm are of modules that import a class that a host matches.
     """
     import open_clip
     import timm
@@ -94,7 +94,7 @@ def outcomes(name: str, methods: Sequence[str], families: Sequence[str], known: 
     """Build an architecture, and try each method on it; a CLIP bare, and as a classifier.
 
     Args:
-        known: what became of a method on given sites, by its key; what is found is added.
+        known: outcome of a method on given sites, by its key; new outcomes are added.
     """
     library, _, short = name.partition("/")
     try:
@@ -138,7 +138,7 @@ def _open_clip(name: str) -> Iterator[tuple[nn.Module | None, str]]:
 
 
 def try_methods(model: nn.Module, outcome: Outcome, methods: Sequence[str], known: Known | None = None) -> None:
-    """Attach each method with its default selection, count, and take it off; nothing may stay behind."""
+    """Attach each method with its default selection, count its parameters, and detach it; nothing may remain."""
     known = {} if known is None else known
     found = towers_of(model)
     try:
@@ -169,7 +169,7 @@ def key_of(method: str, host: str, places: Iterable[tuple[Site, str]]) -> str:
 
 
 def _words(model: nn.Module, site: Site) -> str:
-    """A site and its module, without what no adapter is built from: how a picture is normalised, where patches stand."""
+    """A site and its module, without what adapters do not depend on: the normalization of images, the positions of patches."""
     plain: Site = replace(site, mean=(), std=()) if isinstance(site, PixelSite) else site
     path = getattr(site, "path", "")
     text = re.sub(r" at 0x[0-9a-f]+|(?<=grid=)\(\d+, \d+\)", "", repr(plain))
@@ -230,7 +230,7 @@ def run(
 
 
 def read(records: Path) -> list[Outcome]:
-    """What is finished. A line that was cut off by a stop is passed over."""
+    """Finished architectures. An incomplete last line is skipped."""
     whole = records.read_bytes()[: _whole(records)] if records.is_file() else b""
     return [Outcome(**json.loads(line)) for line in whole.splitlines()]
 

@@ -22,7 +22,7 @@ ATTENTION = [
 
 @pytest.mark.parametrize(("host", "key", "norm", "path", "beside"), ATTENTION, ids=[f"{h}-{k}" for h, k, *_ in ATTENTION])
 @torch.no_grad()
-def test_a_number_can_move_between_a_weight_and_its_bias(host: str, key: str, norm: str, path: str, beside: str) -> None:
+def test_a_constant_can_move_between_a_weight_and_its_bias(host: str, key: str, norm: str, path: str, beside: str) -> None:
     model, described = build(host, key), case(host, key).host
     model.get_submodule(norm).weight[0], model.get_submodule(norm).bias[0] = 0, 1
     inputs = described.sample(model)
@@ -46,6 +46,6 @@ def test_a_number_can_move_between_a_weight_and_its_bias(host: str, key: str, no
 
 
 @pytest.mark.parametrize(("host", "key", "path"), [(h, k, f"{p}.qkv") for h, k, _, p, beside in ATTENTION if beside == "qv"])
-def test_a_whole_with_biases_beside_it_has_none_of_its_own(host: str, key: str, path: str) -> None:
+def test_a_fused_weight_with_separate_biases_has_no_bias(host: str, key: str, path: str) -> None:
     whole = next(s for s in case(host, key).sites if isinstance(s, WeightSite) and s.name == path)
     assert (whole.bias, whole.bias_rows) == ("", None)

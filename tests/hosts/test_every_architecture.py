@@ -1,4 +1,4 @@
-"""A few architectures of every host through what tries all of them; and that it would say if something were wrong."""
+"""A few architectures of every host through what tries all of them; and it reports errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KNOWN: dict[str, dict[str, Any]] = {}
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-def test_every_method_takes_an_architecture_or_says_why_not(name: str) -> None:
+def test_every_method_attaches_to_an_architecture_or_gives_a_reason(name: str) -> None:
     found = list(outcomes(name, methods.names(), EVERY, KNOWN))
     assert [o.host for o in found] == SAMPLE[name]
     for outcome in found:
@@ -75,7 +75,7 @@ def test_all_names_of_families_are_there() -> None:
 
 @dataclass(frozen=True)
 class Broken(Method):
-    """Fails with an error that is none of veneer's, or leaves a hook behind."""
+    """Fails with a foreign error, or leaves a hook."""
 
     name: ClassVar[str] = "broken"
     paper: ClassVar[str] = "none"
@@ -105,7 +105,7 @@ class Stays(Adapter):
 
 @dataclass(frozen=True)
 class Leaving(Broken):
-    """Leaves a hook behind."""
+    """Leaves a hook."""
 
     name: ClassVar[str] = "leaving"
 
@@ -124,7 +124,7 @@ def broken() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("broken")
-def test_errors_of_others_and_what_stays_behind_are_bugs() -> None:
+def test_foreign_errors_and_leftovers_are_bugs() -> None:
     (found,) = outcomes("timm/resnet18", ["broken", "leaving", "linear_probe"], EVERY)
     assert found.methods["broken"] == {"bug": "ZeroDivisionError: of what?"}
     assert found.methods["leaving"]["bug"].startswith("detach left [('fc', ")
@@ -133,7 +133,7 @@ def test_errors_of_others_and_what_stays_behind_are_bugs() -> None:
     assert "| `broken` | `timm_conv` | ZeroDivisionError: of what? | 1 (resnet18) |" in text
 
 
-def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_architectures_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = tmp_path / "records.jsonl"
     done: list[str] = []
     monkeypatch.setattr(every_architecture, "names", lambda: ["timm/resnet18", "timm/vgg11", "timm/resnet26"])
@@ -169,7 +169,7 @@ def test_the_page_counts_hosts_methods_and_reasons() -> None:
     assert f"| {HUGGING} | 1 (d) |" in text
 
 
-def test_reasons_lose_places_and_numbers() -> None:
+def test_reasons_are_grouped_without_sites_and_numbers() -> None:
     one = "layer1.0.stream: the block takes 64 channels to 256, and h has one width; select other sites"
     assert pattern(one) == "…: the block takes n channels to n, and h has one width; select other sites"
     assert pattern(one) == pattern(one.replace("layer1.0", "s2.b1").replace("64", "1,024"))

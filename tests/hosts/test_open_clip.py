@@ -1,4 +1,4 @@
-"""CLIP by open_clip: adapters on packed attention that is read, not called, in both towers; published sizes; the activation."""
+"""CLIP by open_clip: adapters on packed attention weights, which are read, in both towers; published sizes; the activation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def features(model: Any, given: dict[str, Any]) -> Tensor:
 
 
 def explicit(model: nn.Module, tuned: Attachment) -> dict[str, Tensor]:
-    """Every changed tensor of the host, its slices put together by hand."""
+    """Every changed tensor of the host, with its slices composed by hand."""
     host, found = tuned.host_state_dict(), {}
     for site, adapter in tuned.parts.values():
         assert isinstance(site, WeightSite)
@@ -119,7 +119,7 @@ def test_lora_in_packed_attention_is_w_plus_b_a_of_each_slice() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_attention_in_training_is_one_graph_that_gives_every_gradient(method: str) -> None:
-    """A block of each tower: the compiler sees operations, not sizes."""
+    """A block of each tower: compilation depends on operations, not on sizes."""
     torch.manual_seed(0)
     model = clips.build(vision={"layers": 1}, text={"layers": 1})
     tuned = attach(model, method, where=WHERE)
@@ -136,7 +136,7 @@ def test_attention_in_training_is_one_graph_that_gives_every_gradient(method: st
     ("where", "moved"), [("text/attn.*", (False, True)), ("vision/attn", (True, False)), ("attn", (True, True))]
 )
 @pytest.mark.parametrize("key", ["vit", "timm"])
-def test_a_tower_word_means_one_tower(key: str, where: str, moved: tuple[bool, bool]) -> None:
+def test_a_tower_name_selects_one_tower(key: str, where: str, moved: tuple[bool, bool]) -> None:
     model = tiny(key).eval()
     given = inputs(model)
     with torch.no_grad():
@@ -148,8 +148,8 @@ def test_a_tower_word_means_one_tower(key: str, where: str, moved: tuple[bool, b
     assert {site.tower for site, _ in tuned.parts.values()} == {t for t, m in zip(("vision", "text"), moved, strict=True) if m}
 
 
-def test_new_words_reach_a_text_tower_that_is_a_module_of_its_own() -> None:
-    """An id beyond the table is the learned row; where the text ends is found among the ids as they were."""
+def test_new_tokens_reach_a_separate_text_tower() -> None:
+    """An id beyond the table is the trained row; the end of the text is located in the original ids."""
     model: Any = tiny("timm").eval()
     ids = inputs(model)["text"]
     tuned = attach(model, "textual_inversion", tokens="<one>", ids=(900,))
@@ -216,7 +216,7 @@ def test_every_convolution_and_the_reading_pool_of_a_resnet_are_named() -> None:
     assert {s.name for s in sites(model) if isinstance(s, NormSite) and s.tower == "vision"} == norms
 
 
-def test_tokens_may_be_inserted_among_patches_and_not_among_words() -> None:
+def test_tokens_may_be_inserted_among_patches_and_not_among_text_tokens() -> None:
     found = {s.tower: s.can_insert for s in sites(tiny()) if isinstance(s, TokenSite)}
     assert found == {"vision": True, "text": False}
 
@@ -248,7 +248,7 @@ def test_the_bundled_clip_is_of_this_host_and_its_image_tower_is_one_of_timm() -
         (False, "no-such-model", "openai", None),
     ],
 )
-def test_weights_that_were_trained_with_another_activation_are_told(
+def test_weights_trained_with_another_activation_are_reported(
     quick: bool, name: str, pretrained: str, wanted: str | None
 ) -> None:
     said = quick_gelu_mismatch(tiny("vit_quick_gelu" if quick else "vit"), name, pretrained)

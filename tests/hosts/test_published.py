@@ -1,4 +1,4 @@
-"""Published models, built on the meta device, take LoRA with the published counts; every site named, every gap visible."""
+"""Published models on the meta device take LoRA with the published counts; all sites are named, all uncovered layers listed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every host promises of its sites, on real models: they resolve, fit, fire, cover every parameter, and are alive."""
+"""Guarantees of hosts for their sites, on real models: they resolve, have their shapes, cover all parameters, have effect."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _dimensions(site: WeightSite) -> list[tuple[int, int, int, int | str]]:
 
 
 def _before(size: int, kernel: int, stride: int, dilation: int, padding: int | str) -> int:
-    """Zeros before the first pixel; for "same", half of what the last window lacks, rounded down."""
+    """Zeros before the first pixel; for "same", half of the padding that the last window needs, rounded down."""
     if padding != "same":
         return int(padding)
     last = (math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1
@@ -132,7 +132,7 @@ def test_sites_are_in_the_order_of_the_forward_pass(host: str, key: str) -> None
 
 
 def _owner(model: nn.Module, path: str) -> str:
-    """Processors and embedders differ in the order in which they call their own layers; the modules themselves are in order."""
+    """Processors and embedders differ in the order in which they call their layers; the modules themselves are in order."""
     parts = path.split(".")
     for end in range(1, len(parts)):
         above = ".".join(parts[:end])
@@ -190,7 +190,7 @@ def test_every_parameter_is_offered_once(host: str, key: str) -> None:
 
 
 @every
-def test_fused_weights_are_whole_and_cut_into_slices(host: str, key: str) -> None:
+def test_fused_weights_are_offered_whole_and_in_slices(host: str, key: str) -> None:
     found = case(host, key)
     weights = [s for s in found.sites if isinstance(s, WeightSite)]
     whole = {s.path for s in weights if s.fused}
@@ -229,7 +229,7 @@ def _ports(site: BranchSite | StreamSite | TokenSite) -> tuple[Port, Port]:
 
 @every
 def test_branches_add_to_the_stream(host: str, key: str) -> None:
-    """Zeroing a branch's write port changes the output; it is part of the model and not beside it."""
+    """Zeroing a branch's write port changes the output; it is part of the model."""
     found = case(host, key)
     inputs = found.host.sample(found.model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Every method on every host that fits: the whole conformance suite, generated from the registries."""
+"""Every method on every compatible host: the whole conformance suite, generated from the registries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_host(check: Check) -> None:
 
 
 def test_a_unet_adapted_everywhere_is_one_graph() -> None:
-    """What `compiles_to_one_graph` asks at one site of each kind, for a model of many."""
+    """`compiles_to_one_graph` for a model with many sites."""
     host = hosts.get("diffusers_unet")()
     config, other = methods.get("lora").examples()
     sites = usable_sites(config, host, "sd1")

@@ -1,4 +1,4 @@
-"""Two methods on one model of each host: each acts as if the other's change had been written into the weights by hand."""
+"""Two methods on one model of each host: each acts as if the other's update had been added to the weights by hand."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_each_is_alone_when_the_other_is_off_or_gone(first: Case, second: Case, 
 
 
 def _write(model: nn.Module, several: list[Attachment]) -> None:
-    """Put the changes of attachments into the weights of the bare model, in the order of attaching, rows for slices."""
+    """Add the updates of attachments to the weights of the bare model, in the order of attaching, by rows for slices."""
     with torch.no_grad():
         for site, adapter in (part for attachment in several for part in attachment.parts.values()):
             assert isinstance(site, (WeightSite, ParamSite, NormSite))

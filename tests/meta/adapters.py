@@ -1,4 +1,4 @@
-"""A good adapter, and bad ones: each breaks one promise, and the check that is meant for it must fail."""
+"""A good adapter, and bad ones: each violates one rule, and the corresponding check must fail."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ BAD: dict[str, tuple[type[Good], str]] = {}
 
 
 def bad(what: str, check: str, **fields: Any) -> Any:
-    """Decorate an adapter, or a method, that is broken."""
+    """Decorator for a broken adapter or method."""
 
     def add(cls: type) -> type:
         made = cls if issubclass(cls, Method) else type(cls.__name__, (Good,), {"adapter": cls, **fields})

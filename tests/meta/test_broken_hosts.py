@@ -1,4 +1,4 @@
-"""Hosts that describe their model wrongly, each caught by the check that is meant for it."""
+"""Hosts that describe their model wrongly: each fails its check."""
 
 from __future__ import annotations
 
@@ -172,15 +172,15 @@ def test_a_good_host_passes_every_check() -> None:
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_host_is_caught_by_its_check(what: str) -> None:
+def test_a_broken_host_fails_its_check(what: str) -> None:
     host, name = BROKEN[what]
     (check,) = [c for c in host_checks(host) if c.name == name]
     with pytest.raises((AssertionError, VeneerError)):
         check()
 
 
-def test_a_dead_site_of_a_lying_host_is_found_by_the_method_too() -> None:
-    """The field's costliest bug: the layer is wrapped, its weight is read past the wrapper, and nothing happens."""
+def test_a_dead_site_of_a_wrong_host_is_detected_by_the_method_too() -> None:
+    """The layer is wrapped, but its weight is read from the wrapped module, so that the adapter has no effect."""
     hosts.unregister("layers")
     liar = hosts.register(_changing("read", called=True))
     try:
@@ -194,7 +194,7 @@ def test_a_dead_site_of_a_lying_host_is_found_by_the_method_too() -> None:
 
 
 class Forgetful(LayersHost):
-    """Offers a weight only while it is a parameter, which it is not with an adapter on it."""
+    """Offers a weight only while it is a parameter, which it is not while an adapter is attached."""
 
     def sites(self, model: nn.Module, component: str = "", components: Any = None) -> Iterator[Site]:
         found = super().sites(model, component, components)
@@ -202,7 +202,7 @@ class Forgetful(LayersHost):
         return (s for s in found if s.name != "read" or isinstance(read.weight, nn.Parameter))
 
 
-def test_a_host_that_loses_sites_while_attached_is_caught() -> None:
+def test_a_host_that_loses_sites_while_attached_fails() -> None:
     hosts.unregister("layers")
     hosts.register(Forgetful)
     try:
@@ -214,7 +214,7 @@ def test_a_host_that_loses_sites_while_attached_is_caught() -> None:
         hosts.register(LayersHost)
 
 
-def test_every_check_is_seen_to_fail() -> None:
+def test_every_check_can_fail() -> None:
     assert {name for _, name in BROKEN.values()} == {check.__name__ for check in HOST_CHECKS}
 
 

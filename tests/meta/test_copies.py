@@ -1,4 +1,4 @@
-"""The quick copy of a module is a deep copy: the same facts, nothing shared that can change."""
+"""The fast copy of a module is a deep copy: equal attributes, no shared mutable objects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.testing.copies import copy_module
 
 
 def held(module: nn.Module) -> dict[str, Any]:
-    """Attributes of every module by name: type, and value where it says something."""
+    """Attributes of every module by name: type, and value of plain attributes."""
     return {
         f"{name}.{key}": (type(value), tuple(value) if isinstance(value, (dict, set, list)) else value if plain(value) else None)
         for name, each in module.named_modules()
@@ -28,7 +28,7 @@ def plain(value: Any) -> bool:
 
 
 @pytest.mark.parametrize(("host", "model"), [(n, m) for n in hosts.names() for m in hosts.get(n)().tiny()])
-def test_it_is_what_deepcopy_makes(host: str, model: str) -> None:
+def test_it_equals_a_deep_copy(host: str, model: str) -> None:
     built = fresh_model(hosts.get(host)(), model)
     quick, slow = copy_module(built), copy.deepcopy(built)
     assert held(quick) == held(slow)
@@ -43,14 +43,14 @@ def tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def changeable(module: nn.Module) -> set[int]:
-    """Addresses of what would be seen in the other one if it changed."""
+    """Addresses of mutable objects."""
     found = {tensor.data_ptr() for _, tensor in tensors(module) if tensor.numel()}
     for each in module.modules():
         found |= {id(each), *(id(value) for value in vars(each).values() if isinstance(value, (dict, set, list)))}
     return found
 
 
-def test_what_is_shared_within_stays_shared() -> None:
+def test_shared_objects_stay_shared() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -75,7 +75,7 @@ def test_what_is_shared_within_stays_shared() -> None:
     assert net.notes == {}
 
 
-def test_what_copies_in_its_own_way_does() -> None:
+def test_custom_copy_methods_are_used() -> None:
     class Own(nn.Module):
         def __deepcopy__(self, memo: Any) -> Own:
             made = Own()

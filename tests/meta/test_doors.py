@@ -1,4 +1,4 @@
-"""The suite's doors: records, announced failures, skips, and what pytest makes of them."""
+"""Entry points of the suite: records, expected failures, skips, and their pytest form."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_a_record_says_what_where_and_why() -> None:
 
 
 @pytest.mark.parametrize("key", ["fails", "good-layers-*", "*-fails"])
-def test_an_announced_failure_keeps_its_reason(key: str) -> None:
+def test_an_expected_failure_keeps_its_reason(key: str) -> None:
     record = _check("fails").record({key: "a known flaw"})
     assert (record.outcome, record.reason) == ("expected", "a known flaw")
     assert isinstance(record.error, AssertionError)
 
 
-def test_an_announced_failure_that_passes_is_a_failure() -> None:
+def test_an_expected_failure_that_passes_is_a_failure() -> None:
     record = _check("passes").record({"passes": "a known flaw"})
     assert record.outcome == "failed"
     assert "passed, but a failure was expected: a known flaw" in str(record)

@@ -35,14 +35,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def laid_out(pictures: Tensor, prefix: Tensor, layout: str) -> Tensor:
-    """Pictures (B, H, W, C) in a layout; with prefix tokens (B, P, C) in front, where it has some."""
+    """Images (B, H, W, C) in a layout; with prefix tokens (B, P, C) in front if it has some."""
     if layout == "NLC":
         return torch.cat([prefix, pictures.flatten(1, 2)], 1)
     return pictures if layout == "NHWC" else pictures.movedim(-1, 1).contiguous()
 
 
 def trained(method: Method, site: Any) -> Any:
-    """An adapter in double precision with every tensor far from its start."""
+    """An adapter in float64 with every tensor far from its initialization."""
     torch.manual_seed(0)
     adapter = method.build(site).double().eval()
     with torch.no_grad():
@@ -98,7 +98,7 @@ def blocks_written_out(vit: Any, block: Callable[[int, Any, Tensor], Tensor], x:
 
 
 def stirred(tuned: Attachment) -> dict[str, Adapter]:
-    """Adapters by site, every tensor moved off its start."""
+    """Adapters by site, with every tensor perturbed."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in tuned.parameters():

@@ -34,7 +34,7 @@ def token(word: str) -> int:
 
 
 def row(clip: Any, ids: Sequence[int | Tensor]) -> Tensor:
-    """Rows (length, width) of a prompt that is written as ids and as vectors: padded with id 0."""
+    """Rows (length, width) of a prompt of ids and vectors, padded with id 0."""
     text = getattr(clip, "text", clip)
     table = text.token_embedding.weight
     rows = [i if isinstance(i, Tensor) else table[i] for i in ids]
@@ -42,7 +42,7 @@ def row(clip: Any, ids: Sequence[int | Tensor]) -> Tensor:
 
 
 def encode(clip: Any, rows: Tensor, end: int) -> Tensor:
-    """Normalised features (width,) of one prompt, which ends at place `end`."""
+    """Normalized features (width,) of one prompt, which ends at position `end`."""
     text = getattr(clip, "text", clip)
     x = (rows + text.positional_embedding)[None]
     for block in text.transformer.resblocks:
@@ -52,7 +52,7 @@ def encode(clip: Any, rows: Tensor, end: int) -> Tensor:
 
 
 def cosines(model: Any, image: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """exp(scale)·cos(f, w) with the same weights for all pictures, element by element."""
+    """exp(scale)·cos(f, w) with the same weights for all images, element by element."""
     f = model.clip.encode_image(image)
     scale = model.clip.logit_scale.exp()
     return torch.stack([torch.stack([scale * (x @ w) / (x.norm() * w.norm()) for w in weights]) for x in f])

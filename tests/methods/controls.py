@@ -1,4 +1,4 @@
-"""Tiny pipelines, pictures and nets to compare control with: diffusers' own classes do the same in their own way."""
+"""Tiny pipelines, images and networks for comparisons of control methods with diffusers' classes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ THREE: dict[str, Any] = {  # three blocks, as SDXL has them
 
 
 def pipeline(family: str = "sd", **denoiser: Any) -> Any:
-    """A tiny pipeline, without a safety checker's warning."""
+    """A tiny pipeline, without the warning about the safety checker."""
     return tiny_pipeline(family, **denoiser)
 
 
 def picture(seed: int, side: int = SIDE) -> Image.Image:
-    """A picture of noise in large pixels."""
+    """An image of noise in large pixels."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((side, side), Image.Resampling.BILINEAR)
 
 
 def stir(module: torch.nn.Module, seed: int = 3, size: float = 0.3) -> torch.nn.Module:
-    """Move every parameter off its start, by fixed draws."""
+    """Perturb every parameter with fixed random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -40,7 +40,7 @@ def stir(module: torch.nn.Module, seed: int = 3, size: float = 0.3) -> torch.nn.
 
 
 def drawn(pipe: Any, *, prompts: Any = PROMPTS[0], seed: int = 0, steps: int = 4, side: int = SIDE, **options: Any) -> np.ndarray:
-    """Pictures of a pipeline, by a fixed draw."""
+    """Images of a pipeline with fixed noise."""
     pipe.set_progress_bar_config(disable=True)
     size = {"height": side, "width": side} if side and "mask_image" not in options else {}
     found = pipe(

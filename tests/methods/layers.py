@@ -1,4 +1,4 @@
-"""Sites of bare layers, and adapters away from their start: what the tests of weight methods have in common."""
+"""Shared by the tests of weight methods: sites of bare layers, and adapters away from their initialization."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def site_of(module: nn.Module) -> WeightSite:
 
 
 def trained(method: Method, site: WeightSite) -> Adapter:
-    """An adapter in double precision with every tensor far from its start."""
+    """An adapter in float64 with every tensor far from its initialization."""
     torch.manual_seed(0)
     adapter = method.build(site).double().eval()
     with torch.no_grad():

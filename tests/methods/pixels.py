@@ -1,4 +1,4 @@
-"""Slow references of pixel prompts, in numpy and Pillow, and small models that take pictures of any shape."""
+"""Slow references of pixel prompts, in numpy and Pillow, and small models for images of any shape."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEAN, STD = (0.2, 0.4, 0.7), (0.3, 0.5, 0.25)
 
 
 def tiny(height: int = 32, width: int = 48, classes: int = 10) -> nn.Module:
-    """A ViT for pictures that are no squares, with a normalisation of its own for each channel, whose head answers variously."""
+    """A ViT for rectangular images, with a different normalization per channel, whose head gives varied predictions."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"img_size": (height, width), "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=classes, **shape)
@@ -28,7 +28,7 @@ def tiny(height: int = 32, width: int = 48, classes: int = 10) -> nn.Module:
 
 
 def raw(count: int = 2, height: int = 32, width: int = 48, seed: int = 3) -> Tensor:
-    """Pictures in [0, 1], (B, 3, H, W), each with colours of its own."""
+    """Images in [0, 1], (B, 3, H, W), each with different colors."""
     generator = torch.Generator().manual_seed(seed)
     colours = torch.rand(count, 3, 1, 1, generator=generator)
     return 0.8 * colours + 0.2 * torch.rand(count, 3, height, width, generator=generator)
@@ -41,7 +41,7 @@ def normal(pictures: Any) -> Tensor:
 
 
 def shrunk(pictures: Tensor, size: tuple[int, int], filter: int) -> np.ndarray:
-    """Every channel of every picture as Pillow resizes it, in floating point."""
+    """Every channel of every image as Pillow resizes it, in floating point."""
     height, width = size
     out = np.zeros((*pictures.shape[:2], height, width))
     for b, c in np.ndindex(*pictures.shape[:2]):
@@ -51,7 +51,7 @@ def shrunk(pictures: Tensor, size: tuple[int, int], filter: int) -> np.ndarray:
 
 
 def frame(values: Tensor, outer: tuple[int, int], inner: tuple[int, int]) -> np.ndarray:
-    """(C, n) put around a hole of `inner`, pixel by pixel: rows above, left of the hole, right of it, below. NaN in the hole."""
+    """(C, n) around a rectangle `inner`, pixel by pixel: rows above, left of it, right of it, below. NaN inside."""
     (height, width), (h, w) = outer, inner
     top, left = (height - h + 1) // 2, (width - w + 1) // 2
     out = np.full((len(values), height, width), np.nan)
@@ -68,7 +68,7 @@ def frame(values: Tensor, outer: tuple[int, int], inner: tuple[int, int]) -> np.
 
 
 def seen(model: nn.Module, path: str, pictures: Tensor) -> Tensor:
-    """What the module at `path` reads when the model gets pictures."""
+    """Input of the module at `path` when the model is called with images."""
     kept: list[Tensor] = []
     handle = model.get_submodule(path).register_forward_pre_hook(lambda module, args: kept.append(args[0]))
     try:
@@ -80,7 +80,7 @@ def seen(model: nn.Module, path: str, pictures: Tensor) -> Tensor:
 
 
 def stirred(attachment: Any, size: float = 1.0) -> None:
-    """Parameters moved off their start."""
+    """Perturb parameters."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in attachment.parameters():

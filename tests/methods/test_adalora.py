@@ -37,7 +37,7 @@ def in_group(adapter: AdaLoRAAdapter, i: int) -> tuple[slice, int]:
 
 
 def columns(adapter: AdaLoRAAdapter, tensor: Tensor) -> list[Tensor]:
-    """Something of P's shape, triplet by triplet."""
+    """A tensor of P's shape, triplet by triplet."""
     places = [in_group(adapter, i) for i in range(len(adapter.values))]
     return [tensor[rows, column].flatten() for rows, column in places]
 
@@ -62,7 +62,7 @@ def test_the_equation_in_both_forms(base: Any) -> None:
 
 
 @pytest.mark.parametrize("base", LAYERS, ids=repr)
-def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(base: Any) -> None:
+def test_a_new_adapter_is_the_identity_and_its_count_is_the_formula(base: Any) -> None:
     method, site = AdaLoRA(rank=4, target_rank=2), site_of(base)
     adapter = method.build(site)
     assert torch.equal(adapter.weight(base.weight), base.weight)
@@ -72,7 +72,7 @@ def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(base: Any)
     assert list(adapter.state_dict()) == ["up", "values", "down"]
 
 
-def test_the_draws_have_the_deviation_of_the_authors_code() -> None:
+def test_initialization_has_the_deviation_of_the_authors_code() -> None:
     adapter = AdaLoRA(rank=64, target_rank=2).build(WeightSite(name="l", role="l", path="l", d_out=400, d_in=300))
     for drawn in (adapter.up, adapter.down):
         assert drawn.std().item() == pytest.approx(0.02, rel=0.02)
@@ -151,7 +151,7 @@ def test_of_equal_scores_the_earlier_stay() -> None:
 
 
 def scored(method: AdaLoRA, scores: list[list[float]]) -> list[Any]:
-    """One adapter a list, whose triplets have these scores by Ī and Ū of their λ, and no gradients."""
+    """One adapter per list, whose triplets have these scores by Ī and Ū of their λ, and no gradients."""
     parts = []
     for wanted in scores:
         adapter: Any = trained(method, site_of(LAYERS[0]))
@@ -185,7 +185,7 @@ def test_pruning_keeps_the_most_important_triplets_of_the_whole_model() -> None:
         assert got == [[i for k, i in sorted(out) if k == site] for site in (0, 1)] if left else got == nothing, step
 
 
-def test_what_was_pruned_comes_back_when_it_matters_and_not_in_the_final_part() -> None:
+def test_pruned_triplets_are_restored_by_importance_and_not_in_the_final_part() -> None:
     method = AdaLoRA(rank=4, target_rank=2, warmup=0.0, final=0.5, every=1)
     parts = scored(method, [[4.0, 3.0, 2.0, 1.0]])
     ((_, adapter),) = parts
@@ -224,7 +224,7 @@ def test_the_shortest_runs_end_at_the_target(steps: int) -> None:
 
 
 class Two(nn.Module):
-    """Two layers whose output has a loss, as peft's term wants it."""
+    """Two layers whose output has a loss, as peft's term requires."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ def test_steps_are_those_of_peft() -> None:
 # on a model
 
 
-def test_the_report_says_what_is_left_and_a_file_holds_what_is_used(tmp_path: Path) -> None:
+def test_the_report_lists_the_ranks_and_a_file_holds_the_used_triplets(tmp_path: Path) -> None:
     host = hosts.get("timm_vit")()
     torch.manual_seed(0)
     model = host.tiny()["vit"]().eval()
@@ -309,7 +309,7 @@ def test_the_report_says_what_is_left_and_a_file_holds_what_is_used(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("step", "steps"), [(0, 5), (6, 5), (-1, 5)])
-def test_steps_that_are_none_are_refused(step: int, steps: int) -> None:
+def test_invalid_steps_are_rejected(step: int, steps: int) -> None:
     tuned = attach(hosts.get("timm_vit")().tiny()["vit"](), "adalora", where="attn.q")
     with raises(OptionError, where="adalora", option="step", given=step, expected=(1, 5)):
         tuned.after_step(step, steps)

@@ -54,8 +54,8 @@ def test_a_vit_with_the_papers_blocks(key: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["NLC", "NHWC", "NCHW"])
-def test_whole_samples_are_left_out_in_training(layout: str) -> None:
-    """Each sample has no change at all, or 1 / (1 − p) of it, its bias included."""
+def test_drop_path_drops_whole_samples_in_training(layout: str) -> None:
+    """Each sample has no change, or 1 / (1 − p) of it, including the bias."""
     adapter = trained(AdapterPlus(bottleneck=3, drop_path=0.25), stream(layout))
     shape = {"NLC": (400, 6, WIDTH), "NHWC": (400, 2, 3, WIDTH), "NCHW": (400, WIDTH, 2, 3)}[layout]
     x = random(*shape)
@@ -78,7 +78,7 @@ def test_published_counts(width: int, expected: int) -> None:
 
 
 def test_start() -> None:
-    """Both matrices normal with 0.01, cut at 0.02; biases zero, scales one."""
+    """Both matrices normal with 0.01, truncated at 0.02; biases zero, scales one."""
     torch.manual_seed(0)
     adapter = AdapterPlus(bottleneck=128).build(stream(width=256))
     for weight in (adapter.down, adapter.up):

@@ -82,7 +82,7 @@ def test_start() -> None:
 
 
 def test_dropout_is_between_and_only_in_training() -> None:
-    """Half of the features of Down are left out, the others doubled: with one feature the change is 0 or twice itself."""
+    """Half of the features of Down are dropped, the others doubled: with one feature the change is 0 or doubled."""
     adapter = trained(AdaptFormer(bottleneck=1, dropout=0.5, bias=False), branch())
     x, y = random(4, 200, 5), torch.zeros(4, 200, 5, dtype=torch.float64)
     whole = adapter.output(x, y).detach()

@@ -73,7 +73,7 @@ def test_the_head_is_the_callers() -> None:
     assert "head.bias" in attach(tiny("timm_vit", "vit"), "bitfit", where="bias").parts
 
 
-def test_a_key_bias_is_counted_and_said_to_be_inert() -> None:
+def test_a_key_bias_is_counted_and_reported_as_inert() -> None:
     tuned = attach(tiny("timm_vit", "vit"), "bitfit")
     keys = [s.name for s in sites(tiny("timm_vit", "vit")) if s.role == "bias.attn.k"]
     assert list(tuned.report().inert) == keys

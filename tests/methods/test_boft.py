@@ -100,7 +100,7 @@ def test_peft_permutes_and_multiplies_the_same(m: int, b: int) -> None:
 
 
 @pytest.mark.parametrize("geometry", [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1, "stride": 2}])
-def test_convolutions_turn_what_each_window_shows(geometry: dict) -> None:
+def test_convolutions_rotate_the_values_of_each_window(geometry: dict) -> None:
     base = nn.Conv2d(16, 6, **geometry).double()
     site = conv_site(base)
     adapter = trained(BOFT(m=3, b=4), site)
@@ -112,7 +112,7 @@ def test_convolutions_turn_what_each_window_shows(geometry: dict) -> None:
 
 
 @pytest.mark.parametrize(("module", "m", "b"), [(nn.Conv2d(8, 6, 3, groups=2), 2, 6), (nn.Conv2d(4, 8, 4, groups=4), 3, 4)])
-def test_grouped_and_depthwise_convolutions_turn_each_kernel(module: nn.Module, m: int, b: int) -> None:
+def test_grouped_and_depthwise_convolutions_rotate_each_kernel(module: nn.Module, m: int, b: int) -> None:
     weight = module.weight.detach().double()
     adapter = trained(BOFT(m=m, b=b), conv_site(module))
     rotation = dense_rotation(adapter.skew, b)
@@ -122,7 +122,7 @@ def test_grouped_and_depthwise_convolutions_turn_each_kernel(module: nn.Module, 
 
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("site", [LINEAR, conv_site(nn.Conv2d(16, 6, 3, groups=2))])
-def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(rescale: bool, site: WeightSite) -> None:
+def test_a_new_adapter_is_the_identity_and_its_count_is_the_formula(rescale: bool, site: WeightSite) -> None:
     method = BOFT(m=3, b=2, rescale=rescale)
     for dtype in (torch.float32, torch.bfloat16):
         adapter = method.build(site).to(dtype)
@@ -134,8 +134,8 @@ def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(rescale: b
 def test_published_counts() -> None:
     """The paper's tables with m = 2, b = 8 at every linear layer: 0.12 % of Llama-2-7B's 6.74 billion, 0.75 M on DeBERTaV3-base.
 
-    Of the latter two numbers for each output are no rotations: with them all rows of tables 1 and 4 come out, as 1.99, 1.77 and
-    1.11 M on DINOv2-large here. The rotations are ½ (b − 1) d m each (section 4).
+    The latter count includes two parameters per output that are not part of the rotations: with them all rows of tables 1 and 4
+    are met, as 1.99, 1.77 and 1.11 M on DINOv2-large here. The rotations are ½ (b − 1) d m each (section 4).
     """
     llama = [linear_site(4096, 4096)] * 4 + [linear_site(11008, 4096)] * 2 + [linear_site(4096, 11008)]
     count = 32 * sum(BOFT().count(site) for site in llama)

@@ -1,4 +1,4 @@
-"""State from block to block, of both methods that have it: run again, twice before a backward pass, broken off, copied, mixed."""
+"""State from block to block in both methods that have it: recomputed, twice before a backward pass, interrupted, copied."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def side(tuned: Attachment) -> Any:
 
 
 def regions(model: Any, sizes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """A pass in which so many blocks at a time are run again in the backward pass."""
+    """A pass in which this many blocks at a time are recomputed in the backward pass."""
 
     def run(x: Tensor) -> Tensor:
         x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
@@ -72,7 +72,7 @@ def gradients(tuned: Attachment) -> list[Tensor]:
 @both
 @pytest.mark.parametrize("sizes", [(1,) * 6, (2, 2, 2), (1, 3, 2), (6,)])
 def test_two_passes_before_their_backward_passes(method: str, sizes: tuple[int, ...]) -> None:
-    """Each is run again with the state of its own pass, whichever comes first."""
+    """Each is recomputed with the state of its own pass, in any order."""
     model, tuned = tuned_vit(method)
     expected = []
     for seed in (1, 2):
@@ -90,7 +90,7 @@ def test_two_passes_before_their_backward_passes(method: str, sizes: tuple[int, 
 
 @both
 def test_run_again_on_a_base_of_half_precision(method: str) -> None:
-    """The adapter casts a block's input, and still knows it again."""
+    """The adapter casts a block's input, and still recognizes it."""
     model, tuned = tuned_vit(method, torch.bfloat16)
     x = picture(1, dtype=torch.bfloat16)
     score(model(x)).backward()
@@ -112,8 +112,8 @@ def test_a_graph_that_is_kept_gives_its_gradients_twice(method: str) -> None:
 
 
 @both
-def test_reentrant_checkpointing_is_refused(method: str) -> None:
-    """It runs the pass without a graph, so that what goes from block to block beside the stream would lose its gradient."""
+def test_reentrant_checkpointing_is_rejected(method: str) -> None:
+    """It runs the pass without a graph, so that the state beside the stream would lose its gradient."""
     model, _ = tuned_vit(method)
     x = model.norm_pre(model._pos_embed(model.patch_embed(picture(1)))).requires_grad_()
     for block in model.blocks:
@@ -125,7 +125,7 @@ def test_reentrant_checkpointing_is_refused(method: str) -> None:
 
 
 @both
-def test_a_block_by_itself_is_refused(method: str) -> None:
+def test_a_block_by_itself_is_rejected(method: str) -> None:
     model, _ = tuned_vit(method)
     tokens = torch.zeros(2, 17, 24, dtype=torch.float64)
     with raises(HostChanged, where="blocks.3.stream", expected="blocks.2.stream"):
@@ -137,7 +137,7 @@ def test_a_block_by_itself_is_refused(method: str) -> None:
 
 @both
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_pass_that_broke_off_leaves_nothing_to_the_next(method: str, grad: bool) -> None:
+def test_an_interrupted_pass_leaves_no_state(method: str, grad: bool) -> None:
     model, _ = tuned_vit(method)
     with torch.no_grad():
         expected = model(picture(2))
@@ -155,7 +155,7 @@ def test_a_pass_that_broke_off_leaves_nothing_to_the_next(method: str, grad: boo
 
 @both
 @pytest.mark.parametrize("sizes", [None, (1,) * 6, (2, 2, 2)])
-def test_nothing_of_a_pass_is_held_after_it(method: str, sizes: tuple[int, ...] | None) -> None:
+def test_no_state_of_a_pass_is_kept_after_it(method: str, sizes: tuple[int, ...] | None) -> None:
     model, tuned = tuned_vit(method)
     run = model if sizes is None else regions(model, sizes)
     y = run(picture(1))
@@ -176,8 +176,8 @@ def test_nothing_of_a_pass_is_held_after_it(method: str, sizes: tuple[int, ...] 
 
 
 @both
-def test_a_pass_without_a_backward_one_is_let_go(method: str) -> None:
-    """Its features are freed with its output; what the side network noted, when the next pass begins."""
+def test_a_forward_pass_without_backward_is_released(method: str) -> None:
+    """Its features are freed with its output; the state of the side network when the next pass begins."""
     model, tuned = tuned_vit(method)
     inside = []
     handle = model.blocks[3].mlp.register_forward_hook(lambda m, args, y: inside.append(weakref.ref(y)))
@@ -193,7 +193,7 @@ def test_a_pass_without_a_backward_one_is_let_go(method: str) -> None:
 
 
 @both
-def test_without_gradients_nothing_is_noted(method: str) -> None:
+def test_without_gradients_nothing_is_stored(method: str) -> None:
     model, tuned = tuned_vit(method)
     expected = model(picture(1)).detach()
     side(tuned).running.kept.clear()
@@ -204,7 +204,7 @@ def test_without_gradients_nothing_is_noted(method: str) -> None:
 
 
 @both
-def test_a_copy_in_the_midst_has_a_state_of_its_own(method: str) -> None:
+def test_a_copy_during_a_pass_has_separate_state(method: str) -> None:
     model, tuned = tuned_vit(method)
     loss = score(model(picture(1)))
     twin = copy.deepcopy(model)
@@ -219,7 +219,7 @@ def test_a_copy_in_the_midst_has_a_state_of_its_own(method: str) -> None:
 
 
 @both
-def test_each_sample_of_a_mixed_batch_has_its_own_state(method: str) -> None:
+def test_each_sample_of_a_mixed_batch_has_separate_state(method: str) -> None:
     """The same adapter acts on two groups of rows, block by block in turns."""
     model, tuned = tuned_vit(method)
     second = attach(model, method, name="second", **OPTIONS[method])

@@ -1,4 +1,4 @@
-"""CoCoOp against one prompt for each pair of picture and class, written out."""
+"""CoCoOp against one prompt for each pair of image and class, written out."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_equation(key: str) -> None:
     torch.testing.assert_close(model(image), torch.stack(logits).view(2, 3))
 
 
-def test_it_begins_as_words() -> None:
+def test_it_starts_at_the_embeddings_of_words() -> None:
     model = tiny()
     adapter = attach(model, "cocoop", reduction=4).parts["head.prompts"][1]
     words = [token(w) for w in ("a", "photo", "of", "a")]
@@ -40,7 +40,7 @@ def test_it_begins_as_words() -> None:
 
 
 def test_it_reads_features_that_others_have_changed() -> None:
-    """Whatever the order of attaching, h sees what enters the head."""
+    """In any order of attaching, h reads the input of the head."""
     model, image = tiny(), pictures()
     tuned = attach(model, "cocoop", reduction=4)
     attach(model, "clip_adapter", ratio=0.5)
@@ -61,6 +61,6 @@ def test_counts_of_the_paper() -> None:
     assert attach(large("ViT-B-16"), "cocoop").report().trainable == 35_360
 
 
-def test_a_reduction_that_leaves_nothing_is_refused() -> None:
+def test_a_reduction_to_zero_width_is_rejected() -> None:
     with raises(UnsupportedSite, method="cocoop", option="reduction", given=17):
         attach(tiny(), "cocoop", reduction=17)

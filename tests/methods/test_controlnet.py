@@ -1,4 +1,4 @@
-"""ControlNet against diffusers' own class and pipelines, which are given the same weights."""
+"""ControlNet against diffusers' own class and pipelines, with the same weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 
 def taught(pipe: Any, seed: int = 3) -> tuple[ControlNetModel, veneer.Attachment]:
-    """A trained net of diffusers for the pipeline, and an attachment that holds the same."""
+    """A trained network of diffusers for the pipeline, and an attachment with the same weights."""
     net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32, 96))
     stir(net, seed)
     control = veneer.attach(pipe, "controlnet")
@@ -51,7 +51,7 @@ def pipe() -> Any:
     return pipeline()
 
 
-def test_a_new_one_changes_nothing(pipe: Any) -> None:
+def test_a_new_one_is_the_identity(pipe: Any) -> None:
     before = drawn(pipe)
     control = veneer.attach(pipe, "controlnet")
     with control.condition(image=picture(1)):
@@ -65,7 +65,7 @@ SCHEDULERS = [EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepS
 
 @pytest.mark.parametrize("scheduler", [None, *SCHEDULERS], ids=lambda s: s.__name__ if s else "DDIM")
 @pytest.mark.parametrize("part", [(0.0, 1.0), (0.3, 0.8)], ids=["whole", "part"])
-def test_pictures_are_those_of_diffusers(pipe: Any, scheduler: Any, part: tuple[float, float]) -> None:
+def test_images_equal_those_of_diffusers(pipe: Any, scheduler: Any, part: tuple[float, float]) -> None:
     net, control = taught(pipe)
     if scheduler:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
@@ -89,7 +89,7 @@ def drawn_off(pipe: Any, control: veneer.Attachment) -> np.ndarray:
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0], ids=["unguided", "guided"])
 @pytest.mark.parametrize("guess", [False, True])
-def test_batches_of_different_pictures(pipe: Any, guidance: float, guess: bool) -> None:
+def test_batches_of_different_images(pipe: Any, guidance: float, guess: bool) -> None:
     net, control = taught(pipe)
     images = [picture(1), picture(2)]
     options = {"prompts": PROMPTS, "guidance_scale": guidance, "num_images_per_prompt": 2}
@@ -101,7 +101,7 @@ def test_batches_of_different_pictures(pipe: Any, guidance: float, guess: bool) 
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_pictures_are_drawn_over(pipe: Any) -> None:
+def test_image_to_image(pipe: Any) -> None:
     net, control = taught(pipe)
     redraw = others(pipe, StableDiffusionImg2ImgPipeline)
     options = {"image": picture(5), "strength": 0.6, "steps": 8, "side": 0}
@@ -115,7 +115,7 @@ def test_pictures_are_drawn_over(pipe: Any) -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_pictures_are_mended(pipe: Any) -> None:
+def test_inpainting(pipe: Any) -> None:
     net, control = taught(pipe)
     mend = others(pipe, StableDiffusionInpaintPipeline)
     mask = Image.fromarray(np.tri(32, dtype=np.uint8) * 255)
@@ -175,7 +175,7 @@ def test_names_shapes_and_counts_of_real_models(options: dict[str, Any], publish
         ({"image": "edges.png"}, {"given": "str"}),
     ],
 )
-def test_what_cannot_be_used_is_refused(pipe: Any, given: dict[str, Any], data: dict[str, Any]) -> None:
+def test_what_cannot_be_used_is_rejected(pipe: Any, given: dict[str, Any], data: dict[str, Any]) -> None:
     control = veneer.attach(pipe, "controlnet")
     with raises(ConditionError, where="controlnet", **data), control.condition(**given):
         drawn(pipe)

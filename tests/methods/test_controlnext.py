@@ -1,4 +1,4 @@
-"""ControlNeXt: cross normalisation by loops, where it is added, and its size at a real model's shapes."""
+"""ControlNeXt: cross normalization by loops, where it is added, and its size at a real model's shapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer.methods.additive.controlnext import cross_normalize
 from veneer.testing.case import perturb
 
 
-def test_cross_normalisation_number_by_number() -> None:
+def test_cross_normalization_element_by_element() -> None:
     torch.manual_seed(0)
     control, x = torch.randn(2, 3, 4, 4, dtype=torch.float64) * 3 + 1, torch.randn(2, 3, 2, 2, dtype=torch.float64) - 2
     found = cross_normalize(control, x)

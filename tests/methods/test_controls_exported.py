@@ -1,4 +1,4 @@
-"""A control and a LoRA, written for diffusers and loaded there without veneer: the same pictures, each alone and together."""
+"""A control and a LoRA, written for diffusers and loaded there without veneer: the same images, each alone and together."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"controlnet": {}, "t2i_adapter": {}, "ip_a
 
 
 def base(family: str) -> Any:
-    """SDXL with as many blocks as its T2I-Adapters are for."""
+    """SDXL with as many blocks as its T2I-Adapters require."""
     return pipeline(family, **(THREE if family == "sdxl" else {}))
 
 
@@ -48,14 +48,14 @@ def given(method: str) -> dict[str, Any]:
 
 
 def written(attachment: veneer.Attachment, folder: Path) -> Path:
-    """By the format that diffusers reads: a folder, or a file of its own name."""
+    """Save in the format that diffusers reads: a folder, or a named file."""
     form: Any = formats.get(attachment.method.name if attachment.method.name in OPTIONS else "diffusers")()
     form.save(attachment, folder if form.folder else folder / form.file)
     return folder
 
 
 def by_diffusers(family: str, method: str | None, control: Path, lora: Path | None) -> tuple[Any, dict[str, Any]]:
-    """A plain pipeline with what was written, and what it is to be called with."""
+    """A bare pipeline with the saved files loaded, and its arguments."""
     plain, options = base(family), {}
     if lora is not None:
         plain.load_lora_weights(lora)

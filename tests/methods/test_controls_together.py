@@ -1,4 +1,4 @@
-"""Several controls, a LoRA and a learnt word on one pipeline: as diffusers does the same with its own classes."""
+"""Several controls, a LoRA and a token embedding on one pipeline, against diffusers' own classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPT = "a <toy> house"
 
 
 def attached(pipe: Any) -> list[veneer.Attachment]:
-    """Two ControlNets, a LoRA and a learnt word, all trained."""
+    """Two ControlNets, a LoRA and a token embedding, all trained."""
     found = [veneer.attach(pipe, "controlnet"), veneer.attach(pipe, "lora", rank=2), veneer.attach(pipe, "controlnet")]
     found.append(veneer.attach(pipe, "textual_inversion", tokens="<toy>", initialize="toy"))
     for n, attachment in enumerate(found):
@@ -30,7 +30,7 @@ def attached(pipe: Any) -> list[veneer.Attachment]:
     return found
 
 
-def test_two_controls_a_lora_and_a_word(tmp_path: Path) -> None:
+def test_two_controls_a_lora_and_a_token_embedding(tmp_path: Path) -> None:
     pipe = pipeline()
     first, lora, second, word = attached(pipe)
     with first.condition(image=picture(1), strength=0.7, end=0.6), second.condition(image=picture(2), strength=0.4, start=0.2):

@@ -36,7 +36,7 @@ def act(z: Tensor) -> Tensor:
 
 
 def convolved(adapter: Any, z: Tensor) -> Tensor:
-    """The convolution of (B, H, W, h), pixel by pixel and neighbour by neighbour."""
+    """The convolution of (B, H, W, h), pixel by pixel and neighbor by neighbor."""
     out = torch.empty_like(z)
     for b, i, j in itertools.product(*map(range, z.shape[:3])):
         out[b, i, j] = adapter.conv_bias
@@ -48,7 +48,7 @@ def convolved(adapter: Any, z: Tensor) -> Tensor:
 
 
 def slow(adapter: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Pictures (B, H, W, C), or tokens (B, P, C) that are pictures of one pixel."""
+    """Images (B, H, W, C), or tokens (B, P, C) as images of one pixel."""
     pictures = x if x.ndim == 4 else x.flatten(0, 1)[:, None, None]
     z = act(everywhere(lambda v: adapter.down @ v + adapter.down_bias, pictures))
     z = act(convolved(adapter, z))
@@ -66,8 +66,8 @@ def test_without_prefix_tokens_and_on_a_larger_grid() -> None:
         torch.testing.assert_close(adapter.output(x.flatten(1, 2), y.flatten(1, 2)), slow(adapter, x, y).flatten(1, 2))
 
 
-def test_a_column_is_no_row() -> None:
-    """On 2 × 3 patches each neighbour is where the grid says: one patch reaches exactly those around it."""
+def test_rows_and_columns_are_not_confused() -> None:
+    """On 2 × 3 patches each neighbor is where the grid says: one patch affects exactly its neighbors."""
     adapter = trained(Convpass(bottleneck=3), branch())
     x = random(1, PREFIX + 6, 5)
     moved = x.clone()
@@ -104,8 +104,8 @@ def test_a_vit_with_the_papers_blocks(key: str, prefix: int) -> None:
         assert (expected - bare(picture())).abs().max() > 1e-3
 
 
-def test_pictures_of_another_size() -> None:
-    """Twice the side has the grid of twice the side; another aspect is refused with the site, what came and what fits."""
+def test_images_of_another_size() -> None:
+    """Twice the side has the grid of twice the side; another aspect ratio is rejected with the site and shapes."""
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "dynamic_img_size": True}
     model: nn.Module = timm.create_model("vit_tiny_patch16_224", **options).eval()
     attach(model, "convpass")
@@ -124,7 +124,7 @@ def test_published_counts() -> None:
 
 @pytest.mark.parametrize("init", ["identity", "xavier"])
 def test_start(init: Any) -> None:
-    """Down within sqrt(6 / (in + out)), Up and biases zero; the convolution passes each feature on, or is drawn like Down."""
+    """Down within sqrt(6 / (in + out)), Up and biases zero; the convolution is the identity, or is initialized like Down."""
     torch.manual_seed(0)
     adapter = Convpass(bottleneck=64, init=init).build(branch(width=256))
     for weight, fans in [(adapter.down, 64 + 256), *([(adapter.conv, 9 * 128)] if init == "xavier" else [])]:

@@ -52,7 +52,7 @@ def test_a_context_for_each_class() -> None:
     torch.testing.assert_close(model(image), expected(model, image, dict(zip(NAMES, context, strict=True)), None))
 
 
-def test_a_context_that_begins_as_words_is_the_template() -> None:
+def test_a_context_initialized_with_words_equals_the_template() -> None:
     model, image = tiny(), pictures()
     tuned = attach(model, "coop", words="a photo of a")
     context = tuned.parts["head.prompts"][1].context
@@ -65,7 +65,7 @@ def test_a_context_that_begins_as_words_is_the_template() -> None:
     torch.testing.assert_close(got, cosines(model, image, weights))
 
 
-def test_words_begin_as_the_hosts_own_rows_whatever_else_is_attached() -> None:
+def test_words_are_initialized_with_the_rows_of_the_host_beside_other_attachments() -> None:
     model = tiny()
     for p in attach(model, "lora", where="embed.token").parameters():
         torch.nn.init.normal_(p)
@@ -137,7 +137,7 @@ def test_counts_of_the_paper() -> None:
         assert attach(model, "coop", words="a photo of a").report().trainable == 4 * 512
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_incompatible_arguments_are_named() -> None:
     with raises(UnsupportedSite, method="coop", site="head.prompts") as caught:
         attach(tiny(), "coop", tokens=16)
     assert isinstance(caught.value.__cause__, TextError)

@@ -1,4 +1,4 @@
-"""DAM-VP against prompts that are added by hand, picture by picture, and clusters by a slow agglomeration."""
+"""DAM-VP against prompts that are added by hand, image by image, and clusters by a slow agglomeration."""
 
 import copy
 
@@ -22,13 +22,13 @@ INNER = (24, 36)
 
 
 def features(model: nn.Module, pictures: Tensor) -> Tensor:
-    """What enters the head of a bare ViT."""
+    """Input of the head of a bare ViT."""
     with torch.no_grad():
         return model.forward_head(model.forward_features(pictures), pre_logits=True)
 
 
 def prepared(model: nn.Module, pictures: Tensor, **options):
-    """Attached, clustered and moved off the start."""
+    """Attached, clustered and perturbed."""
     tuned = attach(model, "dam_vp", **{"clusters": 3, **options})
     tuned.prepare(zip(pictures.split(7), torch.zeros(len(pictures)).split(7), strict=True))
     stirred(tuned)
@@ -36,7 +36,7 @@ def prepared(model: nn.Module, pictures: Tensor, **options):
 
 
 def by_hand(model: nn.Module, tuned, pictures: Tensor) -> Tensor:
-    """x + δ_c for each picture, c the nearest prototype."""
+    """x + δ_c for each image, c the nearest prototype."""
     adapter = tuned.parts["pixels"][1]
     found = int(adapter.shared.found)
     rows = []
@@ -47,7 +47,7 @@ def by_hand(model: nn.Module, tuned, pictures: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def test_each_picture_gets_the_prompt_of_its_cluster() -> None:
+def test_each_image_gets_the_prompt_of_its_cluster() -> None:
     bare, model, pictures = tiny(), tiny(), normal(raw(20)) * 2
     tuned = prepared(model, pictures)
     expected = by_hand(bare, tuned, pictures)
@@ -60,7 +60,7 @@ def test_each_picture_gets_the_prompt_of_its_cluster() -> None:
 
 
 def agglomerated(rows: Tensor, most: int, threshold: float) -> set[frozenset[int]]:
-    """Join the two clusters whose members are nearest on average, until they are few, and far, enough."""
+    """Merge the two clusters with the smallest average distance, until they are few and distant enough."""
     clusters = [[i] for i in range(len(rows))]
 
     def apart(a: list[int], b: list[int]) -> float:
@@ -88,11 +88,11 @@ def test_clusters(most: int, threshold: float) -> None:
     assert {tuple(p.mul(1e4).round().tolist()) for p in clusters.prototypes[: len(got)]} == means
 
 
-def test_one_picture_is_one_cluster() -> None:
+def test_one_image_is_one_cluster() -> None:
     assert cluster_labels(torch.randn(1, 5), 4, 0.0).tolist() == [0]
 
 
-def test_prototypes_that_are_not_there_are_never_near() -> None:
+def test_unused_prototypes_are_never_nearest() -> None:
     clusters = Clusters(4, 2)
     clusters.prototypes.copy_(torch.tensor([[5.0, 5.0], [9.0, 9.0], [0.0, 0.0], [0.0, 0.0]]))
     clusters.found.fill_(2)
@@ -100,7 +100,7 @@ def test_prototypes_that_are_not_there_are_never_near() -> None:
 
 
 def test_the_first_features_of_a_pass_count() -> None:
-    """A second head, and a pass that another attachment begins inside, bring more."""
+    """A second head, and a pass inside of another attachment, give more."""
     clusters, rows = Clusters(2, 3), torch.randn(4, 3)
 
     def run(pictures: Tensor) -> None:
@@ -112,7 +112,7 @@ def test_the_first_features_of_a_pass_count() -> None:
     assert clusters.captured is None
 
 
-def test_prepare_takes_the_first_pictures_of_an_unprompted_model() -> None:
+def test_prepare_takes_the_first_images_of_an_unprompted_model() -> None:
     bare, model, pictures = tiny(), tiny(), normal(raw(30)) * 2
     tuned = attach(model, "dam_vp", clusters=2, samples=10)
     model.train()
@@ -147,7 +147,7 @@ def test_strength_multiplies_the_prompt() -> None:
     torch.testing.assert_close(seen(model, STEM, pictures), pictures + 0.25 * (whole - pictures), atol=1e-5, rtol=1e-5)
 
 
-def test_every_prompt_begins_alike_and_only_those_used_are_trained() -> None:
+def test_every_prompt_starts_alike_and_only_those_used_are_trained() -> None:
     model, pictures = tiny(), normal(raw(20)) * 2
     tuned = attach(model, "dam_vp", clusters=3)
     adapter = tuned.parts["pixels"][1]
@@ -196,7 +196,7 @@ def test_a_prepared_model_copies_saves_and_compiles(tmp_path) -> None:
     torch._dynamo.reset()
 
 
-def test_two_of_them_each_look_at_the_bare_picture() -> None:
+def test_two_of_them_each_read_the_unprompted_image() -> None:
     bare, model, pictures = tiny(), tiny(), normal(raw(20)) * 2
     first, second = prepared(model, pictures), prepared(model, pictures, clusters=2)
     both = by_hand(bare, first, pictures) + by_hand(bare, second, pictures) - pictures
@@ -240,7 +240,7 @@ def test_counts() -> None:
     assert attach(tiny(), "dam_vp", clusters=5).report().trainable == 5 * 3 * (32 * 48 - 24 * 36)
 
 
-def test_what_does_not_fit_is_refused_with_words() -> None:
+def test_incompatible_arguments_are_rejected_with_a_message() -> None:
     wrong = ({"clusters": 0}, {"threshold": -1.0}, {"samples": 0}, {"border": 112}, {"std": -1.0}, {"classes": -1})
     for options in wrong:
         ((option, given),) = options.items()

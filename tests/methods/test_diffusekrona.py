@@ -23,7 +23,7 @@ GEOMETRIES = [
 
 
 def trained(method: DiffuseKronA, site: WeightSite) -> DiffuseKronAAdapter:
-    """An adapter in double precision with both factors away from zero."""
+    """An adapter in float64 with both factors away from zero."""
     torch.manual_seed(0)
     adapter = method.build(site).double().eval()
     with torch.no_grad():
@@ -45,7 +45,7 @@ def dense_change(adapter: DiffuseKronAAdapter, site: WeightSite, permuted: bool)
 
 
 def authors_output(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """What the authors' three-dimensional branch makes of x (batch, tokens, d_in): rows of b2, turned, times Aᵀ, under B."""
+    """Output of the authors' three-dimensional branch for x (batch, tokens, d_in): rows of b2, transposed, times Aᵀ, then B."""
     (a1, a2), (b1, b2) = a.shape, b.shape
     rows = x.reshape(-1, a2, b2).transpose(1, 2)
     return torch.stack([b @ (row @ a.T) for row in rows]).reshape(*x.shape[:2], a1 * b1)
@@ -99,7 +99,7 @@ def test_unpermuted_is_lokr_of_the_same_shapes() -> None:
 
 
 @pytest.mark.parametrize("site", [LINEAR, conv_site(nn.Conv2d(8, 12, 3, groups=2))])
-def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(site: WeightSite) -> None:
+def test_a_new_adapter_is_the_identity_and_its_count_is_the_formula(site: WeightSite) -> None:
     method = DiffuseKronA(a1=4, a2=2)
     adapter = method.build(site)
     weight = torch.randn(site.weight_shape)
@@ -115,7 +115,7 @@ def test_counts_on_stable_diffusion() -> None:
     assert tuned.report().trainable == sum(512 + site.d_out // 64 * site.d_in // 8 for site in sites) == 248_176
 
 
-def test_the_draw_of_a() -> None:
+def test_initialization_of_a() -> None:
     torch.manual_seed(0)
     site = WeightSite(name="l", role="attn.q", path="l", d_out=64, d_in=512)
     assert DiffuseKronA(a1=64, a2=512).build(site).left.std().item() == pytest.approx(1 / 64, rel=0.02)

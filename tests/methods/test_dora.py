@@ -34,7 +34,7 @@ def conv_site(module: nn.Module) -> WeightSite:
 
 
 def entered(method: DoRA, base: nn.Module, site: WeightSite, trained: bool = True) -> DoRAAdapter:
-    """An adapter in double precision at the base, with all of its parameters away from their start values."""
+    """An adapter in float64 attached to the base, with all of its parameters away from their initialization."""
     torch.manual_seed(0)
     adapter = method.build(site).double()
     if trained:
@@ -46,7 +46,7 @@ def entered(method: DoRA, base: nn.Module, site: WeightSite, trained: bool = Tru
 
 
 def decomposed(base: Tensor, adapter: DoRAAdapter, site: WeightSite, s: float) -> Tensor:
-    """Equation 5, one output at a time: its direction is its row over the row's norm, its magnitude ‖w‖ + what was learnt."""
+    """Equation 5, one output at a time: its direction is its row over the row's norm, its magnitude ‖w‖ + the trained delta."""
     rows = []
     per_group = site.d_out // site.groups
     for o in range(site.d_out):
@@ -95,7 +95,7 @@ def test_convolutions_of_every_geometry(base: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("base", [nn.Linear(7, 5), nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(6, 6, 3, groups=6)], ids=repr)
-def test_a_fresh_adapter_changes_nothing_bitwise_and_its_count_is_the_formula(base: nn.Module) -> None:
+def test_a_new_adapter_is_the_identity_bitwise_and_its_count_is_the_formula(base: nn.Module) -> None:
     site = LINEAR if isinstance(base, nn.Linear) else conv_site(base)
     method = DoRA(rank=4)
     adapter = method.build(site)
@@ -184,7 +184,7 @@ def test_peft_gives_the_same_outputs_and_gradients() -> None:
             torch.testing.assert_close(own.grad, other.grad.view_as(own))
 
 
-def test_an_output_without_a_direction_learns_as_in_lora() -> None:
+def test_an_output_without_a_direction_is_trained_as_in_lora() -> None:
     base = nn.Linear(7, 5).double()
     nn.init.zeros_(base.weight)
     adapter = entered(DoRA(rank=3), base, LINEAR)
@@ -205,7 +205,7 @@ def toy_host() -> Iterator[None]:
 @pytest.mark.usefixtures("toy_host")
 @pytest.mark.parametrize("below", ["lora", "bitfit", "dora"])
 def test_what_acts_before_is_part_of_the_weight_that_is_decomposed(below: str) -> None:
-    """Another attachment's change below, or written into the weights by hand: the same outputs."""
+    """Another attachment below, or its update added to the weights by hand: the same outputs."""
     where = {"lora": "attn.{q,v,out} conv head", "bitfit": "bias.{conv,head}", "dora": "attn.{q,out} conv"}[below]
     model, by_hand = toy.net().double(), toy.net().double()
     first = attach(model, below, where=where)
@@ -231,7 +231,7 @@ def test_published_count_of_vit_b() -> None:
     assert attach(vit, "dora", where="attn.qkv").report().trainable == 322_560
 
 
-def test_refusals() -> None:
+def test_rejections() -> None:
     with raises(OptionError, method="dora", option="rank", given=0):
         DoRA(rank=0)
     quantised = nn.Linear(7, 5)

@@ -103,7 +103,7 @@ def test_rank_beta_and_strength() -> None:
         torch.testing.assert_close(got, by_hand(model, tuned, picture(), 2, strength=0.3))
 
 
-def test_pictures_of_another_size() -> None:
+def test_images_of_another_size() -> None:
     model = vit(dynamic_img_size=True)
     agrees(model, stirred(model, conv=3), picture(48, 48), write_from=2, grid=(6, 6))
     with raises(HostChanged, where="blocks.2.stream", given=24, expected=(4, 4)):
@@ -121,7 +121,7 @@ def test_gradients() -> None:
         torch.testing.assert_close(mine, other)
 
 
-def test_in_swin_h_begins_anew_in_each_stage() -> None:
+def test_in_swin_h_is_reset_in_each_stage() -> None:
     torch.manual_seed(0)
     shape = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 10}
     model: Any = timm.create_model("swin_tiny_patch4_window7_224", **shape).double().eval()
@@ -196,7 +196,7 @@ def test_start() -> None:
     assert 0 < adapter.A.abs().max() <= 24**-0.5  # Kaiming-uniform with a = √5: bound 1/√fan_in
 
 
-def test_blocks_that_change_width_or_grid_are_passed_over() -> None:
+def test_blocks_that_change_width_or_grid_are_skipped() -> None:
     model: Any = hosts.get("timm_conv")().tiny()["resnet"]()
     blocks = {n: m for n, m in model.named_modules() if n.startswith("layer") and n.count(".") == 1}
     tuned = attach(model, "dtl")
@@ -204,7 +204,7 @@ def test_blocks_that_change_width_or_grid_are_passed_over() -> None:
     assert 0 < len(tuned.parts) < len(blocks)
 
 
-def test_refusals() -> None:
+def test_rejections() -> None:
     with raises(OptionError, method="dtl", option="write_from", given=9, where="blocks.0.stream"):
         attach(vit(), "dtl", write_from=9)
     text = hosts.get("clip_text")()

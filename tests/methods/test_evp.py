@@ -1,4 +1,4 @@
-"""EVP against pictures that are put together pixel by pixel, the paper's update, and labels counted by hand."""
+"""EVP against images composed pixel by pixel, the paper's update, and labels counted by hand."""
 
 import collections
 import copy
@@ -30,13 +30,13 @@ def site(height: int = 224, width: int = 224, channels: int = 3) -> PixelSite:
 
 
 def framed(pictures: Tensor, prompt: Tensor) -> Tensor:
-    """normalise(pad(shrunk) + δ), by the definition."""
+    """normalize(pad(shrunk) + δ), by the definition."""
     canvas = np.zeros(pictures.shape)
     canvas[:, :, 4:28, 6:42] = shrunk(pictures, INNER, Image.Resampling.BICUBIC)
     return normal(canvas + np.nan_to_num(frame(prompt, (32, 48), INNER)))
 
 
-def test_the_picture_is_the_one_put_together_by_hand() -> None:
+def test_the_image_equals_the_one_composed_by_hand() -> None:
     model = tiny()
     tuned = attach(model, "evp", where="pixels")
     stirred(tuned)
@@ -54,7 +54,7 @@ def test_it_starts_black() -> None:
 
 
 def test_a_step_of_sgd_is_the_papers_update() -> None:
-    """ḡ: mean over the batch of dL/dδ; δ ← δ − lr·mask ∘ ḡ / ‖ḡ‖, the norm over the whole picture, before the mask."""
+    """ḡ: mean over the batch of dL/dδ; δ ← δ − lr·mask ∘ ḡ / ‖ḡ‖, the norm over the whole image, before the mask."""
     bare, model = tiny(), tiny()
     tuned = attach(model, "evp", where="pixels")
     stirred(tuned, 0.1)
@@ -78,7 +78,7 @@ def test_a_step_of_sgd_is_the_papers_update() -> None:
     torch.testing.assert_close(torch.from_numpy(got).float(), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_the_plain_gradient_is_that_of_the_loss() -> None:
+def test_the_gradient_without_normalization_is_that_of_the_loss() -> None:
     model = tiny().double()
     tuned = attach(model, "evp", where="pixels", normalize_gradient=False)
     stirred(tuned, 0.1)
@@ -118,7 +118,7 @@ def test_counts() -> None:
     assert attach(tiny(), "evp").report().trainable == 3 * (32 * 48 - 24 * 36)
 
 
-def test_options_and_sites_are_refused_with_words() -> None:
+def test_options_and_sites_are_rejected_with_a_message() -> None:
     for options in ({"border": 0}, {"border": 112}, {"classes": -1}):
         ((option, given),) = options.items()
         with raises(OptionError, method="evp", option=option, given=given):
@@ -131,7 +131,7 @@ def test_options_and_sites_are_refused_with_words() -> None:
         attach(tiny(), "evp", classes=11)
 
 
-def test_each_class_gets_the_label_that_is_answered_most() -> None:
+def test_each_class_gets_its_most_frequent_prediction() -> None:
     counts = torch.tensor([[0, 5, 1], [3, 5, 0], [3, 1, 0], [0, 9, 0]])
     assert most_frequent(counts).tolist() == [1, 3, 0]
     tied = torch.tensor([[2, 0], [2, 0]])
@@ -139,7 +139,7 @@ def test_each_class_gets_the_label_that_is_answered_most() -> None:
 
 
 def answered(model: nn.Module, pictures: Tensor, labels: Tensor, classes: int) -> list[collections.Counter[int]]:
-    """How often each source label is answered for each class, picture by picture."""
+    """How often each source label is predicted for each class, image by image."""
     found: list[collections.Counter[int]] = [collections.Counter() for _ in range(classes)]
     with torch.no_grad():
         for picture, label in zip(pictures, labels.tolist(), strict=True):
@@ -147,7 +147,7 @@ def answered(model: nn.Module, pictures: Tensor, labels: Tensor, classes: int) -
     return found
 
 
-def test_prepare_counts_answers_with_the_border_on() -> None:
+def test_prepare_counts_predictions_with_the_border() -> None:
     model = tiny()
     pictures, labels = normal(raw(40)) * 3, torch.arange(40) % 3
     alone = attach(model, "evp", where="pixels")
@@ -163,7 +163,7 @@ def test_prepare_counts_answers_with_the_border_on() -> None:
         torch.testing.assert_close(model(pictures), alone.towers[""](pictures)[:, expected], atol=1e-6, rtol=1e-5)
 
 
-def test_prepare_says_what_is_wrong() -> None:
+def test_prepare_reports_errors() -> None:
     model = tiny()
     tuned = attach(model, "evp", classes=3)
     with raises(OptionError, option="classes", where="head.logits", given=(0, 3), expected=3):
@@ -177,7 +177,7 @@ def test_prepare_says_what_is_wrong() -> None:
     assert tuned.parts["head.logits"][1].seen is None
 
 
-def test_mapped_labels_are_there_or_not() -> None:
+def test_mapped_labels_are_switched() -> None:
     bare, model = tiny(), tiny()
     tuned = attach(model, "evp", classes=3)
     with raises(StateError, where="head.logits", given=0.5, expected=(0, 1)):
@@ -195,7 +195,7 @@ def test_mapped_labels_are_there_or_not() -> None:
 
 
 def test_samples_of_a_batch_differ() -> None:
-    """At the model's own door as well."""
+    """In the model's own forward pass as well."""
     model, pictures = tiny(), normal(raw(4))
     tuned = attach(model, "evp", where="pixels")
     stirred(tuned)
@@ -221,7 +221,7 @@ def test_compiled_mapped_labels_switch() -> None:
     torch._dynamo.reset()
 
 
-def test_a_second_map_on_a_head_is_refused_when_it_runs() -> None:
+def test_a_second_map_on_a_head_is_rejected_when_it_runs() -> None:
     model = tiny()
     attach(model, "evp", classes=3)
     attach(model, "evp", classes=3, name="second")
@@ -242,7 +242,7 @@ def test_the_map_is_saved_and_loaded_bitwise(tmp_path) -> None:
 
 
 def test_a_convolutional_model_takes_other_sizes() -> None:
-    """Framed at the size that the prompt is of, and brought to the picture's."""
+    """Framed at the prompt's size, and resized to the image's."""
     import timm
 
     torch.manual_seed(0)
@@ -276,8 +276,8 @@ def test_clips_image_tower_by_position_name_and_itself() -> None:
         torch.testing.assert_close(by_name[1], bare(text=ids)[1])
 
 
-def test_logits_with_room_behind_them() -> None:
-    """Heads that are convolutions give (B, K, 1, 1)."""
+def test_logits_with_trailing_dimensions() -> None:
+    """Convolutional heads give (B, K, 1, 1)."""
     where = FeatureSite(name="h", role="logits", port=Port("h", "out"), width=4, classes=6, head="h")
     adapter = EVP(classes=2).build(where)
     adapter.index.copy_(torch.tensor([5, 0]))

@@ -41,7 +41,7 @@ def built(method: FacT, base: nn.Module, trained: bool = True) -> FacTAdapter:
 
 
 def sigma(adapter: FacTAdapter, form: str, o: int, i: int, place: int) -> Tensor:
-    """Σ of the tile in row `o` and column `i` at a place of the kernel; for `tk` Σ_n P[n, j] C[:, :, n], j in that order."""
+    """Σ of the tile in row `o` and column `i` at a position of the kernel; for `tk` Σ_n P[n, j] C[:, :, n], j in that order."""
     r = adapter.rank
     if form == "tt":
         return adapter.sigma[o * r : (o + 1) * r, i * r : (i + 1) * r].reshape(r, r, -1)[..., place]
@@ -75,7 +75,7 @@ def test_the_equation_in_both_forms(base: nn.Module, form: str) -> None:
 
 @pytest.mark.parametrize("form", ["tt", "tk"])
 @pytest.mark.parametrize("base", LAYERS, ids=repr)
-def test_a_fresh_adapter_changes_nothing_bitwise_and_its_count_is_the_formula(base: nn.Module, form: str) -> None:
+def test_a_new_adapter_is_the_identity_bitwise_and_its_count_is_the_formula(base: nn.Module, form: str) -> None:
     method = FacT(form=form, rank=3)
     adapter = built(method, base, trained=False)
     assert torch.equal(adapter.weight(base.weight), base.weight)
@@ -84,7 +84,7 @@ def test_a_fresh_adapter_changes_nothing_bitwise_and_its_count_is_the_formula(ba
     assert all(p.abs().max() > 0 for p in own)
 
 
-def test_wide_weights_are_cut_into_squares() -> None:
+def test_wide_weights_are_split_into_squares() -> None:
     shapes = {(8, 8): (1, 1, 8, 8), (32, 8): (4, 1, 8, 8), (8, 32): (1, 4, 8, 8), (8, 20): (1, 1, 8, 20), (20, 8): (1, 1, 20, 8)}
     for (d_out, d_in), cut in shapes.items():
         assert tiles(WeightSite(name="l", role="l", path="l", d_out=d_out, d_in=d_in)) == cut
@@ -151,6 +151,6 @@ def test_options_out_of_range(options: dict) -> None:
         FacT(**options)
 
 
-def test_grouped_convolutions_are_refused() -> None:
+def test_grouped_convolutions_are_rejected() -> None:
     with raises(OptionError, method="fact", option="where", given=2, expected=1):
         FacT().build(site_of(nn.Conv2d(4, 8, 3, groups=2)))

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter of a host, beside a base that stays as it was."""
+"""Full fine-tuning: every parameter of a host, beside an unchanged base."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_steps_are_those_of_the_unfrozen_model(host: str, key: str) -> None:
 
 
 def test_a_file_is_a_whole_model(tmp_path: Path) -> None:
-    """The base's own numbers do not matter, as all are in the file."""
+    """The base's values do not matter, as all are in the file."""
     model, inputs = tiny("timm_vit", "vit")
     tuned = attach(model, "full")
     with torch.no_grad():

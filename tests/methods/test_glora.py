@@ -37,7 +37,7 @@ def trained(method: GLoRA, site: WeightSite | ParamSite) -> GLoRAAdapter:
 
 
 def entry(term: Term, o: int, i: int) -> torch.Tensor | float:
-    """The term's number for output o and input i."""
+    """The term's element for output o and input i."""
     if term.form == "none":
         return 0.0
     if term.form == "low_rank":
@@ -65,7 +65,7 @@ def test_biases(D: str, E: str) -> None:
 
 @pytest.mark.parametrize("site", [LINEAR, GROUPED, BIAS], ids=["linear", "grouped", "bias"])
 @pytest.mark.parametrize("options", [{}, {"A": "vector", "E": "none"}, {"A": "none", "B": "none", "D": "scalar", "E": "none"}])
-def test_a_fresh_adapter_changes_nothing_bitwise_and_its_count_is_the_formula(options: dict, site: WeightSite) -> None:
+def test_a_new_adapter_is_the_identity_bitwise_and_its_count_is_the_formula(options: dict, site: WeightSite) -> None:
     method = GLoRA(**options)
     adapter = method.build(site)
     tensor = torch.randn(site.shape if isinstance(site, ParamSite) else site.weight_shape)
@@ -80,8 +80,8 @@ def test_each_term_has_its_own_form() -> None:
     assert (bias.scale.up.shape, bias.shift.up.shape) == ((1, 1), (5, 1))
 
 
-def test_only_one_factor_begins_as_zero() -> None:
-    """`down` is Xavier-uniform, U(−√(6 / (rank + width)), …): were both zero, neither would ever get a gradient."""
+def test_only_one_factor_starts_at_zero() -> None:
+    """`down` is Xavier-uniform, U(−√(6 / (rank + width)), …): if both were zero, neither would get a gradient."""
     site = WeightSite(name="l", role="l", path="l", d_out=4, d_in=600)
     for term in (lambda a: a.scale, lambda a: a.shift):
         found = term(GLoRA(rank=8).build(site))

@@ -21,7 +21,7 @@ def gelu(z: Tensor) -> Tensor:
 
 
 def test_the_equation_in_every_layout() -> None:
-    """The seam gives `output` the branch twice; here what it reads and what it is added to are told apart."""
+    """The adapter protocol passes the branch to `output` twice; here its input and the sum are distinguished."""
     check_layouts(Houlsby(bottleneck=3), branch, lambda a, x, y: y + everywhere(lambda v: change(a, gelu, v), x))
 
 
@@ -55,7 +55,7 @@ def test_counts_of_vit_b() -> None:
 
 
 def test_start() -> None:
-    """Both matrices normal with 0.01, cut at 0.02; biases zero."""
+    """Both matrices normal with 0.01, truncated at 0.02; biases zero."""
     torch.manual_seed(0)
     adapter = Houlsby(bottleneck=128).build(branch(width=256))
     for weight in (adapter.down, adapter.up):

@@ -71,7 +71,7 @@ def test_inputs_are_rescaled_one_by_one(base: nn.Module) -> None:
 
 @pytest.mark.parametrize("role", ["attn.k", "mlp.out"])
 @pytest.mark.parametrize("base", LAYERS, ids=repr)
-def test_a_fresh_adapter_changes_nothing_bitwise_and_its_count_is_the_formula(base: nn.Module, role: str) -> None:
+def test_a_new_adapter_is_the_identity_bitwise_and_its_count_is_the_formula(base: nn.Module, role: str) -> None:
     site = site_of(base, role)
     adapter = IA3().build(site)
     adapter.enter(nn.Sequential(base))
@@ -106,7 +106,7 @@ def test_in_a_model_inputs_and_rows_of_a_fused_weight() -> None:
 
 
 def test_peft_gives_the_same_outputs() -> None:
-    """Where there is no bias on outputs: peft scales that too."""
+    """Without a bias on outputs, as peft scales it too."""
     torch.manual_seed(0)
     base = nn.ModuleDict({"v": nn.Linear(6, 4, bias=False), "out": nn.Linear(6, 4)}).double()
     config = peft.IA3Config(target_modules=["v", "out"], feedforward_modules=["out"], init_ia3_weights=False)

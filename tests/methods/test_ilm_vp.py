@@ -1,4 +1,4 @@
-"""ILM-VP against pictures that are put together pixel by pixel, and an assignment that looks at every pair every time."""
+"""ILM-VP against images composed pixel by pixel, and an assignment by searching all pairs each time."""
 
 import itertools
 
@@ -21,7 +21,7 @@ STEM = "patch_embed.proj"
 
 
 def framed(pictures: Tensor, prompt: Tensor, size: tuple[int, int], inner: tuple[int, int]) -> Tensor:
-    """normalise(pad(shrunk) + M ∘ σ(δ)), by the definition."""
+    """normalize(pad(shrunk) + M ∘ σ(δ)), by the definition."""
     top, left = ((o - i + 1) // 2 for o, i in zip(size, inner, strict=True))
     canvas = np.zeros(pictures.shape)
     canvas[:, :, top : top + inner[0], left : left + inner[1]] = shrunk(pictures, inner, Image.Resampling.BILINEAR)
@@ -29,8 +29,8 @@ def framed(pictures: Tensor, prompt: Tensor, size: tuple[int, int], inner: tuple
 
 
 @pytest.mark.parametrize(("picture", "inner"), [(128, (18, 27)), (30, (4, 6)), (221, (32, 47)), (3, (1, 1))])
-def test_the_picture_is_the_one_put_together_by_hand(picture: int, inner: tuple[int, int]) -> None:
-    """Also with a row or a column more on one side, and with a frame on one side alone."""
+def test_the_image_equals_the_one_composed_by_hand(picture: int, inner: tuple[int, int]) -> None:
+    """Also with an extra row or column on one side, and with a frame on one side only."""
     model = tiny()
     tuned = attach(model, "ilm_vp", where="pixels", picture=picture)
     stirred(tuned)
@@ -39,7 +39,7 @@ def test_the_picture_is_the_one_put_together_by_hand(picture: int, inner: tuple[
     torch.testing.assert_close(seen(model, STEM, normal(raw())), expected, atol=2e-5, rtol=1e-5)
 
 
-def test_it_starts_grey() -> None:
+def test_it_starts_gray() -> None:
     model = tiny()
     attach(model, "ilm_vp", where="pixels")
     got = seen(model, STEM, normal(raw()))
@@ -53,7 +53,7 @@ def test_counts() -> None:
     assert attach(tiny(), "ilm_vp").report().trainable == 3 * (32 * 48 - 18 * 27)
 
 
-def test_options_are_refused_with_words() -> None:
+def test_options_are_rejected_with_a_message() -> None:
     for options in ({"picture": 0}, {"picture": 224}, {"classes": -1}):
         ((option, given),) = options.items()
         with raises(OptionError, method="ilm_vp", option=option, given=given):
@@ -74,7 +74,7 @@ def looked_through(counts: list[list[int]]) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_labels_are_assigned_as_if_every_pair_were_looked_at(seed: int) -> None:
+def test_labels_are_assigned_greedily_over_all_pairs(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     labels, classes = [(7, 3), (5, 5), (12, 1), (9, 6)][seed % 4]
     most = [2, 4, 50, 1][seed // 4 % 4]  # small numbers: many pairs are counted as often, many never
@@ -89,7 +89,7 @@ def test_no_counts_give_the_first_labels() -> None:
 
 
 def table(model: nn.Module, pictures: Tensor, labels: Tensor, classes: int) -> list[list[int]]:
-    """Answers of a model by source label and class, picture by picture."""
+    """Predictions of a model by source label and class, image by image."""
     counts = [[0] * classes for _ in range(10)]
     with torch.no_grad():
         for picture, label in zip(pictures, labels.tolist(), strict=True):
@@ -97,7 +97,7 @@ def table(model: nn.Module, pictures: Tensor, labels: Tensor, classes: int) -> l
     return counts
 
 
-def test_prepare_looks_with_the_frame_as_it_is() -> None:
+def test_prepare_counts_with_the_current_frame() -> None:
     pictures, labels, maps = normal(raw(60)) * 3, torch.arange(60) % 4, []
     model = tiny()
     tuned = attach(model, "ilm_vp", classes=4)

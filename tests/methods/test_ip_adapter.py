@@ -1,4 +1,4 @@
-"""IP-Adapter against diffusers' own processors, which are given the same weights in their authors' layout."""
+"""IP-Adapter against diffusers' own processors, with the same weights in the original layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH = 40
 
 
 def layout(control: veneer.Attachment) -> dict[str, dict[str, torch.Tensor]]:
-    """What was trained, as the authors' files have it: projections of the n-th cross-attention under 2n + 1."""
+    """Trained tensors in the authors' layout: projections of the n-th cross-attention under 2n + 1."""
     parts = sorted(control.parts.values(), key=lambda part: part[0].index)
     shared = parts[0][1].shared
     layers = {
@@ -51,7 +51,7 @@ def embeds(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 
 def halves(*several: torch.Tensor) -> list[torch.Tensor]:
-    """Zeros for the half without a prompt in front, as diffusers wants them."""
+    """Zeros for the half without a prompt in front, as diffusers requires."""
     return [torch.cat([torch.zeros_like(e), e]) for e in several]
 
 
@@ -61,7 +61,7 @@ NAMES = ("sd", "sdxl")
 
 @pytest.mark.parametrize("kind", ["base", "plus"])
 @pytest.mark.parametrize("family", NAMES)
-def test_pictures_are_those_of_diffusers(kind: str, family: str) -> None:
+def test_images_equal_those_of_diffusers(kind: str, family: str) -> None:
     pipe = pipeline(family)
     control = taught(pipe, kind=kind)
     given = embeds((1, 2, *SHAPES[kind]))
@@ -96,7 +96,7 @@ def test_two_adapters_and_masks() -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_one_picture_for_each_prompt() -> None:
+def test_one_image_for_each_prompt() -> None:
     pipe = pipeline()
     control = taught(pipe)
     several = embeds((2, WIDTH))
@@ -123,7 +123,7 @@ def encoder() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["base", "plus"])
-def test_pictures_are_embedded_by_the_pipelines_own_encoder(kind: str) -> None:
+def test_images_are_embedded_by_the_pipelines_own_encoder(kind: str) -> None:
     pipe = pipeline()
     pipe.register_modules(**encoder())
     torch.manual_seed(1)
@@ -151,7 +151,7 @@ def test_strengths_of_blocks() -> None:
 
 
 @pytest.mark.parametrize("zero_start", [True, False])
-def test_a_new_one_begins_as_the_hosts_own(zero_start: bool) -> None:
+def test_a_new_one_starts_as_the_hosts_own(zero_start: bool) -> None:
     pipe = pipeline()
     before = drawn(pipe)
     control = veneer.attach(pipe, "ip_adapter", width=WIDTH, zero_start=zero_start)
@@ -187,7 +187,7 @@ def test_published_counts(options: dict[str, Any], published: int) -> None:
         ({"embeds": embeds((3, WIDTH))}, {"where": "ip_adapter", "given": 3, "expected": 1}),
     ],
 )
-def test_what_cannot_be_used_is_refused(given: dict[str, Any], data: dict[str, Any]) -> None:
+def test_what_cannot_be_used_is_rejected(given: dict[str, Any], data: dict[str, Any]) -> None:
     pipe = pipeline()
     control = veneer.attach(pipe, "ip_adapter", width=WIDTH)
     with raises(ConditionError, **data), control.condition(**given):

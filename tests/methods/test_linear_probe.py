@@ -1,4 +1,4 @@
-"""Linear probing: the head alone, held whole."""
+"""Linear probing: the head alone, as a whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.injection import LoadError, UnsupportedSite, attach, hosts
 
 
 def tiny(head: int = 0) -> nn.Module:
-    """One backbone, with a head drawn by `head`."""
+    """One backbone, with a head initialized by `head`."""
     torch.manual_seed(0)
     model = hosts.get("timm_vit")().tiny()["vit"]().eval()
     torch.manual_seed(head)
@@ -39,7 +39,7 @@ def trained(model: nn.Module, steps: int = 3) -> veneer.Attachment:
     return tuned
 
 
-def test_it_learns_what_a_linear_layer_on_the_features_learns() -> None:
+def test_it_equals_a_linear_layer_trained_on_the_features() -> None:
     model, plain = tiny(), tiny()
     tuned = trained(model)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_loaded_on_another_head_it_gives_the_same_outputs_bitwise(tmp_path: Path
     assert torch.equal(other.head.weight, tiny(head=7).head.weight)
 
 
-def test_another_backbone_is_refused(tmp_path: Path) -> None:
+def test_another_backbone_is_rejected(tmp_path: Path) -> None:
     path = trained(tiny()).save(tmp_path / "probe")
     other = tiny()
     with torch.no_grad():

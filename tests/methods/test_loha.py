@@ -95,7 +95,7 @@ def test_convolutions_in_one_and_three_dimensions(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("site", [SMALL, WIDE, conv_site(nn.Conv2d(4, 8, 3, groups=2)), conv_site(nn.Conv2d(6, 6, 3, groups=6))])
 @pytest.mark.parametrize("tucker", [False, True])
-def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(site: WeightSite, tucker: bool) -> None:
+def test_a_new_adapter_is_the_identity_and_its_count_is_the_formula(site: WeightSite, tucker: bool) -> None:
     method = LoHa(rank=4, tucker=tucker)
     adapter = method.build(site)
     weight = torch.randn(site.weight_shape)
@@ -110,7 +110,7 @@ def test_published_counts() -> None:
     assert attach(unet, "loha", rank=4).report().trainable == 1_594_368 == 2 * 797_184
 
 
-def test_the_draws_are_those_of_lycoris() -> None:
+def test_initialization_equals_lycoris() -> None:
     torch.manual_seed(0)
     adapter = LoHa(rank=64, tucker=True).build(conv_site(nn.Conv2d(64, 64, 3)))
     deviations = {name: p.std().item() for name, p in adapter.named_parameters()}
@@ -130,7 +130,7 @@ def test_the_gradients_are_right_twice() -> None:
 
 
 def test_the_backward_pass_keeps_no_product() -> None:
-    """Of the two products (50, 40) neither is kept: only the four factors."""
+    """Neither of the two products (50, 40) is kept: only the four factors."""
     given, kept = factors((50, 2), (2, 40), (50, 2), (2, 40)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         hadamard(*given)

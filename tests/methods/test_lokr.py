@@ -82,7 +82,7 @@ def test_convolutions_in_one_and_three_dimensions(base: nn.Module) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("module", [None, nn.Conv2d(8, 16, 3, groups=2), nn.Conv2d(6, 6, 3, groups=6)])
-def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(form: dict, module: nn.Module | None) -> None:
+def test_a_new_adapter_is_the_identity_and_its_count_is_the_formula(form: dict, module: nn.Module | None) -> None:
     site = LINEAR if module is None else conv_site(module)
     method = LoKr(factor=-1, **form)
     adapter = method.build(site)
@@ -172,7 +172,7 @@ def test_options_out_of_range(options: dict) -> None:
 @pytest.mark.parametrize("low", ["left", "right", "both", "none"])
 @pytest.mark.parametrize("base", [nn.Linear(12, 24), nn.Conv2d(12, 24, 3, padding=1)], ids=["linear", "conv"])
 def test_sides_and_ranks_outright(base: nn.Module, low: str) -> None:
-    """A split that follows no factor, with ranks that the rules would not take."""
+    """A split that follows no factor, with ranks that the rules would not give."""
     base = base.double()
     site = conv_site(base) if isinstance(base, nn.Conv2d) else LINEAR
     adapter = trained(LoKr(rank=7, alpha=3.5, sides=(8, 2), low=low), site)

@@ -26,7 +26,7 @@ def conv_site(module: nn.Conv2d) -> WeightSite:
 
 
 def trained(method: LoRA, site: WeightSite) -> LoRAAdapter:
-    """An adapter in double precision with both factors away from zero."""
+    """An adapter in float64 with both factors away from zero."""
     torch.manual_seed(0)
     adapter = method.build(site).double().eval()
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_embedding_rows_by_id() -> None:
 
 
 @pytest.mark.parametrize("site", [LINEAR, TABLE, conv_site(nn.Conv2d(4, 8, 3, groups=2))])
-def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(site: WeightSite) -> None:
+def test_a_new_adapter_is_the_identity_and_its_count_is_the_formula(site: WeightSite) -> None:
     method = LoRA(rank=4)
     adapter = method.build(site)
     weight = torch.randn(site.weight_shape)
@@ -124,7 +124,7 @@ def test_ranks_and_alphas_by_role_and_by_name() -> None:
     assert LoRA(rank=8, ranks={"mlp": 2}).scaling_at("mlp.in") == 1
 
 
-def test_the_draws_of_a() -> None:
+def test_initialization_of_a() -> None:
     site = WeightSite(name="l", role="mlp.in", path="l", d_out=4, d_in=400)
     torch.manual_seed(0)
     kaiming = LoRA(rank=64).build(site).down
@@ -159,7 +159,7 @@ GROUPED = [
 @pytest.mark.parametrize("base", GROUPED, ids=["depthwise", "strided", "grouped"])
 @pytest.mark.parametrize("options", [{}, {"tucker": True}, {"init": "pissa"}], ids=["plain", "tucker", "pissa"])
 def test_groups_that_do_not_divide_the_rank_have_the_same_a(base: nn.Conv2d, options: dict) -> None:
-    """B A is a product of rank 2 in the flattened weight, here of the adapter's own tensors, and the output is the merged one."""
+    """B A is a product of rank 2 in the flattened weight, here of the adapter's tensors, and the output equals the merged one."""
     base, site = copy.deepcopy(base).double(), conv_site(base)
     method = LoRA(rank=2, alpha=3.0, **options)
     adapter = trained(method, site)

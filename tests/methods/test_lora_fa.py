@@ -1,4 +1,4 @@
-"""LoRA-FA: W + s·B A with A frozen: what is trained, what is saved, what a backward pass keeps."""
+"""LoRA-FA: W + s·B A with A frozen: trained and saved tensors, and those kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_count_of_vit_b() -> None:
     assert attach(vit, "lora_fa", where="attn.{q,v}").report().trainable == 147_456
 
 
-def test_refusals() -> None:
+def test_rejections() -> None:
     with raises(OptionError, method="lora_fa", option="rank", given=0):
         LoRAFA(rank=0)
 

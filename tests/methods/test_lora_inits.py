@@ -1,4 +1,4 @@
-"""LoRA that begins as a part of W, against its papers' own form on W − s·B0 A0 and against peft; and LoRA with a Tucker core."""
+"""LoRA initialized from W, against the papers' form on W − s·B0 A0 and against peft; and LoRA with a Tucker core."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_olora_is_a_projection_on_the_span_of_the_first_columns() -> None:
     torch.testing.assert_close((adapter.up @ adapter.down).detach(), projection @ base.weight.detach())
 
 
-def test_the_randomised_decomposition_comes_near_the_exact_one() -> None:
+def test_the_randomized_decomposition_comes_near_the_exact_one() -> None:
     torch.manual_seed(0)
     base = nn.Linear(60, 50).double()
     U, _, Vh = torch.linalg.svd(torch.randn(50, 60, dtype=torch.float64), full_matrices=False)
@@ -152,7 +152,7 @@ def test_dropout_is_before_a_only() -> None:
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_rows_of_a_fused_weight_begin_as_parts_of_themselves(init: str) -> None:
+def test_rows_of_a_fused_weight_are_initialized_separately(init: str) -> None:
     torch.manual_seed(0)
     host = hosts.get("timm_vit")()
     model = host.tiny()["vit"]().eval()
@@ -175,7 +175,7 @@ def _layer(weight: Tensor) -> nn.Module:
 
 
 class Operations(TorchDispatchMode):
-    """The names of all tensor operations inside it."""
+    """Records the names of all tensor operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def test_the_pair_of_twice_the_rank_is_the_same_change(base: Any) -> None:
     assert plain.pair()[1] is plain.up
 
 
-def test_an_embedding_begins_as_a_part_of_its_table() -> None:
+def test_an_embedding_is_initialized_from_its_table() -> None:
     table = nn.Embedding(9, 6).double()
     adapter = entered(table, TABLE, rank=6, init="pissa", alpha=3.0)  # the whole of it
     torch.testing.assert_close(adapter.scaling * adapter.down0 @ adapter.up0.T, table.weight.detach())
@@ -331,14 +331,14 @@ def test_tucker_leaves_linear_layers_and_1x1_convolutions_and_has_lora_plus_rate
 # refusals
 
 
-def test_a_quantised_weight_is_refused() -> None:
+def test_a_quantized_weight_is_rejected() -> None:
     base = nn.Linear(6, 4)
     base.weight = nn.Parameter(torch.zeros(4, 6, dtype=torch.int8), requires_grad=False)
     with raises(UnsupportedSite, method="lora", site="l", option="init", given=torch.int8):
         LoRA(rank=2, init="pissa").build(site_of(nn.Linear(6, 4))).enter(nn.Sequential(base))
 
 
-def test_a_rank_that_the_weight_does_not_have_is_refused() -> None:
+def test_a_rank_that_the_weight_does_not_have_is_rejected() -> None:
     with raises(OptionError, method="lora", option="rank", given=5, expected=4):
         LoRA(rank=5, init="olora").build(site_of(nn.Linear(6, 4)))
     with raises(OptionError, method="lora", option="rank", given=8, expected=6):

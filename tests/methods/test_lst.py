@@ -1,4 +1,4 @@
-"""LST against a ladder written out step by step, and what it keeps for the backward pass against a sum of its tensors."""
+"""LST against a side network written out step by step, and its memory for the backward pass against a sum of its tensors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def side_block(s: Tensor, block: Any, heads: int) -> Tensor:
 
 
 def by_hand(model: Any, tuned: Attachment, x: Tensor, heads: int, skip: tuple[int, ...] = (), strength: float = 1.0) -> Tensor:
-    """The backbone without a graph, and the ladder beside it."""
+    """The backbone without a graph, and the side network beside it."""
     with torch.no_grad():
         x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     adapters: list[Any] = [tuned.parts[f"blocks.{i}.stream"][1] for i in range(len(model.blocks))]
@@ -127,7 +127,7 @@ def test_published_count() -> None:
 
 
 class Kept:
-    """Every tensor that is kept for the backward pass, without parameters, once for each memory."""
+    """Every tensor kept for the backward pass, without parameters, once per storage."""
 
     def __init__(self, model: nn.Module) -> None:
         self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -168,9 +168,9 @@ def test_of_the_backbone_the_taps_alone_are_kept() -> None:
 
 
 def test_it_keeps_far_less_than_lora_does() -> None:
-    """LST, a token: taps of d; a side block of under 20·w channels and 16 numbers of its norms and attention; the end of the
-    ladder, the last norm and the head with under 4·d. LoRA must keep what a block of d channels needs to pass gradients on: the
-    inputs of both norms, queries, keys, values, the attention's output and the MLP's 4·d in front of GELU, 10·d a block.
+    """LST, a token: taps of d; a side block of under 20·w channels and 16 values of its norms and attention; the end of the
+    side network, the last norm and the head with under 4·d. LoRA must keep what a block of d channels needs to pass gradients
+    on: the inputs of both norms, queries, keys, values, the attention's output and the MLP's 4·d in front of GELU, 10·d a block.
     """
     numbers = {}
     for method, options in (("lst", {"reduction": 8}), ("lora", {"where": "attn.q"})):
@@ -185,7 +185,7 @@ def test_it_keeps_far_less_than_lora_does() -> None:
     assert numbers["lst"] < most < least < numbers["lora"]
 
 
-def test_no_block_is_on_the_way_of_a_gradient() -> None:
+def test_no_gradient_passes_through_a_block() -> None:
     model = vit()
     stirred(model)
     entered = []
@@ -214,17 +214,17 @@ def test_the_selected_blocks_make_the_ladder() -> None:
 
 
 @pytest.mark.parametrize(("host", "model"), [("timm_swin", "swin"), ("timm_convnext", "convnext"), ("diffusers_unet", "sd1")])
-def test_towers_in_stages_are_refused(host: str, model: str) -> None:
+def test_towers_in_stages_are_rejected(host: str, model: str) -> None:
     with raises(UnsupportedSite, method="lst", host=host):
         attach(hosts.get(host)().tiny()[model](), "lst", reduction=2)
 
 
-def test_a_side_of_no_width_is_refused() -> None:
+def test_a_side_network_of_zero_width_is_rejected() -> None:
     with raises(OptionError, method="lst", where="blocks.0.stream", option="reduction", given=32, expected=24):
         attach(vit(), "lst", reduction=32)
 
 
-def test_heads_that_do_not_divide_the_side_are_refused() -> None:
+def test_heads_that_do_not_divide_the_side_are_rejected() -> None:
     """The authors have the backbone's number, here 2 of 6 channels; 5 do not divide 6."""
     assert attach(vit(), "lst", reduction=4, heads=2).parts["blocks.0.stream"][1].block.heads == 2
     with raises(OptionError, method="lst", where="blocks.0.stream", option="heads", given=5, expected=6):
@@ -239,7 +239,7 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
 
 
 def test_taps_pass_no_gradient_to_what_is_trained_in_front() -> None:
-    """LoRA in the blocks: all that the output knows of it comes through the taps, or at half strength through y as well."""
+    """LoRA in the blocks: it affects the output only through the taps, or at half strength through y as well."""
     model = vit()
     lora = attach(model, "lora", where="attn.q")
     perturb(lora)

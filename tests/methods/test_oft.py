@@ -77,8 +77,8 @@ def test_angles_and_lengths_of_neurons_stay() -> None:
 @pytest.mark.parametrize(
     "geometry", [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1}, {"kernel_size": (3, 2), "stride": 2, "dilation": (2, 1)}]
 )
-def test_convolutions_turn_what_each_window_shows(geometry: dict) -> None:
-    """W' x = W (Rᵀ x) for each window x, which `unfold` lays out channel by channel."""
+def test_convolutions_rotate_the_values_of_each_window(geometry: dict) -> None:
+    """W' x = W (Rᵀ x) for each window x, which `unfold` orders channel by channel."""
     base = nn.Conv2d(4, 6, **geometry).double()
     site = conv_site(base)
     blocks = 2 if site.kernel == (1, 1) else 4  # 4: each channel by itself
@@ -92,7 +92,7 @@ def test_convolutions_turn_what_each_window_shows(geometry: dict) -> None:
 
 
 @pytest.mark.parametrize("module", [nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(4, 8, 3, groups=4), nn.Conv1d(4, 4, 9, groups=4)])
-def test_grouped_and_depthwise_convolutions_turn_each_kernel(module: nn.Module) -> None:
+def test_grouped_and_depthwise_convolutions_rotate_each_kernel(module: nn.Module) -> None:
     site, weight = conv_site(module), module.weight.detach().double()
     adapter = trained(OFT(block_size=3), site)
     rotation = dense_rotation(adapter.skew, 3, weight[0].numel() // 3)
@@ -102,7 +102,7 @@ def test_grouped_and_depthwise_convolutions_turn_each_kernel(module: nn.Module) 
 
 @pytest.mark.parametrize("share", [False, True])
 def test_coft_keeps_each_block_near(share: bool) -> None:
-    """‖Q_i‖ ≤ ε·b²/√r: shortened where it is longer, untouched where it is not."""
+    """‖Q_i‖ ≤ ε·b²/√r: scaled down where it is larger, unchanged elsewhere."""
     method = OFT(blocks=3, coft=0.02, share=share)
     adapter = trained(method, LINEAR)
     radius = 0.02 * 4**2 / math.sqrt(1 if share else 3)
@@ -125,7 +125,7 @@ def test_coft_has_a_gradient_at_the_start() -> None:
 
 @pytest.mark.parametrize("coft", [None, 0.01])
 def test_peft_computes_the_same_rotation(coft: float | None) -> None:
-    """peft's R is (I − Q)(I + Q)⁻¹, so its Q is ours with the other sign; its eps is without the b²."""
+    """peft's R is (I − Q)(I + Q)⁻¹, so its Q has the opposite sign; its eps has no b²."""
     adapter = trained(OFT(blocks=3, coft=coft), LINEAR)
     theirs = OFTRotationModule(3, 6, 4, 12, coft=coft is not None, eps=(coft or 0) * 4**2, use_cayley_neumann=False).double()
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_peft_computes_the_same_rotation(coft: float | None) -> None:
 @pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("options", [{}, {"share": True}, {"coft": 0.01}, {"rescale": True}])
 def test_peft_computes_the_same_truncated_series(options: dict, terms: int) -> None:
-    """peft's series is in its own Q, with the sign of ours."""
+    """peft's series is in its Q, with the same sign as ours."""
     adapter = trained(OFT(blocks=3, neumann_terms=terms, **options), LINEAR)
     coft = options.get("coft")
     kwargs = {"coft": coft is not None, "eps": (coft or 0) * 4**2, "block_share": options.get("share", False)}
@@ -165,7 +165,7 @@ def test_the_truncated_series_is_zero_at_zero_and_right_in_its_gradient() -> Non
 
 @pytest.mark.parametrize("options", [{}, {"block_size": 3, "share": True}, {"coft": 0.1, "rescale": True}, {"neumann_terms": 5}])
 @pytest.mark.parametrize("site", [LINEAR, conv_site(nn.Conv2d(8, 6, 3, groups=2))])
-def test_a_fresh_adapter_changes_nothing_and_its_count_is_the_formula(options: dict, site: WeightSite) -> None:
+def test_a_new_adapter_is_the_identity_and_its_count_is_the_formula(options: dict, site: WeightSite) -> None:
     method = OFT(**options)
     for dtype in (torch.float32, torch.bfloat16):
         adapter = method.build(site).to(dtype)

@@ -73,7 +73,7 @@ def test_linear(method: Any) -> None:
 
 @pytest.mark.parametrize("geometry", [{"kernel_size": 3, "padding": 1}, {"kernel_size": (3, 1), "stride": 2, "groups": 2}])
 @pytest.mark.parametrize("method", [METHODS[1], METHODS[5]], ids=str)
-def test_convolutions_turn_their_channels(method: Any, geometry: dict[str, Any]) -> None:
+def test_convolutions_rotate_their_channels(method: Any, geometry: dict[str, Any]) -> None:
     base = nn.Conv2d(4, 48, **geometry).double()
     adapter: Any = trained(method, conv_site(base))
     adapter.__dict__["host"] = base
@@ -102,6 +102,6 @@ TURNS = [OFT(side="output", block_size=2), BOFT(side="output", b=2, rescale=True
 
 
 @parametrize_with_checks([(method, "clip_text") for method in TURNS], once=["compiles_to_one_graph"])
-def test_it_keeps_every_promise(check: Check) -> None:
+def test_it_passes_the_conformance_suite(check: Check) -> None:
     """Beside other adapters, compiled, checkpointed, in half precision: all checks of the suite."""
     check()

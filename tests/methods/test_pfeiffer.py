@@ -17,7 +17,7 @@ from veneer.methods.additive.pfeiffer import Pfeiffer
 
 
 def test_the_equation_in_every_layout() -> None:
-    """The seam gives `output` the branch twice in the one form, and the stream and the branch in the other."""
+    """The adapter protocol passes the branch to `output` twice in one form, and the stream and the branch in the other."""
     check_layouts(Pfeiffer(reduction=2), branch, lambda a, x, y: y + everywhere(lambda v: change(a, torch.relu, v), x))
     check_layouts(
         Pfeiffer(reduction=2, input="sum"), branch, lambda a, x, y: y + everywhere(lambda v: change(a, torch.relu, v), x + y)

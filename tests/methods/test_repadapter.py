@@ -1,4 +1,4 @@
-"""RepAdapter: x + s·(B (A x + a) + c) before a layer, number by number, and inside of the layer's weight and bias."""
+"""RepAdapter: x + s·(B (A x + a) + c) before a layer, element by element, and merged into the layer's weight and bias."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.methods.reparameterized.repadapter import BiasedRepBottleneck, RepAd
 
 @torch.no_grad()
 def slow(adapter: Any, x: Tensor, scale: float) -> Tensor:
-    """x' for x (n, d_in), by plain sums; output i of group g reads the bottleneck's part g."""
+    """x' for x (n, d_in), by explicit sums; output i of group g reads the bottleneck's part g."""
     n, d_in = x.shape
     h, groups = len(adapter.down), adapter.groups
     after = x.clone()
@@ -75,7 +75,7 @@ def test_inputs_and_folded_tensors_are_the_formula(layer: nn.Module, groups: int
     torch.testing.assert_close(torch.func.functional_call(layer, changed, (x,)), layer(expected))
 
 
-def test_gradients_of_the_quick_products_are_those_of_plain_ones() -> None:
+def test_gradients_of_the_optimized_products_are_those_of_plain_products() -> None:
     layer = nn.Linear(8, 5).double()
     adapter = trained(RepAdapter(bottleneck=4), layer)
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
@@ -83,7 +83,7 @@ def test_gradients_of_the_quick_products_are_those_of_plain_ones() -> None:
 
 
 def test_dropout_is_on_the_bottleneck_and_in_training_only() -> None:
-    """What is dropped is a number of A x + a, and the others grow: with p = 0.5 each is doubled or gone."""
+    """Elements of A x + a are dropped, and the others are scaled: with p = 0.5 each is doubled or zero."""
     adapter = trained(RepAdapter(bottleneck=2, up_groups=1, dropout=0.5), nn.Linear(8, 5))
     x = torch.randn(64, 8, dtype=torch.float64)
     plain = adapter.input(x)
@@ -104,7 +104,7 @@ def test_dropout_is_on_the_bottleneck_and_in_training_only() -> None:
 
 
 def test_in_models_before_attention_and_mlp() -> None:
-    """timm's ViT with x changed by hand where the norms give it: one adapter for q, k and v together."""
+    """timm's ViT with x changed by hand after the norms: one adapter for q, k and v together."""
     torch.manual_seed(0)
     host = hosts.get("timm_vit")()
     model = host.tiny()["vit"]().double().eval()
@@ -163,12 +163,12 @@ def test_biases_are_where_they_can_be_had() -> None:
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1, padding=1)], ids=repr
 )
-def test_convolutions_that_cannot_take_it_in_are_refused(layer: nn.Module) -> None:
+def test_convolutions_that_cannot_take_it_in_are_rejected(layer: nn.Module) -> None:
     with raises(OptionError, method="repadapter", option="where", given=(layer.kernel_size, layer.groups, layer.padding)):
         RepAdapter().build(site_of(layer))
 
 
-def test_refusals_name_the_site_and_the_options() -> None:
+def test_rejections_name_the_site_and_the_options() -> None:
     model = timm.create_model("convnext_atto", num_classes=3)
     with raises(UnsupportedSite, site="stages.0.blocks.0.conv_dw", option="where", given=((7, 7), 40, (3, 3))):
         attach(model, "repadapter", where="conv.dw")

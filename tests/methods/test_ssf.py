@@ -35,7 +35,7 @@ def tiny(host: str, key: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def by_hand(model: nn.Module, tuned: Any) -> dict[str, Tensor]:
-    """The model's tensors, row by row times γ, and β added to biases; of those that have one."""
+    """The model's tensors, row by row times γ, and β added to biases; of layers with a bias."""
     found = {name: p.detach().clone() for name, p in model.named_parameters()}
     for site, adapter in tuned.parts.values():
         rows = range(*site.rows) if site.rows else range(len(adapter.gain))

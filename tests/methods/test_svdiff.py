@@ -58,7 +58,7 @@ def test_the_equation_in_both_forms(base: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("base", LAYERS, ids=repr)
-def test_a_fresh_adapter_changes_nothing_bitwise_and_its_count_is_the_formula(base: nn.Module) -> None:
+def test_a_new_adapter_is_the_identity_bitwise_and_its_count_is_the_formula(base: nn.Module) -> None:
     adapter = entered(base, trained=False)
     assert torch.equal(adapter.weight(base.weight), base.weight)
     assert list(adapter.state_dict()) == ["delta"]
@@ -85,7 +85,7 @@ def test_published_count() -> None:
     assert (report.sites, report.trainable) == (282, 222_696)
 
 
-def test_a_quantised_weight_is_refused() -> None:
+def test_a_quantized_weight_is_rejected() -> None:
     base = nn.Linear(6, 4)
     base.weight = nn.Parameter(torch.zeros(4, 6, dtype=torch.int8), requires_grad=False)
     with raises(UnsupportedSite, method="svdiff", site="l", given=torch.int8):

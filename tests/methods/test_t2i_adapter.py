@@ -1,4 +1,4 @@
-"""T2I-Adapter against diffusers' own class and pipelines, which are given the same weights."""
+"""T2I-Adapter against diffusers' own class and pipelines, with the same weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {"full": "full_adapter", "light": "light_adapter"}
 
 
 def taught(pipe: Any, kind: str, form: str, channels: list[int], factor: int) -> tuple[Peer, veneer.Attachment]:
-    """A trained adapter of diffusers, and an attachment that holds the same."""
+    """A trained adapter of diffusers, and an attachment with the same weights."""
     torch.manual_seed(0)
     peer = Peer(in_channels=3, channels=channels, num_res_blocks=2, downscale_factor=factor, adapter_type=form)
     stir(peer, size=0.1)
@@ -38,7 +38,7 @@ def others(pipe: Any, kind: Any, adapter: Any) -> Any:
 
 
 @pytest.mark.parametrize("options", [{}, {"kind": "light"}])
-def test_a_new_one_changes_nothing_and_learns(options: dict[str, Any]) -> None:
+def test_a_new_one_is_the_identity_and_is_trained(options: dict[str, Any]) -> None:
     pipe = pipeline()
     before = drawn(pipe)
     control = veneer.attach(pipe, "t2i_adapter", **options)
@@ -52,13 +52,13 @@ def test_a_new_one_changes_nothing_and_learns(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "light"])
 @pytest.mark.parametrize("end", [1.0, 0.5])
-def test_pictures_are_those_of_diffusers(kind: str, end: float) -> None:
+def test_images_equal_those_of_diffusers(kind: str, end: float) -> None:
     pipe = pipeline()
     channels = [16, 32] if kind == "full" else [16]
     if kind == "light":  # diffusers' light one has a level more than widths, as wide as the last
         pipe = tiny_pipeline("sd", block_out_channels=(16, 16))
     peer, control = taught(pipe, kind, KINDS[kind], channels, 4)
-    options = {"prompts": PROMPTS}  # one picture each: of several, diffusers gives the second prompt's the first one's features
+    options = {"prompts": PROMPTS}  # one image each: of several, diffusers gives the second prompt's the first one's features
     images = [picture(1), picture(2)]
     with control.condition(image=images, strength=0.7, end=end):
         ours = drawn(pipe, **options)
@@ -74,7 +74,7 @@ def test_pictures_are_those_of_diffusers(kind: str, end: float) -> None:
 
 
 def _for_a_part(pipe: Any, end: float) -> Any:
-    """The same with the features of the first part of the schedule only, which this pipeline of diffusers has no option for."""
+    """The same with the features of the first part of the schedule only, for which this pipeline of diffusers has no option."""
     seen: list[int] = []
 
     def cut(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -127,7 +127,7 @@ def test_names_shapes_and_counts_of_real_models(
     assert sum(p.numel() for p in control.parameters()) == control.method.count(site) == published
 
 
-def test_features_are_made_once_for_a_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_computed_once_per_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline()
     control = veneer.attach(pipe, "t2i_adapter")
     ((_, adapter),) = control.parts.values()
@@ -143,7 +143,7 @@ def test_features_are_made_once_for_a_drawing(monkeypatch: pytest.MonkeyPatch) -
         assert len(made) == 2, "after a step of training they are made anew"
 
 
-def test_another_size_is_refused() -> None:
+def test_another_size_is_rejected() -> None:
     pipe = pipeline()
     control = veneer.attach(pipe, "t2i_adapter")
     with raises(ConditionError, where="t2i_adapter", given=(48, 48), expected=(32, 32)), control.condition(image=picture(1, 48)):

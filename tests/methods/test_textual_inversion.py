@@ -1,4 +1,4 @@
-"""Textual Inversion: learned rows against a table that holds them, and a tokenizer that is as before when they are gone."""
+"""Textual Inversion: trained rows against a table that contains them, and a tokenizer that is unchanged after detaching."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def facts(tokenizer: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_the_encoder_reads_the_learned_rows(family: str, vectors: int) -> None:
-    """Against an encoder without veneer, whose table has been made longer: CLIP and T5, hidden states and pooled output."""
+    """Against an encoder without veneer, with an extended table: CLIP and T5, hidden states and pooled output."""
     pipe = tiny_pipeline(family)
     part = "_3" if family == "sd3" else ""
     tuned = words(pipe, vectors=vectors)
@@ -96,7 +96,7 @@ def test_new_ids_do_not_move_the_pooled_output(pipe: Any) -> None:
 
 
 def test_only_the_rows_are_trained(pipe: Any) -> None:
-    """A step moves them and nothing of the model; other prompts stay bitwise."""
+    """A step changes them and nothing of the model; other prompts stay bitwise."""
     other = run(pipe, "a photo of a duck").last_hidden_state
     tuned = words(pipe, vectors=2, initialize="duck")
     before = {k: p.detach().clone() for k, p in pipe.text_encoder.named_parameters() if "veneer" not in k}
@@ -113,14 +113,14 @@ def test_only_the_rows_are_trained(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("word", ["<toy>", "a <toy>"])
-def test_an_initializer_word_without_a_row_is_refused(pipe: Any, word: str) -> None:
+def test_an_initializer_word_without_a_row_is_rejected(pipe: Any, word: str) -> None:
     before = facts(pipe.tokenizer)
     with raises(UnsupportedSite, site=SITE, method="textual_inversion", option="initialize", given="<toy>"):
         words(pipe, initialize=word)
     assert facts(pipe.tokenizer) == before
 
 
-def test_a_token_begins_as_its_word(pipe: Any) -> None:
+def test_a_token_starts_as_its_initializer_word(pipe: Any) -> None:
     word = run(pipe, PROMPT.replace("<toy>", "duck")).last_hidden_state
     tuned = words(pipe, initialize="duck")
     assert torch.equal(run(pipe, PROMPT).last_hidden_state, word)
@@ -128,7 +128,7 @@ def test_a_token_begins_as_its_word(pipe: Any) -> None:
     assert torch.equal(rows(tuned)[0], pipe.text_encoder.get_input_embeddings().weight[index])
 
 
-def test_off_it_is_the_word_and_half_on_it_is_halfway(pipe: Any) -> None:
+def test_strength_interpolates_from_the_initializer_word(pipe: Any) -> None:
     word = run(pipe, PROMPT.replace("<toy>", "duck")).last_hidden_state
     tuned = words(pipe, initialize="duck")
     stir(tuned)
@@ -148,7 +148,7 @@ def test_off_it_is_the_word_and_half_on_it_is_halfway(pipe: Any) -> None:
     torch.testing.assert_close(seen[0][0, place], (table.weight[index] + rows(tuned)[0]) / 2)
 
 
-def test_a_word_of_several_sub_tokens(pipe: Any) -> None:
+def test_an_initializer_word_of_several_tokens(pipe: Any) -> None:
     ids = pipe.tokenizer.encode("xyz", add_special_tokens=False)
     table = pipe.text_encoder.get_input_embeddings().weight.detach()
     assert len(ids) > 1
@@ -157,7 +157,7 @@ def test_a_word_of_several_sub_tokens(pipe: Any) -> None:
     assert torch.equal(rows(first), table[ids[:1]].expand(2, -1))
 
 
-def test_without_a_word_rows_are_drawn_with_the_tables_spread() -> None:
+def test_without_an_initializer_rows_have_the_standard_deviation_of_the_table() -> None:
     def drawn(seed: int) -> tuple[Tensor, float]:
         pipe = tiny_pipeline("sd")
         torch.manual_seed(seed)
@@ -170,7 +170,7 @@ def test_without_a_word_rows_are_drawn_with_the_tables_spread() -> None:
     assert abs(first.mean().item()) < spread / 10
 
 
-def test_several_tokens_begin_as_words_of_their_own(pipe: Any) -> None:
+def test_several_tokens_start_as_separate_words(pipe: Any) -> None:
     tuned = words(pipe, ("<a>", "<b>"), vectors=2, initialize=("duck", ""))
     (index,) = pipe.tokenizer.encode("duck", add_special_tokens=False)
     duck = pipe.text_encoder.get_input_embeddings().weight[index]
@@ -199,7 +199,7 @@ def test_detach_leaves_tokenizers_and_encoders_as_they_were(family: str) -> None
 
 
 def test_a_failed_attach_leaves_no_token(pipe: Any) -> None:
-    """Failing on the way in, and after it, in a forward pass that is too long."""
+    """Failing while attaching, and afterwards, in a forward pass of too many tokens."""
     before, host = facts(pipe.tokenizer), snapshot(pipe.text_encoder)
     with raises(UnsupportedSite, option="tokens", given="<Toy>", expected="lower case"):
         words(pipe, "<Toy>", vectors=2)
@@ -234,7 +234,7 @@ def test_a_failure_at_the_second_encoder_undoes_the_first() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_words_come_and_go_in_any_order(pipe: Any, first: int) -> None:
+def test_tokens_are_added_and_removed_in_any_order(pipe: Any, first: int) -> None:
     """The ids and the outputs of those that stay do not move."""
     before = facts(pipe.tokenizer)
     both = [words(pipe, token, vectors=2, name=token[1:-1]) for token in ("<a>", "<b>")]

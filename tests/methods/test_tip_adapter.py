@@ -45,7 +45,7 @@ def test_equation(key: str, train: bool) -> None:
     torch.testing.assert_close(model(image), expected(bare, image, keys, LABELS, 0.75, 2.5))
 
 
-def test_keys_are_normalised_means_over_views() -> None:
+def test_keys_are_normalized_means_over_views() -> None:
     bare, model = tiny(), tiny()
     views, image = [pictures(count=6) + i for i in range(3)], pictures(count=3) + 1
     keys = normalize(torch.stack([bare.clip.encode_image(v) for v in views]).mean(0), dim=-1).detach()
@@ -131,7 +131,7 @@ def test_count_of_the_paper() -> None:
     assert attach(large("RN50"), "tip_adapter").report().trainable == 0
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_incompatible_arguments_are_named() -> None:
     model = tiny()
     tuned = attach(model, "tip_adapter", shots=2)
     with raises(TipAdapterError, where="shots", given=3, expected=2):

@@ -28,7 +28,7 @@ LAYERS = [
 
 
 def built(base: nn.Module, trained: bool = True) -> VeRAAdapter:
-    """An adapter whose shared pair is larger than it needs."""
+    """An adapter whose shared matrices are larger than it needs."""
     torch.manual_seed(0)
     method, larger = VeRA(rank=5), WeightSite(name="x", role="x", path="x", d_out=11, d_in=50)
     adapter = method.build(site_of(base))
@@ -62,7 +62,7 @@ def test_the_equation_in_both_forms(base: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("base", LAYERS, ids=repr)
-def test_a_fresh_adapter_changes_nothing_bitwise_and_trains_b_and_d(base: nn.Module) -> None:
+def test_a_new_adapter_is_the_identity_bitwise_and_trains_b_and_d(base: nn.Module) -> None:
     adapter = built(base, trained=False)
     assert torch.equal(adapter.weight(base.weight), base.weight)
     assert [k for k, _ in adapter.named_parameters()] == ["b", "d"]
@@ -107,7 +107,7 @@ def test_peft_gives_the_same_outputs() -> None:
 
 
 def test_counts_of_vit_b() -> None:
-    """12·(2,304 + 256) on the fused qkv; 12·(2,304 + 768 + 3,072 + 768 + 4·256) on all four linears. The pair is stored once."""
+    """12·(2,304 + 256) on the fused qkv; 12·(2,304 + 768 + 3,072 + 768 + 4·256) on all four linears. A and B are stored once."""
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)
     tuned = attach(vit, "vera", where="attn.qkv")

@@ -31,7 +31,7 @@ def picture() -> Tensor:
 
 
 def with_prompts(vit: nn.Module, prompts: list[Tensor | None], x: Tensor) -> Tensor:
-    """[x_i, _, E_i] = L_i([x_{i−1}, P_{i−1}, E_{i−1}]): prompts overwrite those before; None lets them run on."""
+    """[x_i, _, E_i] = L_i([x_{i−1}, P_{i−1}, E_{i−1}]): prompts overwrite the previous ones; None keeps those."""
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
     first, count = vit.num_prefix_tokens, 0
     for block, prompt in zip(vit.blocks, prompts, strict=True):
@@ -111,7 +111,7 @@ def test_the_projection_starts_as_in_the_authors_code() -> None:
 
 
 def test_files_of_revision_1(tmp_path: Path) -> None:
-    """No projection: bitwise. As wide as the model: it had none. Else one for each block: rejected."""
+    """No projection: bitwise. As wide as the model: there was none. Else one per block: rejected."""
     plain = attach(tiny(), "vpt", tokens=3)
     path = plain.save(tmp_path / "plain")
     for name, project in (("old", None), ("same", 24)):
@@ -162,7 +162,7 @@ def test_dropout_acts_on_the_prompts_in_training_only() -> None:
     torch.testing.assert_close(tokens[kept], (2 * adapter.prompt.expand(2, -1, -1))[kept])
 
 
-def test_prompts_are_there_or_not() -> None:
+def test_prompts_are_switched() -> None:
     model, bare = tiny(), tiny()
     tuned = attach(model, "vpt")
     with tuned.enabled(False):
@@ -173,7 +173,7 @@ def test_prompts_are_there_or_not() -> None:
 
 
 @pytest.mark.parametrize("key", ["beit", "eva"])
-def test_hosts_with_a_fixed_length_say_why_not(key: str) -> None:
+def test_hosts_with_a_fixed_length_give_a_reason(key: str) -> None:
     with raises(UnsupportedSite, method="vpt", host="timm_vit", given={"can_insert": False}) as raised:
         attach(tiny(key), "vpt")
     assert "open_clip" in raised.value.fits

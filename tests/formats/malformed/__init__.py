@@ -1,7 +1,7 @@
-"""No malformed file loads wrongly: thousands of them, each refused clearly, or loaded as its bytes say.
+"""No malformed file loads wrongly: thousands of them, each rejected with a clear error or loaded as its bytes say.
 
 `good_files` and `good_guides` of every format, for small `models`; mutations `of_bytes`, `of_headers`, `of_tensors`,
-`of_claims`, `of_json` and `of_pictures`; slow readings of what a file says, without veneer (`bytes_read`, `equations`,
+`of_claims`, `of_json` and `of_pictures`; slow reference readers, without veneer (`bytes_read`, `equations`,
 `meanings`, `peft_meanings`, `guide_meanings`); the `verdict` on one file; and a command:
 
     python -m tests.formats.malformed --count 10000 --seed 0

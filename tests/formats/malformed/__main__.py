@@ -1,4 +1,4 @@
-"""The command: counts of what became of malformed files."""
+"""The command: counts of the outcomes of malformed files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOM = 800  # megabytes of addresses above the start, so that what is allocated 
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Addresses end a little above what there is, so that a claimed size cannot be had."""
+    """Limit the address space to a little above the current size, so that a claimed size cannot be allocated."""
     limit = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (int((memory("VmSize") + ROOM) * 2**20), limit[1]))
     try:
@@ -33,7 +33,7 @@ def bounded() -> Iterator[None]:
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """How many of each good file and of each mutation became what, and the costliest."""
+    """Outcomes by good file and by mutation, and the most expensive files."""
     words = ("refused", "same", "other", "wrong")
     lines = []
     for title in ("good", "mutation"):

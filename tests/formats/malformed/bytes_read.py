@@ -1,4 +1,4 @@
-"""What a file says, read slowly and without veneer: bytes to numbers, and each format's equation written out in numpy."""
+"""Contents of a file, read slowly and without veneer: bytes to numbers, and each format's equation written out in numpy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 class Malformed(Exception):
-    """The bytes say nothing, or two things."""
+    """The bytes have no meaning, or an ambiguous one."""
 
 
 def require(right: Any, what: str) -> None:
@@ -27,7 +27,7 @@ def require(right: Any, what: str) -> None:
 
 
 def parsed(text: str | bytes, finite: bool = True) -> Any:
-    """JSON in which no key is there twice. `finite`: and every number is one."""
+    """JSON without duplicate keys. `finite`: and with finite numbers only."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         require(len({key for key, _ in pairs}) == len(pairs), "a key twice")
@@ -44,7 +44,7 @@ def parsed(text: str | bytes, finite: bool = True) -> Any:
 
 
 class Bytes:
-    """A safetensors file: `arrays` in double precision, `kinds` as they are stored, `metadata`."""
+    """A safetensors file: `arrays` in float64, `kinds` as they are stored, `metadata`."""
 
     def __init__(self, data: bytes) -> None:
         length = int.from_bytes(data[:8], "little")
@@ -72,7 +72,7 @@ class Bytes:
         self.arrays = {name: self.arrays[name] for name in header}
 
     def weight(self, name: str) -> Array:
-        """A tensor that is no whole numbers."""
+        """A floating-point tensor."""
         require(name in self.arrays and self.kinds[name] not in WHOLE, f"no weight {name}")
         return self.arrays[name]
 

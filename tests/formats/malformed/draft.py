@@ -16,11 +16,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass
 class Draft:
-    """A safetensors file in its parts.
+    """Parts of a safetensors file.
 
     Args:
         entries: of its header. `body`: the bytes after it.
-        config: of the folder, if there is one, in `place`. `text`: what is written for it, if anything else.
+        config: of the folder, if there is one, in `place`. `text`: written instead of it.
     """
 
     entries: dict[str, dict[str, Any]]
@@ -41,13 +41,13 @@ class Draft:
         return {"__metadata__": self.metadata, **self.entries} if self.metadata else dict(self.entries)
 
     def data(self, header: str | bytes | None = None) -> bytes:
-        """The file's bytes. `header`: in the place of the right one."""
+        """The file's bytes. `header`: instead of the correct one."""
         text = json.dumps(self.header()) if header is None else header
         raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
         return struct.pack("<Q", len(raw)) + raw + self.body
 
     def files(self, main: str, data: bytes | None) -> dict[str, bytes]:
-        """The files by name. `data`: the main one, if it is not as this draft says."""
+        """The files by name. `data`: the main one, if it differs from this draft."""
         found = {main: self.data() if data is None else data}
         if self.config is not None:
             text = json.dumps(self.config) if self.text is None else self.text
@@ -59,7 +59,7 @@ class Draft:
         return rng.choice([n for n, entry in self.entries.items() if dtype in (None, entry["dtype"])])
 
     def take(self, name: str) -> bytes:
-        """The bytes of a tensor, out of the file; the others move up."""
+        """Remove a tensor's bytes from the file; the others move up."""
         start, stop = self.entries.pop(name)["data_offsets"]
         taken, self.body = self.body[start:stop], self.body[:start] + self.body[stop:]
         for other in self.entries.values():
@@ -68,7 +68,7 @@ class Draft:
         return taken
 
     def put(self, name: str, dtype: str, shape: list[int], data: bytes) -> None:
-        """A tensor more, at the end."""
+        """Append a tensor."""
         self.entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(self.body), len(self.body) + len(data)]}
         self.body += data
 
@@ -78,9 +78,9 @@ class Mutation:
     """One way to change a file.
 
     Args:
-        kind: what `change` takes: `bytes` or `picture` (bytes, gives others), `tensors` or `json` (a `Draft`, which it changes or
-            gives the bytes of), `path` (the path of a file and its bytes, gives the path to be loaded).
-        loads: what it makes must load, so that nobody passes by refusing everything.
+        kind: argument of `change`: `bytes` or `picture` (bytes, returns others), `tensors` or `json` (a `Draft`, changes it or
+            returns its bytes), `path` (the path of a file and its bytes, returns the path to be loaded).
+        loads: its result must load, so that a loader that rejects everything fails.
     """
 
     name: str
@@ -96,7 +96,7 @@ MUTATIONS: list[Mutation] = []
 
 
 def mutation(kind: str, loads: bool = False) -> Callable[[Function], Function]:
-    """Add a function, called as the mutation, to the list."""
+    """Decorator that adds a function to the list; the mutation has its name."""
 
     def add(change: Function) -> Function:
         MUTATIONS.append(Mutation(change.__name__, kind, change, loads))

@@ -46,7 +46,7 @@ def dora(change: Array, m: Array, weight: Array) -> Array:
 
 
 def sides(factor: Array, inner: tuple[int, ...] = ()) -> Array:
-    """A factor of two sides, or of rows and `inner`; ones may follow."""
+    """A factor of two dimensions, or of rows and `inner`; ones may follow."""
     found = factor
     while found.ndim > 2 and found.shape[-1] == 1:
         found = found[..., 0]
@@ -134,7 +134,7 @@ def blocks(turns: list[Array]) -> Array:
 
 
 def butterfly(given: Array) -> Array:
-    """LyCORIS' product of components: those of a block in component i are taken in turn from halves of 2^i half-blocks."""
+    """LyCORIS' product of components: those of a block in component i alternate between halves of 2^i half-blocks."""
     m, count, side, _ = given.shape
     whole = np.eye(count * side)
     for step in range(m):
@@ -146,7 +146,7 @@ def butterfly(given: Array) -> Array:
 
 
 def turned(parts: dict[str, Array], weight: Array) -> Array:
-    """LyCORIS' OFT, W' = D Rᵀ W, and BOFT, W' = D B_m ⋯ B_1 W; `alpha` is the longest that all Q together may be, by d_out."""
+    """LyCORIS' OFT, W' = D Rᵀ W, and BOFT, W' = D B_m ⋯ B_1 W; `alpha` · d_out is the largest norm of all Q together."""
     given, rows = parts["oft_blocks"], len(weight)
     require(given.ndim in (3, 4) and given.shape[-1] == given.shape[-2] and given.shape[-3] * given.shape[-1] == rows, "blocks")
     alpha, norm = parts.get("alpha", np.zeros(())), np.linalg.norm(given - given.swapaxes(-1, -2))

@@ -1,4 +1,4 @@
-"""The files that are mutated: at least one of every format that is read, and of each method that a format holds."""
+"""The files that are mutated: at least one of every readable format, and of each method that a format holds."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Good:
     """A good file.
 
     Args:
-        format, model: of the file, of what it is for. `files`: their bytes by name, the main one first.
-        meaning: what the files mean, read slowly. `base`: of that reading.
+        format, model: names of the file's format and of its model. `files`: their bytes by name, the main one first.
+        meaning: reference reading of the files. `base`: of that reading.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Good:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of what can be mutated in it, besides its bytes."""
+        """Kinds of mutations of it, besides those of its bytes."""
         if self.main.endswith(".png"):
             return ("picture",)
         told = any(key in self.files[self.main] for key in (b'"veneer"', b"lora_adapter_metadata", b'"tokens"', b"CLIPAttention"))
@@ -64,7 +64,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def saved(name: str, format: str, kind: str, made: Sequence[Any], place: Path, meaning: Any, base: Base) -> Good:
-    """A file by the format's own `save`; what was attached for it is taken off again."""
+    """A file by the format's own `save`; its attachment is detached again."""
     place.mkdir(parents=True)
     formats.get(format)().save(made if len(made) > 1 else made[0], place / "x.safetensors")
     for attachment in reversed(made):
@@ -75,7 +75,7 @@ def saved(name: str, format: str, kind: str, made: Sequence[Any], place: Path, m
 def written(
     name: str, format: str, kind: str, tensors: Mapping[str, Tensor], place: Path, meaning: Any, base: Base, /, **meta: str
 ) -> Good:
-    """A file of a format that is only read, or has more than is written."""
+    """A file of a read-only format, or with more than veneer saves."""
     place.mkdir(parents=True)
     save_file({k: t.contiguous() for k, t in tensors.items()}, place / "x.safetensors", meta or None)
     return Good(name, format, kind, files_in(place), meaning, base)
@@ -88,7 +88,7 @@ TWO = [f"{ATTN}q_proj", "text_encoder.encoder.layers.0.mlp.fc1"]
 
 
 def good_files(folder: Path) -> list[Good]:
-    """All good files. `folder`: where they are made."""
+    """All good files. `folder`: where they are saved."""
     return [*_native(folder), *_text(folder), *_flux(folder), *_lycoris(folder), *_peft(folder)]
 
 

@@ -1,4 +1,4 @@
-"""Files of networks that guide a UNet, of tiny ones: as diffusers saves them, and as their authors do."""
+"""Files of tiny control networks, in diffusers' layout and in the original ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PICTURES: dict[str, Shape] = {
 
 
 def good_guides(folder: Path) -> list[Good]:
-    """All of them. `folder`: where they are made."""
+    """All of them. `folder`: where they are saved."""
     return [*_controlnets(folder), *_t2i_adapters(folder), *_ip_adapters(folder), *_controlnexts(folder)]
 
 
@@ -40,7 +40,7 @@ def _drawn(shapes: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _shapes(tensors: Mapping[str, Tensor], told: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes that the model asks for. `told`: by the ends of names, the first sides of what the file tells."""
+    """Shapes required by the model. `told`: first dimensions given by the file, by the ends of names."""
     found: dict[str, Shape] = {key: tuple(t.shape) for key, t in tensors.items()}
     for key, shape in found.items():
         first: Shape = next((sides for end, sides in told.items() if key.endswith(end)), ())

@@ -1,4 +1,4 @@
-"""What the files of networks that guide a UNet mean, read slowly: the attachment's own name of each tensor, and its options."""
+"""Reference reading of files of control networks: the attachment's name of each tensor, and its options."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ FREE = (
 
 
 def by_authors(name: str) -> str:
-    """diffusers' name for a tensor of a ControlNet as its authors call it."""
+    """diffusers' name for a tensor of a ControlNet under its original name."""
     block = max((b for b in BLOCKS if name.startswith(b + ".")), key=len)
     rest, end = name.removeprefix(block + ".").rpartition(".")[::2]
     return ".".join(part for part in (BLOCKS[block], RESNET.get(rest, rest), end) if part)
 
 
 def counted(name: str, kind: str, blocks: int) -> str:
-    """Our name for a tensor of a T2I-Adapter as its authors call it."""
+    """Our name for a tensor of a T2I-Adapter under its original name."""
     if kind == "light":
         return re.sub(r"^(body\.\d+)\.body\.", r"\1.resnets.", name)
     for level in range(3):
@@ -66,7 +66,7 @@ def counted(name: str, kind: str, blocks: int) -> str:
 
 
 def of_pictures(keys: Iterable[str], layers: Sequence[str]) -> dict[str, list[str]]:
-    """Where the tensors of an IP-Adapter land. `layers`: names of all cross-attentions, in the order of the processors."""
+    """Our names for the tensors of an IP-Adapter. `layers`: names of all cross-attentions, in the order of the processors."""
     found: dict[str, list[str]] = {}
     for key in keys:
         group, _, rest = key.partition(".")
@@ -98,7 +98,7 @@ def landed(files: Files, places: Places, shapes: Mapping[str, Shape], layer: str
 
 
 def config_of(files: Files, kind: str) -> dict[str, Any]:
-    """What a config says; nothing if there is none."""
+    """Values of a config; empty if there is none."""
     config = parsed(files["config.json"], False) if "config.json" in files else {}
     require(isinstance(config, dict) and config.get("_class_name", kind) == kind, "another network")
     found: dict[str, Any] = config
@@ -112,7 +112,7 @@ def same(value: Any, other: Any) -> bool:
 
 
 def controlnet(places: Places, shapes: Mapping[str, Shape], network: Mapping[str, Any]) -> Callable[[Files, Base], Meaning]:
-    """`network`: the config of the model's way down, which no config may contradict."""
+    """`network`: the config of the model's down blocks, which no config may contradict."""
 
     def meaning(files: Files, base: Base) -> Meaning:
         _, found = landed(files, places, shapes)
@@ -150,7 +150,7 @@ def t2i_adapter(
 
 
 def ip_adapter(places: Places, shapes: Mapping[str, Shape], context: int) -> Callable[[Files, Base], Meaning]:
-    """`context`: width of the text's tokens, and so of a picture's."""
+    """`context`: width of the text tokens, and so of the image tokens."""
 
     def meaning(files: Files, base: Base) -> Meaning:
         file, found = landed(files, places, shapes, r"image_proj\.layers\.(\d+)\.")
@@ -161,7 +161,7 @@ def ip_adapter(places: Places, shapes: Mapping[str, Shape], context: int) -> Cal
 
 
 def _tokens(parts: Mapping[str, Array], context: int) -> dict[str, Any]:
-    """The options of an IP-Adapter, by what makes the tokens of a picture."""
+    """The options of an IP-Adapter, by the module that computes the image tokens."""
     if "latents" not in parts:
         rows, width = parts["proj.weight"].shape
         require(rows % context == 0, "tokens")
@@ -173,7 +173,7 @@ def _tokens(parts: Mapping[str, Array], context: int) -> dict[str, Any]:
 
 
 def controlnext(places: Places, shapes: Mapping[str, Shape], usual: str) -> Callable[[Files, Base], Meaning]:
-    """`usual`: where the feature is added in the model's family."""
+    """`usual`: the block where the feature is added in the model's family."""
 
     def meaning(files: Files, base: Base) -> Meaning:
         file, found = landed(files, places, shapes)

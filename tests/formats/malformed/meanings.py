@@ -1,4 +1,4 @@
-"""What the files of each format mean, read slowly: names of layers and configs, without veneer."""
+"""Reference reading of each format: names of layers and configs, without veneer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NUMBERS = ("alpha", "on_input")
 
 @dataclass(frozen=True)
 class Base:
-    """A model as numbers: `weights` by key, names of `layers` of a format to the keys of their rows, widths of vocabularies."""
+    """Arrays of a model: `weights` by key, names of `layers` of a format to the keys of their rows, widths of vocabularies."""
 
     weights: Mapping[str, Array]
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -135,7 +135,7 @@ def cloneofsimo(files: Files, base: Base) -> Meaning:
 
 
 def picture(files: Files, base: Base) -> Meaning:
-    """A1111's word in a text chunk of a PNG."""
+    """A1111's token embedding in a text chunk of a PNG."""
     data = next(iter(files.values()))
     require(data.startswith(b"\x89PNG\r\n\x1a\n"), "a PNG")
     at, text = 8, None
@@ -160,7 +160,7 @@ def picture(files: Files, base: Base) -> Meaning:
 
 
 def native(files: Files, base: Base) -> Meaning:
-    """veneer's own: lora, loha, vera, textual_inversion, and parts of the base that were trained."""
+    """veneer's own: lora, loha, vera, textual_inversion, and trained base parameters."""
     file = Bytes(next(iter(files.values())))
     header = parsed(file.metadata["veneer"], False)
     require(isinstance(header, dict) and header.get("version") == 1 and header["attachments"], "a header")

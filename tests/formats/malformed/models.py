@@ -1,4 +1,4 @@
-"""Small models that files are made for, each once for the whole process, and their weights under the names of a format."""
+"""Small models for the files, each built once per process, and their weights under the names of a format."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SmallHost(Host):
 
 @contextlib.contextmanager
 def small_host() -> Iterator[None]:
-    """`Small` is known inside it."""
+    """Context in which `Small` is a supported model."""
     hosts.register(SmallHost)
     try:
         yield
@@ -107,7 +107,7 @@ def towers(kind: str) -> dict[str, nn.Module]:
 
 @cache
 def base(kind: str, *spellings: Callable[[str, str], str]) -> Base:
-    """The numbers of a model, and its layers by the names that each of `spellings(component, path)` gives them."""
+    """Arrays of a model, and its layers by the names in `spellings(component, path)`."""
     weights, layers = {}, {}
     for component, tower in towers(kind).items():
         for name, p in tower.named_parameters():
@@ -121,7 +121,7 @@ def base(kind: str, *spellings: Callable[[str, str], str]) -> Base:
 
 @cache
 def flux(layout: str) -> Base:
-    """FLUX's layers by the names of its first release."""
+    """FLUX's layers by their original names."""
     (tower,) = towers_of(model("flux"))
     found, swapped = {}, set()
     for m in original_modules(tower):

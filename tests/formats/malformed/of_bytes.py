@@ -1,4 +1,4 @@
-"""What can be wrong with a file as bytes, and with the path to it."""
+"""Mutations of a file's bytes, and of its path."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def flipped_bits(data: bytes, rng: Random) -> bytes:
 
 @mutation("bytes")
 def other_bytes(data: bytes, rng: Random) -> bytes:
-    """A few in another's place, zeros among them."""
+    """Replace a few bytes, some by zeros."""
     start, length = rng.randrange(len(data)), rng.randrange(1, 64)
     return data[:start] + rng.choice([bytes(length), rng.randbytes(length)]) + data[start + rng.choice([length, length - 1]) :]
 
@@ -43,7 +43,7 @@ def a_piece_twice(data: bytes, rng: Random) -> bytes:
 
 @mutation("bytes")
 def of_something_else(data: bytes, rng: Random) -> bytes:
-    """A pickle, an archive, a picture, a web page, a pointer of Git LFS, noise."""
+    """A pickle, an archive, an image, a web page, a pointer of Git LFS, noise."""
     starts = [b"PK\x03\x04", b"GGUF", b"\x80" + bytes([rng.randrange(2, 6)]), b"\x89PNG\r\n\x1a\n", b"RIFF\x10\x00\x00\x00WEBP"]
     texts = [b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\noid", b"[]", b"\xff\xfe\x00", b"{}"]
     start = rng.choice(starts)

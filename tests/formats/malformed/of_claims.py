@@ -1,4 +1,4 @@
-"""Files that are for a network of other sizes, all their tensors agreeing; and sizes that no byte vouches for."""
+"""Files for a network of other sizes with consistent tensors; and claimed sizes without bytes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tests.formats.malformed.draft import Draft, mutation
 
 
 def wordings(name: str) -> str:
-    """A name without its numbers."""
+    """A name without its indices."""
     return re.sub(r"\d+", "#", name)
 
 
 @mutation("tensors")
 def another_width(draft: Draft, rng: Random) -> None:
-    """Every side of some length is another in all tensors of one part, or of the file."""
+    """Change every dimension of some size in all tensors of one part, or of the file."""
     name = draft.pick(rng)
     start = rng.choice([name.partition(".")[0], name.rpartition(".")[0], ""])
     length = rng.choice(draft.entries[name]["shape"] or [1])
@@ -30,7 +30,7 @@ def another_width(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def a_layer_lost(draft: Draft, rng: Random) -> None:
-    """All tensors with one number, often the last, at one place of their names."""
+    """Remove all tensors with one index, often the last, at one position of their names."""
     pieces = re.split(r"(\d+)", draft.pick(rng))
     if len(pieces) == 1:
         return
@@ -49,7 +49,7 @@ def a_layer_lost(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def many_more_layers(draft: Draft, rng: Random) -> None:
-    """Tensors without numbers under the names of layers that are not there."""
+    """Empty tensors under the names of layers that do not exist."""
     name = draft.pick(rng)
     pieces = re.split(r"(\d+)", name)
     at = rng.randrange(1, len(pieces), 2) if len(pieces) > 1 else 0
@@ -62,7 +62,7 @@ def many_more_layers(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def sides_without_numbers(draft: Draft, rng: Random) -> None:
-    """As many sides, of which one is nothing and others are huge: in one tensor, in a part, in all."""
+    """Shapes with one zero dimension and huge others: in one tensor, in a part, in all."""
     name = draft.pick(rng)
     start = rng.choice([name, name.partition(".")[0], name.rpartition(".")[0], ""])
     nothing, huge = rng.randrange(4), rng.choice([10**6, 10**6, 10**3, 10**4])
@@ -80,6 +80,6 @@ TEXTS = ["", "block", "stem", "Block", "roof", "pt", "x" * 10**5, "\n", "None", 
 
 @mutation("tensors")
 def another_remark(draft: Draft, rng: Random) -> None:
-    """A text of the header is another, or there is one more that says something."""
+    """Change a text of the metadata, or add another one with a meaning."""
     keys = [*draft.metadata, *draft.metadata, "place", "format"]
     draft.metadata[rng.choice(keys)] = rng.choice(TEXTS)

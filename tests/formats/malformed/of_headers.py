@@ -1,4 +1,4 @@
-"""What can be wrong with the header of a safetensors file."""
+"""Mutations of the header of a safetensors file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def another_shape(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def turned_shape(draft: Draft, rng: Random) -> None:
-    """As many numbers in another shape: sides changed, a side split, all in one."""
+    """Another shape of the same size: dimensions swapped, one split, all flattened."""
     entry = draft.entries[draft.pick(rng)]
     shape, size = entry["shape"], math.prod(entry["shape"])
     other = [shape[::-1], [size], [1, size], [size, 1], [*shape, 1], [1, *shape], [*shape, 1, 1], rng.sample(shape, len(shape))]
@@ -57,7 +57,7 @@ def another_dtype(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def same_bytes_as_another_dtype(draft: Draft, rng: Random) -> None:
-    """Types of the same size, and of others with the last side made to fit."""
+    """Types of the same size, and others with an adjusted last dimension."""
     entry = draft.entries[draft.pick(rng)]
     size = (entry["data_offsets"][1] - entry["data_offsets"][0]) // max(math.prod(entry["shape"]), 1)
     kinds = {8: "I64 F64 U64 C64", 4: "I32 U32 F32", 2: "F16 BF16 I16 U16", 1: "U8 I8 BOOL F8_E4M3 F8_E5M2"}
@@ -91,7 +91,7 @@ def a_gap(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def one_place_for_two(draft: Draft, rng: Random) -> None:
-    """Two tensors of one size that are at the same place."""
+    """Two tensors of one size at the same offset."""
     first, second = (draft.entries[draft.pick(rng)] for _ in "12")
     first["data_offsets"] = list(second["data_offsets"])
 
@@ -132,13 +132,13 @@ def metadata_lost(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors", loads=True)
 def one_more_remark(draft: Draft, rng: Random) -> None:
-    """A metadata key that nobody reads."""
+    """A metadata key that is not read."""
     draft.metadata[f"remark_{rng.random()}"] = "said by ñobody \u2603" * rng.choice([1, 1000])
 
 
 @mutation("tensors", loads=True)
 def header_in_another_order(draft: Draft, rng: Random) -> bytes:
-    """The order of the header's keys says nothing, nor do spaces around it."""
+    """Change the order of the header's keys, or spaces around it; neither has a meaning."""
     header = draft.header()
     names = list(header)
     rng.shuffle(names)
@@ -155,7 +155,7 @@ def a_header_of_spaces(draft: Draft, rng: Random) -> bytes:
 
 @mutation("tensors")
 def a_header_of_much(draft: Draft, rng: Random) -> bytes:
-    """Megabytes of JSON that is small to write and large to hold, or deep."""
+    """Megabytes of JSON that take much memory when parsed, or are deeply nested."""
     n, what = rng.choice([10**3, 10**5, 10**6]), rng.choice(["list", "depth", "entries", "tensors", "remarks"])
     if what in ("entries", "tensors"):
         entry = '{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}' if what == "tensors" else "{}"

@@ -1,4 +1,4 @@
-"""What can be wrong with the JSON in a file or beside it: veneer's header, peft's config, lists of tokens."""
+"""Mutations of the JSON in a file or beside it: veneer's header, peft's config, lists of tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def changed(value: Any, rng: Random) -> Any:
-    """One place of a JSON value is something else, gone, twice or called otherwise."""
+    """Replace, remove, duplicate or rename one entry of a JSON value."""
     where = list(places(value))
     if not where or rng.random() < 0.05:
         return rng.choice(HOSTILE)
@@ -79,7 +79,7 @@ def options_with_something_else(draft: Draft, rng: Random) -> None:
 
 @mutation("json")
 def another_method(draft: Draft, rng: Random) -> None:
-    """A method that is not there, or one that is and has other tensors; a version; another base."""
+    """An unknown method, or one with other tensors; a version; another base."""
     if "veneer" not in draft.metadata:
         return json_with_something_else(draft, rng)
     header = json.loads(draft.metadata["veneer"])
@@ -107,7 +107,7 @@ def another_method(draft: Draft, rng: Random) -> None:
 
 @mutation("json")
 def json_that_is_none(draft: Draft, rng: Random) -> None:
-    """A text that is no JSON, or JSON of another kind, of much, or with a key twice."""
+    """Text that is not JSON, or JSON of another type, very large, or with a duplicate key."""
     much = ["[" * 10**5, "[" + "{}," * 10**6 + "{}]", "{" + "".join(f'"{i}": 1, ' for i in range(10**5)) + '"99999": 2}']
     texts = ["{", "", "nul", "NaN", "[1", "5", '"x"', "null", "[]", "{}", "{}" * 2, "\ufeff{}", '{"a": 1, "a": 2}', *much]
     for key in set(KEYS) & draft.metadata.keys():
@@ -120,7 +120,7 @@ def json_that_is_none(draft: Draft, rng: Random) -> None:
 
 @mutation("json")
 def the_same_in_other_words(draft: Draft, rng: Random) -> None:
-    """A value for each level for that of all, a number as another kind of number, nothing or no for each other."""
+    """Equivalent JSON: a value per level instead of one for all, another numeric type, null and false swapped."""
     if not isinstance(draft.config, dict):
         return json_with_something_else(draft, rng)
     for key in rng.sample(list(draft.config), rng.choice([1, 1, 3])):
@@ -137,7 +137,7 @@ def the_same_in_other_words(draft: Draft, rng: Random) -> None:
 
 @mutation("json")
 def json_that_is_deep(draft: Draft, rng: Random) -> None:
-    """A value that is nested as far as can be read, or a little more or less."""
+    """A value nested up to the parser's limit, or a little more or less."""
     if not isinstance(draft.config, dict):
         return json_that_is_none(draft, rng)
     depth = rng.choice([rng.randrange(850, 1000), rng.randrange(900, 990), 10_000, 200_000])

@@ -1,4 +1,4 @@
-"""What can be wrong with a picture that holds a word."""
+"""Mutations of an image with a token embedding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS: list[Any] = [
 
 @mutation("picture")
 def another_word(data: bytes, rng: Random) -> bytes:
-    """A text that says something else than a word, too much of it, or unpacks to more."""
+    """A text that is not a token embedding, is too long, or decompresses to too much."""
     rows = rng.choice(ROWS)
     name: Any = rng.choice(["cat", "", None, 5, [], "a b", "x" * 10**5, "\ud800", "É"])
     word: Any = {"string_to_param": {"*": {"TORCHTENSOR": rows}}, "name": name}
@@ -41,7 +41,7 @@ def another_word(data: bytes, rng: Random) -> bytes:
 
 @mutation("picture")
 def another_picture(data: bytes, rng: Random) -> bytes:
-    """Sizes that are claimed, chunks that lie, no word at all."""
+    """Claimed sizes, wrong chunks, no token embedding at all."""
     claimed = [(2**31 - 1, 2**31 - 1), (60000, 60000), (20000, 9000), (9000, 9000), (0, 0), (1, 2**31 - 1), (8, 8), (4000, 2000)]
     size = struct.pack(">II", *rng.choice(claimed)) + rng.choice([b"\x08\x02\0\0\0", b"\x10\x06\0\0\0", b"\x01\x00\0\0\0"])
     pixels = rng.choice([zlib.compress(bytes(200)), zlib.compress(bytes(10**8), 9), b"", b"x"])

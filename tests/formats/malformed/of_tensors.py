@@ -1,4 +1,4 @@
-"""What can be wrong with the tensors of a file: their names, which of them are there, and their values."""
+"""Mutations of the tensors of a file: their names, their set and their values."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def only_a_few_left(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def two_names_changed(draft: Draft, rng: Random) -> None:
-    """Each has the other's numbers."""
+    """Swap the values of two tensors."""
     one, other = draft.pick(rng), draft.pick(rng)
     draft.entries[one], draft.entries[other] = draft.entries[other], draft.entries[one]
 
 
 @mutation("tensors")
 def same_tensor_under_another_name(draft: Draft, rng: Random) -> None:
-    """As some tool would call it: a key of another format, or of a second spelling, beside the first or in its place."""
+    """Add or replace a name by that of another format, or by a second spelling."""
     name = draft.pick(rng)
     spelt = [
         name.replace("lora_down", "lora_A"), name.replace("lora_up", "lora_B"), name.replace("lora_A", "lora_down"),
@@ -113,7 +113,7 @@ def keys_of_another_format(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def another_rank(draft: Draft, rng: Random) -> None:
-    """A row or column more or fewer, with bytes for it."""
+    """Add or remove a row or column, with its bytes."""
     name = draft.pick(rng)
     entry = dict(draft.entries[name])
     if entry["shape"]:
@@ -134,7 +134,7 @@ def nothing_in_it(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def large_for_real(draft: Draft, rng: Random) -> None:
-    """As large as it says it is, and not what belongs there."""
+    """A tensor that is as large as claimed, of a wrong shape."""
     name = draft.pick(rng)
     draft.take(name)
     shape = rng.choice([[1000, 1000], [10**6], [4, 2, 10**5], [1, 1, 1, 10**5]])
@@ -149,7 +149,7 @@ SPECIAL = [math.nan, -math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-45, 1e-38, 1e
 
 @mutation("tensors")
 def a_special_value(draft: Draft, rng: Random) -> None:
-    """NaN, infinity, zeros, what is nearly nothing or nearly too much, at one place or everywhere."""
+    """NaN, infinity, zero, very small or very large values, in one element or all."""
     start, stop = draft.entries[draft.pick(rng, "F32")]["data_offsets"]
     value = struct.pack("<f", rng.choice(SPECIAL))
     at = start if rng.random() < 0.3 else rng.randrange(start, stop, 4)
@@ -159,7 +159,7 @@ def a_special_value(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def an_alpha(draft: Draft, rng: Random) -> None:
-    """Of another value, dtype or shape; or one where there was none."""
+    """Change the value, dtype or shape of an alpha, or add one."""
     ends = (".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".a1.weight", ".oft_blocks", ".lokr_w1")
     layers = [name.removesuffix(end) for name in draft.entries for end in ends if name.endswith(end)]
     name = rng.choice([n for n in draft.entries if n.endswith(".alpha")] or [f"{layer}.alpha" for layer in layers] or ["x.alpha"])
@@ -174,7 +174,7 @@ def an_alpha(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def other_values(draft: Draft, rng: Random) -> None:
-    """Good numbers that are others."""
+    """Other valid values."""
     start, stop = draft.entries[draft.pick(rng, "F32")]["data_offsets"]
     values = struct.pack(f"<{(stop - start) // 4}f", *(rng.gauss(0, 0.5) for _ in range((stop - start) // 4)))
     draft.body = draft.body[:start] + values + draft.body[stop:]
@@ -182,7 +182,7 @@ def other_values(draft: Draft, rng: Random) -> None:
 
 @mutation("tensors")
 def as_another_dtype(draft: Draft, rng: Random) -> None:
-    """The same numbers in double or half precision, or too large for single."""
+    """The same values in float64 or half precision, or too large for float32."""
     name = draft.pick(rng, "F32")
     entry = dict(draft.entries[name])
     data = draft.take(name)

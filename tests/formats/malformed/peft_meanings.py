@@ -1,4 +1,4 @@
-"""What files with peft's names and configs mean, read slowly and without veneer."""
+"""Reference reading of files with peft's names and configs, without veneer."""
 
 from __future__ import annotations
 

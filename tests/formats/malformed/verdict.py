@@ -1,4 +1,4 @@
-"""What becomes of one malformed file."""
+"""Outcome of one malformed file."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ Pair = tuple[Good, Mutation]
 
 
 class Hung(BaseException):
-    """It took so long that it was stopped."""
+    """It was stopped by the time limit."""
 
 
 class Wrong(Exception):
-    """What must not happen."""
+    """A wrong outcome."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one file.
+    """Outcome of one file.
 
     Args:
         what: `refused`; `same` or `other` than the good file, as its bytes say; or `wrong`, and `why`.
-        seconds: of the processor, for the longest load or look. `megabytes`: the most above the start.
+        seconds: of the processor, for the longest load or inspection. `megabytes`: the peak above the start.
     """
 
     number: int
@@ -75,7 +75,7 @@ class Case:
 
     @classmethod
     def of(cls, pair: Pair, number: int, seed: int, folder: Path) -> Case:
-        """The file of a number, the same each time."""
+        """The file of an index; deterministic."""
         (good, mutation), rng = pair, Random(f"{seed}:{number}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -94,7 +94,7 @@ class Case:
         return cls(number, good, mutation, folder, path)
 
     def meaning(self) -> Meaning | None:
-        """What the bytes say, read slowly; None where they say nothing."""
+        """Reference reading of the bytes; None if they have no meaning."""
         places = [self.written / name for name in self.good.files]
         if any(os.path.lexists(place) and not place.is_file() for place in places):
             return None
@@ -113,10 +113,10 @@ class Case:
 
 
 def check(case: Case) -> str:
-    """Load it and look at it.
+    """Load and inspect it.
 
     Raises:
-        Wrong: it is neither refused clearly nor loaded as it says, or leaves something.
+        Wrong: it is neither rejected with a clear error nor loaded as its bytes say, or changes the model.
     """
     before = {name: snapshot(tower) for name, tower in towers(case.good.model).items()}
     words = _words(case)
@@ -137,7 +137,7 @@ def check(case: Case) -> str:
 
 
 def _loaded(case: Case) -> Meaning | None:
-    """What a load does, or None for a clear refusal."""
+    """The effect of a load, or None if it is rejected with a clear error."""
     try:
         made = case.timed(load_all, model(case.good.model), case.path)
     except LoadError as error:
@@ -156,7 +156,7 @@ def _loaded(case: Case) -> Meaning | None:
 
 
 def _look(case: Case) -> None:
-    """Looking at it, alone and for a model, says what JSON can say, or is refused as well."""
+    """Inspect it, alone and for a model; the result is JSON, or the file is rejected as well."""
     for given in (None, model(case.good.model)):
         with contextlib.suppress(LoadError):
             seen = case.timed(inspect, case.path, given)
@@ -169,7 +169,7 @@ def _refuse_constant(constant: str) -> None:
 
 
 def _words(case: Case) -> Any:
-    """The tokenizer's words and what veneer notes on it."""
+    """The tokenizer's vocabulary and what veneer stores on it."""
     tokenizer = getattr(model(case.good.model), "components", {}).get("tokenizer")
     if tokenizer is None:
         return None
@@ -195,7 +195,7 @@ def effects(made: Sequence[Attachment]) -> Meaning:
 
 
 def difference(got: Meaning, want: Meaning) -> str:
-    """Empty if both are the same; what differs otherwise. What is not named does not change."""
+    """Difference of two effects, empty if they are equal. Missing entries mean no change."""
     for key in dict.fromkeys([*got, *want]):
         a, b = got.get(key), want.get(key)
         a, b = np.zeros_like(b) if a is None else a, np.zeros_like(a) if b is None else b
@@ -208,7 +208,7 @@ def difference(got: Meaning, want: Meaning) -> str:
 
 
 def judge(case: Case, slower: float = 1.0) -> Verdict:
-    """`check` with a clock and a look at memory. `slower`: how many times the limit of the processor's seconds."""
+    """`check` with a time limit and a memory limit. `slower`: how many times the limit of the processor's seconds."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
     first, why = memory("VmRSS"), ""
     handler = signal.signal(signal.SIGALRM, _stop)
@@ -243,7 +243,7 @@ def memory(what: str) -> float:
 
 @contextlib.contextmanager
 def ready(folder: Path, formats: Collection[str] = ()) -> Iterator[list[Pair]]:
-    """Every good file, or those of some formats, with each mutation that fits it. They load and mean what they should."""
+    """Every good file, or those of some formats, with each applicable mutation. They load as their reference reading says."""
     as_it_is = Mutation("as it is", "bytes", lambda data, rng: data, loads=True)
     with small_host():
         made = [*good_files(folder / "good"), *good_guides(folder / "good")]
