@@ -33,9 +33,8 @@ TERMS = {
     r"rooms?(?! for)": "padding, spare rank",
     r"shipped": "bundled",
     r"told|nothing (else )?said": "by default, with defaults",
-    r"no more|of (its|their) own|in the place of|that which|is none|are none": "a shorter phrase",
+    r"no more|of (its|their) own|in the place of|that which|(?<!there )(is|are) (?-i:none)": "a shorter phrase",
     r"goes on|go on|went on": "continues",
-    r"None for": "the default itself",
     r"colours?|coloured|grey(?!scale)|behaviours?|centre[ds]?|licen[c]es?|catalogues?|labelled|favour\w*": "American spelling",
     r"(optim|initial|normal|quant|recogn|personal|regular|parametr|summar|visual|organ|penal)is(e[drs]?|ers|ing|ation)": "-ize",
 }
@@ -104,6 +103,11 @@ def help_texts(command: str) -> str:
     subcommands = [action.help for group in parser._actions for action in getattr(group, "_choices_actions", ())]
     texts = [parser.description, *subcommands, *(action.help for action in parser._actions)]
     return "\n".join(re.sub(r"`[^`\n]*`", " ", text or "") for text in texts)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *SUBCOMMANDS])
+def test_help_names_defaults_instead_of_none(command: str) -> None:
+    assert re.findall(r"\bNone\b.{,30}", help_texts(command)) == []
 
 
 def texts() -> Iterator[tuple[str, str, Callable[[], str]]]:
