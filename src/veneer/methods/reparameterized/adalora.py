@@ -114,7 +114,7 @@ class AdaLoRA(Method):
     Args:
         rank: initial number of triplets per site, at least 1.
         target_rank: final average, 1 to `rank`; by site (`by_site`) the site's share of the budget.
-        alpha: numerator of the scale; None means the rank, so that s = 1.
+        alpha: numerator of the scale (default: the rank, so that s = 1).
         warmup: fraction of the steps before pruning starts, 0 to 1. `final`: fraction of the steps after it has ended.
         every: steps between two prunings; between them pruned λ are trained again.
         orthogonality: weight of the orthogonality term.

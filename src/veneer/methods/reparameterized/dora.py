@@ -133,7 +133,7 @@ class DoRA(Method):
 
     Args:
         rank: columns of B and rows of A, at least 1.
-        alpha: numerator of the scale; None means the rank, so that s = 1.
+        alpha: numerator of the scale (default: the rank, so that s = 1).
         norm_axis: `output` takes the norm of each output's row, the default of the authors, peft and LyCORIS. `input` takes it
             of each input channel's column, over all outputs and the kernel, the default of OneTrainer and LyCORIS with
             `wd_on_output=False`; W is then recomputed in each forward pass, so a quantized base is rejected.

@@ -103,7 +103,7 @@ class LoHa(Method):
 
     Args:
         rank: columns of each B and rows of each A, at least 1. Low values suffice: the update has rank up to its square.
-        alpha: numerator of the scale; None means the rank, so that s = 1.
+        alpha: numerator of the scale (default: the rank, so that s = 1).
         tucker: convolutions with kernels larger than 1×1 get a Tucker core: A = core ×₂ down, with `core` (rank, rank, *kernel).
         norm_axis: weight-decomposed form (DoRA around LoHa), W' = m·(W + s·ΔW) / ‖W + s·ΔW‖ with trained m: the norm per `output`
             or per `input` channel, as in `dora`. None means the plain form. W is then recomputed in each forward pass.

@@ -149,7 +149,7 @@ class LoKr(Method):
         factor: size of C: d_out and d_in are each split into `factor` and the rest if it divides them, else at the largest
             divisor up to it; the smaller part is C's. At least 1; low values train more parameters. -1: as square as possible.
         rank: of D; None means a full D, as is a rank of at least half of D's larger dimension (without the kernel). At least 1.
-        alpha: numerator of the scale; None means the rank, so that s = 1. Ignored if both factors are full.
+        alpha: numerator of the scale (default: the rank, so that s = 1). Ignored if both factors are full.
         decompose_both: C is also of that rank, if the rank is less than half of C's larger dimension.
         sides: C's dimensions (rows, columns), instead of `factor`; they must divide d_out and d_in / groups.
         low: which factors are of rank `rank`, `left` (C), `right` (D), `both` or `none`, regardless of their size; None

@@ -26,7 +26,7 @@ class LoRA(Method):
 
     Args:
         rank: columns of B and rows of A, at least 1.
-        alpha: numerator of the scale; None means the rank, so that s = 1.
+        alpha: numerator of the scale (default: the rank, so that s = 1).
         ranks: other ranks by role pattern or by name of a site, such as `mlp.*=4` or `name:unet.conv_in=4` as a flag,
             `{"mlp.*": 4}` in Python. A site's name takes precedence over its role, and the last matching role pattern applies.
         alphas: other alphas, in the same way.

@@ -21,7 +21,7 @@ class LoRAFA(Method):
 
     Args:
         rank: columns of B and rows of A, at least 1.
-        alpha: numerator of the scale; None means the rank, so that s = 1.
+        alpha: numerator of the scale (default: the rank, so that s = 1).
     Convolutions and embeddings: as `lora`.
     A is a buffer and saved with B, because regenerating it from a seed would depend on the version of torch.
     Counts: d_out·rank / groups per site, or d_out·rank if groups do not divide the rank; ViT-B/16's q and v, rank 8: 147,456.
