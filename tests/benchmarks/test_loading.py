@@ -1,4 +1,4 @@
-"""The loading benchmark: its files are whole, and a transformer without weights takes them."""
+"""The loading benchmark: complete files, and a transformer without weight memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.benchmarks.loading import contests, weightless
 from veneer.benchmarks.shapes import SHAPES
 
 
-def test_every_contender_loads_every_layer(tmp_path: Path) -> None:
+def test_contenders_load_every_layer(tmp_path: Path) -> None:
     found = contests(SHAPES["tiny"], 2, tmp_path)
     assert [contest.name for contest in found] == ["load, diffusers", "load, kohya"]
     for contest in found:
@@ -24,7 +24,7 @@ def test_every_contender_loads_every_layer(tmp_path: Path) -> None:
         assert sum(p.numel() for p in loaded.parameters()) >= sum(t.numel() for k, t in read.items() if "alpha" not in k)
 
 
-def test_diffusers_takes_the_same_file(tmp_path: Path) -> None:
+def test_diffusers_loads_the_same_file(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     contest = contests(SHAPES["tiny"], 2, tmp_path)[0]
     way = next(way for way in contest.contenders if way.name == "diffusers")
@@ -34,5 +34,5 @@ def test_diffusers_takes_the_same_file(tmp_path: Path) -> None:
     assert f"for {layers} layers" in contest.what
 
 
-def test_the_weights_take_no_memory() -> None:
+def test_weights_take_no_memory() -> None:
     assert {p.untyped_storage().nbytes() for p in weightless(SHAPES["tiny"].flux).parameters()} == {2}

@@ -1,4 +1,4 @@
-"""The merging contest does what it times, and leaves the shared base alone."""
+"""The merging benchmark merges and unmerges, and does not change the shared base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.benchmarks.shapes import SHAPES, unet
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_contests_run_and_end_as_they_began(dtype: torch.dtype) -> None:
+def test_contests_restore_the_weights(dtype: torch.dtype) -> None:
     shape = SHAPES["tiny"]
     base = unet(shape.unet, shape.latent, dtype, seed=0)
     before = {k: v.clone() for k, v in base.state_dict().items()}
@@ -25,7 +25,7 @@ def test_both_contests_run_and_end_as_they_began(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("which", ["veneer", "diffusers"])
-def test_a_contender_changes_every_projection_and_back(which: str) -> None:
+def test_contenders_merge_and_unmerge_every_projection(which: str) -> None:
     shape = SHAPES["tiny"]
     base = unet(shape.unet, shape.latent, torch.float32, seed=0)
     model = merging._own_attention(base)

@@ -1,4 +1,4 @@
-"""The contenders of the side networks' rows: each trains what it should, and their peaks are ordered by what they keep."""
+"""Contenders of the side network benchmark: trainable parameters, and the order of their peak memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_time_and_memory_of_each_against_lora(found: dict[str, Contest]) -> None
         assert contest.pairs == tuple((name, "lora") for name in ("lst", "dtl", "linear probe", "full"))
 
 
-def test_each_trains_its_own_and_leaves_the_base_alone() -> None:
+def test_contenders_train_their_own_parameters() -> None:
     base = timm.create_model("test_vit").requires_grad_(False)
     before = {name: t.clone() for name, t in base.state_dict().items()}
     models = side_networks.models(base, RANK)
@@ -46,8 +46,8 @@ def test_each_trains_its_own_and_leaves_the_base_alone() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory is weighed on the device, where blocks are rounded")
-def test_peaks_are_in_the_order_of_what_is_kept() -> None:
-    """Nothing of the blocks; a tensor a block; that and the upper half's blocks; all blocks. Of a deep, narrow ViT."""
+def test_peak_memory_is_ordered_by_saved_activations() -> None:
+    """A deep, narrow ViT: no activations, one tensor per block, that and the upper half of the blocks, all blocks."""
     torch.manual_seed(0)
     base = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=64, depth=12, num_heads=4)
     pictures, labels = torch.randn(4, 3, 64, 64), torch.zeros(4, dtype=torch.long)

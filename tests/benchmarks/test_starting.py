@@ -1,4 +1,4 @@
-"""The starting benchmark: both contenders train the same numbers, and begin as the base."""
+"""The DoRA benchmark: equal trainable parameters, and the base's initial output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TINY = SHAPES["tiny"]
 RANK = 2
 
 
-def test_both_begin_as_the_base_on_every_linear_layer() -> None:
+def test_initial_output_equals_the_base() -> None:
     pytest.importorskip("timm")
     base = vit(TINY.large_vit, torch.float32, 0).eval()
     layers = [module for module in base.modules() if isinstance(module, nn.Linear)]

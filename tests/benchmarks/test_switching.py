@@ -1,4 +1,4 @@
-"""The contenders of the switching rows do what their names say. Nothing here is timed."""
+"""Contenders of the switching benchmark. Nothing is timed."""
 
 import importlib.util
 
@@ -15,7 +15,7 @@ def found() -> dict[str, Contest]:
     return {contest.name: contest for contest in switching.contests(SHAPES["tiny"], 2, torch.float32, 0)}
 
 
-def test_every_contender_runs_and_every_pair_is_of_contenders(found: dict[str, Contest]) -> None:
+def test_contenders_run_and_pairs_are_valid(found: dict[str, Contest]) -> None:
     assert list(found) == ["switching", "mixed batch"]
     for contest in found.values():
         names = [contender.name for contender in contest.contenders]
@@ -23,8 +23,8 @@ def test_every_contender_runs_and_every_pair_is_of_contenders(found: dict[str, C
         assert ("peft, mixed" in names or "peft, 50" in names) == bool(importlib.util.find_spec("peft"))
 
 
-def test_fresh_adapters_give_the_base(found: dict[str, Contest]) -> None:
-    """B is zero in all of them, so each pass must give what the base gives, with the mixture put away again."""
+def test_untrained_adapters_keep_the_base_output(found: dict[str, Contest]) -> None:
+    """B is zero in all adapters, so that each pass must equal the base's output."""
     outputs = {contender.name: contender.run(contender.prepare()) for contender in found["mixed batch"].contenders}
     assert all(output.shape[0] == switching.BATCH for output in outputs.values())
     for name, output in outputs.items():

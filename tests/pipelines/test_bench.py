@@ -157,7 +157,7 @@ def test_unequal_targets_are_refused() -> None:
 
 def test_caches_change_the_time_and_not_the_training(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
-    photos = caching.draw_pictures(tmp_path / "photos", 2, seed=0)
+    photos = caching.generate_images(tmp_path / "photos", 2, seed=0)
     caching.contests(pipe, photos, TINY, 4, 0, tmp_path)
     cache = Cache(tmp_path / "cache")
     bare, cold = (caching.train(pipe, photos, c, TINY, 4, 0) for c in (None, cache))

@@ -1,1 +1,1 @@
-"""What `veneer bench` times: contests between veneer and others, run interleaved and read as ratios. One file a row."""
+"""Benchmarks of `veneer bench`: interleaved timings of veneer, peft and diffusers, reported as ratios. One module per row."""

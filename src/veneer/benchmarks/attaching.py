@@ -1,7 +1,7 @@
-"""Attach on FLUX: LoRA onto every attention projection, and onto every linear layer, of a fresh transformer on the meta device.
+"""Time to attach LoRA to every attention projection, or to every linear layer, of a FLUX transformer on the meta device.
 
-On `meta` no weight is there to be read, so that the time is the machinery's own: finding sites, building adapters, joining
-them. `peft` makes its matrices on the CPU unless `low_cpu_mem_usage` is given, which is the like-for-like contender.
+On `meta` there are no weights, so that only the overhead is timed: finding sites, building and attaching adapters. `peft`
+allocates its matrices on the CPU without `low_cpu_mem_usage`; with it, the comparison is like for like.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .shapes import Shape, flux
 
 
 def contests(shape: Shape, rank: int) -> list[Contest]:
-    """Two contests; each timing has a model of its own, made before the clock starts."""
+    """Two contests; each timing uses a new model, built before the clock starts."""
     model = flux(shape.flux)
     return [
         _contest(shape, rank, "attach", "every attention projection", peers.where(model), peers.targets(model)),
@@ -35,5 +35,5 @@ def _contest(shape: Shape, rank: int, name: str, what: str, ours: tuple[str, ...
         ]
         pairs = [("veneer", way.name) for way in ways[1:]]
     blocks = f"{shape.flux.get('num_layers', 19)} + {shape.flux.get('num_single_layers', 38)} blocks"
-    told = f"LoRA of rank {rank} on {what} of a FLUX transformer of {blocks}, on meta"
-    return Contest(name, told, tuple(ways), tuple(pairs))
+    description = f"attach LoRA of rank {rank} to {what} of a FLUX transformer with {blocks}, on meta"
+    return Contest(name, description, tuple(ways), tuple(pairs))

@@ -1,7 +1,7 @@
-"""The few-photo job with and without caches of latents and text embeddings, all else equal.
+"""Training from a few photos with and without caches of latents and text embeddings, all else equal.
 
-Timed is what a user waits for once the base is loaded: from reading the photos to the last step. `cold caches` start empty,
-in memory and on disk; `warm caches` read what an earlier run left on disk.
+The timing covers everything after loading the base: from reading the photos to the last step. `cold caches` start empty, in
+memory and on disk; `warm caches` read the files of an earlier run.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from veneer.training.objective.denoising_loss import DenoisingLoss
 from .contest import Contender, Contest
 from .shapes import BenchError, Shape
 
-_PICTURE_SIDE = 512
+_IMAGE_SIDE = 512
 
 
 def contests(pipe: Any, photos: Path | None, shape: Shape, rank: int, seed: int, scratch: Path) -> list[Contest]:
-    """One contest over a pipeline that is loaded already.
+    """One contest on a loaded pipeline.
 
     Args:
-        pipe: what is trained. It is frozen here, for encoders that train are not cached; else it is as before after each run.
-        photos: folder of pictures; None draws `shape.photos` of them into `scratch`.
-        scratch: folder for pictures and caches.
+        pipe: the pipeline. It is frozen, because trainable encoders are not cached; otherwise each run leaves it unchanged.
+        photos: folder of images; None generates `shape.photos` images in `scratch`.
+        scratch: folder for images and caches.
     """
     param_groups.freeze(pipe)
-    folder = photos if photos is not None else draw_pictures(scratch / "photos", shape.photos, seed)
+    folder = photos if photos is not None else generate_images(scratch / "photos", shape.photos, seed)
     warm = scratch / "warm"
 
     def job(cache: Callable[[], Cache | None]) -> Callable[[Any], float]:
@@ -57,7 +57,7 @@ def contests(pipe: Any, photos: Path | None, shape: Shape, rank: int, seed: int,
 
 
 def check(base: str, photos: Path | None) -> None:
-    """Check that the base and the photos exist, before the rows ahead of this one take minutes.
+    """Checks that the base and the photos exist, before the other rows run for minutes.
 
     Args:
         base: `tiny`, or what `veneer.base_models.load` takes; names on the hub are not looked up.
@@ -83,10 +83,10 @@ def load(base: str) -> Any:
 
 
 def train(pipe: Any, photos: Path, cache: Cache | None, shape: Shape, rank: int, seed: int) -> float:
-    """Train a LoRA on a folder of photos and take it off again; returns the last loss.
+    """Trains a LoRA on a folder of photos and detaches it; returns the last loss.
 
     Raises:
-        BenchError: nothing was read from or written to a cache that was given.
+        BenchError: the given cache was not used.
     """
     kind = family(pipe)
     methods = param_groups.build_methods("lora", {"lora": {"rank": rank}}, "", "")
@@ -103,18 +103,18 @@ def train(pipe: Any, photos: Path, cache: Cache | None, shape: Shape, rank: int,
         for attachment in attached:
             attachment.detach()
     if cache is not None and not cache.hits + cache.misses:
-        raise BenchError("bench: the few-photo job did not use the cache that it was given")
+        raise BenchError("bench: the few-photo training did not use its cache")
     return result.losses[-1]
 
 
-def draw_pictures(folder: Path, count: int, seed: int) -> Path:
-    """Smooth random pictures as PNG files, for machines without photos."""
+def generate_images(folder: Path, count: int, seed: int) -> Path:
+    """Writes smooth random images as PNG files, for machines without photos."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    draws = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for index in range(count):
-        coarse = torch.randint(0, 256, (8, 8, 3), generator=draws, dtype=torch.uint8)
-        picture = Image.fromarray(coarse.numpy()).resize((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.BICUBIC)
-        picture.save(folder / f"{index}.png")
+        coarse = torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+        image = Image.fromarray(coarse.numpy()).resize((_IMAGE_SIDE, _IMAGE_SIDE), Image.Resampling.BICUBIC)
+        image.save(folder / f"{index}.png")
     return folder

@@ -1,7 +1,7 @@
-"""Timing by turns: every round runs each contender once, so that whatever slows the machine slows all of them.
+"""Interleaved timing: every round runs each contender once, so that load on the machine affects all of them alike.
 
-Absolute seconds on a shared machine say little; the ratio of two that ran within the same round says much. The order turns
-by one place a round, so that nobody always runs first. Memory is the same for every run, and is weighed once.
+On a shared machine absolute seconds vary, while ratios within a round are stable. The order rotates by one position per round, so
+that no contender always runs first. Memory does not vary between runs and is measured once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Unit = Literal["s", "MB"]
 
 
 class Sample(NamedTuple):
-    """One measurement, in the order of running: who, in which round, seconds a call or megabytes."""
+    """One measurement: contender, round, and seconds per call or megabytes; in the order of execution."""
 
     contender: str
     round: int
@@ -30,7 +30,7 @@ class Sample(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """`of / to` within each round: the middle and both ends. Below 1, `of` takes less."""
+    """Median, minimum and maximum over rounds of the ratio `of / to`. Below 1, `of` is faster or smaller."""
 
     of: str
     to: str
@@ -41,12 +41,12 @@ class Ratio(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the job.
+    """One implementation of the benchmarked job.
 
     Args:
         name: in the table.
-        run: the timed call, given what `prepare` made.
-        prepare: untimed, before each timing.
+        run: the timed function, called with the result of `prepare`.
+        prepare: called before each timing, not timed.
     """
 
     name: str
@@ -56,14 +56,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Contest:
-    """The same job done in several ways.
+    """Several implementations of the same job to compare.
 
     Args:
-        name: of the row. `what`: what is timed, for the reader.
+        name: of the row. `what`: description of the timed job.
         contenders: in the order of the first round.
         pairs: (of, to), the ratios to report.
-        calls: calls of `run` in one timing; more than 1 for what takes milliseconds.
-        unit: `s` for time, `MB` for the peak of memory above what is there before a call.
+        calls: calls of `run` per timing; more than 1 for jobs that take milliseconds.
+        unit: `s` for time, `MB` for the peak memory of a call beyond the memory before it.
     """
 
     name: str
@@ -75,8 +75,8 @@ class Contest:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What was measured in a contest, and the ratios that follow."""
+class ContestResult:
+    """Measurements of a contest, and their ratios."""
 
     name: str
     what: str
@@ -85,81 +85,81 @@ class Outcome:
     unit: Unit = "s"
 
     def values(self) -> dict[str, float]:
-        """Contender to its median."""
+        """Median of each contender."""
         return {name: statistics.median(self._of(name).values()) for name in dict.fromkeys(s.contender for s in self.samples)}
 
     def ratios(self) -> list[Ratio]:
-        """One for each pair, over the rounds."""
+        """Ratio of each pair, over the rounds."""
         return [self._ratio(of, to) for of, to in self.pairs]
 
     def as_json(self) -> dict[str, Any]:
-        """Medians, ratios and every measurement."""
+        """Medians, ratios and all measurements, as JSON values."""
         samples, ratios = [s._asdict() for s in self.samples], [r._asdict() for r in self.ratios()]
-        told = {"name": self.name, "what": self.what, "unit": self.unit, "values": self.values()}
-        return {**told, "ratios": ratios, "samples": samples}
+        summary = {"name": self.name, "what": self.what, "unit": self.unit, "values": self.values()}
+        return {**summary, "ratios": ratios, "samples": samples}
 
     def _of(self, name: str) -> dict[int, float]:
         return {s.round: s.value for s in self.samples if s.contender == name}
 
     def _ratio(self, of: str, to: str) -> Ratio:
-        below = self._of(to)
-        paired = [value / below[turn] for turn, value in self._of(of).items()]
-        return Ratio(of, to, statistics.median(paired), min(paired), max(paired))
+        reference = self._of(to)
+        ratios = [value / reference[number] for number, value in self._of(of).items()]
+        return Ratio(of, to, statistics.median(ratios), min(ratios), max(ratios))
 
 
-def interleave(contest: Contest, rounds: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter) -> Outcome:
-    """Run a contest; of memory, one round.
+def interleave(contest: Contest, rounds: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter) -> ContestResult:
+    """Runs a contest; one round if it measures memory.
 
     Args:
-        rounds: timings of each contender, at least 1. `warmup`: rounds before them that do not count.
-        clock: seconds.
+        rounds: timings of each contender, at least 1. `warmup`: untimed rounds before them.
+        clock: returns seconds.
     Raises:
-        OptionError: for fewer rounds.
+        OptionError: fewer than one round.
     """
     if rounds < 1:
         raise OptionError(f"bench: rounds is {rounds}; expected at least 1", option="rounds", given=rounds, expected=1)
     if contest.unit == "MB":
-        weighed = tuple(Sample(each.name, 0, _weigh(each)) for each in contest.contenders)
-        return Outcome(contest.name, contest.what, weighed, contest.pairs, contest.unit)
+        peaks = tuple(Sample(each.name, 0, _peak_memory(each)) for each in contest.contenders)
+        return ContestResult(contest.name, contest.what, peaks, contest.pairs, contest.unit)
     samples = []
     gc.collect()
-    gc.freeze()  # what is there already, millions of objects of the imported libraries, is not walked before each timing
+    gc.freeze()  # excludes millions of objects of imported libraries from the collection before each timing
     try:
-        for turn in range(-warmup, rounds):
-            start = turn % len(contest.contenders)
+        for number in range(-warmup, rounds):
+            start = number % len(contest.contenders)
             for contender in contest.contenders[start:] + contest.contenders[:start]:
                 seconds = _time(contender, contest.calls, clock)
-                if turn >= 0:
-                    samples.append(Sample(contender.name, turn, seconds))
+                if number >= 0:
+                    samples.append(Sample(contender.name, number, seconds))
     finally:
         gc.unfreeze()
-    return Outcome(contest.name, contest.what, tuple(samples), contest.pairs)
+    return ContestResult(contest.name, contest.what, tuple(samples), contest.pairs)
 
 
-def _weigh(contender: Contender) -> float:
-    """Megabytes of a second call: the first may make what stays."""
+def _peak_memory(contender: Contender) -> float:
+    """Peak memory in megabytes of the second call, because the first may allocate persistent memory."""
     contender.run(contender.prepare())
     prepared = contender.prepare()
     return peak(lambda: contender.run(prepared)) / 1e6
 
 
 def _time(contender: Contender, calls: int, clock: Callable[[], float]) -> float:
-    """Seconds a call, with Python's garbage collector waiting."""
+    """Seconds per call, with Python's garbage collector disabled."""
     prepared = contender.prepare()
     gc.collect()
     gc.disable()
     try:
-        _wait()
-        began = clock()
+        _synchronize()
+        start = clock()
         for _ in range(calls):
             contender.run(prepared)
-        _wait()
-        return (clock() - began) / calls
+        _synchronize()
+        return (clock() - start) / calls
     finally:
         gc.enable()
 
 
-def _wait() -> None:
-    """Until a CUDA device has done what it was given."""
+def _synchronize() -> None:
+    """Waits for pending work of a CUDA device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

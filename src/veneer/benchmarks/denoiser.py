@@ -1,8 +1,8 @@
-"""The training step and the forward pass of a UNet: veneer's LoRA against the frozen floor and against peft's.
+"""Training step and forward pass of a UNet: veneer's LoRA compared with the floor and with peft's LoRA.
 
-The floor is the least that a step which trains something at the input can take: the same forward pass, loss, backward pass
-through every frozen layer and optimiser step, with one trained number, added to the noisy latents, in the place of adapters.
-What a LoRA step takes above it is the price of LoRA. All contenders share one frozen base, tensor for tensor.
+The floor is a lower bound of any step that trains a parameter at the input: the same forward pass, loss, backward pass through
+every frozen layer and optimizer step, with one scalar parameter added to the noisy latents instead of adapters. The time of a
+LoRA step beyond it is the overhead of LoRA. All contenders share the tensors of one frozen base.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .shapes import Shape, place, sharing, unet
 
 
 class Floor(nn.Module):
-    """A frozen model whose only trained parameter is a number added to its input."""
+    """A frozen model whose only trainable parameter is a scalar added to its input."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class Floor(nn.Module):
 
 
 def contests(shape: Shape, rank: int, dtype: torch.dtype, seed: int) -> list[Contest]:
-    """The training step, and the forward pass without gradients.
+    """Contests of the training step, and of the forward pass without gradients.
 
     Args:
         rank: of the LoRA on every attention projection.
         dtype: of the frozen base; adapters are float32.
     Raises:
-        BenchError: veneer and peft would not train the same number of parameters.
+        BenchError: veneer and peft have different numbers of trainable parameters.
     """
     base = unet(shape.unet, shape.latent, dtype, seed)
     models: dict[str, nn.Module] = {"floor": Floor(base), "veneer": peers.with_veneer(sharing(base), rank)}
@@ -61,16 +61,16 @@ def contests(shape: Shape, rank: int, dtype: torch.dtype, seed: int) -> list[Con
 
 
 def inputs(shape: Shape, dtype: torch.dtype, seed: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """((noisy latents, timestep, text), target)."""
-    draws = torch.Generator().manual_seed(seed)
-    latents, target = torch.randn(2, 1, 4, shape.latent, shape.latent, generator=draws)
-    text = torch.randn(1, shape.tokens, shape.unet["cross_attention_dim"], generator=draws)
-    noisy, when, words = latents.to(place(), dtype), torch.tensor([500], device=place()), text.to(place(), dtype)
-    return (noisy, when, words), target.to(place())
+    """Random inputs and target: ((noisy latents, timestep, text embeddings), target)."""
+    generator = torch.Generator().manual_seed(seed)
+    latents, target = torch.randn(2, 1, 4, shape.latent, shape.latent, generator=generator)
+    text = torch.randn(1, shape.tokens, shape.unet["cross_attention_dim"], generator=generator)
+    noisy, timestep, context = latents.to(place(), dtype), torch.tensor([500], device=place()), text.to(place(), dtype)
+    return (noisy, timestep, context), target.to(place())
 
 
 def step(model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> Callable[[Any], float]:
-    """A call that does one optimiser step, and gives the loss."""
+    """A function that runs one optimizer step and returns the loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def run(_: Any) -> float:

@@ -1,4 +1,4 @@
-"""Where a benchmark ran: versions, threads and the class of machine, not its name."""
+"""Environment of a benchmark: versions, threads and hardware, without the host name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("veneer", "torch", "diffusers", "transformers", "peft")
 
 
 def environment() -> dict[str, Any]:
-    """Name to value, as JSON takes them."""
+    """The environment as JSON values."""
     return {
         **{name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -42,5 +42,5 @@ def _cpu() -> str:
 
 
 def _load() -> float | None:
-    """Processes that wanted a core in the last minute; more than there are cores, and wall times are the neighbours' too."""
+    """Load average of the last minute; above the number of cores, other processes affect wall times."""
     return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None

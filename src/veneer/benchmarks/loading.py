@@ -1,7 +1,7 @@
-"""Load on FLUX: a LoRA file for every linear layer, in diffusers' and in kohya's layout, onto a transformer that takes no memory.
+"""Time to load a LoRA file for every linear layer, in diffusers' and in kohya's layout, into a FLUX transformer without memory.
 
-Every weight of the transformer is one number that is shown as a whole matrix, so that only the loading takes time. Half-precision
-files become single-precision adapters, so what is compared with is safetensors' own reading and the same conversion.
+Every weight of the transformer is a scalar expanded to its shape, so that only the loading takes time. Half-precision files
+become float32 adapters; the reference is therefore safetensors' reading with the same conversion.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .shapes import Shape, flux
 
 
 def contests(shape: Shape, rank: int, scratch: Path) -> list[Contest]:
-    """One contest a layout; each timing has a model of its own, made before the clock starts.
+    """One contest per layout; each timing uses a new model, built before the clock starts.
 
     Args:
-        scratch: where the files are written.
+        scratch: folder for the files.
     """
     fresh = partial(weightless, shape.flux)
     files = {"diffusers": _diffusers(fresh(), rank, scratch), "kohya": _kohya(fresh(), rank, scratch)}
@@ -50,17 +50,17 @@ def contests(shape: Shape, rank: int, scratch: Path) -> list[Contest]:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, in single precision."""
+    """All tensors of a file, in float32."""
     return {name: tensor.float() for name, tensor in load_file(path).items()}
 
 
 def weightless(config: dict[str, Any]) -> nn.Module:
-    """A FLUX transformer in half precision on the CPU, each of whose parameters is one number, shown in its whole shape."""
+    """A FLUX transformer in bfloat16 on the CPU, each parameter a scalar expanded to its shape."""
     model = flux(config)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            shown = torch.zeros((), dtype=torch.bfloat16).expand(parameter.shape)
-            module.register_parameter(name, nn.Parameter(shown, requires_grad=False))
+            expanded = torch.zeros((), dtype=torch.bfloat16).expand(parameter.shape)
+            module.register_parameter(name, nn.Parameter(expanded, requires_grad=False))
     return model.eval()
 
 
@@ -68,26 +68,29 @@ def _diffusers(model: nn.Module, rank: int, scratch: Path) -> tuple[Path, int]:
     (tower,) = towers_of(model)
     state: dict[str, Tensor] = {}
     for path, site in weight_paths(tower).items():
-        state[f"transformer.{path}.lora_A.weight"] = _drawn(rank, site.d_in)
-        state[f"transformer.{path}.lora_B.weight"] = _drawn(site.d_out, rank)
+        state[f"transformer.{path}.lora_A.weight"] = _random(rank, site.d_in)
+        state[f"transformer.{path}.lora_B.weight"] = _random(site.d_out, rank)
     save_file(state, scratch / "diffusers.safetensors")
     return scratch / "diffusers.safetensors", len(state) // 2
 
 
 def _kohya(model: nn.Module, rank: int, scratch: Path) -> tuple[Path, int]:
-    """One pair for each fused projection, as sd-scripts train it."""
+    """One LoRA pair for each fused projection, as sd-scripts trains it."""
     (tower,) = towers_of(model)
     state: dict[str, Tensor] = {}
     found = named_layers(tower)
     for place in found:
         name, rows = place.names[0], sum(site.d_out for site in place.sites)
-        state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = _drawn(rank, place.sites[0].d_in), _drawn(rows, rank)
+        state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = (
+            _random(rank, place.sites[0].d_in),
+            _random(rows, rank),
+        )
         state[f"{name}.alpha"] = torch.tensor(float(rank))
     save_file(state, scratch / "kohya.safetensors")
     return scratch / "kohya.safetensors", len(found)
 
 
-def _drawn(*shape: int) -> Tensor:
+def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 
 

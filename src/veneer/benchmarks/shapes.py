@@ -1,4 +1,4 @@
-"""The models that are timed, by size: from configs, with random weights, so that nothing is fetched."""
+"""Models of the benchmarks by size, built from configs with random weights, without downloads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FLUX_DEV: dict[str, Any] = {"guidance_embeds": True}
 
 
 class BenchError(VeneerError):
-    """A benchmark that cannot be run as asked."""
+    """A benchmark cannot be run with these options."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Shape:
     Args:
         unet, flux: configs of the UNet (diffusers' defaults are the widths of SD 1.5) and of the FLUX transformer (those of
             FLUX.1).
-        latent: side of the UNet's input. `tokens`: of the prompt.
-        calls: steps in one timing.
-        vit, base_vit, large_vit: names in timm of image models. `images`: of a batch of `vit`, `few_images` of `base_vit`.
+        latent: side of the UNet's input. `tokens`: length of the prompt.
+        calls: steps per timing.
+        vit, base_vit, large_vit: timm models. `images`: batch size of `vit`, `few_images` of `base_vit`.
         block: side of OFT's blocks.
-        photos, steps, resolution: of the few-photo job.
+        photos, steps, resolution: of the few-photo training.
     """
 
     unet: dict[str, Any]
@@ -93,12 +93,12 @@ def unet(config: dict[str, Any], latent: int, dtype: torch.dtype, seed: int) -> 
 
 
 def vit(name: str, dtype: torch.dtype, seed: int) -> Any:
-    """timm's image model of that name, frozen, in training mode, with random weights."""
+    """A frozen timm model in training mode, with random weights."""
     return _frozen(lambda: importlib.import_module("timm").create_model(name), dtype, seed)
 
 
 def place() -> torch.device:
-    """Where models are timed: on a CUDA device if there is one, else on the CPU."""
+    """The device of the benchmarks: a CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -119,7 +119,7 @@ def flux(config: dict[str, Any]) -> nn.Module:
 
 
 def sharing(model: M) -> M:
-    """A copy of the modules over the same tensors: contenders then differ in nothing but what is put on them."""
+    """A copy of the modules that shares all tensors, so that contenders differ in their adapters only."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 

@@ -1,8 +1,8 @@
-"""Start DoRA on a vision transformer: every linear layer, on a base with real weights.
+"""Time to attach DoRA to every linear layer of a vision transformer on the CPU.
 
-DoRA's magnitude begins as the norms of the base. `peft` computes them when it attaches; here what is trained is the difference to
-them, which begins as nothing, and norms are taken where they are used. `peft`'s `low_cpu_mem_usage` is no contender: its matrices
-are on `meta` then, to be filled from a file, so nothing has been started.
+DoRA's magnitude is initialized with the weight norms of the base. `peft` computes them when it attaches; veneer trains the
+difference to them, initialized to zero, and computes the norms in the forward pass. `peft`'s `low_cpu_mem_usage` is not compared,
+because it leaves the matrices on `meta`, uninitialized.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .shapes import Shape, sharing, vit
 
 
 def contests(shape: Shape, rank: int, dtype: torch.dtype, seed: int) -> list[Contest]:
-    """One contest; each timing has modules of its own over the same weights, made before the clock starts."""
+    """One contest; each timing uses new modules that share the weights, built before the clock starts."""
     base = vit(shape.large_vit, dtype, seed)
     fresh = partial(sharing, base)
     names = tuple(f"name:{name}" for name, module in base.named_modules() if isinstance(module, nn.Linear))

@@ -1,12 +1,12 @@
-"""Several LoRAs on one UNet: choosing one of many, a batch in which every sample has its own, and what one costs unmerged.
+"""Several LoRAs on one UNet: switching between adapters, mixed batches with one adapter per sample, and the cost of one LoRA.
 
-Choosing is timed with 1, 10 and 50 attached; peft's `set_adapters` beside it. The forward passes are without gradients, of a
-batch of eight: the bare base; one LoRA on all samples; one acting while 49 more are attached and off; and eight LoRAs, one a
-sample, in veneer's mixed batch and in peft's. All share one frozen base, tensor for tensor.
+Switching is timed with 1, 10 and 50 attached LoRAs, and compared with peft's `set_adapters`. The forward passes are without
+gradients, at batch size eight: the base without adapters; one LoRA for all samples; one enabled of 50 attached; and eight LoRAs,
+one per sample, in veneer's mixed batch and in peft's. All share the tensors of one frozen base.
 
-What they can reach: on top of the base, one LoRA multiplies each token by A and B, r·(d_in + d_out) numbers in the place of
-d_in·d_out, and reads and writes the output once more. A mixed batch does these products on the same rows, in eight parts, and
-writes the output a second time, when the parts are joined.
+Lower bounds: in addition to the base, one LoRA multiplies each token by A and B, r·(d_in + d_out) instead of d_in·d_out weights,
+and reads and writes the output once more. A mixed batch computes these products on the same rows, in eight parts, and writes the
+output a second time, when the parts are concatenated.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .shapes import Shape, place, sharing, unet
 COUNTS = (1, 10, 50)
 BATCH = 8
 CHOICES = 10
-"""Choices in one timing: they take milliseconds."""
+"""Switches per timing, because one takes milliseconds only."""
 
 
 def contests(shape: Shape, rank: int, dtype: torch.dtype, seed: int) -> list[Contest]:
-    """Choosing, and the forward pass of a batch.
+    """Contests of switching, and of the forward pass of a batch.
 
     Args:
         rank: of each LoRA on every attention projection.
@@ -44,14 +44,14 @@ def contests(shape: Shape, rank: int, dtype: torch.dtype, seed: int) -> list[Con
 
 
 def _choosing(base: nn.Module, rank: int, ours: dict[int, nn.Module]) -> Contest:
-    """Another one acts: of one attached, it goes on and off."""
+    """Switches to another adapter; a single one is enabled and disabled."""
     ways = [Contender(f"veneer, {count}", _chooser(model)) for count, model in ours.items()]
     pairs = [(f"veneer, {count}", "veneer, 1") for count in COUNTS[1:]]
     if peers.has_peft():
         for count in COUNTS[1:]:
             ways.append(Contender(f"peft, {count}", _peft_chooser(_pefts(sharing(base), rank, count), count)))
             pairs.append((f"veneer, {count}", f"peft, {count}"))
-    what = f"choose which of 1, 10 or 50 attached LoRAs of rank {rank} acts, on every attention projection"
+    what = f"switch between 1, 10 or 50 attached LoRAs of rank {rank} on every attention projection"
     return Contest("switching", what, tuple(ways), tuple(pairs), calls=CHOICES)
 
 
@@ -75,8 +75,8 @@ def _passing(base: nn.Module, rank: int, many: nn.Module, inputs: tuple[Tensor, 
         ways.append(Contender("peft, mixed", _peft_mixture(sharing(base), rank, inputs)))
         pairs.append(("mixed", "peft, mixed"))
     what = (
-        f"forward pass of a batch of {BATCH} without gradients, LoRA of rank {rank} on every attention projection: none, one for "
-        f"all, one while {COUNTS[-1] - 1} more are off, {BATCH} with one a sample; {shape.latent}×{shape.latent} latents"
+        f"forward pass without gradients at batch size {BATCH}, LoRA of rank {rank} on every attention projection: none, one for "
+        f"all, one enabled of {COUNTS[-1]}, {BATCH} with one per sample; {shape.latent}×{shape.latent} latents"
     )
     return Contest("mixed batch", what, tuple(ways), tuple(pairs), shape.calls)
 
@@ -94,12 +94,12 @@ def _chooser(model: nn.Module) -> Callable[[Any], object]:
 
 
 def _pefts(model: Any, rank: int, count: int) -> Any:
-    """The UNet with LoRAs by diffusers' own door to peft."""
+    """Adds LoRAs to the UNet by diffusers' `add_adapter`, which uses peft."""
     from peft import LoraConfig
 
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=peers.targets(model))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of each after the first, which is what is wanted
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
         for number in range(count):
             model.add_adapter(config, adapter_name=f"lora_{number}")
     return model.eval()
@@ -111,7 +111,7 @@ def _peft_chooser(model: Any, count: int) -> Callable[[Any], object]:
 
 
 def _peft_mixture(model: nn.Module, rank: int, inputs: tuple[Tensor, ...]) -> Callable[[Any], object]:
-    """peft's mixed batch, of the model in peft's own wrapper."""
+    """Forward pass of peft's mixed batch, with the model in peft's wrapper."""
     from peft import LoraConfig, get_peft_model
 
     names = [f"lora_{number}" for number in range(BATCH)]
@@ -129,10 +129,10 @@ def _peft_mixture(model: nn.Module, rank: int, inputs: tuple[Tensor, ...]) -> Ca
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    """(noisy latents, timestep, text)."""
-    draws = torch.Generator().manual_seed(seed)
-    latents = torch.randn(BATCH, 4, shape.latent, shape.latent, generator=draws)
-    text = torch.randn(BATCH, shape.tokens, shape.unet["cross_attention_dim"], generator=draws)
+    """Random inputs: (noisy latents, timestep, text embeddings)."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(BATCH, 4, shape.latent, shape.latent, generator=generator)
+    text = torch.randn(BATCH, shape.tokens, shape.unet["cross_attention_dim"], generator=generator)
     return latents.to(place(), dtype), torch.tensor([500], device=place()), text.to(place(), dtype)
 
 

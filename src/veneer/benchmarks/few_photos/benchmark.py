@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 def few_photos(config: FewPhotosConfig, train: Callable[[PersonalizeConfig], object]) -> Path:
-    """Run what is missing and write the results.
+    """Runs the missing trainings and writes the results.
 
     Args:
         train: runs one training, as `veneer personalize` does.
@@ -39,7 +39,7 @@ def few_photos(config: FewPhotosConfig, train: Callable[[PersonalizeConfig], obj
         The folder with the results.
     Raises:
         VeneerError: subjects, presets, prompts or the base do not exist, or the folder holds runs with other settings; nothing is
-            trained then. KeyboardInterrupt: training was stopped; the same command goes on.
+            trained then. KeyboardInterrupt: training was stopped; the same command resumes it.
     """
     runs = Runs(config, train)
     subjects = config.find_subjects(config.subjects)
@@ -75,7 +75,7 @@ class Scoring:
         self.photos_identified = {key: scores.photos_identified(found) for key, found in self.gallery.items()}
 
     def write(self, done: Mapping[tuple[str, str, int], dict[str, Any]]) -> Path:
-        """Score all runs; write `result.json`, `few-photos.md` and the image grids."""
+        """Scores all runs; writes `result.json`, `few-photos.md` and the image grids."""
         out, config = self.config.out, self.config
         by_name = {s.name: s for s in self.subjects}
         rows = [
@@ -114,7 +114,7 @@ class Scoring:
         return out
 
     def scores(self, subject: Subject, preset: TrainingPreset, seed: int, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything measured of one run, by name."""
+        """All metrics of one run, by name."""
         prompts, runs = self.runs.prompts, self.runs
         trained, base = runs.trained_images(subject, preset, seed), runs.base_images(subject.word, seed)
         unrelated = runs.unrelated_images(seed)
@@ -145,7 +145,7 @@ class Scoring:
         return found
 
     def write_grids(self) -> None:
-        """`grid-SUBJECT.png`, and with several subjects `matching-PRESET.png`, of the first seed."""
+        """Writes `grid-SUBJECT.png`, and with several subjects `matching-PRESET.png`, of the first seed."""
         seed, out, prompts = self.config.seeds[0], self.config.out, self.runs.prompts
         photos = {s.name: [read_photo(photo.path) for photo in s.photos] for s in self.subjects}
         trained = {

@@ -31,7 +31,7 @@ CLASS_WORDS: Mapping[str, str] = {
     "rc_car": "toy", "robot_toy": "toy", "shiny_sneaker": "shoe", "teapot": "teapot", "vase": "vase", "wolf_plushie": "toy",
     **dict.fromkeys(("dog", "dog2", "dog3", "dog5", "dog6", "dog7", "dog8"), "dog"),
 }  # fmt: skip
-"""Subject of the DreamBooth dataset to its class in a word that the bundled base may know."""
+"""Class words of the DreamBooth dataset's subjects, where possible words that the bundled base was trained on."""
 
 BY_BENCHMARK = (
     "photos", "concept", "class_word", "base", "seed", "out", "resume", "dry_run", "prompts", "drift_prompts", "eval_seeds",
@@ -76,7 +76,7 @@ class Prompts:
     """Prompts of the benchmark, `{concept}` in them, and images of each.
 
     Args:
-        alone: the concept alone. `placed`: with a ground color and a place. `unrelated`: without the concept.
+        alone: the concept alone. `placed`: with a background color and a place. `unrelated`: without the concept.
         images: of each prompt.
     """
 
@@ -148,8 +148,8 @@ class FewPhotosConfig:
             given = getattr(self, name)
             if len(set(given)) < len(given):
                 raise BenchError(f"few_photos: {name} are {', '.join(map(str, given))}; expected each once.")
-        if lacking := [name for name in self.subjects if self.gallery and name not in self.gallery]:
-            raise BenchError(f"few_photos: the gallery lacks {', '.join(lacking)}; expected all --subjects in --gallery.")
+        if missing := [name for name in self.subjects if self.gallery and name not in self.gallery]:
+            raise BenchError(f"few_photos: --gallery has no {', '.join(missing)}; expected all --subjects in it.")
         if not self.seeds or min(self.seeds) < 0 or self.images < 1 or self.batch < 1:
             raise BenchError(
                 f"few_photos: seeds {self.seeds}, images {self.images}, batch {self.batch}; expected seeds from 0, counts from 1."
@@ -174,15 +174,17 @@ class FewPhotosConfig:
         folders = [data / name for data in self.data if name and (data / name).is_dir()]
         if len(folders) != 1:
             known = sorted({p.name for data in self.data if data.is_dir() for p in data.iterdir() if p.is_dir()})
-            raise BenchError(f"few_photos: {len(folders)} folders of subject {name!r}; there are: {', '.join(known) or 'none'}.")
+            raise BenchError(
+                f"few_photos: {len(folders)} folders of subject {name!r}; expected one. Subjects: {', '.join(known) or 'none'}."
+            )
         word = {**CLASS_WORDS, **self.class_words}.get(name) or base_models.preset(self.base).class_word
         return Subject(name, folders[0], word, tuple(find_photos(folders[0])))
 
     def prompt_set(self) -> Prompts:
-        """The prompts, those of the base where none are given.
+        """The prompts, by default those of the base.
 
         Raises:
-            BenchError: a prompt without {concept}, or one of `placed_prompts` without a ground color.
+            BenchError: a prompt without {concept}, or one of `placed_prompts` without a background color.
         """
         preset = base_models.preset(self.base)
         placed = self.placed_prompts or tuple(prompt for prompt in preset.previews if asked(prompt)[0])
@@ -191,7 +193,9 @@ class FewPhotosConfig:
             if "{concept}" not in prompt:
                 raise BenchError(f"few_photos: prompt {prompt!r}; expected {{concept}} in it.")
         if not placed or not all(asked(prompt)[0] for prompt in placed):
-            raise BenchError(f"few_photos: placed prompts are {placed}; expected a ground in each, such as 'white background'.")
+            raise BenchError(
+                f"few_photos: placed prompts are {placed}; expected a background in each, such as 'white background'."
+            )
         return found
 
 
@@ -230,7 +234,7 @@ def _fields() -> list[tuple[dataclasses.Field[Any], Any]]:
 
 
 def _value(text: str) -> Any:
-    """A number, true, false or null as JSON has them; `|` separates several; else the text."""
+    """Parses a JSON number, true, false or null; `|` separates several values; other text is returned unchanged."""
     if "|" in text:
         return tuple(map(_value, text.split("|")))
     try:

@@ -1,4 +1,4 @@
-"""Image grids of the few-photo benchmark: one per subject, and one that asks whose images are whose."""
+"""Image grids of the few-photo benchmark: one per subject, and one to match images with subjects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.training.loop.seeds import generator
 from veneer.training.report.image_grid import GridRow, make_grid
 
 CELL, SHOWN = 160, 4
-HEADS = ("the concept alone", "ground and place asked for")
+HEADS = ("the concept alone", "with background and place")
 
 Images = Sequence[Image.Image]
 
@@ -31,7 +31,7 @@ def subject_grid(
 
 
 def matching_order(names: Sequence[str]) -> list[str]:
-    """The names in a fixed random order, which depends on them alone."""
+    """The names in a random order that depends on the names only."""
     order = torch.randperm(len(names), generator=generator("few photos", *names)).tolist()
     return [names[i] for i in order]
 
@@ -50,7 +50,7 @@ def matching_grid(title: str, photos: Mapping[str, Images], trained: Mapping[str
 
 
 def matching_answers(names: Sequence[str]) -> dict[str, str]:
-    """Number of the images to the letter of the photos that they belong to."""
+    """The letter of the photos for each number of the images."""
     return {str(i + 1): letter(list(names).index(name)) for i, name in enumerate(matching_order(names))}
 
 

@@ -10,7 +10,7 @@ from veneer.training.report.metrics import MeanInterval, mean_interval
 from .scores import kept
 
 KEPT = ("prompt", "ground", "place")
-"""Scores of placed prompts that are read as shares of the base's."""
+"""Scores of placed prompts that are reported relative to the base."""
 
 ALL = "all"
 """Name of the row over all subjects."""
@@ -54,7 +54,7 @@ def _row(preset: str, subject: str, seeds: Sequence[Row]) -> Row:
 
 
 def page(rows: Sequence[Row], judges: Mapping[str, str], facts: Sequence[str]) -> str:
-    """The Markdown page: what was run, what holds for each preset, and two tables.
+    """The Markdown page: facts on the run, a claim for each preset, and two tables.
 
     Args:
         rows: of `summarize`. `judges`: key to the name of the model. `facts`: sentences on what was run.
@@ -66,7 +66,7 @@ def page(rows: Sequence[Row], judges: Mapping[str, str], facts: Sequence[str]) -
 
 
 def claim(preset: str, rows: Sequence[Row], judges: Mapping[str, str]) -> str:
-    """One line on a preset: in how many subjects every judge's whole interval of the gain is above 0, and the means."""
+    """Summary of a preset: for how many subjects the gain's interval is above 0 for all judges, and the means."""
     subjects = [row for row in rows if row["preset"] == preset and row["subject"] != ALL]
     total = next(row for row in rows if row["preset"] == preset and row["subject"] == ALL)
     rose = sum(all((row[f"{key}.gain"].low or 0.0) > 0 for key in judges) for row in subjects)
@@ -76,11 +76,11 @@ def claim(preset: str, rows: Sequence[Row], judges: Mapping[str, str]) -> str:
     known = f"similarity clearly above the base {both} in {rose} of {len(subjects)} subjects"
     if total["seeds"] < 2:
         known = "one seed, so no intervals"
-    return f"- **{preset}**: {known}; identified: {identified}; kept of the base: {shares or 'unknown'}."
+    return f"- **{preset}**: {known}; identified: {identified}; relative to the base: {shares or 'unknown'}."
 
 
 def similarity_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
-    """Similarity to the photos and identification by each judge."""
+    """Table of similarity to the photos and identification by each judge."""
     heads = ["preset", "subject"]
     for key in judges:
         heads += [
@@ -100,7 +100,7 @@ def similarity_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
 
 
 def prompt_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
-    """Prompt similarity, ground and place with the share kept of the base's, drift, and time."""
+    """Table of prompt similarity, background and place, also relative to the base, drift, and time."""
     heads = ["preset", "subject"]
     for name in KEPT:
         heads += [f"{name}: base", "trained", "kept"]

@@ -1,4 +1,4 @@
-"""Training runs and generated images of the few-photo benchmark, kept on disk by subject, preset and seed."""
+"""Training runs and generated images of the few-photo benchmark, cached on disk by subject, preset and seed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .storage import cached
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Generated images, the file that holds them, and the recipe that they follow from."""
+    """Generated images, their file, and the recipe (settings) that determines them."""
 
     images: list[Image.Image]
     file: Path
@@ -40,7 +40,7 @@ class ImageSet:
 
 
 class Runs:
-    """The benchmark's runs: each is made once and found again.
+    """The benchmark's runs, each computed once and cached on disk.
 
     Args:
         config: of the benchmark. `train`: runs one training, as `veneer personalize` does.
@@ -54,7 +54,7 @@ class Runs:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the base's weights."""
+        """Digest of the base's weights."""
         return base_digest(family(base_models.load(self.config.base)))
 
     def settings(self, subject: Subject, preset: TrainingPreset, seed: int) -> PersonalizeConfig:
@@ -78,13 +78,14 @@ class Runs:
         return dataclasses.replace(completed, steps=preset_steps(preset.length, completed.default_steps()))
 
     def folder(self, subject: Subject, preset: TrainingPreset, seed: int) -> Path:
-        """Of one run."""
+        """Folder of one run."""
         return self.config.out / subject.name / f"{preset.name}-{seed}"
 
     def train(self, subject: Subject, preset: TrainingPreset, seed: int) -> dict[str, Any]:
-        """Train, or find, one run: its `steps`, `seconds` of training, `wall_seconds` of the whole command, `parameters`, and the
-        `identity` of what it depends on.
+        """Trains one run, or reads its record.
 
+        Returns:
+            `steps`, `seconds` of training, `wall_seconds` of the whole command, `parameters`, and the `identity` of its settings.
         Raises:
             BenchError: the folder holds a run with other settings. KeyboardInterrupt: training was stopped; it resumes next time.
         """
@@ -96,7 +97,7 @@ class Runs:
             if found["identity"] != identity:
                 changed = [key for key in identity if found["identity"].get(key) != identity[key]]
                 raise BenchError(
-                    f"few_photos: {out} holds a run with other {', '.join(changed)}; delete it or choose another --out."
+                    f"few_photos: {out} has a run with different {', '.join(changed)}; delete it or choose another --out."
                 )
             return found
         started = time.perf_counter()
@@ -135,18 +136,18 @@ class Runs:
         return self._images(out / "images.npz", texts, seed, subject.concept, record["identity"], out)
 
     def base_images(self, word: str, seed: int) -> ImageSet:
-        """Images of the bare base: of prompts alone and placed with a class word."""
+        """Images of the base without adapters: of prompts alone and placed, with a class word."""
         prompts = self.prompts
         return self._images(self.config.out / "base" / f"{word}-{seed}.npz", [*prompts.alone, *prompts.placed], seed, word)
 
     def unrelated_images(self, seed: int) -> ImageSet:
-        """Images of the bare base: of unrelated prompts."""
+        """Images of the base without adapters: of unrelated prompts."""
         return self._images(self.config.out / "base" / f"unrelated prompts-{seed}.npz", self.prompts.unrelated, seed)
 
     def _images(
         self, file: Path, texts: Sequence[str], seed: int, word: str = "", run: Any = None, adapter: Path | None = None
     ) -> ImageSet:
-        """Images by the base, with the adapter in a folder if there is one, `word` in place of `{concept}`."""
+        """Images of the base, with the adapter of a folder if given; `word` replaces `{concept}`."""
         preset = base_models.preset(self.config.base)
         settings = PreviewSettings(
             self.prompts.seeds(seed), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=self.config.batch

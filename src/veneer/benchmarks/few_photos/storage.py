@@ -1,4 +1,4 @@
-"""Arrays on disk, each with the recipe that it follows from, so that a changed recipe makes it again."""
+"""Cached arrays on disk, each with the recipe (settings) it was computed from; a changed recipe invalidates it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.training.loop.checkpoints import write_atomically
 
 
 def cached(path: Path, recipe: Mapping[str, Any], make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """The array in `path` if it was made by this recipe, else `make()`, which is then written there.
+    """The array in `path` if its recipe is the same, else the result of `make()`, which is written there.
 
     Args:
         path: an `.npz`. `recipe`: JSON values.
