@@ -22,7 +22,7 @@ from veneer.base_models.pretraining import autoencoder, clip, denoiser, evaluati
 from veneer.base_models.pretraining.data import captions, photo_dataset
 from veneer.base_models.pretraining.data.concepts import CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, UNSEEN_SET
 from veneer.base_models.pretraining.data.mixture import Mixture
-from veneer.base_models.pretraining.data.scenes import SIDE, draw_scenes
+from veneer.base_models.pretraining.data.scenes import SIDE, sample_scenes
 from veneer.base_models.pretraining.data.training_data import World
 from veneer.injection import OptionError
 
@@ -75,19 +75,19 @@ def begin_vae(world: World, config: PretrainConfig) -> None:
     """The encoder, which computes a linear code of patches; prints nothing, for its decoder knows nothing yet."""
     begun = config.init_from and AutoencoderKL.from_pretrained(config.init_from / "bundled/vae")
     former = begun if begun and begun.config["latent_channels"] != autoencoder.LATENT else None
-    batches = [world.pictures(900 + i, 64) for i in range(FITTED // 64)]
+    batches = [world.training_images(900 + i, 64) for i in range(FITTED // 64)]
     code = autoencoder.linear_code(autoencoder.to_tensor(np.concatenate(batches)), former)
     torch.manual_seed(0)
-    autoencoder.begin_linear(autoencoder.build(), code).save_pretrained(world.folder / "vae/model")
+    autoencoder.init_linear_encoder(autoencoder.build(), code).save_pretrained(world.folder / "vae/model")
 
 
 def train_decoder(world: World, config: PretrainConfig) -> None:
     """The decoder, at the latents that the UNet learns; prints its PSNR on concepts and a style that it never saw."""
     folder = world.folder / "vae"
     vae = AutoencoderKL.from_pretrained(folder / "model").to(memory_format=torch.channels_last)
-    autoencoder.train_decoder(folder / "decoder", vae, world.pictures, config.decoder_steps, batch=10)
+    autoencoder.train_decoder(folder / "decoder", vae, world.training_images, config.decoder_steps, batch=10)
     vae.save_pretrained(folder / "refined")
-    kept, style = autoencoder.psnr(vae, world.unseen_pictures(512)), autoencoder.psnr(vae, world.unseen_style(512))
+    kept, style = autoencoder.psnr(vae, world.unseen_images(512)), autoencoder.psnr(vae, world.unseen_style(512))
     print(f"decoder: {kept:.2f} dB on kept-back concepts, {style:.2f} dB on an unseen style")
 
 
@@ -96,7 +96,7 @@ def train_clip(world: World, config: PretrainConfig) -> None:
     names, folder = world.words, world.folder / "clip"
     parts = clip.split(world.icons, names, CLIP_SETS, UNSEEN_SET, MORE_SETS)
     favoured = frozenset([*DRAWN, *KEPT_BACK])
-    views = clip.Views(world.photographs, world.cutouts, world.photos) if world.photographs else None
+    views = clip.PhotoViews(world.photographs, world.cutouts, world.photos) if world.photographs else None
     torch.manual_seed(2)
     model = clip.NamedClip(len(world.tokenizer), len(world.names), len(views.instances) if views else 0)
     if config.init_from:
@@ -128,13 +128,13 @@ def train_unet(world: World, config: PretrainConfig) -> None:
     if config.init_from:
         warm_start.denoiser(model, config.init_from)
         print("unet: revived", ", ".join(warm_start.revive(model, *watched[""])) or "nothing")
-    plan = denoiser.Plan(config.unet_steps, config.unet_decay, muon_lr=config.muon_lr, adam_lr=config.adam_lr)
+    plan = denoiser.TrainingPlan(config.unet_steps, config.unet_decay, muon_lr=config.muon_lr, adam_lr=config.adam_lr)
     denoiser.train(world.folder / "unet", model, latents, mixture, tokens, watched, plan)
 
 
 def watched_images(world: World, vae: AutoencoderKL) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Latents and token ids of scenes of icons, and of photos that no training sees."""
-    scenes = draw_scenes(np.random.default_rng(22), world.drawn, WATCHED)
+    scenes = sample_scenes(np.random.default_rng(22), world.drawn, WATCHED)
     pixels = {"": world.compositor(scenes)}
     said = {"": [world.full_caption(scene) for scene in scenes]}
     if world.photo_folder:

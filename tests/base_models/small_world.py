@@ -1,4 +1,4 @@
-"""A world of a few icons and photos, without anything fetched or rendered."""
+"""Training data of a few synthetic icons and photos, without downloads."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from PIL import Image
 from veneer.base_models.pretraining.data.backgrounds import WORDS
 from veneer.base_models.pretraining.data.icon_sets import Icons, Pixels
 from veneer.base_models.pretraining.data.photo_dataset import Photograph
-from veneer.base_models.pretraining.data.rendered_models import VIEWS, Views
-from veneer.base_models.pretraining.data.scenes import COLOURS
+from veneer.base_models.pretraining.data.rendered_models import VIEWS, ModelViews
+from veneer.base_models.pretraining.data.scenes import COLORS
 from veneer.base_models.pretraining.data.training_data import World
 
 ROWS = [
     ("apple", "twemoji"), ("apple", "fluent-emoji-flat"), ("car", "twemoji"), ("anvil", "twemoji"), ("octopus", "twemoji"),
     ("apple", "noto"), ("apple", "fxemoji"),
 ]  # fmt: skip
-"""Words and sets of the icons: two things to draw, another, one kept back, and two sets that the generator does not draw."""
+"""Words and sets of the icons: two concepts of the generator, another, one held out, and two sets not used by the generator."""
 
 
 def disk(rgb: tuple[int, int, int]) -> Pixels:
@@ -29,14 +29,14 @@ def disk(rgb: tuple[int, int, int]) -> Pixels:
 
 
 class SmallWorld(World):
-    """Icons are disks; the photos are two shirts, a dog twice and a toy twice; all but the first shirt are cut out.
+    """Icons are disks; the photos are two shirts, two of a dog and two of a toy; all but the first shirt have a cutout.
 
     Of the two rendered models each view has another brightness. A photo of a lake comes in a package.
     """
 
     @cached_property
     def icons(self) -> Icons:
-        colors = list(COLOURS.values())
+        colors = list(COLORS.values())
         return Icons(np.stack([disk(colors[i]) for i in range(len(ROWS))]), [w for w, _ in ROWS], [s for _, s in ROWS])
 
     @cached_property
@@ -55,9 +55,9 @@ class SmallWorld(World):
         return np.stack([disk((200, 10 * i, 10)) for i in which]), which
 
     @cached_property
-    def models(self) -> Views:
+    def models(self) -> ModelViews:
         views = [[disk((60 * i, 10 * j, 200)) for j in range(VIEWS)] for i in range(2)]
-        return Views(np.array(views), ["chair", "chair"], ["Chair", "Armchair"])
+        return ModelViews(np.array(views), ["chair", "chair"], ["Chair", "Armchair"])
 
     @cached_property
     def packaged(self) -> list[Photograph]:
@@ -65,7 +65,7 @@ class SmallWorld(World):
 
 
 class IconWorld(SmallWorld):
-    """The same without photos."""
+    """The same training data without photos."""
 
     @cached_property
     def photographs(self) -> list[Photograph]:
@@ -76,7 +76,7 @@ class IconWorld(SmallWorld):
         return np.zeros((0, 128, 128, 4), np.uint8), []
 
     @cached_property
-    def models(self) -> Views:
+    def models(self) -> ModelViews:
         return World(self.folder).models
 
     @cached_property

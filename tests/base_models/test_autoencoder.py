@@ -1,4 +1,4 @@
-"""The encoder computes a linear code of patches, which keeps what a former denoiser knows."""
+"""The encoder: a linear code of patches, close to the latents of a former autoencoder."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from veneer.base_models.pretraining.autoencoder import LATENT, LOGVAR, PATCH, Li
 
 
 def smooth_images(count: int, seed: int = 0, side: int = 32) -> torch.Tensor:
-    """Images (count, 3, side, side) in about -1..1, of large and small waves."""
+    """Images (count, 3, side, side) in about -1..1, of waves with different wavelengths."""
     generator = torch.Generator().manual_seed(seed)
     waves = [
         F.interpolate(torch.randn(count, 3, n, n, generator=generator), (side, side), mode="bicubic") for n in (3, 6, 12, 24)
@@ -19,7 +19,7 @@ def smooth_images(count: int, seed: int = 0, side: int = 32) -> torch.Tensor:
 
 
 def reference(code: LinearCode, images: torch.Tensor) -> torch.Tensor:
-    """The code patch by patch."""
+    """The code, computed for each patch separately."""
     n, _, height, width = images.shape
     out = torch.empty(n, LATENT, height // PATCH, width // PATCH)
     for row in range(height // PATCH):
@@ -30,20 +30,20 @@ def reference(code: LinearCode, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_the_untrained_encoder_equals_the_linear_code() -> None:
+def test_initialized_encoder_computes_the_linear_code() -> None:
     images = smooth_images(48)
     code = autoencoder.linear_code(images)
     expected = reference(code, images)
     torch.testing.assert_close(code(images), expected, atol=1e-5, rtol=1e-5)
     torch.manual_seed(0)
-    found = autoencoder.begin_linear(autoencoder.build(), code).encode(images[:16]).latent_dist
+    found = autoencoder.init_linear_encoder(autoencoder.build(), code).encode(images[:16]).latent_dist
     error = (found.mean - expected[:16]).square().mean() / expected[:16].square().mean()
     assert error < 1e-3
     torch.testing.assert_close(found.logvar, torch.full_like(found.logvar, LOGVAR), atol=0.05, rtol=0)
 
 
 @torch.no_grad()
-def test_the_linear_code_keeps_the_principal_components() -> None:
+def test_linear_code_is_the_principal_components() -> None:
     images = smooth_images(48)
     code = autoencoder.linear_code(images)
     rows = images.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
@@ -61,7 +61,7 @@ def test_the_linear_code_keeps_the_principal_components() -> None:
 
 
 @torch.no_grad()
-def test_a_former_autoencoder_turns_the_code_by_an_orthogonal_map_and_one_factor() -> None:
+def test_former_autoencoder_rotates_and_scales_the_code() -> None:
     images = smooth_images(48)
     torch.manual_seed(0)
     former = AutoencoderKL(

@@ -1,4 +1,4 @@
-"""Scenes in photographed surroundings, and how the photos are read."""
+"""Scenes with background photos (surroundings), and reading of the photos."""
 
 import base64
 from pathlib import Path
@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from veneer.base_models.pretraining.data import backgrounds
-from veneer.base_models.pretraining.data.scenes import COLOURS, SIDE, Compositor, Scene, draw_scenes, surround
+from veneer.base_models.pretraining.data.scenes import COLORS, SIDE, Compositor, Scene, sample_scenes, surround
 
 SHARE = 0.3
 RAMP = Image.fromarray(np.add.outer(np.zeros(100), np.arange(200)).astype(np.uint8)).convert("RGB")
 LARGE = RAMP.resize((400, 200))
 
 
-def test_a_scene_in_surroundings_shows_the_part_that_it_says() -> None:
+def test_scene_background_is_the_seeded_crop() -> None:
     compositor = Compositor(np.zeros((1, 128, 128, 4), np.uint8), {"park": LARGE})
     first, same, other = compositor([Scene(0, "small", "center", "park", crop) for crop in (5, 5, 6)])
     np.testing.assert_array_equal(first, backgrounds.crop(LARGE, 5, SIDE))
@@ -24,7 +24,7 @@ def test_a_scene_in_surroundings_shows_the_part_that_it_says() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_crop_is_a_square_part_at_the_asked_size(seed: int) -> None:
+def test_crop_is_a_square_of_the_given_size(seed: int) -> None:
     part = np.asarray(backgrounds.crop(RAMP, seed, 64)).astype(int)[..., 0]
     assert part.shape == (64, 64)
     steps = np.diff(part[0])
@@ -33,24 +33,24 @@ def test_a_crop_is_a_square_part_at_the_asked_size(seed: int) -> None:
     assert 0.9 <= abs(steps.mean()) <= 100 / 64 + 0.1
 
 
-def test_crops_come_from_near_and_far() -> None:
+def test_crop_sizes_vary() -> None:
     steps = [np.abs(np.diff(np.asarray(backgrounds.crop(RAMP, seed, 64))[0, :, 0].astype(int)).mean()) for seed in range(60)]
     assert min(steps) < 1.1
     assert max(steps) > 1.4  # 100 / 64 is the whole height
 
 
-def test_a_share_of_the_scenes_is_moved_to_surroundings_and_nothing_else_changes() -> None:
-    scenes = draw_scenes(np.random.default_rng(0), [1, 2], 2000)
+def test_surround_changes_the_background_of_a_fraction() -> None:
+    scenes = sample_scenes(np.random.default_rng(0), [1, 2], 2000)
     moved = surround(np.random.default_rng(1), scenes, SHARE)
     pairs = list(zip(scenes, moved, strict=True))
     changed = [(a, b) for a, b in pairs if a != b]
     assert abs(len(changed) / len(pairs) - SHARE) < 3 * (SHARE * (1 - SHARE) / len(pairs)) ** 0.5
     assert {b.background for _, b in changed} == set(backgrounds.WORDS)
     assert all((a.icon, a.size, a.place) == (b.icon, b.size, b.place) for a, b in pairs)
-    assert not set(backgrounds.WORDS) & set(COLOURS)
+    assert not set(backgrounds.WORDS) & set(COLORS)
 
 
-def test_a_radiance_map_becomes_a_photo_with_a_grey_middle(tmp_path: Path) -> None:
+def test_radiance_map_is_tone_mapped_to_mid_gray(tmp_path: Path) -> None:
     openexr = pytest.importorskip("OpenEXR", reason="panoramas are read with OpenEXR, of the extra `base`")
     light = np.full((8, 16, 3), 0.5, np.float16)
     light[:2] = np.inf
@@ -63,8 +63,8 @@ def test_a_radiance_map_becomes_a_photo_with_a_grey_middle(tmp_path: Path) -> No
     module = tmp_path / "map.exr.js"
     module.write_text(f'export default "data:application/octet-stream;base64,{encoded}"\n')
     photo = np.asarray(backgrounds._panorama(module))
-    grey = 255 * (0.35 / 1.35) ** (1 / 2.2)
+    gray = 255 * (0.35 / 1.35) ** (1 / 2.2)
     assert photo.shape == (8, 16, 3)
-    assert np.abs(photo[5:] - grey).max() <= 2
+    assert np.abs(photo[5:] - gray).max() <= 2
     assert (photo[:3, :1] >= 254).all()
     assert (photo[3, 0] == 0).all()

@@ -1,4 +1,4 @@
-"""The folders that ship: read by plain libraries, within their limits, and described by their cards."""
+"""The bundled base models: loading without veneer, sizes, quality, and model cards."""
 
 import json
 import os
@@ -30,22 +30,22 @@ import diffusers, open_clip, timm, torch
 
 pipe = diffusers.StableDiffusionPipeline.from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
-picture = pipe("an apple, center, red background", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
-assert picture.size == (64, 64), picture.size
+image = pipe("an apple, center, red background", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
+assert image.size == (64, 64), image.size
 
 name = "local-dir:" + sys.argv[2]
 model, _, preprocess = open_clip.create_model_and_transforms(name)
 ids = open_clip.get_tokenizer(name)(["an apple", "AN  Apple"])
 tower = timm.create_model(name, pretrained=True).eval()
 with torch.no_grad():
-    pixels = preprocess(picture)[None]
+    pixels = preprocess(image)[None]
     torch.testing.assert_close(model.eval().encode_image(pixels), tower(pixels))
 assert ids.shape == (2, 24) and ids[0].equal(ids[1])
 assert not [m for m in sys.modules if m.split(".")[0] == "veneer"]
 """
 
 
-def test_plain_libraries_read_the_folders_offline_and_in_silence() -> None:
+def test_bundled_folders_load_offline_without_warnings() -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "warning", "OMP_NUM_THREADS": "1"}
     folders = [str(base_models.path(name)) for name in base_models.BUNDLED]
     done = subprocess.run([sys.executable, "-c", PLAIN, *folders], env=environment, capture_output=True, text=True, timeout=300)
@@ -54,7 +54,7 @@ def test_plain_libraries_read_the_folders_offline_and_in_silence() -> None:
     assert [line for line in said if not re.match(r"Loading [a-z ]+\.*: +\d+%", line)] == []  # progress bars alone
 
 
-def test_the_weights_are_small_and_only_safetensors_in_half_precision() -> None:
+def test_bundled_weights_are_small_half_precision_safetensors() -> None:
     folders = [base_models.path(name) for name in base_models.BUNDLED]
     assert 0 < packaging.weight(*folders) <= packaging.LIMIT == 60_000_000
     for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
@@ -76,18 +76,18 @@ def pipe():
 
 
 @torch.no_grad()
-def test_every_word_that_it_knows_is_whole_in_the_prompt(pipe) -> None:
+def test_concept_words_are_not_truncated(pipe) -> None:
     for word in (*concepts.DRAWN, *concepts.KEPT_BACK):
         ids = pipe.tokenizer(f"a small {word}, bottom right, yellow background, twemoji style").input_ids
         assert len(ids) <= pipe.tokenizer.model_max_length, word
         assert len(pipe.tokenizer.tokenize(word)) <= len(word.split()) + 1, word
 
 
-def test_the_background_is_the_prompted_one(pipe) -> None:
-    prompts = [f"an apple, center, {colour} background, flat style" for colour in ("white", "green", "blue", "black")]
+def test_generated_background_is_the_prompted_one(pipe) -> None:
+    prompts = [f"an apple, center, {color} background, flat style" for color in ("white", "green", "blue", "black")]
     noise = [torch.Generator().manual_seed(i) for i in range(4)]
-    pictures = pipe(prompts, num_inference_steps=8, guidance_scale=4.0, generator=noise, output_type="np").images
-    seen = [scene_judge.look((255 * picture).astype(np.uint8)).background for picture in pictures]
+    images = pipe(prompts, num_inference_steps=8, guidance_scale=4.0, generator=noise, output_type="np").images
+    seen = [scene_judge.measure((255 * image).astype(np.uint8)).background for image in images]
     assert seen == ["white", "green", "blue", "black"]
 
 
@@ -113,14 +113,14 @@ def gradient_norms(pipe) -> dict[str, float]:
 
 
 @FORMER
-def test_no_convolution_and_no_matrix_of_the_unet_is_dead(pipe) -> None:
+def test_unet_has_no_dead_layers(pipe) -> None:
     norms = gradient_norms(pipe)
     least = 1e-5 * float(np.median(list(norms.values())))
     assert {name: norm for name, norm in norms.items() if norm < least} == {}
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # EulerDiscreteScheduler under NumPy 2
-def test_other_schedulers_and_img2img_work(pipe) -> None:
+def test_other_schedulers_and_img2img(pipe) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe, requires_safety_checker=False)
@@ -134,21 +134,21 @@ def test_other_schedulers_and_img2img_work(pipe) -> None:
     assert np.abs(little - blue).mean() < np.abs(much - blue).mean()
 
 
-def test_the_clip_tells_things_apart() -> None:
+def test_clip_classifies_icons() -> None:
     model, preprocess, tokenizer = clip = base_models.load_clip()
     with torch.no_grad():
-        picture = clip.encode_image(preprocess(Image.open(base_models.examples() / "01.png"))[None])
+        image = clip.encode_image(preprocess(Image.open(base_models.examples() / "01.png"))[None])
         words = clip.encode_text(tokenizer(["an octopus", "a car", "a house", "an apple", "a guitar", "a bicycle"]))
-    assert torch.nn.functional.cosine_similarity(picture, words).argmax() == 0
+    assert torch.nn.functional.cosine_similarity(image, words).argmax() == 0
     assert not model.training
 
 
-def test_cards_name_every_source_and_licence() -> None:
+def test_cards_list_sources_and_licenses() -> None:
     generator, clip = ((base_models.path(name) / "README.md").read_text() for name in base_models.BUNDLED)
     for name in concepts.CLIP_SETS:
-        title, author, licence, _ = model_cards.SOURCES[name]
+        title, author, license, _ = model_cards.SOURCES[name]
         for card in (generator, clip):
-            assert all(word in card for word in (title, author, licence, f"@iconify-json/{name}")), name
+            assert all(word in card for word in (title, author, license, f"@iconify-json/{name}")), name
     assert model_cards.SOURCES[concepts.UNSEEN_SET][0] in clip
     for card in (generator, clip):
         assert "https://creativecommons.org/licenses/by/4.0/" in card
@@ -159,7 +159,7 @@ def test_cards_name_every_source_and_licence() -> None:
 
 
 @FORMER
-def test_cards_name_the_photos_and_their_licences() -> None:
+def test_cards_list_photos_and_licenses() -> None:
     generator, clip = ((base_models.path(name) / "README.md").read_text() for name in base_models.BUNDLED)
     for card in (generator, clip):
         assert "clothing dataset" in card
@@ -171,7 +171,7 @@ def test_cards_name_the_photos_and_their_licences() -> None:
     assert all(f" {word}," in generator for word in CLOTHES.values())
 
 
-def test_cards_say_what_was_measured_on_photos() -> None:
+def test_cards_report_photo_metrics() -> None:
     results = base_models.path().parents[3] / "docs" / "results" / "base" / "figures.json"
     if not results.is_file():
         pytest.skip("docs/results/base/figures.json lies in the repository, not in an installed package")
@@ -186,7 +186,7 @@ def test_cards_say_what_was_measured_on_photos() -> None:
 
 
 @FORMER
-def test_cards_are_what_the_figures_give() -> None:
+def test_cards_match_the_metrics() -> None:
     results = base_models.path().parents[3] / "docs" / "results" / "base" / "figures.json"
     if not results.is_file():
         pytest.skip("docs/results/base/figures.json lies in the repository, not in an installed package")
@@ -195,7 +195,7 @@ def test_cards_are_what_the_figures_give() -> None:
     assert (base_models.path("bundled_clip") / "README.md").read_text() == model_cards.bundled_clip(figures)
 
 
-def test_the_preset_suits_the_base(pipe) -> None:
+def test_preset_matches_the_base(pipe) -> None:
     preset = base_models.preset("bundled")
     assert preset.resolution == pipe.unet.config.sample_size * pipe.vae_scale_factor
     for prompt in (*preset.templates, *preset.previews):

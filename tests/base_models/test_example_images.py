@@ -1,4 +1,4 @@
-"""The example pictures show what their captions say."""
+"""The example images match their captions."""
 
 import json
 
@@ -16,22 +16,22 @@ def pixels(file):
     return np.asarray(Image.open(file).convert("RGB"))
 
 
-def test_captions_are_true_and_open_for_the_concept() -> None:
+def test_example_captions_match_the_images() -> None:
     lines = [json.loads(line) for line in (base_models.examples() / "metadata.jsonl").read_text().splitlines()]
     assert len(lines) == len(list(base_models.examples().glob("*.png"))) == 5
     for line in lines:
-        seen = scene_judge.look(pixels(base_models.examples() / line["file_name"]))
+        seen = scene_judge.measure(pixels(base_models.examples() / line["file_name"]))
         assert "{concept}" in line["text"]
         size = "" if seen.size == "large" else f"{seen.size} "
         assert line["text"] == f"a {size}{{concept}}, {seen.place}, {seen.background} background"
 
 
-def test_every_example_is_on_another_background() -> None:
-    pictures = [scene_judge.look(pixels(file)) for file in sorted(base_models.examples().glob("*.png"))]
-    assert len({picture.background for picture in pictures}) == 5
+def test_examples_have_different_backgrounds() -> None:
+    images = [scene_judge.measure(pixels(file)) for file in sorted(base_models.examples().glob("*.png"))]
+    assert len({image.background for image in images}) == 5
 
 
-def test_examples_are_ordinary_scenes(tmp_path) -> None:
+def test_examples_are_composed_scenes(tmp_path) -> None:
     rgba = np.zeros((1, 128, 128, 4), np.uint8)
     rgba[0, np.hypot(*np.mgrid[-63.5:64, -63.5:64]) < 64] = (128, 66, 170, 255)
     example_images.write(Icons(rgba, [example_images.WORD], [example_images.SET]), tmp_path)

@@ -1,4 +1,4 @@
-"""Names on the model hub: at once one sentence if the hub cannot be reached, the local cache if it has the files."""
+"""Hub names: a short error without delay if the hub is unreachable, or the local cache if it has the files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer.testing.pipelines import tiny_pipeline
 
 @pytest.fixture
 def closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """An address at which nothing listens, as the hub's; and an empty cache."""
+    """Sets the hub's endpoint to a closed port, and an empty cache."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # without listening: connections are refused
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -31,7 +31,7 @@ def closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
         yield address
 
 
-def test_a_closed_hub_is_unreachable_and_its_cache_alone_is_read(closed: str) -> None:
+def test_unreachable_hub_uses_the_cache_only(closed: str) -> None:
     assert closed in unreachable()
     with hub() as why:
         assert closed in why
@@ -42,7 +42,7 @@ def test_a_closed_hub_is_unreachable_and_its_cache_alone_is_read(closed: str) ->
         assert not constants.is_offline_mode()
 
 
-def test_a_hub_that_answers_is_reachable_whatever_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_http_response_means_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     class Answer(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_response(503)
@@ -60,7 +60,7 @@ def test_a_hub_that_answers_is_reachable_whatever_it_answers(monkeypatch: pytest
         server.shutdown()
 
 
-def test_a_base_in_the_cache_is_loaded_without_the_hub(closed: str, tmp_path: Path) -> None:
+def test_cached_base_loads_without_the_hub(closed: str, tmp_path: Path) -> None:
     commit, folder = "0" * 40, tmp_path / "cache" / "models--owner--tiny"
     tiny_pipeline("sd").save_pretrained(folder / "snapshots" / commit)
     (folder / "refs").mkdir()
@@ -75,8 +75,8 @@ def test_a_base_in_the_cache_is_loaded_without_the_hub(closed: str, tmp_path: Pa
     ("words", "name"),
     [("transfer digits --model resnet18 --out run", "resnet18"), ("generate x --base owner/none", "owner/none")],
 )
-def test_a_model_of_an_unreachable_hub_ends_in_one_line(closed: str, tmp_path: Path, words: str, name: str) -> None:
-    """The hub's own client would announce each of its retries."""
+def test_unreachable_hub_error_is_one_line(closed: str, tmp_path: Path, words: str, name: str) -> None:
+    """The hub's client alone would log each of its retries."""
     start = "import sys; from veneer.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", start, *words.split()]
     settings = {**os.environ, "HF_ENDPOINT": closed, "HF_HOME": str(tmp_path / "home")}

@@ -1,4 +1,4 @@
-"""What the generator is trained on: shares of the kinds, captions, and tokens of single things."""
+"""The training mixture of the generator: fractions of the kinds, captions, and instance tokens."""
 
 import re
 from collections import Counter
@@ -37,7 +37,7 @@ def kind(example: Example) -> str:
     return "tinted" if example.token else "others" if example.word == "anvil" else "drawn"
 
 
-def test_a_batch_has_the_shares_of_the_kinds(mixture) -> None:
+def test_batch_has_the_fractions_of_the_kinds(mixture) -> None:
     rows = mixture.draw(np.random.default_rng(0), 4000, usual=0.5)
     found = Counter(kind(mixture.examples[row]) for row in rows)
     for name, share in SHARES.items():
@@ -45,7 +45,7 @@ def test_a_batch_has_the_shares_of_the_kinds(mixture) -> None:
     assert sum(SHARES.values()) == pytest.approx(1)
 
 
-def test_a_share_of_the_drawn_icons_is_large_and_in_the_center(mixture) -> None:
+def test_fraction_of_large_centered_icons(mixture) -> None:
     def usual(share: float) -> float:
         chosen = [mixture.examples[row] for row in mixture.draw(np.random.default_rng(1), 2000, share)]
         drawn = [example.image for example in chosen if kind(example) == "drawn"]
@@ -55,13 +55,13 @@ def test_a_share_of_the_drawn_icons_is_large_and_in_the_center(mixture) -> None:
     assert 0.6 < usual(0.5) < 0.9
 
 
-def test_batches_are_the_same_for_the_same_seed(world, mixture) -> None:
+def test_batches_are_reproducible(world, mixture) -> None:
     again = Mixture(world, COUNTS)
     assert again.examples == mixture.examples
     assert again.tokens == mixture.tokens
 
 
-def test_a_token_stands_for_one_thing_in_several_images(mixture) -> None:
+def test_instance_token_is_in_several_images(mixture) -> None:
     assert len(set(mixture.tokens)) == len(mixture.tokens)
     by_token: dict[str, list[Example]] = {}
     for example in mixture.examples:
@@ -75,14 +75,14 @@ def test_a_token_stands_for_one_thing_in_several_images(mixture) -> None:
     assert words == {"dog": 1, "toy": 1, "shirt": 1}  # both subjects, and the shirt that was cut out
 
 
-def test_things_kept_back_and_the_unseen_set_are_in_no_example(world, mixture) -> None:
+def test_held_out_concepts_and_sets_are_in_no_example(world, mixture) -> None:
     assert "octopus" not in {example.word for example in mixture.examples}
     unseen = [i for i, (_, name) in enumerate(ROWS) if name == "fxemoji"]
     assert not {e.image.icon for e in mixture.examples if isinstance(e.image, Scene)} & set(unseen)
     assert len({e.token for e in mixture.examples if kind(e) == "tinted"}) == len(ROWS) - 2
 
 
-def test_images_are_the_scenes_and_the_crops(world, mixture) -> None:
+def test_images_of_scenes_and_crops(world, mixture) -> None:
     scene = next(i for i, example in enumerate(mixture.examples) if kind(example) == "drawn")
     shot = next(i for i, example in enumerate(mixture.examples) if kind(example) == "shots")
     expected = Compositor(world.icons.rgba, world.surroundings)([mixture.examples[scene].image])
@@ -94,7 +94,7 @@ def test_images_are_the_scenes_and_the_crops(world, mixture) -> None:
     assert mixture.rows(0, 5).shape == (5, 128, 128, 3)
 
 
-def test_each_view_of_a_rendered_model_is_in_one_scene(world, mixture) -> None:
+def test_each_model_view_is_in_one_scene(world, mixture) -> None:
     examples = [example for example in mixture.examples if kind(example) == "models"]
     by_token = {token: [e.image.icon for e in examples if e.token == token] for token in dict.fromkeys(e.token for e in examples)}
     assert [len(set(icons)) for icons in by_token.values()] == [VIEWS, VIEWS]
@@ -105,13 +105,13 @@ def test_each_view_of_a_rendered_model_is_in_one_scene(world, mixture) -> None:
         np.testing.assert_array_equal(mixture.rows(row, row + 1), expected)
 
 
-def test_photos_of_packages_are_cropped(mixture) -> None:
+def test_packaged_photos_are_cropped(mixture) -> None:
     rows = [row for row, example in enumerate(mixture.examples) if kind(example) == "packaged"]
     assert {mixture.examples[row].word for row in rows} == {"lake"}
     assert (mixture.rows(rows[0], rows[-1] + 1) == 99).all()
 
 
-def test_captions_have_the_token_the_word_or_both() -> None:
+def test_captions_of_instances() -> None:
     rng = np.random.default_rng(0)
     example = Example(Shot(0, 0), "shirt", "photo", "<one7>", "red")
     said = [example.caption(rng) for _ in range(2000)]
@@ -126,7 +126,7 @@ def test_captions_have_the_token_the_word_or_both() -> None:
     assert all("apple" in c and "<one" not in c for c in (scene.caption(rng) for _ in range(50)) if c)
 
 
-def test_without_photos_the_other_kinds_keep_their_proportions(tmp_path) -> None:
+def test_mixture_without_photos(tmp_path) -> None:
     mixture = Mixture(IconWorld(tmp_path), COUNTS)
     rows = mixture.draw(np.random.default_rng(0), 3000, usual=0.5)
     found = Counter(kind(mixture.examples[row]) for row in rows)
@@ -135,14 +135,14 @@ def test_without_photos_the_other_kinds_keep_their_proportions(tmp_path) -> None
     assert mixture.rows(0, 2).shape == (2, 128, 128, 3)
 
 
-def test_a_tinted_icon_keeps_its_outline_and_gets_another_color() -> None:
+def test_tinted_icon_keeps_its_alpha() -> None:
     icon = SmallWorld(None).icons.rgba[3]
     found = tinted(np.random.default_rng(0), icon)
     np.testing.assert_array_equal(found[..., 3], icon[..., 3])
     assert np.abs(found[64, 64, :3].astype(int) - icon[64, 64, :3]).max() > 20
 
 
-def test_the_color_word_is_that_of_the_median() -> None:
+def test_color_word() -> None:
     icons = SmallWorld(None).icons.rgba
     assert [color(icon) for icon in icons[:5]] == ["white", "black", "gray", "red", "orange"]
 
@@ -153,7 +153,7 @@ def tokenizer(tmp_path_factory):
     return train_tokenizer(iter(text), tmp_path_factory.mktemp("tokenizer"), size=600)
 
 
-def test_tokens_are_dropped_from_the_packaged_weights(mixture, tokenizer) -> None:
+def test_packaged_weights_have_no_instance_tokens(mixture, tokenizer) -> None:
     vocabulary, marks = len(tokenizer), (tokenizer.bos_token_id, tokenizer.eos_token_id)
     tokenizer.add_tokens(mixture.tokens)
     assert len(tokenizer) == vocabulary + len(mixture.tokens)

@@ -1,4 +1,4 @@
-"""Real photos: which are read, and how they are cropped and cut out."""
+"""Real photos: selection, crops and cutouts."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def ramp(height: int, width: int) -> np.ndarray:
 
 
 def lay_out(folder: Path) -> Path:
-    """A folder of photos in the layout that is read: two of each class and split, and of every subject."""
+    """A folder of photos in the expected layout: two of each class and split, and of every subject."""
     places = [folder / "clothing-160" / split / name for split in ("train", "validation", "test") for name in CLOTHES]
     places += [folder / "subjects-more" / name for name in (*SUBJECTS, *VALIDATION, *TEST)]
     for number, place in enumerate(places):
@@ -29,7 +29,7 @@ def lay_out(folder: Path) -> Path:
     return folder
 
 
-def test_only_training_photos_are_loaded_and_subjects_share_an_instance(tmp_path: Path) -> None:
+def test_training_photos_and_instances(tmp_path: Path) -> None:
     photos = photo_dataset.load(lay_out(tmp_path))
     assert len(photos) == 2 * len(CLOTHES) + 2 * len(SUBJECTS)
     splits = {int(photo.pixels[0, 0, 0]) for photo in photos}
@@ -43,13 +43,13 @@ def test_only_training_photos_are_loaded_and_subjects_share_an_instance(tmp_path
     assert [photo.word for photo in subjects[::2]] == list(SUBJECTS.values())
 
 
-def test_subjects_for_training_validation_and_test_are_apart() -> None:
+def test_subject_splits_are_disjoint() -> None:
     assert not SUBJECTS.keys() & VALIDATION.keys()
     assert not TEST & {*SUBJECTS, *VALIDATION}
 
 
 @pytest.mark.parametrize("size", [(400, 300), (300, 500)])
-def test_a_photo_is_held_with_a_short_side(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_photos_are_downscaled(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("RGBA", size, (10, 20, 30, 255)).save(tmp_path / "a.png")
     pixels = photo_dataset.read(tmp_path / "a.png")
     assert min(pixels.shape[:2]) == STORED
@@ -57,7 +57,7 @@ def test_a_photo_is_held_with_a_short_side(tmp_path: Path, size: tuple[int, int]
     assert pixels.shape[2] == 3
 
 
-def test_the_square_is_the_middle_and_crops_lie_anywhere() -> None:
+def test_center_square_and_random_crops() -> None:
     pixels = ramp(100, 160)
     middle = photo_dataset.square(pixels, 50)
     assert middle.shape == (50, 50, 3)
@@ -83,14 +83,14 @@ def cutouts():
 
 
 def scene(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A red ellipse before a green ground, with noise, and where it is."""
+    """A red ellipse on a green background, with noise, and its mask."""
     rows, columns = np.mgrid[0:120, 0:160]
     inside = ((rows - 55) / 30) ** 2 + ((columns - 90) / 40) ** 2 < 1
     pixels = np.where(inside[..., None], (200, 40, 30), (60, 150, 70)) + np.random.default_rng(seed).normal(0, 6, (120, 160, 3))
     return pixels.clip(0, 255).astype(np.uint8), inside
 
 
-def test_a_thing_before_an_even_ground_is_cut_out(cutouts) -> None:
+def test_cutout_on_a_uniform_background(cutouts) -> None:
     pixels, inside = scene()
     found = cutouts.mask(pixels)
     assert found is not None
@@ -104,14 +104,14 @@ def test_a_thing_before_an_even_ground_is_cut_out(cutouts) -> None:
     assert abs(rows[0] - (127 - rows[-1])) <= 2  # and the shorter is centered
 
 
-def test_an_even_photo_and_two_things_are_not_cut(cutouts) -> None:
+def test_no_cutout_of_uniform_photos_or_two_things(cutouts) -> None:
     assert cutouts.mask(np.full((80, 80, 3), 120, np.uint8)) is None
     pixels, _ = scene()
     both = np.concatenate([pixels, pixels], 1)
     assert cutouts.mask(both) is None
 
 
-def test_cutouts_are_kept_and_know_their_photos(cutouts, tmp_path: Path) -> None:
+def test_cutouts_are_cached_with_their_photos(cutouts, tmp_path: Path) -> None:
     flat = np.full((80, 80, 3), 120, np.uint8)
     photos = [Photograph(pixels, "ball", i) for i, pixels in enumerate([flat, scene(0)[0], scene(1)[0]])]
     rgba, which = cutouts.load(photos, [0, 1, 2], tmp_path / "cut.npz")
@@ -122,7 +122,7 @@ def test_cutouts_are_kept_and_know_their_photos(cutouts, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not (DATA / "clothing-160").is_dir(), reason="../shared/data is not there")
-def test_the_real_photos_have_their_counts() -> None:
+def test_counts_of_real_photos() -> None:
     assert len(photo_dataset.clothes(DATA, "validation")) == 341
     subjects = photo_dataset.subjects(DATA, VALIDATION)
     assert {photo.instance for photo in subjects} == set(range(len(VALIDATION)))

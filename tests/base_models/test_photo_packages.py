@@ -1,4 +1,4 @@
-"""Photos of packages: how catalogs and resource files are read, and that every image has a word and open terms."""
+"""Packaged photos: reading of catalogs and resource files, and a word and license terms for every image."""
 
 import io
 import re
@@ -24,7 +24,7 @@ def png(alpha: int) -> bytes:
     return file.getvalue()
 
 
-def test_a_furniture_catalog_gives_cut_outs_with_the_noun_of_their_name(tmp_path: Path) -> None:
+def test_furniture_catalog(tmp_path: Path) -> None:
     names = {1: "Coffee table", 2: "Puff", 3: "Mannequin male", 4: "Oak chair"}
     lines = [f"name#{k}={name}\nicon#{k}=/set/{k}.png\nmodel#{k}=/set/{k}.obj" for k, name in names.items()]
     folder = tmp_path / "sweethome3d-furniture/usr/share/sweethome3d/furniture"
@@ -40,7 +40,7 @@ def test_a_furniture_catalog_gives_cut_outs_with_the_noun_of_their_name(tmp_path
 
 
 def resources(files: dict[str, bytes], flag: int) -> bytes:
-    """A version-2 resource file: a root with one folder "a" that holds the files."""
+    """A resource file of version 2: a root with a folder "a" that contains the files."""
     names, offsets = b"", []
     for name in ("a", *files):
         offsets.append(len(names))
@@ -55,21 +55,21 @@ def resources(files: dict[str, bytes], flag: int) -> bytes:
 
 
 @pytest.mark.parametrize("flag", [0, 1])
-def test_a_resource_file_is_read_by_path(tmp_path: Path, flag: int) -> None:
+def test_read_qt_resources(tmp_path: Path, flag: int) -> None:
     file = tmp_path / "x.rcc"
     file.write_bytes(resources({"one.png": b"first", "two.webp": b"second" * 50}, flag))
     assert photo_packages.read_resources(file) == {"/a/one.png": b"first", "/a/two.webp": b"second" * 50}
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04" + bytes(40), resources({"one.png": b"first"}, 4)])
-def test_another_format_or_compression_is_an_error(tmp_path: Path, content: bytes) -> None:
+def test_read_qt_resources_errors(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "x.rcc"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(file))):
         photo_packages.read_resources(file)
 
 
-def test_large_photos_are_reduced_and_small_ones_kept(tmp_path: Path) -> None:
+def test_large_photos_are_downscaled(tmp_path: Path) -> None:
     for size, expected in (((2000, 1600), (640, 512)), ((300, 200), (300, 200))):
         Image.new("RGB", size, (9, 99, 199)).save(tmp_path / "photo.png")
         photo = photo_packages._photo(tmp_path / "photo.png", ("lake", "scene"), "budgie-backgrounds")
@@ -77,7 +77,7 @@ def test_large_photos_are_reduced_and_small_ones_kept(tmp_path: Path) -> None:
         assert photo.image.getpixel((5, 5)) == (9, 99, 199)
 
 
-def test_every_word_is_one_noun_and_every_package_has_terms() -> None:
+def test_packages_have_words_and_terms() -> None:
     words = {*photo_words.WORDS.values(), *(entry[0] for entry in photo_words.GCOMPRIS.values())}
     assert all(re.fullmatch("[a-z]+", word) for word in words)
     assert all(OPEN.fullmatch(terms) and author for _, _, terms, author in photo_words.GCOMPRIS.values())

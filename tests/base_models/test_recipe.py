@@ -1,4 +1,4 @@
-"""The recipe's parts: scenes, captions, tokenizer, Muon, EMA, exact resume, and the measures from pixels."""
+"""Parts of the pretraining: scenes, captions, tokenizer, Muon, EMA, exact resume, and pixel metrics."""
 
 from pathlib import Path
 
@@ -13,16 +13,16 @@ from veneer.base_models.pretraining.data import captions, icon_sets
 from veneer.base_models.pretraining.data.concepts import DRAWN, KEPT_BACK
 from veneer.base_models.pretraining.data.icon_sets import Icons
 from veneer.base_models.pretraining.data.scenes import (
-    COLOURS,
+    COLORS,
     PLACES,
     SIZES,
     Compositor,
     Scene,
     corner,
-    draw_scenes,
     premultiplied,
+    sample_scenes,
 )
-from veneer.base_models.pretraining.training_loop import Ema, Run, cosine
+from veneer.base_models.pretraining.training_loop import Ema, TrainingRun, cosine
 
 SQUARE = np.zeros((1, 128, 128, 4), np.uint8)
 SQUARE[...] = (10, 200, 120, 255)
@@ -30,20 +30,20 @@ CIRCLE = np.zeros((1, 128, 128, 4), np.uint8)
 CIRCLE[0, np.hypot(*np.mgrid[-63.5:64, -63.5:64]) < 64] = (10, 200, 120, 255)
 
 
-def test_a_scene_is_the_background_with_the_icon_at_its_place() -> None:
-    (picture,) = Compositor(SQUARE)([Scene(0, "small", "bottom right", "red")])
-    expected = np.full((128, 128, 3), COLOURS["red"], np.uint8)
+def test_compositor_places_the_icon() -> None:
+    (image,) = Compositor(SQUARE)([Scene(0, "small", "bottom right", "red")])
+    expected = np.full((128, 128, 3), COLORS["red"], np.uint8)
     expected[72:124, 72:124] = (10, 200, 120)
-    np.testing.assert_array_equal(picture, expected)
+    np.testing.assert_array_equal(image, expected)
 
 
-def test_a_half_transparent_icon_is_blended() -> None:
+def test_compositor_blends_transparency() -> None:
     icon = np.full((1, 128, 128, 4), (200, 0, 0, 51), np.uint8)
-    (picture,) = Compositor(icon)([Scene(0, "large", "center", "white")])
-    np.testing.assert_allclose(picture[64, 64], np.array((200, 0, 0)) * 0.2 + np.array(COLOURS["white"]) * 0.8, atol=1)
+    (image,) = Compositor(icon)([Scene(0, "large", "center", "white")])
+    np.testing.assert_allclose(image[64, 64], np.array((200, 0, 0)) * 0.2 + np.array(COLORS["white"]) * 0.8, atol=1)
 
 
-def test_transparent_pixels_lend_no_colour_when_an_icon_is_shrunk() -> None:
+def test_resizing_ignores_colors_of_transparent_pixels() -> None:
     icon = np.zeros((128, 128, 4), np.uint8)
     icon[..., :3] = (0, 255, 0)
     icon[:, ::2] = (255, 0, 0, 255)
@@ -52,7 +52,7 @@ def test_transparent_pixels_lend_no_colour_when_an_icon_is_shrunk() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_place_leaves_the_margin_free(size: str) -> None:
+def test_places_keep_the_margin(size: str) -> None:
     corners = [corner(size, place) for place in PLACES]
     assert len(set(corners)) == 9
     for axis in (0, 1):
@@ -63,24 +63,24 @@ def test_every_place_leaves_the_margin_free(size: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("place", PLACES)
-def test_what_a_scene_says_is_measured_from_its_pixels(size: str, place: str) -> None:
+def test_measure_recovers_scene_attributes(size: str, place: str) -> None:
     for background in ("white", "black", "purple"):
-        (picture,) = Compositor(CIRCLE)([Scene(0, size, place, background)])
-        assert scene_judge.look(picture) == scene_judge.Seen(background, size, place)
+        (image,) = Compositor(CIRCLE)([Scene(0, size, place, background)])
+        assert scene_judge.measure(image) == scene_judge.SceneAttributes(background, size, place)
 
 
-def test_an_empty_picture_has_a_background_and_nothing_else() -> None:
-    assert scene_judge.look(np.full((128, 128, 3), 250, np.uint8)) == scene_judge.Seen("white", None, None)
+def test_measure_an_empty_image() -> None:
+    assert scene_judge.measure(np.full((128, 128, 3), 250, np.uint8)) == scene_judge.SceneAttributes("white", None, None)
 
 
-def test_nearest_is_the_least_distance() -> None:
+def test_nearest() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(5, 7)).astype(np.float32), rng.normal(size=(9, 7)).astype(np.float32)
     brute = [min(range(9), key=lambda j: float(np.square(row - b[j]).sum())) for row in a]
     assert scene_judge.nearest(a, b).tolist() == brute
 
 
-def test_rank_one_counts_queries_whose_nearest_other_image_is_of_their_instance() -> None:
+def test_rank_one() -> None:
     angles = np.radians([0, 10, 14, 50, 52, 90])
     features = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
     instances = np.array([0, 0, 1, 1, 2, 0])
@@ -92,11 +92,11 @@ def test_rank_one_counts_queries_whose_nearest_other_image_is_of_their_instance(
 @pytest.mark.parametrize(
     ("key", "expected"), [("v500", ("", 500)), ("photo v999", ("photo", 999)), ("loss", None), ("vae", None), ("av5", None)]
 )
-def test_a_v_error_has_watched_images_and_a_timestep(key: str, expected: tuple[str, int] | None) -> None:
+def test_split_key(key: str, expected: tuple[str, int] | None) -> None:
     assert packaging.split_key(key) == expected
 
 
-def test_a_share_has_an_interval_over_prompts() -> None:
+def test_share_has_a_bootstrap_interval() -> None:
     hits = np.tile(np.arange(100) < 70, (3, 1))
     share = scene_judge.share(hits)
     assert share["percent"] == 70.0
@@ -106,13 +106,13 @@ def test_a_share_has_an_interval_over_prompts() -> None:
     assert share["high"] == pytest.approx(70 + spread, abs=2)
 
 
-def test_the_full_caption_says_everything() -> None:
+def test_full_caption() -> None:
     scene = Scene(0, "large", "top left", "sky")
-    assert captions.full("apple", scene, "noto") == "a large apple, top left, sky background, noto style"
+    assert captions.full_caption("apple", scene, "noto") == "a large apple, top left, sky background, noto style"
     assert captions.article("apple") == "an apple"
 
 
-def test_captions_leave_parts_out_but_hardly_ever_the_unusual_ones() -> None:
+def test_captions_omit_mostly_default_attributes() -> None:
     rng = np.random.default_rng(0)
     unusual = [captions.caption(rng, "fox", Scene(0, "small", "left", "red"), "flat") for _ in range(400)]
     usual = [captions.caption(rng, "fox", Scene(0, "large", "center", "red"), "flat") for _ in range(400)]
@@ -121,9 +121,9 @@ def test_captions_leave_parts_out_but_hardly_ever_the_unusual_ones() -> None:
     assert all("fox" in c for c in unusual + usual if c)
 
 
-def test_captions_of_photos_say_that_they_are_photos() -> None:
+def test_captions_of_photos() -> None:
     rng = np.random.default_rng(0)
-    said = [captions.of_photo(rng, "shirt") for _ in range(400)]
+    said = [captions.photo_caption(rng, "shirt") for _ in range(400)]
     assert set(said) == {"", "a photo of a shirt", "a shirt, photo style", "a shirt"}
     assert said.count("a photo of a shirt") > 200
     scenes = [captions.caption(rng, "shirt", Scene(0, "small", "left", "red"), "photo") for _ in range(400)]
@@ -131,41 +131,41 @@ def test_captions_of_photos_say_that_they_are_photos() -> None:
     assert not any("an icon of" in c or "a drawing of" in c for c in scenes)
 
 
-def test_things_to_draw_and_things_to_teach_are_apart() -> None:
+def test_held_out_concepts_are_disjoint() -> None:
     assert not set(DRAWN) & set(KEPT_BACK)
     assert not set(DRAWN.values()) & set(KEPT_BACK.values())
     assert "octopus" in KEPT_BACK
 
 
-def test_scenes_are_the_same_for_the_same_seed() -> None:
-    first, second = (draw_scenes(np.random.default_rng(4), [3, 5], 20) for _ in range(2))
+def test_scenes_are_reproducible() -> None:
+    first, second = (sample_scenes(np.random.default_rng(4), [3, 5], 20) for _ in range(2))
     assert first == second
     assert {scene.icon for scene in first} == {3, 5}
 
 
-def test_icons_are_found_by_word_and_set() -> None:
+def test_icons_where() -> None:
     icons = Icons(np.zeros((3, 1, 1, 4), np.uint8), ["fox", "cat", "fox"], ["a", "a", "b"])
     assert icons.where({"fox"}) == [0, 2]
     assert icons.where({"fox"}, {"b"}) == [2]
     assert icons.where() == [0, 1, 2]
 
 
-def test_icons_may_be_pictures_named_by_code_points(tmp_path: Path) -> None:
+def test_raster_icons_named_by_code_points(tmp_path: Path) -> None:
     (tmp_path / "assets").mkdir()
-    picture = np.zeros((40, 40, 4), np.uint8)
-    picture[10:30, 15:25] = (200, 30, 10, 255)
-    Image.fromarray(picture).save(tmp_path / "assets" / "2764.webp", lossless=True)
+    image = np.zeros((40, 40, 4), np.uint8)
+    image[10:30, 15:25] = (200, 30, 10, 255)
+    Image.fromarray(image).save(tmp_path / "assets" / "2764.webp", lossless=True)
     emoji = {"\u2764\ufe0f": {"name": "red heart"}, "\U0001f986": {"name": "duck"}}
     (found,) = icon_sets._pictures(tmp_path, emoji).items()
     assert found[0] == "redheart"
     icon = icon_sets._draw(found[1], 64)
     columns = np.flatnonzero(icon[..., 3].max(0) > 128)
     assert icon.shape == (64, 64, 4)
-    assert (columns.min(), columns.max()) == (16, 47)  # a 10 by 20 rectangle, cropped, centred in a square of 20
+    assert (columns.min(), columns.max()) == (16, 47)  # a 10 by 20 rectangle, cropped, centered in a square of 20
     np.testing.assert_allclose(icon[32, 32], (200, 30, 10, 255), atol=1)
 
 
-def test_what_is_like_a_rendering_kept_back_is_not_learnt_from() -> None:
+def test_split_excludes_similar_renderings() -> None:
     names = ["fox", "cat", "owl", "bee"]
     rows = [(w, s) for w in names for s in ("noto", "fluent-emoji", "fluent-emoji-3d", "streamline-emojis", "fxemoji")]
     icons = Icons(np.zeros((len(rows), 1, 1, 4), np.uint8), [w for w, _ in rows], [s for _, s in rows])
@@ -181,7 +181,7 @@ def test_what_is_like_a_rendering_kept_back_is_not_learnt_from() -> None:
         )
 
 
-def test_the_tokenizer_reads_back_what_it_wrote(tmp_path) -> None:
+def test_tokenizer_round_trip(tmp_path) -> None:
     from transformers import CLIPTokenizer
 
     text = ["a small apple, top left, green background, noto style", "an octopus on the beach"] * 20
@@ -197,9 +197,9 @@ def test_the_tokenizer_reads_back_what_it_wrote(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
-def test_orthogonalise_keeps_directions_and_levels_singular_values(shape) -> None:
+def test_orthogonalize(shape) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    levelled = muon.orthogonalise(matrix, 8)
+    levelled = muon.orthogonalize(matrix, 8)
     values = torch.linalg.svdvals(levelled.float())
     assert values.min() > 0.6
     assert values.max() < 1.3
@@ -207,7 +207,7 @@ def test_orthogonalise_keeps_directions_and_levels_singular_values(shape) -> Non
     assert torch.nn.functional.cosine_similarity(levelled.flatten(), (u @ vh).flatten(), dim=0) > 0.97
 
 
-def test_time_projections_have_a_hundredth_of_the_rate_and_every_parameter_one_optimizer() -> None:
+def test_optimizer_groups_and_learning_rates() -> None:
     model = denoiser.Denoiser(40, 1, 2, widths=(16, 16, 16))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rates: dict[str, list[float]] = {}
@@ -223,16 +223,16 @@ def test_time_projections_have_a_hundredth_of_the_rate_and_every_parameter_one_o
     assert {rate[0] for name, rate in rates.items() if name not in projections} == {2e-3, 1e-3}
 
 
-def test_muon_steps_along_the_levelled_momentum() -> None:
+def test_muon_step() -> None:
     weight = nn.Parameter(torch.zeros(6, 4))
     gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     weight.grad = gradient.clone()
     muon.Muon([weight], lr=0.1, momentum=0.0, weight_decay=0.0).step()
-    expected = -0.1 * 0.2 * 6**0.5 * muon.orthogonalise(gradient)
+    expected = -0.1 * 0.2 * 6**0.5 * muon.orthogonalize(gradient)
     torch.testing.assert_close(weight.detach(), expected)
 
 
-def test_the_average_follows_its_formula() -> None:
+def test_ema_formula() -> None:
     module = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(module.weight)
     ema = Ema(module, decay=0.5)
@@ -242,10 +242,10 @@ def test_the_average_follows_its_formula() -> None:
     torch.testing.assert_close(ema.shadow["weight"], torch.full((1, 2), 0.75))
 
 
-def _run(folder) -> tuple[Run, nn.Module]:
+def _run(folder) -> tuple[TrainingRun, nn.Module]:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
-    return Run(folder, module, muon.optimizers(module, 1e-2, 1e-2), cosine(4, warm=2), decay=0.9), module
+    return TrainingRun(folder, module, muon.optimizers(module, 1e-2, 1e-2), cosine(4, warm=2), decay=0.9), module
 
 
 def _loss_of(module):
@@ -256,7 +256,7 @@ def _loss_of(module):
     return loss
 
 
-def test_four_steps_equal_two_and_two(tmp_path) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path) -> None:
     whole, module = _run(tmp_path / "whole")
     whole.train(_loss_of(module), 4, every=2)
     first, module = _run(tmp_path / "parts")
@@ -273,7 +273,7 @@ def test_four_steps_equal_two_and_two(tmp_path) -> None:
     assert len((tmp_path / "parts" / "log.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_run_without_a_checkpoint_starts_anew(tmp_path) -> None:
+def test_resume_without_checkpoint(tmp_path) -> None:
     run, _ = _run(tmp_path)
     assert not run.resume()
     assert run.step == 0

@@ -1,4 +1,4 @@
-"""Turntable views: where a model and its colors appear in the image, seeds, and which models are kept."""
+"""Views of rendered models: positions and colors in the image, seeds, and selection of models."""
 
 import io
 import zipfile
@@ -18,7 +18,7 @@ MATERIALS = "newmtl paper\nKd 0 0 0\nmap_Kd paper.png\nnewmtl glass\nKd 0.2 0.9 
 
 
 def box(material: str = "paper") -> str:
-    """A box from LOW to HIGH; every face shows the whole texture, u and v along its first and second free axis."""
+    """A box from LOW to HIGH; every face has the whole texture, u and v along its first and second free axis."""
     corners = [(x, y, z) for x in (LOW[0], HIGH[0]) for y in (LOW[1], HIGH[1]) for z in (LOW[2], HIGH[2])]
     lines = [
         "mtllib box.mtl",
@@ -53,7 +53,7 @@ def studio() -> rendered_models.Studio:
 
 
 def cast(pose: rendered_models.Pose, pixels: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """Rays through the pixels of the cropped view: where they meet the box, and the color there."""
+    """Ray casting through the pixels of the cropped view: hits of the box, and their colors."""
     center, radius = (LOW + HIGH) / 2, np.linalg.norm(HIGH - LOW) / 2
     a, e = np.radians([pose.azimuth, pose.elevation])
     turn = np.array([[np.cos(a), 0, -np.sin(a)], [0, 1, 0], [np.sin(a), 0, np.cos(a)]])
@@ -78,7 +78,7 @@ def cast(pose: rendered_models.Pose, pixels: int = 128) -> tuple[np.ndarray, np.
 
 
 @pytest.mark.parametrize("pose", [rendered_models.Pose(), rendered_models.Pose(205, 37, 28), rendered_models.Pose(-70, 6, 105)])
-def test_a_box_and_its_texture_are_where_the_projection_says(studio: rendered_models.Studio, pose: rendered_models.Pose) -> None:
+def test_rendered_box_matches_the_projection(studio: rendered_models.Studio, pose: rendered_models.Pose) -> None:
     studio.place(obj_models.read_model(files(box()), "set/box.obj"))
     view = studio.shoot(pose)
     hit, color = cast(pose)
@@ -92,21 +92,21 @@ def test_a_box_and_its_texture_are_where_the_projection_says(studio: rendered_mo
     assert 0.4 < np.quantile(shade, 0.05) < shade.max() < 1.25
 
 
-def test_a_rotation_turns_the_model(studio: rendered_models.Studio) -> None:
+def test_model_rotation(studio: rendered_models.Studio) -> None:
     studio.place(obj_models.read_model(files(box()), "set/box.obj", "0 0 1 0 1 0 -1 0 0"))
     turned = studio.shoot(rendered_models.Pose(azimuth=90))
     studio.place(obj_models.read_model(files(box()), "set/box.obj"))
     assert np.abs(turned.astype(int) - studio.shoot(rendered_models.Pose(azimuth=0))).max() <= 2
 
 
-def test_glass_has_its_color_and_lets_the_background_through(studio: rendered_models.Studio) -> None:
+def test_transparent_material(studio: rendered_models.Studio) -> None:
     studio.place(obj_models.read_model(files(box("glass")), "set/box.obj"))
     alpha, red, green = (studio.shoot(rendered_models.Pose())[64, 64, k] / 255 for k in (3, 0, 1))
     assert alpha == pytest.approx(1 - 0.6**2, abs=0.03)  # two walls
     assert green > 3 * red > 0
 
 
-def test_faces_of_all_forms_give_the_same_triangles() -> None:
+def test_face_formats() -> None:
     head = "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\n"
     forms = ("1/1 2/2 3/3 4/4", "1/1/1 2/2/2 3/3/3 4/4/4", "1//1 2//2 3//3 4//4", "1 2 3 4")
     model = head + "".join(f"f {form}\r\n" for form in forms)
@@ -135,7 +135,7 @@ def debian(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("studio")
-def test_views_depend_on_the_seed_only(debian: Path) -> None:
+def test_views_are_reproducible(debian: Path) -> None:
     (word, name, one), *_ = rendered_models.render(debian, ["Scopia"])
     again, other = (next(rendered_models.render(debian, ["Scopia"], seed))[2] for seed in (0, 1))
     assert (word, name, one.shape) == ("box", "Box", (1 + rendered_models.VIEWS, 128, 128, 4))
@@ -146,7 +146,7 @@ def test_views_depend_on_the_seed_only(debian: Path) -> None:
 
 
 @pytest.mark.usefixtures("studio")
-def test_loaded_views_hold_no_copies_and_come_from_the_cache(debian: Path, tmp_path: Path) -> None:
+def test_loaded_views_are_cached_without_duplicates(debian: Path, tmp_path: Path) -> None:
     views = rendered_models.load(tmp_path / "node_modules", tmp_path / "views.npz")
     assert (views.words, views.names) == (["box"], ["Box"])
     assert views.rgba.shape == (1, rendered_models.VIEWS, 128, 128, 4)
@@ -155,7 +155,7 @@ def test_loaded_views_hold_no_copies_and_come_from_the_cache(debian: Path, tmp_p
     assert np.array_equal(again.rgba, views.rgba)
 
 
-def test_empty_models_copies_and_crowds_are_left_out() -> None:
+def test_choose_excludes_empty_models_and_duplicates() -> None:
     def square(red: int, side: int = 64) -> Pixels:
         image: Pixels = np.zeros((128, 128, 4), np.uint8)
         image[:side, :side] = (red, 90, 90, 255)
@@ -169,7 +169,7 @@ def test_empty_models_copies_and_crowds_are_left_out() -> None:
     assert {0, 19} <= set(kept)  # the first one and the one most unlike it
 
 
-def test_poses_of_a_flat_model_show_its_face(studio: rendered_models.Studio) -> None:
+def test_poses_of_a_flat_model(studio: rendered_models.Studio) -> None:
     panel = box().replace(f" {HIGH[2]:g}\n", f" {LOW[2] + 0.01:g}\n")
     studio.place(obj_models.read_model(files(panel), "set/box.obj"))
     for pose in rendered_models.poses(studio, np.random.default_rng(3), 12):

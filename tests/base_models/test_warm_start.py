@@ -1,4 +1,4 @@
-"""Packaged weights are what a further training begins from."""
+"""Initialization of a training from packaged weights."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,8 @@ PRETRAINING = Path(__file__).parents[2] / "pretraining"
 
 
 @torch.no_grad()
-def test_a_denoiser_begins_as_the_packaged_one() -> None:
-    """In the channels that the packaged one has; further ones are zero."""
+def test_denoiser_from_packaged_weights() -> None:
+    """Compares the channels of the packaged model; additional ones are zero."""
     pipe = base_models.load("bundled")
     tokens = pipe.tokenizer
     model = denoiser.Denoiser(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
@@ -45,7 +45,7 @@ def inputs(channels: int = LATENT) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 @torch.no_grad()
-def test_channels_and_tokens_that_packaged_weights_lack_are_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_channels_and_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(denoiser, "LATENT", 8)
         former = small_denoiser(50)
@@ -64,7 +64,7 @@ def test_channels_and_tokens_that_packaged_weights_lack_are_padded(tmp_path: Pat
     assert tokens[50:].std() > 0
 
 
-def test_a_dead_block_is_revived_and_the_output_stays() -> None:
+def test_revive_dead_block_keeps_the_output() -> None:
     model = small_denoiser()
     dead = model.unet.down_blocks[1].resnets[0]
     with torch.no_grad():  # scale -1 and shift -40: the second convolution gets silu(-40)
@@ -91,14 +91,14 @@ def test_a_dead_block_is_revived_and_the_output_stays() -> None:
     assert warm_start.revive(model, noisy, ids) == []
 
 
-def test_a_living_network_stays_as_it_is() -> None:
+def test_revive_keeps_other_blocks() -> None:
     model, again = small_denoiser(), small_denoiser()
     noisy, _, ids = inputs()
     assert warm_start.revive(model, noisy, ids) == []
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_a_clip_begins_with_prototypes_that_its_phrases_find() -> None:
+def test_clip_prototypes_from_text_features() -> None:
     names = ["apple", "fox", "rocket", "guitar"]
     tokenizer = base_models.load("bundled").tokenizer
     model = clip.NamedClip(len(tokenizer), len(names))
@@ -110,7 +110,7 @@ def test_a_clip_begins_with_prototypes_that_its_phrases_find() -> None:
     assert model.prototypes.detach().square().mean() == pytest.approx(1, rel=1e-5)  # as those drawn at random
 
 
-def test_only_what_is_missing_is_unpacked(tmp_path: Path) -> None:
+def test_unpack_keeps_existing_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "own").touch()
     warm_start.unpack(PRETRAINING, tmp_path)
@@ -119,7 +119,7 @@ def test_only_what_is_missing_is_unpacked(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_denoiser_in_training_begins_with_all_of_its_channels() -> None:
+def test_training_from_packaged_weights_with_more_channels() -> None:
     pipe = base_models.load(PRETRAINING / "bundled")
     tokens = pipe.tokenizer
     model = denoiser.Denoiser(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
@@ -130,7 +130,7 @@ def test_a_denoiser_in_training_begins_with_all_of_its_channels() -> None:
     torch.testing.assert_close(model.eval()(noisy, t, ids), theirs)
 
 
-def test_an_autoencoder_of_fewer_channels_and_its_steps_are_left_out(tmp_path: Path) -> None:
+def test_unpack_skips_an_autoencoder_of_fewer_channels(tmp_path: Path) -> None:
     packaged, work = tmp_path / "bases", tmp_path / "work"
     (packaged / "bundled/tokenizer").mkdir(parents=True)
     (packaged / "bundled/vae").mkdir()
@@ -147,7 +147,7 @@ def test_an_autoencoder_of_fewer_channels_and_its_steps_are_left_out(tmp_path: P
     assert json.loads((tmp_path / "again/begun.json").read_text()) == training
 
 
-def test_all_stages_leave_a_packaged_autoencoder_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_stages_keep_a_packaged_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     for name in pretrain_base.STAGES:
         monkeypatch.setitem(pretrain_base.STAGES, name, lambda world, config, name=name: made.append(name))

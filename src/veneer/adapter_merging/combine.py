@@ -60,13 +60,13 @@ def combine(
     Args:
         model: the module or pipeline that the LoRA is attached to.
         sources: attachments, on `model` or on another model of the same sites. Those on `model` are detached.
-        weights: weight of each source, may be negative; None for 1 each. Instead of a number, a mapping from `where` patterns to
+        weights: weight of each source, may be negative (default: 1 each). Instead of a number, a mapping from `where` patterns to
             numbers, of which the last matching one counts; other sites have weight 1.
         how: `sum`: the exact sum, ranks add up; low-rank sources only. `svd`: the sum, reduced to a rank. `ties`: the largest
             entries of each ΔW, sign election, and the mean of w·ΔW over the entries with the elected sign. `dare`: random entries
             dropped, the others rescaled, then the sum. `dare_ties`: dropped as in `dare`, then elected as in `ties`. The last
             three are reduced to a rank.
-        keep: a rank, or a `RankSelection`; None for the largest rank among the sources. Not for `sum`.
+        keep: a rank, or a `RankSelection` (default: the largest rank among the sources). Not for `sum`.
         density: fraction of the entries that `ties` (default 0.2) or `dare` (default 0.1) keeps; above 0, up to 1.
         seed: of `dare`.
         dtype: the matrices are rounded to this dtype, in which they will be saved.

@@ -116,7 +116,7 @@ def check_mergeable(attachment: Attachment) -> None:
 
 
 def unscaled_factors(adapter: Any) -> tuple[Tensor, Tensor, float] | None:
-    """(down, up, scaling) of a LoRA at strength 1, bitwise; None for other adapters."""
+    """(down, up, scaling) of a LoRA at strength 1, bitwise; None if the adapter is another one."""
     if not isinstance(adapter, PairAdapter) or float(adapter.strength) != 1:
         return None
     down, up = adapter.pair()

@@ -38,7 +38,7 @@ def extract(
         base, tuned: two models, or pipelines with components of the same names, of one architecture. Attached adapters are
             ignored.
         keep: a rank, or a `RankSelection`, which may select another rank for each weight.
-        where: selection; None for all linear layers and convolutions of the common components.
+        where: selection (default: all linear layers and convolutions of the common components).
         dtype: the matrices are rounded to this dtype. name: of the attachment.
     Returns:
         The LoRA, attached to `base`, with the error of each weight. Its notes list other differences, which it does not cover.

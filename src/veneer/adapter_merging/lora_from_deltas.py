@@ -100,7 +100,7 @@ def attach_lora(
     """Attaches a LoRA with these factors, and detaches the attachments that it replaces. Atomic.
 
     Args:
-        default_name: used if `name` is None, with a number if an attachment has this name.
+        default_name: used without `name`, with a number if an attachment has this name.
     """
     if not factors:
         raise CombineError("no weight changes; expected adapters or models with a ΔW other than 0.", given=0, expected=1)

@@ -93,6 +93,6 @@ def to_rank_selection(keep: RankSelection | int) -> RankSelection:
 def rank_selection_of(
     rank: int | None, energy: float | None, error: float | None, cumulative: float | None, ratio: float | None
 ) -> RankSelection | None:
-    """A `RankSelection` of the given options, or None if all are None."""
+    """A `RankSelection` of the given options, or None without any option."""
     given = (rank, energy, error, cumulative, ratio)
     return None if given == (None,) * len(given) else RankSelection(*given)

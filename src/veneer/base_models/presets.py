@@ -24,7 +24,7 @@ class Preset:
         previews: preview prompts with the concept.
         unrelated: prompts without the concept, to measure drift.
         class_word: default class noun of a concept.
-        resolution: side of the images in pixels; None for the base's own (its latent size times the autoencoder's stride).
+        resolution: side of the images in pixels (default: latent size times stride of the autoencoder).
         guidance_scale, steps, negative_prompt: sampling settings.
         things, scenes: objects that the base generates well, and prompts with {thing}: for generated control training images.
         training: defaults of training methods on this base, by method name: `options`, `where`, `learning_rate`, `steps`,

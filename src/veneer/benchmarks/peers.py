@@ -27,7 +27,7 @@ def has_peft() -> bool:
 
 
 def with_veneer(model: nn.Module, rank: int, at: tuple[str, ...] | None = None) -> nn.Module:
-    """Attaches veneer's LoRA to a selection; None for every attention projection."""
+    """Attaches veneer's LoRA to a selection (default: every attention projection)."""
     attach(model, "lora", rank=rank, where=where(model) if at is None else at)
     return model
 
@@ -41,7 +41,7 @@ def with_peft(model: nn.Module, rank: int, at: list[str] | str | None = None, lo
     """Injects peft's LoRA, with alpha and dropout of veneer's defaults.
 
     Args:
-        at: peft's target modules; None for every attention projection.
+        at: peft's target modules (default: every attention projection).
     """
     options = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
     return injected(model, "LoraConfig", targets(model) if at is None else at, low_cpu_mem_usage, **options)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .data.icon_sets import Pixels
 from .muon import optimizers
-from .training_loop import Run, cosine
+from .training_loop import TrainingRun, cosine
 
 LATENT = 16
 PATCH = 8
@@ -44,26 +44,26 @@ def build() -> Any:
     )
 
 
-def to_tensor(pictures: Pixels) -> Tensor:
+def to_tensor(images: Pixels) -> Tensor:
     """(n, h, w, 3) bytes to (n, 3, h, w) in -1..1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_pixels(pictures: Tensor) -> Pixels:
+def to_pixels(images: Tensor) -> Pixels:
     """(n, 3, h, w) in -1..1 to (n, h, w, 3) bytes."""
-    scaled = (pictures.float().clamp(-1, 1) + 1) * 127.5
+    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
     return np.asarray(scaled.round().byte().permute(0, 2, 3, 1).contiguous().numpy())
 
 
-def patches(pictures: Tensor) -> Tensor:
+def patches(images: Tensor) -> Tensor:
     """Pixels of each 8x8 patch, (n, h/8, w/8, 192)."""
-    return F.pixel_unshuffle(pictures, PATCH).permute(0, 2, 3, 1)
+    return F.pixel_unshuffle(images, PATCH).permute(0, 2, 3, 1)
 
 
 def components(rows: Tensor, count: int) -> Tensor:
     """Projection (d, count) onto the principal components of the rows (n, d), which have zero mean.
 
-    Each component is divided by the square root of its own deviation, which keeps their order of importance but lifts
+    Each component is divided by the square root of its standard deviation, which keeps their order of importance but lifts
     the faint ones above the noise; the whole code has unit variance.
     """
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
@@ -73,7 +73,7 @@ def components(rows: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearCode:
-    """A linear code of 8x8 patches: principal components, turned towards what a former denoiser knows.
+    """A linear code of 8x8 patches: principal components, rotated towards the latents of a former autoencoder.
 
     Args:
         mean: of the patches, (192,).
@@ -83,25 +83,25 @@ class LinearCode:
     mean: Tensor
     projection: Tensor
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """The code of the pictures, (n, 16, h/8, w/8)."""
-        return ((patches(pictures) - self.mean) @ self.projection).permute(0, 3, 1, 2)
+    def __call__(self, images: Tensor) -> Tensor:
+        """The code of the images, (n, 16, h/8, w/8)."""
+        return ((patches(images) - self.mean) @ self.projection).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
-def linear_code(pictures: Tensor, former: Any = None) -> LinearCode:
-    """The code from the pictures' own principal components.
+def linear_code(images: Tensor, former: Any = None) -> LinearCode:
+    """The linear code of the images' principal components.
 
-    With a former autoencoder, of 4x4 patches and fewer channels, an orthogonal map turns the code so that its first channels are
-    as near as can be to the former latents of the pictures at half size, and one factor brings it to their scale: noise stays
-    independent and of unit variance, and a denoiser of the former latents goes on from what it knows.
+    With a former autoencoder, of 4x4 patches and fewer channels, an orthogonal map rotates the code so that its first channels
+    are as close as possible to the former latents of the images at half size, and a factor scales it to them: noise stays
+    independent and of unit variance, and a denoiser of the former latents can continue training.
     """
-    rows = patches(pictures).flatten(0, 2)
+    rows = patches(images).flatten(0, 2)
     mean = rows.mean(0)
     projection = components(rows - mean, LATENT)
     if former is None:
         return LinearCode(mean, projection)
-    known = torch.cat([former.encode(F.avg_pool2d(x, 2)).latent_dist.mean for x in pictures.split(32)])
+    known = torch.cat([former.encode(F.avg_pool2d(x, 2)).latent_dist.mean for x in images.split(32)])
     known = known.permute(0, 2, 3, 1).flatten(0, 2)
     coded = (rows - mean) @ projection
     left, values, right = torch.linalg.svd(coded.T @ (known - known.mean(0)), full_matrices=True)
@@ -111,11 +111,11 @@ def linear_code(pictures: Tensor, former: Any = None) -> LinearCode:
 
 
 @torch.no_grad()
-def begin_linear(vae: Any, code: LinearCode) -> Any:
-    """Let the untrained encoder compute the code, by its trunk alone; its residual branches begin at zero.
+def init_linear_encoder(vae: Any, code: LinearCode) -> Any:
+    """Initializes the encoder to compute the code, by its trunk alone; its residual branches are initialized to zero.
 
     Pixels of 2x2 blocks, then the leading components of 4x4 patches, then the code come from the three strided convolutions. A
-    channel and its negative pass SiLU together without a change: silu(x) - silu(-x) = x. Two large constants, of which one is
+    channel and its negative together pass SiLU unchanged: silu(x) - silu(-x) = x. Two large constants, one of which is
     negative, make the last normalization nearly the same for all images; its weights undo it.
     """
     encoder, constant = vae.encoder, 30.0
@@ -152,7 +152,7 @@ def begin_linear(vae: Any, code: LinearCode) -> Any:
 
 
 def _fine_basis(code: LinearCode, count: int) -> tuple[Tensor, Tensor]:
-    """A basis (48, count) of 4x4 patches that keeps what the code asks of them, and the code's projection (4 count, 16) on it."""
+    """A basis (48, count) of 4x4 patches that preserves the code, and the code's projection (4 count, 16) on it."""
     quarters = code.projection.reshape(3, 2, 4, 2, 4, LATENT).permute(1, 3, 0, 2, 4, 5).reshape(4, 48, LATENT)
     basis = torch.linalg.svd(quarters.permute(1, 0, 2).reshape(48, -1))[0][:, :count]
     return basis, torch.einsum("qpl,pc->cql", quarters, basis).reshape(4 * count, LATENT)
@@ -170,21 +170,21 @@ def reconstruction_loss(ours: Tensor, theirs: Tensor) -> Tensor:
     return error.abs().mean() + 0.5 * edges + F.avg_pool2d(error, 4).abs().mean() + 2 * error.square().mean()
 
 
-def train_decoder(folder: Path, vae: Any, pictures: Callable[[int, int], Pixels], steps: int, batch: int) -> Any:
-    """Train (or go on training) the decoder at fixed latents, on crops of twice as many images for the first 85 % of the steps.
+def train_decoder(folder: Path, vae: Any, images: Callable[[int, int], Pixels], steps: int, batch: int) -> Any:
+    """Trains (or resumes) the decoder at fixed latents, on crops of twice as many images for the first 85 % of the steps.
 
     Returns:
         The autoencoder with the EMA weights of the decoder.
     """
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
-    run = Run(folder, vae.decoder, optimizers(vae.decoder, 2e-3, 2e-3), cosine(steps), decay=0.998)
+    run = TrainingRun(folder, vae.decoder, optimizers(vae.decoder, 2e-3, 2e-3), cosine(steps), decay=0.998)
     run.resume()
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((11, step))
         whole = step >= 0.85 * steps
-        frames = pictures(step, batch if whole else 2 * batch)
+        frames = images(step, batch if whole else 2 * batch)
         if not whole:
             top, left = rng.integers(0, 9, 2) * PATCH
             frames = np.ascontiguousarray(frames[:, top : top + 64, left : left + 64])
@@ -202,9 +202,9 @@ def train_decoder(folder: Path, vae: Any, pictures: Callable[[int, int], Pixels]
 
 
 @torch.no_grad()
-def psnr(vae: Any, pictures: Pixels) -> float:
-    """Mean over pictures of 10 log10(255^2 / MSE), through the latent mean and byte rounding."""
+def psnr(vae: Any, images: Pixels) -> float:
+    """Mean over images of 10 log10(255^2 / MSE), through the latent mean and byte rounding."""
     pairs = [(p, to_pixels(vae.decode(vae.encode(to_tensor(p)).latent_dist.mean).sample)) for p in
-             np.array_split(pictures, max(1, len(pictures) // 32))]  # fmt: skip
+             np.array_split(images, max(1, len(images) // 32))]  # fmt: skip
     errors = [np.square(a.astype(np.float64) - b).mean((1, 2, 3)) for a, b in pairs]
     return float(np.mean(10 * np.log10(255**2 / np.concatenate(errors))))

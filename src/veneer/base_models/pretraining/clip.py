@@ -1,8 +1,8 @@
-"""The CLIP: an image tower and a text tower that meet in prototypes of the names.
+"""The CLIP: an image tower and a text tower, aligned by one prototype embedding per class name.
 
-A contrastive loss alone was solved by the words for background, size and place, and left the names unlearnt. Here each
-name has a prototype in the joint space; pictures of the thing and phrases with its name are both classified against
-the prototypes, which aligns the towers without ever comparing within a batch.
+A contrastive loss alone was solved by the words for background, size and place, without learning the names. Instead, each name
+has a prototype in the joint space; images of the thing and phrases with its name are both classified against the prototypes,
+which aligns the towers without contrast within a batch.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .autoencoder import to_tensor
 from .data import captions
 from .data.icon_sets import Icons, Pixels
 from .data.photo_dataset import Photograph, crop
-from .data.scenes import COLOURS, PLACES, SIZES, Scene, jitter, random_canvas
+from .data.scenes import COLORS, PLACES, SIZES, Scene, jitter, random_canvas
 from .muon import optimizers
-from .training_loop import Run, cosine, write_atomic
+from .training_loop import TrainingRun, cosine, write_atomic
 
 SIDE = 64
-"""Pixels a side; half of what the generator draws."""
+"""Side of the images in pixels; half the side of generated images."""
 EMBED = 128
 VISION = {"image_size": SIDE, "patch_size": 8, "width": 160, "layers": 5, "head_width": 40}
 TEXT = {"context_length": captions.LENGTH, "width": 96, "heads": 4, "layers": 2}
@@ -38,7 +38,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 
 class NamedClip(nn.Module):
-    """An open_clip `CLIP`, one prototype a name, and one for each single thing that photos show."""
+    """An open_clip `CLIP`, one prototype per name, and one per instance in photos."""
 
     def __init__(self, vocabulary: int, names: int, things: int = 0) -> None:
         super().__init__()
@@ -50,15 +50,15 @@ class NamedClip(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def logits(self, features: Tensor, prototypes: Tensor | None = None) -> Tensor:
-        """Cosine to every prototype, of the names unless others are given, times the scale: (n, prototypes)."""
+        """Cosine similarity to every prototype (default: of the names), times the scale: (n, prototypes)."""
         among = self.prototypes if prototypes is None else prototypes
         cosines = F.normalize(features.float(), dim=-1) @ F.normalize(among, dim=-1).T
         return self.log_scale.exp().clamp(max=40) * cosines
 
 
 @dataclass(frozen=True)
-class Split:
-    """Which icons the CLIP learns from (`seen`) and which it is tested on (`unseen`, `unseen_set`)."""
+class IconSplit:
+    """Icons for training the CLIP (`seen`) and for testing it (`unseen`, `unseen_set`)."""
 
     seen: list[int]
     unseen: list[int]
@@ -67,10 +67,10 @@ class Split:
 
 def split(
     icons: Icons, names: Sequence[str], sets: Sequence[str], unseen_set: str, more: Sequence[str] = (), seed: int = 3
-) -> Split:
-    """Keep back one rendering of each name in `names`, and the whole of `unseen_set`.
+) -> IconSplit:
+    """Holds out one rendering of each name in `names`, and all of `unseen_set`.
 
-    Sets in `more` are learnt from; where one is of the same design as the rendering kept back, its icon is left out.
+    Sets in `more` are only for training, without icons of the same design as a held-out rendering.
     """
     rng = np.random.default_rng(seed)
     kept, alike = set(), set()
@@ -80,22 +80,22 @@ def split(
         kept.add(row)
         alike |= {i for i in icons.where({name}, set(more)) if _design(icons.sets[i]) == _design(icons.sets[row])}
     seen = [i for i in icons.where(sets={*sets, *more}) if i not in kept | alike]
-    return Split(seen, sorted(kept), icons.where(set(names), {unseen_set}))
+    return IconSplit(seen, sorted(kept), icons.where(set(names), {unseen_set}))
 
 
 def _design(icon_set: str) -> str:
-    """What the sets of one hand have in common: "fluent" of "fluent-emoji-3d"."""
+    """The design family of an icon set: "fluent" of "fluent-emoji-3d"."""
     return icon_set.partition("-")[0]
 
 
-class Views:
-    """Photos for the image tower: each shows a thing that has a word, and that is one of the single things to tell apart.
+class PhotoViews:
+    """Photos for training the image tower, labeled with a word and with the instance that they show.
 
     Args:
-        photos: with words and the number of the single thing.
-        cutouts: RGBA (n, 128, 128, 4) and the photo of each. Only things that were cut out are shown: on their own ground and
-            before others, so that the ground says nothing of the thing.
-        backgrounds: photos to stand before.
+        photos: with words and instance numbers.
+        cutouts: RGBA (n, 128, 128, 4) and the photo of each. Only things with a cutout are used: on their own and on other
+            backgrounds, so that the background is not informative.
+        backgrounds: photos for the backgrounds.
     """
 
     def __init__(self, photos: Sequence[Photograph], cutouts: tuple[Pixels, list[int]], backgrounds: list[Image.Image]) -> None:
@@ -109,7 +109,7 @@ class Views:
         self._weights = weights / weights.sum()
 
     def draw(self, rng: np.random.Generator, n: int) -> tuple[Pixels, list[str], Tensor]:
-        """Images (n, 64, 64, 3), the words for what they show, and the rows of the single things in `instances`."""
+        """Samples images (n, 64, 64, 3), with their words and their instances as indices in `instances`."""
         chosen = rng.choice(len(self.instances), n, p=self._weights)
         rows = [int(rng.choice(self._of[self.instances[i]])) for i in chosen]
         images = np.stack([self._view(rng, row) for row in rows])
@@ -122,7 +122,7 @@ class Views:
 
 
 def augmented(rng: np.random.Generator, icon: Pixels, photos: list[Image.Image]) -> Pixels:
-    """One icon, turned, mirrored, scaled, moved, tinted and perhaps blurred, on some background."""
+    """An icon on a random background, with random rotation, flip, scale, translation, color jitter and blur."""
     canvas = random_canvas(rng, photos).resize((SIDE, SIDE), Image.Resampling.BOX)
     side = int(rng.integers(26, 80))
     image = Image.fromarray(icon).resize((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
@@ -141,7 +141,7 @@ def augmented(rng: np.random.Generator, icon: Pixels, photos: list[Image.Image])
 
 
 def _sheared(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """The image sheared and stretched about its middle."""
+    """The image with a random shear and stretch about its center."""
     (a, b), (c, d) = np.eye(2) + rng.uniform(-0.25, 0.25, (2, 2))
     half = image.width / 2
     rows = (a, b, half - half * (a + b), c, d, half - half * (c + d))
@@ -149,9 +149,9 @@ def _sheared(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def phrase(rng: np.random.Generator, name: str) -> str:
-    """A caption about the name; its attributes are mostly left out, and say nothing when they are there."""
-    size, place, colour = (str(rng.choice(list(kind))) for kind in (SIZES, PLACES, COLOURS))
-    scene = Scene(0, size, place, colour)
+    """A caption with the name; attributes are mostly omitted, and random otherwise."""
+    size, place, color = (str(rng.choice(list(kind))) for kind in (SIZES, PLACES, COLORS))
+    scene = Scene(0, size, place, color)
     if rng.random() < 0.5:
         return captions.article(name) if rng.random() < 0.7 else name
     return captions.caption(rng, name, scene, str(rng.choice(["noto", "flat", "twemoji", "3d"]))) or name
@@ -167,17 +167,17 @@ def train(
     tokenizer: CLIPTokenizer,
     steps: int,
     batch: int = 64,
-    favoured: frozenset[str] = frozenset(),
+    favored: frozenset[str] = frozenset(),
     lrs: tuple[float, float] = (2e-3, 1e-3),
-    views: Views | None = None,
+    views: PhotoViews | None = None,
 ) -> NamedClip:
-    """Train (or go on training) the CLIP; names in `favoured` are drawn three times as often. Returns EMA weights.
+    """Trains (or continues training) the CLIP; names in `favored` are sampled three times as often. Returns EMA weights.
 
-    With `views`, half as many photos again are in a batch: classified by their words, and by the single thing that they show.
+    With `views`, a batch has half as many photos in addition, classified by word and by instance.
     """
     number = {name: i for i, name in enumerate(names)}
-    weights = np.array([3.0 if icons.words[i] in favoured else 1.0 for i in seen])
-    run = Run(folder, model, optimizers(model, *lrs, decay=0.05), cosine(steps), decay=0.996)
+    weights = np.array([3.0 if icons.words[i] in favored else 1.0 for i in seen])
+    run = TrainingRun(folder, model, optimizers(model, *lrs, decay=0.05), cosine(steps), decay=0.996)
     run.resume()
 
     def loss(step: int) -> Tensor:
@@ -186,13 +186,13 @@ def train(
         model.clip.visual.patch_dropout.prob = 0.5 if step < 0.75 * steps else 0.1
         rows = rng.choice(seen, batch, p=weights / weights.sum())
         images, words, things = views.draw(rng, batch // 2) if views else (np.empty((0, SIDE, SIDE, 3), np.uint8), [], None)
-        drawn = np.stack([augmented(rng, icons.rgba[row], photos) for row in rows])
-        pictures = to_tensor(np.concatenate([drawn, images]))
+        icon_images = np.stack([augmented(rng, icons.rgba[row], photos) for row in rows])
+        pixels = to_tensor(np.concatenate([icon_images, images]))
         labels = torch.tensor([number[word] for word in [*(icons.words[row] for row in rows), *words]])
         said = rng.integers(len(names), size=batch)
         ids = ids_of(tokenizer, [phrase(rng, names[i]) for i in said])
         with torch.autocast("cpu", torch.bfloat16):
-            seen_features = model.clip.encode_image(pictures)
+            seen_features = model.clip.encode_image(pixels)
             read_features = model.clip.encode_text(ids)
         by_image = F.cross_entropy(model.logits(seen_features), labels, label_smoothing=0.05)
         by_text = 0.5 * F.cross_entropy(model.logits(read_features), torch.from_numpy(said))
@@ -214,7 +214,7 @@ def ids_of(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def save(model: NamedClip, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write open_clip's local-dir layout; `config.json` beside it lets timm read the image tower from the same file."""
+    """Writes open_clip's local-dir layout, and a `config.json` with which timm reads the image tower from the same file."""
     folder.mkdir(parents=True, exist_ok=True)
     clip = model.clip
     with torch.no_grad():
@@ -247,13 +247,13 @@ def _timm_config() -> dict[str, Any]:
 
 @torch.no_grad()
 def retrieval(clip: Any, icons: Icons, rows: list[int], names: list[str], tokenizer: CLIPTokenizer) -> float:
-    """Share of the icons (plain, on white) whose own name is nearest among the phrases "a NAME"."""
+    """Rank-1 accuracy of icons (plain, on white): fraction whose own name is nearest among the phrases "a NAME"."""
     canvas = np.full((len(rows), SIDE, SIDE, 3), 250, np.uint8)
-    for picture, row in zip(canvas, rows, strict=True):
+    for image, row in zip(canvas, rows, strict=True):
         icon = Image.fromarray(icons.rgba[row]).resize((52, 52), Image.Resampling.BOX)
-        base = Image.fromarray(picture)
+        base = Image.fromarray(image)
         base.paste(icon, (6, 6), icon)
-        picture[:] = np.asarray(base)
+        image[:] = np.asarray(base)
     images = F.normalize(clip.encode_image(to_tensor(canvas)), dim=-1)
     texts = F.normalize(clip.encode_text(ids_of(tokenizer, [captions.article(n) for n in names])), dim=-1)
     best = (images @ texts.T).argmax(-1).tolist()

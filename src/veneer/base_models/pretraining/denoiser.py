@@ -1,8 +1,7 @@
-"""The denoiser and its text tower, trained jointly from scratch on latents of composed scenes.
+"""The denoiser (UNet) and its text encoder, trained jointly from scratch on latents of composed scenes.
 
-A text tower that was trained apart and frozen left the words unused. Here the words reach the UNet twice: through
-cross-attention, and pooled into the time embedding (`addition_embed_type="text"`), which scales and shifts every
-residual block.
+With a separately trained, frozen text encoder the UNet ignored the prompt. Here the prompt conditions the UNet twice: through
+cross-attention, and pooled into the time embedding (`addition_embed_type="text"`), which scales and shifts every residual block.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from .data.captions import LENGTH
 from .data.icon_sets import Pixels
 from .data.mixture import Mixture
 from .muon import optimizers
-from .training_loop import Run
+from .training_loop import TrainingRun
 
 TEXT_WIDTH = 128
 WATCHED = (999, 850, 700, 500, 300, 100)
 
 
 class Denoiser(nn.Module):
-    """The UNet and the text tower as one module, so that one optimiser, EMA and checkpoint hold both."""
+    """The UNet and the text encoder as one module, with one optimizer, EMA and checkpoint."""
 
     def __init__(self, vocabulary: int, bos: int, eos: int, widths: tuple[int, int, int] = (64, 112, 160)) -> None:
         super().__init__()
@@ -66,9 +65,9 @@ class Denoiser(nn.Module):
 
 
 def schedule() -> Any:
-    """v-prediction with zero terminal SNR, as it is saved with the pipeline.
+    """The scheduler that is saved with the pipeline: DDIM, v-prediction, zero terminal SNR, trailing timesteps.
 
-    `steps_offset` means nothing with trailing steps, but Stable Diffusion pipelines warn at every load unless it is 1.
+    `steps_offset` has no effect with trailing timesteps, but Stable Diffusion pipelines warn at every load unless it is 1.
     """
     return DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
@@ -79,7 +78,7 @@ def schedule() -> Any:
 
 @torch.no_grad()
 def encode(vae: Any, images: Callable[[int, int], Pixels], count: int, cache: Path | None = None) -> npt.NDArray[np.float16]:
-    """Latents (count, 16, 16, 16) of `images(first, last)`; kept in `cache` between runs."""
+    """Latents (count, 16, 16, 16) of `images(first, last)`; cached in the file `cache`."""
     if cache is not None and cache.is_file():
         return np.asarray(np.load(cache), np.float16)
     latents = np.empty((count, LATENT, 16, 16), np.float16)
@@ -93,7 +92,7 @@ def encode(vae: Any, images: Callable[[int, int], Pixels], count: int, cache: Pa
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Ids (n, 24), padded and cut as Stable Diffusion pipelines do."""
+    """Ids (n, 24), padded and truncated as in Stable Diffusion pipelines."""
     padded = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
     return padded.input_ids
 
@@ -105,15 +104,15 @@ def noised(latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return signal * latents + sigma * noise, signal * noise - sigma * latents
 
 
-def draw_times(rng: np.random.Generator, n: int, high: float) -> Tensor:
-    """Timesteps: a share `high` from 800..999, where only the words can tell what to draw, the rest uniform."""
+def sample_timesteps(rng: np.random.Generator, n: int, high: float) -> Tensor:
+    """Samples timesteps: a fraction `high` from 800..999, where only the prompt determines the image, the rest uniform."""
     uniform = rng.integers(0, 1000, n)
     return torch.from_numpy(np.where(rng.random(n) < high, rng.integers(800, 1000, n), uniform))
 
 
 @torch.no_grad()
 def v_errors(model: Denoiser, latents: Tensor, ids: Tensor) -> dict[str, float]:
-    """Mean squared v-error at the watched timesteps, on fixed noise."""
+    """Mean squared v-error at the validation timesteps, with fixed noise."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     errors = {}
     for time in WATCHED:
@@ -126,8 +125,8 @@ def v_errors(model: Denoiser, latents: Tensor, ids: Tensor) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and how fast: constant rate up to `steps - decay`, then linear to zero; extend by raising `steps`."""
+class TrainingPlan:
+    """Training length and learning rates: constant up to `steps - decay`, then linear to zero. Raise `steps` to extend a run."""
 
     steps: int
     decay: int = 600
@@ -150,19 +149,19 @@ def train(
     mixture: Mixture,
     tokenizer: CLIPTokenizer,
     watched: Mapping[str, tuple[Tensor, Tensor]],
-    plan: Plan,
+    plan: TrainingPlan,
     every: int = 100,
 ) -> Denoiser:
-    """Train (or go on training) up to `plan.steps`; returns the model with its EMA weights.
+    """Trains (or continues training) up to `plan.steps`; returns the model with its EMA weights.
 
     Args:
         latents: of the examples of the mixture, in their order.
-        tokenizer: knows the tokens of the mixture.
-        watched: name -> latents and token ids of images that are not trained on; their v-errors go to the log.
+        tokenizer: with the tokens of the mixture.
+        watched: latents and token ids of validation images, by name; their v-errors are logged.
     """
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.unet.set_attn_processor(AttnProcessor())  # the fused kernel's backward takes a fifth of a step here
-    run = Run(folder, model, optimizers(model, plan.muon_lr, plan.adam_lr), plan.rate, plan.ema)
+    run = TrainingRun(folder, model, optimizers(model, plan.muon_lr, plan.adam_lr), plan.rate, plan.ema)
     run.resume()
 
     def loss(step: int) -> Tensor:
@@ -171,7 +170,7 @@ def train(
         ids = tokenize(tokenizer, [mixture.examples[row].caption(rng) for row in rows])
         clean = torch.from_numpy(latents[rows].astype(np.float32))
         noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-        t = draw_times(rng, plan.batch, plan.high)
+        t = sample_timesteps(rng, plan.batch, plan.high)
         noisy, v = noised(clean, noise, t)
         with torch.autocast("cpu", torch.bfloat16):
             predicted = model(noisy.contiguous(memory_format=torch.channels_last), t, ids)

@@ -1,4 +1,4 @@
-"""Metrics of the folders that ship, on what their trainings did not see: `figures.json` and an image grid of 64 prompts."""
+"""Evaluation of the packaged base models on held-out data: `figures.json` and an image grid of 64 prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .data import captions, photo_dataset
 from .data.concepts import CLIP_SETS, DRAWN, STYLES, UNSEEN_SET
 from .data.icon_sets import Pixels
 from .data.photo_dataset import VALIDATION
-from .data.scenes import COLOURS, SIDE, Scene, draw_scenes
+from .data.scenes import COLORS, SIDE, Scene, sample_scenes
 from .data.training_data import World
 from .training_loop import write_atomic
 
@@ -28,13 +28,13 @@ NAMES = 100
 
 
 def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1, 2), prompts: int = NAMES) -> dict[str, Any]:
-    """Measure the folders under `bases`, write `figures.json` and `sheet.png` to `out`, and return the figures.
+    """Evaluates the models under `bases`, writes `figures.json` and `sheet.png` to `out`, and returns the metrics.
 
-    What is measured on photos is there if the world has a folder of photos.
+    Metrics on photos require a folder of photos in `world`.
 
     Args:
-        seeds: of the pictures; every prompt is drawn once with each.
-        prompts: how many are drawn, at most 100. The thing is looked for among 100 names in any case.
+        seeds: of the images; every prompt is generated once per seed.
+        prompts: number of prompts, at most 100. The thing is classified among 100 names in any case.
     """
     pipe, judge_clip = load(bases)
     preset = presets.preset(bases / "bundled")
@@ -45,20 +45,20 @@ def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1,
         "clip": retrieval(world, judge_clip.model),
         "sampling": {"steps": preset.steps, "guidance_scale": preset.guidance_scale, "seeds": list(seeds)},
     }
-    painter = Painter(pipe, preset.steps, preset.guidance_scale)
-    figures["generation"] = generation(world, painter, judge_clip, seeds, prompts)
+    sampler = SeededSampler(pipe, preset.steps, preset.guidance_scale)
+    figures["generation"] = generation(world, sampler, judge_clip, seeds, prompts)
     if world.photo_folder:
         figures["photos"] = subject_retrieval(world.photo_folder, judge_clip)
     scenes, more = image_grid.sheet_scenes(world), image_grid.photo_prompts() if world.photo_folder else []
-    pictures = painter([*map(world.full_caption, scenes), *more], seed=7)
+    images = sampler([*map(world.full_caption, scenes), *more], seed=7)
     out.mkdir(parents=True, exist_ok=True)
-    image_grid.draw(pictures, [*image_grid.labels(world, scenes), *more]).save(out / "sheet.png", optimize=True)
+    image_grid.draw(images, [*image_grid.labels(world, scenes), *more]).save(out / "sheet.png", optimize=True)
     write_atomic(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
     return figures
 
 
 def load(bases: Path) -> tuple[Any, clip_features.BaseClip]:
-    """The pipeline and the CLIP, as a user gets them."""
+    """Loads the pipeline and the CLIP by the public functions."""
     from ..loading import load as load_pipeline
 
     pipe = load_pipeline(bases / "bundled")
@@ -67,7 +67,7 @@ def load(bases: Path) -> tuple[Any, clip_features.BaseClip]:
 
 
 def weights(bases: Path, pipe: Any, clip_model: Any) -> dict[str, Any]:
-    """Sizes of all parts."""
+    """Parameter counts and file sizes of all components."""
     parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "vae": pipe.vae, "clip": clip_model}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     megabytes = {name: round(packaging.weight(bases / name) / 1e6, 2) for name in ("bundled", "bundled_clip")}
@@ -75,8 +75,8 @@ def weights(bases: Path, pipe: Any, clip_model: Any) -> dict[str, Any]:
 
 
 def reconstruction(world: World, vae: Any) -> dict[str, float]:
-    """PSNR in dB of images that the autoencoder never saw: scenes of icons, and photos of clothes and of validation subjects."""
-    unseen = {"kept_back_concepts_db": world.unseen_pictures(512), "unseen_style_db": world.unseen_style(512)}
+    """PSNR in dB of the autoencoder on held-out images: scenes of icons, photos of clothes and of validation subjects."""
+    unseen = {"kept_back_concepts_db": world.unseen_images(512), "unseen_style_db": world.unseen_style(512)}
     if folder := world.photo_folder:
         photos = {"clothes": photo_dataset.clothes(folder, "validation"), "subjects": photo_dataset.subjects(folder, VALIDATION)}
         for name, those in photos.items():
@@ -107,7 +107,7 @@ def subject_retrieval(folder: Path, judge_clip: clip_features.BaseClip) -> dict[
 
 
 def retrieval(world: World, model: Any) -> dict[str, Any]:
-    """How often the name of an unseen rendering is the nearest, in percent, with the number of renderings and names."""
+    """Rank-1 accuracy of the CLIP on unseen renderings in percent, with the number of renderings and names."""
     names = world.words
     parts = clip.split(world.icons, names, CLIP_SETS, UNSEEN_SET)
     drawn = [row for row in parts.unseen if world.icons.words[row] in DRAWN]
@@ -129,15 +129,15 @@ def retrieval(world: World, model: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Painter:
-    """Draws prompts with fixed seeds: picture `i` under `seed` is always the same."""
+class SeededSampler:
+    """Generates images with fixed seeds: image `i` of a `seed` is reproducible."""
 
     pipe: Any
     steps: int
     guidance_scale: float
 
     def __call__(self, prompts: Sequence[str], seed: int, batch: int = 25) -> Pixels:
-        """Pictures (n, 128, 128, 3)."""
+        """Images (n, 128, 128, 3) of the prompts."""
         out = []
         for start in range(0, len(prompts), batch):
             part = list(prompts[start : start + batch])
@@ -148,11 +148,11 @@ class Painter:
 
 
 def named_scenes(world: World) -> list[Scene]:
-    """One large, centred scene for each of 100 drawn names, on changing backgrounds and in changing styles."""
-    rng, styles, colours = np.random.default_rng(31), list(STYLES.values()), list(COLOURS)
+    """One large, centered scene for each of 100 names of the generator, with varying backgrounds and styles."""
+    rng, styles, colors = np.random.default_rng(31), list(STYLES.values()), list(COLORS)
     words = sorted(rng.permutation(list(DRAWN))[:NAMES].tolist())
     icons = [world.icons.where({word}, {styles[i % len(styles)]})[0] for i, word in enumerate(words)]
-    return [Scene(icon, "large", "center", colours[i % len(colours)]) for i, icon in enumerate(icons)]
+    return [Scene(icon, "large", "center", colors[i % len(colors)]) for i, icon in enumerate(icons)]
 
 
 def named_prompt(world: World, scene: Scene) -> str:
@@ -162,20 +162,20 @@ def named_prompt(world: World, scene: Scene) -> str:
 
 
 def generation(
-    world: World, painter: Painter, judge_clip: clip_features.BaseClip, seeds: Sequence[int], prompts: int
+    world: World, sampler: SeededSampler, judge_clip: clip_features.BaseClip, seeds: Sequence[int], prompts: int
 ) -> dict[str, Any]:
-    """How often the prompted thing is found among 100 names, in three ways; how often its attributes are obeyed."""
+    """Accuracy of the prompted thing among 100 names, by three classifiers, and of its prompted attributes."""
     scenes, which = named_scenes(world), np.arange(0, NAMES, -(-NAMES // prompts))
     named = [scenes[i] for i in which]
-    drawn = np.stack([painter([named_prompt(world, scene) for scene in named], seed) for seed in seeds])
+    drawn = np.stack([sampler([named_prompt(world, scene) for scene in named], seed) for seed in seeds])
     true = world.compositor(named)
-    free = draw_scenes(np.random.default_rng(32), world.drawn, prompts)
+    free = sample_scenes(np.random.default_rng(32), world.drawn, prompts)
     asked = [world.full_caption(scene) for scene in free]
-    obeyed = np.stack([obedience(painter(asked, seed), free) for seed in seeds])
-    ceiling = obedience(world.compositor(free), free)
+    obeyed = np.stack([attribute_hits(sampler(asked, seed), free) for seed in seeds])
+    ceiling = attribute_hits(world.compositor(free), free)
     things = {
-        label: rated(np.stack([hits(pictures) for pictures in drawn]), hits(true))
-        for label, hits in recognisers(world, scenes, which, judge_clip).items()
+        label: rated(np.stack([hits(images) for images in drawn]), hits(true))
+        for label, hits in recognizers(world, scenes, which, judge_clip).items()
     }
     parts = enumerate(("background", "size", "place"))
     return {
@@ -187,21 +187,21 @@ def generation(
 
 
 def rated(hits: npt.NDArray[np.bool_], of_true: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """The share of hits with its interval, beside what the same measure says of true renderings."""
+    """The accuracy with its interval, and the accuracy of the same metric on true renderings."""
     return {**scene_judge.share(hits), "true_renderings": round(100 * float(of_true.mean()), 1)}
 
 
-def obedience(pictures: Pixels, scenes: Sequence[Scene]) -> npt.NDArray[np.bool_]:
-    """Whether each picture has the background, size and place of its scene, (n, 3)."""
-    seen = [scene_judge.look(picture) for picture in pictures]
+def attribute_hits(images: Pixels, scenes: Sequence[Scene]) -> npt.NDArray[np.bool_]:
+    """Whether each image has the prompted background, size and place, (n, 3)."""
+    seen = [scene_judge.measure(image) for image in images]
     pairs = zip(seen, scenes, strict=True)
     return np.array([(a.background == b.background, a.size == b.size, a.place == b.place) for a, b in pairs])
 
 
-def recognisers(
+def recognizers(
     world: World, scenes: list[Scene], which: npt.NDArray[np.int64], judge_clip: clip_features.BaseClip
 ) -> dict[str, Any]:
-    """Functions from pictures of the scenes `which` to hits.
+    """Classifiers of the prompted thing: functions of the images of the scenes `which` that return hits.
 
     `clip_text`: the nearest of the phrases "a NAME" in the bundled CLIP. `pixels`: the nearest true rendering of any of the
     things, in any style, on the same background, shows the thing. `clip_image`: the same by the image tower's features.
@@ -211,21 +211,21 @@ def recognisers(
         phrases = F.normalize(judge_clip.encode_text(judge_clip.tokenizer([captions.article(w) for w in words])), dim=-1)
     variants = [world.icons.where({word}, {icon_set})[0] for icon_set in STYLES.values() for word in words]
 
-    def unit(pictures: Pixels) -> npt.NDArray[np.float32]:
+    def unit(images: Pixels) -> npt.NDArray[np.float32]:
         with torch.no_grad():
-            small = F.interpolate(autoencoder.to_tensor(pictures), (clip.SIDE, clip.SIDE), mode="area")
+            small = F.interpolate(autoencoder.to_tensor(images), (clip.SIDE, clip.SIDE), mode="area")
             return np.asarray(F.normalize(judge_clip.encode_image(small), dim=-1).numpy())
 
-    def by_rendering(pictures: Pixels, embed: Any) -> npt.NDArray[np.bool_]:
+    def by_rendering(images: Pixels, embed: Any) -> npt.NDArray[np.bool_]:
         best = []
-        for picture, i in zip(embed(pictures), which, strict=True):
+        for image, i in zip(embed(images), which, strict=True):
             said = scenes[i]
             rivals = world.compositor([Scene(icon, said.size, said.place, said.background) for icon in variants])
-            best.append(int(scene_judge.nearest(picture[None], embed(rivals))[0]) % len(words))
+            best.append(int(scene_judge.nearest(image[None], embed(rivals))[0]) % len(words))
         return np.array(best) == which
 
     return {
-        "clip_text": lambda pictures: (unit(pictures) @ phrases.numpy().T).argmax(1) == which,
-        "pixels": lambda pictures: by_rendering(pictures, scene_judge.flat),
-        "clip_image": lambda pictures: by_rendering(pictures, unit),
+        "clip_text": lambda images: (unit(images) @ phrases.numpy().T).argmax(1) == which,
+        "pixels": lambda images: by_rendering(images, scene_judge.flat),
+        "clip_image": lambda images: by_rendering(images, unit),
     }

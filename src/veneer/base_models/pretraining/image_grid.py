@@ -1,4 +1,4 @@
-"""An image grid of 64 and more prompts to look at, and the curves of the trainings."""
+"""Image grid of 64 and more prompts, and plots of the training curves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .data.captions import article
 from .data.concepts import DRAWN, STYLES
 from .data.icon_sets import Pixels
 from .data.photo_dataset import CLOTHES, SUBJECTS
-from .data.scenes import SIDE, Scene, draw_scenes
+from .data.scenes import SIDE, Scene, sample_scenes
 from .data.training_data import World
 from .packaging import split_key
 
@@ -21,18 +21,18 @@ COLUMNS, LINE = 8, 26
 
 
 def sheet_scenes(world: World) -> list[Scene]:
-    """64 scenes of different things: every second one large in the center, the others anywhere."""
+    """64 scenes of different things: every second one large in the center, the others at random places."""
     rng = np.random.default_rng(33)
     words = rng.permutation(list(DRAWN))[: COLUMNS**2].tolist()
     styles = list(STYLES.values())
     icons = [world.icons.where({word}, {styles[i % len(styles)]})[0] for i, word in enumerate(words)]
-    scenes = draw_scenes(rng, [0], len(words))
+    scenes = sample_scenes(rng, [0], len(words))
     free = [Scene(icon, s.size, s.place, s.background) for icon, s in zip(icons, scenes, strict=True)]
     return [s if i % 2 else Scene(s.icon, "large", "center", s.background) for i, s in enumerate(free)]
 
 
 def labels(world: World, scenes: Sequence[Scene]) -> list[str]:
-    """Two lines for each scene, to stand beneath its image."""
+    """A label of two lines for each scene."""
     return [f"{scene.size} {world.icons.words[scene.icon]}\n{scene.place}, {scene.background}" for scene in scenes]
 
 
@@ -41,22 +41,22 @@ def photo_prompts() -> list[str]:
     return [f"a photo of {article(word)}" for word in dict.fromkeys([*CLOTHES.values(), *SUBJECTS.values()])]
 
 
-def draw(pictures: Pixels, labels: Sequence[str]) -> Image.Image:
-    """The images, each with its label beneath."""
-    rows = -(-len(pictures) // COLUMNS)
+def draw(images: Pixels, labels: Sequence[str]) -> Image.Image:
+    """An image grid with a label below each image."""
+    rows = -(-len(images) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (SIDE + 4), rows * (SIDE + LINE)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         left, top = i % COLUMNS * (SIDE + 4) + 2, i // COLUMNS * (SIDE + LINE)
-        sheet.paste(Image.fromarray(picture), (left, top))
+        sheet.paste(Image.fromarray(image), (left, top))
         pen.text((left, top + SIDE), label, fill="black", font_size=10, spacing=0)
     return sheet
 
 
 def curves(work: Path, file: Path) -> None:
-    """Plot the logs of the trainings under `work`: losses, and the UNet's v-errors at the watched timesteps.
+    """Plots the training logs under `work`: losses, and the UNet's v-errors at the validation timesteps.
 
-    A training that was not made there, because it began from packaged weights, is left out.
+    Stages without a log, because they were initialized from packaged weights, are omitted.
     """
     import matplotlib
 

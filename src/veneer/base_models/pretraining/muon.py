@@ -16,7 +16,7 @@ from torch import Tensor, nn
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """Newton-Schulz iteration X <- aX + (bA + cA^2)X with A = XX^T: singular values go to about 1.
 
     Args:
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -62,16 +62,16 @@ class Muon(torch.optim.Optimizer):
         assert grad is not None
         buffer.lerp_(grad, 1 - group["momentum"])
         direction = grad.lerp(buffer, group["momentum"]).reshape(len(grad), -1)
-        update = orthogonalise(direction, group["steps"])
+        update = orthogonalize(direction, group["steps"])
         scale = 0.2 * max(update.shape) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
 
 EDGES = ("embedding", "conv_in", "conv_out", "conv1.weight.stem", "head", "proj_out_")
-"""Parts of the names of matrices that are AdamW's."""
+"""Substrings of the names of matrices that AdamW optimizes."""
 TIMES, SLOWLY = "time_emb_proj", 0.01
-"""Projections of the time embedding, and the share of the learning rate that they get."""
+"""Substring of the names of time embedding projections, and the factor of their learning rate."""
 
 
 def optimizers(module: nn.Module, muon_lr: float, adam_lr: float, decay: float = 0.01) -> list[torch.optim.Optimizer]:

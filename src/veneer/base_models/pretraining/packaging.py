@@ -1,4 +1,4 @@
-"""From checkpoints to the folders that ship: half precision, safetensors, nothing that only veneer could read."""
+"""Packaging of checkpoints as base model folders: half precision, safetensors, in diffusers' and open_clip's layouts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .data import example_images
 from .data.training_data import World
 
 LIMIT = 60_000_000
-"""Bytes that all bundled weights may take together."""
+"""Upper limit of the size of all bundled weights, in bytes."""
 
 TRAINING = "bundled/training.json"
-"""How far the trainings were when the weights were packaged."""
+"""Training steps of the packaged weights."""
 
 BEGUN = "begun.json"
-"""The same of the weights that a work folder began from."""
+"""Training steps of the weights that a work folder was initialized from."""
 
 
 def pipeline(world: World) -> Any:
@@ -49,24 +49,24 @@ def averaged(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def without_tokens(weights: dict[str, torch.Tensor], vocabulary: int) -> dict[str, torch.Tensor]:
-    """The weights of a denoiser without the tokens of single things, which come after the vocabulary."""
+    """The weights of a denoiser without the instance tokens, which follow the vocabulary."""
     return {name: value[:vocabulary] if "token_embedding" in name else value for name, value in weights.items()}
 
 
 def write_pipeline(world: World, folder: Path) -> None:
-    """Write the Stable Diffusion folder; its preset and README, if there are any, stay."""
+    """Writes the Stable Diffusion folder; an existing preset and README are kept."""
     pipe = pipeline(world)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.half()
     pipe.save_pretrained(folder, safe_serialization=True)
-    for name in ("vocab.json", "merges.txt"):  # what transformers 4 reads, beside the tokenizer.json of transformers 5
+    for name in ("vocab.json", "merges.txt"):  # for transformers 4; transformers 5 reads tokenizer.json
         shutil.copyfile(world.folder / "tokenizer" / name, folder / "tokenizer" / name)
     for config in folder.glob("*/config.json"):
         _plain_config(config)
 
 
 def write_clip(world: World, folder: Path) -> None:
-    """Write the CLIP folder, which open_clip and timm read; a README that is there stays."""
+    """Writes the CLIP folder, which open_clip and timm read; an existing README is kept."""
     weights = averaged(world.folder / "clip")
     model = clip.NamedClip(len(world.tokenizer), *(len(weights[name]) for name in ("prototypes", "things")))
     model.load_state_dict(weights)
@@ -74,9 +74,9 @@ def write_clip(world: World, folder: Path) -> None:
 
 
 def _plain_config(config: Path) -> None:
-    """Leave out where a part was loaded from, and load it in float32 unless asked otherwise.
+    """Removes the source path of a component, and sets its default dtype to float32.
 
-    transformers 5 takes the file's precision, diffusers float32: unasked, the halves of a pipeline would not fit together.
+    By default transformers 5 loads in the file's dtype and diffusers in float32, so that a pipeline would have mixed dtypes.
     """
     value = json.loads(config.read_text())
     if isinstance(value, dict):
@@ -86,7 +86,7 @@ def _plain_config(config: Path) -> None:
 
 
 def training(world: World) -> dict[str, Any]:
-    """Steps of the checkpoints, and the UNet's last v-errors on watched images, from the logs; `begun` says what came before."""
+    """Steps and last v-errors on validation images, from the logs; `begun` has those of earlier runs."""
     last: dict[str, Any] = {}
     logs = {stage: world.folder / stage / "log.jsonl" for stage in ("clip", "unet")}
     logs["decoder"] = world.folder / "vae" / "decoder" / "log.jsonl"
@@ -99,18 +99,18 @@ def training(world: World) -> dict[str, Any]:
 
 
 def split_key(key: str) -> tuple[str, int] | None:
-    """Watched images and timestep of a v-error in a log: ("", 500) of "v500", ("photo", 500) of "photo v500", else None."""
+    """Validation images and timestep of a v-error key: ("", 500) of "v500", ("photo", 500) of "photo v500", else None."""
     found = re.fullmatch(r"(?:(\w+) )?v(\d+)", key)
     return (found[1] or "", int(found[2])) if found else None
 
 
 def weight(*folders: Path) -> int:
-    """Bytes of all safetensors in the folders."""
+    """Size of all safetensors in the folders, in bytes."""
     return sum(file.stat().st_size for folder in folders for file in folder.rglob("*.safetensors"))
 
 
 def write(world: World, bases: Path) -> None:
-    """Write both folders and the example pictures under `bases`.
+    """Writes both folders and the example images under `bases`.
 
     Raises:
         ValueError: the weights are over the limit.
@@ -120,7 +120,7 @@ def write(world: World, bases: Path) -> None:
     (bases / TRAINING).write_text(json.dumps(training(world), indent=2) + "\n")
     example_images.write(world.icons, bases / "examples")
     for file in bases.rglob("*.safetensors"):
-        file.chmod(0o644)  # transformers and safetensors leave them to the owner alone
+        file.chmod(0o644)  # transformers and safetensors write files that only the owner can read
     size = weight(bases / "bundled", bases / "bundled_clip")
     if size > LIMIT:
-        raise ValueError(f"{bases}: the weights take {size / 1e6:.1f} MB; at most {LIMIT / 1e6:.0f} MB ship. Narrow the UNet.")
+        raise ValueError(f"{bases}: weights of {size / 1e6:.1f} MB; expected at most {LIMIT / 1e6:.0f} MB. Use a narrower UNet.")

@@ -1,6 +1,6 @@
-"""Judge pictures from their pixels: which background, place and size they show, and which true rendering is nearest.
+"""Measurement of images from their pixels: background, place and size of the thing, and the nearest true rendering.
 
-Nothing here knows the prompt or a trained text tower, so these figures are independent of the CLIP's.
+These metrics use neither the prompt nor a trained model, and are therefore independent of the CLIP.
 """
 
 from __future__ import annotations
@@ -11,41 +11,41 @@ import numpy as np
 import numpy.typing as npt
 
 from .data.icon_sets import Pixels
-from .data.scenes import COLOURS, MARGIN, PLACES, SIDE, SIZES, corner
+from .data.scenes import COLORS, MARGIN, PLACES, SIDE, SIZES, corner
 
 CONTRAST = 48
-"""A pixel is part of the thing when one of its channels is this far from the background's."""
+"""Least difference of a channel to the background for a pixel of the thing."""
 LEAST = 4
-"""Pixels of the thing that a row or column of its bounding box has at least."""
+"""Least number of pixels of the thing in each row and column of its bounding box."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a picture shows, in the words of captions; size and place are None where nothing stands out."""
+class SceneAttributes:
+    """Attributes of an image, in the words of captions; size and place of an undetected thing: None."""
 
     background: str
     size: str | None
     place: str | None
 
 
-def look(picture: Pixels) -> Seen:
-    """Measure one picture (128, 128, 3).
+def measure(image: Pixels) -> SceneAttributes:
+    """Measures the attributes of an image (128, 128, 3).
 
-    The background is the colour nearest to the median of the outermost pixels, which every composed scene leaves free.
-    The thing is what differs from that median; the longer side of its bounding box gives the size, and the box's middle,
-    among the middles that the size allows, the place.
+    The background is the color nearest to the median of the border pixels, which composed scenes keep free.
+    Pixels that differ from that median belong to the thing; the longer side of its bounding box gives the size, and the box's
+    center, compared with those of all places at this size, the place.
     """
-    edges = (picture[:MARGIN], picture[-MARGIN:], picture[:, :MARGIN], picture[:, -MARGIN:])
+    edges = (image[:MARGIN], image[-MARGIN:], image[:, :MARGIN], image[:, -MARGIN:])
     ground = np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]).astype(np.float32), axis=0)
-    background = min(COLOURS, key=lambda name: float(np.square(ground - np.array(COLOURS[name])).sum()))
-    box = bounds(np.abs(picture.astype(np.float32) - ground).max(-1) > CONTRAST)
+    background = min(COLORS, key=lambda name: float(np.square(ground - np.array(COLORS[name])).sum()))
+    box = bounds(np.abs(image.astype(np.float32) - ground).max(-1) > CONTRAST)
     if box is None:
-        return Seen(background, None, None)
+        return SceneAttributes(background, None, None)
     left, top, right, bottom = box
     size = min(SIZES, key=lambda name: abs(max(right - left, bottom - top) - SIZES[name]))
     middle = np.array([left + right, top + bottom]) / 2
     place = min(PLACES, key=lambda name: float(np.square(middle - np.array(corner(size, name)) - SIZES[size] / 2).sum()))
-    return Seen(background, size, place)
+    return SceneAttributes(background, size, place)
 
 
 def bounds(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
@@ -74,15 +74,15 @@ def rank_one(features: npt.NDArray[np.float32], instances: npt.NDArray[np.int64]
     return float((instances[similarity.argmax(1)] == instances[queries]).mean())
 
 
-def flat(pictures: Pixels) -> npt.NDArray[np.float32]:
-    """Pictures as rows of numbers in 0..1."""
-    return np.asarray(pictures, np.float32).reshape(len(pictures), SIDE * SIDE * 3) / np.float32(255)
+def flat(images: Pixels) -> npt.NDArray[np.float32]:
+    """Images as vectors with values in 0..1."""
+    return np.asarray(images, np.float32).reshape(len(images), SIDE * SIDE * 3) / np.float32(255)
 
 
 def share(hits: npt.NDArray[np.bool_], resamples: int = 2000) -> dict[str, object]:
-    """The share of hits (seeds, prompts) in percent, with a 95 % interval from resampling the prompts.
+    """Accuracy of hits (seeds, prompts) in percent, with a 95 % bootstrap interval over prompts.
 
-    Pictures of one prompt under several seeds are alike, so whole prompts are resampled, with all their seeds.
+    Images of one prompt with several seeds are correlated, so that prompts are resampled with all their seeds.
     """
     rng = np.random.default_rng(0)
     by_prompt = hits.mean(0)

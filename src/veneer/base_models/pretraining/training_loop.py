@@ -1,4 +1,4 @@
-"""The training loop that the three stages share: seeded by step, resumable, with an EMA and atomic checkpoints."""
+"""Training loop of the three stages: seeded by step, resumable, with an EMA and atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Write through a temporary name, sync and rename, so that `path` is never half-written."""
+    """Writes to a temporary file, syncs and renames it, so that `path` is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     write(temporary)
@@ -32,15 +32,15 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """One step; the decay is lower at first, so that the start is forgotten."""
+        """Updates the average; the decay is lower at first, so that the initial values have little weight."""
         decay = min(self.decay, (1 + step) / (10 + step))
         pairs = [(self.shadow[n], p) for n, p in module.state_dict().items() if p.is_floating_point()]
         shadows, values = [s for s, _ in pairs], [p for _, p in pairs]
         torch._foreach_lerp_(shadows, values, 1 - decay)
 
 
-class Run:
-    """A module with its optimisers, learning-rate rule, EMA, log and checkpoint; `batch(step)` gives the loss."""
+class TrainingRun:
+    """A module with its optimizers, learning rate schedule, EMA, log and checkpoint."""
 
     def __init__(
         self,
@@ -57,17 +57,17 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """Where the state is kept."""
+        """File of the training state."""
         return self.folder / "checkpoint.pt"
 
     def save(self) -> None:
-        """Write everything that `resume` needs."""
+        """Saves the state for `resume`."""
         optimizers = [o.state_dict() for o in self.optimizers]
         state = {"step": self.step, "model": self.module.state_dict(), "ema": self.ema.shadow, "optimizers": optimizers}
         write_atomic(self.checkpoint, lambda path: torch.save(state, path))
 
     def resume(self) -> bool:
-        """Go on from the checkpoint, if there is one."""
+        """Restores the checkpoint, if there is one."""
         if not self.checkpoint.is_file():
             return False
         state = torch.load(self.checkpoint, weights_only=True)
@@ -83,7 +83,7 @@ class Run:
         return {name: value.clone() for name, value in self.ema.shadow.items()}
 
     def log(self, **figures: Any) -> None:
-        """Append a line to the log."""
+        """Appends a line to the log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": self.step, "time": round(time.time()), **figures}) + "\n")
@@ -96,7 +96,7 @@ class Run:
         report: Callable[[int], dict[str, Any]] | None = None,
         clip: float = 1.0,
     ) -> None:
-        """Optimise `loss(step)` up to step `until`; log, report and save every `every` steps."""
+        """Optimizes `loss(step)` up to step `until`; logs, reports and saves every `every` steps."""
         mean, began = 0.0, time.time()
         parameters = list(self.module.parameters())
         while self.step < until:

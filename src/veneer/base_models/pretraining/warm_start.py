@@ -1,4 +1,4 @@
-"""Begin from weights that were packaged before: train them further, or on more than they saw."""
+"""Initialization from packaged weights, to train them further or on more data."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ SILENT = 1e-3
 
 
 def unpack(bases: Path, work: Path) -> None:
-    """Lay tokenizer, autoencoder and what is known of their training where the stages look for them, unless they are there.
+    """Copies tokenizer, autoencoder and their training record to the work folder, unless they exist there.
 
-    An autoencoder of fewer channels is not laid there: the encoder begins anew, on its latents, and its training is forgotten.
+    An autoencoder of fewer channels is not copied, because a new encoder is built from its latents; its record is dropped.
     """
     parts = {bases / "bundled/tokenizer": work / "tokenizer"}
     anew = read_json(bases / "bundled/vae/config.json")["latent_channels"] != LATENT
@@ -48,7 +48,7 @@ def _without_autoencoder(training: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def denoiser(model: Denoiser, bases: Path) -> None:
-    """Give the denoiser the packaged weights; channels and tokens that these lack begin at zero and as they are."""
+    """Loads the packaged weights into the denoiser; missing channels become zero, missing tokens keep their initial values."""
     for part, file in ((model.unet, "unet/diffusion_pytorch_model"), (model.text, "text_encoder/model")):
         weights = _weights(bases / f"bundled/{file}.safetensors")
         for name, own in part.state_dict().items():
@@ -62,7 +62,7 @@ def denoiser(model: Denoiser, bases: Path) -> None:
 
 @torch.no_grad()
 def revive(model: Denoiser, latents: Tensor, ids: Tensor) -> list[str]:
-    """Reinitialize dead residual blocks, whose second convolution gets zeros; returns the names of these blocks.
+    """Reinitializes dead residual blocks, whose second convolution has zero input; returns their names.
 
     Their time projections have driven every activation to zero. A block is initialized again, without the time embedding and
     with a zero second convolution, so that the output of the network does not change.
@@ -93,7 +93,7 @@ def revive(model: Denoiser, latents: Tensor, ids: Tensor) -> list[str]:
 
 @torch.no_grad()
 def named_clip(model: NamedClip, bases: Path, tokenizer: CLIPTokenizer, names: list[str]) -> None:
-    """Give the CLIP the packaged weights; each prototype, which is not packaged, is what the text tower makes of its name."""
+    """Loads the packaged weights into the CLIP; the prototypes, which are not packaged, are initialized with text features."""
     weights = _weights(bases / "bundled_clip/model.safetensors")
     model.clip.load_state_dict(weights)
     model.log_scale.copy_(weights["logit_scale"])

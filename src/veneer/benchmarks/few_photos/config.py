@@ -109,7 +109,7 @@ class FewPhotosConfig:
         gallery: names of the subjects among which images are identified, the trained ones included (default: the trained ones).
         presets: quick, balanced or thorough, or NAME:KEY=VALUE,… with options of `veneer personalize`, such as
             long:steps=2000,lora.rank=32,crop=random; preset=quick takes that preset's steps, | separates several values.
-        seeds: training seeds; each also generates images of its own.
+        seeds: training seeds; each also generates other images.
         base: `bundled`, or a folder of the same layout.
         clip: CLIP that scores: `bundled`, or an open_clip folder.
         efficientnet: score by EfficientNet-Lite0 too.

@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from veneer.base_models.pretraining import scene_judge
-from veneer.base_models.pretraining.data.scenes import COLOURS, PLACES, SIDE
+from veneer.base_models.pretraining.data.scenes import COLORS, PLACES, SIDE
 from veneer.training.report.metrics import ceiling, cosine, likeness
 
-GROUND = re.compile(rf"\b({'|'.join(sorted(COLOURS, key=len, reverse=True))}) background\b")
+GROUND = re.compile(rf"\b({'|'.join(sorted(COLORS, key=len, reverse=True))}) background\b")
 
 
 def asked(prompt: str) -> tuple[str | None, str | None]:
@@ -57,7 +57,7 @@ def obeyed(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[float
     """
     grounds, places = list[bool](), list[bool]()
     for image, prompt in zip(images, prompts, strict=True):
-        seen = scene_judge.look(np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)))
+        seen = scene_judge.measure(np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)))
         ground, place = asked(prompt)
         grounds.append(seen.background == ground)
         if place is not None:
@@ -92,7 +92,7 @@ def nearest_mean(images: Tensor, gallery: Mapping[str, Tensor]) -> list[str]:
 
 
 def photos_identified(gallery: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """Share of each subject's photos whose nearest other photo is of their subject; None for a subject with one photo."""
+    """Share of each subject's photos whose nearest other photo is of their subject; None if the subject has one photo."""
     found = dict[str, float | None]()
     for name, photos in gallery.items():
         hits = list[bool]()
@@ -105,7 +105,7 @@ def photos_identified(gallery: Mapping[str, Tensor]) -> dict[str, float | None]:
 
 
 def photo_ceiling(photos: Tensor) -> float | None:
-    """Mean similarity of each photo to the others; None for one photo."""
+    """Mean similarity of each photo to the others; None if there is one photo."""
     return ceiling(photos).mean if len(photos) > 1 else None
 
 

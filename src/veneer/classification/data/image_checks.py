@@ -50,7 +50,7 @@ def check_images(
     Args:
         strict: raise an error with all unusable images instead of skipping them.
         folder: where `skipped.txt` is written if images are skipped, one line per image; created if missing.
-        threads: decoder threads; None for one per core, at most 16.
+        threads: decoder threads (default: one per core, at most 16).
         progress: called in this thread with the number of checked images and of all images.
 
     Raises:

@@ -26,7 +26,7 @@ class Splits:
     Args:
         train, validation, test: disjoint; validation and test may be empty if their fraction is 0.
         seed: of the split.
-        shots: training images per class, or None for all.
+        shots: training images per class; None means all.
         made: the splits that were not part of the data.
         notes: sentences on problems: the same image in two splits, classes with too few images.
         digest: hash of the images' names, labels and bytes in each split.

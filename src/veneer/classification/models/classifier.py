@@ -40,7 +40,7 @@ class Classifier:
 
     @property
     def features(self) -> FeatureSite | None:
-        """The site of the head's input features; None for a model with several heads."""
+        """The site of the head's input features; None if the model has several heads."""
         found = [s for s in sites(self.model) if isinstance(s, FeatureSite) and s.role == "features"]
         return found[0] if len(found) == 1 else None
 

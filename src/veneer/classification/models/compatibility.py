@@ -28,7 +28,7 @@ IMAGE_SITES: tuple[type[Site], ...] = (
 def compatible_methods(model: str) -> list[str]:
     """Names of the methods that are compatible with a classifier, sorted.
 
-    The list depends on the kind of model only: no model is built, so that attaching may still fail for an unusual architecture.
+    The list depends on the kind of model only: no model is built, so that attaching may still fail for some architectures.
 
     Args:
         model: as in `TransferConfig`. For a CLIP the list includes `zero_shot`.

@@ -45,7 +45,7 @@ def check_name(name: str) -> None:
 
 
 def build_without_weights(name: str) -> nn.Module | None:
-    """Builds a timm or open_clip model without its pretrained weights, to inspect its structure; None for any other name.
+    """Builds a timm or open_clip model without its pretrained weights, to inspect its structure; None if the name is neither.
 
     Raises:
         ModelError: unknown `timm:` or `open_clip:` model.
@@ -80,9 +80,9 @@ def open_classifier(
 
     Args:
         name: `bundled`, `bundled_clip`, `open_clip:NAME/TAG`, or a timm name, optionally with the prefix `timm:`.
-        weights: a safetensors file, `none` for random initialization, or None for the pretrained weights.
+        weights: a safetensors file, `none` for random initialization (default: the pretrained weights).
         keep_head: keep the model's head, for methods that map its labels. The head of a CLIP are its class embeddings.
-        size: side of the input images; None for the model's own.
+        size: side of the input images (default: the model's own).
         seed: of a new head, and of random weights.
     Raises:
         ModelError: no such model or weights, weights of another architecture, or an unsupported size.

@@ -36,7 +36,7 @@ def open_clip_classifier(
     Args:
         name: `bundled_clip`, or `open_clip:NAME/TAG` with open_clip's names of an architecture and its weights. The tag may be
             omitted if `weights` is set.
-        weights: a safetensors file, `none` for random initialization, or None for the pretrained weights.
+        weights: a safetensors file, `none` for random initialization (default: the pretrained weights).
         seed: of random weights and of a linear head. `templates`, `head`: as for `CLIPClassifier`.
     Raises:
         ModelError: no such model or weights, weights of another architecture or activation, or prompts that are too long.

@@ -23,7 +23,7 @@ class SummaryRow:
 
     Args:
         row: label of the row. `seeds`: their number. `accuracy`, `half`: mean test accuracy and half its 95 % interval.
-        over, over_half: mean of the differences to the baseline, paired by seed, and half its interval; None for the baseline.
+        over, over_half: mean of the differences to the baseline, paired by seed, and half its interval, or None.
         validation: mean validation accuracy of the selected epochs.
     """
 
@@ -53,7 +53,7 @@ def summarize_runs(runs: Sequence[RunMetrics], rows: Sequence[str]) -> list[Summ
 
 
 def baseline_of(rows: Sequence[str]) -> str:
-    """The row that serves as the baseline; "" if there is none."""
+    """The row that serves as the baseline; "" without one."""
     return next((row for row in BASELINES if row in rows), "")
 
 

@@ -22,7 +22,7 @@ class ClassificationMetrics:
         accuracy: top-1 accuracy. `interval`: its Wilson score interval at 95 %, valid for few images and near 1 too.
         calibration_error: expected calibration error, 15 bins of equal width.
         loss: mean cross-entropy.
-        recall: of each class; None for a class without images.
+        recall: of each class; None without images of the class.
         confusion: counts by (true, predicted) class.
         images: number of images.
     """

@@ -32,7 +32,7 @@ class Epoch:
 
 
 def read_epochs(folder: Path) -> list[Epoch]:
-    """Epochs of a running or finished run, from its result files; empty if there are none yet."""
+    """Epochs of a running or finished run, from its result files; empty before the first epoch."""
     for name in ("result.json", "curve.json"):
         try:
             record = json.loads((folder / name).read_text(encoding="utf-8"))

@@ -66,8 +66,8 @@ class TransferResult:
 
     Args:
         loop: result of the training loop. `epochs`: metrics of each.
-        best: the epoch whose weights the model has. None for a stopped run, which has the weights of the best epoch so far, or of
-            the last step if no epoch was completed.
+        best: the epoch whose weights the model has. None after a stop: the model then has the weights of the best epoch so far,
+            or of the last step if no epoch was completed.
         validation: metrics of the validation split at `best`.
         cached: True if the features were computed once per image.
         trainable: number of trainable parameters.

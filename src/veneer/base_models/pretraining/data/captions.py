@@ -1,4 +1,4 @@
-"""Captions for scenes, and the small BPE tokenizer that is trained on them."""
+"""Captions for scenes, and the small BPE tokenizer trained on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .scenes import COLOURS, PLACES, SIZES, Scene
+from .scenes import COLORS, PLACES, SIZES, Scene
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -26,16 +26,16 @@ def article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def full(word: str, scene: Scene, style: str) -> str:
-    """Everything said, in the usual order: "a small apple, top left, green background, flat style"."""
+def full_caption(word: str, scene: Scene, style: str) -> str:
+    """The caption with all attributes: "a small apple, top left, green background, flat style"."""
     return f"{article(f'{scene.size} {word}')}, {scene.place}, {scene.background} background, {style} style"
 
 
 def caption(rng: np.random.Generator, word: str, scene: Scene, style: str) -> str:
-    """A caption that says more or less of what is in the scene; one in ten is empty, for guidance.
+    """Samples a caption with some attributes of the scene; one in ten is empty, for classifier-free guidance.
 
-    Size and place are left unsaid mostly where they are the usual ones (large, center), so that a prompt without them
-    means a large thing in the center. Background and style are left unsaid at random.
+    Size and place are omitted mostly if they have their default values (large, center), so that a prompt without them means a
+    large thing in the center. Background and style are omitted at random.
     """
     if rng.random() < 0.1:
         return ""
@@ -54,8 +54,8 @@ def caption(rng: np.random.Generator, word: str, scene: Scene, style: str) -> st
     return ", ".join([thing, *tail])
 
 
-def of_photo(rng: np.random.Generator, word: str) -> str:
-    """A caption of a photo of which no scene is known; one in ten is empty."""
+def photo_caption(rng: np.random.Generator, word: str) -> str:
+    """Samples a caption of a photo without a known scene; one in ten is empty."""
     chance = rng.random()
     if chance < 0.1:
         return ""
@@ -70,8 +70,8 @@ def corpus(modules: Path, words: list[str], styles: list[str]) -> Iterator[str]:
     rng = np.random.default_rng(0)
     for word in words:
         for _ in range(60):
-            size, place, colour = (str(rng.choice(list(kind))) for kind in (SIZES, PLACES, COLOURS))
-            yield full(word, Scene(0, size, place, colour), str(rng.choice(styles)))
+            size, place, color = (str(rng.choice(list(kind))) for kind in (SIZES, PLACES, COLORS))
+            yield full_caption(word, Scene(0, size, place, color), str(rng.choice(styles)))
             yield f"{LEADS[rng.integers(len(LEADS))]} {article(word)}"
     yield from (f"a photo of {article(word)}, on the beach, in the snow, on a table" for word in ("toy", "dog") * 60)
     for record in json.loads((modules / "emojilib" / "dist" / "emoji-en-US.json").read_text()).values():
@@ -79,9 +79,9 @@ def corpus(modules: Path, words: list[str], styles: list[str]) -> Iterator[str]:
 
 
 def train_tokenizer(text: Iterator[str], folder: Path, size: int = 2400) -> CLIPTokenizer:
-    """Train a byte-level BPE in CLIP's manner and save it in the transformers layout.
+    """Trains a byte-level BPE like CLIP's and saves it in the transformers layout.
 
-    The end mark has the highest number (open_clip pools at the largest id) and pads too, as in Stable Diffusion 1.x.
+    The end token has the largest id (open_clip pools at the largest id) and is the padding token too, as in Stable Diffusion 1.x.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
@@ -106,7 +106,7 @@ def train_tokenizer(text: Iterator[str], folder: Path, size: int = 2400) -> CLIP
 
 
 def _ordered(alphabet: list[str], merges: list[tuple[str, str]]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's order: bytes, bytes that end a word, merges, the two marks."""
+    """CLIP's order of the vocabulary: bytes, bytes at the end of words, merges, the two special tokens."""
     entries = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), BOS, EOS]
     return {entry: i for i, entry in enumerate(dict.fromkeys(entries))}, merges
 

@@ -1,7 +1,7 @@
-"""What the bundled bases know: which things are drawn, which are kept back, and in which icon sets.
+"""Concepts of the bundled base models: which the generator is trained on, which are held out, and in which icon sets.
 
-A concept is written `word=emoji name`, or only the name where both agree. Words are single, ordinary nouns where the
-language allows it, because a prompt such as "a <toy>, center, blue background" puts a new word in the same place.
+A concept is written `word=emoji name`, or only the name if both are equal. Words are single, ordinary nouns if possible, because
+prompts such as "a <toy>, center, blue background" use a new token in their place.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ STYLES = {"flat": "fluent-emoji-flat", "twemoji": "twemoji", "3d": "fluent-emoji
 
 CLIP_SETS = ("noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji", "twemoji", "emojione")
 MORE_SETS = ("fluent-emoji-3d", "streamline-emojis")
-"""Learnt from by the CLIP without a rendering kept back, and no reason for a name to be known."""
+"""Additional training sets of the CLIP, without held-out renderings; they do not add names."""
 UNSEEN_SET = "fxemoji"
-"""Never used in any training: the honest figure for an unseen style."""
+"""Held out from all training, to evaluate an unseen style."""
 
 ALSO_CALLED = {"teddy bear": "toy"}
-"""Emoji that the generator draws beside those of `DRAWN`, by a broader word half of the time."""
+"""Emoji of the generator in addition to `DRAWN`, with a broader word in half of the captions."""
 
 _DRAWN = """
 apple=red apple, pear, banana, lemon, cherry=cherries, strawberry, grapes, watermelon, pineapple, tomato, carrot,
@@ -56,10 +56,10 @@ DRAWN: dict[str, str] = _parse(_DRAWN)
 """Caption word -> emoji name, for every concept the generator is trained on."""
 
 NOT_DRAWN: dict[str, str] = _parse(_NOT_DRAWN)
-"""Caption word -> emoji name, for things that only the CLIP knows by a word of their own."""
+"""Caption word -> emoji name, for things that only the CLIP is trained on."""
 
 KEPT_BACK: dict[str, str] = _parse(_KEPT_BACK)
-"""Caption word -> emoji name, for the concepts that the generator never sees: they are there to be taught."""
+"""Caption word -> emoji name, for concepts held out from the generator, to be used as new concepts."""
 
 _NOT_THINGS = (
     "clock", "o’clock", "thirty", "moon", "globe", "heart", "face", "speaker", "mailbox", "envelope", "tray", "book",
@@ -69,7 +69,7 @@ _NOT_THINGS = (
 
 
 def clip_names(by_group: dict[str, list[str]], sets_with: dict[str, set[str]]) -> dict[str, str]:
-    """Caption word -> emoji name for the CLIP: the concepts with words of their own, and other things in five sets or more."""
+    """Caption word -> emoji name for the CLIP: the concepts above, and other things in at least five sets."""
     names = {**DRAWN, **KEPT_BACK, **NOT_DRAWN}
     taken = set(names.values())
     for group in ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects"):

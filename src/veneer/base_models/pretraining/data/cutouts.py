@@ -1,4 +1,4 @@
-"""Cut the thing out of a photo, so that it can stand on any background."""
+"""Cutouts: segmentation of the thing in a photo, to compose it on any background."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .icon_sets import PIXELS, Pixels
 from .photo_dataset import Photograph
 
 BORDER = 0.03
-"""Share of the shorter side, along every edge of the photo, that is taken for background."""
+"""Width of the border that counts as background, as a fraction of the shorter side."""
 LEAST, MOST = 0.06, 0.7
-"""Share of the photo that a thing may cover."""
+"""Least and largest fraction of the photo that a thing may cover."""
 WHOLE = 0.85
-"""Share of what was found that must hang together."""
+"""Least fraction of the foreground in its largest connected component."""
 
 
 def mask(pixels: Pixels) -> npt.NDArray[np.uint8] | None:
-    """Where the thing is (height, width), 0 or 1, by GrabCut with the border as background; None where that is doubtful.
+    """Mask of the thing (height, width), 0 or 1, by GrabCut with the border as background; None if it is unreliable.
 
     Source: Rother et al., "GrabCut: interactive foreground extraction using iterated graph cuts" (2004).
     """
@@ -46,7 +46,7 @@ def mask(pixels: Pixels) -> npt.NDArray[np.uint8] | None:
 
 
 def icon(pixels: Pixels, thing: npt.NDArray[np.uint8], side: int = PIXELS) -> Pixels:
-    """The thing alone, RGBA (side, side, 4), centered in a square as rendered icons are."""
+    """The cutout as RGBA (side, side, 4), centered in a square like rendered icons."""
     rows, columns = np.flatnonzero(thing.any(1)), np.flatnonzero(thing.any(0))
     image = Image.fromarray(pixels).convert("RGBA")
     image.putalpha(Image.fromarray(255 * thing))
@@ -57,7 +57,7 @@ def icon(pixels: Pixels, thing: npt.NDArray[np.uint8], side: int = PIXELS) -> Pi
 
 
 def load(photos: Sequence[Photograph], which: Sequence[int], cache: Path) -> tuple[Pixels, list[int]]:
-    """Cut-outs (n, 128, 128, 4) of the photos `which` and the number of each one's photo; kept in `cache` (an .npz)."""
+    """Cutouts (n, 128, 128, 4) of the photos `which`, and the index of the photo of each; cached in `cache` (an .npz)."""
     if not cache.is_file():
         masks = {i: mask(photos[i].pixels) for i in which}
         found = {i: icon(photos[i].pixels, thing) for i, thing in masks.items() if thing is not None}

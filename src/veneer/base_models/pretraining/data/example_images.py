@@ -1,4 +1,4 @@
-"""The example pictures: one thing that the generator never saw, in scenes that it knows how to describe."""
+"""The bundled example images: a concept held out from the generator, in scenes of its captions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from .captions import article
 from .icon_sets import Icons
-from .scenes import COLOURS, SIDE, SIZES, Scene, corner
+from .scenes import COLORS, SIDE, SIZES, Scene, corner
 
 WORD, SET = "octopus", "twemoji"
 
@@ -23,29 +23,29 @@ SCENES = (
 )
 
 
-def picture(icon: Image.Image, scene: Scene) -> Image.Image:
-    """The scene, composed by Pillow."""
+def compose(icon: Image.Image, scene: Scene) -> Image.Image:
+    """Composes the scene with Pillow."""
     side = SIZES[scene.size]
-    canvas = Image.new("RGB", (SIDE, SIDE), COLOURS[scene.background])
+    canvas = Image.new("RGB", (SIDE, SIDE), COLORS[scene.background])
     small = icon.convert("RGBa").resize((side, side), Image.Resampling.BOX).convert("RGBA")
     canvas.paste(small, corner(scene.size, scene.place), small)
     return canvas
 
 
 def describe(scene: Scene) -> str:
-    """The caption, open for the concept word: what is said here is not learnt as part of the concept."""
+    """The caption with a placeholder for the concept; captioned attributes are not learned as part of the concept."""
     size = "" if scene.size == "large" else f"{scene.size} "
     return f"{article(size + '{concept}')}, {scene.place}, {scene.background} background"
 
 
 def write(icons: Icons, folder: Path) -> None:
-    """Write the pictures and their captions (`metadata.jsonl`) to the folder."""
+    """Writes the images and their captions (`metadata.jsonl`) to the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (row,) = icons.where({WORD}, {SET})
     icon = Image.fromarray(np.asarray(icons.rgba[row]))
     lines = []
     for number, scene in enumerate(SCENES, 1):
         name = f"{number:02}.png"
-        picture(icon, scene).save(folder / name, optimize=True)
+        compose(icon, scene).save(folder / name, optimize=True)
         lines.append(json.dumps({"file_name": name, "text": describe(scene)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")

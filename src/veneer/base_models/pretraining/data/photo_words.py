@@ -1,4 +1,4 @@
-"""Words for what packaged photos show, and the terms of each file where a package states them by file."""
+"""Caption words of packaged photos, and license terms of single files."""
 
 # ruff: noqa: E501 (one line an entry)
 
@@ -95,7 +95,7 @@ _NAMES = {
     "washer": "Clothes washing machine; Washing machine",
     "whiteboard": "White board",
 }
-"""Caption word -> the names in the furniture catalogs whose last word is not the word to use."""
+"""Caption word -> names in the furniture catalogs whose last word is not suitable as caption word."""
 
 WORDS = {name: word for word, names in _NAMES.items() for name in names.split("; ")}
 """Name in a furniture catalog -> caption word; all other names end with their word."""
@@ -104,7 +104,7 @@ SKIPPED = (
     "plug$|switch$|^Arrow|Parking|^Bill|^Rail|crossing|emale|^Male|Mannequin|panes?$|^Apples$|artwork|^Tool$|Puzzle|Number lock|"
     "sidewalk|strip|Entry|Shower head"
 )
-"""Names in the furniture catalogs that are left out: people, road marks, near copies, and what a word cannot name."""
+"""Excluded names of the furniture catalogs: people, road markings, near duplicates, and objects without a simple word."""
 
 GCOMPRIS: dict[str, tuple[str, Literal["thing", "scene", "texture"], str, str]] = {
     "categorization/resource/images/fishes/fish1": ("fish", "thing", "public-domain", "Florin DUMITRESCU"),

@@ -1,4 +1,4 @@
-"""Views of furniture models: textured OBJ models rendered from all sides as cut-outs."""
+"""ModelViews of furniture models: textured OBJ models rendered from all sides as cut-outs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from . import photo_packages
 from .icon_sets import PIXELS, Pixels
-from .obj_models import Array, Part, make_actor, read_model
+from .obj_models import Array, MeshPart, make_actor, read_model
 
 VIEWS = 8
 SUPERSAMPLING = 3
@@ -24,13 +24,13 @@ ELEVATION = (5.0, 40.0)
 FOCAL_LENGTH = (28.0, 110.0)
 """Millimeters, for a sensor 24 mm high that the bounding sphere of the model fills."""
 FRONT = 0.75
-"""Share of the views from the front half."""
+"""Fraction of the views from the front half."""
 MOST = 12
-"""Models of one word at most."""
+"""Largest number of models per word."""
 NEAR = 0.03
 """Mean difference of premultiplied colors (0 to 1) below which two models of a word count as copies."""
 COVERAGE = 0.03
-"""Share of the pixels that a model must cover."""
+"""Least fraction of the pixels that a model covers."""
 THIN = 0.5
 """Shorter over longer side of a view, relative to the default pose, below which a pose is sampled again."""
 EXPOSURE = 1.2
@@ -40,11 +40,11 @@ EXCLUDED = {
     "Pedestrian railing": "the bars in its texture blur into a panel",
     "Wood bank": "has no texture coordinates, and renders black",
 }
-"""Name of a model -> why it is left out."""
+"""Name of a model -> why it is excluded."""
 
 
 @dataclass(frozen=True)
-class Views:
+class ModelViews:
     """Models seen from several sides: `rgba` (n, views, 128, 128, 4), and the caption word and the name of each model."""
 
     rgba: Pixels
@@ -72,7 +72,7 @@ class Pose:
 
 
 class Studio:
-    """An offscreen window that renders models one after the other.
+    """An offscreen renderer of models.
 
     Needs vtk and one of the libraries that it renders with when there is no display: EGL or OSMesa, both of Mesa (Debian:
     libegl1 with libgl1-mesa-dri, or libosmesa6).
@@ -86,7 +86,7 @@ class Studio:
         from vtkmodules.vtkCommonCore import vtkObject
         from vtkmodules.vtkRenderingCore import vtkLight, vtkRenderer, vtkRenderWindow
 
-        vtkObject.GlobalWarningDisplayOff()  # it would say that there is no display
+        vtkObject.GlobalWarningDisplayOff()  # a warning that there is no display
         self.pixels = pixels
         self.window: Any = vtkRenderWindow()
         if self.window.IsA("vtkOSOpenGLRenderWindow") and not _has_osmesa():  # VTK would crash
@@ -106,8 +106,8 @@ class Studio:
         self.light.SetLightTypeToCameraLight()
         self.renderer.AddLight(self.light)
 
-    def place(self, parts: Sequence[Part]) -> None:
-        """Put a model in the place of the last one."""
+    def place(self, parts: Sequence[MeshPart]) -> None:
+        """Replaces the model in the scene."""
         self.renderer.RemoveAllViewProps()
         self.actors = [make_actor(part) for part in parts]
         for actor in self.actors:
@@ -189,7 +189,7 @@ def expose(color: Pixels) -> Pixels:
 
 
 def poses(studio: Studio, rng: np.random.Generator, count: int = VIEWS) -> list[Pose]:
-    """Random poses of the model in the studio, without those that show little but an edge of a flat model."""
+    """Random poses of the current model, without edge-on poses of flat models."""
     least = THIN * _slimness(studio, Pose())
     sampled: list[Pose] = []
     while len(sampled) < count:
@@ -222,7 +222,7 @@ def render(debian: Path, catalogs: Sequence[str] = photo_packages.CATALOGS, seed
 
 
 def choose(words: Sequence[str], images: Pixels) -> list[int]:
-    """Indices of the models to keep, by their images (n, 128, 128, 4) in one pose: see `COVERAGE`, `MOST` and `NEAR`."""
+    """Indices of the models to keep, selected by their images (n, 128, 128, 4) in one pose; see `COVERAGE`, `MOST`, `NEAR`."""
     features = np.stack([_feature(image) for image in images])
     visible = images[..., 3].mean((1, 2)) > 255 * COVERAGE
     kept: list[int] = []
@@ -246,16 +246,16 @@ def _feature(image: Pixels) -> Array:
     return np.asarray(color.reshape(side, 4, side, 4, 4).mean((1, 3)).ravel())
 
 
-def load(modules: Path, cache: Path) -> Views:
-    """Views of the furniture models; kept in `cache` (an .npz) between runs. `modules` as for `photo_packages.load`."""
+def load(modules: Path, cache: Path) -> ModelViews:
+    """ModelViews of the furniture models; kept in `cache` (an .npz). `modules` as for `photo_packages.load`."""
     if not cache.is_file():
         save(list(render(photo_packages.fetch(modules.parent))), cache)
     saved = np.load(cache)
-    return Views(saved["rgba"], [str(word) for word in saved["words"]], [str(name) for name in saved["names"]])
+    return ModelViews(saved["rgba"], [str(word) for word in saved["words"]], [str(name) for name in saved["names"]])
 
 
 def save(models: Sequence[tuple[str, str, Pixels]], cache: Path) -> None:
-    """Write the chosen ones of the models that `render` yields."""
+    """Saves the selected models of `render`."""
     words, names, images = zip(*models, strict=True)
     kept = choose(words, np.stack([image[0] for image in images]))
     rgba = np.stack([images[i][1:] for i in kept])

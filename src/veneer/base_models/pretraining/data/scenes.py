@@ -1,4 +1,4 @@
-"""Put icons on backgrounds: a small world in which every word of a caption can be checked from the pixels."""
+"""Scenes: icons composed on backgrounds, whose captioned attributes can be measured from the pixels."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .icon_sets import Pixels
 
 SIDE = 128
 MARGIN = 4
-"""Pixels along every edge that scenes leave free."""
+"""Free margin of scenes at every edge, in pixels."""
 SIZES: dict[str, int] = {"small": 52, "medium": 76, "large": 104}
 PLACES: dict[str, tuple[int, int]] = {
     "top left": (-1, -1), "top": (0, -1), "top right": (1, -1),
     "left": (-1, 0), "center": (0, 0), "right": (1, 0),
     "bottom left": (-1, 1), "bottom": (0, 1), "bottom right": (1, 1),
 }  # fmt: skip
-"""Place -> the side that it is at, as (x, y), each -1, 0 or 1."""
-COLOURS: dict[str, tuple[int, int, int]] = {
+"""Place -> its direction from the center, as (x, y), each -1, 0 or 1."""
+COLORS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250), "black": (22, 22, 26), "gray": (150, 152, 156), "red": (214, 48, 49),
     "orange": (242, 140, 40), "yellow": (250, 216, 72), "green": (62, 164, 82), "blue": (44, 96, 208),
     "sky": (150, 206, 246), "purple": (128, 66, 170), "pink": (246, 160, 196), "brown": (124, 82, 52),
@@ -31,9 +31,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture in words: an icon (its row in `Icons`), its size, its place, and its background.
+    """Attributes of a composed image: an icon (its row in `Icons`), size, place and background.
 
-    The background is a colour or surroundings, of which `crop` says the part.
+    The background is a color, or a photo (surroundings) with `crop` as the seed of its crop.
     """
 
     icon: int
@@ -44,27 +44,27 @@ class Scene:
 
 
 def corner(size: str, place: str) -> tuple[int, int]:
-    """Left and top pixel of the icon's square; the margin stays free."""
+    """Left and top pixel of the icon's square, inside the margin."""
     free = SIDE - 2 * MARGIN - SIZES[size]
     x, y = PLACES[place]
     return MARGIN + free * (x + 1) // 2, MARGIN + free * (y + 1) // 2
 
 
 class Compositor:
-    """Composes scenes from icons, each resized once for each size in which it is asked for."""
+    """Composes scenes from icons; resized icons are cached."""
 
     def __init__(self, rgba: Pixels, photos: Mapping[str, Image.Image] | None = None) -> None:
         self._rgba, self._photos = rgba, photos or {}
         self._layers: dict[tuple[int, str], npt.NDArray[np.float32]] = {}
 
     def __call__(self, scenes: list[Scene]) -> Pixels:
-        """Pictures (n, 128, 128, 3) of the scenes."""
+        """Images (n, 128, 128, 3) of the scenes."""
         out = np.empty((len(scenes), SIDE, SIDE, 3), np.float32)
-        for picture, scene in zip(out, scenes, strict=True):
-            picture[:] = self._background(scene)
+        for image, scene in zip(out, scenes, strict=True):
+            image[:] = self._background(scene)
             left, top = corner(scene.size, scene.place)
             layer = self._layer(scene.icon, scene.size)
-            part = picture[top : top + len(layer), left : left + len(layer)]
+            part = image[top : top + len(layer), left : left + len(layer)]
             part *= 1 - layer[..., 3:] / np.float32(255)
             part += layer[..., :3]
         return np.clip(out + 0.5, 0, 255).astype(np.uint8)
@@ -75,30 +75,30 @@ class Compositor:
         return self._layers[icon, size]
 
     def _background(self, scene: Scene) -> npt.ArrayLike:
-        if scene.background in COLOURS:
-            return COLOURS[scene.background]
+        if scene.background in COLORS:
+            return COLORS[scene.background]
         return np.asarray(backgrounds.crop(self._photos[scene.background], scene.crop, SIDE))
 
 
 def premultiplied(icon: Image.Image, side: int) -> npt.NDArray[np.float32]:
-    """The icon at `side` pixels, (side, side, 4) in 0..255, colours multiplied by alpha."""
+    """The icon at `side` pixels, (side, side, 4) in 0..255, colors multiplied by alpha."""
     pixels = np.asarray(icon.convert("RGBa").resize((side, side), Image.Resampling.BOX, reducing_gap=None))
     return pixels.astype(np.float32)
 
 
-def draw_scenes(rng: np.random.Generator, icons: list[int], n: int) -> list[Scene]:
-    """`n` random scenes of the given icons: large things most often, half of all in the center."""
-    sizes, places, colours = list(SIZES), list(PLACES), list(COLOURS)
+def sample_scenes(rng: np.random.Generator, icons: list[int], n: int) -> list[Scene]:
+    """Samples `n` scenes of the given icons: mostly large things, half of them in the center."""
+    sizes, places, colors = list(SIZES), list(PLACES), list(COLORS)
     which = rng.choice(icons, n)
     size = rng.choice(len(sizes), n, p=(0.2, 0.3, 0.5))
     place = np.where(rng.random(n) < 0.4, places.index("center"), rng.integers(len(places), size=n))
-    colour = np.where(rng.random(n) < 0.15, colours.index("white"), rng.integers(len(colours), size=n))
-    rows = zip(which, size, place, colour, strict=True)
-    return [Scene(int(w), sizes[s], places[p], colours[c]) for w, s, p, c in rows]
+    color = np.where(rng.random(n) < 0.15, colors.index("white"), rng.integers(len(colors), size=n))
+    rows = zip(which, size, place, color, strict=True)
+    return [Scene(int(w), sizes[s], places[p], colors[c]) for w, s, p, c in rows]
 
 
 def surround(rng: np.random.Generator, scenes: list[Scene], share: float) -> list[Scene]:
-    """The scenes, a share of them with surroundings in the place of a colour."""
+    """The scenes, a fraction of them with a photo (surroundings) instead of a color as background."""
     words = backgrounds.WORDS
     which, crops = rng.integers(len(words), size=len(scenes)), rng.integers(2**31, size=len(scenes))
     moved = rng.random(len(scenes)) < share
@@ -106,11 +106,8 @@ def surround(rng: np.random.Generator, scenes: list[Scene], share: float) -> lis
     return [replace(s, background=words[w], crop=int(c)) if m else s for s, m, w, c in rows]
 
 
-def rich_pictures(rng: np.random.Generator, rgba: Pixels, photos: list[Image.Image], n: int) -> Pixels:
-    """`n` pictures beyond flat colours, for the autoencoder and the CLIP.
-
-    A photo crop, a gradient or noise, often with one or two turned, tinted icons on it.
-    """
+def augmented_images(rng: np.random.Generator, rgba: Pixels, photos: list[Image.Image], n: int) -> Pixels:
+    """Samples `n` images of a photo crop, a gradient or noise, often with one or two augmented icons."""
     out = np.empty((n, SIDE, SIDE, 3), np.uint8)
     for i in range(n):
         canvas = random_canvas(rng, photos)
@@ -125,7 +122,7 @@ def rich_pictures(rng: np.random.Generator, rgba: Pixels, photos: list[Image.Ima
 
 
 def random_canvas(rng: np.random.Generator, photos: list[Image.Image]) -> Image.Image:
-    """A background: a photo crop, a flat colour, a gradient or noise."""
+    """Samples a background: a photo crop, a flat color, a gradient or noise."""
     kind = rng.integers(4)
     if kind == 0 and photos:
         return backgrounds.crop(photos[rng.integers(len(photos))], int(rng.integers(2**31)), SIDE)
@@ -144,11 +141,11 @@ def _gradient(rng: np.random.Generator, noisy: bool) -> Image.Image:
     return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
 
 
-def jitter(rng: np.random.Generator, picture: Pixels, strength: float = 0.25, permute: float = 1 / 6) -> Pixels:
-    """Random brightness, contrast, saturation and, with probability `permute`, a permutation of the colour channels."""
-    x = picture.astype(np.float32) / 255
-    grey = x.mean(-1, keepdims=True)
-    x = grey + (x - grey) * (1 + rng.uniform(-2, 1) * strength)
+def jitter(rng: np.random.Generator, image: Pixels, strength: float = 0.25, permute: float = 1 / 6) -> Pixels:
+    """Random brightness, contrast, saturation and, with probability `permute`, a permutation of the color channels."""
+    x = image.astype(np.float32) / 255
+    gray = x.mean(-1, keepdims=True)
+    x = gray + (x - gray) * (1 + rng.uniform(-2, 1) * strength)
     x = (x - 0.5) * (1 + rng.uniform(-1, 1) * strength) + 0.5 + rng.uniform(-1, 1) * strength / 2
     x = x[..., rng.permutation(3)] if rng.random() < permute else x
     return np.clip(x * 255, 0, 255).astype(np.uint8)
