@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from veneer import (
         adapter_merging,
@@ -61,7 +63,6 @@ if TYPE_CHECKING:
     from veneer.training.loop.errors import TrainError
     from veneer.training.preflight.preflight import PreflightError
 
-__version__ = "0.1.0"
 __all__ = [
     "Attachment", "BaseModelError", "BenchError", "CacheWarning", "CheckpointError", "CheckpointWarning",
     "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "HostChanged", "LoadError",

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
+FILE_FORMATS = "veneer.formats"
+"""The package that registers how attachments are saved to files and loaded from them, when it is imported."""
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -85,7 +85,7 @@ def test_a_wrong_choice_changes_nothing() -> None:
     with raises(StateError, where="style", given="merged"):
         activate(model, {"face": 0.5, "style": 1.0})
     activate(model, "more")
-    assert [a._on for a in several] == [True, False, True]  # what is merged is part of the base
+    assert [a.is_enabled for a in several] == [True, False, True]  # what is merged is part of the base
 
 
 def test_a_strength_that_one_of_them_cannot_have_changes_nothing() -> None:

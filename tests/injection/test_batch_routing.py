@@ -143,7 +143,7 @@ def test_switches_inside_and_what_comes_back() -> None:
         for name, act in (("style", style.detach), ("face", face.merge), ("style", lambda: mixed(model, ["style"]).__enter__())):
             with raises(StateError, where=name, given="mixed"):
                 act()
-    assert (style.scale, face._on, more._on) == (0.5, False, True)
+    assert (style.scale, face.is_enabled, more.is_enabled) == (0.5, False, True)
     assert torch.equal(give(model, 2), before)
     with pytest.raises(ZeroDivisionError), mixed(model, ["style", "face"]):
         raise ZeroDivisionError

@@ -25,7 +25,7 @@ def test_slices_of_a_fused_weight_change_their_own_rows() -> None:
     bare, model = net(), net()
     tuned = attach(model, "lora", where="attn.{q,v}", rank=2)
     stir(tuned)
-    assert [type(s) for s in tuned._joined.seams] == [CallSeam]
+    assert [type(s) for s in tuned.seams] == [CallSeam]
     _, q = tuned.parts["qkv.q"]
     _, v = tuned.parts["qkv.v"]
     delta = torch.zeros(18, 6)
@@ -37,7 +37,7 @@ def test_a_weight_that_is_read_is_changed_where_a_hook_would_be_dead() -> None:
     bare, model = net(), net()
     tuned = attach(model, "lora", where="attn.out", rank=2)
     stir(tuned)
-    assert [type(s) for s in tuned._joined.seams] == [WeightSeam]
+    assert [type(s) for s in tuned.seams] == [WeightSeam]
     _, adapter = tuned.parts["read"]
     expected = changed(bare, "read", "weight", adapter.up @ adapter.down)
     torch.testing.assert_close(run(model), expected)

@@ -224,9 +224,9 @@ def test_sums_and_other_rows_stay_in_the_call() -> None:
         model = net()
         lora = attach(model, "lora", where="attn.q")
         attach(model, other, where=where)
-        assert not any(seam.in_weights() for seam in lora._joined.seams)
+        assert not any(seam.in_weights() for seam in lora.seams)
     model = net()
-    assert attach(model, "lora", where="attn.q")._joined.seams[0].layer_orders == ()
+    assert attach(model, "lora", where="attn.q").seams[0].layer_orders == ()
 
 
 @pytest.mark.parametrize("place", PLACES)

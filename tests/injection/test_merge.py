@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.injection.toy import Add, Net, net, run, stir
 from tests.raising import raises
 from veneer.injection import StateError, UnsupportedSite, attach, merges
-from veneer.injection.composition.merge_kernels import folded
+from veneer.injection.composition.merge import merged_weight
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized.lora import LoRA
@@ -207,7 +207,7 @@ def test_wide_weights_are_folded_block_by_block() -> None:
         expected = layer[0].weight.float() + adapter.up @ adapter.down
     for weight in (layer[0].weight, layer[0].weight.float(), layer[0].weight.T.contiguous().T):
         with torch.no_grad():
-            after = folded(weight, [(site, adapter)])
+            after = merged_weight(weight, [(site, adapter)])
         step = 2**-7 if weight.dtype == torch.bfloat16 else 0
         torch.testing.assert_close(after, expected.to(weight.dtype), rtol=step, atol=1e-5)
         assert after.stride() == weight.stride()

@@ -11,7 +11,7 @@ from torch import Tensor
 from veneer.functional.low_rank import oblong_svd, product_norm, product_svd
 from veneer.injection import Attachment, StateError, VeneerError
 from veneer.injection.adapter_forms import BiasAdapter, LowRankAdapter, PairAdapter, WeightAdapter
-from veneer.injection.composition.merge_kernels import widened
+from veneer.injection.composition.merge import widened
 from veneer.injection.seams.adapter_calls import base_tensor, blend
 from veneer.injection.sites import WeightSite
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer.functional.low_rank import truncate
 from veneer.injection import StateError
-from veneer.injection.attachment.model_state import peek
+from veneer.injection.attachment.model_state import find_model_state
 from veneer.injection.composition.merge import host_tensors
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.select import select
@@ -82,11 +82,11 @@ def _selected_sites(towers: Sequence[Tower], where: str | Sequence[str] | None) 
 
 def _check_compatible(component: str, before: nn.Module, after: nn.Module) -> None:
     for module in (before, after):
-        ledger = peek(module)
-        if ledger is not None and ledger.merged:
+        tower_state = find_model_state(module)
+        if tower_state is not None and tower_state.merged:
             raise StateError(
-                f"extract: '{ledger.merged[-1].name}' is merged into {component or 'a model'}. Call its unmerge() first.",
-                where=ledger.merged[-1].name,
+                f"extract: '{tower_state.merged[-1].name}' is merged into {component or 'a model'}. Call its unmerge() first.",
+                where=tower_state.merged[-1].name,
                 given="merged",
             )
     shapes = [{k: tuple(t.shape) for k, t in host_tensors(m)} for m in (before, after)]

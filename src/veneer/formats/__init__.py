@@ -7,15 +7,20 @@ from os import PathLike
 from typing import Any, Literal
 
 from veneer.injection import Attachment
+from veneer.injection.attachment.files import FileFunctions, register_file_functions
 from veneer.injection.errors import LoadError, OptionError
 from veneer.injection.towers import kept
 
 from ._core.conversion import ConversionResult, convert
 from ._core.format import Format, LayerInfo, Options, format_of, formats, known_format
 from ._core.inspection import FileSummary, inspect
+from ._core.swap import swap_file
 from ._io.reader import File, read
+from .native import save
 
 _log = logging.getLogger(__name__)
+
+register_file_functions(FileFunctions(save=save, swap=swap_file))
 
 __all__ = [
     "ConversionResult",

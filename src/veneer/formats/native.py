@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from veneer import __version__
 from veneer.injection import Attachment, LoadError, SaveError
 from veneer.injection.attachment.fingerprint import identity
 from veneer.injection.attachment.state_dict import held_whole
 from veneer.injection.towers import towers_of
+from veneer.version import __version__
 
 from ._core.attach import AttachmentSpec, attach_all, migrate_config, reject_merged
 from ._core.component_map import ComponentMap, base_mismatch

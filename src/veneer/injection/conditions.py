@@ -7,19 +7,14 @@ size and by the guidance state that the pipeline sets while it runs.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ConditionError
-from .seams.adapter_calls import first_argument
-
-if TYPE_CHECKING:
-    from .attachment.attachment import Attachment
 
 GUIDANCE = "_guidance_scale"  # attribute that a diffusers pipeline sets when it is called
 
@@ -171,78 +166,3 @@ def place(scheduler: Any, timestep: Any) -> int:
         found = (scheduler.timesteps == torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)).nonzero()
         step = int(found[0]) if len(found) else 0
     return int(step)
-
-
-@contextlib.contextmanager
-def condition_scope(attachment: Attachment, given: Conditions) -> Iterator[None]:
-    """Sets the attachment's conditions for a `with` block and restores the previous ones after it.
-
-    The adapters keep the conditions of the last call, because a backward pass with gradient checkpointing runs parts of it again.
-    """
-    before = attachment.conditions
-    given.open()
-    attachment.conditions = given
-    try:
-        yield
-    finally:
-        attachment.conditions = before
-        given.close()
-
-
-def set_call_conditions(attachment: Attachment, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Set the conditions of the forward pass that begins on the adapters of a tower.
-
-    Raises:
-        ConditionError: the call is outside a `condition` scope.
-    """
-    given = attachment.conditions
-    if given is None:
-        takes = ", ".join(f"{name}=…" for name in attachment.method.conditions)
-        raise ConditionError(
-            f"'{attachment.name}' ({attachment.method.name}) has no conditions. Call the model inside "
-            f"`with attachment.condition({takes}):`, or inside `with attachment.enabled(False):` for the bare model.",
-            where=attachment.name,
-            given=(),
-            expected=attachment.method.conditions,
-        )
-    sample = first_argument(args, kwargs)
-    timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-    conditions = given.at(len(sample), timestep, sample.device)
-    adapters = [(site, a) for site, a in attachment.parts.values() if attachment.towers[site.component] is tower]
-    for _, adapter in adapters:
-        adapter.call.conditions = conditions
-    if conditions.strength:
-        attachment.method.prepare_call(adapters)
-
-
-def example(attachment: Attachment, inputs: Mapping[str, Any]) -> Conditions:
-    """Conditions for sample inputs of a tower, for the probe and the conformance suite."""
-    values = attachment.method.example(list(attachment.parts.values()), inputs)
-    return Conditions(attachment.name, values, {})
-
-
-def parse_conditions(
-    attachment: Attachment, conditions: Mapping[str, Any], strength: float, start: float, end: float, pipeline: Any
-) -> Conditions:
-    """Conditions, checked and converted by the method.
-
-    Raises:
-        ConditionError: the method takes none or others, one cannot be used, or the attached pipeline was garbage-collected.
-    """
-    method, name = attachment.method, attachment.name
-    if pipeline is None and attachment.pipeline is not None:
-        pipeline = attachment.pipeline()
-        if pipeline is None:
-            raise ConditionError(
-                f"'{name}': the pipeline it was attached to was garbage-collected; pass condition(…, pipeline=PIPE).",
-                where=name,
-                expected="pipeline",
-            )
-    unknown = sorted(set(conditions) - set(method.conditions))
-    if unknown or not method.conditions:
-        takes = ", ".join(method.conditions) or "no conditions"
-        message = f"'{name}' ({method.name}) takes {takes}; got {', '.join(conditions) or 'nothing'}."
-        raise ConditionError(message, where=name, given=tuple(conditions), expected=method.conditions)
-    sites = [site for site, _ in attachment.parts.values()]
-    values, options = method.parse_conditions(sites, pipeline, **conditions)
-    return Conditions(name, values, options, strength, start, end, pipeline)

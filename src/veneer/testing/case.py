@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import Attachment, attach
+from veneer.injection.attachment.condition_scope import example
 from veneer.injection.attachment.plan import fits
 from veneer.injection.attachment.probe import tensors
-from veneer.injection.conditions import example
 from veneer.injection.host import Host
 from veneer.injection.method import Method
 from veneer.injection.sites import Site, TokenSite

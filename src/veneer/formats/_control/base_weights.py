@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from veneer.injection import LoadError, SaveError
-from veneer.injection.attachment.model_state import peek
+from veneer.injection.attachment.model_state import find_model_state
 from veneer.injection.seams.adapter_calls import base_tensor, module_at
 from veneer.injection.sites import ParamSite, WeightSite
 from veneer.injection.towers import Tower
@@ -135,8 +135,8 @@ def _original_values(file: File, tower: Tower, paths: Collection[str]) -> dict[s
         LoadError: an attachment trains one of the `wanted` tensors, or the base is merged.
     """
     reject_merged(tower.module, LoadError)
-    ledger, before = peek(tower.module), dict[str, Tensor]()
-    for attachment in ledger.attachments if ledger else ():
+    tower_state, before = find_model_state(tower.module), dict[str, Tensor]()
+    for attachment in tower_state.attachments if tower_state else ():
         for key, (component, path) in attachment.extras.items():
             if attachment.towers[component] is not tower.module:
                 continue
@@ -148,7 +148,7 @@ def _original_values(file: File, tower: Tower, paths: Collection[str]) -> dict[s
                     where=path,
                     given=attachment.name,
                 )
-            before.setdefault(path, attachment.trained.before[key])
+            before.setdefault(path, attachment.trained.original[key])
     return before
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veneer.injection import Attachment, LoadError, Method, SaveError, VeneerError, attach, attachments, methods
 from veneer.injection.attachment.deferred_init import claiming, filling
-from veneer.injection.attachment.model_state import peek
+from veneer.injection.attachment.model_state import find_model_state
 from veneer.injection.errors import UnknownOption
 
 from .._io.header import first_duplicate
@@ -81,9 +81,9 @@ def attach_all(model: Any, file: File, specs: Sequence[AttachmentSpec], options:
 
 def reject_merged(tower: nn.Module, error: type[SaveError] | type[LoadError]) -> None:
     """Raises `error` while an attachment is merged, because the weights are then not the base's original ones."""
-    ledger = peek(tower)
-    if ledger is not None and ledger.merged:
-        name = ledger.merged[-1].name
+    tower_state = find_model_state(tower)
+    if tower_state is not None and tower_state.merged:
+        name = tower_state.merged[-1].name
         message = f"'{name}' is merged into the base weights. Call its unmerge() first."
         raise error(message, where=name, given="merged")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import VeneerError
-from veneer.injection.attachment.model_state import peek
+from veneer.injection.attachment.model_state import find_model_state
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import WeightSite
 
@@ -166,12 +166,12 @@ def base_weight(tower: nn.Module, site: WeightSite) -> Tensor:
     Raises:
         VeneerError: it is quantized, or an attachment is merged into it, so that its norm is not the base's.
     """
-    ledger = peek(tower)
-    if ledger is not None and ledger.merged:
+    tower_state = find_model_state(tower)
+    if tower_state is not None and tower_state.merged:
         raise VeneerError(
-            f"'{site.name}': '{ledger.merged[-1].name}' is merged into the base, but DoRA's magnitudes need the original "
+            f"'{site.name}': '{tower_state.merged[-1].name}' is merged into the base, but DoRA's magnitudes need the original "
             "weights. Call its unmerge() first.",
-            where=ledger.merged[-1].name,
+            where=tower_state.merged[-1].name,
             given="merged",
         )
     weight = base_tensor(tower, site.path, site.param).detach()

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from veneer.injection import Attachment, LoadError, VeneerError
 from veneer.injection.attachment.state_dict import LoadReport
-from veneer.injection.composition.swap import refuse_merged
-from veneer.injection.composition.swap import swap as swap_state
+from veneer.injection.composition.swap import refuse_merged, swap_state
 from veneer.injection.errors import OptionError
 
 from .._io.reader import File, read
@@ -18,7 +17,7 @@ from .attach import AttachmentSpec, build_method
 from .format import Options, known_format
 
 
-def swap(attachment: Attachment, path: str | PathLike[str], *, base: Literal["same", "any"] = "same") -> LoadReport:
+def swap_file(attachment: Attachment, path: str | PathLike[str], *, base: Literal["same", "any"] = "same") -> LoadReport:
     """Implements `Attachment.swap`."""
     if base not in ("same", "any"):
         raise OptionError.of("swap", "base", base, "'same' or 'any'")

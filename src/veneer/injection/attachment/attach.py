@@ -1,9 +1,10 @@
-"""`attach()`, and what is attached."""
+"""Attaches a method to a model, and lists the attachments of a model."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SelectionError, StateError
@@ -11,7 +12,7 @@ from ..method import Method
 from ..registry import methods
 from ..towers import forget, towers_of
 from .attachment import Attachment
-from .model_state import Merge, peek, refuse_compiled
+from .model_state import find_model_state, refuse_compiled
 from .plan import plan
 
 
@@ -50,18 +51,18 @@ def attach(
     attachment = Attachment(plan(towers, method, where, train), _free_name(towers, name, method.name))
     attachment.pipeline = weakref.ref(model) if hasattr(model, "scheduler") else None
     try:
-        attachment._joined.join()
+        attachment._installation.install()
         if sample is not None and sample is not False:
             attachment.probe(None if sample is True else sample)
     except BaseException:
-        attachment._joined.leave()
+        attachment._installation.uninstall()
         raise
     return attachment
 
 
 def _free_name(towers: Sequence[Any], name: str | None, default: str) -> str:
-    ledgers = [ledger for t in towers if (ledger := peek(t.module)) is not None]
-    taken = {a.name for ledger in ledgers for a in ledger.attachments}
+    states = [tower_state for t in towers if (tower_state := find_model_state(t.module)) is not None]
+    taken = {a.name for tower_state in states for a in tower_state.attachments}
     if name is not None:
         if name in taken:
             raise StateError(f"'{name}' is attached already. Detach it or choose another name.", where=name, given="attached")
@@ -73,22 +74,36 @@ def _free_name(towers: Sequence[Any], name: str | None, default: str) -> str:
 
 
 def attachments(model: Any) -> list[Attachment]:
-    """What is attached to a model or pipeline, in order."""
-    found: list[Attachment] = []
+    """Attachments of a model or pipeline, in the order of attaching."""
+    found: dict[Attachment, None] = {}
     for tower in towers_of(model, strict=False):
-        ledger = peek(tower.module)
-        found.extend(a for a in (ledger.attachments if ledger else ()) if a not in found)
-    return found
+        tower_state = find_model_state(tower.module)
+        found |= dict.fromkeys(a for a in (tower_state.attachments if tower_state else ()) if isinstance(a, Attachment))
+    return [*found]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """An attachment that is merged into the weights, and the strength that it was merged at."""
+
+    attachment: Attachment
+    scale: float
+
+    @property
+    def name(self) -> str:
+        """The attachment's name."""
+        return self.attachment.name
 
 
 def merges(model: Any) -> list[Merge]:
-    """What is merged into the weights of a model or pipeline, the first merged first: `attachment`, `name` and `scale` of each.
+    """Attachments that are merged into the weights of a model or pipeline, in the order of merging, each with `name` and `scale`.
 
-    The last one must be unmerged first. Where the towers of a pipeline hold different ones, those of its main tower come first.
+    The last one must be unmerged first. If the towers of a pipeline hold different ones, those of its main tower come first.
     """
-    found: list[Merge] = []
+    found: dict[Attachment, Merge] = {}
     for tower in towers_of(model, strict=False):
-        ledger = peek(tower.module)
-        known = [m.attachment for m in found]
-        found.extend(m for m in (ledger.merged if ledger else ()) if m.attachment not in known)
-    return found
+        tower_state = find_model_state(tower.module)
+        for attachment, scale in tower_state.merged if tower_state else ():
+            if isinstance(attachment, Attachment):
+                found.setdefault(attachment, Merge(attachment, scale))
+    return [*found.values()]

@@ -1,4 +1,4 @@
-"""What `attach` returns: one method on one model, its switches and the way back."""
+"""`Attachment`: the handle that `attach` returns, for one method on one model."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from ..composition import merge as merging
-from ..conditions import Conditions, condition_scope, parse_conditions
+from ..composition.merge import MergeReport, host_tensors
+from ..conditions import Conditions
 from ..errors import OptionError, StateError
 from ..method import Adapter
+from ..seams.seam import Seam
 from ..sites import Site
-from .data_preparation import prepare
-from .installation import Joined
-from .model_state import Merge, open_ledger
+from .condition_scope import condition_scope, parse_conditions
+from .extra_parameters import ExtraParameters
+from .files import file_functions
+from .installation import Installation
 from .plan import Plan
-from .probe import probe
+from .probe import eval_mode, probe
 from .report import Report
 from .state_dict import LoadReport, load_state, state_of
 
 
 class Attachment:
-    """One method on one model: its sites, adapters and the way back.
+    """One method on one model: its sites and adapters, and the operations on them.
 
     Attributes:
         name: unique among the model's attachments. `method`: the config. `where`: the selection as given.
         parts: site name to (site, adapter).
-        merged: True while folded into the weights.
+        merged: True while merged into the weights.
         conditions: those of the current `condition` scope, or None.
         pipeline: a weak reference to the pipeline that was attached to, or None.
-        loaded: what was read, if it came from a file. `provenance`: where it came from, saved with it.
+        loaded: the report of the file it was loaded from, or None. `provenance`: origin of the adapters, saved with them.
     """
 
     def __init__(self, planned: Plan, name: str) -> None:
@@ -49,51 +52,59 @@ class Attachment:
         self.merged = False
         self.loaded: LoadReport | None = None
         self.provenance: dict[str, Any] = {}
-        self._joined = Joined(self, planned)
-        self.trained = self._joined.trained
+        self._installation = Installation(self, planned)
         self.conditions: Conditions | None = None
         self.pipeline: Any = None
         self._scale, self._on = 1.0, True
-        self._pristine: merging.Pristine | None = None
 
-    # leaving and state of the host
+    @property
+    def seams(self) -> list[Seam]:
+        """Installed seams; empty when detached."""
+        return self._installation.seams
+
+    @property
+    def trained(self) -> ExtraParameters:
+        """Base parameters named in `train=`."""
+        return self._installation.trained
+
+    # detach, and state of the host
 
     def detach(self) -> None:
-        """Take the adapters off: keys, order, types, hooks, `requires_grad`, statistics and outputs as before, bitwise.
+        """Removes the adapters and restores keys, order, types, hooks, `requires_grad`, statistics and outputs, bitwise.
 
         Raises:
-            StateError: it is merged (unmerge first) or detached already.
+            StateError: it is merged (unmerge first) or already detached.
         """
-        self._joined.refuse_mixed()
+        self._installation.refuse_mixed()
         if self.merged:
             raise StateError(f"'{self.name}' is merged. Call unmerge() before detach().", where=self.name, given="merged")
-        if not self._joined.seams:
-            raise StateError(f"'{self.name}' is detached already.", where=self.name, given="detached")
-        self._joined.leave()
+        if not self.seams:
+            raise StateError(f"'{self.name}' is already detached.", where=self.name, given="detached")
+        self._installation.uninstall()
 
     def check(self) -> None:
-        """Raise if the host was rebuilt or fused since attach, so that adapters would be bypassed.
+        """Raises if the host was rebuilt or fused since attach, so that adapters would be bypassed.
 
         Raises:
-            HostChanged: naming the site and what changed.
+            HostChanged: with the site and the change.
         """
-        if not self._joined.seams:
+        if not self.seams:
             raise StateError(f"'{self.name}' is detached.", where=self.name, given="detached")
-        self._joined.check(self.merged)
+        self._installation.check(self.merged)
 
     def host_state_dict(self, component: str = "") -> dict[str, Tensor]:
-        """The host's own state dict, with the keys and order of the bare host also where tensors are parametrised."""
+        """State dict of the host without adapters: keys and order of the bare host, also for parametrized tensors."""
         tower = self.towers[component or next(iter(self.towers))]
-        return dict(merging.host_tensors(tower))
+        return dict(host_tensors(tower))
 
     # parameters and state
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapters' parameters and the base parameters named in `train`."""
+        """Parameters of the adapters, and base parameters named in `train`."""
         yield from (p for _, p in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """`site-name:parameter` and the parameter, in site order; shared ones once."""
+        """Pairs of `site-name:parameter` and parameter, in site order; shared parameters once."""
         seen: set[int] = set()
         for name, (_, adapter) in self.parts.items():
             for key, p in adapter.named_parameters():
@@ -103,38 +114,40 @@ class Attachment:
         yield from self.trained.items()
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for an optimiser: the method's, and one for `train`."""
+        """Parameter groups for an optimizer: those of the method, and one for `train`."""
         groups = self.method.groups(list(self.parts.values()))
         extra = [p for _, p in self.trained.items()]
         return [*groups, {"params": extra, "lr_scale": 1.0}] if extra else groups
 
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]], run: nn.Module | None = None) -> None:
-        """Let the method see the training data, where it wants to (`method.prepares`); for models with one picture input.
+        """Runs the method's pass over the training data, if it has one (`method.prepares`). For models with a single image input.
 
-        `veneer transfer` calls it; your own loop does so before the first step, or before every epoch.
+        `veneer transfer` calls it. A custom training loop calls it before the first step, or before every epoch.
 
         Args:
-            batches: pictures (B, C, H, W) as the model takes them, and labels (B,).
-            run: in the model's place: its head, where the batches are features.
+            batches: preprocessed images (B, C, H, W) and labels (B,).
+            run: called instead of the model: its head, if the batches are features.
         """
-        prepare(self, batches, run)
+        (tower,) = self.towers.values()
+        with eval_mode(tower), torch.no_grad():
+            self.method.prepare(list(self.parts.values()), run or tower, batches)
 
     def penalty(self) -> Tensor | None:
-        """The method's own term of the loss, to be added before `backward()`; None for most methods."""
+        """Regularization term of the method, to be added to the loss before `backward()`; None for most methods."""
         return self.method.penalty(list(self.parts.values()))
 
     def after_step(self, step: int, steps: int) -> None:
-        """Tell the method that the optimiser has made a step. Call it before the gradients are cleared.
+        """Runs the method's update after an optimizer step. Must be called before the gradients are cleared.
 
-        `veneer.training` calls this and `penalty`; your own loop does so where a method's documentation asks for it.
+        `veneer.training` calls this and `penalty`. A custom training loop calls them if the method's documentation says so.
 
         Args:
-            step: steps done, this one included. `steps`: in the whole run.
+            step: number of this step, from 1. `steps`: of the whole run.
         Raises:
             ValueError: `step` is not in 1 … `steps`.
         """
         if not 1 <= step <= steps:
-            message = f"'{self.name}': after_step({step}, {steps}): steps are counted from 1 to {steps}."
+            message = f"'{self.name}': after_step({step}, {steps}): step must be in 1 … {steps}."
             raise OptionError(message, option="step", where=self.name, given=step, expected=(1, steps))
         self.method.after_step(list(self.parts.values()), step, steps)
 
@@ -143,58 +156,54 @@ class Attachment:
         return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
-        """Copy tensors in.
+        """Loads the tensors of `state_dict`.
 
         Raises:
-            LoadError: `strict` and a tensor is missing, unused or misshapen; nothing has been changed then.
+            LoadError: `strict`, and a tensor is missing, unused or has another shape; nothing is changed then.
         """
         return load_state(self, state, strict)
 
     def swap(self, path: str | PathLike[str], *, base: Literal["same", "any"] = "same") -> LoadReport:
-        """Put another file's values in the place of these, where they are: no hook, shape or graph changes. All or nothing.
+        """Loads another adapter file into this attachment in place: no hook, shape or compiled graph changes.
 
-        The model then gives what it gives with that file loaded in this one's place, at the same `scale`. LoRA, DoRA, LoHa,
-        LoKr and OFT are rooms: a lower rank, another alpha or smaller blocks go in exactly, and what the file lacks becomes no
-        change. Other methods take files of their own options and sites. A swapped room is for use: its zeros do not train.
+        The outputs are those of the file loaded on its own, at the same `scale`. LoRA, DoRA, LoHa, LoKr and OFT accept files of
+        a lower rank, another alpha or smaller blocks, exactly, and files without some of the sites: those sites then change
+        nothing. Other methods need the same options and sites. After a swap to a smaller file, the padding zeros do not train.
 
         Args:
-            path: a file of any format, of one attachment of this method. `base`: as for `veneer.load`.
+            path: a file of any format with a single attachment of this method. `base`: as for `veneer.load`.
         Raises:
-            LoadError: it does not fit; it says what would. StateError: merged or detached. Nothing has been changed then.
+            LoadError: the file does not fit. StateError: merged or detached. Nothing is changed then.
         """
-        from veneer.formats._core.swap import swap
-
-        return swap(self, path, base=base)
+        return file_functions().swap(self, path, base=base)
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the native file (`.safetensors`; the suffix is added). Returns its path."""
-        from veneer.formats import native
-
+        """Writes the native file (the suffix `.safetensors` is added). Returns its path."""
         self.check()
-        return native.save(self, path)
+        return file_functions().save(self, path)
 
     # conditions and strength
 
     def condition(
         self, *, strength: float = 1.0, start: float = 0.0, end: float = 1.0, pipeline: Any = None, **conditions: Any
     ) -> AbstractContextManager[None]:
-        """A `with` block in which the model is called with these conditions; the earlier ones come back after it.
+        """Sets the conditions for forward passes inside a `with` block; the previous ones are restored after it.
 
-        A pipeline is called as ever: with guidance, several prompts and several pictures a prompt. One condition counts for all
-        samples; of several the n-th for the n-th prompt. Where activations are recomputed, go backward before the next call.
+        Pipelines are called as usual: with guidance, several prompts and several images per prompt. A single condition applies to
+        all samples, the n-th of several to the n-th prompt. With gradient checkpointing, call `backward()` before the next call.
 
         Args:
-            strength: multiplies `scale`, here only. `start`, `end`: the part of the schedule in which it acts, 0 to 1.
-            pipeline: what is called, where it is not what was attached to: another pipeline, or a bare model.
-            conditions: what the method takes, such as `image=`.
+            strength: multiplies `scale`, inside the block only. `start`, `end`: active part of the schedule, 0 to 1.
+            pipeline: the pipeline or model that is called, if it is not the one that was attached to.
+            conditions: conditions of the method, such as `image=`.
         Raises:
-            ConditionError: the method takes no conditions or others, or one cannot be used.
+            ConditionError: the method has no conditions or others, or a value cannot be used.
         """
         return condition_scope(self, parse_conditions(self, conditions, strength, start, end, pipeline))
 
     @property
     def scale(self) -> float:
-        """Strength: 0 is the host, 1 the adapter as trained. A buffer write; no recompilation."""
+        """Strength: 0 is the host, 1 the adapter as trained. Setting it writes a buffer, without recompilation."""
         return self._scale
 
     @scale.setter
@@ -204,11 +213,16 @@ class Attachment:
             raise StateError(message, where=self.name, given="merged")
         self._write(float(value), self._on)
 
+    @property
+    def is_enabled(self) -> bool:
+        """False inside `enabled(False)`, and while `activate` or `mixed` disables the attachment."""
+        return self._on
+
     @contextlib.contextmanager
     def enabled(self, on: bool) -> Iterator[None]:
-        """Switch the adapters on or off inside a `with` block; the earlier state comes back after it."""
+        """Enables or disables the adapters inside a `with` block; the previous state is restored after it."""
         if self.merged:
-            raise StateError(f"'{self.name}' is merged. Call unmerge() before switching it.", where=self.name, given="merged")
+            raise StateError(f"'{self.name}' is merged. Call unmerge() before enabled().", where=self.name, given="merged")
         before = self._on
         self._write(self._scale, on)
         try:
@@ -218,82 +232,61 @@ class Attachment:
 
     def _write(self, scale: float, on: bool) -> None:
         strength = scale if on else 0.0
-        for seam in self._joined.seams:
+        for seam in self.seams:
             seam.check_strength(strength)
-        for seam in self._joined.seams:
+        for seam in self.seams:
             seam.write_strength(strength)
         self._scale, self._on = scale, on
 
-    # folding into weights
+    # merging into weights
 
-    def merge(self) -> merging.MergeReport:
-        """Fold the adapters into the base weights: W' = weight(W) at the current scale, rounded once to W's dtype.
+    def merge(self) -> MergeReport:
+        """Merges the adapters into the base weights: W' = weight(W) at the current scale, rounded once to W's dtype.
 
-        Memory: W' is written beside W, and W is kept for `unmerge`: as much again as the adapted weights, for each merge.
-        Order: of several attachments the first merged is applied first, and those that stay beside are applied to the result.
-        Merged in the order of attaching, outputs stay as they are; in another only where all changes are sums, as LoRA's.
-        `veneer.merges(model)` tells what is merged, in which order and at which scale.
+        Memory: W' is allocated beside W, and W is stored for `unmerge`: each merge takes the size of the adapted weights again.
+        Order: of several attachments the first merged is applied first, and unmerged ones are applied to the result. Outputs stay
+        equal if they are merged in the order of attaching, or if all changes are sums, like LoRA's. `veneer.merges(model)` lists
+        the merged attachments in order, with their scales.
 
         Raises:
-            StateError: merged already or detached.
-            UnsupportedSite: the method has no weight form, or a weight is quantised, offloaded or computed from others.
-            Nothing has been changed then.
+            StateError: already merged, or detached.
+            UnsupportedSite: the method has no weight form, or a weight is quantized, offloaded or computed from others.
+            Nothing is changed then.
         """
-        self._joined.refuse_mixed()
+        self._installation.refuse_mixed()
         if self.merged:
-            raise StateError(f"'{self.name}' is merged already.", where=self.name, given="merged")
+            raise StateError(f"'{self.name}' is already merged.", where=self.name, given="merged")
         self.check()
-        pristine, report = merging.fold(self.towers, list(self.parts.values()))
-        try:
-            for seam in self._joined.seams:
-                seam.uninstall()
-        except BaseException:
-            merging.unfold(self.towers, pristine)
-            self._joined.join_again()
-            raise
-        self._pristine, self.merged = pristine, True
-        self._joined.link()
-        for tower in self.towers.values():
-            open_ledger(tower).merged.append(Merge(self, self._scale if self._on else 0.0))
-        return report
+        return self._installation.merge(self._scale if self._on else 0.0)
 
     def unmerge(self) -> None:
-        """Put the pristine weights back, bitwise and without a copy, and the adapters beside them again.
+        """Restores the original weights, bitwise and without a copy, and installs the adapters again.
 
-        On a model that was moved or cast since, they are moved and cast as it was. What else was written into W' is lost.
+        If the model was moved or cast since the merge, so are the weights. Other changes of W' since the merge are lost.
 
         Raises:
-            StateError: not merged, or something was merged later and must be unmerged first.
+            StateError: not merged, or another attachment was merged later and must be unmerged first.
         """
-        if not self.merged or self._pristine is None:
+        if not self.merged:
             raise StateError(f"'{self.name}' is not merged.", where=self.name, given="not merged")
-        for tower in self.towers.values():
-            ledger = open_ledger(tower)
-            if (last := ledger.merged[-1]).attachment is not self:
-                message = f"'{last.name}' was merged after '{self.name}'. Unmerge it first."
-                raise StateError(message, where=self.name, given="merged", expected=last.name)
-        merging.unfold(self.towers, self._pristine)
-        for tower in self.towers.values():
-            open_ledger(tower).merged.pop()
-        self._pristine, self.merged = None, False
-        self._joined.join_again()
+        self._installation.unmerge()
 
-    # looking
+    # inspection
 
     def report(self) -> Report:
-        """Per block: sites, trainable, stored, share of the base. `print()` it or read its rows."""
+        """Table of sites, trainable and stored parameters per block, and the share of the base. Print it, or read its rows."""
         return Report.of(self)
 
     def probe(self, sample: Any = None) -> None:
-        """One forward and backward pass per tower: every adapter parameter must reach the output.
+        """Checks with one forward and backward pass per tower that the output depends on every adapter parameter.
 
         Args:
-            sample: keyword inputs of the (single) tower, a mapping of component to such, or None for the host's own.
+            sample: keyword inputs of the tower, a mapping of component to keyword inputs, or None for those of the host.
         Raises:
-            DeadSite: with the sites that do not.
+            DeadSite: with the sites whose parameters do not reach the output.
         """
         probe(self, sample)
 
     def __repr__(self) -> str:
-        state = "merged" if self.merged else ("attached" if self._joined.seams else "detached")
+        state = "merged" if self.merged else ("attached" if self.seams else "detached")
         return f"<Attachment '{self.name}': {self.method.name} at {len(self.parts)} sites, scale {self._scale}, {state}>"

@@ -1,4 +1,4 @@
-"""Base parameters that an attachment trains beside its adapters, and their values from before."""
+"""Base parameters that an attachment trains beside its adapters, and their original values."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from ..errors import HostChanged
 from ..seams.adapter_calls import base_tensor, module_at
 
 
-class Trained:
+class ExtraParameters:
     """The parameters named in `train=`.
 
     Args:
         towers: component to module.
-        places: saved name to (component, parameter path).
+        paths: saved name to (component, parameter path).
 
     Attributes:
-        before: saved name to the base's own value: from before the first attachment that trains it.
+        original: saved name to the value from before the first attachment that trains it.
     """
 
-    def __init__(self, towers: Mapping[str, nn.Module], places: Mapping[str, tuple[str, str]]) -> None:
-        self.towers, self.places = towers, places
-        self.before: dict[str, Tensor] = {}
+    def __init__(self, towers: Mapping[str, nn.Module], paths: Mapping[str, tuple[str, str]]) -> None:
+        self.towers, self.paths = towers, paths
+        self.original: dict[str, Tensor] = {}
         self._owners: dict[str, nn.Module] = {}
 
     def parameter(self, component: str, path: str) -> nn.Parameter:
-        """The parameter at a place."""
+        """The parameter at a path."""
         owner, _, name = path.rpartition(".")
         value = base_tensor(self.towers[component], owner, name)
         assert isinstance(value, nn.Parameter)
@@ -36,40 +36,40 @@ class Trained:
 
     def items(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Saved name and parameter."""
-        yield from ((key, self.parameter(*place)) for key, place in self.places.items())
+        yield from ((key, self.parameter(*path)) for key, path in self.paths.items())
 
-    def start(self, others: Sequence[Trained]) -> None:
-        """Let them require gradients, and keep their values; those that another attachment trains were kept by it."""
-        kept = {id(p): other.before[key] for other in others for key, p in other._held()}
-        for key, (component, path) in self.places.items():
+    def unfreeze(self, others: Sequence[ExtraParameters]) -> None:
+        """Sets `requires_grad`, and stores the original values; of shared parameters, those that another attachment stored."""
+        stored = {id(p): other.original[key] for other in others for key, p in other._unfrozen()}
+        for key, (component, path) in self.paths.items():
             p = self.parameter(component, path)
             self._owners[key] = module_at(self.towers[component], path.rpartition(".")[0])
-            self.before[key] = kept[id(p)] if id(p) in kept else p.detach().clone()
+            self.original[key] = stored[id(p)] if id(p) in stored else p.detach().clone()
             p.requires_grad_(True)
 
-    def stop(self, others: Sequence[Trained]) -> None:
-        """Freeze them with their values from before, except those that another attachment trains still."""
-        wanted = {id(p) for other in others for _, p in other._held()}
+    def restore(self, others: Sequence[ExtraParameters]) -> None:
+        """Freezes the parameters and restores their original values, except those that another attachment still trains."""
+        shared = {id(p) for other in others for _, p in other._unfrozen()}
         with torch.no_grad():
-            for key, p in self._held():
-                if id(p) not in wanted:
-                    p.copy_(self.before[key])
+            for key, p in self._unfrozen():
+                if id(p) not in shared:
+                    p.copy_(self.original[key])
                     p.requires_grad_(False)
-        self.before, self._owners = {}, {}
+        self.original, self._owners = {}, {}
 
-    def _held(self) -> Iterator[tuple[str, Tensor]]:
-        """Those that were started, also where the host has dropped their module since."""
+    def _unfrozen(self) -> Iterator[tuple[str, Tensor]]:
+        """Unfrozen parameters, also of modules that the host has replaced since."""
         for key, owner in self._owners.items():
-            yield key, base_tensor(owner, "", self.places[key][1].rpartition(".")[2])
+            yield key, base_tensor(owner, "", self.paths[key][1].rpartition(".")[2])
 
     def check(self) -> None:
-        """Raise if the host has put another module in a trained one's place.
+        """Raises if the host has replaced a module with trained parameters.
 
         Raises:
-            HostChanged: naming it.
+            HostChanged: with the name of the parameter.
         """
         for key, owner in self._owners.items():
-            component, path = self.places[key]
+            component, path = self.paths[key]
             if _at(self.towers[component], path.rpartition(".")[0]) is not owner:
                 message = f"{key}: the host rebuilt a trained module after attach. Detach, change the host, then attach."
                 raise HostChanged(message, where=key, given="rebuilt")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..composition.merge import host_tensors
-from .model_state import peek, statistics
+from .model_state import find_model_state, statistics
 
 SAMPLES = 4096
 
@@ -63,11 +63,11 @@ def _signs(tensor: Tensor) -> Tensor:
 
 
 def _before_training(tower: nn.Module) -> dict[str, Tensor]:
-    ledger, before = peek(tower), dict[str, Tensor]()
-    for attachment in ledger.attachments if ledger else ():
+    tower_state, before = find_model_state(tower), dict[str, Tensor]()
+    for attachment in tower_state.attachments if tower_state else ():
         for key, (component, path) in attachment.extras.items():
             if attachment.towers[component] is tower:
-                before.setdefault(path, attachment.trained.before[key])
+                before.setdefault(path, attachment.trained.original[key])
     return before
 
 

@@ -1,60 +1,60 @@
-"""What an attachment has put on its host, how it came there, and the way back."""
+"""Installs an attachment on its host (seams, hooks on the towers, integrity checks, trainable base parameters) and removes it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..composition.batch_routing import Batch
-from ..conditions import set_call_conditions
+from ..composition.merge import MergeReport, OriginalWeights, merge_weights, restore_weights
 from ..errors import HostChanged, StateError, UnsupportedSite
 from ..seams.adapter_calls import is_tracing
 from ..seams.seam import Seam
 from ..seams.seam_choice import seams_for
 from ..seams.weight_seam import Carrier
-from .extra_parameters import Trained
-from .integrity import Watch
+from .condition_scope import set_call_conditions
+from .extra_parameters import ExtraParameters
+from .integrity import IntegrityCheck
 from .layer_order import Beneath, link
-from .model_state import close, lookup, open_ledger, peek
+from .model_state import MergeRecord, drop_unused_model_state, ensure_model_state, find_model_state, lookup
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from .attachment import Attachment
+from .protocol import AttachmentProtocol
 
 
-class Joined:
-    """Seams, hooks at the towers' doors, guards and trained base parameters of one attachment.
+class Installation:
+    """Everything one attachment installed on the model: hooks, parametrizations, integrity checks, trainable base parameters.
 
     Attributes:
-        seams: empty unless joined. `trained`: the base parameters named in `train`.
-        batches: of each tower by its id, while samples of a batch differ.
+        seams: installed seams, empty unless installed. `trained`: the base parameters named in `train`.
+        batches: by the id of a tower, the mixed batch that runs on it.
     """
 
-    def __init__(self, attachment: Attachment, planned: Plan) -> None:
+    def __init__(self, attachment: AttachmentProtocol, planned: Plan) -> None:
         self.attachment, self.parts, self.towers = attachment, planned.parts, planned.towers
-        self.trained = Trained(planned.towers, planned.extras)
+        self.trained = ExtraParameters(planned.towers, planned.extras)
         self.seams: list[Seam] = []
         self.batches: dict[int, Batch] = {}
         self._guards: dict[tuple[str, str], Any] = {}
-        self._doors: list[Any] = []
+        self._original_weights: OriginalWeights = {}
+        self._tower_hooks: list[Any] = []
 
-    def join(self) -> None:
-        """Install everything. A failure leaves what `leave` can take away."""
+    def install(self) -> None:
+        """Installs everything. After a failure, `uninstall` removes what was installed."""
         for tower in self.towers.values():
-            self._freeze(tower)  # before seams move keys, because flags are kept by name
+            self._freeze(tower)  # before seams rename parameters, because flags are stored by name
         for _, seam in seams_for(self.towers, self.parts):
             self.seams.append(seam)
             seam.join(self.attachment.name)
-        self._order()
+        order_seams(self.attachment)
         guarded = dict.fromkeys((site.component, site.guard) for site, _ in self.parts if site.guard)
         self._guards = {(component, path): lookup(self.towers[component], path) for component, path in guarded}
-        self._watch = Watch(self.seams, [(self.towers[component], path) for component, path in guarded])
-        for tower in self.towers.values():
-            door = tower.register_forward_pre_hook(self._at_door, with_kwargs=True, prepend=True)  # seams may be there as well
-            self._doors.append(door)
-        self.trained.start(self._others())
+        self._integrity = IntegrityCheck(self.seams, [(self.towers[component], path) for component, path in guarded])
+        for tower in self.towers.values():  # first, because seams may have hooks on the tower itself
+            hook = tower.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
+            self._tower_hooks.append(hook)
+        self.trained.unfreeze(self._others())
         for site, adapter in self.parts:
             tower = self.towers[site.component]
             if adapter.training != tower.training:
@@ -62,103 +62,110 @@ class Joined:
             adapter.enter(tower)
 
     def _freeze(self, tower: nn.Module) -> None:
-        ledger = open_ledger(tower)
-        trained = {id(p) for other in ledger.attachments for p in other.parameters()}
-        ledger.attachments.append(self.attachment)
+        tower_state = ensure_model_state(tower)
+        trainable = {id(p) for other in tower_state.attachments for p in other.parameters()}
+        tower_state.attachments.append(self.attachment)
         for module in tower.modules():
             for p in module._parameters.values():
-                if p is not None and id(p) not in trained:
+                if p is not None and id(p) not in trainable:
                     p.requires_grad_(False)
 
-    def leave(self) -> None:
-        """Undo `join`, also half of one, bitwise."""
-        for handle in self._doors:
+    def uninstall(self) -> None:
+        """Undoes `install`, also a partial one, bitwise."""
+        for handle in self._tower_hooks:
             handle.remove()
         for seam in reversed(self.seams):
             seam.uninstall()
-        self.trained.stop(self._others())
+        self.trained.restore(self._others())
         for tower in self.towers.values():
-            ledger = peek(tower)
-            if ledger is not None and self.attachment in ledger.attachments:
-                ledger.attachments.remove(self.attachment)
-            close(tower)
-        self.link()
+            tower_state = find_model_state(tower)
+            if tower_state is not None and self.attachment in tower_state.attachments:
+                tower_state.attachments.remove(self.attachment)
+            drop_unused_model_state(tower)
+        link_seams(self.attachment)
         for _, adapter in self.parts:
             adapter.leave()
-        self.seams, self._doors, self._guards = [], [], {}
+        self.seams, self._tower_hooks, self._guards = [], [], {}
 
-    def join_again(self) -> None:
-        """Take the place in the order of attaching: what was attached later acts later, also after an unmerge."""
-        ledgers = [open_ledger(tower).attachments for tower in self.towers.values()]
-        later = dict.fromkeys(a for known in ledgers for a in known[known.index(self.attachment) :] if not a.merged)
+    def merge(self, strength: float) -> MergeReport:
+        """Merges the adapters into the weights, and removes the seams. All or nothing. `strength`: the present one."""
+        original, report = merge_weights(self.towers, self.parts)
+        try:
+            for seam in self.seams:
+                seam.uninstall()
+        except BaseException:
+            restore_weights(self.towers, original)
+            self.reinstall()
+            raise
+        self._original_weights, self.attachment.merged = original, True
+        link_seams(self.attachment)
+        for tower in self.towers.values():
+            ensure_model_state(tower).merged.append(MergeRecord(self.attachment, strength))
+        return report
+
+    def unmerge(self) -> None:
+        """Restores the original weights, and installs the seams again.
+
+        Raises:
+            StateError: another attachment was merged later.
+        """
+        for tower in self.towers.values():
+            last = ensure_model_state(tower).merged[-1]
+            if last.attachment is not self.attachment:
+                name = self.attachment.name
+                message = f"'{last.name}' was merged after '{name}'. Unmerge it first."
+                raise StateError(message, where=name, given="merged", expected=last.name)
+        restore_weights(self.towers, self._original_weights)
+        for tower in self.towers.values():
+            ensure_model_state(tower).merged.pop()
+        self._original_weights, self.attachment.merged = {}, False
+        self.reinstall()
+
+    def reinstall(self) -> None:
+        """Installs the seams again after an unmerge, and those of later attachments after them: the order of attaching stays."""
+        attached = [ensure_model_state(tower).attachments for tower in self.towers.values()]
+        later = dict.fromkeys(a for each in attached for a in each[each.index(self.attachment) :] if not a.merged)
         for attachment in later:
-            for seam in attachment._joined.seams:
+            for seam in attachment.seams:
                 seam.uninstall()
                 seam.join(attachment.name)
         for attachment in later:
-            attachment._joined._order(strict=False)
+            order_seams(attachment, strict=False)
 
-    def _order(self, strict: bool = True) -> None:
-        """Let what was attached before act first, in the weights where it must.
+    def _others(self) -> list[ExtraParameters]:
+        states = [state for tower in self.towers.values() if (state := find_model_state(tower)) is not None]
+        return [a.trained for state in states for a in state.attachments if a is not self.attachment]
 
-        Raises:
-            UnsupportedSite: it cannot; without `strict` it acts in the calls then, after what is in the weights.
-        """
-        for beneath in self.link():
-            try:
-                lacking = [*beneath.lacking()]
-            except UnsupportedSite:
-                if strict:
-                    raise
-                continue
-            for site in lacking:
-                carrier = Carrier(self.towers[site.component], site)
-                carrier.idle = all(seam.idle for seam in beneath.weights.values())
-                self.seams.append(carrier)
-                carrier.join(self.attachment.name)
-        self.link()
-
-    def link(self) -> list[Beneath]:
-        """Tell all seams of the towers anew which of them act beneath which. Gives what is beneath this attachment's."""
-        mine: list[Beneath] = []
-        for tower in self.towers.values():
-            ledger = peek(tower)
-            for attachment, found in link(tower, ledger.attachments if ledger else ()):
-                mine += found if attachment is self.attachment else ()
-        return mine
-
-    def _others(self) -> list[Trained]:
-        ledgers = [ledger for tower in self.towers.values() if (ledger := peek(tower)) is not None]
-        return [a.trained for ledger in ledgers for a in ledger.attachments if a is not self.attachment]
-
-    def _at_door(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        acts = is_tracing() and self.attachment.conditions is not None  # what is run again may be on then
-        if torch.compiler.is_compiling():  # a guard on the strength would compile anew
-            acts = True
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        enabled = (
+            is_tracing() and self.attachment.conditions is not None
+        )  # a captured graph may be replayed with adapters enabled
+        if torch.compiler.is_compiling():  # a guard on the strength would compile again
+            enabled = True
         else:
-            on = self.attachment._on and self.attachment._scale != 0
-            acts = acts or on
-            self.attachment.check() if on else self.trained.check()  # adapters that are off cannot be bypassed
-        if acts and self.attachment.method.conditions:
+            active = self.attachment.is_enabled and self.attachment.scale != 0
+            enabled = enabled or active
+            self.attachment.check() if active else self.trained.check()  # disabled adapters cannot be bypassed
+        if enabled and self.attachment.method.conditions:
             set_call_conditions(self.attachment, module, args, kwargs)
         batch = self.batches.get(id(module))
         if batch is not None:
             batch.enter(args, kwargs)
 
     def refuse_mixed(self) -> None:
-        """Raise `StateError` while samples of a batch differ: what leaves now would take others' rows along."""
+        """Raises `StateError` inside `mixed`: the seams of one attachment run the rows of the others."""
         if self.batches:
             message = f"'{self.attachment.name}' is in a mixed batch. Leave the context of `mixed` first."
             raise StateError(message, where=self.attachment.name, given="mixed")
 
     def check(self, merged: bool) -> None:
-        """Raise if the host was rebuilt or fused since, so that adapters would be bypassed.
+        """Raises if the host was rebuilt or fused since attach, so that adapters would be bypassed.
 
         Raises:
             HostChanged: naming the site and what changed.
         """
         self.trained.check()
-        if self._watch.unchanged(merged):
+        if self._integrity.is_intact(merged):
             return
         for seam in () if merged else self.seams:
             if not seam.is_intact():
@@ -176,3 +183,34 @@ class Joined:
                     where=site.name,
                     given=site.guard,
                 )
+
+
+def order_seams(attachment: AttachmentProtocol, strict: bool = True) -> None:
+    """Applies earlier attachments before this one, in the weights where that is necessary.
+
+    Raises:
+        UnsupportedSite: an earlier adapter has no form for that. Without `strict` it acts in the calls, after the weights.
+    """
+    for beneath in link_seams(attachment):
+        try:
+            lacking = [*beneath.lacking()]
+        except UnsupportedSite:
+            if strict:
+                raise
+            continue
+        for site in lacking:
+            carrier = Carrier(attachment.towers[site.component], site)
+            carrier.idle = all(seam.idle for seam in beneath.weights.values())
+            attachment.seams.append(carrier)
+            carrier.join(attachment.name)
+    link_seams(attachment)
+
+
+def link_seams(attachment: AttachmentProtocol) -> list[Beneath]:
+    """Updates the order of all seams on the attachment's towers. Returns the earlier call seams under its weight seams."""
+    own: list[Beneath] = []
+    for tower in attachment.towers.values():
+        tower_state = find_model_state(tower)
+        for other, earlier in link(tower, tower_state.attachments if tower_state else ()):
+            own += earlier if other is attachment else ()
+    return own

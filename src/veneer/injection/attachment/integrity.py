@@ -1,4 +1,4 @@
-"""Whether a host is still as it was when something was attached: asked before every pass, so asked quickly."""
+"""Checks before every forward pass whether the host still has the modules and flags it had at attach. Must be fast."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from ..seams.seam import HookSeam, Seam
 Edge = tuple[nn.Module, str, nn.Module]
 
 
-class Watch:
-    """The modules on the way from the towers to the seams and guards, and the guards' values.
+class IntegrityCheck:
+    """The chain of modules from the towers to every seam and guard, and the guards' values.
 
     Args:
-        seams: joined. `guards`: (tower, dotted path of an attribute).
+        seams: installed. `guards`: (tower, dotted path of an attribute).
     """
 
     def __init__(self, seams: Sequence[Seam], guards: Iterable[tuple[nn.Module, str]]) -> None:
         self.hooked = [seam for seam in seams if isinstance(seam, HookSeam)]
         self.others = [seam for seam in seams if not isinstance(seam, HookSeam)]
-        ways = [(seam.__dict__["tower"], seam.home) for seam in self.hooked]
+        chains = [(seam.__dict__["tower"], seam.home) for seam in self.hooked]
         self.values: list[tuple[Any, str, Any]] = []
         for tower, path in dict.fromkeys(guards):
-            way, _, name = path.rpartition(".")
-            owner = module_at(tower, way)
-            ways.append((tower, way))
+            chain, _, name = path.rpartition(".")
+            owner = module_at(tower, chain)
+            chains.append((tower, chain))
             self.values.append((owner, name, getattr(owner, name)))
-        edges = {(id(parent), key): (parent, key, child) for way in dict.fromkeys(ways) for parent, key, child in _edges(*way)}
+        edges = {
+            (id(parent), key): (parent, key, child) for chain in dict.fromkeys(chains) for parent, key, child in _edges(*chain)
+        }
         self.edges = list(edges.values())
 
-    def unchanged(self, merged: bool) -> bool:
-        """True if nothing was replaced or set anew. Without a look at the seams while `merged`: they are away."""
+    def is_intact(self, merged: bool) -> bool:
+        """True if no module was replaced and no guard changed. Seams are skipped while `merged`, because they are removed."""
         if not all(parent._modules.get(key) is child for parent, key, child in self.edges):
             return False
         if not all(getattr(owner, name) == value for owner, name, value in self.values):

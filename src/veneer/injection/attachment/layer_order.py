@@ -8,7 +8,6 @@ one: `Beneath` applies its weight and bias forms there, and its hook does nothin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -19,9 +18,7 @@ from ..seams.effective_weight import change_of, tensors_of
 from ..seams.seam import Seam
 from ..seams.weight_seam import WeightSeam
 from ..sites import NormSite, ParamSite, WeightSite
-
-if TYPE_CHECKING:
-    from .attachment import Attachment
+from .protocol import AttachmentProtocol
 
 TENSORS = (WeightSite, ParamSite, NormSite)
 
@@ -129,16 +126,16 @@ def _reach(call: CallSeam) -> bool:
     return isinstance(call.adapters[0], BiasAdapter) and (not site.bias or site.bias.rpartition(".")[0] != site.path)
 
 
-def link(tower: nn.Module, attached: Iterable[Attachment]) -> list[tuple[Attachment, list[Beneath]]]:
+def link(tower: nn.Module, attached: Iterable[AttachmentProtocol]) -> list[tuple[AttachmentProtocol, list[Beneath]]]:
     """Tell the seams of a tower, in the order of attaching, which of them act beneath which.
 
     Returns:
         Of each attachment, what is beneath it.
     """
     calls: dict[int, list[CallSeam]] = {}
-    found: list[tuple[Attachment, list[Beneath]]] = []
+    found: list[tuple[AttachmentProtocol, list[Beneath]]] = []
     for attachment in attached:
-        seams = [] if attachment.merged else [s for s in attachment._joined.seams if s.__dict__["tower"] is tower]
+        seams = [] if attachment.merged else [s for s in attachment.seams if s.__dict__["tower"] is tower]
         weights = _weights(seams)
         below = [Beneath(module, group, calls[id(module)]) for module, group in weights if id(module) in calls]
         found.append((attachment, [_connect(each) for each in below]))

@@ -1,27 +1,23 @@
-"""What is attached to a model, and what the model was before. One ledger a tower, kept in the tower's `__dict__`."""
+"""State of a tower while something is attached: its attachments, and its values from before. Stored in the tower's `__dict__`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HostChanged
+from .protocol import AttachmentProtocol
 
-if TYPE_CHECKING:
-    from .attachment import Attachment
-
-_KEY = "_veneer_ledger"
+_KEY = "_veneer_model_state"
 
 
-@dataclass(frozen=True)
-class Merge:
-    """One attachment that is in the weights, and the strength that it was merged at."""
+class MergeRecord(NamedTuple):
+    """An attachment that is merged into the weights, and the strength that it was merged at."""
 
-    attachment: Attachment
+    attachment: AttachmentProtocol
     scale: float
 
     @property
@@ -30,23 +26,23 @@ class Merge:
         return self.attachment.name
 
 
-class Ledger:
+class ModelState:
     """The attachments of one tower, in order; its `requires_grad` flags and norm statistics from before the first.
 
     Attributes:
-        merged: what is in the weights, the first merged first.
+        merged: attachments that are merged into the weights, in the order of merging.
     """
 
     def __init__(self, tower: nn.Module) -> None:
-        self.attachments: list[Attachment] = []
-        self.merged: list[Merge] = []
+        self.attachments: list[AttachmentProtocol] = []
+        self.merged: list[MergeRecord] = []
         modules = list(tower.named_modules())
         named = ((f"{path}.{key}" if path else key, p) for path, m in modules for key, p in m._parameters.items())
         self.requires_grad = {name: p.requires_grad for name, p in named if p is not None}
         self.statistics = {name: b.detach().clone() for name, b in statistics(modules)}
 
     def restore(self, tower: nn.Module) -> None:
-        """Put flags and statistics back, once nothing is attached."""
+        """Restores flags and statistics after the last detach."""
         for name, p in tower.named_parameters():
             p.requires_grad_(self.requires_grad.get(name, p.requires_grad))
         with torch.no_grad():
@@ -56,45 +52,48 @@ class Ledger:
 
 
 def statistics(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, Tensor]]:
-    """The buffers that a forward pass in training mode changes, of named modules."""
+    """Buffers of named modules that a forward pass in training mode changes: norm statistics."""
     norms = [(n, m) for n, m in modules if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
     return [(f"{n}.{k}" if n else k, b) for n, m in norms for k, b in m.named_buffers(recurse=False)]
 
 
 def changed_statistics(tower: nn.Module) -> dict[str, Tensor]:
     """Norm statistics that differ from those at the first attach."""
-    ledger = peek(tower)
-    before = ledger.statistics if ledger else {}
-    now = statistics(tower.named_modules())
-    return {name: b.detach() for name, b in now if name in before and not (b.is_meta or torch.equal(b, before[name]))}
+    state = find_model_state(tower)
+    before = state.statistics if state else {}
+    current = statistics(tower.named_modules())
+    return {name: b.detach() for name, b in current if name in before and not (b.is_meta or torch.equal(b, before[name]))}
 
 
-def peek(tower: nn.Module) -> Ledger | None:
-    """The tower's ledger, if anything is attached."""
-    found: Ledger | None = tower.__dict__.get(_KEY)
-    return found
+def find_model_state(tower: nn.Module) -> ModelState | None:
+    """The tower's state; None if nothing is attached."""
+    state: ModelState | None = tower.__dict__.get(_KEY)
+    return state
 
 
-def open_ledger(tower: nn.Module) -> Ledger:
-    """The tower's ledger; a new one if nothing is attached."""
-    return tower.__dict__.setdefault(_KEY, Ledger(tower)) if peek(tower) is None else tower.__dict__[_KEY]
+def ensure_model_state(tower: nn.Module) -> ModelState:
+    """The tower's state; created from its present values if nothing is attached."""
+    if find_model_state(tower) is None:
+        tower.__dict__[_KEY] = ModelState(tower)
+    state: ModelState = tower.__dict__[_KEY]
+    return state
 
 
-def close(tower: nn.Module) -> None:
-    """Restore the tower and drop its ledger, if nothing is attached any more."""
-    ledger = peek(tower)
-    if ledger is not None and not ledger.attachments:
-        ledger.restore(tower)
+def drop_unused_model_state(tower: nn.Module) -> None:
+    """Restores the tower and deletes its state, if nothing is attached."""
+    state = find_model_state(tower)
+    if state is not None and not state.attachments:
+        state.restore(tower)
         del tower.__dict__[_KEY]
 
 
 def refuse_compiled(tower: nn.Module, what: str, wrapped: bool = False) -> None:
-    """Raise if hooks that are added now would be dropped without a word; `wrapped`: the tower was given compiled.
+    """Raises if hooks added now would be silently dropped. `wrapped`: the caller passed the wrapper of `torch.compile`.
 
     Raises:
-        HostChanged: the tower or a part of it is compiled or sharded.
+        HostChanged: the tower or one of its modules is compiled or sharded.
     """
-    sharded: dict[type, bool] = {}  # each class is looked at once
+    sharded: dict[type, bool] = {}  # computed once per class
     for name, module in tower.named_modules():
         kind = type(module)
         if kind not in sharded:
@@ -103,7 +102,7 @@ def refuse_compiled(tower: nn.Module, what: str, wrapped: bool = False) -> None:
         if compiled or sharded[kind]:
             how = "torch.compile" if compiled else "sharding"
             raise HostChanged(
-                f"{what}: '{name or type(tower).__name__}' has been through {how} already, which drops hooks added later. "
+                f"{what}: '{name or type(tower).__name__}' has been through {how}, which drops hooks added later. "
                 f"Attach first, then {'compile' if compiled else 'shard'}.",
                 where=name or type(tower).__name__,
                 given=how,

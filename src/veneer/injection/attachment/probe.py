@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..conditions import condition_scope, example
 from ..errors import DeadSite, StateError
 from ..registry import host_of
+from .condition_scope import condition_scope, example
+from .protocol import AttachmentProtocol
 
-if TYPE_CHECKING:
-    from .attachment import Attachment
 
-
-def probe(attachment: Attachment, sample: Any = None) -> None:
+def probe(attachment: AttachmentProtocol, sample: Any = None) -> None:
     """One forward and one backward pass per tower, with the adapters' parameters moved off their start values.
 
     Sites that the host declares inert are passed over; the report counts them.
@@ -29,8 +27,8 @@ def probe(attachment: Attachment, sample: Any = None) -> None:
         DeadSite: naming each site and parameter that no output depends on.
         StateError: the adapters are merged or switched off.
     """
-    if attachment.merged or not attachment._on or attachment.scale == 0:
-        state = "merged" if attachment.merged else "disabled" if not attachment._on else "scale 0"
+    if attachment.merged or not attachment.is_enabled or attachment.scale == 0:
+        state = "merged" if attachment.merged else "disabled" if not attachment.is_enabled else "scale 0"
         raise StateError(
             f"'{attachment.name}' is merged, off or at scale 0; a probe needs it on.",
             where=attachment.name,
@@ -48,7 +46,7 @@ def probe(attachment: Attachment, sample: Any = None) -> None:
         )
 
 
-def _dead(attachment: Attachment, component: str, tower: nn.Module, sample: Any) -> Iterator[str]:
+def _dead(attachment: AttachmentProtocol, component: str, tower: nn.Module, sample: Any) -> Iterator[str]:
     adapters = {n: a for n, (s, a) in attachment.parts.items() if s.component == component and not s.inert}
     named = [(f"{n}:{k}", p) for n, a in adapters.items() for k, p in a.named_parameters() if p.requires_grad]
     if not named:
@@ -62,29 +60,37 @@ def _dead(attachment: Attachment, component: str, tower: nn.Module, sample: Any)
     )
     parameters = [p for _, p in named]
     before = [p.detach().clone() for p in parameters]
-    modes = {m: m.training for m in tower.modules()}
     devices = [p.device for p in parameters[:1] if p.device.type == "cuda"]
     try:
-        with conditions, torch.random.fork_rng(devices), torch.enable_grad():
+        with conditions, eval_mode(tower), torch.random.fork_rng(devices), torch.enable_grad():
             torch.manual_seed(0)
             with torch.no_grad():
                 for p in parameters:
                     p.add_(torch.randn_like(p), alpha=0.02)
-            tower.eval()
             total = sum(((t.float() * torch.randn_like(t.float())).sum() for t in tensors(tower(**inputs))), torch.zeros(()))
             if not total.requires_grad:
                 yield from (name for name, _ in named)
                 return
             grads = torch.autograd.grad(total, parameters, allow_unused=True)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         with torch.no_grad():
             for p, value in zip(parameters, before, strict=True):
                 p.copy_(value)
     for (name, p), grad in zip(named, grads, strict=True):
         if grad is None or (p.device.type != "meta" and not grad.abs().sum().item() > 0):
             yield name
+
+
+@contextlib.contextmanager
+def eval_mode(tower: nn.Module) -> Iterator[None]:
+    """Evaluation mode; the mode of every module is restored at the end."""
+    modes = {m: m.training for m in tower.modules()}
+    tower.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _inputs(tower: nn.Module, component: str, sample: Any) -> dict[str, Any]:

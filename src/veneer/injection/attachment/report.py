@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..composition.merge import host_tensors
-
-if TYPE_CHECKING:
-    from ..sites import Site
-    from .attachment import Attachment
+from ..sites import Site
+from .protocol import AttachmentProtocol
 
 Block = tuple[str, str, str]
 
@@ -59,7 +56,7 @@ class Report:
         return tuple(r for r in self.rows if r.missing_roles)
 
     @classmethod
-    def of(cls, attachment: Attachment) -> Report:
+    def of(cls, attachment: AttachmentProtocol) -> Report:
         """The report of an attachment."""
         blocks: dict[Block, list[tuple[Site, int]]] = {}
         for site in attachment.offered:

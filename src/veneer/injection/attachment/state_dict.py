@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from torch import Tensor
 from ..errors import LoadError
 from ..seams.adapter_calls import base_tensor
 from ..sites import NormSite, ParamSite, WeightSite
-from .model_state import changed_statistics, lookup, peek
-
-if TYPE_CHECKING:
-    from .attachment import Attachment
+from .model_state import changed_statistics, find_model_state, lookup
+from .protocol import AttachmentProtocol
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class LoadReport:
         return "; ".join([*lines, *self.notes])
 
 
-def state_of(attachment: Attachment) -> dict[str, Tensor]:
+def state_of(attachment: AttachmentProtocol) -> dict[str, Tensor]:
     """Everything that training changed, under `site-name:parameter`."""
     state = {f"{n}:{k}": t.detach() for n, (_, a) in attachment.parts.items() for k, t in a.state_dict().items()}
     state.update({key: p.detach() for key, p in attachment.trained.items()})
@@ -54,7 +52,7 @@ def state_of(attachment: Attachment) -> dict[str, Tensor]:
     return state
 
 
-def load_state(attachment: Attachment, state: Mapping[str, Tensor], strict: bool) -> LoadReport:
+def load_state(attachment: AttachmentProtocol, state: Mapping[str, Tensor], strict: bool) -> LoadReport:
     """Copy tensors in, or raise before anything is changed."""
     targets = dict(_targets(attachment, state))
     report = _compared(targets, state)
@@ -65,13 +63,13 @@ def load_state(attachment: Attachment, state: Mapping[str, Tensor], strict: bool
     return report
 
 
-def unfit(message: str, attachment: Attachment, state: Mapping[str, Tensor], report: LoadReport) -> LoadError:
+def unfit(message: str, attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: LoadReport) -> LoadError:
     """The error that `state` does not fit, with what is missing, unused and misshapen."""
     wrong = {k: _differ(state[k], t) for k, t in _targets(attachment, state) if k in state and not _fits(state[k], t)}
     return LoadError(message, where=attachment.name, missing=report.missing, unused=report.unused, misshapen=wrong)
 
 
-def compare(attachment: Attachment, state: Mapping[str, Tensor]) -> LoadReport:
+def compare(attachment: AttachmentProtocol, state: Mapping[str, Tensor]) -> LoadReport:
     """What of `state` fits."""
     return _compared(dict(_targets(attachment, state)), state)
 
@@ -100,7 +98,7 @@ def _differ(given: Tensor, target: Tensor) -> tuple[Any, Any]:
     return tuple(given.shape), tuple(target.shape)
 
 
-def fill(attachment: Attachment, state: Mapping[str, Tensor], report: LoadReport) -> None:
+def fill(attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: LoadReport) -> None:
     """Copy in what fits."""
     _copy(dict(_targets(attachment, state)), state, report)
 
@@ -111,7 +109,7 @@ def _copy(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], report: Lo
             targets[key].copy_(state[key])
 
 
-def held_whole(attachment: Attachment) -> Iterator[tuple[str, str]]:
+def held_whole(attachment: AttachmentProtocol) -> Iterator[tuple[str, str]]:
     """(component, path) of the tensors whose every row has its whole value in an adapter."""
     held: dict[tuple[str, str], list[Any]] = {}
     for site, adapter in attachment.parts.values():
@@ -124,13 +122,13 @@ def held_whole(attachment: Attachment) -> Iterator[tuple[str, str]]:
             yield component, path
 
 
-def _targets(attachment: Attachment, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _targets(attachment: AttachmentProtocol, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, (_, adapter) in attachment.parts.items():
         yield from ((f"{name}:{key}", tensor) for key, tensor in adapter.state_dict().items())
     yield from attachment.trained.items()
     for component, tower in attachment.towers.items():
-        ledger = peek(tower)
-        for key in ledger.statistics if ledger else ():
+        tower_state = find_model_state(tower)
+        for key in tower_state.statistics if tower_state else ():
             if _name(component, key) in state:
                 yield _name(component, key), lookup(tower, key)
 

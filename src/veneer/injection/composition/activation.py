@@ -65,7 +65,7 @@ def switch(wanted: Mapping[Attachment, Switch]) -> Activation:
     Raises:
         StateError: one of them cannot have it.
     """
-    done = Activation({a: (a._scale, a._on) for a in wanted})
+    done = Activation({a: (a._scale, a.is_enabled) for a in wanted})
     try:
         _write(wanted)
     except BaseException:
@@ -76,7 +76,7 @@ def switch(wanted: Mapping[Attachment, Switch]) -> Activation:
 
 def _write(switches: Mapping[Attachment, Switch]) -> None:
     for attachment, new in switches.items():
-        if new != (attachment._scale, attachment._on):
+        if new != (attachment._scale, attachment.is_enabled):
             attachment._write(*new)
 
 

@@ -94,7 +94,7 @@ def _refuse(name: str, attachment: Attachment) -> None:
     if attachment.merged:
         message = f"mixed: '{name}' is merged. Call its unmerge() first, or leave it out: it is part of the base."
         raise StateError(message, where=name, given="merged")
-    if attachment._joined.batches:
+    if attachment._installation.batches:
         raise StateError(f"mixed: '{name}' is in another mixed batch already. Leave that one first.", where=name, given="mixed")
     attachment.check()
 
@@ -107,9 +107,9 @@ def _places(several: Mapping[str, Attachment], wanted: Sequence[Strengths], alik
     """
     batches: dict[int, Batch] = {}
     seams: dict[tuple[Any, ...], dict[str, CallSeam]] = {}
-    acting = {id(seam) for attachment in several.values() for seam in attachment._joined.seams}
+    acting = {id(seam) for attachment in several.values() for seam in attachment.seams}
     for name, attachment in several.items():
-        for seam in attachment._joined.seams:
+        for seam in attachment.seams:
             tower: nn.Module = seam.__dict__["tower"]
             if not isinstance(seam, CallSeam) or isinstance(seam, SwitchSeam):
                 if name not in alike:
@@ -159,7 +159,7 @@ def _join(several: Mapping[str, Attachment], places: Sequence[Place]) -> None:
     for place in places:
         for name, seam in place.seams.items():
             seam.choose_path(place)
-            several[name]._joined.batches[id(seam.__dict__["tower"])] = place.batch
+            several[name]._installation.batches[id(seam.__dict__["tower"])] = place.batch
 
 
 def _part(several: Mapping[str, Attachment], places: Sequence[Place]) -> None:
@@ -170,4 +170,4 @@ def _part(several: Mapping[str, Attachment], places: Sequence[Place]) -> None:
             for adapter in seam.adapters:
                 adapter.group = 0
     for attachment in several.values():
-        attachment._joined.batches.clear()
+        attachment._installation.batches.clear()

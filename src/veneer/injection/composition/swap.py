@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapter_forms import SwappableAdapter
+from ..attachment.protocol import AttachmentProtocol
 from ..attachment.state_dict import LoadReport, compare, fill, unfit
 from ..errors import LoadError, OptionError, StateError
 from ..method import Adapter, Method
 from ..sites import Site
 
-if TYPE_CHECKING:
-    from ..attachment.attachment import Attachment
 
-
-def swap(attachment: Attachment, method: Method, sites: Sequence[str], state: Mapping[str, Tensor]) -> LoadReport:
+def swap_state(attachment: AttachmentProtocol, method: Method, sites: Sequence[str], state: Mapping[str, Tensor]) -> LoadReport:
     """Fill an attachment so that it makes the change that `method` with `state` would make at `sites`. All or nothing.
 
     If the adapters implement `state_to_match(other)`, the other may be smaller (a lower rank, another scale), and sites that it
@@ -54,7 +52,7 @@ def swap(attachment: Attachment, method: Method, sites: Sequence[str], state: Ma
     return report
 
 
-def refuse_merged(attachment: Attachment) -> None:
+def refuse_merged(attachment: AttachmentProtocol) -> None:
     """Raise `StateError` if the values of an attachment are in the weights, or nowhere."""
     if attachment.merged:
         message = f"'{attachment.name}' is merged. Call unmerge() before another file goes in."
@@ -62,7 +60,7 @@ def refuse_merged(attachment: Attachment) -> None:
     attachment.check()
 
 
-def _require_alike(attachment: Attachment, method: Method, sites: Sequence[str]) -> None:
+def _require_alike(attachment: AttachmentProtocol, method: Method, sites: Sequence[str]) -> None:
     """Raise if the options or the sites differ."""
     here, there = attachment.method.config(), method.config()
     differ = [key for key in {**here, **there} if here.get(key) != there.get(key)]
@@ -81,7 +79,7 @@ def _require_alike(attachment: Attachment, method: Method, sites: Sequence[str])
         )
 
 
-def _taken(attachment: Attachment, method: Method, sites: set[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _taken(attachment: AttachmentProtocol, method: Method, sites: set[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors for every adapter, and those of `state` that belong to no adapter."""
     own: dict[str, dict[str, Tensor]] = {name: {} for name in sites}
     found: dict[str, Tensor] = {}

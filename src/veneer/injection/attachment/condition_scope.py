@@ -1,0 +1,89 @@
+"""Sets the conditions of an attachment for a `with` block, and those of one forward pass on its adapters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..conditions import Conditions
+from ..errors import ConditionError
+from ..seams.adapter_calls import first_argument
+from .protocol import AttachmentProtocol
+
+
+@contextlib.contextmanager
+def condition_scope(attachment: AttachmentProtocol, given: Conditions) -> Iterator[None]:
+    """Sets the attachment's conditions for a `with` block and restores the previous ones after it.
+
+    The adapters keep the conditions of the last call, because a backward pass with gradient checkpointing runs parts of it again.
+    """
+    before = attachment.conditions
+    given.open()
+    attachment.conditions = given
+    try:
+        yield
+    finally:
+        attachment.conditions = before
+        given.close()
+
+
+def set_call_conditions(attachment: AttachmentProtocol, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Set the conditions of the forward pass that begins on the adapters of a tower.
+
+    Raises:
+        ConditionError: the call is outside a `condition` scope.
+    """
+    given = attachment.conditions
+    if given is None:
+        takes = ", ".join(f"{name}=…" for name in attachment.method.conditions)
+        raise ConditionError(
+            f"'{attachment.name}' ({attachment.method.name}) has no conditions. Call the model inside "
+            f"`with attachment.condition({takes}):`, or inside `with attachment.enabled(False):` for the bare model.",
+            where=attachment.name,
+            given=(),
+            expected=attachment.method.conditions,
+        )
+    sample = first_argument(args, kwargs)
+    timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+    conditions = given.at(len(sample), timestep, sample.device)
+    adapters = [(site, a) for site, a in attachment.parts.values() if attachment.towers[site.component] is tower]
+    for _, adapter in adapters:
+        adapter.call.conditions = conditions
+    if conditions.strength:
+        attachment.method.prepare_call(adapters)
+
+
+def example(attachment: AttachmentProtocol, inputs: Mapping[str, Any]) -> Conditions:
+    """Conditions for sample inputs of a tower, for the probe and the conformance suite."""
+    values = attachment.method.example(list(attachment.parts.values()), inputs)
+    return Conditions(attachment.name, values, {})
+
+
+def parse_conditions(
+    attachment: AttachmentProtocol, conditions: Mapping[str, Any], strength: float, start: float, end: float, pipeline: Any
+) -> Conditions:
+    """Conditions, checked and converted by the method.
+
+    Raises:
+        ConditionError: the method takes none or others, one cannot be used, or the attached pipeline was garbage-collected.
+    """
+    method, name = attachment.method, attachment.name
+    if pipeline is None and attachment.pipeline is not None:
+        pipeline = attachment.pipeline()
+        if pipeline is None:
+            raise ConditionError(
+                f"'{name}': the pipeline it was attached to was garbage-collected; pass condition(…, pipeline=PIPE).",
+                where=name,
+                expected="pipeline",
+            )
+    unknown = sorted(set(conditions) - set(method.conditions))
+    if unknown or not method.conditions:
+        takes = ", ".join(method.conditions) or "no conditions"
+        message = f"'{name}' ({method.name}) takes {takes}; got {', '.join(conditions) or 'nothing'}."
+        raise ConditionError(message, where=name, given=tuple(conditions), expected=method.conditions)
+    sites = [site for site, _ in attachment.parts.values()]
+    values, options = method.parse_conditions(sites, pipeline, **conditions)
+    return Conditions(name, values, options, strength, start, end, pipeline)
