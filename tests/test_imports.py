@@ -36,7 +36,7 @@ ALLOWED = {
     "full_size_models": {"base_models", "injection", "models"},
     "method_catalog": {"flags", "full_size_models", "injection"},
     "method_search": {"method_catalog"},
-    "listing": {"discovery", "static_source", "testing", "version"},
+    "listing": {"discovery", "static_source", "testing", "veneer"},
     "training": {"base_models", "extras", "formats", "injection", "methods"},
     "classification": JOBS,
     "control": JOBS,

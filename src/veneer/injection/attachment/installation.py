@@ -137,9 +137,7 @@ class Installation:
         return [a.trained for state in states for a in state.attachments if a is not self.attachment]
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        enabled = (
-            is_tracing() and self.attachment.conditions is not None
-        )  # a captured graph may be replayed with adapters enabled
+        enabled = is_tracing() and self.attachment.conditions is not None  # a replay may have adapters enabled
         if torch.compiler.is_compiling():  # a guard on the strength would compile again
             enabled = True
         else:
