@@ -34,7 +34,8 @@ class Attachment:
     Attributes:
         name: unique among the model's attachments. `method`: the config. `where`: the selection as given.
         parts: site name to (site, adapter).
-        merged: True while merged into the weights.
+        merged: True while merged into the weights. `is_enabled`: False inside `enabled(False)` and while another is activated.
+        seams: what is installed on the host, empty when detached. `trained`: base parameters named in `train`.
         conditions: those of the current `condition` scope, or None.
         pipeline: a weak reference to the pipeline that was attached to, or None.
         loaded: the report of the file it was loaded from, or None. `provenance`: origin of the adapters, saved with them.
@@ -53,19 +54,11 @@ class Attachment:
         self.loaded: LoadReport | None = None
         self.provenance: dict[str, Any] = {}
         self._installation = Installation(self, planned)
+        self.seams: list[Seam] = self._installation.seams
+        self.trained: ExtraParameters = self._installation.trained
         self.conditions: Conditions | None = None
         self.pipeline: Any = None
-        self._scale, self._on = 1.0, True
-
-    @property
-    def seams(self) -> list[Seam]:
-        """Installed seams; empty when detached."""
-        return self._installation.seams
-
-    @property
-    def trained(self) -> ExtraParameters:
-        """Base parameters named in `train=`."""
-        return self._installation.trained
+        self._scale, self.is_enabled = 1.0, True
 
     # detach, and state of the host
 
@@ -211,19 +204,14 @@ class Attachment:
         if self.merged:
             message = f"'{self.name}' is merged at scale {self._scale}. Call unmerge() before changing it."
             raise StateError(message, where=self.name, given="merged")
-        self._write(float(value), self._on)
-
-    @property
-    def is_enabled(self) -> bool:
-        """False inside `enabled(False)`, and while `activate` or `mixed` disables the attachment."""
-        return self._on
+        self._write(float(value), self.is_enabled)
 
     @contextlib.contextmanager
     def enabled(self, on: bool) -> Iterator[None]:
         """Enables or disables the adapters inside a `with` block; the previous state is restored after it."""
         if self.merged:
             raise StateError(f"'{self.name}' is merged. Call unmerge() before enabled().", where=self.name, given="merged")
-        before = self._on
+        before = self.is_enabled
         self._write(self._scale, on)
         try:
             yield
@@ -236,7 +224,7 @@ class Attachment:
             seam.check_strength(strength)
         for seam in self.seams:
             seam.write_strength(strength)
-        self._scale, self._on = scale, on
+        self._scale, self.is_enabled = scale, on
 
     # merging into weights
 
@@ -257,7 +245,7 @@ class Attachment:
         if self.merged:
             raise StateError(f"'{self.name}' is already merged.", where=self.name, given="merged")
         self.check()
-        return self._installation.merge(self._scale if self._on else 0.0)
+        return self._installation.merge(self._scale if self.is_enabled else 0.0)
 
     def unmerge(self) -> None:
         """Restores the original weights, bitwise and without a copy, and installs the adapters again.

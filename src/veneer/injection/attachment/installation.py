@@ -85,7 +85,8 @@ class Installation:
         link_seams(self.attachment)
         for _, adapter in self.parts:
             adapter.leave()
-        self.seams, self._tower_hooks, self._guards = [], [], {}
+        self.seams.clear()  # the attachment has the same list
+        self._tower_hooks, self._guards = [], {}
 
     def merge(self, strength: float) -> MergeReport:
         """Merges the adapters into the weights, and removes the seams. All or nothing. `strength`: the present one."""

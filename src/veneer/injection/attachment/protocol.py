@@ -26,22 +26,13 @@ class AttachmentProtocol(Protocol):
     merged: bool
     conditions: Conditions | None
     pipeline: Any
-
-    @property
-    def seams(self) -> list[Seam]:
-        """Installed seams; empty when detached."""
-
-    @property
-    def trained(self) -> ExtraParameters:
-        """Base parameters named in `train=`."""
+    seams: list[Seam]
+    trained: ExtraParameters
+    is_enabled: bool
 
     @property
     def scale(self) -> float:
         """Strength: 0 is the host, 1 the adapter as trained."""
-
-    @property
-    def is_enabled(self) -> bool:
-        """False inside `enabled(False)`, and while `activate` or `mixed` disables the attachment."""
 
     def check(self) -> None:
         """Raises if the host was rebuilt or fused since attach."""
