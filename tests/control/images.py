@@ -10,7 +10,7 @@ PHOTOS = DATA / "subjects"
 
 
 def disc(side=64, color=PURPLE, ground=SKY, radius=0.3, centre=(0.5, 0.5)):
-    """A disc; radius and centre (x, y) are parts of the side."""
+    """A disc; radius and center (x, y) are fractions of the side."""
     image = Image.new("RGB", (4 * side, 4 * side), ground)
     x, y = (4 * side * part for part in centre)
     reach = 4 * side * radius
@@ -19,7 +19,7 @@ def disc(side=64, color=PURPLE, ground=SKY, radius=0.3, centre=(0.5, 0.5)):
 
 
 def distances(side=64, centre=(0.5, 0.5)):
-    """Distance of each pixel's middle to the disc's centre, (side, side), in pixels."""
+    """Distance of each pixel's center to the disc's center, (side, side), in pixels."""
     y, x = np.indices((side, side)) + 0.5
     return np.hypot(x - side * centre[0], y - side * centre[1])
 

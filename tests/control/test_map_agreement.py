@@ -149,7 +149,7 @@ def test_an_image_follows_its_own_map_and_not_another(name):
 
 @pytest.mark.parametrize("name", computed())
 def test_scores_fall_as_the_image_moves_away(name):
-    """By a pixel, by five, by a quarter of the side; only edges forgive the pixel."""
+    """By one pixel, five, and a quarter of the side; only edges tolerate one pixel."""
     still = agreement(name, get(name)(disc()), disc())
     moved = [agreement(name, get(name)(disc()), disc(centre=(0.5 + by / 64, 0.5))) for by in (1, 5, 16)]
     assert moved == sorted(moved, reverse=True)

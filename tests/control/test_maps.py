@@ -82,7 +82,7 @@ def test_every_mode_gives_the_map_of_its_colors(name):
 
 @pytest.mark.parametrize("name", computed())
 def test_transparent_pixels_lie_on_white(name):
-    """Whatever color they hide; in RGBA and in a palette."""
+    """Whatever color they have; in RGBA and in a palette."""
     inside = distances() < 20
     shown = Image.fromarray(np.where(inside[..., None], np.uint8(PURPLE), np.uint8((255, 255, 255))))
     hidden = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

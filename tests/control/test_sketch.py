@@ -15,7 +15,7 @@ SIZE = (64, 64)
 
 
 def ring(pen: int, color: str = "black", side: int = 512) -> Image.Image:
-    """A circle of a quarter of the side, drawn with a pen."""
+    """A circle with a radius of a quarter of the side."""
     page = Image.new("RGB", (side, side), "white")
     radius = side // 4 + pen // 2
     ImageDraw.Draw(page).ellipse([side // 2 - radius] * 2 + [side // 2 + radius] * 2, outline=color, width=pen)

@@ -120,7 +120,7 @@ def test_veneer_and_peft_compute_the_same_step() -> None:
 
 
 def _in_peft(name: str) -> str:
-    """`….to_q.veneer_lora.adapters.0.down` in peft's words."""
+    """`….to_q.veneer_lora.adapters.0.down` in peft's names."""
     layer, _, rest = name.partition(".veneer_lora.")
     return f"{layer}.lora_{ {'down': 'A', 'up': 'B'}[rest.rpartition('.')[2]] }.default.weight"
 

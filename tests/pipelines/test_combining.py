@@ -77,7 +77,7 @@ def test_files_of_two_formats_become_one_of_the_first(files: Any, base: Path, tm
 
 
 def test_the_command_merges_by_parts_of_the_model(files: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The base is told by the native file, which is not the first."""
+    """The native file, which is not the first, names the base model."""
     paths, (first, second) = files
     words = ["merge", str(paths["diffusers"]), str(paths["native"]), "--weights", "-0.5", "attn=0.25;text/attn=0"]
     words += ["--method", "svd", "--rank", "5", "--out", str(tmp_path / "x.safetensors"), "--to", "native"]
@@ -148,7 +148,7 @@ def test_what_must_be_said(files: Any, base: Path, tmp_path: Path) -> None:
 
 
 def pivotal(path: Path, base: Path, token: Any, seed: int, vectors: int = 1) -> tuple[Path, Tensor, dict[str, Tensor]]:
-    """A file with a token and a LoRA, as Teach makes by default; the token's rows, and the LoRA's weight updates."""
+    """A file with a token and a LoRA, as the app trains by default; the token's embeddings, and the LoRA's weight updates."""
     pipe = tiny_pipeline("sd")
     learned = fill(attach(pipe, "textual_inversion", tokens=token, initialize="toy", vectors=vectors), seed)
     lora = fill(attach(pipe, "lora", where=WHERE, rank=2), seed)
@@ -162,7 +162,7 @@ def rows(attachment: Any) -> Tensor:
 
 
 def tokens_of(path: Path) -> dict[str, Tensor]:
-    """Token to its rows, in any file that can hold them."""
+    """Token to its embeddings, in any file format that supports them."""
     learned = [a for a in formats.load_all(tiny_pipeline("sd"), path) if a.method.name == "textual_inversion"]
     return {t: r for a in learned for t, r in zip(a.method.each, rows(a).split(a.method.vectors), strict=True)}
 

@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"controlnet": {}, "t2i_adapter": {}, "cont
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a saved tiny pipeline that draws in a few steps."""
+    """Folder of a saved tiny pipeline that samples in a few steps."""
     folder = tmp_path_factory.mktemp("bases") / "sd"
     tiny_pipeline("sd").save_pretrained(folder)
     (folder / "veneer.json").write_text(

@@ -104,7 +104,7 @@ def test_every_method_is_compared_by_its_effect_on_the_base_model(base: Path, tm
 def test_a_conversion_with_another_effect_is_deleted_if_it_depends_on_the_base(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slip: float
 ) -> None:
-    """A writer that is wrong about the magnitudes of DoRA, where only they differ."""
+    """A writer with wrong magnitudes of DoRA, which differ in nothing else."""
     path = fill(attach(tiny_pipeline("sd"), "dora", where="conv.io", rank=2)).save(tmp_path / "a")
     write = lycoris.BY_METHOD["dora"].write
     monkeypatch.setattr(
@@ -144,7 +144,7 @@ def test_methods_that_the_format_has_no_place_for(base: Path, tmp_path: Path) ->
 def test_a_conversion_with_another_effect_is_deleted(
     files: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slip: float
 ) -> None:
-    """A writer that is wrong about the scale of one weight."""
+    """A writer with a wrong scale of one weight."""
     true = lora_writer.merge_adapters
 
     def wrong(place: Any, adapters: Any) -> Any:

@@ -20,7 +20,7 @@ from veneer.training.report.previews import read_settings
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A saved base, and an adapter for it that does something."""
+    """A saved base model, and an adapter for it with an effect."""
     folder = tmp_path_factory.mktemp("made")
     pipe = tiny_pipeline("sd")
     pipe.save_pretrained(folder / "base")

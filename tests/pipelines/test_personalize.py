@@ -35,7 +35,7 @@ QUICK: Mapping[str, Any] = {
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder of a saved tiny pipeline, by family, that draws in a few steps."""
+    """Folder of a saved tiny pipeline, by family, that samples in a few steps."""
     made: dict[str, Path] = {}
 
     def folder(kind: str) -> str:
@@ -96,7 +96,7 @@ def test_dit_trains_on_a_class_label(base: Any, photos: Path, tmp_path: Path) ->
 
 
 def test_the_saved_adapter_generates_what_was_trained(base: Any, photos: Path, tmp_path: Path) -> None:
-    """Trained adapter in a fresh pipeline: weights moved, and every tensor of the file is in place."""
+    """The trained adapter in a new pipeline: its weights changed, and every tensor of the file is loaded."""
     out = run(base("sd"), photos, tmp_path / "out", text_encoder=True, learning_rate=1e-2)
     pipe = veneer.base_models.load(base("sd"))
     attachment = veneer.load(pipe, out)
@@ -173,7 +173,7 @@ def test_a_token_that_the_base_has_is_refused(base: Any, photos: Path, tmp_path:
 def test_an_ordinary_concept_gets_a_placeholder_token(
     base: Any, photos: Path, tmp_path: Path, capsys: Any, kind: str, method: str, concept: str, word: str, token: str
 ) -> None:
-    """In prompts, captions, files and the record; a method without learned embeddings keeps the words."""
+    """In prompts, captions, files and the record; a method without token embeddings keeps the concept."""
     (photos / "0.txt").write_text(f"a {concept} on a table, {concept.lower()}!")
     settings = {**QUICK, "class_word": word, "prompts": ("a {concept}", f"the {concept}")}
     out = personalize(
@@ -241,7 +241,7 @@ def test_no_space_for_the_run_is_an_error_before_training(
 def test_a_disk_that_fills_up_keeps_the_checkpoint(
     base: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The adapter cannot be written: the error says so without a path, and the run goes on from its last checkpoint."""
+    """The adapter cannot be written: the error has no path, and the run resumes from its last checkpoint."""
 
     def full(*given: Any, **options: Any) -> None:
         raise SaveError("/srv/secret") from OSError(errno.ENOSPC, "No space left on device")

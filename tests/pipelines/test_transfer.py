@@ -213,7 +213,7 @@ def test_a_head_is_trained_on_features_that_are_computed_once(
 
 
 def test_adapters_train_and_the_base_does_not(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
-    """Dropout of an adapter acts, which moves the result; statistics of the base's norms stay, so that no file has them."""
+    """Dropout of the adapter is active; batch statistics of the base model are unchanged and not saved."""
     tensors = []
     for dropout in (0.0, 0.5):
         options = {"lora": {"dropout": dropout}}

@@ -10,7 +10,7 @@ LENGTH, WIDTH, LATENT = 24, 128, 8
 
 
 def bundled_like(seed=0):
-    """64×64 images, 8×16×16 latents, v-prediction with zero terminal SNR, words pooled into the time embedding."""
+    """64×64 images, 8×16×16 latents, v-prediction with zero terminal SNR, pooled text in the time embedding."""
     tokenizer = clip_tokenizer(LENGTH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -25,7 +25,7 @@ def tiny_open_clip():
 
 
 class Bundled:
-    """Like the package's own CLIP: a model with its preprocessing and tokenizer."""
+    """Interface of the bundled CLIP: a model with preprocessing and tokenizer."""
 
     def __init__(self):
         self.model = tiny_open_clip()

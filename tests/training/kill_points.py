@@ -92,7 +92,7 @@ def _photos(folder: Path) -> Path:
 
 
 def _trace(folder: Path, step: int, rows: list[int], examples: list[Any]) -> None:
-    """One line for each loss: what was seen, and the state of torch's generator."""
+    """One line per loss: examples, and the state of torch's generator."""
     random_state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
     line = [step, rows, [[e.key, e.caption, e.index] for e in examples], random_state]
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def main(points: int, seed: int, steps: int) -> int:
 
 
 def _weights(worker: Any, folder: Path, processes: int, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The end of a run without dropout, which draws its masks per process."""
+    """The end of a run without dropout, whose masks are random per process."""
     from tests.training.resume_worker import Job
 
     job = Job(str(folder), processes, model="pipeline", config=config, dropout=0.0)

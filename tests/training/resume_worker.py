@@ -77,7 +77,7 @@ class Tiny(nn.Module):
 
 
 def loss_of(model: Tiny, seed: int) -> Callable[[int, list[int]], Tensor]:
-    """Predict the noise in noisy points; every draw comes from (seed, step, row)."""
+    """Predicts the noise in noisy points; all randomness comes from (seed, step, row)."""
 
     def loss_step(step: int, rows: list[int]) -> Tensor:
         draws = [generator(seed, "noise", step, row) for row in rows]
@@ -137,7 +137,7 @@ def train(job: Job, rank: int, port: int) -> None:
 
 
 def maker(model: str) -> Callable[..., Trainer]:
-    """What makes the trainer of a job; what it imports is imported when this returns."""
+    """Factory of the trainer of a job, with all imports done."""
     if model == "tiny":
         return trainer_of
     if model == "scheduled":

@@ -19,7 +19,7 @@ STEPS = 12  # pruned after steps 4, 6 and 8
 
 
 def tuned(dropout: float = 0.0) -> tuple[nn.Module, list[Attachment]]:
-    """AdaLoRA, and a LoRA that begins as a part of the weights, on a small ViT."""
+    """AdaLoRA, and a LoRA initialized from the weights, on a small ViT."""
     torch.manual_seed(0)
     model = hosts.get("timm_vit")().tiny()["vit"]()
     attached = [

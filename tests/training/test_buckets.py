@@ -122,7 +122,7 @@ def test_random_windows_reach_every_place_and_no_further():
 
 
 def test_crop_left_of_a_flipped_image_counts_from_the_right_edge():
-    """Mirroring the whole resized image first and cropping at the told place must show the same pixels."""
+    """Flipping the resized image first and cropping at the reported position gives the same pixels."""
     whole = torch.arange(512 * 700).reshape(1, 512, 700)
     for i in range(20):
         window = place_crop((512, 700), (512, 512), "random", 1.0, generator(i))

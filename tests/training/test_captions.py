@@ -171,7 +171,7 @@ def test_wrong_options(options):
 
 @pytest.mark.parametrize("most", range(6))
 def test_the_longest_start_that_fits(most: int) -> None:
-    """In whole words, without the punctuation that a cut leaves behind; the text itself if it fits."""
+    """Whole words without trailing punctuation; the text itself if it fits."""
     words = ["a", "red,", "small", "house"]
     found = longest_prefix("  ".join(words), lambda start: len(start.split()) <= most)
     assert found == ("a  red,  small  house" if most >= 4 else "  ".join(words[:most]).rstrip(","))

@@ -77,7 +77,7 @@ def test_full_disk_keeps_the_old_one_and_leaves_nothing_half_written(store, monk
 
 
 def test_full_disk_does_not_end_a_run(tmp_path, monkeypatch):
-    """A warning, and the next checkpoint is tried as usual."""
+    """A warning is issued, and the next checkpoint is written."""
     trainer = trainer_of(tmp_path, TrainConfig(steps=4, checkpoint_every=2, tracker="none"), 0.0)
     with monkeypatch.context() as patch:
         full_disk(patch, 2)

@@ -219,7 +219,7 @@ def test_batches_are_full_and_of_one_bucket(photos, prior):
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_every_photo_is_used_equally_often(photos, batch, repeats):
-    """Also those of rare shapes: over `len(data)` steps each comes exactly `batch` times `repeats`."""
+    """Also those of rare aspect ratios: over `len(data)` steps each is used exactly `batch` times `repeats`."""
     data = dataset(photos, repeats=repeats)
     assert len(data) == 7 * repeats
     for cycle in range(2):
@@ -291,7 +291,7 @@ def test_a_mask_file_is_aligned_with_its_image(tmp_path):
 
 
 def test_the_key_is_of_everything_that_makes_the_pixels(photos, tmp_path):
-    """Equal keys mean equal pixels, wherever the file lies and however it came there."""
+    """Equal keys mean equal pixels, whatever the path of the file."""
     (tmp_path / "elsewhere.png").write_bytes(photos[0].path.read_bytes())
     here, there = dataset(photos[:1]).examples(0, 1)[0], dataset(find_photos(tmp_path), seed=9).examples(5, 1)[0]
     assert here.key == there.key

@@ -325,7 +325,7 @@ def test_a_text_encoder_that_trains_is_run_every_time(folder):
 
 @torch.no_grad()
 def test_cached_latents_of_a_bfloat16_run_equal_those_of_float32(kinds, folder, tmp_path):
-    """Or a folder of caches would give a run the rounding of another."""
+    """Otherwise a shared cache folder would transfer the rounding of another run."""
     kind = kinds["sd"]
     with torch.autocast("cpu", torch.bfloat16):
         made(kind, folder, 1, cache=Cache(tmp_path))(0, [0])

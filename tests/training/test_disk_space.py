@@ -71,7 +71,7 @@ def test_checkpoints_and_weights_of_a_resumed_run_count_as_free(tmp_path: Path, 
 
 
 def test_the_last_checkpoint_uses_the_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is full until the reserve is given up: a run that is stopped then can go on."""
+    """The disk is full until the reserve is released: a run stopped then can resume."""
     trainer = trainer_of(tmp_path, TrainConfig(steps=4, checkpoint_every=0, tracker="none"), 0.0)
     reserve = trainer._reserve
     assert reserve is not None

@@ -34,7 +34,7 @@ def bad_at(bad, value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_stops_at_the_first_loss_that_is_not_finite(value, tmp_path):
-    """The loss of step 3 condemns the third update, so the weights are those that gave step 2 its finite loss."""
+    """The loss of step 3 is not finite after the third update, so the weights of step 2 are restored."""
     trainer, weight, seen = trained(bad_at(3, value), tmp_path, checkpoint_every=1)
     with pytest.raises(Diverged) as caught:
         trainer.fit()

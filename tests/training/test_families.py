@@ -62,7 +62,7 @@ def recorded(tower):
 
 
 def assert_same_inputs(ours, theirs):
-    """Equal tensors under every name; a scalar timestep stands for the same one in each row; absent and None are one."""
+    """Equal tensors by name; a scalar timestep equals one per row; missing equals None."""
     for name in set(ours) | set(theirs) - {"return_dict"}:
         a, b = ours.get(name), theirs.get(name)
         if name == "return_dict" or (not isinstance(b, torch.Tensor) and a is None and not b):
@@ -173,7 +173,7 @@ def test_packing_by_hand(pipes):
 
 
 def own_encoding(pipe, name, prompts):
-    """What `encode_prompt` of the pipeline gives, under the family's names."""
+    """Output of the pipeline's `encode_prompt`, by the family's names."""
     no = {"do_classifier_free_guidance": False}
     if name in ("sd", "sd2"):
         return {"prompt_embeds": pipe.encode_prompt(prompts, "cpu", 1, False)[0]}

@@ -129,7 +129,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_the_bundled_clip(tmp_path, monkeypatch):
-    """From a folder laid out as the package's own."""
+    """From a folder with the layout of the bundled one."""
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {"size": [32, 32]}}))
     safetensors.torch.save_file(tiny_open_clip().state_dict(), tmp_path / "open_clip_model.safetensors")
     monkeypatch.setattr(base_models.clip_features, "path", lambda _: tmp_path)

@@ -21,7 +21,7 @@ def color(*rgb, size=(64, 64)):
 
 
 def stamp(words, size, ink, font=None):
-    """The words in the font of labels, cut to their ink."""
+    """The text in the label font, cropped to its pixels."""
     font = font or label_font(size)
     image = Image.new("RGB", (int(font.getlength(words)) + 8, 2 * size), "white")
     ImageDraw.Draw(image).text((0, 0), words, ink, font)
@@ -31,7 +31,7 @@ def stamp(words, size, ink, font=None):
 
 
 def places(page, part):
-    """(x, y) of every place where `part` lies on the page, pixel by pixel the same."""
+    """(x, y) of every exact occurrence of `part` on the page."""
     page = np.asarray(page).astype(int)
     part = np.asarray(part).astype(int)
     high, wide = part.shape[:2]
@@ -117,7 +117,7 @@ def test_labels_are_above_their_images(page):
 
 
 def test_narrow_rows_stand_beside_one_another():
-    """Three rows, two across: the third below, each with its label above its own images, and a row of another form apart."""
+    """Three rows, two across: the third below, each with its label above its images, and a row with other groups separate."""
     images = [gradient(64, 64, 30 + i) for i in range(5)]
     words = ["one two three four five six", "short", "third"]
     rows = [GridRow("all", (tuple(images[3:]),)), *(GridRow(w, ((p,),)) for w, p in zip(words, images, strict=False))]
@@ -198,7 +198,7 @@ def test_without_a_cjk_font_a_label_names_the_package_to_install(monkeypatch, ca
 
 
 def test_a_label_is_written_in_an_installed_font_that_has_its_characters(monkeypatch):
-    """As CJK is; here with a font of matplotlib and a letter that DejaVu Sans lacks."""
+    """As with CJK; here with a font of matplotlib and a letter missing in DejaVu Sans."""
     folder = Path(pytest.importorskip("matplotlib", reason="needs matplotlib").get_data_path())
     file, letter = str(folder / "fonts" / "ttf" / "STIXGeneral.ttf"), "\u1d81"
     monkeypatch.setattr("veneer.training.report.label_fonts.CJK_FONTS", (file,))

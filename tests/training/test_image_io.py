@@ -96,7 +96,7 @@ def test_files_that_are_not_images_are_identified(tmp_path, content, kind):
 
 
 def test_a_format_outside_the_list_is_not_even_tried(tmp_path):
-    """Pillow reads ICO, PPM and more; what is not needed is not exposed to files from anywhere."""
+    """Pillow supports ICO, PPM and more; unneeded decoders are not exposed to untrusted files."""
     gradient(32, 32).save(tmp_path / "a.ppm")
     (tmp_path / "a.ppm").rename(tmp_path / "a.png")
     with raises(PhotoError, given="unknown", expected=FORMATS):
@@ -271,7 +271,7 @@ def test_errors_are_of_both_families():
 
 
 def test_nothing_is_left_open_or_behind(tmp_path):
-    """An unclosed file would be a ResourceWarning, hence an error; and the folder holds what was put there."""
+    """An unclosed file would be a ResourceWarning and so an error; and the folder is unchanged."""
     path = save(tmp_path / "a.jpg")
     read_photo(path)
     path.unlink()

@@ -186,7 +186,7 @@ def test_only_keys_are_names_of_files(tmp_path, key):
 
 
 def test_writers_at_once_never_show_a_torn_file(tmp_path):
-    """Nothing but the folder is shared, so that threads stand for processes."""
+    """Only the folder is shared, so threads are equivalent to processes."""
     writers = [Thread(target=lambda: [module._write(tmp_path, KEY, value()) for _ in range(40)]) for _ in range(3)]
     for writer in writers:
         writer.start()
@@ -249,7 +249,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_of_an_encoder_changes_its_digest(change):
-    """After the digest was remembered, too: a stale one would serve stale latents."""
+    """Also after the digest is cached: a stale digest would return stale latents."""
     model = encoder()
     before = encoder_digest(model)
     assert encoder_digest(model) == before

@@ -39,7 +39,7 @@ def test_offset(adaptive, random):
 
 
 def bilinear(coarse, height, width):
-    """Half-pixel centres, edges repeated."""
+    """Half-pixel centers, edges repeated."""
     h, w = len(coarse), len(coarse[0])
     out = [[0.0] * width for _ in range(height)]
     for y in range(height):

@@ -243,7 +243,7 @@ def test_distribution_of_each_density(density):
 
 @pytest.mark.parametrize(("density", "mean"), [("logit_normal", 0.8), ("mode", 0.0)])
 def test_the_scripts_of_diffusers_have_the_other_sign_of_the_mean(density, mean):
-    """They take `scheduler.timesteps[u * T]`, which begins at the noisy end; `mode` is symmetric."""
+    """They use `scheduler.timesteps[u * T]`, which starts at the noisy end; `mode` is symmetric."""
     scheduler, n = FlowMatchEulerDiscreteScheduler(), 4000
     u = compute_density_for_timestep_sampling(density, n, mean, 1.0, 1.29, generator=torch.Generator().manual_seed(0))
     theirs = scheduler.timesteps[(u * 1000).long().clamp(max=999)].mean() / 1000

@@ -15,7 +15,7 @@ ALONE = {"textual_inversion", "lst", "diffusekrona", "boft"}
 
 @pytest.mark.parametrize("name", [name for name in trainable_methods() if name not in ALONE])
 def test_the_text_encoder_is_adapted_beside_the_default_sites(name: str) -> None:
-    """What a default names beyond the model is left out, and the text encoder is adapted whatever sites a method uses."""
+    """Default patterns without sites are skipped, and the text encoder is adapted for every type of site."""
     pipe = tiny_pipeline("sd")
     (alone,) = param_groups.attach_all(pipe, [methods.get(name)()], {}, text_encoder=False, seed=0)
     sites = {site.name for site, _ in alone.parts.values()}

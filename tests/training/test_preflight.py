@@ -38,7 +38,7 @@ def lora(pipe):
 
 
 def concerns(lora, kind, config=RUN, images=None, concept="<toy>", **options):
-    """(about, severity) of each concern, and the whole text."""
+    """(about, severity) of each concern, and the text."""
     options = {"resolution": 32, **options}
     found = preflight([lora], config, photos() if images is None else images, kind, concept, **options)
     return [(c.about, c.severity) for c in found.concerns], found.text()

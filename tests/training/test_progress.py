@@ -29,7 +29,7 @@ def test_event_as_a_line():
 
 
 def test_time_left_is_the_mean_of_the_last_steps():
-    """A slow first hundred steps is forgotten after `WINDOW` quick ones."""
+    """A hundred slow first steps have no effect after `WINDOW` fast ones."""
     times = iter([*(10.0 * i for i in range(100)), *(990.0 + 0.5 * i for i in range(1, WINDOW + 1))])
     pace = Pace(lambda: next(times))
     assert pace.left(99) is None
@@ -71,7 +71,7 @@ def test_peak_memory_of_this_process():
 
 
 def test_a_file_that_is_read_while_it_is_written(tmp_path: Path) -> None:
-    """Steps that a resumed run does again replace what was told of them, and a line that a kill has cut is passed over."""
+    """Steps repeated after a resume replace earlier events, and a line cut by a kill is ignored."""
     path = tmp_path / "run" / "progress.jsonl"
     assert read_progress(path) == []
     tell = ProgressFile(path, seconds=0)

@@ -79,7 +79,7 @@ def uninterrupted(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def final(folder: Path, steps: int = STEPS) -> dict[str, object]:
-    """Everything that the last checkpoint holds, but for the time it took."""
+    """Content of the last checkpoint without the time."""
     last = folder / f"checkpoint-{steps:06d}"
     state = json.loads((last / "state.json").read_text())
     del state["values"]["seconds"]
@@ -127,7 +127,7 @@ def test_killed_from_outside(processes: int, worker: Worker, uninterrupted: dict
 def test_stop_signal_saves_and_resumes(
     processes: int, number: signal.Signals, worker: Worker, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:
-    """One process gets the signal; all finish the step and end in peace, with a checkpoint between the intervals."""
+    """One process gets the signal; all finish the step and exit normally, with a checkpoint between the intervals."""
     job = Job(str(tmp_path), processes, rank=processes - 1, after=3, signal=number, config={"checkpoint_every": 0})
     assert worker.run(job) == [0] * processes
     assert len(list(tmp_path.glob("checkpoint-*"))) == 1

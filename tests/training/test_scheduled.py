@@ -65,7 +65,7 @@ def test_a_stop_in_each_phase_changes_nothing(stop: int, tmp_path: Path) -> None
 
 
 def test_a_run_of_other_length_is_another_run(tmp_path: Path) -> None:
-    """Its schedule would have been another from the start, also where the learning rate is constant."""
+    """Its schedule would differ from the first step, even with a constant learning rate."""
     settings = {**CONFIG, **SETTINGS, "schedule": "constant"}
     trainer = scheduled_trainer(tmp_path, TrainConfig(**settings))
     trainer.on_step = lambda progress: trainer.stop() if progress.step == 2 else None

@@ -79,7 +79,7 @@ class TrainConfig:
         for name, least in LEAST.items():
             self._check(name, getattr(self, name) >= least, f"at least {least}")
         self._check("learning_rate", 0 < self.learning_rate < math.inf, "finite and above 0")
-        self._check("ema", 0 <= self.ema < 1, "0 for none, or a decay below 1")
+        self._check("ema", 0 <= self.ema < 1, "0, or a decay below 1")
         for name, allowed in (
             ("schedule", tuple(SCHEDULES)),
             ("mixed_precision", PRECISIONS),

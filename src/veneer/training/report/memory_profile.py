@@ -1,4 +1,4 @@
-"""The peak of memory in a call, from torch's own record of every block that it takes and gives back: the same each time."""
+"""Peak memory of a call from torch's allocation records, which are deterministic."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak(run: Callable[[], object]) -> int:
-    """Bytes above what was held before the call, at most: on a CUDA device if there is one, else on the CPU."""
+    """Peak bytes above those before the call, on a CUDA device if available, else on the CPU."""
     if torch.cuda.is_available():
         return _on_cuda(run)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler says on the terminal that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences the profiler's start and stop messages
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     with tempfile.TemporaryDirectory(prefix="veneer-memory-") as folder:
@@ -27,11 +27,11 @@ def peak(run: Callable[[], object]) -> int:
 
 
 def peak_of(changes: list[int]) -> int:
-    """The highest sum of changes from the first on; 0 if it never rises."""
-    held = highest = 0
+    """Maximum cumulative sum of the changes, at least 0."""
+    allocated = highest = 0
     for change in changes:
-        held += change
-        highest = max(highest, held)
+        allocated += change
+        highest = max(highest, allocated)
     return highest
 
 
