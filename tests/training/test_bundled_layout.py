@@ -48,12 +48,12 @@ def test_the_family_reads_its_sizes_and_objective(folder, pipe):
 
 
 @pytest.mark.parametrize("weighting", ["none", "min_snr", "min_snr_plus_one", "debiased", "snr_scaled_v"])
-def test_at_the_last_step_there_is_noise_alone_and_every_weight_is_finite(pipe, weighting):
+def test_the_last_step_is_pure_noise_and_all_weights_are_finite(pipe, weighting):
     objective = family(pipe).objective(ObjectiveOptions(weighting=weighting))
     latents, noise = torch.randn(2, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     last = torch.tensor([999])
     assert objective.snr(last) == 0
-    assert torch.equal(objective.noised(latents, noise, last), noise)
+    assert torch.equal(objective.add_noise(latents, noise, last), noise)
     assert torch.equal(objective.target(latents, noise, last), -latents)
     assert objective.weight(torch.arange(1000)).isfinite().all()
 
