@@ -40,7 +40,7 @@ class PretrainConfig:
     Args:
         work: folder for everything that is downloaded, rendered and trained.
         stage: one of the stages, or `all`.
-        photos: folder with the real photos, in the layout of `recipe.photographs` (default: none, icons only).
+        photos: folder with real photos, `clothing-160/SPLIT/CLASS/*` and `subjects-more/SUBJECT/*` (default: none, icons only).
         init_from: folder of packaged base models to initialize from (default: random weights). `all` then keeps the encoder,
             because the other models were trained on its latents, unless these have fewer channels than the new ones.
         clip_steps: optimizer steps of the CLIP.
