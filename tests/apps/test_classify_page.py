@@ -104,7 +104,7 @@ def test_accuracy_is_shown_during_training(tmp_path: Path, wanted: ClassifyReque
     from veneer.training.loop.trainer import Trainer
 
     job = submit_jobs(Context.create(tmp_path), Workspace(tmp_path), replace(wanted, methods=["bitfit"], epochs=20))[0][0]
-    before, tell = stamp(job), Trainer._tell
+    before, tell = stamp(job), Trainer._report
 
     def stopping(self: Trainer, *rest: Any) -> None:
         tell(self, *rest)
