@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from veneer.injection import Attachment
+from veneer.injection.adapter_forms import InputAdapter
 from veneer.injection.sites import WeightSite
 
 from .._lycoris.codec import SiteTensors
@@ -210,4 +211,4 @@ def _is_feed_forward(modules: Any, path: str) -> bool:
 
 
 def _scales_input(part: PeftAdapter) -> bool:
-    return hasattr(part.adapter, "input") and type(part.adapter).__name__ == "ScaledInput"
+    return isinstance(part.adapter, InputAdapter)

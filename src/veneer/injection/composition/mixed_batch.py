@@ -13,6 +13,7 @@ from ..attachment.attachment import Attachment
 from ..errors import OptionError, StateError, UnsupportedSite
 from ..seams.call_seam import CallSeam, SwitchSeam
 from ..seams.seam import Seam
+from ..seams.sequence_seams import VocabularySeam
 from .activation import Switch, named, switch
 from .batch_routing import Batch, Place, Strengths
 
@@ -143,7 +144,7 @@ def _batch(seam: Seam, several: Mapping[str, Attachment], wanted: Sequence[Stren
 
 def _unmixable(name: str, attachment: Attachment, seam: Seam) -> UnsupportedSite:
     site = seam.sites[0]
-    words = " The words of learned tokens act only in prompts that have them." if type(seam).__name__ == "VocabularySeam" else ""
+    words = " Trained token embeddings change only prompts with their tokens." if isinstance(seam, VocabularySeam) else ""
     return UnsupportedSite(
         f"mixed: '{name}' ({attachment.method.name}) at {site.name} acts on the whole batch ({type(seam).__name__}), so it must "
         f"be the same for every sample. Name it for all with one strength, or for none.{words}",
