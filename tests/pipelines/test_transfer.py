@@ -166,18 +166,18 @@ def test_a_stopped_run_resumes_bitwise(tmp_path: Path, pictures: Path, models: d
 
     from veneer.training.loop.trainer import Trainer
 
-    told = Trainer._tell
+    told = Trainer._report
 
     def stopping(self: Trainer, *rest: Any) -> None:
         told(self, *rest)
         if self.step == 3:
             self.stop()
 
-    Trainer._tell = stopping  # type: ignore[method-assign]
+    Trainer._report = stopping  # type: ignore[method-assign]
     try:
         transfer(half)
     finally:
-        Trainer._tell = told  # type: ignore[method-assign]
+        Trainer._report = told  # type: ignore[method-assign]
     assert not (tmp_path / "half" / "result.json").exists(), "stopped in its second epoch"
     kept, best = (load_file(tmp_path / "half" / name) for name in ("adapter.safetensors", "best.safetensors"))
     assert len(read_epochs(tmp_path / "half")) == 1
