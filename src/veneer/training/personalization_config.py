@@ -292,10 +292,6 @@ def _plain(word: str) -> str:
 @functools.cache
 def trainable_methods() -> tuple[str, ...]:
     """Names of the methods that `personalize` supports, on weights of a diffusion model or token embeddings."""
-    found = []
-    for name in methods.names():
-        method = methods.get(name)
-        alone = not (method.conditions or method.prepares or method.keeps_head)
-        if alone and (param_groups.trains_token_embeddings(method) or hosts_for(method, DIFFUSION)):
-            found.append(name)
-    return tuple(found)
+    classes = {name: methods.get(name) for name in methods.names()}
+    alone = {name: cls for name, cls in classes.items() if not (cls.conditions or cls.prepares or cls.keeps_head)}
+    return tuple(n for n, cls in alone.items() if param_groups.trains_token_embeddings(cls) or hosts_for(cls, DIFFUSION))
