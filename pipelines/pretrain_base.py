@@ -1,9 +1,9 @@
-"""Train the bundled bases from scratch: fetch, render, caption, then autoencoder, CLIP, and UNet with its text tower.
+"""Pretrains the bundled base models: downloads, renders and captions data, then trains autoencoder, CLIP and UNet.
 
-Then package them and measure what was packaged: figures, a sheet, curves and the model cards.
+Afterwards it packages the weights and evaluates the packaged models: metrics, an image grid, loss curves and model cards.
 
-Every stage keeps its checkpoint, its log and its samples under the work folder and goes on where it was stopped; run a
-stage alone with `--stage`. The committed weights came from this file.
+Each stage saves its checkpoint, log and samples in the work folder, and resumes from them. `--stage` runs a single stage. The
+bundled weights were trained by this pipeline.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def train_clip(world: World, config: PretrainConfig) -> None:
     clip.save(model, world.tokenizer, folder / "model")
     for label, rows, among in (
         ("unseen renderings, all names", parts.unseen, names),
-        ("unseen renderings, drawn", [r for r in parts.unseen if world.icons.words[r] in DRAWN], list(DRAWN)),
+        ("unseen renderings, names of the generator", [r for r in parts.unseen if world.icons.words[r] in DRAWN], list(DRAWN)),
         ("unseen set, all names", parts.unseen_set, names),
     ):
         share = clip.retrieval(model.clip, world.icons, rows, among, world.tokenizer)
@@ -155,7 +155,7 @@ def write_bases(world: World, config: PretrainConfig) -> None:
 
 
 def measure(world: World, config: PretrainConfig) -> None:
-    """Figures, sheet, curves and cards of the folders that ship."""
+    """Metrics, image grid, curves and model cards of the packaged models."""
     figures = evaluation.evaluate(world, config.bases, config.results, range(config.seeds), config.prompts)
     image_grid.curves(config.work, config.results / "curves.png")
     model_cards.write(figures, config.bases)

@@ -223,7 +223,7 @@ def test_a_batch_of_another_size_is_an_error() -> None:
         torch.testing.assert_close(give(model, 4), two)
         with raises(UnsupportedSite, site="head", given=((8, 6), (8, 3)), expected=4):
             model.head(torch.zeros(8, 6, dtype=torch.float64))
-    with mixed(model, ["style", "face"]), raises(StateError, where="head", given="run by itself"):
+    with mixed(model, ["style", "face"]), raises(StateError, where="head", given="no forward pass of the model"):
         model.head(torch.zeros(2, 6, dtype=torch.float64))
 
 

@@ -27,13 +27,13 @@ class Site:
 
     Args:
         name: dotted, stable and unique in the model; the key of saved tensors.
-        role: the field's word for it, such as `attn.q`; what a selection matches.
+        role: what it does, such as `attn.q`; selections match roles.
         depth: index of the block, counted through the tower, or None outside blocks.
         tower: `vision`, `text`, `text_2`, `unet`, `dit`, …
         stage: `down.0`, `mid`, `up.1`, … or None.
         component: attribute of the pipeline that holds the tower, or `""` for a bare model.
         guard: attribute path that must keep its value while attached (for example `attn1.fused_projections`), or None.
-        inert: True where the architecture cancels or drops the site's effect, so that no output depends on it: the bias of
+        inert: True if the architecture cancels or drops the site's effect, so that no output depends on it: the bias of
             the keys under a plain softmax, the text queries of the last joint block. Counted, but not probed.
     """
 
@@ -59,12 +59,12 @@ class WeightSite(Site):
     Args:
         path: the module. `param` is the tensor in it.
         rows: (start, stop) of the output rows inside a fused weight, or None for the whole tensor.
-        fused: True for a whole weight that is offered as row slices too; globs pass over it, only its own name selects it.
+        fused: True for a fused weight whose row slices are sites as well; globs skip it, only its exact name selects it.
         kind: `linear` (d_out, d_in), `conv` (d_out, d_in / groups, *kernel) or `embedding` (rows d_in, width d_out).
-        d_out, d_in: widths of output and input (of the slice, where `rows` is given).
+        d_out, d_in: widths of output and input (of the slice, if `rows` is given).
         kernel, stride, padding, dilation, groups: geometry of a convolution.
         called: True if the host calls the module, so that hooks fire; False if it reads the tensor (`F.linear(x, m.weight)`).
-        bias: path of the bias that is added after it, parameter's name included (`blocks.0.attn.q_bias`), or "" for none.
+        bias: path of the bias that is added after it, with the parameter's name (`blocks.0.attn.q_bias`), or "" for none.
         bias_rows: (start, stop) in that bias, or None for all of it.
     """
 
@@ -94,12 +94,12 @@ class WeightSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class NormSite(Site):
-    """A called norm with a scale of its own: y = norm(x) ∘ weight + bias.
+    """A norm that the host calls, with a scale: y = norm(x) ∘ weight + bias.
 
     Args:
-        path: the module. `param`: its scale. `bias`: path of its shift, the parameter's name included, or "" for none.
-        width: channels. `channel_dim`: the dimension of its output that they run along.
-        called: False where more follows inside the module (an activation), so that only its tensors mean what they say.
+        path: the module. `param`: its scale. `bias`: path of its shift, with the parameter's name, or "" for none.
+        width: number of channels. `channel_dim`: the channel dimension of its output.
+        called: False if something follows inside the module (an activation), so that only its tensors can be adapted.
     """
 
     path: str
@@ -116,11 +116,11 @@ class BranchSite(Site):
     """A residual branch: read before or after its norm, write where its output is added to the stream.
 
     Args:
-        read: the stream as the branch gets it. `normed`: the same after the branch's own norm; None where it has none in front.
+        read: the stream, as input of the branch. `normed`: the same after the branch's norm; None without a norm before it.
         write: the branch's output, before it is added.
-        width: channels. `layout`: which dimension they are.
-        prefix_tokens: class and register tokens in front of the patches. `grid`: (height, width) of the patches at the model's
-            own picture size, or None where tokens stand in no grid; only `NLC` needs them.
+        width: number of channels. `layout`: order of the dimensions.
+        prefix_tokens: class and register tokens before the patches. `grid`: (height, width) of the patches at the model's
+            image size, or None if the tokens have no grid; only `NLC` needs them.
     """
 
     read: Port
@@ -137,9 +137,9 @@ class StreamSite(Site):
     """The residual stream through one block: the block's input and output.
 
     Args:
-        d_in: channels of the input, where a block changes them; 0 for `width`, those of the output.
-        resamples: True where the block changes the grid (a stride, a merging of patches).
-        prefix_tokens, grid: as of a `BranchSite`.
+        d_in: channels of the input, if a block changes them; 0 for `width`, the channels of the output.
+        resamples: True if the block changes the grid (by a stride or by merging patches).
+        prefix_tokens, grid: as for `BranchSite`.
     """
 
     path: str
@@ -156,10 +156,10 @@ class TokenSite(Site):
     """The token sequence of one block (role `tokens.block`) or of the whole tower (role `tokens.tower`).
 
     Args:
-        enter: port at which tokens may be inserted. `leave`: port at which inserted tokens must be taken out again.
+        enter: port at which tokens may be inserted. `leave`: port at which inserted tokens must be removed again.
         prefix_tokens: class and register tokens; inserted tokens follow them.
-        patch: side of the patch in pixels and channels of the picture, for initialisations that use them.
-        can_insert: False where the host fixes the length (windows, rotary tables, pooled grids).
+        patch: height and width of a patch in pixels, and channels of the image, for initializations that use them.
+        can_insert: False if the host fixes the length (windows, rotary tables, pooled grids).
     """
 
     enter: Port
@@ -193,10 +193,10 @@ class ParamSite(Site):
 
     Args:
         path, param: the module and the parameter in it.
-        shape: of the parameter (of the slice, where `rows` is given).
+        shape: of the parameter (of the slice, if `rows` is given).
         rows: (start, stop) in a fused parameter, or None.
         called: True for a bias that its module adds last, so that a delta may be added to the module's output.
-        channel_dim: the output dimension that the parameter runs along, where `called`.
+        channel_dim: the output dimension that the parameter is added along, if `called`.
     """
 
     path: str
@@ -213,7 +213,7 @@ class VocabularySite(Site):
 
     Args:
         path: the embedding module. `ids`: port at which the token ids enter (argument `argument` of that module).
-        rows, width: size of the base table. `tokenizer`: the tokenizer that makes the ids, or None for a bare model.
+        rows, width: size of the base table. `tokenizer`: the tokenizer of the ids, or None for a bare model.
     """
 
     path: str
@@ -226,7 +226,7 @@ class VocabularySite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelSite(Site):
-    """The model's picture input: side in pixels, channels, mean and std of the normalisation."""
+    """The model's image input: channels, height and width in pixels, mean and std of the normalization."""
 
     port: Port
     size: tuple[int, int, int]
@@ -236,11 +236,11 @@ class PixelSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSite(Site):
-    """Pooled features on their way into the head (role `features`), or the head's logits (role `logits`).
+    """Pooled features, the input of the head (role `features`), or the head's logits (role `logits`).
 
     Args:
         port: where features enter the head, or logits leave it. `read`: the features, for both.
-        width: of the features. `classes`: of the head; 0 where it has none of its own.
+        width: of the features. `classes`: number of classes of the head; 0 if it has none.
         head: path of the head.
     """
 
@@ -253,16 +253,16 @@ class FeatureSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSite(Site):
-    """The prompts of a classifier's classes: the class weights that a text tower makes of them.
+    """The prompts of a classifier's classes: the class weights that a text tower computes from them.
 
-    The module at `path` is called with the pictures' features (batch, features), and gives the class weights (classes, features),
-    or (batch, classes, features) where an adapter makes them for each picture. It offers `embed(ids)`, the rows of ids;
-    `bare(ids)`, the same without adapters; `encode(ids, rows)`, the normalised features of prompts whose tokens have these rows;
-    and `alone`, True where no more than one adapter acts on the weights.
+    The module at `path` is called with image features (batch, features) and returns the class weights (classes, features), or
+    (batch, classes, features) if an adapter computes them for each image. It offers `embed(ids)`, the embeddings of ids;
+    `bare(ids)`, the same without adapters; `encode(ids, rows)`, the normalized features of prompts with these token embeddings;
+    and `alone`, True if at most one adapter changes the weights.
 
     Args:
-        width: of the rows. `features`: of the class weights.
-        classes: their names, as prompts have them. `tokenizer`: what makes ids of words, with the prompts' length.
+        width: of the token embeddings. `features`: width of the class weights.
+        classes: their names, as in the prompts. `tokenizer`: the tokenizer, with the length of prompts.
     """
 
     path: str
@@ -277,12 +277,13 @@ class ResidualSite(Site):
     """UNet skip and mid features to which control residuals are added, as arguments of the tower's call.
 
     Args:
-        widths: channels of each down residual, then of the middle. `strides`: of each against the latent.
-        inner_widths, inner_strides: of the features inside the blocks of the way down, as T2I-Adapters change them.
-        pixels: of the picture, for each of the latent.
-        path: the module that is called with them. `arguments`: their names. `skips`, `middle`, `inner`: of those that are added.
-        first: path of the first block. `encoder(channels, widths)`: makes an untrained copy of the way down, with zero
-            convolutions behind it, for hint pictures of so many channels and the widths of what reads them.
+        widths: channels of each down residual, then of the middle. `strides`: of each relative to the latent.
+        inner_widths, inner_strides: of the features inside the down blocks, which T2I-Adapters change.
+        pixels: image pixels per latent pixel, along one side.
+        path: the module that is called with them. `arguments`: names of its arguments. `skips`, `middle`, `inner`: names of the
+            arguments for residuals.
+        first: path of the first block. `encoder(channels, widths)`: builds an untrained copy of the encoder with zero
+            convolutions after it, for hint images with this number of channels and an embedding of these widths.
     """
 
     widths: tuple[int, ...]

@@ -7,7 +7,7 @@ image of the same prompt with the class word, from the same noise:
 - **ceiling**: the same of each photo to the others of its subject
 - **identified**: share of images whose nearest photo in the gallery, argmax over s, p in P_s of ⟨f(g), f(p)⟩, is one of their
   subject; by mean: with the normalized mean of f over P_s in place of the photos
-- **photos identified**: the same of each photo, which is left out of its own subject
+- **photos identified**: the same of each photo, which is not compared with itself
 - **prompt similarity**: mean of ⟨f(g), t(prompt)⟩ on placed prompts, with the class word for the concept, t the text tower
 - **prompt contrast**: mean of ⟨f(g), t(prompt)⟩ minus the mean over the other placed prompts, which cancels the class
 - **ground, place**: share of images of placed prompts whose ground color and place, measured from pixels, are those asked for

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import Attachment, LoadError, Method, SaveError, VeneerError, attach, attachments, methods
-from veneer.injection.attachment.deferred_init import claiming, filling
+from veneer.injection.attachment.deferred_init import defer_init, limit_sizes
 from veneer.injection.attachment.model_state import find_model_state
 from veneer.injection.errors import UnknownOption
 
@@ -63,8 +63,8 @@ def attach_all(model: Any, file: File, specs: Sequence[AttachmentSpec], options:
             for each in specs:
                 _reject_duplicate_sites(each)
                 with (
-                    filling() if options.strict else contextlib.nullcontext(),
-                    claiming(_parameters_by_site(each), options.strict),
+                    defer_init() if options.strict else contextlib.nullcontext(),
+                    limit_sizes(_parameters_by_site(each), options.strict),
                 ):
                     made.append(_attach(model, each, _choose_name(model, each.name, options, len(specs) > 1)))
                 report = made[-1].load_state_dict(each.state, options.strict)

@@ -182,8 +182,9 @@ class Attachment:
     ) -> AbstractContextManager[None]:
         """Sets the conditions for forward passes inside a `with` block; the previous ones are restored after it.
 
-        Pipelines are called as usual: with guidance, several prompts and several images per prompt. A single condition applies to
-        all samples, the n-th of several to the n-th prompt. With gradient checkpointing, call `backward()` before the next call.
+        Pipelines are called without changes: with guidance, several prompts and several images per prompt. A single condition
+        applies to all samples, the n-th of several to the n-th prompt. With gradient checkpointing, call `backward()` before the
+        next call.
 
         Args:
             strength: multiplies `scale`, inside the block only. `start`, `end`: active part of the schedule, 0 to 1.

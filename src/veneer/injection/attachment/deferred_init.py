@@ -1,4 +1,4 @@
-"""Whether an attach is followed by loading every value, so that what adapters begin as need not be found out."""
+"""Skips parameter initialization when a checkpoint will overwrite it, and limits the size of adapters to what a file holds."""
 
 from __future__ import annotations
 
@@ -14,84 +14,87 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import OptionError
 
-_FOLLOW: ContextVar[bool] = ContextVar("values_follow", default=False)
-_HELD: ContextVar[Mapping[str, int] | None] = ContextVar("values_held", default=None)
+_DEFERRED: ContextVar[bool] = ContextVar("init_deferred", default=False)
+_LIMITS: ContextVar[Mapping[str, int] | None] = ContextVar("size_limits", default=None)
 
 
 @contextlib.contextmanager
-def filling() -> Iterator[None]:
-    """Inside it, all saved tensors of what is attached are written afterwards, or the attach is undone."""
-    token = _FOLLOW.set(True)
+def defer_init() -> Iterator[None]:
+    """Inside it, initialization is skipped: all tensors of new attachments are loaded afterwards, or the attach is undone."""
+    token = _DEFERRED.set(True)
     try:
         yield
     finally:
-        _FOLLOW.reset(token)
+        _DEFERRED.reset(token)
 
 
-def values_follow() -> bool:
-    """True inside `filling`: an adapter's `enter` may leave out what would only be overwritten."""
-    return _FOLLOW.get()
+def is_init_deferred() -> bool:
+    """True inside `defer_init`: an adapter's `enter` may skip computations whose result will be overwritten."""
+    return _DEFERRED.get()
 
 
 @contextlib.contextmanager
-def claiming(held: Mapping[str, int], whole: bool) -> Iterator[None]:
-    """Inside it, no adapter is built that is much larger than what a file holds for it.
+def limit_sizes(held: Mapping[str, int], whole: bool) -> Iterator[None]:
+    """Inside it, adapters that are much larger than their tensors in the file are rejected before they are built.
 
     Args:
-        held: numbers by site name, and in all under "". `whole`: all of an adapter should be there, else parts may lack.
+        held: parameters in the file by site name, and their total under "".
+        whole: True if the file should hold all of each adapter, False if parts may be missing.
     """
-    room = 2**16 if whole else 2**20
-    token = _HELD.set({name: 4 * count + room for name, count in held.items()} | {"else": room})
+    margin = 2**16 if whole else 2**20
+    token = _LIMITS.set({name: 4 * count + margin for name, count in held.items()} | {"else": margin})
     try:
         yield
     finally:
-        _HELD.reset(token)
+        _LIMITS.reset(token)
 
 
 def is_loading() -> bool:
-    """True inside `claiming`: the options are a file's, maybe of an older veneer that did not reject idle keys."""
-    return _HELD.get() is not None
+    """True inside `limit_sizes`: the options are from a file, possibly of an older version that did not reject unused keys."""
+    return _LIMITS.get() is not None
 
 
-def refuse_claim(count: Callable[[], int], name: str) -> None:
-    """Raise inside `claiming` if `count()` numbers are more than a file can mean at the site `name`; "" for what sites share.
+def check_size(count: Callable[[], int], name: str) -> None:
+    """Checks inside `limit_sizes` that an adapter is not too large for its file. `count()` runs on `meta`.
 
+    Args:
+        count: returns the number of parameters. `name`: the site, or "" for parameters that sites share.
     Raises:
-        ValueError: they are. Nothing has been allocated then.
+        OptionError: it is too large. Nothing has been allocated.
     """
-    held = _HELD.get()
+    held = _LIMITS.get()
     if held is None:
         return
     with torch.device("meta"):
         wanted = count()
     most = held.get(name, held["else"])
     if wanted > most:
-        message = f"the options ask for {wanted:,} numbers, which the file does not hold. It is damaged."
+        message = f"the config implies {wanted:,} parameters, more than the file contains; the file is corrupt."
         raise OptionError(message, where=name, given=wanted, expected=most)
 
 
 def zeros(*shape: int) -> torch.Tensor:
-    """Zeros to begin with; inside `filling` whatever is in memory. For large parameters only, which are sure to be saved."""
-    return torch.empty(shape) if values_follow() else torch.zeros(shape)
+    """Initial zeros; inside `defer_init` uninitialized memory. For large parameters that every file holds."""
+    return torch.empty(shape) if is_init_deferred() else torch.zeros(shape)
 
 
-def drawing(device: torch.device) -> AbstractContextManager[Any]:
-    """Where adapters are built: inside `filling`, and on `meta`, parameters are left undrawn, because drawing takes long."""
-    return Undrawn() if device.type == "meta" or values_follow() else contextlib.nullcontext()
+def build_context(device: torch.device) -> AbstractContextManager[Any]:
+    """Context for building adapters: inside `defer_init` and on `meta`, random initialization is skipped, which is slow."""
+    return SkipInit() if device.type == "meta" or is_init_deferred() else contextlib.nullcontext()
 
 
-class Undrawn(TorchFunctionMode):
-    """Inside it, what draws a parameter in place does nothing."""
+class SkipInit(TorchFunctionMode):
+    """Inside it, functions that initialize a parameter in place do nothing."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
-        drawn = args[0] if args else named.get("tensor")
-        if func in DRAWS and isinstance(drawn, nn.Parameter):
-            return drawn
+        target = args[0] if args else named.get("tensor")
+        if func in INIT_FUNCTIONS and isinstance(target, nn.Parameter):
+            return target
         return func(*args, **named)
 
 
-INIT = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)  # these give themselves over as a whole
-DRAWS = {torch.Tensor.uniform_, torch.Tensor.normal_, *INIT}
+INIT = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)  # these are dispatched as a whole
+INIT_FUNCTIONS = {torch.Tensor.uniform_, torch.Tensor.normal_, *INIT}

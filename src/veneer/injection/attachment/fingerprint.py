@@ -1,4 +1,4 @@
-"""What a base model is, so that an adapter is not put on another: class, sizes and a fingerprint of the weights."""
+"""Identity of a base model, so that an adapter is not loaded onto another: class, sizes and a fingerprint of the weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SAMPLES = 4096
 
 
 def identity(tower: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
-    """Class, whole-number entries of the config, and fingerprint, as JSON values."""
+    """Class, integer entries of the config, and fingerprint, as JSON values."""
     return {"class": _class(tower), "config": _sizes(tower), "fingerprint": fingerprint(tower, without)}
 
 
 def _class(tower: nn.Module) -> str:
-    """The name of its class, not of the one that torch makes for it while a parameter of its own is parametrised."""
+    """The name of its class, not of the subclass that torch creates while one of its parameters is parametrized."""
     made: type = type(tower)
     return (made.__bases__[0] if parametrize.is_parametrized(tower) else made).__name__
 
@@ -30,18 +30,18 @@ def _class(tower: nn.Module) -> str:
 def fingerprint(tower: nn.Module, without: Collection[str] = ()) -> str | None:
     """SHA-256 of the names, shapes and sign bits of up to 4,096 evenly spaced values of every floating-point tensor.
 
-    Of the bare host: without adapters, and where base parameters are trained by an attachment, as they were before. Norm
-    statistics and whole numbers are left out. A cast to half precision keeps every sign bit, also of what it rounds to zero
-    (to −0 where it was negative), so that the fingerprint stays; two zeros of different sign count as different.
+    Computed for the bare host: without adapters, and with the original values of base parameters that an attachment trains. Norm
+    statistics and integers are skipped. A cast to half precision keeps every sign bit, also of values that it rounds to zero
+    (negative ones to −0), so that the fingerprint does not change; zeros of different sign count as different.
 
     Args:
-        without: names of tensors to leave out: those that a file carries itself.
+        without: names of tensors to skip: those that the file contains.
     Returns:
-        64 hexadecimal digits, or None for a model on `meta` or with quantised parameters, which cannot be compared.
+        64 hexadecimal digits, or None for a model on `meta` or with quantized parameters, which cannot be compared.
     """
-    passed_over = {*without, *(name for name, _ in statistics(tower.named_modules()))}
+    skipped = {*without, *(name for name, _ in statistics(tower.named_modules()))}
     before = _before_training(tower)
-    found = [(n, before.get(n, t)) for n, t in host_tensors(tower) if n not in passed_over]
+    found = [(n, before.get(n, t)) for n, t in host_tensors(tower) if n not in skipped]
     parameters = {name for name, _ in tower.named_parameters()}
     if any(t.is_meta or (n in parameters and not t.is_floating_point()) for n, t in found):
         return None
@@ -74,11 +74,11 @@ def _before_training(tower: nn.Module) -> dict[str, Tensor]:
 def _sizes(tower: nn.Module) -> dict[str, Any]:
     config: Any = getattr(tower, "config", None)
     config = config.to_dict() if hasattr(config, "to_dict") else config
-    return dict(_numbers(config)) if isinstance(config, Mapping) else {}
+    return dict(_integers(config)) if isinstance(config, Mapping) else {}
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Entries that are whole numbers or lists of them, by name."""
+def _integers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Entries that are integers or lists of integers, by name."""
     for key in sorted(k for k in config if not k.startswith("_")):
         value = list(config[key]) if isinstance(config[key], (list, tuple)) else config[key]
         if all(type(v) is int for v in (value if isinstance(value, list) else [value])) and value != []:

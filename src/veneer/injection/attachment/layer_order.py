@@ -109,7 +109,7 @@ def refuse_without_form(call: CallSeam, later: WeightSeam) -> None:
     if not isinstance(call.adapters[0], WeightAdapter):
         why = f"{adapter} has no weight form"
     elif _reach(call):
-        why = f"{adapter} shifts the output, and the layer has no bias of its own that could take the shift"
+        why = f"{adapter} shifts the output, and the layer has no bias that could take the shift"
     else:
         return
     raise UnsupportedSite(

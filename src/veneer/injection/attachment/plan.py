@@ -20,7 +20,7 @@ from ..select import alternatives, expand, has_role, select
 from ..select import offered as offered_sites
 from ..sites import NormSite, ParamSite, Site, WeightSite
 from ..towers import Tower, towers_of
-from .deferred_init import drawing, is_loading, refuse_claim, values_follow
+from .deferred_init import build_context, check_size, is_init_deferred, is_loading
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _refuse_idle(method: Method, chosen: Sequence[Site]) -> None:
 
     checked = method.keys_by_site()
     if is_loading():
-        checked = {"by_site": [*method.by_site]} if values_follow() else {}
+        checked = {"by_site": [*method.by_site]} if is_init_deferred() else {}
     for option, keys in checked.items():
         each = [one for key in keys for one in ([key] if key.startswith("name:") else expand(key))]
         found = [one for one in each if idle(one)]
@@ -144,7 +144,7 @@ def _refuse_idle(method: Method, chosen: Sequence[Site]) -> None:
 def _share(method: Method, sites: Sequence[Site], tower: nn.Module) -> nn.Module | None:
     base = _tensor(sites[0], tower)
     with _draws(base):
-        refuse_claim(lambda: _size(method.build_shared(sites)), "")
+        check_size(lambda: _size(method.build_shared(sites)), "")
         shared = method.build_shared(sites)
     if shared is not None:
         _put(shared, base.device, _dtype(base))
@@ -158,10 +158,10 @@ def _size(shared: nn.Module | None) -> int:
 
 def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | None) -> Adapter:
     base = _tensor(site, tower)
-    with _draws(base), drawing(base.device):
+    with _draws(base), build_context(base.device):
         try:
             own = method.at(site)
-            refuse_claim(lambda: own.count(site), site.name)
+            check_size(lambda: own.count(site), site.name)
             adapter = own.build(site)
         except ValueError as error:
             message = f"{method.name}: {site.name}: {error}"

@@ -1,4 +1,4 @@
-"""Mixed batches: every sample with adapters and strengths of its own."""
+"""Mixed batches: different adapters and strengths for each sample of a batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..seams.call_seam import CallSeam, SwitchSeam
 from ..seams.seam import Seam
 from ..seams.sequence_seams import VocabularySeam
 from .activation import Switch, named, switch
-from .batch_routing import Batch, Place, Strengths
+from .batch_routing import Batch, SharedPort, Strengths
 
 Named = str | Attachment
 Sample = Named | Mapping[Any, float] | Iterable[Named] | None
@@ -23,25 +23,26 @@ Sample = Named | Mapping[Any, float] | Iterable[Named] | None
 
 @contextlib.contextmanager
 def mixed(model: Any, samples: Sequence[Sample], strengths: Sequence[float] | None = None) -> Iterator[None]:
-    """In its context each sample of a batch has its own adapters: `with mixed(pipe, ["style", None, "face"]): pipe(prompts)`.
+    """Uses different adapters for each sample of a batch: `with mixed(pipe, ["style", None, "face"]): pipe(prompts)`.
 
-    Each sample comes out as it does alone with its own adapters, up to the rounding of products of other sizes; and as each
-    adapter runs on its own rows only, the whole takes little more than one adapter on all. A batch of m·B rows, as
-    guidance makes, has sample i in the rows i, i + B, …; pictures of one prompt are samples of their own, one after the other.
+    The output of each sample equals its output alone with its adapters, up to rounding. Each adapter runs on the rows of its
+    samples only, so the cost is close to that of one adapter on all rows. In a batch of m·B rows, as guidance makes, sample i
+    has the rows i, i + B, …; each of several images per prompt is one sample, in order.
 
-    A strength multiplies the attachment's own `scale`, which may be set inside, as `enabled` may be used. Those that no sample
-    names are off, those merged and not named are part of the base. Gradients flow; with gradient checkpointing the backward
-    pass must be inside, too. A compiled model is compiled once more for each other mixture, up to torch's `recompile_limit`.
+    A strength multiplies the attachment's `scale`, which can be set inside the context, where `enabled` can be used as well.
+    Attachments that no sample names are disabled; merged ones that are not named are part of the base. Gradients flow; with
+    gradient checkpointing the backward pass must be inside, too. A compiled model is compiled again for each new combination,
+    up to torch's `recompile_limit`.
 
     Args:
-        model: the module or pipeline that they are attached to.
-        samples: of each sample the name of an attachment, the attachment, several of them, or names with strengths; None for
-            the base.
-        strengths: of each sample, multiplied with the others; 1 by default.
+        model: the module or pipeline of the attachments.
+        samples: per sample the name of an attachment, the attachment, several of them, or a mapping of names to strengths;
+            None for the base model.
+        strengths: per sample, multiplied with those in `samples` (default: 1).
     Raises:
-        UnknownName: a name that is not attached. ValueError: other numbers of samples and strengths, or none.
-        StateError: a named one is merged; inside another `mixed`; a batch of another size, when it comes.
-        UnsupportedSite: an adapter that cannot differ within a batch is not the same for all samples: weights that the host
+        UnknownName: no attachment has this name. OptionError: no samples, or another number of strengths.
+        StateError: a named attachment is merged; the context is inside another `mixed`; a batch has another size.
+        UnsupportedSite: an adapter that is not the same for all samples cannot differ within a batch: weights that the host
             reads, inserted tokens, attention processors, vocabulary. It names the site.
     """
     there = {a.name: a for a in attachments(model)}
@@ -63,13 +64,13 @@ def mixed(model: Any, samples: Sequence[Sample], strengths: Sequence[float] | No
 
 
 def _wanted(there: Mapping[str, Attachment], samples: Sequence[Sample], strengths: Sequence[float] | None) -> list[Strengths]:
-    """Of each sample the attachments that act on it, with their strengths."""
+    """Per sample its attachments, by name, with their strengths."""
     if isinstance(samples, str) or not len(samples):
         message = f"mixed: samples must be a list with one entry for each sample, got {samples!r}"
         raise OptionError(message, option="samples", method="mixed", given=samples)
     times = [1.0] * len(samples) if strengths is None else [float(s) for s in strengths]
     if len(times) != len(samples):
-        message = f"mixed: {len(samples)} samples and {len(times)} strengths; give as many"
+        message = f"mixed: {len(samples)} samples and {len(times)} strengths; expected one strength per sample"
         raise OptionError(message, option="strengths", method="mixed", given=len(times), expected=len(samples))
     found: list[Strengths] = []
     for sample, factor in zip(samples, times, strict=True):
@@ -93,15 +94,15 @@ def _name(there: Mapping[str, Attachment], one: Named) -> str:
 
 def _refuse(name: str, attachment: Attachment) -> None:
     if attachment.merged:
-        message = f"mixed: '{name}' is merged. Call its unmerge() first, or leave it out: it is part of the base."
+        message = f"mixed: '{name}' is merged. Call its unmerge() first, or do not name it: it is part of the base."
         raise StateError(message, where=name, given="merged")
     if attachment._installation.batches:
-        raise StateError(f"mixed: '{name}' is in another mixed batch already. Leave that one first.", where=name, given="mixed")
+        raise StateError(f"mixed: '{name}' is already in another mixed batch. Exit it first.", where=name, given="mixed")
     attachment.check()
 
 
-def _places(several: Mapping[str, Attachment], wanted: Sequence[Strengths], alike: set[str]) -> list[Place]:
-    """Where samples differ: the seams of all attachments, place by place.
+def _places(several: Mapping[str, Attachment], wanted: Sequence[Strengths], alike: set[str]) -> list[SharedPort]:
+    """The ports at which samples differ, each with the seams of all attachments.
 
     Raises:
         UnsupportedSite: a seam that cannot differ within a batch.
@@ -117,17 +118,17 @@ def _places(several: Mapping[str, Attachment], wanted: Sequence[Strengths], alik
                     raise _unmixable(name, attachment, seam)
                 continue
             if any(b.concerns(seam) and any(id(w) in acting for w in b.weights.values()) for b in seam.layer_orders):
-                if name not in alike:  # it acts in weights, beneath those of another one
+                if name not in alike:  # it acts in the weights, before a later attachment
                     raise _unmixable(name, attachment, seam)
                 continue
             if id(tower) not in batches:
                 batches[id(tower)] = _batch(seam, several, wanted)
             seams.setdefault((id(tower), seam.read, seam.write, seam.dim, seam.inputs_before), {})[name] = seam
-    return [Place(batches[key[0]], _in_order(found)) for key, found in seams.items() if not found.keys() <= alike]
+    return [SharedPort(batches[key[0]], _in_order(found)) for key, found in seams.items() if not found.keys() <= alike]
 
 
 def _in_order(seams: Mapping[str, CallSeam]) -> dict[str, CallSeam]:
-    """As their hooks run, which is as their module lists them; for changes of x the other way round."""
+    """In the order of their hooks: that of the children of their module, reversed for seams that change the input."""
     one = next(iter(seams.values()))
     children = list(one.owner().children())
     listed = reversed(children) if one.inward else children
@@ -135,7 +136,7 @@ def _in_order(seams: Mapping[str, CallSeam]) -> dict[str, CallSeam]:
 
 
 def _batch(seam: Seam, several: Mapping[str, Attachment], wanted: Sequence[Strengths]) -> Batch:
-    """A tower's batch, with the attachments that touch the tower."""
+    """The batch of one tower, with the attachments that have sites in it."""
     tower, site = seam.__dict__["tower"], seam.sites[0]
     touching = {name for name, a in several.items() if any(t is tower for t in a.towers.values())}
     samples = [{name: strength for name, strength in sample.items() if name in touching} for sample in wanted]
@@ -146,8 +147,8 @@ def _unmixable(name: str, attachment: Attachment, seam: Seam) -> UnsupportedSite
     site = seam.sites[0]
     words = " Trained token embeddings change only prompts with their tokens." if isinstance(seam, VocabularySeam) else ""
     return UnsupportedSite(
-        f"mixed: '{name}' ({attachment.method.name}) at {site.name} acts on the whole batch ({type(seam).__name__}), so it must "
-        f"be the same for every sample. Name it for all with one strength, or for none.{words}",
+        f"mixed: '{name}' ({attachment.method.name}) at {site.name} changes the whole batch ({type(seam).__name__}), so it must "
+        f"be the same for every sample. Name it for all samples with one strength, or for none.{words}",
         site=site.name,
         method=attachment.method.name,
         where=name,
@@ -156,14 +157,14 @@ def _unmixable(name: str, attachment: Attachment, seam: Seam) -> UnsupportedSite
     )
 
 
-def _join(several: Mapping[str, Attachment], places: Sequence[Place]) -> None:
+def _join(several: Mapping[str, Attachment], places: Sequence[SharedPort]) -> None:
     for place in places:
         for name, seam in place.seams.items():
             seam.choose_path(place)
             several[name]._installation.batches[id(seam.__dict__["tower"])] = place.batch
 
 
-def _part(several: Mapping[str, Attachment], places: Sequence[Place]) -> None:
+def _part(several: Mapping[str, Attachment], places: Sequence[SharedPort]) -> None:
     for place in places:
         for seam in place.seams.values():
             seam.choose_path(None)

@@ -66,7 +66,7 @@ def _require_alike(attachment: AttachmentProtocol, method: Method, sites: Sequen
     differ = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     if differ:
         told = ", ".join(f"{key} {there.get(key)!r}, not {here.get(key)!r}" for key in differ)
-        message = f"{method.name} takes files of its own options only; this one has {told}. Attach with these options."
+        message = f"{method.name} needs a file with the same options; this one has {told}. Attach with these options."
         given, expected = ({key: config.get(key) for key in differ} for config in (there, here))
         raise LoadError(message, where=attachment.name, option=differ[0], given=given, expected=expected)
     lacks = [name for name in attachment.parts if name not in set(sites)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection.adapter_forms import Residuals
-from veneer.injection.attachment.deferred_init import values_follow
+from veneer.injection.attachment.deferred_init import is_init_deferred
 from veneer.injection.composition.merge import host_tensors
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
@@ -82,7 +82,7 @@ class ControlNetAdapter(Adapter):
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
         """Copies the weights of the host's encoder."""
-        if values_follow():
+        if is_init_deferred():
             return
         host = dict(host_tensors(tower))
         for name, value in self.net.state_dict().items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from veneer.injection.attachment.deferred_init import values_follow
+from veneer.injection.attachment.deferred_init import is_init_deferred
 from veneer.injection.errors import ConditionError, OptionError
 from veneer.injection.method import Adapter, Method, Need, ParsedConditions
 from veneer.injection.seams.adapter_calls import base_tensor
@@ -142,7 +142,7 @@ class IPAdapterLayer(Adapter):
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
         """Copies the layer's text projections."""
-        if values_follow():
+        if is_init_deferred():
             return
         for own, name in ((self.to_k_ip, "to_k"), (self.to_v_ip, "to_v")):
             own.weight.copy_(base_tensor(tower, f"{self.site.path}.{name}", "weight"))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from veneer.injection.attachment.deferred_init import values_follow
+from veneer.injection.attachment.deferred_init import is_init_deferred
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
 from veneer.injection.sites import PromptSite
@@ -44,7 +44,7 @@ class ContextAdapter(Adapter):
     def enter(self, tower: nn.Module) -> None:
         """Finds the text tower, and initializes the context from the token embeddings of `words`, if given."""
         self.__dict__["texts"] = tower.get_submodule(self.path)  # a plain attribute, not a submodule
-        if self.words and not values_follow() and not self.context.is_meta:
+        if self.words and not is_init_deferred() and not self.context.is_meta:
             with torch.no_grad():
                 self.context.copy_(self.texts.bare(torch.tensor(self.words, device=self.context.device)))
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from veneer.functional.convolve import convolve
 from veneer.functional.low_rank_init import orthonormal, principal
 from veneer.functional.low_rank_product import add_product, project
-from veneer.injection.attachment.deferred_init import values_follow, zeros
+from veneer.injection.attachment.deferred_init import is_init_deferred, zeros
 from veneer.injection.errors import UnsupportedSite
 from veneer.injection.method import Adapter
 from veneer.injection.seams.adapter_calls import base_tensor
@@ -164,7 +164,7 @@ class WeightInitAdapter(LoRAAdapter):
                 option="init",
                 given=weight.dtype,
             )
-        if values_follow() or weight.is_meta:
+        if is_init_deferred() or weight.is_meta:
             return
         rows = weight[slice(*(site.rows or (None,)))].to(self.up.dtype)
         matrix = rows.T[None] if site.kind == "embedding" else rows.flatten(1).unflatten(0, (self.pairs, -1))

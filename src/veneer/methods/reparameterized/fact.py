@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.functional.convolve import convolve
-from veneer.injection.attachment.deferred_init import values_follow
+from veneer.injection.attachment.deferred_init import is_init_deferred
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
@@ -75,7 +75,7 @@ class FacTAdapter(Adapter):
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
         """Rescales the initial P to the Xavier bound of a (rank, matrices of all sites) matrix, of which it is a part."""
-        if self.shared.C is not None and not values_follow():
+        if self.shared.C is not None and not is_init_deferred():
             rank, own = self.P.shape
             self.P.mul_(math.sqrt((rank + own) / (rank + self.shared.matrices)))
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.injection.attachment.deferred_init import values_follow
+from veneer.injection.attachment.deferred_init import is_init_deferred
 from veneer.injection.method import Adapter
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import ParamSite, WeightSite
@@ -30,7 +30,7 @@ class ReplacementAdapter(Adapter):
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
         """Copies the host's values."""
-        if values_follow():
+        if is_init_deferred():
             return
         weight = base_tensor(tower, self.site.path, self.site.param)
         self.value.copy_(weight if self.site.rows is None else weight[slice(*self.site.rows)])
