@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread per process: more slow down test workers and small models.
-test: export OMP_NUM_THREADS := 1
+test test-fast: export OMP_NUM_THREADS := 1
 
-.PHONY: help app demo test lint docs bench clean
+.PHONY: help app demo test test-fast lint docs bench clean
 
 help:
 	@echo "make app     a page in the browser: train, generate, control, classify"
 	@echo "make demo    fine-tune the bundled base model on the example photos (about two minutes on two cores)"
 	@echo "make test    the test suite; WORKERS=$(WORKERS) processes, ARGS='-k lora' for pytest"
+	@echo "make test-fast  tests without the matrix of methods and hosts, the browser and training"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation site in build/site"
 	@echo "make bench   time veneer against the frozen base model and peft; ARGS='--size tiny'"
@@ -27,6 +28,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Without the matrix, the browser and training; the matrix is not even collected.
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not matrix and not browser and not training" --ignore tests/matrix $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
