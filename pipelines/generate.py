@@ -14,7 +14,8 @@ from veneer.injection import Attachment, OptionError
 from veneer.training import param_groups
 from veneer.training.families import Family, family
 from veneer.training.report.image_grid import GridRow, make_grid
-from veneer.training.report.previews import PreviewSettings, check_counts, generate_pairs, previews, save_png, save_preview
+from veneer.training.report.png_metadata import save_png
+from veneer.training.report.previews import PreviewSettings, check_counts, generate_pairs, previews, save_preview
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ def pytest_collection() -> Iterator[None]:
         gc.freeze()
         gc.enable()
 
+
 TIERS = {
     "matrix": ("matrix/",),
     "browser": ("apps/test_browser", "apps/test_clients.py"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .version import __version__ as __version__
+from veneer.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from veneer import (

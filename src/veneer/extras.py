@@ -38,7 +38,7 @@ def require(*modules: str) -> None:
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            from .injection.errors import MissingExtra
+            from veneer.injection.errors import MissingExtra
 
             raise MissingExtra(advice(module), library=module, extra=EXTRAS[module])
 

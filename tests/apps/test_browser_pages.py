@@ -17,7 +17,7 @@ import veneer
 from tests.apps.browser import App, Browser, bring, circle, findings, go
 from veneer import base_models
 from veneer.formats import load_all
-from veneer.training.report.previews import read_settings
+from veneer.training.report.png_metadata import read_settings
 
 
 def pictures(page: Any, where: str) -> list[Any]:

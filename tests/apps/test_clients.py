@@ -22,7 +22,7 @@ from tests.apps.browser import PATIENCE, App, served
 from tests.apps.clients import STEPS, Client, Visit, adapters, memory, round_of, wishes
 from tests.methods.controls import picture
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.report.previews import read_settings
+from veneer.training.report.png_metadata import read_settings
 
 CLIENTS = 20
 PROMPT = "a dog, center, white background"

@@ -36,7 +36,8 @@ from veneer.formats import native
 from veneer.injection import VeneerError
 from veneer.injection.errors import OptionError, UnknownName
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.report.previews import PreviewSettings, previews, read_settings
+from veneer.training.report.png_metadata import read_settings
+from veneer.training.report.previews import PreviewSettings, previews
 
 SIDE = 32
 

@@ -35,7 +35,8 @@ from veneer.formats import native
 from veneer.injection import VeneerError
 from veneer.injection.errors import ConditionError, OptionError, UnknownName
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.report.previews import PreviewSettings, previews, read_settings, save_png
+from veneer.training.report.png_metadata import read_settings, save_png
+from veneer.training.report.previews import PreviewSettings, previews
 
 PROMPT = "a red <toy>"
 

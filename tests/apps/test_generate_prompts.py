@@ -17,7 +17,7 @@ import veneer
 from tests.methods.controls import stir
 from veneer.formats import native
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.report.previews import read_settings
+from veneer.training.report.png_metadata import read_settings
 
 
 @pytest.fixture(scope="module")

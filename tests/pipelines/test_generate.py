@@ -15,7 +15,7 @@ from tests.raising import raises
 from veneer.formats import native
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.report.previews import read_settings
+from veneer.training.report.png_metadata import read_settings
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from tests.training.images import gradient
 from veneer.injection.errors import VeneerError
 from veneer.training.report.image_grid import GRAY, INK, GridRow, before_after, fit_in_cell, make_grid
 from veneer.training.report.label_fonts import label_font, printable
-from veneer.training.report.previews import PreviewPair, save_png
+from veneer.training.report.png_metadata import save_png
+from veneer.training.report.previews import PreviewPair
 
 CELL = 96
 

@@ -12,7 +12,7 @@ from tests.training.clips import Bundled, random_image
 from veneer.injection.errors import VeneerError
 from veneer.training.report import metrics
 from veneer.training.report.feature_models import Features, from_clip
-from veneer.training.report.metrics import (  # fmt: skip
+from veneer.training.report.metrics import (
     MeanInterval,
     compare_paired,
     difference,

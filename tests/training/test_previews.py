@@ -9,7 +9,8 @@ import veneer
 from tests.raising import raises
 from veneer.injection.errors import OptionError, VeneerError
 from veneer.testing.pipelines import FAMILIES, tiny_pipeline
-from veneer.training.report.previews import PreviewSettings, generate_pairs, previews, read_settings, replace_words, save_png
+from veneer.training.report.png_metadata import read_settings, save_png
+from veneer.training.report.previews import PreviewSettings, generate_pairs, previews, replace_words
 
 QUICK = PreviewSettings(seeds=(0, 1), steps=2, guidance=3.0)
 

@@ -15,7 +15,7 @@ from veneer.control.maps import maps
 from veneer.control.maps.resize import resize_map
 from veneer.control.maps.sketch import sketch_map
 from veneer.injection import OptionError, VeneerError
-from veneer.training.report.previews import save_png
+from veneer.training.report.png_metadata import save_png
 
 from ...context import Context
 from ...generator import AdapterUse

@@ -11,7 +11,7 @@ from veneer.pipelines.generate import is_diffusion_adapter
 from veneer.control.generation import condition_argument
 from veneer.injection import OptionError, VeneerError
 from veneer.training.report.image_grid import GridRow, make_grid
-from veneer.training.report.previews import save_png
+from veneer.training.report.png_metadata import save_png
 
 from ...context import Context, escape_markup
 from ...generator import AdapterUse

@@ -12,7 +12,8 @@ from veneer.pipelines.generate import words_for_base
 
 from veneer import base_models
 from veneer.injection import OptionError, VeneerError
-from veneer.training.report.previews import Preview, PreviewSettings, read_settings, save_preview
+from veneer.training.report.png_metadata import read_settings
+from veneer.training.report.previews import Preview, PreviewSettings, save_preview
 
 from ...context import escape_markup
 from ...generator import AdapterUse, Generator

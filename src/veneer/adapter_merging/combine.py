@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from veneer.functional.low_rank import truncate
-from veneer.functional.task_vectors import drop, elected_mean, trim
+from veneer.functional.ties_dare import drop, elected_mean, trim
 from veneer.injection import Attachment
 from veneer.injection.errors import OptionError
 from veneer.injection.select import select

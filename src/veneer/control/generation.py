@@ -19,7 +19,8 @@ from veneer.injection.errors import OptionError
 from veneer.training import param_groups
 from veneer.training.data.image_io import read_photo
 from veneer.training.families import Family, family
-from veneer.training.report.previews import PreviewSettings, check_counts, previews, save_png, save_preview
+from veneer.training.report.png_metadata import save_png
+from veneer.training.report.previews import PreviewSettings, check_counts, previews, save_preview
 
 from .image_embedding import embedder
 from .maps import maps

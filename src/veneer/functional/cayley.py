@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .low_rank_product import needs_plain_ops
+from .low_rank_autograd import needs_plain_ops
 
 
 class _BlockRotation(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .low_rank_product import add_product, needs_plain_ops, project
+from .low_rank_autograd import add_product, needs_plain_ops, project
 
 Layout = Literal["NLC", "NHWC", "NCHW"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .low_rank_product import needs_plain_ops, output_buffer
+from .low_rank_autograd import needs_plain_ops, output_buffer
 
 
 class _Mix(torch.autograd.Function):

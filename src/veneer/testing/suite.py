@@ -13,14 +13,14 @@ from veneer.injection.host import Host
 from veneer.injection.method import Method
 from veneer.injection.registry import hosts, methods
 
-from . import checks_attach, checks_host, checks_run, checks_state, checks_strength
+from . import checks_attach, checks_host, checks_run, checks_state, checks_strength_merge
 from .case import Case, fresh_model, usable_sites
 from .records import Check, Records, Skip
 from .trace import trace
 
 METHOD_CHECKS: tuple[Callable[[Case], None], ...] = (
     *checks_attach.CHECKS,
-    *checks_strength.CHECKS,
+    *checks_strength_merge.CHECKS,
     *checks_state.CHECKS,
     *checks_run.CHECKS,
 )

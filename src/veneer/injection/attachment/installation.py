@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..composition.batch_routing import Batch
 from ..composition.merge import MergeReport, OriginalWeights, merge_weights, restore_weights
+from ..composition.mixed_batch_rows import Batch
 from ..errors import HostChanged, StateError, UnsupportedSite
 from ..seams.adapter_calls import is_tracing
 from ..seams.seam import Seam

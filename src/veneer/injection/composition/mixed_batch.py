@@ -15,7 +15,7 @@ from ..seams.call_seam import CallSeam, SwitchSeam
 from ..seams.seam import Seam
 from ..seams.sequence_seams import VocabularySeam
 from .activation import Switch, named, switch
-from .batch_routing import Batch, SharedPort, Strengths
+from .mixed_batch_rows import Batch, SharedPort, Strengths
 
 Named = str | Attachment
 Sample = Named | Mapping[Any, float] | Iterable[Named] | None

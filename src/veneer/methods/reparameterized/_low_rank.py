@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.functional.convolve import convolve
+from veneer.functional.low_rank_autograd import add_product, project
 from veneer.functional.low_rank_init import orthonormal, principal
-from veneer.functional.low_rank_product import add_product, project
 from veneer.injection.attachment.deferred_init import is_init_deferred, zeros
 from veneer.injection.errors import UnsupportedSite
 from veneer.injection.method import Adapter

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.functional.channel_scale import scale_features
 from veneer.functional.convolve import convolve
-from veneer.functional.low_rank_product import add_product, project
+from veneer.functional.low_rank_autograd import add_product, project
 from veneer.injection.attachment.deferred_init import zeros
 from veneer.injection.errors import OptionError, UnsupportedSite
 from veneer.injection.method import Adapter, Method, Need

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.functional.convolve import convolve
 from veneer.functional.hadamard import hadamard, hadamard_pair
-from veneer.functional.low_rank_product import add_product, project
+from veneer.functional.low_rank_autograd import add_product, project
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite

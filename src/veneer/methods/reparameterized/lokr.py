@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.functional.convolve import convolve, match_memory_format
 from veneer.functional.kronecker import add_kron, kron_apply, kron_factors, kron_weight, mix
-from veneer.functional.low_rank_product import add_product, project
+from veneer.functional.low_rank_autograd import add_product, project
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite

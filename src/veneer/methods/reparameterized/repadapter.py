@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.functional.convolve import convolve
-from veneer.functional.low_rank_product import add_product
-from veneer.functional.low_rank_product import project as project_features
+from veneer.functional.low_rank_autograd import add_product
+from veneer.functional.low_rank_autograd import project as project_features
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.seams.adapter_calls import cast

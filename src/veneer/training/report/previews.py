@@ -1,11 +1,9 @@
-"""Preview images with fixed seeds, and PNG files with their settings in the metadata."""
+"""Preview images with fixed seeds."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -13,17 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import nn
 
 from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.errors import OptionError, VeneerError
 
-from ..loop.checkpoints import write_atomically
 from ..loop.seeds import generator
-
-KEY = "veneer"
-"""Name of the PNG text entry that holds the settings as JSON."""
+from .png_metadata import save_png
 
 
 def check_counts(count: int, steps: int | None) -> None:
@@ -236,33 +231,3 @@ def save_preview(folder: Path, preview: Preview, more: Mapping[str, Any]) -> Pat
         number += 1
         path = stem.with_name(f"{stem.name}-{number}.png")
     return save_png(preview.image, path, {**preview.settings, **more})
-
-
-def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> Path:
-    """Writes a PNG with `settings` as JSON in its text metadata, atomically. Returns the path.
-
-    Raises:
-        TypeError: settings that are not JSON values.
-    """
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt(KEY, json.dumps(dict(settings), ensure_ascii=False, sort_keys=True))
-    data = io.BytesIO()
-    image.save(data, "PNG", pnginfo=text)
-    write_atomically(Path(path), data.getvalue())
-    return Path(path)
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """Reads the settings of a PNG written by `save_png`.
-
-    Raises:
-        VeneerError: another type of file, or a PNG without settings.
-    """
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-            found: dict[str, Any] = json.loads(image.info[KEY])
-    except (KeyError, OSError, ValueError, SyntaxError) as error:
-        message = f"{path}: no settings found ({type(error).__name__}); expected a PNG written by veneer."
-        raise VeneerError(message, file=path, where="settings") from error
-    return found

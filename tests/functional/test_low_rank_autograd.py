@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.functional.low_rank_product import add_product, project
+from veneer.functional.low_rank_autograd import add_product, project
 
 
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
