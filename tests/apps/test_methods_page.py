@@ -32,7 +32,7 @@ def test_every_method_is_listed_with_its_docstring() -> None:
     assert names(html) == veneer.methods.names()
     lora = next(m for m in catalog() if m.name == "lora")
     assert (lora.kind, lora.source, lora.needs) == ("reparameterized", "veneer", "weights of layers")
-    assert lora.about.startswith("LoRA: a low-rank change")
+    assert lora.about.startswith("LoRA: a low-rank update")
     assert lora.formula.startswith("W' = W + s·B A")
     assert "Deviations:" in lora.text
     rank, init = (next(o for o in lora.options if o.name == name) for name in ("rank", "init"))
