@@ -121,7 +121,8 @@ def test_remarks_are_grouped(tmp_path):
     for name in ("a.gif", "b.gif"):
         frames[0].save(tmp_path / "dog" / name, save_all=True, append_images=frames[1:])
     (note,) = check_images(open_source(tmp_path)).notes
-    assert "2 images used with a remark: holds several frames or pages; only the first is used: dog/a.gif, dog/b.gif" in note
+    assert "dog/a.gif, dog/b.gif" in note
+    assert "frames" in note
 
 
 def damaged_exif(path):

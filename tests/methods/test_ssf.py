@@ -140,7 +140,7 @@ def test_where_there_is_no_bias() -> None:
     assert SSF().count(read) == 4
     model = timm.create_model("resnet18", num_classes=3).eval()
     tuned = attach(model, "ssf", where="name:layer1.0.conv1")
-    with raises(UnsupportedSite, site="layer1.0.conv1", given="ScaledAndShifted", expected="bias"):
+    with raises(UnsupportedSite, site="layer1.0.conv1", given="ScaleShiftAdapter", expected="bias"):
         tuned.merge()
 
 
