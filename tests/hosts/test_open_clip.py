@@ -240,7 +240,7 @@ def test_the_bundled_clip_is_of_this_host_and_its_image_tower_is_one_of_timm() -
     [
         (False, "ViT-B-32", "openai", "ViT-B-32-quickgelu"),
         (False, "ViT-B-32", "/weights/ViT-B-32.pt", "ViT-B-32-quickgelu"),
-        (True, "ViT-B-32-quickgelu", "laion2b_s34b_b79k", "as 'ViT-B-32',"),
+        (True, "ViT-B-32-quickgelu", "laion2b_s34b_b79k", "Use 'ViT-B-32',"),
         (True, "ViT-B-32-quickgelu", "openai", None),
         (True, "ViT-B-32", "openai", None),
         (False, "ViT-B-32", "laion2b_s34b_b79k", None),

@@ -56,7 +56,7 @@ def test_slices_and_mixed_batches_have_paths_of_their_own(stacks: list[list[str]
     plain, other = (attach(model, "lora", where="head", rank=2, name=name) for name in ("plain", "other"))
     for tuned in (sliced, plain, other):
         stir(tuned)
-    (seam,) = plain._joined.seams
+    (seam,) = plain.seams
     assert isinstance(seam, CallSeam)
     assert seam.direct is call_in_place
     run(model)

@@ -209,7 +209,7 @@ def test_a_failure_while_seams_part_leaves_nothing_changed(monkeypatch: pytest.M
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuned.seams[2], "part", interrupted)
+    monkeypatch.setattr(tuned.seams[2], "uninstall", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tuned.merge()
     monkeypatch.undo()

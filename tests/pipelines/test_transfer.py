@@ -290,7 +290,7 @@ def test_a_prediction_reports_unreadable_images(taught: Path, pictures: Path, tm
     assert "broken.png" in lines[1]
     assert "remove or replace" in lines[1]
     rows = list(predict(PredictConfig(taught, (pictures / "red",), format="csv")))
-    assert rows[0] == "picture,label,probability,problem"
+    assert rows[0] == "image,label,probability,problem"
     assert len(rows) == 17
     with raises(VeneerError, where="images", given=(str(tmp_path / "broken.png"),)):
         list(predict(PredictConfig(taught, (tmp_path / "broken.png",))))
@@ -298,7 +298,7 @@ def test_a_prediction_reports_unreadable_images(taught: Path, pictures: Path, tm
         list(predict(PredictConfig(taught, (tmp_path / "gone.png",))))
     with raises(VeneerError, file=tmp_path, where="model.json", given="missing"):
         list(predict(PredictConfig(tmp_path, (good,))))
-    with raises(OptionError, option="form", given="xml"):
+    with raises(OptionError, option="format", given="xml"):
         PredictConfig(taught, (good,), format="xml")
 
 

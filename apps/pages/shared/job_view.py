@@ -83,13 +83,13 @@ def job_view(context: Context, kind: str, results: Results = NO_RESULTS, empty: 
         delete = gr.Button("Delete", elem_id=f"{kind}-delete", **small)
     extra = list(results.build())
     with gr.Row():
-        preview = grid_image("Newest preview", elem_id=f"{kind}-preview")
+        preview = grid_image("Latest preview", elem_id=f"{kind}-preview")
         loss = gr.LinePlot(
             None, "step", "loss", label="Training loss, mean of 50 steps", visible=False, height=240, min_width=280, buttons=[],
             elem_id=f"{kind}-loss",
         )  # fmt: skip
     with gr.Accordion("Log", open=False, visible=False) as log_accordion:
-        log = gr.Textbox(label="End of the log", lines=10, max_lines=20, interactive=False, elem_id=f"{kind}-log")
+        log = gr.Textbox(label="Log (last lines)", lines=10, max_lines=20, interactive=False, elem_id=f"{kind}-log")
     outputs = [choice, state, progress, stop, resume, delete, loss, preview, log_accordion, log, *extra, known]
 
     def newest(request: gr.Request) -> list[Any]:

@@ -119,8 +119,8 @@ class Conditions:
             return False
         if GUIDANCE not in pipe.__dict__:
             raise ConditionError(
-                f"'{self.name}': it was attached to a {type(pipe).__name__}, but something else runs. Pass it: "
-                "condition(…, pipeline=PIPE), another pipeline or the bare model.",
+                f"'{self.name}': the model is not called by the {type(pipe).__name__} that it was attached to. Pass the "
+                "pipeline or model that you call: condition(…, pipeline=pipe).",
                 where=self.name,
                 expected=type(pipe).__name__,
             )
@@ -132,7 +132,7 @@ class Conditions:
         each, left = divmod(prompts, self.images)
         if left or (guided and batch % 2):
             raise ConditionError(
-                f"'{self.name}': {self.images} images for {prompts} samples; expected one, or one for each prompt.",
+                f"'{self.name}': {self.images} images for {prompts} samples; the number of images must divide it.",
                 where=self.name,
                 given=self.images,
                 expected=prompts,

@@ -280,8 +280,7 @@ class ResidualSite(Site):
         widths: channels of each down residual, then of the middle. `strides`: of each relative to the latent.
         inner_widths, inner_strides: of the features inside the down blocks, which T2I-Adapters change.
         pixels: image pixels per latent pixel, along one side.
-        path: the module that is called with them. `arguments`: names of its arguments. `skips`, `middle`, `inner`: names of the
-            arguments for residuals.
+        path: the called module. `arguments`: names of its arguments. `skips`, `middle`, `inner`: those for residuals.
         first: path of the first block. `encoder(channels, widths)`: builds an untrained copy of the encoder with zero
             convolutions after it, for hint images with this number of channels and an embedding of these widths.
     """

@@ -227,7 +227,7 @@ class ClassifierTrainer:
         return self.config.batch_norm == "moving" or (self.config.batch_norm is None and self.classifier.weights == "random")
 
     def _set_modes(self) -> None:
-        """Sets the base to `eval`, so that dropout and BatchNorm statistics are frozen, and the adapters to training mode."""
+        """Sets adapters to training mode, and the base model to `eval` unless its statistics are updated."""
         self.model.train(self._updates_statistics)
         for module in self.model.modules():
             if isinstance(module, Seam):
@@ -251,7 +251,7 @@ class ClassifierTrainer:
                     attachment.prepare(self._on_device(self._passes(passes)))
 
     def _passes(self, count: int) -> Iterator[Batch]:
-        """Batches of the training images: without augmentation for one pass, else augmented, one pass after the other."""
+        """Batches of the training images: one pass without augmentation, or `count` augmented passes in sequence."""
         indices, size = self.views.data.splits.train, self.config.batch
         if count == 1:
             return self.views.batches("train", size)
@@ -262,7 +262,9 @@ class ClassifierTrainer:
         return ((inputs.to(device), labels.to(device)) for inputs, labels in batches)
 
     def _groups(self) -> list[ParameterGroup]:
-        """Parameter groups: the first method and a head beside it at the run's learning rate, other methods in ratio to it."""
+        """Parameter groups. The first method and a head get the run's learning rate, each other method this rate times the ratio
+        of its default to that of the first.
+        """
         groups: list[ParameterGroup] = []
         for attachment in self.attached:
             in_config = attachment.method.name in self.config.names()
@@ -274,7 +276,7 @@ class ClassifierTrainer:
         return groups
 
     def _evaluate(self, step: int, losses: Sequence[float]) -> None:
-        """Evaluates the validation split after an epoch."""
+        """Evaluates the validation split after an epoch, and runs the preparation passes of the next one."""
         metrics = self.metrics("validation")
         mean = sum(losses) / len(losses) if losses else math.nan
         number = math.ceil(step / self.per_epoch)

@@ -70,20 +70,20 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
     if not offered:
         raise _refusal(towers, method, everything)
     if where is None:
-        usual = (method.default, method.elsewhere)
-        where = next((w for w in usual if select(offered, w, main, strict=False)), method.default)
+        defaults = (method.default, method.elsewhere)
+        where = next((w for w in defaults if select(offered, w, main, strict=False)), method.default)
         chosen = select(offered, where, main, strict=False)
     else:
         chosen = select(offered, where, main)
     if not chosen:
-        chosen_from = ", ".join(sorted({s.role for s in offered}))
+        roles = ", ".join(sorted({s.role for s in offered}))
         raise SelectionError(
-            f"{method.name}: its default sites {method.default} are not here. Say where=…; there are {chosen_from}.",
+            f"{method.name}: the model has none of the default sites {method.default}. Pass where=…; available roles: {roles}.",
             where=method.name,
             given=method.default,
             expected=tuple(sorted({s.role for s in offered})),
         )
-    _refuse_idle(method, chosen)
+    _check_unused_patterns(method, chosen)
     modules = {t.component: t.module for t in towers}
     shared = {c: _share(method, [s for s in chosen if s.component == c], modules[c]) for c in {s.component: 0 for s in chosen}}
     parts = tuple((site, _build(method, site, modules[site.component], shared[site.component])) for site in chosen)
@@ -101,24 +101,24 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
 
 
 def effective_where(model: Any, method: Method, *selections: Sequence[str]) -> tuple[str, ...]:
-    """The first of some selections that a method can use on a model, as patterns that all match something; () if it can use none.
+    """The first of several selections with usable sites, reduced to the patterns that match; () if there is none.
 
-    What a default names need not be there; what a caller adds to it must, so a selection that adds to a default starts from this.
+    Default patterns may match nothing, patterns of a user must match. A selection that extends a default starts from this.
     """
     offered, main = _candidates(towers_of(model), method)
     return next((found for where in selections if (found := alternatives(offered, where, main))), ())
 
 
 def _candidates(towers: Sequence[Tower], method: Method) -> tuple[list[Site], frozenset[str]]:
-    """The sites that a method can use, and the names of the towers that a pattern without a tower means."""
+    """The sites that a method can use, and the towers that patterns without a tower select from."""
     offered = [s for t in towers for s in t.sites if fits(method, s)]
     return offered, frozenset(s.tower for t in towers if t.main or len(towers) == 1 for s in t.sites)
 
 
-def _refuse_idle(method: Method, chosen: Sequence[Site]) -> None:
-    """Raise `SelectionError` for a key of the options by site, or an alternative of its braces, that matches no chosen site.
+def _check_unused_patterns(method: Method, chosen: Sequence[Site]) -> None:
+    """Raises `SelectionError` if a pattern of options by site, or an alternative of its braces, matches no selected site.
 
-    Of a file only `by_site` is checked, and not where layers of it are left out: older files may have other idle keys.
+    When a file is loaded, only `by_site` is checked, as older files may have other unused patterns; partial loads skip the check.
     """
     names, roles = {site.name for site in chosen}, {site.role for site in chosen}
 
@@ -143,7 +143,7 @@ def _refuse_idle(method: Method, chosen: Sequence[Site]) -> None:
 
 def _share(method: Method, sites: Sequence[Site], tower: nn.Module) -> nn.Module | None:
     base = _tensor(sites[0], tower)
-    with _draws(base):
+    with _init_device(base):
         check_size(lambda: _size(method.build_shared(sites)), "")
         shared = method.build_shared(sites)
     if shared is not None:
@@ -158,7 +158,7 @@ def _size(shared: nn.Module | None) -> int:
 
 def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | None) -> Adapter:
     base = _tensor(site, tower)
-    with _draws(base), build_context(base.device):
+    with _init_device(base), build_context(base.device):
         try:
             own = method.at(site)
             check_size(lambda: own.count(site), site.name)
@@ -173,19 +173,19 @@ def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | Non
 
 
 def _put(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """`module.to(device, dtype)`, at no cost where it is so."""
+    """`module.to(device, dtype)`, skipped if nothing changes."""
     held = [t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     if any(t.device != device or t.dtype != dtype for t in held):
         module.to(device=device, dtype=dtype)
 
 
-def _draws(base: torch.Tensor) -> torch.device:
-    """Build on the CPU, so that draws do not depend on the device; on `meta` for a base that is there."""
+def _init_device(base: torch.Tensor) -> torch.device:
+    """Initializes on the CPU, so that random values do not depend on the target device; on `meta` if the base weight is there."""
     return torch.device("meta" if base.device.type == "meta" else "cpu")
 
 
 def _dtype(base: torch.Tensor) -> torch.dtype:
-    """Single precision, or wider where the base is."""
+    """Single precision, or higher if the base weight has it."""
     return torch.promote_types(base.dtype, torch.float32) if base.is_floating_point() else torch.float32
 
 
@@ -240,8 +240,7 @@ def _refusal(towers: Sequence[Tower], method: Method, everything: Sequence[Site]
     others = [name for name in supported if name not in here]
     same = "".join(f" {name} supports it on other models." for name in dict.fromkeys(here) if name in supported)
     return UnsupportedSite(
-        f"{method.name}: host {', '.join(here)} offers {has}; it needs {need}. "
-        f"Supported hosts: {', '.join(others) or 'none'}.{same}",
+        f"{method.name} needs {need}; host {', '.join(here)} has {has}. Supported hosts: {', '.join(others) or 'none'}.{same}",
         site=near.name if near is not None else "",
         method=method.name,
         host=", ".join(here),
@@ -252,10 +251,10 @@ def _refusal(towers: Sequence[Tower], method: Method, everything: Sequence[Site]
 
 
 def hosts_for(method: Method | type[Method], among: Sequence[str] | None = None) -> list[str]:
-    """Names of the hosts whose small models offer a site that the method can use. Hosts without their library are passed over.
+    """Names of the hosts whose small models have a site for the method. Hosts whose library is not installed are skipped.
 
     Args:
-        among: only these hosts are looked at; None for all there are.
+        among: names of hosts (default: all).
     """
     found = []
     for name in hosts.names() if among is None else among:

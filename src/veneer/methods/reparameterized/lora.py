@@ -25,29 +25,34 @@ class LoRA(Method):
     """W' = W + s·B A with s = alpha / rank, A random and B zero initially; only A and B are trained.
 
     Args:
-        rank: columns of B and rows of A, at least 1.
+        rank: r, at least 1: A has r rows, B has r columns. In files and code A is `down` and B is `up`.
         alpha: numerator of the scale (default: the rank, so that s = 1).
         ranks: other ranks by role pattern or by name of a site, such as `mlp.*=4` or `name:unet.conv_in=4` as a flag,
             `{"mlp.*": 4}` in Python. A site's name takes precedence over its role, and the last matching role pattern applies.
         alphas: other alphas, in the same way.
         rslora: s = alpha / sqrt(rank) instead (rank-stabilized).
-        dropout: probability of dropping an input feature of A in training, 0 to 1.
-        init: initialization of A: `kaiming` (uniform, a = sqrt 5) or `gaussian` (standard deviation 1 / rank), with B zero. Or
-            of both: `pissa`, W's largest singular values with their vectors, or `olora`, the first columns of Q and
-            rows of R for W = Q R; then W' = W + s·(B A − B0 A0), with the initial B0, A0 also saved.
+        dropout: probability of dropping an input feature of A in training, in [0, 1).
+        init: initialization of A: `kaiming` (uniform, a = sqrt 5; standard normal for embeddings) or `gaussian` (standard
+            deviation 1 / rank), with B zero; `tucker`'s core is initialized like A. Or of both:
+            `pissa`, W's largest singular values with their vectors, or `olora`, the first columns of Q and rows of R for
+            W = Q R; then W' = W + s·(B A − B0 A0), with the initial B0, A0 also saved.
         pissa_niter: power iterations of a faster, randomized decomposition for `pissa`; 0 for the exact one.
         up_ratio: ratio of B's learning rate to A's (LoRA+ uses 16); 1 for equal rates.
         tucker: convolutions with kernels larger than 1×1 get a core C of (rank, rank, *kernel) between 1×1 A and B.
+
     Convolutions: A has the base's kernel, stride and padding, B is 1×1. Grouped ones: one pair of factors per group, `rank`
-    split over the groups; if they do not divide it, as in most depthwise ones, one pair on the flattened kernels, B of
-    (d_out, rank) and A of (rank, d_in·k·k / groups), so that all groups share A. Both merge exactly.
+    split over the groups. If the groups do not divide the rank, as in most depthwise convolutions, one pair on the flattened
+    kernels, B of (d_out, rank) and A of (rank, d_in·k·k / groups), so that all groups share A. Both merge exactly.
+
     Counts: rank·(d_in·k·k + d_out) / groups per site, with `tucker` rank·(d_in + rank·k·k + d_out) / groups; if all groups
     share A, rank·(d_in·k·k / groups + d_out), with `tucker` rank·(d_in / groups + rank·k·k + d_out).
+
     Source: Hu et al., LoRA, ICLR 2022, equation 3; Kalajdzievski 2023 (rsLoRA); Hayou et al., ICML 2024 (LoRA+); Meng et al.,
-    NeurIPS 2024 (PiSSA); Büyükakyüz 2024 (OLoRA); Yeh et al., ICLR 2024 (LyCORIS) for `tucker`. `gaussian` with 1/rank follows
-    peft; the paper says only "random Gaussian". Deviations: PiSSA and OLoRA replace W by W − s·B0 A0, which is the same
-    function and gradient; convolutions are flattened to (d_out, d_in·k·k), group by group, where peft supports linear layers
-    only. peft rejects a rank that groups do not divide.
+    NeurIPS 2024 (PiSSA); Büyükakyüz 2024 (OLoRA); Yeh et al., ICLR 2024 (LyCORIS) for `tucker`. `gaussian` with 1/rank
+    follows peft; the paper says only "random Gaussian". Deviations: PiSSA and OLoRA replace W by W − s·B0 A0; here W is
+    unchanged and the initial product is subtracted in the forward pass, with equal outputs and gradients; convolutions are
+    flattened to (d_out, d_in·k·k), group by group, where peft supports linear layers only. peft rejects a rank that groups do
+    not divide.
     """
 
     name: ClassVar[str] = "lora"
@@ -104,12 +109,12 @@ class LoRA(Method):
         """A and B for one weight.
 
         Raises:
-            ValueError: `init` decomposes the weight, which has no part of that rank or scale.
+            ValueError: `init` is `pissa` or `olora`, and the rank exceeds that of the weight or the scaling is not positive.
         """
         rank = self.rank_at(site.role, site.name)
         scaling = self.scaling_at(site.role, site.name)
         if self.init in DECOMPOSING_INITS:
-            self._refuse_part(site, rank, scaling)
+            self._check_decomposition(site, rank, scaling)
             adapter: LoRAAdapter = WeightInitAdapter(site, rank, scaling, self.dropout, self.init, self.pissa_niter)
         else:
             adapter = (TuckerAdapter if self._tucker_at(site) else LoRAAdapter)(site, rank, scaling, self.dropout)
@@ -120,7 +125,7 @@ class LoRA(Method):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         return adapter
 
-    def _refuse_part(self, site: WeightSite, rank: int, scaling: float) -> None:
+    def _check_decomposition(self, site: WeightSite, rank: int, scaling: float) -> None:
         most = min(math.prod(site.weight_shape[1:]) * factor_pairs(site, rank), site.weight_shape[0])
         if rank > most:
             message = f"init={self.init!r}: the weight has rank {most} at most, less than {rank}; set a lower rank at this site"

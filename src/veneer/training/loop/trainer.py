@@ -1,8 +1,8 @@
-"""Training loop with exact resume, for any loss over numbered samples, on one or several processes.
+"""Training loop with exact resume, for any loss over indexed samples, on one or several processes.
 
 There is no data loader: the loss fetches the samples of a step by their rows, and all randomness is a function of (seed, step,
-sample). The state of a run is therefore its weights, the optimizer, the EMA weights, the fp16 gradient scale and the number of
-steps.
+sample). The state of a run is therefore its weights, the optimizer state, the EMA weights, the fp16 gradient scale, the loss
+history, the elapsed time, the number of processes and the step.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ LAST_FILES = 5
 
 
 class Trainer:
-    """Trains tensors with a loss over numbered samples.
+    """Trains tensors with a loss over indexed samples.
 
     Args:
         config: settings of the loop.
         groups: parameter groups, `{"params": [...], "lr_scale": 1.0, "name": "unet"}`.
-        loss_step: `loss_step(step, rows)` returns the mean loss over the samples `rows` of step `step`, a scalar with a graph.
+        loss_step: `loss_step(step, rows)` returns the mean loss over the samples `rows` of step `step`, a scalar with gradient.
             `rows` are positions in the global batch, 0 … `config.samples - 1`; (step, row) identifies a sample of the run,
             whatever the number of processes. Its randomness must depend on (seed, step, row) only; torch's global generator
             is seeded with (seed, step, first row) before each call, for dropout. It runs under autocast.
@@ -126,7 +126,7 @@ class Trainer:
         continues. Disk space for the last files is reserved during training.
 
         Args:
-            resume: resume bitwise from the newest intact checkpoint in `folder`, or start from scratch.
+            resume: True resumes bitwise from the newest valid checkpoint in `folder`, or starts from scratch if there is none.
             accept: settings that may differ from the checkpoint's, such as `learning_rate`; another type of optimizer starts
                 with a new state.
 
@@ -170,8 +170,8 @@ class Trainer:
             return self.checkpoints.newest(accept)
         if steps := self.checkpoints.steps():
             raise CheckpointError(
-                f"{self.checkpoints.folder} has checkpoints of a run of {steps[-1]} steps: resume it, delete them, or choose "
-                "another folder",
+                f"{self.checkpoints.folder} has checkpoints (newest: step {steps[-1]}). Resume the run, delete them, or choose "
+                "another folder.",
                 file=self.checkpoints.folder,
                 where="steps",
                 given=steps[-1],
