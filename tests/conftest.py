@@ -22,8 +22,18 @@ def pytest_collection() -> Iterator[None]:
 TIERS = {
     "matrix": ("matrix/",),
     "browser": ("apps/test_browser", "apps/test_clients.py"),
-    "training": (),
-}
+    "slow": (
+        "apps/", "base_models/", "benchmarks/", "pipelines/", "test_allocator.py", "test_example_package.py", "test_extras.py",
+        "test_docs.py", "test_readme.py", "classification/test_comparison.py", "formats/test_controlnext_base.py",
+        "formats/test_diffusers.py", "formats/test_families.py", "formats/test_growth.py", "formats/test_image_embeddings.py",
+        "formats/test_kohya.py", "formats/test_lora_reader.py", "formats/test_lycoris.py", "formats/test_malformed.py",
+        "formats/test_onetrainer_methods.py", "formats/test_peft_folder.py", "hosts/test_every_architecture.py", "hosts/test_open_clip.py",
+        "hosts/test_published", "injection/test_activation.py", "injection/test_layer_order.py", "injection/test_swap.py",
+        "methods/test_chain.py", "methods/test_controlnet.py", "methods/test_controls_exported.py", "methods/test_lora_inits.py",
+        "methods/test_output_rotation.py", "training/test_preflight.py",
+        "training/test_families.py", "training/test_resume.py", "training/test_scheduled.py",
+    ),
+}  # fmt: skip
 """Marker to the beginnings of paths below `tests`, beside tests that have the marker themselves."""
 
 
