@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -92,6 +93,9 @@ def test_figures_equal_explicit_sums(clip):
     assert found.drift.mean == pytest.approx(np.mean(drift), abs=1e-6)
     assert found.likeness.gain.mean == pytest.approx(found.likeness.adapted.mean - found.likeness.base.mean, abs=1e-6)
     assert json.loads(json.dumps(found.as_dict()))["likeness"]["gain"]["n"] == 4
+    columns = [re.split(r"\s{2,}", line) for line in str(found).splitlines()[1:4]]
+    assert [row[0] for row in columns] == ["similarity", "nearest", "prompt similarity"]
+    assert {len(row) for row in columns} == {4}, "the image grid splits columns at two spaces"
     assert "prompt similarity" in str(found)
 
 

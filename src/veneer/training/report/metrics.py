@@ -97,16 +97,16 @@ class Metrics:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{'':18}{'adapted':26}{'base':26}gain"]
+        lines = [f"{'':20}{'adapted':26}{'base':26}gain"]
         labels = {"likeness": "similarity", "nearest": "nearest", "prompt_likeness": "prompt similarity"}
         for name, label in labels.items():
             paired: PairedMetric | None = getattr(self, name)
             if paired:
-                lines.append(f"{label:18}{paired.adapted!s:26}{paired.base!s:26}{paired.gain}")
+                lines.append(f"{label:20}{paired.adapted!s:26}{paired.base!s:26}{paired.gain}")
         for name in ("ceiling", "drift", "pixel_drift"):
             single: MeanInterval | None = getattr(self, name)
             if single:
-                lines.append(f"{name.replace('_', ' '):18}{single}")
+                lines.append(f"{name.replace('_', ' '):20}{single}")
         return "\n".join([*lines, f"features: {self.features}; mean and 95 % interval over images"])
 
 
