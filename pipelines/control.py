@@ -37,6 +37,7 @@ from veneer.training.loop.seeds import mix
 from veneer.training.preflight.estimates import written_bytes
 from veneer.training.preflight.preflight import require_disk
 from veneer.training.report.phases import PhaseReport
+from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 from veneer.training.report.verdict import read_verdict
 
@@ -110,6 +111,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         out,
         identity={**config.identity(), "base": digest, "pictures": [p.digest for p in (*data.train, *data.held)]},
         accelerator=accelerator,
+        on_step=ProgressLine(),
         on_preview=lambda step: write_preview(run, step),
     )
     result = trainer.fit(config.resume)

@@ -34,6 +34,7 @@ from veneer.training.report.artifacts import (
     write_results,
 )
 from veneer.training.report.phases import PhaseReport
+from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 
 __all__ = ["PersonalizeConfig", "personalize"]
@@ -124,6 +125,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         out,
         identity={**config.identity(), "base": digest, "photos": [p.digest for p in [*photos, *prior]]},
         accelerator=accelerator,
+        on_step=ProgressLine(),
         on_preview=lambda step: write_preview(run, step),
     )
     result = trainer.fit(config.resume)

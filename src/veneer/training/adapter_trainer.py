@@ -1,4 +1,4 @@
-"""Trainer of attached methods, shared by the personalization and control pipelines."""
+"""Trainer of attached methods, shared by personalization, control and classification."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from veneer.injection import Attachment
 
@@ -15,7 +16,7 @@ from .loop.config import TrainConfig
 from .loop.optimizer_step import LossStep
 from .loop.optimizers import ParameterGroup
 from .loop.trainer import Trainer
-from .report.progress import ProgressLine
+from .report.progress import Progress
 
 
 def adapter_trainer(
@@ -23,28 +24,31 @@ def adapter_trainer(
     loss: LossStep,
     config: TrainConfig,
     groups: Sequence[ParameterGroup],
-    folder: Path,
+    folder: Path | None,
     *,
     identity: Mapping[str, Any],
     accelerator: Accelerator,
     on_preview: Callable[[int], None],
+    on_step: Callable[[Progress], None] | None,
+    named: Mapping[str, Tensor] | None = None,
 ) -> Trainer:
     """A `Trainer` of the parameters of attachments, with the penalties and `after_step` callbacks of their methods.
 
     Args:
-        attached: trained attachments; checkpoints contain their `named_state`.
+        attached: trained attachments.
         loss: loss without the penalties of the methods.
-        config, groups, folder, identity, accelerator, on_preview: see `Trainer`.
+        config, groups, folder, identity, accelerator, on_step, on_preview: see `Trainer`.
+        named: tensors in checkpoints (default: `param_groups.named_state(attached)`).
     """
     return Trainer(
         config,
         groups,
         param_groups.add_penalties(loss, attached),
-        param_groups.named_state(attached),
+        param_groups.named_state(attached) if named is None else named,
         folder,
         identity=identity,
         accelerator=accelerator,
         after_step=param_groups.after_step(attached),
-        on_step=ProgressLine(),
+        on_step=on_step,
         on_preview=on_preview,
     )

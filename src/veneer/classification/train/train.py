@@ -18,11 +18,12 @@ from veneer.injection import Attachment, VeneerError, attach
 from veneer.injection.attachment.model_state import statistics
 from veneer.injection.seams.seam import Seam
 from veneer.training import param_groups
+from veneer.training.adapter_trainer import adapter_trainer
 from veneer.training.loop.checkpoints import Checkpoints
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.loop.optimizers import ParameterGroup
 from veneer.training.loop.seeds import mix
-from veneer.training.loop.trainer import Trainer, TrainResult
+from veneer.training.loop.trainer import TrainResult
 from veneer.training.report.progress import Progress, peak_memory
 
 from ..config import TransferConfig
@@ -190,17 +191,17 @@ class ClassifierTrainer:
             if self.selection.exhausted:
                 trainer.stop()
 
-        trainer = Trainer(
+        trainer = adapter_trainer(
+            self.attached,
+            loss,
             loop,
             self._groups(),
-            param_groups.add_penalties(loss, self.attached),
-            self.named,
             self.folder,
             identity=self.identity,
             accelerator=self.accelerator,
-            after_step=param_groups.after_step(self.attached),
             on_step=self.on_step,
             on_preview=evaluate,
+            named=self.named,
         )
         steps = trainer.checkpoints.steps() if trainer.checkpoints else []
         if self.config.resume and steps:
