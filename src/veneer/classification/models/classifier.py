@@ -19,6 +19,15 @@ class ModelError(VeneerError):
     """A model or its weights cannot be loaded."""
 
 
+def download_error(name: str, offline: str, error: Exception) -> ModelError:
+    """The error of pretrained weights that could not be downloaded. `offline`: why the hub cannot be reached, or ""."""
+    message = (
+        f"{name}: the pretrained weights could not be downloaded ({offline or type(error).__name__}). Check the connection, "
+        "or pass --weights FILE.safetensors, or --weights none for random initialization."
+    )
+    return ModelError(message, where="hub", given=name)
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A frozen image classifier with its metadata.

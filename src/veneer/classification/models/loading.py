@@ -14,7 +14,7 @@ from veneer import base_models
 from veneer.base_models.hub import hub
 from veneer.training.loop.seeds import mix
 
-from .classifier import Classifier, ModelError, check_weights, digest_of
+from .classifier import Classifier, ModelError, check_weights, digest_of, download_error
 from .open_clip_loading import open_clip_classifier, source_of
 
 
@@ -132,12 +132,7 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.M
         try:
             return timm.create_model(name, pretrained=True, **options), "published"
         except Exception as error:  # the hub's clients raise a dozen kinds
-            raise ModelError(
-                f"{name}: the pretrained weights could not be downloaded ({why or type(error).__name__}). Check the connection, "
-                "or pass --weights FILE.safetensors, or --weights none for random initialization.",
-                where="hub",
-                given=name,
-            ) from error
+            raise download_error(name, why, error) from error
 
 
 def _has_img_size(name: str) -> bool:

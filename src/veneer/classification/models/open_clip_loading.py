@@ -16,7 +16,7 @@ from veneer.models.clip_classifier import TEMPLATES, CLIPClassifier
 from veneer.models.tokenizer import TextError
 from veneer.training.loop.seeds import mix
 
-from .classifier import Classifier, ModelError, check_weights, digest_of
+from .classifier import Classifier, ModelError, check_weights, digest_of, download_error
 
 CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
 """timm's crop mode of each open_clip resize mode."""
@@ -100,12 +100,7 @@ def _build(name: str, architecture: str, tag: str, weights: str | Path | None) -
         try:
             return open_clip.create_model(architecture, pretrained=tag or None), "published"
         except Exception as error:  # the hub's clients raise a dozen kinds
-            raise ModelError(
-                f"{name}: the pretrained weights could not be downloaded ({why or type(error).__name__}). Check the connection, "
-                "or pass --weights FILE.safetensors, or --weights none for random initialization.",
-                where="hub",
-                given=name,
-            ) from error
+            raise download_error(name, why, error) from error
 
 
 def _load_weights(clip: nn.Module, name: str, file: Path) -> nn.Module:
