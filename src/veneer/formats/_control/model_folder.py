@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veneer.injection import LoadError
 
-from .._io.reader import File, parse_json
+from .._io.reader import File, read_json
 from .._io.writer import write, write_text
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
@@ -34,12 +34,7 @@ def config_beside(file: File, kind: str) -> dict[str, Any]:
     if not path.is_file():
         message = f"{path}: not a regular file, but a folder, a device or a broken link. Copy it again, or remove it."
         raise LoadError(message, file=path, expected="file")
-    try:
-        with open(path, "rb") as opened:
-            text = opened.read(MAX_CONFIG_BYTES + 1).decode()
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: invalid JSON ({error}); the file is corrupt.", file=path, expected="JSON") from error
-    config = parse_json(text, f"{path}: it", MAX_CONFIG_BYTES, file=path)
+    config = read_json(path, MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise LoadError(f"{path}: expected a JSON object; the file is corrupt.", file=path, expected="JSON object")
     class_name = config.get("_class_name", kind)

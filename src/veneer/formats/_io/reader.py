@@ -110,6 +110,20 @@ class File:
         return parse_json(self.metadata[key], f"{self.path}: metadata '{key}'", file=self.path, where=key)
 
 
+def read_json(path: Path, largest: int) -> Any:
+    """Reads an untrusted JSON file of at most `largest` bytes.
+
+    Raises:
+        LoadError: it cannot be read, or is not valid JSON in UTF-8.
+    """
+    try:
+        with open(path, "rb") as opened:
+            text = opened.read(largest + 1).decode()
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path}: invalid JSON ({error}); the file is corrupt.", file=path, expected="JSON") from error
+    return parse_json(text, f"{path}: it", largest, file=path)
+
+
 def parse_json(text: str, what: str, largest: int = MAX_JSON, **data: Any) -> Any:
     """Parses untrusted JSON text.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from veneer.injection import LoadError
 
-from .._io.reader import File, parse_json
+from .._io.reader import File, read_json
 
 NAME = "adapter_config.json"
 LARGEST = 2_000_000  # bytes
@@ -50,12 +50,7 @@ def read_config(file: File) -> dict[str, Any]:
     if not path.is_file():
         message = f"{file.path}: no {NAME} beside it, which holds its alpha. Copy the whole folder."
         raise LoadError(message, file=file.path, missing=[NAME])
-    try:
-        with open(path, "rb") as opened:
-            text = opened.read(LARGEST + 1).decode()
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: invalid JSON ({error}). The file is corrupt.", file=path, expected="JSON") from error
-    config = parse_json(text, f"{path}: it", LARGEST, file=path)
+    config = read_json(path, LARGEST)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise LoadError(f"{path}: has no peft_type, so it is not a peft config.", file=path, option="peft_type")
     return config
