@@ -15,7 +15,7 @@ from veneer.training import param_groups
 from veneer.training.families import Family, family
 from veneer.training.report.image_grid import GridRow, make_grid
 from veneer.training.report.png_metadata import save_png
-from veneer.training.report.previews import PreviewSettings, check_counts, generate_pairs, previews, save_preview
+from veneer.training.report.previews import PreviewSettings, check_counts, generate_pairs, previews, save_preview, settings_of
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,12 @@ def generate(config: GenerateConfig) -> list[Path]:
     """
     adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
-    preset = base_models.preset(base)
     pipe = base_models.load(base).to(device)
     param_groups.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
     prompts = [_truncated(family(pipe), prompt) for prompt in config.prompt]
 
-    settings = PreviewSettings(
-        seeds=tuple(range(config.seed, config.seed + config.images_per_prompt)),
-        steps=config.steps or preset.steps,
-        guidance=preset.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-        negative=preset.negative_prompt if config.negative_prompt is None else config.negative_prompt,
-        size=config.size,
-        batch=4,
-    )
+    settings = settings_of(config, base_models.preset(base))
     made = previews(pipe, prompts, settings)
     used = [{"file": str(path), "scale": scale} for path, scale in adapters]
     config.out.mkdir(parents=True, exist_ok=True)

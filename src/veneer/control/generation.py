@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from veneer.training import param_groups
 from veneer.training.data.image_io import read_photo
 from veneer.training.families import Family, family
 from veneer.training.report.png_metadata import save_png
-from veneer.training.report.previews import PreviewSettings, check_counts, previews, save_preview
+from veneer.training.report.previews import check_counts, previews, save_preview, settings_of
 
 from .image_embedding import embedder
 from .maps import maps
@@ -84,7 +84,7 @@ def generate_with_control(config: ControlGenerateConfig, adapters: list[tuple[Pa
     if config.image and config.map:
         message = "expected either --image, whose maps are computed, or --map, the maps themselves, not both."
         raise OptionError(message, option="map", expected="image or map")
-    preset, device = base_models.preset(base), resolve_device(config.device)
+    device = resolve_device(config.device)
     pipe = base_models.load(base).to(device)
     param_groups.freeze(pipe)
     kind = family(pipe)
@@ -96,11 +96,7 @@ def generate_with_control(config: ControlGenerateConfig, adapters: list[tuple[Pa
         raise OptionError(message, option="image", given=len(files), expected=len(controls))
     side = kind.resolution
     size = config.size or (side, side)
-    settings = PreviewSettings(
-        tuple(range(config.seed, config.seed + config.images_per_prompt)), config.steps or preset.steps,
-        preset.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-        preset.negative_prompt if config.negative_prompt is None else config.negative_prompt, size, 4,
-    )  # fmt: skip
+    settings = settings_of(replace(config, size=size), base_models.preset(base))
     config.out.mkdir(parents=True, exist_ok=True)
     written = []
     with contextlib.ExitStack() as scopes:

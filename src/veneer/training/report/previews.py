@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import nn
 
+from veneer.base_models.presets import Preset
 from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.errors import OptionError, VeneerError
 
@@ -56,6 +57,35 @@ class PreviewSettings:
         for name, given in (("seeds", len(self.seeds)), ("steps", self.steps), ("batch", self.batch)):
             if given < 1:
                 raise OptionError(f"previews: {name}: {given}; expected at least 1", option=name, given=given, expected=1)
+
+
+class SamplingOptions(Protocol):
+    """Options of the commands that generate images; None takes the preset's value."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def images_per_prompt(self) -> int: ...
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def guidance_scale(self) -> float | None: ...
+    @property
+    def negative_prompt(self) -> str | None: ...
+    @property
+    def size(self) -> tuple[int, int] | None: ...
+
+
+def settings_of(options: SamplingOptions, preset: Preset) -> PreviewSettings:
+    """Sampling settings from the options of a command and the preset of the base model."""
+    return PreviewSettings(
+        seeds=tuple(range(options.seed, options.seed + options.images_per_prompt)),
+        steps=options.steps or preset.steps,
+        guidance=preset.guidance_scale if options.guidance_scale is None else options.guidance_scale,
+        negative=preset.negative_prompt if options.negative_prompt is None else options.negative_prompt,
+        size=options.size,
+        batch=4,
+    )
 
 
 @dataclass(frozen=True)
