@@ -43,7 +43,7 @@ def collect(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> list[di
     for method in methods:
         found = [json.loads((work / f"{method}-{seed}" / "result.json").read_text()) for seed in seeds]
         figures = [record["figures"] for record in found]
-        row: dict[str, Any] = {"method": method, "measure": figures[0]["measure"], "numbers": found[0]["parameters"]}
+        row: dict[str, Any] = {"method": method, "measure": figures[0]["measure"], "parameters": found[0]["parameters"]}
         row |= {kind: mean_interval([f[kind] for f in figures]) for kind in KINDS}
         row |= {f"over_{kind}": mean_interval([f["followed"] - f[kind] for f in figures]) for kind in KINDS[1:]}
         row["worst"] = min(f[f"over_{kind}"][0] - f[f"over_{kind}"][1] for f in figures for kind in KINDS[1:])
@@ -54,11 +54,11 @@ def collect(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> list[di
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    heads = ["method", "numbers", "measure", "with it", "without", "with another's", "over without", "over another's"]
+    heads = ["method", "parameters", "metric", "with it", "without", "with another's", "over without", "over another's"]
     heads += ["lowest bound of a run", "seconds"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
-        cells = [row["method"], f"{row['numbers']:,}", row["measure"], *(f"{row[kind].mean:.3f}" for kind in KINDS)]
+        cells = [row["method"], f"{row['parameters']:,}", row["measure"], *(f"{row[kind].mean:.3f}" for kind in KINDS)]
         cells += [_cell(row[f"over_{kind}"]) for kind in KINDS[1:]]
         cells += [f"{row['worst']:+.3f}", f"{row['seconds'].mean:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
