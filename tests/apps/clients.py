@@ -22,8 +22,8 @@ import httpx
 import psutil
 
 import veneer
+from tests.apps.adapters import perturbed
 from tests.apps.browser import PATIENCE, App, served
-from tests.methods.controls import stir
 from veneer.formats import native
 
 API = "/gradio_api"
@@ -164,9 +164,7 @@ def adapters(app: App) -> list[str]:
     pipe = veneer.base_models.load("bundled")
     for method in METHODS:
         options = {"tokens": "<toy>", "initialize": "cat"} if method == "textual_inversion" else {}
-        attached = veneer.attach(pipe, method, **options)
-        for number, (_, adapter) in enumerate(attached.parts.values()):
-            stir(adapter, number, 0.1)
+        attached = perturbed(pipe, method, 0.1, **options)
         native.save(attached, folder / f"{method}.safetensors", provenance={"concept": "<toy>", "class_word": "toy"})
         attached.detach()
     return list(METHODS)

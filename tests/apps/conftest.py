@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-import veneer
+from tests.apps.adapters import perturbed
 from tests.apps.browser import App, Browser, browser, served
-from tests.methods.controls import stir
 from veneer import base_models
 from veneer.formats import native
 
@@ -63,8 +62,6 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("brought")
     told = {"lora": {"concept": "<toy>", "class_word": "cat"}, "controlnet": {"condition": "canny"}}
     for method, provenance in told.items():
-        attached = veneer.attach(base_models.load("bundled"), method)
-        for number, (_, adapter) in enumerate(attached.parts.values()):
-            stir(adapter, number, 0.02)
+        attached = perturbed(base_models.load("bundled"), method, 0.02)
         native.save(attached, folder / f"my-{method}.safetensors", {"base": "bundled", **provenance})
     return folder

@@ -26,7 +26,8 @@ from veneer.apps.pages.shared.images import load_sketch
 from veneer.apps.workspace import Workspace
 
 import veneer
-from tests.methods.controls import picture, stir
+from tests.apps.adapters import perturbed
+from tests.methods.controls import picture
 from tests.raising import raises
 from veneer.cli import parser_for
 from veneer.control.image_embedding import embedder
@@ -64,9 +65,7 @@ def context(tmp_path_factory: pytest.TempPathFactory, base: str) -> Context:
     ):
         pipe = veneer.base_models.load(base)
         options = {"width": embedder(pipe).width} if name == "prompt" else {}
-        attached = veneer.attach(pipe, method, **options)
-        for number, (_, adapter) in enumerate(attached.parts.values()):
-            stir(adapter, number, 0.3)
+        attached = perturbed(pipe, method, **options)
         native.save(attached, folder / f"{name}.safetensors", provenance=told)
     return context
 

@@ -29,7 +29,7 @@ from veneer.apps.workspace import Workspace
 from veneer.pipelines.generate import is_diffusion_adapter
 
 import veneer
-from tests.methods.controls import stir
+from tests.apps.adapters import perturbed
 from tests.raising import carries, raises
 from veneer.formats import native
 from veneer.injection import VeneerError
@@ -57,9 +57,7 @@ def context(tmp_path_factory: pytest.TempPathFactory, base: str) -> Context:
     folder.mkdir(parents=True)
     word = {"tokens": "<toy>", "initialize": "cat"}
     for name, method, options in (("style", "lora", {}), ("word", "textual_inversion", word), ("maps", "t2i_adapter", {})):
-        attached = veneer.attach(veneer.base_models.load(base), method, **options)
-        for number, (_, adapter) in enumerate(attached.parts.values()):
-            stir(adapter, number, 2.0 if name == "word" else 0.3)
+        attached = perturbed(veneer.base_models.load(base), method, 2.0 if name == "word" else 0.3, **options)
         native.save(attached, folder / f"{name}.safetensors", provenance={"concept": "<toy>", "class_word": "toy"})
     return context
 

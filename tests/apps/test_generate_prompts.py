@@ -14,7 +14,7 @@ from veneer.apps.pages.shared.trigger_tokens import find_missing
 from veneer.apps.workspace import Workspace
 
 import veneer
-from tests.methods.controls import stir
+from tests.apps.adapters import perturbed
 from veneer.formats import native
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.report.png_metadata import read_settings
@@ -35,9 +35,7 @@ def context(tmp_path_factory: pytest.TempPathFactory, base: str) -> Context:
     folder.mkdir(parents=True)
     word = {"tokens": "<toy>", "initialize": "cat"}
     for name, method, options in (("style", "lora", {}), ("word", "textual_inversion", word)):
-        attached = veneer.attach(veneer.base_models.load(base), method, **options)
-        for number, (_, adapter) in enumerate(attached.parts.values()):
-            stir(adapter, number, 0.3)
+        attached = perturbed(veneer.base_models.load(base), method, **options)
         native.save(attached, folder / f"{name}.safetensors", provenance={"concept": "<toy>", "class_word": "toy"})
     return context
 

@@ -18,7 +18,8 @@ from veneer.apps.generator import MAX_BASES, AdapterUse, Generator
 from veneer.apps.limits import LIMITS, Limits
 
 import veneer
-from tests.methods.controls import picture, stir
+from tests.apps.adapters import perturbed
+from tests.methods.controls import picture
 from tests.raising import raises
 from veneer.formats import load_all, native
 from veneer.injection import VeneerError
@@ -47,9 +48,7 @@ def make(base: str, tmp_path: Path) -> Make:
         name: str, method: str = "lora", seed: int = 1, size: float = 0.3, train: tuple[str, ...] = (), **config: Any
     ) -> Path:
         pipe = veneer.base_models.load(base)
-        attached = veneer.attach(pipe, method, train=train, **config)
-        for number, (_, adapter) in enumerate(attached.parts.values()):
-            stir(adapter, seed + number, size)
+        attached = perturbed(pipe, method, size, seed, train=train, **config)
         with torch.no_grad():
             for p in attached.trained.items():
                 p[1].add_(0.5)
