@@ -33,17 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log_to_stderr()
         namespace.run(namespace)
         sys.stdout.flush()
-    except _reported_errors() as error:
+    except (ModuleNotFoundError, *_reported_errors()) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             return BROKEN_PIPE
-        if "--debug" in arguments:
+        if "--debug" in arguments or (isinstance(error, ModuleNotFoundError) and not advice(error.name)):
             raise
         print(f"veneer: {_message(error)}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        if "--debug" in arguments or not advice(error.name):
-            raise
-        print(f"veneer: {advice(error.name)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("veneer: interrupted", file=sys.stderr)
@@ -72,7 +67,9 @@ def _reported_errors() -> tuple[type[Exception], ...]:
 
 
 def _message(error: Exception) -> str:
-    """The error's message; for an unknown name only the similar names, not all of them."""
+    """The error's message; for an unknown name only the similar names; for a missing library how to install it."""
+    if isinstance(error, ModuleNotFoundError):
+        return advice(error.name)
     errors = sys.modules.get("veneer.injection.errors")
     if errors and isinstance(error, errors.UnknownName) and error.close:
         return f"no {error.kind} {error.name!r}; did you mean {_join_names(error.close)}?"
