@@ -1,4 +1,4 @@
-"""Names to methods and hosts. In the tree the file is the registration; other packages use entry points."""
+"""Registries of methods and hosts by name. In this package the module is the registration; other packages use entry points."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Lazy names: listing imports nothing; `get` imports one file.
+    """Classes by name. Listing names imports nothing; `get` imports one module.
 
     Args:
         base: class whose subclasses are registered.
-        package: package that is searched for files, one file a name; files that start with `_` are passed over.
-        group: entry-point group for other distributions. An entry point's name must equal its class's `name`.
+        package: package whose modules are the names; modules and sub-packages that start with `_` are skipped.
+        group: entry-point group of other distributions. The name of an entry point must equal the `name` of its class.
     """
 
     def __init__(self, base: Any, package: str, group: str) -> None:
@@ -59,7 +59,7 @@ class Registry(Generic[T]):
         """The class behind `name`.
 
         Raises:
-            UnknownName: with the close names, if there is none.
+            UnknownName: no class has this name; lists similar names.
         """
         if name in self._registered:
             return self._registered[name]
@@ -89,14 +89,14 @@ class Registry(Generic[T]):
         return cls
 
     def register(self, cls: type[T]) -> type[T]:
-        """Add a class for this process, for notebooks and tests. Usable as a decorator.
+        """Adds a class to the registry of this process, for notebooks and tests. Usable as a decorator.
 
         Raises:
-            VeneerError: the name is taken.
+            VeneerError: the name is taken, or the class is not a subclass of `base` with a name.
         """
         name: str = getattr(cls, "name", "")
         if not name or not issubclass(cls, self.base):
-            message = f"{self.group}: {cls!r} is no subclass of {self.base.__name__} with a `name`."
+            message = f"{self.group}: {cls!r} is not a subclass of {self.base.__name__} with a `name`."
             raise VeneerError(message, given=cls, expected=self.base)
         if name in self._entries or name in self._registered:
             message = f"{self.group}: the name '{name}' is already provided by {self.source(name)}."
@@ -105,11 +105,11 @@ class Registry(Generic[T]):
         return cls
 
     def unregister(self, name: str) -> None:
-        """Undo `register`."""
+        """Removes a class that `register` added."""
         del self._registered[name]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a name: what the class says of itself. Imports every file."""
+        """One row per name, with the first line of the docstring of its class. Imports every module."""
         rows = []
         for name in self.names():
             cls: Any = self.get(name)
@@ -123,7 +123,7 @@ hosts: Registry[Host] = Registry(Host, "veneer.hosts", "veneer.hosts")
 
 
 def host_of(model: nn.Module) -> Host | None:
-    """The one host that matches `model`, or None.
+    """The host that matches `model`, or None.
 
     Raises:
         VeneerError: two hosts match.

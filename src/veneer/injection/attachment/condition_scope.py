@@ -1,4 +1,4 @@
-"""Sets the conditions of an attachment for a `with` block, and those of one forward pass on its adapters."""
+"""Conditions of an attachment: parsed, set for a `with` block, and set on its adapters for each forward pass."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from .protocol import AttachmentProtocol
 
 
 @contextlib.contextmanager
-def condition_scope(attachment: AttachmentProtocol, given: Conditions) -> Iterator[None]:
+def condition_scope(attachment: AttachmentProtocol, conditions: Conditions) -> Iterator[None]:
     """Sets the attachment's conditions for a `with` block and restores the previous ones after it.
 
     The adapters keep the conditions of the last call, because a backward pass with gradient checkpointing runs parts of it again.
     """
     before = attachment.conditions
-    given.open()
-    attachment.conditions = given
+    conditions.open()
+    attachment.conditions = conditions
     try:
         yield
     finally:
         attachment.conditions = before
-        given.close()
+        conditions.close()
 
 
 def set_call_conditions(attachment: AttachmentProtocol, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Set the conditions of the forward pass that begins on the adapters of a tower.
+    """Sets the conditions of the next forward pass on the adapters of a tower.
 
     Raises:
         ConditionError: the call is outside a `condition` scope.
     """
-    given = attachment.conditions
-    if given is None:
+    current = attachment.conditions
+    if current is None:
         takes = ", ".join(f"{name}=…" for name in attachment.method.conditions)
         raise ConditionError(
             f"'{attachment.name}' ({attachment.method.name}) has no conditions. Call the model inside "
@@ -48,7 +48,7 @@ def set_call_conditions(attachment: AttachmentProtocol, tower: nn.Module, args: 
         )
     sample = first_argument(args, kwargs)
     timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-    conditions = given.at(len(sample), timestep, sample.device)
+    conditions = current.at(len(sample), timestep, sample.device)
     adapters = [(site, a) for site, a in attachment.parts.values() if attachment.towers[site.component] is tower]
     for _, adapter in adapters:
         adapter.call.conditions = conditions
