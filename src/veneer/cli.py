@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log_to_stderr()
         namespace.run(namespace)
         sys.stdout.flush()
-    except (ModuleNotFoundError, *_reported_errors()) as error:
+    except _reported_errors() as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             return BROKEN_PIPE
         if "--debug" in arguments or (isinstance(error, ModuleNotFoundError) and not advice(error.name)):
@@ -63,7 +63,7 @@ def log_to_stderr() -> None:
 def _reported_errors() -> tuple[type[Exception], ...]:
     """Errors that are reported without a traceback. veneer's own are included once their module is imported."""
     errors = sys.modules.get("veneer.injection.errors")
-    return (ValueError, TypeError, OSError, *([errors.VeneerError] if errors else []))
+    return (ValueError, TypeError, OSError, ModuleNotFoundError, *([errors.VeneerError] if errors else []))
 
 
 def _message(error: Exception) -> str:
@@ -105,8 +105,9 @@ def console() -> None:
 def complete() -> None:
     """Prints completions for argcomplete, and exits."""
     import argcomplete
+    from argcomplete.lexers import split_line
 
-    *_, words, _ = argcomplete.split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))
+    *_, words, _ = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))
     argcomplete.autocomplete(parser_for(words[1:]))
 
 
