@@ -13,6 +13,7 @@ from torch import Tensor
 from veneer.functional.low_rank import truncate
 from veneer.functional.ties_dare import drop, elected_mean, trim
 from veneer.injection import Attachment
+from veneer.injection.adapter_forms import PairAdapter
 from veneer.injection.errors import OptionError
 from veneer.injection.select import select
 from veneer.injection.sites import WeightSite
@@ -170,7 +171,7 @@ def _source(number: int, attachment: Attachment, name: str, weight: float) -> So
 
 def _largest_rank(sources: Sequence[Attachment]) -> int:
     parts: list[tuple[Any, Any]] = [part for a in sources for part in a.parts.values()]
-    pairs = [(site, adapter.pair()[1]) for site, adapter in parts if hasattr(adapter, "factors")]
+    pairs = [(site, adapter.pair()[1]) for site, adapter in parts if isinstance(adapter, PairAdapter)]
     if not pairs:
         name = sources[0].method.name
         message = f"{name} has no rank to use for the LoRA; set a rank."

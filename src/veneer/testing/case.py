@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import Attachment, attach
+from veneer.injection.adapter_forms import BiasAdapter, WeightAdapter
 from veneer.injection.attachment.condition_scope import example
 from veneer.injection.attachment.plan import fits
 from veneer.injection.attachment.probe import tensors
@@ -154,7 +155,7 @@ def add_conditions(attachment: Attachment, inputs: dict[str, Any]) -> Attachment
 
 def merges_at(site: Any, adapter: Any) -> bool:
     """True if the adapter has a weight form at the site, and the site has a bias for its shift, if it has one."""
-    return hasattr(adapter, "weight") and (not hasattr(adapter, "bias") or bool(site.bias))
+    return isinstance(adapter, WeightAdapter) and (not isinstance(adapter, BiasAdapter) or bool(site.bias))
 
 
 def perturb(attachment: Attachment, seed: int = 1, size: float = 0.05) -> None:

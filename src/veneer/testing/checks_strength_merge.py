@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.injection.adapter_forms import BiasAdapter
+from veneer.injection.adapter_forms import BiasAdapter, OutputAdapter
 from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.errors import StateError, UnsupportedSite
 from veneer.injection.seams.adapter_calls import base_tensor
@@ -134,7 +134,7 @@ def merge_is_refused_without_a_weight_form(case: Case) -> None:
 
 def _has_both(site: Site, adapter: Any) -> bool:
     place = isinstance(site, (WeightSite, ParamSite, NormSite)) and site.called
-    return place and hasattr(adapter, "output") and merges_at(site, adapter)
+    return place and isinstance(adapter, OutputAdapter) and merges_at(site, adapter)
 
 
 def _calls(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str, tuple[Any, Any, Tensor]]:

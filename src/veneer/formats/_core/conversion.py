@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import Attachment, SaveError
+from veneer.injection.adapter_forms import WeightAdapter
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import ParamSite, WeightSite
 
@@ -137,7 +138,7 @@ def _split_tokens(model: Any, attached: list[Attachment]) -> list[Attachment]:
     return found
 
 
-class _WeightAdapter(NamedTuple):
+class _AdaptedWeight(NamedTuple):
     """An adapter with a weight form, its site and its model."""
 
     site: WeightSite | ParamSite
@@ -145,13 +146,13 @@ class _WeightAdapter(NamedTuple):
     tower: nn.Module
 
 
-def _weight_adapters(attachments: Sequence[Attachment]) -> dict[tuple[str, str, str], list[_WeightAdapter]]:
+def _weight_adapters(attachments: Sequence[Attachment]) -> dict[tuple[str, str, str], list[_AdaptedWeight]]:
     """The adapters of each tensor, in the order in which they apply."""
-    found: dict[tuple[str, str, str], list[_WeightAdapter]] = {}
+    found: dict[tuple[str, str, str], list[_AdaptedWeight]] = {}
     for attachment in attachments:
         for site, adapter in attachment.parts.values():
-            if isinstance(site, (WeightSite, ParamSite)) and hasattr(adapter, "weight"):
-                part = _WeightAdapter(site, adapter, attachment.towers[site.component])
+            if isinstance(site, (WeightSite, ParamSite)) and isinstance(adapter, WeightAdapter):
+                part = _AdaptedWeight(site, adapter, attachment.towers[site.component])
                 found.setdefault((site.component, site.path, site.param), []).append(part)
     return found
 
@@ -165,7 +166,7 @@ def _other_tensors(attachments: Sequence[Attachment]) -> dict[str, Tensor]:
     return found | {k: t for a in others for k, t in a.state_dict().items() if k.rpartition(":")[0] not in compared}
 
 
-def _base_weight(first: _WeightAdapter, *others: _WeightAdapter) -> Tensor:
+def _base_weight(first: _AdaptedWeight, *others: _AdaptedWeight) -> Tensor:
     """The base tensor in double precision; a random tensor of the same shape if it is quantized or on the meta device."""
     site = first.site
     tensor = base_tensor(first.tower, site.path, site.param)
@@ -177,7 +178,7 @@ def _base_weight(first: _WeightAdapter, *others: _WeightAdapter) -> Tensor:
 
 
 @torch.no_grad()
-def _apply(weight: Tensor, parts: Sequence[_WeightAdapter]) -> Tensor:
+def _apply(weight: Tensor, parts: Sequence[_AdaptedWeight]) -> Tensor:
     """W after the weight form of each adapter on its rows, in double precision."""
     after = weight.clone()
     for site, adapter, _ in parts:

@@ -7,6 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from veneer.injection.adapter_forms import InputAdapter
+
 from .codec import AdapterGroup, Codec, LycorisModule, Shapes, SiteTensors, put, spans, take
 
 EVERY, NONE = "*", ""  # role patterns of (IA)³'s `inputs`
@@ -40,7 +42,7 @@ class IA3Codec(Codec):
 
     def write(self, group: AdapterGroup) -> dict[str, Tensor]:
         deltas = {name: a.delta.detach() for name, a in group.adapters.items()}
-        inputs = {hasattr(a, "input") for a in group.adapters.values()}
+        inputs = {isinstance(a, InputAdapter) for a in group.adapters.values()}
         first = next(iter(deltas.values()))
         if inputs == {False}:
             zeros = {s.name: first.new_zeros(s.d_out) for s in group.place.sites}
@@ -58,4 +60,4 @@ class IA3Codec(Codec):
         return {"weight": w.reshape(shape), "on_input": torch.tensor(int(True in inputs))}
 
     def args(self, group: AdapterGroup) -> dict[str, str]:
-        return {"train_on_input": "True"} if any(hasattr(a, "input") for a in group.adapters.values()) else {}
+        return {"train_on_input": "True"} if any(isinstance(a, InputAdapter) for a in group.adapters.values()) else {}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from veneer.functional.kronecker import kron_factors
 from veneer.injection import Attachment
+from veneer.injection.adapter_forms import PairAdapter
 
 from .._core.dora_magnitudes import SCALE
 from .._core.lora_config import match_shape
@@ -282,5 +283,5 @@ def _embedding(layer: PeftModule) -> SiteTensors:
 
 
 def _rank(part: PeftAdapter) -> int:
-    down, _ = part.adapter.pair() if hasattr(part.adapter, "pair") else (part.adapter.down, part.adapter.up)
+    down, _ = part.adapter.pair() if isinstance(part.adapter, PairAdapter) else (part.adapter.down, part.adapter.up)
     return int(down.shape[1 if part.site.kind == "embedding" else 0])
