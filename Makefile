@@ -34,7 +34,7 @@ test-fast: FAST := not matrix and not browser and not training and not slow
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "$(FAST)" --ignore tests/matrix $(ARGS)
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-test $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -33,6 +33,7 @@ from veneer.training.data.latent_cache import Cache
 from veneer.training.data.photo_folder import Photo
 from veneer.training.families import family
 from veneer.training.loop.distributed import on_main
+from veneer.training.loop.optimizers import ParameterGroup
 from veneer.training.loop.seeds import mix
 from veneer.training.preflight.estimates import written_bytes
 from veneer.training.preflight.preflight import require_disk
@@ -107,7 +108,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         [attached],
         loss,
         loop,
-        [{**group, "name": f"{attached.name}.{n}"} for n, group in enumerate(attached.groups()) if group["params"]],
+        _groups(attached),
         out,
         identity={**config.identity(), "base": digest, "pictures": [p.digest for p in (*data.train, *data.held)]},
         accelerator=accelerator,
@@ -135,6 +136,12 @@ def generate_controlled(config: ControlGenerateConfig) -> list[Path]:
     adapters = [parse_adapter(text) for text in config.adapter]
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
     return generate_with_control(config, adapters, base)
+
+
+def _groups(attached: Attachment) -> list[ParameterGroup]:
+    named: Any = [{**group, "name": f"{attached.name}.{n}"} for n, group in enumerate(attached.groups()) if group["params"]]
+    found: list[ParameterGroup] = named
+    return found
 
 
 def _attach(config: ControlConfig, pipe: Any, reads: Embedder | None) -> Attachment:
@@ -200,7 +207,7 @@ def _plan(run: ControlRun, images: TrainingImages, steps: int) -> str:
 
 
 def _final_message(record: dict[str, Any], out: Path) -> str:
-    metrics = record["figures"]
+    metrics = record["metrics"]
     if metrics is None:
         return f"{out}: written, not evaluated\n{_verdict(record)}"
     free, misled = (_difference(*metrics[name]) for name in ("over_free", "over_misled"))

@@ -165,14 +165,14 @@ def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Acce
         message = "--class-images needs --class-word: the class of the subject, such as 'toy'."
         raise OptionError(message, option="class_word", given="")
     preset = base_models.preset(config.base)
-    settings = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
     prompt = config.prior_prompt()
 
     def make() -> list[Path]:
         count = report("class_images", config.class_images)
         return generate_class_images(
-            kind, out / "prior", prompt, config.class_images, config.seed, progress=count.reach, **settings
-        )
+            kind, out / "prior", prompt, config.class_images, config.seed, progress=count.reach,
+            num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale,
+        )  # fmt: skip
 
     paths = on_main(accelerator, make)
     return [find_photos(path, is_prior=True)[0] for path in paths]

@@ -21,6 +21,7 @@ from veneer import base_models
 from veneer.base_models.pretraining import autoencoder, clip, denoiser, evaluation, image_grid, model_cards, packaging, warm_start
 from veneer.base_models.pretraining.data import captions, photo_dataset
 from veneer.base_models.pretraining.data.concepts import CLIP_SETS, DRAWN, KEPT_BACK, MORE_SETS, UNSEEN_SET
+from veneer.base_models.pretraining.data.icon_sets import Pixels
 from veneer.base_models.pretraining.data.mixture import Mixture
 from veneer.base_models.pretraining.data.scenes import SIDE, sample_scenes
 from veneer.base_models.pretraining.data.training_data import World
@@ -95,7 +96,7 @@ def train_clip(world: World, config: PretrainConfig) -> None:
     """The CLIP; prints retrieval of unseen renderings."""
     names, folder = world.words, world.folder / "clip"
     parts = clip.split(world.icons, names, CLIP_SETS, UNSEEN_SET, MORE_SETS)
-    favoured = frozenset([*DRAWN, *KEPT_BACK])
+    favored = frozenset([*DRAWN, *KEPT_BACK])
     views = clip.PhotoViews(world.photographs, world.cutouts, world.photos) if world.photographs else None
     torch.manual_seed(2)
     model = clip.NamedClip(len(world.tokenizer), len(world.names), len(views.instances) if views else 0)
@@ -103,7 +104,7 @@ def train_clip(world: World, config: PretrainConfig) -> None:
         warm_start.named_clip(model, config.init_from, world.tokenizer, world.names)
     model = clip.train(
         folder, model, world.icons, world.names, parts.seen, world.photos, world.tokenizer, config.clip_steps,
-        favoured=favoured, views=views,
+        favored=favored, views=views,
     )  # fmt: skip
     clip.save(model, world.tokenizer, folder / "model")
     for label, rows, among in (
@@ -143,9 +144,13 @@ def watched_images(world: World, vae: AutoencoderKL) -> dict[str, tuple[torch.Te
         chosen = [photos[i] for i in sorted(rng.permutation(len(photos))[: WATCHED // 2])]
         pixels["photo "] = np.stack([photo_dataset.crop(rng, photo.pixels, SIDE) for photo in chosen])
         said["photo "] = [f"a photo of {captions.article(photo.word)}" for photo in chosen]
-    latents = {name: denoiser.encode(vae, lambda a, b, of=of: of[a:b], len(of)) for name, of in pixels.items()}
+    latents = {name: denoiser.encode(vae, _rows(found), len(found)) for name, found in pixels.items()}
     ids = {name: denoiser.tokenize(world.tokenizer, texts) for name, texts in said.items()}
     return {name: (torch.from_numpy(latents[name].astype(np.float32)), ids[name]) for name in pixels}
+
+
+def _rows(pixels: Pixels) -> Callable[[int, int], Pixels]:
+    return lambda first, last: pixels[first:last]
 
 
 def write_bases(world: World, config: PretrainConfig) -> None:
@@ -156,11 +161,11 @@ def write_bases(world: World, config: PretrainConfig) -> None:
 
 def measure(world: World, config: PretrainConfig) -> None:
     """Metrics, image grid, curves and model cards of the packaged models."""
-    figures = evaluation.evaluate(world, config.bases, config.results, range(config.seeds), config.prompts)
+    metrics = evaluation.evaluate(world, config.bases, config.results, range(config.seeds), config.prompts)
     image_grid.curves(config.work, config.results / "curves.png")
-    model_cards.write(figures, config.bases)
+    model_cards.write(metrics, config.bases)
     for kind in ("thing", "attribute"):
-        for label, figure in figures["generation"][kind].items():
+        for label, figure in metrics["generation"][kind].items():
             print(f"evaluate: {label}: {figure['percent']} % ({figure['low']} to {figure['high']})")
 
 

@@ -82,14 +82,14 @@ def test_every_pipeline_is_installed_and_has_its_command(name: str) -> None:
 
 def test_continuous_integration_calls_make_test(tmp_path: Path) -> None:
     make = tmp_path / "make"
-    make.write_text('#!/bin/sh\necho "$PWD: $*"\nexit 7\n')
+    make.write_text('#!/bin/sh\necho "$PWD: $*"\ntest "$1" = lint || exit 7\n')
     make.chmod(0o755)
     for name in ("chromium", "npm"):  # what it installs before, in this checkout
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     ran = subprocess.run([ROOT / ".ci" / "run"], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-    assert ran.stdout == f"{ROOT}: test\n"
+    assert ran.stdout == f"{ROOT}: lint\n{ROOT}: test\n"
     assert ran.returncode == 7
 
 
@@ -99,7 +99,7 @@ def test_continuous_integration_calls_make_test(tmp_path: Path) -> None:
     [
         ("demo", "'.[all]'", "veneer personalize"),
         ("test", "'.[test]'", "-m pytest"),
-        ("lint", "'.[dev]'", "ruff check"),
+        ("lint", "'.[lint]'", "ruff check"),
         ("docs", "'.[docs]'", "mkdocs build --strict"),
     ],
 )

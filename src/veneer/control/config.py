@@ -13,6 +13,7 @@ from veneer import base_models
 from veneer.injection import methods
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
+from veneer.training.data.buckets import Crop
 from veneer.training.loop.config import TrainConfig
 from veneer.training.objective.objectives import ObjectiveOptions
 from veneer.training.report.feature_models import check_features
@@ -93,7 +94,7 @@ class ControlConfig:
     caption_dropout: float | None = None
     image_dropout: float = 0.1
     resolution: int | None = None
-    crop: str = "center"
+    crop: Crop = "center"
     flip: float = 0.0
     buckets: bool = True
     steps: int | None = None

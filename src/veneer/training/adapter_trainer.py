@@ -28,7 +28,7 @@ def adapter_trainer(
     *,
     identity: Mapping[str, Any],
     accelerator: Accelerator,
-    on_preview: Callable[[int], None],
+    on_preview: Callable[[int], object],
     on_step: Callable[[Progress], None] | None,
     named: Mapping[str, Tensor] | None = None,
 ) -> Trainer:

@@ -16,6 +16,7 @@ from veneer.injection.attachment.plan import hosts_for
 from veneer.injection.errors import OptionError
 
 from . import param_groups
+from .data.buckets import Crop
 from .data.captions import rename_concept
 from .loop.config import TrainConfig
 from .objective.losses import LossKind
@@ -122,7 +123,7 @@ class PersonalizeConfig:
     keep_tokens: int = 0
     shuffle_tags: bool = False
     resolution: int | None = None
-    crop: str = "center"
+    crop: Crop = "center"
     flip: float = 0.0
     buckets: bool = True
     masks: bool = True
@@ -142,7 +143,7 @@ class PersonalizeConfig:
     loss_weighting: str = "none"
     timestep_sampling: str | None = None
     prediction: str | None = None
-    loss: str = "l2"
+    loss: LossKind = "l2"
     noise_offset: float = 0.0
     pyramid_noise: float = 0.0
     input_perturbation: float = 0.0

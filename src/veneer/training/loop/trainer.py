@@ -78,7 +78,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         after_step: Callable[[int, int], None] | None = None,
         on_step: Callable[[Progress], None] | None = None,
-        on_preview: Callable[[int], None] | None = None,
+        on_preview: Callable[[int], object] | None = None,
     ) -> None:
         self.config, self.after_step, self.on_step, self.on_preview = config, after_step, on_step, on_preview
         self.accelerator = accelerator or Accelerator()
@@ -224,7 +224,7 @@ class Trainer:
         if self.on_preview and config.preview_every and self.step % config.preview_every == 0:
             self._preview(self.on_preview)
 
-    def _preview(self, preview: Callable[[int], None]) -> None:
+    def _preview(self, preview: Callable[[int], object]) -> None:
         """Calls `preview` with the EMA weights; a full disk does not end the run."""
         try:
             with self.averaged(), torch.no_grad():
