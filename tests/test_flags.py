@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from veneer.control.config import ControlConfig
 from veneer.flags import add_flags, help_of, values
+from veneer.methods.reparameterized.lora import LoRA
 from veneer.training.personalization_config import PersonalizeConfig
 
 
@@ -77,6 +78,33 @@ def test_types() -> None:
     assert parse(*given.split()) == {"folder": Path("x"), "kind": "b", "bias": True, "words": "one", **sizes}
     assert parse("x", "--names", "one", "--where", "attn") == {"folder": Path("x"), "names": ("one",), "where": ("attn",)}
     assert parse("x", "--words", "one", "two", "--no-bias") == {"folder": Path("x"), "words": ("one", "two"), "bias": False}
+
+
+def test_options_by_site() -> None:
+    @dataclass(frozen=True)
+    class Sites:
+        """Args:
+        by_site: options.
+        """
+
+        by_site: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def by_site(*words: str) -> Any:
+        parser = argparse.ArgumentParser()
+        add_flags(parser, Sites)
+        return values(Sites, vars(parser.parse_args(["--by-site", *words])))["by_site"]
+
+    assert by_site("mlp.*:rank=4,alpha=2.5", "name:unet.conv_in:init=pissa", "mlp.*:rslora=true") == {
+        "mlp.*": {"rank": 4, "alpha": 2.5, "rslora": True},
+        "name:unet.conv_in": {"init": "pissa"},
+    }
+    for wrong in ("mlp", "mlp:rank", ":rank=3", "mlp:=3", "mlp:rank=3,"):
+        with pytest.raises(SystemExit):
+            by_site(wrong)
+
+
+def test_help_of_an_inherited_field() -> None:
+    assert "role pattern" in help_of(LoRA)["by_site"]
 
 
 @pytest.mark.parametrize("words", [("x", "--kind", "c"), ("x", "--rank", "two"), ("x", "--ranks", "mlp"), ("x", "--unknown")])

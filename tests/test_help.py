@@ -125,7 +125,7 @@ def test_import_of_veneer_is_lazy_and_complete() -> None:
     [
         ("veneer per", ["personalize"]),
         ("veneer personalize --where --rsl", ["--rslora"]),
-        ("veneer personalize --method ssf --ssf.", []),
+        ("veneer personalize --method ssf --ssf.", ["--ssf.by-site"]),
         ("veneer control gen", ["generate"]),
         ("veneer merge a b --method dare", ["dare", "dare_ties"]),
     ],

@@ -34,7 +34,7 @@ def _training_command(function: str, config_name: str, positional: str) -> AddFl
         taken = add_flags(parser, config_class, positional=(positional,), skip=("options",))
         for name in names:
             group = parser.add_argument_group(f"options of {name}")
-            taken |= add_flags(group, _method_class(name), skip=("by_site",), prefix=name, taken=taken)
+            taken |= add_flags(group, _method_class(name), prefix=name, taken=taken)
 
         def run(namespace: argparse.Namespace) -> object:
             pipeline = importlib.import_module(module)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import itertools
+import json
 import re
 import types
 import typing
@@ -27,7 +28,8 @@ def add_flags(
 ) -> set[str]:
     """Adds one flag per field of `config`. The parsed namespace has only the fields that were passed.
 
-    `bool` fields become `--name` and `--no-name`; tuples accept several values; mappings accept `key=value`.
+    `bool` fields become `--name` and `--no-name`; tuples accept several values; mappings accept `key=value`, and
+    mappings of options `pattern:option=value,option=value`.
 
     Args:
         positional: fields that are positional arguments; required unless the field has a default.
@@ -38,7 +40,7 @@ def add_flags(
         The added flags.
     """
     hints, texts, added = typing.get_type_hints(config), help_of(config), set[str]()
-    for field in dataclasses.fields(config):
+    for field in sorted(dataclasses.fields(config), key=lambda field: field.kw_only is True):
         if field.name in skip:
             continue
         name = f"{prefix}.{field.name}" if prefix else field.name
@@ -85,7 +87,9 @@ def _value_settings(hint: Any) -> dict[str, Any]:
         return {"nargs": "+" if Ellipsis in args else len(args), **_scalar_settings(args[0])}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if origin is not None and issubclass(origin, Mapping):
+    if _is_mapping(hint):
+        if len(args) > 1 and _is_mapping(args[1]):
+            return {"nargs": "+", "type": _parse_options, "metavar": "PATTERN:OPTION=VALUE"}
         return {"nargs": "+", "type": _pair_parser(args[1] if args else str), "metavar": "KEY=VALUE"}
     return _scalar_settings(hint)
 
@@ -106,6 +110,27 @@ def _pair_parser(kind: Any) -> Any:
     return parse
 
 
+def _parse_options(text: str) -> tuple[str, dict[str, Any]]:
+    """`mlp.*:rank=4,alpha=2` as `("mlp.*", {"rank": 4, "alpha": 2})`. Values are read as JSON where they are JSON."""
+    pattern, _, options = text.rpartition(":")
+    pairs = [option.partition("=") for option in options.split(",")]
+    if not pattern or not all(name and sign for name, sign, _ in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN:OPTION=VALUE[,OPTION=VALUE]")
+    return pattern, {name: _literal(value) for name, _, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _is_mapping(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
 def values(config: type, namespace: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields of `config` in a parsed namespace, converted to the annotated types."""
     start = f"{prefix}." if prefix else ""
@@ -118,15 +143,33 @@ def _convert(value: Any, hint: Any) -> Any:
     """A list of parsed values as the mapping, tuple or single string of the annotated type."""
     if not isinstance(value, list):
         return value
-    origins = {typing.get_origin(h) for h in (hint, *typing.get_args(hint))}
-    if any(isinstance(o, type) and issubclass(o, Mapping) for o in origins if o is not None):
-        return dict(value)
+    if any(_is_mapping(h) for h in (hint, *typing.get_args(hint))):
+        return _merge(value)
     one_or_more = typing.get_origin(hint) in (Union, types.UnionType) and str in typing.get_args(hint)
     return value[0] if len(value) == 1 and one_or_more else tuple(value)
 
 
+def _merge(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a mapping; options of a repeated pattern are merged."""
+    merged: dict[str, Any] = {}
+    for key, value in pairs:
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    return merged
+
+
 def help_of(config: type) -> dict[str, str]:
-    """Field name to its text in the `Args:` section of the class's docstring, where `name, other: text` describes two fields."""
+    """Field name to its text in the `Args:` section of the class's docstring, or of the base class that defines the field.
+
+    `name, other: text` describes two fields.
+    """
+    texts: dict[str, str] = {}
+    for cls in config.__mro__:
+        if dataclasses.is_dataclass(cls):
+            texts = {**_argument_texts(cls), **texts}
+    return texts
+
+
+def _argument_texts(config: type) -> dict[str, str]:
     body = (inspect.getdoc(config) or "").partition("Args:\n")[2]
     names = [f.name for f in dataclasses.fields(config)]
     start = re.compile(rf"(?<!\S)`?((?:{'|'.join(names)})(?:`?,\s+`?(?:{'|'.join(names)}))*)`?:\s", re.MULTILINE)

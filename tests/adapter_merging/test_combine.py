@@ -63,7 +63,7 @@ def test_sum_has_the_output_of_both_adapters() -> None:
 @pytest.mark.parametrize("how", ["sum", "svd"])
 def test_single_source_at_weight_1_is_copied_bitwise(how: Any) -> None:
     pipe = pipeline()
-    source = put(pipe, "lora", 1, rank=3, alpha=1.7, ranks={"attn.q": 2}, rslora=True)
+    source = put(pipe, "lora", 1, rank=3, alpha=1.7, by_site={"attn.q": {"rank": 2}}, rslora=True)
     state = {k: v.clone() for k, v in source.state_dict().items()}
     expected = {name: change(source, name) for name in source.parts}
     result = combine(pipe, [source], [1.0], how=how)

@@ -67,7 +67,7 @@ def test_resize_is_the_truncated_svd() -> None:
 
 def test_resize_keeps_lower_ranks() -> None:
     pipe = pipeline()
-    source = put(pipe, "lora", 1, rank=4, ranks={"attn.q": 2})
+    source = put(pipe, "lora", 1, rank=4, by_site={"attn.q": {"rank": 2}})
     state = {k: v.clone() for k, v in source.state_dict().items()}
     result = resize(pipe, source, 3)
     ranks = {m.site.role: m.rank for m in result.factors}

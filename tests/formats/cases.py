@@ -29,7 +29,8 @@ def deltas(*attachments: Attachment) -> dict[str, Tensor]:
         for name, (site, adapter) in attachment.parts.items():
             down, up = adapter.down.detach().double(), adapter.up.detach().double()
             rank = down.shape[0]
-            alpha = method.alphas.get(f"name:{name}", method.alphas.get(site.role, method.alpha or rank))
+            own = {**method.by_site.get(site.role, {}), **method.by_site.get(f"name:{name}", {})}
+            alpha = own.get("alpha", rank if method.alpha is None else method.alpha)
             scale = alpha / (rank**0.5 if method.rslora else rank)
             found[name] = scale * (up.flatten(1) @ down.flatten(1)).reshape(site.weight_shape)
     return found

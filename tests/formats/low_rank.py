@@ -17,13 +17,14 @@ from veneer.testing.pipelines import tiny_pipeline
 peft = pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
 
 # ranks and alphas by role, rank-stabilised: nothing of this is in the tensors' names
-OPTIONS: dict[str, Any] = {"rank": 3, "alpha": 2.0, "ranks": {"*.v": 5, "mlp": 2}, "alphas": {"*.q": 7.0}, "rslora": True}
+BY_SITE = {"*.v": {"rank": 5}, "mlp": {"rank": 2}, "*.q": {"alpha": 7.0}}
+OPTIONS: dict[str, Any] = {"rank": 3, "alpha": 2.0, "by_site": BY_SITE, "rslora": True}
 
 
 def tuned(family: str, where: Sequence[str], pipe: Any = None, **options: Any) -> veneer.Attachment:
     if not options:
         mlp = any("mlp" in pattern for pattern in where)
-        options = OPTIONS if mlp else {**OPTIONS, "ranks": {k: rank for k, rank in OPTIONS["ranks"].items() if k != "mlp"}}
+        options = OPTIONS if mlp else {**OPTIONS, "by_site": {k: own for k, own in BY_SITE.items() if k != "mlp"}}
     return fill(attach(pipe or tiny_pipeline(family), "lora", where=where, **options), std=0.2)
 
 

@@ -34,7 +34,7 @@ WHERE: dict[str, list[str]] = {
     "flux": ["attn.q", "attn.k", "attn.v", "attn.out", "attn.context", "mlp", "adaln", "text/attn", "text/mlp"],
 }
 # diffusers reads files of UNets with one alpha only: it drops those of attention layers that have another one
-ONE_ALPHA: dict[str, Any] = {"rank": 3, "alpha": 2.0, "ranks": {"*.v": 5, "mlp": 2}}
+ONE_ALPHA: dict[str, Any] = {"rank": 3, "alpha": 2.0, "by_site": {"*.v": {"rank": 5}, "mlp": {"rank": 2}}}
 
 
 def tuned(family: str, where: Any = None, **options: Any) -> veneer.Attachment:
@@ -144,7 +144,7 @@ def test_without_alpha_it_is_the_rank(files: Any, tmp_path: Path) -> None:
 
 
 def test_a_scale_of_zero_is_written_as_no_change(tmp_path: Path) -> None:
-    attachment = tuned("sd", "attn.q", rank=2, alphas={"attn.q": 0.0})
+    attachment = tuned("sd", "attn.q", rank=2, alpha=0.0)
     state = load_file(kohya.save(attachment, tmp_path / "x"))
     assert all(float(t) != 0 for k, t in state.items() if k.endswith("alpha"))
     assert not any(t.any() for k, t in state.items() if "lora_up" in k)

@@ -18,7 +18,7 @@ SLICES = "transformer.single_transformer_blocks.0.attn.to_"
 
 def test_fused_weights_are_the_slices_one_below_the_other(tmp_path: Path) -> None:
     """ΔW of `linear1` is q, k, v and the feed-forward's input in this order, zero where a slice is not adapted."""
-    attachment = tuned("flux", [f"name:{SLICES}q", f"name:{SLICES}v"], rank=3, ranks={"attn.v": 5}, alphas={"attn.v": 4.0})
+    attachment = tuned("flux", [f"name:{SLICES}q", f"name:{SLICES}v"], rank=3, by_site={"attn.v": {"rank": 5, "alpha": 4.0}})
     state = load_file(kohya.save(attachment, tmp_path / "x"))
     name = "lora_unet_single_blocks_0_linear1"
     down, up, alpha = (state[f"{name}.{part}"].double() for part in ("lora_down.weight", "lora_up.weight", "alpha"))

@@ -89,7 +89,7 @@ def wanted() -> Any:
 
 def case(key: str) -> tuple[str, str, dict[str, Any], list[str]]:
     if key in WHERE:
-        return key, "lora", {"rank": 3, "alpha": 2.0, "ranks": {"*.v": 2}, "alphas": {"*.q": 5.0}}, WHERE[key][0]
+        return key, "lora", {"rank": 3, "alpha": 2.0, "by_site": {"*.v": {"rank": 2}, "*.q": {"alpha": 5.0}}}, WHERE[key][0]
     return "sd", key.partition("-")[0], OTHERS[key][0], ["attn.{k,v}"] if key == "ia3" else ["attn.q", "xattn.v"]
 
 

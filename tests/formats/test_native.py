@@ -14,7 +14,7 @@ import veneer
 from tests.formats.cases import fill, header, rewrite
 from tests.injection.toy import ToyHost, net, run
 from tests.raising import raises
-from veneer.formats import load_all, native
+from veneer.formats import inspect, load_all, native
 from veneer.injection import LoadError, SaveError, attach, attachments
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.testing.snapshot import assert_same, snapshot
@@ -39,7 +39,7 @@ def pivotal(pipe: Any) -> list[veneer.Attachment]:
     """New tokens and LoRA together."""
     return [
         fill(attach(pipe, "textual_inversion", tokens="<toy>", vectors=2, initialize="toy"), 1),
-        fill(attach(pipe, "lora", where=["attn.{q,v}", "text/attn"], rank=3, alpha=2, ranks={"attn.v": 5}), 2),
+        fill(attach(pipe, "lora", where=["attn.{q,v}", "text/attn"], rank=3, alpha=2, by_site={"attn.v": {"rank": 5}}), 2),
     ]
 
 
@@ -164,7 +164,7 @@ def test_names_and_strength_are_the_callers(saved: tuple[Path, torch.Tensor], tm
 
 def test_a_part_of_a_pipeline_takes_what_was_made_on_the_pipeline(tmp_path: Path) -> None:
     """And the other way round, options by site name included."""
-    options = {"where": ["attn.q", "name:unet.conv_in"], "rank": 2, "ranks": {"name:unet.conv_in": 3}}
+    options = {"where": ["attn.q", "name:unet.conv_in"], "rank": 2, "by_site": {"name:unet.conv_in": {"rank": 3}}}
     pipe = tiny_pipeline("sd")
     tuned = fill(attach(pipe, "lora", **options))
     path = tuned.save(tmp_path / "toy")
@@ -237,17 +237,23 @@ def test_an_unknown_revision_of_the_method(revision: Any, tmp_path: Path) -> Non
         veneer.load(net(), rewrite(path, change))
 
 
-def test_an_older_file_whose_ranks_name_no_site_is_loaded(tmp_path: Path) -> None:
-    """`attach` rejects such options today, and did not when the file was written."""
-    attachment = fill(attach(net(), "lora", where="conv", rank=2))
-    path = attachment.save(tmp_path / "x")
+def test_a_file_of_the_first_revision_of_lora(tmp_path: Path) -> None:
+    """Ranks and alphas by site were options of their own."""
+    by_site = {"name:conv": {"rank": 3}, "attn.q": {"rank": 2, "alpha": 5.0}}
+    attachment = fill(attach(net(), "lora", where="conv attn.q mlp", rank=4, by_site=by_site))
 
     def change(found: dict[str, Any]) -> None:
         own = json.loads(found["__metadata__"]["veneer"])
-        own["attachments"][0]["config"]["ranks"] = {"mlp.zz": 3}
+        entry = own["attachments"][0]
+        assert entry.pop("revision") == 2
+        assert entry["config"].pop("by_site") == by_site
+        entry["config"] |= {"ranks": {"name:conv": 3, "attn.q": 2}, "alphas": {"attn.q": 5.0}}
         found["__metadata__"]["veneer"] = json.dumps(own)
 
-    loaded = veneer.load(net(), rewrite(path, change))
+    path = rewrite(attachment.save(tmp_path / "x"), change)
+    assert {block.ranks for block in inspect(path).blocks} == {(2,), (3,), (4,)}
+    loaded = veneer.load(net(), path)
+    assert loaded.method == attachment.method
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), attachment.state_dict().values(), strict=True))
 
 

@@ -130,8 +130,8 @@ def test_what_peft_has_written_changes_the_weights_as_in_peft(tmp_path: Path, ca
 
 METHODS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
     "lora": (vit, "lora", {
-        "where": ["attn.qkv", "attn.out", "mlp"], "rank": 3, "alpha": 2.0, "ranks": {"mlp.in": 2}, "rslora": True}),
-    "convolutions": (unet, "lora", {"where": ["conv", "attn.q", "proj"], "rank": 3, "alphas": {"attn.q": 5.0}}),
+        "where": ["attn.qkv", "attn.out", "mlp"], "rank": 3, "alpha": 2.0, "by_site": {"mlp.in": {"rank": 2}}, "rslora": True}),
+    "convolutions": (unet, "lora", {"where": ["conv", "attn.q", "proj"], "rank": 3, "by_site": {"attn.q": {"alpha": 5.0}}}),
     "embedding": (clip, "lora", {"where": ["embed.token", "attn.q"], "rank": 3}),
     "pissa": (vit, "lora", {"where": ["attn.out"], "rank": 2, "init": "pissa"}),
     "tucker": (unet, "lora", {"where": ["conv.res"], "rank": 2, "tucker": True}),

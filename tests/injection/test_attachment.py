@@ -94,7 +94,7 @@ FAILURES = [
     ("lora", {"where": "head", "train": "head", "rank": 2}, SelectionError),
     ("lora", {"where": "attn.q", "name": "taken", "rank": 2}, StateError),
     ("lora", {"where": "attn.q", "name": "a b", "rank": 2}, SelectionError),
-    ("lora", {"ranks": 3, "no_such_option": 1}, TypeError),
+    ("lora", {"rank": 3, "no_such_option": 1}, TypeError),
     ("laro", {}, UnknownName),
 ]
 

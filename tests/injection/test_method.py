@@ -27,7 +27,7 @@ def test_a_config_survives_json(name: str) -> None:
 
 
 def test_options_of_one_method_survive_json() -> None:
-    method = LoRA(rank=3, alpha=1.5, ranks={"mlp": 2}, alphas={"name:x": 4.0}, rslora=True, init="gaussian")
+    method = LoRA(rank=3, alpha=1.5, by_site={"mlp": {"rank": 2}, "name:x": {"alpha": 4.0}}, rslora=True, init="gaussian")
     assert LoRA.from_config(json.loads(json.dumps(method.config()))) == method
 
 
@@ -60,11 +60,10 @@ def test_options_at_sites_that_are_not_chosen_and_unknown_ones_are_refused() -> 
     ("method", "options"),
     [
         ("dora", {"by_site": {"attn.{q,zz}": {"rank": 2}}}),
-        ("lora", {"ranks": {"attn.{q,zz}": 2}}),
-        ("lora", {"alphas": {"attn.{zz,q}": 2.0}}),
+        ("lora", {"by_site": {"attn.{zz,q}": {"alpha": 2.0}}}),
     ],
 )
-def test_every_alternative_of_a_key_by_site_must_match(method: str, options: dict[str, Any]) -> None:
+def test_every_alternative_of_a_pattern_of_by_site_must_match(method: str, options: dict[str, Any]) -> None:
     model = net()
     with pytest.raises(SelectionError) as raised:
         veneer.attach(model, method, where="attn.{q,k}", **options)
@@ -72,20 +71,18 @@ def test_every_alternative_of_a_key_by_site_must_match(method: str, options: dic
     assert veneer.attachments(model) == []
 
 
-def test_braces_in_keys_by_site_mean_each_alternative() -> None:
+def test_braces_in_patterns_of_by_site_mean_each_alternative() -> None:
     tuned = veneer.attach(net(), "dora", where="attn.{q,k,v}", rank=1, by_site={"attn.{q,v}": {"rank": 2}})
     assert {name: adapter.down.shape[0] for name, (_, adapter) in tuned.parts.items()} == {"qkv.q": 2, "qkv.k": 1, "qkv.v": 2}
-    tuned = veneer.attach(net(), "lora", where="attn.{q,k,v}", rank=1, ranks={"attn.{q,v}": 2})
+    tuned = veneer.attach(net(), "lora", where="attn.{q,k,v}", rank=1, by_site={"attn.{q,v}": {"rank": 2}})
     assert {name: adapter.down.shape[0] for name, (_, adapter) in tuned.parts.items()} == {"qkv.q": 2, "qkv.k": 1, "qkv.v": 2}
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [("lora", {"ranks": {"attn.q": 2, "head": 3}}), ("dora", {"by_site": {"attn.q": {"rank": 2}, "head": {"rank": 3}}})],
-)
-def test_a_file_may_have_keys_by_site_that_match_nothing(method: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """As one of a model with other layers, or from before such keys were rejected."""
-    tuned = fill(veneer.attach(net(), method, where="attn.q head", **options))
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_file_may_have_patterns_of_by_site_that_match_nothing(method: str, tmp_path: Path) -> None:
+    """As one of a model with other layers."""
+    by_site = {"attn.q": {"rank": 2}, "head": {"rank": 3}}
+    tuned = fill(veneer.attach(net(), method, where="attn.q head", by_site=by_site))
 
     def leave_out_the_head(header: dict[str, Any]) -> None:
         own = json.loads(header["__metadata__"]["veneer"])

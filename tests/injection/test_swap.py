@@ -52,9 +52,10 @@ def changes(model: nn.Module, tuned: Attachment) -> dict[str, Tensor]:
     return found
 
 
+BY_SITE = {"name:qkv.q": {"rank": 4}, "head": {"rank": 8}, "conv": {"alpha": 5.0}}
 ROOMS = [
     (LoRA(rank=8), LoRA(rank=4, alpha=3.0), ALL),
-    (LoRA(rank=8, alpha=2.0), LoRA(rank=2, rslora=True, ranks={"name:qkv.q": 4, "head": 8}, alphas={"conv": 5.0}), ALL),
+    (LoRA(rank=8, alpha=2.0), LoRA(rank=2, rslora=True, by_site=BY_SITE), ALL),
     (LoRA(rank=8, dropout=0.5), LoRA(rank=4, tucker=True), ALL),
     (LoRA(rank=8), LoRA(rank=2, init="olora"), WEIGHTS),
     (LoRA(rank=8, tucker=True), LoRA(rank=2, alpha=6.0, tucker=True), ALL),

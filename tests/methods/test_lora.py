@@ -112,16 +112,28 @@ def test_dropout_acts_on_the_input_in_training_only() -> None:
 
 
 def test_ranks_and_alphas_by_role_and_by_name() -> None:
-    method = LoRA(
-        rank=8, alpha=4.0, ranks={"mlp": 2, "mlp.out": 3, "name:special": 5}, alphas={"mlp.out": 6.0, "name:special": 10.0}
-    )
+    by_site = {"mlp": {"rank": 2}, "mlp.out": {"rank": 3, "alpha": 6.0}, "name:special": {"rank": 5, "alpha": 10.0}}
+    method = LoRA(rank=8, alpha=4.0, by_site=by_site)
     rows = {("attn.q", "a"): (8, 4.0, 0.5), ("mlp.in", "a"): (2, 4.0, 2.0), ("mlp.out", "a"): (3, 6.0, 2.0)}
     rows[("mlp.out", "special")] = (5, 10.0, 2.0)
     for (role, name), (rank, alpha, s) in rows.items():
-        assert (method.rank_at(role, name), method.alpha_at(role, name), method.scaling_at(role, name)) == (rank, alpha, s)
-        built = method.build(WeightSite(name=name, role=role, path="l", d_out=5, d_in=7))
+        site = WeightSite(name=name, role=role, path="l", d_out=5, d_in=7)
+        here = method.at(site)
+        assert isinstance(here, LoRA)
+        assert (here.rank, here.alpha, here.scaling) == (rank, alpha, s)
+        built = here.build(site)
         assert (built.down.shape[0], built.scaling) == (rank, s)
-    assert LoRA(rank=8, ranks={"mlp": 2}).scaling_at("mlp.in") == 1
+    assert (LoRA(rank=8).scaling, LoRA(rank=8, alpha=0.0).scaling) == (1, 0)
+
+
+def test_options_of_revision_1_are_converted() -> None:
+    former = {"rank": 8, "alpha": 0, "ranks": {"mlp": 2, "name:x": 5}, "alphas": {"name:x": 10.0}, "rslora": False}
+    assert LoRA.from_config(LoRA.migrate(former, 1, ())) == LoRA(
+        rank=8, by_site={"mlp": {"rank": 2}, "name:x": {"rank": 5, "alpha": 10.0}}
+    )
+    for option in ("ranks", "alphas", "by_site"):
+        with raises(OptionError, option=option, given=3):
+            LoRA.migrate({option: 3}, 1, ())
 
 
 def test_initialization_of_a() -> None:
@@ -142,7 +154,7 @@ def test_lora_plus_gives_b_its_own_rate() -> None:
     assert len(LoRA(rank=2).groups(parts)) == 1
 
 
-@pytest.mark.parametrize("options", [{"rank": 0}, {"ranks": {"mlp": 0}}, {"dropout": 1.0}, {"init": "zeros"}])
+@pytest.mark.parametrize("options", [{"rank": 0}, {"dropout": 1.0}, {"init": "zeros"}])
 def test_options_out_of_range(options: dict) -> None:
     ((option, given),) = options.items()
     with raises(OptionError, method="lora", option=option, given=given):

@@ -38,7 +38,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, Tensor]]:
     """One adapter in every format, and its change of each weight."""
     folder = tmp_path_factory.mktemp("files")
-    lora = fill(attach(tiny_pipeline("sd"), "lora", where=WHERE, rank=2, alpha=3.0, ranks={"conv.res": 4}))
+    lora = fill(attach(tiny_pipeline("sd"), "lora", where=WHERE, rank=2, alpha=3.0, by_site={"conv.res": {"rank": 4}}))
     return {form: formats.formats.get(form)().save(lora, folder / form) for form in FORMS}, deltas(lora)
 
 

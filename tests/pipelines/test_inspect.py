@@ -27,7 +27,7 @@ def pipe() -> Any:
     pipe = tiny_pipeline("sd")
     fill(
         attach(
-            pipe, "lora", where=["attn", "conv.io", "text/attn"], rank=2, alpha=3.0, ranks={"attn.v": 4}, alphas={"attn.v": 8.0}
+            pipe, "lora", where=["attn", "conv.io", "text/attn"], rank=2, alpha=3.0, by_site={"attn.v": {"rank": 4, "alpha": 8.0}}
         )
     )
     return pipe

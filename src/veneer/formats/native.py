@@ -115,12 +115,18 @@ def _layer(file: File, entry: Mapping[str, Any], prefix: str, name: str, stored:
     """One site of an attachment; alpha is given if it does not depend on the site's role."""
     config, down = entry["config"], file.shapes.get(f"{prefix}{name}:down")
     rank = down[0] if down else config.get("rank")
-    alphas = config.get("alphas") if isinstance(config.get("alphas"), dict) else {}
+    alphas = _alphas_by_site(config)
     own = alphas.get(f"name:{name}", config.get("alpha"))
     by_role = config.get("rslora") or any(not k.startswith("name:") for k in alphas)
-    alpha = None if by_role or "alpha" not in config else own or rank
+    alpha = None if by_role or "alpha" not in config else rank if own is None else own
     typed = [value if type(value) in kinds else None for value, kinds in ((rank, (int,)), (alpha, (int, float)))]
     return LayerInfo(f"{prefix}{name}", entry["method"], typed[0], typed[1], stored.get(f"{prefix}{name}", 0))
+
+
+def _alphas_by_site(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The alphas of `by_site`, and of the option `alphas` that LoRA had."""
+    former, by_site = (found if isinstance(found := config.get(key), dict) else {} for key in ("alphas", "by_site"))
+    return {**former, **{k: own["alpha"] for k, own in by_site.items() if isinstance(own, dict) and "alpha" in own}}
 
 
 def _entry(attachment: Attachment, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:

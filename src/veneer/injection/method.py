@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,9 +126,9 @@ class Method(ABC):
         revision: raised when saved options and tensors compute another function than before. See `migrate`.
         shared_options: options that `build_shared` reads; `by_site` cannot change them.
     Args:
-        by_site: overrides of options, for files whose layers differ: a role pattern, or `name:` and the name of a site, to
-            options, such as `{"mlp.*": {"rank": 4}}` or `{"attn.{q,v}": {"rank": 4}}`. Names take precedence over role patterns,
-            and later role patterns over earlier ones.
+        by_site: other options at some sites: a role pattern, or `name:` and the name of a site, to options, such as
+            `{"mlp.*": {"rank": 4}}` in Python, and `mlp.*:rank=4` or `name:unet.conv_in:rank=4,alpha=2` as a flag. Names take
+            precedence over role patterns, and later role patterns over earlier ones.
     """
 
     name: ClassVar[str]
@@ -153,7 +154,7 @@ class Method(ABC):
         """
         if not self.by_site:
             return self
-        own = {k: v for pattern, options in self.by_site.items() if matches(pattern, site) for k, v in options.items()}
+        own = {k: v for pattern, options in self._by_role.items() if has_role(pattern, site.role) for k, v in options.items()}
         own |= self.by_site.get(f"name:{site.name}", {})
         if not own:
             return self
@@ -168,9 +169,9 @@ class Method(ABC):
             raise OptionError(message, option="by_site", method=self.name, given=tuple(fixed))
         return dataclasses.replace(self, by_site={}, **options)
 
-    def keys_by_site(self) -> dict[str, list[str]]:
-        """Keys of every option by site; `attach` raises `SelectionError` for a key that matches no selected site."""
-        return {"by_site": [*self.by_site]}
+    @functools.cached_property
+    def _by_role(self) -> dict[str, Mapping[str, Any]]:
+        return {pattern: options for pattern, options in self.by_site.items() if not pattern.startswith("name:")}
 
     @abstractmethod
     def build(self, site: Any) -> Adapter:
@@ -272,11 +273,6 @@ class Method(ABC):
             message = f"{cls.name}: unknown option {', '.join(unknown)}. It has: {', '.join(sorted(known))}."
             raise UnknownOption(message, unknown[0], "option", given=tuple(unknown), expected=tuple(known), where=cls.name)
         return cls(**_tuples(config))
-
-
-def matches(pattern: str, site: Site) -> bool:
-    """True if a key of `by_site` matches a site, by its name or its role."""
-    return pattern[5:] == site.name if pattern.startswith("name:") else has_role(pattern, site.role)
 
 
 def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def good_files(folder: Path) -> list[Good]:
 
 def _native(folder: Path) -> Iterator[Good]:
     own = base("small", lambda c, p: p)
-    lora = {"rank": 2, "alpha": 3.0, "ranks": {"name:conv": 3}, "alphas": {"name:conv": 1.5}}
+    lora = {"rank": 2, "alpha": 3.0, "by_site": {"name:conv": {"rank": 3, "alpha": 1.5}}}
 
     def of(name: str, *made: Any) -> Good:
         return saved(f"native-{name}", "native", "small", made, folder / name, meanings.native, own)
@@ -110,7 +110,7 @@ def _native(folder: Path) -> Iterator[Good]:
 
 def _text(folder: Path) -> Iterator[Good]:
     def low() -> Any:
-        return tuned("text", "lora", TWO, rank=3, alpha=2.0, ranks={f"name:{TWO[0]}": 2})
+        return tuned("text", "lora", TWO, rank=3, alpha=2.0, by_site={f"name:{TWO[0]}": {"rank": 2}})
 
     def word(**options: Any) -> Any:
         return tuned("text", "textual_inversion", VOCABULARY, **options)
@@ -231,7 +231,7 @@ def _peft(folder: Path) -> Iterator[Good]:
         made, name = [tuned("small", method, where, **options)], f"peft-{method}{form}"
         return saved(name, "peft_folder", "small", made, folder / name, peft_meanings.peft, own)
 
-    yield of("lora", "table", "conv", "fc", rank=2, alpha=3.0, ranks={"name:fc": 3}, alphas={"name:fc": 1.5})
+    yield of("lora", "table", "conv", "fc", rank=2, alpha=3.0, by_site={"name:fc": {"rank": 3, "alpha": 1.5}})
     yield of("dora", "fc", "out", rank=2, alpha=3.0)
     yield of("loha", "fc", "out", rank=2, alpha=3.0)
     yield of("lokr", "fc", "out", rank=1, alpha=3.0, factor=2)

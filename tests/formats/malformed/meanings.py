@@ -193,8 +193,7 @@ def _site(entry: dict[str, Any], site: str, parts: dict[str, Array], base: Base,
         if method == "vera":
             a, b = parts["shared.A"][:, : weight.shape[1]], parts["shared.B"][: len(weight)]
             return {key: parts["b"][:, None] * (b @ (parts["d"][:, None] * a))}
-        own = (config.get("alphas") or {}).get(f"name:{site}")
-        plain = own if own is not None else config["alpha"] or None
+        plain = config["alpha"]
 
         def scale(rank: int) -> float:
             require(plain is None or np.isfinite(plain), "alpha")

@@ -32,12 +32,9 @@ def config_of(found: Mapping[str, LoRALayer]) -> dict[str, Any]:
     """Config of lora: the most common rank and alpha, and exceptions by site."""
     rank = Counter(f.rank for f in found.values()).most_common(1)[0][0]
     alpha = Counter(f.alpha for f in found.values()).most_common(1)[0][0]
-    return {
-        "rank": rank,
-        "alpha": alpha or None,  # lora reads 0 as "equal to the rank"
-        "ranks": {f"name:{n}": f.rank for n, f in found.items() if f.rank != rank},
-        "alphas": {f"name:{n}": f.alpha for n, f in found.items() if f.alpha != alpha or not alpha},
-    }
+    common = {"rank": rank, "alpha": alpha}
+    own = {n: {k: v for k, v in (("rank", f.rank), ("alpha", f.alpha)) if v != common[k]} for n, f in found.items()}
+    return {**common, "by_site": {f"name:{n}": options for n, options in own.items() if options}}
 
 
 def match_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -116,29 +116,27 @@ def _candidates(towers: Sequence[Tower], method: Method) -> tuple[list[Site], fr
 
 
 def _check_unused_patterns(method: Method, chosen: Sequence[Site]) -> None:
-    """Raises `SelectionError` if a pattern of options by site, or an alternative of its braces, matches no selected site.
+    """Raises `SelectionError` if a pattern of `by_site`, or an alternative of its braces, matches no selected site.
 
-    When a file is loaded, only `by_site` is checked, as older files may have other unused patterns; partial loads skip the check.
+    A partial load skips the check: the sites of the pattern may be those that the model lacks.
     """
+    if is_loading() and not is_init_deferred():
+        return
     names, roles = {site.name for site in chosen}, {site.role for site in chosen}
 
     def idle(one: str) -> bool:
         return one[5:] not in names if one.startswith("name:") else not any(has_role(one, role) for role in roles)
 
-    checked = method.keys_by_site()
-    if is_loading():
-        checked = {"by_site": [*method.by_site]} if is_init_deferred() else {}
-    for option, keys in checked.items():
-        each = [one for key in keys for one in ([key] if key.startswith("name:") else expand(key))]
-        found = [one for one in each if idle(one)]
-        if found:
-            raise SelectionError(
-                f"{method.name}: {option} has {', '.join(found[:4])}, which matches none of the {len(chosen)} selected sites. "
-                f"There are: {offered_sites(chosen)}.",
-                pattern=found[0],
-                where=option,
-                given=tuple(found),
-            )
+    patterns = [one for key in method.by_site for one in ([key] if key.startswith("name:") else expand(key))]
+    found = [one for one in patterns if idle(one)]
+    if found:
+        raise SelectionError(
+            f"{method.name}: by_site has {', '.join(found[:4])}, which matches none of the {len(chosen)} selected sites. "
+            f"There are: {offered_sites(chosen)}.",
+            pattern=found[0],
+            where="by_site",
+            given=tuple(found),
+        )
 
 
 def _share(method: Method, sites: Sequence[Site], tower: nn.Module) -> nn.Module | None:

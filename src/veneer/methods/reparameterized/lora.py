@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, get_args
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
 
 from torch import nn
 
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
-from veneer.injection.select import has_role
 from veneer.injection.sites import Site, WeightSite
 
 from ._low_rank import Init, LoRAAdapter, TuckerAdapter, WeightInitAdapter, factor_pairs
 
-N = TypeVar("N", int, float)
 DECOMPOSING_INITS = ("pissa", "olora")  # initialized from the weight
 
 
@@ -27,9 +25,6 @@ class LoRA(Method):
     Args:
         rank: r, at least 1: A has r rows, B has r columns. In files and code A is `down` and B is `up`.
         alpha: numerator of the scale (default: the rank, so that s = 1).
-        ranks: other ranks by role pattern or by name of a site, such as `mlp.*=4` or `name:unet.conv_in=4` as a flag,
-            `{"mlp.*": 4}` in Python. A site's name takes precedence over its role, and the last matching role pattern applies.
-        alphas: other alphas, in the same way.
         rslora: s = alpha / sqrt(rank) instead (rank-stabilized).
         dropout: probability of dropping an input feature of A in training, in [0, 1).
         init: initialization of A: `kaiming` (uniform, a = sqrt 5; standard normal for embeddings) or `gaussian` (standard
@@ -60,11 +55,10 @@ class LoRA(Method):
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
     learning_rate: ClassVar[float] = 1e-3
+    revision: ClassVar[int] = 2
 
     rank: int = 8
     alpha: float | None = None
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    alphas: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     dropout: float = 0.0
     init: Init = "kaiming"
@@ -73,10 +67,8 @@ class LoRA(Method):
     tucker: bool = False
 
     def __post_init__(self) -> None:
-        if min([self.rank, *self.ranks.values()]) < 1:
-            message = f"lora: rank must be at least 1, got {self.rank} and {dict(self.ranks)}"
-            option, given = ("rank", self.rank) if self.rank < 1 else ("ranks", dict(self.ranks))
-            raise OptionError(message, option=option, method=self.name, given=given)
+        if self.rank < 1:
+            raise OptionError.of("lora", "rank", self.rank, "at least 1")
         if not 0 <= self.dropout < 1:
             raise OptionError.of("lora", "dropout", self.dropout, "in [0, 1)")
         if self.init not in get_args(Init):
@@ -88,22 +80,27 @@ class LoRA(Method):
             message = f"lora: init={self.init!r} has two factors, but tucker has three. Use one of the options"
             raise OptionError(message, option="tucker", method=self.name, given=self.init)
 
-    def keys_by_site(self) -> dict[str, list[str]]:
-        """The base class' keys, and those of `ranks` and `alphas`."""
-        return {**super().keys_by_site(), "ranks": [*self.ranks], "alphas": [*self.alphas]}
+    @property
+    def scaling(self) -> float:
+        """s."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def rank_at(self, role: str, name: str = "") -> int:
-        """The rank for a role, or for the site with that role and name."""
-        return _value_at(self.ranks, role, name, self.rank)
+    @classmethod
+    def migrate(cls, config: Mapping[str, Any], revision: int, tensors: Collection[str]) -> dict[str, Any]:
+        """Revision 1 had `ranks` and `alphas` by site, and an alpha of 0 stood for the rank.
 
-    def alpha_at(self, role: str, name: str = "") -> float:
-        """The alpha for a role, or for the site with that role and name."""
-        return float(_value_at(self.alphas, role, name, self.alpha or self.rank_at(role, name)))
-
-    def scaling_at(self, role: str, name: str = "") -> float:
-        """s for a role, or for the site with that role and name."""
-        rank = self.rank_at(role, name)
-        return self.alpha_at(role, name) / (math.sqrt(rank) if self.rslora else rank)
+        Raises:
+            ValueError: the options by site are not mappings.
+        """
+        by_site: dict[str, dict[str, Any]] = {}
+        for option in ("rank", "alpha"):
+            for pattern, value in _by_site(config, f"{option}s").items():
+                by_site.setdefault(pattern, {})[option] = value
+        for pattern, own in _by_site(config, "by_site").items():
+            by_site[pattern] = {**by_site.get(pattern, {}), **own} if isinstance(own, Mapping) else own
+        options = {key: value for key, value in config.items() if key not in ("ranks", "alphas")}
+        return {**options, "alpha": config.get("alpha") or None, "by_site": by_site}
 
     def build(self, site: WeightSite) -> LoRAAdapter:
         """A and B for one weight.
@@ -111,8 +108,7 @@ class LoRA(Method):
         Raises:
             ValueError: `init` is `pissa` or `olora`, and the rank exceeds that of the weight or the scaling is not positive.
         """
-        rank = self.rank_at(site.role, site.name)
-        scaling = self.scaling_at(site.role, site.name)
+        rank, scaling = self.rank, self.scaling
         if self.init in DECOMPOSING_INITS:
             self._check_decomposition(site, rank, scaling)
             adapter: LoRAAdapter = WeightInitAdapter(site, rank, scaling, self.dropout, self.init, self.pissa_niter)
@@ -139,7 +135,7 @@ class LoRA(Method):
 
     def count(self, site: WeightSite) -> int:
         """rank·(d_in·k·k + d_out) / groups, or that of the Tucker form, or if all groups share A."""
-        rank, kernel = self.rank_at(site.role, site.name), math.prod(site.kernel)
+        rank, kernel = self.rank, math.prod(site.kernel)
         width, each = site.d_in // site.groups, rank // factor_pairs(site, rank)
         inner = width + each * kernel if self._tucker_at(site) else width * kernel
         return rank * inner + site.d_out * each
@@ -155,8 +151,8 @@ class LoRA(Method):
         ]
 
 
-def _value_at(values: Mapping[str, N], role: str, name: str, default: N) -> N:
-    if not values:
-        return default
-    own = values.get(f"name:{name}")
-    return own if own is not None else next((v for p, v in reversed(tuple(values.items())) if has_role(p, role)), default)
+def _by_site(config: Mapping[str, Any], option: str) -> Mapping[str, Any]:
+    found = config.get(option, {})
+    if not isinstance(found, Mapping):
+        raise OptionError.of("lora", option, found, "a mapping")
+    return found
