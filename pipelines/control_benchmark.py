@@ -42,11 +42,11 @@ def collect(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> list[di
     rows = []
     for method in methods:
         found = [json.loads((work / f"{method}-{seed}" / "result.json").read_text()) for seed in seeds]
-        figures = [record["figures"] for record in found]
-        row: dict[str, Any] = {"method": method, "measure": figures[0]["measure"], "parameters": found[0]["parameters"]}
-        row |= {kind: mean_interval([f[kind] for f in figures]) for kind in KINDS}
-        row |= {f"over_{kind}": mean_interval([f["followed"] - f[kind] for f in figures]) for kind in KINDS[1:]}
-        row["worst"] = min(f[f"over_{kind}"][0] - f[f"over_{kind}"][1] for f in figures for kind in KINDS[1:])
+        metrics = [record["metrics"] for record in found]
+        row: dict[str, Any] = {"method": method, "measure": metrics[0]["measure"], "parameters": found[0]["parameters"]}
+        row |= {kind: mean_interval([f[kind] for f in metrics]) for kind in KINDS}
+        row |= {f"over_{kind}": mean_interval([f["followed"] - f[kind] for f in metrics]) for kind in KINDS[1:]}
+        row["worst"] = min(f[f"over_{kind}"][0] - f[f"over_{kind}"][1] for f in metrics for kind in KINDS[1:])
         row["seconds"] = mean_interval([record["training"]["seconds"] for record in found])
         rows.append(row)
     return rows

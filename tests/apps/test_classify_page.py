@@ -129,7 +129,7 @@ def test_accuracy_is_shown_during_training(tmp_path: Path, wanted: ClassifyReque
 
 def test_invalid_requests_submit_no_job(tmp_path: Path, wanted: ClassifyRequest, pets: Path) -> None:
     context, alone, named = Context.create(tmp_path), Workspace(tmp_path), Workspace(tmp_path, "ann")
-    folder = str(image_folder(tmp_path / "colours", count=2))
+    folder = str(image_folder(tmp_path / "colors", count=2))
     flat = tmp_path / "flat.zip"
     with zipfile.ZipFile(flat, "w") as archive:
         archive.write(next(Path(folder).rglob("*.png")), "only/0.png")

@@ -1,4 +1,4 @@
-"""What the page Classify makes of the figures of jobs, and small decisions before one begins."""
+"""What the page Classify makes of the metrics of jobs, and small decisions before one begins."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from veneer.injection import VeneerError
 from veneer.injection.errors import OptionError
 
 
-def figures(method: str, val: float, test: float) -> dict[str, Any]:
+def metrics(method: str, val: float, test: float) -> dict[str, Any]:
     """Those that a page needs, of 3 pictures of one class and 1 of another."""
     return {
         "test_accuracy": test, "val_accuracy": val, "test_interval_95": [test - 0.125, test + 0.125],
@@ -48,7 +48,7 @@ def begun(space: Workspace, data: str, method: str) -> Job:
 
 def ended(space: Workspace, data: str, method: str, val: float, test: float) -> Job:
     job = begun(space, data, method)
-    (job.run / "result.json").write_text(json.dumps(figures(method, val, test)))
+    (job.run / "result.json").write_text(json.dumps(metrics(method, val, test)))
     return job
 
 
@@ -75,7 +75,7 @@ def test_table_updates_when_another_job_ends(tmp_path: Path) -> None:
     job = ended(space, "pets", "first", 0.5, 0.5)
     other, before = begun(space, "pets", "second"), stamp(job)
     assert stamp(job) == before
-    (other.run / "result.json").write_text(json.dumps(figures("second", 1, 1)))
+    (other.run / "result.json").write_text(json.dumps(metrics("second", 1, 1)))
     assert stamp(job) != before
 
 

@@ -209,13 +209,13 @@ def test_selecting_another_job_updates_curve_and_preview(tmp_path: Path) -> None
     context = Context.create(tmp_path)
     results = Results(lambda: [gr.Markdown()], lambda job: [job and job.name])
     made = [jobs.create_job(context.workspace(None).jobs, "train", "a toy", ["personalize"]) for _ in range(2)]
-    for job, colours in zip(made, (("red", "blue"), ("green", "white")), strict=True):
+    for job, colors in zip(made, (("red", "blue"), ("green", "white")), strict=True):
         tell = teller(job)
         tell(event(1))
         tell(event(2))
         (job.run / "previews").mkdir()
-        for number, colour in enumerate(colours):
-            Image.new("RGB", (8, 8), colour).save(job.run / "previews" / f"step-{number:06d}.png")
+        for number, color in enumerate(colors):
+            Image.new("RGB", (8, 8), color).save(job.run / "previews" / f"step-{number:06d}.png")
     first = seen(context, made[0].name, None, results)
     with Image.open(first[PARTS.index("preview")].value["path"]) as shown:
         assert shown.convert("HSV").getchannel("H").getpixel((4, 4)) in range(168, 173), "the newest one is blue"

@@ -148,7 +148,7 @@ def test_summary_of_a_finished_run(tmp_path: Path) -> None:
     assert "1,234 trainable parameters." in summarize(job), "what is not known is no error"
     found = json.loads((job.run / "result.json").read_text())
     means = {"adapted": {"mean": 0.75}, "base": {"mean": 0.25}}
-    found["figures"] = {"likeness": means, "ceiling": {"mean": 0.875}, "prompt_likeness": means, "drift": {"mean": 0.125}}
+    found["metrics"] = {"similarity": means, "ceiling": {"mean": 0.875}, "prompt_similarity": means, "drift": {"mean": 0.125}}
     found["training"] = {"steps": 10, "seconds": 65, "warnings": ["<b>*loud*</b>"]}
     (job.run / "result.json").write_text(json.dumps(found))
     told = summarize(job)

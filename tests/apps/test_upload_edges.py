@@ -23,9 +23,9 @@ from veneer.injection import VeneerError
 from veneer.testing.pipelines import tiny_pipeline
 
 
-def png(colour: str = "red") -> bytes:
+def png(color: str = "red") -> bytes:
     held = io.BytesIO()
-    Image.new("RGB", (32, 32), colour).save(held, "PNG")
+    Image.new("RGB", (32, 32), color).save(held, "PNG")
     return held.getvalue()
 
 

@@ -31,9 +31,9 @@ from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.data.image_io import PhotoError, read_photo
 
 
-def png(size: tuple[int, int] = (32, 32), colour: tuple[int, int, int] = (200, 30, 60)) -> bytes:
+def png(size: tuple[int, int] = (32, 32), color: tuple[int, int, int] = (200, 30, 60)) -> bytes:
     held = io.BytesIO()
-    Image.new("RGB", size, colour).save(held, "PNG")
+    Image.new("RGB", size, color).save(held, "PNG")
     return held.getvalue()
 
 
@@ -165,7 +165,7 @@ def test_classes_stay_distinct_and_equal_in_every_split(tmp_path: Path) -> None:
     given: dict[str | zipfile.ZipInfo, bytes] = {}
     for split, order in (("train", names), ("val", names[::-1])):
         for name in order:
-            given[f"{split}/{name}/1.png"] = png(colour=(names.index(name), 0, 0))
+            given[f"{split}/{name}/1.png"] = png(color=(names.index(name), 0, 0))
     count, _ = unpack_zip(zipped(tmp_path / "a.zip", given), tmp_path / "out")
     assert count == 2 * len(names)
     found = {

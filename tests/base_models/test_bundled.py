@@ -172,27 +172,27 @@ def test_cards_list_photos_and_licenses() -> None:
 
 
 def test_cards_report_photo_metrics() -> None:
-    results = base_models.path().parents[3] / "docs" / "results" / "base" / "figures.json"
+    results = base_models.path().parents[3] / "docs" / "results" / "base" / "metrics.json"
     if not results.is_file():
-        pytest.skip("docs/results/base/figures.json lies in the repository, not in an installed package")
-    figures = json.loads(results.read_text())
-    figures["photos"] = {"percent": 77.3, "chance": 6.2, "queries": 22, "photos": 74, "subjects": 14}
-    figures["autoencoder"].update(unseen_clothes_db=28.41, unseen_subjects_db=27.53)
-    figures["training"]["unet"] = {"step": 7, "loss": 0.3, "v999": 0.125, "v100": 0.25, "photo v999": 0.5, "photo v100": 0.0625}
-    card = model_cards.bundled(figures)
+        pytest.skip("docs/results/base/metrics.json lies in the repository, not in an installed package")
+    metrics = json.loads(results.read_text())
+    metrics["photos"] = {"percent": 77.3, "chance": 6.2, "queries": 22, "photos": 74, "subjects": 14}
+    metrics["autoencoder"].update(unseen_clothes_db=28.41, unseen_subjects_db=27.53)
+    metrics["training"]["unet"] = {"step": 7, "loss": 0.3, "v999": 0.125, "v100": 0.25, "photo v999": 0.5, "photo v100": 0.0625}
+    card = model_cards.bundled(metrics)
     assert "28.41 dB on clothes and 27.53 dB on the validation subjects" in card
     assert "0.125 at t = 999, 0.250 at t = 100; on photos: 0.500 at t = 999, 0.062 at t = 100" in card
-    assert re.search(r"22 photos .* 77 % .* 74 photos of 14 subjects .*chance 6 %", model_cards.bundled_clip(figures), re.DOTALL)
+    assert re.search(r"22 photos .* 77 % .* 74 photos of 14 subjects .*chance 6 %", model_cards.bundled_clip(metrics), re.DOTALL)
 
 
 @FORMER
 def test_cards_match_the_metrics() -> None:
-    results = base_models.path().parents[3] / "docs" / "results" / "base" / "figures.json"
+    results = base_models.path().parents[3] / "docs" / "results" / "base" / "metrics.json"
     if not results.is_file():
-        pytest.skip("docs/results/base/figures.json lies in the repository, not in an installed package")
-    figures = json.loads(results.read_text())
-    assert (base_models.path("bundled") / "README.md").read_text() == model_cards.bundled(figures)
-    assert (base_models.path("bundled_clip") / "README.md").read_text() == model_cards.bundled_clip(figures)
+        pytest.skip("docs/results/base/metrics.json lies in the repository, not in an installed package")
+    metrics = json.loads(results.read_text())
+    assert (base_models.path("bundled") / "README.md").read_text() == model_cards.bundled(metrics)
+    assert (base_models.path("bundled_clip") / "README.md").read_text() == model_cards.bundled_clip(metrics)
 
 
 def test_preset_matches_the_base(pipe) -> None:

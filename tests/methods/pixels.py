@@ -30,8 +30,8 @@ def tiny(height: int = 32, width: int = 48, classes: int = 10) -> nn.Module:
 def raw(count: int = 2, height: int = 32, width: int = 48, seed: int = 3) -> Tensor:
     """Images in [0, 1], (B, 3, H, W), each with different colors."""
     generator = torch.Generator().manual_seed(seed)
-    colours = torch.rand(count, 3, 1, 1, generator=generator)
-    return 0.8 * colours + 0.2 * torch.rand(count, 3, height, width, generator=generator)
+    colors = torch.rand(count, 3, 1, 1, generator=generator)
+    return 0.8 * colors + 0.2 * torch.rand(count, 3, height, width, generator=generator)
 
 
 def normal(pictures: Any) -> Tensor:

@@ -25,8 +25,8 @@ INNER = (24, 36)  # 30 of 224 are 4 of 32 and 6 of 48
 
 
 def site(height: int = 224, width: int = 224, channels: int = 3) -> PixelSite:
-    normalisation = {"mean": (0.5,) * channels, "std": (0.5,) * channels}
-    return PixelSite(name="pixels", role="pixels", port=Port("", "in"), size=(height, width, channels), **normalisation)
+    normalization = {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+    return PixelSite(name="pixels", role="pixels", port=Port("", "in"), size=(height, width, channels), **normalization)
 
 
 def framed(pictures: Tensor, prompt: Tensor) -> Tensor:

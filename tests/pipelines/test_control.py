@@ -57,17 +57,17 @@ def run(base: str, photos: Path | None, out: Path, **settings: Any) -> Path:
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_every_method_leaves_its_files_and_figures(base: str, photos: Path, tmp_path: Path, method: str) -> None:
+def test_every_method_leaves_its_files_and_metrics(base: str, photos: Path, tmp_path: Path, method: str) -> None:
     out = run(base, photos, tmp_path / "out", method=method, preview_every=None)
     assert {"adapter.safetensors", "maps.png", "sheet.png", "curve.json"} <= {p.name for p in out.iterdir()}
     authors = method == "controlnext"  # which diffusers has no class for
     assert [(out / name).is_dir() for name in ("diffusers", "controlnext")] == [not authors, authors]
     record = json.loads((out / "result.json").read_text())
     assert [point["step"] for point in record["curve"]] == [1, 2]
-    figures = record["figures"]
-    assert figures["count"] == 4, "two images, two seeds of each"
-    assert figures["over_free"][0] == pytest.approx(figures["followed"] - figures["free"])
-    assert (figures["measure"] == "similarity (bundled)") == (method == "ip_adapter")
+    metrics = record["metrics"]
+    assert metrics["count"] == 4, "two images, two seeds of each"
+    assert metrics["over_free"][0] == pytest.approx(metrics["followed"] - metrics["free"])
+    assert (metrics["measure"] == "similarity (bundled)") == (method == "ip_adapter")
     assert record["verdict"].keys() == {"outcome", "summary", "reasons", "advice"}
     pipe = veneer.base_models.load(base)
     loaded = veneer.load(pipe, out)
@@ -154,7 +154,7 @@ def test_map_files_are_cropped_as_the_photos(base: str, tmp_path: Path) -> None:
         )
     assert len(seen) == 4
     assert max(seen) < 0.01
-    assert json.loads((out / "result.json").read_text())["figures"]["measure"] == "similarity (bundled)"
+    assert json.loads((out / "result.json").read_text())["metrics"]["measure"] == "similarity (bundled)"
 
 
 def test_generation_with_a_trained_adapter(base: str, photos: Path, tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_run_prints_its_phases_and_result(base: Any, photos: Path, tmp_path: P
 
 def test_without_evaluation_the_verdict_is_unknown(base: Any, photos: Path, tmp_path: Path) -> None:
     record = json.loads((run(base("sd"), photos, tmp_path / "out") / "result.json").read_text())
-    assert (record["figures"], record["verdict"]["outcome"]) == (None, "unknown")
+    assert (record["metrics"], record["verdict"]["outcome"]) == (None, "unknown")
 
 
 def test_no_space_for_the_run_is_an_error_before_training(

@@ -66,7 +66,7 @@ def page(tmp_path_factory):
     """Written as a PNG and opened again."""
     path = tmp_path_factory.mktemp("sheet") / "before_after.png"
     made = before_after(
-        PHOTOS, PAIRS, title="duck", note="200 steps of lora", footer="likeness  0.8  0.5\nclip features", cell=CELL
+        PHOTOS, PAIRS, title="duck", note="200 steps of lora", footer="similarity  0.8  0.5\nclip features", cell=CELL
     )
     save_png(made, path, {"kind": "sheet"})
     with Image.open(path) as image:
@@ -112,7 +112,7 @@ def test_labels_are_above_their_images(page):
     assert base[1] + CELL <= prompts[1][1] < second[1]
     assert abs(heads[0][0] - base[0]) <= 2
     assert abs(heads[1][0] - adapted[0]) <= 2
-    footer = [place(page, stamp(word, 14, GRAY)) for word in ("likeness", "0.8", "0.5")]
+    footer = [place(page, stamp(word, 14, GRAY)) for word in ("similarity", "0.8", "0.5")]
     assert second[1] + CELL <= min(y for _, y in footer)
     assert footer[0][0] < footer[1][0] < footer[2][0]
 

@@ -70,10 +70,10 @@ def test_paired_differences_see_what_the_two_intervals_hide():
     assert not compare_paired(base, base).clear
 
 
-# figures
+# metrics
 
 
-def test_figures_equal_explicit_sums(clip):
+def test_metrics_equal_explicit_sums(clip):
     photos, images = [random_image(i) for i in range(3)], [random_image(10 + i) for i in range(4)]
     concept = [PreviewPair("a <toy> dog", i, random_image(20 + i), p) for i, p in enumerate(images)]
     unrelated = [PreviewPair("a car", i, random_image(30 + i), random_image(40 + i)) for i in range(2)]
@@ -83,16 +83,16 @@ def test_figures_equal_explicit_sums(clip):
         return clip.images([x])[0]
 
     table = [[float(f(g) @ f(p)) for p in photos] for g in images]
-    assert found.likeness.adapted.mean == pytest.approx(np.mean(table), abs=1e-6)
+    assert found.similarity.adapted.mean == pytest.approx(np.mean(table), abs=1e-6)
     assert found.nearest.adapted.mean == pytest.approx(np.mean([max(row) for row in table]), abs=1e-6)
     text = clip.texts(["a toy dog"])[0]
-    assert found.prompt_likeness.adapted.mean == pytest.approx(np.mean([float(f(g) @ text) for g in images]), abs=1e-6)
+    assert found.prompt_similarity.adapted.mean == pytest.approx(np.mean([float(f(g) @ text) for g in images]), abs=1e-6)
     pairs = [float(f(photos[i]) @ f(photos[j])) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert found.ceiling.mean == pytest.approx(np.mean(pairs), abs=1e-6)
     drift = [1 - float(f(u.base) @ f(u.adapted)) for u in unrelated]
     assert found.drift.mean == pytest.approx(np.mean(drift), abs=1e-6)
-    assert found.likeness.gain.mean == pytest.approx(found.likeness.adapted.mean - found.likeness.base.mean, abs=1e-6)
-    assert json.loads(json.dumps(found.as_dict()))["likeness"]["gain"]["n"] == 4
+    assert found.similarity.gain.mean == pytest.approx(found.similarity.adapted.mean - found.similarity.base.mean, abs=1e-6)
+    assert json.loads(json.dumps(found.as_dict()))["similarity"]["gain"]["n"] == 4
     columns = [re.split(r"\s{2,}", line) for line in str(found).splitlines()[1:4]]
     assert [row[0] for row in columns] == ["similarity", "nearest", "prompt similarity"]
     assert {len(row) for row in columns} == {4}, "the image grid splits columns at two spaces"
@@ -104,10 +104,10 @@ def test_similarity_rises_for_learned_photos_only(clip):
     other = [random_image(50 + i) for i in range(6)]
     learned = [PreviewPair("x", i, other[i], photos[i % 3]) for i in range(6)]
     same = [PreviewPair("x", i, other[i], other[i]) for i in range(6)]
-    assert measure(clip, photos, learned, same).likeness.clear
+    assert measure(clip, photos, learned, same).similarity.clear
     assert measure(clip, photos, learned, same).nearest.adapted.mean == pytest.approx(1, abs=1e-5)
     nothing = measure(clip, photos, same, same)
-    assert not nothing.likeness.clear
+    assert not nothing.similarity.clear
     assert nothing.drift.mean == pytest.approx(0, abs=1e-6)
     assert nothing.pixel_drift.mean == 0
 
@@ -118,10 +118,10 @@ def test_pixel_distance_is_rms():
     assert pixel_distance(black, half) == pytest.approx(0.2)
 
 
-def test_without_text_model_or_unrelated_prompts_those_figures_are_none(clip):
+def test_without_text_model_or_unrelated_prompts_those_metrics_are_none(clip):
     blind = Features("blind", clip.preprocess, clip.of_pixels)
     found = measure(blind, [random_image(0)], [PreviewPair("x", 0, random_image(1), random_image(2))])
-    assert found.prompt_likeness is found.drift is found.pixel_drift is found.ceiling is None
+    assert found.prompt_similarity is found.drift is found.pixel_drift is found.ceiling is None
     assert "drift" not in str(found)
     json.dumps(found.as_dict())
 

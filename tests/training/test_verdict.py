@@ -60,7 +60,7 @@ CAT = Metrics(
 """Measured: five photos of a cat, 300 steps of LoRA: gray shapes, and fish and houses changed as well."""
 
 
-QUICK = dataclasses.replace(OCTOPUS, likeness=pair(0.63, 0.05, 0.34), prompt_likeness=pair(0.05, 0.43, 0.1), layout=None)
+QUICK = dataclasses.replace(OCTOPUS, similarity=pair(0.63, 0.05, 0.34), prompt_similarity=pair(0.05, 0.43, 0.1), layout=None)
 """The same run as `OCTOPUS`, one image a prompt: good, and too few images to be sure."""
 
 
@@ -95,11 +95,11 @@ def test_a_verdict_is_json_and_text():
         (CAT, "not_learned"),
         (BOWL, "not_learned"),
         (QUICK, "partly"),
-        (changed(SNEAKER, prompt_likeness=pair(0.15, 0.187, 0.02)), "partly"),
-        (changed(SNEAKER, prompt_likeness=pair(0.038, 0.187, 0.2)), "partly"),
-        (changed(OCTOPUS, likeness=pair(0.25, 0.04, 0.1), prompt_likeness=None), "partly"),
-        (changed(OCTOPUS, likeness=pair(0.5, 0.04, 0.1), prompt_likeness=None), "partly"),
-        (changed(OCTOPUS, ceiling=None, prompt_likeness=None), "partly"),
+        (changed(SNEAKER, prompt_similarity=pair(0.15, 0.187, 0.02)), "partly"),
+        (changed(SNEAKER, prompt_similarity=pair(0.038, 0.187, 0.2)), "partly"),
+        (changed(OCTOPUS, similarity=pair(0.25, 0.04, 0.1), prompt_similarity=None), "partly"),
+        (changed(OCTOPUS, similarity=pair(0.5, 0.04, 0.1), prompt_similarity=None), "partly"),
+        (changed(OCTOPUS, ceiling=None, prompt_similarity=None), "partly"),
         (changed(OCTOPUS, ceiling=around(0.03, 0.01)), "learned"),
         (changed(OCTOPUS, layout=pair(0.2, 0.479, 0.05)), "overfitted"),
         (changed(OCTOPUS, layout=pair(0.2, 0.479, 0.3)), "learned"),
@@ -107,10 +107,10 @@ def test_a_verdict_is_json_and_text():
         (changed(OCTOPUS, drift=around(0.6, 0.1)), "overfitted"),
         (changed(OCTOPUS, drift=around(0.55, 0.1)), "learned"),
         (changed(OCTOPUS, drift=around(0.6, 0.1), unrelated_distance=None), "learned"),
-        (changed(OCTOPUS, likeness=pair(0.6, 0.04, 0.6), prompt_likeness=None), "unknown"),
-        (changed(OCTOPUS, likeness=pair(0.6, 0.04, 0.6)), "unknown"),
-        (changed(OCTOPUS, likeness=pair(0.4, 0.04, 0.6)), "not_learned"),
-        (changed(CAR, prompt_likeness=None, drift=None, layout=None), "not_learned"),
+        (changed(OCTOPUS, similarity=pair(0.6, 0.04, 0.6), prompt_similarity=None), "unknown"),
+        (changed(OCTOPUS, similarity=pair(0.6, 0.04, 0.6)), "unknown"),
+        (changed(OCTOPUS, similarity=pair(0.4, 0.04, 0.6)), "not_learned"),
+        (changed(CAR, prompt_similarity=None, drift=None, layout=None), "not_learned"),
         (None, "unknown"),
     ],
 )
@@ -123,7 +123,7 @@ def test_personalization(metrics, outcome):
 
 def test_one_image_is_too_few():
     one = MeanInterval(0.5, None, None, 1)
-    found = personal_verdict(changed(OCTOPUS, likeness=PairedMetric(one, one, one)), CONFIG)
+    found = personal_verdict(changed(OCTOPUS, similarity=PairedMetric(one, one, one)), CONFIG)
     assert (found.outcome, found.advice) == ("unknown", ("evaluate more images: --eval-seeds 3",))
 
 
@@ -141,7 +141,7 @@ def test_advice_names_flags_of_the_command():
         for line in personal_verdict(CAR, dataclasses.replace(CONFIG, class_word="car", class_images=9)).advice
     )
     long = personal_verdict(
-        changed(OCTOPUS, likeness=pair(0.25, 0.04, 0.1), prompt_likeness=None), dataclasses.replace(CONFIG, steps=400)
+        changed(OCTOPUS, similarity=pair(0.25, 0.04, 0.1), prompt_similarity=None), dataclasses.replace(CONFIG, steps=400)
     ).advice
     assert any("--steps 800" in line for line in long)
 
@@ -152,34 +152,34 @@ CONTROL = ControlConfig(steps=100, generated_images=64).with_defaults()
 FALLING, RISING = [1.0 - 0.005 * i for i in range(100)], [0.3 + 0.005 * i for i in range(100)]
 
 
-def control_figures(
+def control_metrics(
     over_free: tuple[float, float], over_misled: tuple[float, float] = (0.3, 0.05), free: float = 0.2
 ) -> ControlMetrics:
     return ControlMetrics("agreement (canny)", free + over_free[0], free, 0.1, over_free, over_misled, 38)
 
 
 @pytest.mark.parametrize(
-    ("figures", "losses", "outcome"),
+    ("metrics", "losses", "outcome"),
     [
-        (control_figures((0.388, 0.06)), FALLING, "learned"),
-        (control_figures((0.388, 0.06)), RISING, "partly"),
-        (control_figures((0.388, 0.06)), [], "learned"),
-        (control_figures((0.046, 0.02)), FALLING, "partly"),
-        (control_figures((0.046, 0.06), (0.05, 0.06)), FALLING, "not_learned"),
-        (control_figures((0.388, 0.06), (-0.1, 0.2)), FALLING, "not_learned"),
-        (control_figures((-0.1, 0.05)), FALLING, "not_learned"),
-        (control_figures((0.388, math.inf)), FALLING, "unknown"),
+        (control_metrics((0.388, 0.06)), FALLING, "learned"),
+        (control_metrics((0.388, 0.06)), RISING, "partly"),
+        (control_metrics((0.388, 0.06)), [], "learned"),
+        (control_metrics((0.046, 0.02)), FALLING, "partly"),
+        (control_metrics((0.046, 0.06), (0.05, 0.06)), FALLING, "not_learned"),
+        (control_metrics((0.388, 0.06), (-0.1, 0.2)), FALLING, "not_learned"),
+        (control_metrics((-0.1, 0.05)), FALLING, "not_learned"),
+        (control_metrics((0.388, math.inf)), FALLING, "unknown"),
         (None, FALLING, "unknown"),
     ],
 )
-def test_control(figures, losses, outcome):
-    found = control_verdict(figures, losses, CONTROL)
+def test_control(metrics, losses, outcome):
+    found = control_verdict(metrics, losses, CONTROL)
     assert found.outcome == outcome
     assert found.reasons
 
 
 def test_control_advice():
-    worse = control_verdict(control_figures((-0.1, 0.05)), RISING, CONTROL).advice
+    worse = control_verdict(control_metrics((-0.1, 0.05)), RISING, CONTROL).advice
     assert [
         any(flag in line for line in worse) for flag in ("--learning-rate 0.0005", "--steps 800", "--generated-images 384")
     ] == [True] * 3

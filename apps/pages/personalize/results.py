@@ -49,7 +49,7 @@ def result_components() -> list[Any]:
 def _files() -> list[Any]:
     return [
         grid_image("Before and after", elem_id="train-sheet"),
-        gr.Markdown(visible=False, elem_id="train-figures"),
+        gr.Markdown(visible=False, elem_id="train-metrics"),
         gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="train-files"),
         gr.Button("Export for ComfyUI and A1111", visible=False, elem_id="train-kohya"),
         gr.File(

@@ -32,11 +32,11 @@ def summarize(job: Job) -> str:
     result = read_result(job)
     if not result:
         return ""
-    training, figures = result.get("training") or {}, result.get("figures") or {}
+    training, metrics = result.get("training") or {}, result.get("metrics") or {}
     count = sum(int(m.get("parameters", 0)) for m in result.get("methods", []))
     lines = [f"{training.get('steps')} steps in {clock(training.get('seconds') or 0)}; {count:,} trainable parameters."]
     if "verdict" not in result:  # the reasons of a verdict include the metrics
-        lines += _similarity(figures) + _prompt(figures, result.get("config") or {}) + _drift(figures)
+        lines += _similarity(metrics) + _prompt(metrics, result.get("config") or {}) + _drift(metrics)
     lines += [f"Note: {escape_markup(str(warning))}" for warning in training.get("warnings") or []]
     names = [f"{escape_markup(_download_name(job, path))} ({FILES[path.name]})" for path in result_files(job)]
     return "\n".join(f"- {line}" for line in [*lines, f"Files: {', '.join(names)}."])
@@ -47,11 +47,11 @@ def _download_name(job: Job, path: Path) -> str:
     return f"{safe_name(job.title)}.safetensors" if path.name == ADAPTER else path.name
 
 
-def _similarity(figures: Mapping[str, Any]) -> list[str]:
-    scores = figures.get("likeness")
+def _similarity(metrics: Mapping[str, Any]) -> list[str]:
+    scores = metrics.get("similarity")
     if not scores:
         return []
-    ceiling = figures.get("ceiling")
+    ceiling = metrics.get("ceiling")
     bound = f"; between your photos {ceiling['mean']:.2f}" if ceiling else ""
     return [
         f"Similarity to your photos: **{scores['adapted']['mean']:.2f}** with the adapter, {scores['base']['mean']:.2f} without "
@@ -59,8 +59,8 @@ def _similarity(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _prompt(figures: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    scores = figures.get("prompt_likeness")
+def _prompt(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    scores = metrics.get("prompt_similarity")
     if not scores:
         return []
     concept, word = (escape_markup(str(config.get(name) or "")) for name in ("concept", "class_word"))
@@ -70,8 +70,8 @@ def _prompt(figures: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _drift(figures: Mapping[str, Any]) -> list[str]:
-    score = figures.get("drift")
+def _drift(metrics: Mapping[str, Any]) -> list[str]:
+    score = metrics.get("drift")
     return [f"Drift, the change in images of other subjects: {score['mean']:.2f} (0 means none)."] if score else []
 
 

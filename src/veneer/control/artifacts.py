@@ -142,7 +142,7 @@ def _record(run: ControlRun, result: TrainResult, metrics: ControlMetrics | None
         "parameters": sum(p.numel() for p in run.control.parameters()),
         "training": {**training_record(result), "warnings": [*result.warnings, *run.notes]},
         "phase_seconds": {**run.report.seconds_in, "training": result.seconds},
-        "figures": metrics.as_dict() if metrics else None,
+        "metrics": metrics.as_dict() if metrics else None,
         "verdict": verdict(metrics, result.losses, run.config).as_dict(),
         "held": len(run.subjects),
         "curve": run.curve,

@@ -1,4 +1,4 @@
-"""Evaluation of the packaged base models on held-out data: `figures.json` and an image grid of 64 prompts."""
+"""Evaluation of the packaged base models on held-out data: `metrics.json` and an image grid of 64 prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = 100
 
 
 def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1, 2), prompts: int = NAMES) -> dict[str, Any]:
-    """Evaluates the models under `bases`, writes `figures.json` and `sheet.png` to `out`, and returns the metrics.
+    """Evaluates the models under `bases`, writes `metrics.json` and `sheet.png` to `out`, and returns the metrics.
 
     Metrics on photos require a folder of photos in `world`.
 
@@ -38,7 +38,7 @@ def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1,
     """
     pipe, judge_clip = load(bases)
     preset = presets.preset(bases / "bundled")
-    figures = {
+    metrics = {
         "weights": weights(bases, pipe, judge_clip.model),
         "training": json.loads((bases / packaging.TRAINING).read_text()),
         "autoencoder": reconstruction(world, pipe.vae),
@@ -46,15 +46,15 @@ def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1,
         "sampling": {"steps": preset.steps, "guidance_scale": preset.guidance_scale, "seeds": list(seeds)},
     }
     sampler = SeededSampler(pipe, preset.steps, preset.guidance_scale)
-    figures["generation"] = generation(world, sampler, judge_clip, seeds, prompts)
+    metrics["generation"] = generation(world, sampler, judge_clip, seeds, prompts)
     if world.photo_folder:
-        figures["photos"] = subject_retrieval(world.photo_folder, judge_clip)
+        metrics["photos"] = subject_retrieval(world.photo_folder, judge_clip)
     scenes, more = image_grid.sheet_scenes(world), image_grid.photo_prompts() if world.photo_folder else []
     images = sampler([*map(world.full_caption, scenes), *more], seed=7)
     out.mkdir(parents=True, exist_ok=True)
     image_grid.draw(images, [*image_grid.labels(world, scenes), *more]).save(out / "sheet.png", optimize=True)
-    write_atomic(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
-    return figures
+    write_atomic(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
+    return metrics
 
 
 def load(bases: Path) -> tuple[Any, clip_features.BaseClip]:

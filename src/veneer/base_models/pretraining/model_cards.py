@@ -1,4 +1,4 @@
-"""Model cards: data, licenses, training, metrics and limitations, filled from `figures.json`."""
+"""Model cards: data, licenses, training, metrics and limitations, filled from `metrics.json`."""
 
 # ruff: noqa: E501 (lines of cards depend on the values)
 
@@ -94,9 +94,9 @@ def photos() -> str:
     )
 
 
-def photo_sets(figures: dict[str, Any]) -> str:
+def photo_sets(metrics: dict[str, Any]) -> str:
     """Section on the photo datasets, if they were used in training."""
-    return f"{PHOTO_SETS}\n" if "photos" in figures else ""
+    return f"{PHOTO_SETS}\n" if "photos" in metrics else ""
 
 
 def v_errors(log: dict[str, Any]) -> str:
@@ -108,25 +108,25 @@ def v_errors(log: dict[str, Any]) -> str:
     return "; ".join(f"on {name}: {', '.join(errors)}" for name, errors in said.items())
 
 
-def reconstruction(figures: dict[str, float]) -> str:
+def reconstruction(metrics: dict[str, float]) -> str:
     """Sentence on the autoencoder's reconstruction."""
     text = (
-        f"Autoencoder: PSNR {figures['kept_back_concepts_db']} dB on held-out concepts, {figures['unseen_style_db']} dB on an icon set "
+        f"Autoencoder: PSNR {metrics['kept_back_concepts_db']} dB on held-out concepts, {metrics['unseen_style_db']} dB on an icon set "
         f"that was never trained on ({UNSEEN_SET})"
     )
-    if "unseen_clothes_db" not in figures:
+    if "unseen_clothes_db" not in metrics:
         return f"{text}."
     return (
-        f"{text}; on held-out photos, {figures['unseen_clothes_db']} dB on clothes and {figures['unseen_subjects_db']} dB "
+        f"{text}; on held-out photos, {metrics['unseen_clothes_db']} dB on clothes and {metrics['unseen_subjects_db']} dB "
         "on the validation subjects."
     )
 
 
-def subject_retrieval(figures: dict[str, Any]) -> str:
+def subject_retrieval(metrics: dict[str, Any]) -> str:
     """Sentence on the image tower's retrieval of subjects."""
-    if "photos" not in figures:
+    if "photos" not in metrics:
         return ""
-    found = figures["photos"]
+    found = metrics["photos"]
     return f"""
 Photos of held-out subjects: of {found["queries"]} photos of {len(VALIDATION)} validation subjects, {found["percent"]:.0f} % are nearest to another photo of the same
 subject among {found["photos"]} photos of {found["subjects"]} subjects (rank 1; chance {found["chance"]:.0f} %).
@@ -149,10 +149,10 @@ def steps(training: dict[str, Any], stage: str) -> str:
     return ", then ".join(reversed(runs)) or "no"
 
 
-def generation(figures: dict[str, Any]) -> str:
+def generation(metrics: dict[str, Any]) -> str:
     """Table of prompted and detected things and attributes."""
-    things, parts = figures["generation"]["thing"], figures["generation"]["attribute"]
-    names = figures["generation"]["names"]
+    things, parts = metrics["generation"]["thing"], metrics["generation"]["attribute"]
+    names = metrics["generation"]["names"]
     labels = {
         "clip_text": f"thing, by the bundled CLIP among {names} names",
         "pixels": f"thing, by the nearest true rendering of {names} things in pixels",
@@ -164,10 +164,10 @@ def generation(figures: dict[str, Any]) -> str:
     return "\n".join([head, *rows])
 
 
-def bundled(figures: dict[str, Any]) -> str:
+def bundled(metrics: dict[str, Any]) -> str:
     """Model card of the Stable Diffusion folder."""
-    counts, trained, db = figures["weights"]["parameters"], figures["training"], figures["autoencoder"]
-    sampling = figures["sampling"]
+    counts, trained, db = metrics["weights"]["parameters"], metrics["training"], metrics["autoencoder"]
+    sampling = metrics["sampling"]
     return f"""\
 ---
 license: other
@@ -202,7 +202,7 @@ Held out from training, so that they can be used as new concepts: {", ".join(KEP
 | text encoder (`CLIPTextModel`, trained jointly with the UNet) | {counts["text_encoder"] / 1e6:.2f} M |
 | autoencoder (`AutoencoderKL`, {SIDE}×{SIDE}×3 to 16×16×16) | {counts["vae"] / 1e6:.2f} M |
 
-{figures["weights"]["megabytes"]["bundled"]} MB of safetensors in half precision. DDIM, v-prediction, zero terminal SNR, trailing timesteps; any diffusers
+{metrics["weights"]["megabytes"]["bundled"]} MB of safetensors in half precision. DDIM, v-prediction, zero terminal SNR, trailing timesteps; any diffusers
 scheduler with the same settings works. There is no safety checker, because the data has no unsafe content.
 
 ## Data and licenses
@@ -213,7 +213,7 @@ things above, and on all sets for instances in changed colors; the autoencoder w
 
 {photos()}
 
-{photo_sets(figures)}{ATTRIBUTION}
+{photo_sets(metrics)}{ATTRIBUTION}
 ## Training
 `pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores. The encoder is a linear code of 8×8 patches, which needs no training; the decoder was trained for
 {steps(trained, "decoder")} steps at fixed latents; the UNet with its text encoder {steps(trained, "unet")} steps of 64 (Muon and AdamW, EMA). In a fraction of the
@@ -223,25 +223,25 @@ The learning rates changed during training; the schedule is in `docs/results/bas
 ## Metrics
 {reconstruction(db)}
 
-Generation, {len(sampling["seeds"])} seed(s) of {figures["generation"]["prompts"]} prompts, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]}. \
+Generation, {len(sampling["seeds"])} seed(s) of {metrics["generation"]["prompts"]} prompts, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]}. \
 The interval is a bootstrap over prompts.
 
-{generation(figures)}
+{generation(metrics)}
 
 The pixel and feature metrics compare with all things in all styles on the prompted background, large and centered. The CLIP was trained
 on renderings of the same icons, so that it is not an independent classifier.
 
 ## Limitations
 {SIDE}×{SIDE} pixels; icons, and photos of one thing; no scenes of several things, no people. Words outside the lists above have little or no effect.
-The CLIP detects {figures["generation"]["thing"]["clip_text"]["percent"]:.0f} % of the prompted things; the others are shapes and colors that suggest the thing. Results do not predict those of a large model; they demonstrate the methods.
+The CLIP detects {metrics["generation"]["thing"]["clip_text"]["percent"]:.0f} % of the prompted things; the others are shapes and colors that suggest the thing. Results do not predict those of a large model; they demonstrate the methods.
 """
 
 
-def bundled_clip(figures: dict[str, Any]) -> str:
+def bundled_clip(metrics: dict[str, Any]) -> str:
     """Model card of the CLIP folder."""
     rows = "\n".join(
         f"| {label.replace('_', ' ')} | {figure['percent']} % | {figure['renderings']} | {figure['names']} |"
-        for label, figure in figures["clip"].items()
+        for label, figure in metrics["clip"].items()
     )
     return f"""\
 ---
@@ -252,7 +252,7 @@ pipeline_tag: zero-shot-image-classification
 ---
 # A small CLIP for icons and a few photos
 
-{figures["weights"]["parameters"]["clip"] / 1e6:.2f} M parameters, {CLIP_SIDE}×{CLIP_SIDE} pixels, 128 features, {figures["weights"]["megabytes"]["bundled_clip"]} MB in half
+{metrics["weights"]["parameters"]["clip"] / 1e6:.2f} M parameters, {CLIP_SIDE}×{CLIP_SIDE} pixels, 128 features, {metrics["weights"]["megabytes"]["bundled_clip"]} MB in half
 precision. It evaluates images of the small Stable Diffusion beside it, and serves as a vision base and as an image-text base in examples.
 
 ```python
@@ -262,16 +262,16 @@ tower = timm.create_model("local-dir:" + folder, pretrained=True)               
 ```
 
 ## Data and licenses
-Renderings in {len(CLIP_SETS) + len(MORE_SETS)} sets, augmented by rotation, scale, translation and color jitter, on flat, gradient, noise and photo backgrounds; {figures["clip"]["unseen_set_all_names"]["names"]}
+Renderings in {len(CLIP_SETS) + len(MORE_SETS)} sets, augmented by rotation, scale, translation and color jitter, on flat, gradient, noise and photo backgrounds; {metrics["clip"]["unseen_set_all_names"]["names"]}
 names. `{UNSEEN_SET}` (Mozilla, Apache-2.0) was used for testing only.
 
 {table([*CLIP_SETS, *MORE_SETS, UNSEEN_SET])}
 
 {photos()}
 
-{photo_sets(figures)}{ATTRIBUTION}
+{photo_sets(metrics)}{ATTRIBUTION}
 ## Training
-`pipelines/pretrain_base.py`, {steps(figures["training"], "clip")} steps on one CPU core. Images and phrases are both classified against one prototype per name, which
+`pipelines/pretrain_base.py`, {steps(metrics["training"], "clip")} steps on one CPU core. Images and phrases are both classified against one prototype per name, which
 aligns the two towers; there is no contrast within a batch. Photos are classified by their words too, and by the
 instance that they show.
 
@@ -281,13 +281,13 @@ Accuracy of the nearest phrase "a NAME" for plain renderings that were held out 
 | test set | rank-1 accuracy | renderings | names |
 |---|---|---|---|
 {rows}
-{subject_retrieval(figures)}
+{subject_retrieval(metrics)}
 ## Limitations
 It supports icons, the few kinds of photos above and their names; other photos, sentences, and attributes such as color and place are not supported.
 """
 
 
-def write(figures: dict[str, Any], bases: Path) -> None:
+def write(metrics: dict[str, Any], bases: Path) -> None:
     """Writes both cards."""
-    for name, card in (("bundled", bundled(figures)), ("bundled_clip", bundled_clip(figures))):
+    for name, card in (("bundled", bundled(metrics)), ("bundled_clip", bundled_clip(metrics))):
         (bases / name / "README.md").write_text(card)

@@ -82,11 +82,11 @@ class TrainingRun:
         """The EMA weights."""
         return {name: value.clone() for name, value in self.ema.shadow.items()}
 
-    def log(self, **figures: Any) -> None:
+    def log(self, **metrics: Any) -> None:
         """Appends a line to the log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step, "time": round(time.time()), **figures}) + "\n")
+            file.write(json.dumps({"step": self.step, "time": round(time.time()), **metrics}) + "\n")
 
     def train(
         self,
@@ -115,8 +115,8 @@ class TrainingRun:
             mean += value.item() / every
             if self.step % every == 0 or self.step == until:
                 seconds = time.time() - began
-                figures = report(self.step) if report else {}
-                self.log(loss=round(mean, 5), seconds=round(seconds, 1), rate=round(factor, 4), **figures)
+                metrics = report(self.step) if report else {}
+                self.log(loss=round(mean, 5), seconds=round(seconds, 1), rate=round(factor, 4), **metrics)
                 self.save()
                 mean, began = 0.0, time.time()
 

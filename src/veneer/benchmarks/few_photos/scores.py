@@ -32,7 +32,7 @@ from torch.nn.functional import normalize
 
 from veneer.base_models.pretraining import scene_judge
 from veneer.base_models.pretraining.data.scenes import COLORS, PLACES, SIDE
-from veneer.training.report.metrics import ceiling, cosine, likeness
+from veneer.training.report.metrics import ceiling, cosine, mean_similarity
 
 GROUND = re.compile(rf"\b({'|'.join(sorted(COLORS, key=len, reverse=True))}) background\b")
 
@@ -122,7 +122,7 @@ def image_scores(
         trained, base: features of images of the concept alone, of placed prompts, and of unrelated prompts.
     """
     photos = gallery[name]
-    similarity, before = (float(likeness(side[0], photos).mean()) for side in (trained, base))
+    similarity, before = (float(mean_similarity(side[0], photos).mean()) for side in (trained, base))
 
     def share(images: Tensor, by: str = "photo") -> float:
         nearest = nearest_photo(images, gallery) if by == "photo" else nearest_mean(images, gallery)
@@ -132,7 +132,7 @@ def image_scores(
         "trained": similarity,
         "base": before,
         "gain": similarity - before,
-        "placed_gain": float(likeness(trained[1], photos).mean() - likeness(base[1], photos).mean()),
+        "placed_gain": float(mean_similarity(trained[1], photos).mean() - mean_similarity(base[1], photos).mean()),
         "identified": share(trained[0]),
         "identified_by_mean": share(trained[0], "mean"),
         "placed_identified": share(trained[1]),

@@ -191,7 +191,7 @@ def _record(run: PersonalizationRun, result: TrainResult, files: list[str], metr
         ],
         "training": {**training_record(result), "warnings": [*result.warnings, *run.notes]},
         "phase_seconds": {**run.report.seconds_in, "training": result.seconds},
-        "figures": metrics.as_dict() if metrics else None,
+        "metrics": metrics.as_dict() if metrics else None,
         "verdict": personal_verdict(metrics, run.config).as_dict(),
         "versions": {name: version(name) for name in ("veneer", "torch", "diffusers", "transformers")},
         "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},

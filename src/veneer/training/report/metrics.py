@@ -9,7 +9,7 @@ adapted and b of the base pipeline, generated from the same noise:
 - **drift**               1 − ⟨f(g), f(b)⟩ on prompts without the concept; 0 means that other prompts are unaffected
 - **pixel drift**         root mean square of g − b in [0, 1], on the same prompts
 
-The keys of `result.json` are `likeness`, `nearest`, `prompt_likeness`, `drift` and `pixel_drift`.
+The keys of `result.json` are `similarity`, `nearest`, `prompt_similarity`, `drift` and `pixel_drift`.
 
 Every metric is a mean over images (prompts × seeds) with a 95 % t-interval. Base and adapted images are paired, so the interval
 of `gain` is that of the paired differences, and is much narrower than the two other intervals. Images of one prompt are treated
@@ -69,11 +69,11 @@ class PairedMetric:
 
 @dataclass(frozen=True)
 class Metrics:
-    """All metrics. Without a text model, `prompt_likeness` is missing (None); without unrelated prompts, the drifts.
+    """All metrics. Without a text model, `prompt_similarity` is missing (None); without unrelated prompts, the drifts.
 
     Attributes:
         features: the feature model.
-        `likeness`, `nearest`, `prompt_likeness`: see the module.
+        `similarity`, `nearest`, `prompt_similarity`: see the module.
         ceiling: similarity of the photos to one another, an upper bound for personalization; None with one photo.
         drift, pixel_drift: on unrelated prompts.
         unrelated_distance: mean of 1 − ⟨f(b), f(b')⟩ over the base's images of two different unrelated prompts, the
@@ -83,9 +83,9 @@ class Metrics:
     """
 
     features: str
-    likeness: PairedMetric
+    similarity: PairedMetric
     nearest: PairedMetric
-    prompt_likeness: PairedMetric | None
+    prompt_similarity: PairedMetric | None
     ceiling: MeanInterval | None
     drift: MeanInterval | None
     pixel_drift: MeanInterval | None
@@ -98,11 +98,10 @@ class Metrics:
 
     def __str__(self) -> str:
         lines = [f"{'':20}{'adapted':26}{'base':26}gain"]
-        labels = {"likeness": "similarity", "nearest": "nearest", "prompt_likeness": "prompt similarity"}
-        for name, label in labels.items():
+        for name in ("similarity", "nearest", "prompt_similarity"):
             paired: PairedMetric | None = getattr(self, name)
             if paired:
-                lines.append(f"{label:20}{paired.adapted!s:26}{paired.base!s:26}{paired.gain}")
+                lines.append(f"{name.replace('_', ' '):20}{paired.adapted!s:26}{paired.base!s:26}{paired.gain}")
         for name in ("ceiling", "drift", "pixel_drift"):
             single: MeanInterval | None = getattr(self, name)
             if single:
@@ -182,9 +181,9 @@ def measure(
     drifted = drifts(features, unrelated) if unrelated else None
     return Metrics(
         features=features.name,
-        likeness=compare_paired(likeness(adapted, real), likeness(base, real)),
+        similarity=compare_paired(mean_similarity(adapted, real), mean_similarity(base, real)),
         nearest=compare_paired(nearest(adapted, real), nearest(base, real)),
-        prompt_likeness=None if texts is None else compare_paired(cosine(adapted, texts), cosine(base, texts)),
+        prompt_similarity=None if texts is None else compare_paired(cosine(adapted, texts), cosine(base, texts)),
         ceiling=ceiling(real) if len(photos) > 1 else None,
         drift=drifted[0] if drifted else None,
         pixel_drift=drifted[1] if drifted else None,
@@ -198,7 +197,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
 
 
-def likeness(images: Tensor, photos: Tensor) -> Tensor:
+def mean_similarity(images: Tensor, photos: Tensor) -> Tensor:
     """Mean cosine similarity of each image (n, width) to all photos (m, width), (n,)."""
     return (images @ photos.T).mean(1)
 

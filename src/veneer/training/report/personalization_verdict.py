@@ -64,10 +64,10 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
     if metrics is None:
         why = "The run was not evaluated (--eval-seeds 0), so there are no scores."
         return Verdict("unknown", "It was not evaluated; look at before_after.png.", (why,), (MORE_IMAGES,))
-    share, rose, far = similarity_share(metrics), metrics.likeness.clear, _rose_far(metrics)
+    share, rose, far = similarity_share(metrics), metrics.similarity.clear, _rose_far(metrics)
     lost, kept = _changes(metrics, far or (share is not None and share >= KEPT))
     reasons = (_similarity(metrics, share), *lost, *kept)
-    if metrics.likeness.gain.low is None:
+    if metrics.similarity.gain.low is None:
         return Verdict("unknown", "One image is too few to tell.", reasons, (MORE_IMAGES,))
     if rose:
         if lost and (far or (share is not None and share >= SHARE)):
@@ -106,20 +106,20 @@ def similarity_share(metrics: Metrics) -> float | None:
     with one photo."""
     if metrics.ceiling is None:
         return None
-    distance = metrics.ceiling.mean - metrics.likeness.base.mean
-    return metrics.likeness.gain.mean / distance if distance > 0 else 1.0
+    distance = metrics.ceiling.mean - metrics.similarity.base.mean
+    return metrics.similarity.gain.mean / distance if distance > 0 else 1.0
 
 
 def _rose_far(metrics: Metrics) -> bool:
     """Whether the whole interval of the gain is above `SHARE` of the distance from the base to the photos."""
-    gain, ceiling = metrics.likeness.gain, metrics.ceiling
+    gain, ceiling = metrics.similarity.gain, metrics.ceiling
     if gain.low is None or ceiling is None:
         return False
-    return gain.low > max(0.0, SHARE * (ceiling.mean - metrics.likeness.base.mean))
+    return gain.low > max(0.0, SHARE * (ceiling.mean - metrics.similarity.base.mean))
 
 
 def _similarity(metrics: Metrics, share: float | None) -> str:
-    found = metrics.likeness
+    found = metrics.similarity
     text = (
         f"Similarity to the photos is {found.adapted.mean:.2f} with the adapter and {found.base.mean:.2f} without: gain "
         f"{found.gain}"
@@ -132,7 +132,7 @@ def _similarity(metrics: Metrics, share: float | None) -> str:
 def _changes(metrics: Metrics, near: bool) -> tuple[list[str], list[str]]:
     """Sentences on what was lost, and on what was not. `near`: images came near the photos, whose class may be another."""
     lost, kept = list[str](), list[str]()
-    prompt, place, drift = metrics.prompt_likeness, metrics.layout, metrics.drift
+    prompt, place, drift = metrics.prompt_similarity, metrics.layout, metrics.drift
     if prompt:
         words = (
             f"Similarity to the prompt, with the class word, is {prompt.adapted.mean:.2f} with the adapter and "
