@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,8 @@ def mask(pixels: Pixels) -> npt.NDArray[np.uint8] | None:
     labels[edge:-edge, edge:-edge] = cv2.GC_PR_FGD
     bgr = np.ascontiguousarray(pixels[..., ::-1])
     cv2.setRNGSeed(0)
-    cv2.grabCut(bgr, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)  # type: ignore[call-overload]
+    no_rectangle: Any = None  # not allowed by the library's stubs
+    cv2.grabCut(bgr, labels, no_rectangle, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
     found = ((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.uint8)
     count, parts, areas, _ = cv2.connectedComponentsWithStats(found)
     if count < 2:
