@@ -89,7 +89,7 @@ def test_photos_are_inspected_and_saved(tmp_path: Path) -> None:
 def test_form_defaults_of_every_method_are_valid_flags(name: str) -> None:
     """The initial values of a form are equivalent to the defaults."""
     method: Any = methods.get(name)
-    fields = fields_of(method, skip=("by_site",))
+    fields = fields_of(method)
     given = [f.default if f.kind == "check" else str(f.default) if f.kind == "choice" and f.default else "" for f in fields]
     found = flags_of(method, fields, given, name)
     assert all(word.startswith(f"--{name.replace('_', '-')}.") for word in found)
@@ -97,12 +97,12 @@ def test_form_defaults_of_every_method_are_valid_flags(name: str) -> None:
 
 
 def test_form_values_reach_the_command_unchanged(tmp_path: Path) -> None:
-    options = option("lora", rank="4", ranks="mlp.*=2, conv=3", rslora=True, init="gaussian", alpha="-1.5")
+    options = option("lora", rank="4", by_site="mlp.*:rank=2,alpha=3 conv:rank=3", rslora=True, init="gaussian", alpha="-1.5")
     found = command(asked("--out /etc <toy>", steps="20", where="attn xattn", buckets=False, options=options), tmp_path)  # type: ignore[arg-type]
     read = vars(parser_for(found).parse_args(found))
     assert (read["photos"], read["concept"], read["steps"]) == (tmp_path, "--out /etc <toy>", 20)
     assert (read["where"], read["buckets"], read["lora.rank"], read["lora.alpha"]) == (["attn", "xattn"], False, 4, -1.5)
-    assert dict(read["lora.ranks"]) == {"mlp.*": 2, "conv": 3}
+    assert dict(read["lora.by_site"]) == {"mlp.*": {"rank": 2, "alpha": 3}, "conv": {"rank": 3}}
     assert (read["lora.rslora"], read["lora.init"]) == (True, "gaussian")
     assert "out" not in read
 

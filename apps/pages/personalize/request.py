@@ -42,8 +42,8 @@ MORE = (
 SETTINGS = fields_of(PersonalizeConfig, [*MAIN, *MORE])
 MINIMUM = {"steps": 1, "batch": 1, "resolution": 8, "class_images": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}
 """Minimum of each setting; for the command, 0 steps and 0 images mean the default."""
-FROM_CONCEPT = ("by_site", "tokens", "initialize", "ids")
-"""Options hidden from the form: per-site options, and those derived from the concept."""
+FROM_CONCEPT = ("tokens", "initialize", "ids")
+"""Options hidden from the form: they are derived from the concept."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def main_method(method: str) -> str:
 def options_of(method: str) -> list[Field]:
     """Form fields of a method's options."""
     kind: Any = methods.get(main_method(method))
-    skip = FROM_CONCEPT if param_groups.trains_token_embeddings(kind) else FROM_CONCEPT[:1]
-    return fields_of(kind, skip=skip)
+    return fields_of(kind, skip=FROM_CONCEPT if param_groups.trains_token_embeddings(kind) else ())
 
 
 def check_base(name: str) -> str:

@@ -30,6 +30,7 @@ class Field:
     Args:
         name: of the field. `help`: from its docstring. `kind`: dropdown of `choices`, checkbox or text box.
         multiple: accepts several values, or `key=value` pairs. `default`: of the config class.
+        commas: spaces and commas separate several values; False if only spaces do, because a value may contain commas.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Field:
     choices: tuple[str, ...]
     multiple: bool
     default: Any
+    commas: bool = True
 
     @property
     def label(self) -> str:
@@ -52,9 +54,14 @@ def fields_of(config: Any, include: Sequence[str] | None = None, skip: Sequence[
         config: a dataclass. `include`: names in order; by default all except `skip`.
     """
     hints, texts = typing.get_type_hints(config), help_of(config)
-    all_fields = {f.name: _field(f, hints[f.name], texts.get(f.name, "")) for f in dataclasses.fields(config)}
+    ordered = sorted(dataclasses.fields(config), key=_is_inherited)
+    all_fields = {f.name: _field(f, hints[f.name], texts.get(f.name, "")) for f in ordered}
     names = [name for name in all_fields if name not in skip] if include is None else include
     return [all_fields[name] for name in names]
+
+
+def _is_inherited(field: dataclasses.Field[Any]) -> bool:
+    return field.kw_only is True
 
 
 def _field(field: dataclasses.Field[Any], hint: Any, texts: str) -> Field:
@@ -64,7 +71,9 @@ def _field(field: dataclasses.Field[Any], hint: Any, texts: str) -> Field:
     kind: Kind = "choice" if literal else "check" if bool in options else "text"
     default = None if field.default is dataclasses.MISSING else field.default
     texts = re.sub(r"\bNone\b", "empty", texts)  # an empty field means None
-    return Field(field.name, texts, kind, tuple(map(str, typing.get_args(literal))) if literal else (), multiple, default)
+    choices = tuple(map(str, typing.get_args(literal))) if literal else ()
+    nested = any(_is_collection(argument) for o in options for argument in typing.get_args(o))
+    return Field(field.name, texts, kind, choices, multiple, default, commas=not nested)
 
 
 def _options(hint: Any) -> Iterator[Any]:
@@ -101,7 +110,7 @@ def _flags(field: Field, value: Any, prefix: str) -> list[str]:
         return []
     if not field.multiple:
         return [f"--{name}={text}"]
-    parts = text.replace(",", " ").split()
+    parts = (text.replace(",", " ") if field.commas else text).split()
     if any(part.startswith("-") and not _number(part) for part in parts):
         message = f"{field.label}: {printable(text)!r} begins with '-'; expected names or numbers."
         raise OptionError(message, option=field.name, given=text)
