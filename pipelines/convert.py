@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from veneer import base_models, formats
 from veneer.injection import OptionError
@@ -21,7 +22,8 @@ class ConvertConfig:
     Args:
         file: a safetensors file of any format, or a folder with one.
         to: format to write.
-        base: base model: `bundled`, a folder or a hub name (default: the base model that a native file was trained on).
+        base: base model: `bundled`, a folder, a hub name, or an architecture without weights such as `sdxl` or `flux` (default:
+            the base model that a native file was trained on, else the architecture that fits the file).
         out: the new file, for peft_folder a folder (default: beside the old file, with the format in its name).
     """
 
@@ -42,12 +44,30 @@ def convert(config: ConvertConfig) -> list[str]:
     if config.to is None:
         message = f"convert: --to is missing; expected one of {', '.join(get_args(To))}."
         raise OptionError(message, option="to", method="convert", expected=get_args(To))
-    base = config.base or base_of(config.file)
-    if base is None:
-        message = (
-            "convert: --base is missing, and the file does not name its base model, which is needed to resolve the weight names."
-        )
-        raise OptionError(message, option="base", method="convert", file=config.file)
     path = formats.read(config.file).path
+    model, provenance = open_base(config.base, [path], "convert")
     out = config.out or path.with_name(f"{path.stem}-{config.to}.safetensors")
-    return str(formats.convert(base_models.load(base), path, config.to, out, {"base": base})).splitlines()
+    return str(formats.convert(model, path, config.to, out, provenance)).splitlines()
+
+
+def open_base(base: str | None, files: Sequence[Path], command: str) -> tuple[Any, dict[str, str]]:
+    """The base model of adapter files, and its entry in the metadata of a new file: none for an architecture without weights.
+
+    Args:
+        base: as in the configs of commands; None means the base model that one of the files names, else the architecture of the
+            first file that has one.
+        command: for the error message.
+    Raises:
+        VeneerError: the base model cannot be loaded, or `base` is None and no file identifies it.
+    """
+    base = base or next((found for file in files if (found := base_of(file))), None)
+    name = base or next((found for file in files if (found := formats.architecture_of(file))), None)
+    if name is None:
+        message = (
+            f"{command}: --base is missing, and the names and shapes in {', '.join(map(str, files))} do not identify it. "
+            f"Pass the base model, or one of the architectures {', '.join(base_models.ARCHITECTURES)}."
+        )
+        raise OptionError(message, option="base", method=command, file=files[0], expected=tuple(base_models.ARCHITECTURES))
+    if name in base_models.ARCHITECTURES and not Path(name).is_dir():
+        return base_models.architecture(name), {}
+    return base_models.load(name), {"base": name}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer import base_models
 from veneer.formats import inspect
+
+from .convert import open_base
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class InspectConfig:
 
     Args:
         file: a safetensors file of any format, or a folder with one.
-        base: base model to compare the file with: `bundled`, a folder or a hub name (default: none).
+        base: base model to compare the file with: `bundled`, a folder, a hub name, or an architecture without
+            weights such as `sdxl` (default: none).
         json: print one JSON object instead of a table.
     """
 
@@ -31,5 +33,5 @@ def inspect_file(config: InspectConfig) -> list[str]:
     Raises:
         VeneerError: an incomplete safetensors file, or a base model that does not exist.
     """
-    found = inspect(config.file, base_models.load(config.base) if config.base else None)
+    found = inspect(config.file, open_base(config.base, [config.file], "inspect")[0] if config.base else None)
     return [found.to_json()] if config.json else str(found).splitlines()

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from veneer import adapter_merging, base_models
+from veneer import adapter_merging
 from veneer.injection import OptionError
 
-from .convert import To
-from .generate import base_of
+from .convert import To, open_base
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,8 @@ class MergeConfig:
         ratio: keep singular values above the largest one divided by this number, above 1.
         density: share of the parameters that `ties` (default: 0.2) or `dare` (default: 0.1) keeps, up to 1.
         seed: seed of `dare`.
-        base: base model: `bundled`, a folder or a hub name (default: the base model that is recorded in one of the files).
+        base: base model: `bundled`, a folder, a hub name, or an architecture without weights such as `sdxl` or `flux` (default:
+            the base model that is recorded in one of the files, else the architecture that fits them).
         to: format to write (default: the format of the first file).
         dtype: dtype of the saved tensors.
         out: the new file.
@@ -68,15 +68,11 @@ def merge(config: MergeConfig) -> list[str]:
         missing = "files" if not config.files else "out"
         message = f"merge: {missing} is missing; expected the files to merge, and --out for the new file."
         raise OptionError(message, option=missing, method="merge")
-    base = config.base or next((b for file in config.files if (b := base_of(file))), None)
-    if base is None:
-        message = "merge: --base is missing; none of the files names its base."
-        raise OptionError(message, option="base", method="merge")
     form = config.to or adapter_merging.common_format(config.files)
     adapter_merging.new_file(config.out, form)
     weights = [_weight(text) for text in config.weights] or None
     keep = adapter_merging.rank_selection_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
-    model, dtype = base_models.load(base), adapter_merging.DTYPES[config.dtype]
+    (model, provenance), dtype = open_base(config.base, config.files, "merge"), adapter_merging.DTYPES[config.dtype]
     contents = [(file, adapter_merging.read_content(model, file)) for file in config.files]
     tokens = adapter_merging.unite_tokens(contents)
     sources = [content.adapter for _, content in contents if content.adapter is not None]
@@ -87,13 +83,13 @@ def merge(config: MergeConfig) -> list[str]:
         result = adapter_merging.combine(
             model, sources, weights, how=config.method, keep=keep, density=config.density, seed=config.seed, dtype=dtype
         )
-    provenance = {
-        "base": base,
+    record = {
+        **provenance,
         "merged": [file.name for file in config.files],
         "weights": list(config.weights),
         "how": config.method,
     }
-    written = adapter_merging.write_all(model, result, tokens, config.out, form, dtype, provenance)
+    written = adapter_merging.write_all(model, result, tokens, config.out, form, dtype, record)
     return [*map(str, written), *(str(result).splitlines() if result else []), *(f"token {each.token}" for each in tokens)]
 
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from veneer import adapter_merging, base_models
+from veneer import adapter_merging
 from veneer.injection import OptionError, VeneerError
 
-from .convert import To
-from .generate import base_of
+from .convert import To, open_base
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class ResizeConfig:
         error: smallest rank with at most this relative error of each delta weight, 0 to 1 (Frobenius norm).
         cumulative: smallest rank that keeps this share of the sum of singular values, up to 1.
         ratio: keep singular values above the largest one divided by this number, above 1.
-        base: base model: `bundled`, a folder or a hub name (default: the base model that a native file was trained on).
+        base: base model: `bundled`, a folder, a hub name, or an architecture without weights such as `sdxl` or `flux` (default:
+            the base model that a native file was trained on, else the architecture that fits the file).
         to: format to write (default: the format of the file).
         dtype: dtype of the saved tensors.
         out: the new file.
@@ -57,18 +57,14 @@ def resize(config: ResizeConfig) -> list[str]:
         missing = "out" if config.out is None else "rank"
         message = f"resize: --{missing} is missing; expected --out, and one of --rank, --energy, --error, --cumulative, --ratio."
         raise OptionError(message, option=missing, method="resize")
-    base = config.base or base_of(config.file)
-    if base is None:
-        message = "resize: --base is missing; the file does not name its base."
-        raise OptionError(message, option="base", method="resize", file=config.file)
     form = config.to or adapter_merging.common_format([config.file])
     adapter_merging.new_file(config.out, form)
-    model, dtype = base_models.load(base), adapter_merging.DTYPES[config.dtype]
+    (model, provenance), dtype = open_base(config.base, [config.file], "resize"), adapter_merging.DTYPES[config.dtype]
     content = adapter_merging.read_content(model, config.file)
     if content.adapter is None:
         message = f"{config.file}: contains only token embeddings, which have no rank; expected a LoRA."
         raise VeneerError(message, file=config.file, where="rank", given="embeddings", expected="lora")
     result = adapter_merging.resize(model, content.adapter, keep, dtype=dtype)
-    provenance = {"base": base, "resized": config.file.name}
-    written = adapter_merging.write_all(model, result, content.tokens, config.out, form, dtype, provenance)
+    record = {**provenance, "resized": config.file.name}
+    written = adapter_merging.write_all(model, result, content.tokens, config.out, form, dtype, record)
     return [*map(str, written), *str(result).splitlines(), *(f"token {each.token}" for each in content.tokens)]

@@ -31,7 +31,7 @@ ALLOWED = {
     "methods": {"functional", "injection"},
     "formats": {"functional", "injection", "version"},
     "adapter_merging": {"formats", "functional", "injection"},
-    "testing": {"formats", "functional", "injection"},
+    "testing": {"base_models", "formats", "functional", "injection"},
     "base_models": {"extras", "injection"},
     "full_size_models": {"base_models", "injection", "models"},
     "method_catalog": {"flags", "full_size_models", "injection"},

@@ -180,3 +180,76 @@ def test_the_command(files: Any, base: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(words) == 0
     assert "weight updates are equal" in capsys.readouterr().out
     assert (tmp_path / "x.safetensors").is_file()
+
+
+XL = {
+    "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q": (640, 640),
+    "unet.down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k": (1280, 2048),
+    "text_encoder_2.text_model.encoder.layers.31.self_attn.v_proj": (1280, 1280),
+}
+FLUX = {
+    "transformer.transformer_blocks.18.attn.to_q": (3072, 3072),
+    "transformer.single_transformer_blocks.37.proj_mlp": (12288, 3072),
+}
+SD3 = {
+    "transformer.transformer_blocks.0.attn.to_q": (1536, 1536), "transformer.transformer_blocks.23.attn.add_k_proj": (1536, 1536),
+}  # fmt: skip
+PUBLISHED = {"sdxl": XL, "flux": FLUX, "sd35": SD3}
+
+
+def published(family: str, folder: Path, rank: int = 3) -> tuple[Path, dict[str, Tensor]]:
+    """A LoRA in the layout of diffusers, at the names and shapes of a published model, and ΔW by diffusers' module names."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, changes = {}, {}
+    for name, (rows, width) in PUBLISHED[family].items():
+        down, up = torch.randn(rank, width, generator=generator), torch.randn(rows, rank, generator=generator)
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        changes[name] = up @ down
+    path = folder / f"{family}.safetensors"
+    save_file(tensors, path)
+    return path, changes
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_file_of_a_published_model_needs_no_base_model(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, changes = published(family, tmp_path)
+    assert formats.architecture_of(path) == family
+    for file, to in ((path, "kohya"), (tmp_path / "kohya", "comfyui"), (tmp_path / "comfyui", "diffusers")):
+        assert main(["convert", str(file), "--to", to, "--out", str(tmp_path / to)]) == 0, capsys.readouterr().err
+    back = load_file(tmp_path / "diffusers.safetensors")
+    pairs = {key.removesuffix(".lora_A.weight"): key for key in back if key.endswith("lora_A.weight")}
+    assert pairs.keys() == changes.keys()
+    for name, key in pairs.items():
+        assert torch.allclose(back[key.replace("lora_A", "lora_B")] @ back[key], changes[name], rtol=1e-5, atol=1e-5)
+    assert "base" not in header(tmp_path / "kohya.safetensors").get("__metadata__", {})
+
+
+def test_merge_and_resize_need_no_base_model(tmp_path: Path) -> None:
+    path, changes = published("sdxl", tmp_path)
+    assert main(["merge", str(path), str(path), "--weights", "1", "0.5", "--out", str(tmp_path / "sum")]) == 0
+    assert main(["resize", str(path), "--rank", "2", "--out", str(tmp_path / "small")]) == 0
+    total, small = load_file(tmp_path / "sum.safetensors"), load_file(tmp_path / "small.safetensors")
+    for name, change in changes.items():
+        summed, resized = (t[f"{name}.lora_B.weight"] @ t[f"{name}.lora_A.weight"] for t in (total, small))
+        assert torch.allclose(summed, 1.5 * change, rtol=1e-4, atol=1e-4)
+        u, s, vh = torch.linalg.svd(change)
+        assert torch.allclose(resized, u[:, :2] * s[:2] @ vh[:2], rtol=1e-3, atol=1e-3)
+
+
+def test_methods_that_need_the_weight_need_a_base_model(tmp_path: Path) -> None:
+    path, changes = published("sdxl", tmp_path)
+    tensors = load_file(path)
+    for name, change in changes.items():
+        tensors[f"{name}.lora_magnitude_vector"] = torch.ones(len(change))
+    dora = tmp_path / "dora.safetensors"
+    save_file(tensors, dora)
+    with raises(LoadError, file=dora):
+        convert(ConvertConfig(dora, "kohya"))
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["dora.safetensors", "sdxl.safetensors"]
+
+
+def test_a_file_without_a_recognizable_family_needs_a_base_model(tmp_path: Path) -> None:
+    lora = fill(attach(tiny_pipeline("sd"), "lora", rank=2))
+    path = formats.formats.get("kohya")().save(lora, tmp_path / "a")
+    with raises(OptionError, option="base", file=path):
+        convert(ConvertConfig(path, "diffusers"))

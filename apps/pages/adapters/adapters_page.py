@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from veneer.base_models import ARCHITECTURES
 from veneer.injection import OptionError, VeneerError
 
 from ...context import Context, show_errors
@@ -107,8 +108,9 @@ def build(context: Context) -> None:
         with gr.Column(scale=2, min_width=300):
             about = gr.HTML(EMPTY, elem_id="adapter-about")
             base = gr.Dropdown(
-                ["bundled"], value="bundled", allow_custom_value=True, label="Base model", elem_id="adapter-base",
-                info="The model of the adapter: bundled, a diffusers folder, or a Hub name.",
+                ["bundled", *ARCHITECTURES], value="bundled", allow_custom_value=True, label="Base model",
+                elem_id="adapter-base",
+                info="The model of the adapter: bundled, a diffusers folder, a Hub name, or an architecture without weights.",
             )  # fmt: skip
             check = gr.Button("Check compatibility", elem_id="adapter-check")
             fit_report = gr.HTML(elem_id="adapter-fit")

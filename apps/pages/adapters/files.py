@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from veneer.pipelines.convert import ConvertConfig, convert
+from veneer.pipelines.convert import ConvertConfig, convert, open_base
 from veneer.pipelines.generate import base_of
 from veneer.pipelines.merge import MergeConfig, merge
 from veneer.pipelines.resize import ResizeConfig, resize
@@ -82,7 +82,7 @@ def inspect(workspace: Workspace, name: str, base: str | None = None) -> FileSum
         VeneerError: unknown file or base model, or a corrupt file.
     """
     file = workspace.adapter(name)
-    return _hide_folders(workspace, lambda: formats.inspect(file, base_models.load(base) if base else None))
+    return _hide_folders(workspace, lambda: formats.inspect(file, open_base(base, [file], "inspect")[0] if base else None))
 
 
 def mergeable_adapters(workspace: Workspace) -> list[str]:

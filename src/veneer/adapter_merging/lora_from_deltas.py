@@ -12,6 +12,7 @@ from torch import Tensor
 
 from veneer.formats._core.lora_config import LoRALayer, config_of
 from veneer.injection import Attachment, attach, attachments, methods
+from veneer.injection.attachment.deferred_init import defer_init
 from veneer.injection.sites import WeightSite
 
 from .delta_weights import CombineError, DeltaWeight
@@ -107,7 +108,7 @@ def attach_lora(
     here = attachments(model)
     config = config_of({m.site.name: LoRALayer(m.site, m.rank, m.alpha) for m in factors})
     where = [f"name:{m.site.name}" for m in factors]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), defer_init():
         lora = attach(
             model, methods.get("lora")(**config), where=where, name=name or _unused_name(default_name, [a.name for a in here])
         )

@@ -7,6 +7,7 @@ preset = veneer.base_models.preset("bundled")         # its prompts, resolution,
 
 from veneer.injection.errors import BaseModelError
 
+from .architectures import ARCHITECTURES, architecture
 from .clip_features import BaseClip, load_clip
 from .folders import BUNDLED, current_name, examples, path
 from .loading import load
@@ -14,6 +15,6 @@ from .presets import Preset, preset
 from .quick_gelu import quick_gelu_mismatch
 
 __all__ = [
-    "BUNDLED", "BaseClip", "BaseModelError", "Preset", "current_name", "examples", "load", "load_clip", "path", "preset",
-    "quick_gelu_mismatch",
+    "ARCHITECTURES", "BUNDLED", "BaseClip", "BaseModelError", "Preset", "architecture", "current_name", "examples", "load",
+    "load_clip", "path", "preset", "quick_gelu_mismatch",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 from veneer.extras import require
 from veneer.injection.errors import BaseModelError
 
+from .architectures import ARCHITECTURES
 from .folders import BUNDLED, check_pipeline_folder, path
 from .hub import hub
 
@@ -77,6 +78,12 @@ def find(base: str | Path) -> Path | str:
         )
     if isinstance(base, str) and HUB_NAME.fullmatch(base):
         return base
+    if base in ARCHITECTURES:
+        message = (
+            f"load: {base!r} is an architecture without weights, for inspect, convert, merge and resize; expected a base model: "
+            "a diffusers folder, or a hub name such as owner/model."
+        )
+        raise BaseModelError(message, where="kind", given=str(base), expected="weights")
     message = f"load: {str(base)!r} not found; expected 'bundled', a diffusers folder, or a hub name such as owner/model."
     raise BaseModelError(message, where="base", given=str(base))
 

@@ -11,6 +11,7 @@ from veneer.injection.attachment.files import FileFunctions, register_file_funct
 from veneer.injection.errors import LoadError, OptionError
 from veneer.injection.towers import kept
 
+from ._core import families
 from ._core.conversion import ConversionResult, convert
 from ._core.format import Format, LayerInfo, Options, format_of, formats, known_format
 from ._core.inspection import FileSummary, inspect
@@ -29,6 +30,7 @@ __all__ = [
     "Format",
     "LayerInfo",
     "Options",
+    "architecture_of",
     "convert",
     "format_of",
     "formats",
@@ -37,6 +39,17 @@ __all__ = [
     "load_all",
     "read",
 ]
+
+
+def architecture_of(path: str | PathLike[str]) -> str | None:
+    """Name of the architecture whose layers an adapter file has, one of `veneer.base_models.ARCHITECTURES`; None if unknown.
+
+    Raises:
+        LoadError: it is not a complete safetensors file.
+    """
+    file = read(path)
+    known = format_of(file)
+    return families.architecture_of(file.shapes, known.name if known else None)
 
 
 def load(

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from veneer.base_models.clip_vocabulary import byte_alphabet
+
 _TEXT = """
 a an the of on in at with and photo picture painting drawing toy dog cat duck house car tree flower beach snow street
 red green blue yellow black white small big left right top bottom background rendering good one my new
 """
 WORDS = tuple(_TEXT.split())
-
-
-def byte_alphabet() -> list[str]:
-    """The 256 printable characters that represent bytes in a byte-level BPE.
-
-    Source: Radford et al. 2019, byte-level BPE; printable Latin-1 characters represent themselves, the rest U+0100 upwards.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in printable]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(hidden))]
 
 
 def clip_tokenizer(length: int = 77, pad: str = "<|endoftext|>") -> Any:

@@ -175,8 +175,9 @@ def base_weight(tower: nn.Module, site: WeightSite) -> Tensor:
             given="merged",
         )
     weight = base_tensor(tower, site.path, site.param).detach()
-    if not weight.is_floating_point():
-        message = f"'{site.name}': cannot compute the norm of a quantized weight. Load the base model unquantized."
+    if not weight.is_floating_point() or weight.is_meta:
+        kind = "of a quantized weight" if not weight.is_meta else "without the weights, which an architecture alone does not have"
+        message = f"'{site.name}': cannot compute the norm {kind}. Load the base model itself, unquantized."
         raise VeneerError(message, where=site.name, given=weight.dtype)
     return weight if site.rows is None else weight[slice(*site.rows)]
 

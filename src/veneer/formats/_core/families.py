@@ -28,6 +28,7 @@ NAMES = {
     r"processor[._](?:qkv|proj)_lora": "FLUX",
     r"norm1[._]emb[._]timestep_embedder|proj_out_[12]": "DiT",
 }
+ARCHITECTURES = {SD1: "sd15", SD2: "sd21", SDXL: "sdxl", "FLUX": "flux", "PixArt": "pixart", "DiT": "dit"}
 UNET = re.compile(r"(?:^|[._])(?:down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]|^unet:")
 DEEP = re.compile(r"(?:attentions|blocks|block)[._]\d+[._](?:\d+[._])?transformer_blocks[._][2-9][._]")
 SECOND = re.compile(r"(?:^|[._])(?:te2|text_encoder_2|clip_g|label_emb|add_embedding)(?:[._]|$)")
@@ -73,6 +74,17 @@ def family_of(shapes: Shapes, form: str | None = None) -> str | None:
     if any(UNET.search(key) for key in shapes):
         return _unet_family(shapes)
     return _double_stream_family(shapes) or _single_stream_family(shapes)
+
+
+def architecture_of(shapes: Shapes, form: str | None = None) -> str | None:
+    """Name of the architecture that a file's layers fit, one of `veneer.base_models.ARCHITECTURES`; None if it is unknown.
+
+    SD3.5 medium has every layer of SD3.
+    """
+    families = re.split(", | or ", family_of(shapes, form) or "")
+    if SD3 in families:
+        return "sd35-large" if any(width == 2432 for _, width in _input_widths(shapes)) else "sd35"
+    return next((ARCHITECTURES[family] for family in families if family in ARCHITECTURES), None)
 
 
 def unsupported_family(shapes: Shapes) -> str | None:

@@ -141,11 +141,12 @@ def _check_unused_patterns(method: Method, chosen: Sequence[Site]) -> None:
 
 def _share(method: Method, sites: Sequence[Site], tower: nn.Module) -> nn.Module | None:
     base = _tensor(sites[0], tower)
-    with _init_device(base):
+    device = _device(base)
+    with _init_device(device):
         check_size(lambda: _size(method.build_shared(sites)), "")
         shared = method.build_shared(sites)
     if shared is not None:
-        _put(shared, base.device, _dtype(base))
+        _put(shared, device, _dtype(base))
     return shared
 
 
@@ -156,7 +157,8 @@ def _size(shared: nn.Module | None) -> int:
 
 def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | None) -> Adapter:
     base = _tensor(site, tower)
-    with _init_device(base), build_context(base.device):
+    device = _device(base)
+    with _init_device(device), build_context(device):
         try:
             own = method.at(site)
             check_size(lambda: own.count(site), site.name)
@@ -164,7 +166,7 @@ def _build(method: Method, site: Site, tower: nn.Module, shared: nn.Module | Non
         except ValueError as error:
             message = f"{method.name}: {site.name}: {error}"
             raise UnsupportedSite.from_error(error, message, site=site.name, method=method.name) from error
-    _put(adapter, base.device, _dtype(base))
+    _put(adapter, device, _dtype(base))
     if shared is not None:
         adapter.add_module("shared", shared)
     return adapter
@@ -177,9 +179,14 @@ def _put(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         module.to(device=device, dtype=dtype)
 
 
-def _init_device(base: torch.Tensor) -> torch.device:
-    """Initializes on the CPU, so that random values do not depend on the target device; on `meta` if the base weight is there."""
-    return torch.device("meta" if base.device.type == "meta" else "cpu")
+def _device(base: torch.Tensor) -> torch.device:
+    """The base weight's device; the CPU for tensors of a file if the base model is on `meta`, so that they can be saved again."""
+    return torch.device("cpu") if base.is_meta and (is_loading() or is_init_deferred()) else base.device
+
+
+def _init_device(device: torch.device) -> torch.device:
+    """Initializes on the CPU, so that random values do not depend on the target device; on `meta` if that is the target."""
+    return torch.device("meta" if device.type == "meta" else "cpu")
 
 
 def _dtype(base: torch.Tensor) -> torch.dtype:
