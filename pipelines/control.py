@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from veneer import base_models
+from veneer.base_models.devices import resolve_dtype
 from veneer.control.artifacts import ControlRun, write_files, write_maps, write_preview, write_results
 from veneer.control.config import ControlConfig
 from veneer.control.evaluation import Subject
@@ -72,7 +73,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         else PhaseReport()
     )
     report("loading")
-    pipe = base_models.load(config.base).to(accelerator.device)
+    pipe = base_models.load(config.base, dtype=resolve_dtype(config.dtype, accelerator.device)).to(accelerator.device)
     param_groups.freeze(pipe)
     kind = family(pipe)
     data = on_main(accelerator, lambda: open_training_images(config, kind, out, _generation_progress(config, report)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer import base_models
-from veneer.base_models.devices import resolve_device
+from veneer.base_models.devices import Dtype, resolve_device, resolve_dtype
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, OptionError
@@ -33,6 +33,7 @@ class GenerateConfig:
         guidance_scale: scale of classifier-free guidance (default: the base model's).
         size: height and width in pixels (default: the base model's).
         side_by_side: also write an image grid with the base model's image beside each, from the same noise.
+        dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU).
         device: device such as `cuda` (default: a GPU if there is one).
         out: folder for the images.
     """
@@ -47,6 +48,7 @@ class GenerateConfig:
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
     side_by_side: bool = False
+    dtype: Dtype | None = None
     device: str | None = None
     out: Path = Path("images")
 
@@ -64,7 +66,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     """
     adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
-    pipe = base_models.load(base).to(device)
+    pipe = base_models.load(base, dtype=resolve_dtype(config.dtype, device)).to(device)
     param_groups.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
     prompts = [_truncated(family(pipe), prompt) for prompt in config.prompt]

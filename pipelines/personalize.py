@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from veneer import base_models
+from veneer.base_models.devices import resolve_dtype
 from veneer.injection import Attachment, OptionError
 from veneer.training import param_groups
 from veneer.training.adapter_trainer import adapter_trainer
@@ -63,7 +64,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     main = accelerator.is_main_process
     report = PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
     report("loading")
-    pipe = base_models.load(config.base).to(accelerator.device)
+    pipe = base_models.load(config.base, dtype=resolve_dtype(config.dtype, accelerator.device)).to(accelerator.device)
     param_groups.freeze(pipe)
     kind = family(pipe, truncate=config.truncate)
     config, photos = _named(config.with_captions(labels=not kind.text_towers), kind, photos, accelerator)

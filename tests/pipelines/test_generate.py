@@ -12,6 +12,7 @@ from veneer.pipelines.generate import GenerateConfig, base_of, generate, parse_a
 
 import veneer
 from tests.raising import raises
+from veneer.base_models.devices import resolve_dtype
 from veneer.formats import native
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
@@ -90,3 +91,14 @@ def test_a_prompt_that_is_too_long_is_shortened_and_says_so(
     [file] = generate(GenerateConfig(("a cat " + "very " * 90 + "last",), base=made[0], steps=1, out=tmp_path))
     assert "last" in capsys.readouterr().out
     assert 10 < read_settings(file)["prompt"].count("very") < 90
+
+
+def test_the_base_model_is_in_the_dtype_that_was_asked_for(made: tuple[str, str], tmp_path: Path) -> None:
+    exact, rounded = (draw(made, tmp_path / dtype, made[1], dtype=dtype)[0] for dtype in ("float32", "bfloat16"))
+    assert 0 < np.abs(exact - rounded).mean() < 10
+
+
+def test_the_default_dtype_depends_on_the_device() -> None:
+    assert resolve_dtype(None, "cpu") == torch.float32
+    assert resolve_dtype(None, torch.device("cuda", 1)) == torch.bfloat16
+    assert resolve_dtype("float16", "cpu") == torch.float16

@@ -107,6 +107,26 @@ def test_the_saved_adapter_generates_what_was_trained(base: Any, photos: Path, t
     assert any(t.any() for k, t in state.items() if k.endswith(":up"))
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
+def test_a_base_model_in_bfloat16_trains_a_float32_adapter(base: Any, photos: Path, tmp_path: Path, kind: str) -> None:
+    """The same photos and noise: the losses differ by the rounding of the base model only."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        out = run(base(kind), photos, tmp_path / dtype, dtype=dtype, text_encoder=kind != "flux", learning_rate=1e-2)
+        state = load_file(out / "adapter.safetensors")
+        assert {t.dtype for t in state.values()} == {torch.float32}
+        assert any(t.any() for k, t in state.items() if k.endswith(":up"))
+        losses[dtype] = json.loads((out / "result.json").read_text())["training"]["loss"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+    assert losses["bfloat16"] != losses["float32"], "the base model was in bfloat16"
+
+
+def test_a_base_model_in_float16_needs_loss_scaling(base: Any, photos: Path, tmp_path: Path) -> None:
+    with raises(TrainError, where="dtype", given="no", expected="fp16"):
+        run(base("sd"), photos, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_class_images_are_generated_once_and_used(base: Any, photos: Path, tmp_path: Path) -> None:
     out = run(base("sd"), photos, tmp_path / "out", class_images=2)
     assert len(list((out / "prior").glob("*.png"))) == 2

@@ -37,7 +37,7 @@ REFERENCE_TIMINGS = {"pivotal": Timing(0.09, 35.0, REFERENCE), "lora": Timing(0.
 MAIN = ("steps", "batch", "learning_rate", "resolution", "schedule", "seed")
 MORE = (
     "where", "text_encoder", "class_images", "caption_dropout", "crop", "flip", "buckets", "optimizer", "weight_decay", "ema",
-    "min_snr_gamma", "mixed_precision", "gradient_checkpointing", "preview_every", "checkpoint_every", "eval_seeds",
+    "min_snr_gamma", "dtype", "mixed_precision", "gradient_checkpointing", "preview_every", "checkpoint_every", "eval_seeds",
 )  # fmt: skip
 SETTINGS = fields_of(PersonalizeConfig, [*MAIN, *MORE])
 MINIMUM = {"steps": 1, "batch": 1, "resolution": 8, "class_images": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}

@@ -1,8 +1,12 @@
-"""Device selection for base models."""
+"""Device and dtype selection for base models."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from veneer.injection.errors import BaseModelError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def resolve_device(name: str | None = None) -> str:
@@ -23,3 +27,16 @@ def resolve_device(name: str | None = None) -> str:
         message = f"--device {name} is not available; expected one of {', '.join(known)}."
         raise BaseModelError(message, where="device", given=name, expected=known) from error
     return name
+
+
+def resolve_dtype(name: Dtype | None, device: Any) -> Any:
+    """The torch dtype of a frozen base model: `name`, or by default bfloat16 on an accelerator and float32 on the CPU.
+
+    Adapters are in float32 in any case, and their inputs and outputs are cast.
+
+    Args:
+        device: a device or its name.
+    """
+    import torch
+
+    return getattr(torch, name or ("float32" if torch.device(device).type == "cpu" else "bfloat16"))

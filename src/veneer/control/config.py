@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from veneer import base_models
+from veneer.base_models.devices import Dtype
 from veneer.injection import methods
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.training.data.buckets import Crop
-from veneer.training.loop.config import TrainConfig
+from veneer.training.loop.config import TrainConfig, check_dtype
 from veneer.training.objective.objectives import ObjectiveOptions
 from veneer.training.report.feature_models import check_features
 from veneer.training.report.run_folder import new_folder
@@ -64,6 +65,8 @@ class ControlConfig:
         timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid` or
             `shift` (default: cubic for t2i_adapter, else uniform). diffusers' scripts count from the noisy end, so that their
             `--logit_mean` has the other sign.
+        dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU). `float16`
+            needs `mixed_precision=fp16`, whose loss scaling keeps small gradients.
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
         cache: cache latents and text embeddings instead of computing them in each step.
@@ -108,6 +111,7 @@ class ControlConfig:
     max_grad_norm: float = 1.0
     ema: float = 0.0
     timestep_sampling: str | None = None
+    dtype: Dtype | None = None
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     cache: bool = True
@@ -150,6 +154,7 @@ class ControlConfig:
     def with_defaults(self) -> ControlConfig:
         """The config with all defaults resolved: the base model's preset and a new results folder."""
         check_features(self.features)
+        check_dtype(self.dtype, self.mixed_precision)
         known = base_models.preset(self.base).training.get(self.method, {})
         condition = self.condition or ("image" if self.uses_image_embeddings else "canny")
         resolved: dict[str, Any] = {

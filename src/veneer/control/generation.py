@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from veneer import base_models
-from veneer.base_models.devices import resolve_device
+from veneer.base_models.devices import Dtype, resolve_device, resolve_dtype
 from veneer.formats import format_of, load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError, methods
@@ -47,6 +47,7 @@ class ControlGenerateConfig:
         steps: denoising steps (default: the base model's).
         guidance_scale: scale of classifier-free guidance (default: the base model's).
         size: height and width in pixels (default: the base model's).
+        dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU).
         device: device such as `cuda` (default: a GPU if there is one).
         out: folder for the images.
     """
@@ -65,6 +66,7 @@ class ControlGenerateConfig:
     steps: int | None = None
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
+    dtype: Dtype | None = None
     device: str | None = None
     out: Path = Path("images")
 
@@ -85,7 +87,7 @@ def generate_with_control(config: ControlGenerateConfig, adapters: list[tuple[Pa
         message = "expected either --image, whose maps are computed, or --map, the maps themselves, not both."
         raise OptionError(message, option="map", expected="image or map")
     device = resolve_device(config.device)
-    pipe = base_models.load(base).to(device)
+    pipe = base_models.load(base, dtype=resolve_dtype(config.dtype, device)).to(device)
     param_groups.freeze(pipe)
     kind = family(pipe)
     loaded = [(a, path) for path, scale in adapters for a in load_all(pipe, path, scale=scale)]

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from veneer import base_models, methods
+from veneer.base_models.devices import Dtype
 from veneer.injection.attachment.plan import hosts_for
 from veneer.injection.errors import OptionError
 
 from . import param_groups
 from .data.buckets import Crop
 from .data.captions import rename_concept
-from .loop.config import TrainConfig
+from .loop.config import TrainConfig, check_dtype
 from .objective.losses import LossKind
 from .objective.noise import NoiseOptions
 from .objective.objectives import ObjectiveOptions
@@ -91,6 +92,8 @@ class PersonalizeConfig:
         input_perturbation: gamma of input perturbation, typically 0.1; 0 disables it.
         cache: cache latents and text embeddings instead of computing them in each step.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
+        dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU). `float16`
+            needs `mixed_precision=fp16`, whose loss scaling keeps small gradients.
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
         seed: seed of all random numbers.
@@ -149,6 +152,7 @@ class PersonalizeConfig:
     input_perturbation: float = 0.0
     cache: bool = True
     cache_folder: Path | None = None
+    dtype: Dtype | None = None
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -193,6 +197,7 @@ class PersonalizeConfig:
     def _checked(self) -> PersonalizeConfig:
         """The config, after checks of its values before a base model is loaded."""
         self.loop(), self.objective(), self.noise()
+        check_dtype(self.dtype, self.mixed_precision)
         for name in ("eval_seeds", "class_images"):
             if (given := getattr(self, name)) < 0:
                 raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)

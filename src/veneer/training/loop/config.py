@@ -41,8 +41,8 @@ class TrainConfig:
         warmup: steps of linear warm-up.
         optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
         weight_decay: decoupled weight decay (for `sgd` the L2 term).
-        precision: `no` (float32), `bf16` or `fp16` autocast. Trainable tensors stay in float32.
-        clip: largest L2 norm of the whole gradient; 0 for no clipping.
+        mixed_precision: `no` (float32), `bf16` or `fp16` autocast. Trainable tensors stay in float32.
+        max_grad_norm: largest L2 norm of the whole gradient; 0 for no clipping.
         ema: EMA decay, such as 0.9999; 0 disables it.
         ema_warmup: warm-up of the decay, `ramp` or `power` (see `ema.EMA`).
         seed: random seed; all randomness is a function of it, the step and the sample.
@@ -111,6 +111,20 @@ class TrainConfig:
         if self.schedule == "constant":
             del fields["steps"]
         return fields
+
+
+def check_dtype(dtype: str | None, mixed_precision: str) -> None:
+    """Rejects a float16 base model without loss scaling: gradients below 6e-8 would become 0 in it.
+
+    Raises:
+        TrainError: `dtype` is float16 and `mixed_precision` is not fp16.
+    """
+    if dtype == "float16" and mixed_precision != "fp16":
+        message = (
+            f"dtype is float16 and mixed_precision is {mixed_precision!r}, so that small gradients would become zero; expected "
+            "--mixed-precision fp16, which scales the loss, or --dtype bfloat16, which needs no scaling."
+        )
+        raise TrainError(message, where="dtype", given=mixed_precision, expected="fp16")
 
 
 def preset_steps(preset: str, default: int) -> int:
