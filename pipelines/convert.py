@@ -22,8 +22,8 @@ class ConvertConfig:
     Args:
         file: a safetensors file of any format, or a folder with one.
         to: format to write.
-        base: base model: `bundled`, a folder, a hub name, or an architecture without weights such as `sdxl` or `flux` (default:
-            the base model that a native file was trained on, else the architecture that fits the file).
+        base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or
+            `flux` (default: the base model that a native file was trained on, else the architecture that fits the file).
         out: the new file, for peft_folder a folder (default: beside the old file, with the format in its name).
     """
 

@@ -17,8 +17,8 @@ class ExtractConfig:
     """Configuration of `veneer extract` and its defaults.
 
     Args:
-        tuned: the fine-tuned pipeline: a folder or a hub name.
-        base: the base model that it was fine-tuned from: `bundled`, a folder or a hub name.
+        tuned: the fine-tuned pipeline: a folder, a file or a hub name.
+        base: the base model that it was fine-tuned from: `bundled`, a folder, a file or a hub name.
         where: sites, as listed by `veneer sites` (default: all linear layers and convolutions).
         rank: rank of the LoRA.
         energy: smallest rank that keeps this share of the squared singular values, up to 1. `rank` is then the upper limit, as

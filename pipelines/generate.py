@@ -25,7 +25,7 @@ class GenerateConfig:
     Args:
         prompt: one or more prompts; for DiT class labels.
         adapter: files or folders, each with an optional strength: `runs/toy-lora` or `runs/toy-lora:0.8`.
-        base: base model: `bundled`, a folder or a hub name (default: the base model that the first adapter was trained on).
+        base: base model: `bundled`, a folder, a file or a hub name (default: the base model of the first adapter).
         negative_prompt: negative prompt (default: the base model's).
         images_per_prompt: images to generate per prompt; their seeds count up from `seed`.
         seed: seed of the first image.

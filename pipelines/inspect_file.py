@@ -16,7 +16,7 @@ class InspectConfig:
 
     Args:
         file: a safetensors file of any format, or a folder with one.
-        base: base model to compare the file with: `bundled`, a folder, a hub name, or an architecture without
+        base: base model to compare the file with: `bundled`, a folder, a file, a hub name, or an architecture without
             weights such as `sdxl` (default: none).
         json: print one JSON object instead of a table.
     """

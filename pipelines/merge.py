@@ -31,8 +31,8 @@ class MergeConfig:
         ratio: keep singular values above the largest one divided by this number, above 1.
         density: share of the parameters that `ties` (default: 0.2) or `dare` (default: 0.1) keeps, up to 1.
         seed: seed of `dare`.
-        base: base model: `bundled`, a folder, a hub name, or an architecture without weights such as `sdxl` or `flux` (default:
-            the base model that is recorded in one of the files, else the architecture that fits them).
+        base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or
+            `flux` (default: the base model that is recorded in one of the files, else the architecture that fits them).
         to: format to write (default: the format of the first file).
         dtype: dtype of the saved tensors.
         out: the new file.

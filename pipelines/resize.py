@@ -25,8 +25,8 @@ class ResizeConfig:
         error: smallest rank with at most this relative error of each delta weight, 0 to 1 (Frobenius norm).
         cumulative: smallest rank that keeps this share of the sum of singular values, up to 1.
         ratio: keep singular values above the largest one divided by this number, above 1.
-        base: base model: `bundled`, a folder, a hub name, or an architecture without weights such as `sdxl` or `flux` (default:
-            the base model that a native file was trained on, else the architecture that fits the file).
+        base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or
+            `flux` (default: the base model that a native file was trained on, else the architecture that fits the file).
         to: format to write (default: the format of the file).
         dtype: dtype of the saved tensors.
         out: the new file.

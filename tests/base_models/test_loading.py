@@ -82,12 +82,6 @@ def test_invalid_index_error(folder, text, where, given) -> None:
         base_models.load(folder)
 
 
-def test_single_file_error(tmp_path) -> None:
-    (tmp_path / "model.ckpt").write_bytes(b"x")
-    with raises(base_models.BaseModelError, file=tmp_path / "model.ckpt", where="kind", given="file", expected="folder"):
-        base_models.load(tmp_path / "model.ckpt")
-
-
 @pytest.mark.parametrize("name", ["no such base", "shiped", "/no/such/folder", "a/b/c"])
 def test_unknown_base_error(name) -> None:
     with raises(base_models.BaseModelError, where="base", given=name):

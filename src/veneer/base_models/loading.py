@@ -12,6 +12,7 @@ from veneer.injection.errors import BaseModelError
 from .architectures import ARCHITECTURES
 from .folders import BUNDLED, check_pipeline_folder, path
 from .hub import hub
+from .single_file import load_single_file
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -20,7 +21,8 @@ def load(base: str | Path = "bundled", **kwargs: Any) -> Any:
     """Loads a diffusers pipeline of any class: Stable Diffusion 1.x, 2, XL, 3, FLUX, PixArt, DiT, ...
 
     Args:
-        base: `bundled`, a folder written by `save_pretrained`, or a hub name such as `owner/model`; folders have precedence.
+        base: `bundled`, a folder written by `save_pretrained`, a single `.safetensors` file of Stable Diffusion 1.x or XL, or a
+            hub name such as `owner/model`; folders and files have precedence.
         kwargs: passed to `DiffusionPipeline.from_pretrained`; `dtype` defaults to float32, and only safetensors are read.
     Returns:
         The pipeline, on the CPU.
@@ -37,6 +39,8 @@ def load(base: str | Path = "bundled", **kwargs: Any) -> Any:
     keyword = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
     dtype = kwargs.pop("torch_dtype", torch.float32)
     kwargs = {keyword: kwargs.pop("dtype", dtype), **kwargs, "use_safetensors": True}
+    if isinstance(source, Path) and source.is_file():
+        return load_single_file(source, **{key: value for key, value in kwargs.items() if key != "use_safetensors"})
     if isinstance(source, Path):
         check_pipeline_folder(source, given=kwargs.keys())
         return DiffusionPipeline.from_pretrained(str(source), **kwargs)
@@ -54,10 +58,10 @@ def load(base: str | Path = "bundled", **kwargs: Any) -> Any:
 
 
 def find(base: str | Path) -> Path | str:
-    """The local folder of a base model, or its hub name.
+    """The local folder or file of a base model, or its hub name.
 
     Raises:
-        BaseModelError: neither a folder nor a valid hub name.
+        BaseModelError: neither a folder or file nor a valid hub name.
     """
     if base == "bundled":
         return path("bundled")
@@ -65,17 +69,8 @@ def find(base: str | Path) -> Path | str:
         message = f"load: {base!r} is a CLIP; expected a pipeline. Use veneer.base_models.load_clip({base!r})."
         raise BaseModelError(message, where="kind", given=base, expected="pipeline")
     folder = Path(base).expanduser()
-    if folder.is_dir():
+    if folder.exists():
         return folder
-    if folder.is_file():
-        raise BaseModelError(
-            f"load: {folder} is a single file; expected a diffusers folder. "
-            "Convert it with diffusers' from_single_file(file).save_pretrained(folder).",
-            file=folder,
-            where="kind",
-            given="file",
-            expected="folder",
-        )
     if isinstance(base, str) and HUB_NAME.fullmatch(base):
         return base
     if base in ARCHITECTURES:

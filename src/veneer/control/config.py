@@ -39,7 +39,7 @@ class ControlConfig:
             `grey`, `blur`, `low_resolution`, `palette` or `mask`; `pairs` for maps stored beside the photos; `image` for the
             images themselves (default: canny, but image for ip_adapter).
         method: `controlnet`, `t2i_adapter`, `controlnext` or `ip_adapter`.
-        base: base model: `bundled`, a folder or a hub name, of SD 1.x, SD 2 or SDXL.
+        base: base model: `bundled`, a folder, a file or a hub name, of SD 1.x, SD 2 or SDXL.
         options: method name to its options.
         train: base weights to train as well, a selection of sites (default: attn.out xattn.out for controlnext, else none).
         generated_images: number of training images to generate with the base model if no data is given.

@@ -40,7 +40,7 @@ class ControlGenerateConfig:
         condition: how maps are computed (default: as recorded in the file).
         start: share of the noise schedule after which the control starts, 0 to 1.
         end: share of the noise schedule after which the control ends, 0 to 1.
-        base: base model: `bundled`, a folder or a hub name (default: the base model that the first adapter was trained on).
+        base: base model: `bundled`, a folder, a file or a hub name (default: the base model of the first adapter).
         negative_prompt: negative prompt (default: the base model's).
         images_per_prompt: images to generate per prompt; their seeds count up from `seed`.
         seed: seed of the first image.

@@ -49,7 +49,7 @@ class PersonalizeConfig:
     Args:
         photos: folder with photos of one subject or style, or one photo (default: the bundled example photos).
         concept: the trigger token in prompts, such as `<toy>`; for DiT a class label, by name or number.
-        base: base model: `bundled`, a folder or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
+        base: base model: `bundled`, a folder, a file or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
         method: a method, several joined by `+`, or `pivotal` (textual_inversion+lora).
         options: method name to its options.
         where: sites of methods on weights, as listed by `veneer sites` (default: the preset's, else the method's).
