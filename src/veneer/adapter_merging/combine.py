@@ -110,7 +110,9 @@ def resize(
         model: the model of the attachment. source: a LoRA, or any other method with a weight form.
         keep: a rank, or a `RankSelection`. dtype, name: as in `combine`.
     Raises:
-        As `combine`.
+        CombineError: the adapter changes more than weights.
+        StateError: it is merged.
+        ValueError: `keep` is out of range.
     """
     return combine(model, [source], how="svd", keep=keep, dtype=dtype, name=name)
 

@@ -11,7 +11,9 @@ E = TypeVar("E", bound="VeneerError")
 class VeneerError(Exception):
     """Base of every error that veneer raises on purpose.
 
-    The attributes are keyword arguments of the constructor and survive pickling. Of every class, None where they do not apply:
+    The attributes are keyword arguments of the constructor and survive pickling. They are None where they do not apply.
+
+    Attributes:
         where: name of what the error is about, such as a module, a tensor, an attachment or a metadata field.
         given: the value, shape, names or state that was found. expected: what is accepted in its place.
         file: path of the file that was read or written.

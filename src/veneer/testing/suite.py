@@ -46,8 +46,9 @@ def check_method(method: MethodLike, host: HostLike | None = None, *, expected: 
     Raises:
         UnsupportedSite: the host has no site that the method needs. UnknownName: no such method or host.
 
-    >>> check_method("bitfit", "clip_text").failures
-    ()
+    Examples:
+        >>> check_method("bitfit", "clip_text").failures
+        ()
     """
     return Records(check.record(expected or {}) for check in method_checks(method, host))
 
@@ -62,16 +63,16 @@ def parametrize_with_checks(
 ) -> Any:
     """Parametrizes a test that takes `check` and calls it: one test per check.
 
+        @parametrize_with_checks([MyMethod(rank=2), "my_host", ("lora", "my_host")])
+        def test_conformance(check):
+            check()
+
     Args:
         subjects: methods, hosts, and pairs of a method and a host, as for `check_method` and `check_host`. A name of
             both a method and a host refers to the method.
         expected: as for `check_method`; becomes strict `xfail` marks with the reason.
         once: names of checks that run on only one small model per host, such as the expensive `compiles_to_one_graph`; the model
             varies with the method, so that all models are covered.
-
-        @parametrize_with_checks([MyMethod(rank=2), "my_host", ("lora", "my_host")])
-        def test_conformance(check):
-            check()
     """
     import pytest
 

@@ -38,7 +38,11 @@ def attach(
     Returns:
         The attachment. The base is frozen; the adapters' parameters and those in `train` require gradients.
     Raises:
-        UnknownName, SelectionError, UnsupportedSite, HostChanged, DeadSite.
+        UnknownName: no method has this name.
+        SelectionError: `where` or `train` matches nothing.
+        UnsupportedSite: the method cannot adapt a selected site.
+        HostChanged: the model is compiled or sharded; attach first.
+        DeadSite: with `sample`, parameters do not reach the output.
     """
     if isinstance(method, str):
         method = methods.get(method).from_config(config)

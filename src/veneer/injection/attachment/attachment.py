@@ -34,7 +34,8 @@ class Attachment:
     Attributes:
         name: unique among the model's attachments. `method`: the config. `where`: the selection as given.
         parts: site name to (site, adapter).
-        merged: True while merged into the weights. `is_enabled`: False inside `enabled(False)` and while another is activated.
+        merged: True while merged into the weights.
+        is_enabled: False inside `enabled(False)` and while another is activated.
         seams: what is installed on the host, empty when detached. `trained`: base parameters named in `train`.
         conditions: those of the current `condition` scope, or None.
         pipeline: a weak reference to the pipeline that was attached to, or None.
