@@ -99,6 +99,8 @@ def test_links_resolve(page: str) -> None:
             continue
         if file == DOCS / "cli.md":
             found = anchor in {f"veneer-{name}" for name in COMMANDS}
+        elif file == DOCS / "methods/index.md":
+            found = anchor in _anchors(_script("pages").BY_SITE)
         else:
             found = file.exists() and (not anchor or anchor in _anchors(file.read_text(encoding="utf-8")))
         dead += [] if found else [link]
@@ -202,6 +204,37 @@ def test_a_docstring_is_split_into_sections(scripts: ModuleType) -> None:
     assert list(scripts.sections(text)) == [("", "More."), ("Counts", "n: so\nmany."), ("Source", "B, 2024.")]
 
 
+def test_code_in_docstrings_stays_code(scripts: ModuleType) -> None:
+    page = scripts.generated_pages()["methods/adalora.md"]
+    assert "```python\nloss = loss + tuned.penalty()\nloss.backward()\n" in page
+
+
+def test_the_page_of_a_method_leads_to_options_by_site(scripts: ModuleType) -> None:
+    """Except where a model has a single site, or the options must be the same at all of them."""
+    pages = scripts.generated_pages()
+    assert "(index.md#options-by-site)" in pages["methods/lora.md"]
+    assert "differ by site, except `rank`: see" in pages["methods/vera.md"]
+    assert "by-site" not in pages["methods/controlnet.md"]
+    assert "--by-site 'mlp.*:rank=4,alpha=2'" in pages["methods/index.md"]
+
+
+def test_sections_of_a_docstring_are_separated() -> None:
+    pytest.importorskip("griffe")
+    text = "Loads.\n\nArgs:\n    a: one. `b`: two. `c`: no parameter.\nRaises:\n    LoadError: bad. StateError: merged."
+    expected = (
+        "Loads.\n\nArgs:\n    a: one.\n    b: two. `c`: no parameter.\n\nRaises:\n    LoadError: bad.\n    StateError: merged."
+    )
+    separated = _script("docstring_sections").separated
+    assert separated(text, ["a", "b"]) == expected
+    assert separated("Attributes:\n    a, b: of both.", ["a", "b"]) == "Attributes:\n    a: of both.\n    b: of both."
+
+
+def test_flags_in_sentences_are_marked() -> None:
+    pytest.importorskip("mkdocs")
+    html = _script("hooks").on_page_content("<p><code>a --b-c 1</code></p><pre><span></span><code>a --b\n</code></pre>")
+    assert html == '<p><code>a <span class="flag">--b-c</span> 1</code></p><pre><span></span><code>a --b\n</code></pre>'
+
+
 def test_text_of_docstrings_is_no_markup(scripts: ModuleType) -> None:
     assert scripts.escaped("a*b `c*d` <e>") == "a\\*b `c*d` \\<e\\>"
     assert scripts.cell("a | b") == "a \\| b"
@@ -215,7 +248,7 @@ def test_every_method_has_its_page(scripts: ModuleType) -> None:
         fields = [field.name for field in dataclasses.fields(method) if field.name != "by_site"]
         assert [field for field in fields if f"| `{field}` |" not in page] == [], name
         assert "## Source" in page, name
-        assert "## Counts" in page, name
+        assert "## Trainable parameters" in page, name
         assert "## Supported hosts" in page, name
         assert f"({name}.md)" in pages["methods/index.md"], name
         assert f"({name}.md)" in pages["methods/SUMMARY.md"], name

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from veneer.cli import parser_for
 from veneer.commands import COMMANDS
+from veneer.injection import methods as registry
 from veneer.listing import support_matrix
 from veneer.method_catalog import MethodEntry, Option, catalog
 
@@ -21,6 +23,30 @@ KINDS = {
 }
 """Package of a method to the heading of its group, in the order of the navigation."""
 SECTION = re.compile(r"^(?P<title>[A-Z][A-Za-z ]{2,30}):(?: (?P<rest>.*))?$")
+HEADINGS = {"Counts": "Trainable parameters"}
+"""Section of a docstring to its heading, where they differ."""
+VALUES = {"n": "int", "x": "float", "read": "key=value"}
+"""Placeholder in the help of a flag to the type of its values."""
+SINGLE = {"VocabularySite", "PixelSite", "FeatureSite", "PromptSite", "ResidualSite"}
+"""Types of sites of which a model has one, so that options by site are of no use."""
+BY_SITE = """## Options by site
+
+`by_site` changes options at some of the sites: a role pattern, or `name:` and the name of a site, to options. Names take
+precedence over role patterns, and later role patterns over earlier ones. An entry that matches none of the selected sites is an
+error. This LoRA has rank 4 in the MLPs and rank 8 elsewhere:
+
+```python
+by_site = {"mlp.*": {"rank": 4, "alpha": 2}}
+veneer.attach(model, "lora", rank=8, where=("attn", "mlp"), by_site=by_site)
+```
+
+```sh
+veneer personalize --method lora --rank 8 --where attn mlp \\
+  --by-site 'mlp.*:rank=4,alpha=2'
+```
+
+With several methods the flag has the name of one of them, such as `--lora.by-site`.
+"""
 
 
 def generated_pages() -> dict[str, str]:
@@ -32,7 +58,8 @@ def generated_pages() -> dict[str, str]:
 
 
 def matrix_page() -> str:
-    """The support matrix over the whole width."""
+    """The support matrix over the whole width, with links to the methods."""
+    linked = re.sub(r"^\| `(\w+)`", r"| [`\1`](methods/\1.md)", support_matrix(), flags=re.MULTILINE)
     return f"""---
 hide: [toc, navigation]
 ---
@@ -43,7 +70,9 @@ Rows are [methods](methods/index.md), columns are hosts: families of models. The
 need and hosts offer, on the small models of each host: ✓ where all of them are supported, their names where some are,
 – where none is.
 
-{support_matrix()}
+<div class="matrix" markdown>
+{linked}
+</div>
 """
 
 
@@ -54,22 +83,48 @@ def method_page(method: MethodEntry) -> str:
     lines += ["```python", f'veneer.attach(model, "{method.name}")', "```", ""]
     facts = {"Paper": method.paper, "Adapts": method.needs, "Conditions": ", ".join(method.conditions), "Group": method.kind}
     lines += [f"- **{name}**: {escaped(' '.join(text.split()))}" for name, text in facts.items() if text]
-    lines += ["", *_options(method.options)]
+    lines += ["", *_options(method)]
     for heading, text in sections(method.text):
-        lines += [f"## {heading}", ""] if heading else []
-        lines += [escaped(text[:1].upper() + text[1:] if heading not in ("", "Counts") else text), ""]
+        lines += [f"## {HEADINGS.get(heading, heading)}", ""] if heading else []
+        lines += [_body(heading, text), ""]
     lines += ["## Supported hosts", "", *supported_hosts(method.name), ""]
     return "\n".join(lines)
 
 
-def _options(options: Sequence[Option]) -> Iterator[str]:
-    if not options:
+def _options(method: MethodEntry) -> Iterator[str]:
+    if not method.options:
         return
-    yield from ("## Options", "", "| option | type | default | meaning |", "|---|---|---|---|")
-    for option in options:
-        kind = option.type.replace("collections.abc.", "")
-        yield f"| `{option.name}` | `{kind}` | `{option.default}` | {cell(option.about)} |"
-    yield ""
+    yield from (
+        "## Options",
+        "",
+        '<div class="reference" markdown>',
+        "",
+        "| option | type | default | meaning |",
+        "|---|---|---|---|",
+    )
+    for option in method.options:
+        yield f"| `{option.name}` | `{_type(option)}` | `{option.default}` | {cell(option.about)} |"
+    yield from ("", "</div>", "")
+    config = registry.get(method.name)
+    shared = config.shared_options
+    if any(need.site.__name__ not in SINGLE for need in config.needs):
+        alike = f", except {', '.join(f'`{name}`' for name in shared)}" if shared else ""
+        yield from (f"Options can differ by site{alike}: see [Options by site](index.md#options-by-site).", "")
+
+
+def _type(option: Option) -> str:
+    text = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", option.type.replace("collections.abc.", ""))
+    return re.sub(r"Literal\[([^\]]*)\]", lambda literal: literal[1].replace(", ", " | "), text)
+
+
+def _body(heading: str, text: str) -> str:
+    """The text of a section as Markdown: indented paragraphs are Python, and errors are a list."""
+    if heading == "Raises":
+        return "\n".join(f"- {escaped(error)}" for error in re.split(r"\n(?=[A-Z]\w+: )", text))
+    if heading not in ("", "Counts"):
+        text = text[:1].upper() + text[1:]
+    parts = [(part, textwrap.dedent(part)) for part in text.split("\n\n")]
+    return "\n\n".join(escaped(part) if part == code else f"```python\n{code}\n```" for part, code in parts)
 
 
 def sections(docstring: str) -> Iterator[tuple[str, str]]:
@@ -78,7 +133,7 @@ def sections(docstring: str) -> Iterator[tuple[str, str]]:
     for line in docstring.split("\n")[1:]:
         match = SECTION.match(line)
         if match is None:
-            text.append(line.strip())
+            text.append(line.strip() if heading else line)
             continue
         parts.append((heading, "\n".join(text).strip()))
         heading, text = match["title"], [match["rest"] or ""]
@@ -112,7 +167,7 @@ def index_page(methods: Sequence[MethodEntry]) -> str:
         lines += [f"## {kind}", "", "| method | what it is |", "|---|---|"]
         lines += [f"| [`{method.name}`]({method.name}.md) | {cell(method.about)} |" for method in group]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, BY_SITE])
 
 
 def navigation(methods: Sequence[MethodEntry]) -> str:
@@ -137,16 +192,22 @@ def command_page() -> str:
         "",
         "Generated from the parser of the `veneer` command. Commands that train a method also accept the",
     ]
-    lines += ["options of the methods named by `--method`; shown are those of the default method.", ""]
+    lines += [
+        "options of the methods named by `--method`; shown are those of the default method. The options of all methods are on",
+        "[their pages](methods/index.md), and `--by-site` sets them for some of the sites.",
+        "",
+        '<div class="reference" markdown>',
+        "",
+    ]
     for name in COMMANDS:
         lines += _command([name])
-    return "\n".join(lines)
+    return "\n".join([*lines, "</div>", ""])
 
 
 def _command(words: list[str]) -> list[str]:
     """The heading, usage and flags of one command, or those of its subcommands."""
     parser = _parser(words)
-    lines = [f"## veneer {' '.join(words)}", "", escaped(parser.description or "").capitalize() + ".", ""]
+    lines = [f"## veneer {' '.join(words)}", "", _sentence(parser.description or ""), ""]
     if subcommands := _subparsers(parser):
         return [*lines, *itertools.chain.from_iterable(_command([*words, name]) for name in subcommands)]
     for group in parser._action_groups:
@@ -155,6 +216,10 @@ def _command(words: list[str]) -> list[str]:
             title = {"positional arguments": "arguments", "options": "flags"}.get(str(group.title), group.title)
             lines += [f"| {title} | values | meaning |", "|---|---|---|", *rows, ""]
     return lines
+
+
+def _sentence(phrase: str) -> str:
+    return f"{escaped(phrase[:1].upper() + phrase[1:])}."
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -176,9 +241,9 @@ def _row(action: argparse.Action) -> str:
     elif action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         values = ""
     else:
-        kind = action.metavar or getattr(action.type, "__name__", "str")
-        values = f"{kind.lower().strip('_')}{' …' if action.nargs in ('+', '*') else ''}"
-    return f"| {flags} | {values.replace('read', 'key=value')} | {cell((action.help or '').replace('%%', '%'))} |"
+        kind = str(action.metavar or getattr(action.type, "__name__", "str")).lower().strip("_")
+        values = f"{VALUES.get(kind, kind)}{' …' if action.nargs in ('+', '*') else ''}"
+    return f"| {flags} | {values} | {cell((action.help or '').replace('%%', '%'))} |"
 
 
 def cell(text: str) -> str:

@@ -106,7 +106,8 @@ class AdaLoRA(Method):
         loss = loss + tuned.penalty()
         loss.backward()
         optimizer.step()
-        tuned.after_step(step, steps)  # step from 1 to steps, before zero_grad(); gradients already summed over processes
+        # step from 1 to steps; gradients already summed over processes
+        tuned.after_step(step, steps)
         optimizer.zero_grad()
 
     Without them it is a LoRA of `rank` with a diagonal matrix between the factors.
