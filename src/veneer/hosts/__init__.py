@@ -1,7 +1,7 @@
 """Hosts: one module per model family, which lists the sites that methods can adapt, and their registry.
 
-    veneer.hosts.names()  # every host, those of other installed packages too
-    veneer.hosts.get("timm_vit")  # the class of a host
+`veneer.hosts.names()` lists every host, also those of other installed packages; `veneer.hosts.get("timm_vit")` is the class
+of a host.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Methods: one module per method, in packages by kind, and their registry.
 
-veneer.methods.names()  # every method, those of other installed packages too
-veneer.methods.get("lora")  # the class of a method, whose fields are its options
+`veneer.methods.names()` lists every method, also those of other installed packages; `veneer.methods.get("lora")` is the class
+of a method, whose fields are its options.
 """
 
 from __future__ import annotations
