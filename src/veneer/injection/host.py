@@ -1,4 +1,4 @@
-"""What a host is: a description of the sites of one family of models."""
+"""Base class of hosts. A host describes the sites of one family of models."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .sites import Site
 
 
 class Host(ABC):
-    """One family of models. The file is the registration: stem == `name`.
+    """Describes the sites of one family of models. A module of `veneer.hosts` registers the host whose `name` is its stem.
 
     Class attributes:
-        name: the file's stem.
-        tower: the tower word of its sites (`vision`, `unet`, `dit`, `text`).
-        library: import name of the package that holds the models; imported only inside methods.
-        main: True if patterns without a tower mean this tower when a whole pipeline is given.
+        name: stem of the module's file.
+        tower: label of its sites in patterns (`vision`, `unet`, `dit`, `text`).
+        library: import name of the package of the models; imported only inside methods.
+        main: True if patterns without a tower select from this tower of a pipeline.
     """
 
     name: ClassVar[str]
@@ -28,17 +28,17 @@ class Host(ABC):
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
-        """True for the models of this family, without importing the library (look at the class's module names)."""
+        """True for models of this family. Must not import the library: compare class names, see `module_names`."""
 
     @abstractmethod
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
-        """Yield every site, in the order of the forward pass.
+        """Yields every site, in the order of the forward pass.
 
         Args:
             model: the tower's root module.
             component: its name in a pipeline (`unet`, `text_encoder_2`), or `""`.
-            components: the pipeline's other parts, for hosts that need one (a tokenizer).
-        Site names and paths are relative to `model`; the registry prefixes names with the component.
+            components: all components of the pipeline, for hosts that need another one (a tokenizer).
+        Site names and paths are relative to `model`; `towers` adds the component to names.
         """
 
     @abstractmethod
@@ -47,9 +47,9 @@ class Host(ABC):
 
     @abstractmethod
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
-        """Builders of small real models of the family, for tests: millisecond forwards, no download, seeded by the caller."""
+        """Builders of small models with the real classes, for tests: fast, without downloads. The caller sets the seed."""
 
 
 def module_names(model: nn.Module) -> set[str]:
-    """`module.Class` of the model's class and its bases, for `Host.matches`."""
+    """Qualified names of the model's class and its base classes, for `Host.matches`."""
     return {f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__}

@@ -54,7 +54,7 @@ class Adapter(nn.Module):
     | `prefers_weight` | bool | False | `weight` is cheaper than `output` here: W is parametrized, unless quantized |
     | `reads` | str | `"read"` | x on a `BranchSite`: the stream; `"normed"` after the norm; `"write"` y (`StreamSite` too) |
     | `training_buffers` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
-    | `replaces` | bool | False | the adapter holds the whole value of its tensor, whatever the base model has |
+    | `replaces` | bool | False | the adapter replaces its tensor: the result does not depend on the base value |
     | `changes_shape` | bool | False | `output` has another shape than y: strength is 0 or 1, and nothing is blended |
 
     Attributes:
@@ -86,7 +86,7 @@ class Adapter(nn.Module):
         return self.call.conditions
 
     def enter(self, tower: nn.Module) -> None:
-        """Called on attach: initializes from the host's weights, or changes something beside the model (a tokenizer)."""
+        """Called on attach: initializes from the host's weights, or changes objects outside the model, such as a tokenizer."""
 
     def leave(self) -> None:
         """Undoes `enter`. Called on detach and when an attach fails, also if `enter` was not called."""
@@ -94,7 +94,7 @@ class Adapter(nn.Module):
 
 @dataclass(frozen=True)
 class Need:
-    """A kind of site that a method can use.
+    """A kind of site that a method supports.
 
     Args:
         site: the site type.
@@ -113,17 +113,17 @@ class Method(ABC):
     """A method: a frozen dataclass with `build`. Its fields are the options: CLI flags and saved JSON.
 
     Class attributes:
-        name: the file's stem, the paper's short name.
+        name: stem of the module's file, the short name in the paper.
         paper: authors, title or venue and year, for the catalog.
-        needs: the kinds of site it can use; one match is enough.
+        needs: the kinds of site that it supports; a site must match one of them.
         default: selection used without a `where`; patterns of it that match nothing are ignored.
-        elsewhere: selection for a model without any site of `default`, as convolutional networks have no attention.
+        elsewhere: selection for models without any site of `default`, such as convolutional networks, which have no attention.
         identity_at_start: True if a fresh adapter leaves the output bitwise unchanged.
         learning_rate: default learning rate; `training` warns if a rate is far from it.
         keeps_head: True if a classifier keeps its head, because the method maps the head's labels to new ones.
         conditions: names of the conditions that `Attachment.condition` takes, such as `("image",)`; empty for none.
         prepares: `once` if `prepare` runs before training, `epoch` if before every epoch.
-        revision: raised when saved options and tensors compute another function than before. See `migrate`.
+        revision: incremented when the same saved options and tensors compute another function. See `migrate`.
         shared_options: options that `build_shared` reads; `by_site` cannot change them.
     Args:
         by_site: other options at some sites: a role pattern, or `name:` and the name of a site, to options, such as
@@ -154,19 +154,20 @@ class Method(ABC):
         """
         if not self.by_site:
             return self
-        own = {k: v for pattern, options in self._by_role.items() if has_role(pattern, site.role) for k, v in options.items()}
-        own |= self.by_site.get(f"name:{site.name}", {})
-        if not own:
+        matching = (options for pattern, options in self._by_role.items() if has_role(pattern, site.role))
+        overrides = {k: v for options in matching for k, v in options.items()}
+        overrides |= self.by_site.get(f"name:{site.name}", {})
+        if not overrides:
             return self
         known = {f.name for f in dataclasses.fields(self)} - {"by_site"}
-        if unknown := tuple(sorted(own.keys() - known)):
+        if unknown := tuple(sorted(overrides.keys() - known)):
             message = f"by_site has {', '.join(unknown)}; options are {', '.join(sorted(known))}"
             raise OptionError(message, option="by_site", method=self.name, given=unknown)
-        options = _tuples(own)
-        fixed = [name for name in self.shared_options if options.get(name, getattr(self, name)) != getattr(self, name)]
-        if fixed:
-            message = f"by_site has {', '.join(fixed)}, which must be the same at all sites; set it for the whole method"
-            raise OptionError(message, option="by_site", method=self.name, given=tuple(fixed))
+        options = _lists_to_tuples(overrides)
+        changed = [name for name in self.shared_options if options.get(name, getattr(self, name)) != getattr(self, name)]
+        if changed:
+            message = f"by_site has {', '.join(changed)}, which must be the same at all sites; set it for the whole method"
+            raise OptionError(message, option="by_site", method=self.name, given=tuple(changed))
         return dataclasses.replace(self, by_site={}, **options)
 
     @functools.cached_property
@@ -175,12 +176,12 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, site: Any) -> Adapter:
-        """Builds the adapter of one site. Random numbers come from torch's global generator only."""
+        """Builds the adapter of one site. Must use no other random numbers than those of torch's global generator."""
 
     def build_shared(self, sites: Sequence[Any]) -> nn.Module | None:
         """Builds a module that all adapters of one tower share, as their child `shared`, or None.
 
-        Called before `build`, with the selected sites of the tower. Random numbers as in `build`. Saved once.
+        Called before `build`, with the selected sites of the tower. Random numbers as in `build`. Saved only once.
         """
         return None
 
@@ -201,7 +202,7 @@ class Method(ABC):
         run: Callable[[Tensor], Any],
         batches: Iterable[tuple[Tensor, Tensor]],
     ) -> None:
-        """Runs over the training data and fills buffers of the adapters, which are saved. See `Attachment.prepare`.
+        """Runs over the training data and sets buffers of the adapters, which are saved. See `Attachment.prepare`.
 
         Args:
             run: a forward pass of the adapted model without autograd. `batches`: images (B, C, H, W) and labels (B,).
@@ -209,15 +210,15 @@ class Method(ABC):
         return None
 
     def parse_conditions(self, sites: Sequence[Site], pipeline: Any, **conditions: Any) -> ParsedConditions:
-        """Conditions passed to `Attachment.condition`, as tensors with one row per image, and the other conditions unchanged.
+        """The conditions of `Attachment.condition`: tensors with one row per image, and the other conditions unchanged.
 
         Raises:
-            ConditionError: a condition cannot be used.
+            ConditionError: a condition is invalid.
         """
         raise NotImplementedError(f"{self.name} has conditions and does not implement parse_conditions")
 
     def prepare_call(self, adapters: Sequence[tuple[Site, Adapter]]) -> None:
-        """Called before a tower runs, after the `conditions` of its adapters are set: computes what they share."""
+        """Called before each forward pass of a tower, after the `conditions` of its adapters are set: computes shared values."""
         return None
 
     def example(self, adapters: Sequence[tuple[Site, Adapter]], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -237,12 +238,12 @@ class Method(ABC):
         return None
 
     def summary(self, adapters: Iterable[tuple[Site, Adapter]]) -> str:
-        """A line for `Attachment.report` about the current state of the adapters; empty for nothing."""
+        """A line for `Attachment.report` about the current state of the adapters, or an empty string."""
         return ""
 
     @classmethod
     def examples(cls) -> tuple[Method, Method]:
-        """Two configs for the conformance suite, which can be attached to one model together; by default the same."""
+        """Two configs for the conformance suite, which attaches both to one model; by default they are equal."""
         return cls(), cls()
 
     def config(self) -> dict[str, Any]:
@@ -252,7 +253,7 @@ class Method(ABC):
 
     @classmethod
     def migrate(cls, config: Mapping[str, Any], revision: int, tensors: Collection[str]) -> dict[str, Any]:
-        """The options with which this revision computes what a file's `config` computed in an earlier one.
+        """The options with which this revision computes the same function as an earlier revision with a file's `config`.
 
         Args:
             tensors: names of the file's tensors, `site:parameter`.
@@ -272,8 +273,9 @@ class Method(ABC):
         if unknown := sorted(set(config) - known):
             message = f"{cls.name}: unknown option {', '.join(unknown)}. It has: {', '.join(sorted(known))}."
             raise UnknownOption(message, unknown[0], "option", given=tuple(unknown), expected=tuple(known), where=cls.name)
-        return cls(**_tuples(config))
+        return cls(**_lists_to_tuples(config))
 
 
-def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+def _lists_to_tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options from JSON, which has no tuples."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

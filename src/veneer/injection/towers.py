@@ -1,4 +1,4 @@
-"""From a model or a pipeline to its towers and their sites."""
+"""Finds the towers of a model or pipeline, such as UNet and text encoders, and their sites."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ _KEPT: ContextVar[dict[int, list[Tower]] | None] = ContextVar("towers_kept", def
 
 @dataclass(frozen=True)
 class Tower:
-    """One model that a host describes.
+    """A model that a host matches: a bare model, or a component of a pipeline.
 
     Args:
         component: its attribute in the pipeline, or `""` for a bare model.
-        main: True if a pattern without a tower means it.
-        wrapped: True if it was given inside the wrapper that `torch.compile` returns.
+        main: True if patterns that name no tower select from it.
+        components: all components of the pipeline.
+        wrapped: True if the caller passed the wrapper that `torch.compile` returns.
     """
 
     component: str
@@ -39,50 +40,50 @@ class Tower:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """The tower's sites, named from the pipeline's point of view.
+        """The tower's sites. In a pipeline their names start with the component.
 
         Raises:
-            VeneerError: two sites of one name.
+            VeneerError: two sites have the same name.
         """
         prefix = f"{self.component}." if self.component else ""
         number = re.search(r"_\d+$", self.component)
         suffix = number[0] if number else ""
-        found = tuple(
-            _renamed(s, name=prefix + s.name, component=self.component, tower=(s.tower or self.host.tower) + suffix)
+        sites = tuple(
+            _relabel(s, name=prefix + s.name, component=self.component, tower=(s.tower or self.host.tower) + suffix)
             for s in self.host.sites(self.module, self.component, self.components)
         )
-        names = [s.name for s in found]
+        names = [s.name for s in sites]
         if len(set(names)) != len(names):
-            twice = sorted({n for n in names if names.count(n) > 1})
-            message = f"host {self.host.name} gives two sites the same name: {', '.join(twice[:5])}."
-            raise VeneerError(message, where=self.host.name, given=tuple(twice))
-        return found
+            duplicates = sorted({n for n in names if names.count(n) > 1})
+            message = f"host {self.host.name} has several sites of the same name: {', '.join(duplicates[:5])}."
+            raise VeneerError(message, where=self.host.name, given=tuple(duplicates))
+        return sites
 
 
-def _renamed(site: Site, **labels: str) -> Site:
-    """`dataclasses.replace`, in a fifth of its time: sites have nothing but fields."""
-    renamed = object.__new__(type(site))
-    renamed.__dict__.update(site.__dict__, **labels)
-    return renamed
+def _relabel(site: Site, **labels: str) -> Site:
+    """`dataclasses.replace` without `__init__`, which is five times as fast."""
+    copy = object.__new__(type(site))
+    copy.__dict__.update(site.__dict__, **labels)
+    return copy
 
 
 def towers_of(model: Any, strict: bool = True) -> list[Tower]:
     """The towers of a module, or of anything with a `components` mapping.
 
     Raises:
-        UnsupportedSite: `strict`, and no host knows the model.
+        UnsupportedSite: `strict`, and no host matches the model.
     """
-    known = _KEPT.get()
-    if known is None:
-        return _found(model, strict)
-    towers = known.get(id(model)) or _found(model, strict)
-    known[id(model)] = towers
+    cache = _KEPT.get()
+    if cache is None:
+        return _find_towers(model, strict)
+    towers = cache.get(id(model)) or _find_towers(model, strict)
+    cache[id(model)] = towers
     return towers
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Inside it, each model's sites are looked for once, until something is attached. Nothing else may change a model there."""
+    """Caches towers and sites inside the block, until something is attached. Models must not be changed otherwise inside it."""
     token = _KEPT.set({})
     try:
         yield
@@ -91,43 +92,45 @@ def kept() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Look anew inside `kept`: what a host offers may depend on what is attached, such as new words."""
-    found = _KEPT.get()
-    if found is not None:
-        found.clear()
+    """Clears the cache of `kept`: sites may depend on attachments, such as the rows of a token-embedding table."""
+    cache = _KEPT.get()
+    if cache is not None:
+        cache.clear()
 
 
-def _found(model: Any, strict: bool) -> list[Tower]:
+def _find_towers(model: Any, strict: bool) -> list[Tower]:
     if isinstance(model, nn.Module):
-        bare, host = _bare(model), host_of(_bare(model))
-        found = [Tower("", bare, host, True, wrapped=bare is not model)] if host else []
+        module = _unwrap(model)
+        host = host_of(module)
+        towers = [Tower("", module, host, True, wrapped=module is not model)] if host else []
     else:
         components = getattr(model, "components", None)
         if not isinstance(components, Mapping):
             raise TypeError(f"{type(model).__name__} is neither a torch module nor a pipeline with `components`.")
-        known = {k: (_bare(m), host_of(_bare(m))) for k, m in components.items() if isinstance(m, nn.Module)}
-        found = [Tower(k, m, h, h.main, components, m is not components[k]) for k, (m, h) in known.items() if h]
-        found.sort(key=lambda t: not t.main)
-    if strict and not found:
-        message = f"no host knows {type(model).__name__}. There are hosts for: {', '.join(hosts.names())}."
+        modules = {k: _unwrap(m) for k, m in components.items() if isinstance(m, nn.Module)}
+        matches = [(k, m, host_of(m)) for k, m in modules.items()]
+        towers = [Tower(k, m, host, host.main, components, m is not components[k]) for k, m, host in matches if host]
+        towers.sort(key=lambda t: not t.main)
+    if strict and not towers:
+        message = f"no host matches {type(model).__name__}. Available hosts: {', '.join(hosts.names())}."
         raise UnsupportedSite(message, given=type(model).__name__, fits=hosts.names())
-    return found
+    return towers
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """The model inside the wrapper that `torch.compile` returns."""
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The module inside the wrapper that `torch.compile` returns, or the model itself."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
 
 
 def sites(model: Any) -> SiteTable:
-    """What can be adapted: every site of a model or pipeline. Print it for a table of roles, or iterate over it."""
+    """All sites of a model or pipeline, where adapters can be attached. Print it for a table of roles, or iterate over it."""
     return SiteTable(tuple(s for tower in towers_of(model) for s in tower.sites))
 
 
 @dataclass(frozen=True)
 class SiteTable:
-    """A tuple of sites that prints as a table: tower, role, type, how many, in which blocks, and sizes."""
+    """A sequence of sites that prints as a table: tower, role, type, number of sites, blocks and sizes."""
 
     all: tuple[Site, ...]
 
@@ -145,12 +148,12 @@ class SiteTable:
         for site in self.all:
             groups.setdefault((site.tower, site.role, type(site).__name__), []).append(site)
         rows = [("tower", "role", "type", "sites", "blocks", "size")]
-        rows += [(t, r, kind, str(len(g)), _span(g), _sizes(g)) for (t, r, kind), g in groups.items()]
+        rows += [(t, r, kind, str(len(g)), _depth_range(g), _sizes(g)) for (t, r, kind), g in groups.items()]
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _span(group: list[Site]) -> str:
+def _depth_range(group: list[Site]) -> str:
     depths = sorted({s.depth for s in group if s.depth is not None})
     return "" if not depths else (str(depths[0]) if len(depths) == 1 else f"{depths[0]}–{depths[-1]}")
 

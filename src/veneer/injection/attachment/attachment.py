@@ -35,26 +35,26 @@ class Attachment:
         name: unique among the model's attachments. `method`: the config. `where`: the selection as given.
         parts: site name to (site, adapter).
         merged: True while merged into the weights.
-        is_enabled: False inside `enabled(False)` and while another is activated.
-        seams: what is installed on the host, empty when detached. `trained`: base parameters named in `train`.
+        is_enabled: False in `enabled(False)` and while `activate` selects others.
+        seams: hooks and parametrizations on the host, empty when detached. `trained`: base parameters named in `train`.
         conditions: those of the current `condition` scope, or None.
-        pipeline: a weak reference to the pipeline that was attached to, or None.
+        pipeline: a weak reference to the pipeline passed to `attach`, or None.
         loaded: the report of the file it was loaded from, or None. `provenance`: origin of the adapters, saved with them.
     """
 
-    def __init__(self, planned: Plan, name: str) -> None:
+    def __init__(self, plan: Plan, name: str) -> None:
         self.name = name
-        self.method = planned.method
-        self.where = planned.where
-        self.train = planned.train
-        self.towers = planned.towers
-        self.parts: dict[str, tuple[Site, Adapter]] = {s.name: (s, a) for s, a in planned.parts}
-        self.offered = planned.offered
-        self.extras: dict[str, tuple[str, str]] = planned.extras
+        self.method = plan.method
+        self.where = plan.where
+        self.train = plan.train
+        self.towers = plan.towers
+        self.parts: dict[str, tuple[Site, Adapter]] = {s.name: (s, a) for s, a in plan.parts}
+        self.offered = plan.offered
+        self.extras: dict[str, tuple[str, str]] = plan.extras
         self.merged = False
         self.loaded: LoadReport | None = None
         self.provenance: dict[str, Any] = {}
-        self._installation = Installation(self, planned)
+        self._installation = Installation(self, plan)
         self.seams: list[Seam] = self._installation.seams
         self.trained: ExtraParameters = self._installation.trained
         self.conditions: Conditions | None = None
@@ -64,10 +64,12 @@ class Attachment:
     # detach, and state of the host
 
     def detach(self) -> None:
-        """Removes the adapters and restores keys, order, types, hooks, `requires_grad`, statistics and outputs, bitwise.
+        """Removes the adapters and restores the model bitwise.
+
+        That includes state-dict keys and their order, module types, hooks, `requires_grad`, norm statistics and outputs.
 
         Raises:
-            StateError: it is merged (unmerge first) or already detached.
+            StateError: it is merged (call `unmerge` first) or already detached.
         """
         self._installation.refuse_mixed()
         if self.merged:
@@ -87,7 +89,7 @@ class Attachment:
         self._installation.check(self.merged)
 
     def host_state_dict(self, component: str = "") -> dict[str, Tensor]:
-        """State dict of the host without adapters: keys and order of the bare host, also for parametrized tensors."""
+        """State dict of the host without adapters, with its original keys in their order, also for parametrized tensors."""
         tower = self.towers[component or next(iter(self.towers))]
         return dict(host_tensors(tower))
 
@@ -160,14 +162,15 @@ class Attachment:
     def swap(self, path: str | PathLike[str], *, base: Literal["same", "any"] = "same") -> LoadReport:
         """Loads another adapter file into this attachment in place: no hook, shape or compiled graph changes.
 
-        The outputs are those of the file loaded on its own, at the same `scale`. LoRA, DoRA, LoHa, LoKr and OFT accept files of
-        a lower rank, another alpha or smaller blocks, exactly, and files without some of the sites: those sites then change
-        nothing. Other methods need the same options and sites. After a swap to a smaller file, the padding zeros do not train.
+        The outputs equal those of `veneer.load` with this file, at the same `scale`. LoRA, DoRA, LoHa, LoKr and OFT accept
+        files of a lower rank, another alpha or smaller blocks, exactly, and files without some of the sites: adapters of those
+        sites are set to no change. Other methods need the same options and sites. After a swap to a smaller file, the padding
+        zeros do not train.
 
         Args:
             path: a file of any format with a single attachment of this method. `base`: as for `veneer.load`.
         Raises:
-            LoadError: the file does not fit. StateError: merged or detached. Nothing is changed then.
+            LoadError: the file is not compatible. StateError: merged or detached. Nothing is changed then.
         """
         return file_functions().swap(self, path, base=base)
 
@@ -176,7 +179,7 @@ class Attachment:
         self.check()
         return file_functions().save(self, path)
 
-    # conditions and strength
+    # conditions and scale
 
     def condition(
         self, *, strength: float = 1.0, start: float = 0.0, end: float = 1.0, pipeline: Any = None, **conditions: Any
@@ -189,10 +192,10 @@ class Attachment:
 
         Args:
             strength: multiplies `scale`, inside the block only. `start`, `end`: active part of the schedule, 0 to 1.
-            pipeline: the pipeline or model that is called, if it is not the one that was attached to.
+            pipeline: the pipeline or model that is called, if not the one passed to `attach`.
             conditions: conditions of the method, such as `image=`.
         Raises:
-            ConditionError: the method has no conditions or others, or a value cannot be used.
+            ConditionError: the method does not take these conditions, or a value is invalid.
         """
         return condition_scope(self, parse_conditions(self, conditions, strength, start, end, pipeline))
 
@@ -233,10 +236,10 @@ class Attachment:
     def merge(self) -> MergeReport:
         """Merges the adapters into the base weights: W' = weight(W) at the current scale, rounded once to W's dtype.
 
-        Memory: W' is allocated beside W, and W is stored for `unmerge`: each merge takes the size of the adapted weights again.
-        Order: of several attachments the first merged is applied first, and unmerged ones are applied to the result. Outputs stay
-        equal if they are merged in the order of attaching, or if all changes are sums, like LoRA's. `veneer.merges(model)` lists
-        the merged attachments in order, with their scales.
+        Memory: W is kept for `unmerge`, so each merge needs the memory of the adapted weights again.
+        Order: attachments are applied in the order of merging, and unmerged ones after them. Outputs do not change if they are
+        merged in the order of attaching, or if all of them add a delta, as LoRA does. `veneer.merges(model)` lists the merged
+        attachments in order, with their scales.
 
         Raises:
             StateError: already merged, or detached.
@@ -250,12 +253,12 @@ class Attachment:
         return self._installation.merge(self._scale if self.is_enabled else 0.0)
 
     def unmerge(self) -> None:
-        """Restores the original weights, bitwise and without a copy, and installs the adapters again.
+        """Restores the original weights, bitwise and without a copy, and reinstalls the adapters.
 
         If the model was moved or cast since the merge, so are the weights. Other changes of W' since the merge are lost.
 
         Raises:
-            StateError: not merged, or another attachment was merged later and must be unmerged first.
+            StateError: not merged, or a later merge of another attachment must be undone first.
         """
         if not self.merged:
             raise StateError(f"'{self.name}' is not merged.", where=self.name, given="not merged")
@@ -264,7 +267,7 @@ class Attachment:
     # inspection
 
     def report(self) -> Report:
-        """Table of sites, trainable and stored parameters per block, and the share of the base. Print it, or read its rows."""
+        """Adapted roles and trainable parameters per block, and their share of the base model. Print it, or read its rows."""
         return Report.of(self)
 
     def probe(self, sample: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Conditions of an attachment: parsed, set for a `with` block, and set on its adapters for each forward pass."""
+"""Parses the conditions of an attachment, sets them for a `with` block, and passes them to its adapters in each forward pass."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .protocol import AttachmentProtocol
 def condition_scope(attachment: AttachmentProtocol, conditions: Conditions) -> Iterator[None]:
     """Sets the attachment's conditions for a `with` block and restores the previous ones after it.
 
-    The adapters keep the conditions of the last call, because a backward pass with gradient checkpointing runs parts of it again.
+    The adapters keep the conditions of the last forward pass, because gradient checkpointing recomputes it in `backward()`.
     """
-    before = attachment.conditions
+    previous = attachment.conditions
     conditions.open()
     attachment.conditions = conditions
     try:
         yield
     finally:
-        attachment.conditions = before
+        attachment.conditions = previous
         conditions.close()
 
 
@@ -34,14 +34,14 @@ def set_call_conditions(attachment: AttachmentProtocol, tower: nn.Module, args: 
     """Sets the conditions of the next forward pass on the adapters of a tower.
 
     Raises:
-        ConditionError: the call is outside a `condition` scope.
+        ConditionError: the forward pass is outside a `condition` scope.
     """
     current = attachment.conditions
     if current is None:
-        takes = ", ".join(f"{name}=…" for name in attachment.method.conditions)
+        arguments = ", ".join(f"{name}=…" for name in attachment.method.conditions)
         raise ConditionError(
-            f"'{attachment.name}' ({attachment.method.name}) has no conditions. Call the model inside "
-            f"`with attachment.condition({takes}):`, or inside `with attachment.enabled(False):` for the bare model.",
+            f"'{attachment.name}' ({attachment.method.name}) needs conditions. Call the model inside "
+            f"`with attachment.condition({arguments}):`, or inside `with attachment.enabled(False):` for the bare model.",
             where=attachment.name,
             given=(),
             expected=attachment.method.conditions,
@@ -57,7 +57,7 @@ def set_call_conditions(attachment: AttachmentProtocol, tower: nn.Module, args: 
 
 
 def example(attachment: AttachmentProtocol, inputs: Mapping[str, Any]) -> Conditions:
-    """Conditions for sample inputs of a tower, for the probe and the conformance suite."""
+    """Example conditions for sample inputs of a tower, for the probe and the conformance suite."""
     values = attachment.method.example(list(attachment.parts.values()), inputs)
     return Conditions(attachment.name, values, {})
 
@@ -68,21 +68,21 @@ def parse_conditions(
     """Conditions, checked and converted by the method.
 
     Raises:
-        ConditionError: the method takes none or others, one cannot be used, or the attached pipeline was garbage-collected.
+        ConditionError: the method does not take them, one is invalid, or the pipeline passed to `attach` was garbage-collected.
     """
     method, name = attachment.method, attachment.name
     if pipeline is None and attachment.pipeline is not None:
         pipeline = attachment.pipeline()
         if pipeline is None:
             raise ConditionError(
-                f"'{name}': the pipeline it was attached to was garbage-collected; pass condition(…, pipeline=PIPE).",
+                f"'{name}': the pipeline passed to attach was garbage-collected. Pass it again: condition(…, pipeline=PIPE).",
                 where=name,
                 expected="pipeline",
             )
     unknown = sorted(set(conditions) - set(method.conditions))
     if unknown or not method.conditions:
-        takes = ", ".join(method.conditions) or "no conditions"
-        message = f"'{name}' ({method.name}) takes {takes}; got {', '.join(conditions) or 'nothing'}."
+        expected = ", ".join(method.conditions) or "no conditions"
+        message = f"'{name}' ({method.name}) takes {expected}; got {', '.join(conditions) or 'none'}."
         raise ConditionError(message, where=name, given=tuple(conditions), expected=method.conditions)
     sites = [site for site, _ in attachment.parts.values()]
     values, options = method.parse_conditions(sites, pipeline, **conditions)

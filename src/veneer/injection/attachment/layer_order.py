@@ -1,8 +1,8 @@
-"""Order of attaching on one layer: call adapters of earlier attachments beneath the weight adapters of later ones.
+"""Keeps the order of attachments on one layer when an earlier one uses a forward hook and a later one parametrizes the weight.
 
-A hook on a called layer acts after everything that is in the layer's weights. That is the order of attaching where the hook was
-attached later, and makes no difference where both are sums. Else the earlier adapter must act in the weights, before the later
-one: `Beneath` applies its weight and bias forms there, and its hook does nothing as long as the later one is enabled.
+A forward hook runs after the parametrizations of its layer, so the earlier attachment would act last. If both add a delta, the
+result is the same. Otherwise `Beneath` applies the earlier adapter's weight and bias forms inside the parametrization, before the
+later adapter, and the hook does nothing while the later one is enabled.
 """
 
 from __future__ import annotations
@@ -20,144 +20,151 @@ from ..seams.weight_seam import WeightSeam
 from ..sites import NormSite, ParamSite, WeightSite
 from .protocol import AttachmentProtocol
 
-TENSORS = (WeightSite, ParamSite, NormSite)
+TENSOR_SITES = (WeightSite, ParamSite, NormSite)
 
 
 class Beneath:
-    """Call seams of earlier attachments on the module whose tensors one attachment changes.
+    """Call seams of earlier attachments on a module whose tensors a later attachment parametrizes.
 
     Args:
-        module: the layer. `weights`: parameter name to the later attachment's seam. `calls`: in the order of attaching.
+        module: the layer. `weights`: parameter name to the weight seam of the later attachment.
+        calls: call seams of the earlier attachments, in the order of attaching.
     """
 
     def __init__(self, module: nn.Module, weights: dict[str, WeightSeam], calls: Sequence[CallSeam]) -> None:
         self.module, self.weights, self.calls = module, weights, tuple(calls)
 
     def acting(self) -> list[CallSeam]:
-        """The call seams that act in the weights now: up to the last enabled one that does not commute."""
+        """The call seams currently applied in the weights: all enabled ones up to the last that does not commute."""
         if all(seam.is_disabled() for seam in self.weights.values()):
             return []
-        free = [call for call in self.calls if not call.is_disabled() and not self._taken_before(call)]
-        return [call for call in self._ordered(free) if tensors_of(call) <= self.weights.keys()]
+        enabled = [call for call in self.calls if not call.is_disabled() and not self._is_applied_earlier(call)]
+        return [call for call in self._must_precede(enabled) if tensors_of(call) <= self.weights.keys()]
 
     def takes(self, call: CallSeam) -> bool:
-        """True if a call seam acts in the weights now."""
+        """True if a call seam is currently applied in the weights."""
         return any(call is other for other in self.acting())
 
     def concerns(self, call: CallSeam) -> bool:
-        """True if a call seam acts in the weights while everything is enabled."""
-        return any(call is other for other in self._ordered(self.calls))
+        """True if a call seam is applied in the weights when everything is enabled."""
+        return any(call is other for other in self._must_precede(self.calls))
 
     def apply(self, param: str, tensor: Tensor) -> Tensor:
-        """The tensor with the changes of the call seams that act in the weights."""
+        """The tensor with the changes of the call seams that are currently applied in the weights."""
         for call in self.acting():
             if param in tensors_of(call):
                 tensor = change_of(call, self.module, param, tensor)
         return tensor
 
     def lacking(self) -> Iterator[ParamSite]:
-        """Tensors that the later attachment must carry as well, because an earlier adapter changes weight and bias together.
+        """Tensors to parametrize as well, because an earlier adapter changes weight and bias together.
 
         Raises:
-            UnsupportedSite: an earlier adapter cannot act in the weights.
+            UnsupportedSite: an earlier adapter cannot be applied in the weights.
         """
-        acting = self._ordered(self.calls)
-        together = [call for call in acting if len(tensors_of(call)) > 1 or _reach(call)]
-        for call in acting:
-            refuse_without_form(call, next(iter(self.weights.values())))
-        names = {name for call in (acting if together else ()) for name in tensors_of(call)}
+        earlier = self._must_precede(self.calls)
+        changes_several = any(len(tensors_of(call)) > 1 or _needs_missing_bias(call) for call in earlier)
+        for call in earlier:
+            _reject_without_form(call, next(iter(self.weights.values())))
+        names = {name for call in (earlier if changes_several else ()) for name in tensors_of(call)}
         for name in sorted(names - self.weights.keys()):
-            site = acting[0].sites[0]
+            site = earlier[0].sites[0]
             yield ParamSite(
                 name=f"{site.name}.{name}", role=site.role, component=site.component, path=site.path, param=name, shape=()
             )
 
-    def _taken_before(self, call: CallSeam) -> bool:
-        for beneath in call.layer_orders:
-            if beneath is self:
+    def _is_applied_earlier(self, call: CallSeam) -> bool:
+        """True if a call seam is applied in the weights of an attachment between it and this one."""
+        for order in call.layer_orders:
+            if order is self:
                 return False
-            if beneath.takes(call):
+            if order.takes(call):
                 return True
         return False
 
-    def _ordered(self, calls: Sequence[CallSeam]) -> Sequence[CallSeam]:
-        last = 0
+    def _must_precede(self, calls: Sequence[CallSeam]) -> Sequence[CallSeam]:
+        """The call seams up to the last one that does not commute with the weight seams."""
+        end = 0
         for i, call in enumerate(calls):
             if not self._commutes(call):
-                last = i + 1
-        return calls[:last]
+                end = i + 1
+        return calls[:end]
 
     def _commutes(self, call: CallSeam) -> bool:
-        """True if the order of a call seam and the weight seams makes no difference: other rows, other tensors, or sums."""
+        """True if the order of a call seam and the weight seams is irrelevant: other rows, other tensors, or only sums."""
         names = tensors_of(call)
         for name, seam in self.weights.items():
-            for site, adapter in zip(seam.sites, seam.adapters, strict=False) if name in names else ():
-                for other, earlier in zip(call.sites, call.adapters, strict=True):
-                    if not (apart(site.rows, other.rows) or (adapter.adds and earlier.adds)):
+            for site, later in zip(seam.sites, seam.adapters, strict=False) if name in names else ():
+                for earlier_site, earlier in zip(call.sites, call.adapters, strict=True):
+                    if not (_are_disjoint(site.rows, earlier_site.rows) or (later.adds and earlier.adds)):
                         return False
         return True
 
 
-def apart(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
-    """True for rows that do not overlap."""
-    return one is not None and other is not None and (one[1] <= other[0] or other[1] <= one[0])
+def _are_disjoint(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+    """True for row ranges that do not overlap; None means all rows."""
+    return a is not None and b is not None and (a[1] <= b[0] or b[1] <= a[0])
 
 
-def refuse_without_form(call: CallSeam, later: WeightSeam) -> None:
-    """Raise `UnsupportedSite` if a call seam has no form in the module's own tensors."""
+def _reject_without_form(call: CallSeam, later: WeightSeam) -> None:
+    """Raises `UnsupportedSite` if the adapters of a call seam cannot be applied to the module's own tensors."""
     site, adapter = call.sites[0], type(call.adapters[0]).__name__
     if not isinstance(call.adapters[0], WeightAdapter):
-        why = f"{adapter} has no weight form"
-    elif _reach(call):
-        why = f"{adapter} shifts the output, and the layer has no bias that could take the shift"
+        reason = f"{adapter} has no weight form"
+    elif _needs_missing_bias(call):
+        reason = f"{adapter} shifts the output, and the layer has no bias to add the shift to"
     else:
         return
+    later_name = type(later.adapters[0]).__name__
     raise UnsupportedSite(
-        f"{site.name}: {adapter} is attached already, and {type(later.adapters[0]).__name__} changes the weight beneath it, so "
-        f"that the earlier one would act last: {why}. Attach the later one first, or select other sites.",
+        f"{site.name}: {adapter} is already attached with a forward hook, which would run after {later_name} changes the weight, "
+        f"and it cannot be applied in the weight: {reason}. Attach {later_name} first, or select other sites.",
         site=site.name,
-        given=type(later.adapters[0]).__name__,
+        given=later_name,
     )
 
 
-def _reach(call: CallSeam) -> bool:
-    """True if adapters change a bias that is not a parameter of the module itself."""
+def _needs_missing_bias(call: CallSeam) -> bool:
+    """True if the adapters change the bias, and the module itself has no bias parameter."""
     site = call.sites[0]
     return isinstance(call.adapters[0], BiasAdapter) and (not site.bias or site.bias.rpartition(".")[0] != site.path)
 
 
 def link(tower: nn.Module, attached: Iterable[AttachmentProtocol]) -> list[tuple[AttachmentProtocol, list[Beneath]]]:
-    """Tell the seams of a tower, in the order of attaching, which of them act beneath which.
+    """Links the seams of a tower so that earlier attachments are applied before later ones.
 
+    Args:
+        attached: attachments of the tower, in the order of attaching.
     Returns:
-        Of each attachment, what is beneath it.
+        Per attachment, the earlier call seams on the modules that it parametrizes.
     """
     calls: dict[int, list[CallSeam]] = {}
-    found: list[tuple[AttachmentProtocol, list[Beneath]]] = []
+    orders: list[tuple[AttachmentProtocol, list[Beneath]]] = []
     for attachment in attached:
         seams = [] if attachment.merged else [s for s in attachment.seams if s.__dict__["tower"] is tower]
-        weights = _weights(seams)
-        below = [Beneath(module, group, calls[id(module)]) for module, group in weights if id(module) in calls]
-        found.append((attachment, [_connect(each) for each in below]))
+        by_module = _weight_seams_by_module(seams)
+        beneath = [Beneath(module, weights, calls[id(module)]) for module, weights in by_module if id(module) in calls]
+        orders.append((attachment, [_connect(order) for order in beneath]))
         for seam in seams:
-            if isinstance(seam, CallSeam) and isinstance(seam.sites[0], TENSORS) and seam.__dict__["joined"]:
+            if isinstance(seam, CallSeam) and isinstance(seam.sites[0], TENSOR_SITES) and seam.__dict__["joined"]:
                 seam.layer_orders = ()
                 calls.setdefault(id(seam.__dict__["_owner"]), []).append(seam)
-    return found
+    return orders
 
 
-def _weights(seams: Iterable[Seam]) -> list[tuple[nn.Module, dict[str, WeightSeam]]]:
-    """Modules with the weight seams of one attachment, by parameter name."""
-    found: dict[int, tuple[nn.Module, dict[str, WeightSeam]]] = {}
+def _weight_seams_by_module(seams: Iterable[Seam]) -> list[tuple[nn.Module, dict[str, WeightSeam]]]:
+    """Pairs of a module and its weight seams by parameter name, of one attachment."""
+    by_module: dict[int, tuple[nn.Module, dict[str, WeightSeam]]] = {}
     for seam in seams:
         if isinstance(seam, WeightSeam) and seam.__dict__["joined"]:
             seam.layer_order = None
             target = seam.__dict__["_target"]
-            found.setdefault(id(target), (target, {}))[1][seam.param] = seam
-    return [*found.values()]
+            by_module.setdefault(id(target), (target, {}))[1][seam.param] = seam
+    return [*by_module.values()]
 
 
 def _connect(beneath: Beneath) -> Beneath:
+    """Makes the seams refer to their order."""
     for seam in beneath.weights.values():
         seam.layer_order = beneath
     for call in beneath.calls:
