@@ -1,4 +1,4 @@
-"""Choosing which attachments of a model act, in one call."""
+"""Enables some attachments of a model and disables the others, in one call."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ..attachment.attach import attachments
 from ..attachment.attachment import Attachment
 from ..errors import StateError, UnknownName
 
-Switch = tuple[float, bool]  # scale, on
+Switch = tuple[float, bool]  # scale, enabled
 
 
 class Activation:
-    """What `activate` has done. As a context, or by `undo()`, the earlier strengths come back."""
+    """Result of `activate`: a context manager that restores the previous scales at its end. `undo()` does so as well."""
 
     def __init__(self, before: Mapping[Attachment, Switch]) -> None:
         self._before = dict(before)
 
     def undo(self) -> None:
-        """Put the strengths from before the call back. A second time does nothing."""
+        """Restores the scales from before the call. A second call does nothing."""
         before, self._before = self._before, {}
         _write(before)
 
@@ -32,46 +32,47 @@ class Activation:
 
 
 def activate(model: Any, chosen: str | Iterable[str] | Mapping[str, float]) -> Activation:
-    """Let the named attachments act and no other: `activate(model, {"style": 0.8, "face": 0.5})`. All or nothing.
+    """Enables the named attachments and disables all others: `activate(model, {"style": 0.8, "face": 0.5})`. All or nothing.
 
-    Buffers are written, and only of attachments whose strength changes: no recompilation, and no cost for those that stay off.
+    Writes only the buffers of attachments that change, so a compiled model is not compiled again. Merged attachments that are not
+    named are part of the base model and stay merged.
 
     Args:
-        model: the module or pipeline that they are attached to.
-        chosen: names to strengths (0 the host, 1 as trained), or names alone, at the scale that they have; empty for the base.
+        model: the module or pipeline of the attachments.
+        chosen: names to scales (0 the host, 1 as trained), or only names, which keep their scales; empty for the base model.
     Returns:
-        A context: `with activate(model, "style"): …` puts the earlier strengths back at its end. Without `with` they stay.
+        A context manager: `with activate(model, "style"): …` restores the previous scales at its end. Without `with` they stay.
     Raises:
-        UnknownName: a name that is not attached; it lists those that are. StateError: a named one is merged, or cannot have the
-            strength. Nothing has been changed then. Those merged and not named are part of the base and stay.
+        UnknownName: no attachment has this name; lists the names. StateError: a named attachment is merged or does not support
+            the scale. Nothing is changed then.
     """
-    there = {a.name: a for a in attachments(model)}
-    given: dict[str, float | None] = dict(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(_names(chosen))
-    for name in given:
-        if named(there, name).merged:
-            message = f"activate: '{name}' is merged. Call its unmerge() first, or leave it out: it is part of the base."
+    attached = {a.name: a for a in attachments(model)}
+    scales: dict[str, float | None] = dict(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(_as_names(chosen))
+    for name in scales:
+        if named(attached, name).merged:
+            message = f"activate: '{name}' is merged. Call its unmerge() first, or do not name it: it is part of the base model."
             raise StateError(message, where=name, given="merged")
-    wanted: dict[Attachment, Switch] = {}
-    for name, attachment in there.items():
+    switches: dict[Attachment, Switch] = {}
+    for name, attachment in attached.items():
         if not attachment.merged:
-            scale = given.get(name)
-            wanted[attachment] = (attachment.scale if scale is None else float(scale), name in given)
-    return switch(wanted)
+            scale = scales.get(name)
+            switches[attachment] = (attachment.scale if scale is None else float(scale), name in scales)
+    return switch(switches)
 
 
-def switch(wanted: Mapping[Attachment, Switch]) -> Activation:
-    """Write (scale, on) of several attachments, or of none.
+def switch(switches: Mapping[Attachment, Switch]) -> Activation:
+    """Sets scale and enabled state of several attachments. All or nothing.
 
     Raises:
-        StateError: one of them cannot have it.
+        StateError: an attachment does not support its scale.
     """
-    done = Activation({a: (a._scale, a.is_enabled) for a in wanted})
+    activation = Activation({a: (a._scale, a.is_enabled) for a in switches})
     try:
-        _write(wanted)
+        _write(switches)
     except BaseException:
-        done.undo()
+        activation.undo()
         raise
-    return done
+    return activation
 
 
 def _write(switches: Mapping[Attachment, Switch]) -> None:
@@ -80,17 +81,17 @@ def _write(switches: Mapping[Attachment, Switch]) -> None:
             attachment._write(*new)
 
 
-def named(there: Mapping[str, Attachment], name: str) -> Attachment:
-    """The attachment of that name.
+def named(attached: Mapping[str, Attachment], name: str) -> Attachment:
+    """The attachment with this name.
 
     Raises:
-        UnknownName: there is none.
+        UnknownName: no attachment has this name.
     """
-    if name not in there:
-        message = f"no attachment '{name}' on this model. There are: {', '.join(there) or 'none'}."
-        raise UnknownName(message, name, "attachment", expected=tuple(there))
-    return there[name]
+    if name not in attached:
+        message = f"no attachment '{name}' on this model. Attachments: {', '.join(attached) or 'none'}."
+        raise UnknownName(message, name, "attachment", expected=tuple(attached))
+    return attached[name]
 
 
-def _names(chosen: str | Iterable[str]) -> Iterable[str]:
+def _as_names(chosen: str | Iterable[str]) -> Iterable[str]:
     return (chosen,) if isinstance(chosen, str) else chosen

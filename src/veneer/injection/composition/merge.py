@@ -1,4 +1,4 @@
-"""Merges adapters into weights, and restores the weights. W' is allocated beside W, so W is restored bitwise without a copy."""
+"""Merges adapters into weights, and restores the weights. W' has new memory, so W is restored bitwise without a copy."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ OriginalWeights = dict[TensorKey, Tensor]
 Groups = dict[TensorKey, list[tuple[Any, Adapter]]]
 
 CACHE = 1 << 16
-"""Elements that a thread works on at a time: 256 KiB in single precision, which fits in a second-level cache."""
+"""Elements per thread and block: 256 KiB in single precision, which fits in the L2 cache."""
 DIRECT_CACHE = 16 * CACHE
-"""The same for a single step, for which a third-level cache is enough."""
+"""Elements per thread and block of a single `addmm`, for which the L3 cache is enough."""
 
 
 @dataclass(frozen=True)
@@ -42,65 +42,65 @@ class MergeReport:
 def merge_weights(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]]) -> tuple[OriginalWeights, MergeReport]:
     """Sets W ← weight(W) at every site, slice by slice. All or nothing.
 
-    Parameters stay the same objects with new memory; views of the old memory keep W. A tied parameter, which other modules hold
-    as well, is replaced in this module only.
+    Parameters stay the same objects and get new memory; views of the old memory keep W. A tied parameter, which several modules
+    share, is replaced in the adapted module only.
 
     Returns:
         The original tensors, not copied, and the report.
     Raises:
-        UnsupportedSite: an adapter has no weight form, or a weight cannot be changed for this module alone.
+        UnsupportedSite: an adapter has no weight form, or a weight is quantized, offloaded or computed from other tensors.
     """
-    groups = _grouped(towers, parts)
+    groups = _group_by_tensor(towers, parts)
     with torch.inference_mode(False), torch.no_grad():
         before = {key: _tensor(towers, key) for key in groups}
-        for key, shift in _shifts(towers, parts, before):
-            groups.setdefault(key, []).append(shift)
+        for key, part in _bias_parts(towers, parts, before):
+            groups.setdefault(key, []).append(part)
             before.setdefault(key, _tensor(towers, key))
         after = {key: merged_weight(before[key], group) for key, group in groups.items()}
-        for key in _tied(towers, before):
+        for key in _tied_keys(towers, before):
             after[key] = nn.Parameter(after[key], requires_grad=False)
-        original = _exchange(towers, after)
+        original = _replace_all(towers, after)
     return original, MergeReport(len(original), sum(t.numel() * t.element_size() for t in original.values()))
 
 
 def restore_weights(towers: Mapping[str, nn.Module], original: OriginalWeights) -> None:
-    """Restores the original tensors, cast and moved if the model was since."""
+    """Restores the original tensors, with the current dtype and device of the model."""
     with torch.inference_mode(False), torch.no_grad():
-        _exchange(towers, {key: _like(tensor, _tensor(towers, key)) for key, tensor in original.items()})
+        _replace_all(towers, {key: _cast_like(tensor, _tensor(towers, key)) for key, tensor in original.items()})
 
 
-def _exchange(towers: Mapping[str, nn.Module], tensors: OriginalWeights) -> OriginalWeights:
+def _replace_all(towers: Mapping[str, nn.Module], tensors: OriginalWeights) -> OriginalWeights:
     """Replaces all tensors, or none. Returns the previous ones."""
     before: OriginalWeights = {}
     try:
         for key, tensor in tensors.items():
-            before[key] = _put(towers, key, tensor)
+            before[key] = _replace(towers, key, tensor)
     except BaseException:
         for key, tensor in before.items():
-            _put(towers, key, tensor)
+            _replace(towers, key, tensor)
         raise
     return before
 
 
-def _put(towers: Mapping[str, nn.Module], key: TensorKey, tensor: Tensor) -> Tensor:
-    """Replaces a parameter by a parameter, or its data by another tensor. Returns the previous parameter or data."""
+def _replace(towers: Mapping[str, nn.Module], key: TensorKey, tensor: Tensor) -> Tensor:
+    """Replaces the parameter itself if `tensor` is a parameter, else its data. Returns the previous parameter or data."""
     component, path, param = key
     module: Any = towers[component].get_submodule(path)
-    there = base_tensor(module, "", param)
+    current = base_tensor(module, "", param)
     if isinstance(tensor, nn.Parameter):
-        inner, name = (module.parametrizations[param], "original") if _chain(module, param) else (module, param)
-        inner._parameters[name] = tensor
-        return there
-    data = there.data
-    there.data = tensor
-    increment_version(there)  # so that backward through the old value raises, as after any in-key change
+        owner, name = (module.parametrizations[param], "original") if _parametrizations(module, param) else (module, param)
+        owner._parameters[name] = tensor
+        return current
+    data = current.data
+    current.data = tensor
+    increment_version(current)  # so that backward through the old value raises, as after other in-place operations
     return data
 
 
-def _tied(towers: Mapping[str, nn.Module], tensors: Mapping[TensorKey, Tensor]) -> list[TensorKey]:
-    """Keys of parameters that several modules hold."""
-    holders = Counter(id(t) for tower in towers.values() for m in tower.modules() for t in m._parameters.values())
-    return [key for key, tensor in tensors.items() if holders[id(tensor)] > 1]
+def _tied_keys(towers: Mapping[str, nn.Module], tensors: Mapping[TensorKey, Tensor]) -> list[TensorKey]:
+    """Keys of parameters that several modules share."""
+    owners = Counter(id(t) for tower in towers.values() for m in tower.modules() for t in m._parameters.values())
+    return [key for key, tensor in tensors.items() if owners[id(tensor)] > 1]
 
 
 def _tensor(towers: Mapping[str, nn.Module], key: TensorKey) -> Tensor:
@@ -108,13 +108,13 @@ def _tensor(towers: Mapping[str, nn.Module], key: TensorKey) -> Tensor:
     return base_tensor(towers[component], path, param)
 
 
-def _like(tensor: Tensor, now: Tensor) -> Tensor:
-    if isinstance(tensor, nn.Parameter) or (tensor.dtype, tensor.device) == (now.dtype, now.device):
-        return tensor  # a tied parameter was moved and cast with its other modules
-    return torch.empty_like(now.data).copy_(tensor)
+def _cast_like(tensor: Tensor, current: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter) or (tensor.dtype, tensor.device) == (current.dtype, current.device):
+        return tensor  # a tied parameter was moved and cast with the other modules that share it
+    return torch.empty_like(current.data).copy_(tensor)
 
 
-def _grouped(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]]) -> Groups:
+def _group_by_tensor(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]]) -> Groups:
     """Groups sites and adapters by tensor.
 
     Raises:
@@ -129,58 +129,61 @@ def _grouped(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapte
                 given=type(adapter).__name__,
                 expected="weight",
             )
-        why = _obstacle(towers[site.component].get_submodule(site.path), site.param)
-        if why:
-            raise UnsupportedSite(f"{site.name}: {why[1]}", site=site.name, given=why[0])
+        obstacle = _merge_obstacle(towers[site.component].get_submodule(site.path), site.param)
+        if obstacle:
+            raise UnsupportedSite(f"{site.name}: {obstacle[1]}", site=site.name, given=obstacle[0])
         groups.setdefault((site.component, site.path, site.param), []).append((site, adapter))
     return groups
 
 
-def _shifts(
+def _bias_parts(
     towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]], before: OriginalWeights
 ) -> Iterator[tuple[TensorKey, tuple[Any, Adapter]]]:
-    """Biases after changed weights, for adapters that change the bias as well."""
+    """Key, site and bias form of the biases that adapters change together with the weight."""
     for site, adapter in parts:
         if isinstance(adapter, BiasAdapter):
-            found: Any = site
-            shift = bias_site(found, adapter)
-            why = _obstacle(towers[site.component].get_submodule(shift.path), shift.param)
-            if why:
-                raise UnsupportedSite(f"{site.name}: {why[1]}", site=site.name, given=why[0])
-            weight = before[site.component, found.path, found.param]
-            yield (site.component, shift.path, shift.param), (shift, BiasForm(adapter, constant_weight(weight, found.rows)))
+            weight_site: Any = site
+            bias = bias_site(weight_site, adapter)
+            obstacle = _merge_obstacle(towers[site.component].get_submodule(bias.path), bias.param)
+            if obstacle:
+                raise UnsupportedSite(f"{site.name}: {obstacle[1]}", site=site.name, given=obstacle[0])
+            weight = before[site.component, weight_site.path, weight_site.param]
+            form = BiasForm(adapter, constant_weight(weight, weight_site.rows))
+            yield (site.component, bias.path, bias.param), (bias, form)
 
 
-def _chain(module: Any, param: str) -> Sequence[nn.Module]:
+def _parametrizations(module: Any, param: str) -> Sequence[nn.Module]:
     """Parametrizations of a tensor."""
     return list(module.parametrizations[param]) if parametrize.is_parametrized(module, param) else []
 
 
-def _obstacle(module: Any, param: str) -> tuple[str, str] | None:
-    """The reason why a tensor cannot be merged into, as a word and as a message; None if it can."""
-    chain = _chain(module, param)
-    foreign = [type(m).__name__ for m in chain if not isinstance(m, Seam)]
-    if foreign or not (chain or param in module._parameters or param in module._buffers):
-        made = f"by {', '.join(foreign)} " if foreign else ""
-        lost = "so a merge would be lost. Fix it in key first."
-        return "computed", f"{param} is computed {made}from other tensors in each forward pass, {lost}"
+def _merge_obstacle(module: Any, param: str) -> tuple[str, str] | None:
+    """Why adapters cannot be merged into a tensor: a keyword and a message. None if they can."""
+    parametrizations = _parametrizations(module, param)
+    foreign = [type(m).__name__ for m in parametrizations if not isinstance(m, Seam)]
+    if foreign or not (parametrizations or param in module._parameters or param in module._buffers):
+        source = f"by {', '.join(foreign)} " if foreign else ""
+        hint = "so a merge would be lost. Remove the parametrization first."
+        return "computed", f"{param} is computed {source}from other tensors in each forward pass, {hint}"
     tensor = base_tensor(module, "", param)
     if not tensor.is_floating_point() or type(tensor.data) is not Tensor:
         kind = f"{type(tensor.data).__name__} of {tensor.dtype}"
-        message = f"adapters cannot be merged into a quantized or sharded weight ({kind}). Load the base as ordinary tensors."
+        message = (
+            f"adapters cannot be merged into a quantized or sharded weight ({kind}). Load the base model as ordinary tensors."
+        )
         return "quantized or sharded", message
     if tensor.is_meta and hasattr(module, "_hf_hook"):
-        lost = "so a merge would be lost. Load the base without offloading."
-        return "offloaded", f"the weight is offloaded and copied to the device in each forward pass, {lost}"
+        hint = "so a merge would be lost. Load the base model without offloading."
+        return "offloaded", f"the weight is offloaded and copied to the device in each forward pass, {hint}"
     return None
 
 
 def host_tensors(tower: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """State dict of the host without adapters: keys and order of the bare host, no adapter tensors."""
-    yield from _walk(tower, "")
+    """State dict of the host without adapters, with its original keys in their order."""
+    yield from _host_tensors(tower, "")
 
 
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _host_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     order = module.__dict__.get("_veneer_order") or list(module._parameters)
     for name in order:
         tensor = base_tensor(module, "", name)
@@ -195,7 +198,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
             and not isinstance(child, Seam)
             and not (name == "parametrizations" and "_veneer_order" in module.__dict__)
         ):
-            yield from _walk(child, f"{prefix}{name}.")
+            yield from _host_tensors(child, f"{prefix}{name}.")
 
 
 def merged_weight(weight: Tensor, group: Sequence[tuple[Any, Any]]) -> Tensor:
@@ -207,7 +210,7 @@ def merged_weight(weight: Tensor, group: Sequence[tuple[Any, Any]]) -> Tensor:
         group: sites and adapters; one for all rows, or several with disjoint `rows`.
     """
     after = torch.empty_like(weight)
-    with _precise(weight):
+    with _without_autocast(weight):
         if group[0][0].rows is None:
             _merge_rows(group[0][1], weight, after)
             return after
@@ -225,14 +228,14 @@ def _merge_rows(adapter: Any, weight: Tensor, after: Tensor) -> None:
     with widened(adapter, torch.float32):
         if isinstance(adapter, LowRankAdapter):
             left, right = adapter.factors()
-            _add(weight, left, right, after)
+            _add_low_rank(weight, left, right, after)
         else:
             wide = torch.promote_types(weight.dtype, torch.float32)
             after.copy_(blend(adapter, adapter.weight, weight.to(wide)))
 
 
-def _add(weight: Tensor, left: Tensor, right: Tensor, after: Tensor) -> None:
-    """W + C D in one pass over memory: blocks of rows are widened, added to and rounded while they are in a cache.
+def _add_low_rank(weight: Tensor, left: Tensor, right: Tensor, after: Tensor) -> None:
+    """after = W + C D in one pass over memory: each block of rows is cast, updated and rounded while it is in the cache.
 
     Args:
         left, right: C (groups, d_out / groups, rank) and D (groups, rank, width).
@@ -245,22 +248,22 @@ def _add(weight: Tensor, left: Tensor, right: Tensor, after: Tensor) -> None:
         return
     left, right = left[0].to(wide), right[0].to(wide)
     direct = weight.dtype == wide and weight.is_contiguous() and after.is_contiguous()
-    count = max(1, (DIRECT_CACHE if direct else CACHE) * torch.get_num_threads() // width)
-    block = torch.empty(0 if direct else min(count, len(weight)), width, dtype=wide)
-    for start in range(0, len(weight), count):
-        rows = slice(start, start + count)
+    block_rows = max(1, (DIRECT_CACHE if direct else CACHE) * torch.get_num_threads() // width)
+    buffer = torch.empty(0 if direct else min(block_rows, len(weight)), width, dtype=wide)
+    for start in range(0, len(weight), block_rows):
+        rows = slice(start, start + block_rows)
         if direct:
             torch.addmm(weight[rows].flatten(1), left[rows], right, out=after[rows].flatten(1))
             continue
-        wide_rows = block[: len(left[rows])]
+        wide_rows = buffer[: len(left[rows])]
         wide_rows.view(weight[rows].shape).copy_(weight[rows])
         after[rows] = wide_rows.addmm_(left[rows], right).view(weight[rows].shape)
 
 
-def _precise(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Disables autocast, which would round the products."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

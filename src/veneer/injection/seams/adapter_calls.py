@@ -1,4 +1,4 @@
-"""How a seam calls an adapter's forms: blending with strength, casting, row slices."""
+"""Calls the forms of adapters for seams: blends by strength, casts dtypes and applies row slices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from ..adapter_forms import Blended, InPlaceOutputAdapter, InputAdapter, OutputAdapter
 
-Call = Callable[[Any, Tensor, Tensor, bool], Tensor]  # (adapter, x, y, may y be overwritten) -> y'
+Call = Callable[[Any, Tensor, Tensor, bool], Tensor]  # (adapter, x, y, overwrite y) -> y'
 
 
 def blend(adapter: Blended, form: Callable[..., Tensor], before: Tensor, *inputs: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def blend(adapter: Blended, form: Callable[..., Tensor], before: Tensor, *inputs
 
 
 def call_of(adapter: Any) -> Call:
-    """The function by which a call seam applies an adapter. Chosen when the seam is built, so that no call checks for forms."""
+    """The function by which a call seam applies an adapter; chosen once, so that forward passes do not check for forms."""
     if isinstance(adapter, InputAdapter):
         return call_input
     if not adapter.blends:
@@ -33,39 +33,39 @@ def call_of(adapter: Any) -> Call:
 
 
 def call_output(adapter: OutputAdapter, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
-    """y' of an adapter that multiplies by its strength itself."""
+    """y' of an adapter that applies its strength itself (`blends`)."""
     return adapter.output(cast(x, adapter) if adapter.casts else x, y).to(y.dtype)
 
 
 def call_in_place(adapter: InPlaceOutputAdapter, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
-    """The same, with y modified in place if `overwrite`."""
+    """As `call_output`, with y modified in place if `overwrite`."""
     return adapter.output(cast(x, adapter) if adapter.casts else x, y, overwrite).to(y.dtype)
 
 
 def call_blended(adapter: OutputAdapter, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
-    """y' blended with y."""
+    """y' of an adapter, blended with y by its strength."""
     return blend(adapter, adapter.output, cast(y, adapter), cast(x, adapter) if adapter.casts else x).to(y.dtype)
 
 
 def call_input(adapter: InputAdapter, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
-    """x' of a layer, which the seam reads as y, because it writes there."""
+    """x' of a layer, passed as y because it is the tensor that the seam changes."""
     return blend(adapter, adapter.input, y if adapter.blends else cast(y, adapter)).to(y.dtype)
 
 
 def is_tracing() -> bool:
     """True while compiling, exporting, tracing or capturing a CUDA graph."""
-    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state()) or captured
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state()) or capturing
 
 
 def adapter_dtype(adapter: Any) -> torch.dtype | None:
     """The dtype of an adapter's first parameter, or None if it has none."""
-    own = next((p.dtype for p in adapter._parameters.values() if p is not None), None)  # faster than `parameters()`
-    return next((p.dtype for p in adapter.parameters()), None) if own is None else own
+    dtype = next((p.dtype for p in adapter._parameters.values() if p is not None), None)  # faster than `parameters()`
+    return next((p.dtype for p in adapter.parameters()), None) if dtype is None else dtype
 
 
 def cast(x: Tensor, adapter: Any) -> Tensor:
-    """`x` in the adapter's dtype, unless autocast chooses dtypes or `x` holds ids."""
+    """`x` in the adapter's dtype, unless autocast is enabled or `x` has integers, such as token ids."""
     dtype = adapter_dtype(adapter)
     if dtype in (None, x.dtype) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return x
@@ -73,26 +73,26 @@ def cast(x: Tensor, adapter: Any) -> Tensor:
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The first argument of a module call, a tensor."""
+    """The first argument of a forward pass, a tensor."""
     value: Tensor = args[0] if args else next(iter(kwargs.values()))
     return value
 
 
 def main_output(output: Any) -> Tensor:
-    """The tensor of a module's output, which may be a tuple that begins with it."""
+    """A module's output tensor; the first element if the output is a tuple."""
     value: Tensor = output[0] if isinstance(output, tuple) else output
     return value
 
 
 def apply_by_rows(sites: Sequence[Any], adapters: Any, y: Tensor, dim: int, apply: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """Applies each adapter to its rows of `y` along `dim` and concatenates the result."""
+    """Applies each adapter to its rows of `y` along `dim` and concatenates the results; other rows do not change."""
     if len(sites) == 1 and getattr(sites[0], "rows", None) is None:
         return apply(adapters[0], y)
     ends = sorted({0, y.shape[dim], *(end for site in sites for end in site.rows)})
     starts = {site.rows[0]: adapter for site, adapter in zip(sites, adapters, strict=True)}
     pieces = y.split([b - a for a, b in itertools.pairwise(ends)], dim)  # one backward node; narrow makes one per piece
-    changed = (apply(starts[a], piece) if a in starts else piece for a, piece in zip(ends, pieces, strict=False))
-    return torch.cat(list(changed), dim)
+    outputs = (apply(starts[a], piece) if a in starts else piece for a, piece in zip(ends, pieces, strict=False))
+    return torch.cat(list(outputs), dim)
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:
@@ -111,7 +111,7 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
 
 
 def base_tensor(tower: nn.Module, path: str, param: str) -> Tensor:
-    """The host's own tensor, also if it is parametrized."""
+    """The host's original parameter or buffer, without parametrizations."""
     module: Any = module_at(tower, path)
     if parametrize.is_parametrized(module, param):
         tensor: Tensor = module.parametrizations[param].original

@@ -1,4 +1,4 @@
-"""The seam of attention whose inputs change: a wrapper of its processor."""
+"""The seam of attention processors, which it wraps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .seam import Seam
 
 
 class ProcessorSeam(Seam):
-    """Wraps the current attention processor; restores it on detach.
+    """Wraps the current attention processor, and restores it on detach.
 
-    The adapter's `attend(inner, attn, hidden_states, **kwargs)` calls `inner` (the wrapped processor) as it needs. With
+    The adapter's `attend(inner, attn, hidden_states, **kwargs)` calls `inner`, the wrapped processor, as often as it needs. With
     `blends = False` the wrapped processor runs once more for the blend.
     """
 
@@ -27,7 +27,7 @@ class ProcessorSeam(Seam):
         self.path = parts[0][0].path
 
     def forward(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Attention with the adapter; called by the host instead of its processor."""
+        """Attention with the adapter. The host calls this instead of its processor."""
         inner = self.__dict__["_inner"]
         if self.is_bypassed():
             return inner(attn, hidden_states, *args, **kwargs)

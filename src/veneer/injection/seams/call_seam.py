@@ -1,4 +1,4 @@
-"""Call seams: hooks on modules that the host calls."""
+"""Call seams: forward hooks on modules that the host calls."""
 
 from __future__ import annotations
 
@@ -22,54 +22,54 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # allocate their output a
 
 
 class BatchRoute(Protocol):
-    """The call seams of several attachments at one place of the host, in a mixed batch; the first of them acts for all."""
+    """Call seams of several attachments at one port of the host in a mixed batch. `leader` applies the adapters of all."""
 
     leader: CallSeam
 
     def run(self, x: Tensor, y: Tensor, overwrite: bool = False, /) -> Tensor:
-        """y', each sample through its own adapters."""
+        """y', with the adapters of each sample applied to its rows."""
 
     def share(self, seam: CallSeam, /) -> float:
-        """Strength of one of the seams in the batch rows that run at present."""
+        """Strength of a seam in the batch rows that are currently processed."""
 
 
 class LayerOrder(Protocol):
-    """Call seams on one layer, and the weight seams of a later attachment that change its tensors."""
+    """Order of the call seams on one layer and the weight seams of a later attachment that change its tensors."""
 
     @property
     def weights(self) -> Mapping[str, Seam]:
         """Parameter name to the later attachment's seam."""
 
     def takes(self, call: CallSeam, /) -> bool:
-        """True if a call seam acts in the weights at present."""
+        """True if a call seam is currently applied in the weights."""
 
     def concerns(self, call: CallSeam, /) -> bool:
-        """True if a call seam acts in the weights while everything is enabled."""
+        """True if a call seam is applied in the weights when everything is enabled."""
 
     def acting(self) -> Sequence[CallSeam]:
-        """The call seams that act in the weights at present."""
+        """The call seams that are currently applied in the weights."""
 
     def apply(self, param: str, tensor: Tensor, /) -> Tensor:
-        """The tensor with their changes."""
+        """The tensor with the changes of the call seams in `acting`."""
 
 
 class CallSeam(HookSeam):
-    """Hooks on modules that the host calls: one read port, one write port.
+    """Hooks on modules that the host calls: x is taken from the read port, and the write port's tensor y is changed.
 
-    The input is taken from the call itself if both ports belong to one module; else a hook stores it for the write port's hook.
+    If both ports belong to one module, a single hook sees x and y; otherwise another hook stores x.
 
-    Which function applies the adapters is chosen by `choose_path`: when the seam joins the host, and when a mixed batch begins or
-    ends. A single adapter without row slices is called directly, so that a stack trace reads: hook, `call_…`, adapter.
+    `choose_path` selects the function that applies the adapters, on attach and when a mixed batch begins or ends. A single
+    adapter without row slices is called directly, so that a stack trace reads: hook, `call_…`, adapter.
 
     Attributes:
-        place: its place in a mixed batch, or None.
-        direct: applies the only adapter, or None if there are row slices or a mixed batch.
-        inputs_before: number of seams joined before that change the input of the module that this seam reads.
-        layer_orders: changes of this module's weights by later attachments, in order. While one of them needs this seam's change
-            in the weights first, this seam does nothing in the call.
+        place: the route of the current mixed batch, or None.
+        direct: applies the only adapter; None with row slices and in a mixed batch.
+        inputs_before: number of earlier seams that change the input of the module that this seam reads.
+        layer_orders: later attachments that parametrize this module, in order. The hook does nothing while one of them has to
+            apply this seam's adapters in the weights.
 
-    Of several seams on one layer, later ones change the output of earlier ones: y = W x + b, changed in turn. So the latest
-    changes x first, and each reads x as it was before the changes of seams joined earlier.
+    Several seams on one layer compose in the order of attaching: y = W x + b is changed by one after the other. A later change
+    of x therefore runs first, and each seam reads x without the changes of earlier seams.
     """
 
     read: Port
@@ -90,7 +90,7 @@ class CallSeam(HookSeam):
         self.choose_path(None)
 
     def choose_path(self, place: BatchRoute | None) -> None:
-        """Selects how calls reach the adapters. `place`: in a mixed batch, or None."""
+        """Selects the function that applies the adapters. `place`: the route of a mixed batch, or None."""
         direct = self._calls[0] if self.is_whole and place is None else None
         sliced = getattr(self.sites[0], "rows", None) is not None
         may_overwrite = not sliced and (place is not None or direct is call_in_place)
@@ -112,19 +112,19 @@ class CallSeam(HookSeam):
         return self.write.side == "in" and isinstance(self.adapters[0], InputAdapter)
 
     def _changed_inputs(self, module: nn.Module) -> int:
-        """Number of seams before this one that change the input of the layer that it acts on."""
+        """Number of earlier seams that change the input of the layer that this seam reads and writes."""
         if self.inward or self.read.path != self.write.path or self.read.side == self.write.side:
             return 0
         return sum(isinstance(s, CallSeam) and s.inward for s in itertools.takewhile(lambda s: s is not self, module.children()))
 
     @property
     def _reads_call(self) -> bool:
-        """True if x is an argument or the output of the call that the write port's hook sees."""
+        """True if the write port's hook sees x, as an argument or the output of the module."""
         return self.read.path == self.write.path and not self.inputs_before
 
     @staticmethod
     def _register(module: nn.Module, side: str, hook: Any, first: bool = False) -> RemovableHandle:
-        """`first`: before the hooks that are registered already."""
+        """Registers a hook; if `first`, before the existing pre-hooks."""
         if side == "in":
             return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
         return module.register_forward_hook(hook, with_kwargs=True)
@@ -139,7 +139,7 @@ class CallSeam(HookSeam):
         if self.is_bypassed():
             return None
         y = main_output(output)
-        x = self._stored() if not self._reads_call else first_argument(args, kwargs) if self.read.side == "in" else y
+        x = self._take_stored() if not self._reads_call else first_argument(args, kwargs) if self.read.side == "in" else y
         overwrite = x is not y and self._is_overwritable(module)
         after = self.apply_adapters(x, y, overwrite) if self.direct is None else self.direct(self.adapters[0], x, y, overwrite)
         return (after, *output[1:]) if isinstance(output, tuple) else after
@@ -148,15 +148,21 @@ class CallSeam(HookSeam):
         if self.is_bypassed():
             return None
         y = first_argument(args, kwargs)
-        x = y if self._reads_call else self._stored()
+        x = y if self._reads_call else self._take_stored()
         after = self.apply_adapters(x, y) if self.direct is None else self.direct(self.adapters[0], x, y, False)
         return ((after, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): after})
 
-    def _stored(self) -> Tensor:
+    def _take_stored(self) -> Tensor:
+        """The stored x, which is cleared.
+
+        Raises:
+            HostChanged: the write port's module ran before the read port's module.
+        """
         x, self._x = self._x, None
         if x is None:
             raise HostChanged(
-                f"{self.sites[0].name}: '{self.write.path}' ran before '{self.read.path}' was read. Detach and attach again.",
+                f"{self.sites[0].name}: '{self.write.path}' ran before '{self.read.path}', whose tensor the adapter reads. "
+                "Detach and attach again.",
                 where=self.sites[0].name,
                 given=self.write.path,
                 expected=self.read.path,
@@ -174,11 +180,11 @@ class CallSeam(HookSeam):
         return self.is_disabled() or (self.layer_orders != () and self.in_weights())
 
     def in_weights(self) -> bool:
-        """True while its adapters act in the weights, because a later attachment changes these in another way than by a sum."""
+        """True while the adapters are applied in the weights, because the order with a later attachment matters there."""
         return any(order.takes(self) for order in self.layer_orders)
 
     def _is_overwritable(self, module: nn.Module) -> bool:
-        """True if the output may be modified in place: a layer of torch whose first hook is this seam's."""
+        """True if the output may be modified in place: of a torch layer whose first forward hook is this seam's."""
         if torch.compiler.is_compiling() or not self._may_overwrite:
             return False
         if type(module) not in LAYERS or torch_modules._global_forward_hooks:
@@ -186,26 +192,26 @@ class CallSeam(HookSeam):
         return next(iter(module._forward_hooks.values())) == self._write_output
 
     def apply_adapters(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
-        """y' of all adapters: in a mixed batch those of every attachment, each in its own batch rows."""
+        """y' of all adapters; in a mixed batch those of all attachments, each in the batch rows of its samples."""
         return self.apply_slices(x, y, overwrite) if self.place is None else self.place.run(x, y, overwrite)
 
     def apply_slices(self, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
-        """y' of this seam's adapters, each in its own slice of y. `overwrite`: y may be modified in place."""
+        """y' of this seam's adapters, each in its slice of y. `overwrite`: y may be modified in place."""
         pairs = list(zip(self._calls, self.adapters, strict=True))
         return apply_by_rows(self.sites, pairs, y, self.dim, lambda pair, part: pair[0](pair[1], x, part, overwrite))
 
 
 class SwitchSeam(CallSeam):
-    """For adapters whose output has another shape than the host's (`Adapter.changes_shape`), so that the strength is 0 or 1.
+    """For adapters that change the shape of the output (`Adapter.changes_shape`): the strength must be 0 or 1.
 
-    A compiled graph has a guard on the strength here, no buffer.
+    The strength is a Python value, so a change of it recompiles a compiled graph.
     """
 
     def check_strength(self, strength: float) -> None:
         """Raises `StateError` for a strength that is neither 0 nor 1."""
         if strength not in (0, 1):
             site = self.sites[0].name
-            message = f"{site}: the adapter's output has another shape than the host's; strength must be 0 or 1, got {strength}."
+            message = f"{site}: the adapter changes the shape of the output, so its strength must be 0 or 1, got {strength}."
             raise StateError(message, where=site, given=strength, expected=(0, 1))
 
     def is_disabled(self) -> bool:

@@ -1,4 +1,4 @@
-"""Effective weight and bias seen by an adapter: the host's own tensors with the changes of earlier attachments."""
+"""Effective weight and bias of an adapter: the host's tensors with the changes of earlier attachments."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from .weight_seam import WeightSeam
 
 
 def effective_tensor(adapter: nn.Module, module: nn.Module, param: str, rows: tuple[int, int] | None) -> Tensor | None:
-    """The W or b that computed the y = W x + b which `adapter.output(x, y)` receives.
+    """W or b of the y = W x + b that `adapter.output(x, y)` receives.
 
-    The host's own tensor with the weight forms of the adapters whose hooks ran before. So a method that scales W x, or divides by
-    the norm of W, computes the same beside other attachments as in its weight form. No cost without other attachments.
+    This is the host's tensor with the weight forms of adapters whose hooks run earlier. With it, a method that scales W x or
+    divides by the norm of W computes the same in its output and weight forms, also with other attachments. Without other
+    attachments it costs nothing.
 
     Args:
-        module: the site's module, as found in `enter`. `rows`: the site's.
+        module: the site's module, as found in `enter`. `rows`: of the site.
     Returns:
-        The rows; None if the module does not have the parameter.
+        These rows of the tensor; None if the module does not have the parameter.
     """
     tensor: Tensor | None = getattr(module, param, None)
     if tensor is None:
@@ -37,12 +38,12 @@ def effective_tensor(adapter: nn.Module, module: nn.Module, param: str, rows: tu
         if isinstance(seam, CallSeam):
             if any(other is adapter for other in seam.adapters):
                 break
-            tensor = _changed(seam, module, param, tensor)
+            tensor = _apply_hook_change(seam, module, param, tensor)
     return tensor if rows is None else tensor[rows[0] : rows[1]]
 
 
 def effective_parametrized(adapter: nn.Module, module: nn.Module, param: str, rows: tuple[int, int] | None) -> Tensor:
-    """The tensor that an adapter in the weights receives: the base tensor with the changes of the adapters before it."""
+    """The tensor that an adapter in a parametrization receives: the base tensor with the changes of the adapters before it."""
     tensor = base_tensor(module, "", param)
     for adapters, change in _parametrizations(module, param):
         if any(other is adapter for other in adapters):
@@ -52,7 +53,7 @@ def effective_parametrized(adapter: nn.Module, module: nn.Module, param: str, ro
 
 
 def _parametrizations(module: Any, param: str) -> Iterator[tuple[Iterable[nn.Module], Callable[[Tensor], Tensor]]]:
-    """Yields the adapters and the change of each step in a tensor, in order."""
+    """Yields the adapters and the function of each change of a tensor, in order."""
     for seam in module.parametrizations[param] if parametrize.is_parametrized(module, param) else ():
         if not isinstance(seam, WeightSeam):
             yield (), seam
@@ -64,14 +65,14 @@ def _parametrizations(module: Any, param: str) -> Iterator[tuple[Iterable[nn.Mod
 
 
 def tensors_of(seam: CallSeam) -> set[str]:
-    """Names of the module's tensors that a call seam changes, in its adapters' weight and bias forms."""
+    """Names of the module's tensors that the weight and bias forms of a call seam's adapters change."""
     site = seam.sites[0]
     owner, _, bias = site.bias.rpartition(".") if isinstance(seam.adapters[0], BiasAdapter) else ("", "", "")
     return {site.param, bias} if bias and owner == site.path else {site.param}
 
 
-def _changed(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> Tensor:
-    """The tensor with one seam's changes of it."""
+def _apply_hook_change(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> Tensor:
+    """The tensor with the change of a seam's hook; unchanged if the seam is disabled, acts in the weights or on other tensors."""
     changes_bias, site = _changes_bias(seam, param), seam.sites[0]
     if seam.is_disabled() or seam.in_weights() or not (changes_bias or getattr(site, "param", None) == param):
         return tensor
@@ -79,7 +80,7 @@ def _changed(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> T
 
 
 def change_of(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> Tensor:
-    """The tensor with one call seam's change, in its adapters' weight or bias form."""
+    """The tensor with the weight or bias forms of a call seam's adapters applied."""
     share = 1.0 if seam.place is None else seam.place.share(seam)
     if not share:
         return tensor
@@ -89,7 +90,7 @@ def change_of(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> 
 
 
 def _changes_bias(seam: CallSeam, param: str) -> bool:
-    """True if the tensor is the bias that follows a seam's weight, and the seam's adapters change it."""
+    """True if the parameter is the bias of a seam's layer, and the seam's adapters change it."""
     site = seam.sites[0]
     return isinstance(seam.adapters[0], BiasAdapter) and getattr(site, "bias", "") == f"{site.path}.{param}"
 
@@ -99,26 +100,26 @@ def _change_weight(adapter: Any, part: Tensor) -> Tensor:
 
 
 def _change_bias(seam: CallSeam, module: nn.Module, adapter: Any, part: Tensor) -> Tensor:
-    """b' of one adapter, from the effective W of that adapter."""
+    """b' of one adapter, computed with the effective weight of that adapter."""
     site = next(site for site, other in zip(seam.sites, seam.adapters, strict=True) if other is adapter)
 
     def weight() -> Tensor:
         if seam.in_weights():
             return effective_parametrized(adapter, module, site.param, site.rows)
-        found = effective_tensor(adapter, module, site.param, site.rows)
-        assert found is not None
-        return found
+        effective = effective_tensor(adapter, module, site.param, site.rows)
+        assert effective is not None
+        return effective
 
     before = part if adapter.blends else cast(part, adapter)
     return blend(adapter, lambda bias: adapter.bias(bias, weight), before).to(part.dtype)
 
 
 class BiasForm(Adapter):
-    """The `bias` form of an adapter, as a weight form of the bias that follows its weight: y = W' x + b'.
+    """The bias form of an adapter as the weight form of a bias: y = W' x + b'.
 
     Args:
-        adapter: the trained adapter; not a child, because it belongs to the seam of its weight.
-        weight: returns W as the adapter receives it.
+        adapter: the trained adapter; not a child module, because it is a child of the weight's seam.
+        weight: returns the effective weight of the adapter.
     """
 
     def __init__(self, adapter: BiasAdapter, weight: Callable[[], Tensor]) -> None:
@@ -128,45 +129,45 @@ class BiasForm(Adapter):
 
     @property
     def blends(self) -> bool:  # type: ignore[override]
-        """As the adapter does."""
+        """The flag of the adapter."""
         return bool(self.__dict__["adapter"].blends)
 
     def weight(self, bias: Tensor) -> Tensor:
         """b'."""
-        changed: Tensor = self.__dict__["adapter"].bias(bias, self.__dict__["effective_weight"])
-        return changed
+        output: Tensor = self.__dict__["adapter"].bias(bias, self.__dict__["effective_weight"])
+        return output
 
 
 class EffectiveWeight:
-    """Returns W as an adapter in the weights receives it: with the changes of the adapters that act before."""
+    """Callable that returns the W that an adapter in a parametrization receives, with the changes of the adapters before it."""
 
     def __init__(self, tower: nn.Module, site: Any, adapter: nn.Module) -> None:
         self.tower, self.site, self.adapter = tower, site, adapter
 
     def __call__(self) -> Tensor:
-        """The rows of the site."""
+        """The effective weight, in the rows of the site."""
         return effective_parametrized(self.adapter, module_at(self.tower, self.site.path), self.site.param, self.site.rows)
 
 
 def constant_weight(weight: Tensor, rows: Sequence[int] | None) -> Callable[[], Tensor]:
-    """Returns the rows of W as it is before a merge, in single precision or wider."""
+    """Function that returns the rows of W before a merge, in single precision or wider."""
 
-    def find() -> Tensor:
+    def widened_rows() -> Tensor:
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return wide if rows is None else wide[slice(*rows)]
 
-    return find
+    return widened_rows
 
 
 def bias_site(site: Any, adapter: object) -> ParamSite:
-    """The site of the bias that follows a site's weight.
+    """The site of the bias in the layer of a weight site.
 
     Raises:
         UnsupportedSite: the layer has no bias.
     """
     if not site.bias:
         raise UnsupportedSite(
-            f"{site.name}: {type(adapter).__name__} shifts the output, and the layer has no bias that could take the shift. "
+            f"{site.name}: {type(adapter).__name__} shifts the output, and the layer has no bias to add the shift to. "
             "Keep it unmerged, or select layers with a bias.",
             site=site.name,
             given=type(adapter).__name__,

@@ -16,10 +16,11 @@ from .seam import HookSeam
 
 
 class ResidualSeam(HookSeam):
-    """Adds an adapter's residuals to the arguments of the tower's call, and to residuals that are passed already.
+    """Passes an adapter's residuals to the tower as arguments, added to those that the caller passes.
 
-    The adapter's `residuals(call)` receives the call's arguments by name and returns `Residuals`. One with `change(features)`
-    also changes the features at its `place`, a `Port`. The seam multiplies both by the strength.
+    The adapter's `residuals(call)` receives the arguments of the forward pass by name and returns `Residuals`. The result of
+    `change(features)`, which is optional, is added to the features at the port `place` of the adapter. The seam multiplies both
+    by the strength.
     """
 
     adapters: Sequence[ResidualAdapter]
@@ -50,43 +51,43 @@ class ResidualSeam(HookSeam):
         call = {**dict(zip(site.arguments, args, strict=False)), **kwargs}
         residuals = self.adapters[0].residuals(call)
         like = call[site.arguments[0]]
-        for name, more in ((site.skips, residuals.skips), (site.middle, residuals.middle), (site.inner, residuals.inner)):
-            if more is not None:
-                call[name] = self._sum(call.get(name), more, like)
+        for name, value in ((site.skips, residuals.skips), (site.middle, residuals.middle), (site.inner, residuals.inner)):
+            if value is not None:
+                call[name] = self._add_scaled(call.get(name), value, like)
         return (), call
 
     def _change_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.is_bypassed():
             return None
-        after = self._changed(first_argument(args, kwargs))
+        after = self._add_change(first_argument(args, kwargs))
         return ((after, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): after})
 
     def _change_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.is_bypassed():
             return None
-        after = self._changed(main_output(output))
+        after = self._add_change(main_output(output))
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
-    def _changed(self, features: Tensor) -> Tensor:
-        adapter: Any = self.adapters[0]  # a FeatureAdapter, or these hooks were not registered
-        return features + self._scaled(adapter.change(features), features)
+    def _add_change(self, features: Tensor) -> Tensor:
+        adapter: Any = self.adapters[0]  # a FeatureAdapter: the hooks are registered for no other
+        return features + self._scale(adapter.change(features), features)
 
-    def _sum(self, present: Any, more: Tensor | Sequence[Tensor], like: Tensor) -> Any:
-        """`more` at its strength, plus the residuals that the call has already."""
-        if isinstance(more, Tensor):
-            scaled = self._scaled(more, like)
-            return scaled if present is None else present + scaled
-        scaled_all = [self._scaled(each, like) for each in more]
-        return scaled_all if present is None else [a + b for a, b in zip(present, scaled_all, strict=True)]
+    def _add_scaled(self, passed: Any, residuals: Tensor | Sequence[Tensor], like: Tensor) -> Any:
+        """The residuals times the strength, plus those that the caller passed."""
+        if isinstance(residuals, Tensor):
+            scaled = self._scale(residuals, like)
+            return scaled if passed is None else passed + scaled
+        scaled_all = [self._scale(residual, like) for residual in residuals]
+        return scaled_all if passed is None else [a + b for a, b in zip(passed, scaled_all, strict=True)]
 
-    def _scaled(self, value: Tensor, like: Tensor) -> Tensor:
-        """The value at its strength, in the host's dtype."""
+    def _scale(self, value: Tensor, like: Tensor) -> Tensor:
+        """The value times the strength, in the host's dtype."""
         adapter = self.adapters[0]
         return (value * (adapter.strength * adapter.conditions.strength).to(value.dtype)).to(like.dtype)
 
 
 def image_for(call: Mapping[str, Any], site: Any, conditions: Any, name: str) -> Tensor:
-    """The control image of the current call, (batch, channels, height, width), at the pixel size of the latents.
+    """The control image of the current forward pass, (batch, channels, height, width), in the size of the generated image.
 
     Raises:
         ConditionError: it has another size.

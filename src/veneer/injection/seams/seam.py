@@ -1,9 +1,9 @@
-"""Seams: how adapters join a host module. The only code that touches one.
+"""Base classes of seams, which connect adapters to host modules.
 
-`CallSeam` serves sites that the host calls (hooks), `WeightSeam` tensors that it reads, `ProcessorSeam` attention whose inputs
-change; `TokenSeam`, `VocabularySeam` and `ResidualSeam` have hooks at two places. No module is replaced and no `forward` patched:
-hooks are bound methods of the seam, which is a child of the host module, so that copies, moves and casts of the host include the
-adapters.
+`CallSeam` has hooks on modules that the host calls, `WeightSeam` parametrizes tensors that it reads, and `ProcessorSeam` wraps an
+attention processor; `TokenSeam`, `VocabularySeam` and `ResidualSeam` have hooks on two modules. No module is replaced and no
+`forward` patched. Hooks are bound methods of the seam, and the seam is a child of the host module, so that copies, moves and
+casts of the host include the adapters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Seam(nn.Module, ABC):
 
     Args:
         tower: root module of the host.
-        parts: sites and their adapters; all at one place, with disjoint rows.
+        parts: sites and their adapters, all of one module or tensor, with disjoint rows.
 
     Attributes:
         idle: True while the strength is 0.
@@ -52,7 +52,7 @@ class Seam(nn.Module, ABC):
 
     @abstractmethod
     def join(self, name: str) -> None:
-        """Installs the seam at the host module, under the attachment's name."""
+        """Installs the seam on the host module. `name`: of the attachment."""
 
     @abstractmethod
     def uninstall(self) -> None:
@@ -60,7 +60,7 @@ class Seam(nn.Module, ABC):
 
     @abstractmethod
     def is_intact(self) -> bool:
-        """True if the host still holds this seam where it was joined."""
+        """True if the host still has this seam where `join` installed it."""
 
     def check_strength(self, strength: float) -> None:
         """Raises `StateError` for a strength that the adapters do not support."""
@@ -72,11 +72,11 @@ class Seam(nn.Module, ABC):
         self.idle = strength == 0
 
     def is_disabled(self) -> bool:
-        """True if the strength is 0 and the adapters are not traced; a traced graph always includes the adapters."""
+        """True if the strength is 0 outside of tracing. Traced graphs always include the adapters."""
         return not torch.compiler.is_compiling() and self.idle and not is_tracing()
 
     def is_bypassed(self) -> bool:
-        """True if this seam does nothing in the current call: it is disabled, or another seam applies its adapters."""
+        """True if this seam does nothing in the current forward pass: it is disabled, or another seam applies its adapters."""
         return self.is_disabled()
 
     def module(self, path: str) -> nn.Module:
@@ -100,8 +100,8 @@ class HookSeam(Seam):
         owner = self.owner()
         if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             raise UnsupportedSite(
-                f"{self.sites[0].name}: '{self.home}' is a {type(owner).__name__}, which would run or list the adapter as one of "
-                "its layers. Select a module inside it.",
+                f"{self.sites[0].name}: '{self.home}' is a {type(owner).__name__}, which would treat the adapter as one of its "
+                "layers. Select a module inside it.",
                 site=self.sites[0].name,
                 given=type(owner).__name__,
             )
@@ -127,7 +127,7 @@ class HookSeam(Seam):
         self.__dict__.update(_handles=[], joined=False)
 
     def is_in_place(self) -> bool:
-        """True if the module that it was joined to still has it as a child."""
+        """True if the module on which `join` installed the seam still has it as a child."""
         return self.__dict__["joined"] and self.__dict__["_owner"]._modules.get(self.__dict__["_child"]) is self
 
     def is_intact(self) -> bool:

@@ -1,4 +1,4 @@
-"""Chooses the seam of a site from what the host declares and which forms the adapter implements, never from the method."""
+"""Chooses the seam of a site by the site's fields and the adapter's forms, independent of the method."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from .seam import Seam
 from .sequence_seams import TokenSeam, VocabularySeam
 from .weight_seam import WeightSeam, changeable
 
-Key = tuple[Any, ...]  # (seam class, what tells places apart)
+Key = tuple[Any, ...]  # (seam class, then what distinguishes seams of this class)
 
 
 def seams_for(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]]) -> list[tuple[str, Seam]]:
     """Pairs of component and seam for all parts; slices of one module share a seam.
 
     Raises:
-        UnsupportedSite: the adapter implements no form that the site supports.
+        UnsupportedSite: the adapter does not implement the form that the site needs.
     """
     groups: dict[Key, list[tuple[Site, Adapter]]] = {}
     for site, adapter in parts:
@@ -62,16 +62,16 @@ def seams_for(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapt
             bias = bias_site(site, adapter)
             form = BiasForm(adapter, EffectiveWeight(tower, site, adapter))
             groups.setdefault((site.component, WeightSeam, bias.path, bias.param), []).append((bias, form))
-    return [(component, kind(towers[component], group, *rest)) for (component, kind, *rest), group in _with_arguments(groups)]
+    return [(component, cls(towers[component], group, *args)) for (component, cls, *args), group in _with_arguments(groups)]
 
 
 def _with_arguments(groups: Mapping[Key, list[tuple[Site, Adapter]]]) -> list[tuple[Any, list[tuple[Site, Adapter]]]]:
-    """Component, class and further arguments of each seam. Call seams take arguments; others read theirs from the site."""
+    """Component, class and further arguments of each seam with its parts. Only call seams take further arguments."""
     return [((key[0], key[1], *(key[2:] if issubclass(key[1], CallSeam) else ())), group) for key, group in groups.items()]
 
 
 def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
-    """The seam class of a part, and what parts of one seam have in common."""
+    """The class of a part's seam, and the fields that parts of one seam have in common."""
     if isinstance(site, (WeightSite, ParamSite, NormSite)):
         if adapter.prefers_weight and changeable(base_tensor(tower, site.path, site.param)):
             return (WeightSeam, site.path, site.param)
@@ -99,6 +99,7 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
 
 
 def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
+    """The read port and the write port of a call seam."""
     if isinstance(site, (BranchSite, StreamSite)) and adapter.reads == "write":
         write = site.write if isinstance(site, BranchSite) else Port(site.path, "out")
         return write, write
@@ -106,7 +107,7 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
         read = site.normed if adapter.reads == "normed" else site.read
         if read is None:
             raise UnsupportedSite(
-                f"{site.name}: {type(adapter).__name__} reads the branch after its norm, but the branch begins without a norm.",
+                f"{site.name}: {type(adapter).__name__} reads its branch after the norm, but the branch has no norm.",
                 site=site.name,
                 given=adapter.reads,
             )
@@ -117,7 +118,9 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
         return site.read or site.port, site.port
     if isinstance(site, PixelSite):
         return site.port, site.port
-    raise UnsupportedSite(f"{site.name}: there is no seam for a {type(site).__name__}.", site=site.name)
+    raise UnsupportedSite(
+        f"{site.name}: adapters with an output form cannot be attached to a {type(site).__name__}.", site=site.name
+    )
 
 
 FORMS = ("output", "input", "weight", "insert", "attend", "residuals")
@@ -126,11 +129,11 @@ FORMS = ("output", "input", "weight", "insert", "attend", "residuals")
 def _require(site: Site, adapter: Adapter, protocol: type, form: str) -> None:
     """Raises `UnsupportedSite` if an adapter does not implement a form."""
     if not isinstance(adapter, protocol):
-        has = [name for name in FORMS if hasattr(adapter, name)]
+        implemented = [name for name in FORMS if hasattr(adapter, name)]
         raise UnsupportedSite(
             f"{site.name}: a {type(site).__name__}{'' if getattr(site, 'called', True) else ' that is read, not called,'} needs "
-            f"the {form} form; {type(adapter).__name__} implements {', '.join(has) or 'none'}.",
+            f"the {form} form; {type(adapter).__name__} implements {', '.join(implemented) or 'none'}.",
             site=site.name,
-            given=tuple(has),
+            given=tuple(implemented),
             expected=form,
         )

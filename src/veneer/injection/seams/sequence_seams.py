@@ -17,9 +17,9 @@ from .seam import HookSeam
 
 
 class TokenSeam(HookSeam):
-    """Inserts tokens where a site's extent begins and removes them where it ends.
+    """Inserts tokens at the start of a site's extent, and removes them at its end.
 
-    Tokens cannot be inserted in part, so the strength must be 0 or 1; a compiled graph has a guard on it here, no buffer.
+    The strength must be 0 or 1. It is a Python value, so a change of it recompiles a compiled graph.
     """
 
     adapters: Sequence[TokenAdapter]
@@ -38,11 +38,11 @@ class TokenSeam(HookSeam):
         """Raises `StateError` for a strength that is neither 0 nor 1."""
         if strength not in (0, 1):
             site = self.sites[0].name
-            message = f"{site}: tokens cannot be inserted in part; strength must be 0 or 1, got {strength}."
+            message = f"{site}: tokens cannot be blended, so the strength must be 0 or 1, got {strength}."
             raise StateError(message, where=site, given=strength, expected=(0, 1))
 
     def write_strength(self, strength: float) -> None:
-        """Inserts the tokens from now on (1) or not (0)."""
+        """Enables (1) or disables (0) the insertion of tokens."""
         super().write_strength(strength)
         self.active = bool(strength)
 
@@ -65,8 +65,8 @@ class TokenSeam(HookSeam):
 class VocabularySeam(HookSeam):
     """Trained embeddings of new token ids.
 
-    A pre-hook on the root module replaces new ids by ids that the host has (`ids(ids)`), so that its own logic on ids stays
-    right. A hook on the embedding table puts the trained rows in (`output(ids, rows)`).
+    A pre-hook on the root module replaces new ids by ids of the base vocabulary (`ids(ids)`), so that the host's own use of ids
+    still works. A hook on the embedding table then inserts the trained embeddings (`output(ids, rows)`).
     """
 
     adapters: Sequence[VocabularyAdapter]
@@ -81,7 +81,7 @@ class VocabularySeam(HookSeam):
         root, table = self.module(site.ids.path), self.module(site.path)
         return [
             root.register_forward_pre_hook(self._replace_ids, with_kwargs=True),
-            table.register_forward_hook(self._write_rows),
+            table.register_forward_hook(self._write_embeddings),
         ]
 
     def _replace_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,10 +91,10 @@ class VocabularySeam(HookSeam):
         if not isinstance(ids, Tensor) or ids.is_floating_point():
             return None
         self._ids = ids
-        known = self.adapters[0].ids(ids)
-        return (args, {**kwargs, site.argument: known}) if by_name else ((known, *args[1:]), kwargs)
+        base_ids = self.adapters[0].ids(ids)
+        return (args, {**kwargs, site.argument: base_ids}) if by_name else ((base_ids, *args[1:]), kwargs)
 
-    def _write_rows(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _write_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         ids, self._ids = self._ids, None
         if ids is None or self.is_bypassed():
             return None

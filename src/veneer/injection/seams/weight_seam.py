@@ -1,4 +1,4 @@
-"""The seam of tensors that the host reads: a parametrization."""
+"""Weight seams: parametrizations of tensors that the host reads without calling their module."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def changeable(tensor: Tensor) -> bool:
 
 
 class WeightSeam(Seam):
-    """A parametrization of a tensor that the host reads. Moves the key; `Attachment.host_state_dict` moves it back.
+    """A parametrization of a tensor. It renames the state-dict key, and `Attachment.host_state_dict` has the original one.
 
     Attributes:
-        layer_order: call seams of earlier attachments on the same module, which may have to act first, or None.
+        layer_order: earlier call seams on the same module, which may have to be applied before this seam, or None.
     """
 
     layer_order: LayerOrder | None = None
@@ -35,39 +35,39 @@ class WeightSeam(Seam):
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[Any, Adapter]]) -> None:
         super().__init__(tower, parts)
         self.path, self.param = parts[0][0].path, parts[0][0].param
-        self._refuse_quantized()
+        self._reject_quantized()
 
-    def _refuse_quantized(self, why: str = "is read, not called") -> None:
+    def _reject_quantized(self, reason: str = "is read, not called") -> None:
         tensor = getattr(self.module(self.path), self.param)
         if not changeable(tensor):
             raise UnsupportedSite(
-                f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantized and {why}, so "
-                "its change cannot be applied. Select called sites only, or load the base model without quantization.",
+                f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantized and {reason}, so "
+                "it cannot be parametrized. Select called sites only, or load the base model without quantization.",
                 site=self.sites[0].name,
                 given=tensor.dtype,
             )
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The changed weight."""
+        """The weight with the changes of earlier call seams, if necessary, and of this seam."""
         if self.is_bypassed():
             return weight
         return self.own(weight if self.layer_order is None else self.layer_order.apply(self.param, weight))
 
     def own(self, weight: Tensor) -> Tensor:
-        """The change of this seam's adapters, slice by slice."""
+        """The weight with the changes of this seam's adapters, slice by slice."""
         return apply_by_rows(self.sites, self.adapters, weight, 0, self.change)
 
     @staticmethod
     def change(adapter: WeightAdapter, part: Tensor) -> Tensor:
-        """One adapter's weight form at its strength."""
+        """The weight form of one adapter, blended by its strength."""
         return blend(adapter, adapter.weight, part if adapter.blends else cast(part, adapter)).to(part.dtype)
 
     def join(self, name: str) -> None:
         target = self.module(self.path)
         target.__dict__.setdefault("_veneer_order", list(target._parameters))
-        _own_class(target)
+        _ensure_own_class(target)
         parametrize.register_parametrization(target, self.param, self.train(target.training), unsafe=True)
-        _claim(target)
+        _mark_owner(target)
         self.__dict__.update(_target=target, joined=True)
 
     def uninstall(self) -> None:
@@ -75,11 +75,11 @@ class WeightSeam(Seam):
             return
         target = self.__dict__["_target"]
         chain: Any = target.parametrizations[self.param]
-        keep = [m for m in chain if m is not self]
-        if keep:
+        others = [m for m in chain if m is not self]
+        if others:
             for index in range(len(chain)):
                 del chain._modules[str(index)]
-            for index, module in enumerate(keep):
+            for index, module in enumerate(others):
                 chain._modules[str(index)] = module
         else:
             self._restore(target)
@@ -87,7 +87,7 @@ class WeightSeam(Seam):
 
     def _restore(self, target: nn.Module) -> None:
         original: Any = base_tensor(target, "", self.param)
-        _own_class(target)
+        _ensure_own_class(target)
         parametrize.remove_parametrizations(target, self.param, leave_parametrized=False)
         target._parameters[self.param] = original
         for key in target.__dict__["_veneer_order"]:
@@ -106,32 +106,33 @@ class WeightSeam(Seam):
 
 
 class Carrier(WeightSeam):
-    """A parametrization without adapters, for earlier call seams that change this tensor together with the weight."""
+    """A parametrization without adapters, which applies earlier call seams that change this tensor together with the weight."""
 
     def __init__(self, tower: nn.Module, site: ParamSite) -> None:
         Seam.__init__(self, tower, ())
         self.path, self.param = site.path, site.param
         self.__dict__["sites"] = [site]
-        self._refuse_quantized("holds the change of an adapter that is attached already")
+        self._reject_quantized("must take the change of an earlier adapter")
 
     def own(self, weight: Tensor) -> Tensor:
         """The tensor, unchanged."""
         return weight
 
 
-def _own_class(module: nn.Module) -> None:
-    """Gives a parametrized module its own class: copies share the class that torch makes, and registering changes it."""
-    if parametrize.is_parametrized(module) and not _owns(module):
+def _ensure_own_class(module: nn.Module) -> None:
+    """Copies the class of a parametrized module that is a copy: torch would change the class that both share."""
+    if parametrize.is_parametrized(module) and not _has_own_class(module):
         cls = type(module)
-        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(cls.__name__, cls.__bases__, own)
-        _claim(module)
+        namespace = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, cls.__bases__, namespace)
+        _mark_owner(module)
 
 
-def _owns(module: nn.Module) -> bool:
+def _has_own_class(module: nn.Module) -> bool:
     owner = vars(type(module)).get("_veneer_owner")
     return owner is not None and owner() is module
 
 
-def _claim(module: nn.Module) -> None:
+def _mark_owner(module: nn.Module) -> None:
+    """Records that the class of the module belongs to this module alone."""
     type(module)._veneer_owner = weakref.ref(module)  # type: ignore[attr-defined]
