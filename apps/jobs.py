@@ -10,7 +10,7 @@ All state is in files, so a reloaded page, a second tab and a restarted server s
 | `lock` | file lock held by the job's process; the system releases it when the process dies |
 | `process.json` | process ID |
 | `begun.json` | step at which each process started |
-| `end.json` | exit status of the last process that returned, or why the job is not restarted |
+| `end.json` | exit status of the last process that exited, or why the job is not restarted |
 | `stop` | present if the user stopped the job |
 """
 
@@ -40,7 +40,7 @@ State = Literal["waiting", "running", "stopped", "done", "failed"]
 LOG_LIMIT = 4000
 """Characters read from the end of the log."""
 LOCK_TIMEOUT = 0.02
-"""Seconds to wait for a lock; another reader holds it for less."""
+"""Seconds to wait for a lock; readers hold it for less."""
 OUT_OF_MEMORY = "the machine may be out of memory. Choose a smaller base model, batch size or resolution, and start again."
 MAX_ATTEMPTS = 3
 """Processes that may die at the same step before the job counts as failed."""
@@ -49,7 +49,7 @@ _processes: list[subprocess.Popen[bytes]] = []
 
 
 def has_live_process() -> bool:
-    """Whether a job process started by this server is alive, even if it does not hold its lock yet."""
+    """True if a job process started by this server is running, even if it does not hold its lock yet."""
     _processes[:] = [process for process in _processes if process.poll() is None]
     return bool(_processes)
 
@@ -97,9 +97,9 @@ class Job:
 
     @property
     def created(self) -> str:
-        """Creation time for people, such as `27 Nov 12:46`."""
-        made = self.metadata.get("made")
-        return time.strftime("%d %b %H:%M", time.localtime(made)) if isinstance(made, int | float) else self.name
+        """Creation time as text, such as `27 Nov 12:46`."""
+        created = self.metadata.get("made")
+        return time.strftime("%d %b %H:%M", time.localtime(created)) if isinstance(created, int | float) else self.name
 
     @property
     def state(self) -> State:
@@ -115,12 +115,12 @@ class Job:
 
     @property
     def was_started(self) -> bool:
-        """Whether a process has run the job before; a waiting job with a log was interrupted."""
+        """True if a process has run the job before. A waiting job that was started is an interrupted one."""
         return (self.folder / "log.txt").exists()
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds of the run; 0 if it has not ended, or if more than one process ran it."""
+        """Wall-clock seconds of the run; 0 if it has not ended or was run by several processes."""
         try:
             start, end = ((self.folder / name).stat().st_mtime for name in ("process.json", "end.json"))
         except OSError:
@@ -128,7 +128,7 @@ class Job:
         return max(0.0, end - start) if len(_json(self.folder / "begun.json").get("steps", [])) == 1 else 0.0
 
     def progress(self) -> list[Progress]:
-        """Logged training steps so far."""
+        """Training steps logged so far."""
         return read_progress(self.run / "progress.jsonl")
 
     def phase(self) -> Phase | None:
@@ -166,9 +166,9 @@ class Job:
             )
             return False
         write_json(self.folder / "begun.json", {"steps": started_at})
-        quiet = subprocess.DEVNULL
+        devnull = subprocess.DEVNULL
         command = [sys.executable, "-m", "veneer.apps.worker", str(self.folder)]
-        process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+        process = subprocess.Popen(command, stdin=devnull, stdout=devnull, stderr=devnull, start_new_session=True)
         _processes.append(process)
         # Reaps the process as soon as it ends.
         threading.Thread(target=process.wait, name=f"veneer-{self.name}", daemon=True).start()
@@ -177,10 +177,10 @@ class Job:
     def stop(self) -> None:
         """Requests a stop after the current step; the trained weights are saved."""
         (self.folder / "stop").touch()  # first: the process checks for this file right after it has written its ID
-        process = _json(self.folder / "process.json").get("pid")
-        if process and is_locked(self.folder / "lock"):
-            with contextlib.suppress(ProcessLookupError):  # it has ended in the meantime
-                os.kill(process, signal.SIGTERM)
+        pid = _json(self.folder / "process.json").get("pid")
+        if pid and is_locked(self.folder / "lock"):
+            with contextlib.suppress(ProcessLookupError):  # the process has ended in the meantime
+                os.kill(pid, signal.SIGTERM)
 
     def resume(self) -> None:
         """Puts a stopped or failed job back into the queue."""
@@ -193,7 +193,7 @@ def create_job(jobs: Path, kind: str, title: str, words: Sequence[str]) -> Job:
 
     Args:
         jobs: folder of all jobs of a user. `kind`: slug of the page. `title`: shown to users.
-        words: the command, without `--out` and `--resume`, which the worker adds: the output folder is the job's `run`.
+        words: the command without `--out` and `--resume`, which the worker adds. The output folder is `run`.
     """
     folder = jobs / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
     folder.mkdir(parents=True)
@@ -208,7 +208,7 @@ def find_jobs(jobs: Path) -> list[Job]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock; readers hold it too briefly to count."""
+    """True if a job process holds the lock. Other readers hold it for less than `LOCK_TIMEOUT`."""
     if not path.exists():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Builds sites from modules: the geometry and labels that every host needs."""
+"""Builds sites from modules, with the geometry and labels that every host needs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TowerPart:
     def layer(
         self, path: str, role: str, *, called: bool = True, inert: bool = False, inert_bias: bool = False
     ) -> Iterator[Site]:
-        """The weight and the bias of a linear layer, convolution or embedding; empty without one at `path`."""
+        """The weight and the bias of the linear layer, convolution or embedding at `path`; empty if there is no such layer."""
         module = self.module(path)
         if not isinstance(module, LAYERS):
             return
@@ -82,12 +82,12 @@ class TowerPart:
         inert_bias: tuple[str, ...] = (),
         biases: Mapping[str, str] = MappingProxyType({}),
     ) -> Iterator[Site]:
-        """A fused linear layer: the whole weight under the role `whole`, and row slices of it and of its bias.
+        """A fused linear layer: the whole weight with the role `whole`, and row slices of the weight and bias.
 
         Args:
-            names: name of each slice -> its role and its number of rows, in order.
+            names: name of each slice to its role and number of rows, in order.
             inert: roles of slices without effect. `inert_bias`: roles of slices whose bias has no effect.
-            biases: last component of a slice's name -> path of a separate bias parameter of the module, as wide as the slice.
+            biases: last component of a slice's name to the path of a separate bias parameter, of the slice's width.
         """
         module = self.module(path)
         shape = {**geometry(module), "bias": f"{path}.bias" if module.bias is not None else ""}
@@ -95,12 +95,12 @@ class TowerPart:
         start = 0
         for name, (role, size) in names.items():
             rows, start = (start, start + size), start + size
-            cut: dict[str, Any] = {**shape, "d_out": size, "bias_rows": rows if shape["bias"] else None}
+            slice_shape: dict[str, Any] = {**shape, "d_out": size, "bias_rows": rows if shape["bias"] else None}
             if biases:
-                cut["bias"] = biases.get(name.rpartition(".")[2], "")
+                slice_shape["bias"] = biases.get(name.rpartition(".")[2], "")
             fields: dict[str, Any] = {"rows": rows, "called": called}
             labels: dict[str, Any] = {**self.labels, "guard": self.guard, "inert": role in inert}
-            yield WeightSite(name=name, role=role, path=path, **fields, **cut, **labels)
+            yield WeightSite(name=name, role=role, path=path, **fields, **slice_shape, **labels)
             if module.bias is not None:
                 yield self.bias(path, role, (size,), name=name, inert=role in (*inert, *inert_bias), **fields)
 
@@ -113,13 +113,13 @@ class TowerPart:
         )
 
     def norm(self, path: str, role: str = "norm", *, inert: bool = False, inert_bias: bool = False) -> Iterator[Site]:
-        """A norm, its weight and its bias; empty if there is no norm."""
+        """The norm at `path`, its weight and its bias; empty if there is no norm."""
         module = self.module(path)
         called = ends_with_norm(module)
         if isinstance(weight := getattr(module, "weight", None), Tensor):
-            shift = f"{path}.bias" if isinstance(getattr(module, "bias", None), Tensor) else ""
+            bias = f"{path}.bias" if isinstance(getattr(module, "bias", None), Tensor) else ""
             yield NormSite(
-                name=path, role=role, path=path, bias=shift, width=len(weight), channel_dim=channel_dim(module),
+                name=path, role=role, path=path, bias=bias, width=len(weight), channel_dim=channel_dim(module),
                 called=called, inert=inert, guard=self.guard, **self.labels,
             )  # fmt: skip
         for param in ("weight", "bias"):
@@ -130,7 +130,7 @@ class TowerPart:
                     yield self.free(path, param, role, inert=inert)
 
     def free(self, path: str, param: str, role: str, *, inert: bool = False) -> ParamSite:
-        """A parameter that its module reads."""
+        """A single parameter of the module at `path`, which the module reads."""
         shape = tuple(getattr(self.module(path), param).shape)
         name = f"{path}.{param}" if path else param
         return ParamSite(name=name, role=role, path=path, param=param, shape=shape, inert=inert, **self.labels)
@@ -140,12 +140,12 @@ class TowerPart:
         return BranchSite(name=f"{name}.branch", role=role, read=read, write=write, width=width, **fields, **self.labels)
 
     def stream(self, path: str, width: int, *, role: str = "block", d_in: int = 0, **fields: Any) -> StreamSite:
-        """The residual stream through the block at `path`. `d_in`: may equal `width`. `fields`: others of a `StreamSite`."""
+        """The residual stream through the block at `path`. `d_in`: channels of the input. `fields`: others of a `StreamSite`."""
         fields["d_in"] = d_in if d_in != width else 0
         return StreamSite(name=f"{path}.stream", role=role, path=path, width=width, **fields, **self.labels)
 
     def features(self, head: str, width: int) -> Iterator[FeatureSite]:
-        """Pooled features that enter the head at `head`, and its logits."""
+        """The pooled features, which enter the head at path `head`, and its logits."""
         read, module = Port(head, "in"), self.module(head)
         classes: int = getattr(module, "out_features", 0) or getattr(module, "out_channels", 0)
         for role, port in (("features", read), ("logits", Port(head, "out"))):
@@ -185,8 +185,8 @@ def geometry(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, nn.Embedding):
         return {"kind": "embedding", "d_out": module.embedding_dim, "d_in": module.num_embeddings}
     if isinstance(module, CONVS):
-        same = any(c.__name__ in SAME_PADDED for c in type(module).__mro__)
-        padding = "same" if same else module.padding
+        pads_dynamically = any(c.__name__ in SAME_PADDED for c in type(module).__mro__)
+        padding = "same" if pads_dynamically else module.padding
         fields = {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
         return {"kind": "conv", "d_out": module.out_channels, "d_in": module.in_channels, "kernel": module.kernel_size, **fields}
     linear: Any = module
@@ -199,7 +199,7 @@ def channel_dim(module: nn.Module) -> int:
 
 
 def ends_with_norm(module: Any) -> bool:
-    """False if the norm's module applies an activation or dropout after it."""
+    """False if the module applies an activation or dropout after its norm."""
     return all(isinstance(getattr(module, name, None), (nn.Identity, type(None))) for name in ("act", "drop"))
 
 
@@ -209,11 +209,11 @@ def is_norm(module: nn.Module) -> bool:
 
 
 class SampleInputs:
-    """Reproducible inputs for a model, on its device and in its dtype, independent of the global random state."""
+    """Reproducible inputs for a model, on its device and in its dtype. Does not use the global random state."""
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
-        floats = (p for p in model.parameters() if p.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16))
-        first = next(floats, torch.empty(0))
+        dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # neither quantized nor 8-bit parameters
+        first = next((p for p in model.parameters() if p.dtype in dtypes), torch.empty(0))
         self.device, self.dtype = first.device, first.dtype
         self.generator = torch.Generator().manual_seed(seed)
 

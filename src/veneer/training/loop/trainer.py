@@ -1,8 +1,8 @@
 """Training loop with exact resume, for any loss over indexed samples, on one or several processes.
 
-There is no data loader: the loss fetches the samples of a step by their rows, and all randomness is a function of (seed, step,
-sample). The state of a run is therefore its weights, the optimizer state, the EMA weights, the fp16 gradient scale, the loss
-history, the elapsed time, the number of processes and the step.
+There is no data loader: the loss function fetches the samples of a step by their rows, and all randomness is a function of
+(seed, step, sample). So the state of a run is the weights, the optimizer state, the EMA weights, the fp16 gradient scale, the
+loss history, the elapsed time, the number of processes and the step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["Diverged", "LossStep", "TrainConfig", "TrainError", "TrainResult", "
 
 
 LAST_FILES = 5
-"""Size of the last files in multiples of the weights: a checkpoint with Adam's two moments, and the adapter in two formats."""
+"""Size of the files at the end of a run, in multiples of the weights: a checkpoint with Adam's moments, and two adapter files."""
 
 
 class Trainer:
@@ -59,8 +59,8 @@ class Trainer:
         after_step: `after_step(step, steps)` is called on every process after each update, before the gradients are cleared,
             with the number of finished steps and of all steps. Tensors that it changes must be in `named`.
         on_step: called after each step with a `Progress`, on the main process.
-        on_preview: called with the number of finished steps, every `config.preview_every`, on the main process with the EMA
-            weights if enabled.
+        on_preview: called with the number of finished steps, every `config.preview_every` steps, on the main process, with the
+            EMA weights if EMA is enabled.
 
     Raises:
         TrainError: a parameter that is missing in `named`, does not require a gradient or is not float32.
@@ -82,9 +82,9 @@ class Trainer:
     ) -> None:
         self.config, self.after_step, self.on_step, self.on_preview = config, after_step, on_step, on_preview
         self.accelerator = accelerator or Accelerator()
-        lists = [list(group["params"]) for group in groups]
-        groups = [{**group, "params": params} for group, params in zip(groups, lists, strict=True)]
-        self.parameters = [parameter for params in lists for parameter in params]
+        group_parameters = [list(group["params"]) for group in groups]
+        groups = [{**group, "params": params} for group, params in zip(groups, group_parameters, strict=True)]
+        self.parameters = [parameter for params in group_parameters for parameter in params]
         self.named = dict(named)
         self.trained = optimizers.names_of(self.parameters, self.named)
         self.optimizer = optimizers.build(config.optimizer, groups, config.learning_rate, config.weight_decay)
@@ -92,19 +92,19 @@ class Trainer:
         self.ema = EMA(self.trained, config.ema, config.ema_warmup) if config.ema else None
         self.folder = None if folder is None else Path(folder)
         self._file = None if self.folder is None else ProgressFile(self.folder / "progress.jsonl")
-        shares = [
-            [g.get("name"), g.get("lr_scale", 1.0), g.get("weight_decay"), len(p)] for g, p in zip(groups, lists, strict=True)
-        ]
-        settings = {**config.identity(), "groups": shares, **(identity or {})}
+        sizes = map(len, group_parameters)
+        fields = [(g.get("name"), g.get("lr_scale", 1.0), g.get("weight_decay")) for g in groups]
+        group_settings = [[*values, size] for values, size in zip(fields, sizes, strict=True)]
+        settings = {**config.identity(), "groups": group_settings, **(identity or {})}
         if after_step is not None:
             settings["steps"] = config.steps
         self.checkpoints = None if folder is None else Checkpoints(Path(folder), settings, config.keep_checkpoints)
         self.step, self.losses, self.seconds = 0, list[float](), 0.0
-        self._resumed_from, self._saved, self._warnings = 0, -1, list[str]()
+        self._resumed_from, self._last_saved, self._warnings = 0, -1, list[str]()
         self._stop = StopFlag()
-        self._good = LastGood(self._tensors())
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.named.values())
-        self._reserve = None if self.folder is None else Reserve(self.folder, LAST_FILES * weights + 2**21)
+        self._last_good = LastGood(self._tensors())
+        weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.named.values())
+        self._reserve = None if self.folder is None else Reserve(self.folder, LAST_FILES * weight_bytes + 2**21)
 
     @property
     def device(self) -> torch.device:
@@ -112,11 +112,11 @@ class Trainer:
         return self.accelerator.device
 
     def stop(self) -> None:
-        """Stops the run after the current step with a checkpoint; may be called from any thread and from callbacks."""
+        """Stops the run after the current step and writes a checkpoint; may be called from any thread and from callbacks."""
         self._stop.requested = True
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Context with the EMA weights swapped in; no effect without EMA."""
+        """Context manager that uses the EMA weights; no effect without EMA."""
         return self.ema.swapped() if self.ema else nullcontext()
 
     def fit(self, resume: bool = False, accept: Collection[str] = ()) -> TrainResult:
@@ -134,14 +134,14 @@ class Trainer:
             CheckpointError: the checkpoints belong to another run or are all corrupt, or they exist and `resume` is False.
             Diverged: a loss or gradient is not finite. The weights of the last finite loss are restored first.
         """
-        self._start(resume, accept)
+        self._load_checkpoint(resume, accept)
         try:
-            return self._steps()
+            return self._run()
         finally:
             if self._reserve is not None and self.accelerator.is_main_process:
                 self._reserve.release()
 
-    def _steps(self) -> TrainResult:
+    def _run(self) -> TrainResult:
         reset_peak_memory(self.device)
         pace = Pace()
         with tracking(self.config.tracker, self.folder, asdict(self.config), self.step) as record, self._stop:
@@ -149,21 +149,22 @@ class Trainer:
             if self._reserve is not None and self.accelerator.is_main_process:
                 self._reserve.take()
             while self.step < self.config.steps and not stopping:
-                began = time.monotonic()
-                stopping, norm = self._advance()
-                self.seconds += time.monotonic() - began
+                start = time.monotonic()
+                stopping, norm = self._train_step()
+                self.seconds += time.monotonic() - start
                 self._report(norm, pace, record)
-                self._checkpoint(stopping)
+                self._save_if_due(stopping)
         return self._result(stopped=self.step < self.config.steps)
 
-    def _start(self, resume: bool, accept: Collection[str]) -> None:
+    def _load_checkpoint(self, resume: bool, accept: Collection[str]) -> None:
+        """Restores the newest checkpoint if there is one, and broadcasts the tensors to all processes."""
         if self.checkpoints is not None:
-            state = on_main(self.accelerator, lambda: self._find(resume, accept))
+            state = on_main(self.accelerator, lambda: self._newest_state(resume, accept))
             if state is not None:
                 self._restore(state)
         broadcast_start(self.accelerator, self._tensors())
 
-    def _find(self, resume: bool, accept: Collection[str]) -> State | None:
+    def _newest_state(self, resume: bool, accept: Collection[str]) -> State | None:
         assert self.checkpoints is not None
         self.checkpoints.clean()
         if resume:
@@ -178,17 +179,17 @@ class Trainer:
             )
         return None
 
-    def _advance(self) -> tuple[bool, float]:
-        """One optimizer step: (whether a stop was requested, gradient norm)."""
+    def _train_step(self) -> tuple[bool, float]:
+        """Runs one optimizer step. Returns whether a stop was requested, and the gradient norm."""
         step = self.step
         rate = optimizers.base_rate(self.config.optimizer, self.config.learning_rate) * self.config.rate(step)
         optimizers.set_rates(self.optimizer, rate)
         loss, stop, norm = self.gradients.compute(step, self._stop.requested)
         if not math.isfinite(loss):
-            raise self._diverged("loss", loss, rate, self._good.restore(step))
+            raise self._diverged("loss", loss, rate, self._last_good.restore(step))
         if self.gradients.fatal(norm):
             raise self._diverged("gradient", norm, rate, step)
-        self._good.take(step)
+        self._last_good.take(step)
         after_step = self.after_step
         self.gradients.apply(norm, None if after_step is None else lambda: after_step(step + 1, self.config.steps))
         if self.ema:
@@ -211,9 +212,9 @@ class Trainer:
     def _report(self, norm: float, pace: Pace, record: Callable[[Mapping[str, float], int], None]) -> None:
         config, recent = self.config, self.losses[-WINDOW:]
         rate = float(self.optimizer.param_groups[0]["lr"])
-        left, memory = pace.left(config.steps - self.step), peak_memory(self.device)
+        remaining, memory = pace.left(config.steps - self.step), peak_memory(self.device)
         smoothed = sum(recent) / len(recent)
-        event = Progress(self.step, config.steps, recent[-1], smoothed, rate, norm, self.seconds, left, memory)
+        event = Progress(self.step, config.steps, recent[-1], smoothed, rate, norm, self.seconds, remaining, memory)
         if not self.accelerator.is_main_process:
             return
         if self.step % config.log_every == 0 or self.step == config.steps:
@@ -236,7 +237,7 @@ class Trainer:
             warning = CheckpointWarning(self._warnings[-1], where="preview", given=error.errno)
             warnings.warn(warning, stacklevel=2)
 
-    def _checkpoint(self, stopping: bool) -> None:
+    def _save_if_due(self, stopping: bool) -> None:
         """Writes a checkpoint if one is due: at the interval, at the end if there is an interval, and when stopping."""
         every = self.config.checkpoint_every
         due = every and (self.step % every == 0 or self.step == self.config.steps)
@@ -245,7 +246,7 @@ class Trainer:
             return
         try:
             on_main(self.accelerator, lambda: self._save(checkpoints, stopping or self.step == self.config.steps))
-            self._saved = self.step
+            self._last_saved = self.step
         except CheckpointError as error:
             self._warnings.append(str(error))
             warning = CheckpointWarning(str(error), where=error.where, given=error.given, file=error.file)
@@ -265,17 +266,18 @@ class Trainer:
         return [*self.named.values(), *(self.ema.averages.values() if self.ema else ())]
 
     def _state(self) -> State:
-        state, values = optimizers.pack(self.optimizer, self.trained)
+        optimizer_tensors, optimizer_values = optimizers.pack(self.optimizer, self.trained)
         tensors = {
             "weights": self.named,
-            "optimizer": state,
+            "optimizer": optimizer_tensors,
             "history": {"losses": torch.tensor(self.losses, dtype=torch.float64)},
         }
         if self.ema:
             tensors["ema"] = self.ema.averages
         scaler = self.gradients.scaler.state_dict()
         processes = self.accelerator.num_processes
-        return State(self.step, tensors, {"optimizer": values, "scaler": scaler, "seconds": self.seconds, "processes": processes})
+        values = {"optimizer": optimizer_values, "scaler": scaler, "seconds": self.seconds, "processes": processes}
+        return State(self.step, tensors, values)
 
     def _restore(self, state: State) -> None:
         put(self.named, state.tensors["weights"], "weights")
@@ -287,10 +289,10 @@ class Trainer:
             self.gradients.scaler.load_state_dict(state.values["scaler"])
         self.losses = state.tensors["history"]["losses"].tolist()
         self.seconds = state.values["seconds"]
-        self.step = self._resumed_from = self._saved = state.step
+        self.step = self._resumed_from = self._last_saved = state.step
 
     def _result(self, stopped: bool) -> TrainResult:
-        newest = None if self.checkpoints is None or self._saved < 0 else self.checkpoints.path(self._saved)
+        newest = None if self.checkpoints is None or self._last_saved < 0 else self.checkpoints.path(self._last_saved)
         memory = peak_memory(self.device)
         return TrainResult(
             self.step, list(self.losses), self.seconds, memory, stopped, self._resumed_from, newest, list(self._warnings)
