@@ -1,4 +1,4 @@
-"""The toy model's host is registered for these tests only."""
+"""Registers the host of the toy model for these tests only."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Choosing among attachments: what acts, what comes back, what it costs, and that a compiled model stays compiled."""
+"""`activate`: enabled attachments, restored scales, cost, and no recompilation."""
 
 from __future__ import annotations
 
@@ -10,85 +10,84 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.injection.toy import net, run
-from tests.injection.toy import stir as move
+from tests.injection.toy import net, run, stir
 from tests.raising import raises
 from veneer.injection import StateError, UnknownName, activate, attach, hosts
 from veneer.testing.pipelines import tiny_pipeline
 
 
-def three() -> tuple[nn.Module, list[Any]]:
+def three_attachments() -> tuple[nn.Module, list[Any]]:
     model = net()
     torch.manual_seed(0)
-    several = [
+    attached = [
         attach(model, "lora", where="embed.token attn.{q,out} head", rank=2, name=name) for name in ("style", "face", "more")
     ]
-    for size, each in enumerate(several, 1):
-        move(each, 0.2 * size)
-    return model, several
+    for factor, attachment in enumerate(attached, 1):
+        stir(attachment, 0.2 * factor)
+    return model, attached
 
 
-def alone(index: int, scale: float = 1.0) -> Tensor:
-    model, several = three()
-    several[index].scale = scale
-    for other in several[:index] + several[index + 1 :]:
+def output_of(index: int, scale: float = 1.0) -> Tensor:
+    model, attached = three_attachments()
+    attached[index].scale = scale
+    for other in attached[:index] + attached[index + 1 :]:
         other.detach()
     return run(model)
 
 
-def test_the_named_act_and_no_others() -> None:
-    model, several = three()
-    every, base = run(model), run(net())
+def test_only_the_named_attachments_are_enabled() -> None:
+    model, attached = three_attachments()
+    all_enabled, base = run(model), run(net())
     activate(model, {"face": 0.5})
-    assert torch.equal(run(model), alone(1, 0.5))
+    assert torch.equal(run(model), output_of(1, 0.5))
     activate(model, ["face"])
-    assert torch.equal(run(model), alone(1, 0.5))  # at the scale that it has
+    assert torch.equal(run(model), output_of(1, 0.5))  # keeps its scale
     activate(model, "style")
-    assert torch.equal(run(model), alone(0))
+    assert torch.equal(run(model), output_of(0))
     activate(model, ())
     assert torch.equal(run(model), base)
     activate(model, {"style": 1, "face": 1, "more": 1})
-    assert torch.equal(run(model), every)
-    assert [a.scale for a in several] == [1, 1, 1]
+    assert torch.equal(run(model), all_enabled)
+    assert [a.scale for a in attached] == [1, 1, 1]
 
 
-def test_as_a_context_the_earlier_strengths_come_back() -> None:
-    model, several = three()
-    several[2].scale = 0.3
+def test_the_context_restores_the_previous_scales() -> None:
+    model, attached = three_attachments()
+    attached[2].scale = 0.3
     before = run(model)
     with activate(model, {"style": 0.8}):
-        assert torch.equal(run(model), alone(0, 0.8))
-        with activate(model, "face"), several[1].enabled(False):
+        assert torch.equal(run(model), output_of(0, 0.8))
+        with activate(model, "face"), attached[1].enabled(False):
             assert torch.equal(run(model), run(net()))
-        assert torch.equal(run(model), alone(0, 0.8))
+        assert torch.equal(run(model), output_of(0, 0.8))
     assert torch.equal(run(model), before)
     with pytest.raises(ZeroDivisionError), activate(model, "style"):
         raise ZeroDivisionError
     assert torch.equal(run(model), before)
-    assert [a.scale for a in several] == [1, 1, 0.3]
-    done = activate(model, ())
-    done.undo()
-    several[0].scale = 0.5
-    done.undo()
-    assert several[0].scale == 0.5
+    assert [a.scale for a in attached] == [1, 1, 0.3]
+    activation = activate(model, ())
+    activation.undo()
+    attached[0].scale = 0.5
+    activation.undo()
+    assert attached[0].scale == 0.5
 
 
-def test_a_wrong_choice_changes_nothing() -> None:
-    model, several = three()
+def test_an_invalid_name_changes_nothing() -> None:
+    model, attached = three_attachments()
     before = run(model)
     with raises(UnknownName, name="stlye", kind="attachment", expected=("style", "face", "more")):
         activate(model, {"face": 0.5, "stlye": 1.0})
     with raises(UnknownName, name="style", expected=()):
         activate(net(), "style")
     assert torch.equal(run(model), before)
-    several[0].merge()
+    attached[0].merge()
     with raises(StateError, where="style", given="merged"):
         activate(model, {"face": 0.5, "style": 1.0})
     activate(model, "more")
-    assert [a.is_enabled for a in several] == [True, False, True]  # what is merged is part of the base
+    assert [a.is_enabled for a in attached] == [True, False, True]  # a merged attachment is part of the base model
 
 
-def test_a_strength_that_one_of_them_cannot_have_changes_nothing() -> None:
+def test_an_unsupported_scale_changes_nothing() -> None:
     import timm
 
     model = timm.create_model("test_vit", num_classes=3).eval()
@@ -99,17 +98,17 @@ def test_a_strength_that_one_of_them_cannot_have_changes_nothing() -> None:
     assert {tuned.scale, *(adapter.strength.item() for _, adapter in tuned.parts.values())} == {1.0}
 
 
-def test_what_is_off_does_not_run() -> None:
-    model, several = three()
+def test_disabled_adapters_do_not_run() -> None:
+    model, attached = three_attachments()
     calls: list[str] = []
-    for each in several:
-        for _, adapter in each.parts.values():
+    for attachment in attached:
+        for _, adapter in attachment.parts.values():
             for form in ("output", "weight"):
-                adapter.__dict__[form] = _counted(calls, each.name, getattr(adapter, form))
+                adapter.__dict__[form] = _counted(calls, attachment.name, getattr(adapter, form))
     activate(model, "face")
     run(model)
     assert set(calls) == {"face"}
-    assert len(calls) == len(several[1].parts)
+    assert len(calls) == len(attached[1].parts)
 
 
 def _counted(calls: list[str], name: str, form: Any) -> Any:
@@ -121,11 +120,11 @@ def _counted(calls: list[str], name: str, form: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore:.*torch.jit.trace:FutureWarning")
-def test_a_trace_made_while_off_holds_the_adapters() -> None:
+def test_a_trace_of_a_disabled_attachment_includes_the_adapters() -> None:
     model = net()
     tuned = attach(model, "lora", where="head", rank=2)
-    move(tuned)
-    inputs = tuple({"ids": torch.arange(8).reshape(2, 4) % 7, "picture": torch.ones(2, 2, 4, 4)}.values())
+    stir(tuned)
+    inputs = tuple({"ids": torch.arange(8).reshape(2, 4) % 7, "image": torch.ones(2, 2, 4, 4)}.values())
     on = model(*inputs)
     with tuned.enabled(False):
         traced = torch.jit.trace(model, inputs, check_trace=False)
@@ -138,12 +137,12 @@ def test_a_trace_made_while_off_holds_the_adapters() -> None:
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 @pytest.mark.parametrize("method", ["lora", "lokr", "oft"])
 def test_a_compiled_tower_is_compiled_once(method: str, component: str) -> None:
-    """Scale, switch and choice are buffers of the one graph, and its outputs are those of eager mode."""
+    """Scales and enabled states are buffers of a single graph, whose outputs equal those of eager mode."""
     tower = tiny_pipeline("sd").components[component]
     where = "attn" if component == "text_encoder" else ("unet.mid/attn", "unet.mid/xattn")
-    several = [attach(tower, method, where=where, name=name) for name in ("style", "face")]
-    for size, each in enumerate(several, 1):
-        move(each, 0.1 * size)
+    attached = [attach(tower, method, where=where, name=name) for name in ("style", "face")]
+    for factor, attachment in enumerate(attached, 1):
+        stir(attachment, 0.1 * factor)
     (host,) = [h for h in (hosts.get(n)() for n in hosts.names()) if h.matches(tower)]
     inputs = host.sample(tower)
     torch._dynamo.reset()
@@ -161,9 +160,9 @@ def test_a_compiled_tower_is_compiled_once(method: str, component: str) -> None:
         lambda: activate(tower, {"style": 0.8}),
         lambda: activate(tower, {"style": 0.1, "face": 0.5}),
         lambda: activate(tower, ()),
-        lambda: setattr(several[0], "scale", 0.3),
+        lambda: setattr(attached[0], "scale", 0.3),
         lambda: activate(tower, "style"),
-        lambda: stack.enter_context(several[0].enabled(False)),
+        lambda: stack.enter_context(attached[0].enabled(False)),
     ):
         switch()
         outputs.append(first(compiled, inputs))

@@ -1,4 +1,4 @@
-"""Blending, casting and row slices, against arithmetic written out."""
+"""Blending, casting and row slices, against explicit formulas."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from veneer.injection.sites import WeightSite
 
 
 class Affine(Adapter):
-    """3 y + 1; leaves the blending to the seam."""
+    """3 y + 1, blended by the seam."""
 
     def output(self, y: Tensor) -> Tensor:
         return 3 * y + 1
@@ -24,12 +24,12 @@ def test_a_blend_is_the_host_at_zero_and_the_adapter_at_one_bitwise() -> None:
     torch.testing.assert_close(blend(adapter, adapter.output, y), 0.75 * y + 0.25 * (3 * y + 1))
 
 
-def test_rows_that_no_adapter_wants_stay() -> None:
+def test_rows_without_an_adapter_do_not_change() -> None:
     sites = [WeightSite(name=str(i), role="attn.q", path="qkv", d_out=2, d_in=1, rows=(i, i + 2)) for i in (1, 5)]
     y = torch.arange(16.0).reshape(2, 8)
-    got = apply_by_rows(sites, [10, 100], y, -1, lambda factor, part: factor * part)
+    output = apply_by_rows(sites, [10, 100], y, -1, lambda factor, part: factor * part)
     expected = y * torch.tensor([1, 10, 10, 1, 1, 100, 100, 1])
-    assert torch.equal(got, expected)
+    assert torch.equal(output, expected)
     assert torch.equal(apply_by_rows(sites, [10, 100], y.T, 0, lambda factor, part: factor * part), expected.T)
 
 

@@ -1,4 +1,4 @@
-"""Coming, going and switching, bitwise."""
+"""Attach, detach, scale and enable, bitwise."""
 
 import copy
 
@@ -74,7 +74,7 @@ def test_two_attachments_that_train_the_same_head_detach_in_any_order(first: int
     assert_same(before, snapshot(model), "detach")
 
 
-def test_what_an_attachment_trained_is_frozen_when_it_leaves_another_behind() -> None:
+def test_detach_freezes_the_trained_parameters_beside_another_attachment() -> None:
     model = net()
     attach(model, "lora", where="attn.q", rank=2)
     trains = attach(model, "lora", where="attn.v", rank=2, train="head")
@@ -100,10 +100,10 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("method", "options", "error"), FAILURES)
-@pytest.mark.parametrize("beside", [False, True])
-def test_a_failed_attach_leaves_no_trace(method: object, options: dict, error: type, beside: bool) -> None:
+@pytest.mark.parametrize("other_attached", [False, True])
+def test_a_failed_attach_leaves_no_trace(method: object, options: dict, error: type, other_attached: bool) -> None:
     model = net()
-    if beside or options.get("name") == "taken":
+    if other_attached or options.get("name") == "taken":
         attach(model, "lora", where="attn.q attn.out", rank=2, name="taken")
     before, output = snapshot(model), run(model)
     with pytest.raises(error):
@@ -112,11 +112,11 @@ def test_a_failed_attach_leaves_no_trace(method: object, options: dict, error: t
     assert torch.equal(run(model), output)
 
 
-def test_only_the_adapters_and_what_was_asked_for_train() -> None:
+def test_only_adapters_and_parameters_in_train_require_gradients() -> None:
     model = net()
     tuned = attach(model, "lora", where="attn.{q,out}", rank=2, train="head")
-    own = {id(p) for p in tuned.parameters()}
-    assert {id(p) for p in model.parameters() if p.requires_grad} == own
+    expected = {id(p) for p in tuned.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == expected
     assert {n for n, _ in tuned.named_parameters()} == {
         "qkv.q:down", "qkv.q:up", "read:down", "read:up", "head:weight", "head:bias",
     }  # fmt: skip
@@ -211,12 +211,12 @@ def test_a_host_that_fuses_or_rebuilds_after_attach_is_caught(change: object, wh
     tuned = attach(model, "lora", where="attn.{q,out}", rank=2, train="head")
     run(model)
     change(model)
-    for act in (lambda: run(model), tuned.check, tuned.merge):
+    for call in (lambda: run(model), tuned.check, tuned.merge):
         with raises(HostChanged, where=where, given=given):
-            act()
+            call()
 
 
-def test_adapters_are_in_the_mode_of_the_host_that_they_join() -> None:
+def test_unmerged_adapters_get_the_training_mode_of_the_host() -> None:
     model = net()
     tuned = attach(model, "lora", where="attn.{q,out}", rank=2, dropout=0.9)
     stir(tuned)
@@ -239,17 +239,17 @@ def test_calls_that_do_not_fit_the_state_are_refused() -> None:
     with raises(StateError, where="lora", given="not merged"):
         tuned.unmerge()
     tuned.merge()
-    for act in (tuned.merge, tuned.detach, lambda: setattr(tuned, "scale", 0.5), lambda: tuned.enabled(False).__enter__()):
+    for call in (tuned.merge, tuned.detach, lambda: setattr(tuned, "scale", 0.5), lambda: tuned.enabled(False).__enter__()):
         with raises(StateError, where="lora", given="merged"):
-            act()
+            call()
     tuned.unmerge()
     tuned.detach()
-    for act in (tuned.detach, tuned.check):
+    for call in (tuned.detach, tuned.check):
         with raises(StateError, where="lora", given="detached"):
-            act()
+            call()
 
 
-def test_a_config_takes_no_options_beside_it() -> None:
+def test_a_config_with_further_options_is_rejected() -> None:
     with pytest.raises(TypeError, match=r"\['rank'\]"):
         attach(net(), Add(), rank=3)
 
@@ -262,8 +262,8 @@ def test_a_model_without_a_host_is_refused() -> None:
     assert "toy" in hosts.names()
 
 
-def test_adapters_start_in_the_mode_of_their_host() -> None:
-    """Dropout in an adapter is off on a host in eval, without a further call."""
+def test_new_adapters_get_the_training_mode_of_the_host() -> None:
+    """An adapter's dropout is disabled on a host in evaluation mode."""
     for training in (True, False):
         attached = attach(net().train(training), "lora", where=WHERE, rank=2, dropout=0.5)
         assert {adapter.training for _, adapter in attached.parts.values()} == {training}

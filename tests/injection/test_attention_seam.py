@@ -18,7 +18,7 @@ from veneer.testing.snapshot import assert_same, snapshot
 
 
 class ShiftAdapter(Adapter):
-    """The attention of the input plus a learned shift of it; the seam blends."""
+    """Attention of the input plus a trained shift, blended by the seam."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class ShiftAdapter(Adapter):
 
 @dataclass(frozen=True)
 class Shift(Method):
-    """Shifts what an attention module reads."""
+    """Shifts the input of an attention module."""
 
     name: ClassVar[str] = "shift"
     paper: ClassVar[str] = "none"
@@ -52,7 +52,7 @@ def run(model: nn.Module) -> Tensor:
 
 
 def shifted(*shifts: dict[str, Tensor]) -> Tensor:
-    """The bare model with its attention inputs shifted by hand."""
+    """The output of the bare model with shifted attention inputs."""
     model = tiny()
     for path in shifts[0]:
         total = sum(s[path] for s in shifts)

@@ -1,4 +1,4 @@
-"""A weight and the bias after it, changed together: y = W' x + b', where b' may need W."""
+"""Adapters that change weight and bias together: y = W' x + b', where b' may depend on W."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLACES = "attn.q attn.out conv head norm"
 
 
 class Both(Adapter):
-    """W' = (1 + a) W, b' = b + a·Σ over a row of W + c: a bias that tells which W it was given."""
+    """W' = (1 + a) W, b' = b + a·Σ over a row of W + c: a bias that depends on W."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -52,53 +52,53 @@ def both(model: nn.Module, where: str = PLACES, **options: Any) -> Any:
     return tuned
 
 
-def by_hand(model: Net, *order: Any) -> dict[str, Tensor]:
-    """Every adapted tensor in double precision after the attachments, the first first, each at its scale."""
-    found = {name: p.detach().double().clone() for name, p in net().named_parameters()}
+def expected_tensors(model: Net, *order: Any) -> dict[str, Tensor]:
+    """All tensors in double precision, with the attachments applied in this order at their scales."""
+    tensors = {name: p.detach().double().clone() for name, p in net().named_parameters()}
     for tuned in order:
         for site, adapter in tuned.parts.values():
             name, rows = f"{site.path}.{site.param}", slice(*site.rows) if site.rows else slice(None)
-            before = found[name][rows].clone()
+            before = tensors[name][rows].clone()
             if tuned.method.name == "lora":
-                found[name][rows] += tuned.scale * (adapter.up.double() @ adapter.down.double()).detach().view_as(before)
+                tensors[name][rows] += tuned.scale * (adapter.up.double() @ adapter.down.double()).detach().view_as(before)
                 continue
             a, c = adapter.a.item(), adapter.c.detach().double()
-            found[name][rows] += tuned.scale * a * before
-            found[site.bias][rows] += tuned.scale * (a * before.flatten(1).sum(1) if before.ndim > 1 else a * before)
-            found[site.bias][rows] += tuned.scale * c
-    return found
+            tensors[name][rows] += tuned.scale * a * before
+            tensors[site.bias][rows] += tuned.scale * (a * before.flatten(1).sum(1) if before.ndim > 1 else a * before)
+            tensors[site.bias][rows] += tuned.scale * c
+    return tensors
 
 
-def check(model: Net, tensors: dict[str, Tensor]) -> None:
-    """The model's output is that of the bare one with these tensors."""
+def assert_output_of(model: Net, tensors: dict[str, Tensor]) -> None:
+    """Asserts that the model's output equals that of the bare model with these tensors."""
     explicit = net().double()
     explicit.load_state_dict({**explicit.state_dict(), **tensors})
     torch.testing.assert_close(run(model).double(), run(explicit), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_beside_the_weight_and_merged_it_is_what_is_written_by_hand(scale: float) -> None:
+def test_attached_and_merged_outputs_equal_the_explicit_formula(scale: float) -> None:
     model = net()
     tuned = both(model)
     tuned.scale = scale
-    expected = by_hand(model, tuned)
-    check(model, expected)
+    expected = expected_tensors(model, tuned)
+    assert_output_of(model, expected)
     report = tuned.merge()
     assert report.tensors == 10
-    check(model, expected)
+    assert_output_of(model, expected)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach().double(), expected[name], rtol=0, atol=1e-6, msg=name)
 
 
-def test_the_way_back_is_bitwise() -> None:
+def test_unmerge_disable_and_detach_are_bitwise() -> None:
     model = net()
     before, output = snapshot(model), run(model)
     tuned = both(model)
-    beside = run(model)
-    assert not torch.equal(beside, output)
+    adapted = run(model)
+    assert not torch.equal(adapted, output)
     tuned.merge()
     tuned.unmerge()
-    assert torch.equal(run(model), beside)
+    assert torch.equal(run(model), adapted)
     tuned.scale = 0.0
     assert torch.equal(run(model), output)
     tuned.detach()
@@ -107,9 +107,9 @@ def test_the_way_back_is_bitwise() -> None:
 
 
 @pytest.mark.parametrize("names", [("both", "lora"), ("lora", "both"), ("both", "both")])
-@pytest.mark.parametrize("turned", [False, True])
-def test_beside_others_each_finds_the_weight_of_those_before(names: tuple[str, str], turned: bool) -> None:
-    """Attached in either order they act in it; merged in either order the first merged acts first."""
+@pytest.mark.parametrize("reverse", [False, True])
+def test_each_adapter_gets_the_weight_with_the_changes_of_earlier_ones(names: tuple[str, str], reverse: bool) -> None:
+    """They are applied in the order of attaching; merged ones in the order of merging."""
     model, where = net(), "attn.q attn.out head"
     order = []
     for i, name in enumerate(names):
@@ -118,15 +118,15 @@ def test_beside_others_each_finds_the_weight_of_those_before(names: tuple[str, s
         else:
             order.append(attach(model, "lora", where="attn.out", rank=2, name=f"lora{i}"))
             stir(order[-1])
-    check(model, by_hand(model, *order))
-    merged = order[::-1] if turned else order
+    assert_output_of(model, expected_tensors(model, *order))
+    merged = order[::-1] if reverse else order
     for tuned in merged:
         tuned.merge()
         rest = [t for t in order if not t.merged]
-        check(model, by_hand(model, *[t for t in merged if t.merged], *rest))
+        assert_output_of(model, expected_tensors(model, *[t for t in merged if t.merged], *rest))
     for tuned in reversed(merged):
         tuned.unmerge()
-    check(model, by_hand(model, *order))
+    assert_output_of(model, expected_tensors(model, *order))
 
 
 CALLED = [
@@ -142,23 +142,23 @@ CALLED = [
 @pytest.mark.parametrize("second", range(len(CALLED)))
 @pytest.mark.parametrize("first", range(len(CALLED)))
 def test_called_layers_act_in_the_order_of_attaching(first: int, second: int) -> None:
-    """Merged in that order the outputs stay, whether an adapter changes x, y, or both."""
+    """Outputs do not change when they are merged in that order, whether an adapter changes x, y or both."""
     model = net().double()
     order = []
     for i, number in enumerate((first, second, 1)):
         name, options = CALLED[number]
         order.append(attach(model, name, where="head", name=f"{name}{i}", **options))
         stir(order[-1], 0.2)
-    beside = run(model)
+    adapted = run(model)
     for tuned in order:
         tuned.merge()
-        torch.testing.assert_close(run(model), beside, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(run(model), adapted, rtol=1e-9, atol=1e-9)
     for tuned in reversed(order):
         tuned.unmerge()
-    assert torch.equal(run(model), beside)
+    assert torch.equal(run(model), adapted)
 
 
-def test_gradients_reach_both_through_both() -> None:
+def test_gradients_through_weight_and_bias() -> None:
     model = net()
     tuned = both(model, "attn.out")
     inputs = ToyHost().sample(model)
@@ -173,26 +173,26 @@ def test_gradients_reach_both_through_both() -> None:
     torch.testing.assert_close(adapter.c.grad, c.grad)
 
 
-def test_a_copy_stands_on_its_own() -> None:
+def test_a_copy_is_independent() -> None:
     model = net()
     tuned = both(model)
-    twin, beside = copy.deepcopy(model), run(model)
-    assert torch.equal(run(twin), beside)
+    twin, adapted = copy.deepcopy(model), run(model)
+    assert torch.equal(run(twin), adapted)
     with torch.no_grad():
         for p in tuned.parameters():
             p.add_(1.0)
         model.read.parametrizations.weight.original.mul_(2)
-    assert torch.equal(run(twin), beside)
+    assert torch.equal(run(twin), adapted)
     tuned.scale = 0.0
-    assert torch.equal(run(twin), beside)
+    assert torch.equal(run(twin), adapted)
 
 
-def test_it_is_cast_and_still_switches() -> None:
+def test_a_cast_attachment_can_be_disabled() -> None:
     model = net()
     tuned = both(model)
-    beside = run(model)
+    adapted = run(model)
     model.double()
-    torch.testing.assert_close(run(model), beside.double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(model), adapted.double(), rtol=0, atol=1e-5)
     tuned.scale = 0.0
     assert torch.equal(run(model), run(net().double()))
     tuned.scale = 1.0
@@ -223,16 +223,14 @@ def test_a_layer_without_a_bias_is_refused_by_name_and_nothing_changes() -> None
     assert_same(before, snapshot(model), "detach()")
 
 
-@pytest.mark.parametrize("what", ["quantised", "computed"])
-def test_a_bias_that_cannot_take_a_merge_is_refused_and_nothing_changes(what: str) -> None:
+@pytest.mark.parametrize("obstacle", ["quantized or sharded", "computed"])
+def test_a_bias_that_cannot_be_merged_into_is_rejected_and_nothing_changes(obstacle: str) -> None:
     model = net()
     tuned = attach(model, "ssf", where="head")
-    if what == "computed":
+    if obstacle == "computed":
         parametrize.register_parametrization(model.head, "bias", nn.Tanh())
-        obstacle = "computed"
     else:
         model.head.bias = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
-        obstacle = "quantized or sharded"
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with raises(UnsupportedSite, site="head", given=obstacle):
         tuned.merge()

@@ -1,4 +1,4 @@
-"""Which functions lie between the hook of a called layer and the adapter."""
+"""The stack frames between the hook of a called layer and the adapter."""
 
 import traceback
 from pathlib import Path
@@ -20,7 +20,7 @@ PACKAGE = str(Path(veneer.__file__).parent)
 
 
 class Doubled(Adapter):
-    """2 y; the seam blends it."""
+    """2 y, blended by the seam."""
 
     def output(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return 2 * y
@@ -50,7 +50,7 @@ def test_a_plain_lora_is_at_most_six_frames_below_its_hook(stacks: list[list[str
     assert stacks == [["_write_output", "call_in_place", "output", "_low", "project", "forward"]]
 
 
-def test_slices_and_mixed_batches_have_paths_of_their_own(stacks: list[list[str]]) -> None:
+def test_slices_and_mixed_batches_have_other_call_paths(stacks: list[list[str]]) -> None:
     model = net()
     sliced = attach(model, "lora", where="attn.q", rank=2, name="sliced")
     plain, other = (attach(model, "lora", where="head", rank=2, name=name) for name in ("plain", "other"))

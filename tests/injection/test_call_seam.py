@@ -1,4 +1,4 @@
-"""Each seam against what the host computes when its tensors are changed by hand."""
+"""Each seam against the host with explicitly changed tensors."""
 
 import copy
 
@@ -13,7 +13,7 @@ from veneer.injection.seams.weight_seam import WeightSeam
 from veneer.methods.selective.bitfit import BitFit
 
 
-def changed(model: Net, path: str, param: str, delta: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+def output_with(model: Net, path: str, param: str, delta: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
     """The output with a delta added to one tensor of a copy."""
     model = copy.deepcopy(model)
     with torch.no_grad():
@@ -30,16 +30,16 @@ def test_slices_of_a_fused_weight_change_their_own_rows() -> None:
     _, v = tuned.parts["qkv.v"]
     delta = torch.zeros(18, 6)
     delta[0:6], delta[12:18] = q.up @ q.down, v.up @ v.down
-    torch.testing.assert_close(run(model), changed(bare, "qkv", "weight", delta))
+    torch.testing.assert_close(run(model), output_with(bare, "qkv", "weight", delta))
 
 
-def test_a_weight_that_is_read_is_changed_where_a_hook_would_be_dead() -> None:
+def test_a_weight_that_is_read_is_parametrized() -> None:
     bare, model = net(), net()
     tuned = attach(model, "lora", where="attn.out", rank=2)
     stir(tuned)
     assert [type(s) for s in tuned.seams] == [WeightSeam]
     _, adapter = tuned.parts["read"]
-    expected = changed(bare, "read", "weight", adapter.up @ adapter.down)
+    expected = output_with(bare, "read", "weight", adapter.up @ adapter.down)
     torch.testing.assert_close(run(model), expected)
     assert (expected - run(bare)).abs().max() > 0.01
 
@@ -50,7 +50,7 @@ def test_a_called_bias_is_changed_in_the_output_and_a_read_one_as_a_tensor() -> 
         tuned = attach(model, BitFit(), where=f"name:{name}")
         stir(tuned)
         _, adapter = tuned.parts[name]
-        torch.testing.assert_close(run(model), changed(bare, path, "bias", adapter.delta.detach()))
+        torch.testing.assert_close(run(model), output_with(bare, path, "bias", adapter.delta.detach()))
 
 
 def test_a_branch_reads_one_module_and_writes_another() -> None:
@@ -58,9 +58,9 @@ def test_a_branch_reads_one_module_and_writes_another() -> None:
     tuned = attach(model, Add())
     stir(tuned)
     _, adapter = tuned.parts["inner.branch"]
-    seen = {}
-    bare.tail[0].register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))
-    bare.tail[1].register_forward_hook(lambda m, args, y: y + adapter.inner(seen["x"]))
+    inputs = {}
+    bare.tail[0].register_forward_pre_hook(lambda m, args: inputs.update(x=args[0]))
+    bare.tail[1].register_forward_hook(lambda m, args, y: y + adapter.inner(inputs["x"]))
     torch.testing.assert_close(run(model), run(bare))
 
 
@@ -70,11 +70,11 @@ def test_a_container_is_refused() -> None:
 
 
 def test_a_read_site_refuses_an_adapter_without_a_weight_form() -> None:
-    class Everywhere(Add):
+    class AddAnywhere(Add):
         needs = Add.needs + BitFit.needs
 
     with raises(UnsupportedSite, site="read.bias", expected="weight"):
-        attach(net(), Everywhere(), where="name:read.bias")
+        attach(net(), AddAnywhere(), where="name:read.bias")
 
 
 def test_a_quantised_tensor_that_is_read_is_refused() -> None:

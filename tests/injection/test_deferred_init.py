@@ -1,4 +1,4 @@
-"""Inside `defer_init` nothing is drawn that would only be overwritten."""
+"""`defer_init` skips initial values that a checkpoint overwrites."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from veneer.injection import attach
 from veneer.injection.attachment.deferred_init import SkipInit, defer_init, zeros
 
 
-def test_parameters_are_left_undrawn_and_other_tensors_are_not() -> None:
+def test_only_the_initialization_of_parameters_is_skipped() -> None:
     parameter, tensor = nn.Parameter(torch.full((4, 4), 7.0)), torch.full((4, 4), 7.0)
     with SkipInit(), torch.no_grad():
-        for draw in (nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_, nn.init.xavier_normal_):
-            draw(parameter)
+        for init in (nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_, nn.init.xavier_normal_):
+            init(parameter)
         parameter.normal_()
         nn.init.ones_(tensor)
         tensor.normal_()
@@ -22,7 +22,7 @@ def test_parameters_are_left_undrawn_and_other_tensors_are_not() -> None:
     assert len(tensor.unique()) > 8
 
 
-def test_an_attach_that_is_filled_draws_no_numbers() -> None:
+def test_a_deferred_attach_uses_no_random_numbers() -> None:
     state = torch.get_rng_state()
     with defer_init():
         attach(net(), "lora", where="attn.q", rank=2)
@@ -31,14 +31,14 @@ def test_an_attach_that_is_filled_draws_no_numbers() -> None:
     assert not torch.equal(torch.get_rng_state(), state)
 
 
-def test_an_attach_on_meta_draws_no_numbers_and_is_on_meta() -> None:
+def test_an_attach_on_meta_uses_no_random_numbers_and_is_on_meta() -> None:
     state = torch.get_rng_state()
     attached = attach(net().to("meta"), "lora", where="attn.q", rank=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert {(p.device.type, p.requires_grad) for p in attached.parameters()} == {("meta", True)}
 
 
-def test_zeros_are_zeros_unless_values_follow() -> None:
+def test_zeros_are_uninitialized_inside_defer_init() -> None:
     assert torch.equal(zeros(3, 2), torch.tensor([[0.0, 0.0]] * 3))
     with defer_init():
         assert zeros(3, 2).shape == (3, 2)

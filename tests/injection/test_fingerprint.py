@@ -1,4 +1,4 @@
-"""What tells one base from another."""
+"""Fingerprint and identity of base models."""
 
 import copy
 
@@ -33,9 +33,9 @@ def test_names_and_shapes_count() -> None:
 
     ones = torch.nn.Linear(2, 3, bias=False)
     torch.nn.init.ones_(ones.weight)
-    turned = torch.nn.Linear(3, 2, bias=False)
-    torch.nn.init.ones_(turned.weight)
-    prints = [fingerprint(m) for m in (Renamed(a=ones), Renamed(b=ones), Renamed(a=turned))]
+    transposed = torch.nn.Linear(3, 2, bias=False)
+    torch.nn.init.ones_(transposed.weight)
+    prints = [fingerprint(m) for m in (Renamed(a=ones), Renamed(b=ones), Renamed(a=transposed))]
     assert len(set(prints)) == 3
 
 
@@ -50,7 +50,7 @@ def test_large_tensors_are_sampled_evenly() -> None:
         assert fingerprint(layer) != before
 
 
-def test_there_is_none_on_meta_or_for_quantised_weights() -> None:
+def test_models_on_meta_or_with_quantized_weights_have_no_fingerprint() -> None:
     with torch.device("meta"):
         assert fingerprint(Net()) is None
     model = net()

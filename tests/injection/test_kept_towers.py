@@ -1,4 +1,4 @@
-"""Sites are looked for once where nothing can have changed, and anew after an attach."""
+"""`kept` caches towers until the next attach."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from veneer.injection.towers import kept, towers_of
 
 def test_towers_are_kept_until_something_is_attached() -> None:
     model, other = net(), net()
-    outside = towers_of(model)
-    assert towers_of(model)[0] is not outside[0]
+    uncached = towers_of(model)
+    assert towers_of(model)[0] is not uncached[0]
     with kept():
         first = towers_of(model)
         assert towers_of(model)[0] is first[0]
@@ -26,7 +26,7 @@ def test_towers_are_kept_until_something_is_attached() -> None:
     assert towers_of(model)[0] is not again[0]
 
 
-def test_what_no_host_knows_is_refused_each_time() -> None:
+def test_a_model_without_a_host_is_rejected_each_time() -> None:
     unknown = nn.Linear(2, 2)
     with kept():
         assert towers_of(unknown, strict=False) == []

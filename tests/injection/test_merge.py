@@ -23,67 +23,67 @@ METHODS: dict[str, dict[str, Any]] = {
     "ia3": {"inputs": ("head",)}, "loha": {"rank": 2}, "lokr": {}, "lora": {"rank": 2}, "lora_fa": {"rank": 2},
     "oft": {"blocks": 3}, "svdiff": {}, "vera": {"rank": 5},
 }  # fmt: skip
-"""Every method with a weight form, at sizes that fit the small model."""
+"""Methods with a weight form, with options for the small model."""
 
 
 def dense(tuned: Any, scale: float = 1.0, base: Any = None) -> dict[str, Tensor]:
-    """W + scale·s·B A for every adapted tensor, element by element from the definition."""
+    """W + scale·s·B A for every adapted tensor, computed from the definition."""
     state = {k: tensor_at(base or net(), k).double() for k in net().state_dict()}
     for site, adapter in tuned.parts.values():
         up, down = adapter.up.detach().double(), adapter.down.detach().double()
         if site.kind == "embedding":
-            change = torch.einsum("ir,or->io", down, up)
+            delta = torch.einsum("ir,or->io", down, up)
         elif site.kind == "conv":  # a pair of factors per group, on the group's own outputs and inputs
-            change = torch.zeros(6, 1, 3, 3, dtype=torch.float64)
+            delta = torch.zeros(6, 1, 3, 3, dtype=torch.float64)
             for out in range(6):
                 group = out // 3
                 for r in range(1):
-                    change[out, 0] += up[out, r, 0, 0] * down[group * 1 + r, 0]
+                    delta[out, 0] += up[out, r, 0, 0] * down[group * 1 + r, 0]
         else:
-            change = torch.einsum("or,ri->oi", up, down)
+            delta = torch.einsum("or,ri->oi", up, down)
         rows = slice(*site.rows) if site.rows else slice(None)
-        state[f"{site.path}.weight"][rows] += scale * 1.5 * change
+        state[f"{site.path}.weight"][rows] += scale * 1.5 * delta
     return state
 
 
-def tune(model: Net) -> Any:
+def attach_lora(model: Net) -> Any:
     tuned = attach(model, "lora", where=WHERE, rank=2, alpha=3.0)
     stir(tuned)
     return tuned
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.4])
-def test_merged_weights_are_the_weights_plus_the_change(scale: float) -> None:
+def test_merged_weights_are_the_base_weights_plus_the_delta(scale: float) -> None:
     model = net()
-    tuned = tune(model)
+    tuned = attach_lora(model)
     tuned.scale = scale
-    beside = run(model)
+    unmerged = run(model)
     report = tuned.merge()
     expected = dense(tuned, scale)
     assert list(model.state_dict()) == list(expected)
     for key, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor.double(), expected[key], rtol=0, atol=1e-6, msg=key)
-    explicit = net().double()
-    explicit.load_state_dict(expected)
-    torch.testing.assert_close(run(model).double(), run(explicit), rtol=0, atol=1e-5)
-    torch.testing.assert_close(run(model), beside, rtol=0, atol=1e-5)
+    bare = net().double()
+    bare.load_state_dict(expected)
+    torch.testing.assert_close(run(model).double(), run(bare), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(model), unmerged, rtol=0, atol=1e-5)
     assert report.tensors == 5
     assert report.kept_bytes == 4 * (7 * 6 + 6 * 9 + 18 * 6 + 6 * 6 + 3 * 6)
 
 
-def test_unmerge_is_bitwise_and_the_adapters_are_back() -> None:
+def test_unmerge_is_bitwise_and_reinstalls_the_adapters() -> None:
     model = net()
-    tuned = tune(model)
-    beside = run(model)
+    tuned = attach_lora(model)
+    unmerged = run(model)
     tuned.merge()
     tuned.unmerge()
-    assert torch.equal(run(model), beside)
+    assert torch.equal(run(model), unmerged)
     assert all(torch.equal(v, net().state_dict()[k]) for k, v in tuned.host_state_dict().items())
     tuned.detach()
     assert torch.equal(run(model), run(net()))
 
 
-def test_merges_come_apart_in_reverse() -> None:
+def test_attachments_are_unmerged_in_reverse_order() -> None:
     model = net()
     first, second = (attach(model, "lora", where="attn.q", rank=2) for _ in range(2))
     for tuned in (first, second):
@@ -119,9 +119,9 @@ def test_a_method_without_a_weight_form_is_refused_and_nothing_changes() -> None
     run(model)
 
 
-def test_off_means_off_in_a_merge_too() -> None:
+def test_a_disabled_attachment_merges_nothing() -> None:
     model = net()
-    tuned = tune(model)
+    tuned = attach_lora(model)
     with tuned.enabled(False):
         tuned.merge()
     assert [(m.name, m.scale) for m in merges(model)] == [("lora", 0.0)]
@@ -129,26 +129,26 @@ def test_off_means_off_in_a_merge_too() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_weight_form_is_merged_as_it_acts_beside(name: str) -> None:
-    """W' is weight(W) in double precision, to single precision's; and the outputs are those beside, to 1e-5."""
+def test_every_merged_weight_form_gives_the_unmerged_output(name: str) -> None:
+    """W' equals weight(W) up to single precision, and the outputs equal the unmerged ones up to 1e-5."""
     model = net()
-    tuned = put(model, name)
-    beside, expected = run(model), explicit(tuned)
+    tuned = attach_with_noise(model, name)
+    unmerged, expected = run(model), explicit_weights(tuned)
     tuned.merge()
     for key, tensor in expected.items():
         torch.testing.assert_close(tensor_at(model, key).double(), tensor, rtol=0, atol=2e-6, msg=key)
-    torch.testing.assert_close(run(model), beside, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(model), unmerged, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_in_bfloat16_the_sum_is_rounded_once(name: str, narrow: bool) -> None:
-    """No value is farther from weight(W) than half a step of bfloat16, which has 8 bits. `narrow`: so are the adapters."""
+    """Each value is within half a unit in the last place of bfloat16. `narrow`: the adapters are bfloat16 as well."""
     model = net().bfloat16()
-    tuned = put(model, name)
+    tuned = attach_with_noise(model, name)
     if narrow:
         model.bfloat16()
-    expected = explicit(tuned)
+    expected = explicit_weights(tuned)
     tuned.merge()
     for key, tensor in expected.items():
         half_step = 2.0 ** (torch.frexp(tensor)[1] - 9).double()
@@ -156,29 +156,29 @@ def test_in_bfloat16_the_sum_is_rounded_once(name: str, narrow: bool) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_hundred_merges_leave_no_trace_in_bfloat16(name: str) -> None:
+def test_a_hundred_merges_restore_the_weights_in_bfloat16(name: str) -> None:
     model = net().bfloat16()
-    before, places = {k: v.clone() for k, v in model.state_dict().items()}, {p: p.data_ptr() for p in model.parameters()}
-    tuned = put(model, name)
+    before, addresses = {k: v.clone() for k, v in model.state_dict().items()}, {p: p.data_ptr() for p in model.parameters()}
+    tuned = attach_with_noise(model, name)
     for _ in range(101):
         tuned.merge()
         tuned.unmerge()
     tuned.detach()
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    assert {p: p.data_ptr() for p in model.parameters()} == places  # no copy: the very memory
+    assert {p: p.data_ptr() for p in model.parameters()} == addresses  # the same memory
 
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_in_bfloat16_the_merged_weight_is_bitwise_the_sum_rounded_once(narrow: bool) -> None:
-    """Of numbers whose sums and products single precision holds exactly; `narrow`: the adapters are bfloat16 as well."""
+    """With values whose sums and products are exact in single precision. `narrow`: the adapters are bfloat16 as well."""
     model = net().bfloat16()
-    draws = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randint(-255, 256, p.shape, generator=draws) / 256)
+            p.copy_(torch.randint(-255, 256, p.shape, generator=generator) / 256)
         tuned = attach(model, "lora", where=WHERE, rank=2, alpha=3.0)
         for p in tuned.parameters():
-            p.copy_(torch.randint(-15, 16, p.shape, generator=draws) / 16)
+            p.copy_(torch.randint(-15, 16, p.shape, generator=generator) / 16)
     if narrow:
         model.bfloat16()
     expected = dense(tuned, base=model)
@@ -190,15 +190,15 @@ def test_in_bfloat16_the_merged_weight_is_bitwise_the_sum_rounded_once(narrow: b
 
 def test_autocast_does_not_reach_the_merged_weights() -> None:
     model = net()
-    tuned = tune(model)
+    tuned = attach_lora(model)
     with torch.autocast("cpu", torch.bfloat16):
         tuned.merge()
     for key, tensor in dense(tuned).items():
         torch.testing.assert_close(model.state_dict()[key].double(), tensor, rtol=0, atol=1e-6, msg=key)
 
 
-def test_wide_weights_are_folded_block_by_block() -> None:
-    """A weight of more numbers than are worked on at a time, in rows that are no multiple of it."""
+def test_large_weights_are_merged_block_by_block() -> None:
+    """A weight that is larger than a block, and whose rows are not a multiple of it."""
     layer = torch.nn.Sequential(torch.nn.Linear(1500, 1501, bias=False)).bfloat16()
     site = WeightSite(name="0", role="l", path="0", d_out=1501, d_in=1500)
     adapter = LoRA(rank=2).build(site)
@@ -213,24 +213,24 @@ def test_wide_weights_are_folded_block_by_block() -> None:
         assert after.stride() == weight.stride()
 
 
-def put(model: Net, name: str) -> Any:
-    """A method whose adapters are far from their start."""
+def attach_with_noise(model: Net, name: str) -> Any:
+    """Attaches a method and adds noise to its parameters."""
     tuned = attach(model, name, **{"where": WHERE.removeprefix("embed.token "), **METHODS[name]})
     stir(tuned)
     return tuned
 
 
-def explicit(tuned: Any) -> dict[str, Tensor]:
-    """weight(W) of every tensor in double precision; each method's weight form has its own test against the paper."""
-    found: dict[str, Tensor] = {}
+def explicit_weights(tuned: Any) -> dict[str, Tensor]:
+    """weight(W) of every tensor in double precision."""
+    tensors: dict[str, Tensor] = {}
     for site, adapter in tuned.parts.values():
         key = f"{site.path}.{site.param}"
-        weight = found.setdefault(key, tensor_at(tuned.towers[""], key).detach().double().clone())
+        weight = tensors.setdefault(key, tensor_at(tuned.towers[""], key).detach().double().clone())
         rows = slice(*site.rows) if site.rows else slice(None)
         memo = {id(adapter.host): adapter.host} if hasattr(adapter, "host") else {}
         with torch.no_grad():
             weight[rows] = copy.deepcopy(adapter, memo).double().weight(weight[rows])
-    return found
+    return tensors
 
 
 def tensor_at(model: Any, key: str) -> Tensor:

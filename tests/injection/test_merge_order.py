@@ -1,4 +1,4 @@
-"""Several attachments in one weight: what each order gives, and the way back."""
+"""Several attachments merged into one weight, in each order, and unmerged."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from veneer.injection import StateError, attach, merges
 
 def pair(model: Net, *names: str) -> list[Any]:
     """Attachments on the fused `qkv`'s first rows and on the head, in this order."""
-    made = [attach(model, name, where="attn.q head", rank=2, name=f"{name}{i}") for i, name in enumerate(names)]
-    for i, tuned in enumerate(made):
+    attached = [attach(model, name, where="attn.q head", rank=2, name=f"{name}{i}") for i, name in enumerate(names)]
+    for i, tuned in enumerate(attached):
         stir(tuned, 0.3 + 0.1 * i)
-    return made
+    return attached
 
 
 def changed(weight: Tensor, tuned: Any, site: str) -> Tensor:
@@ -34,11 +34,11 @@ def changed(weight: Tensor, tuned: Any, site: str) -> Tensor:
 
 
 def expected(*order: Any) -> dict[str, Tensor]:
-    """The two weights after these, the first first."""
-    found = {"qkv.q": net().qkv.weight.detach().double()[:6], "head": net().head.weight.detach().double()}
+    """The two weights with the attachments applied in this order."""
+    tensors = {"qkv.q": net().qkv.weight.detach().double()[:6], "head": net().head.weight.detach().double()}
     for tuned in order:
-        found = {site: changed(weight, tuned, site) for site, weight in found.items()}
-    return found
+        tensors = {site: changed(weight, tuned, site) for site, weight in tensors.items()}
+    return tensors
 
 
 def weights(model: Net) -> dict[str, Tensor]:
@@ -46,43 +46,43 @@ def weights(model: Net) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("names", [("dora", "lora"), ("lora", "dora")])
-@pytest.mark.parametrize("turned", [False, True])
-def test_the_first_merged_is_applied_first(names: tuple[str, str], turned: bool) -> None:
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_first_merged_is_applied_first(names: tuple[str, str], reverse: bool) -> None:
     model = net()
-    order = pair(model, *names)[:: -1 if turned else 1]
+    order = pair(model, *names)[:: -1 if reverse else 1]
     for tuned in order:
         tuned.merge()
     for site, weight in expected(*order).items():
         torch.testing.assert_close(weights(model)[site], weight, rtol=0, atol=2e-6)
-        assert (weight - expected(*reversed(order))[site]).abs().max() > 1e-2  # the other order is another weight
+        assert (weight - expected(*reversed(order))[site]).abs().max() > 1e-2  # the reverse order gives another weight
     assert torch.equal(model.qkv.weight[6:], net().qkv.weight[6:])
     assert [m.attachment for m in merges(model)] == order
 
 
 def test_sums_agree_in_both_orders() -> None:
-    for turn in (1, -1):
+    for step in (1, -1):
         model = net()
-        order = pair(model, "lora", "lora")[::turn]
+        order = pair(model, "lora", "lora")[::step]
         for tuned in order:
             tuned.merge()
-        for site, weight in expected(*order[::turn]).items():
+        for site, weight in expected(*order[::step]).items():
             torch.testing.assert_close(weights(model)[site], weight, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_merged_in_the_order_of_attaching_outputs_stay(count: int) -> None:
+def test_merging_in_the_order_of_attaching_keeps_the_outputs(count: int) -> None:
     model = net()
     order = pair(model, "dora", "lora")
-    beside = run(model)
+    unmerged = run(model)
     for tuned in order[:count]:
         tuned.merge()
-    torch.testing.assert_close(run(model), beside, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(model), unmerged, rtol=1e-5, atol=1e-5)
     for tuned in reversed(order[:count]):
         tuned.unmerge()
-    assert torch.equal(run(model), beside)  # the first acts first again
+    assert torch.equal(run(model), unmerged)  # in the order of attaching again
 
 
-def test_out_of_order_is_an_error_and_changes_nothing() -> None:
+def test_unmerging_out_of_order_is_an_error_and_changes_nothing() -> None:
     model = net()
     first, second = pair(model, "dora", "lora")
     first.scale = 0.5
@@ -99,7 +99,7 @@ def test_out_of_order_is_an_error_and_changes_nothing() -> None:
     assert torch.equal(model.qkv.weight, net().qkv.weight)
 
 
-def test_a_copy_of_a_merged_model_has_its_own_way_back() -> None:
+def test_a_copy_of_a_merged_model_can_be_unmerged() -> None:
     model = net()
     first, second = pair(model, "dora", "lora")
     first.merge()

@@ -1,4 +1,4 @@
-"""Merging where a weight is tied, seen by others, computed, moved or not there; and when it fails midway."""
+"""Merging into weights that are tied, viewed, computed, cast, offloaded or on meta, and failures during a merge."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from veneer.injection.sites import WeightSite
 WHERE = "conv attn.{q,v,out} head"
 
 
-def tune(model: Net, where: str = WHERE) -> Any:
+def attach_lora(model: Net, where: str = WHERE) -> Any:
     tuned = attach(model, "lora", where=where, rank=2)
     stir(tuned)
     return tuned
 
 
-def refused(model: Net, tuned: Any, site: str, obstacle: str) -> None:
-    """The merge raises, and weights, adapters and outputs are as before."""
+def assert_merge_rejected(model: Net, tuned: Any, site: str, obstacle: str) -> None:
+    """Asserts that the merge raises an error and that weights, adapters and outputs do not change."""
     before, state = run(model), {k: v.clone() for k, v in tuned.host_state_dict().items()}
     with raises(UnsupportedSite, site=site, given=obstacle):
         tuned.merge()
@@ -38,7 +38,7 @@ def test_parameters_stay_the_same_objects() -> None:
     model = net()
     model.head.weight.requires_grad_(False)
     before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
-    tuned = tune(model)
+    tuned = attach_lora(model)
     frozen = {name: p.requires_grad for name, p in model.named_parameters() if not name.split(".")[-1].startswith(("up", "down"))}
     tuned.merge()
     assert {name: id(p) for name, p in model.named_parameters()} == {name: i for name, (i, _) in before.items()}
@@ -50,18 +50,18 @@ def test_parameters_stay_the_same_objects() -> None:
 
 
 @pytest.mark.parametrize("where", ["head", "attn.out"])
-def test_of_a_tied_weight_one_module_is_changed_as_beside(where: str) -> None:
-    """The read one is a parametrisation; `tail.0` holds the same parameter and stays the base's."""
+def test_a_tied_weight_is_merged_in_the_adapted_module_only(where: str) -> None:
+    """`spare` has the same parameter and keeps the base weight."""
     model = net()
     site = model.get_submodule({"head": "head", "attn.out": "read"}[where])
     site.weight = nn.Parameter(model.tail[0].weight[: len(site.weight)].detach().clone())
     twin = model.spare
     twin.weight = site.weight
     tied, base = twin.weight, twin.weight.detach().clone()
-    tuned = tune(model, where)
-    beside = run(model)
+    tuned = attach_lora(model, where)
+    unmerged = run(model)
     tuned.merge()
-    torch.testing.assert_close(run(model), beside, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(model), unmerged, rtol=0, atol=1e-5)
     assert torch.equal(twin.weight, base)
     assert not torch.equal(site.weight, base)
     model.double()
@@ -72,10 +72,10 @@ def test_of_a_tied_weight_one_module_is_changed_as_beside(where: str) -> None:
 
 
 def test_a_view_of_the_weight_keeps_the_base() -> None:
-    """As beside the adapter, which changes what its own module gives and nothing else."""
+    """As with an unmerged adapter, which changes the output of its module only."""
     model = net()
     view, other = model.head.weight.data[:2], nn.Parameter(model.head.weight.data)
-    tuned = tune(model)
+    tuned = attach_lora(model)
     tuned.merge()
     assert torch.equal(view, net().head.weight[:2])
     assert torch.equal(other, net().head.weight)
@@ -88,12 +88,12 @@ def test_a_view_of_the_weight_keeps_the_base() -> None:
 def test_a_weight_that_is_computed_is_refused() -> None:
     model = net()
     weight_norm(model.head)
-    refused(model, tune(model, "head"), "head", "computed")
+    assert_merge_rejected(model, attach_lora(model, "head"), "head", "computed")
 
 
 def test_a_quantised_weight_is_refused() -> None:
     model = net()
-    tuned = tune(model)
+    tuned = attach_lora(model)
     model.head.weight = nn.Parameter(torch.ones(3, 6, dtype=torch.int8), requires_grad=False)
     with raises(UnsupportedSite, site="head", given="quantized or sharded"):
         tuned.merge()
@@ -104,13 +104,13 @@ def test_an_offloaded_weight_is_refused() -> None:
     from accelerate import cpu_offload
 
     model = net()
-    tuned = tune(model)
+    tuned = attach_lora(model)
     cpu_offload(model, torch.device("cpu"))
     with raises(UnsupportedSite, given="offloaded"):
         tuned.merge()
 
 
-def test_on_meta_nothing_is_computed() -> None:
+def test_a_merge_on_meta() -> None:
     model = net().to("meta")
     tuned = attach(model, "lora", where=WHERE, rank=2)
     assert tuned.merge().tensors == 4
@@ -119,9 +119,9 @@ def test_on_meta_nothing_is_computed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_model_cast_while_merged_gets_its_own_weights_cast(dtype: torch.dtype) -> None:
+def test_unmerge_casts_the_weights_of_a_model_that_was_cast(dtype: torch.dtype) -> None:
     model = net()
-    tuned = tune(model)
+    tuned = attach_lora(model)
     tuned.merge()
     model.to(dtype)
     tuned.unmerge()
@@ -129,18 +129,18 @@ def test_a_model_cast_while_merged_gets_its_own_weights_cast(dtype: torch.dtype)
     assert torch.equal(tuned.host_state_dict()["read.weight"], net().to(dtype).read.weight)
 
 
-def test_strides_stay() -> None:
+def test_a_merge_keeps_strides() -> None:
     model = net().to(memory_format=torch.channels_last)
-    tuned = tune(model)
-    strides, beside = model.conv.weight.stride(), run(model)
+    tuned = attach_lora(model)
+    strides, unmerged = model.conv.weight.stride(), run(model)
     tuned.merge()
     assert model.conv.weight.stride() == strides
-    torch.testing.assert_close(run(model), beside, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(model), unmerged, rtol=0, atol=1e-5)
 
 
-def test_a_graph_from_before_the_merge_is_not_used_after_it() -> None:
+def test_backward_through_a_graph_from_before_the_merge_is_an_error() -> None:
     model = net()
-    tuned = tune(model, "head")
+    tuned = attach_lora(model, "head")
     x = torch.randn(2, 6, requires_grad=True)
     loss = model.head(x).sum()
     tuned.merge()
@@ -148,9 +148,9 @@ def test_a_graph_from_before_the_merge_is_not_used_after_it() -> None:
         loss.backward()
 
 
-def test_in_inference_mode_weights_stay_ordinary() -> None:
+def test_weights_merged_in_inference_mode_are_not_inference_tensors() -> None:
     model = net()
-    tuned = tune(model)
+    tuned = attach_lora(model)
     with torch.inference_mode():
         tuned.merge()
     assert not model.head.weight.is_inference()
@@ -179,7 +179,7 @@ class FailingAdapter(Adapter):
 
 @dataclass(frozen=True)
 class Failing(Method):
-    """A method that fails while it is merged."""
+    """A method whose merge fails."""
 
     name: ClassVar[str] = "failing"
     paper: ClassVar[str] = "none"
@@ -201,9 +201,9 @@ def test_a_failure_midway_leaves_nothing_changed() -> None:
     assert torch.equal(run(model), before)
 
 
-def test_a_failure_while_seams_part_leaves_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_seams_are_removed_leaves_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
-    tuned = tune(model)
+    tuned = attach_lora(model)
     before = run(model)
 
     def interrupted() -> None:

@@ -1,4 +1,4 @@
-"""A config is what the command line sets and what a file stores."""
+"""Configs of methods: JSON, unknown options and `by_site`."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def test_options_of_one_method_survive_json() -> None:
     assert LoRA.from_config(json.loads(json.dumps(method.config()))) == method
 
 
-def test_an_unknown_option_is_named_with_those_there_are() -> None:
+def test_the_error_for_an_unknown_option_lists_the_options() -> None:
     with raises(UnknownOption, name="rnak", where="lora") as caught:
         LoRA.from_config({"rnak": 3})
     assert {"dropout", "rank"} <= set(caught.value.expected)
@@ -40,14 +40,14 @@ def test_an_unknown_option_is_named_with_those_there_are() -> None:
 def test_other_options_at_some_sites_are_built_saved_and_loaded(tmp_path: Path) -> None:
     other = {"attn.*": {"rank": 2}, "name:qkv.v": {"rank": 3, "alpha": 6.0}, "attn.q": {"alpha": 5.0}}
     tuned = veneer.attach(net(), "dora", where="attn.{q,k,v} head", rank=1, by_site=other)
-    made = {name: (adapter.down.shape[0], adapter.scaling) for name, (_, adapter) in tuned.parts.items()}
-    assert made == {"qkv.q": (2, 2.5), "qkv.k": (2, 1.0), "qkv.v": (3, 2.0), "head": (1, 1.0)}
+    built = {name: (adapter.down.shape[0], adapter.scaling) for name, (_, adapter) in tuned.parts.items()}
+    assert built == {"qkv.q": (2, 2.5), "qkv.k": (2, 1.0), "qkv.v": (3, 2.0), "head": (1, 1.0)}
     again = veneer.load(net(), fill(tuned).save(tmp_path / "x"))
     assert again.method == tuned.method
     assert all(torch.equal(again.state_dict()[key], value) for key, value in tuned.state_dict().items())
 
 
-def test_options_at_sites_that_are_not_chosen_and_unknown_ones_are_refused() -> None:
+def test_options_for_unselected_sites_and_unknown_options_are_rejected() -> None:
     model = net()
     with raises(SelectionError, where="by_site", given=("mlp.*", "name:qkv.o")):
         veneer.attach(model, "dora", where="attn.q", by_site={"mlp.*": {"rank": 2}, "name:qkv.o": {"rank": 2}})
@@ -80,16 +80,16 @@ def test_braces_in_patterns_of_by_site_mean_each_alternative() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_file_may_have_patterns_of_by_site_that_match_nothing(method: str, tmp_path: Path) -> None:
-    """As one of a model with other layers."""
+    """The file may be of a model with other layers."""
     by_site = {"attn.q": {"rank": 2}, "head": {"rank": 3}}
     tuned = fill(veneer.attach(net(), method, where="attn.q head", by_site=by_site))
 
-    def leave_out_the_head(header: dict[str, Any]) -> None:
-        own = json.loads(header["__metadata__"]["veneer"])
-        own["attachments"][0]["sites"].remove("head")
-        header["__metadata__"]["veneer"] = json.dumps(own)
+    def remove_head(header: dict[str, Any]) -> None:
+        metadata = json.loads(header["__metadata__"]["veneer"])
+        metadata["attachments"][0]["sites"].remove("head")
+        header["__metadata__"]["veneer"] = json.dumps(metadata)
 
-    path = rewrite(tuned.save(tmp_path / "x"), leave_out_the_head, tmp_path / "y.safetensors")
+    path = rewrite(tuned.save(tmp_path / "x"), remove_head, tmp_path / "y.safetensors")
     again = veneer.load(net(), path, strict=False)
     assert again.method == tuned.method
     assert all(torch.equal(value, tuned.state_dict()[key]) for key, value in again.state_dict().items())
@@ -98,7 +98,7 @@ def test_a_file_may_have_patterns_of_by_site_that_match_nothing(method: str, tmp
 @pytest.mark.parametrize(
     ("method", "options"), [("vpt", {"project": 5}), ("fact", {"rank": 5}), ("vera", {"rank": 5}), ("lst", {"reduction": 4})]
 )
-def test_by_site_cannot_change_what_sites_share(method: str, options: dict[str, Any]) -> None:
+def test_by_site_cannot_change_shared_options(method: str, options: dict[str, Any]) -> None:
     model = hosts.get("timm_vit")().tiny()["vit"]()
     first = next(iter(veneer.attach(model, method).parts))
     veneer.attachments(model)[0].detach()

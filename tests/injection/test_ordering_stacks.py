@@ -1,4 +1,4 @@
-"""Stacks of attachments on one layer, random ones included, against the composition of their changes."""
+"""Several attachments on one layer, also random ones, against the composition of their changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import random
 import pytest
 import torch
 
-from tests.injection.test_layer_order import DECOMPOSED, PLACES, able, dense, output, put
+from tests.injection.test_layer_order import (
+    DECOMPOSED,
+    SELECTIONS,
+    attach_with_noise,
+    dense_output,
+    methods_with_weight_form,
+    output,
+)
 from tests.injection.toy import net
 from veneer.injection import Attachment, UnsupportedSite, attach
 from veneer.injection.composition.activation import switch
@@ -20,60 +27,60 @@ from veneer.testing.snapshot import assert_same, snapshot
 
 
 @functools.cache
-def candidates(place: str) -> list[str | Method]:
-    return [*able(PLACES[place]), *(DECOMPOSED if place != "norm" else ())]
+def candidates(selection: str) -> list[str | Method]:
+    return [*methods_with_weight_form(SELECTIONS[selection]), *(DECOMPOSED if selection != "norm" else ())]
 
 
-def attached(model: torch.nn.Module, place: str, rng: random.Random) -> list[Attachment]:
-    """One more attachment, or none if it is rejected."""
+def attach_random(model: torch.nn.Module, selection: str, rng: random.Random) -> list[Attachment]:
+    """Attaches a random method. Returns it in a list, which is empty if the attach is rejected."""
     try:
-        found = put(model, rng.choice(candidates(place)), PLACES[place])
+        attachment = attach_with_noise(model, rng.choice(candidates(selection)), SELECTIONS[selection])
     except UnsupportedSite:
         return []
-    return [found] if found is not None else []
+    return [attachment] if attachment is not None else []
 
 
 @pytest.mark.parametrize("method", DECOMPOSED, ids=lambda method: method.name)
 def test_a_decomposed_change_has_the_norm_of_the_weight_with_an_earlier_lora(method: Method) -> None:
     model = net().double()
-    lora, later = put(model, "lora", PLACES["plain"]), put(model, method, PLACES["plain"])
-    torch.testing.assert_close(output(model), dense(lora, later))
+    lora, later = attach_with_noise(model, "lora", SELECTIONS["plain"]), attach_with_noise(model, method, SELECTIONS["plain"])
+    torch.testing.assert_close(output(model), dense_output(lora, later))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_sequence_equals_the_composition(seed: int) -> None:
     """Up to four attachments, at any strength; merged in the order of attaching."""
     rng = random.Random(seed)
-    place = rng.choice([*PLACES])
+    selection = rng.choice([*SELECTIONS])
     model = net().double()
-    there: list[Attachment] = []
+    attached: list[Attachment] = []
     for _ in range(12):
-        beside = [a for a in there if not a.merged]
+        unmerged = [a for a in attached if not a.merged]
         action = rng.choice(["attach", "attach", "detach", "scale", "merge", "unmerge"])
-        if action == "attach" and len(there) < 4:
-            there += attached(model, place, rng)
-        elif action == "detach" and beside:
-            there.remove(gone := rng.choice(beside))
-            gone.detach()
-        elif action == "scale" and beside:
-            rng.choice(beside).scale = rng.choice([0.0, 0.5, 1.0])
-        elif action == "merge" and beside:
-            beside[0].merge()
-        elif action == "unmerge" and len(beside) < len(there):
-            there[len(there) - len(beside) - 1].unmerge()
-        torch.testing.assert_close(output(model), dense(*there), rtol=0, atol=1e-9)
+        if action == "attach" and len(attached) < 4:
+            attached += attach_random(model, selection, rng)
+        elif action == "detach" and unmerged:
+            attached.remove(removed := rng.choice(unmerged))
+            removed.detach()
+        elif action == "scale" and unmerged:
+            rng.choice(unmerged).scale = rng.choice([0.0, 0.5, 1.0])
+        elif action == "merge" and unmerged:
+            unmerged[0].merge()
+        elif action == "unmerge" and len(unmerged) < len(attached):
+            attached[len(attached) - len(unmerged) - 1].unmerge()
+        torch.testing.assert_close(output(model), dense_output(*attached), rtol=0, atol=1e-9)
         assert torch.equal(output(copy.deepcopy(model)), output(model))
-    for attachment in reversed(there):
+    for attachment in reversed(attached):
         if attachment.merged:
             attachment.unmerge()
         attachment.detach()
     assert torch.equal(output(model), output(net().double()))
 
 
-def test_a_batch_cannot_differ_in_what_acts_in_the_weights() -> None:
+def test_adapters_in_the_weights_must_be_the_same_for_the_batch() -> None:
     model = net()
-    lora = put(model, "lora", ("head",))
-    put(model, "linear_probe", PLACES["plain"])
+    lora = attach_with_noise(model, "lora", ("head",))
+    attach_with_noise(model, "linear_probe", SELECTIONS["plain"])
     with pytest.raises(UnsupportedSite) as raised, mixed(model, [("lora", "linear_probe"), "linear_probe"]):
         pass
     assert raised.value.site == "head"
@@ -85,21 +92,25 @@ def test_a_batch_cannot_differ_in_what_acts_in_the_weights() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_mixed_batch_equals_each_sample_alone(seed: int) -> None:
-    """Or it is rejected, because something acts in weights of all samples."""
+    """Or it is rejected, because adapters are applied in the weights, for all samples."""
     rng = random.Random(seed)
-    place = rng.choice(["plain", "sliced", "conv"])
+    selection = rng.choice(["plain", "sliced", "conv"])
     model = net().double()
-    there = [put(model, "lora", PLACES[place]), *attached(model, place, rng), *attached(model, place, rng)]
-    samples = [[a for a in there if rng.random() < 0.7] for _ in output(model)]
+    attached = [
+        attach_with_noise(model, "lora", SELECTIONS[selection]),
+        *attach_random(model, selection, rng),
+        *attach_random(model, selection, rng),
+    ]
+    samples = [[a for a in attached if rng.random() < 0.7] for _ in output(model)]
     expected = []
     for i, sample in enumerate(samples):
-        with switch({a: (1.0, a in sample) for a in there}):
+        with switch({a: (1.0, a in sample) for a in attached}):
             expected.append(output(model)[i])
     with contextlib.suppress(UnsupportedSite), mixed(model, samples):
         torch.testing.assert_close(output(model), torch.stack(expected), rtol=0, atol=1e-9)
 
 
-def test_a_quantized_weight_cannot_take_an_earlier_change() -> None:
+def test_an_earlier_change_of_a_quantized_weight_is_rejected() -> None:
     """SSF changes weight and bias together, so a later bias needs SSF's weight form too, which a quantized weight cannot take."""
     model = net()
     model.head.weight = torch.nn.Parameter(torch.ones(3, 6, dtype=torch.int8), requires_grad=False)

@@ -1,4 +1,4 @@
-"""What an attach decides before it touches the host."""
+"""Selection of sites and methods before an attach changes the host."""
 
 import torch
 
@@ -12,28 +12,28 @@ from veneer.methods.prompt.vpt import VPT
 from veneer.methods.reparameterized.lora import LoRA
 
 
-def test_a_need_looks_at_type_role_and_fields() -> None:
-    class Picky(Add):
+def test_a_need_checks_type_role_and_fields() -> None:
+    class AttentionOnly(Add):
         needs = (Need(WeightSite, roles=("attn.*",), where={"kind": ("linear", "conv"), "called": True}),)
 
     def site(**fields: object) -> WeightSite:
         return WeightSite(**{"name": "s", "role": "attn.q", "path": "s", "d_out": 1, "d_in": 1, **fields})
 
-    assert fits(Picky, site())
-    assert fits(Picky, site(kind="conv"))
-    assert not fits(Picky, site(kind="embedding"))
-    assert not fits(Picky, site(called=False))
-    assert not fits(Picky, site(role="mlp.in"))
+    assert fits(AttentionOnly, site())
+    assert fits(AttentionOnly, site(kind="conv"))
+    assert not fits(AttentionOnly, site(kind="embedding"))
+    assert not fits(AttentionOnly, site(called=False))
+    assert not fits(AttentionOnly, site(role="mlp.in"))
     assert not fits(VPT, site())
 
 
-def test_adapters_are_drawn_alike_whatever_the_hosts_dtype() -> None:
-    drawn = []
+def test_initial_values_do_not_depend_on_the_dtype_of_the_host() -> None:
+    initial = []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         torch.manual_seed(4)
         tuned = attach(net().to(dtype), "lora", where="conv attn.{q,out}", rank=2)
-        drawn.append([p.detach().double() for p in tuned.parameters()])
-    assert all(torch.equal(a, b) for other in drawn[1:] for a, b in zip(drawn[0], other, strict=True))
+        initial.append([p.detach().double() for p in tuned.parameters()])
+    assert all(torch.equal(a, b) for other in initial[1:] for a, b in zip(initial[0], other, strict=True))
 
 
 def test_train_takes_a_layer_whole_and_a_parameter_alone() -> None:
@@ -41,7 +41,7 @@ def test_train_takes_a_layer_whole_and_a_parameter_alone() -> None:
     assert list(attach(net(), "lora", where="attn.q", rank=2, train="bias.head").extras) == ["head.bias:bias"]
 
 
-def test_a_default_without_a_match_lists_what_could_be_said() -> None:
+def test_the_error_for_a_default_without_a_match_lists_the_roles() -> None:
     class Elsewhere(Add):
         default = elsewhere = ("nowhere",)
 
@@ -50,14 +50,14 @@ def test_a_default_without_a_match_lists_what_could_be_said() -> None:
     assert "inner" in caught.value.expected
 
 
-def test_where_nothing_of_the_default_is_the_method_goes_elsewhere() -> None:
+def test_elsewhere_is_used_if_the_default_matches_nothing() -> None:
     class Elsewhere(Add):
         default = ("nowhere",)
         elsewhere = ("attn.q",)
 
-    there = attach(net(), Elsewhere())
-    assert {site.role for site, _ in there.parts.values()} == {"attn.q"}
-    assert there.where == ("attn.q",), "what counts is written down, so that a file says it"
+    tuned = attach(net(), Elsewhere())
+    assert {site.role for site, _ in tuned.parts.values()} == {"attn.q"}
+    assert tuned.where == ("attn.q",), "saved files have the selection that was used"
 
     class Both(Elsewhere):
         default = ("attn.k",)
@@ -65,7 +65,7 @@ def test_where_nothing_of_the_default_is_the_method_goes_elsewhere() -> None:
     assert {site.role for site, _ in attach(net(), Both()).parts.values()} == {"attn.k"}
 
 
-def test_hosts_that_fit_are_found_by_their_sites() -> None:
+def test_supported_hosts_are_those_with_supported_sites() -> None:
     assert hosts_for(VPT) == ["clip_classifier", "open_clip", "timm_vit"]
     assert {"timm_vit", "diffusers_unet", "diffusers_dit", "clip_text", "toy"} <= set(hosts_for(LoRA))
     assert TokenSite in {n.site for n in VPT.needs}

@@ -1,4 +1,4 @@
-"""A dead site is an error that names it, and a probe changes nothing."""
+"""`probe`: dead sites are an error, and nothing is changed."""
 
 import torch
 
@@ -14,15 +14,15 @@ def test_a_site_that_the_host_never_uses_is_named() -> None:
         tuned.probe()
 
 
-def test_live_sites_pass_although_a_fresh_lora_changes_nothing() -> None:
+def test_used_sites_pass_with_zero_initialized_lora() -> None:
     tuned = attach(net(), "lora", where="embed.token conv attn.{q,k,v,out} head", rank=2, sample=True)
     tuned.probe(ToyHost().sample(net()))
 
 
 def test_a_hook_on_a_module_that_is_only_read_is_dead() -> None:
-    """The site that claims to be called where its tensor is read: wrapped, and never used."""
+    """A host that declares a read weight as called."""
 
-    class Wrong(ToyHost):
+    class WrongHost(ToyHost):
         def sites(self, *args: object) -> object:
             for site in super().sites(*args):
                 if site.name == "read":
@@ -30,12 +30,12 @@ def test_a_hook_on_a_module_that_is_only_read_is_dead() -> None:
                 yield site
 
     hosts.unregister("toy")
-    hosts.register(Wrong)
+    hosts.register(WrongHost)
     with raises(DeadSite, given=("read:down", "read:up")):
         attach(net(), "lora", where="attn.{q,out}", rank=2, sample=True)
 
 
-def test_a_probe_puts_everything_back() -> None:
+def test_a_probe_restores_the_model_and_the_random_state() -> None:
     model = net()
     tuned = attach(model, "lora", where="conv attn.q", rank=2)
     model.train()
@@ -46,7 +46,7 @@ def test_a_probe_puts_everything_back() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_a_probe_needs_adapters_that_are_on() -> None:
+def test_a_probe_needs_enabled_adapters() -> None:
     tuned = attach(net(), "lora", where="attn.q", rank=2)
     with tuned.enabled(False), raises(StateError, given="disabled", expected="enabled"):
         tuned.probe()

@@ -1,4 +1,4 @@
-"""Coverage is seen before anything is trained."""
+"""Reports of attachments: coverage of blocks and parameter counts."""
 
 import dataclasses
 

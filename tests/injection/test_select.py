@@ -46,11 +46,11 @@ def chosen(where: str) -> list[str]:
         ("conv,text/attn", ["conv", "t.q"]),
     ],
 )
-def test_patterns_mean_these_sites(where: str, expected: list[str]) -> None:
+def test_patterns_select_these_sites(where: str, expected: list[str]) -> None:
     assert chosen(where) == expected
 
 
-def test_a_whole_fused_weight_is_meant_only_by_its_own_name() -> None:
+def test_a_fused_weight_is_selected_only_by_its_full_role() -> None:
     assert chosen("attn@4") == chosen("attn.*@4") == ["fused.q", "fused.k"]
     assert chosen("attn.qkv") == ["fused"]
 
@@ -58,9 +58,9 @@ def test_a_whole_fused_weight_is_meant_only_by_its_own_name() -> None:
 def test_whole_and_slice_of_one_tensor_are_refused() -> None:
     with raises(SelectionError, given=("fused.q", "fused")):
         chosen("attn.qkv attn.q@4")
-    twice = [ParamSite(name=n, role="bias", path="p", param="bias", shape=(4,), tower="unet") for n in "ab"]
+    overlapping = [ParamSite(name=n, role="bias", path="p", param="bias", shape=(4,), tower="unet") for n in "ab"]
     with raises(SelectionError, given=("b", "a")):
-        select(twice, "bias", frozenset({"unet"}))
+        select(overlapping, "bias", frozenset({"unet"}))
 
 
 def test_equal_paths_in_two_components_are_two_tensors() -> None:
@@ -68,7 +68,7 @@ def test_equal_paths_in_two_components_are_two_tensors() -> None:
     assert len(select(pair, "attn.q", frozenset({"unet"}))) == 2
 
 
-def test_a_pattern_without_a_match_says_what_there_is() -> None:
+def test_the_error_for_a_pattern_without_a_match_lists_the_roles() -> None:
     with raises(SelectionError, pattern="mlp", given=()) as caught:
         chosen("attn.q mlp")
     assert "attn.q" in caught.value.expected
@@ -76,7 +76,7 @@ def test_a_pattern_without_a_match_says_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("text", ["/attn", "attn@", "attn@a", "attn@1:2:3", "@3", "text/"])
-def test_no_pattern(text: str) -> None:
+def test_invalid_patterns(text: str) -> None:
     with raises(SelectionError, pattern=text):
         parse(text)
 
@@ -87,16 +87,16 @@ def test_braces_expand_and_hold_their_commas_together() -> None:
     assert patterns(["attn.{q,v} mlp", "conv"]) == ["attn.{q,v}", "mlp", "conv"]
 
 
-def test_what_is_named_after_not_is_left_out_in_any_order() -> None:
+def test_not_excludes_sites_in_any_order() -> None:
     assert chosen("xattn not:xattn@1:3") == chosen("not:xattn@1:3 xattn") == ["d0.xattn.q", "u3.xattn.q"]
     assert chosen("conv text/attn not:name:t.q") == ["conv"]
     with raises(SelectionError, pattern="not:nothing", given=()):
         chosen("conv not:nothing")
 
 
-def test_a_default_that_names_a_whole_and_its_slices_means_the_whole() -> None:
-    found = select(SITES, ("attn.qkv", "attn.{q,k}@2:", "nothing"), frozenset({"unet"}), strict=False)
-    assert [s.name for s in found] == ["u2.attn.q", "u2.attn.k", "u3.attn.q", "u3.attn.k", "fused"]
+def test_a_default_with_a_fused_weight_and_its_slices_selects_the_fused_weight() -> None:
+    selected = select(SITES, ("attn.qkv", "attn.{q,k}@2:", "nothing"), frozenset({"unet"}), strict=False)
+    assert [s.name for s in selected] == ["u2.attn.q", "u2.attn.k", "u3.attn.q", "u3.attn.k", "fused"]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_every_alternative_must_match_and_have_an_effect(where: str, rejected: s
 
 
 def test_defaults_may_name_alternatives_that_a_host_lacks() -> None:
-    found = select(SITES, ("attn.{q,zz}@:99", "not:mlp", "not:conv"), frozenset({"unet"}), strict=False)
-    assert [s.name for s in found] == ["d0.attn.q", "d1.attn.q", "u2.attn.q", "u3.attn.q", "fused.q"]
+    selected = select(SITES, ("attn.{q,zz}@:99", "not:mlp", "not:conv"), frozenset({"unet"}), strict=False)
+    assert [s.name for s in selected] == ["d0.attn.q", "d1.attn.q", "u2.attn.q", "u3.attn.q", "fused.q"]
 
 
 def test_braces_and_ranges_within_the_blocks_are_accepted() -> None:
@@ -130,7 +130,7 @@ def test_braces_and_ranges_within_the_blocks_are_accepted() -> None:
 
 
 def test_a_role_that_is_also_the_name_of_a_site_means_the_role() -> None:
-    """As `norm` of a ViT, the role of every norm and the name of the last one."""
+    """For example `norm` in a ViT: the role of every norm, and the name of the last one."""
     sites = [weight("blocks.0.norm1", "norm", depth=0), weight("norm", "norm"), weight("name:x", "y")]
     for where, expected in (
         ("norm", ["blocks.0.norm1", "norm"]),

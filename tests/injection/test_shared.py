@@ -1,4 +1,4 @@
-"""Parameters that several sites share: one module a tower, trained, counted and copied once."""
+"""Parameters that several sites share: one module per tower, trained, counted and copied once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Shared(nn.Module):
 
 @dataclass(frozen=True)
 class Scaled(Method):
-    """Every site adds (its own number + a shared number) · a shared frozen vector."""
+    """Adds (a scalar of the site + a shared scalar) · a shared frozen vector."""
 
     name: ClassVar[str] = "scaled"
     paper: ClassVar[str] = "none"
@@ -54,9 +54,9 @@ class Scaled(Method):
 
 def test_every_adapter_of_a_tower_gets_the_same_module() -> None:
     tuned = attach(net(), Scaled())
-    found = [adapter.shared for _, adapter in tuned.parts.values()]
-    assert all(shared is found[0] for shared in found)
-    assert found[0].names == ["table", "qkv.q", "qkv.k"]
+    shared = [adapter.shared for _, adapter in tuned.parts.values()]
+    assert all(module is shared[0] for module in shared)
+    assert shared[0].names == ["table", "qkv.q", "qkv.k"]
 
 
 def test_it_is_trained_and_counted_once() -> None:
@@ -71,26 +71,26 @@ def test_it_is_trained_and_counted_once() -> None:
     assert all(p.grad is not None for p in tuned.parameters())
 
 
-def test_a_state_names_it_at_every_site_in_the_same_memory() -> None:
+def test_the_state_dict_has_it_at_every_site_in_the_same_memory() -> None:
     tuned = attach(net(), Scaled())
     state = tuned.state_dict()
-    places = {t.data_ptr() for k, t in state.items() if k.endswith("shared.random")}
-    assert len(places) == 1
+    addresses = {t.data_ptr() for k, t in state.items() if k.endswith("shared.random")}
+    assert len(addresses) == 1
     other = attach(net(), Scaled())
     stir(tuned)
     other.load_state_dict(tuned.state_dict())
     assert torch.equal(other.parts["table"][1].shared.random, tuned.parts["table"][1].shared.random)
 
 
-def test_it_stays_one_when_the_model_is_copied_cast_or_left() -> None:
+def test_it_stays_shared_when_the_model_is_copied_or_cast() -> None:
     model = net()
     output = run(model)
     stir(attach(model, Scaled()))
     twin = copy.deepcopy(model).double()
     (tuned,), (other,) = attachments(model), attachments(twin)
-    found = {id(a.shared): a.shared for _, a in other.parts.values()}
-    assert len(found) == 1
-    assert next(iter(found.values())) is not tuned.parts["table"][1].shared
+    shared = {id(a.shared): a.shared for _, a in other.parts.values()}
+    assert len(shared) == 1
+    assert next(iter(shared.values())) is not tuned.parts["table"][1].shared
     assert {t.dtype for t in other.state_dict().values()} == {torch.float64}
     assert len({t.data_ptr() for k, t in other.state_dict().items() if k.endswith("shared.random")}) == 1
     tuned.detach()

@@ -1,4 +1,4 @@
-"""Tensors in and out: everything that training changed, strictly."""
+"""State dicts of attachments: everything that training changed, loaded strictly."""
 
 import torch
 
@@ -13,14 +13,14 @@ def tuned_net(**options: object) -> tuple:
     return model, attach(model, "lora", where="conv attn.{q,out}", rank=2, **options)
 
 
-def test_state_holds_adapters_trained_parameters_and_moved_statistics() -> None:
+def test_state_has_adapters_trained_parameters_and_changed_statistics() -> None:
     model, tuned = tuned_net(train="norm head")
     adapters = {f"{s}:{p}" for s in ("conv", "qkv.q", "read") for p in ("down", "up")}
     trained = {"norm.weight:weight", "head:weight", "head:bias"}
     assert set(tuned.state_dict()) == adapters | trained
     train_once(model)
-    moved = {f"norm:{b}" for b in ("running_mean", "running_var", "num_batches_tracked")}
-    assert set(tuned.state_dict()) == adapters | trained | moved
+    statistics = {f"norm:{b}" for b in ("running_mean", "running_var", "num_batches_tracked")}
+    assert set(tuned.state_dict()) == adapters | trained | statistics
     assert not any(t.requires_grad for t in tuned.state_dict().values())
 
 
@@ -36,7 +36,7 @@ def test_loading_gives_the_output_of_the_saved_one() -> None:
     assert torch.equal(run(other_model), run(model))
 
 
-def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_changed() -> None:
+def test_the_error_for_a_wrong_shape_names_the_tensor_and_nothing_is_changed() -> None:
     _, tuned = tuned_net()
     before = {k: v.clone() for k, v in tuned.state_dict().items()}
     state = {k: torch.ones_like(v) for k, v in before.items()}
@@ -47,7 +47,7 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_changed() -> None:
     assert all(torch.equal(v, before[k]) for k, v in tuned.state_dict().items())
 
 
-def test_whole_numbers_do_not_stand_for_others_nor_others_for_them() -> None:
+def test_integer_and_floating_point_tensors_are_not_interchangeable() -> None:
     model, tuned = tuned_net(train="norm")
     train_once(model)
     state = {k: v.clone() for k, v in tuned.state_dict().items()}
@@ -57,7 +57,7 @@ def test_whole_numbers_do_not_stand_for_others_nor_others_for_them() -> None:
     assert tuned.load_state_dict({k: v.double() if v.is_floating_point() else v.int() for k, v in state.items()}).clean
 
 
-def test_what_fits_is_loaded_on_request() -> None:
+def test_a_load_that_is_not_strict_loads_the_matching_tensors() -> None:
     _, tuned = tuned_net()
     report = tuned.load_state_dict({"read:up": torch.full((6, 2), 7.0), "other:up": torch.zeros(1)}, strict=False)
     assert (report.used, report.unused, len(report.missing)) == (("read:up",), ("other:up",), 5)

@@ -1,4 +1,4 @@
-"""Another file in an attachment's place: the change that a load of that file makes, in a graph that stays as it was."""
+"""`Attachment.swap`: the same function as a load of the file, without a new graph."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL = "embed.token conv attn.{q,k,out} head"
 WEIGHTS = "conv attn.{q,k,out} head"
 
 
-def saved(path: Path, method: Method, where: str, train: str = "") -> Path:
+def save_adapter(path: Path, method: Method, where: str, train: str = "") -> Path:
     """A trained adapter's file."""
     torch.manual_seed(3)
     tuned = attach(net(), method, where=where, train=train.split())
@@ -40,20 +40,20 @@ def saved(path: Path, method: Method, where: str, train: str = "") -> Path:
     return tuned.save(path / "file")
 
 
-def changes(model: nn.Module, tuned: Attachment) -> dict[str, Tensor]:
-    """ΔW at every site, by the adapters' weight form; zeros are left out."""
-    found = {}
+def delta_weights(model: nn.Module, tuned: Attachment) -> dict[str, Tensor]:
+    """ΔW of every site whose adapter changes the weight, from the weight forms."""
+    deltas = {}
     with torch.no_grad():
         for name, (site, adapter) in tuned.parts.items():
             weight = torch.randn(site.weight_shape, generator=torch.Generator().manual_seed(7))
-            change = adapter.weight(weight) - weight
-            if change.any():
-                found[name] = change
-    return found
+            delta = adapter.weight(weight) - weight
+            if delta.any():
+                deltas[name] = delta
+    return deltas
 
 
 BY_SITE = {"name:qkv.q": {"rank": 4}, "head": {"rank": 8}, "conv": {"alpha": 5.0}}
-ROOMS = [
+SWAPS = [
     (LoRA(rank=8), LoRA(rank=4, alpha=3.0), ALL),
     (LoRA(rank=8, alpha=2.0), LoRA(rank=2, rslora=True, by_site=BY_SITE), ALL),
     (LoRA(rank=8, dropout=0.5), LoRA(rank=4, tucker=True), ALL),
@@ -77,36 +77,36 @@ ROOMS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("room", "smaller", "where"), ROOMS)
-def test_the_change_is_that_of_a_load(room: Method, smaller: Method, where: str, tmp_path: Path) -> None:
-    path = saved(tmp_path, smaller, where)
-    model, beside = net(), net()
-    tuned, loaded = attach(model, room, where=where, name="room"), load(beside, path)
-    stir(tuned)  # what was in it before
+@pytest.mark.parametrize(("method", "smaller", "where"), SWAPS)
+def test_a_swap_equals_a_load(method: Method, smaller: Method, where: str, tmp_path: Path) -> None:
+    path = save_adapter(tmp_path, smaller, where)
+    model, reference = net(), net()
+    tuned, loaded = attach(model, method, where=where, name="target"), load(reference, path)
+    stir(tuned)  # values before the swap
     shapes = {key: tensor.shape for key, tensor in tuned.state_dict().items()}
     tuned.swap(path)
-    expected = changes(beside, loaded)
-    got = changes(model, tuned)
-    assert set(got) == set(expected) == set(tuned.parts)
-    for name, change in expected.items():
-        torch.testing.assert_close(got[name], change, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(run(model), run(beside), rtol=1e-5, atol=1e-5)
+    expected = delta_weights(reference, loaded)
+    actual = delta_weights(model, tuned)
+    assert set(actual) == set(expected) == set(tuned.parts)
+    for name, delta in expected.items():
+        torch.testing.assert_close(actual[name], delta, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(run(model), run(reference), rtol=1e-5, atol=1e-5)
     assert {key: tensor.shape for key, tensor in tuned.state_dict().items()} == shapes
     again = net()
-    load(again, tuned.save(tmp_path / "room"))  # the room's own config describes what is in it
+    load(again, tuned.save(tmp_path / "target"))  # the config of the attachment is that of the swapped state
     assert torch.equal(run(again), run(model))
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=4), DoRA(rank=4), LoHa(rank=4), LoKr(factor=2), OFT(blocks=1, rescale=True)])
-def test_sites_that_the_file_lacks_become_the_host(method: Method, tmp_path: Path) -> None:
-    path = saved(tmp_path, method, "attn.q")
-    model, beside = net(), net()
+def test_sites_that_the_file_lacks_are_set_to_no_change(method: Method, tmp_path: Path) -> None:
+    path = save_adapter(tmp_path, method, "attn.q")
+    model, reference = net(), net()
     tuned = attach(model, method, where="attn.q head")
     stir(tuned)
     tuned.swap(path)
-    load(beside, path)
-    assert list(changes(model, tuned)) == ["qkv.q"]
-    torch.testing.assert_close(run(model), run(beside))
+    load(reference, path)
+    assert list(delta_weights(model, tuned)) == ["qkv.q"]
+    torch.testing.assert_close(run(model), run(reference))
 
 
 REFUSED = [
@@ -119,8 +119,8 @@ REFUSED = [
         {"where": "qkv.q", "option": "rank", "given": 3, "expected": 4},
     ),
     (LoRA(rank=4, tucker=True), LoRA(rank=4), "conv", "conv", {"option": "tucker", "given": True, "expected": False}),
-    (LoRA(rank=4), LoRA(rank=4), "attn.q", "attn.q head", {"where": "room", "option": "where", "given": ("head",)}),
-    (LoRA(rank=4), OFT(blocks=2), "attn.q", "attn.q", {"where": "room", "given": "oft", "expected": "lora"}),
+    (LoRA(rank=4), LoRA(rank=4), "attn.q", "attn.q head", {"where": "target", "option": "where", "given": ("head",)}),
+    (LoRA(rank=4), OFT(blocks=2), "attn.q", "attn.q", {"where": "target", "given": "oft", "expected": "lora"}),
     (LoHa(rank=2), LoHa(rank=4), "attn.q", "attn.q", {"option": "rank", "given": 2, "expected": 4}),
     (LoHa(rank=2, tucker=True), LoHa(rank=2), "conv", "conv", {"option": "tucker", "given": True, "expected": False}),
     (
@@ -178,56 +178,56 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("room", "other", "here", "there", "data"), REFUSED)
-def test_what_does_not_fit_is_refused_and_changes_nothing(
-    room: Method, other: Method, here: str, there: str, data: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(("method", "other", "where", "file_where", "data"), REFUSED)
+def test_an_incompatible_file_is_rejected_and_changes_nothing(
+    method: Method, other: Method, where: str, file_where: str, data: dict[str, Any], tmp_path: Path
 ) -> None:
-    path = saved(tmp_path, other, there)
+    path = save_adapter(tmp_path, other, file_where)
     model = net()
-    tuned = attach(model, room, where=here, name="room")
+    tuned = attach(model, method, where=where, name="target")
     stir(tuned)
     before, output = snapshot(model), run(model)
     with raises(LoadError, file=str(path), **data):
         tuned.swap(path)
     assert torch.equal(run(model), output)
-    assert_same(before, snapshot(model), "a refused swap")
+    assert_same(before, snapshot(model), "a rejected swap")
 
 
 @pytest.mark.parametrize("method", ["vera", "glora"])
-def test_other_methods_take_files_of_their_own_options(method: str, tmp_path: Path) -> None:
+def test_other_methods_accept_files_with_the_same_options(method: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     tuned = attach(net(), method, rank=2, where="attn.q head")
     stir(tuned)
     path = tuned.save(tmp_path / "file")
-    model, beside = net(), net()
-    room = attach(model, method, rank=2, where="attn.q head")
-    load(beside, path)
-    room.swap(path)
-    assert torch.equal(run(model), run(beside))
+    model, reference = net(), net()
+    target = attach(model, method, rank=2, where="attn.q head")
+    load(reference, path)
+    target.swap(path)
+    assert torch.equal(run(model), run(reference))
     with raises(LoadError, where=method, option="rank", given={"rank": 2}, expected={"rank": 3}):
         attach(net(), method, where="attn.q head", rank=3).swap(path)
     with raises(LoadError, where=method, option="where", missing=("qkv.k",)):
         attach(net(), method, rank=2, where="attn.{q,k} head").swap(path)
 
 
-def test_a_trained_head_goes_along_or_is_missed(tmp_path: Path) -> None:
-    path = saved(tmp_path, LoRA(rank=2), "attn.q", train="head")
-    model, beside = net(), net()
+def test_a_trained_head_is_swapped_or_reported(tmp_path: Path) -> None:
+    path = save_adapter(tmp_path, LoRA(rank=2), "attn.q", train="head")
+    model, reference = net(), net()
     tuned = attach(model, LoRA(rank=4), where="attn.q", train="head")
     tuned.swap(path)
-    load(beside, path)
-    torch.testing.assert_close(run(model), run(beside))
+    load(reference, path)
+    torch.testing.assert_close(run(model), run(reference))
     with pytest.raises(LoadError) as caught:
         attach(net(), LoRA(rank=4), where="attn.q").swap(path)
     assert set(caught.value.unused) == {"head:weight", "head:bias"}
-    bare = saved(tmp_path, LoRA(rank=2), "attn.q")
+    bare = save_adapter(tmp_path, LoRA(rank=2), "attn.q")
     with pytest.raises(LoadError) as caught:
         tuned.swap(bare)
     assert set(caught.value.missing) == {"head:weight", "head:bias"}
 
 
-def test_state_and_reports(tmp_path: Path) -> None:
-    path = saved(tmp_path, LoRA(rank=2), "attn.q")
+def test_scale_report_and_invalid_states(tmp_path: Path) -> None:
+    path = save_adapter(tmp_path, LoRA(rank=2), "attn.q")
     tuned = attach(net(), LoRA(rank=4), where="attn.q")
     tuned.scale = 0.5
     tuned.swap(path)
@@ -245,17 +245,17 @@ def test_state_and_reports(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
 def test_files_of_other_tools(format: str, tmp_path: Path) -> None:
-    """A file of a whole pipeline into a room on it, and what a room on the UNet alone says to it."""
+    """A file of a whole pipeline, swapped into an attachment on all towers; one on the UNet alone rejects it."""
     towers = ("attn", "xattn", "text/attn")
     tuned = attach(tiny_pipeline("sd"), "lora", rank=2, alpha=5.0, where=towers)
     stir(tuned)
     path = formats.get(format)().save(tuned, tmp_path / "file.safetensors")
-    pipe, beside = tiny_pipeline("sd"), tiny_pipeline("sd")
-    room = attach(pipe, "lora", rank=8, where=towers)
-    room.swap(path)
-    loaded = load(beside, path)
-    for name, change in changes(beside.unet, loaded).items():
-        torch.testing.assert_close(changes(pipe.unet, room)[name], change, rtol=2e-6, atol=2e-6)
+    pipe, reference = tiny_pipeline("sd"), tiny_pipeline("sd")
+    target = attach(pipe, "lora", rank=8, where=towers)
+    target.swap(path)
+    loaded = load(reference, path)
+    for name, delta in delta_weights(reference.unet, loaded).items():
+        torch.testing.assert_close(delta_weights(pipe.unet, target)[name], delta, rtol=2e-6, atol=2e-6)
     with raises(LoadError, where="lora", given=("unet",)) as caught:
         attach(tiny_pipeline("sd"), "lora", rank=8).swap(path)
     assert caught.value.unused
@@ -265,25 +265,25 @@ def test_a_file_with_several_is_refused(tmp_path: Path) -> None:
     model = net()
     both = [attach(model, LoRA(rank=2), where="attn.q", name=name) for name in ("one", "two")]
     path = formats.get("native")().save(both, tmp_path / "file")
-    with raises(LoadError, where="room", given=("lora", "lora"), expected=1):
-        attach(net(), LoRA(rank=2), where="attn.q", name="room").swap(path)
+    with raises(LoadError, where="target", given=("lora", "lora"), expected=1):
+        attach(net(), LoRA(rank=2), where="attn.q", name="target").swap(path)
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
-@pytest.mark.parametrize(("room", "smaller"), [
+@pytest.mark.parametrize(("method", "smaller"), [
     (LoRA(rank=8, alpha=4.0), LoRA(rank=2, alpha=3.0)),
     (LoKr(factor=2), LoKr(factor=2, rank=1, alpha=3.0, low="right")),
     (OFT(blocks=1), OFT(blocks=2)),
 ])  # fmt: skip
-def test_a_compiled_tower_is_not_compiled_again(room: Method, smaller: Method, component: str, tmp_path: Path) -> None:
+def test_a_compiled_tower_is_not_compiled_again(method: Method, smaller: Method, component: str, tmp_path: Path) -> None:
     where = "attn" if component == "text_encoder" else ("unet.mid/attn", "unet.mid/xattn")
     source = tiny_pipeline("sd").components[component]
     torch.manual_seed(5)
     trained = attach(source, smaller, where=where)
     stir(trained, 0.2)
     path = trained.save(tmp_path / "file")
-    tower, beside = (tiny_pipeline("sd").components[component] for _ in range(2))
-    tuned = attach(tower, room, where=where)
+    tower, reference = (tiny_pipeline("sd").components[component] for _ in range(2))
+    tuned = attach(tower, method, where=where)
     stir(tuned, 0.2)
     (host,) = [h for h in (hosts.get(n)() for n in hosts.names()) if h.matches(tower)]
     inputs = host.sample(tower)
@@ -298,8 +298,8 @@ def test_a_compiled_tower_is_not_compiled_again(room: Method, smaller: Method, c
     before = first(compiled, inputs)
     tuned.swap(path)
     after = first(compiled, inputs)
-    load(beside, path)
-    torch.testing.assert_close(after, first(beside, inputs), rtol=1e-4, atol=1e-5)
+    load(reference, path)
+    torch.testing.assert_close(after, first(reference, inputs), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(after, before, atol=1e-3)
     assert len(graphs) == 1
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""A small model with one of everything that seams treat differently, and its host."""
+"""A small model with every kind of layer that seams treat differently, and its host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.injection.sites import BranchSite, NormSite, ParamSite, Port, Site, 
 
 
 class Net(nn.Module):
-    """Embedding, grouped and strided convolution, BatchNorm, a fused `qkv`, a weight that is read, one that is never used."""
+    """Embedding, grouped and strided convolution, BatchNorm, fused `qkv`, a weight that is read, and one that is not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,9 +30,9 @@ class Net(nn.Module):
         self.head = nn.Linear(6, 3)
         self.fused = False
 
-    def forward(self, ids: Tensor, picture: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, image: Tensor) -> Tensor:
         # Contiguous, because a product with strided operands is computed in another order where the weight needs gradients.
-        x = self.norm(self.conv(picture)).flatten(2).mT.contiguous() + self.table(ids)
+        x = self.norm(self.conv(image)).flatten(2).mT.contiguous() + self.table(ids)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         x = x + torch.softmax(q @ k.mT, dim=-1) @ v
         x = x + F.linear(x, self.read.weight, self.read.bias)
@@ -41,19 +41,19 @@ class Net(nn.Module):
 
 def _weight(path: str, role: str, module: nn.Module, **fields: Any) -> WeightSite:
     if isinstance(module, nn.Embedding):
-        size = {"kind": "embedding", "d_out": 6, "d_in": 7}
+        shape = {"kind": "embedding", "d_out": 6, "d_in": 7}
     elif isinstance(module, nn.Conv2d):
-        size = {"kind": "conv", "d_out": 6, "d_in": 2, "kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}
-        size |= {"dilation": (1, 1), "groups": 2}
+        shape = {"kind": "conv", "d_out": 6, "d_in": 2, "kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}
+        shape |= {"dilation": (1, 1), "groups": 2}
     else:
-        size = {"d_out": module.out_features, "d_in": module.in_features}
+        shape = {"d_out": module.out_features, "d_in": module.in_features}
     if not isinstance(module, nn.Embedding):
-        size["bias"] = f"{path}.bias"
-    return WeightSite(**{"name": path, "role": role, "path": path, **size, **fields})
+        shape["bias"] = f"{path}.bias"
+    return WeightSite(**{"name": path, "role": role, "path": path, **shape, **fields})
 
 
 class ToyHost(Host):
-    """Sites of `Net`, written down one by one."""
+    """Describes the sites of `Net`."""
 
     name: ClassVar[str] = "toy"
     tower: ClassVar[str] = "toy"
@@ -72,10 +72,10 @@ class ToyHost(Host):
         yield NormSite(name="norm", role="norm", path="norm", bias="norm.bias", width=6, channel_dim=1, depth=0)
         yield ParamSite(name="norm.weight", role="norm", path="norm", param="weight", shape=(6,), depth=0)
         yield _weight("qkv", "attn.qkv", net.qkv, fused=True, depth=1, guard="fused")
-        for i, x in enumerate("qkv"):
+        for i, part in enumerate("qkv"):
             rows = (6 * i, 6 * i + 6)
             yield _weight(
-                "qkv", f"attn.{x}", net.qkv, depth=1, name=f"qkv.{x}", rows=rows, bias_rows=rows, d_out=6, guard="fused"
+                "qkv", f"attn.{part}", net.qkv, depth=1, name=f"qkv.{part}", rows=rows, bias_rows=rows, d_out=6, guard="fused"
             )
         yield _weight("read", "attn.out", net.read, called=False, depth=1)
         yield ParamSite(name="read.bias", role="bias.attn.out", path="read", param="bias", shape=(6,), depth=1)
@@ -90,15 +90,15 @@ class ToyHost(Host):
     def sample(self, model: nn.Module) -> dict[str, Any]:
         first = next(model.parameters())
         generator = torch.Generator().manual_seed(5)
-        picture = torch.randn(2, 2, 4, 4, generator=generator).to(first.device, first.dtype)
-        return {"ids": torch.arange(8).reshape(2, 4).to(first.device) % 7, "picture": picture}
+        image = torch.randn(2, 2, 4, 4, generator=generator).to(first.device, first.dtype)
+        return {"ids": torch.arange(8).reshape(2, 4).to(first.device) % 7, "image": image}
 
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         return {"toy": Net}
 
 
 class AddAdapter(Adapter):
-    """y + the projection of x, for branches."""
+    """y + a linear layer of x, for branches."""
 
     blends: ClassVar[bool] = True
 
@@ -114,12 +114,12 @@ class AddAdapter(Adapter):
 
     def enter(self, tower: nn.Module) -> None:
         if self.fails:
-            raise RuntimeError("no way in")
+            raise RuntimeError("enter fails")
 
 
 @dataclass(frozen=True)
 class Add(Method):
-    """A branch adapter, which can be told to fail while it is attached."""
+    """A branch adapter, which raises an error on attach at the site `fails_at`."""
 
     name: ClassVar[str] = "add"
     paper: ClassVar[str] = "none"
@@ -149,7 +149,7 @@ def run(model: nn.Module) -> Tensor:
 
 
 def stir(attachment: Any, size: float = 0.3) -> None:
-    """Move everything that is trained off its value."""
+    """Adds noise to all trainable parameters."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in attachment.parameters():
