@@ -13,11 +13,11 @@ from ..errors import HostChanged, StateError, UnsupportedSite
 from ..seams.adapter_calls import is_tracing
 from ..seams.seam import Seam
 from ..seams.seam_choice import seams_for
-from ..seams.weight_seam import Carrier
+from ..seams.weight_seam import PassThroughSeam
 from .condition_scope import set_call_conditions
 from .extra_parameters import ExtraParameters
 from .integrity import IntegrityCheck
-from .layer_order import Beneath, link
+from .layer_order import LayerOrdering, link_seams_of_tower
 from .model_state import MergeRecord, drop_unused_model_state, ensure_model_state, find_model_state, lookup
 from .plan import Plan
 from .protocol import AttachmentProtocol
@@ -190,26 +190,26 @@ def order_seams(attachment: AttachmentProtocol, strict: bool = True) -> None:
     Raises:
         UnsupportedSite: an earlier adapter has no form for that. Without `strict` it acts in the calls, after the weights.
     """
-    for beneath in link_seams(attachment):
+    for order in link_seams(attachment):
         try:
-            lacking = [*beneath.lacking()]
+            missing = [*order.missing_sites()]
         except UnsupportedSite:
             if strict:
                 raise
             continue
-        for site in lacking:
-            carrier = Carrier(attachment.towers[site.component], site)
-            carrier.idle = all(seam.idle for seam in beneath.weights.values())
-            attachment.seams.append(carrier)
-            carrier.join(attachment.name)
+        for site in missing:
+            seam = PassThroughSeam(attachment.towers[site.component], site)
+            seam.idle = all(later.idle for later in order.weights.values())
+            attachment.seams.append(seam)
+            seam.join(attachment.name)
     link_seams(attachment)
 
 
-def link_seams(attachment: AttachmentProtocol) -> list[Beneath]:
+def link_seams(attachment: AttachmentProtocol) -> list[LayerOrdering]:
     """Updates the order of all seams on the attachment's towers. Returns the earlier call seams under its weight seams."""
-    own: list[Beneath] = []
+    own: list[LayerOrdering] = []
     for tower in attachment.towers.values():
         tower_state = find_model_state(tower)
-        for other, earlier in link(tower, tower_state.attachments if tower_state else ()):
+        for other, earlier in link_seams_of_tower(tower, tower_state.attachments if tower_state else ()):
             own += earlier if other is attachment else ()
     return own

@@ -1,8 +1,8 @@
 """Keeps the order of attachments on one layer when an earlier one uses a forward hook and a later one parametrizes the weight.
 
 A forward hook runs after the parametrizations of its layer, so the earlier attachment would act last. If both add a delta, the
-result is the same. Otherwise `Beneath` applies the earlier adapter's weight and bias forms inside the parametrization, before the
-later adapter, and the hook does nothing while the later one is enabled.
+result is the same. Otherwise `LayerOrdering` applies the earlier adapter's weight and bias forms inside the parametrization,
+before the later adapter, and the hook does nothing while the later one is enabled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapter_forms import BiasAdapter, WeightAdapter
 from ..errors import UnsupportedSite
 from ..seams.call_seam import CallSeam
-from ..seams.effective_weight import change_of, tensors_of
+from ..seams.effective_weight import apply_change, changed_tensors
 from ..seams.seam import Seam
 from ..seams.weight_seam import WeightSeam
 from ..sites import NormSite, ParamSite, WeightSite
@@ -23,7 +23,7 @@ from .protocol import AttachmentProtocol
 TENSOR_SITES = (WeightSite, ParamSite, NormSite)
 
 
-class Beneath:
+class LayerOrdering:
     """Call seams of earlier attachments on a module whose tensors a later attachment parametrizes.
 
     Args:
@@ -34,39 +34,39 @@ class Beneath:
     def __init__(self, module: nn.Module, weights: dict[str, WeightSeam], calls: Sequence[CallSeam]) -> None:
         self.module, self.weights, self.calls = module, weights, tuple(calls)
 
-    def acting(self) -> list[CallSeam]:
+    def applied(self) -> list[CallSeam]:
         """The call seams currently applied in the weights: all enabled ones up to the last that does not commute."""
         if all(seam.is_disabled() for seam in self.weights.values()):
             return []
         enabled = [call for call in self.calls if not call.is_disabled() and not self._is_applied_earlier(call)]
-        return [call for call in self._must_precede(enabled) if tensors_of(call) <= self.weights.keys()]
+        return [call for call in self._must_precede(enabled) if changed_tensors(call) <= self.weights.keys()]
 
-    def takes(self, call: CallSeam) -> bool:
+    def applies(self, call: CallSeam) -> bool:
         """True if a call seam is currently applied in the weights."""
-        return any(call is other for other in self.acting())
+        return any(call is other for other in self.applied())
 
-    def concerns(self, call: CallSeam) -> bool:
+    def may_apply(self, call: CallSeam) -> bool:
         """True if a call seam is applied in the weights when everything is enabled."""
         return any(call is other for other in self._must_precede(self.calls))
 
     def apply(self, param: str, tensor: Tensor) -> Tensor:
         """The tensor with the changes of the call seams that are currently applied in the weights."""
-        for call in self.acting():
-            if param in tensors_of(call):
-                tensor = change_of(call, self.module, param, tensor)
+        for call in self.applied():
+            if param in changed_tensors(call):
+                tensor = apply_change(call, self.module, param, tensor)
         return tensor
 
-    def lacking(self) -> Iterator[ParamSite]:
+    def missing_sites(self) -> Iterator[ParamSite]:
         """Tensors to parametrize as well, because an earlier adapter changes weight and bias together.
 
         Raises:
             UnsupportedSite: an earlier adapter cannot be applied in the weights.
         """
         earlier = self._must_precede(self.calls)
-        changes_several = any(len(tensors_of(call)) > 1 or _needs_missing_bias(call) for call in earlier)
+        changes_several = any(len(changed_tensors(call)) > 1 or _needs_missing_bias(call) for call in earlier)
         for call in earlier:
             _reject_without_form(call, next(iter(self.weights.values())))
-        names = {name for call in (earlier if changes_several else ()) for name in tensors_of(call)}
+        names = {name for call in (earlier if changes_several else ()) for name in changed_tensors(call)}
         for name in sorted(names - self.weights.keys()):
             site = earlier[0].sites[0]
             yield ParamSite(
@@ -78,7 +78,7 @@ class Beneath:
         for order in call.layer_orders:
             if order is self:
                 return False
-            if order.takes(call):
+            if order.applies(call):
                 return True
         return False
 
@@ -92,7 +92,7 @@ class Beneath:
 
     def _commutes(self, call: CallSeam) -> bool:
         """True if the order of a call seam and the weight seams is irrelevant: other rows, other tensors, or only sums."""
-        names = tensors_of(call)
+        names = changed_tensors(call)
         for name, seam in self.weights.items():
             for site, later in zip(seam.sites, seam.adapters, strict=False) if name in names else ():
                 for earlier_site, earlier in zip(call.sites, call.adapters, strict=True):
@@ -130,7 +130,9 @@ def _needs_missing_bias(call: CallSeam) -> bool:
     return isinstance(call.adapters[0], BiasAdapter) and (not site.bias or site.bias.rpartition(".")[0] != site.path)
 
 
-def link(tower: nn.Module, attached: Iterable[AttachmentProtocol]) -> list[tuple[AttachmentProtocol, list[Beneath]]]:
+def link_seams_of_tower(
+    tower: nn.Module, attached: Iterable[AttachmentProtocol]
+) -> list[tuple[AttachmentProtocol, list[LayerOrdering]]]:
     """Links the seams of a tower so that earlier attachments are applied before later ones.
 
     Args:
@@ -139,12 +141,12 @@ def link(tower: nn.Module, attached: Iterable[AttachmentProtocol]) -> list[tuple
         Per attachment, the earlier call seams on the modules that it parametrizes.
     """
     calls: dict[int, list[CallSeam]] = {}
-    orders: list[tuple[AttachmentProtocol, list[Beneath]]] = []
+    orders: list[tuple[AttachmentProtocol, list[LayerOrdering]]] = []
     for attachment in attached:
         seams = [] if attachment.merged else [s for s in attachment.seams if s.__dict__["tower"] is tower]
         by_module = _weight_seams_by_module(seams)
-        beneath = [Beneath(module, weights, calls[id(module)]) for module, weights in by_module if id(module) in calls]
-        orders.append((attachment, [_connect(order) for order in beneath]))
+        orderings = [LayerOrdering(module, weights, calls[id(module)]) for module, weights in by_module if id(module) in calls]
+        orders.append((attachment, [_connect(order) for order in orderings]))
         for seam in seams:
             if isinstance(seam, CallSeam) and isinstance(seam.sites[0], TENSOR_SITES) and seam.__dict__["joined"]:
                 seam.layer_orders = ()
@@ -163,10 +165,10 @@ def _weight_seams_by_module(seams: Iterable[Seam]) -> list[tuple[nn.Module, dict
     return [*by_module.values()]
 
 
-def _connect(beneath: Beneath) -> Beneath:
+def _connect(order: LayerOrdering) -> LayerOrdering:
     """Makes the seams refer to their order."""
-    for seam in beneath.weights.values():
-        seam.layer_order = beneath
-    for call in beneath.calls:
-        call.layer_orders = (*call.layer_orders, beneath)
-    return beneath
+    for seam in order.weights.values():
+        seam.layer_order = order
+    for call in order.calls:
+        call.layer_orders = (*call.layer_orders, order)
+    return order

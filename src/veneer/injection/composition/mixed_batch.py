@@ -123,7 +123,7 @@ def _shared_ports(used: Mapping[str, Attachment], by_sample: Sequence[Strengths]
                     raise _not_mixable(name, attachment, seam)
                 continue
             if any(
-                order.concerns(seam) and any(id(w) in used_seams for w in order.weights.values()) for order in seam.layer_orders
+                order.may_apply(seam) and any(id(w) in used_seams for w in order.weights.values()) for order in seam.layer_orders
             ):
                 if name not in uniform:  # it is applied in the weights, before a later attachment
                     raise _not_mixable(name, attachment, seam)
@@ -138,7 +138,7 @@ def _sort_by_hooks(seams: Mapping[str, CallSeam]) -> dict[str, CallSeam]:
     """Seams in the order of their hooks: that of the children of their module, reversed for seams that change the input."""
     first = next(iter(seams.values()))
     children = list(first.owner().children())
-    in_order = reversed(children) if first.inward else children
+    in_order = reversed(children) if first.changes_input else children
     return {name: seams[name] for child in in_order for name in seams if seams[name] is child}
 
 

@@ -40,17 +40,17 @@ class LayerOrder(Protocol):
     def weights(self) -> Mapping[str, Seam]:
         """Parameter name to the later attachment's seam."""
 
-    def takes(self, call: CallSeam, /) -> bool:
+    def applies(self, call: CallSeam, /) -> bool:
         """True if a call seam is currently applied in the weights."""
 
-    def concerns(self, call: CallSeam, /) -> bool:
+    def may_apply(self, call: CallSeam, /) -> bool:
         """True if a call seam is applied in the weights when everything is enabled."""
 
-    def acting(self) -> Sequence[CallSeam]:
+    def applied(self) -> Sequence[CallSeam]:
         """The call seams that are currently applied in the weights."""
 
     def apply(self, param: str, tensor: Tensor, /) -> Tensor:
-        """The tensor with the changes of the call seams in `acting`."""
+        """The tensor with the changes of the call seams in `applied`."""
 
 
 class CallSeam(HookSeam):
@@ -104,18 +104,19 @@ class CallSeam(HookSeam):
             store = self._store_input if self.read.side == "in" else self._store_output
             handles.append(self._register(reader, self.read.side, store, self.inputs_before > 0))
         write = self._write_output if self.write.side == "out" else self._write_input
-        return [*handles, self._register(writer, self.write.side, write, self.inward)]
+        return [*handles, self._register(writer, self.write.side, write, self.changes_input)]
 
     @property
-    def inward(self) -> bool:
+    def changes_input(self) -> bool:
         """True if the adapters change the input of a layer instead of its output."""
         return self.write.side == "in" and isinstance(self.adapters[0], InputAdapter)
 
     def _changed_inputs(self, module: nn.Module) -> int:
         """Number of earlier seams that change the input of the layer that this seam reads and writes."""
-        if self.inward or self.read.path != self.write.path or self.read.side == self.write.side:
+        if self.changes_input or self.read.path != self.write.path or self.read.side == self.write.side:
             return 0
-        return sum(isinstance(s, CallSeam) and s.inward for s in itertools.takewhile(lambda s: s is not self, module.children()))
+        earlier = itertools.takewhile(lambda s: s is not self, module.children())
+        return sum(isinstance(s, CallSeam) and s.changes_input for s in earlier)
 
     @property
     def _reads_call(self) -> bool:
@@ -181,7 +182,7 @@ class CallSeam(HookSeam):
 
     def in_weights(self) -> bool:
         """True while the adapters are applied in the weights, because the order with a later attachment matters there."""
-        return any(order.takes(self) for order in self.layer_orders)
+        return any(order.applies(self) for order in self.layer_orders)
 
     def _is_overwritable(self, module: nn.Module) -> bool:
         """True if the output may be modified in place: of a torch layer whose first forward hook is this seam's."""

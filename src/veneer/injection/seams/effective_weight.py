@@ -58,13 +58,13 @@ def _parametrizations(module: Any, param: str) -> Iterator[tuple[Iterable[nn.Mod
         if not isinstance(seam, WeightSeam):
             yield (), seam
         elif not seam.is_bypassed():
-            for call in () if seam.layer_order is None else seam.layer_order.acting():
-                if param in tensors_of(call):
-                    yield call.adapters, functools.partial(change_of, call, module, param)
-            yield seam.adapters, seam.own
+            for call in () if seam.layer_order is None else seam.layer_order.applied():
+                if param in changed_tensors(call):
+                    yield call.adapters, functools.partial(apply_change, call, module, param)
+            yield seam.adapters, seam.apply_own
 
 
-def tensors_of(seam: CallSeam) -> set[str]:
+def changed_tensors(seam: CallSeam) -> set[str]:
     """Names of the module's tensors that the weight and bias forms of a call seam's adapters change."""
     site = seam.sites[0]
     owner, _, bias = site.bias.rpartition(".") if isinstance(seam.adapters[0], BiasAdapter) else ("", "", "")
@@ -76,10 +76,10 @@ def _apply_hook_change(seam: CallSeam, module: nn.Module, param: str, tensor: Te
     changes_bias, site = _changes_bias(seam, param), seam.sites[0]
     if seam.is_disabled() or seam.in_weights() or not (changes_bias or getattr(site, "param", None) == param):
         return tensor
-    return change_of(seam, module, param, tensor)
+    return apply_change(seam, module, param, tensor)
 
 
-def change_of(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> Tensor:
+def apply_change(seam: CallSeam, module: nn.Module, param: str, tensor: Tensor) -> Tensor:
     """The tensor with the weight or bias forms of a call seam's adapters applied."""
     share = 1.0 if seam.place is None else seam.place.share(seam)
     if not share:

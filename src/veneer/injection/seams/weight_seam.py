@@ -18,7 +18,7 @@ from .call_seam import LayerOrder
 from .seam import Seam
 
 
-def changeable(tensor: Tensor) -> bool:
+def is_parametrizable(tensor: Tensor) -> bool:
     """True for a floating-point tensor that is not quantized."""
     return tensor.is_floating_point() and type(tensor.data) in (Tensor, nn.Parameter)
 
@@ -39,7 +39,7 @@ class WeightSeam(Seam):
 
     def _reject_quantized(self, reason: str = "is read, not called") -> None:
         tensor = getattr(self.module(self.path), self.param)
-        if not changeable(tensor):
+        if not is_parametrizable(tensor):
             raise UnsupportedSite(
                 f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantized and {reason}, so "
                 "it cannot be parametrized. Select called sites only, or load the base model without quantization.",
@@ -51,9 +51,9 @@ class WeightSeam(Seam):
         """The weight with the changes of earlier call seams, if necessary, and of this seam."""
         if self.is_bypassed():
             return weight
-        return self.own(weight if self.layer_order is None else self.layer_order.apply(self.param, weight))
+        return self.apply_own(weight if self.layer_order is None else self.layer_order.apply(self.param, weight))
 
-    def own(self, weight: Tensor) -> Tensor:
+    def apply_own(self, weight: Tensor) -> Tensor:
         """The weight with the changes of this seam's adapters, slice by slice."""
         return apply_by_rows(self.sites, self.adapters, weight, 0, self.change)
 
@@ -105,7 +105,7 @@ class WeightSeam(Seam):
         return any(m is self for m in lists[self.param]) if self.param in lists else False
 
 
-class Carrier(WeightSeam):
+class PassThroughSeam(WeightSeam):
     """A parametrization without adapters, which applies earlier call seams that change this tensor together with the weight."""
 
     def __init__(self, tower: nn.Module, site: ParamSite) -> None:
@@ -114,7 +114,7 @@ class Carrier(WeightSeam):
         self.__dict__["sites"] = [site]
         self._reject_quantized("must take the change of an earlier adapter")
 
-    def own(self, weight: Tensor) -> Tensor:
+    def apply_own(self, weight: Tensor) -> Tensor:
         """The tensor, unchanged."""
         return weight
 
