@@ -14,7 +14,7 @@ from typing import Any
 from veneer.flags import help_of
 from veneer.full_size_models import full_size
 from veneer.injection import Method, VeneerError, methods
-from veneer.injection.attachment.plan import fits, plan
+from veneer.injection.attachment.plan import plan, supports
 from veneer.injection.method import Need
 from veneer.injection.towers import Tower, towers_of
 
@@ -172,7 +172,7 @@ def _count(name: str, model: str) -> ParameterCount | None:
     towers = _towers(model)
     try:
         method = methods.get(name)
-        if not any(fits(method, site) for tower in towers for site in tower.sites):
+        if not any(supports(method, site) for tower in towers for site in tower.sites):
             return None
         attachment_plan = plan(towers, method(), None, ())
     except (VeneerError, ImportError, AttributeError, TypeError, ValueError):
@@ -191,7 +191,7 @@ def methods_for(area: str) -> frozenset[str]:
         area: `diffusion` or `vision`.
     """
     sites = [site for model in AREAS[area] for tower in _towers(model) for site in tower.sites]
-    return frozenset(name for name in methods.names() if (m := _method(name)) and any(fits(m, site) for site in sites))
+    return frozenset(name for name in methods.names() if (m := _method(name)) and any(supports(m, site) for site in sites))
 
 
 def _method(name: str) -> type[Method] | None:

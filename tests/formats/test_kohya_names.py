@@ -22,7 +22,7 @@ def tower_of(name: str) -> Any:
     return tower
 
 
-def offered(tower: Any) -> dict[str, WeightSite]:
+def layer_sites(tower: Any) -> dict[str, WeightSite]:
     return {s.name: s for s in tower.sites if isinstance(s, WeightSite) and s.kind != "embedding"}
 
 
@@ -49,7 +49,7 @@ def test_names_of_sd_are_those_of_sd_scripts(base: str, count: int, with_convs: 
     convolutions = rule_of_sd_scripts(tower.module, "lora_unet", ("ResnetBlock2D", "Downsample2D", "Upsample2D"))
     assert (len(attention), len(attention | convolutions)) == (count, with_convs)
     assert (attention | convolutions).items() <= written.items()
-    assert written.keys() == offered(tower).keys()
+    assert written.keys() == layer_sites(tower).keys()
 
 
 @pytest.mark.parametrize(("base", "prefix", "count"), [("clip_l", "lora_te", 72), ("clip_bigg", "lora_te2", 192)])
@@ -87,7 +87,7 @@ def test_names_of_sdxl() -> None:
         "lora_unet_out_2": "conv_out",
     }
     assert {names[path][0]: path for path in known.values()} == known
-    assert names.keys() == offered(tower).keys()
+    assert names.keys() == layer_sites(tower).keys()
     inside = [path for path in names if path.startswith(("down_blocks", "mid_block", "up_blocks"))]
     assert (len([path for path in inside if "attentions" in path]), len(inside)) == (722, 788)
     layers = tower.module.config.layers_per_block
@@ -128,7 +128,7 @@ def test_flux_is_split_as_diffusers_splits_it() -> None:
     (tower,) = towers_of(model)
     state: dict[str, Tensor] = {}
     found = named_layers(tower)
-    assert {s.name for place in found for s in place.sites} == offered(tower).keys()
+    assert {s.name for place in found for s in place.sites} == layer_sites(tower).keys()
     generator = torch.Generator().manual_seed(0)
     pairs = {}
     for place in found:

@@ -26,7 +26,7 @@ from torch import nn
 import veneer
 from veneer.hosts import timm_conv, timm_swin, timm_vit
 from veneer.injection import towers
-from veneer.injection.attachment.plan import fits
+from veneer.injection.attachment.plan import supports
 from veneer.injection.errors import VeneerError
 from veneer.injection.registry import host_of
 from veneer.injection.sites import PixelSite, Site
@@ -164,7 +164,7 @@ def try_methods(model: nn.Module, outcome: Outcome, methods: Sequence[str], know
 def key_of(method: str, host: str, places: Iterable[tuple[Site, str]]) -> str:
     """A digest of all that attaching a method without values depends on: the sites that it can use. Empty if there are none."""
     cls = veneer.methods.get(method)
-    words = [text for site, text in places if fits(cls, site)]
+    words = [text for site, text in places if supports(cls, site)]
     return hashlib.sha256("\n".join([method, host, *words]).encode()).hexdigest()[:16] if words else ""
 
 
@@ -177,7 +177,7 @@ def _words(model: nn.Module, site: Site) -> str:
 
 
 def _try(model: nn.Module, method: str, found: list[Tower]) -> dict[str, Any]:
-    token = towers._KEPT.set({id(model): found})  # a bare model has the same sites each time
+    token = towers._CACHE.set({id(model): found})  # a bare model has the same sites each time
     try:
         tuned = veneer.attach(model, method)
     except VeneerError as error:
@@ -185,7 +185,7 @@ def _try(model: nn.Module, method: str, found: list[Tower]) -> dict[str, Any]:
     except Exception as error:  # anything else is a bug, which is what is looked for
         return {"bug": f"{type(error).__name__}: {error}"}
     finally:
-        towers._KEPT.reset(token)
+        towers._CACHE.reset(token)
     trained = {id(p): p.numel() for p in tuned.parameters()}
     taken = {"sites": len(tuned.parts), "trained": sum(trained.values())}
     tuned.detach()

@@ -255,7 +255,7 @@ def test_a_config_with_further_options_is_rejected() -> None:
 
 
 def test_a_model_without_a_host_is_refused() -> None:
-    with raises(UnsupportedSite, given="Linear", fits=tuple(hosts.names())):
+    with raises(UnsupportedSite, given="Linear", supported_hosts=tuple(hosts.names())):
         attach(nn.Linear(2, 2), "lora")
     with pytest.raises(TypeError, match=r"^int "):
         attach(3, "lora")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import veneer
 from tests.injection.toy import ToyHost, net, stir
 from veneer.injection import Attachment, SelectionError, UnsupportedSite, attach, attachments, hosts, methods
-from veneer.injection.attachment.plan import fits
+from veneer.injection.attachment.plan import supports
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.seams.adapter_calls import blend
 from veneer.injection.sites import BranchSite, WeightSite
@@ -62,7 +62,7 @@ def example(name: str) -> Method:
 def methods_with_weight_form(where: tuple[str, ...]) -> list[str]:
     """Methods that support these sites and have weight forms there."""
     sites = [s for s in ToyHost().sites(net()) if not isinstance(s, BranchSite)]
-    names = [n for n in methods.names() if any(fits(methods.get(n), s) for s in sites)]
+    names = [n for n in methods.names() if any(supports(methods.get(n), s) for s in sites)]
     tuned = {name: attach_with_noise(net().double(), name, where) for name in names}
     return [name for name, a in tuned.items() if a is not None and all(hasattr(p, "weight") for _, p in a.parts.values())]
 

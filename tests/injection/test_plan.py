@@ -5,7 +5,7 @@ import torch
 from tests.injection.toy import Add, net
 from tests.raising import raises
 from veneer.injection import SelectionError, attach
-from veneer.injection.attachment.plan import fits, hosts_for
+from veneer.injection.attachment.plan import hosts_for, supports
 from veneer.injection.method import Need
 from veneer.injection.sites import TokenSite, WeightSite
 from veneer.methods.prompt.vpt import VPT
@@ -19,12 +19,12 @@ def test_a_need_checks_type_role_and_fields() -> None:
     def site(**fields: object) -> WeightSite:
         return WeightSite(**{"name": "s", "role": "attn.q", "path": "s", "d_out": 1, "d_in": 1, **fields})
 
-    assert fits(AttentionOnly, site())
-    assert fits(AttentionOnly, site(kind="conv"))
-    assert not fits(AttentionOnly, site(kind="embedding"))
-    assert not fits(AttentionOnly, site(called=False))
-    assert not fits(AttentionOnly, site(role="mlp.in"))
-    assert not fits(VPT, site())
+    assert supports(AttentionOnly, site())
+    assert supports(AttentionOnly, site(kind="conv"))
+    assert not supports(AttentionOnly, site(kind="embedding"))
+    assert not supports(AttentionOnly, site(called=False))
+    assert not supports(AttentionOnly, site(role="mlp.in"))
+    assert not supports(VPT, site())
 
 
 def test_initial_values_do_not_depend_on_the_dtype_of_the_host() -> None:

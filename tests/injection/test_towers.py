@@ -79,7 +79,7 @@ def test_a_compiled_model_still_shows_what_was_attached_before() -> None:
 
 
 def test_nothing_known_is_an_error_that_lists_the_hosts() -> None:
-    with raises(UnsupportedSite, given="SimpleNamespace", fits=tuple(hosts.names())):
+    with raises(UnsupportedSite, given="SimpleNamespace", supported_hosts=tuple(hosts.names())):
         towers_of(SimpleNamespace(components={"vae": torch.nn.Linear(1, 1)}))
     assert towers_of(torch.nn.Linear(1, 1), strict=False) == []
 

@@ -74,9 +74,9 @@ def test_names_classes_and_configs_are_subjects() -> None:
 def test_a_host_that_does_not_fit_is_an_error() -> None:
     with raises(UnsupportedSite, method="vpt", host="layers", site="", given=None) as raised:
         method_checks("vpt", "layers")
-    assert "timm_vit" in raised.value.fits
-    assert "layers" not in raised.value.fits
-    assert not {"layers", *raised.value.fits} - {*hosts.names()}
+    assert "timm_vit" in raised.value.supported_hosts
+    assert "layers" not in raised.value.supported_hosts
+    assert not {"layers", *raised.value.supported_hosts} - {*hosts.names()}
     with raises(UnknownName, name="loro", expected=tuple(methods.names())):
         method_checks("loro")
 

@@ -26,7 +26,7 @@ from tests.methods.bottlenecks import (
 )
 from tests.raising import raises
 from veneer.injection import HostChanged, UnsupportedSite, attach
-from veneer.injection.attachment.plan import fits
+from veneer.injection.attachment.plan import supports
 from veneer.injection.errors import OptionError
 from veneer.methods.additive.convpass import Convpass
 
@@ -139,12 +139,12 @@ def test_start(init: Any) -> None:
 
 def test_sites_without_a_norm_in_front_or_without_a_grid_do_not_fit() -> None:
     method = Convpass()
-    assert fits(method, branch())
-    assert fits(method, branch("NHWC", grid=None))
-    assert fits(method, branch("NCHW", grid=None))
-    assert not fits(method, branch(grid=None))
+    assert supports(method, branch())
+    assert supports(method, branch("NHWC", grid=None))
+    assert supports(method, branch("NCHW", grid=None))
+    assert not supports(method, branch(grid=None))
     for layout in ("NLC", "NHWC", "NCHW"):
-        assert not fits(method, branch(layout, normed=None))
+        assert not supports(method, branch(layout, normed=None))
     with raises(UnsupportedSite, method="convpass", host="timm_conv", given={"grid": None, "layout": "NCHW", "normed": None}):
         attach(timm.create_model("resnet18", channels=(8, 8, 8, 8), stem_width=8), "convpass")
 

@@ -176,8 +176,8 @@ def test_prompts_are_switched() -> None:
 def test_hosts_with_a_fixed_length_give_a_reason(key: str) -> None:
     with raises(UnsupportedSite, method="vpt", host="timm_vit", given={"can_insert": False}) as raised:
         attach(tiny(key), "vpt")
-    assert "open_clip" in raised.value.fits
-    assert "timm_vit" not in raised.value.fits
+    assert "open_clip" in raised.value.supported_hosts
+    assert "timm_vit" not in raised.value.supported_hosts
 
 
 @pytest.mark.parametrize("options", [{"tokens": 0}, {"dropout": 1.0}, {"project": -1}])

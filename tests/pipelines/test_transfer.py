@@ -260,7 +260,7 @@ def test_invalid_settings_are_errors_before_training(tmp_path: Path, pictures: P
         transfer(config(pictures, models["vit"], tmp_path / "run", method="lora", options={"lora": {"rnk": 3}}))
     with raises(UnsupportedSite, method="textual_inversion") as caught:
         transfer(config(pictures, models["vit"], tmp_path / "run", method="textual_inversion"))
-    assert "clip_text" in caught.value.fits
+    assert "clip_text" in caught.value.supported_hosts
     with raises(DataError, file=tmp_path / "nowhere", given="missing"):
         transfer(config(tmp_path / "nowhere", models["vit"], tmp_path / "run"))
     assert not list(tmp_path.rglob("adapter.safetensors"))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from veneer.injection import Attachment
 from veneer.injection.attachment.files import FileFunctions, register_file_functions
 from veneer.injection.errors import LoadError, OptionError
-from veneer.injection.towers import kept
+from veneer.injection.towers import cache_towers
 
 from ._core import families
 from ._core.conversion import ConversionResult, convert
@@ -113,7 +113,7 @@ def load_all(
     if base not in ("same", "any"):
         raise OptionError.of("load", "base", base, "'same' or 'any'")
     file = read(path)
-    with kept():
+    with cache_towers():
         found = known_format(file).load(model, file, Options(name=name, strict=strict, same_base=base == "same", token=token))
     _log_left_out(path, found)
     try:

@@ -110,10 +110,10 @@ def tensors(attachment: Attachment, target: Path) -> dict[str, Tensor]:
             given=size,
             expected=4,
         )
-    offered = _processor_order(attachment.offered)
+    supported = _processor_order(attachment.supported_sites)
     parts_ = attachment.parts
-    missing = [site.name for site in offered if site.name not in parts_]
-    if missing or not offered or len({site.component for site in offered}) > 1:
+    missing = [site.name for site in supported if site.name not in parts_]
+    if missing or not supported or len({site.component for site in supported}) > 1:
         raise SaveError(
             f"{target}: '{attachment.name}' is not on {', '.join(missing[:4])}; this format holds all cross-attentions of one "
             f"model, by index. {NATIVE}",
@@ -121,9 +121,9 @@ def tensors(attachment: Attachment, target: Path) -> dict[str, Tensor]:
             where=attachment.name,
             expected=tuple(missing),
         )
-    first: nn.Module = parts_[offered[0].name][1].get_submodule("shared")
+    first: nn.Module = parts_[supported[0].name][1].get_submodule("shared")
     found = {IMAGE + key: tensor for key, tensor in first.state_dict().items()}
-    for number, site in enumerate(offered):
+    for number, site in enumerate(supported):
         own = parts_[site.name][1].state_dict()
         found |= {_key(number, end): own[end] for end in ("to_k_ip.weight", "to_v_ip.weight")}
     return found

@@ -71,7 +71,7 @@ class Kohya(Format):
 
 def is_numbered(attachments: Sequence[Attachment], versions: Set[str]) -> bool:
     """True if the first text encoder is one of several, by the pipeline or the base model, even if only it is adapted."""
-    components = {site.component for a in attachments for site in a.offered}
+    components = {site.component for a in attachments for site in a.supported_sites}
     return bool(versions & {"sdxl_base_v1-0", "flux1"}) or "text_encoder_2" in components
 
 

@@ -102,7 +102,7 @@ class UnsupportedSite(VeneerError):
     """A method cannot work on a site: what the method needs and what the host offers differ.
 
     Attributes, beside those of `VeneerError`, empty where they do not apply:
-        site: name of the rejected site. `method`, `host`: names. `fits`: names of the hosts that the method supports.
+        site: name of the rejected site. `method`, `host`: names. `supported_hosts`: names of the hosts that the method supports.
         option: name of the option whose value does not fit the site.
     """
 
@@ -113,12 +113,13 @@ class UnsupportedSite(VeneerError):
         site: str = "",
         method: str = "",
         host: str = "",
-        fits: Sequence[str] = (),
+        supported_hosts: Sequence[str] = (),
         option: str = "",
         **data: Any,
     ) -> None:
         super().__init__(message, **data)
-        self.site, self.method, self.host, self.fits, self.option = site, method, host, tuple(fits), option
+        self.site, self.method, self.host, self.option = site, method, host, option
+        self.supported_hosts = tuple(supported_hosts)
 
 
 class DeadSite(VeneerError):

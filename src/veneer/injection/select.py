@@ -172,7 +172,7 @@ def _match(sites: Sequence[S], text: str, main: frozenset[str], depths: Mapping[
     matches = [s for s in sites if pattern.matches(s, main, depths.get(s.tower, 0))]
     if strict and not matches:
         raise SelectionError(
-            f"where='{text}' matches no site. Available roles: {offered(sites)}.",
+            f"where='{text}' matches no site. Available roles: {describe_roles(sites)}.",
             pattern=text,
             given=(),
             expected=tuple({s.role: None for s in sites}),
@@ -203,7 +203,7 @@ def _without_slices_of_fused(sites: Sequence[S]) -> list[S]:
     return [s for s in sites if not isinstance(s, WeightSite) or s.rows is None or (s.component, s.path, s.param) not in fused]
 
 
-def offered(sites: Sequence[Site]) -> str:
+def describe_roles(sites: Sequence[Site]) -> str:
     """Roles of the sites and their number, by tower: `unet: attn.q ×16, …`."""
     towers: dict[str, Counter[str]] = {}
     for site in sites:

@@ -17,7 +17,7 @@ from .host import Host
 from .registry import host_of, hosts
 from .sites import Site
 
-_KEPT: ContextVar[dict[int, list[Tower]] | None] = ContextVar("towers_kept", default=None)
+_CACHE: ContextVar[dict[int, list[Tower]] | None] = ContextVar("tower_cache", default=None)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def towers_of(model: Any, strict: bool = True) -> list[Tower]:
     Raises:
         UnsupportedSite: `strict`, and no host matches the model.
     """
-    cache = _KEPT.get()
+    cache = _CACHE.get()
     if cache is None:
         return _find_towers(model, strict)
     towers = cache.get(id(model)) or _find_towers(model, strict)
@@ -82,18 +82,18 @@ def towers_of(model: Any, strict: bool = True) -> list[Tower]:
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
+def cache_towers() -> Iterator[None]:
     """Caches towers and sites inside the block, until something is attached. Models must not be changed otherwise inside it."""
-    token = _KEPT.set({})
+    token = _CACHE.set({})
     try:
         yield
     finally:
-        _KEPT.reset(token)
+        _CACHE.reset(token)
 
 
-def forget() -> None:
-    """Clears the cache of `kept`: sites may depend on attachments, such as the rows of a token-embedding table."""
-    cache = _KEPT.get()
+def clear_tower_cache() -> None:
+    """Clears the cache of `cache_towers`: sites may depend on attachments, such as the rows of a token-embedding table."""
+    cache = _CACHE.get()
     if cache is not None:
         cache.clear()
 
@@ -113,7 +113,7 @@ def _find_towers(model: Any, strict: bool) -> list[Tower]:
         towers.sort(key=lambda t: not t.main)
     if strict and not towers:
         message = f"no host matches {type(model).__name__}. Available hosts: {', '.join(hosts.names())}."
-        raise UnsupportedSite(message, given=type(model).__name__, fits=hosts.names())
+        raise UnsupportedSite(message, given=type(model).__name__, supported_hosts=hosts.names())
     return towers
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.injection import Attachment, attach
 from veneer.injection.adapter_forms import BiasAdapter, WeightAdapter
 from veneer.injection.attachment.condition_scope import example
-from veneer.injection.attachment.plan import fits
+from veneer.injection.attachment.plan import supports
 from veneer.injection.attachment.probe import tensors
 from veneer.injection.host import Host
 from veneer.injection.method import Method
@@ -66,7 +66,7 @@ def _try_to_build(method: Method, sites: Iterable[Site]) -> tuple[Site, ...]:
     usable, rejection = [], None
     with torch.random.fork_rng(devices=[]):
         for site in sites:
-            if fits(method, site) and not getattr(site, "fused", False):
+            if supports(method, site) and not getattr(site, "fused", False):
                 try:
                     method.build(site)
                 except ValueError as error:

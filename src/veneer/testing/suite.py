@@ -112,7 +112,7 @@ def method_checks(method: MethodLike, host: HostLike | None = None) -> list[Chec
             f"{config.name}: {where}. Supported hosts: {', '.join(others) or 'none'}.",
             method=config.name,
             host=rejected[0] if host is not None else "",
-            fits=others,
+            supported_hosts=others,
         )
     return found
 

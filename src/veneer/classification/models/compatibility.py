@@ -34,9 +34,9 @@ def compatible_methods(model: str) -> list[str]:
         model: as in `TransferConfig`. For a CLIP the list includes `zero_shot`.
     """
     kinds = (*IMAGE_SITES, PromptSite) if is_clip_name(model) else IMAGE_SITES
-    found = [name for name in methods.names() if _fits(methods.get(name), kinds)]
+    found = [name for name in methods.names() if _supports(methods.get(name), kinds)]
     return sorted([*found, "zero_shot"]) if is_clip_name(model) else found
 
 
-def _fits(method: type[Method], kinds: tuple[type[Site], ...]) -> bool:
+def _supports(method: type[Method], kinds: tuple[type[Site], ...]) -> bool:
     return not method.conditions and any(need.site in kinds for need in method.needs)

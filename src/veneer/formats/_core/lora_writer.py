@@ -46,7 +46,7 @@ def layer_factors(
 
 def adapters_by_layer(attachment: Attachment, target: Path, places: LayerNames) -> list[tuple[NamedLayer, dict[str, Any]]]:
     """Each layer that an attachment adapts, with its adapters by site name."""
-    beside = dict.fromkeys(site.component for site in attachment.offered)  # all text encoders, adapted or not
+    beside = dict.fromkeys(site.component for site in attachment.supported_sites)  # all text encoders, adapted or not
     towers = [dataclasses.replace(t, component=c, components=beside) for c, m in attachment.towers.items() for t in towers_of(m)]
     known = {site.name: place for tower in towers for place in places(tower) for site in place.sites}
     found: dict[tuple[str, ...], tuple[NamedLayer, dict[str, Any]]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import SelectionError, StateError
 from ..method import Method
 from ..registry import methods
-from ..towers import forget, towers_of
+from ..towers import clear_tower_cache, towers_of
 from .attachment import Attachment
 from .model_state import find_model_state, refuse_compiled
 from .plan import plan
@@ -49,7 +49,7 @@ def attach(
     elif config:
         raise TypeError(f"attach: options {sorted(config)} next to a config instance; put them into {type(method).__name__}(…).")
     towers = towers_of(model)
-    forget()
+    clear_tower_cache()
     for tower in towers:
         refuse_compiled(tower.module, "attach", tower.wrapped)
     attachment = Attachment(plan(towers, method, where, train), _free_name(towers, name, method.name))

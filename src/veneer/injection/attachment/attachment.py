@@ -49,7 +49,7 @@ class Attachment:
         self.train = plan.train
         self.towers = plan.towers
         self.parts: dict[str, tuple[Site, Adapter]] = {s.name: (s, a) for s, a in plan.parts}
-        self.offered = plan.offered
+        self.supported_sites = plan.supported_sites
         self.extras: dict[str, tuple[str, str]] = plan.extras
         self.merged = False
         self.loaded: LoadReport | None = None

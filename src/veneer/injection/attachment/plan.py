@@ -16,8 +16,7 @@ from ..host import Host
 from ..method import Adapter, Method
 from ..registry import hosts
 from ..seams.adapter_calls import module_at
-from ..select import alternatives, expand, has_role, select
-from ..select import offered as offered_sites
+from ..select import alternatives, describe_roles, expand, has_role, select
 from ..sites import NormSite, ParamSite, Site, WeightSite
 from ..towers import Tower, towers_of
 from .deferred_init import build_context, check_size, is_init_deferred, is_loading
@@ -30,7 +29,7 @@ class Plan:
     Args:
         where, train: the selections as tuples of patterns.
         towers: component to module, of the components with adapters or trained base parameters.
-        parts: (site, adapter), in site order. `offered`: all sites that the method supports.
+        parts: (site, adapter), in site order. `supported_sites`: all sites that the method supports.
         extras: saved name to (component, parameter path) of base parameters to train.
     """
 
@@ -39,11 +38,11 @@ class Plan:
     train: tuple[str, ...]
     towers: Mapping[str, nn.Module]
     parts: tuple[tuple[Site, Adapter], ...]
-    offered: tuple[Site, ...]
+    supported_sites: tuple[Site, ...]
     extras: dict[str, tuple[str, str]]
 
 
-def fits(method: Method | type[Method], site: Site) -> bool:
+def supports(method: Method | type[Method], site: Site) -> bool:
     """True if the method supports `site`: it meets one of `method.needs`."""
     return any(
         isinstance(site, need.site)
@@ -68,22 +67,22 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
         SelectionError: a pattern matches nothing, or a site is both adapted and trained.
     """
     all_sites = [s for t in towers for s in t.sites]
-    offered, main = _supported_sites(towers, method)
-    if not offered:
+    supported, main = _supported_sites(towers, method)
+    if not supported:
         raise _unsupported_model(towers, method, all_sites)
     if where is None:
         defaults = (method.default, method.elsewhere)
-        where = next((w for w in defaults if select(offered, w, main, strict=False)), method.default)
-        chosen = select(offered, where, main, strict=False)
+        where = next((w for w in defaults if select(supported, w, main, strict=False)), method.default)
+        chosen = select(supported, where, main, strict=False)
     else:
-        chosen = select(offered, where, main)
+        chosen = select(supported, where, main)
     if not chosen:
-        roles = ", ".join(sorted({s.role for s in offered}))
+        roles = ", ".join(sorted({s.role for s in supported}))
         raise SelectionError(
             f"{method.name}: the model has none of the default sites {method.default}. Pass where=…; available roles: {roles}.",
             where=method.name,
             given=method.default,
-            expected=tuple(sorted({s.role for s in offered})),
+            expected=tuple(sorted({s.role for s in supported})),
         )
     _check_unused_patterns(method, chosen)
     modules = {t.component: t.module for t in towers}
@@ -100,7 +99,7 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
         train=_as_tuple(train),
         towers={c: m for c, m in modules.items() if c in used},
         parts=parts,
-        offered=tuple(offered),
+        supported_sites=tuple(supported),
         extras=extras,
     )
 
@@ -110,14 +109,14 @@ def effective_where(model: Any, method: Method, *selections: Sequence[str]) -> t
 
     Patterns of a default may match nothing, those of a user must match. So a selection that extends a default starts from this.
     """
-    offered, main = _supported_sites(towers_of(model), method)
-    return next((matching for where in selections if (matching := alternatives(offered, where, main))), ())
+    supported, main = _supported_sites(towers_of(model), method)
+    return next((matching for where in selections if (matching := alternatives(supported, where, main))), ())
 
 
 def _supported_sites(towers: Sequence[Tower], method: Method) -> tuple[list[Site], frozenset[str]]:
     """The sites that a method supports, and the towers that patterns without a tower select from."""
-    offered = [s for t in towers for s in t.sites if fits(method, s)]
-    return offered, frozenset(s.tower for t in towers if t.main or len(towers) == 1 for s in t.sites)
+    supported = [s for t in towers for s in t.sites if supports(method, s)]
+    return supported, frozenset(s.tower for t in towers if t.main or len(towers) == 1 for s in t.sites)
 
 
 def _check_unused_patterns(method: Method, chosen: Sequence[Site]) -> None:
@@ -139,7 +138,7 @@ def _check_unused_patterns(method: Method, chosen: Sequence[Site]) -> None:
     if unused:
         raise SelectionError(
             f"{method.name}: by_site has {', '.join(unused[:4])}, which matches none of the {len(chosen)} selected sites. "
-            f"Selected roles: {offered_sites(chosen)}.",
+            f"Selected roles: {describe_roles(chosen)}.",
             pattern=unused[0],
             where="by_site",
             given=tuple(unused),
@@ -259,7 +258,7 @@ def _unsupported_model(towers: Sequence[Tower], method: Method, all_sites: Seque
         site=closest.name if closest is not None else "",
         method=method.name,
         host=names,
-        fits=others,
+        supported_hosts=others,
         given=fields,
         expected=need,
     )
@@ -276,16 +275,16 @@ def hosts_for(method: Method | type[Method], among: Sequence[str] | None = None)
     supported = []
     for name in hosts.names() if among is None else among:
         try:
-            sites = _offers(hosts.get(name))
+            sites = _sites_of_small_models(hosts.get(name))
         except ImportError:
             continue
-        if any(fits(method, site) for site in sites):
+        if any(supports(method, site) for site in sites):
             supported.append(name)
     return supported
 
 
 @functools.cache
-def _offers(cls: type[Host]) -> tuple[Site, ...]:
+def _sites_of_small_models(cls: type[Host]) -> tuple[Site, ...]:
     """All sites of a host's test models. Cached, because building the models is slow; keeps the global random state."""
     host = cls()
     with torch.random.fork_rng(devices=[]):

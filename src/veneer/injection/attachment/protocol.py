@@ -21,7 +21,7 @@ class AttachmentProtocol(Protocol):
     method: Method
     towers: Mapping[str, nn.Module]
     parts: dict[str, tuple[Site, Adapter]]
-    offered: tuple[Site, ...]
+    supported_sites: tuple[Site, ...]
     extras: dict[str, tuple[str, str]]
     merged: bool
     conditions: Conditions | None

@@ -59,7 +59,7 @@ class Report:
     def of(cls, attachment: AttachmentProtocol) -> Report:
         """The report of an attachment."""
         blocks: dict[Block, list[tuple[Site, int]]] = {}
-        for site in attachment.offered:
+        for site in attachment.supported_sites:
             if site.depth is not None or site.stage:
                 blocks.setdefault(_block(site), [])
         for site, adapter in attachment.parts.values():
