@@ -12,7 +12,7 @@ import torch
 
 import veneer
 from tests.raising import raises
-from veneer.injection.conditions import Conditions, place
+from veneer.injection.conditions import Conditions, step_index
 from veneer.injection.errors import ConditionError
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -80,9 +80,9 @@ def test_start_and_end_count_from_the_first_step_of_a_run() -> None:
 
 def test_the_step_index_of_a_scheduler_takes_precedence() -> None:
     scheduler = SimpleNamespace(timesteps=torch.tensor([9, 5, 5, 1]), step_index=2)
-    assert place(scheduler, 5) == 2
+    assert step_index(scheduler, 5) == 2
     scheduler.step_index = None
-    assert place(scheduler, torch.tensor([5, 5])) == 1
+    assert step_index(scheduler, torch.tensor([5, 5])) == 1
 
 
 @pytest.mark.parametrize(("start", "end"), [(-0.1, 1.0), (0.5, 0.4), (0.0, 1.1)])

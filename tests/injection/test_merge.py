@@ -68,7 +68,7 @@ def test_merged_weights_are_the_base_weights_plus_the_delta(scale: float) -> Non
     torch.testing.assert_close(run(model).double(), run(bare), rtol=0, atol=1e-5)
     torch.testing.assert_close(run(model), unmerged, rtol=0, atol=1e-5)
     assert report.tensors == 5
-    assert report.kept_bytes == 4 * (7 * 6 + 6 * 9 + 18 * 6 + 6 * 6 + 3 * 6)
+    assert report.stored_bytes == 4 * (7 * 6 + 6 * 9 + 18 * 6 + 6 * 6 + 3 * 6)
 
 
 def test_unmerge_is_bitwise_and_reinstalls_the_adapters() -> None:

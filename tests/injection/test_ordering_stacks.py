@@ -20,7 +20,7 @@ from tests.injection.test_layer_order import (
 )
 from tests.injection.toy import net
 from veneer.injection import Attachment, UnsupportedSite, attach
-from veneer.injection.composition.activation import switch
+from veneer.injection.composition.activation import set_switches
 from veneer.injection.composition.mixed_batch import mixed
 from veneer.injection.method import Method
 from veneer.testing.snapshot import assert_same, snapshot
@@ -104,7 +104,7 @@ def test_a_mixed_batch_equals_each_sample_alone(seed: int) -> None:
     samples = [[a for a in attached if rng.random() < 0.7] for _ in output(model)]
     expected = []
     for i, sample in enumerate(samples):
-        with switch({a: (1.0, a in sample) for a in attached}):
+        with set_switches({a: (1.0, a in sample) for a in attached}):
             expected.append(output(model)[i])
     with contextlib.suppress(UnsupportedSite), mixed(model, samples):
         torch.testing.assert_close(output(model), torch.stack(expected), rtol=0, atol=1e-9)

@@ -223,15 +223,15 @@ def test_a_swap_keeps_an_a_of_all_groups_or_says_what_holds_it() -> None:
     site = conv_site(nn.Conv2d(6, 12, 3, groups=6))
     source = trained(LoRA(rank=2), site)
     wider = trained(LoRA(rank=4), site)
-    wider.load_state_dict(wider.state_to_match(source))
+    wider.load_state_dict(wider.state_from(source))
     torch.testing.assert_close(wider.delta() * wider.scaling, source.delta() * source.scaling)
     grouped = trained(LoRA(rank=12), site)
-    grouped.load_state_dict(grouped.state_to_match(source))
+    grouped.load_state_dict(grouped.state_from(source))
     torch.testing.assert_close(grouped.delta() * grouped.scaling, source.delta() * source.scaling)
     with raises(OptionError, option="rank", given=1, expected=6):
-        wider.state_to_match(grouped)
+        wider.state_from(grouped)
     with raises(OptionError, option="rank", given=6, expected=12):
-        trained(LoRA(rank=6), site).state_to_match(source)
+        trained(LoRA(rank=6), site).state_from(source)
 
 
 def test_a_part_of_the_weight_needs_its_rank() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.injection import Attachment, LoadError, SaveError
 from veneer.injection.attachment.fingerprint import identity
-from veneer.injection.attachment.state_dict import held_whole
+from veneer.injection.attachment.state_dict import replaced_tensors
 from veneer.injection.towers import towers_of
 from veneer.version import __version__
 
@@ -170,7 +170,7 @@ def _bases(attachments: Sequence[Attachment]) -> dict[str, Any]:
     for attachment in attachments:
         for component, path in attachment.extras.values():
             without[component].add(path)
-        for component, path in held_whole(attachment):
+        for component, path in replaced_tensors(attachment):
             without[component].add(path)
     return {c: {**identity(t, without[c]), "without": sorted(without[c])} for c, t in towers.items()}
 

@@ -176,10 +176,12 @@ class FeatureAdapter(ResidualAdapter, Protocol):
 class BatchedAdapter(OutputAdapter, Protocol):
     """Computes a mixed batch, whose samples have different adapters, in one step."""
 
-    def batched_output(self, each: Sequence[tuple[Any, float] | None], x: Tensor, y: Tensor, over: bool, /) -> Tensor | None:
+    def batched_output(
+        self, adapters: Sequence[tuple[Any, float] | None], x: Tensor, y: Tensor, overwrite: bool, /
+    ) -> Tensor | None:
         """`output` of n samples, each with an adapter and a strength or None; batch rows i, i + n, … belong to sample i.
 
-        None if these adapters cannot be computed together. `over`: y may be written over.
+        None if these adapters cannot be computed together. `overwrite`: y may be modified in place.
         """
 
 
@@ -187,7 +189,7 @@ class BatchedAdapter(OutputAdapter, Protocol):
 class SwappableAdapter(WeightAdapter, Protocol):
     """Loads the state of a smaller adapter of its method, without a change of shapes."""
 
-    def state_to_match(self, other: Any, /) -> dict[str, Tensor]:
+    def state_from(self, other: Any, /) -> dict[str, Tensor]:
         """The state with which this adapter computes what `other` does; no change for None.
 
         Raises:

@@ -151,7 +151,7 @@ class Conditions:
                 given=(self.start, self.end),
                 expected="schedule",
             )
-        step = place(scheduler, timestep)
+        step = step_index(scheduler, timestep)
         if self._run is None or step < self._run[1]:
             self._run = (step, step)  # a run begins, not necessarily at the first timestep
         self._run = (self._run[0], step)
@@ -159,7 +159,7 @@ class Conditions:
         return not (step / steps < self.start or (step + 1) / steps > self.end)
 
 
-def place(scheduler: Any, timestep: Any) -> int:
+def step_index(scheduler: Any, timestep: Any) -> int:
     """Index of a call in the scheduler's list of timesteps."""
     step = getattr(scheduler, "step_index", None)
     if step is None:

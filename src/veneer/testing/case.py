@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.injection import Attachment, attach
 from veneer.injection.adapter_forms import BiasAdapter, WeightAdapter
-from veneer.injection.attachment.condition_scope import example
+from veneer.injection.attachment.condition_scope import example_conditions
 from veneer.injection.attachment.plan import supports
 from veneer.injection.attachment.probe import tensors
 from veneer.injection.host import Host
@@ -149,7 +149,7 @@ class Case:
 def add_conditions(attachment: Attachment, inputs: dict[str, Any]) -> Attachment:
     """The attachment, with example conditions for the inputs if its method needs conditions."""
     if attachment.method.conditions and attachment.conditions is None:
-        attachment.conditions = example(attachment, inputs)
+        attachment.conditions = example_conditions(attachment, inputs)
     return attachment
 
 

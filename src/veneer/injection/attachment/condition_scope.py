@@ -56,7 +56,7 @@ def set_call_conditions(attachment: AttachmentProtocol, tower: nn.Module, args: 
         attachment.method.prepare_call(adapters)
 
 
-def example(attachment: AttachmentProtocol, inputs: Mapping[str, Any]) -> Conditions:
+def example_conditions(attachment: AttachmentProtocol, inputs: Mapping[str, Any]) -> Conditions:
     """Example conditions for sample inputs of a tower, for the probe and the conformance suite."""
     values = attachment.method.example(list(attachment.parts.values()), inputs)
     return Conditions(attachment.name, values, {})

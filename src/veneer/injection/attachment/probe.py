@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DeadSite, StateError
 from ..registry import host_of
-from .condition_scope import condition_scope, example
+from .condition_scope import condition_scope, example_conditions
 from .protocol import AttachmentProtocol
 
 
@@ -58,7 +58,9 @@ def _dead_parameters(attachment: AttachmentProtocol, component: str, tower: nn.M
         adjust = getattr(adapter, "sample", None)
         inputs = adjust(inputs) if adjust else inputs
     conditions = (
-        condition_scope(attachment, example(attachment, inputs)) if attachment.method.conditions else contextlib.nullcontext()
+        condition_scope(attachment, example_conditions(attachment, inputs))
+        if attachment.method.conditions
+        else contextlib.nullcontext()
     )
     parameters = [p for _, p in named]
     original = [p.detach().clone() for p in parameters]

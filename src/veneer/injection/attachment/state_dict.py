@@ -58,12 +58,12 @@ def load_state(attachment: AttachmentProtocol, state: Mapping[str, Tensor], stri
     report = _compared(targets, state)
     if strict and not report.clean:
         told = f"'{attachment.name}' ({attachment.method.name}): {report}. Pass strict=False to load what fits."
-        raise unfit(told, attachment, state, report)
+        raise load_error(told, attachment, state, report)
     _copy(targets, state, report)
     return report
 
 
-def unfit(message: str, attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: LoadReport) -> LoadError:
+def load_error(message: str, attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: LoadReport) -> LoadError:
     """The error that `state` does not fit, with what is missing, unused and misshapen."""
     wrong = {k: _differ(state[k], t) for k, t in _targets(attachment, state) if k in state and not _fits(state[k], t)}
     return LoadError(message, where=attachment.name, missing=report.missing, unused=report.unused, misshapen=wrong)
@@ -109,7 +109,7 @@ def _copy(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], report: Lo
             targets[key].copy_(state[key])
 
 
-def held_whole(attachment: AttachmentProtocol) -> Iterator[tuple[str, str]]:
+def replaced_tensors(attachment: AttachmentProtocol) -> Iterator[tuple[str, str]]:
     """(component, path) of the tensors whose every row has its whole value in an adapter."""
     held: dict[tuple[str, str], list[Any]] = {}
     for site, adapter in attachment.parts.values():

@@ -49,7 +49,7 @@ def activate(model: Any, chosen: str | Iterable[str] | Mapping[str, float]) -> A
     attached = {a.name: a for a in attachments(model)}
     scales: dict[str, float | None] = dict(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(_as_names(chosen))
     for name in scales:
-        if named(attached, name).merged:
+        if find_attachment(attached, name).merged:
             message = f"activate: '{name}' is merged. Call its unmerge() first, or do not name it: it is part of the base model."
             raise StateError(message, where=name, given="merged")
     switches: dict[Attachment, Switch] = {}
@@ -57,10 +57,10 @@ def activate(model: Any, chosen: str | Iterable[str] | Mapping[str, float]) -> A
         if not attachment.merged:
             scale = scales.get(name)
             switches[attachment] = (attachment.scale if scale is None else float(scale), name in scales)
-    return switch(switches)
+    return set_switches(switches)
 
 
-def switch(switches: Mapping[Attachment, Switch]) -> Activation:
+def set_switches(switches: Mapping[Attachment, Switch]) -> Activation:
     """Sets scale and enabled state of several attachments. All or nothing.
 
     Raises:
@@ -81,7 +81,7 @@ def _write(switches: Mapping[Attachment, Switch]) -> None:
             attachment._write(*new)
 
 
-def named(attached: Mapping[str, Attachment], name: str) -> Attachment:
+def find_attachment(attached: Mapping[str, Attachment], name: str) -> Attachment:
     """The attachment with this name.
 
     Raises:

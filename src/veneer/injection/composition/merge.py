@@ -36,7 +36,7 @@ class MergeReport:
     """Number of changed tensors, and bytes stored for `unmerge`: the size of these tensors."""
 
     tensors: int
-    kept_bytes: int
+    stored_bytes: int
 
 
 def merge_weights(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]]) -> tuple[OriginalWeights, MergeReport]:

@@ -14,7 +14,7 @@ from ..errors import OptionError, StateError, UnsupportedSite
 from ..seams.call_seam import CallSeam, SwitchSeam
 from ..seams.seam import Seam
 from ..seams.sequence_seams import VocabularySeam
-from .activation import Switch, named, switch
+from .activation import Switch, find_attachment, set_switches
 from .mixed_batch_rows import Batch, SharedPort, Strengths
 
 AttachmentOrName = str | Attachment
@@ -55,7 +55,7 @@ def mixed(model: Any, samples: Sequence[Sample], strengths: Sequence[float] | No
     switches |= {a: (a.scale * uniform.get(name, 1.0), True) for name, a in used.items()}
     by_sample = [{name: 1.0 if name in uniform else strength for name, strength in s.items()} for s in by_sample]
     ports = _shared_ports(used, by_sample, set(uniform))
-    with switch(switches):
+    with set_switches(switches):
         try:
             _start_routing(used, ports)
             yield
@@ -88,7 +88,7 @@ def _as_iterable(sample: Any) -> Iterable[AttachmentOrName]:
 
 def _resolve_name(attached: Mapping[str, Attachment], key: AttachmentOrName) -> str:
     name = key.name if isinstance(key, Attachment) else key
-    attachment = named(attached, name)
+    attachment = find_attachment(attached, name)
     if isinstance(key, Attachment) and attachment is not key:
         raise StateError(f"mixed: the attachment '{name}' is on another model.", where=name, given="on another model")
     return name

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter_forms import SwappableAdapter
 from ..attachment.protocol import AttachmentProtocol
-from ..attachment.state_dict import LoadReport, compare, fill, unfit
+from ..attachment.state_dict import LoadReport, compare, fill, load_error
 from ..errors import LoadError, OptionError, StateError
 from ..method import Adapter, Method
 from ..sites import Site
@@ -19,7 +19,7 @@ from ..sites import Site
 def swap_state(attachment: AttachmentProtocol, method: Method, sites: Sequence[str], state: Mapping[str, Tensor]) -> LoadReport:
     """Loads a state so that the attachment computes what `method` with `state` computes at `sites`. All or nothing.
 
-    If the adapters implement `state_to_match(other)`, the other adapters may be smaller (a lower rank, another scale), and sites
+    If the adapters implement `state_from(other)`, the other adapters may be smaller (a lower rank, another scale), and sites
     that they lack are set to no change. Otherwise options and sites must be the same.
 
     Args:
@@ -47,7 +47,7 @@ def swap_state(attachment: AttachmentProtocol, method: Method, sites: Sequence[s
     report = compare(attachment, state)
     if not report.clean:
         message = f"'{attachment.name}' ({attachment.method.name}): {report}. Nothing was loaded."
-        raise unfit(message, attachment, state, report)
+        raise load_error(message, attachment, state, report)
     fill(attachment, state, report)
     return report
 
@@ -94,7 +94,7 @@ def _matched_state(
         try:
             with torch.no_grad():
                 other = _build_adapter(method, site, by_site[name], adapter) if name in sites else None
-                tensors = target.state_to_match(other)
+                tensors = target.state_from(other)
         except ValueError as error:
             raise LoadError.from_error(error, f"{name}: {error}.", where=name) from error
         matched.update({f"{name}:{param}": tensor for param, tensor in tensors.items()})

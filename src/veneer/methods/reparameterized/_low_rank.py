@@ -85,17 +85,19 @@ class LoRAAdapter(Adapter):
         """W + s·B A, in W's shape."""
         return weight + self.delta() * (self.strength * self.scaling)
 
-    def state_to_match(self, other: LoRAAdapter | None) -> dict[str, Tensor]:
+    def state_from(self, other: LoRAAdapter | None) -> dict[str, Tensor]:
         """State with which this makes the update of `other`, or none. `ValueError` if its factors exceed this rank."""
         return lora_state(self, other)
 
     @staticmethod
-    def batched_output(each: Sequence[tuple[LoRAAdapter, float] | None], x: Tensor, y: Tensor, over: bool) -> Tensor | None:
+    def batched_output(
+        adapters: Sequence[tuple[LoRAAdapter, float] | None], x: Tensor, y: Tensor, overwrite: bool
+    ) -> Tensor | None:
         """`output` for a batch of n samples, each with an adapter and a strength, or None; rows i, i + n, … belong to sample i.
 
-        None unless the layer is linear and dropout is inactive. `over`: y may be modified in place.
+        None unless the layer is linear and dropout is inactive. `overwrite`: y may be modified in place.
         """
-        return lora_batched(each, x, y, over)
+        return lora_batched(adapters, x, y, overwrite)
 
     def delta(self) -> Tensor:
         """B A in the weight's shape, without scales."""

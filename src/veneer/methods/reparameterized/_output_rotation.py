@@ -51,7 +51,7 @@ class OutputRotation(Adapter):
         change = self.change(weight.flatten(1).mT).mT
         return weight + (change * self.strength).reshape(weight.shape)
 
-    def state_to_match(self, other: OutputRotation | None) -> dict[str, Tensor]:
+    def state_from(self, other: OutputRotation | None) -> dict[str, Tensor]:
         """State with which this rotates as `other` does, or not at all. `ValueError` if its blocks do not match these."""
         return rotation_state(self, other)
 

@@ -100,16 +100,16 @@ def loha_state(arena: Any, other: Any | None) -> State:
     return state
 
 
-def lora_batched(each: Sequence[tuple[Any, float] | None], x: Tensor, y: Tensor, over: bool) -> Tensor | None:
+def lora_batched(adapters: Sequence[tuple[Any, float] | None], x: Tensor, y: Tensor, overwrite: bool) -> Tensor | None:
     """Each sample's B A x in one batched product, with its scale and strength in B; zeros for samples without an adapter."""
-    acting = [one[0] for one in each if one is not None]
-    if any(a.site.kind != "linear" or hasattr(a, "core") or (a.dropout and a.training) for a in acting):
+    enabled = [one[0] for one in adapters if one is not None]
+    if any(a.site.kind != "linear" or hasattr(a, "core") or (a.dropout and a.training) for a in enabled):
         return None
-    pairs = [None if one is None else (*one[0].pair(), one[0].strength * (one[0].scaling * one[1])) for one in each]
-    down, up = acting[0].pair()
+    pairs = [None if one is None else (*one[0].pair(), one[0].strength * (one[0].scaling * one[1])) for one in adapters]
+    down, up = enabled[0].pair()
     downs = [torch.zeros_like(down) if pair is None else pair[0] for pair in pairs]
     ups = [torch.zeros_like(up) if pair is None else pair[1] * pair[2] for pair in pairs]
-    return add_products(x, y, downs, ups, over)
+    return add_products(x, y, downs, ups, overwrite)
 
 
 def lokr_state(arena: Any, other: Any | None) -> State:

@@ -71,7 +71,7 @@ class DoRAAdapter(Adapter):
         # `turned` was just computed, so it may be modified in place
         return add_product(turned, low, up, over=True) if site.groups == 1 else turned + convolve(low, up, groups=site.groups)
 
-    def state_to_match(self, other: DoRAAdapter | None) -> dict[str, Tensor]:
+    def state_from(self, other: DoRAAdapter | None) -> dict[str, Tensor]:
         """State with which this makes the update of `other`, or none. `ValueError` if its factors exceed this rank."""
         return lora_state(self, other)
 
@@ -122,7 +122,7 @@ class InputDoRAAdapter(DecomposedAdapter):
         up, down = (t.flatten(1).unflatten(0, (self.pairs, -1)) for t in (self.up, self.down))
         return (up @ down).reshape(self.site.weight_shape)
 
-    def state_to_match(self, other: DoRAAdapter | InputDoRAAdapter | None) -> dict[str, Tensor]:
+    def state_from(self, other: DoRAAdapter | InputDoRAAdapter | None) -> dict[str, Tensor]:
         """State with which this makes the update of `other`, or none. `ValueError` if its rank or norm axis differs."""
         return lora_state(self, other)
 

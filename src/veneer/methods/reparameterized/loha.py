@@ -45,7 +45,7 @@ class LoHaFactors(Adapter):
         # a training step takes three such passes; the weight form takes one of W's size, for ΔW's gradient
         self.prefers_weight = 3 * one_pass > site.d_out * width * size
 
-    def state_to_match(self, other: LoHaFactors | None) -> dict[str, Tensor]:
+    def state_from(self, other: LoHaFactors | None) -> dict[str, Tensor]:
         """State with which this makes the update of `other`, or none. `ValueError` if its rank exceeds this one's."""
         return loha_state(self, other)
 

@@ -67,7 +67,7 @@ class LoKrFactors(Adapter):
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
             self.register_parameter(key, parameter)
 
-    def state_to_match(self, other: LoKrFactors | None) -> dict[str, Tensor]:
+    def state_from(self, other: LoKrFactors | None) -> dict[str, Tensor]:
         """State with which this makes the update of `other`, or none: its C and D. `ValueError` if they exceed these."""
         return lokr_state(self, other)
 

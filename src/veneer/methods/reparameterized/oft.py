@@ -37,7 +37,7 @@ class OFTAdapter(Adapter):
             change = (flat + change) * self.magnitude.unsqueeze(1) - flat
         return weight + (change * self.strength).reshape(weight.shape)
 
-    def state_to_match(self, other: OFTAdapter | None) -> dict[str, Tensor]:
+    def state_from(self, other: OFTAdapter | None) -> dict[str, Tensor]:
         """State with which this rotates as `other` does, or not at all. `ValueError` if its blocks do not match these."""
         return rotation_state(self, other)
 
