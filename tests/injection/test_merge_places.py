@@ -162,7 +162,7 @@ def test_weights_merged_in_inference_mode_are_not_inference_tensors() -> None:
 class FailingAdapter(Adapter):
     """W + 1 at all sites but the last, whose weight form fails."""
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite) -> None:
         super().__init__()

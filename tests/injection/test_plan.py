@@ -43,17 +43,17 @@ def test_train_takes_a_layer_whole_and_a_parameter_alone() -> None:
 
 def test_the_error_for_a_default_without_a_match_lists_the_roles() -> None:
     class Elsewhere(Add):
-        default = elsewhere = ("nowhere",)
+        default = fallback = ("nowhere",)
 
     with raises(SelectionError, where="add", given=("nowhere",)) as caught:
         attach(net(), Elsewhere())
     assert "inner" in caught.value.expected
 
 
-def test_elsewhere_is_used_if_the_default_matches_nothing() -> None:
+def test_fallback_is_used_if_the_default_matches_nothing() -> None:
     class Elsewhere(Add):
         default = ("nowhere",)
-        elsewhere = ("attn.q",)
+        fallback = ("attn.q",)
 
     tuned = attach(net(), Elsewhere())
     assert {site.role for site, _ in tuned.parts.values()} == {"attn.q"}

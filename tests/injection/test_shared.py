@@ -17,7 +17,7 @@ from veneer.injection.sites import Site, WeightSite
 
 
 class ScaledAdapter(Adapter):
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     shared: Any
 
     def __init__(self) -> None:

@@ -100,7 +100,7 @@ class ToyHost(Host):
 class AddAdapter(Adapter):
     """y + a linear layer of x, for branches."""
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, width: int, fails: bool) -> None:
         super().__init__()

@@ -165,7 +165,7 @@ class ActsByItself(Dense):
 
 @bad("it ignores its strength", "scale_zero_equals_host")
 class IgnoresStrength(Dense):
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
 
 bad("it ignores its strength, and a graph that holds it cannot be switched off", "compiles_to_one_graph")(IgnoresStrength)
@@ -173,7 +173,7 @@ bad("it ignores its strength, and a graph that holds it cannot be switched off",
 
 @bad("it is on or off, but not in between", "scale_zero_equals_host")
 class OnOrOff(Dense):
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         return y + F.linear(x, self.delta) * (self.strength != 0)
@@ -193,7 +193,7 @@ bad("its merge is off by a factor two, seen in the outputs", "merge_equals_expli
 
 @bad("its merge squares the scale", "merge_equals_explicit_change")
 class MergeSquared(Dense):
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         return y + F.linear(x, self.delta) * self.strength**2
@@ -322,7 +322,7 @@ class BreaksGraph(Dense):
 
 @bad("it compiles the scale in", "compiles_to_one_graph")
 class CompilesScale(Dense):
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         return y + F.linear(x, self.delta) * self.factor

@@ -39,7 +39,7 @@ class Blended(Protocol):
         """Buffer (): 0 is the host, 1 the adapter."""
 
     @property
-    def blends(self) -> bool:
+    def applies_strength(self) -> bool:
         """True if the form multiplies by `strength` itself."""
 
     @property

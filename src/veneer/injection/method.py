@@ -48,11 +48,11 @@ class Adapter(nn.Module):
     | flag | type | default | meaning |
     | --- | --- | --- | --- |
     | `adds` | bool | False | every form is a sum, W' = W + ΔW, with ΔW independent of W: the order of attaching is irrelevant |
-    | `blends` | bool | False | the forms multiply by `self.strength` themselves, which is cheaper for a sum |
-    | `casts` | bool | True | x is cast to the adapter's dtype; if False, x (and, with `blends`, y) has the host's dtype |
+    | `applies_strength` | bool | False | the forms multiply by `self.strength` themselves, which is cheaper for a sum |
+    | `casts` | bool | True | x is cast to the adapter's dtype; else x (and y, with `applies_strength`) has the host's dtype |
     | `overwrites` | bool | False | `output` takes a third argument; if it is True, y may be modified in place |
     | `prefers_weight` | bool | False | `weight` is cheaper than `output` here: W is parametrized, unless quantized |
-    | `reads` | str | `"read"` | x on a `BranchSite`: the stream; `"normed"` after the norm; `"write"` y (`StreamSite` too) |
+    | `input_port` | str | `"read"` | x on a `BranchSite`: the stream; `"normed"` after the norm; `"write"` y (`StreamSite` too) |
     | `training_buffers` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
     | `replaces` | bool | False | the adapter replaces its tensor: the result does not depend on the base value |
     | `changes_shape` | bool | False | `output` has another shape than y: strength is 0 or 1, and nothing is blended |
@@ -64,11 +64,11 @@ class Adapter(nn.Module):
     """
 
     adds: ClassVar[bool] = False
-    blends: ClassVar[bool] = False
+    applies_strength: ClassVar[bool] = False
     casts: ClassVar[bool] = True
     overwrites: ClassVar[bool] = False
     prefers_weight: bool = False
-    reads: ClassVar[Literal["read", "normed", "write"]] = "read"
+    input_port: ClassVar[Literal["read", "normed", "write"]] = "read"
     training_buffers: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
     changes_shape: bool = False
@@ -117,7 +117,7 @@ class Method(ABC):
         paper: authors, title or venue and year, for the catalog.
         needs: the kinds of site that it supports; a site must match one of them.
         default: selection used without a `where`; patterns of it that match nothing are ignored.
-        elsewhere: selection for models without any site of `default`, such as convolutional networks, which have no attention.
+        fallback: selection for models without any site of `default`, such as convolutional networks, which have no attention.
         identity_at_start: True if a fresh adapter leaves the output bitwise unchanged.
         learning_rate: default learning rate; `training` warns if a rate is far from it.
         keeps_head: True if a classifier keeps its head, because the method maps the head's labels to new ones.
@@ -135,7 +135,7 @@ class Method(ABC):
     paper: ClassVar[str]
     needs: ClassVar[tuple[Need, ...]]
     default: ClassVar[tuple[str, ...]]
-    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv")
+    fallback: ClassVar[tuple[str, ...]] = ("mlp", "conv")
     identity_at_start: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3
     revision: ClassVar[int] = 1

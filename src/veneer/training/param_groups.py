@@ -124,7 +124,7 @@ def attach_all(
     for method in found:
         chosen = [*where.get(method.name, ())]
         if text_encoder and not trains_token_embeddings(method):
-            default = chosen or effective_where(pipe, method, method.default, method.elsewhere)
+            default = chosen or effective_where(pipe, method, method.default, method.fallback)
             chosen = [*default, *(effective_where(pipe, method, TEXT, [_in_text(each) for each in method.default]) or TEXT)]
         torch.manual_seed(mix(seed, "adapters", method.name))
         attachment = attach(pipe, method, where=chosen or None)

@@ -71,7 +71,7 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
     if not supported:
         raise _unsupported_model(towers, method, all_sites)
     if where is None:
-        defaults = (method.default, method.elsewhere)
+        defaults = (method.default, method.fallback)
         where = next((w for w in defaults if select(supported, w, main, strict=False)), method.default)
         chosen = select(supported, where, main, strict=False)
     else:

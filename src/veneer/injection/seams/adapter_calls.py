@@ -18,7 +18,7 @@ Call = Callable[[Any, Tensor, Tensor, bool], Tensor]  # (adapter, x, y, overwrit
 def blend(adapter: Blended, form: Callable[..., Tensor], before: Tensor, *inputs: Tensor) -> Tensor:
     """`before + strength * (form(*inputs, before) - before)`; exactly `before` at strength 0 and `form(…)` at strength 1."""
     after = form(*inputs, before)
-    if adapter.blends:
+    if adapter.applies_strength:
         return after.to(before.dtype)
     return torch.lerp(before, after.to(before.dtype), adapter.strength.to(before.dtype))
 
@@ -27,13 +27,13 @@ def call_of(adapter: Any) -> Call:
     """The function by which a call seam applies an adapter; chosen once, so that forward passes do not check for forms."""
     if isinstance(adapter, InputAdapter):
         return call_input
-    if not adapter.blends:
+    if not adapter.applies_strength:
         return call_blended
     return call_in_place if adapter.overwrites else call_output
 
 
 def call_output(adapter: OutputAdapter, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
-    """y' of an adapter that applies its strength itself (`blends`)."""
+    """y' of an adapter that applies its strength itself (`applies_strength`)."""
     return adapter.output(cast(x, adapter) if adapter.casts else x, y).to(y.dtype)
 
 
@@ -49,7 +49,7 @@ def call_blended(adapter: OutputAdapter, x: Tensor, y: Tensor, overwrite: bool) 
 
 def call_input(adapter: InputAdapter, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
     """x' of a layer, passed as y because it is the tensor that the seam changes."""
-    return blend(adapter, adapter.input, y if adapter.blends else cast(y, adapter)).to(y.dtype)
+    return blend(adapter, adapter.input, y if adapter.applies_strength else cast(y, adapter)).to(y.dtype)
 
 
 def is_tracing() -> bool:

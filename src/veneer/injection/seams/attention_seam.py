@@ -17,7 +17,7 @@ class ProcessorSeam(Seam):
     """Wraps the current attention processor, and restores it on detach.
 
     The adapter's `attend(inner, attn, hidden_states, **kwargs)` calls `inner`, the wrapped processor, as often as it needs. With
-    `blends = False` the wrapped processor runs once more for the blend.
+    `applies_strength = False` the wrapped processor runs once more for the blend.
     """
 
     adapters: Sequence[AttentionAdapter]
@@ -33,7 +33,7 @@ class ProcessorSeam(Seam):
             return inner(attn, hidden_states, *args, **kwargs)
         adapter = self.adapters[0]
         after = adapter.attend(inner, attn, hidden_states, *args, **kwargs)
-        if adapter.blends:
+        if adapter.applies_strength:
             return after
         before = inner(attn, hidden_states, *args, **kwargs)
         if isinstance(before, tuple):

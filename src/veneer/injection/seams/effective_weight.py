@@ -110,7 +110,7 @@ def _change_bias(seam: CallSeam, module: nn.Module, adapter: Any, part: Tensor) 
         assert effective is not None
         return effective
 
-    before = part if adapter.blends else cast(part, adapter)
+    before = part if adapter.applies_strength else cast(part, adapter)
     return blend(adapter, lambda bias: adapter.bias(bias, weight), before).to(part.dtype)
 
 
@@ -128,9 +128,9 @@ class BiasForm(Adapter):
         self._buffers["strength"] = adapter.strength
 
     @property
-    def blends(self) -> bool:  # type: ignore[override]
+    def applies_strength(self) -> bool:  # type: ignore[override]
         """The flag of the adapter."""
-        return bool(self.__dict__["adapter"].blends)
+        return bool(self.__dict__["adapter"].applies_strength)
 
     def weight(self, bias: Tensor) -> Tensor:
         """b'."""

@@ -100,16 +100,16 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
 
 def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
     """The read port and the write port of a call seam."""
-    if isinstance(site, (BranchSite, StreamSite)) and adapter.reads == "write":
+    if isinstance(site, (BranchSite, StreamSite)) and adapter.input_port == "write":
         write = site.write if isinstance(site, BranchSite) else Port(site.path, "out")
         return write, write
     if isinstance(site, BranchSite):
-        read = site.normed if adapter.reads == "normed" else site.read
+        read = site.normed if adapter.input_port == "normed" else site.read
         if read is None:
             raise UnsupportedSite(
                 f"{site.name}: {type(adapter).__name__} reads its branch after the norm, but the branch has no norm.",
                 site=site.name,
-                given=adapter.reads,
+                given=adapter.input_port,
             )
         return read, site.write
     if isinstance(site, (StreamSite, PromptSite)):

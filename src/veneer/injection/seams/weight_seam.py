@@ -60,7 +60,7 @@ class WeightSeam(Seam):
     @staticmethod
     def change(adapter: WeightAdapter, part: Tensor) -> Tensor:
         """The weight form of one adapter, blended by its strength."""
-        return blend(adapter, adapter.weight, part if adapter.blends else cast(part, adapter)).to(part.dtype)
+        return blend(adapter, adapter.weight, part if adapter.applies_strength else cast(part, adapter)).to(part.dtype)
 
     def join(self, name: str) -> None:
         target = self.module(self.path)

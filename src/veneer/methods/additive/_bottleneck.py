@@ -31,7 +31,7 @@ class Bottleneck(Adapter):
     matrix, which saves passes over the features.
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     down_bias: nn.Parameter | None
     up_bias: nn.Parameter | None
 
@@ -73,7 +73,7 @@ class Bottleneck(Adapter):
 class OutputBottleneck(Bottleneck):
     """y' = y + A(y): reads the tensor that it changes."""
 
-    reads: ClassVar[Literal["write"]] = "write"
+    input_port: ClassVar[Literal["write"]] = "write"
 
 
 def count_bottleneck(width: int, bottleneck: int, bias: bool = True) -> int:

@@ -23,7 +23,7 @@ Init = Literal["identity", "xavier"]
 class ConvpassAdapter(Bottleneck):
     """y' = y + s·Up(Drop(act(conv(act(Down(x)))))) with x after the norm. Shapes: `conv` (h, h, 3, 3), `conv_bias` (h,)."""
 
-    reads: ClassVar[Literal["normed"]] = "normed"
+    input_port: ClassVar[Literal["normed"]] = "normed"
     site: BranchSite
 
     def __init__(self, site: BranchSite, bottleneck: int, scale: float, dropout: float, drop_path: float) -> None:

@@ -53,7 +53,7 @@ class DTLAdapter(Adapter):
     product.
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     casts: ClassVar[bool] = False
     shared: SideNetwork
 

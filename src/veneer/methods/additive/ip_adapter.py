@@ -131,7 +131,7 @@ class IPAdapter(Method):
 class IPAdapterLayer(Adapter):
     """W_k' and W_v' of one layer, and the attention to the image tokens (batch, several, tokens, context)."""
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, site: AttentionSite, zero_start: bool) -> None:
         super().__init__()

@@ -62,7 +62,7 @@ class LSTAdapter(Adapter):
     Shapes: `alpha` (1,), `down` width to side, `block` of side. No parameters if the side layer is dropped: s' = s.
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     casts: ClassVar[bool] = False
     shared: Ladder
 

@@ -25,7 +25,7 @@ class TipAdapterAdapter(Adapter):
     The first `counts[k]` entries of class k are valid, the others are empty.
     """
 
-    blends = True
+    applies_strength = True
     counts: Tensor
 
     def __init__(self, site: FeatureSite, method: TipAdapter) -> None:

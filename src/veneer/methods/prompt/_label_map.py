@@ -20,7 +20,7 @@ class SelectedColumns(Adapter):
         site: where logits leave the head. `options`: number of available columns. `classes`: n; 0 for `site.classes`.
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     index: Tensor
 
     def __init__(self, site: FeatureSite, options: int, classes: int) -> None:

@@ -24,7 +24,7 @@ NOISE = 512  # noise images for selecting the active features
 class DAMVPAdapter(PixelAdapter):
     """x' = x + δ_c on the border, c the image's cluster. `prompt`: (M, C, H·W − h·w). The model runs an extra time, for c."""
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     shared: Clusters
 
     def __init__(self, site: PixelSite, border: Border, clusters: int, std: float) -> None:
@@ -58,7 +58,7 @@ class DAMVPAdapter(PixelAdapter):
 class FeatureCapture(Adapter):
     """Captures the features and returns the input unchanged."""
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     shared: Clusters
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:

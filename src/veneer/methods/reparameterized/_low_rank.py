@@ -37,7 +37,7 @@ class LoRAAdapter(Adapter):
     """
 
     adds: ClassVar[bool] = True
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     overwrites: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite, rank: int, scaling: float, dropout: float) -> None:

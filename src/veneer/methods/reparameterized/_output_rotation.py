@@ -24,7 +24,7 @@ class OutputRotation(Adapter):
     components the one with the smallest stride comes first; `magnitude` D (d_out) or None.
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     host: nn.Module
 
     def __init__(self, site: WeightSite, blocks: Sequence[int], size: int, radius: float | None, rescale: bool) -> None:

@@ -32,7 +32,7 @@ class DecomposedAdapter(Adapter):
     pass. A subclass sets `site` and `scaling`, defines `delta()` and calls `decompose`.
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     site: WeightSite
     scaling: float
     norm_axis: NormAxis

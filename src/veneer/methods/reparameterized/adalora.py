@@ -28,7 +28,7 @@ class AdaLoRAAdapter(Adapter):
     """
 
     adds: ClassVar[bool] = True
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     training_buffers: ClassVar[tuple[str, ...]] = (
         *(f"{n}_{what}" for n in TRAINED for what in ("sensitivity", "uncertainty")),
         "kept",
@@ -136,7 +136,7 @@ class AdaLoRA(Method):
     paper: ClassVar[str] = "Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp")
-    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
+    fallback: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 1e-3
 
     rank: int = 12

@@ -24,7 +24,7 @@ class BOFTAdapter(Adapter):
     There is no output form: W (Rᵀ − I) x needs W.
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, d_out: int, m: int, blocks: int, size: int, rescale: bool) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class BOFT(Method):
     paper: ClassVar[str] = "Liu et al., Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, ICLR 2024"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
-    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
+    fallback: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 1e-4
 
     m: int = 2

@@ -20,7 +20,7 @@ class DiffuseKronAAdapter(Adapter):
     """y' = y + P(A ⊗ B) x, W' = W + P(A ⊗ B). Shapes: `left` A (a1, a2), `right` B (d_out / a1, d_in / groups / a2, *kernel)."""
 
     adds: ClassVar[bool] = True
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite, a1: int, a2: int, permuted: bool) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class DiffuseKronA(Method):
     )
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
-    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
+    fallback: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 1e-3
 
     a1: int = 64

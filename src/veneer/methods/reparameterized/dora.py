@@ -31,7 +31,7 @@ class DoRAAdapter(Adapter):
     Only the norm, d_out values, is computed from W + s·B A; with `output` the sum itself is never materialized.
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     norm_axis: ClassVar[NormAxis] = "output"
     host: nn.Module
 

@@ -59,7 +59,7 @@ class FacTAdapter(Adapter):
     """
 
     adds: ClassVar[bool] = True
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     shared: SharedFactors
 
     def __init__(self, site: WeightSite, rank: int, tucker: bool, scale: float, dropout: float) -> None:
@@ -142,7 +142,7 @@ class FacT(Method):
     paper: ClassVar[str] = "Jie and Deng, FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp")
-    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
+    fallback: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 1e-3
     shared_options: ClassVar[tuple[str, ...]] = ("rank", "form")
 

@@ -42,7 +42,7 @@ class GLoRAAdapter(Adapter):
     There is no output form: (W ∘ A) x needs W.
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, scale: Term, shift: Term, matrices: bool = False) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from veneer.injection.sites import WeightSite
 class ScaledOutput(Adapter):
     """W' = diag(l) W, y' = l ∘ (W x) + b with l = 1 + `delta` (d_out,)."""
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     host: nn.Module
 
     def __init__(self, site: WeightSite) -> None:
@@ -43,7 +43,7 @@ class ScaledOutput(Adapter):
 class ScaledInput(Adapter):
     """W' = W diag(l), x' = l ∘ x with l = 1 + `delta` (d_in,)."""
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite) -> None:
         super().__init__()

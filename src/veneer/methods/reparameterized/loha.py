@@ -27,7 +27,7 @@ class LoHaFactors(Adapter):
     (rank, d_in / groups), with cores `core1`, `core2` (rank, rank, *kernel): A[p, i, …] = Σ_q core[p, q, …] down[q, i].
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite, rank: int, scaling: float, tucker: bool) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class LoKrFactors(Adapter):
     `left_up` (up, rank) times `left_down` (rank, uq), or `right_up` (vp, rank) times `right_down` (rank, vq, *kernel).
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     left: nn.Parameter | None
     left_up: nn.Parameter
     left_down: nn.Parameter

@@ -21,7 +21,7 @@ from ._state_transfer import rotation_state
 class OFTAdapter(Adapter):
     """W' = D W Rᵀ. Shapes: `skew` (blocks, b·(b − 1) / 2), the entries of each Q above its diagonal; `magnitude` D (d_out)."""
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, d_out: int, blocks: int, size: int, radius: float | None, rescale: bool, terms: int | None = None) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class OFT(Method):
     paper: ClassVar[str] = "Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, NeurIPS 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")
-    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
+    fallback: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 6e-5
 
     blocks: int = 4

@@ -25,7 +25,7 @@ class RepBottleneck(Adapter):
     part of the bottleneck.
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite, bottleneck: int, groups: int, dropout: float, scale: float) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class RepAdapter(Method):
     paper: ClassVar[str] = "Luo et al., Towards Efficient Visual Adaption via Structural Re-parameterization, 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.{q,k,v}", "mlp.in_gate", "mlp.{in,gate}")
-    elsewhere: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
+    fallback: ClassVar[tuple[str, ...]] = ("mlp", "conv.pw")
     learning_rate: ClassVar[float] = 1e-3
 
     bottleneck: int = 8

@@ -18,7 +18,7 @@ STD = 0.02
 class ScaleAdapter(Adapter):
     """W' = diag(γ) W with γ = 1 + `gain` (d_out,): for weights that are read and have no bias."""
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite | NormSite) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ class SVDiffAdapter(Adapter):
     U (d_out, n), σ and Vᵀ (n, d_in·k·k / groups) are computed from the host's weight on attaching. They are not saved.
     """
 
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     U: Tensor
     sigma: Tensor
     Vh: Tensor

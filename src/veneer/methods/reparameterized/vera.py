@@ -32,7 +32,7 @@ class VeRAAdapter(Adapter):
     """y' = y + b ∘ B (d ∘ A x), W' = W + diag(b) B diag(d) A. Shapes: `b` (d_out,), `d` (rank,)."""
 
     adds: ClassVar[bool] = True
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
     shared: RandomFactors
 
     def __init__(self, site: WeightSite, rank: int, d_initial: float) -> None:

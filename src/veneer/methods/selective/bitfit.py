@@ -18,7 +18,7 @@ class BitFitAdapter(Adapter):
     """b' = b + db. A bias that its module adds last may also be changed at the output."""
 
     adds: ClassVar[bool] = True
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, shape: Sequence[int], channel_dim: int) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ class DeltaAdapter(Adapter):
     """t' = t + `delta` for a norm's scale or shift t. Only in weight form, which takes no pass over features."""
 
     adds: ClassVar[bool] = True
-    blends: ClassVar[bool] = True
+    applies_strength: ClassVar[bool] = True
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
