@@ -10,7 +10,7 @@ import torch
 from tests.raising import raises, warns
 from tests.training.resume_worker import trainer_of
 from veneer.training.loop import checkpoints as module
-from veneer.training.loop.checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, put, write_atomically
+from veneer.training.loop.checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, copy_into, write_atomically
 from veneer.training.loop.trainer import TrainConfig
 
 
@@ -166,7 +166,7 @@ def test_put_lists_mismatched_tensors_and_changes_nothing():
     there = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
     given = {"missing": ["c"], "unused": ["d"], "misshapen": ["b"]}
     with raises(CheckpointError, where="weights", given=given):
-        put(there, {"a": torch.ones(2), "b": torch.ones(4), "d": torch.ones(1)}, "weights")
+        copy_into(there, {"a": torch.ones(2), "b": torch.ones(4), "d": torch.ones(1)}, "weights")
     assert not any(tensor.any() for tensor in there.values())
 
 

@@ -39,7 +39,7 @@ def test_stops_at_the_first_loss_that_is_not_finite(value, tmp_path):
     with pytest.raises(Diverged) as caught:
         trainer.fit()
     assert str(caught.value.given) == str(value)
-    carries(caught.value, step=3, where="loss", kept=2, learning_rate=0.1, file=tmp_path / "last_good.safetensors")
+    carries(caught.value, step=3, where="loss", restored_step=2, learning_rate=0.1, file=tmp_path / "last_good.safetensors")
     assert torch.equal(weight, seen[2])
     assert len(seen) == 4
     assert torch.equal(safetensors.torch.load_file(caught.value.file)["weight"], seen[2])
@@ -49,7 +49,7 @@ def test_stops_at_the_first_loss_that_is_not_finite(value, tmp_path):
 def test_a_gradient_that_is_not_finite_updates_nothing():
     """sqrt at 0: the loss is finite, its gradient is not."""
     trainer, weight, seen = trained(lambda step, w: (w * 0).sum().sqrt() if step == 2 else w.square().sum())
-    with raises(Diverged, step=2, where="gradient", kept=2, file=None) as caught:
+    with raises(Diverged, step=2, where="gradient", restored_step=2, file=None) as caught:
         trainer.fit()
     assert not math.isfinite(caught.value.given)
     assert torch.equal(weight, seen[2])
@@ -72,6 +72,6 @@ def test_averages_go_back_with_the_weights():
 
 def test_a_first_loss_that_is_not_finite_keeps_the_start():
     trainer, weight, _ = trained(bad_at(0, math.nan))
-    with raises(Diverged, step=0, kept=0):
+    with raises(Diverged, step=0, restored_step=0):
         trainer.fit()
     assert torch.equal(weight.detach(), torch.tensor([1.0, 2.0]))

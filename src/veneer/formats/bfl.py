@@ -47,7 +47,7 @@ class BFL(LayerTableFormat):
     name: ClassVar[str] = "bfl"
     file: ClassVar[str] = "lora.safetensors"
     files: ClassVar[str] = "Black Forest Labs' LoRA files"
-    ends = ComfyUI.ends
+    suffixes = ComfyUI.suffixes
 
     def reads(self, file: File) -> bool:
         return any(key.startswith(STARTS) for key in file.shapes) and not any(".processor." in key for key in file.shapes)
@@ -58,7 +58,7 @@ class BFL(LayerTableFormat):
 
     def layers(self, file: File) -> list[LayerInfo]:
         beside = [key for key in file.shapes if key.endswith(BIAS) or NORM.fullmatch(key)]
-        pairs = layers_of(file.restrict(file.shapes.keys() - set(beside)), self.ends)
+        pairs = layers_of(file.restrict(file.shapes.keys() - set(beside)), self.suffixes)
         alphas = _alphas(file)
         pairs = [dataclasses.replace(p, alpha=alphas(p.name, p.rank)) if alphas and p.rank else p for p in pairs]
         return [
@@ -71,7 +71,7 @@ class BFL(LayerTableFormat):
         norms = {key for key in file.shapes if NORM.fullmatch(key)}
         known = self.known(model)
         _reject_narrow(file, known)
-        lora = lora_spec(model, file.restrict(file.shapes.keys() - biases - norms), options, known, self.ends, _alphas(file))
+        lora = lora_spec(model, file.restrict(file.shapes.keys() - biases - norms), options, known, self.suffixes, _alphas(file))
         params = {(s.path, s.param): s for t in towers_of(model) for s in t.sites if isinstance(s, ParamSite)}
         replaced = dict(_norms(file, file.tensors(options.strict, norms), params))
         lora = dataclasses.replace(lora, state={**lora.state, **replaced}, train=[key.rpartition(":")[0] for key in replaced])

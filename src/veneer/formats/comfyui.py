@@ -30,7 +30,7 @@ class ComfyUI(LayerTableFormat):
     name: ClassVar[str] = "comfyui"
     file: ClassVar[str] = "lora.safetensors"
     files: ClassVar[str] = "ComfyUI's LoRA files"
-    ends = {
+    suffixes = {
         **KOHYA, "lora_A.weight": DOWN, "lora_B.weight": UP, "lora_A.default.weight": DOWN, "lora_B.default.weight": UP,
         "lora.down.weight": DOWN, "lora.up.weight": UP,
     }  # fmt: skip

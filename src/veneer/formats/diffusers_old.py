@@ -34,7 +34,7 @@ class DiffusersOld(LayerTableFormat):
     name: ClassVar[str] = "diffusers_old"
     file: ClassVar[str] = "pytorch_lora_weights.safetensors"
     files: ClassVar[str] = "diffusers' old LoRA files"
-    ends = {"down.weight": DOWN, "up.weight": UP}
+    suffixes = {"down.weight": DOWN, "up.weight": UP}
 
     def reads(self, file: File) -> bool:
         flux = ("double_blocks.", "single_blocks.", "diffusion_model.")  # XLabs' and ComfyUI's

@@ -38,9 +38,9 @@ CODECS: tuple[Codec, ...] = (
     DoRACodec(), LoHaCodec(), LoKrCodec(), InputOFTCodec(), OFTCodec(), BOFTCodec(), GLoRACodec(), IA3Codec(), LoRACodec(),
 )  # fmt: skip
 BY_METHOD = {codec.method: codec for codec in CODECS}
-SUFFIXES = ("alpha", *(suffix for codec in CODECS for suffix in codec.ends))
+SUFFIXES = ("alpha", *(suffix for codec in CODECS for suffix in codec.suffixes))
 SPELLINGS = {"lora_A.weight": DOWN, "lora_B.weight": UP, "magnitude": "dora_scale"}  # OneTrainer for ComfyUI; ai-toolkit
-NOT_LORA = tuple(f".{suffix}" for suffix in (*SUFFIXES, "magnitude") if suffix not in ("alpha", "weight", *LoRACodec.ends))
+NOT_LORA = tuple(f".{suffix}" for suffix in (*SUFFIXES, "magnitude") if suffix not in ("alpha", "weight", *LoRACodec.suffixes))
 UNSUPPORTED = {
     "diff": "full weights", "diff_b": "full weights", "w_norm": "norms", "b_norm": "norms", "oft_diag": "OFT of an older LyCORIS",
     "lambda_layer": "T-LoRA", "bm.weight": "GLoRA in a Tucker form", "lokr_t1": "LoKr in a form that no tool writes",
@@ -156,7 +156,7 @@ def lycoris_specs(
                 message = f"{file.path}: '{name}' and '{other}' both update '{piece.site.name}'. The file is corrupt."
                 raise LoadError(message, file=file.path, where=piece.site.name, given=(name, other))
             pieces.setdefault(codec.method, []).append(piece)
-        used |= {key for suffix, key in keys.items() if suffix in (*codec.ends, "alpha")}
+        used |= {key for suffix, key in keys.items() if suffix in (*codec.suffixes, "alpha")}
         if codec.rank({suffix: file.shapes[key] for suffix, key in keys.items()}) is not None and "alpha" not in keys:
             notes.append("no alpha: alpha = rank")
     unused = [key for key in file.shapes if key not in used]

@@ -56,7 +56,7 @@ class OneTrainer(LayerTableFormat):
     name: ClassVar[str] = "onetrainer"
     file: ClassVar[str] = "lora.safetensors"
     files: ClassVar[str] = "OneTrainer's LoRA files"
-    ends = ComfyUI.ends
+    suffixes = ComfyUI.suffixes
 
     def reads(self, file: File) -> bool:
         return any(key.startswith(OWN) or (key.startswith(DOTTED) and key.endswith(TRAINED)) for key in file.shapes)
@@ -111,7 +111,7 @@ class OneTrainer(LayerTableFormat):
         elif _is_peft_dora(rest):
             found += peft_wanted(model, rest, rest.json(METADATA), options)
         elif rest.shapes:
-            found.append(lora_spec(model, rest, options, self.known(model), self.ends))
+            found.append(lora_spec(model, rest, options, self.known(model), self.suffixes))
         return attach_all(model, file, found, options)
 
     def write_to(self, attachments: Sequence[Attachment], target: Path, provenance: Mapping[str, Any] | None) -> Path:

@@ -137,7 +137,7 @@ def _group_keys(file: File, codec: PeftCodec) -> tuple[dict[str, dict[str, str]]
     found: dict[str, dict[str, str]] = {}
     rest = []
     for key in file.shapes:
-        end = next((e for e in codec.ends if key.endswith("." + e)), None)
+        end = next((e for e in codec.suffixes if key.endswith("." + e)), None)
         if key in codec.shared:
             continue
         if end is None or not key.startswith(ROOT):

@@ -34,7 +34,7 @@ class XLabs(LayerTableFormat):
     name: ClassVar[str] = "xlabs"
     file: ClassVar[str] = "lora.safetensors"
     files: ClassVar[str] = "XLabs' LoRA files"
-    ends = {"down.weight": DOWN, "up.weight": UP}
+    suffixes = {"down.weight": DOWN, "up.weight": UP}
 
     def reads(self, file: File) -> bool:
         return any(KEY.fullmatch(key) for key in file.shapes)

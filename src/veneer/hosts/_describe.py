@@ -127,9 +127,9 @@ class TowerPart:
                 if param == "bias":
                     yield self.bias(path, role, tuple(tensor.shape), called=called, inert=inert or inert_bias)
                 else:
-                    yield self.free(path, param, role, inert=inert)
+                    yield self.parameter(path, param, role, inert=inert)
 
-    def free(self, path: str, param: str, role: str, *, inert: bool = False) -> ParamSite:
+    def parameter(self, path: str, param: str, role: str, *, inert: bool = False) -> ParamSite:
         """A single parameter of the module at `path`, which the module reads."""
         shape = tuple(getattr(self.module(path), param).shape)
         name = f"{path}.{param}" if path else param
@@ -153,7 +153,7 @@ class TowerPart:
                 name=f"{head}.{role}", role=role, port=port, read=read, width=width, classes=classes, head=head, **self.labels
             )
 
-    def leaves(self, path: str) -> Iterator[tuple[str, nn.Module]]:
+    def modules_with_parameters(self, path: str) -> Iterator[tuple[str, nn.Module]]:
         """Modules at and below `path` with direct parameters, in registration order."""
         root = self.module(path)
         for name, module in own_modules(root) if isinstance(root, nn.Module) else ():

@@ -108,7 +108,7 @@ def feed_forward(part: TowerPart, path: str, role: str = "mlp") -> Iterator[Site
 
 def adaptive_norm(part: TowerPart, path: str) -> Iterator[Site]:
     """A norm, or an adaptive norm: its embedders (`time.embed`, `class.embed`), linear layer (`adaln`) and affine part."""
-    for leaf, module in part.leaves(path):
+    for leaf, module in part.modules_with_parameters(path):
         if is_norm(module):
             yield from part.norm(leaf)
         else:
@@ -130,7 +130,7 @@ def basic_block(part: TowerPart, path: str, order: dict[str, int]) -> Iterator[S
     single = getattr(block, "scale_shift_table", None) is not None
     norms = {"attn1": "norm1", "attn2": "" if single else "norm2", "ff": "norm2" if single else "norm3"}
     if single:
-        yield part.free(path, "scale_shift_table", "adaln.table")
+        yield part.parameter(path, "scale_shift_table", "adaln.table")
     for name, norm in norms.items():
         child = getattr(block, name, None)
         if child is None:
@@ -156,7 +156,7 @@ def _branch(part: TowerPart, path: str, norm: str, width: int) -> Site:
 
 def remaining(part: TowerPart, path: str, roles: dict[str, str]) -> Iterator[Site]:
     """Everything below `path`: norms, and layers with the role of the last path component in `roles`, else `other`."""
-    for leaf, module in part.leaves(path):
+    for leaf, module in part.modules_with_parameters(path):
         if is_norm(module):
             yield from part.norm(leaf)
         elif isinstance(module, LAYERS):
@@ -166,4 +166,4 @@ def remaining(part: TowerPart, path: str, roles: dict[str, str]) -> Iterator[Sit
             )
         elif isinstance(module, nn.Module):
             for param in own_parameters(module):
-                yield part.free(leaf, param, "other")
+                yield part.parameter(leaf, param, "other")

@@ -58,7 +58,7 @@ def _branch_end(part: TowerPart, path: str, i: int, inner: str, kind: str, width
     """The layer scale at the end of a branch, and the branch."""
     scale, norm = f"{path}.ls_{i}", f"{path}.ln_{i}"
     if part.has(scale, "gamma"):
-        yield part.free(scale, "gamma", "scale")
+        yield part.parameter(scale, "gamma", "scale")
     yield part.branch(inner, kind, Port(norm, "in"), Port(scale, "out"), width, normed=Port(norm, "out"), **place)
 
 
@@ -77,7 +77,7 @@ def attention(part: TowerPart, path: str, kind: str) -> Iterator[Site]:
         yield from part.norm(f"{path}.{name}", "norm.qk", inert_bias=plain and name == "ln_k")
     for name in ("logit_scale", "head_scale"):
         if part.has(path, name):
-            yield part.free(path, name, "scale")
+            yield part.parameter(path, name, "scale")
     yield from part.norm(f"{path}.ln_inner")
     yield from part.layer(f"{path}.out_proj", f"{kind}.out", called=own)
 
@@ -107,7 +107,7 @@ def pooler(part: TowerPart, path: str) -> Iterator[Site]:
     """Attention pooling with learned queries; empty if the tower has no pooling."""
     if part.module(path) is None:
         return
-    yield part.free(path, "query", "embed.pool")
+    yield part.parameter(path, "query", "embed.pool")
     yield from part.norm(f"{path}.ln_k")
     yield from part.norm(f"{path}.ln_q")
     yield from attention(part, f"{path}.attn", "pool")

@@ -59,8 +59,8 @@ def _visual_width(tower: Any) -> int:
 def _vit(part: TowerPart) -> Iterator[Site]:
     vit = part.module("visual")
     yield from part.layer("visual.conv1", "conv.patch")
-    yield part.free("visual", "class_embedding", "embed.class")
-    yield part.free("visual", "positional_embedding", "embed.position")
+    yield part.parameter("visual", "class_embedding", "embed.class")
+    yield part.parameter("visual", "positional_embedding", "embed.position")
     yield from part.norm("visual.ln_pre")
     whole = isinstance(vit.patch_dropout, nn.Identity)
     grid, patch = tuple(vit.grid_size) if whole else None, (*vit.patch_size, vit.conv1.in_channels)
@@ -69,7 +69,7 @@ def _vit(part: TowerPart) -> Iterator[Site]:
     yield from pooler(part, "visual.attn_pool_contrastive")
     yield from part.norm("visual.ln_post")
     if part.has("visual", "proj"):
-        yield part.free("visual", "proj", "proj.out")
+        yield part.parameter("visual", "proj", "proj.out")
 
 
 def _resnet(part: TowerPart) -> Iterator[Site]:
@@ -82,7 +82,7 @@ def _resnet(part: TowerPart) -> Iterator[Site]:
         for index in range(len(part.module(f"visual.layer{stage}"))):
             yield from _bottleneck(part.at(depth=depth, stage=f"stage.{stage - 1}"), f"visual.layer{stage}.{index}")
             depth += 1
-    yield part.free("visual.attnpool", "positional_embedding", "embed.position")
+    yield part.parameter("visual.attnpool", "positional_embedding", "embed.position")
     for x in ("q", "k", "v"):
         yield from part.layer(f"visual.attnpool.{x}_proj", f"pool.{x}", called=False, inert_bias=x == "k")
     yield from part.layer("visual.attnpool.c_proj", "pool.out", called=False)
@@ -104,7 +104,7 @@ def _timm(part: TowerPart) -> Iterator[Site]:
     for site in nested_sites(part.model, "visual.trunk", part.tower, part.component):
         if not isinstance(site, (PixelSite, FeatureSite)):
             yield replace(site, role=PROJECTION.get(site.role, site.role))  # the trunk's head does not output logits
-    for path, module in part.leaves("visual.head"):
+    for path, module in part.modules_with_parameters("visual.head"):
         *_, kind, name = path.split(".")
         if is_norm(module):
             yield from part.norm(path)
@@ -117,7 +117,7 @@ def _timm(part: TowerPart) -> Iterator[Site]:
             yield from part.layer(path, role, inert_bias=role == "pool.k")
         else:
             for param in own_parameters(module):
-                yield part.free(path, param, "embed.position" if param == "pos_embed" else "embed.pool")
+                yield part.parameter(path, param, "embed.position" if param == "pos_embed" else "embed.pool")
 
 
 def text(part: TowerPart, path: str) -> Iterator[Site]:
@@ -136,7 +136,7 @@ def text(part: TowerPart, path: str) -> Iterator[Site]:
     yield from part.layer(f"{root}token_embedding", "embed.token")
     for param, role in {"cls_emb": "embed.class", "positional_embedding": "embed.position"}.items():
         if part.has(path, param):
-            yield part.free(path, param, role)
+            yield part.parameter(path, param, role)
     yield from blocks(part, f"{root}transformer", can_insert=False)
     yield from part.norm(f"{root}ln_final")
     yield from _projection(part, path)
@@ -147,7 +147,7 @@ def text(part: TowerPart, path: str) -> Iterator[Site]:
 def _projection(part: TowerPart, path: str) -> Iterator[Site]:
     """A matrix parameter for x @ W, or a linear layer."""
     if part.has(path, "text_projection"):
-        yield part.free(path, "text_projection", "proj.out")
+        yield part.parameter(path, "text_projection", "proj.out")
     yield from part.layer(f"{path}.text_projection" if path else "text_projection", "proj.out")
 
 
@@ -156,6 +156,6 @@ def _transformers(part: TowerPart, path: str) -> Iterator[Site]:
     for site in nested_sites(part.model, f"{path}.transformer", part.tower, part.component):
         if not isinstance(site, VocabularySite):  # the tower reads the ids before, for padding
             yield site
-    for name, _ in part.leaves(f"{path}.proj"):
+    for name, _ in part.modules_with_parameters(f"{path}.proj"):
         yield from part.layer(name, "proj.in" if name.endswith("proj.0") else "proj.out")
     yield _features(part, path, part.module(path).output_dim)

@@ -39,7 +39,7 @@ def walk(
         roles: name of a layer (below `path`) -> its role; others get `default`, or a role by geometry.
         besides: names to skip.
     """
-    for at, module in part.leaves(path):
+    for at, module in part.modules_with_parameters(path):
         name = at.removeprefix(path).removeprefix(".")
         if name in besides:
             continue
@@ -50,7 +50,7 @@ def walk(
         yield from part.norm(at) if norm else ()
         for param in own_parameters(module):
             if not norm or param not in ("weight", "bias"):
-                yield part.free(at, param, "scale" if param == "gamma" else "other")
+                yield part.parameter(at, param, "scale" if param == "gamma" else "other")
 
 
 def layer_role(module: nn.Module) -> str:

@@ -55,7 +55,7 @@ class DiffusersDiT(Host):
         for depth, (path, stage) in enumerate(blocks(model)):
             yield from _block(part.at(depth=depth, stage=stage), path, order)
         if part.has("", "scale_shift_table"):
-            yield part.free("", "scale_shift_table", "adaln.table")
+            yield part.parameter("", "scale_shift_table", "adaln.table")
         for name in AFTER:
             yield from remaining(part, name, ROLES)
 

@@ -40,7 +40,7 @@ class OpenClip(Host):
         yield from _decoder(TowerPart(model, "decoder", component))
         for param, role in {"logit_scale": "logit.scale", "logit_bias": "logit.bias"}.items():
             if joint.has("", param):
-                yield joint.free("", param, role)
+                yield joint.parameter("", param, role)
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
         bare: Any = model
@@ -89,4 +89,4 @@ def _decoder(part: TowerPart) -> Iterator[Site]:
         yield from block(here, f"text_decoder.resblocks.{depth}", decoder.width)
         yield from block(here, f"text_decoder.cross_attn.{depth}", decoder.width, "xattn")
     yield from part.norm("text_decoder.ln_final")
-    yield part.free("text_decoder", "text_projection", "proj.out")
+    yield part.parameter("text_decoder", "text_projection", "proj.out")

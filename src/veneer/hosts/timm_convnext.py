@@ -71,12 +71,12 @@ def _build(architecture: str, **options: Any) -> nn.Module:
 def _block(part: TowerPart, path: str) -> Iterator[Site]:
     block = part.module(path)
     if part.has(path, "gamma"):
-        yield part.free(path, "gamma", "scale")
+        yield part.parameter(path, "gamma", "scale")
     yield from part.layer(f"{path}.conv_dw", "conv.dw")
     yield from part.norm(f"{path}.norm")
     yield from part.layer(f"{path}.mlp.fc1", "mlp.in")
     if part.has(f"{path}.mlp.grn", "weight"):
-        yield part.free(f"{path}.mlp.grn", "weight", "norm")
+        yield part.parameter(f"{path}.mlp.grn", "weight", "norm")
         channel = block.mlp.grn.channel_dim
         yield part.bias(f"{path}.mlp.grn", "norm", tuple(block.mlp.grn.bias.shape), channel_dim=channel)
     yield from part.layer(f"{path}.mlp.fc2", "mlp.out")

@@ -117,10 +117,10 @@ def _attention(part: TowerPart, path: str) -> Iterator[Site]:
     read = bool(biases) and not attn.qkv_bias_separate
     yield from part.slices(f"{path}.qkv", "attn.qkv", rows, called=not read, inert_bias=inert, biases=biases)
     for x, bias in biases.items():
-        yield part.free(path, bias.rpartition(".")[2], f"bias.attn.{x}")
+        yield part.parameter(path, bias.rpartition(".")[2], f"bias.attn.{x}")
     for param, role in TABLES.items():
         if part.has(path, param):
-            yield part.free(path, param, role)
+            yield part.parameter(path, param, role)
     yield from walk(part, f"{path}.cpb_mlp", default="embed.position")
     yield from part.layer(f"{path}.meta_mlp.fc1", "embed.position")
     # softmax cancels a constant added to all scores of a head

@@ -77,18 +77,18 @@ def _pixels(part: TowerPart) -> PixelSite:
 
 def _stem(part: TowerPart) -> Iterator[Site]:
     """Patch embedding, learned tokens and positions, and the norm before the blocks."""
-    for path, module in part.leaves("patch_embed"):
+    for path, module in part.modules_with_parameters("patch_embed"):
         if is_norm(module):
             yield from part.norm(path)
         elif isinstance(module, LAYERS):
             yield from part.layer(path, "conv.patch" if path == "patch_embed.proj" else "conv.stem")
     for param, role in TOKENS.items():
         if part.has("", param):
-            yield part.free("", param, role)
+            yield part.parameter("", param, role)
     for name in ("rel_pos_bias", "rope"):
-        for path, module in part.leaves(name):
+        for path, module in part.modules_with_parameters(name):
             for param in own_parameters(module):
-                yield part.free(path, param, "embed.position")
+                yield part.parameter(path, param, "embed.position")
     yield from part.norm("norm_pre")
 
 
@@ -139,7 +139,7 @@ def _branch(part: TowerPart, at: str, kind: str, norm: str, end: str, scales: tu
     for scale in scales:
         owner, _, param = scale.rpartition(".")
         if part.has(owner, param):
-            yield part.free(owner, param, "scale")
+            yield part.parameter(owner, param, "scale")
     read = Port(norm if norm_first else inner, "in")
     yield part.branch(inner, kind, read, Port(end, "out"), width, normed=Port(norm, "out") if norm_first else None, **_grid(part))
 
@@ -164,11 +164,11 @@ def _attention(part: TowerPart, path: str) -> Iterator[Site]:
         "relative_position_bias_table": "embed.position",
     }.items():
         if part.has(path, name):
-            yield part.free(path, name, role)
+            yield part.parameter(path, name, role)
     yield from _qk_norms(part, path, plain)
     for name in own_parameters(attn):
         if name.startswith("lambda_"):
-            yield part.free(path, name, "scale")
+            yield part.parameter(path, name, "scale")
     for name in ("sub_norm", "norm"):
         yield from part.norm(f"{path}.{name}")
     yield from part.layer(f"{path}.proj", "attn.out")
@@ -209,16 +209,16 @@ def _fused_block(part: TowerPart, path: str, width: int) -> Iterator[Site]:
         biases={"in": f"{path}.mlp_bias"} if block.mlp_bias is not None else {},
     )  # fmt: skip
     if block.mlp_bias is not None:
-        yield part.free(path, "mlp_bias", "bias.mlp.in")
+        yield part.parameter(path, "mlp_bias", "bias.mlp.in")
     yield from _qk_norms(part, path)
     for name in own_parameters(block):
         if name.startswith("lambda_"):
-            yield part.free(path, name, "scale")
+            yield part.parameter(path, name, "scale")
     yield from part.norm(f"{path}.sub_norm")
     for name, role in {"out_proj": "single.out", "attn_out_proj": "attn.out", "mlp_out_proj": "mlp.out"}.items():
         yield from part.layer(f"{path}.{name}", role)
     if part.has(f"{path}.ls", "gamma"):
-        yield part.free(f"{path}.ls", "gamma", "scale")
+        yield part.parameter(f"{path}.ls", "gamma", "scale")
     read, normed, write = Port(f"{path}.in_norm", "in"), Port(f"{path}.in_norm", "out"), Port(f"{path}.drop_path", "out")
     yield part.branch(path, "single", read, write, width, normed=normed, **_grid(part))
 
@@ -230,7 +230,7 @@ def _head(part: TowerPart) -> Iterator[Site]:
     if part.module("attn_pool.kv") is not None:
         yield from _pool(part, "attn_pool")
     else:
-        for path, module in part.leaves("attn_pool"):
+        for path, module in part.modules_with_parameters("attn_pool"):
             yield from part.norm(path) if is_norm(module) else ()
     yield from part.norm("fc_norm")
     for name in ("head", "head_dist"):
@@ -245,7 +245,7 @@ def _pool(part: TowerPart, path: str) -> Iterator[Site]:
     inert = ("pool.k",) if isinstance(pool.k_norm, nn.Identity) else ()
     for param, role in {"latent": "embed.pool", "pos_embed": "embed.position"}.items():
         if part.has(path, param):
-            yield part.free(path, param, role)
+            yield part.parameter(path, param, role)
     yield from part.layer(f"{path}.q", "pool.q")
     rows = {f"{path}.{x}": (f"pool.{x}", pool.kv.out_features // 2) for x in "kv"}
     yield from part.slices(f"{path}.kv", "pool.kv", rows, inert_bias=inert)

@@ -27,11 +27,11 @@ class LayerTableFormat(Format):
     """A LoRA format described by a table of layer names.
 
     Class attributes:
-        ends: key suffix -> kind of tensor (`lora_reader.PARTS`). `files`: plural name of its files, for error messages.
+        suffixes: key suffix -> kind of tensor (`lora_reader.PARTS`). `files`: plural name of its files, for error messages.
     """
 
     order: ClassVar[int] = 0
-    ends: ClassVar[Mapping[str, str]] = KOHYA
+    suffixes: ClassVar[Mapping[str, str]] = KOHYA
     files: ClassVar[str]
 
     @abstractmethod
@@ -43,10 +43,10 @@ class LayerTableFormat(Format):
         return self.places(tower)
 
     def layers(self, file: File) -> list[LayerInfo]:
-        return layers_of(file, self.ends)
+        return layers_of(file, self.suffixes)
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
-        return attach_all(model, file, [lora_spec(model, file, options, self.known(model), self.ends)], options)
+        return attach_all(model, file, [lora_spec(model, file, options, self.known(model), self.suffixes)], options)
 
     def known(self, model: Any) -> dict[str, NamedLayer]:
         """The layers of a model or pipeline by every recognized name."""

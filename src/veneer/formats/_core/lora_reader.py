@@ -42,20 +42,20 @@ def lora_spec(
     file: File,
     options: Options,
     known: Mapping[str, NamedLayer],
-    ends: Mapping[str, str] = KOHYA,
+    suffixes: Mapping[str, str] = KOHYA,
     alphas: Callable[[str, int], float] | None = None,
 ) -> AttachmentSpec:
     """Specification of the lora attachment that has the file's ΔW at every site.
 
     Args:
         known: the layers of the model, by every name that the file may use.
-        ends: key suffix, without the leading dot -> kind of tensor (one of `PARTS`).
+        suffixes: key suffix, without the leading dot -> kind of tensor (one of `PARTS`).
         alphas: maps the name and rank of a layer to its alpha, if it is not stored as a tensor.
     Raises:
         LoadError: keys of adapters other than LoRA, layers that the model does not have, or two updates of one weight.
     """
-    reject_other_kinds(file, ends)
-    layers, keys, unused = group_tensors(file.tensors(finite=options.strict), ends)
+    reject_other_kinds(file, suffixes)
+    layers, keys, unused = group_tensors(file.tensors(finite=options.strict), suffixes)
     found: dict[str, LoRALayer] = {}
     state: dict[str, Tensor] = {}
     for name, parts in layers.items():
@@ -83,51 +83,51 @@ def lora_spec(
             family=family_of(file.shapes) or "",
         )
     silent = sum(ALPHA not in parts for parts in layers.values())
-    notes = [f"no alpha in {silent} of {len(layers)} layers: alpha = rank"] if silent and ALPHA in ends.values() else []
+    notes = [f"no alpha in {silent} of {len(layers)} layers: alpha = rank"] if silent and ALPHA in suffixes.values() else []
     return AttachmentSpec("lora", "lora", config_of(found), list(found), state, notes=notes, unused=unused)
 
 
-def layers_of(file: File, ends: Mapping[str, str] = KOHYA) -> list[LayerInfo]:
+def layers_of(file: File, suffixes: Mapping[str, str] = KOHYA) -> list[LayerInfo]:
     """Layers of a file, without a model: names, ranks and alphas."""
     tensors = file.tensors(finite=False, names={key for key in file.shapes if key.endswith(".alpha")})
     by_layer: dict[str, list[str]] = {}
     for key in file.shapes:
-        by_layer.setdefault(_layer_name(key, ends), []).append(key)
-    return [_layer(file, name, keys, ends, tensors.get(f"{name}.alpha")) for name, keys in by_layer.items()]
+        by_layer.setdefault(_layer_name(key, suffixes), []).append(key)
+    return [_layer(file, name, keys, suffixes, tensors.get(f"{name}.alpha")) for name, keys in by_layer.items()]
 
 
-def _layer(file: File, name: str, keys: list[str], ends: Mapping[str, str], alpha: Tensor | None) -> LayerInfo:
-    others = [what for key in keys if (what := other_kind(key, ends))]
-    shape = next((file.shapes[k] for k in keys if ends.get(k[len(name) + 1 :]) == DOWN), None)
+def _layer(file: File, name: str, keys: list[str], suffixes: Mapping[str, str], alpha: Tensor | None) -> LayerInfo:
+    others = [what for key in keys if (what := other_kind(key, suffixes))]
+    shape = next((file.shapes[k] for k in keys if suffixes.get(k[len(name) + 1 :]) == DOWN), None)
     rank = shape[0] if shape else None
     value = float(alpha) if alpha is not None and alpha.numel() == 1 else rank
     method = others[0] if others else "lora" if shape else "unknown"
     return LayerInfo(name, method, rank, value, count_parameters(file, keys))
 
 
-def _layer_name(key: str, ends: Mapping[str, str]) -> str:
+def _layer_name(key: str, suffixes: Mapping[str, str]) -> str:
     """Layer name of a key: the part before a known suffix, else before the last component other than `.weight` and `.bias`."""
-    end = _suffix(key, ends)
+    end = _suffix(key, suffixes)
     if end is None:
         end = next((rest for start in OTHER_KINDS if (i := key.rfind(f".{start}")) >= 0 and (rest := key[i + 1 :])), None)
     return key[: -len(end) - 1] if end else key.removesuffix(".weight").rpartition(".")[0] or key
 
 
-def _suffix(key: str, ends: Mapping[str, str]) -> str | None:
-    return next((end for end in ends if key.endswith("." + end)), None)
+def _suffix(key: str, suffixes: Mapping[str, str]) -> str | None:
+    return next((end for end in suffixes if key.endswith("." + end)), None)
 
 
-def other_kind(key: str, ends: Mapping[str, str] = KOHYA) -> str | None:
+def other_kind(key: str, suffixes: Mapping[str, str] = KOHYA) -> str | None:
     """Kind of adapter that a key belongs to, if it is not LoRA."""
-    if _suffix(key, ends) is not None:
+    if _suffix(key, suffixes) is not None:
         return None
     return next((what for start, what in OTHER_KINDS.items() if f".{start}" in key), None)
 
 
-def reject_other_kinds(file: File, ends: Mapping[str, str] = KOHYA) -> None:
+def reject_other_kinds(file: File, suffixes: Mapping[str, str] = KOHYA) -> None:
     """Raises if a key belongs to an adapter other than LoRA: loading only the rest would give a different model."""
     for key in file.shapes:
-        what = other_kind(key, ends)
+        what = other_kind(key, suffixes)
         if what is not None:
             raise LoadError(
                 f"{file.path}: '{key}' is {what}, not LoRA. The other tensors alone would be wrong, so nothing was loaded.",
@@ -138,17 +138,17 @@ def reject_other_kinds(file: File, ends: Mapping[str, str] = KOHYA) -> None:
             )
 
 
-def group_tensors(tensors: Mapping[str, Tensor], ends: Mapping[str, str]) -> GroupedTensors:
+def group_tensors(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> GroupedTensors:
     """Groups tensors by layer name."""
     layers: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, list[str]] = {}
     unused: list[str] = []
     for key, tensor in tensors.items():
-        end = _suffix(key, ends)
-        if end is None or ends[end] in layers.get(key[: -len(end) - 1], ()):  # or a duplicate
+        end = _suffix(key, suffixes)
+        if end is None or suffixes[end] in layers.get(key[: -len(end) - 1], ()):  # or a duplicate
             unused.append(key)
         else:
-            layers.setdefault(key[: -len(end) - 1], {})[ends[end]] = tensor
+            layers.setdefault(key[: -len(end) - 1], {})[suffixes[end]] = tensor
             keys.setdefault(key[: -len(end) - 1], []).append(key)
     return GroupedTensors(layers, keys, unused)
 

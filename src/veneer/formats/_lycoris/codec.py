@@ -113,13 +113,13 @@ class Codec(ABC):
 
     Class attributes:
         method: veneer's name. `algo`: LyCORIS' name.
-        ends: key suffixes of its tensors, without the module's name and a dot.
+        suffixes: key suffixes of its tensors, without the module's name and a dot.
         groups: True if grouped convolutions have the same semantics in veneer and LyCORIS.
     """
 
     method: ClassVar[str]
     algo: ClassVar[str]
-    ends: ClassVar[tuple[str, ...]]
+    suffixes: ClassVar[tuple[str, ...]]
     groups: ClassVar[bool] = False
 
     @abstractmethod

@@ -27,7 +27,7 @@ class GLoRACodec(Codec):
 
     method: ClassVar[str] = "glora"
     algo: ClassVar[str] = "glora"
-    ends: ClassVar[tuple[str, ...]] = TERMS
+    suffixes: ClassVar[tuple[str, ...]] = TERMS
 
     def matches(self, shapes: Shapes) -> bool:
         return TERMS[0] in shapes

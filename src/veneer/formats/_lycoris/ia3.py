@@ -23,7 +23,7 @@ class IA3Codec(Codec):
 
     method: ClassVar[str] = "ia3"
     algo: ClassVar[str] = "ia3"
-    ends: ClassVar[tuple[str, ...]] = ("weight", "on_input")
+    suffixes: ClassVar[tuple[str, ...]] = ("weight", "on_input")
 
     def matches(self, shapes: Shapes) -> bool:
         return "on_input" in shapes

@@ -29,7 +29,7 @@ class LoHaCodec(Codec):
 
     method: ClassVar[str] = "loha"
     algo: ClassVar[str] = "loha"
-    ends: ClassVar[tuple[str, ...]] = (*FACTORS, *CORES, SCALE)
+    suffixes: ClassVar[tuple[str, ...]] = (*FACTORS, *CORES, SCALE)
     groups: ClassVar[bool] = True
 
     def matches(self, shapes: Shapes) -> bool:

@@ -74,7 +74,7 @@ class LoKrCodec(Codec):
 
     method: ClassVar[str] = "lokr"
     algo: ClassVar[str] = "lokr"
-    ends: ClassVar[tuple[str, ...]] = (*LEFT, *RIGHT, CORE, SCALE)
+    suffixes: ClassVar[tuple[str, ...]] = (*LEFT, *RIGHT, CORE, SCALE)
     groups: ClassVar[bool] = True
 
     def matches(self, shapes: Shapes) -> bool:

@@ -22,7 +22,7 @@ class LoRACodec(Codec):
 
     method: ClassVar[str] = "lora"
     algo: ClassVar[str] = "lora"
-    ends: ClassVar[tuple[str, ...]] = (DOWN, UP, MID)
+    suffixes: ClassVar[tuple[str, ...]] = (DOWN, UP, MID)
 
     def matches(self, shapes: Shapes) -> bool:
         return DOWN in shapes or UP in shapes
@@ -52,7 +52,7 @@ class DoRACodec(LoRACodec):
     """
 
     method: ClassVar[str] = "dora"
-    ends: ClassVar[tuple[str, ...]] = (*LoRACodec.ends, SCALE)
+    suffixes: ClassVar[tuple[str, ...]] = (*LoRACodec.suffixes, SCALE)
 
     def matches(self, shapes: Shapes) -> bool:
         return SCALE in shapes and not any(part.startswith(("hada_", "lokr_")) for part in shapes)

@@ -32,7 +32,7 @@ class OFTCodec(Codec):
 
     method: ClassVar[str] = "oft"
     algo: ClassVar[str] = "diag-oft"
-    ends: ClassVar[tuple[str, ...]] = (BLOCKS, *SLICES, RESCALE)
+    suffixes: ClassVar[tuple[str, ...]] = (BLOCKS, *SLICES, RESCALE)
 
     def matches(self, shapes: Shapes) -> bool:
         return len(shapes.get(BLOCKS, ())) == 3 or SLICES[0] in shapes
@@ -81,7 +81,7 @@ class BOFTCodec(Codec):
 
     method: ClassVar[str] = "boft"
     algo: ClassVar[str] = "boft"
-    ends: ClassVar[tuple[str, ...]] = (BLOCKS, RESCALE)
+    suffixes: ClassVar[tuple[str, ...]] = (BLOCKS, RESCALE)
 
     def matches(self, shapes: Shapes) -> bool:
         return len(shapes.get(BLOCKS, ())) == 4

@@ -23,7 +23,7 @@ class InputOFTCodec(Codec):
 
     method: ClassVar[str] = "oft"
     algo: ClassVar[str] = "oft"
-    ends: ClassVar[tuple[str, ...]] = (ROTATION, SCALED)
+    suffixes: ClassVar[tuple[str, ...]] = (ROTATION, SCALED)
 
     def matches(self, shapes: Shapes) -> bool:
         return ROTATION in shapes

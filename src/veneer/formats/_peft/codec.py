@@ -92,12 +92,12 @@ class PeftCodec(ABC):
 
     Class attributes:
         kind: peft's name, its `peft_type`. `method`: veneer's name.
-        ends: key suffixes of a module's tensors. `shared`: keys of tensors of the whole file.
+        suffixes: key suffixes of a module's tensors. `shared`: keys of tensors of the whole file.
     """
 
     kind: ClassVar[str]
     method: ClassVar[str]
-    ends: ClassVar[tuple[str, ...]]
+    suffixes: ClassVar[tuple[str, ...]]
     shared: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

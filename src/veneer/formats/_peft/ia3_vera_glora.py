@@ -25,7 +25,7 @@ class IA3Peft(PeftCodec):
 
     kind: ClassVar[str] = "IA3"
     method: ClassVar[str] = "ia3"
-    ends: ClassVar[tuple[str, ...]] = ("ia3_l",)
+    suffixes: ClassVar[tuple[str, ...]] = ("ia3_l",)
 
     def read(self, layer: PeftModule) -> list[SiteTensors]:
         vector, site = layer.parts["ia3_l"], layer.site
@@ -68,14 +68,14 @@ class VeRAPeft(PeftCodec):
 
     kind: ClassVar[str] = "VERA"
     method: ClassVar[str] = "vera"
-    ends: ClassVar[tuple[str, ...]] = ("vera_lambda_b", "vera_lambda_d")
+    suffixes: ClassVar[tuple[str, ...]] = ("vera_lambda_b", "vera_lambda_d")
     shared: ClassVar[tuple[str, ...]] = ("base_model.vera_A", "base_model.vera_B")
 
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         return (shapes.get("vera_lambda_d") or (None,))[0]
 
     def read(self, layer: PeftModule) -> list[SiteTensors]:
-        b, d = (layer.parts.get(end) for end in self.ends)
+        b, d = (layer.parts.get(end) for end in self.suffixes)
         if set(self.shared) - layer.shared.keys():
             raise layer.error(
                 "belongs to a VeRA whose random matrices are not in the file (save_projection=False), and regenerating them from "
@@ -128,7 +128,7 @@ class GLoRAPeft(PeftCodec):
 
     kind: ClassVar[str] = "GLORA"
     method: ClassVar[str] = "glora"
-    ends: ClassVar[tuple[str, ...]] = tuple(f"glora_{t}.{x}" for t in "ABCDE" for x in ("Xd", "Xu", "X", "zeros"))
+    suffixes: ClassVar[tuple[str, ...]] = tuple(f"glora_{t}.{x}" for t in "ABCDE" for x in ("Xd", "Xu", "X", "zeros"))
 
     def read(self, layer: PeftModule) -> list[SiteTensors]:
         forms = [FORMS.get(str(layer.config.get(key)), "") for key in ("config_A_B", "config_D_E")]

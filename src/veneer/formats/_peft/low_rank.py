@@ -35,7 +35,7 @@ class LoRAPeft(PeftCodec):
 
     kind: ClassVar[str] = "LORA"
     method: ClassVar[str] = "lora"
-    ends: ClassVar[tuple[str, ...]] = (A, B, *EMBEDDED)
+    suffixes: ClassVar[tuple[str, ...]] = (A, B, *EMBEDDED)
     codec: ClassVar[LoRACodec] = LoRACodec()
 
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -70,7 +70,7 @@ class DoRAPeft(LoRAPeft):
     """LoRA and `lora_magnitude_vector` m, (d_out) or (1, d_out, 1, 1): W' = m·(W + s·B A) / ‖W + s·B A‖ per output."""
 
     method: ClassVar[str] = "dora"
-    ends: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE, f"{MAGNITUDE}.weight")
+    suffixes: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE, f"{MAGNITUDE}.weight")
     codec: ClassVar[LoRACodec] = DoRACodec()
 
     def read(self, layer: PeftModule) -> list[SiteTensors]:
@@ -108,7 +108,7 @@ class AdaLoRAPeft(LoRAPeft):
     """
 
     kind: ClassVar[str] = "ADALORA"
-    ends: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_E")
+    suffixes: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_E")
 
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         return (shapes.get("lora_A") or (None,))[0]
@@ -119,7 +119,7 @@ class AdaLoRAPeft(LoRAPeft):
         return (alpha if alpha > 0 else initial) / (initial + 1e-5) * rank
 
     def read(self, layer: PeftModule) -> list[SiteTensors]:
-        down, up, values = (layer.parts.get(end) for end in self.ends)
+        down, up, values = (layer.parts.get(end) for end in self.suffixes)
         site = layer.site
         if site.kind == "embedding" or site.groups != 1:
             raise layer.error("is an embedding or a grouped convolution, for which peft has no AdaLoRA")
@@ -148,7 +148,7 @@ class LoHaPeft(PeftCodec):
     kind: ClassVar[str] = "LOHA"
     method: ClassVar[str] = "loha"
     codec: ClassVar[LoHaCodec] = LoHaCodec()
-    ends: ClassVar[tuple[str, ...]] = tuple(end for end in codec.ends if end != SCALE)
+    suffixes: ClassVar[tuple[str, ...]] = tuple(end for end in codec.suffixes if end != SCALE)
 
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         return self.codec.rank(shapes)
@@ -191,7 +191,7 @@ class LoKrPeft(PeftCodec):
     kind: ClassVar[str] = "LOKR"
     method: ClassVar[str] = "lokr"
     codec: ClassVar[LoKrCodec] = LoKrCodec()
-    ends: ClassVar[tuple[str, ...]] = tuple(end for end in codec.ends if end != SCALE)
+    suffixes: ClassVar[tuple[str, ...]] = tuple(end for end in codec.suffixes if end != SCALE)
 
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         return self.codec.rank(shapes)

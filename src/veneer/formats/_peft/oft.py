@@ -28,7 +28,7 @@ class OFTPeft(PeftCodec):
 
     kind: ClassVar[str] = "OFT"
     method: ClassVar[str] = "oft"
-    ends: ClassVar[tuple[str, ...]] = ("oft_R.weight", "oft_R")
+    suffixes: ClassVar[tuple[str, ...]] = ("oft_R.weight", "oft_R")
 
     def read(self, layer: PeftModule) -> list[SiteTensors]:
         layer.expect(len(layer.parts) == 1, "one oft_R")
@@ -82,7 +82,7 @@ class BOFTPeft(PeftCodec):
 
     kind: ClassVar[str] = "BOFT"
     method: ClassVar[str] = "boft"
-    ends: ClassVar[tuple[str, ...]] = ("boft_R", "boft_s")
+    suffixes: ClassVar[tuple[str, ...]] = ("boft_R", "boft_s")
 
     def read(self, layer: PeftModule) -> list[SiteTensors]:
         matrices, lengths, width = layer.parts.get("boft_R"), layer.parts.get("boft_s"), layer.site.d_in

@@ -227,7 +227,7 @@ def _verified(path: Path, facts: Mapping[str, Any]) -> bytes:
 
 
 @torch.no_grad()
-def put(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor], kind: str) -> None:
+def copy_into(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor], kind: str) -> None:
     """Copies `saved` into `tensors`, or raises without any change.
 
     Raises:

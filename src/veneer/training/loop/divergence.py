@@ -23,7 +23,7 @@ class LastGood:
         self._step = 0
 
     @torch.no_grad()
-    def take(self, step: int) -> None:
+    def save(self, step: int) -> None:
         """Copies the tensors after `step` updates."""
         self._step = step
         if self._copies:
@@ -46,7 +46,7 @@ class Diverged(VeneerError):
     Attributes:
         step: the step (0-based) whose loss or gradient was not finite. where: "loss" or "gradient". given: its value.
         learning_rate: learning rate of that step.
-        kept: number of updates of the restored weights, the last with a finite loss.
+        restored_step: number of updates of the restored weights, the last with a finite loss.
         file: path of these weights, or None without a folder or if it could not be written.
         checkpoint: the newest checkpoint, or None.
     """
@@ -57,16 +57,16 @@ class Diverged(VeneerError):
         where: str,
         given: float,
         learning_rate: float,
-        kept: int,
+        restored_step: int,
         file: Path | None = None,
         checkpoint: Path | None = None,
     ) -> None:
-        self.step, self.learning_rate, self.kept, self.checkpoint = step, learning_rate, kept, checkpoint
+        self.step, self.learning_rate, self.restored_step, self.checkpoint = step, learning_rate, restored_step, checkpoint
         places = "in the model" + (f" and in {file}" if file else "")
         earlier = f" The newest checkpoint is {checkpoint}." if checkpoint else ""
         super().__init__(
             f"training diverged in step {step}: the {where} is {given}, with learning rate {learning_rate:.3g}. "
-            f"The weights after {kept} updates, the last with a finite loss, are kept {places}.{earlier} "
+            f"The weights after {restored_step} updates, the last with a finite loss, are kept {places}.{earlier} "
             f"Try a learning rate of {learning_rate / 10:.1g}, a longer warmup, max_grad_norm=1.0, and "
             "mixed_precision=bf16 instead of fp16.",
             where=where,

@@ -24,7 +24,7 @@ from ..report.progress import WINDOW, Pace, Progress, ProgressFile, peak_memory,
 from ..report.result import TrainResult
 from ..report.tracking import tracking
 from . import optimizers
-from .checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, put
+from .checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, copy_into
 from .config import TrainConfig
 from .disk_space import Reserve, is_full
 from .distributed import broadcast_start, on_main
@@ -189,7 +189,7 @@ class Trainer:
             raise self._diverged("loss", loss, rate, self._last_good.restore(step))
         if self.gradients.fatal(norm):
             raise self._diverged("gradient", norm, rate, step)
-        self._last_good.take(step)
+        self._last_good.save(step)
         after_step = self.after_step
         self.gradients.apply(norm, None if after_step is None else lambda: after_step(step + 1, self.config.steps))
         if self.ema:
@@ -198,7 +198,7 @@ class Trainer:
         self.step += 1
         return stop, norm
 
-    def _diverged(self, where: str, given: float, rate: float, kept: int) -> Diverged:
+    def _diverged(self, where: str, given: float, rate: float, restored_step: int) -> Diverged:
         self.gradients.clear()
         file, newest = None, None
         if self._reserve is not None and self.accelerator.is_main_process:
@@ -207,7 +207,7 @@ class Trainer:
             file = write_last_good(self.folder, self.named)
         if self.checkpoints is not None and (steps := self.checkpoints.steps()):
             newest = self.checkpoints.path(steps[-1])
-        return Diverged(self.step, where, given, rate, kept, file, newest)
+        return Diverged(self.step, where, given, rate, restored_step, file, newest)
 
     def _report(self, norm: float, pace: Pace, record: Callable[[Mapping[str, float], int], None]) -> None:
         config, recent = self.config, self.losses[-WINDOW:]
@@ -280,11 +280,11 @@ class Trainer:
         return State(self.step, tensors, values)
 
     def _restore(self, state: State) -> None:
-        put(self.named, state.tensors["weights"], "weights")
+        copy_into(self.named, state.tensors["weights"], "weights")
         optimizers.unpack(self.optimizer, self.trained, state.tensors["optimizer"], state.values["optimizer"])
         if self.ema:
             weights = {name: state.tensors["weights"][name] for name in self.ema.averages}
-            put(self.ema.averages, state.tensors.get("ema", weights), "averaged weights")
+            copy_into(self.ema.averages, state.tensors.get("ema", weights), "averaged weights")
         if state.values["scaler"] and self.gradients.scaler.is_enabled():
             self.gradients.scaler.load_state_dict(state.values["scaler"])
         self.losses = state.tensors["history"]["losses"].tolist()
