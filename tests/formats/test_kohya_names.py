@@ -124,7 +124,7 @@ def test_flux_is_split_as_diffusers_splits_it() -> None:
     with torch.device("meta"):
         from diffusers import FluxTransformer2DModel
 
-        model = FluxTransformer2DModel(**{**published.FLUX_DEV, "num_layers": 1, "num_single_layers": 1})
+        model = FluxTransformer2DModel(**{**published.FLUX, "num_layers": 1, "num_single_layers": 1})
     (tower,) = towers_of(model)
     state: dict[str, Tensor] = {}
     found = named_layers(tower)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from veneer.base_models.architectures import FLUX, SD15
 from veneer.injection.errors import VeneerError
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,12 +26,10 @@ _SMALL_UNET: dict[str, Any] = {
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 1, "attention_head_dim": 8,
     "cross_attention_dim": 768,
 }  # fmt: skip
-_SD15_UNET: dict[str, Any] = {"attention_head_dim": 8, "cross_attention_dim": 768}
 _TINY_FLUX: dict[str, Any] = {
     "in_channels": 24, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
     "joint_attention_dim": 60, "pooled_projection_dim": 28, "axes_dims_rope": (4, 6, 6),
 }  # fmt: skip
-_FLUX_DEV: dict[str, Any] = {"guidance_embeds": True}
 
 
 class BenchError(VeneerError):
@@ -61,7 +60,7 @@ class Shape:
     images: int = 8
     few_images: int = 4
     block: int = 32
-    flux: dict[str, Any] = field(default_factory=lambda: _FLUX_DEV)
+    flux: dict[str, Any] = field(default_factory=lambda: dict(FLUX))
     photos: int = 5
     steps: int = 20
     resolution: int | None = None
@@ -83,7 +82,7 @@ SHAPES: dict[str, Shape] = {
         steps=2,
     ),
     "small": Shape(_SMALL_UNET, latent=32, calls=2),
-    "sd15": Shape(_SD15_UNET, latent=32),
+    "sd15": Shape(dict(SD15), latent=32),
 }
 
 

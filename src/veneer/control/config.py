@@ -65,8 +65,7 @@ class ControlConfig:
         timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid` or
             `shift` (default: cubic for t2i_adapter, else uniform). diffusers' scripts count from the noisy end, so that their
             `--logit_mean` has the other sign.
-        dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU). `float16`
-            needs `mixed_precision=fp16`, whose loss scaling keeps small gradients.
+        dtype: of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU). float16 needs `mixed_precision=fp16`.
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
         cache: cache latents and text embeddings instead of computing them in each step.

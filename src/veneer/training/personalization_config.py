@@ -70,10 +70,9 @@ class PersonalizeConfig:
         steps: optimizer steps (default: the preset of the base model, such as 300 with the bundled model, else 500).
         batch: images per micro-batch, over all processes (default: the preset of the base model, else 1).
         gradient_accumulation_steps: micro-batches per optimizer step.
-        learning_rate: peak learning rate of the first method on weights; others keep their ratio (default: the preset's or
-            method's).
+        learning_rate: peak learning rate of the first method on weights; others keep their ratio (default: preset, else method).
         text_learning_rate: learning rate of weights in text encoders (default: half the learning rate).
-        token_learning_rate: learning rate of token embeddings beside weights (default: the preset, else the method's).
+        token_learning_rate: learning rate of token embeddings beside weights (default: preset, else method).
         schedule: learning-rate schedule, `constant`, `cosine` or `linear` (default: the preset of the base model, else constant).
         warmup: optimizer steps of linear warmup.
         optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
@@ -92,8 +91,7 @@ class PersonalizeConfig:
         input_perturbation: gamma of input perturbation, typically 0.1; 0 disables it.
         cache: cache latents and text embeddings instead of computing them in each step.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
-        dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU). `float16`
-            needs `mixed_precision=fp16`, whose loss scaling keeps small gradients.
+        dtype: of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU). float16 needs `mixed_precision=fp16`.
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
         seed: seed of all random numbers.
@@ -190,8 +188,7 @@ class PersonalizeConfig:
         resolved["batch"] = int(first.get("batch", 1)) if self.batch is None else self.batch
         resolved["schedule"] = str(first.get("schedule", "constant")) if self.schedule is None else self.schedule
         resolved["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
-        concept = resolved.get("concept", self.concept)
-        resolved["out"] = self.out or new_folder(Path("runs"), f"{_plain(concept)}-{self.method}")
+        resolved["out"] = self.out or new_folder(Path("runs"), f"{_plain(resolved.get('concept', self.concept))}-{self.method}")
         return dataclasses.replace(self, **resolved)._checked()
 
     def _checked(self) -> PersonalizeConfig:
@@ -202,8 +199,7 @@ class PersonalizeConfig:
             if (given := getattr(self, name)) < 0:
                 raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)
         if self.loss not in (kinds := get_args(LossKind)):
-            message = f"loss is {self.loss!r}; expected one of {', '.join(kinds)}."
-            raise OptionError(message, option="loss", given=self.loss, expected=kinds)
+            raise OptionError(f"loss is {self.loss!r}; expected one of {kinds}.", option="loss", given=self.loss, expected=kinds)
         for name in param_groups.split_methods(self.method):
             if not param_groups.trains_token_embeddings(methods.get(name)):  # their token is chosen later
                 methods.get(name).from_config(self.options.get(name, {}))
