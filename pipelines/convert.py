@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from veneer import base_models, formats
 from veneer.injection import OptionError
 
 from .generate import base_of
+
+_log = logging.getLogger(__name__)
 
 To = Literal["kohya", "lycoris", "diffusers", "peft_folder", "comfyui", "onetrainer", "xlabs", "embeddings", "native"]
 
@@ -60,14 +63,16 @@ def open_base(base: str | None, files: Sequence[Path], command: str) -> tuple[An
     Raises:
         VeneerError: the base model cannot be loaded, or `base` is None and no file identifies it.
     """
-    base = base or next((found for file in files if (found := base_of(file))), None)
-    name = base or next((found for file in files if (found := formats.architecture_of(file))), None)
+    name = base or next((known for file in files if (known := base_of(file))), None)
+    if name is not None and (name not in base_models.ARCHITECTURES or Path(name).is_dir()):
+        return base_models.load(name), {"base": name}
+    name = name or next((known for file in files if (known := formats.architecture_of(file))), None)
     if name is None:
         message = (
             f"{command}: --base is missing, and the names and shapes in {', '.join(map(str, files))} do not identify it. "
             f"Pass the base model, or one of the architectures {', '.join(base_models.ARCHITECTURES)}."
         )
         raise OptionError(message, option="base", method=command, file=files[0], expected=tuple(base_models.ARCHITECTURES))
-    if name in base_models.ARCHITECTURES and not Path(name).is_dir():
-        return base_models.architecture(name), {}
-    return base_models.load(name), {"base": name}
+    if base is None:
+        _log.info("architecture: %s, by the names and shapes in the file; --base names another one", name)
+    return base_models.architecture(name), {}

@@ -40,7 +40,7 @@ def add_flags(
         The added flags.
     """
     hints, texts, added = typing.get_type_hints(config), help_of(config), set[str]()
-    for field in sorted(dataclasses.fields(config), key=lambda field: field.kw_only is True):
+    for field in fields_in_order(config):
         if field.name in skip:
             continue
         name = f"{prefix}.{field.name}" if prefix else field.name
@@ -56,6 +56,11 @@ def add_flags(
         parser.add_argument(*flags, dest=name, **settings)
         added.update(flags)
     return added
+
+
+def fields_in_order(config: Any) -> list[dataclasses.Field[Any]]:
+    """Fields of a dataclass; keyword-only ones, which methods have in common, last."""
+    return sorted(dataclasses.fields(config), key=lambda field: field.kw_only is True)
 
 
 def _optional_positional(field: dataclasses.Field[Any], settings: Mapping[str, Any]) -> dict[str, Any]:

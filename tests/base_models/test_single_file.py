@@ -86,7 +86,13 @@ def test_a_single_file_is_loaded_as_the_folder_is(made: tuple[Any, Path, Path], 
 
 
 @pytest.mark.parametrize(
-    "missing", ["cond_stage_model", "model.diffusion_model.out.2.bias", "first_stage_model.decoder.conv_out.weight"]
+    "missing",
+    [
+        "cond_stage_model",
+        "model.diffusion_model.out.2.bias",
+        "first_stage_model.decoder.conv_out.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.bias",
+    ],
 )
 def test_an_incomplete_file_is_an_error(made: tuple[Any, Path, Path], tmp_path: Path, missing: str) -> None:
     _, folder, file = made
@@ -96,6 +102,21 @@ def test_an_incomplete_file_is_an_error(made: tuple[Any, Path, Path], tmp_path: 
     save_file(partial, tmp_path / "partial.safetensors")
     with raises(base_models.BaseModelError, where="tensors", expected="StableDiffusionPipeline"):
         base_models.load(tmp_path / "partial.safetensors", config=folder)
+
+
+def test_a_deeper_unet_is_another_model(made: tuple[Any, Path, Path], tmp_path: Path) -> None:
+    _, folder, file = made
+    tensors = load_file(file)
+    more = {"model.diffusion_model.output_blocks.9.0.in_layers.0.bias": torch.zeros(16)}
+    save_file({**tensors, **more}, tmp_path / "deeper.safetensors")
+    unet = sum(key.startswith("model.diffusion_model.") for key in tensors)
+    with raises(base_models.BaseModelError, where="unet", given=unet + 1, expected=unet):
+        base_models.load(tmp_path / "deeper.safetensors", config=folder)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with raises(base_models.BaseModelError, where="base", file="models/sdxl.safetensors"):
+        base_models.load("models/sdxl.safetensors")
 
 
 def test_other_files_are_errors(made: tuple[Any, Path, Path], tmp_path: Path) -> None:
@@ -119,6 +140,7 @@ def test_configs_are_complete(name: str, parts: list[str], tmp_path: Path) -> No
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
     assert scheduler.config.prediction_type == "v_prediction"
     assert scheduler.config.rescale_betas_zero_snr
+    assert not scheduler.config.clip_sample
     pads = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
     for part in parts:
         name = part.replace("text_encoder", "tokenizer")

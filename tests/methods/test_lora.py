@@ -131,6 +131,13 @@ def test_options_of_revision_1_are_converted() -> None:
     assert LoRA.from_config(LoRA.migrate(former, 1, ())) == LoRA(
         rank=8, by_site={"mlp": {"rank": 2}, "name:x": {"rank": 5, "alpha": 10.0}}
     )
+    former = {"rank": 8, "ranks": {"mlp.*": 4}, "alphas": {"*": 8.0, "mlp.*": 2.0}, "by_site": {"name:x": {"alpha": 0}}}
+    method = LoRA.from_config(LoRA.migrate(former, 1, ()))
+    at = [
+        method.at(WeightSite(name=n, role=r, path="l", d_out=5, d_in=7))
+        for n, r in (("a", "mlp.in"), ("b", "attn.q"), ("x", "conv"))
+    ]
+    assert [(here.rank, here.alpha) for here in at] == [(4, 2.0), (8, 8.0), (8, None)], "the last matching pattern of each option"
     for option in ("ranks", "alphas", "by_site"):
         with raises(OptionError, option=option, given=3):
             LoRA.migrate({option: 3}, 1, ())

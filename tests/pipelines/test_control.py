@@ -220,6 +220,13 @@ def test_recomputed_activations_give_the_same_weights(base: str, photos: Path, t
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
 
+def test_base_weights_that_train_are_in_float32() -> None:
+    assert ControlConfig(method="controlnext").with_defaults().dtype == "float32"
+    assert ControlConfig(method="controlnet").with_defaults().dtype is None
+    with raises(OptionError, option="dtype", given="bfloat16", expected="float32"):
+        ControlConfig(method="controlnext", dtype="bfloat16").with_defaults()
+
+
 def test_no_disk_space_is_an_error_before_training(
     base: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from veneer.pipelines.convert import ConvertConfig, convert
 
 import veneer
 from tests.formats.cases import deltas, fill, header
 from tests.formats.test_cloneofsimo import made
 from tests.raising import raises
-from veneer import formats
+from veneer import base_models, formats
 from veneer.cli import main
 from veneer.formats import lycoris, native
 from veneer.formats._core import lora_writer
@@ -222,6 +225,38 @@ def test_a_file_of_a_published_model_needs_no_base_model(family: str, tmp_path: 
     for name, key in pairs.items():
         assert torch.allclose(back[key.replace("lora_A", "lora_B")] @ back[key], changes[name], rtol=1e-5, atol=1e-5)
     assert "base" not in header(tmp_path / "kohya.safetensors").get("__metadata__", {})
+
+
+def test_a_native_file_of_an_architecture_loads_on_the_base_model(tmp_path: Path) -> None:
+    """Whatever else its config says, such as another sample size."""
+    path, changes = published("sdxl", tmp_path)
+    assert main(["convert", str(path), "--to", "native", "--out", str(tmp_path / "native")]) == 0
+    parts = base_models.ARCHITECTURES["sdxl"]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**{**parts["unet"][1], "sample_size": 96})
+        text = CLIPTextModelWithProjection(CLIPTextConfig(**{**parts["text_encoder_2"][1], "bos_token_id": 7}))
+    loaded = veneer.load(SimpleNamespace(components={"unet": unet, "text_encoder_2": text}), tmp_path / "native")
+    assert {name: tuple(delta.shape) for name, delta in deltas(loaded).items()} == {n: tuple(c.shape) for n, c in changes.items()}
+
+
+def test_a_file_of_several_families_needs_a_base_model(tmp_path: Path) -> None:
+    name = "transformer.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 1152), f"{name}.lora_B.weight": torch.ones(1152, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with raises(OptionError, option="base", file=tmp_path / "a.safetensors"):
+        convert(ConvertConfig(tmp_path / "a.safetensors", "native"))
+
+
+@pytest.mark.parametrize(("block", "rows", "family"), [(0, 9216, "sd3"), (0, 13824, "sd35"), (20, 9216, "sd35")])
+def test_modulation_layers_tell_sd3_from_sd35(block: int, rows: int, family: str, tmp_path: Path) -> None:
+    names = {"attn.to_q": 1536, "norm1.linear": rows}
+    tensors = {}
+    for name, width in names.items():
+        start = f"transformer.transformer_blocks.{block}.{name}"
+        tensors |= {f"{start}.lora_A.weight": torch.ones(2, 1536), f"{start}.lora_B.weight": torch.ones(width, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert formats.architecture_of(tmp_path / "a.safetensors") == family
+    assert main(["convert", str(tmp_path / "a.safetensors"), "--to", "kohya", "--out", str(tmp_path / "b")]) == 0
 
 
 def test_merge_and_resize_need_no_base_model(tmp_path: Path) -> None:

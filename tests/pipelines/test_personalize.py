@@ -127,6 +127,12 @@ def test_a_base_model_in_float16_needs_loss_scaling(base: Any, photos: Path, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_options_by_site_are_checked_before_the_base_model_is_loaded(photos: Path, tmp_path: Path) -> None:
+    for option, value in (("rank", "abc"), ("rank", 4.5), ("alpha", "3")):
+        with raises(OptionError, option=option, given=repr(value)):
+            run(str(tmp_path), photos, tmp_path / "out", options={"lora": {"by_site": {"attn.q": {option: value}}}})
+
+
 def test_class_images_are_generated_once_and_used(base: Any, photos: Path, tmp_path: Path) -> None:
     out = run(base("sd"), photos, tmp_path / "out", class_images=2)
     assert len(list((out / "prior").glob("*.png"))) == 2

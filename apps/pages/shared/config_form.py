@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 
 import gradio as gr
 
-from veneer.flags import add_flags, help_of, values
+from veneer.flags import add_flags, fields_in_order, help_of, values
 from veneer.injection import OptionError
 
 from ...workspace import check_text, printable
@@ -54,14 +54,9 @@ def fields_of(config: Any, include: Sequence[str] | None = None, skip: Sequence[
         config: a dataclass. `include`: names in order; by default all except `skip`.
     """
     hints, texts = typing.get_type_hints(config), help_of(config)
-    ordered = sorted(dataclasses.fields(config), key=_is_inherited)
-    all_fields = {f.name: _field(f, hints[f.name], texts.get(f.name, "")) for f in ordered}
+    all_fields = {f.name: _field(f, hints[f.name], texts.get(f.name, "")) for f in fields_in_order(config)}
     names = [name for name in all_fields if name not in skip] if include is None else include
     return [all_fields[name] for name in names]
-
-
-def _is_inherited(field: dataclasses.Field[Any]) -> bool:
-    return field.kw_only is True
 
 
 def _field(field: dataclasses.Field[Any], hint: Any, texts: str) -> Field:

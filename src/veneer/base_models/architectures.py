@@ -55,7 +55,8 @@ DIT: Config = {
 }  # fmt: skip
 CLIP_L: Config = {
     "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "max_position_embeddings": 77, "projection_dim": 768, "hidden_act": "quick_gelu",
+    "max_position_embeddings": 77, "projection_dim": 768, "hidden_act": "quick_gelu", "bos_token_id": 0, "eos_token_id": 2,
+    "pad_token_id": 1,
 }  # fmt: skip
 CLIP_H: Config = {
     **CLIP_L, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,

@@ -1,4 +1,4 @@
-"""Loading of base models: the bundled one, a diffusers folder, or a hub name."""
+"""Loading of base models: the bundled one, a diffusers folder, a single file, or a hub name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from veneer.extras import require
 from veneer.injection.errors import BaseModelError
 
 from .architectures import ARCHITECTURES
-from .folders import BUNDLED, check_pipeline_folder, path
+from .folders import BUNDLED, PICKLES, check_pipeline_folder, path
 from .hub import hub
 from .single_file import load_single_file
 
@@ -71,15 +71,18 @@ def find(base: str | Path) -> Path | str:
     folder = Path(base).expanduser()
     if folder.exists():
         return folder
+    if folder.suffix in (".safetensors", *PICKLES):
+        message = f"load: no file {folder}; check the path."
+        raise BaseModelError(message, file=folder, where="base", given=str(base))
     if isinstance(base, str) and HUB_NAME.fullmatch(base):
         return base
     if base in ARCHITECTURES:
         message = (
             f"load: {base!r} is an architecture without weights, for inspect, convert, merge and resize; expected a base model: "
-            "a diffusers folder, or a hub name such as owner/model."
+            "a diffusers folder, a .safetensors file, or a hub name such as owner/model."
         )
         raise BaseModelError(message, where="kind", given=str(base), expected="weights")
-    message = f"load: {str(base)!r} not found; expected 'bundled', a diffusers folder, or a hub name such as owner/model."
+    message = f"load: {str(base)!r} not found; expected 'bundled', a diffusers folder, a file, or a hub name such as owner/model."
     raise BaseModelError(message, where="base", given=str(base))
 
 

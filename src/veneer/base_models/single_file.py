@@ -20,9 +20,13 @@ from .clip_vocabulary import clip_tokenizer
 from .folders import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
+UNET = "model.diffusion_model."
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 CROSS = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
 NOISE: Config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+ZERO_SNR: Config = {
+    **NOISE, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False,
+}  # fmt: skip
 VAE: Config = {
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -56,11 +60,28 @@ def load_single_file(file: Path, config: str | Path | None = None, **settings: A
         folder = Path(config) if config is not None else _write_configs(Path(temporary), _identify(file, shapes), shapes)
         kind = getattr(diffusers, read_json(folder / "model_index.json")["_class_name"])
         try:
-            return kind.from_single_file(str(file), config=str(folder), local_files_only=True, **settings)
+            pipe = kind.from_single_file(str(file), config=str(folder), local_files_only=True, **settings)
         except Exception as error:  # diffusers raises several kinds for missing and misshapen tensors
             kinds = kind.__name__
             message = f"load: {file} could not be loaded as {kinds}: {type(error).__name__}: {str(error).strip()[:300]}"
             raise BaseModelError(message, file=file, where="tensors", given=type(error).__name__, expected=kinds) from error
+    _check_complete(file, pipe, shapes)
+    return pipe
+
+
+def _check_complete(file: Path, pipe: Any, shapes: Shapes) -> None:
+    """Raises `BaseModelError` if a tensor of the pipeline is not in the file, or the file has more of the UNet."""
+    for part, module in pipe.components.items():
+        parameters = module.named_parameters() if hasattr(module, "named_parameters") else ()
+        missing = [f"{part}.{name}" for name, parameter in parameters if parameter.is_meta]
+        if missing:
+            message = f"load: {file} lacks {len(missing)} tensors: {', '.join(missing[:4])}. It is incomplete; copy it again."
+            raise BaseModelError(message, file=file, where="tensors", given=tuple(missing), expected=type(pipe).__name__)
+    given = sum(name.startswith(UNET) for name in shapes)
+    expected = len(pipe.unet.state_dict()) if given and getattr(pipe, "unet", None) is not None else given
+    if given != expected:
+        message = f"load: {file} has {given} tensors of a UNet, {type(pipe).__name__} has {expected}: it is another model."
+        raise BaseModelError(message, file=file, where="unet", given=given, expected=expected)
 
 
 def _read_shapes(file: Path) -> Shapes:
@@ -136,7 +157,7 @@ def _scheduler(name: str, keys: Collection[str]) -> tuple[str, dict[str, Any]]:
     kind, config = PIPELINES[name][2]
     prediction = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}
     if "ztsnr" in keys:
-        kind, config = "DDIMScheduler", {**NOISE, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        kind, config = "DDIMScheduler", ZERO_SNR
     return kind, {**config, **prediction}
 
 

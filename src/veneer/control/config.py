@@ -17,6 +17,7 @@ from veneer.injection.method import Method
 from veneer.training.data.buckets import Crop
 from veneer.training.loop.config import TrainConfig, check_dtype
 from veneer.training.objective.objectives import ObjectiveOptions
+from veneer.training.param_groups import check_options
 from veneer.training.report.feature_models import check_features
 from veneer.training.report.run_folder import new_folder
 
@@ -24,7 +25,7 @@ from .maps import maps
 
 WITHOUT_EFFECT = (
     "data", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "eval_seeds", "features", "dry_run", "out",
-    "generated_images", "grid_images",
+    "generated_images", "grid_images", "dtype",
 )  # fmt: skip
 """Options that a resumed run may change, or that are compared by content."""
 
@@ -169,6 +170,8 @@ class ControlConfig:
             resolved["preview_every"] = max(1, resolved["steps"] // 4)
         if self.train is None:
             resolved["train"] = ("attn.out", "xattn.out") if self.method == "controlnext" else ()
+        if resolved.get("train", self.train):
+            resolved["dtype"] = self._dtype_of_trained_base()
         if self.caption_dropout is None:
             resolved["caption_dropout"] = float(known.get("caption_dropout", 0.1 if self.uses_image_embeddings else 0.5))
         if self.timestep_sampling is None and self.method == "t2i_adapter":
@@ -176,6 +179,17 @@ class ControlConfig:
         config = dataclasses.replace(self, **resolved)
         config.loop(), config.objective(), config.build_method()
         return config
+
+    def _dtype_of_trained_base(self) -> Dtype:
+        """float32: base weights that train are in it.
+
+        Raises:
+            OptionError: another dtype was set.
+        """
+        if self.dtype not in (None, "float32"):
+            message = f"dtype is {self.dtype}, but base weights train as well (--train), in float32; expected --dtype float32."
+            raise OptionError(message, option="dtype", given=self.dtype, expected="float32")
+        return "float32"
 
     def _rate(self, known: Mapping[str, Any]) -> float:
         default = float(known.get("learning_rate", methods.get(self.method).learning_rate))
@@ -187,7 +201,7 @@ class ControlConfig:
 
     def build_method(self) -> Method:
         """The method's config."""
-        return methods.get(self.method).from_config(self.options.get(self.method, {}))
+        return check_options(self.method, self.options.get(self.method, {}))
 
     def loop(self) -> TrainConfig:
         """Configuration of the training loop."""

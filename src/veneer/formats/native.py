@@ -240,7 +240,8 @@ def _compare(file: File, bases: Mapping[str, Any], move: ComponentMap, options: 
             yield f"'{component}' was not compared with the base it was trained on (base='any')"
             continue
         found = identity(tower, saved["without"])
-        differs = [k for k in ("class", "config") if found[k] != saved.get(k)]
+        known = [k for k in ("class", "config") if found[k] is not None and saved.get(k) is not None]
+        differs = [k for k in known if found[k] != saved[k]]
         if not differs and None in (found["fingerprint"], saved.get("fingerprint")):
             yield f"the base '{component}' was not compared: its weights are quantized or not loaded"
         elif differs or found["fingerprint"] != saved.get("fingerprint"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.formats._core.options import validate_options
 from veneer.injection import Attachment, attach, methods
 from veneer.injection.attachment.plan import effective_where
 from veneer.injection.errors import OptionError
@@ -25,6 +26,16 @@ from .method_names import split_methods as split_methods
 
 TEXT = ("text*/attn",)
 """Default sites in text encoders, for methods that support them."""
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> Method:
+    """The method with these options, after a check of the types of its options by site, which are used only when it is attached.
+
+    Raises:
+        OptionError: a value of the wrong type. UnknownOption: there is no such option.
+    """
+    validate_options(methods.get(name), {"by_site": options.get("by_site", {})})
+    return methods.get(name).from_config(options)
 
 
 def build_methods(words: str, options: Mapping[str, Mapping[str, Any]], token: str, word: str) -> list[Method]:

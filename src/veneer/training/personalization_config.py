@@ -31,7 +31,7 @@ LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 
 WITHOUT_EFFECT = (
     "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts", "eval_seeds",
-    "features", "dry_run", "out", "truncate",
+    "features", "dry_run", "out", "truncate", "dtype",
 )  # fmt: skip
 """Options that may change when a run is resumed, or that are compared by content."""
 DIFFUSION = ("diffusers_dit", "diffusers_unet")
@@ -202,7 +202,7 @@ class PersonalizeConfig:
             raise OptionError(f"loss is {self.loss!r}; expected one of {kinds}.", option="loss", given=self.loss, expected=kinds)
         for name in param_groups.split_methods(self.method):
             if not param_groups.trains_token_embeddings(methods.get(name)):  # their token is chosen later
-                methods.get(name).from_config(self.options.get(name, {}))
+                param_groups.check_options(name, self.options.get(name, {}))
         return self
 
     def with_captions(self, labels: bool) -> PersonalizeConfig:

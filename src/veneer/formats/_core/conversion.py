@@ -112,7 +112,7 @@ def compare(before: Sequence[Attachment], after: Sequence[Attachment], target: P
     for place in dict.fromkeys([*was, *now]):
         old, new = was.get(place, []), now.get(place, [])
         size, apart, allowed = _compare_weight(old, new)
-        if apart > allowed:
+        if not apart <= allowed:  # NaN is a difference, too
             name = (*old, *new)[0].site.name
             message = f"{target}: ΔW of '{name}' would differ by {apart:.3g}; its norm is {size:.3g}. Nothing was written."
             raise SaveError(message, file=target, where=name, given=apart, expected=size)
@@ -186,7 +186,8 @@ def _compare_weight(old: Sequence[_AdaptedWeight], new: Sequence[_AdaptedWeight]
 
 def _product_norm(left: Tensor, right: Tensor) -> float:
     """‖C D‖² = Σ (CᵀC)∘(D Dᵀ): faster than `product_norm`, and as exact if the columns of C do not cancel each other."""
-    return math.sqrt(max(0.0, float(((left.T @ left) * (right @ right.T)).sum())))
+    total = float(((left.T @ left) * (right @ right.T)).sum())
+    return 0.0 if total < 0 else math.sqrt(total)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def magnitude_delta(magnitude: Tensor, weight: Tensor, change: Delta, axis: Axis
     Computed in double precision, because m and ‖W‖ are nearly equal.
 
     Args:
-        magnitude: m, in any shape. `weight`: W, (d_out, …), of the base. `delta_weight`: s·ΔW of the same layer.
+        magnitude: m, in any shape. `weight`: W, (d_out, …), of the base. `change`: s·ΔW of the same layer.
     Returns:
         (d_out,), or (d_in / groups,) on the input axis.
     """
@@ -66,7 +66,7 @@ def add_magnitudes(
     """The pieces of all sites of a module, with their magnitudes added.
 
     Args:
-        pieces: one per site. `delta_weight`: s·ΔW of a piece, in the weight's shape.
+        pieces: one per site. `change`: s·ΔW of a piece, in the weight's shape.
     """
     axis = axis_of(module)
     weights = {p.site.name: base_weight(module.towers[p.site.component], p.site) for p in pieces}

@@ -28,7 +28,7 @@ NAMES = {
     r"processor[._](?:qkv|proj)_lora": "FLUX",
     r"norm1[._]emb[._]timestep_embedder|proj_out_[12]": "DiT",
 }
-ARCHITECTURES = {SD1: "sd15", SD2: "sd21", SDXL: "sdxl", "FLUX": "flux", "PixArt": "pixart", "DiT": "dit"}
+FAMILY_ARCHITECTURES = {SD1: "sd15", SD2: "sd21", SDXL: "sdxl", "FLUX": "flux", "PixArt": "pixart", "DiT": "dit"}
 UNET = re.compile(r"(?:^|[._])(?:down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]|^unet:")
 DEEP = re.compile(r"(?:attentions|blocks|block)[._]\d+[._](?:\d+[._])?transformer_blocks[._][2-9][._]")
 SECOND = re.compile(r"(?:^|[._])(?:te2|text_encoder_2|clip_g|label_emb|add_embedding)(?:[._]|$)")
@@ -45,6 +45,8 @@ QUERIES = re.compile(
     r"attn[12]?[._](?:to_[qkv]|add_[qkv]_proj|qkv)|linear1|norm1?(?:_context)?[._]linear|mlp[._]0|net[._]0|proj_mlp|lin[._:]"
 )
 MODULATED = re.compile(r"norm1?(?:_context)?[._]linear|(?:img|txt)_mod[._]lin|modulation[._]lin")
+# modulation of an image stream that has two attentions in SD3.5 medium, and there 13,824 rows
+SD3_MODULATION = re.compile(r"(?:transformer|joint)_blocks[._](?:\d|1[0-2])[._](?:norm1[._]linear|x_block[._]adaLN_modulation)")
 STREAM_WIDTHS = {1536: SD3, 2432: SD3, 2048: "HunyuanVideo 1.5", 3584: "HunyuanImage"}
 # transformers of width 3072: number of double- and single-stream blocks, and whether blocks have modulation layers
 STREAMS = {
@@ -77,14 +79,17 @@ def family_of(shapes: Shapes, form: str | None = None) -> str | None:
 
 
 def architecture_of(shapes: Shapes, form: str | None = None) -> str | None:
-    """Name of the architecture that a file's layers fit, one of `veneer.base_models.ARCHITECTURES`; None if it is unknown.
+    """Name of the architecture that a file's layers fit, one of `veneer.base_models.ARCHITECTURES`; None if several or none do.
 
-    SD3.5 medium has every layer of SD3.
+    SD3.5 medium has every layer of SD3, with wider modulation layers.
     """
     families = re.split(", | or ", family_of(shapes, form) or "")
     if SD3 in families:
-        return "sd35-large" if any(width == 2432 for _, width in _input_widths(shapes)) else "sd35"
-    return next((ARCHITECTURES[family] for family in families if family in ARCHITECTURES), None)
+        if any(width == 2432 for _, width in _input_widths(shapes)):
+            return "sd35-large"
+        return "sd3" if any(9216 in shape and SD3_MODULATION.search(key) for key, shape in shapes.items()) else "sd35"
+    known = [FAMILY_ARCHITECTURES[family] for family in families if family in FAMILY_ARCHITECTURES]
+    return known[0] if len(known) == 1 else None
 
 
 def unsupported_family(shapes: Shapes) -> str | None:

@@ -17,8 +17,9 @@ SAMPLES = 4096
 
 
 def identity(tower: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
-    """Class, integer entries of the config, and fingerprint, as JSON values."""
-    return {"class": _class(tower), "config": _sizes(tower), "fingerprint": fingerprint(tower, without)}
+    """Class, integer entries of the config, and fingerprint, as JSON values. On `meta`, the config is None."""
+    config = None if any(parameter.is_meta for parameter in tower.parameters()) else _sizes(tower)
+    return {"class": _class(tower), "config": config, "fingerprint": fingerprint(tower, without)}
 
 
 def _class(tower: nn.Module) -> str:

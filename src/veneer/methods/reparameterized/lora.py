@@ -93,12 +93,15 @@ class LoRA(Method):
         Raises:
             ValueError: the options by site are not mappings.
         """
-        by_site: dict[str, dict[str, Any]] = {}
-        for option in ("rank", "alpha"):
-            for pattern, value in _by_site(config, f"{option}s").items():
-                by_site.setdefault(pattern, {})[option] = value
+        ranks, alphas = _by_site(config, "ranks"), _by_site(config, "alphas")
+        same_order = [p for p in ranks if not p.startswith("name:")] == [p for p in alphas if not p.startswith("name:")]
+        by_site: dict[str, Any] = {pattern: {"rank": rank} for pattern, rank in ranks.items()}
+        for pattern, alpha in alphas.items():  # later patterns take precedence, in an order of their own: braces make another key
+            key = pattern if same_order or pattern.startswith("name:") or pattern not in ranks else f"{{{pattern}}}"
+            by_site[key] = {**by_site.get(key, {}), "alpha": alpha}
         for pattern, own in _by_site(config, "by_site").items():
-            by_site[pattern] = {**by_site.get(pattern, {}), **own} if isinstance(own, Mapping) else own
+            overrides = {k: v or None if k == "alpha" else v for k, v in own.items()} if isinstance(own, Mapping) else own
+            by_site[pattern] = {**by_site.get(pattern, {}), **overrides} if isinstance(own, Mapping) else own
         options = {key: value for key, value in config.items() if key not in ("ranks", "alphas")}
         return {**options, "alpha": config.get("alpha") or None, "by_site": by_site}
 
