@@ -119,6 +119,12 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         base_models.load("models/sdxl.safetensors")
 
 
+def test_presets_and_forms_reject_other_files_before_loading(tmp_path: Path) -> None:
+    (tmp_path / "passwd").write_text("root")
+    with raises(base_models.BaseModelError, where="kind", file=tmp_path / "passwd", expected=".safetensors"):
+        base_models.preset(tmp_path / "passwd")
+
+
 def test_other_files_are_errors(made: tuple[Any, Path, Path], tmp_path: Path) -> None:
     lora = veneer.attach(made[0], "lora", rank=2)
     adapter = lora.save(tmp_path / "lora")

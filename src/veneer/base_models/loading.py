@@ -12,7 +12,7 @@ from veneer.injection.errors import BaseModelError
 from .architectures import ARCHITECTURES
 from .folders import BUNDLED, PICKLES, check_pipeline_folder, path
 from .hub import hub
-from .single_file import load_single_file
+from .single_file import check_suffix, load_single_file
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -69,6 +69,8 @@ def find(base: str | Path) -> Path | str:
         message = f"load: {base!r} is a CLIP; expected a pipeline. Use veneer.base_models.load_clip({base!r})."
         raise BaseModelError(message, where="kind", given=base, expected="pipeline")
     folder = Path(base).expanduser()
+    if folder.is_file():
+        check_suffix(folder)
     if folder.exists():
         return folder
     if folder.suffix in (".safetensors", *PICKLES):

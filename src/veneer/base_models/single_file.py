@@ -55,6 +55,7 @@ def load_single_file(file: Path, config: str | Path | None = None, **settings: A
     """
     import diffusers
 
+    check_suffix(file)
     shapes = _read_shapes(file)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config) if config is not None else _write_configs(Path(temporary), _identify(file, shapes), shapes)
@@ -84,15 +85,19 @@ def _check_complete(file: Path, pipe: Any, shapes: Shapes) -> None:
         raise BaseModelError(message, file=file, where="unet", given=given, expected=expected)
 
 
+def check_suffix(file: Path) -> None:
+    """Raises `BaseModelError` unless the name ends in `.safetensors`."""
+    if file.suffix != ".safetensors":
+        message = f"load: {file} may be a pickle, which can run code when loaded; expected a .safetensors file or a folder."
+        raise BaseModelError(message, file=file, where="kind", given=file.suffix, expected=".safetensors")
+
+
 def _read_shapes(file: Path) -> Shapes:
     """The shapes of a file's tensors, from its header.
 
     Raises:
         BaseModelError: not a safetensors file.
     """
-    if file.suffix != ".safetensors":
-        message = f"load: {file} may be a pickle, which can run code when loaded; expected a .safetensors file or a folder."
-        raise BaseModelError(message, file=file, where="kind", given=file.suffix, expected=".safetensors")
     try:
         with safe_open(file, "pt") as opened:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 (no mapping)
