@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -105,11 +105,12 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     values = sum(parameter.numel() for parameter in attached.parameters())
     images = 3 * len(run.subjects) * (config.eval_seeds + loop.steps // max(1, loop.preview_every))
     require_disk(out, written_bytes(values, loop, images, resolution))
+    groups = [{**group, "name": f"{attached.name}.{n}"} for n, group in enumerate(attached.groups()) if group["params"]]
     trainer = adapter_trainer(
         [attached],
         loss,
         loop,
-        _groups(attached),
+        cast(list[ParameterGroup], groups),
         out,
         identity={**config.identity(), "base": digest, "pictures": [p.digest for p in (*data.train, *data.held)]},
         accelerator=accelerator,
@@ -137,12 +138,6 @@ def generate_controlled(config: ControlGenerateConfig) -> list[Path]:
     adapters = [parse_adapter(text) for text in config.adapter]
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
     return generate_with_control(config, adapters, base)
-
-
-def _groups(attached: Attachment) -> list[ParameterGroup]:
-    named: Any = [{**group, "name": f"{attached.name}.{n}"} for n, group in enumerate(attached.groups()) if group["params"]]
-    found: list[ParameterGroup] = named
-    return found
 
 
 def _attach(config: ControlConfig, pipe: Any, reads: Embedder | None) -> Attachment:

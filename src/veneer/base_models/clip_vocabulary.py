@@ -16,13 +16,13 @@ def clip_tokenizer() -> Any:
 
     Source: Radford et al. 2021: bytes, bytes that end a word, one piece per merge, and the two special tokens.
     """
-    found = importlib.util.find_spec("open_clip")  # located, not imported, which takes seconds
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("open_clip")  # located, not imported, which takes seconds
+    if package is None or not package.submodule_search_locations:
         return None
     from transformers import CLIPTokenizer
 
     alphabet = byte_alphabet()
-    text = gzip.decompress((Path(found.submodule_search_locations[0]) / FILE).read_bytes()).decode()
+    text = gzip.decompress((Path(package.submodule_search_locations[0]) / FILE).read_bytes()).decode()
     merges: Any = [tuple(line.split()) for line in text.split("\n")[1 : SIZE - 2 * len(alphabet) - 1]]
     pieces = [*alphabet, *(f"{c}</w>" for c in alphabet), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, model_max_length=77)

@@ -38,9 +38,10 @@ def load(base: str | Path = "bundled", **kwargs: Any) -> Any:
     source = find(base)
     keyword = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
     dtype = kwargs.pop("torch_dtype", torch.float32)
-    kwargs = {keyword: kwargs.pop("dtype", dtype), **kwargs, "use_safetensors": True}
+    kwargs = {keyword: kwargs.pop("dtype", dtype), **kwargs}
     if isinstance(source, Path) and source.is_file():
-        return load_single_file(source, **{key: value for key, value in kwargs.items() if key != "use_safetensors"})
+        return load_single_file(source, **kwargs)
+    kwargs["use_safetensors"] = True
     if isinstance(source, Path):
         check_pipeline_folder(source, given=kwargs.keys())
         return DiffusionPipeline.from_pretrained(str(source), **kwargs)

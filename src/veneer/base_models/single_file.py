@@ -55,7 +55,6 @@ def load_single_file(file: Path, config: str | Path | None = None, **settings: A
     """
     import diffusers
 
-    check_suffix(file)
     shapes = _read_shapes(file)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config) if config is not None else _write_configs(Path(temporary), _identify(file, shapes), shapes)
@@ -99,8 +98,8 @@ def _read_shapes(file: Path) -> Shapes:
         BaseModelError: not a safetensors file.
     """
     try:
-        with safe_open(file, "pt") as opened:
-            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 (no mapping)
+        with safe_open(file, "pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         message = f"load: {file} is not a complete safetensors file ({error}); copy it again."
         raise BaseModelError(message, file=file, where="kind", given="unreadable", expected=".safetensors") from error

@@ -125,7 +125,7 @@ def _layer(file: File, entry: Mapping[str, Any], prefix: str, name: str, stored:
 
 def _alphas_by_site(config: Mapping[str, Any]) -> dict[str, Any]:
     """The alphas of `by_site`, and of the option `alphas` that LoRA had."""
-    former, by_site = (found if isinstance(found := config.get(key), dict) else {} for key in ("alphas", "by_site"))
+    former, by_site = (value if isinstance(value := config.get(key), dict) else {} for key in ("alphas", "by_site"))
     return {**former, **{k: own["alpha"] for k, own in by_site.items() if isinstance(own, dict) and "alpha" in own}}
 
 

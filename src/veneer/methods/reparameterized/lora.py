@@ -100,8 +100,9 @@ class LoRA(Method):
             key = pattern if same_order or pattern.startswith("name:") or pattern not in ranks else f"{{{pattern}}}"
             by_site[key] = {**by_site.get(key, {}), "alpha": alpha}
         for pattern, own in _by_site(config, "by_site").items():
-            overrides = {k: v or None if k == "alpha" else v for k, v in own.items()} if isinstance(own, Mapping) else own
-            by_site[pattern] = {**by_site.get(pattern, {}), **overrides} if isinstance(own, Mapping) else own
+            if isinstance(own, Mapping):
+                own = {**by_site.get(pattern, {}), **{k: v or None if k == "alpha" else v for k, v in own.items()}}
+            by_site[pattern] = own
         options = {key: value for key, value in config.items() if key not in ("ranks", "alphas")}
         return {**options, "alpha": config.get("alpha") or None, "by_site": by_site}
 
