@@ -214,7 +214,7 @@ def findings(page: Any) -> list[str]:
 
 def circle(page: Any, where: str) -> None:
     """Draws a circle of half the canvas height in its center, with the mouse."""
-    box = page.locator(where).first.bounding_box()
+    box = box_at_rest(page, where)
     x, y, radius = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, min(box["width"], box["height"]) / 4
     page.mouse.move(x + radius, y)
     page.mouse.down()
@@ -222,6 +222,20 @@ def circle(page: Any, where: str) -> None:
         angle = turn * math.tau / 40
         page.mouse.move(x + radius * math.cos(angle), y + radius * math.sin(angle))
     page.mouse.up()
+
+
+def box_at_rest(page: Any, where: str) -> dict[str, float]:
+    """The bounding box of an element once it has not moved for half a second: answers of the server may shift the layout."""
+    canvas = page.locator(where).first
+    canvas.scroll_into_view_if_needed()
+    box, since = canvas.bounding_box(), time.monotonic()
+    deadline = since + PATIENCE
+    while time.monotonic() - since < 0.5:
+        page.wait_for_timeout(50)
+        if (now := canvas.bounding_box()) != box:
+            box, since = now, time.monotonic()
+        assert time.monotonic() < deadline, f"{where} does not come to rest"
+    return box
 
 
 def bring(page: Any, file: Path) -> None:
