@@ -90,6 +90,8 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         LossOptions(kind=config.loss, prior_weight=config.prior_loss_weight),
         Cache(config.cache_folder) if config.cache else None,
     )
+    if config.offload_encoders and accelerator.device.type != "cpu" and loss.caches_all:
+        _offload_encoders(config, kind, loss, loop.steps, report)
     groups = param_groups.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
     run = PersonalizationRun(config, pipe, attached, photos, out, report)
     texts = [template.replace("{concept}", config.concept) for template in captions.templates]
@@ -177,6 +179,15 @@ def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Acce
 
     paths = on_main(accelerator, make)
     return [find_photos(path, is_prior=True)[0] for path in paths]
+
+
+def _offload_encoders(config: PersonalizeConfig, kind: Family, loss: DenoisingLoss, steps: int, report: PhaseReport) -> None:
+    """Caches latents and text embeddings, and moves the encoders to the CPU."""
+    if not config.dry_run:
+        report("caching")
+        loss.fill_cache(steps)
+        report.close()
+    kind.offload_encoders()
 
 
 def _attach(config: PersonalizeConfig, pipe: Any) -> list[Attachment]:

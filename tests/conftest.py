@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from veneer.testing.records import Skip
+from veneer.testing.simulated_accelerator import register
+
+with contextlib.suppress(Skip):  # torch asks for devices in the first backward pass
+    register()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -17,8 +17,8 @@ POINTS = 300
 """Maximum points of a loss curve."""
 PHASES = {
     "loading": "loads the base model", "class_images": "generates class images with the base model",
-    "previews": "generates previews", "evaluating": "evaluates generated images",
-    "saving": "saves its files",
+    "caching": "encodes photos and captions", "previews": "generates previews",
+    "evaluating": "evaluates generated images", "saving": "saves its files",
 }  # fmt: skip
 """Phases of a run other than training steps, in words."""
 STATES = {"waiting": "waits", "running": "runs", "stopped": "stopped", "done": "done", "failed": "failed"}

@@ -176,7 +176,7 @@ def loss(model: Any, inputs: dict[str, Any]) -> Tensor:
     """A scalar that depends on every output element, with different weights."""
     outputs = [t.float() for t in tensors(model(**inputs))]
     generator = torch.Generator().manual_seed(2)
-    return torch.stack([(t * torch.randn(t.shape, generator=generator)).mean() for t in outputs]).sum()
+    return torch.stack([(t * torch.randn(t.shape, generator=generator).to(t.device)).mean() for t in outputs]).sum()
 
 
 def same(got: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:

@@ -76,7 +76,7 @@ def checkpointing_gives_the_same_gradients(case: Case) -> None:
 
 def compiles_to_one_graph(case: Case) -> None:
     """Adapted at one site of each kind, the model compiles to one graph, same outputs; scale and switch do not recompile."""
-    one_graph(_one_of_each(case))
+    one_graph(one_of_each(case))
 
 
 def one_graph(case: Case) -> None:
@@ -101,7 +101,7 @@ def one_graph(case: Case) -> None:
                 close(run(compiled, inputs), run(model, inputs), 1e-5, f"{case.method.name}: compiled, disabled")
 
 
-def _one_of_each(case: Case) -> Case:
+def one_of_each(case: Case) -> Case:
     """The case at one site of each kind that seams or adapters may treat differently."""
     kinds: dict[tuple[Any, ...], Site] = {}
     for site in case.sites:

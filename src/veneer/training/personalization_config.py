@@ -31,7 +31,7 @@ LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 
 WITHOUT_EFFECT = (
     "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts", "eval_seeds",
-    "features", "dry_run", "out", "truncate", "dtype",
+    "features", "dry_run", "out", "truncate", "dtype", "offload_encoders",
 )  # fmt: skip
 """Options that may change when a run is resumed, or that are compared by content."""
 DIFFUSION = ("diffusers_dit", "diffusers_unet")
@@ -91,6 +91,8 @@ class PersonalizeConfig:
         input_perturbation: gamma of input perturbation, typically 0.1; 0 disables it.
         cache: cache latents and text embeddings instead of computing them in each step.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
+        offload_encoders: move the VAE and the text encoders to the CPU once everything is cached, and back for images; on a
+            GPU only.
         dtype: of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU). float16 needs `mixed_precision=fp16`.
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
@@ -150,6 +152,7 @@ class PersonalizeConfig:
     input_perturbation: float = 0.0
     cache: bool = True
     cache_folder: Path | None = None
+    offload_encoders: bool = True
     dtype: Dtype | None = None
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -19,8 +20,9 @@ from .seam import Seam
 
 
 def is_parametrizable(tensor: Tensor) -> bool:
-    """True for a floating-point tensor that is not quantized."""
-    return tensor.is_floating_point() and type(tensor.data) in (Tensor, nn.Parameter)
+    """True for a floating-point tensor that is not quantized: of no other class, but for devices that are written in Python."""
+    plain = type(tensor.data) in (Tensor, nn.Parameter) or tensor.device.type == torch._C._get_privateuse1_backend_name()
+    return tensor.is_floating_point() and plain
 
 
 class WeightSeam(Seam):

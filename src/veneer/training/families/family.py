@@ -122,6 +122,17 @@ class Family(ABC):
         weight = next(p for p in self.tower.parameters() if p.is_floating_point())
         return tensor.to(weight.device, weight.dtype)
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the denoiser."""
+        return next(self.tower.parameters()).device
+
+    def offload_encoders(self) -> None:
+        """Moves the VAE and the text encoders to the CPU, where they encode what is not cached; images need all components on one
+        device, see `previews.on_one_device`."""
+        for module in (self.pipe.vae, *self.text_towers.values()):
+            module.to("cpu")
+
     def tokens(self, height: int, width: int) -> int:
         """Number of 2×2 latent patches of an image of that size in pixels."""
         return (height // self.vae_factor // 2) * (width // self.vae_factor // 2)

@@ -67,6 +67,20 @@ class DenoisingLoss:
         )
         self._vae_key = encoder_digest(self.family.pipe.vae) if is_cached else ""
 
+    @property
+    def caches_all(self) -> bool:
+        """True if latents and text embeddings are cached: the encoders are then needed for new photos and captions only."""
+        return self.cache is not None and self.dataset.cacheable and not self.text_trains
+
+    def fill_cache(self, steps: int) -> None:
+        """Encodes the photos and captions of the first `steps` steps, at most of two epochs; later ones are encoded when needed."""
+        epoch = -(-len(self.dataset) // self.samples)
+        for step in range(min(steps, 2 * epoch)):
+            examples = self.dataset.examples(step, self.samples)
+            for example in examples:
+                self._latents(step, example)
+            self._text([example.caption for example in examples])
+
     def __call__(self, step: int, rows: Sequence[int]) -> Tensor:
         """The loss over the photos `rows` of the step and their class images."""
         examples = self.dataset.examples(step, self.samples, rows)
@@ -114,7 +128,7 @@ class DenoisingLoss:
             posterior = encode()
         else:
             posterior = self.cache.get(cache_key("latents", example.key, self._vae_key, "float32"), encode)
-        device = self.family.pipe.vae.device
+        device = self.family.device
         return self.family.latents(
             posterior["mean"].to(device), posterior["std"].to(device), self._random(step, example, "latents")
         )
@@ -124,7 +138,7 @@ class DenoisingLoss:
             return self.family.encode_text(captions)
         if self._text_key is None or self.cache is None:
             return self._encode(captions)
-        key, device = self._text_key, self.family.text_device
+        key, device = self._text_key, self.family.device
         keys = [cache_key("text", self.family.text_identity(caption), key) for caption in captions]
         rows = [self.cache.get(k, partial(self._encode, [c])) for k, c in zip(keys, captions, strict=True)]
         return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}

@@ -27,7 +27,7 @@ class Estimate:
     """Estimated cost of a run, per process.
 
     Args:
-        base: bytes of the pipeline's weights, including adapters.
+        base: bytes of the weights on the device, including adapters.
         training: bytes of gradients, optimizer state, EMA weights and the copy of the last good weights.
         activations: peak bytes of the forward and backward pass of a micro-batch.
         checkpoint: bytes of one checkpoint.
@@ -118,7 +118,7 @@ def estimate(
     passes = 0 if sampling is None else sampling.steps * (2 if sampling.guidance > 1 else 1)
     parts = [part for part in family.pipe.components.values() if isinstance(part, nn.Module)]
     return Estimate(
-        base=nbytes(t for part in parts for t in (*part.parameters(), *part.buffers())),
+        base=nbytes(t for part in parts for t in (*part.parameters(), *part.buffers()) if t.device == device),
         training=round(values * (4 + state + copies + (4 if config.ema else 0))),
         activations=cost.activations,
         checkpoint=checkpoint_bytes(values, config),
@@ -158,7 +158,7 @@ def _step(family: Family, resolution: int, rows: int, texts: Sequence[str], prec
     text_trains = any(p.requires_grad for tower in family.text_towers.values() for p in tower.parameters())
     words = [max(texts, key=len)] * rows
     latent = resolution // family.vae_factor
-    noisy = torch.zeros(rows, family.pipe.vae.config.latent_channels, latent, latent, device=family.pipe.vae.device)
+    noisy = torch.zeros(rows, family.pipe.vae.config.latent_channels, latent, latent, device=family.device)
     objective = family.objective()
     draws = [torch.Generator().manual_seed(row) for row in range(rows)]
     times = objective.model_input(objective.sample_timesteps(draws, family.tokens(resolution, resolution)).to(noisy.device))
@@ -169,7 +169,7 @@ def _step(family: Family, resolution: int, rows: int, texts: Sequence[str], prec
             return family.encode_text(words)
 
     with torch.no_grad():
-        kept = encode()
+        kept = {name: each.to(noisy.device) for name, each in encode().items()}
 
     def step() -> Tensor:
         with torch.autocast(noisy.device.type, dtype, enabled=dtype is not None):

@@ -20,6 +20,7 @@ from .progress import clock
 PHASES: Mapping[str, str] = {
     "loading": "loading the model",
     "class_images": "generating with the base model",
+    "caching": "encoding photos and captions",
     "training": "training",
     "previews": "generating previews",
     "evaluating": "evaluating",

@@ -1,0 +1,297 @@
+"""A simulated accelerator: tensors that report the device `simulated:0`, with their values computed by the CPU.
+
+Placement errors of a GPU become errors here, without a GPU: an operator whose inputs are on two devices, a CPU generator for
+random numbers on the device, a conversion to numpy. Unlike with fake tensors the values are real, so outputs and gradients can
+be compared with those of the CPU, bitwise, and whole training runs work. Besides, host synchronizations and the bytes on the
+device are counted.
+
+    with simulated_accelerator() as accelerator:
+        model.to(DEVICE)
+        model(x.to(DEVICE)).sum().backward()
+    accelerator.synchronizations, accelerator.peak_bytes
+
+Not simulated: autocast, which changes nothing here; kernels that exist for one device only; other numerics; streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .records import Skip
+
+NAME = "simulated"
+DEVICE = "simulated:0"
+TAKES_CPU_INDICES = frozenset({"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"})
+"""Operators of a GPU that accept index tensors on the CPU."""
+SYNCHRONIZES = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"})
+"""Operators whose result the host waits for; so do copies to the CPU."""
+
+
+class DeviceMismatch(RuntimeError):
+    """An operator that fails on a GPU: its inputs are on two devices, or its generator is on another device."""
+
+
+class _Allocation:
+    """Lives as long as a tensor on the device; `torch.utils.swap_tensors` permits no weak references to the tensor itself."""
+
+
+@dataclass
+class SimulatedAccelerator:
+    """What happened on the device.
+
+    Attributes:
+        synchronizations: number of times that the host waited for the device, by operator.
+        bytes, peak_bytes: of the tensors on the device, now and at most.
+    """
+
+    synchronizations: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
+    peak_bytes: int = 0
+    _tensors: Counter[int] = field(default_factory=Counter, repr=False)
+
+    def add(self, values: Tensor) -> _Allocation:
+        """Counts a new tensor, until the result is deleted; views of one storage count once."""
+        storage, allocation = values.untyped_storage(), _Allocation()
+        self._tensors[storage._cdata] += 1
+        if self._tensors[storage._cdata] == 1:
+            self.bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
+        weakref.finalize(allocation, self._remove, storage._cdata, storage.nbytes()).atexit = False
+        return allocation
+
+    def _remove(self, storage: int, size: int) -> None:
+        self._tensors[storage] -= 1
+        if not self._tensors[storage]:
+            del self._tensors[storage]
+            self.bytes -= size
+
+    def reset_peak(self) -> None:
+        """Forgets earlier peaks."""
+        self.peak_bytes = self.bytes
+
+
+_active: list[SimulatedAccelerator] = []
+_library: list[torch.library.Library] = []
+
+
+class SimulatedTensor(Tensor):
+    """A tensor on the simulated device; `values` is the CPU tensor that it computes with."""
+
+    values: Tensor
+    allocations: list[_Allocation]
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> SimulatedTensor:
+        made: SimulatedTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype,
+            layout=values.layout, device=torch.device(DEVICE),
+        )  # fmt: skip
+        made.values = values
+        made.allocations = [accelerator.add(values) for accelerator in _active]
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"SimulatedTensor({self.values!r})"
+
+    def data_ptr(self) -> int:
+        """Address of the values."""
+        return self.values.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Storage of the values."""
+        return self.values.untyped_storage()
+
+    def tolist(self) -> Any:
+        """The values as Python numbers, for which the host waits."""
+        return self.cpu().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """An error, as on a GPU, unless `force`."""
+        if not force:
+            raise TypeError(f"can't convert a tensor on {DEVICE} to numpy; use Tensor.cpu() first")
+        return self.detach().cpu().numpy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            copied: Tensor = SimulatedTensor(self.values.clone())
+            if isinstance(self, torch.nn.Parameter):
+                copied = torch.nn.Parameter(copied, self.requires_grad)
+            memo[id(self)] = copied.requires_grad_(self.requires_grad)
+        return memo[id(self)]
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["values"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: None, size: Any, stride: Any) -> SimulatedTensor:
+        return SimulatedTensor(inner["values"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors can be no views of others
+            return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Runs an operator on the CPU values, after the checks of a device; results are on the device of the inputs or of `device=`."""
+    name = func._schema.name
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, (Tensor, torch.Generator))]
+    inputs = [leaf for leaf in leaves if isinstance(leaf, SimulatedTensor)]
+    _check(name, inputs, leaves)
+    devices = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)]
+    onto = devices[0].type == NAME if devices else bool(inputs)
+    _count(name, args, onto)
+    args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
+    if onto:
+        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+    plain_args, plain_kwargs = tree_map_only(SimulatedTensor, lambda t: t.values, (args, kwargs))
+    out = func(*plain_args, **plain_kwargs)
+    if name == "aten::copy_":
+        return args[0]
+    known = {id(t.values): t for t in inputs} if func._schema.is_mutable else {}
+    return tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else SimulatedTensor(t) if onto else t, out)
+
+
+def _check(name: str, inputs: list[SimulatedTensor], leaves: list[Any]) -> None:
+    """Raises if the operator would fail on a GPU; tensors without dimensions may be on the CPU."""
+    elsewhere = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, SimulatedTensor) and x.dim()]
+    if elsewhere and inputs and name != "aten::copy_" and name not in TAKES_CPU_INDICES:
+        shapes = ", ".join(str(tuple(x.shape)) for x in elsewhere)
+        raise DeviceMismatch(f"{name}: expected all inputs on {DEVICE}, got some on the CPU, of shape {shapes}.")
+    if inputs and any(isinstance(x, torch.Generator) for x in leaves):
+        raise DeviceMismatch(f"{name}: expected a generator on {DEVICE}, got one on the CPU.")
+
+
+def _count(name: str, args: Any, onto: bool) -> None:
+    to_host = (name in ("aten::_to_copy", "aten::to") and not onto) or (
+        name == "aten::copy_" and isinstance(args[1], SimulatedTensor) and not isinstance(args[0], SimulatedTensor)
+    )
+    masked = name in TAKES_CPU_INDICES and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
+    if to_host or masked or name in SYNCHRONIZES:
+        for accelerator in _active:
+            accelerator.synchronizations[name] += 1
+
+
+class _Module:
+    """`torch.simulated`."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return bool(_active)
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device: Any) -> None: ...
+
+    def device_count(self) -> int:
+        return int(bool(_active))
+
+    def manual_seed_all(self, seed: int) -> None: ...
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def synchronize(self, device: Any = None) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+
+def register() -> None:
+    """Registers the device with torch, once in a process and before its first backward pass, which fixes the known devices.
+
+    Raises:
+        Skip: this version of torch has no devices written in Python, or another one is registered.
+    """
+    if _library:
+        return
+    from torch.utils import backend_registration
+
+    setup: Any = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+    if setup is None or torch._C._get_privateuse1_backend_name() != "privateuseone":
+        raise Skip("torch cannot register a simulated accelerator: it is older than 2.10, or has another custom device")
+
+    class Hooks(torch._C._acc.PrivateUse1Hooks):
+        def is_available(self) -> bool:
+            return bool(_active)
+
+        def has_primary_context(self, device_index: int) -> bool:
+            return True
+
+        def is_built(self) -> bool:
+            return bool(_active)
+
+    setup(NAME, backend_module=_Module(), hook=Hooks())
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
+    for name in ("tril_indices", "triu_indices"):
+        library.impl(name, functools.partial(_create, getattr(torch.ops.aten, name)), "PrivateUse1")
+    _library.append(library)
+
+
+def _empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
+    return SimulatedTensor(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+
+
+def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Tensor:
+    return SimulatedTensor(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    plain = [t.values if isinstance(t, SimulatedTensor) else t for t in (target, source)]
+    plain[0].copy_(plain[1])
+    return target
+
+
+@functools.cache
+def _has_autograd() -> bool:
+    x = SimulatedTensor(torch.zeros(1)).requires_grad_()
+    try:
+        x.sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _create(func: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return SimulatedTensor(func(*args, **{**kwargs, "device": torch.device("cpu")}))
+
+
+def on_device(tree: Any) -> Any:
+    """A tree of containers with its tensors moved to the device."""
+    return tree_map_only(Tensor, lambda t: t.to(DEVICE), tree)
+
+
+@contextlib.contextmanager
+def simulated_accelerator() -> Iterator[SimulatedAccelerator]:
+    """Makes the device available, and counts what happens on it.
+
+    Raises:
+        Skip: torch cannot register it, or the process had a backward pass before.
+    """
+    register()
+    if not _has_autograd():
+        raise Skip("call veneer.testing.simulated_accelerator.register() before the first backward pass of the process")
+    accelerator = SimulatedAccelerator()
+    _active.append(accelerator)
+    try:
+        yield accelerator
+    finally:
+        _active.remove(accelerator)
