@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
+EXAMPLES := src/veneer/base_models/examples
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread per process: more slow down test workers and small models.
@@ -12,7 +13,7 @@ test test-fast: export OMP_NUM_THREADS := 1
 
 help:
 	@echo "make app     a page in the browser: train, generate, control, classify"
-	@echo "make demo    fine-tune the bundled base model on the example photos (about two minutes on two cores)"
+	@echo "make demo    fine-tune the bundled base model on an octopus and a sneaker (about three minutes on two cores)"
 	@echo "make test    the test suite; WORKERS=$(WORKERS) processes, ARGS='-k lora' for pytest"
 	@echo "make test-fast  the quick tests, in about a minute and a half"
 	@echo "make lint    ruff and mypy"
@@ -25,6 +26,9 @@ app: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/veneer personalize $(ARGS)
+	$(BIN)/veneer personalize $(EXAMPLES)/sneaker --concept '<sneaker>' --class-word shoe --method pivotal --prompts \
+	  'a photo of a {concept}' 'a {concept}, center, pink background, photo style' \
+	  'a {concept}, street background, photo style' 'a small {concept}, top right, green background, photo style' $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)

@@ -27,8 +27,8 @@ class ExamplesConfig:
 
 
 def examples(config: ExamplesConfig) -> list[str]:
-    """Writes `octopus/`, five images of one subject with captions; `digits/CLASS/`, 40 images of each of ten classes; and `new/`,
-    six more digits, without labels.
+    """Writes `octopus/`, five images of one subject with captions; `sneaker/`, six photos of another; `digits/CLASS/`, 40 images
+    of each of ten classes; and `new/`, six more digits, without labels.
 
     Returns:
         One line per folder.
@@ -39,11 +39,11 @@ def examples(config: ExamplesConfig) -> list[str]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         message = f"{folder}: exists and is not an empty folder; expected a new or empty folder. Nothing was written."
         raise SaveError(message, file=folder, given="exists")
-    octopus = folder / "octopus"
-    shutil.copytree(base_models.examples(), octopus, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    octopus, sneaker = (shutil.copytree(base_models.examples(name), folder / name) for name in base_models.EXAMPLES)
     labeled, new = _write_digits(folder / "digits", folder / "new")
     return [
         f"{octopus}: {len(list(octopus.glob('*.png')))} images of one subject, with captions",
+        f"{sneaker}: {len(list(sneaker.glob('*.jpg')))} photos of another subject (CC BY 4.0, see LICENSE.md there)",
         f"{folder / 'digits'}: {labeled} handwritten digits in ten classes",
         f"{folder / 'new'}: {new} digits without labels",
     ]

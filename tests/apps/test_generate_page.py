@@ -286,7 +286,7 @@ def test_fields_follow_the_base_model_and_old_images_are_deleted(
     base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert base_defaults(base) == [2, 4.0, "blur", 0, 0]
-    assert base_defaults("bundled") == [20, 3.0, "", 64, 64]
+    assert base_defaults("bundled") == [20, 3.0, "", 128, 128]
     with pytest.raises(VeneerError):
         base_defaults("../../etc/passwd")
     monkeypatch.setattr(pictures.tempfile, "gettempdir", lambda: str(tmp_path))

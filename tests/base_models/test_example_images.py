@@ -1,15 +1,17 @@
-"""The example images match their captions."""
+"""The example images match their captions, and photos have their license."""
 
 import json
 
 import numpy as np
 from PIL import Image
 
+from tests.raising import raises
 from veneer import base_models
 from veneer.base_models.pretraining import scene_judge
-from veneer.base_models.pretraining.data import example_images
+from veneer.base_models.pretraining.data import example_images, photo_dataset
 from veneer.base_models.pretraining.data.icon_sets import Icons
 from veneer.base_models.pretraining.data.scenes import Compositor
+from veneer.training.data.photo_folder import find_photos
 
 
 def pixels(file):
@@ -39,3 +41,19 @@ def test_examples_are_composed_scenes(tmp_path) -> None:
         (plain,) = Compositor(rgba)([scene])
         difference = np.abs(pixels(tmp_path / f"{number:02}.png").astype(int) - plain)
         assert difference.max() <= 2
+
+
+def test_sneaker_photos_have_their_license() -> None:
+    folder = base_models.examples("sneaker")
+    photos = find_photos(folder, resolution=base_models.preset("bundled").resolution)
+    assert len(photos) == 6
+    assert {photo.size for photo in photos} == {(192, 192)}
+    license = (folder / "LICENSE.md").read_text()
+    for part in ("`shiny_sneaker`", "Nataniel Ruiz", "https://creativecommons.org/licenses/by/4.0/", "resized"):
+        assert part in license
+    assert "shiny_sneaker" in photo_dataset.VALIDATION, "held out from training"
+
+
+def test_unknown_example_error() -> None:
+    with raises(base_models.BaseModelError, where="examples", given="boot", expected=base_models.EXAMPLES):
+        base_models.examples("boot")

@@ -120,7 +120,7 @@ def test_the_base_model_generates_missing_training_images(base: str, tmp_path: P
     config = ControlConfig(base=base, generated_images=6, out=tmp_path, **QUICK).with_defaults()
     kind = family(veneer.base_models.load(base))
     found = open_training_images(config, kind, tmp_path)
-    assert {p.caption for p in (*found.train, *found.held)} <= {"a photo of cat", "a photo of dog"}, "the thing and no place"
+    assert {p.caption for p in (*found.train, *found.held)} <= {"a cat", "a dog"}, "the thing and no place"
     assert len(found.held) == 2
     assert not {p.path for p in found.held} & {p.path for p in found.train}
     again = open_training_images(config, kind, tmp_path)

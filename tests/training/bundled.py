@@ -6,11 +6,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from veneer.testing.tokenizers import clip_tokenizer
 
-LENGTH, WIDTH, LATENT = 24, 128, 8
+LENGTH, WIDTH, LATENT = 24, 128, 16
 
 
 def bundled_like(seed=0):
-    """64×64 images, 8×16×16 latents, v-prediction with zero terminal SNR, pooled text in the time embedding."""
+    """128×128 images, 16×16×16 latents, v-prediction with zero terminal SNR, pooled text in the time embedding."""
     tokenizer = clip_tokenizer(LENGTH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -32,13 +32,13 @@ def bundled_like(seed=0):
 
 def _vae():
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
         layers_per_block=1,
         latent_channels=LATENT,
         norm_num_groups=1,
-        sample_size=64,
+        sample_size=128,
         scaling_factor=0.8,
         mid_block_add_attention=False,
     )

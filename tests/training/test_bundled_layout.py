@@ -42,7 +42,7 @@ def pipe(folder):
 def test_the_family_reads_its_sizes_and_objective(folder, pipe):
     check_folder(folder)
     kind = family(pipe)
-    assert (kind.resolution, kind.multiple, kind.vae_factor) == (64, 16, 4)
+    assert (kind.resolution, kind.multiple, kind.vae_factor) == (128, 32, 8)
     assert [limit for _, limit in kind.limits()] == [LENGTH]
     assert isinstance(kind.objective(), VPrediction)
 
@@ -64,7 +64,7 @@ def test_previews_start_at_the_last_step_and_have_the_bases_size(pipe):
     made = previews(pipe, ["a red duck"], QUICK)
     hook.remove()
     assert seen == [999, 666, 332]  # trailing: T − 1 downwards; `leading` would start at 666
-    assert {p.image.size for p in made} == {(64, 64)}
+    assert {p.image.size for p in made} == {(128, 128)}
     assert not np.array_equal(pixels(made[0].image), pixels(made[1].image))
 
 
@@ -83,7 +83,7 @@ def test_the_pooled_text_embedding_affects_the_image(pipe):
         for block in (*pipe.unet.down_blocks[1:], pipe.unet.mid_block, *pipe.unet.up_blocks[:2]):
             for attention in block.attentions:
                 attention.transformer_blocks[0].attn2.to_out[0].weight.zero_()
-    noise = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     kind = family(pipe)
     with torch.no_grad():
         red, blue = (kind.denoise(noise, torch.tensor([500]), kind.encode_text([w])) for w in ("a red duck", "a blue duck"))
@@ -96,7 +96,7 @@ def test_pairs_and_class_images(pipe, tmp_path):
     paths = generate_class_images(kind, tmp_path / "prior", "a duck", 2, num_inference_steps=2, guidance_scale=3.0)
     found = find_photos(tmp_path / "prior", is_prior=True)
     assert [p.path for p in found] == paths
-    assert {p.size for p in found} == {(64, 64)}
+    assert {p.size for p in found} == {(128, 128)}
     tuned = veneer.attach(pipe, "lora", where=["xattn.{q,k,v,out}", "text/attn.*"], rank=2)
     with torch.no_grad():
         for name, p in tuned.named_parameters():
@@ -113,7 +113,7 @@ def test_it_trains_unet_and_text_encoder(pipe, tmp_path):
     pipe.vae.requires_grad_(False)
     kind = family(pipe)
     tuned = veneer.attach(pipe, "lora", where=["xattn.{q,k,v,out}", "text/attn.*"], rank=2)
-    save(tmp_path / "a.png", 80, 80)
+    save(tmp_path / "a.png", 160, 160)
     data = PhotoDataset(find_photos(tmp_path), kind.resolution, kind.multiple, 0, captions=Captions("duck"))
     step = DenoisingLoss(kind, data, 0, 2, ObjectiveOptions(weighting="min_snr"))
     assert step.text_trains

@@ -9,12 +9,12 @@ from veneer.injection.errors import BaseModelError
 
 from .architectures import ARCHITECTURES, architecture
 from .clip_features import BaseClip, load_clip
-from .folders import BUNDLED, current_name, examples, path
+from .folders import BUNDLED, EXAMPLES, current_name, examples, path
 from .loading import load
 from .presets import Preset, preset
 from .quick_gelu import quick_gelu_mismatch
 
 __all__ = [
-    "ARCHITECTURES", "BUNDLED", "BaseClip", "BaseModelError", "Preset", "architecture", "current_name", "examples", "load",
-    "load_clip", "path", "preset", "quick_gelu_mismatch",
+    "ARCHITECTURES", "BUNDLED", "EXAMPLES", "BaseClip", "BaseModelError", "Preset", "architecture", "current_name", "examples",
+    "load", "load_clip", "path", "preset", "quick_gelu_mismatch",
 ]  # fmt: skip

@@ -13,6 +13,9 @@ from veneer.injection.errors import BaseModelError
 BUNDLED = ("bundled", "bundled_clip")
 """Names of the bundled base models: a Stable Diffusion pipeline, and the CLIP for its similarity metrics."""
 
+EXAMPLES = ("octopus", "sneaker")
+"""Names of the bundled example subjects."""
+
 FORMER_NAMES = {"shipped": "bundled", "shipped_clip": "bundled_clip"}
 """Earlier names of the bundled base models, which files may contain."""
 
@@ -42,9 +45,18 @@ def current_name(recorded: str) -> str:
     return FORMER_NAMES.get(recorded, recorded)
 
 
-def examples() -> Path:
-    """Folder of five example images of an octopus, with captions; the bundled base was not trained on this concept."""
-    return Path(__file__).parent / "examples"
+def examples(name: str = "octopus") -> Path:
+    """Folder of example images of a subject that the bundled base was not trained on.
+
+    Args:
+        name: `octopus`, five images with captions, or `sneaker`, six photos of a shoe without captions.
+    Raises:
+        BaseModelError: unknown name.
+    """
+    if name not in EXAMPLES:
+        message = f"examples: {name!r} is not a bundled example; expected one of {', '.join(EXAMPLES)}."
+        raise BaseModelError(message, where="examples", given=name, expected=EXAMPLES)
+    return Path(__file__).parent / "examples" / name
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Preset:
         resolution: side of the images in pixels (default: latent size times stride of the autoencoder).
         guidance_scale, steps, negative_prompt: sampling settings.
         things, scenes: objects that the base generates well, and prompts with {thing}: for generated control training images.
+        scene_caption: caption of such an image, which names the object only.
         training: defaults of training methods on this base, by method name: `options`, `where`, `learning_rate`, `steps`,
             `batch`, `schedule`, `caption_dropout`.
     """
@@ -41,6 +42,7 @@ class Preset:
     negative_prompt: str = ""
     things: tuple[str, ...] = ()
     scenes: tuple[str, ...] = ()
+    scene_caption: str = "a {thing}"
     training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

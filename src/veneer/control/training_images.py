@@ -93,7 +93,7 @@ def generate_training_images(
     paths = generate_class_images(
         kind, folder, prompts, config.generated_images, config.seed, batch=16, progress=progress, **settings
     )
-    captions = [preset.templates[0].replace("{concept}", thing) for thing in things]
+    captions = [preset.scene_caption.replace("{thing}", thing) for thing in things]
     return [replace(find_photos(path)[0], caption=caption) for path, caption in zip(paths, captions, strict=True)]
 
 

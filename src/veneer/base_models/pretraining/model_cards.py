@@ -218,7 +218,9 @@ things above, and on all sets for instances in changed colors; the autoencoder w
 `pipelines/pretrain_base.py`, seeded and resumable, on two CPU cores. The encoder is a linear code of 8×8 patches, which needs no training; the decoder was trained for
 {steps(trained, "decoder")} steps at fixed latents; the UNet with its text encoder {steps(trained, "unet")} steps of 64 (Muon and AdamW, EMA). In a fraction of the
 samples a separate token stands for one instance in several views; these tokens are not packaged. v-errors {v_errors(trained["unet"])}.
-The learning rates changed during training; the schedule is in `docs/results/base` of veneer's repository.
+The first two runs of the UNet were at 64 pixels, without photos of objects. The third continued at 128 pixels from their weights, whose latents are close to the first channels of the new
+ones, and added photos, cut-outs and, from step 2,800 on, rendered furniture and photos of packages. At its step 2,500 six dead residual blocks were reinitialized, and since
+then the time projections train at 1 % of the learning rate. `docs/results/base` of veneer's repository has the data and findings of all runs.
 
 ## Metrics
 {reconstruction(db)}

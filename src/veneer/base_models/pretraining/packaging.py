@@ -118,7 +118,7 @@ def write(world: World, bases: Path) -> None:
     write_pipeline(world, bases / "bundled")
     write_clip(world, bases / "bundled_clip")
     (bases / TRAINING).write_text(json.dumps(training(world), indent=2) + "\n")
-    example_images.write(world.icons, bases / "examples")
+    example_images.write(world.icons, bases / "examples" / "octopus")
     for file in bases.rglob("*.safetensors"):
         file.chmod(0o644)  # transformers and safetensors write files that only the owner can read
     size = weight(bases / "bundled", bases / "bundled_clip")

@@ -49,7 +49,7 @@ FOLLOWED = 1 / 2
 MOVED = 1 / 2
 """Fraction of the distance between the base model's images of two unrelated prompts."""
 REAL_BASE = (
-    "the bundled base model generates 64-pixel images and is better at icons than photos; for photos use a larger one, such as "
+    "the bundled base model generates 128-pixel images and is better at icons than photos; for photos use a larger one, such as "
     "--base stable-diffusion-v1-5/stable-diffusion-v1-5"
 )
 MORE_IMAGES = "evaluate more images: --eval-seeds 3"
