@@ -333,3 +333,15 @@ class CompilesScale(Dense):
     @property
     def factor(self) -> float:
         return 1.0 if torch.compiler.is_compiling() else float(self.strength)
+
+
+@bad("it makes a tensor on the CPU", "runs_on_an_accelerator")
+class OnTheCPU(Dense):
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().output(x, y) + torch.zeros(y.shape[-1])
+
+
+@bad("it reads a value in its forward pass", "adapters_cause_no_synchronization")
+class ReadsAValue(Dense):
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + F.linear(x, self.delta) if self.delta.abs().max().item() < 1e6 else y

@@ -13,7 +13,7 @@ from veneer.injection.host import Host
 from veneer.injection.method import Method
 from veneer.injection.registry import hosts, methods
 
-from . import checks_attach, checks_host, checks_run, checks_state, checks_strength_merge
+from . import checks_attach, checks_device, checks_host, checks_run, checks_state, checks_strength_merge
 from .case import Case, fresh_model, usable_sites
 from .records import Check, Records, Skip
 from .trace import trace
@@ -23,10 +23,11 @@ METHOD_CHECKS: tuple[Callable[[Case], None], ...] = (
     *checks_strength_merge.CHECKS,
     *checks_state.CHECKS,
     *checks_run.CHECKS,
+    *checks_device.CHECKS,
 )
 HOST_CHECKS = checks_host.CHECKS
-METHOD_AXIS = frozenset(body.__name__ for body in checks_state.METHOD_AXIS)
-"""Names of checks whose outcome depends on the method alone: they run on the first small model that fits, not on every one."""
+METHOD_AXIS = frozenset(body.__name__ for body in (*checks_state.METHOD_AXIS, *checks_device.CHECKS))
+"""Names of checks that run on the first small model that fits, not on every one: of the method alone, or too slow for all."""
 
 MethodLike = str | type[Method] | Method
 HostLike = str | type[Host] | Host
