@@ -28,6 +28,7 @@ from torch import Tensor
 
 import veneer
 from tests.training.images import save
+from veneer.base_models import quantize_model
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.data.captions import Captions
 from veneer.training.data.dataset import PhotoDataset
@@ -48,11 +49,11 @@ def warm_up() -> None:
 
 
 def pipeline_trainer(
-    folder: Path | None, config: TrainConfig, dropout: float, watch: Callable[[], None] = lambda: None
+    folder: Path | None, config: TrainConfig, dropout: float, watch: Callable[[], None] = lambda: None, pipe: Any = None
 ) -> Trainer:
     """LoRA with dropout on the tiny pipeline, on three images with random crops, flips and dropped captions."""
     photos = find_photos(_photos(Path(tempfile.gettempdir()) / "veneer-kill-points"))
-    pipe = tiny_pipeline("sd")
+    pipe = tiny_pipeline("sd") if pipe is None else pipe
     torch.manual_seed(0)
     attached = [
         veneer.attach(pipe, "lora", rank=2, dropout=dropout, where=where, name=name)
@@ -75,6 +76,16 @@ def pipeline_trainer(
         {"params": list(a.parameters()), "name": a.name, "lr_scale": scale} for a, scale in zip(attached, (1, 0.5), strict=True)
     ]
     return Trainer(config, groups, loss_step, named, folder)
+
+
+def quantized_trainer(
+    folder: Path | None, config: TrainConfig, dropout: float, watch: Callable[[], None] = lambda: None
+) -> Trainer:
+    """The same on a pipeline whose UNet and text encoder are quantized, each by its own kind."""
+    pipe = tiny_pipeline("sd", block_out_channels=(64, 64))
+    for name, kind in (("unet", "nf4-dq"), ("text_encoder", "int8")):
+        quantize_model(pipe.components[name], kind)
+    return pipeline_trainer(folder, config, dropout, watch, pipe)
 
 
 def _photos(folder: Path) -> Path:

@@ -92,11 +92,11 @@ def resolve_components(parsed: Mapping[str, Kind | Path], components: Sequence[s
         OptionError: the pipeline has no such component, or it is quantized twice.
     """
     denoiser = next((name for name in DENOISERS if name in components), None)
+    known = tuple(c for c in components if c in DENOISERS or c.startswith("text_encoder"))
     resolved: dict[str, Kind | Path] = {}
     for name, value in parsed.items():
-        component = name or denoiser
-        if component is None or component not in components or component == "vae" or component in resolved:
-            known = tuple(c for c in components if c in DENOISERS or c.startswith("text_encoder"))
+        component = name or denoiser or ""
+        if component not in known or component in resolved:
             message = f"quantize: component {name!r} cannot be quantized; expected one of {', '.join(known)}, each once."
             raise OptionError(message, option="quantize", where=name, given=name, expected=known)
         resolved[component] = value

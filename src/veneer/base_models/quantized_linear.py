@@ -103,29 +103,25 @@ def _is_no_cast(record: logging.LogRecord) -> bool:
 
 
 def torchao_layer(linear: nn.Linear, dtype: torch.dtype, kind: str) -> nn.Linear:
-    """torchao's weight-only quantization: `int8` and `float8` with a scale per row, `int4` per group of 32 inputs."""
+    """torchao's weight-only quantization, `int8` or `float8` with a scale per row."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the import, about optional extensions
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    configs: dict[str, Callable[[], Any]] = {
-        "int8": Int8WeightOnlyConfig,
-        "float8": Float8WeightOnlyConfig,
-        "int4": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),  # type: ignore[attr-defined]
-    }
+    configs = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}
     made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
     made.weight, made.bias = nn.Parameter(linear.weight.detach(), requires_grad=False), linear.bias
     quantize_(made, configs[kind]())
     return made
 
 
-def quanto_layer(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    """optimum-quanto's layer with rows of 8-bit integers."""
+def quanto_layer(linear: nn.Linear, dtype: torch.dtype, kind: str) -> nn.Linear:
+    """optimum-quanto's layer: `qint8` with a scale per row, `qint4` with a scale and a shift per group of at most 128 weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from optimum.quanto import QLinear, qint8
+        from optimum.quanto import QLinear, qint4, qint8
 
-    made: Any = QLinear.from_module(linear, weights=qint8)
+    made: Any = QLinear.from_module(linear, weights={"qint4": qint4, "qint8": qint8}[kind])
     made.freeze()
     return made
 
@@ -148,8 +144,8 @@ KINDS: dict[str, Kind] = {
         Kind("int8", "bitsandbytes", 1, 8, eight_bits, {"threshold": 6.0}),
         Kind("int8-torchao", "torchao", 1, 8, functools.partial(torchao_layer, kind="int8")),
         Kind("fp8", "torchao", 1, 8, functools.partial(torchao_layer, kind="float8")),
-        Kind("int4", "torchao", 32, 4, functools.partial(torchao_layer, kind="int4"), {"block": 32}),
-        Kind("int8-quanto", "optimum", 1, 8, quanto_layer),
+        Kind("int4", "optimum", 1, 4, functools.partial(quanto_layer, kind="qint4"), {"block": 128}),
+        Kind("int8-quanto", "optimum", 1, 8, functools.partial(quanto_layer, kind="qint8")),
     )
 }
 """Name to quantization, as in `--quantize`."""

@@ -112,10 +112,11 @@ def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         start = f"{path}." if path else ""
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None:
-                yield from _parts(owner, f"{start}{name}", tensor)
+                yield from stored_parts(owner, f"{start}{name}", tensor)
 
 
-def _parts(module: Any, name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+def stored_parts(module: Any, name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names and plain tensors of a module's tensor: itself, or the values and scales of a quantized one."""
     kind = type(tensor).__name__
     if kind == "Params4bit":
         yield name, tensor.data
@@ -128,10 +129,23 @@ def _parts(module: Any, name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
     elif kind == "GGUFParameter":
         yield name, tensor.as_tensor()
     elif is_quantized(tensor):
-        for key in tensor.__tensor_flatten__()[0]:
-            yield from _parts(module, f"{name}.{key}", getattr(tensor, key))
+        yield from ((f"{name}.{number}", part) for number, part in enumerate(inner_tensors(tensor)))
     else:
         yield name, tensor
+
+
+def stored_state(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """The part of the state dict that a quantized layer writes, with its scales."""
+    state: dict[str, Tensor] = {}
+    module._save_to_state_dict(state, prefix, False)
+    return state
+
+
+def inner_tensors(tensor: Any) -> list[Tensor]:
+    """The plain tensors in a tensor subclass of torchao or optimum-quanto; the tensor itself, if it is another one."""
+    if not (is_quantized(tensor) and hasattr(tensor, "__tensor_flatten__")):
+        return [tensor]
+    return [part for key in tensor.__tensor_flatten__()[0] for part in inner_tensors(getattr(tensor, key))]
 
 
 def quantization_of(tower: nn.Module) -> dict[str, Any] | None:

@@ -52,7 +52,9 @@ def fingerprint(tower: nn.Module, without: Collection[str] = ()) -> str | None:
     skipped = {*without, *(name for name, _ in statistics(tower.named_modules()))}
     before = _before_training(tower)
     records = _records(tower)
-    found = [(n, before.get(n, t)) for n, t in host_tensors(tower) if n not in skipped and not _is_scale(n, records)]
+    found = [
+        (n, before.get(n, t)) for n, t in host_tensors(tower, scales=False) if n not in skipped and not _is_scale(n, records)
+    ]
     parameters = {name for name, _ in tower.named_parameters()}
     if any(t.is_meta or (n in parameters and n not in records and not _is_float(t)) for n, t in found):
         return None
@@ -83,7 +85,7 @@ def _records(tower: nn.Module) -> dict[str, QuantizationRecord]:
 def _is_scale(name: str, records: Collection[str]) -> bool:
     """True for a buffer beside a quantized weight, which the float layer does not have."""
     owner, _, param = name.rpartition(".")
-    return param not in ("weight", "bias") and f"{owner}.weight" in records
+    return param not in ("weight", "bias") and (f"{owner}.weight" if owner else "weight") in records
 
 
 def sign_bits(tensor: Tensor) -> Tensor:

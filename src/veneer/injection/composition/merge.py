@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ..adapter_forms import BiasAdapter, LowRankAdapter, WeightAdapter
 from ..errors import UnsupportedSite
 from ..method import Adapter
-from ..quantized_weight import float_weight, is_quantized, release
+from ..quantized_weight import float_weight, is_quantized, release, stored_state
 from ..seams.adapter_calls import base_tensor, blend
 from ..seams.effective_weight import BiasForm, bias_site, constant_weight
 from ..seams.seam import Seam
@@ -193,13 +193,16 @@ def _merge_obstacle(module: Any, param: str, requantize: bool = False) -> tuple[
     return None
 
 
-def host_tensors(tower: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """State dict of the host without adapters, with its original keys in their order."""
-    yield from _host_tensors(tower, "")
+def host_tensors(tower: nn.Module, scales: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """State dict of the host without adapters, with its original keys in their order. `scales`: also of quantized weights."""
+    yield from _host_tensors(tower, "", scales)
 
 
-def _host_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _host_tensors(module: nn.Module, prefix: str, scales: bool) -> Iterator[tuple[str, Tensor]]:
     order = module.__dict__.get("_veneer_order") or list(module._parameters)
+    if scales and is_quantized(module._parameters.get("weight")) and "_veneer_order" not in module.__dict__:
+        yield from stored_state(module, prefix).items()
+        order = []
     for name in order:
         tensor = base_tensor(module, "", name)
         if tensor is not None:
@@ -213,7 +216,7 @@ def _host_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]
             and not isinstance(child, Seam)
             and not (name == "parametrizations" and "_veneer_order" in module.__dict__)
         ):
-            yield from _host_tensors(child, f"{prefix}{name}.")
+            yield from _host_tensors(child, f"{prefix}{name}.", scales)
 
 
 def merged_weight(weight: Tensor, group: Sequence[tuple[Any, Any]]) -> Tensor:
