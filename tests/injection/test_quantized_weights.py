@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import veneer
 from tests.base_models.quantized import dequantized, dit, kinds, layers, needs, quantized_dit
 from tests.raising import raises
-from veneer.base_models import KINDS
+from veneer.base_models import KINDS, quantize_model
 from veneer.base_models.quantized_linear import quantize_linear
 from veneer.hosts.diffusers_dit import DiffusersDiT
 from veneer.injection.attachment.fingerprint import fingerprint, identity
@@ -22,6 +22,7 @@ from veneer.injection.errors import BlockedGradient, LoadError, StateError, Unsu
 from veneer.injection.quantized_weight import RECORD, float_weight, is_quantized, keep_unpacked, stored_parts
 from veneer.injection.seams.weight_seam import WeightSeam, is_parametrizable
 from veneer.testing.case import perturb
+from veneer.testing.pipelines import tiny_pipeline
 from veneer.testing.snapshot import assert_same, snapshot
 
 WHERE = ("attn.{q,k,v,out}", "mlp.{in,out}")
@@ -121,6 +122,21 @@ def test_a_packed_weight_in_a_float_dtype_is_not_parametrized() -> None:
 def test_a_base_weight_that_trains(kind: str) -> None:
     with raises(UnsupportedSite, site="transformer_blocks.0.attn1.to_q.weight", option="train"):
         veneer.attach(quantized_dit(kind), "lora", where="mlp.in", train="name:transformer_blocks.0.attn1.to_q")
+
+
+@kinds(["int8", "fp8", "int4"])
+def test_controls_copy_dequantized_weights(kind: str) -> None:
+    unet = tiny_pipeline("sd").unet
+    quantize_model(unet, kind)
+    with torch.random.fork_rng(devices=[]):
+        control = veneer.attach(unet, "controlnet")
+        image = veneer.attach(unet, "ip_adapter")
+    (_, copied), *_ = control.parts.values()
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    expected = float_weight(unet.get_submodule(path))
+    assert torch.equal(copied.net.get_submodule(path).weight, expected)
+    layer = next(a for n, (_, a) in image.parts.items() if n.startswith("down_blocks.0") and hasattr(a, "to_k_ip"))
+    assert torch.equal(layer.to_k_ip.weight, expected)
 
 
 # merging
@@ -233,11 +249,9 @@ def test_a_file_of_a_quantized_run_loads_on_other_quantizations(tmp_path: Path) 
         assert bool(loaded.loaded.notes) == differs
     with raises(LoadError, option="base"):
         veneer.load(dit(seed=1), file)
+    changed = dit(seed=1)
+    quantize_model(changed, "nf4")
     with raises(LoadError, option="base"):
-        changed = dit(seed=1)
-        from veneer.base_models import quantize_model
-
-        quantize_model(changed, "nf4")
         veneer.load(changed, file)
 
 

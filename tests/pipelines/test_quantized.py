@@ -90,6 +90,15 @@ def test_unknown_kinds_are_rejected_before_loading(config: Any, monkeypatch: pyt
         config(quantize=("nf5",)).with_defaults()
 
 
+@needs("int4")
+@pytest.mark.parametrize("config", [PersonalizeConfig, ControlConfig])
+def test_kinds_that_do_not_work_under_autocast(config: Any) -> None:
+    with raises(OptionError, option="quantize", given="int4") as caught:
+        config(quantize=("int4",), mixed_precision="bf16").with_defaults()
+    assert "int4" not in caught.value.expected
+    assert "nf4" in caught.value.expected
+
+
 @pytest.mark.parametrize("config", [GenerateConfig, ControlGenerateConfig])
 def test_unknown_kinds_are_rejected_before_generating(config: Any) -> None:
     with raises(OptionError, option="quantize", given="nf5"):

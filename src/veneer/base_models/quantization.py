@@ -44,11 +44,14 @@ class QuantizedLayers:
     misfits: tuple[str, ...]
 
 
-def parse_quantize(quantize: Quantize | None) -> dict[str, Kind | Path]:
+def parse_quantize(quantize: Quantize | None, mixed_precision: str = "no") -> dict[str, Kind | Path]:
     """Component to kind or GGUF file; the component `""` stands for the denoiser.
 
+    Args:
+        mixed_precision: autocast dtype of the run, `no` without autocast.
     Raises:
-        OptionError: an unknown kind, a component that is listed twice, or a GGUF file that does not exist.
+        OptionError: an unknown kind or one that does not work under autocast, a component that is listed twice, or a GGUF file
+            that does not exist.
         MissingExtra: the library of a kind is not installed.
     """
     if quantize is None:
@@ -61,7 +64,11 @@ def parse_quantize(quantize: Quantize | None) -> dict[str, Kind | Path]:
         if component in parsed:
             message = f"quantize has {component or 'the denoiser'} twice; expected one kind for each component."
             raise OptionError(message, option="quantize", where=component, given=str(value))
-        parsed[component] = _kind_or_file(str(value))
+        parsed[component] = kind = _kind_or_file(str(value))
+        if mixed_precision != "no" and isinstance(kind, Kind) and not kind.autocast:
+            working = tuple(name for name, other in KINDS.items() if other.autocast)
+            message = f"quantize: {kind.name} does not work with --mixed-precision {mixed_precision}; expected one of {working}."
+            raise OptionError(message, option="quantize", where=component, given=kind.name, expected=working)
     return parsed
 
 

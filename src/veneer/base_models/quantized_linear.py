@@ -31,6 +31,7 @@ class Kind:
         block: number of weights of a row with one scale; the input width must be a multiple of it. 1 for one scale per row.
         bits: size of a weight without its scales.
         convert: quantizes a layer for a compute dtype. `options`: what else identifies the quantization, as JSON values.
+        autocast: whether layers work under autocast.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Kind:
     bits: int
     convert: Convert
     options: Mapping[str, Any] = field(default_factory=dict)
+    autocast: bool = True
 
     def recipe(self, dtype: torch.dtype) -> dict[str, Any]:
         """JSON values that identify the quantization."""
@@ -144,8 +146,8 @@ KINDS: dict[str, Kind] = {
         Kind("int8", "bitsandbytes", 1, 8, eight_bits, {"threshold": 6.0}),
         Kind("int8-torchao", "torchao", 1, 8, functools.partial(torchao_layer, kind="int8")),
         Kind("fp8", "torchao", 1, 8, functools.partial(torchao_layer, kind="float8")),
-        Kind("int4", "optimum", 1, 4, functools.partial(quanto_layer, kind="qint4"), {"block": 128}),
-        Kind("int8-quanto", "optimum", 1, 8, functools.partial(quanto_layer, kind="qint8")),
+        Kind("int4", "optimum", 1, 4, functools.partial(quanto_layer, kind="qint4"), {"block": 128}, autocast=False),
+        Kind("int8-quanto", "optimum", 1, 8, functools.partial(quanto_layer, kind="qint8"), autocast=False),
     )
 }
 """Name to quantization, as in `--quantize`."""

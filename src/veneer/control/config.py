@@ -158,7 +158,7 @@ class ControlConfig:
         """The config with all defaults resolved: the base model's preset and a new results folder."""
         check_features(self.features)
         check_dtype(self.dtype, self.mixed_precision)
-        quantized = base_models.parse_quantize(self.quantize)
+        quantized = base_models.parse_quantize(self.quantize, self.mixed_precision)
         known = base_models.preset(self.base).training.get(self.method, {})
         condition = self.condition or ("image" if self.uses_image_embeddings else "canny")
         resolved: dict[str, Any] = {

@@ -197,7 +197,7 @@ class PersonalizeConfig:
 
     def _checked(self) -> PersonalizeConfig:
         """The config, after checks of its values before a base model is loaded."""
-        self.loop(), self.objective(), self.noise(), base_models.parse_quantize(self.quantize)
+        self.loop(), self.objective(), self.noise(), base_models.parse_quantize(self.quantize, self.mixed_precision)
         check_dtype(self.dtype, self.mixed_precision)
         for name in ("eval_seeds", "class_images"):
             if (given := getattr(self, name)) < 0:
