@@ -391,3 +391,12 @@ def test_copies_are_independent(kind: str) -> None:
     expected = quantized_dit(kind)
     assert torch.equal(run(model), run(expected))
     assert not torch.equal(run(other), run(expected))
+
+
+@needs("nf4")
+def test_adapters_have_the_dtype_of_the_float_layers() -> None:
+    """VeRA's matrices are shared by quantized layers and others."""
+    model = nn.Module.to(quantized_dit("nf4"), torch.float64)
+    attached = veneer.attach(model, "vera")
+    assert {p.dtype for p in attached.parameters()} == {torch.float64}
+    assert run(model).dtype == torch.float64

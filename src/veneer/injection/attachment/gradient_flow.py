@@ -15,17 +15,18 @@ from ..seams.seam import Seam
 
 @contextlib.contextmanager
 def gradients_pass(towers: Iterable[nn.Module]) -> Iterator[None]:
-    """Watches the forward passes inside the block: each layer whose input requires gradients must return such an output.
+    """Watches the forward passes inside the block: a layer whose input requires gradients must return such an output once.
 
-    Only modules with a weight of two or more dimensions are watched, and none of the adapters'. With gradient checkpointing,
-    forward passes without autograd are skipped, because they are repeated with it.
+    Only modules with a weight of two or more dimensions are watched, and none of the adapters'. One call with gradients is
+    enough, because an adapter may run the host without them first. With gradient checkpointing, forward passes without
+    autograd are skipped, because they are repeated with it.
 
     Raises:
         BlockedGradient: at the end of the block; names the layers.
     """
-    blocked: dict[str, None] = {}
+    passes: dict[str, bool] = {}
     handles = [
-        module.register_forward_hook(_hook(path, blocked, _checkpoints(tower)), with_kwargs=True)
+        module.register_forward_hook(_hook(path, passes, _checkpoints(tower)), with_kwargs=True)
         for tower in towers
         for path, module in _host_modules(tower, "")
         if any(p is not None and p.ndim > 1 for p in module._parameters.values())
@@ -35,8 +36,9 @@ def gradients_pass(towers: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+    blocked = tuple(path for path, any_call in passes.items() if not any_call)
     if blocked:
-        raise blocked_gradient(tuple(blocked))
+        raise blocked_gradient(blocked)
 
 
 def blocked_gradient(layers: tuple[str, ...]) -> BlockedGradient:
@@ -64,14 +66,14 @@ def _checkpoints(tower: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) is True for module in tower.modules())
 
 
-def _hook(path: str, blocked: dict[str, None], checkpoints: bool) -> Any:
+def _hook(path: str, passes: dict[str, bool], checkpoints: bool) -> Any:
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if checkpoints and not torch.is_grad_enabled():
             return
         if any(_is_float(value) and value.requires_grad for value in (*args, *kwargs.values())):
             outputs = [value for value in (output if isinstance(output, tuple) else (output,)) if _is_float(value)]
-            if outputs and not any(value.requires_grad for value in outputs):
-                blocked[path] = None
+            if outputs:
+                passes[path] = passes.get(path, False) or any(value.requires_grad for value in outputs)
 
     return check
 
