@@ -32,9 +32,8 @@ class Native(Format):
 
     Several attachments: tensors under `attachment/site-name:parameter`. The header, under the metadata key `veneer`:
 
-        {"version": 1, "veneer": "0.1.0",
-         "base": {component: {"class", "config", "fingerprint", "without": [names of tensors that are in the file],
-                              "quantization": {"kind", …}, if quantized}},
+        {"version": 1, "veneer": "0.1.0", "base": {component: {"class", "config", "fingerprint", "quantization" (if quantized),
+                                                               "without": [names of tensors that are in the file]}},
          "attachments": [{"name", "method", "revision" (1 if absent), "config", "where", "train", "sites", "trained",
                           "shared": {tensor: tensor}}],
          "provenance": {…}}
