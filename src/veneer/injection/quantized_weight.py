@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import StateError
+from .errors import StateError, UnsupportedSite
 from .seams.adapter_calls import base_tensor, module_at
 
 PACKED = ("Params4bit", "Int8Params", "GGUFParameter")
@@ -90,6 +90,23 @@ def float_weight(module: Any, param: str = "weight") -> Tensor:
         found = _function("diffusers.quantizers.gguf.utils", "dequantize_gguf_tensor")(tensor)
         return found.to(getattr(module, "compute_dtype", None) or found.dtype)
     return tensor.dequantize()
+
+
+def readable_weight(tower: nn.Module, site: Any, method: str, option: str = "") -> Tensor:
+    """The host's weight at a site, dequantized if it is quantized, for a method that reads W.
+
+    Args:
+        method: name of the method. `option`: the option that needs W, or "".
+    Raises:
+        UnsupportedSite: it is in integers of an unknown library.
+    """
+    weight = float_tensor(tower, site.path, site.param)
+    if not weight.is_floating_point():
+        message = (
+            f"{method}: {site.name}: the weight is quantized by an unknown library ({weight.dtype}). Load the base unquantized."
+        )
+        raise UnsupportedSite(message, site=site.name, method=method, option=option, given=weight.dtype)
+    return weight
 
 
 def requantized(module: nn.Module, param: str, weight: Tensor) -> nn.Parameter | None:

@@ -164,7 +164,7 @@ def base_weight(tower: nn.Module, site: WeightSite) -> Tensor:
     """The base weight, or its slice, without any adapter; dequantized if it is quantized.
 
     Raises:
-        VeneerError: it is on `meta`, or an attachment is merged into it, so that its norm is not the base's.
+        VeneerError: it is on `meta` or in integers of an unknown library, or an attachment is merged into it.
     """
     tower_state = find_model_state(tower)
     if tower_state is not None and tower_state.merged:
@@ -175,10 +175,8 @@ def base_weight(tower: nn.Module, site: WeightSite) -> Tensor:
             given="merged",
         )
     weight = float_tensor(tower, site.path, site.param).detach()
-    if weight.is_meta:
-        message = (
-            f"'{site.name}': cannot compute the norm without weights, which an architecture does not have. Load the base model."
-        )
+    if not weight.is_floating_point() or weight.is_meta:
+        message = f"'{site.name}': cannot compute the norm in {weight.dtype} on {weight.device}. Load the base model itself."
         raise VeneerError(message, where=site.name, given=weight.dtype)
     return weight if site.rows is None else weight[slice(*site.rows)]
 

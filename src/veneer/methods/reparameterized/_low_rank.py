@@ -14,7 +14,7 @@ from veneer.functional.low_rank_autograd import add_product, project
 from veneer.functional.low_rank_init import orthonormal, principal
 from veneer.injection.attachment.deferred_init import is_init_deferred, zeros
 from veneer.injection.method import Adapter
-from veneer.injection.quantized_weight import float_tensor
+from veneer.injection.quantized_weight import readable_weight
 from veneer.injection.sites import WeightSite
 
 from ._state_transfer import lora_batched, lora_state
@@ -155,7 +155,7 @@ class WeightInitAdapter(LoRAAdapter):
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
         """Initializes from the host's weight (Ŵ if it is quantized), in float32 or better; per group for grouped convolutions."""
-        site, weight = self.site, float_tensor(tower, self.site.path, self.site.param)
+        site, weight = self.site, readable_weight(tower, self.site, "lora", "init")
         if is_init_deferred() or weight.is_meta:
             return
         rows = weight[slice(*(site.rows or (None,)))].to(self.up.dtype)

@@ -15,6 +15,7 @@ from veneer.functional.low_rank_autograd import add_product, project
 from veneer.injection.attachment.deferred_init import zeros
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.quantized_weight import readable_weight
 from veneer.injection.seams.adapter_calls import module_at
 from veneer.injection.seams.effective_weight import effective_tensor
 from veneer.injection.sites import WeightSite
@@ -45,6 +46,7 @@ class DoRAAdapter(Adapter):
 
     def enter(self, tower: nn.Module) -> None:
         """Keeps a reference to the module, whose weight and bias `output` reads."""
+        readable_weight(tower, self.site, "dora")
         self.__dict__["host"] = module_at(tower, self.site.path)  # not a submodule: the host contains the adapter
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:

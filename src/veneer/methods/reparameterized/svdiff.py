@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.functional.convolve import convolve
 from veneer.injection.method import Adapter, Method, Need
-from veneer.injection.quantized_weight import float_tensor
+from veneer.injection.quantized_weight import readable_weight
 from veneer.injection.sites import WeightSite
 
 
@@ -38,7 +38,7 @@ class SVDiffAdapter(Adapter):
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
         """Computes the singular value decomposition of the host's weight, in float32 or better; of Ŵ if it is quantized."""
-        weight = float_tensor(tower, self.site.path, self.site.param)
+        weight = readable_weight(tower, self.site, "svdiff")
         if weight.is_meta:
             return
         rows = weight if self.site.rows is None else weight[slice(*self.site.rows)]
