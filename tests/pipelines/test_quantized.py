@@ -48,7 +48,7 @@ def test_the_file_records_the_quantization_of_each_tower(trained: Path) -> None:
     assert {name: base["quantization"]["kind"] for name, base in found.items()} == {"unet": "nf4-dq", "text_encoder": "int8"}
 
 
-@pytest.mark.parametrize("quantize", [(), ("nf4-dq",)])
+@pytest.mark.parametrize("quantize", [(), ("nf4-dq",), pytest.param(("int4",), marks=needs("int4"))])
 def test_images_from_the_adapter(quantize: tuple[str, ...], trained: Path, tmp_path: Path) -> None:
     config = GenerateConfig(("a <toy>",), (str(trained),), steps=2, quantize=quantize, out=tmp_path)
     first = [path.read_bytes() for path in generate(config)]
