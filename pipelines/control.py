@@ -73,7 +73,8 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         else PhaseReport()
     )
     report("loading")
-    pipe = base_models.load(config.base, dtype=resolve_dtype(config.dtype, accelerator.device)).to(accelerator.device)
+    dtype, device = resolve_dtype(config.dtype, accelerator.device), accelerator.device
+    pipe = base_models.load(config.base, quantize=config.quantize, device=device, dtype=dtype).to(device)
     param_groups.freeze(pipe)
     kind = family(pipe)
     data = on_main(accelerator, lambda: open_training_images(config, kind, out, _generation_progress(config, report)))

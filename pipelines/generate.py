@@ -34,6 +34,7 @@ class GenerateConfig:
         size: height and width in pixels (default: the base model's).
         side_by_side: also write an image grid with the base model's image beside each, from the same noise.
         dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU).
+        quantize: quantization of frozen linear layers, as in training: `nf4` or another kind, or COMPONENT=KIND (default: none).
         device: device such as `cuda` (default: a GPU if there is one).
         out: folder for the images.
     """
@@ -49,11 +50,13 @@ class GenerateConfig:
     size: tuple[int, int] | None = None
     side_by_side: bool = False
     dtype: Dtype | None = None
+    quantize: tuple[str, ...] = ()
     device: str | None = None
     out: Path = Path("images")
 
     def __post_init__(self) -> None:
         check_counts(self.images_per_prompt, self.steps)
+        base_models.parse_quantize(self.quantize)
 
 
 def generate(config: GenerateConfig) -> list[Path]:
@@ -66,7 +69,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     """
     adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
-    pipe = base_models.load(base, dtype=resolve_dtype(config.dtype, device)).to(device)
+    dtype = resolve_dtype(config.dtype, device)
+    pipe = base_models.load(base, quantize=config.quantize, device=device, dtype=dtype).to(device)
     param_groups.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
     prompts = [_truncated(family(pipe), prompt) for prompt in config.prompt]

@@ -64,7 +64,8 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     main = accelerator.is_main_process
     report = PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
     report("loading")
-    pipe = base_models.load(config.base, dtype=resolve_dtype(config.dtype, accelerator.device)).to(accelerator.device)
+    dtype, device = resolve_dtype(config.dtype, accelerator.device), accelerator.device
+    pipe = base_models.load(config.base, quantize=config.quantize, device=device, dtype=dtype).to(device)
     param_groups.freeze(pipe)
     kind = family(pipe, truncate=config.truncate)
     config, photos = _named(config.with_captions(labels=not kind.text_towers), kind, photos, accelerator)

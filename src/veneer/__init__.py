@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from veneer.injection import Attachment, activate, attach, attachments, merges, mixed
     from veneer.injection.errors import (
         BaseModelError,
+        BlockedGradient,
         ConditionError,
         DeadSite,
         HostChanged,
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from veneer.training.preflight.preflight import PreflightError
 
 __all__ = [
-    "Attachment", "BaseModelError", "BenchError", "CacheWarning", "CheckpointError", "CheckpointWarning",
+    "Attachment", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CheckpointError", "CheckpointWarning",
     "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "HostChanged", "LoadError",
     "MissingExtra", "ModelError", "OptionError", "PhotoError", "PreflightError", "PromptError", "PromptWarning", "SaveError",
     "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError", "UnknownName", "UnknownOption",
@@ -81,8 +82,9 @@ _MODULES = {
     "formats": ("load", "load_all"),
     "injection": ("Attachment", "activate", "attach", "attachments", "merges", "mixed"),
     "injection.errors": (
-        "BaseModelError", "ConditionError", "DeadSite", "HostChanged", "LoadError", "MissingExtra", "OptionError", "SaveError",
-        "SelectionError", "StateError", "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning",
+        "BaseModelError", "BlockedGradient", "ConditionError", "DeadSite", "HostChanged", "LoadError", "MissingExtra",
+        "OptionError", "SaveError", "SelectionError", "StateError", "UnknownName",
+        "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning",
     ),
     "injection.towers": ("sites",),
     "methods.additive.tip_adapter": ("TipAdapterError",),

@@ -2,8 +2,9 @@
 
 `python -m tests.training.kill_points` kills 20 runs on one process and 20 on two, resumes each to its end, and compares every
 byte of weights, optimizer and averaged weights, every loss, and for each loss the images, captions and state of torch's
-generator with those of a run that was never killed. `--cli personalize` does it with `veneer personalize … --checkpoint-every 2
---resume` on one process, `--cli control` with `veneer control train …`; further words are given to the command.
+generator with those of a run that was never killed. `--model quantized` quantizes the base model. `--cli personalize` does it
+with `veneer personalize … --checkpoint-every 2 --resume` on one process, `--cli control` with `veneer control train …`; further
+words are given to the command.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import veneer
 from tests.training.images import save
+from veneer.base_models import quantize_model
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.data.captions import Captions
 from veneer.training.data.dataset import PhotoDataset
@@ -48,11 +50,11 @@ def warm_up() -> None:
 
 
 def pipeline_trainer(
-    folder: Path | None, config: TrainConfig, dropout: float, watch: Callable[[], None] = lambda: None
+    folder: Path | None, config: TrainConfig, dropout: float, watch: Callable[[], None] = lambda: None, pipe: Any = None
 ) -> Trainer:
     """LoRA with dropout on the tiny pipeline, on three images with random crops, flips and dropped captions."""
     photos = find_photos(_photos(Path(tempfile.gettempdir()) / "veneer-kill-points"))
-    pipe = tiny_pipeline("sd")
+    pipe = tiny_pipeline("sd") if pipe is None else pipe
     torch.manual_seed(0)
     attached = [
         veneer.attach(pipe, "lora", rank=2, dropout=dropout, where=where, name=name)
@@ -75,6 +77,16 @@ def pipeline_trainer(
         {"params": list(a.parameters()), "name": a.name, "lr_scale": scale} for a, scale in zip(attached, (1, 0.5), strict=True)
     ]
     return Trainer(config, groups, loss_step, named, folder)
+
+
+def quantized_trainer(
+    folder: Path | None, config: TrainConfig, dropout: float, watch: Callable[[], None] = lambda: None
+) -> Trainer:
+    """The same on a pipeline whose UNet and text encoder are quantized, each by its own kind."""
+    pipe = tiny_pipeline("sd", block_out_channels=(64, 64))
+    for name, kind in (("unet", "nf4-dq"), ("text_encoder", "int8")):
+        quantize_model(pipe.components[name], kind)
+    return pipeline_trainer(folder, config, dropout, watch, pipe)
 
 
 def _photos(folder: Path) -> Path:
@@ -106,7 +118,7 @@ def traced(folder: Path) -> set[str]:
     return {line for line in lines if line.endswith('"]')}  # a kill may cut the last one of a part
 
 
-def main(points: int, seed: int, steps: int) -> int:
+def main(points: int, seed: int, steps: int, model: str) -> int:
     """Kill `points` runs on one process and as many on two. Gives the number that differ from a whole run."""
     from tests.training.resume_worker import Job
     from tests.training.test_resume import Worker, final
@@ -115,14 +127,14 @@ def main(points: int, seed: int, steps: int) -> int:
     config = {**CONFIG, "steps": steps}
     with tempfile.TemporaryDirectory() as scratch:
         worker = Worker(Path(scratch) / "stderr.txt")
-        worker.run(Job(str(Path(scratch) / "warm"), model="pipeline", config={**config, "steps": 1}))
+        worker.run(Job(str(Path(scratch) / "warm"), model=model, config={**config, "steps": 1}))
         for processes in (1, 2):
             draw, whole = random.Random(seed + processes), Path(scratch) / f"whole-{processes}"
             began = time.monotonic()
-            assert worker.run(Job(str(whole), processes, model="pipeline", config=config)) == [0] * processes
+            assert worker.run(Job(str(whole), processes, model=model, config=config)) == [0] * processes
             seconds = time.monotonic() - began
             expected, trace = final(whole, steps), traced(whole)
-            ends[processes] = _weights(worker, Path(scratch) / f"plain-{processes}", processes, config)
+            ends[processes] = _weights(worker, Path(scratch) / f"plain-{processes}", processes, config, model)
             print(f"{processes} process(es): {steps} steps in {seconds:.1f} s, {len(trace)} losses")
             kills, tries = 0, 0
             while kills < points:
@@ -133,13 +145,13 @@ def main(points: int, seed: int, steps: int) -> int:
                     if tries % 2
                     else {"seconds": draw.uniform(0.05, 0.9) * seconds}
                 )
-                codes = worker.run(Job(str(folder), processes, model="pipeline", config=config, **moment))
+                codes = worker.run(Job(str(folder), processes, model=model, config=config, **moment))
                 had = sorted(path.name for path in folder.glob("checkpoint-*"))
                 if -signal.SIGKILL not in codes:
                     print(f"      {moment}: had ended before, not counted")
                     continue
                 kills += 1
-                assert worker.run(Job(str(folder), processes, model="pipeline", config=config)) == [0] * processes
+                assert worker.run(Job(str(folder), processes, model=model, config=config)) == [0] * processes
                 same = final(folder, steps) == expected and traced(folder) == trace
                 wrong += not same
                 newest = had[-1][-3:] if had else "none"
@@ -152,11 +164,11 @@ def main(points: int, seed: int, steps: int) -> int:
     return wrong
 
 
-def _weights(worker: Any, folder: Path, processes: int, config: dict[str, Any]) -> dict[str, Tensor]:
+def _weights(worker: Any, folder: Path, processes: int, config: dict[str, Any], model: str) -> dict[str, Tensor]:
     """The end of a run without dropout, whose masks are random per process."""
     from tests.training.resume_worker import Job
 
-    job = Job(str(folder), processes, model="pipeline", config=config, dropout=0.0)
+    job = Job(str(folder), processes, model=model, config=config, dropout=0.0)
     assert worker.run(job) == [0] * processes
     return safetensors.torch.load_file(folder / f"checkpoint-{config['steps']:06d}" / "weights.safetensors")
 
@@ -217,8 +229,9 @@ if __name__ == "__main__":
     parser.add_argument("--points", type=int, default=20, help="kills for each number of processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=CONFIG["steps"])
+    parser.add_argument("--model", choices=("pipeline", "quantized"), default="pipeline", help="as in a job")
     parser.add_argument("--cli", choices=COMMANDS, help="a command to kill; further words are given to it")
     given, others = parser.parse_known_args()
     if given.cli:
         sys.exit(main_cli(given.cli, given.points, given.seed, given.steps, others) > 0)
-    sys.exit(main(given.points, given.seed, given.steps) > 0)
+    sys.exit(main(given.points, given.seed, given.steps, given.model) > 0)

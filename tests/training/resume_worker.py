@@ -49,7 +49,7 @@ class Job:
         seconds: time after the start at which all processes are killed from outside.
         config: changes to `CONFIG`.
         dropout: of the model.
-        model: `tiny`, `pipeline` for the one of `kill_points`, or `scheduled` for that of `scheduled`.
+        model: `tiny`, `pipeline` or `quantized` for those of `kill_points`, or `scheduled` for that of `scheduled`.
     """
 
     folder: str
@@ -145,10 +145,10 @@ def maker(model: str) -> Callable[..., Trainer]:
 
         tuned()
         return scheduled_trainer
-    from tests.training.kill_points import pipeline_trainer, warm_up
+    from tests.training.kill_points import pipeline_trainer, quantized_trainer, warm_up
 
     warm_up()
-    return pipeline_trainer
+    return quantized_trainer if model == "quantized" else pipeline_trainer
 
 
 def start(job: Job, rank: int, port: int) -> int:

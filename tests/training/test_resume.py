@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -144,6 +145,19 @@ def test_two_processes_equal_one(worker: Worker, tmp_path: Path) -> None:
         weights[processes] = safetensors.torch.load_file(tmp_path / str(processes) / LAST / "weights.safetensors")
     for name, tensor in weights[1].items():
         torch.testing.assert_close(weights[2][name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_a_quantized_pipeline_with_lora(worker: Worker, tmp_path: Path) -> None:
+    """Killed at three moments, one of them while saving."""
+    config = {**PIPELINE, "steps": 5, "checkpoint_every": 2}
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert worker.run(Job(str(whole), model="quantized", config=config)) == [0]
+    for after in (2, 4, 6):
+        assert worker.run(Job(str(part), after=after, model="quantized", config=config)) == [-signal.SIGKILL]
+    assert worker.run(Job(str(part), model="quantized", config=config)) == [0]
+    assert final(part, 5) == final(whole, 5)
+    assert traced(part) == traced(whole)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -107,6 +107,27 @@ def check_pipeline_folder(folder: Path, given: Collection[str] = ()) -> None:
         _check_weights(inside)
 
 
+def check_unquantized(folder: Path, given: Collection[str] = ()) -> None:
+    """Rejects components that bitsandbytes has quantized where diffusers cannot load them, which is without an accelerator.
+
+    Args:
+        given: components that the caller passes separately.
+    Raises:
+        BaseModelError: with the component and its quantization.
+    """
+    import torch
+
+    for config in sorted(folder.glob("*/config.json")):
+        found = read_json(config).get("quantization_config") if config.parent.name not in given else None
+        method = str(found.get("quant_method", "unknown")) if isinstance(found, dict) else ""
+        if "bitsandbytes" in method.lower() and not torch.accelerator.is_available():
+            message = (
+                f"{folder}: {config.parent.name} is saved in a quantization of {method}, which diffusers loads on an accelerator "
+                "only. Load the float base model with quantize=... (--quantize) instead."
+            )
+            raise BaseModelError(message, file=folder, where=config.parent.name, given=method, expected="float weights")
+
+
 def _required(index: dict[str, Any], file: Path) -> list[str]:
     """Required components of the pipeline class, in its order."""
     import diffusers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +12,61 @@ from veneer.extras import require
 from veneer.injection.errors import BaseModelError
 
 from .architectures import ARCHITECTURES
-from .folders import BUNDLED, PICKLES, check_pipeline_folder, path
+from .folders import BUNDLED, PICKLES, check_pipeline_folder, check_unquantized, path
+from .gguf_file import load_gguf
 from .hub import hub
+from .quantization import DENOISERS, Quantize, parse_quantize, quantize_components, resolve_components
 from .single_file import check_suffix, load_single_file
 
+logger = logging.getLogger(__name__)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load(base: str | Path = "bundled", **kwargs: Any) -> Any:
+def load(base: str | Path = "bundled", *, quantize: Quantize | None = None, device: Any = "cpu", **kwargs: Any) -> Any:
     """Loads a diffusers pipeline of any class: Stable Diffusion 1.x, 2, XL, 3, FLUX, PixArt, DiT, ...
 
     Args:
         base: `bundled`, a folder written by `save_pretrained`, a single `.safetensors` file of Stable Diffusion 1.x or XL, or a
             hub name such as `owner/model`; folders and files have precedence.
+        quantize: quantization of frozen linear layers: a kind such as `nf4` or a GGUF file for the denoiser, or a mapping of
+            components to them, such as `{"transformer": "nf4", "text_encoder_2": "int8"}`. See `KINDS`.
+        device: where weights are quantized, and where the quantized ones stay; the others are on the CPU.
         kwargs: passed to `DiffusionPipeline.from_pretrained`; `dtype` defaults to float32, and only safetensors are read.
     Returns:
         The pipeline, on the CPU.
     Raises:
+        OptionError: an unknown kind or component in `quantize`.
         BaseModelError: the base model is missing, incomplete or has only pickles, or the hub is unreachable.
-        MissingExtra: diffusers is not installed.
+        MissingExtra: diffusers, or the library of a quantization, is not installed.
     """
     require("diffusers", "transformers")
+    recipes = parse_quantize(quantize)
     import diffusers
     import torch
-    from diffusers import DiffusionPipeline
 
     source = find(base)
     keyword = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
     dtype = kwargs.pop("torch_dtype", torch.float32)
     kwargs = {keyword: kwargs.pop("dtype", dtype), **kwargs}
+    files = {name: value for name, value in recipes.items() if isinstance(value, Path)}
+    if files:
+        kwargs |= _load_gguf_files(source, files, kwargs[keyword])
+    pipe = _load_float(source, **kwargs)
+    for layers in quantize_components(pipe, resolve_components(recipes, list(pipe.components)), device):
+        logger.info("%s", layers)
+    return pipe
+
+
+def _load_float(source: Path | str, **kwargs: Any) -> Any:
+    """The pipeline without quantization of its float weights."""
+    from diffusers import DiffusionPipeline
+
     if isinstance(source, Path) and source.is_file():
         return load_single_file(source, **kwargs)
     kwargs["use_safetensors"] = True
     if isinstance(source, Path):
         check_pipeline_folder(source, given=kwargs.keys())
+        check_unquantized(source, given=kwargs.keys())
         return DiffusionPipeline.from_pretrained(str(source), **kwargs)
     with hub() as why:
         try:
@@ -56,6 +79,25 @@ def load(base: str | Path = "bundled", **kwargs: Any) -> Any:
                 where="hub",
                 given=source,
             ) from error
+
+
+def _load_gguf_files(source: Path | str, files: Mapping[str, Path], dtype: Any) -> dict[str, Any]:
+    """Components of GGUF files by name, as arguments of `from_pretrained`.
+
+    Raises:
+        BaseModelError: the base model is a single file, which has no configs; or a file is of another model.
+    """
+    from diffusers import DiffusionPipeline
+
+    if isinstance(source, Path) and not source.is_dir():
+        message = f"load: {source} has no configs for a GGUF file; expected a diffusers folder or a hub name as the base model."
+        raise BaseModelError(message, file=source, where="base", given="file", expected="folder")
+    if isinstance(source, Path):
+        check_pipeline_folder(source, given=DENOISERS)
+    index = DiffusionPipeline.load_config(str(source))
+    index = {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None}
+    found = resolve_components(files, list(index))
+    return {name: load_gguf(Path(str(file)), source, name, tuple(index[name]), dtype) for name, file in found.items()}
 
 
 def find(base: str | Path) -> Path | str:

@@ -20,6 +20,8 @@ from .clip_vocabulary import clip_tokenizer
 from .folders import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
+QUANTIZED = (".absmax", ".quant_map", ".weight_scale", ".scale_weight", ".SCB", "._scale", ".qweight")
+"""Endings of tensors that quantized checkpoints have beside their weights."""
 UNET = "model.diffusion_model."
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 CROSS = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
@@ -56,6 +58,7 @@ def load_single_file(file: Path, config: str | Path | None = None, **settings: A
     import diffusers
 
     shapes = _read_shapes(file)
+    _reject_quantized(file, shapes)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config) if config is not None else _write_configs(Path(temporary), _identify(file, shapes), shapes)
         kind = getattr(diffusers, read_json(folder / "model_index.json")["_class_name"])
@@ -67,6 +70,17 @@ def load_single_file(file: Path, config: str | Path | None = None, **settings: A
             raise BaseModelError(message, file=file, where="tensors", given=type(error).__name__, expected=kinds) from error
     _check_complete(file, pipe, shapes)
     return pipe
+
+
+def _reject_quantized(file: Path, shapes: Shapes) -> None:
+    """Raises `BaseModelError` for a file with packed weights and their scales."""
+    scales = [key for key in shapes if key.endswith(QUANTIZED)]
+    if scales:
+        message = (
+            f"load: {file} is a quantized checkpoint (it has {scales[0]}); expected float weights. Load the float checkpoint, "
+            "with quantize=... (--quantize) to save memory."
+        )
+        raise BaseModelError(message, file=file, where=scales[0], given="quantized", expected="float weights")
 
 
 def _check_complete(file: Path, pipe: Any, shapes: Shapes) -> None:
@@ -86,6 +100,9 @@ def _check_complete(file: Path, pipe: Any, shapes: Shapes) -> None:
 
 def check_suffix(file: Path) -> None:
     """Raises `BaseModelError` unless the name ends in `.safetensors`."""
+    if file.suffix == ".gguf":
+        message = f"load: {file} has a denoiser only; expected a pipeline, and the file as quantize=... (--quantize)."
+        raise BaseModelError(message, file=file, where="kind", given=file.suffix, expected="quantize")
     if file.suffix != ".safetensors":
         message = f"load: {file} may be a pickle, which can run code when loaded; expected a .safetensors file or a folder."
         raise BaseModelError(message, file=file, where="kind", given=file.suffix, expected=".safetensors")

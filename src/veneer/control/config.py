@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ class ControlConfig:
             `shift` (default: cubic for t2i_adapter, else uniform). diffusers' scripts count from the noisy end, so that their
             `--logit_mean` has the other sign.
         dtype: of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU). float16 needs `mixed_precision=fp16`.
+        quantize: quantization of frozen linear layers: a kind for the denoiser (`nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
+            `int8-torchao`, `int8-quanto`, `fp8`) or a GGUF file, or COMPONENT=KIND for each component (default: none).
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
         cache: cache latents and text embeddings instead of computing them in each step.
@@ -112,6 +114,7 @@ class ControlConfig:
     ema: float = 0.0
     timestep_sampling: str | None = None
     dtype: Dtype | None = None
+    quantize: tuple[str, ...] = ()
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     cache: bool = True
@@ -155,6 +158,7 @@ class ControlConfig:
         """The config with all defaults resolved: the base model's preset and a new results folder."""
         check_features(self.features)
         check_dtype(self.dtype, self.mixed_precision)
+        quantized = base_models.parse_quantize(self.quantize, self.mixed_precision)
         known = base_models.preset(self.base).training.get(self.method, {})
         condition = self.condition or ("image" if self.uses_image_embeddings else "canny")
         resolved: dict[str, Any] = {
@@ -170,7 +174,8 @@ class ControlConfig:
             resolved["preview_every"] = max(1, resolved["steps"] // 4)
         if self.train is None:
             resolved["train"] = ("attn.out", "xattn.out") if self.method == "controlnext" else ()
-        if resolved.get("train", self.train):
+        if train := resolved.get("train", self.train):
+            self._reject_quantized(train, quantized)
             resolved["dtype"] = self._dtype_of_trained_base()
         if self.caption_dropout is None:
             resolved["caption_dropout"] = float(known.get("caption_dropout", 0.1 if self.uses_image_embeddings else 0.5))
@@ -179,6 +184,15 @@ class ControlConfig:
         config = dataclasses.replace(self, **resolved)
         config.loop(), config.objective(), config.build_method()
         return config
+
+    def _reject_quantized(self, train: Sequence[str], quantized: Collection[str]) -> None:
+        """Raises `OptionError` if the denoiser is quantized, whose weights train."""
+        if {"", "unet", "transformer"} & {*quantized}:
+            message = (
+                f"{self.method} trains base weights as well (--train {' '.join(train)}), and quantized weights cannot train. "
+                "Leave out --quantize of the denoiser, or use a method without base weights, such as controlnet."
+            )
+            raise OptionError(message, option="quantize", method=self.method, given=self.quantize, expected=())
 
     def _dtype_of_trained_base(self) -> Dtype:
         """float32: base weights that train are in it.

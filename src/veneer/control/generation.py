@@ -48,6 +48,7 @@ class ControlGenerateConfig:
         guidance_scale: scale of classifier-free guidance (default: the base model's).
         size: height and width in pixels (default: the base model's).
         dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU).
+        quantize: quantization of frozen linear layers, as in training: `nf4` or another kind, or COMPONENT=KIND (default: none).
         device: device such as `cuda` (default: a GPU if there is one).
         out: folder for the images.
     """
@@ -67,11 +68,13 @@ class ControlGenerateConfig:
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
     dtype: Dtype | None = None
+    quantize: tuple[str, ...] = ()
     device: str | None = None
     out: Path = Path("images")
 
     def __post_init__(self) -> None:
         check_counts(self.images_per_prompt, self.steps)
+        base_models.parse_quantize(self.quantize)
 
 
 def generate_with_control(config: ControlGenerateConfig, adapters: list[tuple[Path, float]], base: str) -> list[Path]:
@@ -87,7 +90,8 @@ def generate_with_control(config: ControlGenerateConfig, adapters: list[tuple[Pa
         message = "expected either --image, whose maps are computed, or --map, the maps themselves, not both."
         raise OptionError(message, option="map", expected="image or map")
     device = resolve_device(config.device)
-    pipe = base_models.load(base, dtype=resolve_dtype(config.dtype, device)).to(device)
+    dtype = resolve_dtype(config.dtype, device)
+    pipe = base_models.load(base, quantize=config.quantize, device=device, dtype=dtype).to(device)
     param_groups.freeze(pipe)
     kind = family(pipe)
     loaded = [(a, path) for path, scale in adapters for a in load_all(pipe, path, scale=scale)]

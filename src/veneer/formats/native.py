@@ -17,7 +17,7 @@ from veneer.injection.towers import towers_of
 from veneer.version import __version__
 
 from ._core.attach import AttachmentSpec, attach_all, migrate_config, reject_merged
-from ._core.component_map import ComponentMap, base_mismatch
+from ._core.component_map import ComponentMap, base_mismatch, quantization_remark
 from ._core.format import Format, LayerInfo, Options, parameters_by_prefix
 from ._io.header import first_duplicate
 from ._io.reader import File
@@ -32,8 +32,8 @@ class Native(Format):
 
     Several attachments: tensors under `attachment/site-name:parameter`. The header, under the metadata key `veneer`:
 
-        {"version": 1, "veneer": "0.1.0",
-         "base": {component: {"class", "config", "fingerprint", "without": [names of tensors that are in the file]}},
+        {"version": 1, "veneer": "0.1.0", "base": {component: {"class", "config", "fingerprint", "quantization" (if quantized),
+                                                               "without": [names of tensors that are in the file]}},
          "attachments": [{"name", "method", "revision" (1 if absent), "config", "where", "train", "sites", "trained",
                           "shared": {tensor: tensor}}],
          "provenance": {…}}
@@ -240,10 +240,11 @@ def _compare(file: File, bases: Mapping[str, Any], move: ComponentMap, options: 
             yield f"'{component}' was not compared with the base it was trained on (base='any')"
             continue
         found = identity(tower, saved["without"])
+        yield from quantization_remark(component, saved, found)
         known = [k for k in ("class", "config") if found[k] is not None and saved.get(k) is not None]
         differs = [k for k in known if found[k] != saved[k]]
         if not differs and None in (found["fingerprint"], saved.get("fingerprint")):
-            yield f"the base '{component}' was not compared: its weights are quantized or not loaded"
+            yield f"the base '{component}' was not compared: its weights were quantized by another tool, or are not loaded"
         elif differs or found["fingerprint"] != saved.get("fingerprint"):
             raise base_mismatch(file, component, saved, found)
 

@@ -5,6 +5,7 @@ from .attachment.attachment import Attachment
 from .composition.activation import activate
 from .composition.mixed_batch import mixed
 from .errors import (
+    BlockedGradient,
     ConditionError,
     DeadSite,
     HostChanged,
@@ -26,6 +27,7 @@ from .towers import sites
 __all__ = [
     "Adapter",
     "Attachment",
+    "BlockedGradient",
     "ConditionError",
     "DeadSite",
     "Host",

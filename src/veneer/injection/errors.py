@@ -126,6 +126,13 @@ class DeadSite(VeneerError):
     """An adapter that is attached but never used, or a parameter that no output depends on; `given` has their names."""
 
 
+class BlockedGradient(VeneerError):
+    """A layer of the host stops gradients, so that adapters before it cannot train.
+
+    `where` is the path of the first such layer, `given` those of all.
+    """
+
+
 class HostChanged(VeneerError):
     """The host was compiled, sharded, fused or rebuilt in a way that drops or bypasses adapters."""
 

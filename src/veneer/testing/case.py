@@ -17,6 +17,8 @@ from veneer.injection.attachment.plan import supports
 from veneer.injection.attachment.probe import tensors
 from veneer.injection.host import Host
 from veneer.injection.method import Method
+from veneer.injection.quantized_weight import is_quantized
+from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import Site, TokenSite
 from veneer.injection.towers import Tower
 
@@ -32,7 +34,8 @@ def _build_model(host: type[Host], model: str) -> nn.Module:
         built = host().tiny()[model]().eval()
         with torch.no_grad():
             for p in built.parameters():
-                p.add_(torch.randn_like(p), alpha=0.05)
+                if not is_quantized(p):
+                    p.add_(torch.randn_like(p), alpha=0.05)
     return built
 
 
@@ -126,10 +129,17 @@ class Case:
         return any(isinstance(site, TokenSite) for site in self.sites)
 
     def merging(self) -> None:
-        """Raises `Skip` if the adapters have no weight form."""
+        """Raises `Skip` if the adapters have no weight form, or the weights are quantized."""
         for site in self.sites:
             if not merges_at(site, self.method.build(site)):
                 raise Skip(f"{self.method.name} has no weight form at {site.name}")
+            if self.is_quantized_at(site):
+                raise Skip(f"{site.name} is quantized, and merging is lossy there")
+
+    def is_quantized_at(self, site: Any) -> bool:
+        """True if the weight of a site is quantized."""
+        model = _build_model(type(self.host), self.model)
+        return is_quantized(base_tensor(model, site.path, site.param))
 
     def plain(self, model: nn.Module) -> dict[str, Any]:
         """Inputs for the bare host."""

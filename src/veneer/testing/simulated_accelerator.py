@@ -85,31 +85,31 @@ _library: list[torch.library.Library] = []
 
 
 class SimulatedTensor(Tensor):
-    """A tensor on the simulated device; `values` is the CPU tensor that it computes with."""
+    """A tensor on the simulated device; `on_cpu` is the tensor that it computes with."""
 
-    values: Tensor
+    on_cpu: Tensor
     allocations: list[_Allocation]
 
     @staticmethod
     def __new__(cls, values: Tensor) -> SimulatedTensor:
-        made: SimulatedTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: SimulatedTensor = Tensor._make_wrapper_subclass(
             cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype,
             layout=values.layout, device=torch.device(DEVICE),
         )  # fmt: skip
-        made.values = values
+        made.on_cpu = values
         made.allocations = [accelerator.add(values) for accelerator in _active]
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"SimulatedTensor({self.values!r})"
+        return f"SimulatedTensor({self.on_cpu!r})"
 
     def data_ptr(self) -> int:
         """Address of the values."""
-        return self.values.data_ptr()
+        return self.on_cpu.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """Storage of the values."""
-        return self.values.untyped_storage()
+        return self.on_cpu.untyped_storage()
 
     def tolist(self) -> Any:
         """The values as Python numbers, for which the host waits."""
@@ -123,18 +123,18 @@ class SimulatedTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            copied: Tensor = SimulatedTensor(self.values.clone())
+            copied: Tensor = SimulatedTensor(self.on_cpu.clone())
             if isinstance(self, torch.nn.Parameter):
                 copied = torch.nn.Parameter(copied, self.requires_grad)
             memo[id(self)] = copied.requires_grad_(self.requires_grad)
         return memo[id(self)]
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["values"], None
+        return ["on_cpu"], None
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: None, size: Any, stride: Any) -> SimulatedTensor:
-        return SimulatedTensor(inner["values"])
+        return SimulatedTensor(inner["on_cpu"])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -143,7 +143,7 @@ class SimulatedTensor(Tensor):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Runs an operator on the CPU values, after the checks of a device; results are on the device of the inputs or of `device=`."""
+    """Runs an operator on the CPU values, after the checks of a device; the result is on that of `device=` or of the inputs."""
     name = func._schema.name
     leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, (Tensor, torch.Generator))]
     inputs = [leaf for leaf in leaves if isinstance(leaf, SimulatedTensor)]
@@ -154,11 +154,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
     if onto:
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
-    plain_args, plain_kwargs = tree_map_only(SimulatedTensor, lambda t: t.values, (args, kwargs))
+    plain_args, plain_kwargs = tree_map_only(SimulatedTensor, lambda t: t.on_cpu, (args, kwargs))
     out = func(*plain_args, **plain_kwargs)
     if name == "aten::copy_":
         return args[0]
-    known = {id(t.values): t for t in inputs} if func._schema.is_mutable else {}
+    known = {id(t.on_cpu): t for t in inputs} if func._schema.is_mutable else {}
     return tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else SimulatedTensor(t) if onto else t, out)
 
 
@@ -255,7 +255,7 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Te
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    plain = [t.values if isinstance(t, SimulatedTensor) else t for t in (target, source)]
+    plain = [t.on_cpu if isinstance(t, SimulatedTensor) else t for t in (target, source)]
     plain[0].copy_(plain[1])
     return target
 

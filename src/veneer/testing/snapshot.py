@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from veneer.injection.quantized_weight import stored_parts
+
 PLAIN = (bool, int, float, str, bytes, tuple, frozenset, type(None))
 Facts = dict[str, Any]
 
@@ -41,7 +43,7 @@ def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in module.__dict__.items():
         if key in ("_parameters", "_buffers"):
             for name, tensor in value.items():
-                yield f"tensor {name}", None if tensor is None else _TensorState(tensor)
+                yield f"tensor {name}", None if tensor is None else _TensorState(module, tensor)
             yield f"order of {key}", list(value)
         elif key == "_modules":
             yield "children", list(value.items())
@@ -54,16 +56,18 @@ def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 class _TensorState:
-    """A tensor: the object, a copy of its values, and its requires_grad flag."""
+    """A tensor of a module: the object, a copy of its values (and scales, if it is quantized), and its requires_grad flag."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.values, self.flag = tensor, tensor.detach().clone(), tensor.requires_grad
+    def __init__(self, module: nn.Module, tensor: Tensor) -> None:
+        self.tensor, self.flag = tensor, tensor.requires_grad
+        self.values = [part.detach().clone() for _, part in stored_parts(module, "", tensor)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _TensorState):
             return False
-        alike = self.tensor is other.tensor and self.flag == other.flag and self.values.dtype == other.values.dtype
-        return alike and torch.equal(self.values, other.values)
+        pairs = list(zip(self.values, other.values, strict=True))
+        alike = self.tensor is other.tensor and self.flag == other.flag and all(a.dtype == b.dtype for a, b in pairs)
+        return alike and all(torch.equal(a, b) for a, b in pairs)
 
     __hash__ = None  # type: ignore[assignment]
 

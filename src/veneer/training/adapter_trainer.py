@@ -43,7 +43,7 @@ def adapter_trainer(
     return Trainer(
         config,
         groups,
-        param_groups.add_penalties(loss, attached),
+        param_groups.check_first_gradients(param_groups.add_penalties(loss, attached), attached),
         param_groups.named_state(attached) if named is None else named,
         folder,
         identity=identity,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from veneer.formats._core.options import validate_options
 from veneer.injection import Attachment, attach, methods
+from veneer.injection.attachment.gradient_flow import gradients_pass
 from veneer.injection.attachment.plan import effective_where
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
@@ -176,6 +177,22 @@ def add_penalties(loss: LossStep, attached: Sequence[Attachment]) -> LossStep:
         return sum((term for term in terms if term is not None), loss(step, rows))
 
     return penalized_loss if own else loss
+
+
+def check_first_gradients(loss: LossStep, attached: Sequence[Attachment]) -> LossStep:
+    """The loss, whose first call checks that gradients pass through every layer of the base model.
+
+    The call raises `BlockedGradient` for a layer through which they do not.
+    """
+    towers = list({id(tower): tower for a in attached for tower in a.towers.values()}.values())
+
+    def checked_loss(step: int, rows: list[int]) -> Tensor:
+        with gradients_pass(towers):
+            result = loss(step, rows)
+        towers.clear()  # later calls have nothing to watch
+        return result
+
+    return checked_loss
 
 
 def after_step(attached: Sequence[Attachment]) -> Callable[[int, int], None] | None:

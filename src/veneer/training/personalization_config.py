@@ -94,6 +94,8 @@ class PersonalizeConfig:
         offload_encoders: move the VAE and the text encoders to the CPU once everything is cached, and back for images; on a
             GPU only.
         dtype: of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU). float16 needs `mixed_precision=fp16`.
+        quantize: quantization of frozen linear layers: a kind for the denoiser (`nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
+            `int8-torchao`, `int8-quanto`, `fp8`) or a GGUF file, or COMPONENT=KIND for each component (default: none).
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
         seed: seed of all random numbers.
@@ -154,6 +156,7 @@ class PersonalizeConfig:
     cache_folder: Path | None = None
     offload_encoders: bool = True
     dtype: Dtype | None = None
+    quantize: tuple[str, ...] = ()
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -191,12 +194,13 @@ class PersonalizeConfig:
         resolved["batch"] = int(first.get("batch", 1)) if self.batch is None else self.batch
         resolved["schedule"] = str(first.get("schedule", "constant")) if self.schedule is None else self.schedule
         resolved["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
-        resolved["out"] = self.out or new_folder(Path("runs"), f"{_plain(resolved.get('concept', self.concept))}-{self.method}")
+        plain = re.sub(r"[^\w-]+", "", resolved.get("concept", self.concept))
+        resolved["out"] = self.out or new_folder(Path("runs"), f"{plain or 'concept'}-{self.method}")
         return dataclasses.replace(self, **resolved)._checked()
 
     def _checked(self) -> PersonalizeConfig:
         """The config, after checks of its values before a base model is loaded."""
-        self.loop(), self.objective(), self.noise()
+        self.loop(), self.objective(), self.noise(), base_models.parse_quantize(self.quantize, self.mixed_precision)
         check_dtype(self.dtype, self.mixed_precision)
         for name in ("eval_seeds", "class_images"):
             if (given := getattr(self, name)) < 0:
@@ -288,10 +292,6 @@ class PersonalizeConfig:
     def noise(self) -> NoiseOptions:
         """Options of the noise."""
         return NoiseOptions(offset=self.noise_offset, pyramid=self.pyramid_noise, perturbation=self.input_perturbation)
-
-
-def _plain(word: str) -> str:
-    return re.sub(r"[^\w-]+", "", word) or "concept"
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,3 +97,13 @@ def _difference(saved: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str
     here, there = found["fingerprint"], saved.get("fingerprint")
     text = f"weights differ (fingerprint {str(there)[:12]}… in the file, {str(here)[:12]}… in the model)"
     return text, here, there
+
+
+def quantization_remark(component: str, saved: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    """A remark if the quantization of a tower differs from that of training, which is no error."""
+    before, now = (
+        str(q.get("kind"))[:80] if isinstance(q := base.get("quantization"), dict) else "float" for base in (saved, found)
+    )
+    if before != now:
+        name = component or "the model"
+        yield f"the base '{name}' was {before} in training and is {now} here: outputs differ by the error of the quantization"

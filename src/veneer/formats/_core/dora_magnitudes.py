@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.injection import VeneerError
 from veneer.injection.attachment.model_state import find_model_state
-from veneer.injection.seams.adapter_calls import base_tensor
+from veneer.injection.quantized_weight import float_tensor
 from veneer.injection.sites import WeightSite
 
 from .._lycoris.codec import AdapterGroup, LycorisModule, SiteTensors, put, spans, take
@@ -161,10 +161,10 @@ def piece_delta(name: str, piece: SiteTensors, options: Mapping[str, Any]) -> Te
 
 
 def base_weight(tower: nn.Module, site: WeightSite) -> Tensor:
-    """The base weight, or its slice, without any adapter.
+    """The base weight, or its slice, without any adapter; dequantized if it is quantized.
 
     Raises:
-        VeneerError: it is quantized, or an attachment is merged into it, so that its norm is not the base's.
+        VeneerError: it is on `meta` or in integers of an unknown library, or an attachment is merged into it.
     """
     tower_state = find_model_state(tower)
     if tower_state is not None and tower_state.merged:
@@ -174,10 +174,9 @@ def base_weight(tower: nn.Module, site: WeightSite) -> Tensor:
             where=tower_state.merged[-1].name,
             given="merged",
         )
-    weight = base_tensor(tower, site.path, site.param).detach()
+    weight = float_tensor(tower, site.path, site.param).detach()
     if not weight.is_floating_point() or weight.is_meta:
-        kind = "of a quantized weight" if not weight.is_meta else "without the weights, which an architecture alone does not have"
-        message = f"'{site.name}': cannot compute the norm {kind}. Load the base model itself, unquantized."
+        message = f"'{site.name}': cannot compute the norm in {weight.dtype} on {weight.device}. Load the base model itself."
         raise VeneerError(message, where=site.name, given=weight.dtype)
     return weight if site.rows is None else weight[slice(*site.rows)]
 

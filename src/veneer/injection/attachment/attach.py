@@ -14,6 +14,7 @@ from ..towers import clear_tower_cache, towers_of
 from .attachment import Attachment
 from .model_state import find_model_state, refuse_compiled
 from .plan import plan
+from .quantized_sites import reject_trained, reject_weight_forms
 
 
 def attach(
@@ -40,9 +41,9 @@ def attach(
     Raises:
         UnknownName: no method has this name.
         SelectionError: `where` or `train` matches nothing.
-        UnsupportedSite: the method cannot adapt a selected site.
+        UnsupportedSite: the method cannot adapt a selected site, or needs a new weight where it is quantized.
         HostChanged: the model is compiled or sharded; attach first.
-        DeadSite: with `sample`, parameters do not reach the output.
+        DeadSite: with `sample`, parameters do not reach the output. BlockedGradient: a layer stops gradients.
     """
     if isinstance(method, str):
         method = methods.get(method).from_config(config)
@@ -52,7 +53,10 @@ def attach(
     clear_tower_cache()
     for tower in towers:
         refuse_compiled(tower.module, "attach", tower.wrapped)
-    attachment = Attachment(plan(towers, method, where, train), _free_name(towers, name, method.name))
+    planned = plan(towers, method, where, train)
+    reject_weight_forms(planned)
+    reject_trained(planned)
+    attachment = Attachment(planned, _free_name(towers, name, method.name))
     attachment.pipeline = weakref.ref(model) if hasattr(model, "scheduler") else None
     try:
         attachment._installation.install()

@@ -233,7 +233,7 @@ class Attachment:
 
     # merging into weights
 
-    def merge(self) -> MergeReport:
+    def merge(self, *, requantize: bool = False) -> MergeReport:
         """Merges the adapters into the base weights: W' = weight(W) at the current scale, rounded once to W's dtype.
 
         Memory: W is kept for `unmerge`, so each merge needs the memory of the adapted weights again.
@@ -241,6 +241,9 @@ class Attachment:
         merged in the order of attaching, or if all of them add a delta, as LoRA does. `veneer.merges(model)` lists the merged
         attachments in order, with their scales.
 
+        Args:
+            requantize: merge into quantized weights too: dequantize, merge, and quantize again. This rounds away a part of the
+                update; `MergeReport.rounding` has the error of each layer. Only for layers that veneer quantized.
         Raises:
             StateError: already merged, or detached.
             UnsupportedSite: the method has no weight form, or a weight is quantized, offloaded or computed from others.
@@ -250,7 +253,7 @@ class Attachment:
         if self.merged:
             raise StateError(f"'{self.name}' is already merged.", where=self.name, given="merged")
         self.check()
-        return self._installation.merge(self._scale if self.is_enabled else 0.0)
+        return self._installation.merge(self._scale if self.is_enabled else 0.0, requantize)
 
     def unmerge(self) -> None:
         """Restores the original weights, bitwise and without a copy, and reinstalls the adapters.

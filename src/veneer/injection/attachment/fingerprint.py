@@ -11,15 +11,22 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..composition.merge import host_tensors
+from ..quantized_weight import QuantizationRecord, is_quantized, quantization_of, record_of
 from .model_state import find_model_state, statistics
 
 SAMPLES = 4096
 
 
 def identity(tower: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
-    """Class, integer entries of the config, and fingerprint, as JSON values. On `meta`, the config is None."""
+    """Class, integer entries of the config, fingerprint and any quantization, as JSON values. On `meta`, the config is None."""
     config = None if any(parameter.is_meta for parameter in tower.parameters()) else _sizes(tower)
-    return {"class": _class(tower), "config": config, "fingerprint": fingerprint(tower, without)}
+    quantization = quantization_of(tower)
+    return {
+        "class": _class(tower),
+        "config": config,
+        "fingerprint": fingerprint(tower, without),
+        **({} if quantization is None else {"quantization": quantization}),
+    }
 
 
 def _class(tower: nn.Module) -> str:
@@ -35,20 +42,28 @@ def fingerprint(tower: nn.Module, without: Collection[str] = ()) -> str | None:
     statistics and integers are skipped. A cast to half precision keeps every sign bit, also of values that it rounds to zero
     (negative ones to −0), so that the fingerprint does not change; zeros of different sign count as different.
 
+    Layers that veneer quantized count with the shape and sign bits of their float weights.
+
     Args:
         without: names of tensors to skip: those that the file contains.
     Returns:
-        64 hexadecimal digits, or None for a model on `meta` or with quantized parameters, which cannot be compared.
+        64 hexadecimal digits, or None for a model on `meta` or quantized by another tool, which cannot be compared.
     """
     skipped = {*without, *(name for name, _ in statistics(tower.named_modules()))}
     before = _before_training(tower)
-    found = [(n, before.get(n, t)) for n, t in host_tensors(tower) if n not in skipped]
+    records = _records(tower)
+    found = [
+        (n, before.get(n, t)) for n, t in host_tensors(tower, scales=False) if n not in skipped and not _is_scale(n, records)
+    ]
     parameters = {name for name, _ in tower.named_parameters()}
-    if any(t.is_meta or (n in parameters and not t.is_floating_point()) for n, t in found):
+    if any(t.is_meta or (n in parameters and n not in records and not _is_float(t)) for n, t in found):
         return None
     digest = hashlib.sha256()
-    floats = [(n, t) for n, t in found if t.is_floating_point() and t.numel()]
-    signs = [_signs(t) for _, t in floats]
+    device = next((t.device for _, t in found), torch.device("cpu"))
+    floats: list[tuple[str, Any]] = [
+        (n, records.get(n, t)) for n, t in found if n in records or (t.is_floating_point() and t.numel())
+    ]
+    signs = [(t.signs if isinstance(t, QuantizationRecord) else sign_bits(t)).to(device) for _, t in floats]
     bits = torch.cat(signs).cpu().numpy().tobytes() if signs else b""  # one transfer from an accelerator
     end = 0
     for (name, tensor), sign in zip(floats, signs, strict=True):
@@ -57,7 +72,23 @@ def fingerprint(tower: nn.Module, without: Collection[str] = ()) -> str | None:
     return digest.hexdigest()
 
 
-def _signs(tensor: Tensor) -> Tensor:
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not is_quantized(tensor)
+
+
+def _records(tower: nn.Module) -> dict[str, QuantizationRecord]:
+    """Name of a weight that veneer quantized to its record."""
+    modules = ((path, record_of(module)) for path, module in tower.named_modules())
+    return {f"{path}.weight" if path else "weight": record for path, record in modules if record is not None}
+
+
+def _is_scale(name: str, records: Collection[str]) -> bool:
+    """True for a buffer beside a quantized weight, which the float layer does not have."""
+    owner, _, param = name.rpartition(".")
+    return param not in ("weight", "bias") and (f"{owner}.weight" if owner else "weight") in records
+
+
+def sign_bits(tensor: Tensor) -> Tensor:
     """Sign bits of evenly spaced values, one byte each."""
     step = -(-tensor.numel() // SAMPLES)
     return torch.signbit(tensor.reshape(-1)[::step].float())

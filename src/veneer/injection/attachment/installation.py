@@ -10,6 +10,7 @@ from torch import nn
 from ..composition.merge import MergeReport, OriginalWeights, merge_weights, restore_weights
 from ..composition.mixed_batch_rows import Batch
 from ..errors import HostChanged, StateError, UnsupportedSite
+from ..quantized_weight import keep_unpacked
 from ..seams.adapter_calls import is_tracing
 from ..seams.seam import Seam
 from ..seams.seam_choice import seams_for
@@ -43,6 +44,7 @@ class Installation:
     def install(self) -> None:
         """Installs everything. After a failure, `uninstall` removes what was installed."""
         for tower in self.towers.values():
+            keep_unpacked(tower)
             self._freeze(tower)  # before seams rename parameters, because flags are stored by name
         for _, seam in seams_for(self.towers, self.parts):
             self.seams.append(seam)
@@ -88,9 +90,9 @@ class Installation:
         self.seams.clear()  # the attachment has the same list
         self._tower_hooks, self._guards = [], {}
 
-    def merge(self, strength: float) -> MergeReport:
+    def merge(self, strength: float, requantize: bool = False) -> MergeReport:
         """Merges the adapters into the weights, and removes the seams. All or nothing. `strength`: the present one."""
-        original, report = merge_weights(self.towers, self.parts)
+        original, report = merge_weights(self.towers, self.parts, requantize)
         try:
             for seam in self.seams:
                 seam.uninstall()

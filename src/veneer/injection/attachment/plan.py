@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import SelectionError, UnsupportedSite
 from ..host import Host
 from ..method import Adapter, Method
+from ..quantized_weight import is_quantized
 from ..registry import hosts
 from ..seams.adapter_calls import module_at
 from ..select import alternatives, describe_roles, expand, has_role, select
@@ -201,11 +202,13 @@ def _adapter_dtype(base: torch.Tensor) -> torch.dtype:
 
 
 def _base_tensor(site: Site, tower: nn.Module) -> torch.Tensor:
-    """The tensor whose device and dtype the adapter gets: the site's, or the tower's first floating-point parameter."""
+    """The tensor whose device and dtype the adapter gets: the site's, or the tower's first float parameter."""
     if isinstance(site, (WeightSite, ParamSite, NormSite)):
         value: torch.Tensor = getattr(module_at(tower, site.path), site.param)
-        return value
-    return next((p for p in tower.parameters() if p.is_floating_point()), torch.zeros(()))
+        if not is_quantized(value):
+            return value
+    floats = (p for p in tower.parameters() if p.is_floating_point() and not is_quantized(p))
+    return next(floats, torch.zeros(()))
 
 
 def _extra_parameters(

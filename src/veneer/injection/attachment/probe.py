@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import DeadSite, StateError
 from ..registry import host_of
 from .condition_scope import condition_scope, example_conditions
+from .gradient_flow import gradients_pass
 from .protocol import AttachmentProtocol
 
 
@@ -24,6 +25,7 @@ def probe(attachment: AttachmentProtocol, sample: Any = None) -> None:
 
     Raises:
         DeadSite: no output depends on some parameters; has their names.
+        BlockedGradient: a layer of the host stops gradients; names it.
         StateError: the adapters are merged, disabled or at scale 0.
     """
     if attachment.merged or not attachment.is_enabled or attachment.scale == 0:
@@ -71,7 +73,9 @@ def _dead_parameters(attachment: AttachmentProtocol, component: str, tower: nn.M
             with torch.no_grad():
                 for p in parameters:
                     p.add_(torch.randn_like(p), alpha=0.02)
-            loss = sum(((t.float() * torch.randn_like(t.float())).sum() for t in tensors(tower(**inputs))), torch.zeros(()))
+            with gradients_pass([tower]):
+                outputs = list(tensors(tower(**_with_gradients(inputs))))
+            loss = sum(((t.float() * torch.randn_like(t.float())).sum() for t in outputs), torch.zeros(()))
             if not loss.requires_grad:
                 yield from (name for name, _ in named)
                 return
@@ -83,6 +87,14 @@ def _dead_parameters(attachment: AttachmentProtocol, component: str, tower: nn.M
     for (name, p), grad in zip(named, grads, strict=True):
         if grad is None or (p.device.type != "meta" and not grad.abs().sum().item() > 0):
             yield name
+
+
+def _with_gradients(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs, floating-point tensors among them with gradients, so that every layer sees one."""
+    return {
+        key: value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch.nn.utils import parametrize
 from ..adapter_forms import BiasAdapter, LowRankAdapter, WeightAdapter
 from ..errors import UnsupportedSite
 from ..method import Adapter
+from ..quantized_weight import float_weight, is_quantized, release, stored_state
 from ..seams.adapter_calls import base_tensor, blend
 from ..seams.effective_weight import BiasForm, bias_site, constant_weight
 from ..seams.seam import Seam
 from ..sites import NormSite, ParamSite, Site, WeightSite
+from .requantization import Rounding, TensorKey, merge_obstacle, quantize_again
 
-TensorKey = tuple[str, str, str]  # component, module path, parameter name
 OriginalWeights = dict[TensorKey, Tensor]
 Groups = dict[TensorKey, list[tuple[Any, Adapter]]]
 
@@ -33,34 +34,38 @@ DIRECT_CACHE = 16 * CACHE
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Number of changed tensors, and bytes stored for `unmerge`: the size of these tensors."""
+    """Number of changed tensors, bytes stored for `unmerge`, and by name the errors of weights that were quantized again."""
 
     tensors: int
     stored_bytes: int
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
 
 
-def merge_weights(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]]) -> tuple[OriginalWeights, MergeReport]:
+def merge_weights(
+    towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]], requantize: bool = False
+) -> tuple[OriginalWeights, MergeReport]:
     """Sets W ← weight(W) at every site, slice by slice. All or nothing.
 
     Parameters stay the same objects and get new memory; views of the old memory keep W. A tied parameter, which several modules
-    share, is replaced in the adapted module only.
+    share, is replaced in the adapted module only. With `requantize`, W' is quantized again where W is quantized.
 
     Returns:
         The original tensors, not copied, and the report.
     Raises:
         UnsupportedSite: an adapter has no weight form, or a weight is quantized, offloaded or computed from other tensors.
     """
-    groups = _group_by_tensor(towers, parts)
+    groups = _group_by_tensor(towers, parts, requantize)
     with torch.inference_mode(False), torch.no_grad():
-        before = {key: _tensor(towers, key) for key in groups}
+        before = {key: _float_tensor(towers, key) for key in groups}
         for key, part in _bias_parts(towers, parts, before):
             groups.setdefault(key, []).append(part)
             before.setdefault(key, _tensor(towers, key))
         after = {key: merged_weight(before[key], group) for key, group in groups.items()}
         for key in _tied_keys(towers, before):
             after[key] = nn.Parameter(after[key], requires_grad=False)
+        rounding = quantize_again(towers, before, after)
         original = _replace_all(towers, after)
-    return original, MergeReport(len(original), sum(t.numel() * t.element_size() for t in original.values()))
+    return original, MergeReport(len(original), sum(t.numel() * t.element_size() for t in original.values()), rounding)
 
 
 def restore_weights(towers: Mapping[str, nn.Module], original: OriginalWeights) -> None:
@@ -88,6 +93,7 @@ def _replace(towers: Mapping[str, nn.Module], key: TensorKey, tensor: Tensor) ->
     module: Any = towers[component].get_submodule(path)
     current = base_tensor(module, "", param)
     if isinstance(tensor, nn.Parameter):
+        release(module, param)
         owner, name = (module.parametrizations[param], "original") if _parametrizations(module, param) else (module, param)
         owner._parameters[name] = tensor
         return current
@@ -108,13 +114,20 @@ def _tensor(towers: Mapping[str, nn.Module], key: TensorKey) -> Tensor:
     return base_tensor(towers[component], path, param)
 
 
+def _float_tensor(towers: Mapping[str, nn.Module], key: TensorKey) -> Tensor:
+    tensor = _tensor(towers, key)
+    return float_weight(towers[key[0]].get_submodule(key[1]), key[2]) if is_quantized(tensor) else tensor
+
+
 def _cast_like(tensor: Tensor, current: Tensor) -> Tensor:
+    if is_quantized(tensor):
+        return tensor if tensor.device == current.device else tensor.to(current.device)
     if isinstance(tensor, nn.Parameter) or (tensor.dtype, tensor.device) == (current.dtype, current.device):
         return tensor  # a tied parameter was moved and cast with the other modules that share it
     return torch.empty_like(current.data).copy_(tensor)
 
 
-def _group_by_tensor(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]]) -> Groups:
+def _group_by_tensor(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site, Adapter]], requantize: bool) -> Groups:
     """Groups sites and adapters by tensor.
 
     Raises:
@@ -129,7 +142,7 @@ def _group_by_tensor(towers: Mapping[str, nn.Module], parts: Sequence[tuple[Site
                 given=type(adapter).__name__,
                 expected="weight",
             )
-        obstacle = _merge_obstacle(towers[site.component].get_submodule(site.path), site.param)
+        obstacle = _merge_obstacle(towers[site.component].get_submodule(site.path), site.param, requantize)
         if obstacle:
             raise UnsupportedSite(f"{site.name}: {obstacle[1]}", site=site.name, given=obstacle[0])
         groups.setdefault((site.component, site.path, site.param), []).append((site, adapter))
@@ -157,7 +170,7 @@ def _parametrizations(module: Any, param: str) -> Sequence[nn.Module]:
     return list(module.parametrizations[param]) if parametrize.is_parametrized(module, param) else []
 
 
-def _merge_obstacle(module: Any, param: str) -> tuple[str, str] | None:
+def _merge_obstacle(module: Any, param: str, requantize: bool = False) -> tuple[str, str] | None:
     """Why adapters cannot be merged into a tensor: a keyword and a message. None if they can."""
     parametrizations = _parametrizations(module, param)
     foreign = [type(m).__name__ for m in parametrizations if not isinstance(m, Seam)]
@@ -166,6 +179,8 @@ def _merge_obstacle(module: Any, param: str) -> tuple[str, str] | None:
         hint = "so a merge would be lost. Remove the parametrization first."
         return "computed", f"{param} is computed {source}from other tensors in each forward pass, {hint}"
     tensor = base_tensor(module, "", param)
+    if is_quantized(tensor):
+        return merge_obstacle(module, param, tensor, requantize)
     if not tensor.is_floating_point() or type(tensor.data) is not Tensor:
         kind = f"{type(tensor.data).__name__} of {tensor.dtype}"
         message = (
@@ -178,13 +193,16 @@ def _merge_obstacle(module: Any, param: str) -> tuple[str, str] | None:
     return None
 
 
-def host_tensors(tower: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """State dict of the host without adapters, with its original keys in their order."""
-    yield from _host_tensors(tower, "")
+def host_tensors(tower: nn.Module, scales: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """State dict of the host without adapters, with its original keys in their order. `scales`: also of quantized weights."""
+    yield from _host_tensors(tower, "", scales)
 
 
-def _host_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _host_tensors(module: nn.Module, prefix: str, scales: bool) -> Iterator[tuple[str, Tensor]]:
     order = module.__dict__.get("_veneer_order") or list(module._parameters)
+    if scales and is_quantized(module._parameters.get("weight")) and "_veneer_order" not in module.__dict__:
+        yield from stored_state(module, prefix).items()
+        order = []
     for name in order:
         tensor = base_tensor(module, "", name)
         if tensor is not None:
@@ -198,7 +216,7 @@ def _host_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]
             and not isinstance(child, Seam)
             and not (name == "parametrizations" and "_veneer_order" in module.__dict__)
         ):
-            yield from _host_tensors(child, f"{prefix}{name}.")
+            yield from _host_tensors(child, f"{prefix}{name}.", scales)
 
 
 def merged_weight(weight: Tensor, group: Sequence[tuple[Any, Any]]) -> Tensor:

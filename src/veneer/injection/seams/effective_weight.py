@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from ..adapter_forms import BiasAdapter, WeightAdapter
 from ..errors import UnsupportedSite
 from ..method import Adapter
+from ..quantized_weight import float_weight, is_quantized
 from ..sites import ParamSite
 from .adapter_calls import apply_by_rows, base_tensor, blend, cast, module_at
 from .call_seam import CallSeam
@@ -34,6 +35,8 @@ def effective_tensor(adapter: nn.Module, module: nn.Module, param: str, rows: tu
     tensor: Tensor | None = getattr(module, param, None)
     if tensor is None:
         return None
+    if is_quantized(tensor):
+        tensor = float_weight(module, param)
     for seam in module._modules.values():
         if isinstance(seam, CallSeam):
             if any(other is adapter for other in seam.adapters):

@@ -75,10 +75,10 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     if isinstance(site, (WeightSite, ParamSite, NormSite)):
         if adapter.prefers_weight and is_parametrizable(base_tensor(tower, site.path, site.param)):
             return (WeightSeam, site.path, site.param)
-        if site.called and isinstance(adapter, OutputAdapter):
+        if acts_in_calls(site, adapter) and isinstance(adapter, OutputAdapter):
             dim = (1 if site.kind == "conv" else -1) if isinstance(site, WeightSite) else site.channel_dim
             return (CallSeam, Port(site.path, "in"), Port(site.path, "out"), dim)
-        if site.called and site.rows is None and isinstance(adapter, InputAdapter):
+        if acts_in_calls(site, adapter):
             return (CallSeam, Port(site.path, "in"), Port(site.path, "in"))
         _require(site, adapter, WeightAdapter, "weight")
         return (WeightSeam, site.path, site.param)
@@ -96,6 +96,12 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
         return (VocabularySeam, site.name)
     _require(site, adapter, OutputAdapter, "output")
     return (SwitchSeam if adapter.changes_shape else CallSeam, *_ports(site, adapter), -1)
+
+
+def acts_in_calls(site: Any, adapter: Adapter) -> bool:
+    """True if an adapter of a weight, parameter or norm changes the output or input of its module, without its tensor."""
+    form = OutputAdapter if isinstance(adapter, OutputAdapter) or site.rows is not None else InputAdapter
+    return bool(site.called) and isinstance(adapter, form)
 
 
 def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from ..adapter_forms import WeightAdapter
 from ..errors import UnsupportedSite
 from ..method import Adapter
+from ..quantized_weight import is_quantized
 from ..sites import ParamSite
 from .adapter_calls import apply_by_rows, base_tensor, blend, cast
 from .call_seam import LayerOrder
@@ -22,7 +23,7 @@ from .seam import Seam
 def is_parametrizable(tensor: Tensor) -> bool:
     """True for a floating-point tensor that is not quantized: of no other class, but for devices that are written in Python."""
     plain = type(tensor.data) in (Tensor, nn.Parameter) or tensor.device.type == torch._C._get_privateuse1_backend_name()
-    return tensor.is_floating_point() and plain
+    return tensor.is_floating_point() and plain and not is_quantized(tensor)
 
 
 class WeightSeam(Seam):
@@ -43,7 +44,7 @@ class WeightSeam(Seam):
         tensor = getattr(self.module(self.path), self.param)
         if not is_parametrizable(tensor):
             raise UnsupportedSite(
-                f"{self.sites[0].name}: a {type(tensor.data).__name__} of {tensor.dtype} is quantized and {reason}, so "
+                f"{self.sites[0].name}: a {type(tensor).__name__} of {tensor.dtype} is quantized and {reason}, so "
                 "it cannot be parametrized. Select called sites only, or load the base model without quantization.",
                 site=self.sites[0].name,
                 given=tensor.dtype,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from veneer.injection.adapter_forms import Residuals
 from veneer.injection.attachment.deferred_init import is_init_deferred
-from veneer.injection.composition.merge import host_tensors
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
+from veneer.injection.quantized_weight import float_tensor
 from veneer.injection.seams.residual_seam import image_for
 from veneer.injection.sites import ResidualSite
 
@@ -84,10 +84,10 @@ class ControlNetAdapter(Adapter):
         """Copies the weights of the host's encoder."""
         if is_init_deferred():
             return
-        host = dict(host_tensors(tower))
         for name, value in self.net.state_dict().items():
             if not name.startswith("controlnet_"):
-                value.copy_(host[name])
+                owner, _, param = name.rpartition(".")
+                value.copy_(float_tensor(tower, owner, param))
 
     def residuals(self, call: Mapping[str, Any]) -> Residuals:
         """Z_i(h_i') for every skip, and for the middle."""

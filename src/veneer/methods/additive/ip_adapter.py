@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from veneer.injection.attachment.deferred_init import is_init_deferred
 from veneer.injection.errors import ConditionError, OptionError
 from veneer.injection.method import Adapter, Method, Need, ParsedConditions
-from veneer.injection.seams.adapter_calls import base_tensor
+from veneer.injection.quantized_weight import float_tensor
 from veneer.injection.sites import AttentionSite, Site
 
 from ._image_prompt import ImageTokens, Resampler, image_embeddings, read_masks, resize_masks
@@ -145,7 +145,7 @@ class IPAdapterLayer(Adapter):
         if is_init_deferred():
             return
         for own, name in ((self.to_k_ip, "to_k"), (self.to_v_ip, "to_v")):
-            own.weight.copy_(base_tensor(tower, f"{self.site.path}.{name}", "weight"))
+            own.weight.copy_(float_tensor(tower, f"{self.site.path}.{name}", "weight"))
         if self.zero_start:
             self.to_v_ip.weight.zero_()
 

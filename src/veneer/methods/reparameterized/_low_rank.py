@@ -13,9 +13,8 @@ from veneer.functional.convolve import convolve
 from veneer.functional.low_rank_autograd import add_product, project
 from veneer.functional.low_rank_init import orthonormal, principal
 from veneer.injection.attachment.deferred_init import is_init_deferred, zeros
-from veneer.injection.errors import UnsupportedSite
 from veneer.injection.method import Adapter
-from veneer.injection.seams.adapter_calls import base_tensor
+from veneer.injection.quantized_weight import readable_weight
 from veneer.injection.sites import WeightSite
 
 from ._state_transfer import lora_batched, lora_state
@@ -155,17 +154,8 @@ class WeightInitAdapter(LoRAAdapter):
 
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
-        """Initializes from the host's weight, in float32 or better; per group for grouped convolutions."""
-        site, weight = self.site, base_tensor(tower, self.site.path, self.site.param)
-        if not weight.is_floating_point():
-            raise UnsupportedSite(
-                f"lora: {site.name}: init={self.init!r} decomposes the weight, but this one is quantized. Load the base "
-                "unquantized, or use init='kaiming'.",
-                site=site.name,
-                method="lora",
-                option="init",
-                given=weight.dtype,
-            )
+        """Initializes from the host's weight (Ŵ if it is quantized), in float32 or better; per group for grouped convolutions."""
+        site, weight = self.site, readable_weight(tower, self.site, "lora", "init")
         if is_init_deferred() or weight.is_meta:
             return
         rows = weight[slice(*(site.rows or (None,)))].to(self.up.dtype)

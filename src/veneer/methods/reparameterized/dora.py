@@ -13,8 +13,9 @@ from veneer.functional.channel_scale import scale_features
 from veneer.functional.convolve import convolve
 from veneer.functional.low_rank_autograd import add_product, project
 from veneer.injection.attachment.deferred_init import zeros
-from veneer.injection.errors import OptionError, UnsupportedSite
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.quantized_weight import readable_weight
 from veneer.injection.seams.adapter_calls import module_at
 from veneer.injection.seams.effective_weight import effective_tensor
 from veneer.injection.sites import WeightSite
@@ -45,15 +46,8 @@ class DoRAAdapter(Adapter):
 
     def enter(self, tower: nn.Module) -> None:
         """Keeps a reference to the module, whose weight and bias `output` reads."""
-        host = module_at(tower, self.site.path)
-        if not getattr(host, self.site.param).is_floating_point():
-            raise UnsupportedSite(
-                f"dora: {self.site.name}: cannot compute the norm of a quantized weight. Load the base unquantized.",
-                site=self.site.name,
-                method="dora",
-                given=getattr(host, self.site.param).dtype,
-            )
-        self.__dict__["host"] = host  # not a submodule: the host contains the adapter
+        readable_weight(tower, self.site, "dora")
+        self.__dict__["host"] = module_at(tower, self.site.path)  # not a submodule: the host contains the adapter
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x: the module's input; y: its output, W x + b. Returns g·(y − b + s·B A x) + b, at strength t blended with y."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.functional.convolve import convolve
-from veneer.injection.errors import UnsupportedSite
 from veneer.injection.method import Adapter, Method, Need
-from veneer.injection.seams.adapter_calls import base_tensor
+from veneer.injection.quantized_weight import readable_weight
 from veneer.injection.sites import WeightSite
 
 
@@ -38,15 +37,8 @@ class SVDiffAdapter(Adapter):
 
     @torch.no_grad()
     def enter(self, tower: nn.Module) -> None:
-        """Computes the singular value decomposition of the host's weight, in float32 or better."""
-        weight = base_tensor(tower, self.site.path, self.site.param)
-        if not weight.is_floating_point():
-            raise UnsupportedSite(
-                f"svdiff: {self.site.name}: cannot decompose a quantized weight. Load the base unquantized.",
-                site=self.site.name,
-                method="svdiff",
-                given=weight.dtype,
-            )
+        """Computes the singular value decomposition of the host's weight, in float32 or better; of Ŵ if it is quantized."""
+        weight = readable_weight(tower, self.site, "svdiff")
         if weight.is_meta:
             return
         rows = weight if self.site.rows is None else weight[slice(*self.site.rows)]

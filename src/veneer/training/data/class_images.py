@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
+from torch import Tensor
 
 from veneer.injection.errors import OptionError
+from veneer.injection.quantized_weight import plain_tensors, quantization_of
 
 from ..families import Family
 from ..loop.checkpoints import write_atomically
@@ -70,14 +72,19 @@ def generate_class_images(
 
 
 def base_digest(family: Family) -> str:
-    """Digest of a pipeline (16 hex digits): names, shapes and 64 evenly spaced values of every tensor."""
+    """Digest of a pipeline (16 hex digits): names, shapes and 64 evenly spaced values of every tensor, as it is stored."""
     digest = hashlib.blake2b(digest_size=8)
     for part in (family.tower, family.pipe.vae, *family.text_towers.values()):
-        for name, tensor in sorted(part.state_dict().items()):
+        for name, tensor in sorted(_stored_tensors(part), key=lambda pair: pair[0]):
             flat = tensor.detach().flatten()
             values = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
             digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
     return digest.hexdigest()
+
+
+def _stored_tensors(part: Any) -> list[tuple[str, Tensor]]:
+    """The state dict, with the parts of quantized weights."""
+    return list(part.state_dict().items()) if quantization_of(part) is None else list(plain_tensors(part))
 
 
 def _recipe(family: Family, base: str, prompt: str, seed: int, index: int, settings: dict[str, Any]) -> str:

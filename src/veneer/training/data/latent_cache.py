@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection.errors import OptionError, VeneerWarning
+from veneer.injection.quantized_weight import plain_tensors, quantization_of
 
 Value = TypeVar("Value")
 _STALE_SECONDS = 3600.0
@@ -239,6 +240,9 @@ def why_not_cached(module: nn.Module) -> str | None:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if quantization_of(module) is not None:
+        yield from plain_tensors(module)
+        return
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 

@@ -73,7 +73,7 @@ class DenoisingLoss:
         return self.cache is not None and self.dataset.cacheable and not self.text_trains
 
     def fill_cache(self, steps: int) -> None:
-        """Encodes the photos and captions of the first `steps` steps, at most of two epochs; later ones are encoded when needed."""
+        """Encodes the photos and captions of the first `steps` steps, at most two epochs; others are encoded when needed."""
         epoch = -(-len(self.dataset) // self.samples)
         for step in range(min(steps, 2 * epoch)):
             examples = self.dataset.examples(step, self.samples)

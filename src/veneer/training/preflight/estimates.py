@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.quantized_weight import plain_tensors
+
 from ..loop.config import TrainConfig
 from ..loop.optimizer_step import AUTOCAST
 from ..report.progress import clock
@@ -118,7 +120,7 @@ def estimate(
     passes = 0 if sampling is None else sampling.steps * (2 if sampling.guidance > 1 else 1)
     parts = [part for part in family.pipe.components.values() if isinstance(part, nn.Module)]
     return Estimate(
-        base=nbytes(t for part in parts for t in (*part.parameters(), *part.buffers()) if t.device == device),
+        base=nbytes(t for part in parts for _, t in plain_tensors(part) if t.device == device),
         training=round(values * (4 + state + copies + (4 if config.ema else 0))),
         activations=cost.activations,
         checkpoint=checkpoint_bytes(values, config),

@@ -172,7 +172,7 @@ def _generate(
 ) -> list[Preview]:
     accepts = set(inspect.signature(pipe.__call__).parameters)
     found: list[Preview] = []
-    with evaluation_mode(pipe), on_one_device(pipe), torch.inference_mode():
+    with evaluation_mode(pipe), on_one_device(pipe), torch.no_grad():  # not inference mode, in which optimum-quanto fails
         scheduler = pipe.scheduler
         for start in range(0, len(jobs), settings.batch):
             part = jobs[start : start + settings.batch]

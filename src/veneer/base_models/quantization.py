@@ -1,0 +1,207 @@
+"""Quantized base models: which layers of which component, by which kind, and what works on this machine.
+
+Frozen linear layers of repeated blocks are quantized after loading, one after the other, so that each float weight is freed
+before the next one is quantized. Convolutions, embeddings, norms, modulation, first and last layers and the VAE stay in the
+dtype of the base model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.extras import require
+from veneer.injection.errors import BaseModelError, OptionError
+from veneer.injection.quantized_weight import is_quantized
+
+from .quantized_linear import KINDS, Kind, quantize_linear
+
+Quantize = str | Path | Mapping[str, str | Path] | Sequence[str]
+"""A kind or a GGUF file for the denoiser, a mapping of components to them, or a list of `KIND` and `COMPONENT=KIND`."""
+DENOISERS = ("transformer", "unet")
+GGUF = ".gguf"
+KEPT = re.compile(r"^(norm|ada|time|mod$)|emb|modulation|_mod$")
+"""Names of modules inside a block that stay as they are: modulation, and projections of timesteps."""
+
+
+@dataclass(frozen=True)
+class QuantizedLayers:
+    """Number of linear layers of a component that are quantized, of those in blocks, and names of blocks' layers that do not fit.
+
+    Args:
+        misfits: layers whose input width is not a multiple of the kind's block.
+    """
+
+    component: str
+    kind: str
+    quantized: int
+    misfits: tuple[str, ...]
+
+
+def parse_quantize(quantize: Quantize | None, mixed_precision: str = "no") -> dict[str, Kind | Path]:
+    """Component to kind or GGUF file; the component `""` stands for the denoiser.
+
+    Args:
+        mixed_precision: autocast dtype of the run, `no` without autocast.
+    Raises:
+        OptionError: an unknown kind or one that does not work under autocast, a component that is listed twice, or a GGUF file
+            that does not exist.
+        MissingExtra: the library of a kind is not installed.
+    """
+    if quantize is None:
+        return {}
+    if isinstance(quantize, (str, Path)):
+        quantize = (str(quantize),)
+    pairs = list(quantize.items()) if isinstance(quantize, Mapping) else [_pair(text) for text in quantize]
+    parsed: dict[str, Kind | Path] = {}
+    for component, value in pairs:
+        if component in parsed:
+            message = f"quantize has {component or 'the denoiser'} twice; expected one kind for each component."
+            raise OptionError(message, option="quantize", where=component, given=str(value))
+        parsed[component] = kind = _kind_or_file(str(value))
+        if mixed_precision != "no" and isinstance(kind, Kind) and not kind.autocast:
+            working = tuple(name for name, other in KINDS.items() if other.autocast)
+            message = f"quantize: {kind.name} does not work with --mixed-precision {mixed_precision}; expected one of {working}."
+            raise OptionError(message, option="quantize", where=component, given=kind.name, expected=working)
+    return parsed
+
+
+def _pair(text: str) -> tuple[str, str]:
+    component, sign, value = text.partition("=")
+    return (component, value) if sign else ("", text)
+
+
+def _kind_or_file(value: str) -> Kind | Path:
+    if value.endswith(GGUF):
+        file = Path(value).expanduser()
+        if not file.is_file():
+            message = f"quantize: no file {file}; check the path."
+            raise OptionError(message, option="quantize", given=value, file=file)
+        require("gguf", "diffusers")
+        return file
+    if value not in KINDS:
+        message = f"quantize: no kind {value!r}; expected one of {', '.join(KINDS)}, or a {GGUF} file of the denoiser."
+        raise OptionError(message, option="quantize", given=value, expected=tuple(KINDS))
+    require(KINDS[value].library)
+    return KINDS[value]
+
+
+def resolve_components(parsed: Mapping[str, Kind | Path], components: Sequence[str]) -> dict[str, Kind | Path]:
+    """The same with the name of the denoiser. `components`: those of the pipeline.
+
+    Raises:
+        OptionError: the pipeline has no such component, or it is quantized twice.
+    """
+    denoiser = next((name for name in DENOISERS if name in components), None)
+    known = tuple(c for c in components if c in DENOISERS or c.startswith("text_encoder"))
+    resolved: dict[str, Kind | Path] = {}
+    for name, value in parsed.items():
+        component = name or denoiser or ""
+        if component not in known or component in resolved:
+            message = f"quantize: component {name!r} cannot be quantized; expected one of {', '.join(known)}, each once."
+            raise OptionError(message, option="quantize", where=name, given=name, expected=known)
+        resolved[component] = value
+    return resolved
+
+
+def quantize_components(
+    pipe: Any, kinds: Mapping[str, Kind | Path], device: str | torch.device = "cpu"
+) -> tuple[QuantizedLayers, ...]:
+    """Quantizes the linear layers of components of a pipeline in place.
+
+    Args:
+        kinds: component to kind; GGUF files among them are loaded already.
+        device: where the weights are quantized, and where they stay.
+    Returns:
+        The number of layers of each component.
+    Raises:
+        BaseModelError: the kind does not work on the device, or no layer of a component fits.
+    """
+    done = []
+    for component, kind in kinds.items():
+        if isinstance(kind, Path):
+            continue
+        tower = pipe.components[component]
+        if any(is_quantized(p) for p in tower.parameters()):
+            message = f"quantize: {component} is quantized already; expected a float base model, or no --quantize."
+            raise BaseModelError(message, where=component, given="quantized", expected="float weights")
+        check_kind(kind, device, next(p.dtype for p in tower.parameters() if p.is_floating_point()))
+        done.append(quantize_model(tower, kind, component, device))
+    return tuple(done)
+
+
+def quantize_model(
+    tower: nn.Module, kind: Kind | str, component: str = "model", device: str | torch.device | None = None
+) -> QuantizedLayers:
+    """Quantizes the linear layers in the blocks of a model in place.
+
+    Args:
+        kind: a kind or its name. `component`: name for errors. `device`: where the weights are quantized, and where they stay
+            (default: where they are).
+    Raises:
+        BaseModelError: no layer fits.
+    """
+    kind = KINDS[kind] if isinstance(kind, str) else kind
+    layers = list(linear_layers(tower))
+    fit = [name for name in layers if tower.get_submodule(name).in_features % kind.block == 0]  # type: ignore[operator]
+    if not fit:
+        message = (
+            f"quantize: {component} ({type(tower).__name__}) has {len(layers)} linear layers in its blocks, and none has a "
+            f"multiple of {kind.block} inputs, which {kind.name} needs. Use another kind, such as int8."
+        )
+        raise BaseModelError(message, where=component, given=kind.name, expected=kind.block)
+    for name in fit:
+        owner, _, child = name.rpartition(".")
+        parent = tower.get_submodule(owner)
+        linear: Any = parent._modules[child]
+        parent._modules[child] = quantize_linear(linear if device is None else linear.to(device), kind)
+        del linear  # frees the float weight
+    return QuantizedLayers(component, kind.name, len(fit), tuple(name for name in layers if name not in fit))
+
+
+def linear_layers(tower: nn.Module) -> Iterator[str]:
+    """Paths of the linear layers in repeated blocks, without modulation and the modules that the model keeps in float32."""
+    kept = set(getattr(tower, "_keep_in_fp32_modules", None) or ())
+    blocks = [path for path, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
+    for path, module in tower.named_modules():
+        names = path.split(".")
+        inside = any(path.startswith(f"{block}.") for block in blocks)
+        if type(module) is nn.Linear and inside and not kept & set(names) and not any(map(KEPT.search, names)):
+            yield path
+
+
+def check_kind(kind: Kind, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Checks by a trial that a kind works on a device: its forward pass, and the gradient of its input.
+
+    Raises:
+        BaseModelError: it does not work; `expected` has the kinds that do.
+    """
+    error = _trial(kind, device, dtype)
+    if error is not None:
+        working = tuple(name for name, other in KINDS.items() if _trial(other, device, dtype) is None)
+        message = (
+            f"quantize: {kind.name} ({kind.library}) does not work on {device} in {dtype}: {type(error).__name__}: "
+            f"{str(error)[:200]}. Kinds that work here: {', '.join(working) or 'none'}."
+        )
+        raise BaseModelError(message, where=str(device), given=kind.name, expected=working) from error
+
+
+def _trial(kind: Kind, device: str | torch.device, dtype: torch.dtype) -> Exception | None:
+    """The error of a small layer of this kind, or None."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            linear = nn.Linear(64, 64, dtype=dtype).requires_grad_(False).to(device)
+            layer = quantize_linear(linear, kind)
+            x = torch.ones(2, 64, dtype=dtype, device=device, requires_grad=True)
+            layer(x).float().sum().backward()
+            if x.grad is None or not bool(x.grad.isfinite().all()):
+                raise RuntimeError("no gradient")
+    except Exception as error:  # libraries raise many kinds, also while they are imported
+        return error
+    return None
