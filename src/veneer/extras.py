@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 
 EXTRAS: Mapping[str, str] = {
@@ -34,8 +35,12 @@ EXTRAS: Mapping[str, str] = {
 """Module name -> the extra that installs its library."""
 
 
+REMARKS = ("torchao", "bitsandbytes.backends.cpu.ops", "diffusers.quantizers.torchao", "torch.utils._pytree")
+"""Loggers with remarks on missing optional kernels: diffusers imports every library of quantization that is installed."""
+
+
 def require(*modules: str) -> None:
-    """Check that libraries are installed, without importing them.
+    """Check that libraries are installed, without importing them. With diffusers, `REMARKS` then log errors only.
 
     Raises:
         MissingExtra: the first one that is not installed; names the extra that installs it.
@@ -45,6 +50,10 @@ def require(*modules: str) -> None:
             from veneer.injection.errors import MissingExtra
 
             raise MissingExtra(advice(module), library=module, extra=EXTRAS[module])
+    if "diffusers" in modules:
+        for name in REMARKS:
+            logger = logging.getLogger(name)
+            logger.setLevel(logger.level or logging.ERROR)
 
 
 def advice(module: str | None) -> str:
