@@ -19,8 +19,8 @@ from veneer.hosts.diffusers_dit import DiffusersDiT
 from veneer.injection.attachment.fingerprint import fingerprint, identity
 from veneer.injection.attachment.quantized_sites import methods_on_quantized
 from veneer.injection.errors import BlockedGradient, LoadError, StateError, UnsupportedSite
-from veneer.injection.quantized_weight import RECORD, float_weight, is_quantized, keep_unpacked, stored_parts
-from veneer.injection.seams.weight_seam import WeightSeam, is_parametrizable
+from veneer.injection.quantized_weight import RECORD, float_weight, is_ordinary, is_quantized, keep_unpacked, stored_parts
+from veneer.injection.seams.weight_seam import WeightSeam
 from veneer.testing.case import perturb
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.testing.snapshot import assert_same, snapshot
@@ -115,7 +115,7 @@ def test_a_packed_weight_in_a_float_dtype_is_not_parametrized() -> None:
     weight = bnb.nn.Params4bit(torch.randn(64, 64), quant_storage=torch.bfloat16, quant_type="nf4").to("cpu")
     assert weight.is_floating_point()
     assert is_quantized(weight)
-    assert not is_parametrizable(weight)
+    assert not is_ordinary(weight)
 
 
 @kinds()

@@ -54,6 +54,12 @@ def is_quantized(tensor: Any) -> bool:
     return kind.__name__ in PACKED or f"{kind.__module__}.".startswith(LIBRARIES)
 
 
+def is_ordinary(tensor: Tensor) -> bool:
+    """True for a floating-point tensor that is not quantized: of no other class, but for devices that are written in Python."""
+    plain = type(tensor.data) in (Tensor, nn.Parameter) or tensor.device.type == torch._C._get_privateuse1_backend_name()
+    return tensor.is_floating_point() and plain and not is_quantized(tensor)
+
+
 def record_of(module: nn.Module, param: str = "weight") -> QuantizationRecord | None:
     """The record of a layer that veneer quantized, or None."""
     found: QuantizationRecord | None = module.__dict__.get(RECORD) if param == "weight" else None

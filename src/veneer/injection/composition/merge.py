@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ..adapter_forms import BiasAdapter, LowRankAdapter, WeightAdapter
 from ..errors import UnsupportedSite
 from ..method import Adapter
-from ..quantized_weight import float_weight, is_quantized, release, stored_state
+from ..quantized_weight import float_weight, is_ordinary, is_quantized, release, stored_state
 from ..seams.adapter_calls import base_tensor, blend
 from ..seams.effective_weight import BiasForm, bias_site, constant_weight
 from ..seams.seam import Seam
@@ -181,7 +181,7 @@ def _merge_obstacle(module: Any, param: str, requantize: bool = False) -> tuple[
     tensor = base_tensor(module, "", param)
     if is_quantized(tensor):
         return merge_obstacle(module, param, tensor, requantize)
-    if not tensor.is_floating_point() or type(tensor.data) is not Tensor:
+    if not is_ordinary(tensor):
         kind = f"{type(tensor.data).__name__} of {tensor.dtype}"
         message = (
             f"adapters cannot be merged into a quantized or sharded weight ({kind}). Load the base model as ordinary tensors."

@@ -19,6 +19,7 @@ from ..adapter_forms import (
 )
 from ..errors import UnsupportedSite
 from ..method import Adapter
+from ..quantized_weight import is_ordinary
 from ..sites import (
     AttentionSite,
     BranchSite,
@@ -42,7 +43,7 @@ from .effective_weight import BiasForm, EffectiveWeight, bias_site
 from .residual_seam import ResidualSeam
 from .seam import Seam
 from .sequence_seams import TokenSeam, VocabularySeam
-from .weight_seam import WeightSeam, is_parametrizable
+from .weight_seam import WeightSeam
 
 Key = tuple[Any, ...]  # (seam class, then what distinguishes seams of this class)
 
@@ -73,7 +74,7 @@ def _with_arguments(groups: Mapping[Key, list[tuple[Site, Adapter]]]) -> list[tu
 def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     """The class of a part's seam, and the fields that parts of one seam have in common."""
     if isinstance(site, (WeightSite, ParamSite, NormSite)):
-        if adapter.prefers_weight and is_parametrizable(base_tensor(tower, site.path, site.param)):
+        if adapter.prefers_weight and is_ordinary(base_tensor(tower, site.path, site.param)):
             return (WeightSeam, site.path, site.param)
         if acts_in_calls(site, adapter) and isinstance(adapter, OutputAdapter):
             dim = (1 if site.kind == "conv" else -1) if isinstance(site, WeightSite) else site.channel_dim

@@ -6,24 +6,17 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..adapter_forms import WeightAdapter
 from ..errors import UnsupportedSite
 from ..method import Adapter
-from ..quantized_weight import is_quantized
+from ..quantized_weight import is_ordinary
 from ..sites import ParamSite
 from .adapter_calls import apply_by_rows, base_tensor, blend, cast
 from .call_seam import LayerOrder
 from .seam import Seam
-
-
-def is_parametrizable(tensor: Tensor) -> bool:
-    """True for a floating-point tensor that is not quantized: of no other class, but for devices that are written in Python."""
-    plain = type(tensor.data) in (Tensor, nn.Parameter) or tensor.device.type == torch._C._get_privateuse1_backend_name()
-    return tensor.is_floating_point() and plain and not is_quantized(tensor)
 
 
 class WeightSeam(Seam):
@@ -42,7 +35,7 @@ class WeightSeam(Seam):
 
     def _reject_quantized(self, reason: str = "is read, not called") -> None:
         tensor = getattr(self.module(self.path), self.param)
-        if not is_parametrizable(tensor):
+        if not is_ordinary(tensor):
             raise UnsupportedSite(
                 f"{self.sites[0].name}: a {type(tensor).__name__} of {tensor.dtype} is quantized and {reason}, so "
                 "it cannot be parametrized. Select called sites only, or load the base model without quantization.",
