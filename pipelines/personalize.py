@@ -21,6 +21,7 @@ from veneer.training.data.class_images import base_digest, generate_class_images
 from veneer.training.data.dataset import PhotoDataset
 from veneer.training.data.latent_cache import Cache
 from veneer.training.data.photo_folder import Photo, find_photos
+from veneer.training.encoder_offload import offload_encoders
 from veneer.training.families import Family, family
 from veneer.training.loop.distributed import on_main
 from veneer.training.objective.denoising_loss import DenoisingLoss, LossOptions
@@ -91,8 +92,8 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         LossOptions(kind=config.loss, prior_weight=config.prior_loss_weight),
         Cache(config.cache_folder) if config.cache else None,
     )
-    if config.offload_encoders and accelerator.device.type != "cpu" and loss.caches_all:
-        _offload_encoders(config, kind, loss, loop.steps, report)
+    if config.offload_encoders and accelerator.device.type != "cpu" and accelerator.num_processes == 1 and loss.caches_all:
+        _cache_and_offload(config, kind, loss, loop.steps, report)
     groups = param_groups.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
     run = PersonalizationRun(config, pipe, attached, photos, out, report)
     texts = [template.replace("{concept}", config.concept) for template in captions.templates]
@@ -182,13 +183,14 @@ def _prior(config: PersonalizeConfig, kind: Family, out: Path, accelerator: Acce
     return [find_photos(path, is_prior=True)[0] for path in paths]
 
 
-def _offload_encoders(config: PersonalizeConfig, kind: Family, loss: DenoisingLoss, steps: int, report: PhaseReport) -> None:
-    """Caches latents and text embeddings, and moves the encoders to the CPU."""
+def _cache_and_offload(config: PersonalizeConfig, kind: Family, loss: DenoisingLoss, steps: int, report: PhaseReport) -> None:
+    """Caches latents and text embeddings, and moves the encoders to the CPU if all fit into the cache."""
     if not config.dry_run:
         report("caching")
-        loss.fill_cache(steps)
+        complete = loss.fill_cache(steps)
         report.close()
-    kind.offload_encoders()
+    if config.dry_run or complete:
+        offload_encoders([kind.pipe.vae, *kind.text_towers.values()])
 
 
 def _attach(config: PersonalizeConfig, pipe: Any) -> list[Attachment]:

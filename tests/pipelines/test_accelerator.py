@@ -18,7 +18,7 @@ from tests.training.images import save
 from veneer import base_models
 from veneer.testing.pipelines import FAMILIES, tiny_pipeline
 from veneer.testing.simulated_accelerator import DEVICE, simulated_accelerator
-from veneer.training.families import Family
+from veneer.training.data.latent_cache import Cache
 from veneer.training.objective.denoising_loss import DenoisingLoss
 
 SYNCHRONIZATIONS = 6
@@ -110,17 +110,22 @@ def test_encoders_leave_the_device_while_training(
     assert all(torch.equal(files[True][name], files[False][name]) for name in files[True])
 
 
-@pytest.mark.parametrize("reason", ["method", "crop", "cache"])
+@pytest.mark.parametrize("reason", ["method", "crop", "cache", "captions", "memory"])
 def test_encoders_stay_where_their_outputs_are_not_cached(
     reason: str, bases: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Family) -> None:
-        raise AssertionError("the encoders are needed in each step")
-
-    monkeypatch.setattr(Family, "offload_encoders", refuse)
-    settings: dict[str, Any] = {"method": {"method": "pivotal"}, "crop": {"crop": "random"}, "cache": {"cache": False}}[reason]
+    moved: list[Any] = []
+    monkeypatch.setattr("veneer.pipelines.personalize.offload_encoders", moved.append)
+    settings: dict[str, Any] = {
+        "method": {"method": "pivotal"}, "crop": {"crop": "random"}, "cache": {"cache": False},
+        "captions": {"shuffle_tags": True}, "memory": {},
+    }[reason]  # fmt: skip
+    if reason == "memory":
+        monkeypatch.setattr("veneer.pipelines.personalize.Cache", lambda folder: Cache(folder, memory=100))
     with simulated_accelerator():
         train(bases / "sd", photos, tmp_path / "out", DEVICE, steps=1, eval_seeds=0, **settings)
+    assert (tmp_path / "out" / "adapter.safetensors").is_file()
+    assert not moved
 
 
 def test_training_needs_less_memory_without_encoders(bases: Path, photos: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from .seams.adapter_calls import base_tensor, module_at
 PACKED = ("Params4bit", "Int8Params", "GGUFParameter")
 LIBRARIES = ("torchao.", "optimum.quanto.")
 RECORD = "_veneer_quantization"
+ORDINARY: set[type] = {Tensor, nn.Parameter}
+"""Classes of tensors that hold their values as they are."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,8 @@ def is_quantized(tensor: Any) -> bool:
 
 
 def is_ordinary(tensor: Tensor) -> bool:
-    """True for a floating-point tensor that is not quantized: of no other class, but for devices that are written in Python."""
-    plain = type(tensor.data) in (Tensor, nn.Parameter) or tensor.device.type == torch._C._get_privateuse1_backend_name()
-    return tensor.is_floating_point() and plain and not is_quantized(tensor)
+    """True for a floating-point tensor that is neither quantized nor sharded."""
+    return tensor.is_floating_point() and type(tensor.data) in ORDINARY and not is_quantized(tensor)
 
 
 def record_of(module: nn.Module, param: str = "weight") -> QuantizationRecord | None:

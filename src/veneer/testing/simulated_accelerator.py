@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from veneer.injection.quantized_weight import ORDINARY
+
 from .records import Skip
 
 NAME = "simulated"
@@ -243,6 +245,7 @@ def register() -> None:
     library.impl("_copy_from", _copy_from, "PrivateUse1")
     for name in ("tril_indices", "triu_indices"):
         library.impl(name, functools.partial(_create, getattr(torch.ops.aten, name)), "PrivateUse1")
+    ORDINARY.add(SimulatedTensor)
     _library.append(library)
 
 

@@ -127,12 +127,6 @@ class Family(ABC):
         """Device of the denoiser."""
         return next(self.tower.parameters()).device
 
-    def offload_encoders(self) -> None:
-        """Moves the VAE and the text encoders to the CPU, where they encode what is not cached; images need all components on one
-        device, see `previews.on_one_device`."""
-        for module in (self.pipe.vae, *self.text_towers.values()):
-            module.to("cpu")
-
     def tokens(self, height: int, width: int) -> int:
         """Number of 2×2 latent patches of an image of that size in pixels."""
         return (height // self.vae_factor // 2) * (width // self.vae_factor // 2)

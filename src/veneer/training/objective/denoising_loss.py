@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.dataset import Example, PhotoDataset
 from ..data.latent_cache import Cache, cache_key, encoder_digest, why_not_cached
+from ..encoder_offload import restore_encoders
 from ..families import Family
 from ..loop.seeds import generator
 from .losses import LossKind, MaskMean, huber_threshold, prior_preservation, sample_losses
@@ -69,17 +70,37 @@ class DenoisingLoss:
 
     @property
     def caches_all(self) -> bool:
-        """True if latents and text embeddings are cached: the encoders are then needed for new photos and captions only."""
-        return self.cache is not None and self.dataset.cacheable and not self.text_trains
+        """True if latents and text embeddings are cached and few, so that the encoders are seldom needed."""
+        captions = self.dataset.captions
+        varied = captions.shuffle or captions.tag_dropout > 0
+        return self.cache is not None and self.dataset.cacheable and not self.text_trains and not varied
 
-    def fill_cache(self, steps: int) -> None:
-        """Encodes the photos and captions of the first `steps` steps, at most two epochs; others are encoded when needed."""
-        epoch = -(-len(self.dataset) // self.samples)
-        for step in range(min(steps, 2 * epoch)):
-            examples = self.dataset.examples(step, self.samples)
-            for example in examples:
-                self._latents(step, example)
-            self._text([example.caption for example in examples])
+    def fill_cache(self, steps: int) -> bool:
+        """Encodes the photos, class images and captions of the first two epochs.
+
+        Args:
+            steps: of the run, the most that are encoded.
+        Returns:
+            True if they all fit into the cache.
+        """
+        epoch = -(-max(len(self.dataset), len(self.dataset.prior_photos)) // self.samples)
+        planned = range(min(steps, 2 * epoch))
+        for step in planned:
+            self._encode_examples(step)
+        misses = self._misses
+        for step in planned:
+            self._encode_examples(step)
+        return self._misses == misses
+
+    @property
+    def _misses(self) -> int:
+        return 0 if self.cache is None else self.cache.misses
+
+    def _encode_examples(self, step: int) -> None:
+        examples = self.dataset.examples(step, self.samples)
+        for example in examples:
+            self._latents(step, example)
+        self._text([example.caption for example in examples])
 
     def __call__(self, step: int, rows: Sequence[int]) -> Tensor:
         """The loss over the photos `rows` of the step and their class images."""
@@ -120,7 +141,7 @@ class DenoisingLoss:
         """(1, channels, height, width): a sample from the cached posterior."""
 
         def encode() -> dict[str, Tensor]:
-            with torch.autocast(self.family.pipe.vae.device.type, enabled=False):
+            with restore_encoders(self.family.pipe), torch.autocast(self.family.device.type, enabled=False):
                 mean, std = self.family.encode_images(example.pixels[None])
             return {"mean": mean, "std": std}
 
@@ -145,7 +166,7 @@ class DenoisingLoss:
 
     def _encode(self, captions: list[str]) -> dict[str, Tensor]:
         """Encodes without autocast, so that cached embeddings do not depend on the precision of the run."""
-        with torch.no_grad(), torch.autocast(self.family.text_device.type, enabled=False):
+        with torch.no_grad(), restore_encoders(self.family.pipe), torch.autocast(self.family.device.type, enabled=False):
             return self.family.encode_text(captions)
 
 

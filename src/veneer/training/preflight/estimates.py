@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from veneer.injection.quantized_weight import plain_tensors
 
+from ..encoder_offload import offloaded_modules
 from ..loop.config import TrainConfig
 from ..loop.optimizer_step import AUTOCAST
 from ..report.progress import clock
@@ -30,6 +31,7 @@ class Estimate:
 
     Args:
         base: bytes of the weights on the device, including adapters.
+        offloaded: bytes of encoders that are on the CPU, and return for previews and evaluation.
         training: bytes of gradients, optimizer state, EMA weights and the copy of the last good weights.
         activations: peak bytes of the forward and backward pass of a micro-batch.
         checkpoint: bytes of one checkpoint.
@@ -53,6 +55,7 @@ class Estimate:
     image_seconds: float = 0.0
     loading: float = 0.0
     written: int = 0
+    offloaded: int = 0
 
     @property
     def total_seconds(self) -> float:
@@ -61,8 +64,8 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """Bytes of all tensors, without the process and its libraries."""
-        return self.base + self.training + self.activations
+        """Peak bytes of all tensors on the device, in training or generation, without the process and its libraries."""
+        return self.base + self.training + max(self.activations, self.offloaded)
 
     def __str__(self) -> str:
         parts = f"base {size(self.base)}, training {size(self.training)}, activations {size(self.activations)}"
@@ -132,6 +135,7 @@ def estimate(
         image_seconds=forward / rows * passes,
         loading=loading,
         written=written_bytes(values, config, images + previews, resolution),
+        offloaded=nbytes(t for part in offloaded_modules(family.pipe) for t in part.parameters()) if images + previews else 0,
     )
 
 

@@ -18,6 +18,7 @@ from veneer.base_models.presets import Preset
 from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.errors import OptionError, VeneerError
 
+from ..encoder_offload import restore_encoders
 from ..loop.seeds import generator
 from .png_metadata import save_png
 
@@ -172,7 +173,7 @@ def _generate(
 ) -> list[Preview]:
     accepts = set(inspect.signature(pipe.__call__).parameters)
     found: list[Preview] = []
-    with evaluation_mode(pipe), on_one_device(pipe), torch.no_grad():  # not inference mode, in which optimum-quanto fails
+    with evaluation_mode(pipe), restore_encoders(pipe), torch.no_grad():  # not inference mode, in which optimum-quanto fails
         scheduler = pipe.scheduler
         for start in range(0, len(jobs), settings.batch):
             part = jobs[start : start + settings.batch]
@@ -189,23 +190,6 @@ def replace_words(prompt: str, words: Mapping[str, str]) -> str:
     for word in sorted(words, key=len, reverse=True):
         prompt = prompt.replace(word, words[word])
     return " ".join(prompt.split())
-
-
-@contextmanager
-def on_one_device(pipe: Any) -> Iterator[None]:
-    """Context with all components on the device of the denoiser; moves those that were elsewhere back."""
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    denoiser = modules.get("unet") or modules.get("transformer")
-    device = None if denoiser is None else next(denoiser.parameters()).device
-    moved = [(part, first.device) for part in modules.values() if (first := next(part.parameters(), None)) is not None]
-    moved = [(part, former) for part, former in moved if device is not None and former != device]
-    try:
-        for part, _ in moved:
-            part.to(device)
-        yield
-    finally:
-        for part, former in moved:
-            part.to(former)
 
 
 @contextmanager
