@@ -17,7 +17,7 @@ from veneer.hosts.diffusers_dit import DiffusersDiT
 from veneer.injection.quantized_weight import RECORD, float_weight, is_quantized
 
 EXACT = tuple(name for name in KINDS if name != "int8")
-"""Kinds whose forward pass without gradients is that with gradients; `int8` also rounds the input there."""
+"""Kinds whose forward pass in evaluation mode is that in training mode; `int8` also rounds its inputs, on a CPU only there."""
 
 
 def needs(kind: str) -> pytest.MarkDecorator:

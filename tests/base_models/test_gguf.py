@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import veneer
 from tests.base_models.quantized import dequantized
 from tests.raising import raises
 from veneer import base_models
+from veneer.base_models import hub
 from veneer.injection.errors import BaseModelError, OptionError, UnsupportedSite
 from veneer.injection.quantized_weight import float_weight, is_quantized, quantization_of
 from veneer.testing.pipelines import tiny_pipeline
@@ -107,3 +109,21 @@ def test_a_file_of_another_kind(made: Path, tmp_path: Path) -> None:
         base_models.load(made / "Q8_0.gguf")
     with raises(OptionError, option="quantize", where="vae"):
         base_models.load(made / "base", quantize={"vae": made / "Q8_0.gguf"})
+
+
+def test_an_unreachable_hub(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(hub, "unreachable", lambda: "the hub is unreachable")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, folder = "0" * 40, tmp_path / "models--owner--tiny"
+    shutil.copytree(made / "base", folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    pipe = base_models.load("owner/tiny", quantize=made / "Q8_0.gguf")
+    assert quantization_of(pipe.transformer) is not None
+    with raises(BaseModelError, where="hub", given="owner/none") as caught:
+        base_models.load("owner/none", quantize=made / "Q8_0.gguf")
+    assert "the hub is unreachable" in str(caught.value)
+    with raises(OptionError, option="quantize", where="vae"):
+        base_models.load("owner/tiny", quantize={"vae": made / "Q8_0.gguf"})

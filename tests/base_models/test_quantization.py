@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import veneer
 from tests.base_models.quantized import EXACT, dit, host_of, kinds, layers, needs, quantized_dit
 from tests.raising import raises
 from veneer import base_models
@@ -22,7 +23,7 @@ from veneer.base_models import quantization as module
 from veneer.base_models.quantization import check_kind, linear_layers, resolve_components
 from veneer.base_models.quantized_linear import Kind, quantize_linear
 from veneer.hosts.diffusers_unet import DiffusersUNet
-from veneer.injection.errors import BaseModelError, MissingExtra, OptionError
+from veneer.injection.errors import BaseModelError, MissingExtra, OptionError, StateError
 from veneer.injection.quantized_weight import float_weight, is_quantized, plain_tensors, quantization_of
 from veneer.testing import parametrize_with_checks
 from veneer.testing.pipelines import tiny_pipeline
@@ -151,6 +152,15 @@ def test_a_component_that_cannot_be_quantized(given: str) -> None:
         resolve_components(parse_quantize([given]), ["vae", "text_encoder", "tokenizer", "unet", "scheduler"])
 
 
+@needs("int8")
+@pytest.mark.parametrize("given", ["text_encoder_3", "safety_checker"])
+def test_a_component_that_the_pipeline_lacks(given: str) -> None:
+    pipe = tiny_pipeline("sd3")
+    pipe.register_modules(text_encoder_3=None)
+    with raises(OptionError, option="quantize", where=given, expected=("text_encoder", "text_encoder_2", "transformer")):
+        module.quantize_components(pipe, parse_quantize({given: "int8"}))
+
+
 def test_the_denoiser_twice() -> None:
     with raises(OptionError, option="quantize", where="unet"):
         resolve_components(parse_quantize(["int8", "unet=int8"]), ["unet"])
@@ -163,6 +173,8 @@ def test_a_missing_library_names_its_extra(kind: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == library else found(name, *args))
     with raises(MissingExtra, library=library, extra="quantize"):
         base_models.load("bundled", quantize=kind)
+    with raises(MissingExtra, library=library, extra="quantize"):
+        quantize_model(dit(), kind)
 
 
 @needs("nf4")
@@ -202,6 +214,48 @@ def test_a_quantized_component_is_not_quantized_again() -> None:
     pipe = base_models.load("bundled", quantize="nf4")
     with raises(BaseModelError, where="unet", given="quantized"):
         module.quantize_components(pipe, {"unet": KINDS["nf4"]})
+    with raises(BaseModelError, where="model", given="quantized"):
+        quantize_model(pipe.unet, "nf4")
+
+
+def test_a_model_by_an_unknown_kind() -> None:
+    with raises(OptionError, option="quantize", given="nf5", expected=tuple(KINDS)):
+        quantize_model(dit(), "nf5")
+
+
+@needs("fp8")
+def test_a_model_on_a_device_where_the_kind_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+        raise NotImplementedError("no kernel")
+
+    monkeypatch.setattr(module, "KINDS", {"int8": Kind("int8", "torch", 1, 8, fail), "fp8": KINDS["fp8"]})
+    model = dit()
+    with raises(BaseModelError, where="cpu", given="int8", expected=("fp8",)):
+        quantize_model(model, "int8")
+    assert not layers(model)
+
+
+@needs("int8")
+def test_a_model_with_attachments() -> None:
+    model = dit()
+    attached = veneer.attach(model, "lora")
+    for part, where in ((model, "lora"), (model.transformer_blocks, "0.attn1.to_q.veneer_lora")):
+        with raises(StateError, where=where, given="attached"):
+            quantize_model(part, "int8")
+    attached.merge()
+    with raises(StateError, where="lora", given="attached"):
+        quantize_model(model, "int8")
+    attached.unmerge()
+    attached.detach()
+    assert quantize_model(model, "int8").quantized == len(layers(model))
+
+
+def test_layers_of_adapters_stay_float() -> None:
+    model = tiny_pipeline("sd").unet
+    expected = list(linear_layers(model))
+    with torch.random.fork_rng(devices=[]):
+        veneer.attach(model, "controlnet")
+    assert list(linear_layers(model)) == expected
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="diffusers loads it on an accelerator")

@@ -47,7 +47,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """A quantized model, and a float model with the dequantized weights."""
     quantized = quantized_dit(request.param)
     for name in layers(quantized):
-        quantized.get_submodule(name).train()  # because `int8` rounds its input in evaluation mode
+        quantized.get_submodule(name).train()  # because `int8` on a CPU rounds its input in evaluation mode
     return quantized, dequantized(quantized_dit(request.param))
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator
+from typing import Any
+
+from veneer.injection.errors import BaseModelError, VeneerError
 
 TRIES, TIMEOUT, WAIT = 2, 5.0, 0.5
 """Attempts before the hub counts as unreachable; timeout of each and delay between them, in seconds."""
@@ -49,3 +53,35 @@ def hub(required: bool = True) -> Iterator[str]:
         yield why
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def download(source: str) -> Iterator[dict[str, Any]]:
+    """Context manager for what is loaded from the hub, whose errors become one that says what to do.
+
+    Args:
+        source: the hub name of the base model.
+    Yields:
+        Arguments of `from_pretrained` and `load_config`: local files only, if the hub is unreachable.
+    Raises:
+        BaseModelError: an error of another library inside the block.
+    """
+    with hub() as why, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument", UserWarning)  # which diffusers passes
+        try:
+            yield {"local_files_only": True} if why else {}
+        except VeneerError:
+            raise
+        except Exception as error:  # the hub's clients raise a dozen kinds, of several libraries
+            raise BaseModelError(
+                f"load: {source!r} is not a local folder, and could not be loaded from the hub "
+                f"({why or f'{type(error).__name__}: {_first_line(error)}'}). "
+                "Check the name and the connection, or use a diffusers folder or 'bundled'.",
+                where="hub",
+                given=source,
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else "no message"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from veneer.injection.errors import BaseModelError
 from .architectures import ARCHITECTURES
 from .folders import BUNDLED, PICKLES, check_pipeline_folder, check_unquantized, path
 from .gguf_file import load_gguf
-from .hub import hub
+from .hub import download
 from .quantization import DENOISERS, Quantize, parse_quantize, quantize_components, resolve_components
 from .single_file import check_suffix, load_single_file
 
@@ -52,7 +53,7 @@ def load(base: str | Path = "bundled", *, quantize: Quantize | None = None, devi
     if files:
         kwargs |= _load_gguf_files(source, files, kwargs[keyword])
     pipe = _load_float(source, **kwargs)
-    for layers in quantize_components(pipe, resolve_components(recipes, list(pipe.components)), device):
+    for layers in quantize_components(pipe, recipes, device):
         logger.info("%s", layers)
     return pipe
 
@@ -68,24 +69,17 @@ def _load_float(source: Path | str, **kwargs: Any) -> Any:
         check_pipeline_folder(source, given=kwargs.keys())
         check_unquantized(source, given=kwargs.keys())
         return DiffusionPipeline.from_pretrained(str(source), **kwargs)
-    with hub() as why:
-        try:
-            return DiffusionPipeline.from_pretrained(source, **({"local_files_only": True} if why else {}) | kwargs)
-        except Exception as error:  # the hub's clients raise a dozen kinds, of several libraries
-            raise BaseModelError(
-                f"load: {source!r} is not a local folder, and could not be loaded from the hub "
-                f"({why or f'{type(error).__name__}: {_first_line(error)}'}). "
-                "Check the name and the connection, or use a diffusers folder or 'bundled'.",
-                where="hub",
-                given=source,
-            ) from error
+    with download(source) as offline:
+        return DiffusionPipeline.from_pretrained(source, **offline | kwargs)
 
 
 def _load_gguf_files(source: Path | str, files: Mapping[str, Path], dtype: Any) -> dict[str, Any]:
     """Components of GGUF files by name, as arguments of `from_pretrained`.
 
     Raises:
-        BaseModelError: the base model is a single file, which has no configs; or a file is of another model.
+        OptionError: the base model has no such component.
+        BaseModelError: the base model is a single file, which has no configs; or a file is of another model; or the hub is
+            unreachable.
     """
     from diffusers import DiffusionPipeline
 
@@ -94,10 +88,12 @@ def _load_gguf_files(source: Path | str, files: Mapping[str, Path], dtype: Any) 
         raise BaseModelError(message, file=source, where="base", given="file", expected="folder")
     if isinstance(source, Path):
         check_pipeline_folder(source, given=DENOISERS)
-    index = DiffusionPipeline.load_config(str(source))
-    index = {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None}
-    found = resolve_components(files, list(index))
-    return {name: load_gguf(Path(str(file)), source, name, tuple(index[name]), dtype) for name, file in found.items()}
+    context: Any = contextlib.nullcontext({}) if isinstance(source, Path) else download(source)
+    with context as offline:
+        index = DiffusionPipeline.load_config(str(source), **offline)
+        index = {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None}
+        resolved = resolve_components(files, list(index))
+        return {name: load_gguf(Path(str(file)), source, name, tuple(index[name]), dtype) for name, file in resolved.items()}
 
 
 def find(base: str | Path) -> Path | str:
@@ -129,8 +125,3 @@ def find(base: str | Path) -> Path | str:
         raise BaseModelError(message, where="kind", given=str(base), expected="weights")
     message = f"load: {str(base)!r} not found; expected 'bundled', a diffusers folder, a file, or a hub name such as owner/model."
     raise BaseModelError(message, where="base", given=str(base))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else "no message"

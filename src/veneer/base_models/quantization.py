@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from veneer.extras import require
-from veneer.injection.errors import BaseModelError, OptionError
+from veneer.injection.attachment.model_state import find_model_state
+from veneer.injection.errors import BaseModelError, OptionError, StateError
 from veneer.injection.quantized_weight import is_quantized
+from veneer.injection.seams.seam import Seam
 
 from .quantized_linear import KINDS, Kind, quantize_linear
 
@@ -85,11 +87,16 @@ def _kind_or_file(value: str) -> Kind | Path:
             raise OptionError(message, option="quantize", given=value, file=file)
         require("gguf", "diffusers")
         return file
-    if value not in KINDS:
-        message = f"quantize: no kind {value!r}; expected one of {', '.join(KINDS)}, or a {GGUF} file of the denoiser."
-        raise OptionError(message, option="quantize", given=value, expected=tuple(KINDS))
-    require(KINDS[value].library)
-    return KINDS[value]
+    return _kind(value, f", or a {GGUF} file of the denoiser")
+
+
+def _kind(name: str, alternative: str = "") -> Kind:
+    """The kind of this name, whose library is installed. `alternative`: what the error says is accepted beside kinds."""
+    if name not in KINDS:
+        message = f"quantize: no kind {name!r}; expected one of {', '.join(KINDS)}{alternative}."
+        raise OptionError(message, option="quantize", given=name, expected=tuple(KINDS))
+    require(KINDS[name].library)
+    return KINDS[name]
 
 
 def resolve_components(parsed: Mapping[str, Kind | Path], components: Sequence[str]) -> dict[str, Kind | Path]:
@@ -116,24 +123,22 @@ def quantize_components(
     """Quantizes the linear layers of components of a pipeline in place.
 
     Args:
-        kinds: component to kind; GGUF files among them are loaded already.
+        kinds: component to kind, as `parse_quantize` returns it; GGUF files among them are loaded already.
         device: where the weights are quantized, and where they stay.
     Returns:
         The number of layers of each component.
     Raises:
-        BaseModelError: the kind does not work on the device, or no layer of a component fits.
+        OptionError: the pipeline has no such component.
+        BaseModelError: the kind does not work on the device, a component is quantized already, or none of its layers fits.
+        StateError: something is attached to a component.
     """
-    done = []
-    for component, kind in kinds.items():
-        if isinstance(kind, Path):
-            continue
-        tower = pipe.components[component]
-        if any(is_quantized(p) for p in tower.parameters()):
-            message = f"quantize: {component} is quantized already; expected a float base model, or no --quantize."
-            raise BaseModelError(message, where=component, given="quantized", expected="float weights")
-        check_kind(kind, device, next(p.dtype for p in tower.parameters() if p.is_floating_point()))
-        done.append(quantize_model(tower, kind, component, device))
-    return tuple(done)
+    present = [name for name, component in pipe.components.items() if component is not None]
+    resolved = resolve_components(kinds, present)
+    return tuple(
+        quantize_model(pipe.components[component], kind, component, device)
+        for component, kind in resolved.items()
+        if isinstance(kind, Kind)
+    )
 
 
 def quantize_model(
@@ -144,10 +149,19 @@ def quantize_model(
     Args:
         kind: a kind or its name. `component`: name for errors. `device`: where the weights are quantized, and where they stay
             (default: where they are).
+    Returns:
+        The number of layers.
     Raises:
-        BaseModelError: no layer fits.
+        OptionError: an unknown kind.
+        MissingExtra: the library of the kind is not installed.
+        StateError: something is attached to the model.
+        BaseModelError: the model is quantized already, no layer fits, or the kind does not work on the device.
     """
-    kind = KINDS[kind] if isinstance(kind, str) else kind
+    kind = _kind(kind) if isinstance(kind, str) else kind
+    _reject_attached(tower, component)
+    if any(is_quantized(p) for p in tower.parameters()):
+        message = f"quantize: {component} is quantized already; expected float weights. Load the float base model to quantize it."
+        raise BaseModelError(message, where=component, given="quantized", expected="float weights")
     layers = list(linear_layers(tower))
     fit = [name for name in layers if tower.get_submodule(name).in_features % kind.block == 0]  # type: ignore[operator]
     if not fit:
@@ -156,6 +170,9 @@ def quantize_model(
             f"multiple of {kind.block} inputs, which {kind.name} needs. Use another kind, such as int8."
         )
         raise BaseModelError(message, where=component, given=kind.name, expected=kind.block)
+    first: Any = tower.get_submodule(fit[0])
+    check_kind(kind, first.weight.device if device is None else device, first.weight.dtype)
+    del first  # else its float weight stays in memory
     for name in fit:
         owner, _, child = name.rpartition(".")
         parent = tower.get_submodule(owner)
@@ -165,13 +182,27 @@ def quantize_model(
     return QuantizedLayers(component, kind.name, len(fit), tuple(name for name in layers if name not in fit))
 
 
+def _reject_attached(tower: nn.Module, component: str) -> None:
+    """Raises `StateError` if something is attached to the model or to a part of it, or the model is a part of such a one."""
+    states = (state for module in tower.modules() if (state := find_model_state(module)) is not None)
+    attached = [attachment.name for state in states for attachment in state.attachments] + _seams(tower)
+    if attached:
+        message = f"quantize: {component} has '{attached[0]}' attached; detach it first, or quantize before attaching."
+        raise StateError(message, where=attached[0], given="attached", expected="detached")
+
+
+def _seams(tower: nn.Module) -> list[str]:
+    return [path for path, module in tower.named_modules() if isinstance(module, Seam)]
+
+
 def linear_layers(tower: nn.Module) -> Iterator[str]:
-    """Paths of the linear layers in repeated blocks, without modulation and the modules that the model keeps in float32."""
+    """Paths of the linear layers in repeated blocks, without adapters, modulation and modules that the model keeps in float32."""
     kept = set(getattr(tower, "_keep_in_fp32_modules", None) or ())
     blocks = [path for path, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
+    adapters = tuple(f"{seam}." for seam in _seams(tower))
     for path, module in tower.named_modules():
         names = path.split(".")
-        inside = any(path.startswith(f"{block}.") for block in blocks)
+        inside = any(path.startswith(f"{block}.") for block in blocks) and not path.startswith(adapters)
         if type(module) is nn.Linear and inside and not kept & set(names) and not any(map(KEPT.search, names)):
             yield path
 

@@ -83,18 +83,20 @@ def four_bits(linear: nn.Linear, dtype: torch.dtype, kind: str, double: bool) ->
 
 
 def eight_bits(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    """bitsandbytes' LLM.int8(): rows of 8-bit integers. Without gradients, inputs are quantized as well, except outliers.
+    """bitsandbytes' LLM.int8(): rows of 8-bit integers.
+
+    The layer's inputs are cast to float16 and quantized as well, except outliers: on a GPU always, on a CPU in evaluation mode.
 
     Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, NeurIPS 2022.
     """
-    bnb: Any = importlib.import_module("bitsandbytes.nn")
+    from .int8_linear import MovableLinear8bitLt
+
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
-    made = bnb.Linear8bitLt(
+    made: Any = MovableLinear8bitLt(
         linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
     )
-    made.weight = bnb.Int8Params(linear.weight.detach().clone(), requires_grad=False, has_fp16_weights=False).to(
-        linear.weight.device
-    )
+    weight: Any = type(made.weight)(linear.weight.detach().clone(), requires_grad=False, has_fp16_weights=False)
+    made.weight = weight.to(linear.weight.device)
     made.bias = linear.bias
     return made
 

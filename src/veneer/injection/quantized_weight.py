@@ -63,8 +63,8 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 def record_of(module: nn.Module, param: str = "weight") -> QuantizationRecord | None:
     """The record of a layer that veneer quantized, or None."""
-    found: QuantizationRecord | None = module.__dict__.get(RECORD) if param == "weight" else None
-    return found
+    record: QuantizationRecord | None = module.__dict__.get(RECORD) if param == "weight" else None
+    return record
 
 
 def float_tensor(tower: nn.Module, path: str, param: str) -> Tensor:
@@ -94,8 +94,8 @@ def float_weight(module: Any, param: str = "weight") -> Tensor:
             return tensor
         return _function("bitsandbytes.functional", "int8_vectorwise_dequant")(tensor.data, scale)
     if kind == "GGUFParameter":
-        found = _function("diffusers.quantizers.gguf.utils", "dequantize_gguf_tensor")(tensor)
-        return found.to(getattr(module, "compute_dtype", None) or found.dtype)
+        weight = _function("diffusers.quantizers.gguf.utils", "dequantize_gguf_tensor")(tensor)
+        return weight.to(getattr(module, "compute_dtype", None) or weight.dtype)
     return tensor.dequantize()
 
 
@@ -116,7 +116,7 @@ def readable_weight(tower: nn.Module, site: Any, method: str, option: str = "") 
     return weight
 
 
-def requantized(module: nn.Module, param: str, weight: Tensor) -> nn.Parameter | None:
+def requantize_weight(module: nn.Module, param: str, weight: Tensor) -> nn.Parameter | None:
     """A quantized parameter with new values; None for a layer that veneer did not quantize."""
     record = record_of(module, param)
     return None if record is None else record.requantize(weight)
@@ -213,11 +213,11 @@ def _scale(module: Any, tensor: Any) -> Tensor | None:
     """The scale of an 8-bit weight of bitsandbytes; None before it is quantized."""
     if tensor.dtype != torch.int8:
         return None
-    found: Tensor | None = module.state.SCB if tensor.SCB is None else tensor.SCB
-    return found
+    scale: Tensor | None = module.state.SCB if tensor.SCB is None else tensor.SCB
+    return scale
 
 
 def _function(module: str, name: str) -> Callable[..., Tensor]:
     """A function of a library that is loaded already, because a tensor has one of its types."""
-    found: Callable[..., Tensor] = getattr(importlib.import_module(module), name)
-    return found
+    function: Callable[..., Tensor] = getattr(importlib.import_module(module), name)
+    return function

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.formats._core.options import validate_options
 from veneer.injection import Attachment, attach, methods
-from veneer.injection.attachment.gradient_flow import gradients_pass
+from veneer.injection.attachment.gradient_flow import check_gradient_flow
 from veneer.injection.attachment.plan import effective_where
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
@@ -187,7 +187,7 @@ def check_first_gradients(loss: LossStep, attached: Sequence[Attachment]) -> Los
     towers = list({id(tower): tower for a in attached for tower in a.towers.values()}.values())
 
     def checked_loss(step: int, rows: list[int]) -> Tensor:
-        with gradients_pass(towers):
+        with check_gradient_flow(towers):
             result = loss(step, rows)
         towers.clear()  # later calls have nothing to watch
         return result

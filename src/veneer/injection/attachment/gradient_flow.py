@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..seams.seam import Seam
 
 
 @contextlib.contextmanager
-def gradients_pass(towers: Iterable[nn.Module]) -> Iterator[None]:
+def check_gradient_flow(towers: Iterable[nn.Module]) -> Iterator[None]:
     """Watches the forward passes inside the block: a layer whose input requires gradients must return such an output once.
 
     Only modules with a weight of two or more dimensions are watched, and none of the adapters'. One call with gradients is
@@ -38,13 +38,13 @@ def gradients_pass(towers: Iterable[nn.Module]) -> Iterator[None]:
             handle.remove()
     blocked = tuple(path for path, any_call in passes.items() if not any_call)
     if blocked:
-        raise blocked_gradient(blocked)
+        _raise_for_layers(blocked)
 
 
-def blocked_gradient(layers: tuple[str, ...]) -> BlockedGradient:
-    """The error for layers that stop gradients."""
+def _raise_for_layers(layers: tuple[str, ...]) -> NoReturn:
+    """Raises the error for layers that stop gradients."""
     more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-    return BlockedGradient(
+    raise BlockedGradient(
         f"no gradient passes through {', '.join(layers[:3])}{more}: the output does not require gradients although the input "
         "does, so adapters before it would not train. A quantization that also quantizes activations can cause this; use one "
         "of weights only, such as nf4 or int8.",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import DeadSite, StateError
 from ..registry import host_of
 from .condition_scope import condition_scope, example_conditions
-from .gradient_flow import gradients_pass
+from .gradient_flow import check_gradient_flow
 from .protocol import AttachmentProtocol
 
 
@@ -73,7 +73,7 @@ def _dead_parameters(attachment: AttachmentProtocol, component: str, tower: nn.M
             with torch.no_grad():
                 for p in parameters:
                     p.add_(torch.randn_like(p), alpha=0.02)
-            with gradients_pass([tower]):
+            with check_gradient_flow([tower]):
                 outputs = list(tensors(tower(**_with_gradients(inputs))))
             loss = sum(((t.float() * torch.randn_like(t.float())).sum() for t in outputs), torch.zeros(()))
             if not loss.requires_grad:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..quantized_weight import float_weight, is_quantized, record_of, release, requantized
+from ..quantized_weight import float_weight, is_quantized, record_of, release, requantize_weight
 from ..seams.adapter_calls import base_tensor
 
 TensorKey = tuple[str, str, str]  # component, module path, parameter name
@@ -45,10 +45,10 @@ def quantize_again(
         module = towers[component].get_submodule(path)
         if not is_quantized(base_tensor(module, "", param)):
             continue
-        quantized = requantized(module, param, merged)
+        quantized = requantize_weight(module, param, merged)
         assert quantized is not None
         after[key] = quantized
-        with _exchanged(module, param, quantized):
+        with _swap_parameter(module, param, quantized):
             error = (float_weight(module, param).float() - merged.float()).norm()
         norms = merged.float().norm(), (merged.float() - before[key].float()).norm()
         name = ".".join(filter(None, (component, path, param)))
@@ -57,7 +57,7 @@ def quantize_again(
 
 
 @contextlib.contextmanager
-def _exchanged(module: Any, param: str, tensor: nn.Parameter) -> Iterator[None]:
+def _swap_parameter(module: Any, param: str, tensor: nn.Parameter) -> Iterator[None]:
     """The module with another parameter inside the block."""
     release(module, param)
     before, module._parameters[param] = module._parameters[param], tensor
