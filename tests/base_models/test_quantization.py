@@ -25,7 +25,7 @@ from veneer.base_models.quantized_linear import Kind, quantize_linear
 from veneer.hosts.diffusers_unet import DiffusersUNet
 from veneer.injection.errors import BaseModelError, MissingExtra, OptionError, StateError
 from veneer.injection.quantized_weight import float_weight, is_quantized, plain_tensors, quantization_of
-from veneer.testing import parametrize_with_checks
+from veneer.testing import checks_device, parametrize_with_checks
 from veneer.testing.pipelines import tiny_pipeline
 
 BOUNDS = {"nf4": (0.08, 0.11), "fp4": (0.11, 0.135), "int4": (0.08, 0.11), "int8": (0.004, 0.01), "fp8": (0.02, 0.03)}
@@ -276,13 +276,15 @@ def test_a_quantized_file_given_as_a_float_one(scale: str, tmp_path: Path) -> No
 
 
 IN_ANOTHER_DTYPE = ("batch_rows_are_independent", "weight_form_equals_output_form", "half_precision")
+NOT_SIMULATED = "the library cannot move its tensors to a device that is written in Python"
 INSTALLED = [k for k in ("nf4-dq", "int8", "int8-torchao", "fp8", "int4") if importlib.util.find_spec(KINDS[k].library)]
 
 
 @parametrize_with_checks(
     [("lora", host_of(kind)) for kind in INSTALLED],
     expected={f"*-{kind}-{name}": FIXED_DTYPE for kind in ("fp8", "int4") for name in IN_ANOTHER_DTYPE}
-    | {"*-int4-autocast": FIXED_DTYPE},
+    | {"*-int4-autocast": FIXED_DTYPE, "*-int4-runs_on_an_accelerator": NOT_SIMULATED}
+    | {f"*-{kind}-{check.__name__}": NOT_SIMULATED for kind in ("nf4-dq", "int8") for check in checks_device.CHECKS},
     once=["compiles_to_one_graph"],
 )
 def test_conformance_on_quantized_models(check: Any) -> None:

@@ -77,10 +77,6 @@ class SimulatedAccelerator:
             del self._tensors[storage]
             self.bytes -= size
 
-    def reset_peak(self) -> None:
-        """Forgets earlier peaks."""
-        self.peak_bytes = self.bytes
-
 
 _active: list[SimulatedAccelerator] = []
 _library: list[torch.library.Library] = []

@@ -34,10 +34,8 @@ WITHOUT_EFFECT = (
     "features", "dry_run", "out", "truncate", "dtype", "offload_encoders",
 )  # fmt: skip
 """Options that may change when a run is resumed, or that are compared by content."""
-DIFFUSION = ("diffusers_dit", "diffusers_unet")
-"""Hosts of the models in a pipeline."""
-TEXTS = ("template", "prompts")
-"""Fields that contain the concept."""
+DIFFUSION, TEXTS = ("diffusers_dit", "diffusers_unet"), ("template", "prompts")
+"""Hosts of the models in a pipeline; fields that contain the concept."""
 DEMO = {"concept": "<octopus>", "class_word": "fish"}
 """Default subject: the bundled example photos."""
 
@@ -91,8 +89,7 @@ class PersonalizeConfig:
         input_perturbation: gamma of input perturbation, typically 0.1; 0 disables it.
         cache: cache latents and text embeddings instead of computing them in each step.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
-        offload_encoders: move the VAE and the text encoders to the CPU once everything is cached, and back for images; on one
-            GPU.
+        offload_encoders: keep VAE and text encoders on the CPU while training, once all is cached; on one GPU.
         dtype: of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU). float16 needs `mixed_precision=fp16`.
         quantize: quantization of frozen linear layers: a kind for the denoiser (`nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
             `int8-torchao`, `int8-quanto`, `fp8`) or a GGUF file, or COMPONENT=KIND for each component (default: none).

@@ -82,8 +82,6 @@ class Family(ABC):
         """True if the pipeline's class, or a base of it, is named in `pipelines`."""
         return any(base.__name__ in cls.pipelines for base in type(pipe).__mro__)
 
-    # -- parts --------------------------------------------------------------------------------------------------------
-
     @property
     def tower(self) -> nn.Module:
         """The UNet or transformer."""
@@ -271,8 +269,6 @@ class Family(ABC):
             height, width = (side * self.vae_factor for side in noisy.shape[-2:])
             sizes = [(height, width, 0, 0, height, width)] * len(noisy)
         return torch.as_tensor(sizes, dtype=torch.float32, device=noisy.device)
-
-    # -- generation -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, prompts: list[str], generators: list[torch.Generator], **settings: Any) -> list[Any]:
