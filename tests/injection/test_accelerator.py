@@ -108,20 +108,22 @@ def picture() -> Image.Image:
 def test_a_classifier_trains_on_the_device(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     for i in range(20):
-        (photos / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
-        picture().rotate(90 * (i % 2)).save(photos / f"class{i % 2}" / f"{i}.png")
+        image = picture().rotate(90 * (i % 2)).point([(value + i) % 256 for value in range(256)] * 3)
+        file = photos / f"class{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file)
     accuracies = []
     for device in ("cpu", DEVICE):
         accelerator = Accelerator(cpu=True)
         accelerator.state.device = torch.device(device)
-        config = TransferConfig(
-            data=str(photos), method="vpt", epochs=1, batch=4, out=tmp_path / device[:3], optimizer="sgd", learning_rate=0.1
-        )
+        out = tmp_path / device[:3]
+        settings: dict[str, Any] = {"method": "vpt", "epochs": 1, "batch": 4, "validation": 0.2, "optimizer": "sgd"}
+        config = TransferConfig(data=str(photos), out=out, learning_rate=0.1, **settings)
         try:
             transfer(config, accelerator)
         finally:
             accelerator.state.device = torch.device("cpu")
-        result = json.loads((tmp_path / device[:3] / "result.json").read_text())
+        result = json.loads((out / "result.json").read_text())
         accuracies.append(result["test"]["accuracy"])
     assert accuracies[1] == pytest.approx(accuracies[0], abs=0.02)
 

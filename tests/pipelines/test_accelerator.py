@@ -68,12 +68,13 @@ def train(base: Path, photos: Path, out: Path, device: str = "cpu", **settings: 
     return load_file(out / "adapter.safetensors")
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", sorted({*FAMILIES} - {"sd2"}))  # which is `sd` with another objective
 def test_a_run_equals_that_on_the_cpu(kind: str, bases: Path, photos: Path, tmp_path: Path) -> None:
     method = "lora" if kind in ("dit", "pixart") else "pivotal"
-    expected = train(bases / kind, photos, tmp_path / "cpu", method=method)
+    settings: dict[str, Any] = {"method": method, "eval_seeds": 0 if kind == "flux" else 1}  # its images take most of a minute
+    expected = train(bases / kind, photos, tmp_path / "cpu", **settings)
     with simulated_accelerator() as accelerator:
-        got = train(bases / kind, photos, tmp_path / "device", DEVICE, method=method)
+        got = train(bases / kind, photos, tmp_path / "device", DEVICE, **settings)
     assert accelerator.peak_bytes > 0
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -82,11 +83,11 @@ def test_a_run_equals_that_on_the_cpu(kind: str, bases: Path, photos: Path, tmp_
 
 def test_the_host_waits_a_few_times_in_each_step(bases: Path, photos: Path, tmp_path: Path) -> None:
     counts = []
-    for steps in (3, 8):
+    for steps in (2, 5):
         with simulated_accelerator() as accelerator:
             train(bases / "sd", photos, tmp_path / str(steps), DEVICE, steps=steps, eval_seeds=0)
         counts.append(accelerator.synchronizations.total())
-    assert counts[1] - counts[0] <= 5 * SYNCHRONIZATIONS
+    assert counts[1] - counts[0] <= 3 * SYNCHRONIZATIONS
 
 
 def test_encoders_leave_the_device_while_training(

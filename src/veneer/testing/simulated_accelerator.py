@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from veneer.injection.quantized_weight import ORDINARY
 
+from .accelerator_counts import Allocation, SimulatedAccelerator
 from .records import Skip
 
 NAME = "simulated"
@@ -43,41 +41,6 @@ class DeviceMismatch(RuntimeError):
     """An operator that fails on a GPU: its inputs are on two devices, or its generator is on another device."""
 
 
-class _Allocation:
-    """Lives as long as a tensor on the device; `torch.utils.swap_tensors` permits no weak references to the tensor itself."""
-
-
-@dataclass
-class SimulatedAccelerator:
-    """What happened on the device.
-
-    Attributes:
-        synchronizations: number of times that the host waited for the device, by operator.
-        bytes, peak_bytes: of the tensors on the device, now and at most.
-    """
-
-    synchronizations: Counter[str] = field(default_factory=Counter)
-    bytes: int = 0
-    peak_bytes: int = 0
-    _tensors: Counter[int] = field(default_factory=Counter, repr=False)
-
-    def add(self, values: Tensor) -> _Allocation:
-        """Counts a new tensor, until the result is deleted; views of one storage count once."""
-        storage, allocation = values.untyped_storage(), _Allocation()
-        self._tensors[storage._cdata] += 1
-        if self._tensors[storage._cdata] == 1:
-            self.bytes += storage.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self.bytes)
-        weakref.finalize(allocation, self._remove, storage._cdata, storage.nbytes()).atexit = False
-        return allocation
-
-    def _remove(self, storage: int, size: int) -> None:
-        self._tensors[storage] -= 1
-        if not self._tensors[storage]:
-            del self._tensors[storage]
-            self.bytes -= size
-
-
 _active: list[SimulatedAccelerator] = []
 _library: list[torch.library.Library] = []
 
@@ -86,7 +49,7 @@ class SimulatedTensor(Tensor):
     """A tensor on the simulated device; `on_cpu` is the tensor that it computes with."""
 
     on_cpu: Tensor
-    allocations: list[_Allocation]
+    allocations: list[Allocation]
 
     @staticmethod
     def __new__(cls, values: Tensor) -> SimulatedTensor:
@@ -97,6 +60,18 @@ class SimulatedTensor(Tensor):
         made.on_cpu = values
         made.allocations = [accelerator.add(values) for accelerator in _active]
         return made
+
+    @property
+    def data(self) -> Tensor:
+        """As `Tensor.data`; assigning to it replaces the values as well."""
+        data: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return data
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        if isinstance(other, SimulatedTensor):
+            self.on_cpu, self.allocations = other.on_cpu, other.allocations
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"SimulatedTensor({self.on_cpu!r})"
