@@ -21,8 +21,8 @@ from veneer.testing.simulated_accelerator import DEVICE, simulated_accelerator
 from veneer.training.data.latent_cache import Cache
 from veneer.training.objective.denoising_loss import DenoisingLoss
 
-SYNCHRONIZATIONS = 6
-"""Allowed in a training step: the loss and the norm of the gradient are read, and noise and timesteps are drawn on the CPU."""
+SYNCHRONIZATIONS = 7
+"""Allowed in a training step: the loss and the norm of the gradient are read, and the noise schedule is looked up on the CPU."""
 
 
 @pytest.fixture
