@@ -2,4 +2,4 @@
 
 from veneer.extras import require
 
-require("gradio")
+require("gradio", "diffusers")
